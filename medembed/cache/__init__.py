@@ -1,0 +1,1 @@
+"""The embedding cache: immutable HDF5 shards named by their hash."""

@@ -1,0 +1,1 @@
+"""Manifests, splits and images: what the radiographs are."""

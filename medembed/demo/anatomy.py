@@ -1,0 +1,249 @@
+"""Describe the bones and soft tissue of seven synthetic regions, without any pixels.
+
+Coordinates are those of an image whose half side is 1: x to the right, y down, z towards the
+detector. The shapes are plausible, not anatomical; nothing here is measured on people.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+__all__ = ["REGIONS", "Bone", "Point", "Skeleton", "View", "draw_skeleton", "project"]
+
+Point = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Bone:
+    """One tapered capsule.
+
+    `width` is the half-width at mid-shaft, `flare` how much wider the two ends are (0.5 = half
+    again), `marrow` the share of the half-width that is marrow at mid-shaft, `bow` the sideways
+    bend at mid-shaft, `flesh` the half-width of the soft tissue around it (0 = none of its own),
+    `breakable` whether findings are put on it.
+    """
+
+    start: Point
+    end: Point
+    width: float
+    flare: tuple[float, float] = (0.3, 0.3)
+    marrow: float = 0.62
+    bow: float = 0.0
+    flesh: float = 0.0
+    breakable: bool = True
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """All bones of one study; `flesh` are soft-tissue capsules without a bone of their own."""
+
+    bones: tuple[Bone, ...]
+    flesh: tuple[Bone, ...] = ()
+
+
+@dataclass(frozen=True)
+class View:
+    """How a skeleton is laid on the detector: `turn` about the long axis and `tilt` in the image
+    plane (radians), `zoom`, `shift` and whether left and right are exchanged."""
+
+    turn: float
+    tilt: float
+    zoom: float
+    shift: tuple[float, float]
+    mirrored: bool
+
+
+def project(bone: Bone, view: View) -> Bone:
+    """Return `bone` as `view` sees it: flat (z = 0), in image coordinates."""
+    start, end = _project_point(bone.start, view), _project_point(bone.end, view)
+    sign = -1.0 if view.mirrored else 1.0
+    return replace(
+        bone,
+        start=start,
+        end=end,
+        width=bone.width * view.zoom,
+        flesh=bone.flesh * view.zoom,
+        bow=sign * bone.bow * view.zoom * float(np.cos(view.turn)),
+    )
+
+
+def _project_point(point: Point, view: View) -> Point:
+    x, y, z = point
+    x = x * float(np.cos(view.turn)) + z * float(np.sin(view.turn))
+    x = -x if view.mirrored else x
+    cos, sin = float(np.cos(view.tilt)), float(np.sin(view.tilt))
+    flat = (x * cos - y * sin, x * sin + y * cos)
+    return (flat[0] * view.zoom + view.shift[0], flat[1] * view.zoom + view.shift[1], 0.0)
+
+
+def draw_skeleton(region: str, generator: np.random.Generator) -> Skeleton:
+    """Draw the individual proportions of one study of `region`, one of `REGIONS`."""
+    skeleton = _TEMPLATES[region](generator)
+    bones = tuple(_vary(bone, generator) for bone in skeleton.bones)
+    return Skeleton(bones, skeleton.flesh)
+
+
+def _vary(bone: Bone, generator: np.random.Generator) -> Bone:
+    width, marrow, flare = generator.uniform(-1, 1, 3)
+    return replace(
+        bone,
+        width=bone.width * (1 + 0.1 * width),
+        marrow=bone.marrow + 0.08 * marrow,
+        flare=(bone.flare[0] * (1 + 0.2 * flare), bone.flare[1] * (1 + 0.2 * flare)),
+    )
+
+
+def _turn(origin: Point, length: float, angle: float, depth: float = 0.0) -> Point:
+    """Return the point `length` away from `origin`; angle 0 points up, positive to the right."""
+    dx, dy = length * float(np.sin(angle)), -length * float(np.cos(angle))
+    return (origin[0] + dx, origin[1] + dy, origin[2] + depth)
+
+
+def _elbow(generator: np.random.Generator) -> Skeleton:
+    bend = float(generator.uniform(-0.5, 0.2))
+    down = np.pi - bend
+    radial, ulnar = (-0.13, 0.1, 0.08), (0.1, 0.0, -0.1)
+    return Skeleton(
+        (
+            Bone((0.0, -1.3, 0.0), (0.0, -0.02, 0.0), 0.145, (0.1, 0.75), flesh=0.36),
+            Bone(radial, _turn(radial, 1.4, down, 0.05), 0.09, (0.45, 0.2), flesh=0.27),
+            Bone(ulnar, _turn(ulnar, 1.4, down), 0.1, (0.5, 0.1), flesh=0.27),
+        )
+    )
+
+
+def _finger(generator: np.random.Generator) -> Skeleton:
+    lengths = generator.uniform((0.6, 0.45, 0.3), (0.72, 0.55, 0.38))
+    joint: Point = (0.0, 0.72, 0.0)
+    bones = [Bone((0.0, 1.5, 0.0), (0.0, 0.78, 0.0), 0.16, (0.2, 0.5), flesh=0.3)]
+    angle = 0.0
+    for length, width in zip(lengths, (0.14, 0.12, 0.095), strict=True):
+        angle += float(generator.uniform(-0.12, 0.12))
+        end = _turn(joint, float(length) - 0.06, angle)
+        bones.append(Bone(joint, end, width, (0.4, 0.3), 0.6, flesh=width + 0.12))
+        joint = _turn(joint, float(length), angle)
+    neighbour = float(generator.choice((-0.75, 0.75)))
+    bones += [
+        Bone((neighbour, 1.4, 0.1), (neighbour, 0.75, 0.1), 0.15, (0.2, 0.4), flesh=0.26),
+        Bone((neighbour, 0.68, 0.1), (neighbour, 0.1, 0.1), 0.13, (0.4, 0.3), flesh=0.23),
+    ]
+    return Skeleton(tuple(bones))
+
+
+def _forearm(generator: np.random.Generator) -> Skeleton:
+    bow = float(generator.uniform(0.02, 0.07))
+    return Skeleton(
+        (
+            Bone((-0.12, -1.15, 0.1), (-0.17, 0.95, 0.1), 0.1, (0.2, 0.7), bow=-bow, flesh=0.3),
+            Bone((0.14, -1.2, -0.1), (0.15, 0.9, -0.1), 0.095, (0.6, 0.15), bow=bow / 3, flesh=0.3),
+        ),
+        (Bone((0.0, -1.2, 0.0), (0.0, 0.1, 0.0), 0.1, flesh=0.46),),
+    )
+
+
+def _hand(generator: np.random.Generator) -> Skeleton:
+    bones = [
+        Bone((-0.14, 1.3, 0.0), (-0.12, 0.93, 0.0), 0.12, (0.0, 0.5), flesh=0.28),
+        Bone((0.16, 1.3, 0.0), (0.15, 0.95, 0.0), 0.08, (0.0, 0.3), flesh=0.22),
+        *_carpals(0.76, 0.62, generator),
+    ]
+    spread = float(generator.uniform(0.75, 1.15))
+    for ray, (x, palm, finger) in enumerate(
+        ((-0.24, 0.36, 0.34), (-0.15, 0.52, 0.36), (-0.04, 0.52, 0.4), (0.08, 0.47, 0.37))
+    ):
+        angle = spread * (-0.62, -0.2, -0.02, 0.15)[ray]
+        bones += _ray((x, 0.6, 0.03 * ray), angle, palm, finger, n=2 if ray == 0 else 3)
+    bones += _ray((0.18, 0.62, 0.15), spread * 0.33, 0.42, 0.29, n=3)
+    return Skeleton(tuple(bones), (Bone((0.0, 0.55, 0.0), (0.02, 0.15, 0.0), 0.1, flesh=0.33),))
+
+
+def _ray(base: Point, angle: float, palm: float, finger: float, n: int) -> list[Bone]:
+    """Return one metacarpal and its `n` phalanges in a row."""
+    end = _turn(base, palm, angle)
+    bones = [Bone(base, end, 0.05, (0.35, 0.35), 0.58, flesh=0.09)]
+    length = finger
+    for i in range(n):
+        start = _turn(end, 0.045, angle)
+        end = _turn(start, length - 0.045, angle)
+        width = 0.043 - 0.005 * i
+        bones.append(Bone(start, end, width, (0.35, 0.25), 0.58, flesh=0.085))
+        length *= 0.66
+    return bones
+
+
+def _carpals(lower: float, upper: float, generator: np.random.Generator) -> list[Bone]:
+    bones = []
+    for y, xs in ((lower, (-0.21, -0.07, 0.07, 0.19)), (upper, (-0.22, -0.09, 0.05, 0.18))):
+        for x in xs:
+            dx, dy, z = generator.uniform(-0.015, 0.015, 3)
+            start = (x + dx - 0.02, y + dy + 0.02, 3 * z)
+            end = (x + dx + 0.02, y + dy - 0.025, 3 * z)
+            bones.append(Bone(start, end, 0.068, (0.0, 0.0), 0.9, breakable=False))
+    return bones
+
+
+def _humerus(generator: np.random.Generator) -> Skeleton:
+    bow = float(generator.uniform(-0.04, 0.04))
+    return Skeleton(
+        (
+            Bone((0.03, -1.0, 0.0), (0.0, 0.95, 0.0), 0.15, (0.75, 0.5), 0.64, bow, flesh=0.4),
+            Bone((0.65, -1.05, 0.1), (0.42, -0.8, 0.1), 0.16, (0.2, 0.0), 0.85, breakable=False),
+        ),
+        (Bone((0.05, -1.0, 0.0), (0.0, 0.3, 0.0), 0.1, flesh=0.52),),
+    )
+
+
+def _shoulder(generator: np.random.Generator) -> Skeleton:
+    swing = float(generator.uniform(-0.35, 0.05))
+    head: Point = (-0.22, -0.2, 0.0)
+    ribs = [
+        Bone((0.3, y, 0.1), (1.3, y - 0.25, 0.1), 0.05, (0, 0), 0.7, 0.12, breakable=False)
+        for y in (0.1, 0.38, 0.66, 0.94)
+    ]
+    return Skeleton(
+        (
+            Bone(head, _turn(head, 1.5, np.pi - swing), 0.17, (0.75, 0.0), 0.66, flesh=0.36),
+            Bone((0.98, -0.62, 0.1), (-0.12, -0.58, 0.1), 0.075, (0.3, 0.2), bow=0.05, flesh=0.2),
+            Bone((0.2, -0.3, -0.1), (0.42, 0.72, -0.1), 0.13, (0.5, 0.0), 0.86),
+            Bone((0.15, -0.3, -0.1), (0.85, -0.35, -0.1), 0.07, (0.3, 0.0), 0.75, breakable=False),
+            *ribs,
+        ),
+        (Bone((0.75, -0.3, 0.0), (0.85, 1.2, 0.0), 0.1, flesh=0.75),),
+    )
+
+
+def _wrist(generator: np.random.Generator) -> Skeleton:
+    carpals = [
+        replace(bone, width=0.125, start=_grow(bone.start), end=_grow(bone.end))
+        for bone in _carpals(0.0, -0.13, generator)
+    ]
+    palm = [
+        Bone((x, -0.42, z), (1.45 * x, -1.3, z), 0.085, (0.5, 0.2), 0.58, flesh=0.2)
+        for x, z in ((-0.38, 0.2), (-0.2, 0.05), (0.0, 0.0), (0.19, -0.02), (0.36, -0.1))
+    ]
+    return Skeleton(
+        (
+            Bone((-0.2, 1.4, 0.08), (-0.16, 0.28, 0.08), 0.145, (0.0, 0.85), 0.66, flesh=0.34),
+            Bone((0.24, 1.4, -0.08), (0.27, 0.3, -0.08), 0.1, (0.0, 0.55), 0.62, flesh=0.28),
+            *carpals,
+            *palm,
+        ),
+        (Bone((0.0, 0.2, 0.0), (0.0, -0.9, 0.0), 0.1, flesh=0.5),),
+    )
+
+
+def _grow(point: Point) -> Point:
+    return (point[0] * 1.75, point[1] * 1.9 + 0.02, point[2])
+
+
+_TEMPLATES: dict[str, Callable[[np.random.Generator], Skeleton]] = {
+    "elbow": _elbow,
+    "finger": _finger,
+    "forearm": _forearm,
+    "hand": _hand,
+    "humerus": _humerus,
+    "shoulder": _shoulder,
+    "wrist": _wrist,
+}
+REGIONS = tuple(_TEMPLATES)

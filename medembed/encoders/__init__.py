@@ -1,0 +1,1 @@
+"""Frozen vision towers: pixels in, pooled embeddings out."""

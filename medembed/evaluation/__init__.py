@@ -1,0 +1,1 @@
+"""Scores, intervals, calibration: what a number is worth."""

@@ -1,0 +1,53 @@
+"""Write files so that they are complete or absent."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+__all__ = ["json_bytes", "sync_directory", "write_atomically"]
+
+
+def sync_directory(path: Path) -> None:
+    """Make the directory entries of `path` durable (POSIX: fsync on the directory)."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write `data` to `path` by writing beside it, syncing and renaming.
+
+    Readers see the old file or the whole new one. On any error nothing is left behind.
+
+    Raises
+    ------
+    OSError
+        The directory is missing, not writable, or full.
+    """
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def json_bytes(document: Any) -> bytes:
+    """Encode as UTF-8 JSON, indented, ending in a newline; NaN and infinities are refused."""
+    return (json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

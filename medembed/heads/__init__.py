@@ -1,0 +1,1 @@
+"""Light classifiers on embeddings; every one is a scikit-learn estimator."""

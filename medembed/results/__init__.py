@@ -1,0 +1,1 @@
+"""Run directories and what is made from them: comparisons, figures, the page."""

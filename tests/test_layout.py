@@ -1,0 +1,133 @@
+"""The five floors, the two halves and the light start-up, read from the imports themselves."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import medembed
+
+PACKAGE = Path(medembed.__file__).parent
+
+FLOORS = {
+    "errors": 1,
+    "files": 1,
+    "dataset": 2,
+    "encoders": 2,
+    "heads": 2,
+    "evaluation": 2,
+    "cache": 3,
+    "results": 3,
+    "extraction": 4,
+    "sweeps": 4,
+    "finetuning": 4,
+    "prediction": 4,
+    "demo": 5,
+    "doctor": 5,
+    "console": 6,
+    "cli": 7,
+    "__main__": 8,
+    "__init__": 1,
+}
+GPU_HALF = {"encoders", "extraction"}
+CPU_HALF = {"heads", "evaluation", "results", "sweeps"}
+HEAVY = ("torch", "transformers", "sklearn", "lightgbm", "pandas", "numpy", "h5py", "rich")
+HEAVY = (*HEAVY, "matplotlib")
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Return every `medembed` module that a file imports, at its top or inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name} imports relatively"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
+    return {name for name in found if name.startswith("medembed.")}
+
+
+def room_of(name: str) -> str:
+    return name.split(".")[1]
+
+
+MODULES = {module_name(path): imported_modules(path) for path in sorted(PACKAGE.rglob("*.py"))}
+ROOMS = {name: {room_of(i) for i in imports} for name, imports in MODULES.items()}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_room_imports_only_from_floors_below(name: str) -> None:
+    own = room_of(f"{name}.__init__") if name == "medembed" else room_of(name)
+    assert own in FLOORS, f"{name} is on no floor: add it to the design first"
+    above = {room for room in ROOMS[name] - {own} if FLOORS[room] >= FLOORS[own]}
+    assert not above, f"{name} imports {above}"
+
+
+def reachable(name: str) -> set[str]:
+    seen: set[str] = set()
+    waiting = [name]
+    while waiting:
+        for found in MODULES.get(waiting.pop(), set()):
+            if found in MODULES and found not in seen:
+                seen.add(found)
+                waiting.append(found)
+    return seen
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_halves_never_meet_below_the_demo(name: str) -> None:
+    if name == "medembed":
+        return
+    rooms = {room_of(found) for found in reachable(name)}
+    if room_of(name) in GPU_HALF:
+        assert not rooms & CPU_HALF
+    if room_of(name) in CPU_HALF:
+        assert not rooms & GPU_HALF
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_module_imports_itself_in_a_circle(name: str) -> None:
+    assert name not in reachable(name)
+
+
+def test_the_command_starts_without_heavy_libraries() -> None:
+    code = f"import medembed.cli, sys; print([m for m in {HEAVY} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_public_names_are_listed_and_sorted(name: str) -> None:
+    tree = ast.parse((PACKAGE.parent / Path(*name.split("."))).with_suffix(".py").read_text())
+    listed = [
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Name)
+        and node.targets[0].id == "__all__"
+    ]
+    if name.rsplit(".", 1)[-1] in {"__init__", "__main__"}:
+        return
+    assert listed, f"{name} has no __all__"
+    assert listed[0] == sorted(listed[0])
+    defined = {
+        node.name
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+    }
+    assert defined <= set(listed[0]), f"not in __all__ of {name}: {defined - set(listed[0])}"
+
+
+def test_long_modules_are_noticed() -> None:
+    long = {n: len(p.read_text().splitlines()) for n, p in by_path().items()}
+    assert not {n: lines for n, lines in long.items() if lines > 400}
+
+
+def by_path() -> dict[str, Path]:
+    return {module_name(path): path for path in PACKAGE.rglob("*.py")}
