@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 
 import numpy as np
-from measuring import alternate, time_command, write_results
 
+from measuring import alternate, time_command, write_results
 from medembed.dataset.manifest import hash_files
 
 

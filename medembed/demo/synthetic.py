@@ -13,14 +13,23 @@ from numpy.typing import NDArray
 from medembed.demo.anatomy import Bone, Skeleton, View, draw_skeleton, project
 
 __all__ = [
+    "DEMO_SEEDS",
     "KINDS",
+    "MASK_THRESHOLD",
     "PROJECTIONS",
+    "TRAINING_SEEDS",
+    "TRIAL_SEEDS",
     "Rendered",
     "render",
 ]
 
 KINDS = ("line", "displaced", "implant", "lesion")
 PROJECTIONS = ("frontal", "lateral", "oblique")
+
+# Disjoint on purpose: the demo never shows an image on which its encoder was trained or measured.
+TRAINING_SEEDS = range(0, 2**31)
+TRIAL_SEEDS = range(2**31, 2**32)
+DEMO_SEEDS = range(2**32, 2**62)
 
 # Grey levels (of 1) by which a pixel must differ from its normal twin to belong to the finding.
 MASK_THRESHOLD = 4 / 255
@@ -357,7 +366,7 @@ def _draw_texture(generator: np.random.Generator, size: int) -> _Array:
 def _soft_tissue(
     skeleton: Skeleton, view: View, generator: np.random.Generator, size: int
 ) -> _Array:
-    coarse = 64
+    coarse = 128
     thickness = np.zeros((coarse, coarse), np.float32)
     for part in (*skeleton.bones, *skeleton.flesh):
         if not part.flesh:

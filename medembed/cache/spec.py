@@ -1,0 +1,130 @@
+"""What all rows of a cache share, and the keys that name them."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from medembed.errors import CacheError
+
+__all__ = ["DTYPES", "KEY_BYTES", "CacheSpec", "hex_from_keys", "keys_from_hex", "sortable"]
+
+DTYPES = ("float16", "float32")
+KEY_BYTES = 32  # SHA-256
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """Name everything that must be equal for two rows to stand in one cache.
+
+    Parameters
+    ----------
+    encoder : str
+        Fingerprint of the encoder's weights and architecture, SHA-256 in hex.
+    preprocessing : mapping
+        How a file became the encoder's input; JSON values only.
+    poolings : mapping of str to tuple of int
+        Shape of one image's vector (or cells) per pooling; the order is that of display.
+    dtype : {"float16", "float32"}
+        How values are stored.
+
+    Raises
+    ------
+    CacheError
+        The dtype is unknown, or there is no pooling.
+    """
+
+    encoder: str
+    preprocessing: Mapping[str, Any]
+    poolings: Mapping[str, tuple[int, ...]]
+    dtype: str
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise CacheError(f"stored dtype {self.dtype!r} is unknown: choose {' or '.join(DTYPES)}")
+        if not self.poolings:
+            raise CacheError("a cache needs at least one pooling, such as --pool mean,max")
+        # Through JSON and back, so that a spec just made equals the same spec read from disk.
+        plain = json.loads(json.dumps(dict(self.preprocessing), allow_nan=False))
+        object.__setattr__(self, "preprocessing", plain)
+        shapes = {name: tuple(int(n) for n in shape) for name, shape in self.poolings.items()}
+        object.__setattr__(self, "poolings", shapes)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the spec as JSON-able values."""
+        return {
+            "encoder": self.encoder,
+            "preprocessing": dict(self.preprocessing),
+            "poolings": {name: list(shape) for name, shape in self.poolings.items()},
+            "dtype": self.dtype,
+        }
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> "CacheSpec":
+        """Read back what `as_dict` returned; a missing entry is a KeyError."""
+        return cls(**{name: document[name] for name in cls.__dataclass_fields__})
+
+    def digest(self) -> str:
+        """Hash the spec: SHA-256 hex, independent of the order of poolings and settings."""
+        canonical = json.dumps(self.as_dict(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def first_difference(self, other: "CacheSpec") -> tuple[str, Any, Any] | None:
+        """Name the first entry in which two specs differ, with both values, or None."""
+        mine, theirs = _flatten(self), _flatten(other)
+        for name in [*mine, *(name for name in theirs if name not in mine)]:
+            if mine.get(name) != theirs.get(name):
+                return name, mine.get(name), theirs.get(name)
+        return None
+
+    def row_bytes(self) -> int:
+        """Count the bytes that one row takes on disk, its key included."""
+        values = sum(int(np.prod(shape)) for shape in self.poolings.values())
+        return KEY_BYTES + values * np.dtype(self.dtype).itemsize
+
+
+def keys_from_hex(digests: Sequence[str]) -> np.ndarray:
+    """Turn SHA-256 hex digests into keys, (n, 32) uint8.
+
+    Raises
+    ------
+    CacheError
+        A digest is not 64 hex digits.
+    """
+    bad = next((digest for digest in digests if len(digest) != 2 * KEY_BYTES), None)
+    if bad is not None:
+        raise CacheError(f"{bad!r} is not a SHA-256: 64 hex digits are needed")
+    try:
+        raw = bytes.fromhex("".join(digests))
+    except ValueError as error:
+        raise CacheError(f"a SHA-256 holds something else than hex digits: {error}") from None
+    return np.frombuffer(raw, np.uint8).reshape(-1, KEY_BYTES)
+
+
+def hex_from_keys(keys: np.ndarray) -> list[str]:
+    """Turn keys, (n, 32) uint8, into SHA-256 hex digests."""
+    digits = np.ascontiguousarray(keys, np.uint8).tobytes().hex()
+    return [digits[i : i + 2 * KEY_BYTES] for i in range(0, len(digits), 2 * KEY_BYTES)]
+
+
+def sortable(keys: np.ndarray) -> np.ndarray:
+    """View keys, (n, 32) uint8, as (n,) byte strings that numpy sorts and compares.
+
+    No Python object per row: 3 million keys sort in 0.4 s. numpy drops trailing zero bytes when
+    it hands an *element* out, so elements are never taken; comparison within one fixed width
+    stays exact, because two different strings of 32 bytes still differ without them.
+    """
+    return np.ascontiguousarray(keys, np.uint8).reshape(-1, KEY_BYTES).view(f"S{KEY_BYTES}").ravel()
+
+
+def _flatten(spec: CacheSpec) -> dict[str, Any]:
+    poolings = {name: list(shape) for name, shape in spec.poolings.items()}
+    return {
+        "encoder": spec.encoder,
+        **spec.preprocessing,
+        "poolings": poolings,
+        "dtype": spec.dtype,
+    }

@@ -1,0 +1,323 @@
+"""A file's bytes become a grey array, or an error that says why not."""
+
+import io
+import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import (
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    ImageChops,
+    ImageFile,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
+
+from medembed.dataset.integrity import (
+    PNG_SIGNATURE,
+    PngFacts,
+    check_jpeg,
+    check_png,
+    padded_jpeg,
+)
+from medembed.errors import ImageError
+
+__all__ = ["IMAGES_VERSION", "MAX_PIXELS", "Radiograph", "decode_image"]
+
+IMAGES_VERSION = 1
+"""Part of every cache's spec: raise it whenever any decoded pixel changes."""
+
+MAX_PIXELS = 80_000_000
+"""A 35 x 43 cm film digitised at 20 dots per mm has 60 million; below Pillow's own limit."""
+
+_READERS: dict[str, tuple[tuple[bytes, ...], type[ImageFile.ImageFile]]] = {
+    "PNG": ((PNG_SIGNATURE,), PngImagePlugin.PngImageFile),
+    "JPEG": ((b"\xff\xd8\xff",), JpegImagePlugin.JpegImageFile),
+    "TIFF": ((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), TiffImagePlugin.TiffImageFile),
+    "BMP": ((b"BM",), BmpImagePlugin.BmpImageFile),
+    "GIF": ((b"GIF87a", b"GIF89a"), GifImagePlugin.GifImageFile),
+    "WebP": ((b"RIFF",), WebPImagePlugin.WebPImageFile),
+}
+_DEEP_MODES = ("I", "F")  # and all that begin with I;16
+_PLAIN_MODES = ("1", "L", "P", "PA", "LA", "La", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
+_ALPHA_MODES = ("PA", "LA", "La", "RGBA", "RGBa")
+# EXIF 4.6.4 A, tag 0x0112: what brings the stored rows and columns upright.
+_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# TIFF 6.0, section 8, and SampleFormat's section 19
+_BITS, _PHOTOMETRIC, _SAMPLES, _PLANAR, _SAMPLE_FORMAT = 258, 262, 277, 284, 339
+_MIN_TAGS, _MAX_TAGS = (340, 280), (341, 281)
+_WHITE_IS_ZERO = 0
+
+
+@dataclass(frozen=True)
+class Radiograph:
+    """One decoded image.
+
+    Attributes
+    ----------
+    pixels : ndarray
+        uint8 (H, W), 0 black.
+    colour : bool
+        Whether the file's channels differed and were reduced to luminance.
+    """
+
+    pixels: np.ndarray
+    colour: bool
+
+
+def decode_image(data: bytes) -> Radiograph:
+    """Decode one complete, still image into upright 8-bit grey.
+
+    Colour becomes luminance (ITU-R BT.601, as Pillow's mode L), alpha is composited over black,
+    palettes are expanded, EXIF orientation is applied. Samples deeper than 8 bits are mapped
+    linearly from their declared range to 0..255 and rounded: the range is that of the bit depth,
+    or a TIFF's SMinSampleValue/MinSampleValue and SMaxSampleValue/MaxSampleValue. A PNG's sBIT
+    does not narrow the range: its samples fill their bit depth by definition (PNG, 11.3.2.7).
+    Gamma and colour profiles are ignored, as the encoders' own processors do.
+
+    Raises
+    ------
+    ImageError
+        The bytes are not one whole still image of a known kind, or their range is not known; the
+        message is the reason. Safe to call from several threads.
+    """
+    name = _identify(data)
+    try:
+        with _strict_pillow():
+            return _decode(name, data)
+    except ImageError:
+        raise
+    except MemoryError as error:
+        raise ImageError(f"the {name} does not fit in memory") from error
+    except Exception as error:  # Pillow's readers raise nearly every builtin error on bad input
+        reason = str(error) or type(error).__name__
+        raise ImageError(f"the {name} cannot be decoded: {reason}") from error
+
+
+def _identify(data: bytes) -> str:
+    if not data:
+        raise ImageError("the file is empty")
+    if data[128:132] == b"DICM":  # dataset/dicom.py will stand here
+        raise ImageError("DICOM is not read in this version; export the image as 16-bit PNG")
+    for name, (signatures, _) in _READERS.items():
+        if data.startswith(signatures) and (name != "WebP" or data[8:12] == b"WEBP"):
+            return name
+    raise ImageError(f"not an image of a known kind ({', '.join(_READERS)})")
+
+
+def _decode(name: str, data: bytes) -> Radiograph:
+    facts = check_png(data, MAX_PIXELS) if name == "PNG" else None
+    end = check_jpeg(data) if name == "JPEG" else None
+    # The class itself, not Image.open: that one warns about size through global state.
+    image = _READERS[name][1](io.BytesIO(data))
+    _check_header(name, image)
+    image.load()
+    if end is not None:
+        _check_scan_is_whole(image, data, end)
+    upright = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1)) if name != "TIFF" else None
+    if image.mode in _DEEP_MODES or image.mode.startswith("I;16"):
+        pixels, colour = _grey_from_deep(image, facts), False
+    else:
+        grey, colour = _grey_from_plain(image, facts)
+        pixels = np.array(grey)
+    if upright is not None:  # Pillow has already turned a TIFF
+        pixels = np.array(Image.fromarray(pixels).transpose(upright))
+    return Radiograph(np.ascontiguousarray(pixels), colour)
+
+
+def _check_header(name: str, image: ImageFile.ImageFile) -> None:
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise ImageError(f"the {name} is {width} x {height}: it holds no pixels")
+    if width * height > MAX_PIXELS:
+        megapixels = f"{width * height / 1e6:.0f} megapixels"
+        raise ImageError(f"{width} x {height} is {megapixels}; the limit is {MAX_PIXELS / 1e6:.0f}")
+    if name != "PNG" and getattr(image, "is_animated", False):
+        raise ImageError(f"the {name} holds more than one picture; only still images are read")
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        _check_tiff(image)
+
+
+def _check_tiff(image: TiffImagePlugin.TiffImageFile) -> None:
+    tags: Any = image.tag_v2
+    if _PHOTOMETRIC not in tags:
+        raise ImageError("the TIFF does not say whether 0 is black or white")
+    if image.mode == "L" and tags.get(_SAMPLE_FORMAT, (1,))[0] != 1:
+        raise ImageError("the TIFF's 8-bit samples are signed, which is not read")
+    # Pillow leaves black what no strip or tile covers; libtiff, with one tile, checks by itself.
+    boxes = [tile.extents or (0, 0, 0, 0) for tile in image.tile]
+    covered = sum((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in boxes)
+    planes = tags.get(_SAMPLES, 1) if tags.get(_PLANAR, 1) == 2 and len(boxes) > 1 else 1
+    if covered < planes * image.size[0] * image.size[1]:
+        raise ImageError("the TIFF's strips do not cover the image: it is truncated or damaged")
+
+
+def _check_scan_is_whole(image: ImageFile.ImageFile, data: bytes, end: int) -> None:
+    """Refuse a JPEG that libjpeg has filled up with mid-grey: 128, or 127 where inverted."""
+    corner: Any = image.getpixel((image.size[0] - 1, image.size[1] - 1))
+    if not set(np.atleast_1d(corner).tolist()) <= {127, 128}:
+        return
+    again = JpegImagePlugin.JpegImageFile(io.BytesIO(padded_jpeg(data, end)))
+    again.load()
+    if again.tobytes() != image.tobytes():
+        raise ImageError("the JPEG's image data end before its last row: the file is truncated")
+
+
+def _grey_from_plain(
+    image: ImageFile.ImageFile, facts: PngFacts | None
+) -> tuple[Image.Image, bool]:
+    if image.mode not in _PLAIN_MODES:
+        raise ImageError(f"colour space {image.mode} is not read; save the image as grey")
+    picture: Image.Image = image
+    if image.mode not in ("P", "PA"):
+        image.info.pop("transparency", None)  # the colour key is applied below, in file's units
+    if image.mode in _ALPHA_MODES or (image.mode == "P" and "transparency" in image.info):
+        picture = image.convert("RGBA")
+        _check_depth_is_used(picture.convert("RGB"), image, facts)
+        black = Image.new("RGBA", picture.size, (0, 0, 0, 255))
+        picture = Image.alpha_composite(black, picture)
+    if picture.mode not in ("1", "L"):
+        picture = picture.convert("RGB")
+        _check_depth_is_used(picture, image, facts)
+    colour = picture.mode == "RGB" and _channels_differ(picture)
+    grey = picture.convert("L")
+    if facts is not None and facts.colour_key is not None:
+        grey = _without_colour_key(picture, grey, facts)
+    return grey, colour
+
+
+def _channels_differ(picture: Image.Image) -> bool:
+    red, green, blue = picture.split()
+    pairs = (ImageChops.difference(red, green), ImageChops.difference(green, blue))
+    return any(pair.getbbox() is not None for pair in pairs)
+
+
+def _without_colour_key(picture: Image.Image, grey: Image.Image, facts: PngFacts) -> Image.Image:
+    key = facts.colour_key or ()
+    if facts.bits == 16:
+        raise ImageError("a transparent colour in 16-bit RGB is not read; save without it")
+    values = np.asarray(picture.convert("L") if len(key) == 1 else picture)
+    scaled = [value * 255 // ((1 << facts.bits) - 1) for value in key]
+    opaque = (values.reshape(*values.shape[:2], -1) != np.array(scaled)).any(axis=-1)
+    return Image.fromarray(np.asarray(grey) * opaque.astype(np.uint8))
+
+
+def _check_depth_is_used(rgb: Image.Image, image: ImageFile.ImageFile, facts: Any) -> None:
+    """Refuse 16-bit colour, of which Pillow keeps the upper byte, that would be almost black."""
+    bits = facts.bits if facts is not None else _tiff_bits(image)
+    if bits == 16:
+        extrema: Any = rgb.getextrema()
+        _refuse_undeclared_depth(max(high for _, high in extrema) * 256)
+
+
+def _grey_from_deep(image: ImageFile.ImageFile, facts: PngFacts | None) -> np.ndarray:
+    samples = np.asarray(image)
+    low, high, declared = _declared_range(image)
+    if not declared:
+        _refuse_undeclared_depth(samples.max())
+    if not np.isfinite(samples).all() or samples.min() < low or samples.max() > high:
+        found = f"{samples.min():g} to {samples.max():g}"
+        raise ImageError(f"samples from {found} leave the declared range {low:g} to {high:g}")
+    grey = _to_8_bits(samples, low, high)
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        white_is_zero = image.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
+        return 255 - grey if white_is_zero else grey  # Pillow inverts 8 bits, not deeper ones
+    if facts is not None and facts.colour_key is not None:
+        grey[samples == facts.colour_key[0]] = 0
+    return grey
+
+
+def _to_8_bits(samples: np.ndarray, low: float, high: float) -> np.ndarray:
+    values = np.arange(65536) if samples.dtype.kind == "u" and samples.itemsize == 2 else samples
+    scaled = (values.astype(np.float64) - low) * (255 / (high - low))
+    grey = np.floor(np.clip(scaled, 0, 255) + 0.5).astype(np.uint8)
+    return grey if values is samples else grey[samples]
+
+
+def _declared_range(image: ImageFile.ImageFile) -> tuple[float, float, bool]:
+    """Give low, high, and whether the file says more than its number of bits."""
+    if not isinstance(image, TiffImagePlugin.TiffImageFile):
+        return 0.0, 65535.0, False
+    bits = _tiff_bits(image)
+    unsigned = image.mode.startswith("I;16")
+    low = _sample_value(image, _MIN_TAGS)
+    high = _sample_value(image, _MAX_TAGS)
+    if not unsigned and high is None:
+        raise ImageError(
+            f"{bits}-bit {'float' if image.mode == 'F' else 'integer'} samples of unknown range; "
+            "save as 16-bit, or declare the range by the TIFF tags SMinSampleValue and "
+            "SMaxSampleValue"
+        )
+    depth = float((1 << bits) - 1)
+    low, high = (0.0 if low is None else low), (depth if high is None else high)
+    if not low < high:
+        raise ImageError(f"the TIFF declares samples from {low:g} to {high:g}, which is no range")
+    return low, high, not unsigned or high < 65535
+
+
+def _tiff_bits(image: ImageFile.ImageFile) -> int:
+    if not isinstance(image, TiffImagePlugin.TiffImageFile):
+        return 8
+    return int(np.atleast_1d(image.tag_v2.get(_BITS, 1))[0])
+
+
+def _sample_value(image: TiffImagePlugin.TiffImageFile, tags: tuple[int, ...]) -> float | None:
+    for tag in tags:
+        if tag in image.tag_v2:
+            value = float(np.atleast_1d(np.asarray(image.tag_v2[tag], dtype=np.float64))[0])
+            if not math.isfinite(value):
+                raise ImageError(f"the TIFF declares a range that is not finite (tag {tag})")
+            return value
+    return None
+
+
+def _refuse_undeclared_depth(highest: float) -> None:
+    if highest < 4096:
+        raise ImageError(
+            f"16-bit samples that reach only {highest:g}: this looks like data of 12 bits or "
+            "fewer whose range is not declared, and would be rendered almost black. Scale it to "
+            "16 bits, or save it as TIFF with the tag MaxSampleValue"
+        )
+
+
+_strict_lock = threading.Lock()
+_strict_users = 0
+_lenient_before = False
+
+
+@contextmanager
+def _strict_pillow() -> Iterator[None]:
+    """Keep Pillow from accepting truncated files while any thread decodes.
+
+    Its switch is global, and other libraries set it; it is put back when the last thread leaves.
+    """
+    global _strict_users, _lenient_before
+    with _strict_lock:
+        if _strict_users == 0:
+            _lenient_before = ImageFile.LOAD_TRUNCATED_IMAGES
+            ImageFile.LOAD_TRUNCATED_IMAGES = False
+        _strict_users += 1
+    try:
+        yield
+    finally:
+        with _strict_lock:
+            _strict_users -= 1
+            if _strict_users == 0:
+                ImageFile.LOAD_TRUNCATED_IMAGES = _lenient_before

@@ -1,0 +1,246 @@
+"""What a checkpoint does to pixels before its tower sees them, read from its own file."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from medembed.errors import EncoderError
+
+__all__ = [
+    "FITS",
+    "PROCESSOR_FILES",
+    "RESAMPLES",
+    "Preprocessing",
+    "channel_levels",
+    "prepare",
+    "read_preprocessing",
+]
+
+FITS = ("stretch", "pad")
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+RESAMPLES = {
+    "nearest": Image.Resampling.NEAREST,
+    "lanczos": Image.Resampling.LANCZOS,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "box": Image.Resampling.BOX,
+    "hamming": Image.Resampling.HAMMING,
+}
+# What these classes of transformers use where the file leaves `resample` out.
+_DEFAULT_RESAMPLE = {"Gemma3ImageProcessor": "bilinear", "SiglipImageProcessor": "bicubic"}
+# Steps of transformers' processors that this pipeline does not have.
+_FOREIGN_STEPS = ("do_pan_and_scan", "do_center_crop", "do_pad", "do_image_splitting")
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """The way from a grey uint8 image to the tower's input.
+
+    Attributes
+    ----------
+    height, width : int
+        Size of the tower's input in pixels.
+    fit : {"stretch", "pad"}
+        Whether the aspect ratio is given up, or kept within a black frame.
+    resample : str
+        A name of `RESAMPLES`, Pillow's filter of that name.
+    mean, std : tuple of float
+        Per channel (red, green, blue), in units of the rescaled pixel.
+    rescale : float
+        Factor on the uint8 value before `mean` and `std`, usually 1/255.
+    """
+
+    height: int
+    width: int
+    fit: str
+    resample: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    rescale: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Give the JSON-able form that goes into a cache's spec."""
+        return {
+            "size": [self.height, self.width],
+            "fit": self.fit,
+            "resample": self.resample,
+            "rescale": self.rescale,
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }
+
+
+def read_preprocessing(directory: Path, fit: str = "stretch") -> Preprocessing:
+    """Read a checkpoint's image processor: its size, filter, scale, mean and std.
+
+    Parameters
+    ----------
+    directory : Path
+        Holds `preprocessor_config.json`, or `processor_config.json` with an `image_processor`.
+    fit : {"stretch", "pad"}
+        `stretch` is what the processor itself does.
+
+    Raises
+    ------
+    EncoderError
+        No such file, a value missing, or a step that this pipeline does not have.
+    """
+    if fit not in FITS:
+        raise EncoderError(f"fit {fit!r} is unknown. Choose one of: {', '.join(FITS)}.")
+    path, config = _read_config(Path(directory))
+    _refuse_foreign_steps(path, config)
+    height, width = _read_size(path, config)
+    normalised = bool(config.get("do_normalize", True))
+    mean = _read_triple(path, config, "image_mean") if normalised else (0.0, 0.0, 0.0)
+    std = _read_triple(path, config, "image_std") if normalised else (1.0, 1.0, 1.0)
+    if min(std) <= 0:
+        raise EncoderError(f"{path.name}: image_std {list(std)} is not positive.")
+    resample = _read_resample(path, config)
+    return Preprocessing(height, width, fit, resample, mean, std, _read_rescale(path, config))
+
+
+def prepare(pixels: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
+    """Bring a grey image to the tower's size, as transformers' PIL processor would.
+
+    Pillow resamples each channel by itself in the same fixed-point arithmetic, so resizing the
+    grey channel equals resizing its RGB copy at a third of the cost.
+
+    Parameters
+    ----------
+    pixels : ndarray
+        uint8 (H, W), 0 black.
+
+    Returns
+    -------
+    ndarray
+        uint8 (height, width).
+
+    Raises
+    ------
+    EncoderError
+        `pixels` is not a non-empty uint8 image.
+    """
+    if pixels.dtype != np.uint8 or pixels.ndim != 2 or 0 in pixels.shape:
+        found = f"{pixels.dtype} {pixels.shape}"
+        raise EncoderError(f"an image to prepare is uint8 (H, W) and not empty; this is {found}.")
+    target = (preprocessing.height, preprocessing.width)
+    if preprocessing.fit == "stretch":
+        return _resize(pixels, target, preprocessing.resample)
+    inner = _inner_size(pixels.shape, target)
+    framed = np.zeros(target, dtype=np.uint8)
+    top, left = (target[0] - inner[0]) // 2, (target[1] - inner[1]) // 2
+    resized = _resize(pixels, inner, preprocessing.resample)
+    framed[top : top + inner[0], left : left + inner[1]] = resized
+    return framed
+
+
+def channel_levels(preprocessing: Preprocessing) -> np.ndarray:
+    """Tabulate what each of the 256 grey levels becomes in each channel.
+
+    One uint8 channel can then travel to the device and be looked up there, and the result is
+    transformers' own to the last bit: it multiplies in float64, rounds to float32, and
+    subtracts and divides in float32.
+
+    Returns
+    -------
+    ndarray
+        float32 (3, 256).
+    """
+    levels = (np.arange(256, dtype=np.float64) * preprocessing.rescale).astype(np.float32)
+    mean = np.array(preprocessing.mean, dtype=np.float32)[:, None]
+    std = np.array(preprocessing.std, dtype=np.float32)[:, None]
+    table: np.ndarray = (levels[None] - mean) / std
+    return table
+
+
+def _read_config(directory: Path) -> tuple[Path, Mapping[str, Any]]:
+    for name in PROCESSOR_FILES:
+        path = directory / name
+        if not path.is_file():
+            continue
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise EncoderError(f"{name} of {directory.name} cannot be read: {error}") from error
+        if isinstance(config, dict) and isinstance(config.get("image_processor"), dict):
+            config = config["image_processor"]
+        if isinstance(config, dict) and "size" in config:
+            return path, config
+        if name == PROCESSOR_FILES[0]:
+            raise EncoderError(f"{name} of {directory.name} holds no image size.")
+    raise EncoderError(
+        f"{directory.name} holds neither {PROCESSOR_FILES[0]} nor a {PROCESSOR_FILES[1]} with an "
+        "image_processor: the size and scaling that its tower expects are unknown. Copy the file "
+        "from the original checkpoint."
+    )
+
+
+def _refuse_foreign_steps(path: Path, config: Mapping[str, Any]) -> None:
+    for step in _FOREIGN_STEPS:
+        if config.get(step):
+            raise EncoderError(f"{path.name} asks for {step}, which medembed does not do.")
+    if config.get("do_resize") is False:
+        raise EncoderError(f"{path.name} says do_resize false; images differ in size.")
+
+
+def _read_size(path: Path, config: Mapping[str, Any]) -> tuple[int, int]:
+    size = config["size"]
+    if isinstance(size, int):
+        size = {"height": size, "width": size}
+    if isinstance(size, dict):
+        sides = (size.get("height"), size.get("width"))
+        if all(type(side) is int and 0 < side <= 16384 for side in sides):
+            return sides[0], sides[1]  # type: ignore[return-value]
+    raise EncoderError(
+        f"{path.name}: size {size!r} is not a fixed height and width, which the tower needs."
+    )
+
+
+def _read_resample(path: Path, config: Mapping[str, Any]) -> str:
+    code = config.get("resample")
+    if code is None:
+        kind = str(config.get("image_processor_type", "")).removesuffix("Fast").removesuffix("Pil")
+        if kind in _DEFAULT_RESAMPLE:
+            return _DEFAULT_RESAMPLE[kind]
+    for name, filter_ in RESAMPLES.items():
+        if type(code) is int and code == int(filter_):
+            return name
+    raise EncoderError(f"{path.name}: resample {code!r} is not one of Pillow's filters.")
+
+
+def _read_triple(path: Path, config: Mapping[str, Any], key: str) -> tuple[float, float, float]:
+    value = config.get(key)
+    values = [value] * 3 if isinstance(value, int | float) else value
+    if isinstance(values, list) and len(values) == 3 and all(map(_is_number, values)):
+        return float(values[0]), float(values[1]), float(values[2])
+    raise EncoderError(f"{path.name}: {key} {value!r} is not three numbers.")
+
+
+def _read_rescale(path: Path, config: Mapping[str, Any]) -> float:
+    if not config.get("do_rescale", True):
+        return 1.0
+    factor = config.get("rescale_factor", 1 / 255)  # transformers' default for every processor
+    if _is_number(factor) and factor > 0:
+        return float(factor)
+    raise EncoderError(f"{path.name}: rescale_factor {factor!r} is not a positive number.")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)
+
+
+def _inner_size(shape: tuple[int, ...], target: tuple[int, int]) -> tuple[int, int]:
+    scale = min(target[0] / shape[0], target[1] / shape[1])
+    height = min(target[0], max(1, round(shape[0] * scale)))
+    return height, min(target[1], max(1, round(shape[1] * scale)))
+
+
+def _resize(pixels: np.ndarray, size: tuple[int, int], resample: str) -> np.ndarray:
+    image = Image.fromarray(pixels).resize((size[1], size[0]), resample=RESAMPLES[resample])
+    return np.array(image)

@@ -1,0 +1,78 @@
+"""What an encoder is, and what identifies it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from medembed.encoders.preprocessing import Preprocessing
+
+__all__ = ["Encoder"]
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """A frozen tower that turns prepared images into pooled vectors.
+
+    Attributes
+    ----------
+    source : str
+        Hub id, name of a local directory, or `demo`; never a path of this machine.
+    revision : str or None
+        The hub's commit, where there is one.
+    fingerprint : str
+        SHA-256 (hex) over what determines the embeddings: the weights and the architecture.
+        Equal fingerprints mean equal towers, however they are stored.
+    preprocessing : Preprocessing
+        What `prepare` must do to an image before `encode`.
+    dimensions : mapping of str to tuple of int
+        Every pooling on offer, with the shape of one image's vector.
+    device : str
+        Where the tower runs: `cpu`, `cuda`, `mps`.
+    precision : {"fp32", "bf16"}
+        Arithmetic of the tower; poolings are always computed in fp32.
+    """
+
+    @property
+    def source(self) -> str: ...  # noqa: D102 - described above
+
+    @property
+    def revision(self) -> str | None: ...  # noqa: D102
+
+    @property
+    def fingerprint(self) -> str: ...  # noqa: D102
+
+    @property
+    def preprocessing(self) -> Preprocessing: ...  # noqa: D102
+
+    @property
+    def dimensions(self) -> Mapping[str, tuple[int, ...]]: ...  # noqa: D102
+
+    @property
+    def device(self) -> str: ...  # noqa: D102
+
+    @property
+    def precision(self) -> str: ...  # noqa: D102
+
+    def encode(self, pixels: np.ndarray, poolings: Sequence[str]) -> dict[str, np.ndarray]:
+        """Embed a batch.
+
+        Parameters
+        ----------
+        pixels : ndarray
+            uint8 (n, height, width), prepared.
+        poolings : sequence of str
+            Names of `dimensions`.
+
+        Returns
+        -------
+        dict of str to ndarray
+            pooling -> float32 (n, *dimensions[pooling]), all finite, in the order of `pixels`.
+            In fp32 on a CPU a row does not depend on the others as long as n is the same.
+
+        Raises
+        ------
+        EncoderError
+            Wrong shape, dtype or pooling, or a result that is not finite.
+        """
+        ...

@@ -1,0 +1,333 @@
+"""The run directory: what was asked, every trial, the winners' predictions, their scores.
+
+Layout::
+
+    run.json              format, version, kind, the question asked, seed, versions, times, data
+    trials.jsonl          one line per trial and fold, appended and synced when it ends
+    predictions.parquet   every head's winner: out-of-fold on `train`, final on `test`
+    models/<head>/        the winners, refitted and packaged
+    scores.json           written last: a run without it is unfinished
+"""
+
+import contextlib
+import fcntl
+import io
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from medembed.errors import PathNotFoundError, RunError
+from medembed.files import json_bytes, write_atomically
+
+__all__ = ["PREDICTION_COLUMNS", "RUN_VERSION", "Run", "create_run", "open_run", "utc_now"]
+
+RUN_FORMAT = "medembed-run"
+RUN_VERSION = 1
+TRIAL_COLUMNS = [
+    *("trial", "head", "pooling", "params", "fold", "score"),
+    *("best_epoch", "seconds", "status", "error", "key"),
+]
+PREDICTION_COLUMNS = {
+    "sha256": pa.string(),
+    "patient": pa.int64(),
+    "study": pa.int64(),
+    "region": pa.string(),
+    "label": pa.int8(),
+    "split": pa.string(),
+    "fold": pa.int16(),
+    "head": pa.string(),
+    "trial": pa.int32(),
+    "probability": pa.float64(),
+}
+"""Columns of `predictions.parquet`; label, fold and trial may be null, study-level heads leave
+sha256 empty, probability lies in [0, 1]."""
+
+
+class Run:
+    """One run directory.
+
+    Parameters
+    ----------
+    path : Path
+        The directory.
+    info : dict
+        The content of `run.json`.
+    """
+
+    def __init__(self, path: Path, info: dict[str, Any]) -> None:
+        self.path = path
+        self.info = info
+
+    @property
+    def name(self) -> str:
+        """The directory's own name, which tables and pages show in place of its path."""
+        return self.path.resolve().name
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the run ended: `scores.json` is written last."""
+        return (self.path / "scores.json").is_file()
+
+    def update_info(self, **changes: Any) -> None:
+        """Replace entries of `run.json`, atomically."""
+        self.info = {**self.info, **changes}
+        write_atomically(self.path / "run.json", json_bytes(self.info))
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the directory for writing and mend a torn last line of the ledger.
+
+        The lock is the system's and ends with the process, however that ends.
+
+        Raises
+        ------
+        RunError
+            Another process writes to this run.
+        """
+        with open(self.path / ".lock", "ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise RunError(
+                    f"run at {self.path} is being written by another process. "
+                    "Wait for it to end, or choose another --out."
+                ) from None
+            self._mend_ledger()
+            yield
+
+    def append_trial(self, record: Mapping[str, Any]) -> None:
+        """Add one line to the ledger; it is on disk when this returns."""
+        line = json.dumps(dict(record), ensure_ascii=False, allow_nan=False) + "\n"
+        with open(self._ledger_path, "ab") as file:
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def trial_records(self) -> list[dict[str, Any]]:
+        """Read the ledger, oldest first; a torn last line is not there.
+
+        Raises
+        ------
+        RunError
+            A line before the last is not JSON.
+        """
+        if not self._ledger_path.exists():
+            return []
+        *lines, _torn = self._ledger_path.read_bytes().split(b"\n")
+        return [self._parse_trial(number, line) for number, line in enumerate(lines, start=1)]
+
+    def trials(self) -> pd.DataFrame:
+        """Return the ledger as a table, one row per trial and fold."""
+        return pd.DataFrame(self.trial_records(), columns=TRIAL_COLUMNS)
+
+    def write_predictions(self, predictions: pd.DataFrame) -> None:
+        """Write `predictions.parquet`, whole; equal rows give equal bytes."""
+        schema = pa.schema(list(PREDICTION_COLUMNS.items()))
+        table = pa.Table.from_pandas(
+            predictions[list(PREDICTION_COLUMNS)], schema=schema, preserve_index=False
+        ).replace_schema_metadata(None)
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer, compression="zstd")
+        write_atomically(self.path / "predictions.parquet", buffer.getvalue())
+
+    def predictions(self) -> pd.DataFrame:
+        """Read `predictions.parquet`; columns as `PREDICTION_COLUMNS`, label as nullable Int8.
+
+        Raises
+        ------
+        RunError
+            The file is missing, damaged, or lacks a column.
+        """
+        path = self.path / "predictions.parquet"
+        try:
+            table = pq.read_table(path, columns=list(PREDICTION_COLUMNS))
+            frame: pd.DataFrame = table.cast(
+                pa.schema(list(PREDICTION_COLUMNS.items()))
+            ).to_pandas()
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise RunError(
+                f"predictions of the run at {self.path} cannot be read ({error}). "
+                "Delete the run and sweep again."
+            ) from None
+        return frame.astype({"label": "Int8", "fold": "Int16", "trial": "Int32"})
+
+    def write_scores(self, scores: Mapping[str, Any]) -> None:
+        """Write `scores.json`, which completes the run."""
+        write_atomically(self.path / "scores.json", json_bytes(scores))
+
+    def scores(self) -> dict[str, Any]:
+        """Read `scores.json`."""
+        return _read_json(self.path / "scores.json")
+
+    def model_path(self, head: str) -> Path:
+        """Return where the winner of `head` is packaged.
+
+        Raises
+        ------
+        RunError
+            The name cannot be a directory's.
+        """
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]*", head):
+            raise RunError(f"head name {head!r} cannot name a directory")
+        return self.path / "models" / head
+
+    def require_complete(self) -> None:
+        """Refuse an unfinished run, naming the command that finishes it.
+
+        Raises
+        ------
+        RunError
+            The run has no scores yet.
+        """
+        if not self.is_complete:
+            command = self.info.get("command", "the command that started it")
+            raise RunError(
+                f"run at {self.path} is unfinished. "
+                f"Finish it with the same command again: {command}"
+            )
+
+    @property
+    def _ledger_path(self) -> Path:
+        return self.path / "trials.jsonl"
+
+    def _mend_ledger(self) -> None:
+        if not self._ledger_path.exists():
+            return
+        with open(self._ledger_path, "r+b") as file:
+            content = file.read()
+            end = content.rfind(b"\n") + 1
+            if end < len(content):
+                file.truncate(end)
+                os.fsync(file.fileno())
+
+    def _parse_trial(self, number: int, line: bytes) -> dict[str, Any]:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict):
+            raise RunError(
+                f"line {number} of {self._ledger_path} is not a trial. "
+                "Delete that line and run the sweep again: only that trial is repeated."
+            )
+        return record
+
+
+def open_run(path: str | Path) -> Run:
+    """Open a run directory for reading.
+
+    Raises
+    ------
+    PathNotFoundError
+        There is no such directory.
+    RunError
+        The directory is not a run, or one of another version.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise PathNotFoundError(f"run {path} does not exist. `medembed sweep` makes one.")
+    if not (path / "run.json").is_file():
+        raise RunError(f"{path} is not a run: it has no run.json. `medembed sweep` makes one.")
+    info = _read_json(path / "run.json")
+    if info.get("format") != RUN_FORMAT:
+        raise RunError(f"{path} is not a run: its run.json has format {info.get('format')!r}.")
+    if info.get("version") != RUN_VERSION:
+        raise RunError(
+            f"run at {path} has version {info.get('version')!r}; this medembed reads version "
+            f"{RUN_VERSION}. Use the medembed that made it, or sweep again."
+        )
+    return Run(path, info)
+
+
+def create_run(
+    path: str | Path, asked: Mapping[str, Any], *, details: Mapping[str, Any] | None = None
+) -> Run:
+    """Create a run directory, or take up the one that asks the same.
+
+    Parameters
+    ----------
+    path : str or Path
+        The directory: absent, empty, or a run with an equal question.
+    asked : mapping
+        The question: everything that decides the result, as JSON values.
+    details : mapping, optional
+        Further entries of `run.json` (versions, data, command), recorded, not compared.
+
+    Raises
+    ------
+    RunError
+        The directory is not empty and not a run, or answers another question.
+    """
+    path = Path(path)
+    asked = json.loads(json.dumps(dict(asked), allow_nan=False))
+    if path.is_dir() and (path / "run.json").is_file():
+        run = open_run(path)
+        _refuse_other_question(run, asked)
+        return run
+    _refuse_foreign(path)
+    path.mkdir(parents=True, exist_ok=True)
+    info = {"format": RUN_FORMAT, "version": RUN_VERSION, "kind": "sweep", **(details or {})}
+    run = Run(path, info)
+    run.update_info(asked=asked, times={"started": utc_now(), "ended": None})
+    return run
+
+
+def utc_now() -> str:
+    """Return the time as ISO 8601 in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _refuse_foreign(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise RunError(f"{path} is a file. Choose another --out.")
+    # A crash between the directory and its run.json leaves at most a hidden partial file.
+    if path.is_dir() and any(not entry.name.startswith(".") for entry in path.iterdir()):
+        raise RunError(f"{path} is not empty and not a run. Choose another --out.")
+
+
+def _refuse_other_question(run: Run, asked: Mapping[str, Any]) -> None:
+    difference = _first_difference(run.info.get("asked", {}), asked)
+    if difference is not None:
+        name, before, now = difference
+        raise RunError(
+            f"run at {run.path} answers another question: {name} was {_short(before)} there and "
+            f"is {_short(now)} here. Choose another --out, or ask what was asked there."
+        )
+
+
+def _first_difference(
+    before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = ""
+) -> tuple[str, Any, Any] | None:
+    for name in [*now, *(name for name in before if name not in now)]:
+        a, b = before.get(name), now.get(name)
+        if a == b and (name in before) == (name in now):
+            continue
+        if isinstance(a, dict) and isinstance(b, dict):
+            return _first_difference(a, b, f"{prefix}{name}.")
+        return f"{prefix}{name}", a, b
+    return None
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else f"{text[:12]}…{text[-5:]}"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"{path} cannot be read ({error}). Delete the run and sweep again."
+        ) from None
+    if not isinstance(document, dict):
+        raise RunError(f"{path} does not hold a JSON object. Delete the run and sweep again.")
+    return document

@@ -1,0 +1,105 @@
+"""The command as a person meets it: help, exit status, one JSON document, one clear error."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from medembed.cli import main
+
+ROOT = Path(__file__).parents[1]
+
+
+def commands(group: click.Group = main, prefix: str = "medembed") -> dict[str, click.Command]:
+    found: dict[str, click.Command] = {}
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            found |= commands(command, f"{prefix} {name}")
+        else:
+            found[f"{prefix} {name}"] = command
+    return found
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("name", commands())
+def test_every_command_has_help_json_and_a_place_in_the_readme(name: str) -> None:
+    command = commands()[name]
+    assert command.help
+    assert "--json" in [option for param in command.params for option in param.opts]
+    assert name in (ROOT / "README.md").read_text()
+    assert run(*name.split()[1:], "--help").exit_code == 0
+
+
+@pytest.mark.parametrize("name", commands())
+def test_every_line_of_help_fits_a_terminal(name: str) -> None:
+    help_text = run(*name.split()[1:], "--help").output
+    assert max(len(line) for line in help_text.splitlines()) <= 80
+
+
+def test_the_readme_names_no_command_that_is_not_there() -> None:
+    named = set(re.findall(r"`(medembed(?: [a-z]+)+)", (ROOT / "README.md").read_text()))
+    known = set(commands()) | {"medembed"}
+    assert not {name for name in named if not any(name.startswith(k) for k in known)}
+
+
+def test_every_make_target_is_listed_with_its_help() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z-]+):(?!=)", makefile, re.MULTILINE))
+    listed = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert targets == {line.split()[0] for line in listed.splitlines()}
+
+
+def test_wrong_usage_exits_with_2() -> None:
+    assert run("extract").exit_code == 2
+    assert run("sweep", "cache", "m.csv", "--out", "r", "--heads", "mlp,,").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("manifest", "build", "mura", "--image-root", "{absent}", "-o", "{out}"),
+        ("manifest", "check", "{absent}"),
+        ("extract", "{absent}", "--image-root", ".", "--encoder", "demo", "--cache", "{out}"),
+        ("cache", "info", "{absent}"),
+        ("cache", "verify", "{absent}"),
+        ("sweep", "{absent}", "{absent}", "--out", "{out}"),
+        ("compare", "{absent}"),
+        ("report", "{absent}", "-o", "{out}"),
+    ],
+)
+def test_a_path_that_is_not_there_is_one_clear_error(
+    arguments: tuple[str, ...], tmp_path: Path
+) -> None:
+    absent, out = tmp_path / "no such thing", tmp_path / "out.csv"
+    result = run(*(argument.format(absent=absent, out=out) for argument in arguments))
+    assert result.exit_code == 1
+    assert result.output.startswith("Error: ")
+    assert "no such thing" in result.output
+    assert not out.exists()
+
+
+def test_an_error_leaves_no_traceback_in_a_real_process(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "medembed", "cache", "info", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("Error: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_json_is_the_only_thing_on_stdout(shared_data: Path, tmp_path: Path) -> None:
+    root, out = shared_data / "grazpedwri", tmp_path / "m.csv"
+    arguments = ("--image-root", root, "-o", out, "--structure-only", "--json")
+    result = run("manifest", "build", ROOT / "data_manifests" / "grazpedwri.toml", *arguments)
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert (document["images"], document["patients"]) == (20_327, 6_091)
+    assert document["abnormal"] == 13_550
+    assert set(document) >= {"images", "studies", "patients", "abnormal", "excluded", "warnings"}
