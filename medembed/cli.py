@@ -367,9 +367,7 @@ def demo_command(directory: Path, n_patients: int, seed: int, as_json: bool) -> 
     from medembed.demo.pipeline import run_demo
 
     say("The demo's images are synthetic; its scores say nothing about medicine.")
-    result = run_demo(
-        directory, n_patients=n_patients, seed=seed, say=say, showing_progress=showing_progress
-    )
+    result = run_demo(directory, n_patients=n_patients, seed=seed, show_progress=showing_progress)
     if as_json:
         print_json(result)
         return

@@ -1,5 +1,6 @@
 """`failures.jsonl`: images that could not become a row, one line each, append-only."""
 
+import io
 import json
 import os
 from collections.abc import Iterable
@@ -34,27 +35,20 @@ class Failure:
 
 
 def read_failures(path: Path) -> dict[str, Failure]:
-    """Read the newest failure of each image, by sha256; a torn last line means nothing.
+    """Read the newest failure of each image, by sha256.
+
+    A line that a crash cut off is passed over: its image is merely tried again.
 
     Raises
     ------
     CacheError
-        A whole line is not a failure, or the file cannot be read.
+        The file cannot be read.
     """
     try:
-        text = path.read_bytes() if path.exists() else b""
+        lines = path.read_bytes().splitlines() if path.exists() else []
     except OSError as error:
         raise CacheError(f"cannot read {path}: {error.strerror or error}") from error
-    *lines, torn = text.split(b"\n")
-    del torn  # empty, or cut off by a crash while it was written
-    newest = {}
-    for number, line in enumerate(lines, 1):
-        failure = _parse(line)
-        if failure:
-            newest[failure.sha256] = failure
-        elif line:
-            raise CacheError(f"{path}, line {number} is not a failure; remove that line")
-    return newest
+    return {failure.sha256: failure for failure in map(_parse, lines) if failure}
 
 
 def append_failures(path: Path, new: Iterable[Failure]) -> None:
@@ -70,17 +64,24 @@ def append_failures(path: Path, new: Iterable[Failure]) -> None:
         return
     try:
         # Appending, one write: lines of several workers do not mix.
-        with path.open("ab", buffering=0) as file:
-            file.write(data)
+        with path.open("a+b", buffering=0) as file:
+            file.write(b"\n" + data if _is_torn(file) else data)
             os.fsync(file.fileno())
     except OSError as error:
         raise CacheError(f"cannot append to {path}: {error.strerror or error}") from error
 
 
+def _is_torn(file: io.FileIO) -> bool:
+    if file.seek(0, os.SEEK_END) == 0:
+        return False
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) != b"\n"
+
+
 def _parse(line: bytes) -> Failure | None:
     try:
         failure = Failure(**json.loads(line))
+        whole = len(bytes.fromhex(failure.sha256)) == KEY_BYTES and failure.stage in STAGES
     except (ValueError, TypeError):
         return None
-    whole = len(failure.sha256) == 2 * KEY_BYTES and failure.stage in STAGES
     return failure if whole else None

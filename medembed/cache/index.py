@@ -63,7 +63,9 @@ class Index:
         lengths = [len(part) for part in parts]
         keys = sortable(np.concatenate([np.empty((0, KEY_BYTES), np.uint8), *parts]))
         owners = np.repeat(np.arange(len(paths), dtype=np.int32), lengths)
-        rows = np.concatenate([np.empty(0, np.int32), *(np.arange(n, dtype=np.int32) for n in lengths)])
+        rows = np.concatenate(
+            [np.empty(0, np.int32), *(np.arange(n, dtype=np.int32) for n in lengths)]
+        )
         order = np.argsort(keys, kind="stable")  # of a row that stands twice, the first is kept
         keys = keys[order]
         first = np.ones(len(keys), bool)

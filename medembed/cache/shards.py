@@ -15,6 +15,7 @@ import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +200,7 @@ def copy_rows(
     with _hdf5(path, verify=verify, spec=spec) as file:
         for name, output in outputs.items():
             dataset = file["embeddings"][name]
-            for chunk, (start, stop) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+            for chunk, (start, stop) in enumerate(pairwise(edges)):
                 if start == stop:
                     continue
                 first = chunk * CHUNK_ROWS
@@ -208,9 +209,7 @@ def copy_rows(
                 output[_as_slice(places[start:stop])] = taken
 
 
-def _store_values(
-    name: str, values: np.ndarray, shape: tuple[int, ...], dtype: str
-) -> np.ndarray:
+def _store_values(name: str, values: np.ndarray, shape: tuple[int, ...], dtype: str) -> np.ndarray:
     if values.shape != shape:
         raise CacheError(f"pooling {name} has shape {values.shape}; this cache holds {shape}")
     if not np.isfinite(values).all():
@@ -254,9 +253,7 @@ def _header(keys: np.ndarray, offset: int, spec: CacheSpec) -> bytes:
     return json.dumps(document).encode().ljust(HEADER_BYTES - 1) + b"\n"
 
 
-def _place(
-    partial: Path, data: bytes, keys: np.ndarray, stored: Mapping[str, np.ndarray]
-) -> Path:
+def _place(partial: Path, data: bytes, keys: np.ndarray, stored: Mapping[str, np.ndarray]) -> Path:
     with partial.open("xb") as file:
         file.write(data)
         file.flush()
@@ -264,8 +261,7 @@ def _place(
     written = partial.read_bytes()
     with h5py.File(io.BytesIO(written), "r") as file:
         equal = np.array_equal(file["sha256"][...], keys) and all(
-            np.array_equal(file["embeddings"][name][...], values)
-            for name, values in stored.items()
+            np.array_equal(file["embeddings"][name][...], values) for name, values in stored.items()
         )
     if written != data or not equal:
         raise ShardError(f"what was written to {partial} does not read back as written: bad disk?")

@@ -44,7 +44,9 @@ class CacheSpec:
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
-            raise CacheError(f"stored dtype {self.dtype!r} is unknown: choose {' or '.join(DTYPES)}")
+            raise CacheError(
+                f"stored dtype {self.dtype!r} is unknown: choose {' or '.join(DTYPES)}"
+            )
         if not self.poolings:
             raise CacheError("a cache needs at least one pooling, such as --pool mean,max")
         # Through JSON and back, so that a spec just made equals the same spec read from disk.

@@ -1,9 +1,6 @@
 """The cache directory: one spec, many immutable shards, a list of failures."""
 
-import contextlib
-import json
 import os
-import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,29 +9,20 @@ from typing import Any
 import numpy as np
 
 from medembed.cache import failures, shards
+from medembed.cache.description import (
+    FORMAT,
+    VERSION,
+    create_description,
+    mismatch,
+    read_description,
+    source_of,
+)
 from medembed.cache.failures import Failure
 from medembed.cache.index import Index
-from medembed.cache.spec import KEY_BYTES, CacheSpec, hex_from_keys, sortable
-from medembed.errors import (
-    CacheError,
-    MissingRowsError,
-    PathNotFoundError,
-    ShardError,
-    SpecMismatchError,
-)
-from medembed.files import json_bytes, sync_directory
+from medembed.cache.spec import CacheSpec, keys_from_hex, sortable
+from medembed.errors import CacheError, MissingRowsError, ShardError
 
-__all__ = ["Cache", "create_cache", "open_cache", "options_of"]
-
-FORMAT = "medembed-cache"
-VERSION = 1
-# Spec entry -> command-line option and its default. Entries without one follow from the encoder.
-OPTIONS = {
-    "encoder": ("--encoder", None),
-    "fit": ("--fit", "stretch"),
-    "poolings": ("--pool", "mean,max"),
-    "dtype": ("--dtype", "float16"),
-}
+__all__ = ["Cache", "create_cache", "open_cache"]
 
 
 class Cache:
@@ -64,7 +52,7 @@ class Cache:
     @property
     def source(self) -> str:
         """Name the encoder as the user named it: `source` or `source@revision`."""
-        return _source(self.recorded)
+        return source_of(self.recorded)
 
     def keys(self) -> np.ndarray:
         """Return the keys of all committed rows, sorted and unique: (n, 32) uint8.
@@ -161,14 +149,11 @@ class Cache:
         Raises
         ------
         CacheError
-            `failures.jsonl` holds a whole line that is not a failure.
+            `failures.jsonl` cannot be read.
         """
         known = failures.read_failures(self._failures_path)
-        if not known:
-            return known
-        keys = np.frombuffer(bytes.fromhex("".join(known)), np.uint8).reshape(-1, KEY_BYTES)
-        done = self.is_done(keys)
-        return {sha: f for (sha, f), is_done in zip(known.items(), done, strict=True) if not is_done}
+        done = self.is_done(keys_from_hex(list(known)))
+        return {f.sha256: f for f, is_done in zip(known.values(), done, strict=True) if not is_done}
 
     def record_failures(self, new: Iterable[Failure]) -> None:
         """Append failures to `failures.jsonl`, durably.
@@ -206,7 +191,7 @@ class Cache:
         """
         problems = []
         seen = _Seen()
-        paths = sorted((self.path / "shards").iterdir())
+        paths = sorted((self.path / "shards").glob("*"))
         for n_done, path in enumerate(paths, 1):
             if shards.is_shard_name(path.name):
                 problems += self._check_shard(path, seen)
@@ -249,17 +234,11 @@ def create_cache(
     CacheError
         The directory holds something else, is of an unknown version, or cannot be written.
     """
-    path = Path(path)
-    try:
-        if not (path / "cache.json").exists():
-            _create(path, spec, recorded)
-        (path / "shards").mkdir(exist_ok=True)
-    except OSError as error:
-        raise CacheError(
-            f"cannot make a cache at {path}: {error.strerror or error}. Choose another --cache."
-        ) from error
+    create_description(Path(path), spec, recorded)
     cache = open_cache(path)
-    _refuse_mismatch(cache, spec, recorded)
+    error = mismatch(cache.path, (cache.spec, cache.recorded), (spec, recorded))
+    if error:
+        raise error
     return cache
 
 
@@ -271,33 +250,9 @@ def open_cache(path: str | os.PathLike[str]) -> Cache:
     PathNotFoundError
         There is no directory at `path`.
     CacheError
-        It is not a cache, or one of an unknown version.
+        It is not a cache, damaged, or of an unknown version.
     """
-    path = Path(path)
-    if not path.is_dir():
-        raise PathNotFoundError(f"no cache at {path}: make one with `medembed extract`")
-    document = _read_description(path)
-    if document.get("version") != VERSION:
-        raise CacheError(
-            f"cache at {path} has format version {document.get('version')}; this medembed reads "
-            f"version {VERSION}. Install the medembed that wrote it, or choose another --cache."
-        )
-    try:
-        return Cache(path, CacheSpec.from_dict(document["spec"]), dict(document["recorded"]))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CacheError(f"{path / 'cache.json'} is damaged: {error!r}") from error
-
-
-def options_of(spec: CacheSpec) -> str:
-    """Write the command-line options, beyond the defaults, that ask for this spec."""
-    values = {"fit": spec.preprocessing.get("fit"), "dtype": spec.dtype}
-    values["poolings"] = ",".join(spec.poolings)
-    given = [
-        f" {option} {values[name]}"
-        for name, (option, default) in OPTIONS.items()
-        if values.get(name) not in (None, default)
-    ]
-    return "".join(given)
+    return Cache(Path(path), *read_description(Path(path)))
 
 
 class _Seen:
@@ -319,85 +274,9 @@ class _Seen:
         order = np.argsort(sortable(keys), kind="stable")
         names = sortable(keys)[order]
         again = order[1:][names[1:] == names[:-1]]
+        counts = np.bincount(owners[again], minlength=len(self.paths))
         return [
-            f"row {sha} stands in shard {self.paths[owner]} and in one before it"
-            for sha, owner in zip(hex_from_keys(keys[again]), owners[again], strict=True)
+            f"{n_rows} row(s) of shard {path} stand in another shard too; the first is read"
+            for path, n_rows in zip(self.paths, counts.tolist(), strict=True)
+            if n_rows
         ]
-
-
-def _create(path: Path, spec: CacheSpec, recorded: Mapping[str, Any]) -> None:
-    if path.is_dir() and any(not _is_ours(entry) for entry in path.iterdir()):
-        if (path / "cache.json").exists():  # another process was faster
-            return
-        raise CacheError(f"{path} is not a cache and not empty. Choose another --cache.")
-    path.mkdir(parents=True, exist_ok=True)
-    document = {"format": FORMAT, "version": VERSION, "spec": spec.as_dict()}
-    data = json_bytes({**document, "recorded": dict(recorded)})
-    partial = path / f".cache.json.{secrets.token_hex(8)}.partial"
-    try:
-        with partial.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        _publish(partial, path / "cache.json")
-    finally:
-        partial.unlink(missing_ok=True)
-    sync_directory(path)
-
-
-def _publish(partial: Path, path: Path) -> None:
-    """Give a whole file its name unless another process has done so first."""
-    try:
-        os.link(partial, path)  # unlike a rename, fails where the name is taken
-    except FileExistsError:
-        pass
-    except OSError:  # a file system without hard links
-        if not path.exists():
-            os.replace(partial, path)
-
-
-def _is_ours(entry: Path) -> bool:
-    return entry.name == "shards" or entry.suffix == ".partial"
-
-
-def _read_description(path: Path) -> dict[str, Any]:
-    document: Any = None
-    with contextlib.suppress(OSError, ValueError):
-        document = json.loads((path / "cache.json").read_bytes())
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise CacheError(
-            f"{path} is not a cache: it has no cache.json of the format {FORMAT}. "
-            "Choose another --cache."
-        )
-    return document
-
-
-def _refuse_mismatch(cache: Cache, spec: CacheSpec, recorded: Mapping[str, Any]) -> None:
-    difference = cache.spec.first_difference(spec)
-    if difference is None:
-        return
-    name, theirs, ours = difference
-    asked = f"{name}={_shown(ours)}"
-    if name == "encoder":
-        asked += f" ({_source(recorded)})"
-    raise SpecMismatchError(
-        f"cache at {cache.path} was made by {cache.source} with {name}={_shown(theirs)}; this run "
-        f"asks for {asked}. Choose another --cache{_way_back(cache, name, theirs)}."
-    )
-
-
-def _way_back(cache: Cache, name: str, value: Any) -> str:
-    if name not in OPTIONS:
-        return ""
-    option, default = OPTIONS[name]
-    wanted = cache.source if name == "encoder" else _shown(value)
-    return f", or drop {option}" if wanted == default else f", or give {option} {wanted}"
-
-
-def _shown(value: Any) -> str:
-    return ",".join(value) if isinstance(value, Mapping) else str(value)
-
-
-def _source(recorded: Mapping[str, Any]) -> str:
-    source, revision = recorded.get("source", "an unknown encoder"), recorded.get("revision")
-    return f"{source}@{revision}" if revision else str(source)

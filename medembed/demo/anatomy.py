@@ -44,8 +44,11 @@ class Skeleton:
 
 @dataclass(frozen=True)
 class View:
-    """How a skeleton is laid on the detector: `turn` about the long axis and `tilt` in the image
-    plane (radians), `zoom`, `shift` and whether left and right are exchanged."""
+    """How a skeleton is laid on the detector.
+
+    `turn` about the long axis and `tilt` in the image plane are in radians; `mirrored` exchanges
+    left and right.
+    """
 
     turn: float
     tilt: float

@@ -27,7 +27,7 @@ def vision_config() -> dict[str, Any]:
 
 
 def tower_config() -> dict[str, Any]:
-    """Return `config.json` as MedGemma 4B has it; the text model is a placeholder without weights."""
+    """Return `config.json` as MedGemma 4B has it; its text model is a mere placeholder."""
     return {
         "architectures": ["Gemma3ForConditionalGeneration"],
         "model_type": "gemma3",
@@ -69,13 +69,13 @@ def processor_config() -> dict[str, Any]:
     }
 
 
-def describe(
-    scores: Mapping[str, float], *, n_images: int, n_steps: int, n_trial: int = 0
-) -> str:
+def describe(scores: Mapping[str, float], *, n_images: int, n_steps: int, n_trial: int = 0) -> str:
     """Return the model card; `scores` as `train_encoder.measure` returns them, or empty."""
     measured = "Not measured: training had not ended when this was written."
     if scores:
-        rows = "\n".join(f"| {_TITLES.get(name, name)} | {score:.3f} |" for name, score in scores.items())
+        rows = "\n".join(
+            f"| {_TITLES.get(name, name)} | {score:.3f} |" for name, score in scores.items()
+        )
         measured = _MEASURED.format(half=n_trial // 2, rows=rows)
     return _CARD.format(n_images=n_images, n_steps=n_steps, measured=measured)
 
@@ -108,8 +108,8 @@ license: apache-2.0
 by `medembed.demo.synthetic`. No radiograph of any person was used. It exists so that medembed can
 be tried and tested within minutes, without a GPU or gated weights. Never use it on people.
 
-It is a SigLIP vision tower of 0.7 M parameters (128 × 128 pixels, patches of 8, width 128, 4 layers,
-4 heads) in the checkpoint layout of MedGemma 4B: `vision_tower.vision_model.…` in
+It is a SigLIP vision tower of 0.7 M parameters (128 × 128 pixels, patches of 8, width 128, 4
+layers, 4 heads) in the checkpoint layout of MedGemma 4B: `vision_tower.vision_model.…` in
 `model.safetensors` (float16), the architecture in `config.json`, the preprocessing in
 `preprocessor_config.json`. The text model that `config.json` names is a placeholder; there are no
 weights for it.

@@ -5,12 +5,16 @@ of the marrow. Soft tissue adds a smooth background, and an exponential film cur
 noise make grey values. Everything is a function of the seed, so the same call gives the same image.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from medembed.demo.anatomy import Bone, Skeleton, View, draw_skeleton, project
+from medembed.demo.anatomy import REGIONS, Skeleton, View, draw_skeleton, project
+from medembed.demo.bones import Array, Frame, frame_bone, tube
+from medembed.demo.findings import KINDS, Finding, alter
+from medembed.errors import MedembedError
 
 __all__ = [
     "DEMO_SEEDS",
@@ -23,11 +27,10 @@ __all__ = [
     "render",
 ]
 
-KINDS = ("line", "displaced", "implant", "lesion")
 PROJECTIONS = ("frontal", "lateral", "oblique")
 
 # Disjoint on purpose: the demo never shows an image on which its encoder was trained or measured.
-TRAINING_SEEDS = range(0, 2**31)
+TRAINING_SEEDS = range(2**31)
 TRIAL_SEEDS = range(2**31, 2**32)
 DEMO_SEEDS = range(2**32, 2**62)
 
@@ -36,8 +39,6 @@ MASK_THRESHOLD = 4 / 255
 _TURNS = (0.0, 1.05, 0.6)  # radians about the long axis, by projection
 _ANATOMY, _POSE, _FINDING, _FILM = range(4)  # one random stream each, so a twin shares the others
 
-_Array = NDArray[np.float32]
-
 
 @dataclass(frozen=True)
 class Rendered:
@@ -45,17 +46,6 @@ class Rendered:
 
     pixels: NDArray[np.uint8]
     mask: NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class _Finding:
-    """One abnormality on bone `bone`, `place` of its length along it, `strength` in 0..1."""
-
-    kind: str
-    strength: float
-    bone: int
-    place: float
-    shape: tuple[float, float, float, float]  # four uniform draws that give the kind its form
 
 
 def render(
@@ -83,7 +73,13 @@ def render(
         Index into `PROJECTIONS`; also varies pose, exposure and noise.
     size
         Side in pixels; the texture is drawn for 256.
+
+    Raises
+    ------
+    MedembedError
+        There is no such region or abnormality.
     """
+    _check(region, abnormality)
     skeleton = draw_skeleton(region, _generator(seed, _ANATOMY))
     view = _draw_view(seed, projection)
     finding = None
@@ -100,10 +96,11 @@ def render(
     marker = _draw_marker(film, size)
     grain = film.standard_normal((size, size), np.float32) * np.float32(noise)
 
-    def develop(thickness: _Array, box: tuple[slice, slice]) -> _Array:
+    def develop(thickness: Array, box: tuple[slice, slice]) -> Array:
         grey = 1 - np.exp(-np.float32(exposure) * thickness)
         grey = np.float32(haze) + np.float32(1 - haze) * grey ** np.float32(gamma)
-        return np.maximum(grey * window[box], marker[box])
+        seen: Array = np.maximum(grey * window[box], marker[box])
+        return seen
 
     whole = (slice(None), slice(None))
     grey = develop(attenuation, whole)
@@ -113,6 +110,15 @@ def render(
         mask[box] = np.abs(grey[box] - develop(normal, box)) > MASK_THRESHOLD
     pixels = np.clip((grey + grain) * 255 + 0.5, 0, 255).astype(np.uint8)
     return Rendered(pixels, mask)
+
+
+def _check(region: str, abnormality: str | None) -> None:
+    if region not in REGIONS:
+        raise MedembedError(f"no synthetic region {region!r}; there are {', '.join(REGIONS)}.")
+    if abnormality is not None and abnormality not in KINDS:
+        raise MedembedError(
+            f"no synthetic abnormality {abnormality!r}; there are {', '.join(KINDS)}, and None."
+        )
 
 
 def _generator(seed: int, *stream: int) -> np.random.Generator:
@@ -130,16 +136,14 @@ def _draw_view(seed: int, projection: int) -> View:
     )
 
 
-def _draw_finding(
-    seed: int, skeleton: Skeleton, kind: str, severity: float, view: View
-) -> _Finding:
+def _draw_finding(seed: int, skeleton: Skeleton, kind: str, severity: float, view: View) -> Finding:
     generator = _generator(seed, _FINDING)
     towards, *shape = (float(x) for x in generator.random(5))
     # The plane of a finding is rarely seen edge-on in every projection.
     seen = 0.4 + 0.6 * abs(float(np.cos(view.turn - np.pi * towards)))
     strength = severity if kind == "implant" else severity * seen
     bone, place = _place(skeleton, generator)
-    return _Finding(kind, strength, bone, place, (shape[0], shape[1], shape[2], shape[3]))
+    return Finding(kind, strength, bone, place, (shape[0], shape[1], shape[2], shape[3]))
 
 
 def _place(skeleton: Skeleton, generator: np.random.Generator) -> tuple[int, float]:
@@ -147,244 +151,86 @@ def _place(skeleton: Skeleton, generator: np.random.Generator) -> tuple[int, flo
     candidates = [i for i, bone in enumerate(skeleton.bones) if bone.breakable]
     for _ in range(100):
         bone, place = int(generator.choice(candidates)), float(generator.uniform(0.12, 0.88))
-        start, end = (np.array(p[:2]) for p in (skeleton.bones[bone].start, skeleton.bones[bone].end))
+        start, end = (
+            np.array(p[:2]) for p in (skeleton.bones[bone].start, skeleton.bones[bone].end)
+        )
         if np.all(np.abs(start + place * (end - start)) < 0.72):
             break
     return bone, place
 
 
-# ---------------------------------------------------------------- bones
-
-
-@dataclass(frozen=True)
-class _Frame:
-    """The part of the image around one bone: `along` 0..1 from start to end, `across` signed
-    distance from the axis, `length` of the axis (both in half image sides), `pixel` one pixel."""
-
-    box: tuple[slice, slice]
-    along: _Array
-    across: _Array
-    length: float
-    pixel: float
-
-
-def _frame(bone: Bone, size: int, reach: float) -> _Frame | None:
-    ends = np.array((bone.start[:2], bone.end[:2]))
-    low = np.floor((ends.min(0) - reach + 1) * size / 2).astype(int).clip(0, size)
-    high = np.ceil((ends.max(0) + reach + 1) * size / 2).astype(int).clip(0, size)
-    if np.any(high <= low):
-        return None
-    pixel = 2 / size
-    x = (np.arange(low[0], high[0], dtype=np.float32) + np.float32(0.5)) * np.float32(pixel) - 1
-    y = (np.arange(low[1], high[1], dtype=np.float32) + np.float32(0.5)) * np.float32(pixel) - 1
-    axis = ends[1] - ends[0]
-    length = max(float(np.sqrt(np.sum(axis**2))), 1e-3)
-    dx, dy = (np.float32(value / length) for value in axis)
-    x, y = x - np.float32(ends[0, 0]), y - np.float32(ends[0, 1])
-    along = (x * dx)[None, :] + (y * dy)[:, None]
-    across = (y * dx)[:, None] - (x * dy)[None, :]
-    along = along / np.float32(length)
-    if bone.bow:
-        across -= np.float32(4 * bone.bow) * along * (1 - along)
-    box = (slice(low[1], high[1]), slice(low[0], high[0]))
-    return _Frame(box, along, across, length, pixel)
-
-
-def _half_width(bone: Bone, along: _Array) -> _Array:
-    near, far = np.maximum(1 - along * 4, 0), np.maximum(along * 4 - 3, 0)
-    near, far = np.minimum(near, 1.25), np.minimum(far, 1.25)
-    flare = np.float32(bone.flare[0]) * near * near + np.float32(bone.flare[1]) * far * far
-    return np.float32(bone.width) * (1 + flare)
-
-
-def _tube(bone: Bone, frame: _Frame, texture: _Array) -> _Array:
-    """Return what a ray meets in `bone`: cortex is dense, marrow mostly not."""
-    along, width = frame.along, _half_width(bone, frame.along)
-    beyond = np.maximum(np.abs(along - np.float32(0.5)) - np.float32(0.5), 0)
-    beyond *= np.float32(1.7 * frame.length)
-    radius = (frame.across**2 + beyond**2) / (width * width)
-    middle = (2 * along - 1) ** 2
-    marrow = np.float32(bone.marrow) + np.float32(0.92 - bone.marrow) * np.minimum(middle**2, 1)
-    outer = np.sqrt(np.maximum(1 - radius, 0))
-    inner = np.sqrt(np.maximum(marrow * marrow - radius, 0))
-    return outer - inner * (np.float32(0.66) + np.float32(0.1) * texture[frame.box])
-
-
 def _add_bones(
-    attenuation: _Array,
+    attenuation: Array,
     skeleton: Skeleton,
     view: View,
-    finding: _Finding | None,
-    texture: _Array,
+    finding: Finding | None,
+    texture: Array,
     contrast: float,
-) -> tuple[tuple[slice, slice], _Array] | None:
+) -> tuple[tuple[slice, slice], Array] | None:
     """Add all bones in place; return the box and normal content around the finding, if any."""
     size = len(attenuation)
     projected = [project(bone, view) for bone in skeleton.bones]
     thickest = max(bone.width for bone in projected if bone.breakable)
-    changed: tuple[_Frame, _Array] | None = None
+    changed: tuple[Frame, Array] | None = None
     for index, bone in enumerate(projected):
         here = finding is not None and index == finding.bone
-        frame = _frame(bone, size, bone.width * (1.3 + max(bone.flare)) + abs(bone.bow))
+        frame = frame_bone(bone, size, bone.width * (1.3 + max(bone.flare)) + abs(bone.bow))
         if frame is None:
             continue
         density = np.float32(contrast * (bone.width / thickest) ** 0.5)
-        tube = density * _tube(bone, frame, texture)
-        attenuation[frame.box] += tube
+        normal = density * tube(bone, frame, texture)
+        attenuation[frame.box] += normal
         if here and finding is not None:
-            altered = density * _alter(finding, bone, frame, texture)
-            changed = (frame, altered - tube)
+            altered = density * alter(finding, bone, frame, texture)
+            changed = (frame, altered - normal)
     if changed is None:
         return None
     frame, difference = changed
-    normal = attenuation[frame.box].copy()
+    before = attenuation[frame.box].copy()
     attenuation[frame.box] += difference
-    return frame.box, normal
+    return frame.box, before
 
 
-# ---------------------------------------------------------------- findings
-
-
-def _alter(finding: _Finding, bone: Bone, frame: _Frame, texture: _Array) -> _Array:
-    """Return what a ray meets in `bone` with `finding` on it."""
-    if finding.kind == "displaced":
-        return _displace(finding, bone, frame, texture)
-    tube = _tube(bone, frame, texture)
-    if finding.kind == "line":
-        return tube * (1 - _crack(finding, bone, frame))
-    if finding.kind == "implant":
-        return tube + _implant(finding, bone, frame)
-    return _lesion(finding, bone, frame, tube)
-
-
-def _crack(finding: _Finding, bone: Bone, frame: _Frame) -> _Array:
-    """Return the share of bone lost along a jagged oblique line, 0..1."""
-    slope, jag, share, phase = finding.shape
-    across = frame.across / np.float32(bone.width)
-    wave = np.float32(2.2) * across + np.float32(3 * phase)
-    ragged = np.abs(wave - np.floor(wave) - np.float32(0.5)) - np.float32(0.25)  # a zigzag
-    at = (frame.along - np.float32(finding.place)) * np.float32(frame.length)
-    at -= np.float32(1.5 * (slope - 0.5)) * frame.across
-    at -= np.float32((0.08 + 0.25 * jag) * bone.width) * ragged
-    breadth = np.float32((1.0 + 1.3 * finding.strength) * frame.pixel)
-    depth = np.float32(0.2 + 0.65 * finding.strength)
-    crack = depth * np.exp(-((at / breadth) ** 2))
-    if share < 0.4:  # an incomplete fracture: one cortex only
-        side = across if phase < 0.5 else -across
-        crack = crack * np.clip(side * 3 + 1, 0, 1)
-    return crack
-
-
-def _displace(finding: _Finding, bone: Bone, frame: _Frame, texture: _Array) -> _Array:
-    """Shift the bone sideways beyond the break; it finds back to its joint further on."""
-    slope, reach, gap, side = finding.shape
-    at = (frame.along - np.float32(finding.place)) * np.float32(frame.length)
-    at -= np.float32(0.8 * (slope - 0.5)) * frame.across
-    at = at if side < 0.5 else -at
-    extent = np.float32((2.5 + 2.5 * reach) * bone.width)
-    fade = np.clip(1 - at / extent, 0, 1)
-    offset = np.float32((0.1 + 0.65 * finding.strength) * bone.width * (1 if gap < 0.5 else -1))
-    moved = replace(frame, across=frame.across - np.where(at > 0, offset * fade * fade, 0))
-    opening = np.float32((0.8 + 1.2 * finding.strength) * frame.pixel)
-    lost = np.float32(0.15 + 0.45 * finding.strength) * np.exp(-((at / opening) ** 2))
-    return _tube(bone, moved, texture) * (1 - lost)
-
-
-def _implant(finding: _Finding, bone: Bone, frame: _Frame) -> _Array:
-    """Return a plate with screws, a nail in the marrow, or crossed wires."""
-    form, length, side, tilt = finding.shape
-    at = (frame.along - np.float32(finding.place)) * np.float32(frame.length)
-    dense = np.float32(0.25 + 1.6 * finding.strength)
-    half = np.float32((1.2 + 2.2 * length) * bone.width)
-    soft = np.float32(frame.pixel)
-
-    def bar(distance: _Array, thick: float, span: _Array) -> _Array:
-        return np.clip((np.float32(thick) - np.abs(distance)) / soft + np.float32(0.5), 0, 1) * (
-            np.abs(span) < half
-        )
-
-    if form < 0.4:
-        edge = np.float32(bone.width * (1.05 if side < 0.5 else -1.05))
-        metal = bar(frame.across - edge, 0.13 * bone.width, at)
-        pitch = np.float32(0.75 * bone.width)
-        screw = at - pitch * np.round(at / pitch)
-        inside = np.abs(frame.across) < np.float32(bone.width)
-        metal = np.maximum(metal, bar(screw, 0.09 * bone.width, at) * inside)
-    elif form < 0.7:
-        metal = bar(frame.across, (0.14 + 0.2 * tilt) * bone.width, at)
-    else:
-        lean = np.float32(0.25 + 0.5 * tilt)
-        thick = max(0.07 * bone.width, 1.1 * frame.pixel)
-        inside = np.abs(frame.across) < np.float32(1.25 * bone.width)
-        metal = np.maximum(bar(at * lean - frame.across, thick, at), 0)
-        metal = np.maximum(metal, bar(at * lean + frame.across, thick, at)) * inside
-    return dense * metal
-
-
-def _lesion(finding: _Finding, bone: Bone, frame: _Frame, tube: _Array) -> _Array:
-    """Thin the bone out (lytic, perhaps with a dense rim) or make it denser (sclerotic)."""
-    form, breadth, aside, stretch = finding.shape
-    radius = (0.4 + 0.45 * breadth) * bone.width
-    at = (frame.along - np.float32(finding.place)) * np.float32(frame.length)
-    at = at / np.float32(radius * (0.9 + 0.7 * stretch))
-    off = frame.across - np.float32((aside - 0.5) * 0.9 * bone.width)
-    distance = np.sqrt(at**2 + (off / np.float32(radius)) ** 2)
-    inside = np.clip((1 - distance) * 4 + np.float32(0.5), 0, 1)
-    amount = np.float32(0.15 + 0.7 * finding.strength)
-    if form > 0.65:
-        return tube + np.float32(0.7) * amount * inside * (tube > 0)
-    rim = np.clip(1 - np.abs(distance - 1) * 5, 0, 1) * np.float32(0.3 if form > 0.3 else 0.0)
-    return tube * (1 + amount * (rim - inside))
-
-
-# ---------------------------------------------------------------- film
-
-
-def _upsampling(n: int, size: int) -> _Array:
+@lru_cache(maxsize=16)
+def _upsampling(n: int, size: int) -> Array:
     """Return the (size, n) matrix that interpolates n samples linearly to size pixels."""
     at = np.clip((np.arange(size) + 0.5) * n / size - 0.5, 0, n - 1)
     weights = np.maximum(1 - np.abs(at[:, None] - np.arange(n)[None, :]), 0)
-    return weights.astype(np.float32)
+    return np.asarray(weights, np.float32)
 
 
-_UPSAMPLINGS: dict[tuple[int, int], _Array] = {}
+def _upsample(coarse: Array, size: int) -> Array:
+    matrix = _upsampling(len(coarse), size)
+    return np.asarray(matrix @ coarse @ matrix.T, np.float32)
 
 
-def _upsample(coarse: _Array, size: int) -> _Array:
-    key = (len(coarse), size)
-    if key not in _UPSAMPLINGS:
-        _UPSAMPLINGS[key] = _upsampling(*key)
-    matrix = _UPSAMPLINGS[key]
-    return matrix @ coarse @ matrix.T
-
-
-def _draw_texture(generator: np.random.Generator, size: int) -> _Array:
+def _draw_texture(generator: np.random.Generator, size: int) -> Array:
     """Return trabecular texture, about standard normal, with a grain of two pixels."""
     return _upsample(generator.standard_normal((128, 128), np.float32), size)
 
 
 def _soft_tissue(
     skeleton: Skeleton, view: View, generator: np.random.Generator, size: int
-) -> _Array:
+) -> Array:
     coarse = 128
     thickness = np.zeros((coarse, coarse), np.float32)
     for part in (*skeleton.bones, *skeleton.flesh):
         if not part.flesh:
             continue
         body = project(part, view)
-        frame = _frame(body, coarse, body.flesh + abs(body.bow))
+        frame = frame_bone(body, coarse, body.flesh + abs(body.bow))
         if frame is None:
             continue
         beyond = np.maximum(np.abs(frame.along - np.float32(0.5)) - np.float32(0.5), 0)
         radius = frame.across**2 + (beyond * np.float32(frame.length)) ** 2
         chord = np.sqrt(np.maximum(1 - radius / np.float32(body.flesh**2), 0))
-        np.maximum(thickness[frame.box], chord, out=thickness[frame.box])
+        thickness[frame.box] = np.maximum(thickness[frame.box], chord)
     level, mottle = generator.uniform((0.22, 0.05), (0.42, 0.16))
     cloud = _upsample(generator.standard_normal((10, 10), np.float32), coarse)
     return _upsample(np.float32(level) * thickness * (1 + np.float32(mottle) * cloud), size)
 
 
-def _draw_window(generator: np.random.Generator, size: int) -> _Array:
+def _draw_window(generator: np.random.Generator, size: int) -> Array:
     """Return the collimated field: 1 inside, nearly 0 in borders of up to 9 % on some sides."""
     window = np.full((size, size), 0.04, np.float32)
     borders = generator.uniform(0, 0.09, 4) * (generator.random(4) < 0.4) * size
@@ -396,7 +242,7 @@ def _draw_window(generator: np.random.Generator, size: int) -> _Array:
 _GLYPHS = {"L": ("X  ", "X  ", "X  ", "X  ", "XXX"), "R": ("XX ", "X X", "XX ", "X X", "X X")}
 
 
-def _draw_marker(generator: np.random.Generator, size: int) -> _Array:
+def _draw_marker(generator: np.random.Generator, size: int) -> Array:
     """Return a side marker, a letter in a frame near a corner, on black; often there is none."""
     marker = np.zeros((size, size), np.float32)
     present, side, top, left, bright = generator.random(5)

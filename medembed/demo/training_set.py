@@ -36,7 +36,7 @@ class TrainingSet:
 
 
 def draw_training_set(
-    seeds: range, *, severities: tuple[float, float] = (0.15, 1.0), jobs: int | None = None
+    seeds: range, *, severities: tuple[float, float] = (0.2, 1.0), jobs: int | None = None
 ) -> TrainingSet:
     """Render one image per seed: half of them normal, kinds, regions and views evenly mixed.
 
@@ -100,5 +100,5 @@ def shrink(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 def _pool_mask(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     cell = len(mask) // N_PATCHES
-    pooled: NDArray[np.bool_] = mask.reshape(N_PATCHES, cell, N_PATCHES, cell).any(axis=(1, 3))
-    return pooled
+    cells = mask.reshape(N_PATCHES, cell, N_PATCHES, cell)
+    return np.asarray(cells.any(axis=(1, 3)))

@@ -6,7 +6,7 @@ Both are fitted on out-of-fold predictions of `train` and never see `test`.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from scipy.optimize import minimize
@@ -49,14 +49,15 @@ class Calibration:
         ModelError
             Another method, or parameters that are not finite numbers with a slope above zero.
         """
-        values = [document.get("slope"), document.get("intercept")]
+        slope, intercept = document.get("slope"), document.get("intercept")
         if document.get("method") != "platt":
             raise ModelError(f"calibration method {document.get('method')!r} is not 'platt'")
-        if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in values):
-            raise ModelError(f"calibration slope and intercept {values} are not finite numbers")
-        if values[0] <= 0:
-            raise ModelError(f"calibration slope {values[0]} is not above zero")
-        return cls(float(values[0]), float(values[1]))
+        if not (_is_finite(slope) and _is_finite(intercept) and slope > 0):
+            raise ModelError(
+                f"calibration slope {slope!r} and intercept {intercept!r} are not finite numbers "
+                "with a slope above zero"
+            )
+        return cls(float(slope), float(intercept))
 
 
 def fit_platt(probability: np.ndarray, y: np.ndarray) -> Calibration:
@@ -134,6 +135,10 @@ def youden_threshold(y: np.ndarray, probability: np.ndarray) -> float:
         return float(distinct[0])
     middle = float((distinct[best - 1] + distinct[best]) / 2)
     return middle if middle > distinct[best - 1] else float(distinct[best])
+
+
+def _is_finite(value: Any) -> TypeGuard[float]:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def _log_odds(probability: np.ndarray) -> np.ndarray:

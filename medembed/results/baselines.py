@@ -27,8 +27,9 @@ def predict_prior(name: str, train: pd.DataFrame, rows: pd.DataFrame) -> NDArray
         Probabilities in [0, 1].
     """
     labels = train["label"].astype("float64")
-    overall = float(labels.mean())
-    if name == "class-prior":
-        return np.full(len(rows), overall)
-    by_region = labels.groupby(train["region"]).mean()
-    return rows["region"].map(by_region).fillna(overall).to_numpy(np.float64)
+    found = pd.Series(labels.mean(), index=rows.index)
+    if name == "region-prior":
+        found = rows["region"].map(labels.groupby(train["region"]).mean()).fillna(labels.mean())
+    # Half of float64's digits stay free, so that the mean over equal views is that very number:
+    # rounding in the mean would otherwise rank studies by their number of views.
+    return found.to_numpy(np.float32).astype(np.float64)

@@ -1,6 +1,7 @@
 """Compare the heads of any number of runs on the test rows that they share."""
 
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,22 @@ from medembed.evaluation.intervals import bootstrap_report, holm, paired_differe
 from medembed.results.alignment import LEVELS, Contender, TestSet, align_runs
 from medembed.results.runs import Run, open_run
 
-__all__ = ["DISCLAIMER", "SIGNIFICANCE", "compare", "compare_runs", "describe", "open_runs"]
+__all__ = [
+    "DISCLAIMER",
+    "SIGNIFICANCE",
+    "compare",
+    "compare_runs",
+    "counted",
+    "describe",
+    "open_runs",
+    "row_name",
+]
 
 DISCLAIMER = "Research software; not a medical device."
 SIGNIFICANCE = 0.05
 """A difference counts where Holm's adjusted p is below this."""
+RESAMPLES_PER_PAIR = 100
+"""Keeps the smallest p that the bootstrap can give, times the number of pairs, near 0.02."""
 
 
 def compare(
@@ -78,7 +90,8 @@ def compare_runs(
         ``level``, ``test`` (counts), ``runs`` (per run: left-out images, rows that fell out),
         ``rows`` (per head, best AUROC first: ``scores`` and, at a threshold of 0.5, ``at_half``;
         ``regions``, ``mean_over_regions``, ``views``; ``versus_best``), ``paired`` (AUROC of every
-        pair of heads, Holm's correction over all of them), ``notes``. A score is
+        pair of trained heads, and of the best with each prior, with Holm's correction over all of
+        them), ``notes``. A score is
         ``{value, low, high}`` with null for what is not estimable.
     """
     if level not in LEVELS:
@@ -87,9 +100,8 @@ def compare_runs(
     rows = [_row(test_set, contender, n_resamples, seed) for contender in test_set.contenders]
     rows.sort(key=_by_auroc)
     paired = _pairs(test_set, rows, n_resamples, seed)
-    # rows are sorted, so the first pairs are those of the best with each other row in turn
-    for row, pair in zip(rows, [None, *paired[: len(rows) - 1]], strict=True):
-        row["versus_best"] = _versus_best(pair)
+    for i, row in enumerate(rows):
+        row["versus_best"] = _versus_best(paired.get((0, i)))
     result: dict[str, Any] = {
         "level": level,
         "n_resamples": n_resamples,
@@ -101,41 +113,47 @@ def compare_runs(
         ],
         "synthetic": any(run.info.get("data", {}).get("synthetic", False) for run in runs),
         "rows": rows,
-        "paired": paired,
+        "paired": list(paired.values()),
     }
     return {**result, "notes": describe(result)}
 
 
 def describe(result: dict[str, Any]) -> list[str]:
     """Return the sentences that belong under every table: what was counted, and how."""
-    test, plural = result["test"], _plural(result["level"])
+    test, level = result["test"], result["level"]
     notes = [
-        f"Test: {test['n']:,} {plural} ({test['n_abnormal']:,} abnormal) of "
-        f"{test['n_patients']:,} patients.",
+        f"Test: {counted(test['n'], level)} ({test['n_abnormal']:,} abnormal) of "
+        f"{counted(test['n_patients'], 'patient')}.",
         f"Intervals: 95 %, from {result['n_resamples']:,} bootstrap resamples of patients.",
         "Decisions: Youden's threshold on calibrated out-of-fold predictions of train.",
-        f"≈: not distinguishable from the best (paired bootstrap on AUROC, Holm, "
-        f"p ≥ {SIGNIFICANCE}).",
     ]
     for run in result["runs"]:
-        notes += _describe_losses(run, plural)
+        notes += _describe_losses(run, level, len(result["runs"]) > 1)
     if result["synthetic"]:
         notes.append("Synthetic images: these scores say nothing about medicine.")
     return [*notes, DISCLAIMER]
 
 
-def _describe_losses(run: dict[str, Any], plural: str) -> list[str]:
+def counted(n: int, noun: str) -> str:
+    """Write a count with its noun: 1 study, 1,199 studies."""
+    if n == 1:
+        return f"1 {noun}"
+    return f"{n:,} {noun[:-1]}ies" if noun.endswith("y") else f"{n:,} {noun}s"
+
+
+def _describe_losses(run: dict[str, Any], level: str, several: bool) -> list[str]:
+    prefix = f"{run['name']}: " if several else ""
     notes = []
     if run["left_out"]:
         notes.append(
-            f"{run['name']}: {run['left_out']:,} images could not be embedded and are left out "
-            f"({run['left_out_test']:,} of them in test)."
+            f"{prefix}Left out: {counted(run['left_out'], 'image')} that could not be embedded "
+            f"({run['left_out_test']:,} in test)."
         )
     if run["unlabelled"]:
-        notes.append(f"{run['name']}: {run['unlabelled']:,} images without a label are not scored.")
+        notes.append(f"{prefix}Not scored: {counted(run['unlabelled'], 'image')} without a label.")
     if run["dropped"]:
         notes.append(
-            f"{run['name']}: {run['dropped']:,} test {plural} fell out, which not all runs have."
+            f"{prefix}Fell out: {counted(run['dropped'], level)} of test that not all runs have."
         )
     return notes
 
@@ -172,27 +190,33 @@ def _by_auroc(row: dict[str, Any]) -> float:
 
 def _pairs(
     test_set: TestSet, rows: list[dict[str, Any]], n_resamples: int, seed: int
-) -> list[dict[str, Any]]:
-    probabilities = {
-        (contender.run, contender.head): contender.probability for contender in test_set.contenders
-    }
-    ordered = {f"{i}": probabilities[row["run"], row["head"]] for i, row in enumerate(rows)}
+) -> dict[tuple[int, int], dict[str, Any]]:
+    """Test the trained heads against each other and the best row against the priors too."""
+    chosen = [
+        (i, j)
+        for i, j in combinations(range(len(rows)), 2)
+        if i == 0 or not (rows[i]["baseline"] or rows[j]["baseline"])
+    ]
+    probabilities = {(c.run, c.head): c.probability for c in test_set.contenders}
+    ordered = {str(i): probabilities[row["run"], row["head"]] for i, row in enumerate(rows)}
+    # p is at least 2 / (resamples + 1), and Holm multiplies it by up to the number of pairs
+    n_resamples = max(n_resamples, RESAMPLES_PER_PAIR * len(chosen))
     found = paired_differences(
         test_set.y, ordered, test_set.patients, n_resamples=n_resamples, seed=seed
     )
-    adjusted = holm([difference.p for difference in found.values()])
-    several = len({row["run"] for row in rows}) > 1
-    names = [f"{row['run']}/{row['head']}" if several else str(row["head"]) for row in rows]
-    return [
-        {
-            "a": names[int(a)],
-            "b": names[int(b)],
+    differences = [found[str(i), str(j)] for i, j in chosen]
+    adjusted = holm([difference.p for difference in differences])
+    names = [row_name(row, several=len(test_set.dropped) > 1) for row in rows]
+    return {
+        (i, j): {
+            "a": names[i],
+            "b": names[j],
             "score": "auroc",
             **difference.as_dict(),
             "p_holm": plain(float(p)),
         }
-        for ((a, b), difference), p in zip(found.items(), adjusted, strict=True)
-    ]
+        for (i, j), difference, p in zip(chosen, differences, adjusted, strict=True)
+    }
 
 
 def _versus_best(pair: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -225,5 +249,6 @@ def _about(run: Run, name: str, dropped: int) -> dict[str, Any]:
     }
 
 
-def _plural(level: str) -> str:
-    return "studies" if level == "study" else "images"
+def row_name(row: dict[str, Any], *, several: bool) -> str:
+    """Return the head's name, with its run's where there are several runs."""
+    return f"{row['run']}/{row['head']}" if several else str(row["head"])

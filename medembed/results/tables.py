@@ -2,24 +2,50 @@
 
 import csv
 import io
+import unicodedata
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from medembed.errors import RunError
+from medembed.evaluation.scores import SCORES
+from medembed.results.comparison import SIGNIFICANCE, row_name
 
-__all__ = ["FORMATS", "NOT_ESTIMABLE", "Table", "make_table", "render"]
+__all__ = [
+    "FORMATS",
+    "GROUPINGS",
+    "NOT_ESTIMABLE",
+    "Table",
+    "format_interval",
+    "format_value",
+    "make_table",
+    "render",
+]
 
 FORMATS = ("table", "markdown", "csv", "latex")
+GROUPINGS = {"region": "regions", "views": "views"}
+"""What `by` may be, and where a comparison's row keeps those scores."""
 NOT_ESTIMABLE = "not estimable"
-TIED = "≈"
+MISSING = "–"
 COLUMNS = {
-    "auroc": "AUROC",
     "macro_f1": "F1",
     "sensitivity": "Sens.",
     "specificity": "Spec.",
     "kappa": "κ",
 }
-"""The scores of the main table; F1 is the mean over both classes."""
+"""The decision scores of the tables beside AUROC; F1 is the mean over both classes."""
+LATEX_ESCAPES = {
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "κ": r"$\kappa$",
+    "≈": r"$\approx$",
+    "≥": r"$\geq$",
+    "–": "--",
+}
 
 
 @dataclass(frozen=True)
@@ -31,23 +57,30 @@ class Table:
     title : str
         One line.
     columns : list of str
-        Headings; the first `n_names` columns are names, the others numbers.
-    rows : list of list of str
-        One list per row, as long as `columns`.
+        Headings.
+    n_names : int
+        How many columns, from the left, hold names; the others hold numbers.
+    sections : list of list of list of str
+        Groups of rows of cells, each row as long as `columns`.
     notes : list of str
         One sentence each.
-    n_names : int
-        How many columns hold names.
     """
 
     title: str
     columns: list[str]
-    rows: list[list[str]]
-    notes: list[str]
     n_names: int
+    sections: list[list[list[str]]]
+    notes: list[str]
+
+    @property
+    def rows(self) -> list[list[str]]:
+        """All rows, without their grouping."""
+        return [row for section in self.sections for row in section]
 
 
-def render(result: dict[str, Any], *, table_format: str = "table", by: str | None = None) -> str:
+def render(
+    result: dict[str, Any], *, table_format: str = "table", by: str | None = None, width: int = 80
+) -> str:
     """Turn what `compare` returns into text.
 
     Parameters
@@ -55,9 +88,11 @@ def render(result: dict[str, Any], *, table_format: str = "table", by: str | Non
     result : dict
         A comparison.
     table_format : {"table", "markdown", "csv", "latex"}
-        "table" is for a terminal of 80 columns; "csv" has full precision and every score.
+        "table" is for a terminal; "csv" has every score at full precision.
     by : {"region", "views"}, optional
-        One column of AUROC for each region or number of views.
+        Show the trained heads within each region or number of views.
+    width : int
+        Columns of the terminal, for "table" only.
 
     Raises
     ------
@@ -66,38 +101,184 @@ def render(result: dict[str, Any], *, table_format: str = "table", by: str | Non
     """
     if table_format not in FORMATS:
         raise RunError(f"format {table_format!r} is unknown. Choose one of: {', '.join(FORMATS)}.")
+    if by is not None and by not in GROUPINGS:
+        raise RunError(f"grouping {by!r} is unknown. Choose one of: {', '.join(GROUPINGS)}.")
     if table_format == "csv":
         return _csv(result, by)
     table = make_table(result, by)
-    return {"table": _terminal, "markdown": _markdown, "latex": _latex}[table_format](table)
+    if table_format == "table":
+        return _terminal(table, width)
+    return _markdown(table) if table_format == "markdown" else _latex(table)
 
 
 def make_table(result: dict[str, Any], by: str | None = None) -> Table:
-    """Choose the columns and write the cells.
-
-    Raises
-    ------
-    RunError
-        An unknown grouping.
-    """
-    _require_grouping(by)
-    n_names = 2 if len(result["runs"]) > 1 else 1
-    names = ["Run", "Head"][-n_names:]
+    """Choose the columns and write the cells of a comparison, overall or `by` a grouping."""
     plural = "studies" if result["level"] == "study" else "images"
-    if by is None:
-        columns = [*names, "AUROC [95 %]", *list(COLUMNS.values())[1:], "p"]
-        rows = [[*_names(row, n_names), *_cells(row)] for row in result["rows"]]
-        notes = [*result["notes"][:-1], "p: difference in AUROC to the best head.", result["notes"][-1]]
-        return Table(f"Heads on test {plural}", columns, rows, notes, n_names)
-    groups = _group_names(result, by)
-    unit = "region" if by == "region" else "number of views"
+    if by is not None:
+        return _grouped_table(result, by, plural)
+    several = len(result["runs"]) > 1
+    shown = list(COLUMNS)[: -1 if several else None]  # the runs' names want the width of one
+    columns = ["Head", "AUROC [95 %]", *(COLUMNS[name] for name in shown), "p"]
     rows = [
-        [group, *_group_counts(result, by, group)]
-        + [_interval(row[_field(by)][group]["auroc"]) for row in _trained(result)]
-        for group in groups
+        [row_name(row, several=several), *_cells(row["scores"], shown), _p_value(row)]
+        for row in result["rows"]
     ]
-    if by == "region":
-        rows.append(["mean", "", *(_interval(row["mean_over_regions"]["auroc"]) for row in _trained(result))])
-    heads = ["/".join(_names(row, n_names)) for row in _trained(result)]
-    title = f"AUROC by {unit}, test {plural}"
-    return Table(title, [unit.capitalize(), "n (abnormal)", *heads], rows, result["notes"], 1)
+    legend = (
+        "p: difference in AUROC to the best (paired bootstrap, Holm); "
+        f"≈ not significant at {SIGNIFICANCE}."
+    )
+    return Table(f"Heads on test {plural}", columns, 1, [rows], [legend, *result["notes"]])
+
+
+def format_interval(score: dict[str, float | None]) -> str:
+    """Write a score with its interval, ``0.931 [0.902, 0.956]``."""
+    if score["value"] is None:
+        return NOT_ESTIMABLE
+    if score["low"] is None:
+        return f"{score['value']:.3f}"
+    return f"{score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]"
+
+
+def format_value(score: dict[str, float | None]) -> str:
+    """Write a score alone, to three decimals."""
+    return MISSING if score["value"] is None else f"{score['value']:.3f}"
+
+
+def _grouped_table(result: dict[str, Any], by: str, plural: str) -> Table:
+    shown = list(COLUMNS)[:-1]
+    columns = ["Region" if by == "region" else "Views", "n (abn.)", "Head", "AUROC [95 %]"]
+    sections = [
+        [
+            [*(_group_cells(name, block) if i == 0 else ["", ""]), head, *_cells(block, shown)]
+            for i, (head, block) in enumerate(blocks)
+        ]
+        for name, blocks in _groups(result, by)
+    ]
+    columns += [COLUMNS[name] for name in shown]
+    unit = "region" if by == "region" else "number of views of the study"
+    return Table(f"Heads by {unit}, test {plural}", columns, 3, sections, result["notes"])
+
+
+def _group_cells(name: str, block: dict[str, Any]) -> list[str]:
+    return [name, f"{block['n']} ({block['n_abnormal']})" if "n" in block else ""]
+
+
+def _groups(result: dict[str, Any], by: str) -> Iterator[tuple[str, list[tuple[str, Any]]]]:
+    """Yield each group's name with the trained heads' names and their scores in it."""
+    several = len(result["runs"]) > 1
+    trained = [
+        (row_name(row, several=several), row) for row in result["rows"] if not row["baseline"]
+    ]
+    for name in trained[0][1][GROUPINGS[by]] if trained else ():
+        yield name, [(head, row[GROUPINGS[by]][name]) for head, row in trained]
+    if by == "region" and trained:
+        yield "mean", [(head, row["mean_over_regions"]) for head, row in trained]
+
+
+def _cells(scores: dict[str, Any], names: Sequence[str]) -> list[str]:
+    nothing = {"value": None}  # a mean over no region at all has no scores
+    numbers = [format_value(scores.get(name, nothing)) for name in names]
+    return [format_interval(scores.get("auroc", nothing)), *numbers]
+
+
+def _p_value(row: dict[str, Any]) -> str:
+    if row["versus_best"] is None:
+        return "best"
+    p = row["versus_best"]["p_holm"]
+    if p is None:
+        return MISSING
+    text = "<0.001" if p < 0.001 else f"{p:.3f}"
+    return f"{text} ≈" if row["versus_best"]["tied"] else text
+
+
+def _terminal(table: Table, width: int) -> str:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    grid = RichTable(title=table.title, box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
+    for i, column in enumerate(table.columns):
+        if i < table.n_names:
+            grid.add_column(column, overflow="fold")
+        else:
+            grid.add_column(column, justify="right", no_wrap=True)
+    for section in table.sections:
+        for row in section:
+            grid.add_row(*(Text(_printable(cell)) for cell in row))
+        grid.add_section()
+    output = io.StringIO()
+    console = Console(file=output, width=width, color_system=None, force_terminal=False)
+    console.print(grid)
+    for note in table.notes:
+        console.print(Text(_printable(note)))
+    return "\n".join(line.rstrip() for line in output.getvalue().splitlines())
+
+
+def _markdown(table: Table) -> str:
+    ruler = ["---"] * table.n_names + ["---:"] * (len(table.columns) - table.n_names)
+    lines = [f"| {' | '.join(map(_markdown_cell, row))} |" for row in (table.columns, *table.rows)]
+    lines.insert(1, f"| {' | '.join(ruler)} |")
+    notes = [f"- {_markdown_cell(note)}" for note in table.notes]
+    return "\n".join([f"**{table.title}**", "", *lines, "", *notes])
+
+
+def _latex(table: Table) -> str:
+    """Write a `booktabs` tabular, with the notes as comments."""
+    alignment = "l" * table.n_names + "r" * (len(table.columns) - table.n_names)
+    bodies = [
+        "\n".join(" & ".join(map(_latex_cell, row)) + r" \\" for row in section)
+        for section in table.sections
+    ]
+    return "\n".join(
+        [
+            *(f"% {_printable(line)}" for line in (table.title, *table.notes)),
+            rf"\begin{{tabular}}{{{alignment}}}",
+            r"\toprule",
+            " & ".join(map(_latex_cell, table.columns)) + r" \\",
+            r"\midrule",
+            "\n\\midrule\n".join(bodies),
+            r"\bottomrule",
+            r"\end{tabular}",
+        ]
+    )
+
+
+def _csv(result: dict[str, Any], by: str | None) -> str:
+    names = [name for score in SCORES for name in (score, f"{score}_low", f"{score}_high")]
+    output = io.StringIO()
+    writer = csv.writer(output, lineterminator="\n")
+    if by is None:
+        writer.writerow(["run", "head", "threshold", *names, "p_holm"])
+        for row in result["rows"]:
+            p = (row["versus_best"] or {}).get("p_holm")
+            writer.writerow(
+                [row["run"], row["head"], row["threshold"], *_numbers(row["scores"]), p]
+            )
+    else:
+        writer.writerow([by, "n", "n_abnormal", "head", *names])
+        for name, blocks in _groups(result, by):
+            for head, block in blocks:
+                counts = [block.get("n"), block.get("n_abnormal")]
+                writer.writerow([name, *counts, head, *_numbers(block)])
+    return output.getvalue().rstrip("\n")
+
+
+def _numbers(scores: dict[str, Any]) -> list[float | None]:
+    missing = {"value": None, "low": None, "high": None}
+    found = [scores.get(name, missing) for name in SCORES]
+    return [score[part] for score in found for part in ("value", "low", "high")]
+
+
+def _printable(text: str) -> str:
+    """Replace what a terminal would obey instead of showing."""
+    return "".join("�" if unicodedata.category(c).startswith("C") else c for c in text)
+
+
+def _markdown_cell(text: str) -> str:
+    escaped = "".join(f"\\{c}" if c in "\\|*_`[]" else c for c in _printable(text))
+    return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _latex_cell(text: str) -> str:
+    return "".join(LATEX_ESCAPES.get(c, c) for c in _printable(text))

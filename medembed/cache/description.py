@@ -1,0 +1,170 @@
+"""`cache.json`: what a cache directory says of itself, and when two runs disagree about it."""
+
+import contextlib
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from medembed.cache.spec import CacheSpec
+from medembed.errors import CacheError, PathNotFoundError, SpecMismatchError
+from medembed.files import json_bytes, sync_directory
+
+__all__ = [
+    "FORMAT",
+    "VERSION",
+    "create_description",
+    "mismatch",
+    "options_of",
+    "read_description",
+    "source_of",
+]
+
+FORMAT = "medembed-cache"
+VERSION = 1
+# Spec entry -> command-line option and its default. Entries without one follow from the encoder.
+OPTIONS = {
+    "encoder": ("--encoder", None),
+    "fit": ("--fit", "stretch"),
+    "poolings": ("--pool", "mean,max"),
+    "dtype": ("--dtype", "float16"),
+}
+
+
+def create_description(path: Path, spec: CacheSpec, recorded: Mapping[str, Any]) -> None:
+    """Make the directory a cache, unless it is one or another process makes it one first.
+
+    Raises
+    ------
+    CacheError
+        The directory holds something else, or cannot be written.
+    """
+    try:
+        if not (path / "cache.json").exists():
+            _create(path, spec, recorded)
+        (path / "shards").mkdir(exist_ok=True)
+    except OSError as error:
+        raise CacheError(
+            f"cannot make a cache at {path}: {error.strerror or error}. Choose another --cache."
+        ) from error
+
+
+def read_description(path: Path) -> tuple[CacheSpec, dict[str, Any]]:
+    """Read the spec, and what was recorded beside it.
+
+    Raises
+    ------
+    PathNotFoundError
+        There is no directory at `path`.
+    CacheError
+        It is not a cache, damaged, or of an unknown version.
+    """
+    if not path.is_dir():
+        raise PathNotFoundError(f"no cache at {path}: make one with `medembed extract`")
+    document = _read_document(path)
+    if document.get("version") != VERSION:
+        raise CacheError(
+            f"cache at {path} has format version {document.get('version')}; this medembed reads "
+            f"version {VERSION}. Install the medembed that wrote it, or choose another --cache."
+        )
+    try:
+        return CacheSpec.from_dict(document["spec"]), dict(document["recorded"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CacheError(f"{path / 'cache.json'} is damaged: {error!r}") from error
+
+
+def mismatch(
+    path: Path,
+    there: tuple[CacheSpec, Mapping[str, Any]],
+    asked: tuple[CacheSpec, Mapping[str, Any]],
+) -> SpecMismatchError | None:
+    """Return the error that names the first difference of two specs, or None if they agree."""
+    difference = there[0].first_difference(asked[0])
+    if difference is None:
+        return None
+    name, old, new = difference
+    source = source_of(there[1])
+    wish = f"{name}={_shown(new)}" + (f" ({source_of(asked[1])})" if name == "encoder" else "")
+    return SpecMismatchError(
+        f"cache at {path} was made by {source} with {name}={_shown(old)}; this run asks for "
+        f"{wish}. Choose another --cache{_way_back(name, old, source)}."
+    )
+
+
+def options_of(spec: CacheSpec) -> str:
+    """Write the command-line options, beyond the defaults, that ask for this spec."""
+    values = {"fit": spec.preprocessing.get("fit"), "dtype": spec.dtype}
+    values["poolings"] = ",".join(spec.poolings)
+    given = [
+        f" {option} {values[name]}"
+        for name, (option, default) in OPTIONS.items()
+        if values.get(name) not in (None, default)
+    ]
+    return "".join(given)
+
+
+def source_of(recorded: Mapping[str, Any]) -> str:
+    """Name the encoder as the user named it: `source` or `source@revision`."""
+    source, revision = recorded.get("source", "an unknown encoder"), recorded.get("revision")
+    return f"{source}@{revision}" if revision else str(source)
+
+
+def _create(path: Path, spec: CacheSpec, recorded: Mapping[str, Any]) -> None:
+    if path.is_dir() and any(not _is_ours(entry) for entry in path.iterdir()):
+        if (path / "cache.json").exists():  # another process was faster
+            return
+        raise CacheError(f"{path} is not a cache and not empty. Choose another --cache.")
+    path.mkdir(parents=True, exist_ok=True)
+    document = {"format": FORMAT, "version": VERSION, "spec": spec.as_dict()}
+    data = json_bytes({**document, "recorded": dict(recorded)})
+    partial = path / f".cache.json.{secrets.token_hex(8)}.partial"
+    try:
+        with partial.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        _publish(partial, path / "cache.json")
+    finally:
+        partial.unlink(missing_ok=True)
+    sync_directory(path)
+
+
+def _publish(partial: Path, path: Path) -> None:
+    """Give a whole file its name unless another process has done so first."""
+    try:
+        os.link(partial, path)  # unlike a rename, fails where the name is taken
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without hard links
+        if not path.exists():
+            os.replace(partial, path)
+
+
+def _is_ours(entry: Path) -> bool:
+    return entry.name == "shards" or entry.suffix == ".partial"
+
+
+def _read_document(path: Path) -> dict[str, Any]:
+    document: Any = None
+    with contextlib.suppress(OSError, ValueError):
+        document = json.loads((path / "cache.json").read_bytes())
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise CacheError(
+            f"{path} is not a cache: it has no cache.json of the format {FORMAT}. "
+            "Choose another --cache."
+        )
+    return document
+
+
+def _way_back(name: str, value: Any, source: str) -> str:
+    if name not in OPTIONS:
+        return ""
+    option, default = OPTIONS[name]
+    wanted = source if name == "encoder" else _shown(value)
+    return f", or drop {option}" if wanted == default else f", or give {option} {wanted}"
+
+
+def _shown(value: Any) -> str:
+    return ",".join(value) if isinstance(value, Mapping) else str(value)

@@ -1,0 +1,197 @@
+"""A cache joined with a manifest: the X, y and groups that heads learn from."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from medembed.cache.description import options_of
+from medembed.cache.failures import Failure
+from medembed.cache.spec import CacheSpec, keys_from_hex
+from medembed.cache.store import Cache, open_cache
+from medembed.dataset.manifest import Manifest, read_manifest
+from medembed.errors import CacheError, ManifestError, MissingRowsError, TrainingDataError
+
+__all__ = ["Embeddings", "load_embeddings"]
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Hold one row per embedded image of a manifest, in the manifest's order.
+
+    Parameters
+    ----------
+    X : (n, d) float32
+        Poolings side by side.
+    rows : DataFrame
+        The manifest's rows of these images; index 0 to n - 1.
+    pooling : str
+        The poolings in X, joined by `+`.
+    failed : DataFrame
+        `image`, `sha256`, `stage`, `reason` of the rows that were left out.
+    label_level : {"study", "image"}
+        Of the manifest.
+    spec : CacheSpec
+        Of the cache.
+    """
+
+    X: np.ndarray
+    rows: pd.DataFrame
+    pooling: str
+    failed: pd.DataFrame
+    label_level: str
+    spec: CacheSpec
+
+    def __len__(self) -> int:
+        return len(self.X)
+
+    @property
+    def y(self) -> np.ndarray:
+        """Labels, (n,) int8: 0 normal, 1 abnormal, -1 unknown."""
+        return self.rows["label"].fillna(-1).to_numpy(np.int8)
+
+    @property
+    def patients(self) -> np.ndarray:
+        """Patients, (n,) object."""
+        return self.rows["patient"].to_numpy(object)
+
+    @property
+    def studies(self) -> np.ndarray:
+        """Studies, (n,) object."""
+        return self.rows["study"].to_numpy(object)
+
+    @property
+    def regions(self) -> np.ndarray:
+        """Regions, (n,) object."""
+        return self.rows["region"].to_numpy(object)
+
+    @property
+    def blocks(self) -> dict[str, slice]:
+        """Columns of X that each pooling takes, in order."""
+        return _blocks(self.pooling.split("+"), self.spec)
+
+
+def load_embeddings(
+    cache: Cache | str | os.PathLike[str],
+    manifest: Manifest | str | os.PathLike[str],
+    *,
+    pool: str | None = None,
+    split: str | None = None,
+    verify: bool = True,
+) -> Embeddings:
+    """Join a cache with a manifest by the images' SHA-256.
+
+    Parameters
+    ----------
+    cache, manifest : Cache, Manifest or path
+        What to join.
+    pool : str, optional
+        Poolings joined by `+`, such as `mean+max`; by default all of the cache that are one
+        vector per image, in the order of its spec.
+    split : {"train", "test"}, optional
+        Keep the rows of this split only.
+    verify : bool
+        Compare each shard's bytes with its name before they are read.
+
+    Returns
+    -------
+    Embeddings
+        Without the rows of images that are known to have failed; these are in `failed`.
+
+    Raises
+    ------
+    MissingRowsError
+        Rows are neither embedded nor failed; names the command that makes them.
+    ManifestError
+        The manifest has no SHA-256s (`--structure-only`).
+    CacheError
+        A pooling is not in the cache, or a shard is damaged (`ShardError`).
+    TrainingDataError
+        A pooling is not one vector per image, or the split has no rows.
+    """
+    cache = cache if isinstance(cache, Cache) else open_cache(cache)
+    name = "MANIFEST" if isinstance(manifest, Manifest) else str(manifest)
+    manifest = manifest if isinstance(manifest, Manifest) else read_manifest(Path(manifest))
+    poolings = _choose_poolings(cache, pool)
+    rows = _choose_rows(manifest, split)
+    keys = keys_from_hex(rows["sha256"].tolist())
+    done = cache.is_done(keys)
+    failed = _failed_rows(rows[~done], cache.failures())
+    n_missing = int((~done).sum()) - len(failed)
+    if n_missing:
+        raise _missing(n_missing, len(rows), cache, name)
+    return Embeddings(
+        X=_read(cache, keys[done], poolings, verify=verify),
+        rows=rows[done].reset_index(drop=True),
+        pooling="+".join(poolings),
+        failed=failed,
+        label_level=manifest.label_level,
+        spec=cache.spec,
+    )
+
+
+def _choose_poolings(cache: Cache, pool: str | None) -> list[str]:
+    shapes = cache.spec.poolings
+    vectors = [name for name, shape in shapes.items() if len(shape) == 1]
+    chosen = vectors if pool is None else pool.split("+")
+    cache.check_poolings(chosen)
+    cells = [name for name in chosen if name not in vectors]
+    if cells or not chosen:
+        shape = " × ".join(map(str, shapes[(cells or list(shapes))[0]]))
+        raise TrainingDataError(
+            f"pooling {(cells or list(shapes))[0]} holds {shape} values per image, not one "
+            f"vector; single-vector poolings in {cache.path}: {', '.join(vectors) or 'none'}"
+        )
+    if len(set(chosen)) < len(chosen):
+        raise CacheError(f"--pool {pool} names a pooling twice; name each once")
+    return chosen
+
+
+def _choose_rows(manifest: Manifest, split: str | None) -> pd.DataFrame:
+    rows = manifest.rows
+    if (rows["sha256"] == "").any():
+        raise ManifestError(
+            "this manifest holds the structure only, without SHA-256s, so no embedding can be "
+            "joined to it. Build it again without --structure-only."
+        )
+    if split is None:
+        return rows
+    chosen = rows[rows["split"] == split]
+    if chosen.empty:
+        there = ", ".join(sorted(rows["split"].unique()))
+        raise TrainingDataError(f"the manifest has no rows of split {split!r}; it has {there}")
+    return chosen
+
+
+def _failed_rows(rows: pd.DataFrame, failures: dict[str, Failure]) -> pd.DataFrame:
+    records = [
+        (image, sha256, failures[sha256].stage, failures[sha256].reason)
+        for image, sha256 in zip(rows["image"], rows["sha256"], strict=True)
+        if sha256 in failures
+    ]
+    return pd.DataFrame(records, columns=["image", "sha256", "stage", "reason"], dtype=object)
+
+
+def _missing(n_missing: int, n_rows: int, cache: Cache, manifest: str) -> MissingRowsError:
+    return MissingRowsError(
+        f"{n_missing} of {n_rows} manifest rows are neither embedded nor listed as failed in the "
+        f"cache at {cache.path}. This makes them:\n"
+        f"  medembed extract {manifest} --image-root DIR --encoder {cache.source} "
+        f"--cache {cache.path}{options_of(cache.spec)}"
+    )
+
+
+def _blocks(poolings: Sequence[str], spec: CacheSpec) -> dict[str, slice]:
+    edges = np.cumsum([0, *(spec.poolings[name][0] for name in poolings)]).tolist()
+    return {name: slice(edges[i], edges[i + 1]) for i, name in enumerate(poolings)}
+
+
+def _read(cache: Cache, keys: np.ndarray, poolings: Sequence[str], *, verify: bool) -> np.ndarray:
+    blocks = _blocks(poolings, cache.spec)
+    X = np.empty((len(keys), max(block.stop for block in blocks.values())), np.float32)
+    # Written straight into their columns: no second copy of the whole.
+    cache.read_into(keys, {name: X[:, block] for name, block in blocks.items()}, verify=verify)
+    return X

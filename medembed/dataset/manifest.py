@@ -1,0 +1,331 @@
+"""The manifest: one row per image, the lock file of a dataset.
+
+A CSV (or Parquet) file with the columns of `REQUIRED`, then covariates, then `label_level`, sorted
+by `image`. The same rows always give the same bytes. What a manifest may not hold is in `checks`.
+"""
+
+import hashlib
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from medembed.dataset.checks import LABEL_LEVELS, REQUIRED, find_table_problems
+from medembed.dataset.hashing import hash_files, hash_or_explain
+from medembed.errors import ManifestError, PathNotFoundError
+from medembed.files import write_atomically
+
+__all__ = [
+    "LABEL_LEVELS",
+    "REQUIRED",
+    "Manifest",
+    "check_images",
+    "count",
+    "find_problems",
+    "hash_files",
+    "image_path",
+    "make_manifest",
+    "read_manifest",
+    "write_manifest",
+]
+
+N_PROBLEMS_SHOWN = 20
+
+
+@dataclass(frozen=True, eq=False)
+class Manifest:
+    """The images of one dataset, their patients, studies, labels and splits.
+
+    Attributes
+    ----------
+    rows : pandas.DataFrame
+        The columns of `REQUIRED`, then covariates; one row per image, sorted by `image`, with a
+        RangeIndex. Every column holds strings except `label`: Int8, 0 normal, 1 abnormal, `<NA>`
+        unknown. `sha256` is empty throughout where the manifest was built from tables alone.
+    label_level : str
+        "study": all views of a study share its label. "image": views may differ, and a study is
+        abnormal if any view is.
+    """
+
+    rows: pd.DataFrame
+    label_level: str
+
+    def digest(self) -> str:
+        """Return the SHA-256 (hex) of the manifest's canonical CSV bytes."""
+        return hashlib.sha256(_csv_bytes(self)).hexdigest()
+
+    @property
+    def has_hashes(self) -> bool:
+        """Whether the rows name the bytes of their images (not so when built from tables alone)."""
+        return bool((self.rows["sha256"] != "").any())
+
+
+def make_manifest(table: pd.DataFrame, label_level: str, *, source: str = "the table") -> Manifest:
+    """Check a table of strings and bring it into a manifest's form.
+
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        The columns of `REQUIRED` and any covariates, all strings, in any order; `label` is "0",
+        "1" or "" (unknown).
+    label_level : str
+        "study" or "image".
+    source : str
+        What the message of an error calls the table.
+
+    Raises
+    ------
+    ManifestError
+        With all problems of the table; rows are numbered as in a spreadsheet, the header being 1.
+    """
+    _refuse(find_table_problems(table, label_level), source)
+    ordered = [*REQUIRED, *(name for name in table.columns if name not in REQUIRED)]
+    rows = table[ordered].sort_values("image", kind="stable").reset_index(drop=True).astype(str)
+    rows["label"] = _as_labels(rows["label"])
+    return Manifest(rows, label_level)
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """Read a manifest from a `.csv` or `.parquet` file and check it.
+
+    Raises
+    ------
+    PathNotFoundError
+        There is no such file.
+    ManifestError
+        The file cannot be read, or breaks a manifest's rules; lists all problems with their rows.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise PathNotFoundError(
+            f"no manifest at {path}. Build one with `medembed manifest build`, or correct the path."
+        )
+    table = _read_parquet(path) if path.suffix == ".parquet" else _read_csv(path)
+    level = _label_level(table, path)
+    return make_manifest(table.drop(columns="label_level"), level, source=str(path))
+
+
+def write_manifest(manifest: Manifest, path: str | Path) -> None:
+    """Write a manifest, as Parquet where the suffix is `.parquet`, else as CSV.
+
+    The file is complete or absent, and the same rows give the same bytes.
+
+    Raises
+    ------
+    PathNotFoundError
+        The directory of `path` does not exist.
+    ManifestError
+        The rows break a manifest's rules, or the suffix is neither `.csv` nor `.parquet`.
+    """
+    path = Path(path)
+    if path.suffix not in {".csv", ".parquet"}:
+        raise ManifestError(f"a manifest ends in .csv or .parquet; {path.name!r} does not.")
+    if not path.parent.is_dir():
+        raise PathNotFoundError(f"no directory {path.parent} to write {path.name} into. Create it.")
+    _refuse(find_problems(manifest), str(path))
+    write_atomically(path, _parquet_bytes(manifest) if path.suffix == ".parquet" else _csv_bytes(manifest))
+
+
+def find_problems(manifest: Manifest) -> list[str]:
+    """Return every rule that the manifest breaks, one line each, at most 20 of a kind."""
+    return find_table_problems(_as_text(manifest.rows), manifest.label_level)
+
+
+def check_images(
+    manifest: Manifest,
+    image_root: str | Path,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[str]:
+    """Compare the files below `image_root` with the manifest.
+
+    Returns
+    -------
+    list of str
+        One line for each file that is missing, cannot be read, lies outside the root, or whose
+        bytes are not the manifest's. Without hashes in the manifest only presence is checked.
+
+    Raises
+    ------
+    PathNotFoundError
+        `image_root` is not a directory.
+    """
+    root = existing_root(image_root)
+    names = manifest.rows["image"].tolist()
+    paths, problems = _resolve_all(root, names)
+    if not manifest.has_hashes:
+        return problems + [f"{name} is missing" for name, path in paths.items() if not path.is_file()]
+    expected = dict(zip(names, manifest.rows["sha256"], strict=True))
+    found = hash_or_explain(list(paths.values()), progress)
+    for name, outcome in zip(paths, found, strict=True):
+        if isinstance(outcome, FileNotFoundError):
+            problems.append(f"{name} is missing")
+        elif isinstance(outcome, OSError):
+            problems.append(f"{name} cannot be read: {outcome.strerror}")
+        elif outcome != expected[name]:
+            problems.append(
+                f"{name} is not the manifest's: its sha256 begins {outcome[:12]}, "
+                f"the manifest says {expected[name][:12]}"
+            )
+    return problems
+
+
+def count(manifest: Manifest) -> dict[str, int]:
+    """Count what the manifest holds.
+
+    Returns
+    -------
+    dict of str to int
+        `images`, `studies`, `patients`; `abnormal`: images with label 1; `abnormal_studies`:
+        studies with at least one such image; `unlabelled`: images without a label.
+    """
+    return count_rows(manifest.rows)
+
+
+def count_rows(rows: pd.DataFrame) -> dict[str, int]:
+    """Count a manifest's rows, or some of them; see `count`."""
+    abnormal = rows["label"].eq(1).fillna(False).astype(bool)
+    return {
+        "images": len(rows),
+        "studies": rows["study"].nunique(),
+        "patients": rows["patient"].nunique(),
+        "abnormal": int(abnormal.sum()),
+        "abnormal_studies": rows["study"][abnormal].nunique(),
+        "unlabelled": int(rows["label"].isna().sum()),
+    }
+
+
+def existing_root(image_root: str | Path) -> Path:
+    """Return the image root with symbolic links resolved, or raise PathNotFoundError."""
+    root = Path(image_root)
+    if not root.is_dir():
+        raise PathNotFoundError(
+            f"no directory at {root} to find images in. "
+            "Give --image-root the directory that holds the dataset, unpacked."
+        )
+    return root.resolve()
+
+
+def image_path(image_root: Path, image: str) -> Path:
+    """Return the file of a manifest's `image` below `image_root`.
+
+    Raises
+    ------
+    ManifestError
+        The path, or the file that it links to, lies outside the root.
+    """
+    root = Path(image_root).resolve()
+    resolved = _resolve(root / image)
+    if not image or not resolved.is_relative_to(root) or resolved == root:
+        raise ManifestError(
+            f"image {image!r} leads out of the image root {root}. Give as --image-root a directory "
+            "that holds all images without links to the outside."
+        )
+    return resolved
+
+
+def _resolve(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a NUL in the name
+        raise ManifestError(f"image {str(path)!r} is not a usable path: {error}.") from error
+
+
+def _resolve_all(root: Path, names: list[str]) -> tuple[dict[str, Path], list[str]]:
+    paths: dict[str, Path] = {}
+    problems: list[str] = []
+    for name in names:
+        try:
+            paths[name] = image_path(root, name)
+        except ManifestError as error:  # noqa: PERF203 - one bad row must not hide the others
+            problems.append(str(error))
+    return paths, problems
+
+
+def _refuse(problems: list[str], source: str) -> None:
+    if problems:
+        noun = "a problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise ManifestError(
+            f"{source} has {noun} (rows are numbered as in a spreadsheet: the header is row 1). "
+            "Correct the rows, or leave images out with [exclude] in the recipe:",
+            problems,
+        )
+
+
+def _as_text(rows: pd.DataFrame) -> pd.DataFrame:
+    text = rows.copy()
+    if "label" in text:
+        text["label"] = text["label"].astype("string").fillna("")
+    return text
+
+
+def _as_labels(text: "pd.Series[str]") -> "pd.Series[int]":
+    return text.map({"0": 0, "1": 1}).astype("Int8")
+
+
+def _with_level(manifest: Manifest) -> pd.DataFrame:
+    return manifest.rows.assign(label_level=manifest.label_level)
+
+
+def _csv_bytes(manifest: Manifest) -> bytes:
+    return _with_level(manifest).to_csv(index=False, lineterminator="\n").encode()
+
+
+def _parquet_bytes(manifest: Manifest) -> bytes:
+    buffer = io.BytesIO()
+    _with_level(manifest).to_parquet(buffer, engine="pyarrow", index=False)
+    return buffer.getvalue()
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    try:
+        table = pd.read_csv(
+            path, dtype=str, keep_default_na=False, encoding="utf-8-sig", index_col=False, header=None
+        )
+    except (OSError, ValueError) as error:  # ParserError, EmptyDataError and UnicodeError are these
+        raise ManifestError(f"{path} cannot be read as CSV in UTF-8: {error}.") from error
+    header = table.iloc[0].fillna("").tolist()
+    _refuse_repeated(header, path)
+    body = table.iloc[1:].reset_index(drop=True)
+    body.columns = pd.Index(header)
+    short = body.isna().any(axis=1)
+    if short.any():
+        first = int(short.to_numpy().argmax()) + 2
+        raise ManifestError(
+            f"{path}: {int(short.sum())} rows have fewer fields than the header's {len(header)}, "
+            f"the first is row {first}. The file may be cut off: build it again."
+        )
+    return body
+
+
+def _refuse_repeated(header: list[str], path: Path) -> None:
+    repeated = sorted({name for name in header if header.count(name) > 1})
+    if repeated:
+        raise ManifestError(f"{path} has two columns of one name: {', '.join(map(repr, repeated))}.")
+
+
+def _read_parquet(path: Path) -> pd.DataFrame:
+    try:
+        table = pd.read_parquet(path, engine="pyarrow")
+    except (OSError, ValueError) as error:  # pyarrow's errors are these
+        raise ManifestError(f"{path} cannot be read as Parquet: {error}.") from error
+    for name in table.columns:
+        column = table[name]
+        if pd.api.types.is_float_dtype(column) and column.dropna().mod(1).eq(0).all():
+            column = column.astype("Int64")  # other writers keep 0, 1, unknown as floats
+        table[name] = column.astype("string").fillna("").astype(str)
+    return table.reset_index(drop=True)
+
+
+def _label_level(table: pd.DataFrame, path: Path) -> str:
+    """Return the one value of `label_level`, or raise with the columns or values found."""
+    if "label_level" not in table:
+        found = ", ".join(map(repr, table.columns))
+        raise ManifestError(
+            f"{path} has no column 'label_level' (study or image); its columns are {found}."
+        )
+    levels = sorted(table["label_level"].unique())
+    if len(levels) == 1 or table.empty:
+        return str(levels[0]) if levels else "image"
+    raise ManifestError(f"{path}: column label_level must hold one value, not {levels}.")

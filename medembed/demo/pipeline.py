@@ -1,0 +1,150 @@
+"""The whole path in one call: draw radiographs, then the same jobs that a user runs on theirs."""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from medembed import extraction, sweeps
+from medembed.dataset.manifest import Manifest, write_manifest
+from medembed.dataset.recipes import build_manifest, load_recipe
+from medembed.demo.cohort import DemoView, draw_cohort, write_view
+from medembed.encoders.loading import load_encoder
+from medembed.errors import RunError
+from medembed.files import json_bytes, write_atomically
+from medembed.results.page import write_report
+
+__all__ = ["RECIPE", "ShowProgress", "run_demo"]
+
+ShowProgress = Callable[[str, str], AbstractContextManager[Callable[[int, int], None]]]
+
+RECIPE = """\
+# What the demo's table means; a recipe for a table of your own looks like this.
+name = "demo"
+licence = "Apache-2.0"
+citation = "Synthetic radiographs drawn by medembed; no person is in them."
+url = ""
+layout = "table"
+label_level = "study"
+"""
+_CHUNK = 16  # images drawn by one task
+
+
+def run_demo(
+    directory: str | Path,
+    *,
+    n_patients: int = 400,
+    seed: int = 0,
+    show_progress: ShowProgress | None = None,
+) -> dict[str, Any]:
+    """Draw a cohort and take it from recipe to page.
+
+    Writes `directory/{recipe.toml, images/, manifest.csv, cache/, runs/sweep/, report/}`. A second
+    call with the same arguments does only what is missing.
+
+    Returns
+    -------
+    dict
+        `leaderboard` as `medembed.sweeps.sweep` gives it, `page` (its path), and `synthetic`, True.
+
+    Raises
+    ------
+    RunError
+        `directory` holds something else, or a demo of other arguments.
+    """
+    show = show_progress or _show_nothing
+    home = Path(directory)
+    _claim(home, {"demo": 1, "patients": n_patients, "seed": seed})
+    manifest = _build(home, n_patients, seed, show)
+    with show("Embedding", "images") as progress:
+        extraction.extract(
+            manifest, home / "images", load_encoder("demo"), home / "cache", progress=progress
+        )
+    run = home / "runs" / "sweep"
+    run.parent.mkdir(exist_ok=True)
+    with show("Training", "fits") as progress:
+        swept = sweeps.sweep(
+            home / "cache", home / "manifest.csv", run, seed=seed, progress=progress
+        )
+    report = write_report([run], home / "report")
+    return {"leaderboard": swept["leaderboard"], "page": report["page"], "synthetic": True}
+
+
+@contextmanager
+def _show_nothing(_label: str, _unit: str) -> Iterator[Callable[[int, int], None]]:
+    yield lambda _done, _total: None
+
+
+def _claim(home: Path, asked: dict[str, int]) -> None:
+    """Make `home` this demo's; refuse a directory that is something else."""
+    note = home / "demo.json"
+    if note.is_file():
+        held = json.loads(note.read_bytes())
+        if held != asked:
+            raise RunError(
+                f"{home} holds a demo of {held.get('patients')} patients and seed "
+                f"{held.get('seed')}; this one asks for {asked['patients']} and {asked['seed']}. "
+                "Name another directory."
+            )
+        return
+    if home.exists() and (not home.is_dir() or any(home.iterdir())):
+        raise RunError(f"{home} is not empty and not a demo's. Name a directory of its own.")
+    home.mkdir(parents=True, exist_ok=True)
+    write_atomically(note, json_bytes(asked))
+
+
+def _build(home: Path, n_patients: int, seed: int, show: ShowProgress) -> Manifest:
+    views = draw_cohort(n_patients, seed)
+    images = home / "images"
+    with show("Drawing", "images") as progress:
+        _draw(views, images, progress)
+    write_atomically(images / "labels.csv", _table(views))
+    write_atomically(home / "recipe.toml", RECIPE.encode())
+    with show("Hashing", "images") as progress:
+        report = build_manifest(
+            load_recipe(home / "recipe.toml"), images, strict=True, progress=progress
+        )
+    write_manifest(report.manifest, home / "manifest.csv")
+    return report.manifest
+
+
+def _name(view: DemoView) -> str:
+    return f"{view.study}/view{view.projection + 1}.png"
+
+
+def _table(views: Sequence[DemoView]) -> bytes:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["image", "patient", "study", "region", "finding", "synthetic"])
+    for view in views:
+        finding = "abnormal" if view.label else "normal"
+        writer.writerow([_name(view), view.patient, view.study, view.region, finding, 1])
+    return text.getvalue().encode()
+
+
+def _draw(views: Sequence[DemoView], images: Path, progress: Callable[[int, int], None]) -> None:
+    """Draw the views that are not there yet, on all cores."""
+    missing = [view for view in views if not (images / _name(view)).is_file()]
+    chunks = [missing[start : start + _CHUNK] for start in range(0, len(missing), _CHUNK)]
+    done = len(views) - len(missing)
+    progress(done, len(views))
+    if not chunks:
+        return
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        for n_drawn in pool.map(_draw_chunk, chunks, [images] * len(chunks)):
+            done += n_drawn
+            progress(done, len(views))
+
+
+def _draw_chunk(views: Sequence[DemoView], images: Path) -> int:
+    for view in views:
+        path = images / _name(view)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_view(view, path)
+    return len(views)

@@ -1,0 +1,137 @@
+"""Resamples of patients, and what is read off them.
+
+Views and studies of one patient are not independent, so whole patients are drawn with replacement
+(the cluster bootstrap; Davison and Hinkley, Bootstrap Methods and Their Application, 1997, 3.8).
+The same seed and patients give the same resamples, so that every number of a report, and every
+head of a comparison, is judged on the same draws.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from medembed.errors import TrainingDataError
+from medembed.evaluation.scores import Scorer
+
+__all__ = [
+    "CONFIDENCE",
+    "MAX_DROPPED_SHARE",
+    "Interval",
+    "draw",
+    "finite_or_none",
+    "patient_codes",
+    "percentiles",
+]
+
+CONFIDENCE = 0.95
+#: Resamples without a class are dropped; where more than this share is, no interval is given. At
+#: one tenth, a class wants about three patients (exp(-3) = 5 % of resamples miss all of them).
+MAX_DROPPED_SHARE = 0.1
+#: Weights held at a time: 2 M float64 are 16 MB, and a handful of such arrays live at once.
+_CHUNK_ELEMENTS = 2_000_000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A score and its 95 % percentile interval; NaN where not estimable.
+
+    The value is that of the data, not the resamples' mean. `low` and `high` are NaN alone where
+    the value exists but too few patients stand behind it.
+    """
+
+    value: float
+    low: float
+    high: float
+
+    def as_dict(self) -> dict[str, float | None]:
+        """Return `value`, `low`, `high` with None for what is not estimable."""
+        return {
+            "value": finite_or_none(self.value),
+            "low": finite_or_none(self.low),
+            "high": finite_or_none(self.high),
+        }
+
+
+def patient_codes(patients: Any) -> np.ndarray:
+    """Return patients as integers from 0, sorted, so that draws do not hang on the rows' order.
+
+    Raises
+    ------
+    TrainingDataError
+        A row has no patient.
+    """
+    codes, _ = pd.factorize(np.asarray(patients), sort=True)
+    if (codes < 0).any():
+        raise TrainingDataError(f"{int((codes < 0).sum())} rows have no patient to resample by")
+    return codes
+
+
+def draw(
+    scorers: Sequence[Scorer],
+    members: Sequence[np.ndarray],
+    codes: np.ndarray,
+    n_resamples: int,
+    seed: int,
+) -> tuple[list[dict[str, float]], list[dict[str, np.ndarray]]]:
+    """Return each scorer's scores on the data, and on every resample (float64, shape (B,)).
+
+    Parameters
+    ----------
+    scorers : sequence of Scorer
+    members : sequence of integer arrays
+        Which of the rows each scorer was made for.
+    codes : integer array of shape (n,)
+        From `patient_codes`.
+    n_resamples, seed : int
+    """
+    truth = [
+        {name: float(value[0]) for name, value in scorer(np.ones((1, len(rows)))).items()}
+        for scorer, rows in zip(scorers, members, strict=True)
+    ]
+    parts: list[list[dict[str, np.ndarray]]] = [[] for _ in scorers]
+    for weights in _weights(codes, n_resamples, seed):
+        for part, scorer, rows in zip(parts, scorers, members, strict=True):
+            part.append(scorer(weights if len(rows) == len(codes) else weights[:, rows]))
+    draws = [
+        {name: np.concatenate([chunk[name] for chunk in part]) for name in scorer.names}
+        for part, scorer in zip(parts, scorers, strict=True)
+    ]
+    return truth, draws
+
+
+def percentiles(value: float, draws: np.ndarray, *, centred: bool = False) -> tuple[float, float]:
+    """Return the ends of the 95 % percentile interval, NaN where not estimable.
+
+    Not estimable: the data give no `value`, or more than `MAX_DROPPED_SHARE` of the draws are NaN.
+    With `centred` the draws are first moved so that their mean is `value`, and cut at 0: for
+    scores that resampling itself inflates.
+    """
+    kept = draws[~np.isnan(draws)]
+    if math.isnan(value) or len(kept) < (1 - MAX_DROPPED_SHARE) * len(draws) or len(kept) == 0:
+        return math.nan, math.nan
+    if centred:
+        kept = np.maximum(kept + (value - kept.mean()), 0.0)
+    low, high = np.quantile(kept, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(low), float(high)
+
+
+def finite_or_none(value: float) -> float | None:
+    """Return `value` as a float, or None for NaN and infinities, which JSON does not have."""
+    return float(value) if math.isfinite(value) else None
+
+
+def _weights(codes: np.ndarray, n_resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """Yield row weights (chunk, n): how often each row's patient was drawn."""
+    generator = np.random.default_rng(seed)
+    n_patients = int(codes.max()) + 1 if len(codes) else 0
+    size = max(1, _CHUNK_ELEMENTS // max(len(codes), 1))
+    for start in range(0, n_resamples, size):
+        n = min(size, n_resamples - start)
+        drawn = generator.integers(0, n_patients, size=(n, n_patients))
+        drawn += np.arange(n)[:, None] * n_patients
+        counts = np.bincount(drawn.ravel(), minlength=n * n_patients).reshape(n, n_patients)
+        yield counts.astype(np.float64)[:, codes]
