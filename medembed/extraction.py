@@ -5,33 +5,35 @@ images, so memory stays flat. The encoder sees batches of one fixed shape, so on
 row does not depend on its neighbours, and a resumed cache equals an uninterrupted one.
 """
 
-import hashlib
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import metadata
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from medembed.cache.description import is_free
 from medembed.cache.failures import Failure
-from medembed.cache.spec import CacheSpec, keys_from_hex
-from medembed.cache.store import Cache, create_cache
+from medembed.cache.plan import Plan, make_plan
+from medembed.cache.spec import CacheSpec
+from medembed.cache.store import Cache, create_cache, open_cache
 from medembed.cache.writer import RowWriter
-from medembed.dataset.images import IMAGES_VERSION, decode_image
+from medembed.dataset.images import IMAGES_VERSION
 from medembed.dataset.manifest import Manifest, image_path
-from medembed.encoders.preprocessing import Preprocessing, prepare
+from medembed.dataset.reading import Content, Reading, read_ahead
+from medembed.encoders.preprocessing import prepare
 from medembed.encoders.protocol import Encoder
-from medembed.errors import EncoderError, ImageError, ManifestError, PathNotFoundError
+from medembed.errors import EncoderError, ManifestError, PathNotFoundError
 
 __all__ = ["COMMIT_SECONDS", "ExtractionReport", "extract", "spec_of"]
 
 COMMIT_SECONDS = 60.0  # what a crash may lose
+MAX_SUSPECTS = 8  # encoder failures in a row, before the encoder is to blame and not the images
 LIBRARIES = ("medembed", "numpy", "pillow", "torch", "transformers")
 # Pixels in a batch: on a GPU 32 images of 896 × 896; on a CPU 2, because there each takes up to
 # half a minute and no commit can fall inside a batch.
@@ -43,16 +45,15 @@ MAX_BATCH = {"cpu": 32, "other": 256}
 class ExtractionReport:
     """Count what became of a manifest's rows.
 
-    Always requested = already + embedded + failed + pending + duplicates.
+    Always requested = already + embedded + failed + duplicates.
 
     Parameters
     ----------
     requested : int
         Rows of the manifest.
     already, embedded, failed : int
-        Distinct contents that were in the cache before, were added, could not become a row.
-    pending : int
-        Distinct contents that a dry run would embed; otherwise 0.
+        Distinct contents that were in the cache before, were added (in a dry run: would be
+        tried), could not become a row.
     duplicates : int
         Rows whose content another row has too.
     colour : int
@@ -69,7 +70,6 @@ class ExtractionReport:
     already: int
     embedded: int
     failed: int
-    pending: int
     duplicates: int
     colour: int
     failures: list[dict[str, str]]
@@ -148,25 +148,28 @@ def extract(
     On any exception, Ctrl-C included, rows embedded so far are committed before it goes on.
     """
     start = time.monotonic()
-    root = _check_request(manifest, Path(image_root), encoder, poolings)
-    spec = spec_of(encoder, poolings, dtype)
-    if dry_run and not Path(cache_path).exists():
-        cache = None
-    else:
-        cache = create_cache(cache_path, spec, _record(encoder))
-    plan = _make_plan(manifest, cache, retry_failed=retry_failed)
-    tally = _Tally(total=len(plan.pending), progress=progress)
-    if cache is not None and plan.pending and not dry_run:
-        _refuse_empty_root(plan, root)
-        size = batch_size or _default_batch_size(encoder)
+    _check_request(manifest, Path(image_root), encoder, poolings)
+    spec, recorded = spec_of(encoder, poolings, dtype), _record(encoder)
+    plan = make_plan(
+        manifest, _open_if_there(cache_path, spec, recorded), retry_failed=retry_failed
+    )
+    embedder = _Embedder(encoder, poolings, batch_size, len(plan.pending), progress)
+    if plan.pending and not dry_run:
+        _refuse_empty_root(plan, Path(image_root))
+        cache = create_cache(cache_path, spec, recorded)
         n_decoders = decoders or _count_cores()
-        with ThreadPoolExecutor(n_decoders, "decode") as pool:
-            # Inside the pool: Ctrl-C commits first and waits for the decoders afterwards.
-            with RowWriter(cache, commit_seconds) as writer:
-                ahead = _read_ahead(pool, plan.pending, root, encoder, 2 * size + n_decoders)
-                _embed_all(ahead, encoder, tuple(poolings), size, writer, tally)
-        _refuse_other_bytes(tally.other_bytes)
-    return _report(plan, tally, time.monotonic() - start, dry_run=dry_run)
+        # The pool outside: Ctrl-C commits first and waits for the decoders afterwards.
+        with (
+            ThreadPoolExecutor(n_decoders, "decode") as pool,
+            RowWriter(cache, commit_seconds) as writer,
+        ):
+            transform = partial(prepare, preprocessing=encoder.preprocessing)
+            n_ahead = 2 * embedder.batch_size + n_decoders
+            readings = read_ahead(pool, plan.pending, Path(image_root), transform, n_ahead)
+            embedder.embed_all(readings, writer)
+        _refuse_other_bytes(embedder.other_bytes)
+    n_embedded = len(plan.pending) if dry_run else embedder.n_embedded
+    return _report(plan, embedder, n_embedded, time.monotonic() - start)
 
 
 def spec_of(encoder: Encoder, poolings: Sequence[str], dtype: str = "float16") -> CacheSpec:
@@ -183,52 +186,110 @@ def spec_of(encoder: Encoder, poolings: Sequence[str], dtype: str = "float16") -
     )
 
 
-@dataclass(frozen=True)
-class _Content:
-    """One file's bytes, and the images of the manifest that have them."""
+class _Embedder:
+    """Turn readings into rows of a writer, and count."""
 
-    sha256: str
-    images: tuple[str, ...]
+    def __init__(
+        self,
+        encoder: Encoder,
+        poolings: Sequence[str],
+        batch_size: int | None,
+        n_total: int,
+        progress: Callable[[int, int], None] | None,
+    ) -> None:
+        self._encoder, self._poolings = encoder, tuple(poolings)
+        self._n_total, self._progress = n_total, progress
+        self._suspects: list[tuple[Content, EncoderError]] = []
+        self.batch_size = batch_size or _default_batch_size(encoder)
+        self.n_embedded = self.n_colour = 0
+        self.failed: list[tuple[Content, Failure]] = []
+        self.other_bytes: list[Reading] = []
 
+    def embed_all(self, readings: Iterator[Future[Reading]], writer: RowWriter) -> None:
+        batch: list[Reading] = []
+        for future in readings:
+            while not future.done():  # slow storage must not hold back a commit
+                wait([future], timeout=1.0)
+                writer.commit_if_due()
+            reading = future.result()
+            if reading.pixels is not None:
+                batch.append(reading)
+            else:
+                self._set_aside(reading, writer)
+            if len(batch) == self.batch_size:
+                self._embed_batch(batch, writer)
+                batch = []
+        if batch:
+            self._embed_batch(batch, writer)
+        self._blame_suspects(writer)
 
-@dataclass(frozen=True)
-class _Prepared:
-    """What reading made of a content: pixels, or why there are none."""
+    def _set_aside(self, reading: Reading, writer: RowWriter) -> None:
+        if reading.stage is None:
+            self.other_bytes.append(reading)
+        else:
+            self._fail(reading.content, reading.stage, reading.reason, writer)
+        self._tell()
 
-    content: _Content
-    pixels: np.ndarray | None = None
-    colour: bool = False
-    failure: Failure | None = None
-    other_sha256: str | None = None
+    def _embed_batch(self, batch: list[Reading], writer: RowWriter) -> None:
+        try:
+            self._embed(batch, writer)
+        except EncoderError as error:
+            if len(batch) == 1:
+                self._suspect(batch[0].content, error)
+                return
+            for reading in batch:  # find the image on which the encoder fails
+                self._embed_batch([reading], writer)
 
+    def _embed(self, batch: list[Reading], writer: RowWriter) -> None:
+        embeddings = self._encode(batch)
+        writer.add([reading.content.sha256 for reading in batch], embeddings)
+        self.n_embedded += len(batch)
+        self.n_colour += sum(reading.colour for reading in batch)
+        self._blame_suspects(writer)
+        self._tell()
 
-@dataclass(frozen=True)
-class _Plan:
-    n_rows: int
-    n_contents: int
-    n_already: int
-    pending: list[_Content]
-    known: list[tuple[_Content, Failure]]
+    def _encode(self, batch: list[Reading]) -> dict[str, np.ndarray]:
+        size = self._encoder.preprocessing
+        # Always full, so that every image goes through the same arithmetic.
+        pixels = np.zeros((self.batch_size, size.height, size.width), np.uint8)
+        for place, reading in enumerate(batch):
+            pixels[place] = np.asarray(reading.pixels)
+        embeddings = self._encoder.encode(pixels, self._poolings)
+        rows = {name: embeddings[name][: len(batch)] for name in self._poolings}
+        for name, values in rows.items():
+            if not np.isfinite(values).all():
+                raise EncoderError(f"pooling {name} holds NaN or infinite values")
+        return rows
 
+    def _suspect(self, content: Content, error: EncoderError) -> None:
+        self._suspects.append((content, error))
+        if len(self._suspects) == MAX_SUSPECTS:
+            raise EncoderError(
+                f"encoder {self._encoder.source} failed on {MAX_SUSPECTS} images in a row, so it "
+                f"is not the images. Rows before these are committed. It said: {error}"
+            ) from error
 
-@dataclass
-class _Tally:
-    total: int
-    progress: Callable[[int, int], None] | None
-    embedded: int = 0
-    colour: int = 0
-    failed: list[tuple[_Content, Failure]] = field(default_factory=list)
-    other_bytes: list[_Prepared] = field(default_factory=list)
+    def _blame_suspects(self, writer: RowWriter) -> None:
+        """Record images that failed alone: the encoder has worked since, or the run is over."""
+        for content, error in self._suspects:
+            self._fail(content, "encode", str(error), writer)
+        self._suspects = []
+        self._tell()
 
-    def tell(self) -> None:
-        if self.progress:
-            done = self.embedded + len(self.failed) + len(self.other_bytes)
-            self.progress(done, self.total)
+    def _fail(self, content: Content, stage: str, reason: str, writer: RowWriter) -> None:
+        failure = Failure(content.sha256, stage, reason)
+        writer.add_failure(failure)
+        self.failed.append((content, failure))
+
+    def _tell(self) -> None:
+        if self._progress:
+            n_done = self.n_embedded + len(self.failed) + len(self.other_bytes)
+            self._progress(n_done, self._n_total)
 
 
 def _check_request(
     manifest: Manifest, root: Path, encoder: Encoder, poolings: Sequence[str]
-) -> Path:
+) -> None:
     if not root.is_dir():
         raise PathNotFoundError(f"image root {root} is not a directory: give --image-root DIR")
     n_empty = int((manifest.rows["sha256"] == "").sum())
@@ -243,26 +304,19 @@ def _check_request(
             raise EncoderError(
                 f"encoder {encoder.source} has no pooling {name!r}; choose among {offered}"
             )
-    return root
 
 
-def _make_plan(manifest: Manifest, cache: Cache | None, *, retry_failed: bool) -> _Plan:
-    images: dict[str, list[str]] = {}
-    for image, sha256 in zip(manifest.rows["image"], manifest.rows["sha256"], strict=True):
-        images.setdefault(sha256, []).append(image)
-    done = cache.is_done(keys_from_hex(list(images))) if cache else np.zeros(len(images), bool)
-    failures = cache.failures() if cache else {}
-    pending, known = [], []
-    for sha256, is_done in zip(images, done.tolist(), strict=True):
-        content, failure = _Content(sha256, tuple(images[sha256])), failures.get(sha256)
-        if failure and failure.stage != "read" and not retry_failed:
-            known.append((content, failure))
-        elif not is_done:
-            pending.append(content)
-    return _Plan(len(manifest.rows), len(images), int(done.sum()), pending, known)
+def _open_if_there(
+    path: str | os.PathLike[str], spec: CacheSpec, recorded: dict[str, Any]
+) -> Cache | None:
+    if is_free(Path(path)):
+        return None
+    cache = open_cache(path)
+    cache.require_spec(spec, recorded)
+    return cache
 
 
-def _refuse_empty_root(plan: _Plan, root: Path) -> None:
+def _refuse_empty_root(plan: Plan, root: Path) -> None:
     images = [image for content in plan.pending for image in content.images]
     if not any(image_path(root, image).is_file() for image in images):
         raise PathNotFoundError(
@@ -271,153 +325,13 @@ def _refuse_empty_root(plan: _Plan, root: Path) -> None:
         )
 
 
-def _read_ahead(
-    pool: ThreadPoolExecutor,
-    contents: Sequence[_Content],
-    root: Path,
-    encoder: Encoder,
-    n_ahead: int,
-) -> Iterator[Future[_Prepared]]:
-    """Yield one future per content, in order, with at most `n_ahead` begun and not taken."""
-    waiting: deque[Future[_Prepared]] = deque()
-    remaining = iter(contents)
-    try:
-        while True:
-            for content in islice(remaining, n_ahead - len(waiting)):
-                waiting.append(pool.submit(_prepare, content, root, encoder.preprocessing))
-            if not waiting:
-                return
-            yield waiting.popleft()
-    finally:
-        for future in waiting:
-            future.cancel()
-
-
-def _prepare(content: _Content, root: Path, preprocessing: Preprocessing) -> _Prepared:
-    reason, other = "", None
-    for image in content.images:
-        try:
-            data = image_path(root, image).read_bytes()
-        except OSError as error:  # its strerror names no path
-            reason = error.strerror or type(error).__name__
-            continue
-        # The very bytes that are decoded below.
-        sha256 = hashlib.sha256(data).hexdigest()
-        if sha256 == content.sha256:
-            return _decode(content, data, preprocessing)
-        other = sha256
-    if other:
-        return _Prepared(content, other_sha256=other)
-    return _Prepared(content, failure=Failure(content.sha256, "read", reason))
-
-
-def _decode(content: _Content, data: bytes, preprocessing: Preprocessing) -> _Prepared:
-    try:
-        radiograph = decode_image(data)
-    except ImageError as error:
-        return _Prepared(content, failure=Failure(content.sha256, "decode", str(error)))
-    pixels = prepare(radiograph.pixels, preprocessing)
-    return _Prepared(content, pixels=pixels, colour=radiograph.colour)
-
-
-def _embed_all(
-    futures: Iterator[Future[_Prepared]],
-    encoder: Encoder,
-    poolings: tuple[str, ...],
-    batch_size: int,
-    writer: RowWriter,
-    tally: _Tally,
-) -> None:
-    batch: list[_Prepared] = []
-    for future in futures:
-        while not future.done():  # slow storage must not hold back a commit
-            wait([future], timeout=1.0)
-            writer.commit_if_due()
-        prepared = future.result()
-        if prepared.pixels is not None:
-            batch.append(prepared)
-        elif prepared.failure:
-            _note_failure(prepared, prepared.failure, writer, tally)
-        else:
-            tally.other_bytes.append(prepared)
-        if len(batch) == batch_size:
-            _embed(batch, encoder, poolings, batch_size, writer, tally)
-            batch = []
-    if batch:
-        _embed(batch, encoder, poolings, batch_size, writer, tally)
-
-
-def _embed(
-    batch: list[_Prepared],
-    encoder: Encoder,
-    poolings: tuple[str, ...],
-    batch_size: int,
-    writer: RowWriter,
-    tally: _Tally,
-) -> None:
-    try:
-        embeddings = _encode(batch, encoder, poolings, batch_size)
-    except EncoderError:
-        if len(batch) > 1:
-            _embed_one_by_one(batch, encoder, poolings, batch_size, writer, tally)
-            return
-        raise
-    writer.add([prepared.content.sha256 for prepared in batch], embeddings)
-    tally.embedded += len(batch)
-    tally.colour += sum(prepared.colour for prepared in batch)
-    tally.tell()
-
-
-def _embed_one_by_one(
-    batch: list[_Prepared],
-    encoder: Encoder,
-    poolings: tuple[str, ...],
-    batch_size: int,
-    writer: RowWriter,
-    tally: _Tally,
-) -> None:
-    """Find the images on which the encoder fails; if it is all of them, it is not the images."""
-    errors = []
-    for prepared in batch:
-        try:
-            _embed([prepared], encoder, poolings, batch_size, writer, tally)
-        except EncoderError as error:
-            errors.append((prepared, error))
-    if len(errors) == len(batch):
-        raise errors[0][1]
-    for prepared, error in errors:
-        failure = Failure(prepared.content.sha256, "encode", str(error))
-        _note_failure(prepared, failure, writer, tally)
-
-
-def _encode(
-    batch: list[_Prepared], encoder: Encoder, poolings: tuple[str, ...], batch_size: int
-) -> dict[str, np.ndarray]:
-    shape = (encoder.preprocessing.height, encoder.preprocessing.width)
-    pixels = np.zeros((batch_size, *shape), np.uint8)  # always full: the same arithmetic for all
-    for place, prepared in enumerate(batch):
-        pixels[place] = prepared.pixels
-    embeddings = encoder.encode(pixels, poolings)
-    rows = {name: embeddings[name][: len(batch)] for name in poolings}
-    for name, values in rows.items():
-        if not np.isfinite(values).all():
-            raise EncoderError(f"{encoder.source} gave NaN or infinite values in pooling {name}")
-    return rows
-
-
-def _note_failure(prepared: _Prepared, failure: Failure, writer: RowWriter, tally: _Tally) -> None:
-    writer.add_failure(failure)
-    tally.failed.append((prepared.content, failure))
-    tally.tell()
-
-
-def _refuse_other_bytes(others: list[_Prepared]) -> None:
+def _refuse_other_bytes(others: list[Reading]) -> None:
     if not others:
         return
     problems = [
-        f"{prepared.content.images[0]}: sha256 {prepared.other_sha256}, "
-        f"the manifest says {prepared.content.sha256}"
-        for prepared in others
+        f"{reading.content.images[0]}: sha256 {reading.other_sha256}, "
+        f"the manifest says {reading.content.sha256}"
+        for reading in others
     ]
     raise ManifestError(
         f"{len(others)} image(s) hold other bytes than the manifest says, and were not embedded; "
@@ -426,19 +340,18 @@ def _refuse_other_bytes(others: list[_Prepared]) -> None:
     )
 
 
-def _report(plan: _Plan, tally: _Tally, seconds: float, *, dry_run: bool) -> ExtractionReport:
-    failed = plan.known + tally.failed
+def _report(plan: Plan, embedder: _Embedder, n_embedded: int, seconds: float) -> ExtractionReport:
+    failed = plan.known + embedder.failed
     return ExtractionReport(
         requested=plan.n_rows,
         already=plan.n_already,
-        embedded=tally.embedded,
+        embedded=n_embedded,
         failed=len(failed),
-        pending=len(plan.pending) if dry_run else 0,
         duplicates=plan.n_rows - plan.n_contents,
-        colour=tally.colour,
+        colour=embedder.n_colour,
         failures=[{"image": content.images[0], **asdict(f)} for content, f in failed],
         seconds=seconds,
-        images_per_second=tally.embedded / seconds if seconds > 0 else 0.0,
+        images_per_second=embedder.n_embedded / seconds if seconds > 0 else 0.0,
     )
 
 

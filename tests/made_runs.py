@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import pandas as pd
 
-from medembed.results.baselines import BASELINES, predict_prior
+from medembed.heads.baselines import ClassPrior, RegionPrior
 from medembed.results.comparison import compare_runs
 from medembed.results.runs import create_run
 
@@ -37,8 +37,9 @@ def make_run(path, images, heads, *, seed=1, complete=True, info=None):
         winners.append({"head": head, "pooling": "mean+max", "trial": trial, "params": {"C": 1.0}})
         winners[-1] |= {"cv": 0.9, "seconds": 1.5, "status": "ok", "error": None}
     train = images[(images["split"] == "train") & images["label"].notna()]
-    for name in BASELINES:
-        prior = predict_prior(name, train, images)
+    for name, kind in {"class-prior": ClassPrior, "region-prior": RegionPrior}.items():
+        fitted = kind().fit(train["region"], train["label"].astype(int))
+        prior = fitted.predict_proba(images["region"])[:, 1].astype(np.float32)
         parts.append(images.assign(head=name, trial=pd.NA, probability=prior))
     data = {"images": len(images), "patients": int(images["patient"].nunique()), "left_out": 0}
     details = {"seed": seed, "command": "medembed sweep cache manifest.csv --out run"}

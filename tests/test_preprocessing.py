@@ -149,7 +149,7 @@ def test_what_cannot_be_honoured_is_refused(
 
 
 def test_no_processor_file_and_broken_json_are_named(tmp_path: Path) -> None:
-    with pytest.raises(EncoderError, match="neither preprocessor_config.json nor"):
+    with pytest.raises(EncoderError, match=r"neither preprocessor_config\.json nor"):
         read_preprocessing(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text("{")
     with pytest.raises(EncoderError, match="cannot be read"):

@@ -220,6 +220,18 @@ def test_the_fingerprint_changes_with_the_tower_alone(
     assert same == (change == "language model")
 
 
+def test_the_same_bytes_under_another_dtype_are_another_tower(
+    gemma: tuple[Path, Any], tmp_path: Path
+) -> None:
+    half = torch.linspace(0.5, 1.5, 32).to(torch.float16)
+    fingerprints = set()
+    for kind in (half, half.view(torch.bfloat16)):
+        target = tmp_path / str(kind.dtype)
+        edit_tensors(gemma[0], target, lambda tensors, kind=kind: tensors.update({BIAS: kind}))
+        fingerprints.add(load_encoder(target).fingerprint)
+    assert len(fingerprints) == 2
+
+
 def test_defaults_left_out_of_the_config_are_the_same_architecture(
     gemma: tuple[Path, Any], tmp_path: Path
 ) -> None:
@@ -346,7 +358,7 @@ def test_a_constant_that_early_releases_saved_is_ignored(
 def test_a_missing_or_damaged_file_is_named(gemma: tuple[Path, Any], tmp_path: Path) -> None:
     sharded = split(gemma[0], tmp_path / "shards", 2)
     (sharded / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(EncoderError, match="lacks model-00002-of-00003.safetensors"):
+    with pytest.raises(EncoderError, match=r"lacks model-00002-of-00003\.safetensors"):
         load_encoder(sharded)
     damaged = edit_tensors(gemma[0], tmp_path / "damaged", lambda tensors: None)
     whole = (damaged / "model.safetensors").read_bytes()
@@ -354,7 +366,7 @@ def test_a_missing_or_damaged_file_is_named(gemma: tuple[Path, Any], tmp_path: P
     with pytest.raises(EncoderError, match="not a whole safetensors file"):
         load_encoder(damaged)
     (damaged / "model.safetensors").unlink()
-    with pytest.raises(EncoderError, match="neither model.safetensors nor"):
+    with pytest.raises(EncoderError, match=r"neither model\.safetensors nor"):
         load_encoder(damaged)
     (damaged / "config.json").unlink()
     with pytest.raises(EncoderError, match=r"damaged holds no config.json"):

@@ -2,6 +2,7 @@
 
 import hashlib
 from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -133,7 +134,7 @@ def test_unknown_regions_and_findings_are_refused_by_name() -> None:
 
 def test_the_demo_shows_no_image_on_which_its_encoder_was_trained_or_measured() -> None:
     ranges = sorted((TRAINING_SEEDS, TRIAL_SEEDS, DEMO_SEEDS), key=lambda seeds: seeds.start)
-    for lower, upper in zip(ranges, ranges[1:], strict=False):
+    for lower, upper in pairwise(ranges):
         assert lower.stop <= upper.start
     for seed in (0, 1, 1000):
         assert all(view.seed in DEMO_SEEDS for view in draw_cohort(30, seed))

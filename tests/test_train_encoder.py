@@ -24,7 +24,7 @@ PREFIX = "vision_tower.vision_model."
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("encoder") / "demo"
     train_encoder.main(
-        ["--out", str(out), "--images", "64", "--steps", "2", "--trial-images", "60", "--jobs", "1"]
+        ["--out", str(out), "--images", "16", "--steps", "1", "--trial-images", "48", "--jobs", "1"]
     )
     return out
 
@@ -82,12 +82,12 @@ def test_an_early_card_claims_no_figures() -> None:
 
 
 def test_training_lowers_the_loss_and_repeats_itself() -> None:
-    data = draw_training_set(range(48), jobs=1)
+    data = draw_training_set(range(24), jobs=1)
 
     def run() -> tuple[list[float], torch.Tensor]:
         losses: list[float] = []
         teacher = train_encoder.train(
-            data, n_steps=12, batch_size=16, progress=lambda *step: losses.append(step[2])
+            data, n_steps=10, batch_size=8, progress=lambda *step: losses.append(step[2])
         )
         return losses, teacher.tower.state_dict()["post_layernorm.weight"]
 
@@ -116,11 +116,11 @@ def test_a_time_limit_shortens_the_schedule() -> None:
 def test_the_shipped_tower_tells_findings_from_normal_images_far_above_chance() -> None:
     teacher = train_encoder.Teacher()
     teacher.tower = _load(SHIPPED)
-    data = draw_training_set(TRIAL_SEEDS[-300:], severities=(0.9, 1.0), jobs=1)
+    data = draw_training_set(TRIAL_SEEDS[-240:], severities=(0.9, 1.0), jobs=1)
     pooled = train_encoder.embed(teacher, data.images)
     X = np.concatenate([pooled["mean"], pooled["max"]], 1)
     assert np.isfinite(X).all()
-    y, half = data.kinds > 0, 150
+    y, half = data.kinds > 0, 120
     # A nearest-mean rule with shrunk covariance: no fitted head is needed to see the difference.
     scatter = np.cov(X[:half].T) + 0.05 * np.eye(X.shape[1])
     direction = np.linalg.solve(scatter, X[:half][y[:half]].mean(0) - X[:half][~y[:half]].mean(0))

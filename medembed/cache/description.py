@@ -16,6 +16,7 @@ __all__ = [
     "FORMAT",
     "VERSION",
     "create_description",
+    "is_free",
     "mismatch",
     "options_of",
     "read_description",
@@ -49,6 +50,14 @@ def create_description(path: Path, spec: CacheSpec, recorded: Mapping[str, Any])
         raise CacheError(
             f"cannot make a cache at {path}: {error.strerror or error}. Choose another --cache."
         ) from error
+
+
+def is_free(path: Path) -> bool:
+    """Tell whether a cache can be made at `path`: nothing there, or what a crash left of that."""
+    if not path.is_dir():
+        return not path.exists()
+    leftovers = (entry.name == "shards" or entry.suffix == ".partial" for entry in path.iterdir())
+    return all(leftovers)
 
 
 def read_description(path: Path) -> tuple[CacheSpec, dict[str, Any]]:
@@ -112,7 +121,7 @@ def source_of(recorded: Mapping[str, Any]) -> str:
 
 
 def _create(path: Path, spec: CacheSpec, recorded: Mapping[str, Any]) -> None:
-    if path.is_dir() and any(not _is_ours(entry) for entry in path.iterdir()):
+    if not is_free(path):
         if (path / "cache.json").exists():  # another process was faster
             return
         raise CacheError(f"{path} is not a cache and not empty. Choose another --cache.")
@@ -140,10 +149,6 @@ def _publish(partial: Path, path: Path) -> None:
     except OSError:  # a file system without hard links
         if not path.exists():
             os.replace(partial, path)
-
-
-def _is_ours(entry: Path) -> bool:
-    return entry.name == "shards" or entry.suffix == ".partial"
 
 
 def _read_document(path: Path) -> dict[str, Any]:

@@ -54,6 +54,15 @@ class Cache:
         """Name the encoder as the user named it: `source` or `source@revision`."""
         return source_of(self.recorded)
 
+    def require_spec(self, spec: CacheSpec, recorded: Mapping[str, Any]) -> None:
+        """Raise SpecMismatchError, naming the first difference, unless rows of `spec` fit here.
+
+        `recorded` tells where `spec` comes from, as for `create_cache`.
+        """
+        error = mismatch(self.path, (self.spec, self.recorded), (spec, recorded))
+        if error:
+            raise error
+
     def keys(self) -> np.ndarray:
         """Return the keys of all committed rows, sorted and unique: (n, 32) uint8.
 
@@ -236,9 +245,7 @@ def create_cache(
     """
     create_description(Path(path), spec, recorded)
     cache = open_cache(path)
-    error = mismatch(cache.path, (cache.spec, cache.recorded), (spec, recorded))
-    if error:
-        raise error
+    cache.require_spec(spec, recorded)
     return cache
 
 

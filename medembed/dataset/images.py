@@ -230,10 +230,11 @@ def _check_depth_is_used(rgb: Image.Image, image: ImageFile.ImageFile, facts: An
 def _grey_from_deep(image: ImageFile.ImageFile, facts: PngFacts | None) -> np.ndarray:
     samples = np.asarray(image)
     low, high, declared = _declared_range(image)
+    lowest, highest = samples.min(), samples.max()
     if not declared:
-        _refuse_undeclared_depth(samples.max())
-    if not np.isfinite(samples).all() or samples.min() < low or samples.max() > high:
-        found = f"{samples.min():g} to {samples.max():g}"
+        _refuse_undeclared_depth(highest)
+    if not (low <= lowest and highest <= high):  # so written, NaN is outside too
+        found = f"{lowest:g} to {highest:g}"
         raise ImageError(f"samples from {found} leave the declared range {low:g} to {high:g}")
     grey = _to_8_bits(samples, low, high)
     if isinstance(image, TiffImagePlugin.TiffImageFile):
@@ -248,7 +249,7 @@ def _to_8_bits(samples: np.ndarray, low: float, high: float) -> np.ndarray:
     values = np.arange(65536) if samples.dtype.kind == "u" and samples.itemsize == 2 else samples
     scaled = (values.astype(np.float64) - low) * (255 / (high - low))
     grey = np.floor(np.clip(scaled, 0, 255) + 0.5).astype(np.uint8)
-    return grey if values is samples else grey[samples]
+    return grey if values is samples else grey.take(samples)
 
 
 def _declared_range(image: ImageFile.ImageFile) -> tuple[float, float, bool]:

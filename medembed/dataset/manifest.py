@@ -14,6 +14,7 @@ import pandas as pd
 
 from medembed.dataset.checks import LABEL_LEVELS, REQUIRED, find_table_problems
 from medembed.dataset.hashing import hash_files, hash_or_explain
+from medembed.dataset.tables import read_text_table
 from medembed.errors import ManifestError, PathNotFoundError
 from medembed.files import write_atomically
 
@@ -30,8 +31,6 @@ __all__ = [
     "read_manifest",
     "write_manifest",
 ]
-
-N_PROBLEMS_SHOWN = 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,10 +80,7 @@ def make_manifest(table: pd.DataFrame, label_level: str, *, source: str = "the t
         With all problems of the table; rows are numbered as in a spreadsheet, the header being 1.
     """
     _refuse(find_table_problems(table, label_level), source)
-    ordered = [*REQUIRED, *(name for name in table.columns if name not in REQUIRED)]
-    rows = table[ordered].sort_values("image", kind="stable").reset_index(drop=True).astype(str)
-    rows["label"] = _as_labels(rows["label"])
-    return Manifest(rows, label_level)
+    return _arrange(table, label_level)
 
 
 def read_manifest(path: str | Path) -> Manifest:
@@ -102,9 +98,13 @@ def read_manifest(path: str | Path) -> Manifest:
         raise PathNotFoundError(
             f"no manifest at {path}. Build one with `medembed manifest build`, or correct the path."
         )
-    table = _read_parquet(path) if path.suffix == ".parquet" else _read_csv(path)
-    level = _label_level(table, path)
-    return make_manifest(table.drop(columns="label_level"), level, source=str(path))
+    table = (
+        _read_parquet(path) if path.suffix == ".parquet" else read_text_table(path, ManifestError)
+    )
+    level, problems = _label_level(table)
+    table = table.drop(columns="label_level", errors="ignore")
+    _refuse([*problems, *find_table_problems(table, level)], str(path))
+    return _arrange(table, level)
 
 
 def write_manifest(manifest: Manifest, path: str | Path) -> None:
@@ -125,7 +125,9 @@ def write_manifest(manifest: Manifest, path: str | Path) -> None:
     if not path.parent.is_dir():
         raise PathNotFoundError(f"no directory {path.parent} to write {path.name} into. Create it.")
     _refuse(find_problems(manifest), str(path))
-    write_atomically(path, _parquet_bytes(manifest) if path.suffix == ".parquet" else _csv_bytes(manifest))
+    write_atomically(
+        path, _parquet_bytes(manifest) if path.suffix == ".parquet" else _csv_bytes(manifest)
+    )
 
 
 def find_problems(manifest: Manifest) -> list[str]:
@@ -155,7 +157,9 @@ def check_images(
     names = manifest.rows["image"].tolist()
     paths, problems = _resolve_all(root, names)
     if not manifest.has_hashes:
-        return problems + [f"{name} is missing" for name, path in paths.items() if not path.is_file()]
+        return problems + [
+            f"{name} is missing" for name, path in paths.items() if not path.is_file()
+        ]
     expected = dict(zip(names, manifest.rows["sha256"], strict=True))
     found = hash_or_explain(list(paths.values()), progress)
     for name, outcome in zip(paths, found, strict=True):
@@ -238,17 +242,16 @@ def _resolve_all(root: Path, names: list[str]) -> tuple[dict[str, Path], list[st
     for name in names:
         try:
             paths[name] = image_path(root, name)
-        except ManifestError as error:  # noqa: PERF203 - one bad row must not hide the others
+        except ManifestError as error:
             problems.append(str(error))
     return paths, problems
 
 
 def _refuse(problems: list[str], source: str) -> None:
     if problems:
-        noun = "a problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise ManifestError(
-            f"{source} has {noun} (rows are numbered as in a spreadsheet: the header is row 1). "
-            "Correct the rows, or leave images out with [exclude] in the recipe:",
+            f"{source} breaks the rules of a manifest (rows as in a spreadsheet: the header is "
+            "row 1). Correct the rows, or leave images out with [exclude] in the recipe:",
             problems,
         )
 
@@ -278,33 +281,6 @@ def _parquet_bytes(manifest: Manifest) -> bytes:
     return buffer.getvalue()
 
 
-def _read_csv(path: Path) -> pd.DataFrame:
-    try:
-        table = pd.read_csv(
-            path, dtype=str, keep_default_na=False, encoding="utf-8-sig", index_col=False, header=None
-        )
-    except (OSError, ValueError) as error:  # ParserError, EmptyDataError and UnicodeError are these
-        raise ManifestError(f"{path} cannot be read as CSV in UTF-8: {error}.") from error
-    header = table.iloc[0].fillna("").tolist()
-    _refuse_repeated(header, path)
-    body = table.iloc[1:].reset_index(drop=True)
-    body.columns = pd.Index(header)
-    short = body.isna().any(axis=1)
-    if short.any():
-        first = int(short.to_numpy().argmax()) + 2
-        raise ManifestError(
-            f"{path}: {int(short.sum())} rows have fewer fields than the header's {len(header)}, "
-            f"the first is row {first}. The file may be cut off: build it again."
-        )
-    return body
-
-
-def _refuse_repeated(header: list[str], path: Path) -> None:
-    repeated = sorted({name for name in header if header.count(name) > 1})
-    if repeated:
-        raise ManifestError(f"{path} has two columns of one name: {', '.join(map(repr, repeated))}.")
-
-
 def _read_parquet(path: Path) -> pd.DataFrame:
     try:
         table = pd.read_parquet(path, engine="pyarrow")
@@ -318,14 +294,18 @@ def _read_parquet(path: Path) -> pd.DataFrame:
     return table.reset_index(drop=True)
 
 
-def _label_level(table: pd.DataFrame, path: Path) -> str:
-    """Return the one value of `label_level`, or raise with the columns or values found."""
+def _label_level(table: pd.DataFrame) -> tuple[str, list[str]]:
+    """Return the one value of column `label_level`, and what is wrong with the column."""
     if "label_level" not in table:
-        found = ", ".join(map(repr, table.columns))
-        raise ManifestError(
-            f"{path} has no column 'label_level' (study or image); its columns are {found}."
-        )
+        return "image", ["missing column: label_level (study or image in every row)"]
     levels = sorted(table["label_level"].unique())
-    if len(levels) == 1 or table.empty:
-        return str(levels[0]) if levels else "image"
-    raise ManifestError(f"{path}: column label_level must hold one value, not {levels}.")
+    if len(levels) > 1:
+        return "image", [f"column label_level must hold one value, not {', '.join(levels[:5])}"]
+    return (levels[0] if levels else "image"), []
+
+
+def _arrange(table: pd.DataFrame, label_level: str) -> Manifest:
+    ordered = [*REQUIRED, *(name for name in table.columns if name not in REQUIRED)]
+    rows = table[ordered].sort_values("image", kind="stable").reset_index(drop=True).astype(str)
+    rows["label"] = _as_labels(rows["label"])
+    return Manifest(rows, label_level)

@@ -208,7 +208,8 @@ def measure(teacher: Teacher, *, n: int = 4000, jobs: int | None = None) -> dict
         scores[name] = float(roc_auc_score(y[half:], probability))
     for kind, name in enumerate(KINDS, 1):
         rows = np.isin(data.kinds[half:], (0, kind))
-        scores[name] = float(roc_auc_score(y[half:][rows], probability[rows]))
+        if len(np.unique(y[half:][rows])) == 2:  # a small trial may hold none of a kind
+            scores[name] = float(roc_auc_score(y[half:][rows], probability[rows]))
     return scores
 
 

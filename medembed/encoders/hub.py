@@ -20,7 +20,7 @@ __all__ = ["DEMO", "Checkpoint", "resolve_checkpoint"]
 
 DEMO = "demo"
 _DEMO_PATH = Path(__file__).parent / "assets" / "demo"
-_HUB_ID = re.compile(r"^([\w.-]+/[\w.-]+)(?:@([\w./-]+))?$", re.ASCII)
+_HUB_ID = re.compile(r"^(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?$", re.ASCII)
 _COMMIT = re.compile(r"^[0-9a-f]{40}$")
 
 
@@ -62,46 +62,69 @@ def resolve_checkpoint(ref: str | PathLike[str]) -> Checkpoint:
             raise EncoderError("the demo encoder is not part of this installation; reinstall it.")
         return Checkpoint(_DEMO_PATH, DEMO)
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         return Checkpoint(path, path.resolve().name)
     hub_id = _HUB_ID.match(name)
-    if path.exists() or hub_id is None:
-        found = "a file" if path.exists() else "no directory"
+    if hub_id is None or path.exists():
+        found = "a file" if name and path.exists() else "no directory"
         raise EncoderError(
-            f"encoder {name} is {found} and not a hub id. Give a checkpoint directory, a hub id "
+            f"encoder {name!r} is {found} and not a hub id. Give a checkpoint directory, a hub id "
             "such as google/medgemma-4b-pt, or demo."
         )
     return _fetch(hub_id[1], hub_id[2])
 
 
 def _fetch(repo: str, revision: str | None) -> Checkpoint:
-    config = _download(repo, revision, "config.json")
+    unreached = _find_unreached(repo, revision)
+    config = _download(repo, revision, unreached, "config.json")
     commit = config.parent.name
     if not _COMMIT.match(commit):
         raise EncoderError(f"{repo}: the hub's cache gave {commit!r} where a commit belongs.")
-    _download(repo, commit, *PROCESSOR_FILES)
-    weights = _download(repo, commit, INDEX_FILE, WEIGHTS_FILE)
+    _download(repo, commit, unreached, *PROCESSOR_FILES)
+    weights = _download(repo, commit, unreached, INDEX_FILE, WEIGHTS_FILE)
     if weights.name == INDEX_FILE:
         for shard in tower_shards(weight_map_of(read_json(weights), repo)):
-            _download(repo, commit, shard)
+            _download(repo, commit, unreached, shard)
     return Checkpoint(config.parent, repo, commit)
 
 
-def _download(repo: str, revision: str | None, *names: str) -> Path:
-    """Fetch the first of `names` that the repository has."""
+def _find_unreached(repo: str, revision: str | None) -> Exception | None:
+    """Ask the hub once; give the error if it is out of reach.
+
+    `hf_hub_download` would ask six times with growing pauses, 23 s per file, where one question
+    tells that only what was fetched before can serve.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        get_hf_file_metadata(hf_hub_url(repo, "config.json", revision=revision))
+    except HfHubHTTPError as error:  # an answer: a refusal is met again, and explained, below
+        return error if error.response.status_code >= 500 else None
+    except Exception as error:  # its client's errors are neither the hub's nor OSErrors
+        return error
+    return None
+
+
+def _download(repo: str, revision: str | None, unreached: Exception | None, *names: str) -> Path:
+    """Fetch the first of `names` that the repository has; from the cache if out of reach."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     missing: Exception | None = None
     for name in names:
         try:
-            return Path(hf_hub_download(repo, name, revision=revision))
-        except EntryNotFoundError as error:  # not there; or offline and not fetched before
+            local = unreached is not None
+            return Path(hf_hub_download(repo, name, revision=revision, local_files_only=local))
+        except EntryNotFoundError as error:  # not there; or out of reach and not fetched before
             missing = missing or error
-        except Exception as error:  # its client's errors are neither the hub's nor OSErrors
+        except Exception as error:  # as above
             raise _explain(error, repo, revision, name) from error
     assert missing is not None
-    raise _explain(missing, repo, revision, " or ".join(names)) from missing
+    what = " or ".join(names)
+    if isinstance(missing, LocalEntryNotFoundError):
+        raise _explain_unreached(unreached or missing.__cause__, repo, what) from missing
+    raise _explain(missing, repo, revision, what) from missing
 
 
 def _explain(error: Exception, repo: str, revision: str | None, name: str) -> EncoderError:
@@ -121,8 +144,6 @@ def _explain(error: Exception, repo: str, revision: str | None, name: str) -> En
             f"encoder {repo} is neither a directory here nor a repository at {address} that you "
             "may read. Check the name; if it is private, set HF_TOKEN."
         )
-    if isinstance(error, errors.LocalEntryNotFoundError):
-        return _explain_unreached(error, repo, name)
     if isinstance(error, errors.EntryNotFoundError):
         return EncoderError(f"{repo} holds no {name}: it is not a checkpoint that can be read.")
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -134,7 +155,7 @@ def _explain(error: Exception, repo: str, revision: str | None, name: str) -> En
     return EncoderError(f"{name} of {repo} could not be fetched: {reason} Try again.")
 
 
-def _explain_unreached(error: Exception, repo: str, name: str) -> EncoderError:
+def _explain_unreached(error: BaseException | None, repo: str, name: str) -> EncoderError:
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -142,7 +163,7 @@ def _explain_unreached(error: Exception, repo: str, name: str) -> EncoderError:
             f"{name} of {repo} was not fetched before, and HF_HUB_OFFLINE is set. Unset it once "
             "while there is a connection, or give a checkpoint directory."
         )
-    status = getattr(getattr(error.__cause__, "response", None), "status_code", None)
+    status = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403):
         return EncoderError(
             f"{constants.ENDPOINT} refused {name} of {repo} (HTTP {status}): the token in HF_TOKEN "

@@ -5,14 +5,20 @@ from typing import Any, Self
 
 import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin, clone
-from sklearn.metrics import roc_auc_score
 from sklearn.utils.class_weight import compute_class_weight
 from sklearn.utils.multiclass import check_classification_targets, type_of_target
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from medembed.errors import ModelError, TrainingDataError
 
-__all__ = ["Head", "column_scaling", "row_weights", "standardised_blocks", "validation_auroc"]
+__all__ = [
+    "ClassWeight",
+    "Head",
+    "arrays_of",
+    "column_scaling",
+    "row_weights",
+    "standardised_blocks",
+]
 
 #: Rows scaled and predicted at a time: 4096 x 1152 float64 are 38 MB, whatever the table's size.
 _BLOCK_ROWS = 4096
@@ -54,7 +60,8 @@ class Head(ClassifierMixin, BaseEstimator):
 
     def predict(self, X: np.ndarray) -> np.ndarray:
         """Return the likelier class of each row (the second at one half), shape (n,)."""
-        return self.classes_[(self.predict_proba(X)[:, 1] >= 0.5).astype(int)]
+        abnormal = self.predict_proba(X)[:, 1] >= 0.5
+        return np.take(self.classes_, abnormal.astype(int))
 
     def _probability(self, X: np.ndarray) -> np.ndarray:
         """Return the probability of the second class, float64 of shape (n,)."""
@@ -81,8 +88,8 @@ class Head(ClassifierMixin, BaseEstimator):
         self.classes_, codes = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
             raise TrainingDataError(
-                f"all {len(codes)} training rows are of class {self.classes_[0]}; "
-                "a head needs rows of both classes"
+                f"the {len(codes)} training rows hold one class, {self.classes_[0]}; "
+                "a head needs rows of both"
             )
         return X, codes
 
@@ -92,7 +99,9 @@ class Head(ClassifierMixin, BaseEstimator):
             return None
         if X_val is None or y_val is None:
             raise TrainingDataError("X_val and y_val are handed over together, or neither")
-        X_val, y_val = validate_data(self, X_val, y_val, reset=False, dtype=[np.float32, np.float64])
+        X_val, y_val = validate_data(
+            self, X_val, y_val, reset=False, dtype=[np.float32, np.float64]
+        )
         if not np.isin(self.classes_, y_val).all() or not np.isin(y_val, self.classes_).all():
             raise TrainingDataError(
                 f"validation rows hold the classes {np.unique(y_val).tolist()}, training rows "
@@ -113,12 +122,11 @@ def column_scaling(X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     scale = np.sqrt(squares / len(X))
     # a constant column's deviation is rounding error, and dividing by it would make noise of it
     constant = scale <= 10 * np.finfo(X.dtype).eps * np.abs(mean)
-    return mean, np.where(constant, 1.0, scale)
+    scale[constant] = 1.0
+    return np.asarray(mean), scale
 
 
-def standardised_blocks(
-    X: np.ndarray, mean: np.ndarray, scale: np.ndarray
-) -> Iterator[np.ndarray]:
+def standardised_blocks(X: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> Iterator[np.ndarray]:
     """Yield blocks of rows of (X - mean) / scale in float64.
 
     In float64 a row's prediction does not depend on the rows beside it beyond 1e-12.
@@ -135,32 +143,33 @@ def row_weights(codes: np.ndarray, classes: np.ndarray, class_weight: ClassWeigh
     return np.asarray(compute_class_weight(class_weight, classes=classes, y=y)[codes])
 
 
-def validation_auroc(codes: np.ndarray, scores: np.ndarray) -> float:
-    """Return the AUROC of validation rows, whose labels are 0 and 1."""
-    return float(roc_auc_score(codes, scores))
-
-
 def arrays_of(
-    payload: dict[str, np.ndarray] | str, shapes: Mapping[str, tuple[int, ...]]
+    payload: dict[str, np.ndarray] | str, expected: Mapping[str, tuple[str, tuple[int, ...]]]
 ) -> dict[str, np.ndarray]:
-    """Return the payload's arrays once names, shapes, dtypes and values are what they must be.
+    """Return the payload's arrays once names, dtypes, shapes and values are what they must be.
+
+    Parameters
+    ----------
+    payload : dict of arrays, or text, which no caller of this function wants
+    expected : dict of name to (dtype, shape)
 
     Raises
     ------
     ModelError
-        A name is missing or unknown, a shape or dtype differs from float64 of `shapes`, or a value
-        is not finite.
+        A name is missing or unknown, a dtype or shape is another, or a value is not finite.
     """
-    if isinstance(payload, str) or set(payload) != set(shapes):
+    if isinstance(payload, str) or set(payload) != set(expected):
         held = "text" if isinstance(payload, str) else ", ".join(sorted(payload))
-        raise ModelError(f"the model holds {held}; its parameters ask for {', '.join(shapes)}")
-    for name, shape in shapes.items():
+        raise ModelError(f"the model holds {held}; its parameters ask for {', '.join(expected)}")
+    for name, (dtype, shape) in expected.items():
         array = payload[name]
-        if array.shape != tuple(shape) or array.dtype != np.float64:
+        if array.dtype != dtype or array.shape != shape:
             raise ModelError(
-                f"tensor {name} is {array.dtype} {array.shape}; its parameters ask for "
-                f"float64 {tuple(shape)}"
+                f"tensor {name} is {array.dtype} {array.shape}; the model's parameters ask for "
+                f"{dtype} {shape}"
             )
         if not np.isfinite(array).all():
             raise ModelError(f"tensor {name} holds values that are not finite numbers")
+    if "scale" in payload and not (payload["scale"] > 0).all():
+        raise ModelError("tensor scale holds values that are not above zero")
     return payload

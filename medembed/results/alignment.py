@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 from medembed.errors import RunError
 from medembed.evaluation.calibration import Calibration, fit_platt, youden_threshold
 from medembed.evaluation.scores import by_study
-from medembed.results.baselines import BASELINES
 from medembed.results.runs import Run
 
-__all__ = ["LEVELS", "Contender", "TestSet", "align_runs"]
+__all__ = ["BASELINES", "LEVELS", "Contender", "TestSet", "align_runs"]
 
 LEVELS = ("study", "image")
+BASELINES = ("class-prior", "region-prior")
+"""Heads that look at no image; no run is without them."""
 
 
 @dataclass(frozen=True)

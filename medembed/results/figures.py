@@ -249,7 +249,7 @@ def _describe_bootstrap(result: dict[str, Any]) -> str:
 
 
 def _add_title(axes: Any, title: str, result: dict[str, Any]) -> None:
-    about = f"{_describe_test(result)}\n95 %: {_describe_bootstrap(result)}"
+    about = f"{_describe_test(result)}\nIntervals: 95 %, {_describe_bootstrap(result)}"
     axes.set_title(f"{title}\n", loc="left", fontsize=12, fontweight="bold", pad=16)
     axes.annotate(
         about, (0, 1), (0, 5), xycoords="axes fraction", textcoords="offset points", fontsize=8

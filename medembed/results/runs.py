@@ -6,6 +6,7 @@ Layout::
     trials.jsonl          one line per trial and fold, appended and synced when it ends
     predictions.parquet   every head's winner: out-of-fold on `train`, final on `test`
     models/<head>/        the winners, refitted and packaged
+    folds/                unfinished runs only: trials' predictions on their held-out folds
     scores.json           written last: a run without it is unfinished
 """
 
@@ -15,14 +16,17 @@ import io
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from medembed.errors import PathNotFoundError, RunError
 from medembed.files import json_bytes, write_atomically
@@ -166,6 +170,26 @@ class Run:
     def scores(self) -> dict[str, Any]:
         """Read `scores.json`."""
         return _read_json(self.path / "scores.json")
+
+    def keep_fold(self, key: str, probability: NDArray[np.float64]) -> None:
+        """Keep one trial's predictions on its held-out fold, until the run is complete."""
+        directory = self.path / "folds"
+        directory.mkdir(exist_ok=True)
+        buffer = io.BytesIO()
+        np.save(buffer, np.asarray(probability, np.float64), allow_pickle=False)
+        write_atomically(directory / f"{key}.npy", buffer.getvalue())
+
+    def kept_fold(self, key: str) -> NDArray[np.float64] | None:
+        """Return what `keep_fold` kept, None where it is missing or damaged."""
+        try:
+            kept = np.load(self.path / "folds" / f"{key}.npy", allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            return None
+        return kept if kept.dtype == np.float64 and kept.ndim == 1 else None
+
+    def drop_folds(self) -> None:
+        """Remove what `keep_fold` kept: the predictions have it now."""
+        shutil.rmtree(self.path / "folds", ignore_errors=True)
 
     def model_path(self, head: str) -> Path:
         """Return where the winner of `head` is packaged.

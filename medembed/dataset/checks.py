@@ -1,0 +1,179 @@
+"""What a manifest may not hold, found for all rows at once.
+
+Every check works on whole columns: a million rows take seconds.
+"""
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+
+import pandas as pd
+
+__all__ = ["LABEL_LEVELS", "REQUIRED", "cap", "find_table_problems"]
+
+REQUIRED = ("image", "sha256", "patient", "study", "region", "label", "split")
+LABEL_LEVELS = ("study", "image")
+SPLITS = ("train", "test")
+
+N_SHOWN = 20  # problems of one kind that are listed; the rest is a number
+N_ROWS_SHOWN = 4  # rows that one problem names
+
+Kind = tuple[int, Iterable[str]]  # how many problems of one kind, and their lines
+
+
+def find_table_problems(table: pd.DataFrame, label_level: str) -> list[str]:
+    """Return every rule of a manifest that `table` breaks.
+
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        Strings only; `label` is "0", "1" or "".
+    label_level : str
+        "study" or "image"; anything else is itself a problem.
+
+    Returns
+    -------
+    list of str
+        One line per problem, at most 20 of a kind, then "and N more". Rows are numbered as in a
+        spreadsheet: the header is row 1.
+    """
+    problems = []
+    if label_level not in LABEL_LEVELS:
+        problems.append(f"column label_level says {label_level!r}; it must be study or image")
+    missing = [name for name in REQUIRED if name not in table.columns]
+    if missing:
+        found = ", ".join(map(repr, table.columns))
+        problems.append(f"missing columns: {', '.join(missing)}; the columns are {found}")
+        return problems
+    if table.empty:
+        return [*problems, "no rows"]
+    table = table.reset_index(drop=True)
+    for check in (_paths, _duplicates, _hashes, _values, _empties, _studies, _patients, _bytes):
+        for n_lines, lines in check(table, label_level):
+            problems.extend(cap(lines, n_lines))
+    return problems
+
+
+def cap(lines: Iterable[str], n_lines: int) -> list[str]:
+    """Take the first 20 of `n_lines` lines and say how many more there are.
+
+    `lines` may be lazy: what is not shown is never made.
+    """
+    shown = list(islice(lines, N_SHOWN))
+    return shown if n_lines <= N_SHOWN else [*shown, f"… and {n_lines - N_SHOWN} more of this kind"]
+
+
+def _paths(table: pd.DataFrame, _: str) -> Iterator[Kind]:
+    image = table["image"]
+    outside = image.str.contains(r"^/|^[A-Za-z]:|\\|(?:^|/)\.\.(?:/|$)", regex=True)
+    unclean = ~outside & image.str.contains(r"^$|(?:^|/)\.?(?:/|$)|\x00", regex=True)
+    yield _cells(image[outside], "may leave the image root; use / between folders and no ..")
+    yield _cells(image[unclean], "is not a plain path; drop empty folders and .")
+    for name in table.columns:
+        if _has_surrogates(table[name]):
+            broken = table[name][table[name].map(_is_surrogate)]
+            yield _cells(broken, "is not valid Unicode; rename the file")
+
+
+def _has_surrogates(column: "pd.Series[str]") -> bool:
+    return _is_surrogate("".join(column.tolist()))
+
+
+def _is_surrogate(text: str) -> bool:
+    """Whether `text` holds half a character, as names of undecodable bytes do on POSIX."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def _duplicates(table: pd.DataFrame, _: str) -> Iterator[Kind]:
+    twice = table["image"][table["image"].duplicated(keep=False)]
+    names = sorted(twice.unique())
+    yield (
+        len(names),
+        (f"image {name!r} is listed twice ({_rows(twice.index[twice == name])})" for name in names),
+    )
+
+
+def _hashes(table: pd.DataFrame, _: str) -> Iterator[Kind]:
+    sha256 = table["sha256"]
+    if (sha256 != "").any():  # else built from tables alone
+        wrong = ~sha256.str.fullmatch(r"[0-9a-f]{64}")
+        yield _cells(sha256[wrong], "is not 64 lower-case hex digits; build the manifest again")
+
+
+def _values(table: pd.DataFrame, _: str) -> Iterator[Kind]:
+    yield _others(table["label"], ("0", "1", ""), "is neither 0, 1 nor empty")
+    remedy = "is neither train nor test; map it with split_names in the recipe"
+    yield _others(table["split"], SPLITS, remedy)
+
+
+def _others(column: "pd.Series[str]", allowed: tuple[str, ...], complaint: str) -> Kind:
+    strange = column[~column.isin(allowed)]
+    values = sorted(strange.unique())
+    return len(values), (
+        f"{column.name} {value!r} {complaint} ({_rows(strange.index[strange == value])})"
+        for value in values
+    )
+
+
+def _empties(table: pd.DataFrame, _: str) -> Iterator[Kind]:
+    for name in ("patient", "study", "region"):
+        empty = table.index[table[name] == ""]
+        yield int(len(empty) > 0), [f"{name} is empty ({_rows(empty)})"] * (len(empty) > 0)
+
+
+def _studies(table: pd.DataFrame, label_level: str) -> Iterator[Kind]:
+    yield _conflicts(table, "study", "patient", "study {!r} belongs to several patients: {}")
+    yield _conflicts(table, "study", "region", "study {!r} shows several regions: {}")
+    if label_level == "study":
+        known = table[table["label"] != ""]
+        yield _conflicts(known, "study", "label", "study {!r} has more than one label: {}")
+
+
+def _patients(table: pd.DataFrame, _: str) -> Iterator[Kind]:
+    yield _conflicts(table, "patient", "split", "patient {!r} is in more than one split: {}")
+
+
+def _bytes(table: pd.DataFrame, _: str) -> Iterator[Kind]:
+    hashed = table[table["sha256"] != ""]
+    yield _conflicts(hashed, "sha256", "split", "the same bytes are in more than one split: {1}")
+    known = hashed[hashed["label"] != ""]
+    yield _conflicts(known, "sha256", "label", "the same bytes have more than one label: {1}")
+
+
+def _conflicts(table: pd.DataFrame, key: str, value: str, template: str) -> Kind:
+    """Find each `key` that has several values of `value`; name the rows of each value."""
+    pairs = table[[key, value]].drop_duplicates()
+    torn = sorted(pairs[key][pairs[key].duplicated()].unique())
+    rows = table[table[key].isin(torn[:N_SHOWN])]
+    return len(torn), (
+        template.format(name, _listed(rows[rows[key] == name], value)) for name in torn
+    )
+
+
+def _cells(column: "pd.Series[str]", complaint: str) -> Kind:
+    return len(column), (
+        f"row {_number(position)}: {column.name} {text!r} {complaint}"
+        for position, text in column.items()
+    )
+
+
+def _listed(rows: pd.DataFrame, column: str) -> str:
+    """Say each value with its first image and its rows: "test (b.png, row 7), train (…)"."""
+    return ", ".join(
+        f"{value} ({part['image'].iloc[0]}, {_rows(part.index)})"
+        for value, part in rows.groupby(column, sort=True)
+    )
+
+
+def _rows(index: pd.Index) -> str:
+    shown = ", ".join(str(_number(position)) for position in index[:N_ROWS_SHOWN])
+    hidden = len(index) - N_ROWS_SHOWN
+    noun = "row" if len(index) == 1 else "rows"
+    return f"{noun} {shown}" + (f" and {hidden} more" if hidden > 0 else "")
+
+
+def _number(position: object) -> int:
+    return int(str(position)) + 2  # the header is row 1

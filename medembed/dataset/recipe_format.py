@@ -1,0 +1,312 @@
+"""What a recipe says: its sections as dataclasses, and the parser that holds a file to them.
+
+A recipe is a TOML file. At its top: `name`, `licence`, `citation`, `url`, `layout` (mura, table,
+folders, dicom), `label_level` (study, image), `split_names` (a table: the dataset's name of a split
+to train or test). Its sections are the classes below. An unknown key is an error.
+"""
+
+import difflib
+import tomllib
+from dataclasses import MISSING, Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from medembed.dataset.checks import LABEL_LEVELS
+from medembed.errors import RecipeError
+
+__all__ = [
+    "LAYOUTS",
+    "Folders",
+    "Groups",
+    "Label",
+    "Recipe",
+    "Region",
+    "Split",
+    "Table",
+    "parse_recipe",
+]
+
+LAYOUTS = ("mura", "table", "folders", "dicom")
+MEANINGS = ("normal", "abnormal", "unknown")
+COUNTS = ("images", "studies", "patients", "abnormal", "abnormal_studies", "unlabelled")
+
+
+@dataclass(frozen=True)
+class Table:
+    """`[table]`: a CSV file with one row per image.
+
+    Attributes
+    ----------
+    file : str
+        Its name, looked for in the image root, then beside it, then beside the recipe.
+    image : str
+        Column with a path below the root, or a file's name or stem, wherever it lies.
+    patient, study : tuple of str
+        Columns that together name the patient and the study; empty: there are none. Without
+        `study` each image is its own.
+    covariates : tuple of str
+        Columns that are copied into the manifest.
+    below : tuple of str
+        Folders of the root to which the search for images is limited; empty: the whole root.
+    image_pattern : str
+        The path of an image that is not there, for builds from tables alone, with columns in
+        braces: "images/{image_id}". Empty: what column `image` holds.
+    """
+
+    file: str
+    image: str
+    patient: tuple[str, ...] = ()
+    study: tuple[str, ...] = ()
+    covariates: tuple[str, ...] = ()
+    below: tuple[str, ...] = ()
+    image_pattern: str = ""
+
+
+@dataclass(frozen=True)
+class Folders:
+    """`[folders]`: everything is in the paths.
+
+    Attributes
+    ----------
+    pattern : str
+        How paths below the root look, with fields in braces, `*` for any text within a folder's or
+        file's name, and `**` for any number of folders:
+        "{split}/{region}/{patient}/{study}_{label}/*.png". Fields take as little text as they can.
+        `split`, `region`, `patient`, `study`, `label` have their meaning; others are covariates.
+    """
+
+    pattern: str
+
+
+@dataclass(frozen=True)
+class Region:
+    """`[region]`: one of `column`, `one_hot` (a column per region) and `constant`.
+
+    `several` names the region of rows with more than one column of `one_hot` set.
+    """
+
+    column: str = ""
+    one_hot: tuple[str, ...] = ()
+    constant: str = ""
+    several: str = ""
+
+
+@dataclass(frozen=True)
+class Label:
+    """`[label]`: which values of `column` (of the field `label`, in folders) mean what.
+
+    `empty` says what an empty value means; `others` what values not listed mean. Either is normal,
+    abnormal or unknown. Without `others` a value that is not listed is an error.
+    """
+
+    abnormal: tuple[str, ...]
+    normal: tuple[str, ...] = ()
+    column: str = ""
+    empty: str = "unknown"
+    others: str = ""
+
+
+@dataclass(frozen=True)
+class Groups:
+    """`[groups]`: what stands for the patient in a dataset without patient ids.
+
+    Attributes
+    ----------
+    rule : str
+        "runs": images whose numbers follow each other by at most `max_gap`, while the columns
+        `break_on` stay the same. "image": each image is its own patient.
+    max_gap : int
+        Largest difference between neighbouring numbers of a run.
+    break_on : tuple of str
+        Columns whose change ends a run.
+    same_bytes : bool
+        Whether images with the same bytes pull their groups together.
+    """
+
+    rule: str
+    max_gap: int = 3
+    break_on: tuple[str, ...] = ("region",)
+    same_bytes: bool = True
+
+
+@dataclass(frozen=True)
+class Split:
+    """`[split]`: a `column` of the table, or a `fraction` of studies drawn by patient for test."""
+
+    column: str = ""
+    fraction: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A dataset's recipe; see the module's text and the sections' classes."""
+
+    name: str
+    licence: str
+    citation: str
+    url: str
+    layout: str
+    label_level: str
+    table: Table | None = None
+    folders: Folders | None = None
+    region: Region | None = None
+    label: Label | None = None
+    groups: Groups | None = None
+    split: Split | None = None
+    split_names: dict[str, str] = field(default_factory=dict)
+    exclude: dict[str, str] = field(default_factory=dict)
+    """`[exclude]`: an image's path or name, or a folder, and the reason why it is left out."""
+    expected: dict[str, Any] = field(default_factory=dict)
+    """`[expected]`: counts, also under `train`, `test`, `region.NAME`, `train.region.NAME`."""
+    path: Path = Path()
+
+
+SECTIONS: dict[str, type] = {
+    "table": Table,
+    "folders": Folders,
+    "region": Region,
+    "label": Label,
+    "groups": Groups,
+    "split": Split,
+}
+
+
+def parse_recipe(path: Path) -> Recipe:
+    """Read a recipe's file.
+
+    Raises
+    ------
+    RecipeError
+        It is not TOML, has unknown, missing or contradicting keys, or values of the wrong type.
+    """
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # TOML's and Unicode's errors are ValueErrors
+        raise RecipeError(f"{path} cannot be read as TOML: {error}") from error
+    for name, kind in SECTIONS.items():
+        if name in document:
+            document[name] = _fill(kind, document[name], f"{path}, [{name}]")
+    document.setdefault("path", path)
+    recipe = _fill(Recipe, document, str(path))
+    _check(recipe)
+    return recipe
+
+
+T = TypeVar("T")
+
+
+def _fill(kind: type[T], values: Any, where: str) -> T:
+    """Make a dataclass of a TOML table, checking keys and types."""
+    if not isinstance(values, dict):
+        raise RecipeError(f"{where} must be a section, not {values!r}.")
+    known = {item.name: item for item in fields(kind)}  # type: ignore[arg-type]
+    _refuse_unknown(values, list(known), where)
+    required = [
+        n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING
+    ]
+    missing = [name for name in required if name not in values]
+    if missing:
+        raise RecipeError(f"{where} lacks {', '.join(missing)}. Add them.")
+    return kind(**{name: _typed(known[name], value, where) for name, value in values.items()})
+
+
+def _refuse_unknown(values: dict[str, Any], known: list[str], where: str) -> None:
+    complaints = []
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            remedy = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+            complaints.append(f"unknown key {name!r}; {remedy}")
+    if complaints:
+        raise RecipeError(f"{where}: {'; '.join(complaints)}")
+
+
+def _typed(item: "Field[Any]", value: Any, where: str) -> Any:
+    wanted = str(item.type)
+    if "tuple" in wanted:
+        value = (value,) if isinstance(value, str) else value
+        if isinstance(value, list | tuple) and all(isinstance(part, str) for part in value):
+            return tuple(value)
+        raise RecipeError(f"{where}: {item.name} must be text or a list of texts, not {value!r}.")
+    checks: dict[type, tuple[type, ...]] = {str: (str,), int: (int,), float: (int, float)}
+    accepted = checks.get(item.type, ())  # type: ignore[arg-type]
+    if accepted and (not isinstance(value, accepted) or isinstance(value, bool)):
+        raise RecipeError(f"{where}: {item.name} must be {wanted}, not {value!r}.")
+    if item.type is bool and not isinstance(value, bool):
+        raise RecipeError(f"{where}: {item.name} must be true or false, not {value!r}.")
+    return value
+
+
+def _check(recipe: Recipe) -> None:
+    where = str(recipe.path)
+    _refuse_other(f"{where}: layout", recipe.layout, LAYOUTS)
+    if recipe.layout == "dicom":
+        raise RecipeError(f"{where}: layout 'dicom' is not yet available in this version.")
+    _refuse_other(f"{where}: label_level", recipe.label_level, LABEL_LEVELS)
+    _check_sections(recipe, where)
+    if recipe.label:
+        _refuse_other(f"{where}, [label]: empty", recipe.label.empty, MEANINGS)
+        _refuse_other(f"{where}, [label]: others", recipe.label.others, ("", *MEANINGS))
+    if recipe.groups:
+        _refuse_other(f"{where}, [groups]: rule", recipe.groups.rule, ("runs", "image"))
+    for name, split in _texts(recipe.split_names, f"{where}, split_names").items():
+        _refuse_other(f"{where}, split_names: {name}", split, ("train", "test"))
+    _texts(recipe.exclude, f"{where}, [exclude]")
+    _check_expected(recipe.expected, f"{where}, [expected]", ("train", "test", "region"))
+
+
+def _check_sections(recipe: Recipe, where: str) -> None:
+    """Hold the sections to the layout: each needs some and has no use for others."""
+    needed = {"mura": (), "table": ("table", "region", "label"), "folders": ("folders",)}
+    useless = {
+        "mura": ("table", "folders", "region", "label", "groups", "split"),
+        "table": ("folders",),
+        "folders": ("table",),
+    }
+    for name in needed[recipe.layout]:
+        if getattr(recipe, name) is None:
+            raise RecipeError(f"{where}: layout {recipe.layout!r} needs a section [{name}].")
+    for name in useless[recipe.layout]:
+        if getattr(recipe, name) is not None:
+            raise RecipeError(f"{where}: layout {recipe.layout!r} has no use for [{name}].")
+    if recipe.table and bool(recipe.table.patient) == bool(recipe.groups):
+        raise RecipeError(f"{where}: give either patient columns in [table] or [groups], not both.")
+    if recipe.split and bool(recipe.split.column) == bool(recipe.split.fraction):
+        raise RecipeError(f"{where}, [split]: give either column or fraction.")
+    region = recipe.region
+    if region and sum(map(bool, (region.column, region.one_hot, region.constant))) != 1:
+        raise RecipeError(f"{where}, [region]: give one of column, one_hot and constant.")
+    if recipe.table and not (recipe.label and recipe.label.column):
+        raise RecipeError(f"{where}, [label]: name the table's column.")
+    if recipe.table and recipe.split is None:
+        raise RecipeError(f"{where}: add [split] with a column, or with a fraction to draw.")
+
+
+def _refuse_other(what: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        choices = ", ".join(repr(item) for item in allowed if item)
+        raise RecipeError(f"{what} is {value!r}; it must be one of {choices}.")
+
+
+def _texts(values: Any, where: str) -> dict[str, str]:
+    if not isinstance(values, dict) or not all(isinstance(v, str) for v in values.values()):
+        raise RecipeError(f'{where} must hold lines of the form "name" = "text".')
+    return values
+
+
+def _check_expected(values: Any, where: str, parts: tuple[str, ...]) -> None:
+    """Hold `[expected]` to counts, with `train`, `test` and `region.NAME` below."""
+    if not isinstance(values, dict):
+        raise RecipeError(f"{where} must be a section of counts.")
+    _refuse_unknown(values, [*COUNTS, *parts], where)
+    for name, value in values.items():
+        if name == "region":
+            if not isinstance(value, dict):
+                raise RecipeError(f"{where}: region must hold a section for each region.")
+            for region, counts in value.items():
+                _check_expected(counts, f"{where}: region {region}", ())
+        elif name in parts:
+            _check_expected(value, f"{where}: {name}", ("region",))
+        elif not isinstance(value, int) or isinstance(value, bool):
+            raise RecipeError(f"{where}: {name} must be a whole number, not {value!r}.")

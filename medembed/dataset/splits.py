@@ -1,0 +1,197 @@
+"""Divide patients between training and test, and between folds.
+
+All rows of a patient stay together. Studies are balanced by label and region. The result follows
+from the rows and the seed alone, never from the order of the rows: patients are taken with the most
+studies first, in the order of a keyed hash among equals, and each goes where it brings the parts
+nearest to their targets. scikit-learn's StratifiedGroupKFold does the same for equal folds, but its
+answer depends on the order of the rows and it warns of every rare stratum.
+"""
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from medembed.errors import RecipeError, TrainingDataError
+
+__all__ = ["draw_folds", "split_patients"]
+
+UNKNOWN = -1
+
+
+def split_patients(rows: pd.DataFrame, *, fraction: float, seed: int = 0) -> np.ndarray:
+    """Draw a test set of patients, stratified by label and region.
+
+    Parameters
+    ----------
+    rows : pandas.DataFrame
+        Columns `patient`, `study`, `region`, `label` (0, 1, or missing for unknown).
+    fraction : float
+        Share of studies that `test` shall hold, between 0 and 1, both excluded.
+    seed : int
+
+    Returns
+    -------
+    numpy.ndarray of str, (n_rows,)
+        "train" or "test" for each row.
+
+    Raises
+    ------
+    RecipeError
+        `fraction` is not between 0 and 1.
+    """
+    if not 0 < fraction < 1:
+        raise RecipeError(f"split fraction is {fraction}; it must lie between 0 and 1.")
+    part = _divide(_patients(rows), np.array([1 - fraction, fraction]), seed)
+    return np.where(rows["patient"].astype(str).map(part).to_numpy() == 1, "test", "train")
+
+
+def draw_folds(rows: pd.DataFrame, *, n_folds: int, seed: int = 0) -> np.ndarray:
+    """Draw folds of patients, stratified by the studies' label and region.
+
+    Parameters
+    ----------
+    rows : pandas.DataFrame
+        Columns `patient`, `study`, `region`, `label` (0, 1, or missing for unknown). A study's
+        label is the highest among its views.
+    n_folds : int
+        At least 2.
+    seed : int
+
+    Returns
+    -------
+    numpy.ndarray of int64, (n_rows,)
+        The fold of each row, 0 to `n_folds` - 1.
+
+    Raises
+    ------
+    TrainingDataError
+        Fewer patients than folds, one class only, a class with fewer patients than folds, or a fold
+        that would hold one class.
+    """
+    if n_folds < 2:
+        raise TrainingDataError(
+            f"{n_folds} folds were asked for; cross-validation needs 2 or more."
+        )
+    patients = _patients(rows)
+    _refuse_too_few(patients, n_folds)
+    fold = _divide(patients, np.full(n_folds, 1 / n_folds), seed)
+    _refuse_one_class(patients, fold, n_folds)
+    return rows["patient"].astype(str).map(fold).to_numpy(dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class _Patient:
+    name: str
+    strata: Counter[tuple[int, str]]  # studies by (label, region)
+
+    @property
+    def n_studies(self) -> int:
+        return self.strata.total()
+
+    @property
+    def labels(self) -> set[int]:
+        return {label for label, _ in self.strata if label != UNKNOWN}
+
+
+def _patients(rows: pd.DataFrame) -> list[_Patient]:
+    """Collect the studies of each patient; a study counts once, with its highest label."""
+    studies = pd.DataFrame(
+        {
+            "patient": rows["patient"].astype(str),
+            "study": rows["study"].astype(str),
+            "region": rows["region"].astype(str),
+            "label": rows["label"].astype("Int8").fillna(UNKNOWN).astype(int),
+        }
+    )
+    studies = (
+        studies.groupby(["patient", "study", "region"], sort=True)["label"].max().reset_index()
+    )
+    strata: dict[str, Counter[tuple[int, str]]] = {}
+    for name, region, label in zip(
+        studies["patient"], studies["region"], studies["label"], strict=True
+    ):
+        strata.setdefault(name, Counter())[(int(label), region)] += 1
+    return [_Patient(name, counted) for name, counted in strata.items()]
+
+
+def _divide(patients: list[_Patient], shares: np.ndarray, seed: int) -> dict[str, int]:
+    """Assign each patient to one of `len(shares)` parts whose sizes follow `shares`.
+
+    A patient with c studies of a stratum goes to the part p that adds least to the sum over strata
+    of (n - t)² / t, n the studies that p has of the stratum and t those it shall have. Label and
+    all studies are strata too, with larger t: they decide where the finer ones are even.
+    """
+    columns = {key: i for i, key in enumerate(sorted({k for p in patients for k in _keys(p)}))}
+    totals = np.zeros(len(columns))
+    for patient in patients:
+        for key, n_studies in _keys(patient).items():
+            totals[columns[key]] += n_studies
+    target = shares[:, None] * totals
+    held = np.zeros_like(target)
+    lacks = [{0, 1} for _ in shares]  # classes that a part has none of yet
+    part: dict[str, int] = {}
+    for patient in sorted(patients, key=lambda p: (-p.n_studies, _draw(seed, p.name))):
+        keys = _keys(patient)
+        at = np.array([columns[key] for key in keys])
+        c = np.array(list(keys.values()), dtype=float)
+        cost = ((c**2 + 2 * c * (held[:, at] - target[:, at])) / target[:, at]).sum(axis=1)
+        # Rare classes first go where they are missing, so that no part is left with one class.
+        needed = np.array([len(lack & patient.labels) for lack in lacks])
+        best = int(np.lexsort((np.round(cost, 9), -needed))[0])
+        held[best, at] += c
+        lacks[best] -= patient.labels
+        part[patient.name] = best
+    return part
+
+
+def _keys(patient: _Patient) -> Counter[tuple[str, ...]]:
+    """Count a patient's studies by stratum, by label, and in all."""
+    keys: Counter[tuple[str, ...]] = Counter()
+    for (label, region), n_studies in patient.strata.items():
+        keys[("label and region", str(label), region)] += n_studies
+        keys[("label", str(label))] += n_studies
+        keys[("all",)] += n_studies
+    return keys
+
+
+def _draw(seed: int, name: str) -> bytes:
+    """Give each patient its place among equals, whatever other patients there are."""
+    return hashlib.sha256(f"{seed}|{name}".encode()).digest()
+
+
+def _refuse_too_few(patients: list[_Patient], n_folds: int) -> None:
+    if len(patients) < n_folds:
+        raise TrainingDataError(
+            f"{len(patients)} patients cannot fill {n_folds} folds. "
+            f"Ask for at most {max(len(patients), 2)} folds, or add patients."
+        )
+    with_class = {
+        name: sum(label in patient.labels for patient in patients)
+        for label, name in ((0, "normal"), (1, "abnormal"))
+    }
+    for name, n_patients in with_class.items():
+        if n_patients == 0:
+            raise TrainingDataError(
+                f"no training study is {name}: a classifier needs both classes. "
+                "Add labelled studies, or correct the manifest's label column."
+            )
+        if n_patients < n_folds:
+            raise TrainingDataError(
+                f"{name} studies come from {n_patients} patients, too few for {n_folds} folds. "
+                "Ask for fewer folds, or add patients."
+            )
+
+
+def _refuse_one_class(patients: list[_Patient], fold: dict[str, int], n_folds: int) -> None:
+    classes: list[set[int]] = [set() for _ in range(n_folds)]
+    for patient in patients:
+        classes[fold[patient.name]] |= patient.labels
+    for i, found in enumerate(classes):
+        if len(found) < 2:
+            raise TrainingDataError(
+                f"fold {i} of {n_folds} would hold one class only. Ask for fewer folds, "
+                "or add patients."
+            )
