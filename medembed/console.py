@@ -93,14 +93,14 @@ def _bar(label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
 
 def _plain_lines(label: str, unit: str) -> Callable[[int, int], None]:
     start = time.monotonic()
-    last = start
+    last, said = start, -1
 
     def progress(done: int, total: int) -> None:
-        nonlocal last
+        nonlocal last, said
         now = time.monotonic()
-        if done < total and now - last < LINE_EVERY_SECONDS:
+        if done == said or (done < total and now - last < LINE_EVERY_SECONDS):
             return
-        last = now
+        last, said = now, done
         rate = done / max(now - start, 1e-9)
         left = (total - done) / rate if rate else 0.0
         say(f"{label}: {done}/{total} {unit}, {rate:,.1f}/s, {left:,.0f} s left")

@@ -248,6 +248,18 @@ def test_hostile_trees_never_reach_lightgbm(old, new, fitted, tmp_path, monkeypa
         load_model(tmp_path / "model")
 
 
+def test_a_circle_of_nodes_beside_the_tree_is_refused(fitted):
+    text = fitted["lightgbm"]._payload()
+    # the first tree's nodes 3 and 4 are swapped for a leaf: node 4 becomes its own child
+    left, right = "left_child=2 3 -1 -2 -5\n", "right_child=1 -3 -4 4 -6\n"
+    assert left in text
+    assert right in text
+    circle = text.replace(left, "left_child=2 3 -1 -2 4\n", 1)
+    circle = circle.replace(right, "right_child=1 -3 -4 -5 -6\n", 1)
+    with pytest.raises(ModelError, match="tree 0 has a node that is not reached exactly once"):
+        check_booster_text(with_sizes(circle), 12)
+
+
 def with_sizes(text):
     """Tell the trees' true sizes in the header, so that only the change itself is wrong."""
     body = text.partition("end of trees")[0]

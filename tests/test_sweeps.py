@@ -135,6 +135,15 @@ def test_predictions_cover_train_out_of_fold_and_test_once(swept):
     assert predictions.groupby("patient")["split"].nunique().max() == 1
 
 
+def test_train_predictions_are_the_winners_on_its_held_out_folds(swept):
+    result, run = swept
+    for entry in result["leaderboard"]:
+        own = run.predictions().query("split == 'train' and head == @entry['head']")
+        folds = [by_study(fold) for _, fold in own.groupby("fold")]
+        aurocs = [score(f["label"].to_numpy(int), f["probability"], 0.5)["auroc"] for f in folds]
+        assert np.mean(aurocs) == pytest.approx(entry["cv"])
+
+
 def test_reported_scores_come_from_the_model_on_disk(swept, data):
     run = swept[1]
     rows = read_manifest(data[1]).rows
@@ -219,7 +228,7 @@ def test_only_what_the_ledger_lacks_is_trained(swept, data, tmp_path, monkeypatc
     monkeypatch.setattr(trials, "make_head", counted)
     with pytest.raises(KeyboardInterrupt):
         sweep(*data, out, **SMALL)
-    with pytest.raises(RunError, match="unfinished.*medembed sweep"):
+    with pytest.raises(RunError, match=r"unfinished.*medembed sweep"):
         compare([out])
     with open(out / "trials.jsonl", "ab") as file:
         file.write(b'{"trial": 1, "he')  # a torn line
@@ -313,7 +322,7 @@ def test_when_every_head_fails_the_run_is_not_complete(data, tmp_path, monkeypat
         raise ValueError("no library")
 
     monkeypatch.setattr(trials, "make_head", broken)
-    with pytest.raises(RunError, match="every head failed.*ValueError: no library"):
+    with pytest.raises(RunError, match=r"every head failed.*ValueError: no library"):
         sweep(*data, tmp_path / "run", **SMALL)
     assert not (tmp_path / "run" / "scores.json").exists()
 

@@ -68,23 +68,6 @@ def _paths(table: pd.DataFrame, _: str) -> Iterator[Kind]:
     unclean = ~outside & image.str.contains(r"^$|(?:^|/)\.?(?:/|$)|\x00", regex=True)
     yield _cells(image[outside], "may leave the image root; use / between folders and no ..")
     yield _cells(image[unclean], "is not a plain path; drop empty folders and .")
-    for name in table.columns:
-        if _has_surrogates(table[name]):
-            broken = table[name][table[name].map(_is_surrogate)]
-            yield _cells(broken, "is not valid Unicode; rename the file")
-
-
-def _has_surrogates(column: "pd.Series[str]") -> bool:
-    return _is_surrogate("".join(column.tolist()))
-
-
-def _is_surrogate(text: str) -> bool:
-    """Whether `text` holds half a character, as names of undecodable bytes do on POSIX."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
 
 
 def _duplicates(table: pd.DataFrame, _: str) -> Iterator[Kind]:

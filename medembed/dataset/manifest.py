@@ -14,7 +14,7 @@ import pandas as pd
 
 from medembed.dataset.checks import LABEL_LEVELS, REQUIRED, find_table_problems
 from medembed.dataset.hashing import hash_files, hash_or_explain
-from medembed.dataset.tables import read_text_table
+from medembed.dataset.tables import csv_bytes, read_text_table
 from medembed.errors import ManifestError, PathNotFoundError
 from medembed.files import write_atomically
 
@@ -272,7 +272,7 @@ def _with_level(manifest: Manifest) -> pd.DataFrame:
 
 
 def _csv_bytes(manifest: Manifest) -> bytes:
-    return _with_level(manifest).to_csv(index=False, lineterminator="\n").encode()
+    return csv_bytes(_as_text(_with_level(manifest)))
 
 
 def _parquet_bytes(manifest: Manifest) -> bytes:

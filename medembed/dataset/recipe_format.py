@@ -7,7 +7,7 @@ to train or test). Its sections are the classes below. An unknown key is an erro
 
 import difflib
 import tomllib
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -159,7 +159,7 @@ class Recipe:
     """`[exclude]`: an image's path or name, or a folder, and the reason why it is left out."""
     expected: dict[str, Any] = field(default_factory=dict)
     """`[expected]`: counts, also under `train`, `test`, `region.NAME`, `train.region.NAME`."""
-    path: Path = Path()
+    path: Path = field(default=Path(), metadata={"written": False})
 
 
 SECTIONS: dict[str, type] = {
@@ -187,20 +187,27 @@ def parse_recipe(path: Path) -> Recipe:
     for name, kind in SECTIONS.items():
         if name in document:
             document[name] = _fill(kind, document[name], f"{path}, [{name}]")
-    document.setdefault("path", path)
-    recipe = _fill(Recipe, document, str(path))
+    recipe = replace(_fill(Recipe, document, str(path)), path=path)
     _check(recipe)
     return recipe
 
 
 T = TypeVar("T")
 
+SIMPLE: dict[type, tuple[tuple[type, ...], str]] = {
+    str: ((str,), "text"),
+    int: ((int,), "a whole number"),
+    float: ((int, float), "a number"),
+    bool: ((bool,), "true or false"),
+}
+
 
 def _fill(kind: type[T], values: Any, where: str) -> T:
     """Make a dataclass of a TOML table, checking keys and types."""
     if not isinstance(values, dict):
         raise RecipeError(f"{where} must be a section, not {values!r}.")
-    known = {item.name: item for item in fields(kind)}  # type: ignore[arg-type]
+    every = fields(kind)  # type: ignore[arg-type]
+    known = {item.name: item for item in every if item.metadata.get("written", True)}
     _refuse_unknown(values, list(known), where)
     required = [
         n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING
@@ -223,18 +230,15 @@ def _refuse_unknown(values: dict[str, Any], known: list[str], where: str) -> Non
 
 
 def _typed(item: "Field[Any]", value: Any, where: str) -> Any:
-    wanted = str(item.type)
-    if "tuple" in wanted:
+    if item.type == tuple[str, ...]:
         value = (value,) if isinstance(value, str) else value
         if isinstance(value, list | tuple) and all(isinstance(part, str) for part in value):
             return tuple(value)
         raise RecipeError(f"{where}: {item.name} must be text or a list of texts, not {value!r}.")
-    checks: dict[type, tuple[type, ...]] = {str: (str,), int: (int,), float: (int, float)}
-    accepted = checks.get(item.type, ())  # type: ignore[arg-type]
-    if accepted and (not isinstance(value, accepted) or isinstance(value, bool)):
-        raise RecipeError(f"{where}: {item.name} must be {wanted}, not {value!r}.")
-    if item.type is bool and not isinstance(value, bool):
-        raise RecipeError(f"{where}: {item.name} must be true or false, not {value!r}.")
+    for kind, (accepted, noun) in SIMPLE.items():
+        is_right = isinstance(value, accepted) and isinstance(value, bool) == (kind is bool)
+        if item.type is kind and not is_right:
+            raise RecipeError(f"{where}: {item.name} must be {noun}, not {value!r}.")
     return value
 
 

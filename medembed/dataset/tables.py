@@ -1,12 +1,33 @@
-"""Read CSV tables as text, nothing guessed."""
+"""Read and write CSV tables as text, nothing guessed."""
 
+import csv
 from pathlib import Path
 
 import pandas as pd
 
 from medembed.errors import MedembedError
 
-__all__ = ["read_text_table"]
+__all__ = ["csv_bytes", "read_text_table"]
+
+
+def csv_bytes(table: pd.DataFrame) -> bytes:
+    """Encode a table of strings as CSV in UTF-8 with a header and lines that end in a line feed.
+
+    Fields are quoted only where they hold a comma, a quote or an end of line (RFC 4180). Python's
+    own writer leaves a carriage return unquoted in some versions; the bytes must not depend on it.
+    """
+    columns = [_quoted(table[name]) for name in table.columns]
+    header = _quoted(pd.Series(table.columns, dtype=str))
+    lines = [",".join(header), *map(",".join, zip(*columns, strict=True)), ""]
+    return "\n".join(lines).encode()
+
+
+def _quoted(column: "pd.Series[str]") -> list[str]:
+    text = column.astype(str)
+    special = text.str.contains('[",\r\n]', regex=True)
+    if special.any():
+        text = text.mask(special, '"' + text.str.replace('"', '""') + '"')
+    return text.tolist()
 
 
 def read_text_table(
@@ -33,24 +54,21 @@ def read_text_table(
         As `error`: the file cannot be read, names two columns alike, or has short or long rows.
     """
     try:
-        table = pd.read_csv(
-            path, dtype=str, keep_default_na=False, encoding="utf-8-sig", header=None
-        )
-    except (OSError, ValueError) as cause:  # pandas' parser errors are ValueErrors
-        raise error(f"{path} cannot be read as CSV in UTF-8: {str(cause).strip()}") from cause
-    header = columns or table.iloc[0].fillna("").tolist()
-    if len(header) != table.shape[1]:
-        raise error(f"{path} has {table.shape[1]} columns; {len(header)} were expected.")
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            lines = [line for line in csv.reader(file, strict=True) if line]
+    except (OSError, ValueError, csv.Error) as cause:
+        raise error(f"{path} cannot be read as CSV in UTF-8: {cause}") from cause
+    if not lines and columns is None:
+        raise error(f"{path} is empty.")
+    header = columns or lines.pop(0)
     twice = sorted({repr(name) for name in header if header.count(name) > 1})
     if twice:
         raise error(f"{path} has two columns of one name: {', '.join(twice)}. Rename one.")
-    body = table if columns else table.iloc[1:].reset_index(drop=True)
-    body.columns = pd.Index(header)
-    short = body.isna().any(axis=1)
-    if short.any():
-        first = int(short.to_numpy().argmax()) + (1 if columns else 2)
+    torn = [i for i, line in enumerate(lines) if len(line) != len(header)]
+    if torn:
+        first = torn[0] + (1 if columns else 2)
         raise error(
-            f"{path}: {int(short.sum())} rows have fewer fields than the {len(header)} columns, "
-            f"the first is row {first}. The file may be cut off; fetch or build it again."
+            f"{path} has {len(torn)} rows with more or fewer fields than the {len(header)} columns; "
+            f"the first is row {first}, with {len(lines[torn[0]])}. Fetch or build the file again."
         )
-    return body
+    return pd.DataFrame(lines, columns=pd.Index(header), dtype=str)

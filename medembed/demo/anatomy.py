@@ -151,7 +151,7 @@ def _hand(generator: np.random.Generator) -> Skeleton:
         Bone((0.16, 1.3, 0.0), (0.15, 0.95, 0.0), 0.08, (0.0, 0.3), flesh=0.22),
         *_carpals(0.76, 0.62, generator),
     ]
-    spread = float(generator.uniform(0.75, 1.15))
+    spread = float(generator.uniform(0.95, 1.3))
     for ray, (x, palm, finger) in enumerate(
         ((-0.24, 0.36, 0.34), (-0.15, 0.52, 0.36), (-0.04, 0.52, 0.4), (0.08, 0.47, 0.37))
     ):
@@ -164,13 +164,15 @@ def _hand(generator: np.random.Generator) -> Skeleton:
 def _ray(base: Point, angle: float, palm: float, finger: float, n: int) -> list[Bone]:
     """Return one metacarpal and its `n` phalanges in a row."""
     end = _turn(base, palm, angle)
-    bones = [Bone(base, end, 0.05, (0.35, 0.35), 0.58, flesh=0.09)]
+    bones = [Bone(base, end, 0.066, (0.35, 0.35), 0.58, flesh=0.11)]
     length = finger
     for i in range(n):
         start = _turn(end, 0.045, angle)
         end = _turn(start, length - 0.045, angle)
-        width = 0.043 - 0.005 * i
-        bones.append(Bone(start, end, width, (0.35, 0.25), 0.58, flesh=0.085))
+        width = 0.06 - 0.006 * i
+        bones.append(
+            Bone(start, end, width, (0.35, 0.25), 0.58, flesh=0.1, breakable=i == 0)
+        )
         length *= 0.66
     return bones
 
@@ -207,7 +209,7 @@ def _shoulder(generator: np.random.Generator) -> Skeleton:
     return Skeleton(
         (
             Bone(head, _turn(head, 1.5, np.pi - swing), 0.17, (0.75, 0.0), 0.66, flesh=0.36),
-            Bone((0.98, -0.62, 0.1), (-0.12, -0.58, 0.1), 0.075, (0.3, 0.2), bow=0.05, flesh=0.2),
+            Bone((0.98, -0.62, 0.1), (-0.12, -0.58, 0.1), 0.09, (0.3, 0.2), bow=0.05, flesh=0.2),
             Bone((0.2, -0.3, -0.1), (0.42, 0.72, -0.1), 0.13, (0.5, 0.0), 0.86),
             Bone((0.15, -0.3, -0.1), (0.85, -0.35, -0.1), 0.07, (0.3, 0.0), 0.75, breakable=False),
             *ribs,

@@ -44,10 +44,10 @@ def _crack(finding: Finding, bone: Bone, frame: Frame) -> Array:
     at = _from_place(finding, frame)
     at -= np.float32(1.5 * (slope - 0.5)) * frame.across
     at -= np.float32((0.08 + 0.25 * jag) * bone.width) * ragged
-    breadth = np.float32((1.0 + 1.3 * finding.strength) * frame.pixel)
-    depth = np.float32(0.2 + 0.65 * finding.strength)
+    breadth = np.float32((1.4 + 2.0 * finding.strength) * frame.pixel)
+    depth = np.float32(0.15 + 0.8 * finding.strength)
     crack: Array = depth * np.exp(-((at / breadth) ** 2))
-    if share < 0.4:  # an incomplete fracture: one cortex only
+    if share < 0.3:  # an incomplete fracture: one cortex only
         side = across if phase < 0.5 else -across
         crack = crack * np.clip(side * 3 + 1, 0, 1)
     return crack
@@ -61,10 +61,10 @@ def _displace(finding: Finding, bone: Bone, frame: Frame, texture: Array) -> Arr
     at = at if side < 0.5 else -at
     extent = np.float32((2.5 + 2.5 * reach) * bone.width)
     fade = np.clip(1 - at / extent, 0, 1)
-    offset = np.float32((0.1 + 0.65 * finding.strength) * bone.width * (1 if gap < 0.5 else -1))
+    offset = np.float32((0.1 + 0.9 * finding.strength) * bone.width * (1 if gap < 0.5 else -1))
     moved = replace(frame, across=frame.across - np.where(at > 0, offset * fade * fade, 0))
-    opening = np.float32((0.8 + 1.2 * finding.strength) * frame.pixel)
-    lost = np.float32(0.15 + 0.45 * finding.strength) * np.exp(-((at / opening) ** 2))
+    opening = np.float32((1.0 + 2.0 * finding.strength) * frame.pixel)
+    lost = np.float32(0.15 + 0.7 * finding.strength) * np.exp(-((at / opening) ** 2))
     broken: Array = tube(bone, moved, texture) * (1 - lost)
     return broken
 
@@ -73,7 +73,7 @@ def _implant(finding: Finding, bone: Bone, frame: Frame) -> Array:
     """Return a plate with screws, a nail in the marrow, or crossed wires."""
     form, length, side, tilt = finding.shape
     at = _from_place(finding, frame)
-    dense = np.float32(0.25 + 1.6 * finding.strength)
+    dense = np.float32(0.2 + 2.6 * finding.strength)
     half = np.float32((1.2 + 2.2 * length) * bone.width)
     soft = np.float32(frame.pixel)
 
@@ -105,13 +105,13 @@ def _implant(finding: Finding, bone: Bone, frame: Frame) -> Array:
 def _lesion(finding: Finding, bone: Bone, frame: Frame, whole: Array) -> Array:
     """Thin the bone out (lytic, perhaps with a dense rim) or make it denser (sclerotic)."""
     form, breadth, aside, stretch = finding.shape
-    radius = (0.4 + 0.45 * breadth) * bone.width
+    radius = (0.55 + 0.45 * breadth) * bone.width
     at = _from_place(finding, frame)
     at = at / np.float32(radius * (0.9 + 0.7 * stretch))
     off = frame.across - np.float32((aside - 0.5) * 0.9 * bone.width)
     distance = np.sqrt(at**2 + (off / np.float32(radius)) ** 2)
     inside = np.clip((1 - distance) * 4 + np.float32(0.5), 0, 1)
-    amount = np.float32(0.15 + 0.7 * finding.strength)
+    amount = np.float32(0.12 + 0.85 * finding.strength)
     if form > 0.65:
         sclerotic: Array = whole + np.float32(0.7) * amount * inside * (whole > 0)
         return sclerotic

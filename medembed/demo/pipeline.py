@@ -25,13 +25,32 @@ __all__ = ["RECIPE", "ShowProgress", "run_demo"]
 ShowProgress = Callable[[str, str], AbstractContextManager[Callable[[int, int], None]]]
 
 RECIPE = """\
-# What the demo's table means; a recipe for a table of your own looks like this.
-name = "demo"
+# What images/labels.csv means. A recipe for a table of your own looks like this one.
+name = "medembed demo"
 licence = "Apache-2.0"
-citation = "Synthetic radiographs drawn by medembed; no person is in them."
-url = ""
+citation = "Synthetic radiographs drawn by medembed; nobody is in them"
+url = "https://example.org/medembed-demo"
 layout = "table"
 label_level = "study"
+
+[table]
+file = "labels.csv"
+image = "image"
+patient = "patient"
+study = "study"
+covariates = "synthetic"
+
+[region]
+column = "region"
+
+[label]
+column = "finding"
+abnormal = "abnormal"
+normal = "normal"
+
+[split]
+fraction = 0.3
+seed = 0
 """
 _CHUNK = 16  # images drawn by one task
 

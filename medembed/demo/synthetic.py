@@ -35,7 +35,7 @@ TRIAL_SEEDS = range(2**31, 2**32)
 DEMO_SEEDS = range(2**32, 2**62)
 
 # Grey levels (of 1) by which a pixel must differ from its normal twin to belong to the finding.
-MASK_THRESHOLD = 4 / 255
+MASK_THRESHOLD = 6 / 255
 _TURNS = (0.0, 1.05, 0.6)  # radians about the long axis, by projection
 _ANATOMY, _POSE, _FINDING, _FILM = range(4)  # one random stream each, so a twin shares the others
 
@@ -87,7 +87,7 @@ def render(
         finding = _draw_finding(seed, skeleton, abnormality, severity, view)
     film = _generator(seed, _FILM, projection)
     exposure, contrast, gamma, noise, haze = film.uniform(
-        (0.85, 0.85, 0.75, 0.006, 0.0), (1.25, 1.15, 1.3, 0.022, 0.05)
+        (0.85, 0.85, 0.75, 0.006, 0.0), (1.25, 1.15, 1.3, 0.016, 0.05)
     )
     texture = _draw_texture(film, size)
     attenuation = _soft_tissue(skeleton, view, film, size)
@@ -126,7 +126,7 @@ def _generator(seed: int, *stream: int) -> np.random.Generator:
 
 
 def _draw_view(seed: int, projection: int) -> View:
-    draw = _generator(seed, _POSE, projection).uniform(-1, 1, 5)
+    draw = _generator(seed, _POSE, 1 + projection).uniform(-1, 1, 5)
     return View(
         turn=_TURNS[projection] + 0.15 * draw[0],
         tilt=0.22 * draw[1],
@@ -140,7 +140,7 @@ def _draw_finding(seed: int, skeleton: Skeleton, kind: str, severity: float, vie
     generator = _generator(seed, _FINDING)
     towards, *shape = (float(x) for x in generator.random(5))
     # The plane of a finding is rarely seen edge-on in every projection.
-    seen = 0.4 + 0.6 * abs(float(np.cos(view.turn - np.pi * towards)))
+    seen = 0.55 + 0.45 * abs(float(np.cos(view.turn - np.pi * towards)))
     strength = severity if kind == "implant" else severity * seen
     bone, place = _place(skeleton, generator)
     return Finding(kind, strength, bone, place, (shape[0], shape[1], shape[2], shape[3]))

@@ -106,8 +106,8 @@ class LightGBMHead(Head):
         except lightgbm.basic.LightGBMError as error:
             raise TrainingDataError(f"LightGBM refused this training: {error}") from error
         # a booster that was trained holds its binned data set; one that was read holds trees only
-        kept = booster.best_iteration if booster.best_iteration > 0 else self.n_trees
-        self._take(trim_booster_text(booster.model_to_string(num_iteration=kept)))
+        # (`model_to_string` ends at the best tree where training stopped early)
+        self._take(trim_booster_text(booster.model_to_string()))
         self.best_epoch_ = int(self.booster_.num_trees())
         return self
 

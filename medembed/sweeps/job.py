@@ -172,7 +172,7 @@ def _select_training(
     """Return the training rows and, for every embedded row, its fold (-1: not trained on)."""
     row_folds = folds.reindex(embeddings.rows["image"]).fillna(-1).to_numpy(np.int64)
     chosen = row_folds >= 0
-    studies = pd.factorize(embeddings.studies)[0]
+    studies = pd.factorize(embeddings.studies, sort=True)[0]
     training = Training(
         embeddings.X[chosen], embeddings.y[chosen], row_folds[chosen], studies[chosen]
     )

@@ -1,0 +1,216 @@
+"""The layouts of datasets: what a table or a tree of folders says about each image."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import pandas as pd
+
+from medembed.dataset.listing import ImageIndex, Listing, first_names, refuse
+from medembed.dataset.mura import read_mura
+from medembed.dataset.recipe_format import Label, Recipe, Region, Table
+from medembed.dataset.tables import read_text_table
+from medembed.errors import PathNotFoundError, RecipeError
+
+__all__ = ["read_layout"]
+
+MEANINGS = {"normal": "0", "abnormal": "1", "unknown": ""}
+
+
+def read_layout(recipe: Recipe, root: Path) -> Listing:
+    """Read what `recipe` describes below `root`.
+
+    Raises
+    ------
+    PathNotFoundError
+        A table is missing.
+    RecipeError
+        Tables, folders and recipe do not fit each other; all problems of one kind at once.
+    """
+    if recipe.layout == "mura":
+        return read_mura(root)
+    return _read_table(recipe, root) if recipe.table else _read_folders(recipe, root)
+
+
+def _read_table(recipe: Recipe, root: Path) -> Listing:
+    spec, region, label = recipe.table, recipe.region, recipe.label
+    assert spec is not None
+    assert region is not None
+    assert label is not None
+    split_column = recipe.split.column if recipe.split else ""
+    path = _find_table(spec.file, root, recipe.path)
+    table = read_text_table(path, RecipeError)
+    named = (spec.image, *spec.patient, *spec.study, *spec.covariates, region.column)
+    _need_columns(table, (*named, *region.one_hot, label.column, split_column), path)
+    index = ImageIndex(root, spec.below)
+    images, is_found = _locate(table, spec, index, path)
+    rows = pd.DataFrame({"image": images, "name": table[spec.image]})
+    rows["patient"] = _join(table, spec.patient)
+    rows["study"] = _join(table, spec.study) if spec.study else table[spec.image]
+    rows["region"] = _regions(table, region, path)
+    rows["label"] = _labels(table[label.column], label, str(path))
+    rows["split"] = table[split_column] if split_column else ""
+    for name in spec.covariates:
+        rows[name] = table[name]
+    return Listing(rows, is_found, index.unlisted(images, path.name))
+
+
+def _find_table(file: str, root: Path, recipe_path: Path) -> Path:
+    candidates = [root / file, root.parent / file, recipe_path.parent / file]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    raise PathNotFoundError(
+        f"no table {file} in {root}, beside it, or beside the recipe. Give --image-root the "
+        "directory that the dataset was unpacked into, or correct `file` in the recipe."
+    )
+
+
+def _need_columns(table: pd.DataFrame, names: Iterable[str], path: Path) -> None:
+    missing = sorted({name for name in names if name and name not in table})
+    if missing:
+        raise RecipeError(
+            f"{path} has no column {', '.join(map(repr, missing))}; its columns are "
+            f"{', '.join(map(repr, table.columns))}. Correct the recipe."
+        )
+
+
+def _locate(
+    table: pd.DataFrame, spec: Table, index: ImageIndex, path: Path
+) -> tuple["pd.Series[str]", "pd.Series[bool]"]:
+    """Find each row's file; where there is none, say where it would be."""
+    found = [index.find(value) for value in table[spec.image]]
+    refuse(
+        [
+            f"row {i + 2}: {value} may be {first_names(paths)}"
+            for i, (value, paths) in enumerate(zip(table[spec.image], found, strict=True))
+            if len(paths) > 1
+        ],
+        str(path),
+        "several files have the name of one row. Keep one of them, or name the folder to search "
+        "with `below` in [table]:",
+    )
+    pattern = spec.image_pattern or f"{{{spec.image}}}"
+    expected = _fill_pattern(pattern, table, path)
+    images = [p[0] if p else e for p, e in zip(found, expected, strict=True)]
+    is_found = pd.Series([bool(paths) for paths in found], index=table.index)
+    return pd.Series(images, index=table.index, dtype=str), is_found
+
+
+def _fill_pattern(pattern: str, table: pd.DataFrame, path: Path) -> list[str]:
+    names = re.findall(r"\{(.*?)\}", pattern)
+    _need_columns(table, names, path)
+    pieces = re.split(r"\{.*?\}", pattern)
+    filled = pd.Series(pieces[0], index=table.index, dtype=str)
+    for name, piece in zip(names, pieces[1:], strict=True):
+        filled = filled + table[name] + piece
+    return filled.tolist()
+
+
+def _join(table: pd.DataFrame, names: tuple[str, ...]) -> "pd.Series[str]":
+    """Join columns with "/"; an empty part leaves the whole empty, for the checks to find."""
+    if not names:
+        return pd.Series("", index=table.index, dtype=str)
+    joined = table[names[0]]
+    for name in names[1:]:
+        joined = joined + "/" + table[name]
+    return joined.where((table[list(names)] != "").all(axis=1), "")
+
+
+def _regions(table: pd.DataFrame, spec: Region, path: Path) -> "pd.Series[str]":
+    if spec.constant:
+        return pd.Series(spec.constant, index=table.index, dtype=str)
+    if spec.column:
+        return table[spec.column]
+    flags = ~table[list(spec.one_hot)].isin(["", "0", "0.0"])
+    n_set = flags.sum(axis=1)
+    refuse(
+        [
+            f"row {i + 2}: {n} of them are set"
+            for i, n in enumerate(n_set)
+            if n == 0 or (n > 1 and not spec.several)
+        ],
+        str(path),
+        f"a row must show one region of {', '.join(spec.one_hot)}; `several` in [region] can name "
+        "rows with more than one:",
+    )
+    return flags.idxmax(axis=1).where(n_set == 1, spec.several)
+
+
+def _labels(values: "pd.Series[str]", spec: Label, source: str) -> "pd.Series[str]":
+    meaning = {
+        **dict.fromkeys(spec.normal, "0"),
+        **dict.fromkeys(spec.abnormal, "1"),
+        "": MEANINGS[spec.empty],
+    }
+    strange = values[~values.isin(list(meaning))]
+    if len(strange) and not spec.others:
+        counted = [f"{value!r} in {n} rows" for value, n in strange.value_counts().items()]
+        remedy = "labels that the recipe does not know; add them to [label], or set `others`:"
+        refuse(counted, source, remedy)
+    return values.map(meaning).fillna(MEANINGS.get(spec.others, ""))
+
+
+def _read_folders(recipe: Recipe, root: Path) -> Listing:
+    assert recipe.folders is not None
+    pattern = recipe.folders.pattern
+    matcher = _compile(pattern, recipe.path)
+    index = ImageIndex(root)
+    matches = {path: found for path in sorted(index.paths) if (found := matcher.fullmatch(path))}
+    if not matches:
+        example = f"; the first of {len(index.paths)} is {min(index.paths)}" if index.paths else ""
+        raise RecipeError(f"no image below {root} fits the pattern {pattern!r}{example}.")
+    table = pd.DataFrame([found.groupdict() for found in matches.values()])
+    table.insert(0, "image", list(matches))
+    _check_fields(recipe, table)
+    rows = table[["image"]].assign(name=table["image"].str.rpartition("/")[2])
+    rows["patient"] = table.get("patient", "")
+    rows["region"] = table.get("region", recipe.region.constant if recipe.region else "")
+    parts = tuple(name for name in ("region", "patient", "study") if name in table)
+    stems = table["image"].str.replace(r"\.[^./]*$", "", regex=True)
+    rows["study"] = _join(table, parts) if "study" in table else stems
+    rows["label"] = _labels(table["label"], recipe.label, str(root)) if recipe.label else ""
+    rows["split"] = table.get("split", "")
+    for name in table.columns.difference([*rows.columns, "label"], sort=False):
+        rows[name] = table[name]
+    is_found = pd.Series(data=True, index=rows.index)
+    return Listing(rows, is_found, index.unlisted(rows["image"], "the pattern"))
+
+
+def _compile(pattern: str, path: Path) -> re.Pattern[str]:
+    """Turn a pattern with {fields}, `*` and `**` into a regular expression."""
+    pieces = []
+    seen: set[str] = set()
+    for token in re.split(r"(\{.*?\}|\*\*/|\*)", pattern):
+        name = token[1:-1]
+        if token == "**/":
+            pieces.append(r"(?:[^/]+/)*")
+        elif token == "*":
+            pieces.append(r"[^/]*")
+        elif not token.startswith("{"):
+            pieces.append(re.escape(token))
+        elif not name.isidentifier() or name in {"image", "sha256", "name", "label_level"}:
+            raise RecipeError(f"{path}, [folders]: {token} is not a name for a field.")
+        else:
+            pieces.append(f"(?P={name})" if name in seen else f"(?P<{name}>[^/]+?)")
+            seen.add(name)
+    return re.compile("".join(pieces))
+
+
+def _check_fields(recipe: Recipe, table: pd.DataFrame) -> None:
+    """Refuse patterns and sections that leave a column without a source, or give it two."""
+    has = {name: name in table for name in ("patient", "region", "label", "split", "study")}
+    sections = {
+        "patient": (recipe.groups is not None, '[groups] (rule = "image" or "runs")'),
+        "region": (bool(recipe.region and recipe.region.constant), "[region] with a constant"),
+        "split": (bool(recipe.split and recipe.split.fraction), "[split] with a fraction"),
+    }
+    for name, (is_given, section) in sections.items():
+        if has[name] == is_given:
+            raise RecipeError(
+                f"{recipe.path}: give either a field {{{name}}} in the pattern or {section}."
+            )
+    if has["label"] != (recipe.label is not None):
+        raise RecipeError(f"{recipe.path}: a field {{label}} and a section [label] go together.")
+    if recipe.label_level == "study" and not has["study"]:
+        raise RecipeError(f"{recipe.path}: label_level is study; the pattern names no {{study}}.")

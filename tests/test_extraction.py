@@ -1,0 +1,440 @@
+"""Extraction: each content once, whatever happens on the way."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from medembed import extraction
+from medembed.cache.embeddings import load_embeddings
+from medembed.cache.spec import hex_from_keys
+from medembed.cache.store import open_cache
+from medembed.dataset.manifest import Manifest
+from medembed.encoders.preprocessing import Preprocessing
+from medembed.encoders.protocol import Encoder
+from medembed.errors import (
+    CacheError,
+    EncoderError,
+    ManifestError,
+    MissingRowsError,
+    PathNotFoundError,
+    SpecMismatchError,
+)
+from medembed.extraction import ExtractionReport, extract, spec_of
+
+THIRD = (1 / 3, 1 / 3, 1 / 3)
+
+
+@dataclass
+class HalvesEncoder:
+    """Pool an image's left and right half: small enough to compute by hand."""
+
+    source: str = "halves"
+    revision: str | None = None
+    fingerprint: str = "ab" * 32
+    preprocessing: Preprocessing = field(
+        default_factory=lambda: Preprocessing(8, 8, "stretch", "bilinear", THIRD, THIRD, 1 / 255)
+    )
+    dimensions: Mapping[str, tuple[int, ...]] = field(
+        default_factory=lambda: {"mean": (2,), "max": (2,)}
+    )
+    device: str = "cpu"
+    precision: str = "fp32"
+    seconds: float = 0.0  # per batch
+    scale: float = 1.0
+    dislikes: int | None = None  # an image that begins with this pixel is refused
+    shapes: list[tuple[int, ...]] = field(default_factory=list)
+
+    def encode(self, pixels: np.ndarray, poolings: Sequence[str]) -> dict[str, np.ndarray]:
+        time.sleep(self.seconds)
+        self.shapes.append(pixels.shape)
+        if self.dislikes is not None and (pixels[:, 0, 0] == self.dislikes).any():
+            raise EncoderError(f"an image begins with {self.dislikes}")
+        halves = np.stack([pixels[:, :, :4], pixels[:, :, 4:]], axis=1).astype(np.float32)
+        pooled = {"mean": halves.mean((2, 3)), "max": halves.max((2, 3))}
+        return {name: self.scale * pooled[name] for name in poolings}
+
+
+def write_images(root: Path, n: int, seed: int = 0) -> Manifest:
+    """Write `n` grey images of 8 × 8, whose first pixels are 1, 2, 3…, and list them."""
+    generator = np.random.default_rng(seed)
+    root.mkdir(parents=True, exist_ok=True)
+    for number in range(n):
+        pixels = generator.integers(0, 256, (8, 8), dtype=np.uint8)
+        pixels[0, 0] = number + 1
+        Image.fromarray(pixels).save(root / f"{number:03d}.png")
+    return list_images(root)
+
+
+def list_images(root: Path) -> Manifest:
+    paths = sorted(root.glob("*.png"))
+    rows = pd.DataFrame(
+        {
+            "image": [path.name for path in paths],
+            "sha256": [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths],
+            "patient": [path.stem for path in paths],
+            "study": [path.stem for path in paths],
+            "region": "hand",
+            "label": pd.array([0] * len(paths), dtype="Int8"),
+            "split": "train",
+        }
+    )
+    return Manifest(rows, "study")
+
+
+def by_hand(root: Path, manifest: Manifest) -> np.ndarray:
+    """Compute mean and max of both halves, (n, 4), from the files."""
+    rows = []
+    for name in manifest.rows["image"]:
+        pixels = np.array(Image.open(root / name)).astype(np.float32)
+        left, right = pixels[:, :4], pixels[:, 4:]
+        rows.append([left.mean(), right.mean(), left.max(), right.max()])
+    return np.array(rows, np.float32)
+
+
+def extract_here(
+    tmp_path: Path, manifest: Manifest, encoder: Encoder | None = None, **options: Any
+) -> ExtractionReport:
+    """Extract from `images` to `cache` below `tmp_path`, in float32 and batches of 4."""
+    options = {"dtype": "float32", "batch_size": 4, "decoders": 2} | options
+    encoder = encoder or HalvesEncoder()
+    return extract(manifest, tmp_path / "images", encoder, tmp_path / "cache", **options)
+
+
+def counts(report: ExtractionReport) -> tuple[int, ...]:
+    names = ("requested", "already", "embedded", "failed", "duplicates")
+    values = tuple(report.as_dict()[name] for name in names)
+    assert values[0] == sum(values[1:])
+    return values
+
+
+def test_the_stand_in_is_an_encoder() -> None:
+    assert isinstance(HalvesEncoder(), Encoder)
+
+
+def test_embeddings_are_the_encoders_in_the_manifests_order(tmp_path: Path) -> None:
+    manifest = write_images(tmp_path / "images", 10)
+    progress: list[tuple[int, int]] = []
+    encoder = HalvesEncoder()
+    report = extract_here(
+        tmp_path, manifest, encoder, progress=lambda done, total: progress.append((done, total))
+    )
+    assert counts(report) == (10, 0, 10, 0, 0)
+    np.testing.assert_array_equal(
+        load_embeddings(tmp_path / "cache", manifest).X, by_hand(tmp_path / "images", manifest)
+    )
+    assert progress[-1] == (10, 10)
+    assert progress == sorted(progress)
+    assert encoder.shapes == [(4, 8, 8)] * 3  # the last batch is filled up
+    cache = open_cache(tmp_path / "cache")
+    assert cache.spec == spec_of(encoder, ("mean", "max"), "float32")
+    assert cache.spec.preprocessing["images_version"] >= 1
+    assert cache.recorded["versions"]["numpy"] == np.__version__
+    assert cache.verify() == []
+
+
+def test_a_second_run_embeds_only_what_is_new(tmp_path: Path) -> None:
+    extract_here(tmp_path, write_images(tmp_path / "images", 6))
+    more = write_images(tmp_path / "images", 9)
+    encoder = HalvesEncoder()
+    assert counts(extract_here(tmp_path, more, encoder)) == (9, 6, 3, 0, 0)
+    assert len(encoder.shapes) == 1
+    assert counts(extract_here(tmp_path, more, encoder)) == (9, 9, 0, 0, 0)
+    np.testing.assert_array_equal(
+        load_embeddings(tmp_path / "cache", more).X, by_hand(tmp_path / "images", more)
+    )
+
+
+def test_the_same_bytes_are_embedded_once_even_if_one_copy_is_gone(tmp_path: Path) -> None:
+    root = tmp_path / "images"
+    write_images(root, 3)
+    for twin in ("0.png", "zzz.png"):
+        (root / twin).write_bytes((root / "001.png").read_bytes())
+    manifest = list_images(root)
+    hand = by_hand(root, manifest)
+    (root / "0.png").unlink()
+    (root / "001.png").write_bytes(b"something else")
+    assert counts(extract_here(tmp_path, manifest)) == (5, 0, 3, 0, 2)
+    np.testing.assert_array_equal(load_embeddings(tmp_path / "cache", manifest).X, hand)
+
+
+def test_bad_images_are_failures_with_a_reason_and_not_tried_again(tmp_path: Path) -> None:
+    root = tmp_path / "images"
+    write_images(root, 5)
+    (root / "001.png").write_bytes((root / "001.png").read_bytes()[:60])
+    (root / "003.png").write_bytes(b"not an image")
+    manifest = list_images(root)
+    report = extract_here(tmp_path, manifest)
+    assert counts(report) == (5, 0, 3, 2, 0)
+    assert [(f["image"], f["stage"]) for f in report.failures] == [
+        ("001.png", "decode"),
+        ("003.png", "decode"),
+    ]
+    assert all(f["reason"] for f in report.failures)
+    assert str(tmp_path) not in (tmp_path / "cache" / "failures.jsonl").read_text()
+    again = extract_here(tmp_path, manifest)
+    assert counts(again) == (5, 3, 0, 2, 0)
+    assert again.failures == report.failures
+    retried = extract_here(tmp_path, manifest, retry_failed=True)
+    assert counts(retried) == (5, 3, 0, 2, 0)
+    assert len((tmp_path / "cache" / "failures.jsonl").read_text().splitlines()) == 4
+    loaded = load_embeddings(tmp_path / "cache", manifest)
+    assert (len(loaded), len(loaded.failed)) == (3, 2)
+
+
+def test_a_file_that_is_missing_is_tried_again_when_it_is_back(tmp_path: Path) -> None:
+    root = tmp_path / "images"
+    manifest = write_images(root, 3)
+    (root / "001.png").rename(tmp_path / "away.png")
+    report = extract_here(tmp_path, manifest)
+    assert counts(report) == (3, 0, 2, 1, 0)
+    assert report.failures[0]["stage"] == "read"
+    assert report.failures[0]["reason"] == "No such file or directory"
+    assert len(load_embeddings(tmp_path / "cache", manifest)) == 2
+    (tmp_path / "away.png").rename(root / "001.png")
+    assert counts(extract_here(tmp_path, manifest)) == (3, 2, 1, 0, 0)
+    assert load_embeddings(tmp_path / "cache", manifest).failed.empty
+
+
+def test_bytes_that_are_not_the_manifests_are_refused_after_all_others_are_kept(
+    tmp_path: Path,
+) -> None:
+    root = tmp_path / "images"
+    manifest = write_images(root, 6)
+    old = (root / "002.png").read_bytes()
+    (root / "002.png").write_bytes((root / "003.png").read_bytes())
+    with pytest.raises(ManifestError, match=r"1 image.*build the manifest again") as caught:
+        extract_here(tmp_path, manifest)
+    (problem,) = caught.value.problems
+    assert problem.startswith("002.png: sha256 ")
+    assert manifest.rows["sha256"][2] in problem
+    cache = open_cache(tmp_path / "cache")
+    assert len(cache.keys()) == 5
+    assert not cache.failures()
+    with pytest.raises(MissingRowsError, match="1 of 6"):
+        load_embeddings(cache, manifest)
+    (root / "002.png").write_bytes(old)
+    assert counts(extract_here(tmp_path, manifest)) == (6, 5, 1, 0, 0)
+
+
+def test_an_image_on_which_the_encoder_fails_does_not_take_others_along(tmp_path: Path) -> None:
+    manifest = write_images(tmp_path / "images", 9)
+    report = extract_here(tmp_path, manifest, HalvesEncoder(dislikes=6))
+    assert counts(report) == (9, 0, 8, 1, 0)
+    assert [(f["image"], f["stage"], f["reason"]) for f in report.failures] == [
+        ("005.png", "encode", "an image begins with 6")
+    ]
+    hand = by_hand(tmp_path / "images", manifest)
+    np.testing.assert_array_equal(
+        load_embeddings(tmp_path / "cache", manifest).X, np.delete(hand, 5, axis=0)
+    )
+    assert counts(extract_here(tmp_path, manifest, retry_failed=True)) == (9, 8, 1, 0, 0)
+
+
+def test_an_encoder_that_breaks_is_not_blamed_on_the_images(tmp_path: Path) -> None:
+    class Breaking(HalvesEncoder):
+        def encode(self, pixels: np.ndarray, poolings: Sequence[str]) -> dict[str, np.ndarray]:
+            if self.shapes:
+                raise EncoderError("out of memory")
+            return super().encode(pixels, poolings)
+
+    manifest = write_images(tmp_path / "images", 20)
+    with pytest.raises(EncoderError, match=r"halves failed on 8 images in a row.*out of memory"):
+        extract_here(tmp_path, manifest, Breaking())
+    cache = open_cache(tmp_path / "cache")
+    assert len(cache.keys()) == 4
+    assert not cache.failures()
+
+
+def test_values_that_fit_no_float16_name_the_way_out(tmp_path: Path) -> None:
+    manifest = write_images(tmp_path / "images", 3)
+    with pytest.raises(CacheError, match="--dtype float32"):
+        extract_here(tmp_path, manifest, HalvesEncoder(scale=1e4), dtype="float16")
+    assert len(open_cache(tmp_path / "cache").keys()) == 0
+
+
+def test_values_that_are_not_finite_are_never_stored(tmp_path: Path) -> None:
+    manifest = write_images(tmp_path / "images", 3)
+    report = extract_here(tmp_path, manifest, HalvesEncoder(scale=np.nan))
+    assert counts(report) == (3, 0, 0, 3, 0)
+    assert "NaN" in report.failures[0]["reason"]
+
+
+def test_a_cache_of_another_spec_is_refused_before_work_begins(tmp_path: Path) -> None:
+    manifest = write_images(tmp_path / "images", 3)
+    extract_here(tmp_path, manifest)
+    encoder = HalvesEncoder()
+    encoder.preprocessing = replace(encoder.preprocessing, fit="pad")
+    for dry_run in (False, True):
+        with pytest.raises(SpecMismatchError, match=r"with fit=stretch.*fit=pad.*drop --fit"):
+            extract_here(tmp_path, manifest, encoder, dry_run=dry_run)
+    assert not encoder.shapes
+
+
+def test_a_dry_run_touches_nothing(tmp_path: Path) -> None:
+    manifest = write_images(tmp_path / "images", 4)
+    assert counts(extract_here(tmp_path, manifest, dry_run=True)) == (4, 0, 4, 0, 0)
+    assert not (tmp_path / "cache").exists()
+    extract_here(tmp_path, Manifest(manifest.rows[:3], "study"))
+    report = extract_here(tmp_path, manifest, dry_run=True)
+    assert counts(report) == (4, 3, 1, 0, 0)
+    assert report.images_per_second == 0
+    assert len(open_cache(tmp_path / "cache").keys()) == 3
+
+
+def test_a_wrong_request_leaves_nothing_behind(tmp_path: Path) -> None:
+    manifest = write_images(tmp_path / "images", 2)
+    (tmp_path / "empty").mkdir()
+    encoder, cache = HalvesEncoder(), tmp_path / "cache"
+    with pytest.raises(PathNotFoundError, match=r"image root .*gone is not a directory"):
+        extract(manifest, tmp_path / "gone", encoder, cache)
+    with pytest.raises(PathNotFoundError, match=r"none of the 2 images.*000\.png"):
+        extract(manifest, tmp_path / "empty", encoder, cache)
+    with pytest.raises(EncoderError, match="no pooling 'grid4'; choose among mean, max"):
+        extract(manifest, tmp_path / "images", encoder, cache, poolings=("mean", "grid4"))
+    bare = Manifest(manifest.rows.assign(sha256=""), "study")
+    with pytest.raises(ManifestError, match="2 manifest rows have no sha256"):
+        extract(bare, tmp_path / "images", encoder, cache)
+    assert not cache.exists()
+
+
+def test_colour_is_counted(tmp_path: Path) -> None:
+    root = tmp_path / "images"
+    write_images(root, 2)
+    Image.new("RGB", (8, 8), (200, 30, 30)).save(root / "red.png")
+    assert extract_here(tmp_path, list_images(root)).colour == 1
+
+
+def test_ctrl_c_commits_what_is_embedded(tmp_path: Path) -> None:
+    manifest = write_images(tmp_path / "images", 20)
+
+    def interrupt(done: int, _total: int) -> None:
+        if done >= 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        extract_here(tmp_path, manifest, progress=interrupt)
+    cache = open_cache(tmp_path / "cache")
+    assert hex_from_keys(cache.keys()) == sorted(manifest.rows["sha256"][:8])
+    assert counts(extract_here(tmp_path, manifest)) == (20, 8, 12, 0, 0)
+
+
+def test_no_more_images_are_read_ahead_than_agreed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = write_images(tmp_path / "images", 60)
+    begun, lock, excess = 0, threading.Lock(), []
+    prepare = extraction.prepare
+
+    def count(pixels: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
+        nonlocal begun
+        with lock:
+            begun += 1
+        return prepare(pixels, preprocessing)
+
+    class Slow(HalvesEncoder):
+        def encode(self, pixels: np.ndarray, poolings: Sequence[str]) -> dict[str, np.ndarray]:
+            time.sleep(0.01)
+            excess.append(begun - 4 * len(self.shapes))
+            return super().encode(pixels, poolings)
+
+    monkeypatch.setattr(extraction, "prepare", count)
+    extract_here(tmp_path, manifest, Slow())
+    assert max(excess) <= 4 + 2 * 4 + 2  # the batch itself, two batches ahead, one per thread
+    assert max(excess) > 4  # and it does read ahead
+
+
+def test_slow_reading_does_not_hold_back_a_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = write_images(tmp_path / "images", 6)
+    late, prepare, seen = threading.Event(), extraction.prepare, []
+
+    def stall(pixels: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
+        if pixels[0, 0] == 6:
+            for _ in range(100):  # until the first batch is on disk, 10 s at most
+                seen[:] = list((tmp_path / "cache" / "shards").glob("*.h5"))
+                if seen or late.wait(0.1):
+                    break
+        return prepare(pixels, preprocessing)
+
+    monkeypatch.setattr(extraction, "prepare", stall)
+    extract_here(tmp_path, manifest, commit_seconds=0.5)
+    assert seen
+
+
+def test_float16_is_the_default_and_rounds(tmp_path: Path) -> None:
+    manifest = write_images(tmp_path / "images", 5)
+    extract(manifest, tmp_path / "images", HalvesEncoder(), tmp_path / "cache")
+    loaded = load_embeddings(tmp_path / "cache", manifest)
+    hand = by_hand(tmp_path / "images", manifest)
+    assert loaded.spec.dtype == "float16"
+    np.testing.assert_array_equal(loaded.X, hand.astype(np.float16))
+
+
+N_KILLED = 120
+
+
+def extract_slowly(home: str) -> None:
+    """Be the process that is killed: a batch of 4 takes 20 ms, and is often committed."""
+    manifest = list_images(Path(home) / "images")
+    extract_here(Path(home), manifest, HalvesEncoder(seconds=0.02), commit_seconds=0.01)
+
+
+def start_extraction(home: Path) -> "subprocess.Popen[bytes]":
+    code = f"import test_extraction as t; print('up', flush=True); t.extract_slowly({str(home)!r})"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=environment,
+        cwd=Path(__file__).parents[1],
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdout
+    assert process.stdout.readline() == b"up\n"
+    process.stdout.close()
+    return process
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_the_cache_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+    manifest = write_images(tmp_path / "images", N_KILLED)
+    (tmp_path / "images" / "007.png").write_bytes(b"not an image")
+    manifest = list_images(tmp_path / "images")
+    shards = tmp_path / "cache" / "shards"
+    generator = np.random.default_rng(0)
+    n_done = []
+    for _ in range(6):
+        process = start_extraction(tmp_path)
+        time.sleep(generator.uniform(0.05, 0.3))
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        n_done.append(len(open_cache(tmp_path / "cache").keys()) if shards.exists() else 0)
+        assert not shards.exists() or open_cache(tmp_path / "cache").verify() == []
+    assert n_done == sorted(n_done)
+    assert 0 < n_done[-1] < N_KILLED - 1, "the kills fell outside the work"
+    report = extract_here(tmp_path, manifest)
+    assert counts(report)[1:3] == (n_done[-1], N_KILLED - 1 - n_done[-1])
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole" / "images").symlink_to(tmp_path / "images")
+    extract_here(tmp_path / "whole", manifest)
+    killed = load_embeddings(tmp_path / "cache", manifest)
+    whole = load_embeddings(tmp_path / "whole" / "cache", manifest)
+    assert killed.X.tobytes() == whole.X.tobytes()
+    pd.testing.assert_frame_equal(killed.rows, whole.rows)
+    pd.testing.assert_frame_equal(killed.failed, whole.failed)
+    cache = open_cache(tmp_path / "cache")
+    assert cache.verify() == []  # whole, and no row twice
+    assert cache.card()["rows"] == N_KILLED - 1

@@ -1,0 +1,120 @@
+"""The run directory: complete or not, never in between."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from made_runs import make_images, make_run
+
+from medembed.errors import PathNotFoundError, RunError
+from medembed.results.runs import PREDICTION_COLUMNS, create_run, open_run
+
+LINE = {"trial": 0, "head": "mlp", "fold": 1, "score": 0.5, "status": "ok", "key": "k"}
+
+
+def test_what_was_appended_is_read_back_in_order(tmp_path):
+    run = create_run(tmp_path / "run", {"seed": 0})
+    for trial in range(3):
+        run.append_trial(LINE | {"trial": trial})
+    assert open_run(tmp_path / "run").trials()["trial"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("n_bytes", [1, 10, 40])
+def test_a_torn_last_line_is_ignored_then_mended(tmp_path, n_bytes):
+    run = create_run(tmp_path / "run", {"seed": 0})
+    run.append_trial(LINE)
+    with open(run.path / "trials.jsonl", "ab") as file:
+        file.write(json.dumps(LINE).encode()[:n_bytes])
+    assert len(run.trials()) == 1
+    with run.locked():
+        run.append_trial(LINE | {"trial": 1})
+    assert run.trials()["trial"].tolist() == [0, 1]
+
+
+def test_a_damaged_line_in_the_middle_is_named(tmp_path):
+    run = create_run(tmp_path / "run", {"seed": 0})
+    (run.path / "trials.jsonl").write_text('{"trial": 0}\nrubbish\n{"trial": 2}\n')
+    with pytest.raises(RunError, match="line 2"):
+        run.trials()
+
+
+def test_a_ledger_refuses_nan(tmp_path):
+    run = create_run(tmp_path / "run", {"seed": 0})
+    with pytest.raises(ValueError, match="JSON"):
+        run.append_trial(LINE | {"score": float("nan")})
+
+
+def test_the_same_question_takes_a_run_up_again(tmp_path):
+    create_run(tmp_path / "run", {"seed": 0, "spec": {"fit": "pad", "size": (8, 8)}})
+    again = create_run(tmp_path / "run", {"spec": {"size": [8, 8], "fit": "pad"}, "seed": 0})
+    assert again.info["asked"]["seed"] == 0
+
+
+def test_the_first_difference_is_named_inside_nested_values(tmp_path):
+    create_run(tmp_path / "run", {"seed": 0, "spec": {"fit": "pad"}})
+    with pytest.raises(RunError, match=r'spec\.fit was "pad" there and is "stretch" here'):
+        create_run(tmp_path / "run", {"seed": 0, "spec": {"fit": "stretch"}})
+
+
+def test_predictions_keep_their_types_and_bytes(tmp_path):
+    run = make_run(tmp_path / "run", make_images(), {"mlp": 1.0})
+    frame = run.predictions()
+    assert list(frame.columns) == list(PREDICTION_COLUMNS)
+    assert str(frame["label"].dtype) == "Int8"
+    assert frame["fold"].isna().equals(frame["split"] == "test")
+    before = (run.path / "predictions.parquet").read_bytes()
+    run.write_predictions(frame)
+    assert (run.path / "predictions.parquet").read_bytes() == before
+    assert run.predictions().equals(frame)
+
+
+def test_damaged_predictions_are_an_error_of_ours(tmp_path):
+    run = make_run(tmp_path / "run", make_images(), {"mlp": 1.0})
+    (run.path / "predictions.parquet").write_bytes(b"PAR1 rubbish PAR1")
+    with pytest.raises(RunError, match="cannot be read"):
+        run.predictions()
+    run.path.joinpath("predictions.parquet").unlink()
+    with pytest.raises(RunError, match="cannot be read"):
+        run.predictions()
+
+
+def test_kept_folds_come_back_and_damage_reads_as_missing(tmp_path):
+    run = create_run(tmp_path / "run", {"seed": 0})
+    run.keep_fold("k", np.array([0.25, 0.5]))
+    assert run.kept_fold("k").tolist() == [0.25, 0.5]
+    (run.path / "folds" / "k.npy").write_bytes(b"\x93NUMPY")
+    assert run.kept_fold("k") is None
+    assert run.kept_fold("absent") is None
+    run.drop_folds()
+    assert not (run.path / "folds").exists()
+
+
+def test_what_is_not_a_run_is_told_apart(tmp_path):
+    with pytest.raises(PathNotFoundError, match="does not exist"):
+        open_run(tmp_path / "absent")
+    with pytest.raises(RunError, match=r"no run\.json"):
+        open_run(tmp_path)
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(RunError, match="cannot be read"):
+        open_run(tmp_path)
+    (tmp_path / "run.json").write_text('{"format": "medembed-run", "version": 99}')
+    with pytest.raises(RunError, match="version 99"):
+        open_run(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="is a file"):
+        create_run(tmp_path / "file", {})
+
+
+def test_a_head_name_cannot_leave_the_run(tmp_path):
+    run = create_run(tmp_path / "run", {"seed": 0})
+    for name in ("../up", "a/b", "", ".hidden"):
+        with pytest.raises(RunError):
+            run.model_path(name)
+    assert run.model_path("region-prior").parent.parent == run.path
+
+
+def test_trials_of_an_empty_run_have_their_columns(tmp_path):
+    trials = create_run(tmp_path / "run", {"seed": 0}).trials()
+    assert isinstance(trials, pd.DataFrame)
+    assert {"trial", "head", "fold", "score", "status", "error", "key"} <= set(trials.columns)
