@@ -310,7 +310,7 @@ def sweep_command(
 @main.command("compare")
 @click.argument("runs", metavar="RUN…", type=PATH, nargs=-1, required=True)
 @click.option("--level", type=click.Choice(["study", "image"]), default="study", show_default=True)
-@click.option("--by", type=click.Choice(["region", "views"]), help="One column for each.")
+@click.option("--by", type=click.Choice(["region", "views"]), help="A block of rows for each.")
 @click.option(
     "--format",
     "table_format",

@@ -384,7 +384,7 @@ def test_float16_is_the_default_and_rounds(tmp_path: Path) -> None:
     np.testing.assert_array_equal(loaded.X, hand.astype(np.float16))
 
 
-N_KILLED = 120
+N_KILLED = 240
 
 
 def extract_slowly(home: str) -> None:
@@ -416,9 +416,12 @@ def test_killed_again_and_again_the_cache_equals_an_uninterrupted_one(tmp_path: 
     shards = tmp_path / "cache" / "shards"
     generator = np.random.default_rng(0)
     n_done = []
-    for _ in range(6):
+    for n_batches in (0, 1, 4, 2, 3, 1):
+        n_before = len(list(shards.glob("*.h5")))
         process = start_extraction(tmp_path)
-        time.sleep(generator.uniform(0.05, 0.3))
+        while process.poll() is None and len(list(shards.glob("*.h5"))) < n_before + n_batches:
+            time.sleep(0.001)
+        time.sleep(generator.uniform(0, 0.05))
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
         n_done.append(len(open_cache(tmp_path / "cache").keys()) if shards.exists() else 0)

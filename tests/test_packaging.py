@@ -98,6 +98,22 @@ def test_a_model_is_not_overwritten_unless_asked(fitted, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_a_failed_replacement_leaves_the_old_model(fitted, tmp_path, monkeypatch):
+    save_model(tmp_path / "model", fitted["mlp"], CARD)
+    rename = os.rename
+
+    def fail(source, target):
+        if str(target) == str(tmp_path / "model") and "old" not in str(source):
+            raise OSError("no such luck")
+        rename(source, target)
+
+    monkeypatch.setattr(packaging.os, "rename", fail)
+    with pytest.raises(OSError, match="no such luck"):
+        save_model(tmp_path / "model", fitted["logistic"], {}, replace=True)
+    assert load_model(tmp_path / "model").card == CARD
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_only_a_model_is_replaced(fitted, tmp_path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "diary.txt").write_text("mine")

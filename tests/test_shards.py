@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ def test_the_name_is_the_hash_and_the_same_rows_give_the_same_file(tmp_path: Pat
     keys, embeddings = some_rows(50)
     (tmp_path / "again").mkdir()
     path = write_shard(tmp_path, keys, embeddings, SPEC)
+    time.sleep(1.1)  # HDF5 would keep times in whole seconds
     again = write_shard(tmp_path / "again", keys, dict(reversed(embeddings.items())), SPEC)
     assert path.name == hashlib.sha256(path.read_bytes()).hexdigest()[:32] + ".h5"
     assert is_shard_name(path.name)
@@ -212,6 +214,18 @@ def test_a_full_disk_leaves_nothing_half_written(
     with pytest.raises(CacheError, match="No space left on device"):
         write_shard(tmp_path, *some_rows(20), SPEC)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_read_only_file_system_is_one_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(CacheError, match="Read-only file system"):
+        write_shard(tmp_path, *some_rows(2), SPEC)
 
 
 def test_a_missing_directory_is_one_clear_error(tmp_path: Path) -> None:

@@ -18,9 +18,9 @@ def cohort(n_patients: int, seed: int = 0) -> pd.DataFrame:
         for study in range(rng.integers(1, 4)):
             region = rng.choice(["elbow", "hand", "wrist"], p=[0.1, 0.3, 0.6])
             label = int(rng.random() < 0.35)
-            for view in range(rng.integers(1, 4)):
-                rows.append((f"p{patient}", f"p{patient}/{study}", region, label, view))
-    return pd.DataFrame(rows, columns=["patient", "study", "region", "label", "view"])
+            view = (f"p{patient}", f"p{patient}/{study}", region, label)
+            rows += [view] * rng.integers(1, 4)
+    return pd.DataFrame(rows, columns=["patient", "study", "region", "label"])
 
 
 def studies(rows: pd.DataFrame, part: np.ndarray) -> pd.DataFrame:
@@ -117,6 +117,21 @@ def test_as_many_patients_of_a_class_as_folds_are_enough() -> None:
     )
     fold = draw_folds(rows, n_folds=5)
     assert sorted(fold[:5]) == [0, 1, 2, 3, 4]
+
+
+def test_a_rare_class_goes_to_the_folds_that_lack_it() -> None:
+    # Balance by region alone would put both patients with normal studies into one fold.
+    patients = ["p0"] * 3 + ["p1"] * 2 + ["p2"] * 3 + ["p3"]
+    rows = pd.DataFrame(
+        {
+            "patient": patients,
+            "study": [f"s{i}" for i in range(9)],
+            "region": list("abcbabbcc"),
+            "label": [1, 1, 1, 0, 1, 1, 1, 0, 1],
+        }
+    )
+    fold = draw_folds(rows, n_folds=2)
+    assert fold[3] != fold[7]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import medembed
 from medembed.demo import train_encoder
 from medembed.demo.encoder_card import describe
 from medembed.demo.synthetic import TRIAL_SEEDS
+from medembed.demo.teaching import Batches, Teacher
 from medembed.demo.training_set import draw_training_set
 
 SHIPPED = Path(medembed.__file__).parent / "encoders" / "assets" / "demo"
@@ -114,7 +115,7 @@ def test_a_time_limit_shortens_the_schedule() -> None:
 
 
 def test_the_shipped_tower_tells_findings_from_normal_images_far_above_chance() -> None:
-    teacher = train_encoder.Teacher()
+    teacher = Teacher()
     teacher.tower = _load(SHIPPED)
     data = draw_training_set(TRIAL_SEEDS[-240:], severities=(0.9, 1.0), jobs=1)
     pooled = train_encoder.embed(teacher, data.images)
@@ -127,6 +128,44 @@ def test_the_shipped_tower_tells_findings_from_normal_images_far_above_chance() 
     score = X[half:] @ direction
     above = score[y[half:]][:, None] > score[~y[half:]][None, :]
     assert above.mean() > 0.9
+
+
+def test_a_window_holds_the_finding_and_knows_its_place() -> None:
+    data = draw_training_set(range(30), jobs=1)
+    batches = Batches(data, torch.Generator().manual_seed(3))
+    batch = batches.take(torch.arange(30), windows=True)
+    assert batch.images.shape == (30, 64, 64)
+    assert torch.equal(batch.patches.any(1), batch.kinds > 0)
+    whole = batches.take(torch.arange(30), windows=False)
+    assert whole.images.shape == (30, 128, 128)
+    assert torch.equal(whole.positions, torch.arange(256).expand(30, -1))
+    rows, columns = batch.positions // 16, batch.positions % 16
+    assert torch.equal(rows.amax(1) - rows.amin(1), torch.full((30,), 7))
+    assert torch.equal(columns.amax(1) - columns.amin(1), torch.full((30,), 7))
+
+
+def test_whole_images_get_the_same_tokens_by_either_way() -> None:
+    data = draw_training_set(range(4), jobs=1)
+    teacher = Teacher().eval()
+    batch = Batches(data, torch.Generator().manual_seed(0)).take(torch.arange(4), windows=False)
+    with torch.inference_mode():
+        windowed = teacher._window_tokens(batch.images, batch.positions)
+        torch.testing.assert_close(windowed, teacher.tokens(batch.images), rtol=1e-4, atol=1e-4)
+
+
+def test_the_patch_embedding_starts_white() -> None:
+    data = draw_training_set(range(60), jobs=1)
+    teacher = Teacher()
+    teacher.whiten(torch.from_numpy(data.images), torch.Generator().manual_seed(0))
+    embed = teacher.tower.get_submodule("embeddings.patch_embedding")
+    pixels = (torch.from_numpy(data.images).float() / 255 - 0.5) / 0.5
+    with torch.inference_mode():
+        values = embed(pixels[:, None].expand(-1, 3, -1, -1)).flatten(2).transpose(1, 2)
+    body = pixels.unfold(1, 8, 8).unfold(2, 8, 8).mean((3, 4)).flatten(1) > -0.85
+    variances = torch.linalg.eigvalsh(torch.cov(values[body].T)).flip(0)
+    assert variances[0] == pytest.approx(2.0, rel=0.02)
+    assert variances[20] > 0.9 * 2  # from a usual start, a ten-thousandth of the first
+    assert variances[64:].max() < 1e-3  # 64 pixels cannot fill more than 64 directions
 
 
 def _load(directory: Path) -> torch.nn.Module:

@@ -276,6 +276,9 @@ def _check_sections(recipe: Recipe, where: str) -> None:
             raise RecipeError(f"{where}: layout {recipe.layout!r} has no use for [{name}].")
     if recipe.table and bool(recipe.table.patient) == bool(recipe.groups):
         raise RecipeError(f"{where}: give either patient columns in [table] or [groups], not both.")
+    for folder in recipe.table.below if recipe.table else ():
+        if Path(folder).is_absolute() or ".." in Path(folder).parts:
+            raise RecipeError(f"{where}, [table]: below names {folder!r}, outside the image root.")
     if recipe.split and bool(recipe.split.column) == bool(recipe.split.fraction):
         raise RecipeError(f"{where}, [split]: give either column or fraction.")
     region = recipe.region

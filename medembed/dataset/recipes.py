@@ -47,6 +47,11 @@ class BuildReport:
     excluded: list[tuple[str, str]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return the counts of `manifest.count`, the exclusions and the warnings, fit for JSON."""
+        excluded = [{"image": image, "reason": reason} for image, reason in self.excluded]
+        return {**count_rows(self.manifest.rows), "excluded": excluded, "warnings": self.warnings}
+
 
 def load_recipe(path_or_name: str | Path) -> Recipe:
     """Load a recipe from a TOML file, or one that comes with medembed by its bare name.

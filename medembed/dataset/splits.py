@@ -121,8 +121,9 @@ def _divide(patients: list[_Patient], shares: np.ndarray, seed: int) -> dict[str
     """Assign each patient to one of `len(shares)` parts whose sizes follow `shares`.
 
     A patient with c studies of a stratum goes to the part p that adds least to the sum over strata
-    of (n - t)² / t, n the studies that p has of the stratum and t those it shall have. Label and
-    all studies are strata too, with larger t: they decide where the finer ones are even.
+    of (n - t)² / t, n the studies that p has of the stratum and t those it shall have: c² + 2cn
+    over t, as the rest is the same for all parts. Label and all studies are strata too, with larger
+    t: they decide where the finer ones are even.
     """
     columns = {key: i for i, key in enumerate(sorted({k for p in patients for k in _keys(p)}))}
     totals = np.zeros(len(columns))
@@ -137,7 +138,7 @@ def _divide(patients: list[_Patient], shares: np.ndarray, seed: int) -> dict[str
         keys = _keys(patient)
         at = np.array([columns[key] for key in keys])
         c = np.array(list(keys.values()), dtype=float)
-        cost = ((c**2 + 2 * c * (held[:, at] - target[:, at])) / target[:, at]).sum(axis=1)
+        cost = ((c**2 + 2 * c * held[:, at]) / target[:, at]).sum(axis=1)
         # Rare classes first go where they are missing, so that no part is left with one class.
         needed = np.array([len(lack & patient.labels) for lack in lacks])
         best = int(np.lexsort((np.round(cost, 9), -needed))[0])

@@ -68,7 +68,8 @@ def read_text_table(
     if torn:
         first = torn[0] + (1 if columns else 2)
         raise error(
-            f"{path} has {len(torn)} rows with more or fewer fields than the {len(header)} columns; "
-            f"the first is row {first}, with {len(lines[torn[0]])}. Fetch or build the file again."
+            f"{path} has {len(torn)} rows with more or fewer fields than the {len(header)} "
+            f"columns; the first is row {first}, with {len(lines[torn[0]])}. "
+            "Fetch or build the file again."
         )
     return pd.DataFrame(lines, columns=pd.Index(header), dtype=str)

@@ -170,9 +170,7 @@ def _ray(base: Point, angle: float, palm: float, finger: float, n: int) -> list[
         start = _turn(end, 0.045, angle)
         end = _turn(start, length - 0.045, angle)
         width = 0.06 - 0.006 * i
-        bones.append(
-            Bone(start, end, width, (0.35, 0.25), 0.58, flesh=0.1, breakable=i == 0)
-        )
+        bones.append(Bone(start, end, width, (0.35, 0.25), 0.58, flesh=0.1, breakable=i == 0))
         length *= 0.66
     return bones
 

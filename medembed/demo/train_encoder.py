@@ -9,96 +9,26 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import save
-from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
-from transformers import SiglipVisionConfig, SiglipVisionModel
+from torch import nn
 
-from medembed.demo.anatomy import REGIONS
-from medembed.demo.encoder_card import describe, processor_config, tower_config, vision_config
+from medembed.demo.encoder_card import describe, processor_config, tower_config
 from medembed.demo.synthetic import KINDS, TRAINING_SEEDS, TRIAL_SEEDS
+from medembed.demo.teaching import Batches, Teacher
 from medembed.demo.training_set import TrainingSet, draw_training_set
 from medembed.files import json_bytes, write_atomically
 
-__all__ = ["Teacher", "embed", "main", "measure", "train", "write_checkpoint"]
+__all__ = ["embed", "main", "measure", "train", "write_checkpoint"]
 
 _BATCH = 64
 _LEARNING_RATE = 2e-3
 _WEIGHT_DECAY = 0.05
-_PATCH_WEIGHT = 10.0  # few patches hold a finding, so their mean loss is small
-
-
-class Teacher(nn.Module):
-    """The tower and the three heads that teach it; only the tower is kept."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        config = SiglipVisionConfig(**vision_config())
-        self.tower: nn.Module = SiglipVisionModel(config)
-        width = config.hidden_size
-        self.patch = nn.Linear(width, 1)
-        self.kind = nn.Linear(2 * width, 1 + len(KINDS))
-        self.region = nn.Linear(width, len(REGIONS))
-        nn.init.constant_(self.patch.bias, -4.0)  # the share of patches that hold a finding
-
-    def tokens(self, images: Tensor) -> Tensor:
-        """Return the patch tokens, float32 (n, 256, d), of uint8 (n, 128, 128) images."""
-        pixels = (images.float() / 255 - 0.5) / 0.5
-        output = self.tower(pixel_values=pixels[:, None].expand(-1, 3, -1, -1))
-        tokens: Tensor = output.last_hidden_state
-        return tokens.float()
-
-    def loss(self, images: Tensor, patches: Tensor, kinds: Tensor, regions: Tensor) -> Tensor:
-        """Return how badly patches, kind and region are told; `patches` float (n, 256)."""
-        tokens = self.tokens(images)
-        mean, highest = tokens.mean(1), tokens.amax(1)
-        where = binary_cross_entropy_with_logits(self.patch(tokens)[..., 0].float(), patches)
-        what = cross_entropy(self.kind(torch.cat([highest, mean], 1)).float(), kinds)
-        which = cross_entropy(self.region(mean).float(), regions)
-        return _PATCH_WEIGHT * where + what + 0.3 * which
-
-
-@dataclass(frozen=True)
-class _Batches:
-    """A training set as tensors, drawn from in shuffled epochs and flipped at random."""
-
-    images: Tensor
-    patches: Tensor
-    kinds: Tensor
-    regions: Tensor
-    generator: torch.Generator
-
-    @classmethod
-    def of(cls, data: TrainingSet, seed: int) -> "_Batches":
-        return cls(
-            torch.from_numpy(data.images),
-            torch.from_numpy(data.patches),
-            torch.from_numpy(data.kinds),
-            torch.from_numpy(data.regions),
-            torch.Generator().manual_seed(seed),
-        )
-
-    def order(self, n: int) -> Tensor:
-        """Return n indices, one shuffled epoch after another."""
-        n_epochs = -(-n // len(self.images))
-        epochs = [
-            torch.randperm(len(self.images), generator=self.generator) for _ in range(n_epochs)
-        ]
-        return torch.cat(epochs)[:n]
-
-    def take(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        images, patches = self.images[index], self.patches[index]
-        for axis in (1, 2):
-            flip = torch.rand(len(index), generator=self.generator)[:, None, None] < 0.5
-            images = torch.where(flip, images.flip(axis), images)
-            patches = torch.where(flip, patches.flip(axis), patches)
-        return images, patches.flatten(1).float(), self.kinds[index], self.regions[index]
+_WINDOWS_UNTIL = 0.8  # share of the schedule that sees windows
 
 
 def train(
@@ -131,7 +61,8 @@ def train(
     optimizer = torch.optim.AdamW(
         teacher.parameters(), _LEARNING_RATE, betas=(0.9, 0.98), weight_decay=_WEIGHT_DECAY
     )
-    batches = _Batches.of(data, seed)
+    batches = Batches(data, torch.Generator().manual_seed(seed))
+    teacher.whiten(batches.images[:500], batches.generator)
     order = batches.order(n_steps * batch_size).reshape(n_steps, batch_size)
     fast = _has_bf16()
     started = time.monotonic()
@@ -144,7 +75,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = _LEARNING_RATE * _schedule(share)
         with torch.autocast("cpu", torch.bfloat16, enabled=fast):
-            loss = teacher.loss(*batches.take(order[step]))
+            loss = teacher.loss(batches.take(order[step], windows=share < _WINDOWS_UNTIL))
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(teacher.parameters(), 1.0)

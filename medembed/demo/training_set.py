@@ -36,7 +36,7 @@ class TrainingSet:
 
 
 def draw_training_set(
-    seeds: range, *, severities: tuple[float, float] = (0.2, 1.0), jobs: int | None = None
+    seeds: range, *, severities: tuple[float, float] = (0.25, 1.0), jobs: int | None = None
 ) -> TrainingSet:
     """Render one image per seed: half of them normal, kinds, regions and views evenly mixed.
 

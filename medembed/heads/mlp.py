@@ -41,8 +41,9 @@ class MLPHead(Head):
         AdamW's (Loshchilov and Hutter, ICLR 2019).
     epochs : int
         Epochs at most; exactly, where no validation rows are handed over.
-    batch_size : int
-        Rows per step; every epoch has its own order.
+    batch_size : int or None
+        Rows per step; every epoch has its own order. None: a twentieth of the rows, between 32 and
+        256, so that a few hundred rows still make enough steps.
     patience : int or None
         Stop after this many epochs without a better one. With None validation rows are ignored and
         all epochs are trained.
@@ -73,7 +74,7 @@ class MLPHead(Head):
         lr: float = 1e-3,
         weight_decay: float = 1e-2,
         epochs: int = 60,
-        batch_size: int = 256,
+        batch_size: int | None = None,
         patience: int | None = 8,
         stopping: str = "auroc",
         class_weight: ClassWeight = "balanced",
@@ -134,7 +135,7 @@ class MLPHead(Head):
             "lr": self.lr > 0,
             "weight_decay": self.weight_decay >= 0,
             "epochs": self.epochs >= 1,
-            "batch_size": self.batch_size >= 1,
+            "batch_size": self.batch_size is None or self.batch_size >= 1,
             "patience": self.patience is None or self.patience >= 1,
             "stopping": self.stopping in ("auroc", "loss"),
         }
@@ -175,9 +176,10 @@ class MLPHead(Head):
         generator: torch.Generator,
     ) -> float:
         order = torch.randperm(len(rows.X), generator=generator).numpy()
+        size = self.batch_size or min(256, max(32, len(order) // 20))
         total = 0.0
-        for start in range(0, len(order), self.batch_size):
-            X, targets, weights = rows.take(order[start : start + self.batch_size])
+        for start in range(0, len(order), size):
+            X, targets, weights = rows.take(order[start : start + size])
             logits = _forward(X, layers, self.dropout, generator)
             loss = functional.binary_cross_entropy_with_logits(logits, targets, weights)
             step.zero_grad()

@@ -174,19 +174,21 @@ def _given_params(params: dict[str, Any]) -> dict[str, Any]:
 def _write_directory(target: Path, files: Mapping[str, bytes]) -> None:
     """Write beside, sync, rename; an old model steps aside just before and goes just after."""
     made = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    old = made.with_suffix(".old.partial")
     try:
         made.chmod(0o755)
         for name, data in files.items():
             write_atomically(made / name, data)
-        old = made.with_suffix(".old.partial")
         if target.exists():
             os.rename(target, old)
         os.rename(made, target)
-        sync_directory(target.parent)
-        shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(made, ignore_errors=True)
+        if old.exists() and not target.exists():
+            os.rename(old, target)
         raise
+    sync_directory(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _read_card(path: Path) -> dict[str, Any]:

@@ -95,7 +95,6 @@ def _draw_mlp(generator: np.random.Generator) -> dict[str, Any]:
         "dropout": float(generator.choice([0.0, 0.1, 0.3, 0.5])),
         "lr": _log_uniform(generator, 1e-4, 5e-3),
         "weight_decay": _log_uniform(generator, 1e-4, 1.0),
-        "batch_size": int(generator.choice([128, 256, 512])),
     }
 
 

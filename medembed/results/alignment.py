@@ -57,11 +57,6 @@ class Contender:
     raw: NDArray[np.float64]
     probability: NDArray[np.float64]
 
-    @property
-    def name(self) -> str:
-        """The head's name, with its run's."""
-        return f"{self.run}/{self.head}"
-
 
 @dataclass(frozen=True)
 class TestSet:

@@ -141,8 +141,9 @@ def plot_regions(result: dict[str, Any]) -> Plot | None:
     regions = list(rows[0]["regions"])
     labels = [_name(result, row) for row in rows]
     caption = (
-        f"{_describe_test(result)} Bars: 95 % intervals; n: test rows, abnormal in brackets; the "
-        f"mean is over regions of both classes. {_describe_bootstrap(result)}"
+        f"{_describe_test(result)} Bars: 95 % intervals, left out where too few patients stand "
+        f"behind them; n: test rows, abnormal in brackets; the mean is over regions of both "
+        f"classes. {_describe_bootstrap(result)}"
     )
 
     def draw(theme: Theme) -> Figure:
@@ -207,7 +208,7 @@ def _limits(rows: list[dict[str, Any]]) -> tuple[float, float]:
         for bound in block.get("auroc", {}).values()
         if bound is not None
     ]
-    return max(0.0, min([0.48, *found]) - 0.02), 1.02
+    return min([0.48, *found]) - 0.02, 1.02
 
 
 def _region_labels(row: dict[str, Any]) -> list[str]:

@@ -197,8 +197,8 @@ def _decisions(result: dict[str, Any]) -> dict[str, Any]:
         cuts = ((f"Youden, {row['threshold']:.3f}", "scores"), ("0.5", "at_half"))
         for i, (cut, field) in enumerate(cuts):
             cells = [format_interval(row[field][score]) for score in DECISIONS]
-            name = _name(result, row) if i == 0 else ""
-            rows.append({"cells": [name, cut, *cells], "kind": "within" if i == 0 else ""})
+            spanned = {"n_spanning": 1, "span": len(cuts) if i == 0 else 0}
+            rows.append({"cells": [_name(result, row), cut, *cells], **spanned})
     return {
         "title": "Decisions at two thresholds on the calibrated probability",
         "columns": ["Head", "Threshold", *DECISIONS.values()],
@@ -209,7 +209,7 @@ def _decisions(result: dict[str, Any]) -> dict[str, Any]:
 def _grouped(result: dict[str, Any], by: str) -> dict[str, Any]:
     table = make_table(result, by)
     rows = [
-        {"cells": row, "kind": "" if row is section[-1] else "within"}
+        {"cells": row, "n_spanning": 2, "span": len(section) if row is section[0] else 0}
         for section in table.sections
         for row in section
     ]

@@ -150,6 +150,7 @@ def _winners(leaderboard: list[dict[str, Any]]) -> dict[str, Any]:
     rows = []
     for entry in leaderboard:
         params = ", ".join(f"{name} = {value}" for name, value in (entry["params"] or {}).items())
+        params = params or "the head's defaults"
         cv = "failed" if entry.get("cv") is None else f"{entry['cv']:.3f}"
         details = params if entry.get("cv") is not None else _text(entry.get("error"))
         cells = [entry["head"], details, cv, f"{entry['seconds']:.1f}"]
