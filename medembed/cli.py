@@ -3,6 +3,7 @@
 Heavy libraries are imported inside the commands, so that `medembed --help` starts at once.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,16 +100,18 @@ def check_command(manifest_path: Path, image_root: Path | None, as_json: bool) -
 
     with showing_progress("Checking", "images") as progress:
         problems = manifests.check_manifest(manifest_path, image_root, progress=progress)
+    _conclude(problems, manifest_path, "Mend the recipe or the tables and build it again.", as_json)
+
+
+def _conclude(problems: list[str], checked: Path, remedy: str, as_json: bool) -> None:
+    """Print what a check found; exit 1 if it found anything."""
     if as_json:
         print_json({"problems": problems})
     for problem in problems:
         say(problem)
     if problems:
-        raise click.ClickException(
-            f"{manifest_path} has {len(problems)} problems. Mend the recipe or the tables and "
-            "build it again."
-        )
-    say(f"{manifest_path}: no problems")
+        raise click.ClickException(f"{checked}: {len(problems)} problem(s), listed above. {remedy}")
+    say(f"{checked}: no problems")
 
 
 @main.command("extract")
@@ -231,8 +234,18 @@ def info_command(cache_path: Path, as_json: bool) -> None:
     if as_json:
         print_json(card)
     else:
-        for key, value in card.items():
-            click.echo(f"{key}: {value}")
+        for line in _lines(card):
+            click.echo(line)
+
+
+def _lines(card: dict[str, Any], indent: str = "") -> Iterator[str]:
+    """Yield a nested document as `key: value` lines."""
+    for key, value in card.items():
+        if isinstance(value, dict):
+            yield f"{indent}{key}:"
+            yield from _lines(value, indent + "  ")
+        else:
+            yield f"{indent}{key}: {'none' if value is None else value}"
 
 
 @cache.command("verify")
@@ -244,16 +257,8 @@ def verify_command(cache_path: Path, as_json: bool) -> None:
 
     with showing_progress("Verifying", "shards") as progress:
         problems = open_cache(cache_path).verify(progress=progress)
-    if as_json:
-        print_json({"problems": problems})
-    for problem in problems:
-        say(problem)
-    if problems:
-        raise click.ClickException(
-            f"cache {cache_path} has {len(problems)} problems. Move the named shards out of it; "
-            "the next extract embeds their rows again."
-        )
-    say(f"{cache_path}: every shard is whole")
+    remedy = "Move the named shards out of it; the next extract embeds their rows again."
+    _conclude(problems, cache_path, remedy, as_json)
 
 
 @main.command("sweep")
