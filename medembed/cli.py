@@ -265,7 +265,13 @@ def verify_command(cache_path: Path, as_json: bool) -> None:
 @click.argument("cache_path", metavar="CACHE", type=PATH)
 @click.argument("manifest_path", metavar="MANIFEST", type=PATH)
 @click.option("--out", "out", type=PATH, required=True, help="The run directory to write.")
-@click.option("--heads", callback=_names, default="logistic,mlp,lightgbm", show_default=True)
+@click.option(
+    "--heads",
+    callback=_names,
+    default="logistic,mlp,lightgbm",
+    show_default=True,
+    help="Kinds of classifiers; logistic is always among them.",
+)
 @click.option("--pool", help="mean, max or mean+max; without it all poolings side by side.")
 @click.option(
     "--configs", "n_configs", type=click.IntRange(min=1), default=8, show_default=True,

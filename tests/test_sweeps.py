@@ -47,7 +47,7 @@ def make_table(n_patients=48, seed=0):
 def make_cache(path, table, *, signal_size=1.5, n_failed=0):
     """Embed every row but the last `n_failed`, with the label in the first column."""
     spec = CacheSpec("ab" * 32, {"size": [8, 8], "fit": "stretch"}, {"mean": (WIDTH,)}, "float32")
-    cache = create_cache(path, spec, {"source": "/root/secret/demo", "precision": "fp32"})
+    cache = create_cache(path, spec, {"source": "/home/secret/demo", "precision": "fp32"})
     embedded, failed = table.iloc[: len(table) - n_failed], table.iloc[len(table) - n_failed :]
     X = np.random.default_rng(7).normal(size=(len(embedded), WIDTH)).astype(np.float32)
     X[:, 0] += signal_size * embedded["label"].replace("", "0").astype(float).to_numpy()
@@ -375,6 +375,11 @@ def test_data_that_cannot_be_trained_on_is_refused_before_training(data, tmp_pat
     with pytest.raises(TrainingDataError, match=words):
         sweep(data[0], manifest, tmp_path / "run", **SMALL)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_logistic_head_is_always_in_the_table(data, tmp_path):
+    swept = sweep(*data, tmp_path / "run", **{**SMALL, "heads": ("lightgbm",), "n_configs": 1})
+    assert {row["head"] for row in swept["leaderboard"]} == {"lightgbm", "logistic"}
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ from medembed.sweeps.winners import choose, finish
 
 __all__ = ["sweep"]
 
+FLOOR = "logistic"  # in every table, so that nobody reports a head without what a line can do
 VERSIONED = ("medembed", "numpy", "scikit-learn", "torch", "lightgbm")
 
 
@@ -60,7 +61,7 @@ def sweep(
     out : str or Path
         The run directory: new, or the same sweep's, which is then continued.
     heads : sequence of str
-        Names of heads, see `medembed.heads.registry`.
+        Names of heads, see `medembed.heads.registry`; ``logistic`` is added where it is missing.
     pool : str, optional
         Poolings joined by ``+``; by default all single-vector poolings of the cache.
     n_configs : int
@@ -92,8 +93,8 @@ def sweep(
     RunError
         `out` answers another question or is not a run, or every head failed.
     """
-    heads = list(dict.fromkeys(heads))
     _check_options(heads, n_configs, n_folds, metric)
+    heads = list(dict.fromkeys([*heads, FLOOR]))
     sources = {"cache": cache, "manifest": manifest}
     cache = cache if isinstance(cache, Cache) else open_cache(cache)
     manifest = manifest if isinstance(manifest, Manifest) else read_manifest(manifest)
