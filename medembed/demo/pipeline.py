@@ -29,7 +29,7 @@ RECIPE = """\
 name = "medembed demo"
 licence = "Apache-2.0"
 citation = "Synthetic radiographs drawn by medembed; nobody is in them"
-url = "https://example.org/medembed-demo"
+url = ""
 layout = "table"
 label_level = "study"
 
