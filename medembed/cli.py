@@ -3,6 +3,8 @@
 Heavy libraries are imported inside the commands, so that `medembed --help` starts at once.
 """
 
+import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from medembed.console import Commands, print_json, say, showing_progress
 __all__ = ["main"]
 
 PATH = click.Path(path_type=Path)
+PIPED_COLUMNS = 120  # of a table that goes to a file or another program
 
 image_root_option = click.option(
     "--image-root", type=PATH, required=True, help="Directory that the manifest's paths start from."
@@ -22,7 +25,11 @@ json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON document on stdout."
 )
 seed_option = click.option(
-    "--seed", type=int, default=0, show_default=True, help="Seed of everything random."
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Seed of everything random.",
 )
 
 
@@ -68,6 +75,7 @@ def build_command(
     from medembed.dataset import manifest as manifests
     from medembed.dataset import recipes
 
+    manifests.check_destination(output)
     with showing_progress("Hashing", "images") as progress:
         report = recipes.build_manifest(
             recipes.load_recipe(recipe),
@@ -350,7 +358,8 @@ def _show_comparison(
     from medembed.results.tables import render
 
     result = compare(runs, level=level, seed=seed)
-    click.echo(render(result, table_format=table_format, by=by))
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else PIPED_COLUMNS
+    click.echo(render(result, table_format=table_format, by=by, width=width))
 
 
 @main.command("report")

@@ -13,6 +13,7 @@ from medembed.errors import MedembedError
 
 __all__ = ["Commands", "print_json", "say", "showing_progress"]
 
+INTERRUPTED = 130  # what a shell reports of a process that Ctrl-C ended: 128 + SIGINT
 LINE_EVERY_SECONDS = 10.0  # between plain progress lines where stderr is no terminal
 
 
@@ -25,6 +26,9 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except MedembedError as error:
             raise click.ClickException(str(error)) from error
+        except KeyboardInterrupt:
+            say("Interrupted. Nothing is half-written; the same command goes on from what is done.")
+            raise SystemExit(INTERRUPTED) from None
         except BrokenPipeError:
             raise
         except OSError as error:

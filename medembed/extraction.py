@@ -167,7 +167,7 @@ def extract(
             n_ahead = 2 * embedder.batch_size + n_decoders
             readings = read_ahead(pool, plan.pending, Path(image_root), transform, n_ahead)
             embedder.embed_all(readings, writer)
-        _refuse_other_bytes(embedder.other_bytes)
+        _refuse_other_bytes(embedder.other_bytes, embedder.failed)
     n_embedded = len(plan.pending) if dry_run else embedder.n_embedded
     return _report(plan, embedder, n_embedded, time.monotonic() - start)
 
@@ -325,7 +325,7 @@ def _refuse_empty_root(plan: Plan, root: Path) -> None:
         )
 
 
-def _refuse_other_bytes(others: list[Reading]) -> None:
+def _refuse_other_bytes(others: list[Reading], failed: Sequence[tuple[Content, Failure]]) -> None:
     if not others:
         return
     problems = [
@@ -333,10 +333,12 @@ def _refuse_other_bytes(others: list[Reading]) -> None:
         f"the manifest says {reading.content.sha256}"
         for reading in others
     ]
+    also = [f"{content.images[0]}: {f.stage} failed: {f.reason}" for content, f in failed]
     raise ManifestError(
-        f"{len(others)} image(s) hold other bytes than the manifest says, and were not embedded; "
-        "all others were. Restore these files, or build the manifest again:",
-        problems,
+        f"{len(others)} image(s) hold other bytes than the manifest says, and were not embedded"
+        f"{f', nor were {len(also)} that failed' if also else ''}; all others were, and are kept. "
+        "Restore these files, or build the manifest again:",
+        problems + also,
     )
 
 

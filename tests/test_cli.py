@@ -103,3 +103,22 @@ def test_json_is_the_only_thing_on_stdout(shared_data: Path, tmp_path: Path) -> 
     assert (document["images"], document["patients"]) == (20_327, 6_091)
     assert document["abnormal"] == 13_550
     assert set(document) >= {"images", "studies", "patients", "abnormal", "excluded", "warnings"}
+
+
+def test_ctrl_c_says_what_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("medembed.cache.store.open_cache", interrupt)
+    result = run("cache", "info", tmp_path)
+    assert result.exit_code == 130
+    assert "same command" in result.output
+    assert "Aborted" not in result.output
+
+
+def test_a_bad_destination_is_refused_before_any_hashing(shared_data: Path, tmp_path: Path) -> None:
+    for name in ("m.txt", "no/m.csv"):
+        out = tmp_path / name
+        result = run("manifest", "build", "fracatlas", "--image-root", shared_data, "-o", out)
+        assert result.exit_code == 1
+        assert "Hashing" not in result.output

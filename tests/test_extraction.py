@@ -229,6 +229,16 @@ def test_bytes_that_are_not_the_manifests_are_refused_after_all_others_are_kept(
     assert counts(extract_here(tmp_path, manifest)) == (6, 5, 1, 0, 0)
 
 
+def test_beside_other_bytes_the_images_that_failed_are_named_too(tmp_path: Path) -> None:
+    root = tmp_path / "images"
+    manifest = write_images(root, 6)
+    (root / "002.png").write_bytes((root / "003.png").read_bytes())
+    (root / "004.png").unlink()
+    with pytest.raises(ManifestError, match="nor were 1 that failed") as caught:
+        extract_here(tmp_path, manifest)
+    assert [problem.split(":")[0] for problem in caught.value.problems] == ["002.png", "004.png"]
+
+
 def test_an_image_on_which_the_encoder_fails_does_not_take_others_along(tmp_path: Path) -> None:
     manifest = write_images(tmp_path / "images", 9)
     report = extract_here(tmp_path, manifest, HalvesEncoder(dislikes=6))

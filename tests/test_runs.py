@@ -90,6 +90,15 @@ def test_kept_folds_come_back_and_damage_reads_as_missing(tmp_path):
     assert not (run.path / "folds").exists()
 
 
+def test_a_hollow_description_and_a_file_are_no_runs(tmp_path):
+    run = create_run(tmp_path / "run", {"seed": 0})
+    (run.path / "run.json").write_text('{"format": "medembed-run", "version": 1}')
+    with pytest.raises(RunError, match=r"lacks kind, asked, times.*sweep again"):
+        open_run(run.path)
+    with pytest.raises(RunError, match="is a file"):
+        open_run(run.path / "run.json")
+
+
 def test_what_is_not_a_run_is_told_apart(tmp_path):
     with pytest.raises(PathNotFoundError, match="does not exist"):
         open_run(tmp_path / "absent")

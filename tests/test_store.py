@@ -230,7 +230,7 @@ def test_an_unknown_version_and_a_damaged_description_are_refused(cache: Cache) 
     with pytest.raises(CacheError, match=r"cache\.json is damaged"):
         open_cache(cache.path)
     path.write_bytes(b'{"format": "medem')
-    with pytest.raises(CacheError, match="is not a cache"):
+    with pytest.raises(CacheError, match=r"cache\.json is damaged: it is not JSON"):
         open_cache(cache.path)
 
 

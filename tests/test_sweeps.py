@@ -365,7 +365,7 @@ def broken_table(kind):
     [
         ("no train", "no train rows"),
         ("no labels", "none of the .* train rows has a label"),
-        ("one class", "only abnormal"),
+        ("one class", r"only abnormal.*Add normal \(label 0\) patients"),
         ("no test", "no labelled test rows"),
         ("few patients", "patients"),
     ],

@@ -1,6 +1,5 @@
 """`cache.json`: what a cache directory says of itself, and when two runs disagree about it."""
 
-import contextlib
 import json
 import os
 import secrets
@@ -71,6 +70,8 @@ def read_description(path: Path) -> tuple[CacheSpec, dict[str, Any]]:
         It is not a cache, damaged, or of an unknown version.
     """
     if not path.is_dir():
+        if path.exists():
+            raise CacheError(f"{path} is a file, and a cache is a directory. Name another cache.")
         raise PathNotFoundError(f"no cache at {path}: make one with `medembed extract`")
     document = _read_document(path)
     if document.get("version") != VERSION:
@@ -81,7 +82,7 @@ def read_description(path: Path) -> tuple[CacheSpec, dict[str, Any]]:
     try:
         return CacheSpec.from_dict(document["spec"]), dict(document["recorded"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CacheError(f"{path / 'cache.json'} is damaged: {error!r}") from error
+        raise _damaged(path, "its spec cannot be read") from error
 
 
 def mismatch(
@@ -152,15 +153,29 @@ def _publish(partial: Path, path: Path) -> None:
 
 
 def _read_document(path: Path) -> dict[str, Any]:
-    document: Any = None
-    with contextlib.suppress(OSError, ValueError):
+    try:
         document = json.loads((path / "cache.json").read_bytes())
+    except FileNotFoundError:
+        raise CacheError(
+            f"{path} is not a cache: it has no cache.json. Name a directory that "
+            "`medembed extract` made."
+        ) from None
+    except ValueError as error:
+        raise _damaged(path, "it is not JSON") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise CacheError(
-            f"{path} is not a cache: it has no cache.json of the format {FORMAT}. "
-            "Choose another --cache."
+            f"{path} is not a cache: its cache.json is not of the format {FORMAT}. Name a "
+            "directory that `medembed extract` made."
         )
     return document
+
+
+def _damaged(path: Path, what: str) -> CacheError:
+    return CacheError(
+        f"{path / 'cache.json'} is damaged: {what}. Restore that file from a copy; or move it "
+        "away, extract one image into another cache with the same options, and copy its "
+        "cache.json here: the shards hold all rows, and those of another spec are refused."
+    )
 
 
 def _way_back(name: str, value: Any, source: str) -> str:

@@ -22,6 +22,7 @@ __all__ = [
     "LABEL_LEVELS",
     "REQUIRED",
     "Manifest",
+    "check_destination",
     "check_images",
     "check_manifest",
     "count",
@@ -122,15 +123,32 @@ def write_manifest(manifest: Manifest, path: str | Path) -> None:
     ManifestError
         The rows break a manifest's rules, or the suffix is neither `.csv` nor `.parquet`.
     """
-    path = Path(path)
-    if path.suffix not in {".csv", ".parquet"}:
-        raise ManifestError(f"a manifest ends in .csv or .parquet; {path.name!r} does not.")
-    if not path.parent.is_dir():
-        raise PathNotFoundError(f"no directory {path.parent} to write {path.name} into. Create it.")
+    path = check_destination(path)
     _refuse(find_problems(manifest), str(path))
     write_atomically(
         path, _parquet_bytes(manifest) if path.suffix == ".parquet" else _csv_bytes(manifest)
     )
+
+
+def check_destination(path: str | Path) -> Path:
+    """Return where a manifest can be written, before the work that makes one.
+
+    Raises
+    ------
+    PathNotFoundError
+        The directory of `path` does not exist.
+    ManifestError
+        The suffix is neither `.csv` nor `.parquet`, or a directory has that name.
+    """
+    path = Path(path)
+    if path.suffix not in {".csv", ".parquet"} or path.is_dir():
+        raise ManifestError(f"a manifest is a file ending in .csv or .parquet; {path} is not.")
+    if not path.parent.is_dir():
+        raise PathNotFoundError(
+            f"{path.parent} is not a directory to write {path.name} into. Create it, or name "
+            "another."
+        )
+    return path
 
 
 def find_problems(manifest: Manifest) -> list[str]:

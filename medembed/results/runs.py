@@ -212,10 +212,9 @@ class Run:
             The run has no scores yet.
         """
         if not self.is_complete:
-            command = self.info.get("command", "the command that started it")
             raise RunError(
-                f"run at {self.path} is unfinished. "
-                f"Finish it with the same command again: {command}"
+                f"run at {self.path} is unfinished. Finish it with the command that began it, "
+                f"with --out {self.path}: {self.info.get('command', 'medembed sweep')}"
             )
 
     @property
@@ -257,6 +256,8 @@ def open_run(path: str | Path) -> Run:
     """
     path = Path(path)
     if not path.is_dir():
+        if path.exists():
+            raise RunError(f"{path} is a file, and a run is a directory. Name another run.")
         raise PathNotFoundError(f"run {path} does not exist. `medembed sweep` makes one.")
     if not (path / "run.json").is_file():
         raise RunError(f"{path} is not a run: it has no run.json. `medembed sweep` makes one.")
@@ -267,6 +268,12 @@ def open_run(path: str | Path) -> Run:
         raise RunError(
             f"run at {path} has version {info.get('version')!r}; this medembed reads version "
             f"{RUN_VERSION}. Use the medembed that made it, or sweep again."
+        )
+    hollow = [name for name in ("kind", "asked", "times") if name not in info]
+    if hollow:
+        raise RunError(
+            f"run.json of {path} lacks {', '.join(hollow)}: it was damaged or edited. Restore it, "
+            "or sweep again into another --out."
         )
     return Run(path, info)
 

@@ -194,11 +194,13 @@ def _select_training(
 def _require_both_classes(y: NDArray[Any], where: str) -> None:
     present = np.unique(y)
     if len(present) < 2:
-        held = {0: "only normal (label 0)", 1: "only abnormal (label 1)"}
-        found = held[int(present[0])] if len(present) else "no"
+        names = ("normal (label 0)", "abnormal (label 1)")
+        found = f"only {names[int(present[0])]}" if len(present) else "no"
+        lacking = names[1 - int(present[0])] if len(present) else "labelled"
+        fewer = " or ask for fewer --folds" if "fold" in where else ""
         raise TrainingDataError(
             f"{where} hold {found} rows; a head learns from both classes. "
-            "Add labelled patients, or ask for fewer --folds."
+            f"Add {lacking} patients{fewer}."
         )
 
 
