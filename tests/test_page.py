@@ -201,7 +201,7 @@ def test_drawing_leaves_the_users_settings_alone(run_path, tmp_path):
 
 
 def test_only_the_last_part_of_an_absolute_path_is_public():
-    assert public_name("/root/models/medgemma") == "medgemma"
+    assert public_name("/home/somebody/models/medgemma") == "medgemma"
     assert public_name("~/models/medgemma") == "medgemma"
     assert public_name("../models/medgemma") == "medgemma"
     assert public_name("google/medgemma-4b-pt") == "google/medgemma-4b-pt"
