@@ -2,8 +2,8 @@
 
 Two measures make minutes on two CPU cores suffice. The patch embedding starts whitened, so that the
 faint fine structure of a patch weighs as much as its brightness (after 300 steps the loss of
-the mask was .131 so, .152 from the usual start). And most steps look at windows of 8×8 patches that hold the
-finding, four times cheaper than whole images; the last steps see whole images.
+the mask was .131 so, .152 from the usual start). And most steps look at windows of 8×8 patches that
+hold the finding, four times cheaper than whole images; the last steps see whole images.
 """
 
 from dataclasses import dataclass
