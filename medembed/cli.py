@@ -265,7 +265,7 @@ def verify_command(cache_path: Path, as_json: bool) -> None:
 
     with showing_progress("Verifying", "shards") as progress:
         problems = open_cache(cache_path).verify(progress=progress)
-    remedy = "Move the named shards out of it; the next extract embeds their rows again."
+    remedy = "Mend each as its line says; the next extract embeds the rows that are then missing."
     _conclude(problems, cache_path, remedy, as_json)
 
 

@@ -239,7 +239,7 @@ def _draw_window(generator: np.random.Generator, size: int) -> Array:
     return window
 
 
-_GLYPHS = {"L": ("X  ", "X  ", "X  ", "X  ", "XXX"), "R": ("XX ", "X X", "XX ", "X X", "X X")}
+_GLYPHS = {"L": ("#  ", "#  ", "#  ", "#  ", "###"), "R": ("## ", "# #", "## ", "# #", "# #")}
 
 
 def _draw_marker(generator: np.random.Generator, size: int) -> Array:
@@ -248,7 +248,7 @@ def _draw_marker(generator: np.random.Generator, size: int) -> Array:
     present, side, top, left, bright = generator.random(5)
     cell = int(generator.integers(2, 5)) * size // 256
     rows = _GLYPHS["L" if side < 0.5 else "R"]
-    letter = np.array([[c == "X" for c in row] for row in rows], np.float32)
+    letter = np.array([[c == "#" for c in row] for row in rows], np.float32)
     stamp = np.pad(np.pad(letter, 1), 1, constant_values=1)
     stamp = np.repeat(np.repeat(stamp, cell, 0), cell, 1) * np.float32(0.65 + 0.3 * bright)
     if present < 0.7:

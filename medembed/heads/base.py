@@ -1,5 +1,6 @@
 """What all heads share: their contract, and the checks before any fitting."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
@@ -26,7 +27,7 @@ _BLOCK_ROWS = 4096
 ClassWeight = str | Mapping[Any, float] | None
 
 
-class Head(ClassifierMixin, BaseEstimator):
+class Head(ClassifierMixin, BaseEstimator, ABC):
     """A binary classifier on embeddings.
 
     ``fit(X, y, *, X_val=None, y_val=None)`` is handed its validation rows and never draws them: a
@@ -63,17 +64,17 @@ class Head(ClassifierMixin, BaseEstimator):
         abnormal = self.predict_proba(X)[:, 1] >= 0.5
         return np.take(self.classes_, abnormal.astype(int))
 
+    @abstractmethod
     def _probability(self, X: np.ndarray) -> np.ndarray:
         """Return the probability of the second class, float64 of shape (n,)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _payload(self) -> dict[str, np.ndarray] | str:
         """Return what was learnt, as named arrays or as text, for `packaging`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _restore(self, payload: dict[str, np.ndarray] | str, n_features: int) -> None:
         """Take what `_payload` gave; ModelError where it does not fit the parameters."""
-        raise NotImplementedError
 
     def _check_training(self, X: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
         """Return X (float32 or float64 as given) and y as 0 and 1; set `classes_`."""
