@@ -3,15 +3,15 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import click
 
 from medembed.errors import MedembedError
 
-__all__ = ["Commands", "print_json", "say", "showing_progress"]
+__all__ = ["Commands", "Progress", "print_json", "say", "showing_progress"]
 
 INTERRUPTED = 130  # what a shell reports of a process that Ctrl-C ended: 128 + SIGINT
 LINE_EVERY_SECONDS = 10.0  # between plain progress lines where stderr is no terminal
@@ -50,63 +50,123 @@ def print_json(document: Any) -> None:
     click.echo(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
 
 
+class Progress(Protocol):
+    """What is handed to long work."""
+
+    def __call__(self, done: int, total: int) -> None:
+        """Say how much is done."""
+        ...
+
+    def tell(self, label: str) -> None:
+        """Say what is being done now, in a word or two."""
+        ...
+
+
 @contextmanager
-def showing_progress(label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+def showing_progress(label: str, unit: str) -> Iterator[Progress]:
     """Show how far long work is: a bar on a terminal, a plain line now and then elsewhere.
+
+    Nothing is shown before the first call.
 
     Parameters
     ----------
     label : str
         What is being done, such as "Embedding".
     unit : str
-        What is counted, in the plural, such as "images".
+        What is counted, in the plural, such as "images". Of "bytes" megabytes are shown.
 
     Yields
     ------
-    progress : callable
+    progress : Progress
         To be called as `progress(done, total)`.
     """
-    if sys.stderr.isatty():
-        with _bar(label, unit) as progress:
-            yield progress
-    else:
-        yield _plain_lines(label, unit)
+    if not sys.stderr.isatty():
+        yield _PlainLines(label, unit)
+        return
+    bar = _Bar(label, unit)
+    try:
+        yield bar
+    finally:
+        bar.stop()
 
 
-@contextmanager
-def _bar(label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+class _Pace:
+    """The rate since the work that is shown began."""
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[rate]}"),
-        TimeRemainingColumn(compact=True),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(label, total=0, rate=unit)
-        start = time.monotonic()
+    def __init__(self, label: str, unit: str) -> None:
+        self.label, self._unit = label, unit
+        self._scale, self.shown_unit = (1e6, "MB") if unit == "bytes" else (1.0, unit)
+        self._start = time.monotonic()
 
-        def progress(done: int, total: int) -> None:
-            rate = done / max(time.monotonic() - start, 1e-9)
-            bar.update(task, completed=done, total=total, rate=f"{unit}, {rate:,.1f}/s")
+    def begin(self, label: str) -> None:
+        self.label, self._start = label, time.monotonic()
 
-        yield progress
+    def measure(self, done: int) -> float:
+        """Return what was done per second."""
+        return done / max(time.monotonic() - self._start, 1e-9)
+
+    def shown(self, count: float) -> str:
+        return f"{count / self._scale:,.0f}"
+
+    def shown_rate(self, rate: float) -> str:
+        return f"{rate / self._scale:,.1f}/s"
 
 
-def _plain_lines(label: str, unit: str) -> Callable[[int, int], None]:
-    start = time.monotonic()
-    last, said = start, -1
+class _Bar(_Pace):
+    def __init__(self, label: str, unit: str) -> None:
+        super().__init__(label, unit)
+        self._bar: Any = None
+        self._task: Any = None
 
-    def progress(done: int, total: int) -> None:
-        nonlocal last, said
-        now = time.monotonic()
-        if done == said or (done < total and now - last < LINE_EVERY_SECONDS):
+    def __call__(self, done: int, total: int) -> None:
+        self._show()
+        text = f"{self.shown(done)}/{self.shown(total)} {self.shown_unit}"
+        rate = self.shown_rate(self.measure(done))
+        self._bar.update(self._task, completed=done, total=total, text=f"{text}, {rate}")
+
+    def tell(self, label: str) -> None:
+        self.begin(label)
+        self._show()
+        self._bar.update(self._task, description=label)
+
+    def stop(self) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def _show(self) -> None:
+        if self._bar:
             return
-        last, said = now, done
-        rate = done / max(now - start, 1e-9)
-        left = (total - done) / rate if rate else 0.0
-        say(f"{label}: {done}/{total} {unit}, {rate:,.1f}/s, {left:,.0f} s left")
+        from rich.console import Console
+        from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichProgress
 
-    return progress
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(compact=True),
+        )
+        self._bar = RichProgress(*columns, console=Console(stderr=True))
+        self._task = self._bar.add_task(self.label, total=None, text="")
+        self._bar.start()
+
+
+class _PlainLines(_Pace):
+    def __init__(self, label: str, unit: str) -> None:
+        super().__init__(label, unit)
+        self._last, self._said = time.monotonic(), -1
+
+    def __call__(self, done: int, total: int) -> None:
+        rate, now = self.measure(done), time.monotonic()
+        early = done < total and now - self._last < LINE_EVERY_SECONDS
+        if done == self._said or early:
+            return
+        self._last, self._said = now, done
+        left = f", {(total - done) / rate:,.0f} s left" if rate > 0 else ""
+        say(
+            f"{self.label}: {self.shown(done)}/{self.shown(total)} {self.shown_unit}, "
+            f"{self.shown_rate(rate)}{left}"
+        )
+
+    def tell(self, label: str) -> None:
+        self.begin(label)

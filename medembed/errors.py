@@ -6,6 +6,7 @@ MedembedError
 ├── ManifestError          a manifest breaks its rules; lists all problems (ValueError)
 ├── ImageError             a file is not one complete, still image (ValueError)
 ├── EncoderError           a checkpoint cannot serve as an encoder (ValueError)
+│   └── DeviceMemoryError  a batch does not fit the device's memory (MemoryError)
 ├── CacheError             a cache directory is not usable (RuntimeError)
 │   ├── SpecMismatchError  rows made one way would be mixed with rows made another (ValueError)
 │   ├── ShardError         a shard is damaged or not what its name says (OSError)
@@ -21,6 +22,7 @@ from collections.abc import Sequence
 
 __all__ = [
     "CacheError",
+    "DeviceMemoryError",
     "EncoderError",
     "ImageError",
     "ManifestError",
@@ -68,6 +70,10 @@ class ImageError(MedembedError, ValueError):
 
 class EncoderError(MedembedError, ValueError):
     """A reference, checkpoint or device cannot serve as an encoder."""
+
+
+class DeviceMemoryError(EncoderError, MemoryError):
+    """A batch does not fit the memory of the encoder's device; a smaller one may."""
 
 
 class CacheError(MedembedError, RuntimeError):

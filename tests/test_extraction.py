@@ -1,5 +1,6 @@
 """Extraction: each content once, whatever happens on the way."""
 
+import contextlib
 import hashlib
 import os
 import signal
@@ -7,7 +8,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections import namedtuple
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,24 +19,28 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from medembed import extraction
 from medembed.cache.embeddings import load_embeddings
 from medembed.cache.spec import hex_from_keys
 from medembed.cache.store import open_cache
 from medembed.dataset.manifest import Manifest
 from medembed.encoders.preprocessing import Preprocessing
-from medembed.encoders.protocol import Encoder
+from medembed.encoders.protocol import Encoder, PipelinedEncoder
 from medembed.errors import (
     CacheError,
+    DeviceMemoryError,
     EncoderError,
     ManifestError,
+    MedembedError,
     MissingRowsError,
     PathNotFoundError,
     SpecMismatchError,
 )
 from medembed.extraction import ExtractionReport, extract, spec_of
+from medembed.extraction.report import describe_times
+from medembed.extraction.timeline import Timeline
 
 THIRD = (1 / 3, 1 / 3, 1 / 3)
+N_CANARY_CALLS = 5  # of a new cache: four to lay it, one to check it
 
 
 @dataclass
@@ -137,7 +143,7 @@ def test_embeddings_are_the_encoders_in_the_manifests_order(tmp_path: Path) -> N
     )
     assert progress[-1] == (10, 10)
     assert progress == sorted(progress)
-    assert encoder.shapes == [(4, 8, 8)] * 3  # the last batch is filled up
+    assert encoder.shapes[N_CANARY_CALLS:] == [(4, 8, 8)] * 3  # the last batch is filled up
     cache = open_cache(tmp_path / "cache")
     assert cache.spec == spec_of(encoder, ("mean", "max"), "float32")
     assert cache.spec.preprocessing["images_version"] >= 1
@@ -150,7 +156,7 @@ def test_a_second_run_embeds_only_what_is_new(tmp_path: Path) -> None:
     more = write_images(tmp_path / "images", 9)
     encoder = HalvesEncoder()
     assert counts(extract_here(tmp_path, more, encoder)) == (9, 6, 3, 0, 0)
-    assert len(encoder.shapes) == 1
+    assert len(encoder.shapes) == 1 + 1  # the canary and the new
     assert counts(extract_here(tmp_path, more, encoder)) == (9, 9, 0, 0, 0)
     np.testing.assert_array_equal(
         load_embeddings(tmp_path / "cache", more).X, by_hand(tmp_path / "images", more)
@@ -256,7 +262,7 @@ def test_an_image_on_which_the_encoder_fails_does_not_take_others_along(tmp_path
 def test_an_encoder_that_breaks_is_not_blamed_on_the_images(tmp_path: Path) -> None:
     class Breaking(HalvesEncoder):
         def encode(self, pixels: np.ndarray, poolings: Sequence[str]) -> dict[str, np.ndarray]:
-            if self.shapes:
+            if len(self.shapes) > N_CANARY_CALLS:
                 raise EncoderError("out of memory")
             return super().encode(pixels, poolings)
 
@@ -277,8 +283,17 @@ def test_values_that_fit_no_float16_name_the_way_out(tmp_path: Path) -> None:
 
 def test_values_that_are_not_finite_are_never_stored(tmp_path: Path) -> None:
     manifest = write_images(tmp_path / "images", 3)
-    report = extract_here(tmp_path, manifest, HalvesEncoder(scale=np.nan))
-    assert counts(report) == (3, 0, 0, 3, 0)
+    extract_here(tmp_path, Manifest(manifest.rows[:1], "study"))
+
+    class Late(HalvesEncoder):
+        """Give NaN for everything after the canary."""
+
+        def encode(self, pixels: np.ndarray, poolings: Sequence[str]) -> dict[str, np.ndarray]:
+            self.scale = np.nan if self.shapes else 1.0
+            return super().encode(pixels, poolings)
+
+    report = extract_here(tmp_path, manifest, Late())
+    assert counts(report) == (3, 1, 0, 2, 0)
     assert "NaN" in report.failures[0]["reason"]
 
 
@@ -341,48 +356,197 @@ def test_ctrl_c_commits_what_is_embedded(tmp_path: Path) -> None:
     assert counts(extract_here(tmp_path, manifest)) == (20, 8, 12, 0, 0)
 
 
-def test_no_more_images_are_read_ahead_than_agreed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_more_images_are_read_ahead_than_agreed(tmp_path: Path) -> None:
     manifest = write_images(tmp_path / "images", 60)
-    begun, lock, excess = 0, threading.Lock(), []
-    prepare = extraction.prepare
 
-    def count(pixels: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
-        nonlocal begun
-        with lock:
-            begun += 1
-        return prepare(pixels, preprocessing)
+    class Hiding(HalvesEncoder):
+        """Give the decoders time to run ahead in the first batch, then hide all that is unread."""
 
-    class Slow(HalvesEncoder):
         def encode(self, pixels: np.ndarray, poolings: Sequence[str]) -> dict[str, np.ndarray]:
-            time.sleep(0.01)
-            excess.append(begun - 4 * len(self.shapes))
+            if is_first_batch(self.shapes):
+                time.sleep(0.5)
+                for path in (tmp_path / "images").glob("*.png"):
+                    path.unlink()
             return super().encode(pixels, poolings)
 
-    monkeypatch.setattr(extraction, "prepare", count)
-    extract_here(tmp_path, manifest, Slow())
-    assert max(excess) <= 4 + 2 * 4 + 2  # the batch itself, two batches ahead, one per thread
-    assert max(excess) > 4  # and it does read ahead
+    report = extract_here(tmp_path, manifest, Hiding())
+    slots, in_flight, gathered = 2 * 4 + 2, 2 * 4, 4
+    assert 4 < report.embedded <= slots + in_flight + gathered
+    assert {failure["stage"] for failure in report.failures} == {"read"}
 
 
-def test_slow_reading_does_not_hold_back_a_commit(
+def is_first_batch(shapes: Sequence[tuple[int, ...]]) -> bool:
+    """Tell whether only canaries were embedded so far: one by one when laid, by fours to check."""
+    return len(shapes) == N_CANARY_CALLS
+
+
+def make_fifo(root: Path, name: str) -> bytes:
+    """Put a pipe in the place of an image: whoever reads it waits; return the image's bytes."""
+    data = (root / name).read_bytes()
+    (root / name).unlink()
+    os.mkfifo(root / name)
+    return data
+
+
+def test_slow_reading_does_not_hold_back_a_commit(tmp_path: Path) -> None:
+    manifest = write_images(tmp_path / "images", 6)
+    data = make_fifo(tmp_path / "images", "005.png")
+    seen = []
+
+    def feed() -> None:
+        for _ in range(200):  # until the first batch is on disk, 20 s at most
+            seen[:] = list((tmp_path / "cache" / "shards").glob("*.h5"))
+            if seen:
+                break
+            time.sleep(0.1)
+        (tmp_path / "images" / "005.png").write_bytes(data)
+
+    feeder = threading.Thread(target=feed)
+    feeder.start()
+    report = extract_here(tmp_path, manifest, commit_seconds=0.2)
+    feeder.join()
+    assert seen
+    assert counts(report) == (6, 0, 6, 0, 0)
+
+
+def decoders_of(parent: int) -> list[int]:
+    """List the decoder processes that a process has started."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            status = (entry / "status").read_text()
+            command = (entry / "cmdline").read_bytes()
+            if f"PPid:\t{parent}\n" in status and b"medembed.extraction.decoder" in command:
+                found.append(int(entry.name))
+    return found
+
+
+def test_a_decoder_that_dies_costs_the_image_it_was_working_on(tmp_path: Path) -> None:
+    manifest = write_images(tmp_path / "images", 12)
+    make_fifo(tmp_path / "images", "004.png")
+
+    def kill() -> None:
+        with (tmp_path / "images" / "004.png").open("wb"):  # opens when the decoder reads it
+            (pid,) = decoders_of(os.getpid())
+            os.kill(pid, signal.SIGKILL)
+            while pid in decoders_of(os.getpid()):
+                time.sleep(0.01)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    report = extract_here(tmp_path, manifest, decoders=1)
+    killer.join()
+    assert counts(report) == (12, 0, 11, 1, 0)
+    (failure,) = report.failures
+    assert (failure["image"], failure["stage"]) == ("004.png", "decode")
+    assert failure["reason"] == "the decoder process died on it (SIGKILL)"
+    assert not decoders_of(os.getpid())
+
+
+def test_decoders_that_cannot_start_are_not_blamed_on_the_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    manifest = write_images(tmp_path / "images", 6)
-    late, prepare, seen = threading.Event(), extraction.prepare, []
+    manifest = write_images(tmp_path / "images", 12)
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(MedembedError, match=r"exit status 1.*not the images"):
+        extract_here(tmp_path, manifest)
+    assert not open_cache(tmp_path / "cache").failures()
 
-    def stall(pixels: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
-        if pixels[0, 0] == 6:
-            for _ in range(100):  # until the first batch is on disk, 10 s at most
-                seen[:] = list((tmp_path / "cache" / "shards").glob("*.h5"))
-                if seen or late.wait(0.1):
-                    break
-        return prepare(pixels, preprocessing)
 
-    monkeypatch.setattr(extraction, "prepare", stall)
-    extract_here(tmp_path, manifest, commit_seconds=0.5)
-    assert seen
+def test_decoders_import_nothing_from_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = write_images(tmp_path / "images", 4)
+    (tmp_path / "numpy.py").write_text("raise SystemExit('numpy of the working directory')")
+    monkeypatch.chdir(tmp_path)
+    assert counts(extract_here(tmp_path, manifest)) == (4, 0, 4, 0, 0)
+
+
+@dataclass
+class SmallDevice(HalvesEncoder):
+    """Hold no more images than `room`, and work on batches handed over ahead."""
+
+    room: int = 1
+    in_flight: int = 2
+    waiting: list[int] = field(default_factory=list)
+
+    def encode(self, pixels: np.ndarray, poolings: Sequence[str]) -> dict[str, np.ndarray]:
+        if len(pixels) > self.room:
+            raise DeviceMemoryError(f"{len(pixels)} images do not fit")
+        return super().encode(pixels, poolings)
+
+    def submit(
+        self, pixels: np.ndarray, poolings: Sequence[str]
+    ) -> Callable[[], dict[str, np.ndarray]]:
+        copy = pixels.copy()
+        self.waiting.append(len(copy))
+        return lambda: self.encode(copy, poolings)
+
+    def warm_up(
+        self,
+        poolings: Sequence[str],
+        *,
+        n_images: int,
+        batch_size: int | None = None,
+        tell: Callable[[str], None] | None = None,
+    ) -> int:
+        return batch_size or 32
+
+    def reference(self) -> Encoder:
+        return self
+
+
+@pytest.mark.parametrize("room", [1, 3, 5])
+def test_a_batch_that_does_not_fit_the_device_is_halved(tmp_path: Path, room: int) -> None:
+    manifest = write_images(tmp_path / "images", 43)
+    encoder = SmallDevice(room=max(room, 4))
+    assert isinstance(encoder, PipelinedEncoder)
+    extract_here(tmp_path, Manifest(manifest.rows[:1], "study"), encoder)  # lays the canary
+    encoder.room = room
+    report = extract_here(tmp_path, manifest, encoder, batch_size=16)
+    assert counts(report) == (43, 1, 42, 0, 0)
+    assert report.batch_size == {1: 1, 3: 2, 5: 4}[room]
+    np.testing.assert_array_equal(
+        load_embeddings(tmp_path / "cache", manifest).X, by_hand(tmp_path / "images", manifest)
+    )
+
+
+def test_a_device_that_holds_no_image_is_said_so(tmp_path: Path) -> None:
+    manifest = write_images(tmp_path / "images", 9)
+    encoder = SmallDevice(room=4)
+    extract_here(tmp_path, Manifest(manifest.rows[:1], "study"), encoder)
+    encoder.room = 0
+    with pytest.raises(EncoderError, match=r"not even one image fits.*--precision bf16"):
+        extract_here(tmp_path, manifest, encoder)
+    assert not open_cache(tmp_path / "cache").failures()
+
+
+def test_images_are_decoded_and_rows_written_while_the_encoder_works(tmp_path: Path) -> None:
+    manifest = write_images(tmp_path / "images", 40)
+    timeline = Timeline(keep_spans=True)
+    encoder = HalvesEncoder(seconds=0.03)
+    report = extract_here(tmp_path, manifest, encoder, timeline=timeline, commit_seconds=0.0)
+    encoding = [span for span in timeline.spans if span.stage == "encode"]
+    for stage in ("decode", "write"):
+        inside = [
+            span
+            for span in timeline.spans
+            if span.stage == stage and any(e.start < span.start < e.end for e in encoding)
+        ]
+        assert inside, f"no {stage} while the encoder was waited for"
+    assert report.stages["encode"] > 0
+    assert describe_times(report).startswith("read ")
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = write_images(tmp_path / "images", 3)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda _path: usage(100, 90, 10))
+    with pytest.raises(CacheError, match=r"would grow by .* MB free.*choose another --cache"):
+        extract_here(tmp_path, manifest)
+    assert not (tmp_path / "cache").exists()
 
 
 def test_float16_is_the_default_and_rounds(tmp_path: Path) -> None:
@@ -418,6 +582,15 @@ def start_extraction(home: Path) -> "subprocess.Popen[bytes]":
     return process
 
 
+def wait_for_the_end_of(pids: Sequence[int]) -> None:
+    """Decoders end by themselves when whoever started them is killed."""
+    for _ in range(200):
+        if not any(Path(f"/proc/{pid}").exists() for pid in pids):
+            return
+        time.sleep(0.05)
+    raise AssertionError("a decoder outlives the process that started it")
+
+
 @pytest.mark.slow
 def test_killed_again_and_again_the_cache_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     manifest = write_images(tmp_path / "images", N_KILLED)
@@ -433,7 +606,9 @@ def test_killed_again_and_again_the_cache_equals_an_uninterrupted_one(tmp_path: 
             time.sleep(0.001)
         time.sleep(generator.uniform(0, 0.05))
         process.send_signal(signal.SIGKILL)
+        orphans = decoders_of(process.pid)
         assert process.wait() == -signal.SIGKILL
+        wait_for_the_end_of(orphans)
         n_done.append(len(open_cache(tmp_path / "cache").keys()) if shards.exists() else 0)
         assert not shards.exists() or open_cache(tmp_path / "cache").verify() == []
     assert n_done == sorted(n_done)

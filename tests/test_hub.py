@@ -1,180 +1,77 @@
-"""A small hub on loopback; huggingface_hub reads its address at import, so it runs in a child."""
+"""What a reference to the hub resolves to, what is fetched for it, and what refusals say."""
 
-import hashlib
-import json
-import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
+from hub_server import INDEX, NEW, OLD, Hub, ask, serving
+from made_checkpoints import CONFIG, SHARDS, classifier, sharded, single
 
 from medembed.encoders.hub import resolve_checkpoint
 from medembed.errors import EncoderError
 
-OLD, NEW = "a" * 40, "b" * 40
-INDEX = "model.safetensors.index.json"
-CHILD = """
-import json, sys
-from medembed.encoders.hub import resolve_checkpoint
-from medembed.errors import EncoderError
-answers = []
-for ref in sys.argv[1:]:
-    try:
-        found = resolve_checkpoint(ref)
-    except EncoderError as error:
-        answers.append({"error": str(error)})
-    else:
-        files = sorted(path.name for path in found.path.iterdir())
-        answers.append({"source": found.source, "revision": found.revision, "files": files})
-print(json.dumps(answers))
-"""
-
-
-@dataclass
-class Hub:
-    """What the server holds and was asked: repository -> commit -> file -> bytes."""
-
-    repos: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)
-    branches: dict[str, dict[str, str]] = field(default_factory=dict)
-    refusals: dict[str, tuple[int, str]] = field(default_factory=dict)
-    tokens: dict[str, str] = field(default_factory=dict)
-    requests: list[tuple[str, str]] = field(default_factory=list)
-    address: str = ""
-
-    def answer(self, path: str, token: str) -> tuple[int, dict[str, str], bytes]:
-        if "/resolve/" not in path:
-            return 404, {}, b""
-        owner, name, _, revision, file = path.lstrip("/").split("/", 4)
-        repo = f"{owner}/{name}"
-        if repo in self.refusals:
-            status, code = self.refusals[repo]
-            return status, {"X-Error-Code": code} if code else {}, b""
-        if repo not in self.repos:
-            return 401, {"X-Error-Code": "RepoNotFound"}, b""
-        if self.tokens.get(repo, "") not in token:
-            return 401, {"X-Error-Code": "GatedRepo"}, b""
-        commit = self.branches[repo].get(revision, revision)
-        if commit not in self.repos[repo]:
-            return 404, {"X-Error-Code": "RevisionNotFound"}, b""
-        if file not in self.repos[repo][commit]:
-            return 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit}, b""
-        body = self.repos[repo][commit][file]
-        etag = f'"{hashlib.sha256(body).hexdigest()}"'
-        return 200, {"ETag": etag, "X-Repo-Commit": commit}, body
+FETCHED = "medembed-vision-tower.safetensors"
 
 
 @pytest.fixture
 def hub() -> Iterator[Hub]:
-    hub = Hub()
-
-    class Handler(BaseHTTPRequestHandler):
-        def respond(self, with_body: bool) -> None:
-            hub.requests.append((self.command, self.path))
-            token = self.headers.get("Authorization", "")
-            status, headers, body = hub.answer(self.path, token)
-            if with_body and "/google/moving/" in self.path:
-                hub.branches["google/moving"]["main"] = NEW
-            self.send_response(status)
-            for key, value in {**headers, "Content-Length": str(len(body))}.items():
-                self.send_header(key, value)
-            self.end_headers()
-            if with_body:
-                self.wfile.write(body)
-
-        def do_HEAD(self) -> None:
-            self.respond(with_body=False)
-
-        def do_GET(self) -> None:
-            self.respond(with_body=True)
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    hub.address = f"http://127.0.0.1:{server.server_port}"
-    yield hub
-    server.shutdown()
-    server.server_close()
-    thread.join()
-
-
-def ask(address: str, home: Path, *refs: str, **environment: str) -> list[dict[str, Any]]:
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    kept |= {"HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    kept |= {"no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1"}
-    child = subprocess.run(
-        [sys.executable, "-c", CHILD, *refs],
-        env={**kept, **environment},
-        cwd=home.parent,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert child.returncode == 0, child.stderr
-    answers: list[dict[str, Any]] = json.loads(child.stdout)
-    return answers
-
-
-def sharded() -> dict[str, bytes]:
-    weight_map = {
-        "language_model.model.norm.weight": "model-00001-of-00003.safetensors",
-        "vision_tower.vision_model.post_layernorm.bias": "model-00002-of-00003.safetensors",
-        "multi_modal_projector.mm_soft_emb_norm.weight": "model-00003-of-00003.safetensors",
-    }
-    files = {name: name.encode() for name in weight_map.values()}
-    index = json.dumps({"weight_map": weight_map}).encode()
-    return {"config.json": b"{}", "preprocessor_config.json": b"{}", INDEX: index, **files}
-
-
-def single() -> dict[str, bytes]:
-    files = {"config.json": b"{}", "processor_config.json": b"{}", "model.safetensors": b"weights"}
-    return {**files, "tokenizer.json": b"{}"}
+    with serving(Hub()) as hub:
+        yield hub
 
 
 def test_only_what_the_tower_needs_is_fetched(hub: Hub, tmp_path: Path) -> None:
-    hub.repos = {"google/sharded": {NEW: sharded()}, "google/single": {NEW: single()}}
-    hub.branches = {"google/sharded": {"main": NEW}, "google/single": {"main": NEW}}
-    answers = ask(hub.address, tmp_path / "home", "google/sharded", "google/single")
+    hub.put("google/sharded", sharded())
+    hub.put("google/single", single())
+    refs = ("google/sharded", "google/single")
+    answers = ask(hub.address, tmp_path / "home", *refs)
     assert answers[0] == {
         "source": "google/sharded",
         "revision": NEW,
-        "files": [
-            "config.json",
-            "model-00002-of-00003.safetensors",
-            INDEX,
-            "preprocessor_config.json",
-        ],
+        "files": ["config.json", FETCHED, INDEX, "preprocessor_config.json"],
     }
-    assert answers[1]["files"] == ["config.json", "model.safetensors", "processor_config.json"]
-    fetched = {path.rsplit("/", 1)[1] for method, path in hub.requests if method == "GET"}
-    assert "model-00001-of-00003.safetensors" not in fetched
+    assert answers[1]["files"] == ["config.json", FETCHED, "processor_config.json"]
+    fetched = {request.path.rsplit("/", 1)[1] for request in hub.asked("GET")}
+    assert SHARDS[2] not in fetched  # holds the projector and language only
     assert "tokenizer.json" not in fetched
+    assert all(request.span for request in hub.asked("GET", ".safetensors"))
 
     hub.requests.clear()
-    offline = ask(
-        hub.address, tmp_path / "home", "google/sharded", "google/single", HF_HUB_OFFLINE="1"
-    )
-    assert offline == answers
+    assert ask(hub.address, tmp_path / "home", *refs, HF_HUB_OFFLINE="1") == answers
     assert hub.requests == []
-    unreached = ask("http://127.0.0.1:9", tmp_path / "home", "google/sharded", "google/single")
-    assert unreached == answers  # what was fetched once needs no connection
+    # What was fetched once needs no connection, and no right to it either.
+    assert ask("http://127.0.0.1:9", tmp_path / "home", *refs) == answers
+    hub.refusals = dict.fromkeys(refs, (403, "GatedRepo"))
+    assert ask(hub.address, tmp_path / "home", *refs) == answers
+
+
+def test_a_model_that_is_no_siglip_is_fetched_whole(hub: Hub, tmp_path: Path) -> None:
+    hub.put("facebook/vit", classifier())
+    (answer,) = ask(hub.address, tmp_path / "home", "facebook/vit")
+    assert answer["files"] == sorted(classifier())
+    assert not any(request.span for request in hub.requests)
+
+
+def test_whole_files_that_are_there_are_used(hub: Hub, tmp_path: Path) -> None:
+    hub.put("google/sharded", sharded())
+    fetch_all = (
+        "from huggingface_hub import hf_hub_download\n"
+        f"for name in {[*SHARDS, INDEX]}: hf_hub_download('google/sharded', name)"
+    )
+    (answer,) = ask(hub.address, tmp_path / "home", "google/sharded", TEST_PREPARE=fetch_all)
+    assert FETCHED not in answer["files"]
+    assert not any(request.span for request in hub.requests)
 
 
 def test_all_files_are_of_the_commit_that_answered_first(hub: Hub, tmp_path: Path) -> None:
     hub.repos = {"google/moving": {OLD: single(), NEW: {"config.json": b"[]"}}}
     hub.branches = {"google/moving": {"main": OLD}}
+    hub.before_body = lambda _: hub.branches["google/moving"].update(main=NEW)
     (answer,) = ask(hub.address, tmp_path / "home", "google/moving")
     assert hub.branches["google/moving"]["main"] == NEW
-    assert answer["revision"] == OLD
-    assert answer["files"] == ["config.json", "model.safetensors", "processor_config.json"]
+    assert answer["revision"] == OLD, answer
+    assert answer["files"] == ["config.json", FETCHED, "processor_config.json"]
 
 
 def test_a_revision_is_honoured(hub: Hub, tmp_path: Path) -> None:
@@ -202,9 +99,11 @@ def test_a_token_opens_a_gated_repository(hub: Hub, tmp_path: Path) -> None:
 def test_every_refusal_is_one_line_with_the_way_out(hub: Hub, tmp_path: Path) -> None:
     hub.repos = {
         "google/no-config": {NEW: {"README.md": b""}},
-        "google/no-processor": {NEW: {"config.json": b"{}"}},
-        "google/pickles": {NEW: {"config.json": b"{}", "preprocessor_config.json": b"{}"}},
+        "google/no-processor": {NEW: {"config.json": CONFIG}},
+        "google/pickles": {NEW: {"config.json": CONFIG, "preprocessor_config.json": b"{}"}},
+        "facebook/pickles": {NEW: {"config.json": b"{}", "preprocessor_config.json": b"{}"}},
         "google/bad-index": {NEW: {**sharded(), INDEX: b'{"weight_map": {"a": "../b"}}'}},
+        "google/bad-config": {NEW: {**sharded(), "config.json": b"[]"}},
     }
     hub.branches = {repo: {"main": NEW} for repo in hub.repos}
     hub.refusals = {"google/forbidden": (403, ""), "google/broken": (500, "")}
@@ -212,8 +111,10 @@ def test_every_refusal_is_one_line_with_the_way_out(hub: Hub, tmp_path: Path) ->
         "google/absent": f"neither a directory here nor a repository at {hub.address}",
         "google/no-config": "google/no-config holds no config.json",
         "google/no-processor": "holds no preprocessor_config.json or processor_config.json",
-        "google/pickles": "holds no model.safetensors.index.json or model.safetensors",
+        "google/pickles": "holds no model.safetensors: it is not a checkpoint",
+        "facebook/pickles": "holds no model.safetensors.index.json or model.safetensors",
         "google/bad-index": "not an index of safetensors files",
+        "google/bad-config": "config.json of google/bad-config is no JSON object",
         "google/forbidden": "(HTTP 403): the token in HF_TOKEN is wrong or lacks access",
         "google/broken": "answered HTTP 500",
     }
@@ -269,3 +170,14 @@ def test_demo_is_the_packaged_one_even_beside_a_directory_of_that_name(
     monkeypatch.setattr(module, "_DEMO_PATH", tmp_path / "none")
     with pytest.raises(EncoderError, match="not part of this installation"):
         resolve_checkpoint("demo")
+
+
+def test_a_reference_is_judged_before_torch_has_loaded() -> None:
+    code = (
+        "import sys\n"
+        "from medembed.encoders.hub import resolve_checkpoint\n"
+        "resolve_checkpoint('demo')\n"
+        "print([m for m in ('torch', 'transformers', 'huggingface_hub') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -27,8 +27,9 @@ FLOORS = {
     "demo": 5,
     "doctor": 5,
     "console": 6,
-    "cli": 7,
-    "__main__": 8,
+    "commands": 7,
+    "cli": 8,
+    "__main__": 9,
     "__init__": 1,
 }
 GPU_HALF = {"encoders", "extraction"}

@@ -64,6 +64,67 @@ def test_pixels_equal_transformers_to_the_last_bit(
     assert np.array_equal(our_pixels(tmp_path, pixels), theirs)
 
 
+CROPPED = {"size": {"shortest_edge": 40}, "crop_size": {"height": 40, "width": 40}}
+SQUARE_OUT = [
+    ("ViT", (97, 33), {}),
+    ("Bit", (64, 64), {**CROPPED, "do_center_crop": True}),
+    ("DeiT", (64, 64), {"crop_size": {"height": 40, "width": 40}, "do_center_crop": True}),
+    ("ConvNext", (97, 133), {"size": {"shortest_edge": 384}, "crop_pct": 0.875}),
+]
+
+
+@pytest.mark.parametrize(("name", "shape", "changes"), SQUARE_OUT)
+def test_pixels_of_a_backbone_equal_transformers_where_nothing_is_cut(
+    tmp_path: Path, name: str, shape: tuple[int, int], changes: dict[str, object]
+) -> None:
+    import transformers
+
+    kind = f"{name}ImageProcessor"
+    save_config(tmp_path, resample=3, image_processor_type=kind, **changes)
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    processor = getattr(transformers, f"{kind}Pil").from_pretrained(tmp_path)
+    copy = Image.fromarray(pixels).convert("RGB")
+    theirs = np.asarray(processor(copy, return_tensors="np")["pixel_values"])[0]
+    assert np.array_equal(our_pixels(tmp_path, pixels), theirs)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {**CROPPED, "image_processor_type": "BitImageProcessor", "do_center_crop": True},
+        {**CROPPED, "image_processor_type": "BitImageProcessor"},  # its class crops
+        {**CROPPED, "size": {"shortest_edge": 46}, "image_processor_type": "CLIPImageProcessor"},
+        {"size": 46, "crop_size": 40, "feature_extractor_type": "DeiTFeatureExtractor"},
+        {"size": {"shortest_edge": 40}, "crop_pct": 0.875},
+        {"size": {"shortest_edge": 40}, "image_processor_type": "ConvNextImageProcessorFast"},
+        {"size": 40, "feature_extractor_type": "ConvNextFeatureExtractor"},  # as early releases
+        {"size": 40, "feature_extractor_type": "ViTFeatureExtractor", "do_center_crop": False},
+    ],
+)
+def test_the_whole_image_is_brought_to_the_size_of_a_centre_crop(
+    tmp_path: Path, changes: dict[str, object]
+) -> None:
+    if "feature_extractor_type" in changes:
+        changes = {**changes, "image_processor_type": "left out"}
+    preprocessing = read_preprocessing(save_config(tmp_path, **changes))
+    assert (preprocessing.height, preprocessing.width) == (40, 40)
+    ends = np.zeros((400, 80), np.uint8)
+    ends[:20] = ends[-20:] = 255  # a centre crop of a long bone would lose both
+    prepared = prepare(ends, preprocessing)
+    assert prepared[0].min() == prepared[-1].min() == 255
+    assert prepared[10:30].max() == 0
+
+
+@pytest.mark.parametrize("name", ["Bit", "CLIP", "ConvNext", "DeiT", "Gemma3", "Siglip", "ViT"])
+def test_filters_left_out_are_those_of_transformers(tmp_path: Path, name: str) -> None:
+    import transformers
+
+    kind = f"{name}ImageProcessor"
+    crop = {"crop_size": 40, "resample": "left out", "image_processor_type": kind}
+    ours = read_preprocessing(save_config(tmp_path, **crop)).resample
+    assert RESAMPLES[ours] == getattr(transformers, f"{kind}Pil").resample
+
+
 def test_uneven_mean_and_std_equal_transformers(tmp_path: Path) -> None:
     save_config(tmp_path, image_mean=[0.48, 0.45, 0.4], image_std=[0.22, 0.23, 0.29])
     pixels = np.random.default_rng(1).integers(0, 256, (60, 50), dtype=np.uint8)
@@ -137,7 +198,10 @@ def test_switched_off_steps_are_switched_off(tmp_path: Path) -> None:
         ({"rescale_factor": "1/255"}, "rescale_factor"),
         ({"do_resize": False}, "do_resize"),
         ({"do_pan_and_scan": True}, "do_pan_and_scan"),
-        ({"do_center_crop": True}, "do_center_crop"),
+        ({"do_center_crop": True}, "do_center_crop and gives no crop_size"),
+        ({"do_center_crop": True, "crop_size": {"shortest_edge": 40}}, "fixed height and width"),
+        ({"do_center_crop": True, "crop_size": 40, "do_resize": False}, "do_resize"),
+        ({"size": {"longest_edge": 40}, "crop_pct": 0.9}, "longest_edge"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(

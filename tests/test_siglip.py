@@ -158,7 +158,7 @@ def test_an_embedding_equals_transformers(
     assert_same_direction_and_size(ours["max"], tokens.max(axis=1))
     assert ours["mean"].dtype == np.float32
     assert isinstance(encoder, Encoder)
-    assert encoder.dimensions == {"mean": (32,), "max": (32,)}
+    assert encoder.dimensions == {"mean": (32,), "max": (32,), "grid4": (16, 32)}
 
 
 def test_real_radiographs_embed_as_in_transformers(
@@ -266,9 +266,97 @@ def test_siglip_itself_is_read_with_its_head(tmp_path: Path, kind: str) -> None:
     images = np.stack(random_images(3, (SIZE, SIZE)))
     inputs = torch.from_numpy(images)[:, None].expand(-1, 3, -1, -1) / 255 * 2 - 1
     with torch.no_grad():
-        tokens = tower.eval()(pixel_values=inputs).last_hidden_state.numpy()
-    ours = encoder.encode(images, ["max"])["max"]
-    assert np.abs(ours - tokens.max(axis=1)).max() <= 1e-5
+        seen = tower.eval()(pixel_values=inputs)
+    ours = encoder.encode(images, ["max", "pooler"])
+    assert np.abs(ours["max"] - seen.last_hidden_state.numpy().max(axis=1)).max() <= 1e-5
+    assert np.abs(ours["pooler"] - seen.pooler_output.numpy()).max() <= 1e-5
+    assert encoder.dimensions["pooler"] == (32,)
+
+
+def with_projector(directory: Path, precision: str = "fp32") -> SiglipEncoder:
+    encoder = load_encoder(
+        directory, device="cpu", precision=precision, poolings=["mean", "projector"]
+    )
+    assert isinstance(encoder, SiglipEncoder)
+    return encoder
+
+
+@pytest.mark.parametrize("layout", ["as saved", "4.x", "bare"])
+def test_the_projector_equals_transformers(
+    gemma: tuple[Path, Any], tmp_path: Path, layout: str
+) -> None:
+    directory, model = gemma
+    if layout != "as saved":
+        directory = rename(directory, tmp_path / "named", as_4x if layout == "4.x" else as_bare)
+    images = np.stack(random_images(3, (SIZE, SIZE)))
+    inputs = torch.from_numpy(images)[:, None].expand(-1, 3, -1, -1) / 255 * 2 - 1
+    with torch.no_grad():
+        tokens = model.get_image_features(inputs).pooler_output
+    encoder = with_projector(directory)
+    ours = encoder.encode(images, ["projector"])["projector"]
+    assert tokens.shape == (3, 4, 16)
+    assert encoder.dimensions["projector"] == (16,)
+    assert np.abs(ours - tokens.mean(dim=1).numpy()).max() <= 1e-5
+    assert encoder.fingerprint == with_projector(gemma[0]).fingerprint
+
+
+def test_the_fingerprint_covers_the_projector_only_where_it_is_loaded(
+    gemma: tuple[Path, Any], tmp_path: Path
+) -> None:
+    name = "multi_modal_projector.mm_input_projection_weight"
+    moved = edit_tensors(gemma[0], tmp_path / "moved", lambda tensors: tensors[name].add_(1))
+    fewer = tmp_path / "fewer"
+    shutil.copytree(gemma[0], fewer)
+    config = json.loads((fewer / "config.json").read_text())
+    (fewer / "config.json").write_text(json.dumps({**config, "mm_tokens_per_image": 1}))
+    layouts = [gemma[0], moved, fewer]
+    assert len({load_encoder(layout).fingerprint for layout in layouts}) == 1
+    assert len({with_projector(layout).fingerprint for layout in layouts}) == 3
+    assert "projector" not in load_encoder(gemma[0]).dimensions
+
+
+def test_a_projector_that_is_not_there_is_refused(gemma: tuple[Path, Any], tmp_path: Path) -> None:
+    def remove(tensors: dict[str, Any]) -> None:
+        for name in [name for name in tensors if "projector" in name]:
+            del tensors[name]
+
+    tower = edit_tensors(gemma[0], tmp_path / "tower", remove)
+    assert load_encoder(tower).fingerprint == load_encoder(gemma[0]).fingerprint
+    with pytest.raises(EncoderError, match="tower holds no projector"):
+        with_projector(tower)
+    config = json.loads((tower / "config.json").read_text())
+    vision = {**config["vision_config"], "model_type": "siglip_vision_model"}
+    (tower / "config.json").write_text(json.dumps(vision))
+    with pytest.raises(EncoderError, match="describes no projector"):
+        with_projector(tower)
+    wide = edit_tensors(gemma[0], tmp_path / "wide", lambda tensors: None)
+    (wide / "config.json").write_text(json.dumps({**config, "mm_tokens_per_image": 4096}))
+    with pytest.raises(EncoderError, match="mm_tokens_per_image 4096"):
+        with_projector(wide)
+
+
+def test_the_reference_of_bf16_is_the_checkpoint_in_fp32(gemma: tuple[Path, Any]) -> None:
+    encoder = with_projector(gemma[0], "bf16")
+    reference = encoder.reference()
+    assert (reference.precision, reference.fingerprint) == ("fp32", encoder.fingerprint)
+    exact = with_projector(gemma[0])
+    assert exact.reference() is exact
+    images = np.stack(random_images(2, (SIZE, SIZE)))
+    for pooling, rows in exact.encode(images, ["mean", "projector"]).items():
+        assert np.array_equal(reference.encode(images, [pooling])[pooling], rows)
+        assert 0 < np.abs(encoder.encode(images, [pooling])[pooling] - rows).max() < 0.2
+
+
+def test_an_unknown_pooling_is_refused_before_anything_is_fetched(gemma: tuple[Path, Any]) -> None:
+    with pytest.raises(EncoderError, match=r"pooling median is unknown. Choose from: mean, max,"):
+        load_encoder("someone/not-asked-for", poolings=["mean", "median"])
+    with pytest.raises(EncoderError, match=r"cls is not offered by gemma\. .* mean, max, grid4\."):
+        load_encoder(gemma[0], poolings=["cls"])
+
+
+def test_the_demo_encoder_is_the_one_that_caches_were_made_with() -> None:
+    fingerprint = "23087cfb9ae3e958970c81ad0b622eef61df5875ddf18b274fe0b2fa475ec6d1"
+    assert load_encoder("demo").fingerprint == fingerprint
 
 
 @pytest.mark.parametrize("shape", ["tiny", "demo"])
@@ -386,7 +474,7 @@ def test_an_index_cannot_point_out_of_its_directory(
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"model_type": "resnet"}, "type 'resnet'"),
+        ({"model_type": "clip"}, "type 'clip'"),
         ({"model_type": "gemma3"}, "describes no vision tower"),
         ({"model_type": "gemma3", "vision_config": {"model_type": "clip"}}, "type clip"),
         ({"model_type": "gemma3", "vision_config": {**VISION, "hidden_size": "8"}}, "not a SigLIP"),

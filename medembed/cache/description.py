@@ -15,6 +15,7 @@ __all__ = [
     "FORMAT",
     "VERSION",
     "create_description",
+    "damaged",
     "is_free",
     "mismatch",
     "options_of",
@@ -33,8 +34,15 @@ OPTIONS = {
 }
 
 
-def create_description(path: Path, spec: CacheSpec, recorded: Mapping[str, Any]) -> None:
+def create_description(
+    path: Path,
+    spec: CacheSpec,
+    recorded: Mapping[str, Any],
+    canary: Mapping[str, Any] | None = None,
+) -> None:
     """Make the directory a cache, unless it is one or another process makes it one first.
+
+    `canary` is kept as it is given; see `extraction.canary`.
 
     Raises
     ------
@@ -43,7 +51,7 @@ def create_description(path: Path, spec: CacheSpec, recorded: Mapping[str, Any])
     """
     try:
         if not (path / "cache.json").exists():
-            _create(path, spec, recorded)
+            _create(path, spec, recorded, canary)
         (path / "shards").mkdir(exist_ok=True)
     except OSError as error:
         raise CacheError(
@@ -59,8 +67,8 @@ def is_free(path: Path) -> bool:
     return all(leftovers)
 
 
-def read_description(path: Path) -> tuple[CacheSpec, dict[str, Any]]:
-    """Read the spec, and what was recorded beside it.
+def read_description(path: Path) -> tuple[CacheSpec, dict[str, Any], dict[str, Any] | None]:
+    """Read the spec, what was recorded beside it, and the canary, None in caches without one.
 
     Raises
     ------
@@ -80,9 +88,22 @@ def read_description(path: Path) -> tuple[CacheSpec, dict[str, Any]]:
             f"version {VERSION}. Install the medembed that wrote it, or choose another --cache."
         )
     try:
-        return CacheSpec.from_dict(document["spec"]), dict(document["recorded"])
+        spec, recorded = CacheSpec.from_dict(document["spec"]), dict(document["recorded"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise _damaged(path, "its spec cannot be read") from error
+        raise damaged(path, "its spec cannot be read") from error
+    canary = document.get("canary")
+    if "canary" in document and not isinstance(canary, dict):
+        raise damaged(path, "its canary cannot be read")
+    return spec, recorded, canary
+
+
+def damaged(path: Path, what: str) -> CacheError:
+    """Return the error that says how a damaged `cache.json` is mended."""
+    return CacheError(
+        f"{path / 'cache.json'} is damaged: {what}. Restore that file from a copy; or move it "
+        "away, extract one image into another cache with the same options, and copy its "
+        "cache.json here: the shards hold all rows, and those of another spec are refused."
+    )
 
 
 def mismatch(
@@ -121,14 +142,17 @@ def source_of(recorded: Mapping[str, Any]) -> str:
     return f"{source}@{revision}" if revision else str(source)
 
 
-def _create(path: Path, spec: CacheSpec, recorded: Mapping[str, Any]) -> None:
+def _create(
+    path: Path, spec: CacheSpec, recorded: Mapping[str, Any], canary: Mapping[str, Any] | None
+) -> None:
     if not is_free(path):
         if (path / "cache.json").exists():  # another process was faster
             return
         raise CacheError(f"{path} is not a cache and not empty. Choose another --cache.")
     path.mkdir(parents=True, exist_ok=True)
     document = {"format": FORMAT, "version": VERSION, "spec": spec.as_dict()}
-    data = json_bytes({**document, "recorded": dict(recorded)})
+    laid = {} if canary is None else {"canary": dict(canary)}
+    data = json_bytes({**document, "recorded": dict(recorded), **laid})
     partial = path / f".cache.json.{secrets.token_hex(8)}.partial"
     try:
         with partial.open("xb") as file:
@@ -161,21 +185,13 @@ def _read_document(path: Path) -> dict[str, Any]:
             "`medembed extract` made."
         ) from None
     except ValueError as error:
-        raise _damaged(path, "it is not JSON") from error
+        raise damaged(path, "it is not JSON") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise CacheError(
             f"{path} is not a cache: its cache.json is not of the format {FORMAT}. Name a "
             "directory that `medembed extract` made."
         )
     return document
-
-
-def _damaged(path: Path, what: str) -> CacheError:
-    return CacheError(
-        f"{path / 'cache.json'} is damaged: {what}. Restore that file from a copy; or move it "
-        "away, extract one image into another cache with the same options, and copy its "
-        "cache.json here: the shards hold all rows, and those of another spec are refused."
-    )
 
 
 def _way_back(name: str, value: Any, source: str) -> str:

@@ -40,10 +40,18 @@ class Cache:
     recorded : dict
         `source`, `revision`, `precision`, `device`, `versions` of the run that created the
         cache; told, never compared.
+    canary : dict or None
+        Embeddings of known images by the run that created the cache (`extraction.canary`).
     """
 
-    def __init__(self, path: Path, spec: CacheSpec, recorded: dict[str, Any]) -> None:
-        self.path, self.spec, self.recorded = path, spec, recorded
+    def __init__(
+        self,
+        path: Path,
+        spec: CacheSpec,
+        recorded: dict[str, Any],
+        canary: dict[str, Any] | None = None,
+    ) -> None:
+        self.path, self.spec, self.recorded, self.canary = path, spec, recorded, canary
         self._index = Index(path / "shards", spec)
 
     def __repr__(self) -> str:
@@ -187,6 +195,7 @@ class Cache:
             "bytes": sum(path.stat().st_size for path in self._index.paths),
             "spec": self.spec.as_dict(),
             "recorded": self.recorded,
+            "canary": self.canary is not None,
             "failures": {
                 stage: sum(failure.stage == stage for failure in failed)
                 for stage in failures.STAGES
@@ -229,12 +238,15 @@ class Cache:
 
 
 def create_cache(
-    path: str | os.PathLike[str], spec: CacheSpec, recorded: Mapping[str, Any]
+    path: str | os.PathLike[str],
+    spec: CacheSpec,
+    recorded: Mapping[str, Any],
+    canary: Mapping[str, Any] | None = None,
 ) -> Cache:
     """Open the cache at `path` for rows of `spec`, creating it if it is not there.
 
     Several processes may do so at once: one creates it, all then compare specs with what is on
-    disk.
+    disk. `recorded` and `canary` are those of the one that did.
 
     Raises
     ------
@@ -243,7 +255,7 @@ def create_cache(
     CacheError
         The directory holds something else, is of an unknown version, or cannot be written.
     """
-    create_description(Path(path), spec, recorded)
+    create_description(Path(path), spec, recorded, canary)
     cache = open_cache(path)
     cache.require_spec(spec, recorded)
     return cache

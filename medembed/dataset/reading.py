@@ -1,20 +1,17 @@
-"""Files become grey arrays in threads, ahead of whoever consumes them, each proved by its hash."""
+"""A file becomes a grey array for whoever consumes it, proved by its hash."""
 
 import hashlib
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from medembed.dataset.images import decode_image
-from medembed.dataset.manifest import image_path
 from medembed.errors import ImageError
 
-__all__ = ["Content", "Reading", "read_ahead", "read_content"]
+__all__ = ["Content", "Reading", "read_content"]
 
 
 @dataclass(frozen=True)
@@ -39,8 +36,6 @@ class Reading:
 
     Parameters
     ----------
-    content : Content
-        What was to be read.
     pixels : ndarray or None
         uint8, as `transform` returned it.
     colour : bool
@@ -51,80 +46,53 @@ class Reading:
         Why; names no path.
     other_sha256 : str or None
         Hash of the bytes found, where they are not the manifest's.
+    times : tuple of float
+        `time.monotonic()` at the start, when the bytes were there and hashed, and at the end.
     """
 
-    content: Content
     pixels: np.ndarray | None = None
     colour: bool = False
     stage: str | None = None
     reason: str = ""
     other_sha256: str | None = None
+    times: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
 
 def read_content(
-    content: Content, image_root: Path, transform: Callable[[np.ndarray], np.ndarray]
+    paths: Sequence[Path], sha256: str, transform: Callable[[np.ndarray], np.ndarray]
 ) -> Reading:
-    """Read the first of a content's files whose bytes are the content's, and decode these bytes.
+    """Read the first of `paths` whose bytes have this SHA-256, and decode these very bytes.
 
     Parameters
     ----------
     transform : callable
         Applied to the decoded image, uint8 (H, W).
-
-    Raises
-    ------
-    ManifestError
-        An image leads out of the root.
     """
+    start = time.monotonic()
     reason, other = "", None
-    for image in content.images:
+    for path in paths:
         try:
-            data = image_path(image_root, image).read_bytes()
+            data = path.read_bytes()
         except OSError as error:
             reason = error.strerror or type(error).__name__  # `str(error)` would name the path
             continue
-        sha256 = hashlib.sha256(data).hexdigest()
-        if sha256 == content.sha256:
-            return _decode(content, data, transform)
-        other = sha256
+        found = hashlib.sha256(data).hexdigest()
+        if found == sha256:
+            return _decode(data, transform, start)
+        other = found
+    now = time.monotonic()
     if other:
-        return Reading(content, other_sha256=other)
-    return Reading(content, stage="read", reason=reason)
+        return Reading(other_sha256=other, times=(start, now, now))
+    return Reading(stage="read", reason=reason, times=(start, now, now))
 
 
-def read_ahead(
-    pool: ThreadPoolExecutor,
-    contents: Sequence[Content],
-    image_root: Path,
-    transform: Callable[[np.ndarray], np.ndarray],
-    n_ahead: int,
-) -> Iterator[Future[Reading]]:
-    """Yield a future per content, in order, while `pool` works on the next ones.
-
-    Parameters
-    ----------
-    n_ahead : int
-        How many contents may be begun and not yet taken: it bounds memory.
-    """
-    waiting: deque[Future[Reading]] = deque()
-    remaining = iter(contents)
-    try:
-        while True:
-            for content in islice(remaining, n_ahead - len(waiting)):
-                waiting.append(pool.submit(read_content, content, image_root, transform))
-            if not waiting:
-                return
-            yield waiting.popleft()
-    finally:  # the consumer gave up
-        for future in waiting:
-            future.cancel()
-
-
-def _decode(
-    content: Content, data: bytes, transform: Callable[[np.ndarray], np.ndarray]
-) -> Reading:
+def _decode(data: bytes, transform: Callable[[np.ndarray], np.ndarray], start: float) -> Reading:
+    middle = time.monotonic()
     try:
         radiograph = decode_image(data)
     except ImageError as error:
-        return Reading(content, stage="decode", reason=str(error))
-    return Reading(content, pixels=transform(radiograph.pixels), colour=radiograph.colour)
+        reason, times = str(error), (start, middle, time.monotonic())
+        return Reading(stage="decode", reason=reason, times=times)
+    pixels = transform(radiograph.pixels)
+    times = (start, middle, time.monotonic())
+    return Reading(pixels=pixels, colour=radiograph.colour, times=times)

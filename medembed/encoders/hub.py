@@ -1,27 +1,49 @@
-"""Find a checkpoint: packaged, in a directory, or on the hub, of which only the tower's files."""
+"""Find a checkpoint: packaged, in a directory, or on the hub, of which only what is needed."""
 
-import errno
+import os
 import re
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
+from typing import Any
 
+from medembed.encoders.fetching import fetch_part, remote_tensors
+from medembed.encoders.hub_errors import explain, explain_unreached
 from medembed.encoders.preprocessing import PROCESSOR_FILES
+from medembed.encoders.stored_tensors import read_header
 from medembed.encoders.weights import (
+    FETCHED_FILES,
     INDEX_FILE,
+    PART_NAMES,
+    SIGLIP_TYPES,
     WEIGHTS_FILE,
+    Part,
+    part_shards,
     read_json,
-    tower_shards,
+    weight_files,
     weight_map_of,
+    whole_files,
 )
 from medembed.errors import EncoderError
 
-__all__ = ["DEMO", "Checkpoint", "resolve_checkpoint"]
+__all__ = [
+    "DEMO",
+    "Checkpoint",
+    "RemoteCheckpoint",
+    "describe_remote",
+    "has_token",
+    "resolve_checkpoint",
+]
 
 DEMO = "demo"
 _DEMO_PATH = Path(__file__).parent / "assets" / "demo"
 _HUB_ID = re.compile(r"^(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?$", re.ASCII)
 _COMMIT = re.compile(r"^[0-9a-f]{40}$")
+# The first question tells in time whether there is a way to the hub; HF_HUB_ETAG_TIMEOUT has the
+# last word. The hub's own 10 s, six times, is too long for someone who waits.
+_FIRST_ANSWER_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
@@ -43,19 +65,123 @@ class Checkpoint:
     revision: str | None = None
 
 
-def resolve_checkpoint(ref: str | PathLike[str]) -> Checkpoint:
-    """Find the checkpoint that `ref` names; fetch it where it is on the hub.
+@dataclass(frozen=True)
+class RemoteCheckpoint:
+    """What is known of a checkpoint before its weights are fetched.
+
+    Attributes
+    ----------
+    source : str
+        As in `Checkpoint`.
+    revision : str or None
+        The hub's commit.
+    fetched : bool
+        Whether the weights are on this machine.
+    tower_bytes : int or None
+        Size of the vision tower's tensors (of all tensors, for a model that is no SigLIP); None
+        if neither the files nor the hub are in reach.
+    config : dict
+        Its `config.json`.
+    """
+
+    source: str
+    revision: str | None
+    fetched: bool
+    tower_bytes: int | None
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """A repository at one commit: the small files that are here, and whether the hub is too."""
+
+    path: Path
+    repo: str
+    unreached: Exception | None
+
+    @property
+    def commit(self) -> str:
+        return self.path.name
+
+
+def resolve_checkpoint(
+    ref: str | PathLike[str],
+    *,
+    projector: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Checkpoint:
+    """Find the checkpoint that `ref` names; fetch what is needed of it where it is on the hub.
 
     `demo` is the packaged encoder (a directory of that name is `./demo`); a directory is taken
     as it is; `owner/name[@revision]` is fetched through huggingface_hub, so HF_TOKEN, HF_HOME,
     HF_ENDPOINT and HF_HUB_OFFLINE mean what they mean everywhere. All files are of the commit
-    that answered first.
+    that answered first. Of a model that holds a SigLIP tower only the tower's tensors are
+    fetched; whole files that are there already are used instead. A fetch that was cut off goes on
+    where it was.
+
+    Parameters
+    ----------
+    projector : bool
+        Fetch Gemma's projector too.
+    progress : callable(bytes done, bytes in all), optional
+        Told now and then while weights are fetched; the projector counts anew.
 
     Raises
     ------
     EncoderError
-        Nothing of that name, no access, or no connection.
+        Nothing of that name, no access, no connection, no room, or damaged weights.
     """
+    found = _find_local(ref)
+    if isinstance(found, Checkpoint):
+        return found
+    snapshot, config = _open(*found)
+    _download(snapshot, *PROCESSOR_FILES)
+    if config.get("model_type") in SIGLIP_TYPES:
+        parts: tuple[Part, ...] = ("tower", "projector") if projector else ("tower",)
+        for part in parts:
+            _fetch_part(snapshot, part, progress)
+    else:
+        _fetch_whole(snapshot)
+    return Checkpoint(snapshot.path, snapshot.repo, snapshot.commit)
+
+
+def describe_remote(ref: str | PathLike[str]) -> RemoteCheckpoint:
+    """Ask what a checkpoint is, and whether it may be had, without fetching weights.
+
+    Of a repository the config, the index and the heads of its files are asked for: well under a
+    second and half a MB for MedGemma. A directory and `demo` are described alike.
+
+    Raises
+    ------
+    EncoderError
+        As `resolve_checkpoint`.
+    """
+    found = _find_local(ref)
+    if isinstance(found, Checkpoint):
+        config = _read_config(found.path, found.source)
+        part = _part_of(config)
+        n_bytes = _held_bytes(weight_files(found.path, part), part)
+        return RemoteCheckpoint(found.source, None, True, n_bytes, config)
+    snapshot, config = _open(*found)
+    part = _part_of(config)
+    held = _held_files(snapshot.path, part)
+    remote_size: int | None = None
+    if not held and snapshot.unreached is None:
+        tensors = remote_tensors(snapshot.repo, snapshot.commit, _weight_map(snapshot), part)
+        remote_size = sum(tensor.stop - tensor.start for _, tensor in tensors)
+    size = _held_bytes(held, part) if held else remote_size
+    return RemoteCheckpoint(snapshot.repo, snapshot.commit, bool(held), size, config)
+
+
+def has_token() -> bool:
+    """Whether a token is set, in HF_TOKEN or by the hub's login; not whether it is accepted."""
+    from huggingface_hub import get_token
+
+    return get_token() is not None
+
+
+def _find_local(ref: str | PathLike[str]) -> Checkpoint | tuple[str, str | None]:
+    """Give the checkpoint if it is on this machine, else the repository and revision it is."""
     name = fspath(ref)
     if name == DEMO:
         if not _DEMO_PATH.is_dir():
@@ -71,106 +197,130 @@ def resolve_checkpoint(ref: str | PathLike[str]) -> Checkpoint:
             f"encoder {name!r} is {found} and not a hub id. Give a checkpoint directory, a hub id "
             "such as google/medgemma-4b-pt, or demo."
         )
-    return _fetch(hub_id[1], hub_id[2])
+    return hub_id[1], hub_id[2]
 
 
-def _fetch(repo: str, revision: str | None) -> Checkpoint:
+def _open(repo: str, revision: str | None) -> tuple[_Snapshot, dict[str, Any]]:
+    """Get the config, and by it the commit that all else will be of."""
     unreached = _find_unreached(repo, revision)
-    config = _download(repo, revision, unreached, "config.json")
-    commit = config.parent.name
-    if not _COMMIT.match(commit):
-        raise EncoderError(f"{repo}: the hub's cache gave {commit!r} where a commit belongs.")
-    _download(repo, commit, unreached, *PROCESSOR_FILES)
-    weights = _download(repo, commit, unreached, INDEX_FILE, WEIGHTS_FILE)
+    path = _download_file(repo, revision, unreached, "config.json")
+    if not _COMMIT.match(path.parent.name):
+        raise EncoderError(f"{repo}: the hub's cache gave {path.parent.name!r}, no commit.")
+    return _Snapshot(path.parent, repo, unreached), _read_config(path.parent, repo)
+
+
+def _read_config(directory: Path, source: str) -> dict[str, Any]:
+    config = read_json(directory / "config.json")
+    if not isinstance(config, dict):
+        raise EncoderError(f"config.json of {source} is no JSON object.")
+    return config
+
+
+def _part_of(config: dict[str, Any]) -> Part:
+    return "tower" if config.get("model_type") in SIGLIP_TYPES else "whole"
+
+
+def _held_files(snapshot: Path, part: Part) -> list[Path]:
+    """List the files of a snapshot that hold a part; none if it must be fetched."""
+    fetched = snapshot / FETCHED_FILES.get(part, "-")
+    return whole_files(snapshot, part) or ([fetched] if fetched.is_file() else [])
+
+
+def _held_bytes(paths: list[Path], part: Part) -> int:
+    held = (tensor for path in paths for tensor in read_header(path))
+    return sum(tensor.stop - tensor.start for tensor in held if PART_NAMES[part](tensor.name))
+
+
+def _fetch_part(
+    snapshot: _Snapshot, part: Part, progress: Callable[[int, int], None] | None
+) -> None:
+    if _held_files(snapshot.path, part):
+        return
+    if snapshot.unreached is not None:
+        what = "the vision tower" if part == "tower" else "the projector"
+        raise explain_unreached(snapshot.unreached, snapshot.repo, what)
+    fetch_part(snapshot.path, snapshot.repo, _weight_map(snapshot), part, progress)
+
+
+def _weight_map(snapshot: _Snapshot) -> dict[str, str] | None:
+    """Get the index; None if the repository keeps all weights in one file."""
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    try:
+        index = _download(snapshot, INDEX_FILE)
+    except EncoderError as error:
+        if isinstance(error.__cause__, RemoteEntryNotFoundError):
+            return None
+        raise
+    return weight_map_of(read_json(index), snapshot.repo)
+
+
+def _fetch_whole(snapshot: _Snapshot) -> None:
+    weights = _download(snapshot, INDEX_FILE, WEIGHTS_FILE)
     if weights.name == INDEX_FILE:
-        for shard in tower_shards(weight_map_of(read_json(weights), repo)):
-            _download(repo, commit, unreached, shard)
-    return Checkpoint(config.parent, repo, commit)
+        for shard in part_shards(weight_map_of(read_json(weights), snapshot.repo), "whole"):
+            _download(snapshot, shard)
 
 
 def _find_unreached(repo: str, revision: str | None) -> Exception | None:
-    """Ask the hub once; give the error if it is out of reach.
+    """Ask the hub once; give the error if it is out of reach or refuses.
 
     `hf_hub_download` would ask six times with growing pauses, 23 s per file, where one question
-    tells that only what was fetched before can serve.
+    tells that only what was fetched before can serve. Asked beside the main thread, because no
+    timeout of a connection covers the search for its address, nor a second address.
     """
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 
-    try:
-        get_hf_file_metadata(hf_hub_url(repo, "config.json", revision=revision))
-    except HfHubHTTPError as error:  # an answer: a refusal is met again, and explained, below
-        return error if error.response.status_code >= 500 else None
-    except Exception as error:  # its client's errors are neither the hub's nor OSErrors
-        return error
-    return None
+    set_by_user = "HF_HUB_ETAG_TIMEOUT" in os.environ
+    seconds = float(constants.HF_HUB_ETAG_TIMEOUT) if set_by_user else _FIRST_ANSWER_SECONDS
+    caught: list[Exception | None] = []
+
+    def ask() -> None:
+        try:
+            url = hf_hub_url(repo, "config.json", revision=revision)
+            get_hf_file_metadata(url, timeout=seconds)
+        except (EntryNotFoundError, RevisionNotFoundError):
+            caught.append(None)  # reached: these are met again, and explained, by the download
+        except Exception as error:  # its client's errors are neither the hub's nor OSErrors
+            caught.append(error)
+        else:
+            caught.append(None)
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(seconds + 0.5)
+    return caught[0] if caught else TimeoutError(f"no answer in {seconds:g} s")
 
 
-def _download(repo: str, revision: str | None, unreached: Exception | None, *names: str) -> Path:
+def _download(snapshot: _Snapshot, *names: str) -> Path:
+    return _download_file(snapshot.repo, snapshot.commit, snapshot.unreached, *names)
+
+
+def _download_file(
+    repo: str, revision: str | None, unreached: Exception | None, *names: str
+) -> Path:
     """Fetch the first of `names` that the repository has; from the cache if out of reach."""
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+    what = " or ".join(names)
+    if unreached is not None:
+        # Not `local_files_only`: with that too, the hub asks for things before it looks.
+        held = (try_to_load_from_cache(repo, name, revision=revision) for name in names)
+        found = next((path for path in held if isinstance(path, str)), None)
+        if found is None:
+            raise explain_unreached(unreached, repo, what)
+        return Path(found)
     missing: Exception | None = None
     for name in names:
         try:
-            local = unreached is not None
-            return Path(hf_hub_download(repo, name, revision=revision, local_files_only=local))
-        except EntryNotFoundError as error:  # not there; or out of reach and not fetched before
+            return Path(hf_hub_download(repo, name, revision=revision))
+        except LocalEntryNotFoundError as error:  # neither reached nor fetched before
+            raise explain_unreached(error.__cause__, repo, what) from error
+        except EntryNotFoundError as error:
             missing = missing or error
-        except Exception as error:  # as above
-            raise _explain(error, repo, revision, name) from error
+        except Exception as error:  # its client's errors are neither the hub's nor OSErrors
+            raise explain(error, repo, revision, name) from error
     assert missing is not None
-    what = " or ".join(names)
-    if isinstance(missing, LocalEntryNotFoundError):
-        raise _explain_unreached(unreached or missing.__cause__, repo, what) from missing
-    raise _explain(missing, repo, revision, what) from missing
-
-
-def _explain(error: Exception, repo: str, revision: str | None, name: str) -> EncoderError:
-    """Say in one line what went wrong and what to do."""
-    from huggingface_hub import constants, errors
-
-    address = f"{constants.ENDPOINT}/{repo}"
-    if isinstance(error, errors.GatedRepoError):  # a RepositoryNotFoundError too, so first
-        return EncoderError(
-            f"{repo} is gated: accept its terms at {address} and set HF_TOKEN to a token of the "
-            "account that did."
-        )
-    if isinstance(error, errors.RevisionNotFoundError):
-        return EncoderError(f"{repo} has no revision {revision}; see {address}/commits/main.")
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return EncoderError(
-            f"encoder {repo} is neither a directory here nor a repository at {address} that you "
-            "may read. Check the name; if it is private, set HF_TOKEN."
-        )
-    if isinstance(error, errors.EntryNotFoundError):
-        return EncoderError(f"{repo} holds no {name}: it is not a checkpoint that can be read.")
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return EncoderError(
-            f"no space is left for {name} of {repo} in {constants.HF_HUB_CACHE}. Free some, or set "
-            "HF_HOME to another disk."
-        )
-    reason = (str(error) or type(error).__name__).splitlines()[0]
-    return EncoderError(f"{name} of {repo} could not be fetched: {reason} Try again.")
-
-
-def _explain_unreached(error: BaseException | None, repo: str, name: str) -> EncoderError:
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return EncoderError(
-            f"{name} of {repo} was not fetched before, and HF_HUB_OFFLINE is set. Unset it once "
-            "while there is a connection, or give a checkpoint directory."
-        )
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if status in (401, 403):
-        return EncoderError(
-            f"{constants.ENDPOINT} refused {name} of {repo} (HTTP {status}): the token in HF_TOKEN "
-            "is wrong or lacks access. Make a token with read access to it."
-        )
-    answer = f"answered HTTP {status}" if status else "cannot be reached"
-    return EncoderError(
-        f"{constants.ENDPOINT} {answer} and {name} of {repo} was not fetched before. Check the "
-        "connection, or give a checkpoint directory."
-    )
+    raise explain(missing, repo, revision, what) from missing

@@ -1,18 +1,23 @@
 """From what a user writes after `--encoder` to an encoder that is ready."""
 
+from collections.abc import Callable, Sequence
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from medembed.encoders.hub import resolve_checkpoint
 from medembed.encoders.preprocessing import read_preprocessing
 from medembed.encoders.protocol import Encoder
-from medembed.encoders.weights import read_json
+from medembed.encoders.weights import SIGLIP_TYPES, read_json
 from medembed.errors import EncoderError
 
-__all__ = ["DEVICES", "PRECISIONS", "choose_device", "choose_precision", "load_encoder"]
+if TYPE_CHECKING:
+    from medembed.encoders.torch_encoder import TorchEncoder
+
+__all__ = ["DEVICES", "POOLINGS", "PRECISIONS", "choose_device", "choose_precision", "load_encoder"]
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16")
+POOLINGS = ("mean", "max", "grid4", "pooler", "cls", "projector")  # each of some encoder
 
 
 def load_encoder(
@@ -21,6 +26,8 @@ def load_encoder(
     device: str = "auto",
     precision: str = "auto",
     fit: str = "stretch",
+    poolings: Sequence[str] = ("mean", "max"),
+    progress: Callable[[int, int], None] | None = None,
 ) -> Encoder:
     """Load an encoder by hub id (`owner/name[@revision]`), directory, or `demo`.
 
@@ -33,34 +40,57 @@ def load_encoder(
         offer: these towers overflow in it.
     fit : {"stretch", "pad"}
         What happens to an image that is not square.
+    poolings : sequence of str
+        What will be asked of it. `projector` makes Gemma's projector part of it, and of its
+        fingerprint; the others are on offer whether named here or not.
+    progress : callable, optional
+        Called as progress(done, total) with bytes, while weights are fetched.
 
     Raises
     ------
     EncoderError
-        The reference, checkpoint or device will not do.
+        The reference, checkpoint, device or a pooling will not do.
     """
-    checkpoint = resolve_checkpoint(ref)
+    _refuse_unknown(poolings)
+    projector = "projector" in poolings
+    checkpoint = resolve_checkpoint(ref, projector=projector, progress=progress)
     preprocessing = read_preprocessing(checkpoint.path, fit)
     config: Any = read_json(checkpoint.path / "config.json")
     kind = config.get("model_type") if isinstance(config, dict) else None
-
-    # Not earlier: a wrong reference is said before torch and transformers have loaded.
-    from medembed.encoders.siglip import MODEL_TYPES, load_siglip
-
-    if kind not in MODEL_TYPES:
-        raise EncoderError(
-            f"{checkpoint.source} is a checkpoint of type {kind!r}, which is not read. Give one of "
-            f"type: {', '.join(MODEL_TYPES)}."
-        )
     chosen = choose_device(device)
-    return load_siglip(
-        checkpoint.path,
-        preprocessing,
-        source=checkpoint.source,
-        revision=checkpoint.revision,
-        device=chosen,
-        precision=choose_precision(precision, chosen),
-    )
+    known: dict[str, Any] = {
+        "source": checkpoint.source,
+        "revision": checkpoint.revision,
+        "device": chosen,
+        "precision": choose_precision(precision, chosen),
+    }
+    encoder: TorchEncoder
+    # Not earlier: a wrong reference is said before torch and transformers have loaded.
+    if kind in SIGLIP_TYPES:
+        from medembed.encoders.siglip import load_siglip
+
+        encoder = load_siglip(checkpoint.path, preprocessing, projector=projector, **known)
+    else:
+        from medembed.encoders.backbones import BACKBONE_TYPES, load_backbone
+
+        if kind not in BACKBONE_TYPES:
+            raise EncoderError(
+                f"{checkpoint.source} is a checkpoint of type {kind!r}, which is not read. Give "
+                f"one of type: {', '.join((*SIGLIP_TYPES, *BACKBONE_TYPES))}."
+            )
+        encoder = load_backbone(checkpoint.path, preprocessing, **known)
+    if poolings:
+        encoder.check_poolings(poolings)
+    return encoder
+
+
+def _refuse_unknown(poolings: Sequence[str]) -> None:
+    """Refuse what no encoder offers, before weights are fetched."""
+    unknown = [name for name in poolings if name not in POOLINGS]
+    if unknown:
+        raise EncoderError(
+            f"pooling {', '.join(unknown)} is unknown. Choose from: {', '.join(POOLINGS)}."
+        )
 
 
 def choose_device(device: str) -> str:

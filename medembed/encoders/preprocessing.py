@@ -33,9 +33,19 @@ RESAMPLES = {
     "hamming": Image.Resampling.HAMMING,
 }
 # What these classes of transformers use where the file leaves `resample` out.
-_DEFAULT_RESAMPLE = {"Gemma3ImageProcessor": "bilinear", "SiglipImageProcessor": "bicubic"}
+_DEFAULT_RESAMPLE = {
+    "BitImageProcessor": "bicubic",
+    "CLIPImageProcessor": "bicubic",
+    "ConvNextImageProcessor": "bicubic",
+    "DeiTImageProcessor": "bicubic",
+    "Gemma3ImageProcessor": "bilinear",
+    "SiglipImageProcessor": "bicubic",
+    "ViTImageProcessor": "bilinear",
+}
+# These crop where the file leaves `do_center_crop` out.
+_CROPPING = ("BitImageProcessor", "CLIPImageProcessor", "DeiTImageProcessor")
 # Steps of transformers' processors that this pipeline does not have.
-_FOREIGN_STEPS = ("do_pan_and_scan", "do_center_crop", "do_pad", "do_image_splitting")
+_FOREIGN_STEPS = ("do_pan_and_scan", "do_pad", "do_image_splitting")
 
 
 @dataclass(frozen=True)
@@ -84,7 +94,13 @@ def read_preprocessing(directory: Path, fit: str = "stretch") -> Preprocessing:
     directory : Path
         Holds `preprocessor_config.json`, or `processor_config.json` with an `image_processor`.
     fit : {"stretch", "pad"}
-        `stretch` is what the processor itself does.
+        `stretch` is what the processor itself does, but for a centre crop.
+
+    Notes
+    -----
+    Processors of ResNet, ConvNeXt, DINOv2 and others resize the shortest edge and cut the centre
+    out. Here the whole image is brought to the size of the cut: a centre crop takes a radiograph's
+    ends away, of a long bone up to half, and with them what there may be to find.
 
     Raises
     ------
@@ -190,7 +206,14 @@ def _refuse_foreign_steps(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def _read_size(path: Path, config: Mapping[str, Any]) -> tuple[int, int]:
+    kind = _kind_of(config)
     size = config["size"]
+    if config.get("do_center_crop", kind in _CROPPING):
+        size = config.get("crop_size")
+        if size is None:
+            raise EncoderError(f"{path.name} asks for do_center_crop and gives no crop_size.")
+    elif isinstance(size, dict) and (kind == "ConvNextImageProcessor" or "crop_pct" in config):
+        size = size.get("shortest_edge", size)  # this class cuts a square of this size out
     if isinstance(size, int):
         size = {"height": size, "width": size}
     if isinstance(size, dict):
@@ -202,12 +225,17 @@ def _read_size(path: Path, config: Mapping[str, Any]) -> tuple[int, int]:
     )
 
 
+def _kind_of(config: Mapping[str, Any]) -> str:
+    """Name the processor's class, without its backend; early releases called it otherwise."""
+    kind = str(config.get("image_processor_type") or config.get("feature_extractor_type") or "")
+    kind = kind.removesuffix("Fast").removesuffix("Pil")
+    return kind.replace("FeatureExtractor", "ImageProcessor")
+
+
 def _read_resample(path: Path, config: Mapping[str, Any]) -> str:
     code = config.get("resample")
-    if code is None:
-        kind = str(config.get("image_processor_type", "")).removesuffix("Fast").removesuffix("Pil")
-        if kind in _DEFAULT_RESAMPLE:
-            return _DEFAULT_RESAMPLE[kind]
+    if code is None and _kind_of(config) in _DEFAULT_RESAMPLE:
+        return _DEFAULT_RESAMPLE[_kind_of(config)]
     for name, filter_ in RESAMPLES.items():
         if type(code) is int and code == int(filter_):
             return name

@@ -1,18 +1,20 @@
 """What an encoder is, and what identifies it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from medembed.encoders.preprocessing import Preprocessing
 
-__all__ = ["Encoder"]
+__all__ = ["Encoder", "PipelinedEncoder"]
 
 
 @runtime_checkable
 class Encoder(Protocol):
     """A frozen tower that turns prepared images into pooled vectors.
+
+    This is all that extraction needs; a `PipelinedEncoder` keeps its device busier.
 
     Attributes
     ----------
@@ -72,7 +74,57 @@ class Encoder(Protocol):
 
         Raises
         ------
+        DeviceMemoryError
+            The batch does not fit the device's memory; a smaller one may.
         EncoderError
             Wrong shape, dtype or pooling, or a result that is not finite.
         """
+        ...
+
+
+@runtime_checkable
+class PipelinedEncoder(Encoder, Protocol):
+    """An encoder whose device can be handed the next batch before the last one is done.
+
+    Attributes
+    ----------
+    in_flight : int
+        How many batches may be submitted and not yet collected; more would only take memory.
+    """
+
+    @property
+    def in_flight(self) -> int: ...  # noqa: D102
+
+    def submit(
+        self, pixels: np.ndarray, poolings: Sequence[str]
+    ) -> Callable[[], dict[str, np.ndarray]]:
+        """Begin to embed a batch, and give the function that waits for what `encode` returns.
+
+        `pixels` is copied before this returns, so the caller may fill it anew. Both this and the
+        function given raise as `encode` does. Results may be collected once, in any order.
+        """
+        ...
+
+    def warm_up(
+        self,
+        poolings: Sequence[str],
+        *,
+        n_images: int,
+        batch_size: int | None = None,
+        tell: Callable[[str], None] | None = None,
+    ) -> int:
+        """Get the device ready for `n_images`, and give the batch size to use.
+
+        Chooses the batch size from the device's free memory unless it is given, and compiles
+        the tower where that pays for so many images.
+
+        Parameters
+        ----------
+        tell : callable, optional
+            Called with a word or two for the progress bar when something takes its time.
+        """
+        ...
+
+    def reference(self) -> Encoder:
+        """Give the same tower in fp32 on the same device; itself where it is fp32 already."""
         ...

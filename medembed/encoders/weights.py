@@ -1,32 +1,50 @@
 """Where a checkpoint keeps its vision tower: which files, under which names."""
 
+import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from medembed.errors import EncoderError
 
 __all__ = [
+    "FETCHED_FILES",
     "INDEX_FILE",
+    "PART_NAMES",
+    "SIGLIP_TYPES",
     "WEIGHTS_FILE",
+    "Part",
     "canonical_name",
+    "canonical_projector_name",
     "match_tensors",
+    "part_shards",
     "read_json",
-    "tower_shards",
     "weight_files",
     "weight_map_of",
+    "whole_files",
 ]
 
+Part = Literal["tower", "projector", "whole"]
+SIGLIP_TYPES = ("gemma3", "siglip", "siglip_vision_model")
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+# What `fetching` makes of the ranges that it fetches from a repository's files.
+FETCHED_FILES: dict[Part, str] = {
+    "tower": "medembed-vision-tower.safetensors",
+    "projector": "medembed-projector.safetensors",
+}
 # transformers 4.x wrote vision_tower.vision_model.…, 5.x writes vision_tower.…, a bare state dict
 # has model.vision_tower.…; SigLIP itself has vision_model.… or, alone and since 5.x, no prefix.
 _TOWER = re.compile(
     r"^(?:(?:model\.)?vision_tower\.(?:vision_model\.)?|vision_model\.)?"
     r"((?:embeddings|encoder|post_layernorm|head)\..+)$"
 )
+_PROJECTOR = re.compile(
+    r"^(?:model\.)?multi_modal_projector\.(mm_input_projection_weight|mm_soft_emb_norm\.weight)$"
+)
+_BLOB = re.compile(r"^[0-9a-f]{64}$")
 # A constant (0, 1, 2, …) that early releases of transformers saved with the weights.
 _CONSTANTS = {"embeddings.position_ids"}
 
@@ -43,9 +61,33 @@ def canonical_name(stored: str) -> str | None:
     return found[1] if found and found[1] not in _CONSTANTS else None
 
 
-def tower_shards(weight_map: Mapping[str, str]) -> list[str]:
-    """List, sorted, the files of an index that hold some of the tower's tensors."""
-    return sorted({file for name, file in weight_map.items() if canonical_name(name)})
+def canonical_projector_name(stored: str) -> str | None:
+    """Strip the prefix from a tensor name of Gemma's projector; None for any other tensor.
+
+    Examples
+    --------
+    >>> canonical_projector_name("multi_modal_projector.mm_soft_emb_norm.weight")
+    'mm_soft_emb_norm.weight'
+    """
+    found = _PROJECTOR.match(stored)
+    return found[1] if found else None
+
+
+def _any_name(stored: str) -> str | None:
+    return stored
+
+
+PART_NAMES: dict[Part, Callable[[str], str | None]] = {
+    "tower": canonical_name,
+    "projector": canonical_projector_name,
+    "whole": _any_name,
+}
+
+
+def part_shards(weight_map: Mapping[str, str], part: Part = "tower") -> list[str]:
+    """List, sorted, the files of an index that hold some of a part's tensors."""
+    belongs = PART_NAMES[part]
+    return sorted({file for name, file in weight_map.items() if belongs(name)})
 
 
 def weight_map_of(index: Any, source: str) -> dict[str, str]:
@@ -79,43 +121,91 @@ def read_json(path: Path) -> Any:
         raise EncoderError(f"{path.name} of {path.parent.name} cannot be read: {error}") from error
 
 
-def weight_files(directory: Path) -> list[Path]:
-    """List the safetensors files of `directory` that may hold the tower.
+def weight_files(directory: Path, part: Part = "tower") -> list[Path]:
+    """List the safetensors files of `directory` that may hold a part of the model.
+
+    The checkpoint's own files come first; else what `hub.resolve_checkpoint` fetched of them.
+    A fetched file that lies in the hub's cache is named there by its SHA-256, and is compared
+    with it here (0.8 GB: about a second).
+
+    Parameters
+    ----------
+    part : {"tower", "projector", "whole"}
+        The vision tower, Gemma's projector, or every tensor there is.
 
     Raises
     ------
     EncoderError
-        There are none, or one that the index names is missing.
+        There are none, one that the index names is missing, or a fetched one was damaged.
+    """
+    whole = whole_files(directory, part)
+    if whole:
+        return whole
+    fetched = directory / FETCHED_FILES.get(part, "")
+    if part in FETCHED_FILES and fetched.is_file():
+        _check_blob(fetched)
+        return [fetched]
+    if whole is None:
+        raise EncoderError(
+            f"{directory.name} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}. Weights in other "
+            "formats are not read; convert them to safetensors."
+        )
+    shards = part_shards(weight_map_of(read_json(directory / INDEX_FILE), directory.name), part)
+    missing = [shard for shard in shards if not (directory / shard).is_file()]
+    if missing:
+        held = {"tower": "the vision tower", "projector": "the projector", "whole": "the model"}
+        raise EncoderError(
+            f"{directory.name} lacks {missing[0]}, one of {len(missing)} missing files that "
+            f"hold {held[part]}. Complete the checkpoint."
+        )
+    return []
+
+
+def whole_files(directory: Path, part: Part) -> list[Path] | None:
+    """List the checkpoint's own files that hold a part, only if all of them are there.
+
+    None means that the directory has neither an index nor a single file of weights.
+
+    Raises
+    ------
+    EncoderError
+        The index is no index.
     """
     if (directory / INDEX_FILE).is_file():
-        shards = tower_shards(weight_map_of(read_json(directory / INDEX_FILE), directory.name))
-        paths = [directory / shard for shard in shards]
-        missing = [path.name for path in paths if not path.is_file()]
-        if missing:
-            raise EncoderError(
-                f"{directory.name} lacks {missing[0]}, one of {len(missing)} missing files that "
-                "hold the vision tower. Complete the checkpoint."
-            )
-        return paths
+        weight_map = weight_map_of(read_json(directory / INDEX_FILE), directory.name)
+        paths = [directory / shard for shard in part_shards(weight_map, part)]
+        return paths if all(path.is_file() for path in paths) else []
     if (directory / WEIGHTS_FILE).is_file():
         return [directory / WEIGHTS_FILE]
-    raise EncoderError(
-        f"{directory.name} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}. Weights in other "
-        "formats are not read; convert them to safetensors."
-    )
+    return None
 
 
-def match_tensors(stored: Iterable[tuple[Path, str]], source: str) -> dict[str, tuple[Path, str]]:
-    """Map canonical names to the file and name under which a tensor is stored.
+def _check_blob(path: Path) -> None:
+    blob = path.resolve()
+    if not path.is_symlink() or not _BLOB.match(blob.name):
+        return
+    with blob.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != blob.name:
+        raise EncoderError(
+            f"{path.name} of {path.parent.name} was damaged after it was fetched: its SHA-256 is "
+            f"{digest[:12]}…, not {blob.name[:12]}…. Delete {path} and {blob}, and run again."
+        )
+
+
+def match_tensors(
+    stored: Iterable[tuple[Path, str]], source: str, part: Part = "tower"
+) -> dict[str, tuple[Path, str]]:
+    """Map canonical names to the file and name under which a part's tensor is stored.
 
     Raises
     ------
     EncoderError
-        Two stored tensors have the same canonical name, or none belongs to a tower.
+        Two stored tensors have the same canonical name, or none belongs to the part.
     """
     found: dict[str, tuple[Path, str]] = {}
     for path, name in stored:
-        canonical = canonical_name(name)
+        canonical = PART_NAMES[part](name)
         if canonical is None:
             continue
         if canonical in found:
@@ -124,6 +214,11 @@ def match_tensors(stored: Iterable[tuple[Path, str]], source: str) -> dict[str, 
                 "one naming."
             )
         found[canonical] = (path, name)
+    if not found and part == "projector":
+        raise EncoderError(
+            f"{source} holds no projector: no tensor named multi_modal_projector.…. Only MedGemma "
+            "has one; leave out the pooling `projector`."
+        )
     if not found:
         raise EncoderError(
             f"{source} holds no vision tower: no tensor named vision_tower.… or vision_model.…. "

@@ -1,0 +1,169 @@
+"""`medembed extract`, and `medembed doctor` that says beforehand whether it will run."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from medembed.commands.options import PATH, image_root_option, json_option, split_names
+from medembed.console import print_json, say, showing_progress
+
+if TYPE_CHECKING:
+    from medembed.extraction import ExtractionReport
+
+__all__ = ["doctor_command", "extract_command"]
+
+pool_option = click.option(
+    "--pool",
+    "poolings",
+    callback=split_names,
+    default="mean,max",
+    show_default=True,
+    help="What to keep of one pass: mean, max, grid4 (16 cells), pooler, projector, cls.",
+)
+
+
+@click.command("extract")
+@click.argument("manifest_path", metavar="MANIFEST", type=PATH)
+@image_root_option
+@click.option(
+    "--encoder",
+    "reference",
+    required=True,
+    help="Hub id such as google/medgemma-4b-pt[@revision], a checkpoint directory, or demo.",
+)
+@click.option("--cache", "cache_path", type=PATH, required=True, help="The cache directory.")
+@pool_option
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda", "mps"]),
+    default="auto",
+    show_default=True,
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "fp32", "bf16"]),
+    default="auto",
+    show_default=True,
+    help="What the encoder computes in; auto is bf16 on a GPU that has it, else fp32.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float16", "float32"]),
+    default="float16",
+    show_default=True,
+    help="What is stored.",
+)
+@click.option(
+    "--fit",
+    type=click.Choice(["stretch", "pad"]),
+    default="stretch",
+    show_default=True,
+    help="How an image that is not square becomes square.",
+)
+@click.option("--batch-size", type=click.IntRange(min=1), help="Images in one encoder pass.")
+@click.option("--decoders", type=click.IntRange(min=1), help="Processes that read and decode.")
+@click.option("--retry-failed", is_flag=True, help="Try images again that failed before.")
+@click.option("--strict", is_flag=True, help="Exit 1 at the end if any image failed.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done; embed nothing.")
+@json_option
+def extract_command(
+    manifest_path: Path,
+    image_root: Path,
+    reference: str,
+    cache_path: Path,
+    poolings: tuple[str, ...],
+    device: str,
+    precision: str,
+    dtype: str,
+    fit: str,
+    batch_size: int | None,
+    decoders: int | None,
+    retry_failed: bool,
+    strict: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Embed MANIFEST's images into a cache; what is there already is not done again."""
+    from medembed import extraction
+    from medembed.dataset.manifest import read_manifest
+    from medembed.encoders.loading import load_encoder
+
+    rows = read_manifest(manifest_path)
+    with showing_progress("Fetching", "bytes") as progress:
+        encoder = load_encoder(
+            reference,
+            device=device,
+            precision=precision,
+            fit=fit,
+            poolings=poolings,
+            progress=progress,
+        )
+    with showing_progress("Embedding", "images") as progress:
+        report = extraction.extract(
+            rows,
+            image_root,
+            encoder,
+            cache_path,
+            poolings=poolings,
+            dtype=dtype,
+            batch_size=batch_size,
+            decoders=decoders,
+            retry_failed=retry_failed,
+            dry_run=dry_run,
+            progress=progress,
+            tell=progress.tell,
+        )
+    _say_extraction(report, cache_path, dry_run)
+    if as_json:
+        print_json(report.as_dict())
+    if strict and report.failed:
+        raise click.ClickException(
+            f"{report.failed} images failed and --strict was given. They are listed above; mend "
+            "them and run the same command with --retry-failed, or drop --strict."
+        )
+
+
+def _say_extraction(report: "ExtractionReport", cache_path: Path, dry_run: bool) -> None:
+    for failure in report.failures:
+        say(f"Failed ({failure['stage']}): {failure['image']}: {failure['reason']}")
+    verb = "would be embedded" if dry_run else "embedded"
+    say(
+        f"{cache_path}: {report.embedded} {verb}, {report.already} already there, "
+        f"{report.failed} failed, {report.duplicates} the same bytes under another name, "
+        f"of {report.requested} images; {report.seconds:.1f} s, "
+        f"{report.images_per_second:.1f} images/s"
+    )
+    if report.decoders:
+        from medembed.extraction.report import describe_times
+
+        say(f"Time: {describe_times(report)}")
+
+
+@click.command("doctor")
+@click.option(
+    "--encoder", "reference", help="Also ask for this one: access, memory, what is to be fetched."
+)
+@click.option("--manifest", "manifest_path", type=PATH, help="Count its images for the disk.")
+@click.option("--cache", "cache_path", type=PATH, help="Where the cache will be.")
+@pool_option
+@json_option
+def doctor_command(
+    reference: str | None,
+    manifest_path: Path | None,
+    cache_path: Path | None,
+    poolings: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Say whether device, memory, disk, token and access will do; exit 1 if one will not."""
+    from medembed import doctor
+
+    checks = doctor.examine(reference, manifest=manifest_path, cache=cache_path, poolings=poolings)
+    if as_json:
+        print_json({"checks": [check.as_dict() for check in checks]})
+    else:
+        for line in doctor.lines(checks):
+            click.echo(line)
+    n_bad = sum(not check.ok for check in checks)
+    if n_bad:
+        raise click.ClickException(f"{n_bad} of {len(checks)} checks failed; see above.")

@@ -1,0 +1,47 @@
+"""What several commands share: their options, and how they end."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from medembed.console import print_json, say
+
+__all__ = ["PATH", "conclude", "image_root_option", "json_option", "seed_option", "split_names"]
+
+PATH = click.Path(path_type=Path)
+
+image_root_option = click.option(
+    "--image-root", type=PATH, required=True, help="Directory that the manifest's paths start from."
+)
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON document on stdout."
+)
+seed_option = click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Seed of everything random.",
+)
+
+
+def split_names(context: click.Context, option: click.Parameter, value: str | None) -> Any:
+    """Split `a,b` into ("a", "b"); an empty name is wrong usage."""
+    if value is None:
+        return None
+    names = tuple(name.strip() for name in value.split(","))
+    if not all(names):
+        raise click.BadParameter(f"{value!r} has an empty name", context, option)
+    return names
+
+
+def conclude(problems: list[str], checked: Path, remedy: str, as_json: bool) -> None:
+    """Print what a check found; exit 1 if it found anything."""
+    if as_json:
+        print_json({"problems": problems})
+    for problem in problems:
+        say(problem)
+    if problems:
+        raise click.ClickException(f"{checked}: {len(problems)} problem(s), listed above. {remedy}")
+    say(f"{checked}: no problems")

@@ -1,0 +1,294 @@
+"""Say within seconds whether an extraction will run: device, memory, disk, token, access."""
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from medembed.encoders.hub import RemoteCheckpoint, describe_remote, has_token
+from medembed.errors import MedembedError
+
+__all__ = ["Check", "examine", "lines"]
+
+PYTHON = (3, 11)
+MURA_IMAGES = 40_005  # 36,808 of train and 3,197 of valid
+MEDGEMMA_COLUMNS = 1152
+KEY_BYTES = 32
+BYTES = {"fp32": 4, "bf16": 2}
+STORED_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Check:
+    """Tell one thing that was looked at.
+
+    Attributes
+    ----------
+    name : str
+        What it is about.
+    ok : bool
+        Whether it will do.
+    detail : str
+        What was found.
+    remedy : str
+        What to do where it will not; else empty.
+    """
+
+    name: str
+    ok: bool
+    detail: str
+    remedy: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the check as JSON-able values."""
+        return asdict(self)
+
+
+def examine(
+    ref: str | os.PathLike[str] | None = None,
+    *,
+    manifest: str | os.PathLike[str] | None = None,
+    cache: str | os.PathLike[str] | None = None,
+    poolings: Sequence[str] = ("mean", "max"),
+    dtype: str = "float16",
+) -> list[Check]:
+    """Look at everything that an extraction will need; nothing is fetched or written.
+
+    Parameters
+    ----------
+    ref : str, optional
+        The encoder, as `extract` takes it. Without it only the machine is looked at.
+    manifest : path, optional
+        Its distinct images are counted; without it the disk is measured for as many as MURA has.
+    cache : path, optional
+        Where the cache will be, by default in the working directory.
+    poolings, dtype
+        As `extract` will be given them.
+
+    Raises
+    ------
+    ManifestError, PathNotFoundError
+        The manifest cannot be read.
+    """
+    from medembed.encoders.loading import choose_device, choose_precision
+
+    n_images = _count_images(manifest)
+    device = choose_device("auto")
+    precision = choose_precision("auto", device)
+    found, access = _ask(ref)
+    checks = [
+        *_check_versions(),
+        _check_device(device),
+        Check("precision", True, _why_precision(device, precision)),
+        _check_token(found, access),
+    ]
+    if access:
+        checks.append(access)
+    if found:
+        checks.append(_check_memory(found, device, precision))
+        checks += _check_fetch(found)
+    columns = found.config if found else {}
+    return [*checks, _check_cache_disk(columns, n_images, Path(cache or "cache"), poolings, dtype)]
+
+
+def lines(checks: Sequence[Check]) -> Iterator[str]:
+    """Write a line per check, and below it what to do where it failed."""
+    width = max(len(check.name) for check in checks)
+    for check in checks:
+        yield f"{'ok' if check.ok else 'NO':<3} {check.name:<{width}}  {check.detail}"
+        if not check.ok:
+            yield f"{'':<{width + 5}} -> {check.remedy}"
+
+
+def _count_images(manifest: str | os.PathLike[str] | None) -> int | None:
+    if manifest is None:
+        return None
+    from medembed.dataset.manifest import read_manifest
+
+    return int(read_manifest(Path(manifest)).rows["sha256"].nunique())
+
+
+def _ask(ref: str | os.PathLike[str] | None) -> tuple[RemoteCheckpoint | None, Check | None]:
+    if ref is None:
+        return None, None
+    try:
+        found = describe_remote(ref)
+    except MedembedError as error:
+        return None, Check("encoder", False, f"{ref} cannot be had", str(error))
+    at = f"@{found.revision[:12]}" if found.revision else ""
+    state = "on this machine" if found.fetched else "to be fetched"
+    size = "" if found.tower_bytes is None else f", {_shown(found.tower_bytes)}"
+    kind = found.config.get("model_type", "of an unnamed type")
+    if not found.fetched and found.tower_bytes is None:
+        return found, Check(
+            "encoder",
+            False,
+            f"{found.source}{at} ({kind}) is not on this machine, and the hub is out of reach",
+            "Run this again, and then `medembed extract`, with a connection.",
+        )
+    return found, Check("encoder", True, f"{found.source}{at} ({kind}), {state}{size}")
+
+
+def _check_versions() -> Iterator[Check]:
+    from packaging.requirements import Requirement
+
+    python = ".".join(map(str, sys.version_info[:3]))
+    wanted = ".".join(map(str, PYTHON))
+    yield Check(
+        "python",
+        sys.version_info >= PYTHON,
+        python,
+        "" if sys.version_info >= PYTHON else f"medembed needs {wanted} or newer.",
+    )
+    found, bad = [], []
+    for text in metadata.requires("medembed") or ():
+        wish = Requirement(text)
+        if wish.marker and not wish.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            version = metadata.version(wish.name)
+        except metadata.PackageNotFoundError:
+            bad.append(f"{wish.name} is missing, {wish.specifier} is needed")
+            continue
+        if not wish.specifier.contains(version, prereleases=True):
+            bad.append(f"{wish.name} is {version}, {wish.specifier} is needed")
+        if wish.name in ("torch", "transformers", "huggingface_hub", "h5py"):
+            found.append(f"{wish.name} {version}")
+    detail = "; ".join(bad) or ", ".join(found)
+    yield Check("libraries", not bad, detail, "Install medembed again." if bad else "")
+
+
+def _check_device(device: str) -> Check:
+    import torch
+
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+        return Check("device", True, f"cuda: {name}, {torch.cuda.device_count()} in all")
+    if device == "mps":
+        return Check("device", True, "mps: Apple's GPU")
+    if shutil.which("nvidia-smi"):
+        return Check(
+            "device",
+            False,
+            f"cpu, though there is an NVIDIA driver: torch {torch.__version__} does not see it",
+            "Install a build of torch for CUDA, such as `make setup TORCH=torch==2.13.0`.",
+        )
+    cores = os.cpu_count()
+    return Check(
+        "device", True, f"cpu, {cores} cores: fine for heads and small encoders, slow here"
+    )
+
+
+def _why_precision(device: str, precision: str) -> str:
+    if precision == "bf16":
+        return "bf16, which this GPU has in hardware; poolings in fp32"
+    if device == "cuda":
+        return "fp32, since this GPU has no bf16 in hardware"
+    return f"fp32, as always on {device}"
+
+
+def _check_token(found: RemoteCheckpoint | None, access: Check | None) -> Check:
+    if has_token():
+        return Check("token", True, "set")
+    if access and not access.ok:
+        remedy = "If the encoder is gated or private, set HF_TOKEN or use the hub's login."
+        return Check("token", False, "none is set", remedy)
+    why = "and none was needed" if found else "and only gated encoders need one"
+    return Check("token", True, f"none is set, {why}")
+
+
+def _check_memory(found: RemoteCheckpoint, device: str, precision: str) -> Check:
+    """Compare the free memory with weights, the canary's fp32 tower, and one image on its way.
+
+    One image takes n tokens × (MLP width + 8 × hidden width) values: the widest product beside
+    the residual stream, its norm, queries, keys, values and what the allocator keeps.
+    """
+    needed, free = _needed_bytes(found, precision), _free_memory(device)
+    if needed is None or free is None:
+        return Check("memory", True, "not known beforehand for this encoder or device")
+    detail = f"{_shown(free)} free on {device}, about {_shown(needed)} needed for one image a batch"
+    remedy = "Close other programs, or take a smaller encoder or a device with more memory."
+    return Check("memory", free >= needed, detail, "" if free >= needed else remedy)
+
+
+def _needed_bytes(found: RemoteCheckpoint, precision: str) -> int | None:
+    vision = found.config.get("vision_config", found.config)
+    if found.tower_bytes is None or not isinstance(vision, Mapping):
+        return None
+    stored = found.config.get("dtype", found.config.get("torch_dtype", "float32"))
+    n_weights = found.tower_bytes // STORED_BYTES.get(str(stored), 4)
+    towers = n_weights * (BYTES[precision] + (4 if precision != "fp32" else 0))
+    sizes = [
+        vision.get(k) for k in ("image_size", "patch_size", "hidden_size", "intermediate_size")
+    ]
+    if not all(type(size) is int and size > 0 for size in sizes):
+        return towers
+    side, patch, hidden, mlp = (int(size) for size in sizes if size)
+    return towers + (side // patch) ** 2 * (mlp + 8 * hidden) * BYTES["fp32"]
+
+
+def _free_memory(device: str) -> int | None:
+    if device == "cuda":
+        import torch
+
+        return int(torch.cuda.mem_get_info()[0])
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        pass
+    return None
+
+
+def _check_fetch(found: RemoteCheckpoint) -> Iterator[Check]:
+    if found.fetched or found.tower_bytes is None:
+        return
+    from huggingface_hub import constants
+
+    free = _free_disk(Path(constants.HF_HUB_CACHE))
+    ok = free > found.tower_bytes
+    detail = f"{_shown(free)} free in the hub's cache for {_shown(found.tower_bytes)} to fetch"
+    yield Check(
+        "disk (hub)", ok, detail, "" if ok else "Free some, or set HF_HOME to another disk."
+    )
+
+
+def _check_cache_disk(
+    config: Mapping[str, Any],
+    n_images: int | None,
+    path: Path,
+    poolings: Sequence[str],
+    dtype: str,
+) -> Check:
+    per_row = KEY_BYTES + STORED_BYTES[dtype] * sum(_columns(config, name) for name in poolings)
+    needed, free = per_row * (n_images or MURA_IMAGES), _free_disk(path)
+    count = f"{n_images:,} images" if n_images is not None else f"{MURA_IMAGES:,} images (MURA's)"
+    detail = (
+        f"{_shown(free)} free for the cache, {_shown(needed)} for {','.join(poolings)} of {count}"
+    )
+    remedy = "Free some, give --cache on another disk, or keep fewer poolings."
+    return Check("disk (cache)", free > needed, detail, "" if free > needed else remedy)
+
+
+def _columns(config: Mapping[str, Any], pooling: str) -> int:
+    """Give the columns of a pooling as far as a config tells; MedGemma's where it does not."""
+    tower = config.get("text_config" if pooling == "projector" else "vision_config", config)
+    width = tower.get("hidden_size") if isinstance(tower, Mapping) else None
+    if width is None and isinstance(config.get("hidden_sizes"), list):
+        width = config["hidden_sizes"][-1]
+    columns = width if type(width) is int else MEDGEMMA_COLUMNS
+    return 16 * columns if pooling == "grid4" else columns
+
+
+def _free_disk(path: Path) -> int:
+    there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    return shutil.disk_usage(there).free
+
+
+def _shown(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:,.2f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:,.1f} MB"

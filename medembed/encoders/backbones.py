@@ -1,0 +1,287 @@
+"""Any vision backbone of transformers that one compares with: ResNet, ConvNeXt, ViT, DINOv2, …."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModel
+from transformers.utils import logging
+
+from medembed.encoders.poolings import Features, token_poolings
+from medembed.encoders.preprocessing import Preprocessing
+from medembed.encoders.tensors import Digest, open_tensors, read_tensor
+from medembed.encoders.torch_encoder import DTYPES, TorchEncoder
+from medembed.encoders.weights import INDEX_FILE, WEIGHTS_FILE, weight_files
+from medembed.errors import EncoderError
+
+__all__ = ["BACKBONE_TYPES", "BackboneEncoder", "load_backbone"]
+
+_MAPS = ("convnext", "convnextv2", "resnet")  # give a feature map
+_CLASSED = ("deit", "dinov2", "dinov2_with_registers", "dinov3_vit", "vit")  # a class token first
+_MERGING = ("swin", "swinv2")  # halve the grid of patches after every stage but the last
+BACKBONE_TYPES = tuple(sorted((*_MAPS, *_CLASSED, *_MERGING)))
+# What changes the result besides the weights; those that a type has are in its fingerprint.
+_ARCHITECTURE = (
+    "attention_bias",
+    "depths",
+    "downsample_in_bottleneck",
+    "downsample_in_first_stage",
+    "embed_dim",
+    "embedding_size",
+    "hidden_act",
+    "hidden_size",
+    "hidden_sizes",
+    "image_size",
+    "intermediate_size",
+    "layer_norm_eps",
+    "layer_type",
+    "mlp_ratio",
+    "num_attention_heads",
+    "num_channels",
+    "num_heads",
+    "num_hidden_layers",
+    "num_register_tokens",
+    "patch_size",
+    "pooler_act",
+    "pooler_output_size",
+    "pretrained_window_sizes",
+    "qkv_bias",
+    "rope_theta",
+    "use_absolute_embeddings",
+    "use_gated_mlp",
+    "use_swiglu_ffn",
+    "window_size",
+)
+# Tensors that change nothing: constants, and what stands for patches hidden in training.
+_IDLE = ("mask_token", "position_ids", "relative_position_index")
+
+
+class BackboneEncoder(TorchEncoder):
+    """A whole vision model of transformers; made by `load_backbone`.
+
+    `pooler` is transformers' own `pooler_output`, offered where the checkpoint holds what it
+    takes; `cls` is the class token after the last norm. Class and register tokens are no part of
+    `mean`, `max` and `grid4`.
+
+    Parameters
+    ----------
+    grid : tuple of int
+        Rows and columns of the patch tokens, or of the feature map.
+    n_before : int
+        Class and register tokens before the patch tokens.
+    dimensions : mapping of str to tuple of int
+        Shape of one image's vector under each pooling.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        preprocessing: Preprocessing,
+        *,
+        grid: tuple[int, int],
+        n_before: int,
+        dimensions: Mapping[str, tuple[int, ...]],
+        **known: Any,
+    ) -> None:
+        super().__init__(model, preprocessing, **known)
+        self._grid, self._n_before, self._dimensions = grid, n_before, dict(dimensions)
+
+    @property
+    def dimensions(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape of one image's vector under each pooling."""
+        return dict(self._dimensions)
+
+    def features(self, pixel_values: torch.Tensor) -> Features:
+        """Run the model; see `TorchEncoder.features`."""
+        seen = self.tower(pixel_values)
+        last = seen.last_hidden_state
+        vectors = {}
+        if "pooler" in self._dimensions:
+            vectors["pooler"] = seen.pooler_output.flatten(1)
+        if "cls" in self._dimensions:
+            vectors["cls"] = last[:, 0]
+        tokens = last.flatten(2).transpose(1, 2) if last.ndim == 4 else last[:, self._n_before :]
+        return Features(tokens, self._grid, vectors)
+
+
+def load_backbone(
+    directory: Path,
+    preprocessing: Preprocessing,
+    *,
+    source: str,
+    revision: str | None = None,
+    device: str = "cpu",
+    precision: str = "fp32",
+) -> BackboneEncoder:
+    """Load a vision model of one of `BACKBONE_TYPES` through transformers, from safetensors only.
+
+    The fingerprint is SHA-256 over the architecture and over the stored tensors, as
+    `siglip.load_siglip` has it, with the model's prefix taken off and a classifier left out: the
+    same for a bare backbone and for a classifier built on it.
+
+    Raises
+    ------
+    EncoderError
+        The directory holds no such model, or not all its weights, or some not finite.
+    """
+    config = _read_config(directory, source)
+    shapes = _shapes_of(config, preprocessing, source)
+    model, has_pooler = _load(directory, config, precision, source)
+    grid, n_before = _arrange(config, shapes["last_hidden_state"], preprocessing, source)
+    width = shapes["last_hidden_state"][1 if config.model_type in _MAPS else -1]
+    dimensions = token_poolings(width, grid)
+    if has_pooler and "pooler_output" in shapes:
+        dimensions["pooler"] = (shapes["pooler_output"][1],)
+    if config.model_type in _CLASSED:
+        dimensions["cls"] = (width,)
+    known: dict[str, Any] = {"source": source, "revision": revision, "device": device}
+    return BackboneEncoder(
+        model.to(device),
+        preprocessing,
+        grid=grid,
+        n_before=n_before,
+        dimensions=dimensions,
+        fingerprint=_fingerprint(directory, config, model.base_model_prefix, source),
+        precision=precision,
+        reload=partial(load_backbone, directory, preprocessing, **known),
+        **known,
+    )
+
+
+def _read_config(directory: Path, source: str) -> Any:
+    try:
+        with _quiet():
+            config = AutoConfig.from_pretrained(
+                directory, local_files_only=True, trust_remote_code=False
+            )
+    except Exception as error:  # its validation raises its own errors, by transformers' version
+        raise EncoderError(f"config.json of {source} is not read: {_line(error)}") from error
+    if config.model_type not in BACKBONE_TYPES:
+        raise EncoderError(
+            f"{source} is a checkpoint of type {config.model_type!r}, which is not a vision "
+            f"backbone that is read. Give one of type: {', '.join(BACKBONE_TYPES)}."
+        )
+    if getattr(config, "num_channels", 3) != 3:
+        raise EncoderError(f"{source} reads {config.num_channels} channels, not 3.")
+    return config
+
+
+def _shapes_of(
+    config: Any, preprocessing: Preprocessing, source: str
+) -> dict[str, tuple[int, ...]]:
+    """Ask a model without weights what it would give for one image."""
+    size = (preprocessing.height, preprocessing.width)
+    try:
+        with torch.device("meta"), torch.inference_mode():
+            model = AutoModel.from_config(config, trust_remote_code=False).eval()
+            seen = model(pixel_values=torch.empty(1, 3, *size))
+    except Exception as error:
+        raise EncoderError(
+            f"{source} cannot read the images of {size[0]} x {size[1]} that its processor makes: "
+            f"{_line(error)}"
+        ) from error
+    last, pooler = seen.last_hidden_state, getattr(seen, "pooler_output", None)
+    shapes = {"last_hidden_state": tuple(last.shape)}
+    return shapes if pooler is None else {**shapes, "pooler_output": tuple(pooler.flatten(1).shape)}
+
+
+def _arrange(
+    config: Any, shape: tuple[int, ...], preprocessing: Preprocessing, source: str
+) -> tuple[tuple[int, int], int]:
+    """Give the grid of the patch tokens, and how many other tokens come before them."""
+    if config.model_type in _MAPS:
+        return (shape[2], shape[3]), 0
+    patch = config.patch_size
+    rows, columns = preprocessing.height // patch, preprocessing.width // patch
+    if config.model_type in _MERGING:  # sides that do not divide are filled up
+        rows, columns = -(-preprocessing.height // patch), -(-preprocessing.width // patch)
+        for _ in config.depths[1:]:
+            rows, columns = -(-rows // 2), -(-columns // 2)
+    n_before = shape[1] - rows * columns
+    if n_before < 0 or (n_before > 0) != (config.model_type in _CLASSED):
+        raise EncoderError(
+            f"{source} gives {shape[1]} tokens for {rows} x {columns} patches: transformers has "
+            f"changed what {config.model_type} gives. Use another release of it."
+        )
+    return (rows, columns), n_before
+
+
+def _load(directory: Path, config: Any, precision: str, source: str) -> tuple[Any, bool]:
+    """Give the model with all its weights, and whether its pooling layer is the checkpoint's."""
+    weight_files(directory, "whole")
+    if (directory / INDEX_FILE).is_file() and (directory / WEIGHTS_FILE).is_file():
+        raise EncoderError(f"{source} holds {INDEX_FILE} and {WEIGHTS_FILE}. Keep one of the two.")
+    try:
+        with _quiet():
+            model, report = AutoModel.from_pretrained(
+                directory,
+                config=config,
+                dtype=DTYPES[precision],
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+    except Exception as error:  # of many kinds, by transformers' version
+        raise EncoderError(f"{source} cannot be loaded: {_line(error)}") from error
+    missing = sorted(name for name in report["missing_keys"] if not name.endswith(_IDLE))
+    without = [name for name in missing if name.startswith("pooler.")]
+    if len(missing) > len(without):
+        first = next(name for name in missing if name not in without)
+        raise EncoderError(f"{source} lacks {first}, one of {len(missing)} missing tensors.")
+    _refuse_extra(report["unexpected_keys"], model.base_model_prefix, source)
+    if without:
+        model.pooler = None  # transformers has filled it with random numbers
+    return model, not without
+
+
+def _refuse_extra(unexpected: Any, prefix: str, source: str) -> None:
+    """Refuse tensors of the backbone that its config has no place for."""
+    inner = [
+        name.removeprefix(f"{prefix}.") for name in unexpected if name.startswith(f"{prefix}.")
+    ]
+    parts = ("embedder.", "embeddings.", "encoder.", "layers.", "layer.", "stages.")
+    inner += [name for name in unexpected if name.startswith(parts)]
+    extra = sorted(name for name in inner if not name.endswith(_IDLE))
+    if extra:
+        raise EncoderError(
+            f"{source} holds {extra[0]}, one of {len(extra)} tensors that its config does not ask "
+            "for."
+        )
+
+
+def _fingerprint(directory: Path, config: Any, prefix: str, source: str) -> str:
+    digest = Digest()
+    known = {key: getattr(config, key) for key in _ARCHITECTURE if hasattr(config, key)}
+    digest.add({"model_type": config.model_type, **known})
+    with ExitStack() as stack:
+        files = [open_tensors(stack, path) for path in weight_files(directory, "whole")]
+        names = {name: file for file in files for name in file.keys()}  # noqa: SIM118
+        if any(name.startswith(f"{prefix}.") for name in names):
+            names = {name: file for name, file in names.items() if name.startswith(f"{prefix}.")}
+        for name in sorted(names, key=lambda name: name.removeprefix(f"{prefix}.")):
+            # Batch norms count their training's batches in whole numbers.
+            dtype, tensor = read_tensor(names[name], name, source, integers=("I64",))
+            digest.add_tensor(name.removeprefix(f"{prefix}."), dtype, tensor)
+    return digest.hexdigest()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' progress bar and its report of unused classifiers off the screen."""
+    level, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if had_bars:
+            logging.enable_progress_bar()
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,236 @@
+"""Where a tower runs: on a CPU in lanes of one thread, on CUDA in streams, elsewhere in turn."""
+
+import gc
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from threading import Thread
+from typing import Protocol, TypeVar
+
+import numpy as np
+import torch
+
+from medembed.errors import DeviceMemoryError
+
+__all__ = ["Cuda", "Device", "InTurn", "Lanes", "Rows", "device_of"]
+
+Rows = dict[str, np.ndarray]
+Work = Callable[[torch.Tensor], dict[str, torch.Tensor]]
+T = TypeVar("T")
+
+MEGA = 896 * 896  # pixels of the largest tower's input
+MAX_PIXELS = {"cpu": MEGA, "other": 8 * MEGA, "cuda": 64 * MEGA}
+MAX_BATCH = {"cpu": 32, "other": 8, "cuda": 512}
+MEMORY_SHARE = 0.8  # of the free memory; the rest is for fragments, and for others
+# torch raises MemoryError or RuntimeError, by allocator; these are their words.
+_NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate")
+
+
+class Device(Protocol):
+    """Runs `work`, which turns uint8 pixels on the device into fp32 rows there.
+
+    Attributes
+    ----------
+    in_flight : int
+        Batches that may be submitted and not yet collected.
+    """
+
+    in_flight: int
+
+    def submit(self, work: Work, pixels: np.ndarray) -> Callable[[], Rows]:
+        """Begin `work` on a copy of `pixels`; give the function that waits for its rows.
+
+        Raises
+        ------
+        DeviceMemoryError
+            It does not fit; the function given may raise it too.
+        """
+        ...
+
+    def choose_batch(self, run: Callable[[int], object], n_pixels: int, n_images: int) -> int:
+        """Choose a batch size for images of `n_pixels`; `run(n)` embeds n of them."""
+        ...
+
+
+def device_of(name: str) -> Device:
+    """Give the device of a name as torch has it: `cpu`, `cuda`, `mps`."""
+    if name == "cpu":
+        return Lanes()
+    return Cuda() if name == "cuda" else InTurn(name)
+
+
+class Lanes:
+    """A CPU: batches run side by side, each on one thread.
+
+    So a row's bits do not depend on the number of cores, and the threads of one small product
+    never wait for each other. There are as many lanes as torch has threads when the encoder is
+    made: one per core, unless OMP_NUM_THREADS or `torch.set_num_threads` says otherwise.
+    """
+
+    def __init__(self, n_lanes: int | None = None) -> None:
+        self.n_lanes = n_lanes or torch.get_num_threads()
+        self.in_flight = self.n_lanes + 1
+        self._pool: ThreadPoolExecutor | None = None
+
+    def submit(self, work: Work, pixels: np.ndarray) -> Callable[[], Rows]:
+        """Queue a batch for the next free lane; see `Device.submit`."""
+        if self._pool is None:
+            usual = (torch.get_num_threads(),)
+            self._pool = ThreadPoolExecutor(self.n_lanes, "lane", _enter_lane, usual)
+        # Guarded in the lane: the future would keep an error and, through it, the batch's tensors.
+        return self._pool.submit(_run_guarded, work, torch.from_numpy(np.array(pixels))).result
+
+    def choose_batch(self, run: Callable[[int], object], n_pixels: int, n_images: int) -> int:
+        """Give 1 image of 896 × 896, or up to 32 that are no larger together.
+
+        A batch is what a crash loses, and each lane holds one. The number of images does not
+        enter: a resumed run must make batches of the same size to give the same bits.
+        """
+        return max(1, min(MAX_BATCH["cpu"], MAX_PIXELS["cpu"] // n_pixels))
+
+
+class InTurn:
+    """A device without streams that torch can overlap: one batch after the other."""
+
+    in_flight = 1
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def submit(self, work: Work, pixels: np.ndarray) -> Callable[[], Rows]:
+        """Run a batch to its end; see `Device.submit`."""
+        copied = torch.from_numpy(np.array(pixels))
+        rows = _guard(lambda: _rows_of(work(copied.to(self._name))), len(pixels))
+        return lambda: rows
+
+    def choose_batch(self, run: Callable[[int], object], n_pixels: int, n_images: int) -> int:
+        """Give 8 images, or fewer of more than 896 × 896 pixels."""
+        return max(1, min(MAX_BATCH["other"], MAX_PIXELS["other"] // n_pixels))
+
+
+class Cuda:
+    """A CUDA device: the next batch travels while the last one is computed.
+
+    Nothing waits for the device but the function that `submit` gives. Pinned blocks come from
+    torch's caching allocator, which hands one out again only after the copies that use it.
+    """
+
+    in_flight = 2
+
+    def __init__(self, name: str = "cuda") -> None:
+        self._name = name
+        self._copies = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+
+    def submit(self, work: Work, pixels: np.ndarray) -> Callable[[], Rows]:
+        """Queue a batch on the device; see `Device.submit`."""
+        collect = _guard(lambda: self._queue(work, pixels), len(pixels))
+        return lambda: _guard(collect, len(pixels))
+
+    def _queue(self, work: Work, pixels: np.ndarray) -> Callable[[], Rows]:
+        host = _pinned(pixels.shape, torch.uint8)
+        host.numpy()[...] = pixels
+        with torch.cuda.stream(self._copies):
+            arriving = host.to(self._name, non_blocking=True)
+        stream = torch.cuda.current_stream()
+        stream.wait_stream(self._copies)
+        arriving.record_stream(stream)  # allocated on the other stream, used on this one
+        rows = {}
+        with _full_precision():
+            for name, values in work(arriving).items():
+                rows[name] = _pinned(values.shape, values.dtype)
+                rows[name].copy_(values, non_blocking=True)
+        # Blocking sleeps; a wait that spins would take a decoder's core.
+        done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        done.record(stream)
+
+        def collect() -> Rows:
+            done.synchronize()
+            return {name: values.numpy().copy() for name, values in rows.items()}
+
+        return collect
+
+    def choose_batch(self, run: Callable[[int], object], n_pixels: int, n_images: int) -> int:
+        """Give the largest power of two for which 0.8 of the free memory is enough.
+
+        What an image takes is the difference between the peaks of small batches. At most 64
+        images of 896 × 896, or as many pixels, 512 images, and no more than there are.
+        """
+        most = min(MAX_BATCH["cuda"], max(1, MAX_PIXELS["cuda"] // n_pixels))
+        try:
+            run(1)  # loads kernels and workspaces, which stay
+            few, more = _peak_bytes(run, 2), _peak_bytes(run, 4)
+        except DeviceMemoryError:
+            return 1
+        each = max(1, (more - few) // 2)
+        cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        budget = MEMORY_SHARE * (torch.cuda.mem_get_info()[0] + cached) - max(0, few - 2 * each)
+        fitting = max(1, min(most, int(budget // each)))
+        enough = 1 << max(0, n_images - 1).bit_length()
+        return int(min(1 << (fitting.bit_length() - 1), enough))
+
+
+def _enter_lane(usual: int) -> None:
+    torch.get_num_threads()  # settles this thread's number, which the first kernel would undo
+    torch.set_num_threads(1)
+    # That also set what threads yet to be born begin with; a thread of its own sets it back.
+    restoring = Thread(target=torch.set_num_threads, args=(usual,))
+    restoring.start()
+    restoring.join()
+
+
+def _run_guarded(work: Work, pixels: torch.Tensor) -> Rows:
+    return _guard(lambda: _rows_of(work(pixels)), len(pixels))
+
+
+def _rows_of(results: dict[str, torch.Tensor]) -> Rows:
+    return {name: values.cpu().numpy() for name, values in results.items()}
+
+
+def _guard(call: Callable[[], T], n_images: int) -> T:
+    """Call, and turn an allocator's error into DeviceMemoryError with the batch's memory freed."""
+    try:
+        return call()
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        if not isinstance(error, MemoryError) and not _says_no_memory(error, reason):
+            raise
+    # Not inside the handler: the error's frames hold the tensors that are to be freed.
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    elif torch.backends.mps.is_available():
+        torch.mps.empty_cache()
+    raise DeviceMemoryError(
+        f"a batch of {n_images} does not fit the device's memory; a smaller one may. "
+        f"torch said: {reason[:200]}"
+    )
+
+
+def _says_no_memory(error: Exception, reason: str) -> bool:
+    words = reason.lower()
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(phrase in words for phrase in _NO_MEMORY)
+    )
+
+
+def _peak_bytes(run: Callable[[int], object], n_images: int) -> int:
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run(n_images)
+    return int(torch.cuda.max_memory_allocated() - before)
+
+
+def _pinned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, pin_memory=True)
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Keep fp32 products and convolutions at fp32: cudnn's would be TF32, of 10 bits, unasked."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = (matmul.allow_tf32, cudnn.allow_tf32)
+    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before

@@ -1,0 +1,325 @@
+"""Fetch one part of a model from a repository: by range, only its tensors, into the hub's cache.
+
+A published MedGemma is 8.6 GB, of which its vision tower is 0.83. The result is a safetensors file
+of that part alone, beside the other files of its snapshot and stored as the hub stores its own:
+`snapshots/<commit>/medembed-vision-tower.safetensors`, a link to `blobs/<SHA-256>`.
+"""
+
+import hashlib
+import os
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+
+from medembed.encoders.hub_errors import explain_changed, explain_no_space, is_no_space
+from medembed.encoders.partial import PartialFile
+from medembed.encoders.ranges import RemoteFile, copy_range, open_file, read_range
+from medembed.encoders.stored_tensors import (
+    FLOAT_BYTES,
+    LENGTH_BYTES,
+    StoredTensor,
+    compose_header,
+    find_non_finite,
+    header_length,
+    parse_header,
+    read_header,
+)
+from medembed.encoders.weights import (
+    FETCHED_FILES,
+    INDEX_FILE,
+    PART_NAMES,
+    WEIGHTS_FILE,
+    Part,
+    match_tensors,
+    part_shards,
+)
+from medembed.errors import EncoderError
+from medembed.files import sync_directory
+
+__all__ = ["fetch_part", "remote_tensors"]
+
+_CONNECTIONS = 4
+_MOST_PIECE_BYTES = 64 << 20
+_LEAST_PIECE_BYTES = 256 << 10
+_TOLD_EVERY_SECONDS = 0.1
+_PART_WORDS = {"tower": "the vision tower", "projector": "the projector"}
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Bytes `start` to `stop` of a remote file, which belong at `at` in the result."""
+
+    file: RemoteFile
+    start: int
+    stop: int
+    at: int
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The file to make: its header, its tensors, and where its bytes come from."""
+
+    header: bytes
+    tensors: list[StoredTensor]
+    files: list[RemoteFile]
+    spans: list[_Span]
+
+
+def remote_tensors(
+    repo: str, commit: str, weight_map: Mapping[str, str] | None, part: Part
+) -> list[tuple[RemoteFile, StoredTensor]]:
+    """Ask where a part's tensors lie in a repository; two small requests per file.
+
+    Parameters
+    ----------
+    weight_map : mapping of tensor name to file name, or None
+        The repository's index; None if all is in one `model.safetensors`.
+
+    Raises
+    ------
+    EncoderError
+        A file is missing, out of reach or no safetensors file; the index and a file disagree;
+        or no tensor is of this part.
+    """
+    belongs = PART_NAMES[part]
+    found: list[tuple[RemoteFile, StoredTensor]] = []
+    shards = [WEIGHTS_FILE] if weight_map is None else part_shards(weight_map, part)
+    for shard in shards:
+        file, first = open_file(repo, commit, shard, LENGTH_BYTES)
+        what = f"{shard} of {repo}"
+        end = LENGTH_BYTES + header_length(first, file.size, what)
+        text = read_range(file, LENGTH_BYTES, end)
+        held = [t for t in parse_header(text, file.size, what) if belongs(t.name)]
+        if weight_map is not None:
+            named = {name for name, where in weight_map.items() if where == shard}
+            differing = {n for n in named if belongs(n)} ^ {tensor.name for tensor in held}
+            if differing:
+                raise EncoderError(
+                    f"{INDEX_FILE} and {shard} of {repo} disagree on where {min(differing)} is: "
+                    "the repository is damaged. Give another revision of it."
+                )
+        found += [(file, tensor) for tensor in held]
+    match_tensors(((Path(file.name), tensor.name) for file, tensor in found), repo, part)
+    return found
+
+
+def fetch_part(
+    snapshot: Path,
+    repo: str,
+    weight_map: Mapping[str, str] | None,
+    part: Part,
+    progress: Progress | None = None,
+) -> Path:
+    """Fetch a part of a model into `snapshot`, or wait for the process that is fetching it.
+
+    Parameters
+    ----------
+    snapshot : Path
+        `<hub cache>/models--<owner>--<name>/snapshots/<commit>`.
+    weight_map : mapping or None
+        As for `remote_tensors`.
+    progress : callable(bytes done, bytes in all), optional
+        Told now and then, on the caller's thread.
+
+    Returns
+    -------
+    Path
+        The file in `snapshot`.
+
+    Raises
+    ------
+    EncoderError
+        As `remote_tensors`; the disk is full; the connection broke; the file at the hub changed;
+        or a value is not finite. After a broken connection or a full disk the next call goes on.
+    """
+    from huggingface_hub import constants
+
+    # Documented, but exported in a way that type checkers do not see.
+    from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
+
+    storage = snapshot.parent.parent
+    pointer = snapshot / FETCHED_FILES[part]
+    name = f"{pointer.stem}-{snapshot.name}"
+    locks = Path(constants.HF_HUB_CACHE) / ".locks" / storage.name
+    try:
+        locks.mkdir(parents=True, exist_ok=True)
+        with WeakFileLock(locks / f"{name}.lock"):
+            if not pointer.is_file():
+                blobs = storage / "blobs"
+                blobs.mkdir(exist_ok=True)
+                plan = _plan(repo, snapshot.name, weight_map, part)
+                partial = blobs / f"{name}.incomplete"
+                _fill(plan, partial, _PART_WORDS[part], progress)
+                _verify(plan, partial, repo)
+                _publish(partial, pointer)
+    except OSError as error:
+        if is_no_space(error):
+            raise explain_no_space(_PART_WORDS[part], repo) from error
+        raise EncoderError(
+            f"{_PART_WORDS[part]} of {repo} could not be written into {storage}: "
+            f"{error.strerror or error}. Set HF_HOME to a directory that is yours."
+        ) from error
+    return pointer
+
+
+def _plan(repo: str, commit: str, weight_map: Mapping[str, str] | None, part: Part) -> _Plan:
+    found = remote_tensors(repo, commit, weight_map, part)
+    for file, tensor in found:
+        if tensor.dtype not in FLOAT_BYTES:
+            raise EncoderError(
+                f"{repo}: {tensor.name} of {file.name} is stored as {tensor.dtype}; quantised "
+                "towers are not read."
+            )
+    # The widest dtypes first, so that each tensor is aligned to its own width; then as they lie,
+    # so that neighbours stay neighbours and come in one request.
+    found.sort(key=lambda pair: (-FLOAT_BYTES[pair[1].dtype], pair[0].name, pair[1].start))
+    files = sorted({file for file, _ in found}, key=lambda file: file.name)
+    header = compose_header(
+        ((t.name, t.dtype, t.shape, t.stop - t.start) for _, t in found),
+        {
+            "format": "pt",
+            "source": repo,
+            "commit": commit,
+            **{f"etag {file.name}": file.etag for file in files},
+        },
+    )
+    tensors: list[StoredTensor] = []
+    spans: list[_Span] = []
+    at = len(header)
+    for file, tensor in found:
+        length = tensor.stop - tensor.start
+        tensors.append(StoredTensor(tensor.name, tensor.dtype, tensor.shape, at, at + length))
+        last = spans[-1] if spans else None
+        if last and last.file == file and last.stop == tensor.start:
+            spans[-1] = _Span(file, last.start, tensor.stop, last.at)
+        else:
+            spans.append(_Span(file, tensor.start, tensor.stop, at))
+        at += length
+    return _Plan(header, tensors, files, _cut(spans, at - len(header)))
+
+
+def _cut(spans: list[_Span], total: int) -> list[_Span]:
+    """Cut spans into pieces that keep all connections busy to the end."""
+    most = min(max(total // (2 * _CONNECTIONS), _LEAST_PIECE_BYTES), _MOST_PIECE_BYTES)
+    return [
+        _Span(span.file, start, min(start + most, span.stop), span.at + start - span.start)
+        for span in spans
+        for start in range(span.start, span.stop, most)
+    ]
+
+
+def _fill(plan: _Plan, path: Path, words: str, progress: Progress | None) -> None:
+    """Fetch what of the plan is not yet at `path`."""
+    repo, commit = plan.files[0].repo, plan.files[0].commit
+    tags = {file.name: f"{file.size} {file.etag}" for file in plan.files}
+    before = PartialFile.identity_of(path).get("tags", tags)
+    for file in plan.files:
+        if before.get(file.name, tags[file.name]) != tags[file.name]:
+            PartialFile.discard(path)
+            raise explain_changed(repo, commit, file.name)
+    pieces = [(span.at, span.stop - span.start) for span in plan.spans]
+    digest = hashlib.sha256(plan.header + repr(plan.spans).encode()).hexdigest()
+    identity = {"tags": tags, "plan": digest}
+    needed = len(plan.header) + sum(length for _, length in pieces) - _allocated(path)
+    free = shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise explain_no_space(words, repo, needed=needed, free=free)
+    partial = PartialFile(path, plan.header, pieces, identity)
+    answers: set[RemoteFile] = set()
+    try:
+        _copy_pieces(plan, partial, answers, progress)
+    except EncoderError:
+        if not answers <= set(plan.files):  # changed under the commit
+            PartialFile.discard(path)
+        raise
+    finally:
+        partial.close()
+
+
+def _allocated(path: Path) -> int:
+    """Give the bytes of disk that a file with holes takes up already; 0 if there is none."""
+    try:
+        return int(getattr(path.stat(), "st_blocks", 0)) * 512  # POSIX: in units of 512 bytes
+    except FileNotFoundError:
+        return 0
+
+
+def _copy_pieces(
+    plan: _Plan, partial: PartialFile, answers: set[RemoteFile], progress: Progress | None
+) -> None:
+    halted = threading.Event()
+    total = sum(length for _, length in partial.pieces)
+
+    def copy(piece: int) -> None:
+        span = plan.spans[piece]
+        copy_range(
+            span.file,
+            span.start + partial.done[piece],
+            span.stop,
+            lambda _, data: partial.write(piece, data),
+            halted=halted,
+            note=answers.add,
+        )
+
+    left = [i for i, (_, length) in enumerate(partial.pieces) if partial.done[i] < length]
+    if progress:
+        progress(sum(partial.done), total)
+    pool = ThreadPoolExecutor(_CONNECTIONS, thread_name_prefix="fetch")
+    try:
+        waiting = {pool.submit(copy, piece) for piece in left}
+        while waiting:
+            finished, waiting = wait(waiting, _TOLD_EVERY_SECONDS, FIRST_EXCEPTION)
+            for future in finished:
+                future.result()
+            if progress:
+                progress(sum(partial.done), total)
+    finally:
+        halted.set()
+        pool.shutdown(cancel_futures=True)
+
+
+def _verify(plan: _Plan, path: Path, repo: str) -> None:
+    if read_header(path) != sorted(plan.tensors, key=lambda tensor: (tensor.start, tensor.stop)):
+        PartialFile.discard(path)
+        raise EncoderError(
+            f"{path.name} is not what was written into it: check the disk under {path.parent}, "
+            "and run again."
+        )
+    name = find_non_finite(path, plan.tensors)
+    if name is not None:
+        PartialFile.discard(path)
+        raise EncoderError(
+            f"{repo}: {name} holds values that are not finite. Nothing of it is kept; give "
+            "another revision."
+        )
+
+
+def _publish(partial: Path, pointer: Path) -> None:
+    """Move a complete file to where readers look, linked as the hub links its own files.
+
+    The link is made first and points nowhere until the file takes its name: so there is a
+    reader's file in one step, and a kill at any point leaves what the next run completes.
+    """
+    from huggingface_hub import constants
+
+    with partial.open("rb+") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        os.fsync(file.fileno())
+    blob = partial.with_name(digest)
+    pointer.unlink(missing_ok=True)
+    target = pointer
+    if not getattr(constants, "HF_HUB_DISABLE_SYMLINKS", False):
+        try:
+            pointer.symlink_to(os.path.relpath(blob, pointer.parent))
+            target = blob
+        except (OSError, NotImplementedError):
+            pointer.unlink(missing_ok=True)
+    partial.replace(target)
+    sync_directory(target.parent)
+    sync_directory(pointer.parent)
+    PartialFile.discard(partial)

@@ -1,0 +1,244 @@
+"""What all towers in torch share: grey levels in, finite fp32 rows out, batches ahead of time."""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from medembed.encoders.devices import Rows, device_of
+from medembed.encoders.poolings import Features, pool
+from medembed.encoders.preprocessing import Preprocessing, channel_levels
+from medembed.encoders.protocol import Encoder
+from medembed.errors import DeviceMemoryError, EncoderError
+
+__all__ = ["DTYPES", "TorchEncoder"]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# A tower compiled by torch is 15 to 25 % faster at this shape (timm's tables), so 0.13 of the
+# time goes away at the least; compiling takes about a minute.
+COMPILING_SAVES = 0.13
+COMPILING_SECONDS = 60.0
+
+
+class TorchEncoder(ABC):
+    """A tower in torch, described by `protocol.PipelinedEncoder`.
+
+    A new encoder is a subclass with `features` and `dimensions`, given a module.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The tower on its device, in its precision, called by `tower` as model(pixel_values=…).
+    preprocessing : Preprocessing
+        What its images went through.
+    fingerprint, source, revision, device, precision
+        See `protocol.Encoder`.
+    reload : callable, optional
+        Gives the same tower in fp32 on the same device; without it, a tower that is not in fp32
+        has no `reference`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        preprocessing: Preprocessing,
+        *,
+        fingerprint: str,
+        source: str,
+        revision: str | None = None,
+        device: str = "cpu",
+        precision: str = "fp32",
+        reload: Callable[[], Encoder] | None = None,
+    ) -> None:
+        self.model = model.requires_grad_(False).eval()
+        self.preprocessing = preprocessing
+        self.fingerprint = fingerprint
+        self.source = source
+        self.revision = revision
+        self.device = device
+        self.precision = precision
+        self._reload = reload
+        self._runner = device_of(device)
+        self._compiled: tuple[int, Callable[..., Any]] | None = None
+        levels = channel_levels(preprocessing)
+        # Asked here, not of the device: the answer would hold up the host at every batch.
+        self._alike = bool((levels == levels[0]).all())
+        self._levels = torch.from_numpy(levels).to(device=device, dtype=DTYPES[precision])
+
+    @property
+    @abstractmethod
+    def dimensions(self) -> Mapping[str, tuple[int, ...]]:
+        """Every pooling on offer, with the shape of one image's vector."""
+
+    @abstractmethod
+    def features(self, pixel_values: torch.Tensor) -> Features:
+        """Run the tower.
+
+        Parameters
+        ----------
+        pixel_values : Tensor
+            (n, 3, height, width), normalised, on the device and in its precision.
+        """
+
+    @property
+    def in_flight(self) -> int:
+        """How many batches may be submitted and not yet collected."""
+        return self._runner.in_flight
+
+    def tower(self, pixel_values: torch.Tensor) -> Any:
+        """Call the model, in its compiled form where there is one for so many images."""
+        if self._compiled and self._compiled[0] == len(pixel_values):
+            return self._compiled[1](pixel_values=pixel_values)
+        return self.model(pixel_values=pixel_values)
+
+    def encode(self, pixels: np.ndarray, poolings: Sequence[str]) -> Rows:
+        """Embed prepared images, uint8 (n, height, width); see `protocol.Encoder.encode`.
+
+        In fp32 on a CPU a row depends neither on its place nor on its neighbours nor on the
+        number of cores, bit for bit, as long as n is the same: held by a test, since it is the
+        product's kernels that promise it.
+        """
+        return self.submit(pixels, poolings)()
+
+    def submit(self, pixels: np.ndarray, poolings: Sequence[str]) -> Callable[[], Rows]:
+        """Begin to embed prepared images; see `protocol.PipelinedEncoder.submit`."""
+        self._check(pixels)
+        self.check_poolings(poolings)
+        if not len(pixels):
+            shapes = {name: (0, *self.dimensions[name]) for name in poolings}
+            return lambda: {name: np.empty(shape, np.float32) for name, shape in shapes.items()}
+        collect = self._runner.submit(partial(self._compute, poolings=tuple(poolings)), pixels)
+
+        def finish() -> Rows:
+            rows = collect()
+            for name, values in rows.items():
+                _refuse_non_finite(name, values, self.precision)
+            return rows
+
+        return finish
+
+    def warm_up(
+        self,
+        poolings: Sequence[str],
+        *,
+        n_images: int,
+        batch_size: int | None = None,
+        tell: Callable[[str], None] | None = None,
+    ) -> int:
+        """Get the device ready; see `protocol.PipelinedEncoder.warm_up`.
+
+        On a CPU there is nothing to get ready. On CUDA the tower is compiled if 0.13 of the
+        time that `n_images` are going to take is more than a minute.
+
+        Raises
+        ------
+        DeviceMemoryError
+            Not even one image fits.
+        """
+        self.check_poolings(poolings)
+        say = tell or (lambda word: None)
+        run = partial(self._run_black, poolings)
+        if self.device == "cuda":
+            say("Warming up")
+        size = self.preprocessing
+        chosen = batch_size or self._runner.choose_batch(run, size.height * size.width, n_images)
+        if self.device != "cuda":
+            return chosen
+        chosen, seconds = _time_fitting(run, chosen)
+        if COMPILING_SAVES * seconds * n_images / chosen > COMPILING_SECONDS:
+            say("Compiling")
+            self._compile(run, chosen)
+        return chosen
+
+    def reference(self) -> Encoder:
+        """Give the same tower in fp32 on the same device; itself where it is fp32 already.
+
+        Raises
+        ------
+        EncoderError
+            It cannot be loaded again.
+        """
+        if self.precision == "fp32":
+            return self
+        if self._reload is None:
+            raise EncoderError(
+                f"{self.source} runs in {self.precision} and cannot be loaded again in fp32. "
+                "Load it with --precision fp32."
+            )
+        return self._reload()
+
+    def check_poolings(self, poolings: Sequence[str]) -> None:
+        """Refuse poolings that are not on offer.
+
+        Raises
+        ------
+        EncoderError
+            Names those on offer.
+        """
+        unknown = [name for name in poolings if name not in self.dimensions]
+        if unknown or not poolings:
+            raise EncoderError(
+                f"pooling {', '.join(unknown) or '(none)'} is not offered by {self.source}. "
+                f"Choose from: {', '.join(self.dimensions)}."
+            )
+
+    @torch.inference_mode()
+    def _compute(self, pixels: torch.Tensor, poolings: Sequence[str]) -> dict[str, torch.Tensor]:
+        return pool(self.features(self._normalise(pixels)), poolings)
+
+    def _normalise(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Look grey levels up on the device: one uint8 channel travels instead of three floats."""
+        index = pixels.int()
+        if self._alike:
+            return self._levels[0][index][:, None].expand(-1, 3, -1, -1)
+        return torch.stack([level[index] for level in self._levels], dim=1)
+
+    def _run_black(self, poolings: Sequence[str], n_images: int) -> None:
+        size = self.preprocessing
+        black = np.zeros((n_images, size.height, size.width), np.uint8)
+        # Not encode: that a tower makes no finite row of black is to be said of real images.
+        self._runner.submit(partial(self._compute, poolings=tuple(poolings)), black)()
+
+    def _compile(self, run: Callable[[int], None], batch_size: int) -> None:
+        """Compile for batches of this size; stay as it is where torch cannot."""
+        self._compiled = (batch_size, torch.compile(self.model, dynamic=False))
+        try:
+            run(batch_size)
+        except Exception:  # the compiler's errors are of many kinds, and none of them matters
+            self._compiled = None
+
+    def _check(self, pixels: np.ndarray) -> None:
+        size = (self.preprocessing.height, self.preprocessing.width)
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[1:] != size:
+            raise EncoderError(
+                f"the encoder reads uint8 (n, {size[0]}, {size[1]}); this is {pixels.dtype} "
+                f"{pixels.shape}. Bring images to its size with `prepare`."
+            )
+
+
+def _time_fitting(run: Callable[[int], None], batch_size: int) -> tuple[int, float]:
+    """Give the first of batch_size, its half, … that fits, and the seconds of one batch."""
+    while True:
+        try:
+            run(batch_size)
+            start = time.monotonic()
+            run(batch_size)
+            return batch_size, time.monotonic() - start
+        except DeviceMemoryError:
+            if batch_size == 1:
+                raise
+            batch_size //= 2
+
+
+def _refuse_non_finite(pooling: str, rows: np.ndarray, precision: str) -> None:
+    finite = np.isfinite(rows.reshape(len(rows), -1)).all(axis=1)
+    if not finite.all():
+        first = int(np.flatnonzero(~finite)[0])
+        raise EncoderError(
+            f"{(~finite).sum()} of {len(rows)} {pooling} embeddings are not finite in {precision}, "
+            f"the first at position {first}. Try --precision fp32."
+        )

@@ -1,0 +1,21 @@
+"""Stage 1: the images of a manifest become rows of a cache, each content once.
+
+Names are looked up when they are first used, so that the decoder processes, which are modules of
+this package too, start without the cache's and the encoder's libraries.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from medembed.extraction.job import COMMIT_SECONDS, extract, spec_of
+    from medembed.extraction.report import ExtractionReport
+
+__all__ = ["COMMIT_SECONDS", "ExtractionReport", "extract", "spec_of"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from medembed.extraction import job
+
+    return getattr(job, name)

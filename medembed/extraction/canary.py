@@ -1,0 +1,265 @@
+"""The canary: a few images whose embeddings tell whether a run embeds as its cache's first did.
+
+When a cache is made, four packaged files go through decoding, resizing and the tower in fp32, and
+what comes out is kept in `cache.json`. Every run sends them through its own settings before it
+appends. Spec and fingerprint say what was asked for; the canary shows what libraries, precision
+and device made of it.
+"""
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medembed.cache.description import damaged
+from medembed.dataset.images import decode_image
+from medembed.encoders.preprocessing import Preprocessing, prepare
+from medembed.encoders.protocol import Encoder
+from medembed.errors import CacheError, SpecMismatchError
+
+__all__ = [
+    "CANARY_FILES",
+    "CANARY_VERSION",
+    "TOLERANCE",
+    "canary_pixels",
+    "check_canary",
+    "lay_canary",
+]
+
+CANARY_VERSION = 1
+"""Raise it whenever a byte of `CANARY_FILES` changes: caches hold what came of the old ones."""
+
+CANARY_FILES = ("bones.png", "haze.jpg", "rings.png", "checks.png")
+"""8-bit grey PNG, colour JPEG, 16-bit grey PNG, PNG with alpha; see `demo.canary_images`."""
+
+TOLERANCE = 0.02
+"""Largest distance from the stored embedding, in median distances between different canaries.
+
+Not a cosine: that of embeddings of quite different images reaches 0.997 in such towers.
+"""
+
+_ASSETS = Path(__file__).parent / "assets" / "canary"
+_DTYPE = "<f4"
+
+
+def canary_pixels(preprocessing: Preprocessing) -> np.ndarray:
+    """Decode the packaged images and bring them to the tower's size, as extraction does.
+
+    Returns
+    -------
+    ndarray
+        uint8 (4, height, width), in the order of `CANARY_FILES`.
+    """
+    images = [decode_image(data).pixels for data in _read_files().values()]
+    return np.stack([prepare(image, preprocessing) for image in images])
+
+
+def lay_canary(encoder: Encoder, poolings: Sequence[str]) -> dict[str, Any]:
+    """Embed the canaries one at a time, and give the JSON-able document that keeps the result.
+
+    Parameters
+    ----------
+    encoder : Encoder
+        In fp32, so that every precision is measured by the same.
+    poolings : sequence of str
+        All that the cache will hold.
+
+    Raises
+    ------
+    EncoderError
+        As `Encoder.encode`.
+    """
+    embeddings = _embed(encoder, poolings, batch_size=1)
+    files = _read_files()
+    document = {
+        "version": CANARY_VERSION,
+        "precision": encoder.precision,
+        "images": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
+        "embeddings": {name: _pack(values) for name, values in embeddings.items()},
+    }
+    return {**document, "sha256": _digest(document)}
+
+
+def check_canary(
+    document: Mapping[str, Any],
+    encoder: Encoder,
+    poolings: Sequence[str],
+    *,
+    batch_size: int,
+    there: Mapping[str, Any],
+    here: Mapping[str, Any],
+    cache_path: str | PathLike[str],
+) -> float:
+    """Refuse a run that embeds the canaries otherwise than they were embedded for the cache.
+
+    Parameters
+    ----------
+    document : mapping
+        What `lay_canary` gave when the cache was made.
+    encoder : Encoder
+        This run's.
+    batch_size : int
+        This run's; what the four images leave of a batch is black, as in extraction.
+    there, here : mapping
+        What the cache and this run record of themselves: `precision`, `device`, `versions`.
+    cache_path : path
+        For messages.
+
+    Returns
+    -------
+    float
+        The largest distance of an image from its stored embedding, over all poolings, in median
+        distances between different stored canaries; below `TOLERANCE`.
+
+    Raises
+    ------
+    SpecMismatchError
+        A distance is not below `TOLERANCE`; the message names the pooling, the image, and what
+        differs between the cache's first run and this one.
+    CacheError
+        The document is damaged, or other images were used for it than this medembed brings.
+    EncoderError
+        As `Encoder.encode`.
+    """
+    path = Path(cache_path)
+    stored = _unpack_all(document, poolings, path)
+    found = _embed(encoder, poolings, batch_size=batch_size)
+    strays = [_farthest(name, stored[name], found[name]) for name in poolings]
+    worst = max(strays, key=lambda stray: stray.distance)
+    if worst.distance < TOLERANCE:
+        return worst.distance
+    raise _refusal(worst, document, there, here, path)
+
+
+@dataclass(frozen=True)
+class _Stray:
+    """The image that came out farthest from its stored embedding under one pooling."""
+
+    distance: float
+    pooling: str
+    image: str
+
+
+def _read_files() -> dict[str, bytes]:
+    return {name: (_ASSETS / name).read_bytes() for name in CANARY_FILES}
+
+
+def _embed(encoder: Encoder, poolings: Sequence[str], *, batch_size: int) -> dict[str, np.ndarray]:
+    """Embed the canaries in full batches, filled up with black: float32 (4, …) per pooling."""
+    pixels = canary_pixels(encoder.preprocessing)
+    parts = []
+    for start in range(0, len(pixels), batch_size):
+        some = pixels[start : start + batch_size]
+        batch = np.zeros((batch_size, *pixels.shape[1:]), np.uint8)
+        batch[: len(some)] = some
+        rows = encoder.encode(batch, poolings)
+        parts.append({name: rows[name][: len(some)] for name in poolings})
+    return {name: np.concatenate([part[name] for part in parts]) for name in poolings}
+
+
+def _farthest(pooling: str, stored: np.ndarray, found: np.ndarray) -> _Stray:
+    """Measure Euclidean distances, over all values of an image's vector or cells."""
+    if found.shape != stored.shape:
+        return _Stray(np.inf, pooling, CANARY_FILES[0])
+    old, new = (values.reshape(len(values), -1).astype(np.float64) for values in (stored, found))
+    yardstick = np.median([np.linalg.norm(a - b) for a, b in combinations(old, 2)])
+    distances = np.linalg.norm(new - old, axis=1)
+    # NaN and infinities never pass; a tower that tells no image from another only if equal.
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = np.where(distances == 0, 0.0, distances / yardstick)
+    ratios = np.where(np.isfinite(ratios), ratios, np.inf)
+    place = int(ratios.argmax())
+    return _Stray(float(ratios[place]), pooling, CANARY_FILES[place])
+
+
+def _refusal(
+    stray: _Stray,
+    document: Mapping[str, Any],
+    there: Mapping[str, Any],
+    here: Mapping[str, Any],
+    path: Path,
+) -> SpecMismatchError:
+    precise, precision = document["precision"], here.get("precision")
+    causes = _differences(there, here)
+    way_out = "Choose another --cache"
+    if precision != precise:
+        causes.insert(0, f"precision ({precise} for its canary, {precision} here)")
+        way_out += f", or give --precision {precise}"
+    elif causes:
+        way_out += ", or compute as the cache's first run did"
+    else:
+        causes = ["none of library versions, precision and device, so the weights or the code"]
+    distance = f"{stray.distance:.3f}" if np.isfinite(stray.distance) else "infinitely"
+    return SpecMismatchError(
+        f"this run embeds otherwise than the cache at {path} was begun: of its canary images, "
+        f"{stray.image} comes out {distance} median distances between images away in pooling "
+        f"{stray.pooling} (limit {TOLERANCE}). What differs: {', '.join(causes)}. {way_out}."
+    )
+
+
+def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """Name the device and the libraries in which two runs differ, with both values."""
+    old, new = (
+        {"device": run.get("device"), **(run.get("versions") or {})} for run in (there, here)
+    )
+    return [
+        f"{name} ({old.get(name) or 'none'} there, {new.get(name) or 'none'} here)"
+        for name in dict.fromkeys([*old, *new])
+        if old.get(name) != new.get(name)
+    ]
+
+
+def _pack(values: np.ndarray) -> dict[str, Any]:
+    data = np.ascontiguousarray(values, _DTYPE).tobytes()
+    return {"shape": list(values.shape), "float32": base64.b64encode(data).decode("ascii")}
+
+
+def _unpack_all(
+    document: Mapping[str, Any], poolings: Sequence[str], path: Path
+) -> dict[str, np.ndarray]:
+    """Read every pooling's stored embeddings; refuse a damaged document and foreign images."""
+    try:
+        _refuse_other_images(document, path)
+        content = {key: value for key, value in document.items() if key != "sha256"}
+        if document["sha256"] != _digest(content):
+            raise damaged(path, "the numbers of its canary are not those that were written")
+        return {name: _unpack(document["embeddings"][name]) for name in poolings}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise damaged(path, "its canary cannot be read") from error
+
+
+def _unpack(packed: Mapping[str, Any]) -> np.ndarray:
+    data = base64.b64decode(packed["float32"], validate=True)
+    values = np.frombuffer(data, _DTYPE).reshape(packed["shape"])
+    if len(values) != len(CANARY_FILES) or not np.isfinite(values).all():
+        raise ValueError("not one finite embedding of each image")
+    return values
+
+
+def _refuse_other_images(document: Mapping[str, Any], path: Path) -> None:
+    if document["version"] != CANARY_VERSION:
+        raise CacheError(
+            f"cache at {path} has canary images of version {document['version']}; this medembed "
+            f"brings version {CANARY_VERSION}. Install the medembed that made it, or choose "
+            "another --cache."
+        )
+    here = {name: hashlib.sha256(data).hexdigest() for name, data in _read_files().items()}
+    other = [name for name, sha256 in here.items() if document["images"].get(name) != sha256]
+    if other:
+        raise CacheError(
+            f"cache at {path} was begun with another canary image {other[0]} than the one this "
+            "medembed brings. Install medembed again; if that does not help, choose another "
+            "--cache."
+        )
+
+
+def _digest(document: Mapping[str, Any]) -> str:
+    canonical = json.dumps(document, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()

@@ -1,0 +1,83 @@
+"""The process that reads, hashes, decodes and resizes: `python -m medembed.extraction.decoder`.
+
+It is handed one image per line on stdin as JSON, writes the pixels into a slot of a file that it
+shares with the process that started it, and answers one line per image on stdout. It ends when
+stdin does, so also when the other process is killed. A codec that crashes takes only this process
+along, and with it the name of the one image that it was working on.
+"""
+
+import json
+import math
+import mmap
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from medembed.dataset.reading import Reading, read_content
+from medembed.encoders.preprocessing import Preprocessing, prepare
+
+__all__ = ["READY", "describe", "main", "open_slots"]
+
+READY = "ready"
+
+
+def open_slots(handle: int, shape: Sequence[int]) -> np.ndarray:
+    """Map the shared file: uint8 (slots, height, width)."""
+    return np.frombuffer(mmap.mmap(handle, math.prod(shape)), np.uint8).reshape(shape)
+
+
+def main(arguments: str) -> None:
+    """Answer requests until there are no more.
+
+    Parameters
+    ----------
+    arguments : str
+        JSON: `handle` and `shape` of the shared file, `preprocessing` as a mapping.
+    """
+    given = json.loads(arguments)
+    slots = open_slots(given["handle"], given["shape"])
+    preprocessing = Preprocessing(**given["preprocessing"])
+    with _answers() as answers:
+        _send(answers, READY)
+        for line in sys.stdin:
+            slot, sha256, paths = json.loads(line)
+            transform = partial(prepare, preprocessing=preprocessing)
+            reading = read_content([Path(path) for path in paths], sha256, transform)
+            if reading.pixels is not None:
+                slots[slot] = reading.pixels
+            _send(answers, _without_pixels(reading))
+
+
+def _answers() -> IO[str]:
+    """Take stdout for the answers alone: what a codec prints goes to stderr."""
+    answers = os.fdopen(os.dup(1), "w", encoding="ascii")
+    os.dup2(2, 1)
+    return answers
+
+
+def _without_pixels(reading: Reading) -> dict[str, Any]:
+    # Not asdict of the whole: it would copy the pixels.
+    has_pixels = reading.pixels is not None
+    fields = {name: getattr(reading, name) for name in Reading.__dataclass_fields__}
+    return {**fields, "pixels": has_pixels}
+
+
+def _send(answers: IO[str], answer: Any) -> None:
+    answers.write(json.dumps(answer) + "\n")
+    answers.flush()
+
+
+def describe(handle: int, shape: Sequence[int], preprocessing: Preprocessing) -> str:
+    """Write what `main` is to be given."""
+    given = {"handle": handle, "shape": shape, "preprocessing": asdict(preprocessing)}
+    return json.dumps(given)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,242 @@
+"""Decoder processes ahead of the encoder: a fixed number of images, in shared memory, in order."""
+
+import json
+import math
+import os
+import queue
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import medembed
+from medembed.dataset.manifest import image_path
+from medembed.dataset.reading import Content, Reading
+from medembed.encoders.preprocessing import Preprocessing
+from medembed.errors import MedembedError
+from medembed.extraction.decoder import READY, describe, open_slots
+
+__all__ = ["Decoders"]
+
+SHARED_MEMORY = Path("/dev/shm")  # 64 MB in a container by default, so asked for its free space
+PATIENCE_SECONDS = 0.1  # between two signs that the next image is not there yet
+MAX_DEATHS = 8  # in a row, before the decoder is to blame and not the images
+
+
+class Decoders:
+    """Processes that turn files into prepared pixels, never more than `n_slots` ahead.
+
+    Processes, since Pillow holds the interpreter's lock between its steps, and because a codec
+    that crashes on a file then costs that file and not the run.
+
+    Parameters
+    ----------
+    n_processes : int
+        How many work at once.
+    preprocessing : Preprocessing
+        What `prepare` does to each image.
+    n_slots : int
+        How many images may be begun and not yet taken: it bounds memory.
+    """
+
+    def __init__(self, n_processes: int, preprocessing: Preprocessing, n_slots: int) -> None:
+        self.n_processes = n_processes
+        self._preprocessing = preprocessing
+        self._shape = (max(n_slots, n_processes), preprocessing.height, preprocessing.width)
+        self._idle: queue.SimpleQueue[_Decoder] = queue.SimpleQueue()
+        self._deaths = 0
+
+    def __enter__(self) -> "Decoders":
+        self._shared = _make_shared_file(math.prod(self._shape))
+        handle = self._shared.fileno()
+        self._slots = open_slots(handle, self._shape)
+        self._messages = tempfile.TemporaryFile()
+        arguments = describe(handle, self._shape, self._preprocessing)
+        self._all = [_Decoder(arguments, handle, self._messages) for _ in range(self.n_processes)]
+        for decoder in self._all:
+            self._idle.put(decoder)
+        self._pool = ThreadPoolExecutor(self.n_processes, "decoder")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for decoder in self._all:
+            decoder.stop()
+        self._pool.shutdown()
+        for decoder in self._all:
+            decoder.close()
+        self._messages.close()
+        self._shared.close()
+
+    def read(
+        self, contents: Sequence[Content], image_root: Path
+    ) -> Iterator[tuple[Content, Reading] | None]:
+        """Yield every content with its reading, in order; pixels are valid until the next one.
+
+        None is yielded now and then while the next one takes long, so that whoever waits can see
+        to something else.
+
+        Raises
+        ------
+        ManifestError
+            An image leads out of the root.
+        MedembedError
+            The decoder processes die, whatever the image.
+        """
+        waiting: deque[tuple[Content, Future[Reading]]] = deque()
+        remaining = iter(enumerate(contents))
+        while True:
+            for number, content in islice(remaining, self._shape[0] - len(waiting)):
+                paths = [str(image_path(image_root, image)) for image in content.images]
+                slot = number % self._shape[0]
+                future = self._pool.submit(self._read, slot, content.sha256, paths)
+                waiting.append((content, future))
+            if not waiting:
+                return
+            content, future = waiting[0]
+            while not wait([future], timeout=PATIENCE_SECONDS).done:
+                yield None
+            yield content, future.result()
+            waiting.popleft()  # only now may its slot be filled anew
+
+    def _read(self, slot: int, sha256: str, paths: list[str]) -> Reading:
+        decoder = self._idle.get()
+        try:
+            answer = decoder.ask([slot, sha256, paths])
+        finally:
+            self._idle.put(decoder)
+        if answer is None:
+            return self._blame(decoder)
+        self._deaths = 0
+        pixels = self._slots[slot] if answer.pop("pixels") else None
+        return Reading(**{**answer, "times": tuple(answer["times"]), "pixels": pixels})
+
+    def _blame(self, decoder: "_Decoder") -> Reading:
+        self._deaths += 1
+        if self._deaths >= MAX_DEATHS or not decoder.was_ready:
+            raise MedembedError(
+                f"decoder processes end on every image ({decoder.end}), so it is not the images. "
+                f"{self._last_message()}Rows before these are committed."
+            )
+        return Reading(stage="decode", reason=f"the decoder process died on it ({decoder.end})")
+
+    def _last_message(self) -> str:
+        self._messages.seek(0)
+        lines = self._messages.read().decode(errors="replace").split("\n")
+        last = next((line for line in reversed(lines) if line.strip()), "")
+        return f"The last one said: {last[:300]}. " if last else ""
+
+
+class _Decoder:
+    """One process, started when it is first asked and again after it died."""
+
+    def __init__(self, arguments: str, shared: int, messages: IO[bytes]) -> None:
+        self._arguments, self._shared, self._messages = arguments, shared, messages
+        self._process = self._start()
+        self.was_ready, self._stopped = False, False
+        self.end = ""
+
+    def ask(self, request: Any) -> dict[str, Any] | None:
+        """Give the answer, or None if the process died on the way."""
+        if self._process.poll() is not None and not self._stopped:
+            self._close()
+            self._process, self.was_ready = self._start(), False
+        try:
+            if not self.was_ready:
+                self.was_ready = self._receive() == READY
+            assert self._process.stdin
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+            answer: dict[str, Any] = self._receive()
+            return answer
+        except (OSError, ValueError):  # a broken pipe; the half or no line of a dead process
+            self.end = _describe_end(self._process)
+            return None
+
+    def stop(self) -> None:
+        """End the process: it ends with its stdin, or by force if it is busy."""
+        self._stopped = True
+        self._close(only_stdin=True)
+        try:
+            self._process.wait(timeout=0.5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def close(self) -> None:
+        """Close what is left of a process that has ended, once nobody waits for it."""
+        self._close()
+
+    def _receive(self) -> Any:
+        assert self._process.stdout
+        return json.loads(self._process.stdout.readline())
+
+    def _close(self, *, only_stdin: bool = False) -> None:
+        assert self._process.stdin
+        assert self._process.stdout
+        with suppress(OSError):  # what was written and not read
+            self._process.stdin.close()
+        if not only_stdin:
+            self._process.stdout.close()
+
+    def _start(self) -> "subprocess.Popen[str]":
+        # -P: nothing is imported from the working directory, unless the package itself is there.
+        path = [str(Path(medembed.__file__).parents[1]), *filter(None, sys.path)]
+        environment = {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", "medembed.extraction.decoder", self._arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._messages,
+            pass_fds=(self._shared,),
+            env={**os.environ, **environment},
+            encoding="ascii",
+            start_new_session=True,  # Ctrl-C is for the process that commits
+        )
+
+
+def _describe_end(process: "subprocess.Popen[str]") -> str:
+    try:
+        code = process.wait(timeout=5)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return "it answered rubbish"
+    if code >= 0:
+        return f"exit status {code}"
+    with suppress(ValueError):
+        return signal.Signals(-code).name
+    return f"signal {-code}"
+
+
+def _make_shared_file(n_bytes: int) -> IO[bytes]:
+    """Make a file without a name, so that it ends with its processes; in memory if it fits."""
+    directory = None
+    with suppress(OSError):
+        if shutil.disk_usage(SHARED_MEMORY).free > 2 * n_bytes:
+            directory = SHARED_MEMORY
+    file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115 - closed by whoever asked
+    try:
+        if hasattr(os, "posix_fallocate"):  # a disk that is full later on would be a bus error
+            os.posix_fallocate(file.fileno(), 0, n_bytes)
+        file.truncate(n_bytes)
+    except OSError as error:
+        file.close()
+        raise MedembedError(
+            f"no room for {n_bytes / 1e6:,.0f} MB of decoded images in {tempfile.gettempdir()}: "
+            f"{error.strerror or error}. Free some, set TMPDIR, or give a smaller --batch-size."
+        ) from error
+    return file

@@ -1,0 +1,326 @@
+"""Stage 1, the whole job: plan, get ready, prove the canary, embed what is missing, report."""
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from medembed.cache.description import is_free
+from medembed.cache.plan import Plan, make_plan
+from medembed.cache.spec import CacheSpec
+from medembed.cache.store import Cache, create_cache, open_cache
+from medembed.dataset.images import IMAGES_VERSION
+from medembed.dataset.manifest import Manifest, image_path
+from medembed.encoders.protocol import Encoder, PipelinedEncoder
+from medembed.errors import (
+    CacheError,
+    DeviceMemoryError,
+    EncoderError,
+    ManifestError,
+    PathNotFoundError,
+)
+from medembed.extraction.canary import check_canary, lay_canary
+from medembed.extraction.decoding import Decoders
+from medembed.extraction.pipeline import Pipeline, no_room
+from medembed.extraction.report import ExtractionReport, count_cores
+from medembed.extraction.timeline import Timeline
+from medembed.extraction.writing import WriterThread
+
+__all__ = ["COMMIT_SECONDS", "ExtractionReport", "extract", "spec_of"]
+
+COMMIT_SECONDS = 60.0  # what a crash may lose
+LIBRARIES = ("medembed", "numpy", "pillow", "torch", "transformers")
+PLAIN_BATCH = 32  # of an encoder that does not say what its device holds
+ROOM = 1.1  # of the rows' bytes, for chunks, headers and what else the disk is used for
+
+
+def extract(
+    manifest: Manifest,
+    image_root: str | os.PathLike[str],
+    encoder: Encoder,
+    cache_path: str | os.PathLike[str],
+    *,
+    poolings: Sequence[str] = ("mean", "max"),
+    dtype: str = "float16",
+    batch_size: int | None = None,
+    decoders: int | None = None,
+    retry_failed: bool = False,
+    dry_run: bool = False,
+    commit_seconds: float = COMMIT_SECONDS,
+    progress: Callable[[int, int], None] | None = None,
+    tell: Callable[[str], None] | None = None,
+    timeline: Timeline | None = None,
+) -> ExtractionReport:
+    """Embed the images of a manifest that the cache does not hold yet.
+
+    Processes read, hash, decode and resize ahead of the encoder, never more than a fixed number
+    of images, so memory stays flat.
+
+    Parameters
+    ----------
+    manifest : Manifest
+        Names the images and their SHA-256.
+    image_root : path
+        Directory that the manifest's image paths are relative to.
+    encoder : Encoder
+        What embeds them.
+    cache_path : path
+        Made if it is not there.
+    poolings : sequence of str
+        Which of the encoder's poolings to store.
+    dtype : {"float16", "float32"}
+        How to store them.
+    batch_size : int, optional
+        Images per call of the encoder; by default what its device holds.
+    decoders : int, optional
+        Processes that read and decode; by default one per core.
+    retry_failed : bool
+        Try images again that are known not to decode or embed. Those that could not be read
+        are always tried again.
+    dry_run : bool
+        Only say what there is to do; touches nothing.
+    commit_seconds : float
+        The oldest row waits no longer than this, or the running batch, for its commit.
+    progress : callable, optional
+        Called as progress(done, total) with distinct contents of this run.
+    tell : callable, optional
+        Called with a word or two when something else than embedding takes its time.
+    timeline : Timeline, optional
+        Told where the time goes.
+
+    Returns
+    -------
+    ExtractionReport
+
+    Raises
+    ------
+    PathNotFoundError
+        The image root, or every image below it, is missing.
+    ManifestError
+        The manifest holds no SHA-256s; or, after all other images were embedded and committed,
+        files whose bytes are not the manifest's.
+    EncoderError
+        A pooling is not on offer, or the encoder fails on a whole batch.
+    CacheError
+        The cache is of another spec, or this run embeds its canary images otherwise
+        (`SpecMismatchError`); it cannot be written, or a value does not fit its dtype.
+
+    Notes
+    -----
+    On any exception, Ctrl-C included, rows embedded so far are committed before it goes on.
+    """
+    start, root, timeline = time.monotonic(), Path(image_root), timeline or Timeline()
+    _check_request(manifest, root, encoder, poolings, batch_size, decoders)
+    spec, recorded = spec_of(encoder, poolings, dtype), _record(encoder)
+    plan = make_plan(
+        manifest, _open_if_there(cache_path, spec, recorded), retry_failed=retry_failed
+    )
+    if dry_run or not plan.pending:
+        return _report(plan, None, 0, None, start, timeline)
+    _refuse_empty_root(plan, root)
+    _refuse_full_disk(plan, spec, Path(cache_path))
+    n_decoders = min(decoders or count_cores(), len(plan.pending))
+    size = _warm_up(encoder, poolings, len(plan.pending), batch_size, tell)
+    if tell:
+        tell("Canary")
+    cache = _open_or_make(encoder, spec, recorded, cache_path)
+    size, distance = _prove(cache, encoder, recorded, size)
+    if tell:
+        tell("Embedding")
+    timeline.add("prepare", start, time.monotonic())
+    pipeline = Pipeline(encoder, poolings, size, len(plan.pending), timeline, progress)
+    # The decoders outside: Ctrl-C commits first and ends them afterwards.
+    with (
+        Decoders(n_decoders, encoder.preprocessing, 2 * size + n_decoders) as readers,
+        WriterThread(cache, commit_seconds, timeline) as writer,
+    ):
+        pipeline.run(readers.read(plan.pending, root), writer)
+    _refuse_other_bytes(pipeline)
+    return _report(plan, pipeline, n_decoders, distance, start, timeline)
+
+
+def spec_of(encoder: Encoder, poolings: Sequence[str], dtype: str = "float16") -> CacheSpec:
+    """Say what rows of this encoder share: the spec of their cache."""
+    return CacheSpec(
+        encoder=encoder.fingerprint,
+        preprocessing={
+            **encoder.preprocessing.as_dict(),
+            "images_version": IMAGES_VERSION,
+            "window": None,
+        },
+        poolings={name: tuple(encoder.dimensions[name]) for name in poolings},
+        dtype=dtype,
+    )
+
+
+def _warm_up(
+    encoder: Encoder,
+    poolings: Sequence[str],
+    n_images: int,
+    batch_size: int | None,
+    tell: Callable[[str], None] | None,
+) -> int:
+    if isinstance(encoder, PipelinedEncoder):
+        return encoder.warm_up(poolings, n_images=n_images, batch_size=batch_size, tell=tell)
+    return batch_size or PLAIN_BATCH
+
+
+def _open_or_make(
+    encoder: Encoder,
+    spec: CacheSpec,
+    recorded: dict[str, Any],
+    cache_path: str | os.PathLike[str],
+) -> Cache:
+    """Open the cache, or make it with the canary that every run is measured by."""
+    laid = None
+    if is_free(Path(cache_path)):
+        reference = encoder.reference() if isinstance(encoder, PipelinedEncoder) else encoder
+        laid = lay_canary(reference, list(spec.poolings))
+    return create_cache(cache_path, spec, recorded, laid)
+
+
+def _prove(
+    cache: Cache, encoder: Encoder, recorded: dict[str, Any], batch_size: int
+) -> tuple[int, float | None]:
+    """Check this run's canaries; give the batch size that fits the device, and their distance."""
+    if cache.canary is None:
+        return batch_size, None
+    while True:
+        try:
+            return batch_size, check_canary(
+                cache.canary,
+                encoder,
+                list(cache.spec.poolings),
+                batch_size=batch_size,
+                there=cache.recorded,
+                here=recorded,
+                cache_path=cache.path,
+            )
+        except DeviceMemoryError as error:
+            if batch_size == 1:
+                raise no_room(encoder, error) from error
+            batch_size //= 2
+
+
+def _check_request(
+    manifest: Manifest,
+    root: Path,
+    encoder: Encoder,
+    poolings: Sequence[str],
+    batch_size: int | None,
+    decoders: int | None,
+) -> None:
+    if not root.is_dir():
+        raise PathNotFoundError(f"image root {root} is not a directory: give --image-root DIR")
+    for name, number in (("batch_size", batch_size), ("decoders", decoders)):
+        if number is not None and number < 1:
+            raise ValueError(f"{name} is {number}; it must be at least 1")
+    n_empty = int((manifest.rows["sha256"] == "").sum())
+    if n_empty:
+        raise ManifestError(
+            f"{n_empty} manifest rows have no sha256, so their images cannot be told from others. "
+            "Build the manifest again without --structure-only."
+        )
+    for name in poolings:
+        if name not in encoder.dimensions:
+            offered = ", ".join(encoder.dimensions)
+            raise EncoderError(
+                f"encoder {encoder.source} has no pooling {name!r}; choose among {offered}"
+            )
+
+
+def _open_if_there(
+    path: str | os.PathLike[str], spec: CacheSpec, recorded: dict[str, Any]
+) -> Cache | None:
+    if is_free(Path(path)):
+        return None
+    cache = open_cache(path)
+    cache.require_spec(spec, recorded)
+    return cache
+
+
+def _refuse_empty_root(plan: Plan, root: Path) -> None:
+    images = [image for content in plan.pending for image in content.images]
+    if not any(image_path(root, image).is_file() for image in images):
+        raise PathNotFoundError(
+            f"none of the {len(images)} images to embed is below {root}, such as {images[0]}: "
+            "is it the --image-root that the manifest was built from?"
+        )
+
+
+def _refuse_full_disk(plan: Plan, spec: CacheSpec, path: Path) -> None:
+    needed = int(ROOM * spec.row_bytes() * len(plan.pending))
+    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise CacheError(
+            f"cache at {path} would grow by {needed / 1e6:,.1f} MB for {len(plan.pending):,} "
+            f"images, and its disk has {free / 1e6:,.1f} MB free. Free some, choose another "
+            "--cache, or store fewer poolings."
+        )
+
+
+def _refuse_other_bytes(pipeline: Pipeline) -> None:
+    others = pipeline.other_bytes
+    if not others:
+        return
+    problems = [
+        f"{content.images[0]}: sha256 {found}, the manifest says {content.sha256}"
+        for content, found in others
+    ]
+    also = [f"{content.images[0]}: {f.stage} failed: {f.reason}" for content, f in pipeline.failed]
+    raise ManifestError(
+        f"{len(others)} image(s) hold other bytes than the manifest says, and were not embedded"
+        f"{f', nor were {len(also)} that failed' if also else ''}; all others were, and are kept. "
+        "Restore these files, or build the manifest again:",
+        problems + also,
+    )
+
+
+def _report(
+    plan: Plan,
+    pipeline: Pipeline | None,
+    n_decoders: int,
+    distance: float | None,
+    start: float,
+    timeline: Timeline,
+) -> ExtractionReport:
+    failed = plan.known + (pipeline.failed if pipeline else [])
+    seconds = time.monotonic() - start
+    n_done = pipeline.n_embedded if pipeline else 0
+    stages = ("prepare", "read", "decode", "starve", "encode", "write")
+    return ExtractionReport(
+        requested=plan.n_rows,
+        already=plan.n_already,
+        embedded=n_done if pipeline else len(plan.pending),
+        failed=len(failed),
+        duplicates=plan.n_rows - plan.n_contents,
+        colour=pipeline.n_colour if pipeline else 0,
+        failures=[{"image": content.images[0], **asdict(f)} for content, f in failed],
+        seconds=seconds,
+        images_per_second=n_done / seconds if seconds > 0 else 0.0,
+        batch_size=pipeline.batch_size if pipeline else 0,
+        decoders=n_decoders if pipeline else 0,
+        stages={stage: round(timeline.seconds[stage], 6) for stage in stages},
+        canary=distance,
+    )
+
+
+def _record(encoder: Encoder) -> dict[str, Any]:
+    versions = {}
+    for library in LIBRARIES:
+        try:
+            versions[library] = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "source": encoder.source,
+        "revision": encoder.revision,
+        "precision": encoder.precision,
+        "device": encoder.device,
+        "versions": versions,
+    }

@@ -1,0 +1,269 @@
+"""Readings become rows: batches are gathered, handed to the encoder ahead of time, collected.
+
+The encoder sees batches of one fixed shape, filled up with black, so on a CPU in fp32 a row does
+not depend on its neighbours, and a resumed cache equals an uninterrupted one.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from medembed.cache.failures import Failure
+from medembed.dataset.reading import Content, Reading
+from medembed.encoders.protocol import Encoder, PipelinedEncoder
+from medembed.errors import DeviceMemoryError, EncoderError
+from medembed.extraction.timeline import Timeline
+from medembed.extraction.writing import WriterThread
+
+__all__ = ["MAX_SUSPECTS", "Pipeline", "no_room"]
+
+MAX_SUSPECTS = 8  # encoder failures in a row, before the encoder is to blame and not the images
+
+Rows = dict[str, np.ndarray]
+
+
+@dataclass
+class _Batch:
+    """Images that go through the encoder together: pixels are uint8 (k, height, width)."""
+
+    contents: list[Content] = field(default_factory=list)
+    colours: list[bool] = field(default_factory=list)
+    pixels: list[np.ndarray] = field(default_factory=list)
+    n_filled: int = 0  # how many images the encoder is handed, black ones included
+    collect: Callable[[], Rows] | None = None
+
+    def parts(self, size: int) -> Iterator["_Batch"]:
+        for start in range(0, len(self.contents), size):
+            part = slice(start, start + size)
+            yield _Batch(self.contents[part], self.colours[part], self.pixels[part])
+
+
+class Pipeline:
+    """Turn readings into rows of a writer, and count.
+
+    Parameters
+    ----------
+    encoder : Encoder
+        A `PipelinedEncoder` is handed batches ahead; any other runs in a thread, so that images
+        are gathered while it works.
+    poolings : sequence of str
+        What to keep.
+    batch_size : int
+        Images per batch; halved whenever the device's memory does not hold one.
+    n_total : int
+        Contents to come, for the progress.
+    timeline : Timeline
+        Told where the time goes.
+    progress : callable, optional
+        Called as progress(done, total).
+
+    Attributes
+    ----------
+    n_embedded, n_colour : int
+        Rows handed to the writer; how many of them were colour images.
+    failed : list of (Content, Failure)
+        What could not become a row.
+    other_bytes : list of (Content, str)
+        What holds other bytes than the manifest says, and the SHA-256 found.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        poolings: Sequence[str],
+        batch_size: int,
+        n_total: int,
+        timeline: Timeline,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self._encoder, self._poolings = encoder, tuple(poolings)
+        self._n_total, self._timeline, self._progress = n_total, timeline, progress
+        self._suspects: list[tuple[Content, EncoderError]] = []
+        self._in_flight: deque[_Batch] = deque()
+        self.batch_size = batch_size
+        self.n_embedded = self.n_colour = 0
+        self.failed: list[tuple[Content, Failure]] = []
+        self.other_bytes: list[tuple[Content, str]] = []
+
+    def run(self, pairs: Iterable[tuple[Content, Reading] | None], writer: WriterThread) -> None:
+        """Embed everything that comes; None stands for images that let themselves be waited for.
+
+        Raises
+        ------
+        EncoderError
+            The encoder fails on a whole row of images, or not even one fits its device.
+        CacheError
+            The writer failed.
+        """
+        with _Ahead(self._encoder) as self._device:
+            batch = _Batch()
+            for content, reading in self._waiting_for(pairs, writer):
+                if reading.pixels is None:
+                    self._set_aside(content, reading, writer)
+                    continue
+                batch.contents.append(content)
+                batch.colours.append(reading.colour)
+                batch.pixels.append(reading.pixels.copy())
+                if len(batch.contents) >= self.batch_size:
+                    self._send(batch, writer)
+                    batch = _Batch()
+            if batch.contents:
+                self._send(batch, writer)
+            while self._in_flight:
+                self._finish(self._in_flight.popleft(), writer)
+            self._blame_suspects(writer)
+
+    def _waiting_for(
+        self, pairs: Iterable[tuple[Content, Reading] | None], writer: WriterThread
+    ) -> Iterator[tuple[Content, Reading]]:
+        start = time.monotonic()
+        for pair in pairs:
+            self._timeline.add("starve", start, time.monotonic())
+            if pair is None:  # slow images must not hold back what is embedded
+                if self._in_flight:
+                    self._finish(self._in_flight.popleft(), writer)
+                start = time.monotonic()
+                continue
+            content, reading = pair
+            begun, read, done = reading.times
+            self._timeline.add("read", begun, read)
+            self._timeline.add("decode", read, done)
+            yield content, reading
+            start = time.monotonic()
+
+    def _set_aside(self, content: Content, reading: Reading, writer: WriterThread) -> None:
+        if reading.stage is None:
+            self.other_bytes.append((content, str(reading.other_sha256)))
+        else:
+            self._fail(content, reading.stage, reading.reason, writer)
+        self._tell()
+
+    def _send(self, batch: _Batch, writer: WriterThread) -> None:
+        while len(self._in_flight) >= self._device.in_flight:
+            self._finish(self._in_flight.popleft(), writer)
+        start = time.monotonic()
+        try:
+            batch.collect = self._submit(batch)
+        except EncoderError as error:
+            self._rescue(batch, error, writer)
+        else:
+            self._in_flight.append(batch)
+        self._timeline.add("encode", start, time.monotonic())
+
+    def _finish(self, batch: _Batch, writer: WriterThread) -> None:
+        assert batch.collect
+        start = time.monotonic()
+        try:
+            rows = self._checked(batch.collect(), len(batch.contents))
+        except EncoderError as error:
+            self._rescue(batch, error, writer)
+            return
+        finally:
+            self._timeline.add("encode", start, time.monotonic())
+        self._keep(batch, rows, writer)
+
+    def _rescue(self, batch: _Batch, error: EncoderError, writer: WriterThread) -> None:
+        """Embed what a failed batch holds in smaller batches, down to the image to blame."""
+        if isinstance(error, DeviceMemoryError):
+            self._take_less(batch, error)
+            size = self.batch_size
+        elif len(batch.contents) == 1:
+            self._suspect(batch.contents[0], error)
+            return
+        else:
+            size = 1
+        for part in batch.parts(size):
+            try:
+                rows = self._checked(self._submit(part)(), len(part.contents))
+            except EncoderError as again:
+                self._rescue(part, again, writer)
+            else:
+                self._keep(part, rows, writer)
+
+    def _take_less(self, batch: _Batch, error: DeviceMemoryError) -> None:
+        if batch.n_filled == 1:
+            raise no_room(self._encoder, error) from error
+        # Batches sent before the size was halved fail too, and must not halve it again.
+        self.batch_size = min(self.batch_size, batch.n_filled // 2)
+
+    def _submit(self, batch: _Batch) -> Callable[[], Rows]:
+        size = self._encoder.preprocessing
+        # Always full, so that every image goes through the same arithmetic.
+        batch.n_filled = max(self.batch_size, len(batch.pixels))
+        pixels = np.zeros((batch.n_filled, size.height, size.width), np.uint8)
+        for place, image in enumerate(batch.pixels):
+            pixels[place] = image
+        return self._device.submit(pixels, self._poolings)
+
+    def _checked(self, embeddings: Rows, n_rows: int) -> Rows:
+        rows = {name: embeddings[name][:n_rows] for name in self._poolings}
+        for name, values in rows.items():
+            if not np.isfinite(values).all():
+                raise EncoderError(f"pooling {name} holds NaN or infinite values")
+        return rows
+
+    def _keep(self, batch: _Batch, rows: Rows, writer: WriterThread) -> None:
+        writer.add([content.sha256 for content in batch.contents], rows)
+        self.n_embedded += len(batch.contents)
+        self.n_colour += sum(batch.colours)
+        self._blame_suspects(writer)
+        self._tell()
+
+    def _suspect(self, content: Content, error: EncoderError) -> None:
+        self._suspects.append((content, error))
+        if len(self._suspects) == MAX_SUSPECTS:
+            raise EncoderError(
+                f"encoder {self._encoder.source} failed on {MAX_SUSPECTS} images in a row, so it "
+                f"is not the images. Rows before these are committed. It said: {error}"
+            ) from error
+
+    def _blame_suspects(self, writer: WriterThread) -> None:
+        """Record images that failed alone: the encoder has worked since, or the run is over."""
+        for content, error in self._suspects:
+            self._fail(content, "encode", str(error), writer)
+        self._suspects = []
+        self._tell()
+
+    def _fail(self, content: Content, stage: str, reason: str, writer: WriterThread) -> None:
+        failure = Failure(content.sha256, stage, reason)
+        writer.add_failure(failure)
+        self.failed.append((content, failure))
+
+    def _tell(self) -> None:
+        if self._progress:
+            n_done = self.n_embedded + len(self.failed) + len(self.other_bytes)
+            self._progress(n_done, self._n_total)
+
+
+def no_room(encoder: Encoder, error: DeviceMemoryError) -> EncoderError:
+    """Say that the device cannot hold a single image."""
+    return EncoderError(
+        f"not even one image fits the memory of {encoder.device}: {error} Rows committed before "
+        "stay. Give --precision bf16 or another --device."
+    )
+
+
+class _Ahead:
+    """Give any encoder the `submit` of a pipelined one, by a thread where it has none."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+        self._thread: ThreadPoolExecutor | None = None
+        self.in_flight = encoder.in_flight if isinstance(encoder, PipelinedEncoder) else 2
+
+    def __enter__(self) -> "_Ahead":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._thread:
+            self._thread.shutdown(cancel_futures=True)
+
+    def submit(self, pixels: np.ndarray, poolings: Sequence[str]) -> Callable[[], Rows]:
+        if isinstance(self._encoder, PipelinedEncoder):
+            return self._encoder.submit(pixels, poolings)
+        self._thread = self._thread or ThreadPoolExecutor(1, "encoder")
+        return self._thread.submit(self._encoder.encode, pixels, poolings).result

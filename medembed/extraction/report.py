@@ -1,0 +1,92 @@
+"""What became of a manifest's rows, and where the time went."""
+
+import os
+from dataclasses import asdict, dataclass
+from typing import Any
+
+__all__ = ["ExtractionReport", "count_cores", "describe_times"]
+
+STARVING = 0.1  # share of the time in which the encoder waited for images, worth a word
+
+
+@dataclass(frozen=True)
+class ExtractionReport:
+    """Count what became of a manifest's rows.
+
+    Always requested = already + embedded + failed + duplicates.
+
+    Parameters
+    ----------
+    requested : int
+        Rows of the manifest.
+    already, embedded, failed : int
+        Distinct contents that were in the cache before, were added (in a dry run: would be
+        tried), could not become a row.
+    duplicates : int
+        Rows whose content another row has too.
+    colour : int
+        Embedded images whose colour was reduced to luminance.
+    failures : list of dict
+        `image`, `sha256`, `stage`, `reason` of each failed content, by its first image.
+    seconds : float
+        From start to end, without loading the encoder.
+    images_per_second : float
+        `embedded` by `seconds`.
+    batch_size, decoders : int
+        Images in a pass of the encoder, at the end; decoder processes. 0 where there was nothing
+        to do.
+    stages : dict of str to float
+        Seconds: `read` and `decode`, summed over the decoder processes; `starve`, in which the
+        encoder's side waited for images; `encode`, in which it waited for the encoder; `write`,
+        in which the writer was busy beside them; `prepare`, before the first image (warm-up and
+        canary).
+    canary : float or None
+        Largest distance of a canary image from its embedding in the cache, as a fraction of the
+        median distance between canaries; None where nothing was embedded, or the cache has none.
+    """
+
+    requested: int
+    already: int
+    embedded: int
+    failed: int
+    duplicates: int
+    colour: int
+    failures: list[dict[str, str]]
+    seconds: float
+    images_per_second: float
+    batch_size: int
+    decoders: int
+    stages: dict[str, float]
+    canary: float | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the counts as JSON-able values."""
+        return asdict(self)
+
+
+def describe_times(report: ExtractionReport) -> str:
+    """Say in one line where the time went, and what would shorten it."""
+    stages, n_decoders = report.stages, report.decoders
+    shares = (
+        f"read {stages['read']:.1f} s and decode {stages['decode']:.1f} s in {n_decoders} "
+        f"processes, waited {stages['starve']:.1f} s for images, encode {stages['encode']:.1f} s, "
+        f"write {stages['write']:.1f} s beside it"
+    )
+    return f"{shares}. {_advise(stages, n_decoders, count_cores())}"
+
+
+def count_cores() -> int:
+    """Count the cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def _advise(stages: dict[str, float], n_decoders: int, n_cores: int) -> str:
+    total = stages["starve"] + stages["encode"]
+    if stages["starve"] <= STARVING * total:
+        return "The encoder sets the pace."
+    if stages["read"] > stages["decode"]:
+        return f"The disk sets the pace: --decoders {2 * n_decoders} reads more files at once."
+    if n_decoders < n_cores:
+        return f"Decoding sets the pace: --decoders {n_cores} uses every core."
+    return f"Decoding sets the pace, on all {n_cores} cores: more would help."

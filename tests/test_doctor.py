@@ -1,0 +1,123 @@
+"""The doctor: one line for each thing that an extraction will need, with what to do."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import namedtuple
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from hub_server import Hub, serving
+from made_checkpoints import sharded
+
+from medembed import doctor
+from medembed.cli import main
+
+REF = "google/medgemma"
+USAGE = namedtuple("USAGE", "total used free")
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with serving(Hub()) as hub:
+        yield hub
+
+
+def by_name(checks: list[doctor.Check]) -> dict[str, doctor.Check]:
+    return {check.name: check for check in checks}
+
+
+def ask(hub_address: str, home: Path, *options: str, **environment: str) -> dict[str, doctor.Check]:
+    """Run the command as a user would, against a hub: it reads its address at import."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    kept |= {"HF_ENDPOINT": hub_address, "HF_HOME": str(home), "no_proxy": "127.0.0.1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "medembed", "doctor", *options, "--json"],
+        env={**kept, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=home.parent,
+    )
+    checks = [doctor.Check(**check) for check in json.loads(done.stdout)["checks"]]
+    assert done.returncode == (0 if all(check.ok for check in checks) else 1)
+    assert all(bool(check.remedy) != check.ok for check in checks)
+    return by_name(checks)
+
+
+def test_the_demo_encoder_will_do_here() -> None:
+    checks = by_name(doctor.examine("demo"))
+    assert all(check.ok for check in checks.values())
+    assert "on this machine" in checks["encoder"].detail
+    assert "40,005 images (MURA's)" in checks["disk (cache)"].detail
+    assert checks["precision"].detail.startswith(("fp32", "bf16"))
+
+
+def test_without_an_encoder_only_the_machine_is_looked_at() -> None:
+    names = set(by_name(doctor.examine()))
+    assert names == {"python", "libraries", "device", "precision", "token", "disk (cache)"}
+
+
+def test_an_open_repository_is_described_without_fetching_its_weights(
+    hub: Hub, tmp_path: Path
+) -> None:
+    hub.put(REF, sharded())
+    checks = ask(hub.address, tmp_path / "home", "--encoder", REF)
+    assert checks["encoder"].ok
+    assert "to be fetched" in checks["encoder"].detail
+    assert checks["disk (hub)"].ok
+    assert checks["token"].ok
+    assert hub.sent < sum(map(len, hub.repos[REF]["b" * 40].values())) / 2
+
+
+def test_a_gate_is_told_with_the_way_through_it(hub: Hub, tmp_path: Path) -> None:
+    hub.put(REF, sharded())
+    hub.tokens[REF] = "Bearer hf_right"
+    refused = ask(hub.address, tmp_path / "home", "--encoder", REF)
+    assert not refused["encoder"].ok
+    assert not refused["token"].ok
+    assert "accept its terms" in refused["encoder"].remedy
+    assert "HF_TOKEN" in refused["token"].remedy
+    opened = ask(hub.address, tmp_path / "home", "--encoder", REF, HF_TOKEN="hf_right")
+    assert opened["encoder"].ok
+    assert opened["token"].detail == "set"
+
+
+def test_no_connection_is_told(tmp_path: Path) -> None:
+    checks = ask("http://127.0.0.1:9", tmp_path / "home", "--encoder", REF)
+    assert not checks["encoder"].ok
+    assert "cannot be reached" in checks["encoder"].remedy
+
+
+def test_too_little_memory_and_disk_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _path: USAGE(100, 90, 10))
+    monkeypatch.setattr(doctor, "_free_memory", lambda _device: 1_000)
+    checks = by_name(doctor.examine("demo"))
+    assert not checks["memory"].ok
+    assert not checks["disk (cache)"].ok
+    assert "--cache" in checks["disk (cache)"].remedy
+
+
+def test_memory_is_that_of_the_tower_its_reference_and_one_image() -> None:
+    vision = {"image_size": 896, "patch_size": 14, "hidden_size": 1152, "intermediate_size": 4304}
+    config = {"model_type": "gemma3", "dtype": "bfloat16", "vision_config": vision}
+    found = doctor.RemoteCheckpoint("google/medgemma-4b-pt", None, False, 833_700_000, config)
+    one_image = 4096 * (4304 + 8 * 1152) * 4
+    assert doctor._needed_bytes(found, "bf16") == 416_850_000 * (2 + 4) + one_image
+    assert doctor._needed_bytes(found, "fp32") == 416_850_000 * 4 + one_image
+    assert doctor._columns(config, "grid4") == 16 * 1152
+
+
+def test_lines_fit_a_terminal_and_failures_say_what_to_do() -> None:
+    checks = [doctor.Check("token", True, "set"), doctor.Check("disk", False, "full", "Free some.")]
+    assert list(doctor.lines(checks)) == [
+        "ok  token  set",
+        "NO  disk   full",
+        "           -> Free some.",
+    ]
+    done = CliRunner().invoke(main, ["doctor"])
+    assert done.exit_code == 0
+    assert done.stdout.startswith("ok  python")
