@@ -1,5 +1,26 @@
-"""`python -m medembed` is the `medembed` command."""
+"""The `medembed` command as a process of its own; also `python -m medembed`."""
+
+import os
+import sys
 
 from medembed.cli import main
+from medembed.console import INTERRUPTED
 
-main()
+__all__ = ["run"]
+
+
+def run() -> None:
+    """Run the command; after Ctrl-C end at once, without waiting for what still computes."""
+    try:
+        main()
+    except SystemExit as end:
+        if end.code != INTERRUPTED:
+            raise
+        # All that was to be kept is on disk. A batch in a lane would take up to minutes to end.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(INTERRUPTED)
+
+
+if __name__ == "__main__":
+    run()

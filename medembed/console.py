@@ -11,7 +11,7 @@ import click
 
 from medembed.errors import MedembedError
 
-__all__ = ["Commands", "Progress", "print_json", "say", "showing_progress"]
+__all__ = ["INTERRUPTED", "Commands", "Progress", "print_json", "say", "showing_progress"]
 
 INTERRUPTED = 130  # what a shell reports of a process that Ctrl-C ended: 128 + SIGINT
 LINE_EVERY_SECONDS = 10.0  # between plain progress lines where stderr is no terminal

@@ -328,6 +328,28 @@ def test_the_card_says_what_is_there(cache: Cache) -> None:
     assert card["bytes"] == sum(path.stat().st_size for path in paths)
     assert card["spec"] == make_spec().as_dict()
     assert card["recorded"]["source"] == "google/medgemma-4b-pt"
+    assert card["canary"] is False
+
+
+def test_a_cache_keeps_the_canary_of_the_run_that_made_it(tmp_path: Path) -> None:
+    canary = {"version": 1, "embeddings": {"mean": [0.5]}}
+    made = create_cache(tmp_path / "cache", make_spec(), RECORDED, canary)
+    again = create_cache(made.path, make_spec(), RECORDED, {"version": 2})
+    assert made.canary == again.canary == open_cache(made.path).canary == canary
+    assert again.card()["canary"] is True
+
+
+def test_a_cache_of_yesterday_has_no_canary_and_opens_as_before(cache: Cache) -> None:
+    assert "canary" not in json.loads((cache.path / "cache.json").read_bytes())
+    assert open_cache(cache.path).canary is None
+
+
+@pytest.mark.parametrize("canary", [None, [], "?", 1])
+def test_a_canary_that_is_no_document_is_damage(cache: Cache, canary: object) -> None:
+    document = json.loads((cache.path / "cache.json").read_bytes())
+    (cache.path / "cache.json").write_text(json.dumps(document | {"canary": canary}))
+    with pytest.raises(CacheError, match=r"cache\.json is damaged: its canary cannot be read"):
+        open_cache(cache.path)
 
 
 def test_a_writer_commits_when_rows_are_old_or_many(

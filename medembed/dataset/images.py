@@ -26,6 +26,7 @@ from medembed.dataset.integrity import (
     PngFacts,
     check_jpeg,
     check_png,
+    check_png_rows,
     padded_jpeg,
 )
 from medembed.errors import ImageError
@@ -129,6 +130,8 @@ def _decode(name: str, data: bytes) -> Radiograph:
     image = _READERS[name][1](io.BytesIO(data))
     _check_header(name, image)
     image.load()
+    if facts is not None and not _reaches_the_last_row(image, facts):
+        check_png_rows(data, facts)
     if end is not None:
         _check_scan_is_whole(image, data, end)
     upright = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1)) if name != "TIFF" else None
@@ -167,6 +170,16 @@ def _check_tiff(image: TiffImagePlugin.TiffImageFile) -> None:
     planes = tags.get(_SAMPLES, 1) if tags.get(_PLANAR, 1) == 2 and len(boxes) > 1 else 1
     if covered < planes * image.size[0] * image.size[1]:
         raise ImageError("the TIFF's strips do not cover the image: it is truncated or damaged")
+
+
+def _reaches_the_last_row(image: ImageFile.ImageFile, facts: PngFacts) -> bool:
+    """Whether the last row shows that it was in the file; Pillow leaves black what was not.
+
+    Spares most files a second inflation, a third of their decoding time.
+    """
+    width, height = image.size
+    last_row = image.crop((0, height - 1, width, height)).tobytes()
+    return not facts.interlaced and any(last_row)
 
 
 def _check_scan_is_whole(image: ImageFile.ImageFile, data: bytes, end: int) -> None:

@@ -12,7 +12,14 @@ from dataclasses import dataclass
 
 from medembed.errors import ImageError
 
-__all__ = ["PNG_SIGNATURE", "PngFacts", "check_jpeg", "check_png", "padded_jpeg"]
+__all__ = [
+    "PNG_SIGNATURE",
+    "PngFacts",
+    "check_jpeg",
+    "check_png",
+    "check_png_rows",
+    "padded_jpeg",
+]
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # PNG colour type -> samples per pixel
@@ -39,15 +46,21 @@ class PngFacts:
         0 grey, 2 RGB, 3 palette, 4 grey with alpha, 6 RGB with alpha.
     colour_key : tuple of int or None
         The sample values that mean "transparent" (tRNS of colour types 0 and 2).
+    interlaced : bool
+        Whether rows come in seven passes.
+    n_bytes : int
+        What its image data inflate to.
     """
 
     bits: int
     colour_type: int
     colour_key: tuple[int, ...] | None
+    interlaced: bool
+    n_bytes: int
 
 
 def check_png(data: bytes, max_pixels: int) -> PngFacts:
-    """Check every chunk's checksum and that the image data are all there.
+    """Check every chunk and its checksum; not yet that the image data reach the last row.
 
     Bytes after IEND are tolerated.
 
@@ -58,22 +71,34 @@ def check_png(data: bytes, max_pixels: int) -> PngFacts:
     """
     header: tuple[int, ...] | None = None
     key: bytes | None = None
-    inflated = _Inflated()
     for kind, body in _png_chunks(data):
         if kind == b"IHDR" and header is None:
             header = _png_header(body, max_pixels)
-        elif kind == b"IDAT":
-            inflated.feed(body)
         elif kind == b"acTL" and len(body) == 8 and struct.unpack(">I", body[:4])[0] > 1:
             raise ImageError("the PNG is animated; only still images are read")
         elif kind == b"tRNS":
             key = body
     if header is None:
         raise ImageError("the PNG has no header chunk")
-    if inflated.count < _png_length(*header):
+    _, _, bits, colour_type, interlace = header
+    colour_key = _colour_key(key, bits, colour_type)
+    return PngFacts(bits, colour_type, colour_key, bool(interlace), _png_length(*header))
+
+
+def check_png_rows(data: bytes, facts: PngFacts) -> None:
+    """Check that the image data of a PNG are all there, by inflating them.
+
+    Raises
+    ------
+    ImageError
+        They end early, or are damaged.
+    """
+    inflated = _Inflated()
+    for kind, body in _png_chunks(data):
+        if kind == b"IDAT":
+            inflated.feed(body)
+    if inflated.count < facts.n_bytes:
         raise ImageError("the PNG's image data end before its last row: the file is truncated")
-    _, _, bits, colour_type, _ = header
-    return PngFacts(bits, colour_type, _colour_key(key, bits, colour_type))
 
 
 def check_jpeg(data: bytes) -> int:

@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 MEGA = 896 * 896  # pixels of the largest tower's input
 MAX_PIXELS = {"cpu": MEGA, "other": 8 * MEGA, "cuda": 64 * MEGA}
-MAX_BATCH = {"cpu": 32, "other": 8, "cuda": 512}
+MAX_BATCH = {"cpu": 8, "other": 8, "cuda": 512}
 MEMORY_SHARE = 0.8  # of the free memory; the rest is for fragments, and for others
 # torch raises MemoryError or RuntimeError, by allocator; these are their words.
 _NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate")
@@ -81,7 +81,7 @@ class Lanes:
         return self._pool.submit(_run_guarded, work, torch.from_numpy(np.array(pixels))).result
 
     def choose_batch(self, run: Callable[[int], object], n_pixels: int, n_images: int) -> int:
-        """Give 1 image of 896 × 896, or up to 32 that are no larger together.
+        """Give 1 image of 896 × 896, or up to 8 that are no larger together.
 
         A batch is what a crash loses, and each lane holds one. The number of images does not
         enter: a resumed run must make batches of the same size to give the same bits.

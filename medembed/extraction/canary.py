@@ -196,11 +196,13 @@ def _refusal(
         way_out += ", or compute as the cache's first run did"
     else:
         causes = ["none of library versions, precision and device, so the weights or the code"]
-    distance = f"{stray.distance:.3f}" if np.isfinite(stray.distance) else "infinitely"
+    far = "infinitely far"
+    if np.isfinite(stray.distance):
+        far = f"{stray.distance:.3f} median distances between images"
     return SpecMismatchError(
-        f"this run embeds otherwise than the cache at {path} was begun: of its canary images, "
-        f"{stray.image} comes out {distance} median distances between images away in pooling "
-        f"{stray.pooling} (limit {TOLERANCE}). What differs: {', '.join(causes)}. {way_out}."
+        f"this run embeds otherwise than the first run of the cache at {path}: of its canary "
+        f"images, {stray.image} comes out {far} away in pooling {stray.pooling} (the limit is "
+        f"{TOLERANCE}). What differs: {', '.join(causes)}. {way_out}."
     )
 
 

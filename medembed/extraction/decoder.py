@@ -1,8 +1,9 @@
 """The process that reads, hashes, decodes and resizes: `python -m medembed.extraction.decoder`.
 
-It is handed one image per line on stdin as JSON, writes the pixels into a slot of a file that it
-shares with the process that started it, and answers one line per image on stdout. It ends when
-stdin does, so also when the other process is killed. A codec that crashes takes only this process
+It is told the size of what it shares with the process that started it in the first line on stdin,
+then handed one image per line, all as JSON. It writes the pixels into a slot of the shared file and
+answers one line per image on stdout. It ends when stdin does, so also when the other process is
+killed. A codec that crashes takes only this process
 along, and with it the name of the one image that it was working on.
 """
 
@@ -38,13 +39,16 @@ def main(arguments: str) -> None:
     Parameters
     ----------
     arguments : str
-        JSON: `handle` and `shape` of the shared file, `preprocessing` as a mapping.
+        JSON: `handle` of the shared file, `preprocessing` as a mapping.
     """
     given = json.loads(arguments)
-    slots = open_slots(given["handle"], given["shape"])
     preprocessing = Preprocessing(**given["preprocessing"])
     with _answers() as answers:
         _send(answers, READY)
+        shape = sys.stdin.readline()
+        if not shape:
+            return
+        slots = open_slots(given["handle"], json.loads(shape))
         for line in sys.stdin:
             slot, sha256, paths = json.loads(line)
             transform = partial(prepare, preprocessing=preprocessing)
@@ -73,10 +77,9 @@ def _send(answers: IO[str], answer: Any) -> None:
     answers.flush()
 
 
-def describe(handle: int, shape: Sequence[int], preprocessing: Preprocessing) -> str:
+def describe(handle: int, preprocessing: Preprocessing) -> str:
     """Write what `main` is to be given."""
-    given = {"handle": handle, "shape": shape, "preprocessing": asdict(preprocessing)}
-    return json.dumps(given)
+    return json.dumps({"handle": handle, "preprocessing": asdict(preprocessing)})
 
 
 if __name__ == "__main__":

@@ -27,14 +27,23 @@ from medembed.extraction.decoder import READY, describe, open_slots
 
 __all__ = ["Decoders"]
 
-SHARED_MEMORY = Path("/dev/shm")  # 64 MB in a container by default, so asked for its free space
+SHARED_MEMORY = Path("/dev/shm")
+ENOUGH_SHARED_BYTES = 2**29  # a container has 64 MB by default; then a file on disk has to do
+# Memory of one image is kept for the next instead of going back to the system, whose fresh pages
+# cost a sixth of the decoding time. glibc's and Pillow's settings; others pass over them.
+QUICK_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**28),
+    "MALLOC_TRIM_THRESHOLD_": str(2**28),
+    "PILLOW_BLOCKS_MAX": "64",
+}
 PATIENCE_SECONDS = 0.1  # between two signs that the next image is not there yet
 MAX_DEATHS = 8  # in a row, before the decoder is to blame and not the images
 
 
 class Decoders:
-    """Processes that turn files into prepared pixels, never more than `n_slots` ahead.
+    """Processes that turn files into prepared pixels, a fixed number of images ahead.
 
+    They start when the `with` block is entered, so that they are there when the encoder is.
     Processes, since Pillow holds the interpreter's lock between its steps, and because a codec
     that crashes on a file then costs that file and not the run.
 
@@ -44,23 +53,19 @@ class Decoders:
         How many work at once.
     preprocessing : Preprocessing
         What `prepare` does to each image.
-    n_slots : int
-        How many images may be begun and not yet taken: it bounds memory.
     """
 
-    def __init__(self, n_processes: int, preprocessing: Preprocessing, n_slots: int) -> None:
+    def __init__(self, n_processes: int, preprocessing: Preprocessing) -> None:
         self.n_processes = n_processes
         self._preprocessing = preprocessing
-        self._shape = (max(n_slots, n_processes), preprocessing.height, preprocessing.width)
         self._idle: queue.SimpleQueue[_Decoder] = queue.SimpleQueue()
         self._deaths = 0
 
     def __enter__(self) -> "Decoders":
-        self._shared = _make_shared_file(math.prod(self._shape))
+        self._shared = _make_shared_file()
         handle = self._shared.fileno()
-        self._slots = open_slots(handle, self._shape)
         self._messages = tempfile.TemporaryFile()
-        arguments = describe(handle, self._shape, self._preprocessing)
+        arguments = describe(handle, self._preprocessing)
         self._all = [_Decoder(arguments, handle, self._messages) for _ in range(self.n_processes)]
         for decoder in self._all:
             self._idle.put(decoder)
@@ -83,26 +88,37 @@ class Decoders:
         self._shared.close()
 
     def read(
-        self, contents: Sequence[Content], image_root: Path
+        self, contents: Sequence[Content], image_root: Path, n_slots: int
     ) -> Iterator[tuple[Content, Reading] | None]:
         """Yield every content with its reading, in order; pixels are valid until the next one.
 
         None is yielded now and then while the next one takes long, so that whoever waits can see
-        to something else.
+        to something else. To be called once.
+
+        Parameters
+        ----------
+        n_slots : int
+            How many images may be begun and not yet taken: it bounds memory.
 
         Raises
         ------
         ManifestError
             An image leads out of the root.
         MedembedError
-            The decoder processes die, whatever the image.
+            The decoder processes die, whatever the image, or there is no room for the slots.
         """
+        shape = (
+            max(n_slots, self.n_processes),
+            self._preprocessing.height,
+            self._preprocessing.width,
+        )
+        self._share(shape)
         waiting: deque[tuple[Content, Future[Reading]]] = deque()
         remaining = iter(enumerate(contents))
         while True:
-            for number, content in islice(remaining, self._shape[0] - len(waiting)):
+            for number, content in islice(remaining, shape[0] - len(waiting)):
                 paths = [str(image_path(image_root, image)) for image in content.images]
-                slot = number % self._shape[0]
+                slot = number % shape[0]
                 future = self._pool.submit(self._read, slot, content.sha256, paths)
                 waiting.append((content, future))
             if not waiting:
@@ -112,6 +128,12 @@ class Decoders:
                 yield None
             yield content, future.result()
             waiting.popleft()  # only now may its slot be filled anew
+
+    def _share(self, shape: tuple[int, int, int]) -> None:
+        _make_room(self._shared, math.prod(shape))
+        self._slots = open_slots(self._shared.fileno(), shape)
+        for decoder in self._all:
+            decoder.shape = shape
 
     def _read(self, slot: int, sha256: str, paths: list[str]) -> Reading:
         decoder = self._idle.get()
@@ -148,6 +170,7 @@ class _Decoder:
         self._arguments, self._shared, self._messages = arguments, shared, messages
         self._process = self._start()
         self.was_ready, self._stopped = False, False
+        self.shape: tuple[int, int, int] | None = None  # of what is shared, once it is known
         self.end = ""
 
     def ask(self, request: Any) -> dict[str, Any] | None:
@@ -158,9 +181,8 @@ class _Decoder:
         try:
             if not self.was_ready:
                 self.was_ready = self._receive() == READY
-            assert self._process.stdin
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
+                self._send(self.shape)
+            self._send(request)
             answer: dict[str, Any] = self._receive()
             return answer
         except (OSError, ValueError):  # a broken pipe; the half or no line of a dead process
@@ -181,6 +203,11 @@ class _Decoder:
         """Close what is left of a process that has ended, once nobody waits for it."""
         self._close()
 
+    def _send(self, message: Any) -> None:
+        assert self._process.stdin
+        self._process.stdin.write(json.dumps(message) + "\n")
+        self._process.stdin.flush()
+
     def _receive(self) -> Any:
         assert self._process.stdout
         return json.loads(self._process.stdout.readline())
@@ -196,7 +223,7 @@ class _Decoder:
     def _start(self) -> "subprocess.Popen[str]":
         # -P: nothing is imported from the working directory, unless the package itself is there.
         path = [str(Path(medembed.__file__).parents[1]), *filter(None, sys.path)]
-        environment = {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
+        environment = {**QUICK_MEMORY, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
         return subprocess.Popen(
             [sys.executable, "-P", "-m", "medembed.extraction.decoder", self._arguments],
             stdin=subprocess.PIPE,
@@ -222,21 +249,24 @@ def _describe_end(process: "subprocess.Popen[str]") -> str:
     return f"signal {-code}"
 
 
-def _make_shared_file(n_bytes: int) -> IO[bytes]:
-    """Make a file without a name, so that it ends with its processes; in memory if it fits."""
+def _make_shared_file() -> IO[bytes]:
+    """Make a file without a name, so that it ends with its processes; in memory where it can."""
     directory = None
     with suppress(OSError):
-        if shutil.disk_usage(SHARED_MEMORY).free > 2 * n_bytes:
+        if shutil.disk_usage(SHARED_MEMORY).free > ENOUGH_SHARED_BYTES:
             directory = SHARED_MEMORY
-    file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115 - closed by whoever asked
+    return tempfile.TemporaryFile(dir=directory)
+
+
+def _make_room(file: IO[bytes], n_bytes: int) -> None:
+    """Bring the shared file to its size, all of it reserved: a lack later is a bus error."""
     try:
-        if hasattr(os, "posix_fallocate"):  # a disk that is full later on would be a bus error
+        if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, n_bytes)
         file.truncate(n_bytes)
     except OSError as error:
-        file.close()
         raise MedembedError(
-            f"no room for {n_bytes / 1e6:,.0f} MB of decoded images in {tempfile.gettempdir()}: "
-            f"{error.strerror or error}. Free some, set TMPDIR, or give a smaller --batch-size."
+            f"no room for {n_bytes / 1e6:,.0f} MB of decoded images in shared memory: "
+            f"{error.strerror or error}. Give a smaller --batch-size, or set "
+            "TMPDIR to a larger disk."
         ) from error
-    return file

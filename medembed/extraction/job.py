@@ -124,21 +124,17 @@ def extract(
     _refuse_empty_root(plan, root)
     _refuse_full_disk(plan, spec, Path(cache_path))
     n_decoders = min(decoders or count_cores(), len(plan.pending))
-    size = _warm_up(encoder, poolings, len(plan.pending), batch_size, tell)
-    if tell:
-        tell("Canary")
-    cache = _open_or_make(encoder, spec, recorded, cache_path)
-    size, distance = _prove(cache, encoder, recorded, size)
-    if tell:
-        tell("Embedding")
-    timeline.add("prepare", start, time.monotonic())
-    pipeline = Pipeline(encoder, poolings, size, len(plan.pending), timeline, progress)
-    # The decoders outside: Ctrl-C commits first and ends them afterwards.
-    with (
-        Decoders(n_decoders, encoder.preprocessing, 2 * size + n_decoders) as readers,
-        WriterThread(cache, commit_seconds, timeline) as writer,
-    ):
-        pipeline.run(readers.read(plan.pending, root), writer)
+    # The decoders outermost: Ctrl-C commits first and ends them afterwards.
+    with Decoders(n_decoders, encoder.preprocessing) as readers:
+        size = _warm_up(encoder, poolings, len(plan.pending), batch_size, tell)
+        _say(tell, "Canary")
+        cache = _open_or_make(encoder, spec, recorded, cache_path)
+        size, distance = _prove(cache, encoder, recorded, size)
+        _say(tell, "Embedding")
+        timeline.add("prepare", start, time.monotonic())
+        pipeline = Pipeline(encoder, poolings, size, len(plan.pending), timeline, progress)
+        with WriterThread(cache, commit_seconds, timeline) as writer:
+            pipeline.run(readers.read(plan.pending, root, 2 * size + n_decoders), writer)
     _refuse_other_bytes(pipeline)
     return _report(plan, pipeline, n_decoders, distance, start, timeline)
 
@@ -155,6 +151,11 @@ def spec_of(encoder: Encoder, poolings: Sequence[str], dtype: str = "float16") -
         poolings={name: tuple(encoder.dimensions[name]) for name in poolings},
         dtype=dtype,
     )
+
+
+def _say(tell: Callable[[str], None] | None, words: str) -> None:
+    if tell:
+        tell(words)
 
 
 def _warm_up(
