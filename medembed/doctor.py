@@ -109,7 +109,9 @@ def _count_images(manifest: str | os.PathLike[str] | None) -> int | None:
         return None
     from medembed.dataset.manifest import read_manifest
 
-    return int(read_manifest(Path(manifest)).rows["sha256"].nunique())
+    digests = read_manifest(Path(manifest)).rows["sha256"]
+    known = digests[digests != ""]  # a manifest of --structure-only has none: each row counts
+    return int(known.nunique()) + len(digests) - len(known)
 
 
 def _ask(ref: str | os.PathLike[str] | None) -> tuple[RemoteCheckpoint | None, Check | None]:

@@ -5,7 +5,7 @@ import copy
 import io
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -179,7 +179,7 @@ def test_the_images_are_what_their_formulas_draw() -> None:
 
 
 def test_the_images_are_of_four_kinds_small_and_never_of_a_towers_size() -> None:
-    images = [Image.open(ASSETS / name) for name in CANARY_FILES]
+    images = [Image.open(io.BytesIO((ASSETS / name).read_bytes())) for name in CANARY_FILES]
     kinds = [(image.format, image.mode) for image in images]
     assert kinds == [("PNG", "L"), ("JPEG", "RGB"), ("PNG", "I;16"), ("PNG", "RGBA")]
     assert sum((ASSETS / name).stat().st_size for name in CANARY_FILES) < 150_000
@@ -215,7 +215,7 @@ class GreyEncoder:
         self.seen.append(pixels)
         grey = gray_mean(pixels)
         dark = canary_pixels(self.preprocessing)[2]
-        grey += self.moved * (pixels == dark).all(axis=(1, 2))
+        grey[(pixels == dark).all(axis=(1, 2))] += self.moved
         return {name: grey[:, None].astype(np.float32) for name in poolings}
 
 
@@ -242,6 +242,19 @@ def test_canaries_are_laid_one_by_one_and_checked_in_full_batches() -> None:
     np.testing.assert_array_equal(
         np.concatenate(encoder.seen)[:4], canary_pixels(encoder.preprocessing)
     )
+
+
+def test_the_worst_pooling_decides() -> None:
+    class Two(GreyEncoder):
+        def encode(self, pixels: np.ndarray, poolings: Sequence[str]) -> dict[str, np.ndarray]:
+            steady = GreyEncoder().encode(pixels, ["mean"])
+            return {**super().encode(pixels, ["max"]), **steady}
+
+    document = lay_canary(Two(), ["mean", "max"])
+    near = check(document, Two(moved=0.1), poolings=("mean", "max"))
+    assert near == check(document, Two(moved=0.1), poolings=("max",)) > 0
+    with pytest.raises(SpecMismatchError, match="in pooling max "):
+        check(document, Two(moved=99.0), poolings=("mean", "max"))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -352,10 +365,10 @@ def test_other_canary_images_are_told_from_another_embedding(
 
 
 @pytest.fixture
-def made(tmp_path: Path) -> Iterator[Path]:
+def made(tmp_path: Path) -> Path:
     spec = CacheSpec("ab" * 32, {"size": [8, 12]}, {"mean": (1,)}, "float32")
     document = lay_canary(GreyEncoder(), ["mean"])
-    yield create_cache(tmp_path / "cache", spec, HERE, document).path
+    return create_cache(tmp_path / "cache", spec, HERE, document).path
 
 
 def test_a_canary_lives_in_its_cache(made: Path) -> None:

@@ -8,6 +8,7 @@ from collections import namedtuple
 from collections.abc import Iterator
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from click.testing import CliRunner
 from hub_server import Hub, serving
@@ -15,6 +16,7 @@ from made_checkpoints import sharded
 
 from medembed import doctor
 from medembed.cli import main
+from medembed.dataset.manifest import Manifest, write_manifest
 
 REF = "google/medgemma"
 USAGE = namedtuple("USAGE", "total used free")
@@ -90,6 +92,26 @@ def test_no_connection_is_told(tmp_path: Path) -> None:
     checks = ask("http://127.0.0.1:9", tmp_path / "home", "--encoder", REF)
     assert not checks["encoder"].ok
     assert "cannot be reached" in checks["encoder"].remedy
+
+
+@pytest.mark.parametrize(("digests", "n"), [(["a", "b", "a"], 2), (["", "", ""], 3)])
+def test_the_disk_is_measured_for_the_distinct_images_of_a_manifest(
+    digests: list[str], n: int, tmp_path: Path
+) -> None:
+    rows = pd.DataFrame(
+        {
+            "image": [f"{i}.png" for i in range(3)],
+            "sha256": [digest * 64 for digest in digests],
+            "patient": "p",
+            "study": "s",
+            "region": "hand",
+            "label": pd.array([0] * 3, dtype="Int8"),
+            "split": "train",
+        }
+    )
+    write_manifest(Manifest(rows, "study"), tmp_path / "m.csv")
+    checks = by_name(doctor.examine("demo", manifest=tmp_path / "m.csv", cache=tmp_path / "cache"))
+    assert f"mean,max of {n} images" in checks["disk (cache)"].detail
 
 
 def test_too_little_memory_and_disk_are_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ it is, the less of it bfloat16's rounding takes.
 import argparse
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,7 +77,7 @@ def checks() -> Image.Image:
     return Image.fromarray(image)
 
 
-IMAGES: Mapping[str, tuple[Callable[[], Image.Image], Mapping[str, object]]] = {
+IMAGES: Mapping[str, tuple[Callable[[], Image.Image], Mapping[str, Any]]] = {
     "bones.png": (bones, {"optimize": True}),
     "haze.jpg": (haze, {"quality": 90, "optimize": True}),
     "rings.png": (rings, {"optimize": True}),
