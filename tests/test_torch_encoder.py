@@ -215,7 +215,7 @@ def test_a_rows_bits_do_not_depend_on_the_number_of_cores(three_threads: None) -
 
 
 @pytest.mark.parametrize(
-    ("side", "size"), [(896, 1), (448, 4), (224, 16), (128, 32), (32, 32), (1000, 1)]
+    ("side", "size"), [(896, 1), (448, 4), (224, 8), (128, 8), (32, 8), (1000, 1)]
 )
 def test_a_cpus_batch_is_small_and_the_same_for_any_number_of_images(side: int, size: int) -> None:
     """A resumed run must make the batches that an uninterrupted one makes."""
@@ -227,7 +227,7 @@ def test_a_cpus_batch_is_small_and_the_same_for_any_number_of_images(side: int, 
 
 def test_warming_up_a_cpu_computes_nothing() -> None:
     encoder = make(model=torch.nn.Identity())  # would fail
-    assert encoder.warm_up(["mean"], n_images=100, tell=never) == 32
+    assert encoder.warm_up(["mean"], n_images=100, tell=never) == 8
     assert encoder.warm_up(["mean"], n_images=100, batch_size=7) == 7
     with pytest.raises(EncoderError, match="median"):
         encoder.warm_up(["median"], n_images=1)
