@@ -285,10 +285,10 @@ def test_a_shard_that_changes_under_its_revision_is_an_error_and_nothing_is_kept
     came = itertools.count()
 
     def change(request: Request) -> None:
-        if is_piece(request) and next(came) == 2:
+        if is_piece(request) and next(came) == 2:  # its own answer is of the new file already
             hub.put(REF, sharded(other))
 
-    hub.before_body = change
+    hub.status_for = change
     message = error_of(hub, home)
     assert f"of {REF} changed at the hub under commit {NEW[:12]} while it was fetched" in message
     assert left_over(home) == []
