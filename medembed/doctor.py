@@ -11,13 +11,13 @@ from typing import Any
 
 from medembed.encoders.hub import RemoteCheckpoint, describe_remote, has_token
 from medembed.errors import MedembedError
+from medembed.machine import count_cores, free_bytes
 
 __all__ = ["Check", "examine", "lines"]
 
 PYTHON = (3, 11)
 MURA_IMAGES = 40_005  # 36,808 of train and 3,197 of valid
 MEDGEMMA_COLUMNS = 1152
-KEY_BYTES = 32
 BYTES = {"fp32": 4, "bf16": 2}
 STORED_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -73,9 +73,14 @@ def examine(
     ------
     ManifestError, PathNotFoundError
         The manifest cannot be read.
+    EncoderError
+        No encoder has such a pooling.
+    CacheError
+        The dtype is unknown.
     """
-    from medembed.encoders.loading import choose_device, choose_precision
+    from medembed.encoders.loading import choose_device, choose_precision, refuse_unknown
 
+    refuse_unknown(poolings)
     n_images = _count_images(manifest)
     device = choose_device("auto")
     precision = choose_precision("auto", device)
@@ -179,7 +184,7 @@ def _check_device(device: str) -> Check:
             f"cpu, though there is an NVIDIA driver: torch {torch.__version__} does not see it",
             "Install a build of torch for CUDA, such as `make setup TORCH=torch==2.13.0`.",
         )
-    cores = os.cpu_count()
+    cores = count_cores()
     return Check(
         "device", True, f"cpu, {cores} cores: fine for heads and small encoders, slow here"
     )
@@ -252,7 +257,7 @@ def _check_fetch(found: RemoteCheckpoint) -> Iterator[Check]:
         return
     from huggingface_hub import constants
 
-    free = _free_disk(Path(constants.HF_HUB_CACHE))
+    free = free_bytes(Path(constants.HF_HUB_CACHE))
     ok = free > found.tower_bytes
     detail = f"{_shown(free)} free in the hub's cache for {_shown(found.tower_bytes)} to fetch"
     yield Check(
@@ -267,8 +272,12 @@ def _check_cache_disk(
     poolings: Sequence[str],
     dtype: str,
 ) -> Check:
-    per_row = KEY_BYTES + STORED_BYTES[dtype] * sum(_columns(config, name) for name in poolings)
-    needed, free = per_row * (n_images or MURA_IMAGES), _free_disk(path)
+    from medembed.cache.spec import CacheSpec
+    from medembed.extraction.job import ROOM
+
+    rows = CacheSpec("", {}, {name: (_columns(config, name),) for name in poolings}, dtype)
+    needed = int(ROOM * rows.row_bytes() * (n_images or MURA_IMAGES))  # as extract will ask for
+    free = free_bytes(path)
     count = f"{n_images:,} images" if n_images is not None else f"{MURA_IMAGES:,} images (MURA's)"
     detail = (
         f"{_shown(free)} free for the cache, {_shown(needed)} for {','.join(poolings)} of {count}"
@@ -285,11 +294,6 @@ def _columns(config: Mapping[str, Any], pooling: str) -> int:
         width = config["hidden_sizes"][-1]
     columns = width if type(width) is int else MEDGEMMA_COLUMNS
     return 16 * columns if pooling == "grid4" else columns
-
-
-def _free_disk(path: Path) -> int:
-    there = next(p for p in (path, *path.absolute().parents) if p.exists())
-    return shutil.disk_usage(there).free
 
 
 def _shown(n_bytes: int) -> str:

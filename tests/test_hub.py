@@ -1,5 +1,6 @@
 """What a reference to the hub resolves to, what is fetched for it, and what refusals say."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -181,3 +182,53 @@ def test_a_reference_is_judged_before_torch_has_loaded() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def extract_with(hub_address: str, home: Path, ref: str, **environment: str) -> str:
+    """Run `medembed extract` as a user would; give what it says. It must begin nothing."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    kept |= {"HF_ENDPOINT": hub_address, "HF_HOME": str(home), "no_proxy": "127.0.0.1"}
+    demo = home.parent / "one"
+    demo.mkdir()
+    head = "image,sha256,patient,study,region,label,split,label_level\n"
+    (demo / "m.csv").write_text(f"{head}a.png,{'0' * 64},p,s,hand,0,train,study\n")
+    command = ["extract", "m.csv", "--image-root", ".", "--encoder", ref, "--cache", "cache"]
+    done = subprocess.run(
+        [sys.executable, "-m", "medembed", *command],
+        env={**kept, **environment},
+        cwd=demo,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert not done.stdout
+    assert not (demo / "cache").exists()
+    return done.stderr
+
+
+@pytest.mark.parametrize(
+    ("refusal", "revision", "said"),
+    [
+        ((401, ""), "", "the token in HF_TOKEN is wrong"),
+        ((403, "GatedRepo"), "", "is gated: accept its terms"),
+        (None, "@v9", "has no revision v9"),
+        ((404, "RepoNotFound"), "", "Check the name"),
+    ],
+)
+def test_extract_says_in_one_line_why_it_cannot_begin(
+    hub: Hub, tmp_path: Path, refusal: tuple[int, str] | None, revision: str, said: str
+) -> None:
+    hub.put("google/some", single())
+    if refusal:
+        hub.refusals["google/some"] = refusal
+    told = extract_with(hub.address, tmp_path / "home", f"google/some{revision}", HF_TOKEN="hf_x")
+    assert told.startswith("Error: ")
+    assert told.count("\n") == 1
+    assert said in told
+
+
+def test_extract_says_in_one_line_that_there_is_no_network(tmp_path: Path) -> None:
+    told = extract_with("http://127.0.0.1:9", tmp_path / "home", "google/some")
+    assert told.startswith("Error: http://127.0.0.1:9 cannot be reached")
+    assert told.count("\n") == 1

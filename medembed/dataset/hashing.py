@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from medembed.errors import ManifestError, PathNotFoundError
+from medembed.machine import count_cores
 
 __all__ = ["hash_files", "hash_or_explain"]
 
@@ -58,7 +59,7 @@ def hash_or_explain(
     """Hash as `hash_files` does, but give the error in place of the hash of an unreadable file."""
     batches = [paths[i : i + N_FILES_PER_TASK] for i in range(0, len(paths), N_FILES_PER_TASK)]
     outcomes: list[str | OSError] = []
-    with ThreadPoolExecutor(jobs or _usable_cpus()) as executor:
+    with ThreadPoolExecutor(jobs or count_cores()) as executor:
         try:
             for batch in executor.map(_hash_batch, batches):
                 outcomes.extend(batch)
@@ -82,8 +83,3 @@ def _hash_one(path: str | Path) -> str | OSError:
             return hashlib.sha256(file.read()).hexdigest()
     except OSError as error:
         return error
-
-
-def _usable_cpus() -> int:
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
-    return len(affinity(0)) if affinity else os.cpu_count() or 1

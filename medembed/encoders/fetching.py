@@ -7,7 +7,6 @@ of that part alone, beside the other files of its snapshot and stored as the hub
 
 import hashlib
 import os
-import shutil
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -38,6 +37,7 @@ from medembed.encoders.weights import (
 )
 from medembed.errors import EncoderError
 from medembed.files import sync_directory
+from medembed.machine import free_bytes
 
 __all__ = ["fetch_part", "remote_tensors"]
 
@@ -226,7 +226,7 @@ def _fill(plan: _Plan, path: Path, words: str, progress: Progress | None) -> Non
     digest = hashlib.sha256(plan.header + repr(plan.spans).encode()).hexdigest()
     identity = {"tags": tags, "plan": digest}
     needed = len(plan.header) + sum(length for _, length in pieces) - _allocated(path)
-    free = shutil.disk_usage(path.parent).free
+    free = free_bytes(path)
     if needed > free:
         raise explain_no_space(words, repo, needed=needed, free=free)
     partial = PartialFile(path, plan.header, pieces, identity)
@@ -317,7 +317,7 @@ def _publish(partial: Path, pointer: Path) -> None:
         try:
             pointer.symlink_to(os.path.relpath(blob, pointer.parent))
             target = blob
-        except (OSError, NotImplementedError):
+        except (OSError, NotImplementedError):  # no links here: a plain file, as the hub does
             pointer.unlink(missing_ok=True)
     partial.replace(target)
     sync_directory(target.parent)

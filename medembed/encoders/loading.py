@@ -13,7 +13,15 @@ from medembed.errors import EncoderError
 if TYPE_CHECKING:
     from medembed.encoders.torch_encoder import TorchEncoder
 
-__all__ = ["DEVICES", "POOLINGS", "PRECISIONS", "choose_device", "choose_precision", "load_encoder"]
+__all__ = [
+    "DEVICES",
+    "POOLINGS",
+    "PRECISIONS",
+    "choose_device",
+    "choose_precision",
+    "load_encoder",
+    "refuse_unknown",
+]
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -51,7 +59,7 @@ def load_encoder(
     EncoderError
         The reference, checkpoint, device or a pooling will not do.
     """
-    _refuse_unknown(poolings)
+    refuse_unknown(poolings)
     projector = "projector" in poolings
     checkpoint = resolve_checkpoint(ref, projector=projector, progress=progress)
     preprocessing = read_preprocessing(checkpoint.path, fit)
@@ -84,8 +92,14 @@ def load_encoder(
     return encoder
 
 
-def _refuse_unknown(poolings: Sequence[str]) -> None:
-    """Refuse what no encoder offers, before weights are fetched."""
+def refuse_unknown(poolings: Sequence[str]) -> None:
+    """Refuse poolings that no encoder offers, before anything is fetched.
+
+    Raises
+    ------
+    EncoderError
+        Names those there are.
+    """
     unknown = [name for name in poolings if name not in POOLINGS]
     if unknown:
         raise EncoderError(

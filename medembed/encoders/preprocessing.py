@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from medembed.encoders.weights import checkpoint_name
 from medembed.errors import EncoderError
 
 __all__ = [
@@ -183,17 +184,22 @@ def _read_config(directory: Path) -> tuple[Path, Mapping[str, Any]]:
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise EncoderError(f"{name} of {directory.name} cannot be read: {error}") from error
+            raise EncoderError(
+                f"{name} of {checkpoint_name(directory)} cannot be read: {error}"
+            ) from error
         if isinstance(config, dict) and isinstance(config.get("image_processor"), dict):
             config = config["image_processor"]
         if isinstance(config, dict) and "size" in config:
             return path, config
         if name == PROCESSOR_FILES[0]:
-            raise EncoderError(f"{name} of {directory.name} holds no image size.")
+            raise EncoderError(
+                f"{name} of {checkpoint_name(directory)} holds no image size. "
+                "Copy the file from the original."
+            )
     raise EncoderError(
-        f"{directory.name} holds neither {PROCESSOR_FILES[0]} nor a {PROCESSOR_FILES[1]} with an "
-        "image_processor: the size and scaling that its tower expects are unknown. Copy the file "
-        "from the original checkpoint."
+        f"{checkpoint_name(directory)} holds neither {PROCESSOR_FILES[0]} nor a "
+        f"{PROCESSOR_FILES[1]} with an image_processor: the size and scaling that its tower "
+        "expects are unknown. Copy the file from the original checkpoint."
     )
 
 
@@ -211,7 +217,9 @@ def _read_size(path: Path, config: Mapping[str, Any]) -> tuple[int, int]:
     if config.get("do_center_crop", kind in _CROPPING):
         size = config.get("crop_size")
         if size is None:
-            raise EncoderError(f"{path.name} asks for do_center_crop and gives no crop_size.")
+            raise EncoderError(
+                f"{path.name} asks for do_center_crop and gives no crop_size. Add it."
+            )
     elif isinstance(size, dict) and (kind == "ConvNextImageProcessor" or "crop_pct" in config):
         size = size.get("shortest_edge", size)  # this class cuts a square of this size out
     if isinstance(size, int):

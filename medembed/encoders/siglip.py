@@ -15,7 +15,7 @@ from medembed.encoders.poolings import Features, token_poolings
 from medembed.encoders.preprocessing import Preprocessing
 from medembed.encoders.tensors import Digest, read_part
 from medembed.encoders.torch_encoder import DTYPES, TorchEncoder
-from medembed.encoders.weights import SIGLIP_TYPES, canonical_name, read_json
+from medembed.encoders.weights import SIGLIP_TYPES, canonical_name, checkpoint_name, read_json
 from medembed.errors import EncoderError
 
 __all__ = ["MODEL_TYPES", "SiglipEncoder", "load_siglip"]
@@ -195,18 +195,22 @@ def _read_architecture(directory: Path) -> Any:
     if isinstance(config, dict) and config.get("model_type") != "siglip_vision_model":
         vision = config.get("vision_config")
     if not isinstance(vision, dict):
-        raise EncoderError(f"config.json of {directory.name} describes no vision tower.")
+        raise EncoderError(
+            f"config.json of {checkpoint_name(directory)} describes no vision tower."
+        )
     kind = vision.get("model_type", "siglip_vision_model")
     if kind != "siglip_vision_model":
-        raise EncoderError(f"{directory.name} has a vision tower of type {kind}, not SigLIP's.")
+        raise EncoderError(
+            f"{checkpoint_name(directory)} has a vision tower of type {kind}, not SigLIP's."
+        )
     known = {key: vision[key] for key in _ARCHITECTURE if key in vision}
     try:
         built = SiglipVisionConfig(**known, attn_implementation="sdpa")
     except Exception as error:  # its validation raises its own errors, by transformers' version
         reason = " ".join(str(error).split())
-        message = f"config.json of {directory.name} is not a SigLIP tower's: {reason}"
+        message = f"config.json of {checkpoint_name(directory)} is not a SigLIP tower's: {reason}"
         raise EncoderError(message) from error
-    _check_architecture(built, directory.name)
+    _check_architecture(built, checkpoint_name(directory))
     return built
 
 

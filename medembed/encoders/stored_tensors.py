@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from medembed.encoders.weights import checkpoint_name
 from medembed.errors import EncoderError
 
 __all__ = [
@@ -120,7 +121,7 @@ def read_header(path: Path) -> list[StoredTensor]:
     EncoderError
         The file cannot be read or is not a whole safetensors file.
     """
-    what = f"{path.name} of {path.parent.name}"
+    what = f"{path.name} of {checkpoint_name(path.parent)}"
     try:
         size = path.stat().st_size
         with path.open("rb") as file:

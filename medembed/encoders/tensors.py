@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from medembed.encoders.weights import Part, match_tensors, weight_files
+from medembed.encoders.weights import Part, checkpoint_name, match_tensors, weight_files
 from medembed.errors import EncoderError
 
 __all__ = ["Digest", "open_tensors", "read_part", "read_tensor"]
@@ -100,7 +100,8 @@ def open_tensors(stack: ExitStack, path: Path) -> Any:
         return stack.enter_context(safe_open(path, framework="pt", device="cpu"))
     except (SafetensorError, OSError) as error:
         raise EncoderError(
-            f"{path.name} of {path.parent.name} is not a whole safetensors file: {error}"
+            f"{path.name} of {checkpoint_name(path.parent)} is not a whole safetensors file: "
+            f"{error}"
         ) from error
 
 

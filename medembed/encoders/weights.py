@@ -18,6 +18,7 @@ __all__ = [
     "Part",
     "canonical_name",
     "canonical_projector_name",
+    "checkpoint_name",
     "match_tensors",
     "part_shards",
     "read_json",
@@ -84,6 +85,20 @@ PART_NAMES: dict[Part, Callable[[str], str | None]] = {
 }
 
 
+def checkpoint_name(directory: Path) -> str:
+    """Name a checkpoint's directory to a user: its own name, or the repository it is of.
+
+    Examples
+    --------
+    >>> checkpoint_name(Path("hub/models--google--medgemma-4b-pt/snapshots/0123abc"))
+    'google/medgemma-4b-pt'
+    """
+    storage = directory.parent.parent.name
+    if directory.parent.name == "snapshots" and storage.startswith("models--"):
+        return storage.removeprefix("models--").replace("--", "/")
+    return directory.name
+
+
 def part_shards(weight_map: Mapping[str, str], part: Part = "tower") -> list[str]:
     """List, sorted, the files of an index that hold some of a part's tensors."""
     belongs = PART_NAMES[part]
@@ -115,10 +130,13 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        message = f"{path.parent.name} holds no {path.name}: it is not a checkpoint directory."
-        raise EncoderError(message) from error
+        raise EncoderError(
+            f"{checkpoint_name(path.parent)} holds no {path.name}: it is not a checkpoint "
+            "directory."
+        ) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise EncoderError(f"{path.name} of {path.parent.name} cannot be read: {error}") from error
+        name = checkpoint_name(path.parent)
+        raise EncoderError(f"{path.name} of {name} cannot be read: {error}") from error
 
 
 def weight_files(directory: Path, part: Part = "tower") -> list[Path]:
@@ -147,16 +165,18 @@ def weight_files(directory: Path, part: Part = "tower") -> list[Path]:
         return [fetched]
     if whole is None:
         raise EncoderError(
-            f"{directory.name} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}. Weights in other "
-            "formats are not read; convert them to safetensors."
+            f"{checkpoint_name(directory)} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}. "
+            "Weights in other formats are not read; convert them to safetensors."
         )
-    shards = part_shards(weight_map_of(read_json(directory / INDEX_FILE), directory.name), part)
+    shards = part_shards(
+        weight_map_of(read_json(directory / INDEX_FILE), checkpoint_name(directory)), part
+    )
     missing = [shard for shard in shards if not (directory / shard).is_file()]
     if missing:
         held = {"tower": "the vision tower", "projector": "the projector", "whole": "the model"}
         raise EncoderError(
-            f"{directory.name} lacks {missing[0]}, one of {len(missing)} missing files that "
-            f"hold {held[part]}. Complete the checkpoint."
+            f"{checkpoint_name(directory)} lacks {missing[0]}, one of {len(missing)} missing "
+            f"files that hold {held[part]}. Complete the checkpoint."
         )
     return []
 
@@ -172,7 +192,7 @@ def whole_files(directory: Path, part: Part) -> list[Path] | None:
         The index is no index.
     """
     if (directory / INDEX_FILE).is_file():
-        weight_map = weight_map_of(read_json(directory / INDEX_FILE), directory.name)
+        weight_map = weight_map_of(read_json(directory / INDEX_FILE), checkpoint_name(directory))
         paths = [directory / shard for shard in part_shards(weight_map, part)]
         return paths if all(path.is_file() for path in paths) else []
     if (directory / WEIGHTS_FILE).is_file():
@@ -188,8 +208,9 @@ def _check_blob(path: Path) -> None:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != blob.name:
         raise EncoderError(
-            f"{path.name} of {path.parent.name} was damaged after it was fetched: its SHA-256 is "
-            f"{digest[:12]}…, not {blob.name[:12]}…. Delete {path} and {blob}, and run again."
+            f"{path.name} of {checkpoint_name(path.parent)} was damaged after it was fetched: "
+            f"its SHA-256 is {digest[:12]}…, not {blob.name[:12]}…. "
+            f"Delete {path} and {blob}, and run again."
         )
 
 

@@ -164,7 +164,7 @@ class Decoders:
 
 
 class _Decoder:
-    """One process, started when it is first asked and again after it died."""
+    """One process, started at once, and again when it is asked after it died."""
 
     def __init__(self, arguments: str, shared: int, messages: IO[bytes]) -> None:
         self._arguments, self._shared, self._messages = arguments, shared, messages
@@ -176,7 +176,7 @@ class _Decoder:
     def ask(self, request: Any) -> dict[str, Any] | None:
         """Give the answer, or None if the process died on the way."""
         if self._process.poll() is not None and not self._stopped:
-            self._close()
+            self.close()
             self._process, self.was_ready = self._start(), False
         try:
             if not self.was_ready:
@@ -192,7 +192,7 @@ class _Decoder:
     def stop(self) -> None:
         """End the process: it ends with its stdin, or by force if it is busy."""
         self._stopped = True
-        self._close(only_stdin=True)
+        self._close_stdin()
         try:
             self._process.wait(timeout=0.5)
         except subprocess.TimeoutExpired:
@@ -201,7 +201,9 @@ class _Decoder:
 
     def close(self) -> None:
         """Close what is left of a process that has ended, once nobody waits for it."""
-        self._close()
+        self._close_stdin()
+        assert self._process.stdout
+        self._process.stdout.close()
 
     def _send(self, message: Any) -> None:
         assert self._process.stdin
@@ -212,13 +214,10 @@ class _Decoder:
         assert self._process.stdout
         return json.loads(self._process.stdout.readline())
 
-    def _close(self, *, only_stdin: bool = False) -> None:
+    def _close_stdin(self) -> None:
         assert self._process.stdin
-        assert self._process.stdout
         with suppress(OSError):  # what was written and not read
             self._process.stdin.close()
-        if not only_stdin:
-            self._process.stdout.close()
 
     def _start(self) -> "subprocess.Popen[str]":
         # -P: nothing is imported from the working directory, unless the package itself is there.

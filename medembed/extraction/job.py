@@ -1,7 +1,6 @@
 """Stage 1, the whole job: plan, get ready, prove the canary, embed what is missing, report."""
 
 import os
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -26,11 +25,12 @@ from medembed.errors import (
 from medembed.extraction.canary import check_canary, lay_canary
 from medembed.extraction.decoding import Decoders
 from medembed.extraction.pipeline import Pipeline, no_room
-from medembed.extraction.report import ExtractionReport, count_cores
+from medembed.extraction.report import ExtractionReport
 from medembed.extraction.timeline import Timeline
 from medembed.extraction.writing import WriterThread
+from medembed.machine import count_cores, free_bytes
 
-__all__ = ["COMMIT_SECONDS", "ExtractionReport", "extract", "spec_of"]
+__all__ = ["COMMIT_SECONDS", "ROOM", "ExtractionReport", "extract", "spec_of"]
 
 COMMIT_SECONDS = 60.0  # what a crash may lose
 LIBRARIES = ("medembed", "numpy", "pillow", "torch", "transformers")
@@ -255,8 +255,7 @@ def _refuse_empty_root(plan: Plan, root: Path) -> None:
 
 def _refuse_full_disk(plan: Plan, spec: CacheSpec, path: Path) -> None:
     needed = int(ROOM * spec.row_bytes() * len(plan.pending))
-    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(there).free
+    free = free_bytes(path)
     if free < needed:
         raise CacheError(
             f"cache at {path} would grow by {needed / 1e6:,.1f} MB for {len(plan.pending):,} "

@@ -1,10 +1,11 @@
 """What became of a manifest's rows, and where the time went."""
 
-import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["ExtractionReport", "count_cores", "describe_times"]
+from medembed.machine import count_cores
+
+__all__ = ["ExtractionReport", "describe_times"]
 
 STARVING = 0.1  # share of the time in which the encoder waited for images, worth a word
 
@@ -73,12 +74,6 @@ def describe_times(report: ExtractionReport) -> str:
         f"write {stages['write']:.1f} s beside it"
     )
     return f"{shares}. {_advise(stages, n_decoders, count_cores())}"
-
-
-def count_cores() -> int:
-    """Count the cores that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _advise(stages: dict[str, float], n_decoders: int, n_cores: int) -> str:
