@@ -4,22 +4,23 @@ import os
 import sys
 
 from medembed.cli import main
-from medembed.console import INTERRUPTED
+from medembed.console import INTERRUPTED, TERMINATED, terminate_cleanly
 
 __all__ = ["run"]
 
 
 def run() -> None:
-    """Run the command; after Ctrl-C end at once, without waiting for what still computes."""
+    """Run the command; after Ctrl-C or SIGTERM end without waiting for what still computes."""
+    terminate_cleanly()
     try:
         main()
     except SystemExit as end:
-        if end.code != INTERRUPTED:
+        if end.code not in (INTERRUPTED, TERMINATED):
             raise
         # All that was to be kept is on disk. A batch in a lane would take up to minutes to end.
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(INTERRUPTED)
+        os._exit(int(end.code))
 
 
 if __name__ == "__main__":

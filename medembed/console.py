@@ -1,20 +1,49 @@
 """What commands show: progress on stderr, one JSON document on stdout, errors in one line."""
 
 import json
+import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any, Protocol
 
 import click
 
 from medembed.errors import MedembedError
 
-__all__ = ["INTERRUPTED", "Commands", "Progress", "print_json", "say", "showing_progress"]
+__all__ = [
+    "INTERRUPTED",
+    "TERMINATED",
+    "Commands",
+    "Progress",
+    "Terminated",
+    "print_json",
+    "say",
+    "showing_progress",
+    "terminate_cleanly",
+]
 
-INTERRUPTED = 130  # what a shell reports of a process that Ctrl-C ended: 128 + SIGINT
+# What a shell reports of a process that a signal ended: 128 + the signal's number.
+INTERRUPTED = 128 + signal.SIGINT
+TERMINATED = 128 + signal.SIGTERM
 LINE_EVERY_SECONDS = 10.0  # between plain progress lines where stderr is no terminal
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came, as schedulers send it before they kill; handled like Ctrl-C."""
+
+
+def terminate_cleanly() -> None:
+    """Let SIGTERM end the command as Ctrl-C does: what is done is committed first."""
+    signal.signal(signal.SIGTERM, _terminate)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    # Launchers repeat the signal; a commit that is under way is not to be interrupted by that.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise Terminated
 
 
 class Commands(click.Group):
@@ -26,9 +55,14 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except MedembedError as error:
             raise click.ClickException(str(error)) from error
-        except KeyboardInterrupt:
-            say("Interrupted. Nothing is half-written; the same command goes on from what is done.")
-            raise SystemExit(INTERRUPTED) from None
+        except KeyboardInterrupt as error:
+            terminated = isinstance(error, Terminated)
+            done = "".join(f" {note}" for note in getattr(error, "__notes__", ()))
+            say(
+                f"{'Terminated' if terminated else 'Interrupted'}.{done} Nothing is half-written; "
+                "the same command goes on from what is done."
+            )
+            raise SystemExit(TERMINATED if terminated else INTERRUPTED) from None
         except BrokenPipeError:
             raise
         except OSError as error:

@@ -10,7 +10,7 @@ from medembed.cache.failures import Failure
 from medembed.cache.shards import MAX_SHARD_BYTES, MAX_SHARD_ROWS, as_stored
 from medembed.cache.spec import keys_from_hex
 from medembed.cache.store import Cache
-from medembed.errors import CacheError
+from medembed.errors import CacheError, ShardError
 
 __all__ = ["RowWriter"]
 
@@ -26,6 +26,11 @@ class RowWriter:
         Where to.
     commit_seconds : float
         How old an uncommitted row may be when the next one is added.
+
+    Attributes
+    ----------
+    n_committed : int
+        Rows added here that are in the cache for good.
     """
 
     def __init__(self, cache: Cache, commit_seconds: float) -> None:
@@ -35,6 +40,7 @@ class RowWriter:
         self._parts: list[dict[str, np.ndarray]] = []
         self._failures: list[Failure] = []
         self._oldest = 0.0
+        self.n_committed = 0
 
     def __enter__(self) -> "RowWriter":
         return self
@@ -99,9 +105,20 @@ class RowWriter:
         keys = keys_from_hex(self._digests)
         names = self._cache.spec.poolings
         rows = {name: np.concatenate([part[name] for part in self._parts]) for name in names}
+        done = self._find_done(keys)
+        if done.any():
+            keys, rows = keys[~done], {name: values[~done] for name, values in rows.items()}
         for start in range(0, len(keys), self._max_rows):
             end = start + self._max_rows
             self._cache.commit(keys[start:end], {name: rows[name][start:end] for name in names})
+        self.n_committed += len(done)
+
+    def _find_done(self, keys: np.ndarray) -> np.ndarray:
+        """Tell which rows somebody else, such as the same command run twice, has committed."""
+        try:
+            return self._cache.is_done(keys)
+        except ShardError:  # another shard is damaged: that must not cost these rows
+            return np.zeros(len(keys), bool)
 
     def _forget(self) -> None:
         self._digests, self._parts, self._failures = [], [], []

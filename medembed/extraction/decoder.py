@@ -3,14 +3,15 @@
 It is told the size of what it shares with the process that started it in the first line on stdin,
 then handed one image per line, all as JSON. It writes the pixels into a slot of the shared file and
 answers one line per image on stdout. It ends when stdin does, so also when the other process is
-killed. A codec that crashes takes only this process
-along, and with it the name of the one image that it was working on.
+killed. A codec that crashes takes only this process along, and with it the name of the one image
+that it was working on.
 """
 
 import json
 import math
 import mmap
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -41,6 +42,9 @@ def main(arguments: str) -> None:
     arguments : str
         JSON: `handle` of the shared file, `preprocessing` as a mapping.
     """
+    # Schedulers signal every process of a job. The one that commits ends this one, by its stdin;
+    # dying first would look as if the image at hand were to blame.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     given = json.loads(arguments)
     preprocessing = Preprocessing(**given["preprocessing"])
     with _answers() as answers:

@@ -38,6 +38,8 @@ QUICK_MEMORY = {
 }
 PATIENCE_SECONDS = 0.1  # between two signs that the next image is not there yet
 MAX_DEATHS = 8  # in a row, before the decoder is to blame and not the images
+# How a codec ends its process. Other signals come from outside, as from a system out of memory.
+CRASHES = {"SIGABRT", "SIGBUS", "SIGFPE", "SIGILL", "SIGSEGV"}
 
 
 class Decoders:
@@ -139,10 +141,12 @@ class Decoders:
         decoder = self._idle.get()
         try:
             answer = decoder.ask([slot, sha256, paths])
+            if answer is None and decoder.was_killed:
+                answer = decoder.ask([slot, sha256, paths])
+            if answer is None:
+                return self._blame(decoder)
         finally:
             self._idle.put(decoder)
-        if answer is None:
-            return self._blame(decoder)
         self._deaths = 0
         pixels = self._slots[slot] if answer.pop("pixels") else None
         return Reading(**{**answer, "times": tuple(answer["times"]), "pixels": pixels})
@@ -154,7 +158,9 @@ class Decoders:
                 f"decoder processes end on every image ({decoder.end}), so it is not the images. "
                 f"{self._last_message()}Rows before these are committed."
             )
-        return Reading(stage="decode", reason=f"the decoder process died on it ({decoder.end})")
+        # What is at stage "read" is tried again by the next run.
+        stage = "read" if decoder.was_killed else "decode"
+        return Reading(stage=stage, reason=f"the decoder process died on it ({decoder.end})")
 
     def _last_message(self) -> str:
         self._messages.seek(0)
@@ -188,6 +194,11 @@ class _Decoder:
         except (OSError, ValueError):  # a broken pipe; the half or no line of a dead process
             self.end = _describe_end(self._process)
             return None
+
+    @property
+    def was_killed(self) -> bool:
+        """Whether a signal from outside ended the process last asked, and no crash of its own."""
+        return self.end.startswith("SIG") and self.end not in CRASHES
 
     def stop(self) -> None:
         """End the process: it ends with its stdin, or by force if it is busy."""

@@ -45,6 +45,7 @@ class WriterThread:
         self._waiting: queue.Queue[Rows | Failure | None] = queue.Queue(MAX_WAITING)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="writer")
+        self._n_committed = 0
 
     def __enter__(self) -> "WriterThread":
         self._thread.start()
@@ -60,6 +61,8 @@ class WriterThread:
         self._thread.join()
         if error is None and self._error:
             raise self._error
+        if isinstance(error, KeyboardInterrupt):
+            error.add_note(self._describe())
 
     def add(self, digests: Sequence[str], embeddings: Mapping[str, np.ndarray]) -> None:
         """Hand over rows: SHA-256s in hex and, per pooling, an (n, ...) array."""
@@ -70,6 +73,11 @@ class WriterThread:
         """Hand over a failure, committed together with the rows."""
         self._put(failure)
         self._raise()
+
+    def _describe(self) -> str:
+        if self._error:
+            return f"The last rows are lost: {self._error}"
+        return f"{self._n_committed:,} images of this run are in the cache."
 
     def _raise(self) -> None:
         if self._error:
@@ -89,6 +97,7 @@ class WriterThread:
                 while self._step(writer):
                     pass
                 start = time.monotonic()
+            self._n_committed = writer.n_committed
             self._timeline.add("write", start, time.monotonic())
         except BaseException as error:  # raised again where it can be seen
             self._error = error
