@@ -118,16 +118,20 @@ def write_shard(
             partial.unlink(missing_ok=True)
 
 
-def read_header(path: Path) -> dict[str, Any]:
+def read_header(path: Path, *, spec: CacheSpec | None = None) -> dict[str, Any]:
     """Read the shard's first bytes: spec digest, number of rows, where the keys are.
 
     Raises
     ------
     ShardError
-        The bytes are not a shard's, or of an unknown version.
+        The bytes are not a shard's, of an unknown version, or of another spec.
     """
     with _opened(path) as file:
-        return _parse_header(path, file.read(HEADER_BYTES))
+        header = _parse_header(path, file.read(HEADER_BYTES), spec)
+        end = header["keys_offset"] + header["rows"] * KEY_BYTES
+        if end > os.fstat(file.fileno()).st_size:
+            raise _damaged(path, "it ends before its keys do")
+    return header
 
 
 def read_keys(path: Path, *, spec: CacheSpec | None = None) -> np.ndarray:
