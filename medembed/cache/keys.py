@@ -27,8 +27,8 @@ def prefixes_of(keys: np.ndarray) -> np.ndarray:
 
 def equal_keys(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Compare keys row by row: (n,) bool."""
-    equal: np.ndarray = _numbers(a) == _numbers(b)
-    return np.logical_and.reduce(equal, axis=1)
+    same: np.ndarray = np.logical_and.reduce(_numbers(a) == _numbers(b), axis=1)
+    return same
 
 
 def _numbers(keys: np.ndarray) -> np.ndarray:
