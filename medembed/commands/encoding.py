@@ -1,5 +1,6 @@
 """`medembed extract`, and `medembed doctor` that says beforehand whether it will run."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ from medembed.commands.options import PATH, image_root_option, json_option, spli
 from medembed.console import print_json, say, showing_progress
 
 if TYPE_CHECKING:
+    from medembed.cache.plan import Worker
     from medembed.extraction import ExtractionReport
 
 __all__ = ["doctor_command", "extract_command"]
@@ -21,6 +23,24 @@ pool_option = click.option(
     show_default=True,
     help="What to keep of one pass: mean, max, grid4 (16 cells), pooler, projector, cls.",
 )
+
+
+def _choose_worker(
+    context: click.Context, option: click.Parameter, text: str | None
+) -> "Worker | None":
+    from medembed.extraction.workers import find_worker, parse_worker
+
+    if text is not None:
+        try:
+            return parse_worker(text)
+        except ValueError as error:
+            raise click.BadParameter(str(error), context, option) from error
+    found = find_worker(os.environ)
+    if not found:
+        return None
+    worker, variable = found
+    say(f"Worker {worker.index} of {worker.count}, from 0, as {variable} says.")
+    return worker
 
 
 @click.command("extract")
@@ -63,6 +83,12 @@ pool_option = click.option(
 )
 @click.option("--batch-size", type=click.IntRange(min=1), help="Images in one encoder pass.")
 @click.option("--decoders", type=click.IntRange(min=1), help="Processes that read and decode.")
+@click.option(
+    "--worker",
+    callback=_choose_worker,
+    metavar="I/N",
+    help="Take the I-th share of N, from 0; by itself under torchrun and SLURM.",
+)
 @click.option("--retry-failed", is_flag=True, help="Try images again that failed before.")
 @click.option("--strict", is_flag=True, help="Exit 1 at the end if any image failed.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done; embed nothing.")
@@ -79,6 +105,7 @@ def extract_command(
     fit: str,
     batch_size: int | None,
     decoders: int | None,
+    worker: "Worker | None",
     retry_failed: bool,
     strict: bool,
     dry_run: bool,
@@ -110,6 +137,7 @@ def extract_command(
             batch_size=batch_size,
             decoders=decoders,
             retry_failed=retry_failed,
+            worker=worker,
             dry_run=dry_run,
             progress=progress,
             tell=progress.tell,

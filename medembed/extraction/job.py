@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from medembed.cache.description import is_free
-from medembed.cache.plan import Plan, make_plan
+from medembed.cache.plan import Plan, Worker, make_plan
 from medembed.cache.spec import CacheSpec
 from medembed.cache.store import Cache, create_cache, open_cache
 from medembed.dataset.images import IMAGES_VERSION
@@ -49,6 +49,7 @@ def extract(
     batch_size: int | None = None,
     decoders: int | None = None,
     retry_failed: bool = False,
+    worker: Worker | None = None,
     dry_run: bool = False,
     commit_seconds: float = COMMIT_SECONDS,
     progress: Callable[[int, int], None] | None = None,
@@ -81,6 +82,9 @@ def extract(
     retry_failed : bool
         Try images again that are known not to decode or embed. Those that could not be read
         are always tried again.
+    worker : Worker, optional
+        Take this worker's share of the contents only; any number of workers may add to one cache
+        at once. Counts are those of the share.
     dry_run : bool
         Only say what there is to do; touches nothing.
     commit_seconds : float
@@ -117,7 +121,10 @@ def extract(
     _check_request(manifest, root, encoder, poolings, batch_size, decoders)
     spec, recorded = spec_of(encoder, poolings, dtype), _record(encoder)
     plan = make_plan(
-        manifest, _open_if_there(cache_path, spec, recorded), retry_failed=retry_failed
+        manifest,
+        _open_if_there(cache_path, spec, recorded),
+        retry_failed=retry_failed,
+        worker=worker,
     )
     if dry_run or not plan.pending:
         return _report(plan, None, 0, None, start, timeline)
@@ -245,10 +252,11 @@ def _open_if_there(
 
 
 def _refuse_empty_root(plan: Plan, root: Path) -> None:
-    images = [image for content in plan.pending for image in content.images]
+    images = (image for content in plan.pending for image in content.images)
     if not any(image_path(root, image).is_file() for image in images):
+        first = plan.pending[0].images[0]
         raise PathNotFoundError(
-            f"none of the {len(images)} images to embed is below {root}, such as {images[0]}: "
+            f"none of the {len(plan.pending)} images to embed is below {root}, such as {first}: "
             "is it the --image-root that the manifest was built from?"
         )
 

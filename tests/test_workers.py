@@ -1,0 +1,169 @@
+"""Several workers on one cache: disjoint shares, each row once, the same embeddings."""
+
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from test_extraction import HalvesEncoder, write_images
+
+from medembed.cache import shards
+from medembed.cache.embeddings import load_embeddings
+from medembed.cache.plan import Worker
+from medembed.cache.store import open_cache
+from medembed.cli import main
+from medembed.dataset.manifest import Manifest, write_manifest
+from medembed.encoders.loading import load_encoder
+from medembed.errors import MedembedError
+from medembed.extraction import extract
+from medembed.extraction.workers import find_worker, parse_worker
+
+N_IMAGES = 96
+
+# One worker as a process of its own; `seconds` per batch make it slow enough to be killed.
+SCRIPT = """
+    import sys
+    from pathlib import Path
+
+    sys.path.insert(0, {tests!r})
+    from test_extraction import HalvesEncoder
+
+    from medembed.dataset.manifest import read_manifest
+    from medembed.extraction import extract
+    from medembed.extraction.workers import parse_worker
+
+    worker, seconds = parse_worker(sys.argv[1]), float(sys.argv[2])
+    extract(
+        read_manifest("manifest.csv"), "images", HalvesEncoder(seconds=seconds), "cache",
+        batch_size=4, decoders=1, worker=worker, commit_seconds=0.1,
+    )
+"""
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest, np.ndarray]:
+    """Write images and manifest, and what one process makes of them."""
+    root = tmp_path_factory.mktemp("dataset")
+    manifest = write_images(root / "images", N_IMAGES)
+    write_manifest(manifest, root / "manifest.csv")
+    extract(manifest, root / "images", HalvesEncoder(), root / "alone")
+    return root, manifest, load_embeddings(root / "alone", manifest).X
+
+
+def start(root: Path, worker: str, seconds: float = 0.0) -> subprocess.Popen[bytes]:
+    script = textwrap.dedent(SCRIPT.format(tests=str(Path(__file__).parent)))
+    return subprocess.Popen([sys.executable, "-c", script, worker, str(seconds)], cwd=root)
+
+
+def check_union(root: Path, manifest: Manifest, alone: np.ndarray) -> None:
+    """Check that the cache is whole, holds each row once, and gives stage 2 the same bytes."""
+    assert open_cache(root / "cache").verify() == []
+    lengths = [len(shards.read_keys(path)) for path in (root / "cache" / "shards").glob("*.h5")]
+    assert sum(lengths) == N_IMAGES
+    assert load_embeddings(root / "cache", manifest).X.tobytes() == alone.tobytes()
+
+
+@pytest.fixture
+def place(dataset: tuple[Path, Manifest, np.ndarray], tmp_path: Path) -> Path:
+    (tmp_path / "images").symlink_to(dataset[0] / "images")
+    (tmp_path / "manifest.csv").symlink_to(dataset[0] / "manifest.csv")
+    return tmp_path
+
+
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_workers_at_once_make_the_cache_that_one_makes(
+    count: int, dataset: tuple[Path, Manifest, np.ndarray], place: Path
+) -> None:
+    workers = [start(place, f"{index}/{count}") for index in range(count)]
+    assert [worker.wait(timeout=120) for worker in workers] == [0] * count
+    check_union(place, *dataset[1:])
+
+
+def test_killed_workers_are_replaced_by_any_other_number(
+    dataset: tuple[Path, Manifest, np.ndarray], place: Path
+) -> None:
+    workers = [start(place, f"{index}/2", seconds=0.2) for index in range(2)]
+    while not list((place / "cache").glob("shards/*.h5")):
+        assert any(worker.poll() is None for worker in workers)
+        time.sleep(0.02)
+    for worker in workers:
+        worker.send_signal(signal.SIGKILL)
+        worker.wait()
+    assert 0 < len(open_cache(place / "cache").keys()) < N_IMAGES
+    assert [start(place, f"{index}/3").wait(timeout=120) for index in (2, 0, 1)] == [0, 0, 0]
+    check_union(place, *dataset[1:])
+
+
+def test_the_same_command_twice_at_once_doubles_no_row(
+    dataset: tuple[Path, Manifest, np.ndarray], place: Path
+) -> None:
+    first = start(place, "0/1", seconds=0.1)
+    while not list((place / "cache").glob("shards/*.h5")):
+        assert first.poll() is None
+        time.sleep(0.02)
+    second = start(place, "0/1")
+    assert (first.wait(timeout=120), second.wait(timeout=120)) == (0, 0)
+    check_union(place, *dataset[1:])
+
+
+def test_a_towers_embeddings_do_not_depend_on_the_shares(
+    dataset: tuple[Path, Manifest, np.ndarray], tmp_path: Path
+) -> None:
+    root, manifest, _ = dataset
+    small = Manifest(manifest.rows.iloc[:21].reset_index(drop=True), manifest.label_level)
+    encoder = load_encoder("demo", device="cpu", precision="fp32")
+    for name, workers in (("alone", [None]), ("shared", [Worker(n, 5) for n in range(5)])):
+        for worker in workers:
+            extract(small, root / "images", encoder, tmp_path / name, worker=worker)
+    alone, shared = (load_embeddings(tmp_path / name, small).X for name in ("alone", "shared"))
+    assert alone.tobytes() == shared.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, None),
+        ({"RANK": "3"}, None),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, None),
+        ({"RANK": "3", "WORLD_SIZE": "8"}, (Worker(3, 8), "RANK")),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, (Worker(0, 2), "SLURM_PROCID")),
+        (
+            {
+                "SLURM_PROCID": "0",
+                "SLURM_NTASKS": "1",
+                "SLURM_ARRAY_TASK_ID": "4",
+                "SLURM_ARRAY_TASK_COUNT": "5",
+            },
+            (Worker(4, 5), "SLURM_ARRAY_TASK_ID"),
+        ),
+        (
+            {"RANK": "1", "WORLD_SIZE": "2", "SLURM_PROCID": "0", "SLURM_NTASKS": "9"},
+            (Worker(1, 2), "RANK"),
+        ),
+    ],
+)
+def test_launchers_name_the_worker(
+    environ: dict[str, str], expected: tuple[Worker, str] | None
+) -> None:
+    assert find_worker(environ) == expected
+
+
+@pytest.mark.parametrize("rank", ["8", "-1", "one", ""])
+def test_a_launchers_contradiction_is_an_error(rank: str) -> None:
+    with pytest.raises(MedembedError, match=r"RANK=.*WORLD_SIZE=8 .*--worker I/N"):
+        find_worker({"RANK": rank, "WORLD_SIZE": "8"})
+
+
+@pytest.mark.parametrize("text", ["2/2", "1", "a/b", "1/2/3", "-1/2", "0/0", ""])
+def test_a_worker_that_is_none_is_wrong_usage(text: str) -> None:
+    with pytest.raises(ValueError, match=r"worker|I/N"):
+        parse_worker(text)
+    given = ["m.csv", "--image-root", ".", "--encoder", "demo", "--cache", "c", "--worker", text]
+    result = CliRunner().invoke(main, ["extract", *given])
+    assert result.exit_code == 2
+    assert "Invalid value for '--worker'" in result.output
