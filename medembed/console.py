@@ -140,7 +140,7 @@ class _Pace:
         return done / max(time.monotonic() - self._start, 1e-9)
 
     def shown(self, count: float) -> str:
-        return f"{count / self._scale:,.0f}"
+        return f"{count / self._scale:,.{0 if self._scale == 1 else 1}f}"
 
     def shown_rate(self, rate: float) -> str:
         return f"{rate / self._scale:,.1f}/s"

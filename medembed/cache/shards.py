@@ -326,8 +326,8 @@ def _parse_header(path: Path, raw: bytes, spec: CacheSpec | None = None) -> dict
 
 def _damaged(path: Path, what: str) -> ShardError:
     return ShardError(
-        f"shard {path} is damaged: {what}. Move it out of the cache and run `medembed extract` "
-        "again: only its rows are embedded anew."
+        f"shard {path} is damaged: {what}. Move it out of the cache, as `medembed cache verify "
+        "--repair` does, and run `medembed extract` again: only its rows are embedded anew."
     )
 
 

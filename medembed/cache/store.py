@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from medembed.cache import failures, shards
+from medembed.cache import failures, shards, verification
 from medembed.cache.description import (
     FORMAT,
     VERSION,
@@ -19,8 +19,8 @@ from medembed.cache.description import (
 )
 from medembed.cache.failures import Failure
 from medembed.cache.index import Index
-from medembed.cache.spec import CacheSpec, keys_from_hex, sortable
-from medembed.errors import CacheError, MissingRowsError, ShardError
+from medembed.cache.spec import CacheSpec, keys_from_hex
+from medembed.errors import CacheError, MissingRowsError
 
 __all__ = ["Cache", "create_cache", "open_cache"]
 
@@ -173,14 +173,16 @@ class Cache:
         return {f.sha256: f for f, is_done in zip(known.values(), done, strict=True) if not is_done}
 
     def record_failures(self, new: Iterable[Failure]) -> None:
-        """Append failures to `failures.jsonl`, durably.
+        """Append failures to `failures.jsonl`, durably, except what stands there already.
 
         Raises
         ------
         CacheError
             The file cannot be written.
         """
-        failures.append_failures(self._failures_path, new)
+        known = failures.read_failures(self._failures_path)
+        again = (failure for failure in new if known.get(failure.sha256) != failure)
+        failures.append_failures(self._failures_path, again)
 
     def card(self) -> dict[str, Any]:
         """Describe the cache in JSON-able values: spec, provenance, rows, bytes, failures."""
@@ -205,36 +207,13 @@ class Cache:
     def verify(self, progress: Callable[[int, int], None] | None = None) -> list[str]:
         """Check every shard's bytes, spec and rows; return one line per problem.
 
-        Every byte is hashed before HDF5 sees it. `progress(done, total)` counts shards.
+        See `verification.verify`, which says more of each. `progress(done, total)` counts bytes.
         """
-        problems = []
-        seen = _Seen()
-        paths = sorted((self.path / "shards").glob("*"))
-        for n_done, path in enumerate(paths, 1):
-            if shards.is_shard_name(path.name):
-                problems += self._check_shard(path, seen)
-            elif path.suffix != ".partial":  # leftovers of a killed writer mean nothing
-                problems.append(f"{path} is not a shard: its name is not 32 hex digits and .h5")
-            if progress:
-                progress(n_done, len(paths))
-        return problems + seen.problems()
+        return [problem.what for problem in verification.verify(self.path, self.spec, progress)]
 
     @property
     def _failures_path(self) -> Path:
         return self.path / "failures.jsonl"
-
-    def _check_shard(self, path: Path, seen: "_Seen") -> list[str]:
-        try:
-            keys, embeddings = shards.read_shard(path, spec=self.spec)
-            if not np.array_equal(keys, shards.read_keys(path)):
-                return [f"shard {path} names other keys in its header than in its rows"]
-            shards.as_stored(embeddings, self.spec, len(keys))
-        except ShardError as error:
-            return [str(error)]
-        except CacheError as error:
-            return [f"shard {path}: {error}"]
-        seen.add(path, keys)
-        return []
 
 
 def create_cache(
@@ -272,30 +251,3 @@ def open_cache(path: str | os.PathLike[str]) -> Cache:
         It is not a cache, damaged, or of an unknown version.
     """
     return Cache(Path(path), *read_description(Path(path)))
-
-
-class _Seen:
-    """Keys of the shards looked at so far, to find rows that stand twice."""
-
-    def __init__(self) -> None:
-        self.paths: list[Path] = []
-        self.keys: list[np.ndarray] = []
-
-    def add(self, path: Path, keys: np.ndarray) -> None:
-        self.paths.append(path)
-        self.keys.append(keys)
-
-    def problems(self) -> list[str]:
-        if not self.keys:
-            return []
-        keys = np.concatenate(self.keys)
-        owners = np.repeat(np.arange(len(self.paths)), [len(k) for k in self.keys])
-        order = np.argsort(sortable(keys), kind="stable")
-        names = sortable(keys)[order]
-        again = order[1:][names[1:] == names[:-1]]
-        counts = np.bincount(owners[again], minlength=len(self.paths))
-        return [
-            f"{n_rows} row(s) of shard {path} stand in another shard too; the first is read"
-            for path, n_rows in zip(self.paths, counts.tolist(), strict=True)
-            if n_rows
-        ]

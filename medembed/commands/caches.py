@@ -2,12 +2,15 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from medembed.commands.options import PATH, conclude, json_option
-from medembed.console import Commands, print_json, showing_progress
+from medembed.commands.options import PATH, json_option
+from medembed.console import Commands, print_json, say, showing_progress
+
+if TYPE_CHECKING:
+    from medembed.cache.verification import Problem
 
 __all__ = ["cache", "info_command", "verify_command"]
 
@@ -44,12 +47,37 @@ def _lines(card: dict[str, Any], indent: str = "") -> Iterator[str]:
 
 @cache.command("verify")
 @click.argument("cache_path", metavar="CACHE", type=PATH)
+@click.option("--repair", is_flag=True, help="Move bad shards into CACHE/set-aside/.")
 @json_option
-def verify_command(cache_path: Path, as_json: bool) -> None:
-    """Compare every shard with its name and its spec; exit 1 if any is damaged."""
+def verify_command(cache_path: Path, repair: bool, as_json: bool) -> None:
+    """Compare every shard with its name and its spec; exit 1 if any is damaged.
+
+    With --repair bad shards are set aside, never deleted: the next `medembed extract` embeds just
+    their rows again. The exit status is 1 then too, for rows are missing.
+    """
+    from medembed.cache import verification
     from medembed.cache.store import open_cache
 
-    with showing_progress("Verifying", "shards") as progress:
-        problems = open_cache(cache_path).verify(progress=progress)
-    remedy = "Mend each as its line says; the next extract embeds the rows that are then missing."
-    conclude(problems, cache_path, remedy, as_json)
+    opened = open_cache(cache_path)
+    with showing_progress("Verifying", "bytes") as progress:
+        problems = verification.verify(opened.path, opened.spec, progress)
+    moved = verification.repair(opened.path, problems) if repair else []
+    for problem in problems:
+        say(problem.what)
+    for path in moved:
+        say(f"Set aside: {path}")
+    if as_json:
+        document = {"problems": [problem.what for problem in problems]}
+        print_json({**document, "set_aside": [str(path) for path in moved]} if repair else document)
+    if problems:
+        count = f"{cache_path}: {len(problems)} problem(s), listed above"
+        raise click.ClickException(f"{count}. {_remedy(problems, repair)}")
+    say(f"{cache_path}: no problems")
+
+
+def _remedy(problems: "list[Problem]", repair: bool) -> str:
+    if not any(problem.is_bad for problem in problems):
+        return "Every row can be read."
+    if repair:
+        return "Bad shards were set aside: `medembed extract` embeds just their rows again."
+    return "--repair sets bad shards aside; `medembed extract` then embeds just their rows again."

@@ -1,0 +1,169 @@
+"""The proof that a cache is whole, and setting aside what is not."""
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from medembed.cache import shards
+from medembed.cache.keys import SortedKeys
+from medembed.cache.spec import CacheSpec
+from medembed.errors import CacheError, ShardError
+from medembed.files import sync_directory
+
+__all__ = ["SET_ASIDE", "Problem", "repair", "verify"]
+
+SET_ASIDE = "set-aside"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Say what is wrong with one file of a cache.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    what : str
+        One line: the file, what is wrong, the way out.
+    is_bad : bool
+        Whether its rows cannot be trusted, so that `repair` sets it aside. Rows that stand twice
+        are a problem, but not a bad shard.
+    """
+
+    path: Path
+    what: str
+    is_bad: bool = True
+
+
+def verify(
+    directory: Path, spec: CacheSpec, progress: Callable[[int, int], None] | None = None
+) -> list[Problem]:
+    """Check every byte of every shard, its spec and its rows.
+
+    Shards are read in parallel, one in memory per thread, each byte once; their bytes are compared
+    with their name before HDF5 sees them, which one flipped bit can hang.
+
+    Parameters
+    ----------
+    directory : Path
+        The cache.
+    spec : CacheSpec
+        Of the cache.
+    progress : callable, optional
+        Called as progress(done, total) with bytes.
+
+    Returns
+    -------
+    list of Problem
+        Sorted by name. Leftovers of a killed writer (`*.partial`) mean nothing and are passed over.
+    """
+    paths = sorted(p for p in (directory / "shards").glob("*") if p.suffix != ".partial")
+    count = _Count(sum(map(_size, paths)), progress)
+
+    def check(path: Path) -> tuple[np.ndarray | None, Problem | None]:
+        try:
+            return _check_shard(path, spec), None
+        except CacheError as error:
+            if not os.path.lexists(path):  # taken away meanwhile
+                return None, None
+            return None, Problem(path, str(error))
+        finally:
+            count.add(_size(path))
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = list(pool.map(check, paths))
+    problems = [problem for _, problem in found if problem]
+    whole = [(path, keys) for path, (keys, _) in zip(paths, found, strict=True) if keys is not None]
+    return sorted([*problems, *_find_repeats(whole)], key=lambda problem: problem.path)
+
+
+def repair(directory: Path, problems: Sequence[Problem]) -> list[Path]:
+    """Move bad shards out of the way, into `set-aside/`; return where they are now.
+
+    Nothing is deleted or overwritten. The next `medembed extract` embeds just their rows again.
+
+    Raises
+    ------
+    CacheError
+        A file cannot be moved.
+    """
+    aside = directory / SET_ASIDE
+    moved = []
+    try:
+        for problem in problems:
+            if problem.is_bad:
+                aside.mkdir(exist_ok=True)
+                moved.append(_free_name(aside / problem.path.name))
+                os.rename(problem.path, moved[-1])
+        if moved:
+            sync_directory(aside)
+            sync_directory(directory / "shards")
+    except OSError as error:
+        raise CacheError(
+            f"cannot move {error.filename} into {aside}: {error.strerror or error}. Make the cache "
+            "writable, and run the command again."
+        ) from error
+    return moved
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _check_shard(path: Path, spec: CacheSpec) -> np.ndarray:
+    """Return the keys of a shard that is whole."""
+    if not shards.is_shard_name(path.name):
+        raise CacheError(f"{path} is not a shard: its name is not 32 hex digits and .h5")
+    keys, embeddings = shards.read_shard(path, spec=spec)
+    if not np.array_equal(keys, shards.read_keys(path)):
+        raise ShardError(f"shard {path} names other keys in its header than in its rows")
+    try:
+        shards.as_stored(embeddings, spec, len(keys))
+    except CacheError as error:
+        raise CacheError(f"shard {path}: {error}") from error
+    return keys
+
+
+def _find_repeats(whole: list[tuple[Path, np.ndarray]]) -> Iterator[Problem]:
+    if not whole:
+        return
+    edges = np.cumsum([0, *(len(keys) for _, keys in whole)])
+    repeats = SortedKeys(np.concatenate([keys for _, keys in whole])).repeats
+    counts = np.bincount(np.searchsorted(edges, repeats, side="right") - 1, minlength=len(whole))
+    for (path, _), n_rows in zip(whole, counts.tolist(), strict=True):
+        if n_rows:
+            yield Problem(
+                path,
+                f"{n_rows} row(s) of shard {path} stand elsewhere too; the first by name is read",
+                is_bad=False,
+            )
+
+
+def _free_name(path: Path) -> Path:
+    number, free = 1, path
+    while free.exists() or free.is_symlink():
+        number += 1
+        free = path.with_name(f"{path.name}.{number}")
+    return free
+
+
+class _Count:
+    """Bytes done by several threads."""
+
+    def __init__(self, total: int, progress: Callable[[int, int], None] | None) -> None:
+        self._done, self._total, self._progress = 0, total, progress
+        self._lock = threading.Lock()
+
+    def add(self, n_bytes: int) -> None:
+        with self._lock:
+            self._done += n_bytes
+            if self._progress:
+                self._progress(min(self._done, self._total), self._total)
