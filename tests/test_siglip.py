@@ -15,7 +15,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from medembed.dataset.images import decode_image
-from medembed.encoders.loading import choose_device, choose_precision, load_encoder
+from medembed.encoders.loading import (
+    choose_device,
+    choose_precision,
+    load_encoder,
+    take_own_gpu,
+)
 from medembed.encoders.preprocessing import prepare
 from medembed.encoders.protocol import Encoder
 from medembed.encoders.siglip import SiglipEncoder
@@ -553,3 +558,27 @@ def test_precision_and_device_are_asked_of_the_machine(monkeypatch: pytest.Monke
 def test_a_local_source_is_a_name_and_not_a_path(gemma: tuple[Path, Any]) -> None:
     encoder = load_encoder(gemma[0])
     assert (encoder.source, encoder.revision) == ("gemma", None)
+
+
+@pytest.mark.parametrize(
+    ("environ", "n_gpus", "expected"),
+    [
+        ({"LOCAL_RANK": "3"}, 8, 3),
+        ({"SLURM_LOCALID": "5"}, 4, 1),
+        ({"LOCAL_RANK": "2", "SLURM_LOCALID": "0"}, 4, 2),
+        ({"LOCAL_RANK": "3"}, 1, None),
+        ({"LOCAL_RANK": "x"}, 8, None),
+        ({}, 8, None),
+    ],
+)
+def test_each_process_of_a_machine_takes_a_gpu_of_its_own(
+    environ: dict[str, str],
+    n_gpus: int,
+    expected: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: n_gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert take_own_gpu(environ) == expected
+    assert chosen == ([] if expected is None else [expected])

@@ -1,6 +1,7 @@
 """From what a user writes after `--encoder` to an encoder that is ready."""
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ __all__ = [
     "choose_precision",
     "load_encoder",
     "refuse_unknown",
+    "take_own_gpu",
 ]
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -66,6 +68,8 @@ def load_encoder(
     config: Any = read_json(checkpoint.path / "config.json")
     kind = config.get("model_type") if isinstance(config, dict) else None
     chosen = choose_device(device)
+    if chosen == "cuda":
+        take_own_gpu(os.environ)
     known: dict[str, Any] = {
         "source": checkpoint.source,
         "revision": checkpoint.revision,
@@ -132,6 +136,31 @@ def choose_device(device: str) -> str:
             "--device auto, or install a build of torch for it."
         )
     return device
+
+
+def take_own_gpu(environ: Mapping[str, str]) -> int | None:
+    """Make this process use the GPU that its launcher means for it, where there are several.
+
+    Launchers number the processes of one machine: torchrun in LOCAL_RANK, SLURM in SLURM_LOCALID.
+
+    Parameters
+    ----------
+    environ : mapping of str to str
+        The environment.
+
+    Returns
+    -------
+    int or None
+        The GPU's number, if one was chosen.
+    """
+    import torch
+
+    local = environ.get("LOCAL_RANK", environ.get("SLURM_LOCALID", ""))
+    n_gpus = torch.cuda.device_count()
+    if n_gpus < 2 or not local.isdecimal():
+        return None
+    torch.cuda.set_device(int(local) % n_gpus)
+    return int(local) % n_gpus
 
 
 def choose_precision(precision: str, device: str) -> str:
