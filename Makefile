@@ -19,7 +19,7 @@ ARGS ?=
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup test lint demo manifest extract sweep compare report wheel clean
+.PHONY: help setup test soak lint demo manifest extract sweep compare report wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -35,6 +35,9 @@ $(READY): pyproject.toml constraints.txt
 
 test: $(READY) ## run the test suite
 	$(BIN)/python -m pytest -n 2 --dist loadscope $(ARGS)
+
+soak: $(READY) ## the crash tests at length: a thousand kills, every operation of a failing disk
+	MEDEMBED_SOAK=1 $(BIN)/python -m pytest tests/test_crashes.py $(ARGS)
 
 lint: $(READY) ## ruff and mypy, strict
 	$(BIN)/ruff check .

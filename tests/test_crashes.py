@@ -26,7 +26,7 @@ from medembed.extraction import extract
 
 HERE = Path(__file__).parent
 SOAK = bool(os.environ.get("MEDEMBED_SOAK"))
-N_RANDOM = 1000 if SOAK else 20
+N_RANDOM = 1000 if SOAK else 100
 EVERY = 1 if SOAK else 3  # of the operations at which a disk begins to fail
 COMPILER = shutil.which("cc")
 
@@ -176,7 +176,7 @@ def test_a_limit_on_the_size_of_files_ends_the_run_with_one_message(
         "import sys; sys.path.insert(0, sys.argv[1]); from crashing import *\n"
         "from medembed.errors import CacheError\n"
         "m = read_manifest(sys.argv[2])\n"
-        "try: extract(m, 'images', HalvesEncoder(), 'cache', decoders=1)\n"
+        "try: extract(m, 'images', HalvesEncoder(), 'cache', decoders=1, batch_size=3)\n"
         "except CacheError as error: sys.exit(f'said: {error}')\n"
     )
 
