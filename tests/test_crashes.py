@@ -181,7 +181,7 @@ def test_a_limit_on_the_size_of_files_ends_the_run_with_one_message(
     )
 
     def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
 
     ended = subprocess.run(
         [sys.executable, "-c", script, str(HERE), str(harness.root / "manifest.csv")],
