@@ -1,5 +1,6 @@
 """`cache verify` finds every damage before HDF5 sees it; `--repair` sets bad shards aside."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from medembed.cache.spec import CacheSpec
 from medembed.cache.store import Cache, create_cache, open_cache
 from medembed.cache.verification import SET_ASIDE
 from medembed.cli import main
-from medembed.dataset.manifest import Manifest
+from medembed.dataset.manifest import Manifest, write_manifest
 from medembed.extraction import extract
 
 SPEC = CacheSpec("ab" * 32, {"width": 8}, {"mean": (3,), "grid4": (16, 3)}, "float16")
@@ -218,3 +219,26 @@ def test_a_failure_that_is_known_is_not_written_again(cache: Cache) -> None:
     assert len((cache.path / "failures.jsonl").read_bytes().splitlines()) == 1
     cache.record_failures([Failure("ab" * 32, "decode", "torn otherwise")])
     assert read_failures(cache.path / "failures.jsonl")["ab" * 32].reason == "torn otherwise"
+
+
+def test_info_says_what_of_a_manifest_is_there_and_what_failed(tmp_path: Path) -> None:
+    manifest = write_images(tmp_path / "images", 6)
+    torn = tmp_path / "images" / "004.png"
+    torn.write_bytes(torn.read_bytes()[:40])
+    digests = manifest.rows["sha256"].tolist()
+    digests[4] = hashlib.sha256(torn.read_bytes()).hexdigest()
+    digests[1] = digests[0]
+    shutil.copy(tmp_path / "images" / "000.png", tmp_path / "images" / "001.png")
+    manifest = Manifest(manifest.rows.assign(sha256=digests), "image")
+    write_manifest(manifest, tmp_path / "manifest.csv")
+    first = Manifest(manifest.rows.iloc[[0, 1, 2, 4]].reset_index(drop=True), "image")
+    extract(first, tmp_path / "images", HalvesEncoder(), tmp_path / "cache")
+    given = [str(tmp_path / "cache"), "--manifest", str(tmp_path / "manifest.csv"), "--failures"]
+    result = CliRunner().invoke(main, ["cache", "info", *given, "--json"])
+    card = json.loads(result.stdout)
+    assert card["coverage"] == {"rows": 6, "contents": 5, "embedded": 2, "failed": 1, "missing": 2}
+    (failed,) = card["failed"]
+    assert (failed["image"], failed["sha256"], failed["stage"]) == ("004.png", digests[4], "decode")
+    lines = CliRunner().invoke(main, ["cache", "info", *given]).stdout.splitlines()
+    assert "  missing: 2" in lines
+    assert any(line.startswith("failed (decode): 004.png: ") for line in lines)

@@ -186,7 +186,7 @@ class Cache:
 
     def card(self) -> dict[str, Any]:
         """Describe the cache in JSON-able values: spec, provenance, rows, bytes, failures."""
-        n_rows = len(self.keys())
+        n_rows = self._index.refresh().n_rows
         failed = self.failures().values()
         return {
             "path": str(self.path),

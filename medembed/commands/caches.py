@@ -1,6 +1,7 @@
 """`medembed cache`: look at one and prove it whole."""
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,17 +23,44 @@ def cache() -> None:
 
 @cache.command("info")
 @click.argument("cache_path", metavar="CACHE", type=PATH)
+@click.option("--manifest", "manifest_path", type=PATH, help="Also say how much of it is there.")
+@click.option("--failures", "with_failures", is_flag=True, help="Also list what failed, and why.")
 @json_option
-def info_command(cache_path: Path, as_json: bool) -> None:
-    """Show the cache's card: spec, rows, size, failures."""
+def info_command(
+    cache_path: Path, manifest_path: Path | None, with_failures: bool, as_json: bool
+) -> None:
+    """Show the cache's card: spec, rows, size, failures, and how much of a manifest it holds."""
+    from medembed.cache.plan import make_plan
     from medembed.cache.store import open_cache
+    from medembed.dataset.manifest import read_manifest
 
-    card = open_cache(cache_path).card()
+    opened = open_cache(cache_path)
+    card = opened.card()
+    names: dict[str, str] = {}
+    if manifest_path:
+        plan = make_plan(read_manifest(manifest_path), opened)
+        names = {content.sha256: content.images[0] for content, _ in plan.known}
+        card["coverage"] = {
+            "rows": plan.n_rows,
+            "contents": plan.n_contents,
+            "embedded": plan.n_already,
+            "failed": len(plan.known),
+            "missing": len(plan.pending),
+        }
+    if with_failures:
+        card["failed"] = [
+            {"image": names.get(failure.sha256), **asdict(failure)}
+            for failure in opened.failures().values()
+        ]
     if as_json:
         print_json(card)
-    else:
-        for line in _lines(card):
-            click.echo(line)
+        return
+    failed = card.pop("failed", [])
+    for line in _lines(card):
+        click.echo(line)
+    for failure in failed:
+        name = failure["image"] or failure["sha256"]
+        click.echo(f"failed ({failure['stage']}): {name}: {failure['reason']}")
 
 
 def _lines(card: dict[str, Any], indent: str = "") -> Iterator[str]:
