@@ -15,7 +15,9 @@ from test_extraction import HalvesEncoder, write_images
 from medembed.cache import shards
 from medembed.cache.embeddings import load_embeddings
 from medembed.cache.plan import Worker
-from medembed.cache.store import open_cache
+from medembed.cache.spec import hex_from_keys
+from medembed.cache.store import create_cache, open_cache
+from medembed.cache.writer import RowWriter
 from medembed.cli import main
 from medembed.dataset.manifest import Manifest, write_manifest
 from medembed.encoders.loading import load_encoder
@@ -99,16 +101,22 @@ def test_killed_workers_are_replaced_by_any_other_number(
     check_union(place, *dataset[1:])
 
 
-def test_the_same_command_twice_at_once_doubles_no_row(
-    dataset: tuple[Path, Manifest, np.ndarray], place: Path
+def test_rows_that_another_process_has_committed_meanwhile_are_not_doubled(
+    dataset: tuple[Path, Manifest, np.ndarray], tmp_path: Path
 ) -> None:
-    first = start(place, "0/1", seconds=0.1)
-    while not list((place / "cache").glob("shards/*.h5")):
-        assert first.poll() is None
-        time.sleep(0.02)
-    second = start(place, "0/1")
-    assert (first.wait(timeout=120), second.wait(timeout=120)) == (0, 0)
-    check_union(place, *dataset[1:])
+    alone = open_cache(dataset[0] / "alone")
+    keys = alone.keys()[:30]
+    rows = alone.read(keys, ["mean", "max"])
+    cache = create_cache(tmp_path / "cache", alone.spec, alone.recorded)
+    with RowWriter(cache, commit_seconds=60.0) as writer:
+        writer.add(hex_from_keys(keys), rows)
+        other = {name: values[10:25] for name, values in rows.items()}
+        open_cache(cache.path).commit(keys[10:25], other)
+    lengths = [len(shards.read_keys(path)) for path in (cache.path / "shards").glob("*.h5")]
+    assert sorted(lengths) == [15, 15]
+    assert writer.n_committed == 30
+    assert cache.verify() == []
+    np.testing.assert_array_equal(cache.read(keys, ["mean"])["mean"], rows["mean"])
 
 
 def test_a_towers_embeddings_do_not_depend_on_the_shares(
