@@ -36,8 +36,8 @@ $(READY): pyproject.toml constraints.txt
 test: $(READY) ## run the test suite
 	$(BIN)/python -m pytest -n 2 --dist loadscope $(ARGS)
 
-soak: $(READY) ## the crash tests at length: a thousand kills, every operation of a failing disk
-	MEDEMBED_SOAK=1 $(BIN)/python -m pytest tests/test_crashes.py $(ARGS)
+soak: $(READY) ## the crash tests at length: thousands of kills, every operation of a failing disk
+	MEDEMBED_SOAK=1 $(BIN)/python -m pytest tests/test_crashes.py tests/test_power_loss.py $(ARGS)
 
 lint: $(READY) ## ruff and mypy, strict
 	$(BIN)/ruff check .

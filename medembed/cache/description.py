@@ -4,6 +4,7 @@ import json
 import os
 import secrets
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,8 @@ def create_description(
 ) -> None:
     """Make the directory a cache, unless it is one or another process makes it one first.
 
-    `canary` is kept as it is given; see `extraction.canary`.
+    On return the cache and what is in it keep their names through a loss of power, also those
+    that a killed run gave. `canary` is kept as it is given; see `extraction.canary`.
 
     Raises
     ------
@@ -50,9 +52,14 @@ def create_description(
         The directory holds something else, or cannot be written.
     """
     try:
+        missing = [place for place in (path, *path.parents) if not place.exists()]
         if not (path / "cache.json").exists():
             _create(path, spec, recorded, canary)
         (path / "shards").mkdir(exist_ok=True)
+        for directory in (path / "shards", path, *(place.parent for place in missing[1:])):
+            sync_directory(directory)
+        with suppress(PermissionError):  # a cache may lie in a directory that we cannot open
+            sync_directory(path.parent)
     except OSError as error:
         raise CacheError(
             f"cannot make a cache at {path}: {error.strerror or error}. Choose another --cache."
@@ -162,7 +169,6 @@ def _create(
         _publish(partial, path / "cache.json")
     finally:
         partial.unlink(missing_ok=True)
-    sync_directory(path)
 
 
 def _publish(partial: Path, path: Path) -> None:
@@ -184,6 +190,11 @@ def _read_document(path: Path) -> dict[str, Any]:
             f"{path} is not a cache: it has no cache.json. Name a directory that "
             "`medembed extract` made."
         ) from None
+    except OSError as error:
+        raise CacheError(
+            f"cannot read {path / 'cache.json'}: {error.strerror or error}. Make it readable, and "
+            "run the command again."
+        ) from error
     except ValueError as error:
         raise damaged(path, "it is not JSON") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from medembed.cache.spec import KEY_BYTES
 from medembed.errors import CacheError
+from medembed.files import sync_directory
 
 __all__ = ["STAGES", "Failure", "append_failures", "read_failures"]
 
@@ -52,7 +53,7 @@ def read_failures(path: Path) -> dict[str, Failure]:
 
 
 def append_failures(path: Path, new: Iterable[Failure]) -> None:
-    """Append failures, one line each, and sync.
+    """Append failures, one line each, and sync the file and its name.
 
     Raises
     ------
@@ -65,10 +66,17 @@ def append_failures(path: Path, new: Iterable[Failure]) -> None:
     try:
         # Appending, one write: lines of several workers do not mix.
         with path.open("a+b", buffering=0) as file:
-            file.write(b"\n" + data if _is_torn(file) else data)
+            _write_all(file, b"\n" + data if _is_torn(file) else data)
             os.fsync(file.fileno())
+        sync_directory(path.parent)
     except OSError as error:
         raise CacheError(f"cannot append to {path}: {error.strerror or error}") from error
+
+
+def _write_all(file: io.FileIO, data: bytes) -> None:
+    written = 0
+    while written < len(data):  # a disk that fills up takes a part, and refuses the next
+        written += file.write(data[written:])
 
 
 def _is_torn(file: io.FileIO) -> bool:

@@ -180,9 +180,10 @@ class Cache:
         CacheError
             The file cannot be written.
         """
-        known = failures.read_failures(self._failures_path)
-        again = (failure for failure in new if known.get(failure.sha256) != failure)
-        failures.append_failures(self._failures_path, again)
+        new = list(new)
+        known = failures.read_failures(self._failures_path) if new else {}
+        unknown = [failure for failure in new if known.get(failure.sha256) != failure]
+        failures.append_failures(self._failures_path, unknown)
 
     def card(self) -> dict[str, Any]:
         """Describe the cache in JSON-able values: spec, provenance, rows, bytes, failures."""

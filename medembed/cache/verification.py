@@ -45,8 +45,8 @@ def verify(
 ) -> list[Problem]:
     """Check every byte of every shard, its spec and its rows.
 
-    Shards are read in parallel, one in memory per thread, each byte once; their bytes are compared
-    with their name before HDF5 sees them, which one flipped bit can hang.
+    Shards are read in parallel, one in memory per thread; their bytes are compared with their name
+    before HDF5 sees them, which one flipped bit can hang.
 
     Parameters
     ----------

@@ -105,7 +105,7 @@ def verify_command(cache_path: Path, repair: bool, as_json: bool) -> None:
 
 def _remedy(problems: "list[Problem]", repair: bool) -> str:
     if not any(problem.is_bad for problem in problems):
-        return "Every row can be read."
+        return "Nothing needs to be done: every row can be read."
     if repair:
         return "Bad shards were set aside: `medembed extract` embeds just their rows again."
     return "--repair sets bad shards aside; `medembed extract` then embeds just their rows again."
