@@ -1,8 +1,8 @@
 """A process that extracts under `crash_shim.c`, again and again, and dies where it is told to.
 
-It imports everything once; each extraction is a fork of it. Run as `python crash_server.py` with
-the shim preloaded, it takes one JSON request per line on stdin and answers one line each; the other
-side is `crashing`.
+Or it compacts what was extracted. It imports everything once; each extraction is a fork of it. Run
+as `python crash_server.py` with the shim preloaded, it takes one JSON request per line on stdin and
+answers one line each; the other side is `crashing`.
 """
 
 import contextlib
@@ -28,8 +28,9 @@ import numpy as np
 from test_extraction import HalvesEncoder
 
 from medembed.cache import description, shards
+from medembed.cache.compaction import compact
 from medembed.cache.failures import Failure
-from medembed.cache.store import Cache
+from medembed.cache.store import Cache, open_cache
 from medembed.dataset.manifest import read_manifest
 from medembed.errors import CacheError, MedembedError
 from medembed.extraction import canary, decoder, decoding, extract, job
@@ -211,6 +212,10 @@ def work(request: dict[str, Any], started: int) -> str:
     if request.get("powerless"):
         drop_capabilities()
     try:
+        if request.get("compact"):
+            os.write(started, b".")
+            compact(place / "cache", open_cache(place / "cache").spec)
+            return ""
         extract(
             manifest,
             Path(request["images"]),

@@ -8,6 +8,8 @@ import pytest
 from crashing import SOAK, Harness, Operation, State, crash_harness, promises_in
 from power_loss import Disk, Tree, lay
 
+from medembed.cache.compaction import compact
+from medembed.cache.store import open_cache
 from medembed.errors import CacheError
 
 
@@ -120,6 +122,22 @@ def test_a_power_loss_after_a_kill_loses_nothing_that_was_committed(
         for moment in moments(harness.place, harness.log(), before):
             check(harness, moment, whole[0])
             assert [moment.lost(kind) for kind in ("cache", "shard", "failure")] == [[], [], []]
+
+
+def test_a_power_loss_in_a_compaction_loses_no_row(
+    harness: Harness, whole: tuple[State, list[Operation], Tree]
+) -> None:
+    before = log_of(harness)
+    assert harness.ask(compact=True).said == ""
+    found = list(moments(harness.place, harness.log(), before))
+    assert len(found) > 20
+    for moment in found:
+        lay(moment.tree, harness.place)
+        assert harness.state() == whole[0]
+        assert moment.lost("failure") == []
+        compact(harness.cache, open_cache(harness.cache).spec)
+        assert harness.state() == whole[0]
+        assert len(list(harness.cache.glob("shards/*.h5"))) == 1
 
 
 def test_the_harness_sees_bytes_that_are_not_synced(

@@ -357,7 +357,7 @@ def test_a_canary_that_is_no_document_is_damage(cache: Cache, canary: object) ->
 def test_a_writer_commits_when_rows_are_old_or_many(
     cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("medembed.cache.writer.MAX_SHARD_ROWS", 10)
+    monkeypatch.setattr("medembed.cache.shards.MAX_SHARD_ROWS", 10)
     clock = iter([0.0, 0.0, 5.0, 61.0]).__next__
     monkeypatch.setattr("medembed.cache.writer.time.monotonic", clock)
     keys = some_keys(30)

@@ -13,7 +13,7 @@ from medembed.cache.listing import committed_shards
 from medembed.cache.spec import KEY_BYTES, CacheSpec, sortable
 from medembed.errors import ShardError
 
-__all__ = ["Index"]
+__all__ = ["MAX_TRIES", "Index"]
 
 MAX_TRIES = 20  # of listing the shards, while a compaction takes them away
 RECENT_SHARE = 4  # new shards are kept apart until they hold this part of the rows of the others

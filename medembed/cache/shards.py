@@ -13,7 +13,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
@@ -24,15 +24,17 @@ import numpy as np
 
 from medembed.cache.spec import KEY_BYTES, CacheSpec, sortable
 from medembed.errors import CacheError, ShardError
-from medembed.files import sync_directory
+from medembed.files import json_bytes, sync_directory, write_atomically
 
 __all__ = [
     "CHUNK_ROWS",
     "MAX_SHARD_BYTES",
     "MAX_SHARD_ROWS",
+    "REPLACES",
     "as_stored",
     "copy_rows",
     "is_shard_name",
+    "max_rows",
     "read_header",
     "read_keys",
     "read_shard",
@@ -46,12 +48,18 @@ CHUNK_ROWS = 1024
 MAX_SHARD_ROWS = 8192
 MAX_SHARD_BYTES = 64 * 2**20  # readers hold one whole shard per thread
 LIBVER = ("v110", "v110")  # fixed: the same rows give the same bytes
+REPLACES = ".replaces"  # beside a shard: the names of those whose rows it took over
 SHARD_NAME = re.compile(r"[0-9a-f]{32}\.h5")
 
 
 def is_shard_name(name: str) -> bool:
     """Tell whether a file name is that of a committed shard."""
     return SHARD_NAME.fullmatch(name) is not None
+
+
+def max_rows(spec: CacheSpec) -> int:
+    """Return how many rows of `spec` a full shard holds."""
+    return max(1, min(MAX_SHARD_ROWS, MAX_SHARD_BYTES // spec.row_bytes()))
 
 
 def as_stored(
@@ -75,7 +83,12 @@ def as_stored(
 
 
 def write_shard(
-    directory: Path, keys: np.ndarray, embeddings: Mapping[str, np.ndarray], spec: CacheSpec
+    directory: Path,
+    keys: np.ndarray,
+    embeddings: Mapping[str, np.ndarray],
+    spec: CacheSpec,
+    *,
+    replaces: Collection[str] = (),
 ) -> Path:
     """Write rows as one shard, complete or not at all; the same rows give the same file.
 
@@ -92,6 +105,9 @@ def write_shard(
         One array per pooling of the spec.
     spec : CacheSpec
         What the rows share.
+    replaces : collection of str
+        Names of shards that count as gone from the moment this one is there. Their names are
+        written down, durably, before it is.
 
     Raises
     ------
@@ -105,7 +121,7 @@ def write_shard(
     data = _encode(keys, stored, spec)
     partial = directory / f"{secrets.token_hex(16)}.partial"
     try:
-        return _place(partial, data, keys, stored)
+        return _place(partial, data, keys, stored, replaces)
     except OSError as error:
         if isinstance(error, ShardError):
             raise
@@ -259,7 +275,13 @@ def _header(keys: np.ndarray, offset: int, spec: CacheSpec) -> bytes:
     return json.dumps(document).encode().ljust(HEADER_BYTES - 1) + b"\n"
 
 
-def _place(partial: Path, data: bytes, keys: np.ndarray, stored: Mapping[str, np.ndarray]) -> Path:
+def _place(
+    partial: Path,
+    data: bytes,
+    keys: np.ndarray,
+    stored: Mapping[str, np.ndarray],
+    replaces: Collection[str],
+) -> Path:
     with partial.open("xb") as file:
         file.write(data)
         file.flush()
@@ -272,6 +294,8 @@ def _place(partial: Path, data: bytes, keys: np.ndarray, stored: Mapping[str, np
     if written != data or not equal:
         raise ShardError(f"what was written to {partial} does not read back as written: bad disk?")
     path = partial.with_name(_name_of(written))
+    if replaces:
+        write_atomically(path.with_suffix(REPLACES), json_bytes(sorted(replaces)))
     os.replace(partial, path)
     sync_directory(path.parent)
     return path

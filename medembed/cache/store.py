@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ from medembed.cache.description import (
     source_of,
 )
 from medembed.cache.failures import Failure
-from medembed.cache.index import Index
+from medembed.cache.index import MAX_TRIES, Index
 from medembed.cache.spec import CacheSpec, keys_from_hex
-from medembed.errors import CacheError, MissingRowsError
+from medembed.errors import CacheError, MissingRowsError, ShardError
 
 __all__ = ["Cache", "create_cache", "open_cache"]
 
@@ -136,19 +137,45 @@ class Cache:
         first of them by name. Raises as `read`.
         """
         self.check_poolings(list(outputs))
-        found, owners, rows = self._index.refresh().locate(keys)
-        if not found.all():
-            raise MissingRowsError(
-                f"{int((~found).sum())} of {len(keys)} rows are not in the cache at {self.path}"
-            )
+        waiting = np.arange(len(keys))
+        for _ in range(MAX_TRIES):
+            found, owners, rows = self._index.refresh().locate(keys[waiting])
+            if not found.all():
+                raise MissingRowsError(
+                    f"{int((~found).sum())} of {len(keys)} rows are not in the cache at {self.path}"
+                )
+            order = np.argsort(owners, kind="stable")
+            ends = np.flatnonzero(np.diff(owners[order])) + 1
+            copy = partial(self._copy, waiting, owners, rows, outputs, verify)
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                left = list(pool.map(copy, np.split(order, ends) if len(order) else []))
+            waiting = np.concatenate([waiting[:0], *left])
+            if not len(waiting):
+                return
+        raise CacheError(
+            f"shards of {self.path} vanish faster than they are read: {len(waiting)} of "
+            f"{len(keys)} rows are missing. Read again when whatever removes them has ended."
+        )
 
-        def copy(owner: int) -> None:
-            places = np.flatnonzero(owners == owner)
-            path = self._index.paths[owner]
-            shards.copy_rows(path, rows[places], places, outputs, verify=verify, spec=self.spec)
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(copy, np.unique(owners).tolist()))
+    def _copy(
+        self,
+        places: np.ndarray,
+        owners: np.ndarray,
+        rows: np.ndarray,
+        outputs: Mapping[str, np.ndarray],
+        verify: bool,
+        mine: np.ndarray,
+    ) -> np.ndarray:
+        """Copy the rows of one shard; return the places left, all if a compaction took it away."""
+        path = self._index.paths[owners[mine[0]]]
+        to: np.ndarray = places[mine]
+        try:
+            shards.copy_rows(path, rows[mine], to, outputs, verify=verify, spec=self.spec)
+        except ShardError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                return to
+            raise
+        return np.empty(0, np.int64)
 
     def check_poolings(self, poolings: Sequence[str]) -> None:
         """Raise CacheError unless every pooling is in the cache; lists those that are."""

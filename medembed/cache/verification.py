@@ -11,6 +11,8 @@ import numpy as np
 
 from medembed.cache import shards
 from medembed.cache.keys import SortedKeys
+from medembed.cache.listing import file_names, replaced_shards
+from medembed.cache.shards import REPLACES
 from medembed.cache.spec import CacheSpec
 from medembed.errors import CacheError, ShardError
 from medembed.files import sync_directory
@@ -60,9 +62,10 @@ def verify(
     Returns
     -------
     list of Problem
-        Sorted by name. Leftovers of a killed writer (`*.partial`) mean nothing and are passed over.
+        Sorted by name. Leftovers of a killed writer (`*.partial`) or compaction mean nothing and
+        are passed over.
     """
-    paths = sorted(p for p in (directory / "shards").glob("*") if p.suffix != ".partial")
+    paths = _files(directory / "shards")
     count = _Count(sum(map(_size, paths)), progress)
 
     def check(path: Path) -> tuple[np.ndarray | None, Problem | None]:
@@ -111,6 +114,13 @@ def repair(directory: Path, problems: Sequence[Problem]) -> list[Path]:
     return moved
 
 
+def _files(folder: Path) -> list[Path]:
+    names = file_names(folder)
+    replaced = replaced_shards(folder, names)
+    files = [folder / name for name in sorted(names) if name not in replaced]
+    return [path for path in files if path.suffix not in (".partial", REPLACES)]
+
+
 def _size(path: Path) -> int:
     try:
         return path.stat().st_size
@@ -142,7 +152,8 @@ def _find_repeats(whole: list[tuple[Path, np.ndarray]]) -> Iterator[Problem]:
         if n_rows:
             yield Problem(
                 path,
-                f"{n_rows} row(s) of shard {path} stand elsewhere too; the first by name is read",
+                f"{n_rows} row(s) of shard {path} stand elsewhere too; `medembed cache "
+                "compact` keeps one of each",
                 is_bad=False,
             )
 

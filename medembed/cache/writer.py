@@ -7,7 +7,7 @@ from types import TracebackType
 import numpy as np
 
 from medembed.cache.failures import Failure
-from medembed.cache.shards import MAX_SHARD_BYTES, MAX_SHARD_ROWS, as_stored
+from medembed.cache.shards import as_stored, max_rows
 from medembed.cache.spec import keys_from_hex
 from medembed.cache.store import Cache
 from medembed.errors import CacheError, ShardError
@@ -35,7 +35,7 @@ class RowWriter:
 
     def __init__(self, cache: Cache, commit_seconds: float) -> None:
         self._cache, self._commit_seconds = cache, commit_seconds
-        self._max_rows = max(1, min(MAX_SHARD_ROWS, MAX_SHARD_BYTES // cache.spec.row_bytes()))
+        self._max_rows = max_rows(cache.spec)
         self._digests: list[str] = []
         self._parts: list[dict[str, np.ndarray]] = []
         self._failures: list[Failure] = []

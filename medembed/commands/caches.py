@@ -1,4 +1,4 @@
-"""`medembed cache`: look at one and prove it whole."""
+"""`medembed cache`: look at one, prove it whole, make it compact."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -13,12 +13,12 @@ from medembed.console import Commands, print_json, say, showing_progress
 if TYPE_CHECKING:
     from medembed.cache.verification import Problem
 
-__all__ = ["cache", "info_command", "verify_command"]
+__all__ = ["cache", "compact_command", "info_command", "verify_command"]
 
 
 @click.group(cls=Commands)
 def cache() -> None:
-    """Look at a cache and prove that it is whole."""
+    """Look at a cache, prove that it is whole, merge its small shards."""
 
 
 @cache.command("info")
@@ -105,7 +105,31 @@ def verify_command(cache_path: Path, repair: bool, as_json: bool) -> None:
 
 def _remedy(problems: "list[Problem]", repair: bool) -> str:
     if not any(problem.is_bad for problem in problems):
-        return "Nothing needs to be done: every row can be read."
+        return "Every row can be read; `medembed cache compact` keeps one of each."
     if repair:
         return "Bad shards were set aside: `medembed extract` embeds just their rows again."
     return "--repair sets bad shards aside; `medembed extract` then embeds just their rows again."
+
+
+@cache.command("compact")
+@click.argument("cache_path", metavar="CACHE", type=PATH)
+@json_option
+def compact_command(cache_path: Path, as_json: bool) -> None:
+    """Merge small shards into full ones, and keep one of each row that stands twice.
+
+    Others may read and extract meanwhile. A shard goes only when what replaces it is on disk and
+    proved; killed at any moment, it loses nothing, and the next one goes on.
+    """
+    from medembed.cache.compaction import compact
+    from medembed.cache.store import open_cache
+
+    opened = open_cache(cache_path)
+    with showing_progress("Merging", "shards") as progress:
+        done = compact(opened.path, opened.spec, progress)
+    if as_json:
+        print_json({**opened.card(), "compacted": asdict(done)})
+    click.echo(
+        f"{cache_path}: {done.shards_before} shards before, {done.shards_after} now; "
+        f"{done.repeats} repeated rows left out",
+        err=as_json,
+    )

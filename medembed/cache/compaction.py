@@ -1,0 +1,218 @@
+"""Many small shards become few full ones, while others read and write."""
+
+import fcntl
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from medembed.cache import shards
+from medembed.cache.keys import SortedKeys
+from medembed.cache.listing import committed_shards, read_replaced
+from medembed.cache.spec import CacheSpec
+from medembed.errors import CacheError
+from medembed.files import sync_directory
+
+__all__ = ["Compaction", "compact"]
+
+LOCK = ".compact.lock"
+SMALL = 2  # a shard is small below this part of a full one
+
+
+@dataclass(frozen=True)
+class Compaction:
+    """Say what a compaction has done.
+
+    Parameters
+    ----------
+    shards_before, shards_after, bytes_before, bytes_after : int
+        Of the whole cache.
+    repeats : int
+        Rows that stood elsewhere too, and stand once now.
+    """
+
+    shards_before: int
+    shards_after: int
+    bytes_before: int
+    bytes_after: int
+    repeats: int
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A shard to be merged.
+
+    Parameters
+    ----------
+    path : Path
+        Its file.
+    kept : (k,) int
+        Its rows that go into the new shard.
+    holders : list of Path
+        The shards that hold the others.
+    """
+
+    path: Path
+    kept: np.ndarray
+    holders: list[Path]
+
+
+def compact(
+    directory: Path, spec: CacheSpec, progress: Callable[[int, int], None] | None = None
+) -> Compaction:
+    """Merge the shards less than half full, and leave out rows that stand twice.
+
+    Each new shard is whole, synced and proved before those that it replaces are removed; a crash
+    at any moment leaves each row readable, and the next compaction tidies up. Readers that find a
+    shard gone look for its rows again. A second compaction of the same cache finds nothing to do.
+
+    Parameters
+    ----------
+    directory : Path
+        The cache.
+    spec : CacheSpec
+        Of the cache.
+    progress : callable, optional
+        Called as progress(done, total) with the new shards.
+
+    Raises
+    ------
+    ShardError
+        A shard that takes part is damaged. What was merged before stays so; the damaged one and
+        those of its group are as they were.
+    CacheError
+        Another compaction is at work, or the directory cannot be written.
+    """
+    try:
+        with _locked(directory / LOCK):
+            return _compact(directory / "shards", spec, progress)
+    except OSError as error:
+        if isinstance(error, CacheError):
+            raise
+        raise CacheError(
+            f"cannot compact {directory}: {error.strerror or error}. No row was lost; make the "
+            "cache writable, and run the command again."
+        ) from error
+
+
+def _compact(
+    folder: Path, spec: CacheSpec, progress: Callable[[int, int], None] | None
+) -> Compaction:
+    _tidy_up(folder, spec)
+    before = _sizes(folder)
+    sources, n_repeats = _choose(folder, spec)
+    groups = list(_group(sources, shards.max_rows(spec)))
+    merged: set[Path] = set()
+    for number, group in enumerate(groups, start=1):
+        merged.update(source.path for source in group)
+        _merge(folder, group, merged, spec)
+        if progress:
+            progress(number, len(groups))
+    after = _sizes(folder)
+    return Compaction(len(before), len(after), sum(before), sum(after), n_repeats)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Keep other compactions away: of two rows that stand twice, each might drop another."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise CacheError(
+            f"another compaction of {path.parent} is at work; wait for its end."
+        ) from error
+    finally:
+        os.close(descriptor)
+
+
+def _tidy_up(folder: Path, spec: CacheSpec) -> None:
+    """Finish what a compaction that was killed has left."""
+    for path in sorted(folder.glob("*" + shards.REPLACES)):
+        merged = path.with_suffix(".h5")
+        if merged.exists():
+            shards.read_shard(merged, poolings=(), spec=spec)
+            _remove(folder, [folder / name for name in read_replaced(path)])
+        _remove(folder, [path])
+
+
+def _sizes(folder: Path) -> list[int]:
+    return [path.stat().st_size for path in committed_shards(folder)]
+
+
+def _choose(folder: Path, spec: CacheSpec) -> tuple[list[_Source], int]:
+    """Choose the shards to be merged, and count the rows that stand elsewhere too."""
+    paths = committed_shards(folder)
+    if not paths:
+        return [], 0
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        parts = list(pool.map(lambda path: shards.read_keys(path, spec=spec), paths))
+    edges = np.cumsum([0, *map(len, parts)])
+    every = SortedKeys(np.concatenate(parts))
+    is_kept = np.ones(edges[-1], bool)
+    is_kept[every.repeats] = False
+    homes = np.searchsorted(edges, every.repeats, side="right") - 1
+    holders = np.searchsorted(edges, every.originals, side="right") - 1
+    chosen = []
+    for number, path in enumerate(paths):
+        start, stop = edges[number], edges[number + 1]
+        others = np.unique(holders[homes == number]).tolist() if len(homes) else []
+        if others or SMALL * (stop - start) < shards.max_rows(spec):
+            kept = np.flatnonzero(is_kept[start:stop])
+            chosen.append(_Source(path, kept, [paths[other] for other in others]))
+    return chosen, len(every.repeats)
+
+
+def _group(sources: Sequence[_Source], max_rows: int) -> Iterator[list[_Source]]:
+    """Put sources together, in their order, as long as they fit into one shard."""
+    group: list[_Source] = []
+    n_rows = 0
+    for source in sources:
+        if group and n_rows + len(source.kept) > max_rows:
+            if _is_worth_it(group):
+                yield group
+            group, n_rows = [], 0
+        group.append(source)
+        n_rows += len(source.kept)
+    if group and _is_worth_it(group):
+        yield group
+
+
+def _is_worth_it(group: Sequence[_Source]) -> bool:
+    return len(group) > 1 or bool(group[0].holders)
+
+
+def _merge(folder: Path, group: Sequence[_Source], merged: set[Path], spec: CacheSpec) -> None:
+    """Write the rows of a group as one shard, then remove the shards that they come from.
+
+    `merged` are the shards of this group and those before: what they held has been proved.
+    """
+    parts = [_read_kept(source, spec) for source in group]
+    keys = np.concatenate([keys for keys, _ in parts])
+    rows = {name: np.concatenate([part[name] for _, part in parts]) for name in spec.poolings}
+    for holder in {path for source in group for path in source.holders} - merged:
+        shards.read_shard(holder, poolings=(), spec=spec)  # before the only other copy goes
+    old = [source.path for source in group]
+    if not len(keys):
+        _remove(folder, old)
+        return
+    new = shards.write_shard(folder, keys, rows, spec, replaces=[path.name for path in old])
+    _remove(folder, [path for path in old if path != new])
+    _remove(folder, [new.with_suffix(shards.REPLACES)])
+
+
+def _read_kept(source: _Source, spec: CacheSpec) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    keys, rows = shards.read_shard(source.path, spec=spec)
+    return keys[source.kept], {name: values[source.kept] for name, values in rows.items()}
+
+
+def _remove(folder: Path, paths: Sequence[Path]) -> None:
+    """Remove files, durably: what says that a shard is replaced must not go before that shard."""
+    for path in paths:
+        path.unlink(missing_ok=True)
+    sync_directory(folder)
