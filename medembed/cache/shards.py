@@ -183,7 +183,7 @@ def read_shard(
     ShardError
         The bytes are not those the name promises, or the layout is not a shard's.
     """
-    with _hdf5(path, verify=verify, spec=spec) as file:
+    with _hdf5(path, verify=verify, spec=spec) as (file, _):
         names = list(file["embeddings"]) if poolings is None else poolings
         return file["sha256"][...], {name: file["embeddings"][name][...] for name in names}
 
@@ -218,17 +218,28 @@ def copy_rows(
     """
     order = np.argsort(rows, kind="stable")
     rows, places = rows[order], places[order]
-    edges = np.searchsorted(rows, np.arange(0, rows[-1] + 1 + CHUNK_ROWS, CHUNK_ROWS))
-    with _hdf5(path, verify=verify, spec=spec) as file:
+    with _hdf5(path, verify=verify, spec=spec) as (file, data):
         for name, output in outputs.items():
             dataset = file["embeddings"][name]
-            for chunk, (start, stop) in enumerate(pairwise(edges)):
+            size = dataset.chunks[0] if dataset.chunks else len(dataset)
+            edges = np.searchsorted(rows, np.arange(0, rows[-1] + 1 + size, size))
+            for number, (start, stop) in enumerate(pairwise(edges)):
                 if start == stop:
                     continue
-                first = chunk * CHUNK_ROWS
-                block = dataset[first : first + CHUNK_ROWS]
-                taken = block[_as_slice(rows[start:stop] - first)]
+                block = _chunk(data, dataset, number * size)
+                taken = block[_as_slice(rows[start:stop] - number * size)]
                 output[_as_slice(places[start:stop])] = taken
+
+
+def _chunk(data: bytes, dataset: Any, first: int) -> np.ndarray:
+    """Return the rows of a chunk where they lie in the file's bytes, if they do so as they are."""
+    shape, dtype, chunks = dataset.shape[1:], dataset.dtype, dataset.chunks
+    if not chunks or chunks[1:] != shape or dataset.id.get_create_plist().get_nfilters():
+        block: np.ndarray = dataset[first : first + (chunks[0] if chunks else len(dataset))]
+        return block
+    found = dataset.id.get_chunk_info_by_coord((first, *(0 for _ in shape)))
+    values = np.frombuffer(data, dtype, found.size // dtype.itemsize, found.byte_offset)
+    return values.reshape(-1, *shape)[: len(dataset) - first]
 
 
 def _store_values(name: str, values: np.ndarray, shape: tuple[int, ...], dtype: str) -> np.ndarray:
@@ -302,7 +313,8 @@ def _place(
 
 
 @contextmanager
-def _hdf5(path: Path, *, verify: bool, spec: CacheSpec | None) -> Iterator[Any]:
+def _hdf5(path: Path, *, verify: bool, spec: CacheSpec | None) -> Iterator[tuple[Any, bytes]]:
+    """Open a shard, checked first; yield it and its bytes."""
     with _opened(path) as file:
         data = file.read()
     if verify and _name_of(data) != path.name:
@@ -310,8 +322,8 @@ def _hdf5(path: Path, *, verify: bool, spec: CacheSpec | None) -> Iterator[Any]:
     _parse_header(path, data[:HEADER_BYTES], spec)
     try:
         with h5py.File(io.BytesIO(data), "r") as hdf5:
-            yield hdf5
-    except (KeyError, OSError, RuntimeError, ValueError) as error:
+            yield hdf5, data
+    except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise _damaged(path, f"HDF5 says: {error}") from error
 
 
