@@ -10,12 +10,13 @@ import pandas as pd
 
 from medembed.cache.description import options_of
 from medembed.cache.failures import Failure
-from medembed.cache.spec import CacheSpec, keys_from_hex
+from medembed.cache.keys import keys_from_column
+from medembed.cache.spec import CacheSpec
 from medembed.cache.store import Cache, open_cache
 from medembed.dataset.manifest import Manifest, read_manifest
 from medembed.errors import CacheError, ManifestError, MissingRowsError, TrainingDataError
 
-__all__ = ["Embeddings", "load_embeddings"]
+__all__ = ["Embeddings", "find_rows", "load_embeddings"]
 
 
 @dataclass(frozen=True)
@@ -117,20 +118,36 @@ def load_embeddings(
     manifest = manifest if isinstance(manifest, Manifest) else read_manifest(Path(manifest))
     poolings = _choose_poolings(cache, pool)
     rows = _choose_rows(manifest, split)
-    keys = keys_from_hex(rows["sha256"].tolist())
-    done = cache.is_done(keys)
-    failed = _failed_rows(rows[~done], cache.failures())
-    n_missing = int((~done).sum()) - len(failed)
-    if n_missing:
-        raise _missing(n_missing, len(rows), cache, name)
+    rows, keys, failed = find_rows(cache, rows, name)
     return Embeddings(
-        X=_read(cache, keys[done], poolings, verify=verify),
-        rows=rows[done].reset_index(drop=True),
+        X=_read(cache, keys, poolings, verify=verify),
+        rows=rows.reset_index(drop=True),
         pooling="+".join(poolings),
         failed=failed,
         label_level=manifest.label_level,
         spec=cache.spec,
     )
+
+
+def find_rows(
+    cache: Cache, rows: pd.DataFrame, manifest: str
+) -> tuple[pd.DataFrame, np.ndarray, pd.DataFrame]:
+    """Sort a manifest's rows into those in the cache, with their keys (n, 32), and failed ones.
+
+    Raises
+    ------
+    MissingRowsError
+        Rows are neither; names the command that makes them from `manifest`.
+    """
+    keys = keys_from_column(rows["sha256"])
+    done = cache.is_done(keys)
+    if done.all():
+        return rows, keys, _failed_rows(rows[:0], {})
+    failed = _failed_rows(rows[~done], cache.failures())
+    n_missing = int((~done).sum()) - len(failed)
+    if n_missing:
+        raise _missing(n_missing, len(rows), cache, manifest)
+    return rows[done], keys[done], failed
 
 
 def _choose_poolings(cache: Cache, pool: str | None) -> list[str]:
