@@ -3,10 +3,12 @@
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-__all__ = ["json_bytes", "sync_directory", "write_atomically"]
+__all__ = ["json_bytes", "sync_directory", "write_atomically", "writing_atomically"]
 
 
 def sync_directory(path: Path) -> None:
@@ -28,10 +30,20 @@ def write_atomically(path: Path, data: bytes) -> None:
     OSError
         The directory is missing, not writable, or full.
     """
+    with writing_atomically(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def writing_atomically(path: Path) -> Iterator[BinaryIO]:
+    """Open a file beside `path`, which takes its name, synced, when the `with` block ends well.
+
+    Raises as `write_atomically`.
+    """
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, 0o666 & ~_umask())

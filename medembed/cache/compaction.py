@@ -165,7 +165,8 @@ def _choose(folder: Path, spec: CacheSpec) -> tuple[list[_Source], int]:
         if others or SMALL * (stop - start) < shards.max_rows(spec):
             kept = np.flatnonzero(is_kept[start:stop])
             chosen.append(_Source(path, kept, [paths[other] for other in others]))
-    return chosen, len(every.repeats)
+    # In the order of their making: rows that were embedded together stay together.
+    return sorted(chosen, key=lambda source: source.path.stat().st_mtime_ns), len(every.repeats)
 
 
 def _group(sources: Sequence[_Source], max_rows: int) -> Iterator[list[_Source]]:
@@ -190,7 +191,7 @@ def _is_worth_it(group: Sequence[_Source]) -> bool:
 def _merge(folder: Path, group: Sequence[_Source], merged: set[Path], spec: CacheSpec) -> None:
     """Write the rows of a group as one shard, then remove the shards that they come from.
 
-    `merged` are the shards of this group and those before: what they held has been proved.
+    `merged` are the shards of this group and those before: what they held is proved on the way.
     """
     parts = [_read_kept(source, spec) for source in group]
     keys = np.concatenate([keys for keys, _ in parts])

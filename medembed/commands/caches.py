@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from medembed.commands.options import PATH, json_option
+from medembed.commands.options import PATH, json_option, split_names
 from medembed.console import Commands, print_json, say, showing_progress
 
 if TYPE_CHECKING:
     from medembed.cache.verification import Problem
 
-__all__ = ["cache", "compact_command", "info_command", "verify_command"]
+__all__ = ["cache", "compact_command", "export_command", "info_command", "verify_command"]
 
 
 @click.group(cls=Commands)
@@ -133,3 +133,43 @@ def compact_command(cache_path: Path, as_json: bool) -> None:
         f"{done.repeats} repeated rows left out",
         err=as_json,
     )
+
+
+@cache.command("export")
+@click.argument("cache_path", metavar="CACHE", type=PATH)
+@click.argument("manifest_path", metavar="MANIFEST", type=PATH)
+@click.option("-o", "--out", "out_path", type=PATH, required=True, help="FILE.parquet or FILE.npz")
+@click.option(
+    "--pool",
+    "poolings",
+    callback=split_names,
+    metavar="NAMES",
+    help="Poolings, such as mean,max; by default all of the cache.",
+)
+@json_option
+def export_command(
+    cache_path: Path,
+    manifest_path: Path,
+    out_path: Path,
+    poolings: tuple[str, ...] | None,
+    as_json: bool,
+) -> None:
+    """Write MANIFEST's rows and their embeddings as one Parquet or .npz file.
+
+    Row by row in the manifest's order, without the images that are known to have failed.
+    """
+    from medembed.cache.export import SUFFIXES, export
+    from medembed.cache.store import open_cache
+    from medembed.dataset.manifest import read_manifest
+
+    if out_path.suffix not in SUFFIXES:
+        raise click.BadParameter(f"{out_path} ends in neither of {', '.join(SUFFIXES)}")
+    opened, rows = open_cache(cache_path), read_manifest(manifest_path)
+    with showing_progress("Exporting", "rows") as progress:
+        written = export(
+            opened, rows, out_path, poolings=poolings, name=str(manifest_path), progress=progress
+        )
+    if as_json:
+        print_json({**asdict(written), "file": str(written.file)})
+    left_out = f"; {written.failed} failed images left out" if written.failed else ""
+    say(f"{out_path}: {written.rows} rows, {written.bytes / 1e6:,.1f} MB{left_out}")

@@ -1,0 +1,203 @@
+"""Out of the cache: manifest columns and embeddings as one Parquet or `.npz` file."""
+
+import os
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from medembed.cache.embeddings import find_rows
+from medembed.cache.store import Cache
+from medembed.dataset.manifest import Manifest
+from medembed.errors import CacheError, ManifestError
+from medembed.files import writing_atomically
+
+__all__ = ["SUFFIXES", "Export", "export"]
+
+BLOCK_BYTES = 128 * 2**20  # of embeddings in memory at once
+SUFFIXES = (".npz", ".parquet")
+
+
+@dataclass(frozen=True)
+class Export:
+    """Say what was written.
+
+    Parameters
+    ----------
+    file : Path
+        Where.
+    rows, failed : int
+        Rows of the manifest that are in it, and that are not, being known failures.
+    poolings : dict of str to tuple of int
+        Shape per row of each pooling in it.
+    bytes : int
+        Size of the file.
+    """
+
+    file: Path
+    rows: int
+    failed: int
+    poolings: dict[str, tuple[int, ...]]
+    bytes: int
+
+
+def export(
+    cache: Cache,
+    manifest: Manifest,
+    path: str | os.PathLike[str],
+    *,
+    poolings: Sequence[str] | None = None,
+    name: str = "MANIFEST",
+    progress: Callable[[int, int], None] | None = None,
+) -> Export:
+    """Write a manifest's rows and their embeddings, block by block; complete or not at all.
+
+    As `.parquet`: the manifest's columns, and per pooling one column of lists of float32 (a
+    grid's cells one after the other; its shape is in the column's metadata, `shape`). As `.npz`:
+    one array per column, strings as fixed-width unicode and an unknown label as -1, and per
+    pooling one (n, ...) array in the cache's dtype; `numpy.load` reads it without pickle. Where a
+    column has the name of a pooling, the pooling's is `embedding_<pooling>`.
+
+    Parameters
+    ----------
+    cache, manifest : Cache, Manifest
+        What to join.
+    path : path
+        Its suffix says which; a file there is replaced.
+    poolings : sequence of str, optional
+        By default all.
+    name : str
+        What the command in a message calls the manifest.
+    progress : callable, optional
+        Called as progress(done, total) with rows.
+
+    Raises
+    ------
+    MissingRowsError
+        Rows are neither embedded nor known to have failed.
+    CacheError
+        The suffix is neither, a pooling is not in the cache, or a shard is damaged
+        (`ShardError`); the file cannot be written.
+    ManifestError
+        The manifest has no SHA-256s.
+    """
+    path = Path(path)
+    write = {".npz": _write_npz, ".parquet": _write_parquet}.get(path.suffix)
+    if write is None:
+        raise CacheError(f"{path} ends neither in .parquet nor in .npz: name the file so")
+    if not manifest.has_hashes:
+        raise ManifestError("this manifest holds no SHA-256s, so no embedding can be joined to it")
+    names = tuple(cache.spec.poolings) if poolings is None else tuple(poolings)
+    cache.check_poolings(names)
+    rows, keys, failed = find_rows(cache, manifest.rows, name)
+    table = _Table(cache, rows.reset_index(drop=True), keys, names, progress)
+    try:
+        with writing_atomically(path) as file:
+            write(table, file)
+    except OSError as error:
+        if isinstance(error, CacheError):
+            raise
+        raise CacheError(
+            f"cannot write {path}: {error.strerror or error}. Nothing was left half-written; make "
+            "room, or choose another -o FILE."
+        ) from error
+    shapes = {pooling: cache.spec.poolings[pooling] for pooling in names}
+    return Export(path, len(rows), len(failed), shapes, path.stat().st_size)
+
+
+class _Table:
+    """The rows to be written, whose embeddings are read when they are."""
+
+    def __init__(
+        self,
+        cache: Cache,
+        rows: pd.DataFrame,
+        keys: np.ndarray,
+        poolings: Sequence[str],
+        progress: Callable[[int, int], None] | None,
+    ) -> None:
+        self.rows, self.poolings, self._cache, self._keys = rows, poolings, cache, keys
+        self._progress = progress
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def shape(self, pooling: str) -> tuple[int, ...]:
+        return self._cache.spec.poolings[pooling]
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return np.dtype(self._cache.spec.dtype)
+
+    def column(self, pooling: str) -> str:
+        return f"embedding_{pooling}" if pooling in self.rows.columns else pooling
+
+    def blocks(
+        self, poolings: Sequence[str], dtype: Any = None
+    ) -> Iterator[tuple[int, int, dict[str, np.ndarray]]]:
+        """Yield first row, end, and embeddings, in the manifest's order."""
+        dtype = np.dtype(dtype or self.dtype)
+        row_bytes = sum(int(np.prod(self.shape(name))) for name in poolings) * dtype.itemsize
+        step = max(1, BLOCK_BYTES // max(1, row_bytes))
+        for start in range(0, len(self), step):
+            keys = self._keys[start : start + step]
+            read = {name: np.empty((len(keys), *self.shape(name)), dtype) for name in poolings}
+            self._cache.read_into(keys, read)
+            yield start, start + len(keys), read
+            if self._progress:
+                self._progress(start + len(keys), len(self))
+
+
+def _write_parquet(table: _Table, file: BinaryIO) -> None:
+    frame = pa.Schema.from_pandas(table.rows, preserve_index=False).remove_metadata()
+    fields = [*frame, *(_list_field(table, pooling) for pooling in table.poolings)]
+    schema = pa.schema(fields)
+    with pq.ParquetWriter(file, schema, compression="zstd") as writer:
+        for start, end, read in table.blocks(table.poolings, np.float32):
+            columns = [
+                *pa.Table.from_pandas(table.rows[start:end], frame, preserve_index=False).columns,
+                *(_lists(read[pooling]) for pooling in table.poolings),
+            ]
+            writer.write_table(pa.table(columns, schema=schema))
+
+
+def _list_field(table: _Table, pooling: str) -> pa.Field:
+    shape = table.shape(pooling)
+    kind = pa.list_(pa.float32(), int(np.prod(shape)))
+    return pa.field(table.column(pooling), kind, metadata={"shape": ",".join(map(str, shape))})
+
+
+def _lists(values: np.ndarray) -> pa.Array:
+    width = int(np.prod(values.shape[1:]))
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), width)
+
+
+def _write_npz(table: _Table, file: BinaryIO) -> None:
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for name in table.rows.columns:
+            with _npy(archive, name) as entry:
+                np.lib.format.write_array(entry, _as_array(table.rows[name]), allow_pickle=False)
+        for pooling in table.poolings:
+            shape = (len(table), *table.shape(pooling))
+            header = {"descr": table.dtype.str, "fortran_order": False, "shape": shape}
+            with _npy(archive, table.column(pooling)) as entry:
+                np.lib.format.write_array_header_1_0(entry, header)
+                for _, _, read in table.blocks([pooling]):
+                    entry.write(read[pooling].tobytes())
+
+
+def _npy(archive: zipfile.ZipFile, name: str) -> Any:
+    # A ZipInfo without a time: the same rows give the same bytes.
+    return archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True)
+
+
+def _as_array(column: "pd.Series[Any]") -> np.ndarray:
+    if pd.api.types.is_numeric_dtype(column):
+        return column.fillna(-1).to_numpy(np.int8)
+    return column.to_numpy(str)
