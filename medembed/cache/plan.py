@@ -102,6 +102,11 @@ class Contents(Sequence[Content]):
                 others = self._images.iloc[self._repeats[begin:end]] if end > begin else ()
                 yield Content(digest, (first, *others))
 
+    def rows(self) -> np.ndarray:
+        """Return all rows with these contents, ascending: (m,) int, m >= k."""
+        mine = np.isin(self._originals, self._places)
+        return np.sort(np.concatenate([self._places, self._repeats[mine]]))
+
     def at(self, places: np.ndarray) -> "Contents":
         """Choose the contents that stand first in these rows, (k,) int."""
         return Contents(self._images, self._every_key, places, self._repeats, self._originals)

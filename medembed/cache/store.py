@@ -1,7 +1,7 @@
 """The cache directory: one spec, many immutable shards, a list of failures."""
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -51,9 +51,10 @@ class Cache:
         spec: CacheSpec,
         recorded: dict[str, Any],
         canary: dict[str, Any] | None = None,
+        known: Collection[str] = (),
     ) -> None:
         self.path, self.spec, self.recorded, self.canary = path, spec, recorded, canary
-        self._index = Index(path / "shards", spec)
+        self._index = Index(path / "shards", spec, known)
 
     def __repr__(self) -> str:
         return f"Cache({str(self.path)!r})"
@@ -249,11 +250,13 @@ def create_cache(
     spec: CacheSpec,
     recorded: Mapping[str, Any],
     canary: Mapping[str, Any] | None = None,
+    *,
+    known: Collection[str] = (),
 ) -> Cache:
     """Open the cache at `path` for rows of `spec`, creating it if it is not there.
 
     Several processes may do so at once: one creates it, all then compare specs with what is on
-    disk. `recorded` and `canary` are those of the one that did.
+    disk. `recorded` and `canary` are those of the one that did. For `known` see `open_cache`.
 
     Raises
     ------
@@ -263,13 +266,16 @@ def create_cache(
         The directory holds something else, is of an unknown version, or cannot be written.
     """
     create_description(Path(path), spec, recorded, canary)
-    cache = open_cache(path)
+    cache = open_cache(path, known=known)
     cache.require_spec(spec, recorded)
     return cache
 
 
-def open_cache(path: str | os.PathLike[str]) -> Cache:
+def open_cache(path: str | os.PathLike[str], *, known: Collection[str] = ()) -> Cache:
     """Open a cache that exists.
+
+    Shards whose names are in `known` are passed over, as if they were not there: for a task that
+    has been told that they hold nothing of what it looks for.
 
     Raises
     ------
@@ -278,4 +284,4 @@ def open_cache(path: str | os.PathLike[str]) -> Cache:
     CacheError
         It is not a cache, damaged, or of an unknown version.
     """
-    return Cache(Path(path), *read_description(Path(path)))
+    return Cache(Path(path), *read_description(Path(path)), known)

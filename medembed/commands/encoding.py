@@ -1,6 +1,7 @@
 """`medembed extract`, and `medembed doctor` that says beforehand whether it will run."""
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,8 @@ def _choose_worker(
             return parse_worker(text)
         except ValueError as error:
             raise click.BadParameter(str(error), context, option) from error
+    if context.params.get("engine") == "ray":
+        return None
     found = find_worker(os.environ)
     if not found:
         return None
@@ -89,6 +92,14 @@ def _choose_worker(
     metavar="I/N",
     help="Take the I-th share of N, from 0; by itself under torchrun and SLURM.",
 )
+@click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    is_eager=True,
+    help="ray: as tasks on the Ray at RAY_ADDRESS, or one started here (medembed[ray]).",
+)
 @click.option("--retry-failed", is_flag=True, help="Try images again that failed before.")
 @click.option("--strict", is_flag=True, help="Exit 1 at the end if any image failed.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done; embed nothing.")
@@ -106,6 +117,7 @@ def extract_command(
     batch_size: int | None,
     decoders: int | None,
     worker: "Worker | None",
+    engine: str,
     retry_failed: bool,
     strict: bool,
     dry_run: bool,
@@ -116,32 +128,50 @@ def extract_command(
     from medembed.dataset.manifest import read_manifest
     from medembed.encoders.loading import load_encoder
 
+    if engine == "ray" and worker:
+        raise click.UsageError("--worker is for --engine local; --engine ray shares out by itself")
     rows = read_manifest(manifest_path)
-    with showing_progress("Fetching", "bytes") as progress:
-        encoder = load_encoder(
-            reference,
-            device=device,
-            precision=precision,
-            fit=fit,
-            poolings=poolings,
-            progress=progress,
-        )
-    with showing_progress("Embedding", "images") as progress:
-        report = extraction.extract(
-            rows,
-            image_root,
-            encoder,
-            cache_path,
+    if engine == "ray" and Path(reference).is_dir():  # Ray's processes are in other directories
+        reference = str(Path(reference).absolute())
+    load = partial(
+        load_encoder, reference, device=device, precision=precision, fit=fit, poolings=poolings
+    )
+    if engine == "ray":
+        from medembed.extraction.ray_engine import Job, extract_on_ray
+
+        job = Job(
+            load,
+            image_root.absolute(),
+            cache_path.absolute(),
             poolings=poolings,
             dtype=dtype,
             batch_size=batch_size,
             decoders=decoders,
             retry_failed=retry_failed,
-            worker=worker,
-            dry_run=dry_run,
-            progress=progress,
-            tell=progress.tell,
         )
+        with showing_progress("Embedding", "images") as progress:
+            report = extract_on_ray(
+                rows, job, device=device, dry_run=dry_run, progress=progress, tell=progress.tell
+            )
+    else:
+        with showing_progress("Fetching", "bytes") as progress:
+            encoder = load(progress=progress)
+        with showing_progress("Embedding", "images") as progress:
+            report = extraction.extract(
+                rows,
+                image_root,
+                encoder,
+                cache_path,
+                poolings=poolings,
+                dtype=dtype,
+                batch_size=batch_size,
+                decoders=decoders,
+                retry_failed=retry_failed,
+                worker=worker,
+                dry_run=dry_run,
+                progress=progress,
+                tell=progress.tell,
+            )
     _say_extraction(report, cache_path, dry_run)
     if as_json:
         print_json(report.as_dict())

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -30,7 +30,16 @@ from medembed.extraction.timeline import Timeline
 from medembed.extraction.writing import WriterThread
 from medembed.machine import count_cores, free_bytes
 
-__all__ = ["COMMIT_SECONDS", "ROOM", "ExtractionReport", "extract", "spec_of"]
+__all__ = [
+    "COMMIT_SECONDS",
+    "ROOM",
+    "ExtractionReport",
+    "check_hashes",
+    "check_plan",
+    "extract",
+    "prepare_cache",
+    "spec_of",
+]
 
 COMMIT_SECONDS = 60.0  # what a crash may lose
 LIBRARIES = ("medembed", "numpy", "pillow", "torch", "transformers")
@@ -50,6 +59,7 @@ def extract(
     decoders: int | None = None,
     retry_failed: bool = False,
     worker: Worker | None = None,
+    known_shards: Collection[str] = (),
     dry_run: bool = False,
     commit_seconds: float = COMMIT_SECONDS,
     progress: Callable[[int, int], None] | None = None,
@@ -85,6 +95,8 @@ def extract(
     worker : Worker, optional
         Take this worker's share of the contents only; any number of workers may add to one cache
         at once. Counts are those of the share.
+    known_shards : collection of str
+        Names of shards that are known to hold nothing of the manifest, and are not looked into.
     dry_run : bool
         Only say what there is to do; touches nothing.
     commit_seconds : float
@@ -118,24 +130,24 @@ def extract(
     On any exception, Ctrl-C included, rows embedded so far are committed before it goes on.
     """
     start, root, timeline = time.monotonic(), Path(image_root), timeline or Timeline()
-    _check_request(manifest, root, encoder, poolings, batch_size, decoders)
+    _check_request(root, encoder, poolings, batch_size, decoders)
+    check_hashes(manifest)
     spec, recorded = spec_of(encoder, poolings, dtype), _record(encoder)
     plan = make_plan(
         manifest,
-        _open_if_there(cache_path, spec, recorded),
+        _open_if_there(cache_path, spec, recorded, known_shards),
         retry_failed=retry_failed,
         worker=worker,
     )
     if dry_run or not plan.pending:
         return _report(plan, None, 0, None, start, timeline)
-    _refuse_empty_root(plan, root)
-    _refuse_full_disk(plan, spec, Path(cache_path))
+    check_plan(plan, spec, root, Path(cache_path))
     n_decoders = min(decoders or count_cores(), len(plan.pending))
     # The decoders outermost: Ctrl-C commits first and ends them afterwards.
     with Decoders(n_decoders, encoder.preprocessing) as readers:
         size = _warm_up(encoder, poolings, len(plan.pending), batch_size, tell)
         _say(tell, "Canary")
-        cache = _open_or_make(encoder, spec, recorded, cache_path)
+        cache = _open_or_make(encoder, spec, recorded, cache_path, known_shards)
         size, distance = _prove(cache, encoder, recorded, size)
         _say(tell, "Embedding")
         timeline.add("prepare", start, time.monotonic())
@@ -144,6 +156,49 @@ def extract(
             pipeline.run(readers.read(plan.pending, root, 2 * size + n_decoders), writer)
     _refuse_other_bytes(pipeline)
     return _report(plan, pipeline, n_decoders, distance, start, timeline)
+
+
+def check_hashes(manifest: Manifest) -> None:
+    """Raise ManifestError unless every row has a SHA-256."""
+    n_empty = int((manifest.rows["sha256"] == "").sum())
+    if n_empty:
+        raise ManifestError(
+            f"{n_empty} manifest rows have no sha256, so their images cannot be told from others. "
+            "Build the manifest again without --structure-only."
+        )
+
+
+def prepare_cache(
+    image_root: str | os.PathLike[str],
+    encoder: Encoder,
+    cache_path: str | os.PathLike[str],
+    *,
+    poolings: Sequence[str] = ("mean", "max"),
+    dtype: str = "float16",
+    dry_run: bool = False,
+) -> None:
+    """Do what comes before the plan of `extract`: check the request, open or make the cache.
+
+    Arguments and exceptions are those of `extract`. In a dry run nothing is made.
+    """
+    _check_request(Path(image_root), encoder, poolings, None, None)
+    spec, recorded = spec_of(encoder, poolings, dtype), _record(encoder)
+    if _open_if_there(cache_path, spec, recorded) is None and not dry_run:
+        _open_or_make(encoder, spec, recorded, cache_path)
+
+
+def check_plan(plan: Plan, spec: CacheSpec, image_root: Path, cache_path: Path) -> None:
+    """Check, before any work, that some image is there and that the disk will hold the rows.
+
+    Raises
+    ------
+    PathNotFoundError
+        Every image below the root is missing.
+    CacheError
+        The disk is too full.
+    """
+    _refuse_empty_root(plan, image_root)
+    _refuse_full_disk(plan, spec, cache_path)
 
 
 def spec_of(encoder: Encoder, poolings: Sequence[str], dtype: str = "float16") -> CacheSpec:
@@ -182,13 +237,14 @@ def _open_or_make(
     spec: CacheSpec,
     recorded: dict[str, Any],
     cache_path: str | os.PathLike[str],
+    known_shards: Collection[str] = (),
 ) -> Cache:
     """Open the cache, or make it with the canary that every run is measured by."""
     laid = None
     if is_free(Path(cache_path)):
         reference = encoder.reference() if isinstance(encoder, PipelinedEncoder) else encoder
         laid = lay_canary(reference, list(spec.poolings))
-    return create_cache(cache_path, spec, recorded, laid)
+    return create_cache(cache_path, spec, recorded, laid, known=known_shards)
 
 
 def _prove(
@@ -215,7 +271,6 @@ def _prove(
 
 
 def _check_request(
-    manifest: Manifest,
     root: Path,
     encoder: Encoder,
     poolings: Sequence[str],
@@ -227,12 +282,6 @@ def _check_request(
     for name, number in (("batch_size", batch_size), ("decoders", decoders)):
         if number is not None and number < 1:
             raise ValueError(f"{name} is {number}; it must be at least 1")
-    n_empty = int((manifest.rows["sha256"] == "").sum())
-    if n_empty:
-        raise ManifestError(
-            f"{n_empty} manifest rows have no sha256, so their images cannot be told from others. "
-            "Build the manifest again without --structure-only."
-        )
     for name in poolings:
         if name not in encoder.dimensions:
             offered = ", ".join(encoder.dimensions)
@@ -242,11 +291,14 @@ def _check_request(
 
 
 def _open_if_there(
-    path: str | os.PathLike[str], spec: CacheSpec, recorded: dict[str, Any]
+    path: str | os.PathLike[str],
+    spec: CacheSpec,
+    recorded: dict[str, Any],
+    known_shards: Collection[str] = (),
 ) -> Cache | None:
     if is_free(Path(path)):
         return None
-    cache = open_cache(path)
+    cache = open_cache(path, known=known_shards)
     cache.require_spec(spec, recorded)
     return cache
 

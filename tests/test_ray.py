@@ -1,0 +1,272 @@
+"""`--engine ray`: the same cache as one process makes, also when Ray's workers are killed."""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from test_extraction import HalvesEncoder, write_images
+
+from medembed.cache import shards
+from medembed.cache.embeddings import load_embeddings
+from medembed.cache.store import create_cache, open_cache
+from medembed.cli import main
+from medembed.dataset.manifest import Manifest, write_manifest
+from medembed.errors import (
+    EncoderError,
+    ManifestError,
+    MedembedError,
+    PathNotFoundError,
+    SpecMismatchError,
+)
+from medembed.extraction import extract
+from medembed.extraction.ray_engine import Job, extract_on_ray
+
+pytestmark = pytest.mark.filterwarnings("ignore::Warning")  # of Ray's own, when it starts and ends
+N_IMAGES = 60
+UNDECODABLE = "007.png"
+
+ray: Any = pytest.importorskip("ray", reason="Ray is not installed (medembed[ray])")
+
+
+class FatalEncoder(HalvesEncoder):
+    """Kills the process that it is in while a file is there; the file is gone after `times`."""
+
+    def __init__(self, bomb: Path) -> None:
+        super().__init__()
+        self.bomb = bomb
+
+    def encode(self, *arguments: Any) -> Any:
+        left = int(self.bomb.read_text() or 0) if self.bomb.exists() else 0
+        if left:
+            self.bomb.write_text(str(left - 1))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().encode(*arguments)
+
+
+def broken() -> HalvesEncoder:
+    raise EncoderError("no such encoder")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """Start a Ray of two cores on this machine; its workers can import these tests."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=100 * 2**20,
+        runtime_env={"env_vars": {"PYTHONPATH": paths}},
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
+    """Write images, one of them undecodable, one twice; and what one process makes of them."""
+    root = tmp_path_factory.mktemp("ray-dataset")
+    write_images(root / "images", N_IMAGES)
+    (root / "images" / UNDECODABLE).write_bytes(b"no image")
+    (root / "images" / "copy.png").write_bytes((root / "images" / "003.png").read_bytes())
+    from test_extraction import list_images
+
+    manifest = list_images(root / "images")
+    write_manifest(manifest, root / "manifest.csv")
+    extract(manifest, root / "images", HalvesEncoder(), root / "alone")
+    return root, manifest
+
+
+def job_of(root: Path, cache: Path, load: Any = HalvesEncoder, **more: Any) -> Job:
+    options: dict[str, Any] = {"batch_size": 4, "decoders": 1, "commit_seconds": 0.0, **more}
+    return Job(load, root / "images", cache, **options)
+
+
+def check_whole(dataset: tuple[Path, Manifest], cache: Path) -> None:
+    """Check that a cache holds each row once and what one process makes, to the byte."""
+    root, manifest = dataset
+    assert open_cache(cache).verify() == []
+    lengths = [len(shards.read_keys(path)) for path in (cache / "shards").glob("*.h5")]
+    alone, found = load_embeddings(root / "alone", manifest), load_embeddings(cache, manifest)
+    assert sum(lengths) == len(open_cache(root / "alone").keys())
+    assert found.X.tobytes() == alone.X.tobytes()
+    assert found.failed.to_dict() == alone.failed.to_dict()
+
+
+def test_tasks_make_the_cache_that_one_process_makes(
+    cluster: None, dataset: tuple[Path, Manifest], tmp_path: Path
+) -> None:
+    seen: list[tuple[int, int]] = []
+    report = extract_on_ray(
+        dataset[1],
+        job_of(dataset[0], tmp_path / "cache"),
+        partition_rows=8,
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert (report.requested, report.embedded, report.failed, report.duplicates) == (
+        N_IMAGES + 1,
+        N_IMAGES - 1,
+        1,
+        1,
+    )
+    assert report.failures[0]["image"] == UNDECODABLE
+    assert seen[-1] == (N_IMAGES, N_IMAGES)
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    check_whole(dataset, tmp_path / "cache")
+    again = extract_on_ray(dataset[1], job_of(dataset[0], tmp_path / "cache"))
+    assert (again.embedded, again.already, again.failed) == (0, N_IMAGES - 1, 1)
+
+
+def test_a_dry_run_makes_nothing(
+    cluster: None, dataset: tuple[Path, Manifest], tmp_path: Path
+) -> None:
+    report = extract_on_ray(dataset[1], job_of(dataset[0], tmp_path / "cache"), dry_run=True)
+    assert (report.embedded, report.already) == (N_IMAGES, 0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_workers_that_die_in_the_middle_are_replaced(
+    cluster: None, dataset: tuple[Path, Manifest], tmp_path: Path
+) -> None:
+    (tmp_path / "bomb").write_text("3")
+    load = partial(FatalEncoder, tmp_path / "bomb")
+    # The canary of the first task embeds too, so its death is that of the first try of `prepare`.
+    report = extract_on_ray(
+        dataset[1], job_of(dataset[0], tmp_path / "cache", load), partition_rows=15
+    )
+    assert (tmp_path / "bomb").read_text() == "0"
+    assert (report.embedded, report.already, report.failed) == (N_IMAGES - 1, 0, 1)
+    check_whole(dataset, tmp_path / "cache")
+
+
+def test_workers_killed_from_outside_again_and_again_lose_nothing(
+    cluster: None, dataset: tuple[Path, Manifest], tmp_path: Path
+) -> None:
+    cache, killed, stop = tmp_path / "cache", [], threading.Event()
+
+    def kill() -> None:
+        """Kill a worker whenever there are more shards than before, three times."""
+        while len(killed) < 3 and not stop.is_set():
+            time.sleep(0.05)
+            if len(list(cache.glob("shards/*.h5"))) > 2 * len(killed):
+                busy = [pid for pid in workers_of_ray() if has_decoder(pid)]
+                if busy:
+                    os.kill(busy[0], signal.SIGKILL)
+                    killed.append(busy[0])
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    try:
+        load = partial(HalvesEncoder, seconds=0.1)
+        report = extract_on_ray(dataset[1], job_of(dataset[0], cache, load), partition_rows=20)
+    finally:
+        stop.set()
+        thread.join()
+    assert len(killed) == 3
+    assert (report.embedded, report.already) == (N_IMAGES - 1, 0)
+    check_whole(dataset, cache)
+
+
+def workers_of_ray() -> list[int]:
+    """List the processes that run tasks, by their title."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if path.read_bytes().startswith(b"ray::"):
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+def has_decoder(pid: int) -> bool:
+    try:
+        tasks = list(Path(f"/proc/{pid}/task").glob("*/children"))
+        return any(path.read_text().strip() for path in tasks)
+    except OSError:
+        return False
+
+
+def test_a_partition_whose_workers_always_die_is_one_clear_error(
+    cluster: None, dataset: tuple[Path, Manifest], tmp_path: Path
+) -> None:
+    (tmp_path / "bomb").write_text("1000")
+    load = partial(FatalEncoder, tmp_path / "bomb")
+    with pytest.raises(MedembedError, match=r"was lost .* times .*Rows committed so far are kept"):
+        extract_on_ray(dataset[1], job_of(dataset[0], tmp_path / "cache", load))
+
+
+def test_errors_of_a_task_are_those_of_the_local_engine(
+    cluster: None, dataset: tuple[Path, Manifest], tmp_path: Path
+) -> None:
+    root, manifest = dataset
+    with pytest.raises(EncoderError, match="no such encoder"):
+        extract_on_ray(manifest, job_of(root, tmp_path / "cache", broken))
+    with pytest.raises(PathNotFoundError, match="--image-root"):
+        extract_on_ray(manifest, job_of(root / "no", tmp_path / "cache"))
+    with pytest.raises(EncoderError, match="no pooling 'cls'"):
+        extract_on_ray(manifest, job_of(root, tmp_path / "cache", poolings=("cls",)))
+    other = open_cache(root / "alone")
+    create_cache(tmp_path / "other", other.spec, other.recorded)
+    with pytest.raises(SpecMismatchError):
+        extract_on_ray(manifest, job_of(root, tmp_path / "other", dtype="float32"))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_files_with_other_bytes_are_named_when_all_others_are_there(
+    cluster: None, dataset: tuple[Path, Manifest], tmp_path: Path
+) -> None:
+    rows = dataset[1].rows.copy()
+    wrong = rows["image"].isin(["010.png", "050.png"])
+    rows.loc[wrong, "sha256"] = [("ab" if i else "cd") * 32 for i in range(2)]
+    job = job_of(dataset[0], tmp_path / "cache")
+    with pytest.raises(ManifestError, match="other bytes") as caught:
+        extract_on_ray(Manifest(rows, dataset[1].label_level), job, partition_rows=8)
+    assert len([p for p in caught.value.problems if "the manifest says" in p]) == 2
+    assert len(open_cache(tmp_path / "cache").keys()) == N_IMAGES - 3
+
+
+def test_worker_is_not_for_ray(dataset: tuple[Path, Manifest], tmp_path: Path) -> None:
+    ran = CliRunner().invoke(main, [*command(dataset[0], tmp_path), "--worker", "0/2"])
+    assert ran.exit_code == 2
+    assert "--engine ray shares out by itself" in ran.output
+
+
+def test_without_ray_the_command_says_what_to_install(
+    dataset: tuple[Path, Manifest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    ran = CliRunner().invoke(main, command(dataset[0], tmp_path))
+    assert ran.exit_code == 1
+    assert "pip install 'medembed[ray]'" in ran.output
+
+
+def command(root: Path, place: Path) -> list[str]:
+    given = {"--image-root": root / "images", "--encoder": "demo", "--cache": place / "cache"}
+    options = [str(part) for pair in given.items() for part in pair]
+    return ["extract", str(root / "manifest.csv"), *options, "--engine", "ray"]
+
+
+@pytest.mark.slow
+def test_the_command_uses_the_encoder_that_it_is_given(
+    cluster: None, dataset: tuple[Path, Manifest], tmp_path: Path
+) -> None:
+    ran = CliRunner().invoke(main, [*command(dataset[0], tmp_path), "--json", "--pool", "mean"])
+    assert ran.exit_code == 0, ran.output
+    report = json.loads(ran.stdout)
+    assert (report["embedded"], report["failed"]) == (N_IMAGES - 1, 1)
+    local = [part for part in command(dataset[0], tmp_path / "local") if part != "--engine"][:-1]
+    assert CliRunner().invoke(main, [*local, "--pool", "mean"]).exit_code == 0
+    found = [load_embeddings(p / "cache", dataset[1]).X for p in (tmp_path, tmp_path / "local")]
+    np.testing.assert_allclose(*found, rtol=2e-3, atol=1e-3)
