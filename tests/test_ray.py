@@ -3,7 +3,9 @@
 import json
 import os
 import signal
+import subprocess
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Iterator
@@ -58,19 +60,23 @@ def broken() -> HalvesEncoder:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    """Start a Ray of two cores on this machine; its workers can import these tests."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    ray.init(
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=100 * 2**20,
-        runtime_env={"env_vars": {"PYTHONPATH": paths}},
-    )
-    yield
-    ray.shutdown()
+def cluster() -> Iterator[Any]:
+    """Start a Ray of two nodes of one core each; its workers can import these tests."""
+    from ray.cluster_utils import Cluster
+
+    node = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": False}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_AUTH_MODE", "disabled")  # tokens are Ray's matter
+        paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+        started = Cluster(initialize_head=True, head_node_args=node)
+        started.add_node(num_cpus=1, object_store_memory=80 * 2**20)
+        patch.setenv("RAY_ADDRESS", started.address)
+        ray.init(log_to_driver=False)
+        yield started
+        ray.shutdown()
+        started.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +182,69 @@ def test_workers_killed_from_outside_again_and_again_lose_nothing(
     assert len(killed) == 3
     assert (report.embedded, report.already) == (N_IMAGES - 1, 0)
     check_whole(dataset, cache)
+
+
+@pytest.mark.slow
+def test_a_node_that_dies_in_the_middle_is_done_without(
+    cluster: Any, dataset: tuple[Path, Manifest], tmp_path: Path
+) -> None:
+    cache, stop = tmp_path / "cache", threading.Event()
+    node = cluster.add_node(num_cpus=2, object_store_memory=80 * 2**20)
+
+    def remove() -> None:
+        while not stop.is_set() and len(list(cache.glob("shards/*.h5"))) < 3:
+            time.sleep(0.05)
+        cluster.remove_node(node, allow_graceful=False)
+
+    thread = threading.Thread(target=remove)
+    thread.start()
+    try:
+        load = partial(HalvesEncoder, seconds=0.2)
+        report = extract_on_ray(dataset[1], job_of(dataset[0], cache, load), partition_rows=12)
+    finally:
+        stop.set()
+        thread.join()
+    assert (report.embedded, report.already) == (N_IMAGES - 1, 0)
+    check_whole(dataset, cache)
+
+
+@pytest.mark.slow
+def test_sigterm_commits_what_is_embedded(dataset: tuple[Path, Manifest], tmp_path: Path) -> None:
+    """With a Ray of its own, as on a laptop."""
+    script = f"""
+        from functools import partial
+        from pathlib import Path
+        from test_extraction import HalvesEncoder
+        from medembed import console
+        from medembed.dataset.manifest import read_manifest
+        from medembed.extraction.ray_engine import Job, extract_on_ray
+
+        console.terminate_cleanly()
+        root = Path({str(dataset[0])!r})
+        load = partial(HalvesEncoder, seconds=0.5)
+        job = Job(
+            load, root / "images", Path({str(tmp_path / "cache")!r}),
+            batch_size=4, decoders=1, commit_seconds=3.0,
+        )
+        extract_on_ray(read_manifest(root / "manifest.csv"), job)
+    """
+    environment = {name: text for name, text in os.environ.items() if name != "RAY_ADDRESS"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        env={**environment, "PYTHONPATH": str(Path(__file__).parent)},
+        stderr=subprocess.DEVNULL,
+    )
+    end = time.monotonic() + 60
+    while not list(tmp_path.glob("cache/shards/*.h5")):
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    time.sleep(1.5)  # some batches, less than up to the next commit
+    n_before = len(open_cache(tmp_path / "cache").keys())
+    process.terminate()
+    assert process.wait(timeout=60) not in (0, -signal.SIGTERM)
+    assert n_before < len(open_cache(tmp_path / "cache").keys()) < N_IMAGES - 1
+    assert open_cache(tmp_path / "cache").verify() == []
 
 
 def workers_of_ray() -> list[int]:

@@ -6,6 +6,8 @@ Nothing but counts and failures comes back. Ray is an extra: `pip install 'medem
 
 import os
 import secrets
+import signal
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -258,6 +260,7 @@ def _connected(tell: Callable[[str], None] | None) -> Iterator[Any]:
         yield ray
         return
     _say(tell, "Ray")
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -265,6 +268,8 @@ def _connected(tell: Callable[[str], None] | None) -> Iterator[Any]:
         where = f"at RAY_ADDRESS={address}" if address else "on this machine"
         raise MedembedError(f"cannot connect to Ray {where}: {error}") from error
     try:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)  # Ray's own ends the process at once
         yield ray
     finally:
         ray.shutdown()
