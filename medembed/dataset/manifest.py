@@ -337,7 +337,9 @@ def _read_parquet(path: Path) -> pd.DataFrame:
         column = table[name]
         if pd.api.types.is_float_dtype(column) and column.dropna().mod(1).eq(0).all():
             column = column.astype("Int64")  # other writers keep 0, 1, unknown as floats
-        table[name] = column.astype("string").fillna("").astype(str)
+        if not pd.api.types.is_string_dtype(column) or column.hasnans:
+            column = column.astype("string").fillna("").astype(str)
+        table[name] = column
     return table.reset_index(drop=True)
 
 
@@ -353,6 +355,9 @@ def _label_level(table: pd.DataFrame) -> tuple[str, list[str]]:
 
 def _arrange(table: pd.DataFrame, label_level: str) -> Manifest:
     ordered = [*REQUIRED, *(name for name in table.columns if name not in REQUIRED)]
-    rows = table[ordered].sort_values("image", kind="stable").reset_index(drop=True).astype(str)
+    rows = table[ordered]
+    if not rows["image"].is_monotonic_increasing:
+        rows = rows.sort_values("image", kind="stable")
+    rows = rows.reset_index(drop=True).astype(str)
     rows["label"] = _as_labels(rows["label"])
     return Manifest(rows, label_level)
