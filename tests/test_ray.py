@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ from medembed.errors import (
     PathNotFoundError,
     SpecMismatchError,
 )
-from medembed.extraction import extract
+from medembed.extraction import extract, ray_engine
 from medembed.extraction.ray_engine import Job, extract_on_ray
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning")  # of Ray's own, when it starts and ends
@@ -304,6 +305,36 @@ def test_files_with_other_bytes_are_named_when_all_others_are_there(
         extract_on_ray(Manifest(rows, dataset[1].label_level), job, partition_rows=8)
     assert len([p for p in caught.value.problems if "the manifest says" in p]) == 2
     assert len(open_cache(tmp_path / "cache").keys()) == N_IMAGES - 3
+
+
+@pytest.mark.parametrize(
+    ("nodes", "device", "decoders", "needs"),
+    [
+        ([{"CPU": 2.0}], "auto", None, (2, 0)),
+        ([{"CPU": 16.0}, {"CPU": 8.0}], "cpu", None, (4, 0)),
+        ([{"CPU": 16.0}, {"CPU": 8.0}], "auto", 99, (16, 0)),
+        ([{"CPU": 32.0, "GPU": 4.0}], "auto", None, (8, 1)),
+        ([{"CPU": 32.0, "GPU": 4.0}], "cuda", 2, (2, 1)),
+        ([{"CPU": 32.0, "GPU": 4.0}], "cuda", 99, (8, 1)),
+        ([{"CPU": 32.0, "GPU": 4.0}], "cpu", None, (4, 0)),
+        ([{"CPU": 64.0}, {"CPU": 6.0, "GPU": 1.0}], "auto", None, (6, 1)),
+    ],
+)
+def test_a_task_takes_no_more_than_a_node_has(
+    nodes: list[dict[str, float]],
+    device: str,
+    decoders: int | None,
+    needs: tuple[int, int],
+) -> None:
+    told = SimpleNamespace(nodes=lambda: [{"Alive": True, "Resources": node} for node in nodes])
+    found = ray_engine._needs(told, device, decoders)
+    assert (found["num_cpus"], found["num_gpus"]) == needs
+
+
+def test_cuda_without_a_gpu_is_refused() -> None:
+    told = SimpleNamespace(nodes=lambda: [{"Alive": True, "Resources": {"CPU": 4.0}}])
+    with pytest.raises(MedembedError, match="this Ray has no GPU"):
+        ray_engine._needs(told, "cuda", None)
 
 
 def test_worker_is_not_for_ray(dataset: tuple[Path, Manifest], tmp_path: Path) -> None:

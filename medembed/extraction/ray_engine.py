@@ -277,14 +277,14 @@ def _connected(tell: Callable[[str], None] | None) -> Iterator[Any]:
 
 def _needs(ray: Any, device: str, decoders: int | None) -> dict[str, int]:
     """Say what a task takes of a node."""
-    total = ray.cluster_resources()
-    n_cores, n_gpus = int(total.get("CPU", 1)), int(total.get("GPU", 0))
-    if device == "cuda" and not n_gpus:
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cores = [int(node.get("CPU", 0)) for node in nodes]
+    shares = [int(n.get("CPU", 0)) // int(n["GPU"]) for n in nodes if n.get("GPU", 0) >= 1]
+    if device == "cuda" and not shares:
         raise MedembedError("--device cuda: this Ray has no GPU. Add a node with one, or drop it.")
-    if n_gpus and device in ("auto", "cuda"):
-        return {"num_cpus": decoders or max(1, n_cores // n_gpus), "num_gpus": 1}
-    most = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
-    return {"num_cpus": min(decoders or MAX_CORES, max(1, most)), "num_gpus": 0}
+    if shares and device in ("auto", "cuda"):  # never more than a node has: it would wait for ever
+        return {"num_cpus": max(1, min(decoders or min(shares), max(shares))), "num_gpus": 1}
+    return {"num_cpus": max(1, min(decoders or MAX_CORES, max(cores))), "num_gpus": 0}
 
 
 def _count_workers(ray: Any, needs: dict[str, int]) -> int:
