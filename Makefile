@@ -37,7 +37,7 @@ test: $(READY) ## run the test suite
 	$(BIN)/python -m pytest -n 2 --dist loadscope $(ARGS)
 
 soak: $(READY) ## the crash tests at length: thousands of kills, every operation of a failing disk
-	MEDEMBED_SOAK=1 $(BIN)/python -m pytest tests/test_crashes.py tests/test_power_loss.py $(ARGS)
+	MEDEMBED_SOAK=1 $(BIN)/python -m pytest tests/test_crashes.py tests/test_power_loss.py tests/test_compaction.py $(ARGS)
 
 lint: $(READY) ## ruff and mypy, strict
 	$(BIN)/ruff check .
