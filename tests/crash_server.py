@@ -124,8 +124,8 @@ def note_promises(note: Callable[[str], None]) -> None:
         for failure in failures:
             note(f"failure {failure.sha256}")
 
-    def create_and_note(*arguments: Any) -> Cache:
-        cache = create(*arguments)
+    def create_and_note(*arguments: Any, **options: Any) -> Cache:
+        cache = create(*arguments, **options)
         note("cache cache.json")
         return cache
 
