@@ -158,10 +158,12 @@ def _choose(folder: Path, spec: CacheSpec) -> tuple[list[_Source], int]:
     is_kept[every.repeats] = False
     homes = np.searchsorted(edges, every.repeats, side="right") - 1
     holders = np.searchsorted(edges, every.originals, side="right") - 1
+    order = np.argsort(homes, kind="stable")
+    spans = np.searchsorted(homes[order], np.arange(len(paths) + 1))
     chosen = []
     for number, path in enumerate(paths):
         start, stop = edges[number], edges[number + 1]
-        others = np.unique(holders[homes == number]).tolist() if len(homes) else []
+        others = np.unique(holders[order[spans[number] : spans[number + 1]]]).tolist()
         if others or SMALL * (stop - start) < shards.max_rows(spec):
             kept = np.flatnonzero(is_kept[start:stop])
             chosen.append(_Source(path, kept, [paths[other] for other in others]))

@@ -13,8 +13,8 @@ from medembed.cache.failures import Failure
 from medembed.cache.keys import keys_from_column
 from medembed.cache.spec import CacheSpec
 from medembed.cache.store import Cache, open_cache
-from medembed.dataset.manifest import Manifest, read_manifest
-from medembed.errors import CacheError, ManifestError, MissingRowsError, TrainingDataError
+from medembed.dataset.manifest import Manifest, read_manifest, require_hashes
+from medembed.errors import CacheError, MissingRowsError, TrainingDataError
 
 __all__ = ["Embeddings", "find_rows", "load_embeddings"]
 
@@ -168,12 +168,8 @@ def _choose_poolings(cache: Cache, pool: str | None) -> list[str]:
 
 
 def _choose_rows(manifest: Manifest, split: str | None) -> pd.DataFrame:
+    require_hashes(manifest)
     rows = manifest.rows
-    if (rows["sha256"] == "").any():
-        raise ManifestError(
-            "this manifest holds the structure only, without SHA-256s, so no embedding can be "
-            "joined to it. Build it again without --structure-only."
-        )
     if split is None:
         return rows
     chosen = rows[rows["split"] == split]

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 
 from medembed.cache.embeddings import find_rows
 from medembed.cache.store import Cache
-from medembed.dataset.manifest import Manifest
-from medembed.errors import CacheError, ManifestError
+from medembed.dataset.manifest import Manifest, require_hashes
+from medembed.errors import CacheError
 from medembed.files import writing_atomically
 
 __all__ = ["SUFFIXES", "Export", "export"]
@@ -91,8 +91,7 @@ def export(
     write = {".npz": _write_npz, ".parquet": _write_parquet}.get(path.suffix)
     if write is None:
         raise CacheError(f"{path} ends neither in .parquet nor in .npz: name the file so")
-    if not manifest.has_hashes:
-        raise ManifestError("this manifest holds no SHA-256s, so no embedding can be joined to it")
+    require_hashes(manifest)
     names = tuple(cache.spec.poolings) if poolings is None else tuple(poolings)
     cache.check_poolings(names)
     rows, keys, failed = find_rows(cache, manifest.rows, name)

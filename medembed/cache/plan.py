@@ -104,8 +104,10 @@ class Contents(Sequence[Content]):
 
     def rows(self) -> np.ndarray:
         """Return all rows with these contents, ascending: (m,) int, m >= k."""
-        mine = np.isin(self._originals, self._places)
-        return np.sort(np.concatenate([self._places, self._repeats[mine]]))
+        begins = np.searchsorted(self._originals, self._places, side="left")
+        ends = np.searchsorted(self._originals, self._places, side="right")
+        spans = [self._repeats[a:b] for a, b in zip(begins, ends, strict=True) if b > a]
+        return np.sort(np.concatenate([self._places, *spans]))
 
     def at(self, places: np.ndarray) -> "Contents":
         """Choose the contents that stand first in these rows, (k,) int."""

@@ -33,6 +33,7 @@ __all__ = [
     "image_path",
     "make_manifest",
     "read_manifest",
+    "require_hashes",
     "write_manifest",
 ]
 
@@ -63,6 +64,17 @@ class Manifest:
     def has_hashes(self) -> bool:
         """Whether the rows name the bytes of their images (not so when built from tables alone)."""
         return bool((self.rows["sha256"] != "").any())
+
+
+def require_hashes(manifest: Manifest) -> None:
+    """Raise ManifestError unless every row has a SHA-256, without which no embedding is found."""
+    n_empty = int((manifest.rows["sha256"] == "").sum())
+    if n_empty:
+        raise ManifestError(
+            f"{n_empty} manifest rows have no sha256 but the structure only, so their images "
+            "cannot be told from others, nor embeddings joined to them. Build the manifest again "
+            "without --structure-only."
+        )
 
 
 def make_manifest(table: pd.DataFrame, label_level: str, *, source: str = "the table") -> Manifest:

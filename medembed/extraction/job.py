@@ -13,7 +13,7 @@ from medembed.cache.plan import Plan, Worker, make_plan
 from medembed.cache.spec import CacheSpec
 from medembed.cache.store import Cache, create_cache, open_cache
 from medembed.dataset.images import IMAGES_VERSION
-from medembed.dataset.manifest import Manifest, image_path
+from medembed.dataset.manifest import Manifest, image_path, require_hashes
 from medembed.encoders.protocol import Encoder, PipelinedEncoder
 from medembed.errors import (
     CacheError,
@@ -34,7 +34,6 @@ __all__ = [
     "COMMIT_SECONDS",
     "ROOM",
     "ExtractionReport",
-    "check_hashes",
     "check_plan",
     "extract",
     "prepare_cache",
@@ -131,7 +130,7 @@ def extract(
     """
     start, root, timeline = time.monotonic(), Path(image_root), timeline or Timeline()
     _check_request(root, encoder, poolings, batch_size, decoders)
-    check_hashes(manifest)
+    require_hashes(manifest)
     spec, recorded = spec_of(encoder, poolings, dtype), _record(encoder)
     plan = make_plan(
         manifest,
@@ -156,16 +155,6 @@ def extract(
             pipeline.run(readers.read(plan.pending, root, 2 * size + n_decoders), writer)
     _refuse_other_bytes(pipeline)
     return _report(plan, pipeline, n_decoders, distance, start, timeline)
-
-
-def check_hashes(manifest: Manifest) -> None:
-    """Raise ManifestError unless every row has a SHA-256."""
-    n_empty = int((manifest.rows["sha256"] == "").sum())
-    if n_empty:
-        raise ManifestError(
-            f"{n_empty} manifest rows have no sha256, so their images cannot be told from others. "
-            "Build the manifest again without --structure-only."
-        )
 
 
 def prepare_cache(

@@ -20,12 +20,12 @@ from medembed.cache.listing import committed_shards
 from medembed.cache.plan import Plan, make_plan
 from medembed.cache.shards import max_rows
 from medembed.cache.store import Cache, open_cache
-from medembed.dataset.manifest import Manifest
+from medembed.dataset.manifest import Manifest, require_hashes
 from medembed.encoders.protocol import Encoder
 from medembed.errors import ManifestError, MedembedError
 from medembed.extraction.job import (
+    COMMIT_SECONDS,
     ExtractionReport,
-    check_hashes,
     check_plan,
     extract,
     prepare_cache,
@@ -63,7 +63,7 @@ class Job:
     batch_size: int | None = None
     decoders: int | None = None
     retry_failed: bool = False
-    commit_seconds: float = 60.0
+    commit_seconds: float = COMMIT_SECONDS
     name: str = ""
 
     def encoder(self) -> Encoder:
@@ -119,7 +119,7 @@ def extract_on_ray(
         whatever `extract` raises. What was committed stays.
     """
     start = time.monotonic()
-    check_hashes(manifest)
+    require_hashes(manifest)
     with _connected(tell) as ray:
         needs = _needs(ray, device, job.decoders)
         job = replace(job, name=secrets.token_hex(8), decoders=job.decoders or needs["num_cpus"])
