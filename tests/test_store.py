@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from medembed.cache import description
+from medembed.cache.description import is_free
 from medembed.cache.failures import Failure
 from medembed.cache.shards import write_shard
 from medembed.cache.spec import CacheSpec, hex_from_keys
@@ -411,3 +413,32 @@ def test_a_spec_of_unknown_dtype_or_without_poolings_is_refused() -> None:
         make_spec(dtype="bfloat16")
     with pytest.raises(CacheError, match="at least one pooling"):
         make_spec(poolings={})
+
+
+def test_a_directory_that_another_process_is_making_is_free(tmp_path: Path) -> None:
+    """Two workers at once: there is no moment at which a new, empty directory is in the way."""
+    path, stop = tmp_path / "cache", threading.Event()
+
+    def make_and_remove() -> None:
+        while not stop.is_set():
+            path.mkdir()
+            path.rmdir()
+
+    thread = threading.Thread(target=make_and_remove)
+    thread.start()
+    try:
+        assert all(is_free(path) for _ in range(20_000))
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_only_what_is_absent_or_a_crash_has_left_is_free(tmp_path: Path) -> None:
+    assert is_free(tmp_path / "absent")
+    (tmp_path / "file").touch()
+    assert not is_free(tmp_path / "file")
+    (tmp_path / "cache" / "shards").mkdir(parents=True)
+    (tmp_path / "cache" / ".cache.json.0.partial").touch()
+    assert is_free(tmp_path / "cache")
+    (tmp_path / "cache" / "cache.json").touch()
+    assert not is_free(tmp_path / "cache")

@@ -68,10 +68,13 @@ def create_description(
 
 def is_free(path: Path) -> bool:
     """Tell whether a cache can be made at `path`: nothing there, or what a crash left of that."""
-    if not path.is_dir():
-        return not path.exists()
-    leftovers = (entry.name == "shards" or entry.suffix == ".partial" for entry in path.iterdir())
-    return all(leftovers)
+    try:
+        entries = list(path.iterdir())  # one question: another process may be making it
+    except FileNotFoundError:
+        return True
+    except NotADirectoryError:
+        return False
+    return all(entry.name == "shards" or entry.suffix == ".partial" for entry in entries)
 
 
 def read_description(path: Path) -> tuple[CacheSpec, dict[str, Any], dict[str, Any] | None]:
