@@ -437,6 +437,7 @@ def test_only_what_is_absent_or_a_crash_has_left_is_free(tmp_path: Path) -> None
     assert is_free(tmp_path / "absent")
     (tmp_path / "file").touch()
     assert not is_free(tmp_path / "file")
+    assert is_free(tmp_path / "file" / "below")
     (tmp_path / "cache" / "shards").mkdir(parents=True)
     (tmp_path / "cache" / ".cache.json.0.partial").touch()
     assert is_free(tmp_path / "cache")

@@ -72,8 +72,8 @@ def is_free(path: Path) -> bool:
         entries = list(path.iterdir())  # one question: another process may be making it
     except FileNotFoundError:
         return True
-    except NotADirectoryError:
-        return False
+    except NotADirectoryError:  # a file; or below one, where nothing is
+        return not path.exists()
     return all(entry.name == "shards" or entry.suffix == ".partial" for entry in entries)
 
 
