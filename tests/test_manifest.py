@@ -19,6 +19,7 @@ from medembed.dataset.manifest import (
     hash_files,
     image_path,
     make_manifest,
+    read_contents,
     read_manifest,
     write_manifest,
 )
@@ -101,6 +102,33 @@ def test_a_parquet_file_of_other_writers_is_read(tmp_path: Path) -> None:
     assert rows["label"].tolist() == [0, pd.NA, 1, 1]
     assert rows["patient"].tolist() == ["1", "1", "2", "2"]
     assert rows["age"].tolist() == ["", "3.0", "12.5", "4.0"]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_contents_are_the_two_columns_that_say_what_is_cached(tmp_path: Path, suffix: str) -> None:
+    manifest = make_manifest(table(), "study")
+    path = tmp_path / f"m{suffix}"
+    write_manifest(manifest, path)
+    pd.testing.assert_frame_equal(read_contents(path), manifest.rows[["image", "sha256"]])
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "complaint"),
+    [
+        ("sha256", ["x", *[f"{n:064x}" for n in range(3)]], "is not 64 lower-case hex digits"),
+        ("image", ["a/../b.png", "c.png", "d.png", "e.png"], "may leave the image root"),
+        ("image", ["c.png", "d.png", "e.png", "c.png"], "is listed twice"),
+        (None, [], "missing columns: sha256"),
+    ],
+)
+def test_contents_that_break_the_rules_are_refused(
+    tmp_path: Path, column: str | None, values: list[str], complaint: str
+) -> None:
+    rows = table().assign(**{column: values}) if column else table().drop(columns="sha256")
+    rows.to_parquet(tmp_path / "m.parquet")
+    with pytest.raises(ManifestError, match=r"m\.parquet") as caught:
+        read_contents(tmp_path / "m.parquet")
+    assert complaint in str(caught.value)
 
 
 def test_a_patient_in_two_splits_is_refused_with_rows() -> None:

@@ -172,7 +172,7 @@ def test_a_plan_is_what_sets_make_of_it(
             for key, names in images.items()
             if worker is None or int.from_bytes(key[:8]) % worker.count == worker.index
         }
-        plan = make_plan(manifest_of(keys), cache, retry_failed=retry, worker=worker)
+        plan = make_plan(manifest_of(keys).rows, cache, retry_failed=retry, worker=worker)
         known = [k for k in mine if stages.get(k) == "decode" and k not in done and not retry]
         pending = [k for k in mine if k not in done and k not in known]
         assert [(c.sha256, list(c.images)) for c in plan.pending] == [
@@ -189,7 +189,7 @@ def test_a_plan_is_what_sets_make_of_it(
 
 def test_contents_are_a_sequence() -> None:
     keys = [bytes([n]) * 32 for n in (5, 3, 5, 9, 3)]
-    pending = make_plan(manifest_of(keys), None).pending
+    pending = make_plan(manifest_of(keys).rows, None).pending
     assert [c.images for c in pending] == [
         ("000.png", "002.png"),
         ("001.png", "004.png"),

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import Any, overload
 
 import numpy as np
+import pandas as pd
 
 from medembed.cache.failures import Failure
 from medembed.cache.keys import SortedKeys, keys_from_column, prefixes_of
 from medembed.cache.spec import hex_from_keys, keys_from_hex
 from medembed.cache.store import Cache
-from medembed.dataset.manifest import Manifest
 from medembed.dataset.reading import Content
 
 __all__ = ["Contents", "Plan", "Worker", "make_plan"]
@@ -137,7 +137,7 @@ class Plan:
 
 
 def make_plan(
-    manifest: Manifest,
+    rows: pd.DataFrame,
     cache: Cache | None,
     *,
     retry_failed: bool = False,
@@ -145,10 +145,11 @@ def make_plan(
 ) -> Plan:
     """Find what is missing in a cache, or in none; for one worker, in its share of the contents.
 
+    Of a manifest's rows only columns `image` and `sha256` are read, none of the latter empty.
     Contents that failed to decode or embed are not pending unless `retry_failed`: the same bytes
     fail again. Those that could not be read may be readable now, and always are.
     """
-    images, keys = manifest.rows["image"], keys_from_column(manifest.rows["sha256"])
+    images, keys = rows["image"], keys_from_column(rows["sha256"])
     if worker:
         mine = worker.mine(keys)
         images, keys = images[mine], keys[mine]

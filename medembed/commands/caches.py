@@ -32,13 +32,13 @@ def info_command(
     """Show the cache's card: spec, rows, size, failures, and how much of a manifest it holds."""
     from medembed.cache.plan import make_plan
     from medembed.cache.store import open_cache
-    from medembed.dataset.manifest import read_manifest
+    from medembed.dataset.manifest import read_contents
 
     opened = open_cache(cache_path)
     card = opened.card()
     names: dict[str, str] = {}
     if manifest_path:
-        plan = make_plan(read_manifest(manifest_path), opened)
+        plan = make_plan(read_contents(manifest_path), opened)
         names = {content.sha256: content.images[0] for content, _ in plan.known}
         card["coverage"] = {
             "rows": plan.n_rows,

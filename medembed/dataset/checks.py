@@ -3,15 +3,24 @@
 Every check works on whole columns: a million rows take seconds.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
 import numpy as np
 import pandas as pd
 
-__all__ = ["LABEL_LEVELS", "REQUIRED", "cap", "find_table_problems"]
+__all__ = [
+    "CONTENTS",
+    "LABEL_LEVELS",
+    "REQUIRED",
+    "cap",
+    "find_content_problems",
+    "find_table_problems",
+    "is_ascending",
+]
 
 REQUIRED = ("image", "sha256", "patient", "study", "region", "label", "split")
+CONTENTS = ("image", "sha256")  # which images there are, and what bytes they hold
 LABEL_LEVELS = ("study", "image")
 SPLITS = ("train", "test")
 
@@ -40,16 +49,27 @@ def find_table_problems(table: pd.DataFrame, label_level: str) -> list[str]:
     problems = []
     if label_level not in LABEL_LEVELS:
         problems.append(f"column label_level says {label_level!r}; it must be study or image")
-    missing = [name for name in REQUIRED if name not in table.columns]
+    every = (_paths, _duplicates, _hashes, _values, _empties, _studies, _patients, _bytes)
+    return problems + _find(table, REQUIRED, every, label_level)
+
+
+def find_content_problems(table: pd.DataFrame) -> list[str]:
+    """Return the rules that columns `image` and `sha256` break; see `find_table_problems`."""
+    return _find(table, CONTENTS, (_paths, _duplicates, _hashes), "image")
+
+
+def _find(
+    table: pd.DataFrame, names: tuple[str, ...], checks: tuple["Check", ...], label_level: str
+) -> list[str]:
+    missing = [name for name in names if name not in table.columns]
     if missing:
         found = ", ".join(map(repr, table.columns))
-        problems.append(f"missing columns: {', '.join(missing)}; the columns are {found}")
-        return problems
+        return [f"missing columns: {', '.join(missing)}; the columns are {found}"]
     if table.empty:
-        return [*problems, "no rows"]
-    table = table.reset_index(drop=True)
-    columns = _Columns(table)
-    for check in (_paths, _duplicates, _hashes, _values, _empties, _studies, _patients, _bytes):
+        return ["no rows"]
+    columns = _Columns(table.reset_index(drop=True))
+    problems = []
+    for check in checks:
         for n_lines, lines in check(columns, label_level):
             problems.extend(cap(lines, n_lines))
     return problems
@@ -76,6 +96,15 @@ class _Columns:
         return self._codes[name]
 
 
+Check = Callable[[_Columns, str], Iterator[Kind]]
+
+
+def is_ascending(column: "pd.Series[str]") -> bool:
+    """Tell whether each value of a column of strings is greater than the one before."""
+    before, after = column.iloc[:-1], column.iloc[1:]
+    return bool((after.reset_index(drop=True) > before.reset_index(drop=True)).all())
+
+
 def cap(lines: Iterable[str], n_lines: int) -> list[str]:
     """Take the first 20 of `n_lines` lines and say how many more there are.
 
@@ -94,8 +123,11 @@ def _paths(table: _Columns, _: str) -> Iterator[Kind]:
 
 
 def _duplicates(table: _Columns, _: str) -> Iterator[Kind]:
+    image = table["image"]
+    if is_ascending(image):  # as manifests are: no codes needed
+        return
     codes = table.codes("image")
-    twice = table["image"][(np.bincount(codes) > 1)[codes]]
+    twice = image[(np.bincount(codes) > 1)[codes]]
     names = sorted(twice.unique())
     yield (
         len(names),

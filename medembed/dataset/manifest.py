@@ -12,9 +12,16 @@ from pathlib import Path
 
 import pandas as pd
 
-from medembed.dataset.checks import LABEL_LEVELS, REQUIRED, find_table_problems
+from medembed.dataset.checks import (
+    CONTENTS,
+    LABEL_LEVELS,
+    REQUIRED,
+    find_content_problems,
+    find_table_problems,
+    is_ascending,
+)
 from medembed.dataset.hashing import hash_files, hash_or_explain
-from medembed.dataset.tables import csv_bytes, read_text_table
+from medembed.dataset.tables import csv_bytes, read_parquet_table, read_text_table
 from medembed.errors import ManifestError, PathNotFoundError
 from medembed.files import write_atomically
 
@@ -32,6 +39,7 @@ __all__ = [
     "hash_files",
     "image_path",
     "make_manifest",
+    "read_contents",
     "read_manifest",
     "require_hashes",
     "write_manifest",
@@ -109,18 +117,33 @@ def read_manifest(path: str | Path) -> Manifest:
     ManifestError
         The file cannot be read, or breaks a manifest's rules; lists all problems with their rows.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise PathNotFoundError(
-            f"no manifest at {path}. Build one with `medembed manifest build`, or correct the path."
-        )
-    table = (
-        _read_parquet(path) if path.suffix == ".parquet" else read_text_table(path, ManifestError)
-    )
+    table = _read_table(Path(path))
     level, problems = _label_level(table)
     table = table.drop(columns="label_level", errors="ignore")
     _refuse([*problems, *find_table_problems(table, level)], str(path))
     return _arrange(table, level)
+
+
+def read_contents(path: str | Path) -> pd.DataFrame:
+    """Read only which images a manifest names and what bytes they hold, and check that.
+
+    Of 10 million rows in Parquet this takes 2 GB of memory, and the whole manifest 6.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Columns `image` and `sha256`, strings, in the file's order, with a RangeIndex.
+
+    Raises
+    ------
+    PathNotFoundError
+        There is no such file.
+    ManifestError
+        The file cannot be read, has not these columns, or they break a manifest's rules.
+    """
+    table = _read_table(Path(path), CONTENTS)
+    _refuse(find_content_problems(table), str(path))
+    return table[[*CONTENTS]]
 
 
 def write_manifest(manifest: Manifest, path: str | Path) -> None:
@@ -340,19 +363,15 @@ def _parquet_bytes(manifest: Manifest) -> bytes:
     return buffer.getvalue()
 
 
-def _read_parquet(path: Path) -> pd.DataFrame:
-    try:
-        table = pd.read_parquet(path, engine="pyarrow")
-    except (OSError, ValueError) as error:  # pyarrow's errors are these
-        raise ManifestError(f"{path} cannot be read as Parquet: {error}.") from error
-    for name in table.columns:
-        column = table[name]
-        if pd.api.types.is_float_dtype(column) and column.dropna().mod(1).eq(0).all():
-            column = column.astype("Int64")  # other writers keep 0, 1, unknown as floats
-        if not pd.api.types.is_string_dtype(column) or column.hasnans:
-            column = column.astype("string").fillna("").astype(str)
-        table[name] = column
-    return table.reset_index(drop=True)
+def _read_table(path: Path, columns: tuple[str, ...] = ()) -> pd.DataFrame:
+    """Read all columns of a manifest, or those of `columns` that a Parquet file has."""
+    if not path.is_file():
+        raise PathNotFoundError(
+            f"no manifest at {path}. Build one with `medembed manifest build`, or correct the path."
+        )
+    if path.suffix == ".parquet":
+        return read_parquet_table(path, ManifestError, columns)
+    return read_text_table(path, ManifestError)
 
 
 def _label_level(table: pd.DataFrame) -> tuple[str, list[str]]:
@@ -368,7 +387,7 @@ def _label_level(table: pd.DataFrame) -> tuple[str, list[str]]:
 def _arrange(table: pd.DataFrame, label_level: str) -> Manifest:
     ordered = [*REQUIRED, *(name for name in table.columns if name not in REQUIRED)]
     rows = table[ordered]
-    if not rows["image"].is_monotonic_increasing:
+    if not is_ascending(rows["image"]):
         rows = rows.sort_values("image", kind="stable")
     rows = rows.reset_index(drop=True).astype(str)
     rows["label"] = _as_labels(rows["label"])

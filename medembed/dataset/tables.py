@@ -1,13 +1,17 @@
-"""Read and write CSV tables as text, nothing guessed."""
+"""Read and write tables as text, nothing guessed."""
 
 import csv
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from medembed.errors import MedembedError
 
-__all__ = ["csv_bytes", "read_text_table"]
+__all__ = ["csv_bytes", "read_parquet_table", "read_text_table"]
+
+PARQUET_ROWS = 65536  # that are read at once
 
 
 def csv_bytes(table: pd.DataFrame) -> bytes:
@@ -73,3 +77,51 @@ def read_text_table(
             "Fetch or build the file again."
         )
     return pd.DataFrame(lines, columns=pd.Index(header), dtype=str)
+
+
+def read_parquet_table(
+    path: Path, error: type[MedembedError], names: tuple[str, ...] = ()
+) -> pd.DataFrame:
+    """Read a Parquet file as strings; whole numbers kept as floats lose their ".0".
+
+    Parameters
+    ----------
+    path : pathlib.Path
+    error : type
+        What to raise.
+    names : tuple of str
+        Columns to read, where the file has them; by default all.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Strings only, with a RangeIndex; a missing value is "".
+
+    Raises
+    ------
+    MedembedError
+        As `error`: the file cannot be read.
+    """
+    try:
+        table = _read_blocks(path, names)
+    except (OSError, ValueError) as cause:  # pyarrow's errors are these
+        raise error(f"{path} cannot be read as Parquet: {cause}.") from cause
+    for name in table.columns:
+        column = table[name]
+        if pd.api.types.is_float_dtype(column) and column.dropna().mod(1).eq(0).all():
+            column = column.astype("Int64")  # other writers keep 0, 1, unknown as floats
+        if not pd.api.types.is_string_dtype(column) or column.hasnans:
+            column = column.astype("string").fillna("").astype(str)
+        table[name] = column
+    return table.reset_index(drop=True)
+
+
+def _read_blocks(path: Path, names: tuple[str, ...]) -> pd.DataFrame:
+    """Read block by block: a whole file at once takes twice the memory."""
+    with pq.ParquetFile(path) as file:
+        fields = [field for field in file.schema_arrow if not names or field.name in names]
+        columns = [field.name for field in fields]
+        batches = file.iter_batches(PARQUET_ROWS, columns=columns, use_threads=False)
+        schema = pa.schema(fields, file.schema_arrow.metadata)
+        table: pd.DataFrame = pa.Table.from_batches(batches, schema).to_pandas()
+        return table

@@ -133,7 +133,7 @@ def extract(
     require_hashes(manifest)
     spec, recorded = spec_of(encoder, poolings, dtype), _record(encoder)
     plan = make_plan(
-        manifest,
+        manifest.rows,
         _open_if_there(cache_path, spec, recorded, known_shards),
         retry_failed=retry_failed,
         worker=worker,

@@ -126,7 +126,7 @@ def extract_on_ray(
         _say(tell, "Encoder")
         _get(ray, _remote(ray, _prepare, needs).remote(job, dry_run))
         cache = None if dry_run and not job.cache_path.exists() else open_cache(job.cache_path)
-        plan = make_plan(manifest, cache, retry_failed=job.retry_failed)
+        plan = make_plan(manifest.rows, cache, retry_failed=job.retry_failed)
         if dry_run or not plan.pending or cache is None:
             return _report(plan, [], 0, start)
         check_plan(plan, cache.spec, job.image_root, job.cache_path)
