@@ -11,11 +11,11 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from medembed.errors import TrainingDataError
-from medembed.heads.base import column_scaling
 from medembed.heads.baselines import ClassPrior, RegionPrior
 from medembed.heads.linear import LogisticHead
 from medembed.heads.mlp import MLPHead
-from medembed.heads.registry import HEADS, default_space, make_head
+from medembed.heads.projection import column_scaling
+from medembed.heads.registry import HEADS, make_head
 from medembed.heads.trees import LightGBMHead
 
 FAST = {
@@ -151,7 +151,7 @@ def test_mlp_keeps_the_epoch_with_the_best_validation_score():
 def test_mlp_predicts_as_its_layers_in_torch():
     X, y = sample()
     fitted = MLPHead(hidden=(8, 5), epochs=2).fit(X, y)
-    values = torch.from_numpy(((X - fitted.mean_) / fitted.scale_).astype(np.float32))
+    values = torch.from_numpy(fitted.projection_.apply(X))
     for weight, bias in zip(fitted.weights_[:-1], fitted.biases_[:-1], strict=True):
         values = torch.relu(values @ torch.from_numpy(weight) + torch.from_numpy(bias))
     logits = values @ torch.from_numpy(fitted.weights_[-1]) + torch.from_numpy(fitted.biases_[-1])
@@ -275,25 +275,6 @@ def test_a_seed_and_threads_reach_the_heads_that_have_them():
     trees = make_head("lightgbm", {"n_trees": 3}, seed=7, n_jobs=2)
     assert (trees.random_state, trees.n_jobs, trees.n_trees) == (7, 2, 3)
     assert make_head("logistic", {}, seed=7).C == LogisticHead().C
-
-
-@pytest.mark.parametrize("name", sorted(HEADS))
-def test_a_space_begins_with_the_default_and_grows_without_changing(name):
-    long, short = default_space(name, 8, seed=3), default_space(name, 3, seed=3)
-    assert long[:3] == short
-    assert len(long) == 8
-    assert all(a != b for k, a in enumerate(long) for b in long[:k])
-    default, first = make_head(name, {}).get_params(), make_head(name, long[0]).get_params()
-    assert first == default
-    X, y = sample(60)
-    for params in default_space(name, 4):
-        fast = {"mlp": {"epochs": 1}, "lightgbm": {"n_trees": 2}}.get(name, {})
-        make_head(name, params | fast).fit(X, y)
-
-
-def test_a_space_of_nothing_is_refused():
-    with pytest.raises(TrainingDataError, match="0 configurations"):
-        default_space("mlp", 0)
 
 
 def test_priors_are_shares_of_the_training_rows():

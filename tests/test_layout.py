@@ -14,6 +14,7 @@ PACKAGE = Path(medembed.__file__).parent
 FLOORS = {
     "errors": 1,
     "files": 1,
+    "clusters": 2,
     "machine": 1,
     "dataset": 2,
     "encoders": 2,

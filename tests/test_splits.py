@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medembed.dataset.splits import draw_folds, split_patients
+from medembed.dataset.splits import draw_folds, draw_fraction, split_patients
 from medembed.errors import RecipeError, TrainingDataError
 
 
@@ -163,3 +163,104 @@ def test_data_that_cannot_be_folded_are_refused_with_the_reason(
 def test_a_fraction_outside_zero_and_one_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"fraction is 1\.5"):
         split_patients(cohort(5), fraction=1.5)
+
+
+folds_and_rows = st.tuples(some_rows, st.integers(1, 3)).map(
+    # any folds at all, as long as they keep patients whole
+    lambda drawn: (drawn[0], drawn[0]["patient"].str[1:].astype(int).to_numpy() % drawn[1])
+)
+
+
+def classes_by_fold(rows: pd.DataFrame, folds: np.ndarray) -> dict[int, set[int]]:
+    labels = rows.groupby("study")["label"].max().reindex(rows["study"]).to_numpy()
+    table = pd.DataFrame({"fold": folds, "label": labels}).dropna()
+    return {fold: set(part["label"]) for fold, part in table.groupby("fold")}
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    drawn=folds_and_rows,
+    smaller=st.floats(0, 1, exclude_min=True),
+    larger=st.floats(0, 1, exclude_min=True),
+    seed=st.integers(0, 5),
+)
+def test_a_smaller_fraction_lies_within_a_larger_and_keeps_patients_and_classes(
+    drawn: tuple[pd.DataFrame, np.ndarray], smaller: float, larger: float, seed: int
+) -> None:
+    rows, folds = drawn
+    smaller, larger = sorted([smaller, larger])
+    few = draw_fraction(rows, folds, fraction=smaller, seed=seed)
+    many = draw_fraction(rows, folds, fraction=larger, seed=seed)
+    assert few.dtype == bool
+    assert few.shape == (len(rows),)
+    assert not (few & ~many).any()
+    assert rows.assign(kept=few).groupby("patient")["kept"].nunique().eq(1).all()
+    assert classes_by_fold(rows[few], folds[few]) == classes_by_fold(rows, folds)
+
+
+@settings(deadline=None, max_examples=60)
+@given(drawn=folds_and_rows, fraction=st.floats(0, 1, exclude_min=True), seed=st.integers(0, 5))
+def test_a_fraction_does_not_depend_on_the_order_of_rows(
+    drawn: tuple[pd.DataFrame, np.ndarray], fraction: float, seed: int
+) -> None:
+    rows, folds = drawn
+    kept = draw_fraction(rows, folds, fraction=fraction, seed=seed)
+    shuffled = rows.sample(frac=1, random_state=seed)
+    again = draw_fraction(shuffled, folds[shuffled.index], fraction=fraction, seed=seed)
+    assert dict(zip(shuffled.index, again, strict=True)) == dict(enumerate(kept))
+
+
+def test_the_whole_fraction_keeps_every_row() -> None:
+    rows = cohort(40)
+    assert draw_fraction(rows, draw_folds(rows, n_folds=3), fraction=1).all()
+
+
+def test_another_seed_draws_another_fraction_and_the_same_seed_the_same() -> None:
+    rows = cohort(60)
+    folds = draw_folds(rows, n_folds=3)
+    first = draw_fraction(rows, folds, fraction=0.3, seed=0)
+    assert (first == draw_fraction(rows, folds, fraction=0.3, seed=0)).all()
+    assert (first != draw_fraction(rows, folds, fraction=0.3, seed=1)).any()
+
+
+def test_a_fraction_holds_its_share_of_each_fold_and_class_and_no_more() -> None:
+    n = 200
+    rows = pd.DataFrame(
+        {
+            "patient": [f"p{i}" for i in range(n)],
+            "study": [f"s{i}" for i in range(n)],
+            "region": "hand",
+            "label": [int(i < n // 2) for i in range(n)],
+        }
+    )
+    folds = np.zeros(n, dtype=np.int64)
+    kept = draw_fraction(rows, folds, fraction=0.07)  # 0.07 * 100 is a little more than 7
+    assert rows["label"][kept].value_counts().to_dict() == {0: 7, 1: 7}
+
+
+def test_a_fold_keeps_its_only_patient_with_both_classes() -> None:
+    # All others are abnormal; without the first patient no normal study would be left.
+    rows = pd.DataFrame(
+        {
+            "patient": ["p0", "p0", *(f"p{i}" for i in range(1, 20))],
+            "study": [f"s{i}" for i in range(21)],
+            "region": "hand",
+            "label": [0, *[1] * 20],
+        }
+    )
+    for seed in range(5):
+        kept = draw_fraction(rows, np.zeros(21, dtype=int), fraction=0.1, seed=seed)
+        assert set(rows["label"][kept]) == {0, 1}
+
+
+@pytest.mark.parametrize("fraction", [0, -0.1, 1.01, float("nan"), float("inf")])
+def test_a_train_fraction_that_is_none_is_refused(fraction: float) -> None:
+    rows = cohort(5)
+    with pytest.raises(TrainingDataError, match=f"--train-fraction is {fraction}; it must be"):
+        draw_fraction(rows, np.zeros(len(rows), dtype=int), fraction=fraction)
+
+
+def test_folds_that_tear_a_patient_apart_are_refused() -> None:
+    rows = cohort(1).head(1).loc[[0, 0]]
+    with pytest.raises(TrainingDataError, match="1 patients lie in two folds"):
+        draw_fraction(rows, np.array([0, 1]), fraction=0.5)

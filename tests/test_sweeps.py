@@ -18,10 +18,11 @@ from medembed.cache.store import create_cache, open_cache
 from medembed.dataset.manifest import make_manifest, read_manifest, write_manifest
 from medembed.errors import MissingRowsError, RunError, TrainingDataError
 from medembed.evaluation.scores import by_study, score
+from medembed.heads import trees
 from medembed.heads.packaging import load_model
 from medembed.results.comparison import compare
 from medembed.results.runs import open_run
-from medembed.sweeps import sweep, trials
+from medembed.sweeps import sweep, training, trials
 
 WIDTH = 6
 SMALL = {"heads": ("logistic", "mlp"), "n_configs": 2, "n_folds": 3, "jobs": 1}
@@ -100,23 +101,21 @@ def test_patients_are_never_on_both_sides(data, tmp_path, monkeypatch):
     cache.commit(keys_from_hex(manifest.rows["sha256"].tolist()), {"mean": numbers[:, None]})
     test = set(numbers[manifest.rows["split"] == "test"].tolist())
     seen = []
-    make_head = trials.make_head
+    fit_path, judge, trained = training.fit_path, training._judge, []
 
-    def spy(name, params, *, seed):
-        head = make_head(name, params, seed=seed)
-        fit = head.fit
+    def watched_fit(heads, X, y, projector, rows):
+        trained.append(set(X[rows, 0].tolist()))
+        return fit_path(heads, X, y, projector, rows)
 
-        def watched(X, y, *, X_val, y_val):
-            train, held = set(X[:, 0].tolist()), set(X_val[:, 0].tolist())
-            assert not train & held
-            assert not (train | held) & test
-            seen.append(held)
-            return fit(X, y, X_val=X_val, y_val=y_val)
+    def watched_judge(data, fold, head):
+        held = set(data.X[data.held(fold), 0].tolist())
+        assert not trained[-1] & held
+        assert not (trained[-1] | held) & test
+        seen.append(held)
+        return judge(data, fold, head)
 
-        head.fit = watched
-        return head
-
-    monkeypatch.setattr(trials, "make_head", spy)
+    monkeypatch.setattr(training, "fit_path", watched_fit)
+    monkeypatch.setattr(training, "_judge", watched_judge)
     options = SMALL | {"heads": ("logistic",), "n_configs": 1}
     sweep(cache, manifest, tmp_path / "run", **options)
     assert len(seen) == 3
@@ -206,7 +205,7 @@ def test_shuffled_labels_land_at_chance(tmp_path):
 
 
 def test_a_finished_sweep_asked_again_trains_nothing(swept, data, monkeypatch):
-    monkeypatch.setattr(trials, "make_head", lambda *_a, **_k: pytest.fail("trained again"))
+    monkeypatch.setattr(trials, "train_unit", lambda *_a, **_k: pytest.fail("trained again"))
     ticks = []
     again = sweep(
         *data, swept[1].path, **SMALL, progress=lambda done, total: ticks.append((done, total))
@@ -217,24 +216,24 @@ def test_a_finished_sweep_asked_again_trains_nothing(swept, data, monkeypatch):
 
 def test_only_what_the_ledger_lacks_is_trained(swept, data, tmp_path, monkeypatch):
     out = tmp_path / "run"
-    make_head, n_fits = trials.make_head, []
+    train_unit, folds = trials.train_unit, []
 
-    def counted(*args, **kwargs):
-        n_fits.append(args)
-        if len(n_fits) == 6:
-            raise KeyboardInterrupt
-        return make_head(*args, **kwargs)
+    def counted(data, unit):
+        if unit.head == "logistic":
+            folds.append(unit.fold)
+            if folds == [0, 1, 2]:
+                raise KeyboardInterrupt
+        return train_unit(data, unit)
 
-    monkeypatch.setattr(trials, "make_head", counted)
+    monkeypatch.setattr(trials, "train_unit", counted)
     with pytest.raises(KeyboardInterrupt):
         sweep(*data, out, **SMALL)
     with pytest.raises(RunError, match=r"unfinished.*medembed sweep"):
         compare([out])
     with open(out / "trials.jsonl", "ab") as file:
         file.write(b'{"trial": 1, "he')  # a torn line
-    n_fits[:] = [()] * 7
     result = sweep(*data, out, **SMALL)
-    assert len(n_fits) - 7 == 12 - 5
+    assert folds == [0, 1, 2, 2]
     strip = [{**entry, "seconds": 0} for entry in result["leaderboard"]]
     assert strip == [{**entry, "seconds": 0} for entry in swept[0]["leaderboard"]]
     assert not (out / "folds").exists()
@@ -287,29 +286,37 @@ def test_a_run_of_another_question_is_refused(swept, data, change, words):
 
 
 def test_a_failing_configuration_does_not_end_the_sweep(data, tmp_path, monkeypatch):
-    make_head = trials.make_head
+    fit = trees.BinnedRows.fit
 
-    def fragile(name, params, *, seed):
-        if name == "mlp" and params:
+    def fragile(self, head):
+        if head.num_leaves != 31:
             raise ValueError("this one breaks")
-        return make_head(name, params, seed=seed)
+        return fit(self, head)
 
-    monkeypatch.setattr(trials, "make_head", fragile)
-    result = sweep(*data, tmp_path / "run", **SMALL)
-    assert {entry["head"]: entry["trial"] for entry in result["leaderboard"]}["mlp"] == 0
+    monkeypatch.setattr(trees.BinnedRows, "fit", fragile)
+    result = sweep(*data, tmp_path / "run", **SMALL | {"heads": ("lightgbm",)})
+    assert {entry["head"]: entry["trial"] for entry in result["leaderboard"]}["lightgbm"] == 0
     table = open_run(tmp_path / "run").trials()
     assert set(table[table["status"] == "error"]["error"]) == {"ValueError: this one breaks"}
 
 
+def test_a_diverging_member_is_told_and_its_cohort_goes_on(data, tmp_path):
+    (tmp_path / "space.toml").write_text(
+        "[mlp]\nconfigs = 2\nlr = [0.001, 1e30]\nhidden = [4, 4]\n[logistic]\nconfigs = 1\n"
+    )
+    options = SMALL | {"space": tmp_path / "space.toml", "n_configs": None}
+    result = sweep(*data, tmp_path / "run", **options)
+    assert {entry["head"]: entry["trial"] for entry in result["leaderboard"]}["mlp"] == 0
+    table = open_run(tmp_path / "run").trials().query("head == 'mlp'")
+    assert table[table["trial"] == 1]["error"].str.contains("lower lr").all()
+    assert (table[table["trial"] == 0]["status"] == "ok").all()
+
+
 def test_a_failing_head_is_listed_and_left_out_of_the_comparison(data, tmp_path, monkeypatch):
-    make_head = trials.make_head
+    def broken(*_args):
+        raise ValueError("always")
 
-    def fragile(name, params, *, seed):
-        if name == "mlp":
-            raise ValueError("always")
-        return make_head(name, params, seed=seed)
-
-    monkeypatch.setattr(trials, "make_head", fragile)
+    monkeypatch.setattr(training, "gather", broken)
     result = sweep(*data, tmp_path / "run", **SMALL)
     failed = result["leaderboard"][-1]
     assert (failed["head"], failed["status"], failed["cv"]) == ("mlp", "error", None)
@@ -321,27 +328,27 @@ def test_when_every_head_fails_the_run_is_not_complete(data, tmp_path, monkeypat
     def broken(*_args, **_kwargs):
         raise ValueError("no library")
 
-    monkeypatch.setattr(trials, "make_head", broken)
+    monkeypatch.setattr(training, "make_head", broken)
     with pytest.raises(RunError, match=r"every head failed.*ValueError: no library"):
         sweep(*data, tmp_path / "run", **SMALL)
     assert not (tmp_path / "run" / "scores.json").exists()
 
 
 def test_a_fit_that_kills_its_process_costs_only_itself(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(trials, "_train_fold", _deadly_train_fold)
+    monkeypatch.setattr(trials, "train_unit", _deadly_train_unit)
     options = SMALL | {"n_configs": 1, "jobs": 2}
     result = sweep(*data, tmp_path / "run", **options)
     assert [entry["status"] for entry in result["leaderboard"]] == ["ok", "error"]
     assert "the process died" in result["leaderboard"][1]["error"]
 
 
-_train_fold = trials._train_fold
+_train_unit = trials.train_unit
 
 
-def _deadly_train_fold(task, training, settings):
-    if task.head == "mlp":
+def _deadly_train_unit(data, unit):
+    if unit.head == "mlp":
         os.kill(os.getpid(), signal.SIGKILL)
-    return _train_fold(task, training, settings)
+    return _train_unit(data, unit)
 
 
 def broken_table(kind):

@@ -1,5 +1,6 @@
 """A cache joined with a manifest: the X, y and groups that heads learn from."""
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from medembed.cache.store import Cache, open_cache
 from medembed.dataset.manifest import Manifest, read_manifest, require_hashes
 from medembed.errors import CacheError, MissingRowsError, TrainingDataError
 
-__all__ = ["Embeddings", "find_rows", "load_embeddings"]
+__all__ = ["Embeddings", "choose_poolings", "find_rows", "load_embeddings"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Embeddings:
     Parameters
     ----------
     X : (n, d) float32
-        Poolings side by side.
+        Poolings side by side, or the cells of one pooling, cell by cell.
     rows : DataFrame
         The manifest's rows of these images; index 0 to n - 1.
     pooling : str
@@ -70,6 +71,12 @@ class Embeddings:
         return self.rows["region"].to_numpy(object)
 
     @property
+    def n_cells(self) -> int:
+        """Vectors per image in X; 1 but for a pooling of cells."""
+        shape = self.spec.poolings[self.pooling.split("+")[0]]
+        return shape[0] if len(shape) > 1 else 1
+
+    @property
     def blocks(self) -> dict[str, slice]:
         """Columns of X that each pooling takes, in order."""
         return _blocks(self.pooling.split("+"), self.spec)
@@ -81,6 +88,7 @@ def load_embeddings(
     *,
     pool: str | None = None,
     split: str | None = None,
+    cells: bool = False,
     verify: bool = True,
 ) -> Embeddings:
     """Join a cache with a manifest by the images' SHA-256.
@@ -94,6 +102,8 @@ def load_embeddings(
         vector per image, in the order of its spec.
     split : {"train", "test"}, optional
         Keep the rows of this split only.
+    cells : bool
+        Allow `pool` to be one pooling of several vectors per image, such as `grid4`.
     verify : bool
         Compare each shard's bytes with its name before they are read.
 
@@ -111,12 +121,12 @@ def load_embeddings(
     CacheError
         A pooling is not in the cache, or a shard is damaged (`ShardError`).
     TrainingDataError
-        A pooling is not one vector per image, or the split has no rows.
+        A pooling is not one vector per image (without `cells`), or the split has no rows.
     """
     cache = cache if isinstance(cache, Cache) else open_cache(cache)
     name = "MANIFEST" if isinstance(manifest, Manifest) else str(manifest)
     manifest = manifest if isinstance(manifest, Manifest) else read_manifest(Path(manifest))
-    poolings = _choose_poolings(cache, pool)
+    poolings = choose_poolings(cache, pool, cells=cells)
     rows = _choose_rows(manifest, split)
     rows, keys, failed = find_rows(cache, rows, name)
     return Embeddings(
@@ -150,16 +160,27 @@ def find_rows(
     return rows[done], keys[done], failed
 
 
-def _choose_poolings(cache: Cache, pool: str | None) -> list[str]:
+def choose_poolings(cache: Cache, pool: str | None, *, cells: bool = False) -> list[str]:
+    """Return the poolings that `pool` names, as `load_embeddings` takes it.
+
+    Raises
+    ------
+    CacheError
+        One is not in the cache, or is named twice.
+    TrainingDataError
+        One has several vectors per image, and is not alone or `cells` is not set.
+    """
     shapes = cache.spec.poolings
     vectors = [name for name, shape in shapes.items() if len(shape) == 1]
     chosen = vectors if pool is None else pool.split("+")
     cache.check_poolings(chosen)
-    cells = [name for name in chosen if name not in vectors]
-    if cells or not chosen:
-        shape = " × ".join(map(str, shapes[(cells or list(shapes))[0]]))
+    grids = [name for name in chosen if name not in vectors]
+    if cells and len(chosen) == 1:
+        return chosen
+    if grids or not chosen:
+        shape = " × ".join(map(str, shapes[(grids or list(shapes))[0]]))
         raise TrainingDataError(
-            f"pooling {(cells or list(shapes))[0]} holds {shape} values per image, not one "
+            f"pooling {(grids or list(shapes))[0]} holds {shape} values per image, not one "
             f"vector; single-vector poolings in {cache.path}: {', '.join(vectors) or 'none'}"
         )
     if len(set(chosen)) < len(chosen):
@@ -198,7 +219,7 @@ def _missing(n_missing: int, n_rows: int, cache: Cache, manifest: str) -> Missin
 
 
 def _blocks(poolings: Sequence[str], spec: CacheSpec) -> dict[str, slice]:
-    edges = np.cumsum([0, *(spec.poolings[name][0] for name in poolings)]).tolist()
+    edges = np.cumsum([0, *(math.prod(spec.poolings[name]) for name in poolings)]).tolist()
     return {name: slice(edges[i], edges[i + 1]) for i, name in enumerate(poolings)}
 
 
@@ -206,5 +227,9 @@ def _read(cache: Cache, keys: np.ndarray, poolings: Sequence[str], *, verify: bo
     blocks = _blocks(poolings, cache.spec)
     X = np.empty((len(keys), max(block.stop for block in blocks.values())), np.float32)
     # Written straight into their columns: no second copy of the whole.
-    cache.read_into(keys, {name: X[:, block] for name, block in blocks.items()}, verify=verify)
+    outputs = {
+        name: X[:, block].reshape(len(X), *cache.spec.poolings[name], copy=False)
+        for name, block in blocks.items()
+    }
+    cache.read_into(keys, outputs, verify=verify)
     return X

@@ -22,14 +22,33 @@ __all__ = ["sweep_command"]
     show_default=True,
     help="Kinds of classifiers; logistic is always among them.",
 )
-@click.option("--pool", help="mean, max or mean+max; without it all poolings side by side.")
 @click.option(
-    "--configs", "n_configs", type=click.IntRange(min=1), default=8, show_default=True,
-    help="Configurations tried per head.",
+    "--pool",
+    callback=split_names,
+    help="What heads are tried on, such as mean,max,mean+max,grid4; without it all single-vector "
+    "poolings side by side.",
+)
+@click.option("--space", type=PATH, help="A search space (TOML) in place of the default one.")
+@click.option(
+    "--configs", "n_configs", type=click.IntRange(min=1),
+    help="Configurations tried per head and pooling, in place of the space's number.",
 )  # fmt: skip
 @click.option("--folds", "n_folds", type=click.IntRange(min=2), default=5, show_default=True)
 @click.option("--metric", default="auroc", show_default=True, help="What chooses the winners.")
+@click.option(
+    "--covariates",
+    callback=split_names,
+    help="Columns of the manifest, such as region,age,sex, that are appended to the embedding.",
+)
+@click.option(
+    "--train-fraction", type=float, default=1.0, show_default=True,
+    help="Share of the training patients to learn from, nested: for label-efficiency curves.",
+)  # fmt: skip
 @click.option("--jobs", type=click.IntRange(min=1), help="Processes; without it one per core.")
+@click.option(
+    "--backend", type=click.Choice(["loky", "ray"]), default="loky", show_default=True,
+    help="Processes of this machine, or of a Ray cluster.",
+)  # fmt: skip
 @seed_option
 @json_option
 def sweep_command(
@@ -37,11 +56,15 @@ def sweep_command(
     manifest_path: Path,
     out: Path,
     heads: tuple[str, ...],
-    pool: str | None,
-    n_configs: int,
+    pool: tuple[str, ...] | None,
+    space: Path | None,
+    n_configs: int | None,
     n_folds: int,
     metric: str,
+    covariates: tuple[str, ...] | None,
+    train_fraction: float,
     jobs: int | None,
+    backend: str,
     seed: int,
     as_json: bool,
 ) -> None:
@@ -55,11 +78,15 @@ def sweep_command(
             out,
             heads=heads,
             pool=pool,
+            space=space,
             n_configs=n_configs,
             n_folds=n_folds,
             metric=metric,
+            covariates=covariates or (),
+            train_fraction=train_fraction,
             seed=seed,
             jobs=jobs,
+            backend=backend,
             progress=progress,
         )
     if as_json:

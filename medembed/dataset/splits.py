@@ -1,4 +1,4 @@
-"""Divide patients between training and test, and between folds.
+"""Divide patients between training and test and between folds, and draw a fraction of them.
 
 All rows of a patient stay together. Studies are balanced by label and region. The result follows
 from the rows and the seed alone, never from the order of the rows: patients are taken with the most
@@ -8,6 +8,7 @@ answer depends on the order of the rows and it warns of every rare stratum.
 """
 
 import hashlib
+import math
 from collections import Counter
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ import pandas as pd
 
 from medembed.errors import RecipeError, TrainingDataError
 
-__all__ = ["draw_folds", "split_patients"]
+__all__ = ["draw_folds", "draw_fraction", "split_patients"]
 
 UNKNOWN = -1
 
@@ -80,6 +81,58 @@ def draw_folds(rows: pd.DataFrame, *, n_folds: int, seed: int = 0) -> np.ndarray
     fold = _divide(patients, np.full(n_folds, 1 / n_folds), seed)
     _refuse_one_class(patients, fold, n_folds)
     return rows["patient"].astype(str).map(fold).to_numpy(dtype=np.int64)
+
+
+def draw_fraction(
+    rows: pd.DataFrame, folds: np.ndarray, *, fraction: float, seed: int = 0
+) -> np.ndarray:
+    """Draw a fraction of the patients of each fold; smaller fractions lie within larger ones.
+
+    Patients are drawn apart for those with normal studies, with abnormal ones, and with both, at
+    least one of each that a fold has. So a fold keeps the classes that it has.
+
+    Parameters
+    ----------
+    rows : pandas.DataFrame
+        As for `draw_folds`.
+    folds : numpy.ndarray of int, (n_rows,)
+        The fold of each row, as `draw_folds` gives it.
+    fraction : float
+        Share of the patients to keep, above 0; 1 keeps all.
+    seed : int
+
+    Returns
+    -------
+    numpy.ndarray of bool, (n_rows,)
+        Whether a row's patient is kept.
+
+    Raises
+    ------
+    TrainingDataError
+        `fraction` is not above 0 and at most 1, or a patient lies in two folds.
+    """
+    if not 0 < fraction <= 1:
+        raise TrainingDataError(
+            f"--train-fraction is {fraction}; it must be above 0 and at most 1, which keeps all."
+        )
+    names = rows["patient"].astype(str)
+    fold = pd.Series(folds, index=names).groupby(level=0, sort=True).agg(["min", "max"])
+    n_torn = int((fold["min"] != fold["max"]).sum())
+    if n_torn:
+        raise TrainingDataError(
+            f"{n_torn} patients lie in two folds. Draw the folds of these rows again."
+        )
+    fold_of = fold["min"].to_dict()
+    strata: dict[tuple[int, frozenset[int]], list[str]] = {}
+    for patient in _patients(rows):
+        key = (fold_of[patient.name], frozenset(patient.labels))
+        strata.setdefault(key, []).append(patient.name)
+    kept: set[str] = set()
+    for members in strata.values():
+        members.sort(key=lambda name: _draw(seed, f"fraction|{name}"))
+        n_kept = max(1, math.ceil(round(fraction * len(members), 9)))  # 0.07 of 100 is 7, not 8
+        kept.update(members[:n_kept])
+    return names.isin(kept).to_numpy(dtype=bool)
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,8 @@ Nothing but counts and failures comes back. Ray is an extra: `pip install 'medem
 
 import os
 import secrets
-import signal
-import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from math import ceil
 from pathlib import Path
@@ -20,6 +17,7 @@ from medembed.cache.listing import committed_shards
 from medembed.cache.plan import Plan, make_plan
 from medembed.cache.shards import max_rows
 from medembed.cache.store import Cache, open_cache
+from medembed.clusters import connected_to_ray
 from medembed.dataset.manifest import Manifest, require_hashes
 from medembed.encoders.protocol import Encoder
 from medembed.errors import ManifestError, MedembedError
@@ -120,7 +118,7 @@ def extract_on_ray(
     """
     start = time.monotonic()
     require_hashes(manifest)
-    with _connected(tell) as ray:
+    with connected_to_ray("--engine ray", tell) as ray:
         needs = _needs(ray, device, job.decoders)
         job = replace(job, name=secrets.token_hex(8), decoders=job.decoders or needs["num_cpus"])
         _say(tell, "Encoder")
@@ -244,35 +242,6 @@ def _partitions(manifest: Manifest, plan: Plan, size: int) -> Iterator[Manifest]
     for start in range(0, len(plan.pending), size):
         rows = manifest.rows.iloc[plan.pending[start : start + size].rows()]
         yield Manifest(rows.reset_index(drop=True), manifest.label_level)
-
-
-@contextmanager
-def _connected(tell: Callable[[str], None] | None) -> Iterator[Any]:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        import ray
-    except ImportError as error:
-        raise MedembedError(
-            "--engine ray needs Ray, which is not installed: pip install 'medembed[ray]', or use "
-            "--engine local."
-        ) from error
-    if ray.is_initialized():
-        yield ray
-        return
-    _say(tell, "Ray")
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        address = os.environ.get("RAY_ADDRESS")
-        where = f"at RAY_ADDRESS={address}" if address else "on this machine"
-        raise MedembedError(f"cannot connect to Ray {where}: {error}") from error
-    try:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, handler)  # Ray's own ends the process at once
-        yield ray
-    finally:
-        ray.shutdown()
 
 
 def _needs(ray: Any, device: str, decoders: int | None) -> dict[str, int]:

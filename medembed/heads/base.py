@@ -1,8 +1,8 @@
 """What all heads share: their contract, and the checks before any fitting."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from typing import Any, Self
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin, clone
@@ -16,13 +16,8 @@ __all__ = [
     "ClassWeight",
     "Head",
     "arrays_of",
-    "column_scaling",
     "row_weights",
-    "standardised_blocks",
 ]
-
-#: Rows scaled and predicted at a time: 4096 x 1152 float64 are 38 MB, whatever the table's size.
-_BLOCK_ROWS = 4096
 
 ClassWeight = str | Mapping[Any, float] | None
 
@@ -33,9 +28,11 @@ class Head(ClassifierMixin, BaseEstimator, ABC):
     ``fit(X, y, *, X_val=None, y_val=None)`` is handed its validation rows and never draws them: a
     random draw would put one patient on both sides. ``best_epoch_`` is the number of epochs or
     trees in use (None where a head has none), and ``with_budget(n)`` an unfitted copy that trains
-    exactly that many, for the refit on all rows.
+    exactly that many, for the refit on all rows. With `study_level` a head's rows are views, and it
+    judges studies.
     """
 
+    study_level: ClassVar[bool] = False
     best_epoch_: int | None
     classes_: np.ndarray
     n_features_in_: int
@@ -76,6 +73,15 @@ class Head(ClassifierMixin, BaseEstimator, ABC):
     def _restore(self, payload: dict[str, np.ndarray] | str, n_features: int) -> None:
         """Take what `_payload` gave; ModelError where it does not fit the parameters."""
 
+    def check_parameters(self) -> None:
+        """Raise TrainingDataError where a parameter is out of range."""
+
+    def _refuse_out_of_range(self, are_right: Mapping[str, bool]) -> None:
+        for name, is_right in are_right.items():
+            if not is_right:
+                value = getattr(self, name)
+                raise TrainingDataError(f"{type(self).__name__}: {name}={value!r} is out of range")
+
     def _check_training(self, X: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
         """Return X (float32 or float64 as given) and y as 0 and 1; set `classes_`."""
         X, y = validate_data(self, X, y, dtype=[np.float32, np.float64])
@@ -111,36 +117,19 @@ class Head(ClassifierMixin, BaseEstimator, ABC):
         return X_val, (y_val == self.classes_[1]).astype(np.int64)
 
 
-def column_scaling(X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return each column's mean and standard deviation (float64; 1 for a constant column).
+def row_weights(
+    codes: np.ndarray,
+    classes: np.ndarray,
+    class_weight: ClassWeight,
+    labels: np.ndarray | None = None,
+) -> np.ndarray:
+    """Return each row's weight (float64, shape (n,)) from scikit-learn's `class_weight`.
 
-    Two passes over blocks of rows, so that no float64 copy of `X` is made.
+    `labels` are those of the training rows, where the rows of `codes` are others.
     """
-    mean = np.mean(X, axis=0, dtype=np.float64)
-    squares = np.zeros(X.shape[1])
-    for start in range(0, len(X), _BLOCK_ROWS):
-        squares += np.square(X[start : start + _BLOCK_ROWS] - mean).sum(axis=0)
-    scale = np.sqrt(squares / len(X))
-    # a constant column's deviation is rounding error, and dividing by it would make noise of it
-    constant = scale <= 10 * np.finfo(X.dtype).eps * np.abs(mean)
-    scale[constant] = 1.0
-    return np.asarray(mean), scale
-
-
-def standardised_blocks(X: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield blocks of rows of (X - mean) / scale in float64.
-
-    In float64 a row's prediction does not depend on the rows beside it beyond 1e-12.
-    """
-    for start in range(0, len(X), _BLOCK_ROWS):
-        yield (X[start : start + _BLOCK_ROWS] - mean) / scale
-
-
-def row_weights(codes: np.ndarray, classes: np.ndarray, class_weight: ClassWeight) -> np.ndarray:
-    """Return each row's weight (float64, shape (n,)) from scikit-learn's `class_weight`."""
     if isinstance(class_weight, Mapping):
         class_weight = dict(class_weight)
-    y = classes[codes]
+    y = classes[codes] if labels is None else labels
     return np.asarray(compute_class_weight(class_weight, classes=classes, y=y)[codes])
 
 

@@ -1,6 +1,7 @@
 """Logistic regression: the floor that every table shows."""
 
 import warnings
+from collections.abc import Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -8,9 +9,10 @@ from scipy.special import expit
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-from medembed.heads.base import ClassWeight, Head, arrays_of, column_scaling, standardised_blocks
+from medembed.heads.base import ClassWeight, Head, arrays_of
+from medembed.heads.projection import Projection, Projector
 
-__all__ = ["LogisticHead"]
+__all__ = ["LogisticHead", "fit_path"]
 
 
 class LogisticHead(Head):
@@ -25,6 +27,10 @@ class LogisticHead(Head):
         As scikit-learn's.
     standardize : bool
         Bring the columns of X to mean 0 and standard deviation 1 first.
+    pca : int
+        Principal components that are fitted on; 0: all columns.
+    n_covariates : int
+        The last columns of X, which `pca` leaves out.
     max_iter : int
         L-BFGS iterations at most; `converged_` says whether fewer were enough.
     tol : float
@@ -32,11 +38,10 @@ class LogisticHead(Head):
 
     Attributes
     ----------
-    coef_ : float64 array of shape (1, d)
-        Coefficients of the standardised columns.
+    coef_ : float64 array of shape (1, k)
+        Coefficients of the columns that `projection_` gives.
     intercept_ : float64 array of shape (1,)
-    mean_, scale_ : float64 arrays of shape (d,)
-        Zeros and ones without `standardize`.
+    projection_ : Projection
     n_iter_ : int
     converged_ : bool
     best_epoch_ : None
@@ -48,12 +53,16 @@ class LogisticHead(Head):
         *,
         class_weight: ClassWeight = "balanced",
         standardize: bool = True,
+        pca: int = 0,
+        n_covariates: int = 0,
         max_iter: int = 200,
         tol: float = 1e-4,
     ) -> None:
         self.C = C
         self.class_weight = class_weight
         self.standardize = standardize
+        self.pca = pca
+        self.n_covariates = n_covariates
         self.max_iter = max_iter
         self.tol = tol
 
@@ -69,46 +78,91 @@ class LogisticHead(Head):
         """
         X, codes = self._check_training(X, y)
         self._check_validation(X_val, y_val)
-        self.mean_, self.scale_ = np.zeros(X.shape[1]), np.ones(X.shape[1])
-        if self.standardize:
-            self.mean_, self.scale_ = column_scaling(X)
-            # one copy in the dtype given: float32 halves both memory and time
-            X = ((X - self.mean_.astype(X.dtype)) / self.scale_.astype(X.dtype)).astype(X.dtype)
-        model = LogisticRegression(
-            C=self.C,
-            class_weight=_by_code(self.class_weight, self.classes_),
-            max_iter=self.max_iter,
-            tol=self.tol,
+        self.check_parameters()
+        fit_path([self], X, codes, Projector(X, n_covariates=self.n_covariates))
+        return self
+
+    def check_parameters(self) -> None:
+        """Raise TrainingDataError where a parameter is out of range."""
+        self._refuse_out_of_range(
+            {
+                "C": self.C > 0,
+                "pca": self.pca >= 0,
+                "max_iter": self.max_iter >= 1,
+                "tol": self.tol > 0,
+            }
         )
-        with warnings.catch_warnings():
-            # kept as an attribute: weak penalties rarely converge, and no sweep is read that far
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            model.fit(X, codes)
+
+    def take(self, model: LogisticRegression, projection: Projection) -> None:
+        """Become fitted: take scikit-learn's coefficients and the projection before them."""
+        self.projection_ = projection
         self.coef_ = model.coef_.astype(np.float64)
         self.intercept_ = model.intercept_.astype(np.float64)
         self.n_iter_ = int(model.n_iter_[0])
         self.converged_ = self.n_iter_ < self.max_iter
         self.best_epoch_ = None
-        return self
 
     def _probability(self, X: np.ndarray) -> np.ndarray:
-        blocks = standardised_blocks(X, self.mean_, self.scale_)
+        blocks = self.projection_.blocks(X)
         return np.concatenate([expit(rows @ self.coef_[0] + self.intercept_[0]) for rows in blocks])
 
     def _payload(self) -> dict[str, np.ndarray]:
         return {
+            **self.projection_.as_arrays(),
             "coef": self.coef_,
             "intercept": self.intercept_,
-            "mean": self.mean_,
-            "scale": self.scale_,
         }
 
     def _restore(self, payload: dict[str, np.ndarray] | str, n_features: int) -> None:
-        columns = ("float64", (n_features,))
-        expected = {"coef": ("float64", (1, n_features)), "intercept": ("float64", (1,))}
-        arrays = arrays_of(payload, expected | {"mean": columns, "scale": columns})
+        self.check_parameters()
+        expected = Projection.expected_arrays(payload, n_features, self.pca, self.n_covariates)
+        n_columns = expected["components"][1][1] + self.n_covariates if self.pca else n_features
+        expected |= {"coef": ("float64", (1, n_columns)), "intercept": ("float64", (1,))}
+        arrays = arrays_of(payload, expected)
+        self.projection_ = Projection.from_arrays(arrays, self.n_covariates)
         self.coef_, self.intercept_ = arrays["coef"], arrays["intercept"]
-        self.mean_, self.scale_ = arrays["mean"], arrays["scale"]
+
+
+def fit_path(
+    heads: Sequence[LogisticHead],
+    X: np.ndarray,
+    codes: np.ndarray,
+    projector: Projector,
+    rows: np.ndarray | None = None,
+) -> None:
+    """Fit heads on the same rows, from the strongest penalty to the weakest.
+
+    Heads that differ in C alone go on from each other's coefficients.
+
+    Parameters
+    ----------
+    X, rows
+        The table and the indices of the n training rows (None: all); `projector` has those.
+    codes : int array of shape (n,)
+        Labels, 0 or 1.
+    """
+    paths: dict[str, list[LogisticHead]] = {}
+    for head in sorted(heads, key=lambda head: head.C):
+        paths.setdefault(str({**head.get_params(), "C": None}), []).append(head)
+    for path in paths.values():
+        first = path[0]
+        scaling = "standard" if first.standardize else "none"
+        projection = projector.learn(scaling, first.pca)
+        # one copy in the dtype given: float32 halves both memory and time
+        columns = projection.apply(X, X.dtype, rows)
+        classes = getattr(first, "classes_", np.array([0, 1]))
+        model = LogisticRegression(
+            class_weight=_by_code(first.class_weight, classes),
+            max_iter=first.max_iter,
+            tol=first.tol,
+            warm_start=True,
+        )
+        for head in path:
+            with warnings.catch_warnings():
+                # kept as an attribute: weak penalties rarely converge, and few sweeps mind
+                warnings.simplefilter("ignore", ConvergenceWarning)
+                model.set_params(C=head.C).fit(columns, codes)
+            head.take(model, projection)
 
 
 def _by_code(class_weight: ClassWeight, classes: np.ndarray) -> Any:

@@ -1,49 +1,64 @@
-"""A multi-layer perceptron, trained by torch and applied by numpy."""
+"""A multi-layer perceptron, trained by torch as a cohort of one and applied by numpy."""
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
 from itertools import pairwise
 from typing import Any, Self
 
 import numpy as np
-import torch
-from scipy.special import expit
-from sklearn.metrics import roc_auc_score
+from scipy.special import erf, expit
 from sklearn.utils import check_random_state
-from torch.nn import functional
 
 from medembed.errors import TrainingDataError
-from medembed.heads.base import (
-    ClassWeight,
-    Head,
-    arrays_of,
-    column_scaling,
-    row_weights,
-    standardised_blocks,
+from medembed.heads.base import ClassWeight, Head, arrays_of, row_weights
+from medembed.heads.cohort import (
+    ACTIVATIONS,
+    PRECISIONS,
+    Cohort,
+    Member,
+    Net,
+    Rows,
+    resolve_precision,
 )
+from medembed.heads.projection import SCALINGS, Projection, Projector
 
-__all__ = ["MLPHead"]
+__all__ = ["MLPHead", "gather"]
 
-_Layers = list[tuple[torch.Tensor, torch.Tensor]]
+_APPLIED: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "relu": lambda z: np.maximum(z, 0.0),
+    "gelu": lambda z: z * 0.5 * (1.0 + erf(z / np.sqrt(2.0))),
+    "silu": lambda z: z * expit(z),
+    "tanh": np.tanh,
+}
 
 
 class MLPHead(Head):
-    """ReLU layers and one logit on standardised columns; AdamW; early stopping on handed rows.
+    """Hidden layers and one logit; AdamW; early stopping on handed rows.
 
     Parameters
     ----------
     hidden : sequence of int
         Widths of the hidden layers; empty for none.
+    activation : "relu", "gelu", "silu" or "tanh"
+        GELU is the exact one (Hendrycks and Gimpel, 2016).
     dropout : float in [0, 1)
-        Share of hidden units dropped in training.
+        Share of hidden units dropped in training, to the nearest 1/256.
     lr, weight_decay : float
         AdamW's (Loshchilov and Hutter, ICLR 2019).
+    label_smoothing : float in [0, 1)
+        Trains towards labels of half of it and one minus half of it.
+    scaling : "standard", "global" or "none"
+        Of the columns, see `projection.SCALINGS`.
+    pca : int
+        Principal components that the layers see; 0: all columns.
+    whiten : bool
+        Bring each component to variance 1.
+    n_covariates : int
+        The last columns of X, which `pca` leaves out.
     epochs : int
         Epochs at most; exactly, where no validation rows are handed over.
     batch_size : int or None
         Rows per step; every epoch has its own order. None: a twentieth of the rows, between 32 and
-        256, so that a few hundred rows still make enough steps.
+        2048, so that a few hundred rows still make enough steps.
     patience : int or None
         Stop after this many epochs without a better one. With None validation rows are ignored and
         all epochs are trained.
@@ -51,6 +66,8 @@ class MLPHead(Head):
         What makes an epoch better on the validation rows; equal AUROC is decided by the loss.
     class_weight : "balanced", dict or None
         As scikit-learn's; weighs the loss.
+    precision : "fp32", "bf16" or "auto"
+        Of the products in training; "auto" is bf16 where the processor multiplies in it.
     random_state : int, RandomState or None
         Decides the start, the order of rows and the dropout. torch's and (unless None) numpy's
         global generators are left alone. Equal results want an equal number of threads too.
@@ -59,7 +76,7 @@ class MLPHead(Head):
     ----------
     weights_ : list of float32 arrays (columns in, columns out)
     biases_ : list of float32 arrays (columns out,)
-    mean_, scale_ : float64 arrays of shape (d,)
+    projection_ : Projection
     best_epoch_ : int
         Epochs behind the weights kept, from 1.
     history_ : list of dict
@@ -70,25 +87,39 @@ class MLPHead(Head):
         self,
         hidden: Sequence[int] = (256,),
         *,
+        activation: str = "relu",
         dropout: float = 0.3,
         lr: float = 1e-3,
         weight_decay: float = 1e-2,
+        label_smoothing: float = 0.0,
+        scaling: str = "standard",
+        pca: int = 0,
+        whiten: bool = False,
+        n_covariates: int = 0,
         epochs: int = 60,
         batch_size: int | None = None,
         patience: int | None = 8,
         stopping: str = "auroc",
         class_weight: ClassWeight = "balanced",
+        precision: str = "fp32",
         random_state: Any = 0,
     ) -> None:
         self.hidden = hidden
+        self.activation = activation
         self.dropout = dropout
         self.lr = lr
         self.weight_decay = weight_decay
+        self.label_smoothing = label_smoothing
+        self.scaling = scaling
+        self.pca = pca
+        self.whiten = whiten
+        self.n_covariates = n_covariates
         self.epochs = epochs
         self.batch_size = batch_size
         self.patience = patience
         self.stopping = stopping
         self.class_weight = class_weight
+        self.precision = precision
         self.random_state = random_state
 
     def with_budget(self, n: int) -> Self:
@@ -101,7 +132,7 @@ class MLPHead(Head):
         Parameters
         ----------
         X, y
-            Training rows; scaling and class weights come from these alone.
+            Training rows; scaling, components and class weights come from these alone.
         X_val, y_val : optional
             Rows of other patients that decide when to stop; the best epoch's weights are kept.
 
@@ -113,84 +144,70 @@ class MLPHead(Head):
         """
         X, codes = self._check_training(X, y)
         validation = self._check_validation(X_val, y_val)
-        self._check_parameters()
-        self.mean_, self.scale_ = column_scaling(X)
-        weights = row_weights(codes, self.classes_, self.class_weight).astype(np.float32)
-        rows = _Rows(X, codes.astype(np.float32), weights, self.mean_, self.scale_)
-        judge = None
-        if validation is not None and self.patience is not None:
-            judge = self._judge(*validation)
-        generator = torch.Generator()
-        generator.manual_seed(int(check_random_state(self.random_state).randint(2**31 - 1)))
-        with torch.enable_grad():
-            layers = self._train(rows, judge, generator)
-        self.weights_ = [weight.detach().numpy() for weight, _ in layers]
-        self.biases_ = [bias.detach().numpy() for _, bias in layers]
+        self.check_parameters()
+        held = None if validation is None else Rows(validation[0], None, validation[1])
+        rows = Rows(X, None, codes)
+        cohort = gather([self], rows, held, Projector(X, n_covariates=self.n_covariates))
+        cohort.train(self.epochs)
+        self.take(cohort.nets[0], cohort.projections[0])
         return self
 
-    def _check_parameters(self) -> None:
-        ranges = {
-            "hidden": all(width >= 1 for width in self.hidden),
-            "dropout": 0 <= self.dropout < 1,
-            "lr": self.lr > 0,
-            "weight_decay": self.weight_decay >= 0,
-            "epochs": self.epochs >= 1,
-            "batch_size": self.batch_size is None or self.batch_size >= 1,
-            "patience": self.patience is None or self.patience >= 1,
-            "stopping": self.stopping in ("auroc", "loss"),
-        }
-        for name, is_right in ranges.items():
-            if not is_right:
-                raise TrainingDataError(f"MLPHead: {name}={getattr(self, name)!r} is out of range")
+    def check_parameters(self) -> None:
+        """Raise TrainingDataError where a parameter is out of range."""
+        self._refuse_out_of_range(
+            {
+                "hidden": all(width >= 1 for width in self.hidden),
+                "activation": self.activation in ACTIVATIONS,
+                "dropout": 0 <= self.dropout < 1,
+                "lr": self.lr > 0,
+                "weight_decay": self.weight_decay >= 0,
+                "label_smoothing": 0 <= self.label_smoothing < 1,
+                "scaling": self.scaling in SCALINGS,
+                "pca": self.pca >= 0,
+                "epochs": self.epochs >= 1,
+                "batch_size": self.batch_size is None or self.batch_size >= 1,
+                "patience": self.patience is None or self.patience >= 1,
+                "stopping": self.stopping in ("auroc", "loss"),
+                "precision": self.precision in PRECISIONS,
+            }
+        )
 
-    def _judge(self, X: np.ndarray, codes: np.ndarray) -> "_Judge":
-        weights = row_weights(codes, self.classes_, self.class_weight).astype(np.float32)
-        rows = _Rows(X, codes.astype(np.float32), weights, self.mean_, self.scale_)
-        return _Judge(*rows.take(np.arange(len(X))), by_auroc=self.stopping == "auroc")
+    def as_member(self, codes: np.ndarray) -> Member:
+        """Return what this head has of its own in a cohort on rows with labels `codes`, 0 and 1."""
+        classes = getattr(self, "classes_", np.array([0, 1]))
+        normal, abnormal = row_weights(
+            np.array([0, 1]), classes, self.class_weight, labels=classes[codes]
+        )
+        return Member(
+            hidden=tuple(self.hidden),
+            activation=self.activation,
+            dropout=self.dropout,
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            label_smoothing=self.label_smoothing,
+            class_weights=(float(normal), float(abnormal)),
+            epochs=self.epochs,
+            patience=self.patience,
+            stopping=self.stopping,
+            kind=(self.scaling, self.pca, self.whiten),
+        )
 
-    def _train(self, rows: "_Rows", judge: "_Judge | None", generator: torch.Generator) -> _Layers:
-        """Train and return the layers of the best epoch; set `best_epoch_` and `history_`."""
-        layers = _start([rows.X.shape[1], *self.hidden, 1], generator)
-        parameters = [tensor for layer in layers for tensor in layer]
-        step = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay, fused=True)
-        self.history_: list[dict[str, float]] = []
-        self.best_epoch_, best_key, best = self.epochs, None, layers
-        for epoch in range(1, self.epochs + 1):
-            self.history_.append({"train_loss": self._train_epoch(rows, layers, step, generator)})
-            if judge is None:
-                continue
-            key, seen = judge(layers)
-            self.history_[-1].update(seen)
-            if best_key is None or key > best_key:
-                best_key, self.best_epoch_ = key, epoch
-                best = [(weight.detach().clone(), bias.detach().clone()) for weight, bias in layers]
-            elif epoch - self.best_epoch_ >= (self.patience or self.epochs):
-                break
-        return best
+    def take(self, net: Net, projection: Projection) -> None:
+        """Become fitted: take the layers of a trained net and the projection before them.
 
-    def _train_epoch(
-        self,
-        rows: "_Rows",
-        layers: _Layers,
-        step: torch.optim.Optimizer,
-        generator: torch.Generator,
-    ) -> float:
-        order = torch.randperm(len(rows.X), generator=generator).numpy()
-        size = self.batch_size or min(256, max(32, len(order) // 20))
-        total = 0.0
-        for start in range(0, len(order), size):
-            X, targets, weights = rows.take(order[start : start + size])
-            logits = _forward(X, layers, self.dropout, generator)
-            loss = functional.binary_cross_entropy_with_logits(logits, targets, weights)
-            step.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            step.step()
-            total += float(loss.detach()) * len(targets)
-        if not math.isfinite(total):
-            raise TrainingDataError(
-                f"the loss of MLPHead with lr={self.lr} is no longer a finite number; lower lr"
-            )
-        return total / len(order)
+        Raises
+        ------
+        TrainingDataError
+            The net's loss stopped being a finite number.
+        """
+        if net.failure is not None:
+            raise TrainingDataError(net.failure)
+        layers = net.layers(projection.n_columns)
+        self.weights_ = [weight for weight, _ in layers]
+        self.biases_ = [bias for _, bias in layers]
+        self.projection_ = projection
+        self.best_epoch_ = net.best_epoch or net.epoch
+        self.history_ = net.history
 
     def _probability(self, X: np.ndarray) -> np.ndarray:
         layers = [
@@ -198,100 +215,65 @@ class MLPHead(Head):
             for weight, bias in zip(self.weights_, self.biases_, strict=True)
         ]
         logits = []
-        for values in standardised_blocks(X, self.mean_, self.scale_):
+        for values in self.projection_.blocks(X):
             for weight, bias in layers[:-1]:
-                values = np.maximum(values @ weight + bias, 0.0)
+                values = _APPLIED[self.activation](values @ weight + bias)
             logits.append(values @ layers[-1][0][:, 0] + layers[-1][1][0])
         return np.asarray(expit(np.concatenate(logits)))
 
     def _payload(self) -> dict[str, np.ndarray]:
-        arrays = {"mean": self.mean_, "scale": self.scale_}
+        arrays = self.projection_.as_arrays()
         for k, (weight, bias) in enumerate(zip(self.weights_, self.biases_, strict=True)):
             arrays |= {f"layers.{k}.weight": weight, f"layers.{k}.bias": bias}
         return arrays
 
     def _restore(self, payload: dict[str, np.ndarray] | str, n_features: int) -> None:
-        self._check_parameters()
-        widths = [n_features, *self.hidden, 1]
-        columns = ("float64", (n_features,))
-        expected: dict[str, tuple[str, tuple[int, ...]]] = {"mean": columns, "scale": columns}
-        for k, (before, after) in enumerate(pairwise(widths)):
+        self.check_parameters()
+        expected = Projection.expected_arrays(payload, n_features, self.pca, self.n_covariates)
+        n_components = expected["components"][1][1] + self.n_covariates if self.pca else n_features
+        for k, (before, after) in enumerate(pairwise([n_components, *self.hidden, 1])):
             expected[f"layers.{k}.weight"] = ("float32", (before, after))
             expected[f"layers.{k}.bias"] = ("float32", (after,))
         arrays = arrays_of(payload, expected)
-        self.mean_, self.scale_ = arrays["mean"], arrays["scale"]
-        self.weights_ = [arrays[f"layers.{k}.weight"] for k in range(len(widths) - 1)]
-        self.biases_ = [arrays[f"layers.{k}.bias"] for k in range(len(widths) - 1)]
+        self.projection_ = Projection.from_arrays(arrays, self.n_covariates)
+        layers = range(len(self.hidden) + 1)
+        self.weights_ = [arrays[f"layers.{k}.weight"] for k in layers]
+        self.biases_ = [arrays[f"layers.{k}.bias"] for k in layers]
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Rows that are scaled as they are taken, so that the table is never copied."""
+def gather(
+    heads: Sequence[MLPHead],
+    rows: Rows,
+    held: Rows | None,
+    projector: Projector,
+    nets: Sequence[Net] | None = None,
+) -> Cohort:
+    """Return a cohort that trains these heads on `rows`, judged on `held`.
 
-    X: np.ndarray
-    targets: np.ndarray
-    weights: np.ndarray
-    mean: np.ndarray
-    scale: np.ndarray
-
-    def take(self, index: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        taken = self.X[index]
-        taken -= self.mean.astype(taken.dtype)
-        taken /= self.scale.astype(taken.dtype)
-        arrays = (taken.astype(np.float32, copy=False), self.targets[index], self.weights[index])
-        X, targets, weights = (torch.from_numpy(array) for array in arrays)
-        return X, targets, weights
-
-
-@dataclass(frozen=True)
-class _Judge:
-    """Validation rows, and what makes one epoch better than another on them."""
-
-    X: torch.Tensor
-    targets: torch.Tensor
-    weights: torch.Tensor
-    by_auroc: bool
-
-    def __call__(self, layers: _Layers) -> tuple[tuple[float, ...], dict[str, float]]:
-        """Return a key, larger is better, and the numbers behind it."""
-        with torch.no_grad():
-            logits = _forward(self.X, layers, 0.0, None)
-            loss = float(
-                functional.binary_cross_entropy_with_logits(logits, self.targets, self.weights)
-            )
-        if not math.isfinite(loss):
-            raise TrainingDataError("the validation loss of MLPHead is not a finite number")
-        auroc = float(roc_auc_score(self.targets.numpy(), logits.numpy()))
-        return (auroc, -loss) if self.by_auroc else (-loss,), {"loss": loss, "auroc": auroc}
-
-
-def _start(widths: Sequence[int], generator: torch.Generator) -> _Layers:
-    """Return untrained layers, each weight and bias uniform within 1 / sqrt(columns in).
-
-    That is how torch.nn.Linear starts.
+    All share the first one's `random_state`, `batch_size` and `precision`; TrainingDataError where
+    they differ. `projector` has those very rows; `nets` is where an earlier cohort got to.
     """
-    layers = []
-    for before, after in pairwise(widths):
-        bound = 1 / math.sqrt(before)
-        weight, bias = (
-            torch.empty(shape, dtype=torch.float32, device="cpu")
-            .uniform_(-bound, bound, generator=generator)
-            .requires_grad_()
-            for shape in ((before, after), (after,))
+    for name in ("random_state", "batch_size", "precision"):
+        values = list(dict.fromkeys(str(getattr(head, name)) for head in heads))
+        if len(values) > 1:
+            raise TrainingDataError(
+                f"MLPHead: {name} is {' and '.join(values[:2])} in one cohort, whose members share "
+                "it. Give it one value."
+            )
+    first = heads[0]
+    projections: dict[Hashable, Projection] = {
+        (head.scaling, head.pca, head.whiten): projector.learn(
+            head.scaling, head.pca, whiten=head.whiten
         )
-        layers.append((weight, bias))
-    return layers
-
-
-def _forward(
-    X: torch.Tensor, layers: _Layers, dropout: float, generator: torch.Generator | None
-) -> torch.Tensor:
-    """Return logits of shape (n,); hidden units are dropped where `dropout` is above 0."""
-    values = X
-    for weight, bias in layers[:-1]:
-        values = torch.relu(torch.addmm(bias, values, weight))
-        if dropout > 0:
-            kept = torch.empty_like(values).bernoulli_(1 - dropout, generator=generator)
-            values = values * kept / (1 - dropout)
-    weight, bias = layers[-1]
-    return torch.addmm(bias, values, weight)[:, 0]
+        for head in heads
+    }
+    return Cohort(
+        [head.as_member(rows.y) for head in heads],
+        rows,
+        projections,
+        held=held,
+        seed=int(check_random_state(first.random_state).randint(2**31 - 1)),
+        batch_size=first.batch_size or min(2048, max(32, len(rows) // 20)),
+        bf16=resolve_precision(first.precision) == "bf16",
+        nets=nets,
+    )

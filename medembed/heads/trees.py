@@ -7,10 +7,11 @@ import numpy as np
 from sklearn.utils import check_random_state
 
 from medembed.errors import ModelError, TrainingDataError
-from medembed.heads.base import ClassWeight, Head, row_weights
+from medembed.heads.base import ClassWeight, Head, arrays_of, row_weights
 from medembed.heads.booster_text import check_booster_text, trim_booster_text
+from medembed.heads.projection import Projection, Projector
 
-__all__ = ["LightGBMHead"]
+__all__ = ["BinnedRows", "LightGBMHead"]
 
 
 class LightGBMHead(Head):
@@ -33,6 +34,11 @@ class LightGBMHead(Head):
         Stop after this many trees without a better one. With None validation rows are ignored.
     stopping : "auroc" or "loss"
         What makes a tree better on the validation rows.
+    pca : int
+        Principal components of the standardised columns that the trees see; 0: the columns as they
+        are.
+    n_covariates : int
+        The last columns of X, which `pca` leaves out.
     class_weight : "balanced", dict or None
         As scikit-learn's.
     random_state : int, RandomState or None
@@ -44,6 +50,8 @@ class LightGBMHead(Head):
     ----------
     booster_ : lightgbm.Booster
         The trees in use, and none after the best.
+    projection_ : Projection or None
+        What their columns go through first, with `pca`.
     best_epoch_ : int
         Their number.
     """
@@ -60,6 +68,8 @@ class LightGBMHead(Head):
         min_data_in_leaf: int | None = None,
         patience: int | None = 30,
         stopping: str = "auroc",
+        pca: int = 0,
+        n_covariates: int = 0,
         class_weight: ClassWeight = "balanced",
         random_state: Any = 0,
         n_jobs: int = 1,
@@ -73,6 +83,8 @@ class LightGBMHead(Head):
         self.min_data_in_leaf = min_data_in_leaf
         self.patience = patience
         self.stopping = stopping
+        self.pca = pca
+        self.n_covariates = n_covariates
         self.class_weight = class_weight
         self.random_state = random_state
         self.n_jobs = n_jobs
@@ -99,33 +111,37 @@ class LightGBMHead(Head):
         """
         X, codes = self._check_training(X, y)
         validation = self._check_validation(X_val, y_val)
-        if self.stopping not in ("auroc", "loss"):
-            raise TrainingDataError(f"LightGBMHead: stopping={self.stopping!r} is out of range")
-        try:
-            booster = self._train(X, codes, None if self.patience is None else validation)
-        except lightgbm.basic.LightGBMError as error:
-            raise TrainingDataError(f"LightGBM refused this training: {error}") from error
+        self.check_parameters()
+        held = None if validation is None else (validation[0], None, validation[1])
+        projector = Projector(X, n_covariates=self.n_covariates)
+        BinnedRows((X, None, codes), held, projector).fit(self)
+        return self
+
+    def check_parameters(self) -> None:
+        """Raise TrainingDataError where a parameter is out of range that LightGBM does not see."""
+        self._refuse_out_of_range(
+            {
+                "n_trees": self.n_trees >= 1,
+                "patience": self.patience is None or self.patience >= 1,
+                "stopping": self.stopping in ("auroc", "loss"),
+                "pca": self.pca >= 0,
+            }
+        )
+
+    def take(self, booster: Any, projection: Projection | None) -> None:
+        """Become fitted: take a trained booster's trees and the projection before them."""
         # a booster that was trained holds its binned data set; one that was read holds trees only
         # (`model_to_string` ends at the best tree where training stopped early)
         self._take(trim_booster_text(booster.model_to_string()))
+        self.projection_ = projection
         self.best_epoch_ = int(self.booster_.num_trees())
-        return self
 
-    def _train(
-        self, X: np.ndarray, codes: np.ndarray, validation: tuple[np.ndarray, np.ndarray] | None
-    ) -> Any:
-        parameters = self._parameters(*X.shape)
-        data = lightgbm.Dataset(X, codes, weight=self._weights(codes), params=parameters)
-        if validation is None:
-            return lightgbm.train(parameters, data, self.n_trees)
-        held = data.create_valid(validation[0], validation[1], weight=self._weights(validation[1]))
-        stop = lightgbm.early_stopping(self.patience, verbose=False)
-        return lightgbm.train(parameters, data, self.n_trees, valid_sets=[held], callbacks=[stop])
+    def weigh(self, codes: np.ndarray) -> np.ndarray:
+        """Return the weights of rows with labels `codes`, 0 and 1, float64 of the same shape."""
+        return row_weights(codes, getattr(self, "classes_", np.array([0, 1])), self.class_weight)
 
-    def _weights(self, codes: np.ndarray) -> np.ndarray:
-        return row_weights(codes, self.classes_, self.class_weight)
-
-    def _parameters(self, n: int, d: int) -> dict[str, Any]:
+    def parameters(self, n: int, d: int) -> dict[str, Any]:
+        """Return LightGBM's parameters for n rows of d columns."""
         fraction, least = self.feature_fraction, self.min_data_in_leaf
         return {
             "objective": "binary",
@@ -149,13 +165,99 @@ class LightGBMHead(Head):
         self.booster_ = lightgbm.Booster(model_str=text)
 
     def _probability(self, X: np.ndarray) -> np.ndarray:
-        return np.asarray(self.booster_.predict(X, num_threads=self.n_jobs), dtype=np.float64)
+        columns = X if self.projection_ is None else self.projection_.apply(X, np.float64)
+        return np.asarray(self.booster_.predict(columns, num_threads=self.n_jobs), np.float64)
 
-    def _payload(self) -> str:
-        return trim_booster_text(self.booster_.model_to_string())
+    def _payload(self) -> dict[str, np.ndarray] | str:
+        text = trim_booster_text(self.booster_.model_to_string())
+        if self.projection_ is None:
+            return text
+        return {**self.projection_.as_arrays(), _TREES: np.frombuffer(text.encode(), np.uint8)}
 
     def _restore(self, payload: dict[str, np.ndarray] | str, n_features: int) -> None:
+        self.check_parameters()
+        self.projection_ = None
+        if self.pca:
+            payload, n_features = self._restore_projection(payload, n_features)
         if not isinstance(payload, str):
             raise ModelError("the model holds tensors; a lightgbm head is a text of trees")
         check_booster_text(payload, n_features)
         self._take(payload)
+
+    def _restore_projection(
+        self, payload: dict[str, np.ndarray] | str, n_features: int
+    ) -> tuple[str, int]:
+        expected = Projection.expected_arrays(payload, n_features, self.pca, self.n_covariates)
+        trees = payload.get(_TREES) if isinstance(payload, dict) else None
+        expected[_TREES] = ("uint8", (0 if trees is None else trees.size,))
+        arrays = arrays_of(payload, expected)
+        self.projection_ = Projection.from_arrays(arrays, self.n_covariates)
+        try:
+            return arrays[_TREES].tobytes().decode("ascii"), self.projection_.n_columns
+        except UnicodeDecodeError:
+            raise ModelError("the trees are not LightGBM's text") from None
+
+
+#: The name of the trees' text beside the arrays of a projection.
+_TREES = "booster"
+
+_Rows = tuple[np.ndarray, np.ndarray | None, np.ndarray]
+
+
+class BinnedRows:
+    """Training and validation rows, binned once for all heads that bin alike.
+
+    Parameters
+    ----------
+    rows, held : (X, indices, codes), held may be None
+        A table, the indices of the rows that count (None: all) and their labels, 0 or 1.
+    projector : Projector
+        Of `rows`.
+    """
+
+    def __init__(self, rows: _Rows, held: _Rows | None, projector: Projector) -> None:
+        self._rows, self._held, self._projector = rows, held, projector
+        self._binned: tuple[Any, ...] = ()
+
+    def fit(self, head: LightGBMHead) -> None:
+        """Fit a head; TrainingDataError where LightGBM refuses a parameter."""
+        try:
+            booster, projection = self._train(head)
+        except lightgbm.basic.LightGBMError as error:
+            raise TrainingDataError(f"LightGBM refused this training: {error}") from error
+        head.take(booster, projection)
+
+    def _train(self, head: LightGBMHead) -> tuple[Any, Projection | None]:
+        projection, data, held = self._bin(head)
+        parameters = head.parameters(data.num_data(), data.num_feature())
+        data.set_weight(head.weigh(self._rows[2]))
+        if held is None or self._held is None or head.patience is None:
+            return lightgbm.train(parameters, data, head.n_trees), projection
+        held.set_weight(head.weigh(self._held[2]))
+        stop = lightgbm.early_stopping(head.patience, verbose=False)
+        booster = lightgbm.train(
+            parameters, data, head.n_trees, valid_sets=[held], callbacks=[stop]
+        )
+        return booster, projection
+
+    def _bin(self, head: LightGBMHead) -> tuple[Projection | None, Any, Any]:
+        """Return the last data sets again where this head bins alike."""
+        alike = (head.pca, head.max_bin, str(head.random_state))
+        if not self._binned or self._binned[0] != alike:
+            projection = self._projector.learn("standard", head.pca) if head.pca else None
+            X, codes = _columns(self._rows, projection), self._rows[2]
+            parameters = head.parameters(*X.shape)
+            data = lightgbm.Dataset(X, codes, params=parameters).construct()
+            held = None
+            if self._held is not None:
+                columns = _columns(self._held, projection)
+                held = data.create_valid(columns, self._held[2], params=parameters).construct()
+            self._binned = (alike, projection, data, held)
+        return self._binned[1], self._binned[2], self._binned[3]
+
+
+def _columns(rows: _Rows, projection: Projection | None) -> np.ndarray:
+    X, index, _ = rows
+    if projection is not None:
+        return projection.apply(X, np.float32, index)
+    return X if index is None else X[index]

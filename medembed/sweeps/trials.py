@@ -1,232 +1,282 @@
-"""Train configurations fold by fold, and keep a ledger of it.
+"""Train what a run's ledger lacks, batch by batch, and write it down as it ends."""
 
-Each fit uses one thread, so that numbers do not depend on how many run side by side.
-"""
-
-import hashlib
-import json
-import sys
-import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-import joblib
 import numpy as np
-import pandas as pd
-from joblib.externals.loky.process_executor import TerminatedWorkerError
-from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
 
-from medembed.errors import TrainingDataError
-from medembed.evaluation.scores import by_study, score
-from medembed.heads.registry import default_space, make_head
-from medembed.results.runs import RUN_VERSION, Run
+from medembed.heads.projection import Basis
+from medembed.heads.registry import make_head
+from medembed.results.runs import Run
+from medembed.sweeps.plan import Batch, Trial
+from medembed.sweeps.pool import Died, Pool
+from medembed.sweeps.training import (
+    Outcome,
+    Training,
+    Unit,
+    learn_basis,
+    train_unit,
+)
 
-__all__ = ["Task", "Training", "digest", "list_tasks", "one_thread", "run_trials", "to_studies"]
+__all__ = ["LOWER_IS_BETTER", "Ledger", "run_batches"]
 
-SELECTION_THRESHOLD = 0.5
-"""For metrics that are decisions: configurations are compared before a threshold is fitted."""
+LOWER_IS_BETTER = ("brier", "ece")
+
+INDEPENDENT = ("lightgbm",)
+"""Heads that come out alike in any company: after a crash each is tried alone."""
+
+RETIRED = "retired"
+"""Status of a trial that was given up at a rung; its score is that of its best epoch until then."""
+
+MIN_SURVIVORS = 2
+"""Of a cohort, whatever its size: the last choice is made between trials that went to the end."""
 
 
-@dataclass(frozen=True)
-class Training:
-    """The labelled, embedded train rows, in the manifest's order.
+class Ledger:
+    """A run's trials: what is done, and what has just ended.
 
-    Attributes
+    Parameters
     ----------
-    X, y, folds, studies : arrays of shape (n, d) float32, (n,) int8, (n,) int64, (n,) int64
-        Embeddings, labels 0 or 1, fold numbers, study codes.
+    run : Run
+        Locked.
+    batches : sequence of Batch
+        All that the sweep wants.
+    watch : callable, optional
+        Called with the ledger after every record.
     """
 
-    X: NDArray[Any]
-    y: NDArray[Any]
-    folds: NDArray[Any]
-    studies: NDArray[Any]
+    def __init__(
+        self,
+        run: Run,
+        batches: Sequence[Batch],
+        watch: Callable[["Ledger"], None] | None = None,
+    ) -> None:
+        self.run, self.batches, self._watch = run, batches, watch
+        self.records = {record["key"]: record for record in run.trial_records()}
+        wanted = {key for batch in batches for trial in batch.trials for key in trial.keys}
+        self.n_wanted = len(wanted)
+        self.done = {key for key in wanted if self._is_done(key)}
+        self._tell()
 
-    def rows_of(self, fold: int) -> NDArray[Any]:
-        """Mark the rows of one fold, bool of shape (n,)."""
-        return np.asarray(self.folds == fold)
+    def _is_done(self, key: str) -> bool:
+        record = self.records.get(key)
+        if record is None:
+            return False
+        if record["status"] == "ok":
+            return self.run.kept_fold(key) is not None
+        # what data or parameters do not allow would fail again; a full memory might not
+        failed_for_good = str(record["error"]).startswith("TrainingDataError")
+        return record["status"] == RETIRED or failed_for_good
 
-
-@dataclass(frozen=True)
-class Task:
-    """One configuration on one held-out fold."""
-
-    head: str
-    trial: int
-    params: dict[str, Any]
-    fold: int
-    key: str
-
-
-def list_tasks(
-    heads: Sequence[str], n_configs: int, n_folds: int, seed: int, question: Mapping[str, Any]
-) -> list[Task]:
-    """List every configuration on every fold; `question` goes into each key."""
-    shared = {name: question[name] for name in question if name not in ("heads", "n_configs")}
-    shared["version"] = RUN_VERSION
-    tasks = []
-    for head in heads:
-        for trial, params in enumerate(default_space(head, n_configs, seed)):
-            for fold in range(n_folds):
-                key = digest([shared, head, params, fold])[:32]
-                tasks.append(Task(head, trial, params, fold, key))
-    return tasks
-
-
-def run_trials(
-    run: Run,
-    tasks: Sequence[Task],
-    training: Training,
-    settings: Mapping[str, Any],
-    jobs: int | None,
-    progress: Callable[[int, int], None] | None,
-) -> dict[str, dict[str, Any]]:
-    """Train what the ledger lacks and return all records by key. Failed trials are tried again."""
-    pooling = run.info["asked"]["pooling"]
-    sizes = np.bincount(training.folds)
-    records = {record["key"]: record for record in run.trial_records()}
-    done = {task.key for task in tasks if _is_done(run, records.get(task.key), sizes[task.fold])}
-    waiting = [task for task in tasks if task.key not in done]
-    n_done = len(tasks) - len(waiting)
-    if progress is not None:
-        progress(n_done, len(tasks))
-    for task, outcome in _train_all(waiting, training, settings, jobs):
-        probability = outcome.pop("probability")
-        if probability is not None:
-            run.keep_fold(task.key, probability)
+    def write(self, trial: Trial, fold: int, outcome: Outcome, status: str) -> None:
+        """Write down how a trial ended on a fold, unless that is known."""
+        key = trial.keys[fold]
+        if key in self.done:
+            return
+        if outcome.probability is not None:
+            self.run.keep_fold(key, outcome.probability)
         record = {
-            "trial": task.trial,
-            "head": task.head,
-            "pooling": pooling,
-            "params": task.params,
-            "fold": task.fold,
-            **outcome,
-            "key": task.key,
+            "trial": trial.number,
+            "head": trial.head,
+            "pooling": trial.pooling,
+            "params": dict(trial.params),
+            "fold": fold,
+            "score": outcome.score,
+            "best_epoch": outcome.best_epoch,
+            "seconds": outcome.seconds,
+            "status": status,
+            "error": outcome.error,
+            "key": key,
         }
-        run.append_trial(record)
-        records[task.key] = record
-        n_done += 1
-        if progress is not None:
-            progress(n_done, len(tasks))
-    return records
+        self.run.append_trial(record)
+        self.records[key] = record
+        self.done.add(key)
+        self._tell()
+
+    def lacks(self, batch: Batch, fold: int) -> list[int]:
+        """List the trials of a batch that are not done on a fold."""
+        return [i for i, trial in enumerate(batch.trials) if trial.keys[fold] not in self.done]
+
+    def _tell(self) -> None:
+        if self._watch is not None:
+            self._watch(self)
 
 
-def _is_done(run: Run, record: Mapping[str, Any] | None, n_rows: int) -> bool:
-    if record is None or record["status"] != "ok":
-        return False
-    kept = run.kept_fold(record["key"])
-    return kept is not None and len(kept) == n_rows
-
-
-def _train_all(
-    tasks: Sequence[Task],
+def run_batches(
+    ledger: Ledger,
+    batches: Sequence[Batch],
     training: Training,
-    settings: Mapping[str, Any],
+    n_folds: int,
     jobs: int | None,
-) -> Iterator[tuple[Task, dict[str, Any]]]:
-    """Yield each task with its outcome as it ends, in no particular order."""
-    n_jobs = max(1, min(jobs or joblib.cpu_count(), len(tasks)))
-    if n_jobs == 1:
-        for task in tasks:
-            yield _train_fold(task, training, settings)
+    backend: str,
+) -> None:
+    """Train what the ledger lacks of batches that read the same columns."""
+    waiting = [
+        batch for batch in batches if any(ledger.lacks(batch, fold) for fold in range(n_folds))
+    ]
+    if not waiting:
         return
-    waiting = {task.key: task for task in tasks}
-    try:
-        for task, outcome in _in_processes(tasks, training, settings, n_jobs):
-            del waiting[task.key]
-            yield task, outcome
-        return
-    except TerminatedWorkerError:
-        pass
-    # A fit took its process down, and all that ran beside it. Alone, only the guilty one falls.
-    for task in waiting.values():
-        try:
-            yield from _in_processes([task], training, settings, 2)
-        except TerminatedWorkerError as error:
-            yield task, _failure(f"the process died: {str(error).splitlines()[0]}", 0.0)
+    with Pool(training, jobs, backend) as pool:
+        bases = _learn_bases(waiting, training, n_folds, pool)
+        _run_flat([batch for batch in waiting if not batch.rungs], ledger, bases, pool)
+        halving = [batch for batch in waiting if batch.rungs]
+        size = max(1, -(-2 * pool.jobs // n_folds))  # enough for every process, twice
+        for start in range(0, len(halving), size):
+            _run_halving(halving[start : start + size], ledger, bases, training.metric, pool)
 
 
-def _in_processes(
-    tasks: Iterable[Task], training: Training, settings: Mapping[str, Any], n_jobs: int
-) -> Iterator[tuple[Task, dict[str, Any]]]:
-    with joblib.parallel_config(backend="loky", inner_max_num_threads=1):
-        parallel = joblib.Parallel(
-            n_jobs=n_jobs, batch_size=1, return_as="generator_unordered", mmap_mode="r"
-        )
-        yield from parallel(joblib.delayed(_train_fold)(task, training, settings) for task in tasks)
+def _learn_bases(
+    batches: Sequence[Batch], training: Training, n_folds: int, pool: Pool
+) -> list[Mapping[str, Basis]]:
+    """Learn, fold by fold, the scalings and components that several heads want."""
+    wanted: dict[str, int] = {}
+    for batch in batches:
+        for trial in batch.trials:
+            for scaling, pca in _wants(trial):
+                wanted[scaling] = max(pca, wanted.get(scaling, 0))
+    bases: list[Mapping[str, Basis]] = [{} for _ in range(n_folds)]
+    if wanted:
+        for fold, basis in pool.run(learn_basis, [(fold, wanted) for fold in range(n_folds)]):
+            # a process that died may do so again, where its trial is told of it
+            bases[fold] = {} if isinstance(basis, Died) else basis
+    return bases
 
 
-def _train_fold(
-    task: Task, training: Training, settings: Mapping[str, Any]
-) -> tuple[Task, dict[str, Any]]:
-    """Train one configuration without one fold and score it there; errors become a record."""
-    started = time.perf_counter()
-    try:
-        head = make_head(task.head, task.params, seed=settings["seed"])
-        held = training.rows_of(task.fold)
-        X_val, y_val = training.X[held], training.y[held]
-        with one_thread():
-            head.fit(training.X[~held], training.y[~held], X_val=X_val, y_val=y_val)
-            probability = np.asarray(head.predict_proba(X_val)[:, 1], np.float64)
-        value = _study_score(training, held, probability, settings["metric"])
-    except Exception as error:
-        return task, _failure(f"{type(error).__name__}: {error}", time.perf_counter() - started)
-    return task, {
-        "score": value,
-        "best_epoch": head.best_epoch_,
-        "seconds": time.perf_counter() - started,
-        "status": "ok",
-        "error": None,
-        "probability": probability,
-    }
+def _wants(trial: Trial) -> list[tuple[str, int]]:
+    params = make_head(trial.head, trial.params).get_params()
+    if trial.head == "mlp":
+        return [(params["scaling"], params["pca"])]
+    if trial.head == "logistic" and params["standardize"]:
+        return [("standard", params["pca"])]
+    return [("standard", params["pca"])] if trial.head == "lightgbm" and params["pca"] else []
 
 
-def _failure(reason: str, seconds: float) -> dict[str, Any]:
-    nothing = {"score": None, "best_epoch": None, "probability": None}
-    return {**nothing, "seconds": seconds, "status": "error", "error": reason[:500]}
+def _run_flat(
+    batches: Sequence[Batch], ledger: Ledger, bases: Sequence[Mapping[str, Basis]], pool: Pool
+) -> None:
+    """Train each batch on each fold to its end."""
+    jobs: list[tuple[Batch, int, list[int]]] = []
+    for fold in range(len(bases)):
+        for batch in batches:
+            lacking = ledger.lacks(batch, fold)
+            if lacking:
+                alone = batch.head in INDEPENDENT
+                jobs.append((batch, fold, lacking if alone else list(range(len(batch.trials)))))
+    units = [_unit(batch, fold, chosen, bases) for batch, fold, chosen in jobs]
+    dead = []
+    for n, outcomes in pool.run(train_unit, units):
+        batch, fold, chosen = jobs[n]
+        if isinstance(outcomes, Died) and batch.head in INDEPENDENT and len(chosen) > 1:
+            dead += [(batch, fold, [i]) for i in chosen]
+            continue
+        _write_all(ledger, batch, fold, chosen, outcomes)
+    units = [_unit(batch, fold, chosen, bases) for batch, fold, chosen in dead]
+    for n, outcomes in pool.run(train_unit, units):
+        batch, fold, chosen = dead[n]
+        _write_all(ledger, batch, fold, chosen, outcomes)
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Hold numeric libraries to one thread: sums in another order would change the last digits."""
-    torch = sys.modules.get("torch")
-    n_before = torch.get_num_threads() if torch else 0
-    with threadpool_limits(1), warnings.catch_warnings():
-        # A configuration that converges badly is told by its score.
-        warnings.simplefilter("ignore")
-        if torch:
-            torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            if torch:
-                torch.set_num_threads(n_before)
+def _unit(
+    batch: Batch, fold: int, chosen: Sequence[int], bases: Sequence[Mapping[str, Basis]]
+) -> Unit:
+    return Unit(
+        batch.head,
+        tuple(batch.trials[i].params for i in chosen),
+        fold,
+        basis=bases[fold],
+    )
 
 
-def _study_score(
-    training: Training, rows: NDArray[Any], probability: NDArray[np.float64], metric: str
-) -> float:
-    studies = to_studies(training, rows, probability)
-    y = studies["label"].to_numpy(np.int8)
-    value = float(score(y, studies["probability"].to_numpy(), SELECTION_THRESHOLD)[metric])
-    if not np.isfinite(value):
-        raise TrainingDataError(f"{metric} is not estimable on this fold")
-    return value
+def _write_all(
+    ledger: Ledger, batch: Batch, fold: int, chosen: Sequence[int], outcomes: Any
+) -> None:
+    for i, outcome in zip(chosen, _alive_or_dead(outcomes, len(chosen)), strict=True):
+        ledger.write(batch.trials[i], fold, outcome, "error" if outcome.error else "ok")
 
 
-def to_studies(
-    training: Training, rows: NDArray[Any], probability: NDArray[np.float64]
-) -> pd.DataFrame:
-    """Return one row per study for some of the training rows, see `by_study`."""
-    columns = {"study": training.studies[rows], "label": training.y[rows]}
-    return by_study(pd.DataFrame({**columns, "probability": probability}))
+def _alive_or_dead(outcomes: Any, n: int) -> list[Outcome]:
+    if isinstance(outcomes, Died):
+        return [Outcome(None, None, 0.0, error=outcomes.reason)] * n
+    return list(outcomes)
 
 
-def digest(document: Any) -> str:
-    """Hash JSON values: SHA-256 in hex."""
-    canonical = json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()
+def _run_halving(
+    batches: Sequence[Batch],
+    ledger: Ledger,
+    bases: Sequence[Mapping[str, Basis]],
+    metric: str,
+    pool: Pool,
+) -> None:
+    """Train batches rung by rung; after each the weaker half of a batch is retired on all folds.
+
+    Successive halving (Jamieson and Talwalkar, AISTATS 2016) over epochs; what counts at a rung is
+    the mean over folds of the best epoch so far.
+    """
+    folds = range(len(bases))
+    alive = {n: list(range(len(batch.trials))) for n, batch in enumerate(batches)}
+    nets: dict[tuple[int, int], list[Any] | None] = {}
+    seconds: dict[str, float] = {}
+    rungs = batches[0].rungs  # the space's: all batches have the same
+    for until in [*rungs, None]:
+        jobs = [(n, fold) for n in alive if alive[n] for fold in folds]
+        units = [
+            Unit(
+                batches[n].head,
+                tuple(batches[n].trials[i].params for i in alive[n]),
+                fold,
+                until,
+                nets.get((n, fold)),
+                bases[fold],
+            )
+            for n, fold in jobs
+        ]
+        nets.clear()
+        found: dict[tuple[int, int], list[Outcome]] = {}
+        for k, outcomes in pool.run(train_unit, units):
+            n, fold = jobs[k]
+            found[n, fold] = [
+                _add_seconds(outcome, seconds, batches[n].trials[i].keys[fold])
+                for i, outcome in zip(
+                    alive[n], _alive_or_dead(outcomes, len(alive[n])), strict=True
+                )
+            ]
+            if until is None:
+                _write_all(ledger, batches[n], fold, alive[n], found[n, fold])
+        if until is not None:
+            for n in alive:
+                own = {fold: found[n, fold] for fold in folds if (n, fold) in found}
+                kept = _retire(ledger, batches[n], alive[n], own, metric)
+                for fold, outcomes in own.items():
+                    nets[n, fold] = [outcomes[k].net for k in kept]
+                alive[n] = [alive[n][k] for k in kept]
+
+
+def _retire(
+    ledger: Ledger,
+    batch: Batch,
+    alive: Sequence[int],
+    found: Mapping[int, Sequence[Outcome]],
+    metric: str,
+) -> list[int]:
+    """Return which of `alive` go on, by place; write down the others."""
+    sign = -1 if metric in LOWER_IS_BETTER else 1
+    means: dict[int, float] = {}
+    for k in range(len(alive)):
+        scores = [outcomes[k].score for outcomes in found.values()]
+        if None not in scores:
+            means[k] = sign * float(np.mean([score for score in scores if score is not None]))
+    n_kept = max(MIN_SURVIVORS, -(-len(alive) // 2))
+    best = sorted(means, key=lambda k: -means[k])[:n_kept]
+    for k, i in enumerate(alive):
+        if k in best:
+            continue
+        for fold, outcomes in found.items():
+            status = "error" if outcomes[k].error else RETIRED
+            ledger.write(batch.trials[i], fold, outcomes[k], status)
+    return sorted(best)
+
+
+def _add_seconds(outcome: Outcome, seconds: dict[str, float], key: str) -> Outcome:
+    seconds[key] = seconds.get(key, 0.0) + outcome.seconds
+    return replace(outcome, seconds=seconds[key])

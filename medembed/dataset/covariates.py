@@ -1,0 +1,304 @@
+"""Manifest columns as numbers, to stand beside an embedding.
+
+A column whose known values are all numbers gives its value, with the training median where it is
+unknown; a column of words gives one number, 0 or 1, for each word seen in training. Both end in an
+indicator of missing values. All that is learnt comes from the rows given to `fit_covariates`.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from reprlib import repr as short
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from medembed.errors import ModelError, TrainingDataError
+
+__all__ = [
+    "MAX_CATEGORIES",
+    "NOT_COVARIATES",
+    "CategoricalColumn",
+    "CovariateEncoder",
+    "NumericColumn",
+    "fit_covariates",
+]
+
+MAX_CATEGORIES = 64  # more of them are names of persons or images
+NOT_COVARIATES = ("image", "sha256", "patient", "study", "label", "split", "label_level")
+LARGEST = float(np.finfo(np.float32).max)
+MISSING = ""
+
+
+@dataclass(frozen=True)
+class NumericColumn:
+    """A covariate of numbers; `fill`, the training median, stands where a value is unknown."""
+
+    name: str
+    fill: float
+
+    @property
+    def names(self) -> list[str]:
+        """The columns that come out."""
+        return [self.name, f"{self.name} is missing"]
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        """Return (n, 2) float64: the value and whether it is unknown."""
+        known = sorted(set(texts) - {MISSING})
+        numbers = _numbers(self.name, known)
+        word = next((text for text in known if text not in numbers), None)
+        if word is not None:
+            raise TrainingDataError(
+                f"covariate {self.name} is of unknown kind: in training it held numbers only, and "
+                f"now text, such as {short(word)}. Write numbers in this column of the manifest "
+                "and leave unknown fields empty, or train without this covariate."
+            )
+        block = np.zeros((len(texts), 2))
+        block[:, 0] = [numbers.get(text, self.fill) for text in texts]
+        block[:, 1] = [text == MISSING for text in texts]
+        return block
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return {"name": self.name, "kind": "numeric", "fill": self.fill}
+
+
+@dataclass(frozen=True)
+class CategoricalColumn:
+    """A covariate of words; `categories` are those seen in training, in ascending order."""
+
+    name: str
+    categories: tuple[str, ...]
+
+    @property
+    def names(self) -> list[str]:
+        """The columns that come out."""
+        return [*(f"{self.name}={word}" for word in self.categories), f"{self.name} is missing"]
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        """Return (n, categories + 1) float64 zeros and ones; an unseen category is all zeros."""
+        number = next(iter(_numbers(self.name, sorted(set(texts) - {MISSING}))), None)
+        if number is not None:
+            raise TrainingDataError(
+                f"covariate {self.name} is of unknown kind: in training it held text only, such as "
+                f"{short(self.categories[0])}, and now numbers, such as {short(number)}. "
+                "Write the same categories in this column of the manifest, or train without this "
+                "covariate."
+            )
+        place = {word: i for i, word in enumerate((*self.categories, MISSING))}
+        block = np.zeros((len(texts), len(place)))
+        seen = [(row, place[text]) for row, text in enumerate(texts) if text in place]
+        if seen:
+            block[tuple(np.array(seen).T)] = 1
+        return block
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return {"name": self.name, "kind": "categorical", "categories": list(self.categories)}
+
+
+@dataclass(frozen=True)
+class CovariateEncoder:
+    """How manifest columns become numbers, as learnt by `fit_covariates`."""
+
+    columns: tuple[NumericColumn | CategoricalColumn, ...]
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the columns that come out, such as "age", "age is missing", "sex=F"."""
+        return [name for column in self.columns for name in column.names]
+
+    def transform(self, rows: pd.DataFrame) -> np.ndarray:
+        """Encode the covariates of a manifest's rows, labelled or not.
+
+        Returns
+        -------
+        numpy.ndarray of float32, (n_rows, len(names))
+            Always finite.
+
+        Raises
+        ------
+        TrainingDataError
+            A column is not there, holds text where training held numbers or numbers where it held
+            text, or a number that is not finite.
+        """
+        blocks = [np.zeros((len(rows), 0))]
+        for column in self.columns:
+            if column.name not in rows:
+                raise TrainingDataError(
+                    f"covariate {column.name} is not a column of the manifest, and the classifier "
+                    "reads it. Add the column (a field may be empty where the value is unknown), "
+                    "or train without this covariate."
+                )
+            blocks.append(column.encode(_texts(rows[column.name])))
+        return np.hstack(blocks).astype(np.float32)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return {"columns": [column.as_dict() for column in self.columns]}
+
+    @classmethod
+    def from_dict(cls, document: object) -> "CovariateEncoder":
+        """Read back what `as_dict` returned.
+
+        Raises
+        ------
+        ModelError
+            The document is nothing that `as_dict` returns.
+        """
+        entries = _entry(document, {"columns"})["columns"]
+        if not isinstance(entries, list):
+            raise _not_covariates("columns", entries)
+        columns = tuple(_column(entry) for entry in entries)
+        names = [column.name for column in columns]
+        if len(set(names)) < len(names):
+            raise _not_covariates("columns", names)
+        return cls(columns)
+
+
+def fit_covariates(rows: pd.DataFrame, names: Sequence[str]) -> CovariateEncoder:
+    """Learn medians and categories of covariates.
+
+    Parameters
+    ----------
+    rows : pandas.DataFrame
+        The labelled training rows of a manifest, and no others. None, NaN and text of blanks only
+        mean unknown; blanks around a value are dropped.
+    names : sequence of str
+        The columns to encode, in this order.
+
+    Raises
+    ------
+    TrainingDataError
+        A name is not that of a covariate or is given twice; a column has no known value, mixes
+        numbers and text, holds a number that is not finite, or has more than `MAX_CATEGORIES`
+        categories.
+    """
+    _check_names(names, [str(name) for name in rows.columns])
+    return CovariateEncoder(tuple(_fit(name, _texts(rows[name])) for name in names))
+
+
+def _fit(name: str, texts: list[str]) -> NumericColumn | CategoricalColumn:
+    known = sorted(set(texts) - {MISSING})
+    if not known:
+        raise TrainingDataError(
+            f"covariate {name} is unknown in every labelled training row. Fill the manifest's "
+            "column, or leave it out of --covariates."
+        )
+    numbers = _numbers(name, known)
+    words = [text for text in known if text not in numbers]
+    if numbers and words:
+        raise TrainingDataError(
+            f"covariate {name} is of unknown kind: it holds numbers, such as "
+            f"{short(next(iter(numbers)))}, and text, such as {short(words[0])}. Write one "
+            "kind in this column of the manifest and leave unknown fields empty, or leave it out "
+            "of --covariates."
+        )
+    if numbers:
+        return NumericColumn(name, float(np.median([numbers[text] for text in texts if text])))
+    if len(words) > MAX_CATEGORIES:
+        raise TrainingDataError(
+            f"covariate {name} has {len(words)} categories, and at most {MAX_CATEGORIES} are "
+            "encoded: it looks like an identifier, not a covariate, and nothing that identifies a "
+            "patient may leave the manifest. Group its values, or leave it out of --covariates."
+        )
+    return CategoricalColumn(name, tuple(words))
+
+
+def _check_names(names: Sequence[str], there: list[str]) -> None:
+    covariates = [name for name in there if name not in NOT_COVARIATES]
+    for i, name in enumerate(names):
+        if name in NOT_COVARIATES:
+            raise TrainingDataError(
+                f"{name} is not a covariate: {', '.join(NOT_COVARIATES)} say which image a row is "
+                "and what it is used for, and no classifier may learn from them. Leave it out of "
+                "--covariates."
+            )
+        if name not in covariates:
+            near = difflib.get_close_matches(name, covariates, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise TrainingDataError(
+                f"covariate {name!r} is not a column of the manifest; {hint}"
+                f"Covariates there are: {', '.join(covariates) or 'none'}. Name one of these in "
+                "--covariates, or add the column."
+            )
+        if name in names[:i]:
+            raise TrainingDataError(
+                f"covariate {name} is given twice. Name each column once in --covariates."
+            )
+
+
+def _texts(column: "pd.Series[Any]") -> list[str]:
+    return [MISSING if pd.isna(value) else str(value).strip() for value in column.astype(object)]
+
+
+def _numbers(name: str, texts: Iterable[str]) -> dict[str, float]:
+    """Return the numbers among known texts; refuse those that float32 cannot hold."""
+    found = {}
+    for text in texts:
+        number = _number(text)
+        if number is None:
+            continue
+        if not abs(number) <= LARGEST:  # true of NaN as well
+            raise TrainingDataError(
+                f"covariate {name} holds {short(text)}, which is not a finite number of "
+                "single precision. Leave the field empty where the value is unknown, or correct it."
+            )
+        found[text] = number
+    return found
+
+
+def _number(text: str) -> float | None:
+    try:
+        # Python reads 1_2 as twelve; in a table it is a name.
+        return None if "_" in text else float(text)
+    except ValueError:
+        return None
+
+
+def _column(value: object) -> NumericColumn | CategoricalColumn:
+    kind = value.get("kind") if isinstance(value, Mapping) else None
+    if kind == "numeric":
+        entry = _entry(value, {"name", "kind", "fill"})
+        fill = entry["fill"]
+        if not isinstance(fill, int | float) or isinstance(fill, bool) or not abs(fill) <= LARGEST:
+            raise _not_covariates("fill", fill)
+        return NumericColumn(_name(entry["name"]), float(fill))
+    if kind == "categorical":
+        entry = _entry(value, {"name", "kind", "categories"})
+        words = entry["categories"]
+        if not _are_categories(words):
+            raise _not_covariates("categories", words)
+        return CategoricalColumn(_name(entry["name"]), tuple(words))
+    raise _not_covariates("kind", kind)
+
+
+def _entry(value: object, keys: set[str]) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping) or set(value) != keys:
+        raise _not_covariates(f"what holds {', '.join(sorted(keys))}", value)
+    return value
+
+
+def _name(value: object) -> str:
+    if not isinstance(value, str) or value in NOT_COVARIATES:
+        raise _not_covariates("name", value)
+    return value
+
+
+def _are_categories(words: object) -> bool:
+    """Return whether these are distinct words in ascending order, as training finds them."""
+    return (
+        isinstance(words, list)
+        and 0 < len(words) <= MAX_CATEGORIES
+        and all(isinstance(word, str) for word in words)
+        and all(word and word == word.strip() and _number(word) is None for word in words)
+        and words == sorted(set(words))
+    )
+
+
+def _not_covariates(what: str, value: object) -> ModelError:
+    return ModelError(
+        f"the model's covariates are damaged: {what} cannot be {short(value)}. "
+        "Train the model again, or copy it again."
+    )

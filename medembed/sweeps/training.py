@@ -1,0 +1,307 @@
+"""Train heads on all folds but one: what runs in a sweep's processes.
+
+Each fit uses one thread, so that numbers do not depend on how many run side by side.
+"""
+
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy.special import expit
+from threadpoolctl import threadpool_limits
+
+from medembed.errors import TrainingDataError
+from medembed.evaluation.scores import by_study, score
+from medembed.heads.base import Head
+from medembed.heads.cohort import Net, Rows
+from medembed.heads.linear import LogisticHead, fit_path
+from medembed.heads.mlp import MLPHead, gather
+from medembed.heads.projection import Basis, Projector
+from medembed.heads.registry import make_head
+from medembed.heads.trees import BinnedRows, LightGBMHead
+
+__all__ = [
+    "Outcome",
+    "Training",
+    "Unit",
+    "configure",
+    "learn_basis",
+    "one_thread",
+    "to_studies",
+    "train_unit",
+]
+
+SELECTION_THRESHOLD = 0.5
+"""For metrics that are decisions: configurations are compared before a threshold is fitted."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """The embedded rows of one pooling, in the manifest's order, and what was asked of them.
+
+    Attributes
+    ----------
+    X, y, folds, studies : arrays of shape (n, d) float32, (n,) int8, (n,) int64, (n,) int64
+        Embeddings and covariates, labels 0 or 1 (-1: unknown), fold numbers (-1: not trained on),
+        study codes.
+    n_cells, n_covariates : int
+        Vectors per image, and the last columns of X that are covariates.
+    metric, seed : str, int
+        As `sweep` has them.
+    """
+
+    X: NDArray[Any]
+    y: NDArray[Any]
+    folds: NDArray[Any]
+    studies: NDArray[Any]
+    n_cells: int
+    n_covariates: int
+    metric: str
+    seed: int
+
+    def held(self, fold: int) -> NDArray[np.int64]:
+        """Return the indices of the rows of one fold."""
+        return np.flatnonzero(self.folds == fold)
+
+    def others(self, fold: int) -> NDArray[np.int64]:
+        """Return the indices of the training rows of all other folds."""
+        return np.flatnonzero((self.folds >= 0) & (self.folds != fold))
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What one process does at a time: heads that train together, without one fold.
+
+    Attributes
+    ----------
+    params : tuple of dict
+        One per head.
+    until : int, optional
+        Of MLPs, the epoch to stop at.
+    nets : list of Net, optional
+        Of MLPs, where they have got to.
+    basis : dict, optional
+        What `learn_basis` has learnt of this fold.
+    """
+
+    head: str
+    params: tuple[Mapping[str, Any], ...]
+    fold: int
+    until: int | None = None
+    nets: Sequence[Net] | None = None
+    basis: Mapping[str, Basis] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one head did on one fold.
+
+    Attributes
+    ----------
+    probability : float64 array, optional
+        Out of fold, one per row of the fold, or per study (sorted by code) of heads that judge
+        studies; None where training failed or has not ended.
+    net : Net, optional
+        Of an MLP that may go on.
+    """
+
+    score: float | None
+    best_epoch: int | None
+    seconds: float
+    error: str | None = None
+    probability: NDArray[np.float64] | None = None
+    net: Net | None = None
+
+
+def configure(training: Training, name: str, params: Mapping[str, Any]) -> Head:
+    """Return an unfitted head for these columns."""
+    known = make_head(name, {}).get_params()
+    columns = {"n_cells": training.n_cells, "n_covariates": training.n_covariates}
+    own = {key: value for key, value in columns.items() if key in known}
+    head = make_head(name, {**params, **own}, seed=training.seed)
+    # what `fit` learns of its rows, where heads are fitted together
+    head.classes_, head.n_features_in_ = np.array([0, 1]), training.X.shape[1]
+    return head
+
+
+def learn_basis(training: Training, item: tuple[int, Mapping[str, int]]) -> dict[str, Basis]:
+    """Learn what the heads of a fold have in common: for each scaling so many components."""
+    fold, wanted = item
+    projector = Projector(training.X, training.others(fold), n_covariates=training.n_covariates)
+    with one_thread():
+        for scaling, pca in wanted.items():
+            projector.learn(scaling, pca)
+    return projector.known
+
+
+def train_unit(training: Training, unit: Unit) -> list[Outcome]:
+    """Train a unit's heads and score them on its fold; what goes wrong becomes an outcome."""
+    started = time.perf_counter()
+    try:
+        heads = [configure(training, unit.head, params) for params in unit.params]
+        with one_thread():
+            outcomes = _TRAINERS.get(unit.head, _train_each)(training, unit, heads)
+    except Exception as error:
+        outcomes = [_failure(error)] * len(unit.params)
+    share = (time.perf_counter() - started) / len(unit.params)
+    return [outcome if outcome.seconds else _timed(outcome, share) for outcome in outcomes]
+
+
+def _train_path(training: Training, unit: Unit, heads: Sequence[LogisticHead]) -> list[Outcome]:
+    rows = training.others(unit.fold)
+    fit_path(heads, training.X, training.y[rows], _projector(training, unit), rows)
+    return [_judge(training, unit.fold, head) for head in heads]
+
+
+def _train_trees(training: Training, unit: Unit, heads: Sequence[LightGBMHead]) -> list[Outcome]:
+    rows, held = training.others(unit.fold), training.held(unit.fold)
+    binned = BinnedRows(
+        (training.X, rows, training.y[rows]),
+        (training.X, held, training.y[held]),
+        _projector(training, unit),
+    )
+    outcomes = []
+    for head in heads:
+        started = time.perf_counter()
+        try:
+            binned.fit(head)
+            outcome = _judge(training, unit.fold, head)
+        except Exception as error:
+            outcome = _failure(error)
+        outcomes.append(_timed(outcome, time.perf_counter() - started))
+    return outcomes
+
+
+def _train_cohort(training: Training, unit: Unit, heads: Sequence[MLPHead]) -> list[Outcome]:
+    rows, held = training.others(unit.fold), training.held(unit.fold)
+    cohort = gather(
+        heads,
+        Rows(training.X, rows, training.y[rows]),
+        Rows(training.X, held, training.y[held]),
+        _projector(training, unit),
+        unit.nets,
+    )
+    cohort.train(unit.until or max(head.epochs for head in heads))
+    outcomes = []
+    for head, net, projection in zip(heads, cohort.nets, cohort.projections, strict=True):
+        try:
+            if unit.until is None or net.failure:
+                head.take(net, projection)
+                outcomes.append(_judge(training, unit.fold, head))
+            else:
+                outcomes.append(_judge_so_far(training, unit.fold, net))
+        except Exception as error:
+            outcomes.append(_failure(error))
+    return outcomes
+
+
+def _train_each(training: Training, unit: Unit, heads: Sequence[Head]) -> list[Outcome]:
+    """Train heads that share nothing; those that judge studies are told the studies."""
+    rows, held = training.others(unit.fold), training.held(unit.fold)
+    outcomes = []
+    for head in heads:
+        studies = {}
+        if head.study_level:
+            studies = {"studies": training.studies[rows], "studies_val": training.studies[held]}
+        head.fit(
+            training.X[rows],
+            training.y[rows],
+            X_val=training.X[held],
+            y_val=training.y[held],
+            **studies,
+        )
+        outcomes.append(_judge(training, unit.fold, head))
+    return outcomes
+
+
+_TRAINERS: dict[str, Any] = {
+    "lightgbm": _train_trees,
+    "logistic": _train_path,
+    "mlp": _train_cohort,
+}
+
+
+def _projector(training: Training, unit: Unit) -> Projector:
+    return Projector(
+        training.X,
+        training.others(unit.fold),
+        n_covariates=training.n_covariates,
+        known=unit.basis,
+    )
+
+
+def _judge(training: Training, fold: int, head: Head) -> Outcome:
+    held = training.held(fold)
+    if head.study_level:
+        probability = head.predict_proba(training.X[held], training.studies[held])[:, 1]  # type: ignore[call-arg]
+    else:
+        probability = head.predict_proba(training.X[held])[:, 1]
+    probability = np.asarray(probability, np.float64)
+    value = _study_score(training, held, probability)
+    return Outcome(value, head.best_epoch_, 0.0, probability=probability)
+
+
+def _judge_so_far(training: Training, fold: int, net: Net) -> Outcome:
+    assert net.best_logits is not None
+    probability = expit(net.best_logits.astype(np.float64))
+    value = _study_score(training, training.held(fold), probability)
+    return Outcome(value, net.best_epoch or net.epoch, 0.0, net=net)
+
+
+def _failure(error: Exception) -> Outcome:
+    return Outcome(None, None, 0.0, error=f"{type(error).__name__}: {error}"[:500])
+
+
+def _timed(outcome: Outcome, seconds: float) -> Outcome:
+    return replace(outcome, seconds=seconds)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Hold numeric libraries to one thread: sums in another order would change the last digits."""
+    torch = sys.modules.get("torch")
+    n_before = torch.get_num_threads() if torch else 0
+    with threadpool_limits(1), warnings.catch_warnings():
+        # A configuration that converges badly is told by its score.
+        warnings.simplefilter("ignore")
+        if torch:
+            torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            if torch:
+                torch.set_num_threads(n_before)
+
+
+def _study_score(
+    training: Training, rows: NDArray[np.int64], probability: NDArray[np.float64]
+) -> float:
+    studies = to_studies(training, rows, probability)
+    y = studies["label"].to_numpy(np.int8)
+    found = score(y, studies["probability"].to_numpy(), SELECTION_THRESHOLD)
+    value = float(found[training.metric])
+    if not np.isfinite(value):
+        raise TrainingDataError(f"{training.metric} is not estimable on this fold")
+    return value
+
+
+def to_studies(
+    training: Training, rows: NDArray[np.int64], probability: NDArray[np.float64]
+) -> pd.DataFrame:
+    """Return one row per study for some of the training rows, see `by_study`.
+
+    `probability` has one value per row, or per study of these rows, sorted by code.
+    """
+    studies, y = training.studies[rows], training.y[rows]
+    if len(probability) < len(rows):
+        studies, view_studies = np.unique(studies), studies
+        known = pd.Series(y).groupby(view_studies, sort=True).max()
+        y = known.to_numpy(np.int8)
+    return by_study(pd.DataFrame({"study": studies, "label": y, "probability": probability}))
