@@ -13,8 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from medembed.errors import TrainingDataError
 from medembed.heads import cohort as cohort_module
-from medembed.heads.cohort import ACTIVATIONS, Cohort, Net, Rows
+from medembed.heads import perceptrons
+from medembed.heads.cohort import Cohort, Rows
 from medembed.heads.mlp import MLPHead, gather
+from medembed.heads.perceptrons import ACTIVATIONS, Masks, Net
 from medembed.heads.projection import Projection, Projector
 
 TORCH_ACTIVATIONS = {
@@ -287,7 +289,7 @@ def gradients_of_first_step(member, monkeypatch, bf16=False):
     )
     handed = []
     monkeypatch.setattr(
-        cohort_module,
+        perceptrons,
         "adamw",
         lambda params, gradients, *args, **kwargs: handed.extend(g.clone() for g in gradients),
     )
@@ -302,7 +304,7 @@ def expected_gradients(made, member, dtype=torch.float32):
     y = torch.from_numpy(Y[order].astype(np.float64))
     layers = layers_for_autograd(made.nets[0], projection.n_columns)
     dropped = round(member.dropout * 256)
-    masks = cohort_module._Masks((5, cohort_module._DROPOUT, 1, 0), len(X), dtype)
+    masks = Masks((5, cohort_module._DROPOUT, 1, 0), len(X), dtype)
     masks.reserve(dict(enumerate(member.hidden)))
     keeps = [(masks.of(k, width, dropped) != 0).T.double() for k, width in enumerate(member.hidden)]
     for pair in layers:
@@ -463,9 +465,11 @@ def test_survivors_keep_their_numbers_where_others_are_dropped():
 
 
 def test_members_at_different_epochs_catch_up():
-    straight = trained(GOING_ON[:3], 4)
-    ahead, behind = trained(GOING_ON[:3], 3), trained(GOING_ON[:3], 1)
-    mixed = trained(GOING_ON[:3], 4, nets=[behind.nets[0], ahead.nets[1], behind.nets[2]])
+    heads = [GOING_ON[i] for i in (0, 2, 3)]
+    straight = trained(heads, 4)
+    ahead, behind = trained(heads, 3), trained(heads, 1)
+    mixed = trained(heads, 4, nets=[behind.nets[0], ahead.nets[1], behind.nets[2]])
+    assert [net.epoch for net in mixed.nets] == [4, 4, 4]
     for one, other in zip(mixed.nets, straight.nets, strict=True):
         assert_alike(one, other)
 
@@ -486,7 +490,7 @@ def test_training_to_where_one_is_changes_nothing():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_unit_has_the_same_random_bytes_whatever_the_width(dtype):
     def drawn(widths):
-        masks = cohort_module._Masks((1, 2, 3, 4), 37, dtype)
+        masks = Masks((1, 2, 3, 4), 37, dtype)
         masks.reserve(widths)
         return masks
 
@@ -500,7 +504,7 @@ def test_a_unit_has_the_same_random_bytes_whatever_the_width(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dropped", [1, 26, 77, 128, 230, 255])
 def test_the_share_dropped_is_what_was_asked(dropped, dtype):
-    masks = cohort_module._Masks((1, 2, 3, 4), 500, dtype)
+    masks = Masks((1, 2, 3, 4), 500, dtype)
     masks.reserve({0: 400})
     mask = masks.of(0, 400, dropped)
     assert set(mask.unique().tolist()) <= {0, -1}
@@ -530,12 +534,30 @@ def test_every_dropout_below_one_trains():
 def test_steps_epochs_and_layers_drop_other_units():
     seen = []
     for stream in ((0, 1, 1, 0), (0, 1, 1, 1), (0, 1, 2, 0), (1, 1, 1, 0)):
-        masks = cohort_module._Masks(stream, 64, torch.float32)
+        masks = Masks(stream, 64, torch.float32)
         masks.reserve({0: 8, 1: 8})
         seen += [masks.of(layer, 8, 128) for layer in (0, 1)]
     for i, one in enumerate(seen):
         for other in seen[:i]:
             assert 0.3 < float((one == other).double().mean()) < 0.7
+
+
+def test_every_step_of_every_epoch_has_a_stream_of_its_own(monkeypatch):
+    streams = []
+
+    class Listed(Masks):
+        def __init__(self, stream, *others):
+            streams.append(stream)
+            super().__init__(stream, *others)
+
+    monkeypatch.setattr(cohort_module, "Masks", Listed)
+    begun = trained(GOING_ON, 2, held=False)
+    trained(GOING_ON, 4, held=False, nets=begun.nets)
+    steps = -(-len(X) // 32)
+    assert len(streams) == len(set(streams)) == 4 * steps
+    again, streams[:] = list(streams), []
+    trained(GOING_ON, 4, held=False)
+    assert streams == again
 
 
 # The start
@@ -586,6 +608,14 @@ def test_the_best_epoch_is_the_argmax_of_the_validation_score(stopping):
         assert roc_auc_score(noisy, head.predict_proba(X_VAL)[:, 1]) == pytest.approx(
             expected, abs=1e-3
         )
+
+
+@pytest.mark.parametrize("stopping", ["auroc", "loss"])
+def test_of_equal_epochs_the_first_is_the_best(stopping):
+    still = mlp((4,), lr=1e-30, weight_decay=0.0, patience=2, stopping=stopping)
+    net = trained([still]).nets[0]
+    assert net.history[0]["loss"] == net.history[-1]["loss"]
+    assert (net.best_epoch, net.epoch) == (1, 3)
 
 
 def test_validation_loss_is_weighted_and_unsmoothed():

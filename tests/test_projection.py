@@ -630,6 +630,16 @@ def test_heads_of_different_components_do_not_share_coefficients():
         np.testing.assert_allclose(as_fitted(head, X).predict_proba(X), alone, atol=2e-3)
 
 
+def test_a_path_goes_from_the_strongest_penalty_whatever_the_order_given():
+    X = table()
+    y = labels(X)
+    rising, falling = ([LogisticHead(C) for C in (1e-3, 0.1, 10.0)] for _ in "ab")
+    fit_path(rising, X, y, Projector(X))
+    fit_path(falling[::-1], X, y, Projector(X))
+    for one, other in zip(rising, falling, strict=True):
+        assert one.coef_.tobytes() == other.coef_.tobytes()
+
+
 def test_a_path_on_rows_is_that_on_a_copy_of_them():
     X = table()
     y, rows = labels(X), np.random.default_rng(0).permutation(300)[:120]
@@ -707,6 +717,28 @@ def test_heads_on_rows_binned_once_are_as_fitted_alone(pca, is_chosen):
     rows = np.random.default_rng(0).permutation(300)[:200] if is_chosen else None
     y, y_val = labels(X), labels(X_val)
     assert_one_binning_is_as_many(tree_heads(TREES[:-1], pca=pca), X, y, X_val, y_val, rows)
+
+
+@pytest.mark.parametrize("class_weight", [None, {0: 1.0, 1: 6.0}])
+@pytest.mark.parametrize("stopping", ["auroc", "loss"])
+def test_trees_are_those_that_lightgbm_trains_on_weighted_rows(stopping, class_weight):
+    X, X_val = table(), table(seed=1)
+    y, y_val = labels(X), labels(X_val)
+    head = LightGBMHead(
+        200, learning_rate=0.2, patience=5, stopping=stopping, class_weight=class_weight
+    )
+    weights, weights_val = (
+        np.where(codes == 1, (class_weight or {1: 1.0})[1], 1.0) for codes in (y, y_val)
+    )
+    data = lightgbm.Dataset(X, y, weight=weights)
+    held = data.create_valid(X_val, y_val, weight=weights_val)
+    stop = lightgbm.early_stopping(5, verbose=False)
+    oracle = lightgbm.train(
+        head.parameters(*X.shape), data, 200, valid_sets=[held], callbacks=[stop]
+    )
+    head.fit(X, y, X_val=X_val, y_val=y_val)
+    assert head.best_epoch_ == oracle.best_iteration < 200
+    assert np.array_equal(head.predict_proba(X_val)[:, 1], oracle.predict(X_val))
 
 
 @pytest.mark.parametrize("order", [1, -1])

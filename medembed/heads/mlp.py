@@ -10,15 +10,8 @@ from sklearn.utils import check_random_state
 
 from medembed.errors import TrainingDataError
 from medembed.heads.base import ClassWeight, Head, arrays_of, row_weights
-from medembed.heads.cohort import (
-    ACTIVATIONS,
-    PRECISIONS,
-    Cohort,
-    Member,
-    Net,
-    Rows,
-    resolve_precision,
-)
+from medembed.heads.cohort import PRECISIONS, Cohort, Rows, resolve_precision
+from medembed.heads.perceptrons import ACTIVATIONS, Member, Net
 from medembed.heads.projection import SCALINGS, Projection, Projector
 
 __all__ = ["MLPHead", "gather"]

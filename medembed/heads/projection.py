@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from scipy import linalg
 
-from medembed.errors import TrainingDataError
+from medembed.errors import ModelError, TrainingDataError
 
 __all__ = ["SCALINGS", "Basis", "Projection", "Projector", "column_scaling"]
 
@@ -57,7 +57,10 @@ class Projection:
         n = len(X) if rows is None else len(rows)
         for start in range(0, n, _BLOCK_ROWS):
             part = slice(start, start + _BLOCK_ROWS)
-            block = (X[part if rows is None else rows[part]] - mean) / scale
+            block = X[part if rows is None else rows[part]]
+            # float64 columns are centred before they are rounded
+            block = block - (self.mean if block.dtype == np.float64 else mean)
+            block = (block / scale).astype(dtype, copy=False)
             if components is not None:
                 embedded = len(components)
                 block = np.hstack([block[:, :embedded] @ components, block[:, embedded:]])
@@ -87,6 +90,10 @@ class Projection:
 
         Of components there are `pca` at most: few rows or columns have fewer.
         """
+        if not 0 <= n_covariates < n_features:
+            raise ModelError(
+                f"n_covariates={n_covariates} is out of range for {n_features} columns"
+            )
         columns: tuple[str, tuple[int, ...]] = ("float64", (n_features,))
         expected = {"mean": columns, "scale": columns}
         if pca:
@@ -169,13 +176,14 @@ class Projector:
             basis = self.known[scaling] = self._fit(scaling, pca)
         if not pca:
             return Projection(basis.mean, basis.scale, None, self._n_covariates)
-        variances = basis.variances[:pca] if whiten else np.mean(basis.variances[:pca])
+        kept = basis.variances[:pca]
+        variances = kept if whiten else np.full(pca, np.mean(kept))
         # a component without variance carries nothing, and dividing by its rounding error would
-        least = np.finfo(np.float32).eps * max(basis.variances[0], np.finfo(np.float32).tiny)
-        components = basis.vectors[:, :pca] / np.sqrt(np.maximum(variances, least))
-        return Projection(
-            basis.mean, basis.scale, components.astype(np.float32), self._n_covariates
-        )
+        # make much of it
+        least = np.finfo(np.float32).eps * basis.variances[0]
+        scale = np.sqrt(np.maximum(variances, least)) if basis.variances[0] > 0 else np.ones(pca)
+        components = np.ascontiguousarray(basis.vectors[:, :pca] / scale, np.float32)
+        return Projection(basis.mean, basis.scale, components, self._n_covariates)
 
     def _fit(self, scaling: str, pca: int) -> Basis:
         plain = Projection(*_scaling(self._X, self._rows, scaling))
@@ -186,7 +194,8 @@ class Projector:
         # float32 products, float64 sums: the rows are scaled, and a block's rounding is far below
         # the noise of a covariance
         gram, total, n_rows = np.zeros((n, n)), np.zeros(n), 0
-        for block in plain.blocks(self._X, np.float32, self._rows):
+        centre = _moments(self._X, self._rows)[0] if scaling == "none" else plain.mean
+        for block in Projection(centre, plain.scale).blocks(self._X, np.float32, self._rows):
             embedded = block[:, :n]
             gram += embedded.T @ embedded
             total += embedded.sum(axis=0, dtype=np.float64)
@@ -232,5 +241,7 @@ def _moments(X: np.ndarray, rows: np.ndarray | None) -> tuple[np.ndarray, np.nda
         squares += np.square(X[part] - mean).sum(axis=0)
     deviation = np.sqrt(squares / n)
     # a constant column's deviation is rounding error, and dividing by it would make noise of it
-    deviation[deviation <= 10 * np.finfo(X.dtype).eps * np.abs(mean)] = 0.0
+    # (sums are in float64, whose own rounding shows in float64 columns: it grows with the rows)
+    units = 10 + (n if X.dtype == np.float64 else 0)
+    deviation[deviation <= units * np.finfo(X.dtype).eps * np.abs(mean)] = 0.0
     return mean, deviation

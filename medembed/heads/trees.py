@@ -230,10 +230,10 @@ class BinnedRows:
     def _train(self, head: LightGBMHead) -> tuple[Any, Projection | None]:
         projection, data, held = self._bin(head)
         parameters = head.parameters(data.num_data(), data.num_feature())
-        data.set_weight(head.weigh(self._rows[2]))
+        _set_weights(data, head.weigh(self._rows[2]))
         if held is None or self._held is None or head.patience is None:
             return lightgbm.train(parameters, data, head.n_trees), projection
-        held.set_weight(head.weigh(self._held[2]))
+        _set_weights(held, head.weigh(self._held[2]))
         stop = lightgbm.early_stopping(head.patience, verbose=False)
         booster = lightgbm.train(
             parameters, data, head.n_trees, valid_sets=[held], callbacks=[stop]
@@ -254,6 +254,11 @@ class BinnedRows:
                 held = data.create_valid(columns, self._held[2], params=parameters).construct()
             self._binned = (alike, projection, data, held)
         return self._binned[1], self._binned[2], self._binned[3]
+
+
+def _set_weights(data: Any, weights: np.ndarray) -> None:
+    # LightGBM's set_weight leaves older weights where the new ones are all 1
+    data.set_field("weight", weights.astype(np.float32))
 
 
 def _columns(rows: _Rows, projection: Projection | None) -> np.ndarray:

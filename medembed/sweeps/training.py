@@ -20,9 +20,10 @@ from threadpoolctl import threadpool_limits
 from medembed.errors import TrainingDataError
 from medembed.evaluation.scores import by_study, score
 from medembed.heads.base import Head
-from medembed.heads.cohort import Net, Rows
+from medembed.heads.cohort import Rows
 from medembed.heads.linear import LogisticHead, fit_path
 from medembed.heads.mlp import MLPHead, gather
+from medembed.heads.perceptrons import Net
 from medembed.heads.projection import Basis, Projector
 from medembed.heads.registry import make_head
 from medembed.heads.trees import BinnedRows, LightGBMHead

@@ -1,0 +1,208 @@
+"""The rows that a sweep learns from: folds, covariates, and one pooling's columns at a time."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from medembed.cache.embeddings import Embeddings, choose_poolings, load_embeddings
+from medembed.cache.store import Cache
+from medembed.dataset.covariates import CovariateEncoder, fit_covariates
+from medembed.dataset.manifest import Manifest
+from medembed.dataset.splits import draw_folds, draw_fraction
+from medembed.errors import TrainingDataError
+from medembed.heads.spaces import HeadSpace
+from medembed.results.provenance import library_versions
+from medembed.sweeps.plan import Batch, Pooling, digest
+from medembed.sweeps.training import Training
+
+__all__ = ["VERSIONED", "Asked", "SweepRows", "list_poolings"]
+
+VERSIONED = ("medembed", "numpy", "scikit-learn", "torch", "lightgbm")
+"""Libraries whose releases decide a trial's result."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was asked, as it is understood."""
+
+    cache: Cache
+    manifest: Manifest
+    heads: list[str]
+    spaces: Mapping[str, HeadSpace]
+    n_configs: int | None
+    n_folds: int
+    metric: str
+    covariates: tuple[str, ...]
+    train_fraction: float
+    seed: int
+
+
+@dataclass
+class SweepRows:
+    """A sweep's rows: the same for all poolings, of which one at a time is in memory.
+
+    Attributes
+    ----------
+    row_folds : int64 array of shape (n,)
+        The fold of every embedded row; -1 where it is not trained on.
+    failed : DataFrame
+        Rows left out, as `Embeddings` has them.
+    encoder : CovariateEncoder, optional
+    """
+
+    asked: Asked
+    poolings: Sequence[Pooling]
+    row_folds: NDArray[np.int64] = field(init=False)
+    failed: pd.DataFrame = field(init=False)
+    encoder: CovariateEncoder | None = field(init=False, default=None)
+    _loaded: tuple[str, Embeddings, Training] | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        asked = self.asked
+        folds = _draw_folds(asked.manifest, asked.n_folds, asked.train_fraction, asked.seed)
+        embeddings = self._embed(self.poolings[0])
+        if asked.covariates:
+            rows = asked.manifest.rows
+            trained = rows[rows["image"].isin(folds.index)]
+            self.encoder = fit_covariates(trained, asked.covariates)
+            self.encoder.transform(rows)  # what cannot be encoded is told before any training
+        self.row_folds = folds.reindex(embeddings.rows["image"]).fillna(-1).to_numpy(np.int64)
+        self.failed = embeddings.failed
+        _check_rows(embeddings, self.row_folds, asked.n_folds)
+        self._keep(self.poolings[0], embeddings)
+
+    def load(self, name: str) -> tuple[Embeddings, Training]:
+        """Return embeddings and training rows of a pooling, read anew unless it was the last."""
+        if self._loaded is None or self._loaded[0] != name:
+            self._loaded = None  # one table at a time
+            pooling = next(pooling for pooling in self.poolings if pooling.name == name)
+            self._keep(pooling, self._embed(pooling))
+        assert self._loaded is not None
+        return self._loaded[1:]
+
+    def shared(self) -> dict[str, Any]:
+        """Return what decides the results of all trials alike."""
+        asked = self.asked
+        assert self._loaded is not None
+        rows, trained = self._loaded[1].rows, self.row_folds >= 0
+        return {
+            "n_folds": asked.n_folds,
+            "metric": asked.metric,
+            "seed": asked.seed,
+            "covariates": list(asked.covariates),
+            "train_fraction": asked.train_fraction,
+            "manifest": asked.manifest.digest(),
+            "embedded": digest(sorted(rows["sha256"])),
+            "trained": digest(sorted(rows["sha256"][trained])),
+            "spec": asked.cache.spec.as_dict(),
+            "versions": library_versions(VERSIONED),
+        }
+
+    def question(self, batches: Sequence[Batch]) -> dict[str, Any]:
+        """Return what a run directory answers: other questions want another one."""
+        shared = self.shared()
+        del shared["versions"], shared["trained"]
+        counts: dict[str, int] = {}
+        for batch in batches:
+            counts[batch.head] = counts.get(batch.head, 0) + len(batch.trials)
+        tried = [[batch.rungs, [dict(t.params) for t in batch.trials]] for batch in batches]
+        return {
+            "heads": self.asked.heads,
+            "pooling": ",".join(pooling.name for pooling in self.poolings),
+            **shared,
+            "n_configs": counts,
+            "space": digest(tried)[:16],
+        }
+
+    def _embed(self, pooling: Pooling) -> Embeddings:
+        return load_embeddings(
+            self.asked.cache, self.asked.manifest, pool=pooling.name, cells=pooling.n_cells > 1
+        )
+
+    def _keep(self, pooling: Pooling, embeddings: Embeddings) -> None:
+        X, n_covariates = embeddings.X, 0
+        if self.encoder is not None:
+            encoded = self.encoder.transform(embeddings.rows)
+            X, n_covariates = np.hstack([X, encoded]), encoded.shape[1]
+        training = Training(
+            X=X,
+            y=embeddings.y,
+            folds=self.row_folds,
+            studies=pd.factorize(embeddings.studies, sort=True)[0],
+            n_cells=pooling.n_cells,
+            n_covariates=n_covariates,
+            metric=self.asked.metric,
+            seed=self.asked.seed,
+        )
+        self._loaded = (pooling.name, embeddings, training)
+
+
+def list_poolings(cache: Cache, pool: str | Sequence[str] | None) -> list[Pooling]:
+    """Return the poolings asked for; the cache must have them."""
+    names = pool.split(",") if isinstance(pool, str) else pool
+    chosen = []
+    for name in dict.fromkeys(names) if names else [None]:
+        found = choose_poolings(cache, name, cells=True)
+        shape = cache.spec.poolings[found[0]]
+        chosen.append(Pooling("+".join(found), shape[0] if len(shape) > 1 else 1))
+    return chosen
+
+
+def _draw_folds(
+    manifest: Manifest, n_folds: int, train_fraction: float, seed: int
+) -> "pd.Series[Any]":
+    """Draw folds over all labelled train rows, embedded or not: image name to fold.
+
+    Of these the rows of a fraction of the patients are returned.
+    """
+    rows = manifest.rows
+    train = rows[rows["split"] == "train"]
+    if train.empty:
+        raise TrainingDataError("the manifest has no train rows. Give some rows the split train.")
+    labelled = train[train["label"].notna()]
+    if labelled.empty:
+        raise TrainingDataError(
+            f"none of the {len(train)} train rows has a label. Give the manifest labels 0 and 1."
+        )
+    _require_both_classes(labelled["label"].to_numpy(np.int8), "the train rows of the manifest")
+    if not (rows["label"].notna() & (rows["split"] == "test")).any():
+        raise TrainingDataError(
+            "the manifest has no labelled test rows, so no head could be scored. "
+            "Give some patients the split test."
+        )
+    labelled = labelled.reset_index(drop=True)
+    folds = np.asarray(draw_folds(labelled, n_folds=n_folds, seed=seed), np.int64)
+    chosen = draw_fraction(labelled, folds, fraction=train_fraction, seed=seed)
+    return pd.Series(folds[chosen], index=labelled["image"].to_numpy()[chosen])
+
+
+def _check_rows(embeddings: Embeddings, row_folds: NDArray[np.int64], n_folds: int) -> None:
+    """Refuse rows that allow no training: one class on either side of a fold, no test rows."""
+    is_test = (embeddings.rows["split"] == "test").to_numpy() & (embeddings.y >= 0)
+    if not is_test.any():
+        raise TrainingDataError(
+            f"all labelled test images failed to be embedded ({len(embeddings.failed)} failures). "
+            "`medembed cache info CACHE --failures` names the reasons."
+        )
+    left_out = f"without the {len(embeddings.failed)} images that could not be embedded"
+    for fold in range(n_folds):
+        held, trained = row_folds == fold, row_folds >= 0
+        _require_both_classes(embeddings.y[held], f"fold {fold} {left_out}")
+        _require_both_classes(embeddings.y[trained & ~held], f"all folds but {fold} {left_out}")
+
+
+def _require_both_classes(y: NDArray[Any], where: str) -> None:
+    present = np.unique(y)
+    if len(present) < 2:
+        names = ("normal (label 0)", "abnormal (label 1)")
+        found = f"only {names[int(present[0])]}" if len(present) else "no"
+        lacking = names[1 - int(present[0])] if len(present) else "labelled"
+        fewer = " or ask for fewer --folds" if "fold" in where else ""
+        raise TrainingDataError(
+            f"{where} hold {found} rows; a head learns from both classes. "
+            f"Add {lacking} patients{fewer}."
+        )
