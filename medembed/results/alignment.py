@@ -121,14 +121,14 @@ def _read_heads(run: Run, name: str, level: str) -> list[tuple[Contender, pd.Dat
     predictions = run.predictions()
     labelled = predictions[predictions["label"].notna()]
     labelled = labelled.astype({"label": "int8"})
-    study_keys = _study_keys(predictions)
+    studies = _describe_studies(predictions)
     winners = {entry["head"]: entry for entry in run.info.get("leaderboard", [])}
     entries = []
     for head, rows in labelled.groupby("head", sort=False):
         if level == "image" and rows["sha256"].eq("").any():
             continue  # this head judges whole studies and has no score for one image
-        train = _units(rows[rows["split"] == "train"].dropna(subset="fold"), level, study_keys)
-        test = _units(rows[rows["split"] == "test"], level, study_keys)
+        train = _units(rows[rows["split"] == "train"].dropna(subset="fold"), level, studies)
+        test = _units(rows[rows["split"] == "test"], level, studies)
         winner = winners.get(str(head), {})
         entries.append((_contender(name, str(head), winner, train, test), test))
     return entries
@@ -161,11 +161,12 @@ def _on_rows(contender: Contender, table: pd.DataFrame, keys: pd.Index) -> Conte
     return replace(contender, raw=raw, probability=probability)
 
 
-def _units(rows: pd.DataFrame, level: str, study_keys: pd.Series) -> pd.DataFrame:
+def _units(rows: pd.DataFrame, level: str, studies: pd.DataFrame) -> pd.DataFrame:
     """One row per study or image, indexed by a key that means the same in every run."""
     if level == "study":
-        units = by_study(rows)
-        keys = study_keys.reindex(units["study"]).to_numpy()
+        known = studies.reindex((units := by_study(rows))["study"])
+        units = units.assign(n_views=known["n_views"].to_numpy())
+        keys = known["key"].to_numpy()
     else:
         units = rows.assign(n_views=rows.groupby("study")["study"].transform("size"))
         keys = units["sha256"].to_numpy()
@@ -174,12 +175,16 @@ def _units(rows: pd.DataFrame, level: str, study_keys: pd.Series) -> pd.DataFram
     return units.set_index(pd.Index(keys + "#" + copies))
 
 
-def _study_keys(predictions: pd.DataFrame) -> pd.Series:
-    """Map a run's study codes to a digest of the study's images."""
+def _describe_studies(predictions: pd.DataFrame) -> pd.DataFrame:
+    """Return a digest of each study's labelled images and their number, by the run's study codes.
+
+    Heads that judge whole studies have one row each: they do not say.
+    """
     named = predictions[predictions["sha256"].ne("") & predictions["label"].notna()]
     one_head = named[named["head"] == named["head"].iloc[0]] if len(named) else named
-    joined = one_head.sort_values("sha256").groupby("study")["sha256"].agg("".join)
-    return joined.map(lambda text: hashlib.sha256(text.encode()).hexdigest())
+    images = one_head.sort_values("sha256").groupby("study")["sha256"]
+    keys = images.agg("".join).map(lambda text: hashlib.sha256(text.encode()).hexdigest())
+    return pd.DataFrame({"key": keys, "n_views": images.size()})
 
 
 def _common_keys(tables: Sequence[pd.DataFrame], names: Sequence[str], level: str) -> pd.Index:

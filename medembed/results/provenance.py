@@ -119,13 +119,26 @@ def _facts(info: Mapping[str, Any]) -> dict[str, str]:
         "Labels are per": _text(data.get("label_level")),
         "Licence": _text(data.get("licence")),
         "Folds": _text(asked.get("n_folds")),
-        "Configurations per head": _text(asked.get("n_configs")),
+        "Configurations per head": _counts(asked.get("n_configs")),
+        "Covariates": ", ".join(asked.get("covariates", [])),
+        "Share of training patients": _share(asked.get("train_fraction", 1.0)),
         "Chosen by": _text(asked.get("metric")),
         "Seed": _text(info.get("seed")),
         "Started": _text(times.get("started")),
         "Ended": _text(times.get("ended")),
         "Versions": ", ".join(f"{name} {number}" for name, number in versions.items()),
     }
+
+
+def _counts(value: Any) -> str:
+    """Write configurations per head: a number of all of them, or one of each."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_text(number)}" for name, number in value.items())
+    return _text(value)
+
+
+def _share(fraction: float) -> str:
+    return "" if fraction == 1 else f"{fraction:.3g}"
 
 
 def _input(preprocessing: Mapping[str, Any]) -> str:
