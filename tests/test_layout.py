@@ -29,9 +29,10 @@ FLOORS = {
     "demo": 5,
     "doctor": 5,
     "console": 6,
-    "commands": 7,
-    "cli": 8,
-    "__main__": 9,
+    "progress": 7,
+    "commands": 8,
+    "cli": 9,
+    "__main__": 10,
     "__init__": 1,
 }
 GPU_HALF = {"encoders", "extraction"}

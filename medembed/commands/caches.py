@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from medembed.commands.options import PATH, json_option, split_names
-from medembed.console import Commands, print_json, say, showing_progress
+from medembed.console import Commands, print_json, say
+from medembed.progress import showing_progress
 
 if TYPE_CHECKING:
     from medembed.cache.verification import Problem

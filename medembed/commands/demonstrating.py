@@ -6,7 +6,8 @@ import click
 
 from medembed.commands.comparing import show_comparison
 from medembed.commands.options import PATH, json_option, seed_option
-from medembed.console import print_json, say, showing_progress
+from medembed.console import print_json, say
+from medembed.progress import showing_progress
 
 __all__ = ["demo_command"]
 

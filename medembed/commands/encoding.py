@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 from medembed.commands.options import PATH, image_root_option, json_option, split_names
-from medembed.console import print_json, say, showing_progress
+from medembed.console import print_json, say
+from medembed.progress import showing_progress
 
 if TYPE_CHECKING:
     from medembed.cache.plan import Worker

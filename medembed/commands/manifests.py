@@ -6,7 +6,8 @@ from typing import Any
 import click
 
 from medembed.commands.options import PATH, conclude, image_root_option, json_option
-from medembed.console import Commands, print_json, say, showing_progress
+from medembed.console import Commands, print_json, say
+from medembed.progress import showing_progress
 
 __all__ = ["build_command", "check_command", "manifest"]
 

@@ -6,7 +6,8 @@ import click
 
 from medembed.commands.comparing import show_comparison
 from medembed.commands.options import PATH, json_option, seed_option, split_names
-from medembed.console import print_json, showing_progress
+from medembed.console import print_json
+from medembed.progress import showing_leaderboard
 
 __all__ = ["sweep_command"]
 
@@ -71,7 +72,7 @@ def sweep_command(
     """Cross-validate heads on CACHE, refit the winners and score them once on test."""
     from medembed import sweeps
 
-    with showing_progress("Training", "fits") as progress:
+    with showing_leaderboard("Training", "fits", metric) as progress:
         result = sweeps.sweep(
             cache_path,
             manifest_path,
@@ -88,6 +89,7 @@ def sweep_command(
             jobs=jobs,
             backend=backend,
             progress=progress,
+            board=progress.board,
         )
     if as_json:
         print_json(result)

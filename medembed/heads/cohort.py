@@ -67,6 +67,7 @@ class Cohort:
         Decides the start, the order of rows and the dropout. Members of equal shape start alike and
         drop alike: what differs between them is then their parameters alone.
     batch_size : int
+        Rows per step at most.
     bf16 : bool
     nets : sequence of Net, optional
         Where an earlier cohort of these members got to.
@@ -149,8 +150,10 @@ class Cohort:
 
     def _train_epoch(self, groups: Sequence["JointStep"], epoch: int) -> dict[int, float]:
         order = np.random.default_rng([self._seed, _EPOCHS, epoch]).permutation(len(self._y))
-        for step, start in enumerate(range(0, len(order), self._batch_size)):
-            batch = torch.from_numpy(order[start : start + self._batch_size])
+        # batches of one size: a small rest would take a step as long and far noisier
+        n_steps = -(-len(order) // self._batch_size)
+        for step, rows in enumerate(np.array_split(order, n_steps)):
+            batch = torch.from_numpy(rows)
             masks = Masks((self._seed, _DROPOUT, epoch, step), len(batch), self._dtype)
             y = self._y[batch]
             for group in groups:

@@ -50,8 +50,8 @@ class MLPHead(Head):
     epochs : int
         Epochs at most; exactly, where no validation rows are handed over.
     batch_size : int or None
-        Rows per step; every epoch has its own order. None: a twentieth of the rows, between 32 and
-        2048, so that a few hundred rows still make enough steps.
+        Rows per step at most; every epoch has its own order. None: a sixteenth of the rows, between
+        32 and 2048, so that a few hundred rows still make enough steps.
     patience : int or None
         Stop after this many epochs without a better one. With None validation rows are ignored and
         all epochs are trained.
@@ -266,7 +266,7 @@ def gather(
         projections,
         held=held,
         seed=int(check_random_state(first.random_state).randint(2**31 - 1)),
-        batch_size=first.batch_size or min(2048, max(32, len(rows) // 20)),
+        batch_size=first.batch_size or min(2048, max(32, -(-len(rows) // 16))),
         bf16=resolve_precision(first.precision) == "bf16",
         nets=nets,
     )

@@ -286,7 +286,7 @@ class JointStep:
                 dz.sum(1, dtype=torch.float32),
             ]
             da = torch.mm(scaled.t().contiguous(), dz)
-            if dropped:
+            if dropped and member.activation != "relu":  # whose zeros pass nothing back anyway
                 mask = masks.of(layer, len(a), dropped)
                 da.view(mask.dtype).bitwise_and_(mask)
             dz = backward(da, z, a)

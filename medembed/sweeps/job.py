@@ -50,7 +50,7 @@ def sweep(
     jobs: int | None = None,
     backend: str = "loky",
     progress: Callable[[int, int], None] | None = None,
-    board: Callable[[list[dict[str, Any]]], None] | None = None,
+    board: Callable[[Callable[[], list[dict[str, Any]]]], None] | None = None,
 ) -> dict[str, Any]:
     """Cross-validate heads, refit each head's winner on all of train, score it on test.
 
@@ -91,7 +91,8 @@ def sweep(
     progress : callable, optional
         Called with the number of trained folds so far and the total.
     board : callable, optional
-        Called with the leaderboard so far, see `standings`, whenever a trial has ended.
+        Called whenever a trial has ended, with a function that computes the leaderboard so far (see
+        `standings`) at any later time.
 
     Returns
     -------
@@ -142,7 +143,7 @@ def sweep(
         if progress is not None:
             progress(len(ledger.done), ledger.n_wanted)
         if board is not None:
-            board(standings(ledger, metric))
+            board(lambda: standings(ledger, metric))
 
     with run.locked():
         if run.is_complete:
