@@ -6,10 +6,12 @@ decides its result; the same sweep again runs only what is missing.
 
 import shlex
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from medembed.cache.store import Cache, open_cache
+from medembed.clusters import connected_to_ray
 from medembed.dataset.manifest import Manifest, read_manifest
 from medembed.errors import TrainingDataError
 from medembed.evaluation.scores import SCORES
@@ -145,7 +147,7 @@ def sweep(
         if board is not None:
             board(lambda: standings(ledger, metric))
 
-    with run.locked():
+    with run.locked(), _connected(backend):
         if run.is_complete:
             if progress is not None:
                 progress(n_total := len(run.trial_records()), n_total)
@@ -178,6 +180,11 @@ def _check_options(
             raise TrainingDataError(
                 f"{name} {value!r} is unknown. Choose one of: {', '.join(known)}."
             )
+
+
+def _connected(backend: str) -> AbstractContextManager[Any]:
+    """Stay connected to Ray for the whole sweep, where that is the backend."""
+    return connected_to_ray("--backend ray") if backend == "ray" else nullcontext()
 
 
 def _about_encoder(cache: Cache) -> dict[str, Any]:

@@ -72,8 +72,11 @@ class Pool:
                 yield i, function(self._shared, item)
             return
         waiting = dict(enumerate(items))
+        if not waiting:
+            return
+        n_processes = max(2, min(self.jobs, len(items)))  # of one joblib would make none
         try:
-            for i, result in self._in_processes(function, waiting, self.jobs):
+            for i, result in self._in_processes(function, waiting, n_processes):
                 del waiting[i]
                 yield i, result
             return

@@ -102,12 +102,12 @@ def standings(ledger: Ledger, metric: str) -> list[dict[str, Any]]:
     One entry per head: ``head``, ``tried`` and ``total`` (configurations), ``best`` (mean over
     folds, or None), ``pooling`` and ``params`` of the best.
     """
-    lines = []
+    lines: list[dict[str, Any]] = []
+    sign = -1 if metric in LOWER_IS_BETTER else 1
     for head in dict.fromkeys(batch.head for batch in ledger.batches):
         own = _trials(ledger, head)
         tried = sum(all(key in ledger.done for key in trial.keys) for trial in own)
         means = _means(ledger, own)
-        sign = -1 if metric in LOWER_IS_BETTER else 1
         best = max(means, key=lambda number: sign * means[number]) if means else None
         trial = next((trial for trial in own if trial.number == best), None)
         lines.append(
@@ -117,11 +117,17 @@ def standings(ledger: Ledger, metric: str) -> list[dict[str, Any]]:
                 "total": len(own),
                 "best": None if best is None else means[best],
                 "pooling": trial.pooling if trial else None,
-                "params": dict(trial.params) if trial else None,
+                "params": _telling_first(trial, own) if trial else None,
             }
         )
-    sign = -1 if metric in LOWER_IS_BETTER else 1
     return sorted(lines, key=lambda line: np.inf if line["best"] is None else -sign * line["best"])
+
+
+def _telling_first(trial: Trial, others: Sequence[Trial]) -> dict[str, Any]:
+    """Return a trial's parameters, those first that it does not share with all others."""
+    params = trial.params
+    varying = [k for k in params if any(o.params.get(k) != params[k] for o in others)]
+    return {name: params[name] for name in dict.fromkeys([*varying, *params])}
 
 
 def _trials(ledger: Ledger, head: str) -> list[Trial]:
