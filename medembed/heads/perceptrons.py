@@ -7,6 +7,7 @@ and AdamW's moments are float32; in bfloat16 products, activations and gradients
 as mixed precision has it.
 """
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -17,29 +18,53 @@ import torch
 from torch.nn import functional
 from torch.optim.adamw import adamw
 
-__all__ = ["ACTIVATIONS", "JointStep", "Masks", "Member", "Net", "row_weights_of"]
+__all__ = ["ACTIVATIONS", "Activation", "JointStep", "Masks", "Member", "Net", "row_weights_of"]
 
 #: Dropout is decided by random bytes, so that its share is a multiple of 1 / 256.
 _BYTE = 256
 
-#: Name to (forward, backward). Forward may write into its argument. Backward is handed the gradient
-#: of the output, what was the input, and the output; it writes the input's gradient over the input.
-ACTIVATIONS: dict[str, tuple[Any, Any]] = {
-    "relu": (
-        torch.relu_,
-        lambda da, z, a: torch.ops.aten.threshold_backward.grad_input(da, a, 0.0, grad_input=z),
+
+@dataclass(frozen=True)
+class Activation:
+    """An activation, forward and back, into memory that is there.
+
+    Attributes
+    ----------
+    forward : callable (z, out) -> out
+    backward : callable (da, z, a) -> z
+        Handed the gradient of the output, what was the input, and the output; writes the input's
+        gradient over the input.
+    in_place : bool
+        Whether `out` may be z: backward does not ask what the input was.
+    """
+
+    forward: Any
+    backward: Any
+    in_place: bool
+
+
+_aten = torch.ops.aten
+
+ACTIVATIONS = {
+    "relu": Activation(
+        lambda z, out: torch.clamp_min(z, 0.0, out=out),
+        lambda da, z, a: _aten.threshold_backward.grad_input(da, a, 0.0, grad_input=z),
+        in_place=True,
     ),
-    "gelu": (
-        functional.gelu,
-        lambda da, z, a: torch.ops.aten.gelu_backward.grad_input(da, z, grad_input=z),
+    "gelu": Activation(
+        lambda z, out: _aten.gelu.out(z, out=out),
+        lambda da, z, a: _aten.gelu_backward.grad_input(da, z, grad_input=z),
+        in_place=False,
     ),
-    "silu": (
-        functional.silu,
-        lambda da, z, a: torch.ops.aten.silu_backward.grad_input(da, z, grad_input=z),
+    "silu": Activation(
+        lambda z, out: _aten.silu.out(z, out=out),
+        lambda da, z, a: _aten.silu_backward.grad_input(da, z, grad_input=z),
+        in_place=False,
     ),
-    "tanh": (
-        torch.tanh_,
-        lambda da, z, a: torch.ops.aten.tanh_backward.grad_input(da, a, grad_input=z),
+    "tanh": Activation(
+        lambda z, out: torch.tanh(z, out=out),
+        lambda da, z, a: _aten.tanh_backward.grad_input(da, a, grad_input=z),
+        in_place=True,
     ),
 }
 
@@ -181,7 +206,7 @@ class JointStep:
         self._low = torch.empty_like(self._first, dtype=dtype)
         self._gradient = torch.empty_like(self._first)
         self._low_gradient = torch.empty_like(self._low)
-        self._outputs = torch.empty(0, dtype=dtype)
+        self._buffers: dict[tuple[str, torch.dtype], torch.Tensor] = {}
         self._dirty = True
         self._dropped = {i: _dropped(member) for i, (member, _) in members.items()}
         self._widths: dict[int, int] = {}
@@ -237,12 +262,13 @@ class JointStep:
         rows = []
         for (member, net), part in zip(self.members.values(), self._parts, strict=True):
             z = Z[part]
-            for weight, bias in _further(net):
-                a = ACTIVATIONS[member.activation][0](z)
+            for layer, (weight, bias) in enumerate(_further(net)):
+                a = self._activate(member, layer, z)
                 if len(weight) == 1:  # the logit alone: its digits decide ranks
-                    z = torch.addmm(bias[:, None], weight, a.float())
+                    exact = self._buffer("exact", a.shape, torch.float32).copy_(a)
+                    z = torch.addmm(bias[:, None], weight, exact)
                 else:
-                    z = torch.addmm(bias.to(a.dtype)[:, None], weight.to(a.dtype), a)
+                    z = self._apply(layer, weight.to(a.dtype), bias, a)
             rows.append(z[0].float())
         return torch.stack(rows)
 
@@ -250,11 +276,27 @@ class JointStep:
         if self._dirty:
             self._low.copy_(self._first)
             self._dirty = False
-        if self._outputs.numel() < len(self._low) * len(X):
-            self._outputs = torch.empty(len(self._low) * len(X), dtype=self._dtype)
-        # fresh memory for every batch would cost more than a pass over it
-        Z = self._outputs[: len(self._low) * len(X)].view(len(self._low), len(X))
-        return torch.mm(self._low, X.t(), out=Z)
+        return torch.mm(self._low, X.t(), out=self._buffer("Z", (len(self._low), len(X))))
+
+    def _buffer(
+        self, name: str, shape: Sequence[int], dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """Return memory of this shape, the same for a name: fresh memory costs more than a pass."""
+        key, n = (name, dtype or self._dtype), math.prod(shape)
+        if key not in self._buffers or self._buffers[key].numel() < n:
+            self._buffers[key] = torch.empty(n, dtype=key[1])
+        return self._buffers[key][:n].view(*shape)
+
+    def _activate(self, member: Member, layer: int, z: torch.Tensor) -> torch.Tensor:
+        activation = ACTIVATIONS[member.activation]
+        out = z if activation.in_place else self._buffer(f"a{layer}", z.shape)
+        return activation.forward(z, out)  # type: ignore[no-any-return]
+
+    def _apply(
+        self, layer: int, weight: torch.Tensor, bias: torch.Tensor, a: torch.Tensor
+    ) -> torch.Tensor:
+        out = self._buffer(f"z{layer}", (len(weight), a.shape[1]))
+        return torch.addmm(bias.to(a.dtype)[:, None], weight, a, out=out)
 
     def _backward(
         self, i: int, z: torch.Tensor, y: torch.Tensor, masks: Masks
@@ -263,16 +305,15 @@ class JointStep:
         member, net = self.members[i]
         dropped, further = self._dropped[i], _further(net)
         keep = 1 - dropped / _BYTE
-        forward, backward = ACTIVATIONS[member.activation]
         first, passed = z, []
         for layer, (weight, bias) in enumerate(further):
-            a = forward(z)
+            a = self._activate(member, layer, z)
             if dropped:
                 mask = masks.of(layer, len(a), dropped)
                 a.view(mask.dtype).bitwise_and_(mask)
             scaled = (weight / keep).to(a.dtype)  # what is kept counts for what is dropped
             passed.append((z, a, scaled))
-            z = torch.addmm(bias.to(a.dtype)[:, None], scaled, a)
+            z = self._apply(layer, scaled, bias, a)
         dz = self._loss_gradient(i, z[0].float(), y)[None]
         if not further:
             first.copy_(dz)
@@ -283,13 +324,14 @@ class JointStep:
             z, a, scaled = passed[layer]
             gradients[:0] = [
                 torch.mm(dz, a.t()).float().div_(keep),
-                dz.sum(1, dtype=torch.float32),
+                dz.sum(1).float(),  # (a wider dtype for the sum would copy all of dz first)
             ]
-            da = torch.mm(scaled.t().contiguous(), dz)
+            out = self._buffer(f"da{layer}", a.shape)
+            da = torch.mm(scaled.t().contiguous(), dz, out=out)
             if dropped and member.activation != "relu":  # whose zeros pass nothing back anyway
                 mask = masks.of(layer, len(a), dropped)
                 da.view(mask.dtype).bitwise_and_(mask)
-            dz = backward(da, z, a)
+            dz = ACTIVATIONS[member.activation].backward(da, z, a)
         return gradients
 
     def _loss_gradient(self, i: int, logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
