@@ -1,9 +1,9 @@
 """A made-up table of MURA's size: embeddings with a known, partly non-linear signal.
 
 Studies have a latent vector whose variances fall off as those of real embeddings do; views of a
-study differ from it by noise; a fixed random map takes both to the columns. What is abnormal follows
-from a linear part, products of pairs and a threshold in the latent vector, and from chance. No
-radiograph is behind it.
+study differ from it by noise; a fixed random map takes both to the columns. What is abnormal
+follows from a linear part, products of pairs and a threshold in the latent vector, and from chance.
+No radiograph is behind it.
 """
 
 from dataclasses import dataclass

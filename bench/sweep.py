@@ -61,8 +61,6 @@ import joblib
 import numpy as np
 import pandas as pd
 import torch
-from made_table import make_table, write_table
-from peak_memory import watch
 from sklearn.base import clone
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.metrics import roc_auc_score
@@ -71,6 +69,7 @@ from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from made_table import make_table, write_table
 from measuring import time_command, write_results
 from medembed.cache.embeddings import load_embeddings
 from medembed.dataset.splits import draw_folds
@@ -79,6 +78,7 @@ from medembed.heads.mlp import MLPHead, gather
 from medembed.heads.projection import Projector
 from medembed.heads.spaces import default_spaces, read_spaces
 from medembed.heads.trees import LightGBMHead
+from peak_memory import watch
 
 N_COLUMNS = 1152
 N_FOLDS = 5

@@ -17,7 +17,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -109,9 +109,8 @@ class Run:
 
     def append_trial(self, record: Mapping[str, Any]) -> None:
         """Add one line to the ledger; it is on disk when this returns."""
-        line = json.dumps(dict(record), ensure_ascii=False, allow_nan=False) + "\n"
         with open(self._ledger_path, "ab") as file:
-            file.write(line.encode())
+            file.write(_line(record))
             file.flush()
             os.fsync(file.fileno())
 
@@ -191,6 +190,16 @@ class Run:
         """Remove what `keep_fold` kept: the predictions have it now."""
         shutil.rmtree(self.path / "folds", ignore_errors=True)
 
+    def forget_trials(self, keys: Container[str]) -> None:
+        """Take the lines of these keys out of the ledger, atomically: they are done again."""
+        kept = [record for record in self.trial_records() if record.get("key") not in keys]
+        write_atomically(self._ledger_path, b"".join(map(_line, kept)))
+
+    def drop_partial_models(self) -> None:
+        """Remove what a process that was killed while it saved a model has left."""
+        for left in (self.path / "models").glob(".*.partial"):
+            shutil.rmtree(left, ignore_errors=True)
+
     def model_path(self, head: str) -> Path:
         """Return where the winner of `head` is packaged.
 
@@ -236,12 +245,16 @@ class Run:
             record = json.loads(line)
         except ValueError:
             record = None
-        if not isinstance(record, dict):
+        if not isinstance(record, dict) or "trial" not in record:
             raise RunError(
                 f"line {number} of {self._ledger_path} is not a trial. "
                 "Delete that line and run the sweep again: only that trial is repeated."
             )
         return record
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    return (json.dumps(dict(record), ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def open_run(path: str | Path) -> Run:

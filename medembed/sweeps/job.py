@@ -23,7 +23,7 @@ from medembed.results.provenance import (
     public_name,
     summarise_data,
 )
-from medembed.results.runs import create_run
+from medembed.results.runs import Run, create_run
 from medembed.sweeps.plan import plan_batches
 from medembed.sweeps.pool import BACKENDS
 from medembed.sweeps.rows import VERSIONED, Asked, SweepRows, list_poolings
@@ -139,7 +139,6 @@ def sweep(
         "data": summarise_data(asked.manifest.rows, data.failed, asked.manifest.label_level),
         "left_out": list_left_out(asked.manifest.rows, data.failed),
     }
-    run = create_run(out, data.question(batches), details=details)
 
     def watch(ledger: Ledger) -> None:
         if progress is not None:
@@ -147,21 +146,28 @@ def sweep(
         if board is not None:
             board(lambda: standings(ledger, metric))
 
-    with run.locked(), _connected(backend):
-        if run.is_complete:
-            if progress is not None:
+    with _connected(backend):
+        run = create_run(out, data.question(batches), details=details)
+        with run.locked():
+            if not run.is_complete:
+                ledger = Ledger(run, batches, data.fold_sizes(), watch)
+                _train(run, ledger, data, jobs, backend)
+            elif progress is not None:
                 progress(n_total := len(run.trial_records()), n_total)
-            return {"run": str(out), "leaderboard": run.info["leaderboard"]}
-        ledger = Ledger(run, batches, watch)
-        for pooling in data.poolings:
-            own = [batch for batch in batches if batch.pooling == pooling.name]
-            if any(ledger.lacks(batch, fold) for batch in own for fold in range(n_folds)):
-                training = data.load(pooling.name)[1]
-                run_batches(ledger, own, training, n_folds, jobs, backend)
-        winners = [choose(ledger, head, metric) for head in asked.heads]
-        extras = {"covariates": None if data.encoder is None else data.encoder.as_dict()}
-        finish(run, data.load, data.row_folds, winners, extras, jobs, backend)
+            run.drop_folds()
     return {"run": str(out), "leaderboard": run.info["leaderboard"]}
+
+
+def _train(run: Run, ledger: Ledger, data: SweepRows, jobs: int | None, backend: str) -> None:
+    """Train what the ledger lacks, pooling by pooling, and finish the run."""
+    asked = data.asked
+    for pooling in data.poolings:
+        own = [batch for batch in ledger.batches if batch.pooling == pooling.name]
+        if any(ledger.lacks(batch, fold) for batch in own for fold in range(asked.n_folds)):
+            run_batches(ledger, own, data.load(pooling.name)[1], asked.n_folds, jobs, backend)
+    winners = [choose(ledger, head, asked.metric) for head in asked.heads]
+    extras = {"covariates": None if data.encoder is None else data.encoder.as_dict()}
+    finish(run, data.load, data.row_folds, winners, extras, jobs, backend)
 
 
 def _check_options(

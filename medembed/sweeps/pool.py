@@ -1,11 +1,15 @@
 """Processes that train: on this machine, or on Ray. One that dies costs what it was doing."""
 
+import multiprocessing.resource_tracker
+import signal
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import joblib
+from joblib.externals.loky.backend import resource_tracker as loky_tracker
 
 from medembed.clusters import connected_to_ray
 from medembed.errors import TrainingDataError
@@ -43,6 +47,8 @@ class Pool:
             )
         self._shared, self._jobs, self._backend = shared, jobs, backend
         self._stack = ExitStack()
+        self._parallel: Any = None
+        self._results: Any = None
 
     def __enter__(self) -> "Pool":
         if self._backend == "ray":
@@ -56,6 +62,9 @@ class Pool:
         return self
 
     def __exit__(self, *error: object) -> None:
+        if self._results is not None:
+            with _quiet():
+                self._results.close()  # where all did not come: ends the processes
         self._stack.close()
 
     @property
@@ -95,16 +104,59 @@ class Pool:
     ) -> Iterator[tuple[int, Any]]:
         call = joblib.delayed(_call)
         calls = [call(function, self._shared, i, item) for i, item in items.items()]
-        if self._backend == "ray":  # which gives no result before all of a call are there
-            with joblib.parallel_config(backend="ray"):
-                for start in range(0, len(calls), 2 * jobs):
-                    yield from joblib.Parallel(n_jobs=jobs)(calls[start : start + 2 * jobs])
+        if self._backend == "ray":
+            yield from self._on_ray(calls)
             return
-        with joblib.parallel_config(backend="loky", inner_max_num_threads=1):
+        with joblib.parallel_config(backend="loky", inner_max_num_threads=1), _quiet():
             parallel = joblib.Parallel(
                 n_jobs=jobs, batch_size=1, return_as="generator_unordered", mmap_mode="r"
             )
-            yield from parallel(calls)
+            with _deaf():
+                self._results = parallel(calls)
+            yield from self._results
+
+    def _on_ray(self, calls: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+        """Yield the results of calls in slices: Ray gives none before all of a slice are there.
+
+        The actors are kept for the next calls, unless one of them died.
+        """
+        if self._parallel is None:
+            with joblib.parallel_config(backend="ray"):
+                self._parallel = joblib.Parallel(n_jobs=self.jobs)
+                self._parallel.__enter__()
+            self._stack.callback(self._end_actors)
+        try:
+            for start in range(0, len(calls), 2 * self.jobs):
+                yield from self._parallel(calls[start : start + 2 * self.jobs])
+        except Exception:
+            self._end_actors()
+            raise
+
+    def _end_actors(self) -> None:
+        parallel, self._parallel = self._parallel, None
+        if parallel is not None:
+            parallel.__exit__(None, None, None)
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Keep Ctrl-C from processes that start meanwhile: this one is told, and ends them."""
+    for tracker in (multiprocessing.resource_tracker, loky_tracker):
+        tracker.ensure_running()  # starting one would let the signal in again
+    signals = {signal.SIGINT}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Let joblib not warn of what an interruption cancels: the ledger knows what is missing."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*have been cancelled", category=UserWarning)
+        yield
 
 
 @dataclass(frozen=True)

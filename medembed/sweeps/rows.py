@@ -84,6 +84,16 @@ class SweepRows:
         assert self._loaded is not None
         return self._loaded[1:]
 
+    def fold_sizes(self) -> dict[bool, list[int]]:
+        """Return how many images (False) and studies (True) each fold has."""
+        assert self._loaded is not None
+        training = self._loaded[2]
+        held = [training.held(fold) for fold in range(self.asked.n_folds)]
+        return {
+            False: [len(rows) for rows in held],
+            True: [len(np.unique(training.studies[rows])) for rows in held],
+        }
+
     def shared(self) -> dict[str, Any]:
         """Return what decides the results of all trials alike."""
         asked = self.asked

@@ -245,7 +245,7 @@ def _judge(training: Training, fold: int, head: Head) -> Outcome:
     else:
         probability = head.predict_proba(training.X[held])[:, 1]
     probability = np.asarray(probability, np.float64)
-    value = _study_score(training, held, probability)
+    value = _study_score(training, held, probability, per_study=head.study_level)
     return Outcome(value, head.best_epoch_, 0.0, probability=probability)
 
 
@@ -282,9 +282,13 @@ def one_thread() -> Iterator[None]:
 
 
 def _study_score(
-    training: Training, rows: NDArray[np.int64], probability: NDArray[np.float64]
+    training: Training,
+    rows: NDArray[np.int64],
+    probability: NDArray[np.float64],
+    *,
+    per_study: bool = False,
 ) -> float:
-    studies = to_studies(training, rows, probability)
+    studies = to_studies(training, rows, probability, per_study=per_study)
     y = studies["label"].to_numpy(np.int8)
     found = score(y, studies["probability"].to_numpy(), SELECTION_THRESHOLD)
     value = float(found[training.metric])
@@ -294,14 +298,19 @@ def _study_score(
 
 
 def to_studies(
-    training: Training, rows: NDArray[np.int64], probability: NDArray[np.float64]
+    training: Training,
+    rows: NDArray[np.int64],
+    probability: NDArray[np.float64],
+    *,
+    per_study: bool,
 ) -> pd.DataFrame:
     """Return one row per study for some of the training rows, see `by_study`.
 
-    `probability` has one value per row, or per study of these rows, sorted by code.
+    `probability` has one value per row, or, with `per_study`, per study of these rows in the order
+    of their codes.
     """
     studies, y = training.studies[rows], training.y[rows]
-    if len(probability) < len(rows):
+    if per_study:
         studies, view_studies = np.unique(studies), studies
         known = pd.Series(y).groupby(view_studies, sort=True).max()
         y = known.to_numpy(np.int8)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from medembed.heads.projection import Basis
-from medembed.heads.registry import make_head
+from medembed.heads.registry import head_class, make_head
 from medembed.results.runs import Run
 from medembed.sweeps.plan import Batch, Trial
 from medembed.sweeps.pool import Died, Pool
@@ -42,6 +42,9 @@ class Ledger:
         Locked.
     batches : sequence of Batch
         All that the sweep wants.
+    sizes : mapping of bool to sequence of int
+        Predictions that a trial makes on each fold: of heads that judge images (False), or
+        studies (True).
     watch : callable, optional
         Called with the ledger after every record.
     """
@@ -50,21 +53,31 @@ class Ledger:
         self,
         run: Run,
         batches: Sequence[Batch],
+        sizes: Mapping[bool, Sequence[int]],
         watch: Callable[["Ledger"], None] | None = None,
     ) -> None:
         self.run, self.batches, self._watch = run, batches, watch
-        self.records = {record["key"]: record for record in run.trial_records()}
-        wanted = {key for batch in batches for trial in batch.trials for key in trial.keys}
+        self.records = {record.get("key", ""): record for record in run.trial_records()}
+        wanted = {
+            key: sizes[head_class(trial.head).study_level][fold]
+            for batch in batches
+            for trial in batch.trials
+            for fold, key in enumerate(trial.keys)
+        }
         self.n_wanted = len(wanted)
-        self.done = {key for key in wanted if self._is_done(key)}
+        self.done = {key for key, size in wanted.items() if self._is_done(key, size)}
+        again = (set(wanted) & set(self.records)) - self.done
+        if again:
+            run.forget_trials(again)
         self._tell()
 
-    def _is_done(self, key: str) -> bool:
+    def _is_done(self, key: str, size: int) -> bool:
         record = self.records.get(key)
         if record is None:
             return False
         if record["status"] == "ok":
-            return self.run.kept_fold(key) is not None
+            kept = self.run.kept_fold(key)
+            return kept is not None and len(kept) == size
         # what data or parameters do not allow would fail again; a full memory might not
         failed_for_good = str(record["error"]).startswith("TrainingDataError")
         return record["status"] == RETIRED or failed_for_good

@@ -163,6 +163,7 @@ def finish(
     if ordered[0].trial is None:
         reasons = "; ".join(f"{winner.head}: {winner.error}" for winner in ordered)
         raise RunError(f"every head failed in the run at {run.path}. {reasons}")
+    run.drop_partial_models()
     parts = {}
     for pooling in dict.fromkeys(winner.pooling for winner in winners if winner.trial is not None):
         own = [winner for winner in ordered if winner.pooling == pooling and winner.keys]
@@ -182,7 +183,6 @@ def finish(
     leaderboard = [winner.as_entry() for winner in ordered]
     run.update_info(leaderboard=leaderboard, times={**run.info["times"], "ended": utc_now()})
     run.write_scores(compare_runs([run]))
-    run.drop_folds()
 
 
 def _refit(training: Training, winner: Winner) -> Head:
@@ -270,7 +270,7 @@ def _card(
         known = out_of_fold[np.unique(training.studies[trained])]
     else:
         known = out_of_fold[trained]
-    studies = to_studies(training, trained, known)
+    studies = to_studies(training, trained, known, per_study=head.study_level)
     y, raw = studies["label"].to_numpy(np.int8), studies["probability"].to_numpy()
     calibration = fit_platt(raw, y)
     threshold = youden_threshold(y, calibration.apply(raw))

@@ -1,0 +1,218 @@
+"""The processes of a sweep: any number gives equal bytes, one may die, Ctrl-C ends them all."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from click.testing import CliRunner
+from made_sweeps import make_data, session_of, workers_in_session
+
+from medembed.cli import main
+from medembed.heads.packaging import load_model
+from medembed.results.runs import open_run
+from medembed.sweeps import sweep, training, trials
+
+HEADS = ("logistic", "mlp", "lightgbm", "attention")
+OPTIONS = ["--configs", "12", "--folds", "3"]
+DEADLY = 63
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("processes"), {"mean": 1.5, "max": 0.5})
+
+
+# Their number
+
+
+@pytest.fixture(scope="module")
+def runs(data, tmp_path_factory):
+    """Sweep in one, two and three processes, which tell how many threads they compute with."""
+    home, train_unit = tmp_path_factory.mktemp("jobs"), trials.train_unit
+    space = home / "space.toml"
+    space.write_text(
+        "[mlp]\nrungs = [2, 4]\nhidden = [[4], [8, 4]]\nlr = { low = 1e-3, high = 1e-1 }\n"
+    )
+
+    def watched(data, unit):
+        judge = training._judge
+
+        def judge_and_tell(*arguments):
+            import threadpoolctl
+            import torch
+
+            pools = [
+                (pool["user_api"], pool["num_threads"]) for pool in threadpoolctl.threadpool_info()
+            ]
+            line = {"pid": os.getpid(), "head": unit.head, "torch": torch.get_num_threads()}
+            with open(home / "threads.jsonl", "a") as file:
+                file.write(json.dumps({**line, "pools": pools}) + "\n")
+            return judge(*arguments)
+
+        training._judge = judge_and_tell
+        try:
+            return train_unit(data, unit)
+        finally:
+            training._judge = judge
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trials, "train_unit", watched)
+        for jobs in (1, 2, 3):
+            options = {"heads": HEADS, "n_configs": 4, "n_folds": 3, "space": space}
+            sweep(*data, home / str(jobs), **options, jobs=jobs)
+    return home
+
+
+@pytest.mark.parametrize("jobs", ["2", "3"])
+def test_any_number_of_processes_gives_the_same_bytes(runs, jobs):
+    one, several = runs / "1", runs / jobs
+    names = ["predictions.parquet"]
+    names += [str(path.relative_to(one)) for path in one.glob("models/*/*")]
+    assert len(names) == 1 + 2 * len(HEADS)
+    for name in names:
+        assert (several / name).read_bytes() == (one / name).read_bytes(), name
+
+
+def test_any_number_of_processes_writes_the_same_ledger_in_some_order(runs):
+    ledgers = [
+        {
+            (r["key"], r["trial"], r["fold"], r["score"], r["status"], r["best_epoch"])
+            for r in open_run(runs / str(jobs)).trial_records()
+        }
+        for jobs in (1, 2, 3)
+    ]
+    assert ledgers[0] == ledgers[1] == ledgers[2]
+    assert len(ledgers[0]) == 4 * 4 * 3
+    assert {status for *_, status, _ in ledgers[0]} == {"ok", "retired"}
+
+
+def test_no_process_computes_with_more_than_one_thread(runs):
+    told = [json.loads(line) for line in (runs / "threads.jsonl").read_text().splitlines()]
+    assert {line["head"] for line in told} == set(HEADS)
+    assert len({line["pid"] for line in told}) >= 3
+    for line in told:
+        assert line["torch"] == 1
+        assert line["pools"]
+        assert all(n == 1 for _, n in line["pools"]), line
+
+
+# One that dies
+
+
+def _deadly_train_unit(data, unit):
+    if unit.head == "lightgbm" and any(p.get("num_leaves") == DEADLY for p in unit.params):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return _train_unit(data, unit)
+
+
+_train_unit = trials.train_unit
+
+
+def test_a_trial_of_trees_that_kills_its_process_costs_just_that_trial(data, tmp_path, monkeypatch):
+    space = tmp_path / "space.toml"
+    space.write_text(f"[lightgbm]\nnum_leaves = [4, {DEADLY}, 8]\n[logistic]\nC = 1.0\n")
+    monkeypatch.setattr(trials, "train_unit", _deadly_train_unit)
+    options = {"heads": ("lightgbm",), "n_folds": 2, "jobs": 2, "space": space}
+    result = sweep(*data, tmp_path / "run", **options)
+    assert {entry["status"] for entry in result["leaderboard"]} == {"ok"}
+    table = open_run(tmp_path / "run").trials()
+    assert table["key"].is_unique
+    assert len(table) == (3 + 1) * 2
+    is_deadly = table["params"].map(lambda params: params.get("num_leaves") == DEADLY)
+    assert is_deadly.sum() == 2
+    assert (table[is_deadly]["status"] == "error").all()
+    assert table[is_deadly]["error"].str.contains("the process died").all()
+    assert (table[~is_deadly]["status"] == "ok").all()
+    winner = load_model(tmp_path / "run" / "models" / "lightgbm").head
+    assert winner.get_params()["num_leaves"] != DEADLY
+
+
+# Ctrl-C
+
+
+def start(data, out, jobs):
+    arguments = ["sweep", *map(str, data), "--out", str(out), *OPTIONS, "--jobs", jobs]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "medembed", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    return process, arguments
+
+
+def wait_for(happened, process):
+    end = time.monotonic() + 60
+    while not happened():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def interrupt(process):
+    """Send SIGINT as a terminal does; return what was said and who is left after five seconds."""
+    os.killpg(process.pid, signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=20)
+    end = time.monotonic() + 5
+    while (left := session_of(process.pid)) and time.monotonic() < end:
+        time.sleep(0.1)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    return {"status": process.returncode, "stdout": stdout, "stderr": stderr, "left": left}
+
+
+@pytest.fixture(scope="module", params=["1", "2"])
+def interrupted(request, data, tmp_path_factory):
+    """Interrupt a sweep in the midst of its training."""
+    out = tmp_path_factory.mktemp("interrupted") / "run"
+    process, arguments = start(data, out, request.param)
+    ledger = out / "trials.jsonl"
+    wait_for(lambda: ledger.exists() and ledger.read_bytes().count(b"\n") > 0, process)
+    return {**interrupt(process), "arguments": arguments, "run": open_run(out)}
+
+
+def test_ctrl_c_is_one_clear_line_and_status_130(interrupted):
+    assert interrupted["status"] == 130
+    assert interrupted["stdout"] == ""
+    assert "Traceback" not in interrupted["stderr"]
+    lines = [
+        line for line in interrupted["stderr"].splitlines() if not line.startswith("Training: ")
+    ]
+    assert lines == [
+        "Interrupted. Nothing is half-written; the same command goes on from what is done."
+    ]
+
+
+def test_ctrl_c_leaves_no_process(interrupted):
+    assert interrupted["left"] == []
+
+
+def test_after_ctrl_c_the_run_is_unfinished_and_the_same_command_ends_it(interrupted):
+    run = interrupted["run"]
+    assert not run.is_complete
+    n_before = len(run.trial_records())
+    assert 0 < n_before < (8 + 12 + 12) * 3
+    ran = CliRunner().invoke(main, interrupted["arguments"])
+    assert ran.exit_code == 0, ran.output
+    assert run.is_complete
+    table = run.trials()
+    assert table["key"].is_unique
+    assert len(table) == (8 + 12 + 12) * 3
+
+
+def test_ctrl_c_while_processes_start_is_no_traceback_either(data, tmp_path):
+    said = []
+    for seconds in (0.0, 0.3, 0.6):
+        process, _ = start(data, tmp_path / str(seconds), "2")
+        wait_for(lambda process=process: workers_in_session(process.pid), process)
+        time.sleep(seconds)
+        found = interrupt(process)
+        said.append(found["stderr"])
+        assert found["status"] == 130
+        assert found["left"] == []
+    assert "Traceback" not in "".join(said)
