@@ -97,6 +97,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--only", default="mlp,lightgbm,default,gflops")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--without", default="", help="peers to leave out: they take minutes")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)  # what, where
     given = parser.parse_args()
     if given.child:
@@ -127,7 +128,7 @@ def main() -> None:
         write_table(make_table(given.rows, n_patients, N_COLUMNS), place)
         write_space(place, given.configs)
         for part in chosen:
-            merge(results, parts[part](place, given.runs))
+            merge(results, parts[part](place, given.runs, given.without.split(",")))
             if given.out:  # a part takes minutes: what is measured is kept
                 write_results(given.out, results)
     if not given.out:
@@ -164,8 +165,9 @@ def _version(name: str) -> str | None:
         return None
 
 
-def measure_mlp(place: Path, n_runs: int) -> dict[str, Any]:
+def measure_mlp(place: Path, n_runs: int, without: list[str]) -> dict[str, Any]:
     peers = [peer for peer in MLP_PEERS if peer != "skorch" or _version("skorch")]
+    peers = [peer for peer in peers if peer not in without]
     n = len(read_spaces(place / "space.toml")["mlp"].draw())
     found = compare(place, "mlp", n, peers, n_runs)
     if "skorch" not in peers:
@@ -173,9 +175,10 @@ def measure_mlp(place: Path, n_runs: int) -> dict[str, Any]:
     return found
 
 
-def measure_lightgbm(place: Path, n_runs: int) -> dict[str, Any]:
+def measure_lightgbm(place: Path, n_runs: int, without: list[str]) -> dict[str, Any]:
+    peers = [peer for peer in TREE_PEERS if peer not in without]
     n = len(read_spaces(place / "space.toml")["lightgbm"].draw())
-    found = compare(place, "lightgbm", n, TREE_PEERS, n_runs)
+    found = compare(place, "lightgbm", n, peers, n_runs)
     found["ratios"]["lightgbm_vs_defaults"] = found["ratios"].pop("lightgbm_vs_lightgbm")
     return found
 
@@ -435,7 +438,7 @@ def lightgbm_defaults(chosen: list[dict[str, Any]]) -> tuple[Any, list[dict[str,
     return LGBMClassifier(n_estimators=n_trees, n_jobs=1, verbosity=-1), one_of_each(grid)
 
 
-def measure_default(place: Path, n_runs: int) -> dict[str, Any]:
+def measure_default(place: Path, n_runs: int, _without: list[str]) -> dict[str, Any]:
     """Run the sweep that one gets without any option: once timed, once watched for its memory."""
     seconds, watched = [], []
     for number in range(n_runs):
@@ -456,7 +459,7 @@ def measure_default(place: Path, n_runs: int) -> dict[str, Any]:
     }
 
 
-def measure_gflops(place: Path, n_runs: int) -> dict[str, Any]:
+def measure_gflops(place: Path, n_runs: int, _without: list[str]) -> dict[str, Any]:
     """Compare a cohort's training with its products, alone and with one process per core."""
     found: dict[str, Any] = {}
     for side_by_side in dict.fromkeys([1, joblib.cpu_count()]):
