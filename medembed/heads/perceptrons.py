@@ -189,7 +189,7 @@ class Masks:
 
 
 class JointStep:
-    """Members of one kind of columns for one epoch; their first layers are one matrix."""
+    """Members of one kind of columns; their first layers are one matrix."""
 
     def __init__(
         self, kind: Hashable, members: Mapping[int, tuple[Member, Net]], dtype: torch.dtype
