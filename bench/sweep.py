@@ -37,7 +37,8 @@ refitted for it on all training rows, outside its time.
 processes in a second run, since watching takes time.
 
 `gflops_share`: the time that torch.mm takes for a cohort's products alone over the time that the
-cohort takes for the same epochs, on one thread; and with as many processes as cores side by side.
+cohort takes for the same epochs, on one thread; and with as many processes as cores side by side;
+in what the sweep takes here and, where that is bfloat16, in float32 too.
 """
 
 import argparse
@@ -73,7 +74,7 @@ from made_table import make_table, write_table
 from measuring import time_command, write_results
 from medembed.cache.embeddings import load_embeddings
 from medembed.dataset.splits import draw_folds
-from medembed.heads.cohort import Cohort, Rows, resolve_precision
+from medembed.heads.cohort import PRECISIONS, Cohort, Rows, resolve_precision
 from medembed.heads.mlp import MLPHead, gather
 from medembed.heads.projection import Projector
 from medembed.heads.spaces import default_spaces, read_spaces
@@ -84,7 +85,7 @@ N_COLUMNS = 1152
 N_FOLDS = 5
 ONE_IN = 8
 EPOCHS, EARLY_EPOCHS, PATIENCE, BATCH_SIZE = 20, 60, 8, 256
-N_MEMBERS, COHORT_EPOCHS = 16, 3
+N_MEMBERS, COHORT_EPOCHS = 16, 5
 MLP_PEERS = ("gridsearch", "gridsearch_early_stopping", "skorch")
 TREE_PEERS = ("lightgbm", "hist_gradient_boosting")
 NO_SKORCH = "not measured: skorch is not installed"
@@ -98,11 +99,12 @@ def main() -> None:
     parser.add_argument("--only", default="mlp,lightgbm,default,gflops")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--without", default="", help="peers to leave out: they take minutes")
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)  # what, where
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)  # what (or precision), where
     given = parser.parse_args()
     if given.child:
         what, place = given.child[0], Path(given.child[1])
-        print(json.dumps(measure_cohort(place) if what == "cohort" else run_peer(what, place)))
+        child = measure_cohort if what in PRECISIONS else run_peer
+        print(json.dumps(child(what, place)))
         return
     parts = {
         "mlp": measure_mlp,
@@ -462,25 +464,29 @@ def measure_default(place: Path, n_runs: int, _without: list[str]) -> dict[str, 
 def measure_gflops(place: Path, n_runs: int, _without: list[str]) -> dict[str, Any]:
     """Compare a cohort's training with its products, alone and with one process per core."""
     found: dict[str, Any] = {}
-    for side_by_side in dict.fromkeys([1, joblib.cpu_count()]):
-        measured = [m for _ in range(n_runs) for m in run_cohorts(place, side_by_side)]
-        products = sum(sum(m["products_seconds"]) for m in measured)
-        training = sum(sum(m["training_seconds"]) for m in measured)
-        gflop = sum(m["gflop"] for m in measured)
-        found[f"{side_by_side}_at_once"] = {
-            "gflops_share": round(products / training, 4),
-            "gflops_training": round(gflop / training, 1),
-            "gflops_products": round(gflop / products, 1),
-            "processes": measured,
-        }
-        progress(f"{side_by_side} at once: {found[f'{side_by_side}_at_once']['gflops_share']}")
+    for precision in dict.fromkeys([resolve_precision("auto"), "fp32"]):
+        for side_by_side in dict.fromkeys([1, joblib.cpu_count()]):
+            measured = [
+                m for _ in range(n_runs) for m in run_cohorts(place, precision, side_by_side)
+            ]
+            products = sum(sum(m["products_seconds"]) for m in measured)
+            training = sum(sum(m["training_seconds"]) for m in measured)
+            gflop = sum(m["gflop"] for m in measured)
+            found[name := f"{precision}_{side_by_side}_at_once"] = {
+                "gflops_share": round(products / training, 4),
+                "gflops_training": round(gflop / training, 1),
+                "gflops_products": round(gflop / products, 1),
+                "processes": measured,
+            }
+            progress(f"{name}: {found[name]['gflops_share']}")
     shares = {name: own["gflops_share"] for name, own in found.items()}
-    return {"gflops_share": shares["1_at_once"], "gflops_shares": shares, "gflops": found}
+    first = next(iter(shares.values()))
+    return {"gflops_share": first, "gflops_shares": shares, "gflops": found}
 
 
-def run_cohorts(place: Path, n: int) -> list[dict[str, Any]]:
+def run_cohorts(place: Path, precision: str, n: int) -> list[dict[str, Any]]:
     """Start processes that do the same at the same time, phase by phase."""
-    command = [sys.executable, __file__, "--child", "cohort", str(place)]
+    command = [sys.executable, __file__, "--child", precision, str(place)]
     pipe = subprocess.PIPE
     running = [subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) for _ in range(n)]
     outputs: list[dict[str, Any]] = []
@@ -499,10 +505,10 @@ def run_cohorts(place: Path, n: int) -> list[dict[str, Any]]:
     return outputs
 
 
-def measure_cohort(place: Path) -> dict[str, Any]:
+def measure_cohort(precision: str, place: Path) -> dict[str, Any]:
     """Train a cohort epoch by epoch, and after each epoch do its products alone; one thread."""
     torch.set_num_threads(1)
-    table, precision = load_table(place), resolve_precision("auto")
+    table = load_table(place)
     rows, held = np.flatnonzero(table.folds != 0), np.flatnonzero(table.folds == 0)
     space = default_spaces()["mlp"]
     heads = [

@@ -175,10 +175,8 @@ class Cohort:
         if self._held_y is None:
             return
         held = self._held[group.kind]
-        parts = []
-        for start in range(0, len(self._held_y), self._batch_size):
-            batch = torch.arange(start, min(start + self._batch_size, len(self._held_y)))
-            parts.append(group.logits(held.take(batch)))
+        starts = range(0, len(self._held_y), self._batch_size)
+        parts = [group.logits(held.slice(start, start + self._batch_size)) for start in starts]
         self.flop += group.flop_forward * len(self._held_y)
         logits = torch.cat(parts, dim=1)
         aurocs = _aurocs(self._held_y.numpy(), logits.numpy())
@@ -228,6 +226,7 @@ class _Columns:
         self._rows, self._projection, self._dtype = rows, projection, dtype
         width = _padded(projection.n_columns)
         self._kept: torch.Tensor | None = None
+        self._taken: torch.Tensor | None = None
         if len(rows) * width * dtype.itemsize <= _KEPT_BYTES:
             self._kept = torch.zeros(len(rows), width, dtype=dtype)
             start = 0
@@ -235,9 +234,16 @@ class _Columns:
                 self._fill(self._kept[start : start + len(block)], block)
                 start += len(block)
 
+    def slice(self, start: int, end: int) -> torch.Tensor:
+        end = min(end, len(self._rows))
+        return self.take(torch.arange(start, end)) if self._kept is None else self._kept[start:end]
+
     def take(self, batch: torch.Tensor) -> torch.Tensor:
+        """Return the rows of a batch, in memory that the next call takes again."""
         if self._kept is not None:
-            return self._kept.index_select(0, batch)
+            if self._taken is None or len(self._taken) < len(batch):
+                self._taken = torch.empty(len(batch), self._kept.shape[1], dtype=self._dtype)
+            return torch.index_select(self._kept, 0, batch, out=self._taken[: len(batch)])
         index = batch.numpy() if self._rows.index is None else self._rows.index[batch.numpy()]
         mapped = self._projection.apply(self._rows.X, np.float32, index)
         taken = torch.zeros(len(batch), _padded(mapped.shape[1]), dtype=self._dtype)

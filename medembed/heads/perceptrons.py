@@ -11,7 +11,7 @@ import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -166,9 +166,10 @@ class Masks:
 
     def __init__(self, stream: tuple[int, ...], n_rows: int, dtype: torch.dtype) -> None:
         self._stream, self._n_rows = stream, n_rows
-        self._integer = np.int16 if dtype == torch.bfloat16 else np.int32
-        self._bytes: dict[int, np.ndarray] = {}
+        self._integer = torch.int16 if dtype == torch.bfloat16 else torch.int32
+        self._bytes: dict[int, torch.Tensor] = {}
         self._masks: dict[tuple[int, int], torch.Tensor] = {}
+        self._done: dict[tuple[int, int], int] = {}
 
     def reserve(self, widths: Mapping[int, int]) -> None:
         """Draw for layers of these widths."""
@@ -176,16 +177,23 @@ class Masks:
             n = width * self._n_rows
             seeds = np.random.SeedSequence((*self._stream, layer))
             raw = np.random.SFC64(seeds).random_raw(-(-n // 8))
-            self._bytes[layer] = raw.view(np.uint8)[:n].reshape(width, self._n_rows)
+            drawn = raw.view(np.uint8)[:n].reshape(width, self._n_rows)
+            self._bytes[layer] = torch.from_numpy(drawn)
         self._masks.clear()
+        self._done.clear()
 
     def of(self, layer: int, width: int, dropped: int) -> torch.Tensor:
         """Return all ones in a kept unit's bits, all zeros in a dropped one's, (width, rows)."""
-        if (layer, dropped) not in self._masks:
-            kept = (self._bytes[layer] >= dropped).view(np.int8)
-            mask = np.negative(kept).astype(self._integer)
-            self._masks[layer, dropped] = torch.from_numpy(mask)
-        return self._masks[layer, dropped][:width]
+        key, drawn = (layer, dropped), self._bytes[layer]
+        if key not in self._masks:
+            self._masks[key] = torch.empty(drawn.shape, dtype=self._integer)
+        mask, done = self._masks[key], self._done.get(key, 0)
+        if done < width:
+            part = mask[done:width].copy_(drawn[done:width])
+            torch.sub(torch.tensor(dropped - 1, dtype=part.dtype), part, out=part)
+            part.bitwise_right_shift_(8 * part.itemsize - 1)  # the sign in every bit
+            self._done[key] = width
+        return mask[:width]
 
 
 class JointStep:
@@ -196,7 +204,8 @@ class JointStep:
     ) -> None:
         self.kind, self.members, self._dtype = kind, dict(members), dtype
         nets = [net for _, net in members.values()]
-        self._losses = dict.fromkeys(members, 0.0)
+        self._rates = _LossRates.of([member for member, _ in members.values()])
+        self._losses = np.zeros(len(nets))
         widths = [len(net.params[0]) for net in nets]
         edges = np.cumsum([0, *widths]).tolist()
         self._parts = [slice(a, b) for a, b in pairwise(edges)]
@@ -208,10 +217,11 @@ class JointStep:
         self._low_gradient = torch.empty_like(self._low)
         self._buffers: dict[tuple[str, torch.dtype], torch.Tensor] = {}
         self._dirty = True
-        self._dropped = {i: _dropped(member) for i, (member, _) in members.items()}
+        self._own = list(members.values())
+        self._dropped = [_dropped(member) for member, _ in self._own]
         self._widths: dict[int, int] = {}
-        for i, (member, _) in members.items():
-            for layer, width in enumerate(member.hidden if self._dropped[i] else ()):
+        for (member, _), dropped in zip(self._own, self._dropped, strict=True):
+            for layer, width in enumerate(member.hidden if dropped else ()):
                 self._widths[layer] = max(width, self._widths.get(layer, 0))
         further = sum(
             tensor.numel() for net in nets for tensor in net.params[1:] if tensor.ndim == 2
@@ -221,18 +231,18 @@ class JointStep:
 
     def take_losses(self) -> list[tuple[int, float]]:
         """Return each member's sum of losses since the last call."""
-        taken = list(self._losses.items())
-        self._losses = dict.fromkeys(self._losses, 0.0)
+        taken = list(zip(self.members, self._losses.tolist(), strict=True))
+        self._losses = np.zeros(len(taken))
         return taken
 
     def step(self, X: torch.Tensor, y: torch.Tensor, masks: Masks) -> float:
         """Train one batch, X (m, columns) and y (m,); return its floating-point operations."""
         masks.reserve(self._widths)
-        Z = self._first_layers(X)
+        Z, losses = self._first_layers(X), _Losses(self._rates, y)
         gradients = [
-            self._backward(i, Z[part], y, masks)
-            for i, part in zip(self.members, self._parts, strict=True)
+            self._backward(k, Z[part], losses, masks) for k, part in enumerate(self._parts)
         ]
+        self._losses += losses.sums()
         self._gradient.copy_(torch.mm(Z, X, out=self._low_gradient))
         for (member, net), part, own in zip(
             self.members.values(), self._parts, gradients, strict=True
@@ -299,11 +309,11 @@ class JointStep:
         return torch.addmm(bias.to(a.dtype)[:, None], weight, a, out=out)
 
     def _backward(
-        self, i: int, z: torch.Tensor, y: torch.Tensor, masks: Masks
+        self, k: int, z: torch.Tensor, losses: "_Losses", masks: Masks
     ) -> list[torch.Tensor]:
-        """Write the loss's gradient by z (width, m) over z; return those of the further layers."""
-        member, net = self.members[i]
-        dropped, further = self._dropped[i], _further(net)
+        """Write the k-th loss's gradient by z (width, m) over z; return the further layers'."""
+        member, net = self._own[k]
+        dropped, further = self._dropped[k], _further(net)
         keep = 1 - dropped / _BYTE
         first, passed = z, []
         for layer, (weight, bias) in enumerate(further):
@@ -314,7 +324,7 @@ class JointStep:
             scaled = (weight / keep).to(a.dtype)  # what is kept counts for what is dropped
             passed.append((z, a, scaled))
             z = self._apply(layer, scaled, bias, a)
-        dz = self._loss_gradient(i, z[0].float(), y)[None]
+        dz = losses.gradient(k, z[0])[None]
         if not further:
             first.copy_(dz)
             return []
@@ -334,17 +344,39 @@ class JointStep:
             dz = ACTIVATIONS[member.activation].backward(da, z, a)
         return gradients
 
-    def _loss_gradient(self, i: int, logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Add to the loss; return its mean's gradient by the logits, float32 of shape (m,)."""
-        member, _ = self.members[i]
-        smoothing = member.label_smoothing
-        targets = y * (1 - smoothing) + smoothing / 2
-        weights = row_weights_of(y, member)
-        loss = functional.binary_cross_entropy_with_logits(
-            logits, targets, weights, reduction="sum"
+
+class _LossRates(NamedTuple):
+    """What the members' losses are made with; each float32 of shape (members, 1)."""
+
+    smoothing: torch.Tensor
+    normal: torch.Tensor
+    abnormal: torch.Tensor
+
+    @classmethod
+    def of(cls, members: Sequence[Member]) -> "_LossRates":
+        rates = [(member.label_smoothing, *member.class_weights) for member in members]
+        return cls(*torch.tensor(rates, dtype=torch.float32).t()[:, :, None].unbind())
+
+
+class _Losses:
+    """Cross-entropy of a batch with labels y (m,), for every member."""
+
+    def __init__(self, rates: _LossRates, y: torch.Tensor) -> None:
+        self._targets = y * (1 - rates.smoothing) + rates.smoothing / 2
+        self._weights = y * (rates.abnormal - rates.normal) + rates.normal
+        self._logits = torch.empty_like(self._targets)
+
+    def gradient(self, k: int, logits: torch.Tensor) -> torch.Tensor:
+        """Take member k's logits (m,); return its mean loss's gradient by them, float32."""
+        own = self._logits[k].copy_(logits)
+        return (torch.sigmoid(own) - self._targets[k]) * self._weights[k] / len(own)
+
+    def sums(self) -> np.ndarray:
+        """Return each member's sum over the batch, float64 of shape (members,)."""
+        losses = functional.binary_cross_entropy_with_logits(
+            self._logits, self._targets, self._weights, reduction="none"
         )
-        self._losses[i] += float(loss)
-        return (torch.sigmoid(logits) - targets) * weights / len(y)
+        return losses.sum(1, dtype=torch.float64).numpy()
 
 
 def _join(tensors: Sequence[list[torch.Tensor]], parts: Sequence[slice]) -> torch.Tensor:
