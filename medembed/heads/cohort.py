@@ -15,7 +15,8 @@ import torch
 from scipy.stats import rankdata
 from torch.nn import functional
 
-from medembed.heads.perceptrons import JointStep, Masks, Member, Net, row_weights_of
+from medembed.heads.losses import row_weights_of
+from medembed.heads.perceptrons import JointStep, Masks, Member, Net
 from medembed.heads.projection import Projection
 
 __all__ = ["PRECISIONS", "Cohort", "Rows", "resolve_precision"]
@@ -181,7 +182,7 @@ class Cohort:
         logits = torch.cat(parts, dim=1)
         aurocs = _aurocs(self._held_y.numpy(), logits.numpy())
         for (i, (member, _)), own, auroc in zip(group.members.items(), logits, aurocs, strict=True):
-            weights = row_weights_of(self._held_y, member)
+            weights = row_weights_of(self._held_y, member.class_weights)
             loss = float(functional.binary_cross_entropy_with_logits(own, self._held_y, weights))
             self._keep_best(i, loss, float(auroc), own.numpy())
 

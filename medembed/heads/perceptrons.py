@@ -11,14 +11,15 @@ import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional
 from torch.optim.adamw import adamw
 
-__all__ = ["ACTIVATIONS", "Activation", "JointStep", "Masks", "Member", "Net", "row_weights_of"]
+from medembed.heads.losses import Losses, LossRates
+
+__all__ = ["ACTIVATIONS", "Activation", "JointStep", "Masks", "Member", "Net"]
 
 #: Dropout is decided by random bytes, so that its share is a multiple of 1 / 256.
 _BYTE = 256
@@ -204,7 +205,9 @@ class JointStep:
     ) -> None:
         self.kind, self.members, self._dtype = kind, dict(members), dtype
         nets = [net for _, net in members.values()]
-        self._rates = _LossRates.of([member for member, _ in members.values()])
+        self._rates = LossRates.of(
+            [(member.label_smoothing, *member.class_weights) for member, _ in members.values()]
+        )
         self._losses = np.zeros(len(nets))
         widths = [len(net.params[0]) for net in nets]
         edges = np.cumsum([0, *widths]).tolist()
@@ -238,7 +241,7 @@ class JointStep:
     def step(self, X: torch.Tensor, y: torch.Tensor, masks: Masks) -> float:
         """Train one batch, X (m, columns) and y (m,); return its floating-point operations."""
         masks.reserve(self._widths)
-        Z, losses = self._first_layers(X), _Losses(self._rates, y)
+        Z, losses = self._first_layers(X), Losses(self._rates, y)
         gradients = [
             self._backward(k, Z[part], losses, masks) for k, part in enumerate(self._parts)
         ]
@@ -309,7 +312,7 @@ class JointStep:
         return torch.addmm(bias.to(a.dtype)[:, None], weight, a, out=out)
 
     def _backward(
-        self, k: int, z: torch.Tensor, losses: "_Losses", masks: Masks
+        self, k: int, z: torch.Tensor, losses: Losses, masks: Masks
     ) -> list[torch.Tensor]:
         """Write the k-th loss's gradient by z (width, m) over z; return the further layers'."""
         member, net = self._own[k]
@@ -345,40 +348,6 @@ class JointStep:
         return gradients
 
 
-class _LossRates(NamedTuple):
-    """What the members' losses are made with; each float32 of shape (members, 1)."""
-
-    smoothing: torch.Tensor
-    normal: torch.Tensor
-    abnormal: torch.Tensor
-
-    @classmethod
-    def of(cls, members: Sequence[Member]) -> "_LossRates":
-        rates = [(member.label_smoothing, *member.class_weights) for member in members]
-        return cls(*torch.tensor(rates, dtype=torch.float32).t()[:, :, None].unbind())
-
-
-class _Losses:
-    """Cross-entropy of a batch with labels y (m,), for every member."""
-
-    def __init__(self, rates: _LossRates, y: torch.Tensor) -> None:
-        self._targets = y * (1 - rates.smoothing) + rates.smoothing / 2
-        self._weights = y * (rates.abnormal - rates.normal) + rates.normal
-        self._logits = torch.empty_like(self._targets)
-
-    def gradient(self, k: int, logits: torch.Tensor) -> torch.Tensor:
-        """Take member k's logits (m,); return its mean loss's gradient by them, float32."""
-        own = self._logits[k].copy_(logits)
-        return (torch.sigmoid(own) - self._targets[k]) * self._weights[k] / len(own)
-
-    def sums(self) -> np.ndarray:
-        """Return each member's sum over the batch, float64 of shape (members,)."""
-        losses = functional.binary_cross_entropy_with_logits(
-            self._logits, self._targets, self._weights, reduction="none"
-        )
-        return losses.sum(1, dtype=torch.float64).numpy()
-
-
 def _join(tensors: Sequence[list[torch.Tensor]], parts: Sequence[slice]) -> torch.Tensor:
     """Put the first tensor of each list under one another; each list's becomes a view of that."""
     joint = torch.cat([own[0] for own in tensors])
@@ -395,9 +364,3 @@ def _dropped(member: Member) -> int:
 def _further(net: Net) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Return weight (width, width before) and bias (width,) of the layers after the first."""
     return list(zip(net.params[1::2], net.params[2::2], strict=True))
-
-
-def row_weights_of(y: torch.Tensor, member: Member) -> torch.Tensor:
-    """Return the weights in a member's loss of rows with labels y, float32 0 or 1."""
-    normal, abnormal = member.class_weights
-    return y * (abnormal - normal) + normal
