@@ -1,4 +1,4 @@
-"""Cross-entropy of the members of a cohort: theirs are the class weights and the label smoothing."""
+"""Cross-entropy of the members of a cohort, each with its class weights and label smoothing."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
