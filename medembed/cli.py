@@ -5,10 +5,12 @@ Heavy libraries are imported inside the commands, so that `medembed --help` star
 
 import click
 
+from medembed.commands.autoencoding import autoencoder_command
 from medembed.commands.caches import cache
 from medembed.commands.comparing import compare_command, report_command
 from medembed.commands.demonstrating import demo_command
 from medembed.commands.encoding import doctor_command, extract_command
+from medembed.commands.finetuning import finetune_command
 from medembed.commands.manifests import manifest
 from medembed.commands.training import sweep_command
 from medembed.console import Commands
@@ -27,6 +29,7 @@ def main() -> None:
 
 for _command in (
     *(manifest, doctor_command, extract_command, cache),
-    *(sweep_command, compare_command, report_command, demo_command),
+    *(autoencoder_command, sweep_command, finetune_command),
+    *(compare_command, report_command, demo_command),
 ):
     main.add_command(_command)

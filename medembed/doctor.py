@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from medembed.encoders.bases import base_of
 from medembed.encoders.hub import RemoteCheckpoint, describe_remote, has_token
 from medembed.errors import MedembedError
 from medembed.machine import count_cores, free_bytes
@@ -87,6 +88,7 @@ def examine(
     found, access = _ask(ref)
     checks = [
         *_check_versions(),
+        _check_codecs(),
         _check_device(device),
         Check("precision", True, _why_precision(device, precision)),
         _check_token(found, access),
@@ -123,7 +125,7 @@ def _ask(ref: str | os.PathLike[str] | None) -> tuple[RemoteCheckpoint | None, C
     if ref is None:
         return None, None
     try:
-        found = describe_remote(ref)
+        found = describe_remote(base_of(ref))
     except MedembedError as error:
         return None, Check("encoder", False, f"{ref} cannot be had", str(error))
     at = f"@{found.revision[:12]}" if found.revision else ""
@@ -167,6 +169,20 @@ def _check_versions() -> Iterator[Check]:
             found.append(f"{wish.name} {version}")
     detail = "; ".join(bad) or ", ".join(found)
     yield Check("libraries", not bad, detail, "Install medembed again." if bad else "")
+
+
+def _check_codecs() -> Check:
+    """Name the codecs for compressed DICOM; RLE, JPEG of 8 bits and JPEG 2000 need no extra."""
+    from medembed.dataset.codecs import list_codecs
+
+    codecs = list_codecs()
+    there = ", ".join(codec.name for codec in codecs if codec.plugin)
+    missing = [codec for codec in codecs if not codec.plugin]
+    if not missing:
+        return Check("dicom", True, f"uncompressed, {there}")
+    names = ", ".join(codec.name for codec in missing)
+    detail = f"uncompressed, {there}; not {names}, which only DICOM files use"
+    return Check("dicom", True, f"{detail}: pip install 'medembed[dicom]'")
 
 
 def _check_device(device: str) -> Check:

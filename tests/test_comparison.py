@@ -11,9 +11,10 @@ import pytest
 from made_runs import make_images, make_run
 
 from medembed.errors import RunError
-from medembed.evaluation.calibration import fit_platt, youden_threshold
+from medembed.evaluation.calibration import fit_platt
 from medembed.evaluation.intervals import bootstrap_scores
 from medembed.evaluation.scores import by_study
+from medembed.evaluation.thresholds import youden_threshold
 from medembed.results.comparison import compare
 from medembed.results.curves import roc_band, roc_curve
 from medembed.results.tables import FORMATS, render

@@ -60,7 +60,8 @@ def test_the_demo_encoder_will_do_here() -> None:
 
 def test_without_an_encoder_only_the_machine_is_looked_at() -> None:
     names = set(by_name(doctor.examine()))
-    assert names == {"python", "libraries", "device", "precision", "token", "disk (cache)"}
+    machine = {"python", "libraries", "dicom", "device", "precision", "token", "disk (cache)"}
+    assert names == machine
 
 
 def test_an_open_repository_is_described_without_fetching_its_weights(
@@ -143,3 +144,18 @@ def test_lines_fit_a_terminal_and_failures_say_what_to_do() -> None:
     done = CliRunner().invoke(main, ["doctor"])
     assert done.exit_code == 0
     assert done.stdout.startswith("ok  python")
+
+
+def test_codecs_of_dicom_are_listed_and_missing_ones_with_their_package(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    check = by_name(doctor.examine())["dicom"]
+    assert check.ok
+    assert check.detail.startswith("uncompressed, RLE, JPEG, JPEG of 12 bits, lossless JPEG")
+    from medembed.dataset import codecs
+
+    monkeypatch.setattr(codecs, "find_spec", lambda _: None)
+    check = by_name(doctor.examine())["dicom"]
+    assert check.ok  # whoever has no such files needs no codec
+    assert "not JPEG of 12 bits, lossless JPEG" in check.detail
+    assert "pip install 'medembed[dicom]'" in check.detail

@@ -24,8 +24,10 @@ FLOORS = {
     "results": 3,
     "extraction": 4,
     "sweeps": 4,
-    "finetuning": 4,
+    "thumbnails": 4,
+    "finetuning": 5,
     "prediction": 4,
+    "autoencoding": 5,
     "demo": 5,
     "doctor": 5,
     "console": 6,
@@ -35,7 +37,7 @@ FLOORS = {
     "__main__": 10,
     "__init__": 1,
 }
-GPU_HALF = {"encoders", "extraction"}
+GPU_HALF = {"encoders", "extraction", "autoencoding"}
 CPU_HALF = {"heads", "evaluation", "results", "sweeps"}
 HEAVY = (
     *("torch", "transformers", "sklearn", "lightgbm", "pandas"),

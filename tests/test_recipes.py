@@ -239,7 +239,7 @@ def test_a_link_that_leaves_the_root_is_refused(tmp_path: Path, root: Path) -> N
         ("covariates", "covariate", r"\[table\]: unknown key 'covariate'; did you mean"),
         ("[split]", "[splits]", r"unknown key 'splits'; did you mean 'split'\?"),
         ('layout = "table"', 'layout = "tables"', "layout is 'tables'; it must be one of 'mura'"),
-        ('layout = "table"', 'layout = "dicom"', "not yet available in this version"),
+        ('layout = "table"', 'layout = "dicom"', r"has no use for \[table\]"),
         ('label_level = "image"', 'label_level = "view"', "label_level is 'view'"),
         ('image = "file"', "image = 3", r"\[table\]: image must be text, not 3"),
         ('column = "set"', "fraction = true", r"\[split\]: fraction must be a number, not True"),

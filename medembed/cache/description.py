@@ -30,6 +30,7 @@ VERSION = 1
 OPTIONS = {
     "encoder": ("--encoder", None),
     "fit": ("--fit", "stretch"),
+    "window": ("--window", "None"),
     "poolings": ("--pool", "mean,max"),
     "dtype": ("--dtype", "float16"),
 }
@@ -136,7 +137,8 @@ def mismatch(
 
 def options_of(spec: CacheSpec) -> str:
     """Write the command-line options, beyond the defaults, that ask for this spec."""
-    values = {"fit": spec.preprocessing.get("fit"), "dtype": spec.dtype}
+    values = {name: spec.preprocessing.get(name) for name in ("fit", "window")}
+    values["dtype"] = spec.dtype
     values["poolings"] = ",".join(spec.poolings)
     given = [
         f" {option} {values[name]}"

@@ -3,6 +3,7 @@
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -54,12 +55,47 @@ def show_comparison(
 @click.command("report")
 @click.argument("runs", metavar="RUN…", type=PATH, nargs=-1, required=True)
 @click.option("-o", "--output", type=PATH, required=True, help="Directory of the page.")
+@click.option("--level", type=click.Choice(["study", "image"]), default="study", show_default=True)
+@click.option(
+    "--manifest", "manifest_path", type=PATH, help="Of the images, for thumbnails of mistakes."
+)
+@click.option("--image-root", type=PATH, help="Directory that the manifest's paths start from.")
+@click.option(
+    "--names", is_flag=True, help="Name those images by their paths, which may tell who it is."
+)
+@seed_option
 @json_option
-def report_command(runs: tuple[Path, ...], output: Path, as_json: bool) -> None:
-    """Write a page with the leaderboard, ROC curves and scores per region."""
+def report_command(
+    runs: tuple[Path, ...],
+    output: Path,
+    level: str,
+    manifest_path: Path | None,
+    image_root: Path | None,
+    names: bool,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Write a page that compares the heads of one or more runs, with figures and their data."""
+    if (manifest_path is None) != (image_root is None):
+        raise click.UsageError("--manifest and --image-root go together: both, or neither.")
+    if names and manifest_path is None:
+        raise click.UsageError("--names wants --manifest and --image-root.")
     from medembed.results.page import write_report
 
-    written = write_report(list(runs), output)
+    find_thumbnails = None
+    if manifest_path is not None and image_root is not None:
+        find_thumbnails = _thumbnail_finder(manifest_path, image_root, names)
+    written = write_report(
+        list(runs), output, level=level, seed=seed, find_thumbnails=find_thumbnails
+    )
     say(f"Page: {written['page']}")
     if as_json:
         print_json(written)
+
+
+def _thumbnail_finder(manifest_path: Path, image_root: Path, names: bool) -> Any:
+    from medembed.dataset.manifest import existing_root, read_manifest
+    from medembed.thumbnails import make_thumbnails
+
+    manifest, root = read_manifest(manifest_path), existing_root(image_root)
+    return lambda wanted: make_thumbnails(manifest, root, wanted, with_names=names)

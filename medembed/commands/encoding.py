@@ -85,6 +85,12 @@ def _choose_worker(
     show_default=True,
     help="How an image that is not square becomes square.",
 )
+@click.option(
+    "--window",
+    default="first",
+    show_default=True,
+    help="Of a DICOM: the first VOI LUT or window, or the one of this name.",
+)
 @click.option("--batch-size", type=click.IntRange(min=1), help="Images in one encoder pass.")
 @click.option("--decoders", type=click.IntRange(min=1), help="Processes that read and decode.")
 @click.option(
@@ -115,6 +121,7 @@ def extract_command(
     precision: str,
     dtype: str,
     fit: str,
+    window: str,
     batch_size: int | None,
     decoders: int | None,
     worker: "Worker | None",
@@ -126,6 +133,7 @@ def extract_command(
 ) -> None:
     """Embed MANIFEST's images into a cache; what is there already is not done again."""
     from medembed import extraction
+    from medembed.dataset.intensity import Intensity
     from medembed.dataset.manifest import read_manifest
     from medembed.encoders.loading import load_encoder
 
@@ -146,6 +154,7 @@ def extract_command(
             cache_path.absolute(),
             poolings=poolings,
             dtype=dtype,
+            intensity=Intensity(window),
             batch_size=batch_size,
             decoders=decoders,
             retry_failed=retry_failed,
@@ -165,6 +174,7 @@ def extract_command(
                 cache_path,
                 poolings=poolings,
                 dtype=dtype,
+                intensity=Intensity(window),
                 batch_size=batch_size,
                 decoders=decoders,
                 retry_failed=retry_failed,

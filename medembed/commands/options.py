@@ -36,10 +36,10 @@ def split_names(context: click.Context, option: click.Parameter, value: str | No
     return names
 
 
-def conclude(problems: list[str], checked: Path, remedy: str, as_json: bool) -> None:
-    """Print what a check found; exit 1 if it found anything."""
+def conclude(problems: list[str], checked: Path, remedy: str, as_json: bool, **more: Any) -> None:
+    """Print what a check found; exit 1 if it found anything. `more` goes into the document."""
     if as_json:
-        print_json({"problems": problems})
+        print_json({"problems": problems, **more})
     for problem in problems:
         say(problem)
     if problems:

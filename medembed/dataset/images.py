@@ -5,7 +5,6 @@ import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,6 @@ from PIL import (
     BmpImagePlugin,
     GifImagePlugin,
     Image,
-    ImageChops,
     ImageFile,
     JpegImagePlugin,
     PngImagePlugin,
@@ -29,15 +27,14 @@ from medembed.dataset.integrity import (
     check_png_rows,
     padded_jpeg,
 )
+from medembed.dataset.intensity import DEFAULT_INTENSITY, Intensity
+from medembed.dataset.radiograph import MAX_PIXELS, Radiograph, channels_differ, refuse_size
 from medembed.errors import ImageError
 
 __all__ = ["IMAGES_VERSION", "MAX_PIXELS", "Radiograph", "decode_image"]
 
 IMAGES_VERSION = 1
 """Part of every cache's spec: raise it whenever any decoded pixel changes."""
-
-MAX_PIXELS = 80_000_000
-"""A 35 x 43 cm film digitised at 20 dots per mm has 60 million; below Pillow's own limit."""
 
 _READERS: dict[str, tuple[tuple[bytes, ...], type[ImageFile.ImageFile]]] = {
     "PNG": ((PNG_SIGNATURE,), PngImagePlugin.PngImageFile),
@@ -47,6 +44,8 @@ _READERS: dict[str, tuple[tuple[bytes, ...], type[ImageFile.ImageFile]]] = {
     "GIF": ((b"GIF87a", b"GIF89a"), GifImagePlugin.GifImageFile),
     "WebP": ((b"RIFF",), WebPImagePlugin.WebPImageFile),
 }
+# A DICOM file without its preamble begins with group 2 or 8 (PS3.10, 7.1), the last in big endian.
+_BARE_DICOM = (b"\x02\0", b"\x08\0", b"\0\x08")
 _DEEP_MODES = ("I", "F")  # and all that begin with I;16
 _PLAIN_MODES = ("1", "L", "P", "PA", "LA", "La", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
 _ALPHA_MODES = ("PA", "LA", "La", "RGBA", "RGBa")
@@ -67,23 +66,7 @@ _MIN_TAGS, _MAX_TAGS = (340, 280), (341, 281)
 _WHITE_IS_ZERO = 0
 
 
-@dataclass(frozen=True)
-class Radiograph:
-    """One decoded image.
-
-    Attributes
-    ----------
-    pixels : ndarray
-        uint8 (H, W), 0 black.
-    colour : bool
-        Whether the file's channels differed and were reduced to luminance.
-    """
-
-    pixels: np.ndarray
-    colour: bool
-
-
-def decode_image(data: bytes) -> Radiograph:
+def decode_image(data: bytes, intensity: Intensity = DEFAULT_INTENSITY) -> Radiograph:
     """Decode one complete, still image into upright 8-bit grey.
 
     Colour becomes luminance (ITU-R BT.601, as Pillow's mode L), alpha is composited over black,
@@ -91,7 +74,15 @@ def decode_image(data: bytes) -> Radiograph:
     linearly from their declared range to 0..255 and rounded: the range is that of the bit depth,
     or a TIFF's SMinSampleValue/MinSampleValue and SMaxSampleValue/MaxSampleValue. A PNG's sBIT
     does not narrow the range: its samples fill their bit depth by definition (PNG, 11.3.2.7).
-    Gamma and colour profiles are ignored, as the encoders' own processors do.
+    Gamma and colour profiles are ignored, as the encoders' own processors do. How DICOM becomes
+    grey is told in `dataset.dicom`.
+
+    Parameters
+    ----------
+    data : bytes
+        The whole file.
+    intensity : Intensity
+        Which window of a DICOM to use; says nothing of other kinds of image.
 
     Raises
     ------
@@ -100,6 +91,10 @@ def decode_image(data: bytes) -> Radiograph:
         message is the reason. Safe to call from several threads.
     """
     name = _identify(data)
+    if name == "DICOM":
+        from medembed.dataset.dicom import decode_dicom  # only here: pydicom takes 0.2 s to import
+
+        return decode_dicom(data, intensity)
     try:
         with _strict_pillow():
             return _decode(name, data)
@@ -115,12 +110,14 @@ def decode_image(data: bytes) -> Radiograph:
 def _identify(data: bytes) -> str:
     if not data:
         raise ImageError("the file is empty")
-    if data[128:132] == b"DICM":  # dataset/dicom.py will stand here
-        raise ImageError("DICOM is not read in this version; export the image as 16-bit PNG")
+    if data[128:132] == b"DICM":
+        return "DICOM"
     for name, (signatures, _) in _READERS.items():
         if data.startswith(signatures) and (name != "WebP" or data[8:12] == b"WEBP"):
             return name
-    raise ImageError(f"not an image of a known kind ({', '.join(_READERS)})")
+    if data.startswith(_BARE_DICOM):
+        return "DICOM"
+    raise ImageError(f"not an image of a known kind ({', '.join(_READERS)}, DICOM)")
 
 
 def _decode(name: str, data: bytes) -> Radiograph:
@@ -146,12 +143,7 @@ def _decode(name: str, data: bytes) -> Radiograph:
 
 
 def _check_header(name: str, image: ImageFile.ImageFile) -> None:
-    width, height = image.size
-    if width < 1 or height < 1:
-        raise ImageError(f"the {name} is {width} x {height}: it holds no pixels")
-    if width * height > MAX_PIXELS:
-        megapixels = f"{width * height / 1e6:.0f} megapixels"
-        raise ImageError(f"{width} x {height} is {megapixels}; the limit is {MAX_PIXELS / 1e6:.0f}")
+    refuse_size(*image.size, name)
     if name != "PNG" and getattr(image, "is_animated", False):
         raise ImageError(f"the {name} holds more than one picture; only still images are read")
     if isinstance(image, TiffImagePlugin.TiffImageFile):
@@ -209,17 +201,11 @@ def _grey_from_plain(
     if picture.mode not in ("1", "L"):
         picture = picture.convert("RGB")
         _check_depth_is_used(picture, image, facts)
-    colour = picture.mode == "RGB" and _channels_differ(picture)
+    colour = picture.mode == "RGB" and channels_differ(picture)
     grey = picture.convert("L")
     if facts is not None and facts.colour_key is not None:
         grey = _without_colour_key(picture, grey, facts)
     return grey, colour
-
-
-def _channels_differ(picture: Image.Image) -> bool:
-    red, green, blue = picture.split()
-    pairs = (ImageChops.difference(red, green), ImageChops.difference(green, blue))
-    return any(pair.getbbox() is not None for pair in pairs)
 
 
 def _without_colour_key(picture: Image.Image, grey: Image.Image, facts: PngFacts) -> Image.Image:

@@ -1,24 +1,29 @@
 """The layouts of datasets: what a table or a tree of folders says about each image."""
 
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
 
+from medembed.dataset.labels import find_table, need_columns, read_labels
 from medembed.dataset.listing import ImageIndex, Listing, first_names, refuse
 from medembed.dataset.mura import read_mura
-from medembed.dataset.recipe_format import Label, Recipe, Region, Table
+from medembed.dataset.recipe_format import Recipe, Region, Table
 from medembed.dataset.tables import read_text_table
-from medembed.errors import PathNotFoundError, RecipeError
+from medembed.errors import RecipeError
 
 __all__ = ["read_layout"]
 
-MEANINGS = {"normal": "0", "abnormal": "1", "unknown": ""}
 
-
-def read_layout(recipe: Recipe, root: Path) -> Listing:
+def read_layout(recipe: Recipe, root: Path, key_file: Path | None = None) -> Listing:
     """Read what `recipe` describes below `root`.
+
+    Parameters
+    ----------
+    recipe : Recipe
+    root : Path
+    key_file : Path, optional
+        What identifiers of layout dicom are hashed with; see `dataset.pseudonyms`.
 
     Raises
     ------
@@ -29,6 +34,10 @@ def read_layout(recipe: Recipe, root: Path) -> Listing:
     """
     if recipe.layout == "mura":
         return read_mura(root)
+    if recipe.layout == "dicom":
+        from medembed.dataset.dicom_tree import read_dicom_tree  # pydicom, for this layout alone
+
+        return read_dicom_tree(recipe, root, key_file)
     return _read_table(recipe, root) if recipe.table else _read_folders(recipe, root)
 
 
@@ -38,41 +47,21 @@ def _read_table(recipe: Recipe, root: Path) -> Listing:
     assert region is not None
     assert label is not None
     split_column = recipe.split.column if recipe.split else ""
-    path = _find_table(spec.file, root, recipe.path)
+    path = find_table(spec.file, root, recipe.path)
     table = read_text_table(path, RecipeError)
     named = (spec.image, *spec.patient, *spec.study, *spec.covariates, region.column)
-    _need_columns(table, (*named, *region.one_hot, label.column, split_column), path)
+    need_columns(table, (*named, *region.one_hot, label.column, split_column), path)
     index = ImageIndex(root, spec.below)
     images, is_found = _locate(table, spec, index, path)
     rows = pd.DataFrame({"image": images, "name": table[spec.image]})
     rows["patient"] = _join(table, spec.patient)
     rows["study"] = _join(table, spec.study) if spec.study else table[spec.image]
     rows["region"] = _regions(table, region, path)
-    rows["label"] = _labels(table[label.column], label, str(path))
+    rows["label"] = read_labels(table[label.column], label, str(path))
     rows["split"] = table[split_column] if split_column else ""
     for name in spec.covariates:
         rows[name] = table[name]
     return Listing(rows, is_found, index.unlisted(images, path.name))
-
-
-def _find_table(file: str, root: Path, recipe_path: Path) -> Path:
-    candidates = [root / file, root.parent / file, recipe_path.parent / file]
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
-    raise PathNotFoundError(
-        f"no table {file} in {root}, beside it, or beside the recipe. Give --image-root the "
-        "directory that the dataset was unpacked into, or correct `file` in the recipe."
-    )
-
-
-def _need_columns(table: pd.DataFrame, names: Iterable[str], path: Path) -> None:
-    missing = sorted({name for name in names if name and name not in table})
-    if missing:
-        raise RecipeError(
-            f"{path} has no column {', '.join(map(repr, missing))}; its columns are "
-            f"{', '.join(map(repr, table.columns))}. Correct the recipe."
-        )
 
 
 def _locate(
@@ -99,7 +88,7 @@ def _locate(
 
 def _fill_pattern(pattern: str, table: pd.DataFrame, path: Path) -> list[str]:
     names = re.findall(r"\{(.*?)\}", pattern)
-    _need_columns(table, names, path)
+    need_columns(table, names, path)
     pieces = re.split(r"\{.*?\}", pattern)
     filled = pd.Series(pieces[0], index=table.index, dtype=str)
     for name, piece in zip(names, pieces[1:], strict=True):
@@ -137,20 +126,6 @@ def _regions(table: pd.DataFrame, spec: Region, path: Path) -> "pd.Series[str]":
     return flags.idxmax(axis=1).where(n_set == 1, spec.several)
 
 
-def _labels(values: "pd.Series[str]", spec: Label, source: str) -> "pd.Series[str]":
-    meaning = {
-        **dict.fromkeys(spec.normal, "0"),
-        **dict.fromkeys(spec.abnormal, "1"),
-        "": MEANINGS[spec.empty],
-    }
-    strange = values[~values.isin(list(meaning))]
-    if len(strange) and not spec.others:
-        counted = [f"{value!r} in {n} rows" for value, n in strange.value_counts().items()]
-        remedy = "labels that the recipe does not know; add them to [label], or set `others`:"
-        refuse(counted, source, remedy)
-    return values.map(meaning).fillna(MEANINGS.get(spec.others, ""))
-
-
 def _read_folders(recipe: Recipe, root: Path) -> Listing:
     assert recipe.folders is not None
     pattern = recipe.folders.pattern
@@ -169,7 +144,7 @@ def _read_folders(recipe: Recipe, root: Path) -> Listing:
     parts = tuple(name for name in ("region", "patient", "study") if name in table)
     stems = table["image"].str.replace(r"\.[^./]*$", "", regex=True)
     rows["study"] = _join(table, parts) if "study" in table else stems
-    rows["label"] = _labels(table["label"], recipe.label, str(root)) if recipe.label else ""
+    rows["label"] = read_labels(table["label"], recipe.label, str(root)) if recipe.label else ""
     rows["split"] = table.get("split", "")
     for name in table.columns.difference([*rows.columns, "label"], sort=False):
         rows[name] = table[name]

@@ -28,24 +28,31 @@ class Listing:
     is_found : pandas.Series of bool
         Whether the image is below the root.
     warnings : list of str
+    excluded : list of (str, str)
+        Files that the layout leaves out by itself, each with the reason.
     """
 
     rows: pd.DataFrame
     is_found: "pd.Series[bool]"
     warnings: list[str] = field(default_factory=list)
+    excluded: list[tuple[str, str]] = field(default_factory=list)
 
 
 class ImageIndex:
-    """The image files below a root, walked once; hidden files and macOS's doubles are passed by."""
+    """The image files below a root, walked once; hidden files and macOS's doubles are passed by.
 
-    def __init__(self, root: Path, below: Iterable[str] = ()) -> None:
+    With `every_file` names do not matter: DICOM files have any.
+    """
+
+    def __init__(self, root: Path, below: Iterable[str] = (), *, every_file: bool = False) -> None:
         self.paths: set[str] = set()
+        is_wanted = _is_visible if every_file else _is_image
         for folder in below or ("",):
             for parent, folders, names in os.walk(root / folder):
                 folders[:] = [n for n in folders if not n.startswith(".") and n != "__MACOSX"]
                 relative = Path(parent).relative_to(root).as_posix()
                 prefix = "" if relative == "." else f"{relative}/"
-                self.paths.update(prefix + name for name in names if _is_image(name))
+                self.paths.update(prefix + name for name in names if is_wanted(name))
         odd = [ascii(path) for path in sorted(self.paths) if not _is_unicode(path)]
         refuse(odd, str(root), "file names that are not valid Unicode; rename the files:")
         self.by_name: dict[str, list[str]] = defaultdict(list)
@@ -66,8 +73,12 @@ class ImageIndex:
         return [f"{len(extra)} image files are not in {source} and were left: {first_names(extra)}"]
 
 
+def _is_visible(name: str) -> bool:
+    return not name.startswith(".")
+
+
 def _is_image(name: str) -> bool:
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
+    return _is_visible(name) and os.path.splitext(name)[1].lower() in SUFFIXES
 
 
 def _is_unicode(path: str) -> bool:

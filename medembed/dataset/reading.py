@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from medembed.dataset.images import decode_image
+from medembed.dataset.intensity import DEFAULT_INTENSITY, Intensity
 from medembed.errors import ImageError
 
 __all__ = ["Content", "Reading", "read_content"]
@@ -59,7 +60,10 @@ class Reading:
 
 
 def read_content(
-    paths: Sequence[Path], sha256: str, transform: Callable[[np.ndarray], np.ndarray]
+    paths: Sequence[Path],
+    sha256: str,
+    transform: Callable[[np.ndarray], np.ndarray],
+    intensity: Intensity = DEFAULT_INTENSITY,
 ) -> Reading:
     """Read the first of `paths` whose bytes have this SHA-256, and decode these very bytes.
 
@@ -67,6 +71,8 @@ def read_content(
     ----------
     transform : callable
         Applied to the decoded image, uint8 (H, W).
+    intensity : Intensity
+        Which window of a DICOM to use.
     """
     start = time.monotonic()
     reason, other = "", None
@@ -78,7 +84,7 @@ def read_content(
             continue
         found = hashlib.sha256(data).hexdigest()
         if found == sha256:
-            return _decode(data, transform, start)
+            return _decode(data, transform, intensity, start)
         other = found
     now = time.monotonic()
     if other:
@@ -86,10 +92,15 @@ def read_content(
     return Reading(stage="read", reason=reason, times=(start, now, now))
 
 
-def _decode(data: bytes, transform: Callable[[np.ndarray], np.ndarray], start: float) -> Reading:
+def _decode(
+    data: bytes,
+    transform: Callable[[np.ndarray], np.ndarray],
+    intensity: Intensity,
+    start: float,
+) -> Reading:
     middle = time.monotonic()
     try:
-        radiograph = decode_image(data)
+        radiograph = decode_image(data, intensity)
     except ImageError as error:
         reason, times = str(error), (start, middle, time.monotonic())
         return Reading(stage="decode", reason=reason, times=times)

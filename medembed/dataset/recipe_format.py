@@ -16,6 +16,7 @@ from medembed.errors import RecipeError
 
 __all__ = [
     "LAYOUTS",
+    "Dicom",
     "Folders",
     "Groups",
     "Label",
@@ -27,6 +28,7 @@ __all__ = [
 ]
 
 LAYOUTS = ("mura", "table", "folders", "dicom")
+DICOM_MATCHES = ("file", "instance", "study", "accession")
 MEANINGS = ("normal", "abnormal", "unknown")
 COUNTS = ("images", "studies", "patients", "abnormal", "abnormal_studies", "unlabelled")
 
@@ -76,6 +78,33 @@ class Folders:
     """
 
     pattern: str
+
+
+@dataclass(frozen=True)
+class Dicom:
+    """`[dicom]`: everything is in the files' own elements, labels perhaps in a table.
+
+    Attributes
+    ----------
+    identifiers : str
+        "hash": patient and study become keyed hashes (see `dataset.pseudonyms`), and ages from 90
+        on become 90. "keep": they are kept as they are.
+    modalities : tuple of str
+        Which to take; other objects are left out with their reason.
+    table : str
+        A CSV file with labels, looked for as `[table]` says. Empty: there are none.
+    column : str
+        Its column that says which image or study a row speaks of.
+    match : str
+        What that column holds: "file" (a path below the root, or a file's name or stem),
+        "instance" (SOPInstanceUID), "study" (StudyInstanceUID), "accession" (AccessionNumber).
+    """
+
+    identifiers: str = "hash"
+    modalities: tuple[str, ...] = ("CR", "DX", "RG")
+    table: str = ""
+    column: str = ""
+    match: str = "file"
 
 
 @dataclass(frozen=True)
@@ -150,6 +179,7 @@ class Recipe:
     label_level: str
     table: Table | None = None
     folders: Folders | None = None
+    dicom: Dicom | None = None
     region: Region | None = None
     label: Label | None = None
     groups: Groups | None = None
@@ -165,6 +195,7 @@ class Recipe:
 SECTIONS: dict[str, type] = {
     "table": Table,
     "folders": Folders,
+    "dicom": Dicom,
     "region": Region,
     "label": Label,
     "groups": Groups,
@@ -245,10 +276,10 @@ def _typed(item: "Field[Any]", value: Any, where: str) -> Any:
 def _check(recipe: Recipe) -> None:
     where = str(recipe.path)
     _refuse_other(f"{where}: layout", recipe.layout, LAYOUTS)
-    if recipe.layout == "dicom":
-        raise RecipeError(f"{where}: layout 'dicom' is not yet available in this version.")
     _refuse_other(f"{where}: label_level", recipe.label_level, LABEL_LEVELS)
     _check_sections(recipe, where)
+    if recipe.layout == "dicom":
+        _check_dicom(recipe, recipe.dicom or Dicom(), where)
     if recipe.label:
         _refuse_other(f"{where}, [label]: empty", recipe.label.empty, MEANINGS)
         _refuse_other(f"{where}, [label]: others", recipe.label.others, ("", *MEANINGS))
@@ -262,11 +293,17 @@ def _check(recipe: Recipe) -> None:
 
 def _check_sections(recipe: Recipe, where: str) -> None:
     """Hold the sections to the layout: each needs some and has no use for others."""
-    needed = {"mura": (), "table": ("table", "region", "label"), "folders": ("folders",)}
+    needed = {
+        "mura": (),
+        "table": ("table", "region", "label"),
+        "folders": ("folders",),
+        "dicom": ("split",),
+    }
     useless = {
-        "mura": ("table", "folders", "region", "label", "groups", "split"),
-        "table": ("folders",),
-        "folders": ("table",),
+        "mura": ("table", "folders", "dicom", "region", "label", "groups", "split"),
+        "table": ("folders", "dicom"),
+        "folders": ("table", "dicom"),
+        "dicom": ("table", "folders", "region", "groups"),
     }
     for name in needed[recipe.layout]:
         if getattr(recipe, name) is None:
@@ -288,6 +325,19 @@ def _check_sections(recipe: Recipe, where: str) -> None:
         raise RecipeError(f"{where}, [label]: name the table's column.")
     if recipe.table and recipe.split is None:
         raise RecipeError(f"{where}: add [split] with a column, or with a fraction to draw.")
+
+
+def _check_dicom(recipe: Recipe, dicom: Dicom, where: str) -> None:
+    _refuse_other(f"{where}, [dicom]: identifiers", dicom.identifiers, ("hash", "keep"))
+    _refuse_other(f"{where}, [dicom]: match", dicom.match, DICOM_MATCHES)
+    has_label = bool(recipe.label and recipe.label.column)
+    if not bool(dicom.table) == bool(dicom.column) == has_label == (recipe.label is not None):
+        raise RecipeError(
+            f"{where}: for labels give a table and its column in [dicom], and a [label] with a "
+            "column; without labels none of them."
+        )
+    if recipe.split and recipe.split.column and not dicom.table:
+        raise RecipeError(f"{where}, [split]: a column needs a table in [dicom].")
 
 
 def _refuse_other(what: str, value: object, allowed: tuple[str, ...]) -> None:

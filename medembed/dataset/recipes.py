@@ -81,6 +81,7 @@ def build_manifest(
     *,
     strict: bool = False,
     structure_only: bool = False,
+    key_file: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> BuildReport:
     """Build the manifest of the dataset below `image_root`.
@@ -96,6 +97,10 @@ def build_manifest(
     structure_only : bool
         Use the tables alone: images may be missing and `sha256` is empty. Such a manifest shows
         what a dataset holds; nothing can be extracted with it.
+    key_file : path, optional
+        What the identifiers of layout dicom are hashed with; made where it is not there. Without
+        one a random key is used and forgotten: the identifiers, and with them a drawn split,
+        differ from build to build.
     progress : callable, optional
         Called as `progress(done, total)` while files are hashed.
 
@@ -109,11 +114,12 @@ def build_manifest(
         The rows break a manifest's rules, as leaks do; lists all problems.
     """
     root = existing_root(image_root)
-    listing = read_layout(recipe, root)
+    listing = read_layout(recipe, root, Path(key_file) if key_file else None)
     warnings = list(listing.warnings)
     rows = _name_splits(recipe, listing.rows)
     rows["patient"] = _group_by_name(recipe.groups, rows)
     rows, excluded = _exclude(recipe, rows, warnings)
+    excluded += listing.excluded
     if not structure_only:
         rows = _drop_missing(rows, listing.is_found, excluded, warnings, root)
     _refuse_warnings(recipe, strict, warnings)  # before the long work

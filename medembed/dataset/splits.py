@@ -11,13 +11,21 @@ import hashlib
 import math
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from medembed.errors import RecipeError, TrainingDataError
 
-__all__ = ["draw_folds", "draw_fraction", "split_patients"]
+__all__ = [
+    "draw_folds",
+    "draw_fraction",
+    "fold_train_rows",
+    "require_both_classes",
+    "split_patients",
+]
 
 UNKNOWN = -1
 
@@ -133,6 +141,72 @@ def draw_fraction(
         n_kept = max(1, math.ceil(round(fraction * len(members), 9)))  # 0.07 of 100 is 7, not 8
         kept.update(members[:n_kept])
     return names.isin(kept).to_numpy(dtype=bool)
+
+
+def fold_train_rows(
+    rows: pd.DataFrame, *, n_folds: int, fraction: float = 1.0, seed: int = 0
+) -> "pd.Series[Any]":
+    """Draw folds over the labelled train rows of a manifest.
+
+    All of them, whether their images can be read or not, so that folds depend on the manifest and
+    the seed alone.
+
+    Parameters
+    ----------
+    rows : pandas.DataFrame
+        All rows of the manifest.
+    fraction : float
+        Of the patients, see `draw_fraction`; the rows of the others are left out.
+
+    Returns
+    -------
+    Series
+        Name of the image to its fold.
+
+    Raises
+    ------
+    TrainingDataError
+        There are no train rows, none with a label, only one class, no labelled test rows to score
+        on; or as `draw_folds` and `draw_fraction`.
+    """
+    train = rows[rows["split"] == "train"]
+    if train.empty:
+        raise TrainingDataError("the manifest has no train rows. Give some rows the split train.")
+    labelled = train[train["label"].notna()]
+    if labelled.empty:
+        raise TrainingDataError(
+            f"none of the {len(train)} train rows has a label. Give the manifest labels 0 and 1."
+        )
+    require_both_classes(labelled["label"].to_numpy(np.int8), "the train rows of the manifest")
+    if not (rows["label"].notna() & (rows["split"] == "test")).any():
+        raise TrainingDataError(
+            "the manifest has no labelled test rows, so no head could be scored. "
+            "Give some patients the split test."
+        )
+    labelled = labelled.reset_index(drop=True)
+    folds = np.asarray(draw_folds(labelled, n_folds=n_folds, seed=seed), np.int64)
+    chosen = draw_fraction(labelled, folds, fraction=fraction, seed=seed)
+    return pd.Series(folds[chosen], index=labelled["image"].to_numpy()[chosen])
+
+
+def require_both_classes(y: NDArray[Any], where: str) -> None:
+    """Refuse labels, 0 and 1 of shape (n,), of one class or none; `where` names the rows.
+
+    Raises
+    ------
+    TrainingDataError
+        Names the class that is lacking.
+    """
+    present = np.unique(y)
+    if len(present) < 2:
+        names = ("normal (label 0)", "abnormal (label 1)")
+        found = f"only {names[int(present[0])]}" if len(present) else "no"
+        lacking = names[1 - int(present[0])] if len(present) else "labelled"
+        fewer = " or ask for fewer --folds" if "fold" in where else ""
+        raise TrainingDataError(
+            f"{where} hold {found} rows; a head learns from both classes. "
+            f"Add {lacking} patients{fewer}."
+        )
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel
 from transformers.utils import logging
 
+from medembed.encoders.changes import INTEGERS, Changes, put_in
 from medembed.encoders.poolings import Features, token_poolings
 from medembed.encoders.preprocessing import Preprocessing
 from medembed.encoders.tensors import Digest, open_tensors, read_tensor
@@ -89,6 +92,23 @@ class BackboneEncoder(TorchEncoder):
         super().__init__(model, preprocessing, **known)
         self._grid, self._n_before, self._dimensions = grid, n_before, dict(dimensions)
 
+    def canonical_name(self, stored: str) -> str | None:
+        """Take the model's prefix off."""
+        return stored.removeprefix(f"{self.model.base_model_prefix}.")
+
+    def stored_tensors(self) -> dict[str, torch.Tensor]:
+        """Give the model's tensors; see `TorchEncoder.stored_tensors`.
+
+        transformers saves them, because it alone knows under which names: releases differ.
+        """
+        tensors: dict[str, torch.Tensor] = {}
+        with TemporaryDirectory() as saved:
+            with _quiet():
+                self.model.save_pretrained(saved)
+            for path in sorted(Path(saved).glob("*.safetensors")):
+                tensors |= load_file(path)
+        return {str(self.canonical_name(name)): tensor for name, tensor in tensors.items()}
+
     @property
     def dimensions(self) -> Mapping[str, tuple[int, ...]]:
         """Shape of one image's vector under each pooling."""
@@ -115,21 +135,24 @@ def load_backbone(
     revision: str | None = None,
     device: str = "cpu",
     precision: str = "fp32",
+    changes: Changes | None = None,
 ) -> BackboneEncoder:
     """Load a vision model of one of `BACKBONE_TYPES` through transformers, from safetensors only.
 
     The fingerprint is SHA-256 over the architecture and over the stored tensors, as
     `siglip.load_siglip` has it, with the model's prefix taken off and a classifier left out: the
-    same for a bare backbone and for a classifier built on it.
+    same for a bare backbone and for a classifier built on it. With `changes` it is that of the
+    model with them, and the directory is their base.
 
     Raises
     ------
     EncoderError
-        The directory holds no such model, or not all its weights, or some not finite.
+        The directory holds no such model, or not all its weights, or some not finite; or it is not
+        the base of the changes.
     """
     config = _read_config(directory, source)
     shapes = _shapes_of(config, preprocessing, source)
-    model, has_pooler = _load(directory, config, precision, source)
+    model, has_pooler = _load(directory, config, precision, source, changes)
     grid, n_before = _arrange(config, shapes["last_hidden_state"], preprocessing, source)
     width = shapes["last_hidden_state"][1 if config.model_type in _MAPS else -1]
     dimensions = token_poolings(width, grid)
@@ -138,15 +161,16 @@ def load_backbone(
     if config.model_type in _CLASSED:
         dimensions["cls"] = (width,)
     known: dict[str, Any] = {"source": source, "revision": revision, "device": device}
+    prefix = model.base_model_prefix
     return BackboneEncoder(
         model.to(device),
         preprocessing,
         grid=grid,
         n_before=n_before,
         dimensions=dimensions,
-        fingerprint=_fingerprint(directory, config, model.base_model_prefix, source),
+        fingerprint=_fingerprint(directory, config, prefix, source, changes),
         precision=precision,
-        reload=partial(load_backbone, directory, preprocessing, **known),
+        reload=partial(load_backbone, directory, preprocessing, changes=changes, **known),
         **known,
     )
 
@@ -209,22 +233,16 @@ def _arrange(
     return (rows, columns), n_before
 
 
-def _load(directory: Path, config: Any, precision: str, source: str) -> tuple[Any, bool]:
+def _load(
+    directory: Path, config: Any, precision: str, source: str, changes: Changes | None
+) -> tuple[Any, bool]:
     """Give the model with all its weights, and whether its pooling layer is the checkpoint's."""
     weight_files(directory, "whole")
     if (directory / INDEX_FILE).is_file() and (directory / WEIGHTS_FILE).is_file():
         raise EncoderError(f"{source} holds {INDEX_FILE} and {WEIGHTS_FILE}. Keep one of the two.")
     try:
         with _quiet():
-            model, report = AutoModel.from_pretrained(
-                directory,
-                config=config,
-                dtype=DTYPES[precision],
-                local_files_only=True,
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
+            model, report = _from_pretrained(directory, config, precision, changes)
     except Exception as error:  # of many kinds, by transformers' version
         raise EncoderError(f"{source} cannot be loaded: {_line(error)}") from error
     missing = sorted(name for name in report["missing_keys"] if not name.endswith(_IDLE))
@@ -236,6 +254,29 @@ def _load(directory: Path, config: Any, precision: str, source: str) -> tuple[An
     if without:
         model.pooler = None  # transformers has filled it with random numbers
     return model, not without
+
+
+def _from_pretrained(
+    directory: Path, config: Any, precision: str, changes: Changes | None
+) -> tuple[Any, dict[str, Any]]:
+    known: dict[str, Any] = {"config": config, "dtype": DTYPES[precision]}
+    known |= {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
+    if changes is None:
+        found: tuple[Any, dict[str, Any]] = AutoModel.from_pretrained(
+            directory, trust_remote_code=False, **known
+        )
+        return found
+    with torch.device("meta"):
+        kind = type(AutoModel.from_config(config, trust_remote_code=False))
+    state: dict[str, torch.Tensor] = {}
+    for path in weight_files(directory, "whole"):
+        state |= load_file(path)
+    for stored in state:
+        name = stored.removeprefix(f"{kind.base_model_prefix}.")
+        if name in changes.tensors:
+            state[stored] = changes.tensors[name][1]
+    adapted: tuple[Any, dict[str, Any]] = kind.from_pretrained(None, state_dict=state, **known)
+    return adapted
 
 
 def _refuse_extra(unexpected: Any, prefix: str, source: str) -> None:
@@ -253,20 +294,30 @@ def _refuse_extra(unexpected: Any, prefix: str, source: str) -> None:
         )
 
 
-def _fingerprint(directory: Path, config: Any, prefix: str, source: str) -> str:
-    digest = Digest()
+def _fingerprint(
+    directory: Path, config: Any, prefix: str, source: str, changes: Changes | None
+) -> str:
+    digest, base = Digest(), Digest()
     known = {key: getattr(config, key) for key in _ARCHITECTURE if hasattr(config, key)}
-    digest.add({"model_type": config.model_type, **known})
+    for each in (digest, base):
+        each.add({"model_type": config.model_type, **known})
+    for name, dtype, tensor in put_in(_read(directory, prefix, source), changes, base):
+        digest.add_tensor(name, dtype, tensor)
+    if changes is not None:
+        changes.require(base.hexdigest(), digest.hexdigest())
+    return digest.hexdigest()
+
+
+def _read(directory: Path, prefix: str, source: str) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """Yield the backbone's tensors sorted by name: without prefix, stored dtype, values."""
     with ExitStack() as stack:
         files = [open_tensors(stack, path) for path in weight_files(directory, "whole")]
         names = {name: file for file in files for name in file.keys()}  # noqa: SIM118
         if any(name.startswith(f"{prefix}.") for name in names):
             names = {name: file for name, file in names.items() if name.startswith(f"{prefix}.")}
         for name in sorted(names, key=lambda name: name.removeprefix(f"{prefix}.")):
-            # Batch norms count their training's batches in whole numbers.
-            dtype, tensor = read_tensor(names[name], name, source, integers=("I64",))
-            digest.add_tensor(name.removeprefix(f"{prefix}."), dtype, tensor)
-    return digest.hexdigest()
+            dtype, tensor = read_tensor(names[name], name, source, integers=INTEGERS)
+            yield name.removeprefix(f"{prefix}."), dtype, tensor
 
 
 @contextmanager

@@ -5,19 +5,23 @@ from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-from medembed.encoders.hub import resolve_checkpoint
-from medembed.encoders.preprocessing import read_preprocessing
+from medembed.encoders.bases import Base, Origin, base_of, read_base
+from medembed.encoders.hub import Checkpoint, resolve_checkpoint
+from medembed.encoders.preprocessing import Preprocessing, read_preprocessing
 from medembed.encoders.protocol import Encoder
-from medembed.encoders.weights import SIGLIP_TYPES, read_json
+from medembed.encoders.weights import AUTOENCODER_TYPE, SIGLIP_TYPES, read_json
 from medembed.errors import EncoderError
 
 if TYPE_CHECKING:
+    import torch
+
     from medembed.encoders.torch_encoder import TorchEncoder
 
 __all__ = [
     "DEVICES",
     "POOLINGS",
     "PRECISIONS",
+    "adapt_encoder",
     "choose_device",
     "choose_precision",
     "load_encoder",
@@ -40,6 +44,8 @@ def load_encoder(
     progress: Callable[[int, int], None] | None = None,
 ) -> Encoder:
     """Load an encoder by hub id (`owner/name[@revision]`), directory, or `demo`.
+
+    A directory may be that of an adapted encoder, which fine-tuning has left (see `bases`).
 
     Parameters
     ----------
@@ -64,9 +70,13 @@ def load_encoder(
     refuse_unknown(poolings)
     projector = "projector" in poolings
     checkpoint = resolve_checkpoint(ref, projector=projector, progress=progress)
+    base = read_base(checkpoint.path)
+    weights = checkpoint
+    if base is not None:
+        place = base_of(checkpoint.path)
+        weights = resolve_checkpoint(place, projector=projector, progress=progress)
     preprocessing = read_preprocessing(checkpoint.path, fit)
-    config: Any = read_json(checkpoint.path / "config.json")
-    kind = config.get("model_type") if isinstance(config, dict) else None
+    kind = _read_kind(checkpoint)
     chosen = choose_device(device)
     if chosen == "cuda":
         take_own_gpu(os.environ)
@@ -76,24 +86,84 @@ def load_encoder(
         "device": chosen,
         "precision": choose_precision(precision, chosen),
     }
-    encoder: TorchEncoder
+    if base is not None:
+        from medembed.encoders.changes import read_changes
+
+        known["changes"] = read_changes(checkpoint.path, base)
+    encoder = _load(kind, weights, preprocessing, known, projector=projector)
+    fingerprint = encoder.fingerprint if base is None else base.fingerprint
+    encoder.origin = Origin(weights, checkpoint.path, fingerprint)
+    if poolings:
+        encoder.check_poolings(poolings)
+    return encoder
+
+
+def adapt_encoder(
+    origin: Origin, preprocessing: Preprocessing, tensors: "Mapping[str, torch.Tensor]"
+) -> "TorchEncoder":
+    """Load what an encoder becomes with changed tensors, on the CPU in fp32.
+
+    Parameters
+    ----------
+    origin : Origin
+        What training began with.
+    preprocessing : Preprocessing
+        Of that encoder.
+    tensors : mapping of str to Tensor
+        By canonical name; float32, or int64 where the base has whole numbers.
+
+    Raises
+    ------
+    EncoderError
+        As `load_encoder`.
+    """
+    import torch
+
+    from medembed.encoders.changes import Changes
+
+    source = origin.weights.source
+    words = {torch.float32: "F32", torch.int64: "I64"}
+    stored = {name: (words[tensor.dtype], tensor) for name, tensor in tensors.items()}
+    base = Base(None, None, origin.fingerprint, None)
+    known = {"source": source, "changes": Changes(stored, base, source)}
+    return _load(_read_kind(origin.weights), origin.weights, preprocessing, known)
+
+
+def _read_kind(checkpoint: Checkpoint) -> Any:
+    config = read_json(checkpoint.path / "config.json")
+    return config.get("model_type") if isinstance(config, dict) else None
+
+
+def _load(
+    kind: Any,
+    weights: Checkpoint,
+    preprocessing: Preprocessing,
+    known: Mapping[str, Any],
+    *,
+    projector: bool = False,
+) -> "TorchEncoder":
     # Not earlier: a wrong reference is said before torch and transformers have loaded.
     if kind in SIGLIP_TYPES:
         from medembed.encoders.siglip import load_siglip
 
-        encoder = load_siglip(checkpoint.path, preprocessing, projector=projector, **known)
-    else:
-        from medembed.encoders.backbones import BACKBONE_TYPES, load_backbone
-
-        if kind not in BACKBONE_TYPES:
+        return load_siglip(weights.path, preprocessing, projector=projector, **known)
+    if kind == AUTOENCODER_TYPE:
+        if "changes" in known:
             raise EncoderError(
-                f"{checkpoint.source} is a checkpoint of type {kind!r}, which is not read. Give "
-                f"one of type: {', '.join((*SIGLIP_TYPES, *BACKBONE_TYPES))}."
+                f"{weights.source} is an autoencoder, which fine-tuning does not change, and yet a "
+                "base.json lies with it. Remove that file."
             )
-        encoder = load_backbone(checkpoint.path, preprocessing, **known)
-    if poolings:
-        encoder.check_poolings(poolings)
-    return encoder
+        from medembed.encoders.autoencoder import load_autoencoder
+
+        return load_autoencoder(weights.path, preprocessing, **known)
+    from medembed.encoders.backbones import BACKBONE_TYPES, load_backbone
+
+    if kind not in BACKBONE_TYPES:
+        raise EncoderError(
+            f"{weights.source} is a checkpoint of type {kind!r}, which is not read. Give one of "
+            f"type: {', '.join((*SIGLIP_TYPES, AUTOENCODER_TYPE, *BACKBONE_TYPES))}."
+        )
+    return load_backbone(weights.path, preprocessing, **known)
 
 
 def refuse_unknown(poolings: Sequence[str]) -> None:

@@ -5,17 +5,24 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import SiglipVisionConfig, SiglipVisionModel
 from transformers.models.gemma3.modeling_gemma3 import Gemma3MultiModalProjector
 
+from medembed.encoders.changes import Changes, put_in
 from medembed.encoders.poolings import Features, token_poolings
 from medembed.encoders.preprocessing import Preprocessing
 from medembed.encoders.tensors import Digest, read_part
 from medembed.encoders.torch_encoder import DTYPES, TorchEncoder
-from medembed.encoders.weights import SIGLIP_TYPES, canonical_name, checkpoint_name, read_json
+from medembed.encoders.weights import (
+    SIGLIP_TYPES,
+    Part,
+    canonical_name,
+    checkpoint_name,
+    read_json,
+)
 from medembed.errors import EncoderError
 
 __all__ = ["MODEL_TYPES", "SiglipEncoder", "load_siglip"]
@@ -50,6 +57,8 @@ class SiglipEncoder(TorchEncoder):
     projector : Gemma3MultiModalProjector, optional
     """
 
+    part: ClassVar[Part] = "tower"
+
     def __init__(
         self, model: Any, preprocessing: Preprocessing, *, projector: Any = None, **known: Any
     ) -> None:
@@ -69,6 +78,15 @@ class SiglipEncoder(TorchEncoder):
     def dimensions(self) -> Mapping[str, tuple[int, ...]]:
         """Shape of one image's vector under each pooling."""
         return dict(self._dimensions)
+
+    def canonical_name(self, stored: str) -> str | None:
+        """Strip the prefix; see `weights.canonical_name`."""
+        return canonical_name(stored)
+
+    def stored_tensors(self) -> dict[str, torch.Tensor]:
+        """Give the tower's tensors; see `TorchEncoder.stored_tensors`."""
+        stored = super().stored_tensors()
+        return {str(canonical_name(name)): tensor for name, tensor in stored.items()}
 
     def features(self, pixel_values: torch.Tensor) -> Features:
         """Run the tower; see `TorchEncoder.features`."""
@@ -90,29 +108,36 @@ def load_siglip(
     device: str = "cpu",
     precision: str = "fp32",
     projector: bool = False,
+    changes: Changes | None = None,
 ) -> SiglipEncoder:
     """Load the vision tower of a checkpoint directory, and nothing else of it but the projector.
 
     Tensors are read one at a time, so a tower needs its own memory once. The fingerprint is
     SHA-256 over the architecture and over every tensor's canonical name, stored dtype, shape and
     bytes in the order of names: the same under all namings and file layouts. It covers the
-    projector only where that is loaded.
+    projector only where that is loaded. With `changes` it is that of the tower with them, and the
+    directory is their base.
 
     Raises
     ------
     EncoderError
         The directory holds no tower, or not exactly the tensors, shapes and finite values that
-        its config asks for; or no projector, where one is asked for.
+        its config asks for; or no projector, where one is asked for; or it is not the base of the
+        changes.
     """
     config = _read_architecture(directory)
     _check_size(config, preprocessing, source)
-    digest = Digest()
-    digest.add({key: getattr(config, key) for key in _ARCHITECTURE})
+    digest, base = Digest(), Digest()
+    for each in (digest, base):
+        each.add({key: getattr(config, key) for key in _ARCHITECTURE})
     to = {"device": device, "dtype": DTYPES[precision]}
     with torch.device("meta"):
         model = SiglipVisionModel(config)
     names = {str(canonical_name(name)): name for name in model.state_dict()}
-    _fill(model, names, digest, read_part(directory, _shapes(model, names), source), to)
+    tensors = read_part(directory, _shapes(model, names), source)
+    _fill(model, names, digest, put_in(tensors, changes, base), to)
+    if changes is not None:
+        changes.require(base.hexdigest(), digest.hexdigest())
     _fill_positions(model, device)
     added = _load_projector(directory, config, digest, source, to) if projector else None
     reload = partial(
@@ -123,6 +148,7 @@ def load_siglip(
         revision=revision,
         device=device,
         projector=projector,
+        changes=changes,
     )
     return SiglipEncoder(
         model,

@@ -4,7 +4,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -13,7 +13,11 @@ from medembed.encoders.devices import Rows, device_of
 from medembed.encoders.poolings import Features, pool
 from medembed.encoders.preprocessing import Preprocessing, channel_levels
 from medembed.encoders.protocol import Encoder
+from medembed.encoders.weights import Part
 from medembed.errors import DeviceMemoryError, EncoderError
+
+if TYPE_CHECKING:
+    from medembed.encoders.bases import Origin
 
 __all__ = ["DTYPES", "TorchEncoder"]
 
@@ -40,7 +44,16 @@ class TorchEncoder(ABC):
     reload : callable, optional
         Gives the same tower in fp32 on the same device; without it, a tower that is not in fp32
         has no `reference`.
+
+    Attributes
+    ----------
+    part : {"tower", "whole"}
+        What of its checkpoint's tensors it is.
+    origin : Origin or None
+        What it was loaded from; set by `loading.load_encoder`.
     """
+
+    part: ClassVar[Part] = "whole"
 
     def __init__(
         self,
@@ -62,6 +75,7 @@ class TorchEncoder(ABC):
         self.device = device
         self.precision = precision
         self._reload = reload
+        self.origin: Origin | None = None
         self._runner = device_of(device)
         self._compiled: tuple[int, Callable[..., Any]] | None = None
         levels = channel_levels(preprocessing)
@@ -188,10 +202,29 @@ class TorchEncoder(ABC):
 
     @torch.inference_mode()
     def _compute(self, pixels: torch.Tensor, poolings: Sequence[str]) -> dict[str, torch.Tensor]:
-        return pool(self.features(self._normalise(pixels)), poolings)
+        return pool(self.features(self.normalise(pixels)), poolings)
 
-    def _normalise(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Look grey levels up on the device: one uint8 channel travels instead of three floats."""
+    def canonical_name(self, stored: str) -> str | None:
+        """Give the name that a tensor of a checkpoint has in the fingerprint; None of no part."""
+        return stored
+
+    def stored_tensors(self) -> dict[str, torch.Tensor]:
+        """Give the model's tensors on the CPU, under the names that its checkpoint has for them."""
+        return {name: t.detach().cpu() for name, t in self.model.state_dict().items()}
+
+    def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Look grey levels up on the device: one uint8 channel travels instead of three floats.
+
+        Parameters
+        ----------
+        pixels : Tensor
+            uint8 (n, height, width), prepared, on the device.
+
+        Returns
+        -------
+        Tensor
+            (n, 3, height, width) in the tower's precision.
+        """
         index = pixels.int()
         if self._alike:
             return self._levels[0][index][:, None].expand(-1, 3, -1, -1)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from medembed.errors import EncoderError
 
 __all__ = [
+    "AUTOENCODER_TYPE",
     "FETCHED_FILES",
     "INDEX_FILE",
     "PART_NAMES",
@@ -27,8 +28,9 @@ __all__ = [
     "whole_files",
 ]
 
-Part = Literal["tower", "projector", "whole"]
+Part = Literal["tower", "projector", "encoder", "whole"]
 SIGLIP_TYPES = ("gemma3", "siglip", "siglip_vision_model")
+AUTOENCODER_TYPE = "medembed-autoencoder"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 # What `fetching` makes of the ranges that it fetches from a repository's files.
@@ -45,7 +47,22 @@ _TOWER = re.compile(
 _PROJECTOR = re.compile(
     r"^(?:model\.)?multi_modal_projector\.(mm_input_projection_weight|mm_soft_emb_norm\.weight)$"
 )
+_IN_WORDS: dict[Part, str] = {
+    "tower": "the vision tower",
+    "projector": "the projector",
+    "encoder": "the encoder",
+    "whole": "the model",
+}
+_NOT_HELD: dict[Part, str] = {
+    "tower": "vision tower: no tensor named vision_tower.… or vision_model.…. Give a checkpoint of "
+    "MedGemma, MedSigLIP or SigLIP.",
+    "projector": "projector: no tensor named multi_modal_projector.…. Only MedGemma has one; leave "
+    "out the pooling `projector`.",
+    "encoder": "encoder: no tensor named encoder.…. Train it again with `medembed autoencoder`.",
+    "whole": "tensor at all. Complete the checkpoint.",
+}
 _BLOB = re.compile(r"^[0-9a-f]{64}$")
+_ENCODER = re.compile(r"^encoder\.(.+)$")  # of an autoencoder
 # A constant (0, 1, 2, …) that early releases of transformers saved with the weights.
 _CONSTANTS = {"embeddings.position_ids"}
 
@@ -74,6 +91,11 @@ def canonical_projector_name(stored: str) -> str | None:
     return found[1] if found else None
 
 
+def _encoder_name(stored: str) -> str | None:
+    found = _ENCODER.match(stored)
+    return found[1] if found else None
+
+
 def _any_name(stored: str) -> str | None:
     return stored
 
@@ -81,6 +103,7 @@ def _any_name(stored: str) -> str | None:
 PART_NAMES: dict[Part, Callable[[str], str | None]] = {
     "tower": canonical_name,
     "projector": canonical_projector_name,
+    "encoder": _encoder_name,
     "whole": _any_name,
 }
 
@@ -148,8 +171,8 @@ def weight_files(directory: Path, part: Part = "tower") -> list[Path]:
 
     Parameters
     ----------
-    part : {"tower", "projector", "whole"}
-        The vision tower, Gemma's projector, or every tensor there is.
+    part : {"tower", "projector", "encoder", "whole"}
+        The vision tower, Gemma's projector, an autoencoder's encoder, or every tensor there is.
 
     Raises
     ------
@@ -173,10 +196,9 @@ def weight_files(directory: Path, part: Part = "tower") -> list[Path]:
     )
     missing = [shard for shard in shards if not (directory / shard).is_file()]
     if missing:
-        held = {"tower": "the vision tower", "projector": "the projector", "whole": "the model"}
         raise EncoderError(
             f"{checkpoint_name(directory)} lacks {missing[0]}, one of {len(missing)} missing "
-            f"files that hold {held[part]}. Complete the checkpoint."
+            f"files that hold {_IN_WORDS[part]}. Complete the checkpoint."
         )
     return []
 
@@ -235,16 +257,8 @@ def match_tensors(
                 "one naming."
             )
         found[canonical] = (path, name)
-    if not found and part == "projector":
-        raise EncoderError(
-            f"{source} holds no projector: no tensor named multi_modal_projector.…. Only MedGemma "
-            "has one; leave out the pooling `projector`."
-        )
     if not found:
-        raise EncoderError(
-            f"{source} holds no vision tower: no tensor named vision_tower.… or vision_model.…. "
-            "Give a checkpoint of MedGemma, MedSigLIP or SigLIP."
-        )
+        raise EncoderError(f"{source} holds no {_NOT_HELD[part]}")
     return found
 
 

@@ -1,6 +1,6 @@
-"""Calibration of probabilities, and the threshold that turns them into decisions.
+"""Calibration: probabilities that mean what they say.
 
-Both are fitted on out-of-fold predictions of `train` and never see `test`.
+All are fitted on out-of-fold predictions of `train` and never see `test`.
 """
 
 import math
@@ -11,10 +11,19 @@ from typing import Any, TypeGuard
 import numpy as np
 from scipy.optimize import minimize
 from scipy.special import expit, logit
+from sklearn.isotonic import IsotonicRegression
 
-from medembed.errors import ModelError, TrainingDataError
+from medembed.errors import ModelError
+from medembed.evaluation.checks import check_both_classes
 
-__all__ = ["MIN_SLOPE", "Calibration", "fit_platt", "youden_threshold"]
+__all__ = [
+    "MIN_SLOPE",
+    "Calibration",
+    "IsotonicCalibration",
+    "fit_isotonic",
+    "fit_platt",
+    "fit_temperature",
+]
 
 #: The slope is held above zero, so that calibration never turns the order of studies round, even
 #: where a head ranks worse than chance.
@@ -23,13 +32,19 @@ MIN_SLOPE = 1e-3
 #: below 1 (2 ** -24 = 6e-8).
 _EDGE = 1e-7
 
+_METHODS = ("platt", "temperature")
+
 
 @dataclass(frozen=True)
 class Calibration:
-    """A logistic map of the log-odds: sigmoid(slope * logit(p) + intercept), slope > 0."""
+    """A logistic map of the log-odds: sigmoid(slope * logit(p) + intercept), slope > 0.
+
+    `method` says how it was fitted: "platt", or "temperature", whose intercept is 0.
+    """
 
     slope: float = 1.0
     intercept: float = 0.0
+    method: str = "platt"
 
     def apply(self, probability: np.ndarray) -> np.ndarray:
         """Return calibrated probabilities (float64, the shape given), in the same order."""
@@ -38,7 +53,7 @@ class Calibration:
 
     def as_dict(self) -> dict[str, Any]:
         """Return what `from_dict` reads, fit for JSON."""
-        return {"method": "platt", "slope": self.slope, "intercept": self.intercept}
+        return {"method": self.method, "slope": self.slope, "intercept": self.intercept}
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> "Calibration":
@@ -47,17 +62,42 @@ class Calibration:
         Raises
         ------
         ModelError
-            Another method, or parameters that are not finite numbers with a slope above zero.
+            Another method, parameters that are not finite numbers with a slope above zero, or a
+            temperature with an intercept.
         """
+        method = document.get("method")
         slope, intercept = document.get("slope"), document.get("intercept")
-        if document.get("method") != "platt":
-            raise ModelError(f"calibration method {document.get('method')!r} is not 'platt'")
+        if method not in _METHODS:
+            raise ModelError(f"calibration method {method!r} is not one of {', '.join(_METHODS)}")
         if not (_is_finite(slope) and _is_finite(intercept) and slope > 0):
             raise ModelError(
                 f"calibration slope {slope!r} and intercept {intercept!r} are not finite numbers "
                 "with a slope above zero"
             )
-        return cls(float(slope), float(intercept))
+        if method == "temperature" and intercept != 0:
+            raise ModelError(f"calibration by temperature has no intercept, but here {intercept!r}")
+        return cls(float(slope), float(intercept), str(method))
+
+
+@dataclass(frozen=True, eq=False)
+class IsotonicCalibration:
+    """A rising map: linear between knots, constant below the first and above the last.
+
+    Attributes
+    ----------
+    x : ndarray of float64, shape (k,)
+        Probabilities before calibration, strictly rising, in [0, 1].
+    y : ndarray of float64, shape (k,)
+        What becomes of them, never falling, in [0, 1].
+    """
+
+    x: np.ndarray
+    y: np.ndarray
+
+    def apply(self, probability: np.ndarray) -> np.ndarray:
+        """Return calibrated probabilities (float64, the shape given); distinct ones may be tied."""
+        values = np.asarray(probability, dtype=np.float64)
+        return np.asarray(np.interp(values, self.x, self.y), dtype=np.float64)
 
 
 def fit_platt(probability: np.ndarray, y: np.ndarray) -> Calibration:
@@ -80,7 +120,45 @@ def fit_platt(probability: np.ndarray, y: np.ndarray) -> Calibration:
     TrainingDataError
         Only one class, lengths that differ, other labels, or probabilities outside [0, 1].
     """
-    labels, values = _both_classes(y, probability, "calibration")
+    slope, intercept = _fit_line(probability, y, (None, None))
+    return Calibration(slope, intercept)
+
+
+def fit_temperature(probability: np.ndarray, y: np.ndarray) -> Calibration:
+    """Fit one positive scale of the log-odds, the inverse of a temperature, and no intercept.
+
+    Guo et al., On Calibration of Modern Neural Networks, ICML 2017. As in `fit_platt` the targets
+    are Platt's and slope >= `MIN_SLOPE`: theirs, 0 and 1, have no finite scale on separable data.
+
+    Parameters and errors are those of `fit_platt`.
+    """
+    slope, _ = _fit_line(probability, y, (0.0, 0.0))
+    return Calibration(slope, 0.0, "temperature")
+
+
+def fit_isotonic(probability: np.ndarray, y: np.ndarray) -> IsotonicCalibration:
+    """Fit the rising map with the least squared error.
+
+    Zadrozny and Elkan, Transforming Classifier Scores into Accurate Multiclass Probability
+    Estimates, KDD 2002; fitted by scikit-learn's `IsotonicRegression`. It wants more rows than
+    `fit_platt`: below about a thousand it follows their noise (Niculescu-Mizil and Caruana, ICML
+    2005).
+
+    Parameters and errors are those of `fit_platt`.
+    """
+    labels, values = check_both_classes(y, probability, "calibration")
+    fitted = IsotonicRegression(y_min=0.0, y_max=1.0).fit(values, labels.astype(np.float64))
+    return IsotonicCalibration(
+        np.asarray(fitted.X_thresholds_, dtype=np.float64),
+        np.asarray(fitted.y_thresholds_, dtype=np.float64),
+    )
+
+
+def _fit_line(
+    probability: np.ndarray, y: np.ndarray, intercept_bounds: tuple[float | None, float | None]
+) -> tuple[float, float]:
+    """Return the slope and intercept with the least cross-entropy to Platt's targets."""
+    labels, values = check_both_classes(y, probability, "calibration")
     x = _log_odds(values)
     n_abnormal = int(labels.sum())
     n_normal = len(labels) - n_abnormal
@@ -98,43 +176,10 @@ def fit_platt(probability: np.ndarray, y: np.ndarray) -> Calibration:
         np.array([1.0, 0.0]),
         jac=True,
         method="L-BFGS-B",
-        bounds=[(MIN_SLOPE, None), (None, None)],
+        bounds=[(MIN_SLOPE, None), intercept_bounds],
         options={"ftol": 1e-15, "gtol": 1e-9, "maxiter": 1000},
     )
-    return Calibration(float(found.x[0]), float(found.x[1]))
-
-
-def youden_threshold(y: np.ndarray, probability: np.ndarray) -> float:
-    """Return the threshold with the largest sensitivity + specificity - 1.
-
-    Youden, Index for rating diagnostic tests, Cancer 3, 1950. Decisions are abnormal at or above
-    the threshold. Of all thresholds with the same decisions the middle of the gap is taken, and of
-    several cuts with the same index the lowest, the more sensitive one. Where no cut is better
-    than chance this is the smallest probability: everything is called abnormal.
-
-    Parameters
-    ----------
-    y, probability : arrays of shape (n,)
-        Labels 0 or 1, and (calibrated, out-of-fold) probabilities of abnormal.
-
-    Raises
-    ------
-    TrainingDataError
-        As `fit_platt`.
-    """
-    labels, values = _both_classes(y, probability, "a threshold")
-    distinct, groups = np.unique(values, return_inverse=True)
-    abnormal = np.bincount(groups, weights=labels, minlength=len(distinct))
-    normal = np.bincount(groups, weights=1 - labels, minlength=len(distinct))
-    # counts are whole numbers, so equal indices compare equal: scaled by n1 * n0, they stay whole
-    above = labels.sum() - np.r_[0, np.cumsum(abnormal)[:-1]]
-    false = (1 - labels).sum() - np.r_[0, np.cumsum(normal)[:-1]]
-    index = above * normal.sum() - false * abnormal.sum()
-    best = int(np.argmax(index))
-    if best == 0:
-        return float(distinct[0])
-    middle = float((distinct[best - 1] + distinct[best]) / 2)
-    return middle if middle > distinct[best - 1] else float(distinct[best])
+    return float(found.x[0]), float(found.x[1])
 
 
 def _is_finite(value: Any) -> TypeGuard[float]:
@@ -144,25 +189,3 @@ def _is_finite(value: Any) -> TypeGuard[float]:
 def _log_odds(probability: np.ndarray) -> np.ndarray:
     clipped = np.clip(np.asarray(probability, dtype=np.float64), _EDGE, 1 - _EDGE)
     return np.asarray(logit(clipped))
-
-
-def _both_classes(
-    y: np.ndarray, probability: np.ndarray, purpose: str
-) -> tuple[np.ndarray, np.ndarray]:
-    labels, values = np.asarray(y), np.asarray(probability, dtype=np.float64)
-    if labels.ndim != 1 or labels.shape != values.shape:
-        raise TrainingDataError(
-            f"{purpose} needs one probability per label, got shapes {values.shape} and "
-            f"{labels.shape}"
-        )
-    if not np.isin(labels, (0, 1)).all():
-        raise TrainingDataError(f"{purpose} needs labels 0 and 1; leave unlabelled rows out")
-    if not ((values >= 0) & (values <= 1)).all():
-        raise TrainingDataError(f"{purpose} needs probabilities in [0, 1], not NaN")
-    if len(np.unique(labels)) < 2:
-        held = "normal" if (labels == 0).any() else "abnormal" if len(labels) else "none"
-        raise TrainingDataError(
-            f"{purpose} needs normal and abnormal rows, but all {len(labels)} are {held}; "
-            "give it more patients"
-        )
-    return labels.astype(np.int64), values

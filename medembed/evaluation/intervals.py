@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from math import nan
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -22,8 +22,10 @@ from medembed.evaluation.scores import DECISION_SCORES, SCORES, Scorer
 __all__ = [
     "Difference",
     "Interval",
+    "Variant",
     "bootstrap_report",
     "bootstrap_scores",
+    "bootstrap_variants",
     "holm",
     "paired_difference",
     "paired_differences",
@@ -65,6 +67,33 @@ def bootstrap_scores(
     scorer = Scorer(y, probability, threshold)
     codes = patient_codes(patients)
     return _intervals([scorer], [np.arange(len(codes))], codes, n_resamples, seed)[0]
+
+
+class Variant(NamedTuple):
+    """Probabilities of the rows (n,), the threshold of decisions, and the scores wanted."""
+
+    probability: np.ndarray
+    threshold: float
+    names: Sequence[str] = SCORES
+
+
+def bootstrap_variants(
+    y: np.ndarray,
+    variants: Mapping[str, Variant],
+    patients: np.ndarray,
+    *,
+    n_resamples: int = 2000,
+    seed: int = 0,
+) -> dict[str, dict[str, Interval]]:
+    """Return the scores of several predictions of the same rows, all on the same resamples.
+
+    Parameters and errors are those of `bootstrap_scores`.
+    """
+    scorers = [Scorer(y, *variant) for variant in variants.values()]
+    codes = patient_codes(patients)
+    members = [np.arange(len(codes))] * len(scorers)
+    found = _intervals(scorers, members, codes, n_resamples, seed)
+    return dict(zip(variants, found, strict=True))
 
 
 def bootstrap_report(

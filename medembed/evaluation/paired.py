@@ -6,11 +6,20 @@ from itertools import combinations
 from math import isnan, nan
 
 import numpy as np
+from scipy.special import bdtr
 
+from medembed.errors import TrainingDataError
 from medembed.evaluation.resampling import draw, finite_or_none, patient_codes, percentiles
 from medembed.evaluation.scores import Scorer
 
-__all__ = ["Difference", "holm", "paired_difference", "paired_differences"]
+__all__ = [
+    "Difference",
+    "McNemar",
+    "holm",
+    "mcnemar",
+    "paired_difference",
+    "paired_differences",
+]
 
 
 @dataclass(frozen=True)
@@ -116,6 +125,55 @@ def holm(p: Sequence[float]) -> np.ndarray:
     scaled = values[order] * np.arange(len(order), 0, -1)
     adjusted[order] = np.minimum(np.maximum.accumulate(scaled), 1.0)
     return adjusted
+
+
+@dataclass(frozen=True)
+class McNemar:
+    """Rows on which only one of two heads decided rightly, and the exact test of their numbers."""
+
+    only_a: int
+    only_b: int
+    p: float
+
+
+def mcnemar(y: np.ndarray, a: np.ndarray, b: np.ndarray) -> McNemar:
+    """Test whether two heads decide rightly equally often, by McNemar's exact test.
+
+    The test takes rows as independent, which studies of one patient are not: it is a cross-check
+    beside the bootstrap over patients, and too sure of itself where patients have many rows.
+
+    Parameters
+    ----------
+    y : array of shape (n,)
+        Labels, 0 or 1.
+    a, b : arrays of shape (n,)
+        The heads' decisions on the same rows: True, or 1, is abnormal.
+
+    Returns
+    -------
+    McNemar
+        `p` is two-sided, from the binomial distribution with probability one half of the smaller
+        of the two counts among their sum (McNemar, Psychometrika 12, 1947, in its exact form),
+        doubled and cut at 1; 1 where the heads are right and wrong on the same rows.
+
+    Raises
+    ------
+    TrainingDataError
+        Lengths that differ, or values other than 0 and 1, False and True.
+    """
+    labels, of_a, of_b = np.asarray(y), np.asarray(a), np.asarray(b)
+    if labels.ndim != 1 or not labels.shape == of_a.shape == of_b.shape:
+        raise TrainingDataError(
+            f"labels of shape {labels.shape} and decisions of shapes {of_a.shape} and {of_b.shape} "
+            "are not three columns of one length"
+        )
+    for name, values in (("label", labels), ("decision", of_a), ("decision", of_b)):
+        if not np.isin(values, (0, 1)).all():
+            raise TrainingDataError(f"a {name} is not 0 or 1; leave unlabelled rows out")
+    only_a = int(((of_a == labels) & (of_b != labels)).sum())
+    only_b = int(((of_b == labels) & (of_a != labels)).sum())
+    p = 2 * float(bdtr(min(only_a, only_b), only_a + only_b, 0.5))
+    return McNemar(only_a, only_b, min(1.0, p))
 
 
 def _difference(value: float, draws: np.ndarray) -> Difference:

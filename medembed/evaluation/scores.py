@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from medembed.errors import TrainingDataError
+from medembed.evaluation.checks import check_rows
 
 __all__ = ["DECISION_SCORES", "N_ECE_BINS", "SCORES", "Scorer", "by_study", "score"]
 
@@ -74,7 +75,7 @@ class Scorer:
         names: Sequence[str] = SCORES,
     ) -> None:
         self.names = _known_scores(names)
-        labels, self._probability = _checked(y, probability)
+        labels, self._probability = check_rows(y, probability)
         self._positive = labels.astype(np.float64)
         # bins are [k / 10, (k + 1) / 10), the last one closed
         self._bins = np.minimum((self._probability * N_ECE_BINS).astype(int), N_ECE_BINS - 1)
@@ -231,18 +232,3 @@ def _known_scores(names: Sequence[str]) -> tuple[str, ...]:
         if name not in SCORES:
             raise TrainingDataError(f"unknown score {name!r}; known are {', '.join(SCORES)}")
     return tuple(names)
-
-
-def _checked(y: np.ndarray, probability: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    labels, values = np.asarray(y), np.asarray(probability, dtype=np.float64)
-    if labels.ndim != 1 or labels.shape != values.shape:
-        raise TrainingDataError(
-            f"labels of shape {labels.shape} and probabilities of shape {values.shape} "
-            "are not two columns of one length"
-        )
-    if not np.isin(labels, (0, 1)).all():
-        strange = next(value for value in labels.tolist() if value not in (0, 1))
-        raise TrainingDataError(f"label {strange} is not 0 or 1; leave unlabelled rows out")
-    if not ((values >= 0) & (values <= 1)).all():
-        raise TrainingDataError("a probability is NaN or outside [0, 1]; it cannot be scored")
-    return labels.astype(np.int8), values

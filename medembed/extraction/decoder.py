@@ -21,6 +21,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from medembed.dataset.intensity import DEFAULT_INTENSITY, Intensity
 from medembed.dataset.reading import Reading, read_content
 from medembed.encoders.preprocessing import Preprocessing, prepare
 
@@ -40,13 +41,14 @@ def main(arguments: str) -> None:
     Parameters
     ----------
     arguments : str
-        JSON: `handle` of the shared file, `preprocessing` as a mapping.
+        JSON: `handle` of the shared file, `preprocessing` and `intensity` as mappings.
     """
     # Schedulers signal every process of a job. The one that commits ends this one, by its stdin;
     # dying first would look as if the image at hand were to blame.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     given = json.loads(arguments)
     preprocessing = Preprocessing(**given["preprocessing"])
+    intensity = Intensity(**given["intensity"])
     with _answers() as answers:
         _send(answers, READY)
         shape = sys.stdin.readline()
@@ -56,7 +58,7 @@ def main(arguments: str) -> None:
         for line in sys.stdin:
             slot, sha256, paths = json.loads(line)
             transform = partial(prepare, preprocessing=preprocessing)
-            reading = read_content([Path(path) for path in paths], sha256, transform)
+            reading = read_content([Path(path) for path in paths], sha256, transform, intensity)
             if reading.pixels is not None:
                 slots[slot] = reading.pixels
             _send(answers, _without_pixels(reading))
@@ -81,9 +83,12 @@ def _send(answers: IO[str], answer: Any) -> None:
     answers.flush()
 
 
-def describe(handle: int, preprocessing: Preprocessing) -> str:
+def describe(
+    handle: int, preprocessing: Preprocessing, intensity: Intensity = DEFAULT_INTENSITY
+) -> str:
     """Write what `main` is to be given."""
-    return json.dumps({"handle": handle, "preprocessing": asdict(preprocessing)})
+    settings = {"preprocessing": asdict(preprocessing), "intensity": asdict(intensity)}
+    return json.dumps({"handle": handle, **settings})
 
 
 if __name__ == "__main__":

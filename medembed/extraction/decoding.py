@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import IO, Any
 
 import medembed
+from medembed.dataset.intensity import DEFAULT_INTENSITY, Intensity
 from medembed.dataset.manifest import image_path
 from medembed.dataset.reading import Content, Reading
 from medembed.encoders.preprocessing import Preprocessing
@@ -55,11 +56,19 @@ class Decoders:
         How many work at once.
     preprocessing : Preprocessing
         What `prepare` does to each image.
+    intensity : Intensity
+        Which window of a DICOM to use.
     """
 
-    def __init__(self, n_processes: int, preprocessing: Preprocessing) -> None:
+    def __init__(
+        self,
+        n_processes: int,
+        preprocessing: Preprocessing,
+        intensity: Intensity = DEFAULT_INTENSITY,
+    ) -> None:
         self.n_processes = n_processes
         self._preprocessing = preprocessing
+        self._intensity = intensity
         self._idle: queue.SimpleQueue[_Decoder] = queue.SimpleQueue()
         self._deaths = 0
 
@@ -67,7 +76,7 @@ class Decoders:
         self._shared = _make_shared_file()
         handle = self._shared.fileno()
         self._messages = tempfile.TemporaryFile()
-        arguments = describe(handle, self._preprocessing)
+        arguments = describe(handle, self._preprocessing, self._intensity)
         self._all = [_Decoder(arguments, handle, self._messages) for _ in range(self.n_processes)]
         for decoder in self._all:
             self._idle.put(decoder)

@@ -13,6 +13,7 @@ from medembed.cache.plan import Plan, Worker, make_plan
 from medembed.cache.spec import CacheSpec
 from medembed.cache.store import Cache, create_cache, open_cache
 from medembed.dataset.images import IMAGES_VERSION
+from medembed.dataset.intensity import DEFAULT_INTENSITY, Intensity
 from medembed.dataset.manifest import Manifest, image_path, require_hashes
 from medembed.encoders.protocol import Encoder, PipelinedEncoder
 from medembed.errors import (
@@ -54,6 +55,7 @@ def extract(
     *,
     poolings: Sequence[str] = ("mean", "max"),
     dtype: str = "float16",
+    intensity: Intensity = DEFAULT_INTENSITY,
     batch_size: int | None = None,
     decoders: int | None = None,
     retry_failed: bool = False,
@@ -84,6 +86,8 @@ def extract(
         Which of the encoder's poolings to store.
     dtype : {"float16", "float32"}
         How to store them.
+    intensity : Intensity
+        Which window of a DICOM to use; other than the default it is part of the cache's spec.
     batch_size : int, optional
         Images per call of the encoder; by default what its device holds.
     decoders : int, optional
@@ -131,7 +135,7 @@ def extract(
     start, root, timeline = time.monotonic(), Path(image_root), timeline or Timeline()
     _check_request(root, encoder, poolings, batch_size, decoders)
     require_hashes(manifest)
-    spec, recorded = spec_of(encoder, poolings, dtype), _record(encoder)
+    spec, recorded = spec_of(encoder, poolings, dtype, intensity), _record(encoder)
     plan = make_plan(
         manifest.rows,
         _open_if_there(cache_path, spec, recorded, known_shards),
@@ -143,7 +147,7 @@ def extract(
     check_plan(plan, spec, root, Path(cache_path))
     n_decoders = min(decoders or count_cores(), len(plan.pending))
     # The decoders outermost: Ctrl-C commits first and ends them afterwards.
-    with Decoders(n_decoders, encoder.preprocessing) as readers:
+    with Decoders(n_decoders, encoder.preprocessing, intensity) as readers:
         size = _warm_up(encoder, poolings, len(plan.pending), batch_size, tell)
         _say(tell, "Canary")
         cache = _open_or_make(encoder, spec, recorded, cache_path, known_shards)
@@ -164,6 +168,7 @@ def prepare_cache(
     *,
     poolings: Sequence[str] = ("mean", "max"),
     dtype: str = "float16",
+    intensity: Intensity = DEFAULT_INTENSITY,
     dry_run: bool = False,
 ) -> None:
     """Do what comes before the plan of `extract`: check the request, open or make the cache.
@@ -171,7 +176,7 @@ def prepare_cache(
     Arguments and exceptions are those of `extract`. In a dry run nothing is made.
     """
     _check_request(Path(image_root), encoder, poolings, None, None)
-    spec, recorded = spec_of(encoder, poolings, dtype), _record(encoder)
+    spec, recorded = spec_of(encoder, poolings, dtype, intensity), _record(encoder)
     if _open_if_there(cache_path, spec, recorded) is None and not dry_run:
         _open_or_make(encoder, spec, recorded, cache_path)
 
@@ -190,14 +195,19 @@ def check_plan(plan: Plan, spec: CacheSpec, image_root: Path, cache_path: Path) 
     _refuse_full_disk(plan, spec, cache_path)
 
 
-def spec_of(encoder: Encoder, poolings: Sequence[str], dtype: str = "float16") -> CacheSpec:
+def spec_of(
+    encoder: Encoder,
+    poolings: Sequence[str],
+    dtype: str = "float16",
+    intensity: Intensity = DEFAULT_INTENSITY,
+) -> CacheSpec:
     """Say what rows of this encoder share: the spec of their cache."""
     return CacheSpec(
         encoder=encoder.fingerprint,
         preprocessing={
             **encoder.preprocessing.as_dict(),
             "images_version": IMAGES_VERSION,
-            "window": None,
+            "window": intensity.as_spec(),
         },
         poolings={name: tuple(encoder.dimensions[name]) for name in poolings},
         dtype=dtype,

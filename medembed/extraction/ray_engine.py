@@ -18,6 +18,7 @@ from medembed.cache.plan import Plan, make_plan
 from medembed.cache.shards import max_rows
 from medembed.cache.store import Cache, open_cache
 from medembed.clusters import connected_to_ray
+from medembed.dataset.intensity import DEFAULT_INTENSITY, Intensity
 from medembed.dataset.manifest import Manifest, require_hashes
 from medembed.encoders.protocol import Encoder
 from medembed.errors import ManifestError, MedembedError
@@ -58,6 +59,7 @@ class Job:
     cache_path: Path
     poolings: tuple[str, ...] = ("mean", "max")
     dtype: str = "float16"
+    intensity: Intensity = DEFAULT_INTENSITY
     batch_size: int | None = None
     decoders: int | None = None
     retry_failed: bool = False
@@ -144,6 +146,7 @@ def _prepare(job: Job, dry_run: bool) -> None:
         job.cache_path,
         poolings=job.poolings,
         dtype=job.dtype,
+        intensity=job.intensity,
         dry_run=dry_run,
     )
 
@@ -157,6 +160,7 @@ def _embed(part: Manifest, job: Job, known: Collection[str]) -> ExtractionReport
         job.cache_path,
         poolings=job.poolings,
         dtype=job.dtype,
+        intensity=job.intensity,
         batch_size=job.batch_size,
         decoders=job.decoders,
         retry_failed=job.retry_failed,

@@ -14,13 +14,22 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from medembed.errors import RunError
-from medembed.evaluation.calibration import Calibration, fit_platt, youden_threshold
+from medembed.evaluation.calibration import (
+    Calibration,
+    IsotonicCalibration,
+    fit_isotonic,
+    fit_platt,
+    fit_temperature,
+)
 from medembed.evaluation.scores import by_study
+from medembed.evaluation.thresholds import sensitivity_threshold, youden_threshold
 from medembed.results.runs import Run
 
-__all__ = ["BASELINES", "LEVELS", "Contender", "TestSet", "align_runs"]
+__all__ = ["BASELINES", "LEVELS", "SENSITIVITY", "Contender", "TestSet", "align_runs"]
 
 LEVELS = ("study", "image")
+SENSITIVITY = 0.9
+"""What the third threshold asks for, on out-of-fold predictions."""
 BASELINES = ("class-prior", "region-prior")
 """Heads that look at no image; no run is without them."""
 
@@ -37,10 +46,22 @@ class Contender:
         Whether it is a prior that looks at no image.
     pooling, trial, params, cv : str, int, dict, float, or None
         The winning configuration and its cross-validated score.
+    seconds : float or None
+        That all the head's trials took.
+    depth : int or None
+        Encoder blocks that were trained with the head.
+    seed : int or None
+    train_fraction : float
+        Share of the training patients that it was given, in (0, 1].
+    n_train_patients : int
     calibration : Calibration
         Platt scaling, fitted on the run's out-of-fold predictions at the same level.
+    calibrations : dict of str to Calibration or IsotonicCalibration
+        All that were fitted there: "none", "platt", "temperature", "isotonic".
     threshold : float
         Youden's threshold on the calibrated out-of-fold probabilities.
+    sensitive_threshold : float
+        There, the highest threshold of sensitivity `SENSITIVITY`.
     raw, probability : ndarray of float64, shape (n,)
         Before and after calibration, in the order of the test set's units, in [0, 1].
     """
@@ -52,8 +73,15 @@ class Contender:
     trial: int | None
     params: dict[str, Any] | None
     cv: float | None
+    seconds: float | None
+    depth: int | None
+    seed: int | None
+    train_fraction: float
+    n_train_patients: int
     calibration: Calibration
+    calibrations: dict[str, Calibration | IsotonicCalibration]
     threshold: float
+    sensitive_threshold: float
     raw: NDArray[np.float64]
     probability: NDArray[np.float64]
 
@@ -67,7 +95,8 @@ class TestSet:
     level : str
         What one row is: "study" or "image".
     units : DataFrame
-        Columns patient (int), region (str), label (0 or 1), n_views (views of the study).
+        Columns patient (int), region (str), label (0 or 1), n_views (views of the study), images
+        (the SHA-256 of each image, joined by spaces).
     contenders : list of Contender
         All heads of all runs, in the order given.
     dropped : dict of str to int
@@ -98,8 +127,11 @@ def align_runs(runs: Sequence[Run], level: str = "study") -> TestSet:
     Raises
     ------
     RunError
-        A run given twice, no common test rows, or labels that differ between runs.
+        An unknown level, a run given twice, no common test rows, or rows whose label, region or
+        patient differs between runs.
     """
+    if level not in LEVELS:
+        raise RunError(f"level {level!r} is unknown. Choose one of: {', '.join(LEVELS)}.")
     names = _short_names(runs)
     entries = [
         entry
@@ -108,9 +140,9 @@ def align_runs(runs: Sequence[Run], level: str = "study") -> TestSet:
     ]
     tables = [table for _, table in entries]
     common = _common_keys(tables, names, level)
-    units = tables[0].loc[common, ["patient", "region", "label", "n_views"]]
+    units = tables[0].loc[common, ["patient", "region", "label", "n_views", "images"]]
     for contender, table in entries:
-        _require_equal_labels(units, table.loc[common], contender, level)
+        _require_same_test(units, table.loc[common], entries[0][0].run, contender.run, level)
     contenders = [_on_rows(contender, table, common) for contender, table in entries]
     own_sizes = {contender.run: len(table) for contender, table in entries}
     dropped = {name: own_sizes[name] - len(common) for name in names}
@@ -129,29 +161,43 @@ def _read_heads(run: Run, name: str, level: str) -> list[tuple[Contender, pd.Dat
             continue  # this head judges whole studies and has no score for one image
         train = _units(rows[rows["split"] == "train"].dropna(subset="fold"), level, studies)
         test = _units(rows[rows["split"] == "test"], level, studies)
-        winner = winners.get(str(head), {})
-        entries.append((_contender(name, str(head), winner, train, test), test))
+        winner = {"seed": run.info.get("seed"), **winners.get(str(head), {})}
+        fraction = float(run.info["asked"].get("train_fraction", 1.0))
+        entries.append((_contender(name, str(head), winner, fraction, train, test), test))
     return entries
 
 
 def _contender(
-    run: str, head: str, winner: dict[str, Any], train: pd.DataFrame, test: pd.DataFrame
+    run: str,
+    head: str,
+    winner: dict[str, Any],
+    train_fraction: float,
+    train: pd.DataFrame,
+    test: pd.DataFrame,
 ) -> Contender:
     out_of_fold, y = train["probability"].to_numpy(np.float64), train["label"].to_numpy(np.int8)
-    calibration = fit_platt(out_of_fold, y)
+    calibrations: dict[str, Calibration | IsotonicCalibration] = {
+        "none": Calibration(),
+        "platt": (platt := fit_platt(out_of_fold, y)),
+        "temperature": fit_temperature(out_of_fold, y),
+        "isotonic": fit_isotonic(out_of_fold, y),
+    }
+    calibrated = platt.apply(out_of_fold)
     raw = test["probability"].to_numpy(np.float64)
+    copied = ("pooling", "trial", "params", "cv", "seconds", "depth", "seed")
     return Contender(
         run=run,
         head=head,
         is_baseline=head in BASELINES,
-        pooling=winner.get("pooling"),
-        trial=winner.get("trial"),
-        params=winner.get("params"),
-        cv=winner.get("cv"),
-        calibration=calibration,
-        threshold=float(youden_threshold(y, calibration.apply(out_of_fold))),
+        **{name: winner.get(name) for name in copied},
+        train_fraction=train_fraction,
+        n_train_patients=int(train["patient"].nunique()),
+        calibration=platt,
+        calibrations=calibrations,
+        threshold=float(youden_threshold(y, calibrated)),
+        sensitive_threshold=float(sensitivity_threshold(y, calibrated, SENSITIVITY)),
         raw=raw,
-        probability=calibration.apply(raw),
+        probability=platt.apply(raw),
     )
 
 
@@ -165,10 +211,11 @@ def _units(rows: pd.DataFrame, level: str, studies: pd.DataFrame) -> pd.DataFram
     """One row per study or image, indexed by a key that means the same in every run."""
     if level == "study":
         known = studies.reindex((units := by_study(rows))["study"])
-        units = units.assign(n_views=known["n_views"].to_numpy())
+        units = units.assign(n_views=known["n_views"].to_numpy(), images=known["images"].to_numpy())
         keys = known["key"].to_numpy()
     else:
-        units = rows.assign(n_views=rows.groupby("study")["study"].transform("size"))
+        sizes = rows.groupby("study")["study"].transform("size")
+        units = rows.assign(n_views=sizes, images=rows["sha256"])
         keys = units["sha256"].to_numpy()
     # Copies of one image in two studies have equal keys; runs list them in the same order.
     copies = pd.Series(keys).groupby(keys).cumcount().astype(str).to_numpy()
@@ -176,15 +223,16 @@ def _units(rows: pd.DataFrame, level: str, studies: pd.DataFrame) -> pd.DataFram
 
 
 def _describe_studies(predictions: pd.DataFrame) -> pd.DataFrame:
-    """Return a digest of each study's labelled images and their number, by the run's study codes.
+    """Return a digest of each study's labelled images, which and how many, by the run's codes.
 
     Heads that judge whole studies have one row each: they do not say.
     """
     named = predictions[predictions["sha256"].ne("") & predictions["label"].notna()]
     one_head = named[named["head"] == named["head"].iloc[0]] if len(named) else named
     images = one_head.sort_values("sha256").groupby("study")["sha256"]
-    keys = images.agg("".join).map(lambda text: hashlib.sha256(text.encode()).hexdigest())
-    return pd.DataFrame({"key": keys, "n_views": images.size()})
+    joined = images.agg(" ".join)
+    keys = joined.map(lambda text: hashlib.sha256(text.encode()).hexdigest())
+    return pd.DataFrame({"key": keys, "n_views": images.size(), "images": joined})
 
 
 def _common_keys(tables: Sequence[pd.DataFrame], names: Sequence[str], level: str) -> pd.Index:
@@ -205,16 +253,24 @@ def _common_keys(tables: Sequence[pd.DataFrame], names: Sequence[str], level: st
     return common
 
 
-def _require_equal_labels(
-    units: pd.DataFrame, rows: pd.DataFrame, contender: Contender, level: str
+def _require_same_test(
+    units: pd.DataFrame, rows: pd.DataFrame, first: str, run: str, level: str
 ) -> None:
-    n_other = int((units["label"].to_numpy() != rows["label"].to_numpy()).sum())
-    if n_other:
-        plural = "studies" if level == "study" else "images"
-        raise RunError(
-            f"run {contender.run} was scored on other labels: {n_other} of the {len(units)} common "
-            f"test {plural} differ. Sweep both caches on one manifest, then compare."
-        )
+    """Refuse rows that the run `first` has with another label, region or patient."""
+    codes = [pd.factorize(own["patient"])[0] for own in (units, rows)]  # numbered within a run
+    compared = {
+        "labels": (units["label"], rows["label"]),
+        "regions": (units["region"], rows["region"]),
+        "patients": tuple(map(pd.Series, codes)),
+    }
+    for name, (expected, found) in compared.items():
+        n_other = int((expected.to_numpy() != found.to_numpy()).sum())
+        if n_other:
+            plural = "studies" if level == "study" else "images"
+            raise RunError(
+                f"run {run} was scored on other {name} than {first}: {n_other} of the {len(units)} "
+                f"common test {plural} differ. Sweep both caches on one manifest, then compare."
+            )
 
 
 def _short_names(runs: Sequence[Run]) -> list[str]:

@@ -1,31 +1,32 @@
 """Compare the heads of any number of runs on the test rows that they share."""
 
 from collections.abc import Sequence
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from medembed.errors import RunError
-from medembed.evaluation.intervals import bootstrap_report, holm, paired_differences, plain
-from medembed.results.alignment import LEVELS, Contender, TestSet, align_runs
+from medembed.evaluation.delong import auroc_interval
+from medembed.evaluation.intervals import Variant, bootstrap_report, bootstrap_variants, plain
+from medembed.evaluation.reliability import reliability
+from medembed.evaluation.scores import DECISION_SCORES
+from medembed.results.alignment import SENSITIVITY, Contender, TestSet, align_runs
+from medembed.results.pairing import pair_rows, versus_best
 from medembed.results.runs import Run, open_run
+from medembed.results.series import find_depths, find_efficiency, find_seeds
 
 __all__ = [
     "DISCLAIMER",
-    "SIGNIFICANCE",
     "compare",
+    "compare_aligned",
     "compare_runs",
     "counted",
     "describe",
     "open_runs",
-    "row_name",
 ]
 
 DISCLAIMER = "Research software; not a medical device."
-SIGNIFICANCE = 0.05
-"""A difference counts where Holm's adjusted p is below this."""
-RESAMPLES_PER_PAIR = 100
-"""Keeps the smallest p that the bootstrap can give, times the number of pairs, near 0.02."""
 
 
 def compare(
@@ -88,22 +89,27 @@ def compare_runs(
     -------
     dict
         ``level``, ``test`` (counts), ``runs`` (per run: left-out images, rows that fell out),
-        ``rows`` (per head, best AUROC first: ``scores`` and, at a threshold of 0.5, ``at_half``;
-        ``regions``, ``mean_over_regions``, ``views``; ``versus_best``), ``paired`` (AUROC of every
-        pair of trained heads, and of the best with each prior, with Holm's correction over all of
-        them), ``notes``. A score is
+        ``rows`` (per head, best AUROC first: ``scores`` at Youden's threshold, ``at_half`` at 0.5,
+        ``at_sensitivity``; ``confusion``; ``calibrations``; ``auroc_delong``; ``regions``,
+        ``mean_over_regions``, ``views``; ``versus_best``), ``paired`` (AUROC of every pair of
+        trained heads, and of the best with each prior, with Holm's correction over all of them),
+        ``seeds``, ``efficiency``, ``depths`` (see `results.series`), ``notes``. A score is
         ``{value, low, high}`` with null for what is not estimable.
     """
-    if level not in LEVELS:
-        raise RunError(f"level {level!r} is unknown. Choose one of: {', '.join(LEVELS)}.")
-    test_set = align_runs(runs, level)
+    return compare_aligned(runs, align_runs(runs, level), n_resamples=n_resamples, seed=seed)
+
+
+def compare_aligned(
+    runs: Sequence[Run], test_set: TestSet, *, n_resamples: int = 2000, seed: int = 0
+) -> dict[str, Any]:
+    """Do what `compare_runs` does on what `align_runs` has returned for these runs."""
     rows = [_row(test_set, contender, n_resamples, seed) for contender in test_set.contenders]
     rows.sort(key=_by_auroc)
-    paired = _pairs(test_set, rows, n_resamples, seed)
+    paired = pair_rows(test_set, rows, n_resamples, seed)
     for i, row in enumerate(rows):
-        row["versus_best"] = _versus_best(paired.get((0, i)))
+        row["versus_best"] = versus_best(paired.get((0, i)))
     result: dict[str, Any] = {
-        "level": level,
+        "level": test_set.level,
         "n_resamples": n_resamples,
         "seed": seed,
         "test": _count(test_set),
@@ -114,6 +120,9 @@ def compare_runs(
         "synthetic": any(run.info.get("data", {}).get("synthetic", False) for run in runs),
         "rows": rows,
         "paired": list(paired.values()),
+        "seeds": find_seeds(runs, test_set, n_resamples, seed),
+        "efficiency": find_efficiency(rows),
+        "depths": find_depths(rows),
     }
     return {**result, "notes": describe(result)}
 
@@ -161,6 +170,7 @@ def _describe_losses(run: dict[str, Any], level: str, several: bool) -> list[str
 def _row(test_set: TestSet, contender: Contender, n_resamples: int, seed: int) -> dict[str, Any]:
     units = test_set.units.assign(probability=contender.probability)
     report = plain(bootstrap_report(units, contender.threshold, n_resamples=n_resamples, seed=seed))
+    delong = auroc_interval(test_set.y, contender.probability, test_set.patients)
     return {
         "run": contender.run,
         "head": contender.head,
@@ -169,14 +179,61 @@ def _row(test_set: TestSet, contender: Contender, n_resamples: int, seed: int) -
         "trial": contender.trial,
         "params": contender.params,
         "cv": contender.cv,
+        "seconds": contender.seconds,
+        "depth": contender.depth,
+        "seed": contender.seed,
+        "train_fraction": contender.train_fraction,
+        "n_train_patients": contender.n_train_patients,
         "threshold": contender.threshold,
         "calibration": contender.calibration.as_dict(),
         "scores": report["overall"]["scores"],
+        "auroc_delong": plain(delong),
         "at_half": report["overall"]["at_half"],
+        **plain(_at_sensitivity_and_calibrations(test_set, contender, n_resamples, seed)),
+        "confusion": _confusion(test_set.y, contender),
         "regions": {name: _flat(block) for name, block in report["region"].items()},
         "mean_over_regions": _flat(report["mean_over_regions"]),
         "views": {name: _flat(block) for name, block in report["n_views"].items()},
     }
+
+
+def _at_sensitivity_and_calibrations(
+    test_set: TestSet, contender: Contender, n_resamples: int, seed: int
+) -> dict[str, Any]:
+    """Score decisions at the third threshold, and the probabilities of every calibration."""
+    y, patients, cut = test_set.y, test_set.patients, contender.sensitive_threshold
+    calibrated = {
+        name: calibration.apply(contender.raw)
+        for name, calibration in contender.calibrations.items()
+    }
+    variants = {name: Variant(values, 0.5, ("brier", "ece")) for name, values in calibrated.items()}
+    variants["sensitive"] = Variant(contender.probability, cut, DECISION_SCORES)
+    scores = bootstrap_variants(y, variants, patients, n_resamples=n_resamples, seed=seed)
+    bins = {
+        name: reliability(y, values, patients, n_resamples=n_resamples, seed=seed)
+        for name, values in calibrated.items()
+    }
+    return {
+        "at_sensitivity": {
+            "target": SENSITIVITY,
+            "threshold": cut,
+            "scores": scores["sensitive"],
+        },
+        "calibrations": {
+            name: {**scores[name], "bins": bins[name].to_dict("records")} for name in calibrated
+        },
+    }
+
+
+def _confusion(y: np.ndarray, contender: Contender) -> dict[str, Any]:
+    called = contender.probability >= contender.threshold
+    counts = {
+        "tn": ~called & (y == 0),
+        "fp": called & (y == 0),
+        "fn": ~called & (y == 1),
+        "tp": called & (y == 1),
+    }
+    return {"threshold": contender.threshold} | {n: int(own.sum()) for n, own in counts.items()}
 
 
 def _flat(block: dict[str, Any]) -> dict[str, Any]:
@@ -186,48 +243,6 @@ def _flat(block: dict[str, Any]) -> dict[str, Any]:
 def _by_auroc(row: dict[str, Any]) -> float:
     value = row["scores"]["auroc"]["value"]
     return float("inf") if value is None else -float(value)
-
-
-def _pairs(
-    test_set: TestSet, rows: list[dict[str, Any]], n_resamples: int, seed: int
-) -> dict[tuple[int, int], dict[str, Any]]:
-    """Test the trained heads against each other and the best row against the priors too."""
-    chosen = [
-        (i, j)
-        for i, j in combinations(range(len(rows)), 2)
-        if i == 0 or not (rows[i]["baseline"] or rows[j]["baseline"])
-    ]
-    probabilities = {(c.run, c.head): c.probability for c in test_set.contenders}
-    ordered = {str(i): probabilities[row["run"], row["head"]] for i, row in enumerate(rows)}
-    # p is at least 2 / (resamples + 1), and Holm multiplies it by up to the number of pairs
-    n_resamples = max(n_resamples, RESAMPLES_PER_PAIR * len(chosen))
-    found = paired_differences(
-        test_set.y, ordered, test_set.patients, n_resamples=n_resamples, seed=seed
-    )
-    differences = [found[str(i), str(j)] for i, j in chosen]
-    adjusted = holm([difference.p for difference in differences])
-    names = [row_name(row, several=len(test_set.dropped) > 1) for row in rows]
-    return {
-        (i, j): {
-            "a": names[i],
-            "b": names[j],
-            "score": "auroc",
-            **difference.as_dict(),
-            "p_holm": plain(float(p)),
-        }
-        for (i, j), difference, p in zip(chosen, differences, adjusted, strict=True)
-    }
-
-
-def _versus_best(pair: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return p against the best, None for the best itself; `tied` where it may be chance."""
-    if pair is None:
-        return None
-    return {
-        "difference": pair["difference"],
-        "p_holm": pair["p_holm"],
-        "tied": pair["p_holm"] is not None and pair["p_holm"] >= SIGNIFICANCE,
-    }
 
 
 def _count(test_set: TestSet) -> dict[str, int]:
@@ -247,8 +262,3 @@ def _about(run: Run, name: str, dropped: int) -> dict[str, Any]:
         "unlabelled": data.get("unlabelled", 0),
         "dropped": dropped,
     }
-
-
-def row_name(row: dict[str, Any], *, several: bool) -> str:
-    """Return the head's name, with its run's where there are several runs."""
-    return f"{row['run']}/{row['head']}" if several else str(row["head"])

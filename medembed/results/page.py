@@ -1,44 +1,40 @@
-"""One self-contained page about any number of runs: no network, no scripts, no machine's paths."""
+"""One self-contained page about any number of runs: no network, no machine's paths, no names.
+
+Its only script sorts and filters the leaderboard; without it the page is whole.
+"""
 
 import base64
 import datetime as dt
+import hashlib
 import re
+import shlex
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from medembed.errors import RunError
 from medembed.files import write_atomically
+from medembed.results import page_tables as tables
 from medembed.results.alignment import align_runs
-from medembed.results.comparison import DISCLAIMER, compare_runs, open_runs, row_name
-from medembed.results.figures import Plot, plot_regions, plot_roc
+from medembed.results.comparison import DISCLAIMER, compare_aligned, open_runs
+from medembed.results.figures import Plot, plot_all
+from medembed.results.gallery import FindThumbnails, find_mistakes, show_mistakes
+from medembed.results.pairing import row_name
 from medembed.results.provenance import describe_run
-from medembed.results.tables import format_interval, format_value, make_table
 
 __all__ = ["write_report"]
 
-LEADERBOARD = {
-    "auroc": "AUROC [95 %]",
-    "average_precision": "Average precision [95 %]",
-    "kappa": "κ [95 %]",
-    "brier": "Brier",
-    "ece": "ECE",
-}
-DECISIONS = {
-    "accuracy": "Accuracy [95 %]",
-    "macro_f1": "F1 [95 %]",
-    "sensitivity": "Sensitivity [95 %]",
-    "specificity": "Specificity [95 %]",
-    "kappa": "κ [95 %]",
-}
 METHOD_NOTES = (
     "A study's probability is the mean of its views' probabilities.",
     "Test was scored once per head; configurations, calibration and thresholds were chosen on "
     "out-of-fold predictions of train, with no patient on both sides.",
     "F1 is the mean over both classes; κ is Cohen's; ECE is the calibration error over ten bins.",
+    "p: paired bootstrap over patients, with Holm's correction where it says so; DeLong's test "
+    "takes patients as clusters (Obuchowski), McNemar's takes rows as independent.",
     "A score that its rows cannot give, such as AUROC of one class, is marked not estimable or –.",
 )
 
@@ -51,6 +47,7 @@ def write_report(
     n_resamples: int = 2000,
     seed: int = 0,
     date: dt.date | None = None,
+    find_thumbnails: FindThumbnails | None = None,
 ) -> dict[str, Any]:
     """Write ``index.html`` and ``figures/`` about complete runs.
 
@@ -66,11 +63,13 @@ def write_report(
         Bootstrap resamples of patients, and their seed.
     date : date, optional
         What the page says as its date; today by default. All else depends on the runs alone.
+    find_thumbnails : callable, optional
+        Gives the images of the gallery, see `results.gallery`; without it they go by their hash.
 
     Returns
     -------
     dict
-        ``page`` (path) and ``figures`` (paths of PNG, SVG and CSV files).
+        ``page`` (path) and ``figures`` (paths of PNG, PDF, SVG and CSV files).
 
     Raises
     ------
@@ -83,21 +82,27 @@ def write_report(
     if out.exists() and not out.is_dir():
         raise RunError(f"{out} is a file. Choose a directory for the page.")
     runs = open_runs(run_paths)
-    result = compare_runs(runs, level=level, n_resamples=n_resamples, seed=seed)
-    plots = [plot_roc(result, align_runs(runs, level)), plot_regions(result)]
+    test_set = align_runs(runs, level)
+    result = compare_aligned(runs, test_set, n_resamples=n_resamples, seed=seed)
+    plots = plot_all(result, test_set)
     abouts = [
         describe_run(run, about["name"]) for run, about in zip(runs, result["runs"], strict=True)
     ]
-    page = _render(result, plots, abouts, date or dt.datetime.now(dt.UTC).date())
+    gallery = show_mistakes(find_mistakes(result, test_set), find_thumbnails)
+    page = _render(result, plots, abouts, gallery, date or dt.datetime.now(dt.UTC).date())
     figures_path = out / "figures"
     figures_path.mkdir(parents=True, exist_ok=True)
-    written = [path for plot in plots if plot for path in _write_plot(plot, figures_path)]
+    written = [path for plot in plots for path in _write_plot(plot, figures_path)]
     write_atomically(out / "index.html", page.encode())
     return {"page": str(out / "index.html"), "figures": [str(path) for path in written]}
 
 
 def _render(
-    result: dict[str, Any], plots: list[Plot | None], abouts: list[dict[str, Any]], date: dt.date
+    result: dict[str, Any],
+    plots: list[Plot],
+    abouts: list[dict[str, Any]],
+    gallery: dict[str, Any],
+    date: dt.date,
 ) -> str:
     environment = Environment(
         loader=PackageLoader("medembed", "results/templates"),
@@ -105,24 +110,38 @@ def _render(
         undefined=StrictUndefined,
         trim_blocks=True,
     )
-    roc, region_plot = (_embed(plot) if plot else None for plot in plots)
+    script = environment.get_template("page.js").render()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template("page.html.j2").render(
         title="Classifying radiographs: which head is best?",
         result=result,
         summary=_summarise(result),
         facts=_facts(result),
-        leaderboard=_leaderboard(result),
-        decisions=_decisions(result),
-        by_region=_grouped(result, "region"),
-        by_views=_grouped(result, "views"),
-        roc=roc,
-        region_plot=region_plot,
+        leaderboard=tables.tabulate_heads(result),
+        pairs=tables.tabulate_pairs(result),
+        decisions=tables.tabulate_decisions(result),
+        calibrations=tables.tabulate_calibrations(result),
+        seeds=tables.tabulate_seeds(result),
+        by_region=tables.tabulate_groups(result, "region"),
+        by_views=tables.tabulate_groups(result, "views"),
+        plots={plot.name: _embed(plot) for plot in plots},
+        gallery=gallery,
         runs=abouts,
+        command=_command(result),
         notes=[*result["notes"][:-1], *METHOD_NOTES, DISCLAIMER],
         disclaimer=DISCLAIMER,
         date=date.isoformat(),
         version=version("medembed"),
+        script=Markup(script),  # ours, and none of it comes from a run
+        script_digest=digest,
     )
+
+
+def _command(result: dict[str, Any]) -> str:
+    """Write the command that makes this page again."""
+    names = [run["name"] for run in result["runs"]]
+    words = ["medembed", "report", *names, "-o", "report", "--level", result["level"]]
+    return shlex.join([*words, "--seed", str(result["seed"])])
 
 
 def _summarise(result: dict[str, Any]) -> str:
@@ -163,59 +182,6 @@ def _facts(result: dict[str, Any]) -> list[dict[str, str]]:
     return [{"name": name, "value": value} for name, value in facts.items()]
 
 
-def _leaderboard(result: dict[str, Any]) -> dict[str, Any]:
-    main = make_table(result)
-    rows = [
-        {
-            "cells": [
-                _name(result, row),
-                *(
-                    format_interval(row["scores"][score])
-                    if "[" in heading
-                    else format_value(row["scores"][score])
-                    for score, heading in LEADERBOARD.items()
-                ),
-                line[-1],
-            ],
-            "kind": "baseline" if row["baseline"] else "",
-        }
-        for row, line in zip(result["rows"], main.rows, strict=True)
-    ]
-    return {
-        "title": f"{main.title}, best AUROC first",
-        "columns": ["Head", *LEADERBOARD.values(), "p"],
-        "rows": rows,
-        "legend": main.notes[0],
-    }
-
-
-def _decisions(result: dict[str, Any]) -> dict[str, Any]:
-    rows = []
-    for row in result["rows"]:
-        if row["baseline"]:
-            continue
-        cuts = ((f"Youden, {row['threshold']:.3f}", "scores"), ("0.5", "at_half"))
-        for i, (cut, field) in enumerate(cuts):
-            cells = [format_interval(row[field][score]) for score in DECISIONS]
-            spanned = {"n_spanning": 1, "span": len(cuts) if i == 0 else 0}
-            rows.append({"cells": [_name(result, row), cut, *cells], **spanned})
-    return {
-        "title": "Decisions at two thresholds on the calibrated probability",
-        "columns": ["Head", "Threshold", *DECISIONS.values()],
-        "rows": rows,
-    }
-
-
-def _grouped(result: dict[str, Any], by: str) -> dict[str, Any]:
-    table = make_table(result, by)
-    rows = [
-        {"cells": row, "n_spanning": 2, "span": len(section) if row is section[0] else 0}
-        for section in table.sections
-        for row in section
-    ]
-    return {"title": table.title, "columns": table.columns, "rows": rows}
-
-
 def _name(result: dict[str, Any], row: dict[str, Any]) -> str:
     return row_name(row, several=len(result["runs"]) > 1)
 
@@ -244,7 +210,12 @@ def _svg_size(svg: bytes) -> tuple[int, int]:
 
 
 def _write_plot(plot: Plot, directory: Path) -> list[Path]:
-    contents = {".png": plot.png, ".svg": plot.light_svg, ".csv": plot.csv.encode()}
+    contents = {
+        ".png": plot.png,
+        ".pdf": plot.pdf,
+        ".svg": plot.light_svg,
+        ".csv": plot.csv.encode(),
+    }
     for suffix, content in contents.items():
         write_atomically(directory / f"{plot.name}{suffix}", content)
     return [directory / f"{plot.name}{suffix}" for suffix in contents]

@@ -9,17 +9,20 @@ from typing import Any
 
 from medembed.errors import RunError
 from medembed.evaluation.scores import SCORES
-from medembed.results.comparison import SIGNIFICANCE, row_name
+from medembed.results.pairing import SIGNIFICANCE, row_name
 
 __all__ = [
     "FORMATS",
     "GROUPINGS",
+    "MISSING",
     "NOT_ESTIMABLE",
     "Table",
     "format_interval",
+    "format_p",
     "format_value",
     "make_table",
     "render",
+    "share_of_train",
 ]
 
 FORMATS = ("table", "markdown", "csv", "latex")
@@ -118,9 +121,15 @@ def make_table(result: dict[str, Any], by: str | None = None) -> Table:
         return _grouped_table(result, by, plural)
     several = len(result["runs"]) > 1
     shown = list(COLUMNS)[: -1 if several else None]  # the runs' names want the width of one
-    columns = ["Head", "AUROC [95 %]", *(COLUMNS[name] for name in shown), "p"]
+    extra = ["Train"] if result.get("efficiency") else []
+    columns = ["Head", *extra, "AUROC [95 %]", *(COLUMNS[name] for name in shown), "p"]
     rows = [
-        [row_name(row, several=several), *_cells(row["scores"], shown), _p_value(row)]
+        [
+            row_name(row, several=several),
+            *(share_of_train(row) for _ in extra),
+            *_cells(row["scores"], shown),
+            _p_value(row),
+        ]
         for row in result["rows"]
     ]
     legend = (
@@ -137,6 +146,18 @@ def format_interval(score: dict[str, float | None]) -> str:
     if score["low"] is None:
         return f"{score['value']:.3f}"
     return f"{score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]"
+
+
+def format_p(p: float | None) -> str:
+    """Write a p-value to three decimals, or below 0.001."""
+    if p is None:
+        return MISSING
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def share_of_train(row: dict[str, Any]) -> str:
+    """Write the share of the training patients that a head was given."""
+    return f"{100 * row['train_fraction']:.3g} %"
 
 
 def format_value(score: dict[str, float | None]) -> str:
@@ -184,10 +205,7 @@ def _cells(scores: dict[str, Any], names: Sequence[str]) -> list[str]:
 def _p_value(row: dict[str, Any]) -> str:
     if row["versus_best"] is None:
         return "best"
-    p = row["versus_best"]["p_holm"]
-    if p is None:
-        return MISSING
-    text = "<0.001" if p < 0.001 else f"{p:.3f}"
+    text = format_p(row["versus_best"]["p_holm"])
     return f"{text} ≈" if row["versus_best"]["tied"] else text
 
 
@@ -249,12 +267,11 @@ def _csv(result: dict[str, Any], by: str | None) -> str:
     output = io.StringIO()
     writer = csv.writer(output, lineterminator="\n")
     if by is None:
-        writer.writerow(["run", "head", "threshold", *names, "p_holm"])
+        about = ["run", "head", "train_fraction", "depth", "seed", "threshold"]
+        writer.writerow([*about, *names, "p_holm"])
         for row in result["rows"]:
             p = (row["versus_best"] or {}).get("p_holm")
-            writer.writerow(
-                [row["run"], row["head"], row["threshold"], *_numbers(row["scores"]), p]
-            )
+            writer.writerow([*(row[name] for name in about), *_numbers(row["scores"]), p])
     else:
         writer.writerow([by, "n", "n_abnormal", "head", *names])
         for name, blocks in _groups(result, by):

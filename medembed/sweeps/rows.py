@@ -12,7 +12,7 @@ from medembed.cache.embeddings import Embeddings, choose_poolings, load_embeddin
 from medembed.cache.store import Cache
 from medembed.dataset.covariates import CovariateEncoder, fit_covariates
 from medembed.dataset.manifest import Manifest
-from medembed.dataset.splits import draw_folds, draw_fraction
+from medembed.dataset.splits import fold_train_rows, require_both_classes
 from medembed.errors import TrainingDataError
 from medembed.heads.spaces import HeadSpace
 from medembed.results.provenance import library_versions
@@ -63,7 +63,12 @@ class SweepRows:
 
     def __post_init__(self) -> None:
         asked = self.asked
-        folds = _draw_folds(asked.manifest, asked.n_folds, asked.train_fraction, asked.seed)
+        folds = fold_train_rows(
+            asked.manifest.rows,
+            n_folds=asked.n_folds,
+            fraction=asked.train_fraction,
+            seed=asked.seed,
+        )
         embeddings = self._embed(self.poolings[0])
         if asked.covariates:
             rows = asked.manifest.rows
@@ -162,34 +167,6 @@ def list_poolings(cache: Cache, pool: str | Sequence[str] | None) -> list[Poolin
     return chosen
 
 
-def _draw_folds(
-    manifest: Manifest, n_folds: int, train_fraction: float, seed: int
-) -> "pd.Series[Any]":
-    """Draw folds over all labelled train rows, embedded or not: image name to fold.
-
-    Of these the rows of a fraction of the patients are returned.
-    """
-    rows = manifest.rows
-    train = rows[rows["split"] == "train"]
-    if train.empty:
-        raise TrainingDataError("the manifest has no train rows. Give some rows the split train.")
-    labelled = train[train["label"].notna()]
-    if labelled.empty:
-        raise TrainingDataError(
-            f"none of the {len(train)} train rows has a label. Give the manifest labels 0 and 1."
-        )
-    _require_both_classes(labelled["label"].to_numpy(np.int8), "the train rows of the manifest")
-    if not (rows["label"].notna() & (rows["split"] == "test")).any():
-        raise TrainingDataError(
-            "the manifest has no labelled test rows, so no head could be scored. "
-            "Give some patients the split test."
-        )
-    labelled = labelled.reset_index(drop=True)
-    folds = np.asarray(draw_folds(labelled, n_folds=n_folds, seed=seed), np.int64)
-    chosen = draw_fraction(labelled, folds, fraction=train_fraction, seed=seed)
-    return pd.Series(folds[chosen], index=labelled["image"].to_numpy()[chosen])
-
-
 def _check_rows(embeddings: Embeddings, row_folds: NDArray[np.int64], n_folds: int) -> None:
     """Refuse rows that allow no training: one class on either side of a fold, no test rows."""
     is_test = (embeddings.rows["split"] == "test").to_numpy() & (embeddings.y >= 0)
@@ -201,18 +178,5 @@ def _check_rows(embeddings: Embeddings, row_folds: NDArray[np.int64], n_folds: i
     left_out = f"without the {len(embeddings.failed)} images that could not be embedded"
     for fold in range(n_folds):
         held, trained = row_folds == fold, row_folds >= 0
-        _require_both_classes(embeddings.y[held], f"fold {fold} {left_out}")
-        _require_both_classes(embeddings.y[trained & ~held], f"all folds but {fold} {left_out}")
-
-
-def _require_both_classes(y: NDArray[Any], where: str) -> None:
-    present = np.unique(y)
-    if len(present) < 2:
-        names = ("normal (label 0)", "abnormal (label 1)")
-        found = f"only {names[int(present[0])]}" if len(present) else "no"
-        lacking = names[1 - int(present[0])] if len(present) else "labelled"
-        fewer = " or ask for fewer --folds" if "fold" in where else ""
-        raise TrainingDataError(
-            f"{where} hold {found} rows; a head learns from both classes. "
-            f"Add {lacking} patients{fewer}."
-        )
+        require_both_classes(embeddings.y[held], f"fold {fold} {left_out}")
+        require_both_classes(embeddings.y[trained & ~held], f"all folds but {fold} {left_out}")

@@ -1,6 +1,5 @@
 """Choose each head's winner, refit it, package it, and let it predict."""
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,13 +10,14 @@ from numpy.typing import NDArray
 
 from medembed.cache.embeddings import Embeddings
 from medembed.errors import RunError
-from medembed.evaluation.calibration import fit_platt, youden_threshold
+from medembed.evaluation.calibration import fit_platt
 from medembed.evaluation.intervals import plain
 from medembed.evaluation.scores import score
+from medembed.evaluation.thresholds import youden_threshold
 from medembed.heads.base import Head
-from medembed.heads.baselines import ClassPrior, RegionPrior
 from medembed.heads.packaging import load_model, save_model
 from medembed.results.comparison import compare_runs
+from medembed.results.priors import PRIORS, image_code, image_rows, prior_rows
 from medembed.results.runs import Run, utc_now
 from medembed.sweeps.plan import Trial
 from medembed.sweeps.pool import Died, Pool
@@ -25,8 +25,6 @@ from medembed.sweeps.training import Training, configure, one_thread, to_studies
 from medembed.sweeps.trials import LOWER_IS_BETTER, Ledger
 
 __all__ = ["Winner", "choose", "finish", "standings"]
-
-BASELINES = {"class-prior": ClassPrior, "region-prior": RegionPrior}
 
 Load = Callable[[str], tuple[Embeddings, Training]]
 
@@ -174,11 +172,8 @@ def finish(
                     raise RunError(f"the refit of {own[k].head} failed: {head.reason}")
                 parts[own[k].head] = _predict(run, own[k], head, embeddings, training, extras)
     embeddings, _ = load(ordered[0].pooling)
-    rows = _image_rows(embeddings, row_folds)
-    for name in BASELINES:
-        probability = _predict_prior(name, embeddings, row_folds)
-        parts[name] = rows.assign(head=name, trial=None, probability=probability)
-    names = [*(winner.head for winner in ordered if winner.trial is not None), *BASELINES]
+    parts |= dict(zip(PRIORS, prior_rows(embeddings.rows, row_folds), strict=True))
+    names = [*(winner.head for winner in ordered if winner.trial is not None), *PRIORS]
     run.write_predictions(pd.concat([parts[name] for name in names], ignore_index=True))
     leaderboard = [winner.as_entry() for winner in ordered]
     run.update_info(leaderboard=leaderboard, times={**run.info["times"], "ended": utc_now()})
@@ -217,7 +212,7 @@ def _predict(
             rows = _study_rows(embeddings, training)
             probability = saved.predict_proba(training.X, training.studies)[:, 1]  # type: ignore[call-arg]
         else:
-            rows = _image_rows(embeddings, training.folds)
+            rows = image_rows(embeddings.rows, training.folds)
             probability = saved.predict_proba(training.X)[:, 1]
     trained = rows["fold"].notna().to_numpy()
     probability = np.asarray(probability, np.float64)
@@ -237,18 +232,9 @@ def _out_of_fold(
     return found
 
 
-def _image_rows(embeddings: Embeddings, folds: NDArray[Any]) -> pd.DataFrame:
-    rows = embeddings.rows[["sha256", "region", "label", "split"]].copy()
-    rows["patient"] = pd.factorize(embeddings.patients, sort=True)[0]
-    rows["study"] = pd.factorize(embeddings.studies, sort=True)[0]
-    rows["fold"] = pd.array(folds, dtype="Int16")
-    rows.loc[folds < 0, "fold"] = pd.NA
-    return rows
-
-
 def _study_rows(embeddings: Embeddings, training: Training) -> pd.DataFrame:
     """Return one row per study, by code; sha256 is empty."""
-    images = _image_rows(embeddings, training.folds).assign(sha256="")
+    images = image_rows(embeddings.rows, training.folds).assign(sha256="")
     studies = images.groupby("study", sort=True)
     rows = studies[["sha256", "region", "split", "patient"]].first()
     rows["label"] = images["label"].astype("Int8").groupby(images["study"]).max()
@@ -289,26 +275,6 @@ def _card(
         "manifest": run.info["asked"]["manifest"],
         "synthetic": run.info["data"]["synthetic"],
         "training_images": sorted(
-            {_image_code(sha256) for sha256 in embeddings.rows["sha256"].iloc[trained]}
+            {image_code(sha256) for sha256 in embeddings.rows["sha256"].iloc[trained]}
         ),
     }
-
-
-def _image_code(sha256: str) -> str:
-    """Hash an image's hash, so that the card tells its owner, and nobody else, what it has seen."""
-    return hashlib.sha256(bytes.fromhex(sha256)).hexdigest()[:16]
-
-
-def _predict_prior(
-    name: str, embeddings: Embeddings, row_folds: NDArray[Any]
-) -> NDArray[np.float64]:
-    regions, y, trained = embeddings.regions, embeddings.y, row_folds >= 0
-    fitted = BASELINES[name]().fit(regions[trained], y[trained])
-    found = fitted.predict_proba(regions)[:, 1]
-    for fold in np.unique(row_folds[trained]):
-        held, others = row_folds == fold, trained & (row_folds != fold)
-        fitted = BASELINES[name]().fit(regions[others], y[others])
-        found[held] = fitted.predict_proba(regions[held])[:, 1]
-    # Half of float64's digits stay free, so that the mean over equal views is that very number:
-    # rounding in the mean would otherwise rank studies by their number of views.
-    return np.asarray(found, np.float32).astype(np.float64)

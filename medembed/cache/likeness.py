@@ -1,0 +1,109 @@
+"""How alike embeddings are: a metric that fits them, and the nearest of many, block by block."""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from scipy import linalg
+
+__all__ = ["find_nearest", "whiten"]
+
+# The least ridge. Measured with the demo encoder on copies of 150 synthetic and 63 real
+# radiographs, against columns that are only scaled: saved as JPEG at quality 50, 148 (scaled: 124)
+# and 63 (63) are found; brightened by 15 %, 91 (14) and 63 (46); cropped by 2 %, 2 (3) and 45 (28).
+RIDGE = 0.1
+# A block of similarities is 2048 x 8192 float32, 64 MiB, and its mask 16 MiB.
+QUERY_ROWS, REFERENCE_ROWS = 2048, 8192
+DECIMALS = 6  # of a similarity: float32 products of unit vectors differ by less, by order of sums
+
+
+def whiten(X: np.ndarray, rounding: float) -> None:
+    """Map the rows of X so that the product of two is their similarity, in place.
+
+    Columns are centred and divided by their standard deviation; then rows are multiplied with the
+    inverse of a Cholesky factor of R + ridge I, R being the columns' correlations, and brought to
+    length 1. So the similarity is the cosine in Mahalanobis' metric, ridged: directions in which
+    images differ much anyway, such as region and view, count less. The ridge, d / n and `RIDGE` at
+    the least, keeps directions that n rows can tell nothing of from being noise made large.
+
+    Parameters
+    ----------
+    X : (n, d) float32
+        Finite. Rows are mapped in blocks; d x d numbers are held twice, in float64.
+    rounding : float
+        Columns whose standard deviation is not above this, relative to their mean, become 0 before
+        the product; so does a row without length, which is then like no other.
+    """
+    mean, scale = _scaling(X, rounding)
+    products = np.zeros((X.shape[1], X.shape[1]))
+    for part in _parts(len(X), QUERY_ROWS):
+        X[part] = (X[part] - mean) * scale
+        products += X[part].T @ X[part]  # float32 in a block, float64 over blocks
+    ridge = max(RIDGE, X.shape[1] / max(1, len(X)))
+    ridged = products / max(1, len(X)) + ridge * np.eye(X.shape[1])
+    factor = linalg.cholesky(ridged, lower=True, overwrite_a=True)
+    inverse = linalg.solve_triangular(factor, np.eye(X.shape[1]), lower=True, overwrite_b=True)
+    towards = inverse.T.astype(np.float32)
+    for part in _parts(len(X), QUERY_ROWS):
+        block = (X[part] @ towards).astype(np.float64)
+        length = np.linalg.norm(block, axis=1, keepdims=True)
+        X[part] = block / np.where(length > 0, length, 1.0)
+
+
+def _scaling(X: np.ndarray, rounding: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return each column's mean and what to multiply it with: float64, 0 where it is constant."""
+    mean, squares = np.zeros(X.shape[1]), np.zeros(X.shape[1])
+    for part in _parts(len(X), QUERY_ROWS):
+        mean += X[part].sum(axis=0, dtype=np.float64) / len(X)
+    for part in _parts(len(X), QUERY_ROWS):
+        squares += np.square(X[part] - mean).sum(axis=0)
+    deviation = np.sqrt(squares / max(1, len(X)))
+    varies = deviation > rounding * np.abs(mean)
+    return mean, np.divide(1.0, deviation, out=np.zeros_like(deviation), where=varies)
+
+
+def find_nearest(
+    queries: np.ndarray,
+    references: np.ndarray,
+    *,
+    groups: tuple[np.ndarray, np.ndarray] | None = None,
+    tick: Callable[[int], None] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Find each query's nearest reference, not among those whose group is its own.
+
+    Memory beyond the arguments does not grow with them: products are made in blocks.
+
+    Parameters
+    ----------
+    queries, references : (k, d), (n, d) float32
+        Rows of length 1, or 0, as `whiten` makes them.
+    groups : tuple of (k,) and (n,) int, optional
+        Groups of queries and of references; without, all references count.
+    tick : callable, optional
+        Called as tick(m) when m more queries are done.
+
+    Returns
+    -------
+    similarity : (k,) float64
+        Cosine, in [-1, 1], to 6 decimals; -inf without a reference.
+    nearest : (k,) int64
+        Row of references; 0 without one.
+    """
+    similarity = np.full(len(queries), -np.inf)
+    nearest = np.zeros(len(queries), np.int64)
+    for part in _parts(len(queries), QUERY_ROWS):
+        for others in _parts(len(references), REFERENCE_ROWS):
+            alike = queries[part] @ references[others].T
+            if groups is not None:
+                alike[groups[0][part, None] == groups[1][others]] = -np.inf
+            best = alike.argmax(axis=1)
+            value = alike[np.arange(len(alike)), best].astype(np.float64).round(DECIMALS)
+            better = value > similarity[part]
+            similarity[part] = np.where(better, value, similarity[part])
+            nearest[part] = np.where(better, best + others.start, nearest[part])
+        if tick:
+            tick(part.stop - part.start)
+    return np.minimum(similarity, 1.0), nearest
+
+
+def _parts(n: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, n)) for start in range(0, n, size))

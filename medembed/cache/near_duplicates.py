@@ -1,0 +1,323 @@
+"""Images of `test` that look like one of `train`: leaks that no comparison of bytes sees.
+
+The same image re-encoded, resized or brightened a little has other bytes and almost the same
+embedding. How alike is too alike is read off the data themselves: off how alike the images of
+different train patients are.
+"""
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from medembed.cache.embeddings import find_rows, load_embeddings
+from medembed.cache.keys import keys_from_column
+from medembed.cache.likeness import find_nearest, whiten
+from medembed.cache.store import Cache, open_cache
+from medembed.dataset.checks import cap
+from medembed.dataset.groups import join_same_bytes
+from medembed.dataset.manifest import Manifest, read_manifest, require_hashes
+from medembed.errors import MedembedError
+
+__all__ = ["ALIKE", "MAX_CALIBRATION", "NearDuplicates", "find_near_duplicates"]
+
+MAX_CALIBRATION = 4000
+"""Train images, each of another patient, that the threshold is read off: the most there are."""
+ALIKE = 0.9
+"""From this similarity on, train images of different patients are told to be alike: 19 of 20 copies
+that are saved as JPEG at quality 80 or resized have it, with the demo encoder."""
+
+
+@dataclass(frozen=True, eq=False)
+class NearDuplicates:
+    """Say which test images look like a train image, and how often chance alone does that.
+
+    Parameters
+    ----------
+    pairs : DataFrame
+        One row per flagged test image, the most alike first: `image_a` (test), `image_b` (the train
+        image nearest to it), `patient_a`, `patient_b`, and `similarity`, above `threshold` and at
+        most 1.
+    threshold : float
+        Test images are flagged above it; infinite where nothing could be compared.
+    false_alarm_rate : float
+        At most this share of test images without a twin is flagged: what was asked for, or the
+        smallest that the number of train patients allows; 0 where the threshold is infinite.
+    asked : float
+        The rate that was asked for.
+    expected_false_alarms : float
+        `false_alarm_rate * n_test`.
+    n_test, n_train : int
+        Images that were compared.
+    n_calibration : int
+        Train images, each of another patient, that the threshold was read off.
+    n_alike : int
+        Of these, how many have a twin (similarity `ALIKE` or more) of another train patient; such
+        twins raise the threshold.
+    n_failed, n_missing : int
+        Rows left out because the image failed to be embedded, or is not in the cache yet.
+    """
+
+    pairs: pd.DataFrame = field(repr=False)
+    threshold: float
+    false_alarm_rate: float
+    asked: float
+    expected_false_alarms: float
+    n_test: int
+    n_train: int
+    n_calibration: int
+    n_alike: int
+    n_failed: int
+    n_missing: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return JSON values; an infinite threshold is None."""
+        numbers = {name: value for name, value in vars(self).items() if name != "pairs"}
+        if math.isinf(self.threshold):
+            numbers["threshold"] = None
+        return {**numbers, "pairs": self.pairs.to_dict("records")}
+
+    def problems(self) -> list[str]:
+        """Return a line per flagged test image, the first 20 and how many more there are."""
+        chance = f"a false alarm in {_share(self.false_alarm_rate)}"
+        lines = (
+            f"test image {a!r} looks like train image {b!r} (similarity {similarity:.3f}; {chance})"
+            for a, b, similarity in zip(
+                self.pairs["image_a"],
+                self.pairs["image_b"],
+                self.pairs["similarity"],
+                strict=True,
+            )
+        )
+        return cap(lines, len(self.pairs))
+
+    def describe(self) -> str:
+        """Say in sentences what was compared, what was found, and how much of it is chance."""
+        sentences = [self._outcome()]
+        if 0 < self.asked < self.false_alarm_rate:
+            sentences.append(
+                f"{self.n_calibration:,} train patients allow no rarer false alarms than in "
+                f"{_share(self.false_alarm_rate)} (asked for: {_share(self.asked)})."
+            )
+        if self.n_alike:
+            sentences.append(
+                f"{self.n_alike:,} of {self.n_calibration:,} sampled train images have a "
+                f"look-alike (similarity {ALIKE} or more) in another train patient, which raises "
+                "the threshold: fainter copies are missed."
+            )
+        if self.n_failed:
+            sentences.append(f"Left out: {self.n_failed:,} that could not be embedded.")
+        if self.n_missing:
+            sentences.append(
+                f"Left out: {self.n_missing:,} not in the cache; `medembed extract` embeds them."
+            )
+        return " ".join(sentences)
+
+    def _outcome(self) -> str:
+        if math.isinf(self.threshold):
+            lacks = "train images of two patients" if self.n_test else "test images"
+            return f"Near-duplicates were not looked for: the cache has no {lacks} of the manifest."
+        found = len(self.pairs)
+        looks = f"{found:,} look" if found > 1 else f"{found or 'none'} looks"
+        of_these = "of these " if found > self.expected_false_alarms else ""
+        return (
+            f"Compared {self.n_test:,} test images with {self.n_train:,} train images: {looks} "
+            f"like a train image (similarity above {self.threshold:.3f}); about "
+            f"{_number(self.expected_false_alarms)} {of_these}are expected by chance alone."
+        )
+
+
+def find_near_duplicates(
+    cache: Cache | str | os.PathLike[str],
+    manifest: Manifest | str | os.PathLike[str],
+    *,
+    false_alarm_rate: float = 0.001,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> NearDuplicates:
+    """Find test images whose embedding is too near to that of a train image.
+
+    Embeddings are all single-vector poolings of the cache side by side, without columns that are
+    constant up to the rounding of its dtype. Their likeness is a cosine, in a metric learnt from
+    all rows compared, test and train alike (`likeness.whiten`). Labels are not looked at. The
+    result does not depend on the order of the rows.
+
+    Parameters
+    ----------
+    cache, manifest : Cache, Manifest or path
+        What to join. Rows that failed or are not embedded yet are left out and counted.
+    false_alarm_rate : float
+        Share in (0, 1) of test images without a twin that may be flagged.
+    seed : int
+        Of the sample of train images that the threshold is read off.
+    progress : callable, optional
+        Called as progress(done, total) with images whose nearest train image is known.
+
+    Returns
+    -------
+    NearDuplicates
+
+    Raises
+    ------
+    MissingRowsError
+        No row is in the cache, and not because all failed; names the command that makes them.
+    ManifestError
+        The manifest has no SHA-256s (`--structure-only`), or breaks the rules of one.
+    CacheError
+        A shard is damaged (`ShardError`).
+    TrainingDataError
+        The cache has no pooling of one vector per image.
+    MedembedError
+        `false_alarm_rate` is out of range.
+
+    Notes
+    -----
+    Of each of up to `MAX_CALIBRATION` train patients, drawn at random, one image is drawn, and its
+    similarity S_i to the nearest image of any *other* train patient is computed: what a test image
+    without a twin would show. Patients that share an image's very bytes count as one. A test image
+    of similarity s is flagged where 2 + #{i: S_i >= s} <= alpha (n + 1), which is a threshold on s.
+
+    That is a conformal test by ranks (Vovk, Gammerman and Shafer, Algorithmic Learning in a Random
+    World, 2005), with one image per patient because images of one patient are not exchangeable
+    with those of others (Dunn, Wasserman and Ramdas, JASA 118, 2023: single subsampling). The 2 in
+    place of the usual 1 pays for leaving out: were the test patient one of the train patients, as
+    the rank argument has it, the patient nearest to it would be as near to it as it is to that one.
+    With a 1 the rate could be twice alpha (as for the jackknife+; Barber et al., Annals of
+    Statistics 49, 2021), and is where all train patients are drawn and alpha (n + 1) = 1.
+
+    So an image drawn from a test patient without a twin is flagged with probability alpha at most
+    if that patient and the train patients are exchangeable: as if lots had been drawn who is in
+    `test`. Two things are neglected: exact ties, and other views of the same test patient that are
+    as near to a second train patient. Where `test` comes from another source the rate is not held.
+    Copies *inside* train, across its patients, never cause false alarms, but they raise the
+    threshold: once a share alpha of the train patients has them, only twins as alike as these are
+    found (`n_alike`).
+
+    With n patients alpha is 2 / (n + 1) at the least. Where less is asked for, that is used and
+    said: the threshold is then the largest S_i.
+
+    Memory: the embeddings once, as float32 (as a sweep holds them), and d x d
+    numbers, and blocks of fixed size.
+    """
+    if not 0 < false_alarm_rate < 1:
+        raise MedembedError(
+            f"false_alarm_rate={false_alarm_rate!r} is out of range: give a share between 0 and 1."
+        )
+    cache = cache if isinstance(cache, Cache) else open_cache(cache)
+    rows, X, left_out = _load(cache, manifest)
+    whiten(X, float(np.finfo(cache.spec.dtype).eps))
+    n_test = int((rows["split"] == "test").sum())
+    test, train = X[:n_test], X[n_test:]  # views, no copies
+    groups = _groups(rows[n_test:])
+    drawn = _draw(groups, seed) if n_test else np.empty(0, np.int64)
+    tick = _counting(progress, len(drawn) + n_test)
+    usual, _ = find_nearest(train[drawn], train, groups=(groups[drawn], groups), tick=tick)
+    threshold, rate = _calibrate(usual, false_alarm_rate)
+    similarity, nearest = find_nearest(test, train, tick=tick)
+    return NearDuplicates(
+        pairs=_pair(rows, similarity, nearest + n_test, threshold),
+        threshold=threshold,
+        false_alarm_rate=rate,
+        asked=false_alarm_rate,
+        expected_false_alarms=rate * n_test,
+        n_test=n_test,
+        n_train=len(train),
+        n_calibration=len(drawn),
+        n_alike=int((usual >= ALIKE).sum()),
+        **left_out,
+    )
+
+
+def _load(
+    cache: Cache, manifest: Manifest | str | os.PathLike[str]
+) -> tuple[pd.DataFrame, np.ndarray, dict[str, int]]:
+    """Return the embedded rows, test before train and by image, their X, and what is left out."""
+    name = "MANIFEST" if isinstance(manifest, Manifest) else str(manifest)
+    manifest = manifest if isinstance(manifest, Manifest) else read_manifest(Path(manifest))
+    require_hashes(manifest)
+    rows = manifest.rows.sort_values(["split", "image"], ignore_index=True)
+    done = cache.is_done(keys_from_column(rows["sha256"]))
+    if not done.any():
+        find_rows(cache, rows, name)  # says what makes them
+    n_failed = int(rows["sha256"][~done].isin(list(cache.failures())).sum())
+    found = load_embeddings(cache, Manifest(rows[done], manifest.label_level))
+    left_out = {"n_failed": n_failed, "n_missing": int((~done).sum()) - n_failed}
+    return found.rows, found.X, left_out
+
+
+def _groups(train: pd.DataFrame) -> np.ndarray:
+    """Return train patients as numbers from 0, (n,) int64; those that share bytes are one."""
+    joined = join_same_bytes(train["patient"], train["sha256"])
+    return np.asarray(pd.factorize(joined, sort=True)[0], np.int64)
+
+
+def _draw(groups: np.ndarray, seed: int) -> np.ndarray:
+    """Draw patients, at most `MAX_CALIBRATION`, and an image of each; return their rows, (k,).
+
+    Of one patient alone there is nothing to compare: k is then 0.
+    """
+    generator = np.random.default_rng(seed)
+    order = generator.permutation(len(groups))
+    _, firsts = np.unique(groups[order], return_index=True)
+    if len(firsts) < 2:
+        return np.empty(0, np.int64)
+    drawn = generator.permutation(firsts)[:MAX_CALIBRATION]
+    return np.asarray(np.sort(order[drawn]), np.int64)
+
+
+def _calibrate(usual: np.ndarray, rate: float) -> tuple[float, float]:
+    """Return the threshold and the rate that it keeps; see the notes of `find_near_duplicates`."""
+    n = len(usual)
+    if n < 2:
+        return math.inf, 0.0
+    n_allowed = max(2, math.floor(rate * (n + 1) + 1e-9))  # 0.29 * 100 is 28.999…
+    threshold = np.sort(usual)[::-1][n_allowed - 2]
+    return float(threshold), max(rate, 2 / (n + 1))
+
+
+def _pair(
+    rows: pd.DataFrame, similarity: np.ndarray, nearest: np.ndarray, threshold: float
+) -> pd.DataFrame:
+    flagged = np.flatnonzero(similarity > threshold)
+    flagged = flagged[np.argsort(-similarity[flagged], kind="stable")]
+    a, b = rows.iloc[flagged], rows.iloc[nearest[flagged]]
+    return pd.DataFrame(
+        {
+            "image_a": a["image"].to_numpy(object),
+            "image_b": b["image"].to_numpy(object),
+            "patient_a": a["patient"].to_numpy(object),
+            "patient_b": b["patient"].to_numpy(object),
+            "similarity": similarity[flagged],
+        }
+    )
+
+
+def _counting(
+    progress: Callable[[int, int], None] | None, total: int
+) -> Callable[[int], None] | None:
+    """Return what turns "m more are done" into `progress(done, total)`."""
+    if progress is None:
+        return None
+    done = 0
+
+    def tick(n: int) -> None:
+        nonlocal done
+        done += n
+        progress(done, total)
+
+    return tick
+
+
+def _share(rate: float) -> str:
+    """Write a share of images: "1 of 1,000 images", above 1 % "4.9 % of images"."""
+    return f"1 of {1 / rate:,.0f} images" if rate <= 0.01 else f"{100 * rate:.2g} % of images"
+
+
+def _number(expected: float) -> str:
+    """Write how many are expected, with one digit below 2: 3, 0.3, 0.05."""
+    return f"{expected:,.0f}" if expected >= 2 else f"{expected:.1g}"

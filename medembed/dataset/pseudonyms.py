@@ -1,0 +1,71 @@
+"""Names for patients and studies that only the holder of a key can compute.
+
+A plain hash of a hospital's number is no protection: there are few numbers, and trying them all
+takes seconds. HMAC-SHA-256 (RFC 2104) with a secret key of 32 random bytes is one, as long as the
+key stays with those who may know the patients. It is never part of a manifest.
+"""
+
+import hashlib
+import hmac
+import os
+import secrets
+from pathlib import Path
+
+from medembed.errors import RecipeError
+
+__all__ = ["Pseudonyms", "read_key"]
+
+KEY_BYTES = 32
+LEAST_KEY_BYTES = 16
+DIGITS = 20  # hex: among 10 million names a clash has a chance of 1 in 24 billion
+
+
+class Pseudonyms:
+    """Replace identifiers, or keep them where there is no key.
+
+    Parameters
+    ----------
+    key : bytes or None
+        None keeps every identifier as it is.
+    """
+
+    def __init__(self, key: bytes | None) -> None:
+        self._key = key
+
+    @property
+    def hide(self) -> bool:
+        """Whether identifiers are replaced."""
+        return self._key is not None
+
+    def name(self, kind: str, identifier: str) -> str:
+        """Give the name of an identifier, 20 hex digits; the same text of another kind differs."""
+        if self._key is None:
+            return identifier
+        message = f"{kind}\0{identifier}".encode()
+        return hmac.new(self._key, message, hashlib.sha256).hexdigest()[:DIGITS]
+
+
+def read_key(path: Path | None) -> bytes:
+    """Read a key, or make one: into the file that is not there yet, or nowhere without a path.
+
+    Raises
+    ------
+    RecipeError
+        The file cannot be read or written, or holds fewer than 16 bytes.
+    """
+    if path is None:
+        return secrets.token_bytes(KEY_BYTES)
+    try:
+        if not path.exists():
+            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(handle, "w", encoding="ascii") as file:
+                file.write(secrets.token_hex(KEY_BYTES) + "\n")
+        key = path.read_bytes().strip()
+    except OSError as error:
+        raise RecipeError(f"key file {path} cannot be used: {error.strerror}.") from error
+    if len(key) < LEAST_KEY_BYTES:
+        raise RecipeError(
+            f"key file {path} holds {len(key)} bytes; a key has at least {LEAST_KEY_BYTES}. Name a "
+            "file that is not there, and a key is made in it."
+        )
+    return key

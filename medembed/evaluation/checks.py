@@ -1,0 +1,58 @@
+"""What labels and probabilities must be before anything is scored or fitted on them."""
+
+import numpy as np
+
+from medembed.errors import TrainingDataError
+
+__all__ = ["check_both_classes", "check_rows"]
+
+
+def check_rows(y: np.ndarray, probability: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return labels as int8 and probabilities as float64, fit to be scored.
+
+    Raises
+    ------
+    TrainingDataError
+        A label is not 0 or 1, a probability is not a number in [0, 1], or the lengths differ.
+    """
+    labels, values = np.asarray(y), np.asarray(probability, dtype=np.float64)
+    if labels.ndim != 1 or labels.shape != values.shape:
+        raise TrainingDataError(
+            f"labels of shape {labels.shape} and probabilities of shape {values.shape} "
+            "are not two columns of one length"
+        )
+    if not np.isin(labels, (0, 1)).all():
+        strange = next(value for value in labels.tolist() if value not in (0, 1))
+        raise TrainingDataError(f"label {strange} is not 0 or 1; leave unlabelled rows out")
+    if not ((values >= 0) & (values <= 1)).all():
+        raise TrainingDataError("a probability is NaN or outside [0, 1]; it cannot be scored")
+    return labels.astype(np.int8), values
+
+
+def check_both_classes(
+    y: np.ndarray, probability: np.ndarray, purpose: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return labels as int64 and probabilities as float64, fit for `purpose` to be fitted on.
+
+    Raises
+    ------
+    TrainingDataError
+        Only one class, lengths that differ, other labels, or probabilities outside [0, 1].
+    """
+    labels, values = np.asarray(y), np.asarray(probability, dtype=np.float64)
+    if labels.ndim != 1 or labels.shape != values.shape:
+        raise TrainingDataError(
+            f"{purpose} needs one probability per label, got shapes {values.shape} and "
+            f"{labels.shape}"
+        )
+    if not np.isin(labels, (0, 1)).all():
+        raise TrainingDataError(f"{purpose} needs labels 0 and 1; leave unlabelled rows out")
+    if not ((values >= 0) & (values <= 1)).all():
+        raise TrainingDataError(f"{purpose} needs probabilities in [0, 1], not NaN")
+    if len(np.unique(labels)) < 2:
+        held = "normal" if (labels == 0).any() else "abnormal" if len(labels) else "none"
+        raise TrainingDataError(
+            f"{purpose} needs normal and abnormal rows, but all {len(labels)} are {held}; "
+            "give it more patients"
+        )
+    return labels.astype(np.int64), values

@@ -1,0 +1,249 @@
+"""A tower's blocks, by the names that transformers has for them: which train, and how fast.
+
+Blocks are the layers of SigLIP, ViT, DeiT and DINO, and the stages of ResNet, ConvNeXt and Swin.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from medembed.encoders.torch_encoder import TorchEncoder
+from medembed.errors import EncoderError, TrainingDataError
+from medembed.finetuning.recipe import Depth, Recipe
+
+__all__ = [
+    "count_blocks",
+    "cut_trunk",
+    "draw_weights",
+    "find_blocks",
+    "keep_top",
+    "parameter_groups",
+    "recompute",
+    "set_modes",
+    "unfreeze",
+]
+
+# Where the releases of transformers keep the blocks, the norm after them, what comes before.
+_BLOCKS = (
+    *("encoder.layers", "encoder.layer", "encoder.stages"),
+    *("model.layer", "layers", "layer", "stages"),
+)
+_NORMS = ("post_layernorm", "layernorm", "norm")
+_EMBEDDINGS = ("embeddings", "embedder")
+# Their blocks are handed the size of the grid besides the tokens.
+_UNCUT = ("swin", "swinv2")
+
+
+def find_blocks(encoder: TorchEncoder) -> tuple[str, nn.ModuleList]:
+    """Give the name and the list of an encoder's blocks, in the order that images go through.
+
+    Raises
+    ------
+    EncoderError
+        It has none that are known.
+    """
+    for name in _BLOCKS:
+        try:
+            found = encoder.model.get_submodule(name)
+        except AttributeError:
+            continue
+        if isinstance(found, nn.ModuleList) and len(found):
+            return name, found
+    raise EncoderError(
+        f"{encoder.source} has no blocks that can be unfrozen. Fine-tune a SigLIP, ViT, DINO, "
+        "ResNet, ConvNeXt or Swin; what it embeds goes to `medembed extract` and `sweep`."
+    )
+
+
+def count_blocks(encoder: TorchEncoder) -> int:
+    """Count an encoder's blocks; see `find_blocks`."""
+    return len(find_blocks(encoder)[1])
+
+
+def unfreeze(encoder: TorchEncoder, depth: Depth) -> list[str]:
+    """Let the last blocks and the norm after them take gradients, and nothing else.
+
+    Returns
+    -------
+    list of str
+        Names of the model's parameters that will train.
+    """
+    trained = _is_trained(encoder, depth)
+    names = []
+    for name, parameter in encoder.model.named_parameters():
+        parameter.requires_grad_(trained(name))
+        if parameter.requires_grad:
+            names.append(name)
+    return names
+
+
+def set_modes(encoder: TorchEncoder, depth: Depth, *, training: bool) -> None:
+    """Put what trains into training mode, and all else into evaluation mode.
+
+    Batch norms of frozen parts so keep their statistics, and those of trained parts learn them.
+    """
+    encoder.model.eval()
+    if not training:
+        return
+    trained = _is_trained(encoder, depth)
+    for name, module in encoder.model.named_modules():
+        if trained(f"{name}."):
+            module.train()
+
+
+def parameter_groups(
+    encoder: TorchEncoder, head: nn.Module, recipe: Recipe
+) -> list[dict[str, Any]]:
+    """Sort all parameters that train into AdamW's groups: by rate, with decay and without.
+
+    Returns
+    -------
+    list of dict
+        ``params``, ``names``, ``lr`` and ``weight_decay``, highest rate first.
+    """
+    groups: dict[tuple[float, bool], dict[str, Any]] = {}
+    for name, parameter, share in _with_shares(encoder, head, recipe):
+        decays = parameter.ndim > 1
+        group = groups.setdefault(
+            (share, decays),
+            {
+                "params": [],
+                "names": [],
+                "lr": recipe.lr * share,
+                "weight_decay": recipe.weight_decay if decays else 0.0,
+            },
+        )
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return [groups[key] for key in sorted(groups, reverse=True)]
+
+
+def recompute(encoder: TorchEncoder, depth: Depth) -> None:
+    """Let the trained blocks compute their activations again in the backward pass.
+
+    Raises
+    ------
+    TrainingDataError
+        They have batch norms, which would count every image twice.
+    """
+    _, blocks = find_blocks(encoder)
+    own = list(blocks)[len(blocks) - depth.blocks :]
+    norms = nn.modules.batchnorm._BatchNorm
+    if any(isinstance(module, norms) for block in own for module in block.modules()):
+        raise TrainingDataError(
+            f"--checkpointing computes blocks twice, and the batch norms of {encoder.source} would "
+            "count every image twice. Leave it out; --accumulate saves memory too."
+        )
+    for block in own:
+        forward: Callable[..., Any] = block.forward
+        block.forward = partial(checkpoint, forward, use_reentrant=False)
+
+
+def draw_weights(encoder: TorchEncoder, seed: int) -> None:
+    """Give the tower random weights, as transformers draws those of a new model of its config."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        fresh = type(encoder.model)(encoder.model.config)
+    state = fresh.state_dict()
+    wanted = encoder.model.state_dict()
+    encoder.model.load_state_dict({name: state[name] for name in wanted})
+
+
+def cut_trunk(encoder: TorchEncoder, n_kept: int) -> None:
+    """Take away all but the first `n_kept` blocks: the tower then gives what comes out of them.
+
+    Raises
+    ------
+    EncoderError
+        Its blocks want more than what the block before them gives.
+    """
+    _refuse_uncut(encoder)
+    _, blocks = find_blocks(encoder)
+    for i in range(n_kept, len(blocks)):
+        blocks[i] = _Passed()
+    for name in (*_NORMS, "pooler", "head"):
+        if isinstance(getattr(encoder.model, name, None), nn.Module):
+            setattr(encoder.model, name, _Passed())
+
+
+def keep_top(encoder: TorchEncoder, n_cut: int) -> None:
+    """Take away the first `n_cut` blocks and what comes before them.
+
+    `features` is then to be given what `cut_trunk` gives, in place of pixels.
+
+    Raises
+    ------
+    EncoderError
+        As `cut_trunk`.
+    """
+    _refuse_uncut(encoder)
+    model = encoder.model
+    _, blocks = find_blocks(encoder)
+    for i in range(n_cut):
+        blocks[i] = _Passed()
+    rotary = getattr(model, "rope_embeddings", None)
+    if rotary is not None:  # DINOv3's positions follow from the size of the image alone
+        size = encoder.preprocessing
+        with torch.no_grad():
+            positions = rotary(torch.zeros(1, 3, size.height, size.width, device=encoder.device))
+        rotary.forward = lambda *_: positions
+    for name in _EMBEDDINGS:
+        module = getattr(model, name, None)
+        if module is not None:
+            module.forward = _pass_on
+
+
+class _Passed(nn.Module):
+    """Stands where a block was, and hands on what it gets."""
+
+    def forward(self, hidden: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return hidden
+
+
+def _pass_on(hidden: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    return hidden
+
+
+def _refuse_uncut(encoder: TorchEncoder) -> None:
+    kind = encoder.model.config.model_type
+    if kind in _UNCUT:
+        raise EncoderError(
+            f"--trunk-cache is not on offer for {encoder.source}: blocks of {kind} hand on the "
+            "size of their grid besides their tokens. Leave it out."
+        )
+
+
+def _is_trained(encoder: TorchEncoder, depth: Depth) -> Callable[[str], bool]:
+    """Tell by its name whether a parameter, or what is in a module ("name."), trains."""
+    if depth.everything:
+        return lambda name: True
+    if not depth.blocks:
+        return lambda name: False
+    path, blocks = find_blocks(encoder)
+    first = len(blocks) - depth.blocks
+    begins = tuple(f"{path}.{i}." for i in range(first, len(blocks)))
+    return lambda name: name.startswith((*begins, *(f"{norm}." for norm in _NORMS)))
+
+
+def _with_shares(
+    encoder: TorchEncoder, head: nn.Module, recipe: Recipe
+) -> Iterator[tuple[str, nn.Parameter, float]]:
+    """Yield every parameter that trains, with its rate as a share of the head's."""
+    path, blocks = find_blocks(encoder)
+    top = 1.0 if recipe.from_scratch else recipe.encoder_share
+    decay = 1.0 if recipe.from_scratch else recipe.decay
+    for name, parameter in head.named_parameters():
+        yield f"head.{name}", parameter, 1.0
+    for name, parameter in encoder.model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        below = len(blocks)  # the embeddings, and what is neither block nor norm
+        if name.startswith(f"{path}."):
+            below = len(blocks) - 1 - int(name[len(path) + 1 :].split(".")[0])
+        elif name.split(".")[0] in (*_NORMS, "pooler", "head"):
+            below = 0
+        yield f"tower.{name}", parameter, top * decay**below

@@ -1,0 +1,270 @@
+"""Fine-tune an encoder's last blocks with a head, depth by depth, and write a run.
+
+Every depth and seed is one trial of the run: written to its ledger when it ends, under a key that
+hashes all that decides its result. An interrupted one goes on from its last epoch.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from medembed.cache.embeddings import find_rows
+from medembed.dataset.manifest import Manifest, read_manifest
+from medembed.errors import DeviceMemoryError, EncoderError, TrainingDataError
+from medembed.finetuning.adapting import adapt, save_adapted
+from medembed.finetuning.asking import Asked, Trial, describe, understand, write_command
+from medembed.finetuning.finishing import Ending, finish, load_ending
+from medembed.finetuning.images import Images, PixelImages, VectorImages, refuse_empty_root
+from medembed.finetuning.network import Network, blank_start
+from medembed.finetuning.packaged import package
+from medembed.finetuning.recipe import Depth, Recipe
+from medembed.finetuning.rows import TrainRows, choose_rows
+from medembed.finetuning.starting import draw_start, fit_start
+from medembed.finetuning.training import Trainer, explaining_memory
+from medembed.finetuning.trunk import TokenImages, TrunkEncoder, fill_trunk_cache
+from medembed.results.provenance import public_name
+from medembed.results.runs import Run, create_run
+
+__all__ = ["finetune"]
+
+Progress = Callable[[int, int], None]
+Tell = Callable[[str], None]
+
+
+def finetune(
+    manifest: Manifest | str | Path,
+    image_root: str | Path,
+    encoder: str | Path,
+    out: str | Path,
+    *,
+    unfreeze: str | Sequence[str | int] = (0, 1, 2, 4),
+    from_run: str | Path | None = None,
+    trunk_cache: str | Path | None = None,
+    trunk_dtype: str = "float32",
+    n_seeds: int = 1,
+    n_folds: int = 5,
+    pool: str | Sequence[str] | None = None,
+    recipe: Recipe | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    fit: str = "stretch",
+    seed: int = 0,
+    progress: Progress | None = None,
+    tell: Tell | None = None,
+) -> dict[str, Any]:
+    """Train a head alone, and with the last blocks of its encoder, and score each once on test.
+
+    One fold of the patients of `train` is held out: it decides when to stop, and its predictions
+    are the out-of-fold ones that calibration and thresholds rest on.
+
+    Parameters
+    ----------
+    manifest : Manifest or path
+        Names the images, their labels, patients and splits.
+    image_root : path
+        Directory that the manifest's image paths are relative to.
+    encoder : str or path
+        As `load_encoder` takes it.
+    out : path
+        The run directory: new, or the same question's, which is then continued.
+    unfreeze : str or sequence
+        Depths, such as ``0,1,2,all``: so many last blocks and the norm after them; 0 the head
+        alone; ``all`` everything.
+    from_run : path, optional
+        A sweep on this encoder's embeddings and this manifest; the head is then its best MLP or
+        logistic one, learnt again without the held-out patients. By default a fresh MLP.
+    trunk_cache : path, optional
+        Where the output of the blocks that stay frozen at every depth is kept. It excludes
+        augmentation.
+    trunk_dtype : {"float32", "float16"}
+        How.
+    n_seeds : int
+        Each depth is trained with so many seeds, from `seed` on; who is held out follows from
+        `seed` alone.
+    n_folds : int
+        One of so many folds is held out.
+    pool : str or sequence of str, optional
+        Single-vector poolings, side by side; by default mean and max, or those of `from_run`.
+    recipe : Recipe, optional
+        Hyperparameters; its `precision` is replaced by what `precision` comes to.
+    device, precision, fit : str
+        As `load_encoder` takes them. bf16 is that of products in training.
+    seed : int
+        Of everything random.
+    progress : callable, optional
+        Called as progress(done, total).
+    tell : callable, optional
+        Called with a few words when something else begins.
+
+    Returns
+    -------
+    dict
+        ``run`` (path) and ``leaderboard``: a list of ``{head, pooling, trial, params, cv, seconds,
+        status, error, depth, seed, best_epoch, encoder}``, best first, failed ones last.
+        ``encoder`` is the fingerprint of the adapted encoder, None of depth 0.
+
+    Raises
+    ------
+    TrainingDataError
+        Depths, labels, patients or hyperparameters do not allow this, before any training.
+    EncoderError
+        The encoder cannot be loaded or unfrozen.
+    PathNotFoundError, ManifestError
+        Images are not there, or are not the manifest's.
+    RunError
+        `out` answers another question, `from_run` does not fit, or every depth failed.
+    CacheError
+        The disk will not hold the trunk cache, or a shard is damaged.
+    """
+    table = manifest if isinstance(manifest, Manifest) else read_manifest(manifest)
+    rows = choose_rows(table, n_folds, seed)
+    refuse_empty_root(Path(image_root), rows.rows["image"].tolist())
+    asked = understand(
+        table,
+        Path(image_root),
+        unfreeze.split(",") if isinstance(unfreeze, str) else unfreeze,
+        encoder,
+        recipe or Recipe(),
+        from_run=from_run,
+        trunk=(trunk_cache, trunk_dtype),
+        seeds=tuple(range(seed, seed + n_seeds)),
+        n_folds=n_folds,
+        pool=pool,
+        on={"device": device, "precision": precision, "fit": fit},
+    )
+    name = "MANIFEST" if isinstance(manifest, Manifest) else public_name(manifest)
+    command = write_command(asked, name, public_name(encoder), public_name(out), from_run)
+    run = create_run(out, asked.question(), details=describe(asked, command))
+    with run.locked():
+        if not run.is_complete:
+            _train_all(run, asked, rows, progress or (lambda *_: None), tell or (lambda _: None))
+        run.drop_folds()
+        shutil.rmtree(run.path / "training", ignore_errors=True)
+    return {"run": str(out), "leaderboard": run.info["leaderboard"]}
+
+
+def _train_all(run: Run, asked: Asked, rows: TrainRows, progress: Progress, tell: Tell) -> None:
+    """Train what the ledger lacks, and finish the run."""
+    with ExitStack() as stack:
+        images, rows = _open_images(run, asked, rows, stack, progress, tell)
+        shared = _digest([asked.question(), rows.rows["sha256"].tolist()])
+        keys = {trial.head: _digest([shared, trial.head])[:32] for trial in asked.trials}
+        endings = {head: load_ending(run, key, rows) for head, key in keys.items()}
+        if any(ending is None for ending in endings.values()):
+            run.drop_partial_models()
+            X = None
+            for trial in sorted(asked.trials, key=lambda trial: (trial.seed, trial.number)):
+                if endings[trial.head] is None:
+                    own = asked.for_seed(trial.seed)
+                    if X is None or asked.recipe.from_scratch:
+                        X = _embed(own, images, rows, progress, tell)
+                    key = keys[trial.head]
+                    trained = _train(run, own, rows, images, X, trial, key, progress, tell)
+                    endings[trial.head] = trained
+        done = [ending for ending in endings.values() if ending is not None]
+        finish(run, asked.manifest, rows, done)
+
+
+def _open_images(
+    run: Run, asked: Asked, rows: TrainRows, stack: ExitStack, progress: Progress, tell: Tell
+) -> tuple[Images, TrainRows]:
+    """Decode the images, or fill the trunk cache; leave out what fails."""
+    if asked.n_cut is not None and asked.trunk_cache is not None:
+        trunk = TrunkEncoder(asked.encoder, asked.n_cut, asked.recipe.precision)
+        own = replace(asked.manifest, rows=rows.rows)
+        cache = fill_trunk_cache(
+            asked.trunk_cache,
+            trunk,
+            own,
+            asked.image_root,
+            dtype=asked.trunk_dtype,
+            progress=progress,
+            tell=tell,
+        )
+        _, _, failed = find_rows(cache, rows.rows, "MANIFEST")
+        left, _ = rows.without(failed)
+        return TokenImages(cache, left.rows), left
+    pixels = PixelImages(rows.rows, asked.image_root, asked.encoder.preprocessing, run.path)
+    tell(f"Decoding, {pixels.n_bytes / 1e6:,.1f} MB beside the run")
+    stack.enter_context(pixels).read(progress)
+    left, kept = rows.without(pixels.failed)
+    return pixels.of(kept), left
+
+
+def _embed(
+    asked: Asked, images: Images, rows: TrainRows, progress: Progress, tell: Tell
+) -> np.ndarray:
+    """Give the pooled vectors of all rows before any training, float32 (n, d)."""
+    tell("Embedding")
+    width = sum(asked.encoder.dimensions[name][0] for name in asked.poolings)
+    recipe = replace(asked.recipe, checkpointing=False)
+    start = blank_start(width)
+    network = Network(asked.encoder, Depth(0), recipe, asked.poolings, start, asked.n_cut)
+    size = -(-recipe.batch_size // recipe.accumulate)
+    X = np.empty((len(rows), width), np.float32)
+    with torch.no_grad(), explaining_memory("the encoder", recipe):
+        for first in range(0, len(rows), size):
+            part = np.arange(first, min(first + size, len(rows)))
+            X[part] = network.vectors(images.take(part, asked.encoder.device)).cpu().numpy()
+            progress(int(part[-1]) + 1, len(rows))
+    if not np.isfinite(X).all():
+        raise EncoderError(
+            f"embeddings of {asked.encoder.source} are not finite in {recipe.precision}. Try "
+            "--precision fp32."
+        )
+    return X
+
+
+def _train(
+    run: Run,
+    asked: Asked,
+    rows: TrainRows,
+    images: Images,
+    X: np.ndarray,
+    trial: Trial,
+    key: str,
+    progress: Progress,
+    tell: Tell,
+) -> Ending:
+    """Train one depth with one seed; what goes wrong becomes its ending."""
+    name, depth, seed = trial.head, trial.depth, trial.seed
+    known = {"number": trial.number, "head": name, "depth": depth.blocks, "seed": seed, "key": key}
+    known |= {"pooling": "+".join(asked.poolings), "params": asked.params()}
+    try:
+        tell(name)
+        if asked.swept is not None:
+            start = fit_start(asked.swept, X, rows.y, rows.fitted, seed)
+        else:
+            start = draw_start(X, rows.fitted, seed)
+        # What only the head learns from does not change, unless its images do.
+        is_fixed = not depth.blocks and not asked.recipe.augment
+        own = VectorImages(X) if is_fixed else images
+        network = Network(asked.encoder, depth, asked.recipe, asked.poolings, start, asked.n_cut)
+        path = run.path / "training" / f"{name}.safetensors"
+        trainer = Trainer(network, rows, own, seed=seed, name=name, state_path=path, key=key)
+        smoothing = float(start.params["label_smoothing"])
+        trained = trainer.train(label_smoothing=smoothing, progress=progress, tell=tell)
+        adapted = adapt(asked.encoder, network)
+        fingerprint = None
+        if depth.blocks:
+            fingerprint = save_adapted(adapted, run.path / "encoders" / name)
+        package(run, asked.manifest, rows, network, start, trained, adapted, fingerprint, known)
+        path.unlink(missing_ok=True)
+        ending = Ending.of(trained, fingerprint, known)
+    except (TrainingDataError, DeviceMemoryError) as error:
+        ending = Ending.failed(error, known)
+    ending.write(run)
+    return ending
+
+
+def _digest(document: Any) -> str:
+    canonical = json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()

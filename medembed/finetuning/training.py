@@ -1,0 +1,311 @@
+"""Train one depth with one seed: epochs of steps, judged on held-out patients, the best kept."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.special import expit
+from torch.nn import functional
+
+from medembed.errors import DeviceMemoryError, TrainingDataError
+from medembed.finetuning.blocks import parameter_groups
+from medembed.finetuning.images import Images
+from medembed.finetuning.network import Network
+from medembed.finetuning.recipe import Recipe
+from medembed.finetuning.rows import TrainRows
+from medembed.finetuning.state import Counters, State, read_state, write_state
+from medembed.heads.base import row_weights
+
+__all__ = ["Trained", "Trainer", "explaining_memory", "rate_at"]
+
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what torch's AdamW keeps of each parameter
+_ORDER, _DROPOUT = 1 << 20, 1 << 21  # streams of random numbers
+
+Progress = Callable[[int, int], None]
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How a training ended; the network has its best epoch's weights.
+
+    Attributes
+    ----------
+    counters : Counters
+    held, tested : float64 arrays
+        Probabilities of the held-out patients' images and of the test images, in the rows' order.
+    """
+
+    counters: Counters
+    held: NDArray[np.float64]
+    tested: NDArray[np.float64]
+
+
+class Trainer:
+    """Train a network.
+
+    Parameters
+    ----------
+    network : Network
+        Its `recipe` says how.
+    rows : TrainRows
+        What it is trained on, held out from it and tested on.
+    images : Images
+        Of those rows.
+    seed : int
+        Decides order, dropout and variations.
+    name : str
+        Of the head, for messages.
+    state_path : Path
+        Where every epoch is kept.
+    key : str
+        Of all that decides the result: a state of another key is not gone on from.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        rows: TrainRows,
+        images: Images,
+        *,
+        seed: int,
+        name: str,
+        state_path: Path,
+        key: str,
+    ) -> None:
+        self.network, self.rows, self.images = network, rows, images
+        self.recipe, self.device = network.recipe, network.encoder.device
+        self._seed, self._name, self._path, self._key = seed, name, state_path, key
+        self._groups = parameter_groups(network.encoder, network.head, self.recipe)
+        self._rates = [group["lr"] for group in self._groups]
+        names = [group.pop("names") for group in self._groups]
+        self._optimizer = torch.optim.AdamW(self._groups)
+        self._named = {
+            name: parameter
+            for group, own in zip(self._groups, names, strict=True)
+            for name, parameter in zip(own, group["params"], strict=True)
+        }
+        y = rows.y[rows.fitted].astype(np.int64)
+        weights = row_weights(np.array([0, 1]), np.array([0, 1]), "balanced", labels=y)
+        self._weights = torch.tensor(weights, dtype=torch.float32, device=self.device)
+        self._smoothing = 0.0
+        self._counters = Counters()
+        self._best: dict[str, torch.Tensor] = {}
+
+    def train(
+        self,
+        *,
+        label_smoothing: float = 0.0,
+        progress: Progress | None = None,
+        tell: Tell | None = None,
+    ) -> Trained:
+        """Train until held-out patients have seen no better epoch for `patience` epochs.
+
+        Parameters
+        ----------
+        label_smoothing : float
+            Of the head: towards labels of half of it and one minus half of it.
+
+        Raises
+        ------
+        TrainingDataError
+            A loss or a gradient is not a finite number.
+        DeviceMemoryError
+            A batch does not fit the device.
+        """
+        self._smoothing = label_smoothing
+        self._take_up(read_state(self._path, self._key))
+        counters, recipe = self._counters, self.recipe
+        with explaining_memory(self._name, recipe):
+            while counters.epoch < recipe.epochs and not self._has_stopped():
+                began = time.perf_counter()
+                if tell is not None:
+                    tell(self._describe())
+                loss = self._train_epoch(counters.epoch + 1, progress)
+                self._judge(loss)
+                counters.seconds += time.perf_counter() - began
+                write_state(self._path, self._key, self._state())
+            self.network.load_trained(self._best)
+            held, tested = self.rows.held, self.rows.tested
+            probability = expit(self.logits(np.concatenate([held, tested])).astype(np.float64))
+        return Trained(counters, probability[: len(held)], probability[len(held) :])
+
+    @torch.no_grad()
+    def logits(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Give the logits of some rows as they are, float32 (n,)."""
+        self.network.set_training(False)
+        size = -(-self.recipe.batch_size // self.recipe.accumulate)
+        parts = [
+            self.network(self.images.take(rows[start : start + size], self.device)).cpu().numpy()
+            for start in range(0, len(rows), size)
+        ]
+        return np.concatenate([np.empty(0, np.float32), *parts])
+
+    def _train_epoch(self, epoch: int, progress: Progress | None) -> float:
+        """Take the steps of an epoch; give the mean loss of its images."""
+        recipe, fitted = self.recipe, self.rows.fitted
+        self.network.set_training(True)
+        order = np.random.default_rng([self._seed, _ORDER, epoch]).permutation(fitted)
+        # Batches of one size: a small rest would take a step as long and far noisier.
+        batches = np.array_split(order, self._n_steps)
+        total, done = 0.0, 0
+        for step, batch in enumerate(batches):
+            self._set_rates((epoch - 1) * self._n_steps + step)
+            with _seeded([self._seed, _DROPOUT, epoch, step], self.device):
+                loss = sum(
+                    self._add_gradients(part, len(batch), epoch)
+                    for part in np.array_split(batch, min(recipe.accumulate, len(batch)))
+                )
+            self._step(loss, epoch, step)
+            total += loss * len(batch)
+            done += len(batch)
+            if progress is not None:
+                progress(done, len(order))
+        return total / len(order)
+
+    def _add_gradients(self, part: NDArray[np.int64], n_batch: int, epoch: int) -> float:
+        """Add a part's share of a batch's mean loss to the gradients; give that share."""
+        if self.recipe.augment:
+            images = self.images.take_varied(
+                part, self.device, seed=self._seed, epoch=epoch, flips=self.recipe.flips
+            )
+        else:
+            images = self.images.take(part, self.device)
+        y = torch.from_numpy(self.rows.y[part].astype(np.int64)).to(self.device)
+        loss = self._losses(self.network(images), y).sum() / n_batch
+        loss.backward()  # type: ignore[no-untyped-call]
+        return float(loss.detach())
+
+    def _losses(self, logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Give each image's cross-entropy times its class's weight ("balanced")."""
+        aims = y.float() * (1 - self._smoothing) + self._smoothing / 2
+        losses = functional.binary_cross_entropy_with_logits(logits, aims, reduction="none")
+        return losses * self._weights[y]
+
+    def _step(self, loss: float, epoch: int, step: int) -> None:
+        norm = torch.nn.utils.clip_grad_norm_(self._named.values(), self.recipe.clip)
+        if not math.isfinite(loss) or not bool(torch.isfinite(norm)):
+            what = "loss" if not math.isfinite(loss) else "gradient"
+            raise TrainingDataError(
+                f"the {what} of {self._name} is no finite number at epoch {epoch}, step "
+                f"{step + 1}. Lower --lr{', or give --precision fp32' if self._is_bf16 else ''}."
+            )
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    @property
+    def _is_bf16(self) -> bool:
+        return self.recipe.precision == "bf16"
+
+    @property
+    def _n_steps(self) -> int:
+        return -(-len(self.rows.fitted) // self.recipe.batch_size)
+
+    def _set_rates(self, step: int) -> None:
+        factor = rate_at(step, self._n_steps * self.recipe.epochs, self.recipe.warm_up)
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * factor
+
+    def _judge(self, train_loss: float) -> None:
+        """Close an epoch: score it on the held-out patients, keep it where it is the best."""
+        counters, held = self._counters, self.rows.held
+        logits = torch.from_numpy(self.logits(held))
+        y = torch.from_numpy(self.rows.y[held].astype(np.int64))
+        aims = functional.binary_cross_entropy_with_logits(logits, y.float(), reduction="none")
+        loss = float((aims * self._weights.cpu()[y]).mean())
+        if not math.isfinite(loss):
+            raise TrainingDataError(
+                f"the loss of {self._name} on the held-out patients is no finite number. Lower "
+                "--lr."
+            )
+        auroc = self.rows.study_auroc(held, expit(logits.numpy().astype(np.float64)))
+        counters.epoch += 1
+        counters.history.append({"train_loss": train_loss, "loss": loss, "auroc": auroc})
+        key = [auroc, -loss]
+        if not counters.best_key or key > counters.best_key:
+            counters.best_key, counters.best_epoch = key, counters.epoch
+            self._best = {n: t.clone() for n, t in self.network.trained_state().items()}
+
+    def _has_stopped(self) -> bool:
+        counters = self._counters
+        return counters.epoch - counters.best_epoch >= self.recipe.patience
+
+    def _describe(self) -> str:
+        counters = self._counters
+        text = f"{self._name}, epoch {counters.epoch + 1}/{self.recipe.epochs}"
+        if counters.best_key:
+            text += f", best AUROC {counters.best_key[0]:.3f}"
+        return text
+
+    def _state(self) -> State:
+        moments: dict[str, dict[str, torch.Tensor]] = {moment: {} for moment in MOMENTS}
+        for name, parameter in self._named.items():
+            for moment, tensor in self._optimizer.state[parameter].items():
+                moments[moment][name] = tensor
+        return State(self._counters, self.network.trained_state(), self._best, moments)
+
+    def _take_up(self, state: State | None) -> None:
+        """Go on from where an earlier process was."""
+        if state is None:
+            return
+        self._counters = state.counters
+        self._best = {name: tensor.to(self.device) for name, tensor in state.best.items()}
+        self.network.load_trained(state.now)
+        for name, parameter in self._named.items():
+            own = {m: t[name] for m, t in state.moments.items() if name in t}
+            if own:
+                self._optimizer.state[parameter] = {
+                    moment: tensor if moment == "step" else tensor.to(self.device)
+                    for moment, tensor in own.items()
+                }
+
+
+def rate_at(step: int, n_steps: int, warm_up: float) -> float:
+    """Give the learning rate of a step as a share of the highest one.
+
+    It rises linearly (Goyal et al., arXiv 1706.02677) and falls as half a cosine (Loshchilov and
+    Hutter, SGDR, ICLR 2017).
+
+    Parameters
+    ----------
+    step : int
+        From 0.
+    n_steps : int
+        Of the whole training.
+    warm_up : float
+        Share of the steps in which it rises.
+    """
+    n_rising = round(warm_up * n_steps)
+    if step < n_rising:
+        return (step + 1) / n_rising
+    return 0.5 * (1 + math.cos(math.pi * (step - n_rising) / max(1, n_steps - n_rising)))
+
+
+@contextmanager
+def explaining_memory(name: str, recipe: Recipe) -> Iterator[None]:
+    """Turn torch's error of a full memory into DeviceMemoryError, with the way out."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise DeviceMemoryError(
+            f"{name}: a batch of {recipe.batch_size} in {recipe.accumulate} part(s) does not fit "
+            "the device's memory. Give a larger --accumulate, --checkpointing or a smaller "
+            "--batch-size."
+        ) from error
+
+
+@contextmanager
+def _seeded(stream: list[int], device: str) -> Iterator[None]:
+    """Let torch draw from a stream of this step's own, and leave its generators as they were."""
+    seed = int(np.random.SeedSequence(stream).generate_state(1, np.uint64)[0] >> 1)
+    devices: list[Any] = [torch.cuda.current_device()] if device == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,183 @@
+"""The trunk cache: what comes out of the frozen blocks, computed once per image and kept.
+
+The blocks below the deepest unfrozen one do not change, so an epoch need only cost the top. It is a
+cache like stage 1's, with one "pooling", the tokens, whose encoder is the trunk; so it is written,
+verified and resumed as any cache is.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from medembed.cache.keys import keys_from_column
+from medembed.cache.mapped import MappedRows, map_rows
+from medembed.cache.store import Cache, create_cache, open_cache
+from medembed.dataset.manifest import Manifest
+from medembed.encoders.torch_encoder import TorchEncoder
+from medembed.errors import CacheError, TrainingDataError
+from medembed.extraction import extract, spec_of
+from medembed.finetuning.blocks import cut_trunk
+from medembed.finetuning.network import copy_encoder
+from medembed.finetuning.recipe import Depth
+
+if TYPE_CHECKING:
+    from medembed.encoders.preprocessing import Preprocessing
+
+__all__ = ["TOKENS", "TokenImages", "TrunkEncoder", "choose_cut", "fill_trunk_cache"]
+
+TOKENS = "tokens"
+_BATCH = 8
+
+
+class TrunkEncoder:
+    """The first blocks of an encoder, as `protocol.Encoder` has it; its one pooling is the tokens.
+
+    Parameters
+    ----------
+    encoder : TorchEncoder
+        In fp32; copied.
+    n_blocks : int
+        How many.
+    precision : {"fp32", "bf16"}
+        Of the products, as in training.
+    """
+
+    def __init__(self, encoder: TorchEncoder, n_blocks: int, precision: str) -> None:
+        self._encoder = copy_encoder(encoder)
+        cut_trunk(self._encoder, n_blocks)
+        self.source, self.revision = encoder.source, encoder.revision
+        self.preprocessing: Preprocessing = encoder.preprocessing
+        self.device, self.precision = encoder.device, precision
+        self.fingerprint = _digest([encoder.fingerprint, "trunk", n_blocks, precision])
+        size = self.preprocessing
+        black = np.zeros((1, size.height, size.width), np.uint8)
+        self.dimensions = {TOKENS: self.encode(black, [TOKENS])[TOKENS].shape[1:]}
+
+    def encode(self, pixels: np.ndarray, poolings: Sequence[str]) -> dict[str, np.ndarray]:
+        """Give the tokens of prepared images, float32 (n, …); see `protocol.Encoder.encode`."""
+        autocast: Any = nullcontext()
+        if self.precision == "bf16":
+            autocast = torch.autocast(self.device, dtype=torch.bfloat16)
+        with torch.inference_mode(), autocast:
+            images = torch.from_numpy(np.array(pixels)).to(self.device)
+            seen = self._encoder.model(pixel_values=self._encoder.normalise(images))
+            return {TOKENS: seen.last_hidden_state.float().cpu().numpy()}
+
+
+class TokenImages:
+    """A trunk's tokens, read from the mapped shards of its cache.
+
+    Parameters
+    ----------
+    cache : Cache
+    rows : DataFrame
+        Column `sha256` of the rows; all are in the cache.
+    """
+
+    def __init__(self, cache: Cache, rows: pd.DataFrame) -> None:
+        self._mapped: MappedRows = map_rows(cache, keys_from_column(rows["sha256"]), TOKENS)
+
+    def take(self, rows: np.ndarray, device: str) -> torch.Tensor:
+        """Give the tokens of rows, (n, …) in the stored dtype; see `images.Images.take`."""
+        return torch.from_numpy(self._mapped.take(rows)).to(device)
+
+    def take_varied(self, rows: np.ndarray, device: str, **_: Any) -> torch.Tensor:
+        """Images are not there any more: see `images.Images.take_varied`."""
+        raise NotImplementedError("a trunk's tokens cannot be varied")
+
+
+def choose_cut(depths: Sequence[Depth], n_blocks: int, source: str) -> int:
+    """Give how many blocks stay frozen at every depth: those of the trunk.
+
+    Raises
+    ------
+    TrainingDataError
+        There is nothing to keep.
+    """
+    deepest = depths[-1]
+    if deepest.everything or deepest.blocks == n_blocks:
+        raise TrainingDataError(
+            f"--trunk-cache keeps what comes out of the frozen blocks, and --unfreeze asks for all "
+            f"{n_blocks} of {source}. Leave it out, or ask for fewer blocks."
+        )
+    if not deepest.blocks:
+        raise TrainingDataError(
+            "--trunk-cache serves depths of 1 and more: with --unfreeze 0 and no augmentation the "
+            "embeddings are computed once anyway. Leave it out."
+        )
+    return n_blocks - deepest.blocks
+
+
+def fill_trunk_cache(
+    directory: Path,
+    encoder: TrunkEncoder,
+    manifest: Manifest,
+    image_root: Path,
+    *,
+    dtype: str = "float32",
+    progress: Callable[[int, int], None] | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> Cache:
+    """Compute the tokens of all images that the cache lacks, and check all that it has.
+
+    Caches of several encoders, cuts and precisions share `directory`, each in one of its own.
+
+    Parameters
+    ----------
+    directory : Path
+        Made if it is not there.
+    manifest : Manifest
+        Of the rows wanted.
+    dtype : {"float32", "float16"}
+        What is stored.
+    tell : callable, optional
+        Told the size before anything is computed.
+
+    Raises
+    ------
+    CacheError
+        The disk will not hold it, a shard is damaged, or a value does not fit the dtype.
+    PathNotFoundError, ManifestError, EncoderError
+        As `extraction.extract`.
+    """
+    spec = spec_of(encoder, [TOKENS], dtype)
+    path = directory / spec.digest()[:16]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    recorded = {"source": encoder.source, "revision": encoder.revision}
+    recorded |= {"precision": encoder.precision, "device": encoder.device}
+    create_cache(path, spec, recorded)
+    n_images = manifest.rows["sha256"].nunique()
+    if tell is not None:
+        shape = " × ".join(map(str, encoder.dimensions[TOKENS]))
+        size = spec.row_bytes() * n_images / 1e6
+        tell(f"Trunk cache, {n_images:,} × {shape} {dtype}, {size:,.1f} MB")
+    extract(
+        manifest,
+        image_root,
+        encoder,
+        path,
+        poolings=[TOKENS],
+        dtype=dtype,
+        batch_size=max(1, min(_BATCH, _BATCH * 2**18 // math.prod(encoder.dimensions[TOKENS]))),
+        progress=progress,
+    )
+    cache = open_cache(path)
+    problems = cache.verify()
+    if problems:
+        raise CacheError(
+            f"trunk cache at {path} is damaged: {problems[0]} Remove that directory; the same "
+            "command makes it again."
+        )
+    return cache
+
+
+def _digest(document: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()

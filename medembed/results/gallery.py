@@ -1,0 +1,129 @@
+"""The most confident mistakes of the best head, with thumbnails of the images that are at hand."""
+
+import base64
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.special import logit
+
+from medembed.results.alignment import TestSet
+
+__all__ = [
+    "CODE_DIGITS",
+    "FindThumbnails",
+    "Mistake",
+    "Thumbnail",
+    "find_mistakes",
+    "show_mistakes",
+]
+
+N_PER_KIND = 6
+CODE_DIGITS = 12
+"""Of an image's SHA-256: what it goes by where its name is not asked for."""
+_EDGE = 1e-7  # where log-odds are cut: float32 knows no finer steps below 1
+
+
+@dataclass(frozen=True)
+class Thumbnail:
+    """A small JPEG of an image, its size in pixels, and the image's name where it may be shown."""
+
+    jpeg: bytes
+    width: int
+    height: int
+    name: str | None = None
+
+
+FindThumbnails = Callable[[Sequence[str]], Mapping[str, Thumbnail]]
+"""Handed SHA-256, returns the thumbnails of those images that can be had."""
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A test row on the wrong side of the threshold.
+
+    Attributes
+    ----------
+    called : str
+        "abnormal" or "normal"; its label is the other.
+    probability : float
+        Calibrated probability of abnormal, in [0, 1].
+    region : str
+    images : list of str
+        SHA-256 of its images.
+    """
+
+    called: str
+    probability: float
+    region: str
+    images: list[str]
+
+
+def find_mistakes(result: Mapping[str, Any], test_set: TestSet) -> list[Mistake]:
+    """Return the best trained head's mistakes furthest from its threshold, most confident first.
+
+    Six at most of each kind, those called abnormal first; distance is in log-odds.
+    """
+    best = next((row for row in result["rows"] if not row["baseline"]), None)
+    if best is None:
+        return []
+    own = {(contender.run, contender.head): contender for contender in test_set.contenders}
+    contender = own[best["run"], best["head"]]
+    distance = _log_odds(contender.probability) - _log_odds(np.array(contender.threshold))
+    found = []
+    for called, sign, label in (("abnormal", 1, 0), ("normal", -1, 1)):
+        is_called = (contender.probability >= contender.threshold) == (called == "abnormal")
+        wrong = np.flatnonzero(is_called & (test_set.y == label))
+        worst = wrong[np.argsort(-sign * distance[wrong], kind="stable")][:N_PER_KIND]
+        for k in worst:
+            unit = test_set.units.iloc[k]
+            images = unit["images"].split(" ")
+            found.append(Mistake(called, float(contender.probability[k]), unit["region"], images))
+    return found
+
+
+def show_mistakes(
+    mistakes: Sequence[Mistake], find_thumbnails: FindThumbnails | None
+) -> dict[str, Any]:
+    """Return what the page shows of them: cards of text and data URIs, and how many lack images."""
+    wanted = [image for mistake in mistakes for image in mistake.images]
+    thumbnails = find_thumbnails(wanted) if find_thumbnails and wanted else {}
+    return {
+        "kinds": [
+            {
+                "title": f"Called {called}, labelled {other}",
+                "cards": [_card(own, thumbnails) for own in mistakes if own.called == called],
+            }
+            for called, other in (("abnormal", "normal"), ("normal", "abnormal"))
+        ],
+        "n": len(mistakes),
+        "n_images": len(wanted),
+        "n_shown": sum(image in thumbnails for image in wanted),
+        "asked_for_images": find_thumbnails is not None,
+    }
+
+
+def _card(mistake: Mistake, thumbnails: Mapping[str, Thumbnail]) -> dict[str, Any]:
+    views = []
+    for number, image in enumerate(mistake.images, start=1):
+        thumbnail = thumbnails.get(image)
+        name = thumbnail.name if thumbnail and thumbnail.name else image[:CODE_DIGITS]
+        view: dict[str, Any] = {"name": name, "data": None}
+        if thumbnail:
+            view["data"] = f"data:image/jpeg;base64,{base64.b64encode(thumbnail.jpeg).decode()}"
+            view |= {"width": thumbnail.width, "height": thumbnail.height}
+            view["alt"] = (
+                f"Radiograph, {mistake.region}, view {number} of {len(mistake.images)}, called "
+                f"{mistake.called} with probability {mistake.probability:.3f}"
+            )
+        views.append(view)
+    return {
+        "region": mistake.region,
+        "probability": f"{mistake.probability:.3f}",
+        "views": views,
+    }
+
+
+def _log_odds(probability: np.ndarray) -> np.ndarray:
+    return np.asarray(logit(np.clip(probability, _EDGE, 1 - _EDGE)))

@@ -1,0 +1,188 @@
+"""The tables of the page, as cells of text; numbers beside them where a reader may sort."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from medembed.results.pairing import row_name
+from medembed.results.tables import (
+    MISSING,
+    format_interval,
+    format_p,
+    format_value,
+    make_table,
+    share_of_train,
+)
+
+__all__ = [
+    "tabulate_calibrations",
+    "tabulate_decisions",
+    "tabulate_groups",
+    "tabulate_heads",
+    "tabulate_pairs",
+    "tabulate_seeds",
+]
+
+LEADERBOARD = {
+    "auroc": "AUROC [95 %]",
+    "average_precision": "Average precision [95 %]",
+    "macro_f1": "F1",
+    "kappa": "κ [95 %]",
+    "brier": "Brier",
+    "ece": "ECE",
+}
+DECISIONS = {
+    "accuracy": "Accuracy [95 %]",
+    "macro_f1": "F1 [95 %]",
+    "sensitivity": "Sensitivity [95 %]",
+    "specificity": "Specificity [95 %]",
+    "kappa": "κ [95 %]",
+}
+CALIBRATIONS = {
+    "none": "none",
+    "platt": "Platt (used)",
+    "temperature": "temperature",
+    "isotonic": "isotonic",
+}
+
+
+def tabulate_heads(result: dict[str, Any]) -> dict[str, Any]:
+    """Return the leaderboard; each row has `values`, one per cell, None for what is text."""
+    main, efficiency = make_table(result), bool(result["efficiency"])
+    rows = []
+    for row, line in zip(result["rows"], main.rows, strict=True):
+        scores = [row["scores"][score] for score in LEADERBOARD]
+        cells = [_name(result, row), *map(_score, scores, LEADERBOARD.values()), line[-1]]
+        values = [None, *(score["value"] for score in scores), _p_of(row)]
+        if efficiency:
+            cells.insert(1, share_of_train(row))
+            values.insert(1, row["train_fraction"])
+        rows.append(
+            {"cells": cells, "values": values, "kind": "baseline" if row["baseline"] else ""}
+        )
+    extra = ["Train"] if efficiency else []
+    return {
+        "title": f"{main.title}, best AUROC first",
+        "columns": ["Head", *extra, *LEADERBOARD.values(), "p"],
+        "rows": rows,
+        "legend": main.notes[0],
+    }
+
+
+def tabulate_decisions(result: dict[str, Any]) -> dict[str, Any]:
+    """Return each trained head's decision scores at its three thresholds."""
+    rows = []
+    for row in _trained(result):
+        sensitive = row["at_sensitivity"]
+        cuts = (
+            (f"Youden, {row['threshold']:.3f}", row["scores"]),
+            ("0.5", row["at_half"]),
+            (
+                f"Sensitivity {sensitive['target']:g}, {sensitive['threshold']:.3f}",
+                sensitive["scores"],
+            ),
+        )
+        for i, (cut, scores) in enumerate(cuts):
+            cells = [format_interval(scores[score]) for score in DECISIONS]
+            spanned = {"n_spanning": 1, "span": len(cuts) if i == 0 else 0}
+            rows.append({"cells": [_name(result, row), cut, *cells], **spanned})
+    return {
+        "title": "Decisions at three thresholds on the calibrated probability, all chosen on "
+        "out-of-fold predictions of train",
+        "columns": ["Head", "Threshold", *DECISIONS.values()],
+        "rows": rows,
+    }
+
+
+def tabulate_calibrations(result: dict[str, Any]) -> dict[str, Any]:
+    """Return Brier score and calibration error of each trained head before and after scaling."""
+    rows = []
+    for row in _trained(result):
+        for i, (method, title) in enumerate(CALIBRATIONS.items()):
+            found = row["calibrations"][method]
+            cells = [
+                _name(result, row),
+                title,
+                *(format_interval(found[s]) for s in ("brier", "ece")),
+            ]
+            rows.append({"cells": cells, "n_spanning": 1, "span": 0 if i else len(CALIBRATIONS)})
+    return {
+        "title": "Calibration before and after scaling, fitted on out-of-fold predictions of train",
+        "columns": ["Head", "Scaling", "Brier [95 %]", "ECE [95 %]"],
+        "rows": rows,
+    }
+
+
+def tabulate_pairs(result: dict[str, Any]) -> dict[str, Any]:
+    """Return the paired differences in AUROC, the smallest p first."""
+    pairs = sorted(result["paired"], key=lambda pair: (pair["p_holm"] is None, pair["p_holm"]))
+    rows = [
+        {
+            "cells": [
+                pair["a"],
+                pair["b"],
+                _difference(pair),
+                *(format_p(pair[name]) for name in ("p_holm", "p", "p_delong")),
+                format_p(pair["mcnemar"]["p"]),
+            ],
+        }
+        for pair in pairs
+    ]
+    return {
+        "title": "Differences in AUROC between heads on the same test rows",
+        "columns": [
+            *("A", "B", "A − B [95 %]"),
+            *("p (Holm)", "p (bootstrap)", "p (DeLong)", "p (McNemar)"),
+        ],
+        "rows": rows,
+    }
+
+
+def tabulate_seeds(result: dict[str, Any]) -> dict[str, Any]:
+    """Return what the seed changes beside what the choice of patients does."""
+    rows = []
+    for own in result["seeds"]:
+        for i, (score, title) in enumerate({"auroc": "AUROC", "macro_f1": "F1"}.items()):
+            numbers = (own[score][name] for name in ("mean", "seed_sd", "sampling_sd"))
+            texts = [MISSING if number is None else f"{number:.4f}" for number in numbers]
+            cells = [own["head"], f"{own['n_seeds']}", title, *texts]
+            rows.append({"cells": cells, "n_spanning": 2, "span": 0 if i else 2})
+    return {
+        "title": "Spread over seeds beside that of sampling (standard deviations)",
+        "columns": ["Head", "Seeds", "Score", "Mean", "Over seeds", "Over resamples of patients"],
+        "rows": rows,
+    }
+
+
+def tabulate_groups(result: dict[str, Any], by: str) -> dict[str, Any]:
+    """Return the trained heads' scores within each region or number of views."""
+    table = make_table(result, by)
+    rows = [
+        {"cells": row, "n_spanning": 2, "span": len(section) if row is section[0] else 0}
+        for section in table.sections
+        for row in section
+    ]
+    return {"title": table.title, "columns": table.columns, "rows": rows}
+
+
+def _trained(result: dict[str, Any]) -> Sequence[dict[str, Any]]:
+    return [row for row in result["rows"] if not row["baseline"]]
+
+
+def _name(result: dict[str, Any], row: dict[str, Any]) -> str:
+    return row_name(row, several=len(result["runs"]) > 1)
+
+
+def _score(score: dict[str, float | None], heading: str) -> str:
+    return format_interval(score) if "[" in heading else format_value(score)
+
+
+def _p_of(row: dict[str, Any]) -> float | None:
+    """Return what the column p sorts by: the best has no p and comes first."""
+    return 2.0 if row["versus_best"] is None else row["versus_best"]["p_holm"]
+
+
+def _difference(pair: dict[str, Any]) -> str:
+    if pair["difference"] is None:
+        return format_interval({"value": None})
+    interval = "" if pair["low"] is None else f" [{pair['low']:+.3f}, {pair['high']:+.3f}]"
+    return f"{pair['difference']:+.3f}{interval}"

@@ -1,0 +1,216 @@
+"""Fine-tuning that was stopped or killed goes on from its last epoch, to the same bytes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made_finetuning import QUICK, make_cohort, make_tower, tune
+
+from medembed.errors import RunError
+from medembed.finetuning import training
+from medembed.finetuning.state import read_state, write_state
+from medembed.results.runs import Run, open_run
+
+LONG = replace(QUICK, epochs=3, patience=9)
+OPTIONS: dict[str, Any] = {"unfreeze": "0,1,2", "recipe": LONG}
+SCRIPT = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from made_finetuning import QUICK, tune
+tune(Path({home!r}), Path({home!r}) / "tower", {out!r}, unfreeze="0,1,2",
+     recipe=replace(QUICK, epochs=3, patience=9))
+"""
+
+
+class Stop(KeyboardInterrupt):
+    pass
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("resume")
+    make_cohort(home)
+    make_tower(home / "tower")
+    tune(home, home / "tower", home / "whole", **OPTIONS)
+    return home
+
+
+def require_equal(out: Path, whole: Path) -> None:
+    """Compare a finished run with the uninterrupted one: every file but for times."""
+
+    def names(run: Path) -> list[str]:
+        paths = [path.relative_to(run) for path in run.rglob("*") if path.is_file()]
+        return sorted(str(p) for p in paths if not any(part.startswith(".") for part in p.parts))
+
+    assert names(out) == names(whole)
+    for name in names(whole):
+        ours, theirs = (run / name for run in (out, whole))
+        if name.endswith((".parquet", ".safetensors")):
+            assert ours.read_bytes() == theirs.read_bytes(), name
+    boards = [open_run(run).info["leaderboard"] for run in (out, whole)]
+    for entry in (*boards[0], *boards[1]):
+        entry["seconds"] = None
+    assert boards[0] == boards[1]
+    histories = [[r["history"] for r in open_run(run).trial_records()] for run in (out, whole)]
+    assert histories[0] == histories[1]
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
+    """Interrupt once n epochs are written."""
+    count = 0
+
+    def counted(*arguments: Any) -> None:
+        nonlocal count
+        write_state(*arguments)
+        count += 1
+        if count == n:
+            raise Stop
+
+    monkeypatch.setattr(training, "write_state", counted)
+
+
+@pytest.mark.parametrize("n", [1, 6, 9])
+def test_ctrl_c_leaves_a_run_that_goes_on(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n: int
+) -> None:
+    stop_after(monkeypatch, n)
+    with pytest.raises(Stop):
+        tune(home, home / "tower", tmp_path / "run", **OPTIONS)
+    monkeypatch.undo()
+    run = open_run(tmp_path / "run")
+    assert not run.is_complete
+    assert len(run.trial_records()) == (n - 1) // LONG.epochs
+    with pytest.raises(RunError, match="unfinished"):
+        run.require_complete()
+    epochs = count_epochs(monkeypatch)
+    tune(home, home / "tower", tmp_path / "run", **OPTIONS)
+    assert len(epochs) == 3 * LONG.epochs - n
+    require_equal(tmp_path / "run", home / "whole")
+
+
+def count_epochs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    epochs: list[int] = []
+    train_epoch = training.Trainer._train_epoch
+
+    def counted(trainer: Any, epoch: int, progress: Any) -> float:
+        epochs.append(epoch)
+        return train_epoch(trainer, epoch, progress)
+
+    monkeypatch.setattr(training.Trainer, "_train_epoch", counted)
+    return epochs
+
+
+def test_killed_at_moments_of_every_depth_it_ends_with_the_same_bytes(
+    home: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    script = SCRIPT.format(tests=str(Path(__file__).parent), home=str(home), out=str(out))
+    wanted = [("unfreeze-0", 2), ("unfreeze-1", 1), ("unfreeze-2", 2)]
+    n_killed = 0
+    while True:
+        process = subprocess.Popen(
+            [sys.executable, "-c", script], start_new_session=True, stderr=subprocess.DEVNULL
+        )
+        killed = wait_and_kill(process, out, wanted)
+        n_killed += killed
+        if not killed:
+            break
+    assert process.returncode == 0
+    assert n_killed >= 2
+    require_equal(out, home / "whole")
+
+
+def wait_and_kill(process: Any, out: Path, wanted: list[tuple[str, int]]) -> bool:
+    """Kill the process once it has written one of the epochs wanted; False where it ends."""
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        for head, epoch in wanted:
+            path = out / "training" / f"{head}.safetensors"
+            if path.is_file() and epoch_of(path) >= epoch:
+                wanted.remove((head, epoch))
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                return True
+        time.sleep(0.002)
+    return False
+
+
+def epoch_of(path: Path) -> int:
+    try:
+        size = int.from_bytes((data := path.read_bytes())[:8], "little")
+        return int(json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["counters"])["epoch"])
+    except (OSError, ValueError, KeyError):
+        return 0
+
+
+def test_a_state_of_another_question_or_a_damaged_one_is_not_gone_on_from(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_after(monkeypatch, 2)
+    with pytest.raises(Stop):
+        tune(home, home / "tower", tmp_path / "run", **OPTIONS)
+    monkeypatch.undo()
+    path = tmp_path / "run" / "training" / "unfreeze-0.safetensors"
+    assert read_state(path, "another") is None
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    assert read_state(path, "any") is None
+    epochs = count_epochs(monkeypatch)
+    tune(home, home / "tower", tmp_path / "run", **OPTIONS)
+    assert len(epochs) == 3 * LONG.epochs
+    require_equal(tmp_path / "run", home / "whole")
+
+
+def test_what_was_trained_is_not_trained_again_after_a_crash_at_the_end(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any) -> None:
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "write_predictions", stop)
+        with pytest.raises(Stop):
+            tune(home, home / "tower", tmp_path / "run", **OPTIONS)
+    epochs = count_epochs(monkeypatch)
+    tune(home, home / "tower", tmp_path / "run", **OPTIONS)
+    assert epochs == []
+    require_equal(tmp_path / "run", home / "whole")
+
+
+def test_a_full_memory_is_tried_again(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    train_epoch = training.Trainer._train_epoch
+
+    def full(trainer: Any, epoch: int, progress: Any) -> float:
+        if trainer._name == "unfreeze-1":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return train_epoch(trainer, epoch, progress)
+
+    def stop(*_: Any) -> None:
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Trainer, "_train_epoch", full)
+        patch.setattr(Run, "write_predictions", stop)
+        with pytest.raises(Stop):
+            tune(home, home / "tower", tmp_path / "run", **OPTIONS)
+    record = open_run(tmp_path / "run").trial_records()[1]
+    assert record["status"] == "error"
+    assert "Give a larger --accumulate, --checkpointing or a smaller" in record["error"]
+    epochs = count_epochs(monkeypatch)
+    tune(home, home / "tower", tmp_path / "run", **OPTIONS)
+    assert len(epochs) == LONG.epochs
+    statuses = [r["status"] for r in open_run(tmp_path / "run").trial_records()]
+    assert statuses == ["ok"] * 3

@@ -1,0 +1,68 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from statsmodels.stats.contingency_tables import mcnemar as oracle
+
+from medembed.errors import TrainingDataError
+from medembed.evaluation.paired import McNemar, mcnemar
+
+DECISIONS = st.lists(st.tuples(st.integers(0, 1), st.booleans(), st.booleans()), min_size=1)
+
+
+def columns(triples):
+    return [np.array(column) for column in zip(*triples, strict=True)]
+
+
+@settings(deadline=None, max_examples=100)
+@given(DECISIONS)
+def test_mcnemar_equals_statsmodels_exact_test(triples):
+    y, a, b = columns(triples)
+    found = mcnemar(y, a, b)
+    table = np.zeros((2, 2))
+    np.add.at(table, ((a == y).astype(int), (b == y).astype(int)), 1)
+    assert (found.only_a, found.only_b) == (table[1, 0], table[0, 1])
+    assert found.p == pytest.approx(float(oracle(table, exact=True).pvalue))
+
+
+@settings(deadline=None, max_examples=50)
+@given(DECISIONS, st.randoms())
+def test_mcnemar_knows_no_order_of_rows_or_heads(triples, random):
+    y, a, b = columns(triples)
+    found = mcnemar(y, a, b)
+    assert mcnemar(y, b, a) == McNemar(found.only_b, found.only_a, found.p)
+    assert mcnemar(*columns(random.sample(triples, len(triples)))) == found
+
+
+def test_mcnemar_as_computed_by_hand():
+    # a alone is right on one row, b alone on five: p = 2 (1 + 6) / 2 ** 6
+    y = np.array([1, 0, 0, 1, 1, 0, 1, 0])
+    a = np.array([1, 1, 1, 0, 0, 1, 1, 1], dtype=bool)
+    b = np.array([0, 0, 0, 1, 1, 0, 1, 1], dtype=bool)
+    found = mcnemar(y, a, b)
+    assert (found.only_a, found.only_b) == (1, 5)
+    assert found.p == pytest.approx(14 / 64)
+
+
+def test_heads_right_on_the_same_rows_have_p_1():
+    y, a = np.array([0, 1, 1]), np.array([False, True, False])
+    assert mcnemar(y, a, a) == McNemar(0, 0, 1.0)
+    nothing = np.array([], dtype=bool)
+    assert mcnemar(nothing, nothing, nothing) == McNemar(0, 0, 1.0)
+
+
+def test_as_many_rows_to_either_have_p_1_not_more():
+    assert mcnemar(np.array([1, 1]), np.array([1, 0]), np.array([0, 1])) == McNemar(1, 1, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("y", "a", "b", "text"),
+    [
+        ([0, 1], [True, False], [True], "not three columns of one length"),
+        ([0, -1], [True, False], [True, False], "label is not 0 or 1"),
+        ([0, 1], [0.2, 0.7], [True, False], "decision is not 0 or 1"),
+    ],
+)
+def test_what_is_no_decision_is_refused(y, a, b, text):
+    with pytest.raises(TrainingDataError, match=text):
+        mcnemar(np.array(y), np.array(a), np.array(b))
