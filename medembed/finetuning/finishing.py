@@ -12,7 +12,7 @@ from medembed.dataset.manifest import Manifest
 from medembed.errors import MedembedError, RunError
 from medembed.finetuning.rows import HELD_OUT, TrainRows
 from medembed.finetuning.training import Trained
-from medembed.results.comparison import compare_runs
+from medembed.results.comparison import score_run
 from medembed.results.priors import image_rows, prior_rows
 from medembed.results.provenance import list_left_out, summarise_data
 from medembed.results.runs import Run, utc_now
@@ -181,4 +181,4 @@ def finish(run: Run, manifest: Manifest, rows: TrainRows, endings: Sequence[Endi
         left_out=list_left_out(manifest.rows, rows.failed),
         times={**run.info["times"], "ended": utc_now()},
     )
-    run.write_scores(compare_runs([run]))
+    run.write_scores(score_run(run))

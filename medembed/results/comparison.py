@@ -24,6 +24,7 @@ __all__ = [
     "counted",
     "describe",
     "open_runs",
+    "score_run",
 ]
 
 DISCLAIMER = "Research software; not a medical device."
@@ -125,6 +126,16 @@ def compare_aligned(
         "depths": find_depths(rows),
     }
     return {**result, "notes": describe(result)}
+
+
+def score_run(run: Run) -> dict[str, Any]:
+    """Return what a run keeps as its scores: a comparison with itself, without how long it took.
+
+    Equal questions give equal scores; times are in `run.json`.
+    """
+    result = compare_runs([run])
+    rows = [{k: v for k, v in row.items() if k != "seconds"} for row in result["rows"]]
+    return {**result, "rows": rows}
 
 
 def describe(result: dict[str, Any]) -> list[str]:

@@ -16,7 +16,7 @@ from medembed.evaluation.scores import score
 from medembed.evaluation.thresholds import youden_threshold
 from medembed.heads.base import Head
 from medembed.heads.packaging import load_model, save_model
-from medembed.results.comparison import compare_runs
+from medembed.results.comparison import score_run
 from medembed.results.priors import PRIORS, image_code, image_rows, prior_rows
 from medembed.results.runs import Run, utc_now
 from medembed.sweeps.plan import Trial
@@ -177,7 +177,7 @@ def finish(
     run.write_predictions(pd.concat([parts[name] for name in names], ignore_index=True))
     leaderboard = [winner.as_entry() for winner in ordered]
     run.update_info(leaderboard=leaderboard, times={**run.info["times"], "ended": utc_now()})
-    run.write_scores(compare_runs([run]))
+    run.write_scores(score_run(run))
 
 
 def _refit(training: Training, winner: Winner) -> Head:
