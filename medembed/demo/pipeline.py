@@ -19,6 +19,7 @@ from medembed.encoders.loading import load_encoder
 from medembed.errors import RunError
 from medembed.files import json_bytes, write_atomically
 from medembed.results.page import write_report
+from medembed.thumbnails import make_thumbnails
 
 __all__ = ["RECIPE", "ShowProgress", "run_demo"]
 
@@ -91,7 +92,11 @@ def run_demo(
         swept = sweeps.sweep(
             home / "cache", home / "manifest.csv", run, seed=seed, progress=progress
         )
-    report = write_report([run], home / "report")
+    report = write_report(
+        [run],
+        home / "report",
+        find_thumbnails=lambda wanted: make_thumbnails(manifest, home / "images", wanted),
+    )
     return {"leaderboard": swept["leaderboard"], "page": report["page"], "synthetic": True}
 
 
