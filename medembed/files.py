@@ -1,5 +1,7 @@
-"""Write files so that they are complete or absent."""
+"""Write files so that they are complete or absent, one process at a time; hash JSON."""
 
+import fcntl
+import hashlib
 import json
 import os
 import tempfile
@@ -8,7 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-__all__ = ["json_bytes", "sync_directory", "write_atomically", "writing_atomically"]
+__all__ = [
+    "hold_lock",
+    "json_bytes",
+    "json_digest",
+    "sync_directory",
+    "write_atomically",
+    "writing_atomically",
+]
 
 
 def sync_directory(path: Path) -> None:
@@ -57,6 +66,26 @@ def writing_atomically(path: Path) -> Iterator[BinaryIO]:
 def json_bytes(document: Any) -> bytes:
     """Encode as UTF-8 JSON, indented, ending in a newline; NaN and infinities are refused."""
     return (json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def json_digest(document: Any) -> str:
+    """Hash JSON values, whatever the order of their keys: SHA-256 in hex; NaN is refused."""
+    canonical = json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+@contextmanager
+def hold_lock(path: Path, refusal: Exception) -> Iterator[None]:
+    """Hold the lock of the file `path`, which is made; raise `refusal` where another process does.
+
+    The lock is the system's and ends with the process, however that ends.
+    """
+    with open(path, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise refusal from None
+        yield
 
 
 def _umask() -> int:

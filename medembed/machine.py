@@ -2,9 +2,12 @@
 
 import os
 import shutil
+from collections.abc import Iterable
+from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 
-__all__ = ["count_cores", "free_bytes"]
+__all__ = ["count_cores", "free_bytes", "library_versions", "reserve"]
 
 
 def count_cores() -> int:
@@ -17,3 +20,28 @@ def free_bytes(path: Path) -> int:
     """Give the free bytes of the disk on which `path` is, or would be made."""
     there = next(place for place in (path, *path.absolute().parents) if place.exists())
     return shutil.disk_usage(there).free
+
+
+def library_versions(names: Iterable[str]) -> dict[str, str]:
+    """Give the installed release of each distribution; those that are not installed are left out.
+
+    medembed itself is not where it runs from a checkout.
+    """
+    found = {}
+    for name in names:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def reserve(handle: int, n_bytes: int) -> None:
+    """Bring an open file to a size, all of it on the disk: a lack later would be a bus error.
+
+    Raises
+    ------
+    OSError
+        There is no room.
+    """
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(handle, 0, n_bytes)
+    os.ftruncate(handle, n_bytes)

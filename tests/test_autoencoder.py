@@ -48,7 +48,7 @@ from medembed.errors import (
     RunError,
     TrainingDataError,
 )
-from medembed.extraction import extract
+from medembed.extraction import extract, prepared
 from medembed.files import write_atomically
 
 FILES = ["config.json", "model.safetensors", "preprocessor_config.json", "training.json"]
@@ -225,12 +225,12 @@ def test_images_of_test_are_never_read(
 ) -> None:
     asked: set[str] = set()
 
-    class Watched(reading.Decoders):
+    class Watched(prepared.Decoders):
         def read(self, contents: Any, *rest: Any) -> Iterator[Any]:
             asked.update(image for content in contents for image in content.images)
             return super().read(contents, *rest)
 
-    monkeypatch.setattr(reading, "Decoders", Watched)
+    monkeypatch.setattr(prepared, "Decoders", Watched)
     root = shutil.copytree(home / "images", tmp_path / "images")
     rows = manifest.rows
     for name in rows.image[rows.split == "test"]:

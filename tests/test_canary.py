@@ -33,6 +33,7 @@ from medembed.extraction.canary import (
     check_canary,
     lay_canary,
 )
+from medembed.files import json_digest
 
 POOLINGS = ("mean", "max", "grid4")
 HERE = {"precision": "fp32", "device": "cpu", "versions": {"torch": "2.13.0", "pillow": "13.0"}}
@@ -345,7 +346,7 @@ def test_a_damaged_canary_is_told_from_another_embedding(
     damage(document)
     if hidden and "sha256" in document:  # as if it had been written so
         content = {key: value for key, value in document.items() if key != "sha256"}
-        document["sha256"] = canary._digest(content)
+        document["sha256"] = json_digest(content)
         if damage is damage_numbers:
             return  # then it is another embedding
     with pytest.raises(CacheError, match="is damaged: ") as caught:

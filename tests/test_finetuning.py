@@ -42,11 +42,12 @@ from medembed.errors import (
 from medembed.extraction import extract
 from medembed.finetuning import Recipe, finetune, training
 from medembed.finetuning.starting import fit_start
-from medembed.finetuning.training import Trainer, rate_at
+from medembed.finetuning.training import Trainer
 from medembed.heads.packaging import load_model
 from medembed.results.comparison import compare
 from medembed.results.page import write_report
 from medembed.results.runs import open_run
+from medembed.schedule import rate_at
 from medembed.sweeps import sweep
 
 

@@ -16,6 +16,7 @@ FLOORS = {
     "files": 1,
     "clusters": 2,
     "machine": 1,
+    "schedule": 1,
     "dataset": 2,
     "encoders": 2,
     "heads": 2,

@@ -7,10 +7,8 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +27,9 @@ from medembed.encoders.autoencoder import (
 )
 from medembed.encoders.loading import choose_device, choose_precision
 from medembed.encoders.preprocessing import read_preprocessing
-from medembed.errors import EncoderError, PathNotFoundError
+from medembed.errors import EncoderError
 from medembed.files import json_bytes
+from medembed.machine import library_versions
 
 __all__ = ["TrainingReport", "train_autoencoder"]
 
@@ -181,8 +180,6 @@ def train_autoencoder(
         precision=choose_precision(precision, chosen),
         seed=seed,
     )
-    if not root.is_dir():
-        raise PathNotFoundError(f"image root {root} is not a directory: give --image-root DIR")
     require_hashes(manifest)
     question = _question(asked, fit, manifest)
     workplace = Workplace(target, question)
@@ -291,18 +288,10 @@ def _card(question: dict[str, Any], training: Training, facts: dict[str, Any]) -
         "format": "medembed-autoencoder-training",
         "version": 1,
         "asked": question,
-        "versions": _versions(),
+        "versions": library_versions(_VERSIONED),
         **facts,
         "epochs": training.epochs,
     }
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _VERSIONED:
-        with suppress(metadata.PackageNotFoundError):  # medembed, where it runs from a checkout
-            found[name] = metadata.version(name)
-    return found
 
 
 def _prove(directory: Path, *, fit: str, source: str) -> str:

@@ -16,6 +16,7 @@ from medembed.encoders.autoencoder import Architecture, Autoencoder
 from medembed.encoders.devices import Lanes
 from medembed.encoders.preprocessing import Preprocessing, channel_levels
 from medembed.errors import DeviceMemoryError, EncoderError
+from medembed.schedule import rate_at
 
 __all__ = ["PATIENCE", "Asked", "Training", "mean_image_loss"]
 
@@ -63,10 +64,8 @@ class Asked:
 class Training:
     """A training under way: the model, its optimiser, and what it has come to.
 
-    The loss is the mean squared error of grey levels from 0 to 1. (With 0.05 of the absolute error
-    beside it a logistic head on the demo's cohort had AUROC .600 over folds, without it .620.)
-    AdamW (Loshchilov and Hutter, "Decoupled Weight Decay Regularization", ICLR 2019) with linear
-    warm-up and cosine to zero.
+    The loss is the mean squared error of grey levels from 0 to 1. AdamW (Loshchilov and Hutter,
+    "Decoupled Weight Decay Regularization", ICLR 2019) at the rates of `schedule.rate_at`.
 
     Parameters
     ----------
@@ -88,7 +87,7 @@ class Training:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(asked.seed)
             model = Autoencoder(asked.architecture)
-        # Half as fast again as with channels first, on CPUs in either precision.
+        # Faster than channels first, on CPUs in either precision.
         self._model = model.to(asked.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._optimizer = torch.optim.AdamW(
             self._model.parameters(), asked.learning_rate, weight_decay=_WEIGHT_DECAY
@@ -234,11 +233,8 @@ class Training:
 
     def _schedule(self) -> float:
         """Give the share of the highest learning rate for the next step."""
-        n_steps = self._asked.epochs * -(-len(self._images.learned) // self._asked.batch_size)
-        share = (self._n_steps + 1) / n_steps
-        if share < _WARM_UP:
-            return share / _WARM_UP
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (share - _WARM_UP) / (1 - _WARM_UP))))
+        n_in_epoch = -(-len(self._images.learned) // self._asked.batch_size)
+        return rate_at(self._n_steps, self._asked.epochs * n_in_epoch, _WARM_UP)
 
     def _finite(self, loss: float) -> float:
         if not math.isfinite(loss):

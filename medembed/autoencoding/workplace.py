@@ -5,7 +5,6 @@ same training goes on. Nothing in it loads as an encoder.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -18,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from medembed.errors import PathNotFoundError, RunError
-from medembed.files import sync_directory, write_atomically
+from medembed.files import hold_lock, sync_directory, write_atomically
 
 __all__ = ["Workplace"]
 
@@ -67,22 +66,17 @@ class Workplace:
     def locked(self) -> Iterator[None]:
         """Hold the directory for writing; it is made, and removed if it is empty at the end.
 
-        The lock is the system's and ends with the process, however that ends.
-
         Raises
         ------
         RunError
             Another process trains here, or what is unfinished here was asked otherwise.
         """
         self.path.mkdir(exist_ok=True)
-        with open(self.path / _LOCK, "ab") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise RunError(
-                    f"{self.path} is being written by another process. Wait for it to end, or "
-                    "choose another --out."
-                ) from None
+        refusal = RunError(
+            f"{self.path} is being written by another process. Wait for it to end, or choose "
+            "another --out."
+        )
+        with hold_lock(self.path / _LOCK, refusal):
             try:
                 self._refuse_other()
                 yield

@@ -1,10 +1,8 @@
 """Many small shards become few full ones, while others read and write."""
 
-import fcntl
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +13,7 @@ from medembed.cache.keys import SortedKeys
 from medembed.cache.listing import committed_shards, read_replaced
 from medembed.cache.spec import CacheSpec
 from medembed.errors import CacheError
-from medembed.files import sync_directory
+from medembed.files import hold_lock, sync_directory
 
 __all__ = ["Compaction", "compact"]
 
@@ -87,8 +85,10 @@ def compact(
     CacheError
         Another compaction is at work, or the directory cannot be written.
     """
+    refusal = CacheError(f"another compaction of {directory} is at work; wait for its end.")
     try:
-        with _locked(directory / LOCK):
+        # Of two rows that stand twice, each of two compactions might drop another.
+        with hold_lock(directory / LOCK, refusal):
             return _compact(directory / "shards", spec, progress)
     except OSError as error:
         if isinstance(error, CacheError):
@@ -114,21 +114,6 @@ def _compact(
             progress(number, len(groups))
     after = _sizes(folder)
     return Compaction(len(before), len(after), sum(before), sum(after), n_repeats)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Keep other compactions away: of two rows that stand twice, each might drop another."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
-        raise CacheError(
-            f"another compaction of {path.parent} is at work; wait for its end."
-        ) from error
-    finally:
-        os.close(descriptor)
 
 
 def _tidy_up(folder: Path, spec: CacheSpec) -> None:

@@ -1,6 +1,5 @@
 """What all rows of a cache share, and the keys that name them."""
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from medembed.errors import CacheError
+from medembed.files import json_digest
 
 __all__ = ["DTYPES", "KEY_BYTES", "CacheSpec", "hex_from_keys", "keys_from_hex", "sortable"]
 
@@ -71,8 +71,7 @@ class CacheSpec:
 
     def digest(self) -> str:
         """Hash the spec: SHA-256 hex, independent of the order of poolings and settings."""
-        canonical = json.dumps(self.as_dict(), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        return json_digest(self.as_dict())
 
     def first_difference(self, other: "CacheSpec") -> tuple[str, Any, Any] | None:
         """Name the first entry in which two specs differ, with both values, or None."""

@@ -8,7 +8,6 @@ and device made of it.
 
 import base64
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -23,6 +22,7 @@ from medembed.dataset.images import decode_image
 from medembed.encoders.preprocessing import Preprocessing, prepare
 from medembed.encoders.protocol import Encoder
 from medembed.errors import CacheError, SpecMismatchError
+from medembed.files import json_digest
 
 __all__ = [
     "CANARY_FILES",
@@ -84,7 +84,7 @@ def lay_canary(encoder: Encoder, poolings: Sequence[str]) -> dict[str, Any]:
         "images": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
         "embeddings": {name: _pack(values) for name, values in embeddings.items()},
     }
-    return {**document, "sha256": _digest(document)}
+    return {**document, "sha256": json_digest(document)}
 
 
 def check_canary(
@@ -230,7 +230,7 @@ def _unpack_all(
     try:
         _refuse_other_images(document, path)
         content = {key: value for key, value in document.items() if key != "sha256"}
-        if document["sha256"] != _digest(content):
+        if document["sha256"] != json_digest(content):
             raise damaged(path, "the numbers of its canary are not those that were written")
         return {name: _unpack(document["embeddings"][name]) for name in poolings}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -260,8 +260,3 @@ def _refuse_other_images(document: Mapping[str, Any], path: Path) -> None:
             "medembed brings. Install medembed again; if that does not help, choose another "
             "--cache."
         )
-
-
-def _digest(document: Mapping[str, Any]) -> str:
-    canonical = json.dumps(document, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()

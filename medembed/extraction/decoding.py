@@ -25,6 +25,7 @@ from medembed.dataset.reading import Content, Reading
 from medembed.encoders.preprocessing import Preprocessing
 from medembed.errors import MedembedError
 from medembed.extraction.decoder import READY, describe, open_slots
+from medembed.machine import reserve
 
 __all__ = ["Decoders"]
 
@@ -278,11 +279,9 @@ def _make_shared_file() -> IO[bytes]:
 
 
 def _make_room(file: IO[bytes], n_bytes: int) -> None:
-    """Bring the shared file to its size, all of it reserved: a lack later is a bus error."""
+    """Bring the shared file to its size."""
     try:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, n_bytes)
-        file.truncate(n_bytes)
+        reserve(file.fileno(), n_bytes)
     except OSError as error:
         raise MedembedError(
             f"no room for {n_bytes / 1e6:,.0f} MB of decoded images in shared memory: "

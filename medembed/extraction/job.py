@@ -4,7 +4,6 @@ import os
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from medembed.cache.spec import CacheSpec
 from medembed.cache.store import Cache, create_cache, open_cache
 from medembed.dataset.images import IMAGES_VERSION
 from medembed.dataset.intensity import DEFAULT_INTENSITY, Intensity
-from medembed.dataset.manifest import Manifest, image_path, require_hashes
+from medembed.dataset.manifest import Manifest, require_hashes
 from medembed.encoders.protocol import Encoder, PipelinedEncoder
 from medembed.errors import (
     CacheError,
@@ -26,10 +25,11 @@ from medembed.errors import (
 from medembed.extraction.canary import check_canary, lay_canary
 from medembed.extraction.decoding import Decoders
 from medembed.extraction.pipeline import Pipeline, no_room
+from medembed.extraction.prepared import refuse_empty_root
 from medembed.extraction.report import ExtractionReport
 from medembed.extraction.timeline import Timeline
 from medembed.extraction.writing import WriterThread
-from medembed.machine import count_cores, free_bytes
+from medembed.machine import count_cores, free_bytes, library_versions
 
 __all__ = [
     "COMMIT_SECONDS",
@@ -191,7 +191,8 @@ def check_plan(plan: Plan, spec: CacheSpec, image_root: Path, cache_path: Path) 
     CacheError
         The disk is too full.
     """
-    _refuse_empty_root(plan, image_root)
+    images = (image for content in plan.pending for image in content.images)
+    refuse_empty_root(image_root, images, len(plan.pending), "to embed")
     _refuse_full_disk(plan, spec, cache_path)
 
 
@@ -302,16 +303,6 @@ def _open_if_there(
     return cache
 
 
-def _refuse_empty_root(plan: Plan, root: Path) -> None:
-    images = (image for content in plan.pending for image in content.images)
-    if not any(image_path(root, image).is_file() for image in images):
-        first = plan.pending[0].images[0]
-        raise PathNotFoundError(
-            f"none of the {len(plan.pending)} images to embed is below {root}, such as {first}: "
-            "is it the --image-root that the manifest was built from?"
-        )
-
-
 def _refuse_full_disk(plan: Plan, spec: CacheSpec, path: Path) -> None:
     needed = int(ROOM * spec.row_bytes() * len(plan.pending))
     free = free_bytes(path)
@@ -370,16 +361,10 @@ def _report(
 
 
 def _record(encoder: Encoder) -> dict[str, Any]:
-    versions = {}
-    for library in LIBRARIES:
-        try:
-            versions[library] = metadata.version(library)
-        except metadata.PackageNotFoundError:
-            continue
     return {
         "source": encoder.source,
         "revision": encoder.revision,
         "precision": encoder.precision,
         "device": encoder.device,
-        "versions": versions,
+        "versions": library_versions(LIBRARIES),
     }

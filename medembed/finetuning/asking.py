@@ -16,7 +16,8 @@ from medembed.finetuning.network import copy_encoder
 from medembed.finetuning.recipe import Depth, Recipe, read_depths
 from medembed.finetuning.starting import SweptHead, read_swept_head
 from medembed.finetuning.trunk import choose_cut
-from medembed.results.provenance import library_versions, public_name
+from medembed.machine import library_versions
+from medembed.results.provenance import public_name
 from medembed.results.runs import open_run
 
 __all__ = ["Asked", "Trial", "describe", "understand", "write_command"]

@@ -4,11 +4,8 @@ Every depth and seed is one trial of the run: written to its ledger when it ends
 hashes all that decides its result. An interrupted one goes on from its last epoch.
 """
 
-import hashlib
-import json
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +16,12 @@ import torch
 from medembed.cache.embeddings import find_rows
 from medembed.dataset.manifest import Manifest, read_manifest
 from medembed.errors import DeviceMemoryError, EncoderError, TrainingDataError
+from medembed.extraction.prepared import refuse_empty_root
+from medembed.files import json_digest
 from medembed.finetuning.adapting import adapt, save_adapted
 from medembed.finetuning.asking import Asked, Trial, describe, understand, write_command
 from medembed.finetuning.finishing import Ending, finish, load_ending
-from medembed.finetuning.images import Images, PixelImages, VectorImages, refuse_empty_root
+from medembed.finetuning.images import Images, VectorImages, read_images
 from medembed.finetuning.network import Network, blank_start
 from medembed.finetuning.packaged import package
 from medembed.finetuning.recipe import Depth, Recipe
@@ -126,7 +125,7 @@ def finetune(
     """
     table = manifest if isinstance(manifest, Manifest) else read_manifest(manifest)
     rows = choose_rows(table, n_folds, seed)
-    refuse_empty_root(Path(image_root), rows.rows["image"].tolist())
+    refuse_empty_root(Path(image_root), rows.rows["image"], len(rows), "to train on")
     asked = understand(
         table,
         Path(image_root),
@@ -153,28 +152,27 @@ def finetune(
 
 def _train_all(run: Run, asked: Asked, rows: TrainRows, progress: Progress, tell: Tell) -> None:
     """Train what the ledger lacks, and finish the run."""
-    with ExitStack() as stack:
-        images, rows = _open_images(run, asked, rows, stack, progress, tell)
-        shared = _digest([asked.question(), rows.rows["sha256"].tolist()])
-        keys = {trial.head: _digest([shared, trial.head])[:32] for trial in asked.trials}
-        endings = {head: load_ending(run, key, rows) for head, key in keys.items()}
-        if any(ending is None for ending in endings.values()):
-            run.drop_partial_models()
-            X = None
-            for trial in sorted(asked.trials, key=lambda trial: (trial.seed, trial.number)):
-                if endings[trial.head] is None:
-                    own = asked.for_seed(trial.seed)
-                    if X is None or asked.recipe.from_scratch:
-                        X = _embed(own, images, rows, progress, tell)
-                    key = keys[trial.head]
-                    trained = _train(run, own, rows, images, X, trial, key, progress, tell)
-                    endings[trial.head] = trained
-        done = [ending for ending in endings.values() if ending is not None]
-        finish(run, asked.manifest, rows, done)
+    images, rows = _open_images(run, asked, rows, progress, tell)
+    shared = json_digest([asked.question(), rows.rows["sha256"].tolist()])
+    keys = {trial.head: json_digest([shared, trial.head])[:32] for trial in asked.trials}
+    endings = {head: load_ending(run, key, rows) for head, key in keys.items()}
+    if any(ending is None for ending in endings.values()):
+        run.drop_partial_models()
+        X = None
+        for trial in sorted(asked.trials, key=lambda trial: (trial.seed, trial.number)):
+            if endings[trial.head] is None:
+                own = asked.for_seed(trial.seed)
+                if X is None or asked.recipe.from_scratch:
+                    X = _embed(own, images, rows, progress, tell)
+                key = keys[trial.head]
+                trained = _train(run, own, rows, images, X, trial, key, progress, tell)
+                endings[trial.head] = trained
+    done = [ending for ending in endings.values() if ending is not None]
+    finish(run, asked.manifest, rows, done)
 
 
 def _open_images(
-    run: Run, asked: Asked, rows: TrainRows, stack: ExitStack, progress: Progress, tell: Tell
+    run: Run, asked: Asked, rows: TrainRows, progress: Progress, tell: Tell
 ) -> tuple[Images, TrainRows]:
     """Decode the images, or fill the trunk cache; leave out what fails."""
     if asked.n_cut is not None and asked.trunk_cache is not None:
@@ -192,11 +190,16 @@ def _open_images(
         _, _, failed = find_rows(cache, rows.rows, "MANIFEST")
         left, _ = rows.without(failed)
         return TokenImages(cache, left.rows), left
-    pixels = PixelImages(rows.rows, asked.image_root, asked.encoder.preprocessing, run.path)
-    tell(f"Decoding, {pixels.n_bytes / 1e6:,.1f} MB beside the run")
-    stack.enter_context(pixels).read(progress)
-    left, kept = rows.without(pixels.failed)
-    return pixels.of(kept), left
+    images, failed = read_images(
+        rows.rows,
+        asked.image_root,
+        asked.encoder.preprocessing,
+        run.path,
+        progress=progress,
+        tell=tell,
+    )
+    left, kept = rows.without(failed)
+    return images.of(kept), left
 
 
 def _embed(
@@ -263,8 +266,3 @@ def _train(
         ending = Ending.failed(error, known)
     ending.write(run)
     return ending
-
-
-def _digest(document: Any) -> str:
-    canonical = json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()

@@ -20,6 +20,7 @@ from medembed.heads.mlp import MLPHead
 from medembed.heads.packaging import save_model
 from medembed.heads.projection import Projection
 from medembed.results.priors import image_code
+from medembed.results.provenance import is_synthetic
 from medembed.results.runs import Run
 
 __all__ = ["package"]
@@ -75,7 +76,7 @@ def package(
         "depth": known["depth"],
         "scores": {"out_of_fold": plain(score(y, calibration.apply(raw), threshold))},
         "manifest": run.info["asked"]["manifest"],
-        "synthetic": _is_synthetic(manifest),
+        "synthetic": is_synthetic(manifest.rows),
         # The held-out patients chose the epoch, so they have been seen too.
         "training_images": sorted(
             {image_code(digest) for digest in rows.rows["sha256"][rows.folds >= 0]}
@@ -98,8 +99,3 @@ def _as_head(network: Network, start: Start, trained: Trained) -> MLPHead:
     head.best_epoch_ = trained.counters.best_epoch
     head.classes_, head.n_features_in_ = np.array([0, 1]), len(start.mean)
     return head
-
-
-def _is_synthetic(manifest: Manifest) -> bool:
-    rows = manifest.rows
-    return "synthetic" in rows and bool(rows["synthetic"].eq("1").all())

@@ -16,14 +16,15 @@ from torch.nn import functional
 
 from medembed.errors import DeviceMemoryError, TrainingDataError
 from medembed.finetuning.blocks import parameter_groups
-from medembed.finetuning.images import Images
+from medembed.finetuning.images import Images, PixelImages
 from medembed.finetuning.network import Network
 from medembed.finetuning.recipe import Recipe
 from medembed.finetuning.rows import TrainRows
 from medembed.finetuning.state import Counters, State, read_state, write_state
 from medembed.heads.base import row_weights
+from medembed.schedule import rate_at
 
-__all__ = ["Trained", "Trainer", "explaining_memory", "rate_at"]
+__all__ = ["Trained", "Trainer", "explaining_memory"]
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what torch's AdamW keeps of each parameter
 _ORDER, _DROPOUT = 1 << 20, 1 << 21  # streams of random numbers
@@ -173,8 +174,10 @@ class Trainer:
     def _add_gradients(self, part: NDArray[np.int64], n_batch: int, epoch: int) -> float:
         """Add a part's share of a batch's mean loss to the gradients; give that share."""
         if self.recipe.augment:
+            assert isinstance(self.images, PixelImages)  # nothing else is there to be varied
+            flips = self.recipe.flips
             images = self.images.take_varied(
-                part, self.device, seed=self._seed, epoch=epoch, flips=self.recipe.flips
+                part, self.device, seed=self._seed, epoch=epoch, flips=flips
             )
         else:
             images = self.images.take(part, self.device)
@@ -265,27 +268,6 @@ class Trainer:
                     moment: tensor if moment == "step" else tensor.to(self.device)
                     for moment, tensor in own.items()
                 }
-
-
-def rate_at(step: int, n_steps: int, warm_up: float) -> float:
-    """Give the learning rate of a step as a share of the highest one.
-
-    It rises linearly (Goyal et al., arXiv 1706.02677) and falls as half a cosine (Loshchilov and
-    Hutter, SGDR, ICLR 2017).
-
-    Parameters
-    ----------
-    step : int
-        From 0.
-    n_steps : int
-        Of the whole training.
-    warm_up : float
-        Share of the steps in which it rises.
-    """
-    n_rising = round(warm_up * n_steps)
-    if step < n_rising:
-        return (step + 1) / n_rising
-    return 0.5 * (1 + math.cos(math.pi * (step - n_rising) / max(1, n_steps - n_rising)))
 
 
 @contextmanager

@@ -5,8 +5,6 @@ cache like stage 1's, with one "pooling", the tokens, whose encoder is the trunk
 verified and resumed as any cache is.
 """
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -24,6 +22,7 @@ from medembed.dataset.manifest import Manifest
 from medembed.encoders.torch_encoder import TorchEncoder
 from medembed.errors import CacheError, TrainingDataError
 from medembed.extraction import extract, spec_of
+from medembed.files import json_digest
 from medembed.finetuning.blocks import cut_trunk
 from medembed.finetuning.network import copy_encoder
 from medembed.finetuning.recipe import Depth
@@ -56,7 +55,7 @@ class TrunkEncoder:
         self.source, self.revision = encoder.source, encoder.revision
         self.preprocessing: Preprocessing = encoder.preprocessing
         self.device, self.precision = encoder.device, precision
-        self.fingerprint = _digest([encoder.fingerprint, "trunk", n_blocks, precision])
+        self.fingerprint = json_digest([encoder.fingerprint, "trunk", n_blocks, precision])
         size = self.preprocessing
         black = np.zeros((1, size.height, size.width), np.uint8)
         self.dimensions = {TOKENS: self.encode(black, [TOKENS])[TOKENS].shape[1:]}
@@ -88,10 +87,6 @@ class TokenImages:
     def take(self, rows: np.ndarray, device: str) -> torch.Tensor:
         """Give the tokens of rows, (n, …) in the stored dtype; see `images.Images.take`."""
         return torch.from_numpy(self._mapped.take(rows)).to(device)
-
-    def take_varied(self, rows: np.ndarray, device: str, **_: Any) -> torch.Tensor:
-        """Images are not there any more: see `images.Images.take_varied`."""
-        raise NotImplementedError("a trunk's tokens cannot be varied")
 
 
 def choose_cut(depths: Sequence[Depth], n_blocks: int, source: str) -> int:
@@ -177,7 +172,3 @@ def fill_trunk_cache(
             "command makes it again."
         )
     return cache
-
-
-def _digest(document: list[Any]) -> str:
-    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()

@@ -3,8 +3,7 @@
 No absolute path and no name of a patient or file goes in: images go by their SHA-256.
 """
 
-from collections.abc import Iterable, Mapping
-from importlib.metadata import version
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from medembed.dataset.manifest import count_rows
 from medembed.results.comparison import counted
 from medembed.results.runs import Run
 
-__all__ = ["describe_run", "library_versions", "list_left_out", "public_name", "summarise_data"]
+__all__ = ["describe_run", "is_synthetic", "list_left_out", "public_name", "summarise_data"]
 
 DATA_COLUMNS = ("images", "studies", "patients", "abnormal", "unlabelled", "left_out")
 CODE_DIGITS = 16
@@ -53,9 +52,14 @@ def summarise_data(rows: pd.DataFrame, failed: pd.DataFrame, label_level: str) -
         "left_out_test": splits.get("test", {}).get("left_out", 0),
         "splits": splits,
         "label_level": label_level,
-        "synthetic": "synthetic" in rows and bool(rows["synthetic"].eq("1").all()),
+        "synthetic": is_synthetic(rows),
         "licence": str(licences[0]) if len(licences) == 1 else None,
     }
+
+
+def is_synthetic(rows: pd.DataFrame) -> bool:
+    """Say whether a manifest's covariate `synthetic` is 1 throughout."""
+    return "synthetic" in rows and bool(rows["synthetic"].eq("1").all())
 
 
 def list_left_out(rows: pd.DataFrame, failed: pd.DataFrame) -> list[dict[str, str]]:
@@ -63,11 +67,6 @@ def list_left_out(rows: pd.DataFrame, failed: pd.DataFrame) -> list[dict[str, st
     listed = failed.head(N_LISTED).merge(rows[["image", "split"]], on="image", how="left")
     found = listed[["sha256", "split", "stage", "reason"]].astype(str).to_dict("records")
     return [{str(name): str(value) for name, value in record.items()} for record in found]
-
-
-def library_versions(names: Iterable[str]) -> dict[str, str]:
-    """Return the installed version of each distribution."""
-    return {name: version(name) for name in names}
 
 
 def public_name(reference: str | Path) -> str:

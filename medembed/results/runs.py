@@ -11,7 +11,6 @@ Layout::
 """
 
 import contextlib
-import fcntl
 import io
 import json
 import os
@@ -29,7 +28,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from medembed.errors import PathNotFoundError, RunError
-from medembed.files import json_bytes, write_atomically
+from medembed.files import hold_lock, json_bytes, write_atomically
 
 __all__ = ["PREDICTION_COLUMNS", "RUN_VERSION", "Run", "create_run", "open_run", "utc_now"]
 
@@ -89,21 +88,16 @@ class Run:
     def locked(self) -> Iterator[None]:
         """Hold the directory for writing and mend a torn last line of the ledger.
 
-        The lock is the system's and ends with the process, however that ends.
-
         Raises
         ------
         RunError
             Another process writes to this run.
         """
-        with open(self.path / ".lock", "ab") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise RunError(
-                    f"run at {self.path} is being written by another process. "
-                    "Wait for it to end, or choose another --out."
-                ) from None
+        refusal = RunError(
+            f"run at {self.path} is being written by another process. "
+            "Wait for it to end, or choose another --out."
+        )
+        with hold_lock(self.path / ".lock", refusal):
             self._mend_ledger()
             yield
 

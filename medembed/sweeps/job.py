@@ -17,8 +17,8 @@ from medembed.errors import TrainingDataError
 from medembed.evaluation.scores import SCORES
 from medembed.heads.registry import head_class
 from medembed.heads.spaces import default_spaces, read_spaces
+from medembed.machine import library_versions
 from medembed.results.provenance import (
-    library_versions,
     list_left_out,
     public_name,
     summarise_data,

@@ -1,18 +1,17 @@
 """What a sweep has to train: trials, and the batches of trials that train together."""
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from medembed.errors import TrainingDataError
+from medembed.files import json_digest
 from medembed.heads.cohort import resolve_precision
 from medembed.heads.registry import head_class, make_head
 from medembed.heads.spaces import HeadSpace
 from medembed.results.runs import RUN_VERSION
 
-__all__ = ["COHORT_SIZE", "Batch", "Pooling", "Trial", "digest", "plan_batches"]
+__all__ = ["COHORT_SIZE", "Batch", "Pooling", "Trial", "plan_batches"]
 
 COHORT_SIZE = 16
 """Members of a cohort of MLPs: enough to fill the matrix unit, few enough to be lost in a crash."""
@@ -140,21 +139,15 @@ def _batch(
     shared: Mapping[str, Any],
 ) -> Batch:
     rungs = rungs if len(params) > 1 else ()
-    together = digest([RUN_VERSION, shared, head, pooling, list(params), rungs])
+    together = json_digest([RUN_VERSION, shared, head, pooling, list(params), rungs])
     trials = [
         Trial(
             head,
             number + i,
             pooling,
             own,
-            tuple(digest([together, own, fold])[:32] for fold in range(n_folds)),
+            tuple(json_digest([together, own, fold])[:32] for fold in range(n_folds)),
         )
         for i, own in enumerate(params)
     ]
     return Batch(tuple(trials), rungs)
-
-
-def digest(document: Any) -> str:
-    """Hash JSON values: SHA-256 in hex."""
-    canonical = json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()

@@ -14,9 +14,10 @@ from medembed.dataset.covariates import CovariateEncoder, fit_covariates
 from medembed.dataset.manifest import Manifest
 from medembed.dataset.splits import fold_train_rows, require_both_classes
 from medembed.errors import TrainingDataError
+from medembed.files import json_digest
 from medembed.heads.spaces import HeadSpace
-from medembed.results.provenance import library_versions
-from medembed.sweeps.plan import Batch, Pooling, digest
+from medembed.machine import library_versions
+from medembed.sweeps.plan import Batch, Pooling
 from medembed.sweeps.training import Training
 
 __all__ = ["VERSIONED", "Asked", "SweepRows", "list_poolings"]
@@ -111,8 +112,8 @@ class SweepRows:
             "covariates": list(asked.covariates),
             "train_fraction": asked.train_fraction,
             "manifest": asked.manifest.digest(),
-            "embedded": digest(sorted(rows["sha256"])),
-            "trained": digest(sorted(rows["sha256"][trained])),
+            "embedded": json_digest(sorted(rows["sha256"])),
+            "trained": json_digest(sorted(rows["sha256"][trained])),
             "spec": asked.cache.spec.as_dict(),
             "versions": library_versions(VERSIONED),
         }
@@ -130,7 +131,7 @@ class SweepRows:
             "pooling": ",".join(pooling.name for pooling in self.poolings),
             **shared,
             "n_configs": counts,
-            "space": digest(tried)[:16],
+            "space": json_digest(tried)[:16],
         }
 
     def _embed(self, pooling: Pooling) -> Embeddings:
