@@ -5,7 +5,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from medembed.commands.options import PATH, image_root_option, json_option, seed_option, split_names
+from medembed.commands.options import (
+    PATH,
+    device_option,
+    fit_option,
+    image_root_option,
+    json_option,
+    precision_option,
+    seed_option,
+    split_names,
+)
 from medembed.console import print_json, say
 from medembed.progress import showing_progress
 
@@ -47,18 +56,9 @@ def _split_numbers(context: click.Context, option: click.Parameter, value: str) 
     "--lr", "learning_rate", type=float, default=2e-3, show_default=True,
     help="The highest learning rate.",
 )  # fmt: skip
-@click.option(
-    "--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto",
-    show_default=True,
-)  # fmt: skip
-@click.option(
-    "--precision", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", show_default=True,
-    help="What is computed in; auto is bf16 on a GPU that has it, else fp32.",
-)  # fmt: skip
-@click.option(
-    "--fit", type=click.Choice(["stretch", "pad"]), default="stretch", show_default=True,
-    help="How an image that is not square becomes square; tell extract the same.",
-)  # fmt: skip
+@device_option
+@precision_option
+@fit_option
 @seed_option
 @json_option
 def autoencoder_command(

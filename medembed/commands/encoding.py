@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from medembed.commands.options import PATH, image_root_option, json_option, split_names
+from medembed.commands.options import (
+    PATH,
+    device_option,
+    encoder_option,
+    fit_option,
+    image_root_option,
+    json_option,
+    precision_option,
+    split_names,
+)
 from medembed.console import print_json, say
 from medembed.progress import showing_progress
 
@@ -50,27 +59,11 @@ def _choose_worker(
 @click.command("extract")
 @click.argument("manifest_path", metavar="MANIFEST", type=PATH)
 @image_root_option
-@click.option(
-    "--encoder",
-    "reference",
-    required=True,
-    help="Hub id such as google/medgemma-4b-pt[@revision], a checkpoint directory, or demo.",
-)
+@encoder_option
 @click.option("--cache", "cache_path", type=PATH, required=True, help="The cache directory.")
 @pool_option
-@click.option(
-    "--device",
-    type=click.Choice(["auto", "cpu", "cuda", "mps"]),
-    default="auto",
-    show_default=True,
-)
-@click.option(
-    "--precision",
-    type=click.Choice(["auto", "fp32", "bf16"]),
-    default="auto",
-    show_default=True,
-    help="What the encoder computes in; auto is bf16 on a GPU that has it, else fp32.",
-)
+@device_option
+@precision_option
 @click.option(
     "--dtype",
     type=click.Choice(["float16", "float32"]),
@@ -78,13 +71,7 @@ def _choose_worker(
     show_default=True,
     help="What is stored.",
 )
-@click.option(
-    "--fit",
-    type=click.Choice(["stretch", "pad"]),
-    default="stretch",
-    show_default=True,
-    help="How an image that is not square becomes square.",
-)
+@fit_option
 @click.option(
     "--window",
     default="first",

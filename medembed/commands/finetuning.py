@@ -8,8 +8,12 @@ import click
 from medembed.commands.comparing import show_comparison
 from medembed.commands.options import (
     PATH,
+    device_option,
+    encoder_option,
+    fit_option,
     image_root_option,
     json_option,
+    precision_option,
     seed_option,
     split_names,
 )
@@ -24,12 +28,7 @@ _ABOVE_ZERO = click.FloatRange(min=0, min_open=True)
 @click.command("finetune")
 @click.argument("manifest_path", metavar="MANIFEST", type=PATH)
 @image_root_option
-@click.option(
-    "--encoder",
-    "reference",
-    required=True,
-    help="Hub id such as google/medgemma-4b-pt[@revision], a checkpoint directory, or demo.",
-)
+@encoder_option
 @click.option(
     "--unfreeze",
     callback=split_names,
@@ -89,26 +88,9 @@ _ABOVE_ZERO = click.FloatRange(min=0, min_open=True)
 @click.option(
     "--from-scratch", is_flag=True, help="Begin with random weights, drawn by its config."
 )
-@click.option(
-    "--device",
-    type=click.Choice(["auto", "cpu", "cuda", "mps"]),
-    default="auto",
-    show_default=True,
-)
-@click.option(
-    "--precision",
-    type=click.Choice(["auto", "fp32", "bf16"]),
-    default="auto",
-    show_default=True,
-    help="Of the tower's products; auto is bf16 on a GPU that has it, else fp32.",
-)
-@click.option(
-    "--fit",
-    type=click.Choice(["stretch", "pad"]),
-    default="stretch",
-    show_default=True,
-    help="How an image that is not square becomes square.",
-)
+@device_option
+@precision_option
+@fit_option
 @seed_option
 @json_option
 def finetune_command(

@@ -7,12 +7,49 @@ import click
 
 from medembed.console import print_json, say
 
-__all__ = ["PATH", "conclude", "image_root_option", "json_option", "seed_option", "split_names"]
+__all__ = [
+    "PATH",
+    "conclude",
+    "device_option",
+    "encoder_option",
+    "fit_option",
+    "image_root_option",
+    "json_option",
+    "precision_option",
+    "seed_option",
+    "split_names",
+]
 
 PATH = click.Path(path_type=Path)
 
 image_root_option = click.option(
     "--image-root", type=PATH, required=True, help="Directory that the manifest's paths start from."
+)
+encoder_option = click.option(
+    "--encoder",
+    "reference",
+    required=True,
+    help="Hub id such as google/medgemma-4b-pt[@revision], a checkpoint directory, or demo.",
+)
+device_option = click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda", "mps"]),
+    default="auto",
+    show_default=True,
+)
+precision_option = click.option(
+    "--precision",
+    type=click.Choice(["auto", "fp32", "bf16"]),
+    default="auto",
+    show_default=True,
+    help="What the encoder computes in; auto is bf16 on a GPU that has it, else fp32.",
+)
+fit_option = click.option(
+    "--fit",
+    type=click.Choice(["stretch", "pad"]),
+    default="stretch",
+    show_default=True,
+    help="How an image that is not square becomes square.",
 )
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON document on stdout."

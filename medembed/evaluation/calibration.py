@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import numpy as np
-from scipy.optimize import minimize
+from scipy.optimize import isotonic_regression, minimize
 from scipy.special import expit, logit
-from sklearn.isotonic import IsotonicRegression
 
 from medembed.errors import ModelError
 from medembed.evaluation.checks import check_both_classes
@@ -140,18 +139,20 @@ def fit_isotonic(probability: np.ndarray, y: np.ndarray) -> IsotonicCalibration:
     """Fit the rising map with the least squared error.
 
     Zadrozny and Elkan, Transforming Classifier Scores into Accurate Multiclass Probability
-    Estimates, KDD 2002; fitted by scikit-learn's `IsotonicRegression`. It wants more rows than
+    Estimates, KDD 2002; fitted by scipy's `isotonic_regression`. It wants more rows than
     `fit_platt`: below about a thousand it follows their noise (Niculescu-Mizil and Caruana, ICML
     2005).
 
     Parameters and errors are those of `fit_platt`.
     """
     labels, values = check_both_classes(y, probability, "calibration")
-    fitted = IsotonicRegression(y_min=0.0, y_max=1.0).fit(values, labels.astype(np.float64))
-    return IsotonicCalibration(
-        np.asarray(fitted.X_thresholds_, dtype=np.float64),
-        np.asarray(fitted.y_thresholds_, dtype=np.float64),
-    )
+    distinct, groups, counts = np.unique(values, return_inverse=True, return_counts=True)
+    shares = np.bincount(groups, weights=labels) / counts
+    fitted = isotonic_regression(shares, weights=counts).x
+    # of a level only its ends are knots
+    ends = np.r_[True, fitted[1:] != fitted[:-1]]
+    knots = ends | np.r_[ends[1:], True]
+    return IsotonicCalibration(distinct[knots], fitted[knots])
 
 
 def _fit_line(

@@ -3,7 +3,7 @@
 DeLong, DeLong and Clarke-Pearson (Biometrics 44, 1988) read the variance of an AUROC off how each
 row is placed among those of the other class. Obuchowski (Biometrics 53, 1997) lets the rows of one
 patient depend on each other; of one row per patient hers is theirs. A cross-check beside the
-bootstrap over patients, and some ninety times as fast at MURA's validation size.
+bootstrap over patients.
 """
 
 from collections.abc import Mapping

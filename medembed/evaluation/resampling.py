@@ -9,6 +9,7 @@ head of a comparison, is judged on the same draws.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -33,9 +34,11 @@ CONFIDENCE = 0.95
 #: one tenth, a class wants about three patients (exp(-3) = 5 % of resamples miss all of them).
 MAX_DROPPED_SHARE = 0.1
 #: Weights held at a time: 60,000 float64 and the handful of arrays made of them stay in a core's
-#: cache, which takes half the time of 2 M; but at least so many resamples of many rows.
+#: cache; but at least so many resamples of many rows.
 _CHUNK_ELEMENTS = 60_000
 _MIN_CHUNK = 4
+#: Draws are kept for the next head where they take 64 MB at most and fit 16 bits.
+_MAX_KEPT_COUNTS, _MAX_KEPT_PATIENTS = 32_000_000, 65_535
 
 
 @dataclass(frozen=True)
@@ -147,12 +150,34 @@ def _kept(value: float, draws: np.ndarray) -> np.ndarray:
 
 def _weights(codes: np.ndarray, n_resamples: int, seed: int) -> Iterator[np.ndarray]:
     """Yield row weights (chunk, n): how often each row's patient was drawn."""
-    generator = np.random.default_rng(seed)
     n_patients = int(codes.max()) + 1 if len(codes) else 0
     size = max(_MIN_CHUNK, _CHUNK_ELEMENTS // max(len(codes), 1))
+    generator, kept = np.random.default_rng(seed), None
+    if n_patients <= _MAX_KEPT_PATIENTS and n_patients * n_resamples <= _MAX_KEPT_COUNTS:
+        kept = _keep_counts(n_patients, n_resamples, seed)
     for start in range(0, n_resamples, size):
         n = min(size, n_resamples - start)
-        drawn = generator.integers(0, n_patients, size=(n, n_patients))
-        drawn += np.arange(n)[:, None] * n_patients
-        counts = np.bincount(drawn.ravel(), minlength=n * n_patients).reshape(n, n_patients)
-        yield counts.astype(np.float64)[:, codes]
+        if kept is None:
+            counts = _count_patients(generator, n_patients, n)
+        else:
+            counts = kept[start : start + n]
+        yield counts[:, codes].astype(np.float64)
+
+
+@lru_cache(maxsize=2)
+def _keep_counts(n_patients: int, n_resamples: int, seed: int) -> np.ndarray:
+    """Keep what every head of a comparison is judged on, uint16 (B, patients)."""
+    generator = np.random.default_rng(seed)
+    kept = np.empty((n_resamples, n_patients), np.uint16)
+    size = max(_MIN_CHUNK, _CHUNK_ELEMENTS // max(n_patients, 1))
+    for start in range(0, n_resamples, size):
+        part = kept[start : start + size]
+        part[:] = _count_patients(generator, n_patients, len(part))
+    return kept
+
+
+def _count_patients(generator: np.random.Generator, n_patients: int, n: int) -> np.ndarray:
+    """Draw all patients with replacement n times; return how often each came, (n, patients)."""
+    drawn = generator.integers(0, n_patients, size=(n, n_patients))
+    drawn += np.arange(n)[:, None] * n_patients
+    return np.bincount(drawn.ravel(), minlength=n * n_patients).reshape(n, n_patients)

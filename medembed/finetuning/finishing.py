@@ -164,9 +164,7 @@ def finish(run: Run, manifest: Manifest, rows: TrainRows, endings: Sequence[Endi
     own = np.concatenate([rows.held, rows.tested])
     # The codes of patients and studies are those of all rows, as the priors have them.
     images = image_rows(rows.rows, np.where(rows.folds == HELD_OUT, HELD_OUT, -1)).iloc[own]
-    # First the priors, which alone have all train rows: studies are known by the first head's.
-    parts = [*prior_rows(rows.rows, rows.folds)]
-    parts += [
+    parts = [
         images.assign(
             head=ending.known["head"],
             trial=ending.known["number"],
@@ -174,6 +172,7 @@ def finish(run: Run, manifest: Manifest, rows: TrainRows, endings: Sequence[Endi
         )
         for ending in trained
     ]
+    parts += prior_rows(rows.rows, rows.folds)
     run.write_predictions(pd.concat(parts, ignore_index=True))
     run.update_info(
         leaderboard=[ending.as_entry() for ending in ordered],

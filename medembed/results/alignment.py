@@ -54,6 +54,7 @@ class Contender:
     train_fraction : float
         Share of the training patients that it was given, in (0, 1].
     n_train_patients : int
+        Of all folds, its own held-out ones among them.
     calibration : Calibration
         Platt scaling, fitted on the run's out-of-fold predictions at the same level.
     calibrations : dict of str to Calibration or IsotonicCalibration
@@ -155,6 +156,8 @@ def _read_heads(run: Run, name: str, level: str) -> list[tuple[Contender, pd.Dat
     labelled = labelled.astype({"label": "int8"})
     studies = _describe_studies(predictions)
     winners = {entry["head"]: entry for entry in run.info.get("leaderboard", [])}
+    folded = labelled[(labelled["split"] == "train") & labelled["fold"].notna()]
+    n_patients = int(folded["patient"].nunique())
     entries = []
     for head, rows in labelled.groupby("head", sort=False):
         if level == "image" and rows["sha256"].eq("").any():
@@ -163,7 +166,8 @@ def _read_heads(run: Run, name: str, level: str) -> list[tuple[Contender, pd.Dat
         test = _units(rows[rows["split"] == "test"], level, studies)
         winner = {"seed": run.info.get("seed"), **winners.get(str(head), {})}
         fraction = float(run.info["asked"].get("train_fraction", 1.0))
-        entries.append((_contender(name, str(head), winner, fraction, train, test), test))
+        given = (fraction, n_patients)
+        entries.append((_contender(name, str(head), winner, given, train, test), test))
     return entries
 
 
@@ -171,7 +175,7 @@ def _contender(
     run: str,
     head: str,
     winner: dict[str, Any],
-    train_fraction: float,
+    given: tuple[float, int],
     train: pd.DataFrame,
     test: pd.DataFrame,
 ) -> Contender:
@@ -190,8 +194,8 @@ def _contender(
         head=head,
         is_baseline=head in BASELINES,
         **{name: winner.get(name) for name in copied},
-        train_fraction=train_fraction,
-        n_train_patients=int(train["patient"].nunique()),
+        train_fraction=given[0],
+        n_train_patients=given[1],
         calibration=platt,
         calibrations=calibrations,
         threshold=float(youden_threshold(y, calibrated)),
@@ -225,10 +229,14 @@ def _units(rows: pd.DataFrame, level: str, studies: pd.DataFrame) -> pd.DataFram
 def _describe_studies(predictions: pd.DataFrame) -> pd.DataFrame:
     """Return a digest of each study's labelled images, which and how many, by the run's codes.
 
+    They are those of the first head with the most: a fine-tuned one has no rows of what it learnt.
+
     Heads that judge whole studies have one row each: they do not say.
     """
     named = predictions[predictions["sha256"].ne("") & predictions["label"].notna()]
-    one_head = named[named["head"] == named["head"].iloc[0]] if len(named) else named
+    sizes = named.groupby(["study", "head"], sort=False).size()
+    fullest = sizes.groupby("study").idxmax().tolist()
+    one_head = named[named.set_index(["study", "head"]).index.isin(fullest)]
     images = one_head.sort_values("sha256").groupby("study")["sha256"]
     joined = images.agg(" ".join)
     keys = joined.map(lambda text: hashlib.sha256(text.encode()).hexdigest())
