@@ -9,10 +9,11 @@ everybody. A part's jobs alternate: medembed, then each peer, then again for eve
 
 medembed is timed as a whole process: start, loading, the logistic floor (one configuration), all
 trials, refits, packaging, test scores. A peer's time is that of `GridSearchCV.fit` with refit=False
-alone, rows in memory and processes warm, over every eighth of the same configurations, as many
-processes of one thread as there are cores; times the share left out, it is extrapolated: by the
-number of configurations (the ratios), and by the number of weights of the chosen ones
-(`extrapolated_seconds_by_weights`). Ratios are a peer's extrapolated time over medembed's.
+alone, rows in memory and processes warm, over every eighth of the same configurations (the two
+slowest: every 32nd), as many processes of one thread as there are cores; times the share left out,
+it is extrapolated: by the number of configurations (the ratios), and by the number of weights of
+the chosen ones (`extrapolated_seconds_by_weights`). Ratios are a peer's extrapolated time over
+medembed's.
 
 - `gridsearch`: StandardScaler and MLPClassifier, float32, batches of 256, 20 epochs, always all of
   them. MLPClassifier has no dropout; weight_decay becomes alpha; GELU and SiLU become ReLU; label
@@ -29,7 +30,7 @@ number of configurations (the ratios), and by the number of weights of the chose
 
 `auroc` is the best configuration's mean over folds, of images, for everybody; medembed chooses by
 the AUROC of studies, which is given beside it. A caution in reading it: medembed picks among all
-configurations and stops on the very fold that is scored, peers pick among an eighth and do not see
+configurations and stops on the very fold that is scored, peers pick among few and do not see
 it. `auroc_test`, of images of patients that nobody saw, has neither bias; a peer's winner is
 refitted for it on all training rows, outside its time.
 
@@ -84,6 +85,7 @@ from peak_memory import watch
 N_COLUMNS = 1152
 N_FOLDS = 5
 ONE_IN = 8
+SLOW_ONE_IN = {"gridsearch_early_stopping": 32, "skorch": 32}
 EPOCHS, EARLY_EPOCHS, PATIENCE, BATCH_SIZE = 20, 60, 8, 256
 N_MEMBERS, COHORT_EPOCHS = 16, 5
 MLP_PEERS = ("gridsearch", "gridsearch_early_stopping", "skorch")
@@ -289,7 +291,7 @@ def run_peer(name: str, place: Path) -> dict[str, Any]:
     share = None
     if name in MLP_PEERS:
         drawn = [{**MLPHead().get_params(), **params} for params in spaces["mlp"].draw()]
-        chosen = an_eighth(drawn)
+        chosen = one_in(drawn, SLOW_ONE_IN.get(name, ONE_IN))
         share = sum(map(n_weights, chosen)) / sum(map(n_weights, drawn))
         estimator, grid = MLPS[name](chosen, table)
     elif name == "lightgbm":
@@ -328,11 +330,11 @@ def run_peer(name: str, place: Path) -> dict[str, Any]:
     }
 
 
-def an_eighth(drawn: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Take every eighth configuration, or the next one that has a hidden layer."""
+def one_in(drawn: list[dict[str, Any]], step: int) -> list[dict[str, Any]]:
+    """Take every so manieth configuration, or the next one that has a hidden layer."""
     return [
         next(params for params in [*drawn[start:], *drawn] if params["hidden"])
-        for start in range(0, len(drawn), ONE_IN)
+        for start in range(0, len(drawn), step)
     ]
 
 

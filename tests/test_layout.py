@@ -27,7 +27,7 @@ FLOORS = {
     "sweeps": 4,
     "thumbnails": 4,
     "finetuning": 5,
-    "prediction": 4,
+    "prediction": 5,
     "autoencoding": 5,
     "demo": 5,
     "doctor": 5,

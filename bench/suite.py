@@ -1,0 +1,231 @@
+"""Run the benchmarks one after the other, write RESULTS.md, or check against committed results.
+
+    .venv/bin/python bench/suite.py                       # make bench: everything, about an hour
+    .venv/bin/python bench/suite.py --only startup,cache  # some of it; the rest stays as it is
+    .venv/bin/python bench/suite.py --check               # make bench-check
+    .venv/bin/python bench/suite.py --render              # RESULTS.md anew from the JSON files
+
+Every part is a script of this folder in a process of its own that alternates medembed with what one
+would use instead and writes JSON. `--check` runs the parts into a temporary folder and compares the
+ratios with the committed ones: one that is worse by more than 20 % fails. It wants the kind of
+machine that the committed figures come from and nothing beside it; `--against` takes other figures.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+TOLERANCE = 0.2
+NOT_MEASURED = "not measured"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number of a part's JSON, and the side on which it is to be; see suite.toml."""
+
+    key: str
+    what: str
+    against: str = ""
+    better: str = "higher"
+    wanted: float | None = None
+    unit: str = "×"
+
+    @property
+    def is_ratio(self) -> bool:
+        """Ratios carry over to another machine of the kind; seconds and bytes less so."""
+        return self.unit == "×"
+
+    def is_missed(self, value: float) -> bool:
+        """Tell whether a value is on the wrong side of what was wanted."""
+        if self.wanted is None:
+            return False
+        return value < self.wanted if self.better == "higher" else value > self.wanted
+
+
+@dataclass(frozen=True)
+class Part:
+    """A script with its arguments, and the figures of the JSON that it writes."""
+
+    name: str
+    title: str
+    command: str
+    file: str
+    figures: tuple[Figure, ...]
+    takes_folder: bool = False
+
+
+def read_parts() -> tuple[Part, ...]:
+    """Read suite.toml."""
+    tables = tomllib.loads((HERE / "suite.toml").read_text(encoding="utf-8"))["part"]
+    parts = []
+    for table in tables:
+        figures = tuple(Figure(**figure) for figure in table.pop("figure"))
+        parts.append(Part(**table, figures=figures))
+    return tuple(parts)
+
+
+PARTS = read_parts()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", help=f"of {','.join(part.name for part in PARTS)}")
+    parser.add_argument("--check", action="store_true", help="compare, and change nothing")
+    parser.add_argument("--render", action="store_true", help="run nothing")
+    parser.add_argument("--against", type=Path, default=RESULTS, help="results to compare with")
+    parser.add_argument("--fresh", type=Path, help="with --check: results to take as measured")
+    given = parser.parse_args()
+    parts = choose(parser, given.only)
+    if given.check:
+        sys.exit(check(parts, given.against, given.fresh))
+    if not given.render:
+        run(parts, RESULTS)
+    (HERE / "RESULTS.md").write_text(render(RESULTS))
+    print(f"{HERE.name}/RESULTS.md")
+
+
+def choose(parser: argparse.ArgumentParser, only: str | None) -> Sequence[Part]:
+    """Give the parts asked for, in their order."""
+    known = {part.name: part for part in PARTS}
+    names = only.split(",") if only else list(known)
+    if unknown := [name for name in names if name not in known]:
+        parser.error(f"--only {unknown[0]}: choose among {', '.join(known)}")
+    return [known[name] for name in known if name in names]
+
+
+def run(parts: Sequence[Part], folder: Path) -> None:
+    """Run every part to its end, whatever becomes of the others; exit 1 if one failed."""
+    failed = []
+    for number, part in enumerate(parts, 1):
+        print(f"[{number}/{len(parts)}] {part.title} …", file=sys.stderr, flush=True)
+        script, *options = part.command.split()
+        out = folder if part.takes_folder else folder / part.file
+        start = time.monotonic()
+        command = [sys.executable, str(HERE / script), *options, "--out", str(out)]
+        if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+            failed.append(part.name)
+        print(f"    {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}; results of the others are written")
+
+
+def check(parts: Sequence[Part], against: Path, fresh: Path | None) -> int:
+    """Compare fresh ratios with the committed ones; give the exit status."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = fresh or Path(name)
+        if fresh is None:
+            run(parts, folder)
+        found = list(regressions(parts, against, folder))
+    for line in found:
+        print(line)
+    if not found:
+        print(f"no ratio is worse by more than {TOLERANCE:.0%}")
+    return int(bool(found))
+
+
+def regressions(parts: Sequence[Part], against: Path, fresh: Path) -> Iterator[str]:
+    """Name every ratio that is worse than the committed one by more than the tolerance."""
+    for part in parts:
+        before, now = read(against / part.file), read(fresh / part.file)
+        for figure in part.figures:
+            old, new = look_up(before, figure.key), look_up(now, figure.key)
+            if not figure.is_ratio or old is None:
+                continue
+            if new is None:
+                yield f"{part.name}: {figure.key} was {old:g} and is {NOT_MEASURED}"
+                continue
+            worse = old / new if figure.better == "higher" else new / old
+            if worse > 1 + TOLERANCE:
+                yield f"{part.name}: {figure.key} was {old:g} and is {new:g}"
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read a part's results; nothing where there are none."""
+    return dict(json.loads(path.read_text())) if path.is_file() else {}
+
+
+def look_up(results: dict[str, Any], key: str) -> float | None:
+    """Follow a dotted key to its number; None where there is none."""
+    value: Any = results
+    for name in key.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return float(value) if isinstance(value, int | float) else None
+
+
+def render(folder: Path) -> str:
+    """Write the table of all figures, ratios first, and where they come from."""
+    lines = [
+        "# Benchmarks",
+        "",
+        "Made by `make bench` from the JSON files in `results/`; each script says in its first",
+        "lines what is timed, against what, and how often. Ratios are medians of alternated runs;",
+        "sweeps ran once. All data are synthetic. On a GPU nothing was measured.",
+        "",
+        "| part | what | against | measured | wanted | runs |",
+        "|---|---|---|---|---|---|",
+    ]
+    for part in PARTS:
+        results = read(folder / part.file)
+        lines += [_row(part, figure, results) for figure in part.figures]
+    return "\n".join([*lines, "", *_growth(folder), *_machines(folder)]) + "\n"
+
+
+def _row(part: Part, figure: Figure, results: dict[str, Any]) -> str:
+    value = look_up(results, figure.key)
+    if value is None:
+        shown = NOT_MEASURED
+    else:
+        shown = f"{_short(value)} {figure.unit}{' (missed)' * figure.is_missed(value)}"
+    sign = "at least" if figure.better == "higher" else "at most"
+    wanted = "" if figure.wanted is None else f"{sign} {figure.wanted:g} {figure.unit}"
+    cells = (part.title, figure.what, figure.against, shown, wanted, f"`bench/{part.command}`")
+    return f"| {' | '.join(cells)} |"
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _growth(folder: Path) -> list[str]:
+    results = read(folder / "growth.json")
+    if not results:
+        return []
+    lines = ["## How cost grows", "", "Exponent b of seconds = a · n^b, by `bench/growth.py`.", ""]
+    lines += ["| what | sizes and seconds | b, fitted | b, last step |", "|---|---|---|---|"]
+    for what, points in results["seconds"].items():
+        times = ", ".join(f"{int(n):,}: {seconds:.3g} s" for n, seconds in points.items())
+        b = results["exponents"][what]
+        lines.append(
+            f"| {what.replace('_', ' ')} | {times} | {b['fitted']:.2f} | {b['last']:.2f} |"
+        )
+    return [*lines, ""]
+
+
+def _machines(folder: Path) -> list[str]:
+    lines = [
+        "## Machine and versions",
+        "",
+        "| part | cores | Python | versions |",
+        "|---|---|---|---|",
+    ]
+    for part in PARTS:
+        machine = read(folder / part.file).get("machine")
+        if machine:
+            versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+            row = f"| {part.name} | {machine['cores']}, {machine['architecture']} "
+            lines.append(f"{row}| {machine['python']} | {versions} |")
+    return lines
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""The benchmarks' own book-keeping: what is run, what counts as worse, what the page says."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "bench"))
+
+import suite  # noqa: E402
+
+
+def write(folder: Path, part: suite.Part, values: dict[str, Any]) -> None:
+    """Write a part's results with these numbers at these dotted keys."""
+    results: dict[str, Any] = {}
+    for key, value in values.items():
+        *groups, name = key.split(".")
+        place = results
+        for group in groups:
+            place = place.setdefault(group, {})
+        place[name] = value
+    folder.mkdir(exist_ok=True)
+    (folder / part.file).write_text(json.dumps(results))
+
+
+def part_named(name: str) -> suite.Part:
+    return next(part for part in suite.PARTS if part.name == name)
+
+
+def test_every_part_names_a_script_and_committed_results_with_its_figures() -> None:
+    for part in suite.PARTS:
+        assert (ROOT / "bench" / part.command.split()[0]).is_file(), part.name
+        results = suite.read(suite.RESULTS / part.file)
+        assert results, f"{part.file} is not committed"
+        for figure in part.figures:
+            # what has no number yet is written "not measured" on the page, not left out
+            assert figure.better in {"higher", "lower"}, figure.key
+            assert suite.look_up(results, figure.key) != 0, figure.key
+
+
+def test_the_committed_page_is_what_the_committed_results_say() -> None:
+    assert (ROOT / "bench" / "RESULTS.md").read_text() == suite.render(suite.RESULTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "before", "now", "is_worse"),
+    [
+        ("sweep", "ratios.mlp_vs_gridsearch", 10.0, 8.4, False),
+        ("sweep", "ratios.mlp_vs_gridsearch", 10.0, 8.2, True),
+        ("sweep", "ratios.mlp_vs_gridsearch", 10.0, 30.0, False),
+        ("startup", "ratios.help_vs_import_click", 1.0, 1.19, False),
+        ("startup", "ratios.help_vs_import_click", 1.0, 1.21, True),
+        ("startup", "ratios.help_vs_import_click", 1.0, 0.1, False),
+        ("sweep", "ratios.mlp_vs_gridsearch", 10.0, "not measured", True),
+        ("sweep", "ratios.mlp_vs_gridsearch", "not measured", 1.0, False),
+        ("sweep", "default_sweep.seconds", 100.0, 300.0, False),  # seconds are the machine's
+    ],
+)
+def test_a_ratio_is_worse_beyond_a_fifth_in_its_own_direction(
+    name: str, key: str, before: Any, now: Any, is_worse: bool, tmp_path: Path
+) -> None:
+    part = part_named(name)
+    write(tmp_path / "before", part, {key: before})
+    write(tmp_path / "now", part, {key: now})
+    found = list(suite.regressions([part], tmp_path / "before", tmp_path / "now"))
+    assert bool(found) is is_worse
+    assert all(key in line for line in found)
+
+
+def test_check_exits_1_and_names_what_got_worse(tmp_path: Path) -> None:
+    part = part_named("startup")
+    write(tmp_path / "before", part, {"ratios.help_vs_import_click": 1.0})
+    write(tmp_path / "now", part, {"ratios.help_vs_import_click": 2.5})
+    folders = ["--against", str(tmp_path / "before"), "--fresh", str(tmp_path / "now")]
+    command = [sys.executable, str(ROOT / "bench" / "suite.py"), "--check", "--only", "startup"]
+    done = subprocess.run([*command, *folders], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "was 1 and is 2.5" in done.stdout
+
+
+def test_a_missed_limit_and_a_missing_number_are_said(tmp_path: Path) -> None:
+    part = part_named("sweep")
+    write(tmp_path, part, {"gflops_share": 0.5, "ratios.mlp_vs_gridsearch": 9.0})
+    page = suite.render(tmp_path)
+    assert "0.5 × (missed)" in page
+    assert "| 9 × |" in page
+    assert "not measured" in page
