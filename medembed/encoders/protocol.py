@@ -69,7 +69,8 @@ class Encoder(Protocol):
         Returns
         -------
         dict of str to ndarray
-            pooling -> float32 (n, *dimensions[pooling]), all finite, in the order of `pixels`.
+            pooling -> float32 (n, ...), a row of the shape `dimensions[pooling]` for each image,
+            all finite, in the order of `pixels`.
             In fp32 on a CPU a row does not depend on the others as long as n is the same.
 
         Raises

@@ -64,7 +64,7 @@ class Scorer:
     precision, without interpolation, as scikit-learn has it. Kappa is Cohen's (Educational and
     Psychological Measurement 20, 1960). Macro-F1 is the mean of the F1 of both classes. ECE is the
     binary expected calibration error of Naeini et al. (AAAI 2015): `N_ECE_BINS` bins of equal
-    width, each weighted by its share of rows times |share abnormal - mean probability|.
+    width, each weighted by its share of rows times abs(share abnormal - mean probability).
     """
 
     def __init__(
