@@ -152,7 +152,7 @@ def test_no_model_is_not_found(tmp_path):
         ({"n_features": 0}, "n_features=0"),
         ({"best_epoch": "many"}, "best_epoch='many'"),
         ({"card": None}, "does not hold exactly"),
-        ({"payload": {"file": "../x", "bytes": 1, "sha256": ""}}, "neither head.safetensors"),
+        ({"payload": {"file": "../x", "bytes": 1, "sha256": ""}}, "neither of head.safetensors"),
         ({"payload": None}, "payload does not hold"),
     ],
 )

@@ -3,8 +3,9 @@
 `model.json` tells what the head is and carries the card; `head.safetensors` or `booster.txt` holds
 what it learnt. The payload's size and SHA-256 stand in `model.json` and are compared before
 anything parses it; then names, shapes, dtypes and values are checked against the head's parameters,
-because a hash only shows that the payload is the one its author meant. No code is executed from a
-model.
+because a hash only shows that the payload is the one its author meant. `reference.safetensors`,
+where there is one, holds statistics of the training embeddings, under the same rules. No code is
+executed from a model.
 """
 
 import hashlib
@@ -25,7 +26,15 @@ from medembed.files import json_bytes, sync_directory, write_atomically
 from medembed.heads.base import Head
 from medembed.heads.registry import HEADS, make_head
 
-__all__ = ["FORMAT", "VERSION", "Model", "load_model", "save_model"]
+__all__ = [
+    "FORMAT",
+    "VERSION",
+    "Model",
+    "load_model",
+    "read_document",
+    "save_model",
+    "update_card",
+]
 
 FORMAT = "medembed-model"
 VERSION = 1
@@ -33,7 +42,9 @@ VERSION = 1
 _CARD_FILE = "model.json"
 _TENSOR_FILE = "head.safetensors"
 _TEXT_FILE = "booster.txt"
+_REFERENCE_FILE = "reference.safetensors"
 _KEYS = {"format", "version", "head", "params", "n_features", "best_epoch", "payload", "card"}
+_LATER_KEYS = {"reference"}  # models of before do not have them
 #: A million training images' codes are some 20 MB of `model.json`.
 _MAX_CARD_BYTES = 1 << 28
 #: A thousand times the largest head of the default space.
@@ -42,14 +53,26 @@ _MAX_PAYLOAD_BYTES = 1 << 32
 
 @dataclass(frozen=True)
 class Model:
-    """A fitted head and its card: what was recorded beside it when it was saved."""
+    """A fitted head and its card: what was recorded beside it when it was saved.
+
+    `reference` are statistics of the embeddings that it was trained on (see `evaluation.drift`), or
+    None where none were saved.
+    """
 
     head: Head
     card: dict[str, Any]
+    reference: dict[str, np.ndarray] | None = None
+    reference: dict[str, np.ndarray] | None = None
 
 
 def save_model(
-    directory: str | Path, head: Head, card: Mapping[str, Any], *, replace: bool = False
+    directory: str | Path,
+    head: Head,
+    card: Mapping[str, Any],
+    *,
+    reference: Mapping[str, np.ndarray] | None = None,
+    texts: Mapping[str, str] | None = None,
+    replace: bool = False,
 ) -> None:
     """Write a fitted head to `directory`, which appears whole or not at all.
 
@@ -61,6 +84,10 @@ def save_model(
         Fitted on labels 0 and 1; one of `HEADS`.
     card : dict
         What else to keep, fit for JSON: spec, calibration, thresholds, scores, ….
+    reference : mapping of str to ndarray, optional
+        Statistics of the training embeddings.
+    texts : mapping of str to str, optional
+        Further files by name, for people: nothing reads them.
     replace : bool
         Put the model in the place of one that is there; without it that is an error.
 
@@ -75,25 +102,43 @@ def save_model(
     target = Path(os.path.abspath(directory))
     _check_target(target, replace)
     name, data = _payload_of(head)
-    document = {
+    files = {name: data, **{text: content.encode() for text, content in (texts or {}).items()}}
+    document: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
         "head": _name_of(head),
         "params": _plain_params(head),
         "n_features": int(head.n_features_in_),
         "best_epoch": head.best_epoch_,
-        "payload": {
-            "file": name,
-            "bytes": len(data),
-            "sha256": hashlib.sha256(data).hexdigest(),
-        },
+        "payload": _entry(name, data),
+        "reference": None,
         "card": dict(card),
     }
-    try:
-        described = json_bytes(document)
-    except (TypeError, ValueError) as error:
-        raise ModelError(f"the model's card or parameters are not JSON: {error}") from error
-    _write_directory(target, {name: data, _CARD_FILE: described})
+    if reference is not None:
+        files[_REFERENCE_FILE] = _tensor_bytes(reference)
+        document["reference"] = _entry(_REFERENCE_FILE, files[_REFERENCE_FILE])
+    _write_directory(target, {**files, _CARD_FILE: _document_bytes(document)})
+
+
+def update_card(
+    directory: str | Path, texts: Mapping[str, str] | None = None, **entries: Any
+) -> None:
+    """Replace entries of a saved model's card, and files for people; the payload stays.
+
+    Raises
+    ------
+    PathNotFoundError
+        There is no model.
+    ModelError
+        It is none of this version, or the entries are not JSON.
+    """
+    path = Path(directory)
+    document = read_document(path)
+    document["card"] = {**document["card"], **entries}
+    described = _document_bytes(document)
+    for name, content in (texts or {}).items():
+        write_atomically(path / name, content.encode())
+    write_atomically(path / _CARD_FILE, described)
 
 
 def load_model(directory: str | Path) -> Model:
@@ -108,16 +153,31 @@ def load_model(directory: str | Path) -> Model:
         that no head has, or tensors or trees that do not fit them.
     """
     path = Path(directory)
-    if not (path / _CARD_FILE).is_file():
-        raise PathNotFoundError(f"no model at {path}: {_CARD_FILE} is not there")
-    document = _read_card(path / _CARD_FILE)
+    document = read_document(path)
     try:
         head = _rebuild(document, path)
+        reference = _read_reference(document.get("reference"), path)
     except ModelError as error:
         raise ModelError(
             f"model at {path} cannot be used: {error}. Train or copy it again"
         ) from error
-    return Model(head, document["card"])
+    return Model(head, document["card"], reference)
+
+
+def read_document(directory: str | Path) -> dict[str, Any]:
+    """Read `model.json` alone: what the model says of itself, without what it learnt.
+
+    Raises
+    ------
+    PathNotFoundError
+        There is no such directory, or no `model.json` in it.
+    ModelError
+        It is too large, not JSON, or another format or version.
+    """
+    path = Path(directory)
+    if not (path / _CARD_FILE).is_file():
+        raise PathNotFoundError(f"no model at {path}: {_CARD_FILE} is not there")
+    return _read_card(path / _CARD_FILE)
 
 
 def _check_target(target: Path, replace: bool) -> None:
@@ -147,8 +207,22 @@ def _payload_of(head: Head) -> tuple[str, bytes]:
     payload = head._payload()
     if isinstance(payload, str):
         return _TEXT_FILE, payload.encode()
-    arrays = {name: np.ascontiguousarray(array) for name, array in payload.items()}
-    return _TENSOR_FILE, safetensors.numpy.save(arrays)
+    return _TENSOR_FILE, _tensor_bytes(payload)
+
+
+def _tensor_bytes(arrays: Mapping[str, np.ndarray]) -> bytes:
+    return safetensors.numpy.save({n: np.ascontiguousarray(array) for n, array in arrays.items()})
+
+
+def _entry(name: str, data: bytes) -> dict[str, Any]:
+    return {"file": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def _document_bytes(document: Mapping[str, Any]) -> bytes:
+    try:
+        return json_bytes(document)
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"the model's card or parameters are not JSON: {error}") from error
 
 
 def _plain_params(head: Head) -> dict[str, Any]:
@@ -195,7 +269,7 @@ def _read_card(path: Path) -> dict[str, Any]:
     if path.stat().st_size > _MAX_CARD_BYTES:
         raise ModelError(f"{path} is larger than {_MAX_CARD_BYTES} bytes and is not read")
     try:
-        document = json.loads(path.read_bytes())
+        document = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not JSON: {error}") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
@@ -205,9 +279,13 @@ def _read_card(path: Path) -> dict[str, Any]:
             f"{path} is version {document.get('version')!r} of {FORMAT}; this medembed reads "
             f"{VERSION}. Use the medembed that wrote it, or train again"
         )
-    if set(document) != _KEYS or not isinstance(document["card"], dict):
+    if set(document) - _LATER_KEYS != _KEYS or not isinstance(document["card"], dict):
         raise ModelError(f"{path} does not hold exactly {', '.join(sorted(_KEYS))}")
     return document
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number")
 
 
 def _rebuild(document: Mapping[str, Any], directory: Path) -> Head:
@@ -218,7 +296,7 @@ def _rebuild(document: Mapping[str, Any], directory: Path) -> Head:
         )
     if not isinstance(document["head"], str) or not isinstance(document["params"], dict):
         raise ModelError("head is not a name, or params are not a table")
-    payload = _read_payload(document["payload"], directory)
+    payload = _read_payload(document["payload"], directory, (_TENSOR_FILE, _TEXT_FILE))
     try:
         head = make_head(document["head"], _given_params(document["params"]))
         head._restore(payload, n_features)
@@ -236,12 +314,25 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and value > 0
 
 
-def _read_payload(entry: Any, directory: Path) -> dict[str, np.ndarray] | str:
+def _read_reference(entry: Any, directory: Path) -> dict[str, np.ndarray] | None:
+    if entry is None:
+        return None
+    arrays = _read_payload(entry, directory, (_REFERENCE_FILE,))
+    assert isinstance(arrays, dict)
+    for name, array in arrays.items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise ModelError(f"{name} in {_REFERENCE_FILE} is not finite")
+    return arrays
+
+
+def _read_payload(
+    entry: Any, directory: Path, names: tuple[str, ...]
+) -> dict[str, np.ndarray] | str:
     if not isinstance(entry, dict) or set(entry) != {"file", "bytes", "sha256"}:
         raise ModelError("payload does not hold exactly file, bytes and sha256")
     # the name decides the parser, and is never a path that a stranger chose
-    if entry["file"] not in (_TENSOR_FILE, _TEXT_FILE):
-        raise ModelError(f"payload {entry['file']!r} is neither {_TENSOR_FILE} nor {_TEXT_FILE}")
+    if entry["file"] not in names:
+        raise ModelError(f"payload {entry['file']!r} is neither of {', '.join(names)}")
     path = directory / entry["file"]
     if path.is_symlink() or not path.is_file():
         raise ModelError(f"{entry['file']} is missing or not a plain file")

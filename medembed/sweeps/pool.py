@@ -153,9 +153,13 @@ def _deaf() -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Let joblib not warn of what an interruption cancels: the ledger knows what is missing."""
+    """Let joblib not warn of what an interruption cancels, or of a process that it renews.
+
+    The ledger knows what is missing, and a process that has grown is not a leak: it had more to do.
+    """
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*have been cancelled", category=UserWarning)
+        for message in (".*have been cancelled", "A worker stopped while some jobs were given"):
+            warnings.filterwarnings("ignore", message=message, category=UserWarning)
         yield
 
 
