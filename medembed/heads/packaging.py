@@ -62,7 +62,6 @@ class Model:
     head: Head
     card: dict[str, Any]
     reference: dict[str, np.ndarray] | None = None
-    reference: dict[str, np.ndarray] | None = None
 
 
 def save_model(
