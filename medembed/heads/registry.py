@@ -1,8 +1,15 @@
-"""The table of heads: their names, and how they are made."""
+"""The table of heads: their names, and how they are made.
+
+An installed package adds heads of its own by entry points of the group `medembed.heads`, each a
+name and "module:class". A model only ever names a head of this table: nothing is imported at its
+word.
+"""
 
 import importlib
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from functools import cache
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
 from medembed.errors import TrainingDataError
@@ -10,7 +17,7 @@ from medembed.errors import TrainingDataError
 if TYPE_CHECKING:
     from medembed.heads.base import Head
 
-__all__ = ["HEADS", "head_class", "make_head", "nearest"]
+__all__ = ["HEADS", "head_class", "known_heads", "make_head", "nearest"]
 
 #: Name to "module:class"; a class is imported when it is asked for.
 HEADS = {
@@ -21,17 +28,38 @@ HEADS = {
 }
 
 
+@cache
+def known_heads() -> Mapping[str, str]:
+    """Return `HEADS` and those that installed packages add.
+
+    Raises
+    ------
+    TrainingDataError
+        A package claims the name of one of `HEADS`, or two claim the same.
+    """
+    found = dict(HEADS)
+    for point in entry_points(group="medembed.heads"):
+        if found.get(point.name, point.value) != point.value:
+            raise TrainingDataError(
+                f"head {point.name!r} is {found[point.name]}, and an installed package claims the "
+                f"name for {point.value}. Uninstall it, or have it renamed."
+            )
+        found[point.name] = point.value
+    return found
+
+
 def head_class(name: str) -> "type[Head]":
-    """Return the class behind a name of `HEADS`.
+    """Return the class behind a name of `known_heads`.
 
     Raises
     ------
     TrainingDataError
         No such head; names the nearest.
     """
-    if name not in HEADS:
-        raise TrainingDataError(f"unknown head {name!r}; {nearest(name, sorted(HEADS))}")
-    module, _, attribute = HEADS[name].partition(":")
+    known = known_heads()
+    if name not in known:
+        raise TrainingDataError(f"unknown head {name!r}; {nearest(name, sorted(known))}")
+    module, _, attribute = known[name].partition(":")
     return getattr(importlib.import_module(module), attribute)  # type: ignore[no-any-return]
 
 
@@ -41,7 +69,7 @@ def make_head(name: str, params: Mapping[str, Any], *, seed: int = 0, n_jobs: in
     Parameters
     ----------
     name : str
-        One of `HEADS`.
+        One of `known_heads`.
     params : dict
         Constructor arguments that differ from the defaults.
     seed, n_jobs : int

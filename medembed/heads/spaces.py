@@ -33,7 +33,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from medembed.errors import PathNotFoundError, TrainingDataError
-from medembed.heads.registry import HEADS, head_class, nearest
+from medembed.heads.registry import head_class, known_heads, nearest
 
 __all__ = ["HeadSpace", "Range", "default_spaces", "read_spaces"]
 
@@ -91,7 +91,7 @@ class HeadSpace:
     Attributes
     ----------
     head : str
-        One of `HEADS`.
+        One of `known_heads`.
     n_configs : int
         Configurations that a sweep tries unless it is told a number.
     rungs : tuple of int
@@ -164,9 +164,13 @@ class HeadSpace:
 
 
 def default_spaces() -> dict[str, HeadSpace]:
-    """Return the space of every head of `HEADS` that is tried where no file is given."""
+    """Return the space of every head that is tried where no file is given.
+
+    Of heads that an installed package adds that is one configuration: their defaults.
+    """
     text = (resources.files("medembed.heads") / _DEFAULT_FILE).read_text(encoding="utf-8")
-    return _parse(text, _DEFAULT_FILE)
+    added = {head: HeadSpace(head, 1) for head in known_heads()}
+    return {**added, **_parse(text, _DEFAULT_FILE)}
 
 
 def read_spaces(path: str | Path) -> dict[str, HeadSpace]:
@@ -192,7 +196,7 @@ def read_spaces(path: str | Path) -> dict[str, HeadSpace]:
             "UTF-8"
         ) from error
     named = _parse(text, str(path))
-    return named if set(named) == set(HEADS) else {**default_spaces(), **named}
+    return named if set(named) == set(known_heads()) else {**default_spaces(), **named}
 
 
 def _parse(text: str, file: str) -> dict[str, HeadSpace]:
@@ -202,8 +206,9 @@ def _parse(text: str, file: str) -> dict[str, HeadSpace]:
         raise TrainingDataError(f"{file} is not TOML: {error}; correct that place") from error
     spaces = {}
     for head, table in document.items():
-        if head not in HEADS:
-            raise TrainingDataError(f"{file}: unknown head [{head}]; {nearest(head, list(HEADS))}")
+        if head not in known_heads():
+            known = nearest(head, list(known_heads()))
+            raise TrainingDataError(f"{file}: unknown head [{head}]; {known}")
         if not isinstance(table, dict):
             raise TrainingDataError(
                 f"{file}: {head} = {table!r} is not a table; begin one with the line [{head}]"
