@@ -4,7 +4,8 @@
         --out bench/results/peers.json
 
 Both have dependencies of their own, so each lives in a virtual environment of its own (`pip install
-kaiko-eva`, `pip install 'autogluon.tabular[lightgbm]'`); one that is not given is "not measured".
+kaiko-eva`, `pip install 'autogluon.tabular[lightgbm]'`), whose Python is given, or stands in
+MEDEMBED_EVA and MEDEMBED_AUTOGLUON; one that is not given is "not measured".
 The table is made up (see made_table.py), with the same training, validation and test rows for
 everybody: patients are on one side only. AUROC is of the test images.
 
@@ -24,6 +25,7 @@ runs that alternate.
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -42,8 +44,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8_000)
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--limit", type=int, default=600, help="seconds that AutoGluon may take")
-    parser.add_argument("--eva", help="a Python that has kaiko-eva")
-    parser.add_argument("--autogluon", help="a Python that has autogluon.tabular")
+    for peer in PAIRS:
+        python = os.environ.get(f"MEDEMBED_{peer.upper()}")
+        parser.add_argument(f"--{peer}", default=python, help="a Python that has it")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)  # peer, folder, limit
     given = parser.parse_args()
@@ -161,7 +164,8 @@ def fit_eva(place: Path, _limit: int) -> dict[str, Any]:
         EmbeddingsClassificationDataset(str(folder), "manifest.csv", split)
         for split in ("train", "val")
     )
-    loader = {"batch_size": 256, "num_workers": 0, "prefetch_factor": None, "pin_memory": False}
+    loader = {"batch_size": 256, "num_workers": 0, "pin_memory": False}
+    loader |= {"prefetch_factor": None, "persistent_workers": False}
     data = DataModule(
         datasets=DatasetsSchema(train=train, val=val),
         dataloaders=DataloadersSchema(
