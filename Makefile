@@ -1,5 +1,7 @@
 # medembed's verbs. `make` alone lists them. Variables go on the command line:
 #   make extract MANIFEST=mura.csv IMAGE_ROOT=MURA-v1.1 ENCODER=google/medgemma-4b-pt CACHE=cache
+#   make reproduce IMAGE_ROOT=MURA-v1.1
+# ARGS and the variables that end in _ARGS are further options, as the shell reads them.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 SHELL := /bin/sh
@@ -13,16 +15,50 @@ IMAGE_ROOT ?= images
 ENCODER ?= google/medgemma-4b-pt
 CACHE ?= cache
 RUN ?= runs/sweep
+DEPTHS ?= 0,1,2,4
+TUNED ?= runs/depths
+AUTOENCODER ?= autoencoder
+MODEL ?= $(RUN)/models/mlp
+EVALUATION ?= runs/evaluation
 REPORT ?= report
 ARGS ?=
+
+# What `make reproduce` takes besides RECIPE, IMAGE_ROOT, ENCODER and DEPTHS.
+REPRODUCE ?= reproduction
+CNN ?= microsoft/resnet-50
+DEVICE ?= auto
+SEED ?= 0
+SEEDS ?= 1
+TRUNK ?= $(REPRODUCE)/trunk
+MANIFEST_ARGS ?= --strict
+EXTRACT_ARGS ?=
+SWEEP_ARGS ?=
+DEPTHS_ARGS ?= --accumulate 8
+CNN_ARGS ?=
+AUTOENCODER_ARGS ?=
+REPORT_ARGS ?=
 
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup test soak lint demo manifest extract sweep compare report wheel clean
+# One word for the shell, whatever is in it; and a path below REPRODUCE as such a word.
+quote = '$(subst ','\'',$(1))'
+under = $(call quote,$(REPRODUCE)/$(1))
+
+MEDEMBED = $(call quote,$(BIN)/medembed)
+FROM = --image-root $(call quote,$(IMAGE_ROOT))
+BY = --encoder $(call quote,$(ENCODER))
+BY_CNN = --encoder $(call quote,$(CNN))
+DATA = $(call under,manifest.csv) $(FROM) --device $(DEVICE)
+TRUNK_ARGS = $(if $(TRUNK),--trunk-cache $(call quote,$(TRUNK)) --trunk-dtype float16 --no-augment)
+RUNS = $(foreach run,sweep depths cnn cnn-frozen autoencoder,$(call under,runs/$(run)))
+PAGE = $(call under,report/index.html)
+
+.PHONY: help setup test soak lint demo manifest extract sweep finetune autoencoder compare report
+.PHONY: evaluate predict reproduce wheel clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
 
 setup: $(READY) ## build .venv from pinned constraints (TORCH=… takes another build of torch)
 
@@ -45,22 +81,56 @@ lint: $(READY) ## ruff and mypy, strict
 	$(BIN)/mypy
 
 demo: $(READY) ## the whole path on synthetic radiographs, in a few minutes (DEMO=directory)
-	$(BIN)/medembed demo $(DEMO) $(ARGS)
+	$(MEDEMBED) demo $(call quote,$(DEMO)) $(ARGS)
 
 manifest: $(READY) ## RECIPE and IMAGE_ROOT become MANIFEST
-	$(BIN)/medembed manifest build $(RECIPE) --image-root $(IMAGE_ROOT) -o $(MANIFEST) $(ARGS)
+	$(MEDEMBED) manifest build $(call quote,$(RECIPE)) $(FROM) -o $(call quote,$(MANIFEST)) $(ARGS)
 
 extract: $(READY) ## embed MANIFEST's images below IMAGE_ROOT with ENCODER into CACHE
-	$(BIN)/medembed extract $(MANIFEST) --image-root $(IMAGE_ROOT) --encoder $(ENCODER) --cache $(CACHE) $(ARGS)
+	$(MEDEMBED) extract $(call quote,$(MANIFEST)) $(FROM) $(BY) --cache $(call quote,$(CACHE)) $(ARGS)
 
 sweep: $(READY) ## train and compare heads on CACHE and MANIFEST, into RUN
-	$(BIN)/medembed sweep $(CACHE) $(MANIFEST) --out $(RUN) $(ARGS)
+	$(MEDEMBED) sweep $(call quote,$(CACHE)) $(call quote,$(MANIFEST)) --out $(call quote,$(RUN)) $(ARGS)
+
+finetune: $(READY) ## train ENCODER's last blocks, at DEPTHS, with RUN's best head, into TUNED
+	$(MEDEMBED) finetune $(call quote,$(MANIFEST)) $(FROM) $(BY) --unfreeze $(DEPTHS) --from-run $(call quote,$(RUN)) --out $(call quote,$(TUNED)) $(ARGS)
+
+autoencoder: $(READY) ## train an encoder on train's images, without labels, into AUTOENCODER
+	$(MEDEMBED) autoencoder $(call quote,$(MANIFEST)) $(FROM) --out $(call quote,$(AUTOENCODER)) $(ARGS)
 
 compare: $(READY) ## the table of RUN
-	$(BIN)/medembed compare $(RUN) $(ARGS)
+	$(MEDEMBED) compare $(call quote,$(RUN)) $(ARGS)
 
 report: $(READY) ## the page of RUN, into REPORT
-	$(BIN)/medembed report $(RUN) -o $(REPORT) $(ARGS)
+	$(MEDEMBED) report $(call quote,$(RUN)) -o $(call quote,$(REPORT)) $(ARGS)
+
+evaluate: $(READY) ## score MODEL on the CACHE and MANIFEST of another data set, into EVALUATION
+	$(MEDEMBED) evaluate $(call quote,$(MODEL)) $(call quote,$(CACHE)) $(call quote,$(MANIFEST)) --out $(call quote,$(EVALUATION)) $(ARGS)
+
+predict: $(READY) ## what MODEL says of MANIFEST's images below IMAGE_ROOT
+	$(MEDEMBED) predict $(call quote,$(MODEL)) --manifest $(call quote,$(MANIFEST)) $(FROM) $(ARGS)
+
+# Every command goes on where it was interrupted, and does nothing where it is done. Both encoders
+# are asked for first, before hours have gone into one of them. The manifest is built again where
+# the recipe is newer; tables and page, where a run has ended since.
+reproduce: $(READY) ## the whole paper on IMAGE_ROOT: heads, depths, baselines, page, below REPRODUCE
+	@mkdir -p $(call under,runs) $(call under,caches)
+	@test $(call under,manifest.csv) -nt $(call quote,$(RECIPE)) || { set -x; $(MEDEMBED) manifest build $(call quote,$(RECIPE)) $(FROM) -o $(call under,manifest.csv) $(MANIFEST_ARGS); }
+	$(MEDEMBED) doctor $(BY) --manifest $(call under,manifest.csv) --cache $(call under,caches/encoder)
+	$(MEDEMBED) doctor $(BY_CNN) --manifest $(call under,manifest.csv) --cache $(call under,caches/cnn)
+	$(MEDEMBED) extract $(DATA) $(BY) --cache $(call under,caches/encoder) $(EXTRACT_ARGS)
+	$(MEDEMBED) sweep $(call under,caches/encoder) $(call under,manifest.csv) --out $(call under,runs/sweep) --seed $(SEED) $(SWEEP_ARGS)
+	$(MEDEMBED) finetune $(DATA) $(BY) --unfreeze $(DEPTHS) --from-run $(call under,runs/sweep) --out $(call under,runs/depths) --seed $(SEED) --seeds $(SEEDS) $(TRUNK_ARGS) $(DEPTHS_ARGS)
+	$(MEDEMBED) finetune $(DATA) $(BY_CNN) --unfreeze all --out $(call under,runs/cnn) --seed $(SEED) --seeds $(SEEDS) $(CNN_ARGS)
+	$(MEDEMBED) extract $(DATA) $(BY_CNN) --cache $(call under,caches/cnn) $(EXTRACT_ARGS)
+	$(MEDEMBED) sweep $(call under,caches/cnn) $(call under,manifest.csv) --out $(call under,runs/cnn-frozen) --seed $(SEED) $(SWEEP_ARGS)
+	@test -d $(call under,autoencoder) || { set -x; $(MEDEMBED) autoencoder $(DATA) --out $(call under,autoencoder) --seed $(SEED) $(AUTOENCODER_ARGS); }
+	$(MEDEMBED) extract $(DATA) --encoder $(call under,autoencoder) --cache $(call under,caches/autoencoder) $(EXTRACT_ARGS)
+	$(MEDEMBED) sweep $(call under,caches/autoencoder) $(call under,manifest.csv) --out $(call under,runs/autoencoder) --seed $(SEED) $(SWEEP_ARGS)
+	@test -e $(PAGE) && test -z "$$(find $(call under,runs) -name scores.json -newer $(PAGE))" || { set -ex; \
+	  $(MEDEMBED) compare $(RUNS) --by region --tables $(call under,tables); \
+	  $(MEDEMBED) report $(RUNS) -o $(call under,report) $(REPORT_ARGS); }
+	@echo "Page: "$(PAGE)". Tables: "$(call under,tables)
 
 wheel: $(READY) ## build the wheel into dist/
 	$(BIN)/python -m build --wheel --outdir dist .

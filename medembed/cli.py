@@ -10,8 +10,10 @@ from medembed.commands.caches import cache
 from medembed.commands.comparing import compare_command, report_command
 from medembed.commands.demonstrating import demo_command
 from medembed.commands.encoding import doctor_command, extract_command
+from medembed.commands.evaluating import evaluate_command
 from medembed.commands.finetuning import finetune_command
 from medembed.commands.manifests import manifest
+from medembed.commands.predicting import predict_command
 from medembed.commands.training import sweep_command
 from medembed.console import Commands
 
@@ -30,6 +32,6 @@ def main() -> None:
 for _command in (
     *(manifest, doctor_command, extract_command, cache),
     *(autoencoder_command, sweep_command, finetune_command),
-    *(compare_command, report_command, demo_command),
+    *(compare_command, report_command, predict_command, evaluate_command, demo_command),
 ):
     main.add_command(_command)

@@ -5,7 +5,11 @@ import hashlib
 import numpy as np
 import pandas as pd
 
+from medembed.evaluation.conformal import fit_conformal
+from medembed.evaluation.scores import by_study
 from medembed.heads.baselines import ClassPrior, RegionPrior
+from medembed.heads.linear import LogisticHead
+from medembed.heads.packaging import save_model
 from medembed.results.comparison import compare_runs
 from medembed.results.runs import create_run
 
@@ -49,3 +53,19 @@ def make_run(path, images, heads, *, seed=1, complete=True, info=None):
     if complete:
         run.write_scores(compare_runs([run], n_resamples=50))
     return run
+
+
+def fit_sets(run, head):
+    """Keep a head's out-of-fold scores, as a sweep does."""
+    rows = run.predictions().query(f"head == '{head}' and split == 'train'")
+    studies = by_study(rows)
+    return fit_conformal(studies["probability"], studies["label"].astype(int), studies["region"])
+
+
+def give_model(run, head, **card):
+    """Save a model under a head's name, which has learnt nothing and has this card."""
+    X = np.random.default_rng(0).normal(size=(20, 2))
+    path = run.model_path(head)
+    path.parent.mkdir(exist_ok=True)
+    save_model(path, LogisticHead().fit(X, np.arange(20) % 2), card)
+    return path

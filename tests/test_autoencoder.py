@@ -810,25 +810,6 @@ def test_sigterm_says_what_is_kept(home: Path, tmp_path: Path) -> None:
     assert "Traceback" not in messages
 
 
-def test_from_manifest_to_comparison(
-    home: Path, trained: tuple[Path, dict[str, Any]], tmp_path: Path
-) -> None:
-    out, _ = trained
-    cache, table = tmp_path / "cache", home / "manifest.csv"
-    extracted = run_json(
-        *("extract", table, "--image-root", home / "images"),
-        *("--encoder", out, "--cache", cache, "--device", "cpu"),
-    )
-    assert extracted["failed"] == 0
-    asked = ("--heads", "logistic", "--configs", 2, "--folds", 2, "--jobs", 1)
-    run_json("sweep", cache, table, "--out", tmp_path / "run", *asked)
-    document = run_json("compare", tmp_path / "run")
-    scores = {row["head"]: row["scores"]["auroc"]["value"] for row in document["rows"]}
-    assert 0 <= scores["logistic"] <= 1
-    about = json.loads((tmp_path / "run" / "run.json").read_text())["encoder"]
-    assert about["source"] == "encoder"
-
-
 def test_the_command_refuses_widths_that_are_no_numbers(home: Path, tmp_path: Path) -> None:
     arguments = ("autoencoder", home / "manifest.csv", "--image-root", home / "images")
     for widths in ("8,x", "8,,16", "8,-16"):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_runs import make_images, make_run
+from made_runs import fit_sets, give_model, make_images, make_run
 from PIL import Image
 
 from medembed.results.gallery import Thumbnail
@@ -46,7 +46,9 @@ def page_path(tmp_path_factory):
     data |= {"left_out": 1, "left_out_test": 1, "synthetic": True, "label_level": "study"}
     left_out = [{"sha256": "cd" * 32, "split": "test", "stage": "decode", "reason": HOSTILE}]
     info = {"data": data, "left_out": left_out, "encoder": {"source": "demo"}}
-    make_run(runs / "sweep", images, HEADS, info=info)
+    run = make_run(runs / "sweep", images, HEADS, info=info)
+    for head in list(HEADS)[1:]:
+        give_model(run, head, conformal=fit_sets(run, head).as_dict())
     make_run(runs / "again", images, {"mlp": 1.0}, seed=2, info=info)
     out = tmp_path_factory.mktemp("report")
     paths = [runs / "sweep", runs / "again"]

@@ -140,6 +140,33 @@ def test_rounding_only_makes_sets_larger():
     assert p[1, 1] == pytest.approx(2 / 3)  # 0.123456 itself is at least as low
 
 
+@settings(max_examples=60, deadline=None)
+@given(probabilities, probabilities)
+def test_kept_scores_are_conservative(normal, abnormal):
+    y = np.r_[np.zeros(len(normal)), np.ones(len(abnormal))]
+    scores, region = np.r_[normal, abnormal], np.full(len(y), "x")
+    p = fit_conformal(scores, y, region, min_group=1).p_values(scores, region)
+    for own, value in zip(p, scores, strict=True):
+        # what the scores as they were would give
+        assert own[0] >= (1 + sum(s >= value for s in normal)) / (1 + len(normal))
+        assert own[1] >= (1 + sum(s <= value for s in abnormal)) / (1 + len(abnormal))
+
+
+def test_a_score_just_above_a_kept_decimal_is_rounded_away_from_it():
+    above = np.nextafter(0.35, 1)
+    assert above * 1e5 == 35_000  # so that rounding up alone would keep 0.35
+    conformal = fit_conformal([above, 0.9], [0, 1], ["x", "x"], min_group=1)
+    assert conformal.scores["x"][0][0] >= above
+
+
+def test_equal_scores_leave_everything_open():
+    conformal = fit_conformal(np.full(40, 0.5), np.arange(40) % 2, np.full(40, "x"))
+    assert (conformal.p_values([0.5], ["x"]) == 1).all()
+    assert conformal.sets([0.5], ["x"], 0.99).all()
+    # one step away, and no score of the class is as strange
+    np.testing.assert_allclose(conformal.p_values([0.6], ["x"]), [[1 / 21, 1]])
+
+
 def test_a_document_of_muras_studies_is_small():
     generator = np.random.default_rng(4)
     y, scores = generator.integers(0, 2, 13_457), generator.random(13_457)
@@ -162,6 +189,8 @@ def test_a_document_of_muras_studies_is_small():
         {"scores": {"a": {"normal": [float("nan")], "abnormal": [0.5]}}},
         {"scores": {"a": {"normal": ["0.1"], "abnormal": [0.5]}}},
         {"scores": {"a": {"normal": "0.1", "abnormal": [0.5]}}},
+        {"scores": {"a": {"normal": [True], "abnormal": [0.5]}}},
+        {"scores": {"a": {"normal": [10**400], "abnormal": [0.5]}}},
     ],
 )
 def test_a_damaged_document_is_refused(change):
@@ -173,6 +202,19 @@ def test_a_damaged_document_is_refused(change):
     Conformal.from_dict(whole)
     with pytest.raises(ModelError):
         Conformal.from_dict({**whole, **change})
+
+
+def test_what_is_no_table_is_refused():
+    with pytest.raises(ModelError, match="not a table"):
+        Conformal.from_dict([])
+
+
+def test_what_has_no_set_is_refused(simulated):
+    for values in ([float("nan")], [1.5], [-0.1]):
+        with pytest.raises(ModelError, match="no prediction set"):
+            simulated[0].p_values(values, ["hand"])
+    with pytest.raises(ModelError, match="1 probabilities, but 2 regions"):
+        simulated[0].p_values([0.5], ["hand", "hand"])
 
 
 def test_one_class_or_lengths_that_differ_are_refused():

@@ -32,7 +32,7 @@ from medembed.results.figures.slots import Slots
 FAST = {"n_resamples": 60}
 NAMES = [
     *("roc", "precision_recall", "cost", "regions", "views", "confusion", "calibration"),
-    *("depths", "efficiency"),
+    *("deferral", "depths", "efficiency"),
 ]
 LONG = "a-run-of-the-year-with-every-option-that-there-is/and-its-logistic-head"
 HOSTILE = ["<script>x</script>", "$\\frac{$ & \"'>", "手_\x07" + "e\u0301\u0323" * 9, "W" * 90]
@@ -58,12 +58,31 @@ def make_series(heads, by, places, **more):
     ]
 
 
+def make_deferral(i):
+    """Return a head's `deferral` by hand: promising less defers less, and at last more."""
+    alphas = [step / 40 for step in range(1, 17)]
+    deferred = [abs(0.6 - 3 * alpha) + 0.02 * i for alpha in alphas]
+    errors = [None, *(0.05 + alpha / 2 for alpha in alphas[1:])]
+    curve = {"alpha": alphas, "coverage": [1 - alpha for alpha in alphas], "error": errors}
+    curve |= dict.fromkeys(("coverage_normal", "coverage_abnormal"), curve["coverage"])
+    curve |= {"deferred": deferred, "empty": [0.0] * 16}
+    levels = [
+        {"nominal": nominal, "alpha": round(1 - nominal, 6)}
+        | dict.fromkeys(("coverage", "coverage_normal", "coverage_abnormal"), score(nominal))
+        | {"deferred": score(0.02 * i + 3 * nominal - 2.4), "error": score(0.55 - nominal / 2)}
+        | {"empty": score(0.0)}
+        for nominal in (0.8, 0.9, 0.95)
+    ]
+    return {"levels": levels, "curve": curve}
+
+
 def enrich(result):
-    """Give a comparison what one run alone does not have: times, depths, shares of patients."""
+    """Give a comparison what a run made by hand has not: times, sets, depths, shares."""
     result = copy.deepcopy(result)
     heads = [row["head"] for row in result["rows"] if not row["baseline"]]
     for i, row in enumerate(result["rows"]):
         row["seconds"] = None if row["baseline"] else 0.7 * 4.0**i
+        row["deferral"] = None if row["baseline"] else make_deferral(i)
     shares, patients = (0.01, 0.1, 0.25, 0.5, 0.9, 1.0), (12, 117, 292, 584, 1051, 1168)
     result["depths"] = make_series(heads, "depth", (0, 1, 2, 4))
     result["efficiency"] = make_series(heads, "train_fraction", shares, n_train_patients=patients)
@@ -245,6 +264,21 @@ def test_the_csv_of_reliability_holds_the_bins(case, plots):
             assert row["share_abnormal"] == ("" if share is None else str(share))
 
 
+def test_the_csv_of_deferral_holds_levels_and_curves(case, plots):
+    rows = read(plots["deferral"])
+    for row in case[0]["rows"][:3]:
+        own = [line for line in rows if line["head"] == row["head"]]
+        levels = [line for line in own if line["kind"] == "level"]
+        curve = [line for line in own if line["kind"] == "curve"]
+        deferral = row["deferral"]
+        assert [float(line["promised"]) for line in levels] == [0.8, 0.9, 0.95]
+        for line, level in zip(levels, deferral["levels"], strict=True):
+            assert float(line["error_high"]) == level["error"]["high"]
+            assert float(line["deferred"]) == level["deferred"]["value"]
+        assert [float(line["deferred"]) for line in curve] == deferral["curve"]["deferred"]
+        assert curve[0]["error"] == ""  # nothing was decided
+
+
 def test_the_csv_of_trends_holds_every_point(case, plots):
     for name, by in (("depths", "depth"), ("efficiency", "train_fraction")):
         rows = read(plots[name])
@@ -277,7 +311,7 @@ def test_results_of_before_still_give_the_figures_that_they_can(case, monkeypatc
     for name in ("depths", "efficiency"):
         del result[name]
     for row in result["rows"]:
-        for name in ("calibrations", "confusion", "seconds", "depth", "at_sensitivity"):
+        for name in ("calibrations", "confusion", "seconds", "depth", "deferral"):
             row.pop(name, None)
     names = [plot.name for plot in figures.plot_all(result, case[1])]
     assert names == ["roc", "precision_recall", "regions", "views"]
@@ -310,6 +344,22 @@ def test_groups_of_one_class_are_said_to_be(case, monkeypatch):
     drawn = watch(monkeypatch)
     figures.plot_regions(result)
     assert "not estimable" in [text.get_text() for text in shown_texts(drawn[0])]
+
+
+def test_lines_of_deferral_end_where_promising_less_defers_more(case, monkeypatch):
+    drawn = watch(monkeypatch)
+    result = copy.deepcopy(case[0])
+    for row in result["rows"]:
+        row["deferral"] = make_deferral(0) if row["head"] == "mlp" else None
+    assert "best 6" not in figures.plot_deferral(result).caption
+    top, bottom = drawn[0].axes
+    line = top.get_lines()[0]
+    # the least share is deferred at alpha 0.2, which is the least promise told as well
+    assert line.get_ydata()[-1] == pytest.approx(0.8)
+    assert line.get_xdata()[-1] == pytest.approx(0.0)
+    assert len(bottom.get_lines()[0].get_xdata()) == len(line.get_xdata()) - 1
+    result["rows"][0]["deferral"] = None
+    assert figures.plot_deferral(result) is None
 
 
 # equal bytes

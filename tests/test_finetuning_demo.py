@@ -1,4 +1,8 @@
-"""Overexposed, noisier radiographs, unlike those the demo's encoder learnt from, and its blocks."""
+"""Overexposed, noisier radiographs, unlike those the demo's encoder learnt from, and its blocks.
+
+Exposure and recipe were chosen so that a small cohort shows the gain within a minute: it is a test
+that unfreezing works, not a measurement. That is bench/depths.py, on a detector fixed beforehand.
+"""
 
 import hashlib
 import json
@@ -126,5 +130,3 @@ def test_an_adapted_encoder_feeds_the_two_stages(home: Path, depths: dict[str, A
     result = compare([home / "depths", home / "demo", home / "adapted"])
     values = {(row["run"], row["head"]): row["scores"]["auroc"]["value"] for row in result["rows"]}
     assert values["adapted", "logistic"] > values["demo", "logistic"]
-    page = run("report", home / "depths", home / "demo", "-o", home / "report")
-    assert "unfreeze-2" in Path(page["page"]).read_text()

@@ -7,11 +7,11 @@ import pytest
 import safetensors.numpy
 
 from medembed.errors import ModelError, PathNotFoundError
-from medembed.heads import packaging
+from medembed.heads import model_files, packaging
 from medembed.heads.booster_text import check_booster_text
 from medembed.heads.linear import LogisticHead
 from medembed.heads.mlp import MLPHead
-from medembed.heads.packaging import load_model, save_model
+from medembed.heads.packaging import load_model, save_model, update_card
 from medembed.heads.trees import LightGBMHead
 
 HEADS = {
@@ -297,3 +297,220 @@ def test_trees_without_a_split_survive(data, tmp_path):
     save_model(tmp_path / "model", stump, {})
     loaded = load_model(tmp_path / "model").head
     assert np.array_equal(loaded.predict_proba(X), stump.predict_proba(X))
+
+
+# What lies beside the payload
+
+
+REFERENCE = {"mean": np.arange(4.0), "counts": np.array([3, 4]), "spread": np.ones((2, 3), "f4")}
+
+
+@pytest.fixture
+def referenced(fitted, tmp_path):
+    texts = {"README.md": "# A model\n"}
+    save_model(tmp_path / "model", fitted["mlp"], CARD, reference=REFERENCE, texts=texts)
+    return tmp_path / "model"
+
+
+def forge_reference(directory, data):
+    (directory / "reference.safetensors").write_bytes(data)
+    entry = {"file": "reference.safetensors", "bytes": len(data)}
+    rewrite(directory, reference=entry | {"sha256": hashlib.sha256(data).hexdigest()})
+
+
+def test_a_reference_comes_back_as_it_was(referenced):
+    found = load_model(referenced).reference
+    assert set(found) == set(REFERENCE)
+    for name, array in REFERENCE.items():
+        assert (found[name].dtype, found[name].tolist()) == (array.dtype, array.tolist())
+    assert (referenced / "README.md").read_text() == "# A model\n"
+
+
+def test_a_model_of_before_has_no_reference(saved):
+    document = read_document(saved)
+    del document["reference"]
+    (saved / "model.json").write_text(json.dumps(document))
+    assert load_model(saved).reference is None
+
+
+@pytest.mark.parametrize(
+    ("array", "text"),
+    [
+        (np.array([1.0, np.inf]), "no finite numbers"),
+        (np.array([True]), "no finite numbers"),
+    ],
+)
+def test_a_reference_of_other_values_is_refused(array, text, referenced):
+    forge_reference(referenced, safetensors.numpy.save({"mean": array}))
+    with pytest.raises(ModelError, match=text):
+        load_model(referenced)
+
+
+def test_a_damaged_or_missing_reference_is_refused(referenced):
+    path = referenced / "reference.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ModelError, match=r"reference\.safetensors is damaged"):
+        load_model(referenced)
+    path.unlink()
+    with pytest.raises(ModelError, match=r"reference\.safetensors is missing"):
+        load_model(referenced)
+    rewrite(referenced, reference={"file": "head.safetensors", "bytes": 1, "sha256": ""})
+    with pytest.raises(ModelError, match=r"neither of reference\.safetensors"):
+        load_model(referenced)
+
+
+def test_a_card_is_updated_and_the_payload_stays(referenced, data):
+    before = {path.name: path.read_bytes() for path in referenced.iterdir()}
+    update_card(referenced, {"README.md": "# Scored\n"}, threshold=0.6, scores={"auroc": 0.9})
+    model = load_model(referenced)
+    assert model.card == CARD | {"threshold": 0.6, "scores": {"auroc": 0.9}}
+    after = {path.name: path.read_bytes() for path in referenced.iterdir()}
+    assert {name for name in before if before[name] != after[name]} == {"README.md", "model.json"}
+    assert set(after) == set(before)
+
+
+def test_an_update_that_fails_leaves_the_card(referenced, tmp_path):
+    before = (referenced / "model.json").read_bytes()
+    with pytest.raises(ModelError, match="not JSON"):
+        update_card(referenced, threshold=float("nan"))
+    with pytest.raises(ModelError, match=r"no file '\.\./x'"):
+        update_card(referenced, {"../x": "y"})
+    assert (referenced / "model.json").read_bytes() == before
+    with pytest.raises(PathNotFoundError):
+        update_card(tmp_path, threshold=0.5)
+    (referenced / "model.json").write_text('{"format": "zip"}')
+    with pytest.raises(ModelError, match="not a medembed-model"):
+        update_card(referenced, threshold=0.5)
+
+
+def test_a_directory_with_other_files_is_refused(saved):
+    (saved / ".DS_Store").write_bytes(b"\x00")  # what a file manager leaves is not read
+    load_model(saved)
+    (saved / "head.pkl").write_bytes(b"\x80\x04N.")
+    with pytest.raises(ModelError, match=r"holds 'head\.pkl', which is no part of a model"):
+        load_model(saved)
+
+
+@pytest.mark.parametrize("name", ["model.json", "README.md", "reference.safetensors"])
+@pytest.mark.parametrize("kind", ["link", "pipe", "directory"])
+def test_only_plain_files_are_read(name, kind, saved, tmp_path):
+    data = (saved / name).read_bytes() if (saved / name).exists() else b""
+    (saved / name).unlink(missing_ok=True)
+    (tmp_path / "elsewhere").write_bytes(data)
+    if kind == "link":
+        (saved / name).symlink_to(tmp_path / "elsewhere")
+    elif kind == "pipe":
+        os.mkfifo(saved / name)
+    else:
+        (saved / name).mkdir()
+    with pytest.raises(ModelError, match="not a plain file"):
+        load_model(saved)
+
+
+@pytest.mark.parametrize("name", ["model.json", "head.safetensors", "reference.safetensors"])
+def test_a_file_larger_than_a_models_is_not_read(name, referenced, monkeypatch):
+    size = (referenced / name).stat().st_size
+    monkeypatch.setitem(model_files._LIMITS, name, size - 1)
+    with pytest.raises(ModelError, match=f"more than {size - 1:,} are not read"):
+        load_model(referenced)
+
+
+@pytest.mark.parametrize(
+    ("card", "text"),
+    [
+        ("[" * 70 + "]" * 70, "nested more than 64 levels"),
+        ("[" + "[]," * 200_000 + "0]", "more than 200,000 lists and tables"),
+        ("NaN", "NaN is no finite number"),
+        ("-Infinity", "-Infinity is no finite number"),
+        ("1e999", "1e999 is no finite number"),
+        ("9" * 5000, "not JSON"),
+        ('{"a": 1, "a": 2}', "a key twice"),
+        ('"\\ud800"', "half of a character"),
+        ('"\xff"', "not JSON"),
+    ],
+)
+def test_hostile_json_is_refused(card, text, saved):
+    document = read_document(saved) | {"card": {"x": "HERE"}}
+    content = json.dumps(document).replace('"HERE"', card)
+    (saved / "model.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(ModelError, match=text):
+        load_model(saved)
+
+
+def header(**tensors):
+    text = json.dumps(tensors).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
+def tensor(shape, start=0, end=0, dtype="F32"):
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        (1 << 62).to_bytes(8, "little") + b"{}",
+        header(mean=tensor([1 << 40], 0, 1 << 42)),
+        header(mean=tensor([1 << 40])),
+        header(mean=tensor([1 << 62, 1 << 62])),
+        header(mean=tensor([0, 1 << 62])),
+        header(mean=tensor([0, 1 << 62, 1 << 62])),
+        header(mean=tensor([-1])),
+        header(mean=tensor([1], 4, 0)) + bytes(4),
+        header(mean=tensor([1], 0, 2, "BF16")) + bytes(2),
+        header(mean=tensor([1], 0, 1, "F8_E4M3")) + bytes(1),
+        header(mean=tensor([1], 0, 4), scale=tensor([1], 0, 4)) + bytes(4),
+        header(mean=tensor([1], 0, 4)) + bytes(8),
+        header(mean=tensor([1] * 100, 0, 4)) + bytes(4),
+    ],
+    ids=range(13),
+)
+def test_absurd_headers_of_tensors_are_refused(content, referenced):
+    whole = payload_path(referenced).read_bytes()
+    forge(referenced, content)
+    with pytest.raises(ModelError, match="cannot be used"):
+        load_model(referenced)
+    forge(referenced, whole)
+    forge_reference(referenced, content)
+    if b'"shape": [0' not in content:  # a reference may hold nothing, and that is read as nothing
+        with pytest.raises(ModelError, match="cannot be used"):
+            load_model(referenced)
+
+
+@pytest.mark.parametrize("n_features", [10**12, 10**400, True, 12.0])
+def test_columns_without_end_are_refused_at_once(n_features, saved):
+    rewrite(saved, n_features=n_features)
+    with pytest.raises(ModelError, match="not a whole number from 1 to"):
+        load_model(saved)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("leaf_value", "1e999"),
+        ("leaf_value", "1e301"),
+        ("leaf_value", "nan"),
+        ("leaf_value", "0x10"),
+        ("leaf_value", "1_0"),
+        ("threshold", "-inf"),
+        ("threshold", "1.2.3"),
+        ("threshold", "9" * 500),
+        ("leaf_count", "2147483648"),
+        ("leaf_count", "99999999999999999999"),
+        ("split_feature", "4294967296"),
+        ("left_child", "-2147483649"),
+    ],
+)
+def test_hostile_numbers_in_trees_are_refused(name, value, fitted):
+    text = fitted["lightgbm"]._payload()
+    first = text.index(f"\n{name}=") + len(name) + 2
+    changed = text[:first] + value + text[text.index(" ", first) :]
+    with pytest.raises(ModelError, match=name):
+        check_booster_text(with_sizes(changed), 12)
+
+
+def test_a_tree_of_two_thousand_million_leaves_is_refused(fitted):
+    text = fitted["lightgbm"]._payload().replace("num_leaves=6", "num_leaves=2000000000", 1)
+    with pytest.raises(ModelError, match="leaf_value holds 6 numbers"):
+        check_booster_text(with_sizes(text), 12)

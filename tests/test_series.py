@@ -90,6 +90,21 @@ def test_depths_of_one_run_are_one_series(images, tmp_path):
     assert values == sorted(values)
 
 
+def test_depths_of_another_encoder_are_no_points_of_this_one(images, tmp_path):
+    found = (("vit", [0, 4]), ("more", [2]), ("cnn", [4]), ("other", [0, 1]))
+    for name, depths in found:
+        heads = {f"unfreeze-{depth}": 1.0 for depth in depths}
+        run = make_run(tmp_path / name, images, heads)
+        board = [{**e, "depth": d} for e, d in zip(run.info["leaderboard"], depths, strict=True)]
+        run.update_info(leaderboard=board, encoder={"source": "vit" if name == "more" else name})
+    (series,) = compare([tmp_path / name for name in ("vit", "more", "cnn")], **FAST)["depths"]
+    assert series["head"] == "unfreeze"
+    assert [point["depth"] for point in series["points"]] == [0, 2, 4]
+    assert [point["run"] for point in series["points"]] == ["vit", "more", "vit"]
+    both = compare([tmp_path / name for name in ("vit", "other")], **FAST)["depths"]
+    assert {own["head"] for own in both} == {"unfreeze of vit", "unfreeze of other"}
+
+
 def test_thresholds_confusion_and_calibrations_of_a_row(images, tmp_path):
     run = make_run(tmp_path / "a", images, {"mlp": 1.2})
     test_set = align_runs([run])

@@ -100,7 +100,7 @@ def read_description(path: Path) -> tuple[CacheSpec, dict[str, Any], dict[str, A
         )
     try:
         spec, recorded = CacheSpec.from_dict(document["spec"]), dict(document["recorded"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise damaged(path, "its spec cannot be read") from error
     canary = document.get("canary")
     if "canary" in document and not isinstance(canary, dict):
@@ -200,7 +200,7 @@ def _read_document(path: Path) -> dict[str, Any]:
             f"cannot read {path / 'cache.json'}: {error.strerror or error}. Make it readable, and "
             "run the command again."
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise damaged(path, "it is not JSON") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise CacheError(

@@ -90,6 +90,6 @@ def _parse(line: bytes) -> Failure | None:
     try:
         failure = Failure(**json.loads(line))
         whole = len(bytes.fromhex(failure.sha256)) == KEY_BYTES and failure.stage in STAGES
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return None
-    return failure if whole else None
+    return failure if whole and isinstance(failure.reason, str) else None

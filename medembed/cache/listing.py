@@ -58,7 +58,7 @@ def read_replaced(path: Path) -> list[str]:
     """
     try:
         names = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return []
     except OSError as error:
         raise _unreadable(path, error) from error

@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import h5py
 import numpy as np
@@ -144,11 +144,7 @@ def read_header(path: Path, *, spec: CacheSpec | None = None) -> dict[str, Any]:
         The bytes are not a shard's, of an unknown version, or of another spec.
     """
     with _opened(path) as file:
-        header = _parse_header(path, file.read(HEADER_BYTES), spec)
-        end = header["keys_offset"] + header["rows"] * KEY_BYTES
-        if end > os.fstat(file.fileno()).st_size:
-            raise _damaged(path, "it ends before its keys do")
-    return header
+        return _read_header(path, file, spec)
 
 
 def read_keys(path: Path, *, spec: CacheSpec | None = None) -> np.ndarray:
@@ -160,7 +156,7 @@ def read_keys(path: Path, *, spec: CacheSpec | None = None) -> np.ndarray:
         The keys are damaged, or the shard was written under another spec.
     """
     with _opened(path) as file:
-        header = _parse_header(path, file.read(HEADER_BYTES), spec)
+        header = _read_header(path, file, spec)
         file.seek(header["keys_offset"])
         raw = file.read(header["rows"] * KEY_BYTES)
     if hashlib.sha256(raw).hexdigest() != header["keys_sha256"]:
@@ -336,20 +332,32 @@ def _opened(path: Path) -> Iterator[Any]:
         raise ShardError(f"cannot read shard {path}: {error.strerror or error}") from error
 
 
+def _read_header(path: Path, file: BinaryIO, spec: CacheSpec | None) -> dict[str, Any]:
+    header = _parse_header(path, file.read(HEADER_BYTES), spec)
+    end = header["keys_offset"] + header["rows"] * KEY_BYTES
+    if end > os.fstat(file.fileno()).st_size:
+        raise _damaged(path, "it ends before its keys do")
+    return header
+
+
 def _parse_header(path: Path, raw: bytes, spec: CacheSpec | None = None) -> dict[str, Any]:
     try:
         header: dict[str, Any] = json.loads(raw)
         format_, version = header["format"], header["version"]
-        sizes = int(header["rows"]), int(header["keys_offset"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(path, "its header cannot be read") from error
-    if format_ != FORMAT or min(sizes) < 1:
-        raise _damaged(path, "its header cannot be read")
-    if version != VERSION:
+    if format_ == FORMAT and version != VERSION:
         raise ShardError(
             f"shard {path} has format version {version}; this medembed reads version {VERSION}. "
             "Install the medembed that wrote it."
         )
+    sizes, digests = ("rows", "keys_offset"), ("spec", "keys_sha256")
+    if (
+        format_ != FORMAT
+        or not all(type(header.get(name)) is int and header[name] > 0 for name in sizes)
+        or not all(isinstance(header.get(name), str) for name in digests)
+    ):
+        raise _damaged(path, "its header cannot be read")
     if spec is not None and header["spec"] != spec.digest():
         raise ShardError(
             f"shard {path} was written under another spec than this cache's. Move it back to the "

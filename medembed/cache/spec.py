@@ -1,6 +1,7 @@
 """What all rows of a cache share, and the keys that name them."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ __all__ = ["DTYPES", "KEY_BYTES", "CacheSpec", "hex_from_keys", "keys_from_hex",
 
 DTYPES = ("float16", "float32")
 KEY_BYTES = 32  # SHA-256
+MAX_ROW_BYTES = 2**30  # all 4096 tokens of an image, 1152 float32 each, are 19 MB
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,20 @@ class CacheSpec:
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> "CacheSpec":
-        """Read back what `as_dict` returned; a missing entry is a KeyError."""
-        return cls(**{name: document[name] for name in cls.__dataclass_fields__})
+        """Read back what `as_dict` returned.
+
+        Raises
+        ------
+        KeyError, TypeError, ValueError, AttributeError, OverflowError
+            An entry is missing, or is not what it should be.
+        """
+        spec = cls(**{name: document[name] for name in cls.__dataclass_fields__})
+        shapes = spec.poolings.values()
+        if not all(0 < len(shape) < 3 and min(shape) > 0 for shape in shapes):
+            raise ValueError("a pooling has no vector or cells")
+        if spec.row_bytes() > MAX_ROW_BYTES or not isinstance(spec.encoder, str):
+            raise ValueError("a row is larger than any encoder's, or the encoder is no text")
+        return spec
 
     def digest(self) -> str:
         """Hash the spec: SHA-256 hex, independent of the order of poolings and settings."""
@@ -83,7 +97,7 @@ class CacheSpec:
 
     def row_bytes(self) -> int:
         """Count the bytes that one row takes on disk, its key included."""
-        values = sum(int(np.prod(shape)) for shape in self.poolings.values())
+        values = sum(math.prod(shape) for shape in self.poolings.values())
         return KEY_BYTES + values * np.dtype(self.dtype).itemsize
 
 

@@ -26,18 +26,32 @@ PIPED_COLUMNS = 120  # of a table that goes to a file or another program
     default="table",
     show_default=True,
 )
+@click.option(
+    "--tables", type=PATH, help="Also write heads and regions there, each as .csv and .tex."
+)
 @seed_option
 @json_option
 def compare_command(
-    runs: tuple[Path, ...], level: str, by: str | None, table_format: str, seed: int, as_json: bool
+    runs: tuple[Path, ...],
+    level: str,
+    by: str | None,
+    table_format: str,
+    tables: Path | None,
+    seed: int,
+    as_json: bool,
 ) -> None:
     """Compare the heads of one or more runs, with intervals and paired tests."""
-    if as_json:
-        from medembed.results.comparison import compare
+    from medembed.results.comparison import compare
 
-        print_json(compare(list(runs), level=level, seed=seed))
+    result = compare(list(runs), level=level, seed=seed)
+    if tables is not None:
+        from medembed.results.table_files import write_tables
+
+        write_tables(result, tables)
+    if as_json:
+        print_json(result)
     else:
-        show_comparison(list(runs), level, by, table_format, seed)
+        _show(result, by, table_format)
 
 
 def show_comparison(
@@ -45,9 +59,13 @@ def show_comparison(
 ) -> None:
     """Print the table of one or more runs, as wide as the terminal."""
     from medembed.results.comparison import compare
+
+    _show(compare(runs, level=level, seed=seed), by, table_format)
+
+
+def _show(result: dict[str, Any], by: str | None, table_format: str) -> None:
     from medembed.results.tables import render
 
-    result = compare(runs, level=level, seed=seed)
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else PIPED_COLUMNS
     click.echo(render(result, table_format=table_format, by=by, width=width))
 

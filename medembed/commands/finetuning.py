@@ -36,6 +36,10 @@ _ABOVE_ZERO = click.FloatRange(min=0, min_open=True)
     show_default=True,
     help="Depths: so many last blocks train with the head; 0 the head alone; all everything.",
 )
+@click.option(
+    "--lora", type=click.IntRange(min=1), metavar="RANK",
+    help="Train adapters of this rank in those blocks, not the blocks; wants peft.",
+)  # fmt: skip
 @click.option("--out", type=PATH, required=True, help="The run directory to write.")
 @click.option(
     "--from-run", type=PATH, help="Begin with the best MLP or logistic head of this sweep."

@@ -63,8 +63,9 @@ def _find(
 ) -> list[str]:
     missing = [name for name in names if name not in table.columns]
     if missing:
-        found = ", ".join(map(repr, table.columns))
-        return [f"missing columns: {', '.join(missing)}; the columns are {found}"]
+        found = ", ".join(map(repr, table.columns[:N_SHOWN]))
+        more = f" and {len(table.columns) - N_SHOWN} more" * (len(table.columns) > N_SHOWN)
+        return [f"missing columns: {', '.join(missing)}; the columns are {found}{more}"]
     if table.empty:
         return ["no rows"]
     columns = _Columns(table.reset_index(drop=True))

@@ -213,7 +213,7 @@ def parse_recipe(path: Path) -> Recipe:
     """
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # TOML's and Unicode's errors are ValueErrors
+    except (OSError, ValueError, RecursionError) as error:  # TOML's and Unicode's are ValueErrors
         raise RecipeError(f"{path} cannot be read as TOML: {error}") from error
     for name, kind in SECTIONS.items():
         if name in document:

@@ -1,7 +1,11 @@
 """Read and write tables as text, nothing guessed."""
 
 import csv
+import re
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -12,6 +16,9 @@ from medembed.errors import MedembedError
 __all__ = ["csv_bytes", "read_parquet_table", "read_text_table"]
 
 PARQUET_ROWS = 65536  # that are read at once
+MAX_COLUMNS = 10_000  # a file with more is no table of images, and checks of names would take hours
+PANDAS_INDEX = re.compile(r"__index_level_\d+__")  # what pandas calls an index without a name
+EXACT_FLOAT = 2.0**53  # beyond, a float is no exact whole number
 
 
 def csv_bytes(table: pd.DataFrame) -> bytes:
@@ -55,7 +62,8 @@ def read_text_table(
     Raises
     ------
     MedembedError
-        As `error`: the file cannot be read, names two columns alike, or has short or long rows.
+        As `error`: the file cannot be read, names two columns alike, has more than 10,000 of
+        them, or has short or long rows.
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -65,9 +73,7 @@ def read_text_table(
     if not lines and columns is None:
         raise error(f"{path} is empty.")
     header = columns or lines.pop(0)
-    twice = sorted({repr(name) for name in header if header.count(name) > 1})
-    if twice:
-        raise error(f"{path} has two columns of one name: {', '.join(twice)}. Rename one.")
+    _check_names(header, path, error)
     torn = [i for i, line in enumerate(lines) if len(line) != len(header)]
     if torn:
         first = torn[0] + (1 if columns else 2)
@@ -100,28 +106,48 @@ def read_parquet_table(
     Raises
     ------
     MedembedError
-        As `error`: the file cannot be read.
+        As `error`: the file cannot be read, names two columns alike, or has more than 10,000.
     """
     try:
-        table = _read_blocks(path, names)
-    except (OSError, ValueError) as cause:  # pyarrow's errors are these
+        table = _read_blocks(path, names, error)
+        for name in table.columns:
+            table[name] = _as_strings(table[name])
+    except error:
+        raise
+    # pyarrow's errors are nearly every builtin one; a damaged file can ask for any memory
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError, MemoryError) as cause:
         raise error(f"{path} cannot be read as Parquet: {cause}.") from cause
-    for name in table.columns:
-        column = table[name]
-        if pd.api.types.is_float_dtype(column) and column.dropna().mod(1).eq(0).all():
-            column = column.astype("Int64")  # other writers keep 0, 1, unknown as floats
-        if not pd.api.types.is_string_dtype(column) or column.hasnans:
-            column = column.astype("string").fillna("").astype(str)
-        table[name] = column
     return table.reset_index(drop=True)
 
 
-def _read_blocks(path: Path, names: tuple[str, ...]) -> pd.DataFrame:
+def _check_names(header: Sequence[str], path: Path, error: type[MedembedError]) -> None:
+    if len(header) > MAX_COLUMNS:
+        raise error(f"{path} has {len(header)} columns; more than {MAX_COLUMNS} are not read.")
+    twice = sorted(repr(name) for name, n in Counter(header).items() if n > 1)
+    if twice:
+        raise error(f"{path} has two columns of one name: {', '.join(twice[:5])}. Rename one.")
+
+
+def _as_strings(column: "pd.Series[Any]") -> "pd.Series[str]":
+    if pd.api.types.is_float_dtype(column):
+        known = column.dropna()
+        if (known.mod(1).eq(0) & known.abs().le(EXACT_FLOAT)).all():
+            column = column.astype("Int64")  # other writers keep 0, 1, unknown as floats
+    if column.dtype != "str" or column.hasnans:
+        column = column.astype("string").fillna("").astype(str)
+    return column
+
+
+def _read_blocks(path: Path, names: tuple[str, ...], error: type[MedembedError]) -> pd.DataFrame:
     """Read block by block: a whole file at once takes twice the memory."""
     with pq.ParquetFile(path) as file:
-        fields = [field for field in file.schema_arrow if not names or field.name in names]
+        _check_names(file.schema_arrow.names, path, error)
+        every = (field for field in file.schema_arrow if not names or field.name in names)
+        fields = [field for field in every if not PANDAS_INDEX.fullmatch(field.name)]
         columns = [field.name for field in fields]
         batches = file.iter_batches(PARQUET_ROWS, columns=columns, use_threads=False)
-        schema = pa.schema(fields, file.schema_arrow.metadata)
-        table: pd.DataFrame = pa.Table.from_batches(batches, schema).to_pandas()
-        return table
+        table = pa.Table.from_batches(batches, pa.schema(fields))
+    table.validate(full=True)  # text of other bytes than UTF-8 would be found at its first use
+    # What pandas has noted for itself is a stranger's too, and names columns and types at will.
+    frame: pd.DataFrame = table.to_pandas(ignore_metadata=True)
+    return frame

@@ -24,6 +24,7 @@ __all__ = [
     "TRAINING_SEEDS",
     "TRIAL_SEEDS",
     "Rendered",
+    "draw_pose",
     "render",
 ]
 
@@ -80,8 +81,7 @@ def render(
         There is no such region or abnormality.
     """
     _check(region, abnormality)
-    skeleton = draw_skeleton(region, _generator(seed, _ANATOMY))
-    view = _draw_view(seed, projection)
+    skeleton, view = draw_pose(seed, region, projection)
     finding = None
     if abnormality is not None:
         finding = _draw_finding(seed, skeleton, abnormality, severity, view)
@@ -110,6 +110,11 @@ def render(
         mask[box] = np.abs(grey[box] - develop(normal, box)) > MASK_THRESHOLD
     pixels = np.clip((grey + grain) * 255 + 0.5, 0, 255).astype(np.uint8)
     return Rendered(pixels, mask)
+
+
+def draw_pose(seed: int, region: str, projection: int = 0) -> tuple[Skeleton, View]:
+    """Return the anatomy behind an image of `render`, and how it lies on the detector."""
+    return draw_skeleton(region, _generator(seed, _ANATOMY)), _draw_view(seed, projection)
 
 
 def _check(region: str, abnormality: str | None) -> None:

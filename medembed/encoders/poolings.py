@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-__all__ = ["Features", "pool", "token_poolings"]
+__all__ = ["GRID_SIDE", "Features", "pool", "token_poolings"]
 
 GRID_SIDE = 4
 

@@ -19,6 +19,7 @@ __all__ = [
     "RESAMPLES",
     "Preprocessing",
     "channel_levels",
+    "place_image",
     "prepare",
     "read_preprocessing",
 ]
@@ -149,12 +150,26 @@ def prepare(pixels: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
     target = (preprocessing.height, preprocessing.width)
     if preprocessing.fit == "stretch":
         return _resize(pixels, target, preprocessing.resample)
-    inner = _inner_size(pixels.shape, target)
+    top, left, height, width = place_image(pixels.shape, preprocessing)
     framed = np.zeros(target, dtype=np.uint8)
-    top, left = (target[0] - inner[0]) // 2, (target[1] - inner[1]) // 2
-    resized = _resize(pixels, inner, preprocessing.resample)
-    framed[top : top + inner[0], left : left + inner[1]] = resized
+    resized = _resize(pixels, (height, width), preprocessing.resample)
+    framed[top : top + height, left : left + width] = resized
     return framed
+
+
+def place_image(shape: tuple[int, ...], preprocessing: Preprocessing) -> tuple[int, int, int, int]:
+    """Return where in the tower's input `prepare` puts an image of shape (H, W).
+
+    Returns
+    -------
+    tuple of int
+        Top, left, height and width in pixels of the input: all of it, but with `pad`.
+    """
+    target = (preprocessing.height, preprocessing.width)
+    if preprocessing.fit == "stretch":
+        return 0, 0, *target
+    inner = _inner_size(shape, target)
+    return (target[0] - inner[0]) // 2, (target[1] - inner[1]) // 2, *inner
 
 
 def channel_levels(preprocessing: Preprocessing) -> np.ndarray:

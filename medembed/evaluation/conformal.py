@@ -7,13 +7,24 @@ at most a share alpha has a set without the truth, in every region with scores e
 classes the sets are those of the least ambiguous classifier with class-wise thresholds (Sadinle,
 Lei and Wasserman, Least ambiguous set-valued classifiers with bounded error levels, JASA, 2019).
 
-The scores must come from models whose training and early stopping have not seen their rows. The
-promise is for patients drawn as those of the scores were, one study taken of each; several studies
-of a patient count several times, and make coverage vary more than as many patients would, not less
-on average. It does not hold for another institution's patients: see `medembed evaluate`.
+**What is promised, and what is not.** The scores must come from models whose training and early
+stopping have not seen their rows. New studies are scored by one model refitted on all rows, where
+Vovk averages those of the folds, so the coverage is about the nominal one, not at least that: the
+worst case has no bound, as that of the cross-conformal predictor is twice alpha and a little more
+(Barber, Candes, Ramdas and Tibshirani, Predictive inference with the jackknife+, Annals of
+Statistics 49, 2021). A refit that ranks better than the folds' models covers more.
 
-MAPIE is an oracle of the tests. It does not serve here: it has no classes or regions of its own to
-condition on, wants an estimator rather than out-of-fold scores, and is kept as a pickle.
+**Patients.** What is exchangeable are patients, not studies: the studies of one resemble each
+other. All of them are kept, each counting once, and the promise is for a study drawn from all
+studies, in which patients with many have more weight. With one study of each patient it would hold
+for any number of patients; with all it holds as patients grow many (Dunn, Wasserman and Ramdas,
+Distribution-free prediction sets for two-layer hierarchical models, JASA 118, 2023, their pooled
+distribution function), and the coverage of one set of patients varies more than as many independent
+studies would let it. It does not hold for another institution's patients: see `medembed evaluate`.
+
+**MAPIE** (1.6) is an oracle of the tests and does not serve here. Its classifiers condition on no
+label; those that condition on features want cvxpy and solve a programme for each study; all ask for
+an estimator, not for scores out of fold by patient, and are kept as a pickle.
 """
 
 from collections.abc import Mapping
@@ -69,9 +80,18 @@ class Conformal:
         -------
         float64 (n, 2)
             Columns normal and abnormal, above 0 and at most 1.
+
+        Raises
+        ------
+        ModelError
+            A probability is not in [0, 1], or the lengths differ.
         """
         values = np.asarray(probability, np.float64)
         names = np.asarray(regions, dtype=object).astype(str)
+        if not ((values >= 0) & (values <= 1)).all():
+            raise ModelError("a probability is NaN or outside [0, 1]; it has no prediction set")
+        if values.shape != names.shape:
+            raise ModelError(f"{len(values)} probabilities, but {len(names)} regions")
         result = np.empty((len(values), 2))
         for region in np.unique(names):
             own = names == region
@@ -93,7 +113,7 @@ class Conformal:
         Raises
         ------
         ModelError
-            Another alpha.
+            Another alpha, or as `p_values`.
         """
         if not 0 < alpha < 1:
             raise ModelError(f"alpha is {alpha}; give a share above 0 and below 1, such as 0.1")
@@ -116,6 +136,8 @@ class Conformal:
         ModelError
             Another method, or scores that are not ascending numbers in [0, 1], of either class.
         """
+        if not isinstance(document, Mapping):
+            raise ModelError("conformal scores are not a table")
         method, least = document.get("method"), document.get("min_group")
         table = document.get("scores")
         if method != "mondrian" or type(least) is not int or least < 1:
@@ -171,9 +193,8 @@ def fit_conformal(
     names = np.asarray(regions, dtype=object).astype(str)
     if len(names) != len(labels):
         raise TrainingDataError(f"{len(labels)} labels, but {len(names)} regions")
-    step = 10.0**_DECIMALS
     # up for normal and down for abnormal studies: more kept scores are at least as strange
-    kept = np.where(labels == 0, np.ceil(values * step), np.floor(values * step)) / step
+    kept = np.where(labels == 0, _round(values, 1), _round(values, -1))
     scores = {
         str(region): (
             np.sort(kept[(names == region) & (labels == 0)]),
@@ -182,6 +203,14 @@ def fit_conformal(
         for region in np.unique(names)
     }
     return Conformal(scores, min_group)
+
+
+def _round(values: np.ndarray, way: int) -> np.ndarray:
+    """Return values at `_DECIMALS` decimals, none below itself (way 1), or above itself (-1)."""
+    step = 10.0**_DECIMALS
+    steps = np.ceil(values * step) if way > 0 else np.floor(values * step)
+    # the product is rounded too, and may have reached a whole step before its value does
+    return np.asarray(np.where(way * (steps / step - values) < 0, steps + way, steps) / step)
 
 
 def _p_values(kept: np.ndarray, values: np.ndarray, column: int) -> np.ndarray:
@@ -194,7 +223,10 @@ def _p_values(kept: np.ndarray, values: np.ndarray, column: int) -> np.ndarray:
 
 def _check_scores(scores: Any, region: str) -> np.ndarray:
     is_numbers = isinstance(scores, list) and all(type(s) in (int, float) for s in scores)
-    values = np.asarray(scores if is_numbers else [np.nan], np.float64)
+    try:
+        values = np.asarray(scores if is_numbers else [np.nan], np.float64)
+    except OverflowError:  # JSON has whole numbers of any length
+        values = np.array([np.inf])
     if not (np.all(values >= 0) and np.all(values <= 1) and np.all(np.diff(values) >= 0)):
         raise ModelError(f"conformal scores of {region!r} are not ascending numbers from 0 to 1")
     return values

@@ -24,12 +24,11 @@ __all__ = ["adapt", "save_adapted"]
 
 
 def adapt(encoder: TorchEncoder, network: Network) -> TorchEncoder:
-    """Copy the encoder that training began with, with what it has changed."""
+    """Copy the encoder that training began with, with what it has changed, adapters merged."""
     adapted = copy_encoder(encoder)
     state = adapted.model.state_dict()
-    for name, tensor in network.trained_state().items():
-        if name.startswith("tower."):
-            state[name.removeprefix("tower.")].copy_(tensor)
+    for name, tensor in network.changed_tensors().items():
+        state[name].copy_(tensor)
     return adapted
 
 

@@ -11,6 +11,7 @@ from medembed.encoders.loading import choose_device, choose_precision, load_enco
 from medembed.encoders.torch_encoder import TorchEncoder
 from medembed.errors import EncoderError, TrainingDataError
 from medembed.extraction import spec_of
+from medembed.finetuning.adapters import alpha_of, find_projections, require_peft
 from medembed.finetuning.blocks import count_blocks, draw_weights
 from medembed.finetuning.network import copy_encoder
 from medembed.finetuning.recipe import Depth, Recipe, read_depths
@@ -59,7 +60,7 @@ class Asked:
         several = len(self.seeds) > 1
         pairs = [(depth, seed) for depth in self.depths for seed in self.seeds]
         return [
-            Trial(i, depth, seed, depth.head(seed if several else None))
+            Trial(i, depth, seed, depth.head(seed if several else None, self.recipe.lora))
             for i, (depth, seed) in enumerate(pairs)
         ]
 
@@ -71,10 +72,18 @@ class Asked:
         draw_weights(encoder, seed)
         return replace(self, encoder=encoder)
 
-    def params(self) -> dict[str, Any]:
-        """Return what a leaderboard says of every depth; `run.json` has all of it."""
+    def params(self, lora: int | None) -> dict[str, Any]:
+        """Return what a leaderboard says of a depth; `run.json` has all of it.
+
+        Parameters
+        ----------
+        lora : int or None
+            Rank of its adapters.
+        """
         names = ("lr", "batch_size", "epochs", "augment")
         params = {name: getattr(self.recipe, name) for name in names}
+        if lora is not None:
+            params |= {"lora": lora, "lora_alpha": alpha_of(lora)}
         return {"start": "fresh" if self.swept is None else self.swept.head, **params}
 
     def question(self) -> dict[str, Any]:
@@ -117,7 +126,7 @@ def understand(
 
     Raises
     ------
-    TrainingDataError, EncoderError, RunError, ModelError
+    TrainingDataError, EncoderError, RunError, ModelError, MedembedError
         As `job.finetune`.
     """
     if not seeds:
@@ -132,6 +141,8 @@ def understand(
     chosen = choose_precision(on["precision"], choose_device(on["device"]))
     recipe = replace(recipe, precision=chosen)
     recipe.check()
+    if recipe.lora is not None:
+        require_peft()
     names = tuple(pool.split(",") if isinstance(pool, str) else pool or ())
     # Weights stay fp32 in training; bf16 is what products are cast to.
     known: dict[str, Any] = {"device": on["device"], "precision": "fp32", "fit": on["fit"]}
@@ -140,6 +151,8 @@ def understand(
         raise EncoderError(f"{encoder.source} cannot be trained.")
     n_blocks = count_blocks(encoder)
     depths = read_depths(unfreeze, n_blocks, encoder.source)
+    if recipe.lora is not None:
+        depths = _choose_adapted(encoder, depths, recipe.lora)
     swept = None
     if from_run is not None:
         spec = spec_of(encoder, names or ("mean",))
@@ -160,6 +173,17 @@ def understand(
         trunk_dtype=trunk[1],
         n_cut=None if trunk[0] is None else choose_cut(depths, n_blocks, encoder.source),
     )
+
+
+def _choose_adapted(encoder: TorchEncoder, depths: Sequence[Depth], rank: int) -> list[Depth]:
+    """Take `all` for all blocks, since there are adapters in blocks alone; refuse none at all."""
+    if not depths[-1].blocks:
+        raise TrainingDataError(
+            f"--lora {rank} puts adapters into the last blocks, and --unfreeze asks for none. Ask "
+            "for a depth of at least 1, or leave it out."
+        )
+    find_projections(encoder, depths[-1], rank)
+    return [Depth(depth.blocks) for depth in depths]
 
 
 def _refuse_changing_trunk(recipe: Recipe) -> None:
@@ -199,11 +223,12 @@ def _choose_poolings(
 def describe(asked: Asked, command: str) -> dict[str, Any]:
     """Return what `run.json` records beside the question."""
     encoder = asked.encoder
+    libraries = (*VERSIONED, "peft") if asked.recipe.lora else VERSIONED
     return {
         "kind": "finetune",
         "seed": asked.seeds[0],
         "command": command,
-        "versions": library_versions(VERSIONED),
+        "versions": library_versions(libraries),
         "encoder": {
             "source": public_name(encoder.source),
             "revision": encoder.revision,

@@ -13,6 +13,7 @@ from medembed.errors import MedembedError, RunError
 from medembed.finetuning.rows import HELD_OUT, TrainRows
 from medembed.finetuning.training import Trained
 from medembed.results.comparison import score_run
+from medembed.results.model_readme import complete_cards
 from medembed.results.priors import image_rows, prior_rows
 from medembed.results.provenance import list_left_out, summarise_data
 from medembed.results.runs import Run, utc_now
@@ -30,7 +31,9 @@ class Ending:
     Attributes
     ----------
     known : dict
-        ``number``, ``head``, ``depth``, ``seed``, ``key``, ``pooling``, ``params``.
+        ``number``, ``head``, ``depth``, ``lora`` (rank of its adapters, or None), ``seed``,
+        ``key``, ``pooling``, ``params``, ``trainable`` (how many numbers of tower and head
+        training changes; None where it did not begin).
     score : float or None
         AUROC of the held-out patients' studies at the best epoch; None where it failed.
     best_epoch : int or None
@@ -93,7 +96,9 @@ class Ending:
                 "error": self.error,
                 "key": key,
                 "depth": self.known["depth"],
+                "lora": self.known["lora"],
                 "seed": self.known["seed"],
+                "trainable": self.known["trainable"],
                 "encoder": self.encoder,
                 "history": list(self.history),
             }
@@ -111,7 +116,9 @@ class Ending:
             "status": "ok" if self.error is None else "error",
             "error": self.error,
             "depth": self.known["depth"],
+            "lora": self.known["lora"],
             "seed": self.known["seed"],
+            "trainable": self.known["trainable"],
             "best_epoch": self.best_epoch,
             "encoder": self.encoder,
         }
@@ -136,6 +143,7 @@ def load_ending(run: Run, key: str, rows: TrainRows) -> Ending | None:
         return None
     names = ("head", "depth", "seed", "key", "pooling", "params")
     known = {"number": record["trial"], **{name: record[name] for name in names}}
+    known |= {name: record.get(name) for name in ("lora", "trainable")}  # not in older runs
     return Ending(
         known=known,
         score=record["score"],
@@ -180,4 +188,6 @@ def finish(run: Run, manifest: Manifest, rows: TrainRows, endings: Sequence[Endi
         left_out=list_left_out(manifest.rows, rows.failed),
         times={**run.info["times"], "ended": utc_now()},
     )
-    run.write_scores(score_run(run))
+    scores = score_run(run)
+    complete_cards(run, scores)
+    run.write_scores(scores)

@@ -107,8 +107,9 @@ def finetune(
     -------
     dict
         ``run`` (path) and ``leaderboard``: a list of ``{head, pooling, trial, params, cv, seconds,
-        status, error, depth, seed, best_epoch, encoder}``, best first, failed ones last.
-        ``encoder`` is the fingerprint of the adapted encoder, None of depth 0.
+        status, error, depth, lora, seed, trainable, best_epoch, encoder}``, best first, failed
+        ones last. ``lora`` is the rank of adapters, ``trainable`` how many numbers training
+        changes, ``encoder`` the fingerprint of the adapted encoder, None of depth 0.
 
     Raises
     ------
@@ -122,6 +123,8 @@ def finetune(
         `out` answers another question, `from_run` does not fit, or every depth failed.
     CacheError
         The disk will not hold the trunk cache, or a shard is damaged.
+    MedembedError
+        `recipe` asks for LoRA, and peft is not installed.
     """
     table = manifest if isinstance(manifest, Manifest) else read_manifest(manifest)
     rows = choose_rows(table, n_folds, seed)
@@ -240,7 +243,9 @@ def _train(
     """Train one depth with one seed; what goes wrong becomes its ending."""
     name, depth, seed = trial.head, trial.depth, trial.seed
     known = {"number": trial.number, "head": name, "depth": depth.blocks, "seed": seed, "key": key}
-    known |= {"pooling": "+".join(asked.poolings), "params": asked.params()}
+    lora = asked.recipe.lora if depth.blocks else None
+    known |= {"pooling": "+".join(asked.poolings), "params": asked.params(lora)}
+    known |= {"lora": lora, "trainable": None}
     try:
         tell(name)
         if asked.swept is not None:
@@ -250,7 +255,9 @@ def _train(
         # What only the head learns from does not change, unless its images do.
         is_fixed = not depth.blocks and not asked.recipe.augment
         own = VectorImages(X) if is_fixed else images
-        network = Network(asked.encoder, depth, asked.recipe, asked.poolings, start, asked.n_cut)
+        given = (asked.encoder, depth, asked.recipe, asked.poolings, start, asked.n_cut)
+        network = Network(*given, seed=seed)
+        known["trainable"] = network.n_trainable
         path = run.path / "training" / f"{name}.safetensors"
         trainer = Trainer(network, rows, own, seed=seed, name=name, state_path=path, key=key)
         smoothing = float(start.params["label_smoothing"])
@@ -259,7 +266,11 @@ def _train(
         fingerprint = None
         if depth.blocks:
             fingerprint = save_adapted(adapted, run.path / "encoders" / name)
-        package(run, asked.manifest, rows, network, start, trained, adapted, fingerprint, known)
+        vectors = None if depth.blocks else X
+        package(
+            *(run, asked.manifest, rows, network, start, trained, adapted, fingerprint, known),
+            vectors,
+        )
         path.unlink(missing_ok=True)
         ending = Ending.of(trained, fingerprint, known)
     except (TrainingDataError, DeviceMemoryError) as error:

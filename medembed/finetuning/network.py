@@ -13,6 +13,7 @@ from torch import nn
 
 from medembed.encoders.poolings import pool
 from medembed.encoders.torch_encoder import TorchEncoder
+from medembed.finetuning.adapters import add_adapters, merge_adapters
 from medembed.finetuning.blocks import keep_top, recompute, set_modes, unfreeze
 from medembed.finetuning.recipe import Depth, Recipe
 
@@ -88,7 +89,7 @@ class Network(nn.Module):
     depth : Depth
         What of it trains.
     recipe : Recipe
-        Its `precision` and `checkpointing`.
+        Its `precision`, `checkpointing` and `lora`.
     poolings : sequence of str
         Single-vector poolings, side by side.
     start : Start
@@ -96,6 +97,8 @@ class Network(nn.Module):
     n_cut : int or None
         Blocks that are taken away with what comes before them: images come as the tokens that
         `blocks.cut_trunk` gives.
+    seed : int
+        Of the adapters, where there are some.
     """
 
     def __init__(
@@ -106,13 +109,17 @@ class Network(nn.Module):
         poolings: Sequence[str],
         start: Start,
         n_cut: int | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         self.encoder, self.depth, self.recipe = copy_encoder(encoder), depth, recipe
         self.poolings, self._from_tokens = tuple(poolings), n_cut is not None
         if n_cut is not None:
             keep_top(self.encoder, n_cut)
-        self.trained_names = unfreeze(self.encoder, depth)
+        if recipe.lora is None:
+            self.trained_names = unfreeze(self.encoder, depth)
+        else:
+            self.trained_names = add_adapters(self.encoder, depth, recipe.lora, seed)
         if recipe.checkpointing:
             recompute(self.encoder, depth)
         self.tower = self.encoder.model
@@ -161,6 +168,18 @@ class Network(nn.Module):
         """Take back what `trained_state` gave."""
         for name, tensor in self.trained_state().items():
             tensor.copy_(state[name])
+
+    def changed_tensors(self) -> dict[str, torch.Tensor]:
+        """Give what has changed of the tower, by its own names: adapters are merged."""
+        if self.recipe.lora is not None and self.trained_names:
+            return merge_adapters(self.tower)
+        state = self.trained_state().items()
+        return {n.removeprefix("tower."): tensor for n, tensor in state if n.startswith("tower.")}
+
+    @property
+    def n_trainable(self) -> int:
+        """Count the numbers that training changes, the head's among them."""
+        return sum(own.numel() for own in self.parameters() if own.requires_grad)
 
     def _learnt_buffers(self) -> list[str]:
         self.set_training(True)

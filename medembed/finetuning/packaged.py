@@ -5,13 +5,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from medembed.dataset.manifest import Manifest
 from medembed.encoders.torch_encoder import TorchEncoder
-from medembed.evaluation.calibration import fit_platt
-from medembed.evaluation.intervals import plain
-from medembed.evaluation.scores import by_study, score
-from medembed.evaluation.thresholds import youden_threshold
+from medembed.evaluation.drift import fit_reference
+from medembed.evaluation.scores import by_study
 from medembed.extraction import spec_of
 from medembed.finetuning.network import Network, Start
 from medembed.finetuning.rows import TrainRows
@@ -19,8 +18,15 @@ from medembed.finetuning.training import Trained
 from medembed.heads.mlp import MLPHead
 from medembed.heads.packaging import save_model
 from medembed.heads.projection import Projection
+from medembed.results.cards import describe_decisions
+from medembed.results.model_readme import (
+    count_trained,
+    describe_encoder,
+    describe_use,
+    write_readme,
+)
 from medembed.results.priors import image_code
-from medembed.results.provenance import is_synthetic
+from medembed.results.provenance import summarise_data
 from medembed.results.runs import Run
 
 __all__ = ["package"]
@@ -36,6 +42,7 @@ def package(
     encoder: TorchEncoder,
     fingerprint: str | None,
     known: Mapping[str, Any],
+    vectors: NDArray[np.float32] | None = None,
 ) -> None:
     """Save a trained head in `models/<head>/`, as a sweep saves its winners.
 
@@ -45,44 +52,61 @@ def package(
         Whose embeddings it reads, and `fingerprint` if training has changed it.
     known : mapping
         See `finishing.Ending`.
+    vectors : float32 array of shape (n, d), optional
+        What the head reads of all rows, where that is known: the model then keeps statistics of
+        the training rows, which `evaluate` measures drift from.
     """
     path = run.model_path(known["head"])
     path.parent.mkdir(exist_ok=True)
     spec = spec_of(encoder, network.poolings).as_dict()
     if fingerprint is not None:
         spec["encoder"] = fingerprint
-    held = pd.DataFrame(
-        {
-            "study": pd.factorize(rows.rows["study"].iloc[rows.held], sort=True)[0],
-            "label": rows.y[rows.held],
-            "probability": trained.held,
-        }
-    )
-    studies = by_study(held)
-    y, raw = studies["label"].to_numpy(np.int8), studies["probability"].to_numpy()
-    calibration = fit_platt(raw, y)
-    threshold = float(youden_threshold(y, calibration.apply(raw)))
+    # The held-out patients chose the epoch, so they have been seen too.
+    seen = np.flatnonzero(rows.folds >= 0)
+    data = summarise_data(manifest.rows, rows.failed, manifest.label_level)
+    place = None if fingerprint is None else f"../../encoders/{known['head']}"
     card = {
+        "name": known["head"],
         "spec": spec,
         "pooling": known["pooling"],
         "label_level": manifest.label_level,
         "views": "mean",
-        "calibration": calibration.as_dict(),
-        "threshold": threshold,
+        **describe_decisions(_held_studies(rows, trained), None),
         "metric": "auroc",
         "cv": trained.counters.best_key[0],
         "trial": known["number"],
         "seed": known["seed"],
         "depth": known["depth"],
-        "scores": {"out_of_fold": plain(score(y, calibration.apply(raw), threshold))},
+        "encoder": describe_encoder(run.info.get("encoder", {}), place),
+        "covariates": None,
+        "data": {"trained": count_trained(rows.rows.iloc[seen]), "manifest": data},
+        "use": describe_use(synthetic=data["synthetic"]),
         "manifest": run.info["asked"]["manifest"],
-        "synthetic": is_synthetic(manifest.rows),
-        # The held-out patients chose the epoch, so they have been seen too.
-        "training_images": sorted(
-            {image_code(digest) for digest in rows.rows["sha256"][rows.folds >= 0]}
-        ),
+        "synthetic": data["synthetic"],
+        "training_images": sorted({image_code(own) for own in rows.rows["sha256"].iloc[seen]}),
     }
-    save_model(path, _as_head(network, start, trained), card, replace=True)
+    reference = None
+    if vectors is not None:
+        patients, regions = (rows.rows[name].to_numpy(str)[seen] for name in ("patient", "region"))
+        reference = fit_reference(vectors[seen], known["seed"], patients=patients, regions=regions)
+    head, texts = _as_head(network, start, trained), write_readme(card)
+    save_model(path, head, card, reference=reference, texts=texts, replace=True)
+
+
+def _held_studies(rows: TrainRows, trained: Trained) -> pd.DataFrame:
+    """Return one row per held-out study: see `describe_decisions`."""
+    held = rows.rows.iloc[rows.held]
+    return by_study(
+        pd.DataFrame(
+            {
+                "study": pd.factorize(held["study"], sort=True)[0],
+                "region": held["region"].to_numpy(),
+                "patient": held["patient"].to_numpy(),
+                "label": rows.y[rows.held],
+                "probability": trained.held,
+            }
+        )
+    )
 
 
 def _as_head(network: Network, start: Start, trained: Trained) -> MLPHead:

@@ -51,6 +51,9 @@ class Recipe:
     from_scratch : bool
         Whether the tower starts from random weights, as its config has them drawn. Then all of it
         has the head's rate.
+    lora : int or None
+        Rank of the adapters that train in the blocks' place; None: the blocks themselves train,
+        with the norm after them. See `adapters`.
     """
 
     epochs: int = 20
@@ -68,6 +71,7 @@ class Recipe:
     checkpointing: bool = False
     precision: str = "fp32"
     from_scratch: bool = False
+    lora: int | None = None
 
     def check(self) -> None:
         """Refuse what cannot be trained by.
@@ -91,10 +95,23 @@ class Recipe:
                 f"--accumulate is {self.accumulate} and --batch-size {self.batch_size}: a batch "
                 "cannot be cut in more parts than it has images."
             )
+        if self.lora is not None and self.lora < 1:
+            raise TrainingDataError(f"lora is {self.lora}; it must be at least 1.")
+        if self.lora is not None and self.from_scratch:
+            raise TrainingDataError(
+                "--lora adapts what a trained encoder knows, which --from-scratch forgets. Leave "
+                "one of them out."
+            )
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the hyperparameters as JSON values."""
-        return asdict(self)
+        """Return the hyperparameters as JSON values; `lora` only where there is one.
+
+        So what was asked before there was LoRA is still the same question.
+        """
+        values = asdict(self)
+        if self.lora is None:
+            del values["lora"]
+        return values
 
 
 @dataclass(frozen=True)
@@ -112,9 +129,9 @@ class Depth:
     blocks: int
     everything: bool = False
 
-    def head(self, seed: int | None) -> str:
-        """Name the head in a run; `seed` only where there are several."""
-        name = f"unfreeze-{self.blocks}"
+    def head(self, seed: int | None, lora: int | None = None) -> str:
+        """Name the head in a run; `seed` only where there are several, `lora` its rank."""
+        name = f"unfreeze-{self.blocks}" if lora is None else f"lora{lora}-{self.blocks}"
         return name if seed is None else f"{name}-s{seed}"
 
 

@@ -5,7 +5,6 @@ never ends. Only what `LightGBMHead` writes is accepted: one binary model withou
 linear leaves, every node reached once (LightGBM's `src/io/tree.cpp`, `gbdt_model_text.cpp`).
 """
 
-import math
 import re
 
 from medembed.errors import ModelError
@@ -33,6 +32,8 @@ _PER_SPLIT = {
     "internal_count": int,
 }
 _PER_LEAF = {"leaf_value": float, "leaf_weight": float, "leaf_count": int}
+#: LightGBM keeps whole numbers in 32 bits, and a sum over trees must stay finite.
+_LARGEST = {int: 2**31 - 1, float: 1e300}
 _WHOLE = {"num_leaves", "num_cat", "is_linear", "shrinkage"}
 
 
@@ -140,6 +141,6 @@ def _numbers(name: str, text: str, kind: type, n: int | None = None) -> list[flo
         values = [kind(word) for word in words]
     except ValueError:
         raise ModelError(f"{name} holds something else than numbers") from None
-    if not all(math.isfinite(value) for value in values):
-        raise ModelError(f"{name} holds a number that is not finite")
+    if not all(abs(value) <= _LARGEST[kind] for value in values):
+        raise ModelError(f"{name} holds a number that is not finite, or absurdly large")
     return values

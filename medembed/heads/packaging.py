@@ -4,12 +4,10 @@
 what it learnt. The payload's size and SHA-256 stand in `model.json` and are compared before
 anything parses it; then names, shapes, dtypes and values are checked against the head's parameters,
 because a hash only shows that the payload is the one its author meant. `reference.safetensors`,
-where there is one, holds statistics of the training embeddings, under the same rules. No code is
-executed from a model.
+where there is one, holds statistics of the training embeddings, under the same rules, and
+`README.md` tells people what `model.json` tells programs. No code is executed from a model.
 """
 
-import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -19,12 +17,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 
 from medembed.errors import MedembedError, ModelError, PathNotFoundError
 from medembed.files import json_bytes, sync_directory, write_atomically
 from medembed.heads.base import Head
-from medembed.heads.registry import HEADS, make_head
+from medembed.heads.model_files import (
+    MODEL_FILE,
+    README_FILE,
+    REFERENCE_FILE,
+    TENSOR_FILE,
+    TEXT_FILE,
+    check_names,
+    describe_file,
+    pack_tensors,
+    parse_json,
+    read_described,
+    read_plain,
+)
+from medembed.heads.registry import known_heads, make_head
 
 __all__ = [
     "FORMAT",
@@ -39,16 +49,11 @@ __all__ = [
 FORMAT = "medembed-model"
 VERSION = 1
 
-_CARD_FILE = "model.json"
-_TENSOR_FILE = "head.safetensors"
-_TEXT_FILE = "booster.txt"
-_REFERENCE_FILE = "reference.safetensors"
 _KEYS = {"format", "version", "head", "params", "n_features", "best_epoch", "payload", "card"}
 _LATER_KEYS = {"reference"}  # models of before do not have them
-#: A million training images' codes are some 20 MB of `model.json`.
-_MAX_CARD_BYTES = 1 << 28
-#: A thousand times the largest head of the default space.
-_MAX_PAYLOAD_BYTES = 1 << 32
+#: Columns that a head may read: checking trees lists their names.
+_MAX_FEATURES = 1 << 20
+_MAX_EPOCHS = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -80,13 +85,13 @@ def save_model(
     directory : path
         To be made; its parent exists.
     head : Head
-        Fitted on labels 0 and 1; one of `HEADS`.
+        Fitted on labels 0 and 1; one of `known_heads`.
     card : dict
         What else to keep, fit for JSON: spec, calibration, thresholds, scores, ….
     reference : mapping of str to ndarray, optional
         Statistics of the training embeddings.
     texts : mapping of str to str, optional
-        Further files by name, for people: nothing reads them.
+        `README.md`, for people: nothing reads it.
     replace : bool
         Put the model in the place of one that is there; without it that is an error.
 
@@ -101,7 +106,7 @@ def save_model(
     target = Path(os.path.abspath(directory))
     _check_target(target, replace)
     name, data = _payload_of(head)
-    files = {name: data, **{text: content.encode() for text, content in (texts or {}).items()}}
+    files = {name: data, **_encode_texts(texts)}
     document: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
@@ -109,20 +114,22 @@ def save_model(
         "params": _plain_params(head),
         "n_features": int(head.n_features_in_),
         "best_epoch": head.best_epoch_,
-        "payload": _entry(name, data),
+        "payload": describe_file(name, data),
         "reference": None,
         "card": dict(card),
     }
     if reference is not None:
-        files[_REFERENCE_FILE] = _tensor_bytes(reference)
-        document["reference"] = _entry(_REFERENCE_FILE, files[_REFERENCE_FILE])
-    _write_directory(target, {**files, _CARD_FILE: _document_bytes(document)})
+        files[REFERENCE_FILE] = pack_tensors(reference)
+        document["reference"] = describe_file(REFERENCE_FILE, files[REFERENCE_FILE])
+    _write_directory(target, {**files, MODEL_FILE: _document_bytes(document)})
 
 
 def update_card(
     directory: str | Path, texts: Mapping[str, str] | None = None, **entries: Any
 ) -> None:
-    """Replace entries of a saved model's card, and files for people; the payload stays.
+    """Replace entries of a saved model's card, and `README.md`; what it has learnt stays.
+
+    Each file is replaced atomically, `model.json` last.
 
     Raises
     ------
@@ -135,9 +142,9 @@ def update_card(
     document = read_document(path)
     document["card"] = {**document["card"], **entries}
     described = _document_bytes(document)
-    for name, content in (texts or {}).items():
-        write_atomically(path / name, content.encode())
-    write_atomically(path / _CARD_FILE, described)
+    for name, content in _encode_texts(texts).items():
+        write_atomically(path / name, content)
+    write_atomically(path / MODEL_FILE, described)
 
 
 def load_model(directory: str | Path) -> Model:
@@ -148,8 +155,9 @@ def load_model(directory: str | Path) -> Model:
     PathNotFoundError
         There is no such directory, or no `model.json` in it.
     ModelError
-        Another format or version, a payload that is missing or not the one recorded, parameters
-        that no head has, or tensors or trees that do not fit them.
+        Another format or version, links or files that are no part of a model, a payload or
+        reference that is missing or not the one recorded, parameters that no head has, or tensors
+        or trees that do not fit them.
     """
     path = Path(directory)
     document = read_document(path)
@@ -171,12 +179,12 @@ def read_document(directory: str | Path) -> dict[str, Any]:
     PathNotFoundError
         There is no such directory, or no `model.json` in it.
     ModelError
-        It is too large, not JSON, or another format or version.
+        It is too large, not JSON, or another format or version, or beside it lie links or files
+        that are no part of a model.
     """
     path = Path(directory)
-    if not (path / _CARD_FILE).is_file():
-        raise PathNotFoundError(f"no model at {path}: {_CARD_FILE} is not there")
-    return _read_card(path / _CARD_FILE)
+    check_names(path)
+    return _read_card(path / MODEL_FILE)
 
 
 def _check_target(target: Path, replace: bool) -> None:
@@ -186,16 +194,16 @@ def _check_target(target: Path, replace: bool) -> None:
         return
     if not replace:
         raise ModelError(f"{target} exists already; remove it or choose another place")
-    if target.is_symlink() or not (target / _CARD_FILE).is_file():
+    if target.is_symlink() or not (target / MODEL_FILE).is_file():
         raise ModelError(f"{target} is not a model and is not replaced; choose another place")
 
 
 def _name_of(head: Head) -> str:
-    kind = type(head)
-    for name, place in HEADS.items():
+    kind, known = type(head), known_heads()
+    for name, place in known.items():
         if place == f"{kind.__module__}:{kind.__qualname__}":
             return name
-    raise ModelError(f"{kind.__qualname__} is not in the table of heads ({', '.join(HEADS)})")
+    raise ModelError(f"{kind.__qualname__} is not in the table of heads ({', '.join(known)})")
 
 
 def _payload_of(head: Head) -> tuple[str, bytes]:
@@ -205,22 +213,21 @@ def _payload_of(head: Head) -> tuple[str, bytes]:
         raise ModelError(f"{type(head).__name__} is {held}; a model is fitted on labels 0 and 1")
     payload = head._payload()
     if isinstance(payload, str):
-        return _TEXT_FILE, payload.encode()
-    return _TENSOR_FILE, _tensor_bytes(payload)
+        return TEXT_FILE, payload.encode()
+    return TENSOR_FILE, pack_tensors(payload)
 
 
-def _tensor_bytes(arrays: Mapping[str, np.ndarray]) -> bytes:
-    return safetensors.numpy.save({n: np.ascontiguousarray(array) for n, array in arrays.items()})
-
-
-def _entry(name: str, data: bytes) -> dict[str, Any]:
-    return {"file": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+def _encode_texts(texts: Mapping[str, str] | None) -> dict[str, bytes]:
+    unknown = sorted(set(texts or {}) - {README_FILE})
+    if unknown:
+        raise ModelError(f"a model keeps no file {unknown[0]!r}, only {README_FILE}")
+    return {name: content.encode() for name, content in (texts or {}).items()}
 
 
 def _document_bytes(document: Mapping[str, Any]) -> bytes:
     try:
         return json_bytes(document)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ModelError(f"the model's card or parameters are not JSON: {error}") from error
 
 
@@ -265,12 +272,10 @@ def _write_directory(target: Path, files: Mapping[str, bytes]) -> None:
 
 
 def _read_card(path: Path) -> dict[str, Any]:
-    if path.stat().st_size > _MAX_CARD_BYTES:
-        raise ModelError(f"{path} is larger than {_MAX_CARD_BYTES} bytes and is not read")
     try:
-        document = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is not JSON: {error}") from error
+        document = parse_json(read_plain(path))
+    except ModelError as error:
+        raise ModelError(f"{path} {str(error).removeprefix(path.name).lstrip()}") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise ModelError(f"{path} is not a {FORMAT}")
     if document.get("version") != VERSION:
@@ -283,19 +288,17 @@ def _read_card(path: Path) -> dict[str, Any]:
     return document
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a number")
-
-
 def _rebuild(document: Mapping[str, Any], directory: Path) -> Head:
     n_features, best_epoch = document["n_features"], document["best_epoch"]
-    if not _is_count(n_features) or not (best_epoch is None or _is_count(best_epoch)):
+    known = best_epoch is None or _is_count(best_epoch, _MAX_EPOCHS)
+    if not known or not _is_count(n_features, _MAX_FEATURES):
         raise ModelError(
-            f"n_features={n_features!r} or best_epoch={best_epoch!r} is not a whole number above 0"
+            f"n_features={n_features!r} or best_epoch={best_epoch!r} is not a whole number from 1 "
+            f"to {_MAX_FEATURES:,} and {_MAX_EPOCHS:,}"
         )
     if not isinstance(document["head"], str) or not isinstance(document["params"], dict):
         raise ModelError("head is not a name, or params are not a table")
-    payload = _read_payload(document["payload"], directory, (_TENSOR_FILE, _TEXT_FILE))
+    payload = read_described("payload", document["payload"], directory, (TENSOR_FILE, TEXT_FILE))
     try:
         head = make_head(document["head"], _given_params(document["params"]))
         head._restore(payload, n_features)
@@ -309,43 +312,16 @@ def _rebuild(document: Mapping[str, Any], directory: Path) -> Head:
     return head
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value > 0
+def _is_count(value: Any, limit: int) -> bool:
+    return type(value) is int and 0 < value <= limit
 
 
 def _read_reference(entry: Any, directory: Path) -> dict[str, np.ndarray] | None:
     if entry is None:
         return None
-    arrays = _read_payload(entry, directory, (_REFERENCE_FILE,))
+    arrays = read_described("reference", entry, directory, (REFERENCE_FILE,))
     assert isinstance(arrays, dict)
     for name, array in arrays.items():
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise ModelError(f"{name} in {_REFERENCE_FILE} is not finite")
+        if array.dtype.kind not in "iuf" or not np.isfinite(array).all():
+            raise ModelError(f"tensor {name} in {REFERENCE_FILE} holds what are no finite numbers")
     return arrays
-
-
-def _read_payload(
-    entry: Any, directory: Path, names: tuple[str, ...]
-) -> dict[str, np.ndarray] | str:
-    if not isinstance(entry, dict) or set(entry) != {"file", "bytes", "sha256"}:
-        raise ModelError("payload does not hold exactly file, bytes and sha256")
-    # the name decides the parser, and is never a path that a stranger chose
-    if entry["file"] not in names:
-        raise ModelError(f"payload {entry['file']!r} is neither of {', '.join(names)}")
-    path = directory / entry["file"]
-    if path.is_symlink() or not path.is_file():
-        raise ModelError(f"{entry['file']} is missing or not a plain file")
-    size = path.stat().st_size
-    if size != entry["bytes"] or size > _MAX_PAYLOAD_BYTES:
-        raise ModelError(f"{entry['file']} has {size} bytes, {entry['bytes']!r} are recorded")
-    data = path.read_bytes()
-    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
-        raise ModelError(f"{entry['file']} is damaged: its SHA-256 is not the one recorded")
-    return _parse(entry["file"], data)
-
-
-def _parse(name: str, data: bytes) -> dict[str, np.ndarray] | str:
-    try:
-        return data.decode("ascii") if name == _TEXT_FILE else safetensors.numpy.load(data)
-    except (UnicodeDecodeError, safetensors.SafetensorError, KeyError, ValueError) as error:
-        raise ModelError(f"{name} cannot be read: {error}") from error

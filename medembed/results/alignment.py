@@ -7,7 +7,8 @@ cannot differ: the SHA-256 of the image, or of all the images of a study.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -56,13 +57,15 @@ class Contender:
     n_train_patients : int
         Of all folds, its own held-out ones among them.
     calibration : Calibration
-        Platt scaling, fitted on the run's out-of-fold predictions at the same level.
+        Platt scaling, fitted on the run's out-of-fold predictions at the same level; of a run that
+        evaluates a model elsewhere the model's own, as all that follows.
     calibrations : dict of str to Calibration or IsotonicCalibration
         All that were fitted there: "none", "platt", "temperature", "isotonic".
     threshold : float
         Youden's threshold on the calibrated out-of-fold probabilities.
-    sensitive_threshold : float
-        There, the highest threshold of sensitivity `SENSITIVITY`.
+    sensitive_threshold : float or None
+        There, the highest threshold of sensitivity `SENSITIVITY`; None where a model from
+        elsewhere does not tell.
     raw, probability : ndarray of float64, shape (n,)
         Before and after calibration, in the order of the test set's units, in [0, 1].
     """
@@ -82,7 +85,7 @@ class Contender:
     calibration: Calibration
     calibrations: dict[str, Calibration | IsotonicCalibration]
     threshold: float
-    sensitive_threshold: float
+    sensitive_threshold: float | None
     raw: NDArray[np.float64]
     probability: NDArray[np.float64]
 
@@ -150,6 +153,15 @@ def align_runs(runs: Sequence[Run], level: str = "study") -> TestSet:
     return TestSet(level, units.reset_index(drop=True), contenders, dropped)
 
 
+class _Decisions(NamedTuple):
+    """How a head's scores become probabilities and decisions; see `Contender`."""
+
+    calibration: Calibration
+    calibrations: dict[str, Calibration | IsotonicCalibration]
+    threshold: float
+    sensitive_threshold: float | None
+
+
 def _read_heads(run: Run, name: str, level: str) -> list[tuple[Contender, pd.DataFrame]]:
     predictions = run.predictions()
     labelled = predictions[predictions["label"].notna()]
@@ -167,7 +179,9 @@ def _read_heads(run: Run, name: str, level: str) -> list[tuple[Contender, pd.Dat
         winner = {"seed": run.info.get("seed"), **winners.get(str(head), {})}
         fraction = float(run.info["asked"].get("train_fraction", 1.0))
         given = (fraction, n_patients)
-        entries.append((_contender(name, str(head), winner, given, train, test), test))
+        own = run.info.get("decisions", {}).get(head)
+        decisions = _fit_decisions(train) if own is None else _read_decisions(own, run.path)
+        entries.append((_contender(name, str(head), winner, given, decisions, test), test))
     return entries
 
 
@@ -176,17 +190,9 @@ def _contender(
     head: str,
     winner: dict[str, Any],
     given: tuple[float, int],
-    train: pd.DataFrame,
+    decisions: _Decisions,
     test: pd.DataFrame,
 ) -> Contender:
-    out_of_fold, y = train["probability"].to_numpy(np.float64), train["label"].to_numpy(np.int8)
-    calibrations: dict[str, Calibration | IsotonicCalibration] = {
-        "none": Calibration(),
-        "platt": (platt := fit_platt(out_of_fold, y)),
-        "temperature": fit_temperature(out_of_fold, y),
-        "isotonic": fit_isotonic(out_of_fold, y),
-    }
-    calibrated = platt.apply(out_of_fold)
     raw = test["probability"].to_numpy(np.float64)
     copied = ("pooling", "trial", "params", "cv", "seconds", "depth", "seed")
     return Contender(
@@ -196,13 +202,51 @@ def _contender(
         **{name: winner.get(name) for name in copied},
         train_fraction=given[0],
         n_train_patients=given[1],
-        calibration=platt,
-        calibrations=calibrations,
-        threshold=float(youden_threshold(y, calibrated)),
-        sensitive_threshold=float(sensitivity_threshold(y, calibrated, SENSITIVITY)),
+        calibration=decisions.calibration,
+        calibrations=decisions.calibrations,
+        threshold=decisions.threshold,
+        sensitive_threshold=decisions.sensitive_threshold,
         raw=raw,
-        probability=platt.apply(raw),
+        probability=decisions.calibration.apply(raw),
     )
+
+
+def _fit_decisions(train: pd.DataFrame) -> _Decisions:
+    """Fit calibrations and thresholds on out-of-fold predictions."""
+    out_of_fold, y = train["probability"].to_numpy(np.float64), train["label"].to_numpy(np.int8)
+    calibrations: dict[str, Calibration | IsotonicCalibration] = {
+        "none": Calibration(),
+        "platt": (platt := fit_platt(out_of_fold, y)),
+        "temperature": fit_temperature(out_of_fold, y),
+        "isotonic": fit_isotonic(out_of_fold, y),
+    }
+    calibrated = platt.apply(out_of_fold)
+    return _Decisions(
+        platt,
+        calibrations,
+        float(youden_threshold(y, calibrated)),
+        float(sensitivity_threshold(y, calibrated, SENSITIVITY)),
+    )
+
+
+def _read_decisions(document: Any, path: Path) -> _Decisions:
+    """Read what a run that trained nothing keeps of its model; see `prediction.external`."""
+    try:
+        calibrations = {
+            str(name): Calibration.from_dict(own) for name, own in document["calibrations"].items()
+        }
+        sensitive = document["sensitive_threshold"]
+        return _Decisions(
+            calibrations["platt"],
+            {"none": Calibration(), **calibrations},
+            float(document["threshold"]),
+            None if sensitive is None else float(sensitive),
+        )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise RunError(
+            f"run.json of {path} has decisions that cannot be read ({error}): it was damaged or "
+            "edited. Evaluate again into another --out."
+        ) from None
 
 
 def _on_rows(contender: Contender, table: pd.DataFrame, keys: pd.Index) -> Contender:
@@ -248,7 +292,7 @@ def _common_keys(tables: Sequence[pd.DataFrame], names: Sequence[str], level: st
     if not tables or not len(tables[0]):
         raise RunError(
             f"no labelled test {plural} in {', '.join(names)}. "
-            "Give the manifest test rows with labels and sweep again."
+            "Give the manifest test rows with labels, and make the run again."
         )
     common = tables[0].index
     for table in tables[1:]:

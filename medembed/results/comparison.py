@@ -1,6 +1,7 @@
 """Compare the heads of any number of runs on the test rows that they share."""
 
 from collections.abc import Sequence
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,17 @@ import numpy as np
 
 from medembed.errors import RunError
 from medembed.evaluation.delong import auroc_interval
-from medembed.evaluation.intervals import Variant, bootstrap_report, bootstrap_variants, plain
+from medembed.evaluation.intervals import (
+    Interval,
+    Variant,
+    bootstrap_report,
+    bootstrap_variants,
+    plain,
+)
 from medembed.evaluation.reliability import reliability
 from medembed.evaluation.scores import DECISION_SCORES
 from medembed.results.alignment import SENSITIVITY, Contender, TestSet, align_runs
+from medembed.results.deferral import find_deferrals
 from medembed.results.pairing import pair_rows, versus_best
 from medembed.results.runs import Run, open_run
 from medembed.results.series import find_depths, find_efficiency, find_seeds
@@ -27,6 +35,7 @@ __all__ = [
     "score_run",
 ]
 
+_NOT_KNOWN = dict.fromkeys(DECISION_SCORES, Interval(nan, nan, nan))
 DISCLAIMER = "Research software; not a medical device."
 
 
@@ -92,7 +101,8 @@ def compare_runs(
         ``level``, ``test`` (counts), ``runs`` (per run: left-out images, rows that fell out),
         ``rows`` (per head, best AUROC first: ``scores`` at Youden's threshold, ``at_half`` at 0.5,
         ``at_sensitivity``; ``confusion``; ``calibrations``; ``auroc_delong``; ``regions``,
-        ``mean_over_regions``, ``views``; ``versus_best``), ``paired`` (AUROC of every pair of
+        ``mean_over_regions``, ``views``; ``deferral`` and ``deferral_note``, see
+        `results.deferral`; ``versus_best``), ``paired`` (AUROC of every pair of
         trained heads, and of the best with each prior, with Holm's correction over all of them),
         ``seeds``, ``efficiency``, ``depths`` (see `results.series`), ``notes``. A score is
         ``{value, low, high}`` with null for what is not estimable.
@@ -105,6 +115,8 @@ def compare_aligned(
 ) -> dict[str, Any]:
     """Do what `compare_runs` does on what `align_runs` has returned for these runs."""
     rows = [_row(test_set, contender, n_resamples, seed) for contender in test_set.contenders]
+    deferrals = find_deferrals(runs, test_set, n_resamples, seed)
+    rows = [{**row, **deferrals[row["run"], row["head"]]} for row in rows]
     rows.sort(key=_by_auroc)
     paired = pair_rows(test_set, rows, n_resamples, seed)
     for i, row in enumerate(rows):
@@ -122,18 +134,18 @@ def compare_aligned(
         "rows": rows,
         "paired": list(paired.values()),
         "seeds": find_seeds(runs, test_set, n_resamples, seed),
-        "efficiency": find_efficiency(rows),
-        "depths": find_depths(rows),
+        "efficiency": find_efficiency(rows, runs, test_set),
+        "depths": find_depths(rows, runs, test_set),
     }
     return {**result, "notes": describe(result)}
 
 
-def score_run(run: Run) -> dict[str, Any]:
+def score_run(run: Run, *, n_resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
     """Return what a run keeps as its scores: a comparison with itself, without how long it took.
 
     Equal questions give equal scores; times are in `run.json`.
     """
-    result = compare_runs([run])
+    result = compare_runs([run], n_resamples=n_resamples, seed=seed)
     rows = [{k: v for k, v in row.items() if k != "seconds"} for row in result["rows"]]
     return {**result, "rows": rows}
 
@@ -218,7 +230,8 @@ def _at_sensitivity_and_calibrations(
         for name, calibration in contender.calibrations.items()
     }
     variants = {name: Variant(values, 0.5, ("brier", "ece")) for name, values in calibrated.items()}
-    variants["sensitive"] = Variant(contender.probability, cut, DECISION_SCORES)
+    if cut is not None:
+        variants["sensitive"] = Variant(contender.probability, cut, DECISION_SCORES)
     scores = bootstrap_variants(y, variants, patients, n_resamples=n_resamples, seed=seed)
     bins = {
         name: reliability(y, values, patients, n_resamples=n_resamples, seed=seed)
@@ -228,7 +241,7 @@ def _at_sensitivity_and_calibrations(
         "at_sensitivity": {
             "target": SENSITIVITY,
             "threshold": cut,
-            "scores": scores["sensitive"],
+            "scores": scores.get("sensitive", _NOT_KNOWN),
         },
         "calibrations": {
             name: {**scores[name], "bins": bins[name].to_dict("records")} for name in calibrated

@@ -21,6 +21,7 @@ from medembed.files import write_atomically
 from medembed.results import page_tables as tables
 from medembed.results.alignment import align_runs
 from medembed.results.comparison import DISCLAIMER, compare_aligned, open_runs
+from medembed.results.external import find_external
 from medembed.results.figures import Plot, plot_all
 from medembed.results.gallery import FindThumbnails, find_mistakes, show_mistakes
 from medembed.results.pairing import row_name
@@ -89,7 +90,8 @@ def write_report(
         describe_run(run, about["name"]) for run, about in zip(runs, result["runs"], strict=True)
     ]
     gallery = show_mistakes(find_mistakes(result, test_set), find_thumbnails)
-    page = _render(result, plots, abouts, gallery, date or dt.datetime.now(dt.UTC).date())
+    external, date = find_external(runs), date or dt.datetime.now(dt.UTC).date()
+    page = _render(result, plots, abouts, gallery, external, date)
     figures_path = out / "figures"
     figures_path.mkdir(parents=True, exist_ok=True)
     written = [path for plot in plots for path in _write_plot(plot, figures_path)]
@@ -102,6 +104,7 @@ def _render(
     plots: list[Plot],
     abouts: list[dict[str, Any]],
     gallery: dict[str, Any],
+    external: list[dict[str, Any]],
     date: dt.date,
 ) -> str:
     environment = Environment(
@@ -121,11 +124,13 @@ def _render(
         pairs=tables.tabulate_pairs(result),
         decisions=tables.tabulate_decisions(result),
         calibrations=tables.tabulate_calibrations(result),
+        deferrals=tables.tabulate_deferrals(result),
         seeds=tables.tabulate_seeds(result),
         by_region=tables.tabulate_groups(result, "region"),
         by_views=tables.tabulate_groups(result, "views"),
         plots={plot.name: _embed(plot) for plot in plots},
         gallery=gallery,
+        external=external,
         runs=abouts,
         command=_command(result),
         notes=[*result["notes"][:-1], *METHOD_NOTES, DISCLAIMER],

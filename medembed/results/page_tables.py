@@ -16,6 +16,7 @@ from medembed.results.tables import (
 __all__ = [
     "tabulate_calibrations",
     "tabulate_decisions",
+    "tabulate_deferrals",
     "tabulate_groups",
     "tabulate_heads",
     "tabulate_pairs",
@@ -36,6 +37,12 @@ DECISIONS = {
     "sensitivity": "Sensitivity [95 %]",
     "specificity": "Specificity [95 %]",
     "kappa": "κ [95 %]",
+}
+DEFERRALS = {
+    "coverage_normal": "Normal covered [95 %]",
+    "coverage_abnormal": "Abnormal covered [95 %]",
+    "deferred": "Deferred [95 %]",
+    "error": "Decided wrongly [95 %]",
 }
 CALIBRATIONS = {
     "none": "none",
@@ -73,14 +80,10 @@ def tabulate_decisions(result: dict[str, Any]) -> dict[str, Any]:
     rows = []
     for row in _trained(result):
         sensitive = row["at_sensitivity"]
-        cuts = (
-            (f"Youden, {row['threshold']:.3f}", row["scores"]),
-            ("0.5", row["at_half"]),
-            (
-                f"Sensitivity {sensitive['target']:g}, {sensitive['threshold']:.3f}",
-                sensitive["scores"],
-            ),
-        )
+        cuts = [(f"Youden, {row['threshold']:.3f}", row["scores"]), ("0.5", row["at_half"])]
+        if sensitive["threshold"] is not None:
+            title = f"Sensitivity {sensitive['target']:g}, {sensitive['threshold']:.3f}"
+            cuts.append((title, sensitive["scores"]))
         for i, (cut, scores) in enumerate(cuts):
             cells = [format_interval(scores[score]) for score in DECISIONS]
             spanned = {"n_spanning": 1, "span": len(cuts) if i == 0 else 0}
@@ -93,18 +96,47 @@ def tabulate_decisions(result: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def tabulate_deferrals(result: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what each trained head's prediction sets do on test, None where none has any.
+
+    ``without`` says of each head that has none why.
+    """
+    able = [row for row in _trained(result) if row["deferral"]]
+    if not able:
+        return None
+    rows = []
+    for row in able:
+        lines = [["none deferred", MISSING, MISSING, MISSING, format_interval(_complement(row))]]
+        lines += [
+            [f"{100 * own['nominal']:g} %", *(format_interval(own[share]) for share in DEFERRALS)]
+            for own in row["deferral"]["levels"]
+        ]
+        for i, cells in enumerate(lines):
+            spanned = {"n_spanning": 1, "span": 0 if i else len(lines)}
+            rows.append({"cells": [_name(result, row), *cells], **spanned})
+    others = [row for row in _trained(result) if not row["deferral"]]
+    return {
+        "title": "What each promised coverage gives on test: shares of normal, abnormal, all and "
+        "decided studies; where none is deferred, Youden's threshold decides",
+        "columns": ["Head", "Promised coverage", *DEFERRALS.values()],
+        "rows": rows,
+        "without": [f"{_name(result, row)}: {row['deferral_note']}" for row in others],
+    }
+
+
 def tabulate_calibrations(result: dict[str, Any]) -> dict[str, Any]:
     """Return Brier score and calibration error of each trained head before and after scaling."""
     rows = []
     for row in _trained(result):
-        for i, (method, title) in enumerate(CALIBRATIONS.items()):
-            found = row["calibrations"][method]
+        known = [method for method in CALIBRATIONS if method in row["calibrations"]]
+        for i, method in enumerate(known):
+            found, title = row["calibrations"][method], CALIBRATIONS[method]
             cells = [
                 _name(result, row),
                 title,
                 *(format_interval(found[s]) for s in ("brier", "ece")),
             ]
-            rows.append({"cells": cells, "n_spanning": 1, "span": 0 if i else len(CALIBRATIONS)})
+            rows.append({"cells": cells, "n_spanning": 1, "span": 0 if i else len(known)})
     return {
         "title": "Calibration before and after scaling, fitted on out-of-fold predictions of train",
         "columns": ["Head", "Scaling", "Brier [95 %]", "ECE [95 %]"],
@@ -162,6 +194,13 @@ def tabulate_groups(result: dict[str, Any], by: str) -> dict[str, Any]:
         for row in section
     ]
     return {"title": table.title, "columns": table.columns, "rows": rows}
+
+
+def _complement(row: dict[str, Any]) -> dict[str, float | None]:
+    """Return the share of wrong decisions where every study is decided."""
+    ends = {"value": "value", "low": "high", "high": "low"}
+    accuracy = row["scores"]["accuracy"]
+    return {a: None if accuracy[b] is None else 1 - accuracy[b] for a, b in ends.items()}
 
 
 def _trained(result: dict[str, Any]) -> Sequence[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,8 +53,12 @@ def find_seeds(
     ]
 
 
-def find_efficiency(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def find_efficiency(
+    rows: Sequence[dict[str, Any]], runs: Sequence[Run], test_set: TestSet
+) -> list[dict[str, Any]]:
     """Return each head's scores by the share of training patients, where it was given several.
+
+    Runs of one encoder are one series, those of another another.
 
     Returns
     -------
@@ -61,42 +66,58 @@ def find_efficiency(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         ``head`` and ``points``, fewest patients first: ``run``, ``train_fraction``,
         ``n_train_patients``, ``auroc``, ``macro_f1``.
     """
-    return _series(rows, "train_fraction", ("train_fraction", "n_train_patients"))
+    encoders = _name_encoders(runs, test_set)
+    return _series(rows, "train_fraction", ("train_fraction", "n_train_patients"), encoders)
 
 
-def find_depths(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def find_depths(
+    rows: Sequence[dict[str, Any]], runs: Sequence[Run], test_set: TestSet
+) -> list[dict[str, Any]]:
     """Return each head's scores by the number of encoder blocks trained with it.
+
+    Runs of one encoder are one series, those of another another: a CNN of which everything was
+    trained is no depth of a vision transformer.
 
     Returns
     -------
     list of dict
-        ``head`` (without its depth: "unfreeze" of "unfreeze-2", "unfreeze-s1" of "unfreeze-2-s1")
-        and ``points``, shallowest first: ``run``, ``depth``, ``auroc``, ``macro_f1``.
+        ``head`` (without its depth: "unfreeze" of "unfreeze-2", "unfreeze-s1" of "unfreeze-2-s1";
+        with its encoder's name where there are several series of that head; "lora8" of "lora8-2",
+        adapters in so many blocks, is another head) and ``points``,
+        shallowest first: ``run``, ``depth``, ``auroc``, ``macro_f1``.
     """
-    return _series(rows, "depth", ("depth",))
+    return _series(rows, "depth", ("depth",), _name_encoders(runs, test_set))
+
+
+def _name_encoders(runs: Sequence[Run], test_set: TestSet) -> dict[str, str]:
+    """Return the encoder of each run, by the run's name: its source, and revision if it has one."""
+    known = [run.info.get("encoder") or {} for run in runs]
+    words = [[str(own[name]) for name in ("source", "revision") if own.get(name)] for own in known]
+    return dict(zip(test_set.dropped, ("@".join(own) for own in words), strict=True))
 
 
 def _series(
-    rows: Sequence[dict[str, Any]], by: str, names: tuple[str, ...]
+    rows: Sequence[dict[str, Any]], by: str, names: tuple[str, ...], encoders: dict[str, str]
 ) -> list[dict[str, Any]]:
-    heads: dict[str, list[dict[str, Any]]] = {}
+    heads: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         if not row["baseline"] and row[by] is not None:
             head = row["head"]
             if by == "depth":
                 head = re.sub(rf"-{row['depth']}(?=$|-s\d+$)", "", head)
-            heads.setdefault(head, []).append(row)
+            heads.setdefault((head, encoders[row["run"]]), []).append(row)
+    found = {key: own for key, own in heads.items() if len({row[by] for row in own}) > 1}
+    times = Counter(head for head, _ in found)
     return [
         {
-            "head": head,
+            "head": head if times[head] == 1 else f"{head} of {encoder}",
             "points": [
                 {name: row[name] for name in ("run", *names)}
                 | {score: row["scores"][score] for score in SPREAD_SCORES}
                 for row in sorted(own, key=lambda row: (row[by], row["run"]))
             ],
         }
-        for head, own in heads.items()
-        if len({row[by] for row in own}) > 1
+        for (head, encoder), own in found.items()
     ]
 
 

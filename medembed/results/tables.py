@@ -22,6 +22,7 @@ __all__ = [
     "format_value",
     "make_table",
     "render",
+    "render_terminal",
     "share_of_train",
 ]
 
@@ -110,7 +111,7 @@ def render(
         return _csv(result, by)
     table = make_table(result, by)
     if table_format == "table":
-        return _terminal(table, width)
+        return render_terminal(table, width)
     return _markdown(table) if table_format == "markdown" else _latex(table)
 
 
@@ -209,7 +210,8 @@ def _p_value(row: dict[str, Any]) -> str:
     return f"{text} ≈" if row["versus_best"]["tied"] else text
 
 
-def _terminal(table: Table, width: int) -> str:
+def render_terminal(table: Table, width: int) -> str:
+    """Write a table for a terminal of so many columns, with its notes below."""
     from rich import box
     from rich.console import Console
     from rich.table import Table as RichTable
@@ -227,7 +229,10 @@ def _terminal(table: Table, width: int) -> str:
         grid.add_section()
     output = io.StringIO()
     console = Console(file=output, width=width, color_system=None, force_terminal=False)
-    console.print(grid)
+    if table.rows:
+        console.print(grid)
+    else:
+        console.print(Text(table.title))
     for note in table.notes:
         console.print(Text(_printable(note)))
     return "\n".join(line.rstrip() for line in output.getvalue().splitlines())

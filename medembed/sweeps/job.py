@@ -24,11 +24,12 @@ from medembed.results.provenance import (
     summarise_data,
 )
 from medembed.results.runs import Run, create_run
+from medembed.sweeps.finishing import finish
 from medembed.sweeps.plan import plan_batches
 from medembed.sweeps.pool import BACKENDS
 from medembed.sweeps.rows import VERSIONED, Asked, SweepRows, list_poolings
 from medembed.sweeps.trials import Ledger, run_batches
-from medembed.sweeps.winners import choose, finish, standings
+from medembed.sweeps.winners import choose, standings
 
 __all__ = ["sweep"]
 

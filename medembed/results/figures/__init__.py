@@ -10,6 +10,7 @@ from medembed.results.alignment import TestSet
 from medembed.results.figures.calibration import plot_calibration
 from medembed.results.figures.cost import plot_cost
 from medembed.results.figures.decisions import plot_confusion
+from medembed.results.figures.deferral import plot_deferral
 from medembed.results.figures.groups import plot_regions, plot_views
 from medembed.results.figures.plotting import Plot
 from medembed.results.figures.ranking import plot_precision_recall, plot_roc
@@ -21,6 +22,7 @@ __all__ = [
     "plot_calibration",
     "plot_confusion",
     "plot_cost",
+    "plot_deferral",
     "plot_depths",
     "plot_efficiency",
     "plot_precision_recall",
@@ -49,6 +51,7 @@ def plot_all(result: dict[str, Any], test_set: TestSet) -> list[Plot]:
             plot_views,
             plot_confusion,
             plot_calibration,
+            plot_deferral,
             plot_depths,
             plot_efficiency,
         )

@@ -1,5 +1,6 @@
 """Scores over what was given to the heads: unfrozen blocks of the encoder, training patients."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -90,6 +91,7 @@ EFFICIENCY = _Trend(
 def plot_depths(result: dict[str, Any]) -> Plot | None:
     """Draw AUROC and F1 over the number of encoder blocks that were trained with the head.
 
+    Adapters in so many blocks ("lora8") are a series of their own, which the caption explains.
     Returns None where no head was trained at several depths, or nothing is estimable.
     """
     return _plot_trend(result, result.get("depths") or [], DEPTHS, lambda depth, _: f"{depth}")
@@ -139,8 +141,8 @@ def _plot_trend(
         trend.name,
         trend.title,
         draw,
-        caption=f"{describe_test(result)} Bars: 95 % intervals.{_describe_lines(series, trend)} "
-        f"{draws}",
+        caption=f"{describe_test(result)} Bars: 95 % intervals.{_describe_lines(series, trend)}"
+        f"{_describe_adapters(series)} {draws}",
         alt=f"{trend.title} on test, with 95 % intervals. {'; '.join(numbers)}.",
         csv=_write_points(series),
     )
@@ -212,6 +214,15 @@ def _describe_lines(series: Series, trend: _Trend) -> str:
     if max(n for own in counts for n in own.values()) == 1:
         return ""
     return " Lines join the means of runs that stand at one place."
+
+
+def _describe_adapters(series: Series) -> str:
+    found = [re.match(r"lora(\d+)(?=$|-s\d| of )", own["head"]) for own in series]
+    ranks = sorted({int(match[1]) for match in found if match})
+    if not ranks:
+        return ""
+    names = ", ".join(f"lora{rank}" for rank in ranks)
+    return f" {names}: adapters of that rank train in those blocks, not the blocks themselves."
 
 
 def _write_points(series: Series) -> str:

@@ -1,0 +1,341 @@
+"""Measure what fine-tuning costs: the trunk cache, the depth of a frozen encoder, LoRA.
+
+    .venv/bin/python bench/finetuning.py --out bench/results/finetuning.json
+    .venv/bin/python bench/finetuning.py --images 40 --runs 1            # does it all work?
+
+Everything is made up: images of noise, and SigLIP towers of random weights (112 pixels, patch 14,
+hidden size 192, 3 heads, MLP of 768), on one thread of a CPU, in fp32, without augmentation.
+
+- `trunk`: seconds of an epoch, steps and the held-out patients' score, as the ledger records them;
+  with the trunk cache and without it, the last 1 and the last 2 of 6 blocks, unfrozen and by LoRA
+  of rank 8. All variants take turns in one process. `ratios` has the medians' ratio; `counted`
+  beside it is that of multiplications: a trained block costs its forward pass three times (forward,
+  and two products of that size backward), a frozen one once, held-out images one forward pass.
+  What is counted is the tower alone: the head, AdamW and reading come on top in both variants.
+- `memory`: what steps need beyond what lies there before the first of them (the weights, the
+  images, the libraries), by depth of the encoder. `kept` is what one step of 32 images keeps for
+  its backward pass, but parameters, counted tensor by tensor through
+  `torch.autograd.graph.saved_tensors_hooks`; `gradients` and AdamW's `moments` are counted after
+  it. `grown` is measured: a process of its own takes three steps, after its peak of resident
+  memory was reset (Linux, /proc/self/clear_refs), and tells that peak less what was resident
+  before. Head alone, and everything for comparison. A forward pass without a graph needs the
+  activations of one block at a time, which is in `grown`.
+- `parameters`: how many numbers train, counted; of MedGemma's tower by its config alone.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from safetensors.torch import save_file
+
+from measuring import alternate, write_results
+from medembed.dataset.manifest import Manifest
+from medembed.encoders.hub import resolve_checkpoint
+from medembed.encoders.loading import load_encoder
+from medembed.encoders.preprocessing import PROCESSOR_FILES
+from medembed.finetuning import Recipe
+from medembed.finetuning.images import Images, read_images
+from medembed.finetuning.network import Network
+from medembed.finetuning.recipe import Depth
+from medembed.finetuning.rows import TrainRows, choose_rows
+from medembed.finetuning.starting import draw_start
+from medembed.finetuning.training import Trainer
+from medembed.finetuning.trunk import TokenImages, TrunkEncoder, fill_trunk_cache
+from standin import write_images
+
+SIDE, PATCH = 112, 14
+TOWER = {"hidden_size": 192, "intermediate_size": 768, "num_attention_heads": 3}
+N_BLOCKS = 6
+DEPTHS = (1, 2)
+RANK = 8
+BATCH = 32
+RECIPE = Recipe(epochs=1, batch_size=BATCH, augment=False)
+MEMORY_BLOCKS = (6, 12, 24)
+MEDGEMMA = {"hidden_size": 1152, "intermediate_size": 4304, "side": 896, "blocks": 27}
+POOLINGS = ("mean", "max")
+
+Shape = dict[str, int]
+
+
+def make_tower(directory: Path, n_blocks: int) -> Path:
+    """Save a MedGemma-like checkpoint that holds a SigLIP tower of random weights alone."""
+    demo = resolve_checkpoint("demo").path
+    directory.mkdir(parents=True)
+    config = json.loads((demo / "config.json").read_text())
+    config["vision_config"] |= {**TOWER, "num_hidden_layers": n_blocks}
+    config["vision_config"] |= {"image_size": SIDE, "patch_size": PATCH}
+    (directory / "config.json").write_text(json.dumps(config))
+    for name in PROCESSOR_FILES:
+        if (demo / name).is_file():
+            processor = json.loads((demo / name).read_text())
+            processor["size"] = {"height": SIDE, "width": SIDE}
+            (directory / name).write_text(json.dumps(processor))
+    torch.manual_seed(0)
+    own = transformers.SiglipVisionConfig(**config["vision_config"])
+    state = transformers.SiglipVisionModel(own).state_dict()
+    named = {f"vision_tower.{name.removeprefix('vision_model.')}": t for name, t in state.items()}
+    save_file(named, directory / "model.safetensors", {"format": "pt"})
+    return directory
+
+
+def make_rows(home: Path, n_images: int) -> tuple[Manifest, TrainRows]:
+    """Write images of as many patients; a tenth is for testing, a fifth of the rest held out."""
+    manifest = write_images(home / "images", n_images, SIDE, SIDE)
+    number = np.arange(n_images)
+    rows = manifest.rows.assign(split=np.where(number % 10 == 9, "test", "train"))
+    rows["label"] = rows["label"].where(number % 2 == 0, 1)
+    manifest = replace(manifest, rows=rows)
+    return manifest, choose_rows(manifest, 5, 0)
+
+
+def make_network(encoder: Any, depth: int, recipe: Recipe, n_cut: int | None = None) -> Network:
+    """Build a network whose fresh head reads columns as they are."""
+    width = sum(encoder.dimensions[name][0] for name in POOLINGS)
+    columns = np.random.default_rng(0).normal(size=(64, width)).astype(np.float32)
+    start = draw_start(columns, np.arange(64), 0)
+    return Network(encoder, Depth(depth), recipe, POOLINGS, start, n_cut)
+
+
+# The trunk cache, and LoRA
+
+
+def measure_epochs(home: Path, n_images: int, n_runs: int) -> dict[str, Any]:
+    encoder: Any = load_encoder(make_tower(home / "tower", N_BLOCKS), device="cpu")
+    manifest, rows = make_rows(home, n_images)
+    pixels, _ = read_images(rows.rows, home / "images", encoder.preprocessing, home)
+    jobs: dict[str, Callable[[], float]] = {}
+    parameters: dict[str, int] = {}
+    sizes: dict[str, float] = {}
+    for depth in DEPTHS:
+        n_cut = N_BLOCKS - depth
+        trunk = TrunkEncoder(encoder, n_cut, "fp32")
+        cache = fill_trunk_cache(home / "trunk", trunk, manifest, home / "images")
+        sizes[str(depth)] = round(cache.spec.row_bytes() * len(rows) / 1e6, 2)
+        for name, lora in (("unfreeze", None), (f"lora{RANK}", RANK)):
+            recipe = replace(RECIPE, lora=lora)
+            network = make_network(encoder, depth, recipe)
+            parameters[f"{name}-{depth}"] = network.n_trainable - count(network.head)
+            for how, images, cut in (
+                ("plain", pixels, None),
+                ("cached", TokenImages(cache, rows.rows), n_cut),
+            ):
+                jobs[f"{name}-{depth}, {how}"] = time_epoch(
+                    encoder, depth, recipe, cut, images, rows, home
+                )
+    seconds = alternate(jobs, n_runs)
+    middle = {name: statistics.median(own) for name, own in seconds.items()}
+    return {
+        "images": {"trained": len(rows.fitted), "held_out": len(rows.held)},
+        "blocks": N_BLOCKS,
+        "seconds": seconds,
+        "median": middle,
+        "ratios": {
+            name: round(middle[f"{name}, plain"] / middle[f"{name}, cached"], 2)
+            for name in parameters
+        },
+        "counted": {
+            str(depth): round(count_ratio({**TOWER, "side": SIDE}, N_BLOCKS, depth, 0.2, PATCH), 2)
+            for depth in DEPTHS
+        },
+        "lora_vs_unfreezing": {
+            f"{depth}, {how}": round(
+                middle[f"lora{RANK}-{depth}, {how}"] / middle[f"unfreeze-{depth}, {how}"], 2
+            )
+            for depth in DEPTHS
+            for how in ("plain", "cached")
+        },
+        "cache_mb": sizes,
+        "parameters": parameters,
+    }
+
+
+def count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def time_epoch(
+    encoder: Any,
+    depth: int,
+    recipe: Recipe,
+    n_cut: int | None,
+    images: Images,
+    rows: TrainRows,
+    home: Path,
+) -> Callable[[], float]:
+    """Make the job of training one epoch from the start, as long as the ledger says it took."""
+
+    def job() -> float:
+        network = make_network(encoder, depth, recipe, n_cut)
+        path = home / "state.safetensors"
+        path.unlink(missing_ok=True)
+        trainer = Trainer(network, rows, images, seed=0, name="x", state_path=path, key="x")
+        return trainer.train().counters.seconds
+
+    return job
+
+
+def block_products(shape: Shape, n_tokens: int) -> int:
+    """Count the multiplications of a block's forward pass for one image."""
+    d, m = shape["hidden_size"], shape["intermediate_size"]
+    return n_tokens * (4 * d * d + 2 * d * m) + 2 * n_tokens * n_tokens * d
+
+
+def count_ratio(shape: Shape, n_blocks: int, depth: int, held: float, patch: int = 14) -> float:
+    """Give the multiplications of an epoch without the trunk cache over those with it.
+
+    Parameters
+    ----------
+    held : float
+        Share of the images that are held out and seen once.
+    """
+    n_tokens = (shape["side"] // patch) ** 2
+    block = block_products(shape, n_tokens)
+    embedding = n_tokens * shape["hidden_size"] * 3 * patch * patch
+    below = embedding + (n_blocks - depth) * block
+    top = depth * block * (3 * (1 - held) + held)
+    return (below + top) / top
+
+
+# Memory
+
+
+def measure_memory() -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for what in ("head alone", "everything"):
+        for n_blocks in MEMORY_BLOCKS:
+            with tempfile.TemporaryDirectory() as name:
+                tower = make_tower(Path(name) / "tower", n_blocks)
+                command = [sys.executable, __file__, "--child", str(tower), what]
+                done = subprocess.run(command, check=True, capture_output=True, text=True)
+            found.setdefault(what, {})[str(n_blocks)] = json.loads(done.stdout)
+    return found
+
+
+def measure_steps(tower: Path, what: str) -> dict[str, float]:
+    """Take steps in this process, and tell what they needed, in MB."""
+    encoder: Any = load_encoder(tower, device="cpu", precision="fp32")
+    n_blocks = len(encoder.model.encoder.layers)
+    network = make_network(encoder, n_blocks if what == "everything" else 0, RECIPE)
+    del encoder
+    drawn = np.random.default_rng(0).integers(0, 256, (BATCH, SIDE, SIDE), np.uint8)
+    pixels, y = torch.from_numpy(drawn), torch.arange(BATCH) % 2
+    own = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(own)
+    network.set_training(True)
+    Path("/proc/self/clear_refs").write_text("5")
+    before, _ = resident()
+    for _ in range(3):
+        optimizer.zero_grad(set_to_none=True)
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(network(pixels), y.float())
+        loss.backward()
+        optimizer.step()
+    _, peak = resident()
+    moments = [t for state in optimizer.state.values() for t in state.values()]
+    return {
+        "weights": megabytes(sum(p.nbytes for p in network.tower.parameters())),
+        "kept": megabytes(kept_bytes(network, pixels)),
+        "gradients": megabytes(sum(p.grad.nbytes for p in own if p.grad is not None)),
+        "moments": megabytes(sum(t.nbytes for t in moments)),
+        "grown": megabytes(peak - before),
+    }
+
+
+def resident() -> tuple[int, int]:
+    """Return the bytes that this process has in memory, and the most that it had."""
+    status = Path("/proc/self/status").read_text()
+    now, peak = (
+        1024 * int(status.partition(f"{name}:")[2].split()[0]) for name in ("VmRSS", "VmHWM")
+    )
+    return now, peak
+
+
+def kept_bytes(network: Network, pixels: torch.Tensor) -> int:
+    """Count what a step keeps for its backward pass, each memory once, but the parameters."""
+    own = {parameter.data_ptr() for parameter in network.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.data_ptr() not in own:
+            kept[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        network(pixels).sum()
+    return sum(kept.values())
+
+
+def megabytes(n_bytes: float) -> float:
+    return round(n_bytes / 1e6, 2)
+
+
+# Parameters
+
+
+def count_medgemma(depth: int) -> dict[str, int]:
+    """Count what trains in MedGemma's tower: blocks with the norm after them, or adapters."""
+    d, m = MEDGEMMA["hidden_size"], MEDGEMMA["intermediate_size"]
+    block = 4 * (d * d + d) + (d * m + m) + (m * d + d) + 4 * d
+    adapters = RANK * (4 * (d + d) + 2 * (d + m))
+    return {f"unfreeze-{depth}": depth * block + 2 * d, f"lora{RANK}-{depth}": depth * adapters}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--images", type=int, default=320)
+    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    if given.child:
+        print(json.dumps(measure_steps(Path(given.child[0]), given.child[1])))
+        return
+    start = time.perf_counter()
+    memory = measure_memory()
+    print(json.dumps(memory), flush=True)
+    home = Path(tempfile.mkdtemp())
+    try:
+        epochs = measure_epochs(home, given.images, given.runs)
+    finally:
+        shutil.rmtree(home)
+    counted = {str(depth): round(count_ratio(MEDGEMMA, 27, depth, 0.0), 2) for depth in DEPTHS}
+    head = memory["head alone"]
+    results = {
+        "ratios": {
+            "trunk_cache_last_1_of_6": epochs["ratios"]["unfreeze-1"],
+            "trunk_cache_last_1_of_6_counted": epochs["counted"]["1"],
+            "trunk_cache_last_2_of_27_counted": counted["2"],
+            "head_alone_grown_24_vs_6_blocks": round(head["24"]["grown"] / head["6"]["grown"], 2),
+            "lora_vs_unfreezing_last_2_seconds": epochs["lora_vs_unfreezing"]["2, cached"],
+        },
+        "synthetic": True,
+        "tower": {**TOWER, "side": SIDE, "patch": PATCH},
+        "trunk": epochs,
+        "medgemma": {
+            "counted": counted,
+            "parameters": {k: v for depth in DEPTHS for k, v in count_medgemma(depth).items()},
+        },
+        "memory_mb": memory,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    if given.out:
+        write_results(given.out, results)
+    else:
+        print(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    main()

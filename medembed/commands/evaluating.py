@@ -1,0 +1,61 @@
+"""`medembed evaluate`."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import click
+
+from medembed.commands.options import PATH, json_option, seed_option
+from medembed.console import print_json, say
+
+__all__ = ["evaluate_command"]
+
+PIPED_COLUMNS = 80
+
+
+@click.command("evaluate")
+@click.argument("model_path", metavar="MODEL", type=PATH)
+@click.argument("cache_path", metavar="CACHE", type=PATH)
+@click.argument("manifest_path", metavar="MANIFEST", type=PATH)
+@click.option("--out", type=PATH, required=True, help="The run directory to write.")
+@click.option(
+    "--split",
+    type=click.Choice(["train", "test"]),
+    help="Score these rows of the manifest only, in place of all.",
+)
+@click.option(
+    "--recalibrate",
+    metavar="N",
+    type=click.IntRange(min=1),
+    help="Calibrate anew on N labelled patients, drawn by seed, and score the others.",
+)
+@seed_option
+@json_option
+def evaluate_command(
+    model_path: Path,
+    cache_path: Path,
+    manifest_path: Path,
+    out: Path,
+    split: str | None,
+    recalibrate: int | None,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Try MODEL, such as RUN/models/mlp, on images of another institution.
+
+    Says how its scores, its calibration and the embeddings differ from those it was trained and
+    tested on. Images that it was trained on are refused.
+    """
+    from medembed.prediction.external import evaluate
+    from medembed.results.external import render_external
+
+    found = evaluate(
+        model_path, cache_path, manifest_path, out, split=split, recalibrate=recalibrate, seed=seed
+    )
+    if as_json:
+        print_json(found)
+    else:
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else PIPED_COLUMNS
+        click.echo(render_external(found, width))
+        say(f"Run: {out}")

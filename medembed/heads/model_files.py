@@ -1,0 +1,208 @@
+"""The files of a packaged model, as bytes from a stranger: named, measured and checked, then read.
+
+A directory holds `model.json`, one payload, and at most a reference and a README.md, each a plain
+file. Whatever else is there, or is larger than a head can be, is refused before anything parses it.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from medembed.errors import ModelError, PathNotFoundError
+
+__all__ = [
+    "MODEL_FILE",
+    "README_FILE",
+    "REFERENCE_FILE",
+    "TENSOR_FILE",
+    "TEXT_FILE",
+    "check_names",
+    "describe_file",
+    "pack_tensors",
+    "parse_json",
+    "read_described",
+    "read_plain",
+]
+
+MODEL_FILE = "model.json"
+TENSOR_FILE = "head.safetensors"
+TEXT_FILE = "booster.txt"
+REFERENCE_FILE = "reference.safetensors"
+README_FILE = "README.md"
+
+#: A head of 4,096 units on 16 cells of 3,456 columns is 0.9 GB; 100,000 trees are 200 MB; a
+#: million training images' codes are 20 MB of `model.json`.
+_LIMITS = {
+    MODEL_FILE: 1 << 26,
+    TENSOR_FILE: 1 << 30,
+    TEXT_FILE: 1 << 28,
+    REFERENCE_FILE: 1 << 26,
+    README_FILE: 1 << 20,
+}
+#: A list or table of JSON takes a hundred times the memory of its two brackets in the file.
+_MAX_BRACKETS = 200_000
+#: Python's own reader goes as deep as the stack; ours writes eight levels.
+_MAX_DEPTH = 64
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+def check_names(directory: Path) -> None:
+    """Refuse a directory that holds something else than a model's files.
+
+    Hidden files, which systems leave, and a killed writer's, are passed over and never read.
+
+    Raises
+    ------
+    PathNotFoundError
+        There is no such directory, or no `model.json` in it.
+    ModelError
+        Names the first that does not belong there.
+    """
+    if not directory.is_dir() or not os.path.lexists(directory / MODEL_FILE):
+        raise PathNotFoundError(f"no model at {directory}: {MODEL_FILE} is not there")
+    for entry in sorted(os.scandir(directory), key=lambda entry: entry.name):
+        if entry.name.startswith("."):
+            continue
+        if entry.name not in _LIMITS:
+            raise ModelError(
+                f"{directory} holds {entry.name!r}, which is no part of a model. Move it elsewhere"
+            )
+        if not entry.is_file(follow_symlinks=False):
+            raise ModelError(f"{directory / entry.name} is missing or not a plain file")
+
+
+def read_plain(path: Path) -> bytes:
+    """Read one of a model's files, whose name decides how large it may be.
+
+    Raises
+    ------
+    ModelError
+        It is missing, a link or a device, or too large.
+    """
+    try:
+        # neither a link that was put there since, nor a pipe that nobody writes to
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        raise ModelError(f"{path.name} is missing or not a plain file") from None
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise ModelError(f"{path.name} is missing or not a plain file")
+        limit = _LIMITS[path.name]
+        if status.st_size > limit:
+            raise ModelError(
+                f"{path.name} has {status.st_size:,} bytes; more than {limit:,} are not read"
+            )
+        return file.read(limit)
+
+
+def parse_json(data: bytes) -> Any:
+    """Parse JSON as this package writes it: no NaN, no key twice, neither deep nor many-branched.
+
+    Raises
+    ------
+    ModelError
+        It is not, or not JSON at all.
+    """
+    if data.count(b"[") + data.count(b"{") > _MAX_BRACKETS:
+        raise ModelError(f"is not read: it holds more than {_MAX_BRACKETS:,} lists and tables")
+    if _SURROGATE.search(data):
+        raise ModelError("is not read: it holds half of a character")
+    try:
+        document = json.loads(
+            data,
+            parse_float=_finite,
+            parse_constant=_finite,
+            object_pairs_hook=_without_twins,
+        )
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"is not JSON: {error}") from error
+    _check_depth(document)
+    return document
+
+
+def pack_tensors(arrays: Mapping[str, np.ndarray]) -> bytes:
+    """Return arrays as safetensors; equal ones give equal bytes."""
+    return safetensors.numpy.save({k: np.ascontiguousarray(array) for k, array in arrays.items()})
+
+
+def describe_file(name: str, data: bytes) -> dict[str, Any]:
+    """Return what `model.json` says of a file beside it."""
+    return {"file": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def read_described(
+    what: str, entry: Any, directory: Path, names: tuple[str, ...]
+) -> dict[str, np.ndarray] | str:
+    """Read a file that `model.json` describes, as arrays, or as text if it is a booster's.
+
+    Parameters
+    ----------
+    what : str
+        Its key, for messages.
+    names : tuple of str
+        What it may be called.
+
+    Raises
+    ------
+    ModelError
+        Another name, size or hash, or bytes that are not what the name says.
+    """
+    if not isinstance(entry, dict) or set(entry) != {"file", "bytes", "sha256"}:
+        raise ModelError(f"{what} does not hold exactly file, bytes and sha256")
+    # the name decides the parser, and is never a path that a stranger chose
+    name = entry["file"]
+    if name not in names:
+        raise ModelError(f"{what} {name!r} is neither of {', '.join(names)}")
+    data = read_plain(directory / name)
+    if len(data) != entry["bytes"]:
+        raise ModelError(f"{name} has {len(data)} bytes, {entry['bytes']!r} are recorded")
+    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+        raise ModelError(f"{name} is damaged: its SHA-256 is not the one recorded")
+    try:
+        return data.decode("ascii") if name == TEXT_FILE else safetensors.numpy.load(data)
+    except (
+        *(UnicodeDecodeError, safetensors.SafetensorError),
+        *(KeyError, ValueError, TypeError, AttributeError, OverflowError, MemoryError),
+    ) as error:
+        raise ModelError(f"{name} cannot be read: {error}") from error
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no finite number")
+    return value
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a table holds a key twice")
+    return found
+
+
+def _check_depth(document: Any) -> None:
+    level: list[Any] = [document]
+    for _ in range(_MAX_DEPTH):
+        nested = [part for part in level if isinstance(part, dict | list)]
+        level = [
+            inner
+            for part in nested
+            for inner in (part.values() if isinstance(part, dict) else part)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return
+    raise ModelError(f"is not read: it is nested more than {_MAX_DEPTH} levels deep")

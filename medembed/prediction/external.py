@@ -1,0 +1,334 @@
+"""Try a packaged model on another institution's images: a run like every other, and what changed.
+
+Nothing is trained: the run keeps how the model turns scores into decisions, so that `compare` and
+`report` take it alone and beside others.
+"""
+
+import hashlib
+import json
+import shlex
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from medembed.cache.embeddings import Embeddings, load_embeddings
+from medembed.cache.store import Cache, open_cache
+from medembed.dataset.covariates import CovariateEncoder
+from medembed.dataset.manifest import Manifest, read_manifest
+from medembed.errors import TrainingDataError
+from medembed.evaluation.calibration import Calibration
+from medembed.files import json_digest
+from medembed.heads.packaging import Model, load_model
+from medembed.machine import library_versions
+from medembed.prediction.changes import describe_changes, find_drift, study_table
+from medembed.prediction.internal import Internal, count_labels, find_internal
+from medembed.prediction.scoring import check_spec, raw_scores
+from medembed.results.cards import Card, read_card
+from medembed.results.comparison import DISCLAIMER, counted, score_run
+from medembed.results.priors import PRIORS, image_code, image_rows
+from medembed.results.provenance import list_left_out, public_name, summarise_data
+from medembed.results.runs import Run, create_run, utc_now
+
+__all__ = ["evaluate"]
+
+VERSIONED = ("medembed", "numpy", "scikit-learn", "torch", "lightgbm")
+N_NAMED = 5
+NO_PRIORS = (
+    "Priors are left out: the run that the model was trained in is not beside it, and its card "
+    "does not count the labels of training."
+)
+_OF_A_PRIOR = {
+    "calibrations": {"platt": Calibration().as_dict()},
+    "threshold": 0.5,
+    "sensitive_threshold": None,
+}
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A model, and the embedded rows that it is tried on."""
+
+    path: Path
+    model: Model
+    card: Card
+    embeddings: Embeddings
+    rows: pd.DataFrame
+    recalibrate: int | None
+    seed: int
+    n_resamples: int
+
+    @property
+    def head(self) -> str:
+        """Return the head's name, its directory's."""
+        return self.path.resolve().name
+
+
+def evaluate(
+    model: str | Path,
+    cache: Cache | str | Path,
+    manifest: Manifest | str | Path,
+    out: str | Path,
+    *,
+    split: str | None = None,
+    recalibrate: int | None = None,
+    seed: int = 0,
+    n_resamples: int = 2000,
+) -> dict[str, Any]:
+    """Score a packaged model on rows that it has not seen, and say what changed since its own test.
+
+    Parameters
+    ----------
+    model : path
+        A directory that `sweep` or `finetune` left in `models/`. Where it still lies in its run,
+        the run's test predictions and priors are used.
+    cache, manifest : Cache, Manifest or path
+        The images to score. The cache's spec must be the model's; covariates that the model reads
+        come from the manifest.
+    out : str or Path
+        The run directory: new, or the same question's, whose answer is then read.
+    split : {"train", "test"}, optional
+        Score these rows only; by default all, whatever split the manifest has them in.
+    recalibrate : int, optional
+        Fit calibration and threshold anew on so many labelled patients, and score the others.
+    seed : int
+        Of the patients drawn, of the rows that drift is looked for in, and of the bootstrap.
+    n_resamples : int
+        Bootstrap resamples of patients.
+
+    Returns
+    -------
+    dict
+        JSON values: ``run`` (path), all that `compare` returns, and ``drop``, ``calibration``,
+        ``recalibrated``, ``drift``, ``called_abnormal``, see `changes`. Without one
+        label ``rows`` is empty, and of these the last two are there.
+
+    Raises
+    ------
+    ModelError
+        The model is damaged, or reads other embeddings.
+    TrainingDataError
+        Some of the images were the model's training images, a covariate is missing, or
+        recalibration would leave nobody to be scored.
+    MissingRowsError
+        Rows are neither embedded nor listed as failed; names the command that makes them.
+    RunError
+        `out` answers another question or is not a run.
+    """
+    path, opened = Path(model), cache if isinstance(cache, Cache) else open_cache(cache)
+    loaded = load_model(path)
+    card = read_card(loaded, path)
+    check_spec(card, opened.spec, f"those in the cache at {opened.path}")
+    read = manifest if isinstance(manifest, Manifest) else read_manifest(Path(manifest))
+    given = read if isinstance(manifest, Manifest) else manifest
+    embeddings = load_embeddings(opened, given, pool=card.pooling, split=split, cells=True)
+    rows = read.rows if split is None else read.rows[read.rows["split"] == split]
+    asked = _Asked(path, loaded, card, embeddings, rows, recalibrate, seed, n_resamples)
+    _refuse_training_images(asked, split)
+    _refuse_too_many(asked)
+    words = ["medembed", "evaluate", public_name(path), public_name(opened.path)]
+    words += ["MANIFEST" if isinstance(manifest, Manifest) else public_name(manifest)]
+    words += ["--out", public_name(out)]
+    words += ["--split", split] if split else []
+    words += ["--recalibrate", str(recalibrate)] if recalibrate else []
+    details = {
+        "kind": "evaluation",
+        "seed": seed,
+        "command": shlex.join([*words, "--seed", str(seed)]),
+        "versions": library_versions(VERSIONED),
+        "encoder": _about_encoder(opened),
+        "data": summarise_data(
+            rows.assign(split="test"), embeddings.failed, embeddings.label_level
+        ),
+        "left_out": list_left_out(rows.assign(split="test"), embeddings.failed),
+    }
+    run = create_run(out, _question(asked, read, split), details=details)
+    with run.locked():
+        if not run.is_complete:
+            _answer(run, asked, find_internal(path))
+    return {"run": str(out), **run.scores()}
+
+
+def _question(asked: _Asked, manifest: Manifest, split: str | None) -> dict[str, Any]:
+    own = hashlib.sha256((asked.path / "model.json").read_bytes()).hexdigest()
+    return {
+        "model": own,
+        "manifest": manifest.digest(),
+        "embedded": json_digest(sorted(asked.embeddings.rows["sha256"])),
+        "spec": asked.embeddings.spec.as_dict(),
+        "pooling": asked.card.pooling,
+        "split": split,
+        "recalibrate": asked.recalibrate,
+        "seed": asked.seed,
+        "n_resamples": asked.n_resamples,
+    }
+
+
+def _answer(run: Run, asked: _Asked, internal: Internal | None) -> None:
+    """Predict, score, and write what was found; the scores come last."""
+    started = time.perf_counter()
+    X = _columns(asked)
+    studies = pd.factorize(asked.embeddings.studies, sort=True)[0]
+    images, judged = raw_scores(asked.model, asked.card, X, studies)
+    priors = _predict_priors(asked, internal)
+    parts = [_predictions(asked, images, judged, per_study=bool(priors)), *priors.values()]
+    run.write_predictions(pd.concat(parts, ignore_index=True))
+    seconds = round(time.perf_counter() - started, 3)
+    run.update_info(
+        leaderboard=[_entry(asked, seconds)],
+        decisions=_decisions(asked, internal, list(priors)),
+        times={**run.info["times"], "ended": utc_now()},
+    )
+    resampling = {"n_resamples": asked.n_resamples, "seed": asked.seed}
+    overlap = len(set(asked.embeddings.rows["sha256"]) & (internal.images if internal else set()))
+    changes = describe_changes(
+        study_table(asked.embeddings, judged),
+        asked.card,
+        internal,
+        overlap,
+        asked.recalibrate,
+        resampling,
+    )
+    drift = find_drift(asked.embeddings, X, asked.model.reference, asked.seed)
+    if (asked.embeddings.y >= 0).any():
+        scores = score_run(run, **resampling)
+    else:
+        scores = _without_labels(run)
+    *notes, last = scores["notes"]
+    notes += [] if priors else [NO_PRIORS]
+    run.write_scores({**scores, **changes, "drift": drift, "notes": [*notes, last]})
+
+
+def _without_labels(run: Run) -> dict[str, Any]:
+    """Return what a comparison has where nothing can be scored."""
+    data = run.info["data"]
+    return {
+        "level": "study",
+        "test": {"n": 0, "n_abnormal": 0, "n_patients": 0},
+        "synthetic": data["synthetic"],
+        "rows": [],
+        "paired": [],
+        "notes": [
+            f"No label: {counted(data['images'], 'image')} of "
+            f"{counted(data['patients'], 'patient')} were predicted, and nothing could be scored.",
+            DISCLAIMER,
+        ],
+    }
+
+
+def _columns(asked: _Asked) -> np.ndarray:
+    """Return what the head reads: embeddings, and covariates of the manifest beside them."""
+    embeddings = asked.embeddings
+    if asked.card.covariates is None:
+        return embeddings.X
+    encoder = CovariateEncoder.from_dict(asked.card.covariates)
+    return np.hstack([embeddings.X, encoder.transform(embeddings.rows)])
+
+
+def _predictions(
+    asked: _Asked, images: np.ndarray, judged: np.ndarray, *, per_study: bool
+) -> pd.DataFrame:
+    """Return the model's rows of `predictions.parquet`; all are test rows, whatever the manifest.
+
+    A head that judges studies has one row per study, as in every run; but where no prior names
+    their images, one per image, with its study's probability.
+    """
+    rows = image_rows(asked.embeddings.rows.assign(split="test"), np.full(len(images), -1))
+    rows = rows.assign(head=asked.head, trial=asked.card.document.get("trial"))
+    if asked.card.views != "attention":
+        return rows.assign(probability=images)
+    rows = rows.assign(probability=judged[rows["study"].to_numpy()])
+    if not per_study:
+        return rows
+    labels = rows["label"].astype("Int8").groupby(rows["study"]).max()
+    first = rows.groupby("study", sort=True).head(1).sort_values("study")
+    return first.assign(sha256="", label=labels.reindex(first["study"]).to_numpy())
+
+
+def _predict_priors(asked: _Asked, internal: Internal | None) -> dict[str, pd.DataFrame]:
+    """Let the priors of the training rows predict, where something tells of their labels."""
+    trained = count_labels(asked.card) if internal is None else internal.trained
+    if trained.empty:
+        return {}
+    embeddings = asked.embeddings
+    images = image_rows(embeddings.rows.assign(split="test"), np.full(len(embeddings), -1))
+    known = trained["region"].to_numpy(object), trained["label"].to_numpy(int)
+    found = {}
+    for name, kind in PRIORS.items():
+        probability = kind().fit(*known).predict_proba(embeddings.regions)[:, 1]
+        rounded = probability.astype(np.float32).astype(np.float64)  # as `results.priors` does
+        found[name] = images.assign(head=name, trial=None, probability=rounded)
+    return found
+
+
+def _decisions(
+    asked: _Asked, internal: Internal | None, priors: list[str]
+) -> dict[str, dict[str, Any]]:
+    """Return what `results.alignment` reads in place of fitting: each head's calibrations."""
+    known = internal.decisions if internal is not None else {}
+    own = known.get(asked.head, {})
+    head = {
+        "calibrations": {
+            **own.get("calibrations", {}),
+            "platt": asked.card.calibration.as_dict(),
+        },
+        "threshold": asked.card.threshold,
+        "sensitive_threshold": own.get("sensitive_threshold"),
+    }
+    return {asked.head: head, **{name: known.get(name, _OF_A_PRIOR) for name in priors}}
+
+
+def _entry(asked: _Asked, seconds: float) -> dict[str, Any]:
+    """Return the line of the leaderboard."""
+    document = asked.card.document
+    copied = {name: document.get(name) for name in ("trial", "cv", "seed", "depth")}
+    return {
+        "head": asked.head,
+        "pooling": asked.card.pooling,
+        **copied,
+        "params": json.loads((asked.path / "model.json").read_bytes())["params"],
+        "seconds": seconds,
+        "status": "ok",
+        "error": None,
+    }
+
+
+def _refuse_training_images(asked: _Asked, split: str | None) -> None:
+    codes = [image_code(sha256) for sha256 in asked.embeddings.rows["sha256"]]
+    seen = sorted({code for code in codes if code in asked.card.training_images})
+    if not seen:
+        return
+    named = ", ".join(seen[:N_NAMED]) + (", …" if len(seen) > N_NAMED else "")
+    remedy = "Take them out of the manifest"
+    remedy += ", or score its test rows alone with --split test." if split != "test" else "."
+    raise TrainingDataError(
+        f"{len(seen)} of the {len(codes)} images are among those that the model at {asked.path} "
+        f"was trained on (by code: {named}), and scores on them say nothing. {remedy}"
+    )
+
+
+def _refuse_too_many(asked: _Asked) -> None:
+    """Refuse a recalibration that leaves nobody, before the run directory is made."""
+    if asked.recalibrate is None:
+        return
+    rows = asked.embeddings.rows[asked.embeddings.y >= 0]
+    n = int(rows["patient"].nunique())
+    if not 1 <= asked.recalibrate < max(n, 1):
+        raise TrainingDataError(
+            f"--recalibrate {asked.recalibrate} wants so many labelled patients and others to be "
+            f"scored on, and there are {n}. Ask for fewer, about half of them at most."
+        )
+
+
+def _about_encoder(cache: Cache) -> dict[str, Any]:
+    recorded = cache.recorded
+    return {
+        "source": public_name(recorded.get("source") or "unknown"),
+        "revision": recorded.get("revision"),
+        "precision": recorded.get("precision"),
+        "fingerprint": cache.spec.encoder,
+        "preprocessing": dict(cache.spec.preprocessing),
+    }

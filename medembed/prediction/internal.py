@@ -1,0 +1,96 @@
+"""What lies beside a packaged model: the run that made it, with its own test and training rows."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from medembed.errors import MedembedError
+from medembed.evaluation.calibration import Calibration
+from medembed.results.alignment import Contender, align_runs
+from medembed.results.cards import Card
+from medembed.results.runs import Run, open_run
+
+__all__ = ["Internal", "count_labels", "find_internal"]
+
+
+@dataclass(frozen=True, eq=False)
+class Internal:
+    """The run that a model still lies in.
+
+    Attributes
+    ----------
+    studies : DataFrame
+        Its labelled test studies: `patient`, `region`, `label`, `probability` (not calibrated).
+    images : frozenset of str
+        SHA-256 of their images.
+    trained : DataFrame
+        `region` and `label` of the images that it was trained on.
+    decisions : dict of str to dict
+        By head, priors among them: ``calibrations``, ``threshold``, ``sensitive_threshold``, as
+        `results.alignment` reads them.
+    """
+
+    studies: pd.DataFrame
+    images: frozenset[str]
+    trained: pd.DataFrame
+    decisions: Mapping[str, dict[str, Any]]
+
+
+def find_internal(model_path: Path) -> Internal | None:
+    """Return the complete run that the model at this path is a winner of, or None."""
+    path = model_path.resolve()
+    try:
+        run = open_run(path.parent.parent)
+        if not run.is_complete or run.model_path(path.name).resolve() != path:
+            return None
+        test_set = align_runs([run])
+    except (MedembedError, OSError):
+        return None
+    own = {contender.head: contender for contender in test_set.contenders}
+    if path.name not in own:
+        return None
+    images = frozenset(sha256 for names in test_set.units["images"] for sha256 in names.split())
+    return Internal(
+        studies=test_set.units.assign(probability=own[path.name].raw),
+        images=images,
+        trained=_trained(run),
+        decisions={head: _decisions(contender) for head, contender in own.items()},
+    )
+
+
+def count_labels(card: Card) -> pd.DataFrame:
+    """Return one row, `region` and `label`, per image that the card counts as trained on.
+
+    Empty where a card of before does not.
+    """
+    trained = (card.document.get("data") or {}).get("trained") or {}
+    counts = [
+        (str(name), label, n)
+        for name, own in trained.get("regions", {}).items()
+        for label, n in ((0, own["images"] - own["abnormal"]), (1, own["abnormal"]))
+    ]
+    table = pd.DataFrame(counts, columns=["region", "label", "n"])
+    return table.loc[table.index.repeat(table["n"].astype(int)), ["region", "label"]]
+
+
+def _trained(run: Run) -> pd.DataFrame:
+    """Return the rows of the first prior that are trained on: one per image."""
+    rows = run.predictions().query("head == 'class-prior'")
+    is_trained = rows["split"].eq("train") & rows["fold"].notna() & rows["label"].notna()
+    return rows.loc[is_trained, ["region", "label"]]
+
+
+def _decisions(contender: Contender) -> dict[str, Any]:
+    known = {
+        name: calibration.as_dict()
+        for name, calibration in contender.calibrations.items()
+        if isinstance(calibration, Calibration) and name != "none"
+    }
+    return {
+        "calibrations": known,
+        "threshold": contender.threshold,
+        "sensitive_threshold": contender.sensitive_threshold,
+    }

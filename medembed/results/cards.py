@@ -1,0 +1,272 @@
+"""What a packaged model says of itself: written when it is saved, read before it is asked."""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from medembed.dataset.covariates import CovariateEncoder
+from medembed.errors import ModelError, PathNotFoundError
+from medembed.evaluation.calibration import Calibration, fit_platt
+from medembed.evaluation.conformal import Conformal, fit_conformal
+from medembed.evaluation.intervals import plain
+from medembed.evaluation.scores import score
+from medembed.evaluation.thresholds import youden_threshold
+from medembed.heads.packaging import Model, read_document
+from medembed.results.runs import Run
+
+__all__ = ["NO_CLEAN_SCORES", "Card", "describe_decisions", "read_card", "read_conformal"]
+
+NO_CLEAN_SCORES = (
+    "there are no scores of patients whom early stopping has not seen: those held out chose the "
+    "epoch. Extract with the encoder that this model reads, then sweep: that model has them."
+)
+LABEL_LEVELS = ("study", "image")
+VIEWS = ("mean", "attention")
+#: The only place beside a model where an encoder of the same run lies.
+_ENCODER_PATH = re.compile(r"\.\./\.\./encoders/[A-Za-z0-9][A-Za-z0-9_.+-]*")
+_CODE = re.compile(r"[0-9a-f]{16}")
+_WAY_OUT = "Train or copy the model again."
+
+
+@dataclass(frozen=True, eq=False)
+class Card:
+    """What a model asks of embeddings, and how its scores become answers.
+
+    Attributes
+    ----------
+    spec : dict
+        Of the embeddings that the head reads, as `CacheSpec.as_dict` wrote it.
+    pooling : str
+        Names of poolings, side by side in this order, joined by ``+``.
+    label_level : {"study", "image"}
+        Of the manifest it was trained on.
+    views : {"mean", "attention"}
+        How the views of a study combine.
+    calibration : Calibration
+        Of the head's study probabilities.
+    threshold : float
+        Of calibrated study probabilities: abnormal at or above it.
+    conformal : Conformal or None
+        On the head's study probabilities before calibration.
+    conformal_note : str or None
+        Why there is none.
+    encoder : dict
+        ``source``, ``revision`` and ``path``, each a str or None; ``path`` is relative to the
+        model's directory and leads to an encoder that was adapted in the same run.
+    covariates : dict or None
+        As `CovariateEncoder.as_dict` wrote it.
+    scores : dict
+        ``out_of_fold``, and ``test`` once it is known: see `results.model_readme.complete_cards`.
+    synthetic : bool
+        Whether it was trained on images that nobody's body has made.
+    training_images : frozenset of str
+        Codes of the images it has seen, see `results.priors.image_code`.
+    document : dict
+        The whole card.
+    """
+
+    spec: dict[str, Any]
+    pooling: str
+    label_level: str
+    views: str
+    calibration: Calibration
+    threshold: float
+    conformal: Conformal | None
+    conformal_note: str | None
+    encoder: dict[str, Any]
+    covariates: dict[str, Any] | None
+    scores: dict[str, Any]
+    synthetic: bool
+    training_images: frozenset[str]
+    document: dict[str, Any]
+
+
+def read_card(model: Model, path: str | Path) -> Card:
+    """Read a model's card; those of before lack conformal scores and the encoder's source.
+
+    Parameters
+    ----------
+    model : Model
+        Loaded.
+    path : path
+        Where it lies, for messages.
+
+    Raises
+    ------
+    ModelError
+        Names the entry that is missing or wrong.
+    """
+    try:
+        return _read(model.card)
+    except ModelError as error:
+        text = str(error).rstrip(".")
+        raise ModelError(f"the card of the model at {path}: {text}. {_WAY_OUT}") from error
+
+
+def describe_decisions(
+    studies: pd.DataFrame, clean: pd.DataFrame | None, *, note: str = NO_CLEAN_SCORES
+) -> dict[str, Any]:
+    """Fit what turns a head's scores into answers, on out-of-fold predictions of train.
+
+    Parameters
+    ----------
+    studies : DataFrame
+        One row per labelled study: `label` (0, 1), `probability` (the head's own, out of fold),
+        `region`, `patient`.
+    clean : DataFrame or None
+        The same of models whose early stopping has not seen these rows; None where there are none.
+    note : str
+        Why.
+
+    Returns
+    -------
+    dict
+        Entries of a card: ``calibration`` (Platt's), ``threshold`` (Youden's, of calibrated
+        scores), ``scores`` (``out_of_fold``, at that threshold), ``conformal`` (from the clean
+        scores) or None and ``conformal_note``.
+
+    Raises
+    ------
+    TrainingDataError
+        Only one class, or probabilities outside [0, 1].
+    """
+    y, raw = studies["label"].to_numpy(np.int8), studies["probability"].to_numpy(np.float64)
+    calibration = fit_platt(raw, y)
+    calibrated = calibration.apply(raw)
+    threshold = float(youden_threshold(y, calibrated))
+    return {
+        "calibration": calibration.as_dict(),
+        "threshold": threshold,
+        "conformal": None if clean is None else _fit_sets(clean).as_dict(),
+        "conformal_note": note if clean is None else None,
+        "scores": {"out_of_fold": plain(score(y, calibrated, threshold))},
+    }
+
+
+def read_conformal(run: Run, head: str) -> Conformal | None:
+    """Read the conformal scores of a run's packaged model, without loading the model.
+
+    Returns
+    -------
+    Conformal or None
+        None where the head has no model (a prior) or its model has none.
+
+    Raises
+    ------
+    ModelError
+        There is a model, and its card cannot be read.
+    """
+    path = run.model_path(head)
+    try:
+        document = read_document(path)
+    except PathNotFoundError:
+        return None
+    try:
+        return _read_conformal(document["card"])
+    except ModelError as error:
+        raise ModelError(f"the card of the model at {path}: {error}. {_WAY_OUT}") from error
+
+
+def _fit_sets(clean: pd.DataFrame) -> Conformal:
+    columns = (clean[name].to_numpy() for name in ("probability", "label", "region"))
+    probability, y, regions = columns
+    return fit_conformal(probability.astype(np.float64), y.astype(np.int8), regions)
+
+
+def _read(card: Mapping[str, Any]) -> Card:
+    needed = ("spec", "pooling", "label_level", "views", "calibration", "threshold")
+    for name in (*needed, "training_images"):
+        if name not in card:
+            raise ModelError(f"{name} is missing")
+    threshold = card["threshold"]
+    _require("threshold", threshold, _is_finite(threshold))
+    _require("label_level", card["label_level"], card["label_level"] in LABEL_LEVELS)
+    _require("views", card["views"], card["views"] in VIEWS)
+    pooling = card["pooling"]
+    _require("pooling", pooling, _is_word(pooling) and all(pooling.split("+")))
+    synthetic = card.get("synthetic", False)
+    _require("synthetic", synthetic, isinstance(synthetic, bool))
+    note = card.get("conformal_note")
+    _require("conformal_note", note, note is None or _is_word(note))
+    return Card(
+        spec=_table("spec", card["spec"]),
+        pooling=pooling,
+        label_level=card["label_level"],
+        views=card["views"],
+        calibration=Calibration.from_dict(_table("calibration", card["calibration"])),
+        threshold=float(threshold),
+        conformal=_read_conformal(card),
+        conformal_note=note,
+        encoder=_read_encoder(card.get("encoder")),
+        covariates=_read_covariates(card.get("covariates")),
+        scores=_read_scores(card.get("scores", {})),
+        synthetic=synthetic,
+        training_images=_read_codes(card["training_images"]),
+        document=dict(card),
+    )
+
+
+def _read_conformal(card: Mapping[str, Any]) -> Conformal | None:
+    entry = card.get("conformal")
+    return None if entry is None else Conformal.from_dict(_table("conformal", entry))
+
+
+def _read_encoder(entry: Any) -> dict[str, Any]:
+    known = _table("encoder", {} if entry is None else entry)
+    found = {name: known.get(name) for name in ("source", "revision", "path")}
+    for name, value in found.items():
+        _require(f"encoder.{name}", value, value is None or _is_word(value))
+    path = found["path"]
+    _require("encoder.path", path, path is None or bool(_ENCODER_PATH.fullmatch(path)))
+    return found
+
+
+def _read_covariates(entry: Any) -> dict[str, Any] | None:
+    if entry is None:
+        return None
+    CovariateEncoder.from_dict(_table("covariates", entry))
+    return dict(entry)
+
+
+def _read_scores(entry: Any) -> dict[str, Any]:
+    scores = _table("scores", entry)
+    if scores.get("test") is not None:
+        test = _table("scores.test", scores["test"])
+        _table("scores.test.scores", test.get("scores", {}))
+        for name, own in _table("scores.test.regions", test.get("regions", {})).items():
+            _table(f"scores.test.regions.{name}", own)
+    return scores
+
+
+def _read_codes(entry: Any) -> frozenset[str]:
+    are_codes = isinstance(entry, list) and all(
+        isinstance(code, str) and _CODE.fullmatch(code) for code in entry
+    )
+    _require("training_images", entry, are_codes)
+    return frozenset(entry)
+
+
+def _table(name: str, value: Any) -> dict[str, Any]:
+    _require(name, value, isinstance(value, dict))
+    return dict(value)
+
+
+def _require(name: str, value: Any, is_right: bool) -> None:
+    if not is_right:
+        shown = repr(value)
+        raise ModelError(f"{name} is {shown if len(shown) <= 60 else f'{shown[:60]}…'}")
+
+
+def _is_word(value: Any) -> bool:
+    """Say whether this is text that a terminal may be shown."""
+    return isinstance(value, str) and value != "" and value.isprintable()
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)

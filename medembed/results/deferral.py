@@ -1,0 +1,110 @@
+"""What the heads of runs would hand on to a reader, by the prediction sets of their models."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from medembed.errors import ModelError, RunError
+from medembed.evaluation.abstention import bootstrap_deferral, deferral_curve
+from medembed.evaluation.conformal import Conformal
+from medembed.evaluation.intervals import plain
+from medembed.results.alignment import Contender, TestSet
+from medembed.results.runs import Run
+
+__all__ = ["NOMINAL", "find_deferrals"]
+
+NOMINAL = (0.8, 0.9, 0.95)
+"""Promised coverages that are told with intervals."""
+ALPHAS = tuple(step / 200 for step in range(1, 101))
+"""Of the curve: the shares of sets that may miss the truth."""
+
+NOT_STUDIES = "Prediction sets are of studies: compare with --level study."
+PRIOR = "A prior looks at no image and has no prediction sets."
+NO_MODEL = "This run holds no model of the head."
+DAMAGED = "The model cannot be read: it was damaged or edited. Make the run again."
+OLDER = "The model was saved before models had prediction sets. Make the run again."
+
+
+def find_deferrals(
+    runs: Sequence[Run], test_set: TestSet, n_resamples: int, seed: int
+) -> dict[tuple[str, str], dict[str, Any]]:
+    """Return, by run and head, what prediction sets do on test.
+
+    The sets are those that `medembed predict` gives: of the packaged model, on the head's study
+    probabilities before calibration. A run that evaluates a model elsewhere may keep the model's
+    conformal scores in its ``decisions``.
+
+    Parameters
+    ----------
+    runs : sequence of Run
+        Those of the test set, in its order.
+    test_set : TestSet
+    n_resamples, seed : int
+        Bootstrap resamples of patients, and their seed.
+
+    Returns
+    -------
+    dict of (str, str) to dict
+        ``deferral``: None where the head has no sets, else ``levels``, one per promised coverage
+        of `NOMINAL` (``nominal``, ``alpha``, and each of `abstention.SHARES` as ``{value, low,
+        high}``), and ``curve``, a list for each column of `deferral_curve`. ``deferral_note``: why
+        there is none, else None.
+    """
+    by_name = dict(zip(test_set.dropped, runs, strict=True))
+    found = {}
+    for contender in test_set.contenders:
+        conformal, note = None, NOT_STUDIES
+        if test_set.level == "study":
+            conformal, note = _find_conformal(by_name[contender.run], contender)
+        deferral = None
+        if conformal is not None:
+            deferral = _measure(conformal, contender, test_set, n_resamples, seed)
+        entry = {"deferral": deferral, "deferral_note": note if deferral is None else None}
+        found[contender.run, contender.head] = entry
+    return found
+
+
+def _measure(
+    conformal: Conformal, contender: Contender, test_set: TestSet, n_resamples: int, seed: int
+) -> dict[str, Any]:
+    p_values = conformal.p_values(contender.raw, test_set.units["region"].to_numpy())
+    alphas = [round(1 - nominal, 6) for nominal in NOMINAL]
+    levels = bootstrap_deferral(
+        test_set.y, p_values, test_set.patients, alphas, n_resamples=n_resamples, seed=seed
+    )
+    curve = deferral_curve(test_set.y, p_values, ALPHAS)
+    told = [
+        {"nominal": nominal, "alpha": alpha, **level}
+        for nominal, alpha, level in zip(NOMINAL, alphas, levels, strict=True)
+    ]
+    columns = {str(name): column.tolist() for name, column in curve.items()}
+    return dict(plain({"levels": told, "curve": columns}))
+
+
+def _find_conformal(run: Run, contender: Contender) -> tuple[Conformal | None, str]:
+    """Return a head's conformal scores, or why there are none."""
+    if contender.is_baseline:
+        return None, PRIOR
+    own = run.info.get("decisions", {}).get(contender.head, {}).get("conformal")
+    try:
+        if own is not None:
+            return Conformal.from_dict(own), ""
+        return _read_model(run, contender.head)
+    except ModelError:
+        # a comparison reads predictions, and does not fall with a model that it can do without
+        return None, DAMAGED
+
+
+def _read_model(run: Run, head: str) -> tuple[Conformal | None, str]:
+    try:
+        path = run.model_path(head)
+    except RunError:
+        return None, NO_MODEL
+    if not path.is_dir():
+        return None, NO_MODEL
+    # what they import takes longer than most comparisons, of runs without models too
+    from medembed.heads.packaging import read_document
+    from medembed.results.cards import read_conformal
+
+    conformal = read_conformal(run, head)
+    note = read_document(path)["card"].get("conformal_note") if conformal is None else None
+    return conformal, note if isinstance(note, str) and note else OLDER

@@ -1,0 +1,173 @@
+"""The card of a packaged model for people: what it is, how well it does, what it is not for."""
+
+import re
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from markupsafe import Markup
+
+from medembed.dataset.manifest import count_rows
+from medembed.evaluation.scores import SCORES
+from medembed.heads.model_files import README_FILE
+from medembed.heads.packaging import read_document, update_card
+from medembed.results.runs import Run
+
+__all__ = ["complete_cards", "count_trained", "describe_encoder", "describe_use", "write_readme"]
+
+HEALTH_AI = "https://developers.google.com/health-ai-developer-foundations/terms"
+_GATED = re.compile(r"google/(medgemma|medsiglip)", re.IGNORECASE)
+_INTENDED = (
+    "Research on telling normal from abnormal studies, in images of the kind that it was trained "
+    "on, embedded by the encoder named here."
+)
+_NOT_INTENDED = (
+    "Diagnosis, triage or any other clinical decision: this is research software, not a medical "
+    "device.",
+    "Other regions, devices or institutions than those of its training data, before "
+    "`medembed evaluate` has shown on labelled studies how it does there.",
+    "Saying what is abnormal: it knows normal and abnormal only.",
+)
+_SYNTHETIC = "Anything about medicine: it was trained and tested on synthetic images."
+_TITLES = {
+    "auroc": "AUROC",
+    "average_precision": "Average precision",
+    "accuracy": "Accuracy",
+    "macro_f1": "Macro F1",
+    "kappa": "Cohen's kappa",
+    "sensitivity": "Sensitivity",
+    "specificity": "Specificity",
+    "brier": "Brier score",
+    "ece": "Calibration error",
+}
+_BY_REGION = ("auroc", "macro_f1", "sensitivity", "specificity")
+_TOLD = ("n", "n_abnormal", "n_patients")
+_MARKDOWN = re.compile(r"([\\`*_{}\[\]|#~])")
+
+
+def count_trained(rows: pd.DataFrame) -> dict[str, Any]:
+    """Count the rows that a model was trained on (those of a manifest), and by region."""
+    regions = {
+        str(name): count_rows(own) for name, own in rows.groupby("region", sort=True, observed=True)
+    }
+    return {**count_rows(rows), "regions": regions}
+
+
+def describe_encoder(known: Mapping[str, Any], path: str | None = None) -> dict[str, Any]:
+    """Return a card's entry about the encoder.
+
+    Parameters
+    ----------
+    known : mapping
+        ``source`` and ``revision``, as `run.json` has them, of the encoder or its base.
+    path : str, optional
+        From the model to an encoder that was adapted in the same run.
+
+    Returns
+    -------
+    dict
+        ``source``, ``revision``, ``path``, ``terms`` (a sentence: whose licence applies).
+    """
+    source = known.get("source")
+    terms = _terms(source)
+    if path is not None:
+        terms = f"Its last blocks were changed by fine-tuning; it derives from {source}. {terms}"
+    return {"source": source, "revision": known.get("revision"), "path": path, "terms": terms}
+
+
+def describe_use(*, synthetic: bool) -> dict[str, Any]:
+    """Return a card's entry about intended use: ``intended``, ``not_intended`` (sentences)."""
+    more = [_SYNTHETIC] if synthetic else []
+    return {"intended": _INTENDED, "not_intended": [*_NOT_INTENDED, *more]}
+
+
+def write_readme(card: Mapping[str, Any]) -> dict[str, str]:
+    """Return the files for people that go with a card, as `save_model` takes them: README.md."""
+    scores = card["scores"]
+    text = _template().render(
+        card=card,
+        encoder=card["encoder"],
+        trained=card["data"]["trained"],
+        manifest=card["data"]["manifest"],
+        test=scores.get("test"),
+        out_of_fold=scores["out_of_fold"],
+        titles={name: _TITLES[name] for name in SCORES},
+        by_region=_BY_REGION,
+    )
+    return {README_FILE: text}
+
+
+def complete_cards(run: Run, scores: Mapping[str, Any]) -> None:
+    """Put the scores of test, with intervals, on the cards of a run's models and in their README.
+
+    Parameters
+    ----------
+    run : Run
+        Its models are saved.
+    scores : mapping
+        From `comparison.score_run`.
+    """
+    for row in scores["rows"]:
+        path = run.model_path(row["head"])
+        if not path.is_dir():
+            continue  # a prior
+        card = read_document(path)["card"]
+        test = {
+            "level": scores["level"],
+            **{name: scores["test"][name] for name in _TOLD},
+            "n_resamples": scores["n_resamples"],
+            "threshold": row["threshold"],
+            **{name: row[name] for name in ("scores", "regions", "mean_over_regions", "views")},
+        }
+        card["scores"] = {**card["scores"], "test": test}
+        update_card(path, write_readme(card), scores=card["scores"])
+
+
+def _terms(source: str | None) -> str:
+    if source and _GATED.match(source):
+        return (
+            f"{source} is governed by the Health AI Developer Foundations terms of use "
+            f"({HEALTH_AI}), which whoever uses it accepts on the Hugging Face hub, where it is "
+            "gated. Its weights are not part of this model, which is of no use without them."
+        )
+    if source == "demo":
+        return "The demo's encoder comes with medembed, under medembed's own licence (Apache 2.0)."
+    return (
+        f"medembed does not know the terms of {source or 'this encoder'}. Read them where it comes "
+        "from, before this model is used or passed on."
+    )
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        loader=PackageLoader("medembed", "results/templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"md": _escape, "score": _write_score, "count": _write_count}
+    return environment.get_template("model.md.j2")
+
+
+def _escape(value: Any) -> Markup:
+    """Let text from data be text in Markdown: neither markup, nor HTML, nor a new line."""
+    text = _MARKDOWN.sub(r"\\\1", " ".join(str(value).split()))
+    return Markup(text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
+
+
+def _write_score(entry: Mapping[str, Any] | None) -> str:
+    if not entry or entry.get("value") is None:
+        return "not estimable"
+    value, low, high = (entry.get(name) for name in ("value", "low", "high"))
+    if low is None or high is None:
+        return f"{value:.3f}"
+    return f"{value:.3f} ({low:.3f} to {high:.3f})"
+
+
+def _write_count(number: int | None) -> str:
+    return "–" if number is None else f"{number:,}"

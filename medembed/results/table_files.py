@@ -1,0 +1,48 @@
+"""A comparison's tables as files, for a paper and for other programs."""
+
+from pathlib import Path
+from typing import Any
+
+from medembed.errors import RunError
+from medembed.files import write_atomically
+from medembed.results.tables import render
+
+__all__ = ["TABLES", "write_tables"]
+
+TABLES: dict[str, str | None] = {"heads": None, "regions": "region"}
+"""Names of the tables, and what each has a block of rows for."""
+_ENDINGS = {"csv": "csv", "latex": "tex"}
+
+
+def write_tables(result: dict[str, Any], directory: str | Path) -> list[Path]:
+    """Write ``heads`` and ``regions`` of a comparison, each as ``.csv`` and ``.tex``.
+
+    Parameters
+    ----------
+    result : dict
+        A comparison, as `comparison.compare` returns it.
+    directory : str or Path
+        Made where it is missing; tables of an earlier comparison are replaced.
+
+    Returns
+    -------
+    list of Path
+        The four files.
+
+    Raises
+    ------
+    RunError
+        `directory` is a file.
+    """
+    directory = Path(directory)
+    if directory.exists() and not directory.is_dir():
+        raise RunError(f"{directory} is a file. Choose a directory for the tables.")
+    directory.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, by in TABLES.items():
+        for table_format, ending in _ENDINGS.items():
+            path = directory / f"{name}.{ending}"
+            text = render(result, table_format=table_format, by=by)
+            write_atomically(path, f"{text}\n".encode())
+            written.append(path)
+    return written

@@ -1,0 +1,180 @@
+"""Deferral: its shares by a plain loop, which heads have any and why not, and the page about it."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from made_runs import fit_sets, give_model, make_images, make_run
+
+from medembed.errors import TrainingDataError
+from medembed.evaluation.abstention import SHARES, bootstrap_deferral, deferral_curve
+from medembed.evaluation.scores import by_study
+from medembed.results import page
+from medembed.results.comparison import compare_runs, score_run
+from medembed.results.deferral import ALPHAS, NOMINAL
+from medembed.results.figures import plot_deferral
+from medembed.results.page_tables import tabulate_deferrals
+from medembed.results.tables import format_interval
+
+FAST = {"n_resamples": 60}
+HEADS = {"mlp": 1.2, "logistic": 1.5, "older": 1.6, "damaged": 1.7, "finetuned": 1.8, "bare": 1.9}
+
+
+def count(y, sets):
+    """Count study by study what `SHARES` are."""
+    tally = dict.fromkeys(SHARES, 0)
+    for label, own in zip(y, sets, strict=True):
+        tally["coverage"] += own[label]
+        tally["coverage_abnormal" if label else "coverage_normal"] += own[label]
+        tally["deferred"] += own.sum() != 1
+        tally["empty"] += own.sum() == 0
+        tally["error"] += own.sum() == 1 and not own[label]
+    n = dict.fromkeys(("coverage", "deferred", "empty"), len(y))
+    n |= {"coverage_normal": (y == 0).sum(), "coverage_abnormal": (y == 1).sum()}
+    n |= {"error": len(y) - tally["deferred"]}
+    return {share: tally[share] / n[share] if n[share] else math.nan for share in SHARES}
+
+
+def made_p_values(n=90, seed=0):
+    generator = np.random.default_rng(seed)
+    y = generator.integers(0, 2, n)
+    p_values = np.round(generator.random((n, 2)) ** 2, 2)
+    p_values[np.arange(n), y] = np.round(generator.random(n), 2)  # that of the label is uniform
+    return y, p_values, np.sort(generator.integers(0, n // 2, n))
+
+
+def test_shares_are_those_of_a_loop_over_studies():
+    y, p_values, _ = made_p_values()
+    curve = deferral_curve(y, p_values, [0.05, 0.2, 0.99])
+    for row in curve.to_dict("records"):
+        expected = count(y, p_values > row.pop("alpha"))
+        assert row == pytest.approx(expected, nan_ok=True)
+    assert (curve["coverage"].diff()[1:] < 0).all()
+
+
+def test_where_all_are_deferred_there_is_no_error():
+    (row,) = deferral_curve([0, 1], np.array([[1.0, 0.5], [0.5, 1.0]]), [0.1]).to_dict("records")
+    assert (row["coverage"], row["deferred"], row["empty"]) == (1.0, 1.0, 0.0)
+    assert math.isnan(row["error"])
+
+
+def test_intervals_are_those_of_a_loop_over_resampled_patients():
+    y, p_values, patients = made_p_values()
+    (found,) = bootstrap_deferral(y, p_values, patients, [0.2], n_resamples=40, seed=3)
+    codes = np.unique(patients, return_inverse=True)[1]
+    drawn = np.random.default_rng(3).integers(0, codes.max() + 1, size=(40, codes.max() + 1))
+    loops = []
+    for own in drawn:
+        rows = np.concatenate([np.flatnonzero(codes == patient) for patient in own])
+        loops.append(count(y[rows], p_values[rows] > 0.2))
+    for share in SHARES:
+        ends = np.quantile([own[share] for own in loops], [0.025, 0.975])
+        assert [found[share].low, found[share].high] == pytest.approx(list(ends))
+    (alone,) = bootstrap_deferral(y, p_values, np.zeros(len(y)), [0.2], n_resamples=9)
+    assert math.isnan(alone["error"].low)
+    assert alone["error"].value == found["error"].value
+
+
+def test_p_values_of_another_length_are_refused():
+    with pytest.raises(TrainingDataError, match="one length"):
+        deferral_curve([0, 1, 1], np.ones((2, 2)), [0.1])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run whose heads have models of every kind; "bare" has none."""
+    images = make_images(n_patients=150)
+    run = make_run(tmp_path_factory.mktemp("runs") / "sweep", images, HEADS, complete=False)
+    run.write_scores({})  # complete enough for a page
+    for head in ("mlp", "logistic"):
+        give_model(run, head, conformal=fit_sets(run, head).as_dict(), conformal_note=None)
+    give_model(run, "older")
+    give_model(run, "finetuned", conformal=None, conformal_note="its epoch was chosen on them.")
+    give_model(run, "damaged", conformal={"method": "other"})
+    return run
+
+
+@pytest.fixture(scope="module")
+def rows(run):
+    """What a run keeps as its scores, by head."""
+    return {row["head"]: row for row in score_run(run, **FAST)["rows"]}
+
+
+def test_scores_tell_what_the_models_sets_do_on_test(run, rows):
+    test = by_study(run.predictions().query("head == 'mlp' and split == 'test'"))
+    y = test["label"].to_numpy(int)
+    deferral = rows["mlp"]["deferral"]
+    assert [own["nominal"] for own in deferral["levels"]] == list(NOMINAL)
+    for own in deferral["levels"]:
+        # before calibration: the sets that `predict` would give
+        sets = fit_sets(run, "mlp").sets(test["probability"], test["region"], own["alpha"])
+        expected = count(y, sets)
+        assert {share: own[share]["value"] for share in SHARES} == pytest.approx(expected)
+        assert own["coverage"]["low"] <= own["coverage"]["value"] <= own["coverage"]["high"]
+    curve = deferral["curve"]
+    assert curve["alpha"] == list(ALPHAS)
+    at_tenth = curve["alpha"].index(0.1)
+    assert curve["error"][at_tenth] == deferral["levels"][1]["error"]["value"]
+    assert rows["mlp"]["deferral_note"] is None
+    json.dumps(deferral, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("head", "words"),
+    [
+        ("older", "before models had prediction sets"),
+        ("finetuned", "its epoch was chosen on them."),
+        ("damaged", "cannot be read"),
+        ("bare", "holds no model"),
+        ("class-prior", "looks at no image"),
+    ],
+)
+def test_a_head_without_sets_says_why(rows, head, words):
+    assert rows[head]["deferral"] is None
+    assert words in rows[head]["deferral_note"]
+
+
+def test_images_have_no_sets(run):
+    for row in compare_runs([run], level="image", **FAST)["rows"]:
+        assert row["deferral"] is None
+        assert "--level study" in row["deferral_note"]
+
+
+def test_a_run_that_evaluates_elsewhere_brings_its_models_scores(run, tmp_path):
+    decisions = {
+        "calibrations": {"platt": {"method": "platt", "slope": 1.0, "intercept": 0.0}},
+        "threshold": 0.5,
+        "sensitive_threshold": None,
+        "conformal": fit_sets(run, "mlp").as_dict(),
+    }
+    images = make_images(n_patients=60, seed=2)
+    info = {"kind": "evaluation", "decisions": {"mlp": decisions}}
+    other = make_run(tmp_path / "there", images, {"mlp": 1.2}, info=info, complete=False)
+    row = next(row for row in score_run(other, **FAST)["rows"] if row["head"] == "mlp")
+    assert 0.5 < row["deferral"]["levels"][1]["coverage"]["value"] <= 1
+
+
+def test_the_page_shows_deferral_and_names_the_heads_without(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "plot_all", lambda result, _: [plot_deferral(result)])
+    written = page.write_report([run.path], tmp_path, **FAST)
+    text = (tmp_path / "index.html").read_text()
+    assert '<h2 id="deferral">' in text
+    assert "none deferred" in text
+    assert "No prediction sets, finetuned: its epoch was chosen on them." in text
+    assert str(run.path.parent) not in text
+    names = [path.rsplit("/", 1)[1] for path in written["figures"]]
+    assert names == [f"deferral.{suffix}" for suffix in ("png", "pdf", "svg", "csv")]
+
+
+def test_the_table_says_what_deciding_all_would_cost(rows):
+    result = {"runs": [{}], "rows": list(rows.values())}
+    table = tabulate_deferrals(result)
+    first = table["rows"][0]["cells"]
+    accuracy = rows["mlp"]["scores"]["accuracy"]
+    expected = {"value": 1 - accuracy["value"], "low": 1 - accuracy["high"]}
+    assert first[:2] == ["mlp", "none deferred"]
+    assert first[-1] == format_interval(expected | {"high": 1 - accuracy["low"]})
+    assert [row["cells"][1] for row in table["rows"][1:4]] == ["80 %", "90 %", "95 %"]
+    without = {**result, "rows": [row for row in rows.values() if not row["deferral"]]}
+    assert tabulate_deferrals(without) is None
