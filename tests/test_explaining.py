@@ -413,6 +413,12 @@ def test_a_mask_is_pooled_to_the_cells_that_it_touches(shape: tuple[int, int]) -
     assert pool_mask(np.ones(shape, np.bool_), (16, 16)).all()
 
 
+def test_a_pixel_between_two_cells_belongs_to_both() -> None:
+    mask = np.zeros((100, 100), np.bool_)
+    mask[6, 0] = True  # the first cell ends at 6.25
+    assert np.argwhere(pool_mask(mask, (16, 16))).tolist() == [[0, 0], [1, 0]]
+
+
 FITS = {
     fit: Preprocessing(64, 64, fit, "bilinear", HALF, HALF, 1 / 255) for fit in ("stretch", "pad")
 }

@@ -132,10 +132,10 @@ def test_exactly_the_trained_tensors_of_a_backbone_change(
     assert matrices - {"embeddings.mask_token"} <= everything
 
 
-def saved_bytes(encoder: Any, depth: Depth) -> int:
+def saved_bytes(encoder: Any, depth: Depth, recipe: Recipe = QUICK) -> int:
     """Count what a step keeps for its backward pass, but the parameters."""
     width = 2 * encoder.dimensions["mean"][0]
-    network = Network(encoder, depth, QUICK, ("mean", "max"), blank_start(width))
+    network = Network(encoder, depth, recipe, ("mean", "max"), blank_start(width))
     network.set_training(True)
     own = {parameter.data_ptr() for parameter in network.parameters()}
     kept: dict[int, int] = {}

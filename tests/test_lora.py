@@ -15,7 +15,9 @@ from click.testing import CliRunner
 from made_finetuning import QUICK, different, make_cohort, make_tower, one_thread, state_of, tune
 from scipy.special import logit
 from test_backbones import save
+from test_finetuning_blocks import saved_bytes
 from test_finetuning_resume import Stop, require_equal, stop_after
+from torch.utils.flop_counter import FlopCounterMode
 
 from medembed.cache.embeddings import load_embeddings
 from medembed.cli import main
@@ -26,7 +28,7 @@ from medembed.errors import EncoderError, MedembedError, TrainingDataError
 from medembed.extraction import extract
 from medembed.finetuning.adapters import add_adapters, alpha_of, find_projections
 from medembed.finetuning.adapting import adapt
-from medembed.finetuning.blocks import LORA_SHARE, parameter_groups
+from medembed.finetuning.blocks import LORA_SHARE, cut_trunk, parameter_groups
 from medembed.finetuning.network import Network, blank_start, copy_encoder
 from medembed.finetuning.recipe import Depth
 from medembed.heads.packaging import load_model
@@ -299,6 +301,48 @@ def test_its_encoder_feeds_extract_and_its_head_predicts_without_peft(
     said = pd.Series(model.head.predict_proba(found.X)[:, 1], index=found.rows["sha256"])
     ours = logits(home / "run").loc["lora2-1"]
     assert np.abs(logit(said.loc[ours.index]) - ours).max() < 1e-4
+
+
+# What it costs
+
+
+def count_operations(encoder: Any, lora: int | None, n_cut: int | None) -> int:
+    """Count the floating-point operations of products in a step with the last block."""
+    width = 2 * encoder.dimensions["mean"][0]
+    recipe = replace(QUICK, lora=lora)
+    poolings = ("mean", "max")
+    network = Network(encoder, Depth(1), recipe, poolings, blank_start(width), n_cut)
+    images = draw_pixels(encoder, 4)
+    if n_cut is not None:
+        trunk = copy_encoder(encoder)
+        cut_trunk(trunk, n_cut)
+        images = trunk.model(pixel_values=encoder.normalise(images)).last_hidden_state
+    network.set_training(True)
+    with FlopCounterMode(display=False) as counter:
+        network(images).sum().backward()
+    return int(counter.get_total_flops())
+
+
+def test_the_trunk_cache_saves_what_is_counted_and_adapters_save_products(tmp_path: Path) -> None:
+    """A trained block costs three forward passes of it, and one less where adapters train."""
+    encoder = load(make_tower(tmp_path / "tower", 6))
+    n_tokens, width, inner, patch = 16, 32, 48, 8
+    block = n_tokens * (4 * width**2 + 2 * width * inner)
+    below = n_tokens * width * 3 * patch**2 + 5 * block
+    plain, cached = (count_operations(encoder, None, n_cut) for n_cut in (None, 5))
+    assert plain / cached == pytest.approx((below + 3 * block) / (3 * block), rel=0.02)
+    assert plain / cached > 2
+    adapted, both = (count_operations(encoder, 1, n_cut) for n_cut in (None, 5))
+    assert both < cached * 0.7
+    assert plain - adapted == cached - both
+
+
+def test_adapters_keep_no_activations_of_frozen_blocks(tmp_path: Path) -> None:
+    kept = set()
+    for n_layers in (1, 6):
+        encoder = load(make_tower(tmp_path / str(n_layers), n_layers))
+        kept.add(saved_bytes(encoder, Depth(1), LORA))
+    assert len(kept) == 1
 
 
 # What is refused

@@ -29,14 +29,14 @@ from medembed.dataset.images import decode_image
 from medembed.dataset.intensity import Intensity
 from medembed.dataset.manifest import make_manifest, read_manifest, write_manifest
 from medembed.encoders.loading import load_encoder
-from medembed.encoders.preprocessing import prepare
+from medembed.encoders.preprocessing import Preprocessing, prepare
 from medembed.errors import EncoderError, MissingRowsError, ModelError, PathNotFoundError
 from medembed.extraction import extract
 from medembed.heads.attention import AttentionHead
 from medembed.heads.linear import LogisticHead
 from medembed.heads.packaging import load_model, save_model
 from medembed.heads.trees import LightGBMHead
-from medembed.prediction import Predictor
+from medembed.prediction import Predictor, reading
 from medembed.prediction.embedding import find_encoder, read_intensity
 from medembed.prediction.scoring import score_rows, spec_of_card
 from medembed.results.cards import describe_decisions, read_card
@@ -541,17 +541,18 @@ def test_lines_come_as_they_are_ready_and_ctrl_c_leaves_whole_ones(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         cwd=tmp_path,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"},
         text=True,
     )
     assert process.stdout
-    deadline = threading.Timer(60, process.kill)  # lines that are held back are waited for in vain
+    deadline = threading.Timer(300, process.kill)  # lines that are held back are waited for in vain
     deadline.start()
     found = []
     for number, n_lines in enumerate([2, 1, 2], start=1):  # a study of one view, and one of two
         (tmp_path / f"go{number}").touch()
         found += [json.loads(process.stdout.readline()) for _ in range(n_lines)]
     process.send_signal(signal.SIGINT)
-    rest, said = process.communicate(timeout=60)
+    rest, said = process.communicate(timeout=300)
     deadline.cancel()
     assert rest == ""
     assert process.returncode == 130
@@ -559,3 +560,35 @@ def test_lines_come_as_they_are_ready_and_ctrl_c_leaves_whole_ones(
     assert [(row["study"], row["n_views"]) for row in found] == [
         *(("s0", None), ("s0", 1), ("s1", None), ("s1", None), ("s1", 2)),
     ]
+
+
+class Picky:
+    """An encoder on a GPU that fails on every batch with a black image."""
+
+    device, preprocessing = "cuda", Preprocessing(8, 8, "stretch", "box", *[(0.5,) * 3] * 2, 1.0)
+
+    def __init__(self) -> None:
+        self.encoder, self.intensity, self.sizes = self, Intensity(), list[int]()
+
+    def encode(self, pixels: np.ndarray) -> np.ndarray:
+        self.sizes.append(len(pixels))
+        if (pixels.max(axis=(1, 2)) == 0).any():
+            raise EncoderError("it is not finite")
+        return pixels.reshape(len(pixels), -1).astype(np.float32)
+
+
+def test_a_gpu_is_handed_batches_and_an_image_that_it_fails_on_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "_read_ahead", reading._read_here)
+    for number in range(20):
+        level = 0 if number == 18 else 10 * number + 1
+        Image.new("L", (8, 8), level).save(tmp_path / f"{number:02d}.png")
+    paths = sorted(tmp_path.iterdir())
+    files = [reading.File(n, path, sha256(path)) for n, path in enumerate(paths)]
+    embedder: Any = Picky()
+    found = [encoded for batch in reading.encode_files(files, embedder) for encoded in batch]
+    assert [encoded.number for encoded in found] == list(range(20))
+    assert found[18].error == "cannot be encoded: it is not finite"
+    assert [f.x is not None and f.x[0] == 10 * f.number + 1 for f in found].count(True) == 19
+    assert embedder.sizes == [16, 4, 1, 1, 1, 1]

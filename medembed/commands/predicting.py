@@ -185,7 +185,9 @@ def _writer() -> Callable[[str], None]:
     stream = sys.stdout.buffer
 
     def write(text: str) -> None:
-        stream.write(text.encode())
+        data = text.encode("utf-8", "backslashreplace")
+        while data:  # an unbuffered stdout may take a part
+            data = data[stream.write(data) :]
         stream.flush()
 
     return write

@@ -11,8 +11,8 @@ Lei and Wasserman, Least ambiguous set-valued classifiers with bounded error lev
 stopping have not seen their rows. New studies are scored by one model refitted on all rows, where
 Vovk averages those of the folds, so the coverage is about the nominal one, not at least that: the
 worst case has no bound, as that of the cross-conformal predictor is twice alpha and a little more
-(Barber, Candes, Ramdas and Tibshirani, Predictive inference with the jackknife+, Annals of
-Statistics 49, 2021). A refit that ranks better than the folds' models covers more.
+(Barber, Candès, Ramdas and Tibshirani, Predictive inference with the jackknife+, Annals of
+Statistics 49, 2021). A refit that ranks better than the folds' models tends to cover more.
 
 **Patients.** What is exchangeable are patients, not studies: the studies of one resemble each
 other. All of them are kept, each counting once, and the promise is for a study drawn from all

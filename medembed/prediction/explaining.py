@@ -87,6 +87,12 @@ class Explainer:
     the map's. Scaling, components and covariates are the head's; covariates keep their values.
     Tokens are not rounded to the dtype that the model's rows were stored in.
 
+    On 435 abnormal images of the demo, heads trained on 405 others, the peak touched the finding in
+    77 % (logistic), 66 % (perceptron), 62 % (trees) and 73 % (attention) of `mean+max`; cells with
+    bone or finding in them touch it in 9 %, all cells in 3 %. The plain gradient of a perceptron
+    hits as often (69 %), but does not sum to what it explains. Trees on `mean` alone are explained
+    badly (17 %): a window moves a mean by less than their thresholds are apart.
+
     All of it is after the encoder's one pass. Occlusion asks the head once per window, of which
     there are 196 on 16 x 16 tokens and 2,809 on 64 x 64; under `pooler` and `projector` it pools
     anew for each.

@@ -14,8 +14,8 @@ from medembed.encoders.poolings import GRID_SIDE
 __all__ = ["WINDOW_SHARE", "occlude", "spread", "window_sides"]
 
 WINDOW_SHARE = 3 / 16
-"""Of the grid's side. On the demo's 16 x 16 tokens windows of 3 hit a finding most often: see the
-note of `explaining.Explainer`."""
+"""Of the grid's side. With trees on 16 x 16 tokens of the demo's, windows of 3 to 5 hit a finding
+about as often as each other, of 1 and 2 less: 3 is the finest of them."""
 
 Pool = Callable[[torch.Tensor], torch.Tensor]
 
