@@ -1,5 +1,6 @@
 """The `medembed` command as a process of its own; also `python -m medembed`."""
 
+import io
 import os
 import sys
 import threading
@@ -12,6 +13,7 @@ __all__ = ["run"]
 
 def run() -> None:
     """Run the command; after Ctrl-C or SIGTERM end without waiting for what still computes."""
+    _open_standard_streams()
     terminate_cleanly()
     try:
         main()
@@ -22,6 +24,21 @@ def run() -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(int(end.code))
+
+
+def _open_standard_streams() -> None:
+    """Keep descriptors 0 to 2 from files of ours, and output from ending the command half-way.
+
+    Where the caller has closed one, the next file opened would get its number, and what a library
+    prints would go into that file. A character that the locale lacks is written as an escape.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _computes_still() -> bool:

@@ -1,7 +1,9 @@
 """What commands show: words on stderr, one JSON document on stdout, errors in one line."""
 
 import json
+import re
 import signal
+import sys
 from types import FrameType
 from typing import Any
 
@@ -15,6 +17,7 @@ __all__ = [
     "Commands",
     "Terminated",
     "print_json",
+    "printable",
     "say",
     "terminate_cleanly",
 ]
@@ -22,6 +25,7 @@ __all__ = [
 # What a shell reports of a process that a signal ended: 128 + the signal's number.
 INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class Terminated(KeyboardInterrupt):
@@ -47,7 +51,7 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except MedembedError as error:
-            raise click.ClickException(str(error)) from error
+            raise click.ClickException(printable(str(error))) from error
         except KeyboardInterrupt as error:
             terminated = isinstance(error, Terminated)
             done = "".join(f" {note}" for note in getattr(error, "__notes__", ()))
@@ -59,7 +63,11 @@ class Commands(click.Group):
         except BrokenPipeError:
             raise
         except OSError as error:
-            raise click.ClickException(_describe(error)) from error
+            raise click.ClickException(printable(_describe(error))) from error
+        except UnicodeEncodeError as error:
+            if sys.getfilesystemencoding() == "utf-8":
+                raise
+            raise click.ClickException(printable(_describe_locale(error))) from error
 
 
 def _describe(error: OSError) -> str:
@@ -67,11 +75,36 @@ def _describe(error: OSError) -> str:
     return f"{where}{error.strerror or error}. Check that the path is right, writable and not full."
 
 
+def _describe_locale(error: UnicodeEncodeError) -> str:
+    return (
+        f"the name {error.object!r} cannot be written in this locale's encoding "
+        f"({error.encoding}). Set PYTHONUTF8=1, or LC_ALL to a UTF-8 locale such as C.UTF-8."
+    )
+
+
 def say(text: str = "") -> None:
     """Print a line for people, on stderr."""
-    click.echo(text, err=True)
+    click.echo(printable(text), err=True)
+
+
+def printable(text: str) -> str:
+    """Write control characters but tabs and ends of lines as escapes.
+
+    Names and reasons come from files of others, and a terminal obeys what they hold.
+    """
+    return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def print_json(document: Any) -> None:
-    """Print the one JSON document of a command on stdout; NaN is refused."""
-    click.echo(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
+    """Print the one JSON document of a command on stdout; NaN is refused.
+
+    Characters are escaped where stdout has no way to write one of them, as in another locale than
+    UTF-8, and where a file's name is no UTF-8.
+    """
+    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode()
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(document, indent=2, allow_nan=False)
+    click.echo(text)

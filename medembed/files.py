@@ -64,8 +64,16 @@ def writing_atomically(path: Path) -> Iterator[BinaryIO]:
 
 
 def json_bytes(document: Any) -> bytes:
-    """Encode as UTF-8 JSON, indented, ending in a newline; NaN and infinities are refused."""
-    return (json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    """Encode as UTF-8 JSON, indented, ending in a newline; NaN and infinities are refused.
+
+    Where a text is a file name of bytes that are no UTF-8, which Python keeps as halves of
+    characters, all that is not ASCII is escaped.
+    """
+    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+    try:
+        return f"{text}\n".encode()
+    except UnicodeEncodeError:
+        return f"{json.dumps(document, indent=2, allow_nan=False)}\n".encode()
 
 
 def json_digest(document: Any) -> str:

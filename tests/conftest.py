@@ -1,8 +1,62 @@
-"""What several tests share."""
+"""What several tests share: real radiographs, a place for files, an order that suits two cores."""
 
+import os
+import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+
+MEMORY = Path("/dev/shm")
+ENOUGH_BYTES = 2 * 2**30  # a container has 64 MB by default; then the usual place has to do
+NAME = "medembed-tests-"
+FAILED = pytest.StashKey[bool]()
+# What takes longest begins first: begun last, one of them would leave the other core idle.
+LONGEST = (
+    *("test_crashes", "test_sweep_processes", "test_ray", "test_sweep_ray", "test_end_to_end"),
+    *("test_finetuning", "test_finetuning_demo", "test_sweeps", "test_sweep_resume"),
+    *("test_autoencoder", "test_compaction", "test_reproduce", "test_wheel"),
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let tests write into memory, unless `--basetemp` names a place.
+
+    Every commit syncs its files. A disk that does so takes much longer than the test itself.
+    """
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False  # xdist's own order is by the number of tests
+    if config.option.basetemp or hasattr(config, "workerinput"):
+        return
+    _remove_left()
+    with suppress(OSError):  # no such directory, as on a Mac
+        if shutil.disk_usage(MEMORY).free > ENOUGH_BYTES:
+            config.option.basetemp = str(MEMORY / f"{NAME}{os.getpid()}")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Remove what a run has written; of a failed one it is kept until the next."""
+    place = MEMORY / f"{NAME}{os.getpid()}"
+    if config.option.basetemp == str(place) and not config.stash.get(FAILED, True):
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Remember for `pytest_unconfigure` how the run ended."""
+    session.config.stash[FAILED] = exitstatus != pytest.ExitCode.OK
+
+
+def _remove_left() -> None:
+    """Remove what runs have left whose process is gone."""
+    for place in MEMORY.glob(f"{NAME}*"):
+        if not Path("/proc", place.name.removeprefix(NAME)).exists():
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sort modules by how long they take, those that are not listed last, as they were."""
+    ranks = {name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
 
 
 @pytest.fixture(scope="session")

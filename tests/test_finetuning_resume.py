@@ -3,14 +3,14 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import fork
 from made_finetuning import QUICK, make_cohort, make_tower, tune
 
 from medembed.errors import RunError
@@ -20,15 +20,6 @@ from medembed.results.runs import Run, open_run
 
 LONG = replace(QUICK, epochs=3, patience=9)
 OPTIONS: dict[str, Any] = {"unfreeze": "0,1,2", "recipe": LONG}
-SCRIPT = """
-import sys
-from dataclasses import replace
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-from made_finetuning import QUICK, tune
-tune(Path({home!r}), Path({home!r}) / "tower", {out!r}, unfreeze="0,1,2",
-     recipe=replace(QUICK, epochs=3, patience=9))
-"""
 
 
 class Stop(KeyboardInterrupt):
@@ -113,34 +104,37 @@ def test_killed_at_moments_of_every_depth_it_ends_with_the_same_bytes(
     home: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    script = SCRIPT.format(tests=str(Path(__file__).parent), home=str(home), out=str(out))
     wanted = [("unfreeze-0", 2), ("unfreeze-1", 1), ("unfreeze-2", 2)]
     n_killed = 0
     while True:
-        process = subprocess.Popen(
-            [sys.executable, "-c", script], start_new_session=True, stderr=subprocess.DEVNULL
-        )
+        process = fork(train_alone, home, out)
         killed = wait_and_kill(process, out, wanted)
         n_killed += killed
         if not killed:
             break
-    assert process.returncode == 0
+    assert process.exitcode == 0
     assert n_killed >= 2
     require_equal(out, home / "whole")
 
 
-def wait_and_kill(process: Any, out: Path, wanted: list[tuple[str, int]]) -> bool:
+def train_alone(home: Path, out: Path) -> None:
+    os.setsid()
+    tune(home, home / "tower", out, **OPTIONS)
+
+
+def wait_and_kill(process: ForkServerProcess, out: Path, wanted: list[tuple[str, int]]) -> bool:
     """Kill the process once it has written one of the epochs wanted; False where it ends."""
     deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
+    while process.is_alive() and time.monotonic() < deadline:
         for head, epoch in wanted:
             path = out / "training" / f"{head}.safetensors"
             if path.is_file() and epoch_of(path) >= epoch:
                 wanted.remove((head, epoch))
                 os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                process.join()
                 return True
         time.sleep(0.002)
+    process.join(timeout=0)
     return False
 
 

@@ -72,7 +72,7 @@ def test_any_number_of_processes_gives_the_same_bytes(runs, jobs):
     one, several = runs / "1", runs / jobs
     names = ["predictions.parquet"]
     names += [str(path.relative_to(one)) for path in one.glob("models/*/*")]
-    assert len(names) == 1 + 2 * len(HEADS)
+    assert len(names) == 1 + 4 * len(HEADS)
     for name in names:
         assert (several / name).read_bytes() == (one / name).read_bytes(), name
 

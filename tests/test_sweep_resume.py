@@ -1,7 +1,6 @@
 """The ledger of a sweep, and what is left after it was stopped, killed or damaged: all of it."""
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from forked import fork
 from made_sweeps import make_data, workers_in_session
 from test_sweeps import make_table
 
@@ -304,19 +304,9 @@ def be_killed(data, out, jobs):
     sweep(*data, out, **SMALL | {"jobs": jobs})
 
 
-@pytest.fixture(scope="module")
-def server():
-    """Start processes that have imported the heavy part already."""
-    context = multiprocessing.get_context("forkserver")
-    modules = ("cli", "sweeps", "heads.attention", "heads.linear", "heads.mlp", "heads.trees")
-    context.set_forkserver_preload([f"medembed.{name}" for name in modules])
-    return context
-
-
-def kill_after(server, data, out, jobs, seconds):
+def kill_after(data, out, jobs, seconds):
     """Kill a sweep after so many seconds; return whether it was killed before its end."""
-    process = server.Process(target=be_killed, args=(data, out, jobs))
-    process.start()
+    process = fork(be_killed, data, out, jobs)
     process.join(seconds)
     process.kill()
     process.join()
@@ -327,14 +317,14 @@ def kill_after(server, data, out, jobs, seconds):
     return code != 0
 
 
-def test_twenty_kills_at_random_moments_lose_nothing(server, data, whole, tmp_path):
+def test_twenty_kills_at_random_moments_lose_nothing(data, whole, tmp_path):
     generator, n_killed, n_whole = random.Random(20), 0, 0
     out, ends, phases = tmp_path / "run0", time.monotonic() + 60, set()
     while n_killed < 20:
         assert time.monotonic() < ends, f"{n_killed} kills in a minute"
         jobs = 2 if n_killed % 7 == 6 else 1
         seconds = generator.uniform(0.1, 1.0) + 3.0 * (jobs - 1)
-        if kill_after(server, data, out, jobs, seconds):
+        if kill_after(data, out, jobs, seconds):
             n_killed += 1
             phases.add(phase_of(out))
         else:
@@ -355,12 +345,9 @@ def phase_of(out):
     return "training" if not (out / "scores.json").exists() else "finished"
 
 
-def test_a_kill_while_models_are_written_leaves_no_hidden_directories(
-    server, data, whole, tmp_path
-):
+def test_a_kill_while_models_are_written_leaves_no_hidden_directories(data, whole, tmp_path):
     out = tmp_path / "run"
-    process = server.Process(target=die_while_saving, args=(data, out))
-    process.start()
+    process = fork(die_while_saving, data, out)
     process.join()
     assert process.exitcode == -signal.SIGKILL
     with pytest.raises(RunError, match="unfinished"):

@@ -1,15 +1,15 @@
 """Several workers on one cache: disjoint shares, each row once, the same embeddings."""
 
+import os
 import signal
-import subprocess
-import sys
-import textwrap
 import time
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from forked import fork
 from test_extraction import HalvesEncoder, write_images
 
 from medembed.cache import shards
@@ -19,7 +19,7 @@ from medembed.cache.spec import hex_from_keys
 from medembed.cache.store import create_cache, open_cache
 from medembed.cache.writer import RowWriter
 from medembed.cli import main
-from medembed.dataset.manifest import Manifest, write_manifest
+from medembed.dataset.manifest import Manifest, read_manifest, write_manifest
 from medembed.encoders.loading import load_encoder
 from medembed.errors import MedembedError
 from medembed.extraction import extract
@@ -27,24 +27,20 @@ from medembed.extraction.workers import find_worker, parse_worker
 
 N_IMAGES = 96
 
-# One worker as a process of its own; `seconds` per batch make it slow enough to be killed.
-SCRIPT = """
-    import sys
-    from pathlib import Path
 
-    sys.path.insert(0, {tests!r})
-    from test_extraction import HalvesEncoder
-
-    from medembed.dataset.manifest import read_manifest
-    from medembed.extraction import extract
-    from medembed.extraction.workers import parse_worker
-
-    worker, seconds = parse_worker(sys.argv[1]), float(sys.argv[2])
+def be_worker(root: Path, worker: str, seconds: float) -> None:
+    """Be one worker; `seconds` per batch make it slow enough to be killed."""
+    os.chdir(root)
     extract(
-        read_manifest("manifest.csv"), "images", HalvesEncoder(seconds=seconds), "cache",
-        batch_size=4, decoders=1, worker=worker, commit_seconds=0.1,
+        read_manifest("manifest.csv"),
+        Path("images"),
+        HalvesEncoder(seconds=seconds),
+        Path("cache"),
+        batch_size=4,
+        decoders=1,
+        worker=parse_worker(worker),
+        commit_seconds=0.1,
     )
-"""
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +53,14 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest, n
     return root, manifest, load_embeddings(root / "alone", manifest).X
 
 
-def start(root: Path, worker: str, seconds: float = 0.0) -> subprocess.Popen[bytes]:
-    script = textwrap.dedent(SCRIPT.format(tests=str(Path(__file__).parent)))
-    return subprocess.Popen([sys.executable, "-c", script, worker, str(seconds)], cwd=root)
+def start(root: Path, worker: str, seconds: float = 0.0) -> ForkServerProcess:
+    return fork(be_worker, root, worker, seconds)
+
+
+def end(process: ForkServerProcess) -> int | None:
+    """Wait for a worker's end; None if it does not come."""
+    process.join(timeout=120)
+    return process.exitcode
 
 
 def check_union(root: Path, manifest: Manifest, alone: np.ndarray) -> None:
@@ -82,7 +83,7 @@ def test_workers_at_once_make_the_cache_that_one_makes(
     count: int, dataset: tuple[Path, Manifest, np.ndarray], place: Path
 ) -> None:
     workers = [start(place, f"{index}/{count}") for index in range(count)]
-    assert [worker.wait(timeout=120) for worker in workers] == [0] * count
+    assert [end(worker) for worker in workers] == [0] * count
     check_union(place, *dataset[1:])
 
 
@@ -91,13 +92,13 @@ def test_killed_workers_are_replaced_by_any_other_number(
 ) -> None:
     workers = [start(place, f"{index}/2", seconds=0.2) for index in range(2)]
     while not list((place / "cache").glob("shards/*.h5")):
-        assert any(worker.poll() is None for worker in workers)
+        assert any(worker.is_alive() for worker in workers)
         time.sleep(0.02)
     for worker in workers:
-        worker.send_signal(signal.SIGKILL)
-        worker.wait()
+        worker.kill()
+        assert end(worker) == -signal.SIGKILL
     assert 0 < len(open_cache(place / "cache").keys()) < N_IMAGES
-    assert [start(place, f"{index}/3").wait(timeout=120) for index in (2, 0, 1)] == [0, 0, 0]
+    assert [end(start(place, f"{index}/3")) for index in (2, 0, 1)] == [0, 0, 0]
     check_union(place, *dataset[1:])
 
 
@@ -123,9 +124,9 @@ def test_a_towers_embeddings_do_not_depend_on_the_shares(
     dataset: tuple[Path, Manifest, np.ndarray], tmp_path: Path
 ) -> None:
     root, manifest, _ = dataset
-    small = Manifest(manifest.rows.iloc[:21].reset_index(drop=True), manifest.label_level)
+    small = Manifest(manifest.rows.iloc[:13].reset_index(drop=True), manifest.label_level)
     encoder = load_encoder("demo", device="cpu", precision="fp32")
-    for name, workers in (("alone", [None]), ("shared", [Worker(n, 5) for n in range(5)])):
+    for name, workers in (("alone", [None]), ("shared", [Worker(n, 3) for n in range(3)])):
         for worker in workers:
             extract(small, root / "images", encoder, tmp_path / name, worker=worker)
     alone, shared = (load_embeddings(tmp_path / name, small).X for name in ("alone", "shared"))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from medembed.commands.options import PATH, json_option, split_names
-from medembed.console import Commands, print_json, say
+from medembed.console import Commands, print_json, printable, say
 from medembed.progress import showing_progress
 
 if TYPE_CHECKING:
@@ -58,10 +58,10 @@ def info_command(
         return
     failed = card.pop("failed", [])
     for line in _lines(card):
-        click.echo(line)
+        click.echo(printable(line))
     for failure in failed:
         name = failure["image"] or failure["sha256"]
-        click.echo(f"failed ({failure['stage']}): {name}: {failure['reason']}")
+        click.echo(printable(f"failed ({failure['stage']}): {name}: {failure['reason']}"))
 
 
 def _lines(card: dict[str, Any], indent: str = "") -> Iterator[str]:

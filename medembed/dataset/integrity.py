@@ -31,6 +31,7 @@ _MARKER_IN_SCAN = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])", re.DOTALL)
 # What may follow a scan: DHT, EOI, SOS, DQT, DNL, DRI, APPn, COM (ITU T.81, figure B.2).
 _AFTER_SCAN = {0xC4, 0xD9, 0xDA, 0xDB, 0xDC, 0xDD, *range(0xE0, 0xF0), 0xFE}
 _STANDALONE = {0x01, *range(0xD0, 0xD8)}
+MOST_SURPLUS = 1 << 20  # bytes beyond the last row that are let pass, as libpng does
 _JUNK = b"\x5a\xa5\x3c\x69" * 2048
 
 
@@ -91,12 +92,12 @@ def check_png_rows(data: bytes, facts: PngFacts) -> None:
     Raises
     ------
     ImageError
-        They end early, or are damaged.
+        They end early, go on for 1 MiB more, or are damaged.
     """
     inflated = _Inflated()
     for kind, body in _png_chunks(data):
         if kind == b"IDAT":
-            inflated.feed(body)
+            inflated.feed(body, facts.n_bytes + MOST_SURPLUS)
     if inflated.count < facts.n_bytes:
         raise ImageError("the PNG's image data end before its last row: the file is truncated")
 
@@ -151,13 +152,15 @@ class _Inflated:
         self.count = 0
         self._stream = zlib.decompressobj()
 
-    def feed(self, body: bytes) -> None:
+    def feed(self, body: bytes, most: int) -> None:
         if self._stream.eof:
             return
         try:
             while body and not self._stream.eof:
                 self.count += len(self._stream.decompress(body, 1 << 18))
                 body = self._stream.unconsumed_tail
+                if self.count > most:  # a few megabytes can inflate for minutes
+                    raise ImageError("the PNG's image data go on far beyond its last row")
         except zlib.error as error:
             raise ImageError(f"the PNG's image data are damaged: {error}") from error
 

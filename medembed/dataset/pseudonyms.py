@@ -17,6 +17,7 @@ __all__ = ["Pseudonyms", "read_key"]
 
 KEY_BYTES = 32
 LEAST_KEY_BYTES = 16
+MOST_KEY_BYTES = 4096
 DIGITS = 20  # hex: among 10 million names a clash has a chance of 1 in 24 billion
 
 
@@ -51,7 +52,7 @@ def read_key(path: Path | None) -> bytes:
     Raises
     ------
     RecipeError
-        The file cannot be read or written, or holds fewer than 16 bytes.
+        The file cannot be read or written, or holds fewer than 16 bytes or more than 4,096.
     """
     if path is None:
         return secrets.token_bytes(KEY_BYTES)
@@ -60,9 +61,12 @@ def read_key(path: Path | None) -> bytes:
             handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(handle, "w", encoding="ascii") as file:
                 file.write(secrets.token_hex(KEY_BYTES) + "\n")
-        key = path.read_bytes().strip()
+        with path.open("rb") as opened:
+            key = opened.read(MOST_KEY_BYTES + 1).strip()  # a device may never end
     except OSError as error:
         raise RecipeError(f"key file {path} cannot be used: {error.strerror}.") from error
+    if len(key) > MOST_KEY_BYTES:
+        raise RecipeError(f"key file {path} holds more than {MOST_KEY_BYTES} bytes: no key does.")
     if len(key) < LEAST_KEY_BYTES:
         raise RecipeError(
             f"key file {path} holds {len(key)} bytes; a key has at least {LEAST_KEY_BYTES}. Name a "

@@ -140,7 +140,8 @@ def _as_strings(column: "pd.Series[Any]") -> "pd.Series[str]":
 
 def _read_blocks(path: Path, names: tuple[str, ...], error: type[MedembedError]) -> pd.DataFrame:
     """Read block by block: a whole file at once takes twice the memory."""
-    with pq.ParquetFile(path) as file:
+    # Opened here: Arrow opens no name that is not UTF-8.
+    with path.open("rb") as opened, pq.ParquetFile(opened) as file:
         _check_names(file.schema_arrow.names, path, error)
         every = (field for field in file.schema_arrow if not names or field.name in names)
         fields = [field for field in every if not PANDAS_INDEX.fullmatch(field.name)]
