@@ -270,7 +270,9 @@ def _decisions(
     """Return what `results.alignment` reads in place of fitting: each head's calibrations."""
     known = internal.decisions if internal is not None else {}
     own = known.get(asked.head, {})
+    conformal = asked.card.conformal
     head = {
+        "conformal": None if conformal is None else conformal.as_dict(),
         "calibrations": {
             **own.get("calibrations", {}),
             "platt": asked.card.calibration.as_dict(),
