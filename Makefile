@@ -55,7 +55,7 @@ RUNS = $(foreach run,sweep depths cnn cnn-frozen autoencoder,$(call under,runs/$
 PAGE = $(call under,report/index.html)
 
 .PHONY: help setup test soak lint demo manifest extract sweep finetune autoencoder compare report
-.PHONY: evaluate predict reproduce wheel clean
+.PHONY: evaluate predict reproduce bench bench-check docs audit coverage wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -132,8 +132,25 @@ reproduce: $(READY) ## the whole paper on IMAGE_ROOT: heads, depths, baselines, 
 	  $(MEDEMBED) report $(RUNS) -o $(call under,report) $(REPORT_ARGS); }
 	@echo "Page: "$(PAGE)". Tables: "$(call under,tables)
 
+bench: $(READY) ## measure everything against what one would use instead: about an hour, nothing beside it
+	$(BIN)/python bench/suite.py $(ARGS)
+
+bench-check: $(READY) ## the same, and exit 1 where a ratio is a fifth worse than the committed one
+	$(BIN)/python bench/suite.py --check $(ARGS)
+
+docs: $(READY) ## the API reference into docs/build/html, and every block of the README as printed
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/build/html
+	MEDEMBED_DOCS=1 $(BIN)/python -m pytest tests/test_readme.py $(ARGS)
+
+coverage: $(READY) ## the suite with branch coverage, of processes that it starts too
+	$(BIN)/python -m pytest -n 2 --dist loadscope --cov --cov-report=term-missing:skip-covered $(ARGS)
+
+audit: $(READY) ## known holes in the pinned releases, and risky code
+	$(BIN)/bandit -q -r medembed -s B101
+	$(BIN)/pip-audit --progress-spinner off -r constraints.txt
+
 wheel: $(READY) ## build the wheel into dist/
 	$(BIN)/python -m build --wheel --outdir dist .
 
 clean: ## remove what set-up and tests made; demo, caches and runs stay
-	rm -rf .venv dist build .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf .venv dist build docs/api docs/build .pytest_cache .hypothesis .mypy_cache .ruff_cache
