@@ -64,22 +64,11 @@ class Commands(click.Group):
             raise
         except OSError as error:
             raise click.ClickException(printable(_describe(error))) from error
-        except UnicodeEncodeError as error:
-            if sys.getfilesystemencoding() == "utf-8":
-                raise
-            raise click.ClickException(printable(_describe_locale(error))) from error
 
 
 def _describe(error: OSError) -> str:
     where = f"{error.filename}: " if error.filename else ""
     return f"{where}{error.strerror or error}. Check that the path is right, writable and not full."
-
-
-def _describe_locale(error: UnicodeEncodeError) -> str:
-    return (
-        f"the name {error.object!r} cannot be written in this locale's encoding "
-        f"({error.encoding}). Set PYTHONUTF8=1, or LC_ALL to a UTF-8 locale such as C.UTF-8."
-    )
 
 
 def say(text: str = "") -> None:

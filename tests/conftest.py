@@ -26,7 +26,11 @@ def pytest_configure(config: pytest.Config) -> None:
     """
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False  # xdist's own order is by the number of tests
-    if config.option.basetemp or hasattr(config, "workerinput"):
+    if hasattr(config, "workerinput"):
+        # Threads of small products wait busily, and so take the core of the tests beside them.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+        return
+    if config.option.basetemp:
         return
     _remove_left()
     with suppress(OSError):  # no such directory, as on a Mac

@@ -252,14 +252,26 @@ def test_both_are_series_of_the_figure_of_depths(home: Path) -> None:
 
 def test_what_was_asked_without_lora_is_the_same_question_as_before(home: Path) -> None:
     assert "lora" not in open_run(home / "usual").info["asked"]["recipe"]
+    # `all` is all blocks, since there are adapters in blocks alone
+    assert open_run(home / "run").info["asked"]["depths"] == [0, 1, 3]
     assert open_run(home / "run").info["asked"]["recipe"]["lora"] == 2
 
 
-def test_several_seeds_draw_adapters_of_their_own(home: Path, tmp_path: Path) -> None:
+def test_several_seeds_draw_adapters_of_their_own(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+
+    def watched(encoder: Any, depth: Depth, rank: int, seed: int) -> list[str]:
+        drawn.append((depth.blocks, seed))
+        return add_adapters(encoder, depth, rank, seed)
+
+    monkeypatch.setattr("medembed.finetuning.network.add_adapters", watched)
     recipe = replace(LORA, epochs=1)
     tune(home, home / "tower", tmp_path / "run", unfreeze="1", n_seeds=2, recipe=recipe)
     first, second = (state_of(tmp_path / "run" / "encoders" / f"lora2-1-s{s}") for s in (0, 1))
     assert different(first, second)
+    assert [own for own in drawn if own[0]] == [(1, 0), (1, 1)]
 
 
 def test_the_trunk_cache_gives_the_same_logits(home: Path, tmp_path: Path) -> None:

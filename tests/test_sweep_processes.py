@@ -10,6 +10,7 @@ import time
 import pytest
 from click.testing import CliRunner
 from made_sweeps import make_data, session_of, workers_in_session
+from threadpoolctl import threadpool_limits
 
 from medembed.cli import main
 from medembed.heads.packaging import load_model
@@ -59,8 +60,10 @@ def runs(data, tmp_path_factory):
         finally:
             training._judge = judge
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, threadpool_limits(2):
         patch.setattr(trials, "train_unit", watched)
+        for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
+            patch.setenv(name, "2")  # what has to be overruled
         for jobs in (1, 2, 3):
             options = {"heads": HEADS, "n_configs": 4, "n_folds": 3, "space": space}
             sweep(*data, home / str(jobs), **options, jobs=jobs)

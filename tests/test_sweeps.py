@@ -4,13 +4,12 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pandas as pd
 import pytest
+from forked import fork
 
 from medembed.cache.failures import Failure
 from medembed.cache.spec import CacheSpec, keys_from_hex
@@ -243,23 +242,21 @@ def test_only_what_the_ledger_lacks_is_trained(swept, data, tmp_path, monkeypatc
     assert not (out / "folds").exists()
 
 
+def train_slowly(data, out):
+    sweep(*data, out, **SMALL, progress=lambda done, total: time.sleep(0.15))
+
+
 def test_a_killed_sweep_resumed_gives_the_same_leaderboard(swept, data, tmp_path):
     out = tmp_path / "run"
-    code = f"""
-import time
-from medembed import sweeps
-sweeps.sweep({str(data[0])!r}, {str(data[1])!r}, {str(out)!r}, heads=("logistic", "mlp"),
-             n_configs=2, n_folds=3, jobs=1, progress=lambda done, total: time.sleep(0.15))
-"""
-    process = subprocess.Popen([sys.executable, "-c", code])
+    process = fork(train_slowly, data, out)
     ledger = out / "trials.jsonl"
     deadline = time.monotonic() + 60
     while not (ledger.exists() and ledger.read_bytes().count(b"\n") >= 4):
-        assert process.poll() is None
+        assert process.is_alive()
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert not (out / "scores.json").exists()
     n_before = ledger.read_bytes().count(b"\n")
     sweep(*data, out, **SMALL)
@@ -340,7 +337,7 @@ def test_when_every_head_fails_the_run_is_not_complete(data, tmp_path, monkeypat
 
 def test_a_fit_that_kills_its_process_costs_only_itself(data, tmp_path, monkeypatch):
     monkeypatch.setattr(trials, "train_unit", _deadly_train_unit)
-    options = SMALL | {"n_configs": 1, "jobs": 2}
+    options = SMALL | {"n_configs": 1, "n_folds": 2, "jobs": 2}
     result = sweep(*data, tmp_path / "run", **options)
     assert [entry["status"] for entry in result["leaderboard"]] == ["ok", "error"]
     assert "the process died" in result["leaderboard"][1]["error"]

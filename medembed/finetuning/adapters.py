@@ -16,6 +16,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -137,7 +138,7 @@ def merge_adapters(tower: nn.Module) -> dict[str, torch.Tensor]:
     for name, module in tower.named_modules():
         if isinstance(module, BaseTunerLayer):
             with _silence():
-                merged = copy.deepcopy(module)
+                merged: Any = copy.deepcopy(module)
                 merged.merge()
             found[f"{name}.weight"] = merged.get_base_layer().weight.detach()
     return found
