@@ -131,7 +131,7 @@ def test_compare_and_report_take_it_beside_a_sweep(home: Path, tmp_path: Path) -
     assert all(row["scores"]["auroc"]["value"] is not None for row in rows.values())
     assert [point["depth"] for point in result["depths"][0]["points"]] == [0, 1, 2]
     assert {run["dropped"] for run in result["runs"]} == {0}
-    page = write_report([home / "sweep", home / "run"], tmp_path / "report")
+    page = write_report([home / "sweep", home / "run"], tmp_path / "report", n_resamples=100)
     assert "unfreeze-2" in Path(page["page"]).read_text()
 
 

@@ -10,6 +10,8 @@ import pytest
 from made_runs import make_images, make_run
 
 from medembed.errors import RunError
+from medembed.results import page
+from medembed.results.figures import plot_all
 from medembed.results.page import write_report
 from medembed.results.provenance import public_name
 
@@ -123,7 +125,9 @@ def test_the_page_says_what_was_run_what_was_lost_and_that_it_is_synthetic(writt
         assert words in text, words
 
 
-def test_the_same_run_gives_the_same_bytes_but_for_the_date(run_path, written, tmp_path):
+def test_the_same_run_gives_the_same_bytes_but_for_the_date(
+    run_path, written, tmp_path, monkeypatch
+):
     def digests(directory):
         files = [path for path in directory.rglob("*") if path.is_file()]
         return {
@@ -131,8 +135,11 @@ def test_the_same_run_gives_the_same_bytes_but_for_the_date(run_path, written, t
             for path in files
         }
 
+    drawn = []
+    monkeypatch.setattr(page, "plot_all", lambda *of: drawn.extend(plot_all(*of)) or drawn)
     write_report([run_path], tmp_path, **FAST)
     assert digests(tmp_path) == digests(written[0])
+    monkeypatch.setattr(page, "plot_all", lambda *_: drawn)  # which are not told of any date
     write_report([run_path], tmp_path, **FAST | {"date": datetime.date(2027, 3, 4)})
     later = (tmp_path / "index.html").read_text()
     assert later != written[2]
@@ -191,15 +198,15 @@ def test_a_file_in_the_way_is_refused(run_path, tmp_path):
         write_report([run_path], tmp_path / "out")
 
 
-def test_drawing_leaves_the_users_settings_alone(run_path, tmp_path):
+def test_drawing_leaves_the_users_settings_alone(run_path, written, tmp_path):
     import matplotlib
 
     with matplotlib.rc_context({"font.size": 3, "text.usetex": False}):
         write_report([run_path], tmp_path / "out", **FAST)
         assert matplotlib.rcParams["font.size"] == 3
-    first = (tmp_path / "out" / "figures" / "roc.png").read_bytes()
-    write_report([run_path], tmp_path / "out", **FAST)
-    assert (tmp_path / "out" / "figures" / "roc.png").read_bytes() == first
+    for name in ("roc.png", "roc.svg", "roc.pdf"):
+        usual = (written[0] / "figures" / name).read_bytes()
+        assert (tmp_path / "out" / "figures" / name).read_bytes() == usual
 
 
 def test_only_the_last_part_of_an_absolute_path_is_public():

@@ -158,9 +158,9 @@ def _compile(pattern: str, path: Path) -> re.Pattern[str]:
     seen: set[str] = set()
     for token in re.split(r"(\{.*?\}|\*\*/|\*)", pattern):
         name = token[1:-1]
-        if token == "**/":  # nosec B105 - a part of a pattern
+        if token == "**/":  # nosec B105 # a part of a pattern
             pieces.append(r"(?:[^/]+/)*")
-        elif token == "*":  # nosec B105 - a part of a pattern
+        elif token == "*":  # nosec B105 # a part of a pattern
             pieces.append(r"[^/]*")
         elif not token.startswith("{"):
             pieces.append(re.escape(token))

@@ -178,7 +178,7 @@ def load_backbone(
 def _read_config(directory: Path, source: str) -> Any:
     try:
         with _quiet():
-            config = AutoConfig.from_pretrained(  # nosec B615 - a directory, local files only
+            config = AutoConfig.from_pretrained(  # nosec B615 # a directory, local files only
                 directory, local_files_only=True, trust_remote_code=False
             )
     except Exception as error:  # its validation raises its own errors, by transformers' version
@@ -262,7 +262,7 @@ def _from_pretrained(
     known: dict[str, Any] = {"config": config, "dtype": DTYPES[precision]}
     known |= {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
     if changes is None:
-        found: tuple[Any, dict[str, Any]] = AutoModel.from_pretrained(  # nosec B615 - local files
+        found: tuple[Any, dict[str, Any]] = AutoModel.from_pretrained(  # nosec B615 # local files
             directory, trust_remote_code=False, **known
         )
         return found

@@ -6,7 +6,7 @@ import os
 import queue
 import shutil
 import signal
-import subprocess  # nosec B404 - starts our own decoders, without a shell
+import subprocess  # nosec B404 # starts our own decoders, without a shell
 import sys
 import tempfile
 from collections import deque
@@ -29,7 +29,7 @@ from medembed.machine import reserve
 
 __all__ = ["Decoders"]
 
-SHARED_MEMORY = Path("/dev/shm")  # nosec B108 - only files without a name are made there
+SHARED_MEMORY = Path("/dev/shm")  # nosec B108 # only files without a name are made there
 ENOUGH_SHARED_BYTES = 2**29  # a container has 64 MB by default; then a file on disk has to do
 # Memory of one image is kept for the next instead of going back to the system, whose fresh pages
 # cost a sixth of the decoding time. glibc's and Pillow's settings; others pass over them.
@@ -244,7 +244,7 @@ class _Decoder:
         # -P: nothing is imported from the working directory, unless the package itself is there.
         path = [str(Path(medembed.__file__).parents[1]), *filter(None, sys.path)]
         environment = {**QUICK_MEMORY, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(  # nosec B603 - our own module, no text from outside but options
+        return subprocess.Popen(  # nosec B603 # our own module, no text from outside but options
             [sys.executable, "-P", "-m", "medembed.extraction.decoder", self._arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -158,7 +158,7 @@ def _escape(value: Any) -> Markup:
     """Let text from data be text in Markdown: neither markup, nor HTML, nor a new line."""
     text = _MARKDOWN.sub(r"\\\1", " ".join(str(value).split()))
     safe = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return Markup(safe)  # nosec B704 - escaped above
+    return Markup(safe)  # nosec B704 # escaped above
 
 
 def _write_score(entry: Mapping[str, Any] | None) -> str:

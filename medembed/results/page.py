@@ -137,7 +137,7 @@ def _render(
         disclaimer=DISCLAIMER,
         date=date.isoformat(),
         version=version("medembed"),
-        script=Markup(script),  # nosec B704 - ours, and none of it comes from a run
+        script=Markup(script),  # nosec B704 # ours, and none of it comes from a run
         script_digest=digest,
     )
 
