@@ -109,7 +109,7 @@ def make_hub(place: Path) -> Hub:
     from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
     hub = Hub()
-    make_gemma(place / "gemma")
+    make_gemma(place / "gemma", num_hidden_layers=5)
     hub.put("google/medgemma-4b-pt", files_of(place / "gemma"))
     model = ResNetForImageClassification(ResNetConfig(**RESNET))
     model.save_pretrained(place / "resnet")

@@ -95,8 +95,8 @@ def read_description(path: Path) -> tuple[CacheSpec, dict[str, Any], dict[str, A
     document = _read_document(path)
     if document.get("version") != VERSION:
         raise CacheError(
-            f"cache at {path} has format version {str(document.get('version'))[:40]}; this reads "
-            f"version {VERSION}. Install the medembed that wrote it, or choose another --cache."
+            f"cache at {path} has format version {document.get('version')!s:.40}; this "
+            f"medembed reads version {VERSION}. Install the medembed that wrote it, or choose another --cache."
         )
     try:
         spec, recorded = CacheSpec.from_dict(document["spec"]), dict(document["recorded"])

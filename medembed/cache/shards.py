@@ -348,8 +348,8 @@ def _parse_header(path: Path, raw: bytes, spec: CacheSpec | None = None) -> dict
         raise _damaged(path, "its header cannot be read") from error
     if format_ == FORMAT and version != VERSION:
         raise ShardError(
-            f"shard {path} has format version {version!s:.40}; this medembed reads {VERSION}. "
-            "Install the medembed that wrote it."
+            f"shard {path} has format version {version!s:.40}; this medembed reads version "
+            f"{VERSION}. Install the medembed that wrote it."
         )
     sizes, digests = ("rows", "keys_offset"), ("spec", "keys_sha256")
     if (
