@@ -96,7 +96,8 @@ def read_description(path: Path) -> tuple[CacheSpec, dict[str, Any], dict[str, A
     if document.get("version") != VERSION:
         raise CacheError(
             f"cache at {path} has format version {document.get('version')!s:.40}; this "
-            f"medembed reads version {VERSION}. Install the medembed that wrote it, or choose another --cache."
+            f"medembed reads version {VERSION}. Install the medembed that wrote it, or choose "
+            "another --cache."
         )
     try:
         spec, recorded = CacheSpec.from_dict(document["spec"]), dict(document["recorded"])

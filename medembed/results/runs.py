@@ -145,7 +145,9 @@ class Run:
         """
         path = self.path / "predictions.parquet"
         try:
-            table = pq.read_table(path, columns=list(PREDICTION_COLUMNS))
+            # opened here, since Arrow takes no path that is not UTF-8
+            with open(path, "rb") as file:
+                table = pq.read_table(file, columns=list(PREDICTION_COLUMNS))
             frame: pd.DataFrame = table.cast(
                 pa.schema(list(PREDICTION_COLUMNS.items()))
             ).to_pandas()
@@ -237,7 +239,7 @@ class Run:
     def _parse_trial(self, number: int, line: bytes) -> dict[str, Any]:
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
         if not isinstance(record, dict) or "trial" not in record:
             raise RunError(
@@ -362,7 +364,7 @@ def _short(value: Any) -> str:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(
             f"{path} cannot be read ({error}). Delete the run and sweep again."
         ) from None

@@ -73,9 +73,20 @@ class Pool:
         return self._jobs or 1
 
     def run(
-        self, function: Callable[[Any, Any], Any], items: Sequence[Any]
+        self,
+        function: Callable[[Any, Any], Any],
+        items: Sequence[Any],
+        *,
+        suspected: bool = False,
     ) -> Iterator[tuple[int, Any]]:
-        """Yield (number of the item, result or `Died`) as they end, in no particular order."""
+        """Yield (number of the item, result or `Died`) as they end, in no particular order.
+
+        Parameters
+        ----------
+        suspected : bool
+            Whether one of the items is known to end its process: they run one after the other,
+            since together they would only have to begin again.
+        """
         if self.jobs == 1 and self._backend == "loky":
             for i, item in enumerate(items):
                 yield i, function(self._shared, item)
@@ -83,14 +94,15 @@ class Pool:
         waiting = dict(enumerate(items))
         if not waiting:
             return
-        n_processes = max(2, min(self.jobs, len(items)))  # of one joblib would make none
-        try:
-            for i, result in self._in_processes(function, waiting, n_processes):
-                del waiting[i]
-                yield i, result
-            return
-        except Exception as error:  # the function's own errors are results: this is the pool's
-            reason = str(error) or type(error).__name__
+        if not suspected:
+            n_processes = max(2, min(self.jobs, len(items)))  # of one joblib would make none
+            try:
+                for i, result in self._in_processes(function, waiting, n_processes):
+                    del waiting[i]
+                    yield i, result
+                return
+            except Exception:  # the function's own errors are results: this is the pool's
+                pass
         # A fit took its process down, and all that ran beside it. Alone, only the guilty one falls.
         for i, item in waiting.items():
             try:

@@ -185,7 +185,7 @@ def _run_flat(
             continue
         _write_all(ledger, batch, fold, chosen, outcomes)
     units = [_unit(batch, fold, chosen, bases) for batch, fold, chosen in dead]
-    for n, outcomes in pool.run(train_unit, units):
+    for n, outcomes in pool.run(train_unit, units, suspected=True):
         batch, fold, chosen = dead[n]
         _write_all(ledger, batch, fold, chosen, outcomes)
 
