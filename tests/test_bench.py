@@ -31,15 +31,16 @@ def part_named(name: str) -> suite.Part:
     return next(part for part in suite.PARTS if part.name == name)
 
 
-def test_every_part_names_a_script_and_committed_results_with_its_figures() -> None:
+def test_every_part_names_a_script_and_figures_that_its_results_have() -> None:
     for part in suite.PARTS:
         assert (ROOT / "bench" / part.command.split()[0]).is_file(), part.name
+        assert part.figures, part.name
         results = suite.read(suite.RESULTS / part.file)
-        assert results, f"{part.file} is not committed"
         for figure in part.figures:
-            # what has no number yet is written "not measured" on the page, not left out
             assert figure.better in {"higher", "lower"}, figure.key
-            assert suite.look_up(results, figure.key) != 0, figure.key
+            # a misspelt key would stand on the page as "not measured" for ever
+            group = figure.key.rpartition(".")[0]
+            assert not results or not group or group.split(".")[0] in results, figure.key
 
 
 def test_the_committed_page_is_what_the_committed_results_say() -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -34,11 +35,11 @@ from medembed.errors import EncoderError, MissingRowsError, ModelError, PathNotF
 from medembed.extraction import extract
 from medembed.heads.attention import AttentionHead
 from medembed.heads.linear import LogisticHead
-from medembed.heads.packaging import load_model, save_model
+from medembed.heads.packaging import Model, load_model, save_model
 from medembed.heads.trees import LightGBMHead
 from medembed.prediction import Predictor, reading
 from medembed.prediction.embedding import find_encoder, read_intensity
-from medembed.prediction.scoring import score_rows, spec_of_card
+from medembed.prediction.scoring import raw_scores, score_rows, spec_of_card
 from medembed.results.cards import describe_decisions, read_card
 from medembed.results.priors import image_code
 
@@ -512,6 +513,7 @@ def test_a_cache_answers_in_a_fresh_process_without_torch(home: Path, tmp_path: 
 STREAMED = """\
 import time, types
 from pathlib import Path
+from types import SimpleNamespace
 import numpy as np
 from medembed.__main__ import run
 from medembed.encoders.preprocessing import Preprocessing
@@ -592,3 +594,12 @@ def test_a_gpu_is_handed_batches_and_an_image_that_it_fails_on_is_found(
     assert found[18].error == "cannot be encoded: it is not finite"
     assert [f.x is not None and f.x[0] == 10 * f.number + 1 for f in found].count(True) == 19
     assert embedder.sizes == [16, 4, 1, 1, 1, 1]
+
+
+def test_a_head_that_gives_no_finite_numbers_is_never_an_answer() -> None:
+    head: Any = SimpleNamespace(
+        n_features_in_=2, predict_proba=lambda X: np.full((len(X), 2), np.nan)
+    )
+    card: Any = SimpleNamespace(pooling="mean", views="mean")
+    with pytest.raises(ModelError, match="not finite"):
+        raw_scores(Model(head, {}), card, np.zeros((3, 2), np.float32), np.zeros(3, np.int64))

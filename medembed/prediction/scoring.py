@@ -123,6 +123,8 @@ def raw_scores(
             f"and these embeddings have {X.shape[1]}. Use the poolings that it was trained on."
         )
     images = np.asarray(model.head.predict_proba(X)[:, 1], np.float64)
+    if not np.isfinite(images).all():
+        raise ModelError("the model's probabilities are not finite numbers; train or copy it again")
     _, codes = np.unique(studies, return_inverse=True)
     if card.views == "attention":
         judged = model.head.predict_proba(X, codes)  # type: ignore[call-arg]
