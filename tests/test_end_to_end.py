@@ -17,7 +17,7 @@ from click.testing import CliRunner
 
 from medembed.cache.embeddings import load_embeddings
 from medembed.cli import main
-from medembed.dataset.manifest import read_manifest
+from medembed.dataset.manifest import Manifest, read_manifest, write_manifest
 
 ROOT = Path(__file__).parents[1]
 TRUNCATED = {"IMG0004143.jpg", "IMG0004134.jpg"}
@@ -159,8 +159,11 @@ def test_a_killed_extraction_resumes_to_the_same_cache(
     demo: tuple[Path, Any], tmp_path: Path
 ) -> None:
     home, _ = demo
-    cache = tmp_path / "cache"
-    arguments = ["extract", "manifest.csv", "--image-root", "images", "--encoder", "demo"]
+    cache, part = tmp_path / "cache", tmp_path / "part.csv"
+    whole = read_manifest(home / "manifest.csv")
+    rows = whole.rows.iloc[::4].reset_index(drop=True)  # enough to be killed in their midst
+    write_manifest(Manifest(rows, whole.label_level), part)
+    arguments = ["extract", str(part), "--image-root", "images", "--encoder", "demo"]
     command = [sys.executable, "-m", "medembed", *arguments, "--cache", str(cache), "--json"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
@@ -174,9 +177,9 @@ def test_a_killed_extraction_resumes_to_the_same_cache(
     process.communicate()
     done = subprocess.run(command, cwd=home, env=environment, capture_output=True, check=True)
     assert json.loads(done.stdout)["failed"] == 0
-    resumed = load_embeddings(cache, home / "manifest.csv")
-    whole = load_embeddings(home / "cache", home / "manifest.csv")
-    np.testing.assert_array_equal(resumed.X, whole.X)
+    resumed, unbroken = (load_embeddings(path, part) for path in (cache, home / "cache"))
+    assert len(resumed.X) == len(rows) > 50
+    np.testing.assert_array_equal(resumed.X, unbroken.X)
     assert not run("cache", "verify", cache)["problems"]
 
 

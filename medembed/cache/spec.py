@@ -77,7 +77,7 @@ class CacheSpec:
         """
         spec = cls(**{name: document[name] for name in cls.__dataclass_fields__})
         shapes = spec.poolings.values()
-        if not all(0 < len(shape) < 3 and min(shape) > 0 for shape in shapes):
+        if not all(0 < len(shape) < 4 and min(shape) > 0 for shape in shapes):
             raise ValueError("a pooling has no vector or cells")
         if spec.row_bytes() > MAX_ROW_BYTES or not isinstance(spec.encoder, str):
             raise ValueError("a row is larger than any encoder's, or the encoder is no text")
