@@ -1,7 +1,9 @@
 """What several tests share: real radiographs, a place for files, an order that suits two cores."""
 
+import fcntl
 import os
 import shutil
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,8 +15,8 @@ NAME = "medembed-tests-"
 FAILED = pytest.StashKey[bool]()
 # What takes longest begins first: begun last, one of them would leave the other core idle.
 LONGEST = (
-    *("test_crashes", "test_sweep_processes", "test_ray", "test_sweep_ray", "test_end_to_end"),
-    *("test_finetuning", "test_finetuning_demo", "test_sweeps", "test_sweep_resume"),
+    *("test_crashes", "test_sweep_processes", "test_ray", "test_end_to_end", "test_finetuning"),
+    *("test_finetuning_demo", "test_sweeps", "test_sweep_resume", "test_sweep_ray"),
     *("test_autoencoder", "test_compaction", "test_reproduce", "test_wheel"),
 )
 
@@ -61,6 +63,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Sort modules by how long they take, those that are not listed last, as they were."""
     ranks = {name: rank for rank, name in enumerate(LONGEST)}
     items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
+
+
+@pytest.fixture(scope="module")
+def lone_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Wait until no other worker's tests have a Ray: one would be taken for the other."""
+    shared = tmp_path_factory.getbasetemp().parent
+    with open(shared / "ray.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture(scope="session")

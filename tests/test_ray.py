@@ -64,7 +64,7 @@ def broken() -> HalvesEncoder:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
+def cluster(lone_ray: None) -> Iterator[Any]:
     """Start a Ray of two nodes of one core each; its workers can import these tests."""
     from ray.cluster_utils import Cluster
 

@@ -22,7 +22,7 @@ ray = pytest.importorskip("ray", reason="Ray is not installed (medembed[ray])")
 
 
 @pytest.fixture(scope="module")
-def cluster():
+def cluster(lone_ray):
     """Start a Ray of two cores; its workers can import these tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
