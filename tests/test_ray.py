@@ -222,7 +222,7 @@ def test_sigterm_commits_what_is_embedded(dataset: tuple[Path, Manifest], tmp_pa
 
         console.terminate_cleanly()
         root = Path({str(dataset[0])!r})
-        load = partial(HalvesEncoder, seconds=0.5)
+        load = partial(HalvesEncoder, seconds=1.0)
         job = Job(
             load, root / "images", Path({str(tmp_path / "cache")!r}),
             batch_size=4, decoders=1, commit_seconds=3.0,

@@ -63,7 +63,8 @@ def _find(
 ) -> list[str]:
     missing = [name for name in names if name not in table.columns]
     if missing:
-        found = ", ".join(map(repr, table.columns[:N_SHOWN]))
+        shown = [name if len(name) <= 40 else f"{name[:39]}…" for name in table.columns[:N_SHOWN]]
+        found = ", ".join(map(repr, shown))
         more = f" and {len(table.columns) - N_SHOWN} more" * (len(table.columns) > N_SHOWN)
         return [f"missing columns: {', '.join(missing)}; the columns are {found}{more}"]
     if table.empty:
