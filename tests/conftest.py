@@ -3,6 +3,7 @@
 import fcntl
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -26,6 +27,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
     Every commit syncs its files. A disk that does so takes much longer than the test itself.
     """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        # a job in the background ignores Ctrl-C, and so would what the tests interrupt
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False  # xdist's own order is by the number of tests
     if hasattr(config, "workerinput"):
