@@ -30,7 +30,12 @@ from medembed.prediction.scoring import check_spec, raw_scores
 from medembed.results.cards import Card, read_card
 from medembed.results.comparison import DISCLAIMER, counted, score_run
 from medembed.results.priors import PRIORS, image_code, image_rows
-from medembed.results.provenance import list_left_out, public_name, summarise_data
+from medembed.results.provenance import (
+    describe_source,
+    list_left_out,
+    public_name,
+    summarise_data,
+)
 from medembed.results.runs import Run, create_run, utc_now
 
 __all__ = ["evaluate"]
@@ -139,7 +144,7 @@ def evaluate(
         "seed": seed,
         "command": shlex.join([*words, "--seed", str(seed)]),
         "versions": library_versions(VERSIONED),
-        "encoder": _about_encoder(opened),
+        "encoder": describe_source(opened.recorded, opened.spec.encoder, opened.spec.preprocessing),
         "data": summarise_data(
             rows.assign(split="test"), embeddings.failed, embeddings.label_level
         ),
@@ -323,14 +328,3 @@ def _refuse_too_many(asked: _Asked) -> None:
             f"--recalibrate {asked.recalibrate} wants so many labelled patients and others to be "
             f"scored on, and there are {n}. Ask for fewer, about half of them at most."
         )
-
-
-def _about_encoder(cache: Cache) -> dict[str, Any]:
-    recorded = cache.recorded
-    return {
-        "source": public_name(recorded.get("source") or "unknown"),
-        "revision": recorded.get("revision"),
-        "precision": recorded.get("precision"),
-        "fingerprint": cache.spec.encoder,
-        "preprocessing": dict(cache.spec.preprocessing),
-    }

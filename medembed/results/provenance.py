@@ -13,7 +13,14 @@ from medembed.dataset.manifest import count_rows
 from medembed.results.comparison import counted
 from medembed.results.runs import Run
 
-__all__ = ["describe_run", "is_synthetic", "list_left_out", "public_name", "summarise_data"]
+__all__ = [
+    "describe_run",
+    "describe_source",
+    "is_synthetic",
+    "list_left_out",
+    "public_name",
+    "summarise_data",
+]
 
 DATA_COLUMNS = ("images", "studies", "patients", "abnormal", "unlabelled", "left_out")
 CODE_DIGITS = 16
@@ -75,6 +82,19 @@ def public_name(reference: str | Path) -> str:
     if Path(text).is_absolute() or text.startswith("~") or ".." in Path(text).parts:
         return Path(text).name
     return text
+
+
+def describe_source(
+    recorded: Mapping[str, Any], fingerprint: str, preprocessing: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return what `run.json` keeps of the encoder behind a cache, whose three entries these are."""
+    return {
+        "source": public_name(recorded.get("source") or "unknown"),
+        "revision": recorded.get("revision"),
+        "precision": recorded.get("precision"),
+        "fingerprint": fingerprint,
+        "preprocessing": dict(preprocessing),
+    }
 
 
 def describe_run(run: Run, name: str) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from medembed.heads.registry import head_class
 from medembed.heads.spaces import default_spaces, read_spaces
 from medembed.machine import library_versions
 from medembed.results.provenance import (
+    describe_source,
     list_left_out,
     public_name,
     summarise_data,
@@ -136,7 +137,9 @@ def sweep(
         "seed": seed,
         "command": _command(cache, manifest, out, pool, space, asked),
         "versions": library_versions(VERSIONED),
-        "encoder": _about_encoder(asked.cache),
+        "encoder": describe_source(
+            asked.cache.recorded, asked.cache.spec.encoder, asked.cache.spec.preprocessing
+        ),
         "data": summarise_data(asked.manifest.rows, data.failed, asked.manifest.label_level),
         "left_out": list_left_out(asked.manifest.rows, data.failed),
     }
@@ -192,17 +195,6 @@ def _check_options(
 def _connected(backend: str) -> AbstractContextManager[Any]:
     """Stay connected to Ray for the whole sweep, where that is the backend."""
     return connected_to_ray("--backend ray") if backend == "ray" else nullcontext()
-
-
-def _about_encoder(cache: Cache) -> dict[str, Any]:
-    recorded = cache.recorded
-    return {
-        "source": public_name(recorded.get("source") or "unknown"),
-        "revision": recorded.get("revision"),
-        "precision": recorded.get("precision"),
-        "fingerprint": cache.spec.encoder,
-        "preprocessing": dict(cache.spec.preprocessing),
-    }
 
 
 def _command(
