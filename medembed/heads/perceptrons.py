@@ -215,11 +215,9 @@ class JointStep:
         self._first = _join([net.params for net in nets], self._parts)
         _join([net.means for net in nets], self._parts)
         _join([net.squares for net in nets], self._parts)
-        self._low = torch.empty_like(self._first, dtype=dtype)
-        self._gradient = torch.empty_like(self._first)
+        self._low = self._first.to(dtype, copy=True)
         self._low_gradient = torch.empty_like(self._low)
         self._buffers: dict[tuple[str, torch.dtype], torch.Tensor] = {}
-        self._dirty = True
         self._own = list(members.values())
         self._dropped = [_dropped(member) for member, _ in self._own]
         self._widths: dict[int, int] = {}
@@ -246,13 +244,20 @@ class JointStep:
             self._backward(k, Z[part], losses, masks) for k, part in enumerate(self._parts)
         ]
         self._losses += losses.sums()
-        self._gradient.copy_(torch.mm(Z, X, out=self._low_gradient))
+        torch.mm(Z, X, out=self._low_gradient)
+        self._update(gradients)
+        return self._flop_step * len(y)
+
+    def _update(self, further: Sequence[list[torch.Tensor]]) -> None:
+        """Take AdamW's step, member by member: what a copy has just touched is then at hand."""
         for (member, net), part, own in zip(
-            self.members.values(), self._parts, gradients, strict=True
+            self.members.values(), self._parts, further, strict=True
         ):
+            low = self._low_gradient[part]
+            first = self._buffer("gradient", low.shape, torch.float32).copy_(low)
             adamw(
                 net.params,
-                [self._gradient[part], *own],
+                [first, *own],
                 net.means,
                 net.squares,
                 [],
@@ -266,8 +271,7 @@ class JointStep:
                 eps=1e-8,
                 maximize=False,
             )
-        self._dirty = True
-        return self._flop_step * len(y)
+            self._low[part].copy_(net.params[0])
 
     def logits(self, X: torch.Tensor) -> torch.Tensor:
         """Return each member's logits without dropout, float32 of shape (members, m)."""
@@ -286,9 +290,6 @@ class JointStep:
         return torch.stack(rows)
 
     def _first_layers(self, X: torch.Tensor) -> torch.Tensor:
-        if self._dirty:
-            self._low.copy_(self._first)
-            self._dirty = False
         return torch.mm(self._low, X.t(), out=self._buffer("Z", (len(self._low), len(X))))
 
     def _buffer(
