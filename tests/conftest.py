@@ -18,7 +18,7 @@ FAILED = pytest.StashKey[bool]()
 LONGEST = (
     *("test_crashes", "test_sweep_processes", "test_ray", "test_end_to_end", "test_finetuning"),
     *("test_finetuning_demo", "test_sweeps", "test_sweep_resume", "test_sweep_ray"),
-    *("test_autoencoder", "test_compaction", "test_reproduce", "test_wheel"),
+    *("test_autoencoder", "test_compaction", "test_reproduce"),
 )
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from medembed.cli import main
 from medembed.dataset.manifest import Manifest, read_manifest, write_manifest
 
 ROOT = Path(__file__).parents[1]
+WHERE = "import medembed; print(medembed.__file__)"
 TRUNCATED = {"IMG0004143.jpg", "IMG0004134.jpg"}
 
 
@@ -116,16 +118,50 @@ def test_16_bit_wrists_are_embedded_not_saturated(shared_data: Path, tmp_path: P
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    home = tmp_path_factory.mktemp("demo") / "out"
-    return home, run("demo", home)
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out)]
+    subprocess.run([*command, str(ROOT)], check=True, capture_output=True)
+    (built,) = out.glob("*.whl")
+    return built
+
+
+def test_the_wheel_brings_the_encoder_the_recipes_and_the_type_marker(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {
+        "medembed/py.typed",
+        "medembed/encoders/assets/demo/model.safetensors",
+        "medembed/data_manifests/mura.toml",
+        "medembed/data_manifests/fracatlas.toml",
+        "medembed/data_manifests/grazpedwri.toml",
+    } <= names
+    assert not [name for name in names if name.startswith(("tests", "bench"))]
+
+
+@pytest.fixture(scope="module")
+def demo(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """Run the demo from the wheel alone: no checkout, no network, a home of its own."""
+    work = tmp_path_factory.mktemp("demo")
+    site = work / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    environment = {**os.environ, "PYTHONPATH": str(site), "HOME": str(work), "HF_HUB_OFFLINE": "1"}
+    said = []
+    for arguments in (["-c", WHERE], ["-m", "medembed", "demo", "out", "--json"]):
+        command = [sys.executable, *arguments]
+        done = subprocess.run(
+            command, cwd=work, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout)
+    assert said[0].startswith(str(site))
+    return work / "out", json.loads(said[1])
 
 
 def test_the_demo_says_everywhere_that_it_is_synthetic(demo: tuple[Path, Any]) -> None:
     home, result = demo
     assert result["synthetic"] is True
     assert json.loads((home / "runs/sweep/run.json").read_text())["data"]["synthetic"] is True
-    assert "synthetic" in Path(result["page"]).read_text().lower()
+    assert "synthetic" in (home.parent / result["page"]).read_text().lower()
     table = CliRunner().invoke(main, ["compare", str(home / "runs" / "sweep")]).output
     assert "synthetic" in table.lower()
 

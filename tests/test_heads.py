@@ -257,6 +257,21 @@ def test_parameters_out_of_range_are_named():
         LightGBMHead(feature_fraction=7.0).fit(X, y)
 
 
+@pytest.mark.parametrize(
+    ("head", "name"),
+    [
+        (MLPHead(batch_size=32.5), "batch_size"),
+        (MLPHead(epochs=2.5), "epochs"),
+        (MLPHead(hidden=(8.5,)), "hidden"),
+        (LightGBMHead(patience=2.5), "patience"),
+        (LogisticHead(pca=2.5), "pca"),
+    ],
+)
+def test_counts_that_are_no_whole_numbers_are_named(head, name):
+    with pytest.raises(TrainingDataError, match=f"{name}=.* is out of range"):
+        head.fit(*sample(30))
+
+
 def test_a_diverging_head_is_an_error_not_nan():
     X, y = sample(60)
     with pytest.raises(TrainingDataError, match="lower lr"):
