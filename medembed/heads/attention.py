@@ -1,7 +1,6 @@
 """Gated attention over the views of a study, trained by torch and applied by numpy."""
 
 import math
-from numbers import Integral
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -13,7 +12,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch.nn.functional import binary_cross_entropy_with_logits, linear
 
 from medembed.errors import ModelError, TrainingDataError
-from medembed.heads.base import ClassWeight, Head, arrays_of
+from medembed.heads.base import ClassWeight, Head, arrays_of, is_count
 from medembed.heads.projection import SCALINGS, Projection
 from medembed.heads.studies import (
     Batch,
@@ -203,17 +202,17 @@ class AttentionHead(Head):
         """Raise TrainingDataError where a parameter is out of range."""
         self._refuse_out_of_range(
             {
-                "hidden": _is_count(self.hidden, 1),
-                "n_cells": _is_count(self.n_cells, 1),
-                "n_covariates": _is_count(self.n_covariates, 0),
-                "pca": _is_count(self.pca, 0),
+                "hidden": is_count(self.hidden, 1),
+                "n_cells": is_count(self.n_cells, 1),
+                "n_covariates": is_count(self.n_covariates, 0),
+                "pca": is_count(self.pca, 0),
                 "scaling": self.scaling in SCALINGS,
                 "dropout": 0 <= self.dropout < 1,
                 "lr": self.lr > 0,
                 "weight_decay": self.weight_decay >= 0,
-                "epochs": _is_count(self.epochs, 1),
-                "batch_size": self.batch_size is None or _is_count(self.batch_size, 1),
-                "patience": self.patience is None or self.patience >= 1,
+                "epochs": is_count(self.epochs, 1),
+                "batch_size": self.batch_size is None or is_count(self.batch_size, 1),
+                "patience": self.patience is None or is_count(self.patience, 1),
                 "stopping": self.stopping in ("auroc", "loss"),
             }
         )
@@ -313,10 +312,6 @@ class AttentionHead(Head):
         self.projection_ = Projection.from_arrays(arrays, 0)
         self.covariates_ = Projection(arrays["covariates.mean"], arrays["covariates.scale"])
         self.weights_ = {name: arrays[name] for name in shapes}
-
-
-def _is_count(value: Any, least: int) -> bool:
-    return isinstance(value, Integral) and int(value) >= least
 
 
 def _shapes(hidden: int, k: int, n_covariates: int) -> dict[str, tuple[int, ...]]:

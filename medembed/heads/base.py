@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -16,6 +17,7 @@ __all__ = [
     "ClassWeight",
     "Head",
     "arrays_of",
+    "is_count",
     "row_weights",
 ]
 
@@ -115,6 +117,11 @@ class Head(ClassifierMixin, BaseEstimator, ABC):
                 f"{self.classes_.tolist()}; early stopping needs both in both"
             )
         return X_val, (y_val == self.classes_[1]).astype(np.int64)
+
+
+def is_count(value: Any, least: int) -> bool:
+    """Whether a parameter is a whole number, and not below `least`."""
+    return isinstance(value, Integral) and int(value) >= least
 
 
 def row_weights(

@@ -9,7 +9,7 @@ from scipy.special import expit
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-from medembed.heads.base import ClassWeight, Head, arrays_of
+from medembed.heads.base import ClassWeight, Head, arrays_of, is_count
 from medembed.heads.projection import Projection, Projector
 
 __all__ = ["LogisticHead", "fit_path"]
@@ -87,8 +87,8 @@ class LogisticHead(Head):
         self._refuse_out_of_range(
             {
                 "C": self.C > 0,
-                "pca": self.pca >= 0,
-                "max_iter": self.max_iter >= 1,
+                "pca": is_count(self.pca, 0),
+                "max_iter": is_count(self.max_iter, 1),
                 "tol": self.tol > 0,
             }
         )

@@ -9,7 +9,7 @@ from scipy.special import erf, expit
 from sklearn.utils import check_random_state
 
 from medembed.errors import TrainingDataError
-from medembed.heads.base import ClassWeight, Head, arrays_of, row_weights
+from medembed.heads.base import ClassWeight, Head, arrays_of, is_count, row_weights
 from medembed.heads.cohort import PRECISIONS, Cohort, Rows, resolve_precision
 from medembed.heads.perceptrons import ACTIVATIONS, Member, Net
 from medembed.heads.projection import SCALINGS, Projection, Projector
@@ -149,17 +149,17 @@ class MLPHead(Head):
         """Raise TrainingDataError where a parameter is out of range."""
         self._refuse_out_of_range(
             {
-                "hidden": all(width >= 1 for width in self.hidden),
+                "hidden": all(is_count(width, 1) for width in self.hidden),
                 "activation": self.activation in ACTIVATIONS,
                 "dropout": 0 <= self.dropout < 1,
                 "lr": self.lr > 0,
                 "weight_decay": self.weight_decay >= 0,
                 "label_smoothing": 0 <= self.label_smoothing < 1,
                 "scaling": self.scaling in SCALINGS,
-                "pca": self.pca >= 0,
-                "epochs": self.epochs >= 1,
-                "batch_size": self.batch_size is None or self.batch_size >= 1,
-                "patience": self.patience is None or self.patience >= 1,
+                "pca": is_count(self.pca, 0),
+                "epochs": is_count(self.epochs, 1),
+                "batch_size": self.batch_size is None or is_count(self.batch_size, 1),
+                "patience": self.patience is None or is_count(self.patience, 1),
                 "stopping": self.stopping in ("auroc", "loss"),
                 "precision": self.precision in PRECISIONS,
             }

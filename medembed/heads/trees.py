@@ -7,7 +7,7 @@ import numpy as np
 from sklearn.utils import check_random_state
 
 from medembed.errors import ModelError, TrainingDataError
-from medembed.heads.base import ClassWeight, Head, arrays_of, row_weights
+from medembed.heads.base import ClassWeight, Head, arrays_of, is_count, row_weights
 from medembed.heads.booster_text import check_booster_text, trim_booster_text
 from medembed.heads.projection import Projection, Projector
 
@@ -44,7 +44,7 @@ class LightGBMHead(Head):
     random_state : int, RandomState or None
         Decides which columns a tree may use. Results do not depend on `n_jobs`.
     n_jobs : int
-        Threads.
+        Threads, 1,024 at most; one per core where it is 0 or -1.
 
     Attributes
     ----------
@@ -121,10 +121,11 @@ class LightGBMHead(Head):
         """Raise TrainingDataError where a parameter is out of range that LightGBM does not see."""
         self._refuse_out_of_range(
             {
-                "n_trees": self.n_trees >= 1,
-                "patience": self.patience is None or self.patience >= 1,
+                "n_trees": is_count(self.n_trees, 1),
+                "patience": self.patience is None or is_count(self.patience, 1),
                 "stopping": self.stopping in ("auroc", "loss"),
-                "pca": self.pca >= 0,
+                "pca": is_count(self.pca, 0),
+                "n_jobs": is_count(self.n_jobs, -1) and self.n_jobs <= _MOST_THREADS,
             }
         )
 
@@ -201,6 +202,9 @@ class LightGBMHead(Head):
 
 #: Rows that decide where 63 bins lie: all 29,000 take twice the time and give no better trees.
 _BINNED_ROWS = 5000
+
+#: More, which a stranger's model may ask for, and OpenMP ends the process.
+_MOST_THREADS = 1024
 
 #: The name of the trees' text beside the arrays of a projection.
 _TREES = "booster"
