@@ -4,7 +4,7 @@
     .venv/bin/python bench/depths.py --seeds 9 --patients 60              # does it all work?
 
 Everything is synthetic: cohorts of the demo's patients, each seed others, half of them for testing,
-whose radiographs are exposed as `medembed.demo.detectors` says: at the bedside, without a grid, at
+whose radiographs are exposed as `detectors.py` says: at the bedside, without a grid, at
 a higher voltage and a quarter of the dose. That detector, the recipe, the number of patients and
 the seeds were fixed before any of it was measured, and all seeds are reported.
 
@@ -35,11 +35,12 @@ import pandas as pd
 import torch
 from PIL import Image
 
+from detectors import DETECTORS, expose
 from measuring import write_results
 from medembed.dataset.manifest import make_manifest, write_manifest
 from medembed.dataset.splits import split_patients
 from medembed.demo.cohort import draw_cohort, render_view
-from medembed.demo.detectors import DETECTORS, expose
+
 from medembed.encoders.loading import load_encoder
 from medembed.finetuning import Recipe, finetune
 from medembed.results.comparison import compare
