@@ -40,7 +40,6 @@ from measuring import write_results
 from medembed.dataset.manifest import make_manifest, write_manifest
 from medembed.dataset.splits import split_patients
 from medembed.demo.cohort import draw_cohort, render_view
-
 from medembed.encoders.loading import load_encoder
 from medembed.finetuning import Recipe, finetune
 from medembed.results.comparison import compare
