@@ -504,8 +504,8 @@ def test_weights_cut_off_are_refused(quick: Path, tmp_path: Path) -> None:
         ({"precision": "fp16"}, EncoderError, "Choose one of: auto, fp32, bf16"),
         ({"fit": "crop"}, EncoderError, "Choose one of: stretch, pad"),
         ({"learning_rate": float("nan")}, EncoderError, "--lr is nan"),
-        ({"epochs": 0}, ValueError, "epochs is 0"),
-        ({"batch_size": 0}, ValueError, "batch_size is 0"),
+        ({"epochs": 0}, EncoderError, "epochs is 0"),
+        ({"batch_size": 0}, EncoderError, "batch_size is 0"),
         ({"learning_rate": 1e30}, EncoderError, "in epoch 1: .* Give a smaller --lr than 1e"),
     ],
 )
@@ -659,6 +659,30 @@ def test_an_interrupted_training_goes_on_to_the_same_bytes(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     cards = [json.loads((path / "training.json").read_text()) for path in (out, quick)]
     assert cards[0]["epochs"] == cards[1]["epochs"]
+
+
+def test_a_memory_that_fills_later_costs_no_epoch(
+    home: Path,
+    manifest: Manifest,
+    quick: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run_epoch = training.Training.run_epoch
+
+    def full(own: training.Training, tick: Any) -> None:
+        if len(own.epochs) == 2:
+            raise DeviceMemoryError("full")
+        run_epoch(own, tick)
+
+    out, words = tmp_path / "out", []
+    with monkeypatch.context() as patched:
+        patched.setattr(training.Training, "run_epoch", full)
+        with pytest.raises(DeviceMemoryError):
+            train_autoencoder(manifest, home / "images", out, **QUICK)
+    train_autoencoder(manifest, home / "images", out, **QUICK, tell=words.append)
+    assert "Training on from epoch 2" in words
+    assert weights(out) == weights(quick)
 
 
 @pytest.mark.parametrize("at", ["config.json", "model.safetensors", "training.json", "rename"])

@@ -463,6 +463,21 @@ def test_a_gradient_that_is_not_finite_is_told(
         tune(home, home / "tower", tmp_path / "run", unfreeze="0")
 
 
+def test_a_test_image_without_a_finite_score_is_told(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits = Trainer.logits
+
+    def broken(trainer: Trainer, rows: Any) -> Any:
+        found = logits(trainer, rows)
+        found[np.isin(rows, trainer.rows.tested[:1])] = np.nan
+        return found
+
+    monkeypatch.setattr(Trainer, "logits", broken)
+    with pytest.raises(RunError, match=r"unfreeze-0 says of some images is no finite number"):
+        tune(home, home / "tower", tmp_path / "run", unfreeze="0")
+
+
 def test_training_stops_after_epochs_without_a_better_one(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -571,6 +586,7 @@ def test_labels_that_allow_no_training_are_refused_before_any(
         ({"pool": "mean,mean"}, TrainingDataError, "names a pooling twice"),
         ({"pool": "cls"}, EncoderError, "pooling cls is not offered by tower"),
         ({"recipe": replace(QUICK, lr=0.0)}, TrainingDataError, "lr is 0.0; it must be above 0"),
+        ({"recipe": replace(QUICK, lr=float("inf"))}, TrainingDataError, "lr is inf; it must be"),
         ({"recipe": replace(QUICK, accumulate=17)}, TrainingDataError, "--accumulate is 17"),
         ({"n_seeds": 0}, TrainingDataError, "--seeds must be at least 1"),
     ],

@@ -27,7 +27,7 @@ from medembed.encoders.autoencoder import (
 )
 from medembed.encoders.loading import choose_device, choose_precision
 from medembed.encoders.preprocessing import read_preprocessing
-from medembed.errors import EncoderError
+from medembed.errors import DeviceMemoryError, EncoderError
 from medembed.files import json_bytes
 from medembed.machine import library_versions
 
@@ -155,7 +155,10 @@ def train_autoencoder(
     Raises
     ------
     EncoderError
-        No such autoencoder can be built, no such device; or training diverges.
+        No such autoencoder can be built, no such device, a number is out of range; or training
+        diverges.
+    DeviceMemoryError
+        A batch does not fit the device; what was learned before is kept.
     RunError
         `out` is there, or beside it an unfinished training that was asked otherwise.
     PathNotFoundError
@@ -203,7 +206,7 @@ def train_autoencoder(
 def _check_numbers(epochs: int, batch_size: int, learning_rate: float) -> None:
     for name, number in (("epochs", epochs), ("batch_size", batch_size)):
         if number < 1:
-            raise ValueError(f"{name} is {number}; it must be at least 1")
+            raise EncoderError(f"{name} is {number}; it must be at least 1.")
     if not (math.isfinite(learning_rate) and learning_rate > 0):
         raise EncoderError(f"--lr is {learning_rate}; it must be a positive number.")
 
@@ -261,6 +264,8 @@ def _run(
             if tell:
                 loss = training.epochs[-1]["held_out_loss"]
                 tell(f"Training, held-out loss {loss:.5f}")
+    except DeviceMemoryError:  # the memory was full, and may not be the next time
+        raise
     except EncoderError:
         workplace.discard()
         raise

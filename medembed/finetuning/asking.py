@@ -16,7 +16,7 @@ from medembed.finetuning.blocks import count_blocks, draw_weights
 from medembed.finetuning.network import copy_encoder
 from medembed.finetuning.recipe import Depth, Recipe, read_depths
 from medembed.finetuning.starting import SweptHead, read_swept_head
-from medembed.finetuning.trunk import choose_cut
+from medembed.finetuning.trunk import TRUNK_DTYPE, choose_cut
 from medembed.machine import library_versions
 from medembed.results.provenance import public_name
 from medembed.results.runs import open_run
@@ -253,6 +253,8 @@ def write_command(
     words += ["--encoder", encoder, "--unfreeze", depths, "--out", out]
     words += ["--from-run", public_name(from_run)] if from_run else []
     words += ["--trunk-cache", public_name(asked.trunk_cache)] if asked.trunk_cache else []
+    if asked.trunk_cache and asked.trunk_dtype != TRUNK_DTYPE:
+        words += ["--trunk-dtype", asked.trunk_dtype]
     words += ["--seeds", str(len(asked.seeds))] if len(asked.seeds) > 1 else []
     words += ["--pool", ",".join(asked.poolings), "--fit", asked.encoder.preprocessing.fit]
     words += [*_recipe_words(asked.recipe), "--folds", str(asked.n_folds)]

@@ -13,10 +13,9 @@ from medembed.cache.plan import make_plan
 from medembed.encoders.preprocessing import Preprocessing
 from medembed.extraction.prepared import read_all
 from medembed.finetuning.augmentation import augment, draw_variations
+from medembed.finetuning.rows import FAILED_COLUMNS
 
-__all__ = ["FAILED_COLUMNS", "Images", "PixelImages", "VectorImages", "read_images"]
-
-FAILED_COLUMNS = ("image", "sha256", "stage", "reason")
+__all__ = ["Images", "PixelImages", "VectorImages", "read_images"]
 
 Progress = Callable[[int, int], None]
 
@@ -79,7 +78,7 @@ def read_images(
     PixelImages
         Of all rows; black where the image failed.
     DataFrame
-        `FAILED_COLUMNS` of the rows whose images could not be read or decoded.
+        `rows.FAILED_COLUMNS` of the rows whose images could not be read or decoded.
 
     Raises
     ------

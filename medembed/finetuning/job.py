@@ -28,7 +28,7 @@ from medembed.finetuning.recipe import Depth, Recipe
 from medembed.finetuning.rows import TrainRows, choose_rows
 from medembed.finetuning.starting import draw_start, fit_start
 from medembed.finetuning.training import Trainer, explaining_memory
-from medembed.finetuning.trunk import TokenImages, TrunkEncoder, fill_trunk_cache
+from medembed.finetuning.trunk import TRUNK_DTYPE, TokenImages, TrunkEncoder, fill_trunk_cache
 from medembed.results.provenance import public_name
 from medembed.results.runs import Run, create_run
 
@@ -47,7 +47,7 @@ def finetune(
     unfreeze: str | Sequence[str | int] = (0, 1, 2, 4),
     from_run: str | Path | None = None,
     trunk_cache: str | Path | None = None,
-    trunk_dtype: str = "float32",
+    trunk_dtype: str = TRUNK_DTYPE,
     n_seeds: int = 1,
     n_folds: int = 5,
     pool: str | Sequence[str] | None = None,

@@ -1,5 +1,6 @@
 """How a depth is trained: every number that decides it, and the depths themselves."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -83,10 +84,11 @@ class Recipe:
         """
         whole = ("epochs", "batch_size", "accumulate", "patience")
         ranges = {name: (getattr(self, name) >= 1, "at least 1") for name in whole}
-        for name in ("lr", "encoder_share", "decay", "clip"):
-            ranges[name] = (getattr(self, name) > 0, "above 0")
+        for name in ("lr", "encoder_share", "decay"):
+            ranges[name] = (0 < getattr(self, name) < math.inf, "above 0 and finite")
+        ranges["clip"] = (self.clip > 0, "above 0")
         ranges["warm_up"] = (0 <= self.warm_up < 1, "at least 0 and below 1")
-        ranges["weight_decay"] = (self.weight_decay >= 0, "at least 0")
+        ranges["weight_decay"] = (0 <= self.weight_decay < math.inf, "at least 0 and finite")
         for name, (is_right, range_) in ranges.items():
             if not is_right:
                 raise TrainingDataError(f"{name} is {getattr(self, name)}; it must be {range_}.")

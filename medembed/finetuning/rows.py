@@ -11,7 +11,10 @@ from medembed.dataset.splits import fold_train_rows, require_both_classes
 from medembed.errors import TrainingDataError
 from medembed.evaluation.scores import by_study, score
 
-__all__ = ["HELD_OUT", "TrainRows", "choose_rows"]
+__all__ = ["FAILED_COLUMNS", "HELD_OUT", "TrainRows", "choose_rows"]
+
+FAILED_COLUMNS = ("image", "sha256", "stage", "reason")
+"""Of rows whose images were left out, as `cache.embeddings` has them."""
 
 HELD_OUT = 0
 """The fold that decides when to stop; all others are trained on."""
@@ -28,7 +31,7 @@ class TrainRows:
     folds : int64 array of shape (n,)
         The fold of each train row; -1 of test rows.
     failed : DataFrame
-        `images.FAILED_COLUMNS` of those left out.
+        `FAILED_COLUMNS` of those left out.
     """
 
     rows: pd.DataFrame
@@ -115,5 +118,5 @@ def choose_rows(manifest: Manifest, n_folds: int, seed: int) -> TrainRows:
     own = rows["image"].isin(folds.index) | (rows["split"] == "test")
     chosen = rows[own].reset_index(drop=True)
     by_row = folds.reindex(chosen["image"]).fillna(-1).to_numpy(np.int64)
-    nothing = pd.DataFrame(columns=["image", "sha256", "stage", "reason"], dtype=object)
+    nothing = pd.DataFrame(columns=[*FAILED_COLUMNS], dtype=object)
     return TrainRows(chosen, by_row, nothing)

@@ -106,6 +106,11 @@ def fit_start(
         Labels.
     fitted : (m,) int
         The rows that are trained on.
+
+    Raises
+    ------
+    TrainingDataError
+        The rows are of one class, or the loss stops being a finite number.
     """
     given = {**swept.params, **({"random_state": seed} if swept.head == "mlp" else {})}
     head: Head = make_head(swept.head, given)

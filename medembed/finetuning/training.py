@@ -117,7 +117,7 @@ class Trainer:
         Raises
         ------
         TrainingDataError
-            A loss or a gradient is not a finite number.
+            A loss, a gradient or what the best epoch predicts is not a finite number.
         DeviceMemoryError
             A batch does not fit the device.
         """
@@ -135,7 +135,13 @@ class Trainer:
                 write_state(self._path, self._key, self._state())
             self.network.load_trained(self._best)
             held, tested = self.rows.held, self.rows.tested
-            probability = expit(self.logits(np.concatenate([held, tested])).astype(np.float64))
+            logits = self.logits(np.concatenate([held, tested]))
+        if not np.isfinite(logits).all():
+            raise TrainingDataError(
+                f"what {self._name} says of some images is no finite number. Lower "
+                f"--lr{self._or_fp32}."
+            )
+        probability = expit(logits.astype(np.float64))
         return Trained(counters, probability[: len(held)], probability[len(held) :])
 
     @torch.no_grad()
@@ -198,14 +204,14 @@ class Trainer:
             what = "loss" if not math.isfinite(loss) else "gradient"
             raise TrainingDataError(
                 f"the {what} of {self._name} is no finite number at epoch {epoch}, step "
-                f"{step + 1}. Lower --lr{', or give --precision fp32' if self._is_bf16 else ''}."
+                f"{step + 1}. Lower --lr{self._or_fp32}."
             )
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
 
     @property
-    def _is_bf16(self) -> bool:
-        return self.recipe.precision == "bf16"
+    def _or_fp32(self) -> str:
+        return ", or give --precision fp32" if self.recipe.precision == "bf16" else ""
 
     @property
     def _n_steps(self) -> int:

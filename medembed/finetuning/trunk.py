@@ -30,9 +30,18 @@ from medembed.finetuning.recipe import Depth
 if TYPE_CHECKING:
     from medembed.encoders.preprocessing import Preprocessing
 
-__all__ = ["TOKENS", "TokenImages", "TrunkEncoder", "choose_cut", "fill_trunk_cache"]
+__all__ = [
+    "TOKENS",
+    "TRUNK_DTYPE",
+    "TokenImages",
+    "TrunkEncoder",
+    "choose_cut",
+    "fill_trunk_cache",
+]
 
 TOKENS = "tokens"
+TRUNK_DTYPE = "float32"
+"""What tokens are stored as where nothing else is asked for."""
 _BATCH = 8
 
 
@@ -117,7 +126,7 @@ def fill_trunk_cache(
     manifest: Manifest,
     image_root: Path,
     *,
-    dtype: str = "float32",
+    dtype: str = TRUNK_DTYPE,
     progress: Callable[[int, int], None] | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> Cache:
