@@ -85,6 +85,7 @@ def test_a_calibration_survives_json(calibration):
         {"method": "temperature", "intercept": 0.1},
         {"slope": 0},
         {"slope": float("nan")},
+        {"slope": 10**400},
         {"intercept": None},
     ],
 )

@@ -79,6 +79,8 @@ def test_intervals_are_those_of_a_loop_over_resampled_patients():
 def test_p_values_of_another_length_are_refused():
     with pytest.raises(TrainingDataError, match="one length"):
         deferral_curve([0, 1, 1], np.ones((2, 2)), [0.1])
+    with pytest.raises(TrainingDataError, match="a study has two"):
+        deferral_curve([0, 1], np.ones((2, 3)), [0.1])
 
 
 @pytest.fixture(scope="module")

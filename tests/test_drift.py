@@ -220,6 +220,30 @@ def test_other_columns_and_damaged_references_are_refused(reference, training):
         measure_drift(reference | {"region_counts": np.ones(9)}, X, 0, regions=regions)
 
 
+@pytest.mark.parametrize("kind", ["empty", "scalar", "zeros", "twice", "below zero"])
+def test_a_damaged_reference_is_one_error_or_measured(kind, reference, training):
+    X, patients, regions = training
+    changes = {
+        "empty": lambda array: array[:0],
+        "scalar": lambda array: np.array(1.0),
+        "zeros": np.zeros_like,
+        "twice": lambda array: np.concatenate([array, array]),
+        "below zero": lambda array: -np.abs(array.astype(float)) - 1,
+    }
+    harmless = {"quantiles", "mean", "covariance", "column_mean"}
+    harmless |= {"space_centre", "space_directions", "region_means", "region_spreads"}
+    assert not reference["space_rest"].size  # the directions span all twelve columns
+    harmless |= {"space_rest", "parts"} if kind == "zeros" else {"space_rest"}
+    for name in reference:
+        damaged = reference | {name: changes[kind](reference[name])}
+        try:
+            found = measure_drift(damaged, X, 0, patients=patients, regions=regions)
+        except ModelError:
+            continue
+        assert name in harmless, name
+        json.dumps(found, allow_nan=False)
+
+
 def test_the_distance_is_frechets():
     generator = np.random.default_rng(0)
     A, B = (np.cov(generator.normal(size=(9, 4)), rowvar=False) for _ in range(2))

@@ -5,13 +5,20 @@ from hypothesis import strategies as st
 from statsmodels.stats.contingency_tables import mcnemar as oracle
 
 from medembed.errors import TrainingDataError
-from medembed.evaluation.paired import McNemar, mcnemar
+from medembed.evaluation.paired import McNemar, mcnemar, paired_difference
 
 DECISIONS = st.lists(st.tuples(st.integers(0, 1), st.booleans(), st.booleans()), min_size=1)
 
 
 def columns(triples):
     return [np.array(column) for column in zip(*triples, strict=True)]
+
+
+def test_rows_of_one_patient_show_no_difference():
+    """All resamples are alike, which is no evidence: p was 0.001."""
+    y, a, b = np.array([0, 1, 0, 1]), np.array([0.1, 0.9, 0.2, 0.8]), np.array([0.9, 0.1, 0.2, 0.8])
+    found = paired_difference(y, a, b, np.array(["p"] * 4), n_resamples=100)
+    assert found.as_dict() == {"difference": 0.75, "low": None, "high": None, "p": None}
 
 
 @settings(deadline=None, max_examples=100)

@@ -12,8 +12,9 @@ from math import nan
 import numpy as np
 import pandas as pd
 
+from medembed.errors import TrainingDataError
 from medembed.evaluation.checks import check_rows
-from medembed.evaluation.resampling import Interval, draw, patient_codes, percentiles
+from medembed.evaluation.resampling import Interval, draw, patient_codes, percentiles, quotients
 from medembed.evaluation.scores import Scorer
 
 __all__ = ["SHARES", "bootstrap_deferral", "deferral_curve"]
@@ -123,7 +124,10 @@ class _Tally(Scorer):
 
 
 def _check(y: np.ndarray, p_values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    columns = [check_rows(y, column)[1] for column in np.asarray(p_values, np.float64).T]
+    table = np.asarray(p_values, np.float64)
+    if table.ndim != 2 or table.shape[1] != 2:
+        raise TrainingDataError(f"p-values of shape {table.shape}; a study has two")
+    columns = [check_rows(y, column)[1] for column in table.T]
     return np.asarray(y), np.column_stack(columns)
 
 
@@ -142,15 +146,10 @@ def _share(counts: np.ndarray) -> dict[str, np.ndarray]:
     n_normal, n_abnormal, normal, abnormal, decided, empty, wrong = counts.T
     n = n_normal + n_abnormal
     return {
-        "coverage": _divide(normal + abnormal, n),
-        "coverage_normal": _divide(normal, n_normal),
-        "coverage_abnormal": _divide(abnormal, n_abnormal),
-        "deferred": _divide(n - decided, n),
-        "empty": _divide(empty, n),
-        "error": _divide(wrong, decided),
+        "coverage": quotients(normal + abnormal, n),
+        "coverage_normal": quotients(normal, n_normal),
+        "coverage_abnormal": quotients(abnormal, n_abnormal),
+        "deferred": quotients(n - decided, n),
+        "empty": quotients(empty, n),
+        "error": quotients(wrong, decided),
     }
-
-
-def _divide(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Return the quotient, NaN where nothing was counted."""
-    return np.asarray(sums / np.where(counts > 0, counts, np.nan))

@@ -22,6 +22,7 @@ __all__ = [
     "fit_isotonic",
     "fit_platt",
     "fit_temperature",
+    "log_odds",
 ]
 
 #: The slope is held above zero, so that calibration never turns the order of studies round, even
@@ -47,7 +48,7 @@ class Calibration:
 
     def apply(self, probability: np.ndarray) -> np.ndarray:
         """Return calibrated probabilities (float64, the shape given), in the same order."""
-        result = expit(self.slope * _log_odds(probability) + self.intercept)
+        result = expit(self.slope * log_odds(probability) + self.intercept)
         return np.asarray(result, dtype=np.float64)
 
     def as_dict(self) -> dict[str, Any]:
@@ -160,7 +161,7 @@ def _fit_line(
 ) -> tuple[float, float]:
     """Return the slope and intercept with the least cross-entropy to Platt's targets."""
     labels, values = check_both_classes(y, probability, "calibration")
-    x = _log_odds(values)
+    x = log_odds(values)
     n_abnormal = int(labels.sum())
     n_normal = len(labels) - n_abnormal
     targets = np.where(labels == 1, (n_abnormal + 1) / (n_abnormal + 2), 1 / (n_normal + 2))
@@ -183,10 +184,14 @@ def _fit_line(
     return float(found.x[0]), float(found.x[1])
 
 
-def _is_finite(value: Any) -> TypeGuard[float]:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def _log_odds(probability: np.ndarray) -> np.ndarray:
+def log_odds(probability: np.ndarray) -> np.ndarray:
+    """Return ln(p / (1 - p)) of probabilities in [0, 1] held within 1e-7 of the ends, float64."""
     clipped = np.clip(np.asarray(probability, dtype=np.float64), _EDGE, 1 - _EDGE)
     return np.asarray(logit(clipped))
+
+
+def _is_finite(value: Any) -> TypeGuard[float]:
+    try:
+        return type(value) in (int, float) and math.isfinite(value)
+    except OverflowError:  # JSON has whole numbers of any length
+        return False

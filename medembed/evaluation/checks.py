@@ -7,8 +7,10 @@ from medembed.errors import TrainingDataError
 __all__ = ["check_both_classes", "check_rows"]
 
 
-def check_rows(y: np.ndarray, probability: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return labels as int8 and probabilities as float64, fit to be scored.
+def check_rows(
+    y: np.ndarray, probability: np.ndarray, purpose: str = "a score"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return labels as int8 and probabilities as float64, both (n,), fit for `purpose`.
 
     Raises
     ------
@@ -19,7 +21,7 @@ def check_rows(y: np.ndarray, probability: np.ndarray) -> tuple[np.ndarray, np.n
     if labels.ndim != 1 or labels.shape != values.shape:
         raise TrainingDataError(
             f"labels of shape {labels.shape} and probabilities of shape {values.shape} "
-            "are not two columns of one length"
+            f"are not two columns of one length; {purpose} needs one probability per label"
         )
     if not np.isin(labels, (0, 1)).all():
         strange = next(value for value in labels.tolist() if value not in (0, 1))
@@ -32,23 +34,14 @@ def check_rows(y: np.ndarray, probability: np.ndarray) -> tuple[np.ndarray, np.n
 def check_both_classes(
     y: np.ndarray, probability: np.ndarray, purpose: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return labels as int64 and probabilities as float64, fit for `purpose` to be fitted on.
+    """Return labels as int64 and probabilities as float64, both (n,), fit to fit `purpose` on.
 
     Raises
     ------
     TrainingDataError
         Only one class, lengths that differ, other labels, or probabilities outside [0, 1].
     """
-    labels, values = np.asarray(y), np.asarray(probability, dtype=np.float64)
-    if labels.ndim != 1 or labels.shape != values.shape:
-        raise TrainingDataError(
-            f"{purpose} needs one probability per label, got shapes {values.shape} and "
-            f"{labels.shape}"
-        )
-    if not np.isin(labels, (0, 1)).all():
-        raise TrainingDataError(f"{purpose} needs labels 0 and 1; leave unlabelled rows out")
-    if not ((values >= 0) & (values <= 1)).all():
-        raise TrainingDataError(f"{purpose} needs probabilities in [0, 1], not NaN")
+    labels, values = check_rows(y, probability, purpose)
     if len(np.unique(labels)) < 2:
         held = "normal" if (labels == 0).any() else "abnormal" if len(labels) else "none"
         raise TrainingDataError(

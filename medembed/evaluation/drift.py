@@ -161,7 +161,7 @@ def measure_drift(
     """
     codes = np.arange(len(X)) if patients is None else patient_codes(patients)
     rows = _one_row_each(codes, np.random.default_rng(seed))
-    n_known = int(_entry(reference, "n_patients")[0])
+    n_known = _count_known(reference)
     counts = {"n_patients": len(rows), "n_rows": len(X), "n_training_patients": n_known}
     if "mean" not in reference or len(rows) < MIN_PATIENTS:
         return _not_measured(counts, few_training="mean" not in reference)
@@ -171,6 +171,7 @@ def measure_drift(
             f"the model's reference is of {len(space.centre)} columns, these embeddings have "
             f"{X.shape[1]}; use the poolings that the model reads"
         )
+    _check_reference(reference, space)
     points, all_points = space.project(X[rows]), space.project(X)
     tests = _measure_distances(reference, points)
     tests["outside"] = _measure_range(reference, points, all_points)
@@ -348,6 +349,36 @@ def _not_measured(counts: dict[str, int], *, few_training: bool) -> dict[str, An
         **nothing,
         "columns": [],
     }
+
+
+def _count_known(reference: Mapping[str, np.ndarray]) -> int:
+    counted = _entry(reference, "n_patients")
+    if counted.shape != (1,) or counted[0] < (2 if "mean" in reference else 0):
+        raise _damaged("n_patients")
+    return int(counted[0])
+
+
+def _check_reference(reference: Mapping[str, np.ndarray], space: Space) -> None:
+    """Refuse arrays that do not fit together, or hold what `fit_reference` never gives."""
+    k = len(space.spreads) + len(space.rest[1:])
+    names = ("mean", "covariance", "column_mean", "range", "part_sizes", "parts")
+    mean, covariance, columns, limits, sizes, parts = (_entry(reference, name) for name in names)
+    are_rising = sizes.ndim == 1 and sizes.size > 0 and (np.diff(sizes, prepend=0) > 0).all()
+    are_right = {
+        "mean": mean.shape == (k,),
+        "covariance": covariance.shape == (k, k),
+        "column_mean": columns.shape == space.centre.shape,
+        "range": limits.shape == (3,) and 1 <= limits[1] <= limits[2],
+        "part_sizes": are_rising,
+        "parts": parts.shape[:2] == (sizes.size, 2) and parts.ndim == 3 and (parts >= 0).all(),
+    }
+    wrong = next((name for name, is_right in are_right.items() if not is_right), None)
+    if wrong is not None or not parts.size:
+        raise _damaged(wrong or "parts")
+
+
+def _damaged(name: str) -> ModelError:
+    return ModelError(f"the model's reference is damaged in {name}; copy or train the model again")
 
 
 def _entry(reference: Mapping[str, np.ndarray], name: str) -> np.ndarray:

@@ -1,13 +1,13 @@
 """How much worse scores are on other patients than on a model's own test patients."""
 
 from collections.abc import Mapping
-from math import isnan, nan, sqrt
+from math import nan, sqrt
 
 import numpy as np
 import pandas as pd
 
-from medembed.evaluation.paired import Difference
-from medembed.evaluation.resampling import Interval, draw, patient_codes, percentiles
+from medembed.evaluation.paired import Difference, difference_of
+from medembed.evaluation.resampling import Interval, centre, draw, patient_codes
 from medembed.evaluation.scores import SCORES, Scorer
 
 __all__ = ["bootstrap_drop", "mover_drop"]
@@ -87,13 +87,8 @@ def _draw(
 def _difference(name: str, value: float, draws: np.ndarray, several: bool) -> Difference:
     if name == "ece":
         # resampling inflates it, in a small sample more than in a large one
-        draws = draws - np.nanmean(draws) + value if np.isfinite(draws).any() else draws
-    low, high = percentiles(value, draws) if several else (nan, nan)
-    if isnan(low):
-        return Difference(value, nan, nan, nan)
-    kept = draws[~np.isnan(draws)]
-    smaller = min(int((kept <= 0).sum()), int((kept >= 0).sum()))
-    return Difference(value, low, high, min(1.0, 2 * (smaller + 1) / (len(kept) + 1)))
+        draws = centre(value, draws)
+    return difference_of(value, draws, several=several)
 
 
 def _mover(inside: Interval, outside: Interval) -> Difference:

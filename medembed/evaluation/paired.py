@@ -15,6 +15,7 @@ from medembed.evaluation.scores import Scorer
 __all__ = [
     "Difference",
     "McNemar",
+    "difference_of",
     "holm",
     "mcnemar",
     "paired_difference",
@@ -96,7 +97,13 @@ def paired_differences(
         inverts the percentile interval (Efron and Tibshirani, An Introduction to the Bootstrap,
         1993, chapters 13 and 15), with one added so that p is never zero (Davison and Hinkley 1997,
         4.2). Predictions that are the same differ by 0 with p = 1. Not corrected for the number of
-        pairs: see `holm`.
+        pairs: see `holm`. Of one patient alone, and where over a tenth of the resamples have no
+        score, interval and p are NaN.
+
+    Raises
+    ------
+    TrainingDataError
+        As `Scorer`, or a row has no patient.
     """
     cuts = thresholds or {}
     scorers = [
@@ -106,10 +113,26 @@ def paired_differences(
     codes = patient_codes(patients)
     everyone = np.arange(len(codes))
     truth, draws = draw(scorers, [everyone] * len(scorers), codes, n_resamples, seed)
+    several = len(np.unique(codes)) > 1
     return {
-        (a, b): _difference(truth[i][score] - truth[j][score], draws[i][score] - draws[j][score])
+        (a, b): difference_of(
+            truth[i][score] - truth[j][score], draws[i][score] - draws[j][score], several=several
+        )
         for (i, a), (j, b) in combinations(enumerate(probabilities), 2)
     }
+
+
+def difference_of(value: float, draws: np.ndarray, *, several: bool) -> Difference:
+    """Return a difference with the interval and p of its draws (B,), as `paired_differences`.
+
+    Without `several` patients resamples are all alike, and neither is estimable.
+    """
+    low, high = percentiles(value, draws) if several else (nan, nan)
+    if isnan(low):
+        return Difference(value, nan, nan, nan)
+    kept = draws[~np.isnan(draws)]
+    smaller = min(int((kept <= 0).sum()), int((kept >= 0).sum()))
+    return Difference(value, low, high, min(1.0, 2 * (smaller + 1) / (len(kept) + 1)))
 
 
 def holm(p: Sequence[float]) -> np.ndarray:
@@ -174,12 +197,3 @@ def mcnemar(y: np.ndarray, a: np.ndarray, b: np.ndarray) -> McNemar:
     only_b = int(((of_b == labels) & (of_a != labels)).sum())
     p = 2 * float(bdtr(min(only_a, only_b), only_a + only_b, 0.5))
     return McNemar(only_a, only_b, min(1.0, p))
-
-
-def _difference(value: float, draws: np.ndarray) -> Difference:
-    low, high = percentiles(value, draws)
-    if isnan(low):
-        return Difference(value, low, high, nan)
-    kept = draws[~np.isnan(draws)]
-    smaller = min(int((kept <= 0).sum()), int((kept >= 0).sum()))
-    return Difference(value, low, high, min(1.0, 2 * (smaller + 1) / (len(kept) + 1)))

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.special import expit, logit
+from scipy.special import expit
 
 from medembed.errors import TrainingDataError
-from medembed.evaluation.calibration import Calibration, fit_platt
+from medembed.evaluation.calibration import Calibration, fit_platt, log_odds
 from medembed.evaluation.intervals import Variant, bootstrap_variants, plain
-from medembed.evaluation.resampling import Interval, draw, patient_codes, percentiles
+from medembed.evaluation.resampling import Interval, centre, draw, patient_codes, percentiles
 from medembed.evaluation.scores import DECISION_SCORES, Scorer
 from medembed.evaluation.thresholds import youden_threshold
 
@@ -20,7 +20,6 @@ __all__ = ["AFTER", "calibration_line", "draw_patients", "recalibrate"]
 #: The scores that recalibration can change; it keeps the order, and so AUROC.
 AFTER = (*DECISION_SCORES, "brier", "ece")
 _LINE = ("intercept", "slope", "mean_probability", "share_abnormal", "observed_expected")
-_EDGE = 1e-7
 _N_STEPS = 30
 _TOLERANCE = 1e-6
 #: A slope or intercept beyond this is that of separable rows, which have none.
@@ -192,8 +191,8 @@ def _score_others(
 def _change(name: str, value: float, draws: np.ndarray, codes: np.ndarray) -> Interval:
     if len(np.unique(codes)) < 2:
         return Interval(value, nan, nan)
-    if name == "ece":
-        draws = draws - draws.mean() + value  # resampling inflates the smaller one more
+    if name == "ece":  # resampling inflates the smaller one more
+        draws = centre(value, draws)
     return Interval(value, *percentiles(value, draws))
 
 
@@ -203,7 +202,7 @@ class _Line(Scorer):
     def __init__(self, y: np.ndarray, probability: np.ndarray) -> None:
         super().__init__(y, probability, 0.5, ())
         self.names = _LINE
-        self._x = logit(np.clip(self._probability, _EDGE, 1 - _EDGE))
+        self._x = log_odds(self._probability)
 
     def __call__(self, weights: np.ndarray) -> dict[str, np.ndarray]:
         weights = np.asarray(weights, dtype=np.float64)

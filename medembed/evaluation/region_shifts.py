@@ -43,7 +43,7 @@ def measure_regions(
     Raises
     ------
     ModelError
-        The reference's arrays do not fit together.
+        The reference's arrays do not fit together, or a region has no patients.
     """
     names = _read_names(reference, points.shape[1])
     known, limit = dict(zip(names, range(len(names)), strict=True)), reference["range"][0]
@@ -87,7 +87,8 @@ def _read_names(reference: Mapping[str, np.ndarray], k: int) -> list[str]:
     except ValueError:
         names = None
     n = len(names) if isinstance(names, list) else -1
-    if shapes != [(n,), (n, k), (n,)] or not all(isinstance(name, str) for name in names):
+    fits = shapes == [(n,), (n, k), (n,)] and all(isinstance(name, str) for name in names)
+    if not fits or not (reference["region_counts"] >= 1).all():
         raise ModelError(
             "the model's reference of regions is damaged; copy or train the model again"
         )

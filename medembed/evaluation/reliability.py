@@ -5,7 +5,7 @@ from math import nan
 import numpy as np
 import pandas as pd
 
-from medembed.evaluation.resampling import draw, patient_codes, percentiles
+from medembed.evaluation.resampling import draw, patient_codes, percentiles, quotients
 from medembed.evaluation.scores import N_ECE_BINS, Scorer
 
 __all__ = ["reliability"]
@@ -76,14 +76,9 @@ class _Shares(Scorer):
         inside = (self._bins[:, None] == np.arange(N_ECE_BINS)).astype(np.float64)
         self._counted = np.hstack([inside, inside * self._positive[:, None]])
         self.n = inside.sum(axis=0).astype(np.int64)
-        self.mean_probability = _divide(self._probability @ inside, self.n)
+        self.mean_probability = quotients(self._probability @ inside, self.n)
 
     def __call__(self, weights: np.ndarray) -> dict[str, np.ndarray]:
         counts = np.asarray(weights, dtype=np.float64) @ self._counted
-        shares = _divide(counts[:, N_ECE_BINS:], counts[:, :N_ECE_BINS])
+        shares = quotients(counts[:, N_ECE_BINS:], counts[:, :N_ECE_BINS])
         return dict(zip(self.names, shares.T, strict=True))
-
-
-def _divide(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Return the quotient, NaN where nothing was counted."""
-    return np.asarray(sums / np.where(counts > 0, counts, np.nan))

@@ -22,10 +22,12 @@ __all__ = [
     "CONFIDENCE",
     "MAX_DROPPED_SHARE",
     "Interval",
+    "centre",
     "draw",
     "finite_or_none",
     "patient_codes",
     "percentiles",
+    "quotients",
     "standard_error",
 ]
 
@@ -120,9 +122,23 @@ def percentiles(value: float, draws: np.ndarray, *, centred: bool = False) -> tu
     if len(kept) == 0:
         return math.nan, math.nan
     if centred:
-        kept = np.maximum(kept + (value - kept.mean()), 0.0)
+        kept = np.maximum(centre(value, kept), 0.0)
     low, high = np.quantile(kept, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)
+
+
+def centre(value: float, draws: np.ndarray) -> np.ndarray:
+    """Return draws (B,) moved so that their mean, but for those that are NaN, is `value`.
+
+    For scores that resampling itself inflates. Where all are NaN they stay so.
+    """
+    kept = draws[~np.isnan(draws)]
+    return draws + (value - kept.mean()) if len(kept) else draws
+
+
+def quotients(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Return sums over counts, arrays of one shape, float64; NaN where nothing was counted."""
+    return np.asarray(sums / np.where(counts > 0, counts, np.nan))
 
 
 def standard_error(value: float, draws: np.ndarray) -> float:

@@ -56,7 +56,7 @@ class Space:
         Raises
         ------
         ModelError
-            An array is missing, or the shapes do not fit.
+            An array is missing, the shapes do not fit, or what is divided by is not above zero.
         """
         names = {name: f"space_{name}" for name in cls.__dataclass_fields__}
         missing = next((name for name in names.values() if name not in arrays), None)
@@ -64,12 +64,18 @@ class Space:
             raise ModelError(f"the model's reference lacks {missing}; train the model again")
         space = cls(**{name: arrays[own] for name, own in names.items()})
         k, d = space.directions.shape if space.directions.ndim == 2 else (-1, -1)
-        shapes = {"centre": (d,), "scale": (d,), "spreads": (k,), "rest": (len(space.rest) and 2,)}
+        shapes = {"centre": (d,), "scale": (d,), "spreads": (k,), "rest": (space.rest.size and 2,)}
         for name, shape in shapes.items():
             if getattr(space, name).shape != shape:
                 raise ModelError(
                     f"the model's reference has {name} of shape {getattr(space, name).shape}, "
                     f"not {shape}; train the model again"
+                )
+        divisors = {"scale": space.scale, "spreads": space.spreads, "rest": space.rest[1:]}
+        for name, values in divisors.items():
+            if not (values > 0).all():
+                raise ModelError(
+                    f"the model's reference has {name} not above zero; train the model again"
                 )
         return space
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.special import logit
 
+from medembed.evaluation.calibration import log_odds
 from medembed.results.alignment import TestSet
 
 __all__ = [
@@ -22,7 +22,6 @@ __all__ = [
 N_PER_KIND = 6
 CODE_DIGITS = 12
 """Of an image's SHA-256: what it goes by where its name is not asked for."""
-_EDGE = 1e-7  # where log-odds are cut: float32 knows no finer steps below 1
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def find_mistakes(result: Mapping[str, Any], test_set: TestSet) -> list[Mistake]
         return []
     own = {(contender.run, contender.head): contender for contender in test_set.contenders}
     contender = own[best["run"], best["head"]]
-    distance = _log_odds(contender.probability) - _log_odds(np.array(contender.threshold))
+    distance = log_odds(contender.probability) - log_odds(np.array(contender.threshold))
     found = []
     for called, sign, label in (("abnormal", 1, 0), ("normal", -1, 1)):
         is_called = (contender.probability >= contender.threshold) == (called == "abnormal")
@@ -123,7 +122,3 @@ def _card(mistake: Mistake, thumbnails: Mapping[str, Thumbnail]) -> dict[str, An
         "probability": f"{mistake.probability:.3f}",
         "views": views,
     }
-
-
-def _log_odds(probability: np.ndarray) -> np.ndarray:
-    return np.asarray(logit(np.clip(probability, _EDGE, 1 - _EDGE)))
