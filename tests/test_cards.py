@@ -15,7 +15,7 @@ from test_sweeps import make_table
 
 from medembed.dataset.manifest import read_manifest
 from medembed.dataset.splits import fold_train_rows
-from medembed.errors import ModelError
+from medembed.errors import ModelError, RunError
 from medembed.evaluation.conformal import Conformal, fit_conformal
 from medembed.evaluation.scores import by_study
 from medembed.finetuning import Recipe
@@ -261,6 +261,20 @@ def test_a_clean_fit_that_fails_costs_the_sets_and_not_the_sweep(data, tmp_path,
     assert card_of(run, "logistic").conformal is not None
 
 
+def test_a_refit_that_fails_says_why_and_no_process_is_blamed(data, tmp_path, monkeypatch):
+    train = refits._train
+
+    def failing(training, item, rows):
+        if item.fold is None and item.head == "lightgbm":
+            raise MemoryError("full")
+        return train(training, item, rows)
+
+    monkeypatch.setattr(refits, "_train", failing)
+    said = r"the refit of lightgbm on all training rows failed: MemoryError: full\. The same"
+    with pytest.raises(RunError, match=said):
+        sweep(*data, tmp_path / "run", **{**SMALL, "heads": ("lightgbm",)})
+
+
 def test_what_goes_wrong_in_a_clean_fit_is_a_result():
     training = SimpleNamespace(others=lambda fold: 1 / fold)
     assert refit(training, Refit("mlp", {}, 3, fold=0)).reason.startswith("ZeroDivisionError")
@@ -308,6 +322,7 @@ def test_a_card_of_before_is_read(head):
         ("threshold", "0.5"),
         ("threshold", True),
         ("threshold", float("inf")),
+        ("threshold", 10**400),
         ("conformal", []),
         ("conformal", {"method": "mondrian", "min_group": 1, "scores": {"a": 1}}),
         ("conformal_note", 3),

@@ -13,15 +13,13 @@ from medembed.errors import MedembedError, RunError
 from medembed.finetuning.rows import HELD_OUT, TrainRows
 from medembed.finetuning.training import Trained
 from medembed.results.comparison import score_run
+from medembed.results.failures import describe_failure, is_final
 from medembed.results.model_readme import complete_cards
 from medembed.results.priors import image_rows, prior_rows
 from medembed.results.provenance import list_left_out, summarise_data
 from medembed.results.runs import Run, utc_now
 
 __all__ = ["Ending", "finish", "load_ending"]
-
-FINAL = "TrainingDataError"
-"""What data or parameters do not allow would fail again; a full memory might not."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,8 +72,7 @@ class Ending:
     @classmethod
     def failed(cls, error: MedembedError, known: Mapping[str, Any]) -> "Ending":
         """Describe one that did not."""
-        text = f"{type(error).__name__}: {error}"[:500]
-        return cls(known, None, None, 0.0, text, None, [], None)
+        return cls(known, None, None, 0.0, describe_failure(error), None, [], None)
 
     def write(self, run: Run) -> None:
         """Keep it in the run's ledger; it is on disk when this returns."""
@@ -137,7 +134,7 @@ def load_ending(run: Run, key: str, rows: TrainRows) -> Ending | None:
             not record["depth"] or (run.path / "encoders" / record["head"]).is_dir()
         )
     else:
-        is_done = str(record["error"]).startswith(FINAL)
+        is_done = is_final(record["error"])
     if not is_done:
         run.forget_trials({key})
         return None

@@ -23,8 +23,8 @@ from medembed.results.model_readme import (
 from medembed.results.priors import PRIORS, image_code, image_rows, prior_rows
 from medembed.results.runs import Run, utc_now
 from medembed.sweeps.refits import Refitted, refit_winners
-from medembed.sweeps.training import Training, one_thread, to_studies
-from medembed.sweeps.trials import LOWER_IS_BETTER
+from medembed.sweeps.training import Training, one_thread, predict, to_studies
+from medembed.sweeps.trials import sign_of
 from medembed.sweeps.winners import Winner
 
 __all__ = ["finish"]
@@ -45,8 +45,7 @@ def finish(
 
     `load` gives the embeddings and training rows of a pooling; `extras` go on every card.
     """
-    metric = run.info["asked"]["metric"]
-    sign = -1 if metric in LOWER_IS_BETTER else 1
+    sign = sign_of(run.info["asked"]["metric"])
     ordered = sorted(winners, key=lambda w: np.inf if w.cv is None else -sign * w.cv)
     if ordered[0].trial is None:
         reasons = "; ".join(f"{winner.head}: {winner.error}" for winner in ordered)
@@ -86,12 +85,10 @@ def _predict(
         saved = load_model(run.model_path(winner.head)).head
         if saved.study_level:
             rows = _study_rows(embeddings, training)
-            probability = saved.predict_proba(training.X, training.studies)[:, 1]  # type: ignore[call-arg]
         else:
             rows = image_rows(embeddings.rows, training.folds)
-            probability = saved.predict_proba(training.X)[:, 1]
+        probability = predict(training, saved)
     trained = rows["fold"].notna().to_numpy()
-    probability = np.asarray(probability, np.float64)
     probability[trained] = found.out_of_fold[trained]
     return rows.assign(head=winner.head, trial=winner.trial, probability=probability)
 

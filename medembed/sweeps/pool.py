@@ -21,7 +21,7 @@ BACKENDS = ("loky", "ray")
 
 @dataclass(frozen=True)
 class Died:
-    """What took the place of a result: the process that worked on it is gone."""
+    """What took the place of a result: why there is none, such as a process that is gone."""
 
     reason: str
 

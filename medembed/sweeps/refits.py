@@ -17,9 +17,10 @@ from medembed.errors import RunError
 from medembed.files import json_digest
 from medembed.heads.base import Head
 from medembed.heads.registry import head_class
+from medembed.results.failures import describe_failure
 from medembed.results.runs import Run
 from medembed.sweeps.pool import Died, Pool
-from medembed.sweeps.training import Training, configure, one_thread
+from medembed.sweeps.training import Training, configure, one_thread, predict
 from medembed.sweeps.winners import Winner
 
 __all__ = ["Refit", "Refitted", "gather_folds", "refit", "refit_winners"]
@@ -95,7 +96,8 @@ def refit_winners(
     Raises
     ------
     RunError
-        The process of a refit on all rows died.
+        A refit on all rows failed, or its process died. Where a fold is left out neither is an
+        error: prediction sets are no reason to lose a sweep.
     """
     wholes = [Refit(own.head, own.params or {}, own.budget) for own in winners]
     parts = {own.head: _plan_folds(own) for own in winners}
@@ -109,7 +111,10 @@ def refit_winners(
             item = items[k]
             if isinstance(result, Died):
                 if item.fold is None:
-                    raise RunError(f"the refit of {item.head} failed: {result.reason}")
+                    raise RunError(
+                        f"the refit of {item.head} on all training rows failed: {result.reason}. "
+                        "The same command tries it again; without that head give another --out."
+                    )
                 failed[item.head] = result.reason
             elif item.fold is None:
                 heads[item.head] = result
@@ -130,20 +135,17 @@ def refit_winners(
 def refit(training: Training, item: Refit) -> Any:
     """Train once; return the head, or its predictions of the fold left out. Runs in a process.
 
-    What goes wrong is raised where all rows are trained on, and returned as `Died` where a fold is
-    left out: prediction sets are no reason to lose a sweep.
+    What goes wrong is returned as `Died`: raised in a process, it would be taken for the end of
+    that process, and all that ran beside it would begin again.
     """
-    if item.fold is None:
-        return _train(training, item, np.flatnonzero(training.folds >= 0))
     try:
+        if item.fold is None:
+            return _train(training, item, np.flatnonzero(training.folds >= 0))
         head = _train(training, item, training.others(item.fold))
-        held = training.held(item.fold)
-        studies = (training.studies[held],) if head.study_level else ()
         with one_thread():
-            probability = head.predict_proba(training.X[held], *studies)[:, 1]
+            found = predict(training, head, training.held(item.fold))
     except Exception as error:
-        return Died(f"{type(error).__name__}: {error}"[:500])
-    found = np.asarray(probability, np.float64)
+        return Died(describe_failure(error))
     return found if np.isfinite(found).all() else Died("its predictions are no finite numbers")
 
 

@@ -27,6 +27,7 @@ from medembed.heads.perceptrons import Net
 from medembed.heads.projection import Basis, Projector
 from medembed.heads.registry import make_head
 from medembed.heads.trees import BinnedRows, LightGBMHead
+from medembed.results.failures import describe_failure
 
 __all__ = [
     "Outcome",
@@ -35,6 +36,7 @@ __all__ = [
     "configure",
     "learn_basis",
     "one_thread",
+    "predict",
     "to_studies",
     "train_unit",
 ]
@@ -130,6 +132,21 @@ def configure(training: Training, name: str, params: Mapping[str, Any]) -> Head:
     # what `fit` learns of its rows, where heads are fitted together
     head.classes_, head.n_features_in_ = np.array([0, 1]), training.X.shape[1]
     return head
+
+
+def predict(
+    training: Training, head: Head, rows: NDArray[np.int64] | None = None
+) -> NDArray[np.float64]:
+    """Return a fitted head's probabilities of abnormal, of the rows given or of all.
+
+    One per row, float64 of shape (n,), or per study in the order of its code where the head judges
+    studies.
+    """
+    X, studies = training.X, training.studies
+    if rows is not None:
+        X, studies = X[rows], studies[rows]
+    given = (studies,) if head.study_level else ()
+    return np.asarray(head.predict_proba(X, *given)[:, 1], np.float64)
 
 
 def learn_basis(training: Training, item: tuple[int, Mapping[str, int]]) -> dict[str, Basis]:
@@ -240,11 +257,7 @@ def _projector(training: Training, unit: Unit) -> Projector:
 
 def _judge(training: Training, fold: int, head: Head) -> Outcome:
     held = training.held(fold)
-    if head.study_level:
-        probability = head.predict_proba(training.X[held], training.studies[held])[:, 1]  # type: ignore[call-arg]
-    else:
-        probability = head.predict_proba(training.X[held])[:, 1]
-    probability = np.asarray(probability, np.float64)
+    probability = predict(training, head, held)
     value = _study_score(training, held, probability, per_study=head.study_level)
     return Outcome(value, head.best_epoch_, 0.0, probability=probability)
 
@@ -257,7 +270,7 @@ def _judge_so_far(training: Training, fold: int, net: Net) -> Outcome:
 
 
 def _failure(error: Exception) -> Outcome:
-    return Outcome(None, None, 0.0, error=f"{type(error).__name__}: {error}"[:500])
+    return Outcome(None, None, 0.0, error=describe_failure(error))
 
 
 def _timed(outcome: Outcome, seconds: float) -> Outcome:

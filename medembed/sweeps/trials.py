@@ -8,6 +8,7 @@ import numpy as np
 
 from medembed.heads.projection import Basis
 from medembed.heads.registry import head_class, make_head
+from medembed.results.failures import is_final
 from medembed.results.runs import Run
 from medembed.sweeps.plan import Batch, Trial
 from medembed.sweeps.pool import Died, Pool
@@ -19,7 +20,7 @@ from medembed.sweeps.training import (
     train_unit,
 )
 
-__all__ = ["LOWER_IS_BETTER", "Ledger", "run_batches"]
+__all__ = ["Ledger", "run_batches", "sign_of"]
 
 LOWER_IS_BETTER = ("brier", "ece")
 
@@ -31,6 +32,11 @@ RETIRED = "retired"
 
 MIN_SURVIVORS = 2
 """Of a cohort, whatever its size: the last choice is made between trials that went to the end."""
+
+
+def sign_of(metric: str) -> int:
+    """Return -1 of a metric of which less is better, 1 of all others."""
+    return -1 if metric in LOWER_IS_BETTER else 1
 
 
 class Ledger:
@@ -78,9 +84,7 @@ class Ledger:
         if record["status"] == "ok":
             kept = self.run.kept_fold(key)
             return kept is not None and len(kept) == size
-        # what data or parameters do not allow would fail again; a full memory might not
-        failed_for_good = str(record["error"]).startswith("TrainingDataError")
-        return record["status"] == RETIRED or failed_for_good
+        return record["status"] == RETIRED or is_final(record["error"])
 
     def write(self, trial: Trial, fold: int, outcome: Outcome, status: str) -> None:
         """Write down how a trial ended on a fold, unless that is known."""
@@ -273,7 +277,7 @@ def _retire(
     metric: str,
 ) -> list[int]:
     """Return which of `alive` go on, by place; write down the others."""
-    sign = -1 if metric in LOWER_IS_BETTER else 1
+    sign = sign_of(metric)
     means: dict[int, float] = {}
     for k in range(len(alive)):
         scores = [outcomes[k].score for outcomes in found.values()]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from medembed.sweeps.plan import Trial
-from medembed.sweeps.trials import LOWER_IS_BETTER, Ledger
+from medembed.sweeps.trials import Ledger, sign_of
 
 __all__ = ["Winner", "choose", "standings"]
 
@@ -63,7 +63,7 @@ def choose(ledger: Ledger, head: str, metric: str) -> Winner:
         found = [records[key]["error"] for trial in own for key in trial.keys]
         poolings = ",".join(dict.fromkeys(trial.pooling for trial in own))
         return Winner(head, poolings, None, None, None, seconds, next(filter(None, found)))
-    sign = -1 if metric in LOWER_IS_BETTER else 1
+    sign = sign_of(metric)
     best = max(means, key=lambda number: sign * means[number])
     trial = next(trial for trial in own if trial.number == best)
     epochs = [records[key]["best_epoch"] for key in trial.keys]
@@ -90,7 +90,7 @@ def standings(ledger: Ledger, metric: str) -> list[dict[str, Any]]:
     folds, or None), ``pooling`` and ``params`` of the best.
     """
     lines: list[dict[str, Any]] = []
-    sign = -1 if metric in LOWER_IS_BETTER else 1
+    sign = sign_of(metric)
     for head in dict.fromkeys(batch.head for batch in ledger.batches):
         own = _trials(ledger, head)
         tried = sum(all(key in ledger.done for key in trial.keys) for trial in own)
