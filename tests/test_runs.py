@@ -8,6 +8,7 @@ import pytest
 from made_runs import make_images, make_run
 
 from medembed.errors import PathNotFoundError, RunError
+from medembed.results.alignment import align_runs
 from medembed.results.runs import PREDICTION_COLUMNS, create_run, open_run
 
 LINE = {"trial": 0, "head": "mlp", "fold": 1, "score": 0.5, "status": "ok", "key": "k"}
@@ -127,3 +128,78 @@ def test_trials_of_an_empty_run_have_their_columns(tmp_path):
     trials = create_run(tmp_path / "run", {"seed": 0}).trials()
     assert isinstance(trials, pd.DataFrame)
     assert {"trial", "head", "fold", "score", "status", "error", "key"} <= set(trials.columns)
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("leaderboard",), {"mlp": 0.9}),
+        (("leaderboard", 0), "mlp"),
+        (("leaderboard", 0), {}),
+        (("leaderboard", 0, "head"), []),
+        (("leaderboard", 0, "params"), 3),
+        (("leaderboard", 0, "cv"), 10**400),
+        (("leaderboard", 0, "seconds"), "1.5"),
+        (("data",), None),
+        (("data", "left_out"), "mean"),
+        (("data", "splits"), {"train": 3}),
+        (("encoder", "preprocessing"), []),
+        (("decisions",), {"mlp": None}),
+        (("asked", "train_fraction"), float("nan")),
+        (("seed",), [0]),
+        (("times",), None),
+    ],
+)
+def test_an_entry_that_no_run_writes_is_named(tmp_path, place, value):
+    board = [{"head": "mlp", "params": {}, "cv": 0.9, "seconds": 1.5}]
+    details = {"leaderboard": board, "data": {}, "encoder": {"source": "demo"}, "decisions": {}}
+    run = create_run(tmp_path / "run", {"seed": 0}, details=details)
+    document = json.loads((run.path / "run.json").read_bytes())
+    *above, last = place
+    entry = document
+    for key in above:
+        entry = entry[key]
+    entry[last] = value
+    (run.path / "run.json").write_text(json.dumps(document))
+    with pytest.raises(RunError, match=rf"run\.json of .*{place[0]}.*edited\. Restore it"):
+        open_run(run.path)
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("sha256", None),
+        ("sha256", "../x"),
+        ("patient", None),
+        ("region", None),
+        ("label", 7),
+        ("split", "valid"),
+        ("fold", -5),
+        ("probability", 1.5),
+        ("probability", None),
+    ],
+)
+def test_predictions_that_no_run_writes_are_named(tmp_path, column, value):
+    run = make_run(tmp_path / "run", make_images(n_patients=12), {"mlp": 0.5}, complete=False)
+    predictions = run.predictions().astype({column: object})
+    predictions.loc[:2, column] = value
+    run.write_predictions(predictions)
+    with pytest.raises(RunError, match=f"3 of .* rows have a {column} that no run writes"):
+        run.predictions()
+
+
+def test_studies_whose_images_no_head_names_are_an_error(tmp_path):
+    run = make_run(tmp_path / "run", make_images(n_patients=12), {"mlp": 0.5}, complete=False)
+    run.write_predictions(run.predictions().assign(sha256=""))
+    with pytest.raises(RunError, match="does not say which images its studies have"):
+        align_runs([run])
+
+
+@pytest.mark.parametrize("threshold", [10**400, float("inf"), "0.5x", None])
+def test_a_threshold_that_is_no_number_is_an_error(tmp_path, threshold):
+    run = make_run(tmp_path / "run", make_images(n_patients=12), {"mlp": 0.5}, complete=False)
+    platt = {"method": "platt", "slope": 1.0, "intercept": 0.0}
+    own = {"calibrations": {"platt": platt}, "sensitive_threshold": None}
+    run.info["decisions"] = {"mlp": {**own, "threshold": threshold}}
+    with pytest.raises(RunError, match="decisions that cannot be read"):
+        align_runs([run])

@@ -5,6 +5,7 @@ cannot differ: the SHA-256 of the image, or of all the images of a study.
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -174,8 +175,8 @@ def _read_heads(run: Run, name: str, level: str) -> list[tuple[Contender, pd.Dat
     for head, rows in labelled.groupby("head", sort=False):
         if level == "image" and rows["sha256"].eq("").any():
             continue  # this head judges whole studies and has no score for one image
-        train = _units(rows[rows["split"] == "train"].dropna(subset="fold"), level, studies)
-        test = _units(rows[rows["split"] == "test"], level, studies)
+        train = _units(rows[rows["split"] == "train"].dropna(subset="fold"), name, level, studies)
+        test = _units(rows[rows["split"] == "test"], name, level, studies)
         winner = {"seed": run.info.get("seed"), **winners.get(str(head), {})}
         fraction = float(run.info["asked"].get("train_fraction", 1.0))
         given = (fraction, n_patients)
@@ -239,14 +240,20 @@ def _read_decisions(document: Any, path: Path) -> _Decisions:
         return _Decisions(
             calibrations["platt"],
             {"none": Calibration(), **calibrations},
-            float(document["threshold"]),
-            None if sensitive is None else float(sensitive),
+            _finite(document["threshold"]),
+            None if sensitive is None else _finite(sensitive),
         )
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise RunError(
             f"run.json of {path} has decisions that cannot be read ({error}): it was damaged or "
             "edited. Evaluate again into another --out."
         ) from None
+
+
+def _finite(value: Any) -> float:
+    if not math.isfinite(number := float(value)):
+        raise ValueError(f"a threshold is {number}")
+    return number
 
 
 def _on_rows(contender: Contender, table: pd.DataFrame, keys: pd.Index) -> Contender:
@@ -255,10 +262,15 @@ def _on_rows(contender: Contender, table: pd.DataFrame, keys: pd.Index) -> Conte
     return replace(contender, raw=raw, probability=probability)
 
 
-def _units(rows: pd.DataFrame, level: str, studies: pd.DataFrame) -> pd.DataFrame:
+def _units(rows: pd.DataFrame, name: str, level: str, studies: pd.DataFrame) -> pd.DataFrame:
     """One row per study or image, indexed by a key that means the same in every run."""
     if level == "study":
         known = studies.reindex((units := by_study(rows))["study"])
+        if known["key"].isna().any():
+            raise RunError(
+                f"the run {name} does not say which images its studies have: no head of its "
+                "predictions.parquet names them. Delete the run and make it again."
+            )
         units = units.assign(n_views=known["n_views"].to_numpy(), images=known["images"].to_numpy())
         keys = known["key"].to_numpy()
     else:

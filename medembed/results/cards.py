@@ -1,6 +1,5 @@
 """What a packaged model says of itself: written when it is saved, read before it is asked."""
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from medembed.evaluation.intervals import plain
 from medembed.evaluation.scores import score
 from medembed.evaluation.thresholds import youden_threshold
 from medembed.heads.packaging import Model, read_document
+from medembed.results.run_entries import is_number
 from medembed.results.runs import Run
 
 __all__ = ["NO_CLEAN_SCORES", "Card", "describe_decisions", "read_card", "read_conformal"]
@@ -185,7 +185,7 @@ def _read(card: Mapping[str, Any]) -> Card:
         if name not in card:
             raise ModelError(f"{name} is missing")
     threshold = card["threshold"]
-    _require("threshold", threshold, _is_finite(threshold))
+    _require("threshold", threshold, is_number(threshold))
     _require("label_level", card["label_level"], card["label_level"] in LABEL_LEVELS)
     _require("views", card["views"], card["views"] in VIEWS)
     pooling = card["pooling"]
@@ -266,7 +266,3 @@ def _require(name: str, value: Any, is_right: bool) -> None:
 def _is_word(value: Any) -> bool:
     """Say whether this is text that a terminal may be shown."""
     return isinstance(value, str) and value != "" and value.isprintable()
-
-
-def _is_finite(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)

@@ -181,11 +181,13 @@ def _data(data: Mapping[str, Any]) -> dict[str, Any]:
 def _winners(leaderboard: list[dict[str, Any]]) -> dict[str, Any]:
     rows = []
     for entry in leaderboard:
-        params = ", ".join(f"{name} = {value}" for name, value in (entry["params"] or {}).items())
+        chosen = entry.get("params") or {}
+        params = ", ".join(f"{name} = {value}" for name, value in chosen.items())
         params = params or "the head's defaults"
         cv = "failed" if entry.get("cv") is None else f"{entry['cv']:.3f}"
         details = params if entry.get("cv") is not None else _text(entry.get("error"))
-        cells = [entry["head"], details, cv, f"{entry['seconds']:.1f}"]
+        seconds = entry.get("seconds")
+        cells = [entry["head"], details, cv, "" if seconds is None else f"{seconds:.1f}"]
         rows.append({"cells": cells, "kind": ""})
     return {"columns": ["Head", "Parameters", "Cross-validated", "Seconds"], "rows": rows}
 

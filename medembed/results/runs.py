@@ -24,11 +24,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from medembed.errors import PathNotFoundError, RunError
 from medembed.files import hold_lock, json_bytes, write_atomically
+from medembed.results.run_entries import find_wrong_entry
 
 __all__ = ["PREDICTION_COLUMNS", "RUN_VERSION", "Run", "create_run", "open_run", "utc_now"]
 
@@ -141,16 +143,16 @@ class Run:
         Raises
         ------
         RunError
-            The file is missing, damaged, or lacks a column.
+            The file is missing, damaged, lacks a column, or a value is none that a run writes.
         """
         path = self.path / "predictions.parquet"
         try:
             # opened here, since Arrow takes no path that is not UTF-8
             with open(path, "rb") as file:
                 table = pq.read_table(file, columns=list(PREDICTION_COLUMNS))
-            frame: pd.DataFrame = table.cast(
-                pa.schema(list(PREDICTION_COLUMNS.items()))
-            ).to_pandas()
+            table = table.cast(pa.schema(list(PREDICTION_COLUMNS.items())))
+            _check_predictions(table)
+            frame: pd.DataFrame = table.to_pandas()
         except (OSError, ValueError, pa.ArrowException) as error:
             raise RunError(
                 f"predictions of the run at {self.path} cannot be read ({error}). "
@@ -249,6 +251,23 @@ class Run:
         return record
 
 
+def _check_predictions(table: pa.Table) -> None:
+    """Raise ValueError for a value that no run writes."""
+    probability, label, fold = (table[name] for name in ("probability", "label", "fold"))
+    is_right = {
+        "sha256": pc.match_substring_regex(table["sha256"], "^([0-9a-f]{64})?$"),
+        "split": pc.is_in(table["split"], pa.array(["train", "test"])),
+        "label": pc.is_in(label, pa.array([0, 1, None], pa.int8())),
+        "fold": pc.fill_null(pc.greater_equal(fold, 0), True),
+        "probability": pc.and_(pc.greater_equal(probability, 0), pc.less_equal(probability, 1)),
+        **{name: pc.is_valid(table[name]) for name in ("patient", "study", "region", "head")},
+    }
+    for name, flags in is_right.items():
+        n_wrong = len(table) - (pc.sum(flags).as_py() or 0)
+        if n_wrong:
+            raise ValueError(f"{n_wrong} of {len(table)} rows have a {name} that no run writes")
+
+
 def _line(record: Mapping[str, Any]) -> bytes:
     return (json.dumps(dict(record), ensure_ascii=False, allow_nan=False) + "\n").encode()
 
@@ -261,7 +280,8 @@ def open_run(path: str | Path) -> Run:
     PathNotFoundError
         There is no such directory.
     RunError
-        The directory is not a run, or one of another version.
+        The directory is not a run, or one of another version, or an entry of its `run.json` that
+        a comparison reads is not what a run writes there.
     """
     path = Path(path)
     if not path.is_dir():
@@ -278,11 +298,11 @@ def open_run(path: str | Path) -> Run:
             f"run at {path} has version {info.get('version')!r}; this medembed reads version "
             f"{RUN_VERSION}. Use the medembed that made it, or sweep again."
         )
-    hollow = [name for name in ("kind", "asked", "times") if name not in info]
-    if hollow:
+    wrong = find_wrong_entry(info)
+    if wrong is not None:
         raise RunError(
-            f"run.json of {path} lacks {', '.join(hollow)}: it was damaged or edited. Restore it, "
-            "or sweep again into another --out."
+            f"run.json of {path} {wrong}: it was damaged or edited. Restore it, or sweep again "
+            "into another --out."
         )
     return Run(path, info)
 
