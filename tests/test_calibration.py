@@ -94,6 +94,11 @@ def test_a_damaged_calibration_is_refused(change):
         Calibration.from_dict({"method": "platt", "slope": 1.0, "intercept": 0.0} | change)
 
 
+def test_what_is_no_table_is_no_calibration():
+    with pytest.raises(ModelError, match="calibration is not a table"):
+        Calibration.from_dict([])
+
+
 def test_a_temperature_undoes_a_known_scale():
     logit, y = sample(40_000)
     fitted = fit_temperature(expit(2 * logit), y)

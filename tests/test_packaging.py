@@ -223,12 +223,13 @@ def test_parameters_that_are_not_the_tensors_are_refused(params, fitted, tmp_pat
         load_model(tmp_path / "model")
 
 
-def test_threads_that_no_machine_has_are_refused(fitted, tmp_path):
+@pytest.mark.parametrize("n_jobs", [100_000, True])
+def test_threads_that_no_machine_has_are_refused(n_jobs, fitted, tmp_path):
     """OpenMP ends the process where it is asked for a hundred thousand."""
     save_model(tmp_path / "model", fitted["lightgbm"], {})
     document = read_document(tmp_path / "model")
-    rewrite(tmp_path / "model", params={**document["params"], "n_jobs": 100_000})
-    with pytest.raises(ModelError, match="n_jobs=100000 is out of range"):
+    rewrite(tmp_path / "model", params={**document["params"], "n_jobs": n_jobs})
+    with pytest.raises(ModelError, match=f"n_jobs={n_jobs} is out of range"):
         load_model(tmp_path / "model")
 
 

@@ -65,6 +65,8 @@ class Calibration:
             Another method, parameters that are not finite numbers with a slope above zero, or a
             temperature with an intercept.
         """
+        if not isinstance(document, Mapping):
+            raise ModelError("calibration is not a table")
         method = document.get("method")
         slope, intercept = document.get("slope"), document.get("intercept")
         if method not in _METHODS:

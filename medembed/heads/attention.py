@@ -11,7 +11,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch.nn.functional import binary_cross_entropy_with_logits, linear
 
-from medembed.errors import ModelError, TrainingDataError
+from medembed.errors import TrainingDataError
 from medembed.heads.base import ClassWeight, Head, arrays_of, is_count
 from medembed.heads.projection import SCALINGS, Projection
 from medembed.heads.studies import (
@@ -307,8 +307,6 @@ class AttentionHead(Head):
         columns = ("float64", (self.n_covariates,))
         expected |= {"covariates.mean": columns, "covariates.scale": columns}
         arrays = arrays_of(payload, expected)
-        if not (arrays["covariates.scale"] > 0).all():
-            raise ModelError("tensor covariates.scale holds values that are not above zero")
         self.projection_ = Projection.from_arrays(arrays, 0)
         self.covariates_ = Projection(arrays["covariates.mean"], arrays["covariates.scale"])
         self.weights_ = {name: arrays[name] for name in shapes}

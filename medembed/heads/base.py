@@ -120,8 +120,8 @@ class Head(ClassifierMixin, BaseEstimator, ABC):
 
 
 def is_count(value: Any, least: int) -> bool:
-    """Whether a parameter is a whole number, and not below `least`."""
-    return isinstance(value, Integral) and int(value) >= least
+    """Whether a parameter is a whole number, neither True nor False, and not below `least`."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 
 def row_weights(
@@ -153,7 +153,8 @@ def arrays_of(
     Raises
     ------
     ModelError
-        A name is missing or unknown, a dtype or shape is another, or a value is not finite.
+        A name is missing or unknown, a dtype or shape is another, a value is not finite, or one
+        of a `scale`, that columns are divided by, is not above zero.
     """
     if isinstance(payload, str) or set(payload) != set(expected):
         held = "text" if isinstance(payload, str) else ", ".join(sorted(payload))
@@ -167,6 +168,6 @@ def arrays_of(
             )
         if not np.isfinite(array).all():
             raise ModelError(f"tensor {name} holds values that are not finite numbers")
-    if "scale" in payload and not (payload["scale"] > 0).all():
-        raise ModelError("tensor scale holds values that are not above zero")
+        if name.rpartition(".")[2] == "scale" and not (array > 0).all():
+            raise ModelError(f"tensor {name} holds values that are not above zero")
     return payload
