@@ -248,6 +248,8 @@ def test_a_link_that_leaves_the_root_is_refused(tmp_path: Path, root: Path) -> N
         ('patient = "person"', "", r"patient columns in \[table\] or \[groups\]"),
         ('column = "finding"', "", r"\[label\]: name the table's column"),
         ('normal = ["none"]', 'normal = ["none"]\nempty = "nothing"', "empty is 'nothing'"),
+        ('["age"]', '["age", "label"]', "covariates names 'label', and a manifest has a column"),
+        ('["age"]', '["name"]', "covariates names 'name'"),
         ("[region]", 'below = ["../x"]\n[region]', r"below names '\.\./x', outside"),
         ("[region]", "[region", "cannot be read as TOML"),
         ('file = "labels.csv"', "", r"\[table\] lacks file"),

@@ -13,6 +13,7 @@ __all__ = [
     "CONTENTS",
     "LABEL_LEVELS",
     "REQUIRED",
+    "SPLITS",
     "cap",
     "find_content_problems",
     "find_table_problems",

@@ -8,6 +8,7 @@ import pandas as pd
 
 from medembed.dataset.dicom_file import quiet_pydicom, read_dicom, why_no_image
 from medembed.dataset.dicom_words import age_in_years, laterality, region, sex, text, view
+from medembed.dataset.images import BARE_DICOM
 from medembed.dataset.labels import find_table, need_columns, read_labels
 from medembed.dataset.listing import ImageIndex, Listing, first_names, refuse
 from medembed.dataset.pseudonyms import Pseudonyms, read_key
@@ -23,7 +24,6 @@ TAGS = (
     "ImageLaterality Laterality FrameLaterality ViewPosition ViewCodeSequence "
     "NumberOfFrames Rows Columns"
 )
-BARE = (b"\x02\0", b"\x08\0", b"\0\x08")  # beginnings of files without a preamble
 DICOMDIR = "1.2.840.10008.1.3.10"
 KEYS = {"instance": "SOPInstanceUID", "study": "StudyInstanceUID", "accession": "AccessionNumber"}
 COVARIATES = ("laterality", "view", "age", "sex")
@@ -71,7 +71,7 @@ def _read_file(
     try:
         with open(root / image, "rb") as file:
             begins = file.read(132)
-            if begins[128:] != b"DICM" and not begins.startswith(BARE):
+            if begins[128:] != b"DICM" and not begins.startswith(BARE_DICOM):
                 return "not DICOM"
             file.seek(0)
             dataset = read_dicom(file, TAGS, with_pixels=False)

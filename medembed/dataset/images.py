@@ -31,7 +31,7 @@ from medembed.dataset.intensity import DEFAULT_INTENSITY, Intensity
 from medembed.dataset.radiograph import MAX_PIXELS, Radiograph, channels_differ, refuse_size
 from medembed.errors import ImageError
 
-__all__ = ["IMAGES_VERSION", "MAX_PIXELS", "Radiograph", "decode_image"]
+__all__ = ["BARE_DICOM", "IMAGES_VERSION", "MAX_PIXELS", "Radiograph", "decode_image"]
 
 IMAGES_VERSION = 1
 """Part of every cache's spec: raise it whenever any decoded pixel changes."""
@@ -44,8 +44,8 @@ _READERS: dict[str, tuple[tuple[bytes, ...], type[ImageFile.ImageFile]]] = {
     "GIF": ((b"GIF87a", b"GIF89a"), GifImagePlugin.GifImageFile),
     "WebP": ((b"RIFF",), WebPImagePlugin.WebPImageFile),
 }
-# A DICOM file without its preamble begins with group 2 or 8 (PS3.10, 7.1), the last in big endian.
-_BARE_DICOM = (b"\x02\0", b"\x08\0", b"\0\x08")
+BARE_DICOM = (b"\x02\0", b"\x08\0", b"\0\x08")
+"""A DICOM file without its preamble begins with group 2 or 8 (PS3.10, 7.1), last in big endian."""
 _DEEP_MODES = ("I", "F")  # and all that begin with I;16
 _PLAIN_MODES = ("1", "L", "P", "PA", "LA", "La", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
 _ALPHA_MODES = ("PA", "LA", "La", "RGBA", "RGBa")
@@ -115,13 +115,13 @@ def _identify(data: bytes) -> str:
     for name, (signatures, _) in _READERS.items():
         if data.startswith(signatures) and (name != "WebP" or data[8:12] == b"WEBP"):
             return name
-    if data.startswith(_BARE_DICOM):
+    if data.startswith(BARE_DICOM):
         return "DICOM"
     raise ImageError(f"not an image of a known kind ({', '.join(_READERS)}, DICOM)")
 
 
 def _decode(name: str, data: bytes) -> Radiograph:
-    facts = check_png(data, MAX_PIXELS) if name == "PNG" else None
+    facts = check_png(data) if name == "PNG" else None
     end = check_jpeg(data) if name == "JPEG" else None
     # The class itself, not Image.open: that one warns about size through global state.
     image = _READERS[name][1](io.BytesIO(data))

@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from medembed.dataset.radiograph import refuse_size
 from medembed.errors import ImageError
 
 __all__ = [
@@ -60,7 +61,7 @@ class PngFacts:
     n_bytes: int
 
 
-def check_png(data: bytes, max_pixels: int) -> PngFacts:
+def check_png(data: bytes) -> PngFacts:
     """Check every chunk and its checksum; not yet that the image data reach the last row.
 
     Bytes after IEND are tolerated.
@@ -68,13 +69,13 @@ def check_png(data: bytes, max_pixels: int) -> PngFacts:
     Raises
     ------
     ImageError
-        Truncated, damaged, animated, or more than `max_pixels`.
+        Truncated, damaged, animated, or more than `radiograph.MAX_PIXELS`.
     """
     header: tuple[int, ...] | None = None
     key: bytes | None = None
     for kind, body in _png_chunks(data):
         if kind == b"IHDR" and header is None:
-            header = _png_header(body, max_pixels)
+            header = _png_header(body)
         elif kind == b"acTL" and len(body) == 8 and struct.unpack(">I", body[:4])[0] > 1:
             raise ImageError("the PNG is animated; only still images are read")
         elif kind == b"tRNS":
@@ -185,15 +186,13 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
     raise ImageError("the PNG is truncated: it ends before its IEND chunk")
 
 
-def _png_header(body: bytes, max_pixels: int) -> tuple[int, ...]:
+def _png_header(body: bytes) -> tuple[int, ...]:
     if len(body) != 13:
         raise ImageError("the PNG's header chunk is damaged")
     width, height, bits, colour_type, _, _, interlace = struct.unpack(">IIBBBBB", body)
     if not width or not height or colour_type not in _CHANNELS or bits not in (1, 2, 4, 8, 16):
         raise ImageError("the PNG's header chunk is damaged")
-    if width * height > max_pixels:
-        megapixels = f"{width * height / 1e6:.0f} megapixels"
-        raise ImageError(f"{width} x {height} is {megapixels}; the limit is {max_pixels / 1e6:.0f}")
+    refuse_size(width, height, "PNG")
     return width, height, bits, colour_type, interlace
 
 

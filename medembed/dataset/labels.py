@@ -6,12 +6,10 @@ from pathlib import Path
 import pandas as pd
 
 from medembed.dataset.listing import refuse
-from medembed.dataset.recipe_format import Label
+from medembed.dataset.recipe_format import MEANINGS, Label
 from medembed.errors import PathNotFoundError, RecipeError
 
 __all__ = ["find_table", "need_columns", "read_labels"]
-
-MEANINGS = {"normal": "0", "abnormal": "1", "unknown": ""}
 
 
 def find_table(file: str, root: Path, recipe_path: Path) -> Path:
@@ -37,7 +35,13 @@ def need_columns(table: pd.DataFrame, names: Iterable[str], path: Path) -> None:
 
 
 def read_labels(values: "pd.Series[str]", spec: Label, source: str) -> "pd.Series[str]":
-    """Turn a table's values into "0", "1" and "", as the recipe says they mean."""
+    """Turn a table's values into "0", "1" and "", as the recipe says they mean.
+
+    Raises
+    ------
+    RecipeError
+        Values that the recipe does not know, unless it says what others mean.
+    """
     meaning = {
         **dict.fromkeys(spec.normal, "0"),
         **dict.fromkeys(spec.abnormal, "1"),

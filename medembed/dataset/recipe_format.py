@@ -11,11 +11,12 @@ from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from medembed.dataset.checks import LABEL_LEVELS
+from medembed.dataset.checks import LABEL_LEVELS, REQUIRED, SPLITS
 from medembed.errors import RecipeError
 
 __all__ = [
     "LAYOUTS",
+    "MEANINGS",
     "Dicom",
     "Folders",
     "Groups",
@@ -29,7 +30,10 @@ __all__ = [
 
 LAYOUTS = ("mura", "table", "folders", "dicom")
 DICOM_MATCHES = ("file", "instance", "study", "accession")
-MEANINGS = ("normal", "abnormal", "unknown")
+MEANINGS = {"normal": "0", "abnormal": "1", "unknown": ""}
+"""What a value may mean in `[label]`, and how a table of a manifest writes it."""
+# Columns that a manifest, or the building of one, fills itself.
+_TAKEN = (*REQUIRED, "label_level", "name")
 COUNTS = ("images", "studies", "patients", "abnormal", "abnormal_studies", "unlabelled")
 
 
@@ -47,7 +51,7 @@ class Table:
         Columns that together name the patient and the study; empty: there are none. Without
         `study` each image is its own.
     covariates : tuple of str
-        Columns that are copied into the manifest.
+        Columns that are copied into the manifest; none has the name of a column of its own.
     below : tuple of str
         Folders of the root to which the search for images is limited; empty: the whole root.
     image_pattern : str
@@ -281,14 +285,14 @@ def _check(recipe: Recipe) -> None:
     if recipe.layout == "dicom":
         _check_dicom(recipe, recipe.dicom or Dicom(), where)
     if recipe.label:
-        _refuse_other(f"{where}, [label]: empty", recipe.label.empty, MEANINGS)
+        _refuse_other(f"{where}, [label]: empty", recipe.label.empty, tuple(MEANINGS))
         _refuse_other(f"{where}, [label]: others", recipe.label.others, ("", *MEANINGS))
     if recipe.groups:
         _refuse_other(f"{where}, [groups]: rule", recipe.groups.rule, ("runs", "image"))
     for name, split in _texts(recipe.split_names, f"{where}, split_names").items():
-        _refuse_other(f"{where}, split_names: {name}", split, ("train", "test"))
+        _refuse_other(f"{where}, split_names: {name}", split, SPLITS)
     _texts(recipe.exclude, f"{where}, [exclude]")
-    _check_expected(recipe.expected, f"{where}, [expected]", ("train", "test", "region"))
+    _check_expected(recipe.expected, f"{where}, [expected]", (*SPLITS, "region"))
 
 
 def _check_sections(recipe: Recipe, where: str) -> None:
@@ -316,6 +320,12 @@ def _check_sections(recipe: Recipe, where: str) -> None:
     for folder in recipe.table.below if recipe.table else ():
         if Path(folder).is_absolute() or ".." in Path(folder).parts:
             raise RecipeError(f"{where}, [table]: below names {folder!r}, outside the image root.")
+    for name in recipe.table.covariates if recipe.table else ():
+        if name in _TAKEN:
+            raise RecipeError(
+                f"{where}, [table]: covariates names {name!r}, and a manifest has a column {name} "
+                "of its own. Leave it out, or rename the table's column."
+            )
     if recipe.split and bool(recipe.split.column) == bool(recipe.split.fraction):
         raise RecipeError(f"{where}, [split]: give either column or fraction.")
     region = recipe.region

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 import medembed
-from medembed.dataset.checks import LABEL_LEVELS
+from medembed.dataset.checks import SPLITS
 from medembed.dataset.groups import join_same_bytes, name_runs
 from medembed.dataset.layouts import read_layout
 from medembed.dataset.listing import first_names
@@ -24,10 +24,9 @@ from medembed.dataset.recipe_format import Groups, Recipe, parse_recipe
 from medembed.dataset.splits import split_patients
 from medembed.errors import ManifestError, PathNotFoundError, RecipeError
 
-__all__ = ["LABEL_LEVELS", "BuildReport", "Recipe", "build_manifest", "load_recipe"]
+__all__ = ["BuildReport", "Recipe", "build_manifest", "load_recipe"]
 
 NOT_FOUND = "not below the image root"
-SPLITS = ("train", "test")
 
 
 @dataclass(frozen=True)
