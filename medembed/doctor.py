@@ -57,7 +57,7 @@ def examine(
     poolings: Sequence[str] = ("mean", "max"),
     dtype: str = "float16",
 ) -> list[Check]:
-    """Look at everything that an extraction will need; nothing is fetched or written.
+    """Look at everything that an extraction will need; of a checkpoint no weights are fetched.
 
     Parameters
     ----------

@@ -194,6 +194,7 @@ def test_switched_off_steps_are_switched_off(tmp_path: Path) -> None:
         ({"resample": "left out", "image_processor_type": "OtherProcessor"}, "resample None"),
         ({"image_mean": [0.5]}, "image_mean"),
         ({"image_mean": "left out"}, "image_mean"),
+        ({"image_mean": [10**400, 0.5, 0.5]}, "image_mean"),
         ({"image_std": [0.5, 0.0, 0.5]}, "not positive"),
         ({"rescale_factor": "1/255"}, "rescale_factor"),
         ({"do_resize": False}, "do_resize"),
@@ -215,9 +216,10 @@ def test_what_cannot_be_honoured_is_refused(
 def test_no_processor_file_and_broken_json_are_named(tmp_path: Path) -> None:
     with pytest.raises(EncoderError, match=r"neither preprocessor_config\.json nor"):
         read_preprocessing(tmp_path)
-    (tmp_path / "preprocessor_config.json").write_text("{")
-    with pytest.raises(EncoderError, match="cannot be read"):
-        read_preprocessing(tmp_path)
+    for text in ("{", "[" * 200_000):
+        (tmp_path / "preprocessor_config.json").write_text(text)
+        with pytest.raises(EncoderError, match="cannot be read"):
+            read_preprocessing(tmp_path)
     with pytest.raises(EncoderError, match="fit 'crop' is unknown"):
         read_preprocessing(tmp_path, "crop")
 

@@ -324,6 +324,15 @@ def test_a_torn_last_line_of_failures_is_passed_over(cache: Cache) -> None:
     assert list(cache.failures()) == [a, c]
 
 
+def test_a_line_of_failures_that_names_no_sha256_is_passed_over(cache: Cache) -> None:
+    (a,) = hex_from_keys(some_keys(1))
+    spaced = f"{a[:32]} {a[32:]}"
+    lines = [{"sha256": sha256, "stage": "decode", "reason": ""} for sha256 in (spaced, a, 7)]
+    text = "".join(f"{json.dumps(line)}\n" for line in lines)
+    (cache.path / "failures.jsonl").write_text(text)
+    assert list(cache.failures()) == [a]
+
+
 def test_the_card_says_what_is_there(cache: Cache) -> None:
     keys = some_keys(9)
     paths = [cache.commit(part, rows_of(part)) for part in (keys[:5], keys[5:])]

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from medembed.files import sync_directory
 __all__ = ["STAGES", "Failure", "append_failures", "read_failures"]
 
 STAGES = ("read", "decode", "encode")
+DIGEST = re.compile(f"[0-9a-f]{{{2 * KEY_BYTES}}}")
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def _is_torn(file: io.FileIO) -> bool:
 def _parse(line: bytes) -> Failure | None:
     try:
         failure = Failure(**json.loads(line))
-        whole = len(bytes.fromhex(failure.sha256)) == KEY_BYTES and failure.stage in STAGES
+        whole = DIGEST.fullmatch(failure.sha256) is not None and failure.stage in STAGES
     except (ValueError, TypeError, RecursionError):
         return None
     return failure if whole and isinstance(failure.reason, str) else None

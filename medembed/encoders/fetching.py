@@ -30,6 +30,7 @@ from medembed.encoders.weights import (
     FETCHED_FILES,
     INDEX_FILE,
     PART_NAMES,
+    PART_WORDS,
     WEIGHTS_FILE,
     Part,
     match_tensors,
@@ -45,7 +46,6 @@ _CONNECTIONS = 4
 _MOST_PIECE_BYTES = 64 << 20
 _LEAST_PIECE_BYTES = 256 << 10
 _TOLD_EVERY_SECONDS = 0.1
-_PART_WORDS = {"tower": "the vision tower", "projector": "the projector"}
 
 Progress = Callable[[int, int], None]
 
@@ -154,14 +154,14 @@ def fetch_part(
                 blobs.mkdir(exist_ok=True)
                 plan = _plan(repo, snapshot.name, weight_map, part)
                 partial = blobs / f"{name}.incomplete"
-                _fill(plan, partial, _PART_WORDS[part], progress)
+                _fill(plan, partial, PART_WORDS[part], progress)
                 _verify(plan, partial, repo)
                 _publish(partial, pointer)
     except OSError as error:
         if is_no_space(error):
-            raise explain_no_space(_PART_WORDS[part], repo) from error
+            raise explain_no_space(PART_WORDS[part], repo) from error
         raise EncoderError(
-            f"{_PART_WORDS[part]} of {repo} could not be written into {storage}: "
+            f"{PART_WORDS[part]} of {repo} could not be written into {storage}: "
             f"{error.strerror or error}. Set HF_HOME to a directory that is yours."
         ) from error
     return pointer

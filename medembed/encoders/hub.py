@@ -17,6 +17,7 @@ from medembed.encoders.weights import (
     FETCHED_FILES,
     INDEX_FILE,
     PART_NAMES,
+    PART_WORDS,
     SIGLIP_TYPES,
     WEIGHTS_FILE,
     Part,
@@ -237,8 +238,7 @@ def _fetch_part(
     if _held_files(snapshot.path, part):
         return
     if snapshot.unreached is not None:
-        what = "the vision tower" if part == "tower" else "the projector"
-        raise explain_unreached(snapshot.unreached, snapshot.repo, what)
+        raise explain_unreached(snapshot.unreached, snapshot.repo, PART_WORDS[part])
     fetch_part(snapshot.path, snapshot.repo, _weight_map(snapshot), part, progress)
 
 

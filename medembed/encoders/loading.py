@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DEVICES",
+    "LOCAL_RANKS",
     "POOLINGS",
     "PRECISIONS",
     "adapt_encoder",
@@ -31,6 +32,7 @@ __all__ = [
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16")
+LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID")  # of torchrun and of SLURM: a process's number
 POOLINGS = ("mean", "max", "grid4", "pooler", "cls", "projector")  # each of some encoder
 
 
@@ -211,7 +213,7 @@ def choose_device(device: str) -> str:
 def take_own_gpu(environ: Mapping[str, str]) -> int | None:
     """Make this process use the GPU that its launcher means for it, where there are several.
 
-    Launchers number the processes of one machine: torchrun in LOCAL_RANK, SLURM in SLURM_LOCALID.
+    Launchers number the processes of one machine, in one of `LOCAL_RANKS`.
 
     Parameters
     ----------
@@ -225,7 +227,7 @@ def take_own_gpu(environ: Mapping[str, str]) -> int | None:
     """
     import torch
 
-    local = environ.get("LOCAL_RANK", environ.get("SLURM_LOCALID", ""))
+    local = next((environ[name] for name in LOCAL_RANKS if name in environ), "")
     n_gpus = torch.cuda.device_count()
     if n_gpus < 2 or not local.isdecimal():
         return None

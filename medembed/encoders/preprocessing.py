@@ -1,7 +1,6 @@
 """What a checkpoint does to pixels before its tower sees them, read from its own file."""
 
-import json
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from medembed.encoders.weights import checkpoint_name
+from medembed.encoders.weights import checkpoint_name, read_json
 from medembed.errors import EncoderError
 
 __all__ = [
@@ -196,12 +195,7 @@ def _read_config(directory: Path) -> tuple[Path, Mapping[str, Any]]:
         path = directory / name
         if not path.is_file():
             continue
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise EncoderError(
-                f"{name} of {checkpoint_name(directory)} cannot be read: {error}"
-            ) from error
+        config = read_json(path)
         if isinstance(config, dict) and isinstance(config.get("image_processor"), dict):
             config = config["image_processor"]
         if isinstance(config, dict) and "size" in config:
@@ -283,7 +277,10 @@ def _read_rescale(path: Path, config: Mapping[str, Any]) -> float:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)
+    """Whether it is a finite number; a whole number may be too large for any float."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return abs(value) <= sys.float_info.max
 
 
 def _inner_size(shape: tuple[int, ...], target: tuple[int, int]) -> tuple[int, int]:

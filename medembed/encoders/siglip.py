@@ -17,7 +17,6 @@ from medembed.encoders.preprocessing import Preprocessing
 from medembed.encoders.tensors import Digest, read_part
 from medembed.encoders.torch_encoder import DTYPES, TorchEncoder
 from medembed.encoders.weights import (
-    SIGLIP_TYPES,
     Part,
     canonical_name,
     checkpoint_name,
@@ -25,9 +24,8 @@ from medembed.encoders.weights import (
 )
 from medembed.errors import EncoderError
 
-__all__ = ["MODEL_TYPES", "SiglipEncoder", "load_siglip"]
+__all__ = ["SiglipEncoder", "load_siglip"]
 
-MODEL_TYPES = SIGLIP_TYPES
 # What changes the result besides the weights; part of the fingerprint, defaults filled in.
 _ARCHITECTURE = (
     "hidden_act",

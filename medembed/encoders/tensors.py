@@ -10,12 +10,17 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from medembed.encoders.weights import Part, checkpoint_name, match_tensors, weight_files
+from medembed.encoders.stored_tensors import FLOAT_BYTES
+from medembed.encoders.weights import (
+    PART_WORDS,
+    Part,
+    checkpoint_name,
+    match_tensors,
+    weight_files,
+)
 from medembed.errors import EncoderError
 
 __all__ = ["Digest", "open_tensors", "read_part", "read_tensor"]
-
-_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class Digest:
@@ -80,7 +85,7 @@ def read_tensor(
         It is quantised, or not finite.
     """
     dtype = file.get_slice(name).get_dtype()
-    if dtype not in (*_FLOATS, *integers):
+    if dtype not in (*FLOAT_BYTES, *integers):
         raise EncoderError(f"{source}: {name} is stored as {dtype}; quantised towers are not read.")
     tensor = file.get_tensor(name)
     if not bool(torch.isfinite(tensor).all()):
@@ -106,14 +111,14 @@ def open_tensors(stack: ExitStack, path: Path) -> Any:
 
 
 def _compare_names(found: set[str], expected: set[str], source: str, part: Part) -> None:
-    what = "vision tower" if part == "tower" else part
     missing, extra = sorted(expected - found), sorted(found - expected)
     if missing:
         raise EncoderError(
-            f"{source}: the {what} lacks {missing[0]}, one of {len(missing)} missing tensors."
+            f"{source}: {PART_WORDS[part]} lacks {missing[0]}, one of {len(missing)} missing "
+            "tensors."
         )
     if extra:
         raise EncoderError(
-            f"{source}: the {what} holds {extra[0]}, one of {len(extra)} tensors that its "
+            f"{source}: {PART_WORDS[part]} holds {extra[0]}, one of {len(extra)} tensors that its "
             "config does not ask for."
         )

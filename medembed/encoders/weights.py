@@ -14,6 +14,7 @@ __all__ = [
     "FETCHED_FILES",
     "INDEX_FILE",
     "PART_NAMES",
+    "PART_WORDS",
     "SIGLIP_TYPES",
     "WEIGHTS_FILE",
     "Part",
@@ -47,7 +48,7 @@ _TOWER = re.compile(
 _PROJECTOR = re.compile(
     r"^(?:model\.)?multi_modal_projector\.(mm_input_projection_weight|mm_soft_emb_norm\.weight)$"
 )
-_IN_WORDS: dict[Part, str] = {
+PART_WORDS: dict[Part, str] = {
     "tower": "the vision tower",
     "projector": "the projector",
     "encoder": "the encoder",
@@ -198,7 +199,7 @@ def weight_files(directory: Path, part: Part = "tower") -> list[Path]:
     if missing:
         raise EncoderError(
             f"{checkpoint_name(directory)} lacks {missing[0]}, one of {len(missing)} missing "
-            f"files that hold {_IN_WORDS[part]}. Complete the checkpoint."
+            f"files that hold {PART_WORDS[part]}. Complete the checkpoint."
         )
     return []
 

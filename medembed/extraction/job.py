@@ -15,19 +15,13 @@ from medembed.dataset.images import IMAGES_VERSION
 from medembed.dataset.intensity import DEFAULT_INTENSITY, Intensity
 from medembed.dataset.manifest import Manifest, require_hashes
 from medembed.encoders.protocol import Encoder, PipelinedEncoder
-from medembed.errors import (
-    CacheError,
-    DeviceMemoryError,
-    EncoderError,
-    ManifestError,
-    PathNotFoundError,
-)
+from medembed.errors import CacheError, DeviceMemoryError, EncoderError, ManifestError
 from medembed.extraction.canary import check_canary, lay_canary
 from medembed.extraction.decoding import Decoders
 from medembed.extraction.pipeline import Pipeline, no_room
-from medembed.extraction.prepared import refuse_empty_root
+from medembed.extraction.prepared import describe_other_bytes, refuse_empty_root, require_root
 from medembed.extraction.report import ExtractionReport
-from medembed.extraction.timeline import Timeline
+from medembed.extraction.timeline import STAGES, Timeline
 from medembed.extraction.writing import WriterThread
 from medembed.machine import count_cores, free_bytes, library_versions
 
@@ -133,6 +127,7 @@ def extract(
     On any exception, Ctrl-C included, rows embedded so far are committed before it goes on.
     """
     start, root, timeline = time.monotonic(), Path(image_root), timeline or Timeline()
+    say = tell or (lambda words: None)
     _check_request(root, encoder, poolings, batch_size, decoders)
     require_hashes(manifest)
     spec, recorded = spec_of(encoder, poolings, dtype, intensity), _record(encoder)
@@ -149,10 +144,10 @@ def extract(
     # The decoders outermost: Ctrl-C commits first and ends them afterwards.
     with Decoders(n_decoders, encoder.preprocessing, intensity) as readers:
         size = _warm_up(encoder, poolings, len(plan.pending), batch_size, tell)
-        _say(tell, "Canary")
+        say("Canary")
         cache = _open_or_make(encoder, spec, recorded, cache_path, known_shards)
         size, distance = _prove(cache, encoder, recorded, size)
-        _say(tell, "Embedding")
+        say("Embedding")
         timeline.add("prepare", start, time.monotonic())
         pipeline = Pipeline(encoder, poolings, size, len(plan.pending), timeline, progress)
         with WriterThread(cache, commit_seconds, timeline) as writer:
@@ -215,11 +210,6 @@ def spec_of(
     )
 
 
-def _say(tell: Callable[[str], None] | None, words: str) -> None:
-    if tell:
-        tell(words)
-
-
 def _warm_up(
     encoder: Encoder,
     poolings: Sequence[str],
@@ -277,8 +267,7 @@ def _check_request(
     batch_size: int | None,
     decoders: int | None,
 ) -> None:
-    if not root.is_dir():
-        raise PathNotFoundError(f"image root {root} is not a directory: give --image-root DIR")
+    require_root(root)
     for name, number in (("batch_size", batch_size), ("decoders", decoders)):
         if number is not None and number < 1:
             raise ValueError(f"{name} is {number}; it must be at least 1")
@@ -318,10 +307,7 @@ def _refuse_other_bytes(pipeline: Pipeline) -> None:
     others = pipeline.other_bytes
     if not others:
         return
-    problems = [
-        f"{content.images[0]}: sha256 {found}, the manifest says {content.sha256}"
-        for content, found in others
-    ]
+    problems = [describe_other_bytes(content, found) for content, found in others]
     also = [f"{content.images[0]}: {f.stage} failed: {f.reason}" for content, f in pipeline.failed]
     raise ManifestError(
         f"{len(others)} image(s) hold other bytes than the manifest says, and were not embedded"
@@ -342,7 +328,6 @@ def _report(
     failed = plan.known + (pipeline.failed if pipeline else [])
     seconds = time.monotonic() - start
     n_done = pipeline.n_embedded if pipeline else 0
-    stages = ("prepare", "read", "decode", "starve", "encode", "write")
     return ExtractionReport(
         requested=plan.n_rows,
         already=plan.n_already,
@@ -355,7 +340,7 @@ def _report(
         images_per_second=n_done / seconds if seconds > 0 else 0.0,
         batch_size=pipeline.batch_size if pipeline else 0,
         decoders=n_decoders if pipeline else 0,
-        stages={stage: round(timeline.seconds[stage], 6) for stage in stages},
+        stages={stage: round(timeline.seconds[stage], 6) for stage in STAGES},
         canary=distance,
     )
 

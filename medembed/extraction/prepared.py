@@ -16,7 +16,13 @@ from medembed.extraction.decoder import open_slots
 from medembed.extraction.decoding import Decoders
 from medembed.machine import count_cores, reserve
 
-__all__ = ["PreparedImages", "read_all", "refuse_empty_root"]
+__all__ = [
+    "PreparedImages",
+    "describe_other_bytes",
+    "read_all",
+    "refuse_empty_root",
+    "require_root",
+]
 
 _AHEAD = 32  # images per decoder process that may be begun and not yet taken
 
@@ -84,11 +90,7 @@ def read_all(
             if reading.pixels is not None:
                 pixels[done] = reading.pixels
             elif reading.stage is None:
-                others.append(
-                    "{image}: sha256 {found}, the manifest says {sha256}".format(
-                        found=reading.other_sha256, **known
-                    )
-                )
+                others.append(describe_other_bytes(content, str(reading.other_sha256)))
             else:
                 failures[done] = {**known, "stage": reading.stage, "reason": reading.reason}
             done += 1
@@ -101,6 +103,17 @@ def read_all(
             others,
         )
     return PreparedImages(pixels, failures)
+
+
+def describe_other_bytes(content: Content, found: str) -> str:
+    """Say in a line that a file's SHA-256, `found`, is not the one that the manifest has."""
+    return f"{content.images[0]}: sha256 {found}, the manifest says {content.sha256}"
+
+
+def require_root(root: Path) -> None:
+    """Raise PathNotFoundError unless the image root is a directory."""
+    if not root.is_dir():
+        raise PathNotFoundError(f"image root {root} is not a directory: give --image-root DIR")
 
 
 def refuse_empty_root(root: Path, images: Iterable[str], n_images: int, purpose: str) -> None:
@@ -119,8 +132,7 @@ def refuse_empty_root(root: Path, images: Iterable[str], n_images: int, purpose:
     PathNotFoundError
         So it is.
     """
-    if not root.is_dir():
-        raise PathNotFoundError(f"image root {root} is not a directory: give --image-root DIR")
+    require_root(root)
     first = None
     for image in images:
         first = first or image

@@ -20,6 +20,7 @@ from medembed.cache.store import Cache, open_cache
 from medembed.clusters import connected_to_ray
 from medembed.dataset.intensity import DEFAULT_INTENSITY, Intensity
 from medembed.dataset.manifest import Manifest, require_hashes
+from medembed.encoders.loading import LOCAL_RANKS
 from medembed.encoders.protocol import Encoder
 from medembed.errors import ManifestError, MedembedError
 from medembed.extraction.job import (
@@ -29,6 +30,7 @@ from medembed.extraction.job import (
     extract,
     prepare_cache,
 )
+from medembed.extraction.timeline import STAGES
 
 __all__ = ["MAX_RETRIES", "Job", "extract_on_ray"]
 
@@ -37,7 +39,6 @@ PARTS_PER_WORKER = 4  # so that the last ones to finish are small
 MIN_PART = 64  # rows: below, starting costs more than embedding
 MAX_CORES = 4  # of a task without a GPU; of one with a GPU, its share of the cluster's
 PATIENCE_SECONDS = 60.0  # in which tasks that are cancelled commit what they have
-LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID")  # Ray has given the task its GPU
 
 _encoders: dict[str, Encoder] = {}  # of this worker process: loaded once, not once per partition
 
@@ -69,7 +70,7 @@ class Job:
     def encoder(self) -> Encoder:
         """Return the encoder, loaded if this process has not done so for this job."""
         if self.name not in _encoders:
-            for variable in LOCAL_RANKS:
+            for variable in LOCAL_RANKS:  # Ray has given the task its GPU
                 os.environ.pop(variable, None)
             _encoders.clear()
             _encoders[self.name] = self.load()
@@ -123,7 +124,8 @@ def extract_on_ray(
     with connected_to_ray("--engine ray", tell) as ray:
         needs = _needs(ray, device, job.decoders)
         job = replace(job, name=secrets.token_hex(8), decoders=job.decoders or needs["num_cpus"])
-        _say(tell, "Encoder")
+        say = tell or (lambda words: None)
+        say("Encoder")
         _get(ray, _remote(ray, _prepare, needs).remote(job, dry_run))
         cache = None if dry_run and not job.cache_path.exists() else open_cache(job.cache_path)
         plan = make_plan(manifest.rows, cache, retry_failed=job.retry_failed)
@@ -132,7 +134,7 @@ def extract_on_ray(
         check_plan(plan, cache.spec, job.image_root, job.cache_path)
         n_workers = _count_workers(ray, needs)
         size = partition_rows or _part_rows(len(plan.pending), n_workers, max_rows(cache.spec))
-        _say(tell, "Embedding")
+        say("Embedding")
         tasks = _Tasks(ray, _remote(ray, _embed, needs), job, cache, progress)
         reports = tasks.run(_partitions(manifest, plan, size), len(plan.pending), n_workers)
         return _report(plan, reports, needs["num_cpus"], start)
@@ -289,11 +291,6 @@ def _get(ray: Any, task: Any) -> Any:
         ) from error
 
 
-def _say(tell: Callable[[str], None] | None, words: str) -> None:
-    if tell:
-        tell(words)
-
-
 def _report(
     plan: Plan, reports: Sequence[ExtractionReport], n_decoders: int, start: float
 ) -> ExtractionReport:
@@ -321,5 +318,4 @@ def _report(
 
 
 def _summed(reports: Sequence[ExtractionReport]) -> dict[str, float]:
-    names = ("prepare", "read", "decode", "starve", "encode", "write")
-    return {name: sum(report.stages[name] for report in reports) for name in names}
+    return {name: sum(report.stages[name] for report in reports) for name in STAGES}

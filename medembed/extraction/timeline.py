@@ -4,7 +4,9 @@ import threading
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-__all__ = ["Span", "Timeline"]
+__all__ = ["STAGES", "Span", "Timeline"]
+
+STAGES = ("prepare", "read", "decode", "starve", "encode", "write")
 
 
 @dataclass(frozen=True)
@@ -28,9 +30,9 @@ class Timeline:
     Attributes
     ----------
     seconds : dict of str to float
-        By stage: `read` and `decode` summed over the decoder processes, `starve` in which the
-        encoder's side waited for images, `encode` in which it waited for the encoder, `write`
-        in which the writer's thread was busy.
+        By one of `STAGES`: `prepare` before the first image; `read` and `decode` summed over the
+        decoder processes; `starve` in which the encoder's side waited for images; `encode` in
+        which it waited for the encoder; `write` in which the writer's thread was busy.
     """
 
     keep_spans: bool = False
