@@ -1,15 +1,15 @@
 """Thumbnails of radiographs for a page, by the hash of their bytes."""
 
-import hashlib
 import io
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
-from medembed.dataset.images import decode_image
 from medembed.dataset.manifest import Manifest, existing_root, image_path
-from medembed.errors import ImageError
+from medembed.dataset.reading import read_content
+from medembed.errors import ManifestError
 from medembed.results.gallery import Thumbnail
 
 __all__ = ["SIDE", "make_thumbnails"]
@@ -42,28 +42,30 @@ def make_thumbnails(
 
     Notes
     -----
-    An image that the manifest does not have, that cannot be read or decoded, or whose bytes are
-    not the manifest's is left out: the page counts what it shows.
+    An image that the manifest does not have, that lies outside the root, that cannot be read or
+    decoded, or whose bytes are not the manifest's is left out: the page counts what it shows.
     """
     root, rows = existing_root(image_root), manifest.rows
     rows = rows[rows["sha256"].isin(list(wanted))].drop_duplicates("sha256")
     found = {}
     for sha256, name in zip(rows["sha256"], rows["image"], strict=True):
         try:
-            data = image_path(root, name).read_bytes()
-        except OSError:
+            reading = read_content([image_path(root, name)], sha256, _shrink)
+        except ManifestError:  # leads out of the root
             continue
-        if hashlib.sha256(data).hexdigest() == sha256:
-            try:
-                found[sha256] = _shrink(data, name if with_names else None)
-            except ImageError:
-                continue
+        if reading.pixels is not None:
+            found[sha256] = _encode(reading.pixels, name if with_names else None)
     return found
 
 
-def _shrink(data: bytes, name: str | None) -> Thumbnail:
-    picture = Image.fromarray(decode_image(data).pixels)
+def _shrink(pixels: np.ndarray) -> np.ndarray:
+    picture = Image.fromarray(pixels)
     picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    return np.asarray(picture)
+
+
+def _encode(pixels: np.ndarray, name: str | None) -> Thumbnail:
     output = io.BytesIO()
-    picture.save(output, "JPEG", quality=QUALITY)
-    return Thumbnail(output.getvalue(), picture.width, picture.height, name)
+    Image.fromarray(pixels).save(output, "JPEG", quality=QUALITY)
+    height, width = pixels.shape
+    return Thumbnail(output.getvalue(), width, height, name)

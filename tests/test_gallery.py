@@ -166,3 +166,14 @@ def test_the_options_of_thumbnails_go_together(tmp_path, capsys):
         assert ended.value.code == 2
         assert re.search(r"--manifest and --image-root", capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_image_that_lies_outside_the_root_is_left_out(tmp_path):
+    files = {"a.png": png(seed=1), "b.png": png(seed=2)}
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "a.png").write_bytes(files["a.png"])
+    (tmp_path / "b.png").write_bytes(files["b.png"])
+    (tmp_path / "root" / "b.png").symlink_to(tmp_path / "b.png")
+    manifest = manifest_of(files)
+    inside, outside = manifest.rows["sha256"]
+    assert set(make_thumbnails(manifest, tmp_path / "root", [inside, outside])) == {inside}

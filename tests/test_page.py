@@ -3,7 +3,10 @@
 import base64
 import datetime
 import hashlib
+import os
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 
 import pytest
@@ -214,3 +217,19 @@ def test_only_the_last_part_of_an_absolute_path_is_public():
     assert public_name("~/models/medgemma") == "medgemma"
     assert public_name("../models/medgemma") == "medgemma"
     assert public_name("google/medgemma-4b-pt") == "google/medgemma-4b-pt"
+
+
+def test_a_home_that_cannot_be_written_says_nothing():
+    nowhere = ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME")
+    kept = {name: value for name, value in os.environ.items() if name != "MPLCONFIGDIR"}
+    environment = kept | dict.fromkeys(nowhere, "/dev/null/x")
+    ask = "import matplotlib; matplotlib.get_cachedir()"
+    hush = "from medembed.commands.comparing import hush_matplotlib; hush_matplotlib(); "
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, check=True
+        ).stderr
+        for code in (ask, hush + ask)
+    ]
+    assert b"temporary cache directory" in said[0]
+    assert said[1] == b""

@@ -1,5 +1,6 @@
 """`medembed compare` and `medembed report`."""
 
+import logging
 import shutil
 import sys
 from pathlib import Path
@@ -10,9 +11,15 @@ import click
 from medembed.commands.options import PATH, json_option, seed_option
 from medembed.console import print_json, say
 
-__all__ = ["compare_command", "report_command", "show_comparison"]
+__all__ = ["compare_command", "hush_matplotlib", "report_command", "show_comparison"]
 
 PIPED_COLUMNS = 120  # of a table that goes to a file or another program
+_NO_HOME = (
+    "mkdir -p failed for path",
+    "%s is not a writable directory",
+    "Matplotlib created a temporary cache directory",
+)
+"""How matplotlib says that it keeps its font cache elsewhere, which changes nothing here."""
 
 
 @click.command("compare")
@@ -70,6 +77,13 @@ def _show(result: dict[str, Any], by: str | None, table_format: str) -> None:
     click.echo(render(result, table_format=table_format, by=by, width=width))
 
 
+def hush_matplotlib() -> None:
+    """Keep what matplotlib says of a home directory that cannot be written off stderr."""
+    logging.getLogger("matplotlib").addFilter(
+        lambda record: not str(record.msg).startswith(_NO_HOME)
+    )
+
+
 @click.command("report")
 @click.argument("runs", metavar="RUN…", type=PATH, nargs=-1, required=True)
 @click.option("-o", "--output", type=PATH, required=True, help="Directory of the page.")
@@ -98,6 +112,7 @@ def report_command(
         raise click.UsageError("--manifest and --image-root go together: both, or neither.")
     if names and manifest_path is None:
         raise click.UsageError("--names wants --manifest and --image-root.")
+    hush_matplotlib()
     from medembed.results.page import write_report
 
     find_thumbnails = None

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from medembed.commands.comparing import show_comparison
+from medembed.commands.comparing import hush_matplotlib, show_comparison
 from medembed.commands.options import PATH, json_option, seed_option
 from medembed.console import print_json, say
 from medembed.progress import showing_progress
@@ -20,6 +20,7 @@ __all__ = ["demo_command"]
 @json_option
 def demo_command(directory: Path, n_patients: int, seed: int, as_json: bool) -> None:
     """Run the whole path on synthetic radiographs that medembed draws itself."""
+    hush_matplotlib()
     from medembed.demo.pipeline import run_demo
 
     say("The demo's images are synthetic; its scores say nothing about medicine.")

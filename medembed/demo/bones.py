@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from medembed.demo.anatomy import Bone
 
-__all__ = ["Array", "Frame", "frame_bone", "tube"]
+__all__ = ["Array", "Frame", "frame_bone", "reach_of", "tube"]
 
 Array = NDArray[np.float32]
 
@@ -26,6 +26,11 @@ class Frame:
     across: Array
     length: float
     pixel: float
+
+
+def reach_of(bone: Bone) -> float:
+    """Return how far from its axis a projected bone may be seen, in half image sides."""
+    return bone.width * (1.3 + max(bone.flare)) + abs(bone.bow)
 
 
 def frame_bone(bone: Bone, size: int, reach: float) -> Frame | None:

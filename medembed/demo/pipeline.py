@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
@@ -18,6 +17,7 @@ from medembed.demo.cohort import DemoView, draw_cohort, write_view
 from medembed.encoders.loading import load_encoder
 from medembed.errors import RunError
 from medembed.files import json_bytes, write_atomically
+from medembed.machine import count_cores
 from medembed.results.page import write_report
 from medembed.thumbnails import make_thumbnails
 
@@ -109,7 +109,7 @@ def _claim(home: Path, asked: dict[str, int]) -> None:
     """Make `home` this demo's; refuse a directory that is something else."""
     note = home / "demo.json"
     if note.is_file():
-        held = json.loads(note.read_bytes())
+        held = _read_note(note)
         if held != asked:
             raise RunError(
                 f"{home} holds a demo of {held.get('patients')} patients and seed "
@@ -117,10 +117,21 @@ def _claim(home: Path, asked: dict[str, int]) -> None:
                 "Name another directory."
             )
         return
-    if home.exists() and (not home.is_dir() or any(home.iterdir())):
+    # A crash between the directory and its note leaves at most a hidden partial file.
+    if home.exists() and (not home.is_dir() or any(p.name[0] != "." for p in home.iterdir())):
         raise RunError(f"{home} is not empty and not a demo's. Name a directory of its own.")
     home.mkdir(parents=True, exist_ok=True)
     write_atomically(note, json_bytes(asked))
+
+
+def _read_note(note: Path) -> dict[str, Any]:
+    try:
+        held = json.loads(note.read_bytes())
+    except (ValueError, RecursionError):
+        held = None
+    if not isinstance(held, dict):
+        raise RunError(f"{note} is no note of a demo: it was damaged. Name another directory.")
+    return held
 
 
 def _build(home: Path, n_patients: int, seed: int, show: ShowProgress) -> Manifest:
@@ -160,7 +171,7 @@ def _draw(views: Sequence[DemoView], images: Path, progress: Callable[[int, int]
     progress(done, len(views))
     if not chunks:
         return
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(count_cores(), mp_context=get_context("spawn")) as pool:
         for n_drawn in pool.map(_draw_chunk, chunks, [images] * len(chunks)):
             done += n_drawn
             progress(done, len(views))

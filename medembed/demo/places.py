@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medembed.demo.anatomy import project
-from medembed.demo.bones import frame_bone, tube
+from medembed.demo.bones import frame_bone, reach_of, tube
 from medembed.demo.cohort import DemoView
 from medembed.demo.synthetic import draw_pose
 
@@ -24,7 +24,7 @@ def locate_bones(view: DemoView, *, size: int = 256) -> NDArray[np.bool_]:
     covered = np.zeros((size, size), np.bool_)
     for bone in skeleton.bones:
         flat = project(bone, pose)
-        frame = frame_bone(flat, size, flat.width * (1.3 + max(flat.flare)) + abs(flat.bow))
+        frame = frame_bone(flat, size, reach_of(flat))
         if frame is not None:
             nothing = np.zeros((size, size), np.float32)
             covered[frame.box] |= tube(flat, frame, nothing) > 0

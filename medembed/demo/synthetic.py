@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medembed.demo.anatomy import REGIONS, Skeleton, View, draw_skeleton, project
-from medembed.demo.bones import Array, Frame, frame_bone, tube
+from medembed.demo.bones import Array, Frame, frame_bone, reach_of, tube
 from medembed.demo.findings import KINDS, Finding, alter
 from medembed.errors import MedembedError
 
@@ -179,7 +179,7 @@ def _add_bones(
     changed: tuple[Frame, Array] | None = None
     for index, bone in enumerate(projected):
         here = finding is not None and index == finding.bone
-        frame = frame_bone(bone, size, bone.width * (1.3 + max(bone.flare)) + abs(bone.bow))
+        frame = frame_bone(bone, size, reach_of(bone))
         if frame is None:
             continue
         density = np.float32(contrast * (bone.width / thickest) ** 0.5)

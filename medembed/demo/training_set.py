@@ -1,6 +1,5 @@
 """Draw the synthetic images on which the demo's encoder is trained and measured."""
 
-import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +11,7 @@ from PIL import Image
 
 from medembed.demo.anatomy import REGIONS
 from medembed.demo.synthetic import KINDS, PROJECTIONS, render
+from medembed.machine import count_cores
 
 __all__ = ["IMAGE_SIZE", "N_PATCHES", "TrainingSet", "draw_training_set", "shrink"]
 
@@ -51,7 +51,7 @@ def draw_training_set(
     jobs
         Processes to use; by default one per core. 1 renders in this process.
     """
-    jobs = jobs or os.cpu_count() or 1
+    jobs = jobs or count_cores()
     chunks = [seeds[i : i + _CHUNK] for i in range(0, len(seeds), _CHUNK)]
     draw = partial(_draw_chunk, severities=severities)
     if jobs == 1 or len(chunks) == 1:

@@ -29,7 +29,7 @@ from medembed.prediction.internal import Internal, count_labels, find_internal
 from medembed.prediction.scoring import check_spec, raw_scores
 from medembed.results.cards import Card, read_card
 from medembed.results.comparison import DISCLAIMER, counted, score_run
-from medembed.results.priors import PRIORS, image_code, image_rows
+from medembed.results.priors import PRIORS, image_code, image_rows, predict_prior
 from medembed.results.provenance import (
     describe_source,
     list_left_out,
@@ -262,10 +262,9 @@ def _predict_priors(asked: _Asked, internal: Internal | None) -> dict[str, pd.Da
     images = image_rows(embeddings.rows.assign(split="test"), np.full(len(embeddings), -1))
     known = trained["region"].to_numpy(object), trained["label"].to_numpy(int)
     found = {}
-    for name, kind in PRIORS.items():
-        probability = kind().fit(*known).predict_proba(embeddings.regions)[:, 1]
-        rounded = probability.astype(np.float32).astype(np.float64)  # as `results.priors` does
-        found[name] = images.assign(head=name, trial=None, probability=rounded)
+    for name in PRIORS:
+        probability = predict_prior(name, *known, embeddings.regions)
+        found[name] = images.assign(head=name, trial=None, probability=probability)
     return found
 
 

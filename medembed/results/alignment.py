@@ -25,15 +25,14 @@ from medembed.evaluation.calibration import (
 )
 from medembed.evaluation.scores import by_study
 from medembed.evaluation.thresholds import sensitivity_threshold, youden_threshold
+from medembed.results.priors import PRIORS
 from medembed.results.runs import Run
 
-__all__ = ["BASELINES", "LEVELS", "SENSITIVITY", "Contender", "TestSet", "align_runs"]
+__all__ = ["LEVELS", "SENSITIVITY", "Contender", "TestSet", "align_runs"]
 
 LEVELS = ("study", "image")
 SENSITIVITY = 0.9
 """What the third threshold asks for, on out-of-fold predictions."""
-BASELINES = ("class-prior", "region-prior")
-"""Heads that look at no image; no run is without them."""
 
 
 @dataclass(frozen=True)
@@ -199,7 +198,7 @@ def _contender(
     return Contender(
         run=run,
         head=head,
-        is_baseline=head in BASELINES,
+        is_baseline=head in PRIORS,
         **{name: winner.get(name) for name in copied},
         train_fraction=given[0],
         n_train_patients=given[1],

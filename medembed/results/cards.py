@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from medembed.dataset.covariates import CovariateEncoder
+from medembed.dataset.manifest import LABEL_LEVELS
 from medembed.errors import ModelError, PathNotFoundError
 from medembed.evaluation.calibration import Calibration, fit_platt
 from medembed.evaluation.conformal import Conformal, fit_conformal
@@ -26,10 +27,10 @@ NO_CLEAN_SCORES = (
     "there are no scores of patients whom early stopping has not seen: those held out chose the "
     "epoch. Extract with the encoder that this model reads, then sweep: that model has them."
 )
-LABEL_LEVELS = ("study", "image")
 VIEWS = ("mean", "attention")
 #: The only place beside a model where an encoder of the same run lies.
 _ENCODER_PATH = re.compile(r"\.\./\.\./encoders/[A-Za-z0-9][A-Za-z0-9_.+-]*")
+_COUNTS = ("images", "abnormal")
 _CODE = re.compile(r"[0-9a-f]{16}")
 _WAY_OUT = "Train or copy the model again."
 
@@ -194,6 +195,10 @@ def _read(card: Mapping[str, Any]) -> Card:
     _require("synthetic", synthetic, isinstance(synthetic, bool))
     note = card.get("conformal_note")
     _require("conformal_note", note, note is None or _is_word(note))
+    for name in ("trial", "seed", "depth"):
+        _require(name, card.get(name), card.get(name) is None or type(card[name]) is int)
+    _require("cv", card.get("cv"), card.get("cv") is None or is_number(card["cv"]))
+    _check_trained(card.get("data"))
     return Card(
         spec=_table("spec", card["spec"]),
         pooling=pooling,
@@ -238,10 +243,29 @@ def _read_scores(entry: Any) -> dict[str, Any]:
     scores = _table("scores", entry)
     if scores.get("test") is not None:
         test = _table("scores.test", scores["test"])
-        _table("scores.test.scores", test.get("scores", {}))
+        _check_scores("scores.test.scores", test.get("scores", test))
         for name, own in _table("scores.test.regions", test.get("regions", {})).items():
-            _table(f"scores.test.regions.{name}", own)
+            _check_scores(f"scores.test.regions.{name}", own)
     return scores
+
+
+def _check_scores(name: str, entry: Any) -> None:
+    """Refuse intervals of other things than numbers; what is no interval is not read."""
+    for score_name, own in _table(name, entry).items():
+        if isinstance(own, dict):
+            for end in ("value", "low", "high"):
+                value = own.get(end)
+                _require(f"{name}.{score_name}.{end}", value, value is None or is_number(value))
+
+
+def _check_trained(data: Any) -> None:
+    """Refuse counts of the training images that are none; older cards have no counts."""
+    trained = _table("data", {} if data is None else data).get("trained") or {}
+    regions = _table("data.trained", trained).get("regions", {})
+    for name, own in _table("data.trained.regions", regions).items():
+        n, n_abnormal = (_table(f"data.trained.regions.{name}", own).get(k) for k in _COUNTS)
+        are_counts = type(n) is int and type(n_abnormal) is int and 0 <= n_abnormal <= n
+        _require(f"data.trained.regions.{name}", own, are_counts)
 
 
 def _read_codes(entry: Any) -> frozenset[str]:

@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 
 from medembed.heads.baselines import ClassPrior, RegionPrior
 
-__all__ = ["PRIORS", "image_code", "image_rows", "prior_rows"]
+__all__ = ["PRIORS", "image_code", "image_rows", "predict_prior", "prior_rows"]
 
 PRIORS = {"class-prior": ClassPrior, "region-prior": RegionPrior}
+"""Heads that look at no image, by name; no run of a sweep is without them."""
 
 
 def image_rows(rows: pd.DataFrame, folds: NDArray[Any]) -> pd.DataFrame:
@@ -47,6 +48,31 @@ def prior_rows(rows: pd.DataFrame, folds: NDArray[Any]) -> Iterator[pd.DataFrame
         yield images.assign(head=name, trial=None, probability=probability)
 
 
+def predict_prior(
+    name: str, trained_regions: NDArray[Any], y: NDArray[Any], regions: NDArray[Any]
+) -> NDArray[np.float64]:
+    """Return what a prior of `PRIORS` says of rows of these regions, float64 in [0, 1].
+
+    Parameters
+    ----------
+    name : str
+        Of the prior.
+    trained_regions, y : arrays of shape (n,)
+        Regions and labels, 0 or 1, of the rows that it knows.
+    regions : array of shape (m,)
+        Of the rows that it is asked about.
+
+    Raises
+    ------
+    TrainingDataError
+        A label is neither 0 nor 1, or there is none.
+    """
+    found = PRIORS[name]().fit(trained_regions, y).predict_proba(regions)[:, 1]
+    # Half of float64's digits stay free, so that the mean over equal views is that very number:
+    # rounding in the mean would otherwise rank studies by their number of views.
+    return np.asarray(found, np.float32).astype(np.float64)
+
+
 def image_code(sha256: str) -> str:
     """Hash an image's hash, so that a card tells its owner, and nobody else, what it has seen."""
     return hashlib.sha256(bytes.fromhex(sha256)).hexdigest()[:16]
@@ -55,12 +81,8 @@ def image_code(sha256: str) -> str:
 def _predict(name: str, rows: pd.DataFrame, folds: NDArray[Any]) -> NDArray[np.float64]:
     regions, trained = rows["region"].to_numpy(object), folds >= 0
     y = rows["label"].fillna(-1).to_numpy(np.int8)
-    fitted = PRIORS[name]().fit(regions[trained], y[trained])
-    found = fitted.predict_proba(regions)[:, 1]
+    found = predict_prior(name, regions[trained], y[trained], regions)
     for fold in np.unique(folds[trained]):
         held, others = folds == fold, trained & (folds != fold)
-        fitted = PRIORS[name]().fit(regions[others], y[others])
-        found[held] = fitted.predict_proba(regions[held])[:, 1]
-    # Half of float64's digits stay free, so that the mean over equal views is that very number:
-    # rounding in the mean would otherwise rank studies by their number of views.
-    return np.asarray(found, np.float32).astype(np.float64)
+        found[held] = predict_prior(name, regions[others], y[others], regions[held])
+    return found
