@@ -3,7 +3,6 @@
 import os
 import sys
 import time
-import unicodedata
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
 from medembed.console import say
+from medembed.text import mask_controls
 
 __all__ = ["Leaderboard", "Lines", "Progress", "showing_leaderboard", "showing_progress"]
 
@@ -256,7 +256,7 @@ def _cells(line: Mapping[str, Any]) -> tuple[str, ...]:
         line["pooling"] or "",
         " ".join(f"{name}={_short(value)}" for name, value in params),
     )
-    return tuple(_printable(str(cell)) for cell in cells)
+    return tuple(mask_controls(str(cell)) for cell in cells)
 
 
 def _lay_out(rows: Sequence[tuple[str, ...]], width: int) -> list[Any]:
@@ -285,11 +285,6 @@ def _lay_out(rows: Sequence[tuple[str, ...]], width: int) -> list[Any]:
 
 def _short(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value).replace(" ", "")
-
-
-def _printable(text: str) -> str:
-    """Replace what a terminal would obey instead of showing."""
-    return "".join("�" if unicodedata.category(c).startswith("C") else c for c in text)
 
 
 class _PlainLines(_Pace):
@@ -322,4 +317,4 @@ class _PlainBoard(_PlainLines):
 
     def more(self) -> list[str]:
         scored = (line for line in self._lines() if line["best"] is not None)
-        return [f"best {_printable(line['head'])} {line['best']:.3f}" for line in scored][:1]
+        return [f"best {mask_controls(line['head'])} {line['best']:.3f}" for line in scored][:1]

@@ -17,6 +17,7 @@ FLOORS = {
     "clusters": 2,
     "machine": 1,
     "schedule": 1,
+    "text": 1,
     "dataset": 2,
     "encoders": 2,
     "heads": 2,

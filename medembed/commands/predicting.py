@@ -44,7 +44,7 @@ Row = dict[str, Any]
     "--explain",
     type=PATH,
     metavar="DIR",
-    help="Leave a heat map of each image here: where the model looked.",
+    help="Leave a heat map of each image here; the encoder sees all, whatever the cache has.",
 )
 @click.option(
     "--alpha",

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from medembed.errors import RunError
 from medembed.evaluation.scores import SCORES
 from medembed.results.pairing import SIGNIFICANCE, row_name
+from medembed.text import mask_controls
 
 __all__ = [
     "FORMATS",
@@ -225,7 +225,7 @@ def render_terminal(table: Table, width: int) -> str:
             grid.add_column(column, justify="right", no_wrap=True)
     for section in table.sections:
         for row in section:
-            grid.add_row(*(Text(_printable(cell)) for cell in row))
+            grid.add_row(*(Text(mask_controls(cell)) for cell in row))
         grid.add_section()
     output = io.StringIO()
     console = Console(file=output, width=width, color_system=None, force_terminal=False)
@@ -234,7 +234,7 @@ def render_terminal(table: Table, width: int) -> str:
     else:
         console.print(Text(table.title))
     for note in table.notes:
-        console.print(Text(_printable(note)))
+        console.print(Text(mask_controls(note)))
     return "\n".join(line.rstrip() for line in output.getvalue().splitlines())
 
 
@@ -255,7 +255,7 @@ def _latex(table: Table) -> str:
     ]
     return "\n".join(
         [
-            *(f"% {_printable(line)}" for line in (table.title, *table.notes)),
+            *(f"% {mask_controls(line)}" for line in (table.title, *table.notes)),
             rf"\begin{{tabular}}{{{alignment}}}",
             r"\toprule",
             " & ".join(map(_latex_cell, table.columns)) + r" \\",
@@ -292,15 +292,10 @@ def _numbers(scores: dict[str, Any]) -> list[float | None]:
     return [score[part] for score in found for part in ("value", "low", "high")]
 
 
-def _printable(text: str) -> str:
-    """Replace what a terminal would obey instead of showing."""
-    return "".join("�" if unicodedata.category(c).startswith("C") else c for c in text)
-
-
 def _markdown_cell(text: str) -> str:
-    escaped = "".join(f"\\{c}" if c in "\\|*_`[]" else c for c in _printable(text))
+    escaped = "".join(f"\\{c}" if c in "\\|*_`[]" else c for c in mask_controls(text))
     return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def _latex_cell(text: str) -> str:
-    return "".join(LATEX_ESCAPES.get(c, c) for c in _printable(text))
+    return "".join(LATEX_ESCAPES.get(c, c) for c in mask_controls(text))
