@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from medembed.encoders.protocol import Encoder
 from medembed.encoders.repooling import refuse_unpoolable, repool
 from medembed.encoders.torch_encoder import TorchEncoder
 from medembed.errors import EncoderError, ModelError
@@ -54,8 +55,8 @@ class Explainer:
 
     Parameters
     ----------
-    encoder : TorchEncoder
-        Loaded.
+    encoder : Encoder
+        Loaded; a `TorchEncoder`, others have no tokens.
     head : Head
         Fitted on the encoder's embeddings.
     pooling : str
@@ -99,8 +100,12 @@ class Explainer:
     """
 
     def __init__(
-        self, encoder: TorchEncoder, head: Head, pooling: str, *, method: str | None = None
+        self, encoder: Encoder, head: Head, pooling: str, *, method: str | None = None
     ) -> None:
+        if not isinstance(encoder, TorchEncoder):
+            raise EncoderError(
+                f"{encoder.source} gives no patch tokens, so there is no grid to explain on."
+            )
         self.encoder, self.head = encoder, head
         self.poolings = pooling.split("+")
         self.method = method or ("integrated" if has_gradient(head) else "occlusion")
@@ -175,10 +180,6 @@ class Explainer:
         return tokens, seen.grid
 
     def _check(self) -> None:
-        if not isinstance(self.encoder, TorchEncoder):
-            raise EncoderError(
-                f"{self.encoder.source} gives no patch tokens, so there is no grid to explain on."
-            )
         refuse_unpoolable(self.encoder, self.poolings)
         if self.method not in METHODS:
             raise ModelError(f"no method {self.method!r}; there are {', '.join(METHODS)}")

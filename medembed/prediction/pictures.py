@@ -5,8 +5,6 @@ from pathlib import Path
 import numpy as np
 
 from medembed.dataset.reading import read_content
-from medembed.encoders.torch_encoder import TorchEncoder
-from medembed.errors import EncoderError
 from medembed.heads.base import Head
 from medembed.prediction.embedding import Embedder
 from medembed.prediction.explaining import Explainer
@@ -30,10 +28,7 @@ class Pictures:
     """
 
     def __init__(self, directory: Path, embedder: Embedder, head: Head) -> None:
-        encoder = embedder.encoder
-        if not isinstance(encoder, TorchEncoder):
-            raise EncoderError(f"{encoder.source} gives no tokens, so nothing can be explained.")
-        self._explainer = Explainer(encoder, head, embedder.card.pooling)
+        self._explainer = Explainer(embedder.encoder, head, embedder.card.pooling)
         self._embedder, self._directory = embedder, directory
         directory.mkdir(parents=True, exist_ok=True)
 
@@ -54,6 +49,8 @@ class Pictures:
         pixels : uint8 (height, width)
             The same, prepared.
         covariates : float32 (k,)
+        probability : float
+            Calibrated, of abnormal, in [0, 1]: it stands in the legend.
 
         Returns
         -------

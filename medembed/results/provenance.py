@@ -16,7 +16,6 @@ from medembed.results.runs import Run
 __all__ = [
     "describe_run",
     "describe_source",
-    "is_synthetic",
     "list_left_out",
     "public_name",
     "summarise_data",
@@ -59,12 +58,12 @@ def summarise_data(rows: pd.DataFrame, failed: pd.DataFrame, label_level: str) -
         "left_out_test": splits.get("test", {}).get("left_out", 0),
         "splits": splits,
         "label_level": label_level,
-        "synthetic": is_synthetic(rows),
+        "synthetic": _is_synthetic(rows),
         "licence": str(licences[0]) if len(licences) == 1 else None,
     }
 
 
-def is_synthetic(rows: pd.DataFrame) -> bool:
+def _is_synthetic(rows: pd.DataFrame) -> bool:
     """Say whether a manifest's covariate `synthetic` is 1 throughout."""
     return "synthetic" in rows and bool(rows["synthetic"].eq("1").all())
 
