@@ -7,7 +7,7 @@ import pytest
 from scipy.linalg import sqrtm
 from scipy.stats import binom
 
-from medembed.errors import ModelError
+from medembed.errors import ModelError, TrainingDataError
 from medembed.evaluation.drift import VERDICTS, fit_reference, measure_drift
 from medembed.evaluation.spaces import Space, frechet, learn_space
 
@@ -218,6 +218,17 @@ def test_other_columns_and_damaged_references_are_refused(reference, training):
         measure_drift(reference | {"space_scale": np.ones(3)}, X, 0)
     with pytest.raises(ModelError, match="regions is damaged"):
         measure_drift(reference | {"region_counts": np.ones(9)}, X, 0, regions=regions)
+
+
+def test_rows_that_do_not_fit_or_are_not_finite_are_refused(reference, training):
+    X, patients, _ = training
+    broken = X.copy()
+    broken[3, 2] = np.nan
+    for measure_rows in (fit_reference, lambda *args, **kw: measure_drift(reference, *args, **kw)):
+        with pytest.raises(TrainingDataError, match="but 9 patients"):
+            measure_rows(X, patients=patients[:9])
+        with pytest.raises(TrainingDataError, match="not finite"):
+            measure_rows(broken, patients=patients)
 
 
 @pytest.mark.parametrize("kind", ["empty", "scalar", "zeros", "twice", "below zero"])

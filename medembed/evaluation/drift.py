@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import beta, betabinom, norm, t
 
-from medembed.errors import ModelError
+from medembed.errors import ModelError, TrainingDataError
 from medembed.evaluation.paired import holm
 from medembed.evaluation.region_shifts import fit_regions, measure_regions
 from medembed.evaluation.resampling import CONFIDENCE, patient_codes
@@ -75,9 +75,9 @@ def fit_reference(
     Raises
     ------
     TrainingDataError
-        A row has no patient.
+        A row has no patient or several, or an embedding is not finite.
     """
-    codes = np.arange(len(X)) if patients is None else patient_codes(patients)
+    codes = _codes_of(X, patients)
     generator = np.random.default_rng(seed)
     rows = _one_row_each(codes, generator)
     rows = generator.permutation(rows)[:_MAX_PATIENTS]
@@ -157,9 +157,9 @@ def measure_drift(
     ModelError
         The reference is damaged, or of embeddings with another number of columns.
     TrainingDataError
-        A row has no patient.
+        A row has no patient or several, or an embedding is not finite.
     """
-    codes = np.arange(len(X)) if patients is None else patient_codes(patients)
+    codes = _codes_of(X, patients)
     rows = _one_row_each(codes, np.random.default_rng(seed))
     n_known = _count_known(reference)
     counts = {"n_patients": len(rows), "n_rows": len(X), "n_training_patients": n_known}
@@ -186,6 +186,15 @@ def measure_drift(
         found |= measure_regions(reference, points, np.asarray(regions)[rows])
     verdict = _judge(p, max(tests[name]["beyond_chance"] for name in ("distance", "shift")))
     return {"verdict": verdict, "sentence": _say(verdict, found), "basis": BASIS, **found}
+
+
+def _codes_of(X: np.ndarray, patients: np.ndarray | None) -> np.ndarray:
+    codes = np.arange(len(X)) if patients is None else patient_codes(patients)
+    if len(codes) != len(X):
+        raise TrainingDataError(f"{len(X)} embeddings, but {len(codes)} patients")
+    if not np.isfinite(X).all():
+        raise TrainingDataError("an embedding is not finite; drift cannot be measured")
+    return codes
 
 
 def _one_row_each(codes: np.ndarray, generator: np.random.Generator) -> np.ndarray:
