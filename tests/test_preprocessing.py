@@ -196,6 +196,8 @@ def test_switched_off_steps_are_switched_off(tmp_path: Path) -> None:
         ({"image_mean": "left out"}, "image_mean"),
         ({"image_mean": [10**400, 0.5, 0.5]}, "image_mean"),
         ({"image_std": [0.5, 0.0, 0.5]}, "not positive"),
+        ({"image_std": [0.5, 1e-50, 0.5]}, "no finite input"),
+        ({"image_mean": [0.5, 1e300, 0.5]}, "no finite input"),
         ({"rescale_factor": "1/255"}, "rescale_factor"),
         ({"do_resize": False}, "do_resize"),
         ({"do_pan_and_scan": True}, "do_pan_and_scan"),

@@ -106,7 +106,7 @@ def read_preprocessing(directory: Path, fit: str = "stretch") -> Preprocessing:
     Raises
     ------
     EncoderError
-        No such file, a value missing, or a step that this pipeline does not have.
+        No such file, a value missing or out of range, or a step that this pipeline does not have.
     """
     if fit not in FITS:
         raise EncoderError(f"fit {fit!r} is unknown. Choose one of: {', '.join(FITS)}.")
@@ -119,7 +119,14 @@ def read_preprocessing(directory: Path, fit: str = "stretch") -> Preprocessing:
     if min(std) <= 0:
         raise EncoderError(f"{path.name}: image_std {list(std)} is not positive.")
     resample = _read_resample(path, config)
-    return Preprocessing(height, width, fit, resample, mean, std, _read_rescale(path, config))
+    found = Preprocessing(height, width, fit, resample, mean, std, _read_rescale(path, config))
+    with np.errstate(all="ignore"):  # single precision has smaller limits than the file's numbers
+        if not np.isfinite(channel_levels(found)).all():
+            raise EncoderError(
+                f"{path.name}: image_mean {list(mean)}, image_std {list(std)} and rescale_factor "
+                f"{found.rescale} give no finite input. Copy the file from the original."
+            )
+    return found
 
 
 def prepare(pixels: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
