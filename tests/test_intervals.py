@@ -185,6 +185,12 @@ def test_one_patient_gets_no_interval():
     assert found["auroc"].as_dict() == {"value": 1.0, "low": None, "high": None}
 
 
+@pytest.mark.parametrize("patients", [["p"], ["p", "q", "r"]])
+def test_patients_of_other_rows_are_refused(patients):
+    with pytest.raises(TrainingDataError, match=f"2 labels, but {len(patients)} patients"):
+        bootstrap_scores(np.array([0, 1]), np.array([0.1, 0.9]), np.array(patients), 0.5)
+
+
 def test_a_row_without_a_patient_is_refused():
     with pytest.raises(TrainingDataError, match="1 rows have no patient"):
         bootstrap_scores(np.array([0, 1]), np.array([0.1, 0.9]), np.array(["p", None]), 0.5)

@@ -95,7 +95,15 @@ def draw(
     codes : integer array of shape (n,)
         From `patient_codes`.
     n_resamples, seed : int
+
+    Raises
+    ------
+    TrainingDataError
+        A scorer has other rows than its members, or a member no patient.
     """
+    for scorer, rows in zip(scorers, members, strict=True):
+        if scorer.n_rows != len(rows) or (len(rows) and rows.max() >= len(codes)):
+            raise TrainingDataError(f"{scorer.n_rows} labels, but {len(codes)} patients")
     truth = [
         {name: float(value[0]) for name, value in scorer(np.ones((1, len(rows)))).items()}
         for scorer, rows in zip(scorers, members, strict=True)

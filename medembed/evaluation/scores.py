@@ -86,6 +86,11 @@ class Scorer:
         self._ordered_positive = self._positive[self._order]
         self._columns = self._moment_columns()
 
+    @property
+    def n_rows(self) -> int:
+        """Rows that are scored."""
+        return len(self._positive)
+
     def __call__(self, weights: np.ndarray) -> dict[str, np.ndarray]:
         """Return each score's values, float64 of shape (B,), for `weights` of shape (B, n)."""
         if weights.shape[1] == 0:
