@@ -286,3 +286,5 @@ def test_what_cannot_be_scored_is_refused():
         auroc_covariance(y, {"a": np.array([0.1, np.nan])}, np.arange(2))
     with pytest.raises(TrainingDataError, match="rows have no patient"):
         auroc_covariance(y, {"a": np.array([0.1, 0.2])}, np.array(["p", None]))
+    with pytest.raises(TrainingDataError, match="2 labels, but 3 patients"):
+        auroc_covariance(y, {"a": np.array([0.1, 0.2])}, np.arange(3))

@@ -15,6 +15,7 @@ import numpy as np
 from scipy.special import ndtr, ndtri
 from scipy.stats import rankdata
 
+from medembed.errors import TrainingDataError
 from medembed.evaluation.checks import check_rows
 from medembed.evaluation.paired import Difference
 from medembed.evaluation.resampling import CONFIDENCE, Interval, patient_codes
@@ -126,6 +127,8 @@ class _Parts(NamedTuple):
 def _parts(y: np.ndarray, probabilities: Mapping[str, np.ndarray], patients: np.ndarray) -> _Parts:
     checked = [check_rows(y, probability) for probability in probabilities.values()]
     codes = patient_codes(patients)
+    if len(codes) != len(y):
+        raise TrainingDataError(f"{len(y)} labels, but {len(codes)} patients")
     is_abnormal = np.asarray(y) == 1
     n_patients = int(codes.max()) + 1 if len(codes) else 0
     auroc = np.full(len(checked), np.nan)
