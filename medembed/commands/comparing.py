@@ -1,14 +1,12 @@
 """`medembed compare` and `medembed report`."""
 
 import logging
-import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
-from medembed.commands.options import PATH, json_option, seed_option
+from medembed.commands.options import PATH, json_option, seed_option, table_columns
 from medembed.console import print_json, say
 
 __all__ = ["compare_command", "hush_matplotlib", "report_command", "show_comparison"]
@@ -73,7 +71,7 @@ def show_comparison(
 def _show(result: dict[str, Any], by: str | None, table_format: str) -> None:
     from medembed.results.tables import render
 
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else PIPED_COLUMNS
+    width = table_columns(PIPED_COLUMNS)
     click.echo(render(result, table_format=table_format, by=by, width=width))
 
 

@@ -1,12 +1,10 @@
 """`medembed evaluate`."""
 
-import shutil
-import sys
 from pathlib import Path
 
 import click
 
-from medembed.commands.options import PATH, json_option, seed_option
+from medembed.commands.options import PATH, json_option, seed_option, table_columns
 from medembed.console import print_json, say
 
 __all__ = ["evaluate_command"]
@@ -56,6 +54,5 @@ def evaluate_command(
     if as_json:
         print_json(found)
     else:
-        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else PIPED_COLUMNS
-        click.echo(render_external(found, width))
+        click.echo(render_external(found, table_columns(PIPED_COLUMNS)))
         say(f"Run: {out}")

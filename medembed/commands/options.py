@@ -1,5 +1,7 @@
-"""What several commands share: their options, and how they end."""
+"""What several commands share: their options, how wide tables are, and how they end."""
 
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ __all__ = [
     "precision_option",
     "seed_option",
     "split_names",
+    "table_columns",
 ]
 
 PATH = click.Path(path_type=Path)
@@ -71,6 +74,11 @@ def split_names(context: click.Context, option: click.Parameter, value: str | No
     if not all(names):
         raise click.BadParameter(f"{value!r} has an empty name", context, option)
     return names
+
+
+def table_columns(piped: int) -> int:
+    """Return the columns of the terminal, or `piped` for a file or another program."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else piped
 
 
 def conclude(problems: list[str], checked: Path, remedy: str, as_json: bool, **more: Any) -> None:
