@@ -132,6 +132,7 @@ class Predictor:
             study, whose `image` is None. JSON values:
 
             image, study : str or None
+                Which image, of which study.
             probability : float or None
                 Calibrated, of abnormal; of an image as if it were the study's only view. None
                 where the image failed.
