@@ -11,6 +11,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +168,7 @@ def test_the_directory_holds_four_files_and_nothing_of_machine_or_patient(
     assert card["asked"]["seed"] == 0
     assert len(card["epochs"]) == document["epochs"]
     assert card["epochs"][card["best_epoch"] - 1]["held_out_loss"] == document["held_out_loss"]
-    assert card["versions"]["torch"] == torch.__version__
+    assert card["versions"]["torch"] == version("torch")
 
 
 def test_the_loss_of_the_mean_image_is_that_of_numpy(home: Path, manifest: Manifest) -> None:
