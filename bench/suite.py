@@ -156,10 +156,21 @@ def read(path: Path) -> dict[str, Any]:
 
 def look_up(results: dict[str, Any], key: str) -> float | None:
     """Follow a dotted key to its number; None where there is none."""
+    value = _follow(results, key)
+    return float(value) if isinstance(value, int | float) else None
+
+
+def look_up_reason(results: dict[str, Any], key: str) -> str | None:
+    """Follow a dotted key to the words that stand in a number's place."""
+    value = _follow(results, key)
+    return value if isinstance(value, str) else None
+
+
+def _follow(results: dict[str, Any], key: str) -> Any:
     value: Any = results
     for name in key.split("."):
         value = value.get(name) if isinstance(value, dict) else None
-    return float(value) if isinstance(value, int | float) else None
+    return value
 
 
 def render(folder: Path) -> str:
@@ -183,7 +194,7 @@ def render(folder: Path) -> str:
 def _row(part: Part, figure: Figure, results: dict[str, Any]) -> str:
     value = look_up(results, figure.key)
     if value is None:
-        shown = NOT_MEASURED
+        shown = look_up_reason(results, figure.key) or NOT_MEASURED
     else:
         shown = f"{_short(value)} {figure.unit}{' (missed)' * figure.is_missed(value)}"
     sign = "at least" if figure.better == "higher" else "at most"
