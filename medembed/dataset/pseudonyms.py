@@ -12,6 +12,7 @@ import secrets
 from pathlib import Path
 
 from medembed.errors import RecipeError
+from medembed.files import sync_directory
 
 __all__ = ["Pseudonyms", "read_key"]
 
@@ -61,6 +62,9 @@ def read_key(path: Path | None) -> bytes:
             handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(handle, "w", encoding="ascii") as file:
                 file.write(secrets.token_hex(KEY_BYTES) + "\n")
+                file.flush()
+                os.fsync(handle)  # names made with a key that is lost never meet again
+            sync_directory(path.parent)
         with path.open("rb") as opened:
             key = opened.read(MOST_KEY_BYTES + 1).strip()  # a device may never end
     except OSError as error:
