@@ -1,6 +1,5 @@
 """`medembed compare` and `medembed report`."""
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +76,8 @@ def _show(result: dict[str, Any], by: str | None, table_format: str) -> None:
 
 def hush_matplotlib() -> None:
     """Keep what matplotlib says of a home directory that cannot be written off stderr."""
+    import logging
+
     logging.getLogger("matplotlib").addFilter(
         lambda record: not str(record.msg).startswith(_NO_HOME)
     )

@@ -1,6 +1,5 @@
 """What several commands share: their options, how wide tables are, and how they end."""
 
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -78,6 +77,8 @@ def split_names(context: click.Context, option: click.Parameter, value: str | No
 
 def table_columns(piped: int) -> int:
     """Return the columns of the terminal, or `piped` for a file or another program."""
+    import shutil  # which --help need not wait for
+
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else piped
 
 
