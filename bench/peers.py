@@ -4,8 +4,8 @@
         --out bench/results/peers.json
 
 Both have dependencies of their own, so each lives in a virtual environment of its own (`pip install
-kaiko-eva`, `pip install 'autogluon.tabular[lightgbm]'`), whose Python is given, or stands in
-MEDEMBED_EVA and MEDEMBED_AUTOGLUON; one that is not given is "not measured".
+kaiko-eva scikit-learn`, `pip install 'autogluon.tabular[lightgbm]'`), whose Python is given, or
+stands in MEDEMBED_EVA and MEDEMBED_AUTOGLUON; one that is not given is "not measured".
 The table is made up (see made_table.py), with the same training, validation and test rows for
 everybody: patients are on one side only. AUROC is of the test images.
 
