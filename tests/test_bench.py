@@ -90,3 +90,10 @@ def test_a_missed_limit_and_a_missing_number_are_said(tmp_path: Path) -> None:
     assert "0.5 × (missed)" in page
     assert "| 9 × |" in page
     assert "not measured" in page
+
+
+def test_words_in_a_numbers_place_are_shown_and_are_no_regression(tmp_path: Path) -> None:
+    part, key = part_named("sweep"), "ratios.mlp_vs_gridsearch_early_stopping"
+    write(tmp_path, part, {key: "not measured: not ended"})
+    assert "| not measured: not ended |" in suite.render(tmp_path)
+    assert not list(suite.regressions([part], tmp_path, tmp_path))

@@ -3,17 +3,16 @@
 All are fitted on out-of-fold predictions of `train` and never see `test`.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 from scipy.optimize import isotonic_regression, minimize
 from scipy.special import expit, logit
 
 from medembed.errors import ModelError
-from medembed.evaluation.checks import check_both_classes
+from medembed.evaluation.checks import check_both_classes, is_number
 
 __all__ = [
     "MIN_SLOPE",
@@ -71,7 +70,7 @@ class Calibration:
         slope, intercept = document.get("slope"), document.get("intercept")
         if method not in _METHODS:
             raise ModelError(f"calibration method {method!r} is not one of {', '.join(_METHODS)}")
-        if not (_is_finite(slope) and _is_finite(intercept) and slope > 0):
+        if not (is_number(slope) and is_number(intercept) and slope > 0):
             raise ModelError(
                 f"calibration slope {slope!r} and intercept {intercept!r} are not finite numbers "
                 "with a slope above zero"
@@ -190,10 +189,3 @@ def log_odds(probability: np.ndarray) -> np.ndarray:
     """Return ln(p / (1 - p)) of probabilities in [0, 1] held within 1e-7 of the ends, float64."""
     clipped = np.clip(np.asarray(probability, dtype=np.float64), _EDGE, 1 - _EDGE)
     return np.asarray(logit(clipped))
-
-
-def _is_finite(value: Any) -> TypeGuard[float]:
-    try:
-        return type(value) in (int, float) and math.isfinite(value)
-    except OverflowError:  # JSON has whole numbers of any length
-        return False

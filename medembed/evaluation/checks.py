@@ -1,10 +1,13 @@
 """What labels and probabilities must be before anything is scored or fitted on them."""
 
+import math
+from typing import Any, TypeGuard
+
 import numpy as np
 
 from medembed.errors import TrainingDataError
 
-__all__ = ["check_both_classes", "check_rows"]
+__all__ = ["check_both_classes", "check_rows", "is_number"]
 
 
 def check_rows(
@@ -49,3 +52,11 @@ def check_both_classes(
             "give it more patients"
         )
     return labels.astype(np.int64), values
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Say whether a JSON value is a number that a float can hold: no bool, infinity or NaN."""
+    try:
+        return type(value) in (int, float) and math.isfinite(value)
+    except OverflowError:  # JSON has whole numbers of any length
+        return False

@@ -13,12 +13,12 @@ from medembed.dataset.covariates import CovariateEncoder
 from medembed.dataset.manifest import LABEL_LEVELS
 from medembed.errors import ModelError, PathNotFoundError
 from medembed.evaluation.calibration import Calibration, fit_platt
+from medembed.evaluation.checks import is_number
 from medembed.evaluation.conformal import Conformal, fit_conformal
 from medembed.evaluation.intervals import plain
 from medembed.evaluation.scores import score
 from medembed.evaluation.thresholds import youden_threshold
 from medembed.heads.packaging import Model, read_document
-from medembed.results.run_entries import is_number
 from medembed.results.runs import Run
 
 __all__ = ["NO_CLEAN_SCORES", "Card", "describe_decisions", "read_card", "read_conformal"]

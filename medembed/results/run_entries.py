@@ -1,10 +1,11 @@
 """What the entries of `run.json` look like, for whoever reads a run that was damaged or edited."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-__all__ = ["find_wrong_entry", "is_number"]
+from medembed.evaluation.checks import is_number
+
+__all__ = ["find_wrong_entry"]
 
 NEEDED = ("kind", "asked", "times")
 COUNTS = ("images", "studies", "patients", "abnormal", "unlabelled", "left_out", "left_out_test")
@@ -22,14 +23,6 @@ def find_wrong_entry(info: Mapping[str, Any]) -> str | None:
     if missing:
         return f"lacks {', '.join(missing)}"
     return next((f"has {name} = {_shown(value)}" for name, value in _wrong(info)), None)
-
-
-def is_number(value: Any) -> bool:
-    """Say whether a JSON value is a number that a float can hold: no bool, infinity or NaN."""
-    try:
-        return type(value) in (int, float) and math.isfinite(value)
-    except OverflowError:  # a whole number beyond every float
-        return False
 
 
 def _wrong(info: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
