@@ -1,6 +1,5 @@
 """Many small shards become few full ones, while others read and write."""
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from medembed.cache.listing import committed_shards, read_replaced
 from medembed.cache.spec import CacheSpec
 from medembed.errors import CacheError
 from medembed.files import hold_lock, sync_directory
+from medembed.machine import count_cores
 
 __all__ = ["Compaction", "compact"]
 
@@ -135,7 +135,7 @@ def _choose(folder: Path, spec: CacheSpec) -> tuple[list[_Source], int]:
     paths = committed_shards(folder)
     if not paths:
         return [], 0
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(count_cores()) as pool:
         parts = list(pool.map(lambda path: shards.read_keys(path, spec=spec), paths))
     edges = np.cumsum([0, *map(len, parts)])
     every = SortedKeys(np.concatenate(parts))

@@ -1,6 +1,5 @@
 """Where each row of a cache is: keys of fixed width, no Python object per row."""
 
-import os
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +11,7 @@ from medembed.cache.keys import SortedKeys
 from medembed.cache.listing import committed_shards
 from medembed.cache.spec import KEY_BYTES, CacheSpec, sortable
 from medembed.errors import ShardError
+from medembed.machine import count_cores
 
 __all__ = ["MAX_TRIES", "Index"]
 
@@ -135,7 +135,7 @@ class Index:
             part = held[path] if path in held else shards.read_keys(path, spec=self._spec)
             keys[start:stop] = part
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(count_cores()) as pool:
             edges = np.cumsum([0, *pool.map(count, paths)])
             keys = np.empty((edges[-1], KEY_BYTES), np.uint8)
             list(pool.map(fill, paths, edges[:-1].tolist(), edges[1:].tolist()))

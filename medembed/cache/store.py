@@ -22,6 +22,7 @@ from medembed.cache.failures import Failure
 from medembed.cache.index import MAX_TRIES, Index
 from medembed.cache.spec import CacheSpec, keys_from_hex
 from medembed.errors import CacheError, MissingRowsError, ShardError
+from medembed.machine import count_cores
 
 __all__ = ["Cache", "create_cache", "open_cache"]
 
@@ -148,7 +149,7 @@ class Cache:
             order = np.argsort(owners, kind="stable")
             ends = np.flatnonzero(np.diff(owners[order])) + 1
             copy = partial(self._copy, waiting, owners, rows, outputs, verify)
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
+            with ThreadPoolExecutor(count_cores()) as pool:
                 left = list(pool.map(copy, np.split(order, ends) if len(order) else []))
             waiting = np.concatenate([waiting[:0], *left])
             if not len(waiting):

@@ -16,6 +16,7 @@ from medembed.cache.shards import REPLACES
 from medembed.cache.spec import CacheSpec
 from medembed.errors import CacheError, ShardError
 from medembed.files import sync_directory
+from medembed.machine import count_cores
 
 __all__ = ["SET_ASIDE", "Problem", "repair", "verify"]
 
@@ -78,7 +79,7 @@ def verify(
         finally:
             count.add(_size(path))
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(count_cores()) as pool:
         found = list(pool.map(check, paths))
     problems = [problem for _, problem in found if problem]
     whole = [(path, keys) for path, (keys, _) in zip(paths, found, strict=True) if keys is not None]
