@@ -13,13 +13,13 @@ from medembed.cache.spec import CacheSpec
 from medembed.cache.store import Cache, create_cache, open_cache
 from medembed.dataset.images import IMAGES_VERSION
 from medembed.dataset.intensity import DEFAULT_INTENSITY, Intensity
-from medembed.dataset.manifest import Manifest, require_hashes
+from medembed.dataset.manifest import Manifest, existing_root, require_hashes
 from medembed.encoders.protocol import Encoder, PipelinedEncoder
 from medembed.errors import CacheError, DeviceMemoryError, EncoderError, ManifestError
 from medembed.extraction.canary import check_canary, lay_canary
 from medembed.extraction.decoding import Decoders
 from medembed.extraction.pipeline import Pipeline, no_room
-from medembed.extraction.prepared import describe_other_bytes, refuse_empty_root, require_root
+from medembed.extraction.prepared import describe_other_bytes, refuse_empty_root
 from medembed.extraction.report import ExtractionReport
 from medembed.extraction.timeline import STAGES, Timeline
 from medembed.extraction.writing import WriterThread
@@ -267,7 +267,7 @@ def _check_request(
     batch_size: int | None,
     decoders: int | None,
 ) -> None:
-    require_root(root)
+    existing_root(root)
     for name, number in (("batch_size", batch_size), ("decoders", decoders)):
         if number is not None and number < 1:
             raise ValueError(f"{name} is {number}; it must be at least 1")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from medembed.dataset.manifest import image_path
+from medembed.dataset.manifest import existing_root, image_path
 from medembed.dataset.reading import Content
 from medembed.encoders.preprocessing import Preprocessing
 from medembed.errors import ManifestError, MedembedError, PathNotFoundError
@@ -21,7 +21,6 @@ __all__ = [
     "describe_other_bytes",
     "read_all",
     "refuse_empty_root",
-    "require_root",
 ]
 
 _AHEAD = 32  # images per decoder process that may be begun and not yet taken
@@ -110,12 +109,6 @@ def describe_other_bytes(content: Content, found: str) -> str:
     return f"{content.images[0]}: sha256 {found}, the manifest says {content.sha256}"
 
 
-def require_root(root: Path) -> None:
-    """Raise PathNotFoundError unless the image root is a directory."""
-    if not root.is_dir():
-        raise PathNotFoundError(f"image root {root} is not a directory: give --image-root DIR")
-
-
 def refuse_empty_root(root: Path, images: Iterable[str], n_images: int, purpose: str) -> None:
     """Refuse a root that is not there, or that none of the images is below.
 
@@ -132,7 +125,7 @@ def refuse_empty_root(root: Path, images: Iterable[str], n_images: int, purpose:
     PathNotFoundError
         So it is.
     """
-    require_root(root)
+    existing_root(root)
     first = None
     for image in images:
         first = first or image
