@@ -328,6 +328,7 @@ def test_a_card_of_before_is_read(head):
         ("data", 3),
         ("data", {"trained": {"regions": {"elbow": 5}}}),
         ("data", {"trained": {"regions": {"elbow": {"images": 1, "abnormal": 3}}}}),
+        ("data", {"trained": {"regions": {"elbow": {"images": 10**400, "abnormal": 3}}}}),
         ("scores", {"test": {"scores": {"auroc": {"value": "x", "low": 0, "high": 1}}}}),
         ("conformal", []),
         ("conformal", {"method": "mondrian", "min_group": 1, "scores": {"a": 1}}),

@@ -301,3 +301,16 @@ def test_priors_are_shares_of_the_training_rows():
     np.testing.assert_allclose(found.sum(axis=1), 1)
     with pytest.raises(TrainingDataError, match="unlabelled"):
         RegionPrior().fit(["hand"], [-1])
+
+
+@pytest.mark.parametrize("kind", [ClassPrior, RegionPrior])
+def test_a_prior_of_counts_is_that_of_as_many_rows(kind):
+    regions, y, n = ["hand", "hand", "elbow"], [1, 0, 0], [5, 2, 10**12]
+    asked = ["hand", "elbow", "foot"]
+    few = [5, 2, 3]
+    rows = kind().fit(np.repeat(regions, few), np.repeat(y, few))
+    counts = kind().fit(regions, y, sample_weight=few)
+    assert np.array_equal(counts.predict_proba(asked), rows.predict_proba(asked))
+    assert kind().fit(regions, y, n).predict_proba(["foot"])[0, 1] == pytest.approx(5e-12)
+    with pytest.raises(TrainingDataError, match="one of each per row"):
+        kind().fit(regions, y, few[:2])

@@ -14,16 +14,22 @@ class ClassPrior:
 
     prior_: float
 
-    def fit(self, regions: Any, y: Any) -> Self:
+    def fit(self, regions: Any, y: Any, sample_weight: Any = None) -> Self:
         """Take the prior from labels 0 and 1 of shape (n,); regions are not looked at.
+
+        Parameters
+        ----------
+        regions, y : arrays of shape (n,)
+        sample_weight : array of shape (n,), optional
+            How many training rows each one stands for, above 0; by default one.
 
         Raises
         ------
         TrainingDataError
             A label is neither 0 nor 1, there is none, or the lengths differ.
         """
-        _, labels = _checked(regions, y)
-        self.prior_ = float(labels.mean())
+        _, labels, weights = _checked(regions, y, sample_weight)
+        self.prior_ = float(np.average(labels, weights=weights))
         return self
 
     def predict_proba(self, regions: Any) -> np.ndarray:
@@ -48,21 +54,19 @@ class RegionPrior:
     def __init__(self, strength: float = 2.0) -> None:
         self.strength = strength
 
-    def fit(self, regions: Any, y: Any) -> Self:
+    def fit(self, regions: Any, y: Any, sample_weight: Any = None) -> Self:
         """Take the priors from regions and labels 0 and 1, both of shape (n,).
 
-        Raises
-        ------
-        TrainingDataError
-            As `ClassPrior.fit`.
+        Parameters and what is raised are those of `ClassPrior.fit`.
         """
-        regions, labels = _checked(regions, y)
-        self.prior_ = float(labels.mean())
+        regions, labels, weights = _checked(regions, y, sample_weight)
+        self.prior_ = float(np.average(labels, weights=weights))
         self.priors_ = {}
         for region in dict.fromkeys(regions.tolist()):
-            inside = labels[regions == region]
-            shrunk = inside.sum() + self.strength * self.prior_
-            self.priors_[region] = float(shrunk / (len(inside) + self.strength))
+            is_inside = regions == region
+            n, n_abnormal = weights[is_inside].sum(), labels[is_inside] @ weights[is_inside]
+            shrunk = (n_abnormal + self.strength * self.prior_) / (n + self.strength)
+            self.priors_[region] = float(shrunk)
         return self
 
     def predict_proba(self, regions: Any) -> np.ndarray:
@@ -72,13 +76,14 @@ class RegionPrior:
         return np.column_stack([1 - abnormal, abnormal])
 
 
-def _checked(regions: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
+def _checked(regions: Any, y: Any, sample_weight: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     names, labels = np.asarray(regions, dtype=object), np.asarray(y)
-    if names.shape != labels.shape or labels.ndim != 1 or len(labels) == 0:
+    weights = np.ones(len(labels)) if sample_weight is None else np.asarray(sample_weight, float)
+    if not names.shape == labels.shape == weights.shape or labels.ndim != 1 or len(labels) == 0:
         raise TrainingDataError(
-            f"{names.shape} regions and {labels.shape} labels: a prior needs one label per region, "
-            "and at least one row"
+            f"{names.shape} regions, {labels.shape} labels and {weights.shape} weights: a prior "
+            "needs one of each per row, and at least one row"
         )
     if not np.isin(labels, (0, 1)).all():
         raise TrainingDataError("a prior needs labels 0 and 1; leave unlabelled rows out")
-    return names, labels.astype(np.float64)
+    return names, labels.astype(np.float64), weights

@@ -260,10 +260,10 @@ def _predict_priors(asked: _Asked, internal: Internal | None) -> dict[str, pd.Da
         return {}
     embeddings = asked.embeddings
     images = image_rows(embeddings.rows.assign(split="test"), np.full(len(embeddings), -1))
-    known = trained["region"].to_numpy(object), trained["label"].to_numpy(int)
+    regions, labels, n = (trained[name].to_numpy() for name in ("region", "label", "n"))
     found = {}
     for name in PRIORS:
-        probability = predict_prior(name, *known, embeddings.regions)
+        probability = predict_prior(name, regions, labels, embeddings.regions, n)
         found[name] = images.assign(head=name, trial=None, probability=probability)
     return found
 

@@ -27,7 +27,7 @@ class Internal:
     images : frozenset of str
         SHA-256 of their images.
     trained : DataFrame
-        `region` and `label` of the images that it was trained on.
+        What it was trained on: `region`, `label`, and how many images `n` have both.
     decisions : dict of str to dict
         By head, priors among them: ``calibrations``, ``threshold``, ``sensitive_threshold``, as
         `results.alignment` reads them.
@@ -62,9 +62,9 @@ def find_internal(model_path: Path) -> Internal | None:
 
 
 def count_labels(card: Card) -> pd.DataFrame:
-    """Return one row, `region` and `label`, per image that the card counts as trained on.
+    """Return how many images `n` of each `region` and `label` the card counts as trained on.
 
-    Empty where a card of before does not.
+    Empty where a card of before does not count.
     """
     trained = (card.document.get("data") or {}).get("trained") or {}
     counts = [
@@ -72,15 +72,14 @@ def count_labels(card: Card) -> pd.DataFrame:
         for name, own in trained.get("regions", {}).items()
         for label, n in ((0, own["images"] - own["abnormal"]), (1, own["abnormal"]))
     ]
-    table = pd.DataFrame(counts, columns=["region", "label", "n"])
-    return table.loc[table.index.repeat(table["n"].astype(int)), ["region", "label"]]
+    return pd.DataFrame([own for own in counts if own[-1]], columns=["region", "label", "n"])
 
 
 def _trained(run: Run) -> pd.DataFrame:
-    """Return the rows of the first prior that are trained on: one per image."""
+    """Count the rows of the first prior that are trained on: it has one per image."""
     rows = run.predictions().query("head == 'class-prior'")
     is_trained = rows["split"].eq("train") & rows["fold"].notna() & rows["label"].notna()
-    return rows.loc[is_trained, ["region", "label"]]
+    return rows[is_trained].groupby(["region", "label"], sort=True).size().reset_index(name="n")
 
 
 def _decisions(contender: Contender) -> dict[str, Any]:

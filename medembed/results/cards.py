@@ -264,7 +264,7 @@ def _check_trained(data: Any) -> None:
     regions = _table("data.trained", trained).get("regions", {})
     for name, own in _table("data.trained.regions", regions).items():
         n, n_abnormal = (_table(f"data.trained.regions.{name}", own).get(k) for k in _COUNTS)
-        are_counts = type(n) is int and type(n_abnormal) is int and 0 <= n_abnormal <= n
+        are_counts = type(n) is type(n_abnormal) is int and is_number(n) and 0 <= n_abnormal <= n
         _require(f"data.trained.regions.{name}", own, are_counts)
 
 

@@ -49,7 +49,11 @@ def prior_rows(rows: pd.DataFrame, folds: NDArray[Any]) -> Iterator[pd.DataFrame
 
 
 def predict_prior(
-    name: str, trained_regions: NDArray[Any], y: NDArray[Any], regions: NDArray[Any]
+    name: str,
+    trained_regions: NDArray[Any],
+    y: NDArray[Any],
+    regions: NDArray[Any],
+    sample_weight: NDArray[Any] | None = None,
 ) -> NDArray[np.float64]:
     """Return what a prior of `PRIORS` says of rows of these regions, float64 in [0, 1].
 
@@ -61,13 +65,16 @@ def predict_prior(
         Regions and labels, 0 or 1, of the rows that it knows.
     regions : array of shape (m,)
         Of the rows that it is asked about.
+    sample_weight : array of shape (n,), optional
+        How many rows each of those that it knows stands for; by default one.
 
     Raises
     ------
     TrainingDataError
         A label is neither 0 nor 1, or there is none.
     """
-    found = PRIORS[name]().fit(trained_regions, y).predict_proba(regions)[:, 1]
+    prior = PRIORS[name]().fit(trained_regions, y, sample_weight)
+    found = prior.predict_proba(regions)[:, 1]
     # Half of float64's digits stay free, so that the mean over equal views is that very number:
     # rounding in the mean would otherwise rank studies by their number of views.
     return np.asarray(found, np.float32).astype(np.float64)
