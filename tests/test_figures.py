@@ -337,6 +337,11 @@ def test_series_that_are_not_estimable_are_not_drawn(case, monkeypatch):
     assert figures.plot_depths(result) is not None
 
 
+def test_every_figure_has_the_name_that_it_is_listed_by(case, monkeypatch):
+    watch(monkeypatch)
+    assert [plot.name for plot in figures.plot_all(*case[:2])] == list(figures.FIGURES)
+
+
 def test_groups_of_one_class_are_said_to_be(case, monkeypatch):
     result = copy.deepcopy(case[0])
     for row in result["rows"]:

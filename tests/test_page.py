@@ -8,13 +8,14 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from made_runs import make_images, make_run
 
 from medembed.errors import RunError
 from medembed.results import page
-from medembed.results.figures import plot_all
+from medembed.results.figures import FIGURES, plot_all
 from medembed.results.page import write_report
 from medembed.results.provenance import public_name
 
@@ -185,6 +186,25 @@ def test_one_class_in_test_still_gives_a_page(tmp_path):
     text = (tmp_path / "out" / "index.html").read_text()
     assert "not estimable" in text
     assert not [path for path in result["figures"] if "roc" in path]
+
+
+def test_a_page_in_the_place_of_another_keeps_none_of_its_figures(tmp_path):
+    images = make_images(n_patients=60)
+    make_run(tmp_path / "both", images, {"mlp": 1.0})
+    images.loc[images["split"] == "test", "label"] = 0
+    make_run(tmp_path / "one", images, {"mlp": 1.0})
+    out = tmp_path / "out"
+    drawn = write_report([tmp_path / "both"], out, **FAST)["figures"]
+    assert str(out / "figures" / "roc.png") in drawn
+    (out / "figures" / "mine.png").write_text("not ours")
+    again = write_report([tmp_path / "one"], out, **FAST)["figures"]
+    there = sorted(str(path) for path in (out / "figures").iterdir())
+    assert there == sorted([*again, str(out / "figures" / "mine.png")])
+
+
+def test_figures_have_the_names_that_an_old_page_is_cleared_of(written):
+    _, result, _ = written
+    assert {Path(path).stem for path in result["figures"]} <= set(FIGURES)
 
 
 def test_many_heads_and_runs_still_give_figures(tmp_path):

@@ -22,13 +22,14 @@ from medembed.results import page_tables as tables
 from medembed.results.alignment import align_runs
 from medembed.results.comparison import DISCLAIMER, compare_aligned, open_runs
 from medembed.results.external import find_external
-from medembed.results.figures import Plot, plot_all
+from medembed.results.figures import FIGURES, Plot, plot_all
 from medembed.results.gallery import FindThumbnails, find_mistakes, show_mistakes
 from medembed.results.pairing import row_name
 from medembed.results.provenance import describe_run
 
 __all__ = ["write_report"]
 
+_SUFFIXES = (".png", ".pdf", ".svg", ".csv")
 METHOD_NOTES = (
     "A study's probability is the mean of its views' probabilities.",
     "Test was scored once per head; configurations, calibration and thresholds were chosen on "
@@ -57,7 +58,8 @@ def write_report(
     run_paths : sequence of str or Path
         Run directories.
     out : str or Path
-        Directory of the page; made where it is missing, files of an earlier page are replaced.
+        Directory of the page; made where it is missing. Files of an earlier page are replaced,
+        and figures removed that no longer apply.
     level : {"study", "image"}
         What is scored.
     n_resamples, seed : int
@@ -96,6 +98,7 @@ def write_report(
     figures_path.mkdir(parents=True, exist_ok=True)
     written = [path for plot in plots for path in _write_plot(plot, figures_path)]
     write_atomically(out / "index.html", page.encode())
+    _remove_old(figures_path, written)
     return {"page": str(out / "index.html"), "figures": [str(path) for path in written]}
 
 
@@ -215,12 +218,15 @@ def _svg_size(svg: bytes) -> tuple[int, int]:
 
 
 def _write_plot(plot: Plot, directory: Path) -> list[Path]:
-    contents = {
-        ".png": plot.png,
-        ".pdf": plot.pdf,
-        ".svg": plot.light_svg,
-        ".csv": plot.csv.encode(),
-    }
-    for suffix, content in contents.items():
-        write_atomically(directory / f"{plot.name}{suffix}", content)
-    return [directory / f"{plot.name}{suffix}" for suffix in contents]
+    contents = (plot.png, plot.pdf, plot.light_svg, plot.csv.encode())
+    paths = [directory / f"{plot.name}{suffix}" for suffix in _SUFFIXES]
+    for path, content in zip(paths, contents, strict=True):
+        write_atomically(path, content)
+    return paths
+
+
+def _remove_old(directory: Path, written: list[Path]) -> None:
+    """Remove figures of an earlier page that this one does not have, and nothing else."""
+    ours = {directory / f"{name}{suffix}" for name in FIGURES for suffix in _SUFFIXES}
+    for path in ours.difference(written):
+        path.unlink(missing_ok=True)

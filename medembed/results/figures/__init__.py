@@ -4,6 +4,7 @@ A figure that has nothing to show is None: scores of one class, times that no sw
 heads of one depth.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from medembed.results.alignment import TestSet
@@ -17,6 +18,7 @@ from medembed.results.figures.ranking import plot_precision_recall, plot_roc
 from medembed.results.figures.trends import plot_depths, plot_efficiency
 
 __all__ = [
+    "FIGURES",
     "Plot",
     "plot_all",
     "plot_calibration",
@@ -32,6 +34,24 @@ __all__ = [
 ]
 
 
+_OF_ROWS: dict[str, Callable[[dict[str, Any], TestSet], Plot | None]] = {
+    "roc": plot_roc,
+    "precision_recall": plot_precision_recall,
+}
+_OF_RESULT: dict[str, Callable[[dict[str, Any]], Plot | None]] = {
+    "cost": plot_cost,
+    "regions": plot_regions,
+    "views": plot_views,
+    "confusion": plot_confusion,
+    "calibration": plot_calibration,
+    "deferral": plot_deferral,
+    "depths": plot_depths,
+    "efficiency": plot_efficiency,
+}
+FIGURES = (*_OF_ROWS, *_OF_RESULT)
+"""The names of all figures, in the order of the page."""
+
+
 def plot_all(result: dict[str, Any], test_set: TestSet) -> list[Plot]:
     """Draw the figures that apply, in the order of the page.
 
@@ -42,18 +62,6 @@ def plot_all(result: dict[str, Any], test_set: TestSet) -> list[Plot]:
     test_set : TestSet
         The rows that it was made of.
     """
-    plots = [plot(result, test_set) for plot in (plot_roc, plot_precision_recall)]
-    plots += [
-        plot(result)
-        for plot in (
-            plot_cost,
-            plot_regions,
-            plot_views,
-            plot_confusion,
-            plot_calibration,
-            plot_deferral,
-            plot_depths,
-            plot_efficiency,
-        )
-    ]
-    return [plot for plot in plots if plot is not None]
+    of_rows = [plot(result, test_set) for plot in _OF_ROWS.values()]
+    of_result = [plot(result) for plot in _OF_RESULT.values()]
+    return [plot for plot in (*of_rows, *of_result) if plot is not None]
