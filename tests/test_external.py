@@ -15,6 +15,7 @@ from medembed.cache.spec import CacheSpec
 from medembed.cache.store import create_cache
 from medembed.cli import main
 from medembed.dataset.manifest import make_manifest, write_manifest
+from medembed.errors import RunError
 from medembed.evaluation.drift import VERDICTS
 from medembed.evaluation.intervals import bootstrap_scores
 from medembed.evaluation.recalibration import draw_patients
@@ -371,6 +372,18 @@ def test_the_table_fits_a_terminal_and_tells_it_all(found):
     assert "…" not in text
     for title in ("Against the model's own test", "Calibration", "Recalibrated on 12", "Drift of"):
         assert title in text
+
+
+@pytest.mark.parametrize("damage", ['{"rows": [{}]}', '{"rows": [], "notes": 3}', '{"drop": 1}'])
+def test_damaged_scores_are_named_on_the_page_and_the_terminal(damage, home, tmp_path):
+    shutil.copytree(home / "evaluated", tmp_path / "run")
+    scores = json.loads((tmp_path / "run" / "scores.json").read_text()) | json.loads(damage)
+    (tmp_path / "run" / "scores.json").write_text(json.dumps(scores))
+    with pytest.raises(RunError, match="is damaged"):
+        render_external({"run": str(tmp_path / "run"), **scores})
+    if "drop" in damage:
+        with pytest.raises(RunError, match=r"at .*run is damaged"):
+            page.write_report([tmp_path / "run"], tmp_path / "page", n_resamples=20)
 
 
 def test_the_page_shows_drop_calibration_and_drift(found, home, tmp_path, monkeypatch):

@@ -1,8 +1,10 @@
 """What an external evaluation found beside its scores, as tables for the terminal and the page."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+from medembed.errors import RunError
 from medembed.results.runs import Run
 from medembed.results.tables import (
     MISSING,
@@ -49,12 +51,18 @@ def render_external(scores: Mapping[str, Any], width: int = 80) -> str:
         The content of an evaluation's `scores.json`.
     width : int
         Columns of the terminal.
+
+    Raises
+    ------
+    RunError
+        The file was damaged.
     """
-    tables = [make_table(dict(scores))] if scores["rows"] else []
-    parts = [render_terminal(table, width) for table in (*tables, *tabulate_external(scores))]
-    if not scores["rows"]:
-        parts.append("\n".join(scores["notes"]))
-    return "\n\n".join(parts)
+    with _reading(scores.get("run")):
+        tables = [make_table(dict(scores))] if scores["rows"] else []
+        parts = [render_terminal(table, width) for table in (*tables, *tabulate_external(scores))]
+        if not scores["rows"]:
+            parts.append("\n".join(scores["notes"]))
+        return "\n\n".join(parts)
 
 
 def tabulate_external(scores: Mapping[str, Any], *, full: bool = False) -> list[Table]:
@@ -81,6 +89,11 @@ def find_external(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Return, for each run that evaluates a model elsewhere, ``name`` and ``tables`` for the page.
 
     A table is ``title``, ``columns``, ``rows`` of ``cells`` and ``notes``.
+
+    Raises
+    ------
+    RunError
+        The `scores.json` of one is damaged.
     """
     return [
         {
@@ -92,12 +105,29 @@ def find_external(runs: Sequence[Run]) -> list[dict[str, Any]]:
                     "rows": [{"cells": row} for row in table.rows],
                     "notes": table.notes,
                 }
-                for table in tabulate_external(run.scores(), full=True)
+                for table in _tables_of(run)
             ],
         }
         for run in runs
         if run.info["kind"] == "evaluation"
     ]
+
+
+def _tables_of(run: Run) -> list[Table]:
+    with _reading(run.path):
+        return tabulate_external(run.scores(), full=True)
+
+
+@contextmanager
+def _reading(path: Any) -> Iterator[None]:
+    """Turn what fails on entries that are missing or of other kinds into one clear error."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise RunError(
+            f"scores.json of the evaluation at {path} is damaged ({error!r}). Delete that "
+            "directory and evaluate again."
+        ) from error
 
 
 def _drop(drop: Mapping[str, Any] | None, *, full: bool) -> Table | None:
