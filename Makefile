@@ -75,10 +75,11 @@ test: $(READY) ## run the test suite
 soak: $(READY) ## the crash tests at length: thousands of kills, every operation of a failing disk
 	MEDEMBED_SOAK=1 $(BIN)/python -m pytest tests/test_crashes.py tests/test_power_loss.py tests/test_compaction.py $(ARGS)
 
-lint: $(READY) ## ruff and mypy, strict
+lint: $(READY) ## ruff, mypy (strict) and bandit
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/bandit -q -c pyproject.toml -r medembed
 
 demo: $(READY) ## the whole path on synthetic radiographs, in a few minutes (DEMO=directory)
 	$(MEDEMBED) demo $(call quote,$(DEMO)) $(ARGS)
@@ -145,9 +146,8 @@ docs: $(READY) ## the API reference into docs/build/html, and every block of the
 coverage: $(READY) ## the suite with branch coverage, of processes that it starts too
 	$(BIN)/python -m pytest -n 2 --dist loadscope --cov --cov-report=term-missing:skip-covered $(ARGS)
 
-audit: $(READY) ## known holes in the pinned releases, and risky code
-	$(BIN)/bandit -q -r medembed -s B101
-	$(BIN)/pip-audit --progress-spinner off -r constraints.txt
+audit: $(READY) ## known holes in the pinned releases; an error where one cannot be looked up
+	$(BIN)/pip-audit --strict --progress-spinner off -r constraints.txt
 
 wheel: $(READY) ## build the wheel into dist/
 	$(BIN)/python -m build --wheel --outdir dist .

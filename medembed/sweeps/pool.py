@@ -4,7 +4,7 @@ import multiprocessing.resource_tracker
 import signal
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,13 +96,11 @@ class Pool:
             return
         if not suspected:
             n_processes = max(2, min(self.jobs, len(items)))  # of one joblib would make none
-            try:
+            with suppress(Exception):  # the function's own errors are results: this is the pool's
                 for i, result in self._in_processes(function, waiting, n_processes):
                     del waiting[i]
                     yield i, result
                 return
-            except Exception:  # the function's own errors are results: this is the pool's
-                pass
         # A fit took its process down, and all that ran beside it. Alone, only the guilty one falls.
         for i, item in waiting.items():
             try:
