@@ -60,7 +60,7 @@ PAGE = $(call under,report/index.html)
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
 
-setup: $(READY) ## build .venv from pinned constraints (TORCH=… takes another build of torch)
+setup: $(READY) ## build .venv from pinned constraints (TORCH=… for another torch)
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("medembed needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Use: make setup PYTHON=python3.12") if sys.version_info < (3, 11) else None'
@@ -72,7 +72,7 @@ $(READY): pyproject.toml constraints.txt
 test: $(READY) ## run the test suite
 	$(BIN)/python -m pytest -n 2 --dist loadscope $(ARGS)
 
-soak: $(READY) ## the crash tests at length: thousands of kills, every operation of a failing disk
+soak: $(READY) ## the crash tests at length: thousands of kills, a disk that fails
 	MEDEMBED_SOAK=1 $(BIN)/python -m pytest tests/test_crashes.py tests/test_power_loss.py tests/test_compaction.py $(ARGS)
 
 lint: $(READY) ## ruff, mypy (strict) and bandit
@@ -81,7 +81,7 @@ lint: $(READY) ## ruff, mypy (strict) and bandit
 	$(BIN)/mypy
 	$(BIN)/bandit -q -c pyproject.toml -r medembed
 
-demo: $(READY) ## the whole path on synthetic radiographs, in a few minutes (DEMO=directory)
+demo: $(READY) ## the whole path on synthetic radiographs, minutes (DEMO=directory)
 	$(MEDEMBED) demo $(call quote,$(DEMO)) $(ARGS)
 
 manifest: $(READY) ## RECIPE and IMAGE_ROOT become MANIFEST
@@ -93,10 +93,10 @@ extract: $(READY) ## embed MANIFEST's images below IMAGE_ROOT with ENCODER into 
 sweep: $(READY) ## train and compare heads on CACHE and MANIFEST, into RUN
 	$(MEDEMBED) sweep $(call quote,$(CACHE)) $(call quote,$(MANIFEST)) --out $(call quote,$(RUN)) $(ARGS)
 
-finetune: $(READY) ## train ENCODER's last blocks, at DEPTHS, with RUN's best head, into TUNED
+finetune: $(READY) ## train ENCODER's last blocks with RUN's best head, into TUNED
 	$(MEDEMBED) finetune $(call quote,$(MANIFEST)) $(FROM) $(BY) --unfreeze $(DEPTHS) --from-run $(call quote,$(RUN)) --out $(call quote,$(TUNED)) $(ARGS)
 
-autoencoder: $(READY) ## train an encoder on train's images, without labels, into AUTOENCODER
+autoencoder: $(READY) ## train an encoder without labels, into AUTOENCODER
 	$(MEDEMBED) autoencoder $(call quote,$(MANIFEST)) $(FROM) --out $(call quote,$(AUTOENCODER)) $(ARGS)
 
 compare: $(READY) ## the table of RUN
@@ -105,7 +105,7 @@ compare: $(READY) ## the table of RUN
 report: $(READY) ## the page of RUN, into REPORT
 	$(MEDEMBED) report $(call quote,$(RUN)) -o $(call quote,$(REPORT)) $(ARGS)
 
-evaluate: $(READY) ## score MODEL on the CACHE and MANIFEST of another data set, into EVALUATION
+evaluate: $(READY) ## score MODEL on another data set's CACHE, into EVALUATION
 	$(MEDEMBED) evaluate $(call quote,$(MODEL)) $(call quote,$(CACHE)) $(call quote,$(MANIFEST)) --out $(call quote,$(EVALUATION)) $(ARGS)
 
 predict: $(READY) ## what MODEL says of MANIFEST's images below IMAGE_ROOT
@@ -114,7 +114,7 @@ predict: $(READY) ## what MODEL says of MANIFEST's images below IMAGE_ROOT
 # Every command goes on where it was interrupted, and does nothing where it is done. Both encoders
 # are asked for first, before hours have gone into one of them. The manifest is built again where
 # the recipe is newer; tables and page, where a run has ended since.
-reproduce: $(READY) ## the whole paper on IMAGE_ROOT: heads, depths, baselines, page, below REPRODUCE
+reproduce: $(READY) ## heads, depths, baselines and page on IMAGE_ROOT, below REPRODUCE
 	@mkdir -p $(call under,runs) $(call under,caches)
 	@test $(call under,manifest.csv) -nt $(call quote,$(RECIPE)) || { set -x; $(MEDEMBED) manifest build $(call quote,$(RECIPE)) $(FROM) -o $(call under,manifest.csv) $(MANIFEST_ARGS); }
 	$(MEDEMBED) doctor $(BY) --manifest $(call under,manifest.csv) --cache $(call under,caches/encoder)
@@ -133,20 +133,20 @@ reproduce: $(READY) ## the whole paper on IMAGE_ROOT: heads, depths, baselines, 
 	  $(MEDEMBED) report $(RUNS) -o $(call under,report) $(REPORT_ARGS); }
 	@echo "Page: "$(PAGE)". Tables: "$(call under,tables)
 
-bench: $(READY) ## measure everything against what one would use instead: about an hour, nothing beside it
+bench: $(READY) ## measure all against what one would use instead: 90 idle minutes
 	$(BIN)/python bench/suite.py $(ARGS)
 
-bench-check: $(READY) ## the same, and exit 1 where a ratio is a fifth worse than the committed one
+bench-check: $(READY) ## the same; exit 1 where a ratio is, twice, a fifth worse than before
 	$(BIN)/python bench/suite.py --check $(ARGS)
 
-docs: $(READY) ## the API reference into docs/build/html, and every block of the README as printed
+docs: $(READY) ## the API reference, and every block of the README as printed
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/build/html
 	MEDEMBED_DOCS=1 $(BIN)/python -m pytest tests/test_readme.py $(ARGS)
 
 coverage: $(READY) ## the suite with branch coverage, of processes that it starts too
 	$(BIN)/python -m pytest -n 2 --dist loadscope --cov --cov-report=term-missing:skip-covered $(ARGS)
 
-audit: $(READY) ## known holes in the pinned releases; an error where one cannot be looked up
+audit: $(READY) ## known holes in the pinned releases
 	$(BIN)/pip-audit --strict --progress-spinner off -r constraints.txt
 
 wheel: $(READY) ## build the wheel into dist/

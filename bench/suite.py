@@ -1,14 +1,14 @@
 """Run the benchmarks one after the other, write RESULTS.md, or check against committed results.
 
-    .venv/bin/python bench/suite.py                       # make bench: everything, about an hour
+    .venv/bin/python bench/suite.py                       # make bench: everything, 90 minutes
     .venv/bin/python bench/suite.py --only startup,cache  # some of it; the rest stays as it is
     .venv/bin/python bench/suite.py --check               # make bench-check
     .venv/bin/python bench/suite.py --render              # RESULTS.md anew from the JSON files
 
 Every part is a script of this folder in a process of its own that alternates medembed with what one
 would use instead and writes JSON. `--check` runs the parts into a temporary folder and compares the
-ratios with the committed ones: one that is worse by more than 20 % fails. It wants the kind of
-machine that the committed figures come from and nothing beside it; `--against` takes other figures.
+ratios with the committed ones: one that is worse by more than 20 %, twice, fails. It wants the kind
+of machine that the committed figures come from and nothing beside it; `--against` takes others.
 """
 
 import argparse
@@ -120,20 +120,40 @@ def run(parts: Sequence[Part], folder: Path) -> None:
 
 
 def check(parts: Sequence[Part], against: Path, fresh: Path | None) -> int:
-    """Compare fresh ratios with the committed ones; give the exit status."""
+    """Compare fresh ratios with the committed ones; give the exit status.
+
+    A part with a ratio that is worse is measured once more: a regression is worse both times, a
+    neighbour on the machine seldom is.
+    """
     with tempfile.TemporaryDirectory() as name:
         folder = fresh or Path(name)
         if fresh is None:
             run(parts, folder)
         found = list(regressions(parts, against, folder))
-    for line in found:
-        print(line)
+        if found and fresh is None:
+            print(*(f"{one.line}; measuring again" for one in found), sep="\n", file=sys.stderr)
+            suspects = {(one.part.name, one.figure.key) for one in found}
+            again = list(dict.fromkeys(one.part for one in found))
+            run(again, folder)
+            found = list(regressions(again, against, folder))
+            found = [one for one in found if (one.part.name, one.figure.key) in suspects]
+    for one in found:
+        print(one.line)
     if not found:
         print(f"no ratio is worse by more than {TOLERANCE:.0%}")
     return int(bool(found))
 
 
-def regressions(parts: Sequence[Part], against: Path, fresh: Path) -> Iterator[str]:
+@dataclass(frozen=True)
+class Regression:
+    """A ratio that is worse than the committed one, and the line that says so."""
+
+    part: Part
+    figure: Figure
+    line: str
+
+
+def regressions(parts: Sequence[Part], against: Path, fresh: Path) -> Iterator[Regression]:
     """Name every ratio that is worse than the committed one by more than the tolerance."""
     for part in parts:
         before, now = read(against / part.file), read(fresh / part.file)
@@ -141,12 +161,13 @@ def regressions(parts: Sequence[Part], against: Path, fresh: Path) -> Iterator[s
             old, new = look_up(before, figure.key), look_up(now, figure.key)
             if not figure.is_ratio or old is None:
                 continue
+            text = f"{part.name}: {figure.key} was {old:g} and is"
             if new is None:
-                yield f"{part.name}: {figure.key} was {old:g} and is {NOT_MEASURED}"
+                yield Regression(part, figure, f"{text} {NOT_MEASURED}")
                 continue
             worse = old / new if figure.better == "higher" else new / old
             if worse > 1 + TOLERANCE:
-                yield f"{part.name}: {figure.key} was {old:g} and is {new:g}"
+                yield Regression(part, figure, f"{text} {new:g}")
 
 
 def read(path: Path) -> dict[str, Any]:

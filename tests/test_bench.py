@@ -69,7 +69,7 @@ def test_a_ratio_is_worse_beyond_a_fifth_in_its_own_direction(
     write(tmp_path / "now", part, {key: now})
     found = list(suite.regressions([part], tmp_path / "before", tmp_path / "now"))
     assert bool(found) is is_worse
-    assert all(key in line for line in found)
+    assert all(key in one.line for one in found)
 
 
 def test_check_exits_1_and_names_what_got_worse(tmp_path: Path) -> None:
@@ -81,6 +81,42 @@ def test_check_exits_1_and_names_what_got_worse(tmp_path: Path) -> None:
     done = subprocess.run([*command, *folders], capture_output=True, text=True)
     assert done.returncode == 1
     assert "was 1 and is 2.5" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "status", "n_runs"),
+    [
+        ((1.0, 1.0), None, 0, 1),
+        ((2.0, 1.0), (1.0, 1.0), 0, 2),
+        ((2.0, 1.0), (2.0, 1.0), 1, 2),
+        ((2.0, 1.0), (1.0, 2.0), 0, 2),  # never twice the same
+    ],
+)
+def test_a_ratio_fails_that_is_worse_twice(
+    first: tuple[float, float],
+    second: tuple[float, float] | None,
+    status: int,
+    n_runs: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    parts = [part_named("startup"), part_named("cache")]
+    keys = [figure.key for figure in parts[1].figures[:2]]
+    write(tmp_path / "before", parts[0], {"ratios.help_vs_import_click": 1.0})
+    write(tmp_path / "before", parts[1], dict.fromkeys(keys, 1.0))
+    measured = iter([first, second])
+    ran = []
+
+    def run(chosen: list[suite.Part], folder: Path) -> None:
+        ran.append([part.name for part in chosen])
+        write(folder, parts[0], {"ratios.help_vs_import_click": 1.0})
+        write(folder, parts[1], dict(zip(keys, next(measured) or (), strict=True)))
+
+    monkeypatch.setattr(suite, "run", run)
+    assert suite.check(parts, tmp_path / "before", None) == status
+    assert ran == [["startup", "cache"], ["cache"]][:n_runs]
+    assert (f"{keys[0]} was 1 and is 2\n" in capsys.readouterr().out) is bool(status)
 
 
 def test_a_missed_limit_and_a_missing_number_are_said(tmp_path: Path) -> None:
