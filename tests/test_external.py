@@ -24,7 +24,7 @@ from medembed.heads.packaging import load_model, save_model
 from medembed.prediction.external import evaluate
 from medembed.results import page
 from medembed.results.comparison import compare
-from medembed.results.external import render_external
+from medembed.results.external import find_external, render_external
 from medembed.results.figures.calibration import plot_calibration
 from medembed.results.priors import image_code
 from medembed.results.runs import open_run
@@ -384,6 +384,14 @@ def test_damaged_scores_are_named_on_the_page_and_the_terminal(damage, home, tmp
     if "drop" in damage:
         with pytest.raises(RunError, match=r"at .*run is damaged"):
             page.write_report([tmp_path / "run"], tmp_path / "page", n_resamples=20)
+
+
+def test_scores_that_are_no_json_are_said_to_be_once(home, tmp_path):
+    shutil.copytree(home / "evaluated", tmp_path / "run")
+    (tmp_path / "run" / "scores.json").write_text("{")
+    with pytest.raises(RunError, match=r"scores\.json cannot be read") as refused:
+        find_external([open_run(tmp_path / "run")])
+    assert "RunError" not in str(refused.value)
 
 
 def test_the_page_shows_drop_calibration_and_drift(found, home, tmp_path, monkeypatch):

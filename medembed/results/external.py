@@ -114,8 +114,9 @@ def find_external(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def _tables_of(run: Run) -> list[Table]:
+    scores = run.scores()  # its own errors say what they mean
     with _reading(run.path):
-        return tabulate_external(run.scores(), full=True)
+        return tabulate_external(scores, full=True)
 
 
 @contextmanager
