@@ -145,7 +145,7 @@ class Disk:
             change: Change = {new_name: directory.entries()[name]}
             directory.changes.append(change | ({name: None} if operation.name == "rename" else {}))
         else:
-            raise NotImplementedError(operation.name)
+            raise AssertionError(f"nothing is known of {operation.name}")
 
     def _find(self, path: str) -> tuple[Directory, str]:
         """Give the directory that a path is in, and its name there, empty for the root's own."""

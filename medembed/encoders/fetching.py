@@ -317,7 +317,7 @@ def _publish(partial: Path, pointer: Path) -> None:
         try:
             pointer.symlink_to(os.path.relpath(blob, pointer.parent))
             target = blob
-        except (OSError, NotImplementedError):  # no links here: a plain file, as the hub does
+        except OSError:  # a disk without links: a plain file, as the hub does
             pointer.unlink(missing_ok=True)
     partial.replace(target)
     sync_directory(target.parent)
