@@ -8,14 +8,13 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 from made_runs import make_images, make_run
 
 from medembed.errors import RunError
 from medembed.results import page
-from medembed.results.figures import FIGURES, plot_all
+from medembed.results.figures import plot_all
 from medembed.results.page import write_report
 from medembed.results.provenance import public_name
 
@@ -200,11 +199,6 @@ def test_a_page_in_the_place_of_another_keeps_none_of_its_figures(tmp_path):
     again = write_report([tmp_path / "one"], out, **FAST)["figures"]
     there = sorted(str(path) for path in (out / "figures").iterdir())
     assert there == sorted([*again, str(out / "figures" / "mine.png")])
-
-
-def test_figures_have_the_names_that_an_old_page_is_cleared_of(written):
-    _, result, _ = written
-    assert {Path(path).stem for path in result["figures"]} <= set(FIGURES)
 
 
 def test_many_heads_and_runs_still_give_figures(tmp_path):
