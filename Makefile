@@ -72,8 +72,8 @@ $(READY): pyproject.toml constraints.txt
 test: $(READY) ## run the test suite
 	$(BIN)/python -m pytest -n 2 --dist loadscope $(ARGS)
 
-soak: $(READY) ## the crash tests at length: thousands of kills, a disk that fails
-	MEDEMBED_SOAK=1 $(BIN)/python -m pytest tests/test_crashes.py tests/test_power_loss.py tests/test_compaction.py $(ARGS)
+soak: $(READY) ## the crash tests at length, and a manifest of a million rows
+	MEDEMBED_SOAK=1 $(BIN)/python -m pytest tests/test_crashes.py tests/test_power_loss.py tests/test_compaction.py tests/test_hardening.py $(ARGS)
 
 lint: $(READY) ## ruff, mypy (strict) and bandit
 	$(BIN)/ruff check .

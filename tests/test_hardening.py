@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
+from crashing import SOAK
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_sweeps import make_data
@@ -272,6 +273,24 @@ def test_costs_of_a_manifest_grow_with_its_rows(tmp_path: Path) -> None:
 
     few, many = seconds(300), seconds(2_400)
     assert many < 8 * few * 3  # quadratic would be 64
+
+
+@pytest.mark.skipif(not SOAK, reason="a million rows are checked with MEDEMBED_SOAK=1 only")
+@pytest.mark.parametrize("form", ["csv", "parquet"])
+def test_a_manifest_of_a_million_rows_is_checked(form: str, tmp_path: Path) -> None:
+    table, path = make_table(500_001), tmp_path / f"m.{form}"
+    write_manifest(make_manifest(table, "study"), path)
+    assert len(table) >= 1_000_000
+    done = run("manifest", "check", path, "--json")
+    assert (done.exit_code, json.loads(done.stdout)) == (0, {"problems": []})
+    table["label_level"] = "study"
+    table.loc[table.index[-1], "split"] = "test"  # of the last patient's three images, all in train
+    leaking = tmp_path / f"leaking.{form}"
+    table.to_csv(leaking, index=False) if form == "csv" else table.to_parquet(leaking, index=False)
+    done = run("manifest", "check", leaking, "--json")
+    (problem,) = json.loads(done.stdout)["problems"]
+    assert done.exit_code == 1
+    assert f"patient {table['patient'].iloc[-1]!r} is in more than one split" in problem
 
 
 # --- recipes, spaces, keys ---
