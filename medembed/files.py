@@ -1,9 +1,11 @@
-"""Write files so that they are complete or absent, one process at a time; hash JSON."""
+"""Open plain files alone; write files that are complete or absent; lock files; hash JSON."""
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,10 +16,72 @@ __all__ = [
     "hold_lock",
     "json_bytes",
     "json_digest",
+    "open_plain",
+    "read_plain",
     "sync_directory",
     "write_atomically",
     "writing_atomically",
 ]
+
+
+_KINDS = {
+    stat.S_IFDIR: "directory",
+    stat.S_IFIFO: "named pipe",
+    stat.S_IFSOCK: "socket",
+    stat.S_IFCHR: "device",
+    stat.S_IFBLK: "device",
+}
+
+
+def open_plain(path: str | Path) -> BinaryIO:
+    """Open a file for reading in binary, if it is a plain file or a link to one.
+
+    Anything else is refused before a byte is read: a named pipe would block for ever, and a device
+    may never end.
+
+    Raises
+    ------
+    OSError
+        There is no such file, it may not be read, or it is no plain file; `strerror` says which,
+        without the path. For a directory it is an IsADirectoryError.
+    """
+    _require_plain(os.stat(path), path)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    try:
+        _require_plain(os.fstat(descriptor), path)  # the name may mean another file by now
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_plain(path: str | Path, *, max_bytes: int | None = None) -> bytes:
+    """Read a whole plain file; see `open_plain`.
+
+    Raises
+    ------
+    OSError
+        As `open_plain`, or the file has more than `max_bytes` bytes (EFBIG); none is read then.
+    """
+    with open_plain(path) as file:
+        n_bytes = os.fstat(file.fileno()).st_size
+        if max_bytes is None:
+            return file.read()
+        if n_bytes > max_bytes:
+            raise OSError(
+                errno.EFBIG, f"it has {n_bytes:,} bytes; at most {max_bytes:,} are read", str(path)
+            )
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise OSError(errno.EFBIG, f"it grew beyond {max_bytes:,} bytes while read", str(path))
+    return data
+
+
+def _require_plain(status: os.stat_result, path: str | Path) -> None:
+    kind = stat.S_IFMT(status.st_mode)
+    if kind != stat.S_IFREG:
+        code = errno.EISDIR if kind == stat.S_IFDIR else errno.EINVAL
+        raise OSError(code, f"it is a {_KINDS.get(kind, 'special file')}, not a file", str(path))
 
 
 def sync_directory(path: Path) -> None:
