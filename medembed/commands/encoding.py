@@ -76,7 +76,7 @@ def _choose_worker(
     "--window",
     default="first",
     show_default=True,
-    help="Of a DICOM: the first VOI LUT or window, or the one of this name.",
+    help="Of a DICOM: the first VOI LUT or window, the one of this name, or none.",
 )
 @click.option("--batch-size", type=click.IntRange(min=1), help="Images in one encoder pass.")
 @click.option("--decoders", type=click.IntRange(min=1), help="Processes that read and decode.")
@@ -183,6 +183,8 @@ def extract_command(
 def _say_extraction(report: "ExtractionReport", cache_path: Path, dry_run: bool) -> None:
     for failure in report.failures:
         say(f"Failed ({failure['stage']}): {failure['image']}: {failure['reason']}")
+    for note, n_images in report.notes.items():
+        say(f"In {n_images} image{'s' * (n_images != 1)}: {note}")
     verb = "would be embedded" if dry_run else "embedded"
     say(
         f"{cache_path}: {report.embedded} {verb}, {report.already} already there, "

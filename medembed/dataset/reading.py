@@ -3,11 +3,13 @@
 import hashlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from medembed.dataset.image_versions import FIRST_VERSION, why_changed
 from medembed.dataset.images import decode_image
 from medembed.dataset.intensity import DEFAULT_INTENSITY, Intensity
 from medembed.errors import ImageError
@@ -41,6 +43,10 @@ class Reading:
         uint8, as `transform` returned it.
     colour : bool
         Whether colour was reduced to luminance.
+    notes : tuple of str
+        As `Radiograph.notes`.
+    since : int
+        As `Radiograph.since`; of an image that cannot be decoded, `ImageError.since`.
     stage : {"read", "decode"} or None
         Where it failed.
     reason : str
@@ -53,10 +59,28 @@ class Reading:
 
     pixels: np.ndarray | None = None
     colour: bool = False
+    notes: tuple[str, ...] = ()
+    since: int = FIRST_VERSION
     stage: str | None = None
     reason: str = ""
     other_sha256: str | None = None
     times: tuple[float, float, float] = (0.0, 0.0, 0.0)
+
+    def joining(self, version: Any, what: str, way_out: str) -> "Reading":
+        """Return this reading, failed if its pixels cannot join rows of an older `images_version`.
+
+        Parameters
+        ----------
+        version, what
+            As for `image_versions.why_changed`.
+        way_out : str
+            What to do about it, as a sentence without its end.
+        """
+        reason = why_changed(self.since, version, what) if self.pixels is not None else ""
+        if not reason:
+            return self
+        words = f"the image {reason}. {way_out}"
+        return replace(self, pixels=None, stage="decode", reason=words)
 
 
 def read_content(
@@ -103,7 +127,13 @@ def _decode(
         radiograph = decode_image(data, intensity)
     except ImageError as error:
         reason, times = str(error), (start, middle, time.monotonic())
-        return Reading(stage="decode", reason=reason, times=times)
+        return Reading(stage="decode", reason=reason, since=error.since, times=times)
     pixels = transform(radiograph.pixels)
     times = (start, middle, time.monotonic())
-    return Reading(pixels=pixels, colour=radiograph.colour, times=times)
+    return Reading(
+        pixels=pixels,
+        colour=radiograph.colour,
+        notes=radiograph.notes,
+        since=radiograph.since,
+        times=times,
+    )

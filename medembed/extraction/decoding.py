@@ -159,7 +159,8 @@ class Decoders:
             self._idle.put(decoder)
         self._deaths = 0
         pixels = self._slots[slot] if answer.pop("pixels") else None
-        return Reading(**{**answer, "times": tuple(answer["times"]), "pixels": pixels})
+        several = {name: tuple(answer[name]) for name in ("times", "notes")}
+        return Reading(**{**answer, **several, "pixels": pixels})
 
     def _blame(self, decoder: "_Decoder") -> Reading:
         self._deaths += 1

@@ -11,13 +11,14 @@ from medembed.cache.description import is_free
 from medembed.cache.plan import Plan, Worker, make_plan
 from medembed.cache.spec import CacheSpec
 from medembed.cache.store import Cache, create_cache, open_cache
-from medembed.dataset.images import IMAGES_VERSION
+from medembed.dataset.image_versions import IMAGES_VERSION
 from medembed.dataset.intensity import DEFAULT_INTENSITY, Intensity
 from medembed.dataset.manifest import Manifest, existing_root, require_hashes
 from medembed.encoders.protocol import Encoder, PipelinedEncoder
 from medembed.errors import CacheError, DeviceMemoryError, EncoderError, ManifestError
 from medembed.extraction.canary import check_canary, lay_canary
 from medembed.extraction.decoding import Decoders
+from medembed.extraction.outdated import joining, refuse_outdated
 from medembed.extraction.pipeline import Pipeline, no_room
 from medembed.extraction.prepared import describe_other_bytes, refuse_empty_root
 from medembed.extraction.report import ExtractionReport
@@ -119,8 +120,10 @@ def extract(
     EncoderError
         A pooling is not on offer, or the encoder fails on a whole batch.
     CacheError
-        The cache is of another spec, or this run embeds its canary images otherwise
-        (`SpecMismatchError`); it cannot be written, or a value does not fit its dtype.
+        The cache is of another spec, or this run embeds its canary images otherwise, or, after all
+        other images were embedded, rows of an older `images_version` are of files that are decoded
+        otherwise today (`SpecMismatchError`); it cannot be written, or a value does not fit its
+        dtype.
 
     Notes
     -----
@@ -131,13 +134,12 @@ def extract(
     _check_request(root, encoder, poolings, batch_size, decoders)
     require_hashes(manifest)
     spec, recorded = spec_of(encoder, poolings, dtype, intensity), _record(encoder)
-    plan = make_plan(
-        manifest.rows,
-        _open_if_there(cache_path, spec, recorded, known_shards),
-        retry_failed=retry_failed,
-        worker=worker,
-    )
-    if dry_run or not plan.pending:
+    there = _open_if_there(cache_path, spec, recorded, known_shards)
+    plan = make_plan(manifest.rows, there, retry_failed=retry_failed, worker=worker)
+    if dry_run:
+        return _report(plan, None, 0, None, start, timeline)
+    if not plan.pending:
+        refuse_outdated(plan, there, root, intensity, decoders, say)
         return _report(plan, None, 0, None, start, timeline)
     check_plan(plan, spec, root, Path(cache_path))
     n_decoders = min(decoders or count_cores(), len(plan.pending))
@@ -151,8 +153,10 @@ def extract(
         timeline.add("prepare", start, time.monotonic())
         pipeline = Pipeline(encoder, poolings, size, len(plan.pending), timeline, progress)
         with WriterThread(cache, commit_seconds, timeline) as writer:
-            pipeline.run(readers.read(plan.pending, root, 2 * size + n_decoders), writer)
+            pairs = readers.read(plan.pending, root, 2 * size + n_decoders)
+            pipeline.run(joining(pairs, cache), writer)
     _refuse_other_bytes(pipeline)
+    refuse_outdated(plan, cache, root, intensity, decoders, say)
     return _report(plan, pipeline, n_decoders, distance, start, timeline)
 
 
@@ -335,6 +339,7 @@ def _report(
         failed=len(failed),
         duplicates=plan.n_rows - plan.n_contents,
         colour=pipeline.n_colour if pipeline else 0,
+        notes=dict(sorted(pipeline.notes.items())) if pipeline else {},
         failures=[{"image": content.images[0], **asdict(f)} for content, f in failed],
         seconds=seconds,
         images_per_second=n_done / seconds if seconds > 0 else 0.0,

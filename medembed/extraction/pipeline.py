@@ -5,7 +5,7 @@ not depend on its neighbours, and a resumed cache equals an uninterrupted one.
 """
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -32,6 +32,7 @@ class _Batch:
 
     contents: list[Content] = field(default_factory=list)
     colours: list[bool] = field(default_factory=list)
+    notes: list[tuple[str, ...]] = field(default_factory=list)
     pixels: list[np.ndarray] = field(default_factory=list)
     n_filled: int = 0  # how many images the encoder is handed, black ones included
     collect: Callable[[], Rows] | None = None
@@ -39,7 +40,9 @@ class _Batch:
     def parts(self, size: int) -> Iterator["_Batch"]:
         for start in range(0, len(self.contents), size):
             part = slice(start, start + size)
-            yield _Batch(self.contents[part], self.colours[part], self.pixels[part])
+            yield _Batch(
+                self.contents[part], self.colours[part], self.notes[part], self.pixels[part]
+            )
 
 
 class Pipeline:
@@ -65,6 +68,8 @@ class Pipeline:
     ----------
     n_embedded, n_colour : int
         Rows handed to the writer; how many of them were colour images.
+    notes : Counter of str
+        What was passed over in them, and in how many; see `Radiograph.notes`.
     failed : list of (Content, Failure)
         What could not become a row.
     other_bytes : list of (Content, str)
@@ -86,6 +91,7 @@ class Pipeline:
         self._in_flight: deque[_Batch] = deque()
         self.batch_size = batch_size
         self.n_embedded = self.n_colour = 0
+        self.notes: Counter[str] = Counter()
         self.failed: list[tuple[Content, Failure]] = []
         self.other_bytes: list[tuple[Content, str]] = []
 
@@ -107,6 +113,7 @@ class Pipeline:
                     continue
                 batch.contents.append(content)
                 batch.colours.append(reading.colour)
+                batch.notes.append(reading.notes)
                 batch.pixels.append(reading.pixels.copy())
                 if len(batch.contents) >= self.batch_size:
                     self._send(batch, writer)
@@ -210,6 +217,7 @@ class Pipeline:
         writer.add([content.sha256 for content in batch.contents], rows)
         self.n_embedded += len(batch.contents)
         self.n_colour += sum(batch.colours)
+        self.notes.update(note for notes in batch.notes for note in notes)
         self._blame_suspects(writer)
         self._tell()
 

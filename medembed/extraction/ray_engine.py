@@ -7,6 +7,7 @@ Nothing but counts and failures comes back. Ray is an extra: `pip install 'medem
 import os
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import ceil
@@ -30,6 +31,7 @@ from medembed.extraction.job import (
     extract,
     prepare_cache,
 )
+from medembed.extraction.outdated import refuse_outdated
 from medembed.extraction.timeline import STAGES
 
 __all__ = ["MAX_RETRIES", "Job", "extract_on_ray"]
@@ -130,6 +132,8 @@ def extract_on_ray(
         cache = None if dry_run and not job.cache_path.exists() else open_cache(job.cache_path)
         plan = make_plan(manifest.rows, cache, retry_failed=job.retry_failed)
         if dry_run or not plan.pending or cache is None:
+            if not dry_run:
+                refuse_outdated(plan, cache, job.image_root, job.intensity, job.decoders, say)
             return _report(plan, [], 0, start)
         check_plan(plan, cache.spec, job.image_root, job.cache_path)
         n_workers = _count_workers(ray, needs)
@@ -137,6 +141,7 @@ def extract_on_ray(
         say("Embedding")
         tasks = _Tasks(ray, _remote(ray, _embed, needs), job, cache, progress)
         reports = tasks.run(_partitions(manifest, plan, size), len(plan.pending), n_workers)
+        refuse_outdated(plan, cache, job.image_root, job.intensity, job.decoders, say)
         return _report(plan, reports, needs["num_cpus"], start)
 
 
@@ -307,6 +312,7 @@ def _report(
         failed=len(plan.known) + n_failed,
         duplicates=plan.n_rows - plan.n_contents,
         colour=sum(report.colour for report in reports),
+        notes=_summed_notes(reports),
         failures=[*known, *failures],
         seconds=seconds,
         images_per_second=n_done / seconds if seconds > 0 else 0.0,
@@ -315,6 +321,13 @@ def _report(
         stages=_summed(reports),
         canary=max((r.canary for r in reports if r.canary is not None), default=None),
     )
+
+
+def _summed_notes(reports: Sequence[ExtractionReport]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for report in reports:
+        total.update(report.notes)
+    return dict(sorted(total.items()))
 
 
 def _summed(reports: Sequence[ExtractionReport]) -> dict[str, float]:

@@ -27,6 +27,9 @@ class ExtractionReport:
         Rows whose content another row has too.
     colour : int
         Embedded images whose colour was reduced to luminance.
+    notes : dict of str to int
+        What was passed over in embedded images because it cannot be what it says, such as an
+        orientation or a window, and in how many.
     failures : list of dict
         `image`, `sha256`, `stage`, `reason` of each failed content, by its first image.
     seconds : float
@@ -52,6 +55,7 @@ class ExtractionReport:
     failed: int
     duplicates: int
     colour: int
+    notes: dict[str, int]
     failures: list[dict[str, str]]
     seconds: float
     images_per_second: float

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -60,6 +61,11 @@ class Embedder:
     def intensity(self) -> Intensity:
         """Which grey the model was trained to see a DICOM in."""
         return read_intensity(spec_of_card(self.card))
+
+    @cached_property
+    def images_version(self) -> Any:
+        """Which version of decoding the model was trained on; see `dataset.image_versions`."""
+        return spec_of_card(self.card).images_version
 
     @cached_property
     def encoder(self) -> Encoder:

@@ -89,7 +89,8 @@ _Pairs = Generator[tuple[File, Reading] | None]
 def _read_here(files: Sequence[File], embedder: Embedder, size: int) -> _Pairs:
     transform = _transform(embedder)
     for file in files:
-        yield file, read_content([file.path], file.sha256, transform, embedder.intensity)
+        reading = read_content([file.path], file.sha256, transform, embedder.intensity)
+        yield file, _joining(reading, embedder)
 
 
 def _read_ahead(files: Sequence[File], embedder: Embedder, size: int) -> _Pairs:
@@ -102,7 +103,7 @@ def _read_ahead(files: Sequence[File], embedder: Embedder, size: int) -> _Pairs:
             if pair is None:
                 yield None
                 continue
-            reading = pair[1]
+            reading = _joining(pair[1], embedder)
             pixels = None if reading.pixels is None else reading.pixels.copy()
             yield (
                 waiting.popleft(),
@@ -113,6 +114,10 @@ def _read_ahead(files: Sequence[File], embedder: Embedder, size: int) -> _Pairs:
                     other_sha256=reading.other_sha256,
                 ),
             )
+
+
+def _joining(reading: Reading, embedder: Embedder) -> Reading:
+    return reading.joining(embedder.images_version, "the model", "Train it again on a new cache")
 
 
 def _transform(embedder: Embedder) -> Callable[[np.ndarray], np.ndarray]:
