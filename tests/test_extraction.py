@@ -340,7 +340,9 @@ def test_a_wrong_request_leaves_nothing_behind(tmp_path: Path) -> None:
 def test_colour_is_counted(tmp_path: Path) -> None:
     root = tmp_path / "images"
     write_images(root, 2)
-    Image.new("RGB", (8, 8), (200, 30, 30)).save(root / "red.png")
+    red = Image.new("RGB", (8, 8), (200, 30, 30))
+    red.putpixel((3, 4), (100, 30, 30))
+    red.save(root / "red.png")
     assert extract_here(tmp_path, list_images(root)).colour == 1
 
 

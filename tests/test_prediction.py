@@ -26,7 +26,7 @@ from medembed.cache.failures import Failure
 from medembed.cache.store import create_cache, open_cache
 from medembed.cli import main
 from medembed.dataset.covariates import fit_covariates
-from medembed.dataset.images import decode_image
+from medembed.dataset.images import IMAGES_VERSION, decode_image
 from medembed.dataset.intensity import Intensity
 from medembed.dataset.manifest import make_manifest, read_manifest, write_manifest
 from medembed.encoders.loading import load_encoder
@@ -264,7 +264,7 @@ def test_another_encoder_or_cache_is_refused_by_its_first_difference(
     cell = {"mean": (128,), "max": (64,)}
     changes = {
         "fit": {"preprocessing": {**spec.preprocessing, "fit": "pad"}},
-        "images_version": {"preprocessing": {**spec.preprocessing, "images_version": 2}},
+        "images_version": {"preprocessing": {**spec.preprocessing, "images_version": 3}},
         "poolings": {"poolings": cell},
     }
     for name, change in changes.items():
@@ -565,16 +565,17 @@ def test_lines_come_as_they_are_ready_and_ctrl_c_leaves_whole_ones(
 
 
 class Picky:
-    """An encoder on a GPU that fails on every batch with a black image."""
+    """An encoder on a GPU that fails on every batch with a nearly black image."""
 
     device, preprocessing = "cuda", Preprocessing(8, 8, "stretch", "box", *[(0.5,) * 3] * 2, 1.0)
 
     def __init__(self) -> None:
         self.encoder, self.intensity, self.sizes = self, Intensity(), list[int]()
+        self.images_version = IMAGES_VERSION
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
         self.sizes.append(len(pixels))
-        if (pixels.max(axis=(1, 2)) == 0).any():
+        if (pixels.max(axis=(1, 2)) == 1).any():
             raise EncoderError("it is not finite")
         return pixels.reshape(len(pixels), -1).astype(np.float32)
 
@@ -585,7 +586,9 @@ def test_a_gpu_is_handed_batches_and_an_image_that_it_fails_on_is_found(
     monkeypatch.setattr(reading, "_read_ahead", reading._read_here)
     for number in range(20):
         level = 0 if number == 18 else 10 * number + 1
-        Image.new("L", (8, 8), level).save(tmp_path / f"{number:02d}.png")
+        image = Image.new("L", (8, 8), level)
+        image.putpixel((7, 7), level + 1)
+        image.save(tmp_path / f"{number:02d}.png")
     paths = sorted(tmp_path.iterdir())
     files = [reading.File(n, path, sha256(path)) for n, path in enumerate(paths)]
     embedder: Any = Picky()

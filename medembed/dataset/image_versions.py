@@ -23,8 +23,8 @@ IMAGES_VERSION = 2
 """Part of every cache's spec: raise it whenever any decoded pixel changes."""
 
 # Bytes of a file for each pixel, below which all may be of one grey: such a JPEG takes 0.018 at
-# most (6 bits for each block of 64 samples, chroma halved), such a PNG 0.001.
-ONE_GREY = 1 / 40
+# most (6 bits for each block of 64 samples, chroma halved), such a PNG 0.001; and of its headers.
+ONE_GREY, HEADERS = 1 / 40, 1024
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 
 
@@ -68,9 +68,9 @@ def may_have_changed(head: bytes, size: int) -> bool:
     """
     if head.startswith(b"\x89PNG\r\n\x1a\n") and len(head) >= 26:
         width, height, _, colour_type = struct.unpack_from(">IIBB", head, 16)
-        return colour_type in (3, 4, 6) or size < ONE_GREY * width * height
+        return colour_type in (3, 4, 6) or size < HEADERS + ONE_GREY * width * height
     if head.startswith(b"\xff\xd8\xff"):
-        return size < ONE_GREY * _pixels_of_jpeg(head)
+        return size < HEADERS + ONE_GREY * _pixels_of_jpeg(head)
     return True
 
 
