@@ -319,6 +319,29 @@ def test_a_dicom_is_seen_through_the_window_of_the_model(home: Path, tmp_path: P
         assert read_intensity(changed_spec) == intensity
 
 
+def test_a_model_of_an_older_version_answers_for_files_that_are_decoded_as_ever(
+    home: Path, tmp_path: Path
+) -> None:
+    """Both where few are decoded in this process, and where others decode."""
+    spec = load_model(home / "models" / "logistic").card["spec"]
+    first = {**spec, "preprocessing": {**spec["preprocessing"], "images_version": 1}}
+    old = Predictor(changed(home, tmp_path / "old", spec=first), device="cpu", precision="fp32")
+    grey = [home / "images" / "p00" / "view0.png"] * (reading.FEW + 1)
+    colours = np.random.default_rng(0).integers(0, 256, (40, 56, 4), dtype=np.uint8)
+    colours[..., 3] = 0
+    clear = tmp_path / "clear.png"
+    Image.fromarray(colours).save(clear)
+    assert ask(home).predict(clear)["error"] is None
+    for paths in ([*grey[:1], clear], [*grey, clear]):
+        *answered, refused = (row for row in old.predict_images(paths) if row["image"] is not None)
+        assert all(
+            row["probability"] == ask(home).predict(grey[0])["probability"] for row in answered
+        )
+        assert "otherwise since images_version 2, and the model is of images_version 1" in str(
+            refused["error"]
+        )
+
+
 def test_16_bit_wrists_are_answered_as_their_8_bit_renderings(
     home: Path, shared_data: Path, tmp_path: Path
 ) -> None:
