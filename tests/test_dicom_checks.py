@@ -122,6 +122,10 @@ def test_lossless_values_above_bits_stored_are_refused(syntax: UID) -> None:
     assert decode_image(data).pixels.max() > 200
     with pytest.raises(ImageError, match="need more than 10 bits"):
         decode_image(change(data, BitsStored=10, HighBit=9))
+    one = SMOOTH.copy()
+    one[20, 20] = 1024  # no codec overshoots that loses nothing
+    with pytest.raises(ImageError, match="need more than 10 bits"):
+        decode_image(change(dicom(one, syntax, **TWELVE), BitsStored=10, HighBit=9))
 
 
 def test_an_overlay_accounts_for_its_own_bit_alone() -> None:

@@ -61,11 +61,11 @@ def bare_png(data: bytes) -> Bare:
 
     An APNG's animation control goes too, so what is read is the still image that every PNG holds.
     """
-    kept, begin, exif, xmp = [], 0, None, None
+    whole, kept, begin, exif, xmp = memoryview(data), [], 0, None, None
     for kind, start, end in _png_chunks(data):
         if not is_ancillary(kind) or kind == b"tRNS":
             continue
-        kept.append(data[begin:start])
+        kept.append(whole[begin:start])
         begin = end
         if kind == b"eXIf":
             exif = data[start + 8 : end - 4] if _is_intact(data, start, end) else _DAMAGED
@@ -75,7 +75,7 @@ def bare_png(data: bytes) -> Bare:
                 exif = _from_hex(_text(kind, data[start + 8 : end - 4]))
             elif keyword == _PNG_XMP:
                 xmp = _text(kind, data[start + 8 : end - 4]) or xmp
-    kept.append(data[begin:])
+    kept.append(whole[begin:])
     return Bare(b"".join(kept) if begin else data, orientation_of(exif, xmp))
 
 
@@ -84,21 +84,28 @@ def bare_jpeg(data: bytes) -> Bare:
 
     JFIF and Adobe segments stay where they are whole: they say what the components are.
     """
-    kept, begin, exif, xmp = [], 0, None, None
+    whole, kept, begin, exif, xmp = memoryview(data), [], 0, None, None
     for marker, start, end in _jpeg_segments(data):
         body = data[start + 4 : end]
         if marker == 0xE0 and body.startswith(b"JFIF\0") and len(body) >= 14:
             continue
         if marker == 0xEE and body.startswith(b"Adobe") and len(body) >= 12:
             continue
-        kept.append(data[begin:start])
+        kept.append(whole[_marker(data, begin) : start])
         begin = end
         if marker == 0xE1 and body.startswith(_EXIF):
             exif = body if exif is None else exif + body[len(_EXIF) :]
         elif marker == 0xE1 and body.startswith(_XAP):
             xmp = body[len(_XAP) :]
-    kept.append(data[begin:])
-    return Bare(b"".join(kept) if begin else data, orientation_of(exif, xmp))
+    if not begin:
+        return Bare(data, orientation_of(exif, xmp))
+    kept.append(whole[_marker(data, begin) :])
+    return Bare(b"".join(kept), orientation_of(exif, xmp))
+
+
+def _marker(data: bytes, begin: int) -> int:
+    """Find where the next marker is, if any: bytes before it must not follow upon SOI."""
+    return max(begin, data.find(b"\xff", begin)) if begin else 0
 
 
 def bare_tiff(data: bytes) -> Bare:
@@ -116,17 +123,17 @@ def bare_tiff(data: bytes) -> Bare:
     turned = page.integer(_ORIENTATION)
     orientation: int | None = 1
     keep = _TIFF_TAGS
-    if _ORIENTATION not in page.entries:
+    if not page.has(_ORIENTATION):
         orientation = orientation_of(None, page.content(_XMP, data, MAX_TEXT))
     elif turned not in TURNS:
         orientation, keep = None, _TIFF_TAGS - {_ORIENTATION}
     bare = page.written(keep)
     start, end = page.start, page.start + len(bare)
     offset = struct.pack(header.order + header.word, page.start)
-    return Bare(
-        data[: header.size - len(offset)] + offset + data[header.size : start] + bare + data[end:],
-        orientation,
-    )
+    whole = memoryview(data)
+    parts: list[bytes | memoryview] = [whole[: header.size - len(offset)], offset]
+    parts += [whole[header.size : start], bare, whole[end:]]
+    return Bare(b"".join(parts), orientation)
 
 
 def _choose_page(data: bytes) -> Directory | None:

@@ -37,7 +37,7 @@ _INTEGERS = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i", 16: "Q"}
 _BYTES = (1, 2, 7)
 _MAGIC = {(b"II", b"*\0"), (b"MM", b"\0*"), (b"II", b"\0*"), (b"MM", b"*\0")}  # the last two: wrong
 _BIG_MAGIC = {(b"II", b"+\0"), (b"MM", b"\0+")}
-_MAX_ENTRIES = 4096
+_MAX_ENTRIES = 65_535  # of a TIFF; a BigTIFF may claim more
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,9 @@ class Directory:
     header : Header
     start : int
         Its offset.
-    entries : dict of int to bytes
-        Tag -> the entry as it stands: tag, type, count, value or offset.
+    entries : list of (int, bytes)
+        Each tag and its entry as it stands: tag, type, count, value or offset. Of two entries of
+        one tag the first counts, as for Pillow.
     next : int
         Offset of the next one; 0 after the last.
     is_whole : bool
@@ -81,9 +82,13 @@ class Directory:
 
     header: Header
     start: int
-    entries: dict[int, bytes]
+    entries: list[tuple[int, bytes]]
     next: int
     is_whole: bool
+
+    def has(self, tag: int) -> bool:
+        """Tell whether there is an entry of this tag."""
+        return any(tag == own for own, _ in self.entries)
 
     def integer(self, tag: int) -> int | None:
         """Give a tag's one whole number; None where it has none."""
@@ -99,17 +104,17 @@ class Directory:
         if kind not in _BYTES or count <= len(value):
             return None
         (offset,) = struct.unpack(self.header.order + self.header.word, value)
-        return data[offset : offset + min(count, most)]
+        return data[offset : offset + min(count, most)] if offset + count <= len(data) else None
 
     def written(self, keep: set[int]) -> bytes:
         """Write the directory anew, as the last of its file, with these tags alone."""
         order, word = self.header.order, self.header.word
-        kept = [entry for tag, entry in sorted(self.entries.items()) if tag in keep]
+        kept = [entry for tag, entry in self.entries if tag in keep]
         count = struct.pack(order + ("H" if word == "I" else "Q"), len(kept))
         return count + b"".join(kept) + struct.pack(order + word, 0)
 
     def _fields(self, tag: int) -> tuple[int, int, bytes]:
-        entry = self.entries.get(tag)
+        entry = next((entry for own, entry in self.entries if own == tag), None)
         if entry is None:
             return 0, 0, b""
         order, word = self.header.order, self.header.word
@@ -135,12 +140,11 @@ def read_directory(data: bytes, start: int, header: Header) -> Directory | None:
     if start < header.size or begin > len(data):
         return None
     (count,) = struct.unpack_from(counter, data, start)
-    if count > _MAX_ENTRIES:
-        return None
-    entries = {}
-    for place in range(begin, min(begin + count * size, len(data) - size + 1), size):
+    entries = []
+    last = begin + min(count, _MAX_ENTRIES) * size
+    for place in range(begin, min(last, len(data) - size + 1), size):
         (tag,) = struct.unpack_from(order + "H", data, place)
-        entries[tag] = data[place : place + size]
+        entries.append((tag, data[place : place + size]))
     end = begin + count * size
     has_next = end + struct.calcsize(word) <= len(data)
     following = struct.unpack_from(order + word, data, end)[0] if has_next else 0
@@ -174,7 +178,7 @@ def _from_exif(exif: bytes) -> int | None:
     directory = None if header is None else read_directory(exif, header.first, header)
     if directory is None:
         return None
-    if _ORIENTATION not in directory.entries:
+    if not directory.has(_ORIENTATION):
         return 0 if directory.is_whole else None
     value = directory.integer(_ORIENTATION)
     return value if value in TURNS else None
