@@ -188,9 +188,9 @@ def _text(kind: bytes, body: bytes) -> bytes:
     _, _, rest = body.partition(b"\0")
     compressed = kind == b"zTXt"
     if kind == b"iTXt":
+        fields = rest[2:].split(b"\0", 2)  # language, translated keyword, text
         compressed = rest[:1] != b"\0"
-        text = rest[2:].split(b"\0", 2)[-1]  # after language and translated keyword
-        rest = rest[1:2] + text if compressed else text
+        rest = (rest[1:2] if compressed else b"") + (fields[2] if len(fields) == 3 else b"")
     if not compressed:
         return rest
     try:
