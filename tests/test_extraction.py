@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -17,12 +18,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 
 from medembed.cache.embeddings import load_embeddings
 from medembed.cache.spec import hex_from_keys
 from medembed.cache.store import open_cache
-from medembed.dataset.manifest import Manifest
+from medembed.cli import main
+from medembed.dataset.manifest import Manifest, write_manifest
 from medembed.encoders.preprocessing import Preprocessing
 from medembed.encoders.protocol import Encoder, PipelinedEncoder
 from medembed.errors import (
@@ -200,6 +203,35 @@ def test_bad_images_are_failures_with_a_reason_and_not_tried_again(tmp_path: Pat
     )  # the same again is not written twice
     loaded = load_embeddings(tmp_path / "cache", manifest)
     assert (len(loaded), len(loaded.failed)) == (3, 2)
+
+
+def test_a_failure_names_every_image_of_its_bytes(tmp_path: Path) -> None:
+    root = tmp_path / "images"
+    write_images(root, 6)
+    (root / "001.png").write_bytes((root / "001.png").read_bytes()[:60])
+    for twin in ("003.png", "copy.png"):
+        (root / twin).write_bytes((root / "001.png").read_bytes())
+    manifest = list_images(root)
+    (root / "005.png").rename(tmp_path / "away.png")
+    names = ["001.png", "003.png", "copy.png", "005.png"]
+    report = extract_here(tmp_path, manifest)
+    assert counts(report) == (7, 0, 3, 2, 2)
+    assert [failure["image"] for failure in report.failures] == names
+    assert len({failure["sha256"] for failure in report.failures}) == 2
+    write_manifest(manifest, tmp_path / "m.csv")
+    info = ["cache", "info", str(tmp_path / "cache"), "--failures", "--json"]
+    for options, expected in ((["--manifest", str(tmp_path / "m.csv")], names), ([], [None] * 2)):
+        done = CliRunner().invoke(main, [*info, *options])
+        assert done.exit_code == 0, done.output
+        found = [failure["image"] for failure in json.loads(done.stdout)["failed"]]
+        assert sorted(found, key=str) == sorted(expected, key=str)
+    (root / "000.png").write_bytes(b"other")
+    with pytest.raises(ManifestError, match="nor were 2 that failed") as caught:
+        extract(manifest, root, HalvesEncoder(), tmp_path / "second", decoders=1)
+    assert [problem.split(":")[0] for problem in caught.value.problems] == ["000.png", *names]
+    (tmp_path / "away.png").rename(root / "005.png")
+    again = extract_here(tmp_path, manifest)
+    assert (counts(again), again.failures) == ((7, 3, 1, 1, 2), report.failures[:3])
 
 
 def test_a_file_that_is_missing_is_tried_again_when_it_is_back(tmp_path: Path) -> None:

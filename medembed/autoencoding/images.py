@@ -135,13 +135,17 @@ def _part(
 ) -> TrainingImages:
     is_read = np.ones(len(contents), bool)
     is_read[list(read.failures)] = False
-    failures = list(read.failures.values())
+    failures = [
+        {**failure, "image": image}
+        for place, failure in sorted(read.failures.items())
+        for image in contents[place].images
+    ]
     parts = {"learn from": is_read & ~is_held_out, "stop by": is_read & is_held_out}
     for purpose, chosen in parts.items():
         if not chosen.any():
             raise TrainingDataError(
                 f"of the patients of split train to {purpose} no image could be read: "
-                f"{len(failures)} of {len(contents)} images failed, the first "
+                f"{len(read.failures)} of {len(contents)} images failed, the first "
                 f"{_describe(failures)}. Mend these files, or add patients."
             )
     digest = hashlib.sha256()

@@ -59,7 +59,7 @@ class TrainingReport:
     images, held_out_images : int
         Distinct contents learned from, and held out.
     failures : list of dict
-        `image`, `sha256`, `stage`, `reason` of each content left out.
+        `image`, `sha256`, `stage`, `reason` of each image left out.
     seconds : float
         From start to end, of this run.
     """
@@ -79,7 +79,7 @@ class TrainingReport:
     @property
     def failed(self) -> int:
         """How many contents were left out."""
-        return len(self.failures)
+        return len({failure["sha256"] for failure in self.failures})
 
     @property
     def has_collapsed(self) -> bool:

@@ -12,7 +12,7 @@ from medembed.cache.spec import KEY_BYTES
 from medembed.errors import CacheError
 from medembed.files import sync_directory
 
-__all__ = ["STAGES", "Failure", "append_failures", "read_failures"]
+__all__ = ["STAGES", "Failure", "append_failures", "name_failures", "read_failures"]
 
 STAGES = ("read", "decode", "encode")
 DIGEST = re.compile(f"[0-9a-f]{{{2 * KEY_BYTES}}}")
@@ -35,6 +35,11 @@ class Failure:
     sha256: str
     stage: str
     reason: str
+
+
+def name_failures(images: Iterable[str], failure: Failure) -> list[dict[str, str]]:
+    """Return a failure once for each image that has these bytes: `image`, and its own fields."""
+    return [{"image": image, **asdict(failure)} for image in images]
 
 
 def read_failures(path: Path) -> dict[str, Failure]:

@@ -3,11 +3,11 @@
 import os
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from medembed.cache.description import is_free
+from medembed.cache.failures import name_failures
 from medembed.cache.plan import Plan, Worker, make_plan
 from medembed.cache.spec import CacheSpec
 from medembed.cache.store import Cache, create_cache, open_cache
@@ -312,11 +312,15 @@ def _refuse_other_bytes(pipeline: Pipeline) -> None:
     if not others:
         return
     problems = [describe_other_bytes(content, found) for content, found in others]
-    also = [f"{content.images[0]}: {f.stage} failed: {f.reason}" for content, f in pipeline.failed]
+    also = [
+        f"{image}: {f.stage} failed: {f.reason}"
+        for content, f in pipeline.failed
+        for image in content.images
+    ]
     raise ManifestError(
         f"{len(others)} image(s) hold other bytes than the manifest says, and were not embedded"
-        f"{f', nor were {len(also)} that failed' if also else ''}; all others were, and are kept. "
-        "Restore these files, or build the manifest again:",
+        f"{f', nor were {len(pipeline.failed)} that failed' if also else ''}; all others were, "
+        "and are kept. Restore these files, or build the manifest again:",
         problems + also,
     )
 
@@ -340,7 +344,7 @@ def _report(
         duplicates=plan.n_rows - plan.n_contents,
         colour=pipeline.n_colour if pipeline else 0,
         notes=dict(sorted(pipeline.notes.items())) if pipeline else {},
-        failures=[{"image": content.images[0], **asdict(f)} for content, f in failed],
+        failures=[named for content, f in failed for named in name_failures(content.images, f)],
         seconds=seconds,
         images_per_second=n_done / seconds if seconds > 0 else 0.0,
         batch_size=pipeline.batch_size if pipeline else 0,

@@ -106,7 +106,7 @@ def read_all(
 
 def describe_other_bytes(content: Content, found: str) -> str:
     """Say in a line that a file's SHA-256, `found`, is not the one that the manifest has."""
-    return f"{content.images[0]}: sha256 {found}, the manifest says {content.sha256}"
+    return f"{', '.join(content.images)}: sha256 {found}, the manifest says {content.sha256}"
 
 
 def refuse_empty_root(root: Path, images: Iterable[str], n_images: int, purpose: str) -> None:

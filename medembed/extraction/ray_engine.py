@@ -9,11 +9,12 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 from typing import Any
 
+from medembed.cache.failures import name_failures
 from medembed.cache.listing import committed_shards
 from medembed.cache.plan import Plan, make_plan
 from medembed.cache.shards import max_rows
@@ -301,8 +302,8 @@ def _report(
 ) -> ExtractionReport:
     seconds = time.monotonic() - start
     failures = [failure for report in reports for failure in report.failures]
-    known = [{"image": content.images[0], **asdict(failure)} for content, failure in plan.known]
-    n_failed = len(failures)
+    known = [named for content, f in plan.known for named in name_failures(content.images, f)]
+    n_failed = sum(report.failed for report in reports)
     # A partition that was begun twice has found some of its rows there: they are new all the same.
     n_done = len(plan.pending) - n_failed if reports else 0
     return ExtractionReport(

@@ -31,7 +31,8 @@ class ExtractionReport:
         What was passed over in embedded images because it cannot be what it says, such as an
         orientation or a window, and in how many.
     failures : list of dict
-        `image`, `sha256`, `stage`, `reason` of each failed content, by its first image.
+        `image`, `sha256`, `stage`, `reason` of each image whose content failed: more than `failed`
+        where a content has several names.
     seconds : float
         From start to end, without loading the encoder.
     images_per_second : float
