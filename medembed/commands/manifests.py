@@ -32,7 +32,7 @@ def manifest() -> None:
 @click.argument("recipe", metavar="RECIPE")
 @image_root_option
 @click.option("-o", "--output", type=PATH, required=True, help="MANIFEST.csv or .parquet.")
-@click.option("--strict", is_flag=True, help="Counts that differ from the recipe are an error.")
+@click.option("--strict", is_flag=True, help="What would be a warning is an error.")
 @click.option("--structure-only", is_flag=True, help="Tables alone; no image is read or hashed.")
 @click.option(
     "--key-file",
@@ -56,6 +56,7 @@ def build_command(
     """
     from medembed.dataset import manifest as manifests
     from medembed.dataset import recipes
+    from medembed.dataset.split_counts import describe_splits
 
     manifests.check_destination(output)
     with showing_progress("Hashing", "images") as progress:
@@ -73,6 +74,10 @@ def build_command(
         say(f"Warning: {warning}")
     for reason, n in Counter(reason for _, reason in report.excluded).most_common():
         say(f"Left out: {n:,} files: {reason}")
+    for notice in report.notices:
+        say(f"Note: {notice}")
+    for line in describe_splits(report.manifest.rows):
+        say(line)
     say(f"{output}: {_counted(document)}")
     if as_json:
         print_json(document)

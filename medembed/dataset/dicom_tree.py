@@ -1,19 +1,19 @@
 """The layout of a tree of DICOM files, whatever their names: all is read from their elements."""
 
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from medembed.dataset import renderings
 from medembed.dataset.dicom_file import quiet_pydicom, read_dicom, why_no_image
+from medembed.dataset.dicom_labels import KEYS, join_labels
 from medembed.dataset.dicom_words import age_in_years, laterality, region, sex, text, view
+from medembed.dataset.image_index import ImageIndex
 from medembed.dataset.images import BARE_DICOM
-from medembed.dataset.labels import find_table, need_columns, read_labels
-from medembed.dataset.listing import ImageIndex, Listing, first_names, refuse
+from medembed.dataset.listing import Listing, name_unread
 from medembed.dataset.pseudonyms import Pseudonyms, read_key
 from medembed.dataset.recipe_format import Dicom, Recipe
-from medembed.dataset.tables import read_text_table
 from medembed.errors import ImageError, RecipeError
 
 __all__ = ["read_dicom_tree"]
@@ -22,10 +22,9 @@ TAGS = (
     "SOPClassUID SOPInstanceUID StudyInstanceUID AccessionNumber Modality PatientID "
     "IssuerOfPatientID PatientAge PatientSex BodyPartExamined AnatomicRegionSequence "
     "ImageLaterality Laterality FrameLaterality ViewPosition ViewCodeSequence "
-    "NumberOfFrames Rows Columns"
+    f"NumberOfFrames Rows Columns {renderings.TAGS}"
 )
 DICOMDIR = "1.2.840.10008.1.3.10"
-KEYS = {"instance": "SOPInstanceUID", "study": "StudyInstanceUID", "accession": "AccessionNumber"}
 COVARIATES = ("laterality", "view", "age", "sex")
 
 
@@ -43,31 +42,56 @@ def read_dicom_tree(recipe: Recipe, root: Path, key_file: Path | None = None) ->
     spec = recipe.dicom or Dicom()
     names = Pseudonyms(read_key(key_file) if spec.identifiers == "hash" else None)
     index = ImageIndex(root, every_file=True)
-    found: list[dict[str, str]] = []
+    found: list[dict[str, Any]] = []
     excluded: list[tuple[str, str]] = []
+    unread: list[tuple[str, str]] = []
     with quiet_pydicom():
         for image in sorted(index.paths):
-            row = _read_file(root, image, spec.modalities, names)
+            try:
+                row = _read_file(root, image, spec.modalities, names)
+            except OSError as error:
+                unread.append((image, error.strerror or type(error).__name__))
+                row = f"cannot be read: {unread[-1][1]}"
             if isinstance(row, str):
                 excluded.append((image, row))
             else:
                 found.append({"image": image, **row})
+    unseen = [*index.unseen, *name_unread(unread)]
     if not found:
+        also = "".join(f" {warning}." for warning in unseen)
         raise RecipeError(
             f"no DICOM image of modality {', '.join(spec.modalities)} below {root} among "
-            f"{len(index.paths)} files. Correct --image-root, or `modalities` in [dicom]."
+            f"{len(index.paths)} files.{also} Correct --image-root, or `modalities` in [dicom]."
         )
-    rows = pd.DataFrame(found)
-    rows["name"] = rows["image"].str.rpartition("/")[2]
-    rows["label"], rows["split"], warnings = _label(recipe, spec, rows, root)
+    every = pd.DataFrame(found)
+    every["name"] = every["image"].str.rpartition("/")[2]
+    is_double, notices = renderings.find_doubles(every, spec.intent)
+    reason = renderings.describe_double(spec.intent)
+    excluded += [(image, reason) for image in every["image"][is_double]]
+    rows = every[~is_double].reset_index(drop=True)
+    answers = join_labels(recipe, spec, rows, every[is_double], root)
+    rows["label"], rows["split"] = answers.labels, answers.splits
     wanted = ["image", "name", "patient", "study", "region", "label", "split", *COVARIATES]
-    return Listing(rows[wanted], pd.Series(data=True, index=rows.index), warnings, excluded)
+    return Listing(
+        rows[wanted],
+        pd.Series(data=True, index=rows.index),
+        answers.warnings,
+        excluded,
+        [*notices, *answers.notices],
+        unseen,
+    )
 
 
 def _read_file(
     root: Path, image: str, modalities: tuple[str, ...], names: Pseudonyms
-) -> dict[str, str] | str:
-    """Give what a file says of its image, or the reason why it is left out."""
+) -> dict[str, Any] | str:
+    """Give what a file says of its image, or the reason why it is left out.
+
+    Raises
+    ------
+    OSError
+        It cannot be read.
+    """
     try:
         with open(root / image, "rb") as file:
             begins = file.read(132)
@@ -85,13 +109,13 @@ def _read_file(
             return _describe(dataset, names, image)
     except ImageError as error:
         return str(error)
-    except OSError as error:
-        return f"cannot be read: {error.strerror or type(error).__name__}"
+    except OSError:
+        raise
     except Exception as error:  # pydicom raises nearly every builtin error on damage
         return f"damaged DICOM ({type(error).__name__})"
 
 
-def _describe(dataset: Any, names: Pseudonyms, image: str) -> dict[str, str]:
+def _describe(dataset: Any, names: Pseudonyms, image: str) -> dict[str, Any]:
     """Say whose image it is, of what; identifiers are hashed, all else comes from closed lists."""
     issuer, patient, study = (
         text(dataset, name) for name in ("IssuerOfPatientID", "PatientID", "StudyInstanceUID")
@@ -108,50 +132,6 @@ def _describe(dataset: Any, names: Pseudonyms, image: str) -> dict[str, str]:
         "age": age_in_years(dataset, cap=names.hide),
         "sex": sex(dataset),
         **{keyword: text(dataset, keyword) for keyword in KEYS.values()},  # never written
+        "exam": study,
+        "rendering": renderings.read_rendering(dataset),  # nor is this
     }
-
-
-def _label(
-    recipe: Recipe, spec: Dicom, rows: pd.DataFrame, root: Path
-) -> tuple[list[str], list[str], list[str]]:
-    """Join the table's labels and splits to the images; also say what does not match."""
-    if recipe.label is None:
-        return [""] * len(rows), [""] * len(rows), []
-    path = find_table(spec.table, root, recipe.path)
-    table = read_text_table(path, RecipeError)
-    split_column = recipe.split.column if recipe.split else ""
-    need_columns(table, (spec.column, recipe.label.column, split_column), path)
-    answers = pd.DataFrame({"key": table[spec.column]})
-    answers["label"] = read_labels(table[recipe.label.column], recipe.label, str(path))
-    answers["split"] = table[split_column] if split_column else ""
-    answers = answers.drop_duplicates()
-    torn = sorted(answers["key"][answers["key"].duplicated()].unique())
-    refuse(torn, str(path), "images or studies whose rows differ in label or split:")
-    keys = _keys(rows, spec.match, set(answers["key"]), str(path))
-    joined = answers.set_index("key").reindex(keys)
-    without = rows["image"][joined["label"].isna().to_numpy()].tolist()
-    n_unused = len(set(answers["key"]) - set(keys))
-    warnings = []
-    if without:
-        some = first_names(without)
-        warnings.append(f"{len(without)} images are in no row of {path.name}: {some}")
-    if n_unused:
-        warnings.append(f"{n_unused} names in {path.name} are of no image that was found")
-    joined = joined.fillna("")
-    return joined["label"].tolist(), joined["split"].tolist(), warnings
-
-
-def _keys(rows: pd.DataFrame, match: str, known: set[str], source: str) -> list[str]:
-    """Name each image as the table does: by path, name or stem, or by an identifier."""
-    if match != "file":
-        return rows[KEYS[match]].tolist()
-    stems = rows["name"].str.replace(r"\.[^.]*$", "", regex=True)
-    owners = defaultdict(list)
-    keys = []
-    for image, name, stem in zip(rows["image"], rows["name"], stems, strict=True):
-        key = next((way for way in (image, name, stem) if way in known), image)
-        owners[key].append(image)
-        keys.append(key)
-    several = [f"{k}: {first_names(images)}" for k, images in owners.items() if len(images) > 1]
-    refuse(several, source, "several files have the name of one row; give their paths:")
-    return keys

@@ -3,14 +3,18 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
+from medembed.dataset.image_index import ImageIndex, plain_path
 from medembed.dataset.labels import find_table, need_columns, read_labels
-from medembed.dataset.listing import ImageIndex, Listing, first_names, refuse
+from medembed.dataset.listing import Listing, first_names, refuse
 from medembed.dataset.mura import read_mura
 from medembed.dataset.recipe_format import Recipe, Region, Table
+from medembed.dataset.repeats import merge_rows
 from medembed.dataset.tables import read_text_table
 from medembed.errors import RecipeError
+from medembed.text import normalise
 
 __all__ = ["read_layout"]
 
@@ -55,13 +59,22 @@ def _read_table(recipe: Recipe, root: Path) -> Listing:
     images, is_found = _locate(table, spec, index, path)
     rows = pd.DataFrame({"image": images, "name": table[spec.image]})
     rows["patient"] = _join(table, spec.patient)
-    rows["study"] = _join(table, spec.study) if spec.study else table[spec.image]
+    own = rows.groupby("image", sort=False)["name"].transform("first")  # one, however it is spelt
+    rows["study"] = _join(table, spec.study) if spec.study else own
     rows["region"] = _regions(table, region, path)
     rows["label"] = read_labels(table[label.column], label, str(path))
     rows["split"] = table[split_column] if split_column else ""
     for name in spec.covariates:
         rows[name] = table[name]
-    return Listing(rows, is_found, index.unlisted(images, path.name))
+    rows, notices = merge_rows(rows, "image", source=path.name, rule=spec.rows)
+    return Listing(
+        rows,
+        is_found,
+        index.unlisted(images, path.name),
+        notices=notices,
+        unseen=index.unseen,
+        files=index.paths.difference(images),
+    )
 
 
 def _locate(
@@ -128,15 +141,18 @@ def _regions(table: pd.DataFrame, spec: Region, path: Path) -> "pd.Series[str]":
 
 def _read_folders(recipe: Recipe, root: Path) -> Listing:
     assert recipe.folders is not None
-    pattern = recipe.folders.pattern
+    pattern = normalise(recipe.folders.pattern)
     matcher = _compile(pattern, recipe.path)
     index = ImageIndex(root)
-    matches = {path: found for path in sorted(index.paths) if (found := matcher.fullmatch(path))}
+    names = [*sorted(index.paths), *index.others]
+    matches = {name: found for name in names if (found := matcher.fullmatch(plain_path(name)))}
     if not matches:
         example = f"; the first of {len(index.paths)} is {min(index.paths)}" if index.paths else ""
-        raise RecipeError(f"no image below {root} fits the pattern {pattern!r}{example}.")
+        unseen = "".join(f" {warning}." for warning in index.unseen)
+        raise RecipeError(f"no image below {root} fits the pattern {pattern!r}{example}.{unseen}")
     table = pd.DataFrame([found.groupdict() for found in matches.values()])
-    table.insert(0, "image", list(matches))
+    files = {index.others.get(name, name): name for name in reversed(matches)}
+    table.insert(0, "image", [files[index.others.get(name, name)] for name in matches])
     _check_fields(recipe, table)
     rows = table[["image"]].assign(name=table["image"].str.rpartition("/")[2])
     rows["patient"] = table.get("patient", "")
@@ -148,8 +164,25 @@ def _read_folders(recipe: Recipe, root: Path) -> Listing:
     rows["split"] = table.get("split", "")
     for name in table.columns.difference([*rows.columns, "label"], sort=False):
         rows[name] = table[name]
+    rows = _merge_names(rows, list(matches), root)
     is_found = pd.Series(data=True, index=rows.index)
-    return Listing(rows, is_found, index.unlisted(rows["image"], "the pattern"))
+    return Listing(rows, is_found, index.unlisted(files, "the pattern"), unseen=index.unseen)
+
+
+def _merge_names(rows: pd.DataFrame, names: list[str], root: Path) -> pd.DataFrame:
+    """Keep a file once that has several names through links, unless they contradict each other."""
+    again = rows["image"].duplicated()
+    columns = [name for name in rows.columns if name not in ("image", "name")]
+    first = rows[~again].set_index("image")[columns].reindex(rows["image"])
+    differs = rows[columns].to_numpy() != first.to_numpy()
+    lines = [
+        f"{name} is the file {image}, but for its {', '.join(np.array(columns)[torn])}"
+        for name, image, torn in zip(names, rows["image"], differs, strict=True)
+        if torn.any()
+    ]
+    remedy = "links give files a second name that says something else; take away one of the two:"
+    refuse(lines, str(root), remedy)
+    return rows[~again]
 
 
 def _compile(pattern: str, path: Path) -> re.Pattern[str]:

@@ -29,6 +29,7 @@ __all__ = [
 ]
 
 LAYOUTS = ("mura", "table", "folders", "dicom")
+DICOM_INTENTS = ("presentation", "processing", "both")
 DICOM_MATCHES = ("file", "instance", "study", "accession")
 MEANINGS = {"normal": "0", "abnormal": "1", "unknown": ""}
 """What a value may mean in `[label]`, and how a table of a manifest writes it."""
@@ -57,6 +58,9 @@ class Table:
     image_pattern : str
         The path of an image that is not there, for builds from tables alone, with columns in
         braces: "images/{image_id}". Empty: what column `image` holds.
+    rows : str
+        "equal": several rows of one image must say the same. "any": it is abnormal if any row is,
+        else unknown if any is; covariates in which the rows differ become empty.
     """
 
     file: str
@@ -66,6 +70,7 @@ class Table:
     covariates: tuple[str, ...] = ()
     below: tuple[str, ...] = ()
     image_pattern: str = ""
+    rows: str = "equal"
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,11 @@ class Dicom:
     match : str
         What that column holds: "file" (a path below the root, or a file's name or stem),
         "instance" (SOPInstanceUID), "study" (StudyInstanceUID), "accession" (AccessionNumber).
+    rows : str
+        What several rows of one image or study come to, as in `[table]`.
+    intent : str
+        Which rendering of an exposure is kept where there is one FOR PRESENTATION and one FOR
+        PROCESSING: "presentation", "processing", or "both".
     """
 
     identifiers: str = "hash"
@@ -109,6 +119,8 @@ class Dicom:
     table: str = ""
     column: str = ""
     match: str = "file"
+    rows: str = "equal"
+    intent: str = "presentation"
 
 
 @dataclass(frozen=True)
@@ -282,6 +294,9 @@ def _check(recipe: Recipe) -> None:
     _refuse_other(f"{where}: layout", recipe.layout, LAYOUTS)
     _refuse_other(f"{where}: label_level", recipe.label_level, LABEL_LEVELS)
     _check_sections(recipe, where)
+    for name, section in (("table", recipe.table), ("dicom", recipe.dicom)):
+        if section:
+            _refuse_other(f"{where}, [{name}]: rows", section.rows, ("equal", "any"))
     if recipe.layout == "dicom":
         _check_dicom(recipe, recipe.dicom or Dicom(), where)
     if recipe.label:
@@ -340,6 +355,7 @@ def _check_sections(recipe: Recipe, where: str) -> None:
 def _check_dicom(recipe: Recipe, dicom: Dicom, where: str) -> None:
     _refuse_other(f"{where}, [dicom]: identifiers", dicom.identifiers, ("hash", "keep"))
     _refuse_other(f"{where}, [dicom]: match", dicom.match, DICOM_MATCHES)
+    _refuse_other(f"{where}, [dicom]: intent", dicom.intent, DICOM_INTENTS)
     has_label = bool(recipe.label and recipe.label.column)
     if not bool(dicom.table) == bool(dicom.column) == has_label == (recipe.label is not None):
         raise RecipeError(
