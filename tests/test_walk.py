@@ -98,7 +98,7 @@ def test_what_cannot_be_read_is_named_in_every_layout(
     folder, file, code, warnings, said = closed[layout]
     assert code == 0
     for expected in (
-        f"1 place below the image root is unreadable, with all that may be in it: {folder} "
+        f"1 place below the image root is unreadable, so what may be there is lost: {folder} "
         "(Permission denied)",
         f"1 file cannot be read and was left out: {file} (Permission denied)",
     ):
@@ -166,6 +166,30 @@ def test_a_second_name_of_a_folder_gives_no_image_twice(tmp_path: Path, layout: 
         (tmp_path / "root" / name).symlink_to(folder.name)
     rows = build(tmp_path, recipe).manifest.rows
     assert rows[["image", "sha256"]].equals(whole[["image", "sha256"]])
+
+
+def test_folders_that_link_to_each_other_are_entered_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path.resolve()
+    for i, name in enumerate(("a", "b", ".c")):
+        image(root / name / f"{i}.png", i)
+    for name in ("a", "b", ".c"):
+        for other in ("a", "b", ".c"):
+            (root / name / f"to{other}").symlink_to(f"../{other}")
+    entered: list[str] = []
+    scan = os.scandir
+
+    def count(path: str) -> Any:
+        entered.append(path)
+        assert len(entered) < 100, "it goes round in circles"
+        return scan(path)
+
+    monkeypatch.setattr("os.scandir", count)
+    index = ImageIndex(root)
+    assert index.paths == {"a/0.png", "b/1.png", "a/to.c/2.png"}
+    assert index.unseen == []
+    assert len(entered) == 1 + 2 + 3  # the root, its folders, and each behind a link
 
 
 def test_of_two_names_a_pattern_takes_the_one_that_fits(tmp_path: Path) -> None:

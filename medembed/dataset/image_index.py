@@ -158,7 +158,7 @@ class _Walk:
         unread = [f"{name} ({reason})" for name, reason in self._unread.values()]
         kinds = [
             (self._missing, "folder", "of `below` in [table]", "not below the image root"),
-            (unread, "place", "below the image root", "unreadable, with all that may be in it"),
+            (unread, "place", "below the image root", "unreadable, so what may be there is lost"),
             (self._outside, "link", "out of the image root", "not followed; give as --image-root a "
              "folder that holds everything, without such links"),
             (self._broken, "link", "to nowhere", "passed by"),
