@@ -98,7 +98,7 @@ def test_what_cannot_be_read_is_named_in_every_layout(
     folder, file, code, warnings, said = closed[layout]
     assert code == 0
     for expected in (
-        f"1 place below the image root is unreadable, so what may be there is lost: {folder} "
+        f"1 place below the image root is unreadable, and may hold more: {folder} "
         "(Permission denied)",
         f"1 file cannot be read and was left out: {file} (Permission denied)",
     ):

@@ -2,6 +2,7 @@
 
 import os
 import posixpath
+import re
 from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,6 +15,10 @@ __all__ = ["SUFFIXES", "ImageIndex", "plain_path"]
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".dcm", ".dicom"}
 
+PLAIN = re.compile(
+    r"[\w-][\w.-]*(?:/[\w-][\w.-]*)*", re.ASCII
+)  # most paths; the others take longer
+
 
 def plain_path(text: str) -> str:
     r"""Return the spelling that two paths are compared by.
@@ -21,6 +26,8 @@ def plain_path(text: str) -> str:
     `\` becomes `/`; parts that are empty or `.` go; each part is brought to NFC and loses the
     blanks around it. A path that begins with `/` still does.
     """
+    if PLAIN.fullmatch(text):
+        return text
     parts = (normalise(part) for part in text.replace("\\", "/").split("/"))
     path = "/".join(part for part in parts if part not in ("", "."))
     return f"/{path}" if text.startswith(("/", "\\")) else path
@@ -66,7 +73,7 @@ class ImageIndex:
         odd = [ascii(name) for name in names if not is_unicode(name)]
         refuse(odd, str(root), "file names that are not valid Unicode; rename the files:")
         self._spelt: dict[str, list[str]] = defaultdict(list)  # only where a spelling differs
-        self._named: dict[str, list[str]] = defaultdict(list)
+        self._named: dict[str, dict[str, None]] = defaultdict(dict)
         for name in names:
             path = self.others.get(name, name)
             plain = plain_path(name)
@@ -74,12 +81,11 @@ class ImageIndex:
                 self._spelt[plain].append(path)
             last = posixpath.basename(plain)
             for key in (last, normalise(last.rpartition(".")[0])):
-                if path not in self._named[key]:
-                    self._named[key].append(path)
+                self._named[key][path] = None
 
     def find(self, value: str) -> list[str]:
         """Return the files that `value` may mean: one path, or all files of that name or stem."""
-        return self.find_path(value) or self._named.get(plain_path(value), [])
+        return self.find_path(value) or list(self._named.get(plain_path(value), ()))
 
     def find_path(self, value: str) -> list[str]:
         """Return the files whose path `value` is, in any spelling: one, or those that differ in it.
@@ -158,7 +164,7 @@ class _Walk:
         unread = [f"{name} ({reason})" for name, reason in self._unread.values()]
         kinds = [
             (self._missing, "folder", "of `below` in [table]", "not below the image root"),
-            (unread, "place", "below the image root", "unreadable, so what may be there is lost"),
+            (unread, "place", "below the image root", "unreadable, and may hold more"),
             (self._outside, "link", "out of the image root", "not followed; give as --image-root a "
              "folder that holds everything, without such links"),
             (self._broken, "link", "to nowhere", "passed by"),

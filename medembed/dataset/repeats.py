@@ -1,5 +1,6 @@
 """Several rows that speak of one image or study become one, or are refused."""
 
+import numpy as np
 import pandas as pd
 
 from medembed.dataset.listing import count_of, first_names, refuse
@@ -8,6 +9,7 @@ __all__ = ["EQUAL", "merge_rows"]
 
 EQUAL, ANY = "equal", "any"  # what `rows` of a recipe may say
 WORDS = {"0": "normal", "1": "abnormal", "": "unknown"}
+RANKS = ("0", "", "1")  # Kleene's "or" is the highest of them
 FIXED = ("patient", "study", "region", "split")  # of which an image has one
 
 
@@ -50,7 +52,7 @@ def merge_rows(
     is_repeat = rows[key].duplicated() & (rows[key] != "")
     if not is_repeat.any():
         return rows, []
-    shared = rows[rows[key].isin(rows[key][is_repeat])]
+    shared = rows[rows[key].duplicated(keep=False) & (rows[key] != "")]
     torn = _differing(shared, key)
     for column in FIXED:
         _refuse_torn(shared, key, column, torn.pop(column, []), source, (
@@ -61,19 +63,23 @@ def merge_rows(
             _refuse_torn(shared, key, column, keys, source, _way_out(column, section, noun))
     first = rows[~is_repeat].copy()
     for column, keys in torn.items():
-        own = shared[shared[key].isin(keys)].groupby(key, sort=False)[column]
-        merged = own.agg(_any_label) if column == "label" else own.agg(lambda _: "")
-        at = first[key].isin(keys)
-        first.loc[at, column] = first.loc[at, key].map(merged)
+        at = first[key].map(set(keys).__contains__).astype(bool)
+        labels = first.loc[at, key].map(_any_label(shared, key))
+        first.loc[at, column] = labels if column == "label" else ""
     return first, _notices(shared, key, torn, source, noun)
 
 
 def _differing(shared: pd.DataFrame, key: str) -> dict[str, list[str]]:
     """Return the keys in which rows differ, by column."""
-    columns = [name for name in shared.columns if name not in (key, "name")]
-    counts = shared.groupby(key, sort=False)[columns].nunique()
-    return {name: counts.index[counts[name] > 1].tolist() for name in columns
-            if (counts[name] > 1).any()}  # fmt: skip
+    codes, names = pd.factorize(shared[key])
+    first = np.unique(codes, return_index=True)[1]
+    torn = {}
+    for column in shared.columns.drop([key, "name"], errors="ignore"):
+        values = pd.factorize(shared[column])[0]
+        differs = np.unique(codes[values != values[first][codes]])
+        if len(differs):
+            torn[column] = list(names[differs])
+    return torn
 
 
 def _refuse_torn(
@@ -103,9 +109,10 @@ def _way_out(column: str, section: str, noun: str) -> str:
     )
 
 
-def _any_label(labels: "pd.Series[str]") -> str:
-    found = set(labels)
-    return "1" if "1" in found else "" if "" in found else "0"
+def _any_label(shared: pd.DataFrame, key: str) -> "pd.Series[str]":
+    """Return the label of each image, by its key."""
+    ranks = shared["label"].map(RANKS.index).groupby(shared[key], sort=False).max()
+    return ranks.map(dict(enumerate(RANKS)))
 
 
 def _notices(
