@@ -1,6 +1,7 @@
 """The oracle is transformers' own model and image processor, on small random checkpoints."""
 
 import contextlib
+import copy
 import io
 import json
 import shutil
@@ -13,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from medembed.dataset.images import decode_image
 from medembed.encoders.loading import (
@@ -21,10 +23,12 @@ from medembed.encoders.loading import (
     load_encoder,
     take_own_gpu,
 )
-from medembed.encoders.preprocessing import prepare
+from medembed.encoders.precision import set_precision
+from medembed.encoders.preprocessing import Preprocessing, prepare
 from medembed.encoders.protocol import Encoder
 from medembed.encoders.siglip import SiglipEncoder
 from medembed.errors import EncoderError
+from medembed.extraction.canary import check_canary, lay_canary
 
 SIZE = 32
 VISION = {
@@ -398,6 +402,63 @@ def test_bf16_computes_in_bf16_and_pools_in_fp32(gemma: tuple[Path, Any]) -> Non
     assert 0 < np.abs(rough["mean"] - exact["mean"]).max() < 0.1
     rounded = torch.from_numpy(rough["mean"]).to(torch.bfloat16).float().numpy()
     assert not np.array_equal(rounded, rough["mean"])  # a mean taken in bf16 would be
+
+
+def test_bf16_rounds_factors_and_never_the_residual_stream(gemma: tuple[Path, Any]) -> None:
+    encoder: Any = load_encoder(gemma[0], device="cpu", precision="bf16")
+    seen: dict[str, torch.dtype] = {}
+
+    def watch(name: str) -> Any:
+        def hook(module: Any, inputs: Any, output: Any) -> None:
+            output = output[0] if isinstance(output, tuple) else output
+            if isinstance(output, torch.Tensor):
+                seen[name] = output.dtype
+
+        return hook
+
+    for name, module in encoder.model.named_modules():
+        module.register_forward_hook(watch(name))
+    embed(encoder, random_images(1))
+    products = [n for n in seen if n.endswith(("_proj", "fc1", "fc2"))]
+    exact = [n for n in seen if "norm" in n or n.rpartition(".")[2].isdigit() or n == "embeddings"]
+    assert len(products) > 6
+    assert {seen[n] for n in products} == {torch.bfloat16}
+    assert len(exact) > 4
+    assert {seen[n] for n in exact} == {torch.float32}
+
+
+def test_fp32_sums_bring_bf16_nearer_to_fp32() -> None:
+    """Against the same tower with everything in bfloat16, as the canary measures it."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 12}
+    config = SiglipVisionConfig(
+        **sizes, num_attention_heads=4, image_size=112, patch_size=14, vision_use_head=False
+    )
+    model = SiglipVisionModel(config).to(torch.bfloat16).float()  # as checkpoints are stored
+    half = (0.5, 0.5, 0.5)
+    known = {
+        "preprocessing": Preprocessing(112, 112, "stretch", "bilinear", half, half, 1 / 255),
+        "fingerprint": "0" * 64,
+        "source": "made",
+    }
+
+    class AllRounded(SiglipEncoder):
+        def see(self, pixels: torch.Tensor) -> Any:
+            return self.features(self.normalise(pixels).to(torch.bfloat16))
+
+    poolings = ["mean", "max", "grid4"]
+    document = lay_canary(SiglipEncoder(copy.deepcopy(model), **known), poolings)
+    rounded = AllRounded(copy.deepcopy(model).to(torch.bfloat16), precision="bf16", **known)
+    set_precision(model, "bf16")
+    ours = SiglipEncoder(model, precision="bf16", **known)
+    for pooling in poolings:
+        far, near = (
+            check_canary(
+                document, encoder, [pooling], batch_size=4, there={}, here={}, cache_path="cache"
+            )
+            for encoder in (rounded, ours)
+        )
+        assert near < 0.7 * far
 
 
 def edit_tensors(source: Path, target: Path, edit: Callable[[dict[str, Any]], None]) -> Path:

@@ -14,6 +14,7 @@ from medembed.encoders import devices
 from medembed.encoders.devices import Cuda, InTurn, Lanes, device_of
 from medembed.encoders.loading import load_encoder
 from medembed.encoders.poolings import Features, token_poolings
+from medembed.encoders.precision import set_precision
 from medembed.encoders.preprocessing import Preprocessing
 from medembed.encoders.protocol import Encoder, PipelinedEncoder
 from medembed.encoders.torch_encoder import TorchEncoder
@@ -49,8 +50,6 @@ class PatchEncoder(TorchEncoder):
 
 def make(preprocessing: Preprocessing = GREY, precision: str = "fp32", **known: Any) -> Any:
     model = known.pop("model", None) or Patches()
-    if precision == "bf16":
-        model = model.to(torch.bfloat16)
     known = {"fingerprint": "0" * 64, "source": "patches", "precision": precision, **known}
     return PatchEncoder(model, preprocessing, **known)
 
@@ -139,16 +138,29 @@ def test_a_row_that_is_not_finite_is_named(pooling: str) -> None:
         make(steep, model=model).encode(pixels, [pooling])
 
 
-def test_bf16_runs_the_tower_in_bf16_and_gives_fp32() -> None:
+def test_bf16_multiplies_in_bf16_and_keeps_all_else_in_fp32() -> None:
     seen = []
 
     class Watched(Patches):
-        def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-            seen.append(pixel_values.dtype)
-            return super().forward(pixel_values)
+        def __init__(self) -> None:
+            super().__init__()
+            self.same = torch.nn.Linear(48, 48, bias=False)
+            self.same.weight.data = torch.eye(48)
 
-    rows = make(precision="bf16", model=Watched()).encode(batch(), ["mean"])["mean"]
-    assert seen == [torch.bfloat16]
+        def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+            tokens = super().forward(pixel_values)
+            product = self.same(tokens)
+            seen.append((tokens.dtype, product.dtype))
+            return product
+
+    model = Watched()
+    set_precision(model, "bf16")
+    assert {name: t.dtype for name, t in model.state_dict().items()} == {
+        "scale": torch.float32,
+        "same.weight": torch.bfloat16,
+    }
+    rows = make(precision="bf16", model=model).encode(batch(), ["mean"])["mean"]
+    assert seen == [(torch.float32, torch.bfloat16)]
     assert rows.dtype == np.float32
     assert 0 < np.abs(rows - expected(batch(), GREY).mean(axis=1)).max() < 0.01
 

@@ -14,6 +14,7 @@ from torch.nn.functional import mse_loss
 from medembed.autoencoding.images import TrainingImages
 from medembed.encoders.autoencoder import Architecture, Autoencoder
 from medembed.encoders.devices import Lanes
+from medembed.encoders.precision import arithmetic
 from medembed.encoders.preprocessing import Preprocessing, channel_levels
 from medembed.errors import DeviceMemoryError, EncoderError
 from medembed.schedule import rate_at
@@ -225,9 +226,7 @@ class Training:
 
     def _loss(self, pixels: Tensor) -> Tensor:
         grey = pixels[:, None]
-        with torch.autocast(
-            self._asked.device, torch.bfloat16, enabled=self._asked.precision == "bf16"
-        ):
+        with arithmetic(self._asked.device, self._asked.precision):
             drawn = self._model(self._levels[grey.int()])
         return mse_loss(drawn.float(), grey.float() / 255)
 

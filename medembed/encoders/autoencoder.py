@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from medembed.encoders.poolings import Features, token_poolings
+from medembed.encoders.precision import stored_dtypes
 from medembed.encoders.preprocessing import FITS, RESAMPLES, Preprocessing
 from medembed.encoders.tensors import Digest, read_part
-from medembed.encoders.torch_encoder import DTYPES, TorchEncoder
+from medembed.encoders.torch_encoder import TorchEncoder
 from medembed.encoders.weights import AUTOENCODER_TYPE, read_json
 from medembed.errors import EncoderError
 
@@ -231,10 +232,10 @@ def load_autoencoder(
     with torch.device("meta"):
         model = CodeEncoder(architecture)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    state = {}
+    dtypes, state = stored_dtypes(model, precision), {}
     for name, dtype, tensor in read_part(directory, shapes, source, "encoder"):
         digest.add_tensor(name, dtype, tensor)
-        state[name] = tensor.to(device=device, dtype=DTYPES[precision])
+        state[name] = tensor.to(device, dtypes[name])
     model.load_state_dict(state, strict=True, assign=True)
     known: dict[str, Any] = {"source": source, "revision": revision, "device": device}
     return AutoencoderEncoder(

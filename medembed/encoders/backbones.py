@@ -14,9 +14,10 @@ from transformers.utils import logging
 
 from medembed.encoders.changes import INTEGERS, Changes, put_in
 from medembed.encoders.poolings import Features, token_poolings
+from medembed.encoders.precision import set_precision
 from medembed.encoders.preprocessing import Preprocessing
 from medembed.encoders.tensors import Digest, open_tensors, read_tensor
-from medembed.encoders.torch_encoder import DTYPES, TorchEncoder
+from medembed.encoders.torch_encoder import TorchEncoder
 from medembed.encoders.weights import INDEX_FILE, WEIGHTS_FILE, weight_files
 from medembed.errors import EncoderError
 
@@ -242,7 +243,7 @@ def _load(
         raise EncoderError(f"{source} holds {INDEX_FILE} and {WEIGHTS_FILE}. Keep one of the two.")
     try:
         with _quiet():
-            model, report = _from_pretrained(directory, config, precision, changes)
+            model, report = _from_pretrained(directory, config, changes)
     except Exception as error:  # of many kinds, by transformers' version
         raise EncoderError(f"{source} cannot be loaded: {_line(error)}") from error
     missing = sorted(name for name in report["missing_keys"] if not name.endswith(_IDLE))
@@ -253,13 +254,14 @@ def _load(
     _refuse_extra(report["unexpected_keys"], model.base_model_prefix, source)
     if without:
         model.pooler = None  # transformers has filled it with random numbers
+    set_precision(model, precision)
     return model, not without
 
 
 def _from_pretrained(
-    directory: Path, config: Any, precision: str, changes: Changes | None
+    directory: Path, config: Any, changes: Changes | None
 ) -> tuple[Any, dict[str, Any]]:
-    known: dict[str, Any] = {"config": config, "dtype": DTYPES[precision]}
+    known: dict[str, Any] = {"config": config, "dtype": torch.float32}
     known |= {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
     if changes is None:
         found: tuple[Any, dict[str, Any]] = AutoModel.from_pretrained(  # nosec B615 # local files

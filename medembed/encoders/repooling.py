@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from medembed.encoders.poolings import Features, pool, token_poolings
-from medembed.encoders.torch_encoder import DTYPES, TorchEncoder
+from medembed.encoders.precision import arithmetic
+from medembed.encoders.torch_encoder import TorchEncoder
 from medembed.errors import EncoderError
 
 __all__ = ["refuse_unpoolable", "repool"]
@@ -32,11 +33,12 @@ def repool(
     Tensor
         float32 (n, columns of all poolings): side by side, cells one after the other.
     """
-    vectors = {
-        name: _pool_by_tower(encoder, tokens, grid, name)
-        for name in poolings
-        if name not in token_poolings(0, grid)
-    }
+    with arithmetic(encoder.device, encoder.precision):
+        vectors = {
+            name: _pool_by_tower(encoder, tokens, grid, name)
+            for name in poolings
+            if name not in token_poolings(0, grid)
+        }
     pooled = pool(Features(tokens, grid, vectors), poolings)
     return torch.cat([pooled[name].flatten(1) for name in poolings], dim=1)
 
@@ -67,7 +69,6 @@ def _pool_by_tower(
     encoder: TorchEncoder, tokens: torch.Tensor, grid: tuple[int, int], name: str
 ) -> torch.Tensor:
     model: Any = encoder.model
-    tokens = tokens.to(DTYPES[encoder.precision])
     if name == "projector":
         vectors: torch.Tensor = encoder.projector(tokens)  # type: ignore[attr-defined]
     elif (head := getattr(model, "head", None)) is not None:  # SigLIP's, by attention

@@ -13,9 +13,10 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3MultiModalProjector
 
 from medembed.encoders.changes import Changes, put_in
 from medembed.encoders.poolings import Features, token_poolings
+from medembed.encoders.precision import stored_dtypes
 from medembed.encoders.preprocessing import Preprocessing
 from medembed.encoders.tensors import Digest, read_part
-from medembed.encoders.torch_encoder import DTYPES, TorchEncoder
+from medembed.encoders.torch_encoder import TorchEncoder
 from medembed.encoders.weights import (
     Part,
     canonical_name,
@@ -128,7 +129,7 @@ def load_siglip(
     digest, base = Digest(), Digest()
     for each in (digest, base):
         each.add({key: getattr(config, key) for key in _ARCHITECTURE})
-    to = {"device": device, "dtype": DTYPES[precision]}
+    to = {"device": device, "precision": precision}
     with torch.device("meta"):
         model = SiglipVisionModel(config)
     names = {str(canonical_name(name)): name for name in model.state_dict()}
@@ -162,7 +163,7 @@ def load_siglip(
 
 
 def _load_projector(
-    directory: Path, vision: Any, digest: Digest, source: str, to: Mapping[str, Any]
+    directory: Path, vision: Any, digest: Digest, source: str, to: Mapping[str, str]
 ) -> Any:
     config = read_json(directory / "config.json")
     text = config.get("text_config")
@@ -204,12 +205,13 @@ def _fill(
     names: Mapping[str, str],
     digest: Digest,
     tensors: Iterable[tuple[str, str, torch.Tensor]],
-    to: Mapping[str, Any],
+    to: Mapping[str, str],
 ) -> None:
+    dtypes = stored_dtypes(module, to["precision"])
     state = {}
     for name, dtype, tensor in tensors:
         digest.add_tensor(name, dtype, tensor)
-        state[names[name]] = tensor.to(**to)
+        state[names[name]] = tensor.to(to["device"], dtypes[names[name]])
     module.load_state_dict(state, strict=True, assign=True)
 
 

@@ -11,6 +11,7 @@ import torch
 
 from medembed.encoders.devices import Rows, device_of
 from medembed.encoders.poolings import Features, pool
+from medembed.encoders.precision import arithmetic
 from medembed.encoders.preprocessing import Preprocessing, channel_levels
 from medembed.encoders.protocol import Encoder
 from medembed.encoders.weights import Part
@@ -19,9 +20,8 @@ from medembed.errors import DeviceMemoryError, EncoderError
 if TYPE_CHECKING:
     from medembed.encoders.bases import Origin
 
-__all__ = ["DTYPES", "TorchEncoder"]
+__all__ = ["TorchEncoder"]
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # A tower compiled by torch is 15 to 25 % faster at this shape (timm's tables), so 0.13 of the
 # time goes away at the least; compiling takes about a minute.
 COMPILING_SAVES = 0.13
@@ -36,7 +36,8 @@ class TorchEncoder(ABC):
     Parameters
     ----------
     model : torch.nn.Module
-        The tower on its device, in its precision, called by `tower` as model(pixel_values=…).
+        The tower on its device, its weights as `precision.stored_dtypes` has them, called by
+        `tower` as model(pixel_values=…).
     preprocessing : Preprocessing
         What its images went through.
     fingerprint, source, revision, device, precision
@@ -81,7 +82,7 @@ class TorchEncoder(ABC):
         levels = channel_levels(preprocessing)
         # Asked here, not of the device: the answer would hold up the host at every batch.
         self._alike = bool((levels == levels[0]).all())
-        self._levels = torch.from_numpy(levels).to(device=device, dtype=DTYPES[precision])
+        self._levels = torch.from_numpy(levels).to(device)
 
     @property
     @abstractmethod
@@ -95,7 +96,8 @@ class TorchEncoder(ABC):
         Parameters
         ----------
         pixel_values : Tensor
-            (n, 3, height, width), normalised, on the device and in its precision.
+            (n, 3, height, width), normalised, on the device. Called in the tower's
+            `precision.arithmetic`.
         """
 
     @property
@@ -202,7 +204,18 @@ class TorchEncoder(ABC):
 
     @torch.inference_mode()
     def _compute(self, pixels: torch.Tensor, poolings: Sequence[str]) -> dict[str, torch.Tensor]:
-        return pool(self.features(self.normalise(pixels)), poolings)
+        return pool(self.see(pixels), poolings)
+
+    def see(self, pixels: torch.Tensor) -> Features:
+        """Run the tower on grey levels, in its precision; gradients are the caller's choice.
+
+        Parameters
+        ----------
+        pixels : Tensor
+            uint8 (n, height, width), prepared, on the device.
+        """
+        with arithmetic(self.device, self.precision):
+            return self.features(self.normalise(pixels))
 
     def canonical_name(self, stored: str) -> str | None:
         """Give the name that a tensor of a checkpoint has in the fingerprint; None of no part."""
@@ -223,7 +236,7 @@ class TorchEncoder(ABC):
         Returns
         -------
         Tensor
-            (n, 3, height, width) in the tower's precision.
+            (n, 3, height, width), float32.
         """
         index = pixels.int()
         if self._alike:

@@ -1,8 +1,7 @@
 """The tower and the head as one network, from grey images, a trunk's tokens or pooled vectors."""
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from medembed.encoders.poolings import pool
+from medembed.encoders.precision import arithmetic
 from medembed.encoders.torch_encoder import TorchEncoder
 from medembed.finetuning.adapters import add_adapters, merge_adapters
 from medembed.finetuning.blocks import keep_top, recompute, set_modes, unfreeze
@@ -143,7 +143,10 @@ class Network(nn.Module):
             On the device: uint8 (n, height, width), or a trunk's tokens, (n, …).
         """
         is_frozen = not self.trained_names
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen), self._autocast():
+        with (
+            torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen),
+            arithmetic(self.encoder.device, self.recipe.precision),
+        ):
             pixels = images.float() if self._from_tokens else self.encoder.normalise(images)
             pooled = pool(self.encoder.features(pixels), self.poolings)
         return torch.cat([pooled[name] for name in self.poolings], dim=1)
@@ -187,14 +190,6 @@ class Network(nn.Module):
         stored = self.tower.state_dict()
         names = [name for name, _ in self.tower.named_buffers() if name in stored]
         return [name for name in names if name.rpartition(".")[0] in learning]
-
-    @contextmanager
-    def _autocast(self) -> Iterator[None]:
-        if self.recipe.precision == "fp32":
-            yield
-            return
-        with torch.autocast(self.encoder.device, dtype=torch.bfloat16):
-            yield
 
 
 def copy_encoder(encoder: TorchEncoder) -> TorchEncoder:

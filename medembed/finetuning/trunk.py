@@ -7,9 +7,8 @@ verified and resumed as any cache is.
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -19,6 +18,7 @@ from medembed.cache.keys import keys_from_column
 from medembed.cache.mapped import MappedRows, map_rows
 from medembed.cache.store import Cache, create_cache, open_cache
 from medembed.dataset.manifest import Manifest
+from medembed.encoders.precision import arithmetic
 from medembed.encoders.torch_encoder import TorchEncoder
 from medembed.errors import CacheError, TrainingDataError
 from medembed.extraction import extract, spec_of
@@ -71,10 +71,7 @@ class TrunkEncoder:
 
     def encode(self, pixels: np.ndarray, poolings: Sequence[str]) -> dict[str, np.ndarray]:
         """Give the tokens of prepared images, float32 (n, …); see `protocol.Encoder.encode`."""
-        autocast: Any = nullcontext()
-        if self.precision == "bf16":
-            autocast = torch.autocast(self.device, dtype=torch.bfloat16)
-        with torch.inference_mode(), autocast:
+        with torch.inference_mode(), arithmetic(self.device, self.precision):
             images = torch.from_numpy(np.array(pixels)).to(self.device)
             seen = self._encoder.model(pixel_values=self._encoder.normalise(images))
             return {TOKENS: seen.last_hidden_state.float().cpu().numpy()}

@@ -170,7 +170,7 @@ class Explainer:
     def _tokens(self, pixels: np.ndarray) -> tuple[torch.Tensor, tuple[int, int]]:
         on_device = torch.from_numpy(np.ascontiguousarray(pixels)).to(self.encoder.device)
         with torch.no_grad():
-            seen = self.encoder.features(self.encoder.normalise(on_device))
+            seen = self.encoder.see(on_device)
             tokens = seen.tokens.float()
         if not bool(torch.isfinite(tokens).all()):
             raise EncoderError(
