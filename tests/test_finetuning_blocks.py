@@ -21,7 +21,7 @@ from medembed.finetuning.blocks import (
     set_modes,
     unfreeze,
 )
-from medembed.finetuning.network import HeadNet, Network, blank_start, copy_encoder
+from medembed.finetuning.network import HeadNet, Network, blank_start
 from medembed.finetuning.recipe import Depth, Recipe, read_depths
 
 N_BLOCKS = {"ConvNext": 2, "ConvNextV2": 2, "ResNet": 2, "Swin": 3, "Swinv2": 3}
@@ -194,7 +194,7 @@ def test_trunk_and_top_make_the_whole(gemma: Path, towers: dict[str, Path], fami
     size = encoder.preprocessing
     pixels = np.random.default_rng(0).integers(0, 256, (3, size.height, size.width), np.uint8)
     images = encoder.normalise(torch.from_numpy(pixels))
-    trunk, top = copy_encoder(encoder), copy_encoder(encoder)
+    trunk, top = encoder.copy(), encoder.copy()
     cut_trunk(trunk, 1)
     keep_top(top, 1)
     with torch.no_grad():

@@ -29,7 +29,7 @@ from medembed.extraction import extract
 from medembed.finetuning.adapters import add_adapters, alpha_of, find_projections
 from medembed.finetuning.adapting import adapt
 from medembed.finetuning.blocks import LORA_SHARE, cut_trunk, parameter_groups
-from medembed.finetuning.network import Network, blank_start, copy_encoder
+from medembed.finetuning.network import Network, blank_start
 from medembed.finetuning.recipe import Depth
 from medembed.heads.packaging import load_model
 from medembed.results.comparison import compare
@@ -159,7 +159,7 @@ def test_a_tower_with_new_adapters_is_what_it_was(home: Path) -> None:
     pixels = encoder.normalise(draw_pixels(encoder))
     torch.manual_seed(5)
     kept = torch.get_rng_state()
-    towers = [copy_encoder(encoder) for _ in range(3)]
+    towers = [encoder.copy() for _ in range(3)]
     for tower, seed in zip(towers, (0, 0, 1), strict=True):
         add_adapters(tower, Depth(2), 2, seed)
     assert torch.equal(torch.get_rng_state(), kept)
@@ -326,7 +326,7 @@ def count_operations(encoder: Any, lora: int | None, n_cut: int | None) -> int:
     network = Network(encoder, Depth(1), recipe, poolings, blank_start(width), n_cut)
     images = draw_pixels(encoder, 4)
     if n_cut is not None:
-        trunk = copy_encoder(encoder)
+        trunk = encoder.copy()
         cut_trunk(trunk, n_cut)
         images = trunk.model(pixel_values=encoder.normalise(images)).last_hidden_state
     network.set_training(True)

@@ -3,12 +3,14 @@
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from medembed.encoders import devices
 from medembed.encoders.devices import Cuda, InTurn, Lanes, device_of
@@ -18,6 +20,7 @@ from medembed.encoders.precision import set_precision
 from medembed.encoders.preprocessing import Preprocessing
 from medembed.encoders.protocol import Encoder, PipelinedEncoder
 from medembed.encoders.torch_encoder import TorchEncoder
+from medembed.encoders.tuning import Tuning
 from medembed.errors import DeviceMemoryError, EncoderError
 
 SIDE = 16
@@ -367,10 +370,10 @@ def test_cuda_queues_a_batch_and_waits_only_when_it_is_collected(
 
     def work(pixels: torch.Tensor) -> dict[str, torch.Tensor]:
         stand.calls.append("work")
-        flags.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
+        flags.append(tf32())
         return {"sum": pixels.float().sum(dim=(1, 2))}
 
-    before = (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
+    before = tf32()
     pixels = batch()
     collect = runner.submit(work, pixels)
     queued = ["on copies", "off", "wait for copies", "keep for the stream", "work", "record"]
@@ -378,21 +381,21 @@ def test_cuda_queues_a_batch_and_waits_only_when_it_is_collected(
     pixels[...] = 0
     assert np.array_equal(collect()["sum"], batch().sum(axis=(1, 2)))
     assert stand.calls == [*queued, "synchronize"]
-    assert flags == [(False, False)]  # fp32 is fp32
-    assert before == (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
+    assert flags == [("ieee", "ieee")]  # fp32 is fp32
+    assert before == tf32()
     assert runner.in_flight == 2
 
 
 def test_cudas_flags_are_put_back_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     Stand(monkeypatch)
-    before = torch.backends.cudnn.allow_tf32
+    before = tf32()
 
     def fail(pixels: torch.Tensor) -> dict[str, torch.Tensor]:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     with pytest.raises(DeviceMemoryError):
         Cuda("cpu").submit(fail, batch())
-    assert torch.backends.cudnn.allow_tf32 is before
+    assert tf32() == before
 
 
 @pytest.mark.parametrize(
@@ -437,6 +440,25 @@ def test_a_device_too_full_for_the_probe_gets_single_images(
     assert Cuda("cpu").choose_batch(run, 448 * 448, 100) == 1
 
 
+def tf32() -> tuple[str, str]:
+    """What torch's own interface says about products and convolutions."""
+    backends: Any = torch.backends
+    return backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision
+
+
+def test_an_older_torch_is_told_by_its_own_switches(monkeypatch: pytest.MonkeyPatch) -> None:
+    old: Any = SimpleNamespace(
+        cuda=SimpleNamespace(matmul=SimpleNamespace(allow_tf32=True)),
+        cudnn=SimpleNamespace(allow_tf32=True),
+    )
+    monkeypatch.setattr(torch, "backends", old)
+    with devices._full_precision():
+        assert not old.cuda.matmul.allow_tf32
+        assert not old.cudnn.allow_tf32
+    assert old.cuda.matmul.allow_tf32
+    assert old.cudnn.allow_tf32
+
+
 class StandRunner:
     """A device that takes `fits` images at most and a set time for a batch."""
 
@@ -460,6 +482,7 @@ class StandRunner:
 def on_cuda(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[float]]:
     clock = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
     encoder = make()
     encoder.device = "cuda"
     encoder._runner = StandRunner(clock)
@@ -471,16 +494,18 @@ def never(*_: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("n_images", "told"),
+    ("n_images", "seconds", "told"),
     [
-        (64 * 461, ["Warming up"]),  # 0.13 × 461 s = 59.9 s
-        (64 * 462, ["Warming up", "Compiling"]),  # 60.1 s
+        (64 * 461, 0.8, ["Warming up"]),  # 0.13 × 461 s = 59.9 s
+        (64 * 462, 0.8, ["Warming up", "Compiling"]),  # 60.1 s
+        (64 * 462, 1.1, ["Warming up", "Compiling", "Not compiled: it was not faster"]),
     ],
 )
 def test_the_tower_is_compiled_where_that_saves_more_than_it_takes(
     on_cuda: tuple[Any, list[float]],
     monkeypatch: pytest.MonkeyPatch,
     n_images: int,
+    seconds: float,
     told: list[str],
 ) -> None:
     encoder, _ = on_cuda
@@ -491,6 +516,7 @@ def test_the_tower_is_compiled_where_that_saves_more_than_it_takes(
 
         def compiled(pixel_values: torch.Tensor) -> Any:
             sizes.append(len(pixel_values))
+            encoder._runner.seconds = seconds
             return model(pixel_values=pixel_values)
 
         return compiled
@@ -499,12 +525,14 @@ def test_the_tower_is_compiled_where_that_saves_more_than_it_takes(
     words: list[str] = []
     assert encoder.warm_up(["mean"], n_images=n_images, tell=words.append) == 64
     assert words == told
-    compiled = "Compiling" in told
-    assert sizes == [64] * compiled
+    tried, compiled = "Compiling" in told, told[-1] == "Compiling"
+    assert sizes == [64, 64] * tried  # once to compile, then timed
+    assert encoder.describe()["compiled"] == compiled
+    sizes.clear()
     wanted = make().encode(batch(64), ["mean"])["mean"]
     assert np.array_equal(encoder.encode(batch(64), ["mean"])["mean"], wanted)
     encoder.encode(batch(5), ["mean"])  # of another size: would be compiled anew
-    assert sizes == [64, 64] * compiled
+    assert sizes == [64] * compiled
 
 
 def test_a_tower_that_cannot_be_compiled_runs_as_it_is(
@@ -516,7 +544,9 @@ def test_a_tower_that_cannot_be_compiled_runs_as_it_is(
         raise RuntimeError("no compiler for this device")
 
     monkeypatch.setattr(torch, "compile", lambda model, dynamic: fail)
-    assert encoder.warm_up(["mean"], n_images=10**6) == 64
+    words: list[str] = []
+    assert encoder.warm_up(["mean"], n_images=10**6, tell=words.append) == 64
+    assert words == ["Warming up", "Compiling", "Not compiled: no compiler for this device"]
     rows = encoder.encode(batch(64), ["mean"])["mean"]
     assert np.array_equal(rows, make().encode(batch(64), ["mean"])["mean"])
 
@@ -539,8 +569,64 @@ def test_towers_are_traced_whole_by_the_compiler() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (2, 128, 128), dtype=np.uint8)
     wanted = encoder.encode(pixels, ["mean"])["mean"]
     traced = torch.compile(encoder.model, dynamic=False, fullgraph=True, backend="eager")
-    encoder._compiled = (2, traced)
+    encoder.tuning = Tuning(encoder.model, compiled_for=2, _whole=traced)
     assert np.abs(encoder.encode(pixels, ["mean"])["mean"] - wanted).max() <= 1e-5
+
+
+def test_one_compiled_block_serves_them_all_and_only_its_size_of_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The tower's four blocks differ in their weights alone."""
+    encoder: Any = load_encoder("demo", device="cpu", precision="fp32")
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 128, 128), dtype=np.uint8)
+    wanted = encoder.encode(pixels, ["mean"])["mean"]
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    blocks = list(encoder.find_blocks()[1])
+    tuning = Tuning(encoder.model, blocks)
+
+    def timer() -> float:
+        encoder.encode(pixels, ["mean"])
+        return 1.0
+
+    encoder.tuning = tuning
+    tuning.compile(timer, n_images=10**6, batch_size=3, seconds=2.0, tell=lambda words: None)
+    assert len(blocks) == 4
+    assert counter.frame_count == 1
+    assert np.array_equal(encoder.encode(pixels, ["mean"])["mean"], wanted)
+    encoder.encode(pixels[:2], ["mean"])  # of another size: as it is
+    assert counter.frame_count == 1
+    assert encoder.copy().describe()["compiled"] is False
+    assert all(block._compiled_call_impl is None for block in encoder.copy().find_blocks()[1])
+
+
+def test_the_attention_kernel_is_the_one_with_the_fastest_batch(
+    on_cuda: tuple[Any, list[float]],
+) -> None:
+    encoder, clock = on_cuda
+    seen = []
+
+    class Watched(StandRunner):
+        def submit(self, work: Callable[..., Any], pixels: np.ndarray) -> Callable[[], Any]:
+            cuda = torch.backends.cuda
+            kernels = {
+                "flash": cuda.flash_sdp_enabled(),
+                "efficient": cuda.mem_efficient_sdp_enabled(),
+                "cudnn": cuda.cudnn_sdp_enabled(),
+            }
+            on = [name for name, enabled in kernels.items() if enabled]
+            seen.append(on)
+            if on == ["efficient"]:
+                raise RuntimeError("No available kernel. Aborting execution.")
+            self.seconds = 0.5 if on == ["flash"] else 0.7 if on == ["cudnn"] else 1.0
+            return super().submit(work, pixels)
+
+    encoder._runner = Watched(clock)
+    assert encoder.warm_up(["mean"], n_images=64) == 64
+    assert [on for on in seen if len(on) == 1][::2][:3] == [["cudnn"], ["flash"], ["efficient"]]
+    assert encoder.describe()["attention"] == "flash"
+    with encoder.tuning.active(64):
+        assert torch.backends.cuda.math_sdp_enabled()  # for a product that no other kernel does
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: its path is not run")

@@ -3,16 +3,27 @@
 import gc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from threading import Thread
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 
 from medembed.errors import DeviceMemoryError
 
-__all__ = ["Cuda", "Device", "InTurn", "Lanes", "Rows", "device_of"]
+__all__ = [
+    "Cuda",
+    "Device",
+    "InTurn",
+    "Lanes",
+    "Rows",
+    "current_gpu",
+    "device_of",
+    "guard_memory",
+    "is_memory_error",
+    "on_gpu",
+]
 
 Rows = dict[str, np.ndarray]
 Work = Callable[[torch.Tensor], dict[str, torch.Tensor]]
@@ -22,8 +33,13 @@ MEGA = 896 * 896  # pixels of the largest tower's input
 MAX_PIXELS = {"cpu": MEGA, "other": 8 * MEGA, "cuda": 64 * MEGA}
 MAX_BATCH = {"cpu": 8, "other": 8, "cuda": 512}
 MEMORY_SHARE = 0.8  # of the free memory; the rest is for fragments, and for others
-# torch raises MemoryError or RuntimeError, by allocator; these are their words.
-_NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate")
+# torch raises MemoryError or RuntimeError, by allocator; these are their words. A library that
+# finds no room for its handle or workspace says so in its own.
+_NO_MEMORY = (
+    *("out of memory", "not enough memory", "can't allocate memory", "cannot allocate"),
+    *("cublas_status_alloc_failed", "cublas_status_not_initialized"),
+    *("cudnn_status_alloc_failed", "cusolver_status_alloc_failed", "cudaerrormemoryallocation"),
+)
 
 
 class Device(Protocol):
@@ -119,11 +135,13 @@ class Cuda:
 
     def __init__(self, name: str = "cuda") -> None:
         self._name = name
+        self._gpu = current_gpu(name)
         self._copies = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
     def submit(self, work: Work, pixels: np.ndarray) -> Callable[[], Rows]:
         """Queue a batch on the device; see `Device.submit`."""
-        collect = _guard(lambda: self._queue(work, pixels), len(pixels))
+        with on_gpu(self._gpu):  # the caller's thread may be on another
+            collect = _guard(lambda: self._queue(work, pixels), len(pixels))
         return lambda: _guard(collect, len(pixels))
 
     def _queue(self, work: Work, pixels: np.ndarray) -> Callable[[], Rows]:
@@ -186,31 +204,60 @@ def _rows_of(results: dict[str, torch.Tensor]) -> Rows:
     return {name: values.cpu().numpy() for name, values in results.items()}
 
 
-def _guard(call: Callable[[], T], n_images: int) -> T:
-    """Call, and turn an allocator's error into DeviceMemoryError with the batch's memory freed."""
+def current_gpu(device: str) -> int | None:
+    """Return the number of the GPU that this thread computes on; None elsewhere than on CUDA."""
+    return torch.cuda.current_device() if device == "cuda" else None
+
+
+def on_gpu(number: int | None) -> AbstractContextManager[Any]:
+    """Return the context in which this thread computes on that GPU.
+
+    Which GPU is the current one is a thread's own affair: a new thread begins on the first.
+    """
+    return nullcontext() if number is None else torch.cuda.device(number)
+
+
+def guard_memory(call: Callable[[], T], what: str) -> T:
+    """Call, and free the device's memory where it was not enough.
+
+    Parameters
+    ----------
+    what : str
+        What does not fit and what to do about it, such as "the tower does not fit; …".
+
+    Raises
+    ------
+    DeviceMemoryError
+        `call` ran out of memory, whichever library said so.
+    """
     try:
         return call()
+    except DeviceMemoryError:
+        raise
     except Exception as error:
-        reason = " ".join(str(error).split())
-        if not isinstance(error, MemoryError) and not _says_no_memory(error, reason):
+        if not is_memory_error(error):
             raise
+        reason = " ".join(str(error).split())
     # Not inside the handler: the error's frames hold the tensors that are to be freed.
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     elif torch.backends.mps.is_available():
         torch.mps.empty_cache()
-    raise DeviceMemoryError(
-        f"a batch of {n_images} does not fit the device's memory; a smaller one may. "
-        f"torch said: {reason[:200]}"
-    )
+    raise DeviceMemoryError(f"{what} torch said: {reason[:200]}")
 
 
-def _says_no_memory(error: Exception, reason: str) -> bool:
-    words = reason.lower()
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and any(phrase in words for phrase in _NO_MEMORY)
-    )
+def is_memory_error(error: BaseException) -> bool:
+    """Tell whether an error means that memory, the device's or the host's, was not enough."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    words = str(error).lower()
+    return isinstance(error, RuntimeError) and any(phrase in words for phrase in _NO_MEMORY)
+
+
+def _guard(call: Callable[[], T], n_images: int) -> T:
+    what = f"a batch of {n_images} does not fit the device's memory; a smaller one may."
+    return guard_memory(call, what)
 
 
 def _peak_bytes(run: Callable[[int], object], n_images: int) -> int:
@@ -227,10 +274,24 @@ def _pinned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 @contextmanager
 def _full_precision() -> Iterator[None]:
     """Keep fp32 products and convolutions at fp32: cudnn's would be TF32, of 10 bits, unasked."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = (matmul.allow_tf32, cudnn.allow_tf32)
-    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    switches = _tf32_switches()
+    before = [getattr(place, name) for place, name, _ in switches]
     try:
+        for place, name, off in switches:
+            setattr(place, name, off)
         yield
     finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
+        for (place, name, _), value in zip(switches, before, strict=True):
+            setattr(place, name, value)
+
+
+def _tf32_switches() -> list[tuple[Any, str, Any]]:
+    """Return the settings that decide about TF32, each with the value that turns it off.
+
+    From torch 2.9 on there are new ones, beside which the old ones raise.
+    """
+    matmul: Any = torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn
+    if hasattr(matmul, "fp32_precision"):
+        return [(matmul, "fp32_precision", "ieee"), (cudnn.conv, "fp32_precision", "ieee")]
+    return [(matmul, "allow_tf32", False), (cudnn, "allow_tf32", False)]

@@ -1,5 +1,6 @@
 """What all towers in torch share: grey levels in, finite fp32 rows out, batches ahead of time."""
 
+import copy
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ from medembed.encoders.poolings import Features, pool
 from medembed.encoders.precision import arithmetic
 from medembed.encoders.preprocessing import Preprocessing, channel_levels
 from medembed.encoders.protocol import Encoder
+from medembed.encoders.tuning import Tuning
 from medembed.encoders.weights import Part
 from medembed.errors import DeviceMemoryError, EncoderError
 
@@ -22,10 +24,11 @@ if TYPE_CHECKING:
 
 __all__ = ["TorchEncoder"]
 
-# A tower compiled by torch is 15 to 25 % faster at this shape (timm's tables), so 0.13 of the
-# time goes away at the least; compiling takes about a minute.
-COMPILING_SAVES = 0.13
-COMPILING_SECONDS = 60.0
+# Where the releases of transformers keep a tower's blocks.
+_BLOCKS = (
+    *("encoder.layers", "encoder.layer", "encoder.stages"),
+    *("model.layer", "layers", "layer", "stages"),
+)
 
 
 class TorchEncoder(ABC):
@@ -78,7 +81,7 @@ class TorchEncoder(ABC):
         self._reload = reload
         self.origin: Origin | None = None
         self._runner = device_of(device)
-        self._compiled: tuple[int, Callable[..., Any]] | None = None
+        self.tuning = Tuning(model)
         levels = channel_levels(preprocessing)
         # Asked here, not of the device: the answer would hold up the host at every batch.
         self._alike = bool((levels == levels[0]).all())
@@ -100,16 +103,51 @@ class TorchEncoder(ABC):
             `precision.arithmetic`.
         """
 
+    def find_blocks(self) -> tuple[str, torch.nn.ModuleList] | None:
+        """Return the name and the list of the tower's blocks, in order; None where none are known.
+
+        Blocks are the layers of SigLIP, ViT, DeiT and DINO, and the stages of ResNet, ConvNeXt and
+        Swin.
+        """
+        for name in _BLOCKS:
+            try:
+                found = self.model.get_submodule(name)
+            except AttributeError:
+                continue
+            if isinstance(found, torch.nn.ModuleList) and len(found):
+                return name, found
+        return None
+
+    def copy(self) -> "TorchEncoder":
+        """Return the encoder with a copy of its weights, run as it is: not compiled."""
+        copied = copy.copy(self)
+        copied.model = copy.deepcopy(self.model)
+        copied.tuning = Tuning(copied.model)
+        return copied
+
+    def describe(self) -> dict[str, Any]:
+        """Return how the tower is run: `device`, `card`, `precision`, `attention`, `compiled`.
+
+        `card` is the GPU's name, `attention` the kernel that was found to be the fastest; each is
+        None where there is none.
+        """
+        return {
+            "device": self.device,
+            "card": torch.cuda.get_device_name() if self.device == "cuda" else None,
+            "precision": self.precision,
+            "attention": self.tuning.attention,
+            "compiled": self.tuning.compiled_for is not None,
+        }
+
     @property
     def in_flight(self) -> int:
         """How many batches may be submitted and not yet collected."""
         return self._runner.in_flight
 
     def tower(self, pixel_values: torch.Tensor) -> Any:
-        """Call the model, in its compiled form where there is one for so many images."""
-        if self._compiled and self._compiled[0] == len(pixel_values):
-            return self._compiled[1](pixel_values=pixel_values)
-        return self.model(pixel_values=pixel_values)
+        """Call the model as it was tuned for batches of this size."""
+        with self.tuning.active(len(pixel_values)) as model:
+            return model(pixel_values=pixel_values)
 
     def encode(self, pixels: np.ndarray, poolings: Sequence[str]) -> Rows:
         """Embed prepared images, uint8 (n, height, width); see `protocol.Encoder.encode`.
@@ -147,8 +185,8 @@ class TorchEncoder(ABC):
     ) -> int:
         """Get the device ready; see `protocol.PipelinedEncoder.warm_up`.
 
-        On a CPU there is nothing to get ready. On CUDA the tower is compiled if 0.13 of the
-        time that `n_images` are going to take is more than a minute.
+        On a CPU there is nothing to get ready. On CUDA the fastest attention kernel is chosen, and
+        the tower's blocks are compiled if that pays for `n_images`.
 
         Raises
         ------
@@ -164,10 +202,12 @@ class TorchEncoder(ABC):
         chosen = batch_size or self._runner.choose_batch(run, size.height * size.width, n_images)
         if self.device != "cuda":
             return chosen
-        chosen, seconds = _time_fitting(run, chosen)
-        if COMPILING_SAVES * seconds * n_images / chosen > COMPILING_SECONDS:
-            say("Compiling")
-            self._compile(run, chosen)
+        chosen = _halve_until_it_fits(run, chosen)
+        found = self.find_blocks()
+        self.tuning = Tuning(self.model, list(found[1]) if found else ())
+        timer = partial(_seconds_of, run, chosen)
+        seconds = self.tuning.choose_attention(timer)
+        self.tuning.compile(timer, n_images=n_images, batch_size=chosen, seconds=seconds, tell=say)
         return chosen
 
     def reference(self) -> Encoder:
@@ -249,14 +289,6 @@ class TorchEncoder(ABC):
         # Not encode: that a tower makes no finite row of black is to be said of real images.
         self._runner.submit(partial(self._compute, poolings=tuple(poolings)), black)()
 
-    def _compile(self, run: Callable[[int], None], batch_size: int) -> None:
-        """Compile for batches of this size; stay as it is where torch cannot."""
-        self._compiled = (batch_size, torch.compile(self.model, dynamic=False))
-        try:
-            run(batch_size)
-        except Exception:  # the compiler's errors are of many kinds, and none of them matters
-            self._compiled = None
-
     def _check(self, pixels: np.ndarray) -> None:
         size = (self.preprocessing.height, self.preprocessing.width)
         if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[1:] != size:
@@ -266,18 +298,24 @@ class TorchEncoder(ABC):
             )
 
 
-def _time_fitting(run: Callable[[int], None], batch_size: int) -> tuple[int, float]:
-    """Give the first of batch_size, its half, … that fits, and the seconds of one batch."""
+def _halve_until_it_fits(run: Callable[[int], None], batch_size: int) -> int:
+    """Return the first of batch_size, its half, … that fits."""
     while True:
         try:
             run(batch_size)
-            start = time.monotonic()
-            run(batch_size)
-            return batch_size, time.monotonic() - start
+            return batch_size
         except DeviceMemoryError:
             if batch_size == 1:
                 raise
             batch_size //= 2
+
+
+def _seconds_of(run: Callable[[int], None], batch_size: int) -> float:
+    """Time a batch, after one that loads what it needs."""
+    run(batch_size)
+    start = time.monotonic()
+    run(batch_size)
+    return time.monotonic() - start
 
 
 def _refuse_non_finite(pooling: str, rows: np.ndarray, precision: str) -> None:

@@ -18,14 +18,14 @@ from medembed.encoders.torch_encoder import TorchEncoder
 from medembed.encoders.weights import WEIGHTS_FILE
 from medembed.errors import EncoderError
 from medembed.files import json_bytes, sync_directory, write_atomically
-from medembed.finetuning.network import Network, copy_encoder
+from medembed.finetuning.network import Network
 
 __all__ = ["adapt", "save_adapted"]
 
 
 def adapt(encoder: TorchEncoder, network: Network) -> TorchEncoder:
     """Copy the encoder that training began with, with what it has changed, adapters merged."""
-    adapted = copy_encoder(encoder)
+    adapted = encoder.copy()
     state = adapted.model.state_dict()
     for name, tensor in network.changed_tensors().items():
         state[name].copy_(tensor)

@@ -13,7 +13,6 @@ from medembed.errors import EncoderError, TrainingDataError
 from medembed.extraction import spec_of
 from medembed.finetuning.adapters import alpha_of, find_projections, require_peft
 from medembed.finetuning.blocks import count_blocks, draw_weights
-from medembed.finetuning.network import copy_encoder
 from medembed.finetuning.recipe import Depth, Recipe, read_depths
 from medembed.finetuning.starting import SweptHead, read_swept_head
 from medembed.finetuning.trunk import TRUNK_DTYPE, choose_cut
@@ -68,7 +67,7 @@ class Asked:
         """Return the same with the weights that training begins with: random ones from scratch."""
         if not self.recipe.from_scratch:
             return self
-        encoder = copy_encoder(self.encoder)
+        encoder = self.encoder.copy()
         draw_weights(encoder, seed)
         return replace(self, encoder=encoder)
 

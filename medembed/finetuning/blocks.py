@@ -28,11 +28,7 @@ __all__ = [
     "unfreeze",
 ]
 
-# Where the releases of transformers keep the blocks, the norm after them, what comes before.
-_BLOCKS = (
-    *("encoder.layers", "encoder.layer", "encoder.stages"),
-    *("model.layer", "layers", "layer", "stages"),
-)
+# Where the releases of transformers keep the norm after the blocks, and what comes before them.
 _NORMS = ("post_layernorm", "layernorm", "norm")
 LORA_SHARE = 10.0
 """What adapters' rates are of those that the blocks themselves would have.
@@ -48,20 +44,16 @@ _UNCUT = ("swin", "swinv2")
 
 
 def find_blocks(encoder: TorchEncoder) -> tuple[str, nn.ModuleList]:
-    """Give the name and the list of an encoder's blocks, in the order that images go through.
+    """Return the name and the list of an encoder's blocks, in the order that images go through.
 
     Raises
     ------
     EncoderError
         It has none that are known.
     """
-    for name in _BLOCKS:
-        try:
-            found = encoder.model.get_submodule(name)
-        except AttributeError:
-            continue
-        if isinstance(found, nn.ModuleList) and len(found):
-            return name, found
+    found = encoder.find_blocks()
+    if found is not None:
+        return found
     raise EncoderError(
         f"{encoder.source} has no blocks that can be unfrozen. Fine-tune a SigLIP, ViT, DINO, "
         "ResNet, ConvNeXt or Swin; what it embeds goes to `medembed extract` and `sweep`."

@@ -1,6 +1,5 @@
 """The tower and the head as one network, from grey images, a trunk's tokens or pooled vectors."""
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,7 +16,7 @@ from medembed.finetuning.adapters import add_adapters, merge_adapters
 from medembed.finetuning.blocks import keep_top, recompute, set_modes, unfreeze
 from medembed.finetuning.recipe import Depth, Recipe
 
-__all__ = ["HeadNet", "Network", "Start", "blank_start", "copy_encoder"]
+__all__ = ["HeadNet", "Network", "Start", "blank_start"]
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -112,7 +111,7 @@ class Network(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.encoder, self.depth, self.recipe = copy_encoder(encoder), depth, recipe
+        self.encoder, self.depth, self.recipe = encoder.copy(), depth, recipe
         self.poolings, self._from_tokens = tuple(poolings), n_cut is not None
         if n_cut is not None:
             keep_top(self.encoder, n_cut)
@@ -190,13 +189,6 @@ class Network(nn.Module):
         stored = self.tower.state_dict()
         names = [name for name, _ in self.tower.named_buffers() if name in stored]
         return [name for name in names if name.rpartition(".")[0] in learning]
-
-
-def copy_encoder(encoder: TorchEncoder) -> TorchEncoder:
-    """Copy an encoder with its weights."""
-    copied = copy.copy(encoder)
-    copied.model = copy.deepcopy(encoder.model)
-    return copied
 
 
 def blank_start(width: int) -> Start:

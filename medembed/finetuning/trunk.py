@@ -24,7 +24,6 @@ from medembed.errors import CacheError, TrainingDataError
 from medembed.extraction import extract, spec_of
 from medembed.files import json_digest
 from medembed.finetuning.blocks import cut_trunk
-from medembed.finetuning.network import copy_encoder
 from medembed.finetuning.recipe import Depth
 
 if TYPE_CHECKING:
@@ -59,7 +58,7 @@ class TrunkEncoder:
     """
 
     def __init__(self, encoder: TorchEncoder, n_blocks: int, precision: str) -> None:
-        self._encoder = copy_encoder(encoder)
+        self._encoder = encoder.copy()
         cut_trunk(self._encoder, n_blocks)
         self.source, self.revision = encoder.source, encoder.revision
         self.preprocessing: Preprocessing = encoder.preprocessing
