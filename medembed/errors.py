@@ -6,7 +6,8 @@ MedembedError
 ├── ManifestError          a manifest breaks its rules; lists all problems (ValueError)
 ├── ImageError             a file is not one complete, still image (ValueError)
 ├── EncoderError           a checkpoint cannot serve as an encoder (ValueError)
-│   └── DeviceMemoryError  a batch does not fit the device's memory (MemoryError)
+│   ├── DeviceMemoryError  a batch does not fit the device's memory (MemoryError)
+│   └── NonFiniteError     some embeddings of a batch are not finite; carries all of them
 ├── CacheError             a cache directory is not usable (RuntimeError)
 │   ├── SpecMismatchError  rows made one way would be mixed with rows made another (ValueError)
 │   ├── ShardError         a shard is damaged or not what its name says (OSError)
@@ -19,6 +20,7 @@ A message names the thing, the value and the way out.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 __all__ = [
     "CacheError",
@@ -29,6 +31,7 @@ __all__ = [
     "MedembedError",
     "MissingRowsError",
     "ModelError",
+    "NonFiniteError",
     "PathNotFoundError",
     "RecipeError",
     "RunError",
@@ -84,6 +87,22 @@ class EncoderError(MedembedError, ValueError):
 
 class DeviceMemoryError(EncoderError, MemoryError):
     """A batch does not fit the memory of the encoder's device; a smaller one may."""
+
+
+class NonFiniteError(EncoderError):
+    """Some embeddings of a batch hold NaN or infinite values.
+
+    Attributes
+    ----------
+    rows : dict of str to ndarray
+        Of every image of the batch, by pooling.
+    is_finite : bool array of shape (n,)
+        Which images are finite under every pooling.
+    """
+
+    def __init__(self, message: str, rows: dict[str, Any], is_finite: Any) -> None:
+        self.rows, self.is_finite = rows, is_finite
+        super().__init__(message)
 
 
 class CacheError(MedembedError, RuntimeError):

@@ -328,7 +328,28 @@ def test_values_that_are_not_finite_are_never_stored(tmp_path: Path) -> None:
 
     report = extract_here(tmp_path, manifest, Late())
     assert counts(report) == (3, 1, 0, 2, 0)
-    assert "NaN" in report.failures[0]["reason"]
+    assert report.failures[0]["reason"] == "its embedding is not finite in fp32"
+
+
+@pytest.mark.parametrize("n_bad", [1, 9])
+def test_images_that_are_not_finite_cost_no_pass_of_their_own(tmp_path: Path, n_bad: int) -> None:
+    class Dark(HalvesEncoder):
+        """Give NaN for images that begin with a small pixel."""
+
+        def encode(self, pixels: np.ndarray, poolings: Sequence[str]) -> dict[str, np.ndarray]:
+            rows = super().encode(pixels, poolings)
+            small = (pixels[:, 0, 0] > 0) & (pixels[:, 0, 0] <= n_bad)
+            if len(self.shapes) > N_CANARY_CALLS:
+                rows["max"][small] = np.nan
+            return rows
+
+    manifest, encoder = write_images(tmp_path / "images", 20), Dark()
+    report = extract_here(tmp_path, manifest, encoder, batch_size=20)
+    assert counts(report) == (20, 0, 20 - n_bad, n_bad, 0)
+    assert len(encoder.shapes) == N_CANARY_CALLS + 1
+    hand = by_hand(tmp_path / "images", manifest)
+    found = load_embeddings(tmp_path / "cache", manifest).X
+    np.testing.assert_array_equal(found, hand[n_bad:])
 
 
 def test_a_cache_of_another_spec_is_refused_before_work_begins(tmp_path: Path) -> None:

@@ -6,8 +6,9 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from medembed.encoders.preprocessing import Preprocessing
+from medembed.errors import NonFiniteError
 
-__all__ = ["Encoder", "PipelinedEncoder"]
+__all__ = ["Encoder", "PipelinedEncoder", "refuse_non_finite"]
 
 
 @runtime_checkable
@@ -77,8 +78,10 @@ class Encoder(Protocol):
         ------
         DeviceMemoryError
             The batch does not fit the device's memory; a smaller one may.
+        NonFiniteError
+            Some rows hold NaN or infinite values; the error carries all rows, and says which.
         EncoderError
-            Wrong shape, dtype or pooling, or a result that is not finite.
+            Wrong shape, dtype or pooling.
         """
         ...
 
@@ -129,3 +132,28 @@ class PipelinedEncoder(Encoder, Protocol):
     def reference(self) -> Encoder:
         """Give the same tower in fp32 on the same device; itself where it is fp32 already."""
         ...
+
+
+def refuse_non_finite(rows: Mapping[str, np.ndarray], where: str = "") -> None:
+    """Raise NonFiniteError unless every row is finite under every pooling.
+
+    Parameters
+    ----------
+    rows : mapping of str to ndarray
+        pooling -> (n, …).
+    where : str
+        Ends the sentence: "in bf16. Try --precision fp32".
+    """
+    finite = {
+        name: np.isfinite(values).reshape(len(values), -1).all(axis=1)
+        for name, values in rows.items()
+    }
+    for name, is_finite in finite.items():
+        if not is_finite.all():
+            first = int(np.flatnonzero(~is_finite)[0])
+            raise NonFiniteError(
+                f"{(~is_finite).sum()} of {len(is_finite)} {name} embeddings are not finite"
+                f"{f' {where}' if where else ''}; the first is at position {first}.",
+                dict(rows),
+                np.logical_and.reduce(list(finite.values())),
+            )

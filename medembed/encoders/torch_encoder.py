@@ -14,7 +14,7 @@ from medembed.encoders.devices import Rows, device_of
 from medembed.encoders.poolings import Features, pool
 from medembed.encoders.precision import arithmetic
 from medembed.encoders.preprocessing import Preprocessing, channel_levels
-from medembed.encoders.protocol import Encoder
+from medembed.encoders.protocol import Encoder, refuse_non_finite
 from medembed.encoders.tuning import Tuning
 from medembed.encoders.weights import Part
 from medembed.errors import DeviceMemoryError, EncoderError
@@ -169,8 +169,7 @@ class TorchEncoder(ABC):
 
         def finish() -> Rows:
             rows = collect()
-            for name, values in rows.items():
-                _refuse_non_finite(name, values, self.precision)
+            refuse_non_finite(rows, f"in {self.precision}. Try --precision fp32")
             return rows
 
         return finish
@@ -316,13 +315,3 @@ def _seconds_of(run: Callable[[int], None], batch_size: int) -> float:
     start = time.monotonic()
     run(batch_size)
     return time.monotonic() - start
-
-
-def _refuse_non_finite(pooling: str, rows: np.ndarray, precision: str) -> None:
-    finite = np.isfinite(rows.reshape(len(rows), -1)).all(axis=1)
-    if not finite.all():
-        first = int(np.flatnonzero(~finite)[0])
-        raise EncoderError(
-            f"{(~finite).sum()} of {len(rows)} {pooling} embeddings are not finite in {precision}, "
-            f"the first at position {first}. Try --precision fp32."
-        )

@@ -14,8 +14,8 @@ import numpy as np
 
 from medembed.cache.failures import Failure
 from medembed.dataset.reading import Content, Reading
-from medembed.encoders.protocol import Encoder, PipelinedEncoder
-from medembed.errors import DeviceMemoryError, EncoderError
+from medembed.encoders.protocol import Encoder, PipelinedEncoder, refuse_non_finite
+from medembed.errors import DeviceMemoryError, EncoderError, NonFiniteError
 from medembed.extraction.timeline import Timeline
 from medembed.extraction.writing import WriterThread
 
@@ -174,7 +174,10 @@ class Pipeline:
         self._keep(batch, rows, writer)
 
     def _rescue(self, batch: _Batch, error: EncoderError, writer: WriterThread) -> None:
-        """Embed what a failed batch holds in smaller batches, down to the image to blame."""
+        """Keep what of a failed batch can be kept; embed the rest in smaller ones."""
+        if isinstance(error, NonFiniteError):
+            self._keep_finite(batch, error, writer)
+            return
         if isinstance(error, DeviceMemoryError):
             self._take_less(batch, error)
             size = self.batch_size
@@ -190,6 +193,18 @@ class Pipeline:
                 self._rescue(part, again, writer)
             else:
                 self._keep(part, rows, writer)
+
+    def _keep_finite(self, batch: _Batch, error: NonFiniteError, writer: WriterThread) -> None:
+        """Keep the rows that are finite; the images of the others failed, or the encoder did."""
+        is_finite = np.asarray(error.is_finite[: len(batch.contents)], bool)
+        reason = EncoderError(f"its embedding is not finite in {self._encoder.precision}")
+        for place in np.flatnonzero(~is_finite).tolist():
+            self._suspect(batch.contents[place], reason, alone=not is_finite.any())
+        kept = np.flatnonzero(is_finite).tolist()
+        if kept:
+            rows = {name: error.rows[name][kept] for name in self._poolings}
+            contents, colours = ([own[i] for i in kept] for own in (batch.contents, batch.colours))
+            self._keep(_Batch(contents, colours), rows, writer)
 
     def _take_less(self, batch: _Batch, error: DeviceMemoryError) -> None:
         if batch.n_filled == 1:
@@ -208,9 +223,7 @@ class Pipeline:
 
     def _checked(self, embeddings: Rows, n_rows: int) -> Rows:
         rows = {name: embeddings[name][:n_rows] for name in self._poolings}
-        for name, values in rows.items():
-            if not np.isfinite(values).all():
-                raise EncoderError(f"pooling {name} holds NaN or infinite values")
+        refuse_non_finite(rows)
         return rows
 
     def _keep(self, batch: _Batch, rows: Rows, writer: WriterThread) -> None:
@@ -221,9 +234,10 @@ class Pipeline:
         self._blame_suspects(writer)
         self._tell()
 
-    def _suspect(self, content: Content, error: EncoderError) -> None:
+    def _suspect(self, content: Content, error: EncoderError, *, alone: bool = True) -> None:
+        """Note an image that failed; `alone`: none of its batch has come out right."""
         self._suspects.append((content, error))
-        if len(self._suspects) == MAX_SUSPECTS:
+        if alone and len(self._suspects) >= MAX_SUSPECTS:
             raise EncoderError(
                 f"encoder {self._encoder.source} failed on {MAX_SUSPECTS} images in a row, so it "
                 f"is not the images. Rows before these are committed. It said: {error}"
