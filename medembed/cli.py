@@ -5,6 +5,7 @@ Heavy libraries are imported inside the commands, so that `medembed --help` star
 
 import click
 
+from medembed import __version__
 from medembed.commands.autoencoding import autoencoder_command
 from medembed.commands.caches import cache
 from medembed.commands.comparing import compare_command, report_command
@@ -21,7 +22,7 @@ __all__ = ["main"]
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="medembed")
+@click.version_option(__version__, prog_name="medembed")
 def main() -> None:
     """Embed radiographs once; train and compare light classifiers on them in seconds.
 

@@ -1,12 +1,13 @@
 """Say within seconds whether an extraction will run: device, memory, disk, token, access."""
 
 import os
-import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
+from shutil import which
 from typing import Any
 
 from medembed.encoders.bases import base_of
@@ -90,6 +91,7 @@ def examine(
         *_check_versions(),
         _check_codecs(),
         _check_device(device),
+        *_check_compiler(device),
         Check("precision", True, _why_precision(device, precision)),
         _check_token(found, access),
     ]
@@ -154,7 +156,7 @@ def _check_versions() -> Iterator[Check]:
         "" if sys.version_info >= PYTHON else f"medembed needs {wanted} or newer.",
     )
     found, bad = [], []
-    for text in metadata.requires("medembed") or ():
+    for text in _wishes():
         wish = Requirement(text)
         if wish.marker and not wish.marker.evaluate({"extra": ""}):
             continue
@@ -167,8 +169,15 @@ def _check_versions() -> Iterator[Check]:
             bad.append(f"{wish.name} is {version}, {wish.specifier} is needed")
         if wish.name in ("torch", "transformers", "huggingface_hub", "h5py"):
             found.append(f"{wish.name} {version}")
-    detail = "; ".join(bad) or ", ".join(found)
+    detail = "; ".join(bad) or ", ".join(found) or "run from a checkout, so their releases are open"
     yield Check("libraries", not bad, detail, "Install medembed again." if bad else "")
+
+
+def _wishes() -> Sequence[str]:
+    """Return what the installed package asks for; nothing where it runs from a checkout."""
+    with suppress(metadata.PackageNotFoundError):
+        return metadata.requires("medembed") or ()
+    return ()
 
 
 def _check_codecs() -> Check:
@@ -185,21 +194,50 @@ def _check_codecs() -> Check:
     return Check("dicom", True, f"{detail}: pip install 'medembed[dicom]'")
 
 
-def _check_device(device: str) -> Check:
+def _check_gpu() -> Check:
+    """Run one kernel: a driver that is there may still not run a torch that is there."""
     import torch
 
+    name = f"{torch.cuda.get_device_name()}, {torch.cuda.device_count()} in all"
+    try:
+        ones = torch.ones(64, 64, device="cuda")
+        works = float((ones @ ones).sum()) == 64.0**3
+    except RuntimeError as error:
+        works, reason = False, " ".join(str(error).split())[:200]
+    else:
+        reason = "a product of ones comes out wrong"
+    if not works:
+        remedy = (
+            f"Install a torch that is built for this card and driver (this one is "
+            f"{torch.__version__}, for {', '.join(torch.cuda.get_arch_list())}), or give "
+            "--device cpu."
+        )
+        return Check("device", False, f"cuda: {name}, but no kernel runs: {reason}", remedy)
+    return Check("device", True, f"cuda: {name}; a kernel runs")
+
+
+def _check_compiler(device: str) -> Iterator[Check]:
+    """Look for the C compiler that torch.compile's kernels are launched through."""
+    if device != "cuda":
+        return
+    found = next((c for c in (os.environ.get("CC"), "cc", "gcc", "clang") if c and which(c)), None)
+    detail = f"{found}: towers can be compiled" if found else "none: towers run as they are"
+    how = "" if found else ", 15 to 25 % slower on long runs. Install gcc for that"
+    yield Check("compiler", True, detail + how)
+
+
+def _check_device(device: str) -> Check:
+
+    from medembed.encoders.devices import why_no_gpu
+
     if device == "cuda":
-        name = torch.cuda.get_device_name()
-        return Check("device", True, f"cuda: {name}, {torch.cuda.device_count()} in all")
+        return _check_gpu()
     if device == "mps":
         return Check("device", True, "mps: Apple's GPU")
-    if shutil.which("nvidia-smi"):
-        return Check(
-            "device",
-            False,
-            f"cpu, though there is an NVIDIA driver: torch {torch.__version__} does not see it",
-            "Install a build of torch for CUDA, such as `make setup TORCH=torch==2.13.0`.",
-        )
+    found = why_no_gpu()
+    if found is not None:
+        reason, remedy = found
+        return Check("device", False, f"cpu, though there is an NVIDIA driver: {reason}", remedy)
     cores = count_cores()
     return Check(
         "device", True, f"cpu, {cores} cores: fine for heads and small encoders, slow here"

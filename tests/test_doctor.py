@@ -6,17 +6,23 @@ import subprocess
 import sys
 from collections import namedtuple
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from click.testing import CliRunner
 from hub_server import Hub, serving
 from made_checkpoints import sharded
 
-from medembed import doctor
+from medembed import __version__, doctor
 from medembed.cli import main
 from medembed.dataset.manifest import Manifest, write_manifest
+from medembed.encoders import devices
+from medembed.encoders.loading import choose_device
+from medembed.errors import EncoderError
+from medembed.extraction.report import describe_execution
 
 REF = "google/medgemma"
 USAGE = namedtuple("USAGE", "total used free")
@@ -159,3 +165,83 @@ def test_codecs_of_dicom_are_listed_and_missing_ones_with_their_package(
     assert check.ok  # whoever has no such files needs no codec
     assert "not JPEG of 12 bits, lossless JPEG" in check.detail
     assert "pip install 'medembed[dicom]'" in check.detail
+
+
+def fake_driver(monkeypatch: pytest.MonkeyPatch, *, built_for: str | None, says: str) -> None:
+    """Pretend that the machine has an NVIDIA driver which torch makes nothing of."""
+    monkeypatch.setattr(devices, "_has_driver", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", built_for)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    def init() -> None:
+        raise RuntimeError(says)
+
+    monkeypatch.setattr(torch.cuda, "init", init)
+
+
+TOO_OLD = (
+    "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU "
+    "driver by downloading and installing a new version"
+)
+
+
+@pytest.mark.parametrize(
+    ("built_for", "says", "visible", "detail", "remedy"),
+    [
+        (None, "", None, "is a build without CUDA", "make setup TORCH=torch==2.13.0"),
+        ("13.0", TOO_OLD, None, "too old (found version 11040)", "for an older CUDA than 13.0"),
+        ("13.0", "No CUDA GPUs are available", None, "No CUDA GPUs are", "Run nvidia-smi"),
+        ("13.0", "", "", "CUDA_VISIBLE_DEVICES='' hides every GPU", "Unset it"),
+    ],
+)
+def test_a_gpu_that_torch_does_not_see_is_told_with_a_remedy_that_fits(
+    monkeypatch: pytest.MonkeyPatch,
+    built_for: str | None,
+    says: str,
+    visible: str | None,
+    detail: str,
+    remedy: str,
+) -> None:
+    fake_driver(monkeypatch, built_for=built_for, says=says)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    check = by_name(doctor.examine())["device"]
+    assert not check.ok
+    assert detail in check.detail
+    assert remedy in check.remedy
+    with pytest.raises(EncoderError, match="--device auto, or mend this"):
+        choose_device("cuda")
+    execution = {"device": "cpu", "card": None, "precision": "fp32", "attention": None}
+    said = describe_execution("demo", {**execution, "compiled": False}, 8)
+    assert said.startswith("Encoder: demo on cpu in fp32, batches of 8. There is an NVIDIA GPU")
+    assert detail in said
+
+
+@pytest.mark.parametrize("fault", ["no kernel image is available for execution", ""])
+def test_a_card_on_which_no_kernel_runs_will_not_do(
+    monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_90"])
+
+    def ones(*shape: int, device: str) -> torch.Tensor:
+        if fault:
+            raise RuntimeError(f"CUDA error: {fault}")
+        return torch.zeros(shape)
+
+    monkeypatch.setattr(torch, "ones", ones)
+    check = doctor._check_gpu()
+    assert not check.ok
+    assert (fault or "comes out wrong") in check.detail
+    assert "sm_90" in check.remedy
+
+
+def test_a_checkout_that_is_not_installed_is_looked_at_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "requires", missing)
+    monkeypatch.setattr(metadata, "version", missing)
+    assert by_name(doctor.examine())["libraries"].ok
+    assert CliRunner().invoke(main, ["--version"]).output == f"medembed, version {__version__}\n"

@@ -60,7 +60,8 @@ def imported_modules(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name} imports relatively"
             found |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
-    return {name for name in found if name.startswith("medembed.")}
+    own = {name for name in found if name.startswith("medembed.")}
+    return own - {"medembed.__version__"}
 
 
 def room_of(name: str) -> str:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from medembed.encoders import devices
+from medembed.encoders import devices, loading
 from medembed.encoders.devices import Cuda, InTurn, Lanes, device_of
 from medembed.encoders.loading import load_encoder
 from medembed.encoders.poolings import Features, token_poolings
@@ -22,6 +22,7 @@ from medembed.encoders.protocol import Encoder, PipelinedEncoder
 from medembed.encoders.torch_encoder import TorchEncoder
 from medembed.encoders.tuning import Tuning
 from medembed.errors import DeviceMemoryError, EncoderError
+from medembed.finetuning.training import explaining_memory
 
 SIDE = 16
 HALF = (0.5, 0.5, 0.5)
@@ -457,6 +458,43 @@ def test_an_older_torch_is_told_by_its_own_switches(monkeypatch: pytest.MonkeyPa
         assert not old.cudnn.allow_tf32
     assert old.cuda.matmul.allow_tf32
     assert old.cudnn.allow_tf32
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling cublasCreate"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        MemoryError(),
+    ],
+)
+def test_memory_that_is_not_enough_is_one_error_whoever_says_so(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    with pytest.raises(DeviceMemoryError, match="a batch of 5 does not fit"):
+        InTurn("cpu").submit(fail, batch())  # type: ignore[arg-type]
+    with pytest.raises(DeviceMemoryError, match="tower of patches in fp32, which"):
+        make(precision="bf16", reload=fail).reference()
+    monkeypatch.setattr(loading, "_load", fail)
+    with pytest.raises(DeviceMemoryError, match=r"demo in bf16 does not fit.*--device"):
+        load_encoder("demo", device="cpu", precision="bf16")
+    with pytest.raises(DeviceMemoryError, match="larger --accumulate"), explaining(8):
+        fail()
+
+
+def test_other_errors_stay_what_they_are() -> None:
+    with pytest.raises(RuntimeError, match="a bug"), explaining(8):
+        raise RuntimeError("a bug")
+
+
+def explaining(batch_size: int) -> Any:
+    recipe: Any = SimpleNamespace(batch_size=batch_size, accumulate=1)
+    return explaining_memory("unfreeze-1", recipe)
 
 
 class StandRunner:

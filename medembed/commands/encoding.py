@@ -130,7 +130,13 @@ def extract_command(
     if engine == "ray" and Path(reference).is_dir():  # Ray's processes are in other directories
         reference = str(Path(reference).absolute())
     load = partial(
-        load_encoder, reference, device=device, precision=precision, fit=fit, poolings=poolings
+        load_encoder,
+        reference,
+        device=device,
+        precision=precision,
+        fit=fit,
+        poolings=poolings,
+        worker=worker.index if worker else None,
     )
     if engine == "ray":
         from medembed.extraction.ray_engine import Job, extract_on_ray
@@ -169,6 +175,7 @@ def extract_command(
                 dry_run=dry_run,
                 progress=progress,
                 tell=progress.tell,
+                announce=say,
             )
     _say_extraction(report, cache_path, dry_run)
     if as_json:

@@ -1,6 +1,9 @@
 """Where a tower runs: on a CPU in lanes of one thread, on CUDA in streams, elsewhere in turn."""
 
 import gc
+import os
+import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -23,6 +26,7 @@ __all__ = [
     "guard_memory",
     "is_memory_error",
     "on_gpu",
+    "why_no_gpu",
 ]
 
 Rows = dict[str, np.ndarray]
@@ -215,6 +219,41 @@ def on_gpu(number: int | None) -> AbstractContextManager[Any]:
     Which GPU is the current one is a thread's own affair: a new thread begins on the first.
     """
     return nullcontext() if number is None else torch.cuda.device(number)
+
+
+def why_no_gpu() -> tuple[str, str] | None:
+    """Return why torch sees no GPU on a machine that has an NVIDIA driver, and what to do about it.
+
+    None where torch sees one, or where the machine has none.
+    """
+    if torch.cuda.is_available() or not _has_driver():
+        return None
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and visible.strip() in ("", "-1", "NoDevFiles"):
+        return f"CUDA_VISIBLE_DEVICES={visible!r} hides every GPU", "Unset it."
+    if torch.version.cuda is None:
+        return (
+            f"torch {torch.__version__} is a build without CUDA",
+            "Install a build of torch for CUDA, such as `make setup TORCH=torch==2.13.0`.",
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.cuda.init()  # type: ignore[no-untyped-call]
+    except Exception as error:  # torch raises several kinds, by what is amiss
+        reason = " ".join(str(error).split()).split(". ")[0]
+        if "too old" in reason:
+            return (
+                f"the NVIDIA driver is too old for torch {torch.__version__}: {reason}",
+                f"Update the driver, or install a torch for an older CUDA than {torch.version.cuda}"
+                " with `make setup TORCH=…`.",
+            )
+        return reason, "Run nvidia-smi, and see that it lists the GPU."
+    return "torch finds no GPU", "Run nvidia-smi, and see that it lists the GPU."
+
+
+def _has_driver() -> bool:
+    return shutil.which("nvidia-smi") is not None or os.path.exists("/dev/nvidiactl")
 
 
 def guard_memory(call: Callable[[], T], what: str) -> T:

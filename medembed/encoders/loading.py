@@ -43,6 +43,7 @@ def load_encoder(
     precision: str = "auto",
     fit: str = "stretch",
     poolings: Sequence[str] = ("mean", "max"),
+    worker: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Encoder:
     """Load an encoder by hub id (`owner/name[@revision]`), directory, or `demo`.
@@ -61,11 +62,16 @@ def load_encoder(
     poolings : sequence of str
         What will be asked of it. `projector` makes Gemma's projector part of it, and of its
         fingerprint; the others are on offer whether named here or not.
+    worker : int, optional
+        Number of this process among several on one machine: they take turns on its GPUs. A
+        launcher's own variables go before it.
     progress : callable, optional
         Called as progress(done, total) with bytes, while weights are fetched.
 
     Raises
     ------
+    DeviceMemoryError
+        The tower does not fit the device.
     EncoderError
         The reference, checkpoint, device or a pooling will not do.
     """
@@ -79,9 +85,7 @@ def load_encoder(
         weights = resolve_checkpoint(place, projector=projector, progress=progress)
     preprocessing = read_preprocessing(checkpoint.path, fit)
     kind = _read_kind(checkpoint)
-    chosen = choose_device(device)
-    if chosen == "cuda":
-        take_own_gpu(os.environ)
+    chosen = choose_device(device, worker)
     known: dict[str, Any] = {
         "source": checkpoint.source,
         "revision": checkpoint.revision,
@@ -92,7 +96,13 @@ def load_encoder(
         from medembed.encoders.changes import read_changes
 
         known["changes"] = read_changes(checkpoint.path, base)
-    encoder = _load(kind, weights, preprocessing, known, projector=projector)
+    from medembed.encoders.devices import guard_memory
+
+    encoder = guard_memory(
+        lambda: _load(kind, weights, preprocessing, known, projector=projector),
+        f"{checkpoint.source} in {known['precision']} does not fit the memory of {chosen}. Close "
+        "what else uses it, give --precision bf16, or choose another --device.",
+    )
     fingerprint = encoder.fingerprint if base is None else base.fingerprint
     encoder.origin = Origin(weights, checkpoint.path, fingerprint)
     if poolings:
@@ -183,8 +193,14 @@ def refuse_unknown(poolings: Sequence[str]) -> None:
         )
 
 
-def choose_device(device: str) -> str:
-    """Give the device to compute on, asked of torch.
+def choose_device(device: str, worker: int | None = None) -> str:
+    """Return the device to compute on, asked of torch; of several GPUs take this process's own.
+
+    Parameters
+    ----------
+    device : {"auto", "cpu", "cuda", "mps"}
+    worker : int, optional
+        See `load_encoder`.
 
     Raises
     ------
@@ -199,18 +215,31 @@ def choose_device(device: str) -> str:
         "cpu": True,
     }
     if device == "auto":
-        return next(name for name, there in present.items() if there)
+        device = next(name for name, there in present.items() if there)
     if device not in present:
         raise EncoderError(f"device {device!r} is unknown. Choose one of: {', '.join(DEVICES)}.")
     if not present[device]:
         raise EncoderError(
             f"device {device} was asked for, but torch {torch.__version__} sees none. Choose "
-            "--device auto, or install a build of torch for it."
+            f"--device auto, or {_how_to_see_one(device)}."
         )
+    if device == "cuda":
+        take_own_gpu(os.environ, worker)
     return device
 
 
-def take_own_gpu(environ: Mapping[str, str]) -> int | None:
+def _how_to_see_one(device: str) -> str:
+    """Return what to do about a device that torch does not see, as the end of a sentence."""
+    from medembed.encoders.devices import why_no_gpu
+
+    found = why_no_gpu() if device == "cuda" else None
+    if found is None:
+        return "install a build of torch for it"
+    reason, remedy = found
+    return f"mend this: {reason}. {remedy.rstrip('.')}"
+
+
+def take_own_gpu(environ: Mapping[str, str], worker: int | None = None) -> int | None:
     """Make this process use the GPU that its launcher means for it, where there are several.
 
     Launchers number the processes of one machine, in one of `LOCAL_RANKS`.
@@ -219,6 +248,8 @@ def take_own_gpu(environ: Mapping[str, str]) -> int | None:
     ----------
     environ : mapping of str to str
         The environment.
+    worker : int, optional
+        Number of this process, where no launcher gives one.
 
     Returns
     -------
@@ -228,6 +259,8 @@ def take_own_gpu(environ: Mapping[str, str]) -> int | None:
     import torch
 
     local = next((environ[name] for name in LOCAL_RANKS if name in environ), "")
+    if not local and worker is not None:
+        local = str(worker)
     n_gpus = torch.cuda.device_count()
     if n_gpus < 2 or not local.isdecimal():
         return None

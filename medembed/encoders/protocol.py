@@ -1,14 +1,14 @@
 """What an encoder is, and what identifies it."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from medembed.encoders.preprocessing import Preprocessing
 from medembed.errors import NonFiniteError
 
-__all__ = ["Encoder", "PipelinedEncoder", "refuse_non_finite"]
+__all__ = ["DescribedEncoder", "Encoder", "PipelinedEncoder", "refuse_non_finite"]
 
 
 @runtime_checkable
@@ -131,6 +131,15 @@ class PipelinedEncoder(Encoder, Protocol):
 
     def reference(self) -> Encoder:
         """Give the same tower in fp32 on the same device; itself where it is fp32 already."""
+        ...
+
+
+@runtime_checkable
+class DescribedEncoder(Encoder, Protocol):
+    """An encoder that says how it runs."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return `device`, `card`, `precision`, `attention` and `compiled`."""
         ...
 
 

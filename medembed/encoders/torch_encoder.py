@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 
-from medembed.encoders.devices import Rows, device_of
+from medembed.encoders.devices import Rows, device_of, guard_memory
 from medembed.encoders.poolings import Features, pool
 from medembed.encoders.precision import arithmetic
 from medembed.encoders.preprocessing import Preprocessing, channel_levels
@@ -214,6 +214,8 @@ class TorchEncoder(ABC):
 
         Raises
         ------
+        DeviceMemoryError
+            It does not fit beside this one.
         EncoderError
             It cannot be loaded again.
         """
@@ -224,7 +226,12 @@ class TorchEncoder(ABC):
                 f"{self.source} runs in {self.precision} and cannot be loaded again in fp32. "
                 "Load it with --precision fp32."
             )
-        return self._reload()
+        return guard_memory(
+            self._reload,
+            f"the tower of {self.source} in fp32, which the cache's canary is measured by, does "
+            f"not fit the memory of {self.device} beside the one in {self.precision}. Close what "
+            "else uses it, or make the cache on a larger device: later runs need no such tower.",
+        )
 
     def check_poolings(self, poolings: Sequence[str]) -> None:
         """Refuse poolings that are not on offer.

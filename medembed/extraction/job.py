@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from medembed.extraction.decoding import Decoders
 from medembed.extraction.outdated import joining, refuse_outdated
 from medembed.extraction.pipeline import Pipeline, no_room
 from medembed.extraction.prepared import describe_other_bytes, refuse_empty_root
-from medembed.extraction.report import ExtractionReport
+from medembed.extraction.report import ExtractionReport, describe_execution, execution_of
 from medembed.extraction.timeline import STAGES, Timeline
 from medembed.extraction.writing import WriterThread
 from medembed.machine import count_cores, free_bytes, library_versions
@@ -60,6 +61,7 @@ def extract(
     commit_seconds: float = COMMIT_SECONDS,
     progress: Callable[[int, int], None] | None = None,
     tell: Callable[[str], None] | None = None,
+    announce: Callable[[str], None] | None = None,
     timeline: Timeline | None = None,
 ) -> ExtractionReport:
     """Embed the images of a manifest that the cache does not hold yet.
@@ -103,6 +105,9 @@ def extract(
         Called as progress(done, total) with distinct contents of this run.
     tell : callable, optional
         Called with a word or two when something else than embedding takes its time.
+    announce : callable, optional
+        Called once, before the first image, with a sentence that names the encoder, device, card,
+        precision, batch size, attention kernel, and whether the tower is compiled.
     timeline : Timeline, optional
         Told where the time goes.
 
@@ -149,6 +154,9 @@ def extract(
         say("Canary")
         cache = _open_or_make(encoder, spec, recorded, cache_path, known_shards)
         size, distance = _prove(cache, encoder, recorded, size)
+        execution = execution_of(encoder)
+        if announce is not None:
+            announce(describe_execution(encoder.source, execution, size))
         say("Embedding")
         timeline.add("prepare", start, time.monotonic())
         pipeline = Pipeline(encoder, poolings, size, len(plan.pending), timeline, progress)
@@ -157,7 +165,8 @@ def extract(
             pipeline.run(joining(pairs, cache), writer)
     _refuse_other_bytes(pipeline)
     refuse_outdated(plan, cache, root, intensity, decoders, say)
-    return _report(plan, pipeline, n_decoders, distance, start, timeline)
+    report = _report(plan, pipeline, n_decoders, distance, start, timeline)
+    return replace(report, execution=execution)
 
 
 def prepare_cache(

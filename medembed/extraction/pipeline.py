@@ -203,7 +203,8 @@ class Pipeline:
         kept = np.flatnonzero(is_finite).tolist()
         if kept:
             rows = {name: error.rows[name][kept] for name in self._poolings}
-            contents, colours = ([own[i] for i in kept] for own in (batch.contents, batch.colours))
+            contents = [batch.contents[place] for place in kept]
+            colours = [batch.colours[place] for place in kept]
             self._keep(_Batch(contents, colours), rows, writer)
 
     def _take_less(self, batch: _Batch, error: DeviceMemoryError) -> None:

@@ -3,9 +3,10 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from medembed.encoders.protocol import DescribedEncoder, Encoder
 from medembed.machine import count_cores
 
-__all__ = ["ExtractionReport", "describe_times"]
+__all__ = ["ExtractionReport", "describe_execution", "describe_times", "execution_of"]
 
 STARVING = 0.1  # share of the time in which the encoder waited for images, worth a word
 
@@ -45,6 +46,10 @@ class ExtractionReport:
         encoder's side waited for images; `encode`, in which it waited for the encoder; `write`,
         in which the writer was busy beside them; `prepare`, before the first image (warm-up and
         canary).
+    execution : dict or None
+        How the encoder ran: `device`, `card` (the GPU's name), `precision`, `attention` (the kernel
+        found to be the fastest), `compiled`; None where nothing was embedded, or by several
+        workers.
     canary : float or None
         Largest distance of a canary image from its embedding in the cache, as a fraction of the
         median distance between canaries; None where nothing was embedded, or the cache has none.
@@ -64,10 +69,39 @@ class ExtractionReport:
     decoders: int
     stages: dict[str, float]
     canary: float | None
+    execution: dict[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the counts as JSON-able values."""
         return asdict(self)
+
+
+def execution_of(encoder: Encoder) -> dict[str, Any]:
+    """Return how an encoder runs, as `ExtractionReport.execution`."""
+    if isinstance(encoder, DescribedEncoder):
+        return encoder.describe()
+    known = {"device": encoder.device, "card": None, "precision": encoder.precision}
+    return {**known, "attention": None, "compiled": False}
+
+
+def describe_execution(source: str, execution: dict[str, Any], batch_size: int) -> str:
+    """Say in a sentence what embeds, on what and how; on a CPU also why on no GPU."""
+    card = f" ({execution['card']})" if execution["card"] else ""
+    parts = [f"{source} on {execution['device']}{card} in {execution['precision']}"]
+    parts.append(f"batches of {batch_size}")
+    if execution["attention"]:
+        parts.append(f"{execution['attention']} attention")
+    if execution["device"] == "cuda":
+        parts.append("compiled" if execution["compiled"] else "not compiled")
+    text = f"Encoder: {', '.join(parts)}."
+    if execution["device"] == "cpu":
+        from medembed.encoders.devices import why_no_gpu
+
+        found = why_no_gpu()
+        if found is not None:
+            reason, remedy = found
+            text += f" There is an NVIDIA GPU that is not used: {reason}. {remedy}"
+    return text
 
 
 def describe_times(report: ExtractionReport) -> str:

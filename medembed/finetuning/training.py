@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from scipy.special import expit
 from torch.nn import functional
 
+from medembed.encoders.devices import is_memory_error
 from medembed.errors import DeviceMemoryError, TrainingDataError
 from medembed.finetuning.blocks import parameter_groups
 from medembed.finetuning.images import Images, PixelImages
@@ -278,10 +279,12 @@ class Trainer:
 
 @contextmanager
 def explaining_memory(name: str, recipe: Recipe) -> Iterator[None]:
-    """Turn torch's error of a full memory into DeviceMemoryError, with the way out."""
+    """Turn any error of a full memory into DeviceMemoryError, with the way out."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (MemoryError, RuntimeError) as error:
+        if not is_memory_error(error):
+            raise
         raise DeviceMemoryError(
             f"{name}: a batch of {recipe.batch_size} in {recipe.accumulate} part(s) does not fit "
             "the device's memory. Give a larger --accumulate, --checkpointing or a smaller "

@@ -9,13 +9,13 @@ import hashlib
 import re
 import shlex
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from medembed import __version__
 from medembed.errors import RunError
 from medembed.files import write_atomically
 from medembed.results import page_tables as tables
@@ -140,7 +140,7 @@ def _render(
         notes=[*result["notes"][:-1], *METHOD_NOTES, DISCLAIMER],
         disclaimer=DISCLAIMER,
         date=date.isoformat(),
-        version=version("medembed"),
+        version=__version__,
         script=trusted,
         script_digest=digest,
     )
