@@ -27,9 +27,9 @@ from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionM
 from measuring import write_results
 from medembed.dataset.manifest import Manifest
 from medembed.encoders.loading import choose_device, choose_precision, load_encoder
+from medembed.encoders.precision import DTYPES, set_precision
 from medembed.encoders.preprocessing import Preprocessing
 from medembed.encoders.siglip import SiglipEncoder
-from medembed.encoders.torch_encoder import DTYPES
 from medembed.extraction import extract
 from medembed.extraction.timeline import Timeline
 from standin import SleepingEncoder, write_images
@@ -92,7 +92,8 @@ def build_encoder(tower: str, device: str, precision: str) -> SiglipEncoder:
     )
     torch.manual_seed(0)
     with torch.device(device):
-        model = SiglipVisionModel(config).to(DTYPES[precision])
+        model = SiglipVisionModel(config)
+    set_precision(model, precision)
     return SiglipEncoder(
         model,
         Preprocessing(side, side, "stretch", "bilinear", HALF, HALF, 1 / 255),
