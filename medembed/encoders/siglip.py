@@ -12,6 +12,7 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 from transformers.models.gemma3.modeling_gemma3 import Gemma3MultiModalProjector
 
 from medembed.encoders.changes import Changes, put_in
+from medembed.encoders.fused import fuse
 from medembed.encoders.poolings import Features, token_poolings
 from medembed.encoders.precision import stored_dtypes
 from medembed.encoders.preprocessing import Preprocessing
@@ -72,6 +73,8 @@ class SiglipEncoder(TorchEncoder):
         if projector is not None:
             projector.requires_grad_(False).eval()
             self._dimensions[_PROJECTOR] = (projector.mm_input_projection_weight.shape[1],)
+        if (self.device, self.precision) == ("cuda", "bf16"):
+            fuse(self.model, self.device, channels_alike=self._alike)
 
     @property
     def dimensions(self) -> Mapping[str, tuple[int, ...]]:
