@@ -1,19 +1,58 @@
 """What this machine has to offer."""
 
 import os
+import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
-__all__ = ["count_cores", "free_bytes", "library_versions", "reserve"]
+__all__ = ["count_cores", "default_decoders", "free_bytes", "library_versions", "reserve"]
+
+MAX_DECODERS = 32
+"""By default. A GPU takes some 100 large images a second: 32 processes keep up with it as long as
+an image takes each of them less than 0.3 s, by calculation, and every further one only takes its 250 MB."""
 
 
 def count_cores() -> int:
     """Count the cores that this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
     return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def default_decoders(environ: Mapping[str, str] = os.environ) -> int:
+    """Return how many processes decode for this one: its share of the cores, and at most 32.
+
+    A launcher that starts several processes on a machine says how many: torchrun in
+    `LOCAL_WORLD_SIZE`, SLURM in `SLURM_STEP_TASKS_PER_NODE` and, for all nodes alike, in
+    `SLURM_NTASKS_PER_NODE`. Cores that SLURM has bound to this process alone are not shared.
+    """
+    cores = count_cores()
+    n_processes = _count_processes(environ)
+    given = environ.get("SLURM_CPUS_ON_NODE", "")
+    bound = "LOCAL_WORLD_SIZE" not in environ and given.isdecimal() and cores < int(given)
+    return max(1, min(MAX_DECODERS, cores if bound else cores // n_processes))
+
+
+def _count_processes(environ: Mapping[str, str]) -> int:
+    """Return how many processes the launcher has started on this machine; 1 without one."""
+    text = environ.get("LOCAL_WORLD_SIZE", "")
+    if not text and environ.get("SLURM_STEP_ID", "").isdecimal():  # not in a batch script itself
+        text = _own_tasks(environ) or environ.get("SLURM_NTASKS_PER_NODE", "")
+    return max(1, int(text)) if text.isdecimal() else 1
+
+
+def _own_tasks(environ: Mapping[str, str]) -> str:
+    """Return this node's number in a list of all nodes', such as "4(x2),3"."""
+    counts: list[str] = []
+    for number, times in re.findall(
+        r"(\d+)(?:\(x(\d+)\))?", environ.get("SLURM_STEP_TASKS_PER_NODE", "")
+    ):
+        counts += [number] * int(times or 1)
+    node = environ.get("SLURM_NODEID", "0")
+    place = int(node) if node.isdecimal() else 0
+    return counts[place] if place < len(counts) else ""
 
 
 def free_bytes(path: Path) -> int:

@@ -32,6 +32,7 @@ from medembed.errors import (
     SpecMismatchError,
 )
 from medembed.extraction import extract, ray_engine
+from medembed.extraction.ray_actors import Actors, Work
 from medembed.extraction.ray_engine import Job, extract_on_ray
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning")  # of Ray's own, when it starts and ends
@@ -371,3 +372,152 @@ def test_the_command_uses_the_encoder_that_it_is_given(
     assert CliRunner().invoke(main, [*local, "--pool", "mean"]).exit_code == 0
     found = [load_embeddings(p / "cache", dataset[1]).X for p in (tmp_path, tmp_path / "local")]
     np.testing.assert_allclose(*found, rtol=2e-3, atol=1e-3)
+
+
+class Carded(HalvesEncoder):
+    """Notes the GPU that Ray has given its process: when it is loaded, and at every batch."""
+
+    def __init__(self, place: Path) -> None:
+        super().__init__(seconds=0.05)
+        self.place = place
+        self.note("loaded")
+
+    def note(self, what: str) -> None:
+        with (self.place / "notes").open("a") as file:
+            file.write(f"{os.getpid()} {os.environ['CUDA_VISIBLE_DEVICES']} {what}\n")
+
+    def encode(self, *arguments: Any) -> Any:
+        self.note("batch")
+        return super().encode(*arguments)
+
+
+class FatalCarded(Carded, FatalEncoder):
+    """Dies as well."""
+
+    def __init__(self, place: Path) -> None:
+        FatalEncoder.__init__(self, place)
+        Carded.__init__(self, place)
+
+
+@pytest.mark.parametrize("deaths", [0, 2])
+def test_each_worker_keeps_one_gpu_for_life_and_loads_once(
+    cluster: Any, dataset: tuple[Path, Manifest], tmp_path: Path, deaths: int
+) -> None:
+    """GPUs that Ray is made to believe in."""
+    (tmp_path / "bomb").write_text(str(deaths))
+    node = cluster.add_node(num_cpus=2, num_gpus=2, object_store_memory=80 * 2**20)
+    try:
+        job = job_of(dataset[0], tmp_path / "cache", partial(FatalCarded, tmp_path))
+        report = extract_on_ray(dataset[1], job, device="cuda", partition_rows=5)
+    finally:
+        cluster.remove_node(node)
+    assert report.embedded == N_IMAGES - 1
+    check_whole(dataset, tmp_path / "cache")
+    notes = [line.split() for line in (tmp_path / "notes").read_text().splitlines()]
+    loads = [pid for pid, _, what in notes if what == "loaded"]
+    cards = {pid: {card for other, card, _ in notes if other == pid} for pid in loads}
+    assert len(loads) == len(set(loads))
+    assert all(len(own) == 1 for own in cards.values())
+    assert {card for own in cards.values() for card in own} == {"0", "1"}
+    assert deaths + 2 >= len(loads) >= 2
+
+
+# Without a cluster: what becomes of work whose actors die
+
+
+class PretendedRay:
+    """Runs actors' methods as soon as they are waited for; `dead` actors answer with an error."""
+
+    def __init__(self, lives: list[int]) -> None:
+        self.lives = lives  # of each actor that is started: how many pieces it does before it dies
+        self.killed: list[Any] = []
+        self.exceptions = SimpleNamespace(RayTaskError=RayTaskError, RayError=RayError)
+
+    def remote(self, kind: Any) -> Any:
+        def start(job: Any) -> Any:
+            lives = self.lives.pop(0)
+            actor = SimpleNamespace(left=lives, done=[])
+            actor.ready = SimpleNamespace(remote=lambda: Answer(lambda: self.live(actor, 0)))
+            actor.embed = SimpleNamespace(
+                remote=lambda name: Answer(lambda: (self.live(actor, 1), name)[1])
+            )
+            return actor
+
+        made = SimpleNamespace(remote=start)
+        return SimpleNamespace(options=lambda **_: made)
+
+    def live(self, actor: Any, cost: int) -> None:
+        if actor.left < cost or actor.left < 0:
+            actor.left = -1
+            raise RayError
+        actor.left -= cost
+
+    def put(self, value: Any) -> Any:
+        return value
+
+    def wait(self, answers: list[Any], **_: Any) -> tuple[list[Any], list[Any]]:
+        return answers[:1], answers[1:]
+
+    def get(self, answer: Any) -> Any:
+        return answer.compute()
+
+    def kill(self, actor: Any) -> None:
+        self.killed.append(actor)
+
+
+class RayError(Exception): ...
+
+
+class RayTaskError(RayError): ...
+
+
+class Answer:
+    def __init__(self, compute: Any) -> None:
+        self.compute = compute
+
+
+def done_by(lives: list[int], n_works: int, n_actors: int) -> tuple[list[str], PretendedRay]:
+    told = PretendedRay(lives)
+    job = Job(HalvesEncoder, Path("images"), Path("cache"))
+    works = (Work("embed", (f"part {i}",)) for i in range(n_works))
+    with Actors(told, job, {}, lambda: n_actors) as actors:
+        return sorted(result for _, result in actors.run(works, n_works)), told
+
+
+@pytest.mark.parametrize(
+    ("lives", "n_actors"),
+    [
+        ([99], 1),
+        ([1, 2, 99], 1),  # one after the other takes the dead one's place
+        ([0, 0, 0, 0, 0, 99, 99], 2),  # two partitions are lost up to three times each
+        ([3, 1, 99, 99, 99, 99], 3),
+        ([-1, -1, 99], 1),  # dead before they were there
+    ],
+)
+def test_no_work_is_lost_with_its_actor(lives: list[int], n_actors: int) -> None:
+    done, told = done_by(list(lives), 8, n_actors)
+    assert done == [f"part {i}" for i in range(8)]
+    assert len(told.killed) == len(lives) - len(told.lives)
+
+
+@pytest.mark.parametrize("life", [0, -1])
+def test_actors_that_always_die_are_one_clear_error(life: int) -> None:
+    with pytest.raises(MedembedError, match=r"was lost 6 times \(RayError\): its workers died"):
+        done_by([life] * 99, 1, 1)
+
+
+def test_idle_actors_of_a_dead_node_cost_the_work_no_tries() -> None:
+    """Nine die with nothing to do; the one that works dies over the last piece."""
+    told = PretendedRay([99] * 9 + [99] * 2)
+    actors = Actors(told, Job(HalvesEncoder, Path("images"), Path("cache")), {}, lambda: 9)
+    assert len(list(actors.run((Work("embed", (str(i),)) for i in range(9)), 9))) == 9
+    while actors._starting:
+        list(actors._wait())
+    for actor in actors._idle:
+        actor.left = 0
+    actors._idle[-1].left = 0
+    for actor in actors._idle[:-1]:
+        actor.left = -1
+    [(work, result)] = actors.run(iter([Work("embed", ("last",))]), 9)
+    assert result == "last"
+    assert work.n_losses <= 1

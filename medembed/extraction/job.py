@@ -25,7 +25,7 @@ from medembed.extraction.prepared import describe_other_bytes, refuse_empty_root
 from medembed.extraction.report import ExtractionReport, describe_execution, execution_of
 from medembed.extraction.timeline import STAGES, Timeline
 from medembed.extraction.writing import WriterThread
-from medembed.machine import count_cores, free_bytes, library_versions
+from medembed.machine import default_decoders, free_bytes, library_versions
 
 __all__ = [
     "COMMIT_SECONDS",
@@ -88,7 +88,8 @@ def extract(
     batch_size : int, optional
         Images per call of the encoder; by default what its device holds.
     decoders : int, optional
-        Processes that read and decode; by default one per core.
+        Processes that read and decode; by default one per core of this process's share, and no
+        more than feed a device; see `machine.default_decoders`.
     retry_failed : bool
         Try images again that are known not to decode or embed. Those that could not be read
         are always tried again.
@@ -147,7 +148,7 @@ def extract(
         refuse_outdated(plan, there, root, intensity, decoders, say)
         return _report(plan, None, 0, None, start, timeline)
     check_plan(plan, spec, root, Path(cache_path))
-    n_decoders = min(decoders or count_cores(), len(plan.pending))
+    n_decoders = min(decoders or default_decoders(), len(plan.pending))
     # The decoders outermost: Ctrl-C commits first and ends them afterwards.
     with Decoders(n_decoders, encoder.preprocessing, intensity) as readers:
         size = _warm_up(encoder, poolings, len(plan.pending), batch_size, tell)

@@ -18,7 +18,7 @@ from medembed.encoders.preprocessing import Preprocessing
 from medembed.errors import SpecMismatchError
 from medembed.extraction.decoding import Decoders
 from medembed.files import open_plain
-from medembed.machine import count_cores
+from medembed.machine import default_decoders
 
 __all__ = ["joining", "refuse_outdated"]
 
@@ -90,7 +90,7 @@ def _decoded_again(
     if not suspects:
         return
     tell(f"Decoding {len(suspects):,} images of an older version again")
-    n_processes = min(n_decoders or count_cores(), len(suspects))
+    n_processes = min(n_decoders or default_decoders(), len(suspects))
     with Decoders(n_processes, _SMALL, intensity) as readers:
         for pair in readers.read(suspects, image_root, 8 * n_processes):
             if pair is not None:

@@ -14,7 +14,7 @@ from medembed.encoders.preprocessing import Preprocessing
 from medembed.errors import ManifestError, MedembedError, PathNotFoundError
 from medembed.extraction.decoder import open_slots
 from medembed.extraction.decoding import Decoders
-from medembed.machine import count_cores, reserve
+from medembed.machine import default_decoders, reserve
 
 __all__ = [
     "PreparedImages",
@@ -79,7 +79,7 @@ def read_all(
         tell(f"Reading into {pixels.nbytes / 1e6:,.1f} MB")
     failures: dict[int, dict[str, str]] = {}
     others, done = [], 0
-    n_decoders = min(count_cores(), max(1, len(contents)))
+    n_decoders = min(default_decoders(), max(1, len(contents)))
     with Decoders(n_decoders, preprocessing) as decoders:
         for pair in decoders.read(contents, image_root, _AHEAD * n_decoders):
             if pair is None:
