@@ -11,8 +11,8 @@ from pathlib import Path
 __all__ = ["count_cores", "default_decoders", "free_bytes", "library_versions", "reserve"]
 
 MAX_DECODERS = 32
-"""By default. A GPU takes some 100 large images a second: 32 processes keep up with it as long as
-an image takes each of them less than 0.3 s, by calculation, and every further one only takes its 250 MB."""
+"""By default. A GPU takes some 100 large images a second, by calculation: 32 processes keep up with
+it as long as an image takes each of them less than 0.3 s, and a further one only takes memory."""
 
 
 def count_cores() -> int:

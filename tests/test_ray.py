@@ -374,12 +374,12 @@ def test_the_command_uses_the_encoder_that_it_is_given(
     np.testing.assert_allclose(*found, rtol=2e-3, atol=1e-3)
 
 
-class Carded(HalvesEncoder):
+class CardedEncoder(FatalEncoder):
     """Notes the GPU that Ray has given its process: when it is loaded, and at every batch."""
 
     def __init__(self, place: Path) -> None:
-        super().__init__(seconds=0.05)
-        self.place = place
+        super().__init__(place)
+        self.seconds = 0.05
         self.note("loaded")
 
     def note(self, what: str) -> None:
@@ -391,14 +391,6 @@ class Carded(HalvesEncoder):
         return super().encode(*arguments)
 
 
-class FatalCarded(Carded, FatalEncoder):
-    """Dies as well."""
-
-    def __init__(self, place: Path) -> None:
-        FatalEncoder.__init__(self, place)
-        Carded.__init__(self, place)
-
-
 @pytest.mark.parametrize("deaths", [0, 2])
 def test_each_worker_keeps_one_gpu_for_life_and_loads_once(
     cluster: Any, dataset: tuple[Path, Manifest], tmp_path: Path, deaths: int
@@ -407,7 +399,7 @@ def test_each_worker_keeps_one_gpu_for_life_and_loads_once(
     (tmp_path / "bomb").write_text(str(deaths))
     node = cluster.add_node(num_cpus=2, num_gpus=2, object_store_memory=80 * 2**20)
     try:
-        job = job_of(dataset[0], tmp_path / "cache", partial(FatalCarded, tmp_path))
+        job = job_of(dataset[0], tmp_path / "cache", partial(CardedEncoder, tmp_path))
         report = extract_on_ray(dataset[1], job, device="cuda", partition_rows=5)
     finally:
         cluster.remove_node(node)

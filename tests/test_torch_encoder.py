@@ -523,7 +523,7 @@ def on_cuda(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[float]]:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
     encoder = make()
     encoder.device = "cuda"
-    encoder._runner = StandRunner(clock)
+    encoder.runner = StandRunner(clock)
     return encoder, clock
 
 
@@ -554,7 +554,7 @@ def test_the_tower_is_compiled_where_that_saves_more_than_it_takes(
 
         def compiled(pixel_values: torch.Tensor) -> Any:
             sizes.append(len(pixel_values))
-            encoder._runner.seconds = seconds
+            encoder.runner.seconds = seconds
             return model(pixel_values=pixel_values)
 
         return compiled
@@ -594,9 +594,9 @@ def test_warming_up_halves_the_batch_until_it_fits(
     on_cuda: tuple[Any, list[float]], fits: int, size: int
 ) -> None:
     encoder, clock = on_cuda
-    encoder._runner = StandRunner(clock, fits)
+    encoder.runner = StandRunner(clock, fits)
     assert encoder.warm_up(["mean"], n_images=1) == size
-    encoder._runner = StandRunner(clock, 0)
+    encoder.runner = StandRunner(clock, 0)
     with pytest.raises(DeviceMemoryError, match="full"):
         encoder.warm_up(["mean"], n_images=1, batch_size=4)
 
@@ -659,7 +659,7 @@ def test_the_attention_kernel_is_the_one_with_the_fastest_batch(
             self.seconds = 0.5 if on == ["flash"] else 0.7 if on == ["cudnn"] else 1.0
             return super().submit(work, pixels)
 
-    encoder._runner = Watched(clock)
+    encoder.runner = Watched(clock)
     assert encoder.warm_up(["mean"], n_images=64) == 64
     assert [on for on in seen if len(on) == 1][::2][:3] == [["cudnn"], ["flash"], ["efficient"]]
     assert encoder.describe()["attention"] == "flash"

@@ -13,7 +13,7 @@ from torch.nn.functional import mse_loss
 
 from medembed.autoencoding.images import TrainingImages
 from medembed.encoders.autoencoder import Architecture, Autoencoder
-from medembed.encoders.devices import Lanes
+from medembed.encoders.devices import Lanes, is_memory_error
 from medembed.encoders.precision import arithmetic
 from medembed.encoders.preprocessing import Preprocessing, channel_levels
 from medembed.errors import DeviceMemoryError, EncoderError
@@ -132,7 +132,9 @@ class Training:
             with _one_thread(self._asked.device):
                 loss = self._learn(order, tick)
                 held_out_loss = self._look(self._images.held_out)
-        except (torch.OutOfMemoryError, DeviceMemoryError) as error:
+        except (MemoryError, RuntimeError) as error:
+            if not is_memory_error(error):
+                raise
             raise DeviceMemoryError(
                 f"a batch of {self._asked.batch_size} does not fit the memory of "
                 f"{self._asked.device}. Give a smaller --batch-size, or fewer --widths."

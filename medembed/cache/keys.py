@@ -4,13 +4,15 @@ A key is the SHA-256 of an image's bytes, a row of an (n, 32) uint8 array. Its f
 as one big-endian number, order almost all keys; where several share them, whole keys are compared.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 
 from medembed.cache.spec import KEY_BYTES, keys_from_hex, sortable
 from medembed.errors import CacheError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 __all__ = ["SortedKeys", "equal_keys", "keys_from_column", "prefixes_of"]
 
@@ -38,13 +40,17 @@ def _numbers(keys: np.ndarray) -> np.ndarray:
 def keys_from_column(column: Any) -> np.ndarray:
     """Turn a column of SHA-256 hex digests, as pandas or Arrow hold it, into keys: (n, 32) uint8.
 
-    10 million take a second, and no memory beyond the keys.
+    10 million take a second, and no memory beyond the keys; without pyarrow, more of both.
 
     Raises
     ------
     CacheError
         A digest is not 64 lower-case hex digits.
     """
+    try:
+        import pyarrow as pa
+    except ImportError:
+        return _keys_from_list(list(column))
     array = pa.array(column)
     chunks = array.chunks if isinstance(array, pa.ChunkedArray) else [array]
     keys, start = np.empty((len(column), KEY_BYTES), np.uint8), 0
@@ -56,7 +62,16 @@ def keys_from_column(column: Any) -> np.ndarray:
     return keys
 
 
-def _keys_from_arrow(part: pa.Array) -> np.ndarray:
+def _keys_from_list(digests: list[str]) -> np.ndarray:
+    keys = keys_from_hex(digests)
+    if any(digest != digest.lower() for digest in digests):
+        raise CacheError("a SHA-256 holds something else than lower-case hex digits")
+    return keys
+
+
+def _keys_from_arrow(part: "pa.Array") -> np.ndarray:
+    import pyarrow as pa
+
     part = part.cast(pa.large_string())
     _, places, data = part.buffers()
     edges = np.frombuffer(places, np.int64)[part.offset : part.offset + len(part) + 1]

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from medembed.errors import MedembedError
 
@@ -140,6 +138,9 @@ def _as_strings(column: "pd.Series[Any]") -> "pd.Series[str]":
 
 def _read_blocks(path: Path, names: tuple[str, ...], error: type[MedembedError]) -> pd.DataFrame:
     """Read block by block: a whole file at once takes twice the memory."""
+    import pyarrow as pa  # not earlier: CSV needs none of its 140 MB
+    import pyarrow.parquet as pq
+
     # Opened here: Arrow opens no name that is not UTF-8.
     with path.open("rb") as opened, pq.ParquetFile(opened) as file:
         _check_names(file.schema_arrow.names, path, error)

@@ -23,9 +23,11 @@ __all__ = [
     "Rows",
     "current_gpu",
     "device_of",
+    "free_memory",
     "guard_memory",
     "is_memory_error",
     "on_gpu",
+    "pinned",
     "why_no_gpu",
 ]
 
@@ -149,7 +151,7 @@ class Cuda:
         return lambda: _guard(collect, len(pixels))
 
     def _queue(self, work: Work, pixels: np.ndarray) -> Callable[[], Rows]:
-        host = _pinned(pixels.shape, torch.uint8)
+        host = pinned(pixels.shape, torch.uint8)
         host.numpy()[...] = pixels
         with torch.cuda.stream(self._copies):
             arriving = host.to(self._name, non_blocking=True)
@@ -159,7 +161,7 @@ class Cuda:
         rows = {}
         with _full_precision():
             for name, values in work(arriving).items():
-                rows[name] = _pinned(values.shape, values.dtype)
+                rows[name] = pinned(values.shape, values.dtype)
                 rows[name].copy_(values, non_blocking=True)
         # Blocking sleeps; a wait that spins would take a decoder's core.
         done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
@@ -278,12 +280,17 @@ def guard_memory(call: Callable[[], T], what: str) -> T:
             raise
         reason = " ".join(str(error).split())
     # Not inside the handler: the error's frames hold the tensors that are to be freed.
+    free_memory()
+    raise DeviceMemoryError(f"{what} torch said: {reason[:200]}")
+
+
+def free_memory() -> None:
+    """Give back the device's memory that nothing holds any more."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     elif torch.backends.mps.is_available():
         torch.mps.empty_cache()
-    raise DeviceMemoryError(f"{what} torch said: {reason[:200]}")
 
 
 def is_memory_error(error: BaseException) -> bool:
@@ -306,7 +313,8 @@ def _peak_bytes(run: Callable[[int], object], n_images: int) -> int:
     return int(torch.cuda.max_memory_allocated() - before)
 
 
-def _pinned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+def pinned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Return an empty tensor in memory that a GPU copies from and to by itself."""
     return torch.empty(shape, dtype=dtype, pin_memory=True)
 
 

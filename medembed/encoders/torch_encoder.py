@@ -55,6 +55,8 @@ class TorchEncoder(ABC):
         What of its checkpoint's tensors it is.
     origin : Origin or None
         What it was loaded from; set by `loading.load_encoder`.
+    runner : devices.Device
+        Where it runs.
     """
 
     part: ClassVar[Part] = "whole"
@@ -80,7 +82,7 @@ class TorchEncoder(ABC):
         self.precision = precision
         self._reload = reload
         self.origin: Origin | None = None
-        self._runner = device_of(device)
+        self.runner = device_of(device)
         self.tuning = Tuning(model)
         levels = channel_levels(preprocessing)
         # Asked here, not of the device: the answer would hold up the host at every batch.
@@ -142,7 +144,7 @@ class TorchEncoder(ABC):
     @property
     def in_flight(self) -> int:
         """How many batches may be submitted and not yet collected."""
-        return self._runner.in_flight
+        return self.runner.in_flight
 
     def tower(self, pixel_values: torch.Tensor) -> Any:
         """Call the model as it was tuned for batches of this size."""
@@ -165,7 +167,7 @@ class TorchEncoder(ABC):
         if not len(pixels):
             shapes = {name: (0, *self.dimensions[name]) for name in poolings}
             return lambda: {name: np.empty(shape, np.float32) for name, shape in shapes.items()}
-        collect = self._runner.submit(partial(self._compute, poolings=tuple(poolings)), pixels)
+        collect = self.runner.submit(partial(self._compute, poolings=tuple(poolings)), pixels)
 
         def finish() -> Rows:
             rows = collect()
@@ -198,7 +200,7 @@ class TorchEncoder(ABC):
         if self.device == "cuda":
             say("Warming up")
         size = self.preprocessing
-        chosen = batch_size or self._runner.choose_batch(run, size.height * size.width, n_images)
+        chosen = batch_size or self.runner.choose_batch(run, size.height * size.width, n_images)
         if self.device != "cuda":
             return chosen
         chosen = _halve_until_it_fits(run, chosen)
@@ -293,7 +295,7 @@ class TorchEncoder(ABC):
         size = self.preprocessing
         black = np.zeros((n_images, size.height, size.width), np.uint8)
         # Not encode: that a tower makes no finite row of black is to be said of real images.
-        self._runner.submit(partial(self._compute, poolings=tuple(poolings)), black)()
+        self.runner.submit(partial(self._compute, poolings=tuple(poolings)), black)()
 
     def _check(self, pixels: np.ndarray) -> None:
         size = (self.preprocessing.height, self.preprocessing.width)

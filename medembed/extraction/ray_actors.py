@@ -195,7 +195,7 @@ class Actors:
     def __enter__(self) -> "Actors":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         """End all actors; after an exception, Ctrl-C too, they first commit what they have."""
         try:
             if kind is not None and self._busy:
@@ -204,8 +204,9 @@ class Actors:
                 tasks = list(self._busy)
                 self._ray.wait(tasks, num_returns=len(tasks), timeout=PATIENCE_SECONDS)
         finally:
-            taken = (*self._starting.values(), *self._busy.values())
-            for actor in (*(actor for actor, _ in taken), *self._idle):
+            starting = [actor for actor, _ in self._starting.values()]
+            busy = [actor for actor, _ in self._busy.values()]
+            for actor in (*starting, *busy, *self._idle):
                 self._ray.kill(actor)
 
     def _give(self, work: Work) -> None:

@@ -1,6 +1,21 @@
-"""Fine-tuning: the last blocks of an encoder train together with a head, depth by depth."""
+"""Fine-tuning: the last blocks of an encoder train together with a head, depth by depth.
 
-from medembed.finetuning.job import finetune
-from medembed.finetuning.recipe import Recipe
+Names are looked up when they are first used: the training itself needs no library that a run's
+tables and its swept heads need.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from medembed.finetuning.job import finetune
+    from medembed.finetuning.recipe import Recipe
 
 __all__ = ["Recipe", "finetune"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from medembed.finetuning import job, recipe
+
+    return getattr(job if name == "finetune" else recipe, name)

@@ -21,14 +21,14 @@ from medembed.files import json_digest
 from medembed.finetuning.adapting import adapt, save_adapted
 from medembed.finetuning.asking import Asked, Trial, describe, understand, write_command
 from medembed.finetuning.finishing import Ending, finish, load_ending
-from medembed.finetuning.images import Images, VectorImages, read_images
+from medembed.finetuning.images import Images, VectorImages, compute_rows, read_images
 from medembed.finetuning.network import Network, blank_start
 from medembed.finetuning.packaged import package
 from medembed.finetuning.recipe import Depth, Recipe
 from medembed.finetuning.rows import TrainRows, choose_rows
 from medembed.finetuning.starting import draw_start, fit_start
 from medembed.finetuning.training import Trainer, explaining_memory
-from medembed.finetuning.trunk import TRUNK_DTYPE, TokenImages, TrunkEncoder, fill_trunk_cache
+from medembed.finetuning.trunk import TRUNK_DTYPE, TokenImages, fill_trunk_cache, make_trunk
 from medembed.results.provenance import public_name
 from medembed.results.runs import Run, create_run
 
@@ -179,7 +179,7 @@ def _open_images(
 ) -> tuple[Images, TrainRows]:
     """Decode the images, or fill the trunk cache; leave out what fails."""
     if asked.n_cut is not None and asked.trunk_cache is not None:
-        trunk = TrunkEncoder(asked.encoder, asked.n_cut, asked.recipe.precision)
+        trunk = make_trunk(asked.encoder, asked.n_cut, asked.recipe.precision)
         own = replace(asked.manifest, rows=rows.rows)
         cache = fill_trunk_cache(
             asked.trunk_cache,
@@ -217,10 +217,11 @@ def _embed(
     size = -(-recipe.batch_size // recipe.accumulate)
     X = np.empty((len(rows), width), np.float32)
     with torch.no_grad(), explaining_memory("the encoder", recipe):
-        for first in range(0, len(rows), size):
-            part = np.arange(first, min(first + size, len(rows)))
-            X[part] = network.vectors(images.take(part, asked.encoder.device)).cpu().numpy()
-            progress(int(part[-1]) + 1, len(rows))
+        done, device = 0, asked.encoder.device
+        for part in compute_rows(network.vectors, images, np.arange(len(rows)), device, size):
+            X[done : done + len(part)] = part
+            done += len(part)
+            progress(done, len(rows))
     if not np.isfinite(X).all():
         raise EncoderError(
             f"embeddings of {asked.encoder.source} are not finite in {recipe.precision}. Try "

@@ -3,8 +3,9 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ from numpy.typing import NDArray
 from scipy.special import expit
 from torch.nn import functional
 
-from medembed.encoders.devices import is_memory_error
+from medembed.encoders.devices import free_memory, is_memory_error
 from medembed.errors import DeviceMemoryError, TrainingDataError
 from medembed.finetuning.blocks import parameter_groups
-from medembed.finetuning.images import Images, PixelImages
+from medembed.finetuning.images import Images, PixelImages, compute_rows, take_ahead
 from medembed.finetuning.network import Network
 from medembed.finetuning.recipe import Recipe
 from medembed.finetuning.rows import TrainRows
@@ -150,10 +151,7 @@ class Trainer:
         """Give the logits of some rows as they are, float32 (n,)."""
         self.network.set_training(False)
         size = -(-self.recipe.batch_size // self.recipe.accumulate)
-        parts = [
-            self.network(self.images.take(rows[start : start + size], self.device)).cpu().numpy()
-            for start in range(0, len(rows), size)
-        ]
+        parts = compute_rows(self.network, self.images, rows, self.device, size)
         return np.concatenate([np.empty(0, np.float32), *parts])
 
     def _train_epoch(self, epoch: int, progress: Progress | None) -> float:
@@ -163,31 +161,31 @@ class Trainer:
         order = np.random.default_rng([self._seed, _ORDER, epoch]).permutation(fitted)
         # Batches of one size: a small rest would take a step as long and far noisier.
         batches = np.array_split(order, self._n_steps)
+        parts = [np.array_split(batch, min(recipe.accumulate, len(batch))) for batch in batches]
         total, done = 0.0, 0
-        for step, batch in enumerate(batches):
-            self._set_rates((epoch - 1) * self._n_steps + step)
-            with _seeded([self._seed, _DROPOUT, epoch, step], self.device):
-                loss = sum(
-                    self._add_gradients(part, len(batch), epoch)
-                    for part in np.array_split(batch, min(recipe.accumulate, len(batch)))
-                )
-            self._step(loss, epoch, step)
-            total += loss * len(batch)
-            done += len(batch)
-            if progress is not None:
-                progress(done, len(order))
+        with closing(take_ahead(self.images, list(chain(*parts)), self.device)) as taking:
+            for step, batch in enumerate(batches):
+                self._set_rates((epoch - 1) * self._n_steps + step)
+                with _seeded([self._seed, _DROPOUT, epoch, step], self.device):
+                    loss = sum(
+                        self._add_gradients(part, next(taking), len(batch), epoch)
+                        for part in parts[step]
+                    )
+                self._step(loss, epoch, step)
+                total += loss * len(batch)
+                done += len(batch)
+                if progress is not None:
+                    progress(done, len(order))
         return total / len(order)
 
-    def _add_gradients(self, part: NDArray[np.int64], n_batch: int, epoch: int) -> float:
+    def _add_gradients(
+        self, part: NDArray[np.int64], images: torch.Tensor, n_batch: int, epoch: int
+    ) -> float:
         """Add a part's share of a batch's mean loss to the gradients; give that share."""
         if self.recipe.augment:
             assert isinstance(self.images, PixelImages)  # nothing else is there to be varied
             flips = self.recipe.flips
-            images = self.images.take_varied(
-                part, self.device, seed=self._seed, epoch=epoch, flips=flips
-            )
-        else:
-            images = self.images.take(part, self.device)
+            images = self.images.vary(images, part, seed=self._seed, epoch=epoch, flips=flips)
         y = torch.from_numpy(self.rows.y[part].astype(np.int64)).to(self.device)
         loss = self._losses(self.network(images), y).sum() / n_batch
         loss.backward()  # type: ignore[no-untyped-call]
@@ -282,14 +280,16 @@ def explaining_memory(name: str, recipe: Recipe) -> Iterator[None]:
     """Turn any error of a full memory into DeviceMemoryError, with the way out."""
     try:
         yield
+        return
     except (MemoryError, RuntimeError) as error:
         if not is_memory_error(error):
             raise
-        raise DeviceMemoryError(
-            f"{name}: a batch of {recipe.batch_size} in {recipe.accumulate} part(s) does not fit "
-            "the device's memory. Give a larger --accumulate, --checkpointing or a smaller "
-            "--batch-size."
-        ) from error
+    # Not inside the handler: the error's frames hold the tensors that are to be freed.
+    free_memory()
+    raise DeviceMemoryError(
+        f"{name}: a batch of {recipe.batch_size} in {recipe.accumulate} part(s) does not fit the "
+        "device's memory. Give a larger --accumulate, --checkpointing or a smaller --batch-size."
+    )
 
 
 @contextmanager

@@ -18,7 +18,9 @@ from medembed.cache.keys import keys_from_column
 from medembed.cache.mapped import MappedRows, map_rows
 from medembed.cache.store import Cache, create_cache, open_cache
 from medembed.dataset.manifest import Manifest
+from medembed.encoders.devices import guard_memory
 from medembed.encoders.precision import arithmetic
+from medembed.encoders.protocol import Encoder
 from medembed.encoders.torch_encoder import TorchEncoder
 from medembed.errors import CacheError, TrainingDataError
 from medembed.extraction import extract, spec_of
@@ -32,16 +34,20 @@ if TYPE_CHECKING:
 __all__ = [
     "TOKENS",
     "TRUNK_DTYPE",
+    "PipelinedTrunk",
     "TokenImages",
     "TrunkEncoder",
     "choose_cut",
     "fill_trunk_cache",
+    "make_trunk",
 ]
 
 TOKENS = "tokens"
 TRUNK_DTYPE = "float32"
 """What tokens are stored as where nothing else is asked for."""
 _BATCH = 8
+_HOST_BYTES = 2**29
+"""Of a batch's tokens, float32: two are under way, and as many wait to be written."""
 
 
 class TrunkEncoder:
@@ -70,10 +76,91 @@ class TrunkEncoder:
 
     def encode(self, pixels: np.ndarray, poolings: Sequence[str]) -> dict[str, np.ndarray]:
         """Give the tokens of prepared images, float32 (n, …); see `protocol.Encoder.encode`."""
-        with torch.inference_mode(), arithmetic(self.device, self.precision):
-            images = torch.from_numpy(np.array(pixels)).to(self.device)
+        return guard_memory(
+            lambda: self._give(pixels),
+            f"the trunk of {self.source} does not fit the memory of {self.device} with a batch of "
+            f"{len(pixels)}; a smaller one may.",
+        )
+
+    def _give(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
+        tokens = self._compute(torch.from_numpy(np.array(pixels)).to(self.device))
+        return {TOKENS: tokens[TOKENS].cpu().numpy()}
+
+    @torch.inference_mode()
+    def _compute(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Give the tokens of uint8 (n, height, width) on the device, float32."""
+        with arithmetic(self.device, self.precision):
             seen = self._encoder.model(pixel_values=self._encoder.normalise(images))
-            return {TOKENS: seen.last_hidden_state.float().cpu().numpy()}
+            return {TOKENS: seen.last_hidden_state.float()}
+
+
+class PipelinedTrunk(TrunkEncoder):
+    """A trunk whose device is handed the next batch before the last one is done.
+
+    It is a `protocol.PipelinedEncoder`, on the GPU of the process that made it.
+    """
+
+    @property
+    def in_flight(self) -> int:
+        """How many batches may be submitted and not yet collected."""
+        return self._encoder.runner.in_flight
+
+    def submit(
+        self, pixels: np.ndarray, poolings: Sequence[str]
+    ) -> Callable[[], dict[str, np.ndarray]]:
+        """Begin to compute a batch; see `protocol.PipelinedEncoder.submit`."""
+        return self._encoder.runner.submit(self._compute, pixels)
+
+    def encode(self, pixels: np.ndarray, poolings: Sequence[str]) -> dict[str, np.ndarray]:
+        """Give the tokens of prepared images, float32 (n, …); see `protocol.Encoder.encode`."""
+        return self.submit(pixels, poolings)()
+
+    def warm_up(
+        self,
+        poolings: Sequence[str],
+        *,
+        n_images: int,
+        batch_size: int | None = None,
+        tell: Callable[[str], None] | None = None,
+    ) -> int:
+        """Choose the batch that the device holds, and whose tokens take 512 MB of the host's.
+
+        See `protocol.PipelinedEncoder.warm_up`.
+        """
+        if batch_size is not None:
+            return batch_size
+        if tell is not None:
+            tell("Warming up")
+        size = self.preprocessing
+        most = max(1, _HOST_BYTES // (4 * math.prod(self.dimensions[TOKENS])))
+
+        def run(n: int) -> None:
+            self.encode(np.zeros((n, size.height, size.width), np.uint8), poolings)
+
+        chosen = self._encoder.runner.choose_batch(run, size.height * size.width, n_images)
+        return min(chosen, most)
+
+    def reference(self) -> Encoder:
+        """Give the trunk itself: its cache has no canary, and its arithmetic is in its name."""
+        return self
+
+
+def make_trunk(encoder: TorchEncoder, n_blocks: int, precision: str) -> TrunkEncoder:
+    """Return the trunk of an encoder as its device is best used; see `TrunkEncoder`.
+
+    Elsewhere than on CUDA all cores, or the whole device, compute one batch at a time.
+
+    Raises
+    ------
+    DeviceMemoryError
+        It does not fit the device beside the encoder.
+    """
+    kind = PipelinedTrunk if encoder.device == "cuda" else TrunkEncoder
+    return guard_memory(
+        lambda: kind(encoder, n_blocks, precision),
+        f"the trunk of {encoder.source} does not fit the memory of {encoder.device} beside the "
+        "encoder. Close what else uses it, or choose another --device.",
+    )
 
 
 class TokenImages:
@@ -166,7 +253,7 @@ def fill_trunk_cache(
         path,
         poolings=[TOKENS],
         dtype=dtype,
-        batch_size=max(1, min(_BATCH, _BATCH * 2**18 // math.prod(encoder.dimensions[TOKENS]))),
+        batch_size=None if isinstance(encoder, PipelinedTrunk) else _batch_size(encoder),
         progress=progress,
     )
     cache = open_cache(path)
@@ -177,3 +264,8 @@ def fill_trunk_cache(
             "command makes it again."
         )
     return cache
+
+
+def _batch_size(encoder: TrunkEncoder) -> int:
+    """Return 8 images, or fewer of more than 262,144 numbers each."""
+    return max(1, min(_BATCH, _BATCH * 2**18 // math.prod(encoder.dimensions[TOKENS])))
