@@ -231,6 +231,7 @@ def ratios(found: dict[str, Any]) -> dict[str, Any]:
         "extraction_vs_forward": whole.get("vs_forward", NOT_MEASURED),
         "extraction_vs_transformers_loop": whole.get("vs_loop", NOT_MEASURED),
         "compiled_vs_eager": rates.get("compiled_vs_eager", NOT_MEASURED),
+        "best_images_per_second": best or NOT_MEASURED,
     }
 
 

@@ -27,6 +27,20 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 TOLERANCE = 0.2
 NOT_MEASURED = "not measured"
+GPU_FILE = "gpu.json"
+GPU_FIGURES = (
+    ("ratios.forward_vs_peak", "arithmetic of the tower at 896 px", "bf16 peak, 8192³", "×"),
+    ("ratios.compiled_vs_eager", "compiled by block", "as it is", "×"),
+    ("ratios.extraction_vs_forward", "images a second, end to end", "forward pass alone", "×"),
+    ("ratios.extraction_vs_transformers_loop", "the same", "loop over transformers", "×"),
+    ("ratios.best_images_per_second", "images a second at 896 px, forward", "", ""),
+    ("steps.peak.tflops", "bf16 product of 8192³", "", "TFLOP/s"),
+    ("steps.canary.distances.mean", "distance of `mean` in bf16", "limit 0.02", ""),
+    ("steps.canary.distances.max", "distance of `max` in bf16", "limit 0.02", ""),
+    ("steps.canary.distances.grid4", "distance of `grid4` in bf16", "limit 0.02", ""),
+    ("steps.in_flight.equal", "of 20 overlapping batches equal to each alone", "20", ""),
+    ("steps.workers.rows", "rows of a cache after a worker was killed", "512", ""),
+)
 
 
 @dataclass(frozen=True)
@@ -201,7 +215,7 @@ def render(folder: Path) -> str:
         "",
         "Made by `make bench` from the JSON files in `results/`; each script says in its first",
         "lines what is timed, against what, and how often. Ratios are medians of alternated runs;",
-        "sweeps ran once. All data are synthetic. On a GPU nothing was measured.",
+        "sweeps ran once. All data are synthetic.",
         "",
         "| part | what | against | measured | wanted | runs |",
         "|---|---|---|---|---|---|",
@@ -209,7 +223,27 @@ def render(folder: Path) -> str:
     for part in PARTS:
         results = read(folder / part.file)
         lines += [_row(part, figure, results) for figure in part.figures]
-    return "\n".join([*lines, "", *_growth(folder), *_machines(folder)]) + "\n"
+    return "\n".join([*lines, "", *_gpu(folder), *_growth(folder), *_machines(folder)]) + "\n"
+
+
+def _gpu(folder: Path) -> list[str]:
+    """Write what `gpu_check.py` has left; each line says so where nothing was measured."""
+    results = read(folder / GPU_FILE)
+    card = _follow(results, "steps.versions.card") if results.get("device") == "cuda" else None
+    lines = [
+        "## On a GPU",
+        "",
+        f"By `bench/gpu_check.py`, {f'on {card}' if card else 'which has run on no GPU yet'}.",
+        "",
+        "| what | against | measured |",
+        "|---|---|---|",
+    ]
+    for key, what, against, unit in GPU_FIGURES:
+        value = look_up(results, key) if card else None
+        reason = look_up_reason(results, key) if card else None
+        shown = reason or NOT_MEASURED if value is None else f"{_short(value)} {unit}".rstrip()
+        lines.append(f"| {what} | {against} | {shown} |")
+    return [*lines, ""]
 
 
 def _row(part: Part, figure: Figure, results: dict[str, Any]) -> str:

@@ -605,13 +605,25 @@ def test_where_the_images_do_not_fit_the_size_is_said(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("where", "error"),
+    [
+        ("_loss", torch.OutOfMemoryError("CUDA out of memory")),
+        ("_compute", RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")),  # not in a lane
+    ],
+)
 def test_a_batch_that_does_not_fit_names_the_option(
-    home: Path, manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    home: Path,
+    manifest: Manifest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+    error: RuntimeError,
 ) -> None:
     def full(*_: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
-    monkeypatch.setattr(training.Training, "_loss", full)
+    monkeypatch.setattr(training.Training, where, full)
     with pytest.raises(DeviceMemoryError, match="smaller --batch-size"):
         train_autoencoder(manifest, home / "images", tmp_path / "out", **QUICK)
     assert list(tmp_path.iterdir()) == []

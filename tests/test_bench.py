@@ -133,3 +133,31 @@ def test_words_in_a_numbers_place_are_shown_and_are_no_regression(tmp_path: Path
     write(tmp_path, part, {key: "not measured: not ended"})
     assert "| not measured: not ended |" in suite.render(tmp_path)
     assert not list(suite.regressions([part], tmp_path, tmp_path))
+
+
+def test_the_gpus_table_says_what_was_measured_and_what_not(tmp_path: Path) -> None:
+    assert suite.render(tmp_path).count("| not measured |\n") >= len(suite.GPU_FIGURES)
+    found: dict[str, Any] = {
+        "device": "cuda",
+        "ratios": {"forward_vs_peak": 0.7, "compiled_vs_eager": "not measured"},
+        "steps": {"versions": {"card": "H200"}, "canary": {"distances": {"max": 0.0036}}},
+    }
+    (tmp_path / suite.GPU_FILE).write_text(json.dumps(found))
+    page = suite.render(tmp_path)
+    assert "`bench/gpu_check.py`, on H200." in page
+    assert "| bf16 peak, 8192³ | 0.7 × |" in page
+    assert "| distance of `max` in bf16 | limit 0.02 | 0.0036 |" in page
+    assert "| distance of `mean` in bf16 | limit 0.02 | not measured |" in page
+    found["device"] = "cpu"  # a trial of the check is no measurement
+    (tmp_path / suite.GPU_FILE).write_text(json.dumps(found))
+    assert "on no GPU yet" in suite.render(tmp_path)
+    assert "0.7 ×" not in suite.render(tmp_path)
+
+
+def test_the_gpus_table_asks_for_what_the_check_writes() -> None:
+    import gpu_check
+
+    ratios = gpu_check.ratios({})
+    for key, *_ in suite.GPU_FIGURES:
+        group, name, *_ = key.split(".")
+        assert name in (ratios if group == "ratios" else gpu_check.STEPS), key

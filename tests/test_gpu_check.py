@@ -1,6 +1,7 @@
 """The check that is run on a GPU: every step, on a CPU with a tiny tower."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +13,39 @@ sys.path.insert(0, str(ROOT / "bench"))
 
 import gpu_check  # noqa: E402
 
+LATER = ("lightgbm", "pydicom", "pyarrow")  # which no step needs
+UNUSED = ("sklearn", "joblib", "scipy", "matplotlib", "peft", "ray", "pylibjpeg")
 
+
+def without(place: Path, names: tuple[str, ...]) -> dict[str, str]:
+    """Give the environment of a process, and of its own, that lacks some libraries."""
+    place.mkdir()
+    (place / "sitecustomize.py").write_text(f"""
+from importlib.machinery import PathFinder
+
+find = PathFinder.find_spec
+
+def find_spec(name, path=None, target=None):
+    return None if name.partition(".")[0] in {names} else find(name, path, target)
+
+PathFinder.find_spec = staticmethod(find_spec)
+""")
+    return {**os.environ, "PYTHONPATH": str(place)}
+
+
+@pytest.mark.slow
 def test_every_step_runs_on_a_cpu_and_leaves_its_result(tmp_path: Path) -> None:
+    """On a machine that lacks what only other parts of the package need."""
     out = tmp_path / "gpu.json"
+    lacking = without(tmp_path / "lacking", LATER)
     command = [sys.executable, str(ROOT / "bench" / "gpu_check.py"), "--device", "cpu", "--tiny"]
     done = subprocess.run(
-        [*command, "--out", str(out)], cwd=tmp_path, capture_output=True, text=True, timeout=500
+        [*command, "--out", str(out)],
+        cwd=tmp_path,
+        env=lacking,
+        capture_output=True,
+        text=True,
+        timeout=900,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     document = json.loads(out.read_text())
@@ -26,6 +54,10 @@ def test_every_step_runs_on_a_cpu_and_leaves_its_result(tmp_path: Path) -> None:
     assert list(steps) == list(gpu_check.STEPS)
     assert [name for name, found in steps.items() if "skipped" in found] == ["memory"]
     assert steps["workers"]["rows"] == gpu_check.TINY["images"]
+    assert steps["training"]["block"]["losses"] == steps["training"]["trunk_cache"]["losses"]
+    assert "skipped" not in steps["training"]["lora"]
+    missing = {name for name, text in steps["versions"].items() if "missing" in str(text)}
+    assert missing <= {"triton", "torchvision"}
     assert max(steps["canary"]["distances"].values()) < steps["canary"]["limit"]
     assert document["ratios"]["compiled_vs_eager"] == "not measured"
 
@@ -69,3 +101,32 @@ def test_a_tiny_run_never_replaces_what_was_measured(
 def test_the_towers_arithmetic_is_what_was_counted_by_hand() -> None:
     """A block of 202 GFLOP, of which projections 43.5, attention 77.3 and MLP 81.2."""
     assert gpu_check.tflop(gpu_check.FULL["tower"]) == pytest.approx(5.46, abs=0.01)
+
+
+def test_extraction_needs_no_library_of_the_later_stages(tmp_path: Path) -> None:
+    """Of PNGs that a manifest in CSV names, from a checkout that is not installed."""
+    from medembed.cache.embeddings import load_embeddings
+    from medembed.dataset.manifest import write_manifest
+    from standin import write_images
+
+    manifest = write_images(tmp_path / "images", 3, 40, 36)
+    write_manifest(manifest, tmp_path / "manifest.csv")
+    lacking = without(tmp_path / "lacking", (*LATER, *UNUSED))
+    lacking["PYTHONPATH"] += os.pathsep + str(ROOT)
+    command = [sys.executable, "-m", "medembed", "extract", "manifest.csv", "--encoder", "demo"]
+    command += ["--image-root", "images", "--cache", "cache", "--device", "cpu"]
+    done = subprocess.run(command, cwd=tmp_path, env=lacking, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(load_embeddings(tmp_path / "cache", manifest, pool="mean").X) == 3
+
+
+def test_the_wheels_are_all_that_the_check_imports() -> None:
+    """What is neither there nor carried along would end a step."""
+    lists = subprocess.run(
+        [sys.executable, str(ROOT / "bench" / "gpu_check.py"), "--wheels"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert lists.stdout.split() == list(gpu_check.WHEELS)
+    assert not {*LATER, "matplotlib", "ray"} & {*gpu_check.WHEELS, *gpu_check.NEEDED}

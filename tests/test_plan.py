@@ -1,5 +1,6 @@
 """Keys in bulk, the index of a cache and the plan, against plain Python sets and dictionaries."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,17 @@ def test_blocks_of_questions_come_back_in_order(monkeypatch: pytest.MonkeyPatch)
     assert (keys_from_column(pd.Series(digests)) == keys).all()
     assert (keys_from_column(pa.chunked_array([digests[:3], digests[3:]])) == keys).all()
     assert equal_keys(keys, keys[order]).sum() == (order == np.arange(100)).sum()
+
+
+def test_keys_of_a_column_need_no_pyarrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = np.random.default_rng(0).integers(0, 256, (100, 32), dtype=np.uint8)
+    digests = pd.Series(hex_from_keys(keys))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert (keys_from_column(digests) == keys).all()
+    assert keys_from_column(digests[:0]).shape == (0, 32)
+    for digest in ("ab" * 31, "AB" * 32, "xy" * 32):
+        with pytest.raises(CacheError):
+            keys_from_column(pd.Series([digest, "ab" * 32]))
 
 
 @pytest.mark.parametrize("digest", ["ab" * 31, "AB" * 32, "xy" * 32, "é" * 32, None])

@@ -341,9 +341,7 @@ class Stand:
         for name, fake in patches.items():
             monkeypatch.setattr(torch.cuda, name, fake)
         monkeypatch.setattr(torch.Tensor, "record_stream", self.record_stream)
-        monkeypatch.setattr(
-            devices, "_pinned", lambda shape, dtype: torch.empty(shape, dtype=dtype)
-        )
+        monkeypatch.setattr(devices, "pinned", lambda shape, dtype: torch.empty(shape, dtype=dtype))
 
     def event(self, blocking: bool) -> Any:
         assert blocking
