@@ -21,12 +21,8 @@ from medembed.evaluation.thresholds import youden_threshold
 from medembed.heads.packaging import Model, read_document
 from medembed.results.runs import Run
 
-__all__ = ["NO_CLEAN_SCORES", "Card", "describe_decisions", "read_card", "read_conformal"]
+__all__ = ["Card", "describe_decisions", "read_card", "read_conformal"]
 
-NO_CLEAN_SCORES = (
-    "there are no scores of patients whom early stopping has not seen: those held out chose the "
-    "epoch. Extract with the encoder that this model reads, then sweep: that model has them."
-)
 VIEWS = ("mean", "attention")
 #: The only place beside a model where an encoder of the same run lies.
 _ENCODER_PATH = re.compile(r"\.\./\.\./encoders/[A-Za-z0-9][A-Za-z0-9_.+-]*")
@@ -110,27 +106,23 @@ def read_card(model: Model, path: str | Path) -> Card:
         raise ModelError(f"the card of the model at {path}: {text}. {_WAY_OUT}") from error
 
 
-def describe_decisions(
-    studies: pd.DataFrame, clean: pd.DataFrame | None, *, note: str = NO_CLEAN_SCORES
-) -> dict[str, Any]:
+def describe_decisions(studies: pd.DataFrame) -> dict[str, Any]:
     """Fit what turns a head's scores into answers, on out-of-fold predictions of train.
+
+    They are of trainings that have not seen the rows, neither to learn nor to decide anything.
 
     Parameters
     ----------
     studies : DataFrame
         One row per labelled study: `label` (0, 1), `probability` (the head's own, out of fold),
         `region`, `patient`.
-    clean : DataFrame or None
-        The same of models whose early stopping has not seen these rows; None where there are none.
-    note : str
-        Why.
 
     Returns
     -------
     dict
         Entries of a card: ``calibration`` (Platt's), ``threshold`` (Youden's, of calibrated
-        scores), ``scores`` (``out_of_fold``, at that threshold), ``conformal`` (from the clean
-        scores) or None and ``conformal_note``.
+        scores), ``scores`` (``out_of_fold``, at that threshold), ``conformal``, and
+        ``conformal_note``, None.
 
     Raises
     ------
@@ -144,8 +136,8 @@ def describe_decisions(
     return {
         "calibration": calibration.as_dict(),
         "threshold": threshold,
-        "conformal": None if clean is None else _fit_sets(clean).as_dict(),
-        "conformal_note": note if clean is None else None,
+        "conformal": fit_conformal(raw, y, studies["region"].to_numpy()).as_dict(),
+        "conformal_note": None,
         "scores": {"out_of_fold": plain(score(y, calibrated, threshold))},
     }
 
@@ -172,12 +164,6 @@ def read_conformal(run: Run, head: str) -> Conformal | None:
         return _read_conformal(document["card"])
     except ModelError as error:
         raise ModelError(f"the card of the model at {path}: {error}. {_WAY_OUT}") from error
-
-
-def _fit_sets(clean: pd.DataFrame) -> Conformal:
-    columns = (clean[name].to_numpy() for name in ("probability", "label", "region"))
-    probability, y, regions = columns
-    return fit_conformal(probability.astype(np.float64), y.astype(np.int8), regions)
 
 
 def _read(card: Mapping[str, Any]) -> Card:

@@ -32,7 +32,15 @@ from medembed.errors import PathNotFoundError, RunError
 from medembed.files import hold_lock, json_bytes, write_atomically
 from medembed.results.run_entries import find_wrong_entry
 
-__all__ = ["PREDICTION_COLUMNS", "RUN_VERSION", "Run", "create_run", "open_run", "utc_now"]
+__all__ = [
+    "CV_METHOD",
+    "PREDICTION_COLUMNS",
+    "RUN_VERSION",
+    "Run",
+    "create_run",
+    "open_run",
+    "utc_now",
+]
 
 RUN_FORMAT = "medembed-run"
 RUN_VERSION = 1
@@ -40,6 +48,9 @@ TRIAL_COLUMNS = [
     *("trial", "head", "pooling", "params", "fold", "score"),
     *("best_epoch", "seconds", "status", "error", "key"),
 ]
+CV_METHOD = "inner-split"
+"""How cross-validated scores are made: what decides when to stop and what to choose are patients of
+the folds that are learnt from. Runs of before say nothing: the scored fold decided."""
 PREDICTION_COLUMNS = {
     "sha256": pa.string(),
     "patient": pa.int64(),
@@ -169,7 +180,7 @@ class Run:
         return _read_json(self.path / "scores.json")
 
     def keep_fold(self, key: str, probability: NDArray[np.float64]) -> None:
-        """Keep one trial's predictions on its held-out fold, until the run is complete."""
+        """Keep what one training predicts of the fold it was without, until the run is complete."""
         directory = self.path / "folds"
         directory.mkdir(exist_ok=True)
         buffer = io.BytesIO()
