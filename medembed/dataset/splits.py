@@ -30,9 +30,6 @@ __all__ = [
 
 UNKNOWN = -1
 
-INNER_SHARE = 0.2
-"""Of the studies of a fold's training patients, those that stop trials and choose among them."""
-
 
 def split_patients(rows: pd.DataFrame, *, fraction: float, seed: int = 0) -> np.ndarray:
     """Draw a test set of patients, stratified by label and region.
@@ -148,10 +145,10 @@ def draw_fraction(
 
 
 def draw_inner(rows: pd.DataFrame, folds: np.ndarray, *, seed: int = 0) -> np.ndarray:
-    """Divide the patients of all folds but one again, for each fold.
+    """Draw one of `n_folds` parts of the patients of all other folds, for each fold.
 
-    Whatever is decided on the smaller part (when to stop, whom to retire, what to choose) has not
-    seen the fold that is scored. Stratified as the folds are.
+    Whatever this part decides (when to stop, what to retire, what to choose) has not seen the fold
+    that is scored. Stratified as the folds are.
 
     Parameters
     ----------
@@ -171,12 +168,14 @@ def draw_inner(rows: pd.DataFrame, folds: np.ndarray, *, seed: int = 0) -> np.nd
     TrainingDataError
         Either part would hold one class.
     """
+    n_folds = int(folds.max()) + 1
     names, known = rows["patient"].astype(str), _patients(rows)
     fold_of = dict(zip(names, folds.tolist(), strict=True))
-    inner = np.zeros((int(folds.max()) + 1, len(rows)), bool)
+    inner = np.zeros((n_folds, len(rows)), bool)
+    shares = np.array([1 - 1 / n_folds, 1 / n_folds])
     for fold, flags in enumerate(inner):
         patients = [patient for patient in known if fold_of[patient.name] != fold]
-        part = _divide(patients, np.array([1 - INNER_SHARE, INNER_SHARE]), f"{seed}|inner|{fold}")
+        part = _divide(patients, shares, f"{seed}|inner|{fold}")
         for number in (0, 1):
             own = (patient.labels for patient in patients if part[patient.name] == number)
             if len(set().union(*own)) < 2:

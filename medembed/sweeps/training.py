@@ -320,9 +320,14 @@ def study_score(
     TrainingDataError
         It is not estimable there.
     """
-    studies = to_studies(training, rows, probability, per_study=per_study)
-    y = studies["label"].to_numpy(np.int8)
-    found = score(y, studies["probability"].to_numpy(), SELECTION_THRESHOLD)
+    if not np.isfinite(probability).all():
+        raise TrainingDataError("what is predicted of some rows is no finite number")
+    # (as `to_studies` has it, in a hundredth of the time of a table's groups)
+    _, places = np.unique(training.studies[rows], return_inverse=True)
+    y = (np.bincount(places, training.y[rows]) > 0).astype(np.int8)
+    if not per_study:
+        probability = np.bincount(places, probability) / np.bincount(places)
+    found = score(y, probability, SELECTION_THRESHOLD)
     value = float(found[training.metric])
     if not np.isfinite(value):
         raise TrainingDataError(f"{training.metric} is not estimable on this fold")
