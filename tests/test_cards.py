@@ -15,7 +15,7 @@ from test_sweeps import make_table
 
 from medembed.dataset.manifest import read_manifest
 from medembed.dataset.splits import fold_train_rows
-from medembed.errors import ModelError, RunError
+from medembed.errors import ModelError, RunError, TrainingDataError
 from medembed.evaluation.conformal import Conformal, fit_conformal
 from medembed.evaluation.scores import by_study
 from medembed.finetuning import Recipe

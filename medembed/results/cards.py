@@ -133,10 +133,12 @@ def describe_decisions(studies: pd.DataFrame) -> dict[str, Any]:
     calibration = fit_platt(raw, y)
     calibrated = calibration.apply(raw)
     threshold = float(youden_threshold(y, calibrated))
+    regions, patients = (studies[name].to_numpy() for name in ("region", "patient"))
+    conformal = fit_conformal(raw, y, regions, patients=patients)
     return {
         "calibration": calibration.as_dict(),
         "threshold": threshold,
-        "conformal": fit_conformal(raw, y, studies["region"].to_numpy()).as_dict(),
+        "conformal": conformal.as_dict(),
         "conformal_note": None,
         "scores": {"out_of_fold": plain(score(y, calibrated, threshold))},
     }
