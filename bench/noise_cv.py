@@ -2,6 +2,7 @@
 
     nice -n 15 .venv/bin/python bench/noise_cv.py --out bench/results/noise_cv.json
     .venv/bin/python bench/noise_cv.py --sets 2                    # does it all work?
+    .venv/bin/python bench/noise_cv.py --heads mlp --keep noise.jsonl   # goes on where it stopped
 
 Everything is made up: 100 training patients of 1 or 2 studies with 1 or 2 views each, 32 columns in
 which the views of a study and the studies of a patient resemble each other, and labels that follow
@@ -10,7 +11,9 @@ logistic), 5 folds. A head's `cv` should be 0.5; what it has more is optimism.
 
 - `mean`, `standard_error`: of the winner's `cv` over the sets.
 - `pooled`: of the AUROC of its out-of-fold scores, all folds together.
-- `tried`: configurations that the winner was chosen from.
+- `chosen_by`: of the score that the winner was chosen by, which is too good and is no result.
+- `n_tried`: configurations that the winner was chosen from.
+- `ratios`: how far `mean` is from 0.5.
 """
 
 import argparse
@@ -58,7 +61,7 @@ def draw_set(seed: int) -> tuple[pd.DataFrame, np.ndarray]:
 
 
 def sweep_noise(seed: int, heads: list[str]) -> dict[str, dict[str, float]]:
-    """Sweep one set; return each head's `cv`, and its pooled out-of-fold AUROC."""
+    """Sweep one set; return what each head's winner scores."""
     table, X = draw_set(seed)
     with tempfile.TemporaryDirectory() as home:
         spec = CacheSpec("ab" * 32, {"size": [8, 8]}, {"mean": (WIDTH,)}, "float32")
@@ -73,7 +76,12 @@ def sweep_noise(seed: int, heads: list[str]) -> dict[str, dict[str, float]]:
     for entry in board:
         studies = by_study(train[train["head"] == entry["head"]])
         pooled = float(roc_auc_score(studies["label"].astype(int), studies["probability"]))
-        found[entry["head"]] = {"cv": float(entry["cv"]), "pooled": pooled}
+        found[entry["head"]] = {
+            "cv": float(entry["cv"]),
+            "pooled": pooled,
+            "chosen_by": float(entry["chosen_by"]),
+            "n_tried": entry["n_tried"],
+        }
     return found
 
 
@@ -81,13 +89,16 @@ def summarise(found: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
     """Return means and standard errors over sets, by head."""
     result: dict[str, Any] = {}
     for head in found[0]:
-        cv, pooled = (np.array([own[head][name] for own in found]) for name in ("cv", "pooled"))
+        cv, pooled, chosen_by = (
+            np.array([own[head][name] for own in found]) for name in ("cv", "pooled", "chosen_by")
+        )
         error = float(cv.std(ddof=1) / np.sqrt(len(cv))) if len(cv) > 1 else None
         result[head] = {
-            "mean": float(cv.mean()),
-            "standard_error": error,
-            "pooled": float(pooled.mean()),
-            "highest": float(cv.max()),
+            "mean": round(float(cv.mean()), 4),
+            "standard_error": None if error is None else round(error, 4),
+            "pooled": round(float(pooled.mean()), 4),
+            "chosen_by": round(float(chosen_by.mean()), 4),
+            "n_tried": found[0][head]["n_tried"],
         }
     return result
 
@@ -97,17 +108,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sets", type=int, default=60)
     parser.add_argument("--heads", default=",".join(HEADS))
+    parser.add_argument("--keep", type=Path, help="Lines of JSON, one per set that is done.")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    found, began = [], time.perf_counter()
-    for seed in range(options.sets):
+    found, began = _read(options.keep), time.perf_counter()
+    for seed in range(len(found), options.sets):
         found.append(sweep_noise(seed, options.heads.split(",")))
-        print(json.dumps({"set": seed, **found[-1]}), flush=True)
-    seconds = time.perf_counter() - began
-    result = {"sets": options.sets, "patients": N_PATIENTS, "heads": summarise(found)}
+        if options.keep:
+            with options.keep.open("a") as file:
+                file.write(json.dumps(found[-1]) + "\n")
+    heads = summarise(found[: options.sets])
+    result = {
+        "sets": options.sets,
+        "patients": N_PATIENTS,
+        "heads": heads,
+        "seconds": round(time.perf_counter() - began, 1),
+        "ratios": {head: round(own["mean"] - 0.5, 4) for head, own in heads.items()},
+    }
     print(json.dumps(result, indent=2))
     if options.out:
-        write_results(options.out, {**result, "seconds": seconds})
+        write_results(options.out, result)
+
+
+def _read(path: Path | None) -> list[dict[str, dict[str, float]]]:
+    """Return what earlier runs have kept; another choice of heads wants another file."""
+    if path is None or not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 if __name__ == "__main__":

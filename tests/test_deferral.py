@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,10 +12,11 @@ from medembed.errors import TrainingDataError
 from medembed.evaluation.abstention import SHARES, bootstrap_deferral, deferral_curve
 from medembed.evaluation.scores import by_study
 from medembed.results import page
-from medembed.results.comparison import compare_runs, score_run
+from medembed.results.alignment import align_runs
+from medembed.results.comparison import compare_aligned, compare_runs, score_run
 from medembed.results.deferral import ALPHAS, NOMINAL
 from medembed.results.figures import plot_deferral
-from medembed.results.page_tables import tabulate_deferrals
+from medembed.results.page_tables import tabulate_coverage, tabulate_deferrals
 from medembed.results.tables import format_interval
 
 FAST = {"n_resamples": 60}
@@ -120,6 +122,49 @@ def test_scores_tell_what_the_models_sets_do_on_test(run, rows):
     assert curve["error"][at_tenth] == deferral["levels"][1]["error"]["value"]
     assert rows["mlp"]["deferral_note"] is None
     json.dumps(deferral, allow_nan=False)
+
+
+def test_coverage_by_region_is_that_of_its_rows_and_says_what_was_promised(run, rows):
+    test = by_study(run.predictions().query("head == 'mlp' and split == 'test'"))
+    conformal = fit_sets(run, "mlp")
+    level = rows["mlp"]["deferral"]["levels"][1]
+    assert set(level["regions"]) == set(test["region"])
+    for name, own in level["regions"].items():
+        part = test[test["region"] == name]
+        y = part["label"].to_numpy(int)
+        sets = conformal.sets(part["probability"], part["region"], level["alpha"])
+        assert {share: own[share]["value"] for share in SHARES} == pytest.approx(count(y, sets))
+        assert (own["n"], own["n_abnormal"]) == (len(y), y.sum())
+        few = min(conformal.count(name)) < rows["mlp"]["deferral"]["min_group"]
+        assert own["coverage_of"] == ("marginal" if few else "region")
+    table = tabulate_coverage({"runs": [{}], "rows": list(rows.values())})
+    assert [row["cells"][1] for row in table["rows"]][:2] == sorted(level["regions"])[:2]
+    assert {row["cells"][3] for row in table["rows"]} <= {"all regions", "this region"}
+
+
+def test_a_region_of_one_class_has_no_coverage_of_the_other(run):
+    test_set = align_runs([run])
+    one = test_set.units["region"] == test_set.units["region"].iloc[0]
+    keep = ~one | (test_set.units["label"] == 0)
+    rows = {
+        row["head"]: row for row in compare_aligned([run], only(test_set, keep), **FAST)["rows"]
+    }
+    region = test_set.units["region"].iloc[0]
+    own = rows["mlp"]["deferral"]["levels"][1]["regions"][region]
+    assert own["n_abnormal"] == 0
+    assert own["coverage_abnormal"]["value"] is None
+    assert own["coverage_normal"]["value"] is not None
+
+
+def only(test_set, keep):
+    """Return a test set of some of its rows."""
+    flags = keep.to_numpy()
+    contenders = [
+        replace(own, raw=own.raw[flags], probability=own.probability[flags])
+        for own in test_set.contenders
+    ]
+    units = test_set.units[flags].reset_index(drop=True)
+    return replace(test_set, units=units, contenders=contenders)
 
 
 @pytest.mark.parametrize(

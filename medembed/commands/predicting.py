@@ -97,6 +97,8 @@ def predict_command(
         )
         if predictor.card.conformal is None:
             say(f"No prediction sets: {predictor.card.conformal_note or 'the model has none.'}")
+        elif warning := predictor.card.conformal.warning():
+            say(warning)
         if "range" not in (predictor.model.reference or {}):
             say(_NO_REFERENCE)
         if manifest_path is not None:

@@ -43,6 +43,9 @@ __all__ = ["MIN_GROUP", "Conformal", "fit_conformal"]
 #: Fewer patients of a class in a region, and all regions' scores stand in for its own. With 100 the
 #: coverage at 90 % has a standard deviation of 3 points from one set of patients to another.
 MIN_GROUP = 100
+#: Where the AUROC of the kept scores may be below this, scores of one training overlap those of
+#: another by luck, and a class may be covered far less than was promised.
+_WEAK = 0.6
 #: Scores are kept to so many decimals, rounded so that sets only grow.
 _DECIMALS = 5
 
@@ -147,6 +150,33 @@ class Conformal:
             return self.patients.get(region, (0, 0))
         normal, abnormal = self.scores.get(region, ((), ()))
         return len(normal), len(abnormal)
+
+    def warning(self) -> str | None:
+        """Say that the signal is too weak for sets that keep their promise, None where it is not.
+
+        That is, where the lower end of the 95 % interval of the kept scores' AUROC (Hanley and
+        McNeil, The meaning and use of the area under a ROC curve, Radiology 143, 1982; of as many
+        patients as there are) is below 0.6.
+        """
+        normal, abnormal = (self._pooled(column) for column in range(2))
+        if not (normal.size and abnormal.size):
+            return None
+        below = np.searchsorted(normal, abnormal, side="left")
+        ties = np.searchsorted(normal, abnormal, side="right") - below
+        auroc = float((below + ties / 2).mean() / len(normal))
+        counts = np.array([self.count(region) for region in self.scores]).sum(axis=0)
+        n_normal, n_abnormal = (max(int(n), 1) for n in counts)
+        q1, q2 = auroc / (2 - auroc), 2 * auroc**2 / (1 + auroc)
+        spread = auroc * (1 - auroc)
+        spread += (n_abnormal - 1) * (q1 - auroc**2) + (n_normal - 1) * (q2 - auroc**2)
+        low = auroc - 1.96 * float(np.sqrt(max(spread, 0.0) / (n_normal * n_abnormal)))
+        if low >= _WEAK:
+            return None
+        return (
+            f"The signal is weak: the AUROC out of fold is {auroc:.2f}, and may be "
+            f"{max(low, 0):.2f}. Prediction sets are not to be relied on: a class may be covered "
+            "far less than promised."
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Return what `from_dict` reads, fit for JSON."""

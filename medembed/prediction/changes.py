@@ -19,6 +19,7 @@ from medembed.evaluation.intervals import (
     plain,
 )
 from medembed.evaluation.recalibration import calibration_line, recalibrate
+from medembed.evaluation.remoteness import measure_remoteness
 from medembed.evaluation.scores import by_study
 from medembed.prediction.internal import Internal
 from medembed.results.cards import Card
@@ -105,6 +106,7 @@ def find_drift(
 ) -> dict[str, Any]:
     """Measure drift by `measure_drift`, with the names of columns; no label is looked at.
 
+    ``far`` counts images that each by itself lies far from training, see `measure_remoteness`.
     `X` is what the head reads; the reference may be of the embeddings alone.
     """
     if not reference:
@@ -120,7 +122,9 @@ def find_drift(
     )
     for column in drift["columns"]:
         column["name"] = _name_column(embeddings, column["column"])
-    return drift
+    remote = measure_remoteness(reference, table)
+    n_far = None if remote is None else int(remote.far.sum())
+    return {**drift, "far": None if n_far is None else {"n": n_far, "of": len(table)}}
 
 
 def _name_column(embeddings: Embeddings, column: int) -> str:

@@ -230,7 +230,11 @@ class _Answers:
         """Tell of each image how far it lies from those of training."""
         reference, found = self._job.model.reference, None
         if reference is not None and answered:
-            found = measure_remoteness(reference, np.stack([_embedding(own) for own in answered]))
+            X = np.stack([self._row(outcome) for outcome in answered])
+            # of embeddings alone, without covariates, unless it was fitted on both
+            n_columns = len(reference.get("space_centre", X[0]))
+            n_own = len(_embedding(answered[0]))
+            found = measure_remoteness(reference, X[:, :n_own] if n_columns == n_own else X)
         if found is None:
             return [_NOWHERE] * len(answered)
         columns = zip(found.distance, found.p, found.far, strict=True)

@@ -183,9 +183,11 @@ def _read(card: Mapping[str, Any]) -> Card:
     _require("synthetic", synthetic, isinstance(synthetic, bool))
     note = card.get("conformal_note")
     _require("conformal_note", note, note is None or _is_word(note))
-    for name in ("trial", "seed", "depth"):
+    for name in ("trial", "seed", "depth", "n_tried"):
         _require(name, card.get(name), card.get(name) is None or type(card[name]) is int)
     _require("cv", card.get("cv"), card.get("cv") is None or is_number(card["cv"]))
+    method = card.get("cv_method")
+    _require("cv_method", method, method is None or _is_word(method))
     _check_trained(card.get("data"))
     return Card(
         spec=_table("spec", card["spec"]),

@@ -21,7 +21,7 @@ from medembed.evaluation.scores import DECISION_SCORES
 from medembed.results.alignment import SENSITIVITY, Contender, TestSet, align_runs
 from medembed.results.deferral import find_deferrals
 from medembed.results.pairing import pair_rows, versus_best
-from medembed.results.runs import Run, open_run
+from medembed.results.runs import CV_METHOD, Run, open_run
 from medembed.results.series import find_depths, find_efficiency, find_seeds
 
 __all__ = [
@@ -159,11 +159,36 @@ def describe(result: dict[str, Any]) -> list[str]:
         f"Intervals: 95 %, from {result['n_resamples']:,} bootstrap resamples of patients.",
         "Decisions: Youden's threshold on calibrated out-of-fold predictions of train.",
     ]
+    notes += _describe_cv(result["rows"], len(result["runs"]) > 1)
     for run in result["runs"]:
         notes += _describe_losses(run, level, len(result["runs"]) > 1)
     if result["synthetic"]:
         notes.append("Synthetic images: these scores say nothing about medicine.")
     return [*notes, DISCLAIMER]
+
+
+def _describe_cv(rows: Sequence[dict[str, Any]], several: bool) -> list[str]:
+    """Say what cross-validated scores are worth, and which runs' are too good."""
+    scored = [row for row in rows if row["cv"] is not None]
+    older = list(dict.fromkeys(row["run"] for row in scored if row["cv_method"] != CV_METHOD))
+    clean = [row for row in scored if row["cv_method"] == CV_METHOD]
+    notes = []
+    if clean:
+        most = max(row["n_tried"] or 1 for row in clean)
+        chosen = f", of up to {most:,} configurations a head" if most > 1 else ""
+        notes.append(
+            "cv: the folds that are scored decided neither when to stop nor what to choose"
+            f"{chosen}; patients of the other folds did."
+        )
+    if older:
+        names = f"{', '.join(older)}: " if several else ""
+        notes.append(
+            f"{names}cv† is too good: in runs of before, the folds that are scored decided when to "
+            "stop and what to choose. So are the scores that calibration and thresholds rest on."
+        )
+    if older and clean:
+        notes.append("Warning: cv and cv† are not comparable. Sweep again what is marked †.")
+    return notes
 
 
 def counted(n: int, noun: str) -> str:
@@ -202,6 +227,8 @@ def _row(test_set: TestSet, contender: Contender, n_resamples: int, seed: int) -
         "trial": contender.trial,
         "params": contender.params,
         "cv": contender.cv,
+        "cv_method": contender.cv_method,
+        "n_tried": contender.n_tried,
         "seconds": contender.seconds,
         "depth": contender.depth,
         "seed": contender.seed,

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from medembed.errors import ModelError, RunError
 from medembed.evaluation.abstention import bootstrap_deferral, deferral_curve
 from medembed.evaluation.conformal import Conformal
@@ -46,8 +48,10 @@ def find_deferrals(
     dict of (str, str) to dict
         ``deferral``: None where the head has no sets, else ``levels``, one per promised coverage
         of `NOMINAL` (``nominal``, ``alpha``, and each of `abstention.SHARES` as ``{value, low,
-        high}``), and ``curve``, a list for each column of `deferral_curve`. ``deferral_note``: why
-        there is none, else None.
+        high}``; ``regions``: by region the same, ``n``, ``n_abnormal``, ``coverage_of``, "region"
+        or "marginal": what the promise is of, see `Conformal.is_marginal`), ``curve``, a list for
+        each column of `deferral_curve`, ``min_group``, and ``warning``, where sets are not to be
+        relied on. ``deferral_note``: why there is none, else None.
     """
     by_name = dict(zip(test_set.dropped, runs, strict=True))
     found = {}
@@ -71,13 +75,42 @@ def _measure(
     levels = bootstrap_deferral(
         test_set.y, p_values, test_set.patients, alphas, n_resamples=n_resamples, seed=seed
     )
+    regions = _measure_regions(conformal, p_values, test_set, alphas, n_resamples, seed)
     curve = deferral_curve(test_set.y, p_values, ALPHAS)
     told = [
-        {"nominal": nominal, "alpha": alpha, **level}
-        for nominal, alpha, level in zip(NOMINAL, alphas, levels, strict=True)
+        {"nominal": nominal, "alpha": alpha, **level, "regions": own}
+        for nominal, alpha, level, own in zip(NOMINAL, alphas, levels, regions, strict=True)
     ]
     columns = {str(name): column.tolist() for name, column in curve.items()}
-    return dict(plain({"levels": told, "curve": columns}))
+    known = {"min_group": conformal.min_group, "warning": conformal.warning()}
+    return dict(plain({"levels": told, "curve": columns, **known}))
+
+
+def _measure_regions(
+    conformal: Conformal,
+    p_values: np.ndarray,
+    test_set: TestSet,
+    alphas: Sequence[float],
+    n_resamples: int,
+    seed: int,
+) -> list[dict[str, dict[str, Any]]]:
+    """Return for each alpha what the sets do in each region, by its name."""
+    names = test_set.units["region"].to_numpy(str)
+    found: list[dict[str, dict[str, Any]]] = [{} for _ in alphas]
+    for name in np.unique(names).tolist():
+        own = names == name
+        y = test_set.y[own]
+        known = {
+            "n": len(y),
+            "n_abnormal": int(y.sum()),
+            "coverage_of": "marginal" if conformal.is_marginal(np.array([name]))[0] else "region",
+        }
+        levels = bootstrap_deferral(
+            y, p_values[own], test_set.patients[own], alphas, n_resamples=n_resamples, seed=seed
+        )
+        for place, level in zip(found, levels, strict=True):
+            place[name] = {**known, **level}
+    return found
 
 
 def _find_conformal(run: Run, contender: Contender) -> tuple[Conformal | None, str]:

@@ -227,6 +227,10 @@ def _drift(scores: Mapping[str, Any]) -> Table | None:
         notes.append(f"Columns that differ most, in standard deviations: {listed}.")
     if drift.get("within_regions") is not None:
         notes.append(f"With the mix of regions set aside: {drift['within_regions']:.2f}.")
+    if drift.get("far"):
+        n, of = drift["far"]["n"], drift["far"]["of"]
+        held = ": for those neither calibration nor prediction sets hold" if n else ""
+        notes.append(f"Far from training, each by itself: {n:,} of {of:,} images{held}.")
     if "basis" in drift:
         notes.append(drift["basis"])
     if called is not None:

@@ -32,8 +32,9 @@ __all__ = ["write_report"]
 _SUFFIXES = (".png", ".pdf", ".svg", ".csv")
 METHOD_NOTES = (
     "A study's probability is the mean of its views' probabilities.",
-    "Test was scored once per head; configurations, calibration and thresholds were chosen on "
-    "out-of-fold predictions of train, with no patient on both sides.",
+    "Test was scored once per head. Configurations were chosen within the folds of train that are "
+    "learnt from, calibration and thresholds on out-of-fold predictions, with no patient on both "
+    "sides.",
     "F1 is the mean over both classes; κ is Cohen's; ECE is the calibration error over ten bins.",
     "p: paired bootstrap over patients, with Holm's correction where it says so; DeLong's test "
     "takes patients as clusters (Obuchowski), McNemar's takes rows as independent.",
@@ -129,6 +130,7 @@ def _render(
         decisions=tables.tabulate_decisions(result),
         calibrations=tables.tabulate_calibrations(result),
         deferrals=tables.tabulate_deferrals(result),
+        coverage=tables.tabulate_coverage(result),
         seeds=tables.tabulate_seeds(result),
         by_region=tables.tabulate_groups(result, "region"),
         by_views=tables.tabulate_groups(result, "views"),

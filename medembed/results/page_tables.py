@@ -15,6 +15,7 @@ from medembed.results.tables import (
 
 __all__ = [
     "tabulate_calibrations",
+    "tabulate_coverage",
     "tabulate_decisions",
     "tabulate_deferrals",
     "tabulate_groups",
@@ -44,6 +45,8 @@ DEFERRALS = {
     "deferred": "Deferred [95 %]",
     "error": "Decided wrongly [95 %]",
 }
+COVERAGE = 0.9
+"""The promised coverage that is shown by region."""
 CALIBRATIONS = {
     "none": "none",
     "platt": "Platt (used)",
@@ -121,6 +124,42 @@ def tabulate_deferrals(result: dict[str, Any]) -> dict[str, Any] | None:
         "columns": ["Head", "Promised coverage", *DEFERRALS.values()],
         "rows": rows,
         "without": [f"{_name(result, row)}: {row['deferral_note']}" for row in others],
+        "warnings": [
+            f"{_name(result, row)}: {row['deferral']['warning']}"
+            for row in able
+            if row["deferral"]["warning"]
+        ],
+    }
+
+
+def tabulate_coverage(result: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what sets that promise 90 % do in each region, None where there is one at most.
+
+    ``min_group`` says how many patients of each class a region needs for a promise of its own.
+    """
+    rows: list[dict[str, Any]] = []
+    least = 0
+    for row in _trained(result):
+        if not row["deferral"]:
+            continue
+        level = next(own for own in row["deferral"]["levels"] if own["nominal"] == COVERAGE)
+        regions, least = level["regions"], row["deferral"]["min_group"]
+        if len(regions) < 2:
+            continue
+        for i, (region, own) in enumerate(regions.items()):
+            promised = "all regions" if own["coverage_of"] == "marginal" else "this region"
+            shares = (format_interval(own[share]) for share in DEFERRALS if share != "error")
+            studies = f"{own['n'] - own['n_abnormal']:,} + {own['n_abnormal']:,}"
+            cells = [_name(result, row), region, studies, promised, *shares]
+            rows.append({"cells": cells, "n_spanning": 1, "span": 0 if i else len(regions)})
+    if not rows:
+        return None
+    shown = (title for share, title in DEFERRALS.items() if share != "error")
+    return {
+        "title": "What a promised coverage of 90 % gives on test, by region",
+        "columns": ["Head", "Region", "Normal + abnormal", "Promised for", *shown],
+        "rows": rows,
+        "min_group": least,
     }
 
 

@@ -87,6 +87,7 @@ _ENTRIES: dict[str, _Test] = {
     "kind": _is_text,
     "command": _is_text,
     "seed": _or_none(_is_whole),
+    "cv_method": _or_none(_is_text),
     "versions": _is_table,
     "asked": _is_table,
     "times": _is_table,
@@ -111,5 +112,7 @@ _PARTS: dict[str, dict[str, _Test]] = {
         "params": _or_none(_is_table),
         **dict.fromkeys(("cv", "seconds"), _or_none(is_number)),
         **dict.fromkeys(("trial", "depth", "seed"), _or_none(_is_whole)),
+        "n_tried": _or_none(_is_count),
+        "cv_method": _or_none(_is_text),
     },
 }
