@@ -140,9 +140,9 @@ def test_a_hard_region_of_few_patients_gets_less_and_says_so():
 
 @pytest.mark.parametrize(
     ("auroc", "n_patients", "warned"),
-    [(0.5, 400, True), (0.65, 100, True), (0.65, 2000, False), (0.9, 60, False), (0.8, 16, True)],
+    [(0.5, 400, True), (0.65, 200, True), (0.65, 2000, False), (0.9, 100, False), (0.9, 98, True)],
 )
-def test_a_weak_signal_is_warned_of(auroc, n_patients, warned):
+def test_a_weak_signal_and_few_patients_are_warned_of(auroc, n_patients, warned):
     generator = np.random.default_rng(3)
     y = np.arange(n_patients) % 2
     normal = norm.ppf((np.arange(n_patients // 2) + 0.5) / (n_patients // 2))
