@@ -43,9 +43,9 @@ __all__ = ["MIN_GROUP", "Conformal", "fit_conformal"]
 #: Fewer patients of a class in a region, and all regions' scores stand in for its own. With 100 the
 #: coverage at 90 % has a standard deviation of 3 points from one set of patients to another.
 MIN_GROUP = 100
-#: Simulated (linear heads that stop early, 90 % promised), a class is covered by less than 80 % in 7
-#: to 12 % of the sets of scores of 60 patients, in 2 to 6 % of 100, in 3 % at most of 200; and in up
-#: to 45 % where the AUROC out of fold is above 0.6 by luck alone.
+#: Simulated (linear heads that stop early, 90 % promised, a third abnormal), 7 to 12 % of heads with
+#: 60 training patients cover less than 80 % of a class, 2 to 6 % with 100 and 3 % at most with 200;
+#: up to 45 % of those whose AUROC out of fold is above 0.6 by luck alone.
 _FEW, _WEAK = 50, 0.6
 #: Scores are kept to so many decimals, rounded so that sets only grow.
 _DECIMALS = 5
@@ -177,7 +177,7 @@ class Conformal:
             reasons.append(f"they rest on {min(n_normal, n_abnormal)} {which} patients")
         if low < _WEAK:
             reasons.append(
-                f"the signal may be weak (AUROC out of fold {auroc:.2f}, at least {max(low, 0):.2f})"
+                f"the signal may be weak (AUROC out of fold {auroc:.2f}, from {max(low, 0):.2f} on)"
             )
         if not reasons:
             return None
