@@ -113,7 +113,7 @@ def package(home: Path, name: str) -> None:
     head.fit(X[trained], embeddings.y[trained], **more)
     raw = by_hand(head, X, codes)
     studies = embeddings.rows.groupby(codes)[["label", "region", "patient"]].first()
-    decisions = describe_decisions(studies.assign(probability=raw), studies.assign(probability=raw))
+    decisions = describe_decisions(studies.assign(probability=raw))
     card = {
         "spec": embeddings.spec.as_dict(),
         "pooling": pool,

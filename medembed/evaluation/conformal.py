@@ -43,7 +43,7 @@ __all__ = ["MIN_GROUP", "Conformal", "fit_conformal"]
 #: Fewer patients of a class in a region, and all regions' scores stand in for its own. With 100 the
 #: coverage at 90 % has a standard deviation of 3 points from one set of patients to another.
 MIN_GROUP = 100
-#: Simulated (linear heads that stop early, 90 % promised, a third abnormal), 7 to 12 % of heads with
+#: Simulated (linear heads that stop early, 90 % promised, a third abnormal), 7 to 12 % of heads of
 #: 60 training patients cover less than 80 % of a class, 2 to 6 % with 100 and 3 % at most with 200;
 #: up to 45 % of those whose AUROC out of fold is above 0.6 by luck alone.
 _FEW, _WEAK = 50, 0.6
