@@ -23,6 +23,8 @@ __all__ = ["predict_command"]
 COLUMNS = 80
 NAME_COLUMNS = 38
 Row = dict[str, Any]
+OUTER = 0.05
+"""Share of the training patients that lie furthest out: of studies like theirs as many do."""
 _NO_REFERENCE = (
     "Not told: how far these images lie from those of training. The model keeps no statistics of "
     "them, or of too few patients; what `medembed sweep` packages now does."
@@ -131,18 +133,29 @@ class _Seen:
 
     def __init__(self) -> None:
         self.images = self.failed = self.studies = self.abnormal = self.trained_on = 0
-        self.far = self.marginal = 0
+        self.far = self.marginal = self.placed = self.outer = 0
 
     def add(self, row: Row) -> None:
         if row["image"] is None:
             self.studies += 1
             self.abnormal += row["decision"] == "abnormal"
             self.marginal += row["coverage"] == "marginal"
+            if row["distance_p"] is not None:
+                self.placed += 1
+                self.outer += row["distance_p"] <= OUTER
             return
         self.images += 1
         self.failed += row["error"] is not None
         self.trained_on += bool(row["trained_on"])
         self.far += bool(row["far"])
+
+    def _are_others(self) -> bool:
+        """Whether chance puts so many studies so far out in less than one case of a thousand."""
+        if not self.placed:
+            return False
+        from scipy.stats import binom
+
+        return float(binom.sf(self.outer - 1, self.placed, OUTER)) < 0.001
 
     def conclude(self) -> None:
         """Say what there was; exit with 1 if anything failed."""
@@ -160,6 +173,12 @@ class _Seen:
                 f"{self.far} of {self.images} images lie far from those that the model was trained "
                 "on (!): neither probabilities, decisions nor sets hold there. Have such images "
                 "labelled, and see `medembed evaluate`."
+            )
+        if self._are_others():
+            say(
+                f"Taken together they are not like the training images: {self.outer} of "
+                f"{self.placed} studies are among the outermost {OUTER:.0%}. Neither "
+                "probabilities, decisions nor sets hold for any of them; see `medembed evaluate`."
             )
         if self.marginal:
             say(
