@@ -168,7 +168,8 @@ def test_sets_rest_on_fits_of_all_other_folds_that_stopped_within_them(head, run
 def test_sets_rest_on_the_out_of_fold_scores_that_the_run_keeps(head, run):
     studies = by_study(predictions_of(run.path, head).query("split == 'train'"))
     expected = fit_conformal(
-        *(studies[name].to_numpy() for name in ("probability", "label", "region"))
+        *(studies[name].to_numpy() for name in ("probability", "label", "region")),
+        patients=studies["patient"].to_numpy(),
     )
     assert card_of(run, head).conformal.as_dict() == expected.as_dict()
 
@@ -460,7 +461,8 @@ def test_decisions_and_sets_are_fitted_on_the_same_scores():
     studies = pd.DataFrame({"label": y, "region": "hand", "patient": np.arange(400)})
     studies["probability"] = np.clip(0.3 * y + generator.uniform(0, 0.7, 400), 0, 1)
     found = describe_decisions(studies)
-    expected = fit_conformal(studies["probability"].to_numpy(), y, np.full(400, "hand"))
+    given = studies["probability"].to_numpy(), y, np.full(400, "hand")
+    expected = fit_conformal(*given, patients=np.arange(400))
     assert found["conformal"] == expected.as_dict()
     assert found["conformal_note"] is None
     assert Conformal.from_dict(json.loads(json.dumps(found["conformal"]))).scores["hand"]
