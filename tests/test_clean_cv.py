@@ -13,7 +13,8 @@ from medembed.dataset.manifest import make_manifest
 from medembed.dataset.splits import draw_folds, draw_inner
 from medembed.errors import TrainingDataError
 from medembed.results.comparison import compare_runs
-from medembed.results.runs import CV_METHOD, open_run
+from medembed.results.run_entries import CV_METHOD
+from medembed.results.runs import open_run
 from medembed.sweeps import sweep
 from medembed.sweeps.refits import Refit, refit
 from medembed.sweeps.training import Training, Unit, study_score, train_unit

@@ -19,7 +19,8 @@ from medembed.finetuning.starting import SweptHead, read_swept_head
 from medembed.finetuning.trunk import TRUNK_DTYPE, choose_cut
 from medembed.machine import library_versions
 from medembed.results.provenance import public_name
-from medembed.results.runs import CV_METHOD, open_run
+from medembed.results.run_entries import CV_METHOD
+from medembed.results.runs import open_run
 
 __all__ = ["Asked", "Trial", "describe", "understand", "write_command"]
 

@@ -27,7 +27,8 @@ from medembed.results.model_readme import (
 )
 from medembed.results.priors import image_code
 from medembed.results.provenance import summarise_data
-from medembed.results.runs import CV_METHOD, Run
+from medembed.results.run_entries import CV_METHOD
+from medembed.results.runs import Run
 
 __all__ = ["package"]
 

@@ -21,7 +21,8 @@ from medembed.evaluation.scores import DECISION_SCORES
 from medembed.results.alignment import SENSITIVITY, Contender, TestSet, align_runs
 from medembed.results.deferral import find_deferrals
 from medembed.results.pairing import pair_rows, versus_best
-from medembed.results.runs import CV_METHOD, Run, open_run
+from medembed.results.run_entries import CV_METHOD
+from medembed.results.runs import Run, open_run
 from medembed.results.series import find_depths, find_efficiency, find_seeds
 
 __all__ = [

@@ -11,7 +11,8 @@ import pandas as pd
 
 from medembed.dataset.manifest import count_rows
 from medembed.results.comparison import counted
-from medembed.results.runs import CV_METHOD, Run
+from medembed.results.run_entries import CV_METHOD
+from medembed.results.runs import Run
 
 __all__ = [
     "describe_run",

@@ -5,7 +5,11 @@ from typing import Any
 
 from medembed.evaluation.checks import is_number
 
-__all__ = ["find_wrong_entry"]
+__all__ = ["CV_METHOD", "find_wrong_entry"]
+
+CV_METHOD = "inner-split"
+"""How cross-validated scores are made: what decides when to stop and what to choose are patients of
+the folds that are learnt from. Runs of before say nothing: the scored fold decided."""
 
 NEEDED = ("kind", "asked", "times")
 COUNTS = ("images", "studies", "patients", "abnormal", "unlabelled", "left_out", "left_out_test")

@@ -32,15 +32,7 @@ from medembed.errors import PathNotFoundError, RunError
 from medembed.files import hold_lock, json_bytes, write_atomically
 from medembed.results.run_entries import find_wrong_entry
 
-__all__ = [
-    "CV_METHOD",
-    "PREDICTION_COLUMNS",
-    "RUN_VERSION",
-    "Run",
-    "create_run",
-    "open_run",
-    "utc_now",
-]
+__all__ = ["PREDICTION_COLUMNS", "RUN_VERSION", "Run", "create_run", "open_run", "utc_now"]
 
 RUN_FORMAT = "medembed-run"
 RUN_VERSION = 1
@@ -48,9 +40,6 @@ TRIAL_COLUMNS = [
     *("trial", "head", "pooling", "params", "fold", "score"),
     *("best_epoch", "seconds", "status", "error", "key"),
 ]
-CV_METHOD = "inner-split"
-"""How cross-validated scores are made: what decides when to stop and what to choose are patients of
-the folds that are learnt from. Runs of before say nothing: the scored fold decided."""
 PREDICTION_COLUMNS = {
     "sha256": pa.string(),
     "patient": pa.int64(),

@@ -22,7 +22,8 @@ from medembed.results.model_readme import (
     write_readme,
 )
 from medembed.results.priors import PRIORS, image_code, image_rows, prior_rows
-from medembed.results.runs import CV_METHOD, Run, utc_now
+from medembed.results.run_entries import CV_METHOD
+from medembed.results.runs import Run, utc_now
 from medembed.sweeps.refits import Refitted, refit_winners
 from medembed.sweeps.training import Training, one_thread, predict, to_studies
 from medembed.sweeps.trials import sign_of

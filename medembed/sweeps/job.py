@@ -27,7 +27,8 @@ from medembed.results.provenance import (
     public_name,
     summarise_data,
 )
-from medembed.results.runs import CV_METHOD, Run, create_run
+from medembed.results.run_entries import CV_METHOD
+from medembed.results.runs import Run, create_run
 from medembed.sweeps.finishing import finish
 from medembed.sweeps.plan import plan_batches
 from medembed.sweeps.pool import BACKENDS

@@ -17,7 +17,7 @@ from medembed.errors import TrainingDataError
 from medembed.files import json_digest
 from medembed.heads.spaces import HeadSpace
 from medembed.machine import library_versions
-from medembed.results.runs import CV_METHOD
+from medembed.results.run_entries import CV_METHOD
 from medembed.sweeps.plan import Batch, Pooling
 from medembed.sweeps.training import Training
 
