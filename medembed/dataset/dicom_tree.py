@@ -4,16 +4,19 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from medembed.dataset.dicom_file import quiet_pydicom, read_dicom, why_no_image
 from medembed.dataset.dicom_words import age_in_years, laterality, region, sex, text, view
+from medembed.dataset.identities import EXACT, IDS, find_persons
 from medembed.dataset.images import BARE_DICOM
-from medembed.dataset.labels import find_table, need_columns, read_labels
+from medembed.dataset.labels import doubt_labels, find_table, need_columns, read_labels
 from medembed.dataset.listing import ImageIndex, Listing, first_names, refuse
+from medembed.dataset.lookalikes import is_missing_patient, list_examples
 from medembed.dataset.pseudonyms import Pseudonyms, read_key
 from medembed.dataset.recipe_format import Dicom, Recipe
-from medembed.dataset.tables import read_text_table
+from medembed.dataset.tables import read_foreign_table
 from medembed.errors import ImageError, RecipeError
 
 __all__ = ["read_dicom_tree"]
@@ -60,6 +63,9 @@ def read_dicom_tree(recipe: Recipe, root: Path, key_file: Path | None = None) ->
     rows = pd.DataFrame(found)
     rows["name"] = rows["image"].str.rpartition("/")[2]
     rows["label"], rows["split"], warnings = _label(recipe, spec, rows, root)
+    if names.hide:  # else the manifest shows them
+        rows["patient"], joined = _join_spellings(recipe, rows, root)
+        warnings += [*joined, *_doubt_identifiers(rows["identifier"])]
     wanted = ["image", "name", "patient", "study", "region", "label", "split", *COVARIATES]
     return Listing(rows[wanted], pd.Series(data=True, index=rows.index), warnings, excluded)
 
@@ -97,10 +103,11 @@ def _describe(dataset: Any, names: Pseudonyms, image: str) -> dict[str, str]:
         text(dataset, name) for name in ("IssuerOfPatientID", "PatientID", "StudyInstanceUID")
     )
     study = names.name("study", study or image)
-    whose = names.name("patient", f"{issuer}/{patient}" if issuer else patient)
+    whose = f"{issuer}/{patient}" if issuer and patient else patient
     part = region(dataset)
     return {
-        "patient": whose if patient else study,
+        "patient": names.name("patient", whose) if patient else study,
+        "identifier": whose,  # never written
         "study": f"{part}/{study}",
         "region": part,
         "laterality": laterality(dataset),
@@ -111,6 +118,55 @@ def _describe(dataset: Any, names: Pseudonyms, image: str) -> dict[str, str]:
     }
 
 
+def _join_spellings(
+    recipe: Recipe, rows: pd.DataFrame, root: Path
+) -> tuple["pd.Series[str]", list[str]]:
+    """Give spellings of one patient one name: a hash does not show what they have in common.
+
+    Returns
+    -------
+    patients : pandas.Series of str
+    warnings : list of str
+        Which were joined, told by files alone.
+
+    Raises
+    ------
+    RecipeError
+        Such spellings stand in two splits.
+    """
+    patients, raw = rows["patient"], rows["identifier"]
+    spellings = raw[raw != ""].unique()
+    persons = None if recipe.ids == EXACT else find_persons(spellings)
+    if persons is None:
+        return patients, []
+    several = np.bincount(persons) > 1
+    person_of = {spelling: n for spelling, n in zip(spellings, persons, strict=True) if several[n]}
+    firsts = rows[raw.isin(person_of)].drop_duplicates(["identifier", "split"])
+    joined, apart = [], []
+    names: dict[str, str] = {}  # of a spelling, and what it gives way to
+    for _, own in firsts.groupby(firsts["identifier"].map(person_of)):
+        joined.append(" and ".join(sorted(own.groupby("identifier")["image"].first())[:2]))
+        sides = own["image"].groupby(own["split"].replace(recipe.split_names)).first()
+        apart += [" and ".join(sides)] * (len(sides) > 1)
+        spelt = own.sort_values("identifier")["patient"]
+        names |= dict.fromkeys(spelt, spelt.iloc[0])
+    patients = patients.map(names).fillna(patients)
+    differ = "differ in nothing but case, blanks, zeros or Unicode form"
+    remedy = f'{IDS} = "{EXACT}" in the recipe keeps them apart'
+    refuse(apart, str(root), f"identifiers of patients in two splits {differ}; {remedy}:")
+    noun = "patient" if len(joined) == 1 else "patients"
+    found = f"identifiers of {len(joined)} {noun} {differ}, and stand for one person each"
+    return patients, [f"{found}; {remedy}: {list_examples(joined)}"] if joined else []
+
+
+def _doubt_identifiers(raw: "pd.Series[str]") -> list[str]:
+    """Warn of words that stand for patients: as hashes nobody would see them."""
+    words = sorted(text for text in raw.unique() if is_missing_patient(text.rpartition("/")[2]))
+    n = int(raw.isin(words).sum())
+    shown = list_examples(list(map(repr, words)))
+    return [f"Patient ID of {n} images is a word that names nobody: {shown}"] if words else []
+
+
 def _label(
     recipe: Recipe, spec: Dicom, rows: pd.DataFrame, root: Path
 ) -> tuple[list[str], list[str], list[str]]:
@@ -118,7 +174,8 @@ def _label(
     if recipe.label is None:
         return [""] * len(rows), [""] * len(rows), []
     path = find_table(spec.table, root, recipe.path)
-    table = read_text_table(path, RecipeError)
+    as_written = (spec.column,) if spec.match == "file" else ()
+    table = read_foreign_table(path, RecipeError, as_written=as_written)
     split_column = recipe.split.column if recipe.split else ""
     need_columns(table, (spec.column, recipe.label.column, split_column), path)
     answers = pd.DataFrame({"key": table[spec.column]})
@@ -131,7 +188,7 @@ def _label(
     joined = answers.set_index("key").reindex(keys)
     without = rows["image"][joined["label"].isna().to_numpy()].tolist()
     n_unused = len(set(answers["key"]) - set(keys))
-    warnings = []
+    warnings = doubt_labels(table[recipe.label.column], recipe.label, str(path))
     if without:
         some = first_names(without)
         warnings.append(f"{len(without)} images are in no row of {path.name}: {some}")

@@ -5,12 +5,15 @@ from pathlib import Path
 
 import pandas as pd
 
-from medembed.dataset.labels import find_table, need_columns, read_labels
+from medembed.dataset.identities import IDS
+from medembed.dataset.labels import doubt_labels, find_table, need_columns, read_labels
 from medembed.dataset.listing import ImageIndex, Listing, first_names, refuse
+from medembed.dataset.lookalikes import is_missing_word
 from medembed.dataset.mura import read_mura
 from medembed.dataset.recipe_format import Recipe, Region, Table
-from medembed.dataset.tables import read_text_table
+from medembed.dataset.tables import normalise_column, normalise_columns, read_foreign_table
 from medembed.errors import RecipeError
+from medembed.text import normalise
 
 __all__ = ["read_layout"]
 
@@ -48,20 +51,21 @@ def _read_table(recipe: Recipe, root: Path) -> Listing:
     assert label is not None
     split_column = recipe.split.column if recipe.split else ""
     path = find_table(spec.file, root, recipe.path)
-    table = read_text_table(path, RecipeError)
+    table = read_foreign_table(path, RecipeError, as_written=(spec.image,))
     named = (spec.image, *spec.patient, *spec.study, *spec.covariates, region.column)
     need_columns(table, (*named, *region.one_hot, label.column, split_column), path)
     index = ImageIndex(root, spec.below)
     images, is_found = _locate(table, spec, index, path)
     rows = pd.DataFrame({"image": images, "name": table[spec.image]})
-    rows["patient"] = _join(table, spec.patient)
-    rows["study"] = _join(table, spec.study) if spec.study else table[spec.image]
+    rows["patient"] = normalise_column(_join(table, spec.patient))
+    rows["study"] = normalise_column(_join(table, spec.study or (spec.image,)))
     rows["region"] = _regions(table, region, path)
     rows["label"] = read_labels(table[label.column], label, str(path))
     rows["split"] = table[split_column] if split_column else ""
     for name in spec.covariates:
         rows[name] = table[name]
-    return Listing(rows, is_found, index.unlisted(images, path.name))
+    warnings = doubt_labels(table[label.column], label, str(path))
+    return Listing(rows, is_found, [*index.unlisted(images, path.name), *warnings])
 
 
 def _locate(
@@ -87,7 +91,7 @@ def _locate(
 
 
 def _fill_pattern(pattern: str, table: pd.DataFrame, path: Path) -> list[str]:
-    names = re.findall(r"\{(.*?)\}", pattern)
+    names = [normalise(name) for name in re.findall(r"\{(.*?)\}", pattern)]
     need_columns(table, names, path)
     pieces = re.split(r"\{.*?\}", pattern)
     filled = pd.Series(pieces[0], index=table.index, dtype=str)
@@ -111,7 +115,14 @@ def _regions(table: pd.DataFrame, spec: Region, path: Path) -> "pd.Series[str]":
         return pd.Series(spec.constant, index=table.index, dtype=str)
     if spec.column:
         return table[spec.column]
-    flags = ~table[list(spec.one_hot)].isin(["", "0", "0.0"])
+    values = table[list(spec.one_hot)]
+    strange = {v: name for name in values for v in values[name].unique() if is_missing_word(v)}
+    refuse(
+        [f"{value!r} in column {name!r}" for value, name in strange.items()],
+        str(path),
+        "columns of [region] hold words that say neither yes nor no; write 0 or 1:",
+    )
+    flags = ~values.isin(["", "0", "0.0"])
     n_set = flags.sum(axis=1)
     refuse(
         [
@@ -136,6 +147,7 @@ def _read_folders(recipe: Recipe, root: Path) -> Listing:
         example = f"; the first of {len(index.paths)} is {min(index.paths)}" if index.paths else ""
         raise RecipeError(f"no image below {root} fits the pattern {pattern!r}{example}.")
     table = pd.DataFrame([found.groupdict() for found in matches.values()])
+    table = normalise_columns(table, ())
     table.insert(0, "image", list(matches))
     _check_fields(recipe, table)
     rows = table[["image"]].assign(name=table["image"].str.rpartition("/")[2])
@@ -143,13 +155,14 @@ def _read_folders(recipe: Recipe, root: Path) -> Listing:
     rows["region"] = table.get("region", recipe.region.constant if recipe.region else "")
     parts = tuple(name for name in ("region", "patient", "study") if name in table)
     stems = table["image"].str.replace(r"\.[^./]*$", "", regex=True)
-    rows["study"] = _join(table, parts) if "study" in table else stems
+    rows["study"] = _join(table, parts) if "study" in table else normalise_column(stems)
     rows["label"] = read_labels(table["label"], recipe.label, str(root)) if recipe.label else ""
+    warnings = doubt_labels(table["label"], recipe.label, str(root)) if recipe.label else []
     rows["split"] = table.get("split", "")
     for name in table.columns.difference([*rows.columns, "label"], sort=False):
         rows[name] = table[name]
     is_found = pd.Series(data=True, index=rows.index)
-    return Listing(rows, is_found, index.unlisted(rows["image"], "the pattern"))
+    return Listing(rows, is_found, [*index.unlisted(rows["image"], "the pattern"), *warnings])
 
 
 def _compile(pattern: str, path: Path) -> re.Pattern[str]:
@@ -164,7 +177,7 @@ def _compile(pattern: str, path: Path) -> re.Pattern[str]:
             pieces.append(r"[^/]*")
         elif not token.startswith("{"):
             pieces.append(re.escape(token))
-        elif not name.isidentifier() or name in {"image", "sha256", "name", "label_level"}:
+        elif not name.isidentifier() or name in {"image", "sha256", "name", "label_level", IDS}:
             raise RecipeError(f"{path}, [folders]: {token} is not a name for a field.")
         else:
             pieces.append(f"(?P={name})" if name in seen else f"(?P<{name}>[^/]+?)")

@@ -2,7 +2,8 @@
 
 A recipe is a TOML file. At its top: `name`, `licence`, `citation`, `url`, `layout` (mura, table,
 folders, dicom), `label_level` (study, image), `split_names` (a table: the dataset's name of a split
-to train or test). Its sections are the classes below. An unknown key is an error.
+to train or test), `ids` (exact: see `identities`). Its sections are the classes below. An unknown
+key is an error. All text but names of files is spelt as `text.normalise` does, as tables are.
 """
 
 import difflib
@@ -12,7 +13,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from medembed.dataset.checks import LABEL_LEVELS, REQUIRED, SPLITS
+from medembed.dataset.identities import EXACT, IDS
 from medembed.errors import RecipeError
+from medembed.text import normalise
 
 __all__ = [
     "LAYOUTS",
@@ -33,7 +36,8 @@ DICOM_MATCHES = ("file", "instance", "study", "accession")
 MEANINGS = {"normal": "0", "abnormal": "1", "unknown": ""}
 """What a value may mean in `[label]`, and how a table of a manifest writes it."""
 # Columns that a manifest, or the building of one, fills itself.
-_TAKEN = (*REQUIRED, "label_level", "name")
+_TAKEN = (*REQUIRED, IDS, "label_level", "name")
+_NAMES_OF_FILES = ("file", "table", "below", "image_pattern", "pattern", "exclude")
 COUNTS = ("images", "studies", "patients", "abnormal", "abnormal_studies", "unlabelled")
 
 
@@ -189,6 +193,8 @@ class Recipe:
     groups: Groups | None = None
     split: Split | None = None
     split_names: dict[str, str] = field(default_factory=dict)
+    ids: str = ""
+    """Where it says "exact", patients whose identifiers look alike are different persons."""
     exclude: dict[str, str] = field(default_factory=dict)
     """`[exclude]`: an image's path or name, or a folder, and the reason why it is left out."""
     expected: dict[str, Any] = field(default_factory=dict)
@@ -250,7 +256,19 @@ def _fill(kind: type[T], values: Any, where: str) -> T:
     missing = [name for name in required if name not in values]
     if missing:
         raise RecipeError(f"{where} lacks {', '.join(missing)}. Add them.")
-    return kind(**{name: _typed(known[name], value, where) for name, value in values.items()})
+    evened = {n: v if n in _NAMES_OF_FILES else _normalised(v) for n, v in values.items()}
+    return kind(**{name: _typed(known[name], value, where) for name, value in evened.items()})
+
+
+def _normalised(value: Any) -> Any:
+    """Spell all text in a value of TOML in one way."""
+    if isinstance(value, str):
+        return normalise(value)
+    if isinstance(value, list):
+        return [_normalised(item) for item in value]
+    if isinstance(value, dict):
+        return {normalise(name): _normalised(item) for name, item in value.items()}
+    return value
 
 
 def _refuse_unknown(values: dict[str, Any], known: list[str], where: str) -> None:
@@ -281,6 +299,7 @@ def _check(recipe: Recipe) -> None:
     where = str(recipe.path)
     _refuse_other(f"{where}: layout", recipe.layout, LAYOUTS)
     _refuse_other(f"{where}: label_level", recipe.label_level, LABEL_LEVELS)
+    _refuse_other(f"{where}: {IDS}", recipe.ids, ("", EXACT))
     _check_sections(recipe, where)
     if recipe.layout == "dicom":
         _check_dicom(recipe, recipe.dicom or Dicom(), where)

@@ -10,8 +10,10 @@ import pandas as pd
 import medembed
 from medembed.dataset.checks import SPLITS
 from medembed.dataset.groups import join_same_bytes, name_runs
+from medembed.dataset.identities import EXACT, IDS, find_persons
 from medembed.dataset.layouts import read_layout
 from medembed.dataset.listing import first_names
+from medembed.dataset.lookalikes import find_warnings
 from medembed.dataset.manifest import (
     Manifest,
     count_rows,
@@ -22,6 +24,7 @@ from medembed.dataset.manifest import (
 )
 from medembed.dataset.recipe_format import Groups, Recipe, parse_recipe
 from medembed.dataset.splits import split_patients
+from medembed.dataset.tables import normalise_column
 from medembed.errors import ManifestError, PathNotFoundError, RecipeError
 
 __all__ = ["BuildReport", "Recipe", "build_manifest", "load_recipe"]
@@ -92,7 +95,8 @@ def build_manifest(
         The directory that image paths are relative to.
     strict : bool
         Raise where there would be warnings: images of the tables that are missing, files that no
-        table lists, counts that are not the expected ones, exclusions that match nothing.
+        table lists, counts that are not the expected ones, exclusions that match nothing, and what
+        `lookalikes.find_warnings` finds.
     structure_only : bool
         Use the tables alone: images may be missing and `sha256` is empty. Such a manifest shows
         what a dataset holds; nothing can be extracted with it.
@@ -128,13 +132,17 @@ def build_manifest(
     rows["sha256"] = "" if structure_only else _hash(rows["image"], root, progress)
     if recipe.groups and recipe.groups.same_bytes:
         rows["patient"] = join_same_bytes(rows["patient"], rows["sha256"])
+    if recipe.ids == EXACT or (
+        recipe.groups and find_persons(rows["patient"].unique()) is not None
+    ):
+        rows[IDS] = EXACT  # names of files that we made patients of are what they are
     if recipe.split and recipe.split.fraction:
         known = rows.assign(label=pd.to_numeric(rows["label"]).astype("Int8"))
         rows["split"] = split_patients(
             known, fraction=recipe.split.fraction, seed=recipe.split.seed
         )
     manifest = make_manifest(rows, recipe.label_level, source=f"recipe {recipe.name!r}")
-    warnings += _compare(recipe.expected, manifest)
+    warnings += [*_compare(recipe.expected, manifest), *find_warnings(manifest.rows)]
     _refuse_warnings(recipe, strict, warnings)
     return BuildReport(manifest, sorted(excluded), warnings)
 
@@ -166,14 +174,15 @@ def _group_by_name(groups: Groups | None, rows: pd.DataFrame) -> "pd.Series[str]
     if groups is None:
         return rows["patient"]
     if groups.rule == "image":
-        return rows["image"]
+        return normalise_column(rows["image"])
     unknown = [name for name in groups.break_on if name not in rows]
     if unknown:
         raise RecipeError(
             f"[groups]: break_on names {', '.join(unknown)}; known: {', '.join(rows.columns)}."
         )
     names = rows["name"].str.rpartition("/")[2]
-    return name_runs(names, rows[list(groups.break_on)], max_gap=groups.max_gap)
+    runs = name_runs(names, rows[list(groups.break_on)], max_gap=groups.max_gap)
+    return normalise_column(runs)
 
 
 def _exclude(
@@ -232,8 +241,8 @@ def _refuse_warnings(recipe: Recipe, strict: bool, warnings: list[str]) -> None:
     if strict and warnings:
         listed = "\n".join(f"  - {warning}" for warning in warnings)
         raise RecipeError(
-            f"recipe {recipe.name!r} and the image root do not agree (drop --strict to build "
-            f"all the same):\n{listed}"
+            f"recipe {recipe.name!r} draws warnings, which --strict refuses (drop it to build all "
+            f"the same):\n{listed}"
         )
 
 
