@@ -445,7 +445,7 @@ def test_the_command_lists_pairs_and_exits_with_1(tmp_path: Path) -> None:
     result = check(tmp_path, "--json")
     assert result.exit_code == 1
     document = json.loads(result.stdout)
-    assert set(document) == {"problems", "near_duplicates"}
+    assert set(document) == {"problems", "warnings", "near_duplicates"}
     numbers = document["near_duplicates"]
     pairs = {pair["image_a"]: pair["image_b"] for pair in numbers["pairs"]}
     assert (pairs["00005.png"], pairs["00007.png"]) == ("00105.png", "00207.png")
@@ -473,7 +473,7 @@ def test_the_command_says_what_was_compared_where_nothing_is_found(tmp_path: Pat
     document = json.loads(check(tmp_path, "--json", "--seed", "3").stdout)
     assert document["problems"] == document["near_duplicates"]["pairs"] == []
     without = CliRunner().invoke(main, ["manifest", "check", str(tmp_path / "m.csv"), "--json"])
-    assert json.loads(without.stdout) == {"problems": []}
+    assert json.loads(without.stdout) == {"problems": [], "warnings": []}
 
 
 def test_the_command_takes_a_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

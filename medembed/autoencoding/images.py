@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from medembed.dataset.identities import name_persons
 from medembed.dataset.manifest import Manifest
 from medembed.dataset.reading import Content
 from medembed.dataset.splits import split_patients
@@ -63,7 +64,7 @@ def draw_held_out(rows: pd.DataFrame, seed: int) -> np.ndarray:
     TrainingDataError
         There is one patient only, or none.
     """
-    n_patients = rows["patient"].nunique()
+    n_patients = name_persons(rows).nunique()
     if n_patients < 2:
         raise TrainingDataError(
             f"split train holds {len(rows)} images of {n_patients} patients, and an autoencoder "

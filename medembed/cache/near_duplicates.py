@@ -21,6 +21,7 @@ from medembed.cache.likeness import find_nearest, whiten
 from medembed.cache.store import Cache, open_cache
 from medembed.dataset.checks import cap
 from medembed.dataset.groups import join_same_bytes
+from medembed.dataset.identities import name_persons
 from medembed.dataset.manifest import Manifest, read_manifest, require_hashes
 from medembed.errors import MedembedError
 
@@ -252,7 +253,7 @@ def _load(
 
 def _groups(train: pd.DataFrame) -> np.ndarray:
     """Return train patients as numbers from 0, (n,) int64; those that share bytes are one."""
-    joined = join_same_bytes(train["patient"], train["sha256"])
+    joined = join_same_bytes(name_persons(train), train["sha256"])
     return np.asarray(pd.factorize(joined, sort=True)[0], np.int64)
 
 

@@ -18,6 +18,7 @@ import pandas as pd
 from medembed.cache.embeddings import Embeddings, load_embeddings
 from medembed.cache.store import Cache, open_cache
 from medembed.dataset.covariates import CovariateEncoder
+from medembed.dataset.identities import name_persons
 from medembed.dataset.manifest import Manifest, read_manifest
 from medembed.errors import TrainingDataError
 from medembed.evaluation.calibration import Calibration
@@ -116,8 +117,8 @@ def evaluate(
     ModelError
         The model is damaged, or reads other embeddings.
     TrainingDataError
-        Some of the images were the model's training images, a covariate is missing, or
-        recalibration would leave nobody to be scored.
+        Some of the images were the model's training images or show a patient of one of those in
+        the manifest, a covariate is missing, or recalibration would leave nobody to be scored.
     MissingRowsError
         Rows are neither embedded nor listed as failed; names the command that makes them.
     RunError
@@ -132,7 +133,7 @@ def evaluate(
     embeddings = load_embeddings(opened, given, pool=card.pooling, split=split, cells=True)
     rows = read.rows if split is None else read.rows[read.rows["split"] == split]
     asked = _Asked(path, loaded, card, embeddings, rows, recalibrate, seed, n_resamples)
-    _refuse_training_images(asked, split)
+    _refuse_trained(asked, read.rows, split)
     _refuse_too_many(asked)
     words = ["medembed", "evaluate", public_name(path), public_name(opened.path)]
     words += ["MANIFEST" if isinstance(manifest, Manifest) else public_name(manifest)]
@@ -302,18 +303,34 @@ def _entry(asked: _Asked, seconds: float) -> dict[str, Any]:
     }
 
 
-def _refuse_training_images(asked: _Asked, split: str | None) -> None:
-    codes = [image_code(sha256) for sha256 in asked.embeddings.rows["sha256"]]
-    seen = sorted({code for code in codes if code in asked.card.training_images})
-    if not seen:
+def _refuse_trained(asked: _Asked, every: pd.DataFrame, split: str | None) -> None:
+    """Refuse images that the model was trained on, and others of the patients that they show.
+
+    `every` has all rows of the manifest, embedded or not, of whatever split.
+    """
+    codes = every["sha256"].map(image_code)
+    is_trained = codes.isin(asked.card.training_images)
+    if not is_trained.any():
         return
-    named = ", ".join(seen[:N_NAMED]) + (", …" if len(seen) > N_NAMED else "")
-    remedy = "Take them out of the manifest"
-    remedy += ", or score its test rows alone with --split test." if split != "test" else "."
-    raise TrainingDataError(
-        f"{len(seen)} of the {len(codes)} images are among those that the model at {asked.path} "
-        f"was trained on (by code: {named}), and scores on them say nothing. {remedy}"
-    )
+    persons = name_persons(every)
+    is_known = persons.isin(persons[is_trained])
+    is_asked = every["image"].isin(asked.embeddings.rows["image"])
+    seen = sorted(codes[is_trained & is_asked].unique())
+    n_others = int((is_known & ~is_trained & is_asked).sum())
+    model = f"the model at {asked.path}"
+    of_all = f"of the {len(asked.embeddings)} images"
+    found = []
+    if seen:
+        named = ", ".join(seen[:N_NAMED]) + (", …" if len(seen) > N_NAMED else "")
+        found += [
+            f"{len(seen)} {of_all} are among those that {model} was trained on (by code: {named})"
+        ]
+    if n_others:
+        found += [f"{n_others} {of_all} show patients of whom {model} was trained on other images"]
+    if found:
+        remedy = "Take them out of the manifest"
+        remedy += ", or score its test rows alone with --split test." if split != "test" else "."
+        raise TrainingDataError(f"{'; '.join(found)}, and scores on them say nothing. {remedy}")
 
 
 def _refuse_too_many(asked: _Asked) -> None:
@@ -321,7 +338,7 @@ def _refuse_too_many(asked: _Asked) -> None:
     if asked.recalibrate is None:
         return
     rows = asked.embeddings.rows[asked.embeddings.y >= 0]
-    n = int(rows["patient"].nunique())
+    n = int(name_persons(rows).nunique())
     if not 1 <= asked.recalibrate < max(n, 1):
         raise TrainingDataError(
             f"--recalibrate {asked.recalibrate} wants so many labelled patients and others to be "
