@@ -130,7 +130,9 @@ def simulate(
         loaded = (table, X, {"n_failed": 0, "n_missing": 0})
         monkeypatch.setattr(near_duplicates, "_load", lambda *_, loaded=loaded: loaded)
         found = find_near_duplicates(cache, manifest, false_alarm_rate=0.05, seed=number)
-        assert (found.n_test, found.false_alarm_rate) == (n_test, 0.05)
+        # in one set of a hundred two patients may look alike by chance, and count as one
+        assert found.false_alarm_rate == max(0.05, 2 / (found.n_calibration + 1))
+        assert found.n_test == n_test
         shares.append(len(found.pairs) / n_test)
     return float(np.mean(shares)), 3 * float(np.std(shares)) / n_sets**0.5
 

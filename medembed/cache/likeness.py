@@ -138,7 +138,7 @@ def find_nearest_groups(
     for part in _parts(len(queries), QUERY_ROWS):
         best, rows = similarity[part], nearest[part]
         for others in _parts(len(X), REFERENCE_ROWS):
-            found = _nearest_of_groups(X, groups, queries[part], order[others])
+            found = _nearest_of_groups(X, groups, queries[part], order[others], k)
             best, rows = _keep_nearest((best, rows), found, groups, k)
         similarity[part], nearest[part] = best, rows
         if tick:
@@ -147,21 +147,25 @@ def find_nearest_groups(
 
 
 def _nearest_of_groups(
-    X: np.ndarray, groups: np.ndarray, queries: np.ndarray, block: np.ndarray
+    X: np.ndarray, groups: np.ndarray, queries: np.ndarray, block: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the similarity to each group's nearest row in a block that is sorted by group."""
-    alike = (X[queries] @ X[block].T).astype(np.float64).round(DECIMALS)
+    """Return up to k groups of a block that is sorted by group: similarity, and the nearest row."""
+    alike = X[queries] @ X[block].T
     alike[groups[queries, None] == groups[block]] = -np.inf
     starts = np.flatnonzero(np.diff(groups[block], prepend=-1))
-    if len(starts) == len(block):
-        return alike, np.broadcast_to(block, alike.shape)
-    values = np.maximum.reduceat(alike, starts, axis=1)
-    ends = [*starts[1:].tolist(), len(block)]
-    places = [
-        start + alike[:, start:end].argmax(axis=1)
-        for start, end in zip(starts.tolist(), ends, strict=True)
-    ]
-    return values, block[np.stack(places, axis=1)]
+    values = alike
+    if len(starts) < len(block):
+        values = np.maximum.reduceat(alike, starts, axis=1)
+    chosen = np.argpartition(-values, min(k, values.shape[1]) - 1, axis=1)[:, :k]
+    values = np.take_along_axis(values, chosen, axis=1)
+    ends = np.append(starts[1:], len(block))
+    places = starts[chosen]
+    for ahead in range(1, int((ends - starts).max())):  # where in its group the nearest row stands
+        further = np.minimum(starts[chosen] + ahead, ends[chosen] - 1)
+        is_there = np.take_along_axis(alike, further, axis=1) == values
+        is_there &= np.take_along_axis(alike, places, axis=1) != values
+        places = np.where(is_there, further, places)
+    return values.astype(np.float64).round(DECIMALS), block[places]
 
 
 def _keep_nearest(
