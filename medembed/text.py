@@ -31,7 +31,6 @@ _LATEX = {
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
     '"': r"\symbol{34}",  # a shorthand of babel
-    **{character: f"{{{character}}}" for character in "[]*"},  # options of `\\` before them
     "�": "?",
     "κ": r"$\kappa$",
     "≈": r"$\approx$",
@@ -91,8 +90,13 @@ def to_csv_cell(value: Any) -> Any:
 
 
 def to_latex(text: str) -> str:
-    """Return text as LaTeX shows it: its special characters escaped, controls as `?`."""
-    return "".join(_LATEX.get(c, c) for c in mask_controls(text))
+    """Return text as LaTeX shows it: its special characters escaped, controls as `?`.
+
+    Where it begins with `[` or `*`, which the end of a table's row before it would take for an
+    option, an empty group stands before it.
+    """
+    shown = "".join(_LATEX.get(c, c) for c in mask_controls(text))
+    return f"{{}}{shown}" if shown.lstrip()[:1] in ("[", "*") else shown
 
 
 def to_markdown(text: str) -> str:
