@@ -150,7 +150,9 @@ def _render(
 
 def _show(value: Any) -> Any:
     """Let text from data be text in HTML, and what would turn its direction a visible mark."""
-    return Markup(to_html(value)) if type(value) is str else value  # nosec B704 # escaped there
+    if type(value) is not str:
+        return value
+    return Markup(to_html(value))  # nosec B704 # escaped there
 
 
 def _command(result: dict[str, Any]) -> str:
