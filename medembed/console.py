@@ -1,7 +1,6 @@
 """What commands show: words on stderr, one JSON document on stdout, errors in one line."""
 
 import json
-import re
 import signal
 import sys
 from types import FrameType
@@ -10,6 +9,7 @@ from typing import Any
 import click
 
 from medembed.errors import MedembedError
+from medembed.text import printable
 
 __all__ = [
     "INTERRUPTED",
@@ -25,7 +25,6 @@ __all__ = [
 # What a shell reports of a process that a signal ended: 128 + the signal's number.
 INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class Terminated(KeyboardInterrupt):
@@ -74,14 +73,6 @@ def _describe(error: OSError) -> str:
 def say(text: str = "") -> None:
     """Print a line for people, on stderr."""
     click.echo(printable(text), err=True)
-
-
-def printable(text: str) -> str:
-    """Write control characters but tabs and ends of lines as escapes.
-
-    Names and reasons come from files of others, and a terminal obeys what they hold.
-    """
-    return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def print_json(document: Any) -> None:

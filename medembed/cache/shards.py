@@ -23,7 +23,7 @@ import h5py
 import numpy as np
 
 from medembed.cache.spec import KEY_BYTES, CacheSpec, sortable
-from medembed.cache.widening import put_rows
+from medembed.cache.widening import describe_loss, put_rows
 from medembed.errors import CacheError, ShardError
 from medembed.files import json_bytes, sync_directory, write_atomically
 
@@ -71,8 +71,8 @@ def as_stored(
     Raises
     ------
     CacheError
-        A pooling is missing or foreign, a shape is wrong, or a value is not finite; a value that
-        only float32 can hold is told apart.
+        A pooling is missing or foreign, a shape is wrong, or a value is not finite; values that
+        only float32 can hold, because they are too large or too small, are told apart.
     """
     if set(embeddings) != set(spec.poolings):
         asked, given = ", ".join(spec.poolings), ", ".join(embeddings)
@@ -243,11 +243,9 @@ def _store_values(name: str, values: np.ndarray, shape: tuple[int, ...], dtype: 
         raise CacheError(f"pooling {name} holds NaN or infinite values; nothing was stored")
     with np.errstate(over="ignore"):
         stored = np.ascontiguousarray(values, dtype)
-    if not np.isfinite(stored).all():
-        raise CacheError(
-            f"pooling {name} reaches {np.abs(values).max():g}, more than {dtype} can hold "
-            f"({np.finfo(dtype).max:g}). Choose a new --cache with --dtype float32."
-        )
+    loss = describe_loss(values, stored)
+    if loss:
+        raise CacheError(f"pooling {name} {loss}. Choose a new --cache with --dtype float32.")
     return stored
 
 

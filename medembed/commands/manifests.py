@@ -18,8 +18,8 @@ __all__ = ["build_command", "check_command", "manifest"]
 
 REBUILD = "Mend the recipe or the tables and build it again."
 LOOK = (
-    "Look at each pair: give the patients of a copied image one split, or leave the image out with "
-    "[exclude] in the recipe, and build it again."
+    "Look at each pair: give the patients of a copied image one split, or one name where they are "
+    "one, or leave the image out with [exclude] in the recipe, and build it again."
 )
 
 
@@ -92,7 +92,10 @@ def _counted(document: dict[str, Any]) -> str:
 @click.argument("manifest_path", metavar="MANIFEST", type=PATH)
 @click.option("--image-root", type=PATH, help="Also compare every file's bytes with its row.")
 @click.option(
-    "--cache", "cache_path", type=PATH, help="Also find test images that look like a train image."
+    "--cache",
+    "cache_path",
+    type=PATH,
+    help="Also find test images that look like a train image, and look-alikes within a split.",
 )
 @click.option("--strict", is_flag=True, help="Warnings are errors.")
 @seed_option
@@ -113,7 +116,8 @@ def check_command(
     With --cache also near-duplicates across splits: images of test that are one of train saved
     anew, resized or brightened a little, found by their embeddings. Of test images without such a
     twin up to 1 in 1,000 is listed too, or more where train has few patients; how many that makes
-    is said.
+    is said. Images that look alike under two patients of one split are listed as well: one image
+    that stands twice, or films that show nothing.
     """
     from medembed.cache.store import open_cache
     from medembed.dataset.review import review_manifest

@@ -14,6 +14,7 @@ import click
 from medembed.commands.options import PATH, device_option, json_option, precision_option
 from medembed.console import INTERRUPTED, TERMINATED, Terminated, print_json, say
 from medembed.progress import showing_progress
+from medembed.text import printable
 
 if TYPE_CHECKING:
     from medembed.prediction import Predictor
@@ -221,12 +222,14 @@ def _lines(row: Row) -> list[str]:
 
 
 def _indented(text: str) -> list[str]:
-    return textwrap.wrap(_printable(text), COLUMNS, initial_indent="    ", subsequent_indent="    ")
+    return textwrap.wrap(
+        printable(text, keep=""), COLUMNS, initial_indent="    ", subsequent_indent="    "
+    )
 
 
 def _fit(text: str, columns: int) -> str:
     """Cut a name in its middle: its end tells more than what is between."""
-    text = _printable(text)
+    text = printable(text, keep="")
     if _columns(text) <= columns:
         return text
     head, tail = "", ""
@@ -245,10 +248,3 @@ def _columns(text: str) -> int:
     """Count the columns that a terminal gives a text."""
     wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
     return len(text) + wide - sum(bool(unicodedata.combining(c)) for c in text)
-
-
-def _printable(text: str) -> str:
-    """Write out what would move the cursor, such as a newline in a name."""
-    return "".join(
-        c if c == " " or unicodedata.category(c)[0] not in "CZ" else ascii(c)[1:-1] for c in text
-    )

@@ -237,7 +237,7 @@ def _open_or_make(
     laid = None
     if is_free(Path(cache_path)):
         reference = encoder.reference() if isinstance(encoder, PipelinedEncoder) else encoder
-        laid = lay_canary(reference, list(spec.poolings))
+        laid = lay_canary(reference, list(spec.poolings), spec)
     return create_cache(cache_path, spec, recorded, laid, known=known_shards)
 
 
