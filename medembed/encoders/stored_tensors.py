@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from medembed.encoders.weights import checkpoint_name
+from medembed.encoders.checkpoint_files import checkpoint_name
 from medembed.errors import EncoderError
+from medembed.files import open_plain
 
 __all__ = [
     "FLOAT_BYTES",
@@ -123,11 +125,11 @@ def read_header(path: Path) -> list[StoredTensor]:
     """
     what = f"{path.name} of {checkpoint_name(path.parent)}"
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_plain(path) as file:
+            size = os.fstat(file.fileno()).st_size
             text = file.read(header_length(file.read(LENGTH_BYTES), size, what))
     except OSError as error:
-        raise EncoderError(f"{what} cannot be read: {error.strerror}.") from error
+        raise EncoderError(f"{what} cannot be read: {error.strerror or error}.") from error
     return parse_header(text, size, what)
 
 

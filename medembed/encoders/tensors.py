@@ -10,14 +10,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from medembed.encoders.checkpoint_files import checkpoint_name, require_file
 from medembed.encoders.stored_tensors import FLOAT_BYTES
-from medembed.encoders.weights import (
-    PART_WORDS,
-    Part,
-    checkpoint_name,
-    match_tensors,
-    weight_files,
-)
+from medembed.encoders.weights import PART_WORDS, Part, match_tensors, weight_files
 from medembed.errors import EncoderError
 
 __all__ = ["Digest", "open_tensors", "read_part", "read_tensor"]
@@ -99,8 +94,9 @@ def open_tensors(stack: ExitStack, path: Path) -> Any:
     Raises
     ------
     EncoderError
-        It is not a whole one.
+        It is no plain file, or not a whole one.
     """
+    require_file(path)
     try:
         return stack.enter_context(safe_open(path, framework="pt", device="cpu"))
     except (SafetensorError, OSError) as error:
