@@ -138,6 +138,6 @@ def _refuse(header: str, value: str, expected: str) -> EncoderError:
 
     return EncoderError(
         f"{constants.ENDPOINT} gives {shown(value)!r} as {header}, which is not {expected}. "
-        "Nothing of it was written. Set HF_ENDPOINT to a hub that is to be trusted, or give a checkpoint "
-        "directory."
+        "Nothing of it was written. Set HF_ENDPOINT to a hub that is to be trusted, or give a "
+        "checkpoint directory."
     )
