@@ -330,6 +330,24 @@ def test_two_tensors_of_one_name_are_refused(made: Path, tmp_path: Path, kind: s
         load_encoder(twice)
 
 
+@pytest.mark.parametrize("kind", ["siglip", "vit"])
+def test_a_tensor_that_one_file_describes_twice_is_refused(
+    made: Path, tmp_path: Path, kind: str
+) -> None:
+    """safetensors takes the second in silence, also where it has other bytes."""
+    twice = Path(shutil.copytree(made / f"{kind}-new", tmp_path / "twice"))
+    data = (twice / WEIGHTS).read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = data[8:end].decode().rstrip()
+    name = next(name for name in json.loads(header) if name.endswith("layernorm.bias"))
+    other = {"dtype": "F32", "shape": [16], "data_offsets": [0, 64]}
+    header = f'{{"{name}":{json.dumps(other)},{header[1:]}'
+    header += " " * (-len(header) % 8)
+    (twice / WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header.encode() + data[end:])
+    with pytest.raises(EncoderError, match=rf"{WEIGHTS} of twice .* it describes {name} twice"):
+        load_encoder(twice)
+
+
 def test_a_backbones_tensor_with_and_without_its_prefix_is_refused(
     made: Path, tmp_path: Path
 ) -> None:

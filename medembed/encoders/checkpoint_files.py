@@ -19,7 +19,6 @@ __all__ = [
     "is_snapshot",
     "read_json",
     "refuse_adapter",
-    "require_file",
 ]
 
 CONFIG_FILE = "config.json"
@@ -65,18 +64,6 @@ def holds_file(path: Path) -> bool:
     except OSError as error:
         raise _unreadable(path, error.strerror or str(error)) from error
     return True
-
-
-def require_file(path: Path) -> None:
-    """Refuse what is no plain file, before a library opens it and waits for ever.
-
-    Raises
-    ------
-    EncoderError
-        It is missing, no plain file, or not readable.
-    """
-    if not holds_file(path):
-        raise _unreadable(path, "there is no such file")
 
 
 def read_json(path: Path) -> Any:

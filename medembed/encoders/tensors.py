@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from medembed.encoders.checkpoint_files import checkpoint_name, require_file
-from medembed.encoders.stored_tensors import FLOAT_BYTES
+from medembed.encoders.checkpoint_files import checkpoint_name
+from medembed.encoders.stored_tensors import FLOAT_BYTES, read_header
 from medembed.encoders.weights import PART_WORDS, Part, match_tensors, weight_files
 from medembed.errors import EncoderError
 
@@ -94,9 +94,9 @@ def open_tensors(stack: ExitStack, path: Path) -> Any:
     Raises
     ------
     EncoderError
-        It is no plain file, or not a whole one.
+        It is no plain file, not a whole one, or has two tensors of one name.
     """
-    require_file(path)
+    read_header(path)  # opens no pipe, and knows of a name that stands twice
     try:
         return stack.enter_context(safe_open(path, framework="pt", device="cpu"))
     except (SafetensorError, OSError) as error:
