@@ -331,18 +331,26 @@ def _find_unreached(repo: str, revision: str | None) -> Exception | None:
 def _is_at_hub(repo: str, revision: str | None, name: str) -> bool:
     """Ask whether a repository has a file, without fetching it."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
-    from huggingface_hub.errors import RemoteEntryNotFoundError
 
     guard_answers()
     try:
         get_hf_file_metadata(hf_hub_url(repo, name, revision=revision))
-    except RemoteEntryNotFoundError:
-        return False
-    except EncoderError:
+    except EncoderError:  # of what it answered
         raise
     except Exception as error:  # its client's errors are neither the hub's nor OSErrors
+        if _says_absent(error):
+            return False
         raise explain(error, repo, revision, name) from error
     return True
+
+
+def _says_absent(error: BaseException | None) -> bool:
+    """Whether a hub has the repository and not the file; mirrors may say so by the status alone."""
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    if isinstance(error, RepositoryNotFoundError | RevisionNotFoundError):
+        return False
+    return getattr(getattr(error, "response", None), "status_code", None) == 404
 
 
 def _explain_missing(repo: str, unreached: Exception | None, *names: str) -> EncoderError:
@@ -376,6 +384,8 @@ def _download_file(
     try:
         return Path(hf_hub_download(repo, name, revision=revision))
     except LocalEntryNotFoundError as error:  # neither reached nor fetched before
+        if _says_absent(error.__cause__):
+            return None
         raise explain_unreached(error.__cause__, repo, name) from error
     except EntryNotFoundError:
         return None
