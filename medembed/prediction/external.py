@@ -30,6 +30,7 @@ from medembed.prediction.internal import Internal, count_labels, find_internal
 from medembed.prediction.scoring import check_spec, raw_scores
 from medembed.results.cards import Card, read_card
 from medembed.results.comparison import DISCLAIMER, counted, score_run
+from medembed.results.external import digest_predictions
 from medembed.results.priors import PRIORS, image_code, image_rows, predict_prior
 from medembed.results.provenance import (
     describe_source,
@@ -205,7 +206,8 @@ def _answer(run: Run, asked: _Asked, internal: Internal | None) -> None:
         scores = _without_labels(run)
     *notes, last = scores["notes"]
     notes += [] if priors else [NO_PRIORS]
-    run.write_scores({**scores, **changes, "drift": drift, "notes": [*notes, last]})
+    of = {"predictions_sha256": digest_predictions(run)}
+    run.write_scores({**scores, **changes, "drift": drift, "notes": [*notes, last], **of})
 
 
 def _without_labels(run: Run) -> dict[str, Any]:
