@@ -15,6 +15,7 @@ from medembed.dataset.pseudonyms import Pseudonyms, read_key
 from medembed.dataset.recipe_format import Dicom, Recipe
 from medembed.dataset.tables import read_text_table
 from medembed.errors import ImageError, RecipeError
+from medembed.files import open_plain
 
 __all__ = ["read_dicom_tree"]
 
@@ -69,7 +70,7 @@ def _read_file(
 ) -> dict[str, str] | str:
     """Give what a file says of its image, or the reason why it is left out."""
     try:
-        with open(root / image, "rb") as file:
+        with open_plain(root / image) as file:
             begins = file.read(132)
             if begins[128:] != b"DICM" and not begins.startswith(BARE_DICOM):
                 return "not DICOM"

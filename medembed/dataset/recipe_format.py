@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from medembed.dataset.checks import LABEL_LEVELS, REQUIRED, SPLITS
 from medembed.errors import RecipeError
+from medembed.files import read_plain
 
 __all__ = [
     "LAYOUTS",
@@ -28,6 +29,7 @@ __all__ = [
     "parse_recipe",
 ]
 
+MAX_BYTES = 1 << 20  # of a recipe; those at hand are below 2 KB
 LAYOUTS = ("mura", "table", "folders", "dicom")
 DICOM_MATCHES = ("file", "instance", "study", "accession")
 MEANINGS = {"normal": "0", "abnormal": "1", "unknown": ""}
@@ -216,8 +218,10 @@ def parse_recipe(path: Path) -> Recipe:
         It is not TOML, has unknown, missing or contradicting keys, or values of the wrong type.
     """
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:  # TOML's and Unicode's are ValueErrors
+        document = tomllib.loads(read_plain(path, max_bytes=MAX_BYTES).decode())
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except (ValueError, RecursionError) as error:  # TOML's and Unicode's are ValueErrors
         raise RecipeError(f"{path} cannot be read as TOML: {error}") from error
     for name, kind in SECTIONS.items():
         if name in document:

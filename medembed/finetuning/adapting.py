@@ -17,7 +17,7 @@ from medembed.encoders.preprocessing import PROCESSOR_FILES
 from medembed.encoders.torch_encoder import TorchEncoder
 from medembed.encoders.weights import WEIGHTS_FILE
 from medembed.errors import EncoderError
-from medembed.files import json_bytes, sync_directory, write_atomically
+from medembed.files import json_bytes, read_plain, sync_directory, write_atomically
 from medembed.finetuning.network import Network, copy_encoder
 
 __all__ = ["adapt", "save_adapted"]
@@ -57,7 +57,7 @@ def save_adapted(encoder: TorchEncoder, directory: Path) -> str:
         made.chmod(0o755)
         for name in ("config.json", *PROCESSOR_FILES):
             if (origin.directory / name).is_file():
-                write_atomically(made / name, (origin.directory / name).read_bytes())
+                write_atomically(made / name, read_plain(origin.directory / name))
         fingerprint = _write(encoder, origin, made, directory, tensors, is_whole)
         shutil.rmtree(directory, ignore_errors=True)
         os.rename(made, directory)
