@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from medembed.dataset.manifest import Manifest
-from medembed.dataset.reading import Content
+from medembed.dataset.reading import DEFAULT_LIMITS, Content, Limits
 from medembed.dataset.splits import split_patients
 from medembed.encoders.preprocessing import Preprocessing
 from medembed.errors import TrainingDataError
@@ -82,6 +82,7 @@ def read_images(
     preprocessing: Preprocessing,
     *,
     seed: int,
+    limits: Limits = DEFAULT_LIMITS,
     progress: Callable[[int, int], None] | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> TrainingImages:
@@ -115,6 +116,7 @@ def read_images(
         contents,
         image_root,
         preprocessing,
+        limits=limits,
         remedy="Set TMPDIR to a larger disk, or give a smaller --size.",
         progress=progress,
         tell=tell,

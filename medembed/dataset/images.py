@@ -29,6 +29,7 @@ from medembed.dataset.integrity import (
 )
 from medembed.dataset.intensity import DEFAULT_INTENSITY, Intensity
 from medembed.dataset.radiograph import MAX_PIXELS, Radiograph, channels_differ, refuse_size
+from medembed.dataset.tiff_directories import check_directories
 from medembed.errors import ImageError
 
 __all__ = ["BARE_DICOM", "IMAGES_VERSION", "MAX_PIXELS", "Radiograph", "decode_image"]
@@ -123,6 +124,8 @@ def _identify(data: bytes) -> str:
 def _decode(name: str, data: bytes) -> Radiograph:
     facts = check_png(data) if name == "PNG" else None
     end = check_jpeg(data) if name == "JPEG" else None
+    if name == "TIFF":
+        check_directories(data)
     # The class itself, not Image.open: that one warns about size through global state.
     image = _READERS[name][1](io.BytesIO(data))
     _check_header(name, image)
