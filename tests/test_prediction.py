@@ -29,6 +29,7 @@ from medembed.dataset.covariates import fit_covariates
 from medembed.dataset.images import IMAGES_VERSION, decode_image
 from medembed.dataset.intensity import Intensity
 from medembed.dataset.manifest import make_manifest, read_manifest, write_manifest
+from medembed.dataset.reading import DEFAULT_LIMITS
 from medembed.encoders.loading import load_encoder
 from medembed.encoders.preprocessing import Preprocessing, prepare
 from medembed.errors import EncoderError, MissingRowsError, ModelError, PathNotFoundError
@@ -595,6 +596,7 @@ class Picky:
     def __init__(self) -> None:
         self.encoder, self.intensity, self.sizes = self, Intensity(), list[int]()
         self.images_version = IMAGES_VERSION
+        self.limits = DEFAULT_LIMITS
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
         self.sizes.append(len(pixels))

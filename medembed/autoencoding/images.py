@@ -10,7 +10,7 @@ import pandas as pd
 
 from medembed.dataset.identities import name_persons
 from medembed.dataset.manifest import Manifest
-from medembed.dataset.reading import Content
+from medembed.dataset.reading import DEFAULT_LIMITS, Content, Limits
 from medembed.dataset.splits import split_patients
 from medembed.encoders.preprocessing import Preprocessing
 from medembed.errors import TrainingDataError
@@ -83,6 +83,7 @@ def read_images(
     preprocessing: Preprocessing,
     *,
     seed: int,
+    limits: Limits = DEFAULT_LIMITS,
     progress: Callable[[int, int], None] | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> TrainingImages:
@@ -116,6 +117,7 @@ def read_images(
         contents,
         image_root,
         preprocessing,
+        limits=limits,
         remedy="Set TMPDIR to a larger disk, or give a smaller --size.",
         progress=progress,
         tell=tell,

@@ -25,7 +25,13 @@ import numpy as np
 from medembed.cache.spec import KEY_BYTES, CacheSpec, sortable
 from medembed.cache.widening import describe_loss, put_rows
 from medembed.errors import CacheError, ShardError
-from medembed.files import json_bytes, sync_directory, write_atomically
+from medembed.files import (
+    json_bytes,
+    naming_full_disk,
+    open_plain,
+    sync_directory,
+    write_atomically,
+)
 
 __all__ = [
     "CHUNK_ROWS",
@@ -285,7 +291,7 @@ def _place(
     stored: Mapping[str, np.ndarray],
     replaces: Collection[str],
 ) -> Path:
-    with partial.open("xb") as file:
+    with naming_full_disk(partial, len(data)), partial.open("xb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -322,7 +328,7 @@ def _hdf5(path: Path, *, verify: bool, spec: CacheSpec | None) -> Iterator[tuple
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     try:
-        with path.open("rb") as file:
+        with open_plain(path) as file:
             yield file
     except OSError as error:
         if isinstance(error, ShardError):

@@ -11,8 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from medembed.commands.options import PATH, device_option, json_option, precision_option
-from medembed.console import INTERRUPTED, TERMINATED, Terminated, print_json, say
+from medembed.commands.options import (
+    PATH,
+    Finite,
+    device_option,
+    json_option,
+    limit_options,
+    precision_option,
+)
+from medembed.console import exit_status, print_json, say
 from medembed.progress import showing_progress
 from medembed.text import printable
 
@@ -49,11 +56,12 @@ Row = dict[str, Any]
 )
 @click.option(
     "--alpha",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    type=Finite(0, 1, min_open=True, max_open=True),
     default=0.1,
     show_default=True,
     help="Share of prediction sets that may miss the truth.",
 )
+@limit_options
 @device_option
 @precision_option
 @click.option("--jsonl", is_flag=True, help="Print a line of JSON per row, as it is ready.")
@@ -67,6 +75,8 @@ def predict_command(
     reference: str | None,
     explain: Path | None,
     alpha: float,
+    max_bytes: int,
+    max_seconds: float,
     device: str,
     precision: str,
     jsonl: bool,
@@ -78,6 +88,7 @@ def predict_command(
     threshold, and the prediction set. Files given by name are studies of their own. Exits with 1
     if an image could not be answered for. Research software, not a medical device.
     """
+    from medembed.dataset.reading import Limits
     from medembed.prediction import Predictor
 
     _check_usage(images, manifest_path, image_root, jsonl=jsonl, as_json=as_json)
@@ -89,6 +100,7 @@ def predict_command(
             device=device,
             precision=precision,
             alpha=alpha,
+            limits=Limits(max_bytes, max_seconds),
             fetching=fetching,
             tell=say,
         )
@@ -166,12 +178,12 @@ def _show(rows: Iterator[Row], predictor: "Predictor", *, jsonl: bool, as_json: 
             lines = [json.dumps(row, ensure_ascii=False, allow_nan=False)] if jsonl else _lines(row)
             write("".join(f"{line}\n" for line in lines))
     except KeyboardInterrupt as error:
-        say(
-            f"Stopped after {seen.images} images. Every line that was printed is whole; the same "
-            "command begins anew."
-        )
-        code = TERMINATED if isinstance(error, Terminated) else INTERRUPTED
-        raise SystemExit(code) from None
+        with contextlib.suppress(OSError):  # after SIGHUP there may be no terminal
+            say(
+                f"Stopped after {seen.images} images. Every line that was printed is whole; the "
+                "same command begins anew."
+            )
+        raise SystemExit(exit_status(error)) from None
     return seen
 
 

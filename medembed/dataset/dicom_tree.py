@@ -19,6 +19,7 @@ from medembed.dataset.pseudonyms import Pseudonyms, read_key
 from medembed.dataset.recipe_format import Recipe
 from medembed.dataset.recipe_sections import Dicom
 from medembed.errors import ImageError, RecipeError
+from medembed.files import open_plain
 
 __all__ = ["read_dicom_tree"]
 
@@ -101,7 +102,7 @@ def _read_file(
         It cannot be read.
     """
     try:
-        with open(root / image, "rb") as file:
+        with open_plain(root / image) as file:
             begins = file.read(132)
             if begins[128:] != b"DICM" and not begins.startswith(BARE_DICOM):
                 return "not DICOM"

@@ -19,7 +19,7 @@ def find_table(file: str, root: Path, recipe_path: Path) -> Path:
     """Find a table in the image root, beside it, or beside the recipe."""
     candidates = [root / file, root.parent / file, recipe_path.parent / file]
     for candidate in candidates:
-        if candidate.is_file():
+        if candidate.exists() and not candidate.is_dir():
             return candidate
     raise PathNotFoundError(
         f"no table {file} in {root}, beside it, or beside the recipe. Give --image-root the "

@@ -370,7 +370,7 @@ def _parquet_bytes(manifest: Manifest) -> bytes:
 
 def _read_table(path: Path, columns: tuple[str, ...] = ()) -> pd.DataFrame:
     """Read all columns of a manifest, or those of `columns` that a Parquet file has."""
-    if not path.is_file():
+    if not path.exists():
         raise PathNotFoundError(
             f"no manifest at {path}. Build one with `medembed manifest build`, or correct the path."
         )

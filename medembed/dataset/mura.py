@@ -92,7 +92,7 @@ def _find_mura(root: Path) -> Path:
 
 def _mura_table(base: Path, split: str, kind: str, columns: list[str]) -> pd.DataFrame:
     path = base / f"{split}_{kind}.csv"
-    if not path.is_file():
+    if not path.exists():
         raise PathNotFoundError(
             f"no table {path}. Unpack MURA-v1.1 again, or copy the table there."
         )

@@ -16,6 +16,7 @@ from medembed.dataset.checks import LABEL_LEVELS, REQUIRED, SPLITS
 from medembed.dataset.identities import EXACT, IDS
 from medembed.dataset.recipe_sections import Dicom, Folders, Groups, Label, Region, Split, Table
 from medembed.errors import RecipeError
+from medembed.files import read_plain
 from medembed.text import normalise
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "parse_recipe",
 ]
 
+MAX_BYTES = 1 << 20  # of a recipe; those at hand are below 2 KB
 LAYOUTS = ("mura", "table", "folders", "dicom")
 DICOM_INTENTS = ("presentation", "processing", "both")
 DICOM_MATCHES = ("file", "instance", "study", "accession")
@@ -83,8 +85,10 @@ def parse_recipe(path: Path) -> Recipe:
         It is not TOML, has unknown, missing or contradicting keys, or values of the wrong type.
     """
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:  # TOML's and Unicode's are ValueErrors
+        document = tomllib.loads(read_plain(path, max_bytes=MAX_BYTES).decode())
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except (ValueError, RecursionError) as error:  # TOML's and Unicode's are ValueErrors
         raise RecipeError(f"{path} cannot be read as TOML: {error}") from error
     for name, kind in SECTIONS.items():
         if name in document:

@@ -84,7 +84,7 @@ def load_recipe(path_or_name: str | Path) -> Recipe:
         The recipe cannot be read or contradicts itself.
     """
     path = Path(path_or_name)
-    if path.is_file():
+    if path.exists() and not path.is_dir():  # whatever else it is, its reader says so
         return parse_recipe(path)
     packaged = _packaged_recipes()
     if str(path_or_name) in packaged:

@@ -1,6 +1,7 @@
 """Read and write tables as text, nothing guessed."""
 
 import csv
+import io
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from medembed.errors import MedembedError
+from medembed.files import open_plain
 from medembed.text import normalise
 
 __all__ = [
@@ -78,9 +80,12 @@ def read_text_table(
         them, or has short or long rows.
     """
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with open_plain(path) as opened:
+            file = io.TextIOWrapper(opened, "utf-8-sig", newline="")
             lines = [line for line in csv.reader(file, strict=True) if line]
-    except (OSError, ValueError, csv.Error) as cause:
+    except OSError as cause:
+        raise error(f"{path} cannot be read: {cause.strerror or cause}.") from cause
+    except (ValueError, csv.Error) as cause:
         raise error(f"{path} cannot be read as CSV in UTF-8: {cause}") from cause
     if not lines and columns is None:
         raise error(f"{path} is empty.")
@@ -188,8 +193,10 @@ def read_parquet_table(
             table[name] = _as_strings(table[name])
     except error:
         raise
+    except OSError as cause:
+        raise error(f"{path} cannot be read as Parquet: {cause.strerror or cause}.") from cause
     # pyarrow's errors are nearly every builtin one; a damaged file can ask for any memory
-    except (OSError, ValueError, LookupError, TypeError, RuntimeError, MemoryError) as cause:
+    except (ValueError, LookupError, TypeError, RuntimeError, MemoryError) as cause:
         raise error(f"{path} cannot be read as Parquet: {cause}.") from cause
     return table.reset_index(drop=True)
 
@@ -215,7 +222,7 @@ def _as_strings(column: "pd.Series[Any]") -> "pd.Series[str]":
 def _read_blocks(path: Path, names: tuple[str, ...], error: type[MedembedError]) -> pd.DataFrame:
     """Read block by block: a whole file at once takes twice the memory."""
     # Opened here: Arrow opens no name that is not UTF-8.
-    with path.open("rb") as opened, pq.ParquetFile(opened) as file:
+    with open_plain(path) as opened, pq.ParquetFile(opened) as file:
         _check_names(file.schema_arrow.names, path, error)
         every = (field for field in file.schema_arrow if not names or field.name in names)
         fields = [field for field in every if not PANDAS_INDEX.fullmatch(field.name)]

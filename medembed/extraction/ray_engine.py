@@ -22,6 +22,7 @@ from medembed.cache.store import Cache, open_cache
 from medembed.clusters import connected_to_ray
 from medembed.dataset.intensity import DEFAULT_INTENSITY, Intensity
 from medembed.dataset.manifest import Manifest, require_hashes
+from medembed.dataset.reading import DEFAULT_LIMITS, Limits
 from medembed.encoders.loading import LOCAL_RANKS
 from medembed.encoders.protocol import Encoder
 from medembed.errors import ManifestError, MedembedError
@@ -68,6 +69,7 @@ class Job:
     decoders: int | None = None
     retry_failed: bool = False
     commit_seconds: float = COMMIT_SECONDS
+    limits: Limits = DEFAULT_LIMITS
     name: str = ""
 
     def encoder(self) -> Encoder:
@@ -173,6 +175,7 @@ def _embed(part: Manifest, job: Job, known: Collection[str]) -> ExtractionReport
         decoders=job.decoders,
         retry_failed=job.retry_failed,
         commit_seconds=job.commit_seconds,
+        limits=job.limits,
         known_shards=known,
     )
 

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from medembed.files import open_plain, write_atomically
+from medembed.files import require_plain, write_atomically
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -75,7 +75,7 @@ def write_state(path: Path, key: str, state: State) -> None:
 def read_state(path: Path, key: str) -> State | None:
     """Read the state of the training named by `key`; None where there is none, or it is damaged."""
     try:
-        open_plain(path).close()  # safe_open would wait at a named pipe
+        require_plain(path)
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata: Mapping[str, str] = file.metadata() or {}
             if metadata.get("key") != key:

@@ -17,6 +17,7 @@ from medembed.cache.spec import CacheSpec, keys_from_hex
 from medembed.cache.store import Cache, open_cache
 from medembed.cache.widening import describe_loss
 from medembed.dataset.intensity import DEFAULT_INTENSITY, Intensity
+from medembed.dataset.reading import DEFAULT_LIMITS, Limits
 from medembed.encoders.hub import DEMO
 from medembed.encoders.protocol import Encoder, check_rows
 from medembed.errors import EncoderError, ImageError, ModelError
@@ -40,6 +41,8 @@ class Embedder:
         Another place of the same encoder than the card names.
     device, precision : str
         As for `load_encoder`. `fit` and the window are the model's.
+    limits : Limits
+        What an image may cost before it counts as failed.
     progress : callable, optional
         Called as progress(done, total) with bytes, while weights are fetched.
     """
@@ -52,8 +55,10 @@ class Embedder:
         reference: str | os.PathLike[str] | None = None,
         device: str = "auto",
         precision: str = "auto",
+        limits: Limits = DEFAULT_LIMITS,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
+        self.limits = limits
         self.model_path, self.card, self.reference = model_path, card, reference
         self.device, self.precision, self.progress = device, precision, progress
         self.poolings = card.pooling.split("+")

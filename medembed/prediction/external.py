@@ -23,6 +23,7 @@ from medembed.dataset.manifest import Manifest, read_manifest
 from medembed.errors import TrainingDataError
 from medembed.evaluation.calibration import Calibration
 from medembed.files import json_digest
+from medembed.heads.model_files import read_part
 from medembed.heads.packaging import Model, load_model
 from medembed.machine import library_versions
 from medembed.prediction.changes import describe_changes, find_drift, study_table
@@ -160,7 +161,7 @@ def evaluate(
 
 
 def _question(asked: _Asked, manifest: Manifest, split: str | None) -> dict[str, Any]:
-    own = hashlib.sha256((asked.path / "model.json").read_bytes()).hexdigest()
+    own = hashlib.sha256(read_part(asked.path / "model.json")).hexdigest()
     return {
         "model": own,
         "manifest": manifest.digest(),
@@ -298,7 +299,7 @@ def _entry(asked: _Asked, seconds: float) -> dict[str, Any]:
         "head": asked.head,
         "pooling": asked.card.pooling,
         **copied,
-        "params": json.loads((asked.path / "model.json").read_bytes())["params"],
+        "params": json.loads(read_part(asked.path / "model.json"))["params"],
         "seconds": seconds,
         "status": "ok",
         "error": None,
