@@ -65,7 +65,17 @@ class ManifestError(MedembedError, ValueError):
 
 
 class ImageError(MedembedError, ValueError):
-    """A file cannot become a grey array; the message is the reason."""
+    """A file cannot become a grey array; the message is the reason.
+
+    Attributes
+    ----------
+    since : int
+        The `images_version` that first refused such a file; see `dataset.image_versions`.
+    """
+
+    def __init__(self, message: str, since: int = 1) -> None:
+        self.since = since
+        super().__init__(message)
 
 
 class EncoderError(MedembedError, ValueError):

@@ -566,20 +566,28 @@ def test_images_that_fail_are_left_out_counted_and_named(
 ) -> None:
     root = shutil.copytree(home / "images", tmp_path / "images")
     rows = manifest.rows.copy()
-    absent, broken = np.flatnonzero(rows.split == "train")[[1, 3]].tolist()
+    absent, broken, twin = np.flatnonzero(rows.split == "train")[[1, 3, 4]].tolist()
+    rows.loc[twin, ["label", "patient", "study", "region"]] = rows.loc[
+        broken, ["label", "patient", "study", "region"]
+    ]
     (root / rows.image[absent]).unlink()
-    (root / rows.image[broken]).write_bytes(b"no image")
-    rows.loc[broken, "sha256"] = hashlib.sha256(b"no image").hexdigest()
+    for row in (broken, twin):
+        (root / rows.image[row]).write_bytes(b"no image")
+        rows.loc[row, "sha256"] = hashlib.sha256(b"no image").hexdigest()
     write_manifest(with_rows(manifest, rows), tmp_path / "m.csv")
     arguments = ("autoencoder", tmp_path / "m.csv", "--image-root", root)
     result = run(*arguments, "--out", tmp_path / "out", *options({**QUICK, "epochs": 1}), "--json")
     assert result.exit_code == 0, result.output
     document = json.loads(result.stdout)
     stages = {failure["image"]: failure["stage"] for failure in document["failures"]}
-    assert stages == {rows.image[absent]: "read", rows.image[broken]: "decode"}
-    assert document["failed"] == 2
+    assert stages == {
+        rows.image[absent]: "read",
+        rows.image[broken]: "decode",
+        rows.image[twin]: "decode",
+    }
+    assert document["failed"] == 2  # contents
     n_train = (rows.split == "train").sum()
-    assert document["images"] + document["held_out_images"] == n_train - 2
+    assert document["images"] + document["held_out_images"] == n_train - 3
     for name in stages:
         assert name in result.stderr
         assert name not in (tmp_path / "out" / "training.json").read_text()

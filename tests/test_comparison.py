@@ -205,13 +205,15 @@ def test_csv_has_every_score_at_full_precision(result):
 def test_hostile_names_do_nothing_in_a_table(images, tmp_path, table_format):
     names = dict.fromkeys(images["region"], "")
     names |= dict(
-        zip(names, ["<script>x</script>", "a|b\x1b[31m", "$x_{1}$ & [bold]y"], strict=True)
+        zip(names, ["<script>x</script>", "=a|b\x1b[31m\u202e", "$x_{1}$ & [bold]y"], strict=True)
     )
     hostile = images.assign(region=images["region"].map(names))
     make_run(tmp_path / "run", hostile, {"mlp": 1.0})
     text = render(compare([tmp_path / "run"], **FAST), table_format=table_format, by="region")
-    if table_format != "csv":
-        assert "\x1b" not in text
+    assert "\x1b" not in text
+    assert "\u202e" not in text
+    if table_format == "csv":
+        assert "'=a|b�[31m�" in {row[0] for row in csv.reader(io.StringIO(text))}
     if table_format == "markdown":
         assert "<script>" not in text
         assert all(

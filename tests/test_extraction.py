@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -17,12 +18,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import slow_files
+from click.testing import CliRunner
 from PIL import Image
 
 from medembed.cache.embeddings import load_embeddings
 from medembed.cache.spec import hex_from_keys
 from medembed.cache.store import open_cache
-from medembed.dataset.manifest import Manifest
+from medembed.cli import main
+from medembed.dataset.manifest import Manifest, write_manifest
 from medembed.encoders.preprocessing import Preprocessing
 from medembed.encoders.protocol import Encoder, PipelinedEncoder
 from medembed.errors import (
@@ -202,6 +206,35 @@ def test_bad_images_are_failures_with_a_reason_and_not_tried_again(tmp_path: Pat
     assert (len(loaded), len(loaded.failed)) == (3, 2)
 
 
+def test_a_failure_names_every_image_of_its_bytes(tmp_path: Path) -> None:
+    root = tmp_path / "images"
+    write_images(root, 6)
+    (root / "001.png").write_bytes((root / "001.png").read_bytes()[:60])
+    for twin in ("003.png", "copy.png"):
+        (root / twin).write_bytes((root / "001.png").read_bytes())
+    manifest = list_images(root)
+    (root / "005.png").rename(tmp_path / "away.png")
+    names = ["001.png", "003.png", "copy.png", "005.png"]
+    report = extract_here(tmp_path, manifest)
+    assert counts(report) == (7, 0, 3, 2, 2)
+    assert [failure["image"] for failure in report.failures] == names
+    assert len({failure["sha256"] for failure in report.failures}) == 2
+    write_manifest(manifest, tmp_path / "m.csv")
+    info = ["cache", "info", str(tmp_path / "cache"), "--failures", "--json"]
+    for options, expected in ((["--manifest", str(tmp_path / "m.csv")], names), ([], [None] * 2)):
+        done = CliRunner().invoke(main, [*info, *options])
+        assert done.exit_code == 0, done.output
+        found = [failure["image"] for failure in json.loads(done.stdout)["failed"]]
+        assert sorted(found, key=str) == sorted(expected, key=str)
+    (root / "000.png").write_bytes(b"other")
+    with pytest.raises(ManifestError, match="nor were 2 that failed") as caught:
+        extract(manifest, root, HalvesEncoder(), tmp_path / "second", decoders=1)
+    assert [problem.split(":")[0] for problem in caught.value.problems] == ["000.png", *names]
+    (tmp_path / "away.png").rename(root / "005.png")
+    again = extract_here(tmp_path, manifest)
+    assert (counts(again), again.failures) == ((7, 3, 1, 1, 2), report.failures[:3])
+
+
 def test_a_file_that_is_missing_is_tried_again_when_it_is_back(tmp_path: Path) -> None:
     root = tmp_path / "images"
     manifest = write_images(root, 3)
@@ -340,7 +373,9 @@ def test_a_wrong_request_leaves_nothing_behind(tmp_path: Path) -> None:
 def test_colour_is_counted(tmp_path: Path) -> None:
     root = tmp_path / "images"
     write_images(root, 2)
-    Image.new("RGB", (8, 8), (200, 30, 30)).save(root / "red.png")
+    red = Image.new("RGB", (8, 8), (200, 30, 30))
+    red.putpixel((3, 4), (100, 30, 30))
+    red.save(root / "red.png")
     assert extract_here(tmp_path, list_images(root)).colour == 1
 
 
@@ -382,17 +417,11 @@ def is_first_batch(shapes: Sequence[tuple[int, ...]]) -> bool:
     return len(shapes) == N_CANARY_CALLS
 
 
-def make_fifo(root: Path, name: str) -> bytes:
-    """Put a pipe in the place of an image: whoever reads it waits; return the image's bytes."""
-    data = (root / name).read_bytes()
-    (root / name).unlink()
-    os.mkfifo(root / name)
-    return data
-
-
-def test_slow_reading_does_not_hold_back_a_commit(tmp_path: Path) -> None:
+def test_slow_reading_does_not_hold_back_a_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     manifest = write_images(tmp_path / "images", 6)
-    data = make_fifo(tmp_path / "images", "005.png")
+    slow_files.hold(tmp_path / "images" / "005.png", tmp_path / "site", monkeypatch)
     seen = []
 
     def feed() -> None:
@@ -401,7 +430,7 @@ def test_slow_reading_does_not_hold_back_a_commit(tmp_path: Path) -> None:
             if seen:
                 break
             time.sleep(0.1)
-        (tmp_path / "images" / "005.png").write_bytes(data)
+        slow_files.release(tmp_path / "images" / "005.png")
 
     feeder = threading.Thread(target=feed)
     feeder.start()
@@ -423,16 +452,20 @@ def decoders_of(parent: int) -> list[int]:
     return found
 
 
-def test_a_decoder_that_crashes_costs_the_image_it_was_working_on(tmp_path: Path) -> None:
-    manifest = write_images(tmp_path / "images", 12)
-    make_fifo(tmp_path / "images", "004.png")
+def test_a_decoder_that_crashes_costs_the_image_it_was_working_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest, path = write_images(tmp_path / "images", 12), tmp_path / "images" / "004.png"
+    slow_files.hold(path, tmp_path / "site", monkeypatch)
 
     def kill() -> None:
-        with (tmp_path / "images" / "004.png").open("wb"):  # opens when the decoder reads it
-            (pid,) = decoders_of(os.getpid())
-            os.kill(pid, signal.SIGSEGV)
-            while pid in decoders_of(os.getpid()):
-                time.sleep(0.01)
+        while not slow_files.begun(path):
+            time.sleep(0.01)
+        (pid,) = decoders_of(os.getpid())
+        os.kill(pid, signal.SIGSEGV)
+        while pid in decoders_of(os.getpid()):
+            time.sleep(0.01)
+        slow_files.release(path)
 
     killer = threading.Thread(target=kill)
     killer.start()

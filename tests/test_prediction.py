@@ -26,9 +26,10 @@ from medembed.cache.failures import Failure
 from medembed.cache.store import create_cache, open_cache
 from medembed.cli import main
 from medembed.dataset.covariates import fit_covariates
-from medembed.dataset.images import decode_image
+from medembed.dataset.images import IMAGES_VERSION, decode_image
 from medembed.dataset.intensity import Intensity
 from medembed.dataset.manifest import make_manifest, read_manifest, write_manifest
+from medembed.dataset.reading import DEFAULT_LIMITS
 from medembed.encoders.loading import load_encoder
 from medembed.encoders.preprocessing import Preprocessing, prepare
 from medembed.errors import EncoderError, MissingRowsError, ModelError, PathNotFoundError
@@ -266,7 +267,7 @@ def test_another_encoder_or_cache_is_refused_by_its_first_difference(
     cell = {"mean": (128,), "max": (64,)}
     changes = {
         "fit": {"preprocessing": {**spec.preprocessing, "fit": "pad"}},
-        "images_version": {"preprocessing": {**spec.preprocessing, "images_version": 2}},
+        "images_version": {"preprocessing": {**spec.preprocessing, "images_version": 3}},
         "poolings": {"poolings": cell},
     }
     for name, change in changes.items():
@@ -319,6 +320,29 @@ def test_a_dicom_is_seen_through_the_window_of_the_model(home: Path, tmp_path: P
             "a", preprocessing, {"mean": (1,)}, "float32"
         )
         assert read_intensity(changed_spec) == intensity
+
+
+def test_a_model_of_an_older_version_answers_for_files_that_are_decoded_as_ever(
+    home: Path, tmp_path: Path
+) -> None:
+    """Both where few are decoded in this process, and where others decode."""
+    spec = load_model(home / "models" / "logistic").card["spec"]
+    first = {**spec, "preprocessing": {**spec["preprocessing"], "images_version": 1}}
+    old = Predictor(changed(home, tmp_path / "old", spec=first), device="cpu", precision="fp32")
+    grey = [home / "images" / "p00" / "view0.png"] * (reading.FEW + 1)
+    colours = np.random.default_rng(0).integers(0, 256, (40, 56, 4), dtype=np.uint8)
+    colours[..., 3] = 0
+    clear = tmp_path / "clear.png"
+    Image.fromarray(colours).save(clear)
+    assert ask(home).predict(clear)["error"] is None
+    for paths in ([*grey[:1], clear], [*grey, clear]):
+        *answered, refused = (row for row in old.predict_images(paths) if row["image"] is not None)
+        assert all(
+            row["probability"] == ask(home).predict(grey[0])["probability"] for row in answered
+        )
+        assert "otherwise since images_version 2, and the model is of images_version 1" in str(
+            refused["error"]
+        )
 
 
 def test_16_bit_wrists_are_answered_as_their_8_bit_renderings(
@@ -603,16 +627,18 @@ def test_lines_come_as_they_are_ready_and_ctrl_c_leaves_whole_ones(
 
 
 class Picky:
-    """An encoder on a GPU that fails on every batch with a black image."""
+    """An encoder on a GPU that fails on every batch with a nearly black image."""
 
     device, preprocessing = "cuda", Preprocessing(8, 8, "stretch", "box", *[(0.5,) * 3] * 2, 1.0)
 
     def __init__(self) -> None:
         self.encoder, self.intensity, self.sizes = self, Intensity(), list[int]()
+        self.images_version = IMAGES_VERSION
+        self.limits = DEFAULT_LIMITS
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
         self.sizes.append(len(pixels))
-        if (pixels.max(axis=(1, 2)) == 0).any():
+        if (pixels.max(axis=(1, 2)) == 1).any():
             raise EncoderError("it is not finite")
         return pixels.reshape(len(pixels), -1).astype(np.float32)
 
@@ -623,7 +649,9 @@ def test_a_gpu_is_handed_batches_and_an_image_that_it_fails_on_is_found(
     monkeypatch.setattr(reading, "_read_ahead", reading._read_here)
     for number in range(20):
         level = 0 if number == 18 else 10 * number + 1
-        Image.new("L", (8, 8), level).save(tmp_path / f"{number:02d}.png")
+        image = Image.new("L", (8, 8), level)
+        image.putpixel((7, 7), level + 1)
+        image.save(tmp_path / f"{number:02d}.png")
     paths = sorted(tmp_path.iterdir())
     files = [reading.File(n, path, sha256(path)) for n, path in enumerate(paths)]
     embedder: Any = Picky()

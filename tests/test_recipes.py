@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from medembed.dataset.expected import compare_counts
 from medembed.dataset.groups import join_same_bytes, name_runs
 from medembed.dataset.manifest import Manifest, count, read_manifest, write_manifest
 from medembed.dataset.recipes import BuildReport, Recipe, build_manifest, load_recipe
@@ -67,6 +68,9 @@ deep/c.png,p2,1,wrist,,test,40
 """
 
 
+UNSCORED = "test has no labelled images, so nothing can be scored on it"  # of LABELS
+
+
 def image(path: Path, value: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.full((2, 3), value, np.uint8)).save(path)
@@ -102,7 +106,7 @@ def test_a_table_finds_images_by_name_stem_and_path(tmp_path: Path, root: Path) 
     assert rows["study"].tolist() == ["p2/1", "p1/1", "p1/1"]
     assert rows["age"].tolist() == ["40", "31", "31"]
     assert rows["sha256"].str.len().eq(64).all()
-    assert (report.warnings, report.excluded) == ([], [])
+    assert (report.warnings, report.excluded) == ([UNSCORED], [])
 
 
 def test_building_twice_gives_the_same_bytes(tmp_path: Path, root: Path) -> None:
@@ -125,7 +129,10 @@ def test_a_missing_image_is_left_out_with_a_warning_or_refused(tmp_path: Path, r
     report = build(tmp_path, root)
     assert report.excluded == [("a.png", "not below the image root")]
     assert report.warnings == [
-        "1 of 3 images of the tables are not below the image root and were left out: a.png"
+        "1 of 3 images of the tables are not below the image root and were left out: a.png",
+        "train has no normal images among 1 labelled ones, so nothing can be trained on it: that "
+        "takes both classes",
+        UNSCORED,
     ]
     with pytest.raises(RecipeError, match="1 of 3 images"):
         build(tmp_path, root, strict=True)
@@ -144,7 +151,8 @@ def test_a_root_without_any_of_the_images_is_an_error(tmp_path: Path, root: Path
 def test_files_that_no_table_lists_are_a_warning(tmp_path: Path, root: Path) -> None:
     image(root / "one/extra.png", 7)
     warnings = build(tmp_path, root).warnings
-    assert warnings == ["1 image files are not in labels.csv and were left: one/extra.png"]
+    said = "1 image files are not in labels.csv and were left: one/extra.png"
+    assert warnings == [said, UNSCORED]
 
 
 def test_exclusions_give_their_reason_and_unknown_ones_a_warning(
@@ -158,13 +166,19 @@ def test_exclusions_give_their_reason_and_unknown_ones_a_warning(
     assert document["excluded"][0] == {"image": "deep/c.png", "reason": "not ours"}
     assert (document["images"], document["studies"], document["abnormal"]) == (1, 1, 0)
     assert document["warnings"] == report.warnings
-    assert report.warnings == ["[exclude] names 'z.png', which is no image of the dataset"]
+    assert report.warnings == [
+        "[exclude] names 'z.png', which is no image of the dataset",
+        "train has no abnormal images among 1 labelled ones, so nothing can be trained on it: that "
+        "takes both classes",
+        "test has no patients, so nothing can be scored on it; the data set has 1 patient, and one "
+        "patient lies in one split",
+    ]
 
 
 def test_counts_other_than_expected_are_named_with_both_numbers(tmp_path: Path, root: Path) -> None:
     text = TABLE + "[expected]\nimages = 4\nabnormal = 1\n[expected.train.region.hand]\nstudies = 2"
     expected = ["4 images expected, 3 found", "train, hand: 2 studies expected, 1 found"]
-    assert build(tmp_path, root, text).warnings == expected
+    assert build(tmp_path, root, text).warnings == [*expected, UNSCORED]
     with pytest.raises(RecipeError) as caught:
         build(tmp_path, root, text, strict=True)
     assert all(line in str(caught.value) for line in expected)
@@ -296,7 +310,11 @@ def test_folders_give_every_column_and_further_fields_as_covariates(tmp_path: Pa
     assert rows["label"].tolist() == [1, 0, 0]
     assert rows["view"].tolist() == ["1", "1", "2"]
     assert rows["split"].tolist() == ["test", "train", "train"]
-    assert report.warnings == ["1 image files are not in the pattern and were left: stray.png"]
+    assert report.warnings[0] == "1 image files are not in the pattern and were left: stray.png"
+    assert [warning[:18] for warning in report.warnings[1:]] == [
+        "train has no abnor",
+        "test has no normal",
+    ]
 
 
 def test_folders_without_patients_or_splits_need_groups_and_a_fraction(tmp_path: Path) -> None:
@@ -394,8 +412,14 @@ def test_mura_is_read_from_its_folder_or_the_one_above(mura: Path) -> None:
 
 
 def test_muras_expected_counts_are_held_by_split_and_region(mura: Path) -> None:
-    warnings = build_manifest(load_recipe("mura"), mura).warnings
-    assert "train: 13457 studies expected, 3 found" in warnings
+    manifest = build_manifest(load_recipe("mura"), mura).manifest
+    one_more = {"train": {"region": {"hand": {"images": 3}}}}
+    expected = {**load_recipe("mura").expected, **one_more, "images": 6}
+    assert compare_counts(expected, manifest)[0] == "6 images expected, 7 found"
+    assert "train, hand: 3 images expected, 4 found" in compare_counts(expected, manifest)
+    test = {"test": load_recipe("mura").expected["test"], "images": 6}
+    warnings = compare_counts(test, manifest)
+    assert "test: 1199 studies expected, 1 found" in warnings
     assert "test, wrist: 97 abnormal studies expected, 1 found" in warnings
     expected = load_recipe("mura").expected
     for split in ("train", "test"):
@@ -405,6 +429,15 @@ def test_muras_expected_counts_are_held_by_split_and_region(mura: Path) -> None:
             assert len(by_region) == 7
     for name in ("images", "studies", "patients", "abnormal_studies"):
         assert expected[name] == expected["train"][name] + expected["test"][name]
+
+
+def test_muras_tables_have_one_spelling_and_its_files_their_own(mura: Path) -> None:
+    study = "valid/XR_WRIST/e\u0301/study1_positive"
+    write_mura(mura, {**STUDIES, study: [8]})
+    table = mura / "valid_labeled_studies.csv"
+    table.write_text(table.read_text().replace(",1\n", ", 1\u00a0\n"))
+    rows = build_manifest(load_recipe("mura"), mura.parent).manifest.rows.set_index("image")
+    assert rows.loc[f"MURA-v1.1/{study}/image1.png", ["patient", "label"]].tolist() == ["\u00e9", 1]
 
 
 def test_muras_leaks_are_refused_all_at_once(mura: Path) -> None:
@@ -494,7 +527,10 @@ def test_fracatlas_sample_is_grouped_as_its_pseudo_patients(shared_data: Path) -
     rows = report.manifest.rows
     assert count(report.manifest)["images"] == 66
     assert count(report.manifest)["abnormal"] == 33
-    assert "4083 images expected, 66 found" in report.warnings
+    assert report.warnings == [
+        "4083 images expected, 66 found: a part of the data set, with 33 of 717 abnormal, "
+        "9 of 1281 images in hand, 48 of 2124 images in leg; 3 more counts are lower too"
+    ]
     ours = pd.read_csv(shared_data / "fracatlas/files.csv", dtype=str).set_index("image_id")
     rows = rows.set_index(rows["image"].str.rpartition("/")[2])
     assert rows["sha256"].to_dict() == ours["sha256"].to_dict()

@@ -125,6 +125,8 @@ class Plan:
         worker, of its share.
     pending : Contents
         To be embedded, in the manifest's order.
+    done : Contents
+        In the cache already, in the manifest's order.
     known : list of (Content, Failure)
         Known failures that are not tried again.
     """
@@ -133,6 +135,7 @@ class Plan:
     n_contents: int
     n_already: int
     pending: Contents
+    done: Contents
     known: list[tuple[Content, Failure]]
 
 
@@ -169,6 +172,7 @@ def make_plan(
         n_contents=len(distinct),
         n_already=n_already,
         pending=contents.at(np.flatnonzero(is_pending)),
+        done=contents.at(np.flatnonzero(is_first & is_done)),
         known=[(contents.at(np.array([place]))[0], failure) for place, failure in settled],
     )
 

@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from medembed.dataset.image_versions import go_together
 from medembed.errors import CacheError
 from medembed.files import json_digest
 
 __all__ = ["DTYPES", "KEY_BYTES", "CacheSpec", "hex_from_keys", "keys_from_hex", "sortable"]
 
 DTYPES = ("float16", "float32")
+IMAGES = "images_version"
 KEY_BYTES = 32  # SHA-256
 MAX_ROW_BYTES = 2**30  # all 4096 tokens of an image, 1152 float32 each, are 19 MB
 
@@ -88,12 +90,22 @@ class CacheSpec:
         return json_digest(self.as_dict())
 
     def first_difference(self, other: "CacheSpec") -> tuple[str, Any, Any] | None:
-        """Name the first entry in which two specs differ, with both values, or None."""
+        """Name the first entry in which two specs differ, with both values, or None.
+
+        Two known values of `images_version` are no difference here: few files are decoded otherwise
+        under one than under the other, and whoever has the file tells by it (`image_versions`).
+        """
         mine, theirs = _flatten(self), _flatten(other)
         for name in [*mine, *(name for name in theirs if name not in mine)]:
-            if mine.get(name) != theirs.get(name):
-                return name, mine.get(name), theirs.get(name)
+            old, new = mine.get(name), theirs.get(name)
+            if old != new and not (name == IMAGES and go_together(old, new)):
+                return name, old, new
         return None
+
+    @property
+    def images_version(self) -> Any:
+        """What the pixels are of: a number, or whatever stands in the spec in its place."""
+        return self.preprocessing.get(IMAGES)
 
     def row_bytes(self) -> int:
         """Count the bytes that one row takes on disk, its key included."""

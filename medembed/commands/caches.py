@@ -37,10 +37,13 @@ def info_command(
 
     opened = open_cache(cache_path)
     card = opened.card()
-    names: dict[str, str] = {}
+    failures = opened.failures() if with_failures else {}
+    names: dict[Any, list[str | None]] = {}
     if manifest_path:
-        plan = make_plan(read_contents(manifest_path), opened)
-        names = {content.sha256: content.images[0] for content, _ in plan.known}
+        rows = read_contents(manifest_path)
+        plan = make_plan(rows, opened)
+        failed_rows = rows[rows["sha256"].isin(list(failures))]
+        names = failed_rows.groupby("sha256")["image"].agg(list).to_dict()
         card["coverage"] = {
             "rows": plan.n_rows,
             "contents": plan.n_contents,
@@ -50,8 +53,9 @@ def info_command(
         }
     if with_failures:
         card["failed"] = [
-            {"image": names.get(failure.sha256), **asdict(failure)}
-            for failure in opened.failures().values()
+            {"image": image, **asdict(failure)}
+            for sha256, failure in failures.items()
+            for image in names.get(sha256, [None])
         ]
     if as_json:
         print_json(card)

@@ -11,9 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from medembed.commands.options import PATH, device_option, json_option, precision_option
-from medembed.console import INTERRUPTED, TERMINATED, Terminated, print_json, say
+from medembed.commands.options import (
+    PATH,
+    Finite,
+    device_option,
+    json_option,
+    limit_options,
+    precision_option,
+)
+from medembed.console import exit_status, print_json, say
 from medembed.progress import showing_progress
+from medembed.text import printable
 
 if TYPE_CHECKING:
     from medembed.prediction import Predictor
@@ -54,11 +62,12 @@ _NO_REFERENCE = (
 )
 @click.option(
     "--alpha",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    type=Finite(0, 1, min_open=True, max_open=True),
     default=0.1,
     show_default=True,
     help="Share of prediction sets that may miss the truth.",
 )
+@limit_options
 @device_option
 @precision_option
 @click.option("--jsonl", is_flag=True, help="Print a line of JSON per row, as it is ready.")
@@ -72,6 +81,8 @@ def predict_command(
     reference: str | None,
     explain: Path | None,
     alpha: float,
+    max_bytes: int,
+    max_seconds: float,
     device: str,
     precision: str,
     jsonl: bool,
@@ -83,6 +94,7 @@ def predict_command(
     threshold, and the prediction set. Files given by name are studies of their own. Exits with 1
     if an image could not be answered for. Research software, not a medical device.
     """
+    from medembed.dataset.reading import Limits
     from medembed.prediction import Predictor
 
     _check_usage(images, manifest_path, image_root, jsonl=jsonl, as_json=as_json)
@@ -94,6 +106,7 @@ def predict_command(
             device=device,
             precision=precision,
             alpha=alpha,
+            limits=Limits(max_bytes, max_seconds),
             fetching=fetching,
             tell=say,
         )
@@ -207,12 +220,12 @@ def _show(rows: Iterator[Row], predictor: "Predictor", *, jsonl: bool, as_json: 
             lines = [json.dumps(row, ensure_ascii=False, allow_nan=False)] if jsonl else _lines(row)
             write("".join(f"{line}\n" for line in lines))
     except KeyboardInterrupt as error:
-        say(
-            f"Stopped after {seen.images} images. Every line that was printed is whole; the same "
-            "command begins anew."
-        )
-        code = TERMINATED if isinstance(error, Terminated) else INTERRUPTED
-        raise SystemExit(code) from None
+        with contextlib.suppress(OSError):  # after SIGHUP there may be no terminal
+            say(
+                f"Stopped after {seen.images} images. Every line that was printed is whole; the "
+                "same command begins anew."
+            )
+        raise SystemExit(exit_status(error)) from None
     return seen
 
 
@@ -264,12 +277,14 @@ def _lines(row: Row) -> list[str]:
 
 
 def _indented(text: str) -> list[str]:
-    return textwrap.wrap(_printable(text), COLUMNS, initial_indent="    ", subsequent_indent="    ")
+    return textwrap.wrap(
+        printable(text, keep=""), COLUMNS, initial_indent="    ", subsequent_indent="    "
+    )
 
 
 def _fit(text: str, columns: int) -> str:
     """Cut a name in its middle: its end tells more than what is between."""
-    text = _printable(text)
+    text = printable(text, keep="")
     if _columns(text) <= columns:
         return text
     head, tail = "", ""
@@ -288,10 +303,3 @@ def _columns(text: str) -> int:
     """Count the columns that a terminal gives a text."""
     wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
     return len(text) + wide - sum(bool(unicodedata.combining(c)) for c in text)
-
-
-def _printable(text: str) -> str:
-    """Write out what would move the cursor, such as a newline in a name."""
-    return "".join(
-        c if c == " " or unicodedata.category(c)[0] not in "CZ" else ascii(c)[1:-1] for c in text
-    )

@@ -1,16 +1,17 @@
 """A DICOM file's bytes become a grey array, or an error that says why not.
 
 The order of transforms is the standard's (PS3.4 N.2, figure N.2-1): stored values, of which only
-Bits Stored count (PS3.5 8.1.1); modality LUT or rescale (PS3.3 C.11.1); VOI LUT or window (C.11.2),
-once; then the presentation: MONOCHROME1, whose lowest value is white (C.7.6.3.1.2), and
-Presentation LUT Shape INVERSE (C.11.6), which says the same of DX images (C.8.11.3), are inverted
-last and once. Pixels of the padding value or range (C.7.5.1.1.2) have no part in choosing a range
-and become black. Colour becomes luminance, as in other kinds of image. Only the elements that this
-takes are read: no name, number or date of a patient is ever in memory as such, nor in a message.
+Bits Stored count (PS3.5 8.1.1; see `dataset.stored_bits`); modality LUT or rescale (PS3.3 C.11.1);
+VOI LUT or window (C.11.2), once; then the presentation: MONOCHROME1, whose lowest value is white
+(C.7.6.3.1.2), and Presentation LUT Shape INVERSE (C.11.6), which says the same of DX images
+(C.8.11.3), are inverted last and once. Pixels of the padding value or range (C.7.5.1.1.2) have no
+part in choosing a range and become black. Colour becomes luminance, as in other kinds of image.
+Only the elements that this takes are read: no name, number or date of a patient is ever in memory
+as such, nor in a message.
 """
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,9 +28,12 @@ from medembed.dataset.dicom_library import (
     get_decoder,
     get_frame,
 )
+from medembed.dataset.functional_groups import FUNCTIONAL_GROUPS, find_transforms
+from medembed.dataset.image_versions import FIRST_VERSION
 from medembed.dataset.integrity import padded_jpeg
 from medembed.dataset.intensity import Intensity, Levels, shares_of_white
 from medembed.dataset.radiograph import Radiograph, channels_differ, refuse_size
+from medembed.dataset.stored_bits import OVERLAY_BITS, count_patterns, find_levels, overlay_bits
 from medembed.errors import ImageError
 
 __all__ = ["decode_dicom"]
@@ -44,9 +48,10 @@ PIXEL_TAGS = (
     "RedPaletteColorLookupTableData GreenPaletteColorLookupTableData "
     "BluePaletteColorLookupTableData SegmentedRedPaletteColorLookupTableData "
     "SegmentedGreenPaletteColorLookupTableData SegmentedBluePaletteColorLookupTableData "
-    "PixelData FloatPixelData DoubleFloatPixelData"
+    f"PixelData FloatPixelData DoubleFloatPixelData {' '.join(FUNCTIONAL_GROUPS)} {OVERLAY_BITS}"
 )
-BLOCK = 1 << 22  # pixels counted at once: numpy counts by copies of 64 bits
+# Transfer syntaxes whose data may be lossy; their decoded values may pass the range that was coded.
+LOSSY = [f"1.2.840.10008.1.2.4.{end}" for end in ("50", "51", "81", "91", "203")]
 GREY = ("MONOCHROME1", "MONOCHROME2")
 COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
 
@@ -167,35 +172,51 @@ def _render(dataset: Dataset, intensity: Intensity) -> Radiograph:
     if header.samples == 3:
         picture = Image.fromarray(np.ascontiguousarray(pixels))
         return Radiograph(np.array(picture.convert("L")), channels_differ(picture))
-    index = _index(pixels, header)
     stored = np.arange(1 << header.stored)
     if header.signed:
         stored[len(stored) // 2 :] -= len(stored)
-    blocks = np.array_split(index.ravel(), 1 + index.size // BLOCK)
-    counts = np.sum([np.bincount(block, minlength=len(stored)) for block in blocks], axis=0)
+    patterns, numbers = count_patterns(pixels)
+    places = _levels(pixels.dtype, numbers, header, dataset)
+    counts = np.bincount(places, weights=numbers, minlength=len(stored)).astype(np.int64)
     if header.photometric == "PALETTE COLOR":
         table, colour = _palette(stored, counts, dataset)
+        shown = Radiograph(table, colour)
     else:
-        table, colour = _grey(Levels(stored, counts, header.stored), dataset, header, intensity)
-    return Radiograph(table.take(index), colour)
+        shown = _grey(Levels(stored, counts, header.stored), dataset, header, intensity)
+    return replace(shown, pixels=shown.pixels.take(places).take(patterns))
 
 
-def _grey(
-    levels: Levels, dataset: Dataset, header: _Header, intensity: Intensity
-) -> tuple[np.ndarray, bool]:
-    """Tabulate the grey of each stored value, uint8 (2 ** bits,)."""
+def _levels(kind: np.dtype, numbers: np.ndarray, header: _Header, dataset: Dataset) -> np.ndarray:
+    is_coded = header.syntax in FAMILIES  # the codec gives numbers, not bits in a word
+    return find_levels(
+        kind,
+        numbers,
+        header.stored,
+        high=None if is_coded else header.high,
+        signed=header.signed,
+        overlay=0 if is_coded else overlay_bits(dataset),
+        lossy=header.syntax in LOSSY,
+    )
+
+
+def _grey(levels: Levels, dataset: Dataset, header: _Header, intensity: Intensity) -> Radiograph:
+    """Tabulate the grey of each stored value: pixels are uint8 (2 ** bits,)."""
     is_padding = _padding(levels.stored, dataset)
     counts = np.where(is_padding, 0, levels.counts)
     if not counts.any():
         raise ImageError("all pixels of the DICOM are padding")
-    shares = shares_of_white(Levels(levels.stored, counts, levels.bits), dataset, intensity)
+    found = find_transforms(dataset)
+    seen = Levels(levels.stored, counts, levels.bits)
+    shown = shares_of_white(seen, dataset, intensity, modality=found.modality, voi=found.voi)
+    shares = shown.white
     shape = str(dataset.get("PresentationLUTShape") or "").strip().upper()
     if header.photometric == "MONOCHROME1" or shape == "INVERSE":
         shares = 1 - shares
     # Rounded first, so that halves, and with them a negative's, do not hang on the last bit.
     table = np.floor(np.round(255 * shares, 6) + 0.5).astype(np.uint8)
     table[is_padding] = 0
-    return table, False
+    since = 2 if found.are_nested else FIRST_VERSION  # before, functional groups were passed over
+    return Radiograph(table, False, shown.notes, since)
 
 
 def _padding(stored: np.ndarray, dataset: Dataset) -> np.ndarray:
@@ -231,14 +252,21 @@ def _decode(dataset: Dataset, header: _Header) -> np.ndarray:
         return _as_array(dataset, options | {"correct_unused_bits": False})
     frame = get_frame(dataset.PixelData, 0, number_of_frames=1)
     found = read_codestream(frame, header.syntax)
-    expected = (header.columns, header.rows, header.samples)
-    if (found.width, found.height, found.components) != expected:
+    if (found.width, found.height) != (header.columns, header.rows):
         raise ImageError(
             f"the DICOM says {header.columns} x {header.rows}, its compressed data "
             f"{found.width} x {found.height}"
         )
+    if found.components != header.samples:
+        raise ImageError(
+            f"the DICOM says {header.samples} sample(s) per pixel, its compressed data "
+            f"{found.components}"
+        )
     if found.bits > header.allocated:
         raise ImageError(f"the DICOM's compressed data have {found.bits} bits: too many")
+    if found.bits <= 8 < header.allocated:  # an older file's 8 bits in words, decoded as bytes
+        dataset.BitsAllocated, dataset.BitsStored = 8, min(8, header.stored)
+        dataset.HighBit = dataset.BitsStored - 1
     pixels = _decode_frame(dataset, frame, header, options)
     if FAMILIES[header.syntax][0] == "JPEG" and _may_end_early(pixels):
         again = _decode_frame(dataset, padded_jpeg(frame, found.end), header, options)
@@ -268,24 +296,23 @@ def _check_length(dataset: Dataset, header: _Header) -> None:
     if header.photometric == "YBR_FULL_422":  # PS3.3 C.7.6.3.1.2: two pixels in four samples
         row = header.columns * 2
     found, needed = len(dataset.PixelData), row * header.rows
-    if not needed <= found < needed + max(row, 2):
+    if needed <= found < needed + max(row, 2):
+        return
+    if not _is_padded(dataset.PixelData, needed):
         raise ImageError(
             f"the DICOM holds {found} bytes of pixels; its {header.rows} rows take {needed}"
         )
+    dataset.PixelData = dataset.PixelData[:needed]
 
 
-def _index(pixels: np.ndarray, header: _Header) -> np.ndarray:
-    """Bring stored values to the bit pattern of Bits Stored, as an index into a table of levels."""
-    native = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
-    top = 1 << header.stored
-    if header.syntax in FAMILIES:  # the codec gives numbers, not bits in a word
-        low, high = (-top // 2, top // 2) if native.dtype.kind == "i" else (0, top)
-        if native.min() < low or native.max() >= high:
-            raise ImageError(f"the DICOM's compressed data need more than {header.stored} bits")
-    unsigned = native.view(f"u{native.itemsize}")
-    shift = 0 if header.syntax in FAMILIES else header.high - header.stored + 1
-    index: np.ndarray = (unsigned >> shift) & np.array(top - 1, unsigned.dtype)
-    return index
+def _is_padded(data: bytes, needed: int) -> bool:
+    """Whether pixels are followed by no more than their own length of zeros.
+
+    One byte makes the length even (PS3.5 7.1.1); some writers fill up a block of their disk, or
+    leave room for another frame. What is not zero is image, and then the header is wrong.
+    """
+    surplus = data[needed:]
+    return needed <= len(data) <= 2 * needed and surplus.count(0) == len(surplus)
 
 
 def _may_end_early(pixels: np.ndarray) -> bool:

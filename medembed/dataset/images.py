@@ -19,6 +19,8 @@ from PIL import (
     WebPImagePlugin,
 )
 
+from medembed.dataset.bare import Bare, bare_jpeg, bare_png, bare_tiff
+from medembed.dataset.image_versions import FIRST_VERSION, IMAGES_VERSION
 from medembed.dataset.integrity import (
     PNG_SIGNATURE,
     PngFacts,
@@ -28,13 +30,18 @@ from medembed.dataset.integrity import (
     padded_jpeg,
 )
 from medembed.dataset.intensity import DEFAULT_INTENSITY, Intensity
-from medembed.dataset.radiograph import MAX_PIXELS, Radiograph, channels_differ, refuse_size
+from medembed.dataset.orientation import UNREAD, orientation_of, turn_upright
+from medembed.dataset.radiograph import (
+    MAX_PIXELS,
+    Radiograph,
+    channels_differ,
+    refuse_one_grey,
+    refuse_size,
+)
+from medembed.dataset.tiff_directories import check_directories
 from medembed.errors import ImageError
 
 __all__ = ["BARE_DICOM", "IMAGES_VERSION", "MAX_PIXELS", "Radiograph", "decode_image"]
-
-IMAGES_VERSION = 1
-"""Part of every cache's spec: raise it whenever any decoded pixel changes."""
 
 _READERS: dict[str, tuple[tuple[bytes, ...], type[ImageFile.ImageFile]]] = {
     "PNG": ((PNG_SIGNATURE,), PngImagePlugin.PngImageFile),
@@ -49,17 +56,7 @@ BARE_DICOM = (b"\x02\0", b"\x08\0", b"\0\x08")
 _DEEP_MODES = ("I", "F")  # and all that begin with I;16
 _PLAIN_MODES = ("1", "L", "P", "PA", "LA", "La", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
 _ALPHA_MODES = ("PA", "LA", "La", "RGBA", "RGBa")
-# EXIF 4.6.4 A, tag 0x0112: what brings the stored rows and columns upright.
-_ORIENTATION = 0x0112
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+_NO_ALPHA = "an alpha channel that is 0 everywhere is ignored"
 # TIFF 6.0, section 8, and SampleFormat's section 19
 _BITS, _PHOTOMETRIC, _SAMPLES, _PLANAR, _SAMPLE_FORMAT = 258, 262, 277, 284, 339
 _MIN_TAGS, _MAX_TAGS = (340, 280), (341, 281)
@@ -70,7 +67,8 @@ def decode_image(data: bytes, intensity: Intensity = DEFAULT_INTENSITY) -> Radio
     """Decode one complete, still image into upright 8-bit grey.
 
     Colour becomes luminance (ITU-R BT.601, as Pillow's mode L), alpha is composited over black,
-    palettes are expanded, EXIF orientation is applied. Samples deeper than 8 bits are mapped
+    palettes are expanded, EXIF orientation is applied. What no pixel needs, such as a broken colour
+    profile or comment, is passed over. Samples deeper than 8 bits are mapped
     linearly from their declared range to 0..255 and rounded: the range is that of the bit depth,
     or a TIFF's SMinSampleValue/MinSampleValue and SMaxSampleValue/MaxSampleValue. A PNG's sBIT
     does not narrow the range: its samples fill their bit depth by definition (PNG, 11.3.2.7).
@@ -87,14 +85,21 @@ def decode_image(data: bytes, intensity: Intensity = DEFAULT_INTENSITY) -> Radio
     Raises
     ------
     ImageError
-        The bytes are not one whole still image of a known kind, or their range is not known; the
-        message is the reason. Safe to call from several threads.
+        The bytes are not one whole still image of a known kind, all of it has one grey, or its
+        range is not known; the message is the reason. Safe to call from several threads.
     """
     name = _identify(data)
     if name == "DICOM":
         from medembed.dataset.dicom import decode_dicom  # only here: pydicom takes 0.2 s to import
 
-        return decode_dicom(data, intensity)
+        radiograph = decode_dicom(data, intensity)
+    else:
+        radiograph = _decode_other(name, data)
+    refuse_one_grey(radiograph.pixels)
+    return radiograph
+
+
+def _decode_other(name: str, data: bytes) -> Radiograph:
     try:
         with _strict_pillow():
             return _decode(name, data)
@@ -122,29 +127,37 @@ def _identify(data: bytes) -> str:
 
 def _decode(name: str, data: bytes) -> Radiograph:
     facts = check_png(data) if name == "PNG" else None
-    end = check_jpeg(data) if name == "JPEG" else None
+    bare = _BARE.get(name, Bare)(data)
+    end = check_jpeg(bare.data) if name == "JPEG" else None
+    if name == "TIFF":
+        check_directories(bare.data)
     # The class itself, not Image.open: that one warns about size through global state.
-    image = _READERS[name][1](io.BytesIO(data))
+    image = _READERS[name][1](io.BytesIO(bare.data))
     _check_header(name, image)
     image.load()
     if facts is not None and not _reaches_the_last_row(image, facts):
         check_png_rows(data, facts)
     if end is not None:
-        _check_scan_is_whole(image, data, end)
-    upright = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1)) if name != "TIFF" else None
+        _check_scan_is_whole(image, bare.data, end)
+    orientation, has_alpha = bare.orientation, True
+    if name not in _BARE:
+        orientation = orientation_of(image.info.get("exif"), image.info.get("xmp"))
     if image.mode in _DEEP_MODES or image.mode.startswith("I;16"):
-        pixels, colour = _grey_from_deep(image, facts), False
+        grey, colour = Image.fromarray(_grey_from_deep(image, facts)), False
     else:
-        grey, colour = _grey_from_plain(image, facts)
-        pixels = np.array(grey)
-    if upright is not None:  # Pillow has already turned a TIFF
-        pixels = np.array(Image.fromarray(pixels).transpose(upright))
-    return Radiograph(np.ascontiguousarray(pixels), colour)
+        grey, colour, has_alpha = _grey_from_plain(image, facts)
+    pixels = np.array(turn_upright(grey, orientation))
+    notes = [UNREAD] * (orientation is None) + [_NO_ALPHA] * (not has_alpha)
+    since = FIRST_VERSION if has_alpha else 2  # before, such an alpha made the image black
+    return Radiograph(np.ascontiguousarray(pixels), colour, tuple(notes), since)
+
+
+_BARE = {"PNG": bare_png, "JPEG": bare_jpeg, "TIFF": bare_tiff}
 
 
 def _check_header(name: str, image: ImageFile.ImageFile) -> None:
     refuse_size(*image.size, name)
-    if name != "PNG" and getattr(image, "is_animated", False):
+    if name not in _BARE and getattr(image, "is_animated", False):
         raise ImageError(f"the {name} holds more than one picture; only still images are read")
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         _check_tiff(image)
@@ -187,17 +200,21 @@ def _check_scan_is_whole(image: ImageFile.ImageFile, data: bytes, end: int) -> N
 
 def _grey_from_plain(
     image: ImageFile.ImageFile, facts: PngFacts | None
-) -> tuple[Image.Image, bool]:
+) -> tuple[Image.Image, bool, bool]:
+    """Give the grey picture, whether it had colour, and False where its alpha is 0 everywhere."""
     if image.mode not in _PLAIN_MODES:
         raise ImageError(f"colour space {image.mode} is not read; save the image as grey")
     picture: Image.Image = image
     if image.mode not in ("P", "PA"):
         image.info.pop("transparency", None)  # the colour key is applied below, in file's units
+    has_alpha = True
     if image.mode in _ALPHA_MODES or (image.mode == "P" and "transparency" in image.info):
         picture = image.convert("RGBA")
         _check_depth_is_used(picture.convert("RGB"), image, facts)
-        black = Image.new("RGBA", picture.size, (0, 0, 0, 255))
-        picture = Image.alpha_composite(black, picture)
+        has_alpha = picture.getchannel("A").getextrema() != (0, 0)
+        if has_alpha:
+            black = Image.new("RGBA", picture.size, (0, 0, 0, 255))
+            picture = Image.alpha_composite(black, picture)
     if picture.mode not in ("1", "L"):
         picture = picture.convert("RGB")
         _check_depth_is_used(picture, image, facts)
@@ -205,7 +222,7 @@ def _grey_from_plain(
     grey = picture.convert("L")
     if facts is not None and facts.colour_key is not None:
         grey = _without_colour_key(picture, grey, facts)
-    return grey, colour
+    return grey, colour, has_alpha
 
 
 def _without_colour_key(picture: Image.Image, grey: Image.Image, facts: PngFacts) -> Image.Image:

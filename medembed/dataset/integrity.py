@@ -19,6 +19,7 @@ __all__ = [
     "check_jpeg",
     "check_png",
     "check_png_rows",
+    "is_ancillary",
     "padded_jpeg",
 ]
 
@@ -27,11 +28,20 @@ _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # PNG colour type -> samples per pix
 # Adam7: first row, first column, row step, column step of each pass (PNG, section 8.2)
 _PASSES = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2))
 _ADAM7 = (*_PASSES, (1, 0, 2, 1))
+# Registered chunks that no pixel needs (PNG, 11.3, and its extensions): damage to one of them is
+# borne. Not to a chunk of an unknown name: that may be an IDAT whose name is damaged.
+_UNNEEDED = set(
+    b"cHRM gAMA iCCP sBIT sRGB cICP mDCV cLLI bKGD hIST pHYs sPLT eXIf tIME tEXt zTXt iTXt "
+    b"oFFs pCAL sCAL sTER gIFg gIFx gIFt dSIG".split()
+)
 # In a scan 0xff is followed by 0 (stuffing), a restart marker, fill, or a real marker.
 _MARKER_IN_SCAN = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])", re.DOTALL)
 # What may follow a scan: DHT, EOI, SOS, DQT, DNL, DRI, APPn, COM (ITU T.81, figure B.2).
 _AFTER_SCAN = {0xC4, 0xD9, 0xDA, 0xDB, 0xDC, 0xDD, *range(0xE0, 0xF0), 0xFE}
 _STANDALONE = {0x01, *range(0xD0, 0xD8)}
+MAX_SCANS = 100
+"""Of a progressive JPEG, each of which goes over all its pixels; encoders write about ten. libtiff
+has the same limit (LIBTIFF_JPEG_MAX_ALLOWED_SCAN_NUMBER)."""
 MOST_SURPLUS = 1 << 20  # bytes beyond the last row that are let pass, as libpng does
 _JUNK = b"\x5a\xa5\x3c\x69" * 2048
 
@@ -64,7 +74,7 @@ class PngFacts:
 def check_png(data: bytes) -> PngFacts:
     """Check every chunk and its checksum; not yet that the image data reach the last row.
 
-    Bytes after IEND are tolerated.
+    Bytes after IEND are tolerated, and damage to a chunk that no pixel needs.
 
     Raises
     ------
@@ -103,6 +113,11 @@ def check_png_rows(data: bytes, facts: PngFacts) -> None:
         raise ImageError("the PNG's image data end before its last row: the file is truncated")
 
 
+def is_ancillary(kind: bytes) -> bool:
+    """Tell whether a PNG can be shown without chunks of this kind (PNG, 5.4)."""
+    return kind.isalpha() and bool(kind[0] & 0x20)
+
+
 def check_jpeg(data: bytes) -> int:
     """Walk a JPEG's markers to the end of the image.
 
@@ -117,9 +132,9 @@ def check_jpeg(data: bytes) -> int:
     Raises
     ------
     ImageError
-        No end marker (truncated), or a marker where none may be (damaged).
+        No end marker (truncated), a marker where none may be (damaged), or more than `MAX_SCANS`.
     """
-    position = 2
+    position, n_scans = 2, 0
     while True:
         position = data.find(b"\xff", position)
         if position < 0 or position + 1 >= len(data):
@@ -134,6 +149,9 @@ def check_jpeg(data: bytes) -> int:
             raise ImageError("the JPEG is truncated: it has no end-of-image marker")
         position += max(2, int.from_bytes(data[position : position + 2], "big"))
         if marker == 0xDA:
+            n_scans += 1
+            if n_scans > MAX_SCANS:
+                raise ImageError(f"the JPEG has more than {MAX_SCANS} scans, which take for ever")
             position = _end_of_scan(data, position)
 
 
@@ -176,7 +194,7 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
         kind = data[position + 4 : position + 8]
         body = data[position + 8 : end]
         (checksum,) = struct.unpack_from(">I", data, end)
-        if zlib.crc32(body, zlib.crc32(kind)) != checksum:
+        if kind not in _UNNEEDED and zlib.crc32(body, zlib.crc32(kind)) != checksum:
             name = kind.decode("ascii", "replace")
             raise ImageError(f"the PNG is damaged: checksum of its {name!r} chunk is wrong")
         if kind == b"IEND":

@@ -14,21 +14,23 @@ from typing import Any
 
 import numpy as np
 
+from medembed.dataset.lookup import DEPTH_IN_USE, look_up
+from medembed.dataset.windows import FIRST_WINDOW, NO_WINDOW, apply_voi
 from medembed.errors import ImageError
 
 __all__ = [
     "DEFAULT_INTENSITY",
     "FIRST_WINDOW",
+    "NO_WINDOW",
     "Intensity",
     "Levels",
+    "Shares",
     "apply_modality",
     "robust_range",
     "shares_of_white",
 ]
 
-FIRST_WINDOW = "first"
 PLATEAU = 0.005  # share of pixels above which a value at an end is a border or marker, not anatomy
-DEPTH_IN_USE = 1 / 16  # of the declared range; below, the depth is not what Bits Stored says
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,9 @@ class Intensity:
     Attributes
     ----------
     window : str
-        "first": the first VOI LUT, else the first window. Otherwise the explanation (LUT
-        Explanation, Window Center & Width Explanation) of the one to take, whatever its case.
+        "first": the first VOI LUT, else the first window. "none": neither, as if the file had
+        none. Otherwise the explanation (LUT Explanation, Window Center & Width Explanation) of the
+        one to take, whatever its case.
     low, high : float
         Percentiles that become black and white where the file has neither; see `robust_range`.
 
@@ -96,6 +99,22 @@ class Levels:
     bits: int
 
 
+@dataclass(frozen=True)
+class Shares:
+    """What the transforms make of every stored value.
+
+    Attributes
+    ----------
+    white : ndarray
+        float64 (2 ** bits,), 0 black to 1 white, before the presentation.
+    notes : tuple of str
+        Why a window that the file names was passed over.
+    """
+
+    white: np.ndarray
+    notes: tuple[str, ...]
+
+
 def apply_modality(stored: np.ndarray, dataset: Any) -> tuple[np.ndarray, float, float]:
     """Apply the modality LUT, or rescale slope and intercept (PS3.3 C.11.1).
 
@@ -119,7 +138,7 @@ def apply_modality(stored: np.ndarray, dataset: Any) -> tuple[np.ndarray, float,
     """
     items = dataset.get("ModalityLUTSequence")
     if items:
-        output, top = _look_up(stored, items[0], "modality LUT")
+        output, top = look_up(stored, items[0], "modality LUT")
         return output, 0.0, top
     slope, intercept = (_number(dataset, name) for name in ("RescaleSlope", "RescaleIntercept"))
     if slope is None and intercept is None:
@@ -132,36 +151,38 @@ def apply_modality(stored: np.ndarray, dataset: Any) -> tuple[np.ndarray, float,
     return output, float(output.min()), float(output.max())
 
 
-def shares_of_white(levels: Levels, dataset: Any, intensity: Intensity) -> np.ndarray:
+def shares_of_white(
+    levels: Levels, dataset: Any, intensity: Intensity, *, modality: Any = None, voi: Any = None
+) -> Shares:
     """Apply modality and VOI transforms; not yet the presentation.
 
-    Where the file has a VOI LUT or window, that (PS3.3 C.11.2) and nothing else. Where it has none:
-    the whole range of Bits Stored if the values are meant for presentation already (Presentation
-    Intent Type FOR PRESENTATION, or 8 bits that are not FOR PROCESSING; without a VOI LUT the
-    transform is the identity, PS3.4 N.2.1.2) and use it; else `robust_range`.
+    Where the file has a VOI LUT or window, that (PS3.3 C.11.2) and nothing else; one that is none
+    counts as absent, see `windows.apply_voi`. Where it has none: the whole range of Bits Stored if
+    the values are meant for presentation already (Presentation Intent Type FOR PRESENTATION, or 8
+    bits that are not FOR PROCESSING; without a VOI LUT the transform is the identity, PS3.4
+    N.2.1.2) and use it; else `robust_range`.
 
-    Returns
-    -------
-    ndarray
-        float64 (2 ** bits,), 0 to 1.
+    Parameters
+    ----------
+    modality, voi : pydicom.Dataset, optional
+        What holds the transforms, by default `dataset`.
 
     Raises
     ------
     ImageError
         A transform is contradictory, the named one is not there, or it hides the whole image.
     """
-    values, low, high = apply_modality(levels.stored, dataset)
-    shares = _apply_voi(values, dataset, intensity.window)
+    values, low, high = apply_modality(levels.stored, dataset if modality is None else modality)
+    seen = levels.counts > 0
+    shares, notes = apply_voi(values, seen, dataset if voi is None else voi, intensity.window)
     if shares is not None:
-        seen = levels.counts > 0
         if np.ptp(values[seen]) > 0 and np.ptp(np.rint(255 * shares[seen])) == 0:
             raise ImageError("the DICOM's window shows nothing of the image: all of one grey")
-        return shares
-    used = values[levels.counts > 0].max()
+        return Shares(shares, notes)
+    used = values[seen].max()
     if not _is_for_presentation(dataset, levels.bits) or used - low < DEPTH_IN_USE * (high - low):
         low, high = robust_range(values, levels.counts, intensity.low, intensity.high)
-    clipped: np.ndarray = np.clip((values - low) / (high - low), 0, 1)
-    return clipped
+    return Shares(np.clip((values - low) / (high - low), 0, 1), notes)
 
 
 def robust_range(
@@ -190,7 +211,9 @@ def robust_range(
     greys, place = np.unique(values[seen], return_inverse=True)
     numbers = np.bincount(place, weights=counts[seen])
     if len(greys) < 2:
-        raise ImageError("all pixels of the DICOM have the same value and it gives no window")
+        raise ImageError(
+            f"all pixels of the DICOM have the same value, {greys[0]:g}: the file shows nothing"
+        )
     is_border = numbers >= PLATEAU * numbers.sum()
     inner = slice(int(is_border[0]), len(greys) - int(is_border[-1]))
     if len(greys[inner]) >= 2:
@@ -207,108 +230,6 @@ def robust_range(
 def _is_for_presentation(dataset: Any, bits: int) -> bool:
     intent = str(dataset.get("PresentationIntentType") or "").strip().upper()
     return intent == "FOR PRESENTATION" or (bits <= 8 and intent != "FOR PROCESSING")
-
-
-def _apply_voi(values: np.ndarray, dataset: Any, wanted: str) -> np.ndarray | None:
-    """Apply the VOI LUT or window of that name; None where the file has neither."""
-    tables = list(dataset.get("VOILUTSequence") or ())
-    centers = _several(dataset, "WindowCenter")
-    widths = _several(dataset, "WindowWidth")
-    if len(centers) != len(widths):
-        raise ImageError("the DICOM has not as many window centers as widths")
-    if not tables and not centers:
-        return None
-    names = [table.get("LUTExplanation") for table in tables]
-    names += (_several_texts(dataset) + [None] * len(centers))[: len(centers)]
-    chosen = 0 if wanted == FIRST_WINDOW else _find(wanted, names)
-    if chosen < len(tables):
-        output, top = _look_up(values, tables[chosen], "VOI LUT")
-        return output / top
-    chosen -= len(tables)
-    function = str(dataset.get("VOILUTFunction") or "LINEAR").strip().upper()
-    return _window(values, float(centers[chosen]), float(widths[chosen]), function)
-
-
-def _find(wanted: str, names: list[Any]) -> int:
-    plain = [str(name or "").strip().casefold() for name in names]
-    if wanted.strip().casefold() not in plain:
-        raise ImageError(
-            f"none of the DICOM's {len(names)} VOI LUTs and windows is named {wanted!r}"
-        )
-    return plain.index(wanted.strip().casefold())
-
-
-def _window(values: np.ndarray, center: float, width: float, function: str) -> np.ndarray:
-    """Apply a window (C.11.2.1.2.1, C.11.2.1.3) with y from 0 to 1."""
-    least = 1.0 if function == "LINEAR" else np.nextafter(0.0, 1.0)
-    if not (math.isfinite(center) and math.isfinite(width) and width >= least):
-        raise ImageError(f"a window of center {center:g} and width {width:g} is none")
-    if function == "SIGMOID":
-        with np.errstate(over="ignore"):  # exp of what lies far below the window: 1 / inf is 0
-            sigmoid: np.ndarray = 1 / (1 + np.exp(-4 * (values - center) / width))
-        return sigmoid
-    if function == "LINEAR":
-        center, width = center - 0.5, width - 1
-        if width == 0:
-            return (values > center).astype(np.float64)
-    elif function != "LINEAR_EXACT":
-        raise ImageError("the DICOM's VOI LUT function is none of LINEAR, LINEAR_EXACT, SIGMOID")
-    ramp: np.ndarray = np.clip((values - center) / width + 0.5, 0, 1)
-    return ramp
-
-
-def _look_up(values: np.ndarray, item: Any, name: str) -> tuple[np.ndarray, float]:
-    """Look values up in a table (C.11.1.1, C.11.2.1.1); also give the greatest output of its bits.
-
-    Values below the first that is mapped get the first entry, those beyond the last the last.
-    """
-    descriptor = _words(item, "LUTDescriptor")
-    if len(descriptor) != 3:
-        raise ImageError(f"the DICOM's {name} has no descriptor of three values")
-    n_entries, bits = int(descriptor[0]) % 65536 or 65536, int(descriptor[2])
-    if not 8 <= bits <= 16:
-        raise ImageError(f"the DICOM's {name} has {bits} bits per entry; 8 to 16 are defined")
-    first = int(descriptor[1])
-    if first > 32767 and values.min() < 0:  # written as US though the input is signed
-        first -= 65536
-    entries = _entries(item, n_entries, bits, name)
-    top = float((1 << bits) - 1)
-    if entries.max() > top or entries.max() < DEPTH_IN_USE * top:
-        raise ImageError(
-            f"the DICOM's {name} reaches {entries.max()}, which does not fit its {bits} bits"
-        )
-    index = np.clip(np.rint(values) - first, 0, n_entries - 1).astype(np.int64)
-    return entries[index].astype(np.float64), top
-
-
-def _entries(item: Any, n_entries: int, bits: int, name: str) -> np.ndarray:
-    """Read LUT Data: words, or for 8 bits also bytes, two in a word."""
-    words = _words(item, "LUTData")
-    if len(words) == n_entries:
-        return words
-    if bits == 8 and len(words) == (n_entries + 1) // 2:
-        return words.astype("<u2").view(np.uint8)[:n_entries].astype(np.int64)
-    raise ImageError(f"the DICOM's {name} has {len(words)} entries, not {n_entries}")
-
-
-def _words(item: Any, keyword: str) -> np.ndarray:
-    """Read an element of VR US, SS or OW as int64; OW is little endian once read by pydicom."""
-    value = item.get(keyword)
-    if isinstance(value, bytes):
-        kind = "<u2" if getattr(item, "original_encoding", (None, True))[1] is not False else ">u2"
-        return np.frombuffer(value[: len(value) // 2 * 2], kind).astype(np.int64)
-    return np.atleast_1d(np.asarray(() if value is None else value, dtype=np.int64))
-
-
-def _several(dataset: Any, keyword: str) -> list[Any]:
-    value = dataset.get(keyword)
-    if value is None or value == "":
-        return []
-    return list(value) if not isinstance(value, str) and hasattr(value, "__iter__") else [value]
-
-
-def _several_texts(dataset: Any) -> list[Any]:
-    return _several(dataset, "WindowCenterWidthExplanation")
 
 
 def _number(dataset: Any, keyword: str) -> float | None:

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from medembed.dataset.listing import ImageIndex, Listing, first_names, refuse
-from medembed.dataset.tables import read_text_table
+from medembed.dataset.image_index import ImageIndex, plain_path
+from medembed.dataset.listing import Listing, first_names, refuse
+from medembed.dataset.repeats import merge_rows
+from medembed.dataset.tables import normalise_columns, read_foreign_table
 from medembed.errors import PathNotFoundError, RecipeError
 
 __all__ = ["read_mura"]
@@ -31,9 +33,12 @@ def read_mura(root: Path) -> Listing:
         [_mura_table(base, split, "labeled_studies", ["study", "label"]) for split in MURA_SPLITS]
     )
     paths = paths.reset_index(drop=True)
+    paths["image"] = paths["image"].map(plain_path)
+    studies["study"] = studies["study"].map(plain_path)
     fields = paths["image"].str.extract(f"^{MURA_IMAGE.pattern}$")
     odd = paths["image"][fields["name"].isna()].tolist()
     refuse(odd, str(base), "paths that are not MURA's (XR_REGION/PATIENT/studyN_SIGN/FILE):")
+    fields = normalise_columns(fields, ("name",))
     folder = paths["image"].str.rpartition("/")[0]
     label = folder.map(_mura_labels(studies, base))
     refuse(
@@ -45,17 +50,26 @@ def read_mura(root: Path) -> Listing:
         str(base),
         "studies whose label in the table is not that of their folder:",
     )
-    rows = pd.DataFrame({"image": prefix + paths["image"].str.partition("/")[2]})
-    rows["name"] = rows["image"]
+    index = ImageIndex(root, (base.name,) if prefix else ())
+    names = prefix + paths["image"].str.partition("/")[2]
+    found = [index.find_path(name) for name in names]
+    is_found = pd.Series([len(files) == 1 for files in found])
+    rows = pd.DataFrame({"image": names.where(~is_found, [(*f, "")[0] for f in found])})
+    rows["name"] = names
     rows["patient"] = fields["patient"]
     rows["region"] = fields["region"].str.lower()
     rows["study"] = rows["region"] + "/" + rows["patient"] + "/" + fields["study"]
     rows["label"] = label
     rows["split"] = fields["split"]
-    index = ImageIndex(base)
-    is_found = paths["image"].str.partition("/")[2].isin(index.paths)
-    unlisted = index.unlisted(paths["image"].str.partition("/")[2], "MURA's tables")
-    return Listing(rows, is_found, [*unlisted, *_without_images(studies, folder)])
+    rows, notices = merge_rows(rows, "image", source="MURA's tables")
+    return Listing(
+        rows,
+        is_found,
+        [*index.unlisted(rows["image"], "MURA's tables"), *_without_images(studies, folder)],
+        notices=notices,
+        unseen=index.unseen,
+        files=index.paths.difference(rows["image"]),
+    )
 
 
 def _find_mura(root: Path) -> Path:
@@ -78,15 +92,16 @@ def _find_mura(root: Path) -> Path:
 
 def _mura_table(base: Path, split: str, kind: str, columns: list[str]) -> pd.DataFrame:
     path = base / f"{split}_{kind}.csv"
-    if not path.is_file():
+    if not path.exists():
         raise PathNotFoundError(
             f"no table {path}. Unpack MURA-v1.1 again, or copy the table there."
         )
-    return read_text_table(path, RecipeError, columns=columns)
+    paths = ("image", "study")
+    return read_foreign_table(path, RecipeError, columns=columns, as_written=paths)
 
 
 def _mura_labels(studies: pd.DataFrame, base: Path) -> "pd.Series[str]":
-    folder = studies["study"].str.rstrip("/")
+    folder = studies["study"]
     refuse(sorted(folder[folder.duplicated()].unique()), str(base), "studies labelled twice:")
     odd = studies["study"][~studies["label"].isin(["0", "1"])].tolist()
     refuse(odd, str(base), "studies whose label is neither 0 nor 1:")
@@ -94,5 +109,5 @@ def _mura_labels(studies: pd.DataFrame, base: Path) -> "pd.Series[str]":
 
 
 def _without_images(studies: pd.DataFrame, folder: "pd.Series[str]") -> list[str]:
-    bare = sorted(set(studies["study"].str.rstrip("/")) - set(folder))
+    bare = sorted(set(studies["study"]) - set(folder))
     return [f"{len(bare)} labelled studies have no images: {first_names(bare)}"] if bare else []

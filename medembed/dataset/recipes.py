@@ -1,7 +1,7 @@
 """Recipes: how the files and tables of a dataset become a manifest."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +9,27 @@ import pandas as pd
 
 import medembed
 from medembed.dataset.checks import SPLITS
+from medembed.dataset.expected import compare_counts
 from medembed.dataset.groups import join_same_bytes, name_runs
+from medembed.dataset.hashing import hash_or_explain
+from medembed.dataset.identities import EXACT, IDS, find_persons
+from medembed.dataset.image_index import plain_path
 from medembed.dataset.layouts import read_layout
-from medembed.dataset.listing import first_names
+from medembed.dataset.listing import Listing, first_names, name_unread
+from medembed.dataset.lookalikes import find_warnings
 from medembed.dataset.manifest import (
     Manifest,
     count_rows,
     existing_root,
-    hash_files,
     image_path,
     make_manifest,
 )
-from medembed.dataset.recipe_format import Groups, Recipe, parse_recipe
+from medembed.dataset.mismatches import compare_names
+from medembed.dataset.recipe_format import Recipe, parse_recipe
+from medembed.dataset.recipe_sections import Groups
+from medembed.dataset.split_counts import SplitCount, count_splits, find_gaps, find_small_parts
 from medembed.dataset.splits import split_patients
+from medembed.dataset.tables import normalise_column
 from medembed.errors import ManifestError, PathNotFoundError, RecipeError
 
 __all__ = ["BuildReport", "Recipe", "build_manifest", "load_recipe"]
@@ -40,16 +48,29 @@ class BuildReport:
         Images of the dataset that are not in the manifest, each with the reason.
     warnings : list of str
         What a careful reader should know; `strict` makes these an error.
+    notices : list of str
+        What was settled on the way, and what the data set is too small for; never an error.
     """
 
     manifest: Manifest
     excluded: list[tuple[str, str]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+
+    @property
+    def splits(self) -> list[SplitCount]:
+        """Images, studies and patients of each split, region and label."""
+        return count_splits(self.manifest.rows)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the counts of `manifest.count`, the exclusions and the warnings, fit for JSON."""
-        excluded = [{"image": image, "reason": reason} for image, reason in self.excluded]
-        return {**count_rows(self.manifest.rows), "excluded": excluded, "warnings": self.warnings}
+        """Return the counts of `manifest.count`, and all else but the rows, fit for JSON."""
+        return {
+            **count_rows(self.manifest.rows),
+            "splits": [asdict(count) for count in self.splits],
+            "excluded": [{"image": image, "reason": reason} for image, reason in self.excluded],
+            "warnings": self.warnings,
+            "notices": self.notices,
+        }
 
 
 def load_recipe(path_or_name: str | Path) -> Recipe:
@@ -63,7 +84,7 @@ def load_recipe(path_or_name: str | Path) -> Recipe:
         The recipe cannot be read or contradicts itself.
     """
     path = Path(path_or_name)
-    if path.is_file():
+    if path.exists() and not path.is_dir():  # whatever else it is, its reader says so
         return parse_recipe(path)
     packaged = _packaged_recipes()
     if str(path_or_name) in packaged:
@@ -92,7 +113,9 @@ def build_manifest(
         The directory that image paths are relative to.
     strict : bool
         Raise where there would be warnings: images of the tables that are missing, files that no
-        table lists, counts that are not the expected ones, exclusions that match nothing.
+        table lists or that cannot be read, folders that were not entered, counts that are not the
+        expected ones, exclusions that match nothing, a split without patients or without a class,
+        and what `lookalikes.find_warnings` finds.
     structure_only : bool
         Use the tables alone: images may be missing and `sha256` is empty. Such a manifest shows
         what a dataset holds; nothing can be extracted with it.
@@ -114,29 +137,39 @@ def build_manifest(
     """
     root = existing_root(image_root)
     listing = read_layout(recipe, root, Path(key_file) if key_file else None)
-    warnings = list(listing.warnings)
+    warnings = [*([] if structure_only else listing.unseen), *listing.warnings]
     rows = _name_splits(recipe, listing.rows)
     rows["patient"] = _group_by_name(recipe.groups, rows)
     rows, excluded = _exclude(recipe, rows, warnings)
     excluded += listing.excluded
     if not structure_only:
-        rows = _drop_missing(rows, listing.is_found, excluded, warnings, root)
+        rows = _drop_missing(rows, listing, excluded, warnings, root)
     _refuse_warnings(recipe, strict, warnings)  # before the long work
     if rows.empty:
         raise RecipeError(f"recipe {recipe.name!r} finds no image in {root}.")
     rows = rows.drop(columns="name").reset_index(drop=True)
-    rows["sha256"] = "" if structure_only else _hash(rows["image"], root, progress)
+    rows["sha256"] = ""
+    if not structure_only:
+        rows = _hash(rows, root, excluded, warnings, progress)
     if recipe.groups and recipe.groups.same_bytes:
         rows["patient"] = join_same_bytes(rows["patient"], rows["sha256"])
+    if recipe.ids == EXACT or (
+        recipe.groups and find_persons(rows["patient"].unique()) is not None
+    ):
+        rows[IDS] = EXACT  # names of files that we made patients of are what they are
     if recipe.split and recipe.split.fraction:
         known = rows.assign(label=pd.to_numeric(rows["label"]).astype("Int8"))
         rows["split"] = split_patients(
             known, fraction=recipe.split.fraction, seed=recipe.split.seed
         )
     manifest = make_manifest(rows, recipe.label_level, source=f"recipe {recipe.name!r}")
-    warnings += _compare(recipe.expected, manifest)
+    is_labelled = recipe.label is not None or bool(manifest.rows["label"].notna().any())
+    warnings += compare_counts(recipe.expected, manifest)
+    warnings += find_gaps(manifest.rows, is_labelled=is_labelled)
+    warnings += find_warnings(manifest.rows)
     _refuse_warnings(recipe, strict, warnings)
-    return BuildReport(manifest, sorted(excluded), warnings)
+    small = find_small_parts(manifest.rows, is_labelled=is_labelled)
+    return BuildReport(manifest, sorted(excluded), warnings, [*listing.notices, *small])
 
 
 def _packaged_recipes() -> dict[str, Path]:
@@ -166,14 +199,15 @@ def _group_by_name(groups: Groups | None, rows: pd.DataFrame) -> "pd.Series[str]
     if groups is None:
         return rows["patient"]
     if groups.rule == "image":
-        return rows["image"]
+        return normalise_column(rows["image"])
     unknown = [name for name in groups.break_on if name not in rows]
     if unknown:
         raise RecipeError(
             f"[groups]: break_on names {', '.join(unknown)}; known: {', '.join(rows.columns)}."
         )
     names = rows["name"].str.rpartition("/")[2]
-    return name_runs(names, rows[list(groups.break_on)], max_gap=groups.max_gap)
+    runs = name_runs(names, rows[list(groups.break_on)], max_gap=groups.max_gap)
+    return normalise_column(runs)
 
 
 def _exclude(
@@ -181,11 +215,13 @@ def _exclude(
 ) -> tuple[pd.DataFrame, list[tuple[str, str]]]:
     """Leave out what `[exclude]` names: a path, a file's name or stem, or a folder."""
     excluded: list[tuple[str, str]] = []
-    name = rows["image"].str.rpartition("/")[2]
+    path = rows["image"].map(plain_path) if recipe.exclude else rows["image"]
+    name = path.str.rpartition("/")[2]
     stem = name.str.replace(r"\.[^.]*$", "", regex=True)
     for key, reason in recipe.exclude.items():
-        hit = rows["image"].eq(key) | name.eq(key) | stem.eq(key) | rows["name"].eq(key)
-        hit |= rows["image"].str.startswith(key.rstrip("/") + "/")
+        own = plain_path(key)
+        hit = path.eq(own) | name.eq(own) | stem.eq(own) | rows["name"].eq(key)
+        hit |= path.str.startswith(f"{own}/")
         if not hit.any():
             warnings.append(f"[exclude] names {key!r}, which is no image of the dataset")
         excluded += [(image, reason) for image in rows["image"][hit]]
@@ -196,76 +232,77 @@ def _exclude(
 
 def _drop_missing(
     rows: pd.DataFrame,
-    is_found: "pd.Series[bool]",
+    listing: Listing,
     excluded: list[tuple[str, str]],
     warnings: list[str],
     root: Path,
 ) -> pd.DataFrame:
-    """Leave out images that are not there; a root without any of them is the wrong root."""
-    there = is_found.reindex(rows.index)
+    """Leave out images that are not there; where none is, say what is wrong."""
+    there = listing.is_found.reindex(rows.index)
+    if there.all():
+        return rows
     missing = rows["image"][~there].tolist()
-    if missing and not there.any():
-        raise RecipeError(
-            f"none of the {len(missing)} images of the tables are below {root}; the first is "
-            f"{missing[0]}. Correct --image-root, or use --structure-only for the tables alone."
-        )
-    if missing:
-        warnings.append(
-            f"{len(missing)} of {len(rows)} images of the tables are {NOT_FOUND} and were left "
-            f"out: {first_names(missing)}"
-        )
-        excluded += [(image, NOT_FOUND) for image in missing]
+    alike = compare_names(rows["name"][~there].tolist(), listing.files, root)
+    if not there.any():
+        raise RecipeError(_describe_none(missing, listing, alike, root))
+    also = f". {alike}" if alike else ""
+    warnings.append(
+        f"{len(missing)} of {len(rows)} images of the tables are {NOT_FOUND} and were left "
+        f"out: {first_names(missing)}{also}"
+    )
+    excluded += [(image, NOT_FOUND) for image in missing]
     return rows[there]
 
 
+def _describe_none(missing: list[str], listing: Listing, alike: str, root: Path) -> str:
+    """Say why none of the tables' images was found: blame the root only where it is at fault."""
+    unseen = "".join(f" {warning}." for warning in listing.unseen)
+    if alike:
+        why = alike
+    elif listing.files:
+        why = (
+            f"The first in the tables is {missing[0]!r}, the first of {len(listing.files)} files "
+            f"{min(listing.files)!r}, and no two are alike. Name the column of the files in the "
+            "recipe, or correct --image-root."
+        )
+    else:
+        why = f"There is no image at all, such as {missing[0]}. Correct --image-root."
+    return (
+        f"none of the {len(missing)} images of the tables are below {root}.{unseen} {why} Use "
+        "--structure-only for the tables alone."
+    )
+
+
 def _hash(
-    images: "pd.Series[str]", root: Path, progress: Callable[[int, int], None] | None
-) -> list[str]:
+    rows: pd.DataFrame,
+    root: Path,
+    excluded: list[tuple[str, str]],
+    warnings: list[str],
+    progress: Callable[[int, int], None] | None,
+) -> pd.DataFrame:
+    """Fill in the hashes, and leave out files that cannot be read."""
     try:
-        paths = [image_path(root, image) for image in images]
+        paths = [image_path(root, image) for image in rows["image"]]
     except ManifestError as error:
         raise RecipeError(str(error)) from error
-    return hash_files(paths, progress)
+    hashes: list[str] = []
+    unread: list[tuple[str, str]] = []
+    for image, found in zip(rows["image"], hash_or_explain(paths, progress), strict=True):
+        if isinstance(found, OSError):
+            unread.append((image, found.strerror or type(found).__name__))
+        hashes.append("" if isinstance(found, OSError) else found)
+    warnings += (said := name_unread(unread))
+    excluded += [(image, f"cannot be read: {reason}") for image, reason in unread]
+    if len(unread) == len(rows):
+        raise RecipeError(f"{said[0]}. Make the files below {root} readable.")
+    rows = rows.assign(sha256=hashes)
+    return rows[rows["sha256"] != ""].reset_index(drop=True)
 
 
 def _refuse_warnings(recipe: Recipe, strict: bool, warnings: list[str]) -> None:
     if strict and warnings:
         listed = "\n".join(f"  - {warning}" for warning in warnings)
         raise RecipeError(
-            f"recipe {recipe.name!r} and the image root do not agree (drop --strict to build "
-            f"all the same):\n{listed}"
+            f"recipe {recipe.name!r} draws warnings, which --strict refuses (drop it to build all "
+            f"the same):\n{listed}"
         )
-
-
-def _compare(expected: dict[str, Any], manifest: Manifest) -> list[str]:
-    """Hold the manifest's counts to `[expected]`."""
-    return [
-        line
-        for where, wanted, rows in _parts(expected, manifest.rows)
-        for line in _differences(where, wanted, rows)
-    ]
-
-
-def _parts(
-    expected: dict[str, Any], rows: pd.DataFrame, where: str = ""
-) -> list[tuple[str, dict[str, int], pd.DataFrame]]:
-    """Pair each section of `[expected]` with the rows that it speaks of."""
-    counts = {name: value for name, value in expected.items() if isinstance(value, int)}
-    parts = [(where, counts, rows)]
-    for split in SPLITS:
-        if split in expected:
-            parts += _parts(expected[split], rows[rows["split"] == split], split)
-    for region, wanted in expected.get("region", {}).items():
-        name = f"{where}, {region}" if where else region
-        parts += _parts(wanted, rows[rows["region"] == region], name)
-    return parts
-
-
-def _differences(where: str, wanted: dict[str, int], rows: pd.DataFrame) -> list[str]:
-    found = count_rows(rows)
-    prefix = f"{where}: " if where else ""
-    return [
-        f"{prefix}{value} {name.replace('_', ' ')} expected, {found[name]} found"
-        for name, value in wanted.items()
-        if found[name] != value
-    ]

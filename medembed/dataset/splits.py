@@ -1,10 +1,11 @@
 """Divide patients between training and test and between folds, and draw a fraction of them.
 
-All rows of a patient stay together. Studies are balanced by label and region. The result follows
-from the rows and the seed alone, never from the order of the rows: patients are taken with the most
-studies first, in the order of a keyed hash among equals, and each goes where it brings the parts
-nearest to their targets. scikit-learn's StratifiedGroupKFold does the same for equal folds, but its
-answer depends on the order of the rows and it warns of every rare stratum.
+All rows of a patient stay together, however the patient is spelt (see `identities`). Studies are
+balanced by label and region. The result follows from the rows and the seed alone, never from the
+order of the rows: patients are taken with the most studies first, in the order of a keyed hash
+among equals, and each goes where it brings the parts nearest to their targets. scikit-learn's
+StratifiedGroupKFold does the same for equal folds, but its answer depends on the order of the rows
+and it warns of every rare stratum.
 """
 
 import hashlib
@@ -17,6 +18,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from medembed.dataset.identities import name_persons
 from medembed.errors import RecipeError, TrainingDataError
 
 __all__ = [
@@ -55,7 +57,7 @@ def split_patients(rows: pd.DataFrame, *, fraction: float, seed: int = 0) -> np.
     if not 0 < fraction < 1:
         raise RecipeError(f"split fraction is {fraction}; it must lie between 0 and 1.")
     part = _divide(_patients(rows), np.array([1 - fraction, fraction]), seed)
-    return np.where(rows["patient"].astype(str).map(part).to_numpy() == 1, "test", "train")
+    return np.where(name_persons(rows).map(part).to_numpy() == 1, "test", "train")
 
 
 def draw_folds(rows: pd.DataFrame, *, n_folds: int, seed: int = 0) -> np.ndarray:
@@ -89,7 +91,7 @@ def draw_folds(rows: pd.DataFrame, *, n_folds: int, seed: int = 0) -> np.ndarray
     _refuse_too_few(patients, n_folds)
     fold = _divide(patients, np.full(n_folds, 1 / n_folds), seed)
     _refuse_one_class(patients, fold, n_folds)
-    return rows["patient"].astype(str).map(fold).to_numpy(dtype=np.int64)
+    return name_persons(rows).map(fold).to_numpy(dtype=np.int64)
 
 
 def draw_fraction(
@@ -124,7 +126,7 @@ def draw_fraction(
         raise TrainingDataError(
             f"--train-fraction is {fraction}; it must be above 0 and at most 1, which keeps all."
         )
-    names = rows["patient"].astype(str)
+    names = name_persons(rows)
     fold = pd.Series(folds, index=names).groupby(level=0, sort=True).agg(["min", "max"])
     n_torn = int((fold["min"] != fold["max"]).sum())
     if n_torn:
@@ -271,7 +273,7 @@ def _patients(rows: pd.DataFrame) -> list[_Patient]:
     """Collect the studies of each patient; a study counts once, with its highest label."""
     studies = pd.DataFrame(
         {
-            "patient": rows["patient"].astype(str),
+            "patient": name_persons(rows),
             "study": rows["study"].astype(str),
             "region": rows["region"].astype(str),
             "label": rows["label"].astype("Int8").fillna(UNKNOWN).astype(int),

@@ -6,8 +6,9 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from medembed.encoders.preprocessing import Preprocessing
+from medembed.errors import EncoderError
 
-__all__ = ["Encoder", "PipelinedEncoder"]
+__all__ = ["Encoder", "PipelinedEncoder", "check_rows"]
 
 
 @runtime_checkable
@@ -129,3 +130,32 @@ class PipelinedEncoder(Encoder, Protocol):
     def reference(self) -> Encoder:
         """Give the same tower in fp32 on the same device; itself where it is fp32 already."""
         ...
+
+
+def check_rows(
+    encoder: Encoder, found: Mapping[str, np.ndarray], poolings: Sequence[str], n: int, n_used: int
+) -> dict[str, np.ndarray]:
+    """Return the first `n_used` rows of what an encoder made of `n` images, once they are sound.
+
+    Raises
+    ------
+    EncoderError
+        A pooling is missing, is no array of numbers, has another shape than `dimensions` says, or
+        one of the rows that are used holds NaN or infinity.
+    """
+    rows = {}
+    for name in poolings:
+        values = found[name] if isinstance(found, Mapping) and name in found else None
+        if not isinstance(values, np.ndarray) or values.dtype.kind not in "fiu":
+            what = f"an array of {values.dtype}" if isinstance(values, np.ndarray) else "no array"
+            raise EncoderError(f"encoder {encoder.source} gave {what} for pooling {name}")
+        expected = (n, *encoder.dimensions[name])
+        if values.shape != expected:
+            raise EncoderError(
+                f"encoder {encoder.source} gave pooling {name} in shape {values.shape} for {n} "
+                f"images; it must be {expected}"
+            )
+        rows[name] = values[:n_used]
+        if not np.isfinite(rows[name]).all():
+            raise EncoderError(f"pooling {name} holds NaN or infinite values")
+    return rows

@@ -3,27 +3,35 @@
 import os
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from medembed.cache.description import is_free
+from medembed.cache.failures import name_failures
 from medembed.cache.plan import Plan, Worker, make_plan
 from medembed.cache.spec import CacheSpec
 from medembed.cache.store import Cache, create_cache, open_cache
-from medembed.dataset.images import IMAGES_VERSION
+from medembed.dataset.image_versions import IMAGES_VERSION
 from medembed.dataset.intensity import DEFAULT_INTENSITY, Intensity
 from medembed.dataset.manifest import Manifest, existing_root, require_hashes
+from medembed.dataset.reading import DEFAULT_LIMITS, Limits
 from medembed.encoders.protocol import Encoder, PipelinedEncoder
-from medembed.errors import CacheError, DeviceMemoryError, EncoderError, ManifestError
+from medembed.errors import (
+    CacheError,
+    DeviceMemoryError,
+    EncoderError,
+    ManifestError,
+    MedembedError,
+)
 from medembed.extraction.canary import check_canary, lay_canary
-from medembed.extraction.decoding import Decoders
+from medembed.extraction.decoding import DECODER_BYTES, Decoders
+from medembed.extraction.outdated import joining, refuse_outdated
 from medembed.extraction.pipeline import Pipeline, no_room
 from medembed.extraction.prepared import describe_other_bytes, refuse_empty_root
 from medembed.extraction.report import ExtractionReport
 from medembed.extraction.timeline import STAGES, Timeline
 from medembed.extraction.writing import WriterThread
-from medembed.machine import count_cores, free_bytes, library_versions
+from medembed.machine import choose_processes, free_bytes, library_versions, total_memory
 
 __all__ = [
     "COMMIT_SECONDS",
@@ -52,6 +60,7 @@ def extract(
     intensity: Intensity = DEFAULT_INTENSITY,
     batch_size: int | None = None,
     decoders: int | None = None,
+    limits: Limits = DEFAULT_LIMITS,
     retry_failed: bool = False,
     worker: Worker | None = None,
     known_shards: Collection[str] = (),
@@ -86,6 +95,8 @@ def extract(
         Images per call of the encoder; by default what its device holds.
     decoders : int, optional
         Processes that read and decode; by default one per core.
+    limits : Limits
+        What an image may cost before it counts as failed.
     retry_failed : bool
         Try images again that are known not to decode or embed. Those that could not be read
         are always tried again.
@@ -119,8 +130,10 @@ def extract(
     EncoderError
         A pooling is not on offer, or the encoder fails on a whole batch.
     CacheError
-        The cache is of another spec, or this run embeds its canary images otherwise
-        (`SpecMismatchError`); it cannot be written, or a value does not fit its dtype.
+        The cache is of another spec, or this run embeds its canary images otherwise, or, after all
+        other images were embedded, rows of an older `images_version` are of files that are decoded
+        otherwise today (`SpecMismatchError`); it cannot be written, or a value does not fit its
+        dtype.
 
     Notes
     -----
@@ -128,21 +141,20 @@ def extract(
     """
     start, root, timeline = time.monotonic(), Path(image_root), timeline or Timeline()
     say = tell or (lambda words: None)
-    _check_request(root, encoder, poolings, batch_size, decoders)
+    n_decoders = _check_request(root, encoder, poolings, batch_size, decoders)
     require_hashes(manifest)
     spec, recorded = spec_of(encoder, poolings, dtype, intensity), _record(encoder)
-    plan = make_plan(
-        manifest.rows,
-        _open_if_there(cache_path, spec, recorded, known_shards),
-        retry_failed=retry_failed,
-        worker=worker,
-    )
-    if dry_run or not plan.pending:
+    there = _open_if_there(cache_path, spec, recorded, known_shards)
+    plan = make_plan(manifest.rows, there, retry_failed=retry_failed, worker=worker)
+    if dry_run:
+        return _report(plan, None, 0, None, start, timeline)
+    if not plan.pending:
+        refuse_outdated(plan, there, root, intensity, decoders, say)
         return _report(plan, None, 0, None, start, timeline)
     check_plan(plan, spec, root, Path(cache_path))
-    n_decoders = min(decoders or count_cores(), len(plan.pending))
+    n_decoders = min(n_decoders, len(plan.pending))
     # The decoders outermost: Ctrl-C commits first and ends them afterwards.
-    with Decoders(n_decoders, encoder.preprocessing, intensity) as readers:
+    with Decoders(n_decoders, encoder.preprocessing, intensity, limits) as readers:
         size = _warm_up(encoder, poolings, len(plan.pending), batch_size, tell)
         say("Canary")
         cache = _open_or_make(encoder, spec, recorded, cache_path, known_shards)
@@ -151,8 +163,10 @@ def extract(
         timeline.add("prepare", start, time.monotonic())
         pipeline = Pipeline(encoder, poolings, size, len(plan.pending), timeline, progress)
         with WriterThread(cache, commit_seconds, timeline) as writer:
-            pipeline.run(readers.read(plan.pending, root, 2 * size + n_decoders), writer)
+            pairs = readers.read(plan.pending, root, 2 * size + n_decoders)
+            pipeline.run(joining(pairs, cache), writer)
     _refuse_other_bytes(pipeline)
+    refuse_outdated(plan, cache, root, intensity, decoders, say)
     return _report(plan, pipeline, n_decoders, distance, start, timeline)
 
 
@@ -233,7 +247,7 @@ def _open_or_make(
     laid = None
     if is_free(Path(cache_path)):
         reference = encoder.reference() if isinstance(encoder, PipelinedEncoder) else encoder
-        laid = lay_canary(reference, list(spec.poolings))
+        laid = lay_canary(reference, list(spec.poolings), spec)
     return create_cache(cache_path, spec, recorded, laid, known=known_shards)
 
 
@@ -266,17 +280,34 @@ def _check_request(
     poolings: Sequence[str],
     batch_size: int | None,
     decoders: int | None,
-) -> None:
+) -> int:
+    """Refuse what cannot be done; give the number of decoders."""
     existing_root(root)
     for name, number in (("batch_size", batch_size), ("decoders", decoders)):
         if number is not None and number < 1:
             raise ValueError(f"{name} is {number}; it must be at least 1")
+    n_decoders = choose_processes(decoders, "--decoders", DECODER_BYTES, MedembedError)
+    _check_batch_size(encoder, batch_size)
     for name in poolings:
         if name not in encoder.dimensions:
             offered = ", ".join(encoder.dimensions)
             raise EncoderError(
                 f"encoder {encoder.source} has no pooling {name!r}; choose among {offered}"
             )
+    return n_decoders
+
+
+def _check_batch_size(encoder: Encoder, batch_size: int | None) -> None:
+    """Refuse batches whose images alone, three colours in fp32, fill the machine's memory."""
+    size = encoder.preprocessing
+    n_bytes, memory = size.height * size.width * 3 * 4, total_memory()
+    most = max(1, memory // n_bytes)
+    if batch_size is not None and batch_size > most:
+        raise EncoderError(
+            f"--batch-size {batch_size}: images of {size.height} x {size.width} pixels take "
+            f"{n_bytes / 1e6:,.1f} MB each, so at most {most} fit into {memory / 1e9:,.1f} GB of "
+            "memory. Give fewer, or leave it out."
+        )
 
 
 def _open_if_there(
@@ -308,11 +339,15 @@ def _refuse_other_bytes(pipeline: Pipeline) -> None:
     if not others:
         return
     problems = [describe_other_bytes(content, found) for content, found in others]
-    also = [f"{content.images[0]}: {f.stage} failed: {f.reason}" for content, f in pipeline.failed]
+    also = [
+        f"{image}: {f.stage} failed: {f.reason}"
+        for content, f in pipeline.failed
+        for image in content.images
+    ]
     raise ManifestError(
         f"{len(others)} image(s) hold other bytes than the manifest says, and were not embedded"
-        f"{f', nor were {len(also)} that failed' if also else ''}; all others were, and are kept. "
-        "Restore these files, or build the manifest again:",
+        f"{f', nor were {len(pipeline.failed)} that failed' if also else ''}; all others were, "
+        "and are kept. Restore these files, or build the manifest again:",
         problems + also,
     )
 
@@ -335,7 +370,8 @@ def _report(
         failed=len(failed),
         duplicates=plan.n_rows - plan.n_contents,
         colour=pipeline.n_colour if pipeline else 0,
-        failures=[{"image": content.images[0], **asdict(f)} for content, f in failed],
+        notes=dict(sorted(pipeline.notes.items())) if pipeline else {},
+        failures=[named for content, f in failed for named in name_failures(content.images, f)],
         seconds=seconds,
         images_per_second=n_done / seconds if seconds > 0 else 0.0,
         batch_size=pipeline.batch_size if pipeline else 0,

@@ -5,7 +5,7 @@ not depend on its neighbours, and a resumed cache equals an uninterrupted one.
 """
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ import numpy as np
 
 from medembed.cache.failures import Failure
 from medembed.dataset.reading import Content, Reading
-from medembed.encoders.protocol import Encoder, PipelinedEncoder
+from medembed.encoders.protocol import Encoder, PipelinedEncoder, check_rows
 from medembed.errors import DeviceMemoryError, EncoderError
 from medembed.extraction.timeline import Timeline
 from medembed.extraction.writing import WriterThread
@@ -32,6 +32,7 @@ class _Batch:
 
     contents: list[Content] = field(default_factory=list)
     colours: list[bool] = field(default_factory=list)
+    notes: list[tuple[str, ...]] = field(default_factory=list)
     pixels: list[np.ndarray] = field(default_factory=list)
     n_filled: int = 0  # how many images the encoder is handed, black ones included
     collect: Callable[[], Rows] | None = None
@@ -39,7 +40,9 @@ class _Batch:
     def parts(self, size: int) -> Iterator["_Batch"]:
         for start in range(0, len(self.contents), size):
             part = slice(start, start + size)
-            yield _Batch(self.contents[part], self.colours[part], self.pixels[part])
+            yield _Batch(
+                self.contents[part], self.colours[part], self.notes[part], self.pixels[part]
+            )
 
 
 class Pipeline:
@@ -65,6 +68,8 @@ class Pipeline:
     ----------
     n_embedded, n_colour : int
         Rows handed to the writer; how many of them were colour images.
+    notes : Counter of str
+        What was passed over in them, and in how many; see `Radiograph.notes`.
     failed : list of (Content, Failure)
         What could not become a row.
     other_bytes : list of (Content, str)
@@ -86,6 +91,7 @@ class Pipeline:
         self._in_flight: deque[_Batch] = deque()
         self.batch_size = batch_size
         self.n_embedded = self.n_colour = 0
+        self.notes: Counter[str] = Counter()
         self.failed: list[tuple[Content, Failure]] = []
         self.other_bytes: list[tuple[Content, str]] = []
 
@@ -107,6 +113,7 @@ class Pipeline:
                     continue
                 batch.contents.append(content)
                 batch.colours.append(reading.colour)
+                batch.notes.append(reading.notes)
                 batch.pixels.append(reading.pixels.copy())
                 if len(batch.contents) >= self.batch_size:
                     self._send(batch, writer)
@@ -158,7 +165,7 @@ class Pipeline:
         assert batch.collect
         start = time.monotonic()
         try:
-            rows = self._checked(batch.collect(), len(batch.contents))
+            rows = self._checked(batch.collect(), batch)
         except EncoderError as error:
             self._rescue(batch, error, writer)
             return
@@ -178,7 +185,7 @@ class Pipeline:
             size = 1
         for part in batch.parts(size):
             try:
-                rows = self._checked(self._submit(part)(), len(part.contents))
+                rows = self._checked(self._submit(part)(), part)
             except EncoderError as again:
                 self._rescue(part, again, writer)
             else:
@@ -199,17 +206,15 @@ class Pipeline:
             pixels[place] = image
         return self._device.submit(pixels, self._poolings)
 
-    def _checked(self, embeddings: Rows, n_rows: int) -> Rows:
-        rows = {name: embeddings[name][:n_rows] for name in self._poolings}
-        for name, values in rows.items():
-            if not np.isfinite(values).all():
-                raise EncoderError(f"pooling {name} holds NaN or infinite values")
-        return rows
+    def _checked(self, found: Rows, batch: _Batch) -> Rows:
+        n_used = len(batch.contents)
+        return check_rows(self._encoder, found, self._poolings, batch.n_filled, n_used)
 
     def _keep(self, batch: _Batch, rows: Rows, writer: WriterThread) -> None:
         writer.add([content.sha256 for content in batch.contents], rows)
         self.n_embedded += len(batch.contents)
         self.n_colour += sum(batch.colours)
+        self.notes.update(note for notes in batch.notes for note in notes)
         self._blame_suspects(writer)
         self._tell()
 

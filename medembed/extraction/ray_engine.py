@@ -7,12 +7,14 @@ Nothing but counts and failures comes back. Ray is an extra: `pip install 'medem
 import os
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 from typing import Any
 
+from medembed.cache.failures import name_failures
 from medembed.cache.listing import committed_shards
 from medembed.cache.plan import Plan, make_plan
 from medembed.cache.shards import max_rows
@@ -20,6 +22,7 @@ from medembed.cache.store import Cache, open_cache
 from medembed.clusters import connected_to_ray
 from medembed.dataset.intensity import DEFAULT_INTENSITY, Intensity
 from medembed.dataset.manifest import Manifest, require_hashes
+from medembed.dataset.reading import DEFAULT_LIMITS, Limits
 from medembed.encoders.loading import LOCAL_RANKS
 from medembed.encoders.protocol import Encoder
 from medembed.errors import ManifestError, MedembedError
@@ -30,6 +33,7 @@ from medembed.extraction.job import (
     extract,
     prepare_cache,
 )
+from medembed.extraction.outdated import refuse_outdated
 from medembed.extraction.timeline import STAGES
 
 __all__ = ["MAX_RETRIES", "Job", "extract_on_ray"]
@@ -65,6 +69,7 @@ class Job:
     decoders: int | None = None
     retry_failed: bool = False
     commit_seconds: float = COMMIT_SECONDS
+    limits: Limits = DEFAULT_LIMITS
     name: str = ""
 
     def encoder(self) -> Encoder:
@@ -130,6 +135,8 @@ def extract_on_ray(
         cache = None if dry_run and not job.cache_path.exists() else open_cache(job.cache_path)
         plan = make_plan(manifest.rows, cache, retry_failed=job.retry_failed)
         if dry_run or not plan.pending or cache is None:
+            if not dry_run:
+                refuse_outdated(plan, cache, job.image_root, job.intensity, job.decoders, say)
             return _report(plan, [], 0, start)
         check_plan(plan, cache.spec, job.image_root, job.cache_path)
         n_workers = _count_workers(ray, needs)
@@ -137,6 +144,7 @@ def extract_on_ray(
         say("Embedding")
         tasks = _Tasks(ray, _remote(ray, _embed, needs), job, cache, progress)
         reports = tasks.run(_partitions(manifest, plan, size), len(plan.pending), n_workers)
+        refuse_outdated(plan, cache, job.image_root, job.intensity, job.decoders, say)
         return _report(plan, reports, needs["num_cpus"], start)
 
 
@@ -167,6 +175,7 @@ def _embed(part: Manifest, job: Job, known: Collection[str]) -> ExtractionReport
         decoders=job.decoders,
         retry_failed=job.retry_failed,
         commit_seconds=job.commit_seconds,
+        limits=job.limits,
         known_shards=known,
     )
 
@@ -296,8 +305,8 @@ def _report(
 ) -> ExtractionReport:
     seconds = time.monotonic() - start
     failures = [failure for report in reports for failure in report.failures]
-    known = [{"image": content.images[0], **asdict(failure)} for content, failure in plan.known]
-    n_failed = len(failures)
+    known = [named for content, f in plan.known for named in name_failures(content.images, f)]
+    n_failed = sum(report.failed for report in reports)
     # A partition that was begun twice has found some of its rows there: they are new all the same.
     n_done = len(plan.pending) - n_failed if reports else 0
     return ExtractionReport(
@@ -307,6 +316,7 @@ def _report(
         failed=len(plan.known) + n_failed,
         duplicates=plan.n_rows - plan.n_contents,
         colour=sum(report.colour for report in reports),
+        notes=_summed_notes(reports),
         failures=[*known, *failures],
         seconds=seconds,
         images_per_second=n_done / seconds if seconds > 0 else 0.0,
@@ -315,6 +325,13 @@ def _report(
         stages=_summed(reports),
         canary=max((r.canary for r in reports if r.canary is not None), default=None),
     )
+
+
+def _summed_notes(reports: Sequence[ExtractionReport]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for report in reports:
+        total.update(report.notes)
+    return dict(sorted(total.items()))
 
 
 def _summed(reports: Sequence[ExtractionReport]) -> dict[str, float]:

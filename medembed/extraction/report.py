@@ -27,8 +27,12 @@ class ExtractionReport:
         Rows whose content another row has too.
     colour : int
         Embedded images whose colour was reduced to luminance.
+    notes : dict of str to int
+        What was passed over in embedded images because it cannot be what it says, such as an
+        orientation or a window, and in how many.
     failures : list of dict
-        `image`, `sha256`, `stage`, `reason` of each failed content, by its first image.
+        `image`, `sha256`, `stage`, `reason` of each image whose content failed: more than `failed`
+        where a content has several names.
     seconds : float
         From start to end, without loading the encoder.
     images_per_second : float
@@ -52,6 +56,7 @@ class ExtractionReport:
     failed: int
     duplicates: int
     colour: int
+    notes: dict[str, int]
     failures: list[dict[str, str]]
     seconds: float
     images_per_second: float

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from medembed.dataset.manifest import Manifest
+from medembed.dataset.reading import DEFAULT_LIMITS, Limits
 from medembed.encoders.loading import choose_device, choose_precision, load_encoder
 from medembed.encoders.torch_encoder import TorchEncoder
 from medembed.errors import EncoderError, TrainingDataError
@@ -54,6 +55,7 @@ class Asked:
     trunk_cache: Path | None
     trunk_dtype: str
     n_cut: int | None
+    limits: Limits = DEFAULT_LIMITS
 
     @property
     def trials(self) -> list[Trial]:

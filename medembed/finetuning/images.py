@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 
 from medembed.cache.plan import make_plan
+from medembed.dataset.reading import DEFAULT_LIMITS, Limits
 from medembed.encoders.preprocessing import Preprocessing
 from medembed.extraction.prepared import read_all
 from medembed.finetuning.augmentation import augment, draw_variations
@@ -68,6 +69,7 @@ def read_images(
     preprocessing: Preprocessing,
     directory: Path,
     *,
+    limits: Limits = DEFAULT_LIMITS,
     progress: Progress | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> tuple[PixelImages, pd.DataFrame]:
@@ -90,6 +92,7 @@ def read_images(
         contents,
         image_root,
         preprocessing,
+        limits=limits,
         directory=directory,
         remedy="Free some, or choose another --out.",
         progress=progress,

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from medembed.dataset.identities import name_persons
 from medembed.dataset.manifest import Manifest
 from medembed.encoders.torch_encoder import TorchEncoder
 from medembed.evaluation.drift import fit_reference
@@ -89,7 +90,8 @@ def package(
     }
     reference = None
     if vectors is not None:
-        patients, regions = (rows.rows[name].to_numpy(str)[seen] for name in ("patient", "region"))
+        persons, parts = name_persons(rows.rows), rows.rows["region"]
+        patients, regions = persons.to_numpy(str)[seen], parts.to_numpy(str)[seen]
         reference = fit_reference(vectors[seen], known["seed"], patients=patients, regions=regions)
     head, texts = _as_head(network, start, trained), write_readme(card)
     save_model(path, head, card, reference=reference, texts=texts, replace=True)
@@ -103,7 +105,7 @@ def _held_studies(rows: TrainRows, trained: Trained) -> pd.DataFrame:
             {
                 "study": pd.factorize(held["study"], sort=True)[0],
                 "region": held["region"].to_numpy(),
-                "patient": held["patient"].to_numpy(),
+                "patient": name_persons(held).to_numpy(),
                 "label": rows.y[rows.held],
                 "probability": trained.held,
             }

@@ -19,6 +19,7 @@ from medembed.cache.keys import keys_from_column
 from medembed.cache.mapped import MappedRows, map_rows
 from medembed.cache.store import Cache, create_cache, open_cache
 from medembed.dataset.manifest import Manifest
+from medembed.dataset.reading import DEFAULT_LIMITS, Limits
 from medembed.encoders.torch_encoder import TorchEncoder
 from medembed.errors import CacheError, TrainingDataError
 from medembed.extraction import extract, spec_of
@@ -127,6 +128,7 @@ def fill_trunk_cache(
     image_root: Path,
     *,
     dtype: str = TRUNK_DTYPE,
+    limits: Limits = DEFAULT_LIMITS,
     progress: Callable[[int, int], None] | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> Cache:
@@ -171,6 +173,7 @@ def fill_trunk_cache(
         poolings=[TOKENS],
         dtype=dtype,
         batch_size=max(1, min(_BATCH, _BATCH * 2**18 // math.prod(encoder.dimensions[TOKENS]))),
+        limits=limits,
         progress=progress,
     )
     cache = open_cache(path)

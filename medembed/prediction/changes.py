@@ -34,8 +34,10 @@ def study_table(embeddings: Embeddings, judged: np.ndarray) -> pd.DataFrame:
 
     `judged` (m,) has the studies' probabilities, not calibrated, in ascending order of study.
     """
-    rows = embeddings.rows[["patient", "region", "label"]].assign(
-        study=pd.factorize(embeddings.studies, sort=True)[0], probability=0.0
+    rows = embeddings.rows[["region", "label"]].assign(
+        patient=embeddings.patients,
+        study=pd.factorize(embeddings.studies, sort=True)[0],
+        probability=0.0,
     )
     return by_study(rows).assign(probability=judged)
 

@@ -178,6 +178,7 @@ def _read_heads(run: Run, name: str, level: str) -> list[tuple[Contender, pd.Dat
     n_patients = int(folded["patient"].nunique())
     entries = []
     for head, rows in labelled.groupby("head", sort=False):
+        _require_winners_rows(run, str(head), rows, winners)
         if level == "image" and rows["sha256"].eq("").any():
             continue  # this head judges whole studies and has no score for one image
         train = _units(rows[rows["split"] == "train"].dropna(subset="fold"), name, level, studies)
@@ -190,6 +191,20 @@ def _read_heads(run: Run, name: str, level: str) -> list[tuple[Contender, pd.Dat
         decisions = _fit_decisions(train) if own is None else _read_decisions(own, run.path)
         entries.append((_contender(name, str(head), winner, given, decisions, test), test))
     return entries
+
+
+def _require_winners_rows(
+    run: Run, head: str, rows: pd.DataFrame, winners: dict[Any, dict[str, Any]]
+) -> None:
+    """Refuse predictions of another trial than the winner that `run.json` names."""
+    named = winners.get(head, {}).get("trial")
+    others = sorted(set(rows["trial"].dropna().unique()) - {named})
+    if named is not None and others:
+        raise RunError(
+            f"run.json of {run.path} names trial {named} as the winner of {head}, and "
+            f"predictions.parquet holds trial {others[0]}: the two files are not of one run. "
+            "Restore them, or run it again into another --out."
+        )
 
 
 def _contender(

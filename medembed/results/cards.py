@@ -21,7 +21,13 @@ from medembed.evaluation.thresholds import youden_threshold
 from medembed.heads.packaging import Model, read_document
 from medembed.results.runs import Run
 
-__all__ = ["Card", "describe_decisions", "read_card", "read_conformal"]
+__all__ = [
+    "Card",
+    "describe_decisions",
+    "read_card",
+    "read_conformal",
+    "require_winner",
+]
 
 VIEWS = ("mean", "attention")
 #: The only place beside a model where an encoder of the same run lies.
@@ -155,17 +161,37 @@ def read_conformal(run: Run, head: str) -> Conformal | None:
     Raises
     ------
     ModelError
-        There is a model, and its card cannot be read.
+        There is a model, and its card cannot be read, or it is not the run's winner.
     """
     path = run.model_path(head)
     try:
         document = read_document(path)
     except PathNotFoundError:
         return None
+    require_winner(run, head, document["card"])
     try:
         return _read_conformal(document["card"])
     except ModelError as error:
         raise ModelError(f"the card of the model at {path}: {error}. {_WAY_OUT}") from error
+
+
+def require_winner(run: Run, head: str, card: Mapping[str, Any]) -> None:
+    """Refuse a model that lies in a run and is not the winner that its `run.json` names.
+
+    Raises
+    ------
+    ModelError
+        Names the first entry in which the two differ.
+    """
+    entries = (entry for entry in run.info.get("leaderboard", []) if entry.get("head") == head)
+    entry: Mapping[str, Any] = next(entries, {})
+    for name in ("trial", "pooling", "cv", "seed"):
+        named, own = entry.get(name), card.get(name)
+        if named is not None and own is not None and named != own:
+            raise ModelError(
+                f"the model at {run.model_path(head)} has {name} {own}, and run.json names "
+                f"{named}: it is not of this run. Restore it, or run again into another --out"
+            )
 
 
 def _read(card: Mapping[str, Any]) -> Card:

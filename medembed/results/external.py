@@ -1,10 +1,12 @@
 """What an external evaluation found beside its scores, as tables for the terminal and the page."""
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from medembed.errors import RunError
+from medembed.files import read_plain
 from medembed.results.runs import Run
 from medembed.results.tables import (
     MISSING,
@@ -15,7 +17,7 @@ from medembed.results.tables import (
     render_terminal,
 )
 
-__all__ = ["find_external", "render_external", "tabulate_external"]
+__all__ = ["digest_predictions", "find_external", "render_external", "tabulate_external"]
 
 SCORES = {
     "auroc": "AUROC",
@@ -113,8 +115,31 @@ def find_external(runs: Sequence[Run]) -> list[dict[str, Any]]:
     ]
 
 
+def digest_predictions(run: Run) -> str:
+    """Hash the `predictions.parquet` that scores are computed of: SHA-256 in hex.
+
+    Raises
+    ------
+    RunError
+        The file cannot be read.
+    """
+    try:
+        return hashlib.sha256(read_plain(run.path / "predictions.parquet")).hexdigest()
+    except OSError as error:
+        raise RunError(
+            f"predictions of the run at {run.path} cannot be read ({error}). Delete the run and "
+            "evaluate again."
+        ) from None
+
+
 def _tables_of(run: Run) -> list[Table]:
     scores = run.scores()  # its own errors say what they mean
+    digest = scores.get("predictions_sha256")  # runs of before have none
+    if digest is not None and digest != digest_predictions(run):
+        raise RunError(
+            f"scores.json of the evaluation at {run.path} is not of the predictions.parquet beside "
+            "it. Restore the two, or delete that directory and evaluate again."
+        )
     with _reading(run.path):
         return tabulate_external(scores, full=True)
 

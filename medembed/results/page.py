@@ -26,6 +26,7 @@ from medembed.results.figures import FIGURES, Plot, plot_all
 from medembed.results.gallery import FindThumbnails, find_mistakes, show_mistakes
 from medembed.results.pairing import row_name
 from medembed.results.provenance import describe_run
+from medembed.text import to_html
 
 __all__ = ["write_report"]
 
@@ -116,6 +117,7 @@ def _render(
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
+        finalize=_show,
     )
     script = environment.get_template("page.js").render()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -146,6 +148,13 @@ def _render(
         script=trusted,
         script_digest=digest,
     )
+
+
+def _show(value: Any) -> Any:
+    """Let text from data be text in HTML, and what would turn its direction a visible mark."""
+    if type(value) is not str:
+        return value
+    return Markup(to_html(value))  # nosec B704 # escaped there
 
 
 def _command(result: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from medembed.errors import RunError
 from medembed.evaluation.scores import SCORES
 from medembed.results.pairing import SIGNIFICANCE, row_name
-from medembed.text import mask_controls
+from medembed.text import mask_controls, to_csv_cell, to_latex, to_markdown
 
 __all__ = [
     "FORMATS",
@@ -38,18 +38,6 @@ COLUMNS = {
     "kappa": "κ",
 }
 """The decision scores of the tables beside AUROC; F1 is the mean over both classes."""
-LATEX_ESCAPES = {
-    **{character: f"\\{character}" for character in "&%$#_{}"},
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "κ": r"$\kappa$",
-    "≈": r"$\approx$",
-    "≥": r"$\geq$",
-    "–": "--",
-}
 
 
 @dataclass(frozen=True)
@@ -240,9 +228,9 @@ def render_terminal(table: Table, width: int) -> str:
 
 def _markdown(table: Table) -> str:
     ruler = ["---"] * table.n_names + ["---:"] * (len(table.columns) - table.n_names)
-    lines = [f"| {' | '.join(map(_markdown_cell, row))} |" for row in (table.columns, *table.rows)]
+    lines = [f"| {' | '.join(map(to_markdown, row))} |" for row in (table.columns, *table.rows)]
     lines.insert(1, f"| {' | '.join(ruler)} |")
-    notes = [f"- {_markdown_cell(note)}" for note in table.notes]
+    notes = [f"- {to_markdown(note)}" for note in table.notes]
     return "\n".join([f"**{table.title}**", "", *lines, "", *notes])
 
 
@@ -250,7 +238,7 @@ def _latex(table: Table) -> str:
     """Write a `booktabs` tabular, with the notes as comments."""
     alignment = "l" * table.n_names + "r" * (len(table.columns) - table.n_names)
     bodies = [
-        "\n".join(" & ".join(map(_latex_cell, row)) + r" \\" for row in section)
+        "\n".join(" & ".join(map(to_latex, row)) + r" \\" for row in section)
         for section in table.sections
     ]
     return "\n".join(
@@ -258,7 +246,7 @@ def _latex(table: Table) -> str:
             *(f"% {mask_controls(line)}" for line in (table.title, *table.notes)),
             rf"\begin{{tabular}}{{{alignment}}}",
             r"\toprule",
-            " & ".join(map(_latex_cell, table.columns)) + r" \\",
+            " & ".join(map(to_latex, table.columns)) + r" \\",
             r"\midrule",
             "\n\\midrule\n".join(bodies),
             r"\bottomrule",
@@ -276,13 +264,14 @@ def _csv(result: dict[str, Any], by: str | None) -> str:
         writer.writerow([*about, *names, "p_holm"])
         for row in result["rows"]:
             p = (row["versus_best"] or {}).get("p_holm")
-            writer.writerow([*(row[name] for name in about), *_numbers(row["scores"]), p])
+            cells = [to_csv_cell(row[name]) for name in about]
+            writer.writerow([*cells, *_numbers(row["scores"]), p])
     else:
         writer.writerow([by, "n", "n_abnormal", "head", *names])
         for name, blocks in _groups(result, by):
             for head, block in blocks:
                 counts = [block.get("n"), block.get("n_abnormal")]
-                writer.writerow([name, *counts, head, *_numbers(block)])
+                writer.writerow([to_csv_cell(name), *counts, to_csv_cell(head), *_numbers(block)])
     return output.getvalue().rstrip("\n")
 
 
@@ -290,12 +279,3 @@ def _numbers(scores: dict[str, Any]) -> list[float | None]:
     missing = {"value": None, "low": None, "high": None}
     found = [scores.get(name, missing) for name in SCORES]
     return [score[part] for score in found for part in ("value", "low", "high")]
-
-
-def _markdown_cell(text: str) -> str:
-    escaped = "".join(f"\\{c}" if c in "\\|*_`[]" else c for c in mask_controls(text))
-    return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-
-
-def _latex_cell(text: str) -> str:
-    return "".join(LATEX_ESCAPES.get(c, c) for c in mask_controls(text))

@@ -169,5 +169,5 @@ def _score_studies(
     known = probability[np.unique(training.studies[trained]) if per_study else trained]
     studies = to_studies(training, trained, known, per_study=per_study)
     _, first = np.unique(training.studies, return_index=True)
-    rows = embeddings.rows.iloc[first[studies["study"]]]
-    return studies.assign(region=rows["region"].to_numpy(), patient=rows["patient"].to_numpy())
+    place = first[studies["study"]]
+    return studies.assign(region=embeddings.regions[place], patient=embeddings.patients[place])

@@ -31,7 +31,7 @@ from medembed.results.run_entries import CV_METHOD
 from medembed.results.runs import Run, create_run
 from medembed.sweeps.finishing import finish
 from medembed.sweeps.plan import plan_batches
-from medembed.sweeps.pool import BACKENDS
+from medembed.sweeps.pool import BACKENDS, choose_jobs
 from medembed.sweeps.rows import VERSIONED, Asked, SweepRows, list_poolings
 from medembed.sweeps.trials import Ledger, run_batches
 from medembed.sweeps.winners import choose, standings
@@ -93,7 +93,8 @@ def sweep(
         Decides folds, configurations and heads. The same seed gives the same predictions,
         whatever `jobs` is.
     jobs : int, optional
-        Processes of one thread; one per core by default, 1 trains in this process.
+        Processes of one thread; one per core by default, 1 trains in this process. More than cores
+        and memory bear are refused.
     backend : {"loky", "ray"}
         Processes of this machine, or of the Ray at `RAY_ADDRESS`.
     progress : callable, optional
@@ -124,7 +125,7 @@ def sweep(
     RunError
         `out` answers another question or is not a run, or every head failed.
     """
-    _check_options(heads, n_configs, n_folds, metric, backend)
+    _check_options(heads, n_configs, n_folds, metric, jobs, backend)
     asked = Asked(
         cache=cache if isinstance(cache, Cache) else open_cache(cache),
         manifest=manifest if isinstance(manifest, Manifest) else read_manifest(manifest),
@@ -184,7 +185,12 @@ def _train(run: Run, ledger: Ledger, data: SweepRows, jobs: int | None, backend:
 
 
 def _check_options(
-    heads: Sequence[str], n_configs: int | None, n_folds: int, metric: str, backend: str
+    heads: Sequence[str],
+    n_configs: int | None,
+    n_folds: int,
+    metric: str,
+    jobs: int | None,
+    backend: str,
 ) -> None:
     if not heads:
         raise TrainingDataError("no head was given. Name at least one with --heads.")
@@ -192,6 +198,10 @@ def _check_options(
         head_class(head)
     if n_configs is not None and n_configs < 1:
         raise TrainingDataError(f"--configs is {n_configs}; try at least 1 configuration per head.")
+    if jobs is not None and jobs < 1:
+        raise TrainingDataError(f"--jobs is {jobs}; at least 1 process trains.")
+    if backend == "loky":
+        choose_jobs(jobs)
     if n_folds < 2:
         raise TrainingDataError(f"--folds is {n_folds}; cross-validation needs at least 2 folds.")
     for name, value, known in (("metric", metric, SCORES), ("backend", backend, BACKENDS)):

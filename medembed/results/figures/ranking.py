@@ -32,6 +32,7 @@ from medembed.results.figures.wording import (
     shown_rows,
 )
 from medembed.results.tables import format_interval
+from medembed.text import to_csv_cell
 
 __all__ = ["plot_precision_recall", "plot_roc"]
 
@@ -173,4 +174,5 @@ def _write_curves(
     parts.append(band.assign(head=names[0], threshold=np.nan, kind="band"))
     columns = ["head", "kind", kind.x, kind.y, "threshold", "low", "high"]
     table = pd.concat([part[columns] for part in parts])
+    table["head"] = table["head"].map(to_csv_cell)
     return str(table.to_csv(index=False, lineterminator="\n"))

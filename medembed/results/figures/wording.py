@@ -8,6 +8,7 @@ import pandas as pd
 from medembed.results.comparison import counted
 from medembed.results.figures.lettering import LEGEND, elide
 from medembed.results.pairing import row_name
+from medembed.text import to_csv_cell
 
 __all__ = [
     "MAX_SERIES",
@@ -89,4 +90,5 @@ def flatten(name: str, score: dict[str, Any] | None) -> dict[str, float | None]:
 
 def write_csv(rows: Sequence[dict[str, Any]]) -> str:
     """Return rows as CSV at full precision, counts without a decimal point."""
-    return str(pd.DataFrame(list(rows), dtype=object).to_csv(index=False, lineterminator="\n"))
+    table = pd.DataFrame(list(rows), dtype=object).map(to_csv_cell)
+    return str(table.to_csv(index=False, lineterminator="\n"))
