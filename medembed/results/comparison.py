@@ -115,7 +115,7 @@ def compare_aligned(
 ) -> dict[str, Any]:
     """Do what `compare_runs` does on what `align_runs` has returned for these runs."""
     rows = [_row(test_set, contender, n_resamples, seed) for contender in test_set.contenders]
-    deferrals = find_deferrals(runs, test_set, n_resamples, seed)
+    deferrals = find_deferrals(runs, test_set)
     rows = [{**row, **deferrals[row["run"], row["head"]]} for row in rows]
     rows.sort(key=_by_auroc)
     paired = pair_rows(test_set, rows, n_resamples, seed)
@@ -233,10 +233,7 @@ def _at_sensitivity_and_calibrations(
     if cut is not None:
         variants["sensitive"] = Variant(contender.probability, cut, DECISION_SCORES)
     scores = bootstrap_variants(y, variants, patients, n_resamples=n_resamples, seed=seed)
-    bins = {
-        name: reliability(y, values, patients, n_resamples=n_resamples, seed=seed)
-        for name, values in calibrated.items()
-    }
+    bins = {name: reliability(y, values, patients) for name, values in calibrated.items()}
     return {
         "at_sensitivity": {
             "target": SENSITIVITY,
