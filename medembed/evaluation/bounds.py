@@ -6,9 +6,7 @@ Which of them a score takes was chosen by simulation, see `bench/coverage.py`.
 from collections.abc import Callable, Sequence
 from math import inf, isfinite, nan, sqrt
 
-from scipy.special import expit, logit
-from scipy.stats import beta, norm
-from scipy.stats import t as student
+from scipy.special import betaincinv, expit, logit, ndtri, stdtrit
 
 __all__ = [
     "RULE_OF_FIVE",
@@ -33,7 +31,7 @@ _N_HALVINGS = 60
 def quantile(confidence: float, freedom: float = inf) -> float:
     """Return the two-sided quantile of Student's t with so many degrees of freedom, or normal."""
     tail = (1 + confidence) / 2
-    return float(norm.ppf(tail) if freedom == inf else student.ppf(tail, freedom))
+    return float(ndtri(tail) if freedom == inf else stdtrit(freedom, tail))
 
 
 def wilson(share: float, n: float, reach: float) -> Bounds:
@@ -55,8 +53,8 @@ def clopper_pearson(share: float, n: float, confidence: float) -> Bounds:
     With an effective n they are Korn and Graubard's (Survey Methodology 24, 1998).
     """
     hits, tail = share * n, (1 - confidence) / 2
-    low = float(beta.ppf(tail, hits, n - hits + 1)) if hits > 0 else 0.0
-    high = float(beta.ppf(1 - tail, hits + 1, n - hits)) if hits < n else 1.0
+    low = float(betaincinv(hits, n - hits + 1, tail)) if hits > 0 else 0.0
+    high = float(betaincinv(hits + 1, n - hits, 1 - tail)) if hits < n else 1.0
     return low, high
 
 

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from math import exp, isnan, log, nan
 
 import numpy as np
-from scipy.special import expit
-from scipy.stats import f as fisher
+from scipy.special import expit, fdtrc
 
 from medembed.errors import TrainingDataError
 from medembed.evaluation.bounds import bound_on_logit, quantile
@@ -89,7 +88,7 @@ def calibration_line(
     return {
         "intercept": _interval(float(level.line[0]), spread["intercept"]),
         "slope": _interval(float(full.line[1]), spread["slope"]),
-        "mean_probability": _mean_interval(mean, values, codes),
+        "mean_probability": _mean_interval(mean, spread["mean"], codes),
         "share_abnormal": estimate_share(labels == 1, np.ones(len(labels), bool), codes).interval(),
         "observed_expected": _interval(ratio, spread["ratio"], on_log=True),
     }
@@ -150,7 +149,7 @@ def check_line(y: np.ndarray, probability: np.ndarray, patients: np.ndarray) -> 
     off = fit.line - [0.0, 1.0]
     covariance = n / (n - 1) * (sums @ sums.T)
     ratio = float(off @ np.linalg.pinv(covariance) @ off) / 2
-    return float(fisher.sf(ratio, 2, freedom))
+    return float(fdtrc(2, freedom, ratio))
 
 
 def _likelihood(y: np.ndarray, z: np.ndarray) -> float:
@@ -170,12 +169,10 @@ def _interval(value: float, spread: Spread, *, on_log: bool = False) -> Interval
     return Interval(value, value - reach, value + reach, "sandwich-t")
 
 
-def _mean_interval(mean: float, values: np.ndarray, codes: np.ndarray) -> Interval:
-    counts = np.bincount(codes)
-    parts = np.bincount(codes, weights=values - mean) / max(len(values), 1)
-    n = int((counts > 0).sum())
+def _mean_interval(mean: float, spread: Spread, codes: np.ndarray) -> Interval:
+    n = len(np.unique(codes))
     if n < MIN_PATIENTS:
         return Interval(mean, nan, nan, None, f"{n} patients; an interval wants {MIN_PATIENTS}")
-    error = float(np.sqrt(n / (n - 1) * (parts @ parts)))
-    low, high = bound_on_logit(mean, error, quantile(CONFIDENCE, n - 1))
+    error = float(np.sqrt(n / (n - 1) * (spread.parts @ spread.parts)))
+    low, high = bound_on_logit(mean, error, quantile(CONFIDENCE, spread.freedom))
     return Interval(mean, low, high, None if isnan(low) else "logit-t")

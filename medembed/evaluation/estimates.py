@@ -251,7 +251,7 @@ def measure_spread(
     is_abnormal = y == 1
     size = (int(codes.max()) + 1 if len(codes) else 0) if n_patients is None else n_patients
     own = [codes[is_abnormal], codes[~is_abnormal], codes]
-    n_abnormal, n_normal, n_all = (len(np.unique(group)) for group in own)
+    n_abnormal, n_normal, n_all = (_count(group, size) for group in own)
     abnormal = np.bincount(own[0], weights=added[is_abnormal], minlength=size)
     normal = np.bincount(own[1], weights=added[~is_abnormal], minlength=size)
     parts = abnormal + normal
@@ -372,7 +372,11 @@ def _freedom(parts: np.ndarray) -> float:
 
 def _count_patients(rows: _Rows) -> tuple[int, int]:
     is_abnormal = rows.y == 1
-    return len(np.unique(rows.codes[is_abnormal])), len(np.unique(rows.codes[~is_abnormal]))
+    return _count(rows.codes[is_abnormal]), _count(rows.codes[~is_abnormal])
+
+
+def _count(codes: np.ndarray, size: int = 0) -> int:
+    return int(np.count_nonzero(np.bincount(codes, minlength=size)))
 
 
 def _why_none(rows: _Rows) -> str | None:

@@ -97,7 +97,7 @@ def bootstrap_variants(
     """
     codes, labels, found = patient_codes(patients), np.asarray(y), {}
     for name, variant in variants.items():
-        estimates = _estimate(variant, labels, codes, len(codes))
+        estimates = _estimate(variant, labels, codes, _size(codes))
         error = Interval(nan, nan, nan)
         if "ece" in variant.names:
             values, members = np.asarray(variant.probability, np.float64), [np.arange(len(codes))]
@@ -185,9 +185,7 @@ def _parts(
     estimable = _two_class_regions(y, groups)
     errors = _bound_errors(y, probability, codes, members, (estimable,), n_resamples, seed)
     found = [
-        _estimate(
-            Variant(probability[chosen], cut, names), y[chosen], codes[chosen], int(codes.max()) + 1
-        )
+        _estimate(Variant(probability[chosen], cut, names), y[chosen], codes[chosen], _size(codes))
         for chosen in members
         for cut, names in ((threshold, SCORES), (0.5, DECISION_SCORES))
     ]
@@ -221,6 +219,10 @@ def _estimate(
         y, variant.probability, variant.threshold, codes, variant.names, n_patients
     )
     return {name: found.get(name) for name in variant.names}
+
+
+def _size(codes: np.ndarray) -> int:
+    return int(codes.max()) + 1 if len(codes) else 0
 
 
 def _mean(

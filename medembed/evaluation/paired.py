@@ -7,9 +7,7 @@ from math import inf, isnan, nan
 from typing import Any
 
 import numpy as np
-from scipy.special import bdtr
-from scipy.stats import norm
-from scipy.stats import t as student
+from scipy.special import bdtr, ndtr, stdtr
 
 from medembed.errors import TrainingDataError
 from medembed.evaluation.bounds import quantile
@@ -183,7 +181,7 @@ def _compare(
 
 
 def _tail(ratio: float, freedom: float) -> float:
-    return float(norm.sf(ratio) if freedom == inf else student.sf(ratio, freedom))
+    return float(ndtr(-ratio) if freedom == inf else stdtr(freedom, -ratio))
 
 
 def _fewest_patients(labels: np.ndarray, codes: np.ndarray, score: str) -> int:

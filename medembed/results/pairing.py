@@ -27,7 +27,8 @@ def pair_rows(
         By the places of two rows, the better first: ``a``, ``b``, ``score``, ``difference``,
         ``low``, ``high``, ``p`` and ``method`` of AUROC, see `paired_differences`, ``p_holm``
         after Holm's correction over all pairs; as cross-checks, not corrected, ``p_bootstrap`` and
-        ``p_delong`` (normal) of the same difference and ``mcnemar`` of the decisions (rows that only one of the two got right).
+        ``p_delong`` (normal) of the same difference and ``mcnemar`` of the decisions (rows that
+        only one of the two got right).
     """
     chosen = [
         (i, j)
