@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from coverage_table import name_cell, parse_cells, summarise
 from scipy.special import expit
 from scipy.stats import norm
 from scipy.stats import t as student
@@ -43,7 +44,6 @@ from medembed.evaluation.resampling import MIN_PATIENTS, Interval, draw, upper_b
 from medembed.evaluation.scores import DECISION_SCORES, SCORES, Scorer
 from medembed.evaluation.thresholds import youden_threshold
 
-PREVALENCES, AUROCS, SIZES = (0.5, 0.1, 0.03), (0.6, 0.85, 0.97), (40, 100, 400)
 NAMES = (*(name for name in SCORES if name != "ece"), *PREDICTIVE)
 DECIDED = (*DECISION_SCORES, *PREDICTIVE)
 #: Shares of a view's noise that are the patient's, the study's and its own; and how much more alike
@@ -56,7 +56,6 @@ N_RESAMPLES = 400
 ENOUGH = 20
 N_INTERNAL = 300
 Z = 1.959964
-WANTED, AT_MOST = 0.93, 0.97
 
 
 def draw_patients(
@@ -276,58 +275,6 @@ def add_counts(before: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
         else:
             total[name] = round(total.get(name, 0) + own, 6)
     return total
-
-
-def name_cell(cell: tuple[float, float, int]) -> str:
-    return "|".join(f"{part:g}" for part in cell)
-
-
-def parse_cells(text: str | None) -> list[tuple[float, float, int]]:
-    every = [(p, a, n) for p, a, n in product(PREVALENCES, AUROCS, SIZES)]
-    if text is None:
-        return every
-    wanted = {text_of.replace(",", "|") for text_of in text.split(";")}
-    return [cell for cell in every if name_cell(cell) in wanted]
-
-
-def rate(own: dict[str, float], suffix: str = "") -> float:
-    """Return the coverage of one score in a cell."""
-    return own[f"held{suffix}"] / own[f"shown{suffix}"]
-
-
-def summarise(cells: dict[str, Any]) -> dict[str, Any]:
-    """Return, per score, the lowest coverage where it is shown and the highest where it is firm.
-
-    A cell counts where at least a tenth of its data sets show an interval; it is firm where a tenth
-    show one with `ENOUGH` patients of each class.
-    """
-    found: dict[str, dict[str, Any]] = {}
-    names = dict.fromkeys(name for cell in cells.values() for name in cell.get("scores", {}))
-    for name in names:
-        every = {key: cell["scores"][name] for key, cell in cells.items() if name in cell["scores"]}
-        shown = {
-            key: rate(own)
-            for key, own in every.items()
-            if own.get("shown", 0) >= 0.1 * own["datasets"]
-        }
-        firm = {
-            key: rate(own, "_enough")
-            for key, own in every.items()
-            if own.get("shown_enough", 0) >= 0.1 * own["datasets"]
-        }
-        if not shown:
-            continue
-        found[name] = {
-            "cells": len(shown),
-            "lowest": round(min(shown.values()), 4),
-            "lowest_in": min(shown, key=lambda key: shown[key]),
-            "mean": round(float(np.mean(list(shown.values()))), 4),
-            "below": [key for key, share in shown.items() if share < WANTED],
-            "highest_firm": round(max(firm.values()), 4) if firm else None,
-            "above": [key for key, share in firm.items() if share > AT_MOST],
-            "without_width": int(sum(own.get("no_width", 0) for own in every.values())),
-        }
-    return found
 
 
 def main() -> None:

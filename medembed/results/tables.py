@@ -3,7 +3,7 @@
 import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from medembed.errors import RunError
@@ -39,7 +39,7 @@ COLUMNS = {
     "kappa": "κ",
 }
 """The decision scores of the tables beside AUROC; F1 is the mean over both classes."""
-FIT = {"brier": "Brier [95 %]", "slope": "Slope, 1 is right", "intercept": "Intercept, 0 is right"}
+FIT = {"brier": "Brier [95 %]", "slope": "Slope [95 %]", "intercept": "Intercept [95 %]"}
 """How calibrated probabilities fit, what leads first."""
 LATEX_ESCAPES = {
     **{character: f"\\{character}" for character in "&%$#_{}"},
@@ -116,7 +116,9 @@ def render(
     table, fit = make_table(result, by), _fit_table(result) if by is None else None
     if table_format == "latex":
         return _latex(table)
-    tables = [table] if fit is None else [fit, table]  # the notes of the last hold for both
+    tables = [table]
+    if fit is not None:  # the notes hold for both
+        tables = [replace(table, notes=[]), replace(fit, notes=table.notes)]
     if table_format == "table":
         return "\n\n".join(render_terminal(own, width) for own in tables)
     return "\n\n".join(_markdown(own) for own in tables)
@@ -147,15 +149,16 @@ def make_table(result: dict[str, Any], by: str | None = None) -> Table:
     return Table(f"Heads on test {plural}", columns, 1, [rows], [legend, *result["notes"]])
 
 
-def format_interval(score: Mapping[str, Any]) -> str:
+def format_interval(score: Mapping[str, Any], digits: int = 3) -> str:
     """Write a score with its interval, ``0.931 [0.902, 0.956]``, or bound, ``[≤ 0.080]``."""
     if score["value"] is None:
         return NOT_ESTIMABLE
-    low, high = score["low"], score["high"]
-    if high is None:
-        return f"{score['value']:.3f}"
-    ends = f"≤ {high:.3f}" if low is None else f"{low:.3f}, {high:.3f}"
-    return f"{score['value']:.3f} [{ends}]"
+    value, low, high = (
+        "" if score[end] is None else f"{score[end]:.{digits}f}" for end in ("value", "low", "high")
+    )
+    if not high:
+        return value
+    return f"{value} [{f'{low}, {high}' if low else f'≤ {high}'}]"
 
 
 def format_p(p: float | None) -> str:
@@ -185,12 +188,15 @@ def _fit_table(result: dict[str, Any]) -> Table | None:
     """Write how the trained heads' calibrated probabilities fit; None where it is not known."""
     several = len(result["runs"]) > 1
     rows = [
-        [row_name(row, several=several), *(format_interval(row["fit"][name]) for name in FIT)]
+        [
+            row_name(row, several=several),
+            *(format_interval(row["fit"][name], 2 + (name == "brier")) for name in FIT),
+        ]
         for row in result["rows"]
         if row.get("fit") and not row["baseline"]
     ]
     plural = "studies" if result["level"] == "study" else "images"
-    title = f"Calibration on test {plural}"
+    title = f"Calibration on test {plural}: slope 1 and intercept 0 are right"
     return Table(title, ["Head", *FIT.values()], 1, [rows], []) if rows else None
 
 

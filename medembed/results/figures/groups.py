@@ -176,5 +176,6 @@ def _places(i: int, n_heads: int, n_lines: int) -> list[float]:
 
 def _limits(lines: _Lines) -> tuple[float, float]:
     scores = [score for own in lines.scores for score in own]
-    found = [bound for score in scores for bound in score.values() if bound is not None]
+    ends = [score.get(name) for score in scores for name in ("value", "low", "high")]
+    found = [end for end in ends if end is not None]
     return min([0.48, *found]) - 0.02, 1.02
