@@ -150,8 +150,8 @@ def _cell(own: dict[str, float] | None) -> str:
 def _tests(cells: dict[str, Any]) -> list[str]:
     lines = [
         "Differences found where there is none, in percent, at 5 %: of two heads of equal AUROC;",
-        "of any of the six pairs of four heads after Holm's correction; the same by the bootstrap (of",
-        "fewer data sets); of AUROC, and of the worst other score, between 300 patients and the",
+        "of any of the six pairs of four heads after Holm's correction; the same by the bootstrap,",
+        "of fewer data sets; of AUROC, and of the worst other score, between 300 patients and the",
         "cell's.",
         "",
         "| cell | pair | family | pair, bootstrap | drop of AUROC | worst other drop |",

@@ -115,8 +115,10 @@ def fit_line(y: np.ndarray, probability: np.ndarray, *, free_slope: bool) -> Lin
             return nothing
         step[free] = np.linalg.solve(curvature, gradient)
         fit = _likelihood(y, columns @ line)
-        while _likelihood(y, columns @ (line + step)) < fit - 1e-9 * abs(fit):
-            step /= 2  # a step that lowers the likelihood is too long
+        for _ in range(_N_STEPS):  # a step that lowers the likelihood is too long
+            if not _likelihood(y, columns @ (line + step)) < fit - 1e-9 * abs(fit):
+                break
+            step /= 2
         line = line + step
         if np.abs(line).max() > _LARGEST:
             return nothing

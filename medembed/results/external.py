@@ -213,7 +213,7 @@ def _recalibrated(found: Mapping[str, Any] | None, *, full: bool) -> Table | Non
         f"{scored['n_patients']:,} patients. Decisions before: the model's threshold; after: "
         f"{found['threshold']:.3f}. The order of studies, and so AUROC, stays."
     )
-    action = ACTIONS.get(found.get("action"))
+    action = ACTIONS.get(str(found.get("action")))
     return Table(title, columns, 1, [rows], [note] if action is None else [action, note])
 
 
