@@ -7,9 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from made_runs import fit_sets, give_model, make_images, make_run
+from statsmodels.stats.proportion import proportion_confint
 
 from medembed.errors import TrainingDataError
-from medembed.evaluation.abstention import SHARES, bootstrap_deferral, deferral_curve
+from medembed.evaluation.abstention import SHARES, deferral_curve, estimate_deferral
 from medembed.evaluation.scores import by_study
 from medembed.results import page
 from medembed.results.alignment import align_runs
@@ -61,19 +62,20 @@ def test_where_all_are_deferred_there_is_no_error():
     assert math.isnan(row["error"])
 
 
-def test_intervals_are_those_of_a_loop_over_resampled_patients():
-    y, p_values, patients = made_p_values()
-    (found,) = bootstrap_deferral(y, p_values, patients, [0.2], n_resamples=40, seed=3)
-    codes = np.unique(patients, return_inverse=True)[1]
-    drawn = np.random.default_rng(3).integers(0, codes.max() + 1, size=(40, codes.max() + 1))
-    loops = []
-    for own in drawn:
-        rows = np.concatenate([np.flatnonzero(codes == patient) for patient in own])
-        loops.append(count(y[rows], p_values[rows] > 0.2))
+def test_intervals_are_wilsons_on_the_counts_and_wider_where_patients_have_several():
+    y, p_values, _ = made_p_values()
+    (found,) = estimate_deferral(y, p_values, np.arange(len(y)), [0.2])
+    expected = count(y, p_values > 0.2)
     for share in SHARES:
-        ends = np.quantile([own[share] for own in loops], [0.025, 0.975])
-        assert [found[share].low, found[share].high] == pytest.approx(list(ends))
-    (alone,) = bootstrap_deferral(y, p_values, np.zeros(len(y)), [0.2], n_resamples=9)
+        own = found[share]
+        assert own.k / own.n == own.value == pytest.approx(expected[share])
+        method = {"wilson": "wilson", "clopper-pearson": "beta"}[own.method]
+        ends = proportion_confint(own.k, own.n, method=method)
+        assert [own.low, own.high] == pytest.approx(list(ends), abs=0.003)  # z, t of many patients
+    twice = [np.repeat(part, 4, axis=0) for part in (y, p_values, np.arange(len(y)))]
+    (copied,) = estimate_deferral(*twice, [0.2])
+    assert copied["coverage"].low == pytest.approx(found["coverage"].low)
+    (alone,) = estimate_deferral(y, p_values, np.zeros(len(y)), [0.2])
     assert math.isnan(alone["error"].low)
     assert alone["error"].value == found["error"].value
 

@@ -167,7 +167,7 @@ def test_priors_are_those_of_the_training_rows(home, swept):
 
 def test_the_drop_compares_with_the_runs_own_test(found, swept):
     drop = found["drop"]
-    assert drop["basis"] == "bootstrap"
+    assert drop["basis"] == "samples"
     assert drop["internal"]["n_patients"] == 16
     inside, here = row_of(compare([swept])), row_of(found)
     for name, entry in drop["scores"].items():

@@ -37,8 +37,12 @@ METHOD_NOTES = (
     "learnt from, calibration and thresholds on out-of-fold predictions, with no patient on both "
     "sides.",
     "F1 is the mean over both classes; κ is Cohen's; ECE is the calibration error over ten bins.",
-    "p: paired bootstrap over patients, with Holm's correction where it says so; DeLong's test "
-    "takes patients as clusters (Obuchowski), McNemar's takes rows as independent.",
+    "p: DeLong's paired test with patients as clusters (Obuchowski) by Student's t, with Holm's "
+    "correction where it says so; beside it the paired bootstrap over patients, and McNemar's, "
+    "which takes rows as independent.",
+    "Slope, intercept and Brier score say how calibrated probabilities fit. Noise alone makes ECE "
+    "larger, so it has an upper bound and no lower one.",
+    "Which method an interval or a test takes was chosen by simulation: bench/RESULTS.md.",
     "A score that its rows cannot give, such as AUROC of one class, is marked not estimable or –.",
 )
 

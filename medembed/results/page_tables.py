@@ -6,6 +6,7 @@ from typing import Any
 from medembed.results.pairing import row_name
 from medembed.results.tables import (
     MISSING,
+    format_count,
     format_interval,
     format_p,
     format_value,
@@ -55,6 +56,14 @@ CALIBRATIONS = {
 }
 
 
+FITS = {
+    "brier": "Brier [95 %]",
+    "slope": "Slope, 1 is right [95 %]",
+    "intercept": "Intercept, 0 is right [95 %]",
+    "ece": "ECE [at most]",
+}
+
+
 def tabulate_heads(result: dict[str, Any]) -> dict[str, Any]:
     """Return the leaderboard; each row has `values`, one per cell, None for what is text."""
     main, efficiency = make_table(result), bool(result["efficiency"])
@@ -88,7 +97,7 @@ def tabulate_decisions(result: dict[str, Any]) -> dict[str, Any]:
             title = f"Sensitivity {sensitive['target']:g}, {sensitive['threshold']:.3f}"
             cuts.append((title, sensitive["scores"]))
         for i, (cut, scores) in enumerate(cuts):
-            cells = [format_interval(scores[score]) for score in DECISIONS]
+            cells = [format_count(scores[score]) for score in DECISIONS]
             spanned = {"n_spanning": 1, "span": len(cuts) if i == 0 else 0}
             rows.append({"cells": [_name(result, row), cut, *cells], **spanned})
     return {
@@ -111,7 +120,7 @@ def tabulate_deferrals(result: dict[str, Any]) -> dict[str, Any] | None:
     for row in able:
         lines = [["none deferred", MISSING, MISSING, MISSING, format_interval(_complement(row))]]
         lines += [
-            [f"{100 * own['nominal']:g} %", *(format_interval(own[share]) for share in DEFERRALS)]
+            [f"{100 * own['nominal']:g} %", *(format_count(own[share]) for share in DEFERRALS)]
             for own in row["deferral"]["levels"]
         ]
         for i, cells in enumerate(lines):
@@ -164,7 +173,7 @@ def tabulate_coverage(result: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def tabulate_calibrations(result: dict[str, Any]) -> dict[str, Any]:
-    """Return Brier score and calibration error of each trained head before and after scaling."""
+    """Return how each trained head's probabilities fit, before and after scaling."""
     rows = []
     for row in _trained(result):
         known = [method for method in CALIBRATIONS if method in row["calibrations"]]
@@ -173,12 +182,12 @@ def tabulate_calibrations(result: dict[str, Any]) -> dict[str, Any]:
             cells = [
                 _name(result, row),
                 title,
-                *(format_interval(found[s]) for s in ("brier", "ece")),
+                *(format_interval(found[s]) for s in FITS if s in found),
             ]
             rows.append({"cells": cells, "n_spanning": 1, "span": 0 if i else len(known)})
     return {
         "title": "Calibration before and after scaling, fitted on out-of-fold predictions of train",
-        "columns": ["Head", "Scaling", "Brier [95 %]", "ECE [95 %]"],
+        "columns": ["Head", "Scaling", *FITS.values()],
         "rows": rows,
     }
 
@@ -192,7 +201,7 @@ def tabulate_pairs(result: dict[str, Any]) -> dict[str, Any]:
                 pair["a"],
                 pair["b"],
                 _difference(pair),
-                *(format_p(pair[name]) for name in ("p_holm", "p", "p_delong")),
+                *(format_p(pair[name]) for name in ("p_holm", "p", "p_bootstrap")),
                 format_p(pair["mcnemar"]["p"]),
             ],
         }
@@ -202,7 +211,7 @@ def tabulate_pairs(result: dict[str, Any]) -> dict[str, Any]:
         "title": "Differences in AUROC between heads on the same test rows",
         "columns": [
             *("A", "B", "A − B [95 %]"),
-            *("p (Holm)", "p (bootstrap)", "p (DeLong)", "p (McNemar)"),
+            *("p (Holm)", "p (DeLong, t)", "p (bootstrap)", "p (McNemar)"),
         ],
         "rows": rows,
     }
