@@ -234,7 +234,7 @@ def test_one_class_is_not_estimable_and_no_crash(model, tmp_path):
     assert row["scores"]["specificity"]["value"] is not None
     assert found["drop"]["scores"]["auroc"]["difference"]["difference"] is None
     assert found["calibration"]["calibrated"]["line"]["slope"]["value"] is None
-    assert "one class only" in found["recalibrated"]["note"]
+    assert "hold 0 with abnormal studies" in found["recalibrated"]["note"]
     assert "not estimable" in render_external(found)
     assert compare([tmp_path / "run"], **FAST)["rows"]
 
