@@ -29,11 +29,10 @@ from medembed.errors import MedembedError
 __all__ = ["ALIKE", "MAX_CALIBRATION", "REACH", "NearDuplicates", "find_near_duplicates"]
 
 MAX_CALIBRATION = 4000
-"""Train images, each of another patient, that the threshold is read off: the most there are. Of a
-split that has more images, look-alikes are looked for among so many, drawn one per patient."""
+"""Train images of different patients, at most, that the threshold is read off. In a larger split,
+look-alikes are looked for among as many images, one drawn per patient."""
 REACH = 0.9999
-"""The threshold is never above: a copy that is saved without loss reaches more, whatever float16
-and the order of sums make of its embedding."""
+"""The highest threshold: a copy saved without loss is above it, float16 or not."""
 ALIKE = 0.9
 """From this similarity on, train images of different patients are told to be alike: 19 of 20 copies
 that are saved as JPEG at quality 80 or resized have it, with the demo encoder."""
