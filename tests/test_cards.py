@@ -117,7 +117,8 @@ def test_the_scores_of_test_are_those_of_the_run(head, run):
     assert test["n"] == run.scores()["test"]["n"]
     own = predictions_of(run.path, head).query("split == 'test'")
     assert test["scores"]["auroc"]["value"] == pytest.approx(auroc_of(own))
-    assert test["scores"]["auroc"]["low"] <= test["scores"]["auroc"]["value"]
+    assert test["scores"]["auroc"]["low"] is None  # of too few patients
+    assert "patients" in test["scores"]["auroc"]["reason"]
 
 
 def test_models_know_their_training_embeddings(run):
@@ -381,7 +382,11 @@ def readme_of(run, head):
 def test_the_readme_tells_what_the_card_tells(run):
     text, card = readme_of(run, "mlp"), card_of(run, "mlp").document
     auroc = card["scores"]["test"]["scores"]["auroc"]
-    assert f"| AUROC | {auroc['value']:.3f} ({auroc['low']:.3f} to {auroc['high']:.3f}) |" in text
+    assert auroc["low"] is None  # of too few patients
+    assert f"| AUROC | {auroc['value']:.3f} |" in text
+    known = {"value": 0.8, "low": 0.7, "high": 0.9}
+    assert model_readme._write_score(known) == "0.800 (0.700 to 0.900)"
+    assert model_readme._write_score({**known, "low": None}) == "0.800 (at most 0.900)"
     for region, own in card["scores"]["test"]["regions"].items():
         assert (
             f"| {region} | {own['n']} | {own['n_abnormal']} | {own['auroc']['value']:.3f}" in text
