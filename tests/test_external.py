@@ -167,7 +167,7 @@ def test_priors_are_those_of_the_training_rows(home, swept):
 
 def test_the_drop_compares_with_the_runs_own_test(found, swept):
     drop = found["drop"]
-    assert drop["basis"] == "bootstrap"
+    assert drop["basis"] == "samples"
     assert drop["internal"]["n_patients"] == 16
     inside, here = row_of(compare([swept])), row_of(found)
     for name, entry in drop["scores"].items():
@@ -234,7 +234,7 @@ def test_one_class_is_not_estimable_and_no_crash(model, tmp_path):
     assert row["scores"]["specificity"]["value"] is not None
     assert found["drop"]["scores"]["auroc"]["difference"]["difference"] is None
     assert found["calibration"]["calibrated"]["line"]["slope"]["value"] is None
-    assert "one class only" in found["recalibrated"]["note"]
+    assert "hold 0 with abnormal studies" in found["recalibrated"]["note"]
     assert "not estimable" in render_external(found)
     assert compare([tmp_path / "run"], **FAST)["rows"]
 

@@ -29,8 +29,14 @@ if TYPE_CHECKING:
 __all__ = ["predict_command"]
 
 COLUMNS = 80
-NAME_COLUMNS = 41
+NAME_COLUMNS = 38
 Row = dict[str, Any]
+OUTER = 0.05
+"""Share of the training patients that lie furthest out: of studies like theirs as many do."""
+_NO_REFERENCE = (
+    "Not told: how far these images lie from those of training. The model keeps no statistics of "
+    "them, or of too few patients; what `medembed sweep` packages now does."
+)
 
 
 @click.command("predict")
@@ -106,6 +112,10 @@ def predict_command(
         )
         if predictor.card.conformal is None:
             say(f"No prediction sets: {predictor.card.conformal_note or 'the model has none.'}")
+        elif warning := predictor.card.conformal.warning():
+            say(warning)
+        if "range" not in (predictor.model.reference or {}):
+            say(_NO_REFERENCE)
         if manifest_path is not None:
             rows = predictor.predict_manifest(manifest_path, image_root, explain=explain)
         else:
@@ -136,15 +146,29 @@ class _Seen:
 
     def __init__(self) -> None:
         self.images = self.failed = self.studies = self.abnormal = self.trained_on = 0
+        self.far = self.marginal = self.placed = self.outer = 0
 
     def add(self, row: Row) -> None:
         if row["image"] is None:
             self.studies += 1
             self.abnormal += row["decision"] == "abnormal"
+            self.marginal += row["coverage"] == "marginal"
+            if row["distance_p"] is not None:
+                self.placed += 1
+                self.outer += row["distance_p"] <= OUTER
             return
         self.images += 1
         self.failed += row["error"] is not None
         self.trained_on += bool(row["trained_on"])
+        self.far += bool(row["far"])
+
+    def _are_others(self) -> bool:
+        """Whether chance puts so many studies so far out in less than one case of a thousand."""
+        if not self.placed:
+            return False
+        from scipy.stats import binom
+
+        return float(binom.sf(self.outer - 1, self.placed, OUTER)) < 0.001
 
     def conclude(self) -> None:
         """Say what there was; exit with 1 if anything failed."""
@@ -156,6 +180,24 @@ class _Seen:
             say(
                 f"{self.trained_on} images are among those that the model was trained on (*): "
                 "what it says of them is too good."
+            )
+        if self.far:
+            say(
+                f"{self.far} of {self.images} images lie far from those that the model was trained "
+                "on (!): neither probabilities, decisions nor sets hold there. Have such images "
+                "labelled, and see `medembed evaluate`."
+            )
+        if self._are_others():
+            say(
+                f"Taken together they are not like the training images: {self.outer} of "
+                f"{self.placed} studies are among the outermost {OUTER:.0%}. Neither "
+                "probabilities, decisions nor sets hold for any of them; see `medembed evaluate`."
+            )
+        if self.marginal:
+            say(
+                f"The sets of {self.marginal} studies (~) are of regions with too few training "
+                "patients, or that are not known: their coverage holds over all regions together, "
+                "and may be less in one of them."
             )
         if self.failed:
             raise click.ClickException(
@@ -225,10 +267,11 @@ def _lines(row: Row) -> list[str]:
     start = _pad(start, NAME_COLUMNS)
     if row["error"] is not None:
         return [f"{start} {'—':>9}", *_indented(row["error"])]
-    star = "*" if row["trained_on"] else " "
+    marks = ("*" if row["trained_on"] else "") + ("!" if row["far"] else "")
     inside = row["set"]
     words = "—" if inside is None else " or ".join(inside) or "neither"
-    line = f"{start} {row['probability']:>9.3f}{star} {row['decision']:<9} {words}".rstrip()
+    words += " ~" if row["coverage"] == "marginal" else ""
+    line = f"{start} {row['probability']:>9.3f}{marks:<2}{row['decision']:<9} {words}".rstrip()
     more = row.get("explanation")
     return [line] if not more else [line, *_indented(more)]
 

@@ -24,6 +24,7 @@ from medembed.errors import RecipeError, TrainingDataError
 __all__ = [
     "draw_folds",
     "draw_fraction",
+    "draw_inner",
     "fold_train_rows",
     "require_both_classes",
     "split_patients",
@@ -145,6 +146,49 @@ def draw_fraction(
     return names.isin(kept).to_numpy(dtype=bool)
 
 
+def draw_inner(rows: pd.DataFrame, folds: np.ndarray, *, seed: int = 0) -> np.ndarray:
+    """Draw one of `n_folds` parts of the patients of all other folds, for each fold.
+
+    Whatever this part decides (when to stop, what to retire, what to choose) has not seen the fold
+    that is scored. Stratified as the folds are.
+
+    Parameters
+    ----------
+    rows : pandas.DataFrame
+        As for `draw_folds`.
+    folds : numpy.ndarray of int, (n_rows,)
+        The fold of each row, from 0.
+    seed : int
+
+    Returns
+    -------
+    numpy.ndarray of bool, (n_folds, n_rows)
+        Whether a row decides for a fold; False of the fold's own.
+
+    Raises
+    ------
+    TrainingDataError
+        Either part would hold one class.
+    """
+    n_folds = int(folds.max()) + 1
+    names, known = rows["patient"].astype(str), _patients(rows)
+    fold_of = dict(zip(names, folds.tolist(), strict=True))
+    inner = np.zeros((n_folds, len(rows)), bool)
+    shares = np.array([1 - 1 / n_folds, 1 / n_folds])
+    for fold, flags in enumerate(inner):
+        patients = [patient for patient in known if fold_of[patient.name] != fold]
+        part = _divide(patients, shares, f"{seed}|inner|{fold}")
+        for number in (0, 1):
+            own = (patient.labels for patient in patients if part[patient.name] == number)
+            if len(set().union(*own)) < 2:
+                raise TrainingDataError(
+                    f"without fold {fold}, too few patients of one class are left to train on and "
+                    "to stop by: both want one of each. Add patients, or ask for more --folds."
+                )
+        flags[:] = names.map(part).to_numpy() == 1
+    return inner
+
+
 def fold_train_rows(
     rows: pd.DataFrame, *, n_folds: int, fraction: float = 1.0, seed: int = 0
 ) -> "pd.Series[Any]":
@@ -246,7 +290,7 @@ def _patients(rows: pd.DataFrame) -> list[_Patient]:
     return [_Patient(name, counted) for name, counted in strata.items()]
 
 
-def _divide(patients: list[_Patient], shares: np.ndarray, seed: int) -> dict[str, int]:
+def _divide(patients: list[_Patient], shares: np.ndarray, seed: int | str) -> dict[str, int]:
     """Assign each patient to one of `len(shares)` parts whose sizes follow `shares`.
 
     A patient with c studies of a stratum goes to the part p that adds least to the sum over strata
@@ -287,7 +331,7 @@ def _keys(patient: _Patient) -> Counter[tuple[str, ...]]:
     return keys
 
 
-def _draw(seed: int, name: str) -> bytes:
+def _draw(seed: int | str, name: str) -> bytes:
     """Give each patient its place among equals, whatever other patients there are."""
     return hashlib.sha256(f"{seed}|{name}".encode()).digest()
 

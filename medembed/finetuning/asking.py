@@ -20,6 +20,7 @@ from medembed.finetuning.starting import SweptHead, read_swept_head
 from medembed.finetuning.trunk import TRUNK_DTYPE, choose_cut
 from medembed.machine import library_versions
 from medembed.results.provenance import public_name
+from medembed.results.run_entries import CV_METHOD
 from medembed.results.runs import open_run
 
 __all__ = ["Asked", "Trial", "describe", "understand", "write_command"]
@@ -97,6 +98,7 @@ class Asked:
             "pooling": "+".join(self.poolings),
             "metric": "auroc",
             "n_folds": self.n_folds,
+            "cv_method": CV_METHOD,
             "seed": self.seeds[0],
             "manifest": self.manifest.digest(),
             "encoder": self.encoder.fingerprint,
@@ -229,6 +231,7 @@ def describe(asked: Asked, command: str) -> dict[str, Any]:
     return {
         "kind": "finetune",
         "seed": asked.seeds[0],
+        "cv_method": CV_METHOD,
         "command": command,
         "versions": library_versions(libraries),
         "encoder": {

@@ -63,8 +63,9 @@ def finetune(
 ) -> dict[str, Any]:
     """Train a head alone, and with the last blocks of its encoder, and score each once on test.
 
-    One fold of the patients of `train` is held out: it decides when to stop, and its predictions
-    are the out-of-fold ones that calibration and thresholds rest on.
+    One fold of the patients of `train` is held out: its predictions are the out-of-fold ones that
+    the score of cross-validation, calibration, thresholds and prediction sets rest on. A part of
+    the other folds' patients, who are not trained on either, decides when to stop.
 
     Parameters
     ----------

@@ -28,6 +28,7 @@ from medembed.results.model_readme import (
 )
 from medembed.results.priors import image_code
 from medembed.results.provenance import summarise_data
+from medembed.results.run_entries import CV_METHOD
 from medembed.results.runs import Run
 
 __all__ = ["package"]
@@ -62,7 +63,7 @@ def package(
     spec = spec_of(encoder, network.poolings).as_dict()
     if fingerprint is not None:
         spec["encoder"] = fingerprint
-    # The held-out patients chose the epoch, so they have been seen too.
+    # Those held out have decided thresholds, and count as seen; its embeddings are those of all.
     seen = np.flatnonzero(rows.folds >= 0)
     data = summarise_data(manifest.rows, rows.failed, manifest.label_level)
     place = None if fingerprint is None else f"../../encoders/{known['head']}"
@@ -72,9 +73,10 @@ def package(
         "pooling": known["pooling"],
         "label_level": manifest.label_level,
         "views": "mean",
-        **describe_decisions(_held_studies(rows, trained), None),
+        **describe_decisions(_held_studies(rows, trained)),
         "metric": "auroc",
-        "cv": trained.counters.best_key[0],
+        "cv": trained.score,
+        "cv_method": CV_METHOD,
         "trial": known["number"],
         "seed": known["seed"],
         "depth": known["depth"],

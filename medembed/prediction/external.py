@@ -49,6 +49,7 @@ NO_PRIORS = (
     "Priors are left out: the run that the model was trained in is not beside it, and its card "
     "does not count the labels of training."
 )
+_COPIED = ("trial", "cv", "cv_method", "n_tried", "seed", "depth")
 _OF_A_PRIOR = {
     "calibrations": {"platt": Calibration().as_dict()},
     "threshold": 0.5,
@@ -294,7 +295,7 @@ def _decisions(
 def _entry(asked: _Asked, seconds: float) -> dict[str, Any]:
     """Return the line of the leaderboard."""
     document = asked.card.document
-    copied = {name: document.get(name) for name in ("trial", "cv", "seed", "depth")}
+    copied = {name: document.get(name) for name in _COPIED}
     return {
         "head": asked.head,
         "pooling": asked.card.pooling,

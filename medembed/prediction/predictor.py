@@ -148,6 +148,16 @@ class Predictor:
                 The classes that cannot be ruled out at `alpha`; both where the model is not sure,
                 none where the image is like nothing that it was trained on. None where it failed,
                 and of models without conformal scores.
+            coverage : {"region", "marginal"} or None
+                Of what `alpha` is promised: of the row's region, whose training patients were
+                enough, or of all regions together alone, where a harder one gets less. None
+                without a set.
+            distance, distance_p, far : float, float, bool, or None
+                How far the embedding lies from the training patients': 1 is the edge of the range
+                that holds 95 % of them; the share of them that lie as far (see
+                `evaluation.remoteness`); whether that is so little that neither the probability
+                nor the set holds. Of a study its furthest view, and p times the number of views.
+                None where the image failed, and of models without statistics of their training.
             n_views, n_failed : int or None
                 Of a study: how many images it has, and how many of them failed. Its answer is
                 that of the others.

@@ -38,9 +38,19 @@ LINE = {
     "observed_expected": "Observed / expected",
 }
 BASES = {
+    "samples": "Differences: here less own test, with intervals from those of both (MOVER; Zou "
+    "and Donner 2008). ECE has none: its noise is larger in the smaller sample.",
     "bootstrap": "Differences: here less own test; patients of both resampled independently.",
     "mover": "Differences: here less own test, with intervals from those on the model's card and "
     "those here (MOVER; Zou and Donner 2008).",
+}
+
+
+ACTIONS = {
+    "none": "Nothing was changed: the drawn patients do not tell the model's slope and intercept "
+    "from 1 and 0.",
+    "intercept": "The intercept alone was fitted: a slope wants 50 patients. Decisions stay.",
+    "slope_and_intercept": "Slope, intercept and threshold were fitted.",
 }
 
 
@@ -228,7 +238,8 @@ def _recalibrated(found: Mapping[str, Any] | None, *, full: bool) -> Table | Non
         f"{scored['n_patients']:,} patients. Decisions before: the model's threshold; after: "
         f"{found['threshold']:.3f}. The order of studies, and so AUROC, stays."
     )
-    return Table(title, columns, 1, [rows], [note])
+    action = ACTIONS.get(str(found.get("action")))
+    return Table(title, columns, 1, [rows], [note] if action is None else [action, note])
 
 
 def _drift(scores: Mapping[str, Any]) -> Table | None:
@@ -252,6 +263,10 @@ def _drift(scores: Mapping[str, Any]) -> Table | None:
         notes.append(f"Columns that differ most, in standard deviations: {listed}.")
     if drift.get("within_regions") is not None:
         notes.append(f"With the mix of regions set aside: {drift['within_regions']:.2f}.")
+    if drift.get("far"):
+        n, of = drift["far"]["n"], drift["far"]["of"]
+        held = ": for those neither calibration nor prediction sets hold" if n else ""
+        notes.append(f"Far from training, each by itself: {n:,} of {of:,} images{held}.")
     if "basis" in drift:
         notes.append(drift["basis"])
     if called is not None:

@@ -164,6 +164,8 @@ def _write_score(entry: Mapping[str, Any] | None) -> str:
     if not entry or entry.get("value") is None:
         return "not estimable"
     value, low, high = (entry.get(name) for name in ("value", "low", "high"))
+    if low is None and high is not None:
+        return f"{value:.3f} (at most {high:.3f})"
     if low is None or high is None:
         return f"{value:.3f}"
     return f"{value:.3f} ({low:.3f} to {high:.3f})"

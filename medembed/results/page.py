@@ -33,11 +33,16 @@ __all__ = ["write_report"]
 _SUFFIXES = (".png", ".pdf", ".svg", ".csv")
 METHOD_NOTES = (
     "A study's probability is the mean of its views' probabilities.",
-    "Test was scored once per head; configurations, calibration and thresholds were chosen on "
-    "out-of-fold predictions of train, with no patient on both sides.",
+    "Test was scored once per head. Configurations were chosen within the folds of train that are "
+    "learnt from, calibration and thresholds on out-of-fold predictions, with no patient on both "
+    "sides.",
     "F1 is the mean over both classes; κ is Cohen's; ECE is the calibration error over ten bins.",
-    "p: paired bootstrap over patients, with Holm's correction where it says so; DeLong's test "
-    "takes patients as clusters (Obuchowski), McNemar's takes rows as independent.",
+    "p: DeLong's paired test with patients as clusters (Obuchowski) by Student's t, with Holm's "
+    "correction where it says so; beside it the paired bootstrap over patients, and McNemar's, "
+    "which takes rows as independent.",
+    "Slope, intercept and Brier score say how calibrated probabilities fit. Noise alone makes ECE "
+    "larger, so it has an upper bound and no lower one.",
+    "Which method an interval or a test takes was chosen by simulation: bench/RESULTS.md.",
     "A score that its rows cannot give, such as AUROC of one class, is marked not estimable or –.",
 )
 
@@ -131,6 +136,7 @@ def _render(
         decisions=tables.tabulate_decisions(result),
         calibrations=tables.tabulate_calibrations(result),
         deferrals=tables.tabulate_deferrals(result),
+        coverage=tables.tabulate_coverage(result),
         seeds=tables.tabulate_seeds(result),
         by_region=tables.tabulate_groups(result, "region"),
         by_views=tables.tabulate_groups(result, "views"),

@@ -174,7 +174,7 @@ class Run:
         return _read_json(self.path / "scores.json")
 
     def keep_fold(self, key: str, probability: NDArray[np.float64]) -> None:
-        """Keep one trial's predictions on its held-out fold, until the run is complete."""
+        """Keep what one training predicts of the fold it was without, until the run is complete."""
         directory = self.path / "folds"
         directory.mkdir(exist_ok=True)
         buffer = io.BytesIO()

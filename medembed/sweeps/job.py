@@ -1,4 +1,7 @@
-"""Sweep heads over the embeddings of a cache: cross-validate, choose, refit, score once on test.
+"""Sweep heads over the embeddings of a cache: choose, cross-validate, refit, score once on test.
+
+When a trial stops, and which configuration is chosen, is decided on patients of the folds that it
+learns from, so that the fold that is scored has no say in either.
 
 Every trial and fold is written to the run's ledger when it ends, under a key that hashes all that
 decides its result; the same sweep again runs only what is missing.
@@ -24,6 +27,7 @@ from medembed.results.provenance import (
     public_name,
     summarise_data,
 )
+from medembed.results.run_entries import CV_METHOD
 from medembed.results.runs import Run, create_run
 from medembed.sweeps.finishing import finish
 from medembed.sweeps.plan import plan_batches
@@ -56,7 +60,7 @@ def sweep(
     progress: Callable[[int, int], None] | None = None,
     board: Callable[[Callable[[], list[dict[str, Any]]]], None] | None = None,
 ) -> dict[str, Any]:
-    """Cross-validate heads, refit each head's winner on all of train, score it on test.
+    """Choose each head's configuration, cross-validate it, refit it on all of train, score on test.
 
     Parameters
     ----------
@@ -103,7 +107,11 @@ def sweep(
     -------
     dict
         ``run`` (path) and ``leaderboard``: a list of ``{head, pooling, trial, params, cv, seconds,
-        status, error}``, best first, heads of which every configuration failed last.
+        status, error, chosen_by, n_tried, budget, fold_budgets}``, best first, heads of which every
+        configuration failed last. ``cv`` is the winner's, trained on all folds but the scored one;
+        ``chosen_by`` is the better score that chose it, of patients within these folds, from
+        ``n_tried`` configurations. ``fold_budgets`` are the epochs or trees that were best there,
+        ``budget`` is their median, of the model; None of heads without.
 
     Raises
     ------
@@ -136,6 +144,7 @@ def sweep(
     )
     details = {
         "seed": seed,
+        "cv_method": CV_METHOD,
         "command": _command(cache, manifest, out, pool, space, asked),
         "versions": library_versions(VERSIONED),
         "encoder": describe_source(
@@ -155,7 +164,7 @@ def sweep(
         run = create_run(out, data.question(batches), details=details)
         with run.locked():
             if not run.is_complete:
-                ledger = Ledger(run, batches, data.fold_sizes(), watch)
+                ledger = Ledger(run, batches, watch)
                 _train(run, ledger, data, jobs, backend)
             elif progress is not None:
                 progress(n_total := len(run.trial_records()), n_total)
