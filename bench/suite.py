@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from coverage_table import describe_coverage
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 TOLERANCE = 0.2
@@ -223,7 +225,11 @@ def render(folder: Path) -> str:
     for part in PARTS:
         results = read(folder / part.file)
         lines += [_row(part, figure, results) for figure in part.figures]
-    return "\n".join([*lines, "", *_gpu(folder), *_growth(folder), *_machines(folder)]) + "\n"
+    coverage = describe_coverage(read(folder / "coverage.json"))
+    return (
+        "\n".join([*lines, "", *_gpu(folder), *_growth(folder), *coverage, *_machines(folder)])
+        + "\n"
+    )
 
 
 def _gpu(folder: Path) -> list[str]:

@@ -2,28 +2,34 @@
 
 import io
 import os
+import signal
 import sys
 import threading
+from contextlib import suppress
 
 from medembed.cli import main
-from medembed.console import INTERRUPTED, TERMINATED, terminate_cleanly
+from medembed.console import STATUSES, ignore_endings, terminate_cleanly
 
 __all__ = ["run"]
 
 
 def run() -> None:
-    """Run the command; after Ctrl-C or SIGTERM end without waiting for what still computes."""
+    """Run the command; after Ctrl-C, SIGTERM or SIGHUP do not wait for what still computes."""
     _open_standard_streams()
     terminate_cleanly()
     try:
         main()
     except SystemExit as end:
-        if end.code not in (INTERRUPTED, TERMINATED) or not _computes_still():
+        if end.code not in STATUSES:
+            raise
+        ignore_endings()  # the interpreter, as it ends, would let one more kill it
+        if end.code != 128 + signal.SIGHUP and not _computes_still():
             raise
         # All that was to be kept is on disk. A batch in a lane would take up to minutes to end.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(int(end.code))
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):  # after SIGHUP there may be no terminal
+                stream.flush()
+        os._exit(int(end.code or 0))
 
 
 def _open_standard_streams() -> None:

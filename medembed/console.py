@@ -1,46 +1,84 @@
 """What commands show: words on stderr, one JSON document on stdout, errors in one line."""
 
+import errno
 import json
-import re
+import os
 import signal
 import sys
+import time
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
 import click
 
 from medembed.errors import MedembedError
+from medembed.text import printable
 
 __all__ = [
-    "INTERRUPTED",
-    "TERMINATED",
+    "STATUSES",
     "Commands",
     "Terminated",
+    "exit_status",
+    "ignore_endings",
     "print_json",
     "printable",
     "say",
     "terminate_cleanly",
 ]
 
-# What a shell reports of a process that a signal ended: 128 + the signal's number.
-INTERRUPTED = 128 + signal.SIGINT
-TERMINATED = 128 + signal.SIGTERM
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+ENDINGS = {
+    signal.SIGINT: "Interrupted",
+    signal.SIGTERM: "Terminated",
+    signal.SIGHUP: "Hung up",
+}
+"""The signals that end a command, and what it says then."""
+STATUSES = tuple(128 + number for number in ENDINGS)
+"""What a shell reports of a process that a signal ended."""
+PATIENCE_SECONDS = 10.0
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came, as schedulers send it before they kill; handled like Ctrl-C."""
+    """One of `ENDINGS` came; `number` says which.
+
+    Schedulers send SIGTERM before they kill, and a terminal that is closed SIGHUP.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
 
 
 def terminate_cleanly() -> None:
-    """Let SIGTERM end the command as Ctrl-C does: what is done is committed first."""
-    signal.signal(signal.SIGTERM, _terminate)
+    """Let Ctrl-C, SIGTERM and SIGHUP end the command alike: what is done is committed first.
+
+    The first one alone: launchers and people repeat them, and neither a commit that is under way
+    nor the end of other processes is to be interrupted by that. Only after `PATIENCE_SECONDS` does
+    one more end this process at once; its own processes see that, and end too.
+    """
+    began: list[float] = []
+
+    def end(number: int, frame: FrameType | None) -> None:
+        began.append(time.monotonic())
+        if len(began) == 1:
+            raise Terminated(number)
+        if began[-1] - began[0] > PATIENCE_SECONDS:
+            os._exit(128 + number)
+
+    for number in ENDINGS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` has it, and a shell's `&`
+            signal.signal(number, end)
 
 
-def _terminate(number: int, frame: FrameType | None) -> None:
-    # Launchers repeat the signal; a commit that is under way is not to be interrupted by that.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise Terminated
+def ignore_endings() -> None:
+    """Pass over the signals that end a command, now that it ends."""
+    for number in ENDINGS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def exit_status(error: KeyboardInterrupt) -> int:
+    """Return the exit status of a command that a signal has ended."""
+    return 128 + int(getattr(error, "number", signal.SIGINT))
 
 
 class Commands(click.Group):
@@ -53,35 +91,37 @@ class Commands(click.Group):
         except MedembedError as error:
             raise click.ClickException(printable(str(error))) from error
         except KeyboardInterrupt as error:
-            terminated = isinstance(error, Terminated)
-            done = "".join(f" {note}" for note in getattr(error, "__notes__", ()))
-            say(
-                f"{'Terminated' if terminated else 'Interrupted'}.{done} Nothing is half-written; "
-                "the same command goes on from what is done."
-            )
-            raise SystemExit(TERMINATED if terminated else INTERRUPTED) from None
+            raise _end(error) from None
         except BrokenPipeError:
             raise
         except OSError as error:
+            ending = error.__context__
+            if isinstance(ending, KeyboardInterrupt):  # the terminal is gone, and with it its lines
+                raise _end(ending) from None
             raise click.ClickException(printable(_describe(error))) from error
+
+
+def _end(error: KeyboardInterrupt) -> SystemExit:
+    """Say what a command that a signal has ended leaves behind; return how it exits."""
+    status = exit_status(error)
+    word = ENDINGS[signal.Signals(status - 128)]
+    done = "".join(f" {note}" for note in getattr(error, "__notes__", ()))
+    with suppress(OSError):  # after SIGHUP there may be no terminal
+        say(f"{word}.{done} Nothing is half-written; the same command goes on from what is done.")
+    return SystemExit(status)
 
 
 def _describe(error: OSError) -> str:
     where = f"{error.filename}: " if error.filename else ""
-    return f"{where}{error.strerror or error}. Check that the path is right, writable and not full."
+    remedy = "Check that the path is right, writable and not full."
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        remedy = "Free some space there, or write to another disk, and run the command again."
+    return f"{where}{error.strerror or error}. {remedy}"
 
 
 def say(text: str = "") -> None:
     """Print a line for people, on stderr."""
     click.echo(printable(text), err=True)
-
-
-def printable(text: str) -> str:
-    """Write control characters but tabs and ends of lines as escapes.
-
-    Names and reasons come from files of others, and a terminal obeys what they hold.
-    """
-    return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def print_json(document: Any) -> None:

@@ -3,21 +3,27 @@
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal, cast, overload
 
 __all__ = [
+    "append_synced",
+    "describe_error",
     "hold_lock",
     "json_bytes",
     "json_digest",
+    "naming_full_disk",
     "open_plain",
     "read_plain",
+    "require_plain",
     "sync_directory",
     "write_atomically",
     "writing_atomically",
@@ -30,32 +36,68 @@ _KINDS = {
     stat.S_IFSOCK: "socket",
     stat.S_IFCHR: "device",
     stat.S_IFBLK: "device",
+    stat.S_IFLNK: "link",
 }
+_FLAGS = {
+    "rb": os.O_RDONLY,
+    "r+b": os.O_RDWR,
+    "ab": os.O_WRONLY | os.O_APPEND | os.O_CREAT,
+    "a+b": os.O_RDWR | os.O_APPEND | os.O_CREAT,
+}
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def open_plain(path: str | Path) -> BinaryIO:
-    """Open a file for reading in binary, if it is a plain file or a link to one.
+@overload
+def open_plain(
+    path: str | Path, mode: str = "rb", *, buffering: Literal[0], follow_links: bool = True
+) -> io.FileIO: ...
+
+
+@overload
+def open_plain(path: str | Path, mode: str = "rb", *, follow_links: bool = True) -> BinaryIO: ...
+
+
+def open_plain(
+    path: str | Path, mode: str = "rb", *, buffering: int = -1, follow_links: bool = True
+) -> BinaryIO | io.FileIO:
+    """Open a plain file, or a link to one.
 
     Anything else is refused before a byte is read: a named pipe would block for ever, and a device
     may never end.
 
+    Parameters
+    ----------
+    mode : {"rb", "r+b", "ab", "a+b"}
+        As `open` has them; the last two make the file.
+    buffering : int
+        As `open` has it.
+    follow_links : bool
+        False refuses a link, too.
+
     Raises
     ------
     OSError
-        There is no such file, it may not be read, or it is no plain file; `strerror` says which,
+        There is no such file, it may not be opened, or it is no plain file; `strerror` says which,
         without the path. For a directory it is an IsADirectoryError.
     """
-    _require_plain(os.stat(path), path)
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     try:
-        _require_plain(os.fstat(descriptor), path)  # the name may mean another file by now
-        return os.fdopen(descriptor, "rb")
+        require_plain(path, follow_links=follow_links)
+    except FileNotFoundError:
+        if not _FLAGS[mode] & os.O_CREAT:
+            raise
+    flags = _FLAGS[mode] | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+    descriptor = os.open(path, flags if follow_links else flags | os.O_NOFOLLOW, 0o666)
+    try:
+        _refuse_special(os.fstat(descriptor), path)  # the name may mean another file by now
+        return cast("BinaryIO | io.FileIO", os.fdopen(descriptor, mode, buffering))
     except BaseException:
         os.close(descriptor)
         raise
 
 
-def read_plain(path: str | Path, *, max_bytes: int | None = None) -> bytes:
+def read_plain(
+    path: str | Path, *, max_bytes: int | None = None, follow_links: bool = True
+) -> bytes:
     """Read a whole plain file; see `open_plain`.
 
     Raises
@@ -63,7 +105,7 @@ def read_plain(path: str | Path, *, max_bytes: int | None = None) -> bytes:
     OSError
         As `open_plain`, or the file has more than `max_bytes` bytes (EFBIG); none is read then.
     """
-    with open_plain(path) as file:
+    with open_plain(path, follow_links=follow_links) as file:
         n_bytes = os.fstat(file.fileno()).st_size
         if max_bytes is None:
             return file.read()
@@ -71,17 +113,49 @@ def read_plain(path: str | Path, *, max_bytes: int | None = None) -> bytes:
             raise OSError(
                 errno.EFBIG, f"it has {n_bytes:,} bytes; at most {max_bytes:,} are read", str(path)
             )
-        data = file.read(max_bytes + 1)
+        data = file.read(n_bytes + 1)  # not max_bytes: Python makes room for all that is asked for
+        if len(data) > n_bytes:
+            data += file.read(max_bytes + 1 - len(data))
     if len(data) > max_bytes:
         raise OSError(errno.EFBIG, f"it grew beyond {max_bytes:,} bytes while read", str(path))
     return data
 
 
-def _require_plain(status: os.stat_result, path: str | Path) -> None:
+def require_plain(path: str | Path, *, follow_links: bool = True) -> None:
+    """Check that a path names a plain file, for a library that opens paths only by itself.
+
+    Raises
+    ------
+    OSError
+        As `open_plain`.
+    """
+    _refuse_special(os.stat(path, follow_symlinks=follow_links), path)
+
+
+def _refuse_special(status: os.stat_result, path: str | Path) -> None:
     kind = stat.S_IFMT(status.st_mode)
     if kind != stat.S_IFREG:
         code = errno.EISDIR if kind == stat.S_IFDIR else errno.EINVAL
         raise OSError(code, f"it is a {_KINDS.get(kind, 'special file')}, not a file", str(path))
+
+
+def describe_error(error: Exception) -> str:
+    """Return what an error says; of a system's error without the path, which the caller names."""
+    return str(getattr(error, "strerror", None) or error)
+
+
+def append_synced(path: Path, data: bytes) -> None:
+    """Append to a plain file, which is made if it is not there; `data` is on disk on return.
+
+    Raises
+    ------
+    OSError
+        The file cannot be written; of a full disk as `naming_full_disk` has it.
+    """
+    with naming_full_disk(path, len(data)), open_plain(path, "ab") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def sync_directory(path: Path) -> None:
@@ -103,16 +177,26 @@ def write_atomically(path: Path, data: bytes) -> None:
     OSError
         The directory is missing, not writable, or full.
     """
-    with writing_atomically(path) as file:
+    with writing_atomically(path, len(data)) as file:
         file.write(data)
 
 
 @contextmanager
-def writing_atomically(path: Path) -> Iterator[BinaryIO]:
+def writing_atomically(path: Path, n_bytes: int | None = None) -> Iterator[BinaryIO]:
     """Open a file beside `path`, which takes its name, synced, when the `with` block ends well.
 
+    Where the disk is full, the error says how much of `n_bytes` is missing, if that is given.
     Raises as `write_atomically`.
     """
+    with suppress(FileNotFoundError):
+        status = path.stat()
+        if not stat.S_ISDIR(status.st_mode):  # which a rename refuses by itself
+            _refuse_special(status, path)  # /dev/null would be a plain file from then on
+    with naming_full_disk(path, n_bytes):
+        yield from _writing(path)
+
+
+def _writing(path: Path) -> Iterator[BinaryIO]:
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -125,6 +209,43 @@ def writing_atomically(path: Path) -> Iterator[BinaryIO]:
         Path(name).unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
+
+
+@contextmanager
+def naming_full_disk(path: Path, n_bytes: int | None = None) -> Iterator[None]:
+    """Let an error for want of room name the file, and how much room there is and was wanted.
+
+    The system's own names neither. Other errors pass as they are.
+
+    Parameters
+    ----------
+    n_bytes : int, optional
+        What was to be written.
+
+    Raises
+    ------
+    OSError
+        ENOSPC or EDQUOT, with `filename`.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL or error.strerror != os.strerror(error.errno):
+            raise  # another, or one that is told already
+        what = error.strerror or "No space left on device"
+        raise OSError(error.errno, f"{what}{_lack(path, n_bytes)}", str(path)) from error
+
+
+def _lack(path: Path, n_bytes: int | None) -> str:
+    try:
+        free = shutil.disk_usage(path.parent).free
+    except OSError:
+        return ""
+    if n_bytes is None:
+        return f"; {free:,} bytes are free"
+    if n_bytes <= free:  # what is exhausted is a quota, or the number of files
+        return f"; {n_bytes:,} bytes were wanted and {free:,} are free: is a quota used up?"
+    return f": {n_bytes:,} bytes were wanted, {free:,} are free, {n_bytes - free:,} are missing"
 
 
 def json_bytes(document: Any) -> bytes:
@@ -152,7 +273,7 @@ def hold_lock(path: Path, refusal: Exception) -> Iterator[None]:
 
     The lock is the system's and ends with the process, however that ends.
     """
-    with open(path, "ab") as file:
+    with open_plain(path, "ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -3,13 +3,29 @@
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
-__all__ = ["count_cores", "default_decoders", "free_bytes", "library_versions", "reserve"]
+__all__ = [
+    "choose_processes",
+    "count_cores",
+    "default_decoders",
+    "end_with_parent",
+    "free_bytes",
+    "library_versions",
+    "reserve",
+    "total_memory",
+]
 
+PER_CORE = 4
+"""Processes at most: those that read from a network's disk wait most of their time."""
+CGROUPS = Path("/sys/fs/cgroup")
+PARENT_SECONDS = 0.5
+"""Between two looks whether the process that started this one is still there."""
 MAX_DECODERS = 32
 """By default. A GPU takes some 100 large images a second, by calculation: 32 processes keep up with
 it as long as an image takes each of them less than 0.3 s, and a further one only takes memory."""
@@ -59,6 +75,83 @@ def free_bytes(path: Path) -> int:
     """Give the free bytes of the disk on which `path` is, or would be made."""
     there = next(place for place in (path, *path.absolute().parents) if place.exists())
     return shutil.disk_usage(there).free
+
+
+def total_memory() -> int:
+    """Give the bytes of memory that this process may use: the machine's, or its container's."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in _memory_limits():
+        with suppress(OSError, ValueError):  # "max" is no number
+            found.append(int(path.read_text()))
+    return min(found)
+
+
+def _memory_limits() -> Iterator[Path]:
+    """Yield the files of Linux's control groups that may hold a limit, versions 2 and 1."""
+    yield CGROUPS / "memory" / "memory.limit_in_bytes"
+    groups = []
+    with suppress(OSError):
+        groups = Path("/proc/self/cgroup").read_text().splitlines()
+    for line in groups:
+        number, kinds, name = line.split(":", 2)
+        own = CGROUPS / ("memory" if kinds == "memory" else "") / name.lstrip("/")
+        if number == "0" or kinds == "memory":
+            for place in (own, *own.parents):
+                if place.is_relative_to(CGROUPS):
+                    yield place / ("memory.limit_in_bytes" if kinds else "memory.max")
+
+
+def choose_processes(
+    asked: int | None,
+    option: str,
+    bytes_each: int,
+    error: type[Exception],
+    *,
+    default: int | None = None,
+) -> int:
+    """Decide how many processes are started, within what cores and memory bear.
+
+    Parameters
+    ----------
+    asked : int, optional
+        By default as many as `default`.
+    option : str
+        What asked for them, such as "--jobs", for the message.
+    bytes_each : int
+        Memory that one of them takes.
+    error : type
+        What to raise.
+    default : int, optional
+        By default one a core.
+
+    Raises
+    ------
+    Exception
+        As `error`: more are asked for than `PER_CORE` a core, or than fit into the memory.
+    """
+    cores, memory = count_cores(), total_memory()
+    fitting = max(1, memory // bytes_each)
+    if asked is None:
+        return min(default or cores, fitting)
+    most = min(PER_CORE * cores, fitting)
+    if asked > most:
+        raise error(
+            f"{option} {asked} is more than this machine bears: with {cores} cores and "
+            f"{memory / 1e9:,.1f} GB of memory at most {most}. Give no more, or leave it out."
+        )
+    return asked
+
+
+def end_with_parent() -> None:
+    """End this process soon after the one that started it, however that has ended."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(PARENT_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
 def library_versions(names: Iterable[str]) -> dict[str, str]:

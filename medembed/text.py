@@ -1,9 +1,43 @@
-"""Foreign text: one spelling to compare by, and a form that is fit for a terminal."""
+"""Foreign text: one spelling to compare by, and a form that is fit for each place that shows it.
 
+A name, a reason or a column's title may hold anything: an escape that a terminal obeys, a mark that
+turns the line around, a formula that a spreadsheet computes, LaTeX, HTML. Here is one function for
+each place; formats that programs read (manifests, Parquet, JSON) hold the text as it is.
+"""
+
+import re
 import unicodedata
+from typing import Any
 
-__all__ = ["mask_controls", "normalise"]
+__all__ = [
+    "mask_controls",
+    "normalise",
+    "printable",
+    "to_csv_cell",
+    "to_html",
+    "to_latex",
+    "to_markdown",
+]
 
+_FORMULA = frozenset("=+-@＝＋－＠")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+_MARKDOWN = re.compile(r"([\\`*_{}\[\]|#~])")
+_LATEX = {
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    '"': r"\symbol{34}",  # a shorthand of babel
+    "�": "?",
+    "κ": r"$\kappa$",
+    "≈": r"$\approx$",
+    "≥": r"$\geq$",
+    "≤": r"$\leq$",
+    "–": "--",
+}
 _INVISIBLE = "\u180e\u200b\u200c\u200d\u2060\ufeff"  # zero-width; `str.strip` leaves them
 
 
@@ -22,13 +56,65 @@ def normalise(text: str) -> str:
     return text[start:end]
 
 
-def mask_controls(text: str) -> str:
-    """Put � for each character that a terminal would obey instead of showing.
+def mask_controls(text: str, *, keep: str = "") -> str:
+    """Put � for each character that is obeyed instead of shown, but for those in `keep`.
 
-    Those are Unicode's category C: controls, such as a newline or an escape, and what is hidden
-    or unassigned.
+    Those are Unicode's category C: controls, such as a newline or an escape, marks that turn the
+    direction of writing, and what is hidden or unassigned; and separators of lines and paragraphs.
     """
-    return "".join("�" if unicodedata.category(c).startswith("C") else c for c in text)
+    if text.isprintable():
+        return text
+    return "".join("�" if _is_obeyed(c) and c not in keep else c for c in text)
+
+
+def printable(text: str, *, keep: str = "\n\t") -> str:
+    """Write the characters that `mask_controls` masks as Python's escapes, for a terminal.
+
+    Names and reasons come from files of others, and an escape says what stands there.
+    """
+    if text.isprintable():
+        return text
+    return "".join(ascii(c)[1:-1] if _is_obeyed(c) and c not in keep else c for c in text)
+
+
+def to_csv_cell(value: Any) -> Any:
+    """Return a cell of a CSV file that a spreadsheet shows and does not compute.
+
+    Text that begins with one of `= + - @`, of either width, gets an apostrophe before it, as OWASP
+    has it, unless it is a number; controls are masked. What is not text comes back as it is.
+    """
+    if not isinstance(value, str):
+        return value
+    text = mask_controls(value)
+    is_formula = text.lstrip()[:1] in _FORMULA and not _NUMBER.fullmatch(text)
+    return f"'{text}" if is_formula else text
+
+
+def to_latex(text: str) -> str:
+    """Return text as LaTeX shows it: its special characters escaped, controls as `?`.
+
+    Where it begins with `[` or `*`, which the end of a table's row before it would take for an
+    option, an empty group stands before it.
+    """
+    shown = "".join(_LATEX.get(c, c) for c in mask_controls(text))
+    return f"{{}}{shown}" if shown.lstrip()[:1] in ("[", "*") else shown
+
+
+def to_markdown(text: str) -> str:
+    """Return text as Markdown shows it: neither markup nor HTML nor a new line."""
+    return to_html(_MARKDOWN.sub(r"\\\1", mask_controls(text)), quotes=False)
+
+
+def to_html(text: str, *, quotes: bool = True) -> str:
+    """Return text as HTML shows it, in an element or an attribute; blanks stay what they are."""
+    shown = mask_controls(text, keep="\n\t")
+    shown = shown.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return shown.replace('"', "&#34;").replace("'", "&#39;") if quotes else shown
+
+
+def _is_obeyed(character: str) -> bool:
+    category = unicodedata.category(character)
+    return category[0] == "C" or category in ("Zl", "Zp")
 
 
 def _is_blank(character: str) -> bool:

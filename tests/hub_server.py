@@ -18,6 +18,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+Answer = tuple[int, dict[str, str], bytes]
 OLD, NEW = "a" * 40, "b" * 40
 INDEX = "model.safetensors.index.json"
 CHILD = """
@@ -74,6 +75,7 @@ class Hub:
     cut_after: Callable[[Request], int | None] = lambda request: None
     status_for: Callable[[Request], int | None] = lambda request: None
     before_body: Callable[[Request], None] = lambda request: None
+    tamper: Callable[[Request, Answer], Answer] = lambda request, answer: answer
     seconds_per_mb: float = 0.0
 
     def put(self, repo: str, files: dict[str, bytes], commit: str = NEW) -> None:
@@ -90,7 +92,7 @@ class Hub:
         """List the requests of a method for files whose name ends so."""
         return [r for r in self.requests if r.method == method and r.path.endswith(ending)]
 
-    def answer(self, request: Request) -> tuple[int, dict[str, str], bytes]:
+    def answer(self, request: Request) -> Answer:
         if "/resolve/" not in request.path:
             return 404, {}, b""
         owner, name, _, revision, file = request.path.lstrip("/").split("/", 4)
@@ -139,12 +141,12 @@ def serving(hub: Hub) -> Iterator[Hub]:
             span = self.headers.get("Range", "")
             request = Request(self.command, path, span, self.headers.get("Authorization", ""))
             hub.requests.append(request)
-            status, headers, body = hub.answer(request)
+            status, headers, body = hub.tamper(request, hub.answer(request))
             if with_body and "/resolve/" in path:  # it asks for other things too, once a day
                 hub.before_body(request)
             self.send_response(status)
-            for key, value in {**headers, "Content-Length": str(len(body))}.items():
-                self.send_header(key, value)
+            for key, value in {"Content-Length": str(len(body)), **headers}.items():
+                self.send_header(key, value.encode().decode("latin-1"))
             self.end_headers()
             if with_body:
                 self.send_body(request, body)

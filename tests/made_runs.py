@@ -11,6 +11,7 @@ from medembed.heads.baselines import ClassPrior, RegionPrior
 from medembed.heads.linear import LogisticHead
 from medembed.heads.packaging import save_model
 from medembed.results.comparison import compare_runs
+from medembed.results.run_entries import CV_METHOD
 from medembed.results.runs import create_run
 
 REGIONS = ("elbow", "hand", "wrist")
@@ -46,7 +47,11 @@ def make_run(path, images, heads, *, seed=1, complete=True, info=None):
         prior = fitted.predict_proba(images["region"])[:, 1].astype(np.float32)
         parts.append(images.assign(head=name, trial=pd.NA, probability=prior))
     data = {"images": len(images), "patients": int(images["patient"].nunique()), "left_out": 0}
-    details = {"seed": seed, "command": "medembed sweep cache manifest.csv --out run"}
+    details = {
+        "seed": seed,
+        "cv_method": CV_METHOD,
+        "command": "medembed sweep cache manifest.csv --out run",
+    }
     details |= {"versions": {"medembed": "0.1.0"}, "leaderboard": winners, "data": data}
     run = create_run(path, {"seed": seed}, details=details | (info or {}))
     run.write_predictions(pd.concat(parts, ignore_index=True))

@@ -15,14 +15,14 @@ from test_sweeps import make_table
 
 from medembed.dataset.manifest import read_manifest
 from medembed.dataset.splits import fold_train_rows
-from medembed.errors import ModelError, RunError
+from medembed.errors import ModelError, RunError, TrainingDataError
 from medembed.evaluation.conformal import Conformal, fit_conformal
 from medembed.evaluation.scores import by_study
 from medembed.finetuning import Recipe
 from medembed.heads.packaging import Model, load_model, read_document
 from medembed.heads.registry import make_head
 from medembed.results import model_readme
-from medembed.results.cards import NO_CLEAN_SCORES, describe_decisions, read_card, read_conformal
+from medembed.results.cards import describe_decisions, read_card, read_conformal
 from medembed.results.model_readme import describe_encoder, write_readme
 from medembed.results.priors import image_code
 from medembed.results.runs import Run, open_run
@@ -117,7 +117,8 @@ def test_the_scores_of_test_are_those_of_the_run(head, run):
     assert test["n"] == run.scores()["test"]["n"]
     own = predictions_of(run.path, head).query("split == 'test'")
     assert test["scores"]["auroc"]["value"] == pytest.approx(auroc_of(own))
-    assert test["scores"]["auroc"]["low"] <= test["scores"]["auroc"]["value"]
+    assert test["scores"]["auroc"]["low"] is None  # of too few patients
+    assert "patients" in test["scores"]["auroc"]["reason"]
 
 
 def test_models_know_their_training_embeddings(run):
@@ -138,8 +139,8 @@ def test_nothing_identifying_is_in_a_model(run, data):
 # Clean scores
 
 
-@pytest.mark.parametrize("head", ["mlp", "lightgbm"])
-def test_clean_scores_come_from_fits_that_stopped_by_the_other_folds(head, run, data):
+@pytest.mark.parametrize("head", ["mlp", "lightgbm", "logistic"])
+def test_sets_rest_on_fits_of_all_other_folds_that_stopped_within_them(head, run, data):
     """An oracle without the sweep's machinery: heads are fitted anew, fold by fold."""
     X, rows = read_columns(data, "mean")
     folds = fold_train_rows(read_manifest(data[1]).rows, n_folds=3, seed=0)
@@ -148,11 +149,11 @@ def test_clean_scores_come_from_fits_that_stopped_by_the_other_folds(head, run, 
     y = rows["label"].to_numpy(int)
     parts = []
     for k in range(3):
-        budget = max(1, round(float(np.median(trials["best_epoch"].drop(k)))))
-        params = trials["params"][k]
-        others = (fold >= 0) & (fold != k)
+        others, unfitted = (fold >= 0) & (fold != k), make_head(head, trials["params"][k])
+        if head != "logistic":
+            unfitted = unfitted.with_budget(int(trials["best_epoch"][k]))
         with one_thread():
-            fitted = make_head(head, params).with_budget(budget).fit(X[others], y[others])
+            fitted = unfitted.fit(X[others], y[others])
         held = rows[fold == k]
         parts.append(held.assign(probability=fitted.predict_proba(X[fold == k])[:, 1]))
     studies = by_study(pd.concat(parts))
@@ -164,23 +165,14 @@ def test_clean_scores_come_from_fits_that_stopped_by_the_other_folds(head, run, 
         assert ours == pytest.approx(theirs, abs=2e-5)
 
 
-def test_a_head_without_early_stopping_has_clean_scores_already(run):
-    own = predictions_of(run.path, "logistic").query("split == 'train'")
-    studies = by_study(own)
+@pytest.mark.parametrize("head", HEADS)
+def test_sets_rest_on_the_out_of_fold_scores_that_the_run_keeps(head, run):
+    studies = by_study(predictions_of(run.path, head).query("split == 'train'"))
     expected = fit_conformal(
-        *(studies[name].to_numpy() for name in ("probability", "label", "region"))
+        *(studies[name].to_numpy() for name in ("probability", "label", "region")),
+        patients=studies["patient"].to_numpy(),
     )
-    assert card_of(run, "logistic").conformal.as_dict() == expected.as_dict()
-
-
-def test_a_heads_clean_scores_are_others_than_the_ones_it_was_chosen_by(run):
-    studies = by_study(predictions_of(run.path, "lightgbm").query("split == 'train'"))
-    expected = fit_conformal(
-        *(studies[name].to_numpy() for name in ("probability", "label", "region"))
-    )
-    found = card_of(run, "lightgbm").conformal
-    assert kept_scores(found) != kept_scores(expected)
-    assert list(map(len, kept_scores(found))) == list(map(len, kept_scores(expected)))
+    assert card_of(run, head).conformal.as_dict() == expected.as_dict()
 
 
 def test_a_head_that_judges_studies_has_one_clean_score_per_study(run):
@@ -189,7 +181,7 @@ def test_a_head_that_judges_studies_has_one_clean_score_per_study(run):
 
 
 @pytest.mark.parametrize("epochs", [[9, 2, 4], [1, 2, 4], [9, 2, 4, 7]])
-def test_a_fold_has_no_say_in_its_own_budget(epochs):
+def test_each_fold_has_its_own_budget_and_the_model_their_median(epochs):
     trial = SimpleNamespace(
         head="mlp", number=0, pooling="mean", params={}, keys=tuple(map(str, range(len(epochs))))
     )
@@ -202,13 +194,12 @@ def test_a_fold_has_no_say_in_its_own_budget(epochs):
     )
     winner = choose(ledger, "mlp", "auroc")
     assert winner.budget == round(np.median(epochs))
-    for k, budget in enumerate(winner.fold_budgets):
-        others = [epoch for j, epoch in enumerate(epochs) if j != k]
-        assert budget == round(np.median(others))
+    assert winner.fold_budgets == tuple(epochs)
     for record in records.values():
         record["best_epoch"] = None
-    assert (choose(ledger, "mlp", "auroc").budget, choose(ledger, "mlp", "auroc").fold_budgets) == (
-        None, ())  # fmt: skip
+    winner = choose(ledger, "mlp", "auroc")
+    assert (winner.budget, winner.fold_budgets) == (None, (None,) * len(epochs))
+    assert winner.as_entry()["fold_budgets"] is None
 
 
 def count_refits(monkeypatch):
@@ -222,19 +213,17 @@ def count_refits(monkeypatch):
     return seen
 
 
-def test_a_resumed_run_repeats_no_clean_fit_and_is_equal(run, data, tmp_path, monkeypatch):
+def test_a_resumed_run_repeats_no_refit_of_a_fold_and_is_equal(run, data, tmp_path, monkeypatch):
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(Run, "write_predictions", stop)
         first = count_refits(patch)
         with pytest.raises(Stop):
             sweep(*data, out, **SMALL)
-    wanted = {(head, fold) for head in ("mlp", "lightgbm", "attention") for fold in range(3)}
-    assert set(first) == wanted | {(head, None) for head in HEADS}
-    keys = {record["key"] for record in open_run(out).trial_records()}
-    clean = sorted(path for path in (out / "folds").iterdir() if path.stem not in keys)
-    assert len(clean) == 9
-    clean[0].write_bytes(b"")  # a damaged one is trained again, and no other
+    assert set(first) == {(head, fold) for head in HEADS for fold in (None, 0, 1, 2)}
+    kept = sorted((out / "folds").iterdir())
+    assert len(kept) == 3 * len(HEADS)
+    kept[0].write_bytes(b"")  # a damaged one is trained again, and no other
     with monkeypatch.context() as patch:
         again = count_refits(patch)
         sweep(*data, out, **SMALL)
@@ -245,20 +234,39 @@ def test_a_resumed_run_repeats_no_clean_fit_and_is_equal(run, data, tmp_path, mo
     assert not (out / "folds").exists()
 
 
-def test_a_clean_fit_that_fails_costs_the_sets_and_not_the_sweep(data, tmp_path, monkeypatch):
+def test_a_refit_that_dies_is_told_and_tried_again(data, run, tmp_path, monkeypatch):
     def failing(training, item):
         if item.fold == 1 and item.head == "lightgbm":
             return Died("the process died: memory")
         return refit(training, item)
 
-    monkeypatch.setattr(refits, "refit", failing)
-    sweep(*data, tmp_path / "run", **{**SMALL, "heads": ("lightgbm",)})
+    with monkeypatch.context() as patch:
+        patch.setattr(refits, "refit", failing)
+        said = "the refit of lightgbm without fold 1 failed: the process died: memory. The same"
+        with pytest.raises(RunError, match=said):
+            sweep(*data, tmp_path / "run", **SMALL)
+    sweep(*data, tmp_path / "run", **SMALL)
+    first, again = (path / "predictions.parquet" for path in (run.path, tmp_path / "run"))
+    assert first.read_bytes() == again.read_bytes()
+
+
+@pytest.mark.parametrize("fold", [None, 1])
+def test_a_refit_that_the_data_do_not_allow_costs_its_head_alone(data, tmp_path, monkeypatch, fold):
+    train = refits._train
+
+    def failing(training, item, rows):
+        if item.fold == fold and item.head == "lightgbm":
+            raise TrainingDataError("the loss is no finite number")
+        return train(training, item, rows)
+
+    monkeypatch.setattr(refits, "_train", failing)
+    result = sweep(*data, tmp_path / "run", **{**SMALL, "heads": ("lightgbm",)})
+    assert [entry["status"] for entry in result["leaderboard"]] == ["ok", "error"]
+    assert result["leaderboard"][1]["cv"] is None
+    assert "no finite number" in result["leaderboard"][1]["error"]
     run = open_run(tmp_path / "run")
-    card = card_of(run, "lightgbm")
-    assert card.conformal is None
-    assert "the process died: memory" in card.conformal_note
-    assert "No prediction sets: its trainings" in readme_of(run, "lightgbm")
-    assert card_of(run, "logistic").conformal is not None
+    assert {row["head"] for row in run.scores()["rows"] if not row["baseline"]} == {"logistic"}
+    assert not run.model_path("lightgbm").exists()
 
 
 def test_a_refit_that_fails_says_why_and_no_process_is_blamed(data, tmp_path, monkeypatch):
@@ -275,7 +283,7 @@ def test_a_refit_that_fails_says_why_and_no_process_is_blamed(data, tmp_path, mo
         sweep(*data, tmp_path / "run", **{**SMALL, "heads": ("lightgbm",)})
 
 
-def test_what_goes_wrong_in_a_clean_fit_is_a_result():
+def test_what_goes_wrong_in_a_refit_is_a_result():
     training = SimpleNamespace(others=lambda fold: 1 / fold)
     assert refit(training, Refit("mlp", {}, 3, fold=0)).reason.startswith("ZeroDivisionError")
 
@@ -374,7 +382,11 @@ def readme_of(run, head):
 def test_the_readme_tells_what_the_card_tells(run):
     text, card = readme_of(run, "mlp"), card_of(run, "mlp").document
     auroc = card["scores"]["test"]["scores"]["auroc"]
-    assert f"| AUROC | {auroc['value']:.3f} ({auroc['low']:.3f} to {auroc['high']:.3f}) |" in text
+    assert auroc["low"] is None  # of too few patients
+    assert f"| AUROC | {auroc['value']:.3f} |" in text
+    known = {"value": 0.8, "low": 0.7, "high": 0.9}
+    assert model_readme._write_score(known) == "0.800 (0.700 to 0.900)"
+    assert model_readme._write_score({**known, "low": None}) == "0.800 (at most 0.900)"
     for region, own in card["scores"]["test"]["regions"].items():
         assert (
             f"| {region} | {own['n']} | {own['n_abnormal']} | {own['auroc']['value']:.3f}" in text
@@ -442,25 +454,20 @@ def test_fine_tuned_models_say_where_their_encoder_is(tmp_path):
     assert adapted.encoder == {**frozen.encoder, "path": "../../encoders/unfreeze-1"}
     assert (run.model_path("unfreeze-1") / adapted.encoder["path"]).resolve().is_dir()
     for card in (frozen, adapted):
-        assert (card.conformal, card.conformal_note) == (None, NO_CLEAN_SCORES)
+        assert card.conformal is not None
         assert card.scores["test"]["scores"]["auroc"]["value"] is not None
-        assert f"No prediction sets: {NO_CLEAN_SCORES}" in readme_of(run, card.document["name"])
     assert load_model(run.model_path("unfreeze-0")).reference["n_patients"][0] > 0
     assert str(tmp_path) not in json.dumps(read_document(run.model_path("unfreeze-1")))
 
 
-def test_decisions_are_fitted_on_scores_and_sets_on_clean_ones():
+def test_decisions_and_sets_are_fitted_on_the_same_scores():
     generator = np.random.default_rng(0)
     y = np.arange(400) % 2
     studies = pd.DataFrame({"label": y, "region": "hand", "patient": np.arange(400)})
     studies["probability"] = np.clip(0.3 * y + generator.uniform(0, 0.7, 400), 0, 1)
-    clean = studies.assign(probability=generator.uniform(0, 1, 400))
-    found = describe_decisions(studies, clean)
-    expected = fit_conformal(clean["probability"].to_numpy(), y, np.full(400, "hand"))
+    found = describe_decisions(studies)
+    given = studies["probability"].to_numpy(), y, np.full(400, "hand")
+    expected = fit_conformal(*given, patients=np.arange(400))
     assert found["conformal"] == expected.as_dict()
     assert found["conformal_note"] is None
-    without = describe_decisions(studies, None, note="for a reason")
-    assert (without["conformal"], without["conformal_note"]) == (None, "for a reason")
-    for name in ("calibration", "threshold", "scores"):
-        assert without[name] == found[name]
     assert Conformal.from_dict(json.loads(json.dumps(found["conformal"]))).scores["hand"]

@@ -77,7 +77,9 @@ def test_a_better_head_is_found_better_and_the_priors_are_there(result):
 
 def test_the_class_prior_ranks_nothing_however_many_views(result):
     prior = next(row for row in result["rows"] if row["head"] == "class-prior")
-    assert prior["scores"]["auroc"] == {"value": 0.5, "low": 0.5, "high": 0.5}
+    auroc = prior["scores"]["auroc"]
+    assert (auroc["value"], auroc["low"], auroc["high"], auroc["method"]) == (0.5, None, None, None)
+    assert auroc["reason"] == "every row has the same probability"
 
 
 def test_two_equal_heads_are_tied(images, tmp_path):
@@ -100,7 +102,8 @@ def test_json_has_no_nan_and_one_class_regions_are_not_estimable(images, tmp_pat
     result = compare([run.path], **FAST)
     json.dumps(result, allow_nan=False)
     row = result["rows"][0]
-    assert row["regions"]["hand"]["auroc"] == {"value": None, "low": None, "high": None}
+    hand = row["regions"]["hand"]["auroc"]
+    assert hand["value"] is hand["low"] is hand["high"] is None
     assert row["regions"]["elbow"]["auroc"]["value"] > 0.5
     assert row["mean_over_regions"]["n_regions"] == 2
     assert row["mean_over_regions"]["left_out"] == ["hand"]
@@ -191,7 +194,8 @@ def test_the_terminal_table_fits_80_columns(result, by):
     assert max(map(len, lines)) <= 80
     assert len([line for line in lines if "mlp" in line]) >= 1
     body = [line for line in lines if re.search(r"\d\.\d{3} \[", line)]
-    assert all(line.count("[") == 1 for line in body)
+    own = 3 if by is None else 1  # of Brier score, slope and intercept each has one
+    assert {line.count("[") for line in body} == {1, own}
 
 
 def test_csv_has_every_score_at_full_precision(result):
@@ -205,13 +209,15 @@ def test_csv_has_every_score_at_full_precision(result):
 def test_hostile_names_do_nothing_in_a_table(images, tmp_path, table_format):
     names = dict.fromkeys(images["region"], "")
     names |= dict(
-        zip(names, ["<script>x</script>", "a|b\x1b[31m", "$x_{1}$ & [bold]y"], strict=True)
+        zip(names, ["<script>x</script>", "=a|b\x1b[31m\u202e", "$x_{1}$ & [bold]y"], strict=True)
     )
     hostile = images.assign(region=images["region"].map(names))
     make_run(tmp_path / "run", hostile, {"mlp": 1.0})
     text = render(compare([tmp_path / "run"], **FAST), table_format=table_format, by="region")
-    if table_format != "csv":
-        assert "\x1b" not in text
+    assert "\x1b" not in text
+    assert "\u202e" not in text
+    if table_format == "csv":
+        assert "'=a|b�[31m�" in {row[0] for row in csv.reader(io.StringIO(text))}
     if table_format == "markdown":
         assert "<script>" not in text
         assert all(
@@ -247,3 +253,22 @@ def test_the_roc_curve_is_scikit_learns_and_the_band_holds_it():
     assert ((band["low"] <= band["tpr"]) & (band["tpr"] <= band["high"])).all()
     assert band["tpr"].iloc[-1] == 1
     assert roc_curve(np.ones(3), np.arange(3) / 3).empty
+
+
+def test_every_interval_names_its_method_and_shares_their_counts(result):
+    for row in result["rows"]:
+        for part in (row["scores"], row["at_half"], row["at_sensitivity"]["scores"], row["fit"]):
+            for name, score in part.items():
+                assert (score["high"] is None) == (score["method"] is None), name
+                assert score["low"] is None or score["low"] < score["high"]
+                if score["high"] is None and score["value"] is not None:
+                    assert score["reason"]
+        for name in ("accuracy", "sensitivity", "specificity"):
+            own = row["scores"][name]
+            assert own["k"] / own["n"] == pytest.approx(own["value"])
+        assert row["scores"]["ece"]["low"] is None
+    text = render(result)
+    assert "Newcombe" in text
+    assert "Slope" in text
+    rows = list(csv.DictReader(io.StringIO(render(result, table_format="csv"))))
+    assert float(rows[0]["slope"]) == result["rows"][0]["fit"]["slope"]["value"]

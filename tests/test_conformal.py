@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mapie.classification import SplitConformalClassifier
 from scipy.special import expit
+from scipy.stats import norm
 from sklearn.base import BaseEstimator, ClassifierMixin
 
 from medembed.errors import ModelError, TrainingDataError
@@ -81,6 +82,80 @@ def test_a_small_or_unknown_region_is_held_against_all_together(simulated):
     np.testing.assert_array_equal(conformal.p_values(few, np.full(50, "toe")), pooled)
     np.testing.assert_array_equal(conformal.p_values(few, np.full(50, "ankle")), pooled)
     assert not np.array_equal(conformal.p_values(few, np.full(50, "elbow")), pooled)
+
+
+def test_a_region_needs_patients_and_not_studies():
+    """A hundred studies of 40 patients are no hundred patients."""
+    patients = np.tile(np.arange(40), 5)
+    y = np.arange(200) % 2
+    patients = patients * 2 + y  # each patient's studies have one label
+    scores, region = np.random.default_rng(0).random(200), np.full(200, "hip")
+    region[:20], few = "knee", {"min_group": 60}
+    by_study = fit_conformal(scores, y, region, **few)
+    by_patient = fit_conformal(scores, y, region, patients=patients, **few)
+    assert not by_study.is_marginal(["hip"])[0]
+    assert by_patient.is_marginal(["hip", "knee", "", "foot"]).all()
+    assert by_patient.count("hip") == tuple(
+        len(set(patients[(region == "hip") & (y == k)])) for k in (0, 1)
+    )
+    new, names = np.linspace(0, 1, 50), np.full(50, "hip")
+    pooled = by_study.p_values(new, np.full(50, ""))
+    np.testing.assert_array_equal(by_patient.p_values(new, names), pooled)
+    assert not np.array_equal(by_study.p_values(new, names), pooled)
+    again = Conformal.from_dict(json.loads(json.dumps(by_patient.as_dict())))
+    assert again.is_marginal(["hip"])[0]
+    assert again.as_dict() == by_patient.as_dict()
+    assert Conformal.from_dict(by_study.as_dict()).patients is None  # as models of before
+    for n_normal in (500, 0, True, "1", None):
+        wrong = {"hip": {"normal": n_normal, "abnormal": 1}, "knee": {"normal": 1, "abnormal": 1}}
+        with pytest.raises(ModelError, match="patients"):
+            Conformal.from_dict({**by_patient.as_dict(), "patients": wrong})
+    for wrong in ({}, [], {"hip": []}):
+        with pytest.raises(ModelError, match="patients"):
+            Conformal.from_dict({**by_patient.as_dict(), "patients": wrong})
+    with pytest.raises(TrainingDataError, match="200 labels, but 3 patients"):
+        fit_conformal(scores, y, region, patients=[1, 2, 3])
+
+
+def test_a_hard_region_of_few_patients_gets_less_and_says_so():
+    """Below the patients it needs the promise is of all regions: simulated, the hard one misses."""
+    covered, generator = {"easy": [], "hard": []}, np.random.default_rng(7)
+
+    def draw(n_easy, n_hard):
+        region = np.repeat(["easy", "hard"], [n_easy, n_hard])
+        y = generator.integers(0, 2, len(region))
+        signal = np.where(region == "easy", 3.0, 0.0)
+        return expit(signal * (y - 0.5) + generator.normal(size=len(y))), y, region
+
+    for _ in range(30):
+        conformal = fit_conformal(*draw(400, 42), patients=np.arange(442))
+        scores, y, region = draw(500, 500)
+        sets = conformal.sets(scores, region)[np.arange(1000), y]
+        for name, own in covered.items():
+            own.append(sets[region == name].mean())
+        assert conformal.is_marginal(["easy", "hard"]).tolist() == [False, True]
+    assert np.mean(covered["easy"]) == pytest.approx(0.9, abs=0.02)
+    assert np.mean(covered["hard"]) < 0.82
+
+
+@pytest.mark.parametrize(
+    ("auroc", "n_patients", "warned"),
+    [(0.5, 400, True), (0.65, 200, True), (0.65, 2000, False), (0.9, 100, False), (0.9, 98, True)],
+)
+def test_a_weak_signal_and_few_patients_are_warned_of(auroc, n_patients, warned):
+    generator = np.random.default_rng(3)
+    y = np.arange(n_patients) % 2
+    normal = norm.ppf((np.arange(n_patients // 2) + 0.5) / (n_patients // 2))
+    logits = np.empty(n_patients)
+    logits[y == 0] = normal
+    logits[y == 1] = normal[: (y == 1).sum()] + np.sqrt(2) * norm.ppf(auroc)
+    order = generator.permutation(n_patients)
+    conformal = fit_conformal(expit(logits)[order], y[order], np.full(n_patients, "hip"))
+    assert (conformal.warning() is not None) == warned
+    # studies that are copies of each other are no more patients
+    five = [np.tile(own, 5) for own in (expit(logits), y, np.full(n_patients, "hip"))]
+    again = fit_conformal(*five, patients=np.tile(np.arange(n_patients), 5))
+    assert (again.warning() is not None) == warned
 
 
 class Given(ClassifierMixin, BaseEstimator):

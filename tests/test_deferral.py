@@ -2,19 +2,22 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from made_runs import fit_sets, give_model, make_images, make_run
+from statsmodels.stats.proportion import proportion_confint
 
 from medembed.errors import TrainingDataError
-from medembed.evaluation.abstention import SHARES, bootstrap_deferral, deferral_curve
+from medembed.evaluation.abstention import SHARES, deferral_curve, estimate_deferral
 from medembed.evaluation.scores import by_study
 from medembed.results import page
-from medembed.results.comparison import compare_runs, score_run
+from medembed.results.alignment import align_runs
+from medembed.results.comparison import compare_aligned, compare_runs, score_run
 from medembed.results.deferral import ALPHAS, NOMINAL
 from medembed.results.figures import plot_deferral
-from medembed.results.page_tables import tabulate_deferrals
+from medembed.results.page_tables import tabulate_coverage, tabulate_deferrals
 from medembed.results.tables import format_interval
 
 FAST = {"n_resamples": 60}
@@ -59,19 +62,22 @@ def test_where_all_are_deferred_there_is_no_error():
     assert math.isnan(row["error"])
 
 
-def test_intervals_are_those_of_a_loop_over_resampled_patients():
-    y, p_values, patients = made_p_values()
-    (found,) = bootstrap_deferral(y, p_values, patients, [0.2], n_resamples=40, seed=3)
-    codes = np.unique(patients, return_inverse=True)[1]
-    drawn = np.random.default_rng(3).integers(0, codes.max() + 1, size=(40, codes.max() + 1))
-    loops = []
-    for own in drawn:
-        rows = np.concatenate([np.flatnonzero(codes == patient) for patient in own])
-        loops.append(count(y[rows], p_values[rows] > 0.2))
+def test_intervals_are_wilsons_on_the_counts_and_wider_where_patients_have_several():
+    y, p_values, _ = made_p_values()
+    (found,) = estimate_deferral(y, p_values, np.arange(len(y)), [0.2])
+    expected = count(y, p_values > 0.2)
     for share in SHARES:
-        ends = np.quantile([own[share] for own in loops], [0.025, 0.975])
-        assert [found[share].low, found[share].high] == pytest.approx(list(ends))
-    (alone,) = bootstrap_deferral(y, p_values, np.zeros(len(y)), [0.2], n_resamples=9)
+        own = found[share]
+        assert own.k / own.n == own.value == pytest.approx(expected[share])
+        method = {"wilson": "wilson", "clopper-pearson": "beta"}[own.method]
+        ends = proportion_confint(own.k, own.n, method=method)
+        assert [own.low, own.high] == pytest.approx(
+            list(ends), abs=0.008
+        )  # z, t of as many patients
+    twice = [np.repeat(part, 4, axis=0) for part in (y, p_values, np.arange(len(y)))]
+    (copied,) = estimate_deferral(*twice, [0.2])
+    assert copied["coverage"].low == pytest.approx(found["coverage"].low)
+    (alone,) = estimate_deferral(y, p_values, np.zeros(len(y)), [0.2])
     assert math.isnan(alone["error"].low)
     assert alone["error"].value == found["error"].value
 
@@ -120,6 +126,49 @@ def test_scores_tell_what_the_models_sets_do_on_test(run, rows):
     assert curve["error"][at_tenth] == deferral["levels"][1]["error"]["value"]
     assert rows["mlp"]["deferral_note"] is None
     json.dumps(deferral, allow_nan=False)
+
+
+def test_coverage_by_region_is_that_of_its_rows_and_says_what_was_promised(run, rows):
+    test = by_study(run.predictions().query("head == 'mlp' and split == 'test'"))
+    conformal = fit_sets(run, "mlp")
+    level = rows["mlp"]["deferral"]["levels"][1]
+    assert set(level["regions"]) == set(test["region"])
+    for name, own in level["regions"].items():
+        part = test[test["region"] == name]
+        y = part["label"].to_numpy(int)
+        sets = conformal.sets(part["probability"], part["region"], level["alpha"])
+        assert {share: own[share]["value"] for share in SHARES} == pytest.approx(count(y, sets))
+        assert (own["n"], own["n_abnormal"]) == (len(y), y.sum())
+        few = min(conformal.count(name)) < rows["mlp"]["deferral"]["min_group"]
+        assert own["coverage_of"] == ("marginal" if few else "region")
+    table = tabulate_coverage({"runs": [{}], "rows": list(rows.values())})
+    assert [row["cells"][1] for row in table["rows"]][:2] == sorted(level["regions"])[:2]
+    assert {row["cells"][3] for row in table["rows"]} <= {"all regions", "this region"}
+
+
+def test_a_region_of_one_class_has_no_coverage_of_the_other(run):
+    test_set = align_runs([run])
+    one = test_set.units["region"] == test_set.units["region"].iloc[0]
+    keep = ~one | (test_set.units["label"] == 0)
+    rows = {
+        row["head"]: row for row in compare_aligned([run], only(test_set, keep), **FAST)["rows"]
+    }
+    region = test_set.units["region"].iloc[0]
+    own = rows["mlp"]["deferral"]["levels"][1]["regions"][region]
+    assert own["n_abnormal"] == 0
+    assert own["coverage_abnormal"]["value"] is None
+    assert own["coverage_normal"]["value"] is not None
+
+
+def only(test_set, keep):
+    """Return a test set of some of its rows."""
+    flags = keep.to_numpy()
+    contenders = [
+        replace(own, raw=own.raw[flags], probability=own.probability[flags])
+        for own in test_set.contenders
+    ]
+    units = test_set.units[flags].reset_index(drop=True)
+    return replace(test_set, units=units, contenders=contenders)
 
 
 @pytest.mark.parametrize(

@@ -197,6 +197,43 @@ def test_labels_are_joined_by(tmp_path: Path, root: Path, match: str, names: lis
     assert any("differ in label from row to row" in notice for notice in either.notices)
 
 
+def test_spellings_of_a_patient_get_one_hash_and_are_told_by_files(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    names = ["MRN 0077", "mrn77", "MRN77\u00a0", "MRN78", "Anonymous"]
+    for i, name in enumerate(names):
+        made = {"PatientID": name, "StudyInstanceUID": f"1.2.3.{i}", "BodyPartExamined": "HAND"}
+        put(root / f"{i}.dcm", i, SpecificCharacterSet="ISO_IR 192", **made)
+    report = build(tmp_path, root)
+    patients = report.manifest.rows["patient"].tolist()
+    assert [patients.index(name) for name in patients] == [0, 0, 0, 3, 4]
+    joined, word = report.warnings
+    assert joined.endswith("keeps them apart: 0.dcm and 1.dcm")
+    assert "mrn" not in joined.lower()
+    assert word == "Patient ID of 1 images is a word that names nobody: 'Anonymous'"
+    with pytest.raises(RecipeError, match="names nobody"):
+        build(tmp_path, root, strict=True)
+    kept = build(tmp_path, root, 'identifiers = "keep"').manifest.rows
+    assert kept["patient"].tolist() == ["MRN 0077", "mrn77", "MRN77", "MRN78", "Anonymous"]
+    assert kept["split"][:3].nunique() == 1
+
+    (tmp_path / "labels.csv").write_text(
+        "who,finding,set\n0,none,train\n1,none,test\n2,none,test\n3,none,train\n4,none,test\n"
+    )
+    section = 'table = "labels.csv"\ncolumn = "who"'
+    path = tmp_path / "recipe.toml"
+    text = RECIPE.format(dicom=section, label=LABEL).replace("fraction = 0.3", 'column = "set"')
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(RecipeError) as caught:
+        build_manifest(load_recipe(path), root)
+    assert "  - 1.dcm and 0.dcm" in str(caught.value)
+    assert "two splits" in str(caught.value)
+    assert "mrn" not in str(caught.value).lower()
+    path.write_text('ids = "exact"' + text, encoding="utf-8")
+    rows = build_manifest(load_recipe(path), root).manifest.rows
+    assert rows["patient"].nunique() == 5
+    assert rows["ids"].eq("exact").all()
+
+
 def test_recipes_that_cannot_be_meant_are_refused(tmp_path: Path, root: Path) -> None:
     for dicom, label, said in [
         ('identifiers = "salt"', "", "identifiers is 'salt'; it must be one of 'hash', 'keep'"),

@@ -92,14 +92,14 @@ def test_poolings_can_be_chosen_and_the_document_says_what_was_written(place: Pa
 def test_an_unknown_label_and_a_column_named_like_a_pooling(place: Path) -> None:
     manifest = read_manifest(place / "manifest.csv")
     manifest.rows.loc[0, "label"] = pd.NA
-    rows = manifest.rows.assign(mean="é, \n", age="")
+    rows = manifest.rows.assign(mean="é, \nè", age="")
     write_manifest(Manifest(rows, "study"), place / "manifest.csv")
     assert run(place, "x.npz").exit_code == 0
     assert run(place, "x.parquet").exit_code == 0
     found, table = read_npz(place), pd.read_parquet(place / "x.parquet")
     assert found["label"][0] == -1
     assert pd.isna(table["label"][0])
-    assert found["mean"].tolist() == table["mean"].tolist() == ["é, \n"] * 47
+    assert found["mean"].tolist() == table["mean"].tolist() == ["é, \nè"] * 47
     assert np.array_equal(found["embedding_mean"], np.stack(table["embedding_mean"]))
 
 

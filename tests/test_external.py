@@ -167,7 +167,7 @@ def test_priors_are_those_of_the_training_rows(home, swept):
 
 def test_the_drop_compares_with_the_runs_own_test(found, swept):
     drop = found["drop"]
-    assert drop["basis"] == "bootstrap"
+    assert drop["basis"] == "samples"
     assert drop["internal"]["n_patients"] == 16
     inside, here = row_of(compare([swept])), row_of(found)
     for name, entry in drop["scores"].items():
@@ -234,7 +234,7 @@ def test_one_class_is_not_estimable_and_no_crash(model, tmp_path):
     assert row["scores"]["specificity"]["value"] is not None
     assert found["drop"]["scores"]["auroc"]["difference"]["difference"] is None
     assert found["calibration"]["calibrated"]["line"]["slope"]["value"] is None
-    assert "one class only" in found["recalibrated"]["note"]
+    assert "hold 0 with abnormal studies" in found["recalibrated"]["note"]
     assert "not estimable" in render_external(found)
     assert compare([tmp_path / "run"], **FAST)["rows"]
 
@@ -251,6 +251,28 @@ def test_training_images_are_refused_by_code(model, data, tmp_path):
         ["evaluate", str(model), *map(str, data), "--out", str(out), "--split", "train"], out
     )
     assert f"{len(known)} of the {len(known)} images" in line
+
+
+def test_other_images_of_patients_it_knows_are_refused(model, tmp_path):
+    """Of a patient's three images one is a training image, and one is filed under another case."""
+    table = make_table(40, seed=11)
+    row = int(table.index[table["patient"] == "patient002"][0])
+    columns = {
+        "patient": [f"Elsewhere-11-{name}" for name in table["patient"]],
+        "study": [f"Elsewhere-11-{name}" for name in table["study"]],
+        "sha256": [hashlib.sha256(f"{i}".encode()).hexdigest() for i in table.index],
+    }
+    columns["sha256"][row] = make_table(64).query("split == 'train'")["sha256"].iloc[0]
+    columns["patient"][row + 2] = "ELSEWHERE-11-PATIENT2"
+    columns["study"][row + 2] = "another"
+    given = make_external(tmp_path / "data", **columns)
+    out = tmp_path / "run"
+    line = refuse(["evaluate", str(model), *map(str, given), "--out", str(out)], out)
+    assert f"1 of the {len(table)} images are among those that the model" in line
+    assert f"2 of the {len(table)} images show patients of whom the model" in line
+    given = make_external(tmp_path / "exact", **columns, ids="exact")
+    line = refuse(["evaluate", str(model), *map(str, given), "--out", str(out)], out)
+    assert f"1 of the {len(table)} images show patients of whom the model" in line
 
 
 @pytest.mark.parametrize("n", [40, 999])

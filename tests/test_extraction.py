@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import slow_files
 from click.testing import CliRunner
 from PIL import Image
 
@@ -437,17 +438,11 @@ def is_first_batch(shapes: Sequence[tuple[int, ...]]) -> bool:
     return len(shapes) == N_CANARY_CALLS
 
 
-def make_fifo(root: Path, name: str) -> bytes:
-    """Put a pipe in the place of an image: whoever reads it waits; return the image's bytes."""
-    data = (root / name).read_bytes()
-    (root / name).unlink()
-    os.mkfifo(root / name)
-    return data
-
-
-def test_slow_reading_does_not_hold_back_a_commit(tmp_path: Path) -> None:
+def test_slow_reading_does_not_hold_back_a_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     manifest = write_images(tmp_path / "images", 6)
-    data = make_fifo(tmp_path / "images", "005.png")
+    slow_files.hold(tmp_path / "images" / "005.png", tmp_path / "site", monkeypatch)
     seen = []
 
     def feed() -> None:
@@ -456,7 +451,7 @@ def test_slow_reading_does_not_hold_back_a_commit(tmp_path: Path) -> None:
             if seen:
                 break
             time.sleep(0.1)
-        (tmp_path / "images" / "005.png").write_bytes(data)
+        slow_files.release(tmp_path / "images" / "005.png")
 
     feeder = threading.Thread(target=feed)
     feeder.start()
@@ -478,16 +473,20 @@ def decoders_of(parent: int) -> list[int]:
     return found
 
 
-def test_a_decoder_that_crashes_costs_the_image_it_was_working_on(tmp_path: Path) -> None:
-    manifest = write_images(tmp_path / "images", 12)
-    make_fifo(tmp_path / "images", "004.png")
+def test_a_decoder_that_crashes_costs_the_image_it_was_working_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest, path = write_images(tmp_path / "images", 12), tmp_path / "images" / "004.png"
+    slow_files.hold(path, tmp_path / "site", monkeypatch)
 
     def kill() -> None:
-        with (tmp_path / "images" / "004.png").open("wb"):  # opens when the decoder reads it
-            (pid,) = decoders_of(os.getpid())
-            os.kill(pid, signal.SIGSEGV)
-            while pid in decoders_of(os.getpid()):
-                time.sleep(0.01)
+        while not slow_files.begun(path):
+            time.sleep(0.01)
+        (pid,) = decoders_of(os.getpid())
+        os.kill(pid, signal.SIGSEGV)
+        while pid in decoders_of(os.getpid()):
+            time.sleep(0.01)
+        slow_files.release(path)
 
     killer = threading.Thread(target=kill)
     killer.start()

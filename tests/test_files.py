@@ -63,3 +63,34 @@ def test_texts_that_look_alike_are_spelt_alike(text: str, wanted: str) -> None:
 def test_normalising_twice_changes_nothing_more(text: str) -> None:
     once = normalise(text)
     assert normalise(once) == once
+
+
+def test_a_file_that_grows_while_it_is_read_is_read_whole_or_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"12345")
+    kind = path.stat().st_mode
+    earlier = os.stat_result((kind, 0, 0, 0, 0, 0, 2, 0, 0, 0))
+    monkeypatch.setattr(os, "fstat", lambda _: earlier)
+    assert read_plain(path, max_bytes=5) == b"12345"
+    with pytest.raises(OSError, match="it grew beyond 4 bytes"):
+        read_plain(path, max_bytes=4)
+
+
+def test_links_are_followed_unless_told_otherwise(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"film")
+    (tmp_path / "b").symlink_to("a")
+    with pytest.raises(OSError, match="it is a link, not a file"):
+        read_plain(tmp_path / "b", follow_links=False)
+
+
+@pytest.mark.parametrize("mode", ["ab", "a+b", "r+b"])
+def test_only_plain_files_are_written_to(tmp_path: Path, mode: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="named pipe"):
+        open_plain(tmp_path / "pipe", mode)
+    if mode != "r+b":
+        with open_plain(tmp_path / "new", mode) as file:
+            file.write(b"film")
+        assert (tmp_path / "new").read_bytes() == b"film"

@@ -14,6 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from made_finetuning import QUICK, make_cohort, make_tower, state_of, tune
+from made_sweeps import auroc_of
 from safetensors.torch import load_file, save_file
 from scipy.special import logit
 
@@ -41,6 +42,7 @@ from medembed.errors import (
 )
 from medembed.extraction import extract
 from medembed.finetuning import Recipe, finetune, training
+from medembed.finetuning.rows import choose_rows
 from medembed.finetuning.starting import fit_start
 from medembed.finetuning.training import Trainer
 from medembed.heads.packaging import load_model
@@ -121,7 +123,36 @@ def test_the_ledger_has_the_history_of_every_depth(home: Path) -> None:
     for record in records:
         assert len(record["history"]) == QUICK.epochs
         assert set(record["history"][0]) == {"train_loss", "loss", "auroc"}
-        assert record["score"] == max(epoch["auroc"] for epoch in record["history"])
+        best = max(record["history"], key=lambda epoch: epoch["auroc"])
+        assert record["history"][record["best_epoch"] - 1]["auroc"] == best["auroc"]
+        own = predictions(home / "run", record["head"]).query("split == 'train'")
+        assert record["score"] == pytest.approx(auroc_of(own))
+
+
+def test_who_decides_when_to_stop_is_neither_trained_on_nor_held_out(home: Path) -> None:
+    manifest = read_manifest(home / "manifest.csv")
+    rows = choose_rows(manifest, 5, 0)
+    parts = [rows.fitted, rows.judging, rows.held, rows.tested]
+    patients = [set(rows.rows["patient"].iloc[part]) for part in parts]
+    assert all(patients)
+    assert sum(map(len, patients)) == len(set.union(*patients)) == rows.rows["patient"].nunique()
+    assert sum(map(len, parts)) == len(rows)
+
+
+def test_a_held_out_label_decides_nothing_in_training(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever is held out has another label: the same history, the same best epoch."""
+    rows = choose_rows(read_manifest(home / "manifest.csv"), 5, 0)
+    labels = rows.rows["label"].copy()
+    labels.iloc[rows.held] = 1 - labels.iloc[rows.held]
+    other = replace(rows, rows=rows.rows.assign(label=labels))
+    monkeypatch.setattr("medembed.finetuning.job.choose_rows", lambda *_: other)
+    tune(home, home / "tower", tmp_path / "run", unfreeze="0")
+    first = open_run(home / "run").trial_records()[0]
+    [found] = open_run(tmp_path / "run").trial_records()
+    assert (found["history"], found["best_epoch"]) == (first["history"], first["best_epoch"])
+    assert found["score"] == pytest.approx(1 - first["score"])
 
 
 def test_compare_and_report_take_it_beside_a_sweep(home: Path, tmp_path: Path) -> None:
@@ -174,9 +205,9 @@ def test_depth_0_is_a_head_trained_on_frozen_embeddings(home: Path, tmp_path: Pa
     keep_only(tmp_path / "sweep", "logistic")
     tune(home, home / "tower", out, **{**options, "from_run": tmp_path / "sweep"})
     found = load_embeddings(home / "cache", home / "manifest.csv", pool="mean+max")
-    folds = fold_train_rows(found.rows, n_folds=5, seed=0).reindex(found.rows["image"])
-    folds = folds.fillna(-1).to_numpy(int)
-    fitted = np.flatnonzero(folds > 0)
+    chosen = choose_rows(read_manifest(home / "manifest.csv"), 5, 0)
+    names = chosen.rows["image"].iloc[chosen.fitted]
+    fitted = np.flatnonzero(found.rows["image"].isin(names))
     swept = load_model(home / "sweep" / "models" / "logistic").head
     head = type(swept)(**swept.get_params()).fit(found.X[fitted], found.y[fitted])
     mean, scale = (np.float32(getattr(head.projection_, name)) for name in ("mean", "scale"))
@@ -493,7 +524,8 @@ def test_training_stops_after_epochs_without_a_better_one(
     recipe = replace(QUICK, epochs=5, patience=2)
     tune(home, home / "tower", tmp_path / "run", unfreeze="0", recipe=recipe)
     record = open_run(tmp_path / "run").trial_records()[0]
-    assert (record["best_epoch"], len(record["history"]), record["score"]) == (2, 4, 0.9)
+    # the last score is that of the held-out patients, at the end
+    assert (record["best_epoch"], len(record["history"]), record["score"]) == (2, 4, 0.99)
     held = predictions(tmp_path / "run", "unfreeze-0").query("split == 'train'")
     assert np.abs(logit(held["probability"]) - seen[1]).max() < 1e-5
     assert np.abs(logit(held["probability"]) - seen[3]).max() > 1e-3

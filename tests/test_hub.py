@@ -126,6 +126,22 @@ def test_every_refusal_is_one_line_with_the_way_out(hub: Hub, tmp_path: Path) ->
         assert "\n" not in answer["error"]
 
 
+def test_a_mirror_that_says_missing_by_the_status_alone_is_understood(
+    hub: Hub, tmp_path: Path
+) -> None:
+    hub.put("google/sharded", sharded())
+    hub.put("google/single", single())
+    hub.put("facebook/vit", classifier())
+    hub.put("google/pickles", {"config.json": CONFIG, "preprocessor_config.json": b"{}"})
+    hub.tamper = lambda _, answer: (answer[0], {}, b"") if answer[0] == 404 else answer
+    refs = ("google/sharded", "google/single", "facebook/vit", "google/pickles")
+    *answers, pickles = ask(hub.address, tmp_path / "home", *refs)
+    assert answers[0]["files"] == ["config.json", FETCHED, INDEX, "preprocessor_config.json"]
+    assert answers[1]["files"] == ["config.json", FETCHED, "processor_config.json"]
+    assert answers[2]["files"] == sorted(classifier())
+    assert "model.safetensors" in pickles["error"]
+
+
 def test_no_connection_and_offline_are_said(tmp_path: Path) -> None:
     closed = "http://127.0.0.1:9"
     (answer,) = ask(closed, tmp_path / "home", "google/medgemma-4b-pt")

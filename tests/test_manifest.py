@@ -320,7 +320,7 @@ def test_a_file_that_cannot_be_hashed_is_named(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"a")
     with pytest.raises(PathNotFoundError, match=r"no file at .*gone"):
         hash_files([tmp_path / "a", tmp_path / "gone"])
-    with pytest.raises(ManifestError, match=r"cannot be read: Is a directory"):
+    with pytest.raises(ManifestError, match=r"cannot be read: it is a directory"):
         hash_files([tmp_path])
 
 

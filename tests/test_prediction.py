@@ -29,9 +29,11 @@ from medembed.dataset.covariates import fit_covariates
 from medembed.dataset.images import IMAGES_VERSION, decode_image
 from medembed.dataset.intensity import Intensity
 from medembed.dataset.manifest import make_manifest, read_manifest, write_manifest
+from medembed.dataset.reading import DEFAULT_LIMITS
 from medembed.encoders.loading import load_encoder
 from medembed.encoders.preprocessing import Preprocessing, prepare
 from medembed.errors import EncoderError, MissingRowsError, ModelError, PathNotFoundError
+from medembed.evaluation.drift import fit_reference
 from medembed.extraction import extract
 from medembed.heads.attention import AttentionHead
 from medembed.heads.linear import LogisticHead
@@ -44,7 +46,8 @@ from medembed.results.cards import describe_decisions, read_card
 from medembed.results.priors import image_code
 
 COLUMNS = ["image", "sha256", "patient", "study", "region", "label", "split", "age"]
-KEYS = ["image", "study", "probability", "decision", "set"]
+KEYS = ["image", "study", "probability", "decision", "set", "coverage"]
+KEYS += ["distance", "distance_p", "far"]
 KEYS += ["n_views", "n_failed", "trained_on", "error"]
 MODELS = ("logistic", "lightgbm", "attention", "cells", "covariates")
 
@@ -112,7 +115,7 @@ def package(home: Path, name: str) -> None:
     head.fit(X[trained], embeddings.y[trained], **more)
     raw = by_hand(head, X, codes)
     studies = embeddings.rows.groupby(codes)[["label", "region", "patient"]].first()
-    decisions = describe_decisions(studies.assign(probability=raw), studies.assign(probability=raw))
+    decisions = describe_decisions(studies.assign(probability=raw))
     card = {
         "spec": embeddings.spec.as_dict(),
         "pooling": pool,
@@ -461,6 +464,42 @@ def test_models_without_sets_and_models_that_read_covariates(home: Path, tmp_pat
     assert len(lax["set"]) < 2
 
 
+def test_a_row_says_how_far_it_lies_and_what_its_set_is_promised_of(
+    home: Path, tmp_path: Path
+) -> None:
+    saved, options = load_model(home / "models" / "logistic"), ("--cache", home / "cache")
+    options += ("--manifest", home / "manifest.csv")
+    embeddings = load_embeddings(home / "cache", home / "manifest.csv", pool="mean+max")
+    references = {"near": embeddings.X, "away": embeddings.X + 9 * embeddings.X.std()}
+    rows, said = {}, {}
+    for name, X in references.items():
+        reference = fit_reference(X, 0, patients=embeddings.patients)
+        save_model(tmp_path / name, saved.head, saved.card, reference=reference)
+        result = run(tmp_path / name, *options, "--json")
+        rows[name], said[name] = json.loads(result.stdout), result.stderr
+        far = run(tmp_path / name, *options).stdout.count("!")
+        shown = [r for r in rows[name] if r["image"] is not None or r["n_views"] > 1]
+        assert far == sum(row["far"] for row in shown)
+    assert all(row["far"] and row["distance"] > 1 for row in rows["away"])
+    assert f"of {sum(r['image'] is not None for r in rows['away'])} images lie far" in said["away"]
+    assert "Taken together they are not like the training images" in said["away"]
+    assert np.mean([row["far"] for row in rows["near"]]) < 0.2
+    assert "Taken together" not in said["near"]
+    images, studies = parts(rows["near"])
+    for study in studies:  # the furthest view's; p by Bonferroni's rule
+        views = [row for row in images if row["study"] == study["study"]]
+        assert study["distance"] == max(row["distance"] for row in views)
+        least = min(row["distance_p"] for row in views)
+        assert study["distance_p"] == pytest.approx(min(1, len(views) * least))
+    assert {row["coverage"] for row in rows["near"]} == {"marginal"}  # of so few patients
+    assert "Prediction sets are not to be relied on" in said["near"]
+    before = run(home / "models" / "logistic", *options, "--json")
+    assert {(r["distance"], r["distance_p"], r["far"]) for r in json.loads(before.stdout)} == {
+        (None, None, None)
+    }
+    assert "Not told: how far these images lie" in before.stderr
+
+
 def test_where_the_encoder_is_said_to_be(home: Path, tmp_path: Path) -> None:
     place = tmp_path / "run" / "models" / "m"
 
@@ -595,6 +634,7 @@ class Picky:
     def __init__(self) -> None:
         self.encoder, self.intensity, self.sizes = self, Intensity(), list[int]()
         self.images_version = IMAGES_VERSION
+        self.limits = DEFAULT_LIMITS
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
         self.sizes.append(len(pixels))

@@ -431,6 +431,15 @@ def test_muras_expected_counts_are_held_by_split_and_region(mura: Path) -> None:
         assert expected[name] == expected["train"][name] + expected["test"][name]
 
 
+def test_muras_tables_have_one_spelling_and_its_files_their_own(mura: Path) -> None:
+    study = "valid/XR_WRIST/e\u0301/study1_positive"
+    write_mura(mura, {**STUDIES, study: [8]})
+    table = mura / "valid_labeled_studies.csv"
+    table.write_text(table.read_text().replace(",1\n", ", 1\u00a0\n"))
+    rows = build_manifest(load_recipe("mura"), mura.parent).manifest.rows.set_index("image")
+    assert rows.loc[f"MURA-v1.1/{study}/image1.png", ["patient", "label"]].tolist() == ["\u00e9", 1]
+
+
 def test_muras_leaks_are_refused_all_at_once(mura: Path) -> None:
     write_mura(
         mura,

@@ -1,23 +1,30 @@
 """Ctrl-C and SIGTERM: what is embedded is committed, and the command says so."""
 
-import contextlib
 import hashlib
 import os
+import pty
+import select
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import slow_files
+from PIL import Image
 from test_extraction import HalvesEncoder, write_images
 
 from medembed.cache.store import open_cache
 from medembed.dataset.manifest import write_manifest
-from medembed.dataset.reading import Content, Reading
-from medembed.extraction import extract
+from medembed.dataset.reading import DEFAULT_LIMITS, Content, Limits, Reading
+from medembed.extraction import decoding, extract
 from medembed.extraction.decoding import Decoders
+
+BLACK = np.zeros((1, 1), np.uint8)
 
 # `medembed extract` as its entry point runs it, with an encoder that is slow and says where it is.
 COMMAND = """
@@ -73,7 +80,12 @@ def finish(tmp_path: Path) -> int:
 
 
 @pytest.mark.parametrize(
-    ("number", "word"), [(signal.SIGINT, "Interrupted"), (signal.SIGTERM, "Terminated")]
+    ("number", "word"),
+    [
+        (signal.SIGINT, "Interrupted"),
+        (signal.SIGTERM, "Terminated"),
+        (signal.SIGHUP, "Hung up"),
+    ],
 )
 def test_a_signal_commits_what_is_embedded_and_says_so(
     number: signal.Signals, word: str, started: subprocess.Popen[str], tmp_path: Path
@@ -88,27 +100,75 @@ def test_a_signal_commits_what_is_embedded_and_says_so(
     assert "Traceback" not in messages
 
 
-def test_a_repeated_sigterm_does_not_stop_the_commit(
-    started: subprocess.Popen[str], tmp_path: Path
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_repeated_signal_does_not_stop_the_commit(
+    number: signal.Signals, started: subprocess.Popen[str], tmp_path: Path
 ) -> None:
     while started.poll() is None:
-        started.send_signal(signal.SIGTERM)
+        started.send_signal(number)
         time.sleep(0.001)
     _, messages = started.communicate()
-    assert started.returncode == 128 + signal.SIGTERM
+    assert started.returncode == 128 + number
     assert f"{finish(tmp_path)} images of this run" in messages
 
 
+def test_what_nohup_ignores_stays_ignored(tmp_path: Path) -> None:
+    script = "import signal\nfrom medembed.console import terminate_cleanly\n"
+    script += "terminate_cleanly()\nprint(signal.getsignal(signal.SIGHUP) is signal.SIG_IGN)"
+    command = ["nohup", sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout == "True\n"
+
+
+def test_a_signal_long_after_the_first_ends_the_command_at_once() -> None:
+    script = """
+        import os, signal, time
+        from medembed import console
+
+        console.PATIENCE_SECONDS = 0.05
+        console.terminate_cleanly()
+        for seconds in (0, 0, 0.1):
+            time.sleep(seconds)
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.01)
+                print("goes on", flush=True)
+            except KeyboardInterrupt:
+                print("told", flush=True)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (130, "told\ngoes on\n")
+
+
+def test_a_terminal_that_is_closed_commits_what_is_embedded(tmp_path: Path) -> None:
+    write_manifest(write_images(tmp_path / "images", 240), tmp_path / "manifest.csv")
+    marker = tmp_path / "marker"
+    script = textwrap.dedent(COMMAND.format(tests=str(Path(__file__).parent), marker=str(marker)))
+    arguments = ["extract", "manifest.csv", "--image-root", "images", "--encoder", "slow"]
+    pid, terminal = pty.fork()
+    if not pid:
+        os.chdir(tmp_path)
+        arguments += ["--cache", "cache", "--batch-size", "4"]
+        os.execv(sys.executable, [sys.executable, "-c", script, *arguments])
+    while not marker.exists():
+        assert os.waitpid(pid, os.WNOHANG) == (0, 0)
+        if select.select([terminal], [], [], 0.01)[0]:
+            os.read(terminal, 4096)
+    os.close(terminal)  # what closing a window or losing a connection does
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP
+    assert 0 < finish(tmp_path) < 240
+
+
 @pytest.fixture
-def slow_image(tmp_path: Path) -> tuple[Content, Path]:
-    """Make an image that can only be read once somebody writes it: a pipe with a name."""
-    write_images(tmp_path, 1)
-    [path] = tmp_path.iterdir()
-    data = path.read_bytes()
-    path.unlink()
-    os.mkfifo(path)
-    (tmp_path / "bytes").write_bytes(data)
-    return Content(hashlib.sha256(data).hexdigest(), (path.name,)), path
+def slow_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Content, Path]:
+    """Make an image that decoders read only when a file beside it says so."""
+    write_images(tmp_path / "slow", 1)
+    [path] = (tmp_path / "slow").iterdir()
+    slow_files.hold(path, tmp_path / "site", monkeypatch)
+    return Content(hashlib.sha256(path.read_bytes()).hexdigest(), (path.name,)), path
 
 
 def signalled(
@@ -124,21 +184,17 @@ def signalled(
         for pair in decoders.read([content], path.parent, 1):
             if pair is not None:
                 return pair[1], {*pids, decoders._all[0]._process.pid}
-            try:  # as soon as it opens the pipe to read, but no sooner, it opens to be written
-                end = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
-            except OSError:
+            process = decoders._all[0]._process
+            if process.pid not in slow_files.begun(path) - pids:
                 continue
             if times:
                 times -= 1
-                process = decoders._all[0]._process
                 os.kill(process.pid, number)
                 pids.add(process.pid)
                 if number == signal.SIGKILL:
                     process.wait()
             if not times or number != signal.SIGKILL:
-                with contextlib.suppress(BrokenPipeError):
-                    os.write(end, (path.parent / "bytes").read_bytes())
-            os.close(end)
+                slow_files.release(path)
     raise AssertionError("the image was never read")
 
 
@@ -160,3 +216,69 @@ def test_an_image_whose_decoder_is_killed_twice_is_left_to_the_next_run(
     reading, pids = signalled(slow_image, signal.SIGKILL, 2)
     assert (reading.stage, len(pids)) == ("read", 2)
     assert "SIGKILL" in reading.reason
+
+
+def read_by_one(contents: list[Content], root: Path, limits: Limits) -> tuple[list[Reading], int]:
+    """Read by one decoder; also give how many processes it took."""
+    pids, readings = set(), []
+    with Decoders(1, HalvesEncoder().preprocessing, limits=limits) as decoders:
+        for pair in decoders.read(contents, root, 1):
+            pids.add(decoders._all[0]._process.pid)
+            if pair is not None:
+                readings.append(replace(pair[1], pixels=None if pair[1].pixels is None else BLACK))
+    return readings, len(pids)
+
+
+def test_an_image_that_computes_too_long_fails_and_the_others_do_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoding, "MAX_DEATHS", 1)  # the decoder is not to blame
+    write_images(tmp_path, 2)
+    large = tmp_path / "large.png"
+    Image.fromarray(np.zeros((8_000, 9_900), np.uint8)).save(large, compress_level=1)
+    paths = [large, *sorted(path for path in tmp_path.iterdir() if path != large)]
+    contents = [Content(hashlib.sha256(p.read_bytes()).hexdigest(), (p.name,)) for p in paths]
+    contents = [contents[1], contents[0], contents[2]]
+    readings, n_processes = read_by_one(contents, tmp_path, Limits(max_seconds=0.1))
+    assert [reading.stage for reading in readings] == [None, "decode", None]
+    assert "more than 0.1 seconds of computing to decode (--max-seconds)" in readings[1].reason
+    assert n_processes == 2
+    assert [r.stage for r in read_by_one(contents, tmp_path, DEFAULT_LIMITS)[0]] == [None] * 3
+
+
+def test_a_disk_that_does_not_answer_is_tried_again_by_the_next_run(
+    slow_image: tuple[Content, Path],
+) -> None:
+    content, path = slow_image
+    readings, _ = read_by_one([content], path.parent, Limits(max_seconds=0.02))
+    assert readings[0].stage == "read"
+    assert "more than 0.2 seconds to read" in readings[0].reason
+
+
+def test_decoders_end_with_a_process_that_is_killed(slow_image: tuple[Content, Path]) -> None:
+    content, path = slow_image
+    script = f"""
+        import sys
+        from pathlib import Path
+
+        sys.path[:0] = {[str(Path(__file__).parent), str(path.parents[1] / "site")]!r}
+        from test_extraction import HalvesEncoder
+
+        from medembed.dataset.reading import Content
+        from medembed.extraction.decoding import Decoders
+
+        with Decoders(1, HalvesEncoder().preprocessing) as decoders:
+            content = Content({content.sha256!r}, {content.images!r})
+            list(decoders.read([content], Path({str(path.parent)!r}), 1))
+    """
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)])
+    while not (begun := slow_files.begun(path)):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    (pid,) = begun
+    end = time.monotonic() + 20
+    while Path(f"/proc/{pid}").exists():
+        assert time.monotonic() < end
+        time.sleep(0.05)

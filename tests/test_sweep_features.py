@@ -85,7 +85,7 @@ def test_the_leaderboard_and_the_card_name_the_winners_pooling(pooled):
         card = load_model(open_run(out).model_path(head)).card
         assert entry["pooling"] == pooling == card["pooling"]
         assert entry["trial"] == card["trial"]
-        assert entry["cv"] == pytest.approx(means[head].max())
+        assert entry["chosen_by"] == pytest.approx(means[head].max())
 
 
 def test_test_predictions_come_from_the_columns_of_the_winners_pooling(pooled, pooled_data):
@@ -208,12 +208,11 @@ def test_attention_is_told_which_views_belong_together(pooled, pooled_data):
     y, studies = rows["label"].to_numpy(int), rows["study"].to_numpy(str)
     fold_of = dict(zip(np.unique(studies), own["fold"].fillna(-1).astype(int), strict=True))
     folds = rows["study"].map(fold_of).to_numpy()
-    for fold in range(3):
+    table = open_run(out).trials().query("head == 'attention' and trial == @entry['trial']")
+    for fold, best in table.set_index("fold")["best_epoch"].items():
         held, others = folds == fold, (folds >= 0) & (folds != fold)
-        head = make_head("attention", entry["params"], seed=0).fit(
-            X[others], y[others], X_val=X[held], y_val=y[held],
-            studies=studies[others], studies_val=studies[held],
-        )  # fmt: skip
+        head = make_head("attention", entry["params"], seed=0).with_budget(int(best))
+        head.fit(X[others], y[others], studies=studies[others])
         expected = head.predict_proba(X[held], studies[held])[:, 1]
         assert own.loc[own["fold"] == fold, "probability"].to_numpy() == pytest.approx(
             expected, abs=1e-5

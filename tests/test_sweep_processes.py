@@ -219,3 +219,37 @@ def test_ctrl_c_while_processes_start_is_no_traceback_either(data, tmp_path):
         assert found["status"] == 130
         assert found["left"] == []
     assert "Traceback" not in "".join(said)
+
+
+def last_of(session, seconds=20):
+    """Give who is left of a session after some seconds; they are ended."""
+    end = time.monotonic() + seconds
+    while (left := session_of(session)) and time.monotonic() < end:
+        time.sleep(0.1)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    return left
+
+
+def test_four_ctrl_c_in_a_row_leave_no_process(data, tmp_path):
+    process, _ = start(data, tmp_path / "run", "2")
+    wait_for(lambda: workers_in_session(process.pid), process)
+    for _ in range(4):
+        os.killpg(process.pid, signal.SIGINT)
+        time.sleep(0.05)
+    stderr = process.communicate(timeout=60)[1]
+    assert last_of(process.pid) == []
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+    assert stderr.count("Interrupted. Nothing is half-written") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGKILL])
+def test_processes_end_with_a_sweep_that_is(number, data, tmp_path):
+    process, _ = start(data, tmp_path / "run", "2")
+    ledger = tmp_path / "run" / "trials.jsonl"
+    wait_for(lambda: ledger.exists() and ledger.read_bytes().count(b"\n") > 0, process)
+    os.kill(process.pid, number)  # of this one alone
+    process.communicate(timeout=60)
+    assert last_of(process.pid) == []
+    assert process.returncode == (129 if number == signal.SIGHUP else -9)

@@ -15,9 +15,10 @@ from made_sweeps import make_data, workers_in_session
 from test_sweeps import make_table
 
 from medembed.errors import RunError
+from medembed.files import json_digest
 from medembed.results.comparison import compare
 from medembed.results.runs import Run, open_run
-from medembed.sweeps import sweep, trials
+from medembed.sweeps import refits, sweep, trials
 
 HEADS = ("logistic", "mlp", "lightgbm")
 SMALL = {"heads": HEADS, "n_configs": 2, "n_folds": 3, "jobs": 1}
@@ -191,10 +192,21 @@ def test_an_mlp_has_another_key_among_other_mates(data, tmp_path):
 # Damage that the same command repairs
 
 
-def damage(out, kind):
-    """Damage an unfinished run; return the head and fold that have to be trained again."""
-    record = next(r for r in open_run(out).trial_records() if r["head"] == "lightgbm")
-    kept = out / "folds" / f"{record['key']}.npy"
+def kept_fold_of(out, whole, head, fold):
+    """Return where a run keeps what the head's winner predicts of a fold that it was without."""
+    trial = next(e["trial"] for e in whole[0]["leaderboard"] if e["head"] == head)
+    [record] = [
+        r
+        for r in open_run(out).trial_records()
+        if (r["head"], r["trial"], r["fold"]) == (head, trial, fold)
+    ]
+    key = json_digest(["fold", record["key"], record["best_epoch"]])[:32]
+    return out / "folds" / f"{key}.npy"
+
+
+def damage(out, whole, kind):
+    """Damage an unfinished run; return the trial that has to be trained again, if one has."""
+    record, kept = None, kept_fold_of(out, whole, "lightgbm", 1)
     probability = np.load(kept)
     if kind == "torn line":
         lines = (out / "trials.jsonl").read_bytes().splitlines(keepends=True)
@@ -221,6 +233,18 @@ def damage(out, kind):
     return record
 
 
+def count_refits(monkeypatch):
+    """Return a list that grows by (head, fold) with every winner that is trained without a fold."""
+    refit, seen = refits.refit, []
+
+    def counted(training, item):
+        seen.extend([(item.head, item.fold)] if item.fold is not None else [])
+        return refit(training, item)
+
+    monkeypatch.setattr(refits, "refit", counted)
+    return seen
+
+
 DAMAGES = [
     *("torn line", "line without its end", "deleted", "truncated", "empty"),
     *("too short", "too long", "one value"),
@@ -229,23 +253,30 @@ DAMAGES = [
 
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_damage_is_repaired_by_the_same_command(data, whole, out, monkeypatch, kind):
-    record = damage(out, kind)
-    fits = count_fits(monkeypatch)
+    record = damage(out, whole, kind)
+    fits, again = count_fits(monkeypatch), count_refits(monkeypatch)
     sweep(*data, out, **SMALL)
     require_equal(out, whole)
+    if record is None:
+        assert (fits, again) == ([], [("lightgbm", 1)])
+        return
+    assert again == []
     assert {head for head, _, _ in fits} == {record["head"]}
     if record["head"] not in COHORTS:
         assert {fold for _, fold, _ in fits} == {record["fold"]}
 
 
-def test_all_kept_folds_deleted_means_all_is_trained_again(data, whole, out):
-    damage(out, "all deleted")
+def test_all_kept_folds_deleted_means_all_winners_are_trained_again(data, whole, out, monkeypatch):
+    damage(out, whole, "all deleted")
+    fits, again = count_fits(monkeypatch), count_refits(monkeypatch)
     sweep(*data, out, **SMALL)
     require_equal(out, whole)
+    assert fits == []
+    assert sorted(again) == sorted((head, fold) for head in HEADS for fold in range(3))
 
 
-def test_the_ledger_of_a_repaired_run_has_one_line_per_trial_and_fold(data, out):
-    damage(out, "deleted")
+def test_the_ledger_of_a_repaired_run_has_one_line_per_trial_and_fold(data, whole, out):
+    damage(out, whole, "torn line")
     sweep(*data, out, **SMALL)
     table = open_run(out).trials()
     assert table["key"].is_unique

@@ -88,7 +88,8 @@ def test_the_ledger_has_one_line_per_trial_and_fold(swept):
     winners = {entry["head"]: entry for entry in swept[0]["leaderboard"]}
     means = trials_table.groupby(["head", "trial"])["score"].mean()
     for head, entry in winners.items():
-        assert entry["cv"] == pytest.approx(means[head].max())
+        assert entry["chosen_by"] == pytest.approx(means[head].max())
+        assert entry["n_tried"] == 2
 
 
 def test_patients_are_never_on_both_sides(data, tmp_path, monkeypatch):
@@ -107,9 +108,11 @@ def test_patients_are_never_on_both_sides(data, tmp_path, monkeypatch):
         return fit_path(heads, X, y, projector, rows)
 
     def watched_judge(data, fold, head):
-        held = set(data.X[data.held(fold), 0].tolist())
+        held, judging = (set(data.X[part(fold), 0].tolist()) for part in (data.held, data.judging))
         assert not trained[-1] & held
-        assert not (trained[-1] | held) & test
+        assert not (trained[-1] | held) & judging
+        assert not (trained[-1] | held | judging) & test
+        assert trained[-1] | held | judging == set(numbers.tolist()) - test
         seen.append(held)
         return judge(data, fold, head)
 
@@ -442,6 +445,6 @@ def test_a_lower_brier_score_wins(data, tmp_path):
     options = SMALL | {"heads": ("logistic",), "n_configs": 4, "metric": "brier"}
     result = sweep(*data, tmp_path / "run", **options)
     means = open_run(tmp_path / "run").trials().groupby("trial")["score"].mean()
-    assert result["leaderboard"][0]["cv"] == pytest.approx(means.min())
+    assert result["leaderboard"][0]["chosen_by"] == pytest.approx(means.min())
     assert means.nunique() > 1
     assert json.dumps(result, allow_nan=False)

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from medembed.dataset.identities import name_persons
 from medembed.dataset.manifest import Manifest
-from medembed.dataset.reading import Content
+from medembed.dataset.reading import DEFAULT_LIMITS, Content, Limits
 from medembed.dataset.splits import split_patients
 from medembed.encoders.preprocessing import Preprocessing
 from medembed.errors import TrainingDataError
@@ -63,7 +64,7 @@ def draw_held_out(rows: pd.DataFrame, seed: int) -> np.ndarray:
     TrainingDataError
         There is one patient only, or none.
     """
-    n_patients = rows["patient"].nunique()
+    n_patients = name_persons(rows).nunique()
     if n_patients < 2:
         raise TrainingDataError(
             f"split train holds {len(rows)} images of {n_patients} patients, and an autoencoder "
@@ -82,6 +83,7 @@ def read_images(
     preprocessing: Preprocessing,
     *,
     seed: int,
+    limits: Limits = DEFAULT_LIMITS,
     progress: Callable[[int, int], None] | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> TrainingImages:
@@ -115,6 +117,7 @@ def read_images(
         contents,
         image_root,
         preprocessing,
+        limits=limits,
         remedy="Set TMPDIR to a larger disk, or give a smaller --size.",
         progress=progress,
         tell=tell,

@@ -18,6 +18,7 @@ from medembed.autoencoding.images import TrainingImages, read_images
 from medembed.autoencoding.training import Asked, Training, mean_image_loss
 from medembed.autoencoding.workplace import Workplace
 from medembed.dataset.manifest import Manifest, require_hashes
+from medembed.dataset.reading import DEFAULT_LIMITS, Limits
 from medembed.encoders.autoencoder import (
     Architecture,
     checkpoint_config,
@@ -106,6 +107,7 @@ def train_autoencoder(
     precision: str = "auto",
     fit: str = "stretch",
     seed: int = 0,
+    limits: Limits = DEFAULT_LIMITS,
     progress: Progress | None = None,
     tell: Tell | None = None,
 ) -> TrainingReport:
@@ -143,6 +145,8 @@ def train_autoencoder(
         What happens to an image that is not square; `extract` is to be told the same.
     seed : int
         Decides who is held out, the initial weights and the order of the images.
+    limits : Limits
+        What an image may cost before it counts as failed.
     progress : callable, optional
         Called as progress(done, total) with images: first those read, then those learned from.
     tell : callable, optional
@@ -187,7 +191,9 @@ def train_autoencoder(
     question = _question(asked, fit, manifest)
     workplace = Workplace(target, question)
     with workplace.locked():
-        images = read_images(manifest, root, preprocessing, seed=seed, progress=progress, tell=tell)
+        images = read_images(
+            manifest, root, preprocessing, seed=seed, limits=limits, progress=progress, tell=tell
+        )
         training = _resume(Training(asked, images, preprocessing), images, workplace, tell)
         _run(training, asked, images, workplace, progress, tell)
         facts = _facts(training, images, start)

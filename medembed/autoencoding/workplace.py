@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from medembed.errors import PathNotFoundError, RunError
-from medembed.files import hold_lock, sync_directory, write_atomically
+from medembed.files import hold_lock, require_plain, sync_directory, write_atomically
 
 __all__ = ["Workplace"]
 
@@ -86,6 +86,7 @@ class Workplace:
     def load(self) -> tuple[Tensors, dict[str, Any]] | None:
         """Give the tensors and notes last saved; None where there are none that can be read."""
         try:
+            require_plain(self.path / _STATE)
             with safe_open(self.path / _STATE, framework="pt", device="cpu") as file:
                 notes = json.loads(file.metadata()[_NOTES])
                 return {name: file.get_tensor(name) for name in file.keys()}, notes  # noqa: SIM118

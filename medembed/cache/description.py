@@ -10,7 +10,7 @@ from typing import Any
 
 from medembed.cache.spec import CacheSpec
 from medembed.errors import CacheError, PathNotFoundError, SpecMismatchError
-from medembed.files import json_bytes, sync_directory
+from medembed.files import json_bytes, read_plain, sync_directory
 
 __all__ = [
     "FORMAT",
@@ -190,7 +190,7 @@ def _publish(partial: Path, path: Path) -> None:
 
 def _read_document(path: Path) -> dict[str, Any]:
     try:
-        document = json.loads((path / "cache.json").read_bytes())
+        document = json.loads(read_plain(path / "cache.json"))
     except FileNotFoundError:
         raise CacheError(
             f"{path} is not a cache: it has no cache.json. Name a directory that "

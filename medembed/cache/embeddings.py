@@ -14,6 +14,7 @@ from medembed.cache.failures import Failure
 from medembed.cache.keys import keys_from_column
 from medembed.cache.spec import CacheSpec
 from medembed.cache.store import Cache, open_cache
+from medembed.dataset.identities import name_persons
 from medembed.dataset.manifest import Manifest, read_manifest, require_hashes
 from medembed.errors import CacheError, MissingRowsError, TrainingDataError
 
@@ -57,8 +58,8 @@ class Embeddings:
 
     @property
     def patients(self) -> np.ndarray:
-        """Patients, (n,) object."""
-        return self.rows["patient"].to_numpy(object)
+        """Patients, (n,) object; spellings of one have one name, see `identities.name_persons`."""
+        return name_persons(self.rows).to_numpy(object)
 
     @property
     def studies(self) -> np.ndarray:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from medembed.cache.spec import KEY_BYTES
 from medembed.errors import CacheError
-from medembed.files import sync_directory
+from medembed.files import open_plain, read_plain, sync_directory
 
 __all__ = ["STAGES", "Failure", "append_failures", "name_failures", "read_failures"]
 
@@ -53,7 +53,7 @@ def read_failures(path: Path) -> dict[str, Failure]:
         The file cannot be read.
     """
     try:
-        lines = path.read_bytes().splitlines() if path.exists() else []
+        lines = read_plain(path).splitlines() if path.exists() else []
     except OSError as error:
         raise CacheError(f"cannot read {path}: {error.strerror or error}") from error
     return {failure.sha256: failure for failure in map(_parse, lines) if failure}
@@ -72,7 +72,7 @@ def append_failures(path: Path, new: Iterable[Failure]) -> None:
         return
     try:
         # Appending, one write: lines of several workers do not mix.
-        with path.open("a+b", buffering=0) as file:
+        with open_plain(path, "a+b", buffering=0) as file:
             _write_all(file, b"\n" + data if _is_torn(file) else data)
             os.fsync(file.fileno())
         sync_directory(path.parent)

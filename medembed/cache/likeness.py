@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from scipy import linalg
 
-__all__ = ["find_nearest", "whiten"]
+__all__ = ["find_nearest", "find_nearest_groups", "whiten"]
 
 # The least ridge. Measured with the demo encoder on copies of 150 synthetic and 63 real
 # radiographs, against columns that are only scaled: saved as JPEG at quality 50, 148 (scaled: 124)
@@ -65,10 +65,9 @@ def find_nearest(
     queries: np.ndarray,
     references: np.ndarray,
     *,
-    groups: tuple[np.ndarray, np.ndarray] | None = None,
     tick: Callable[[int], None] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Find each query's nearest reference, not among those whose group is its own.
+    """Find each query's nearest reference.
 
     Memory beyond the arguments does not grow with them: products are made in blocks.
 
@@ -76,8 +75,6 @@ def find_nearest(
     ----------
     queries, references : (k, d), (n, d) float32
         Rows of length 1, or 0, as `whiten` makes them.
-    groups : tuple of (k,) and (n,) int, optional
-        Groups of queries and of references; without, all references count.
     tick : callable, optional
         Called as tick(m) when m more queries are done.
 
@@ -93,8 +90,6 @@ def find_nearest(
     for part in _parts(len(queries), QUERY_ROWS):
         for others in _parts(len(references), REFERENCE_ROWS):
             alike = queries[part] @ references[others].T
-            if groups is not None:
-                alike[groups[0][part, None] == groups[1][others]] = -np.inf
             best = alike.argmax(axis=1)
             value = alike[np.arange(len(alike)), best].astype(np.float64).round(DECIMALS)
             better = value > similarity[part]
@@ -103,6 +98,95 @@ def find_nearest(
         if tick:
             tick(part.stop - part.start)
     return np.minimum(similarity, 1.0), nearest
+
+
+def find_nearest_groups(
+    X: np.ndarray,
+    groups: np.ndarray,
+    queries: np.ndarray,
+    k: int,
+    *,
+    tick: Callable[[int], None] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Find the k groups that are nearest to each query, its own left out, by their nearest rows.
+
+    Memory beyond the arguments does not grow with them: products are made in blocks.
+
+    Parameters
+    ----------
+    X : (n, d) float32
+        Rows of length 1, or 0, as `whiten` makes them.
+    groups : (n,) int64
+        Each row's group.
+    queries : (m,) int64
+        Rows of X.
+    k : int
+        From 1 up to the number of groups less one.
+    tick : callable, optional
+        Called as tick(m) when m more queries are done.
+
+    Returns
+    -------
+    similarity : (m, k) float64
+        Cosine, in [-1, 1], to 6 decimals; descending.
+    nearest : (m, k) int64
+        Rows of X.
+    """
+    order = np.argsort(groups, kind="stable")
+    similarity = np.full((len(queries), k), -np.inf)
+    nearest = np.zeros((len(queries), k), np.int64)
+    for part in _parts(len(queries), QUERY_ROWS):
+        best, rows = similarity[part], nearest[part]
+        for others in _parts(len(X), REFERENCE_ROWS):
+            found = _nearest_of_groups(X, groups, queries[part], order[others], k)
+            best, rows = _keep_nearest((best, rows), found, groups, k)
+        similarity[part], nearest[part] = best, rows
+        if tick:
+            tick(part.stop - part.start)
+    return np.minimum(similarity, 1.0), nearest
+
+
+def _nearest_of_groups(
+    X: np.ndarray, groups: np.ndarray, queries: np.ndarray, block: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return up to k groups of a block that is sorted by group: similarity, and the nearest row."""
+    alike = X[queries] @ X[block].T
+    alike[groups[queries, None] == groups[block]] = -np.inf
+    starts = np.flatnonzero(np.diff(groups[block], prepend=-1))
+    values = alike
+    if len(starts) < len(block):
+        values = np.maximum.reduceat(alike, starts, axis=1)
+    chosen = np.argpartition(-values, min(k, values.shape[1]) - 1, axis=1)[:, :k]
+    values = np.take_along_axis(values, chosen, axis=1)
+    ends = np.append(starts[1:], len(block))
+    places = starts[chosen]
+    for ahead in range(1, int((ends - starts).max())):  # where in its group the nearest row stands
+        further = np.minimum(starts[chosen] + ahead, ends[chosen] - 1)
+        is_there = np.take_along_axis(alike, further, axis=1) == values
+        is_there &= np.take_along_axis(alike, places, axis=1) != values
+        places = np.where(is_there, further, places)
+    return values.astype(np.float64).round(DECIMALS), block[places]
+
+
+def _keep_nearest(
+    kept: tuple[np.ndarray, np.ndarray],
+    found: tuple[np.ndarray, np.ndarray],
+    groups: np.ndarray,
+    k: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Merge two lists of nearest groups; one that is in both counts once, by its nearest row."""
+    values, rows = (np.hstack(pair) for pair in zip(kept, found, strict=True))
+    first = np.argsort(-values, axis=1, kind="stable")[
+        :, : k + 1
+    ]  # a block's first may stand twice
+    values, rows = (np.take_along_axis(array, first, axis=1) for array in (values, rows))
+    named = np.where(np.isfinite(values), groups[rows], -1 - np.arange(values.shape[1]))
+    again = np.zeros(values.shape, bool)
+    for column in range(1, values.shape[1]):
+        again[:, column] = (named[:, :column] == named[:, column, None]).any(axis=1)
+    values = np.where(again, -np.inf, values)
+    first = np.argsort(-values, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(values, first, axis=1), np.take_along_axis(rows, first, axis=1)
 
 
 def _parts(n: int, size: int) -> Iterator[slice]:

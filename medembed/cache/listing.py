@@ -7,6 +7,7 @@ from pathlib import Path
 
 from medembed.cache import shards
 from medembed.errors import CacheError
+from medembed.files import read_plain
 
 __all__ = ["committed_shards", "file_names", "read_replaced", "replaced_shards"]
 
@@ -57,7 +58,7 @@ def read_replaced(path: Path) -> list[str]:
         The disk says no.
     """
     try:
-        names = json.loads(path.read_bytes())
+        names = json.loads(read_plain(path))
     except (FileNotFoundError, ValueError, RecursionError):
         return []
     except OSError as error:

@@ -13,6 +13,7 @@ from medembed.cache.shards import read_keys
 from medembed.cache.spec import KEY_BYTES
 from medembed.cache.store import Cache
 from medembed.errors import MissingRowsError, ShardError
+from medembed.files import describe_error, open_plain
 
 __all__ = ["MappedRows", "map_rows"]
 
@@ -77,16 +78,17 @@ def map_rows(cache: Cache, keys: np.ndarray, pooling: str) -> MappedRows:
 def _map(path: Path, pooling: str, n_rows: int) -> list[np.ndarray]:
     """Map the chunks of a shard, in the order of its rows."""
     try:
-        with h5py.File(path, "r") as file:
-            dataset: Any = file["embeddings"][pooling]
-            size, dtype, shape = dataset.chunks[0], dataset.dtype, dataset.shape[1:]
-            offsets = [
-                dataset.id.get_chunk_info_by_coord((first, *(0 for _ in shape))).byte_offset
-                for first in range(0, n_rows, size)
+        with open_plain(path) as opened:
+            with h5py.File(opened, "r") as file:
+                dataset: Any = file["embeddings"][pooling]
+                size, dtype, shape = dataset.chunks[0], dataset.dtype, dataset.shape[1:]
+                offsets = [
+                    dataset.id.get_chunk_info_by_coord((first, *(0 for _ in shape))).byte_offset
+                    for first in range(0, n_rows, size)
+                ]
+            return [
+                np.memmap(opened, dtype, "r", offset, (min(size, n_rows - i * size), *shape))
+                for i, offset in enumerate(offsets)
             ]
     except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
-        raise ShardError(f"shard {path} cannot be mapped: {error}") from error
-    return [
-        np.memmap(path, dtype, "r", offset, (min(size, n_rows - i * size), *shape))
-        for i, offset in enumerate(offsets)
-    ]
+        raise ShardError(f"shard {path} cannot be mapped: {describe_error(error)}") from error

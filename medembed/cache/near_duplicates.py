@@ -18,16 +18,21 @@ import pandas as pd
 from medembed.cache.embeddings import find_rows, load_embeddings
 from medembed.cache.keys import keys_from_column
 from medembed.cache.likeness import find_nearest, whiten
+from medembed.cache.lookalikes import LookAlikes, find_lookalikes
 from medembed.cache.store import Cache, open_cache
 from medembed.dataset.checks import cap
 from medembed.dataset.groups import join_same_bytes
+from medembed.dataset.identities import name_persons
 from medembed.dataset.manifest import Manifest, read_manifest, require_hashes
 from medembed.errors import MedembedError
 
-__all__ = ["ALIKE", "MAX_CALIBRATION", "NearDuplicates", "find_near_duplicates"]
+__all__ = ["ALIKE", "MAX_CALIBRATION", "REACH", "NearDuplicates", "find_near_duplicates"]
 
 MAX_CALIBRATION = 4000
-"""Train images, each of another patient, that the threshold is read off: the most there are."""
+"""Train images of different patients, at most, that the threshold is read off. In a larger split,
+look-alikes are looked for among as many images, one drawn per patient."""
+REACH = 0.9999
+"""The highest threshold: a copy saved without loss is above it, float16 or not."""
 ALIKE = 0.9
 """From this similarity on, train images of different patients are told to be alike: 19 of 20 copies
 that are saved as JPEG at quality 80 or resized have it, with the demo encoder."""
@@ -43,11 +48,15 @@ class NearDuplicates:
         One row per flagged test image, the most alike first: `image_a` (test), `image_b` (the train
         image nearest to it), `patient_a`, `patient_b`, and `similarity`, above `threshold` and at
         most 1.
+    lookalikes : DataFrame
+        One row per pair of images of one split that look alike under different patients, the most
+        alike first: `split` and the columns of `pairs`.
     threshold : float
-        Test images are flagged above it; infinite where nothing could be compared.
+        Test images are flagged above it, `REACH` at most; infinite where nothing could be compared.
     false_alarm_rate : float
         At most this share of test images without a twin is flagged: what was asked for, or the
-        smallest that the number of train patients allows; 0 where the threshold is infinite.
+        smallest that the number of train patients and `REACH` allow; 0 where the threshold is
+        infinite.
     asked : float
         The rate that was asked for.
     expected_false_alarms : float
@@ -55,15 +64,19 @@ class NearDuplicates:
     n_test, n_train : int
         Images that were compared.
     n_calibration : int
-        Train images, each of another patient, that the threshold was read off.
+        Train images, each of another patient, that the threshold was read off; patients whose
+        images look alike count as one.
     n_alike : int
-        Of these, how many have a twin (similarity `ALIKE` or more) of another train patient; such
-        twins raise the threshold.
+        Of these, how many have a twin (similarity `ALIKE` or more) of another train patient that
+        is no look-alike, because other images are about as near; such twins raise the threshold.
+    n_looked : int
+        Images that look-alikes were looked for of, over both splits.
     n_failed, n_missing : int
         Rows left out because the image failed to be embedded, or is not in the cache yet.
     """
 
     pairs: pd.DataFrame = field(repr=False)
+    lookalikes: pd.DataFrame = field(repr=False)
     threshold: float
     false_alarm_rate: float
     asked: float
@@ -72,18 +85,23 @@ class NearDuplicates:
     n_train: int
     n_calibration: int
     n_alike: int
+    n_looked: int
     n_failed: int
     n_missing: int
 
     def as_dict(self) -> dict[str, Any]:
         """Return JSON values; an infinite threshold is None."""
-        numbers = {name: value for name, value in vars(self).items() if name != "pairs"}
+        tables = ("pairs", "lookalikes")
+        numbers = {name: value for name, value in vars(self).items() if name not in tables}
         if math.isinf(self.threshold):
             numbers["threshold"] = None
-        return {**numbers, "pairs": self.pairs.to_dict("records")}
+        return {**numbers, **{name: getattr(self, name).to_dict("records") for name in tables}}
 
     def problems(self) -> list[str]:
-        """Return a line per flagged test image, the first 20 and how many more there are."""
+        """Return a line per flagged test image and per pair of look-alikes within a split.
+
+        Of each kind the first 20, and how many more there are.
+        """
         chance = f"a false alarm in {_share(self.false_alarm_rate)}"
         lines = (
             f"test image {a!r} looks like train image {b!r} (similarity {similarity:.3f}; {chance})"
@@ -94,21 +112,44 @@ class NearDuplicates:
                 strict=True,
             )
         )
-        return cap(lines, len(self.pairs))
+        return [*cap(lines, len(self.pairs)), *self._lookalike_lines()]
+
+    def _lookalike_lines(self) -> list[str]:
+        lines = (
+            f"{row.split} images {row.image_a!r} and {row.image_b!r} look alike (similarity "
+            f"{row.similarity:.3f}) and stand under two patients, {row.patient_a!r} and "
+            f"{row.patient_b!r}"
+            for row in self.lookalikes.itertuples(index=False)
+        )
+        return cap(lines, len(self.lookalikes))
 
     def describe(self) -> str:
         """Say in sentences what was compared, what was found, and how much of it is chance."""
         sentences = [self._outcome()]
         if 0 < self.asked < self.false_alarm_rate:
             sentences.append(
-                f"{self.n_calibration:,} train patients allow no rarer false alarms than in "
-                f"{_share(self.false_alarm_rate)} (asked for: {_share(self.asked)})."
+                f"{self.n_calibration:,} train patients allow no rarer "
+                f"false alarms than in {_share(self.false_alarm_rate)} (asked for: "
+                f"{_share(self.asked)})."
             )
         if self.n_alike:
             sentences.append(
-                f"{self.n_alike:,} of {self.n_calibration:,} sampled train images have a "
-                f"look-alike (similarity {ALIKE} or more) in another train patient, which raises "
-                "the threshold: fainter copies are missed."
+                f"{self.n_alike:,} of {self.n_calibration:,} sampled train images are so near "
+                f"(similarity {ALIKE} or more) to several other train patients, which raises the "
+                "threshold: fainter copies are missed."
+            )
+        if len(self.lookalikes):
+            found = len(self.lookalikes)
+            sentences.append(
+                f"{found:,} pair{'s' if found > 1 else ''} of images within a split look alike "
+                "under two patients: one image that stands twice, or films that show nothing. "
+                "The threshold was not read off them."
+            )
+        n_images = self.n_test + self.n_train
+        if 0 < self.n_looked < n_images:
+            sentences.append(
+                f"Look-alikes within a split were looked for among {self.n_looked:,} of "
+                f"{n_images:,} images."
             )
         if self.n_failed:
             sentences.append(f"Left out: {self.n_failed:,} that could not be embedded.")
@@ -190,13 +231,17 @@ def find_near_duplicates(
     With a 1 the rate could be twice alpha (as for the jackknife+; Barber et al., Annals of
     Statistics 49, 2021), and is where all train patients are drawn and alpha (n + 1) = 1.
 
+    Train patients whose images look alike count as one as well (`lookalikes.tell_alike`): a film
+    that stands twice, or two black ones, would otherwise be the threshold, and no copy would pass
+    it. They are `lookalikes`, and so are those within `test`. Whatever is left, the threshold is
+    not above `REACH`; where that lowers it, the rate that it keeps is computed and said.
+
     So an image drawn from a test patient without a twin is flagged with probability alpha at most
     if that patient and the train patients are exchangeable: as if lots had been drawn who is in
     `test`. Two things are neglected: exact ties, and other views of the same test patient that are
     as near to a second train patient. Where `test` comes from another source the rate is not held.
-    Copies *inside* train, across its patients, never cause false alarms, but they raise the
-    threshold: once a share alpha of the train patients has them, only twins as alike as these are
-    found (`n_alike`).
+    Train images that are very near to several patients are no look-alikes, and raise the threshold
+    (`n_alike`).
 
     With n patients alpha is 2 / (n + 1) at the least. Where less is asked for, that is used and
     said: the threshold is then the largest S_i.
@@ -215,20 +260,27 @@ def find_near_duplicates(
     test, train = X[:n_test], X[n_test:]  # views, no copies
     groups = _groups(rows[n_test:])
     drawn = _draw(groups, seed) if n_test else np.empty(0, np.int64)
-    tick = _counting(progress, len(drawn) + n_test)
-    usual, _ = find_nearest(train[drawn], train, groups=(groups[drawn], groups), tick=tick)
+    alike = _looked_at(groups, drawn)
+    tick = _counting(progress, len(alike) + n_test)
+    within_train = find_lookalikes(train, groups, alike, tick)
+    usual = _usual(within_train, np.isin(alike, drawn))
     threshold, rate = _calibrate(usual, false_alarm_rate)
     similarity, nearest = find_nearest(test, train, tick=tick)
+    test_groups = _groups(rows[:n_test])
+    looked = _looked_at(test_groups, _draw(test_groups, seed))
+    within_test = find_lookalikes(test, test_groups, looked)
     return NearDuplicates(
         pairs=_pair(rows, similarity, nearest + n_test, threshold),
+        lookalikes=_list_lookalikes(rows, {0: within_test, n_test: within_train}),
         threshold=threshold,
         false_alarm_rate=rate,
         asked=false_alarm_rate,
         expected_false_alarms=rate * n_test,
         n_test=n_test,
         n_train=len(train),
-        n_calibration=len(drawn),
+        n_calibration=len(usual),
         n_alike=int((usual >= ALIKE).sum()),
+        n_looked=len(alike) + len(looked),
         **left_out,
     )
 
@@ -252,7 +304,7 @@ def _load(
 
 def _groups(train: pd.DataFrame) -> np.ndarray:
     """Return train patients as numbers from 0, (n,) int64; those that share bytes are one."""
-    joined = join_same_bytes(train["patient"], train["sha256"])
+    joined = join_same_bytes(name_persons(train), train["sha256"])
     return np.asarray(pd.factorize(joined, sort=True)[0], np.int64)
 
 
@@ -270,14 +322,47 @@ def _draw(groups: np.ndarray, seed: int) -> np.ndarray:
     return np.asarray(np.sort(order[drawn]), np.int64)
 
 
+def _looked_at(groups: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+    """Return the rows that look-alikes are looked for of: all, or of a large split those drawn."""
+    return np.arange(len(groups)) if len(drawn) and len(groups) <= MAX_CALIBRATION else drawn
+
+
+def _usual(alike: LookAlikes, is_drawn: np.ndarray) -> np.ndarray:
+    """Return how near drawn images are to other patients; of patients that look alike, one's."""
+    is_known = np.flatnonzero(is_drawn & np.isfinite(alike.usual))
+    _, first = np.unique(alike.units[is_known], return_index=True)
+    return np.asarray(alike.usual[is_known[first]])
+
+
 def _calibrate(usual: np.ndarray, rate: float) -> tuple[float, float]:
     """Return the threshold and the rate that it keeps; see the notes of `find_near_duplicates`."""
     n = len(usual)
     if n < 2:
         return math.inf, 0.0
     n_allowed = max(2, math.floor(rate * (n + 1) + 1e-9))  # 0.29 * 100 is 28.999…
-    threshold = np.sort(usual)[::-1][n_allowed - 2]
-    return float(threshold), max(rate, 2 / (n + 1))
+    threshold, kept = float(np.sort(usual)[::-1][n_allowed - 2]), max(rate, 2 / (n + 1))
+    if threshold <= REACH:
+        return threshold, kept
+    return REACH, min(1.0, max(kept, (2 + int((usual > REACH).sum())) / (n + 1)))
+
+
+def _list_lookalikes(rows: pd.DataFrame, found: dict[int, LookAlikes]) -> pd.DataFrame:
+    """Name the pairs of both splits; the numbers are each split's first row."""
+    pairs = np.concatenate([alike.pairs + start for start, alike in found.items()])
+    similarity = np.concatenate([alike.similarity for alike in found.values()])
+    order = np.argsort(-similarity, kind="stable")
+    a, b = rows.iloc[pairs[order, 0]], rows.iloc[pairs[order, 1]]
+    return pd.DataFrame({"split": a["split"].to_numpy(object), **_names(a, b)}).assign(
+        similarity=similarity[order]
+    )
+
+
+def _names(a: pd.DataFrame, b: pd.DataFrame) -> dict[str, np.ndarray]:
+    return {
+        f"{column}_{side}": part[column].to_numpy(object)
+        for column in ("image", "patient")
+        for side, part in (("a", a), ("b", b))
+    }
 
 
 def _pair(
@@ -286,15 +371,7 @@ def _pair(
     flagged = np.flatnonzero(similarity > threshold)
     flagged = flagged[np.argsort(-similarity[flagged], kind="stable")]
     a, b = rows.iloc[flagged], rows.iloc[nearest[flagged]]
-    return pd.DataFrame(
-        {
-            "image_a": a["image"].to_numpy(object),
-            "image_b": b["image"].to_numpy(object),
-            "patient_a": a["patient"].to_numpy(object),
-            "patient_b": b["patient"].to_numpy(object),
-            "similarity": similarity[flagged],
-        }
-    )
+    return pd.DataFrame({**_names(a, b), "similarity": similarity[flagged]})
 
 
 def _counting(

@@ -23,9 +23,15 @@ import h5py
 import numpy as np
 
 from medembed.cache.spec import KEY_BYTES, CacheSpec, sortable
-from medembed.cache.widening import put_rows
+from medembed.cache.widening import describe_loss, put_rows
 from medembed.errors import CacheError, ShardError
-from medembed.files import json_bytes, sync_directory, write_atomically
+from medembed.files import (
+    json_bytes,
+    naming_full_disk,
+    open_plain,
+    sync_directory,
+    write_atomically,
+)
 
 __all__ = [
     "CHUNK_ROWS",
@@ -71,8 +77,8 @@ def as_stored(
     Raises
     ------
     CacheError
-        A pooling is missing or foreign, a shape is wrong, or a value is not finite; a value that
-        only float32 can hold is told apart.
+        A pooling is missing or foreign, a shape is wrong, or a value is not finite; values that
+        only float32 can hold, because they are too large or too small, are told apart.
     """
     if set(embeddings) != set(spec.poolings):
         asked, given = ", ".join(spec.poolings), ", ".join(embeddings)
@@ -243,11 +249,9 @@ def _store_values(name: str, values: np.ndarray, shape: tuple[int, ...], dtype: 
         raise CacheError(f"pooling {name} holds NaN or infinite values; nothing was stored")
     with np.errstate(over="ignore"):
         stored = np.ascontiguousarray(values, dtype)
-    if not np.isfinite(stored).all():
-        raise CacheError(
-            f"pooling {name} reaches {np.abs(values).max():g}, more than {dtype} can hold "
-            f"({np.finfo(dtype).max:g}). Choose a new --cache with --dtype float32."
-        )
+    loss = describe_loss(values, stored)
+    if loss:
+        raise CacheError(f"pooling {name} {loss}. Choose a new --cache with --dtype float32.")
     return stored
 
 
@@ -287,7 +291,7 @@ def _place(
     stored: Mapping[str, np.ndarray],
     replaces: Collection[str],
 ) -> Path:
-    with partial.open("xb") as file:
+    with naming_full_disk(partial, len(data)), partial.open("xb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -324,7 +328,7 @@ def _hdf5(path: Path, *, verify: bool, spec: CacheSpec | None) -> Iterator[tuple
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     try:
-        with path.open("rb") as file:
+        with open_plain(path) as file:
             yield file
     except OSError as error:
         if isinstance(error, ShardError):

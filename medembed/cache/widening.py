@@ -7,7 +7,7 @@ multiplication, each of which numpy vectorises: 0.3 ms.
 
 import numpy as np
 
-__all__ = ["put_rows"]
+__all__ = ["describe_loss", "put_rows"]
 
 BLOCK = 2**17  # numbers at once: they stay in the second-level cache
 SHIFT = 13  # IEEE 754: binary32 has 13 more bits of fraction than binary16
@@ -15,6 +15,40 @@ KEPT = np.uint32(0x8FFFE000).astype(np.int32)  # sign, 5 bits of exponent, 10 of
 SCALE = np.float32(2.0**112)  # the difference of the exponents' biases, 127 - 15
 INFINITE = 0x7C00  # binary16: from here on infinity and NaN
 SUBNORMAL = np.float32(2.0**-136)  # 2**-24, the smallest of binary16, before it is scaled
+
+
+def describe_loss(values: np.ndarray, stored: np.ndarray) -> str | None:
+    """Say what finite values lose in a narrower dtype: their range, or a whole row.
+
+    Parameters
+    ----------
+    values, stored : (n, ...) float
+        Before and after.
+
+    Returns
+    -------
+    str or None
+        "reaches 1e+06, more than float16 can hold (65504)"; or that a row which is not zero has
+        no value as large as the dtype's smallest normal number, so that little or nothing of it is
+        left. None where neither is so.
+    """
+    limits = np.finfo(stored.dtype)
+    if not np.isfinite(stored).all():
+        return (
+            f"reaches {np.abs(values).max():g}, more than {limits.dtype} can hold ({limits.max:g})"
+        )
+    if values.dtype.itemsize <= stored.dtype.itemsize or not values.size:
+        return None
+    rows = values.reshape(len(values), -1)
+    largest = np.maximum(rows.max(axis=1), -rows.min(axis=1))
+    vanishing = (largest > 0) & (largest < limits.tiny)
+    if not vanishing.any():
+        return None
+    return (
+        f"has {int(vanishing.sum())} of {len(rows)} rows that are not zero and vanish in "
+        f"{limits.dtype}: nothing in them is above {largest[vanishing].max():g}, and the smallest "
+        f"number that {limits.dtype} holds in full is {limits.tiny:g}"
+    )
 
 
 def put_rows(output: np.ndarray, places: slice | np.ndarray, rows: np.ndarray) -> None:

@@ -6,11 +6,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from medembed.commands.options import (
+    MANY,
+    MAX_BATCH,
     PATH,
+    Finite,
     device_option,
     fit_option,
     image_root_option,
     json_option,
+    limit_options,
     precision_option,
     seed_option,
     split_names,
@@ -23,11 +27,17 @@ if TYPE_CHECKING:
 
 __all__ = ["autoencoder_command"]
 
+MAX_SIDE = 8192
+"""Pixels: of an image that is brought to a square, larger than any encoder's."""
+MAX_CHANNELS = 65_536
+
 
 def _split_numbers(context: click.Context, option: click.Parameter, value: str) -> tuple[int, ...]:
     names: Any = split_names(context, option, value)
     if not all(name.isascii() and name.isdecimal() for name in names):
         raise click.BadParameter(f"{value!r} is no list of whole numbers", context, option)
+    if any(len(name) > 9 or not 1 <= int(name) <= MAX_CHANNELS for name in names):
+        raise click.BadParameter(f"{value!r} is not from 1 to {MAX_CHANNELS}", context, option)
     return tuple(map(int, names))
 
 
@@ -36,7 +46,7 @@ def _split_numbers(context: click.Context, option: click.Parameter, value: str) 
 @image_root_option
 @click.option("--out", "out", type=PATH, required=True, help="The encoder directory to write.")
 @click.option(
-    "--size", type=click.IntRange(min=2), default=128, show_default=True,
+    "--size", type=click.IntRange(2, MAX_SIDE), default=128, show_default=True,
     help="Side in pixels of the square that images are brought to.",
 )  # fmt: skip
 @click.option(
@@ -44,18 +54,19 @@ def _split_numbers(context: click.Context, option: click.Parameter, value: str) 
     help="Channels after each halving of the side.",
 )  # fmt: skip
 @click.option(
-    "--latent-channels", type=click.IntRange(min=1), default=128, show_default=True,
+    "--latent-channels", type=click.IntRange(1, MAX_CHANNELS), default=128, show_default=True,
     help="Channels of the code: the columns of each pooling.",
 )  # fmt: skip
 @click.option(
-    "--epochs", type=click.IntRange(min=1), default=40, show_default=True,
+    "--epochs", type=click.IntRange(1, MANY), default=40, show_default=True,
     help="At most; training ends before if held-out images are drawn no better.",
 )  # fmt: skip
-@click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--batch-size", type=click.IntRange(1, MAX_BATCH), default=64, show_default=True)
 @click.option(
-    "--lr", "learning_rate", type=float, default=2e-3, show_default=True,
+    "--lr", "learning_rate", type=Finite(min=0, min_open=True), default=2e-3, show_default=True,
     help="The highest learning rate.",
 )  # fmt: skip
+@limit_options
 @device_option
 @precision_option
 @fit_option
@@ -71,6 +82,8 @@ def autoencoder_command(
     epochs: int,
     batch_size: int,
     learning_rate: float,
+    max_bytes: int,
+    max_seconds: float,
     device: str,
     precision: str,
     fit: str,
@@ -83,6 +96,7 @@ def autoencoder_command(
     """
     from medembed import autoencoding
     from medembed.dataset.manifest import read_manifest
+    from medembed.dataset.reading import Limits
 
     with showing_progress("Reading", "images") as progress:
         report = autoencoding.train_autoencoder(
@@ -99,6 +113,7 @@ def autoencoder_command(
             precision=precision,
             fit=fit,
             seed=seed,
+            limits=Limits(max_bytes, max_seconds),
             progress=progress,
             tell=progress.tell,
         )

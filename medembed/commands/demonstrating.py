@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from medembed.commands.comparing import hush_matplotlib, show_comparison
-from medembed.commands.options import PATH, json_option, seed_option
+from medembed.commands.options import MANY, PATH, json_option, seed_option
 from medembed.console import print_json, say
 from medembed.progress import showing_progress
 
@@ -14,7 +14,7 @@ __all__ = ["demo_command"]
 
 @click.command("demo")
 @click.argument("directory", metavar="[DIR]", type=PATH, default=Path("medembed-demo"))
-@click.option("--patients", "n_patients", type=click.IntRange(min=40), default=400,
+@click.option("--patients", "n_patients", type=click.IntRange(40, MANY), default=400,
               show_default=True, help="Synthetic patients.")  # fmt: skip
 @seed_option
 @json_option

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 import click
 
 from medembed.commands.options import (
+    MAX_BATCH,
     PATH,
     device_option,
     encoder_option,
     fit_option,
     image_root_option,
     json_option,
+    limit_options,
     precision_option,
     split_names,
 )
@@ -78,8 +80,9 @@ def _choose_worker(
     show_default=True,
     help="Of a DICOM: the first VOI LUT or window, the one of this name, or none.",
 )
-@click.option("--batch-size", type=click.IntRange(min=1), help="Images in one encoder pass.")
+@click.option("--batch-size", type=click.IntRange(1, MAX_BATCH), help="Images in one encoder pass.")
 @click.option("--decoders", type=click.IntRange(min=1), help="Processes that read and decode.")
+@limit_options
 @click.option(
     "--worker",
     callback=_choose_worker,
@@ -111,6 +114,8 @@ def extract_command(
     window: str,
     batch_size: int | None,
     decoders: int | None,
+    max_bytes: int,
+    max_seconds: float,
     worker: "Worker | None",
     engine: str,
     retry_failed: bool,
@@ -122,11 +127,12 @@ def extract_command(
     from medembed import extraction
     from medembed.dataset.intensity import Intensity
     from medembed.dataset.manifest import read_manifest
+    from medembed.dataset.reading import Limits
     from medembed.encoders.loading import load_encoder
 
     if engine == "ray" and worker:
         raise click.UsageError("--worker is for --engine local; --engine ray shares out by itself")
-    rows = read_manifest(manifest_path)
+    rows, limits = read_manifest(manifest_path), Limits(max_bytes, max_seconds)
     if engine == "ray" and Path(reference).is_dir():  # Ray's processes are in other directories
         reference = str(Path(reference).absolute())
     load = partial(
@@ -150,6 +156,7 @@ def extract_command(
             intensity=Intensity(window),
             batch_size=batch_size,
             decoders=decoders,
+            limits=limits,
             retry_failed=retry_failed,
         )
         with showing_progress("Embedding", "images") as progress:
@@ -170,6 +177,7 @@ def extract_command(
                 intensity=Intensity(window),
                 batch_size=batch_size,
                 decoders=decoders,
+                limits=limits,
                 retry_failed=retry_failed,
                 worker=worker,
                 dry_run=dry_run,

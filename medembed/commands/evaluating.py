@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from medembed.commands.options import PATH, json_option, seed_option, table_columns
+from medembed.commands.options import MANY, PATH, json_option, seed_option, table_columns
 from medembed.console import print_json, say
 
 __all__ = ["evaluate_command"]
@@ -25,7 +25,7 @@ PIPED_COLUMNS = 80
 @click.option(
     "--recalibrate",
     metavar="N",
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, MANY),
     help="Calibrate anew on N labelled patients, drawn by seed, and score the others.",
 )
 @seed_option

@@ -7,12 +7,17 @@ import click
 
 from medembed.commands.comparing import show_comparison
 from medembed.commands.options import (
+    MANY,
+    MAX_BATCH,
+    MAX_SEED,
     PATH,
+    Finite,
     device_option,
     encoder_option,
     fit_option,
     image_root_option,
     json_option,
+    limit_options,
     precision_option,
     seed_option,
     split_names,
@@ -22,7 +27,7 @@ from medembed.progress import showing_progress
 
 __all__ = ["finetune_command"]
 
-_ABOVE_ZERO = click.FloatRange(min=0, min_open=True)
+_ABOVE_ZERO = Finite(min=0, min_open=True)
 
 
 @click.command("finetune")
@@ -37,7 +42,7 @@ _ABOVE_ZERO = click.FloatRange(min=0, min_open=True)
     help="Depths: so many last blocks train with the head; 0 the head alone; all everything.",
 )
 @click.option(
-    "--lora", type=click.IntRange(min=1), metavar="RANK",
+    "--lora", type=click.IntRange(1, MANY), metavar="RANK",
     help="Train adapters of this rank in those blocks, not the blocks; wants peft.",
 )  # fmt: skip
 @click.option("--out", type=PATH, required=True, help="The run directory to write.")
@@ -58,18 +63,18 @@ _ABOVE_ZERO = click.FloatRange(min=0, min_open=True)
     show_default=True, help="How it is kept.",
 )  # fmt: skip
 @click.option(
-    "--seeds", "n_seeds", type=click.IntRange(min=1), default=1, show_default=True,
+    "--seeds", "n_seeds", type=click.IntRange(1, MANY), default=1, show_default=True,
     help="Train every depth with so many seeds, from --seed on.",
 )  # fmt: skip
 @click.option(
-    "--folds", "n_folds", type=click.IntRange(min=2), default=5, show_default=True,
+    "--folds", "n_folds", type=click.IntRange(2, MANY), default=5, show_default=True,
     help="One of so many folds of train patients is held out to stop early.",
 )  # fmt: skip
-@click.option("--epochs", type=click.IntRange(min=1), default=20, show_default=True)
-@click.option("--patience", type=click.IntRange(min=1), default=5, show_default=True)
-@click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
+@click.option("--epochs", type=click.IntRange(1, MANY), default=20, show_default=True)
+@click.option("--patience", type=click.IntRange(1, MANY), default=5, show_default=True)
+@click.option("--batch-size", type=click.IntRange(1, MAX_BATCH), default=32, show_default=True)
 @click.option(
-    "--accumulate", type=click.IntRange(min=1), default=1, show_default=True,
+    "--accumulate", type=click.IntRange(1, MAX_BATCH), default=1, show_default=True,
     help="Send a batch through the tower in so many parts: less memory.",
 )  # fmt: skip
 @click.option(
@@ -86,12 +91,13 @@ _ABOVE_ZERO = click.FloatRange(min=0, min_open=True)
     "--decay", type=_ABOVE_ZERO, default=0.75, show_default=True,
     help="Each earlier block's learning rate, as a share of the next one's.",
 )  # fmt: skip
-@click.option("--weight-decay", type=click.FloatRange(min=0), default=0.01, show_default=True)
+@click.option("--weight-decay", type=Finite(min=0), default=0.01, show_default=True)
 @click.option("--no-augment", is_flag=True, help="Train on the images as they are.")
 @click.option("--flips", is_flag=True, help="Also mirror images, left and right.")
 @click.option(
     "--from-scratch", is_flag=True, help="Begin with random weights, drawn by its config."
 )
+@limit_options
 @device_option
 @precision_option
 @fit_option
@@ -110,6 +116,8 @@ def finetune_command(
     n_seeds: int,
     n_folds: int,
     no_augment: bool,
+    max_bytes: int,
+    max_seconds: float,
     device: str,
     precision: str,
     fit: str,
@@ -118,7 +126,11 @@ def finetune_command(
     **numbers: Any,
 ) -> None:
     """Train an encoder's last blocks with a head, at several depths, on MANIFEST."""
+    from medembed.dataset.reading import Limits
     from medembed.finetuning import Recipe, finetune
+
+    if seed + n_seeds - 1 > MAX_SEED:
+        raise click.UsageError(f"--seed {seed} and --seeds {n_seeds} go beyond {MAX_SEED}")
 
     with showing_progress("Training", "images") as progress:
         result = finetune(
@@ -138,6 +150,7 @@ def finetune_command(
             precision=precision,
             fit=fit,
             seed=seed,
+            limits=Limits(max_bytes, max_seconds),
             progress=progress,
             tell=progress.tell,
         )

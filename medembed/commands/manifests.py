@@ -18,8 +18,8 @@ __all__ = ["build_command", "check_command", "manifest"]
 
 REBUILD = "Mend the recipe or the tables and build it again."
 LOOK = (
-    "Look at each pair: give the patients of a copied image one split, or leave the image out with "
-    "[exclude] in the recipe, and build it again."
+    "Look at each pair: give the patients of a copied image one split, or one name where they are "
+    "one, or leave the image out with [exclude] in the recipe, and build it again."
 )
 
 
@@ -32,7 +32,7 @@ def manifest() -> None:
 @click.argument("recipe", metavar="RECIPE")
 @image_root_option
 @click.option("-o", "--output", type=PATH, required=True, help="MANIFEST.csv or .parquet.")
-@click.option("--strict", is_flag=True, help="What would be a warning is an error.")
+@click.option("--strict", is_flag=True, help="Warnings are errors.")
 @click.option("--structure-only", is_flag=True, help="Tables alone; no image is read or hashed.")
 @click.option(
     "--key-file",
@@ -92,33 +92,54 @@ def _counted(document: dict[str, Any]) -> str:
 @click.argument("manifest_path", metavar="MANIFEST", type=PATH)
 @click.option("--image-root", type=PATH, help="Also compare every file's bytes with its row.")
 @click.option(
-    "--cache", "cache_path", type=PATH, help="Also find test images that look like a train image."
+    "--cache",
+    "cache_path",
+    type=PATH,
+    help="Also find test images that look like a train image, and look-alikes within a split.",
 )
+@click.option("--strict", is_flag=True, help="Warnings are errors.")
 @seed_option
 @json_option
 def check_command(
-    manifest_path: Path, image_root: Path | None, cache_path: Path | None, seed: int, as_json: bool
+    manifest_path: Path,
+    image_root: Path | None,
+    cache_path: Path | None,
+    strict: bool,
+    seed: int,
+    as_json: bool,
 ) -> None:
     """List everything wrong with MANIFEST; exit 1 if anything is.
+
+    Warnings are what only looks wrong: words that usually mean missing, spellings of one patient,
+    region or category, one patient for an improbable share of the studies.
 
     With --cache also near-duplicates across splits: images of test that are one of train saved
     anew, resized or brightened a little, found by their embeddings. Of test images without such a
     twin up to 1 in 1,000 is listed too, or more where train has few patients; how many that makes
-    is said.
+    is said. Images that look alike under two patients of one split are listed as well: one image
+    that stands twice, or films that show nothing.
     """
     from medembed.cache.store import open_cache
-    from medembed.dataset import manifest as manifests
+    from medembed.dataset.review import review_manifest
 
     cache = open_cache(cache_path) if cache_path else None
     with showing_progress("Checking", "images") as progress:
-        problems = manifests.check_manifest(manifest_path, image_root, progress=progress)
+        review = review_manifest(manifest_path, image_root, progress=progress)
+    problems = review.problems
     remedy = REBUILD if problems else LOOK
-    more: dict[str, Any] = {}
+    more: dict[str, Any] = {"warnings": review.warnings}
+    for warning in review.warnings:
+        say(f"Warning: {warning}")
     if cache is not None:
         found = _compare(cache, manifest_path, seed)
         more["near_duplicates"] = found.as_dict() if found else None
         problems += found.problems() if found else []
     conclude(problems, manifest_path, remedy, as_json, **more)
+    if strict and review.warnings:
+        raise click.ClickException(
+            f"{manifest_path}: {len(review.warnings)} warning(s), listed above, which --strict "
+            f"refuses. {REBUILD}"
+        )
 
 
 def _compare(cache: "Cache", manifest_path: Path, seed: int) -> "NearDuplicates | None":

@@ -1,21 +1,28 @@
 """What several commands share: their options, how wide tables are, and how they end."""
 
+import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
 from medembed.console import print_json, say
 
 __all__ = [
+    "MANY",
+    "MAX_BATCH",
+    "MAX_SEED",
     "PATH",
+    "Finite",
     "conclude",
     "device_option",
     "encoder_option",
     "fit_option",
     "image_root_option",
     "json_option",
+    "limit_options",
     "precision_option",
     "seed_option",
     "split_names",
@@ -23,6 +30,9 @@ __all__ = [
 ]
 
 PATH = click.Path(path_type=Path)
+Command = TypeVar("Command", bound=Callable[..., Any])
+MAX_SEED = 2**63 - 1
+"""The largest whole number that every file and library here holds."""
 
 image_root_option = click.option(
     "--image-root", type=PATH, required=True, help="Directory that the manifest's paths start from."
@@ -56,9 +66,50 @@ fit_option = click.option(
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON document on stdout."
 )
+MAX_BATCH = 65_536
+"""Images in one batch: beyond any device."""
+MANY = 1_000_000
+"""Of what is counted one by one: epochs, configurations, folds. More would never end."""
+
+
+class Finite(click.FloatRange):
+    """A number within a range, and finite."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Refuse NaN, which no range does, and infinities."""
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{number} is not a finite number.", param, ctx)
+        return number
+
+
+def limit_options(command: Command) -> Command:
+    """Add --max-bytes and --max-seconds: what an image may cost before it counts as failed."""
+    for option in (
+        click.option(
+            "--max-seconds",
+            type=Finite(0, 1_000_000, min_open=True),
+            default=120.0,
+            show_default=True,
+            help="Of computing to decode an image; one that takes longer counts as failed.",
+        ),
+        click.option(
+            "--max-bytes",
+            type=click.IntRange(min=1, max=2**63 - 1),
+            default=2**30,
+            show_default=True,
+            help="Of an image's file; a larger one counts as failed.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 seed_option = click.option(
     "--seed",
-    type=click.IntRange(min=0),
+    type=click.IntRange(min=0, max=MAX_SEED),
     default=0,
     show_default=True,
     help="Seed of everything random.",

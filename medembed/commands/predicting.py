@@ -11,9 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from medembed.commands.options import PATH, device_option, json_option, precision_option
-from medembed.console import INTERRUPTED, TERMINATED, Terminated, print_json, say
+from medembed.commands.options import (
+    PATH,
+    Finite,
+    device_option,
+    json_option,
+    limit_options,
+    precision_option,
+)
+from medembed.console import exit_status, print_json, say
 from medembed.progress import showing_progress
+from medembed.text import printable
 
 if TYPE_CHECKING:
     from medembed.prediction import Predictor
@@ -21,8 +29,14 @@ if TYPE_CHECKING:
 __all__ = ["predict_command"]
 
 COLUMNS = 80
-NAME_COLUMNS = 41
+NAME_COLUMNS = 38
 Row = dict[str, Any]
+OUTER = 0.05
+"""Share of the training patients that lie furthest out: of studies like theirs as many do."""
+_NO_REFERENCE = (
+    "Not told: how far these images lie from those of training. The model keeps no statistics of "
+    "them, or of too few patients; what `medembed sweep` packages now does."
+)
 
 
 @click.command("predict")
@@ -48,11 +62,12 @@ Row = dict[str, Any]
 )
 @click.option(
     "--alpha",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    type=Finite(0, 1, min_open=True, max_open=True),
     default=0.1,
     show_default=True,
     help="Share of prediction sets that may miss the truth.",
 )
+@limit_options
 @device_option
 @precision_option
 @click.option("--jsonl", is_flag=True, help="Print a line of JSON per row, as it is ready.")
@@ -66,6 +81,8 @@ def predict_command(
     reference: str | None,
     explain: Path | None,
     alpha: float,
+    max_bytes: int,
+    max_seconds: float,
     device: str,
     precision: str,
     jsonl: bool,
@@ -77,6 +94,7 @@ def predict_command(
     threshold, and the prediction set. Files given by name are studies of their own. Exits with 1
     if an image could not be answered for. Research software, not a medical device.
     """
+    from medembed.dataset.reading import Limits
     from medembed.prediction import Predictor
 
     _check_usage(images, manifest_path, image_root, jsonl=jsonl, as_json=as_json)
@@ -88,11 +106,16 @@ def predict_command(
             device=device,
             precision=precision,
             alpha=alpha,
+            limits=Limits(max_bytes, max_seconds),
             fetching=fetching,
             tell=say,
         )
         if predictor.card.conformal is None:
             say(f"No prediction sets: {predictor.card.conformal_note or 'the model has none.'}")
+        elif warning := predictor.card.conformal.warning():
+            say(warning)
+        if "range" not in (predictor.model.reference or {}):
+            say(_NO_REFERENCE)
         if manifest_path is not None:
             rows = predictor.predict_manifest(manifest_path, image_root, explain=explain)
         else:
@@ -123,15 +146,29 @@ class _Seen:
 
     def __init__(self) -> None:
         self.images = self.failed = self.studies = self.abnormal = self.trained_on = 0
+        self.far = self.marginal = self.placed = self.outer = 0
 
     def add(self, row: Row) -> None:
         if row["image"] is None:
             self.studies += 1
             self.abnormal += row["decision"] == "abnormal"
+            self.marginal += row["coverage"] == "marginal"
+            if row["distance_p"] is not None:
+                self.placed += 1
+                self.outer += row["distance_p"] <= OUTER
             return
         self.images += 1
         self.failed += row["error"] is not None
         self.trained_on += bool(row["trained_on"])
+        self.far += bool(row["far"])
+
+    def _are_others(self) -> bool:
+        """Whether chance puts so many studies so far out in less than one case of a thousand."""
+        if not self.placed:
+            return False
+        from scipy.stats import binom
+
+        return float(binom.sf(self.outer - 1, self.placed, OUTER)) < 0.001
 
     def conclude(self) -> None:
         """Say what there was; exit with 1 if anything failed."""
@@ -143,6 +180,24 @@ class _Seen:
             say(
                 f"{self.trained_on} images are among those that the model was trained on (*): "
                 "what it says of them is too good."
+            )
+        if self.far:
+            say(
+                f"{self.far} of {self.images} images lie far from those that the model was trained "
+                "on (!): neither probabilities, decisions nor sets hold there. Have such images "
+                "labelled, and see `medembed evaluate`."
+            )
+        if self._are_others():
+            say(
+                f"Taken together they are not like the training images: {self.outer} of "
+                f"{self.placed} studies are among the outermost {OUTER:.0%}. Neither "
+                "probabilities, decisions nor sets hold for any of them; see `medembed evaluate`."
+            )
+        if self.marginal:
+            say(
+                f"The sets of {self.marginal} studies (~) are of regions with too few training "
+                "patients, or that are not known: their coverage holds over all regions together, "
+                "and may be less in one of them."
             )
         if self.failed:
             raise click.ClickException(
@@ -165,12 +220,12 @@ def _show(rows: Iterator[Row], predictor: "Predictor", *, jsonl: bool, as_json: 
             lines = [json.dumps(row, ensure_ascii=False, allow_nan=False)] if jsonl else _lines(row)
             write("".join(f"{line}\n" for line in lines))
     except KeyboardInterrupt as error:
-        say(
-            f"Stopped after {seen.images} images. Every line that was printed is whole; the same "
-            "command begins anew."
-        )
-        code = TERMINATED if isinstance(error, Terminated) else INTERRUPTED
-        raise SystemExit(code) from None
+        with contextlib.suppress(OSError):  # after SIGHUP there may be no terminal
+            say(
+                f"Stopped after {seen.images} images. Every line that was printed is whole; the "
+                "same command begins anew."
+            )
+        raise SystemExit(exit_status(error)) from None
     return seen
 
 
@@ -212,21 +267,24 @@ def _lines(row: Row) -> list[str]:
     start = _pad(start, NAME_COLUMNS)
     if row["error"] is not None:
         return [f"{start} {'—':>9}", *_indented(row["error"])]
-    star = "*" if row["trained_on"] else " "
+    marks = ("*" if row["trained_on"] else "") + ("!" if row["far"] else "")
     inside = row["set"]
     words = "—" if inside is None else " or ".join(inside) or "neither"
-    line = f"{start} {row['probability']:>9.3f}{star} {row['decision']:<9} {words}".rstrip()
+    words += " ~" if row["coverage"] == "marginal" else ""
+    line = f"{start} {row['probability']:>9.3f}{marks:<2}{row['decision']:<9} {words}".rstrip()
     more = row.get("explanation")
     return [line] if not more else [line, *_indented(more)]
 
 
 def _indented(text: str) -> list[str]:
-    return textwrap.wrap(_printable(text), COLUMNS, initial_indent="    ", subsequent_indent="    ")
+    return textwrap.wrap(
+        printable(text, keep=""), COLUMNS, initial_indent="    ", subsequent_indent="    "
+    )
 
 
 def _fit(text: str, columns: int) -> str:
     """Cut a name in its middle: its end tells more than what is between."""
-    text = _printable(text)
+    text = printable(text, keep="")
     if _columns(text) <= columns:
         return text
     head, tail = "", ""
@@ -245,10 +303,3 @@ def _columns(text: str) -> int:
     """Count the columns that a terminal gives a text."""
     wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
     return len(text) + wide - sum(bool(unicodedata.combining(c)) for c in text)
-
-
-def _printable(text: str) -> str:
-    """Write out what would move the cursor, such as a newline in a name."""
-    return "".join(
-        c if c == " " or unicodedata.category(c)[0] not in "CZ" else ascii(c)[1:-1] for c in text
-    )

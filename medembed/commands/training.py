@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from medembed.commands.comparing import show_comparison
-from medembed.commands.options import PATH, json_option, seed_option, split_names
+from medembed.commands.options import MANY, PATH, Finite, json_option, seed_option, split_names
 from medembed.console import print_json
 from medembed.progress import showing_leaderboard
 
@@ -31,10 +31,10 @@ __all__ = ["sweep_command"]
 )
 @click.option("--space", type=PATH, help="A search space (TOML) in place of the default one.")
 @click.option(
-    "--configs", "n_configs", type=click.IntRange(min=1),
+    "--configs", "n_configs", type=click.IntRange(1, MANY),
     help="Configurations tried per head and pooling, in place of the space's number.",
 )  # fmt: skip
-@click.option("--folds", "n_folds", type=click.IntRange(min=2), default=5, show_default=True)
+@click.option("--folds", "n_folds", type=click.IntRange(2, MANY), default=5, show_default=True)
 @click.option("--metric", default="auroc", show_default=True, help="What chooses the winners.")
 @click.option(
     "--covariates",
@@ -42,7 +42,7 @@ __all__ = ["sweep_command"]
     help="Columns of the manifest, such as region,age,sex, that are appended to the embedding.",
 )
 @click.option(
-    "--train-fraction", type=float, default=1.0, show_default=True,
+    "--train-fraction", type=Finite(0, 1, min_open=True), default=1.0, show_default=True,
     help="Share of the training patients to learn from, nested: for label-efficiency curves.",
 )  # fmt: skip
 @click.option("--jobs", type=click.IntRange(min=1), help="Processes; without it one per core.")

@@ -9,6 +9,8 @@ from itertools import islice
 import numpy as np
 import pandas as pd
 
+from medembed.dataset.identities import EXACT, IDS, are_exact, explain_likeness, find_persons
+
 __all__ = [
     "CONTENTS",
     "LABEL_LEVELS",
@@ -18,6 +20,8 @@ __all__ = [
     "find_content_problems",
     "find_table_problems",
     "is_ascending",
+    "name_first",
+    "name_rows",
 ]
 
 REQUIRED = ("image", "sha256", "patient", "study", "region", "label", "split")
@@ -50,7 +54,10 @@ def find_table_problems(table: pd.DataFrame, label_level: str) -> list[str]:
     problems = []
     if label_level not in LABEL_LEVELS:
         problems.append(f"column label_level says {label_level!r}; it must be study or image")
-    every = (_paths, _duplicates, _hashes, _values, _empties, _studies, _patients, _bytes)
+    every = (
+        *(_paths, _duplicates, _hashes, _values, _empties),
+        *(_studies, _patients, _persons, _ids, _bytes),
+    )
     return problems + _find(table, REQUIRED, every, label_level)
 
 
@@ -134,7 +141,10 @@ def _duplicates(table: _Columns, _: str) -> Iterator[Kind]:
     names = sorted(twice.unique())
     yield (
         len(names),
-        (f"image {name!r} is listed twice ({_rows(twice.index[twice == name])})" for name in names),
+        (
+            f"image {name!r} is listed twice ({name_rows(twice.index[twice == name])})"
+            for name in names
+        ),
     )
 
 
@@ -155,15 +165,17 @@ def _others(column: "pd.Series[str]", allowed: tuple[str, ...], complaint: str) 
     strange = column[~column.isin(allowed)]
     values = sorted(strange.unique())
     return len(values), (
-        f"{column.name} {value!r} {complaint} ({_rows(strange.index[strange == value])})"
+        f"{column.name} {value!r} {complaint} ({name_rows(strange.index[strange == value])})"
         for value in values
     )
 
 
 def _empties(table: _Columns, _: str) -> Iterator[Kind]:
     for name in ("patient", "study", "region"):
-        empty = table.table.index[table[name] == ""]
-        yield int(len(empty) > 0), [f"{name} is empty ({_rows(empty)})"] * (len(empty) > 0)
+        empty = table["image"][table[name] == ""]
+        if len(empty):
+            images = ", ".join(empty[:N_ROWS_SHOWN]) + ", …" * (len(empty) > N_ROWS_SHOWN)
+            yield 1, [f"{name} is empty ({name_rows(empty.index)}): {images}"]
 
 
 def _studies(table: _Columns, label_level: str) -> Iterator[Kind]:
@@ -176,6 +188,45 @@ def _studies(table: _Columns, label_level: str) -> Iterator[Kind]:
 
 def _patients(table: _Columns, _: str) -> Iterator[Kind]:
     yield _conflicts(table, "patient", "split", "patient {!r} is in more than one split: {}")
+
+
+def _persons(table: _Columns, _: str) -> Iterator[Kind]:
+    """Find spellings of one patient that stand in two splits."""
+    spellings = table["patient"].unique()
+    persons = None if are_exact(table.table) else find_persons(spellings)
+    if persons is None:
+        return
+    persons = np.where((np.bincount(persons) > 1)[persons], persons, -1)[table.codes("patient")]
+    is_torn = _find_torn(persons + 1, table.codes("split"), persons >= 0)[persons + 1]
+    rows = table.table[is_torn]
+    names = persons[is_torn]
+    torn = np.unique(names)
+    yield len(torn), (_say_apart(rows[names == person]) for person in torn)
+
+
+def _say_apart(rows: pd.DataFrame) -> str:
+    """Say where the spellings of one patient stand and how they differ."""
+    parts = [
+        (str(patient), str(split), f"{patient!r} in {split} ({name_first(part['image'])})")
+        for (patient, split), part in rows.groupby(["patient", "split"], sort=True)
+    ]
+    spellings = sorted({patient for patient, _, _ in parts})
+    shown = [text for _, _, text in parts[:N_ROWS_SHOWN]]
+    more = f" and {len(parts) - N_ROWS_SHOWN} more" * (len(parts) > N_ROWS_SHOWN)
+    return (
+        f"spellings of what may be one patient are in more than one split: {', '.join(shown)}{more}"
+        f"; they differ in {explain_likeness(*spellings[:2])}. Spell them alike, or say "
+        f'{IDS} = "{EXACT}" in the recipe where they are different persons'
+    )
+
+
+def _ids(table: _Columns, _: str) -> Iterator[Kind]:
+    if IDS not in table.table:
+        return
+    others = table.table.index[table[IDS] != EXACT]
+    if 0 < len(others) < len(table.table):
+        rows = name_rows(others)
+        yield 1, [f"column {IDS} says {EXACT!r} in some rows and not in others ({rows})"]
 
 
 def _bytes(table: _Columns, _: str) -> Iterator[Kind]:
@@ -194,15 +245,21 @@ def _conflicts(
     keys, values = table.codes(key), table.codes(value)
     if where is None:
         where = np.ones(len(keys), bool)
-    first = np.zeros(len(keys), values.dtype)  # a code is less than the number of rows
-    first[keys[where][::-1]] = values[where][::-1]
-    is_torn = np.zeros(len(keys), bool)
-    is_torn[keys[where & (values != first[keys])]] = True
+    is_torn = _find_torn(keys, values, where)
     rows = table.table[is_torn[keys] & where] if is_torn.any() else table.table[:0]
     torn = sorted(rows[key].unique())
     return len(torn), (
         template.format(name, _listed(rows[rows[key] == name], value)) for name in torn
     )
+
+
+def _find_torn(keys: np.ndarray, values: np.ndarray, where: np.ndarray) -> np.ndarray:
+    """Tell of each key, a code below or at the number of rows, whether it has several values."""
+    first = np.zeros(len(keys) + 1, values.dtype)
+    first[keys[where][::-1]] = values[where][::-1]
+    is_torn = np.zeros(len(keys) + 1, bool)
+    is_torn[keys[where & (values != first[keys])]] = True
+    return is_torn
 
 
 def _cells(column: "pd.Series[str]", complaint: str) -> Kind:
@@ -215,12 +272,17 @@ def _cells(column: "pd.Series[str]", complaint: str) -> Kind:
 def _listed(rows: pd.DataFrame, column: str) -> str:
     """Say each value with its first image and its rows: "test (b.png, row 7), train (…)"."""
     return ", ".join(
-        f"{value} ({part['image'].iloc[0]}, {_rows(part.index)})"
-        for value, part in rows.groupby(column, sort=True)
+        f"{value} ({name_first(part['image'])})" for value, part in rows.groupby(column, sort=True)
     )
 
 
-def _rows(index: pd.Index) -> str:
+def name_first(images: "pd.Series[str]") -> str:
+    """Name the first of some images, and their rows: "a.png, rows 2, 7"."""
+    return f"{images.iloc[0]}, {name_rows(images.index)}"
+
+
+def name_rows(index: pd.Index) -> str:
+    """Name rows as in a spreadsheet, at most four, of positions from 0: "rows 2, 7"."""
     shown = ", ".join(str(_number(position)) for position in index[:N_ROWS_SHOWN])
     hidden = len(index) - N_ROWS_SHOWN
     noun = "row" if len(index) == 1 else "rows"

@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from medembed.dataset.identities import IDS
 from medembed.errors import ModelError, TrainingDataError
+from medembed.text import normalise
 
 __all__ = [
     "MAX_CATEGORIES",
@@ -26,7 +28,7 @@ __all__ = [
 ]
 
 MAX_CATEGORIES = 64  # more of them are names of persons or images
-NOT_COVARIATES = ("image", "sha256", "patient", "study", "label", "split", "label_level")
+NOT_COVARIATES = ("image", "sha256", "patient", "study", "label", "split", IDS, "label_level")
 LARGEST = float(np.finfo(np.float32).max)
 MISSING = ""
 
@@ -86,8 +88,11 @@ class CategoricalColumn:
                 "Write the same categories in this column of the manifest, or train without this "
                 "covariate."
             )
-        place = {word: i for i, word in enumerate((*self.categories, MISSING))}
-        block = np.zeros((len(texts), len(place)))
+        words = (*self.categories, MISSING)
+        # Categories of a model of before may be in another Unicode form than those of a manifest.
+        place = {normalise(word): i for i, word in enumerate(words)}
+        place |= {word: i for i, word in enumerate(words)}
+        block = np.zeros((len(texts), len(words)))
         seen = [(row, place[text]) for row, text in enumerate(texts) if text in place]
         if seen:
             block[tuple(np.array(seen).T)] = 1
@@ -230,7 +235,9 @@ def _check_names(names: Sequence[str], there: list[str]) -> None:
 
 
 def _texts(column: "pd.Series[Any]") -> list[str]:
-    return [MISSING if pd.isna(value) else str(value).strip() for value in column.astype(object)]
+    texts = [MISSING if pd.isna(value) else str(value) for value in column.astype(object)]
+    spelt = {text: normalise(text) for text in set(texts)}
+    return [spelt[text] for text in texts]
 
 
 def _numbers(name: str, texts: Iterable[str]) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Read elements of a DICOM file, in silence and within bounds; say what kind of object it is."""
 
-import struct
+import io
 import threading
 import warnings
 import zlib
@@ -8,15 +8,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from medembed.dataset.dicom_library import UID, Dataset, dcmread
+from medembed.dataset.dicom_library import (
+    UID,
+    Dataset,
+    dcmread,
+)
 from medembed.dataset.radiograph import MAX_PIXELS
 from medembed.errors import ImageError
 
 __all__ = ["quiet_pydicom", "read_dicom", "why_no_image"]
 
 DEFLATED = b"1.2.840.10008.1.2.1.99"
-MAX_META = 65_536  # bytes of preamble and group 2
-LONG = (b"OB", b"OD", b"OF", b"OL", b"OW", b"SQ", b"UC", b"UN", b"UR", b"UT")  # PS3.5 7.1.2
+PLAIN = b"1.2.840.10008.1.2.1".ljust(len(DEFLATED), b"\0")
+PIXEL_GROUP = 0x7FE0
+MAX_READS = 1_000_000  # an element takes two or three; images have some hundred elements
+MAX_VALUE = 1 << 22  # bytes of an element beside the pixels: 32 look-up tables of the largest size
 MAX_INFLATED = 6 * MAX_PIXELS  # bytes: three samples of 16 bits
 _lock = threading.RLock()
 
@@ -45,19 +51,24 @@ def read_dicom(file: Any, tags: str, *, with_pixels: bool = True) -> Dataset:
     Raises
     ------
     ImageError
-        It is no DICOM, or inflates to more than any image takes.
+        It is no DICOM, or inflates to more, or has more elements, than any image takes.
     """
-    begins = file.read(MAX_META)
-    has_preamble = begins[128:132] == b"DICM"
-    end, syntax = _walk_group_2(begins, 132 if has_preamble else 0)
-    if DEFLATED in begins[: max(end, 2048)]:
-        _refuse_bomb(begins[end:] + file.read() if DEFLATED in syntax else b"")
+    begins = file.read(132)
+    has_preamble = begins[128:] == b"DICM"
     file.seek(0)
-    dataset = dcmread(
-        file, force=not has_preamble, stop_before_pixels=not with_pixels, specific_tags=tags.split()
-    )
+    counted = _Counted(file, most=None if with_pixels else MAX_VALUE)
+    options: dict[str, Any] = {"force": not has_preamble, "specific_tags": tags.split()}
+    options["stop_before_pixels"] = not with_pixels
+    try:
+        dataset = dcmread(counted, **options)
+    except _Deflated:
+        dataset = dcmread(_Counted(_inflated(file), most=None), **options)
     if not has_preamble and not _known_name(dataset).endswith("Storage"):
         raise ImageError("not an image of a known kind, nor a DICOM without its preamble")
+    for tag in dataset.keys():  # noqa: SIM118 # items would be converted, which is to be prevented
+        value = dataset.get_item(tag).value
+        if tag >> 16 != PIXEL_GROUP and isinstance(value, bytes) and len(value) > MAX_VALUE:
+            raise ImageError(f"the DICOM has an element of {len(value):,} bytes beside its pixels")
     return dataset
 
 
@@ -79,30 +90,57 @@ def _known_name(dataset: Dataset) -> str:
     return str(uid.name) if uid and uid.name != uid else ""
 
 
-def _walk_group_2(begins: bytes, position: int) -> tuple[int, bytes]:
-    """Give where group 2 ends and the transfer syntax in it (PS3.10 7.1: explicit VR)."""
-    syntax = b""
-    while begins[position : position + 2] == b"\x02\0" and position + 12 <= len(begins):
-        is_long = begins[position + 4 : position + 6] in LONG
-        kind, skip = ("<I", 8) if is_long else ("<H", 6)
-        length = struct.unpack_from(kind, begins, position + skip)[0]
-        start = position + (12 if is_long else 8)
-        if begins[position + 2 : position + 4] == b"\x10\0":
-            syntax = begins[start : start + length]
-        position = start + length
-    return position, syntax
+class _Deflated(Exception):  # noqa: N818 # no error
+    """A data set is deflated (PS3.5 A.5), and begins where its file is now."""
 
 
-def _refuse_bomb(deflated: bytes) -> None:
-    """Inflate a data set (PS3.5 A.5) as far as an image may go: pydicom has no limit."""
-    stream, count = zlib.decompressobj(-zlib.MAX_WBITS), 0
+class _Counted:
+    """A binary file that is read so many times at most; pydicom reads each element at least once.
+
+    Parameters
+    ----------
+    most : int or None
+        Bytes that may be read at once.
+    """
+
+    def __init__(self, file: Any, most: int | None) -> None:
+        self._file, self._most, self._left = file, most, MAX_READS
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        """Read as the file does.
+
+        Raises
+        ------
+        ImageError
+            Too often, or too much.
+        _Deflated
+            All of the rest is asked for: pydicom is about to inflate it, which it does without any
+            limit. It alone knows, for the transfer syntax may stand anywhere in group 2.
+        """
+        if size < 0:
+            raise _Deflated
+        self._left -= 1
+        if self._left < 0:
+            raise ImageError("the DICOM has far more elements than any image")
+        if self._most is not None and size > self._most:
+            raise ImageError(f"the DICOM has an element of {size:,} bytes before its pixels")
+        data: bytes = self._file.read(size)
+        return data
+
+
+def _inflated(file: Any) -> io.BytesIO:
+    """Give a file, at the beginning of its deflated data set, as one that is not deflated."""
+    start = file.tell()
+    stream = zlib.decompressobj(-zlib.MAX_WBITS)
     try:
-        while deflated and not stream.eof and count <= MAX_INFLATED:
-            count += len(stream.decompress(deflated, 1 << 20))
-            deflated = stream.unconsumed_tail
+        data = stream.decompress(file.read(MAX_INFLATED), MAX_INFLATED + 1)
     except zlib.error as error:
         raise ImageError("the DICOM's deflated data are damaged") from error
-    if count > MAX_INFLATED:
+    if len(data) > MAX_INFLATED:
         raise ImageError(f"the DICOM inflates to more than {MAX_INFLATED / 1e6:,.0f} MB")
     if not stream.eof:
         raise ImageError("the DICOM's deflated data end early: the file is truncated")
+    file.seek(0)
+    # The same element with the plain syntax's name, padded as UIDs are.
+    return io.BytesIO(file.read(start).replace(DEFLATED, PLAIN) + data)

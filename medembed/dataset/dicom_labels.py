@@ -9,12 +9,13 @@ from pathlib import Path
 import pandas as pd
 
 from medembed.dataset.image_index import plain_path
-from medembed.dataset.labels import find_table, need_columns, read_labels
+from medembed.dataset.labels import doubt_labels, find_table, need_columns, read_labels
 from medembed.dataset.listing import count_of, first_names, refuse
 from medembed.dataset.mismatches import AS_TEXT, compare_names, find_shortened
-from medembed.dataset.recipe_format import Dicom, Recipe
+from medembed.dataset.recipe_format import Recipe
+from medembed.dataset.recipe_sections import Dicom
 from medembed.dataset.repeats import merge_rows
-from medembed.dataset.tables import read_text_table
+from medembed.dataset.tables import read_foreign_table
 from medembed.errors import RecipeError
 from medembed.text import normalise
 
@@ -65,7 +66,8 @@ def join_labels(
     if recipe.label is None:
         return Answers([""] * len(rows), [""] * len(rows))
     path = find_table(spec.table, root, recipe.path)
-    table = read_text_table(path, RecipeError)
+    as_written = (spec.column,) if spec.match == "file" else ()
+    table = read_foreign_table(path, RecipeError, as_written=as_written)
     split_column = recipe.split.column if recipe.split else ""
     need_columns(table, (spec.column, recipe.label.column, split_column), path)
     own_spelling = plain_path if spec.match == "file" else normalise
@@ -93,7 +95,10 @@ def join_labels(
     return Answers(
         joined["label"].tolist(),
         joined["split"].tolist(),
-        _warnings(without, len(unused), path.name, hint),
+        [
+            *doubt_labels(table[recipe.label.column], recipe.label, str(path)),
+            *_warnings(without, len(unused), path.name, hint),
+        ],
         notices,
     )
 

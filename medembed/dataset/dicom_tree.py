@@ -3,18 +3,23 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from medembed.dataset import renderings
 from medembed.dataset.dicom_file import quiet_pydicom, read_dicom, why_no_image
 from medembed.dataset.dicom_labels import KEYS, join_labels
 from medembed.dataset.dicom_words import age_in_years, laterality, region, sex, text, view
+from medembed.dataset.identities import EXACT, IDS, find_persons
 from medembed.dataset.image_index import ImageIndex
 from medembed.dataset.images import BARE_DICOM
-from medembed.dataset.listing import Listing, name_unread
+from medembed.dataset.listing import Listing, name_unread, refuse
+from medembed.dataset.lookalikes import is_missing_patient, list_examples
 from medembed.dataset.pseudonyms import Pseudonyms, read_key
-from medembed.dataset.recipe_format import Dicom, Recipe
+from medembed.dataset.recipe_format import Recipe
+from medembed.dataset.recipe_sections import Dicom
 from medembed.errors import ImageError, RecipeError
+from medembed.files import open_plain
 
 __all__ = ["read_dicom_tree"]
 
@@ -71,11 +76,15 @@ def read_dicom_tree(recipe: Recipe, root: Path, key_file: Path | None = None) ->
     rows = every[~is_double].reset_index(drop=True)
     answers = join_labels(recipe, spec, rows, every[is_double], root)
     rows["label"], rows["split"] = answers.labels, answers.splits
+    warnings = list(answers.warnings)
+    if names.hide:  # else the manifest shows them
+        rows["patient"], joined = _join_spellings(recipe, rows, root)
+        warnings += [*joined, *_doubt_identifiers(rows["identifier"])]
     wanted = ["image", "name", "patient", "study", "region", "label", "split", *COVARIATES]
     return Listing(
         rows[wanted],
         pd.Series(data=True, index=rows.index),
-        answers.warnings,
+        warnings,
         excluded,
         [*notices, *answers.notices],
         unseen,
@@ -93,7 +102,7 @@ def _read_file(
         It cannot be read.
     """
     try:
-        with open(root / image, "rb") as file:
+        with open_plain(root / image) as file:
             begins = file.read(132)
             if begins[128:] != b"DICM" and not begins.startswith(BARE_DICOM):
                 return "not DICOM"
@@ -121,10 +130,11 @@ def _describe(dataset: Any, names: Pseudonyms, image: str) -> dict[str, Any]:
         text(dataset, name) for name in ("IssuerOfPatientID", "PatientID", "StudyInstanceUID")
     )
     study = names.name("study", study or image)
-    whose = names.name("patient", f"{issuer}/{patient}" if issuer else patient)
+    whose = f"{issuer}/{patient}" if issuer and patient else patient
     part = region(dataset)
     return {
-        "patient": whose if patient else study,
+        "patient": names.name("patient", whose) if patient else study,
+        "identifier": whose,  # never written
         "study": f"{part}/{study}",
         "region": part,
         "laterality": laterality(dataset),
@@ -135,3 +145,52 @@ def _describe(dataset: Any, names: Pseudonyms, image: str) -> dict[str, Any]:
         "exam": study,
         "rendering": renderings.read_rendering(dataset),  # nor is this
     }
+
+
+def _join_spellings(
+    recipe: Recipe, rows: pd.DataFrame, root: Path
+) -> tuple["pd.Series[str]", list[str]]:
+    """Give spellings of one patient one name: a hash does not show what they have in common.
+
+    Returns
+    -------
+    patients : pandas.Series of str
+    warnings : list of str
+        Which were joined, told by files alone.
+
+    Raises
+    ------
+    RecipeError
+        Such spellings stand in two splits.
+    """
+    patients, raw = rows["patient"], rows["identifier"]
+    spellings = raw[raw != ""].unique()
+    persons = None if recipe.ids == EXACT else find_persons(spellings)
+    if persons is None:
+        return patients, []
+    several = np.bincount(persons) > 1
+    person_of = {spelling: n for spelling, n in zip(spellings, persons, strict=True) if several[n]}
+    firsts = rows[raw.isin(person_of)].drop_duplicates(["identifier", "split"])
+    joined, apart = [], []
+    names: dict[str, str] = {}  # of a spelling, and what it gives way to
+    for _, own in firsts.groupby(firsts["identifier"].map(person_of)):
+        joined.append(" and ".join(sorted(own.groupby("identifier")["image"].first())[:2]))
+        sides = own["image"].groupby(own["split"].replace(recipe.split_names)).first()
+        apart += [" and ".join(sides)] * (len(sides) > 1)
+        spelt = own.sort_values("identifier")["patient"]
+        names |= dict.fromkeys(spelt, spelt.iloc[0])
+    patients = patients.map(names).fillna(patients)
+    differ = "differ in nothing but case, blanks, zeros or Unicode form"
+    remedy = f'{IDS} = "{EXACT}" in the recipe keeps them apart'
+    refuse(apart, str(root), f"identifiers of patients in two splits {differ}; {remedy}:")
+    noun = "patient" if len(joined) == 1 else "patients"
+    found = f"identifiers of {len(joined)} {noun} {differ}, and stand for one person each"
+    return patients, [f"{found}; {remedy}: {list_examples(joined)}"] if joined else []
+
+
+def _doubt_identifiers(raw: "pd.Series[str]") -> list[str]:
+    """Warn of words that stand for patients: as hashes nobody would see them."""
+    words = sorted(text for text in raw.unique() if is_missing_patient(text.rpartition("/")[2]))
+    n = int(raw.isin(words).sum())
+    shown = list_examples(list(map(repr, words)))
+    return [f"Patient ID of {n} images is a word that names nobody: {shown}"] if words else []

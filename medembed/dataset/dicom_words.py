@@ -8,6 +8,8 @@ or empty.
 import re
 from typing import Any
 
+from medembed.text import normalise
+
 __all__ = ["age_in_years", "laterality", "region", "sex", "text", "view"]
 
 # MURA's seven regions and others; Body Part Examined (PS3.16, annex L) and vendors' ways to write
@@ -116,11 +118,11 @@ OLDEST = 90.0  # years; whoever is older can be told by the age (45 CFR 164.514(
 
 
 def text(dataset: Any, keyword: str) -> str:
-    """Read an element as text without blanks around it; of several values the first."""
+    """Read an element as `text.normalise` spells it; of several values the first."""
     value = dataset.get(keyword)
     if value is not None and not isinstance(value, str) and hasattr(value, "__len__"):
         value = value[0] if len(value) else None
-    return "" if value is None else str(value).strip(" \0")
+    return "" if value is None else normalise(str(value).strip(" \0"))
 
 
 def region(dataset: Any) -> str:

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from medembed.errors import ManifestError, PathNotFoundError
+from medembed.files import open_plain
 from medembed.machine import count_cores
 
 __all__ = ["hash_files", "hash_or_explain"]
@@ -77,7 +78,7 @@ def _hash_batch(paths: Sequence[str | Path]) -> list[str | OSError]:
 
 def _hash_one(path: str | Path) -> str | OSError:
     try:
-        with open(path, "rb", buffering=0) as file:
+        with open_plain(path, buffering=0) as file:
             if os.fstat(file.fileno()).st_size > WHOLE_FILE_LIMIT:
                 return hashlib.file_digest(file, "sha256").hexdigest()
             return hashlib.sha256(file.read()).hexdigest()

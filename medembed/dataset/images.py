@@ -38,6 +38,7 @@ from medembed.dataset.radiograph import (
     refuse_one_grey,
     refuse_size,
 )
+from medembed.dataset.tiff_directories import check_directories
 from medembed.errors import ImageError
 
 __all__ = ["BARE_DICOM", "IMAGES_VERSION", "MAX_PIXELS", "Radiograph", "decode_image"]
@@ -128,6 +129,8 @@ def _decode(name: str, data: bytes) -> Radiograph:
     facts = check_png(data) if name == "PNG" else None
     bare = _BARE.get(name, Bare)(data)
     end = check_jpeg(bare.data) if name == "JPEG" else None
+    if name == "TIFF":
+        check_directories(bare.data)
     # The class itself, not Image.open: that one warns about size through global state.
     image = _READERS[name][1](io.BytesIO(bare.data))
     _check_header(name, image)

@@ -39,6 +39,9 @@ _MARKER_IN_SCAN = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])", re.DOTALL)
 # What may follow a scan: DHT, EOI, SOS, DQT, DNL, DRI, APPn, COM (ITU T.81, figure B.2).
 _AFTER_SCAN = {0xC4, 0xD9, 0xDA, 0xDB, 0xDC, 0xDD, *range(0xE0, 0xF0), 0xFE}
 _STANDALONE = {0x01, *range(0xD0, 0xD8)}
+MAX_SCANS = 100
+"""Of a progressive JPEG, each of which goes over all its pixels; encoders write about ten. libtiff
+has the same limit (LIBTIFF_JPEG_MAX_ALLOWED_SCAN_NUMBER)."""
 MOST_SURPLUS = 1 << 20  # bytes beyond the last row that are let pass, as libpng does
 _JUNK = b"\x5a\xa5\x3c\x69" * 2048
 
@@ -129,9 +132,9 @@ def check_jpeg(data: bytes) -> int:
     Raises
     ------
     ImageError
-        No end marker (truncated), or a marker where none may be (damaged).
+        No end marker (truncated), a marker where none may be (damaged), or more than `MAX_SCANS`.
     """
-    position = 2
+    position, n_scans = 2, 0
     while True:
         position = data.find(b"\xff", position)
         if position < 0 or position + 1 >= len(data):
@@ -146,6 +149,9 @@ def check_jpeg(data: bytes) -> int:
             raise ImageError("the JPEG is truncated: it has no end-of-image marker")
         position += max(2, int.from_bytes(data[position : position + 2], "big"))
         if marker == 0xDA:
+            n_scans += 1
+            if n_scans > MAX_SCANS:
+                raise ImageError(f"the JPEG has more than {MAX_SCANS} scans, which take for ever")
             position = _end_of_scan(data, position)
 
 

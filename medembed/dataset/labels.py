@@ -5,18 +5,21 @@ from pathlib import Path
 
 import pandas as pd
 
+from medembed.dataset.identities import key_texts
 from medembed.dataset.listing import refuse
-from medembed.dataset.recipe_format import MEANINGS, Label
+from medembed.dataset.lookalikes import is_missing_word, list_examples
+from medembed.dataset.recipe_format import MEANINGS
+from medembed.dataset.recipe_sections import Label
 from medembed.errors import PathNotFoundError, RecipeError
 
-__all__ = ["find_table", "need_columns", "read_labels"]
+__all__ = ["doubt_labels", "find_table", "need_columns", "read_labels"]
 
 
 def find_table(file: str, root: Path, recipe_path: Path) -> Path:
     """Find a table in the image root, beside it, or beside the recipe."""
     candidates = [root / file, root.parent / file, recipe_path.parent / file]
     for candidate in candidates:
-        if candidate.is_file():
+        if candidate.exists() and not candidate.is_dir():
             return candidate
     raise PathNotFoundError(
         f"no table {file} in {root}, beside it, or beside the recipe. Give --image-root the "
@@ -40,16 +43,45 @@ def read_labels(values: "pd.Series[str]", spec: Label, source: str) -> "pd.Serie
     Raises
     ------
     RecipeError
-        Values that the recipe does not know, unless it says what others mean.
+        Values that the recipe does not know, unless it says what others mean; or a value that it
+        gives two meanings.
     """
-    meaning = {
-        **dict.fromkeys(spec.normal, "0"),
-        **dict.fromkeys(spec.abnormal, "1"),
-        "": MEANINGS[spec.empty],
-    }
+    pairs = [*((v, "0") for v in spec.normal), *((v, "1") for v in spec.abnormal)]
+    meaning = {**dict(pairs), "": MEANINGS[spec.empty]}
+    torn = sorted({value for value, one in pairs if one != meaning[value]})
+    torn += sorted(set(spec.normal) & set(spec.abnormal) - set(torn))
+    refuse(
+        list(map(repr, torn)),
+        source,
+        "values that [label] gives two meanings (of a blank `empty` says it):",
+    )
     strange = values[~values.isin(list(meaning))]
     if len(strange) and not spec.others:
         counted = [f"{value!r} in {n} rows" for value, n in strange.value_counts().items()]
         remedy = "labels that the recipe does not know; add them to [label], or set `others`:"
         refuse(counted, source, remedy)
     return values.map(meaning).fillna(MEANINGS.get(spec.others, ""))
+
+
+def doubt_labels(values: "pd.Series[str]", spec: Label, source: str) -> list[str]:
+    """Warn of values that only `others` gives a meaning, and that look like a slip.
+
+    They look like a value that the recipe lists, or are a word that usually means missing.
+    """
+    if not spec.others:
+        return []  # `read_labels` refuses them all
+    listed = (*spec.normal, *spec.abnormal)
+    counts = values[~values.isin(["", *listed])].value_counts()
+    meant = dict(zip(key_texts(listed), listed, strict=True))
+    found = []
+    for value, key in zip(counts.index, key_texts(counts.index), strict=True):
+        if key in meant:
+            found.append(f"{value!r} in {counts[value]} rows looks like {meant[key]!r}")
+        elif is_missing_word(value):
+            found.append(f"{value!r} in {counts[value]} rows usually means missing")
+    if not found:
+        return []
+    return [
+        f"{source}: labels that [label] does not list count as {spec.others}: "
+        f"{list_examples(found)}. List them"
+    ]

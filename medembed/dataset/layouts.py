@@ -6,13 +6,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from medembed.dataset.identities import IDS
 from medembed.dataset.image_index import ImageIndex, plain_path
-from medembed.dataset.labels import find_table, need_columns, read_labels
+from medembed.dataset.labels import doubt_labels, find_table, need_columns, read_labels
 from medembed.dataset.listing import Listing, first_names, refuse
+from medembed.dataset.lookalikes import is_missing_word
 from medembed.dataset.mura import read_mura
-from medembed.dataset.recipe_format import Recipe, Region, Table
+from medembed.dataset.recipe_format import Recipe
+from medembed.dataset.recipe_sections import Region, Table
 from medembed.dataset.repeats import merge_rows
-from medembed.dataset.tables import read_text_table
+from medembed.dataset.tables import normalise_column, normalise_columns, read_foreign_table
 from medembed.errors import RecipeError
 from medembed.text import normalise
 
@@ -52,25 +55,26 @@ def _read_table(recipe: Recipe, root: Path) -> Listing:
     assert label is not None
     split_column = recipe.split.column if recipe.split else ""
     path = find_table(spec.file, root, recipe.path)
-    table = read_text_table(path, RecipeError)
+    table = read_foreign_table(path, RecipeError, as_written=(spec.image,))
     named = (spec.image, *spec.patient, *spec.study, *spec.covariates, region.column)
     need_columns(table, (*named, *region.one_hot, label.column, split_column), path)
     index = ImageIndex(root, spec.below)
     images, is_found = _locate(table, spec, index, path)
     rows = pd.DataFrame({"image": images, "name": table[spec.image]})
-    rows["patient"] = _join(table, spec.patient)
+    rows["patient"] = normalise_column(_join(table, spec.patient))
     own = rows.groupby("image", sort=False)["name"].transform("first")  # one, however it is spelt
-    rows["study"] = _join(table, spec.study) if spec.study else own
+    rows["study"] = normalise_column(_join(table, spec.study) if spec.study else own)
     rows["region"] = _regions(table, region, path)
     rows["label"] = read_labels(table[label.column], label, str(path))
     rows["split"] = table[split_column] if split_column else ""
     for name in spec.covariates:
         rows[name] = table[name]
+    warnings = doubt_labels(table[label.column], label, str(path))
     rows, notices = merge_rows(rows, "image", source=path.name, rule=spec.rows)
     return Listing(
         rows,
         is_found,
-        index.unlisted(images, path.name),
+        [*index.unlisted(images, path.name), *warnings],
         notices=notices,
         unseen=index.unseen,
         files=index.paths.difference(images),
@@ -100,7 +104,7 @@ def _locate(
 
 
 def _fill_pattern(pattern: str, table: pd.DataFrame, path: Path) -> list[str]:
-    names = re.findall(r"\{(.*?)\}", pattern)
+    names = [normalise(name) for name in re.findall(r"\{(.*?)\}", pattern)]
     need_columns(table, names, path)
     pieces = re.split(r"\{.*?\}", pattern)
     filled = pd.Series(pieces[0], index=table.index, dtype=str)
@@ -124,7 +128,14 @@ def _regions(table: pd.DataFrame, spec: Region, path: Path) -> "pd.Series[str]":
         return pd.Series(spec.constant, index=table.index, dtype=str)
     if spec.column:
         return table[spec.column]
-    flags = ~table[list(spec.one_hot)].isin(["", "0", "0.0"])
+    values = table[list(spec.one_hot)]
+    strange = {v: name for name in values for v in values[name].unique() if is_missing_word(v)}
+    refuse(
+        [f"{value!r} in column {name!r}" for value, name in strange.items()],
+        str(path),
+        "columns of [region] hold words that say neither yes nor no; write 0 or 1:",
+    )
+    flags = ~values.isin(["", "0", "0.0"])
     n_set = flags.sum(axis=1)
     refuse(
         [
@@ -152,6 +163,7 @@ def _read_folders(recipe: Recipe, root: Path) -> Listing:
         raise RecipeError(f"no image below {root} fits the pattern {pattern!r}{example}.{unseen}")
     table = pd.DataFrame([found.groupdict() for found in matches.values()])
     files = {index.others.get(name, name): name for name in reversed(matches)}
+    table = normalise_columns(table, ())
     table.insert(0, "image", [files[index.others.get(name, name)] for name in matches])
     _check_fields(recipe, table)
     rows = table[["image"]].assign(name=table["image"].str.rpartition("/")[2])
@@ -159,14 +171,16 @@ def _read_folders(recipe: Recipe, root: Path) -> Listing:
     rows["region"] = table.get("region", recipe.region.constant if recipe.region else "")
     parts = tuple(name for name in ("region", "patient", "study") if name in table)
     stems = table["image"].str.replace(r"\.[^./]*$", "", regex=True)
-    rows["study"] = _join(table, parts) if "study" in table else stems
+    rows["study"] = _join(table, parts) if "study" in table else normalise_column(stems)
     rows["label"] = read_labels(table["label"], recipe.label, str(root)) if recipe.label else ""
+    warnings = doubt_labels(table["label"], recipe.label, str(root)) if recipe.label else []
     rows["split"] = table.get("split", "")
     for name in table.columns.difference([*rows.columns, "label"], sort=False):
         rows[name] = table[name]
     rows = _merge_names(rows, list(matches), root)
     is_found = pd.Series(data=True, index=rows.index)
-    return Listing(rows, is_found, index.unlisted(files, "the pattern"), unseen=index.unseen)
+    unlisted = index.unlisted(files, "the pattern")
+    return Listing(rows, is_found, [*unlisted, *warnings], unseen=index.unseen)
 
 
 def _merge_names(rows: pd.DataFrame, names: list[str], root: Path) -> pd.DataFrame:
@@ -197,7 +211,7 @@ def _compile(pattern: str, path: Path) -> re.Pattern[str]:
             pieces.append(r"[^/]*")
         elif not token.startswith("{"):
             pieces.append(re.escape(token))
-        elif not name.isidentifier() or name in {"image", "sha256", "name", "label_level"}:
+        elif not name.isidentifier() or name in {"image", "sha256", "name", "label_level", IDS}:
             raise RecipeError(f"{path}, [folders]: {token} is not a name for a field.")
         else:
             pieces.append(f"(?P={name})" if name in seen else f"(?P<{name}>[^/]+?)")

@@ -2,6 +2,8 @@
 
 A CSV (or Parquet) file with the columns of `REQUIRED`, then covariates, then `label_level`, sorted
 by `image`. The same rows always give the same bytes. What a manifest may not hold is in `checks`.
+All text but `image` and `sha256` is spelt as `text.normalise` does. Where a recipe says so there is
+a column `ids`, the last before `label_level`; see `identities`.
 """
 
 import hashlib
@@ -21,7 +23,13 @@ from medembed.dataset.checks import (
     is_ascending,
 )
 from medembed.dataset.hashing import hash_files, hash_or_explain
-from medembed.dataset.tables import csv_bytes, read_parquet_table, read_text_table
+from medembed.dataset.identities import IDS, are_exact, name_persons
+from medembed.dataset.tables import (
+    csv_bytes,
+    normalise_columns,
+    read_parquet_table,
+    read_text_table,
+)
 from medembed.errors import ManifestError, PathNotFoundError
 from medembed.files import write_atomically
 
@@ -103,6 +111,7 @@ def make_manifest(table: pd.DataFrame, label_level: str, *, source: str = "the t
     ManifestError
         With all problems of the table; rows are numbered as in a spreadsheet, the header being 1.
     """
+    table = normalise_columns(table, CONTENTS)
     _refuse(find_table_problems(table, label_level), source)
     return _arrange(table, label_level)
 
@@ -117,7 +126,7 @@ def read_manifest(path: str | Path) -> Manifest:
     ManifestError
         The file cannot be read, or breaks a manifest's rules; lists all problems with their rows.
     """
-    table = _read_table(Path(path))
+    table = normalise_columns(_read_table(Path(path)), CONTENTS)
     level, problems = _label_level(table)
     table = table.drop(columns="label_level", errors="ignore")
     _refuse([*problems, *find_table_problems(table, level)], str(path))
@@ -263,8 +272,8 @@ def count(manifest: Manifest) -> dict[str, int]:
     Returns
     -------
     dict of str to int
-        `images`, `studies`, `patients`; `abnormal`: images with label 1; `abnormal_studies`:
-        studies with at least one such image; `unlabelled`: images without a label.
+        `images`, `studies`, `patients` (by `identities`); `abnormal`: images with label 1;
+        `abnormal_studies`: those with such an image; `unlabelled`: images without a label.
     """
     return count_rows(manifest.rows)
 
@@ -275,7 +284,7 @@ def count_rows(rows: pd.DataFrame) -> dict[str, int]:
     return {
         "images": len(rows),
         "studies": rows["study"].nunique(),
-        "patients": rows["patient"].nunique(),
+        "patients": name_persons(rows).nunique(),
         "abnormal": int(abnormal.sum()),
         "abnormal_studies": rows["study"][abnormal].nunique(),
         "unlabelled": int(rows["label"].isna().sum()),
@@ -345,10 +354,6 @@ def _as_text(rows: pd.DataFrame) -> pd.DataFrame:
     return text
 
 
-def _as_labels(text: "pd.Series[str]") -> "pd.Series[int]":
-    return text.map({"0": 0, "1": 1}).astype("Int8")
-
-
 def _with_level(manifest: Manifest) -> pd.DataFrame:
     return manifest.rows.assign(label_level=manifest.label_level)
 
@@ -365,7 +370,7 @@ def _parquet_bytes(manifest: Manifest) -> bytes:
 
 def _read_table(path: Path, columns: tuple[str, ...] = ()) -> pd.DataFrame:
     """Read all columns of a manifest, or those of `columns` that a Parquet file has."""
-    if not path.is_file():
+    if not path.exists():
         raise PathNotFoundError(
             f"no manifest at {path}. Build one with `medembed manifest build`, or correct the path."
         )
@@ -385,10 +390,11 @@ def _label_level(table: pd.DataFrame) -> tuple[str, list[str]]:
 
 
 def _arrange(table: pd.DataFrame, label_level: str) -> Manifest:
-    ordered = [*REQUIRED, *(name for name in table.columns if name not in REQUIRED)]
-    rows = table[ordered]
+    last = [IDS] if are_exact(table) else []
+    covariates = [name for name in table.columns if name not in (*REQUIRED, *last)]
+    rows = table[[*REQUIRED, *covariates, *last]]
     if not is_ascending(rows["image"]):
         rows = rows.sort_values("image", kind="stable")
     rows = rows.reset_index(drop=True).astype(str)
-    rows["label"] = _as_labels(rows["label"])
+    rows["label"] = rows["label"].map({"0": 0, "1": 1}).astype("Int8")
     return Manifest(rows, label_level)

@@ -12,7 +12,7 @@ import pandas as pd
 from medembed.dataset.image_index import ImageIndex, plain_path
 from medembed.dataset.listing import Listing, first_names, refuse
 from medembed.dataset.repeats import merge_rows
-from medembed.dataset.tables import read_text_table
+from medembed.dataset.tables import normalise_columns, read_foreign_table
 from medembed.errors import PathNotFoundError, RecipeError
 
 __all__ = ["read_mura"]
@@ -38,6 +38,7 @@ def read_mura(root: Path) -> Listing:
     fields = paths["image"].str.extract(f"^{MURA_IMAGE.pattern}$")
     odd = paths["image"][fields["name"].isna()].tolist()
     refuse(odd, str(base), "paths that are not MURA's (XR_REGION/PATIENT/studyN_SIGN/FILE):")
+    fields = normalise_columns(fields, ("name",))
     folder = paths["image"].str.rpartition("/")[0]
     label = folder.map(_mura_labels(studies, base))
     refuse(
@@ -91,11 +92,12 @@ def _find_mura(root: Path) -> Path:
 
 def _mura_table(base: Path, split: str, kind: str, columns: list[str]) -> pd.DataFrame:
     path = base / f"{split}_{kind}.csv"
-    if not path.is_file():
+    if not path.exists():
         raise PathNotFoundError(
             f"no table {path}. Unpack MURA-v1.1 again, or copy the table there."
         )
-    return read_text_table(path, RecipeError, columns=columns)
+    paths = ("image", "study")
+    return read_foreign_table(path, RecipeError, columns=columns, as_written=paths)
 
 
 def _mura_labels(studies: pd.DataFrame, base: Path) -> "pd.Series[str]":

@@ -12,7 +12,7 @@ import secrets
 from pathlib import Path
 
 from medembed.errors import RecipeError
-from medembed.files import sync_directory
+from medembed.files import open_plain, sync_directory
 
 __all__ = ["Pseudonyms", "read_key"]
 
@@ -65,8 +65,8 @@ def read_key(path: Path | None) -> bytes:
                 file.flush()
                 os.fsync(handle)  # names made with a key that is lost never meet again
             sync_directory(path.parent)
-        with path.open("rb") as opened:
-            key = opened.read(MOST_KEY_BYTES + 1).strip()  # a device may never end
+        with open_plain(path) as opened:
+            key = opened.read(MOST_KEY_BYTES + 1).strip()
     except OSError as error:
         raise RecipeError(f"key file {path} cannot be used: {error.strerror}.") from error
     if len(key) > MOST_KEY_BYTES:

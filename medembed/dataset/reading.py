@@ -1,5 +1,6 @@
 """A file becomes a grey array for whoever consumes it, proved by its hash."""
 
+import errno
 import hashlib
 import time
 from collections.abc import Callable, Sequence
@@ -13,8 +14,44 @@ from medembed.dataset.image_versions import FIRST_VERSION, why_changed
 from medembed.dataset.images import decode_image
 from medembed.dataset.intensity import DEFAULT_INTENSITY, Intensity
 from medembed.errors import ImageError
+from medembed.files import read_plain
 
-__all__ = ["Content", "Reading", "read_content"]
+__all__ = ["DEFAULT_LIMITS", "MAX_SECONDS", "Content", "Limits", "Reading", "read_content"]
+
+MAX_SECONDS = 1_000_000.0
+"""The longest limit that is one; timers of the system end somewhere too."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a file may cost before it counts as failed.
+
+    Parameters
+    ----------
+    max_bytes : int
+        Of the file. Radiographs have up to 0.2 GB.
+    max_seconds : float
+        Of computing, to read and decode it; waiting for a disk may take ten times as long.
+
+    Raises
+    ------
+    ValueError
+        One is not above 0, or beyond what the system can hold to.
+    """
+
+    max_bytes: int = 1 << 30
+    max_seconds: float = 120.0
+
+    def __post_init__(self) -> None:
+        """Refuse what is no limit."""
+        for name, most in (("max_bytes", 2**63 - 1), ("max_seconds", MAX_SECONDS)):
+            if not 0 < getattr(self, name) <= most:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; it must be above 0 and at most {most:,}"
+                )
+
+
+DEFAULT_LIMITS = Limits()
 
 
 @dataclass(frozen=True)
@@ -88,6 +125,7 @@ def read_content(
     sha256: str,
     transform: Callable[[np.ndarray], np.ndarray],
     intensity: Intensity = DEFAULT_INTENSITY,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> Reading:
     """Read the first of `paths` whose bytes have this SHA-256, and decode these very bytes.
 
@@ -97,14 +135,18 @@ def read_content(
         Applied to the decoded image, uint8 (H, W).
     intensity : Intensity
         Which window of a DICOM to use.
+    limits : Limits
+        Of which `max_bytes` is held here; time is what `extraction.decoder` watches over.
     """
     start = time.monotonic()
     reason, other = "", None
     for path in paths:
         try:
-            data = path.read_bytes()
+            data = read_plain(path, max_bytes=limits.max_bytes)
         except OSError as error:
             reason = error.strerror or type(error).__name__  # `str(error)` would name the path
+            if error.errno == errno.EFBIG:
+                reason += "; raise --max-bytes if it is what it should be"
             continue
         found = hashlib.sha256(data).hexdigest()
         if found == sha256:

@@ -1,8 +1,9 @@
-"""What a recipe says: its sections as dataclasses, and the parser that holds a file to them.
+"""What a recipe says as a whole, and the parser that holds a file to it.
 
 A recipe is a TOML file. At its top: `name`, `licence`, `citation`, `url`, `layout` (mura, table,
 folders, dicom), `label_level` (study, image), `split_names` (a table: the dataset's name of a split
-to train or test). Its sections are the classes below. An unknown key is an error.
+to train or test), `ids` (exact: see `identities`). Its sections are in `recipe_sections`. Any other
+key is an error. All text but names of files is spelt as `text.normalise` does, as tables are.
 """
 
 import difflib
@@ -12,175 +13,29 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from medembed.dataset.checks import LABEL_LEVELS, REQUIRED, SPLITS
+from medembed.dataset.identities import EXACT, IDS
+from medembed.dataset.recipe_sections import Dicom, Folders, Groups, Label, Region, Split, Table
 from medembed.errors import RecipeError
+from medembed.files import read_plain
+from medembed.text import normalise
 
 __all__ = [
     "LAYOUTS",
     "MEANINGS",
-    "Dicom",
-    "Folders",
-    "Groups",
-    "Label",
     "Recipe",
-    "Region",
-    "Split",
-    "Table",
     "parse_recipe",
 ]
 
+MAX_BYTES = 1 << 20  # of a recipe; those at hand are below 2 KB
 LAYOUTS = ("mura", "table", "folders", "dicom")
 DICOM_INTENTS = ("presentation", "processing", "both")
 DICOM_MATCHES = ("file", "instance", "study", "accession")
 MEANINGS = {"normal": "0", "abnormal": "1", "unknown": ""}
 """What a value may mean in `[label]`, and how a table of a manifest writes it."""
 # Columns that a manifest, or the building of one, fills itself.
-_TAKEN = (*REQUIRED, "label_level", "name")
+_TAKEN = (*REQUIRED, IDS, "label_level", "name")
+_NAMES_OF_FILES = ("file", "table", "below", "image_pattern", "pattern", "exclude")
 COUNTS = ("images", "studies", "patients", "abnormal", "abnormal_studies", "unlabelled")
-
-
-@dataclass(frozen=True)
-class Table:
-    """`[table]`: a CSV file with one row per image.
-
-    Attributes
-    ----------
-    file : str
-        Its name, looked for in the image root, then beside it, then beside the recipe.
-    image : str
-        Column with a path below the root, or a file's name or stem, wherever it lies.
-    patient, study : tuple of str
-        Columns that together name the patient and the study; empty: there are none. Without
-        `study` each image is its own.
-    covariates : tuple of str
-        Columns that are copied into the manifest; none has the name of a column of its own.
-    below : tuple of str
-        Folders of the root to which the search for images is limited; empty: the whole root.
-    image_pattern : str
-        The path of an image that is not there, for builds from tables alone, with columns in
-        braces: "images/{image_id}". Empty: what column `image` holds.
-    rows : str
-        "equal": several rows of one image must say the same. "any": it is abnormal if any row is,
-        else unknown if any is; covariates in which the rows differ become empty.
-    """
-
-    file: str
-    image: str
-    patient: tuple[str, ...] = ()
-    study: tuple[str, ...] = ()
-    covariates: tuple[str, ...] = ()
-    below: tuple[str, ...] = ()
-    image_pattern: str = ""
-    rows: str = "equal"
-
-
-@dataclass(frozen=True)
-class Folders:
-    """`[folders]`: everything is in the paths.
-
-    Attributes
-    ----------
-    pattern : str
-        How paths below the root look, with fields in braces, `*` for any text within a folder's or
-        file's name, and `**` for any number of folders:
-        "{split}/{region}/{patient}/{study}_{label}/*.png". Fields take as little text as they can.
-        `split`, `region`, `patient`, `study`, `label` have their meaning; others are covariates.
-    """
-
-    pattern: str
-
-
-@dataclass(frozen=True)
-class Dicom:
-    """`[dicom]`: everything is in the files' own elements, labels perhaps in a table.
-
-    Attributes
-    ----------
-    identifiers : str
-        "hash": patient and study become keyed hashes (see `dataset.pseudonyms`), and ages from 90
-        on become 90. "keep": they are kept as they are.
-    modalities : tuple of str
-        Which to take; other objects are left out with their reason.
-    table : str
-        A CSV file with labels, looked for as `[table]` says. Empty: there are none.
-    column : str
-        Its column that says which image or study a row speaks of.
-    match : str
-        What that column holds: "file" (a path below the root, or a file's name or stem),
-        "instance" (SOPInstanceUID), "study" (StudyInstanceUID), "accession" (AccessionNumber).
-    rows : str
-        What several rows of one image or study come to, as in `[table]`.
-    intent : str
-        Which rendering of an exposure is kept where there is one FOR PRESENTATION and one FOR
-        PROCESSING: "presentation", "processing", or "both".
-    """
-
-    identifiers: str = "hash"
-    modalities: tuple[str, ...] = ("CR", "DX", "RG")
-    table: str = ""
-    column: str = ""
-    match: str = "file"
-    rows: str = "equal"
-    intent: str = "presentation"
-
-
-@dataclass(frozen=True)
-class Region:
-    """`[region]`: one of `column`, `one_hot` (a column per region) and `constant`.
-
-    `several` names the region of rows with more than one column of `one_hot` set.
-    """
-
-    column: str = ""
-    one_hot: tuple[str, ...] = ()
-    constant: str = ""
-    several: str = ""
-
-
-@dataclass(frozen=True)
-class Label:
-    """`[label]`: which values of `column` (of the field `label`, in folders) mean what.
-
-    `empty` says what an empty value means; `others` what values not listed mean. Either is normal,
-    abnormal or unknown. Without `others` a value that is not listed is an error.
-    """
-
-    abnormal: tuple[str, ...]
-    normal: tuple[str, ...] = ()
-    column: str = ""
-    empty: str = "unknown"
-    others: str = ""
-
-
-@dataclass(frozen=True)
-class Groups:
-    """`[groups]`: what stands for the patient in a dataset without patient ids.
-
-    Attributes
-    ----------
-    rule : str
-        "runs": images whose numbers follow each other by at most `max_gap`, while the columns
-        `break_on` stay the same. "image": each image is its own patient.
-    max_gap : int
-        Largest difference between neighbouring numbers of a run.
-    break_on : tuple of str
-        Columns whose change ends a run.
-    same_bytes : bool
-        Whether images with the same bytes pull their groups together.
-    """
-
-    rule: str
-    max_gap: int = 3
-    break_on: tuple[str, ...] = ("region",)
-    same_bytes: bool = True
-
-
-@dataclass(frozen=True)
-class Split:
-    """`[split]`: a `column` of the table, or a `fraction` of studies drawn by patient for test."""
-
-    column: str = ""
-    fraction: float = 0.0
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -201,6 +56,8 @@ class Recipe:
     groups: Groups | None = None
     split: Split | None = None
     split_names: dict[str, str] = field(default_factory=dict)
+    ids: str = ""
+    """Where it says "exact", patients whose identifiers look alike are different persons."""
     exclude: dict[str, str] = field(default_factory=dict)
     """`[exclude]`: an image's path or name, or a folder, and the reason why it is left out."""
     expected: dict[str, Any] = field(default_factory=dict)
@@ -228,8 +85,10 @@ def parse_recipe(path: Path) -> Recipe:
         It is not TOML, has unknown, missing or contradicting keys, or values of the wrong type.
     """
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:  # TOML's and Unicode's are ValueErrors
+        document = tomllib.loads(read_plain(path, max_bytes=MAX_BYTES).decode())
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except (ValueError, RecursionError) as error:  # TOML's and Unicode's are ValueErrors
         raise RecipeError(f"{path} cannot be read as TOML: {error}") from error
     for name, kind in SECTIONS.items():
         if name in document:
@@ -262,7 +121,19 @@ def _fill(kind: type[T], values: Any, where: str) -> T:
     missing = [name for name in required if name not in values]
     if missing:
         raise RecipeError(f"{where} lacks {', '.join(missing)}. Add them.")
-    return kind(**{name: _typed(known[name], value, where) for name, value in values.items()})
+    evened = {n: v if n in _NAMES_OF_FILES else _normalised(v) for n, v in values.items()}
+    return kind(**{name: _typed(known[name], value, where) for name, value in evened.items()})
+
+
+def _normalised(value: Any) -> Any:
+    """Spell all text in a value of TOML in one way."""
+    if isinstance(value, str):
+        return normalise(value)
+    if isinstance(value, list):
+        return [_normalised(item) for item in value]
+    if isinstance(value, dict):
+        return {normalise(name): _normalised(item) for name, item in value.items()}
+    return value
 
 
 def _refuse_unknown(values: dict[str, Any], known: list[str], where: str) -> None:
@@ -293,6 +164,7 @@ def _check(recipe: Recipe) -> None:
     where = str(recipe.path)
     _refuse_other(f"{where}: layout", recipe.layout, LAYOUTS)
     _refuse_other(f"{where}: label_level", recipe.label_level, LABEL_LEVELS)
+    _refuse_other(f"{where}: {IDS}", recipe.ids, ("", EXACT))
     _check_sections(recipe, where)
     for name, section in (("table", recipe.table), ("dicom", recipe.dicom)):
         if section:

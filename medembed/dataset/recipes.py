@@ -12,9 +12,11 @@ from medembed.dataset.checks import SPLITS
 from medembed.dataset.expected import compare_counts
 from medembed.dataset.groups import join_same_bytes, name_runs
 from medembed.dataset.hashing import hash_or_explain
+from medembed.dataset.identities import EXACT, IDS, find_persons
 from medembed.dataset.image_index import plain_path
 from medembed.dataset.layouts import read_layout
 from medembed.dataset.listing import Listing, first_names, name_unread
+from medembed.dataset.lookalikes import find_warnings
 from medembed.dataset.manifest import (
     Manifest,
     count_rows,
@@ -23,9 +25,11 @@ from medembed.dataset.manifest import (
     make_manifest,
 )
 from medembed.dataset.mismatches import compare_names
-from medembed.dataset.recipe_format import Groups, Recipe, parse_recipe
+from medembed.dataset.recipe_format import Recipe, parse_recipe
+from medembed.dataset.recipe_sections import Groups
 from medembed.dataset.split_counts import SplitCount, count_splits, find_gaps, find_small_parts
 from medembed.dataset.splits import split_patients
+from medembed.dataset.tables import normalise_column
 from medembed.errors import ManifestError, PathNotFoundError, RecipeError
 
 __all__ = ["BuildReport", "Recipe", "build_manifest", "load_recipe"]
@@ -80,7 +84,7 @@ def load_recipe(path_or_name: str | Path) -> Recipe:
         The recipe cannot be read or contradicts itself.
     """
     path = Path(path_or_name)
-    if path.is_file():
+    if path.exists() and not path.is_dir():  # whatever else it is, its reader says so
         return parse_recipe(path)
     packaged = _packaged_recipes()
     if str(path_or_name) in packaged:
@@ -110,7 +114,8 @@ def build_manifest(
     strict : bool
         Raise where there would be warnings: images of the tables that are missing, files that no
         table lists or that cannot be read, folders that were not entered, counts that are not the
-        expected ones, exclusions that match nothing, a split without patients or without a class.
+        expected ones, exclusions that match nothing, a split without patients or without a class,
+        and what `lookalikes.find_warnings` finds.
     structure_only : bool
         Use the tables alone: images may be missing and `sha256` is empty. Such a manifest shows
         what a dataset holds; nothing can be extracted with it.
@@ -148,6 +153,10 @@ def build_manifest(
         rows = _hash(rows, root, excluded, warnings, progress)
     if recipe.groups and recipe.groups.same_bytes:
         rows["patient"] = join_same_bytes(rows["patient"], rows["sha256"])
+    if recipe.ids == EXACT or (
+        recipe.groups and find_persons(rows["patient"].unique()) is not None
+    ):
+        rows[IDS] = EXACT  # names of files that we made patients of are what they are
     if recipe.split and recipe.split.fraction:
         known = rows.assign(label=pd.to_numeric(rows["label"]).astype("Int8"))
         rows["split"] = split_patients(
@@ -157,6 +166,7 @@ def build_manifest(
     is_labelled = recipe.label is not None or bool(manifest.rows["label"].notna().any())
     warnings += compare_counts(recipe.expected, manifest)
     warnings += find_gaps(manifest.rows, is_labelled=is_labelled)
+    warnings += find_warnings(manifest.rows)
     _refuse_warnings(recipe, strict, warnings)
     small = find_small_parts(manifest.rows, is_labelled=is_labelled)
     return BuildReport(manifest, sorted(excluded), warnings, [*listing.notices, *small])
@@ -189,14 +199,15 @@ def _group_by_name(groups: Groups | None, rows: pd.DataFrame) -> "pd.Series[str]
     if groups is None:
         return rows["patient"]
     if groups.rule == "image":
-        return rows["image"]
+        return normalise_column(rows["image"])
     unknown = [name for name in groups.break_on if name not in rows]
     if unknown:
         raise RecipeError(
             f"[groups]: break_on names {', '.join(unknown)}; known: {', '.join(rows.columns)}."
         )
     names = rows["name"].str.rpartition("/")[2]
-    return name_runs(names, rows[list(groups.break_on)], max_gap=groups.max_gap)
+    runs = name_runs(names, rows[list(groups.break_on)], max_gap=groups.max_gap)
+    return normalise_column(runs)
 
 
 def _exclude(
@@ -292,6 +303,6 @@ def _refuse_warnings(recipe: Recipe, strict: bool, warnings: list[str]) -> None:
     if strict and warnings:
         listed = "\n".join(f"  - {warning}" for warning in warnings)
         raise RecipeError(
-            f"recipe {recipe.name!r}: --strict allows none of this (drop it to build all the "
-            f"same):\n{listed}"
+            f"recipe {recipe.name!r} draws warnings, which --strict refuses (drop it to build all "
+            f"the same):\n{listed}"
         )

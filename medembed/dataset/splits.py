@@ -1,10 +1,11 @@
 """Divide patients between training and test and between folds, and draw a fraction of them.
 
-All rows of a patient stay together. Studies are balanced by label and region. The result follows
-from the rows and the seed alone, never from the order of the rows: patients are taken with the most
-studies first, in the order of a keyed hash among equals, and each goes where it brings the parts
-nearest to their targets. scikit-learn's StratifiedGroupKFold does the same for equal folds, but its
-answer depends on the order of the rows and it warns of every rare stratum.
+All rows of a patient stay together, however the patient is spelt (see `identities`). Studies are
+balanced by label and region. The result follows from the rows and the seed alone, never from the
+order of the rows: patients are taken with the most studies first, in the order of a keyed hash
+among equals, and each goes where it brings the parts nearest to their targets. scikit-learn's
+StratifiedGroupKFold does the same for equal folds, but its answer depends on the order of the rows
+and it warns of every rare stratum.
 """
 
 import hashlib
@@ -17,11 +18,13 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from medembed.dataset.identities import name_persons
 from medembed.errors import RecipeError, TrainingDataError
 
 __all__ = [
     "draw_folds",
     "draw_fraction",
+    "draw_inner",
     "fold_train_rows",
     "require_both_classes",
     "split_patients",
@@ -54,7 +57,7 @@ def split_patients(rows: pd.DataFrame, *, fraction: float, seed: int = 0) -> np.
     if not 0 < fraction < 1:
         raise RecipeError(f"split fraction is {fraction}; it must lie between 0 and 1.")
     part = _divide(_patients(rows), np.array([1 - fraction, fraction]), seed)
-    return np.where(rows["patient"].astype(str).map(part).to_numpy() == 1, "test", "train")
+    return np.where(name_persons(rows).map(part).to_numpy() == 1, "test", "train")
 
 
 def draw_folds(rows: pd.DataFrame, *, n_folds: int, seed: int = 0) -> np.ndarray:
@@ -88,7 +91,7 @@ def draw_folds(rows: pd.DataFrame, *, n_folds: int, seed: int = 0) -> np.ndarray
     _refuse_too_few(patients, n_folds)
     fold = _divide(patients, np.full(n_folds, 1 / n_folds), seed)
     _refuse_one_class(patients, fold, n_folds)
-    return rows["patient"].astype(str).map(fold).to_numpy(dtype=np.int64)
+    return name_persons(rows).map(fold).to_numpy(dtype=np.int64)
 
 
 def draw_fraction(
@@ -123,7 +126,7 @@ def draw_fraction(
         raise TrainingDataError(
             f"--train-fraction is {fraction}; it must be above 0 and at most 1, which keeps all."
         )
-    names = rows["patient"].astype(str)
+    names = name_persons(rows)
     fold = pd.Series(folds, index=names).groupby(level=0, sort=True).agg(["min", "max"])
     n_torn = int((fold["min"] != fold["max"]).sum())
     if n_torn:
@@ -141,6 +144,49 @@ def draw_fraction(
         n_kept = max(1, math.ceil(round(fraction * len(members), 9)))  # 0.07 of 100 is 7, not 8
         kept.update(members[:n_kept])
     return names.isin(kept).to_numpy(dtype=bool)
+
+
+def draw_inner(rows: pd.DataFrame, folds: np.ndarray, *, seed: int = 0) -> np.ndarray:
+    """Draw one of `n_folds` parts of the patients of all other folds, for each fold.
+
+    Whatever this part decides (when to stop, what to retire, what to choose) has not seen the fold
+    that is scored. Stratified as the folds are.
+
+    Parameters
+    ----------
+    rows : pandas.DataFrame
+        As for `draw_folds`.
+    folds : numpy.ndarray of int, (n_rows,)
+        The fold of each row, from 0.
+    seed : int
+
+    Returns
+    -------
+    numpy.ndarray of bool, (n_folds, n_rows)
+        Whether a row decides for a fold; False of the fold's own.
+
+    Raises
+    ------
+    TrainingDataError
+        Either part would hold one class.
+    """
+    n_folds = int(folds.max()) + 1
+    names, known = rows["patient"].astype(str), _patients(rows)
+    fold_of = dict(zip(names, folds.tolist(), strict=True))
+    inner = np.zeros((n_folds, len(rows)), bool)
+    shares = np.array([1 - 1 / n_folds, 1 / n_folds])
+    for fold, flags in enumerate(inner):
+        patients = [patient for patient in known if fold_of[patient.name] != fold]
+        part = _divide(patients, shares, f"{seed}|inner|{fold}")
+        for number in (0, 1):
+            own = (patient.labels for patient in patients if part[patient.name] == number)
+            if len(set().union(*own)) < 2:
+                raise TrainingDataError(
+                    f"without fold {fold}, too few patients of one class are left to train on and "
+                    "to stop by: both want one of each. Add patients, or ask for more --folds."
+                )
+        flags[:] = names.map(part).to_numpy() == 1
+    return inner
 
 
 def fold_train_rows(
@@ -227,7 +273,7 @@ def _patients(rows: pd.DataFrame) -> list[_Patient]:
     """Collect the studies of each patient; a study counts once, with its highest label."""
     studies = pd.DataFrame(
         {
-            "patient": rows["patient"].astype(str),
+            "patient": name_persons(rows),
             "study": rows["study"].astype(str),
             "region": rows["region"].astype(str),
             "label": rows["label"].astype("Int8").fillna(UNKNOWN).astype(int),
@@ -244,7 +290,7 @@ def _patients(rows: pd.DataFrame) -> list[_Patient]:
     return [_Patient(name, counted) for name, counted in strata.items()]
 
 
-def _divide(patients: list[_Patient], shares: np.ndarray, seed: int) -> dict[str, int]:
+def _divide(patients: list[_Patient], shares: np.ndarray, seed: int | str) -> dict[str, int]:
     """Assign each patient to one of `len(shares)` parts whose sizes follow `shares`.
 
     A patient with c studies of a stratum goes to the part p that adds least to the sum over strata
@@ -285,7 +331,7 @@ def _keys(patient: _Patient) -> Counter[tuple[str, ...]]:
     return keys
 
 
-def _draw(seed: int, name: str) -> bytes:
+def _draw(seed: int | str, name: str) -> bytes:
     """Give each patient its place among equals, whatever other patients there are."""
     return hashlib.sha256(f"{seed}|{name}".encode()).digest()
 

@@ -1,22 +1,35 @@
 """Read and write tables as text, nothing guessed."""
 
 import csv
+import io
 import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from medembed.errors import MedembedError
+from medembed.files import open_plain
+from medembed.text import normalise
 
-__all__ = ["csv_bytes", "read_parquet_table", "read_text_table"]
+__all__ = [
+    "csv_bytes",
+    "normalise_column",
+    "normalise_columns",
+    "read_foreign_table",
+    "read_parquet_table",
+    "read_text_table",
+]
 
 PARQUET_ROWS = 65536  # that are read at once
 MAX_COLUMNS = 10_000  # a file with more is no table of images, and checks of names would take hours
 PANDAS_INDEX = re.compile(r"__index_level_\d+__")  # what pandas calls an index without a name
 EXACT_FLOAT = 2.0**53  # beyond, a float is no exact whole number
+# What `normalise` may change: text that begins or ends in a blank, or is not all ASCII.
+NOT_PLAIN = r"^[\x00-\x20]|[\x00-\x20]$|[^\x00-\x7f]"
 
 
 def csv_bytes(table: pd.DataFrame) -> bytes:
@@ -64,9 +77,12 @@ def read_text_table(
         them, or has short or long rows.
     """
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with open_plain(path) as opened:
+            file = io.TextIOWrapper(opened, "utf-8-sig", newline="")
             lines = [line for line in csv.reader(file, strict=True) if line]
-    except (OSError, ValueError, csv.Error) as cause:
+    except OSError as cause:
+        raise error(f"{path} cannot be read: {cause.strerror or cause}.") from cause
+    except (ValueError, csv.Error) as cause:
         raise error(f"{path} cannot be read as CSV in UTF-8: {cause}") from cause
     if not lines and columns is None:
         raise error(f"{path} is empty.")
@@ -81,6 +97,67 @@ def read_text_table(
             "Fetch or build the file again."
         )
     return pd.DataFrame(lines, columns=pd.Index(header), dtype=str)
+
+
+def read_foreign_table(
+    path: Path,
+    error: type[MedembedError],
+    *,
+    columns: list[str] | None = None,
+    as_written: Sequence[str] = (),
+) -> pd.DataFrame:
+    """Read a table that comes with a dataset, with one spelling of each text.
+
+    Parameters
+    ----------
+    path, error, columns
+        As for `read_text_table`.
+    as_written : sequence of str
+        Columns that name files: they keep the table's own spelling.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Strings only; names of columns and, but for `as_written`, values as `text.normalise` gives
+        them. What holds nothing but blanks is "".
+
+    Raises
+    ------
+    MedembedError
+        As `error`: as `read_text_table`; names of columns that differ in blanks alone are alike.
+    """
+    table = read_text_table(path, error, columns=columns)
+    names = [normalise(name) for name in table.columns]
+    _check_names(names, path, error)
+    return normalise_columns(table.set_axis(names, axis=1), as_written)
+
+
+def normalise_columns(table: pd.DataFrame, as_written: Sequence[str]) -> pd.DataFrame:
+    """Return a table of strings with each column but those of `as_written` normalised."""
+    columns = {name: table[name] for name in table.columns if name not in as_written}
+    evened = {name: normalise_column(column) for name, column in columns.items()}
+    changed = {name: column for name, column in evened.items() if column is not columns[name]}
+    return table.assign(**changed) if changed else table
+
+
+def normalise_column(column: "pd.Series[str]") -> "pd.Series[str]":
+    """Return a column of strings as `text.normalise` spells them; as it is where nothing changes.
+
+    Each text that is not plain ASCII is spelt once: a million rows of few values take no longer
+    than looking at them.
+    """
+    if column.dtype != "str":
+        column = column.astype(str)
+    is_odd = column.str.contains(NOT_PLAIN, regex=True, na=False).to_numpy(bool)
+    if not is_odd.any():
+        return column
+    codes, texts = pd.factorize(column[is_odd])
+    spelt = np.array([normalise(text) for text in texts], dtype=object)
+    if (spelt == np.asarray(texts, dtype=object)).all():
+        return column
+    values = column.to_numpy(object, copy=True)
+    values[is_odd] = spelt[codes]
+    return pd.Series(values, index=column.index, name=column.name, dtype=str)
 
 
 def read_parquet_table(
@@ -112,8 +189,10 @@ def read_parquet_table(
             table[name] = _as_strings(table[name])
     except error:
         raise
+    except OSError as cause:
+        raise error(f"{path} cannot be read as Parquet: {cause.strerror or cause}.") from cause
     # pyarrow's errors are nearly every builtin one; a damaged file can ask for any memory
-    except (OSError, ValueError, LookupError, TypeError, RuntimeError, MemoryError) as cause:
+    except (ValueError, LookupError, TypeError, RuntimeError, MemoryError) as cause:
         raise error(f"{path} cannot be read as Parquet: {cause}.") from cause
     return table.reset_index(drop=True)
 
@@ -142,7 +221,7 @@ def _read_blocks(path: Path, names: tuple[str, ...], error: type[MedembedError])
     import pyarrow.parquet as pq
 
     # Opened here: Arrow opens no name that is not UTF-8.
-    with path.open("rb") as opened, pq.ParquetFile(opened) as file:
+    with open_plain(path) as opened, pq.ParquetFile(opened) as file:
         _check_names(file.schema_arrow.names, path, error)
         every = (field for field in file.schema_arrow if not names or field.name in names)
         fields = [field for field in every if not PANDAS_INDEX.fullmatch(field.name)]

@@ -16,8 +16,8 @@ from medembed.dataset.recipes import build_manifest, load_recipe
 from medembed.demo.cohort import DemoView, draw_cohort, write_view
 from medembed.encoders.loading import load_encoder
 from medembed.errors import RunError
-from medembed.files import json_bytes, write_atomically
-from medembed.machine import count_cores
+from medembed.files import json_bytes, read_plain, write_atomically
+from medembed.machine import count_cores, end_with_parent
 from medembed.results.page import write_report
 from medembed.thumbnails import make_thumbnails
 
@@ -108,7 +108,7 @@ def _show_nothing(_label: str, _unit: str) -> Iterator[Callable[[int, int], None
 def _claim(home: Path, asked: dict[str, int]) -> None:
     """Make `home` this demo's; refuse a directory that is something else."""
     note = home / "demo.json"
-    if note.is_file():
+    if note.exists():
         held = _read_note(note)
         if held != asked:
             raise RunError(
@@ -126,7 +126,7 @@ def _claim(home: Path, asked: dict[str, int]) -> None:
 
 def _read_note(note: Path) -> dict[str, Any]:
     try:
-        held = json.loads(note.read_bytes())
+        held = json.loads(read_plain(note))
     except (ValueError, RecursionError):
         held = None
     if not isinstance(held, dict):
@@ -171,7 +171,9 @@ def _draw(views: Sequence[DemoView], images: Path, progress: Callable[[int, int]
     progress(done, len(views))
     if not chunks:
         return
-    with ProcessPoolExecutor(count_cores(), mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(
+        count_cores(), mp_context=get_context("spawn"), initializer=end_with_parent
+    ) as pool:
         for n_drawn in pool.map(_draw_chunk, chunks, [images] * len(chunks)):
             done += n_drawn
             progress(done, len(views))

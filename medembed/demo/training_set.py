@@ -11,7 +11,7 @@ from PIL import Image
 
 from medembed.demo.anatomy import REGIONS
 from medembed.demo.synthetic import KINDS, PROJECTIONS, render
-from medembed.machine import count_cores
+from medembed.machine import count_cores, end_with_parent
 
 __all__ = ["IMAGE_SIZE", "N_PATCHES", "TrainingSet", "draw_training_set", "shrink"]
 
@@ -58,7 +58,9 @@ def draw_training_set(
         parts = [draw(chunk) for chunk in chunks]
     else:
         # Spawned, not forked: the caller may already run torch's threads.
-        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        with ProcessPoolExecutor(
+            jobs, mp_context=get_context("spawn"), initializer=end_with_parent
+        ) as pool:
             parts = list(pool.map(draw, chunks))
     return TrainingSet(
         np.concatenate([part.images for part in parts]),

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from medembed.encoders.checkpoint_files import read_json
 from medembed.encoders.poolings import Features, token_poolings
 from medembed.encoders.precision import stored_dtypes
 from medembed.encoders.preprocessing import FITS, RESAMPLES, Preprocessing
 from medembed.encoders.tensors import Digest, read_part
 from medembed.encoders.torch_encoder import TorchEncoder
-from medembed.encoders.weights import AUTOENCODER_TYPE, read_json
+from medembed.encoders.weights import AUTOENCODER_TYPE
 from medembed.errors import EncoderError
 
 __all__ = [

@@ -1,6 +1,7 @@
 """Any vision backbone of transformers that one compares with: ResNet, ConvNeXt, ViT, DINOv2, …."""
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -13,12 +14,20 @@ from transformers import AutoConfig, AutoModel
 from transformers.utils import logging
 
 from medembed.encoders.changes import INTEGERS, Changes, put_in
+from medembed.encoders.checkpoint_files import is_snapshot
 from medembed.encoders.poolings import Features, token_poolings
 from medembed.encoders.precision import set_precision
 from medembed.encoders.preprocessing import Preprocessing
 from medembed.encoders.tensors import Digest, open_tensors, read_tensor
 from medembed.encoders.torch_encoder import TorchEncoder
-from medembed.encoders.weights import INDEX_FILE, WEIGHTS_FILE, weight_files
+from medembed.encoders.weights import (
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    holds_both,
+    refuse_adapted,
+    unwrap,
+    weight_files,
+)
 from medembed.errors import EncoderError
 
 __all__ = ["BACKBONE_TYPES", "BackboneEncoder", "load_backbone"]
@@ -61,6 +70,9 @@ _ARCHITECTURE = (
 )
 # Tensors that change nothing: constants, and what stands for patches hidden in training.
 _IDLE = ("mask_token", "position_ids", "relative_position_index")
+# What PEFT, trainers and other models put around a backbone, and what its names begin with there.
+_OUTER = re.compile(r"(?:(?:base_model\.)?model\.)+")
+_FIRST = ("embeddings.", "embedder.")
 
 
 class BackboneEncoder(TorchEncoder):
@@ -94,8 +106,10 @@ class BackboneEncoder(TorchEncoder):
         self._grid, self._n_before, self._dimensions = grid, n_before, dict(dimensions)
 
     def canonical_name(self, stored: str) -> str | None:
-        """Take the model's prefix off."""
-        return stored.removeprefix(f"{self.model.base_model_prefix}.")
+        """Take wrappers' prefixes and the model's own off."""
+        prefix = self.model.base_model_prefix
+        name = unwrap(stored)
+        return name.removeprefix(_outer_of([name], prefix)).removeprefix(f"{prefix}.")
 
     def stored_tensors(self) -> dict[str, torch.Tensor]:
         """Give the model's tensors; see `TorchEncoder.stored_tensors`.
@@ -189,6 +203,11 @@ def _read_config(directory: Path, source: str) -> Any:
             f"{source} is a checkpoint of type {config.model_type!r}, which is not a vision "
             f"backbone that is read. Give one of type: {', '.join(BACKBONE_TYPES)}."
         )
+    if getattr(config, "quantization_config", None):
+        raise EncoderError(
+            f"config.json of {source} asks for quantised weights (quantization_config), which are "
+            "not read. Give the checkpoint that was quantised."
+        )
     if getattr(config, "num_channels", 3) != 3:
         raise EncoderError(f"{source} reads {config.num_channels} channels, not 3.")
     return config
@@ -239,11 +258,13 @@ def _load(
 ) -> tuple[Any, bool]:
     """Give the model with all its weights, and whether its pooling layer is the checkpoint's."""
     weight_files(directory, "whole")
-    if (directory / INDEX_FILE).is_file() and (directory / WEIGHTS_FILE).is_file():
+    if holds_both(directory, "whole") and not is_snapshot(directory):
         raise EncoderError(f"{source} holds {INDEX_FILE} and {WEIGHTS_FILE}. Keep one of the two.")
     try:
         with _quiet():
-            model, report = _from_pretrained(directory, config, changes)
+            model, report = _from_pretrained(directory, config, source, changes)
+    except EncoderError:
+        raise
     except Exception as error:  # of many kinds, by transformers' version
         raise EncoderError(f"{source} cannot be loaded: {_line(error)}") from error
     missing = sorted(name for name in report["missing_keys"] if not name.endswith(_IDLE))
@@ -259,24 +280,28 @@ def _load(
 
 
 def _from_pretrained(
-    directory: Path, config: Any, changes: Changes | None
+    directory: Path, config: Any, source: str, changes: Changes | None
 ) -> tuple[Any, dict[str, Any]]:
+    with torch.device("meta"):
+        kind = type(AutoModel.from_config(config, trust_remote_code=False))
+    prefix = kind.base_model_prefix
+    with ExitStack() as stack:
+        files = {path: open_tensors(stack, path) for path in weight_files(directory, "whole")}
+        names = _inner_names(files, prefix, source)
+    is_wrapped = any(stored != name for name, (_, stored) in names.items())
     known: dict[str, Any] = {"config": config, "dtype": torch.float32}
     known |= {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
-    if changes is None:
+    if changes is None and not is_wrapped:
         found: tuple[Any, dict[str, Any]] = AutoModel.from_pretrained(  # nosec B615 # local files
             directory, trust_remote_code=False, **known
         )
         return found
-    with torch.device("meta"):
-        kind = type(AutoModel.from_config(config, trust_remote_code=False))
-    state: dict[str, torch.Tensor] = {}
-    for path in weight_files(directory, "whole"):
-        state |= load_file(path)
-    for stored in state:
-        name = stored.removeprefix(f"{kind.base_model_prefix}.")
-        if name in changes.tensors:
-            state[stored] = changes.tensors[name][1]
+    held = {path: load_file(path) for path in files}
+    state = {name: held[path][stored] for name, (path, stored) in names.items()}
+    for full in state:
+        name = full.removeprefix(f"{prefix}.")
+        if changes is not None and name in changes.tensors:
+            state[full] = changes.tensors[name][1]
     adapted: tuple[Any, dict[str, Any]] = kind.from_pretrained(None, state_dict=state, **known)
     return adapted
 
@@ -313,13 +338,48 @@ def _fingerprint(
 def _read(directory: Path, prefix: str, source: str) -> Iterator[tuple[str, str, torch.Tensor]]:
     """Yield the backbone's tensors sorted by name: without prefix, stored dtype, values."""
     with ExitStack() as stack:
-        files = [open_tensors(stack, path) for path in weight_files(directory, "whole")]
-        names = {name: file for file in files for name in file.keys()}  # noqa: SIM118
+        files = {path: open_tensors(stack, path) for path in weight_files(directory, "whole")}
+        names = _inner_names(files, prefix, source)
         if any(name.startswith(f"{prefix}.") for name in names):
             names = {name: file for name, file in names.items() if name.startswith(f"{prefix}.")}
         for name in sorted(names, key=lambda name: name.removeprefix(f"{prefix}.")):
-            dtype, tensor = read_tensor(names[name], name, source, integers=INTEGERS)
+            path, stored = names[name]
+            dtype, tensor = read_tensor(files[path], stored, source, integers=INTEGERS)
             yield name.removeprefix(f"{prefix}."), dtype, tensor
+
+
+def _inner_names(
+    files: Mapping[Path, Any], prefix: str, source: str
+) -> dict[str, tuple[Path, str]]:
+    """Map the names that the tensors have without wrappers to where they are stored.
+
+    The model's own prefix stays. Raises EncoderError where two tensors have one name without it.
+    """
+    stored = [(path, name) for path, file in files.items() for name in file.keys()]  # noqa: SIM118
+    outer = _outer_of((unwrap(name) for _, name in stored), prefix)
+    names: dict[str, tuple[Path, str]] = {}
+    bare: dict[str, tuple[Path, str]] = {}
+    for place in stored:
+        name = unwrap(place[1]).removeprefix(outer)
+        refuse_adapted(name, source, "whole")
+        before = bare.setdefault(name.removeprefix(f"{prefix}."), place)
+        if before != place:
+            raise EncoderError(
+                f"{source} holds {name} twice, as {before[1]} of {before[0].name} and as "
+                f"{place[1]} of {place[0].name}. Keep one of the two."
+            )
+        names[name] = place
+    return names
+
+
+def _outer_of(names: Iterable[str], prefix: str) -> str:
+    """Find what stands before a backbone's own names; "" where nothing does."""
+    first = (f"{prefix}.", *_FIRST)
+    for name in names:
+        outer = _OUTER.match(name)
+        if outer and name[outer.end() :].startswith(first):
+            return outer[0]
+    return ""
 
 
 @contextmanager

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from medembed.encoders.checkpoint_files import holds_file, read_json
 from medembed.encoders.hub import DEMO, Checkpoint, resolve_checkpoint
-from medembed.encoders.weights import read_json
+from medembed.encoders.weights import INDEX_FILE, WEIGHTS_FILE
 from medembed.errors import EncoderError
 
 __all__ = [
@@ -80,9 +81,15 @@ def read_base(directory: Path) -> Base | None:
     Raises
     ------
     EncoderError
-        `base.json` is damaged, or of an unknown version.
+        `base.json` is damaged, of an unknown version, or missing beside changed tensors; or there
+        are weights of its own beside it.
     """
-    if not (directory / BASE_FILE).is_file():
+    if not holds_file(directory / BASE_FILE):
+        if holds_file(directory / CHANGED_FILE):
+            raise EncoderError(
+                f"{directory.name} holds {CHANGED_FILE} and no {BASE_FILE}, which names its base. "
+                "Restore the file, or fine-tune again."
+            )
         return None
     document = read_json(directory / BASE_FILE)
     if not isinstance(document, dict) or document.get("format") != _FORMAT:
@@ -100,6 +107,12 @@ def read_base(directory: Path) -> Base | None:
             f"{BASE_FILE} of {directory.name} does not say what it rests on. Restore the file, or "
             "fine-tune again."
         )
+    for name in (WEIGHTS_FILE, INDEX_FILE):
+        if holds_file(directory / name):
+            raise EncoderError(
+                f"{directory.name} holds two encoders: {name}, and {BASE_FILE} with "
+                f"{CHANGED_FILE}. Keep one of the two."
+            )
     return Base(places[0], places[1], str(texts[0]), str(texts[1]))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from medembed.encoders.bases import CHANGED_FILE, Base
+from medembed.encoders.checkpoint_files import holds_file
 from medembed.encoders.tensors import Digest, open_tensors, read_tensor
 from medembed.encoders.torch_encoder import TorchEncoder
 from medembed.encoders.weights import weight_files
@@ -108,7 +109,7 @@ def read_changes(directory: Path, base: Base) -> Changes:
         The file is missing or damaged, or a value is not finite.
     """
     source = directory.resolve().name
-    if not (directory / CHANGED_FILE).is_file():
+    if not holds_file(directory / CHANGED_FILE):
         raise EncoderError(f"{source} lacks {CHANGED_FILE}. Restore it, or fine-tune again.")
     with ExitStack() as stack:
         file = open_tensors(stack, directory / CHANGED_FILE)

@@ -13,6 +13,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
+from medembed.encoders.checkpoint_files import holds_file
 from medembed.encoders.hub_errors import explain_changed, explain_no_space, is_no_space
 from medembed.encoders.partial import PartialFile
 from medembed.encoders.ranges import RemoteFile, copy_range, open_file, read_range
@@ -149,7 +150,7 @@ def fetch_part(
     try:
         locks.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(locks / f"{name}.lock"):
-            if not pointer.is_file():
+            if not holds_file(pointer):
                 blobs = storage / "blobs"
                 blobs.mkdir(exist_ok=True)
                 plan = _plan(repo, snapshot.name, weight_map, part)

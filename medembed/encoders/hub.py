@@ -9,8 +9,18 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
+from medembed.encoders.checkpoint_files import (
+    ADAPTER_FILE,
+    CONFIG_FILE,
+    check_config,
+    explain_adapter,
+    holds_file,
+    read_json,
+    refuse_adapter,
+)
 from medembed.encoders.fetching import fetch_part, remote_tensors
-from medembed.encoders.hub_errors import explain, explain_unreached
+from medembed.encoders.hub_answers import guard_answers
+from medembed.encoders.hub_errors import explain, explain_missing, explain_unreached
 from medembed.encoders.preprocessing import PROCESSOR_FILES
 from medembed.encoders.stored_tensors import read_header
 from medembed.encoders.weights import (
@@ -22,7 +32,6 @@ from medembed.encoders.weights import (
     WEIGHTS_FILE,
     Part,
     part_shards,
-    read_json,
     weight_files,
     weight_map_of,
     whole_files,
@@ -130,13 +139,14 @@ def resolve_checkpoint(
     Raises
     ------
     EncoderError
-        Nothing of that name, no access, no connection, no room, or damaged weights.
+        Nothing of that name, no access, no connection, no room, damaged weights, an adapter that
+        is not merged, or a hub whose names are no names.
     """
     found = _find_local(ref)
     if isinstance(found, Checkpoint):
         return found
     snapshot, config = _open(*found)
-    _download(snapshot, *PROCESSOR_FILES)
+    _fetch_processor(snapshot)
     if config.get("model_type") in SIGLIP_TYPES:
         parts: tuple[Part, ...] = ("tower", "projector") if projector else ("tower",)
         for part in parts:
@@ -190,6 +200,7 @@ def _find_local(ref: str | PathLike[str]) -> Checkpoint | tuple[str, str | None]
         return Checkpoint(_DEMO_PATH, DEMO)
     path = Path(name).expanduser()
     if name and path.is_dir():
+        refuse_adapter(path)
         return Checkpoint(path, path.resolve().name)
     hub_id = _HUB_ID.match(name)
     if hub_id is None or path.exists():
@@ -198,22 +209,36 @@ def _find_local(ref: str | PathLike[str]) -> Checkpoint | tuple[str, str | None]
             f"encoder {name!r} is {found} and not a hub id. Give a checkpoint directory, a hub id "
             "such as google/medgemma-4b-pt, or demo."
         )
+    if hub_id[2] and not all(part.strip(".") for part in hub_id[2].split("/")):
+        raise EncoderError(
+            f"encoder {name!r}: {hub_id[2]!r} is no revision. Give a branch, a tag or a commit."
+        )
     return hub_id[1], hub_id[2]
 
 
 def _open(repo: str, revision: str | None) -> tuple[_Snapshot, dict[str, Any]]:
     """Get the config, and by it the commit that all else will be of."""
     unreached = _find_unreached(repo, revision)
-    path = _download_file(repo, revision, unreached, "config.json")
-    if not _COMMIT.match(path.parent.name):
+    path = _download_file(repo, revision, unreached, CONFIG_FILE)
+    if path is None:
+        if unreached is None and _is_at_hub(repo, revision, ADAPTER_FILE):
+            raise explain_adapter(repo, alone=True)
+        raise _explain_missing(repo, unreached, CONFIG_FILE)
+    if not _COMMIT.fullmatch(path.parent.name):
         raise EncoderError(f"{repo}: the hub's cache gave {path.parent.name!r}, no commit.")
-    return _Snapshot(path.parent, repo, unreached), _read_config(path.parent, repo)
+    snapshot = _Snapshot(path.parent, repo, unreached)
+    config = _read_config(path.parent, repo)
+    refuse_adapter(snapshot.path)
+    if unreached is None and _is_at_hub(repo, snapshot.commit, ADAPTER_FILE):
+        raise explain_adapter(repo, alone=False)
+    return snapshot, config
 
 
 def _read_config(directory: Path, source: str) -> dict[str, Any]:
-    config = read_json(directory / "config.json")
+    config = read_json(directory / CONFIG_FILE)
     if not isinstance(config, dict):
-        raise EncoderError(f"config.json of {source} is no JSON object.")
+        raise EncoderError(f"{CONFIG_FILE} of {source} is no JSON object.")
+    check_config(config, source)
     return config
 
 
@@ -224,7 +249,7 @@ def _part_of(config: dict[str, Any]) -> Part:
 def _held_files(snapshot: Path, part: Part) -> list[Path]:
     """List the files of a snapshot that hold a part; none if it must be fetched."""
     fetched = snapshot / FETCHED_FILES.get(part, "-")
-    return whole_files(snapshot, part) or ([fetched] if fetched.is_file() else [])
+    return whole_files(snapshot, part) or ([fetched] if holds_file(fetched) else [])
 
 
 def _held_bytes(paths: list[Path], part: Part) -> int:
@@ -243,23 +268,29 @@ def _fetch_part(
 
 
 def _weight_map(snapshot: _Snapshot) -> dict[str, str] | None:
-    """Get the index; None if the repository keeps all weights in one file."""
-    from huggingface_hub.errors import RemoteEntryNotFoundError
+    """Get the index; None where a single file has all weights, which transformers takes first."""
+    if _is_at_hub(snapshot.repo, snapshot.commit, WEIGHTS_FILE):
+        return None
+    index = _download(snapshot, INDEX_FILE)
+    return None if index is None else weight_map_of(read_json(index), snapshot.repo)
 
-    try:
-        index = _download(snapshot, INDEX_FILE)
-    except EncoderError as error:
-        if isinstance(error.__cause__, RemoteEntryNotFoundError):
-            return None
-        raise
-    return weight_map_of(read_json(index), snapshot.repo)
+
+def _fetch_processor(snapshot: _Snapshot) -> None:
+    """Fetch both files that may describe the processor, where there are both."""
+    held = [_download(snapshot, name) for name in PROCESSOR_FILES]
+    if not any(held):
+        raise _explain_missing(snapshot.repo, snapshot.unreached, *PROCESSOR_FILES)
 
 
 def _fetch_whole(snapshot: _Snapshot) -> None:
-    weights = _download(snapshot, INDEX_FILE, WEIGHTS_FILE)
-    if weights.name == INDEX_FILE:
-        for shard in part_shards(weight_map_of(read_json(weights), snapshot.repo), "whole"):
-            _download(snapshot, shard)
+    if _download(snapshot, WEIGHTS_FILE):  # as transformers: the index only without it
+        return
+    index = _download(snapshot, INDEX_FILE)
+    if index is None:
+        raise _explain_missing(snapshot.repo, snapshot.unreached, INDEX_FILE, WEIGHTS_FILE)
+    for shard in part_shards(weight_map_of(read_json(index), snapshot.repo), "whole"):
+        if not _download(snapshot, shard):
+            raise _explain_missing(snapshot.repo, snapshot.unreached, shard)
 
 
 def _find_unreached(repo: str, revision: str | None) -> Exception | None:
@@ -287,40 +318,78 @@ def _find_unreached(repo: str, revision: str | None) -> Exception | None:
         else:
             caught.append(None)
 
+    guard_answers()
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     asking.join(seconds + 0.5)
-    return caught[0] if caught else TimeoutError(f"no answer in {seconds:g} s")
+    unreached = caught[0] if caught else TimeoutError(f"no answer in {seconds:g} s")
+    if isinstance(unreached, EncoderError):  # reached, and what it answered was refused
+        raise unreached
+    return unreached
 
 
-def _download(snapshot: _Snapshot, *names: str) -> Path:
-    return _download_file(snapshot.repo, snapshot.commit, snapshot.unreached, *names)
+def _is_at_hub(repo: str, revision: str | None, name: str) -> bool:
+    """Ask whether a repository has a file, without fetching it."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    guard_answers()
+    try:
+        get_hf_file_metadata(hf_hub_url(repo, name, revision=revision))
+    except EncoderError:  # of what it answered
+        raise
+    except Exception as error:  # its client's errors are neither the hub's nor OSErrors
+        if _says_absent(error):
+            return False
+        raise explain(error, repo, revision, name) from error
+    return True
+
+
+def _says_absent(error: BaseException | None) -> bool:
+    """Whether a hub has the repository and not the file; mirrors may say so by the status alone."""
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    if isinstance(error, RepositoryNotFoundError | RevisionNotFoundError):
+        return False
+    return getattr(getattr(error, "response", None), "status_code", None) == 404
+
+
+def _explain_missing(repo: str, unreached: Exception | None, *names: str) -> EncoderError:
+    what = " or ".join(names)
+    return (
+        explain_missing(repo, what)
+        if unreached is None
+        else explain_unreached(unreached, repo, what)
+    )
+
+
+def _download(snapshot: _Snapshot, name: str) -> Path | None:
+    return _download_file(snapshot.repo, snapshot.commit, snapshot.unreached, name)
 
 
 def _download_file(
-    repo: str, revision: str | None, unreached: Exception | None, *names: str
-) -> Path:
-    """Fetch the first of `names` that the repository has; from the cache if out of reach."""
+    repo: str, revision: str | None, unreached: Exception | None, name: str
+) -> Path | None:
+    """Fetch a file of a repository; None if it has none.
+
+    If the hub is out of reach, what was fetched before serves, and None is what was not.
+    """
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    what = " or ".join(names)
+    guard_answers()
     if unreached is not None:
         # Not `local_files_only`: with that too, the hub asks for things before it looks.
-        held = (try_to_load_from_cache(repo, name, revision=revision) for name in names)
-        found = next((path for path in held if isinstance(path, str)), None)
-        if found is None:
-            raise explain_unreached(unreached, repo, what)
-        return Path(found)
-    missing: Exception | None = None
-    for name in names:
-        try:
-            return Path(hf_hub_download(repo, name, revision=revision))
-        except LocalEntryNotFoundError as error:  # neither reached nor fetched before
-            raise explain_unreached(error.__cause__, repo, what) from error
-        except EntryNotFoundError as error:
-            missing = missing or error
-        except Exception as error:  # its client's errors are neither the hub's nor OSErrors
-            raise explain(error, repo, revision, name) from error
-    assert missing is not None
-    raise explain(missing, repo, revision, what) from missing
+        held = try_to_load_from_cache(repo, name, revision=revision)
+        return Path(held) if isinstance(held, str) else None
+    try:
+        return Path(hf_hub_download(repo, name, revision=revision))
+    except LocalEntryNotFoundError as error:  # neither reached nor fetched before
+        if _says_absent(error.__cause__):
+            return None
+        raise explain_unreached(error.__cause__, repo, name) from error
+    except EntryNotFoundError:
+        return None
+    except EncoderError:  # of what it answered
+        raise
+    except Exception as error:  # its client's errors are neither the hub's nor OSErrors
+        raise explain(error, repo, revision, name) from error

@@ -3,8 +3,16 @@
 import errno
 
 from medembed.errors import EncoderError
+from medembed.text import mask_controls
 
-__all__ = ["explain", "explain_changed", "explain_no_space", "explain_unreached", "is_no_space"]
+__all__ = [
+    "explain",
+    "explain_changed",
+    "explain_missing",
+    "explain_no_space",
+    "explain_unreached",
+    "is_no_space",
+]
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -36,13 +44,18 @@ def explain(error: Exception, repo: str, revision: str | None, name: str) -> Enc
             "may read. Check the name; if it is private, set HF_TOKEN."
         )
     if isinstance(error, errors.EntryNotFoundError):
-        return EncoderError(f"{repo} holds no {name}: it is not a checkpoint that can be read.")
+        return explain_missing(repo, name)
     if status in (401, 403):
         return _refused(status, repo, name)
     if is_no_space(error):
         return explain_no_space(name, repo)
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = mask_controls((str(error).strip() or type(error).__name__).splitlines()[0])
     return EncoderError(f"{name} of {repo} could not be fetched: {reason} Try again.")
+
+
+def explain_missing(repo: str, name: str) -> EncoderError:
+    """Say that a repository has no file `name`."""
+    return EncoderError(f"{repo} holds no {name}: it is not a checkpoint that can be read.")
 
 
 def explain_unreached(error: BaseException | None, repo: str, name: str) -> EncoderError:

@@ -6,10 +6,11 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from medembed.encoders.bases import Base, Origin, base_of, read_base
+from medembed.encoders.checkpoint_files import CONFIG_FILE, check_config, read_json
 from medembed.encoders.hub import Checkpoint, resolve_checkpoint
 from medembed.encoders.preprocessing import Preprocessing, read_preprocessing
 from medembed.encoders.protocol import Encoder
-from medembed.encoders.weights import AUTOENCODER_TYPE, SIGLIP_TYPES, read_json
+from medembed.encoders.weights import AUTOENCODER_TYPE, SIGLIP_TYPES
 from medembed.errors import EncoderError
 
 if TYPE_CHECKING:
@@ -142,8 +143,11 @@ def adapt_encoder(
 
 
 def _read_kind(checkpoint: Checkpoint) -> Any:
-    config = read_json(checkpoint.path / "config.json")
-    return config.get("model_type") if isinstance(config, dict) else None
+    config = read_json(checkpoint.path / CONFIG_FILE)
+    if not isinstance(config, dict):
+        return None
+    check_config(config, checkpoint.source)
+    return config.get("model_type")
 
 
 def _load(

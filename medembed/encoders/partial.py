@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from medembed.files import sync_directory
+from medembed.files import open_plain, read_plain, sync_directory
 
 __all__ = ["PartialFile"]
 
@@ -55,7 +55,7 @@ class PartialFile:
     def identity_of(path: Path) -> dict[str, Any]:
         """Read what an earlier run was making at `path`; empty if there was none."""
         try:
-            with _journal_of(path).open("rb") as file:
+            with open_plain(_journal_of(path)) as file:
                 found = json.loads(file.readline())
         except (OSError, ValueError):
             return {}
@@ -118,7 +118,7 @@ class PartialFile:
 
     def _resume(self, first: bytes, size: int) -> bool:
         try:
-            lines = self.journal.read_bytes().splitlines(keepends=True)
+            lines = read_plain(self.journal).splitlines(keepends=True)
             if not lines or lines[0] != first or self.path.stat().st_size != size:
                 return False
         except OSError:

@@ -2,14 +2,14 @@
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from medembed.encoders.weights import checkpoint_name, read_json
+from medembed.encoders.checkpoint_files import checkpoint_name, holds_file, read_json
 from medembed.errors import EncoderError
 
 __all__ = [
@@ -106,11 +106,19 @@ def read_preprocessing(directory: Path, fit: str = "stretch") -> Preprocessing:
     Raises
     ------
     EncoderError
-        No such file, a value missing or out of range, or a step that this pipeline does not have.
+        No such file, a value missing or out of range, a step that this pipeline does not have, or
+        two files that disagree.
     """
     if fit not in FITS:
         raise EncoderError(f"fit {fit!r} is unknown. Choose one of: {', '.join(FITS)}.")
-    path, config = _read_config(Path(directory))
+    (path, config), *others = _read_configs(Path(directory))
+    found = _parse(path, config, fit)
+    for other, its in others:
+        _refuse_other(path, found, other, its)
+    return found
+
+
+def _parse(path: Path, config: Mapping[str, Any], fit: str) -> Preprocessing:
     _refuse_foreign_steps(path, config)
     height, width = _read_size(path, config)
     normalised = bool(config.get("do_normalize", True))
@@ -197,25 +205,62 @@ def channel_levels(preprocessing: Preprocessing) -> np.ndarray:
     return table
 
 
-def _read_config(directory: Path) -> tuple[Path, Mapping[str, Any]]:
-    for name in PROCESSOR_FILES:
-        path = directory / name
-        if not path.is_file():
-            continue
-        config = read_json(path)
-        if isinstance(config, dict) and isinstance(config.get("image_processor"), dict):
-            config = config["image_processor"]
-        if isinstance(config, dict) and "size" in config:
-            return path, config
-        if name == PROCESSOR_FILES[0]:
-            raise EncoderError(
-                f"{name} of {checkpoint_name(directory)} holds no image size. "
-                "Copy the file from the original."
-            )
+def _read_configs(directory: Path) -> list[tuple[Path, Mapping[str, Any]]]:
+    """Read the files that describe the processor; first the one that transformers takes.
+
+    Since 5.0 that is what processor_config.json nests, where it does; before it was the other.
+    """
+    own, whole = (directory / name for name in PROCESSOR_FILES)
+    found = [
+        (path, config)
+        for path in (whole, own)
+        if holds_file(path) and (config := _describes_images(read_json(path), nested=path == whole))
+    ]
+    if found:
+        return found
+    if holds_file(own):
+        raise EncoderError(
+            f"{own.name} of {checkpoint_name(directory)} holds no image size. "
+            "Copy the file from the original."
+        )
     raise EncoderError(
         f"{checkpoint_name(directory)} holds neither {PROCESSOR_FILES[0]} nor a "
         f"{PROCESSOR_FILES[1]} with an image_processor: the size and scaling that its tower "
         "expects are unknown. Copy the file from the original checkpoint."
+    )
+
+
+def _describes_images(config: Any, *, nested: bool) -> Mapping[str, Any] | None:
+    """Give what of a file describes the image processor: it nests it, or it is that itself."""
+    if not isinstance(config, dict):
+        return None
+    inner = config.get("image_processor")
+    if nested and inner and not (isinstance(inner, dict) and "size" in inner):
+        raise EncoderError(
+            f"image_processor of {PROCESSOR_FILES[1]} holds no image size. Copy the file from the "
+            "original."
+        )
+    places = (inner, config) if nested else (config, inner)
+    return next((place for place in places if isinstance(place, dict) and "size" in place), None)
+
+
+def _refuse_other(path: Path, found: Preprocessing, other: Path, config: Mapping[str, Any]) -> None:
+    """Refuse a second file that would prepare images otherwise."""
+    name = checkpoint_name(path.parent)
+    try:
+        its = _parse(other, config, found.fit)
+    except EncoderError as error:
+        what = str(error)
+    else:
+        keys = (field.name for field in fields(found))
+        key = next((key for key in keys if getattr(found, key) != getattr(its, key)), None)
+        if key is None:
+            return
+        what = f"{key} is {getattr(found, key)} in the one, {getattr(its, key)} in the other."
+    raise EncoderError(
+        f"{path.name} and {other.name} of {name} disagree on how images are prepared: {what} "
+        f"transformers reads the first since its release 5.0, and read the second before. Keep the "
+        "one that belongs to the weights."
     )
 
 

@@ -6,9 +6,15 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from medembed.encoders.preprocessing import Preprocessing
-from medembed.errors import NonFiniteError
+from medembed.errors import EncoderError, NonFiniteError
 
-__all__ = ["DescribedEncoder", "Encoder", "PipelinedEncoder", "refuse_non_finite"]
+__all__ = [
+    "DescribedEncoder",
+    "Encoder",
+    "PipelinedEncoder",
+    "check_rows",
+    "refuse_non_finite",
+]
 
 
 @runtime_checkable
@@ -132,6 +138,35 @@ class PipelinedEncoder(Encoder, Protocol):
     def reference(self) -> Encoder:
         """Give the same tower in fp32 on the same device; itself where it is fp32 already."""
         ...
+
+
+def check_rows(
+    encoder: Encoder, found: Mapping[str, np.ndarray], poolings: Sequence[str], n: int, n_used: int
+) -> dict[str, np.ndarray]:
+    """Return the first `n_used` rows of what an encoder made of `n` images, once they are sound.
+
+    Raises
+    ------
+    EncoderError
+        A pooling is missing, is no array of numbers, or has another shape than `dimensions` says.
+    NonFiniteError
+        A row that is used holds NaN or infinity.
+    """
+    rows = {}
+    for name in poolings:
+        values = found[name] if isinstance(found, Mapping) and name in found else None
+        if not isinstance(values, np.ndarray) or values.dtype.kind not in "fiu":
+            what = f"an array of {values.dtype}" if isinstance(values, np.ndarray) else "no array"
+            raise EncoderError(f"encoder {encoder.source} gave {what} for pooling {name}")
+        expected = (n, *encoder.dimensions[name])
+        if values.shape != expected:
+            raise EncoderError(
+                f"encoder {encoder.source} gave pooling {name} in shape {values.shape} for {n} "
+                f"images; it must be {expected}"
+            )
+        rows[name] = values[:n_used]
+    refuse_non_finite(rows)
+    return rows
 
 
 @runtime_checkable

@@ -7,17 +7,24 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
+from medembed.encoders.hub_answers import (
+    LONGEST_PAUSE,
+    guard_answers,
+    plain_tag,
+    seconds_to_wait,
+    shown,
+)
 from medembed.encoders.hub_errors import explain, explain_changed
 from medembed.errors import EncoderError
+from medembed.text import mask_controls
 
 __all__ = ["RemoteFile", "copy_range", "open_file", "read_range"]
 
-_CONTENT_RANGE = re.compile(r"^bytes (\d+)-(\d+)/(\d+)$")
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})")
 _PASSING = (408, 429, 500, 502, 503, 504)
 # Seconds before each new try since bytes last came; with stalls of HF_HUB_DOWNLOAD_TIMEOUT (10 s
 # unless set) it gives up on a dead line after about a minute.
 _PAUSES = (0.25, 0.5, 1.0, 2.0, 4.0)
-_LONGEST_PAUSE = 60.0
 # Fewer bytes than this per connection are no progress.
 _SOME_BYTES = 1 << 16
 
@@ -112,7 +119,7 @@ def copy_range(
             if failures > len(_PAUSES):
                 raise _explain_broken(file, broken) from broken
             pause = max(_PAUSES[max(failures - 1, 0)], broken.wait)
-            halted.wait(min(pause, _LONGEST_PAUSE))
+            halted.wait(min(pause, LONGEST_PAUSE))
 
 
 def _collect(
@@ -133,6 +140,7 @@ def _stream(
     # Public by its documentation, but exported in a way that type checkers do not see.
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
+    guard_answers()
     url = hf_hub_url(file.repo, file.name, revision=file.commit)
     # Compressed bytes would have other positions.
     asked = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
@@ -157,9 +165,8 @@ def _stream(
     except HfHubHTTPError as error:
         if error.response.status_code not in _PASSING:
             raise explain(error, file.repo, file.commit, file.name) from error
-        wait = error.response.headers.get("Retry-After", "")
-        seconds = float(wait) if wait.isdigit() else 0.0
-        raise _Broken(f"HTTP {error.response.status_code}", seconds) from error
+        wait = seconds_to_wait(error.response.headers.get("Retry-After", ""))
+        raise _Broken(f"HTTP {error.response.status_code}", wait or 0.0) from error
     except Exception as error:  # its client's errors are neither the hub's nor OSErrors
         raise _Broken(str(error).strip() or type(error).__name__) from error
     if left:
@@ -173,16 +180,18 @@ def _read_answer(response: Any, file: RemoteFile, start: int, stop: int) -> Remo
         raise _refuse(file, f"answered HTTP {status} instead of the part asked for (HTTP 206)")
     encoding = response.headers.get("Content-Encoding", "identity")
     if encoding != "identity":
-        raise _refuse(file, f"sent bytes encoded as {encoding}, which was not asked for")
+        raise _refuse(file, f"sent bytes encoded as {shown(encoding)}, which was not asked for")
     span = response.headers.get("Content-Range", "")
-    found = _CONTENT_RANGE.match(span)
+    found = _CONTENT_RANGE.fullmatch(span)
     size = int(found[3]) if found else 0
     if found and (int(found[1]), size) == (start, int(found[2]) + 1) and size < stop:
         raise EncoderError(
             f"{file.name} of {file.repo} is not a whole safetensors file: it ends at byte {size}."
         )
     if not found or (int(found[1]), int(found[2]) + 1) != (start, stop):
-        raise _refuse(file, f"sent {span or 'no Content-Range'} for bytes {start}-{stop - 1}")
+        raise _refuse(
+            file, f"sent {shown(span) or 'no Content-Range'} for bytes {start}-{stop - 1}"
+        )
     answered = RemoteFile(file.repo, file.commit, file.name, size, _etag_of(response))
     if not answered.etag:
         raise _refuse(file, "names no ETag, so parts cannot be known to be of one file")
@@ -203,7 +212,7 @@ def _etag_of(response: Any) -> str:
     linked = [hop.headers.get("X-Linked-Etag") for hop in (*response.history, response)]
     named = [tag for tag in linked if tag]
     etag = named[-1] if named else response.headers.get("ETag", "")
-    return str(etag).removeprefix("W/").strip('"')
+    return plain_tag(etag) if etag else ""
 
 
 def _refuse(file: RemoteFile, what: str) -> EncoderError:
@@ -218,7 +227,7 @@ def _refuse(file: RemoteFile, what: str) -> EncoderError:
 def _explain_broken(file: RemoteFile, broken: _Broken) -> EncoderError:
     from huggingface_hub import constants
 
-    reason = broken.reason.splitlines()[0].rstrip(".")
+    reason = mask_controls(broken.reason.splitlines()[0]).rstrip(".")
     return EncoderError(
         f"the connection to {constants.ENDPOINT} broke while {file.name} of {file.repo} was "
         f"fetched: {reason}. What came is kept: run again to go on."

@@ -12,18 +12,14 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 from transformers.models.gemma3.modeling_gemma3 import Gemma3MultiModalProjector
 
 from medembed.encoders.changes import Changes, put_in
+from medembed.encoders.checkpoint_files import checkpoint_name, read_json
 from medembed.encoders.fused import fuse
 from medembed.encoders.poolings import Features, token_poolings
 from medembed.encoders.precision import stored_dtypes
 from medembed.encoders.preprocessing import Preprocessing
 from medembed.encoders.tensors import Digest, read_part
 from medembed.encoders.torch_encoder import TorchEncoder
-from medembed.encoders.weights import (
-    Part,
-    canonical_name,
-    checkpoint_name,
-    read_json,
-)
+from medembed.encoders.weights import Part, canonical_name
 from medembed.errors import EncoderError
 
 __all__ = ["SiglipEncoder", "load_siglip"]
@@ -227,6 +223,7 @@ def _read_architecture(directory: Path) -> Any:
         raise EncoderError(
             f"config.json of {checkpoint_name(directory)} describes no vision tower."
         )
+    _refuse_second_tower(config, vision, checkpoint_name(directory))
     kind = vision.get("model_type", "siglip_vision_model")
     if kind != "siglip_vision_model":
         raise EncoderError(
@@ -241,6 +238,19 @@ def _read_architecture(directory: Path) -> Any:
         raise EncoderError(message) from error
     _check_architecture(built, checkpoint_name(directory))
     return built
+
+
+def _refuse_second_tower(config: Any, vision: Any, source: str) -> None:
+    """Refuse a tower's own config that also nests one, as transformers reads it in places."""
+    nested = config.get("vision_config")
+    if vision is not config or not isinstance(nested, dict):
+        return
+    for key in _ARCHITECTURE:
+        if key in nested and nested[key] != config.get(key, nested[key]):
+            raise EncoderError(
+                f"config.json of {source} describes two towers: {key} is {config[key]!r}, and "
+                f"{nested[key]!r} in its vision_config. Take one out."
+            )
 
 
 def _check_architecture(config: Any, source: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from medembed.encoders.weights import checkpoint_name
+from medembed.encoders.checkpoint_files import checkpoint_name
 from medembed.errors import EncoderError
+from medembed.files import open_plain
 
 __all__ = [
     "FLOAT_BYTES",
@@ -90,11 +92,13 @@ def parse_header(text: bytes, size: int, what: str) -> list[StoredTensor]:
     Raises
     ------
     EncoderError
-        It is no header, a tensor's bytes are not its shape's, or the tensors do not fill the
-        file without gap or overlap.
+        It is no header, a name stands twice, a tensor's bytes are not its shape's, or the tensors
+        do not fill the file without gap or overlap.
     """
     try:
-        document = json.loads(text)
+        document = json.loads(text, object_pairs_hook=_unique)
+    except _TwiceError as error:
+        raise _no_safetensors(what, f"it describes {error} twice") from error
     except (ValueError, RecursionError) as error:
         raise _no_safetensors(what, f"its header is not JSON ({error})") from error
     if not isinstance(document, dict):
@@ -123,11 +127,11 @@ def read_header(path: Path) -> list[StoredTensor]:
     """
     what = f"{path.name} of {checkpoint_name(path.parent)}"
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_plain(path) as file:
+            size = os.fstat(file.fileno()).st_size
             text = file.read(header_length(file.read(LENGTH_BYTES), size, what))
     except OSError as error:
-        raise EncoderError(f"{what} cannot be read: {error.strerror}.") from error
+        raise EncoderError(f"{what} cannot be read: {error.strerror or error}.") from error
     return parse_header(text, size, what)
 
 
@@ -176,6 +180,18 @@ def find_non_finite(path: Path, tensors: Iterable[StoredTensor]) -> str | None:
                 if len(bits) < n or bool(((bits & exponent) == exponent).any()):
                     return tensor.name
     return None
+
+
+class _TwiceError(ValueError):
+    """A key that stands twice in one JSON object."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    document = dict(pairs)
+    if len(document) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _TwiceError(next(name for name in names if names.count(name) > 1))
+    return document
 
 
 def _tensor_of(name: str, entry: Any, begin: int, what: str) -> StoredTensor:

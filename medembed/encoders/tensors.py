@@ -10,14 +10,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from medembed.encoders.stored_tensors import FLOAT_BYTES
-from medembed.encoders.weights import (
-    PART_WORDS,
-    Part,
-    checkpoint_name,
-    match_tensors,
-    weight_files,
-)
+from medembed.encoders.checkpoint_files import checkpoint_name
+from medembed.encoders.stored_tensors import FLOAT_BYTES, read_header
+from medembed.encoders.weights import PART_WORDS, Part, match_tensors, weight_files
 from medembed.errors import EncoderError
 
 __all__ = ["Digest", "open_tensors", "read_part", "read_tensor"]
@@ -99,8 +94,9 @@ def open_tensors(stack: ExitStack, path: Path) -> Any:
     Raises
     ------
     EncoderError
-        It is not a whole one.
+        It is no plain file, not a whole one, or has two tensors of one name.
     """
+    read_header(path)  # opens no pipe, and knows of a name that stands twice
     try:
         return stack.enter_context(safe_open(path, framework="pt", device="cpu"))
     except (SafetensorError, OSError) as error:

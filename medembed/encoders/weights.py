@@ -1,13 +1,14 @@
 """Where a checkpoint keeps its vision tower: which files, under which names."""
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from medembed.encoders.checkpoint_files import checkpoint_name, holds_file, is_snapshot, read_json
 from medembed.errors import EncoderError
+from medembed.files import open_plain
 
 __all__ = [
     "AUTOENCODER_TYPE",
@@ -20,10 +21,11 @@ __all__ = [
     "Part",
     "canonical_name",
     "canonical_projector_name",
-    "checkpoint_name",
+    "holds_both",
     "match_tensors",
     "part_shards",
-    "read_json",
+    "refuse_adapted",
+    "unwrap",
     "weight_files",
     "weight_map_of",
     "whole_files",
@@ -39,15 +41,24 @@ FETCHED_FILES: dict[Part, str] = {
     "tower": "medembed-vision-tower.safetensors",
     "projector": "medembed-projector.safetensors",
 }
+# Modules that DistributedDataParallel, torch.compile, FSDP and activation checkpointing put around
+# others, on the outside or anywhere within.
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+# PEFT's outermost two, and the one of trainers and of transformers' own heads.
+_OUTER = r"^(?:(?:base_model\.)?model\.)*"
 # transformers 4.x wrote vision_tower.vision_model.…, 5.x writes vision_tower.…, a bare state dict
 # has model.vision_tower.…; SigLIP itself has vision_model.… or, alone and since 5.x, no prefix.
+# What a wrapper was put around may be any of them.
 _TOWER = re.compile(
-    r"^(?:(?:model\.)?vision_tower\.(?:vision_model\.)?|vision_model\.)?"
+    rf"{_OUTER}(?:vision_tower\.(?:base_model\.model\.)?)?(?:vision_model\.)?"
     r"((?:embeddings|encoder|post_layernorm|head)\..+)$"
 )
 _PROJECTOR = re.compile(
-    r"^(?:model\.)?multi_modal_projector\.(mm_input_projection_weight|mm_soft_emb_norm\.weight)$"
+    rf"{_OUTER}multi_modal_projector\.(mm_input_projection_weight|mm_soft_emb_norm\.weight)$"
 )
+_ENCODER = re.compile(rf"{_OUTER}encoder\.(.+)$")  # of an autoencoder
+# Words that only stand in names of a model with adapters of PEFT in it, not yet merged.
+_ADAPTED = re.compile(r"\.(?:base_layer|original_module|modules_to_save|lora_\w+|ia3_\w+)(?:\.|$)")
 PART_WORDS: dict[Part, str] = {
     "tower": "the vision tower",
     "projector": "the projector",
@@ -63,20 +74,31 @@ _NOT_HELD: dict[Part, str] = {
     "whole": "tensor at all. Complete the checkpoint.",
 }
 _BLOB = re.compile(r"^[0-9a-f]{64}$")
-_ENCODER = re.compile(r"^encoder\.(.+)$")  # of an autoencoder
+_FILE_NAME = re.compile(r"[0-9A-Za-z_][0-9A-Za-z._+-]{0,199}\.safetensors")
 # A constant (0, 1, 2, …) that early releases of transformers saved with the weights.
 _CONSTANTS = {"embeddings.position_ids"}
 
 
+def unwrap(stored: str) -> str:
+    """Take out of a tensor's name the modules that only wrap others.
+
+    Examples
+    --------
+    >>> unwrap("module._orig_mod.vit.layernorm.bias")
+    'vit.layernorm.bias'
+    """
+    return ".".join(part for part in stored.split(".") if part not in _WRAPPERS)
+
+
 def canonical_name(stored: str) -> str | None:
-    """Strip the prefix from a vision tower's tensor name; None for any other tensor.
+    """Strip the prefixes from a vision tower's tensor name; None for any other tensor.
 
     Examples
     --------
     >>> canonical_name("vision_tower.vision_model.post_layernorm.bias")
     'post_layernorm.bias'
     """
-    found = _TOWER.match(stored)
+    found = _TOWER.match(unwrap(stored))
     return found[1] if found and found[1] not in _CONSTANTS else None
 
 
@@ -88,12 +110,12 @@ def canonical_projector_name(stored: str) -> str | None:
     >>> canonical_projector_name("multi_modal_projector.mm_soft_emb_norm.weight")
     'mm_soft_emb_norm.weight'
     """
-    found = _PROJECTOR.match(stored)
+    found = _PROJECTOR.match(unwrap(stored))
     return found[1] if found else None
 
 
 def _encoder_name(stored: str) -> str | None:
-    found = _ENCODER.match(stored)
+    found = _ENCODER.match(unwrap(stored))
     return found[1] if found else None
 
 
@@ -107,20 +129,6 @@ PART_NAMES: dict[Part, Callable[[str], str | None]] = {
     "encoder": _encoder_name,
     "whole": _any_name,
 }
-
-
-def checkpoint_name(directory: Path) -> str:
-    """Name a checkpoint's directory to a user: its own name, or the repository it is of.
-
-    Examples
-    --------
-    >>> checkpoint_name(Path("hub/models--google--medgemma-4b-pt/snapshots/0123abc"))
-    'google/medgemma-4b-pt'
-    """
-    storage = directory.parent.parent.name
-    if directory.parent.name == "snapshots" and storage.startswith("models--"):
-        return storage.removeprefix("models--").replace("--", "/")
-    return directory.name
 
 
 def part_shards(weight_map: Mapping[str, str], part: Part = "tower") -> list[str]:
@@ -143,26 +151,6 @@ def weight_map_of(index: Any, source: str) -> dict[str, str]:
     return weight_map
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file of a checkpoint.
-
-    Raises
-    ------
-    EncoderError
-        Missing, unreadable or not JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise EncoderError(
-            f"{checkpoint_name(path.parent)} holds no {path.name}: it is not a checkpoint "
-            "directory."
-        ) from error
-    except (OSError, ValueError, RecursionError) as error:
-        name = checkpoint_name(path.parent)
-        raise EncoderError(f"{path.name} of {name} cannot be read: {error}") from error
-
-
 def weight_files(directory: Path, part: Part = "tower") -> list[Path]:
     """List the safetensors files of `directory` that may hold a part of the model.
 
@@ -178,13 +166,14 @@ def weight_files(directory: Path, part: Part = "tower") -> list[Path]:
     Raises
     ------
     EncoderError
-        There are none, one that the index names is missing, or a fetched one was damaged.
+        As `whole_files`; there are none, one that the index names is missing, or a fetched one was
+        damaged.
     """
     whole = whole_files(directory, part)
     if whole:
         return whole
     fetched = directory / FETCHED_FILES.get(part, "")
-    if part in FETCHED_FILES and fetched.is_file():
+    if part in FETCHED_FILES and holds_file(fetched):
         _check_blob(fetched)
         return [fetched]
     if whole is None:
@@ -195,7 +184,7 @@ def weight_files(directory: Path, part: Part = "tower") -> list[Path]:
     shards = part_shards(
         weight_map_of(read_json(directory / INDEX_FILE), checkpoint_name(directory)), part
     )
-    missing = [shard for shard in shards if not (directory / shard).is_file()]
+    missing = [shard for shard in shards if not holds_file(directory / shard)]
     if missing:
         raise EncoderError(
             f"{checkpoint_name(directory)} lacks {missing[0]}, one of {len(missing)} missing "
@@ -207,28 +196,67 @@ def weight_files(directory: Path, part: Part = "tower") -> list[Path]:
 def whole_files(directory: Path, part: Part) -> list[Path] | None:
     """List the checkpoint's own files that hold a part, only if all of them are there.
 
-    None means that the directory has neither an index nor a single file of weights.
+    Where there are a single file and an index with its shards, the single file is taken, as
+    transformers does; an index whose shards are gone is what saving anew leaves behind.
+
+    Returns
+    -------
+    list of Path or None
+        None where the directory has neither an index nor a single file of weights.
 
     Raises
     ------
     EncoderError
-        The index is no index.
+        The index is no index, a file is no plain file, or the single file is older than the index
+        or its shards: then transformers' choice would be the weights of before.
     """
-    if (directory / INDEX_FILE).is_file():
-        weight_map = weight_map_of(read_json(directory / INDEX_FILE), checkpoint_name(directory))
-        paths = [directory / shard for shard in part_shards(weight_map, part)]
-        return paths if all(path.is_file() for path in paths) else []
-    if (directory / WEIGHTS_FILE).is_file():
-        return [directory / WEIGHTS_FILE]
-    return None
+    single = directory / WEIGHTS_FILE
+    if holds_file(single):
+        if holds_both(directory, part) and not is_snapshot(directory):
+            _refuse_older(single, part)
+        return [single]
+    paths = _indexed(directory, part)
+    if paths is None:
+        return None
+    return paths if all(map(holds_file, paths)) else []
+
+
+def holds_both(directory: Path, part: Part) -> bool:
+    """Whether a part is there twice: in a single file, and in all the shards that an index names.
+
+    Raises
+    ------
+    EncoderError
+        The index is no index, or a file is no plain file.
+    """
+    paths = _indexed(directory, part) or []
+    return bool(paths) and all(map(holds_file, [*paths, directory / WEIGHTS_FILE]))
+
+
+def _indexed(directory: Path, part: Part) -> list[Path] | None:
+    if not holds_file(directory / INDEX_FILE):
+        return None
+    weight_map = weight_map_of(read_json(directory / INDEX_FILE), checkpoint_name(directory))
+    return [directory / shard for shard in part_shards(weight_map, part)]
+
+
+def _refuse_older(single: Path, part: Part) -> None:
+    others = [single.with_name(INDEX_FILE), *(_indexed(single.parent, part) or ())]
+    latest = max(others, key=lambda path: path.stat().st_mtime_ns)
+    if latest.stat().st_mtime_ns > single.stat().st_mtime_ns:
+        raise EncoderError(
+            f"{checkpoint_name(single.parent)} holds its weights twice, as {WEIGHTS_FILE} and in "
+            f"the shards of {INDEX_FILE}, and {latest.name} is newer than {WEIGHTS_FILE}, which "
+            "transformers would read. Keep one of the two."
+        )
 
 
 def _check_blob(path: Path) -> None:
     blob = path.resolve()
     if not path.is_symlink() or not _BLOB.match(blob.name):
         return
-    with blob.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    with open_plain(blob) as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
     if digest != blob.name:
         raise EncoderError(
             f"{path.name} of {checkpoint_name(path.parent)} was damaged after it was fetched: "
@@ -245,7 +273,8 @@ def match_tensors(
     Raises
     ------
     EncoderError
-        Two stored tensors have the same canonical name, or none belongs to the part.
+        Two stored tensors have the same canonical name, one is of an adapter that is not merged,
+        or none belongs to the part.
     """
     found: dict[str, tuple[Path, str]] = {}
     for path, name in stored:
@@ -253,15 +282,32 @@ def match_tensors(
         if canonical is None:
             continue
         if canonical in found:
+            before = found[canonical]
             raise EncoderError(
-                f"{source} holds {canonical} twice, as {found[canonical][1]} and as {name}. Keep "
-                "one naming."
+                f"{source} holds {canonical} twice, as {before[1]} of {before[0].name} and as "
+                f"{name} of {path.name}. Keep one naming."
             )
+        refuse_adapted(canonical, source, part)
         found[canonical] = (path, name)
     if not found:
         raise EncoderError(f"{source} holds no {_NOT_HELD[part]}")
     return found
 
 
+def refuse_adapted(name: str, source: str, part: Part) -> None:
+    """Refuse the name of a tensor of an adapter of PEFT, or of a module that one is put on.
+
+    Raises
+    ------
+    EncoderError
+        Says how the adapter is merged.
+    """
+    if _ADAPTED.search(name):
+        raise EncoderError(
+            f"{source} holds {PART_WORDS[part]} with an adapter of PEFT in it ({name}). Merge it "
+            "with PEFT (merge_and_unload), and save that."
+        )
+
+
 def _is_file_name(value: object) -> bool:
-    return isinstance(value, str) and value.endswith(".safetensors") and Path(value).name == value
+    return isinstance(value, str) and _FILE_NAME.fullmatch(value) is not None

@@ -7,17 +7,16 @@ noise-free selective classification, Journal of Machine Learning Research 11, 20
 """
 
 from collections.abc import Sequence
-from math import nan
 
 import numpy as np
 import pandas as pd
 
 from medembed.errors import TrainingDataError
 from medembed.evaluation.checks import check_rows
-from medembed.evaluation.resampling import Interval, draw, patient_codes, percentiles, quotients
-from medembed.evaluation.scores import Scorer
+from medembed.evaluation.estimates import estimate_share
+from medembed.evaluation.resampling import Interval, patient_codes, quotients
 
-__all__ = ["SHARES", "bootstrap_deferral", "deferral_curve"]
+__all__ = ["SHARES", "deferral_curve", "estimate_deferral"]
 
 SHARES = ("coverage", "coverage_normal", "coverage_abnormal", "deferred", "empty", "error")
 
@@ -58,16 +57,10 @@ def deferral_curve(y: np.ndarray, p_values: np.ndarray, alphas: Sequence[float])
     return pd.DataFrame({"alpha": list(alphas), **columns})
 
 
-def bootstrap_deferral(
-    y: np.ndarray,
-    p_values: np.ndarray,
-    patients: np.ndarray,
-    alphas: Sequence[float],
-    *,
-    n_resamples: int = 2000,
-    seed: int = 0,
+def estimate_deferral(
+    y: np.ndarray, p_values: np.ndarray, patients: np.ndarray, alphas: Sequence[float]
 ) -> list[dict[str, Interval]]:
-    """Return the shares of `deferral_curve` with 95 % intervals from a bootstrap over patients.
+    """Return the shares of `deferral_curve` with 95 % intervals, patients as clusters.
 
     The kept scores of the sets stay as they are: the intervals are those of the test's patients.
 
@@ -77,50 +70,35 @@ def bootstrap_deferral(
         As for `deferral_curve`.
     patients : array of shape (n,)
         Whose study it is.
-    n_resamples, seed : int
-        How many resamples are drawn, and from which stream.
 
     Returns
     -------
     list of dict of str to Interval
-        For each alpha, by the names of `SHARES`. The ends are NaN where there is one patient, or
-        over a tenth of the resamples has no such study.
+        For each alpha, by the names of `SHARES`, see `estimates.estimate_share`.
 
     Raises
     ------
     TrainingDataError
         As `deferral_curve`, or a study has no patient.
     """
-    tally, codes = _Tally(y, p_values, alphas), patient_codes(patients)
-    truth, draws = draw([tally], [np.arange(len(codes))], codes, n_resamples, seed)
-    several = len(np.unique(codes)) > 1
-
-    def interval(name: str) -> Interval:
-        value = truth[0][name]
-        return Interval(value, *(percentiles(value, draws[0][name]) if several else (nan, nan)))
-
-    return [{share: interval(f"{share} {k}") for share in SHARES} for k in range(len(alphas))]
-
-
-class _Tally(Scorer):
-    """Score sets at several levels, for use with `draw`; its names are a share and a number."""
-
-    def __init__(self, y: np.ndarray, p_values: np.ndarray, alphas: Sequence[float]) -> None:
-        labels, p_values = _check(y, p_values)
-        super().__init__(labels, p_values[:, 0], 0.5, ())
-        self.names = tuple(f"{share} {k}" for k in range(len(alphas)) for share in SHARES)
-        both = np.column_stack([labels == 0, labels == 1])
-        flags = [_flags(labels, p_values, alpha) for alpha in alphas]
-        self._counted = np.hstack([both, *flags]).T.astype(np.float64, order="C")
-
-    def __call__(self, weights: np.ndarray) -> dict[str, np.ndarray]:
-        # not @: on a busy machine its threads wait for each other, 2 s where this takes 0.2 s
-        counts = np.einsum("bn,kn->bk", np.asarray(weights, np.float64), self._counted)
-        found: dict[str, np.ndarray] = {}
-        for k in range(len(self.names) // len(SHARES)):
-            own = np.hstack([counts[:, :2], counts[:, 2 + 5 * k : 7 + 5 * k]])
-            found |= {f"{name} {k}": share for name, share in _share(own).items()}
-        return found
+    labels, p_values = _check(y, p_values)
+    codes, everyone = patient_codes(patients), np.ones(len(labels), bool)
+    if len(codes) != len(labels):
+        raise TrainingDataError(f"{len(labels)} labels, but {len(codes)} patients")
+    found = []
+    for alpha in alphas:
+        normal, abnormal, decided, empty, wrong = _flags(labels, p_values, alpha).T
+        covered = normal | abnormal
+        own = {
+            "coverage": (covered, everyone),
+            "coverage_normal": (covered, labels == 0),
+            "coverage_abnormal": (covered, labels == 1),
+            "deferred": (~decided, everyone),
+            "empty": (empty, everyone),
+            "error": (wrong, decided),
+        }
+        found.append({name: estimate_share(*own[name], codes).interval() for name in SHARES})
+    return found
 
 
 def _check(y: np.ndarray, p_values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy.special import ndtr, ndtri
-from scipy.stats import rankdata
 
 from medembed.errors import TrainingDataError
 from medembed.evaluation.checks import check_rows
+from medembed.evaluation.influence import placements
 from medembed.evaluation.paired import Difference
 from medembed.evaluation.resampling import CONFIDENCE, Interval, patient_codes
 
@@ -67,12 +67,14 @@ def auroc_covariance(
 def auroc_interval(y: np.ndarray, probability: np.ndarray, patients: np.ndarray) -> Interval:
     """Return an AUROC with its normal 95 % interval, cut to [0, 1].
 
-    Parameters and errors are those of `auroc_covariance`. An AUROC of 0 or 1 has an estimated
-    variance of 0, and an interval without width that says too much.
+    Parameters and errors are those of `auroc_covariance`. An AUROC of 0 or 1, or of a constant,
+    has an estimated variance of 0 and no interval: one without width would say too much.
     """
     auroc, covariance = auroc_covariance(y, {"": probability}, patients)
-    value, variance = float(auroc[0]), float(covariance[0, 0])
-    return Interval(value, *_ends(value, sqrt(variance), 0.0))
+    value, error = float(auroc[0]), sqrt(float(covariance[0, 0]))
+    if isnan(error) or error < _ROUNDING:
+        return Interval(value, nan, nan)
+    return Interval(value, *_ends(value, error, 0.0), "delong")
 
 
 def auroc_difference(
@@ -97,9 +99,9 @@ def auroc_differences(
     dict of (a, b) to Difference, in the order of `itertools.combinations`
         With s the standard error of the difference a - b, the 95 % interval is cut to [-1, 1], and
         p is that of the two-sided test of (a - b) / s. Predictions that order the rows alike
-        differ by 0 with p = 1. Heads that differ with s = 0, such as one of AUROC 1 and a
-        constant, have no p: it would be 0, which no sample gives. Not corrected for the number of
-        pairs: see `holm`.
+        differ by 0 with p = 1 and no interval. Heads that differ with s = 0, such as one of AUROC
+        1 and a constant, have no p: it would be 0, which no sample gives. Not corrected for the
+        number of pairs: see `holm`.
     """
     parts = _parts(y, probabilities, patients)
     found = {}
@@ -135,25 +137,14 @@ def _parts(y: np.ndarray, probabilities: Mapping[str, np.ndarray], patients: np.
     sums = np.full((2, len(checked), n_patients), np.nan)
     if 0 < is_abnormal.sum() < len(codes):
         for k, (_, values) in enumerate(checked):
-            placements = _placements(is_abnormal, values)
-            auroc[k] = placements[is_abnormal].mean()
+            placed = placements(is_abnormal, values)
+            auroc[k] = placed[is_abnormal].mean()
             for part, own in zip(sums, (is_abnormal, ~is_abnormal), strict=True):
-                excess = (placements[own] - auroc[k]) / own.sum()
+                excess = (placed[own] - auroc[k]) / own.sum()
                 part[k] = np.bincount(codes[own], weights=excess, minlength=n_patients)
     groups = (codes[is_abnormal], codes[~is_abnormal], codes)
     of_abnormal, of_normal, of_all = (_correction(len(np.unique(group))) for group in groups)
     return _Parts(auroc, sums[0], sums[1], (of_abnormal, of_normal, of_all))
-
-
-def _placements(is_abnormal: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Return for each row the share of the other class that it is on the right side of."""
-    ranks, is_normal = rankdata(values), ~is_abnormal
-    placements = np.empty(len(values))
-    below = ranks[is_abnormal] - rankdata(values[is_abnormal])
-    placements[is_abnormal] = below / is_normal.sum()
-    below = ranks[is_normal] - rankdata(values[is_normal])
-    placements[is_normal] = 1 - below / is_abnormal.sum()
-    return placements
 
 
 def _covariance(
@@ -179,10 +170,9 @@ def _difference(value: float, variance: float) -> Difference:
     error = sqrt(variance)
     if error < _ROUNDING:
         is_same = abs(value) < _ROUNDING
-        value = 0.0 if is_same else value
-        return Difference(value, value, value, 1.0 if is_same else nan)
+        return Difference(0.0 if is_same else value, nan, nan, 1.0 if is_same else nan)
     low, high = _ends(value, error, -1.0)
-    return Difference(value, low, high, float(2 * ndtr(-abs(value) / error)))
+    return Difference(value, low, high, float(2 * ndtr(-abs(value) / error)), "delong")
 
 
 def _ends(value: float, error: float, lowest: float) -> tuple[float, float]:

@@ -16,6 +16,7 @@ from scipy.stats import beta, betabinom, norm, t
 from medembed.errors import ModelError, TrainingDataError
 from medembed.evaluation.paired import holm
 from medembed.evaluation.region_shifts import fit_regions, measure_regions
+from medembed.evaluation.remoteness import fit_remoteness
 from medembed.evaluation.resampling import CONFIDENCE, patient_codes
 from medembed.evaluation.spaces import Space, frechet, learn_space
 
@@ -68,9 +69,9 @@ def fit_reference(
         ``n_patients`` (those behind the statistics); with `MIN_TRAINING` patients or more also the
         space's arrays (see `spaces.Space`), ``mean`` (K,) and ``covariance`` (K, K) in the space,
         ``column_mean`` (d,), ``range`` (distance, its rank, number of patients), ``quantiles`` of
-        distance (101,), ``part_sizes`` (S,) and ``parts`` (S, 2, 200): what chance does, see
-        `measure_drift`; with `regions` ``region_names`` (JSON in uint8), ``region_counts``,
-        ``region_means``, ``region_spreads``.
+        distance (101,), those of `fit_remoteness`, ``part_sizes`` (S,) and ``parts`` (S, 2, 200):
+        what chance does, see `measure_drift`; with `regions` ``region_names`` (JSON in uint8),
+        ``region_counts``, ``region_means``, ``region_spreads``.
 
     Raises
     ------
@@ -97,6 +98,7 @@ def fit_reference(
         "column_mean": X[kept].mean(axis=0, dtype=np.float64).astype(np.float32),
         "range": np.array([distances[rank - 1], rank, len(kept)]),
         "quantiles": np.quantile(distances, np.linspace(0, 1, 101)),
+        **fit_remoteness(space, X[for_space], X[kept]),
         "part_sizes": sizes,
         "parts": np.stack([_random_parts(_clipped(points), n, generator) for n in sizes]),
     }

@@ -1,30 +1,27 @@
 """How much worse scores are on other patients than on a model's own test patients."""
 
-from collections.abc import Mapping
-from math import nan, sqrt
+from collections.abc import Callable, Mapping
+from math import exp, isnan, log, nan
 
 import numpy as np
 import pandas as pd
+from scipy.optimize import brentq
 
-from medembed.evaluation.paired import Difference, difference_of
-from medembed.evaluation.resampling import Interval, centre, draw, patient_codes
+from medembed.evaluation.bounds import Bounds, combine
+from medembed.evaluation.estimates import Estimate, estimate_scores
+from medembed.evaluation.paired import Difference
+from medembed.evaluation.resampling import CONFIDENCE, Interval, patient_codes
 from medembed.evaluation.scores import SCORES, Scorer
 
-__all__ = ["bootstrap_drop", "mover_drop"]
+__all__ = ["mover_drop", "sample_drop"]
 
-#: The two samples are drawn from streams of their own.
-_SECOND_STREAM = 1_000_003
+_SMALLEST_P = 1e-9
 
 
-def bootstrap_drop(
-    internal: pd.DataFrame,
-    external: pd.DataFrame,
-    threshold: float,
-    *,
-    n_resamples: int = 2000,
-    seed: int = 0,
+def sample_drop(
+    internal: pd.DataFrame, external: pd.DataFrame, threshold: float
 ) -> dict[str, Difference]:
-    """Return every score on external rows less that on internal ones, patients resampled in both.
+    """Return every score on external rows less that on internal ones.
 
     Parameters
     ----------
@@ -32,30 +29,22 @@ def bootstrap_drop(
         `label` (0 or 1), `probability`, `patient`; no patient is in both.
     threshold : float
         Of the decision scores.
-    n_resamples, seed : int
-        As for `bootstrap_scores`.
 
     Returns
     -------
     dict of str to Difference
-        Below zero where the score is lower on external rows. The interval is that of the
-        percentiles of the differences of independent resamples, p that of the test which inverts
-        it (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapters 8, 13 and 15).
+        Below zero where the score is lower on external rows. The interval is that of `mover_drop`
+        from the limits of `evaluation.estimates`; p is one less the confidence at which its end is
+        zero. NaN where one side has no interval. ECE has neither: its noise is larger in the
+        smaller sample, so that two samples of one population differ.
 
     Raises
     ------
     TrainingDataError
         As `Scorer`.
     """
-    inside, inside_draws = _draw(internal, threshold, n_resamples, seed)
-    outside, outside_draws = _draw(external, threshold, n_resamples, seed + _SECOND_STREAM)
-    several = min(internal["patient"].nunique(), external["patient"].nunique()) > 1
-    return {
-        name: _difference(
-            name, outside[name] - inside[name], outside_draws[name] - inside_draws[name], several
-        )
-        for name in SCORES
-    }
+    inside, outside = _estimate(internal, threshold), _estimate(external, threshold)
+    return {name: _difference(inside[name], outside[name]) for name in SCORES}
 
 
 def mover_drop(
@@ -65,34 +54,67 @@ def mover_drop(
 
     MOVER: with e in [le, ue] and i in [li, ui] of independent samples the ends are
     ``e - i - sqrt((e - le)² + (ui - i)²)`` and ``e - i + sqrt((ue - e)² + (i - li)²)`` (Zou and
-    Donner, Statistics in Medicine 27, 2008). There is no p: NaN.
+    Donner, Statistics in Medicine 27, 2008). There is no p: NaN. ECE has no interval either.
 
     Parameters
     ----------
     internal, external : dict of str to Interval
         Scores that only one side has are left out.
     """
-    return {name: _mover(internal[name], external[name]) for name in internal if name in external}
+    found = {}
+    for name in internal:
+        if name in external:
+            inside, outside = internal[name], external[name]
+            ends = (inside.low, inside.high), (outside.low, outside.high)
+            low, high = (nan, nan) if name == "ece" else _ends(inside.value, outside.value, *ends)
+            found[name] = _shown(outside.value - inside.value, low, high, nan)
+    return found
 
 
-def _draw(
-    rows: pd.DataFrame, threshold: float, n_resamples: int, seed: int
-) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    scorer = Scorer(rows["label"].to_numpy(), rows["probability"].to_numpy(np.float64), threshold)
-    codes = patient_codes(rows["patient"])
-    truth, draws = draw([scorer], [np.arange(len(rows))], codes, n_resamples, seed)
-    return truth[0], draws[0]
+def _estimate(rows: pd.DataFrame, threshold: float) -> dict[str, Estimate]:
+    y, probability = rows["label"].to_numpy(), rows["probability"].to_numpy(np.float64)
+    found = estimate_scores(y, probability, threshold, patient_codes(rows["patient"]))
+    scorer = Scorer(y, probability, threshold, ["ece"])
+    return {**found, "ece": Estimate(float(scorer(np.ones((1, len(y))))["ece"][0]))}
 
 
-def _difference(name: str, value: float, draws: np.ndarray, several: bool) -> Difference:
-    if name == "ece":
-        # resampling inflates it, in a small sample more than in a large one
-        draws = centre(value, draws)
-    return difference_of(value, draws, several=several)
-
-
-def _mover(inside: Interval, outside: Interval) -> Difference:
+def _difference(inside: Estimate, outside: Estimate) -> Difference:
     value = outside.value - inside.value
-    low = value - sqrt((outside.value - outside.low) ** 2 + (inside.high - inside.value) ** 2)
-    high = value + sqrt((outside.high - outside.value) ** 2 + (inside.value - inside.low) ** 2)
-    return Difference(value, low, high, nan)
+    if inside.limits is None or outside.limits is None:
+        return Difference(value, nan, nan, nan)
+
+    def limits(confidence: float) -> Bounds:
+        sides = (inside.interval(confidence), outside.interval(confidence))
+        return _ends(inside.value, outside.value, *((own.low, own.high) for own in sides))
+
+    low, high = limits(CONFIDENCE)
+    return _shown(value, low, high, _p_value(value, limits) if not isnan(low) else nan)
+
+
+def _ends(inside: float, outside: float, own: Bounds, other: Bounds) -> Bounds:
+    """Return the ends of MOVER, NaN where a side has none."""
+    if any(isnan(end) for end in (inside, outside, *own, *other)):
+        return nan, nan
+    by_inside, by_outside = [outside - end for end in own], [end - inside for end in other]
+    return combine(outside - inside, [(by_inside[0], by_inside[1]), (by_outside[0], by_outside[1])])
+
+
+def _shown(value: float, low: float, high: float, p: float) -> Difference:
+    if not low < high:
+        return Difference(value, nan, nan, nan)
+    return Difference(value, low, high, p, "mover")
+
+
+def _p_value(value: float, limits: Callable[[float], Bounds]) -> float:
+    """Return 1 less the confidence at which an end is 0: the test that inverts the interval."""
+    if value == 0:
+        return 1.0
+
+    def end(log_p: float) -> float:
+        low, high = limits(1 - exp(log_p))
+        return low if value > 0 else -high
+
+    smallest, largest = log(_SMALLEST_P), log(1 - 1e-6)
+    if end(smallest) > 0:
+        return _SMALLEST_P
+    return exp(brentq(end, smallest, largest, xtol=1e-4)) if end(largest) > 0 else 1.0

@@ -1,4 +1,7 @@
-"""Intervals from a bootstrap over patients, and the paired tests that rest on the same draws."""
+"""Scores with their intervals, overall and by group, patients as clusters; and paired tests.
+
+ECE alone is resampled; the others are estimated, see `evaluation.estimates`.
+"""
 
 from collections.abc import Mapping, Sequence
 from math import nan
@@ -8,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from medembed.errors import TrainingDataError
+from medembed.evaluation.estimates import Estimate, estimate_scores, mean_estimate
 from medembed.evaluation.paired import Difference, holm, paired_difference, paired_differences
 from medembed.evaluation.resampling import (
     CONFIDENCE,
@@ -15,7 +19,7 @@ from medembed.evaluation.resampling import (
     draw,
     finite_or_none,
     patient_codes,
-    percentiles,
+    upper_bound,
 )
 from medembed.evaluation.scores import DECISION_SCORES, SCORES, Scorer
 
@@ -42,7 +46,7 @@ def bootstrap_scores(
     n_resamples: int = 2000,
     seed: int = 0,
 ) -> dict[str, Interval]:
-    """Return every score with its 95 % interval from a bootstrap over patients.
+    """Return every score with its 95 % interval, patients as clusters.
 
     Parameters
     ----------
@@ -53,20 +57,22 @@ def bootstrap_scores(
     threshold : float
         Decisions are abnormal at or above it.
     n_resamples, seed : int
-        How many resamples are drawn, and from which stream.
+        How many resamples of patients ECE's bound is drawn from, and from which stream.
 
     Returns
     -------
     dict of str to Interval, in the order of `SCORES`
+        Each names its method, see `evaluation.estimates`. ECE has an upper bound alone: `low` is
+        NaN. Where fewer than `MIN_PATIENTS` patients of a class stand behind a score, or all rows
+        have one probability, both ends are NaN and `reason` says so.
 
     Raises
     ------
     TrainingDataError
         As `Scorer`.
     """
-    scorer = Scorer(y, probability, threshold)
-    codes = patient_codes(patients)
-    return _intervals([scorer], [np.arange(len(codes))], codes, n_resamples, seed)[0]
+    variants = {"": Variant(probability, threshold)}
+    return bootstrap_variants(y, variants, patients, n_resamples=n_resamples, seed=seed)[""]
 
 
 class Variant(NamedTuple):
@@ -85,15 +91,19 @@ def bootstrap_variants(
     n_resamples: int = 2000,
     seed: int = 0,
 ) -> dict[str, dict[str, Interval]]:
-    """Return the scores of several predictions of the same rows, all on the same resamples.
+    """Return the scores of several predictions of the same rows.
 
     Parameters and errors are those of `bootstrap_scores`.
     """
-    scorers = [Scorer(y, *variant) for variant in variants.values()]
-    codes = patient_codes(patients)
-    members = [np.arange(len(codes))] * len(scorers)
-    found = _intervals(scorers, members, codes, n_resamples, seed)
-    return dict(zip(variants, found, strict=True))
+    codes, labels, found = patient_codes(patients), np.asarray(y), {}
+    for name, variant in variants.items():
+        estimates = _estimate(variant, labels, codes, _size(codes))
+        error = Interval(nan, nan, nan)
+        if "ece" in variant.names:
+            values, members = np.asarray(variant.probability, np.float64), [np.arange(len(codes))]
+            (error,) = _bound_errors(labels, values, codes, members, (), n_resamples, seed)
+        found[name] = _intervals(estimates, error)
+    return found
 
 
 def bootstrap_report(
@@ -114,7 +124,7 @@ def bootstrap_report(
     threshold : float
         The threshold of the decision scores.
     n_resamples, seed : int
-        As for `bootstrap_scores`; all parts share the resamples.
+        As for `bootstrap_scores`.
     by : sequence of str
         Columns that split the rows; `n_views` is split into 1, 2 and 3+. Those that `rows` does
         not have are passed over.
@@ -169,58 +179,89 @@ def _parts(
     n_resamples: int,
     seed: int,
 ) -> dict[str, Any]:
-    """Return the blocks of a report; every group has two scorers, the second one for 0.5."""
-    scorers, members = _scorers(rows, list(groups.values()), threshold)
-    estimable = _two_class_regions(rows["label"].to_numpy(), groups)
-    means = [[2 * k + part for k in estimable] for part in (0, 1)]
-    codes = patient_codes(rows["patient"])
-    found = _intervals(scorers, members, codes, n_resamples, seed, means=means)
+    """Return the blocks of a report; every group is scored twice, the second time at 0.5."""
+    y, probability = rows["label"].to_numpy(), rows["probability"].to_numpy(np.float64)
+    codes, members = patient_codes(rows["patient"]), list(groups.values())
+    estimable = _two_class_regions(y, groups)
+    errors = _bound_errors(y, probability, codes, members, (estimable,), n_resamples, seed)
+    found = [
+        _estimate(Variant(probability[chosen], cut, names), y[chosen], codes[chosen], _size(codes))
+        for chosen in members
+        for cut, names in ((threshold, SCORES), (0.5, DECISION_SCORES))
+    ]
     parts: dict[str, Any] = {}
     for k, ((column, name), chosen) in enumerate(groups.items()):
-        block = _block(rows.iloc[chosen], found[2 * k], found[2 * k + 1])
+        scores, at_half = (_intervals(own, errors[k]) for own in found[2 * k : 2 * k + 2])
+        block = _block(rows.iloc[chosen], scores, at_half)
         if column == "overall":
             parts["overall"] = block
         else:
             parts.setdefault(column, {})[name] = block
     regions = {k: name for k, (column, name) in enumerate(groups) if column == "region"}
     if regions:
+        names = [regions[k] for k in estimable]
+        means = [_mean([found[2 * k + part] for k in estimable], names) for part in (0, 1)]
+        nothing = Interval(nan, nan, nan)
         parts["mean_over_regions"] = {
             "n_regions": len(estimable),
             "left_out": [name for k, name in regions.items() if k not in estimable],
-            "scores": found[-2] or dict.fromkeys(SCORES, Interval(nan, nan, nan)),
-            "at_half": found[-1] or dict.fromkeys(DECISION_SCORES, Interval(nan, nan, nan)),
+            "scores": _intervals(means[0], errors[-1]) or dict.fromkeys(SCORES, nothing),
+            "at_half": _intervals(means[1], errors[-1]) or dict.fromkeys(DECISION_SCORES, nothing),
         }
     return parts
 
 
-def _intervals(
-    scorers: Sequence[Scorer],
-    members: Sequence[np.ndarray],
+def _estimate(
+    variant: Variant, y: np.ndarray, codes: np.ndarray, n_patients: int
+) -> dict[str, Estimate | None]:
+    """Estimate the scores wanted in their order, None for ECE."""
+    found = estimate_scores(
+        y, variant.probability, variant.threshold, codes, variant.names, n_patients
+    )
+    return {name: found.get(name) for name in variant.names}
+
+
+def _size(codes: np.ndarray) -> int:
+    return int(codes.max()) + 1 if len(codes) else 0
+
+
+def _mean(
+    groups: Sequence[Mapping[str, Estimate | None]], names: Sequence[str]
+) -> dict[str, Estimate | None]:
+    """Return the mean of each score over groups, {} over none."""
+    found: dict[str, Estimate | None] = {}
+    for score in groups[0] if groups else ():
+        own = [one for group in groups if (one := group[score]) is not None]
+        found[score] = mean_estimate(own, names) if own else None
+    return found
+
+
+def _intervals(found: Mapping[str, Estimate | None], error: Interval) -> dict[str, Interval]:
+    return {name: error if own is None else own.interval() for name, own in found.items()}
+
+
+def _bound_errors(
+    y: np.ndarray,
+    probability: np.ndarray,
     codes: np.ndarray,
+    members: Sequence[np.ndarray],
+    means: Sequence[Sequence[int]],
     n_resamples: int,
     seed: int,
-    means: Sequence[Sequence[int]] = (),
-) -> list[dict[str, Interval]]:
-    """Return a dict of intervals per scorer, then one per mean over scorers ({} over none)."""
+) -> list[Interval]:
+    """Return ECE of each group of rows with its upper bound, then of means over some groups."""
+    scorers = [Scorer(y[rows], probability[rows], 0.5, ["ece"]) for rows in members]
     truth, draws = draw(scorers, members, codes, n_resamples, seed)
+    values = [own["ece"] for own in truth]
+    drawn = [own["ece"] for own in draws]
     n_patients = [len(np.unique(codes[rows])) for rows in members]
     for group in means:
-        names = scorers[group[0]].names if group else ()
-        truth.append({name: float(np.mean([truth[k][name] for k in group])) for name in names})
-        draws.append({name: np.mean([draws[k][name] for k in group], axis=0) for name in names})
-        n_patients.append(max((n_patients[k] for k in group), default=0))
-    return [
-        {name: _interval(name, value, drawn[name], n) for name, value in values.items()}
-        for values, drawn, n in zip(truth, draws, n_patients, strict=True)
-    ]
-
-
-def _interval(name: str, value: float, draws: np.ndarray, n_patients: int) -> Interval:
-    if n_patients < 2:
-        return Interval(value, nan, nan)
-    # ECE sums absolute values: the noise that a resample adds to every bin counts as error, and
-    # the plain percentile interval of a well calibrated head lies above its own ECE
-    return Interval(value, *percentiles(value, draws, centred=name == "ece"))
+        values.append(float(np.mean([values[k] for k in group])) if group else nan)
+        drawn.append(np.mean([drawn[k] for k in group], axis=0) if group else np.empty(0))
+        n_patients.append(min((n_patients[k] for k in group), default=0))
+    is_constant = [len(rows) > 0 and np.ptp(probability[rows]) == 0 for rows in members]
+    is_constant += [all(is_constant[k] for k in group) for group in means]
+    return [upper_bound(*own) for own in zip(values, drawn, n_patients, is_constant, strict=True)]
 
 
 def _groups(rows: pd.DataFrame, by: Sequence[str]) -> dict[tuple[str, str], np.ndarray]:
@@ -234,19 +275,6 @@ def _groups(rows: pd.DataFrame, by: Sequence[str]) -> dict[tuple[str, str], np.n
 
 def _views(n_views: int) -> str:
     return str(n_views) if n_views < 3 else "3+"
-
-
-def _scorers(
-    rows: pd.DataFrame, groups: Sequence[np.ndarray], threshold: float
-) -> tuple[list[Scorer], list[np.ndarray]]:
-    """Return two scorers per group (all scores; decisions at 0.5) and the rows of each."""
-    y, probability = rows["label"].to_numpy(), rows["probability"].to_numpy(np.float64)
-    scorers, members = [], []
-    for group in groups:
-        scorers.append(Scorer(y[group], probability[group], threshold, SCORES))
-        scorers.append(Scorer(y[group], probability[group], 0.5, DECISION_SCORES))
-        members += [group, group]
-    return scorers, members
 
 
 def _two_class_regions(y: np.ndarray, groups: Mapping[tuple[str, str], np.ndarray]) -> list[int]:

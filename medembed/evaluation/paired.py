@@ -3,24 +3,38 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from math import isnan, nan
+from math import inf, isnan, nan
+from typing import Any
 
 import numpy as np
-from scipy.special import bdtr
+from scipy.special import bdtr, ndtr, stdtr
 
 from medembed.errors import TrainingDataError
-from medembed.evaluation.resampling import draw, finite_or_none, patient_codes, percentiles
+from medembed.evaluation.bounds import quantile
+from medembed.evaluation.estimates import measure_spread
+from medembed.evaluation.influence import influences
+from medembed.evaluation.resampling import (
+    CONFIDENCE,
+    MIN_PATIENTS,
+    draw,
+    finite_or_none,
+    patient_codes,
+    percentiles,
+)
 from medembed.evaluation.scores import Scorer
 
 __all__ = [
     "Difference",
     "McNemar",
-    "difference_of",
+    "bootstrap_p",
     "holm",
     "mcnemar",
     "paired_difference",
     "paired_differences",
 ]
+
+#: AUROCs of n1 * n0 pairs of rows differ by 1 / (2 n1 n0) at least; what is below this is rounding.
+_ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -31,12 +45,14 @@ class Difference:
     low: float
     high: float
     p: float
+    method: str | None = None
 
-    def as_dict(self) -> dict[str, float | None]:
-        """Return `difference`, `low`, `high`, `p` with None for what is not estimable."""
-        return {
+    def as_dict(self) -> dict[str, Any]:
+        """Return `difference`, `low`, `high`, `p` with None for what is not estimable; `method`."""
+        found: dict[str, Any] = {
             name: finite_or_none(getattr(self, name)) for name in ("difference", "low", "high", "p")
         }
+        return {**found, "method": self.method}
 
 
 def paired_difference(
@@ -45,21 +61,17 @@ def paired_difference(
     b: np.ndarray,
     patients: np.ndarray,
     *,
-    n_resamples: int = 2000,
-    seed: int = 0,
     score: str = "auroc",
     thresholds: tuple[float, float] = (0.5, 0.5),
 ) -> Difference:
     """Return the difference in a score between predictions `a` and `b` of the same rows.
 
-    Both are scored on the same resamples of patients. Formula and sources: `paired_differences`.
+    Formula and sources: `paired_differences`.
     """
     pair = paired_differences(
         y,
         {"a": a, "b": b},
         patients,
-        n_resamples=n_resamples,
-        seed=seed,
         score=score,
         thresholds=dict(zip("ab", thresholds, strict=True)),
     )
@@ -71,12 +83,10 @@ def paired_differences(
     probabilities: Mapping[str, np.ndarray],
     patients: np.ndarray,
     *,
-    n_resamples: int = 2000,
-    seed: int = 0,
     score: str = "auroc",
     thresholds: Mapping[str, float] | None = None,
 ) -> dict[tuple[str, str], Difference]:
-    """Return the difference in a score for every pair of heads, each scored once per resample.
+    """Return the difference in a score for every pair of heads, patients as clusters.
 
     Parameters
     ----------
@@ -84,55 +94,112 @@ def paired_differences(
         Labels 0 or 1, and whose row it is.
     probabilities : dict of str to array of shape (n,)
         Each head's probabilities on the same rows.
-    n_resamples, seed, score
-        As for `bootstrap_scores`; `score` is one of `SCORES`.
+    score : str
+        One of `SCORES`.
     thresholds : dict of str to float, optional
         Each head's threshold, for the decision scores; 0.5 where not given.
 
     Returns
     -------
     dict of (a, b) to Difference, in the order of `itertools.combinations`
-        With d the differences a - b of the B resamples, `low` and `high` are the percentile
-        interval and ``p = min(1, 2 * (min(#{d <= 0}, #{d >= 0}) + 1) / (B + 1))``: the test that
-        inverts the percentile interval (Efron and Tibshirani, An Introduction to the Bootstrap,
-        1993, chapters 13 and 15), with one added so that p is never zero (Davison and Hinkley 1997,
-        4.2). Predictions that are the same differ by 0 with p = 1. Not corrected for the number of
-        pairs: see `holm`. Of one patient alone, and where over a tenth of the resamples have no
-        score, interval and p are NaN.
+        The interval, cut to [-1, 1], and the two-sided p are those of Student's t of the
+        difference over its standard error, from what each patient adds to it (`influence`; of
+        AUROC it is DeLong's with Obuchowski's clusters). Predictions between which the score does
+        not tell differ by 0 with p = 1 and no interval. Not corrected for the number of pairs: see
+        `holm`. Where fewer than `MIN_PATIENTS` patients of a class stand behind the score, or a
+        difference has no spread, interval and p are NaN; so they are of ECE, whose noise has a
+        mean.
 
     Raises
     ------
     TrainingDataError
         As `Scorer`, or a row has no patient.
     """
-    cuts = thresholds or {}
-    scorers = [
-        Scorer(y, probability, cuts.get(name, 0.5), [score])
-        for name, probability in probabilities.items()
-    ]
+    cuts, codes, labels = thresholds or {}, patient_codes(patients), np.asarray(y)
+    values, added = {}, {}
+    for name, probability in probabilities.items():
+        scorer = Scorer(y, probability, cuts.get(name, 0.5), [score])
+        if scorer.n_rows != len(codes):
+            raise TrainingDataError(f"{scorer.n_rows} labels, but {len(codes)} patients")
+        values[name] = float(scorer(np.ones((1, len(codes))))[score][0])
+        if score != "ece":
+            checked = np.asarray(probability, np.float64)
+            added[name] = influences(labels, checked, cuts.get(name, 0.5), [score])[score]
+    fewest = _fewest_patients(labels, codes, score)
+    return {
+        (a, b): _compare(
+            values[a] - values[b],
+            added[a] - added[b] if added else np.full(len(codes), nan),
+            (labels, codes),
+            fewest,
+        )
+        for a, b in combinations(probabilities, 2)
+    }
+
+
+def bootstrap_p(
+    y: np.ndarray,
+    probabilities: Mapping[str, np.ndarray],
+    patients: np.ndarray,
+    *,
+    n_resamples: int = 2000,
+    seed: int = 0,
+    score: str = "auroc",
+) -> dict[tuple[str, str], float]:
+    """Return the p of every pair of heads by the bootstrap over patients, a cross-check.
+
+    With d the differences a - b on the B resamples, ``p = min(1, 2 * (min(#{d <= 0}, #{d >= 0}) +
+    1) / (B + 1))``: the test that inverts the percentile interval (Efron and Tibshirani, An
+    Introduction to the Bootstrap, 1993, chapters 13 and 15), with one added so that p is never
+    zero (Davison and Hinkley 1997, 4.2). NaN where `percentiles` gives no interval.
+    """
+    scorers = [Scorer(y, probability, 0.5, [score]) for probability in probabilities.values()]
     codes = patient_codes(patients)
-    everyone = np.arange(len(codes))
-    truth, draws = draw(scorers, [everyone] * len(scorers), codes, n_resamples, seed)
+    members = [np.arange(len(codes))] * len(scorers)
+    truth, draws = draw(scorers, members, codes, n_resamples, seed)
     several = len(np.unique(codes)) > 1
     return {
-        (a, b): difference_of(
+        (a, b): _smaller_tail(
             truth[i][score] - truth[j][score], draws[i][score] - draws[j][score], several=several
         )
         for (i, a), (j, b) in combinations(enumerate(probabilities), 2)
     }
 
 
-def difference_of(value: float, draws: np.ndarray, *, several: bool) -> Difference:
-    """Return a difference with the interval and p of its draws (B,), as `paired_differences`.
-
-    Without `several` patients resamples are all alike, and neither is estimable.
-    """
-    low, high = percentiles(value, draws) if several else (nan, nan)
-    if isnan(low):
+def _compare(
+    value: float, added: np.ndarray, rows: tuple[np.ndarray, np.ndarray], fewest: int
+) -> Difference:
+    if isnan(value) or np.isnan(added).any() or fewest < MIN_PATIENTS:
         return Difference(value, nan, nan, nan)
+    spread = measure_spread(rows[0], added, rows[1])
+    if not spread.error > _ROUNDING:
+        is_same = abs(value) < _ROUNDING
+        return Difference(0.0 if is_same else value, nan, nan, 1.0 if is_same else nan)
+    reach = quantile(CONFIDENCE, spread.freedom) * spread.error
+    p = 2 * float(_tail(abs(value) / spread.error, spread.freedom))
+    return Difference(value, max(value - reach, -1.0), min(value + reach, 1.0), p, "t")
+
+
+def _tail(ratio: float, freedom: float) -> float:
+    return float(ndtr(-ratio) if freedom == inf else stdtr(freedom, -ratio))
+
+
+def _fewest_patients(labels: np.ndarray, codes: np.ndarray, score: str) -> int:
+    """Return the patients of the rarer class that the score looks at."""
+    n_abnormal, n_normal = (len(np.unique(codes[labels == label])) for label in (1, 0))
+    if score in ("accuracy", "brier"):
+        return len(np.unique(codes))
+    return {"sensitivity": n_abnormal, "specificity": n_normal}.get(
+        score, min(n_abnormal, n_normal)
+    )
+
+
+def _smaller_tail(value: float, draws: np.ndarray, *, several: bool) -> float:
+    if not several or isnan(percentiles(value, draws)[0]):
+        return nan
     kept = draws[~np.isnan(draws)]
     smaller = min(int((kept <= 0).sum()), int((kept >= 0).sum()))
-    return Difference(value, low, high, min(1.0, 2 * (smaller + 1) / (len(kept) + 1)))
+    return min(1.0, 2 * (smaller + 1) / (len(kept) + 1))
 
 
 def holm(p: Sequence[float]) -> np.ndarray:

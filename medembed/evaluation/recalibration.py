@@ -1,72 +1,31 @@
-"""How probabilities fit new patients, and what a small labelled sample of them mends."""
+"""What a small labelled sample of new patients mends of a model's probabilities."""
 
 from collections.abc import Mapping
-from math import nan
-from typing import Any
+from math import exp, nan
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.special import expit
+from scipy.special import logit
 
 from medembed.errors import TrainingDataError
-from medembed.evaluation.calibration import Calibration, fit_platt, log_odds
+from medembed.evaluation.bounds import quantile
+from medembed.evaluation.calibration import Calibration, fit_platt
+from medembed.evaluation.calibration_fit import calibration_line, check_line, fit_line
+from medembed.evaluation.estimates import measure_spread
+from medembed.evaluation.influence import influences
 from medembed.evaluation.intervals import Variant, bootstrap_variants, plain
-from medembed.evaluation.resampling import Interval, centre, draw, patient_codes, percentiles
+from medembed.evaluation.resampling import CONFIDENCE, MIN_PATIENTS, Interval, patient_codes
 from medembed.evaluation.scores import DECISION_SCORES, Scorer
 from medembed.evaluation.thresholds import youden_threshold
 
-__all__ = ["AFTER", "calibration_line", "draw_patients", "recalibrate"]
+__all__ = ["AFTER", "MIN_FOR_SLOPE", "draw_patients", "recalibrate"]
 
 #: The scores that recalibration can change; it keeps the order, and so AUROC.
 AFTER = (*DECISION_SCORES, "brier", "ece")
-_LINE = ("intercept", "slope", "mean_probability", "share_abnormal", "observed_expected")
-_N_STEPS = 30
-_TOLERANCE = 1e-6
-#: A slope or intercept beyond this is that of separable rows, which have none.
-_LARGEST = 1e3
-
-
-def calibration_line(
-    y: np.ndarray,
-    probability: np.ndarray,
-    patients: np.ndarray,
-    *,
-    n_resamples: int = 2000,
-    seed: int = 0,
-) -> dict[str, Interval]:
-    """Return how (calibrated) probabilities fit the labels, with intervals over patients.
-
-    Parameters
-    ----------
-    y, probability, patients : arrays of shape (n,)
-        Labels 0 or 1, probabilities of abnormal in [0, 1], and whose row it is.
-    n_resamples, seed : int
-        As for `bootstrap_scores`.
-
-    Returns
-    -------
-    dict of str to Interval
-        ``slope`` of the log-odds in a logistic regression of the label (1: right; below 1: the
-        probabilities are too extreme); ``intercept`` of one whose slope is held at 1 (0: right;
-        below 0: the probabilities are too high); ``mean_probability``, ``share_abnormal``, and
-        ``observed_expected``, the second over the first. NaN where the rows are of one class or
-        the log-odds separate the classes. Van Calster et al., BMC Medicine 17:230, 2019; Cox,
-        Biometrika 45, 1958.
-
-    Raises
-    ------
-    TrainingDataError
-        As `Scorer`.
-    """
-    scorer = _Line(y, probability)
-    codes = patient_codes(patients)
-    truth, draws = draw([scorer], [np.arange(len(codes))], codes, n_resamples, seed)
-    if len(np.unique(codes)) < 2:
-        return {name: Interval(truth[0][name], nan, nan) for name in scorer.names}
-    return {
-        name: Interval(truth[0][name], *percentiles(truth[0][name], draws[0][name]))
-        for name in scorer.names
-    }
+#: Patients that a slope is fitted on. With fewer its noise harms more than it mends.
+MIN_FOR_SLOPE = 50
+_SIGNIFICANCE = 0.05
 
 
 def draw_patients(patients: np.ndarray, n: int, seed: int = 0) -> np.ndarray:
@@ -91,6 +50,13 @@ def draw_patients(patients: np.ndarray, n: int, seed: int = 0) -> np.ndarray:
     return np.isin(codes, chosen)
 
 
+class _Mended(NamedTuple):
+    action: str
+    calibration: Calibration
+    threshold: float
+    p: float
+
+
 def recalibrate(
     studies: pd.DataFrame,
     calibration: Calibration,
@@ -102,6 +68,11 @@ def recalibrate(
 ) -> dict[str, Any]:
     """Fit calibration and threshold on some patients, and score them on all others.
 
+    Nothing is changed where the drawn patients do not tell the model's slope and intercept from 1
+    and 0 (p of the joint test at least 5 %). Of fewer than `MIN_FOR_SLOPE` patients the intercept
+    alone is fitted, and the decisions stay; of more both, and Youden's threshold anew (closed
+    testing as in Vergouwe et al., Statistics in Medicine 36, 2017).
+
     Parameters
     ----------
     studies : DataFrame
@@ -111,17 +82,18 @@ def recalibrate(
     n_patients : int
         How many are drawn by `seed`, see `draw_patients`.
     n_resamples, seed : int
-        Of the bootstrap over the other patients.
+        Of ECE's bound over the other patients.
 
     Returns
     -------
     dict
         JSON values: ``n_patients``, ``n``, ``n_abnormal`` of the drawn; ``note``, None or why
-        nothing could be fitted (the drawn are of one class), and then no more; ``calibration``
-        (Platt scaling of the log-odds) and ``threshold`` (Youden's) fitted on them; of the others
-        ``scored`` (counts), ``before`` and ``after``: ``scores`` of `AFTER` and ``line`` as
-        `calibration_line` has it; ``change`` of each score, after less before, with its interval
-        from the same resamples.
+        nothing could be fitted (fewer than `MIN_PATIENTS` of a class, and how many to draw), and
+        then no more; ``action`` ("none", "intercept" or "slope_and_intercept"), ``p`` of the joint
+        test and ``line``, the fit of the model's own probabilities to the drawn; ``calibration``
+        and ``threshold`` from now on; of the others ``scored`` (counts), ``before`` and ``after``:
+        ``scores`` of `AFTER` and ``line`` as `calibration_line` has it; ``change`` of each score,
+        after less before, with its interval.
 
     Raises
     ------
@@ -131,30 +103,89 @@ def recalibrate(
     is_drawn = draw_patients(studies["patient"].to_numpy(), n_patients, seed)
     drawn, others = studies[is_drawn], studies[~is_drawn]
     about = {"n_patients": n_patients, "n": len(drawn), "n_abnormal": int(drawn["label"].sum())}
-    if drawn["label"].nunique() < 2:
-        note = (
-            f"The {n_patients} patients drawn have studies of one class only, so nothing was "
-            "recalibrated. Draw more, or with another --seed."
-        )
+    note = _why_not(studies, drawn, n_patients, seed)
+    if note is not None:
         return {**about, "note": note}
-    raw, y = drawn["probability"].to_numpy(), drawn["label"].to_numpy(np.int8)
-    fitted = fit_platt(raw, y)
-    cut = youden_threshold(y, fitted.apply(raw))
-    found = _score_others(
-        others, {"before": (calibration, threshold), "after": (fitted, cut)}, n_resamples, seed
-    )
+    y, raw, patients = _arrays(drawn)
+    mended = _mend(y, raw, patients, calibration, threshold)
+    methods = {
+        "before": (calibration, threshold),
+        "after": (mended.calibration, mended.threshold),
+    }
     return {
         **about,
         "note": None,
-        "calibration": fitted.as_dict(),
-        "threshold": float(cut),
+        "action": mended.action,
+        "p": plain(mended.p),
+        "line": plain(calibration_line(y, calibration.apply(raw), patients)),
+        "calibration": mended.calibration.as_dict(),
+        "threshold": float(mended.threshold),
         "scored": {
             "n": len(others),
             "n_abnormal": int(others["label"].sum()),
             "n_patients": int(others["patient"].nunique()),
         },
-        **plain(found),
+        **plain(_score_others(others, methods, n_resamples, seed)),
     }
+
+
+def _why_not(studies: pd.DataFrame, drawn: pd.DataFrame, n: int, seed: int) -> str | None:
+    """Say that a class has too few patients among the drawn, and how many to draw."""
+    fewest, which = min(
+        (int(drawn.loc[drawn["label"] == label, "patient"].nunique()), name)
+        for label, name in ((0, "normal"), (1, "abnormal"))
+    )
+    if fewest >= MIN_PATIENTS:
+        return None
+    needed = _needed(studies, seed)
+    remedy = (
+        f"Draw {needed} patients, the first number that gives so many with this seed."
+        if needed is not None
+        else f"Label more patients: all together have too few of a class to keep {MIN_PATIENTS} "
+        "and score others."
+    )
+    return (
+        f"The {n} patients drawn hold {fewest} with {which} studies, and recalibration needs "
+        f"{MIN_PATIENTS} of each class, so nothing was changed. {remedy}"
+    )
+
+
+def _needed(studies: pd.DataFrame, seed: int) -> int | None:
+    """Return how many patients to draw so that each class has enough; None where none will do."""
+    codes = patient_codes(studies["patient"].to_numpy())
+    n_patients = int(codes.max()) + 1
+    order = np.random.default_rng(seed).permutation(n_patients)
+    labels = studies["label"].to_numpy()
+    enough = 0
+    for label in (0, 1):
+        has = np.bincount(codes[labels == label], minlength=n_patients)[order] > 0
+        reached = np.flatnonzero(np.cumsum(has) == MIN_PATIENTS)
+        if not len(reached):
+            return None
+        enough = max(enough, int(reached[0]) + 1)
+    return enough if enough < n_patients else None
+
+
+def _mend(
+    y: np.ndarray,
+    raw: np.ndarray,
+    patients: np.ndarray,
+    calibration: Calibration,
+    threshold: float,
+) -> _Mended:
+    calibrated = calibration.apply(raw)
+    p = check_line(y, calibrated, patients)
+    if p >= _SIGNIFICANCE:
+        return _Mended("none", calibration, threshold, p)
+    if len(np.unique(patients)) >= MIN_FOR_SLOPE:
+        fitted = fit_platt(raw, y)
+        cut = youden_threshold(y, fitted.apply(raw))
+        return _Mended("slope_and_intercept", fitted, cut, p)
+    shift = float(fit_line(y, calibrated, free_slope=False).line[0])
+    moved = Calibration(calibration.slope, calibration.intercept + shift)
+    odds = float(logit(threshold)) if 0 < threshold < 1 else nan
+    cut = 1 / (1 + exp(-odds - shift)) if odds == odds else threshold
+    return _Mended("intercept", moved, cut, p)
 
 
 def _score_others(
@@ -163,94 +194,42 @@ def _score_others(
     n_resamples: int,
     seed: int,
 ) -> dict[str, Any]:
-    y, patients = others["label"].to_numpy(np.int8), others["patient"].to_numpy()
-    raw = others["probability"].to_numpy()
+    y, raw, patients = _arrays(others)
     probabilities = {name: method.apply(raw) for name, (method, _) in methods.items()}
-    options = {"n_resamples": n_resamples, "seed": seed}
     variants = {
         name: Variant(probabilities[name], cut, AFTER) for name, (_, cut) in methods.items()
     }
-    scores = bootstrap_variants(y, variants, patients, **options)
+    scores = bootstrap_variants(y, variants, patients, n_resamples=n_resamples, seed=seed)
     found: dict[str, Any] = {
-        name: {
-            "scores": scores[name],
-            "line": calibration_line(y, probabilities[name], patients, **options),
-        }
+        name: {"scores": scores[name], "line": calibration_line(y, probabilities[name], patients)}
         for name in methods
     }
-    scorers = [Scorer(y, *variants[name]) for name in ("before", "after")]
-    codes = patient_codes(patients)
-    truth, draws = draw(scorers, [np.arange(len(y))] * 2, codes, n_resamples, seed)
-    found["change"] = {
-        name: _change(name, truth[1][name] - truth[0][name], draws[1][name] - draws[0][name], codes)
-        for name in AFTER
-    }
+    found["change"] = _find_changes(y, variants, patient_codes(patients))
     return found
 
 
-def _change(name: str, value: float, draws: np.ndarray, codes: np.ndarray) -> Interval:
-    if len(np.unique(codes)) < 2:
-        return Interval(value, nan, nan)
-    if name == "ece":  # resampling inflates the smaller one more
-        draws = centre(value, draws)
-    return Interval(value, *percentiles(value, draws))
+def _find_changes(
+    y: np.ndarray, variants: Mapping[str, Variant], codes: np.ndarray
+) -> dict[str, Interval]:
+    """Return each score after less before, on the same rows; ECE's without an interval."""
+    values, added = {}, {}
+    names = [name for name in AFTER if name != "ece"]
+    for side, variant in variants.items():
+        own = Scorer(y, *variant)(np.ones((1, len(y))))
+        values[side] = {name: float(value[0]) for name, value in own.items()}
+        added[side] = influences(y, variant.probability, variant.threshold, names)
+    found = {}
+    for name in AFTER:
+        value = values["after"][name] - values["before"][name]
+        found[name] = Interval(value, nan, nan)
+        if name in names and not np.isnan(added["after"][name] + added["before"][name]).any():
+            spread = measure_spread(y, added["after"][name] - added["before"][name], codes)
+            if spread.error > 0 and spread.fewest >= MIN_PATIENTS:
+                reach = quantile(CONFIDENCE, spread.freedom) * spread.error
+                found[name] = Interval(value, value - reach, value + reach, "t")
+    return found
 
 
-class _Line(Scorer):
-    """Score the fit of probabilities to labels under any weights, for use with `draw`."""
-
-    def __init__(self, y: np.ndarray, probability: np.ndarray) -> None:
-        super().__init__(y, probability, 0.5, ())
-        self.names = _LINE
-        self._x = log_odds(self._probability)
-
-    def __call__(self, weights: np.ndarray) -> dict[str, np.ndarray]:
-        weights = np.asarray(weights, dtype=np.float64)
-        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            total, positive = weights.sum(axis=1), weights @ self._positive
-            both = (positive > 0) & (positive < total)
-            mean, share = weights @ self._probability / total, positive / total
-            return {
-                "intercept": np.where(both, self._solve(weights, slope=False)[:, 0], np.nan),
-                "slope": np.where(both, self._solve(weights, slope=True)[:, 1], np.nan),
-                "mean_probability": mean,
-                "share_abnormal": share,
-                "observed_expected": np.where(mean > 0, share / mean, np.nan),
-            }
-
-    def _solve(self, weights: np.ndarray, *, slope: bool) -> np.ndarray:
-        """Fit intercept and slope (B, 2) by Newton's method, NaN where it does not settle.
-
-        A step that lowers the likelihood is halved. Without `slope` the slope stays 1.
-        """
-        line = np.tile([0.0, 1.0], (len(weights), 1))
-        fit = self._likelihood(weights, line)
-        for _ in range(_N_STEPS):
-            step = self._step(weights, line, slope=slope)
-            for _ in range(_N_STEPS):
-                tried = self._likelihood(weights, line + step)
-                worse = tried < fit - 1e-9 * np.abs(fit)
-                if not worse.any():
-                    break
-                step[worse] /= 2
-            line, fit = line + step, tried
-            if np.nan_to_num(np.abs(step)).max() < _TOLERANCE:
-                break
-        settled = (np.abs(step).max(axis=1) < _TOLERANCE) & (np.abs(line).max(axis=1) < _LARGEST)
-        return np.where(settled[:, None], line, np.nan)
-
-    def _likelihood(self, weights: np.ndarray, line: np.ndarray) -> np.ndarray:
-        z = line[:, :1] + line[:, 1:] * self._x
-        fit = np.einsum("bn,bn->b", weights, self._positive * z - np.logaddexp(0.0, z))
-        return np.asarray(fit)
-
-    def _step(self, weights: np.ndarray, line: np.ndarray, *, slope: bool) -> np.ndarray:
-        expected = expit(line[:, :1] + line[:, 1:] * self._x)
-        error = weights * (self._positive - expected)
-        spread = weights * expected * (1 - expected)
-        a, g = spread.sum(axis=1), error.sum(axis=1)
-        if not slope:
-            return np.column_stack([g / a, np.zeros_like(a)])
-        b, c, h = spread @ self._x, spread @ self._x**2, error @ self._x
-        determinant = a * c - b * b
-        return np.asarray(np.column_stack([c * g - b * h, a * h - b * g]) / determinant[:, None])
+def _arrays(studies: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    y, patients = studies["label"].to_numpy(np.int8), studies["patient"].to_numpy()
+    return y, studies["probability"].to_numpy(np.float64), patients

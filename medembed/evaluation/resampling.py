@@ -20,18 +20,24 @@ from medembed.evaluation.scores import Scorer
 
 __all__ = [
     "CONFIDENCE",
+    "CONSTANT",
     "MAX_DROPPED_SHARE",
+    "MIN_PATIENTS",
     "Interval",
-    "centre",
     "draw",
     "finite_or_none",
     "patient_codes",
     "percentiles",
     "quotients",
     "standard_error",
+    "upper_bound",
 ]
 
 CONFIDENCE = 0.95
+#: Of each class, or of those that a share is of: with fewer there is no interval.
+MIN_PATIENTS = 5
+CONSTANT = "every row has the same probability"
+"""Why a head such as the class prior has no interval."""
 #: Resamples without a class are dropped; where more than this share is, no interval is given. At
 #: one tenth, a class wants about three patients (exp(-3) = 5 % of resamples miss all of them).
 MAX_DROPPED_SHARE = 0.1
@@ -45,23 +51,42 @@ _MAX_KEPT_COUNTS, _MAX_KEPT_PATIENTS = 32_000_000, 65_535
 
 @dataclass(frozen=True)
 class Interval:
-    """A score and its 95 % percentile interval; NaN where not estimable.
+    """A score and its 95 % interval; NaN where not estimable.
 
-    The value is that of the data, not the resamples' mean. `low` and `high` are NaN alone where
-    the value exists but too few patients stand behind it.
+    `low` and `high` are NaN alone where the value exists but no interval is shown; `low` alone
+    where there is an upper bound.
+
+    Attributes
+    ----------
+    value, low, high : float
+    method : str, optional
+        Names how the ends were found; None without any.
+    reason : str, optional
+        Why there are none.
+    k, n : int, optional
+        Of a share: how many of how many rows.
     """
 
     value: float
     low: float
     high: float
+    method: str | None = None
+    reason: str | None = None
+    k: int | None = None
+    n: int | None = None
 
-    def as_dict(self) -> dict[str, float | None]:
-        """Return `value`, `low`, `high` with None for what is not estimable."""
-        return {
-            "value": finite_or_none(self.value),
-            "low": finite_or_none(self.low),
-            "high": finite_or_none(self.high),
+    def as_dict(self) -> dict[str, Any]:
+        """Return `value`, `low`, `high` with None for what is not estimable, and `method`.
+
+        `reason` stands where there is one, `k` and `n` of a share.
+        """
+        found: dict[str, Any] = {
+            name: finite_or_none(getattr(self, name)) for name in ("value", "low", "high")
         }
+        found["method"] = self.method
+        if self.reason is not None:
+            found["reason"] = self.reason
+        return found if self.n is None else {**found, "k": self.k, "n": self.n}
 
 
 def patient_codes(patients: Any) -> np.ndarray:
@@ -119,29 +144,37 @@ def draw(
     return truth, draws
 
 
-def percentiles(value: float, draws: np.ndarray, *, centred: bool = False) -> tuple[float, float]:
+def percentiles(value: float, draws: np.ndarray) -> tuple[float, float]:
     """Return the ends of the 95 % percentile interval, NaN where not estimable.
 
     Not estimable: the data give no `value`, or more than `MAX_DROPPED_SHARE` of the draws are NaN.
-    With `centred` the draws are first moved so that their mean is `value`, and cut at 0: for
-    scores that resampling itself inflates.
     """
     kept = _kept(value, draws)
     if len(kept) == 0:
         return math.nan, math.nan
-    if centred:
-        kept = np.maximum(centre(value, kept), 0.0)
     low, high = np.quantile(kept, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)
 
 
-def centre(value: float, draws: np.ndarray) -> np.ndarray:
-    """Return draws (B,) moved so that their mean, but for those that are NaN, is `value`.
+def upper_bound(
+    value: float, draws: np.ndarray, n_patients: int, is_constant: bool = False
+) -> Interval:
+    """Return a score that resampling inflates, such as ECE, with a 95 % upper bound alone.
 
-    For scores that resampling itself inflates. Where all are NaN they stay so.
+    ECE sums absolute values: the noise of the sample is in its value, and that of resampling once
+    more in the draws. So their 95 % quantile is a bound that the truth stays below, and nothing
+    bounds it from below: a calibrated head's ECE is 0, and no sample's is.
     """
-    kept = draws[~np.isnan(draws)]
-    return draws + (value - kept.mean()) if len(kept) else draws
+    kept = _kept(value, draws)
+    reason = None
+    if n_patients < MIN_PATIENTS:
+        reason = f"{n_patients} patients; an interval wants {MIN_PATIENTS}"
+    elif is_constant:
+        reason = CONSTANT
+    if reason is not None or len(kept) == 0:
+        return Interval(value, math.nan, math.nan, None, reason)
+    high = float(np.quantile(kept, CONFIDENCE))
+    return Interval(value, math.nan, high, "bootstrap upper bound")
 
 
 def quotients(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:

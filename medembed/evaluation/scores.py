@@ -13,7 +13,7 @@ import pandas as pd
 from medembed.errors import TrainingDataError
 from medembed.evaluation.checks import check_rows
 
-__all__ = ["DECISION_SCORES", "N_ECE_BINS", "SCORES", "Scorer", "by_study", "score"]
+__all__ = ["DECISION_SCORES", "N_ECE_BINS", "SCORES", "Scorer", "by_study", "find_bins", "score"]
 
 SCORES = (
     "auroc",
@@ -77,8 +77,7 @@ class Scorer:
         self.names = _known_scores(names)
         labels, self._probability = check_rows(y, probability)
         self._positive = labels.astype(np.float64)
-        # bins are [k / 10, (k + 1) / 10), the last one closed
-        self._bins = np.minimum((self._probability * N_ECE_BINS).astype(int), N_ECE_BINS - 1)
+        self._bins = find_bins(self._probability)
         self._decision = (self._probability >= threshold).astype(np.float64)
         self._order = np.argsort(self._probability, kind="stable")
         ordered = self._probability[self._order]
@@ -153,6 +152,11 @@ class Scorer:
             "brier": squared / total,
             "ece": np.abs(moments[:, 5:]).sum(axis=1) / total,
         }
+
+
+def find_bins(probability: np.ndarray) -> np.ndarray:
+    """Return the bin of each probability: [k / 10, (k + 1) / 10), the last one closed."""
+    return np.asarray(np.minimum((probability * N_ECE_BINS).astype(int), N_ECE_BINS - 1))
 
 
 def score(

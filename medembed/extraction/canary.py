@@ -18,9 +18,11 @@ from typing import Any
 import numpy as np
 
 from medembed.cache.description import damaged
+from medembed.cache.shards import as_stored
+from medembed.cache.spec import CacheSpec
 from medembed.dataset.images import decode_image
 from medembed.encoders.preprocessing import Preprocessing, prepare
-from medembed.encoders.protocol import Encoder
+from medembed.encoders.protocol import Encoder, check_rows
 from medembed.errors import CacheError, SpecMismatchError
 from medembed.files import json_digest
 
@@ -61,7 +63,9 @@ def canary_pixels(preprocessing: Preprocessing) -> np.ndarray:
     return np.stack([prepare(image, preprocessing) for image in images])
 
 
-def lay_canary(encoder: Encoder, poolings: Sequence[str]) -> dict[str, Any]:
+def lay_canary(
+    encoder: Encoder, poolings: Sequence[str], spec: CacheSpec | None = None
+) -> dict[str, Any]:
     """Embed the canaries one at a time, and give the JSON-able document that keeps the result.
 
     Parameters
@@ -70,13 +74,19 @@ def lay_canary(encoder: Encoder, poolings: Sequence[str]) -> dict[str, Any]:
         In fp32, so that every precision is measured by the same.
     poolings : sequence of str
         All that the cache will hold.
+    spec : CacheSpec, optional
+        Of the cache: the embeddings must fit its dtype.
 
     Raises
     ------
     EncoderError
-        As `Encoder.encode`.
+        As `Encoder.encode`, or what it gives is not what an encoder must give.
+    CacheError
+        An embedding does not fit the dtype of `spec`.
     """
     embeddings = _embed(encoder, poolings, batch_size=1)
+    if spec is not None:
+        as_stored(embeddings, spec, len(CANARY_FILES))
     files = _read_files()
     document = {
         "version": CANARY_VERSION,
@@ -159,8 +169,8 @@ def _embed(encoder: Encoder, poolings: Sequence[str], *, batch_size: int) -> dic
         some = pixels[start : start + batch_size]
         batch = np.zeros((batch_size, *pixels.shape[1:]), np.uint8)
         batch[: len(some)] = some
-        rows = encoder.encode(batch, poolings)
-        parts.append({name: rows[name][: len(some)] for name in poolings})
+        found = encoder.encode(batch, poolings)
+        parts.append(check_rows(encoder, found, poolings, batch_size, len(some)))
     return {name: np.concatenate([part[name] for part in parts]) for name in poolings}
 
 

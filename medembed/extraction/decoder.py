@@ -13,7 +13,8 @@ import mmap
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -22,12 +23,17 @@ from typing import IO, Any
 import numpy as np
 
 from medembed.dataset.intensity import DEFAULT_INTENSITY, Intensity
-from medembed.dataset.reading import Reading, read_content
+from medembed.dataset.reading import DEFAULT_LIMITS, Limits, Reading, read_content
 from medembed.encoders.preprocessing import Preprocessing, prepare
+from medembed.machine import end_with_parent
 
-__all__ = ["READY", "describe", "main", "open_slots"]
+__all__ = ["PATIENCE", "READY", "TIMES_UP", "describe", "main", "open_slots"]
 
 READY = "ready"
+PATIENCE = 10
+"""How much longer than computing reading may take: a network's disk has its pauses."""
+TIMES_UP = {signal.SIGPROF: "decode", signal.SIGALRM: "read"}
+"""The signals that end a decoder whose image takes too long, and the stage to blame."""
 
 
 def open_slots(handle: int, shape: Sequence[int]) -> np.ndarray:
@@ -41,14 +47,18 @@ def main(arguments: str) -> None:
     Parameters
     ----------
     arguments : str
-        JSON: `handle` of the shared file, `preprocessing` and `intensity` as mappings.
+        JSON: `handle` of the shared file, `preprocessing`, `intensity` and `limits` as mappings.
     """
     # Schedulers signal every process of a job. The one that commits ends this one, by its stdin;
     # dying first would look as if the image at hand were to blame.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    for number in TIMES_UP:
+        signal.signal(number, signal.SIG_DFL)
+    end_with_parent()
     given = json.loads(arguments)
     preprocessing = Preprocessing(**given["preprocessing"])
-    intensity = Intensity(**given["intensity"])
+    intensity, limits = Intensity(**given["intensity"]), Limits(**given["limits"])
     with _answers() as answers:
         _send(answers, READY)
         shape = sys.stdin.readline()
@@ -58,10 +68,29 @@ def main(arguments: str) -> None:
         for line in sys.stdin:
             slot, sha256, paths = json.loads(line)
             transform = partial(prepare, preprocessing=preprocessing)
-            reading = read_content([Path(path) for path in paths], sha256, transform, intensity)
+            with _timed(limits.max_seconds):
+                reading = read_content(
+                    [Path(path) for path in paths], sha256, transform, intensity, limits
+                )
             if reading.pixels is not None:
                 slots[slot] = reading.pixels
             _send(answers, _without_pixels(reading))
+
+
+@contextmanager
+def _timed(seconds: float) -> Iterator[None]:
+    """End this process where the block takes too long; no codec can be stopped otherwise.
+
+    Computing time, which does not depend on how busy the machine is, or has slept; and, for a disk
+    that does not answer, `PATIENCE` times as much of the clock.
+    """
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_REAL, PATIENCE * seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _answers() -> IO[str]:
@@ -84,11 +113,14 @@ def _send(answers: IO[str], answer: Any) -> None:
 
 
 def describe(
-    handle: int, preprocessing: Preprocessing, intensity: Intensity = DEFAULT_INTENSITY
+    handle: int,
+    preprocessing: Preprocessing,
+    intensity: Intensity = DEFAULT_INTENSITY,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> str:
     """Write what `main` is to be given."""
     settings = {"preprocessing": asdict(preprocessing), "intensity": asdict(intensity)}
-    return json.dumps({"handle": handle, **settings})
+    return json.dumps({"handle": handle, **settings, "limits": asdict(limits)})
 
 
 if __name__ == "__main__":

@@ -21,13 +21,16 @@ from typing import IO, Any
 import medembed
 from medembed.dataset.intensity import DEFAULT_INTENSITY, Intensity
 from medembed.dataset.manifest import image_path
-from medembed.dataset.reading import Content, Reading
+from medembed.dataset.reading import DEFAULT_LIMITS, Content, Limits, Reading
 from medembed.encoders.preprocessing import Preprocessing
 from medembed.errors import MedembedError
-from medembed.extraction.decoder import READY, describe, open_slots
+from medembed.extraction.decoder import PATIENCE, READY, TIMES_UP, describe, open_slots
 from medembed.machine import reserve
 
-__all__ = ["Decoders"]
+__all__ = ["DECODER_BYTES", "Decoders"]
+
+DECODER_BYTES = 1 << 28
+"""Memory that a decoder takes: its libraries, and a film of 20 million pixels on the way."""
 
 SHARED_MEMORY = Path("/dev/shm")  # nosec B108 # only files without a name are made there
 ENOUGH_SHARED_BYTES = 2**29  # a container has 64 MB by default; then a file on disk has to do
@@ -59,6 +62,8 @@ class Decoders:
         What `prepare` does to each image.
     intensity : Intensity
         Which window of a DICOM to use.
+    limits : Limits
+        What an image may cost. One that takes longer fails, and its process is started anew.
     """
 
     def __init__(
@@ -66,10 +71,11 @@ class Decoders:
         n_processes: int,
         preprocessing: Preprocessing,
         intensity: Intensity = DEFAULT_INTENSITY,
+        limits: Limits = DEFAULT_LIMITS,
     ) -> None:
         self.n_processes = n_processes
         self._preprocessing = preprocessing
-        self._intensity = intensity
+        self._intensity, self._limits = intensity, limits
         self._idle: queue.SimpleQueue[_Decoder] = queue.SimpleQueue()
         self._deaths = 0
 
@@ -77,7 +83,7 @@ class Decoders:
         self._shared = _make_shared_file()
         handle = self._shared.fileno()
         self._messages = tempfile.TemporaryFile()
-        arguments = describe(handle, self._preprocessing, self._intensity)
+        arguments = describe(handle, self._preprocessing, self._intensity, self._limits)
         self._all = [_Decoder(arguments, handle, self._messages) for _ in range(self.n_processes)]
         for decoder in self._all:
             self._idle.put(decoder)
@@ -154,13 +160,22 @@ class Decoders:
             if answer is None and decoder.was_killed:
                 answer = decoder.ask([slot, sha256, paths])
             if answer is None:
-                return self._blame(decoder)
+                return self._too_slow(decoder) or self._blame(decoder)
         finally:
             self._idle.put(decoder)
         self._deaths = 0
         pixels = self._slots[slot] if answer.pop("pixels") else None
         several = {name: tuple(answer[name]) for name in ("times", "notes")}
         return Reading(**{**answer, **several, "pixels": pixels})
+
+    def _too_slow(self, decoder: "_Decoder") -> Reading | None:
+        stage = decoder.times_up
+        if stage is None:
+            return None
+        most = self._limits.max_seconds * (PATIENCE if stage == "read" else 1)
+        what = "of computing " if stage == "decode" else ""
+        reason = f"it takes more than {most:g} seconds {what}to {stage} (--max-seconds)"
+        return Reading(stage=stage, reason=reason)
 
     def _blame(self, decoder: "_Decoder") -> Reading:
         self._deaths += 1
@@ -209,7 +224,13 @@ class _Decoder:
     @property
     def was_killed(self) -> bool:
         """Whether a signal from outside ended the process last asked, and no crash of its own."""
-        return self.end.startswith("SIG") and self.end not in CRASHES
+        is_ours = self.end in CRASHES or self.times_up is not None
+        return self.end.startswith("SIG") and not is_ours
+
+    @property
+    def times_up(self) -> str | None:
+        """The stage at which the process last asked has ended itself, its image taking too long."""
+        return {number.name: stage for number, stage in TIMES_UP.items()}.get(self.end)
 
     def stop(self) -> None:
         """End the process: it ends with its stdin, or by force if it is busy."""

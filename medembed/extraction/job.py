@@ -15,17 +15,30 @@ from medembed.cache.store import Cache, create_cache, open_cache
 from medembed.dataset.image_versions import IMAGES_VERSION
 from medembed.dataset.intensity import DEFAULT_INTENSITY, Intensity
 from medembed.dataset.manifest import Manifest, existing_root, require_hashes
+from medembed.dataset.reading import DEFAULT_LIMITS, Limits
 from medembed.encoders.protocol import Encoder, PipelinedEncoder
-from medembed.errors import CacheError, DeviceMemoryError, EncoderError, ManifestError
+from medembed.errors import (
+    CacheError,
+    DeviceMemoryError,
+    EncoderError,
+    ManifestError,
+    MedembedError,
+)
 from medembed.extraction.canary import check_canary, lay_canary
-from medembed.extraction.decoding import Decoders
+from medembed.extraction.decoding import DECODER_BYTES, Decoders
 from medembed.extraction.outdated import joining, refuse_outdated
 from medembed.extraction.pipeline import Pipeline, no_room
 from medembed.extraction.prepared import describe_other_bytes, refuse_empty_root
 from medembed.extraction.report import ExtractionReport, describe_execution, execution_of
 from medembed.extraction.timeline import STAGES, Timeline
 from medembed.extraction.writing import WriterThread
-from medembed.machine import default_decoders, free_bytes, library_versions
+from medembed.machine import (
+    choose_processes,
+    default_decoders,
+    free_bytes,
+    library_versions,
+    total_memory,
+)
 
 __all__ = [
     "COMMIT_SECONDS",
@@ -54,6 +67,7 @@ def extract(
     intensity: Intensity = DEFAULT_INTENSITY,
     batch_size: int | None = None,
     decoders: int | None = None,
+    limits: Limits = DEFAULT_LIMITS,
     retry_failed: bool = False,
     worker: Worker | None = None,
     known_shards: Collection[str] = (),
@@ -90,6 +104,8 @@ def extract(
     decoders : int, optional
         Processes that read and decode; by default one per core of this process's share, and no
         more than feed a device; see `machine.default_decoders`.
+    limits : Limits
+        What an image may cost before it counts as failed.
     retry_failed : bool
         Try images again that are known not to decode or embed. Those that could not be read
         are always tried again.
@@ -137,7 +153,7 @@ def extract(
     """
     start, root, timeline = time.monotonic(), Path(image_root), timeline or Timeline()
     say = tell or (lambda words: None)
-    _check_request(root, encoder, poolings, batch_size, decoders)
+    n_decoders = _check_request(root, encoder, poolings, batch_size, decoders)
     require_hashes(manifest)
     spec, recorded = spec_of(encoder, poolings, dtype, intensity), _record(encoder)
     there = _open_if_there(cache_path, spec, recorded, known_shards)
@@ -148,9 +164,9 @@ def extract(
         refuse_outdated(plan, there, root, intensity, decoders, say)
         return _report(plan, None, 0, None, start, timeline)
     check_plan(plan, spec, root, Path(cache_path))
-    n_decoders = min(decoders or default_decoders(), len(plan.pending))
+    n_decoders = min(n_decoders, len(plan.pending))
     # The decoders outermost: Ctrl-C commits first and ends them afterwards.
-    with Decoders(n_decoders, encoder.preprocessing, intensity) as readers:
+    with Decoders(n_decoders, encoder.preprocessing, intensity, limits) as readers:
         size = _warm_up(encoder, poolings, len(plan.pending), batch_size, tell)
         say("Canary")
         cache = _open_or_make(encoder, spec, recorded, cache_path, known_shards)
@@ -247,7 +263,7 @@ def _open_or_make(
     laid = None
     if is_free(Path(cache_path)):
         reference = encoder.reference() if isinstance(encoder, PipelinedEncoder) else encoder
-        laid = lay_canary(reference, list(spec.poolings))
+        laid = lay_canary(reference, list(spec.poolings), spec)
     return create_cache(cache_path, spec, recorded, laid, known=known_shards)
 
 
@@ -280,17 +296,36 @@ def _check_request(
     poolings: Sequence[str],
     batch_size: int | None,
     decoders: int | None,
-) -> None:
+) -> int:
+    """Refuse what cannot be done; give the number of decoders."""
     existing_root(root)
     for name, number in (("batch_size", batch_size), ("decoders", decoders)):
         if number is not None and number < 1:
             raise ValueError(f"{name} is {number}; it must be at least 1")
+    n_decoders = choose_processes(
+        decoders, "--decoders", DECODER_BYTES, MedembedError, default=default_decoders()
+    )
+    _check_batch_size(encoder, batch_size)
     for name in poolings:
         if name not in encoder.dimensions:
             offered = ", ".join(encoder.dimensions)
             raise EncoderError(
                 f"encoder {encoder.source} has no pooling {name!r}; choose among {offered}"
             )
+    return n_decoders
+
+
+def _check_batch_size(encoder: Encoder, batch_size: int | None) -> None:
+    """Refuse batches whose images alone, three colours in fp32, fill the machine's memory."""
+    size = encoder.preprocessing
+    n_bytes, memory = size.height * size.width * 3 * 4, total_memory()
+    most = max(1, memory // n_bytes)
+    if batch_size is not None and batch_size > most:
+        raise EncoderError(
+            f"--batch-size {batch_size}: images of {size.height} x {size.width} pixels take "
+            f"{n_bytes / 1e6:,.1f} MB each, so at most {most} fit into {memory / 1e9:,.1f} GB of "
+            "memory. Give fewer, or leave it out."
+        )
 
 
 def _open_if_there(

@@ -14,7 +14,7 @@ import numpy as np
 
 from medembed.cache.failures import Failure
 from medembed.dataset.reading import Content, Reading
-from medembed.encoders.protocol import Encoder, PipelinedEncoder, refuse_non_finite
+from medembed.encoders.protocol import Encoder, PipelinedEncoder, check_rows
 from medembed.errors import DeviceMemoryError, EncoderError, NonFiniteError
 from medembed.extraction.timeline import Timeline
 from medembed.extraction.writing import WriterThread
@@ -165,7 +165,7 @@ class Pipeline:
         assert batch.collect
         start = time.monotonic()
         try:
-            rows = self._checked(batch.collect(), len(batch.contents))
+            rows = self._checked(batch.collect(), batch)
         except EncoderError as error:
             self._rescue(batch, error, writer)
             return
@@ -188,7 +188,7 @@ class Pipeline:
             size = 1
         for part in batch.parts(size):
             try:
-                rows = self._checked(self._submit(part)(), len(part.contents))
+                rows = self._checked(self._submit(part)(), part)
             except EncoderError as again:
                 self._rescue(part, again, writer)
             else:
@@ -222,10 +222,9 @@ class Pipeline:
             pixels[place] = image
         return self._device.submit(pixels, self._poolings)
 
-    def _checked(self, embeddings: Rows, n_rows: int) -> Rows:
-        rows = {name: embeddings[name][:n_rows] for name in self._poolings}
-        refuse_non_finite(rows)
-        return rows
+    def _checked(self, found: Rows, batch: _Batch) -> Rows:
+        n_used = len(batch.contents)
+        return check_rows(self._encoder, found, self._poolings, batch.n_filled, n_used)
 
     def _keep(self, batch: _Batch, rows: Rows, writer: WriterThread) -> None:
         writer.add([content.sha256 for content in batch.contents], rows)

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from medembed.dataset.manifest import existing_root, image_path
-from medembed.dataset.reading import Content
+from medembed.dataset.reading import DEFAULT_LIMITS, Content, Limits
 from medembed.encoders.preprocessing import Preprocessing
 from medembed.errors import ManifestError, MedembedError, PathNotFoundError
 from medembed.extraction.decoder import open_slots
-from medembed.extraction.decoding import Decoders
-from medembed.machine import default_decoders, reserve
+from medembed.extraction.decoding import DECODER_BYTES, Decoders
+from medembed.machine import choose_processes, default_decoders, reserve
 
 __all__ = [
     "PreparedImages",
@@ -48,6 +48,7 @@ def read_all(
     image_root: Path,
     preprocessing: Preprocessing,
     *,
+    limits: Limits = DEFAULT_LIMITS,
     directory: Path | None = None,
     remedy: str,
     progress: Callable[[int, int], None] | None = None,
@@ -57,6 +58,8 @@ def read_all(
 
     Parameters
     ----------
+    limits : Limits
+        What an image may cost before it counts as failed.
     directory : Path, optional
         On the disk that the file is to be on; by default that of temporary files.
     remedy : str
@@ -79,8 +82,11 @@ def read_all(
         tell(f"Reading into {pixels.nbytes / 1e6:,.1f} MB")
     failures: dict[int, dict[str, str]] = {}
     others, done = [], 0
-    n_decoders = min(default_decoders(), max(1, len(contents)))
-    with Decoders(n_decoders, preprocessing) as decoders:
+    n_decoders = choose_processes(
+        None, "--decoders", DECODER_BYTES, MedembedError, default=default_decoders()
+    )
+    n_decoders = min(n_decoders, max(1, len(contents)))
+    with Decoders(n_decoders, preprocessing, limits=limits) as decoders:
         for pair in decoders.read(contents, image_root, _AHEAD * n_decoders):
             if pair is None:
                 continue

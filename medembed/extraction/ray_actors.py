@@ -16,6 +16,7 @@ from typing import Any
 
 from medembed.dataset.intensity import DEFAULT_INTENSITY, Intensity
 from medembed.dataset.manifest import Manifest
+from medembed.dataset.reading import DEFAULT_LIMITS, Limits
 from medembed.encoders.loading import LOCAL_RANKS
 from medembed.encoders.protocol import Encoder
 from medembed.errors import ManifestError, MedembedError
@@ -50,6 +51,7 @@ class Job:
     decoders: int | None = None
     retry_failed: bool = False
     commit_seconds: float = COMMIT_SECONDS
+    limits: Limits = DEFAULT_LIMITS
 
 
 class Worker:
@@ -95,6 +97,7 @@ class Worker:
             decoders=job.decoders,
             retry_failed=job.retry_failed,
             commit_seconds=job.commit_seconds,
+            limits=job.limits,
             known_shards=known,
             progress=self._go_on,
         )

@@ -12,12 +12,13 @@ from safetensors.torch import save
 
 from medembed.encoders.bases import BASE_FILE, CHANGED_FILE, Origin, describe_base
 from medembed.encoders.changes import find_changed
+from medembed.encoders.checkpoint_files import holds_file
 from medembed.encoders.loading import adapt_encoder, load_encoder
 from medembed.encoders.preprocessing import PROCESSOR_FILES
 from medembed.encoders.torch_encoder import TorchEncoder
 from medembed.encoders.weights import WEIGHTS_FILE
 from medembed.errors import EncoderError
-from medembed.files import json_bytes, sync_directory, write_atomically
+from medembed.files import json_bytes, read_plain, sync_directory, write_atomically
 from medembed.finetuning.network import Network
 
 __all__ = ["adapt", "save_adapted"]
@@ -56,8 +57,8 @@ def save_adapted(encoder: TorchEncoder, directory: Path) -> str:
     try:
         made.chmod(0o755)
         for name in ("config.json", *PROCESSOR_FILES):
-            if (origin.directory / name).is_file():
-                write_atomically(made / name, (origin.directory / name).read_bytes())
+            if holds_file(origin.directory / name):
+                write_atomically(made / name, read_plain(origin.directory / name))
         fingerprint = _write(encoder, origin, made, directory, tensors, is_whole)
         shutil.rmtree(directory, ignore_errors=True)
         os.rename(made, directory)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from medembed.dataset.manifest import Manifest
+from medembed.dataset.reading import DEFAULT_LIMITS, Limits
 from medembed.encoders.loading import choose_device, choose_precision, load_encoder
 from medembed.encoders.torch_encoder import TorchEncoder
 from medembed.errors import EncoderError, TrainingDataError
@@ -18,6 +19,7 @@ from medembed.finetuning.starting import SweptHead, read_swept_head
 from medembed.finetuning.trunk import TRUNK_DTYPE, choose_cut
 from medembed.machine import library_versions
 from medembed.results.provenance import public_name
+from medembed.results.run_entries import CV_METHOD
 from medembed.results.runs import open_run
 
 __all__ = ["Asked", "Trial", "describe", "understand", "write_command"]
@@ -52,6 +54,7 @@ class Asked:
     trunk_cache: Path | None
     trunk_dtype: str
     n_cut: int | None
+    limits: Limits = DEFAULT_LIMITS
 
     @property
     def trials(self) -> list[Trial]:
@@ -94,6 +97,7 @@ class Asked:
             "pooling": "+".join(self.poolings),
             "metric": "auroc",
             "n_folds": self.n_folds,
+            "cv_method": CV_METHOD,
             "seed": self.seeds[0],
             "manifest": self.manifest.digest(),
             "encoder": self.encoder.fingerprint,
@@ -226,6 +230,7 @@ def describe(asked: Asked, command: str) -> dict[str, Any]:
     return {
         "kind": "finetune",
         "seed": asked.seeds[0],
+        "cv_method": CV_METHOD,
         "command": command,
         "versions": library_versions(libraries),
         "encoder": {

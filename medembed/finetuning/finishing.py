@@ -33,7 +33,8 @@ class Ending:
         ``key``, ``pooling``, ``params``, ``trainable`` (how many numbers of tower and head
         training changes; None where it did not begin).
     score : float or None
-        AUROC of the held-out patients' studies at the best epoch; None where it failed.
+        AUROC of the held-out patients' studies at the best epoch, which they have not chosen; None
+        where it failed.
     best_epoch : int or None
     seconds : float
     error : str or None
@@ -60,7 +61,7 @@ class Ending:
         counters = trained.counters
         return cls(
             known=known,
-            score=counters.best_key[0],
+            score=trained.score,
             best_epoch=counters.best_epoch,
             seconds=counters.seconds,
             error=None,

@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 
 from medembed.cache.plan import make_plan
+from medembed.dataset.reading import DEFAULT_LIMITS, Limits
 from medembed.encoders.devices import current_gpu, free_memory, is_memory_error, on_gpu, pinned
 from medembed.encoders.preprocessing import Preprocessing
 from medembed.extraction.prepared import read_all
@@ -71,6 +72,7 @@ def read_images(
     preprocessing: Preprocessing,
     directory: Path,
     *,
+    limits: Limits = DEFAULT_LIMITS,
     progress: Progress | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> tuple[PixelImages, pd.DataFrame]:
@@ -93,6 +95,7 @@ def read_images(
         contents,
         image_root,
         preprocessing,
+        limits=limits,
         directory=directory,
         remedy="Free some, or choose another --out.",
         progress=progress,

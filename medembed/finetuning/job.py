@@ -15,6 +15,7 @@ import torch
 
 from medembed.cache.embeddings import find_rows
 from medembed.dataset.manifest import Manifest, read_manifest
+from medembed.dataset.reading import DEFAULT_LIMITS, Limits
 from medembed.errors import DeviceMemoryError, EncoderError, TrainingDataError
 from medembed.extraction.prepared import refuse_empty_root
 from medembed.files import json_digest
@@ -56,13 +57,15 @@ def finetune(
     precision: str = "auto",
     fit: str = "stretch",
     seed: int = 0,
+    limits: Limits = DEFAULT_LIMITS,
     progress: Progress | None = None,
     tell: Tell | None = None,
 ) -> dict[str, Any]:
     """Train a head alone, and with the last blocks of its encoder, and score each once on test.
 
-    One fold of the patients of `train` is held out: it decides when to stop, and its predictions
-    are the out-of-fold ones that calibration and thresholds rest on.
+    One fold of the patients of `train` is held out: its predictions are the out-of-fold ones that
+    the score of cross-validation, calibration, thresholds and prediction sets rest on. A part of
+    the other folds' patients, who are not trained on either, decides when to stop.
 
     Parameters
     ----------
@@ -98,6 +101,8 @@ def finetune(
         As `load_encoder` takes them. bf16 is that of products in training.
     seed : int
         Of everything random.
+    limits : Limits
+        What an image may cost before it counts as failed.
     progress : callable, optional
         Called as progress(done, total).
     tell : callable, optional
@@ -142,6 +147,7 @@ def finetune(
         pool=pool,
         on={"device": device, "precision": precision, "fit": fit},
     )
+    asked = replace(asked, limits=limits)
     name = "MANIFEST" if isinstance(manifest, Manifest) else public_name(manifest)
     command = write_command(asked, name, public_name(encoder), public_name(out), from_run)
     run = create_run(out, asked.question(), details=describe(asked, command))
@@ -187,6 +193,7 @@ def _open_images(
             own,
             asked.image_root,
             dtype=asked.trunk_dtype,
+            limits=asked.limits,
             progress=progress,
             tell=tell,
         )
@@ -198,6 +205,7 @@ def _open_images(
         asked.image_root,
         asked.encoder.preprocessing,
         run.path,
+        limits=asked.limits,
         progress=progress,
         tell=tell,
     )

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from medembed.dataset.identities import name_persons
 from medembed.dataset.manifest import Manifest
 from medembed.encoders.torch_encoder import TorchEncoder
 from medembed.evaluation.drift import fit_reference
@@ -27,6 +28,7 @@ from medembed.results.model_readme import (
 )
 from medembed.results.priors import image_code
 from medembed.results.provenance import summarise_data
+from medembed.results.run_entries import CV_METHOD
 from medembed.results.runs import Run
 
 __all__ = ["package"]
@@ -61,7 +63,7 @@ def package(
     spec = spec_of(encoder, network.poolings).as_dict()
     if fingerprint is not None:
         spec["encoder"] = fingerprint
-    # The held-out patients chose the epoch, so they have been seen too.
+    # Those held out have decided thresholds, and count as seen; its embeddings are those of all.
     seen = np.flatnonzero(rows.folds >= 0)
     data = summarise_data(manifest.rows, rows.failed, manifest.label_level)
     place = None if fingerprint is None else f"../../encoders/{known['head']}"
@@ -71,9 +73,10 @@ def package(
         "pooling": known["pooling"],
         "label_level": manifest.label_level,
         "views": "mean",
-        **describe_decisions(_held_studies(rows, trained), None),
+        **describe_decisions(_held_studies(rows, trained)),
         "metric": "auroc",
-        "cv": trained.counters.best_key[0],
+        "cv": trained.score,
+        "cv_method": CV_METHOD,
         "trial": known["number"],
         "seed": known["seed"],
         "depth": known["depth"],
@@ -87,7 +90,8 @@ def package(
     }
     reference = None
     if vectors is not None:
-        patients, regions = (rows.rows[name].to_numpy(str)[seen] for name in ("patient", "region"))
+        persons, parts = name_persons(rows.rows), rows.rows["region"]
+        patients, regions = persons.to_numpy(str)[seen], parts.to_numpy(str)[seen]
         reference = fit_reference(vectors[seen], known["seed"], patients=patients, regions=regions)
     head, texts = _as_head(network, start, trained), write_readme(card)
     save_model(path, head, card, reference=reference, texts=texts, replace=True)
@@ -101,7 +105,7 @@ def _held_studies(rows: TrainRows, trained: Trained) -> pd.DataFrame:
             {
                 "study": pd.factorize(held["study"], sort=True)[0],
                 "region": held["region"].to_numpy(),
-                "patient": held["patient"].to_numpy(),
+                "patient": name_persons(held).to_numpy(),
                 "label": rows.y[rows.held],
                 "probability": trained.held,
             }

@@ -1,4 +1,4 @@
-"""The rows that fine-tuning sees: who is trained on, who is held out, who is tested."""
+"""The rows that fine-tuning sees: who is trained on, who decides, who is held out, who tested."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from medembed.dataset.manifest import Manifest, require_hashes
-from medembed.dataset.splits import fold_train_rows, require_both_classes
+from medembed.dataset.splits import draw_inner, fold_train_rows, require_both_classes
 from medembed.errors import TrainingDataError
 from medembed.evaluation.scores import by_study, score
 
@@ -17,7 +17,7 @@ FAILED_COLUMNS = ("image", "sha256", "stage", "reason")
 """Of rows whose images were left out, as `cache.embeddings` has them."""
 
 HELD_OUT = 0
-"""The fold that decides when to stop; all others are trained on."""
+"""The fold that is scored out of training; of all others one part decides when to stop."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,12 +30,15 @@ class TrainRows:
         Of the manifest; index 0 to n - 1.
     folds : int64 array of shape (n,)
         The fold of each train row; -1 of test rows.
+    inner : bool array of shape (n,)
+        Rows of the other folds' patients who decide when to stop.
     failed : DataFrame
         `FAILED_COLUMNS` of those left out.
     """
 
     rows: pd.DataFrame
     folds: NDArray[np.int64]
+    inner: NDArray[np.bool_]
     failed: pd.DataFrame
 
     def __len__(self) -> int:
@@ -50,7 +53,12 @@ class TrainRows:
     @property
     def fitted(self) -> NDArray[np.int64]:
         """Indices of the rows that are trained on."""
-        return np.flatnonzero((self.folds >= 0) & (self.folds != HELD_OUT))
+        return np.flatnonzero((self.folds >= 0) & (self.folds != HELD_OUT) & ~self.inner)
+
+    @property
+    def judging(self) -> NDArray[np.int64]:
+        """Indices of the rows that decide when to stop, of patients that are not trained on."""
+        return np.flatnonzero(self.inner)
 
     @property
     def held(self) -> NDArray[np.int64]:
@@ -87,13 +95,15 @@ class TrainRows:
         Raises
         ------
         TrainingDataError
-            One class is left on either side, or no labelled test row.
+            One class is left in any part, or no labelled test row.
         """
         kept = np.flatnonzero(~self.rows["image"].isin(failed["image"]).to_numpy())
-        left = TrainRows(self.rows.iloc[kept].reset_index(drop=True), self.folds[kept], failed)
+        rows = self.rows.iloc[kept].reset_index(drop=True)
+        left = TrainRows(rows, self.folds[kept], self.inner[kept], failed)
         where = f"without the {len(failed)} images that could not be read or decoded"
         require_both_classes(left.y[left.held], f"the held-out fold {where}")
-        require_both_classes(left.y[left.fitted], f"all folds but the held-out one {where}")
+        for part, own in (("learnt from", left.fitted), ("stopped by", left.judging)):
+            require_both_classes(left.y[own], f"what is {part} in the other folds, {where},")
         if not (left.y[left.tested] >= 0).any():
             raise TrainingDataError(
                 f"no labelled test image can be read and decoded: {len(failed)} failed, the first "
@@ -115,8 +125,11 @@ def choose_rows(manifest: Manifest, n_folds: int, seed: int) -> TrainRows:
     require_hashes(manifest)
     folds = fold_train_rows(manifest.rows, n_folds=n_folds, seed=seed)
     rows = manifest.rows
+    known = rows.set_index("image", drop=False).loc[folds.index]
+    inner = draw_inner(known, folds.to_numpy(), seed=seed)[HELD_OUT]
     own = rows["image"].isin(folds.index) | (rows["split"] == "test")
     chosen = rows[own].reset_index(drop=True)
     by_row = folds.reindex(chosen["image"]).fillna(-1).to_numpy(np.int64)
     nothing = pd.DataFrame(columns=[*FAILED_COLUMNS], dtype=object)
-    return TrainRows(chosen, by_row, nothing)
+    is_inner = chosen["image"].isin(folds.index[inner]).to_numpy(bool)
+    return TrainRows(chosen, by_row, is_inner, nothing)

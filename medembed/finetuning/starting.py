@@ -14,6 +14,7 @@ from medembed.heads.mlp import MLPHead
 from medembed.heads.packaging import load_model
 from medembed.heads.projection import Projector
 from medembed.heads.registry import make_head
+from medembed.results.cards import require_winner
 from medembed.results.runs import Run
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ def read_swept_head(run: Run, spec: Mapping[str, Any], manifest: str) -> SweptHe
             f"{', '.join(SUITABLE)} is needed. Leave out --from-run for a fresh head."
         )
     model = load_model(run.model_path(names[0]))
+    require_winner(run, names[0], model.card)
     _refuse_other_rows(run, model.card, spec, manifest)
     params = model.head.get_params()
     _refuse_unsuitable(run, names[0], params, model.card)

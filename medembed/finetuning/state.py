@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from medembed.files import write_atomically
+from medembed.files import require_plain, write_atomically
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -75,6 +75,7 @@ def write_state(path: Path, key: str, state: State) -> None:
 def read_state(path: Path, key: str) -> State | None:
     """Read the state of the training named by `key`; None where there is none, or it is damaged."""
     try:
+        require_plain(path)
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata: Mapping[str, str] = file.metadata() or {}
             if metadata.get("key") != key:

@@ -1,4 +1,4 @@
-"""Train one depth with one seed: epochs of steps, judged on held-out patients, the best kept."""
+"""Train one depth with one seed: epochs of steps, judged on other patients, the best kept."""
 
 import math
 import time
@@ -42,11 +42,14 @@ class Trained:
     Attributes
     ----------
     counters : Counters
+    score : float
+        AUROC of the held-out patients' studies, who have decided nothing.
     held, tested : float64 arrays
         Probabilities of the held-out patients' images and of the test images, in the rows' order.
     """
 
     counters: Counters
+    score: float
     held: NDArray[np.float64]
     tested: NDArray[np.float64]
 
@@ -109,7 +112,7 @@ class Trainer:
         progress: Progress | None = None,
         tell: Tell | None = None,
     ) -> Trained:
-        """Train until held-out patients have seen no better epoch for `patience` epochs.
+        """Train until the patients who judge have seen no better epoch for `patience` epochs.
 
         Parameters
         ----------
@@ -144,7 +147,8 @@ class Trainer:
                 f"--lr{self._or_fp32}."
             )
         probability = expit(logits.astype(np.float64))
-        return Trained(counters, probability[: len(held)], probability[len(held) :])
+        score = self.rows.study_auroc(held, probability[: len(held)])
+        return Trained(counters, score, probability[: len(held)], probability[len(held) :])
 
     @torch.no_grad()
     def logits(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -222,18 +226,17 @@ class Trainer:
             group["lr"] = rate * factor
 
     def _judge(self, train_loss: float) -> None:
-        """Close an epoch: score it on the held-out patients, keep it where it is the best."""
-        counters, held = self._counters, self.rows.held
-        logits = torch.from_numpy(self.logits(held))
-        y = torch.from_numpy(self.rows.y[held].astype(np.int64))
+        """Close an epoch: score it on the patients who judge, keep it where it is the best."""
+        counters, judging = self._counters, self.rows.judging
+        logits = torch.from_numpy(self.logits(judging))
+        y = torch.from_numpy(self.rows.y[judging].astype(np.int64))
         aims = functional.binary_cross_entropy_with_logits(logits, y.float(), reduction="none")
         loss = float((aims * self._weights.cpu()[y]).mean())
         if not math.isfinite(loss):
             raise TrainingDataError(
-                f"the loss of {self._name} on the held-out patients is no finite number. Lower "
-                "--lr."
+                f"the loss of {self._name} on patients kept apart is no finite number. Lower --lr."
             )
-        auroc = self.rows.study_auroc(held, expit(logits.numpy().astype(np.float64)))
+        auroc = self.rows.study_auroc(judging, expit(logits.numpy().astype(np.float64)))
         counters.epoch += 1
         counters.history.append({"train_loss": train_loss, "loss": loss, "auroc": auroc})
         key = [auroc, -loss]

@@ -18,6 +18,7 @@ from medembed.cache.keys import keys_from_column
 from medembed.cache.mapped import MappedRows, map_rows
 from medembed.cache.store import Cache, create_cache, open_cache
 from medembed.dataset.manifest import Manifest
+from medembed.dataset.reading import DEFAULT_LIMITS, Limits
 from medembed.encoders.devices import guard_memory
 from medembed.encoders.precision import arithmetic
 from medembed.encoders.protocol import Encoder
@@ -210,6 +211,7 @@ def fill_trunk_cache(
     image_root: Path,
     *,
     dtype: str = TRUNK_DTYPE,
+    limits: Limits = DEFAULT_LIMITS,
     progress: Callable[[int, int], None] | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> Cache:
@@ -254,6 +256,7 @@ def fill_trunk_cache(
         poolings=[TOKENS],
         dtype=dtype,
         batch_size=None if isinstance(encoder, PipelinedTrunk) else _batch_size(encoder),
+        limits=limits,
         progress=progress,
     )
     cache = open_cache(path)

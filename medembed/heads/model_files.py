@@ -4,12 +4,12 @@ A directory holds `model.json`, one payload, and at most a reference and a READM
 file. Whatever else is there, or is larger than a head can be, is refused before anything parses it.
 """
 
+import errno
 import hashlib
 import json
 import math
 import os
 import re
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import safetensors
 import safetensors.numpy
 
 from medembed.errors import ModelError, PathNotFoundError
+from medembed.files import read_plain
 
 __all__ = [
     "MODEL_FILE",
@@ -31,7 +32,7 @@ __all__ = [
     "pack_tensors",
     "parse_json",
     "read_described",
-    "read_plain",
+    "read_part",
 ]
 
 MODEL_FILE = "model.json"
@@ -82,7 +83,7 @@ def check_names(directory: Path) -> None:
             raise ModelError(f"{directory / entry.name} is missing or not a plain file")
 
 
-def read_plain(path: Path) -> bytes:
+def read_part(path: Path) -> bytes:
     """Read one of a model's files, whose name decides how large it may be.
 
     Raises
@@ -90,21 +91,17 @@ def read_plain(path: Path) -> bytes:
     ModelError
         It is missing, a link or a device, or too large.
     """
+    limit = _LIMITS[path.name]
     try:
-        # neither a link that was put there since, nor a pipe that nobody writes to
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError:
-        raise ModelError(f"{path.name} is missing or not a plain file") from None
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise ModelError(f"{path.name} is missing or not a plain file")
-        limit = _LIMITS[path.name]
-        if status.st_size > limit:
+        return read_plain(path, max_bytes=limit, follow_links=False)
+    except OSError as error:
+        if error.errno == errno.EFBIG:
             raise ModelError(
-                f"{path.name} has {status.st_size:,} bytes; more than {limit:,} are not read"
-            )
-        return file.read(limit)
+                f"{path.name} is too large: {error.strerror}, and more than {limit:,} are not read"
+            ) from error
+        raise ModelError(
+            f"{path.name} is missing or not a plain file: {error.strerror or error}"
+        ) from error
 
 
 def parse_json(data: bytes) -> Any:
@@ -165,7 +162,7 @@ def read_described(
     name = entry["file"]
     if name not in names:
         raise ModelError(f"{what} {name!r} is neither of {', '.join(names)}")
-    data = read_plain(directory / name)
+    data = read_part(directory / name)
     if len(data) != entry["bytes"]:
         raise ModelError(f"{name} has {len(data)} bytes, {entry['bytes']!r} are recorded")
     if hashlib.sha256(data).hexdigest() != entry["sha256"]:

@@ -32,7 +32,7 @@ from medembed.heads.model_files import (
     pack_tensors,
     parse_json,
     read_described,
-    read_plain,
+    read_part,
 )
 from medembed.heads.registry import known_heads, make_head
 
@@ -273,7 +273,7 @@ def _write_directory(target: Path, files: Mapping[str, bytes]) -> None:
 
 def _read_card(path: Path) -> dict[str, Any]:
     try:
-        document = parse_json(read_plain(path))
+        document = parse_json(read_part(path))
     except ModelError as error:
         raise ModelError(f"{path} {str(error).removeprefix(path.name).lstrip()}") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:

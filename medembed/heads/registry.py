@@ -85,8 +85,17 @@ def make_head(name: str, params: Mapping[str, Any], *, seed: int = 0, n_jobs: in
     for key in params:
         if key not in known:
             raise TrainingDataError(f"head {name} has no parameter {key!r}; {nearest(key, known)}")
-    given = {"random_state": seed, "n_jobs": n_jobs, **params}
+    given = {"random_state": _as_state(seed), "n_jobs": n_jobs, **params}
     return head.set_params(**{key: value for key, value in given.items() if key in known})  # type: ignore[no-any-return]
+
+
+def _as_state(seed: int) -> int:
+    """Bring a seed of up to 64 bits to the 32 that scikit-learn takes; smaller ones are kept."""
+    if seed < 1 << 32:
+        return seed
+    import numpy as np
+
+    return int(np.random.SeedSequence(seed).generate_state(1)[0])
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

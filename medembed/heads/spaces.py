@@ -33,11 +33,13 @@ from typing import Any, NoReturn
 import numpy as np
 
 from medembed.errors import PathNotFoundError, TrainingDataError
+from medembed.files import describe_error, read_plain
 from medembed.heads.registry import head_class, known_heads, nearest
 
 __all__ = ["HeadSpace", "Range", "default_spaces", "read_spaces"]
 
 _DEFAULT_FILE = "default_space.toml"
+_MAX_BYTES = 1 << 20
 _N_CONFIGS = 8
 
 #: Parameters that a sweep sets itself.
@@ -184,7 +186,7 @@ def read_spaces(path: str | Path) -> dict[str, HeadSpace]:
         It cannot be read, is not TOML, or breaks a rule of the format.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = read_plain(path, max_bytes=_MAX_BYTES).decode("utf-8-sig")
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         raise PathNotFoundError(
             f"there is no file {path} with a search space; name a TOML file, or leave it out for "
@@ -192,8 +194,8 @@ def read_spaces(path: str | Path) -> dict[str, HeadSpace]:
         ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise TrainingDataError(
-            f"{path} cannot be read as a search space: {error}; it must be a readable TOML file in "
-            "UTF-8"
+            f"{path} cannot be read as a search space: {describe_error(error)}; it must be a "
+            "readable TOML file in UTF-8"
         ) from error
     named = _parse(text, str(path))
     return named if set(named) == set(known_heads()) else {**default_spaces(), **named}

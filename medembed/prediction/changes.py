@@ -8,8 +8,10 @@ import numpy as np
 import pandas as pd
 
 from medembed.cache.embeddings import Embeddings
+from medembed.evaluation.calibration_fit import calibration_line
 from medembed.evaluation.drift import measure_drift
-from medembed.evaluation.drops import bootstrap_drop, mover_drop
+from medembed.evaluation.drops import mover_drop, sample_drop
+from medembed.evaluation.estimates import estimate_share
 from medembed.evaluation.intervals import (
     Difference,
     Interval,
@@ -18,7 +20,9 @@ from medembed.evaluation.intervals import (
     bootstrap_variants,
     plain,
 )
-from medembed.evaluation.recalibration import calibration_line, recalibrate
+from medembed.evaluation.recalibration import recalibrate
+from medembed.evaluation.remoteness import measure_remoteness
+from medembed.evaluation.resampling import patient_codes
 from medembed.evaluation.scores import by_study
 from medembed.prediction.internal import Internal
 from medembed.results.cards import Card
@@ -33,8 +37,10 @@ def study_table(embeddings: Embeddings, judged: np.ndarray) -> pd.DataFrame:
 
     `judged` (m,) has the studies' probabilities, not calibrated, in ascending order of study.
     """
-    rows = embeddings.rows[["patient", "region", "label"]].assign(
-        study=pd.factorize(embeddings.studies, sort=True)[0], probability=0.0
+    rows = embeddings.rows[["region", "label"]].assign(
+        patient=embeddings.patients,
+        study=pd.factorize(embeddings.studies, sort=True)[0],
+        probability=0.0,
     )
     return by_study(rows).assign(probability=judged)
 
@@ -72,7 +78,7 @@ def describe_changes(
         ``called_abnormal``: ``value, low, high`` of the share of all studies, labelled or not.
         The others are None where no study has a label.
 
-        ``drop``: ``basis`` ("bootstrap" of both samples where the model's run is at hand, else
+        ``drop``: ``basis`` ("samples" where the model's run is at hand, else
         "mover" from the intervals on its card, else None and ``note`` says why), ``internal``
         (counts), ``scores``: for each score ``internal``, ``external`` (intervals) and
         ``difference`` (external less internal), and ``regions`` of the same.
@@ -82,7 +88,7 @@ def describe_changes(
 
         ``recalibrated``: see `evaluation.recalibration.recalibrate`; None where not asked for.
     """
-    called = _called(studies, card, resampling)
+    called = _called(studies, card)
     known = studies[studies["label"].notna()]
     known = known.assign(label=known["label"].astype(np.int8))
     if known.empty:
@@ -105,6 +111,7 @@ def find_drift(
 ) -> dict[str, Any]:
     """Measure drift by `measure_drift`, with the names of columns; no label is looked at.
 
+    ``far`` counts images that each by itself lies far from training, see `measure_remoteness`.
     `X` is what the head reads; the reference may be of the embeddings alone.
     """
     if not reference:
@@ -120,7 +127,9 @@ def find_drift(
     )
     for column in drift["columns"]:
         column["name"] = _name_column(embeddings, column["column"])
-    return drift
+    remote = measure_remoteness(reference, table)
+    n_far = None if remote is None else int(remote.far.sum())
+    return {**drift, "far": None if n_far is None else {"n": n_far, "of": len(table)}}
 
 
 def _name_column(embeddings: Embeddings, column: int) -> str:
@@ -130,12 +139,10 @@ def _name_column(embeddings: Embeddings, column: int) -> str:
     return f"covariate[{column - embeddings.X.shape[1]}]"
 
 
-def _called(studies: pd.DataFrame, card: Card, resampling: _Resampling) -> Any:
-    # of rows that are all abnormal, sensitivity is the share called so
-    wanted = Variant(_calibrated(studies, card), card.threshold, ("sensitivity",))
-    ones = np.ones(len(studies), np.int8)
-    found = bootstrap_variants(ones, {"": wanted}, studies["patient"].to_numpy(), **resampling)
-    return plain(found[""]["sensitivity"])
+def _called(studies: pd.DataFrame, card: Card) -> Any:
+    called, everyone = _calibrated(studies, card) >= card.threshold, np.ones(len(studies), bool)
+    codes = patient_codes(studies["patient"].to_numpy())
+    return plain(estimate_share(called, everyone, codes).interval())
 
 
 def _find_drop(
@@ -157,7 +164,7 @@ def _find_drop(
         there = internal.studies.assign(probability=_calibrated(internal.studies, card))
         regions = sorted(set(own["region"]) & set(there["region"]))
         return {
-            "basis": "bootstrap",
+            "basis": "samples",
             "note": None,
             "internal": _count(there),
             "scores": _compare(there, own, card, resampling),
@@ -190,7 +197,7 @@ def _compare(
     return _table(
         _scores(there, card, resampling),
         _scores(own, card, resampling),
-        bootstrap_drop(there, own, card.threshold, **resampling),
+        sample_drop(there, own, card.threshold),
     )
 
 
@@ -235,7 +242,7 @@ def _fit_of(studies: pd.DataFrame, resampling: _Resampling) -> dict[str, Any]:
     y, probability, patients = _arrays(studies)
     wanted = {"": Variant(probability, 0.5, ("brier", "ece"))}
     return {
-        "line": calibration_line(y, probability, patients, **resampling),
+        "line": calibration_line(y, probability, patients),
         "scores": bootstrap_variants(y, wanted, patients, **resampling)[""],
     }
 
@@ -273,6 +280,8 @@ def _intervals(scores: Mapping[str, Any]) -> dict[str, Interval]:
     found = {}
     for name, own in scores.items():
         if isinstance(own, Mapping) and set(own) >= {"value", "low", "high"}:
-            numbers = (own["value"], own["low"], own["high"])
-            found[name] = Interval(*(nan if n is None else float(n) for n in numbers))
+            value, low, high = (
+                nan if own[end] is None else float(own[end]) for end in ("value", "low", "high")
+            )
+            found[name] = Interval(value, low, high)
     return found

@@ -15,9 +15,11 @@ import numpy as np
 from medembed.cache.failures import Failure
 from medembed.cache.spec import CacheSpec, keys_from_hex
 from medembed.cache.store import Cache, open_cache
+from medembed.cache.widening import describe_loss
 from medembed.dataset.intensity import DEFAULT_INTENSITY, Intensity
+from medembed.dataset.reading import DEFAULT_LIMITS, Limits
 from medembed.encoders.hub import DEMO
-from medembed.encoders.protocol import Encoder
+from medembed.encoders.protocol import Encoder, check_rows
 from medembed.errors import EncoderError, ImageError, ModelError
 from medembed.prediction.scoring import check_spec, spec_of_card
 from medembed.results.cards import Card
@@ -39,6 +41,8 @@ class Embedder:
         Another place of the same encoder than the card names.
     device, precision : str
         As for `load_encoder`. `fit` and the window are the model's.
+    limits : Limits
+        What an image may cost before it counts as failed.
     progress : callable, optional
         Called as progress(done, total) with bytes, while weights are fetched.
     """
@@ -51,8 +55,10 @@ class Embedder:
         reference: str | os.PathLike[str] | None = None,
         device: str = "auto",
         precision: str = "auto",
+        limits: Limits = DEFAULT_LIMITS,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
+        self.limits = limits
         self.model_path, self.card, self.reference = model_path, card, reference
         self.device, self.precision, self.progress = device, precision, progress
         self.poolings = card.pooling.split("+")
@@ -111,16 +117,21 @@ class Embedder:
         Raises
         ------
         EncoderError
-            A value is not finite in that dtype.
+            The encoder gives something else than its poolings, or values that are not finite, or
+            too large or too small for that dtype.
         """
-        rows = self.encoder.encode(pixels, self.poolings)
+        found = self.encoder.encode(pixels, self.poolings)
+        rows = check_rows(self.encoder, found, self.poolings, len(pixels), len(pixels))
         dtype = spec_of_card(self.card).dtype
-        with np.errstate(over="ignore"):
-            stored = [rows[name].astype(dtype).reshape(len(pixels), -1) for name in self.poolings]
-        X = np.hstack(stored).astype(np.float32)
-        if not np.isfinite(X).all():
-            raise EncoderError(f"a value of the embedding does not fit {dtype}")
-        return X
+        stored = []
+        for name, values in rows.items():
+            with np.errstate(over="ignore"):
+                narrow = values.astype(dtype)
+            loss = describe_loss(values, narrow)
+            if loss:
+                raise EncoderError(f"the embedding does not fit {dtype}: pooling {name} {loss}")
+            stored.append(narrow.reshape(len(pixels), -1))
+        return np.hstack(stored).astype(np.float32)
 
     def _check(self, encoder: Encoder) -> None:
         from medembed.extraction import spec_of

@@ -18,10 +18,12 @@ import pandas as pd
 from medembed.cache.embeddings import Embeddings, load_embeddings
 from medembed.cache.store import Cache, open_cache
 from medembed.dataset.covariates import CovariateEncoder
+from medembed.dataset.identities import name_persons
 from medembed.dataset.manifest import Manifest, read_manifest
 from medembed.errors import TrainingDataError
 from medembed.evaluation.calibration import Calibration
 from medembed.files import json_digest
+from medembed.heads.model_files import read_part
 from medembed.heads.packaging import Model, load_model
 from medembed.machine import library_versions
 from medembed.prediction.changes import describe_changes, find_drift, study_table
@@ -29,6 +31,7 @@ from medembed.prediction.internal import Internal, count_labels, find_internal
 from medembed.prediction.scoring import check_spec, raw_scores
 from medembed.results.cards import Card, read_card
 from medembed.results.comparison import DISCLAIMER, counted, score_run
+from medembed.results.external import digest_predictions
 from medembed.results.priors import PRIORS, image_code, image_rows, predict_prior
 from medembed.results.provenance import (
     describe_source,
@@ -46,6 +49,7 @@ NO_PRIORS = (
     "Priors are left out: the run that the model was trained in is not beside it, and its card "
     "does not count the labels of training."
 )
+_COPIED = ("trial", "cv", "cv_method", "n_tried", "seed", "depth")
 _OF_A_PRIOR = {
     "calibrations": {"platt": Calibration().as_dict()},
     "threshold": 0.5,
@@ -116,8 +120,8 @@ def evaluate(
     ModelError
         The model is damaged, or reads other embeddings.
     TrainingDataError
-        Some of the images were the model's training images, a covariate is missing, or
-        recalibration would leave nobody to be scored.
+        Some of the images were the model's training images or show a patient of one of those in
+        the manifest, a covariate is missing, or recalibration would leave nobody to be scored.
     MissingRowsError
         Rows are neither embedded nor listed as failed; names the command that makes them.
     RunError
@@ -132,7 +136,7 @@ def evaluate(
     embeddings = load_embeddings(opened, given, pool=card.pooling, split=split, cells=True)
     rows = read.rows if split is None else read.rows[read.rows["split"] == split]
     asked = _Asked(path, loaded, card, embeddings, rows, recalibrate, seed, n_resamples)
-    _refuse_training_images(asked, split)
+    _refuse_trained(asked, read.rows, split)
     _refuse_too_many(asked)
     words = ["medembed", "evaluate", public_name(path), public_name(opened.path)]
     words += ["MANIFEST" if isinstance(manifest, Manifest) else public_name(manifest)]
@@ -158,7 +162,7 @@ def evaluate(
 
 
 def _question(asked: _Asked, manifest: Manifest, split: str | None) -> dict[str, Any]:
-    own = hashlib.sha256((asked.path / "model.json").read_bytes()).hexdigest()
+    own = hashlib.sha256(read_part(asked.path / "model.json")).hexdigest()
     return {
         "model": own,
         "manifest": manifest.digest(),
@@ -204,7 +208,8 @@ def _answer(run: Run, asked: _Asked, internal: Internal | None) -> None:
         scores = _without_labels(run)
     *notes, last = scores["notes"]
     notes += [] if priors else [NO_PRIORS]
-    run.write_scores({**scores, **changes, "drift": drift, "notes": [*notes, last]})
+    of = {"predictions_sha256": digest_predictions(run)}
+    run.write_scores({**scores, **changes, "drift": drift, "notes": [*notes, last], **of})
 
 
 def _without_labels(run: Run) -> dict[str, Any]:
@@ -290,30 +295,46 @@ def _decisions(
 def _entry(asked: _Asked, seconds: float) -> dict[str, Any]:
     """Return the line of the leaderboard."""
     document = asked.card.document
-    copied = {name: document.get(name) for name in ("trial", "cv", "seed", "depth")}
+    copied = {name: document.get(name) for name in _COPIED}
     return {
         "head": asked.head,
         "pooling": asked.card.pooling,
         **copied,
-        "params": json.loads((asked.path / "model.json").read_bytes())["params"],
+        "params": json.loads(read_part(asked.path / "model.json"))["params"],
         "seconds": seconds,
         "status": "ok",
         "error": None,
     }
 
 
-def _refuse_training_images(asked: _Asked, split: str | None) -> None:
-    codes = [image_code(sha256) for sha256 in asked.embeddings.rows["sha256"]]
-    seen = sorted({code for code in codes if code in asked.card.training_images})
-    if not seen:
+def _refuse_trained(asked: _Asked, every: pd.DataFrame, split: str | None) -> None:
+    """Refuse images that the model was trained on, and others of the patients that they show.
+
+    `every` has all rows of the manifest, embedded or not, of whatever split.
+    """
+    codes = every["sha256"].map(image_code)
+    is_trained = codes.isin(asked.card.training_images)
+    if not is_trained.any():
         return
-    named = ", ".join(seen[:N_NAMED]) + (", …" if len(seen) > N_NAMED else "")
-    remedy = "Take them out of the manifest"
-    remedy += ", or score its test rows alone with --split test." if split != "test" else "."
-    raise TrainingDataError(
-        f"{len(seen)} of the {len(codes)} images are among those that the model at {asked.path} "
-        f"was trained on (by code: {named}), and scores on them say nothing. {remedy}"
-    )
+    persons = name_persons(every)
+    is_known = persons.isin(persons[is_trained])
+    is_asked = every["image"].isin(asked.embeddings.rows["image"])
+    seen = sorted(codes[is_trained & is_asked].unique())
+    n_others = int((is_known & ~is_trained & is_asked).sum())
+    model = f"the model at {asked.path}"
+    of_all = f"of the {len(asked.embeddings)} images"
+    found = []
+    if seen:
+        named = ", ".join(seen[:N_NAMED]) + (", …" if len(seen) > N_NAMED else "")
+        found += [
+            f"{len(seen)} {of_all} are among those that {model} was trained on (by code: {named})"
+        ]
+    if n_others:
+        found += [f"{n_others} {of_all} show patients of whom {model} was trained on other images"]
+    if found:
+        remedy = "Take them out of the manifest"
+        remedy += ", or score its test rows alone with --split test." if split != "test" else "."
+        raise TrainingDataError(f"{'; '.join(found)}, and scores on them say nothing. {remedy}")
 
 
 def _refuse_too_many(asked: _Asked) -> None:
@@ -321,7 +342,7 @@ def _refuse_too_many(asked: _Asked) -> None:
     if asked.recalibrate is None:
         return
     rows = asked.embeddings.rows[asked.embeddings.y >= 0]
-    n = int(rows["patient"].nunique())
+    n = int(name_persons(rows).nunique())
     if not 1 <= asked.recalibrate < max(n, 1):
         raise TrainingDataError(
             f"--recalibrate {asked.recalibrate} wants so many labelled patients and others to be "

@@ -9,8 +9,9 @@ import pandas as pd
 
 from medembed.errors import MedembedError
 from medembed.evaluation.calibration import Calibration
+from medembed.heads.packaging import read_document
 from medembed.results.alignment import Contender, align_runs
-from medembed.results.cards import Card
+from medembed.results.cards import Card, require_winner
 from medembed.results.runs import Run, open_run
 
 __all__ = ["Internal", "count_labels", "find_internal"]
@@ -40,7 +41,13 @@ class Internal:
 
 
 def find_internal(model_path: Path) -> Internal | None:
-    """Return the complete run that the model at this path is a winner of, or None."""
+    """Return the complete run that the model at this path is a winner of, or None.
+
+    Raises
+    ------
+    ModelError
+        It lies where the winner does, and is another model.
+    """
     path = model_path.resolve()
     try:
         run = open_run(path.parent.parent)
@@ -49,6 +56,7 @@ def find_internal(model_path: Path) -> Internal | None:
         test_set = align_runs([run])
     except (MedembedError, OSError):
         return None
+    require_winner(run, path.name, read_document(path)["card"])
     own = {contender.head: contender for contender in test_set.contenders}
     if path.name not in own:
         return None

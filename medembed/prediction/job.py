@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from medembed.errors import EncoderError, ManifestError, MissingRowsError
+from medembed.evaluation.remoteness import measure_remoteness
 from medembed.extraction.prepared import refuse_empty_root
 from medembed.heads.packaging import Model
 from medembed.prediction.embedding import CachedRows, Embedder
@@ -189,6 +190,7 @@ class _Study:
     n_failed: int = 0
     trained_on: bool = False
     views: list[Any] = field(default_factory=list)
+    places: list[dict[str, Any]] = field(default_factory=list)
 
 
 class _Answers:
@@ -206,12 +208,14 @@ class _Answers:
         """Yield the rows of these images, and of studies that are whole with them."""
         answered = [outcome for outcome in ready if outcome.x is not None]
         raw, scored = self._score(answered)
+        where = self._place(answered)
         places = {outcome.number: place for place, outcome in enumerate(answered)}
-        ended = self._add(ready, places, raw)
+        ended = self._add(ready, places, raw, where)
         studies = self._judge(ended)
         for outcome in ready:
             place = places.get(outcome.number)
-            yield self._image_row(outcome, None if place is None else scored, place)
+            far = _NOWHERE if place is None else where[place]
+            yield self._image_row(outcome, None if place is None else scored, place, far)
             if outcome.number in ended:
                 yield studies[outcome.number]
 
@@ -222,15 +226,35 @@ class _Answers:
         regions = [self._requests.regions[outcome.number] for outcome in answered]
         return raw, judge(self._job.card, raw, np.array(regions, object), self._job.alpha)
 
+    def _place(self, answered: Sequence[Encoded]) -> list[dict[str, Any]]:
+        """Tell of each image how far it lies from those of training."""
+        reference, found = self._job.model.reference, None
+        if reference is not None and answered:
+            X = np.stack([self._row(outcome) for outcome in answered])
+            # of embeddings alone, without covariates, unless it was fitted on both
+            n_columns = len(reference.get("space_centre", X[0]))
+            n_own = len(_embedding(answered[0]))
+            found = measure_remoteness(reference, X[:, :n_own] if n_columns == n_own else X)
+        if found is None:
+            return [_NOWHERE] * len(answered)
+        columns = zip(found.distance, found.p, found.far, strict=True)
+        return [
+            {"distance": float(distance), "distance_p": float(p), "far": bool(far)}
+            for distance, p, far in columns
+        ]
+
     def _predict(self, X: np.ndarray, *studies: np.ndarray) -> np.ndarray:
         return np.asarray(self._job.model.head.predict_proba(X, *studies)[:, 1], np.float64)
 
     def _row(self, outcome: Encoded) -> np.ndarray:
-        assert outcome.x is not None
-        return np.concatenate([outcome.x, self._requests.covariates[outcome.number]])
+        return np.concatenate([_embedding(outcome), self._requests.covariates[outcome.number]])
 
     def _add(
-        self, ready: Sequence[Encoded], places: Mapping[int, int], raw: np.ndarray
+        self,
+        ready: Sequence[Encoded],
+        places: Mapping[int, int],
+        raw: np.ndarray,
+        where: Sequence[dict[str, Any]],
     ) -> dict[int, tuple[int, _Study]]:
         """Enter views into their studies; return those that are whole, by their last view."""
         ended = {}
@@ -246,6 +270,7 @@ class _Answers:
                 # A head that judges studies reads all views; of others their scores are enough.
                 alone = float(raw[places[outcome.number]])
                 study.views.append(self._row(outcome) if self._by_attention else alone)
+                study.places.append(where[places[outcome.number]])
             if not study.n_left:
                 ended[outcome.number] = (code, self._open.pop(code))
         return ended
@@ -270,13 +295,14 @@ class _Answers:
         }
 
     def _image_row(
-        self, outcome: Encoded, scored: Scored | None, place: int | None
+        self, outcome: Encoded, scored: Scored | None, place: int | None, far: dict[str, Any]
     ) -> dict[str, Any]:
         requests, number = self._requests, outcome.number
         row = {
             "image": requests.images[number],
             "study": requests.names[requests.studies[number]],
             **_describe(scored, place),
+            **far,
             "n_views": None,
             "n_failed": None,
             "trained_on": self._was_trained_on(number),
@@ -302,6 +328,7 @@ class _Answers:
             "image": None,
             "study": self._requests.names[code],
             **_describe(scored, place),
+            **_furthest(study.places),
             "n_views": study.n_views,
             "n_failed": study.n_failed,
             "trained_on": study.trained_on,
@@ -314,14 +341,33 @@ class _Answers:
         return image_code(digest) in self._trained if digest else None
 
 
+_NOWHERE: dict[str, Any] = {"distance": None, "distance_p": None, "far": None}
+
+
+def _embedding(outcome: Encoded) -> np.ndarray:
+    assert outcome.x is not None
+    return outcome.x
+
+
+def _furthest(views: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return how far a study lies: as its furthest view, p by Bonferroni's rule over the views."""
+    if not views or views[0]["far"] is None:
+        return _NOWHERE
+    most = max(views, key=lambda view: float(view["distance"]))
+    p = min(1.0, len(views) * float(most["distance_p"]))
+    return {"distance": most["distance"], "distance_p": p, "far": most["far"]}
+
+
 def _describe(scored: Scored | None, place: int | None) -> dict[str, Any]:
     if scored is None or place is None:
-        return {"probability": None, "decision": None, "set": None}
-    inside = None
-    if scored.set is not None:
+        return {"probability": None, "decision": None, "set": None, "coverage": None}
+    inside = coverage = None
+    if scored.set is not None and scored.is_marginal is not None:
         inside = [name for name, is_in in zip(CLASSES, scored.set[place], strict=True) if is_in]
+        coverage = "marginal" if scored.is_marginal[place] else "region"
     return {
         "probability": float(scored.probability[place]),
         "decision": CLASSES[int(scored.decision[place])],
         "set": inside,
+        "coverage": coverage,
     }

@@ -57,7 +57,9 @@ class Pictures:
         str or None
             The picture's path; None where the file has changed meanwhile.
         """
-        reading = read_content([path], sha256, _as_it_is, self._embedder.intensity)
+        reading = read_content(
+            [path], sha256, _as_it_is, self._embedder.intensity, self._embedder.limits
+        )
         if reading.pixels is None:
             return None
         known = covariates[None] if len(covariates) else None

@@ -8,6 +8,7 @@ from typing import Any
 
 from medembed.cache.store import Cache
 from medembed.dataset.manifest import Manifest, read_manifest
+from medembed.dataset.reading import DEFAULT_LIMITS, Limits
 from medembed.heads.packaging import Model, load_model
 from medembed.prediction.embedding import CachedRows, Embedder
 from medembed.prediction.job import Draw, Job, answer
@@ -45,6 +46,9 @@ class Predictor:
     alpha : float
         Above 0 and below 1: prediction sets hold the truth of a share of at least 1 - alpha of
         studies like those that the model was trained on, normal and abnormal ones alike.
+    limits : Limits
+        What an image may cost before it counts as failed. Of up to 8 little files, which are
+        decoded in this process, the time is not limited.
     fetching : callable, optional
         Called as fetching(done, total) with bytes, while the encoder's weights are fetched.
     tell : callable, optional
@@ -60,12 +64,13 @@ class Predictor:
         device: str = "auto",
         precision: str = "auto",
         alpha: float = ALPHA,
+        limits: Limits = DEFAULT_LIMITS,
         fetching: _Progress | None = None,
         tell: Callable[[str], None] | None = None,
     ) -> None:
         self.path, self.encoder, self.cache = Path(model), encoder, cache
         self.device, self.precision, self.alpha = device, precision, alpha
-        self.fetching, self.tell = fetching, tell
+        self.limits, self.fetching, self.tell = limits, fetching, tell
 
     @cached_property
     def model(self) -> Model:
@@ -86,6 +91,7 @@ class Predictor:
             reference=self.encoder,
             device=self.device,
             precision=self.precision,
+            limits=self.limits,
             progress=self.fetching,
         )
 
@@ -142,6 +148,16 @@ class Predictor:
                 The classes that cannot be ruled out at `alpha`; both where the model is not sure,
                 none where the image is like nothing that it was trained on. None where it failed,
                 and of models without conformal scores.
+            coverage : {"region", "marginal"} or None
+                Of what `alpha` is promised: of the row's region, whose training patients were
+                enough, or of all regions together alone, where a harder one gets less. None
+                without a set.
+            distance, distance_p, far : float, float, bool, or None
+                How far the embedding lies from the training patients': 1 is the edge of the range
+                that holds 95 % of them; the share of them that lie as far (see
+                `evaluation.remoteness`); whether that is so little that neither the probability
+                nor the set holds. Of a study its furthest view, and p times the number of views.
+                None where the image failed, and of models without statistics of their training.
             n_views, n_failed : int or None
                 Of a study: how many images it has, and how many of them failed. Its answer is
                 that of the others.

@@ -11,15 +11,18 @@ import numpy as np
 
 from medembed.dataset.reading import Content, Reading, read_content
 from medembed.encoders.preprocessing import prepare
-from medembed.errors import EncoderError
-from medembed.extraction.decoding import Decoders
-from medembed.machine import count_cores
+from medembed.errors import EncoderError, MedembedError
+from medembed.extraction.decoding import DECODER_BYTES, Decoders
+from medembed.machine import choose_processes, default_decoders
 from medembed.prediction.embedding import Embedder
 
 __all__ = ["FEW", "Encoded", "File", "encode_files"]
 
 FEW = 8
 """So many images are decoded in this process: others would take longer to start than they save."""
+
+LITTLE_BYTES = 1 << 26
+"""In that process, too, only so many bytes: a larger film may take longer than `Limits` allows."""
 
 BATCH_ON_GPU = 16
 
@@ -71,7 +74,7 @@ def encode_files(files: Sequence[File], embedder: Embedder) -> Generator[list[En
     on_gpu = embedder.encoder.device == "cuda" and len(files) > FEW
     size = BATCH_ON_GPU if on_gpu else 1
     batch: list[tuple[File, Reading]] = []
-    readings = _read_here if len(files) <= FEW else _read_ahead
+    readings = _read_here if len(files) <= FEW and _are_little(files) else _read_ahead
     with contextlib.closing(readings(files, embedder, size)) as pairs:
         for pair in pairs:
             if pair is not None:
@@ -89,16 +92,23 @@ _Pairs = Generator[tuple[File, Reading] | None]
 def _read_here(files: Sequence[File], embedder: Embedder, size: int) -> _Pairs:
     transform = _transform(embedder)
     for file in files:
-        reading = read_content([file.path], file.sha256, transform, embedder.intensity)
+        reading = read_content(
+            [file.path], file.sha256, transform, embedder.intensity, embedder.limits
+        )
         yield file, _joining(reading, embedder)
 
 
 def _read_ahead(files: Sequence[File], embedder: Embedder, size: int) -> _Pairs:
-    n_decoders = min(count_cores(), len(files))
+    n_decoders = choose_processes(
+        None, "--decoders", DECODER_BYTES, MedembedError, default=default_decoders()
+    )
+    n_decoders = min(n_decoders, len(files))
     # Paths from the root of all: loose files lie anywhere, and a manifest's are resolved already.
     contents = [Content(file.sha256, (str(file.path),)) for file in files]
     waiting = deque(files)
-    with Decoders(n_decoders, embedder.encoder.preprocessing, embedder.intensity) as decoders:
+    with Decoders(
+        n_decoders, embedder.encoder.preprocessing, embedder.intensity, embedder.limits
+    ) as decoders:
         for pair in decoders.read(contents, Path(files[0].path.anchor), 2 * size + n_decoders):
             if pair is None:
                 yield None
@@ -118,6 +128,15 @@ def _read_ahead(files: Sequence[File], embedder: Embedder, size: int) -> _Pairs:
 
 def _joining(reading: Reading, embedder: Embedder) -> Reading:
     return reading.joining(embedder.images_version, "the model", "Train it again on a new cache")
+
+
+def _are_little(files: Sequence[File]) -> bool:
+    """Whether decoding takes no time to speak of; what may is left to a process that can end."""
+    n_bytes = 0
+    for file in files:
+        with contextlib.suppress(OSError):
+            n_bytes += file.path.stat().st_size
+    return n_bytes <= LITTLE_BYTES
 
 
 def _transform(embedder: Embedder) -> Callable[[np.ndarray], np.ndarray]:

@@ -33,12 +33,15 @@ class Scored:
     set : bool (n, 2) or None
         Whether normal and abnormal are in the prediction set; None where the model has no
         conformal scores.
+    is_marginal : bool (n,) or None
+        Whether the set's coverage is promised of all regions together alone; None without a set.
     """
 
     raw: np.ndarray
     probability: np.ndarray
     decision: np.ndarray
     set: np.ndarray | None
+    is_marginal: np.ndarray | None = None
 
     def table(self) -> pd.DataFrame:
         """Return one row each: `raw`, `probability`, `decision`, and the set in two columns.
@@ -144,8 +147,12 @@ def judge(card: Card, raw: np.ndarray, regions: np.ndarray, alpha: float = ALPHA
     """
     probability = card.calibration.apply(raw)
     conformal = card.conformal
-    sets = None if conformal is None else conformal.sets(raw, np.asarray(regions), alpha)
-    return Scored(raw, probability, (probability >= card.threshold).astype(np.int8), sets)
+    decision = (probability >= card.threshold).astype(np.int8)
+    if conformal is None:
+        return Scored(raw, probability, decision, None)
+    names = np.asarray(regions)
+    sets = conformal.sets(raw, names, alpha)
+    return Scored(raw, probability, decision, sets, conformal.is_marginal(names))
 
 
 def spec_of_card(card: Card) -> CacheSpec:

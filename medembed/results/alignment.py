@@ -47,6 +47,10 @@ class Contender:
         Whether it is a prior that looks at no image.
     pooling, trial, params, cv : str, int, dict, float, or None
         The winning configuration and its cross-validated score.
+    n_tried : int or None
+        Configurations that it was chosen from.
+    cv_method : str or None
+        How the score was made, see `runs.CV_METHOD`; None of runs of before.
     seconds : float or None
         That all the head's trials took.
     depth : int or None
@@ -77,6 +81,8 @@ class Contender:
     trial: int | None
     params: dict[str, Any] | None
     cv: float | None
+    n_tried: int | None
+    cv_method: str | None
     seconds: float | None
     depth: int | None
     seed: int | None
@@ -172,17 +178,33 @@ def _read_heads(run: Run, name: str, level: str) -> list[tuple[Contender, pd.Dat
     n_patients = int(folded["patient"].nunique())
     entries = []
     for head, rows in labelled.groupby("head", sort=False):
+        _require_winners_rows(run, str(head), rows, winners)
         if level == "image" and rows["sha256"].eq("").any():
             continue  # this head judges whole studies and has no score for one image
         train = _units(rows[rows["split"] == "train"].dropna(subset="fold"), name, level, studies)
         test = _units(rows[rows["split"] == "test"], name, level, studies)
-        winner = {"seed": run.info.get("seed"), **winners.get(str(head), {})}
+        known = {name: run.info.get(name) for name in ("seed", "cv_method")}
+        winner = {**known, **winners.get(str(head), {})}
         fraction = float(run.info["asked"].get("train_fraction", 1.0))
         given = (fraction, n_patients)
         own = run.info.get("decisions", {}).get(head)
         decisions = _fit_decisions(train) if own is None else _read_decisions(own, run.path)
         entries.append((_contender(name, str(head), winner, given, decisions, test), test))
     return entries
+
+
+def _require_winners_rows(
+    run: Run, head: str, rows: pd.DataFrame, winners: dict[Any, dict[str, Any]]
+) -> None:
+    """Refuse predictions of another trial than the winner that `run.json` names."""
+    named = winners.get(head, {}).get("trial")
+    others = sorted(set(rows["trial"].dropna().unique()) - {named})
+    if named is not None and others:
+        raise RunError(
+            f"run.json of {run.path} names trial {named} as the winner of {head}, and "
+            f"predictions.parquet holds trial {others[0]}: the two files are not of one run. "
+            "Restore them, or run it again into another --out."
+        )
 
 
 def _contender(
@@ -194,7 +216,17 @@ def _contender(
     test: pd.DataFrame,
 ) -> Contender:
     raw = test["probability"].to_numpy(np.float64)
-    copied = ("pooling", "trial", "params", "cv", "seconds", "depth", "seed")
+    copied = (
+        "pooling",
+        "trial",
+        "params",
+        "cv",
+        "n_tried",
+        "cv_method",
+        "seconds",
+        "depth",
+        "seed",
+    )
     return Contender(
         run=run,
         head=head,

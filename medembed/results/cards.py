@@ -21,12 +21,14 @@ from medembed.evaluation.thresholds import youden_threshold
 from medembed.heads.packaging import Model, read_document
 from medembed.results.runs import Run
 
-__all__ = ["NO_CLEAN_SCORES", "Card", "describe_decisions", "read_card", "read_conformal"]
+__all__ = [
+    "Card",
+    "describe_decisions",
+    "read_card",
+    "read_conformal",
+    "require_winner",
+]
 
-NO_CLEAN_SCORES = (
-    "there are no scores of patients whom early stopping has not seen: those held out chose the "
-    "epoch. Extract with the encoder that this model reads, then sweep: that model has them."
-)
 VIEWS = ("mean", "attention")
 #: The only place beside a model where an encoder of the same run lies.
 _ENCODER_PATH = re.compile(r"\.\./\.\./encoders/[A-Za-z0-9][A-Za-z0-9_.+-]*")
@@ -110,27 +112,23 @@ def read_card(model: Model, path: str | Path) -> Card:
         raise ModelError(f"the card of the model at {path}: {text}. {_WAY_OUT}") from error
 
 
-def describe_decisions(
-    studies: pd.DataFrame, clean: pd.DataFrame | None, *, note: str = NO_CLEAN_SCORES
-) -> dict[str, Any]:
+def describe_decisions(studies: pd.DataFrame) -> dict[str, Any]:
     """Fit what turns a head's scores into answers, on out-of-fold predictions of train.
+
+    They are of trainings that have not seen the rows, neither to learn nor to decide anything.
 
     Parameters
     ----------
     studies : DataFrame
         One row per labelled study: `label` (0, 1), `probability` (the head's own, out of fold),
         `region`, `patient`.
-    clean : DataFrame or None
-        The same of models whose early stopping has not seen these rows; None where there are none.
-    note : str
-        Why.
 
     Returns
     -------
     dict
         Entries of a card: ``calibration`` (Platt's), ``threshold`` (Youden's, of calibrated
-        scores), ``scores`` (``out_of_fold``, at that threshold), ``conformal`` (from the clean
-        scores) or None and ``conformal_note``.
+        scores), ``scores`` (``out_of_fold``, at that threshold), ``conformal``, and
+        ``conformal_note``, None.
 
     Raises
     ------
@@ -141,11 +139,13 @@ def describe_decisions(
     calibration = fit_platt(raw, y)
     calibrated = calibration.apply(raw)
     threshold = float(youden_threshold(y, calibrated))
+    regions, patients = (studies[name].to_numpy() for name in ("region", "patient"))
+    conformal = fit_conformal(raw, y, regions, patients=patients)
     return {
         "calibration": calibration.as_dict(),
         "threshold": threshold,
-        "conformal": None if clean is None else _fit_sets(clean).as_dict(),
-        "conformal_note": note if clean is None else None,
+        "conformal": conformal.as_dict(),
+        "conformal_note": None,
         "scores": {"out_of_fold": plain(score(y, calibrated, threshold))},
     }
 
@@ -161,23 +161,37 @@ def read_conformal(run: Run, head: str) -> Conformal | None:
     Raises
     ------
     ModelError
-        There is a model, and its card cannot be read.
+        There is a model, and its card cannot be read, or it is not the run's winner.
     """
     path = run.model_path(head)
     try:
         document = read_document(path)
     except PathNotFoundError:
         return None
+    require_winner(run, head, document["card"])
     try:
         return _read_conformal(document["card"])
     except ModelError as error:
         raise ModelError(f"the card of the model at {path}: {error}. {_WAY_OUT}") from error
 
 
-def _fit_sets(clean: pd.DataFrame) -> Conformal:
-    columns = (clean[name].to_numpy() for name in ("probability", "label", "region"))
-    probability, y, regions = columns
-    return fit_conformal(probability.astype(np.float64), y.astype(np.int8), regions)
+def require_winner(run: Run, head: str, card: Mapping[str, Any]) -> None:
+    """Refuse a model that lies in a run and is not the winner that its `run.json` names.
+
+    Raises
+    ------
+    ModelError
+        Names the first entry in which the two differ.
+    """
+    entries = (entry for entry in run.info.get("leaderboard", []) if entry.get("head") == head)
+    entry: Mapping[str, Any] = next(entries, {})
+    for name in ("trial", "pooling", "cv", "seed"):
+        named, own = entry.get(name), card.get(name)
+        if named is not None and own is not None and named != own:
+            raise ModelError(
+                f"the model at {run.model_path(head)} has {name} {own}, and run.json names "
+                f"{named}: it is not of this run. Restore it, or run again into another --out"
+            )
 
 
 def _read(card: Mapping[str, Any]) -> Card:
@@ -195,9 +209,11 @@ def _read(card: Mapping[str, Any]) -> Card:
     _require("synthetic", synthetic, isinstance(synthetic, bool))
     note = card.get("conformal_note")
     _require("conformal_note", note, note is None or _is_word(note))
-    for name in ("trial", "seed", "depth"):
+    for name in ("trial", "seed", "depth", "n_tried"):
         _require(name, card.get(name), card.get(name) is None or type(card[name]) is int)
     _require("cv", card.get("cv"), card.get("cv") is None or is_number(card["cv"]))
+    method = card.get("cv_method")
+    _require("cv_method", method, method is None or _is_word(method))
     _check_trained(card.get("data"))
     return Card(
         spec=_table("spec", card["spec"]),

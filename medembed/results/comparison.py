@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from medembed.errors import RunError
+from medembed.evaluation.calibration_fit import calibration_line
 from medembed.evaluation.delong import auroc_interval
 from medembed.evaluation.intervals import (
     Interval,
@@ -20,7 +21,9 @@ from medembed.evaluation.reliability import reliability
 from medembed.evaluation.scores import DECISION_SCORES
 from medembed.results.alignment import SENSITIVITY, Contender, TestSet, align_runs
 from medembed.results.deferral import find_deferrals
+from medembed.results.methods import describe_absent, describe_methods
 from medembed.results.pairing import pair_rows, versus_best
+from medembed.results.run_entries import CV_METHOD
 from medembed.results.runs import Run, open_run
 from medembed.results.series import find_depths, find_efficiency, find_seeds
 
@@ -100,12 +103,14 @@ def compare_runs(
     dict
         ``level``, ``test`` (counts), ``runs`` (per run: left-out images, rows that fell out),
         ``rows`` (per head, best AUROC first: ``scores`` at Youden's threshold, ``at_half`` at 0.5,
-        ``at_sensitivity``; ``confusion``; ``calibrations``; ``auroc_delong``; ``regions``,
+        ``at_sensitivity``; ``confusion``; ``calibrations``; ``auroc_delong``; ``fit``:
+        Brier score, ``slope`` and ``intercept`` of calibrated probabilities, ECE; ``regions``,
         ``mean_over_regions``, ``views``; ``deferral`` and ``deferral_note``, see
         `results.deferral`; ``versus_best``), ``paired`` (AUROC of every pair of
         trained heads, and of the best with each prior, with Holm's correction over all of them),
         ``seeds``, ``efficiency``, ``depths`` (see `results.series`), ``notes``. A score is
-        ``{value, low, high}`` with null for what is not estimable.
+        ``{value, low, high, method}`` with null for what is not estimable, ``reason`` where there
+        is no interval, and ``k, n`` of a share; ECE has an upper bound alone.
     """
     return compare_aligned(runs, align_runs(runs, level), n_resamples=n_resamples, seed=seed)
 
@@ -115,7 +120,7 @@ def compare_aligned(
 ) -> dict[str, Any]:
     """Do what `compare_runs` does on what `align_runs` has returned for these runs."""
     rows = [_row(test_set, contender, n_resamples, seed) for contender in test_set.contenders]
-    deferrals = find_deferrals(runs, test_set, n_resamples, seed)
+    deferrals = find_deferrals(runs, test_set)
     rows = [{**row, **deferrals[row["run"], row["head"]]} for row in rows]
     rows.sort(key=_by_auroc)
     paired = pair_rows(test_set, rows, n_resamples, seed)
@@ -156,14 +161,40 @@ def describe(result: dict[str, Any]) -> list[str]:
     notes = [
         f"Test: {counted(test['n'], level)} ({test['n_abnormal']:,} abnormal) of "
         f"{counted(test['n_patients'], 'patient')}.",
-        f"Intervals: 95 %, from {result['n_resamples']:,} bootstrap resamples of patients.",
+        describe_methods(result["rows"]),
+        *describe_absent(result["rows"]),
         "Decisions: Youden's threshold on calibrated out-of-fold predictions of train.",
     ]
+    notes += _describe_cv(result["rows"], len(result["runs"]) > 1)
     for run in result["runs"]:
         notes += _describe_losses(run, level, len(result["runs"]) > 1)
     if result["synthetic"]:
         notes.append("Synthetic images: these scores say nothing about medicine.")
     return [*notes, DISCLAIMER]
+
+
+def _describe_cv(rows: Sequence[dict[str, Any]], several: bool) -> list[str]:
+    """Say what cross-validated scores are worth, and which runs' are too good."""
+    scored = [row for row in rows if row["cv"] is not None]
+    older = list(dict.fromkeys(row["run"] for row in scored if row["cv_method"] != CV_METHOD))
+    clean = [row for row in scored if row["cv_method"] == CV_METHOD]
+    notes = []
+    if clean:
+        most = max(row["n_tried"] or 1 for row in clean)
+        chosen = f", of up to {most:,} configurations a head" if most > 1 else ""
+        notes.append(
+            "cv: the folds that are scored decided neither when to stop nor what to choose"
+            f"{chosen}; patients of the other folds did."
+        )
+    if older:
+        names = f"{', '.join(older)}: " if several else ""
+        notes.append(
+            f"{names}cv† is too good: in runs of before, the folds that are scored decided when to "
+            "stop and what to choose. So are the scores that calibration and thresholds rest on."
+        )
+    if older and clean:
+        notes.append("Warning: cv and cv† are not comparable. Sweep again what is marked †.")
+    return notes
 
 
 def counted(n: int, noun: str) -> str:
@@ -202,6 +233,8 @@ def _row(test_set: TestSet, contender: Contender, n_resamples: int, seed: int) -
         "trial": contender.trial,
         "params": contender.params,
         "cv": contender.cv,
+        "cv_method": contender.cv_method,
+        "n_tried": contender.n_tried,
         "seconds": contender.seconds,
         "depth": contender.depth,
         "seed": contender.seed,
@@ -211,6 +244,7 @@ def _row(test_set: TestSet, contender: Contender, n_resamples: int, seed: int) -
         "calibration": contender.calibration.as_dict(),
         "scores": report["overall"]["scores"],
         "auroc_delong": plain(delong),
+        "fit": _fit(report["overall"]["scores"], test_set, contender),
         "at_half": report["overall"]["at_half"],
         **plain(_at_sensitivity_and_calibrations(test_set, contender, n_resamples, seed)),
         "confusion": _confusion(test_set.y, contender),
@@ -233,10 +267,7 @@ def _at_sensitivity_and_calibrations(
     if cut is not None:
         variants["sensitive"] = Variant(contender.probability, cut, DECISION_SCORES)
     scores = bootstrap_variants(y, variants, patients, n_resamples=n_resamples, seed=seed)
-    bins = {
-        name: reliability(y, values, patients, n_resamples=n_resamples, seed=seed)
-        for name, values in calibrated.items()
-    }
+    bins = {name: reliability(y, values, patients) for name, values in calibrated.items()}
     return {
         "at_sensitivity": {
             "target": SENSITIVITY,
@@ -244,9 +275,25 @@ def _at_sensitivity_and_calibrations(
             "scores": scores.get("sensitive", _NOT_KNOWN),
         },
         "calibrations": {
-            name: {**scores[name], "bins": bins[name].to_dict("records")} for name in calibrated
+            name: {
+                **scores[name],
+                **_line(y, calibrated[name], patients),
+                "bins": bins[name].to_dict("records"),
+            }
+            for name in calibrated
         },
     }
+
+
+def _fit(scores: dict[str, Any], test_set: TestSet, contender: Contender) -> dict[str, Any]:
+    """Return how calibrated probabilities fit, what leads first."""
+    line = _line(test_set.y, contender.probability, test_set.patients)
+    return {"brier": scores["brier"], **plain(line), "ece": scores["ece"]}
+
+
+def _line(y: np.ndarray, probability: np.ndarray, patients: np.ndarray) -> dict[str, Interval]:
+    line = calibration_line(y, probability, patients)
+    return {name: line[name] for name in ("slope", "intercept")}
 
 
 def _confusion(y: np.ndarray, contender: Contender) -> dict[str, Any]:

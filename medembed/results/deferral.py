@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from medembed.errors import ModelError, RunError
-from medembed.evaluation.abstention import bootstrap_deferral, deferral_curve
+from medembed.evaluation.abstention import deferral_curve, estimate_deferral
 from medembed.evaluation.conformal import Conformal
 from medembed.evaluation.intervals import plain
 from medembed.results.alignment import Contender, TestSet
@@ -24,9 +26,7 @@ DAMAGED = "The model cannot be read: it was damaged or edited. Make the run agai
 OLDER = "The model was saved before models had prediction sets. Make the run again."
 
 
-def find_deferrals(
-    runs: Sequence[Run], test_set: TestSet, n_resamples: int, seed: int
-) -> dict[tuple[str, str], dict[str, Any]]:
+def find_deferrals(runs: Sequence[Run], test_set: TestSet) -> dict[tuple[str, str], dict[str, Any]]:
     """Return, by run and head, what prediction sets do on test.
 
     The sets are those that `medembed predict` gives: of the packaged model, on the head's study
@@ -38,15 +38,16 @@ def find_deferrals(
     runs : sequence of Run
         Those of the test set, in its order.
     test_set : TestSet
-    n_resamples, seed : int
-        Bootstrap resamples of patients, and their seed.
 
     Returns
     -------
     dict of (str, str) to dict
         ``deferral``: None where the head has no sets, else ``levels``, one per promised coverage
         of `NOMINAL` (``nominal``, ``alpha``, and each of `abstention.SHARES` as ``{value, low,
-        high}``), and ``curve``, a list for each column of `deferral_curve`. ``deferral_note``: why
+        high, method, k, n}``; ``regions``: by region the same, ``n``, ``n_abnormal``,
+        ``coverage_of``, "region" or "marginal": what the promise is of, see
+        `Conformal.is_marginal`), ``curve``, a list for each column of `deferral_curve`,
+        ``min_group``, and ``warning``, where sets are not to be relied on. ``deferral_note``: why
         there is none, else None.
     """
     by_name = dict(zip(test_set.dropped, runs, strict=True))
@@ -57,27 +58,48 @@ def find_deferrals(
             conformal, note = _find_conformal(by_name[contender.run], contender)
         deferral = None
         if conformal is not None:
-            deferral = _measure(conformal, contender, test_set, n_resamples, seed)
+            deferral = _measure(conformal, contender, test_set)
         entry = {"deferral": deferral, "deferral_note": note if deferral is None else None}
         found[contender.run, contender.head] = entry
     return found
 
 
-def _measure(
-    conformal: Conformal, contender: Contender, test_set: TestSet, n_resamples: int, seed: int
-) -> dict[str, Any]:
+def _measure(conformal: Conformal, contender: Contender, test_set: TestSet) -> dict[str, Any]:
     p_values = conformal.p_values(contender.raw, test_set.units["region"].to_numpy())
     alphas = [round(1 - nominal, 6) for nominal in NOMINAL]
-    levels = bootstrap_deferral(
-        test_set.y, p_values, test_set.patients, alphas, n_resamples=n_resamples, seed=seed
-    )
+    levels = estimate_deferral(test_set.y, p_values, test_set.patients, alphas)
+    regions = _measure_regions(conformal, p_values, test_set, alphas)
     curve = deferral_curve(test_set.y, p_values, ALPHAS)
     told = [
-        {"nominal": nominal, "alpha": alpha, **level}
-        for nominal, alpha, level in zip(NOMINAL, alphas, levels, strict=True)
+        {"nominal": nominal, "alpha": alpha, **level, "regions": own}
+        for nominal, alpha, level, own in zip(NOMINAL, alphas, levels, regions, strict=True)
     ]
     columns = {str(name): column.tolist() for name, column in curve.items()}
-    return dict(plain({"levels": told, "curve": columns}))
+    known = {"min_group": conformal.min_group, "warning": conformal.warning()}
+    return dict(plain({"levels": told, "curve": columns, **known}))
+
+
+def _measure_regions(
+    conformal: Conformal,
+    p_values: np.ndarray,
+    test_set: TestSet,
+    alphas: Sequence[float],
+) -> list[dict[str, dict[str, Any]]]:
+    """Return for each alpha what the sets do in each region, by its name."""
+    names = test_set.units["region"].to_numpy(str)
+    found: list[dict[str, dict[str, Any]]] = [{} for _ in alphas]
+    for name in np.unique(names).tolist():
+        own = names == name
+        y = test_set.y[own]
+        known = {
+            "n": len(y),
+            "n_abnormal": int(y.sum()),
+            "coverage_of": "marginal" if conformal.is_marginal(np.array([name]))[0] else "region",
+        }
+        levels = estimate_deferral(y, p_values[own], test_set.patients[own], alphas)
+        for place, level in zip(found, levels, strict=True):
+            place[name] = {**known, **level}
+    return found
 
 
 def _find_conformal(run: Run, contender: Contender) -> tuple[Conformal | None, str]:

@@ -1,10 +1,12 @@
 """What an external evaluation found beside its scores, as tables for the terminal and the page."""
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from medembed.errors import RunError
+from medembed.files import read_plain
 from medembed.results.runs import Run
 from medembed.results.tables import (
     MISSING,
@@ -15,7 +17,7 @@ from medembed.results.tables import (
     render_terminal,
 )
 
-__all__ = ["find_external", "render_external", "tabulate_external"]
+__all__ = ["digest_predictions", "find_external", "render_external", "tabulate_external"]
 
 SCORES = {
     "auroc": "AUROC",
@@ -36,9 +38,19 @@ LINE = {
     "observed_expected": "Observed / expected",
 }
 BASES = {
+    "samples": "Differences: here less own test, with intervals from those of both (MOVER; Zou "
+    "and Donner 2008). ECE has none: its noise is larger in the smaller sample.",
     "bootstrap": "Differences: here less own test; patients of both resampled independently.",
     "mover": "Differences: here less own test, with intervals from those on the model's card and "
     "those here (MOVER; Zou and Donner 2008).",
+}
+
+
+ACTIONS = {
+    "none": "Nothing was changed: the drawn patients do not tell the model's slope and intercept "
+    "from 1 and 0.",
+    "intercept": "The intercept alone was fitted: a slope wants 50 patients. Decisions stay.",
+    "slope_and_intercept": "Slope, intercept and threshold were fitted.",
 }
 
 
@@ -113,8 +125,31 @@ def find_external(runs: Sequence[Run]) -> list[dict[str, Any]]:
     ]
 
 
+def digest_predictions(run: Run) -> str:
+    """Hash the `predictions.parquet` that scores are computed of: SHA-256 in hex.
+
+    Raises
+    ------
+    RunError
+        The file cannot be read.
+    """
+    try:
+        return hashlib.sha256(read_plain(run.path / "predictions.parquet")).hexdigest()
+    except OSError as error:
+        raise RunError(
+            f"predictions of the run at {run.path} cannot be read ({error}). Delete the run and "
+            "evaluate again."
+        ) from None
+
+
 def _tables_of(run: Run) -> list[Table]:
     scores = run.scores()  # its own errors say what they mean
+    digest = scores.get("predictions_sha256")  # runs of before have none
+    if digest is not None and digest != digest_predictions(run):
+        raise RunError(
+            f"scores.json of the evaluation at {run.path} is not of the predictions.parquet beside "
+            "it. Restore the two, or delete that directory and evaluate again."
+        )
     with _reading(run.path):
         return tabulate_external(scores, full=True)
 
@@ -203,7 +238,8 @@ def _recalibrated(found: Mapping[str, Any] | None, *, full: bool) -> Table | Non
         f"{scored['n_patients']:,} patients. Decisions before: the model's threshold; after: "
         f"{found['threshold']:.3f}. The order of studies, and so AUROC, stays."
     )
-    return Table(title, columns, 1, [rows], [note])
+    action = ACTIONS.get(str(found.get("action")))
+    return Table(title, columns, 1, [rows], [note] if action is None else [action, note])
 
 
 def _drift(scores: Mapping[str, Any]) -> Table | None:
@@ -227,6 +263,10 @@ def _drift(scores: Mapping[str, Any]) -> Table | None:
         notes.append(f"Columns that differ most, in standard deviations: {listed}.")
     if drift.get("within_regions") is not None:
         notes.append(f"With the mix of regions set aside: {drift['within_regions']:.2f}.")
+    if drift.get("far"):
+        n, of = drift["far"]["n"], drift["far"]["of"]
+        held = ": for those neither calibration nor prediction sets hold" if n else ""
+        notes.append(f"Far from training, each by itself: {n:,} of {of:,} images{held}.")
     if "basis" in drift:
         notes.append(drift["basis"])
     if called is not None:

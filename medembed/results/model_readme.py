@@ -14,6 +14,7 @@ from medembed.evaluation.scores import SCORES
 from medembed.heads.model_files import README_FILE
 from medembed.heads.packaging import read_document, update_card
 from medembed.results.runs import Run
+from medembed.text import to_markdown
 
 __all__ = ["complete_cards", "count_trained", "describe_encoder", "describe_use", "write_readme"]
 
@@ -44,7 +45,6 @@ _TITLES = {
 }
 _BY_REGION = ("auroc", "macro_f1", "sensitivity", "specificity")
 _TOLD = ("n", "n_abnormal", "n_patients")
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]|#~])")
 
 
 def count_trained(rows: pd.DataFrame) -> dict[str, Any]:
@@ -156,15 +156,16 @@ def _template() -> Template:
 
 def _escape(value: Any) -> Markup:
     """Let text from data be text in Markdown: neither markup, nor HTML, nor a new line."""
-    text = _MARKDOWN.sub(r"\\\1", " ".join(str(value).split()))
-    safe = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return Markup(safe)  # nosec B704 # escaped above
+    safe = to_markdown(" ".join(str(value).split()))
+    return Markup(safe)  # nosec B704 # escaped there
 
 
 def _write_score(entry: Mapping[str, Any] | None) -> str:
     if not entry or entry.get("value") is None:
         return "not estimable"
     value, low, high = (entry.get(name) for name in ("value", "low", "high"))
+    if low is None and high is not None:
+        return f"{value:.3f} (at most {high:.3f})"
     if low is None or high is None:
         return f"{value:.3f}"
     return f"{value:.3f} ({low:.3f} to {high:.3f})"

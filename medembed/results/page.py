@@ -26,17 +26,23 @@ from medembed.results.figures import FIGURES, Plot, plot_all
 from medembed.results.gallery import FindThumbnails, find_mistakes, show_mistakes
 from medembed.results.pairing import row_name
 from medembed.results.provenance import describe_run
+from medembed.text import to_html
 
 __all__ = ["write_report"]
 
 _SUFFIXES = (".png", ".pdf", ".svg", ".csv")
 METHOD_NOTES = (
     "A study's probability is the mean of its views' probabilities.",
-    "Test was scored once per head; configurations, calibration and thresholds were chosen on "
-    "out-of-fold predictions of train, with no patient on both sides.",
+    "Test was scored once per head. Configurations were chosen within the folds of train that are "
+    "learnt from, calibration and thresholds on out-of-fold predictions, with no patient on both "
+    "sides.",
     "F1 is the mean over both classes; κ is Cohen's; ECE is the calibration error over ten bins.",
-    "p: paired bootstrap over patients, with Holm's correction where it says so; DeLong's test "
-    "takes patients as clusters (Obuchowski), McNemar's takes rows as independent.",
+    "p: DeLong's paired test with patients as clusters (Obuchowski) by Student's t, with Holm's "
+    "correction where it says so; beside it the paired bootstrap over patients, and McNemar's, "
+    "which takes rows as independent.",
+    "Slope, intercept and Brier score say how calibrated probabilities fit. Noise alone makes ECE "
+    "larger, so it has an upper bound and no lower one.",
+    "Which method an interval or a test takes was chosen by simulation: bench/RESULTS.md.",
     "A score that its rows cannot give, such as AUROC of one class, is marked not estimable or –.",
 )
 
@@ -115,6 +121,7 @@ def _render(
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
+        finalize=_show,
     )
     script = environment.get_template("page.js").render()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -129,6 +136,7 @@ def _render(
         decisions=tables.tabulate_decisions(result),
         calibrations=tables.tabulate_calibrations(result),
         deferrals=tables.tabulate_deferrals(result),
+        coverage=tables.tabulate_coverage(result),
         seeds=tables.tabulate_seeds(result),
         by_region=tables.tabulate_groups(result, "region"),
         by_views=tables.tabulate_groups(result, "views"),
@@ -144,6 +152,13 @@ def _render(
         script=trusted,
         script_digest=digest,
     )
+
+
+def _show(value: Any) -> Any:
+    """Let text from data be text in HTML, and what would turn its direction a visible mark."""
+    if type(value) is not str:
+        return value
+    return Markup(to_html(value))  # nosec B704 # escaped there
 
 
 def _command(result: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 from medembed.results.pairing import row_name
 from medembed.results.tables import (
     MISSING,
+    format_count,
     format_interval,
     format_p,
     format_value,
@@ -15,6 +16,7 @@ from medembed.results.tables import (
 
 __all__ = [
     "tabulate_calibrations",
+    "tabulate_coverage",
     "tabulate_decisions",
     "tabulate_deferrals",
     "tabulate_groups",
@@ -44,11 +46,21 @@ DEFERRALS = {
     "deferred": "Deferred [95 %]",
     "error": "Decided wrongly [95 %]",
 }
+COVERAGE = 0.9
+"""The promised coverage that is shown by region."""
 CALIBRATIONS = {
     "none": "none",
     "platt": "Platt (used)",
     "temperature": "temperature",
     "isotonic": "isotonic",
+}
+
+
+FITS = {
+    "brier": "Brier [95 %]",
+    "slope": "Slope, 1 is right [95 %]",
+    "intercept": "Intercept, 0 is right [95 %]",
+    "ece": "ECE [at most]",
 }
 
 
@@ -85,7 +97,7 @@ def tabulate_decisions(result: dict[str, Any]) -> dict[str, Any]:
             title = f"Sensitivity {sensitive['target']:g}, {sensitive['threshold']:.3f}"
             cuts.append((title, sensitive["scores"]))
         for i, (cut, scores) in enumerate(cuts):
-            cells = [format_interval(scores[score]) for score in DECISIONS]
+            cells = [format_count(scores[score]) for score in DECISIONS]
             spanned = {"n_spanning": 1, "span": len(cuts) if i == 0 else 0}
             rows.append({"cells": [_name(result, row), cut, *cells], **spanned})
     return {
@@ -108,7 +120,7 @@ def tabulate_deferrals(result: dict[str, Any]) -> dict[str, Any] | None:
     for row in able:
         lines = [["none deferred", MISSING, MISSING, MISSING, format_interval(_complement(row))]]
         lines += [
-            [f"{100 * own['nominal']:g} %", *(format_interval(own[share]) for share in DEFERRALS)]
+            [f"{100 * own['nominal']:g} %", *(format_count(own[share]) for share in DEFERRALS)]
             for own in row["deferral"]["levels"]
         ]
         for i, cells in enumerate(lines):
@@ -121,11 +133,47 @@ def tabulate_deferrals(result: dict[str, Any]) -> dict[str, Any] | None:
         "columns": ["Head", "Promised coverage", *DEFERRALS.values()],
         "rows": rows,
         "without": [f"{_name(result, row)}: {row['deferral_note']}" for row in others],
+        "warnings": [
+            f"{_name(result, row)}: {row['deferral']['warning']}"
+            for row in able
+            if row["deferral"]["warning"]
+        ],
+    }
+
+
+def tabulate_coverage(result: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what sets that promise 90 % do in each region, None where there is one at most.
+
+    ``min_group`` says how many patients of each class a region needs for a promise of its own.
+    """
+    rows: list[dict[str, Any]] = []
+    least = 0
+    for row in _trained(result):
+        if not row["deferral"]:
+            continue
+        level = next(own for own in row["deferral"]["levels"] if own["nominal"] == COVERAGE)
+        regions, least = level["regions"], row["deferral"]["min_group"]
+        if len(regions) < 2:
+            continue
+        for i, (region, own) in enumerate(regions.items()):
+            promised = "all regions" if own["coverage_of"] == "marginal" else "this region"
+            shares = (format_interval(own[share]) for share in DEFERRALS if share != "error")
+            studies = f"{own['n'] - own['n_abnormal']:,} + {own['n_abnormal']:,}"
+            cells = [_name(result, row), region, studies, promised, *shares]
+            rows.append({"cells": cells, "n_spanning": 1, "span": 0 if i else len(regions)})
+    if not rows:
+        return None
+    shown = (title for share, title in DEFERRALS.items() if share != "error")
+    return {
+        "title": "What a promised coverage of 90 % gives on test, by region",
+        "columns": ["Head", "Region", "Normal + abnormal", "Promised for", *shown],
+        "rows": rows,
+        "min_group": least,
     }
 
 
 def tabulate_calibrations(result: dict[str, Any]) -> dict[str, Any]:
-    """Return Brier score and calibration error of each trained head before and after scaling."""
+    """Return how each trained head's probabilities fit, before and after scaling."""
     rows = []
     for row in _trained(result):
         known = [method for method in CALIBRATIONS if method in row["calibrations"]]
@@ -134,12 +182,12 @@ def tabulate_calibrations(result: dict[str, Any]) -> dict[str, Any]:
             cells = [
                 _name(result, row),
                 title,
-                *(format_interval(found[s]) for s in ("brier", "ece")),
+                *(format_interval(found[s]) for s in FITS if s in found),
             ]
             rows.append({"cells": cells, "n_spanning": 1, "span": 0 if i else len(known)})
     return {
         "title": "Calibration before and after scaling, fitted on out-of-fold predictions of train",
-        "columns": ["Head", "Scaling", "Brier [95 %]", "ECE [95 %]"],
+        "columns": ["Head", "Scaling", *FITS.values()],
         "rows": rows,
     }
 
@@ -153,7 +201,7 @@ def tabulate_pairs(result: dict[str, Any]) -> dict[str, Any]:
                 pair["a"],
                 pair["b"],
                 _difference(pair),
-                *(format_p(pair[name]) for name in ("p_holm", "p", "p_delong")),
+                *(format_p(pair[name]) for name in ("p_holm", "p", "p_bootstrap")),
                 format_p(pair["mcnemar"]["p"]),
             ],
         }
@@ -163,7 +211,7 @@ def tabulate_pairs(result: dict[str, Any]) -> dict[str, Any]:
         "title": "Differences in AUROC between heads on the same test rows",
         "columns": [
             *("A", "B", "A − B [95 %]"),
-            *("p (Holm)", "p (bootstrap)", "p (DeLong)", "p (McNemar)"),
+            *("p (Holm)", "p (DeLong, t)", "p (bootstrap)", "p (McNemar)"),
         ],
         "rows": rows,
     }

@@ -5,7 +5,7 @@ from typing import Any
 
 from medembed.evaluation.delong import auroc_differences
 from medembed.evaluation.intervals import holm, paired_differences, plain
-from medembed.evaluation.paired import mcnemar
+from medembed.evaluation.paired import bootstrap_p, mcnemar
 from medembed.results.alignment import Contender, TestSet
 
 __all__ = ["SIGNIFICANCE", "pair_rows", "row_name", "versus_best"]
@@ -25,9 +25,10 @@ def pair_rows(
     -------
     dict of (int, int) to dict
         By the places of two rows, the better first: ``a``, ``b``, ``score``, ``difference``,
-        ``low``, ``high`` and ``p`` of AUROC from the bootstrap over patients, ``p_holm`` after
-        Holm's correction over all pairs; as cross-checks, not corrected, ``p_delong`` of the same
-        difference and ``mcnemar`` of the decisions (rows that only one of the two got right).
+        ``low``, ``high``, ``p`` and ``method`` of AUROC, see `paired_differences`, ``p_holm``
+        after Holm's correction over all pairs; as cross-checks, not corrected, ``p_bootstrap`` and
+        ``p_delong`` (normal) of the same difference and ``mcnemar`` of the decisions (rows that
+        only one of the two got right).
     """
     chosen = [
         (i, j)
@@ -40,7 +41,8 @@ def pair_rows(
     # p is at least 2 / (resamples + 1), and Holm multiplies it by up to the number of pairs
     n_resamples = max(n_resamples, RESAMPLES_PER_PAIR * len(chosen))
     y, patients = test_set.y, test_set.patients
-    found = paired_differences(y, probabilities, patients, n_resamples=n_resamples, seed=seed)
+    found = paired_differences(y, probabilities, patients)
+    resampled = bootstrap_p(y, probabilities, patients, n_resamples=n_resamples, seed=seed)
     delong = auroc_differences(y, probabilities, patients)
     adjusted = holm([found[str(i), str(j)].p for i, j in chosen])
     names = [row_name(row, several=len(test_set.dropped) > 1) for row in rows]
@@ -51,6 +53,7 @@ def pair_rows(
             "score": "auroc",
             **found[str(i), str(j)].as_dict(),
             "p_holm": plain(float(p)),
+            "p_bootstrap": plain(resampled[str(i), str(j)]),
             "p_delong": plain(delong[str(i), str(j)].p),
             "mcnemar": plain(_mcnemar(test_set, contenders[i], contenders[j])),
         }

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from medembed.dataset.identities import name_persons
 from medembed.heads.baselines import ClassPrior, RegionPrior
 
 __all__ = ["PRIORS", "image_code", "image_rows", "predict_prior", "prior_rows"]
@@ -22,12 +23,13 @@ def image_rows(rows: pd.DataFrame, folds: NDArray[Any]) -> pd.DataFrame:
     Parameters
     ----------
     rows : DataFrame
-        Rows of the manifest; patients and studies become codes, in their alphabetical order.
+        Rows of the manifest; patients, as `dataset.identities` tells them apart, and studies
+        become codes, in their alphabetical order.
     folds : int array of shape (n,)
         The fold of each row, below 0 where it was not trained on: a null.
     """
     images = rows[["sha256", "region", "label", "split"]].copy()
-    images["patient"] = pd.factorize(rows["patient"].to_numpy(object), sort=True)[0]
+    images["patient"] = pd.factorize(name_persons(rows).to_numpy(object), sort=True)[0]
     images["study"] = pd.factorize(rows["study"].to_numpy(object), sort=True)[0]
     images["fold"] = pd.array(folds, dtype="Int16")
     images.loc[folds < 0, "fold"] = pd.NA

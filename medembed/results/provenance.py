@@ -11,6 +11,7 @@ import pandas as pd
 
 from medembed.dataset.manifest import count_rows
 from medembed.results.comparison import counted
+from medembed.results.run_entries import CV_METHOD
 from medembed.results.runs import Run
 
 __all__ = [
@@ -116,7 +117,7 @@ def describe_run(run: Run, name: str) -> dict[str, Any]:
         "name": name,
         "facts": [{"name": key, "value": value} for key, value in _facts(info).items() if value],
         "data": _data(info.get("data", {})),
-        "winners": _winners(info.get("leaderboard", [])),
+        "winners": _winners(info.get("leaderboard", []), info.get("cv_method")),
         "left_out": _left_out(info),
         "command": info.get("command", ""),
     }
@@ -177,13 +178,16 @@ def _data(data: Mapping[str, Any]) -> dict[str, Any]:
     return {"columns": ["Split", *headings], "rows": rows}
 
 
-def _winners(leaderboard: list[dict[str, Any]]) -> dict[str, Any]:
+def _winners(leaderboard: list[dict[str, Any]], cv_method: Any) -> dict[str, Any]:
     rows = []
     for entry in leaderboard:
         chosen = entry.get("params") or {}
         params = ", ".join(f"{name} = {value}" for name, value in chosen.items())
         params = params or "the head's defaults"
-        cv = "failed" if entry.get("cv") is None else f"{entry['cv']:.3f}"
+        older = entry.get("cv_method", cv_method) != CV_METHOD
+        cv = "failed" if entry.get("cv") is None else f"{entry['cv']:.3f}{'†' if older else ''}"
+        tried = entry.get("n_tried")
+        cv += "" if entry.get("cv") is None or tried is None else f" (best of {tried:,})"
         details = params if entry.get("cv") is not None else _text(entry.get("error"))
         seconds = entry.get("seconds")
         cells = [entry["head"], details, cv, "" if seconds is None else f"{seconds:.1f}"]

@@ -5,7 +5,11 @@ from typing import Any
 
 from medembed.evaluation.checks import is_number
 
-__all__ = ["find_wrong_entry"]
+__all__ = ["CV_METHOD", "find_wrong_entry"]
+
+CV_METHOD = "inner-split"
+"""How cross-validated scores are made: what decides when to stop and what to choose are patients of
+the folds that are learnt from. Runs of before say nothing: the scored fold decided."""
 
 NEEDED = ("kind", "asked", "times")
 COUNTS = ("images", "studies", "patients", "abnormal", "unlabelled", "left_out", "left_out_test")
@@ -87,6 +91,7 @@ _ENTRIES: dict[str, _Test] = {
     "kind": _is_text,
     "command": _is_text,
     "seed": _or_none(_is_whole),
+    "cv_method": _or_none(_is_text),
     "versions": _is_table,
     "asked": _is_table,
     "times": _is_table,
@@ -111,5 +116,7 @@ _PARTS: dict[str, dict[str, _Test]] = {
         "params": _or_none(_is_table),
         **dict.fromkeys(("cv", "seconds"), _or_none(is_number)),
         **dict.fromkeys(("trial", "depth", "seed"), _or_none(_is_whole)),
+        "n_tried": _or_none(_is_count),
+        "cv_method": _or_none(_is_text),
     },
 }

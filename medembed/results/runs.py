@@ -29,7 +29,15 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from medembed.errors import PathNotFoundError, RunError
-from medembed.files import hold_lock, json_bytes, write_atomically
+from medembed.files import (
+    append_synced,
+    describe_error,
+    hold_lock,
+    json_bytes,
+    open_plain,
+    read_plain,
+    write_atomically,
+)
 from medembed.results.run_entries import find_wrong_entry
 
 __all__ = ["PREDICTION_COLUMNS", "RUN_VERSION", "Run", "create_run", "open_run", "utc_now"]
@@ -79,7 +87,7 @@ class Run:
     @property
     def is_complete(self) -> bool:
         """Whether the run ended: `scores.json` is written last."""
-        return (self.path / "scores.json").is_file()
+        return (self.path / "scores.json").exists()
 
     def update_info(self, **changes: Any) -> None:
         """Replace entries of `run.json`, atomically."""
@@ -105,10 +113,7 @@ class Run:
 
     def append_trial(self, record: Mapping[str, Any]) -> None:
         """Add one line to the ledger; it is on disk when this returns."""
-        with open(self._ledger_path, "ab") as file:
-            file.write(_line(record))
-            file.flush()
-            os.fsync(file.fileno())
+        append_synced(self._ledger_path, _line(record))
 
     def trial_records(self) -> list[dict[str, Any]]:
         """Read the ledger, oldest first; a torn last line is not there.
@@ -120,7 +125,7 @@ class Run:
         """
         if not self._ledger_path.exists():
             return []
-        *lines, _torn = self._ledger_path.read_bytes().split(b"\n")
+        *lines, _torn = read_plain(self._ledger_path).split(b"\n")
         return [self._parse_trial(number, line) for number, line in enumerate(lines, start=1)]
 
     def trials(self) -> pd.DataFrame:
@@ -148,15 +153,15 @@ class Run:
         path = self.path / "predictions.parquet"
         try:
             # opened here, since Arrow takes no path that is not UTF-8
-            with open(path, "rb") as file:
+            with open_plain(path) as file:
                 table = pq.read_table(file, columns=list(PREDICTION_COLUMNS))
             table = table.cast(pa.schema(list(PREDICTION_COLUMNS.items())))
             _check_predictions(table)
             frame: pd.DataFrame = table.to_pandas()
         except (OSError, ValueError, pa.ArrowException) as error:
             raise RunError(
-                f"predictions of the run at {self.path} cannot be read ({error}). "
-                "Delete the run and sweep again."
+                f"predictions of the run at {self.path} cannot be read ({path.name}: "
+                f"{describe_error(error)}). Delete the run and sweep again."
             ) from None
         return frame.astype({"label": "Int8", "fold": "Int16", "trial": "Int32"})
 
@@ -169,7 +174,7 @@ class Run:
         return _read_json(self.path / "scores.json")
 
     def keep_fold(self, key: str, probability: NDArray[np.float64]) -> None:
-        """Keep one trial's predictions on its held-out fold, until the run is complete."""
+        """Keep what one training predicts of the fold it was without, until the run is complete."""
         directory = self.path / "folds"
         directory.mkdir(exist_ok=True)
         buffer = io.BytesIO()
@@ -179,7 +184,8 @@ class Run:
     def kept_fold(self, key: str) -> NDArray[np.float64] | None:
         """Return what `keep_fold` kept, None where it is missing or damaged."""
         try:
-            kept = np.load(self.path / "folds" / f"{key}.npy", allow_pickle=False)
+            with open_plain(self.path / "folds" / f"{key}.npy") as file:
+                kept = np.load(file, allow_pickle=False)
         except (OSError, ValueError, EOFError):
             return None
         return kept if kept.dtype == np.float64 and kept.ndim == 1 else None
@@ -231,7 +237,7 @@ class Run:
     def _mend_ledger(self) -> None:
         if not self._ledger_path.exists():
             return
-        with open(self._ledger_path, "r+b") as file:
+        with open_plain(self._ledger_path, "r+b") as file:
             content = file.read()
             end = content.rfind(b"\n") + 1
             if end < len(content):
@@ -288,7 +294,7 @@ def open_run(path: str | Path) -> Run:
         if path.exists():
             raise RunError(f"{path} is a file, and a run is a directory. Name another run.")
         raise PathNotFoundError(f"run {path} does not exist. `medembed sweep` makes one.")
-    if not (path / "run.json").is_file():
+    if not (path / "run.json").exists():
         raise RunError(f"{path} is not a run: it has no run.json. `medembed sweep` makes one.")
     info = _read_json(path / "run.json")
     if info.get("format") != RUN_FORMAT:
@@ -328,7 +334,7 @@ def create_run(
     """
     path = Path(path)
     asked = json.loads(json.dumps(dict(asked), allow_nan=False))
-    if path.is_dir() and (path / "run.json").is_file():
+    if path.is_dir() and (path / "run.json").exists():
         run = open_run(path)
         _refuse_other_question(run, asked)
         return run
@@ -383,10 +389,10 @@ def _short(value: Any) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        document = json.loads(path.read_bytes())
+        document = json.loads(read_plain(path))
     except (OSError, ValueError, RecursionError) as error:
         raise RunError(
-            f"{path} cannot be read ({error}). Delete the run and sweep again."
+            f"{path} cannot be read ({describe_error(error)}). Delete the run and sweep again."
         ) from None
     if not isinstance(document, dict):
         raise RunError(f"{path} does not hold a JSON object. Delete the run and sweep again.")

@@ -2,14 +2,14 @@
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from medembed.errors import RunError
 from medembed.evaluation.scores import SCORES
 from medembed.results.pairing import SIGNIFICANCE, row_name
-from medembed.text import mask_controls
+from medembed.text import mask_controls, to_csv_cell, to_latex, to_markdown
 
 __all__ = [
     "FORMATS",
@@ -17,6 +17,7 @@ __all__ = [
     "MISSING",
     "NOT_ESTIMABLE",
     "Table",
+    "format_count",
     "format_interval",
     "format_p",
     "format_value",
@@ -38,18 +39,8 @@ COLUMNS = {
     "kappa": "κ",
 }
 """The decision scores of the tables beside AUROC; F1 is the mean over both classes."""
-LATEX_ESCAPES = {
-    **{character: f"\\{character}" for character in "&%$#_{}"},
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "κ": r"$\kappa$",
-    "≈": r"$\approx$",
-    "≥": r"$\geq$",
-    "–": "--",
-}
+FIT = {"brier": "Brier [95 %]", "slope": "Slope [95 %]", "intercept": "Intercept [95 %]"}
+"""How calibrated probabilities fit, what leads first."""
 
 
 @dataclass(frozen=True)
@@ -109,10 +100,15 @@ def render(
         raise RunError(f"grouping {by!r} is unknown. Choose one of: {', '.join(GROUPINGS)}.")
     if table_format == "csv":
         return _csv(result, by)
-    table = make_table(result, by)
+    table, fit = make_table(result, by), _fit_table(result) if by is None else None
+    if table_format == "latex":
+        return _latex(table)
+    tables = [table]
+    if fit is not None:  # the notes hold for both
+        tables = [replace(table, notes=[]), replace(fit, notes=table.notes)]
     if table_format == "table":
-        return render_terminal(table, width)
-    return _markdown(table) if table_format == "markdown" else _latex(table)
+        return "\n\n".join(render_terminal(own, width) for own in tables)
+    return "\n\n".join(_markdown(own) for own in tables)
 
 
 def make_table(result: dict[str, Any], by: str | None = None) -> Table:
@@ -134,19 +130,22 @@ def make_table(result: dict[str, Any], by: str | None = None) -> Table:
         for row in result["rows"]
     ]
     legend = (
-        "p: difference in AUROC to the best (paired bootstrap, Holm); "
+        "p: difference in AUROC to the best (paired DeLong over patients, t, Holm); "
         f"≈ not significant at {SIGNIFICANCE}."
     )
     return Table(f"Heads on test {plural}", columns, 1, [rows], [legend, *result["notes"]])
 
 
-def format_interval(score: dict[str, float | None]) -> str:
-    """Write a score with its interval, ``0.931 [0.902, 0.956]``."""
+def format_interval(score: Mapping[str, Any], digits: int = 3) -> str:
+    """Write a score with its interval, ``0.931 [0.902, 0.956]``, or bound, ``[≤ 0.080]``."""
     if score["value"] is None:
         return NOT_ESTIMABLE
-    if score["low"] is None:
-        return f"{score['value']:.3f}"
-    return f"{score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]"
+    value, low, high = (
+        "" if score[end] is None else f"{score[end]:.{digits}f}" for end in ("value", "low", "high")
+    )
+    if not high:
+        return value
+    return f"{value} [{f'{low}, {high}' if low else f'≤ {high}'}]"
 
 
 def format_p(p: float | None) -> str:
@@ -161,9 +160,31 @@ def share_of_train(row: dict[str, Any]) -> str:
     return f"{100 * row['train_fraction']:.3g} %"
 
 
-def format_value(score: dict[str, float | None]) -> str:
+def format_count(score: Mapping[str, Any]) -> str:
+    """Write a share with its interval and counts, ``0.909 [0.623, 0.984] 10/11``."""
+    counts = f" {score['k']}/{score['n']}" if score.get("n") else ""
+    return format_interval(score) + counts
+
+
+def format_value(score: Mapping[str, Any]) -> str:
     """Write a score alone, to three decimals."""
     return MISSING if score["value"] is None else f"{score['value']:.3f}"
+
+
+def _fit_table(result: dict[str, Any]) -> Table | None:
+    """Write how the trained heads' calibrated probabilities fit; None where it is not known."""
+    several = len(result["runs"]) > 1
+    rows = [
+        [
+            row_name(row, several=several),
+            *(format_interval(row["fit"][name], 2 + (name == "brier")) for name in FIT),
+        ]
+        for row in result["rows"]
+        if row.get("fit") and not row["baseline"]
+    ]
+    plural = "studies" if result["level"] == "study" else "images"
+    title = f"Calibration on test {plural}: slope 1 and intercept 0 are right"
+    return Table(title, ["Head", *FIT.values()], 1, [rows], []) if rows else None
 
 
 def _grouped_table(result: dict[str, Any], by: str, plural: str) -> Table:
@@ -240,9 +261,9 @@ def render_terminal(table: Table, width: int) -> str:
 
 def _markdown(table: Table) -> str:
     ruler = ["---"] * table.n_names + ["---:"] * (len(table.columns) - table.n_names)
-    lines = [f"| {' | '.join(map(_markdown_cell, row))} |" for row in (table.columns, *table.rows)]
+    lines = [f"| {' | '.join(map(to_markdown, row))} |" for row in (table.columns, *table.rows)]
     lines.insert(1, f"| {' | '.join(ruler)} |")
-    notes = [f"- {_markdown_cell(note)}" for note in table.notes]
+    notes = [f"- {to_markdown(note)}" for note in table.notes]
     return "\n".join([f"**{table.title}**", "", *lines, "", *notes])
 
 
@@ -250,7 +271,7 @@ def _latex(table: Table) -> str:
     """Write a `booktabs` tabular, with the notes as comments."""
     alignment = "l" * table.n_names + "r" * (len(table.columns) - table.n_names)
     bodies = [
-        "\n".join(" & ".join(map(_latex_cell, row)) + r" \\" for row in section)
+        "\n".join(" & ".join(map(to_latex, row)) + r" \\" for row in section)
         for section in table.sections
     ]
     return "\n".join(
@@ -258,7 +279,7 @@ def _latex(table: Table) -> str:
             *(f"% {mask_controls(line)}" for line in (table.title, *table.notes)),
             rf"\begin{{tabular}}{{{alignment}}}",
             r"\toprule",
-            " & ".join(map(_latex_cell, table.columns)) + r" \\",
+            " & ".join(map(to_latex, table.columns)) + r" \\",
             r"\midrule",
             "\n\\midrule\n".join(bodies),
             r"\bottomrule",
@@ -273,29 +294,25 @@ def _csv(result: dict[str, Any], by: str | None) -> str:
     writer = csv.writer(output, lineterminator="\n")
     if by is None:
         about = ["run", "head", "train_fraction", "depth", "seed", "threshold"]
-        writer.writerow([*about, *names, "p_holm"])
+        fits = [f"{name}{end}" for name in FIT if name != "brier" for end in ("", "_low", "_high")]
+        writer.writerow([*about, *names, "p_holm", *fits])
         for row in result["rows"]:
             p = (row["versus_best"] or {}).get("p_holm")
-            writer.writerow([*(row[name] for name in about), *_numbers(row["scores"]), p])
+            cells = [to_csv_cell(row[name]) for name in about]
+            scores = _numbers(row["scores"], SCORES)
+            fit = _numbers(row.get("fit") or {}, [name for name in FIT if name != "brier"])
+            writer.writerow([*cells, *scores, p, *fit])
     else:
         writer.writerow([by, "n", "n_abnormal", "head", *names])
         for name, blocks in _groups(result, by):
             for head, block in blocks:
                 counts = [block.get("n"), block.get("n_abnormal")]
-                writer.writerow([name, *counts, head, *_numbers(block)])
+                numbers = _numbers(block, SCORES)
+                writer.writerow([to_csv_cell(name), *counts, to_csv_cell(head), *numbers])
     return output.getvalue().rstrip("\n")
 
 
-def _numbers(scores: dict[str, Any]) -> list[float | None]:
+def _numbers(scores: dict[str, Any], names: Sequence[str]) -> list[float | None]:
     missing = {"value": None, "low": None, "high": None}
-    found = [scores.get(name, missing) for name in SCORES]
+    found = [scores.get(name, missing) for name in names]
     return [score[part] for score in found for part in ("value", "low", "high")]
-
-
-def _markdown_cell(text: str) -> str:
-    escaped = "".join(f"\\{c}" if c in "\\|*_`[]" else c for c in mask_controls(text))
-    return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-
-
-def _latex_cell(text: str) -> str:
-    return "".join(LATEX_ESCAPES.get(c, c) for c in mask_controls(text))

@@ -1,6 +1,7 @@
 """The sweep's end: winners are refitted and packaged, predict every row, and are scored once."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from medembed.results.model_readme import (
     write_readme,
 )
 from medembed.results.priors import PRIORS, image_code, image_rows, prior_rows
+from medembed.results.run_entries import CV_METHOD
 from medembed.results.runs import Run, utc_now
 from medembed.sweeps.refits import Refitted, refit_winners
 from medembed.sweeps.training import Training, one_thread, predict, to_studies
@@ -45,20 +47,20 @@ def finish(
 
     `load` gives the embeddings and training rows of a pooling; `extras` go on every card.
     """
-    sign = sign_of(run.info["asked"]["metric"])
-    ordered = sorted(winners, key=lambda w: np.inf if w.cv is None else -sign * w.cv)
-    if ordered[0].trial is None:
-        reasons = "; ".join(f"{winner.head}: {winner.error}" for winner in ordered)
-        raise RunError(f"every head failed in the run at {run.path}. {reasons}")
     run.drop_partial_models()
-    parts = {}
-    for pooling in dict.fromkeys(winner.pooling for winner in winners if winner.trial is not None):
-        own = [winner for winner in ordered if winner.pooling == pooling and winner.keys]
+    _refuse_failures(run, winners)
+    parts, ended = {}, {winner.head: winner for winner in winners}
+    for pooling in dict.fromkeys(winner.pooling for winner in winners if winner.keys):
+        own = [winner for winner in winners if winner.pooling == pooling and winner.keys]
         embeddings, training = load(pooling)
         refitted = refit_winners(run, training, own, jobs, backend)
         reference = _summarise(embeddings, training)
         for winner in own:
             found = refitted[winner.head]
+            if isinstance(found, str):
+                ended[winner.head] = replace(winner, trial=None, error=found)
+                continue
+            winner = ended[winner.head] = replace(winner, cv=found.cv)
             card = _describe(run, winner, found, embeddings, training) | dict(extras)
             path = run.model_path(winner.head)
             path.parent.mkdir(exist_ok=True)
@@ -66,6 +68,9 @@ def finish(
             with one_thread():
                 save_model(path, found.head, card, reference=reference, texts=texts, replace=True)
             parts[winner.head] = _predict(run, winner, found, embeddings, training)
+    _refuse_failures(run, list(ended.values()))
+    sign = sign_of(run.info["asked"]["metric"])
+    ordered = sorted(ended.values(), key=lambda w: np.inf if w.cv is None else -sign * w.cv)
     embeddings, _ = load(ordered[0].pooling)
     parts |= dict(zip(PRIORS, prior_rows(embeddings.rows, row_folds), strict=True))
     names = [*(winner.head for winner in ordered if winner.trial is not None), *PRIORS]
@@ -75,6 +80,12 @@ def finish(
     scores = score_run(run)
     complete_cards(run, scores)
     run.write_scores(scores)
+
+
+def _refuse_failures(run: Run, winners: Sequence[Winner]) -> None:
+    if all(winner.trial is None for winner in winners):
+        reasons = "; ".join(f"{winner.head}: {winner.error}" for winner in winners)
+        raise RunError(f"every head failed in the run at {run.path}. {reasons}")
 
 
 def _predict(
@@ -122,10 +133,6 @@ def _describe(
     trained = np.flatnonzero(training.folds >= 0)
     per_study = found.head.study_level
     studies = _score_studies(found.out_of_fold, embeddings, training, per_study)
-    clean = None
-    if found.clean is not None:
-        clean = _score_studies(found.clean, embeddings, training, per_study)
-    note = f"its trainings fold by fold failed ({found.error}). Sweep again into another --out."
     synthetic = bool(run.info["data"]["synthetic"])
     return {
         "name": winner.head,
@@ -133,9 +140,11 @@ def _describe(
         "pooling": embeddings.pooling,
         "label_level": embeddings.label_level,
         "views": "attention" if per_study else "mean",
-        **describe_decisions(studies, clean, note=note),
+        **describe_decisions(studies),
         "metric": training.metric,
         "cv": winner.cv,
+        "cv_method": CV_METHOD,
+        "n_tried": winner.n_tried,
         "trial": winner.trial,
         "seed": training.seed,
         "encoder": describe_encoder(run.info.get("encoder", {})),
@@ -160,5 +169,5 @@ def _score_studies(
     known = probability[np.unique(training.studies[trained]) if per_study else trained]
     studies = to_studies(training, trained, known, per_study=per_study)
     _, first = np.unique(training.studies, return_index=True)
-    rows = embeddings.rows.iloc[first[studies["study"]]]
-    return studies.assign(region=rows["region"].to_numpy(), patient=rows["patient"].to_numpy())
+    place = first[studies["study"]]
+    return studies.assign(region=embeddings.regions[place], patient=embeddings.patients[place])

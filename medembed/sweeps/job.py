@@ -1,4 +1,7 @@
-"""Sweep heads over the embeddings of a cache: cross-validate, choose, refit, score once on test.
+"""Sweep heads over the embeddings of a cache: choose, cross-validate, refit, score once on test.
+
+When a trial stops, and which configuration is chosen, is decided on patients of the folds that it
+learns from, so that the fold that is scored has no say in either.
 
 Every trial and fold is written to the run's ledger when it ends, under a key that hashes all that
 decides its result; the same sweep again runs only what is missing.
@@ -24,10 +27,11 @@ from medembed.results.provenance import (
     public_name,
     summarise_data,
 )
+from medembed.results.run_entries import CV_METHOD
 from medembed.results.runs import Run, create_run
 from medembed.sweeps.finishing import finish
 from medembed.sweeps.plan import plan_batches
-from medembed.sweeps.pool import BACKENDS
+from medembed.sweeps.pool import BACKENDS, choose_jobs
 from medembed.sweeps.rows import VERSIONED, Asked, SweepRows, list_poolings
 from medembed.sweeps.trials import Ledger, run_batches
 from medembed.sweeps.winners import choose, standings
@@ -56,7 +60,7 @@ def sweep(
     progress: Callable[[int, int], None] | None = None,
     board: Callable[[Callable[[], list[dict[str, Any]]]], None] | None = None,
 ) -> dict[str, Any]:
-    """Cross-validate heads, refit each head's winner on all of train, score it on test.
+    """Choose each head's configuration, cross-validate it, refit it on all of train, score on test.
 
     Parameters
     ----------
@@ -89,7 +93,8 @@ def sweep(
         Decides folds, configurations and heads. The same seed gives the same predictions,
         whatever `jobs` is.
     jobs : int, optional
-        Processes of one thread; one per core by default, 1 trains in this process.
+        Processes of one thread; one per core by default, 1 trains in this process. More than cores
+        and memory bear are refused.
     backend : {"loky", "ray"}
         Processes of this machine, or of the Ray at `RAY_ADDRESS`.
     progress : callable, optional
@@ -102,7 +107,11 @@ def sweep(
     -------
     dict
         ``run`` (path) and ``leaderboard``: a list of ``{head, pooling, trial, params, cv, seconds,
-        status, error}``, best first, heads of which every configuration failed last.
+        status, error, chosen_by, n_tried, budget, fold_budgets}``, best first, heads of which every
+        configuration failed last. ``cv`` is the winner's, trained on all folds but the scored one;
+        ``chosen_by`` is the better score that chose it, of patients within these folds, from
+        ``n_tried`` configurations. ``fold_budgets`` are the epochs or trees that were best there,
+        ``budget`` is their median, of the model; None of heads without.
 
     Raises
     ------
@@ -116,7 +125,7 @@ def sweep(
     RunError
         `out` answers another question or is not a run, or every head failed.
     """
-    _check_options(heads, n_configs, n_folds, metric, backend)
+    _check_options(heads, n_configs, n_folds, metric, jobs, backend)
     asked = Asked(
         cache=cache if isinstance(cache, Cache) else open_cache(cache),
         manifest=manifest if isinstance(manifest, Manifest) else read_manifest(manifest),
@@ -135,6 +144,7 @@ def sweep(
     )
     details = {
         "seed": seed,
+        "cv_method": CV_METHOD,
         "command": _command(cache, manifest, out, pool, space, asked),
         "versions": library_versions(VERSIONED),
         "encoder": describe_source(
@@ -154,7 +164,7 @@ def sweep(
         run = create_run(out, data.question(batches), details=details)
         with run.locked():
             if not run.is_complete:
-                ledger = Ledger(run, batches, data.fold_sizes(), watch)
+                ledger = Ledger(run, batches, watch)
                 _train(run, ledger, data, jobs, backend)
             elif progress is not None:
                 progress(n_total := len(run.trial_records()), n_total)
@@ -175,7 +185,12 @@ def _train(run: Run, ledger: Ledger, data: SweepRows, jobs: int | None, backend:
 
 
 def _check_options(
-    heads: Sequence[str], n_configs: int | None, n_folds: int, metric: str, backend: str
+    heads: Sequence[str],
+    n_configs: int | None,
+    n_folds: int,
+    metric: str,
+    jobs: int | None,
+    backend: str,
 ) -> None:
     if not heads:
         raise TrainingDataError("no head was given. Name at least one with --heads.")
@@ -183,6 +198,10 @@ def _check_options(
         head_class(head)
     if n_configs is not None and n_configs < 1:
         raise TrainingDataError(f"--configs is {n_configs}; try at least 1 configuration per head.")
+    if jobs is not None and jobs < 1:
+        raise TrainingDataError(f"--jobs is {jobs}; at least 1 process trains.")
+    if backend == "loky":
+        choose_jobs(jobs)
     if n_folds < 2:
         raise TrainingDataError(f"--folds is {n_folds}; cross-validation needs at least 2 folds.")
     for name, value, known in (("metric", metric, SCORES), ("backend", backend, BACKENDS)):

@@ -1,11 +1,16 @@
 """Processes that train: on this machine, or on Ray. One that dies costs what it was doing."""
 
+import errno
 import multiprocessing.resource_tracker
+import os
 import signal
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import joblib
@@ -13,10 +18,13 @@ from joblib.externals.loky.backend import resource_tracker as loky_tracker
 
 from medembed.clusters import connected_to_ray
 from medembed.errors import TrainingDataError
+from medembed.machine import choose_processes, end_with_parent, free_bytes
 
-__all__ = ["BACKENDS", "Died", "Pool"]
+__all__ = ["BACKENDS", "Died", "Pool", "choose_jobs"]
 
 BACKENDS = ("loky", "ray")
+JOB_BYTES = 500_000_000
+"""Memory that a process takes which trains, with PyTorch loaded and some embeddings."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +32,18 @@ class Died:
     """What took the place of a result: why there is none, such as a process that is gone."""
 
     reason: str
+
+
+def choose_jobs(asked: int | None) -> int:
+    """Decide how many processes of this machine train; one a core by default.
+
+    Raises
+    ------
+    TrainingDataError
+        More are asked for than its cores and memory bear.
+    """
+    most = choose_processes(asked, "--jobs", JOB_BYTES, TrainingDataError)
+    return asked or min(most, joblib.cpu_count())
 
 
 class Pool:
@@ -56,9 +76,10 @@ class Pool:
             from ray.util.joblib import register_ray
 
             register_ray()
-            self._jobs = self._jobs or int(ray.cluster_resources().get("CPU", 1))
+            self._jobs = _choose_on_ray(self._jobs, int(ray.cluster_resources().get("CPU", 1)))
             self._shared = _OnRay(ray.put(self._shared))
-        self._jobs = self._jobs or joblib.cpu_count()
+        else:
+            self._jobs = choose_jobs(self._jobs)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -106,6 +127,7 @@ class Pool:
             try:
                 yield from self._in_processes(function, {i: item}, 2)
             except Exception as error:
+                _refuse_full_disk(error)
                 reason = str(error) or type(error).__name__
                 yield i, Died(f"the process died: {reason.splitlines()[0]}")
 
@@ -148,12 +170,39 @@ class Pool:
             parallel.__exit__(None, None, None)
 
 
+def _refuse_full_disk(error: Exception) -> None:
+    """Raise where the arrays that processes share found no room: no trial is to blame for that.
+
+    joblib maps them from a file, and tells of its troubles in words alone.
+    """
+    if os.strerror(errno.ENOSPC) not in f"{error} {error.__cause__}":
+        return
+    named = os.environ.get("JOBLIB_TEMP_FOLDER")
+    place = Path(named or ("/dev/shm" if Path("/dev/shm").exists() else tempfile.gettempdir()))  # nosec B108
+    raise OSError(
+        errno.ENOSPC,
+        f"{os.strerror(errno.ENOSPC)} for the embeddings that processes share; "
+        f"{free_bytes(place):,} bytes are free. Set JOBLIB_TEMP_FOLDER to a larger disk, or give "
+        "--jobs 1",
+        str(place),
+    ) from error
+
+
+def _choose_on_ray(asked: int | None, cores: int) -> int:
+    if asked is not None and asked > max(1, cores):
+        raise TrainingDataError(
+            f"--jobs {asked} is more than the {cores} cores of this Ray, and some would never "
+            "begin. Give no more, or leave it out."
+        )
+    return asked or max(1, cores)
+
+
 @contextmanager
 def _deaf() -> Iterator[None]:
-    """Keep Ctrl-C from processes that start meanwhile: this one is told, and ends them."""
+    """Keep a terminal's signals from processes that start now: this one is told, and ends them."""
     for tracker in (multiprocessing.resource_tracker, loky_tracker):
         tracker.ensure_running()  # starting one would let the signal in again
-    signals = {signal.SIGINT}
+    signals = {signal.SIGINT, signal.SIGHUP}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         yield
@@ -184,4 +233,13 @@ class _OnRay:
 
 
 def _call(function: Callable[[Any, Any], Any], shared: Any, i: int, item: Any) -> tuple[int, Any]:
-    return i, function(shared.get() if isinstance(shared, _OnRay) else shared, item)
+    if isinstance(shared, _OnRay):
+        return i, function(shared.get(), item)
+    _end_with_parent()
+    return i, function(shared, item)
+
+
+@cache
+def _end_with_parent() -> None:
+    """Say it once in a process: those that a killed sweep has left would wait for minutes."""
+    end_with_parent()

@@ -1,9 +1,9 @@
-"""Train winners again: on all rows for their models, and fold by fold for clean scores.
+"""Train winners again: on all rows for their models, and without each fold for its scores.
 
-Early stopping sees the rows that a trial is scored on, so its out-of-fold scores are a little too
-good, and prediction sets that rest on them a little too small. A clean score comes from a winner
-that is trained without the row's fold for as many epochs or trees as the *other* folds have found
-best. Heads that do not stop early have clean scores already.
+A trial has learnt from a part of the other folds' patients, and the rest of them has judged it. Its
+head is trained anew on all of them, for as many epochs or trees as that rest has found best, and
+predicts the fold, which no decision has seen. Those predictions are what a head is judged by, and
+what calibration, thresholds and prediction sets rest on.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medembed.errors import RunError
+from medembed.errors import RunError, TrainingDataError
 from medembed.files import json_digest
 from medembed.heads.base import Head
 from medembed.heads.registry import head_class
-from medembed.results.failures import describe_failure
+from medembed.results.failures import describe_failure, is_final
 from medembed.results.runs import Run
 from medembed.sweeps.pool import Died, Pool
-from medembed.sweeps.training import Training, configure, one_thread, predict
+from medembed.sweeps.training import Training, configure, one_thread, predict, study_score
 from medembed.sweeps.winners import Winner
 
 __all__ = ["Refit", "Refitted", "gather_folds", "refit", "refit_winners"]
@@ -51,30 +51,26 @@ class Refit:
 
 @dataclass(frozen=True)
 class Refitted:
-    """A winner trained on all rows, and its predictions of every fold.
+    """A winner trained on all rows, and what it predicts of every fold when that is left out.
 
     Attributes
     ----------
     head : Head
     out_of_fold : float64 array of shape (n,)
-        Of the trial: one per row, or per study by code where the head judges studies; NaN where
-        not trained on.
-    clean : float64 array or None
-        The same, of trainings whose early stopping has not seen the row.
-    error : str, optional
-        Why there are none.
+        One per row, or per study by code where the head judges studies; NaN where not trained on.
+    cv : float
+        Mean over folds of the sweep's metric.
     """
 
     head: Head
     out_of_fold: NDArray[np.float64]
-    clean: NDArray[np.float64] | None
-    error: str | None = None
+    cv: float
 
 
 def refit_winners(
     run: Run, training: Training, winners: Sequence[Winner], jobs: int | None, backend: str
-) -> dict[str, Refitted]:
-    """Train winners of one pooling on all rows, and where their scores are not clean on the folds.
+) -> dict[str, Refitted | str]:
+    """Train winners of one pooling on all rows, and without each fold.
 
     What a fold's training predicts is kept in the run as soon as it is there, so that the same
     sweep, asked again, does not repeat it.
@@ -82,7 +78,7 @@ def refit_winners(
     Parameters
     ----------
     run : Run
-        Locked; it keeps the trials' predictions of their folds.
+        Locked.
     winners : sequence of Winner
         Those that are.
     jobs, backend
@@ -90,45 +86,41 @@ def refit_winners(
 
     Returns
     -------
-    dict of str to Refitted
-        By name of the head.
+    dict of str to Refitted or str
+        By name of the head; or why it cannot be trained again, which would come again.
 
     Raises
     ------
     RunError
-        A refit on all rows failed, or its process died. Where a fold is left out neither is an
-        error: prediction sets are no reason to lose a sweep.
+        A training failed, or its process died, for a reason that need not come again.
     """
-    wholes = [Refit(own.head, own.params or {}, own.budget) for own in winners]
     parts = {own.head: _plan_folds(own) for own in winners}
     kept = {part.key: run.kept_fold(part.key) for own in parts.values() for part in own}
     lacking = [p for own in parts.values() for p in own if not _is_whole(training, p, kept[p.key])]
     heads: dict[str, Head] = {}
     failed: dict[str, str] = {}
+    wholes = [Refit(own.head, own.params or {}, own.budget) for own in winners]
     items = [*wholes, *lacking]
     with Pool(training, jobs, backend) as pool:
         for k, result in pool.run(refit, items):
             item = items[k]
             if isinstance(result, Died):
-                if item.fold is None:
-                    raise RunError(
-                        f"the refit of {item.head} on all training rows failed: {result.reason}. "
-                        "The same command tries it again; without that head give another --out."
-                    )
-                failed[item.head] = result.reason
+                failed[item.head] = _explain(item, result)
             elif item.fold is None:
                 heads[item.head] = result
             else:
                 kept[item.key] = result
                 run.keep_fold(item.key, result)
-    found = {}
-    for own in winners:
-        name = own.head
-        of_trial = gather_folds(training, name, [_known(run.kept_fold(key)) for key in own.keys])
-        clean = None if name in failed else of_trial
-        if parts[name] and clean is not None:
-            clean = gather_folds(training, name, [_known(kept[p.key]) for p in parts[name]])
-        found[name] = Refitted(heads[name], of_trial, clean, failed.get(name))
+    found: dict[str, Refitted | str] = dict(failed)
+    for name, own in parts.items():
+        if name not in failed:
+            folds = [_known(kept[part.key]) for part in own]
+            try:
+                cv = float(np.mean([_score(training, p, kept[p.key]) for p in own]))
+            except TrainingDataError as error:
+                found[name] = describe_failure(error)
+                continue
+            found[name] = Refitted(heads[name], gather_folds(training, name, folds), cv)
     return found
 
 
@@ -170,18 +162,35 @@ def _train(training: Training, item: Refit, rows: NDArray[np.int64]) -> Head:
     return head
 
 
+def _explain(item: Refit, died: Died) -> str:
+    """Return why a training failed; RunError where the next one may not."""
+    if is_final(died.reason):
+        return died.reason
+    rows = "on all training rows" if item.fold is None else f"without fold {item.fold}"
+    raise RunError(
+        f"the refit of {item.head} {rows} failed: {died.reason}. The same command tries it again; "
+        "without that head give another --out."
+    )
+
+
 def _plan_folds(winner: Winner) -> list[Refit]:
-    """Plan the trainings behind clean scores; none of a head without epochs or trees."""
+    """Plan the trainings behind out-of-fold scores."""
     return [
         Refit(
             winner.head,
             winner.params or {},
             budget,
             fold,
-            json_digest(["clean", winner.keys[fold], budget])[:32],
+            json_digest(["fold", winner.keys[fold], budget])[:32],
         )
         for fold, budget in enumerate(winner.fold_budgets)
     ]
+
+
+def _score(training: Training, part: Refit, kept: NDArray[np.float64] | None) -> float:
+    assert part.fold is not None
+    per_study = head_class(part.head).study_level
+    return study_score(training, training.held(part.fold), _known(kept), per_study=per_study)
 
 
 def _is_whole(training: Training, part: Refit, kept: NDArray[np.float64] | None) -> bool:

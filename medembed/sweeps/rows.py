@@ -12,11 +12,12 @@ from medembed.cache.embeddings import Embeddings, choose_poolings, load_embeddin
 from medembed.cache.store import Cache
 from medembed.dataset.covariates import CovariateEncoder, fit_covariates
 from medembed.dataset.manifest import Manifest
-from medembed.dataset.splits import fold_train_rows, require_both_classes
+from medembed.dataset.splits import draw_inner, fold_train_rows, require_both_classes
 from medembed.errors import TrainingDataError
 from medembed.files import json_digest
 from medembed.heads.spaces import HeadSpace
 from medembed.machine import library_versions
+from medembed.results.run_entries import CV_METHOD
 from medembed.sweeps.plan import Batch, Pooling
 from medembed.sweeps.training import Training
 
@@ -50,6 +51,8 @@ class SweepRows:
     ----------
     row_folds : int64 array of shape (n,)
         The fold of every embedded row; -1 where it is not trained on.
+    row_inner : bool array of shape (n_folds, n)
+        Whether the row decides for a fold when trials stop and which is chosen, see `draw_inner`.
     failed : DataFrame
         Rows left out, as `Embeddings` has them.
     encoder : CovariateEncoder, optional
@@ -58,6 +61,7 @@ class SweepRows:
     asked: Asked
     poolings: Sequence[Pooling]
     row_folds: NDArray[np.int64] = field(init=False)
+    row_inner: NDArray[np.bool_] = field(init=False)
     failed: pd.DataFrame = field(init=False)
     encoder: CovariateEncoder | None = field(init=False, default=None)
     _loaded: tuple[str, Embeddings, Training] | None = field(init=False, default=None)
@@ -70,6 +74,8 @@ class SweepRows:
             fraction=asked.train_fraction,
             seed=asked.seed,
         )
+        known = asked.manifest.rows.set_index("image", drop=False).loc[folds.index]
+        inner = draw_inner(known, folds.to_numpy(), seed=asked.seed)
         embeddings = self._embed(self.poolings[0])
         if asked.covariates:
             rows = asked.manifest.rows
@@ -77,8 +83,12 @@ class SweepRows:
             self.encoder = fit_covariates(trained, asked.covariates)
             self.encoder.transform(rows)  # what cannot be encoded is told before any training
         self.row_folds = folds.reindex(embeddings.rows["image"]).fillna(-1).to_numpy(np.int64)
+        by_image = pd.DataFrame(inner.T, folds.index).reindex(
+            embeddings.rows["image"], fill_value=False
+        )
+        self.row_inner = by_image.to_numpy(bool).T.copy()
         self.failed = embeddings.failed
-        _check_rows(embeddings, self.row_folds, asked.n_folds)
+        _check_rows(embeddings, self.row_folds, self.row_inner)
         self._keep(self.poolings[0], embeddings)
 
     def load(self, name: str) -> tuple[Embeddings, Training]:
@@ -90,16 +100,6 @@ class SweepRows:
         assert self._loaded is not None
         return self._loaded[1:]
 
-    def fold_sizes(self) -> dict[bool, list[int]]:
-        """Return how many images (False) and studies (True) each fold has."""
-        assert self._loaded is not None
-        training = self._loaded[2]
-        held = [training.held(fold) for fold in range(self.asked.n_folds)]
-        return {
-            False: [len(rows) for rows in held],
-            True: [len(np.unique(training.studies[rows])) for rows in held],
-        }
-
     def shared(self) -> dict[str, Any]:
         """Return what decides the results of all trials alike."""
         asked = self.asked
@@ -107,6 +107,7 @@ class SweepRows:
         rows, trained = self._loaded[1].rows, self.row_folds >= 0
         return {
             "n_folds": asked.n_folds,
+            "cv_method": CV_METHOD,
             "metric": asked.metric,
             "seed": asked.seed,
             "covariates": list(asked.covariates),
@@ -148,6 +149,7 @@ class SweepRows:
             X=X,
             y=embeddings.y,
             folds=self.row_folds,
+            inner=self.row_inner,
             studies=pd.factorize(embeddings.studies, sort=True)[0],
             n_cells=pooling.n_cells,
             n_covariates=n_covariates,
@@ -168,8 +170,10 @@ def list_poolings(cache: Cache, pool: str | Sequence[str] | None) -> list[Poolin
     return chosen
 
 
-def _check_rows(embeddings: Embeddings, row_folds: NDArray[np.int64], n_folds: int) -> None:
-    """Refuse rows that allow no training: one class on either side of a fold, no test rows."""
+def _check_rows(
+    embeddings: Embeddings, row_folds: NDArray[np.int64], row_inner: NDArray[np.bool_]
+) -> None:
+    """Refuse rows that allow no training: one class in any part of a fold, no test rows."""
     is_test = (embeddings.rows["split"] == "test").to_numpy() & (embeddings.y >= 0)
     if not is_test.any():
         raise TrainingDataError(
@@ -177,7 +181,9 @@ def _check_rows(embeddings: Embeddings, row_folds: NDArray[np.int64], n_folds: i
             "`medembed cache info CACHE --failures` names the reasons."
         )
     left_out = f"without the {len(embeddings.failed)} images that could not be embedded"
-    for fold in range(n_folds):
+    for fold, judged in enumerate(row_inner):
         held, trained = row_folds == fold, row_folds >= 0
         require_both_classes(embeddings.y[held], f"fold {fold} {left_out}")
-        require_both_classes(embeddings.y[trained & ~held], f"all folds but {fold} {left_out}")
+        for part, flags in (("learnt from", ~judged), ("stopped by", judged)):
+            where = f"what is {part} without fold {fold}, {left_out},"
+            require_both_classes(embeddings.y[trained & ~held & flags], where)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from medembed.heads.projection import Basis
-from medembed.heads.registry import head_class, make_head
+from medembed.heads.registry import make_head
 from medembed.results.failures import is_final
 from medembed.results.runs import Run
 from medembed.sweeps.plan import Batch, Trial
@@ -48,9 +48,6 @@ class Ledger:
         Locked.
     batches : sequence of Batch
         All that the sweep wants.
-    sizes : mapping of bool to sequence of int
-        Predictions that a trial makes on each fold: of heads that judge images (False), or
-        studies (True).
     watch : callable, optional
         Called with the ledger after every record.
     """
@@ -59,40 +56,29 @@ class Ledger:
         self,
         run: Run,
         batches: Sequence[Batch],
-        sizes: Mapping[bool, Sequence[int]],
         watch: Callable[["Ledger"], None] | None = None,
     ) -> None:
         self.run, self.batches, self._watch = run, batches, watch
         self.records = {record.get("key", ""): record for record in run.trial_records()}
-        wanted = {
-            key: sizes[head_class(trial.head).study_level][fold]
-            for batch in batches
-            for trial in batch.trials
-            for fold, key in enumerate(trial.keys)
-        }
+        wanted = {key for batch in batches for trial in batch.trials for key in trial.keys}
         self.n_wanted = len(wanted)
-        self.done = {key for key, size in wanted.items() if self._is_done(key, size)}
-        again = (set(wanted) & set(self.records)) - self.done
+        self.done = {key for key in wanted if self._is_done(key)}
+        again = (wanted & set(self.records)) - self.done
         if again:
             run.forget_trials(again)
         self._tell()
 
-    def _is_done(self, key: str, size: int) -> bool:
+    def _is_done(self, key: str) -> bool:
         record = self.records.get(key)
         if record is None:
             return False
-        if record["status"] == "ok":
-            kept = self.run.kept_fold(key)
-            return kept is not None and len(kept) == size
-        return record["status"] == RETIRED or is_final(record["error"])
+        return record["status"] in ("ok", RETIRED) or is_final(record["error"])
 
     def write(self, trial: Trial, fold: int, outcome: Outcome, status: str) -> None:
         """Write down how a trial ended on a fold, unless that is known."""
         key = trial.keys[fold]
         if key in self.done:
             return
-        if outcome.probability is not None:
-            self.run.keep_fold(key, outcome.probability)
         record = {
             "trial": trial.number,
             "head": trial.head,

@@ -20,24 +20,35 @@ class Winner:
     ----------
     pooling : str
         Its own; of a head without a winner those that were tried.
-    budget : int, optional
-        Epochs or trees of the refit: the median over folds of the best. None of a head without.
-    fold_budgets : tuple of int
-        For each fold the median over the other folds; empty of a head without.
+    score : float, optional
+        What it was chosen by: the mean over folds of the patients that judged its trial there.
+    n_tried : int
+        Configurations that it was chosen from, on all poolings.
+    fold_budgets : tuple of (int or None)
+        For each fold the epochs or trees that its trial has found best; None of a head without.
     keys : tuple of str
         Of the trial on each fold.
+    cv : float, optional
+        Mean over folds of the scores of what was trained on all other folds; None before that.
     """
 
     head: str
     pooling: str
     trial: int | None
     params: Mapping[str, Any] | None
-    cv: float | None
     seconds: float
     error: str | None
-    budget: int | None = None
-    fold_budgets: tuple[int, ...] = ()
+    n_tried: int
+    score: float | None = None
+    fold_budgets: tuple[int | None, ...] = ()
     keys: tuple[str, ...] = ()
+    cv: float | None = None
+
+    @property
+    def budget(self) -> int | None:
+        """Epochs or trees of the refit on all rows: the median over folds."""
+        found = [budget for budget in self.fold_budgets if budget is not None]
+        return max(1, round(float(np.median(found)))) if found else None
 
     def as_entry(self) -> dict[str, Any]:
         """Return the line of the leaderboard."""
@@ -48,8 +59,12 @@ class Winner:
             "params": None if self.params is None else dict(self.params),
             "cv": self.cv,
             "seconds": round(self.seconds, 3),
-            "status": "error" if self.trial is None else "ok",
+            "status": "ok" if self.error is None else "error",
             "error": self.error,
+            "chosen_by": self.score,
+            "n_tried": self.n_tried,
+            "budget": self.budget,
+            "fold_budgets": list(self.fold_budgets) if self.budget is not None else None,
         }
 
 
@@ -62,24 +77,22 @@ def choose(ledger: Ledger, head: str, metric: str) -> Winner:
     if not means:
         found = [records[key]["error"] for trial in own for key in trial.keys]
         poolings = ",".join(dict.fromkeys(trial.pooling for trial in own))
-        return Winner(head, poolings, None, None, None, seconds, next(filter(None, found)))
+        error = next(filter(None, found))
+        return Winner(head, poolings, None, None, seconds, error, n_tried=len(own))
     sign = sign_of(metric)
     best = max(means, key=lambda number: sign * means[number])
     trial = next(trial for trial in own if trial.number == best)
-    epochs = [records[key]["best_epoch"] for key in trial.keys]
-    has_epochs = all(epoch is not None for epoch in epochs)
-    others = [epochs[:fold] + epochs[fold + 1 :] for fold in range(len(epochs))]
     return Winner(
         head,
         trial.pooling,
         best,
         trial.params,
-        means[best],
         seconds,
         None,
-        _middle(epochs) if has_epochs else None,
-        tuple(_middle(own) for own in others) if has_epochs else (),
-        trial.keys,
+        n_tried=len(own),
+        score=means[best],
+        fold_budgets=tuple(records[key]["best_epoch"] for key in trial.keys),
+        keys=trial.keys,
     )
 
 
@@ -115,10 +128,6 @@ def _telling_first(trial: Trial, others: Sequence[Trial]) -> dict[str, Any]:
     params = trial.params
     varying = [k for k in params if any(o.params.get(k) != params[k] for o in others)]
     return {name: params[name] for name in dict.fromkeys([*varying, *params])}
-
-
-def _middle(epochs: Sequence[int]) -> int:
-    return max(1, round(float(np.median(epochs))))
 
 
 def _trials(ledger: Ledger, head: str) -> list[Trial]:

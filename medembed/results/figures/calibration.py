@@ -14,7 +14,7 @@ from medembed.results.figures.plotting import (
     start_figure,
 )
 from medembed.results.figures.wording import (
-    describe_bootstrap,
+    describe_intervals,
     describe_test,
     flatten,
     label_rows,
@@ -23,6 +23,7 @@ from medembed.results.figures.wording import (
     shown_rows,
     write_csv,
 )
+from medembed.results.methods import OF_SHARES
 from medembed.results.tables import format_interval
 
 __all__ = ["plot_calibration"]
@@ -60,7 +61,7 @@ def plot_calibration(result: dict[str, Any]) -> Plot | None:
         draw,
         caption=f"{describe_test(result)} {name}: points, the share abnormal within each bin of "
         f"probabilities, bars 95 % intervals; dotted, perfect calibration; strips, test "
-        f"{name_units(result)} in each bin. {describe_bootstrap(result, 1)}",
+        f"{name_units(result)} in each bin. {describe_intervals(result, OF_SHARES, 1)}",
         alt=f"Reliability of {name} on test, with 95 % intervals. {'; '.join(numbers)}.",
         csv=_write_bins(name_rows(result, rows)[0], panels),
     )
@@ -69,7 +70,7 @@ def plot_calibration(result: dict[str, Any]) -> Plot | None:
 def _draw_panels(theme: Theme, result: dict[str, Any], name: str, panels: dict[str, Any]) -> Figure:
     about = (
         f"Head: {name}. {describe_test(result)} Bars and brackets: 95 % intervals, "
-        f"{describe_bootstrap(result, 1)}"
+        f"{describe_intervals(result, OF_SHARES, 1)}"
     )
     n_lines = (len(panels) + 1) // 2
     figure = start_figure("Calibration", about, body=2.9 * n_lines)

@@ -18,7 +18,7 @@ from medembed.results.figures.plotting import (
 )
 from medembed.results.figures.wording import (
     MAX_SERIES,
-    describe_bootstrap,
+    describe_intervals,
     describe_test,
     flatten,
     label_rows,
@@ -26,6 +26,7 @@ from medembed.results.figures.wording import (
     shown_rows,
     write_csv,
 )
+from medembed.results.methods import of_score
 from medembed.results.tables import format_interval
 
 __all__ = ["plot_cost"]
@@ -46,7 +47,7 @@ def plot_cost(result: dict[str, Any]) -> Plot | None:
     rows = timed[:MAX_SERIES]
     if len(rows) < 2:
         return None
-    draws = describe_bootstrap(result, n_all=len(timed))
+    draws = describe_intervals(result, of_score("auroc"), n_all=len(timed))
     names = label_rows(result, rows, MAX_LABEL)
     labels = [
         f"{name}  {format_interval(row['scores']['auroc'])}, {_format_seconds(row['seconds'])}"

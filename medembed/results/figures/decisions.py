@@ -8,7 +8,7 @@ from matplotlib.patches import Rectangle
 from medembed.results.figures.lettering import LEGEND, SMALL, elide
 from medembed.results.figures.plotting import Plot, Theme, make_plot, start_figure
 from medembed.results.figures.wording import (
-    describe_bootstrap,
+    describe_intervals,
     describe_test,
     flatten,
     label_rows,
@@ -16,6 +16,7 @@ from medembed.results.figures.wording import (
     shown_rows,
     write_csv,
 )
+from medembed.results.methods import OF_SHARES
 from medembed.results.tables import format_interval
 
 __all__ = ["plot_confusion"]
@@ -55,7 +56,7 @@ def plot_confusion(result: dict[str, Any]) -> Plot | None:
         draw,
         caption=f"{describe_test(result)} Cells: counts and shares of the row, at Youden's "
         "threshold, which was chosen on out-of-fold predictions of train; below, sensitivity and "
-        f"specificity with 95 % intervals. {describe_bootstrap(result, MAX_MATRICES)}",
+        f"specificity with 95 % intervals. {describe_intervals(result, OF_SHARES, MAX_MATRICES)}",
         alt=f"{TITLE} on test. {'; '.join(sentences)}.",
         csv=write_csv(
             [
@@ -75,7 +76,7 @@ def plot_confusion(result: dict[str, Any]) -> Plot | None:
 def _draw_matrices(theme: Theme, result: dict[str, Any], rows: list[dict[str, Any]]) -> Figure:
     about = (
         f"{describe_test(result)} Cells: counts and shares of the row. Intervals: 95 %, "
-        f"{describe_bootstrap(result, MAX_MATRICES)}"
+        f"{describe_intervals(result, OF_SHARES, MAX_MATRICES)}"
     )
     several = len(result["runs"]) > 1
     figure = start_figure(TITLE, about, body=2.9 if several else 2.7)

@@ -17,7 +17,7 @@ from medembed.results.figures.plotting import (
 )
 from medembed.results.figures.wording import (
     MAX_SERIES,
-    describe_bootstrap,
+    describe_intervals,
     describe_test,
     flatten,
     is_known,
@@ -26,6 +26,7 @@ from medembed.results.figures.wording import (
     shown_rows,
     write_csv,
 )
+from medembed.results.methods import OF_SHARES
 from medembed.results.tables import format_interval
 
 __all__ = ["plot_deferral"]
@@ -46,7 +47,7 @@ def plot_deferral(result: dict[str, Any]) -> Plot | None:
     if not rows:
         return None
     names = label_rows(result, rows)
-    draws = describe_bootstrap(result, n_all=len(able))
+    draws = describe_intervals(result, OF_SHARES, n_all=len(able))
 
     def draw(theme: Theme) -> Figure:
         return _draw_panels(theme, result, rows, names, draws)

@@ -17,12 +17,13 @@ from medembed.results.figures.plotting import (
     start_figure,
 )
 from medembed.results.figures.wording import (
-    describe_bootstrap,
+    describe_intervals,
     describe_test,
     is_known,
     label_rows,
     shown_rows,
 )
+from medembed.results.methods import of_score
 from medembed.results.tables import GROUPINGS, NOT_ESTIMABLE, format_interval, render
 
 __all__ = ["plot_regions", "plot_views"]
@@ -125,7 +126,7 @@ def _plot_groups(
         draw,
         caption=f"{describe_test(result)} Bars: 95 % intervals, left out where too few patients "
         f"stand behind them; n: test rows, abnormal in brackets; {meaning}. "
-        f"{describe_bootstrap(result)}",
+        f"{describe_intervals(result, of_score('auroc'))}",
         alt=f"AUROC with 95 % interval. {'; '.join(cells)}.",
         csv=render(result, table_format="csv", by=by) + "\n",
     )
@@ -142,7 +143,7 @@ def _draw_groups(
     n_lines, n_heads = len(lines.labels), len(names)
     about = (
         f"{describe_test(result)} In brackets: abnormal. Intervals: 95 %, "
-        f"{describe_bootstrap(result)}"
+        f"{describe_intervals(result, of_score('auroc'))}"
     )
     body = n_lines * max(0.38, 0.2 + 0.16 * n_heads) + 0.6
     figure = start_figure(title, about, body=body, n_labels=n_heads)
@@ -175,5 +176,6 @@ def _places(i: int, n_heads: int, n_lines: int) -> list[float]:
 
 def _limits(lines: _Lines) -> tuple[float, float]:
     scores = [score for own in lines.scores for score in own]
-    found = [bound for score in scores for bound in score.values() if bound is not None]
+    ends = [score.get(name) for score in scores for name in ("value", "low", "high")]
+    found = [end for end in ends if end is not None]
     return min([0.48, *found]) - 0.02, 1.02

@@ -12,6 +12,8 @@ from typing import Any
 from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import text_to_path
 
+from medembed.text import mask_controls
+
 __all__ = ["FONT", "LEGEND", "SMALL", "clean", "elide", "measure", "thin", "wrap"]
 
 FONT = "DejaVu Sans"
@@ -27,14 +29,8 @@ GAP = 3.0
 
 def clean(text: str) -> str:
     """Keep what a line of a figure can hold: no control characters, no marks that pile up."""
-    kept = ""
-    for character in unicodedata.normalize("NFC", text):
-        category = unicodedata.category(character)
-        if category.startswith("C") or category in {"Zl", "Zp"}:
-            kept += "�"
-        elif category not in {"Mn", "Me"}:
-            kept += character
-    return kept
+    shown = mask_controls(unicodedata.normalize("NFC", text))
+    return "".join(c for c in shown if unicodedata.category(c) not in {"Mn", "Me"})
 
 
 def measure(text: str, size: float) -> float:

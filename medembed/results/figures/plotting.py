@@ -188,7 +188,8 @@ def add_points(
 
 def scale_scores(axes: Any, scores: Sequence[dict[str, Any]]) -> None:
     """Let the upright axis show all scores and intervals, with a margin and round numbers."""
-    found = [bound for score in scores for bound in score.values() if bound is not None]
+    ends = [score.get(name) for score in scores for name in ("value", "low", "high")]
+    found = [end for end in ends if end is not None]
     low, high = (min(found), max(found)) if found else (0.0, 1.0)
     margin = max(0.01, 0.08 * (high - low))
     axes.set_ylim(low - margin, high + margin)

@@ -25,13 +25,15 @@ from medembed.results.figures.plotting import (
     start_figure,
 )
 from medembed.results.figures.wording import (
-    describe_bootstrap,
+    describe_intervals,
     describe_test,
     label_rows,
     name_rows,
     shown_rows,
 )
+from medembed.results.methods import of_score
 from medembed.results.tables import format_interval
+from medembed.text import to_csv_cell
 
 __all__ = ["plot_precision_recall", "plot_roc"]
 
@@ -117,12 +119,14 @@ def _plot_curves(
     def draw(theme: Theme) -> Figure:
         return _draw_curves(theme, result, kind, curves, band, labels, chance)
 
+    how = f"{of_score(kind.score)}; the band by bootstrap resamples of patients"
     best = f"Band: pointwise 95 % of {names[0]}. Legend: {kind.score_title}"
     return make_plot(
         kind.name,
         kind.title,
         draw,
-        caption=f"{describe_test(result)} {best} with 95 % interval. {describe_bootstrap(result)}",
+        caption=f"{describe_test(result)} {best} with 95 % interval. "
+        f"{describe_intervals(result, how)}",
         alt=f"{kind.title} on test. {kind.score_title} with 95 % interval: {'; '.join(labels)}.",
         csv=_write_curves(kind, name_rows(result, rows), curves, band),
     )
@@ -137,7 +141,8 @@ def _draw_curves(
     labels: list[str],
     chance: tuple[list[float], str],
 ) -> Figure:
-    about = f"{describe_test(result)} Band and intervals: 95 %, {describe_bootstrap(result)}"
+    how = f"{of_score(kind.score)}; the band by bootstrap"
+    about = f"{describe_test(result)} Intervals and band: 95 %, {describe_intervals(result, how)}"
     figure = start_figure(kind.title, about, body=4.75, n_labels=len(labels) + 2)
     axes = figure.add_subplot()
     ends, colour = (band["low"], band["high"]), theme.series[0]
@@ -173,4 +178,5 @@ def _write_curves(
     parts.append(band.assign(head=names[0], threshold=np.nan, kind="band"))
     columns = ["head", "kind", kind.x, kind.y, "threshold", "low", "high"]
     table = pd.concat([part[columns] for part in parts])
+    table["head"] = table["head"].map(to_csv_cell)
     return str(table.to_csv(index=False, lineterminator="\n"))

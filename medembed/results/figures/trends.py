@@ -26,7 +26,7 @@ from medembed.results.figures.plotting import (
 from medembed.results.figures.slots import Slots
 from medembed.results.figures.wording import (
     MAX_SERIES,
-    describe_bootstrap,
+    describe_intervals,
     describe_test,
     flatten,
     is_known,
@@ -118,7 +118,7 @@ def _plot_trend(
     trend: _Trend,
     label: Callable[[Any, Series], str],
 ) -> Plot | None:
-    draws = describe_bootstrap(result, n_all=len(series))
+    draws = describe_intervals(result, "patients as clusters", n_all=len(series))
     series = series[:MAX_SERIES]
     points = [point for own in series for point in own["points"]]
     if not any(is_known(point[score]) for score, _ in trend.panels for point in points):

@@ -8,10 +8,11 @@ import pandas as pd
 from medembed.results.comparison import counted
 from medembed.results.figures.lettering import LEGEND, elide
 from medembed.results.pairing import row_name
+from medembed.text import to_csv_cell
 
 __all__ = [
     "MAX_SERIES",
-    "describe_bootstrap",
+    "describe_intervals",
     "describe_test",
     "flatten",
     "is_known",
@@ -65,19 +66,19 @@ def describe_test(result: dict[str, Any]) -> str:
     )
 
 
-def describe_bootstrap(
-    result: dict[str, Any], n_shown: int = MAX_SERIES, n_all: int | None = None
+def describe_intervals(
+    result: dict[str, Any], how: str, n_shown: int = MAX_SERIES, n_all: int | None = None
 ) -> str:
-    """Return the sentences on resamples, heads that are not drawn, and synthetic images.
+    """Return the sentences on intervals, heads that are not drawn, and synthetic images.
 
-    `n_all` heads could have been drawn; by default all that were trained.
+    `how` names the method; `n_all` heads could have been drawn, by default all that were trained.
     """
     if n_all is None:
         n_all = sum(not row["baseline"] for row in result["rows"])
     best = "The best" if n_shown == 1 else f"The best {n_shown}"
     shown = f" {best} of {n_all} heads." if n_all > n_shown else ""
     synthetic = " Synthetic images." if result["synthetic"] else ""
-    return f"{result['n_resamples']:,} bootstrap resamples of patients.{shown}{synthetic}"
+    return f"{how}.{shown}{synthetic}"
 
 
 def flatten(name: str, score: dict[str, Any] | None) -> dict[str, float | None]:
@@ -89,4 +90,5 @@ def flatten(name: str, score: dict[str, Any] | None) -> dict[str, float | None]:
 
 def write_csv(rows: Sequence[dict[str, Any]]) -> str:
     """Return rows as CSV at full precision, counts without a decimal point."""
-    return str(pd.DataFrame(list(rows), dtype=object).to_csv(index=False, lineterminator="\n"))
+    table = pd.DataFrame(list(rows), dtype=object).map(to_csv_cell)
+    return str(table.to_csv(index=False, lineterminator="\n"))

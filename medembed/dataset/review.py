@@ -1,0 +1,52 @@
+"""All that can be said against a manifest: what breaks its rules, and what should be looked at."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from medembed.dataset.lookalikes import find_warnings
+from medembed.dataset.manifest import check_images, read_manifest
+from medembed.errors import ManifestError
+
+__all__ = ["Review", "review_manifest"]
+
+
+@dataclass(frozen=True)
+class Review:
+    """What was found.
+
+    Attributes
+    ----------
+    problems : list of str
+        As `manifest.check_manifest` returns them.
+    warnings : list of str
+        As `lookalikes.find_warnings` returns them; none where the rows break the rules.
+    """
+
+    problems: list[str]
+    warnings: list[str] = field(default_factory=list)
+
+
+def review_manifest(
+    path: str | Path,
+    image_root: str | Path | None = None,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> Review:
+    """Check a manifest's file and, given a root, its images.
+
+    Raises
+    ------
+    PathNotFoundError
+        There is no such file or root.
+    ManifestError
+        The file cannot be read as a table at all.
+    """
+    try:
+        manifest = read_manifest(path)
+    except ManifestError as error:
+        if not error.problems:
+            raise
+        return Review(list(error.problems))
+    problems = [] if image_root is None else check_images(manifest, image_root, progress)
+    return Review(problems, find_warnings(manifest.rows))

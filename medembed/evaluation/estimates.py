@@ -1,0 +1,396 @@
+"""Scores with limits that cover the truth at the sizes that people have, patients as clusters.
+
+Every score but ECE is estimated without a resample: its variance comes from what each patient adds
+to it (`influence`), its limits from the method that covered best in `bench/coverage.py`:
+
+- shares (accuracy, sensitivity, specificity, predictive values) as `bounds.bound_share` with the
+  patients' design effect (Kish, Survey Sampling, 1965);
+- AUROC as `bounds.bound_auroc`, its variance that of DeLong with clusters (Obuchowski, Biometrics
+  53, 1997), drawn towards Hanley and McNeil's where few patients carry it;
+- average precision and Brier score by Student's t on the log-odds;
+- macro-F1 and kappa from the limits of sensitivity, specificity and prevalence (MOVER).
+
+The degrees of freedom are those of a variance that patients carry unequally (Satterthwaite,
+Biometrics Bulletin 2, 1946): of n equal normal parts they are n - 1, and fewer where few patients
+carry most of it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import inf, isnan, nan, sqrt
+from typing import NamedTuple
+
+import numpy as np
+
+from medembed.errors import TrainingDataError
+from medembed.evaluation.bounds import (
+    RULE_OF_FIVE,
+    Bounds,
+    auroc_variance,
+    bound_auroc,
+    bound_on_logit,
+    bound_share,
+    combine,
+    quantile,
+)
+from medembed.evaluation.influence import influences
+from medembed.evaluation.resampling import CONFIDENCE, CONSTANT, MIN_PATIENTS, Interval
+from medembed.evaluation.scores import SCORES, Scorer
+
+__all__ = [
+    "PREDICTIVE",
+    "Estimate",
+    "Spread",
+    "estimate_scores",
+    "estimate_share",
+    "mean_estimate",
+    "measure_spread",
+]
+
+PREDICTIVE = ("ppv", "npv")
+#: How many patients the variance of Hanley and McNeil stands for beside that of the data.
+_PRIOR_PATIENTS = 5.0
+_NO_SPREAD = "the rows do not tell how far the score varies"
+_SHARES = ("accuracy", "sensitivity", "specificity", *PREDICTIVE)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A score and how its limits are found at any confidence.
+
+    Attributes
+    ----------
+    value : float
+        NaN where not estimable.
+    limits : callable, optional
+        Gives (low, high) for a confidence in (0, 1); None where no interval is shown.
+    method : str, optional
+        Names how; None without limits.
+    reason : str, optional
+        Why there are none.
+    k, n : int, optional
+        Of a share: how many of how many rows.
+    parts : array of shape (patients,)
+        What each patient adds, see `influence`.
+    """
+
+    value: float
+    limits: Callable[[float], Bounds] | None = None
+    method: str | None = None
+    reason: str | None = None
+    k: int | None = None
+    n: int | None = None
+    parts: np.ndarray = field(default_factory=lambda: np.empty(0), repr=False, compare=False)
+
+    def interval(self, confidence: float = CONFIDENCE) -> Interval:
+        """Return the value with its limits, NaN where none are shown."""
+        low, high = (nan, nan) if self.limits is None else self.limits(confidence)
+        if not low < high:
+            method, reason = None, self.reason or _NO_SPREAD
+            return Interval(self.value, nan, nan, method, reason, self.k, self.n)
+        return Interval(self.value, low, high, self.method, None, self.k, self.n)
+
+
+class Spread(NamedTuple):
+    """What patients add to a score.
+
+    `parts` (I,) of all rows, `error` its standard error, `freedom` degrees of freedom of that,
+    `fewest` patients of the rarer class.
+    """
+
+    parts: np.ndarray
+    error: float
+    freedom: float
+    fewest: int
+
+
+class _Rows(NamedTuple):
+    """Rows that are scored: labels, decisions and patients (n,), and how many patients in all."""
+
+    y: np.ndarray
+    called: np.ndarray
+    codes: np.ndarray
+    n_patients: int
+
+
+def estimate_scores(
+    y: np.ndarray,
+    probability: np.ndarray,
+    threshold: float,
+    codes: np.ndarray,
+    names: Sequence[str] = SCORES,
+    n_patients: int | None = None,
+) -> dict[str, Estimate]:
+    """Estimate scores, each with limits or the reason why it has none.
+
+    Parameters
+    ----------
+    y, probability : arrays of shape (n,)
+        Labels 0 or 1 and probabilities of abnormal.
+    threshold : float
+        Decisions are abnormal at or above it.
+    codes : integer array of shape (n,)
+        From `patient_codes`, of these rows or more.
+    names : sequence of str
+        Of `SCORES` but ECE, and `PREDICTIVE`.
+    n_patients : int, optional
+        The length of `Estimate.parts`; as many as these rows need where not given.
+
+    Raises
+    ------
+    TrainingDataError
+        As `Scorer`.
+    """
+    known = [name for name in names if name not in (*PREDICTIVE, "ece")]
+    scorer = Scorer(y, probability, threshold, known)
+    if scorer.n_rows != len(codes):
+        raise TrainingDataError(f"{scorer.n_rows} labels, but {len(codes)} patients")
+    labels, values = np.asarray(y), np.asarray(probability, np.float64)
+    size = (int(codes.max()) + 1 if len(codes) else 0) if n_patients is None else n_patients
+    rows = _Rows(labels, values >= threshold, codes, size)
+    found = {name: float(own[0]) for name, own in scorer(np.ones((1, len(labels)))).items()}
+    is_constant = len(values) > 0 and bool((values == values[0]).all())
+    smooth = [name for name in ("auroc", "average_precision", "brier") if name in known]
+    added = influences(labels, values, threshold, smooth)
+    estimates = {}
+    for name in names:
+        if name == "ece":
+            continue
+        if name in _SHARES:
+            own = _estimate_decided(rows, name)
+        elif name in smooth:
+            own = _estimate_smooth(rows, name, found[name], added[name])
+        else:
+            own = _estimate_agreement(rows, name, found[name])
+        if is_constant and own.limits is not None:
+            own = Estimate(own.value, None, None, CONSTANT, own.k, own.n, own.parts)
+        estimates[name] = own
+    return estimates
+
+
+def estimate_share(
+    hit: np.ndarray, among: np.ndarray, codes: np.ndarray, n_patients: int | None = None
+) -> Estimate:
+    """Estimate which share of some rows has a property.
+
+    The rows' number is divided by the design effect: the variance of the share with patients as
+    clusters over that of independent rows, held between 1 and what it would be if rows of one
+    patient were all alike. Where the rows do not tell it, it is the latter.
+
+    Parameters
+    ----------
+    hit, among : bool arrays of shape (n,)
+        Which rows have it, and which are looked at.
+    codes : integer array of shape (n,)
+        Their patients.
+    n_patients : int, optional
+        The length of `Estimate.parts`.
+    """
+    size = (int(codes.max()) + 1 if len(codes) else 0) if n_patients is None else n_patients
+    counts = np.bincount(codes[among], minlength=size)
+    n, n_own = int(counts.sum()), int((counts > 0).sum())
+    k = int((hit & among).sum())
+    if n == 0:
+        return Estimate(nan, reason="there is no such row", k=0, n=0, parts=np.full(size, nan))
+    share = k / n
+    hits = np.bincount(codes[hit & among], minlength=size)
+    parts = (hits - share * counts) / n
+    if n_own < MIN_PATIENTS:
+        return Estimate(share, None, None, _too_few(n_own, "patients"), k, n, parts)
+    n_effective = n / _design_effect(share, n, n_own, counts, parts)
+    freedom = _freedom(parts)
+    is_wilson = min(share, 1 - share) * n_effective >= RULE_OF_FIVE
+    return Estimate(
+        share,
+        lambda confidence: bound_share(share, n_effective, confidence, freedom),
+        "wilson" if is_wilson else "clopper-pearson",
+        None,
+        k,
+        n,
+        parts,
+    )
+
+
+def mean_estimate(estimates: Sequence[Estimate], names: Sequence[str]) -> Estimate:
+    """Estimate the mean of scores of groups of rows, such as regions, each weighing the same.
+
+    By MOVER from the groups' own limits. Where patients are in several groups the distances are
+    widened by the root of the variance with them over that without.
+    """
+    value = float(np.mean([own.value for own in estimates]))
+    parts = np.sum([own.parts for own in estimates], axis=0) / len(estimates)
+    without = [name for name, own in zip(names, estimates, strict=True) if own.limits is None]
+    if without:
+        reason = f"{', '.join(without)}: no interval of its own"
+        return Estimate(value, None, None, reason, parts=parts)
+    apart = sum(float((own.parts**2).sum()) for own in estimates) / len(estimates) ** 2
+    widened = sqrt(max(1.0, float((parts**2).sum()) / apart)) if apart > 0 else 1.0
+
+    def limits(confidence: float) -> Bounds:
+        ends = [own.interval(confidence) for own in estimates]
+        shifts = [
+            tuple(value + (end - own.value) / len(ends) for end in (own.low, own.high))
+            for own in ends
+        ]
+        low, high = combine(value, [(a, b) for a, b in shifts])
+        return value - widened * (value - low), value + widened * (high - value)
+
+    return Estimate(value, limits, "mover", parts=parts)
+
+
+def measure_spread(
+    y: np.ndarray, added: np.ndarray, codes: np.ndarray, n_patients: int | None = None
+) -> Spread:
+    """Return the standard error of a score from what each row adds (n,), patients as clusters.
+
+    With a and b what a patient's abnormal and normal rows add and c(m) = m / (m - 1), the variance
+    is ``c(I) sum (a + b)² + (c(I1) - c(I)) sum a² + (c(I0) - c(I)) sum b²`` over I patients, I1
+    with an abnormal and I0 with a normal row: Obuchowski's for AUROC. NaN where one of these is
+    below two.
+    """
+    is_abnormal = y == 1
+    size = (int(codes.max()) + 1 if len(codes) else 0) if n_patients is None else n_patients
+    own = [codes[is_abnormal], codes[~is_abnormal], codes]
+    n_abnormal, n_normal, n_all = (_count(group, size) for group in own)
+    abnormal = np.bincount(own[0], weights=added[is_abnormal], minlength=size)
+    normal = np.bincount(own[1], weights=added[~is_abnormal], minlength=size)
+    parts = abnormal + normal
+    of_all = _correction(n_all)
+    variance = of_all * float(parts @ parts)
+    variance += (_correction(n_abnormal) - of_all) * float(abnormal @ abnormal)
+    variance += (_correction(n_normal) - of_all) * float(normal @ normal)
+    error = sqrt(variance) if variance > 0 else (nan if isnan(variance) else 0.0)
+    return Spread(parts, error, _freedom(parts), min(n_abnormal, n_normal))
+
+
+def _estimate_decided(rows: _Rows, name: str) -> Estimate:
+    is_abnormal = rows.y == 1
+    hit, among = {
+        "accuracy": (rows.called == is_abnormal, np.ones(len(rows.y), bool)),
+        "sensitivity": (rows.called, is_abnormal),
+        "specificity": (~rows.called, ~is_abnormal),
+        "ppv": (is_abnormal, rows.called),
+        "npv": (~is_abnormal, ~rows.called),
+    }[name]
+    return estimate_share(hit, among, rows.codes, rows.n_patients)
+
+
+def _estimate_smooth(rows: _Rows, name: str, value: float, added: np.ndarray) -> Estimate:
+    spread = measure_spread(rows.y, added, rows.codes, rows.n_patients)
+    reason = _why_none(rows)
+    if isnan(value) or reason is not None:
+        return Estimate(value, None, None, reason, parts=spread.parts)
+    if name == "auroc":
+        n_abnormal, n_normal = _count_patients(rows)
+        ratio = _shrunken_ratio(value, spread, n_abnormal, n_normal)
+        freedom = 2.0 * (spread.fewest - 1)
+        return Estimate(
+            value,
+            lambda confidence: bound_auroc(
+                value, n_abnormal, n_normal, ratio, quantile(confidence, freedom)
+            ),
+            "newcombe",
+            parts=spread.parts,
+        )
+    freedom = min(spread.freedom, spread.fewest - 1)
+    return Estimate(
+        value,
+        lambda confidence: bound_on_logit(value, spread.error, quantile(confidence, freedom)),
+        "logit-t",
+        parts=spread.parts,
+    )
+
+
+def _estimate_agreement(rows: _Rows, name: str, value: float) -> Estimate:
+    """Estimate macro-F1 or kappa from sensitivity, specificity and prevalence."""
+    is_abnormal, everyone = rows.y == 1, np.ones(len(rows.y), bool)
+    added = influences(rows.y, rows.called.astype(np.float64), 0.5, [name])[name]
+    parts = np.bincount(rows.codes, weights=added, minlength=rows.n_patients)
+    reason = _why_none(rows)
+    if isnan(value) or reason is not None:
+        return Estimate(value, None, None, reason, parts=parts)
+    own = [
+        estimate_share(hit, among, rows.codes, rows.n_patients)
+        for hit, among in (
+            (rows.called, is_abnormal),
+            (~rows.called, ~is_abnormal),
+            (is_abnormal, everyone),
+        )
+    ]
+    shares = [part.value for part in own]
+    of = _macro_f1 if name == "macro_f1" else _kappa
+
+    def limits(confidence: float) -> Bounds:
+        ends = []
+        for i, part in enumerate(own):
+            interval = part.interval(confidence)
+            moved = [[*shares[:i], end, *shares[i + 1 :]] for end in (interval.low, interval.high)]
+            ends.append((of(*moved[0]), of(*moved[1])))
+        return combine(value, ends)
+
+    return Estimate(value, limits, "mover", parts=parts)
+
+
+def _macro_f1(sensitivity: float, specificity: float, prevalence: float) -> float:
+    hit, passed = prevalence * sensitivity, (1 - prevalence) * specificity
+    wrong = 1 - hit - passed
+    return hit / (2 * hit + wrong) + passed / (2 * passed + wrong)
+
+
+def _kappa(sensitivity: float, specificity: float, prevalence: float) -> float:
+    hit, passed = prevalence * sensitivity, (1 - prevalence) * specificity
+    called = hit + 1 - prevalence - passed
+    by_chance = prevalence * called + (1 - prevalence) * (1 - called)
+    return (hit + passed - by_chance) / (1 - by_chance)
+
+
+def _shrunken_ratio(value: float, spread: Spread, n_abnormal: int, n_normal: int) -> float:
+    """Return the variance of the data over Hanley and McNeil's, drawn towards 1."""
+    if not 0 < value < 1 or not spread.error > 0:
+        return 1.0
+    ratio = spread.error**2 / auroc_variance(value, n_abnormal, n_normal)
+    weight = max(spread.freedom, 0.0)
+    return (weight * ratio + _PRIOR_PATIENTS) / (weight + _PRIOR_PATIENTS)
+
+
+def _design_effect(
+    share: float, n: int, n_own: int, counts: np.ndarray, parts: np.ndarray
+) -> float:
+    alike = float((counts.astype(np.float64) ** 2).sum()) / n
+    independent, variance = share * (1 - share) / n, _correction(n_own) * float(parts @ parts)
+    if not (independent > 0 and variance > 0):
+        return alike
+    return min(max(variance / independent, 1.0), alike)
+
+
+def _freedom(parts: np.ndarray) -> float:
+    """Return n - 1 of n equal normal parts, fewer of unequal ones; at least 1."""
+    squared = parts * parts
+    fourth = float(squared @ squared)
+    return max(3 * float(squared.sum()) ** 2 / fourth - 1, 1.0) if fourth > 0 else inf
+
+
+def _count_patients(rows: _Rows) -> tuple[int, int]:
+    is_abnormal = rows.y == 1
+    return _count(rows.codes[is_abnormal]), _count(rows.codes[~is_abnormal])
+
+
+def _count(codes: np.ndarray, size: int = 0) -> int:
+    return int(np.count_nonzero(np.bincount(codes, minlength=size)))
+
+
+def _why_none(rows: _Rows) -> str | None:
+    n_abnormal, n_normal = _count_patients(rows)
+    fewest = min(n_abnormal, n_normal)
+    if fewest >= MIN_PATIENTS:
+        return None
+    which = "abnormal" if n_abnormal <= n_normal else "normal"
+    return _too_few(fewest, f"patients with {which} rows")
+
+
+def _too_few(n: int, noun: str) -> str:
+    return f"{n} {noun}; an interval wants {MIN_PATIENTS}"
+
+
+def _correction(n: int) -> float:
+    return n / (n - 1) if n > 1 else nan
