@@ -38,8 +38,8 @@ def put(value: float) -> Callable[[Rows], Rows]:
 
 
 CHANGES: dict[str, tuple[Callable[[Rows], Any], str]] = {
-    "NaN": (put(float("nan")), "pooling max holds NaN or infinite values"),
-    "infinity": (put(float("-inf")), "pooling max holds NaN or infinite values"),
+    "NaN": (put(float("nan")), "max embeddings are not finite in fp32"),
+    "infinity": (put(float("-inf")), "max embeddings are not finite in fp32"),
     "too few rows": (
         lambda rows: {name: values[:-1] for name, values in rows.items()},
         r"halves gave pooling mean in shape \(0, 2\) for 1 images; it must be \(1, 2\)",

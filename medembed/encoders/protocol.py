@@ -165,7 +165,7 @@ def check_rows(
                 f"images; it must be {expected}"
             )
         rows[name] = values[:n_used]
-    refuse_non_finite(rows)
+    refuse_non_finite(rows, f"in {encoder.precision}")
     return rows
 
 

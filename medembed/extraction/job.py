@@ -21,14 +21,13 @@ from medembed.errors import (
     CacheError,
     DeviceMemoryError,
     EncoderError,
-    ManifestError,
     MedembedError,
 )
 from medembed.extraction.canary import check_canary, lay_canary
 from medembed.extraction.decoding import DECODER_BYTES, Decoders
 from medembed.extraction.outdated import joining, refuse_outdated
 from medembed.extraction.pipeline import Pipeline, no_room
-from medembed.extraction.prepared import describe_other_bytes, refuse_empty_root
+from medembed.extraction.prepared import refuse_empty_root
 from medembed.extraction.report import ExtractionReport, describe_execution, execution_of
 from medembed.extraction.timeline import STAGES, Timeline
 from medembed.extraction.writing import WriterThread
@@ -180,7 +179,7 @@ def extract(
         with WriterThread(cache, commit_seconds, timeline) as writer:
             pairs = readers.read(plan.pending, root, 2 * size + n_decoders)
             pipeline.run(joining(pairs, cache), writer)
-    _refuse_other_bytes(pipeline)
+    pipeline.refuse_other_bytes()
     refuse_outdated(plan, cache, root, intensity, decoders, say)
     report = _report(plan, pipeline, n_decoders, distance, start, timeline)
     return replace(report, execution=execution)
@@ -350,24 +349,6 @@ def _refuse_full_disk(plan: Plan, spec: CacheSpec, path: Path) -> None:
             f"images, and its disk has {free / 1e6:,.1f} MB free. Free some, choose another "
             "--cache, or store fewer poolings."
         )
-
-
-def _refuse_other_bytes(pipeline: Pipeline) -> None:
-    others = pipeline.other_bytes
-    if not others:
-        return
-    problems = [describe_other_bytes(content, found) for content, found in others]
-    also = [
-        f"{image}: {f.stage} failed: {f.reason}"
-        for content, f in pipeline.failed
-        for image in content.images
-    ]
-    raise ManifestError(
-        f"{len(others)} image(s) hold other bytes than the manifest says, and were not embedded"
-        f"{f', nor were {len(pipeline.failed)} that failed' if also else ''}; all others were, "
-        "and are kept. Restore these files, or build the manifest again:",
-        problems + also,
-    )
 
 
 def _report(

@@ -15,7 +15,8 @@ import numpy as np
 from medembed.cache.failures import Failure
 from medembed.dataset.reading import Content, Reading
 from medembed.encoders.protocol import Encoder, PipelinedEncoder, check_rows
-from medembed.errors import DeviceMemoryError, EncoderError, NonFiniteError
+from medembed.errors import DeviceMemoryError, EncoderError, ManifestError, NonFiniteError
+from medembed.extraction.prepared import describe_other_bytes
 from medembed.extraction.timeline import Timeline
 from medembed.extraction.writing import WriterThread
 
@@ -123,6 +124,23 @@ class Pipeline:
             while self._in_flight:
                 self._finish(self._in_flight.popleft(), writer)
             self._blame_suspects(writer)
+
+    def refuse_other_bytes(self) -> None:
+        """Raise ManifestError where images hold other bytes than the manifest says; list them."""
+        if not self.other_bytes:
+            return
+        problems = [describe_other_bytes(content, found) for content, found in self.other_bytes]
+        also = [
+            f"{image}: {f.stage} failed: {f.reason}"
+            for content, f in self.failed
+            for image in content.images
+        ]
+        raise ManifestError(
+            f"{len(problems)} image(s) hold other bytes than the manifest says, and were not "
+            f"embedded{f', nor were {len(self.failed)} that failed' if also else ''}; all others "
+            "were, and are kept. Restore these files, or build the manifest again:",
+            problems + also,
+        )
 
     def _waiting_for(
         self, pairs: Iterable[tuple[Content, Reading] | None], writer: WriterThread
