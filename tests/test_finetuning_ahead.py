@@ -136,6 +136,21 @@ def test_batches_are_halved_until_they_fit_and_no_row_is_lost(
     assert seen == sizes
 
 
+def test_rows_that_were_done_before_memory_ran_out_are_not_done_again() -> None:
+    sizes: list[int] = []
+
+    def compute(taken: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(taken))
+        if len(sizes) in (3, 6):  # others use the device too
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return taken.sum(dim=1)
+
+    rows = np.arange(20)[::-1].copy()
+    found = np.concatenate(list(compute_rows(compute, Numbers(), rows, "cpu", 4)))
+    assert found.tolist() == (rows + rows**2).tolist()
+    assert sizes == [4, 4, 4, 2, 2, 2, *[1] * 8]
+
+
 def test_one_row_that_does_not_fit_and_other_errors_are_raised() -> None:
     with pytest.raises(torch.OutOfMemoryError):
         list(compute_rows(fitting(0, FULL, []), Numbers(), np.arange(4), "cpu", 4))

@@ -95,7 +95,7 @@ def _choose_worker(
     default="local",
     show_default=True,
     is_eager=True,
-    help="ray: as tasks on the Ray at RAY_ADDRESS, or one started here (medembed[ray]).",
+    help="ray: by workers on the Ray at RAY_ADDRESS, or one started here (medembed[ray]).",
 )
 @click.option("--retry-failed", is_flag=True, help="Try images again that failed before.")
 @click.option("--strict", is_flag=True, help="Exit 1 at the end if any image failed.")
