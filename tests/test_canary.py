@@ -24,7 +24,7 @@ from medembed.encoders import hub
 from medembed.encoders.loading import load_encoder
 from medembed.encoders.preprocessing import Preprocessing
 from medembed.encoders.protocol import Encoder
-from medembed.errors import CacheError, SpecMismatchError
+from medembed.errors import CacheError, NonFiniteError, SpecMismatchError
 from medembed.extraction import canary
 from medembed.extraction.canary import (
     CANARY_FILES,
@@ -247,6 +247,9 @@ def test_canaries_are_laid_one_by_one_and_checked_in_full_batches() -> None:
 
 def test_the_worst_pooling_decides() -> None:
     class Two(GreyEncoder):
+        def __init__(self, **known: Any) -> None:
+            super().__init__(dimensions={"mean": (1,), "max": (1,)}, **known)
+
         def encode(self, pixels: np.ndarray, poolings: Sequence[str]) -> dict[str, np.ndarray]:
             steady = GreyEncoder().encode(pixels, ["mean"])
             return {**super().encode(pixels, ["max"]), **steady}
@@ -261,7 +264,7 @@ def test_the_worst_pooling_decides() -> None:
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_never_passes(value: float) -> None:
     document = lay_canary(GreyEncoder(), ["mean"])
-    with pytest.raises(SpecMismatchError, match="comes out infinitely far"):
+    with pytest.raises(NonFiniteError, match="mean embeddings are not finite"):
         check(document, GreyEncoder(moved=value), poolings=("mean",))
 
 

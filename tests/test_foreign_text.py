@@ -154,11 +154,11 @@ def test_the_page_shows_what_would_turn_a_line_around(tmp_path: Path) -> None:
 
 
 def test_there_is_one_place_that_cleans_text_of_others() -> None:
-    """No other module asks for Unicode's categories, but to measure and to draw letters."""
+    """No other module asks for Unicode's categories, but to measure letters and compare names."""
     package = Path(text.__file__).parent
     users = {
         str(path.relative_to(package))
         for path in package.rglob("*.py")
         if "unicodedata.category" in path.read_text()
     }
-    assert users == {"text.py", "results/figures/lettering.py"}
+    assert users == {"text.py", "results/figures/lettering.py", "dataset/identities.py"}

@@ -75,7 +75,7 @@ TREE = "manifest build dicom.toml --image-root dicoms -o out.csv --key-file key"
 CASES = (
     Case("images/patient002/view0.png", "extract manifest.csv --image-root images --encoder demo "
          "--device cpu --cache new", 0),
-    Case("images/patient002/view0.png", BUILD),
+    Case("images/patient002/view0.png", BUILD, status=0),  # left out, and said
     Case("images/patient002/view0.png", "manifest check manifest.csv --image-root images"),
     Case("images/patient002/view0.png", "predict run/models/logistic --manifest manifest.csv "
          "--image-root images --device cpu"),
@@ -165,7 +165,8 @@ def test_a_pipe_in_a_files_place_is_one_error_at_once(
     assert done.returncode == case.status, said
     assert "Traceback" not in said
     assert path.is_fifo()
-    assert "named pipe" in said or "not a plain file" in said or "is not a file" in said
+    reasons = ("named pipe", "not a plain file", "is not a file", "neither a file nor a")
+    assert any(reason in said for reason in reasons), said
     # A tree of DICOM is summed up by reasons.
     assert path.name in said or case.path.startswith("dicoms"), said
 

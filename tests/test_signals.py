@@ -235,7 +235,9 @@ def test_an_image_that_computes_too_long_fails_and_the_others_do_not(
     monkeypatch.setattr(decoding, "MAX_DEATHS", 1)  # the decoder is not to blame
     write_images(tmp_path, 2)
     large = tmp_path / "large.png"
-    Image.fromarray(np.zeros((8_000, 9_900), np.uint8)).save(large, compress_level=1)
+    pixels = np.zeros((8_000, 9_900), np.uint8)
+    pixels[4_000, 0] = 1
+    Image.fromarray(pixels).save(large, compress_level=1)
     paths = [large, *sorted(path for path in tmp_path.iterdir() if path != large)]
     contents = [Content(hashlib.sha256(p.read_bytes()).hexdigest(), (p.name,)) for p in paths]
     contents = [contents[1], contents[0], contents[2]]

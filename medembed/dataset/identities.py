@@ -9,11 +9,10 @@ its recipe; its manifest has a column `ids` that holds "exact" in every row.
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.compute as pc
 
 __all__ = [
     "EXACT",
@@ -74,10 +73,8 @@ def find_persons(spellings: Texts) -> np.ndarray | None:
 
     They count from 0 by first appearance. None where no two of the identifiers look alike.
     """
-    keys = _key(spellings).dictionary_encode()
-    if len(keys.dictionary) == len(keys):
-        return None
-    return np.asarray(keys.indices, np.int64)
+    persons, keys = pd.factorize(key_texts(spellings))
+    return None if len(keys) == len(persons) else persons.astype(np.int64)
 
 
 def key_texts(texts: Texts) -> np.ndarray:
@@ -91,7 +88,10 @@ def key_texts(texts: Texts) -> np.ndarray:
     numpy.ndarray of object, (n,)
         Equal where two texts look alike.
     """
-    return _as_objects(_key(texts))
+    try:
+        return _key_quickly(texts)
+    except ImportError:  # machines that only embed may lack pyarrow
+        return np.array([_apply_but("", text) for text in texts], dtype=object)
 
 
 def explain_likeness(a: str, b: str) -> str:
@@ -102,7 +102,11 @@ def explain_likeness(a: str, b: str) -> str:
     return f"{', '.join(others)} and {last}" if others else last
 
 
-def _key(texts: Texts) -> pa.Array:
+def _key_quickly(texts: Texts) -> np.ndarray:
+    """Apply `_RULES` to a whole column: a million texts take a second."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
     column = pa.array(texts, pa.large_string())
     if isinstance(column, pa.ChunkedArray):  # as pandas keeps what it has joined, and nothing
         column = column.combine_chunks()
@@ -114,15 +118,15 @@ def _key(texts: Texts) -> pa.Array:
     column = pc.replace_substring_regex(pc.ascii_lower(column), ASCII_BLANKS, "")
     for _ in range(2):  # neighbours share a slash
         column = pc.replace_substring_regex(column, WHOLE_NUMBER, r"\1\2\3")
-    return pc.replace_substring_regex(column, LEADING_ZEROS, r"\1\2")
+    return _as_objects(pc.replace_substring_regex(column, LEADING_ZEROS, r"\1\2"))
 
 
-def _as_objects(column: pa.Array) -> np.ndarray:
+def _as_objects(column: Any) -> np.ndarray:
     return np.array(column.to_numpy(zero_copy_only=False), dtype=object)
 
 
 def _fold(text: str) -> str:
-    """Do for any text what `_key` does for ASCII; caseless as in Unicode, section 3.13, D146."""
+    """Fold any text as `_key_quickly` folds ASCII; caseless by Unicode, section 3.13, D146."""
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     return _without_blanks(text)
 
@@ -137,7 +141,7 @@ def _without_decimals(text: str) -> str:
     return re.sub(WHOLE_NUMBER, r"\1\2\3", re.sub(WHOLE_NUMBER, r"\1\2\3", text))
 
 
-# Text by text what `_key` does for a column, a step at a time.
+# Text by text what `_key_quickly` does for a column, a step at a time.
 _RULES: tuple[tuple[str, Callable[[str], str]], ...] = (
     ("Unicode form", lambda text: unicodedata.normalize("NFKC", text)),
     ("case", str.casefold),
