@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from medembed.dataset.manifest import (
     Manifest,
     check_images,
-    check_manifest,
     count,
     find_problems,
     hash_files,
@@ -23,6 +22,7 @@ from medembed.dataset.manifest import (
     read_manifest,
     write_manifest,
 )
+from medembed.dataset.review import review_manifest
 from medembed.errors import ManifestError, PathNotFoundError
 
 
@@ -353,18 +353,18 @@ def test_check_images_names_missing_changed_and_outside_files(tmp_path: Path) ->
     assert any(line.startswith("image 'b/2.png' leads out of the image root") for line in found)
 
 
-def test_check_manifest_lists_problems_of_rows_or_else_of_images(tmp_path: Path) -> None:
+def test_a_review_lists_problems_of_rows_or_else_of_images(tmp_path: Path) -> None:
     path = tmp_path / "m.csv"
     write_manifest(images_below(tmp_path), path)
-    assert check_manifest(path) == check_manifest(path, tmp_path) == []
+    assert review_manifest(path).problems == review_manifest(path, tmp_path).problems == []
     (tmp_path / "a/1.png").unlink()
-    assert check_manifest(path) == []
-    assert check_manifest(path, tmp_path) == ["a/1.png is missing"]
+    assert review_manifest(path).problems == []
+    assert review_manifest(path, tmp_path).problems == ["a/1.png is missing"]
     path.write_text(path.read_text().replace("train", "valid"))
-    assert len(check_manifest(path, tmp_path)) == 1
+    assert len(review_manifest(path, tmp_path).problems) == 1
     path.write_bytes(b"")
     with pytest.raises(ManifestError, match="is empty"):
-        check_manifest(path)
+        review_manifest(path)
 
 
 def test_without_hashes_only_presence_is_checked(tmp_path: Path) -> None:

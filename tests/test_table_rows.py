@@ -106,7 +106,10 @@ def test_muras_tables_may_have_paths_of_windows(tmp_path: Path) -> None:
         (("one/a.jpg", "b.JPEG", "c.tif"), "'one/a.jpg' .* 'one/a.png' differ in the suffix"),
         (("one/a", "two/b", "deep/c"), "'one/a' .* 'one/a.png' differ in the suffix"),
         (("x/one/a.png", "x/two/b.png", "x/deep/c.png"), "folders. Take 'x/' off the paths"),
-        (("root/one/a.png", "root/two/b.png", "q"), r"folders. Give --image-root \S+[^/]{5} Use"),
+        (
+            ("root/one/a.png", "root/two/b.png", "q"),
+            r"folders. Give --image-root \S+[^/]{5} instead. Use",
+        ),
         (("elsewhere/a.png", "w/b.png", "w/c.png"), "'elsewhere/a.png' .* lay the files out"),
         (("C:\\films\\one\\a.png", "q", "r"), "Take 'C:/films/' off the paths"),
         (("q.png", "r.png", "s.png"), "first in the tables is 'q.png', the first of 3 files"),

@@ -39,7 +39,6 @@ __all__ = [
     "Manifest",
     "check_destination",
     "check_images",
-    "check_manifest",
     "count",
     "count_rows",
     "existing_root",
@@ -198,32 +197,6 @@ def check_destination(path: str | Path) -> Path:
 def find_problems(manifest: Manifest) -> list[str]:
     """Return every rule that the manifest breaks, one line each, at most 20 of a kind."""
     return find_table_problems(_as_text(manifest.rows), manifest.label_level)
-
-
-def check_manifest(
-    path: str | Path,
-    image_root: str | Path | None = None,
-    *,
-    progress: Callable[[int, int], None] | None = None,
-) -> list[str]:
-    """Return everything wrong with a manifest's file and, given a root, with its images.
-
-    Images are compared only where the rows themselves are sound.
-
-    Raises
-    ------
-    PathNotFoundError
-        There is no such file or root.
-    ManifestError
-        The file cannot be read as a table at all.
-    """
-    try:
-        manifest = read_manifest(path)
-    except ManifestError as error:
-        if not error.problems:
-            raise
-        return list(error.problems)
-    return [] if image_root is None else check_images(manifest, image_root, progress)
 
 
 def check_images(

@@ -116,9 +116,9 @@ def _compare_folders(wanted: dict[str, str], paths: dict[str, str], root: Path) 
         said = f"{value!r} in the table and the file {paths[file]!r} differ in their folders."
         front, back = plain.removesuffix(f"/{file}"), file.removesuffix(f"/{plain}")
         if back != file:
-            return f"{said} Give --image-root {root / back}."
+            return f"{said} Give --image-root {root / back} instead."
         if front != plain and (above := _above(root, front)):
-            return f"{said} Give --image-root {above}."
+            return f"{said} Give --image-root {above} instead."
         if front != plain:
             return f"{said} Take {front + '/'!r} off the paths in the table."
         return f"{said} Correct the table, or lay the files out as it says."

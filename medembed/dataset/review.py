@@ -18,7 +18,7 @@ class Review:
     Attributes
     ----------
     problems : list of str
-        As `manifest.check_manifest` returns them.
+        Everything wrong with the rows; or, where these are sound, with their images.
     warnings : list of str
         As `lookalikes.find_warnings` returns them; none where the rows break the rules.
     """
