@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from contextlib import suppress
 from types import FrameType
@@ -61,6 +62,8 @@ def terminate_cleanly() -> None:
     def end(number: int, frame: FrameType | None) -> None:
         began.append(time.monotonic())
         if len(began) == 1:
+            # What threads of libraries raise, of workers that end under them, helps nobody.
+            threading.excepthook = lambda _: None
             raise Terminated(number)
         if began[-1] - began[0] > PATIENCE_SECONDS:
             os._exit(128 + number)
