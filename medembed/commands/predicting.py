@@ -163,7 +163,7 @@ class _Seen:
         self.far += bool(row["far"])
 
     def _are_others(self) -> bool:
-        """Whether chance puts so many studies so far out in less than one case of a thousand."""
+        """Whether chance marks this many studies as far less than once in 1,000 times."""
         if not self.placed:
             return False
         from scipy.stats import binom

@@ -95,7 +95,7 @@ class _Deflated(Exception):  # noqa: N818 # no error
 
 
 class _Counted:
-    """A binary file that is read so many times at most; pydicom reads each element at least once.
+    """A binary file with a limit on reads; pydicom reads each element at least once.
 
     Parameters
     ----------

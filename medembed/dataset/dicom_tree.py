@@ -14,10 +14,10 @@ from medembed.dataset.identities import EXACT, IDS, find_persons
 from medembed.dataset.image_index import ImageIndex
 from medembed.dataset.images import BARE_DICOM
 from medembed.dataset.listing import Listing, name_unread, refuse
-from medembed.dataset.lookalikes import is_missing_patient, list_examples
 from medembed.dataset.pseudonyms import Pseudonyms, read_key
 from medembed.dataset.recipe_format import Recipe
 from medembed.dataset.recipe_sections import Dicom
+from medembed.dataset.suspicious_values import is_missing_patient, list_examples
 from medembed.errors import ImageError, RecipeError
 from medembed.files import open_plain
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from medembed.dataset.lookup import DEPTH_IN_USE, look_up
+from medembed.dataset.lookup_tables import DEPTH_IN_USE, look_up
 from medembed.dataset.windows import FIRST_WINDOW, NO_WINDOW, apply_voi
 from medembed.errors import ImageError
 

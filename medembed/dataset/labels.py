@@ -7,9 +7,9 @@ import pandas as pd
 
 from medembed.dataset.identities import key_texts
 from medembed.dataset.listing import refuse
-from medembed.dataset.lookalikes import is_missing_word, list_examples
 from medembed.dataset.recipe_format import MEANINGS
 from medembed.dataset.recipe_sections import Label
+from medembed.dataset.suspicious_values import is_missing_word, list_examples
 from medembed.errors import PathNotFoundError, RecipeError
 
 __all__ = ["doubt_labels", "find_table", "need_columns", "read_labels"]

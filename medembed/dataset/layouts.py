@@ -10,11 +10,11 @@ from medembed.dataset.identities import IDS
 from medembed.dataset.image_index import ImageIndex, plain_path
 from medembed.dataset.labels import doubt_labels, find_table, need_columns, read_labels
 from medembed.dataset.listing import Listing, first_names, refuse
-from medembed.dataset.lookalikes import is_missing_word
 from medembed.dataset.mura import read_mura
 from medembed.dataset.recipe_format import Recipe
 from medembed.dataset.recipe_sections import Region, Table
 from medembed.dataset.repeats import merge_rows
+from medembed.dataset.suspicious_values import is_missing_word
 from medembed.dataset.tables import normalise_column, normalise_columns, read_foreign_table
 from medembed.errors import RecipeError
 from medembed.text import normalise

@@ -16,7 +16,6 @@ from medembed.dataset.identities import EXACT, IDS, find_persons
 from medembed.dataset.image_index import plain_path
 from medembed.dataset.layouts import read_layout
 from medembed.dataset.listing import Listing, first_names, name_unread
-from medembed.dataset.lookalikes import find_warnings
 from medembed.dataset.manifest import (
     Manifest,
     count_rows,
@@ -29,6 +28,7 @@ from medembed.dataset.recipe_format import Recipe, parse_recipe
 from medembed.dataset.recipe_sections import Groups
 from medembed.dataset.split_counts import SplitCount, count_splits, find_gaps, find_small_parts
 from medembed.dataset.splits import split_patients
+from medembed.dataset.suspicious_values import find_warnings
 from medembed.dataset.tables import normalise_column
 from medembed.errors import ManifestError, PathNotFoundError, RecipeError
 
@@ -115,7 +115,7 @@ def build_manifest(
         Raise where there would be warnings: images of the tables that are missing, files that no
         table lists or that cannot be read, folders that were not entered, counts that are not the
         expected ones, exclusions that match nothing, a split without patients or without a class,
-        and what `lookalikes.find_warnings` finds.
+        and what `suspicious_values.find_warnings` finds.
     structure_only : bool
         Use the tables alone: images may be missing and `sha256` is empty. Such a manifest shows
         what a dataset holds; nothing can be extracted with it.

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from medembed.dataset.lookup import look_up
+from medembed.dataset.lookup_tables import look_up
 from medembed.errors import ImageError
 
 __all__ = ["FIRST_WINDOW", "NO_WINDOW", "apply_voi"]

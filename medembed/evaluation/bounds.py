@@ -29,7 +29,7 @@ _N_HALVINGS = 60
 
 
 def quantile(confidence: float, freedom: float = inf) -> float:
-    """Return the two-sided quantile of Student's t with so many degrees of freedom, or normal."""
+    """Return the two-sided quantile of Student's t, or by default of the normal."""
     tail = (1 + confidence) / 2
     return float(ndtri(tail) if freedom == inf else stdtrit(freedom, tail))
 

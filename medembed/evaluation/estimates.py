@@ -61,7 +61,7 @@ class Estimate:
     Attributes
     ----------
     value : float
-        NaN where not estimable.
+        NaN where it cannot be estimated.
     limits : callable, optional
         Gives (low, high) for a confidence in (0, 1); None where no interval is shown.
     method : str, optional
@@ -134,7 +134,7 @@ def estimate_scores(
     names : sequence of str
         Of `SCORES` but ECE, and `PREDICTIVE`.
     n_patients : int, optional
-        The length of `Estimate.parts`; as many as these rows need where not given.
+        The length of `Estimate.parts`; by default, what these rows need.
 
     Raises
     ------

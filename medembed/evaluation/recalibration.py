@@ -139,7 +139,7 @@ def _why_not(studies: pd.DataFrame, drawn: pd.DataFrame, n: int, seed: int) -> s
         return None
     needed = _needed(studies, seed)
     remedy = (
-        f"Draw {needed} patients, the first number that gives so many with this seed."
+        f"Draw {needed} patients, the smallest number that gives enough with this seed."
         if needed is not None
         else f"Label more patients: all together have too few of a class to keep {MIN_PATIENTS} "
         "and score others."

@@ -51,7 +51,7 @@ _MAX_KEPT_COUNTS, _MAX_KEPT_PATIENTS = 32_000_000, 65_535
 
 @dataclass(frozen=True)
 class Interval:
-    """A score and its 95 % interval; NaN where not estimable.
+    """A score and its 95 % interval; NaN where they cannot be estimated.
 
     `low` and `high` are NaN alone where the value exists but no interval is shown; `low` alone
     where there is an upper bound.

@@ -22,7 +22,7 @@ FEW = 8
 """So many images are decoded in this process: others would take longer to start than they save."""
 
 LITTLE_BYTES = 1 << 26
-"""In that process, too, only so many bytes: a larger film may take longer than `Limits` allows."""
+"""The most bytes decoded in that process: a larger film may take longer than `Limits` allows."""
 
 BATCH_ON_GPU = 16
 

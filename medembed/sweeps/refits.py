@@ -57,7 +57,7 @@ class Refitted:
     ----------
     head : Head
     out_of_fold : float64 array of shape (n,)
-        One per row, or per study by code where the head judges studies; NaN where not trained on.
+        One per row, or per study by code where the head judges studies; NaN if left out.
     cv : float
         Mean over folds of the sweep's metric.
     """

@@ -34,8 +34,8 @@ PLACEHOLDERS = frozenset(
 )
 N_EXAMPLES = 3
 
-# A patient stands for many where it has so many studies, this share of all of them, and this
-# multiple of the other patients' median.
+# An identifier probably stands for many patients if it has at least 20 studies, more than a tenth
+# of all studies, and more than 10 times the other patients' median.
 MANY_STUDIES = 20
 LARGE_SHARE = 0.1
 LARGE_MULTIPLE = 10
