@@ -275,7 +275,8 @@ def test_a_trunk_on_the_cpu_is_halved_too(
         tmp_path / "cache", make_trunk(encoder, 1, "fp32"), manifest_of(home), home / "images"
     )
     assert len(cache.keys()) == manifest_of(home).rows["sha256"].nunique()
-    assert {1, 2, 4, 8} == set(sizes)
+    assert {1, 2, 4, 8} <= set(sizes)  # a batch that was read ahead may fail at its own size too
+    assert max(sizes) == 8
 
 
 @pytest.mark.parametrize("error", [FULL, CUBLAS])
