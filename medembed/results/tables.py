@@ -33,12 +33,12 @@ GROUPINGS = {"region": "regions", "views": "views"}
 NOT_ESTIMABLE = "not estimable"
 MISSING = "–"
 COLUMNS = {
-    "macro_f1": "F1",
+    "macro_f1": "Macro-F1",
     "sensitivity": "Sens.",
     "specificity": "Spec.",
     "kappa": "κ",
 }
-"""The decision scores of the tables beside AUROC; F1 is the mean over both classes."""
+"""The decision scores of the tables beside AUROC; macro-F1 is the mean over both classes."""
 FIT = {"brier": "Brier [95 %]", "slope": "Slope [95 %]", "intercept": "Intercept [95 %]"}
 """How calibrated probabilities fit, what leads first."""
 

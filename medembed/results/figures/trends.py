@@ -36,7 +36,7 @@ from medembed.results.tables import format_interval
 
 __all__ = ["plot_depths", "plot_efficiency"]
 
-AUROC, F1 = ("auroc", "AUROC"), ("macro_f1", "F1, mean over classes")
+AUROC, MACRO_F1 = ("auroc", "AUROC"), ("macro_f1", "Macro-F1")
 MAX_LABEL = 300
 """Points that a name may take in the legend, which holds nothing else here."""
 
@@ -73,7 +73,7 @@ DEPTHS = _Trend(
     "Scores by unfreezing depth",
     "depth",
     "Encoder blocks trained with the head (0: none)",
-    (AUROC, F1),
+    (AUROC, MACRO_F1),
     2.0,
     is_log=False,
 )
@@ -89,7 +89,7 @@ EFFICIENCY = _Trend(
 
 
 def plot_depths(result: dict[str, Any]) -> Plot | None:
-    """Draw AUROC and F1 over the number of encoder blocks that were trained with the head.
+    """Draw AUROC and macro-F1 over the number of encoder blocks that were trained with the head.
 
     Adapters in so many blocks ("lora8") are a series of their own, which the caption explains.
     Returns None where no head was trained at several depths, or nothing is estimable.
