@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from medembed.commands.invocation import write_command
 from medembed.commands.options import PATH, json_option, seed_option, table_columns
 from medembed.console import print_json, say
 
@@ -118,7 +119,12 @@ def report_command(
     if manifest_path is not None and image_root is not None:
         find_thumbnails = _thumbnail_finder(manifest_path, image_root, names)
     written = write_report(
-        list(runs), output, level=level, seed=seed, find_thumbnails=find_thumbnails
+        list(runs),
+        output,
+        level=level,
+        seed=seed,
+        find_thumbnails=find_thumbnails,
+        command=write_command(click.get_current_context()),
     )
     say(f"Page: {written['page']}")
     if as_json:

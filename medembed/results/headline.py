@@ -53,6 +53,8 @@ class Ranking:
         Those that the test does not tell from the best.
     untested : tuple of str
         Those without a p.
+    is_tested : bool
+        Whether any head was tested against the best.
     """
 
     best: str
@@ -60,11 +62,7 @@ class Ranking:
     worse: tuple[str, ...]
     undecided: tuple[str, ...]
     untested: tuple[str, ...]
-
-    @property
-    def is_tested(self) -> bool:
-        """Whether any head was tested against the best."""
-        return bool(self.worse or self.undecided)
+    is_tested: bool
 
 
 class PriorVerdict(NamedTuple):
@@ -96,7 +94,9 @@ def rank_heads(result: Mapping[str, Any]) -> Ranking | None:
         else:
             kind = "worse" if p < SIGNIFICANCE else "undecided"
         found[kind].append(_name(result, row))
-    return Ranking(_name(result, best), **{kind: tuple(names) for kind, names in found.items()})
+    is_tested = any(_p_holm(result, best, row) is not None for row in others)
+    placed = {kind: tuple(names) for kind, names in found.items()}
+    return Ranking(_name(result, best), **placed, is_tested=is_tested)
 
 
 def judge_priors(result: Mapping[str, Any]) -> list[PriorVerdict]:
@@ -167,13 +167,15 @@ def _sentences(
         return
     if len(_trained(result)) == 1:
         yield f"{ranking.best} has an AUROC of {_best_score(result)}. It is the only trained head."
-    elif not (ranking.is_tested or ranking.equal):
+    elif not ranking.is_tested:
         reason = _trained(result)[0]["scores"]["auroc"].get("reason")
         patients = (
             "1 test patient" if test["n_patients"] == 1 else f"{test['n_patients']:,} test patients"
         )
         yield f"{patients}: heads cannot be compared{f' ({reason})' if reason else ''}."
-        yield f"{ranking.best} has the highest AUROC among them, {_best_score(result)}."
+        leaders = _join((ranking.best, *ranking.equal))
+        leaders += " share" if ranking.equal else " has"
+        yield f"{leaders} the highest AUROC, {_best_score(result)}."
     else:
         yield from _describe_ranking(result, ranking)
     yield from _describe_priors(ranking.best, judge_priors(result))

@@ -58,6 +58,7 @@ def write_report(
     seed: int = 0,
     date: dt.date | None = None,
     find_thumbnails: FindThumbnails | None = None,
+    command: str | None = None,
 ) -> dict[str, Any]:
     """Write ``index.html`` and ``figures/`` about complete runs.
 
@@ -76,6 +77,8 @@ def write_report(
         What the page says as its date; today by default. All else depends on the runs alone.
     find_thumbnails : callable, optional
         Gives the images of the gallery, see `results.gallery`; without it they go by their hash.
+    command : str, optional
+        What makes this page again, as the page says; by default with run names, level and seed.
 
     Returns
     -------
@@ -104,7 +107,8 @@ def write_report(
     names = [about["name"] for about in result["runs"]]
     headline = write_headline(result, read_evaluations(runs, names))
     left_out = count_left_out(runs)
-    page = _render(result, headline, left_out, plots, abouts, gallery, external, date)
+    command = command or _command(result)
+    page = _render(result, headline, left_out, command, plots, abouts, gallery, external, date)
     figures_path = out / "figures"
     figures_path.mkdir(parents=True, exist_ok=True)
     written = [path for plot in plots for path in _write_plot(plot, figures_path)]
@@ -117,6 +121,7 @@ def _render(
     result: dict[str, Any],
     headline: Headline,
     left_out: tuple[int, bool],
+    command: str,
     plots: list[Plot],
     abouts: list[dict[str, Any]],
     gallery: dict[str, Any],
@@ -151,7 +156,7 @@ def _render(
         gallery=gallery,
         external=external,
         runs=abouts,
-        command=_command(result),
+        command=command,
         notes=[*result["notes"][:-1], *METHOD_NOTES, DISCLAIMER],
         disclaimer=DISCLAIMER,
         date=date.isoformat(),
@@ -169,7 +174,7 @@ def _show(value: Any) -> Any:
 
 
 def _command(result: dict[str, Any]) -> str:
-    """Write the command that makes this page again."""
+    """Write a command that makes a page of these runs."""
     names = [run["name"] for run in result["runs"]]
     words = ["medembed", "report", *names, "-o", "report", "--level", result["level"]]
     return shlex.join([*words, "--seed", str(result["seed"])])

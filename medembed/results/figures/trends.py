@@ -26,10 +26,11 @@ from medembed.results.figures.plotting import (
 from medembed.results.figures.slots import Slots
 from medembed.results.figures.wording import (
     MAX_SERIES,
-    describe_intervals,
+    describe_shown,
     describe_test,
     flatten,
     is_known,
+    tell_intervals,
     write_csv,
 )
 from medembed.results.tables import format_interval
@@ -118,9 +119,11 @@ def _plot_trend(
     trend: _Trend,
     label: Callable[[Any, Series], str],
 ) -> Plot | None:
-    draws = describe_intervals(result, "patients as clusters", n_all=len(series))
+    rest = describe_shown(result, n_all=len(series))
     series = series[:MAX_SERIES]
     points = [point for own in series for point in own["points"]]
+    scores = [point[score] for point in points for score, _ in trend.panels]
+    bars = tell_intervals("Bars", scores, "patients as clusters")
     if not any(is_known(point[score]) for score, _ in trend.panels for point in points):
         return None
     names = [elide(own["head"], MAX_LABEL, LEGEND) for own in series]
@@ -128,7 +131,7 @@ def _plot_trend(
     ticks = {x: label(x, [point for point in points if point[trend.by] == x]) for x in places}
 
     def draw(theme: Theme) -> Figure:
-        about = f"{describe_test(result)} Intervals: 95 %, {draws}"
+        about = f"{describe_test(result)} {bars}{rest}"
         return _draw_trend(theme, about, series, trend, names, ticks)
 
     numbers = [
@@ -141,9 +144,9 @@ def _plot_trend(
         trend.name,
         trend.title,
         draw,
-        caption=f"{describe_test(result)} Bars: 95 % intervals.{_describe_lines(series, trend)}"
-        f"{_describe_adapters(series)} {draws}",
-        alt=f"{trend.title} on test, with 95 % intervals. {'; '.join(numbers)}.",
+        caption=f"{describe_test(result)} {bars}{_describe_lines(series, trend)}"
+        f"{_describe_adapters(series)}{rest}",
+        alt=f"{trend.title} on test. {'; '.join(numbers)}.",
         csv=_write_points(series),
     )
 
