@@ -111,7 +111,7 @@ def judge_priors(result: Mapping[str, Any]) -> list[PriorVerdict]:
             continue
         p, own, its = _p_holm(result, best, row), _auroc(best), _auroc(row)
         standing: Standing = "untested" if p is None else "undecided"
-        if p is not None and p < SIGNIFICANCE:
+        if p is not None and p < SIGNIFICANCE and abs(own - its) > ROUNDING:
             standing = "better" if own > its else "worse"
         several = sum(other["head"] == row["head"] for other in baselines) > 1
         title = _PRIORS.get(row["head"], row["head"]) + (f" of {row['run']}" if several else "")
