@@ -28,7 +28,12 @@ N_LISTED = 500
 """Left-out images listed in `run.json`; all are counted, and the cache has them all."""
 
 
-def summarise_data(rows: pd.DataFrame, failed: pd.DataFrame, label_level: str) -> dict[str, Any]:
+def summarise_data(
+    rows: pd.DataFrame,
+    failed: pd.DataFrame,
+    label_level: str,
+    build: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """Count a manifest's rows and those left out, overall and by split.
 
     Parameters
@@ -40,12 +45,14 @@ def summarise_data(rows: pd.DataFrame, failed: pd.DataFrame, label_level: str) -
         The rows left out, with column image.
     label_level : {"study", "image"}
         Of the manifest.
+    build : dict, optional
+        What `dataset.build_file.read_build` returns.
 
     Returns
     -------
     dict
         JSON values: the counts of `count_rows`, ``left_out``, ``left_out_test``, ``splits``,
-        ``label_level``, ``synthetic``, ``licence``.
+        ``label_level``, ``synthetic``, ``licence``, and ``build`` where there is one.
     """
     is_left_out = rows["image"].isin(failed["image"])
     splits = {
@@ -61,6 +68,7 @@ def summarise_data(rows: pd.DataFrame, failed: pd.DataFrame, label_level: str) -
         "label_level": label_level,
         "synthetic": _is_synthetic(rows),
         "licence": str(licences[0]) if len(licences) == 1 else None,
+        **({} if build is None else {"build": build}),
     }
 
 
