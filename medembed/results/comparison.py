@@ -21,6 +21,7 @@ from medembed.evaluation.reliability import reliability
 from medembed.evaluation.scores import DECISION_SCORES
 from medembed.results.alignment import SENSITIVITY, Contender, TestSet, align_runs
 from medembed.results.deferral import find_deferrals
+from medembed.results.flow import describe_flow
 from medembed.results.methods import describe_absent, describe_methods
 from medembed.results.pairing import pair_rows, versus_best
 from medembed.results.repeats import describe_repeats, drop_repeats, mark_repeats
@@ -103,7 +104,7 @@ def compare_runs(
     -------
     dict
         ``level``, ``test`` (counts), ``runs`` (per run: left-out images, rows that fell out, and
-        ``priors_of``, ``left_out_of``, see `mark_repeats`),
+        ``priors_of``, ``left_out_of``, see `mark_repeats`), ``flow`` (see `describe_flow`),
         ``rows`` (per head, best AUROC first: ``scores`` at Youden's threshold, ``at_half`` at 0.5,
         ``at_sensitivity``; ``confusion``; ``calibrations``; ``auroc_delong``; ``fit``:
         Brier score, ``slope`` and ``intercept`` of calibrated probabilities, ECE; ``regions``,
@@ -138,6 +139,7 @@ def compare_aligned(
         "seed": seed,
         "test": _count(test_set),
         "runs": mark_repeats(abouts, runs, priors_of),
+        "flow": describe_flow(runs, list(test_set.dropped)),
         "synthetic": any(run.info.get("data", {}).get("synthetic", False) for run in runs),
         "rows": rows,
         "paired": list(paired.values()),
