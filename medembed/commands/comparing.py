@@ -95,6 +95,13 @@ def hush_matplotlib() -> None:
 @click.option(
     "--names", is_flag=True, help="Name those images by their paths, which may tell who it is."
 )
+@click.option(
+    "--checklist",
+    "checklists",
+    type=click.Choice(["tripod-ai", "claim"]),
+    multiple=True,
+    help="Also fill in a reporting checklist beside the page, in Markdown; may be repeated.",
+)
 @seed_option
 @json_option
 def report_command(
@@ -104,6 +111,7 @@ def report_command(
     manifest_path: Path | None,
     image_root: Path | None,
     names: bool,
+    checklists: tuple[str, ...],
     seed: int,
     as_json: bool,
 ) -> None:
@@ -125,8 +133,12 @@ def report_command(
         seed=seed,
         find_thumbnails=find_thumbnails,
         command=write_command(click.get_current_context()),
+        checklists=checklists,
     )
     say(f"Page: {written['page']}")
+    for filled in written.get("checklist", []):
+        counts = ", ".join(f"{n} {status}" for status, n in filled["counts"].items())
+        say(f"Checklist: {filled['path']} ({counts})")
     if as_json:
         print_json(written)
 

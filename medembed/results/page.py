@@ -20,6 +20,8 @@ from medembed.errors import RunError
 from medembed.files import write_atomically
 from medembed.results import page_tables as tables
 from medembed.results.alignment import align_runs
+from medembed.results.checklist import write_checklists
+from medembed.results.checklist_study import Study
 from medembed.results.comparison import DISCLAIMER, compare_aligned, open_runs
 from medembed.results.external import find_external, read_evaluations
 from medembed.results.figures import FIGURES, Plot, plot_all
@@ -59,6 +61,7 @@ def write_report(
     date: dt.date | None = None,
     find_thumbnails: FindThumbnails | None = None,
     command: str | None = None,
+    checklists: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Write ``index.html`` and ``figures/`` about complete runs.
 
@@ -80,10 +83,14 @@ def write_report(
     command : str, optional
         What makes this page again, as the page says; by default with run names, level and seed.
 
+    checklists : sequence of str
+        Names of `checklist_items.CHECKLISTS`, which are filled in beside the page.
+
     Returns
     -------
     dict
-        ``page`` (path) and ``figures`` (paths of PNG, PDF, SVG and CSV files).
+        ``page`` (path), ``figures`` (paths of PNG, PDF, SVG and CSV files), and ``checklist``
+        where any is asked for, see `checklist.write_checklists`.
 
     Raises
     ------
@@ -105,7 +112,8 @@ def write_report(
     gallery = show_mistakes(find_mistakes(result, test_set), find_thumbnails)
     external, date = find_external(runs), date or dt.datetime.now(dt.UTC).date()
     names = [about["name"] for about in result["runs"]]
-    headline = write_headline(result, read_evaluations(runs, names))
+    elsewhere = read_evaluations(runs, names)
+    headline = write_headline(result, elsewhere)
     left_out = count_left_out(runs)
     command = command or _command(result)
     page = _render(result, headline, left_out, command, plots, abouts, gallery, external, date)
@@ -114,7 +122,10 @@ def write_report(
     written = [path for plot in plots for path in _write_plot(plot, figures_path)]
     write_atomically(out / "index.html", page.encode())
     _remove_old(figures_path, written)
-    return {"page": str(out / "index.html"), "figures": [str(path) for path in written]}
+    study = Study(dict(zip(names, runs, strict=True)), result, elsewhere)
+    filled = write_checklists(checklists, study, out)
+    document = {"page": str(out / "index.html"), "figures": [str(path) for path in written]}
+    return {**document, "checklist": filled} if filled else document
 
 
 def _render(
