@@ -40,7 +40,7 @@ def is_public(path: Path) -> bool:
 
 
 def _option(parameter: click.Parameter, value: Any) -> Iterator[str]:
-    name = max(parameter.opts, key=len)
+    name = parameter.opts[0]
     for own in value if isinstance(value, tuple) else (value,):
         yield name
         if own is not True:

@@ -109,6 +109,9 @@ def write_report(
     abouts = [
         describe_run(run, about["name"]) for run, about in zip(runs, result["runs"], strict=True)
     ]
+    for about, own in zip(abouts, result["runs"], strict=True):
+        if own["left_out_of"]:
+            about["left_out"] |= {"rows": [], "sentence": f"The images of {own['left_out_of']}."}
     gallery = show_mistakes(find_mistakes(result, test_set), find_thumbnails)
     external, date = find_external(runs), date or dt.datetime.now(dt.UTC).date()
     names = [about["name"] for about in result["runs"]]

@@ -216,13 +216,16 @@ def _left_out(info: Mapping[str, Any]) -> dict[str, Any]:
         }
         for image in images
     ]
-    n, n_test = data.get("left_out", 0), data.get("left_out_test", 0)
+    n, n_test = max(data.get("left_out", 0), len(images)), data.get("left_out_test", 0)
     sentence = (
         f"{counted(n, 'image')} could not be embedded, {n_test:,} of them in test. They were "
         "neither trained on nor scored. Images go by the first digits of their SHA-256."
     )
-    if n > len(images):
-        sentence += f" The first {len(images):,} are shown."
+    if not n:
+        sentence = "No image was left out."
+    elif n > len(images):
+        listed = f"The first {len(images):,} are shown." if images else "Which ones is not recorded."
+        sentence += f" {listed}"
     columns = ["Image (SHA-256)", "Split", "Stage", "Reason"]
     return {"columns": columns, "rows": rows, "sentence": sentence}
 
