@@ -349,6 +349,11 @@ def test_equal_priors_of_two_runs_stand_once_and_are_tested_once(tmp_path):
     old = make_run(tmp_path / "old", images, {"mlp": 0.9}, info={"data": {}, "left_out": []})
     assert count_left_out([old]) == (0, True)
     assert write_headline(result).text.startswith("one/mlp and two/mlp share the highest AUROC")
+    assert [run["copy_of"] for run in result["runs"]] == [None, None]  # two has a head more
+    again = make_run(tmp_path / "again", images, {"mlp": 0.9}, info=info, seed=1)
+    copied = compare_runs([one, again], **FAST)
+    assert [run["copy_of"] for run in copied["runs"]] == [None, "one"]
+    assert any(note.startswith("Warning: again predicts the very") for note in copied["notes"])
 
 
 def test_priors_that_differ_are_all_kept(tmp_path):

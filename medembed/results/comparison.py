@@ -104,7 +104,8 @@ def compare_runs(
     -------
     dict
         ``level``, ``test`` (counts), ``runs`` (per run: left-out images, rows that fell out, and
-        ``priors_of``, ``left_out_of``, see `mark_repeats`), ``flow`` (see `describe_flow`),
+        ``priors_of``, ``left_out_of``, ``copy_of``, see `mark_repeats`), ``flow`` (see
+        `describe_flow`),
         ``rows`` (per head, best AUROC first: ``scores`` at Youden's threshold, ``at_half`` at 0.5,
         ``at_sensitivity``; ``confusion``; ``calibrations``; ``auroc_delong``; ``fit``:
         Brier score, ``slope`` and ``intercept`` of calibrated probabilities, ECE; ``regions``,
@@ -138,7 +139,7 @@ def compare_aligned(
         "n_resamples": n_resamples,
         "seed": seed,
         "test": _count(test_set),
-        "runs": mark_repeats(abouts, runs, priors_of),
+        "runs": mark_repeats(abouts, runs, test_set, priors_of),
         "flow": describe_flow(runs, list(test_set.dropped)),
         "synthetic": any(run.info.get("data", {}).get("synthetic", False) for run in runs),
         "rows": rows,

@@ -224,7 +224,9 @@ def _left_out(info: Mapping[str, Any]) -> dict[str, Any]:
     if not n:
         sentence = "No image was left out."
     elif n > len(images):
-        listed = f"The first {len(images):,} are shown." if images else "Which ones is not recorded."
+        listed = (
+            f"The first {len(images):,} are shown." if images else "Which ones is not recorded."
+        )
         sentence += f" {listed}"
     columns = ["Image (SHA-256)", "Split", "Stage", "Reason"]
     return {"columns": columns, "rows": rows, "sentence": sentence}

@@ -16,6 +16,8 @@ __all__ = ["count_left_out", "describe_repeats", "drop_repeats", "mark_repeats"]
 def drop_repeats(runs: Sequence[Run], test_set: TestSet) -> tuple[list[Contender], dict[str, str]]:
     """Return the contenders with each prior once, and whose priors stand for another run's.
 
+    A run's trained heads are all kept, also where another directory holds the same run.
+
     Two priors are one where their runs have one manifest and one share of its training patients,
     and the priors give the test rows equal probabilities and, calibrated, one order. The first is
     kept, with its calibration.
@@ -45,21 +47,25 @@ def drop_repeats(runs: Sequence[Run], test_set: TestSet) -> tuple[list[Contender
 
 
 def mark_repeats(
-    abouts: Sequence[dict[str, Any]], runs: Sequence[Run], priors_of: Mapping[str, str]
+    abouts: Sequence[dict[str, Any]],
+    runs: Sequence[Run],
+    test_set: TestSet,
+    priors_of: Mapping[str, str],
 ) -> list[dict[str, Any]]:
-    """Add ``priors_of`` and ``left_out_of`` to what is said of each run.
+    """Add ``priors_of``, ``left_out_of`` and ``copy_of`` to what is said of each run.
 
-    They name the run before it that has the same priors, or the same images left out, or are None.
+    They name the run before it that has the same priors, the same images left out, or heads of the
+    same names that predict the very same of the common test rows; or they are None.
     """
-    marked = []
+    marked, copy_of = [], _find_copies(test_set)
     for i, about in enumerate(abouts):
         same = (
             other["name"]
             for other, run in zip(abouts[:i], runs, strict=False)
             if about["left_out"] and _left_out(run) == _left_out(runs[i])
         )
-        repeated = {"priors_of": priors_of.get(about["name"]), "left_out_of": next(same, None)}
-        marked.append({**about, **repeated})
+        own = {"left_out_of": next(same, None), "copy_of": copy_of.get(about["name"])}
+        marked.append({**about, "priors_of": priors_of.get(about["name"]), **own})
     return marked
 
 
@@ -70,6 +76,12 @@ def describe_repeats(abouts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         for first in firsts:
             names = ", ".join(about["name"] for about in abouts if about.get(key) == first)
             yield f"{names}: the {what} are those of {first}, and counted once."
+    for about in abouts:
+        if about.get("copy_of"):
+            yield (
+                f"Warning: {about['name']} predicts the very same as {about['copy_of']}: it may be "
+                "one run in two directories, whose heads are compared with themselves."
+            )
 
 
 def count_left_out(runs: Sequence[Run]) -> tuple[int, bool]:
@@ -92,6 +104,21 @@ def count_left_out(runs: Sequence[Run]) -> tuple[int, bool]:
         return max((n for n, _ in found), default=0), True
     is_exact = all(n == listed.total() for n, listed in found)
     return max(union.total(), *(n for n, _ in found)), is_exact
+
+
+def _find_copies(test_set: TestSet) -> dict[str, str]:
+    """Return, of each run whose heads all predict what those of a run before it do, that run."""
+    heads: dict[str, dict[str, NDArray[np.float64]]] = {name: {} for name in test_set.dropped}
+    for own in test_set.contenders:
+        heads[own.run][own.head] = own.raw
+    found: dict[str, str] = {}
+    names = list(heads)
+    for i, name in enumerate(names):
+        for first in names[:i]:
+            a, b = heads[name], heads[first]
+            if a.keys() == b.keys() and all(np.array_equal(a[head], b[head]) for head in a):
+                found.setdefault(name, first)
+    return found
 
 
 def _is_same(a: Contender, b: Contender, manifests: Mapping[str, Any]) -> bool:
