@@ -143,7 +143,10 @@ ELSEWHERE = {
     ),
     "rise": (make_scores(0.81, 0.9, 0.02, 0.16), "The rise of 0.090 is shown"),
     "no interval": (make_scores(0.81, 0.5, None, None), "Whether that is a drop is not known"),
-    "no test of its own": (make_scores(0, 0, 0, 0, note="No drop is given."), "No drop is given."),
+    "its own test": (
+        make_scores(0, 0, 0, 0, note="9 of the images are of its own test."),
+        "A: AUROC 0.900 on these images, better than the region's prior (0.600). 9 of the images",
+    ),
     "one class elsewhere": (
         make_scores(0.81, None, None, None),
         "AUROC elsewhere is not estimable",
@@ -163,7 +166,8 @@ def test_each_case_has_its_own_sentences(result, expected):
 def test_an_evaluation_says_what_became_of_the_model(scores, expected):
     found = write_headline(make_result([A, REGION], SHOWN), {"run": scores})
     assert expected in found.text
-    assert found.title == "How does the model do elsewhere?"
+    place = "on these images" if (scores["drop"] or {}).get("note") else "elsewhere"
+    assert found.title == f"How does the model do {place}?"
     assert "only trained head" not in found.text
 
 

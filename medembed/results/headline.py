@@ -142,8 +142,10 @@ def _title(result: Mapping[str, Any], elsewhere: Mapping[str, Any]) -> str:
     trained = _trained(result)
     n_elsewhere = sum(row["run"] in elsewhere for row in trained)
     if elsewhere and n_elsewhere == len(trained):
-        one = len(elsewhere) == 1
-        return f"How {'does the model' if one else 'do the models'} do elsewhere?"
+        models = "does the model" if len(elsewhere) == 1 else "do the models"
+        notes = [(own.get("drop") or {}).get("note") for own in elsewhere.values()]
+        # a note says why nothing is compared: the images may be of the model's own test
+        return f"How {models} do {'on these images' if all(notes) else 'elsewhere'}?"
     if elsewhere:
         return "Trained here or elsewhere: which head is best?"
     if len(trained) > 1:
@@ -251,10 +253,11 @@ class _Drop(NamedTuple):
     def values(self, level: str = "study") -> str:
         """Write both, or the one that there is."""
         title = "AUROC" if level == "study" else "AUROC by study"
+        place = "on these images" if self.note else "elsewhere"
         if self.external is None:
-            return f"{title} elsewhere is not estimable"
+            return f"{title} {place} is not estimable"
         if self.internal is None:
-            return f"{title} {self.external:.3f} elsewhere"
+            return f"{title} {self.external:.3f} {place}"
         return f"{title} {self.internal:.3f} → {self.external:.3f} elsewhere"
 
     def verdict(self) -> str:

@@ -32,6 +32,8 @@ GROUPINGS = {"region": "regions", "views": "views"}
 """What `by` may be, and where a comparison's row keeps those scores."""
 NOT_ESTIMABLE = "not estimable"
 MISSING = "–"
+WIDE = 100
+"""Columns of a terminal that leave room for whole headings; "Macro-F1" takes two lines below."""
 COLUMNS = {
     "macro_f1": "Macro-F1",
     "sensitivity": "Sens.",
@@ -243,7 +245,8 @@ def render_terminal(table: Table, width: int) -> str:
         if i < table.n_names:
             grid.add_column(column, overflow="fold")
         else:
-            grid.add_column(column, justify="right", no_wrap=True)
+            heading = column.replace("-", "-\n") if width < WIDE else column
+            grid.add_column(heading, justify="right", no_wrap=True)
     for section in table.sections:
         for row in section:
             grid.add_row(*(Text(mask_controls(cell)) for cell in row))
