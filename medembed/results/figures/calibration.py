@@ -92,15 +92,17 @@ def _draw_panels(theme: Theme, result: dict[str, Any], name: str, panels: dict[s
 
 def _tell_intervals(panels: dict[str, Any]) -> str:
     """Say what bars and brackets are, those that there are."""
-    scores = [panel[score] for panel in panels.values() for score in SCORES]
     bins = [
         {"low": own["share_low"], "high": own["share_high"]}
         for panel in panels.values()
         for own in panel["bins"]
     ]
-    parts = [("Bars", bins), ("Brackets", scores)]
-    shown = " and ".join(what for what, own in parts if any(map(has_interval, own)))
-    return tell_intervals(shown.capitalize(), [*bins, *scores], OF_SHARES)
+    told = [tell_intervals("Bars", bins, OF_SHARES)] if any(map(has_interval, bins)) else []
+    if any(has_interval(panel["brier"]) for panel in panels.values()):
+        told.append("In brackets: 95 % intervals of the Brier score, Student's t on the log-odds.")
+    if any(has_interval(panel["ece"]) for panel in panels.values()):
+        told.append("ECE has an upper bound alone.")
+    return " ".join(told) if told else tell_intervals("", bins, "")
 
 
 def _draw_reliability(axes: Any, theme: Theme, method: str, panel: dict[str, Any]) -> None:

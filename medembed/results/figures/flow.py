@@ -25,6 +25,8 @@ MAIN, SIDE, GAP = 0.46, 0.46, 14.0
 """Shares of the width, and points between boxes."""
 LINE, PAD = 11.5, 6.0
 """Points from line to line, and between a box and its text."""
+BOLD = 1.2 * LEGEND
+"""What bold letters of that size are as wide as."""
 UNITS = ("images", "studies", "patients")
 
 
@@ -67,7 +69,8 @@ def plot_flow(result: dict[str, Any]) -> Plot | None:
         return _draw_flows(theme, about, shown, titled=len(result["runs"]) > 1)
 
     more = len(groups) - len(shown)
-    cut = f" {counted(more, 'more flow')} only in the CSV." if more > 0 else ""
+    verb = "is" if more == 1 else "are"
+    cut = f" {counted(more, 'more flow')} {verb} in the CSV alone." if more > 0 else ""
     why = "" if all(own["found"] is not None for own in flows) else _why_not_recorded()
     about = (
         "A study is abnormal where one of its images is; a patient with studies of both classes "
@@ -100,7 +103,7 @@ def _draw_flows(
     boxes, arrows, top = [], [], 0.0
     for names, own in groups:
         if titled:
-            title = elide(", ".join(names), WHOLE - 2 * PAD, LEGEND)
+            title = elide(", ".join(names), WHOLE - 2 * PAD, BOLD)
             boxes.append(_Box((title,), 0, top, WHOLE))
             top = boxes[-1].bottom + GAP
         found, lines = _place(own, top)
@@ -179,7 +182,7 @@ def _draw_box(axes: Any, theme: Theme, box: _Box) -> None:
 def _fit(lines: Sequence[str], width: float) -> tuple[str, ...]:
     """Break lines so that a box has room for them, the first in its larger and bold letters."""
     room = 0.96 * width - 2 * PAD
-    sizes = [1.1 * LEGEND, *[SMALL] * (len(lines) - 1)]
+    sizes = [BOLD, *[SMALL] * (len(lines) - 1)]
     broken = [
         elide(part, room, size)
         for line, size in zip(lines, sizes, strict=True)
