@@ -145,7 +145,8 @@ ELSEWHERE = {
     "no interval": (make_scores(0.81, 0.5, None, None), "Whether that is a drop is not known"),
     "its own test": (
         make_scores(0, 0, 0, 0, note="9 of the images are of its own test."),
-        "A: AUROC 0.900 on these images, better than the region's prior (0.600). 9 of the images",
+        "A: AUROC 0.900 (95 % interval 0.850 to 0.950) on these images, better than the region's "
+        "prior (0.600). 9 of the images",
     ),
     "one class elsewhere": (
         make_scores(0.81, None, None, None),

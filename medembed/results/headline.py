@@ -165,10 +165,13 @@ def _sentences(
         return
     drops = [_read_drop(name, own, result) for name, own in elsewhere.items()]
     if len(_trained(result)) == 1 and len(drops) == 1 and result["level"] == "study":
-        yield from _describe_one(ranking.best, drops[0], judge_priors(result))
+        drop = drops[0]._replace(shown=_best_score(result))
+        yield from _describe_one(ranking.best, drop, judge_priors(result))
         return
     if len(_trained(result)) == 1:
-        yield f"{ranking.best} has an AUROC of {_best_score(result)}. It is the only trained head."
+        yield f"{ranking.best} has an AUROC of {_best_score(result)}."
+        if not drops:
+            yield "It is the only trained head."
     elif not ranking.is_tested:
         reason = _trained(result)[0]["scores"]["auroc"].get("reason")
         patients = (
@@ -249,6 +252,8 @@ class _Drop(NamedTuple):
     low: float | None
     high: float | None
     note: str | None
+    shown: str | None = None
+    """AUROC elsewhere with its interval, for where nothing else is shown."""
 
     def values(self, level: str = "study") -> str:
         """Write both, or the one that there is."""
@@ -257,7 +262,7 @@ class _Drop(NamedTuple):
         if self.external is None:
             return f"{title} {place} is not estimable"
         if self.internal is None:
-            return f"{title} {self.external:.3f} {place}"
+            return f"{title} {self.shown or f'{self.external:.3f}'} {place}"
         return f"{title} {self.internal:.3f} → {self.external:.3f} elsewhere"
 
     def verdict(self) -> str:

@@ -156,7 +156,7 @@ def _render(
         title=headline.title,
         result=result,
         summary=headline.text,
-        facts=_facts(result, left_out),
+        facts=_facts(result, left_out, is_elsewhere=bool(external)),
         leaderboard=tables.tabulate_heads(result),
         pairs=tables.tabulate_pairs(result),
         decisions=tables.tabulate_decisions(result),
@@ -194,15 +194,18 @@ def _command(result: dict[str, Any]) -> str:
     return shlex.join([*words, "--seed", str(result["seed"])])
 
 
-def _facts(result: dict[str, Any], left_out: tuple[int, bool]) -> list[dict[str, str]]:
+def _facts(
+    result: dict[str, Any], left_out: tuple[int, bool], *, is_elsewhere: bool
+) -> list[dict[str, str]]:
     test = result["test"]
     plural = "studies" if result["level"] == "study" else "images"
+    title = "Heads" if is_elsewhere else "Trained heads"
     n_heads = sum(not row["baseline"] for row in result["rows"])
     facts = {
         f"Test {plural}": f"{test['n']:,}",
         "of these abnormal": f"{test['n_abnormal']:,}",
         "Test patients": f"{test['n_patients']:,}",
-        "Trained heads": f"{n_heads:,}",
+        title: f"{n_heads:,}",
         "Images left out": f"{'' if left_out[1] else '≥ '}{left_out[0]:,}",
     }
     return [{"name": name, "value": value} for name, value in facts.items()]
