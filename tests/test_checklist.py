@@ -177,6 +177,8 @@ def test_an_evaluation_answers_what_is_asked_of_external_data(tmp_path):
     assert tripod["12g"]["answer"] == "medembed evaluate M C m.csv --out e"
     assert tripod["16"]["answer"] == "Drift: some."
     assert tripod["24"]["answer"] == "calibrated anew on 20 patients"
+    noted = make_study([run], {"e": scores | {"drop": {"note": "Of its own test.", "scores": {}}}})
+    assert items_of("claim", noted)["33"]["status"] == "partly"
     assert tripod["4"]["answer"] == "evaluation of an existing model on other images"
 
 

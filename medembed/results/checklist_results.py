@@ -147,7 +147,10 @@ def _internal(study: Study) -> Fact | None:
 def _external(study: Study) -> Fact | None:
     if not study.elsewhere:
         return None
-    return Fact(write_headline(study.result, study.elsewhere).text, "scores.json: drop")
+    # a note says that nothing was compared, as where the images are of the model's own test
+    is_whole = not any((own.get("drop") or {}).get("note") for own in study.elsewhere.values())
+    text = write_headline(study.result, study.elsewhere).text
+    return Fact(text, "scores.json: drop", is_whole)
 
 
 def _performance(study: Study) -> Fact | None:
