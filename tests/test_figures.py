@@ -313,19 +313,20 @@ def test_one_class_in_test_draws_nothing_of_ranking(tmp_path):
     images = make_images(n_patients=60)
     images.loc[images["split"] == "test", "label"] = 0
     run = make_run(tmp_path / "run", images, {"mlp": 1.0, "logistic": 2.0}, complete=False)
-    assert figures.plot_all(compare_runs([run], **FAST), align_runs([run])) == []
+    drawn = figures.plot_all(compare_runs([run], **FAST), align_runs([run]))
+    assert [plot.name for plot in drawn] == ["flow"]
 
 
 def test_no_trained_head_draws_nothing(case):
     result = copy.deepcopy(case[0]) | {"depths": [], "efficiency": []}
     result["rows"] = [row for row in result["rows"] if row["baseline"]]
-    assert figures.plot_all(result, case[1]) == []
+    assert [plot.name for plot in figures.plot_all(result, case[1])] == ["flow"]
 
 
 def test_results_of_before_still_give_the_figures_that_they_can(case, monkeypatch):
     watch(monkeypatch)
     result = copy.deepcopy(case[0])
-    for name in ("depths", "efficiency"):
+    for name in ("depths", "efficiency", "flow"):
         del result[name]
     for row in result["rows"]:
         for name in ("calibrations", "confusion", "seconds", "depth", "deferral"):
