@@ -104,7 +104,8 @@ def paired_differences(
     dict of (a, b) to Difference, in the order of `itertools.combinations`
         The interval, cut to [-1, 1], and the two-sided p are those of Student's t of the
         difference over its standard error, from what each patient adds to it (`influence`; of
-        AUROC it is DeLong's with Obuchowski's clusters). Predictions between which the score does
+        AUROC it is DeLong's with Obuchowski's clusters), with no more degrees of freedom than the
+        rarer class has patients, less one. Predictions between which the score does
         not tell differ by 0 with p = 1 and no interval. Not corrected for the number of pairs: see
         `holm`. Where fewer than `MIN_PATIENTS` patients of a class stand behind the score, or a
         difference has no spread, interval and p are NaN; so they are of ECE, whose noise has a
@@ -175,8 +176,9 @@ def _compare(
     if not spread.error > _ROUNDING:
         is_same = abs(value) < _ROUNDING
         return Difference(0.0 if is_same else value, nan, nan, 1.0 if is_same else nan)
-    reach = quantile(CONFIDENCE, spread.freedom) * spread.error
-    p = 2 * float(_tail(abs(value) / spread.error, spread.freedom))
+    freedom = min(spread.freedom, fewest - 1)  # a few patients do not tell their own spread
+    reach = quantile(CONFIDENCE, freedom) * spread.error
+    p = 2 * float(_tail(abs(value) / spread.error, freedom))
     return Difference(value, max(value - reach, -1.0), min(value + reach, 1.0), p, "t")
 
 
