@@ -191,6 +191,8 @@ def _require_covariate(name: str, columns: Sequence[str]) -> str:
         )
     near = difflib.get_close_matches(name, covariates, n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
+    if name == "views":
+        hint = " Numbers of views want no manifest: leave it out."
     raise ManifestError(
         f"{short(name)} is not a column of the manifest.{hint} Columns to group by: "
         f"{', '.join(covariates)}."
