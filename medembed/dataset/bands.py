@@ -134,13 +134,13 @@ def group_rows(rows: pd.DataFrame, grouping: Grouping) -> tuple["pd.Series[str]"
             f"{column} holds {len(order)} different numbers, and each would be a group. Give bands,"
             f" such as --by {column}:{edges}"
         )
-    reason = _find_identifying(rows, texts.map(names).fillna(""))
+    reason = _find_identifying(rows, texts.map({"": "", **names}))
     if reason is not None and column != "region":
         raise ManifestError(
             f"{column} {reason}, so it may say who somebody is, and nothing that does leaves the "
             "manifest. Give bands of numbers, or group its values in a column of their own."
         )
-    return texts.map(names).fillna(NOT_KNOWN), order
+    return texts.map({"": NOT_KNOWN, **names}), order
 
 
 def find_groupings(rows: pd.DataFrame) -> tuple[list[Grouping], dict[str, str]]:
@@ -165,7 +165,7 @@ def find_groupings(rows: pd.DataFrame) -> tuple[list[Grouping], dict[str, str]]:
         texts = rows[column].astype(str).map(normalise)
         numbers = {text: to_number(text) for text in texts.unique() if text}
         names, order = _name_categories(numbers)
-        reason = _find_identifying(rows, texts.map(names).fillna(""))
+        reason = _find_identifying(rows, texts.map({"": "", **names}))
         if len(order) < 2:
             left_out[column] = "has one value" if order else "has no known value"
         elif reason is not None:
