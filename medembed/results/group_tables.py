@@ -161,15 +161,14 @@ def _blocks(
 
 
 def _explain_absent(result: dict[str, Any]) -> list[str]:
-    """Say of each group why scores of the table or gaps have no interval, each reason once."""
-    found = {
-        (group["name"], block[score]["reason"]): None
-        for group, blocks in _blocks(result)
-        for _, block in blocks
-        for score in GAP_SCORES
-        if "reason" in block[score]
-    }
-    return [f"No interval, {name}: {reason}." for name, reason in found]
+    """Say of each group why a score that gaps are of has no interval, the first reason found."""
+    found: dict[str, str] = {}
+    for group, blocks in _blocks(result):
+        for score in GAP_SCORES:
+            for _, block in blocks:
+                if "reason" in block[score]:
+                    found.setdefault(group["name"], block[score]["reason"])
+    return [f"No interval, {name}: {reason}." for name, reason in found.items()]
 
 
 def _cells(block: dict[str, Any]) -> list[str]:
