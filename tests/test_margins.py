@@ -101,7 +101,7 @@ def test_each_is_said_in_a_sentence_in_text_and_on_the_page(run_path, tmp_path, 
     result = compare([run_path], margin=0.06, **FAST)
     told = [note for note in result["notes"] if "non-inferior" in note]
     assert told[0].startswith("close is non-inferior to best at a margin of 0.06 in AUROC")
-    assert told[1].startswith("poor is not shown to be non-inferior to best at a margin of 0.05")
+    assert told[1].startswith("poor is not shown to be non-inferior to best at a margin of 0.06")
     assert result["notes"][-1] == "Research software; not a medical device."
     write_report([run_path], tmp_path, margin=0.06, **FAST)
     text = (tmp_path / "index.html").read_text()
