@@ -72,7 +72,10 @@ def plan_command(
     if width is not None:
         asked["width"] = width
         found = plan_width(score, value, width, sampling)
-        gives = f"There the 95 % interval of {_named(score, value)} is {width:g} wide on average."
+        gives = (
+            f"There the 95 % interval of {_named(score, value)} is at most {width:g} wide on "
+            "average."
+        )
     else:
         assert difference is not None
         assert correlation is not None

@@ -224,9 +224,10 @@ def describe_gaps(gaps: Sequence[dict[str, Any]], *, several: bool) -> str:
         for gap in sorted(found, key=lambda gap: gap["p_holm"])[:NAMED_GAPS]
     ]
     more = f"; and {len(found) - NAMED_GAPS:,} more" if len(found) > NAMED_GAPS else ""
+    verb = "is" if len(found) == 1 else "are"
     return (
-        f"Gaps: {len(found):,} {what} are significant at {SIGNIFICANCE} after Holm's correction: "
-        f"{'; '.join(told)}{more}."
+        f"Gaps: {len(found):,} {what} {verb} significant at {SIGNIFICANCE} after Holm's "
+        f"correction: {'; '.join(told)}{more}."
     )
 
 

@@ -118,6 +118,8 @@ def write_report(
     if manifest is not None:
         asked["words"] += ["--manifest", "MANIFEST"]
         asked["columns"] = None if other else tabulate_columns(result, test_set, manifest)
+        if find_thumbnails is not None and not any((asked["columns"] or {}).values()):
+            asked["columns"] = None  # nobody asked for them
     plots = plot_all(result, test_set)
     abouts = [
         describe_run(run, about["name"]) for run, about in zip(runs, result["runs"], strict=True)
