@@ -18,6 +18,7 @@ from medembed.results import page
 from medembed.results.comparison import compare
 from medembed.results.margins import describe_margins
 from medembed.results.page import write_report
+from medembed.text import to_html
 
 FAST = {"n_resamples": 100}
 
@@ -106,7 +107,7 @@ def test_each_is_said_in_a_sentence_in_text_and_on_the_page(run_path, tmp_path, 
     write_report([run_path], tmp_path, margin=0.06, **FAST)
     text = (tmp_path / "index.html").read_text()
     for note in told:
-        assert note.replace("<", "&lt;") in text
+        assert to_html(note) in text
     assert "--margin 0.06" in text
 
 

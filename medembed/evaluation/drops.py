@@ -68,8 +68,8 @@ def estimate_difference(a: Estimate, b: Estimate, correlation: float = 0.0) -> D
         return Difference(value, nan, nan, nan)
 
     def limits(confidence: float) -> Bounds:
-        sides = (b.interval(confidence), a.interval(confidence))
-        ends = ((own.low, own.high) for own in sides)
+        of_a, of_b = a.interval(confidence), b.interval(confidence)
+        ends = (of_b.low, of_b.high), (of_a.low, of_a.high)
         return _ends(b.value, a.value, *ends, correlation)
 
     low, high = limits(CONFIDENCE)
