@@ -285,6 +285,15 @@ def test_a_run_that_does_not_say_its_manifest_is_joined_by_the_images(images, ma
         compare([run.path], by="sex", manifest=make_manifest(nothing, "study"), **FAST)
 
 
+def test_a_run_of_format_1_is_grouped_by_its_own_manifest():
+    home = Path(__file__).parent / "assets" / "format-1"
+    manifest = read_manifest(home / "manifest.csv")
+    result = compare([home / "run"], by="region", manifest=manifest, margin=0.1, **FAST)
+    assert sum(own["n"] for own in result["groups"]["groups"]) == result["test"]["n"]
+    assert all("an interval wants 5" in gap["reason"] for gap in result["gaps"])
+    assert len(result["non_inferiority"]) == 2
+
+
 def test_a_manifest_without_hashes_is_refused(run, manifest, tmp_path):
     bare = make_manifest(manifest.rows.assign(sha256="").astype({"label": str}), "study")
     run = open_run(run.path)

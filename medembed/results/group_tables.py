@@ -84,7 +84,8 @@ def tabulate_columns(
     -------
     dict
         ``sections``, each ``column``, ``groups`` and ``gaps`` (``title``, ``columns``, ``rows``),
-        ``summary`` and ``notes``; ``notes``: which columns are left out, and why.
+        ``summary`` and ``notes``; ``notes``: how gaps are tested, which columns are left out, and
+        why.
 
     Raises
     ------
@@ -104,13 +105,12 @@ def tabulate_columns(
                 "groups": _for_page(table, n_spanning=2),
                 "gaps": _for_page(gaps, n_spanning=1),
                 "summary": describe_gaps(found["gaps"], several=len(result["runs"]) > 1),
-                "notes": [*found["groups"]["notes"], *_explain_absent(found), METHOD],
+                "notes": [*found["groups"]["notes"], *_explain_absent(found)],
             }
         )
-    return {
-        "sections": sections,
-        "notes": [f"Not shown by {name}: it {reason}." for name, reason in left_out.items()],
-    }
+    notes = [METHOD] if sections else []
+    notes += [f"Not shown by {name}: it {reason}." for name, reason in left_out.items()]
+    return {"sections": sections, "notes": notes}
 
 
 def tabulate_gaps(result: dict[str, Any]) -> Table:
