@@ -32,7 +32,8 @@ margin_option = click.option(
     "--by",
     metavar="COLUMN[:BANDS]",
     help="A block of rows for each region, number of views (views) or, with --manifest, value of "
-    "a column: age:0-5-10-18 is [0, 5), [5, 10) and [10, 18], with 18 in the last.",
+    "a column: age:0-5-10-18 is [0, 5), [5, 10) and [10, 18], with 18 in the last. Values outside, "
+    "empty fields, and studies whose images differ are groups of their own, in no gap.",
 )
 @click.option(
     "--manifest",
@@ -49,7 +50,7 @@ margin_option = click.option(
     show_default=True,
 )
 @click.option(
-    "--tables", type=PATH, help="Also write heads and regions there, each as .csv and .tex."
+    "--tables", type=PATH, help="Also write heads, regions and groups there, as .csv and .tex."
 )
 @seed_option
 @json_option
