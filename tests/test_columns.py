@@ -70,7 +70,7 @@ def give(run, manifest):
 
 @pytest.fixture(scope="module")
 def images():
-    return make_images(n_patients=320)
+    return make_images(n_patients=240)
 
 
 @pytest.fixture(scope="module")
@@ -397,7 +397,7 @@ def test_equal_groups_differ_in_one_of_twenty_at_most(shared):
     generator = np.random.default_rng(5)
     hits = {score: [] for score in GAP_SCORES}
     families = []
-    for _ in range(400):
+    for _ in range(250):
         y, probability, patients, group = make_scores(generator, 80, shared=shared)
         found = score_groups(y, probability, 0.5, patients, {"a": group, "b": ~group})
         gaps = find_gaps(found, {}, "")
@@ -464,7 +464,7 @@ def test_real_radiographs_agree_with_pandas_and_fairlearn(shared_data, tmp_path,
     manifest = make_manifest(rows, given.label_level)
     path, run = tmp_path / "m.csv", tmp_path / "run"
     write_manifest(manifest, path)
-    asked = ("--heads", "logistic", "--configs", 2, "--folds", 3, "--jobs", 1)
+    asked = ("--heads", "logistic", "--configs", 1, "--folds", 2, "--jobs", 1)
     swept = invoke("sweep", shared_data / "nih" / "cache", path, "--out", run, *asked)
     assert swept.exit_code == 0, swept.output
     level = ("--level", "image")
