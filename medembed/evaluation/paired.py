@@ -29,6 +29,7 @@ __all__ = [
     "bootstrap_p",
     "holm",
     "mcnemar",
+    "non_inferiority_p",
     "paired_difference",
     "paired_differences",
 ]
@@ -39,13 +40,18 @@ _ROUNDING = 1e-12
 
 @dataclass(frozen=True)
 class Difference:
-    """A difference a - b between two sets of predictions on the same rows; NaN: not estimable."""
+    """A difference a - b between two sets of predictions on the same rows; NaN: not estimable.
+
+    `error` is its standard error and `freedom` the degrees of freedom of that, of method "t" alone.
+    """
 
     difference: float
     low: float
     high: float
     p: float
     method: str | None = None
+    error: float = nan
+    freedom: float = nan
 
     def as_dict(self) -> dict[str, Any]:
         """Return `difference`, `low`, `high`, `p` with None for what is not estimable; `method`."""
@@ -138,6 +144,18 @@ def paired_differences(
     }
 
 
+def non_inferiority_p(difference: Difference, margin: float) -> float:
+    """Return the one-sided p that a is worse than b by `margin` or more, NaN without a spread.
+
+    That of Student's t of ``difference + margin`` over the standard error: below 0.025 just where
+    the lower end of the 95 % interval lies above ``-margin`` (Piaggio et al., JAMA 308, 2012;
+    Wellek, Testing Statistical Hypotheses of Equivalence and Noninferiority, 2010).
+    """
+    if not difference.error > 0:
+        return nan
+    return float(_tail((difference.difference + margin) / difference.error, difference.freedom))
+
+
 def bootstrap_p(
     y: np.ndarray,
     probabilities: Mapping[str, np.ndarray],
@@ -179,7 +197,8 @@ def _compare(
     freedom = min(spread.freedom, fewest - 1)  # a few patients do not tell their own spread
     reach = quantile(CONFIDENCE, freedom) * spread.error
     p = 2 * float(_tail(abs(value) / spread.error, freedom))
-    return Difference(value, max(value - reach, -1.0), min(value + reach, 1.0), p, "t")
+    low, high = max(value - reach, -1.0), min(value + reach, 1.0)
+    return Difference(value, low, high, p, "t", spread.error, freedom)
 
 
 def _tail(ratio: float, freedom: float) -> float:
