@@ -14,6 +14,7 @@ from medembed.commands.encoding import doctor_command, extract_command
 from medembed.commands.evaluating import evaluate_command
 from medembed.commands.finetuning import finetune_command
 from medembed.commands.manifests import manifest
+from medembed.commands.planning import plan_command
 from medembed.commands.predicting import predict_command
 from medembed.commands.training import sweep_command
 from medembed.console import Commands
@@ -33,6 +34,7 @@ def main() -> None:
 for _command in (
     *(manifest, doctor_command, extract_command, cache),
     *(autoencoder_command, sweep_command, finetune_command),
-    *(compare_command, report_command, predict_command, evaluate_command, demo_command),
+    *(compare_command, report_command, plan_command, predict_command, evaluate_command),
+    demo_command,
 ):
     main.add_command(_command)

@@ -37,6 +37,7 @@ _LATEX = {
     "≥": r"$\geq$",
     "≤": r"$\leq$",
     "–": "--",
+    "−": "$-$",
 }
 _INVISIBLE = "\u180e\u200b\u200c\u200d\u2060\ufeff"  # zero-width; `str.strip` leaves them
 

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar as oracle
 
 from medembed.errors import TrainingDataError
@@ -20,6 +21,20 @@ def test_rows_of_one_patient_show_no_difference():
     found = paired_difference(y, a, b, np.array(["p"] * 4))
     nothing = dict.fromkeys(("low", "high", "p", "method"))
     assert found.as_dict() == {"difference": 0.75, **nothing}
+
+
+def test_a_few_abnormal_patients_are_the_degrees_of_freedom():
+    """One row per patient, so the oracle is DeLong's variance of two independent classes."""
+    rng = np.random.default_rng(4)
+    y = np.repeat([1, 0], [6, 80])
+    a, b = (rng.random(len(y)) * 0.6 + 0.3 * y for _ in range(2))
+    placed = [(x[:6, None] > x[None, 6:]).astype(float) for x in (a, b)]
+    gap = placed[0] - placed[1]
+    error = np.sqrt(gap.mean(1).var(ddof=1) / 6 + gap.mean(0).var(ddof=1) / 80)
+    found = paired_difference(y, a, b, np.arange(len(y)))
+    assert found.difference == pytest.approx(gap.mean())
+    assert found.p == pytest.approx(2 * stats.t.sf(abs(gap.mean()) / error, 5))
+    assert found.high - found.difference == pytest.approx(stats.t.ppf(0.975, 5) * error)
 
 
 @settings(deadline=None, max_examples=100)

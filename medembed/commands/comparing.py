@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from medembed.commands.invocation import write_command
-from medembed.commands.options import PATH, json_option, seed_option, table_columns
+from medembed.commands.options import PATH, Finite, json_option, seed_option, table_columns
 from medembed.console import print_json, say
 
 __all__ = ["compare_command", "hush_matplotlib", "report_command", "show_comparison"]
@@ -19,11 +19,30 @@ _NO_HOME = (
 )
 """How matplotlib says that it keeps its font cache elsewhere, which changes nothing here."""
 
+margin_option = click.option(
+    "--margin",
+    type=Finite(0, 0.5, min_open=True, max_open=True),
+    help="Loss of AUROC that is acceptable: tests whether heads are non-inferior to the best.",
+)
+
 
 @click.command("compare")
 @click.argument("runs", metavar="RUN…", type=PATH, nargs=-1, required=True)
 @click.option("--level", type=click.Choice(["study", "image"]), default="study", show_default=True)
-@click.option("--by", type=click.Choice(["region", "views"]), help="A block of rows for each.")
+@click.option(
+    "--by",
+    metavar="COLUMN[:BANDS]",
+    help="A block of rows for each region, number of views (views) or, with --manifest, value of "
+    "a column: age:0-5-10-18 is [0, 5), [5, 10) and [10, 18], with 18 in the last. Values outside, "
+    "empty fields, and studies whose images differ are groups of their own, in no gap.",
+)
+@click.option(
+    "--manifest",
+    "manifest_path",
+    type=PATH,
+    help="That of the runs: with --by, gaps between groups are tested too.",
+)
+@margin_option
 @click.option(
     "--format",
     "table_format",
@@ -32,7 +51,7 @@ _NO_HOME = (
     show_default=True,
 )
 @click.option(
-    "--tables", type=PATH, help="Also write heads and regions there, each as .csv and .tex."
+    "--tables", type=PATH, help="Also write heads, regions and groups there, as .csv and .tex."
 )
 @seed_option
 @json_option
@@ -40,15 +59,22 @@ def compare_command(
     runs: tuple[Path, ...],
     level: str,
     by: str | None,
+    manifest_path: Path | None,
+    margin: float | None,
     table_format: str,
     tables: Path | None,
     seed: int,
     as_json: bool,
 ) -> None:
     """Compare the heads of one or more runs, with intervals and paired tests."""
+    if manifest_path is None and by not in (None, "region", "views"):
+        raise click.UsageError(f"--by {by} wants --manifest, where that column is.")
+    if manifest_path is not None and by is None:
+        raise click.UsageError("--manifest wants --by, which says by what column of it.")
     from medembed.results.comparison import compare
 
-    result = compare(list(runs), level=level, seed=seed)
+    manifest = _read(manifest_path)
+    result = compare(list(runs), level=level, seed=seed, by=by, manifest=manifest, margin=margin)
     if tables is not None:
         from medembed.results.table_files import write_tables
 
@@ -69,10 +95,22 @@ def show_comparison(
 
 
 def _show(result: dict[str, Any], by: str | None, table_format: str) -> None:
+    from medembed.results.group_tables import render_groups
     from medembed.results.tables import render
 
     width = table_columns(PIPED_COLUMNS)
-    click.echo(render(result, table_format=table_format, by=by, width=width))
+    if "groups" in result:
+        click.echo(render_groups(result, table_format, width))
+    else:
+        click.echo(render(result, table_format=table_format, by=by, width=width))
+
+
+def _read(manifest_path: Path | None) -> Any:
+    if manifest_path is None:
+        return None
+    from medembed.dataset.manifest import read_manifest
+
+    return read_manifest(manifest_path)
 
 
 def hush_matplotlib() -> None:
@@ -89,9 +127,13 @@ def hush_matplotlib() -> None:
 @click.option("-o", "--output", type=PATH, required=True, help="Directory of the page.")
 @click.option("--level", type=click.Choice(["study", "image"]), default="study", show_default=True)
 @click.option(
-    "--manifest", "manifest_path", type=PATH, help="Of the images, for thumbnails of mistakes."
+    "--manifest",
+    "manifest_path",
+    type=PATH,
+    help="That of the runs: adds scores by its columns; with --image-root, thumbnails of mistakes.",
 )
 @click.option("--image-root", type=PATH, help="Directory that the manifest's paths start from.")
+@margin_option
 @click.option(
     "--names", is_flag=True, help="Name those images by their paths, which may tell who it is."
 )
@@ -110,28 +152,31 @@ def report_command(
     level: str,
     manifest_path: Path | None,
     image_root: Path | None,
+    margin: float | None,
     names: bool,
     checklists: tuple[str, ...],
     seed: int,
     as_json: bool,
 ) -> None:
     """Write a page that compares the heads of one or more runs, with figures and their data."""
-    if (manifest_path is None) != (image_root is None):
-        raise click.UsageError("--manifest and --image-root go together: both, or neither.")
-    if names and manifest_path is None:
+    if image_root is not None and manifest_path is None:
+        raise click.UsageError("--image-root wants --manifest, whose paths start from there.")
+    if names and image_root is None:
         raise click.UsageError("--names wants --manifest and --image-root.")
     hush_matplotlib()
     from medembed.results.page import write_report
 
-    find_thumbnails = None
-    if manifest_path is not None and image_root is not None:
-        find_thumbnails = _thumbnail_finder(manifest_path, image_root, names)
+    manifest, find_thumbnails = _read(manifest_path), None
+    if image_root is not None:
+        find_thumbnails = _thumbnail_finder(manifest, image_root, names)
     written = write_report(
         list(runs),
         output,
         level=level,
         seed=seed,
         find_thumbnails=find_thumbnails,
+        manifest=manifest,
+        margin=margin,
         command=write_command(click.get_current_context()),
         checklists=checklists,
     )
@@ -143,9 +188,9 @@ def report_command(
         print_json(written)
 
 
-def _thumbnail_finder(manifest_path: Path, image_root: Path, names: bool) -> Any:
-    from medembed.dataset.manifest import existing_root, read_manifest
+def _thumbnail_finder(manifest: Any, image_root: Path, names: bool) -> Any:
+    from medembed.dataset.manifest import existing_root
     from medembed.thumbnails import make_thumbnails
 
-    manifest, root = read_manifest(manifest_path), existing_root(image_root)
+    root = existing_root(image_root)
     return lambda wanted: make_thumbnails(manifest, root, wanted, with_names=names)

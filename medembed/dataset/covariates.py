@@ -25,6 +25,7 @@ __all__ = [
     "CovariateEncoder",
     "NumericColumn",
     "fit_covariates",
+    "to_number",
 ]
 
 MAX_CATEGORIES = 64  # more of them are names of persons or images
@@ -244,7 +245,7 @@ def _numbers(name: str, texts: Iterable[str]) -> dict[str, float]:
     """Return the numbers among known texts; refuse those that float32 cannot hold."""
     found = {}
     for text in texts:
-        number = _number(text)
+        number = to_number(text)
         if number is None:
             continue
         if not abs(number) <= LARGEST:  # true of NaN as well
@@ -256,7 +257,8 @@ def _numbers(name: str, texts: Iterable[str]) -> dict[str, float]:
     return found
 
 
-def _number(text: str) -> float | None:
+def to_number(text: str) -> float | None:
+    """Read a field as a number, which may not be finite; None where it is a word."""
     try:
         # Python reads 1_2 as twelve; in a table it is a name.
         return None if "_" in text else float(text)
@@ -299,7 +301,7 @@ def _are_categories(words: object) -> bool:
         isinstance(words, list)
         and 0 < len(words) <= MAX_CATEGORIES
         and all(isinstance(word, str) for word in words)
-        and all(word and word == word.strip() and _number(word) is None for word in words)
+        and all(word and word == word.strip() and to_number(word) is None for word in words)
         and words == sorted(set(words))
     )
 

@@ -1,7 +1,7 @@
 """How much worse scores are on other patients than on a model's own test patients."""
 
 from collections.abc import Callable, Mapping
-from math import exp, isnan, log, nan
+from math import exp, isnan, log, nan, sqrt
 
 import numpy as np
 import pandas as pd
@@ -13,7 +13,7 @@ from medembed.evaluation.paired import Difference
 from medembed.evaluation.resampling import CONFIDENCE, Interval, patient_codes
 from medembed.evaluation.scores import SCORES, Scorer
 
-__all__ = ["mover_drop", "sample_drop"]
+__all__ = ["estimate_difference", "mover_drop", "sample_drop"]
 
 _SMALLEST_P = 1e-9
 
@@ -44,7 +44,36 @@ def sample_drop(
         As `Scorer`.
     """
     inside, outside = _estimate(internal, threshold), _estimate(external, threshold)
-    return {name: _difference(inside[name], outside[name]) for name in SCORES}
+    return {name: estimate_difference(outside[name], inside[name]) for name in SCORES}
+
+
+def estimate_difference(a: Estimate, b: Estimate, correlation: float = 0.0) -> Difference:
+    """Return the score `a` less `b`, with the interval of MOVER from the limits of both.
+
+    Parameters
+    ----------
+    a, b : Estimate
+    correlation : float
+        Of the two, in [-1, 1]; 0 where no patient is in both. Zou (Psychological Methods 12, 2007)
+        subtracts ``2 r`` times the product of the distances below each root.
+
+    Returns
+    -------
+    Difference
+        p is one less the confidence at which the interval's end is zero. NaN where one of them has
+        no interval.
+    """
+    value = a.value - b.value
+    if a.limits is None or b.limits is None:
+        return Difference(value, nan, nan, nan)
+
+    def limits(confidence: float) -> Bounds:
+        of_a, of_b = a.interval(confidence), b.interval(confidence)
+        ends = (of_b.low, of_b.high), (of_a.low, of_a.high)
+        return _ends(b.value, a.value, *ends, correlation)
+
+    low, high = limits(CONFIDENCE)
+    return _shown(value, low, high, _p_value(value, limits) if low < high else nan)
 
 
 def mover_drop(
@@ -78,25 +107,21 @@ def _estimate(rows: pd.DataFrame, threshold: float) -> dict[str, Estimate]:
     return {**found, "ece": Estimate(float(scorer(np.ones((1, len(y))))["ece"][0]))}
 
 
-def _difference(inside: Estimate, outside: Estimate) -> Difference:
-    value = outside.value - inside.value
-    if inside.limits is None or outside.limits is None:
-        return Difference(value, nan, nan, nan)
-
-    def limits(confidence: float) -> Bounds:
-        sides = (inside.interval(confidence), outside.interval(confidence))
-        return _ends(inside.value, outside.value, *((own.low, own.high) for own in sides))
-
-    low, high = limits(CONFIDENCE)
-    return _shown(value, low, high, _p_value(value, limits) if not isnan(low) else nan)
-
-
-def _ends(inside: float, outside: float, own: Bounds, other: Bounds) -> Bounds:
+def _ends(
+    inside: float, outside: float, own: Bounds, other: Bounds, correlation: float = 0.0
+) -> Bounds:
     """Return the ends of MOVER, NaN where a side has none."""
     if any(isnan(end) for end in (inside, outside, *own, *other)):
         return nan, nan
+    value = outside - inside
     by_inside, by_outside = [outside - end for end in own], [end - inside for end in other]
-    return combine(outside - inside, [(by_inside[0], by_inside[1]), (by_outside[0], by_outside[1])])
+    low, high = combine(value, [(by_inside[0], by_inside[1]), (by_outside[0], by_outside[1])])
+    if correlation == 0:
+        return low, high
+    shared = 2 * correlation * (own[1] - inside) * (outside - other[0])
+    low = value - sqrt(max((value - low) ** 2 - shared, 0.0))
+    shared = 2 * correlation * (inside - own[0]) * (other[1] - outside)
+    return low, value + sqrt(max((high - value) ** 2 - shared, 0.0))
 
 
 def _shown(value: float, low: float, high: float, p: float) -> Difference:

@@ -29,6 +29,7 @@ __all__ = [
     "bootstrap_p",
     "holm",
     "mcnemar",
+    "non_inferiority_p",
     "paired_difference",
     "paired_differences",
 ]
@@ -39,13 +40,18 @@ _ROUNDING = 1e-12
 
 @dataclass(frozen=True)
 class Difference:
-    """A difference a - b between two sets of predictions on the same rows; NaN: not estimable."""
+    """A difference a - b between two sets of predictions on the same rows; NaN: not estimable.
+
+    `error` is its standard error and `freedom` the degrees of freedom of that, of method "t" alone.
+    """
 
     difference: float
     low: float
     high: float
     p: float
     method: str | None = None
+    error: float = nan
+    freedom: float = nan
 
     def as_dict(self) -> dict[str, Any]:
         """Return `difference`, `low`, `high`, `p` with None for what is not estimable; `method`."""
@@ -104,7 +110,8 @@ def paired_differences(
     dict of (a, b) to Difference, in the order of `itertools.combinations`
         The interval, cut to [-1, 1], and the two-sided p are those of Student's t of the
         difference over its standard error, from what each patient adds to it (`influence`; of
-        AUROC it is DeLong's with Obuchowski's clusters). Predictions between which the score does
+        AUROC it is DeLong's with Obuchowski's clusters), with no more degrees of freedom than the
+        rarer class has patients, less one. Predictions between which the score does
         not tell differ by 0 with p = 1 and no interval. Not corrected for the number of pairs: see
         `holm`. Where fewer than `MIN_PATIENTS` patients of a class stand behind the score, or a
         difference has no spread, interval and p are NaN; so they are of ECE, whose noise has a
@@ -135,6 +142,18 @@ def paired_differences(
         )
         for a, b in combinations(probabilities, 2)
     }
+
+
+def non_inferiority_p(difference: Difference, margin: float) -> float:
+    """Return the one-sided p that a is worse than b by `margin` or more, NaN without a spread.
+
+    That of Student's t of ``difference + margin`` over the standard error: below 0.025 just where
+    the lower end of the 95 % interval lies above ``-margin`` (Piaggio et al., JAMA 308, 2012;
+    Wellek, Testing Statistical Hypotheses of Equivalence and Noninferiority, 2010).
+    """
+    if not difference.error > 0:
+        return nan
+    return float(_tail((difference.difference + margin) / difference.error, difference.freedom))
 
 
 def bootstrap_p(
@@ -175,9 +194,11 @@ def _compare(
     if not spread.error > _ROUNDING:
         is_same = abs(value) < _ROUNDING
         return Difference(0.0 if is_same else value, nan, nan, 1.0 if is_same else nan)
-    reach = quantile(CONFIDENCE, spread.freedom) * spread.error
-    p = 2 * float(_tail(abs(value) / spread.error, spread.freedom))
-    return Difference(value, max(value - reach, -1.0), min(value + reach, 1.0), p, "t")
+    freedom = min(spread.freedom, fewest - 1)  # a few patients do not tell their own spread
+    reach = quantile(CONFIDENCE, freedom) * spread.error
+    p = 2 * float(_tail(abs(value) / spread.error, freedom))
+    low, high = max(value - reach, -1.0), min(value + reach, 1.0)
+    return Difference(value, low, high, p, "t", spread.error, freedom)
 
 
 def _tail(ratio: float, freedom: float) -> float:

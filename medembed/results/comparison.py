@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from medembed.dataset.manifest import Manifest
 from medembed.errors import RunError
 from medembed.evaluation.calibration_fit import calibration_line
 from medembed.evaluation.delong import auroc_interval
@@ -20,8 +21,10 @@ from medembed.evaluation.intervals import (
 from medembed.evaluation.reliability import reliability
 from medembed.evaluation.scores import DECISION_SCORES
 from medembed.results.alignment import SENSITIVITY, Contender, TestSet, align_runs
+from medembed.results.columns import compare_groups, join_groups
 from medembed.results.deferral import find_deferrals
 from medembed.results.flow import describe_flow
+from medembed.results.margins import check_margin, describe_margins, find_non_inferior
 from medembed.results.methods import describe_absent, describe_methods
 from medembed.results.pairing import pair_rows, versus_best
 from medembed.results.repeats import describe_repeats, drop_repeats, mark_repeats
@@ -50,6 +53,9 @@ def compare(
     level: str = "study",
     n_resamples: int = 2000,
     seed: int = 0,
+    by: str | None = None,
+    manifest: Manifest | None = None,
+    margin: float | None = None,
 ) -> dict[str, Any]:
     """Score every head of the runs on their common test rows, with intervals and paired tests.
 
@@ -63,20 +69,46 @@ def compare(
         Bootstrap resamples of patients.
     seed : int
         Seed of the bootstrap.
+    by : str, optional
+        ``COLUMN`` or ``COLUMN:BANDS`` of `manifest`, see `bands.parse_grouping`.
+    manifest : Manifest, optional
+        The one that the runs were made from. Both are given, or neither.
+    margin : float, optional
+        Loss of AUROC that would be acceptable: adds tests of non-inferiority.
 
     Returns
     -------
     dict
-        JSON values only, see `compare_runs`.
+        JSON values only, see `compare_runs`; with `by` also ``groups`` and ``gaps``, see
+        `columns.compare_groups`; with `margin` ``non_inferiority``, see
+        `margins.find_non_inferior`.
 
     Raises
     ------
     PathNotFoundError
         A run does not exist.
     RunError
-        A run is unfinished or not a run, or the runs have no test rows in common.
+        A run is unfinished or not a run, the runs have no test rows in common, the margin is out
+        of range, or a run was made from another manifest.
+    ManifestError
+        The manifest has no such column, or it cannot be grouped so.
     """
-    return compare_runs(open_runs(run_paths), level=level, n_resamples=n_resamples, seed=seed)
+    if margin is not None:
+        check_margin(margin)
+    runs = open_runs(run_paths)
+    test_set = align_runs(runs, level)
+    own = None
+    if by is not None and manifest is not None:
+        own = join_groups(runs, test_set, manifest, by)
+    result = compare_aligned(runs, test_set, n_resamples=n_resamples, seed=seed)
+    if own is not None:
+        result |= compare_groups(result["rows"], test_set, own)
+    if margin is not None:
+        tests = find_non_inferior(result["rows"], test_set, margin)
+        *notes, last = result["notes"]
+        notes = [*notes, *describe_margins(tests, margin), last]
+        result |= {"non_inferiority": tests, "notes": notes}
+    return result
 
 
 def open_runs(run_paths: Sequence[str | Path]) -> list[Run]:

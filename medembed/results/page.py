@@ -16,17 +16,21 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from medembed import __version__
+from medembed.dataset.manifest import Manifest
 from medembed.errors import RunError
 from medembed.files import write_atomically
 from medembed.results import page_tables as tables
 from medembed.results.alignment import align_runs
 from medembed.results.checklist import write_checklists
 from medembed.results.checklist_study import Study
+from medembed.results.columns import explain_other_manifest
 from medembed.results.comparison import DISCLAIMER, compare_aligned, open_runs
 from medembed.results.external import find_external, read_evaluations
 from medembed.results.figures import FIGURES, Plot, plot_all
 from medembed.results.gallery import FindThumbnails, find_mistakes, show_mistakes
+from medembed.results.group_tables import tabulate_columns
 from medembed.results.headline import Headline, write_headline
+from medembed.results.margins import check_margin, describe_margins, find_non_inferior
 from medembed.results.provenance import describe_run
 from medembed.results.repeats import count_left_out
 from medembed.text import to_html
@@ -60,6 +64,8 @@ def write_report(
     seed: int = 0,
     date: dt.date | None = None,
     find_thumbnails: FindThumbnails | None = None,
+    manifest: Manifest | None = None,
+    margin: float | None = None,
     command: str | None = None,
     checklists: Sequence[str] = (),
 ) -> dict[str, Any]:
@@ -80,9 +86,13 @@ def write_report(
         What the page says as its date; today by default. All else depends on the runs alone.
     find_thumbnails : callable, optional
         Gives the images of the gallery, see `results.gallery`; without it they go by their hash.
+    manifest : Manifest, optional
+        The one that the runs were made from: adds a section by each of its columns that can be
+        grouped. Where a run was made from another and there are thumbnails, the page says so.
+    margin : float, optional
+        Loss of AUROC that would be acceptable: adds tests of non-inferiority.
     command : str, optional
         What makes this page again, as the page says; by default with run names, level and seed.
-
     checklists : sequence of str
         Names of `checklist_items.CHECKLISTS`, which are filled in beside the page.
 
@@ -97,14 +107,30 @@ def write_report(
     PathNotFoundError
         A run does not exist.
     RunError
-        A run is unfinished, the runs have no test rows in common, or `out` is a file.
+        A run is unfinished or was made from another manifest, the runs have no test rows in
+        common, the margin is out of range, or `out` is a file.
     """
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise RunError(f"{out} is a file. Choose a directory for the page.")
     runs = open_runs(run_paths)
     test_set = align_runs(runs, level)
+    other = None if manifest is None else explain_other_manifest(runs, test_set, manifest)
+    if other is not None and find_thumbnails is None:
+        raise RunError(other)
+    if margin is not None:
+        check_margin(margin)
     result = compare_aligned(runs, test_set, n_resamples=n_resamples, seed=seed)
+    asked: dict[str, Any] = {"columns": None, "other_manifest": other, "margins": [], "words": []}
+    if margin is not None:
+        tests = find_non_inferior(result["rows"], test_set, margin)
+        asked["margins"] = describe_margins(tests, margin)
+        asked["words"] += ["--margin", f"{margin:g}"]
+    if manifest is not None:
+        asked["words"] += ["--manifest", "MANIFEST"]
+        asked["columns"] = None if other else tabulate_columns(result, test_set, manifest)
+        if find_thumbnails is not None and not any((asked["columns"] or {}).values()):
+            asked["columns"] = None  # nobody asked for them
     plots = plot_all(result, test_set)
     abouts = [
         describe_run(run, about["name"]) for run, about in zip(runs, result["runs"], strict=True)
@@ -118,8 +144,10 @@ def write_report(
     elsewhere = read_evaluations(runs, names)
     headline = write_headline(result, elsewhere)
     left_out = count_left_out(runs)
-    command = command or _command(result)
-    page = _render(result, headline, left_out, command, plots, abouts, gallery, external, date)
+    command = command or _command(result, asked["words"])
+    page = _render(
+        result, headline, left_out, command, plots, abouts, gallery, external, asked, date
+    )
     figures_path = out / "figures"
     figures_path.mkdir(parents=True, exist_ok=True)
     written = [path for plot in plots for path in _write_plot(plot, figures_path)]
@@ -140,6 +168,7 @@ def _render(
     abouts: list[dict[str, Any]],
     gallery: dict[str, Any],
     external: list[dict[str, Any]],
+    asked: dict[str, Any],
     date: dt.date,
 ) -> str:
     environment = Environment(
@@ -169,6 +198,7 @@ def _render(
         plots={plot.name: _embed(plot) for plot in plots},
         gallery=gallery,
         external=external,
+        asked=asked,
         runs=abouts,
         command=command,
         notes=[*result["notes"][:-1], *METHOD_NOTES, DISCLAIMER],
@@ -187,11 +217,11 @@ def _show(value: Any) -> Any:
     return Markup(to_html(value))  # nosec B704 # escaped there
 
 
-def _command(result: dict[str, Any]) -> str:
+def _command(result: dict[str, Any], words_asked: Sequence[str]) -> str:
     """Write a command that makes a page of these runs."""
     names = [run["name"] for run in result["runs"]]
     words = ["medembed", "report", *names, "-o", "report", "--level", result["level"]]
-    return shlex.join([*words, "--seed", str(result["seed"])])
+    return shlex.join([*words, "--seed", str(result["seed"]), *words_asked])
 
 
 def _facts(

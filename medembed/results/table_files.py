@@ -5,6 +5,7 @@ from typing import Any
 
 from medembed.errors import RunError
 from medembed.files import write_atomically
+from medembed.results.group_tables import write_group_tables
 from medembed.results.tables import render
 
 __all__ = ["TABLES", "write_tables"]
@@ -17,6 +18,8 @@ _ENDINGS = {"csv": "csv", "latex": "tex"}
 def write_tables(result: dict[str, Any], directory: str | Path) -> list[Path]:
     """Write ``heads`` and ``regions`` of a comparison, each as ``.csv`` and ``.tex``.
 
+    Of a comparison by a column also ``groups`` and ``gaps``.
+
     Parameters
     ----------
     result : dict
@@ -27,7 +30,7 @@ def write_tables(result: dict[str, Any], directory: str | Path) -> list[Path]:
     Returns
     -------
     list of Path
-        The four files.
+        The files.
 
     Raises
     ------
@@ -45,4 +48,4 @@ def write_tables(result: dict[str, Any], directory: str | Path) -> list[Path]:
             text = render(result, table_format=table_format, by=by)
             write_atomically(path, f"{text}\n".encode())
             written.append(path)
-    return written
+    return written + (write_group_tables(result, directory) if "groups" in result else [])

@@ -23,6 +23,7 @@ __all__ = [
     "format_value",
     "make_table",
     "render",
+    "render_table",
     "render_terminal",
     "share_of_train",
 ]
@@ -231,6 +232,13 @@ def _p_value(row: dict[str, Any]) -> str:
         return "best"
     text = format_p(row["versus_best"]["p_holm"])
     return f"{text} ≈" if row["versus_best"]["tied"] else text
+
+
+def render_table(table: Table, table_format: str, width: int = 80) -> str:
+    """Write a table as "table" (for a terminal of so many columns), "markdown" or "latex"."""
+    if table_format == "latex":
+        return _latex(table)
+    return _markdown(table) if table_format == "markdown" else render_terminal(table, width)
 
 
 def render_terminal(table: Table, width: int) -> str:
