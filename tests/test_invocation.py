@@ -6,7 +6,6 @@ from html import unescape
 from pathlib import Path
 
 import click
-import pandas as pd
 import pytest
 from click.testing import CliRunner
 from made_runs import make_images, make_run
@@ -38,9 +37,8 @@ def place(tmp_path, monkeypatch):
     make_run(home / "runs" / "sweep one", images, {"mlp": 1.0, "logistic": 1.5})
     make_run(home / "runs" / "depths", images, {"mlp": 1.2}, seed=2)
     Image.new("L", (8, 8), 9).save(home / "films" / "a.png")
-    row = {"image": "a.png", "sha256": "ab" * 32, "patient": "p", "study": "s", "region": "hand"}
-    table = pd.DataFrame([row | {"label": "1", "split": "test"}])
-    write_manifest(make_manifest(table, "study"), home / "m.csv")
+    table = images.assign(image=[f"{k}.png" for k in range(len(images))]).drop(columns="fold")
+    write_manifest(make_manifest(table.astype(str), "study"), home / "m.csv")
     # one figure drawn twice shows what ten do, and few resamples what many do
     monkeypatch.setattr(page, "compare_aligned", compare_fast)
     monkeypatch.setattr(page, "plot_all", lambda *of: [plot_roc(*of)])
@@ -59,7 +57,8 @@ def report(*words):
     [
         ["runs/sweep one", "-o", "report"],
         ["runs/sweep one", "runs/depths", "-o", "out/page", "--level", "image", "--seed", "3",
-         "--manifest", "m.csv", "--image-root", "films", "--names", "--checklist", "claim"],
+         "--manifest", "m.csv", "--image-root", "films", "--names", "--margin", "0.02",
+         "--checklist", "claim"],
         ["./runs/depths", "-o", "report"],
     ],
     ids=["plain", "everything", "dotted"],
