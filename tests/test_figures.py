@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -32,7 +33,7 @@ from medembed.results.figures.slots import Slots
 FAST = {"n_resamples": 60}
 NAMES = [
     *("roc", "precision_recall", "cost", "regions", "views", "confusion", "calibration"),
-    *("deferral", "depths", "efficiency"),
+    *("deferral", "depths", "efficiency", "flow"),
 ]
 LONG = "a-run-of-the-year-with-every-option-that-there-is/and-its-logistic-head"
 HOSTILE = ["<script>x</script>", "$\\frac{$ & \"'>", "手_\x07" + "e\u0301\u0323" * 9, "W" * 90]
@@ -202,12 +203,28 @@ def test_all_figures_are_there_in_the_order_of_the_page(case, plots):
 
 
 def test_every_figure_says_n_its_intervals_and_what_it_shows(plots):
-    for plot in plots.values():
+    assert "75 studies, 75 patients" not in plots["flow"].caption  # its boxes have what is n
+    for plot in (plot for name, plot in plots.items() if name != "flow"):
         assert "n = 75 test studies" in plot.caption
         assert "95 %" in plot.caption
         assert "patients" in plot.caption
         assert len(plot.alt) > 80
         assert plot.title
+
+
+def test_captions_claim_bars_and_bands_only_where_there_are_any(tmp_path):
+    images = make_images(n_patients=8)
+    run = make_run(tmp_path / "few", images, {"a": 0.5, "b": 9.0}, complete=False)
+    result, test_set = compare_runs([run], **FAST), align_runs([run])
+    rows = [row for row in result["rows"] if not row["baseline"]]
+    assert all(score["low"] is None for row in rows for score in row["scores"].values())
+    drawn = {plot.name: plot for plot in figures.plot_all(result, test_set)}
+    assert {"roc", "precision_recall", "regions", "confusion", "calibration"} <= set(drawn)
+    for plot in drawn.values():
+        assert "95 %" not in plot.caption + plot.alt
+        assert not re.search(r"\b(Bars?|Band|brackets: 95)\b", plot.caption)
+        if plot.name != "flow":
+            assert "No score here has an interval." in plot.caption
 
 
 def test_the_csv_of_curves_holds_curves_and_band(case, plots):
@@ -296,19 +313,20 @@ def test_one_class_in_test_draws_nothing_of_ranking(tmp_path):
     images = make_images(n_patients=60)
     images.loc[images["split"] == "test", "label"] = 0
     run = make_run(tmp_path / "run", images, {"mlp": 1.0, "logistic": 2.0}, complete=False)
-    assert figures.plot_all(compare_runs([run], **FAST), align_runs([run])) == []
+    drawn = figures.plot_all(compare_runs([run], **FAST), align_runs([run]))
+    assert [plot.name for plot in drawn] == ["flow"]
 
 
 def test_no_trained_head_draws_nothing(case):
     result = copy.deepcopy(case[0]) | {"depths": [], "efficiency": []}
     result["rows"] = [row for row in result["rows"] if row["baseline"]]
-    assert figures.plot_all(result, case[1]) == []
+    assert [plot.name for plot in figures.plot_all(result, case[1])] == ["flow"]
 
 
 def test_results_of_before_still_give_the_figures_that_they_can(case, monkeypatch):
     watch(monkeypatch)
     result = copy.deepcopy(case[0])
-    for name in ("depths", "efficiency"):
+    for name in ("depths", "efficiency", "flow"):
         del result[name]
     for row in result["rows"]:
         for name in ("calibrations", "confusion", "seconds", "depth", "deferral"):
@@ -466,7 +484,7 @@ def check_text(figure):
     for axes in figure.axes:
         check_axes(axes)
     for name in ("get_xlabel", "get_ylabel"):
-        assert any(getattr(axes, name)() for axes in figure.axes)
+        assert any(getattr(axes, name)() or not axes.axison for axes in figure.axes)
 
 
 def check_axes(axes):
@@ -549,6 +567,24 @@ def test_large_counts_fit(case, monkeypatch):
         for panel in row["calibrations"].values():
             panel["bins"][0]["n"] = 987_654
     assert len(figures.plot_all(result, case[1])) == len(NAMES)
+
+
+def test_the_boxes_of_a_flow_hold_whatever_comes(case, monkeypatch):
+    watch(monkeypatch)
+    result = copy.deepcopy(case[0])
+    reasons = [HOSTILE[0], "W" * 300, "a sentence of many words " * 12, *map(str, range(20))]
+    own = result["flow"][0]
+    own |= {"found": 1_234_567, "not_listed": 987_654, "not_asked": 345_678, "not_given": 9}
+    own["excluded"] = own["failures"] = [{"reason": text, "images": 123_456} for text in reasons]
+    own["manifest"] = own["used"] = dict.fromkeys(("images", "studies", "patients"), 40_000_561)
+    for part in own["splits"]:
+        part["used"] = own["used"]
+        part["classes"] = dict.fromkeys(("normal", "abnormal"), own["used"])
+    others = [own | {"run": LONG}, own | {"run": "W" * 90, "found": None, "unlabelled": None}]
+    result["flow"] += [*others, own | {"run": "d", "failed": None}, own | {"run": "e", "found": 7}]
+    result["runs"] *= 5
+    plot = figures.plot_flow(result)
+    assert "1 more flow is in the CSV alone." in plot.caption
 
 
 # letters and slots

@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from medembed.commands.invocation import write_command
 from medembed.commands.options import PATH, Finite, json_option, seed_option, table_columns
 from medembed.console import print_json, say
 
@@ -136,6 +137,13 @@ def hush_matplotlib() -> None:
 @click.option(
     "--names", is_flag=True, help="Name those images by their paths, which may tell who it is."
 )
+@click.option(
+    "--checklist",
+    "checklists",
+    type=click.Choice(["tripod-ai", "claim"]),
+    multiple=True,
+    help="Also fill in a reporting checklist beside the page, in Markdown; may be repeated.",
+)
 @seed_option
 @json_option
 def report_command(
@@ -146,6 +154,7 @@ def report_command(
     image_root: Path | None,
     margin: float | None,
     names: bool,
+    checklists: tuple[str, ...],
     seed: int,
     as_json: bool,
 ) -> None:
@@ -168,8 +177,13 @@ def report_command(
         find_thumbnails=find_thumbnails,
         manifest=manifest,
         margin=margin,
+        command=write_command(click.get_current_context()),
+        checklists=checklists,
     )
     say(f"Page: {written['page']}")
+    for filled in written.get("checklist", []):
+        counts = ", ".join(f"{n} {status}" for status, n in filled["counts"].items())
+        say(f"Checklist: {filled['path']} ({counts})")
     if as_json:
         print_json(written)
 

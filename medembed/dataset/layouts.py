@@ -180,7 +180,13 @@ def _read_folders(recipe: Recipe, root: Path) -> Listing:
     rows = _merge_names(rows, list(matches), root)
     is_found = pd.Series(data=True, index=rows.index)
     unlisted = index.unlisted(files, "the pattern")
-    return Listing(rows, is_found, [*unlisted, *warnings], unseen=index.unseen)
+    return Listing(
+        rows,
+        is_found,
+        [*unlisted, *warnings],
+        unseen=index.unseen,
+        files=index.paths.difference(files),
+    )
 
 
 def _merge_names(rows: pd.DataFrame, names: list[str], root: Path) -> pd.DataFrame:

@@ -50,12 +50,15 @@ class BuildReport:
         What a careful reader should know; `strict` makes these an error.
     notices : list of str
         What was settled on the way, and what the data set is too small for; never an error.
+    n_unlisted : int
+        Image files below the root that the recipe's tables or pattern lack.
     """
 
     manifest: Manifest
     excluded: list[tuple[str, str]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
+    n_unlisted: int = 0
 
     @property
     def splits(self) -> list[SplitCount]:
@@ -169,7 +172,9 @@ def build_manifest(
     warnings += find_warnings(manifest.rows)
     _refuse_warnings(recipe, strict, warnings)
     small = find_small_parts(manifest.rows, is_labelled=is_labelled)
-    return BuildReport(manifest, sorted(excluded), warnings, [*listing.notices, *small])
+    n_unlisted = 0 if structure_only else len(listing.files)
+    notices = [*listing.notices, *small]
+    return BuildReport(manifest, sorted(excluded), warnings, notices, n_unlisted)
 
 
 def _packaged_recipes() -> dict[str, Path]:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from medembed import extraction, sweeps
-from medembed.dataset.manifest import Manifest, write_manifest
+from medembed.dataset.build_file import write_build
+from medembed.dataset.manifest import Manifest
 from medembed.dataset.recipes import build_manifest, load_recipe
 from medembed.demo.cohort import DemoView, draw_cohort, write_view
 from medembed.encoders.loading import load_encoder
@@ -25,6 +26,11 @@ __all__ = ["RECIPE", "ShowProgress", "run_demo"]
 
 ShowProgress = Callable[[str, str], AbstractContextManager[Callable[[int, int], None]]]
 
+REPORT = (
+    "medembed report runs/sweep -o report --level study --manifest manifest.csv "
+    "--image-root images --seed 0"
+)
+"""What makes the demo's page again, in its directory."""
 RECIPE = """\
 # What images/labels.csv means. A recipe for a table of your own looks like this one.
 name = "medembed demo"
@@ -96,6 +102,7 @@ def run_demo(
         [run],
         home / "report",
         find_thumbnails=lambda wanted: make_thumbnails(manifest, home / "images", wanted),
+        command=REPORT,
     )
     return {"leaderboard": swept["leaderboard"], "page": report["page"], "synthetic": True}
 
@@ -142,10 +149,9 @@ def _build(home: Path, n_patients: int, seed: int, show: ShowProgress) -> Manife
     write_atomically(images / "labels.csv", _table(views))
     write_atomically(home / "recipe.toml", RECIPE.encode())
     with show("Hashing", "images") as progress:
-        report = build_manifest(
-            load_recipe(home / "recipe.toml"), images, strict=True, progress=progress
-        )
-    write_manifest(report.manifest, home / "manifest.csv")
+        recipe = load_recipe(home / "recipe.toml")
+        report = build_manifest(recipe, images, strict=True, progress=progress)
+    write_build(report, recipe, home / "manifest.csv")
     return report.manifest
 
 

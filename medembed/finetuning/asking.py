@@ -55,6 +55,8 @@ class Asked:
     trunk_dtype: str
     n_cut: int | None
     limits: Limits = DEFAULT_LIMITS
+    build: dict[str, Any] | None = None
+    """What is known of how the manifest was built, see `dataset.build_file.read_build`."""
 
     @property
     def trials(self) -> list[Trial]:

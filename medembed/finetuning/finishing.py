@@ -154,8 +154,16 @@ def load_ending(run: Run, key: str, rows: TrainRows) -> Ending | None:
     )
 
 
-def finish(run: Run, manifest: Manifest, rows: TrainRows, endings: Sequence[Ending]) -> None:
+def finish(
+    run: Run,
+    manifest: Manifest,
+    rows: TrainRows,
+    endings: Sequence[Ending],
+    build: dict[str, Any] | None = None,
+) -> None:
     """Write predictions, leaderboard and counts, then the scores, which complete the run.
+
+    `build` is what is known of how the manifest was built.
 
     Raises
     ------
@@ -182,7 +190,7 @@ def finish(run: Run, manifest: Manifest, rows: TrainRows, endings: Sequence[Endi
     run.write_predictions(pd.concat(parts, ignore_index=True))
     run.update_info(
         leaderboard=[ending.as_entry() for ending in ordered],
-        data=summarise_data(manifest.rows, rows.failed, manifest.label_level),
+        data=summarise_data(manifest.rows, rows.failed, manifest.label_level, build),
         left_out=list_left_out(manifest.rows, rows.failed),
         times={**run.info["times"], "ended": utc_now()},
     )

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from medembed.cache.embeddings import find_rows
+from medembed.dataset.build_file import read_build
 from medembed.dataset.manifest import Manifest, read_manifest
 from medembed.dataset.reading import DEFAULT_LIMITS, Limits
 from medembed.errors import DeviceMemoryError, EncoderError, TrainingDataError
@@ -147,7 +148,7 @@ def finetune(
         pool=pool,
         on={"device": device, "precision": precision, "fit": fit},
     )
-    asked = replace(asked, limits=limits)
+    asked = replace(asked, limits=limits, build=read_build(manifest, table))
     name = "MANIFEST" if isinstance(manifest, Manifest) else public_name(manifest)
     command = write_command(asked, name, public_name(encoder), public_name(out), from_run)
     run = create_run(out, asked.question(), details=describe(asked, command))
@@ -177,7 +178,7 @@ def _train_all(run: Run, asked: Asked, rows: TrainRows, progress: Progress, tell
                 trained = _train(run, own, rows, images, X, trial, key, progress, tell)
                 endings[trial.head] = trained
     done = [ending for ending in endings.values() if ending is not None]
-    finish(run, asked.manifest, rows, done)
+    finish(run, asked.manifest, rows, done, asked.build)
 
 
 def _open_images(

@@ -17,6 +17,7 @@ import pandas as pd
 
 from medembed.cache.embeddings import Embeddings, load_embeddings
 from medembed.cache.store import Cache, open_cache
+from medembed.dataset.build_file import read_build
 from medembed.dataset.covariates import CovariateEncoder
 from medembed.dataset.identities import name_persons
 from medembed.dataset.manifest import Manifest, read_manifest
@@ -150,7 +151,10 @@ def evaluate(
         "versions": library_versions(VERSIONED),
         "encoder": describe_source(opened.recorded, opened.spec.encoder, opened.spec.preprocessing),
         "data": summarise_data(
-            rows.assign(split="test"), embeddings.failed, embeddings.label_level
+            rows.assign(split="test"),
+            embeddings.failed,
+            embeddings.label_level,
+            read_build(manifest, read),
         ),
         "left_out": list_left_out(rows.assign(split="test"), embeddings.failed),
     }

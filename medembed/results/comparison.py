@@ -23,9 +23,11 @@ from medembed.evaluation.scores import DECISION_SCORES
 from medembed.results.alignment import SENSITIVITY, Contender, TestSet, align_runs
 from medembed.results.columns import compare_groups, join_groups
 from medembed.results.deferral import find_deferrals
+from medembed.results.flow import describe_flow
 from medembed.results.margins import check_margin, describe_margins, find_non_inferior
 from medembed.results.methods import describe_absent, describe_methods
 from medembed.results.pairing import pair_rows, versus_best
+from medembed.results.repeats import describe_repeats, drop_repeats, mark_repeats
 from medembed.results.run_entries import CV_METHOD
 from medembed.results.runs import Run, open_run
 from medembed.results.series import find_depths, find_efficiency, find_seeds
@@ -133,7 +135,9 @@ def compare_runs(
     Returns
     -------
     dict
-        ``level``, ``test`` (counts), ``runs`` (per run: left-out images, rows that fell out),
+        ``level``, ``test`` (counts), ``runs`` (per run: left-out images, rows that fell out, and
+        ``priors_of``, ``left_out_of``, ``copy_of``, see `mark_repeats`), ``flow`` (see
+        `describe_flow`),
         ``rows`` (per head, best AUROC first: ``scores`` at Youden's threshold, ``at_half`` at 0.5,
         ``at_sensitivity``; ``confusion``; ``calibrations``; ``auroc_delong``; ``fit``:
         Brier score, ``slope`` and ``intercept`` of calibrated probabilities, ECE; ``regions``,
@@ -151,22 +155,24 @@ def compare_aligned(
     runs: Sequence[Run], test_set: TestSet, *, n_resamples: int = 2000, seed: int = 0
 ) -> dict[str, Any]:
     """Do what `compare_runs` does on what `align_runs` has returned for these runs."""
-    rows = [_row(test_set, contender, n_resamples, seed) for contender in test_set.contenders]
+    contenders, priors_of = drop_repeats(runs, test_set)
+    rows = [_row(test_set, contender, n_resamples, seed) for contender in contenders]
     deferrals = find_deferrals(runs, test_set)
     rows = [{**row, **deferrals[row["run"], row["head"]]} for row in rows]
     rows.sort(key=_by_auroc)
     paired = pair_rows(test_set, rows, n_resamples, seed)
     for i, row in enumerate(rows):
         row["versus_best"] = versus_best(paired.get((0, i)))
+    abouts = [
+        _about(run, name, n) for run, (name, n) in zip(runs, test_set.dropped.items(), strict=True)
+    ]
     result: dict[str, Any] = {
         "level": test_set.level,
         "n_resamples": n_resamples,
         "seed": seed,
         "test": _count(test_set),
-        "runs": [
-            _about(run, name, n)
-            for run, (name, n) in zip(runs, test_set.dropped.items(), strict=True)
-        ],
+        "runs": mark_repeats(abouts, runs, test_set, priors_of),
+        "flow": describe_flow(runs, list(test_set.dropped)),
         "synthetic": any(run.info.get("data", {}).get("synthetic", False) for run in runs),
         "rows": rows,
         "paired": list(paired.values()),
@@ -200,6 +206,7 @@ def describe(result: dict[str, Any]) -> list[str]:
     notes += _describe_cv(result["rows"], len(result["runs"]) > 1)
     for run in result["runs"]:
         notes += _describe_losses(run, level, len(result["runs"]) > 1)
+    notes += describe_repeats(result["runs"])
     if result["synthetic"]:
         notes.append("Synthetic images: these scores say nothing about medicine.")
     return [*notes, DISCLAIMER]
@@ -239,7 +246,7 @@ def counted(n: int, noun: str) -> str:
 def _describe_losses(run: dict[str, Any], level: str, several: bool) -> list[str]:
     prefix = f"{run['name']}: " if several else ""
     notes = []
-    if run["left_out"]:
+    if run["left_out"] and not run["left_out_of"]:
         notes.append(
             f"{prefix}Left out: {counted(run['left_out'], 'image')} that could not be embedded "
             f"({run['left_out_test']:,} in test)."

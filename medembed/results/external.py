@@ -1,12 +1,14 @@
 """What an external evaluation found beside its scores, as tables for the terminal and the page."""
 
 import hashlib
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from medembed.errors import RunError
 from medembed.files import read_plain
+from medembed.results.headline import write_headline
 from medembed.results.runs import Run
 from medembed.results.tables import (
     MISSING,
@@ -16,14 +18,21 @@ from medembed.results.tables import (
     make_table,
     render_terminal,
 )
+from medembed.text import mask_controls
 
-__all__ = ["digest_predictions", "find_external", "render_external", "tabulate_external"]
+__all__ = [
+    "digest_predictions",
+    "find_external",
+    "read_evaluations",
+    "render_external",
+    "tabulate_external",
+]
 
 SCORES = {
     "auroc": "AUROC",
     "average_precision": "Avg. precision",
     "accuracy": "Accuracy",
-    "macro_f1": "F1",
+    "macro_f1": "Macro-F1",
     "kappa": "κ",
     "sensitivity": "Sensitivity",
     "specificity": "Specificity",
@@ -71,7 +80,9 @@ def render_external(scores: Mapping[str, Any], width: int = 80) -> str:
     """
     with _reading(scores.get("run")):
         tables = [make_table(dict(scores))] if scores["rows"] else []
-        parts = [render_terminal(table, width) for table in (*tables, *tabulate_external(scores))]
+        own = {scores["rows"][0]["run"]: scores} if scores["rows"] else {}
+        parts = [textwrap.fill(mask_controls(write_headline(scores, own).text), width)]
+        parts += [render_terminal(table, width) for table in (*tables, *tabulate_external(scores))]
         if not scores["rows"]:
             parts.append("\n".join(scores["notes"]))
         return "\n\n".join(parts)
@@ -142,7 +153,28 @@ def digest_predictions(run: Run) -> str:
         ) from None
 
 
+def read_evaluations(runs: Sequence[Run], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return the `scores.json` of each run that evaluates a model elsewhere, by the run's name.
+
+    Raises
+    ------
+    RunError
+        As `find_external`.
+    """
+    return {
+        name: _scores_of(run)
+        for run, name in zip(runs, names, strict=True)
+        if run.info["kind"] == "evaluation"
+    }
+
+
 def _tables_of(run: Run) -> list[Table]:
+    scores = _scores_of(run)
+    with _reading(run.path):
+        return tabulate_external(scores, full=True)
+
+
+def _scores_of(run: Run) -> dict[str, Any]:
     scores = run.scores()  # its own errors say what they mean
     digest = scores.get("predictions_sha256")  # runs of before have none
     if digest is not None and digest != digest_predictions(run):
@@ -150,8 +182,7 @@ def _tables_of(run: Run) -> list[Table]:
             f"scores.json of the evaluation at {run.path} is not of the predictions.parquet beside "
             "it. Restore the two, or delete that directory and evaluate again."
         )
-    with _reading(run.path):
-        return tabulate_external(scores, full=True)
+    return scores
 
 
 @contextmanager

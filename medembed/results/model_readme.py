@@ -36,7 +36,7 @@ _TITLES = {
     "auroc": "AUROC",
     "average_precision": "Average precision",
     "accuracy": "Accuracy",
-    "macro_f1": "Macro F1",
+    "macro_f1": "Macro-F1",
     "kappa": "Cohen's kappa",
     "sensitivity": "Sensitivity",
     "specificity": "Specificity",

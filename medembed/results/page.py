@@ -21,15 +21,18 @@ from medembed.errors import RunError
 from medembed.files import write_atomically
 from medembed.results import page_tables as tables
 from medembed.results.alignment import align_runs
+from medembed.results.checklist import write_checklists
+from medembed.results.checklist_study import Study
 from medembed.results.columns import explain_other_manifest
 from medembed.results.comparison import DISCLAIMER, compare_aligned, open_runs
-from medembed.results.external import find_external
+from medembed.results.external import find_external, read_evaluations
 from medembed.results.figures import FIGURES, Plot, plot_all
 from medembed.results.gallery import FindThumbnails, find_mistakes, show_mistakes
 from medembed.results.group_tables import tabulate_columns
+from medembed.results.headline import Headline, write_headline
 from medembed.results.margins import check_margin, describe_margins, find_non_inferior
-from medembed.results.pairing import row_name
 from medembed.results.provenance import describe_run
+from medembed.results.repeats import count_left_out
 from medembed.text import to_html
 
 __all__ = ["write_report"]
@@ -40,7 +43,8 @@ METHOD_NOTES = (
     "Test was scored once per head. Configurations were chosen within the folds of train that are "
     "learnt from, calibration and thresholds on out-of-fold predictions, with no patient on both "
     "sides.",
-    "F1 is the mean over both classes; κ is Cohen's; ECE is the calibration error over ten bins.",
+    "Macro-F1 is the mean of F1 over both classes; κ is Cohen's; ECE is the calibration error over "
+    "ten bins.",
     "p: DeLong's paired test with patients as clusters (Obuchowski) by Student's t, with Holm's "
     "correction where it says so; beside it the paired bootstrap over patients, and McNemar's, "
     "which takes rows as independent.",
@@ -62,6 +66,8 @@ def write_report(
     find_thumbnails: FindThumbnails | None = None,
     manifest: Manifest | None = None,
     margin: float | None = None,
+    command: str | None = None,
+    checklists: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Write ``index.html`` and ``figures/`` about complete runs.
 
@@ -85,11 +91,16 @@ def write_report(
         grouped. Where a run was made from another and there are thumbnails, the page says so.
     margin : float, optional
         Loss of AUROC that would be acceptable: adds tests of non-inferiority.
+    command : str, optional
+        What makes this page again, as the page says; by default with run names, level and seed.
+    checklists : sequence of str
+        Names of `checklist_items.CHECKLISTS`, which are filled in beside the page.
 
     Returns
     -------
     dict
-        ``page`` (path) and ``figures`` (paths of PNG, PDF, SVG and CSV files).
+        ``page`` (path), ``figures`` (paths of PNG, PDF, SVG and CSV files), and ``checklist``
+        where any is asked for, see `checklist.write_checklists`.
 
     Raises
     ------
@@ -124,19 +135,35 @@ def write_report(
     abouts = [
         describe_run(run, about["name"]) for run, about in zip(runs, result["runs"], strict=True)
     ]
+    for about, own in zip(abouts, result["runs"], strict=True):
+        if own["left_out_of"]:
+            about["left_out"] |= {"rows": [], "sentence": f"The images of {own['left_out_of']}."}
     gallery = show_mistakes(find_mistakes(result, test_set), find_thumbnails)
     external, date = find_external(runs), date or dt.datetime.now(dt.UTC).date()
-    page = _render(result, plots, abouts, gallery, external, asked, date)
+    names = [about["name"] for about in result["runs"]]
+    elsewhere = read_evaluations(runs, names)
+    headline = write_headline(result, elsewhere)
+    left_out = count_left_out(runs)
+    command = command or _command(result, asked["words"])
+    page = _render(
+        result, headline, left_out, command, plots, abouts, gallery, external, asked, date
+    )
     figures_path = out / "figures"
     figures_path.mkdir(parents=True, exist_ok=True)
     written = [path for plot in plots for path in _write_plot(plot, figures_path)]
     write_atomically(out / "index.html", page.encode())
     _remove_old(figures_path, written)
-    return {"page": str(out / "index.html"), "figures": [str(path) for path in written]}
+    study = Study(dict(zip(names, runs, strict=True)), result, elsewhere)
+    filled = write_checklists(checklists, study, out)
+    document = {"page": str(out / "index.html"), "figures": [str(path) for path in written]}
+    return {**document, "checklist": filled} if filled else document
 
 
 def _render(
     result: dict[str, Any],
+    headline: Headline,
+    left_out: tuple[int, bool],
+    command: str,
     plots: list[Plot],
     abouts: list[dict[str, Any]],
     gallery: dict[str, Any],
@@ -155,10 +182,10 @@ def _render(
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     trusted = Markup(script)  # nosec B704 # ours, and none of it comes from a run
     return environment.get_template("page.html.j2").render(
-        title="Classifying radiographs: which head is best?",
+        title=headline.title,
         result=result,
-        summary=_summarise(result),
-        facts=_facts(result),
+        summary=headline.text,
+        facts=_facts(result, left_out, is_elsewhere=bool(external)),
         leaderboard=tables.tabulate_heads(result),
         pairs=tables.tabulate_pairs(result),
         decisions=tables.tabulate_decisions(result),
@@ -173,7 +200,7 @@ def _render(
         external=external,
         asked=asked,
         runs=abouts,
-        command=_command(result, asked["words"]),
+        command=command,
         notes=[*result["notes"][:-1], *METHOD_NOTES, DISCLAIMER],
         disclaimer=DISCLAIMER,
         date=date.isoformat(),
@@ -191,52 +218,27 @@ def _show(value: Any) -> Any:
 
 
 def _command(result: dict[str, Any], words_asked: Sequence[str]) -> str:
-    """Write the command that makes this page again."""
+    """Write a command that makes a page of these runs."""
     names = [run["name"] for run in result["runs"]]
     words = ["medembed", "report", *names, "-o", "report", "--level", result["level"]]
     return shlex.join([*words, "--seed", str(result["seed"]), *words_asked])
 
 
-def _summarise(result: dict[str, Any]) -> str:
-    """Say in words who won, by how much, and who may be as good."""
-    trained = [row for row in result["rows"] if not row["baseline"]]
-    best = trained[0] if trained else result["rows"][0]
-    auroc = best["scores"]["auroc"]
-    if auroc["value"] is None:
-        return "The test rows are of one class, so AUROC is not estimable and no head is best."
-    interval = (
-        f" (95 % interval {auroc['low']:.3f} to {auroc['high']:.3f})"
-        if auroc["low"] is not None
-        else ""
-    )
-    tied = [row for row in trained if row is not best and (row["versus_best"] or {}).get("tied")]
-    names = ", ".join(_name(result, row) for row in tied)
-    if names:
-        ending = f"These are not distinguishable from it: {names}."
-    elif len(trained) > 1:
-        ending = "Every other head is worse, by the paired test."
-    else:
-        ending = "It is the only trained head."
-    return f"{_name(result, best)} has the highest AUROC, {auroc['value']:.3f}{interval}. {ending}"
-
-
-def _facts(result: dict[str, Any]) -> list[dict[str, str]]:
+def _facts(
+    result: dict[str, Any], left_out: tuple[int, bool], *, is_elsewhere: bool
+) -> list[dict[str, str]]:
     test = result["test"]
     plural = "studies" if result["level"] == "study" else "images"
-    n_left_out = sum(run["left_out"] for run in result["runs"])
+    title = "Heads" if is_elsewhere else "Trained heads"
     n_heads = sum(not row["baseline"] for row in result["rows"])
     facts = {
         f"Test {plural}": f"{test['n']:,}",
         "of these abnormal": f"{test['n_abnormal']:,}",
         "Test patients": f"{test['n_patients']:,}",
-        "Trained heads": f"{n_heads:,}",
-        "Images left out": f"{n_left_out:,}",
+        title: f"{n_heads:,}",
+        "Images left out": f"{'' if left_out[1] else '≥ '}{left_out[0]:,}",
     }
     return [{"name": name, "value": value} for name, value in facts.items()]
-
-
-def _name(result: dict[str, Any], row: dict[str, Any]) -> str:
-    return row_name(row, several=len(result["runs"]) > 1)
 
 
 def _embed(plot: Plot) -> dict[str, Any]:

@@ -28,14 +28,14 @@ __all__ = [
 LEADERBOARD = {
     "auroc": "AUROC [95 %]",
     "average_precision": "Average precision [95 %]",
-    "macro_f1": "F1",
+    "macro_f1": "Macro-F1",
     "kappa": "κ [95 %]",
     "brier": "Brier",
     "ece": "ECE",
 }
 DECISIONS = {
     "accuracy": "Accuracy [95 %]",
-    "macro_f1": "F1 [95 %]",
+    "macro_f1": "Macro-F1 [95 %]",
     "sensitivity": "Sensitivity [95 %]",
     "specificity": "Specificity [95 %]",
     "kappa": "κ [95 %]",
@@ -221,7 +221,7 @@ def tabulate_seeds(result: dict[str, Any]) -> dict[str, Any]:
     """Return what the seed changes beside what the choice of patients does."""
     rows = []
     for own in result["seeds"]:
-        for i, (score, title) in enumerate({"auroc": "AUROC", "macro_f1": "F1"}.items()):
+        for i, (score, title) in enumerate({"auroc": "AUROC", "macro_f1": "Macro-F1"}.items()):
             numbers = (own[score][name] for name in ("mean", "seed_sd", "sampling_sd"))
             texts = [MISSING if number is None else f"{number:.4f}" for number in numbers]
             cells = [own["head"], f"{own['n_seeds']}", title, *texts]

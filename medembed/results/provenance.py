@@ -28,7 +28,12 @@ N_LISTED = 500
 """Left-out images listed in `run.json`; all are counted, and the cache has them all."""
 
 
-def summarise_data(rows: pd.DataFrame, failed: pd.DataFrame, label_level: str) -> dict[str, Any]:
+def summarise_data(
+    rows: pd.DataFrame,
+    failed: pd.DataFrame,
+    label_level: str,
+    build: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """Count a manifest's rows and those left out, overall and by split.
 
     Parameters
@@ -40,12 +45,14 @@ def summarise_data(rows: pd.DataFrame, failed: pd.DataFrame, label_level: str) -
         The rows left out, with column image.
     label_level : {"study", "image"}
         Of the manifest.
+    build : dict, optional
+        What `dataset.build_file.read_build` returns.
 
     Returns
     -------
     dict
         JSON values: the counts of `count_rows`, ``left_out``, ``left_out_test``, ``splits``,
-        ``label_level``, ``synthetic``, ``licence``.
+        ``label_level``, ``synthetic``, ``licence``, and ``build`` where there is one.
     """
     is_left_out = rows["image"].isin(failed["image"])
     splits = {
@@ -61,6 +68,7 @@ def summarise_data(rows: pd.DataFrame, failed: pd.DataFrame, label_level: str) -
         "label_level": label_level,
         "synthetic": _is_synthetic(rows),
         "licence": str(licences[0]) if len(licences) == 1 else None,
+        **({} if build is None else {"build": build}),
     }
 
 
@@ -208,13 +216,18 @@ def _left_out(info: Mapping[str, Any]) -> dict[str, Any]:
         }
         for image in images
     ]
-    n, n_test = data.get("left_out", 0), data.get("left_out_test", 0)
+    n, n_test = max(data.get("left_out", 0), len(images)), data.get("left_out_test", 0)
     sentence = (
         f"{counted(n, 'image')} could not be embedded, {n_test:,} of them in test. They were "
         "neither trained on nor scored. Images go by the first digits of their SHA-256."
     )
-    if n > len(images):
-        sentence += f" The first {len(images):,} are shown."
+    if not n:
+        sentence = "No image was left out."
+    elif n > len(images):
+        listed = (
+            f"The first {len(images):,} are shown." if images else "Which ones is not recorded."
+        )
+        sentence += f" {listed}"
     columns = ["Image (SHA-256)", "Split", "Stage", "Reason"]
     return {"columns": columns, "rows": rows, "sentence": sentence}
 

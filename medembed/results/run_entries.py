@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from medembed.dataset.build_file import is_build
 from medembed.evaluation.checks import is_number
 
 __all__ = ["CV_METHOD", "find_wrong_entry"]
@@ -103,7 +104,11 @@ _ENTRIES: dict[str, _Test] = {
 }
 _PARTS: dict[str, dict[str, _Test]] = {
     "asked": {"train_fraction": _is_share, "covariates": _list_of(_is_text)},
-    "data": {**dict.fromkeys(COUNTS, _is_count), "splits": _table_of(_is_table)},
+    "data": {
+        **dict.fromkeys(COUNTS, _is_count),
+        "splits": _table_of(_is_table),
+        "build": _or_none(is_build),
+    },
     "encoder": {
         "source": _or_none(_is_text),
         "revision": _or_none(_is_text),

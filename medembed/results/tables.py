@@ -33,13 +33,15 @@ GROUPINGS = {"region": "regions", "views": "views"}
 """What `by` may be, and where a comparison's row keeps those scores."""
 NOT_ESTIMABLE = "not estimable"
 MISSING = "–"
+WIDE = 100
+"""Columns of a terminal that leave room for whole headings; "Macro-F1" takes two lines below."""
 COLUMNS = {
-    "macro_f1": "F1",
+    "macro_f1": "Macro-F1",
     "sensitivity": "Sens.",
     "specificity": "Spec.",
     "kappa": "κ",
 }
-"""The decision scores of the tables beside AUROC; F1 is the mean over both classes."""
+"""The decision scores of the tables beside AUROC; macro-F1 is the mean over both classes."""
 FIT = {"brier": "Brier [95 %]", "slope": "Slope [95 %]", "intercept": "Intercept [95 %]"}
 """How calibrated probabilities fit, what leads first."""
 
@@ -251,7 +253,8 @@ def render_terminal(table: Table, width: int) -> str:
         if i < table.n_names:
             grid.add_column(column, overflow="fold")
         else:
-            grid.add_column(column, justify="right", no_wrap=True)
+            heading = column.replace("-", "-\n") if width < WIDE else column
+            grid.add_column(heading, justify="right", no_wrap=True)
     for section in table.sections:
         for row in section:
             grid.add_row(*(Text(mask_controls(cell)) for cell in row))

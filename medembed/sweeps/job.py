@@ -15,6 +15,7 @@ from typing import Any
 
 from medembed.cache.store import Cache, open_cache
 from medembed.clusters import connected_to_ray
+from medembed.dataset.build_file import read_build
 from medembed.dataset.manifest import Manifest, read_manifest
 from medembed.errors import TrainingDataError
 from medembed.evaluation.scores import SCORES
@@ -150,7 +151,12 @@ def sweep(
         "encoder": describe_source(
             asked.cache.recorded, asked.cache.spec.encoder, asked.cache.spec.preprocessing
         ),
-        "data": summarise_data(asked.manifest.rows, data.failed, asked.manifest.label_level),
+        "data": summarise_data(
+            asked.manifest.rows,
+            data.failed,
+            asked.manifest.label_level,
+            read_build(manifest, asked.manifest),
+        ),
         "left_out": list_left_out(asked.manifest.rows, data.failed),
     }
 

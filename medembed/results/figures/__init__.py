@@ -12,6 +12,7 @@ from medembed.results.figures.calibration import plot_calibration
 from medembed.results.figures.cost import plot_cost
 from medembed.results.figures.decisions import plot_confusion
 from medembed.results.figures.deferral import plot_deferral
+from medembed.results.figures.flow import plot_flow
 from medembed.results.figures.groups import plot_regions, plot_views
 from medembed.results.figures.plotting import Plot
 from medembed.results.figures.ranking import plot_precision_recall, plot_roc
@@ -27,6 +28,7 @@ __all__ = [
     "plot_deferral",
     "plot_depths",
     "plot_efficiency",
+    "plot_flow",
     "plot_precision_recall",
     "plot_regions",
     "plot_roc",
@@ -47,6 +49,7 @@ _OF_RESULT: dict[str, Callable[[dict[str, Any]], Plot | None]] = {
     "deferral": plot_deferral,
     "depths": plot_depths,
     "efficiency": plot_efficiency,
+    "flow": plot_flow,
 }
 FIGURES = (*_OF_ROWS, *_OF_RESULT)
 """The names of all figures, in the order of the page."""

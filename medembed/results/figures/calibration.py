@@ -14,13 +14,15 @@ from medembed.results.figures.plotting import (
     start_figure,
 )
 from medembed.results.figures.wording import (
-    describe_intervals,
+    describe_shown,
     describe_test,
     flatten,
+    has_interval,
     label_rows,
     name_rows,
     name_units,
     shown_rows,
+    tell_intervals,
     write_csv,
 )
 from medembed.results.methods import OF_SHARES
@@ -60,18 +62,16 @@ def plot_calibration(result: dict[str, Any]) -> Plot | None:
         "Calibration",
         draw,
         caption=f"{describe_test(result)} {name}: points, the share abnormal within each bin of "
-        f"probabilities, bars 95 % intervals; dotted, perfect calibration; strips, test "
-        f"{name_units(result)} in each bin. {describe_intervals(result, OF_SHARES, 1)}",
-        alt=f"Reliability of {name} on test, with 95 % intervals. {'; '.join(numbers)}.",
+        f"probabilities; dotted, perfect calibration; strips, test {name_units(result)} in each "
+        f"bin. {_tell_intervals(panels)}{describe_shown(result, 1)}",
+        alt=f"Reliability of {name} on test. {'; '.join(numbers)}.",
         csv=_write_bins(name_rows(result, rows)[0], panels),
     )
 
 
 def _draw_panels(theme: Theme, result: dict[str, Any], name: str, panels: dict[str, Any]) -> Figure:
-    about = (
-        f"Head: {name}. {describe_test(result)} Bars and brackets: 95 % intervals, "
-        f"{describe_intervals(result, OF_SHARES, 1)}"
-    )
+    about = f"Head: {name}. {describe_test(result)} {_tell_intervals(panels)}"
+    about += describe_shown(result, 1)
     n_lines = (len(panels) + 1) // 2
     figure = start_figure("Calibration", about, body=2.9 * n_lines)
     grid = figure.add_gridspec(2 * n_lines, 2, height_ratios=(4, 1) * n_lines)
@@ -88,6 +88,21 @@ def _draw_panels(theme: Theme, result: dict[str, Any], name: str, panels: dict[s
         if i + 2 >= len(panels):
             strip.set_xlabel("Probability of abnormal", fontsize=LEGEND)
     return figure
+
+
+def _tell_intervals(panels: dict[str, Any]) -> str:
+    """Say what bars and brackets are, those that there are."""
+    bins = [
+        {"low": own["share_low"], "high": own["share_high"]}
+        for panel in panels.values()
+        for own in panel["bins"]
+    ]
+    told = [tell_intervals("Bars", bins, OF_SHARES)] if any(map(has_interval, bins)) else []
+    if any(has_interval(panel["brier"]) for panel in panels.values()):
+        told.append("In brackets: 95 % intervals of the Brier score, Student's t on the log-odds.")
+    if any(has_interval(panel["ece"]) for panel in panels.values()):
+        told.append("ECE has an upper bound alone.")
+    return " ".join(told) if told else tell_intervals("", bins, "")
 
 
 def _draw_reliability(axes: Any, theme: Theme, method: str, panel: dict[str, Any]) -> None:

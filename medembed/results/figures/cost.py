@@ -18,12 +18,13 @@ from medembed.results.figures.plotting import (
 )
 from medembed.results.figures.wording import (
     MAX_SERIES,
-    describe_intervals,
+    describe_shown,
     describe_test,
     flatten,
     label_rows,
     name_rows,
     shown_rows,
+    tell_intervals,
     write_csv,
 )
 from medembed.results.methods import of_score
@@ -47,7 +48,9 @@ def plot_cost(result: dict[str, Any]) -> Plot | None:
     rows = timed[:MAX_SERIES]
     if len(rows) < 2:
         return None
-    draws = describe_intervals(result, of_score("auroc"), n_all=len(timed))
+    scores = [row["scores"]["auroc"] for row in rows]
+    draws = tell_intervals("Bars", scores, of_score("auroc"))
+    draws += describe_shown(result, n_all=len(timed))
     names = label_rows(result, rows, MAX_LABEL)
     labels = [
         f"{name}  {format_interval(row['scores']['auroc'])}, {_format_seconds(row['seconds'])}"
@@ -55,7 +58,7 @@ def plot_cost(result: dict[str, Any]) -> Plot | None:
     ]
 
     def draw(theme: Theme) -> Figure:
-        about = f"{describe_test(result)} Intervals: 95 %, {draws}"
+        about = f"{describe_test(result)} {draws}"
         return _draw_cost(theme, about, rows, labels)
 
     return make_plot(
@@ -63,8 +66,8 @@ def plot_cost(result: dict[str, Any]) -> Plot | None:
         "Cost and AUROC",
         draw,
         caption=f"{describe_test(result)} Time: of all the head's trials in its sweep, summed. "
-        f"Bars: 95 % intervals. {draws}",
-        alt=f"AUROC with 95 % interval over training time. {'; '.join(labels)}.",
+        f"{draws}",
+        alt=f"AUROC over training time. {'; '.join(labels)}.",
         csv=write_csv(
             [
                 {

@@ -8,12 +8,13 @@ from matplotlib.patches import Rectangle
 from medembed.results.figures.lettering import LEGEND, SMALL, elide
 from medembed.results.figures.plotting import Plot, Theme, make_plot, start_figure
 from medembed.results.figures.wording import (
-    describe_intervals,
+    describe_shown,
     describe_test,
     flatten,
     label_rows,
     name_rows,
     shown_rows,
+    tell_intervals,
     write_csv,
 )
 from medembed.results.methods import OF_SHARES
@@ -56,7 +57,7 @@ def plot_confusion(result: dict[str, Any]) -> Plot | None:
         draw,
         caption=f"{describe_test(result)} Cells: counts and shares of the row, at Youden's "
         "threshold, which was chosen on out-of-fold predictions of train; below, sensitivity and "
-        f"specificity with 95 % intervals. {describe_intervals(result, OF_SHARES, MAX_MATRICES)}",
+        f"specificity. {_tell_intervals(rows)}{describe_shown(result, MAX_MATRICES)}",
         alt=f"{TITLE} on test. {'; '.join(sentences)}.",
         csv=write_csv(
             [
@@ -74,10 +75,8 @@ def plot_confusion(result: dict[str, Any]) -> Plot | None:
 
 
 def _draw_matrices(theme: Theme, result: dict[str, Any], rows: list[dict[str, Any]]) -> Figure:
-    about = (
-        f"{describe_test(result)} Cells: counts and shares of the row. Intervals: 95 %, "
-        f"{describe_intervals(result, OF_SHARES, MAX_MATRICES)}"
-    )
+    about = f"{describe_test(result)} Cells: counts and shares of the row. {_tell_intervals(rows)}"
+    about += describe_shown(result, MAX_MATRICES)
     several = len(result["runs"]) > 1
     figure = start_figure(TITLE, about, body=2.9 if several else 2.7)
     for i, row in enumerate(rows):
@@ -95,6 +94,11 @@ def _draw_matrices(theme: Theme, result: dict[str, Any], rows: list[dict[str, An
         else:
             axes.set_yticks((0, 1), ("", ""))
     return figure
+
+
+def _tell_intervals(rows: list[dict[str, Any]]) -> str:
+    scores = [row["scores"][name] for row in rows for name in ("sensitivity", "specificity")]
+    return tell_intervals("In brackets", scores, OF_SHARES)
 
 
 def _draw_matrix(axes: Any, theme: Theme, confusion: dict[str, Any]) -> None:

@@ -17,13 +17,14 @@ from medembed.results.figures.plotting import (
 )
 from medembed.results.figures.wording import (
     MAX_SERIES,
-    describe_intervals,
+    describe_shown,
     describe_test,
     flatten,
     is_known,
     label_rows,
     name_rows,
     shown_rows,
+    tell_intervals,
     write_csv,
 )
 from medembed.results.methods import OF_SHARES
@@ -47,7 +48,8 @@ def plot_deferral(result: dict[str, Any]) -> Plot | None:
     if not rows:
         return None
     names = label_rows(result, rows)
-    draws = describe_intervals(result, OF_SHARES, n_all=len(able))
+    told = [own[share] for row in rows for own in row["deferral"]["levels"] for share in _scores()]
+    draws = tell_intervals("Bars", told, OF_SHARES) + describe_shown(result, n_all=len(able))
 
     def draw(theme: Theme) -> Figure:
         return _draw_panels(theme, result, rows, names, draws)
@@ -64,9 +66,9 @@ def plot_deferral(result: dict[str, Any]) -> Plot | None:
         TITLE,
         draw,
         caption=f"{describe_test(result)} Deferred: sets of both classes or of neither; where a "
-        f"line turns back, those of neither grow. Points: {promised} % promised (dotted). Bars: "
-        f"95 % intervals. {draws}",
-        alt=f"{TITLE} on test, with 95 % intervals. {'; '.join(numbers)}.",
+        f"line turns back, those of neither grow. Points: {promised} % promised (dotted). "
+        f"{draws}",
+        alt=f"{TITLE} on test. {'; '.join(numbers)}.",
         csv=_write_levels(name_rows(result, rows), rows),
     )
 
@@ -78,7 +80,7 @@ def _draw_panels(
     names: list[str],
     draws: str,
 ) -> Figure:
-    about = f"{describe_test(result)} Points: promised coverage. Intervals: 95 %, {draws}"
+    about = f"{describe_test(result)} Points: promised coverage. {draws}"
     figure = start_figure(TITLE, about, body=4.6, n_labels=len(names))
     panels = figure.subplots(2, 1, sharex=True)
     for axes, (share, title) in zip(panels, PANELS, strict=True):

@@ -17,11 +17,13 @@ from medembed.results.figures.plotting import (
     start_figure,
 )
 from medembed.results.figures.wording import (
-    describe_intervals,
+    describe_shown,
     describe_test,
+    has_interval,
     is_known,
     label_rows,
     shown_rows,
+    tell_intervals,
 )
 from medembed.results.methods import of_score
 from medembed.results.tables import GROUPINGS, NOT_ESTIMABLE, format_interval, render
@@ -124,11 +126,20 @@ def _plot_groups(
         GROUPINGS[by],
         title,
         draw,
-        caption=f"{describe_test(result)} Bars: 95 % intervals, left out where too few patients "
-        f"stand behind them; n: test rows, abnormal in brackets; {meaning}. "
-        f"{describe_intervals(result, of_score('auroc'))}",
-        alt=f"AUROC with 95 % interval. {'; '.join(cells)}.",
+        caption=f"{describe_test(result)} {_tell_intervals(lines)} n: test rows, abnormal in "
+        f"brackets; {meaning}.{describe_shown(result)}",
+        alt=f"{title}. {'; '.join(cells)}.",
         csv=render(result, table_format="csv", by=by) + "\n",
+    )
+
+
+def _tell_intervals(lines: _Lines) -> str:
+    """Say what bars are, and where there are none."""
+    known = [score for own in lines.scores for score in own if is_known(score)]
+    told = tell_intervals("Bars", known, of_score("auroc"))
+    n_with = sum(map(has_interval, known))
+    return told + (
+        " Where too few patients stand behind a score, it has none." * (0 < n_with < len(known))
     )
 
 
@@ -141,10 +152,8 @@ def _draw_groups(
     axis: str,
 ) -> Figure:
     n_lines, n_heads = len(lines.labels), len(names)
-    about = (
-        f"{describe_test(result)} In brackets: abnormal. Intervals: 95 %, "
-        f"{describe_intervals(result, of_score('auroc'))}"
-    )
+    about = f"{describe_test(result)} In brackets: abnormal. {_tell_intervals(lines)}"
+    about += describe_shown(result)
     body = n_lines * max(0.38, 0.2 + 0.16 * n_heads) + 0.6
     figure = start_figure(title, about, body=body, n_labels=n_heads)
     axes = figure.add_subplot()

@@ -25,11 +25,13 @@ from medembed.results.figures.plotting import (
     start_figure,
 )
 from medembed.results.figures.wording import (
-    describe_intervals,
+    describe_shown,
     describe_test,
+    has_interval,
     label_rows,
     name_rows,
     shown_rows,
+    tell_intervals,
 )
 from medembed.results.methods import of_score
 from medembed.results.tables import format_interval
@@ -117,32 +119,36 @@ def _plot_curves(
     labels = [f"{name}  {score}" for name, score in zip(names, scores, strict=True)]
 
     def draw(theme: Theme) -> Figure:
-        return _draw_curves(theme, result, kind, curves, band, labels, chance)
+        return _draw_curves(theme, about, kind, curves, band, labels, title, chance)
 
-    how = f"{of_score(kind.score)}; the band by bootstrap resamples of patients"
-    best = f"Band: pointwise 95 % of {names[0]}. Legend: {kind.score_title}"
+    known = [row["scores"][kind.score] for row in rows]
+    intervals = tell_intervals("In brackets", known, of_score(kind.score))
+    title = f"{kind.score_title} [95 % interval]" if any(map(has_interval, known)) else ""
+    title = title or kind.score_title
+    has_band = bool(band["low"].notna().any())
+    best = f"Band: pointwise 95 % of {names[0]}, by bootstrap resamples of patients."
+    about = " ".join([describe_test(result), *([best] if has_band else []), intervals])
+    about += describe_shown(result)
     return make_plot(
         kind.name,
         kind.title,
         draw,
-        caption=f"{describe_test(result)} {best} with 95 % interval. "
-        f"{describe_intervals(result, how)}",
-        alt=f"{kind.title} on test. {kind.score_title} with 95 % interval: {'; '.join(labels)}.",
+        caption=about,
+        alt=f"{kind.title} on test. {title}: {'; '.join(labels)}.",
         csv=_write_curves(kind, name_rows(result, rows), curves, band),
     )
 
 
 def _draw_curves(
     theme: Theme,
-    result: dict[str, Any],
+    about: str,
     kind: _Kind,
     curves: list[pd.DataFrame],
     band: pd.DataFrame,
     labels: list[str],
+    title: str,
     chance: tuple[list[float], str],
 ) -> Figure:
-    how = f"{of_score(kind.score)}; the band by bootstrap"
-    about = f"{describe_test(result)} Intervals and band: 95 %, {describe_intervals(result, how)}"
     figure = start_figure(kind.title, about, body=4.75, n_labels=len(labels) + 2)
     axes = figure.add_subplot()
     ends, colour = (band["low"], band["high"]), theme.series[0]
@@ -163,7 +169,6 @@ def _draw_curves(
     axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal", anchor="S")
     axes.set_xlabel(kind.x_label)
     axes.set_ylabel(kind.y_label)
-    title = f"{kind.score_title} [95 % interval]"
     add_legend(figure, [*lines, *reference], [*labels, chance[1]], title)
     return figure
 

@@ -26,17 +26,18 @@ from medembed.results.figures.plotting import (
 from medembed.results.figures.slots import Slots
 from medembed.results.figures.wording import (
     MAX_SERIES,
-    describe_intervals,
+    describe_shown,
     describe_test,
     flatten,
     is_known,
+    tell_intervals,
     write_csv,
 )
 from medembed.results.tables import format_interval
 
 __all__ = ["plot_depths", "plot_efficiency"]
 
-AUROC, F1 = ("auroc", "AUROC"), ("macro_f1", "F1, mean over classes")
+AUROC, MACRO_F1 = ("auroc", "AUROC"), ("macro_f1", "Macro-F1")
 MAX_LABEL = 300
 """Points that a name may take in the legend, which holds nothing else here."""
 
@@ -73,7 +74,7 @@ DEPTHS = _Trend(
     "Scores by unfreezing depth",
     "depth",
     "Encoder blocks trained with the head (0: none)",
-    (AUROC, F1),
+    (AUROC, MACRO_F1),
     2.0,
     is_log=False,
 )
@@ -89,7 +90,7 @@ EFFICIENCY = _Trend(
 
 
 def plot_depths(result: dict[str, Any]) -> Plot | None:
-    """Draw AUROC and F1 over the number of encoder blocks that were trained with the head.
+    """Draw AUROC and macro-F1 over the number of encoder blocks that were trained with the head.
 
     Adapters in so many blocks ("lora8") are a series of their own, which the caption explains.
     Returns None where no head was trained at several depths, or nothing is estimable.
@@ -118,9 +119,11 @@ def _plot_trend(
     trend: _Trend,
     label: Callable[[Any, Series], str],
 ) -> Plot | None:
-    draws = describe_intervals(result, "patients as clusters", n_all=len(series))
+    rest = describe_shown(result, n_all=len(series))
     series = series[:MAX_SERIES]
     points = [point for own in series for point in own["points"]]
+    scores = [point[score] for point in points for score, _ in trend.panels]
+    bars = tell_intervals("Bars", scores, "patients as clusters")
     if not any(is_known(point[score]) for score, _ in trend.panels for point in points):
         return None
     names = [elide(own["head"], MAX_LABEL, LEGEND) for own in series]
@@ -128,7 +131,7 @@ def _plot_trend(
     ticks = {x: label(x, [point for point in points if point[trend.by] == x]) for x in places}
 
     def draw(theme: Theme) -> Figure:
-        about = f"{describe_test(result)} Intervals: 95 %, {draws}"
+        about = f"{describe_test(result)} {bars}{rest}"
         return _draw_trend(theme, about, series, trend, names, ticks)
 
     numbers = [
@@ -141,9 +144,9 @@ def _plot_trend(
         trend.name,
         trend.title,
         draw,
-        caption=f"{describe_test(result)} Bars: 95 % intervals.{_describe_lines(series, trend)}"
-        f"{_describe_adapters(series)} {draws}",
-        alt=f"{trend.title} on test, with 95 % intervals. {'; '.join(numbers)}.",
+        caption=f"{describe_test(result)} {bars}{_describe_lines(series, trend)}"
+        f"{_describe_adapters(series)}{rest}",
+        alt=f"{trend.title} on test. {'; '.join(numbers)}.",
         csv=_write_points(series),
     )
 

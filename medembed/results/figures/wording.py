@@ -1,6 +1,6 @@
 """The words and numbers of figures: which heads, what n is, what the intervals are, the CSV."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pandas as pd
@@ -13,13 +13,16 @@ from medembed.text import to_csv_cell
 __all__ = [
     "MAX_SERIES",
     "describe_intervals",
+    "describe_shown",
     "describe_test",
     "flatten",
+    "has_interval",
     "is_known",
     "label_rows",
     "name_rows",
     "name_units",
     "shown_rows",
+    "tell_intervals",
     "write_csv",
 ]
 
@@ -38,6 +41,21 @@ def shown_rows(result: dict[str, Any], n: int = MAX_SERIES) -> list[dict[str, An
 def is_known(score: dict[str, Any] | None) -> bool:
     """Tell whether a score has a value."""
     return score is not None and score.get("value") is not None
+
+
+def has_interval(score: dict[str, Any] | None) -> bool:
+    """Tell whether a score has an interval, or a bound on one side."""
+    return score is not None and any(score.get(end) is not None for end in ("low", "high"))
+
+
+def tell_intervals(what: str, scores: Iterable[dict[str, Any] | None], how: str) -> str:
+    """Return the sentence that says what shows the intervals of a figure's scores, if any has one.
+
+    `how` names the method.
+    """
+    if any(map(has_interval, scores)):
+        return f"{what}: 95 % intervals, {how}."
+    return "No score here has an interval."
 
 
 def name_rows(result: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -69,16 +87,23 @@ def describe_test(result: dict[str, Any]) -> str:
 def describe_intervals(
     result: dict[str, Any], how: str, n_shown: int = MAX_SERIES, n_all: int | None = None
 ) -> str:
-    """Return the sentences on intervals, heads that are not drawn, and synthetic images.
+    """Return how intervals were found and what `describe_shown` says."""
+    return f"{how}.{describe_shown(result, n_shown, n_all)}"
 
-    `how` names the method; `n_all` heads could have been drawn, by default all that were trained.
+
+def describe_shown(
+    result: dict[str, Any], n_shown: int = MAX_SERIES, n_all: int | None = None
+) -> str:
+    """Return sentences, each after a blank, on heads that are not drawn and synthetic images.
+
+    `n_all` heads could have been drawn, by default all that were trained.
     """
     if n_all is None:
         n_all = sum(not row["baseline"] for row in result["rows"])
     best = "The best" if n_shown == 1 else f"The best {n_shown}"
     shown = f" {best} of {n_all} heads." if n_all > n_shown else ""
     synthetic = " Synthetic images." if result["synthetic"] else ""
-    return f"{how}.{shown}{synthetic}"
+    return f"{shown}{synthetic}"
 
 
 def flatten(name: str, score: dict[str, Any] | None) -> dict[str, float | None]:

@@ -1,0 +1,183 @@
+"""What a build found and left out, kept beside the manifest for the flow of a report.
+
+Of `mine.csv` it is `mine.build.json`: MANIFEST of `MANIFEST.build.json` is the name without its
+suffix. It holds counts, reasons and warnings, and neither names of images, patients and studies nor
+paths, so that it may go where results go. Equal builds give equal bytes.
+"""
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from medembed import __version__
+from medembed.dataset.checks import SPLITS
+from medembed.dataset.manifest import Manifest, check_destination, count_rows, write_manifest
+from medembed.dataset.recipes import BuildReport, Recipe
+from medembed.errors import ManifestError
+from medembed.files import json_bytes, read_plain, writing_atomically
+
+__all__ = [
+    "build_path",
+    "check_destinations",
+    "describe_build",
+    "is_build",
+    "read_build",
+    "write_build",
+]
+
+FORMAT, VERSION = "medembed-build", 1
+MAX_BYTES = 1 << 20  # of a build file; a usual one has 2 KB
+MAX_REASONS = 100
+OTHERS = "other reasons"
+_QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"")
+_COUNTED = re.compile(r"\d+ [a-z ]+ expected, \d+ found|: a part of the data set")
+"""What `[expected]` is told of: splits, regions and numbers alone."""
+
+
+def build_path(manifest_path: str | Path) -> Path:
+    """Return where the build of a manifest is kept."""
+    return Path(manifest_path).with_suffix(".build.json")
+
+
+def check_destinations(manifest_path: str | Path) -> None:
+    """Check that manifest and build can be written, before the work that makes them.
+
+    Raises
+    ------
+    PathNotFoundError, ManifestError
+        As `manifest.check_destination`, or a directory has the build file's name.
+    """
+    path = build_path(check_destination(manifest_path))
+    if path.is_dir():
+        raise ManifestError(
+            f"{path} is a directory, and what the build found is written to a file of that name. "
+            "Move it, or name another manifest."
+        )
+
+
+def write_build(report: BuildReport, recipe: Recipe, manifest_path: str | Path) -> None:
+    """Write a manifest, and beside it what its build found; each is complete or absent.
+
+    Where the manifest cannot be written, neither file changes. Between the two renames a crash may
+    come: then the digest says that the build is not this manifest's.
+
+    Raises
+    ------
+    PathNotFoundError, ManifestError
+        As `write_manifest`.
+    """
+    data = json_bytes(describe_build(report, recipe))
+    check_destinations(manifest_path)
+    with writing_atomically(build_path(manifest_path), len(data)) as file:
+        file.write(data)
+        write_manifest(report.manifest, manifest_path)
+
+
+def describe_build(report: BuildReport, recipe: Recipe) -> dict[str, Any]:
+    """Return the content of a build file.
+
+    Returns
+    -------
+    dict
+        JSON values: ``format``, ``version``, ``medembed``, ``recipe`` (``name``, ``sha256`` of its
+        file or None), ``manifest`` (digest), ``structure_only``, ``warnings``, ``notices`` (without
+        names), and ``counts``: ``found`` (images of the tables and below the root), ``not_listed``
+        (files below the root that the tables or the pattern lack), ``excluded`` (``reason`` and
+        ``images``, most first), ``images``, ``studies``, ``patients``, ``abnormal``,
+        ``abnormal_studies``, ``unlabelled`` of the manifest and by ``splits``. ``found`` is the sum
+        of ``not_listed``, those excluded and ``images``.
+    """
+    rows = report.manifest.rows
+    reasons = Counter(reason for _, reason in report.excluded)
+    excluded = sorted(reasons.items(), key=lambda own: (-own[1], own[0]))
+    if len(excluded) > MAX_REASONS:
+        rest = sum(n for _, n in excluded[MAX_REASONS - 1 :])
+        excluded = [*excluded[: MAX_REASONS - 1], (OTHERS, rest)]
+    counts = {
+        "found": len(rows) + len(report.excluded) + report.n_unlisted,
+        "not_listed": report.n_unlisted,
+        "excluded": [{"reason": reason, "images": n} for reason, n in excluded],
+        **count_rows(rows),
+        "splits": {name: count_rows(rows[rows["split"] == name]) for name in SPLITS},
+    }
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "medembed": __version__,
+        "recipe": {"name": recipe.name, "sha256": _digest(recipe.path)},
+        "manifest": report.manifest.digest(),
+        "structure_only": not report.manifest.has_hashes,
+        "counts": counts,
+        "warnings": _without_names(report.warnings),
+        "notices": _without_names(report.notices),
+    }
+
+
+def read_build(manifest_path: Any, manifest: Manifest) -> dict[str, Any] | None:
+    """Return what a run keeps of the build beside its manifest; None where there is none.
+
+    Parameters
+    ----------
+    manifest_path : path or other
+        The manifest's file. Of anything else, as a manifest in memory, there is no build.
+    manifest : Manifest
+        As it was read: a build of another digest is not its build.
+
+    Returns
+    -------
+    dict
+        ``counts``, ``recipe`` and ``medembed``, see `describe_build`.
+    """
+    if not isinstance(manifest_path, str | Path):
+        return None
+    try:
+        document = json.loads(read_plain(build_path(manifest_path), max_bytes=MAX_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        return None
+    if document.get("version") != VERSION or document.get("manifest") != manifest.digest():
+        return None
+    kept = {name: document.get(name) for name in ("counts", "recipe", "medembed")}
+    return kept if is_build(kept) else None
+
+
+def is_build(kept: Any) -> bool:
+    """Tell whether this is what `read_build` returns, with counts that add up."""
+    if not isinstance(kept, dict) or not isinstance(counts := kept.get("counts"), dict):
+        return False
+    excluded = counts.get("excluded")
+    if not isinstance(excluded, list) or not all(
+        isinstance(own, dict) and isinstance(own.get("reason"), str) for own in excluded
+    ):
+        return False
+    parts = [own.get("images") for own in excluded]
+    parts += [counts.get(name) for name in ("not_listed", "images")]
+    numbers = [*parts, counts.get("found")]
+    if not all(type(n) is int and n >= 0 for n in numbers):
+        return False
+    return sum(parts) == counts["found"] and isinstance(kept.get("recipe"), Mapping)
+
+
+def _digest(path: Path) -> str | None:
+    try:
+        return hashlib.sha256(read_plain(path)).hexdigest()
+    except OSError:  # a recipe that was made in memory
+        return None
+
+
+def _without_names(sentences: Sequence[str]) -> list[str]:
+    """Keep of each sentence what it counts: no name of an image or a patient, and no path."""
+    return [own if _COUNTED.search(own) else _cut(own) for own in sentences]
+
+
+def _cut(sentence: str) -> str:
+    """Keep what stands before a list of names, without what is quoted or looks like a path."""
+    first, colon, rest = _QUOTED.sub("…", sentence).partition(": ")
+    if colon and " " not in first:  # a column's name
+        first = f"{first}: {rest.partition(': ')[0]}"
+    return re.sub(r"\S*/\S*", "…", first)

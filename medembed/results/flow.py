@@ -1,0 +1,131 @@
+"""The flow of images, studies and patients: found, left out and why, used, by split and class."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from medembed.results.runs import Run
+
+__all__ = ["CLASSES", "NOT_RECORDED", "describe_flow"]
+
+CLASSES = ("normal", "abnormal")
+NOT_RECORDED = "not recorded"
+MAX_REASONS = 20
+"""Why images could not be embedded; what comes after the most frequent is one line."""
+OTHERS = "other reasons"
+
+
+def describe_flow(runs: Sequence[Run], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Count what each run found, left out and used.
+
+    Parameters
+    ----------
+    runs : sequence of Run
+        Their `run.json` says what was found, if the manifest's build was at hand, and what could
+        not be embedded; their predictions say what was used.
+    names : sequence of str
+        How the comparison calls them.
+
+    Returns
+    -------
+    list of dict
+        For each run, with None for what it does not tell, numbers of images:
+
+        ``run``, ``found``, ``not_listed``, ``excluded`` (``reason``, ``images``); ``manifest``
+        (``images``, ``studies``, ``patients``); ``not_asked`` (rows of a split that an evaluation
+        left aside), ``failed`` and ``failures`` (``reason``, ``images``), ``unlabelled``,
+        ``not_given`` (training patients beyond the share asked for); ``used`` (images, studies,
+        patients), and ``splits``: for each ``split`` its ``images``, ``failed``, ``unlabelled``,
+        ``not_given``, ``used`` and ``classes``, the used of each class. A study is abnormal where
+        one of its images is; a patient with studies of both classes counts in each.
+
+        ``found`` is ``not_listed``, all excluded and the manifest's images; these are
+        ``not_asked``, ``failed``, ``unlabelled``, ``not_given`` and the images used.
+    """
+    return [_of_run(run, name) for run, name in zip(runs, names, strict=True)]
+
+
+def _of_run(run: Run, name: str) -> dict[str, Any]:
+    data = run.info.get("data", {})
+    build = (data.get("build") or {}).get("counts", {})
+    rows = _image_rows(run)
+    splits = [_of_split(split, rows, data) for split in ("train", "test")]
+    splits = [own for own in splits if own["images"] or own["used"]["images"]]
+    whole = build or data
+    n_asked, n_used = data.get("images"), _count(rows[rows["is_used"]])
+    failed = None if n_asked is None else data.get("left_out", 0)
+    not_given = int(rows["is_left"].sum())
+    return {
+        "run": name,
+        "found": build.get("found"),
+        "not_listed": build.get("not_listed"),
+        "excluded": build.get("excluded"),
+        "manifest": {unit: whole.get(unit) for unit in ("images", "studies", "patients")},
+        "not_asked": None if n_asked is None else whole["images"] - n_asked,
+        "failed": failed,
+        "failures": _failures(run, failed or 0),
+        "unlabelled": _rest(n_asked, failed, not_given, n_used["images"]),
+        "not_given": not_given,
+        "used": n_used,
+        "splits": splits,
+    }
+
+
+def _of_split(split: str, rows: pd.DataFrame, data: Mapping[str, Any]) -> dict[str, Any]:
+    own, part = data.get("splits", {}).get(split, {}), rows[rows["split"] == split]
+    used = part[part["is_used"]]
+    abnormal = used["label"].eq(1)
+    by_study = abnormal.groupby(used["study"]).transform("any").astype(bool)
+    counted = {
+        name: {"images": int((abnormal == is_it).sum())} | _count_studies(used[by_study == is_it])
+        for name, is_it in zip(CLASSES, (False, True), strict=True)
+    }
+    n, failed = own.get("images"), own.get("left_out")
+    not_given = int(part["is_left"].sum())
+    return {
+        "split": split,
+        "images": n,
+        "failed": failed,
+        "unlabelled": _rest(n, failed, not_given, len(used)),
+        "not_given": not_given,
+        "used": _count(used),
+        "classes": counted,
+    }
+
+
+def _image_rows(run: Run) -> pd.DataFrame:
+    """Return one row per embedded image: of the head that names the most, as the priors do."""
+    predictions = run.predictions()
+    named = predictions[predictions["sha256"] != ""]
+    if len(named):
+        named = named[named["head"] == named["head"].value_counts(sort=True).index[0]]
+    is_known = named["label"].notna()
+    is_given = named["split"].eq("test") | named["fold"].notna()
+    return named.assign(is_used=is_known & is_given, is_left=is_known & ~is_given)
+
+
+def _count(rows: pd.DataFrame) -> dict[str, int]:
+    return {"images": len(rows), **_count_studies(rows)}
+
+
+def _count_studies(rows: pd.DataFrame) -> dict[str, int]:
+    return {"studies": int(rows["study"].nunique()), "patients": int(rows["patient"].nunique())}
+
+
+def _rest(n: int | None, failed: int | None, *others: int) -> int | None:
+    """Return what is left, None where it is not known or entries contradict each other."""
+    if n is None or failed is None:
+        return None
+    rest = n - failed - sum(others)
+    return rest if rest >= 0 else None
+
+
+def _failures(run: Run, n_failed: int) -> list[dict[str, Any]]:
+    """Count the reasons of those left-out images that the run lists, and the others as one."""
+    listed = Counter(str(image.get("reason")) for image in run.info.get("left_out", []))
+    found = listed.most_common(MAX_REASONS)
+    rest = n_failed - sum(n for _, n in found)
+    found += [(OTHERS, rest)] if rest > 0 else []
+    return [{"reason": reason, "images": n} for reason, n in found]
