@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from medembed.dataset.manifest import Manifest
 from medembed.errors import MedembedError, RunError
+from medembed.evaluation.thresholds import ThresholdRule
 from medembed.finetuning.rows import HELD_OUT, TrainRows
 from medembed.finetuning.training import Trained
 from medembed.results.comparison import score_run
@@ -154,8 +155,16 @@ def load_ending(run: Run, key: str, rows: TrainRows) -> Ending | None:
     )
 
 
-def finish(run: Run, manifest: Manifest, rows: TrainRows, endings: Sequence[Ending]) -> None:
+def finish(
+    run: Run,
+    manifest: Manifest,
+    rows: TrainRows,
+    endings: Sequence[Ending],
+    points: Sequence[ThresholdRule] = (),
+) -> None:
     """Write predictions, leaderboard and counts, then the scores, which complete the run.
+
+    `points` are operating points beside the usual ones.
 
     Raises
     ------
@@ -186,6 +195,6 @@ def finish(run: Run, manifest: Manifest, rows: TrainRows, endings: Sequence[Endi
         left_out=list_left_out(manifest.rows, rows.failed),
         times={**run.info["times"], "ended": utc_now()},
     )
-    scores = score_run(run)
+    scores = score_run(run, operating_points=points)
     complete_cards(run, scores)
     run.write_scores(scores)

@@ -17,6 +17,7 @@ from medembed.cache.embeddings import find_rows
 from medembed.dataset.manifest import Manifest, read_manifest
 from medembed.dataset.reading import DEFAULT_LIMITS, Limits
 from medembed.errors import DeviceMemoryError, EncoderError, TrainingDataError
+from medembed.evaluation.thresholds import ThresholdRule, parse_rules
 from medembed.extraction.prepared import refuse_empty_root
 from medembed.files import json_digest
 from medembed.finetuning.adapting import adapt, save_adapted
@@ -57,6 +58,7 @@ def finetune(
     precision: str = "auto",
     fit: str = "stretch",
     seed: int = 0,
+    operating_points: Sequence[str | ThresholdRule] = (),
     limits: Limits = DEFAULT_LIMITS,
     progress: Progress | None = None,
     tell: Tell | None = None,
@@ -101,6 +103,9 @@ def finetune(
         As `load_encoder` takes them. bf16 is that of products in training.
     seed : int
         Of everything random.
+    operating_points : sequence of str or ThresholdRule
+        Packaged with every model beside `thresholds.PACKAGED`, as `thresholds.parse_rule` reads
+        them.
     limits : Limits
         What an image may cost before it counts as failed.
     progress : callable, optional
@@ -131,6 +136,7 @@ def finetune(
     MedembedError
         `recipe` asks for LoRA, and peft is not installed.
     """
+    points = parse_rules(operating_points)
     table = manifest if isinstance(manifest, Manifest) else read_manifest(manifest)
     rows = choose_rows(table, n_folds, seed)
     refuse_empty_root(Path(image_root), rows.rows["image"], len(rows), "to train on")
@@ -147,7 +153,7 @@ def finetune(
         pool=pool,
         on={"device": device, "precision": precision, "fit": fit},
     )
-    asked = replace(asked, limits=limits)
+    asked = replace(asked, limits=limits, points=points)
     name = "MANIFEST" if isinstance(manifest, Manifest) else public_name(manifest)
     command = write_command(asked, name, public_name(encoder), public_name(out), from_run)
     run = create_run(out, asked.question(), details=describe(asked, command))
@@ -177,7 +183,7 @@ def _train_all(run: Run, asked: Asked, rows: TrainRows, progress: Progress, tell
                 trained = _train(run, own, rows, images, X, trial, key, progress, tell)
                 endings[trial.head] = trained
     done = [ending for ending in endings.values() if ending is not None]
-    finish(run, asked.manifest, rows, done)
+    finish(run, asked.manifest, rows, done, asked.points)
 
 
 def _open_images(
@@ -279,6 +285,7 @@ def _train(
         package(
             *(run, asked.manifest, rows, network, start, trained, adapted, fingerprint, known),
             vectors,
+            asked.points,
         )
         path.unlink(missing_ok=True)
         ending = Ending.of(trained, fingerprint, known)

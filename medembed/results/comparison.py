@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from medembed.errors import RunError
-from medembed.evaluation.calibration_fit import calibration_line
+from medembed.evaluation.calibration_fit import calibration_curve, calibration_line
 from medembed.evaluation.delong import auroc_interval
 from medembed.evaluation.intervals import (
     Interval,
@@ -17,11 +17,14 @@ from medembed.evaluation.intervals import (
     bootstrap_variants,
     plain,
 )
+from medembed.evaluation.predictive import check_prevalence
 from medembed.evaluation.reliability import reliability
 from medembed.evaluation.scores import DECISION_SCORES
+from medembed.evaluation.thresholds import ThresholdRule, parse_rules
 from medembed.results.alignment import SENSITIVITY, Contender, TestSet, align_runs
 from medembed.results.deferral import find_deferrals
 from medembed.results.methods import describe_absent, describe_methods
+from medembed.results.operating import count_confusion, describe_benefit, describe_points
 from medembed.results.pairing import pair_rows, versus_best
 from medembed.results.run_entries import CV_METHOD
 from medembed.results.runs import Run, open_run
@@ -48,6 +51,8 @@ def compare(
     level: str = "study",
     n_resamples: int = 2000,
     seed: int = 0,
+    operating_points: Sequence[str | ThresholdRule] = (),
+    prevalence: float | None = None,
 ) -> dict[str, Any]:
     """Score every head of the runs on their common test rows, with intervals and paired tests.
 
@@ -61,6 +66,10 @@ def compare(
         Bootstrap resamples of patients.
     seed : int
         Seed of the bootstrap.
+    operating_points : sequence of str or ThresholdRule
+        To show beside `thresholds.SHOWN`, as `thresholds.parse_rule` reads them.
+    prevalence : float, optional
+        A share of abnormal studies, in (0, 1), at which predictive values are told too.
 
     Returns
     -------
@@ -72,9 +81,19 @@ def compare(
     PathNotFoundError
         A run does not exist.
     RunError
-        A run is unfinished or not a run, or the runs have no test rows in common.
+        A run is unfinished or not a run, the runs have no test rows in common, or a model from
+        elsewhere has no threshold of an operating point.
+    TrainingDataError
+        An operating point or the prevalence is none.
     """
-    return compare_runs(open_runs(run_paths), level=level, n_resamples=n_resamples, seed=seed)
+    return compare_runs(
+        open_runs(run_paths),
+        level=level,
+        n_resamples=n_resamples,
+        seed=seed,
+        operating_points=operating_points,
+        prevalence=prevalence,
+    )
 
 
 def open_runs(run_paths: Sequence[str | Path]) -> list[Run]:
@@ -94,7 +113,13 @@ def open_runs(run_paths: Sequence[str | Path]) -> list[Run]:
 
 
 def compare_runs(
-    runs: Sequence[Run], *, level: str = "study", n_resamples: int = 2000, seed: int = 0
+    runs: Sequence[Run],
+    *,
+    level: str = "study",
+    n_resamples: int = 2000,
+    seed: int = 0,
+    operating_points: Sequence[str | ThresholdRule] = (),
+    prevalence: float | None = None,
 ) -> dict[str, Any]:
     """Do what `compare` does on runs that are open, complete or not.
 
@@ -103,7 +128,8 @@ def compare_runs(
     dict
         ``level``, ``test`` (counts), ``runs`` (per run: left-out images, rows that fell out),
         ``rows`` (per head, best AUROC first: ``scores`` at Youden's threshold, ``at_half`` at 0.5,
-        ``at_sensitivity``; ``confusion``; ``calibrations``; ``auroc_delong``; ``fit``:
+        ``at_sensitivity``; ``operating_points`` and ``net_benefit``, see `results.operating`;
+        ``confusion``; ``calibrations``; ``auroc_delong``; ``fit``:
         Brier score, ``slope`` and ``intercept`` of calibrated probabilities, ECE; ``regions``,
         ``mean_over_regions``, ``views``; ``deferral`` and ``deferral_note``, see
         `results.deferral`; ``versus_best``), ``paired`` (AUROC of every pair of
@@ -112,14 +138,23 @@ def compare_runs(
         ``{value, low, high, method}`` with null for what is not estimable, ``reason`` where there
         is no interval, and ``k, n`` of a share; ECE has an upper bound alone.
     """
-    return compare_aligned(runs, align_runs(runs, level), n_resamples=n_resamples, seed=seed)
+    test_set = align_runs(runs, level, parse_rules(operating_points))
+    return compare_aligned(
+        runs, test_set, n_resamples=n_resamples, seed=seed, prevalence=prevalence
+    )
 
 
 def compare_aligned(
-    runs: Sequence[Run], test_set: TestSet, *, n_resamples: int = 2000, seed: int = 0
+    runs: Sequence[Run],
+    test_set: TestSet,
+    *,
+    n_resamples: int = 2000,
+    seed: int = 0,
+    prevalence: float | None = None,
 ) -> dict[str, Any]:
     """Do what `compare_runs` does on what `align_runs` has returned for these runs."""
-    rows = [_row(test_set, contender, n_resamples, seed) for contender in test_set.contenders]
+    known = None if prevalence is None else check_prevalence(prevalence)
+    rows = [_row(test_set, own, n_resamples, seed, known) for own in test_set.contenders]
     deferrals = find_deferrals(runs, test_set)
     rows = [{**row, **deferrals[row["run"], row["head"]]} for row in rows]
     rows.sort(key=_by_auroc)
@@ -135,6 +170,8 @@ def compare_aligned(
             _about(run, name, n)
             for run, (name, n) in zip(runs, test_set.dropped.items(), strict=True)
         ],
+        "operating_points": [rule.name for rule in test_set.rules],
+        "prevalence": known,
         "synthetic": any(run.info.get("data", {}).get("synthetic", False) for run in runs),
         "rows": rows,
         "paired": list(paired.values()),
@@ -145,12 +182,12 @@ def compare_aligned(
     return {**result, "notes": describe(result)}
 
 
-def score_run(run: Run, *, n_resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
+def score_run(run: Run, **asked: Any) -> dict[str, Any]:
     """Return what a run keeps as its scores: a comparison with itself, without how long it took.
 
-    Equal questions give equal scores; times are in `run.json`.
+    Equal questions give equal scores; times are in `run.json`. `asked` is as for `compare_runs`.
     """
-    result = compare_runs([run], n_resamples=n_resamples, seed=seed)
+    result = compare_runs([run], **asked)
     rows = [{k: v for k, v in row.items() if k != "seconds"} for row in result["rows"]]
     return {**result, "rows": rows}
 
@@ -221,7 +258,14 @@ def _describe_losses(run: dict[str, Any], level: str, several: bool) -> list[str
     return notes
 
 
-def _row(test_set: TestSet, contender: Contender, n_resamples: int, seed: int) -> dict[str, Any]:
+def _row(
+    test_set: TestSet,
+    contender: Contender,
+    n_resamples: int,
+    seed: int,
+    prevalence: float | None,
+) -> dict[str, Any]:
+    rows = (test_set.y, contender.probability, test_set.patients)
     units = test_set.units.assign(probability=contender.probability)
     report = plain(bootstrap_report(units, contender.threshold, n_resamples=n_resamples, seed=seed))
     delong = auroc_interval(test_set.y, contender.probability, test_set.patients)
@@ -247,7 +291,12 @@ def _row(test_set: TestSet, contender: Contender, n_resamples: int, seed: int) -
         "fit": _fit(report["overall"]["scores"], test_set, contender),
         "at_half": report["overall"]["at_half"],
         **plain(_at_sensitivity_and_calibrations(test_set, contender, n_resamples, seed)),
-        "confusion": _confusion(test_set.y, contender),
+        "confusion": {
+            "threshold": contender.threshold,
+            **count_confusion(test_set.y, contender.probability, contender.threshold),
+        },
+        "operating_points": describe_points(*rows, test_set.rules, contender.points, prevalence),
+        "net_benefit": describe_benefit(*rows),
         "regions": {name: _flat(block) for name, block in report["region"].items()},
         "mean_over_regions": _flat(report["mean_over_regions"]),
         "views": {name: _flat(block) for name, block in report["n_views"].items()},
@@ -279,6 +328,7 @@ def _at_sensitivity_and_calibrations(
                 **scores[name],
                 **_line(y, calibrated[name], patients),
                 "bins": bins[name].to_dict("records"),
+                "curve": calibration_curve(y, calibrated[name], patients).to_dict("list"),
             }
             for name in calibrated
         },
@@ -294,17 +344,6 @@ def _fit(scores: dict[str, Any], test_set: TestSet, contender: Contender) -> dic
 def _line(y: np.ndarray, probability: np.ndarray, patients: np.ndarray) -> dict[str, Interval]:
     line = calibration_line(y, probability, patients)
     return {name: line[name] for name in ("slope", "intercept")}
-
-
-def _confusion(y: np.ndarray, contender: Contender) -> dict[str, Any]:
-    called = contender.probability >= contender.threshold
-    counts = {
-        "tn": ~called & (y == 0),
-        "fp": called & (y == 0),
-        "fn": ~called & (y == 1),
-        "tp": called & (y == 1),
-    }
-    return {"threshold": contender.threshold} | {n: int(own.sum()) for n, own in counts.items()}
 
 
 def _flat(block: dict[str, Any]) -> dict[str, Any]:
