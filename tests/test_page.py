@@ -75,7 +75,8 @@ def test_the_page_and_its_figures_are_written(written):
     out, result, _ = written
     assert result["page"] == str(out / "index.html")
     names = sorted(path.name for path in (out / "figures").iterdir())
-    plots = ("calibration", "confusion", "cost", "precision_recall", "regions", "roc", "views")
+    plots = ("calibration", "confusion", "cost", "decision_curve", "precision_recall", "regions")
+    plots += ("roc", "views")
     suffixes = ("csv", "pdf", "png", "svg")
     assert names == [f"{plot}.{suffix}" for plot in plots for suffix in suffixes]
     assert sorted(result["figures"]) == [str(out / "figures" / name) for name in names]

@@ -46,7 +46,8 @@ from medembed.results.cards import describe_decisions, read_card
 from medembed.results.priors import image_code
 
 COLUMNS = ["image", "sha256", "patient", "study", "region", "label", "split", "age"]
-KEYS = ["image", "study", "probability", "decision", "set", "coverage"]
+KEYS = ["image", "study", "probability", "decision", "operating_point"]
+KEYS += ["set", "coverage"]
 KEYS += ["distance", "distance_p", "far"]
 KEYS += ["n_views", "n_failed", "trained_on", "error"]
 MODELS = ("logistic", "lightgbm", "attention", "cells", "covariates")

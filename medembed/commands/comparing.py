@@ -5,7 +5,14 @@ from typing import Any
 
 import click
 
-from medembed.commands.options import PATH, json_option, seed_option, table_columns
+from medembed.commands.options import (
+    PATH,
+    json_option,
+    operating_point_option,
+    prevalence_option,
+    seed_option,
+    table_columns,
+)
 from medembed.console import print_json, say
 
 __all__ = ["compare_command", "hush_matplotlib", "report_command", "show_comparison"]
@@ -31,8 +38,11 @@ _NO_HOME = (
     show_default=True,
 )
 @click.option(
-    "--tables", type=PATH, help="Also write heads and regions there, each as .csv and .tex."
-)
+    "--tables", type=PATH,
+    help="Also write heads, regions and operating points there, each as .csv and .tex.",
+)  # fmt: skip
+@operating_point_option("Also show this operating point:")
+@prevalence_option
 @seed_option
 @json_option
 def compare_command(
@@ -41,13 +51,16 @@ def compare_command(
     by: str | None,
     table_format: str,
     tables: Path | None,
+    operating_points: tuple[Any, ...],
+    prevalence: float | None,
     seed: int,
     as_json: bool,
 ) -> None:
     """Compare the heads of one or more runs, with intervals and paired tests."""
     from medembed.results.comparison import compare
 
-    result = compare(list(runs), level=level, seed=seed)
+    shown: dict[str, Any] = {"operating_points": operating_points, "prevalence": prevalence}
+    result = compare(list(runs), level=level, seed=seed, **shown)
     if tables is not None:
         from medembed.results.table_files import write_tables
 
@@ -59,19 +72,21 @@ def compare_command(
 
 
 def show_comparison(
-    runs: list[Path], level: str, by: str | None, table_format: str, seed: int = 0
+    runs: list[Path], level: str, by: str | None, table_format: str, seed: int = 0, **shown: Any
 ) -> None:
     """Print the table of one or more runs, as wide as the terminal."""
     from medembed.results.comparison import compare
 
-    _show(compare(runs, level=level, seed=seed), by, table_format)
+    _show(compare(runs, level=level, seed=seed, **shown), by, table_format)
 
 
 def _show(result: dict[str, Any], by: str | None, table_format: str) -> None:
+    from medembed.results.operating_tables import tabulate_points
     from medembed.results.tables import render
 
     width = table_columns(PIPED_COLUMNS)
-    click.echo(render(result, table_format=table_format, by=by, width=width))
+    more = tabulate_points(result, width if table_format == "table" else None) if not by else []
+    click.echo(render(result, table_format=table_format, by=by, width=width, more=more))
 
 
 def hush_matplotlib() -> None:
@@ -94,6 +109,8 @@ def hush_matplotlib() -> None:
 @click.option(
     "--names", is_flag=True, help="Name those images by their paths, which may tell who it is."
 )
+@operating_point_option("Also show this operating point:")
+@prevalence_option
 @seed_option
 @json_option
 def report_command(
@@ -103,6 +120,8 @@ def report_command(
     manifest_path: Path | None,
     image_root: Path | None,
     names: bool,
+    operating_points: tuple[Any, ...],
+    prevalence: float | None,
     seed: int,
     as_json: bool,
 ) -> None:
@@ -118,7 +137,13 @@ def report_command(
     if manifest_path is not None and image_root is not None:
         find_thumbnails = _thumbnail_finder(manifest_path, image_root, names)
     written = write_report(
-        list(runs), output, level=level, seed=seed, find_thumbnails=find_thumbnails
+        list(runs),
+        output,
+        level=level,
+        seed=seed,
+        find_thumbnails=find_thumbnails,
+        operating_points=operating_points,
+        prevalence=prevalence,
     )
     say(f"Page: {written['page']}")
     if as_json:

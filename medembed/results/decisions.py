@@ -3,12 +3,12 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import pandas as pd
 
-from medembed.errors import RunError
+from medembed.errors import RunError, TrainingDataError
 from medembed.evaluation.calibration import (
     Calibration,
     IsotonicCalibration,
@@ -182,8 +182,15 @@ def _fields(entry: Any, where: str) -> tuple[str, float]:
     if not isinstance(entry, Mapping):
         raise ValueError(f"{where} is no table")
     name, threshold = entry.get("name"), entry.get("threshold")
-    if not isinstance(name, str) or parse_rule(name).name != name:
+    if not _is_rule(name):
         raise ValueError(f"{where}.name is {str(name)[:40]!r}")
     if not is_number(threshold) or not 0 <= threshold <= HIGHEST:
         raise ValueError(f"{where}.threshold is {str(threshold)[:40]}")
     return name, float(threshold)
+
+
+def _is_rule(name: Any) -> TypeGuard[str]:
+    try:
+        return isinstance(name, str) and parse_rule(name).name == name
+    except TrainingDataError:
+        return False

@@ -7,6 +7,7 @@ from typing import Any
 
 from medembed.errors import RunError
 from medembed.files import read_plain
+from medembed.results.operating_tables import tabulate_points
 from medembed.results.runs import Run
 from medembed.results.tables import (
     MISSING,
@@ -71,6 +72,7 @@ def render_external(scores: Mapping[str, Any], width: int = 80) -> str:
     """
     with _reading(scores.get("run")):
         tables = [make_table(dict(scores))] if scores["rows"] else []
+        tables += tabulate_points(scores, width)
         parts = [render_terminal(table, width) for table in (*tables, *tabulate_external(scores))]
         if not scores["rows"]:
             parts.append("\n".join(scores["notes"]))

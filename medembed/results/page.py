@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from medembed import __version__
 from medembed.errors import RunError
+from medembed.evaluation.thresholds import SHOWN, ThresholdRule, parse_rules
 from medembed.files import write_atomically
 from medembed.results import page_tables as tables
 from medembed.results.alignment import align_runs
@@ -56,6 +57,8 @@ def write_report(
     seed: int = 0,
     date: dt.date | None = None,
     find_thumbnails: FindThumbnails | None = None,
+    operating_points: Sequence[str | ThresholdRule] = (),
+    prevalence: float | None = None,
 ) -> dict[str, Any]:
     """Write ``index.html`` and ``figures/`` about complete runs.
 
@@ -74,6 +77,8 @@ def write_report(
         What the page says as its date; today by default. All else depends on the runs alone.
     find_thumbnails : callable, optional
         Gives the images of the gallery, see `results.gallery`; without it they go by their hash.
+    operating_points, prevalence
+        As for `comparison.compare`.
 
     Returns
     -------
@@ -91,8 +96,10 @@ def write_report(
     if out.exists() and not out.is_dir():
         raise RunError(f"{out} is a file. Choose a directory for the page.")
     runs = open_runs(run_paths)
-    test_set = align_runs(runs, level)
-    result = compare_aligned(runs, test_set, n_resamples=n_resamples, seed=seed)
+    test_set = align_runs(runs, level, parse_rules(operating_points))
+    result = compare_aligned(
+        runs, test_set, n_resamples=n_resamples, seed=seed, prevalence=prevalence
+    )
     plots = plot_all(result, test_set)
     abouts = [
         describe_run(run, about["name"]) for run, about in zip(runs, result["runs"], strict=True)
@@ -165,6 +172,10 @@ def _command(result: dict[str, Any]) -> str:
     """Write the command that makes this page again."""
     names = [run["name"] for run in result["runs"]]
     words = ["medembed", "report", *names, "-o", "report", "--level", result["level"]]
+    usual = [rule.name for rule in SHOWN]
+    for name in result["operating_points"]:
+        words += [] if name in usual else ["--operating-point", name]
+    words += [] if result["prevalence"] is None else ["--prevalence", str(result["prevalence"])]
     return shlex.join([*words, "--seed", str(result["seed"])])
 
 

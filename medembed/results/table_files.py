@@ -5,7 +5,8 @@ from typing import Any
 
 from medembed.errors import RunError
 from medembed.files import write_atomically
-from medembed.results.tables import render
+from medembed.results.operating_tables import points_csv, tabulate_points
+from medembed.results.tables import render, render_latex
 
 __all__ = ["TABLES", "write_tables"]
 
@@ -15,7 +16,7 @@ _ENDINGS = {"csv": "csv", "latex": "tex"}
 
 
 def write_tables(result: dict[str, Any], directory: str | Path) -> list[Path]:
-    """Write ``heads`` and ``regions`` of a comparison, each as ``.csv`` and ``.tex``.
+    """Write ``heads``, ``regions`` and ``operating_points``, each as ``.csv`` and ``.tex``.
 
     Parameters
     ----------
@@ -27,7 +28,7 @@ def write_tables(result: dict[str, Any], directory: str | Path) -> list[Path]:
     Returns
     -------
     list of Path
-        The four files.
+        The six files.
 
     Raises
     ------
@@ -45,4 +46,9 @@ def write_tables(result: dict[str, Any], directory: str | Path) -> list[Path]:
             text = render(result, table_format=table_format, by=by)
             write_atomically(path, f"{text}\n".encode())
             written.append(path)
+    latex = "\n\n".join(map(render_latex, tabulate_points(result)))
+    for ending, text in {"csv": points_csv(result), "tex": latex}.items():
+        path = directory / f"operating_points.{ending}"
+        write_atomically(path, f"{text}\n".encode())
+        written.append(path)
     return written

@@ -23,6 +23,7 @@ __all__ = [
     "format_value",
     "make_table",
     "render",
+    "render_latex",
     "render_terminal",
     "share_of_train",
 ]
@@ -39,6 +40,8 @@ COLUMNS = {
     "kappa": "κ",
 }
 """The decision scores of the tables beside AUROC; F1 is the mean over both classes."""
+SHARES = ("accuracy", "sensitivity", "specificity")
+"""What a CSV has counts of."""
 FIT = {"brier": "Brier [95 %]", "slope": "Slope [95 %]", "intercept": "Intercept [95 %]"}
 """How calibrated probabilities fit, what leads first."""
 
@@ -74,7 +77,12 @@ class Table:
 
 
 def render(
-    result: dict[str, Any], *, table_format: str = "table", by: str | None = None, width: int = 80
+    result: dict[str, Any],
+    *,
+    table_format: str = "table",
+    by: str | None = None,
+    width: int = 80,
+    more: Sequence[Table] = (),
 ) -> str:
     """Turn what `compare` returns into text.
 
@@ -88,6 +96,8 @@ def render(
         Show the trained heads within each region or number of views.
     width : int
         Columns of the terminal, for "table" only.
+    more : sequence of Table
+        Further ones to write below; not for "csv".
 
     Raises
     ------
@@ -102,10 +112,11 @@ def render(
         return _csv(result, by)
     table, fit = make_table(result, by), _fit_table(result) if by is None else None
     if table_format == "latex":
-        return _latex(table)
-    tables = [table]
-    if fit is not None:  # the notes hold for both
-        tables = [replace(table, notes=[]), replace(fit, notes=table.notes)]
+        return "\n\n".join(map(render_latex, (table, *more)))
+    tables = [own for own in (table, *more, fit) if own is not None]
+    if len(tables) > 1:  # the notes of the first hold for all
+        tables[0], last = replace(table, notes=[]), tables[-1]
+        tables[-1] = replace(last, notes=[*last.notes, *table.notes])
     if table_format == "table":
         return "\n\n".join(render_terminal(own, width) for own in tables)
     return "\n\n".join(_markdown(own) for own in tables)
@@ -267,8 +278,8 @@ def _markdown(table: Table) -> str:
     return "\n".join([f"**{table.title}**", "", *lines, "", *notes])
 
 
-def _latex(table: Table) -> str:
-    """Write a `booktabs` tabular, with the notes as comments."""
+def render_latex(table: Table) -> str:
+    """Write a table as a `booktabs` tabular, with the notes as comments."""
     alignment = "l" * table.n_names + "r" * (len(table.columns) - table.n_names)
     bodies = [
         "\n".join(" & ".join(map(to_latex, row)) + r" \\" for row in section)
@@ -290,26 +301,31 @@ def _latex(table: Table) -> str:
 
 def _csv(result: dict[str, Any], by: str | None) -> str:
     names = [name for score in SCORES for name in (score, f"{score}_low", f"{score}_high")]
+    counts = [f"{name}_{part}" for name in SHARES for part in ("k", "n")]
     output = io.StringIO()
     writer = csv.writer(output, lineterminator="\n")
     if by is None:
         about = ["run", "head", "train_fraction", "depth", "seed", "threshold"]
         fits = [f"{name}{end}" for name in FIT if name != "brier" for end in ("", "_low", "_high")]
-        writer.writerow([*about, *names, "p_holm", *fits])
+        writer.writerow([*about, *names, "p_holm", *fits, *counts])
         for row in result["rows"]:
             p = (row["versus_best"] or {}).get("p_holm")
             cells = [to_csv_cell(row[name]) for name in about]
             scores = _numbers(row["scores"], SCORES)
             fit = _numbers(row.get("fit") or {}, [name for name in FIT if name != "brier"])
-            writer.writerow([*cells, *scores, p, *fit])
+            writer.writerow([*cells, *scores, p, *fit, *_counts(row["scores"])])
     else:
-        writer.writerow([by, "n", "n_abnormal", "head", *names])
+        writer.writerow([by, "n", "n_abnormal", "head", *names, *counts])
         for name, blocks in _groups(result, by):
             for head, block in blocks:
-                counts = [block.get("n"), block.get("n_abnormal")]
-                numbers = _numbers(block, SCORES)
-                writer.writerow([to_csv_cell(name), *counts, to_csv_cell(head), *numbers])
+                sizes = [block.get("n"), block.get("n_abnormal")]
+                numbers = [*_numbers(block, SCORES), *_counts(block)]
+                writer.writerow([to_csv_cell(name), *sizes, to_csv_cell(head), *numbers])
     return output.getvalue().rstrip("\n")
+
+
+def _counts(scores: dict[str, Any]) -> list[int | None]:
+    return [scores.get(name, {}).get(part) for name in SHARES for part in ("k", "n")]
 
 
 def _numbers(scores: dict[str, Any], names: Sequence[str]) -> list[float | None]:

@@ -35,6 +35,7 @@ METHODS = {
     "isotonic": "Isotonic regression",
 }
 SCORES = {"brier": "Brier", "ece": "ECE"}
+METHODS_OF = f"bins {OF_SHARES}; band by Student's t on the log-odds, patients as clusters"
 PANEL_WIDTH = 145
 """Points above a panel."""
 
@@ -60,8 +61,9 @@ def plot_calibration(result: dict[str, Any]) -> Plot | None:
         "Calibration",
         draw,
         caption=f"{describe_test(result)} {name}: points, the share abnormal within each bin of "
-        f"probabilities, bars 95 % intervals; dotted, perfect calibration; strips, test "
-        f"{name_units(result)} in each bin. {describe_intervals(result, OF_SHARES, 1)}",
+        f"probabilities, bars 95 % intervals; line, the logistic recalibration with its pointwise "
+        f"95 % band; dotted, perfect calibration; strips, test {name_units(result)} in each bin. "
+        f"{describe_intervals(result, METHODS_OF, 1)}",
         alt=f"Reliability of {name} on test, with 95 % intervals. {'; '.join(numbers)}.",
         csv=_write_bins(name_rows(result, rows)[0], panels),
     )
@@ -69,8 +71,8 @@ def plot_calibration(result: dict[str, Any]) -> Plot | None:
 
 def _draw_panels(theme: Theme, result: dict[str, Any], name: str, panels: dict[str, Any]) -> Figure:
     about = (
-        f"Head: {name}. {describe_test(result)} Bars and brackets: 95 % intervals, "
-        f"{describe_intervals(result, OF_SHARES, 1)}"
+        f"Head: {name}. {describe_test(result)} Bars, band and brackets: 95 %, "
+        f"{describe_intervals(result, METHODS_OF, 1)}"
     )
     n_lines = (len(panels) + 1) // 2
     figure = start_figure("Calibration", about, body=2.9 * n_lines)
@@ -94,13 +96,14 @@ def _draw_reliability(axes: Any, theme: Theme, method: str, panel: dict[str, Any
     colour = theme.series[0]
     filled = [own for own in panel["bins"] if own["n"] and own["mean_probability"] is not None]
     axes.plot([0, 1], [0, 1], color=theme.ink, **REFERENCE)
+    _draw_curve(axes, theme, panel.get("curve") or {})
     for own in filled:
         if own["share_low"] is not None:
             ends = [own["share_low"], own["share_high"]]
             axes.plot([own["mean_probability"]] * 2, ends, color=colour, lw=1.4)
     points = [(own["mean_probability"], own["share_abnormal"]) for own in filled]
     if points:
-        axes.plot(*zip(*points, strict=True), color=colour, marker=MARKERS[0], ms=4, lw=0.8)
+        axes.plot(*zip(*points, strict=True), color=colour, marker=MARKERS[0], ms=4, ls="none")
     axes.set(xlim=(-0.04, 1.04), ylim=(-0.04, 1.04), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
     axes.tick_params(labelsize=SMALL, labelbottom=False)
     axes.set_title(_title(method), loc="left", fontsize=LEGEND, fontweight="bold", pad=27)
@@ -113,6 +116,16 @@ def _draw_reliability(axes: Any, theme: Theme, method: str, panel: dict[str, Any
         fontsize=SMALL,
         linespacing=1.1,
     )
+
+
+def _draw_curve(axes: Any, theme: Theme, curve: dict[str, Any]) -> None:
+    """Draw the logistic line and its band, where there are any."""
+    if not curve.get("probability"):
+        return
+    places, colour = curve["probability"], theme.series[0]
+    axes.plot(places, curve["share"], color=colour, lw=1.2)
+    if curve["low"][0] is not None:
+        axes.fill_between(places, curve["low"], curve["high"], color=colour, alpha=0.18, lw=0)
 
 
 def _draw_counts(strip: Any, theme: Theme, panel: dict[str, Any], top: int) -> None:
@@ -145,11 +158,29 @@ def _scores(panel: dict[str, Any], separator: str) -> str:
 
 
 def _write_bins(head: str, panels: dict[str, Any]) -> str:
+    """Write the bins, then the curves, whose points have no count."""
+    empty = {**flatten("brier", None), **flatten("ece", None), "bin_low": None, "bin_high": None}
+    curves = [
+        {
+            "head": head,
+            "calibration": method,
+            "kind": "curve",
+            **empty,
+            "n": "",
+            "mean_probability": place,
+            "share_abnormal": panel["curve"]["share"][k],
+            "share_abnormal_low": panel["curve"]["low"][k],
+            "share_abnormal_high": panel["curve"]["high"][k],
+        }
+        for method, panel in panels.items()
+        for k, place in enumerate((panel.get("curve") or {}).get("probability", []))
+    ]
     return write_csv(
         [
             {
                 "head": head,
                 "calibration": method,
+                "kind": "bin",
                 **flatten("brier", panel["brier"]),
                 **flatten("ece", panel["ece"]),
                 **{f"bin_{end}": own[end] for end in ("low", "high")},
@@ -162,4 +193,5 @@ def _write_bins(head: str, panels: dict[str, Any]) -> str:
             for method, panel in panels.items()
             for own in panel["bins"]
         ]
+        + curves
     )
