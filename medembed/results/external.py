@@ -12,6 +12,7 @@ from medembed.results.runs import Run
 from medembed.results.tables import (
     MISSING,
     Table,
+    format_count,
     format_interval,
     format_value,
     make_table,
@@ -194,7 +195,7 @@ def _drop_by_region(drop: Mapping[str, Any] | None, *, full: bool) -> Table | No
 
 
 def _sides(entry: Mapping[str, Any], *, full: bool) -> list[str]:
-    write = format_interval if full else format_value
+    write = format_count if full else format_value
     return [write(entry["internal"]), write(entry["external"]), _signed(entry["difference"])]
 
 
@@ -223,7 +224,7 @@ def _recalibrated(found: Mapping[str, Any] | None, *, full: bool) -> Table | Non
     columns = ["", "Before", "After", "Change [95 %]"]
     if found["note"]:
         return Table(title, columns, 1, [[]], [found["note"]])
-    write = format_interval if full else format_value
+    write = format_count if full else format_value
     rows = []
     for part, names in (("line", LINE), ("scores", SCORES)):
         for name, heading in names.items():

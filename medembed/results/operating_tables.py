@@ -11,8 +11,9 @@ from medembed.results.pairing import row_name
 from medembed.results.tables import (
     Table,
     format_count,
+    format_counted,
     format_interval,
-    format_value,
+    table_width,
 )
 from medembed.text import to_csv_cell
 
@@ -21,8 +22,6 @@ __all__ = ["PREDICTIVE", "SHARES", "name_point", "points_csv", "points_of", "tab
 SHARES = {"sensitivity": "Sens.", "specificity": "Spec.", "ppv": "PPV", "npv": "NPV"}
 PREDICTIVE = {"ppv": "PPV", "npv": "NPV"}
 CONFUSION = ("tp", "fn", "fp", "tn")
-_GAP, _EDGES = 3, 2
-"""Columns between two cells of a terminal's table, and around all of them."""
 _NAMES = {"youden": "Youden"}
 _NOTE = (
     "From: the threshold of the calibrated probability, chosen on out-of-fold predictions of "
@@ -53,7 +52,7 @@ def tabulate_points(result: Mapping[str, Any], width: int | None = None) -> list
         return []
     for layout in (_FULL, _SHORT):
         table = _table(result, layout)
-        if width is None or _width(table) <= width:
+        if width is None or table_width(table) <= width:
             break
     else:
         table = _stack(_table(result, _NARROW))
@@ -118,7 +117,7 @@ _FULL, _SHORT, _NARROW = _Layout(True, True), _Layout(False, True), _Layout(Fals
 
 
 def _table(result: Mapping[str, Any], layout: _Layout) -> Table:
-    write = format_count if layout.has_intervals else _write_short
+    write = format_count if layout.has_intervals else format_counted
     names = [f"{title} [95 %]" if layout.has_intervals else title for title in SHARES.values()]
     matrix = CONFUSION if layout.has_matrix else ()
     columns = ["Head", "Operating point", "From", *names, *(name.upper() for name in matrix)]
@@ -177,16 +176,6 @@ def _lines(
         ]
         for head, points in _heads(result)
     ]
-
-
-def _write_short(score: Mapping[str, Any]) -> str:
-    counts = f" {score['k']:,}/{score['n']:,}" if score.get("n") else ""
-    return format_value(score) + counts
-
-
-def _width(table: Table) -> int:
-    columns = zip(table.columns, *table.rows, strict=True)
-    return sum(max(map(len, cells)) + _GAP for cells in columns) - _GAP + _EDGES
 
 
 def _plural(result: Mapping[str, Any]) -> str:

@@ -252,7 +252,7 @@ def tabulate_seeds(result: dict[str, Any]) -> dict[str, Any]:
 
 def tabulate_groups(result: dict[str, Any], by: str) -> dict[str, Any]:
     """Return the trained heads' scores within each region or number of views."""
-    table = make_table(result, by)
+    table = make_table(result, by, with_counts=True)
     rows = [
         {"cells": row, "n_spanning": 2, "span": len(section) if row is section[0] else 0}
         for section in table.sections

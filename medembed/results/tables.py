@@ -18,6 +18,7 @@ __all__ = [
     "NOT_ESTIMABLE",
     "Table",
     "format_count",
+    "format_counted",
     "format_interval",
     "format_p",
     "format_value",
@@ -26,6 +27,7 @@ __all__ = [
     "render_latex",
     "render_terminal",
     "share_of_train",
+    "table_width",
 ]
 
 FORMATS = ("table", "markdown", "csv", "latex")
@@ -110,7 +112,11 @@ def render(
         raise RunError(f"grouping {by!r} is unknown. Choose one of: {', '.join(GROUPINGS)}.")
     if table_format == "csv":
         return _csv(result, by)
-    table, fit = make_table(result, by), _fit_table(result) if by is None else None
+    table, fit = make_table(result, by, with_counts=True), None
+    if table_format == "table" and table_width(table) > width:
+        table = make_table(result, by)
+    if by is None:
+        fit = _fit_table(result)
     if table_format == "latex":
         return "\n\n".join(map(render_latex, (table, *more)))
     tables = [own for own in (table, *more, fit) if own is not None]
@@ -122,11 +128,13 @@ def render(
     return "\n\n".join(_markdown(own) for own in tables)
 
 
-def make_table(result: dict[str, Any], by: str | None = None) -> Table:
+def make_table(
+    result: dict[str, Any], by: str | None = None, *, with_counts: bool = False
+) -> Table:
     """Choose the columns and write the cells of a comparison, overall or `by` a grouping."""
     plural = "studies" if result["level"] == "study" else "images"
     if by is not None:
-        return _grouped_table(result, by, plural)
+        return _grouped_table(result, by, plural, with_counts)
     several = len(result["runs"]) > 1
     shown = list(COLUMNS)[: -1 if several else None]  # the runs' names want the width of one
     extra = ["Train"] if result.get("efficiency") else []
@@ -135,7 +143,7 @@ def make_table(result: dict[str, Any], by: str | None = None) -> Table:
         [
             row_name(row, several=several),
             *(share_of_train(row) for _ in extra),
-            *_cells(row["scores"], shown),
+            *_cells(row["scores"], shown, with_counts),
             _p_value(row),
         ]
         for row in result["rows"]
@@ -173,13 +181,21 @@ def share_of_train(row: dict[str, Any]) -> str:
 
 def format_count(score: Mapping[str, Any]) -> str:
     """Write a share with its interval and counts, ``0.909 [0.623, 0.984] 10/11``."""
-    counts = f" {score['k']}/{score['n']}" if score.get("n") else ""
-    return format_interval(score) + counts
+    return format_interval(score) + _count(score)
 
 
 def format_value(score: Mapping[str, Any]) -> str:
     """Write a score alone, to three decimals."""
     return MISSING if score["value"] is None else f"{score['value']:.3f}"
+
+
+def format_counted(score: Mapping[str, Any]) -> str:
+    """Write a score alone, with the counts of a share: ``0.909 10/11``."""
+    return format_value(score) + _count(score)
+
+
+def _count(score: Mapping[str, Any]) -> str:
+    return f" {score['k']:,}/{score['n']:,}" if score.get("n") else ""
 
 
 def _fit_table(result: dict[str, Any]) -> Table | None:
@@ -198,12 +214,16 @@ def _fit_table(result: dict[str, Any]) -> Table | None:
     return Table(title, ["Head", *FIT.values()], 1, [rows], []) if rows else None
 
 
-def _grouped_table(result: dict[str, Any], by: str, plural: str) -> Table:
+def _grouped_table(result: dict[str, Any], by: str, plural: str, with_counts: bool) -> Table:
     shown = list(COLUMNS)[:-1]
     columns = ["Region" if by == "region" else "Views", "n (abn.)", "Head", "AUROC [95 %]"]
     sections = [
         [
-            [*(_group_cells(name, block) if i == 0 else ["", ""]), head, *_cells(block, shown)]
+            [
+                *(_group_cells(name, block) if i == 0 else ["", ""]),
+                head,
+                *_cells(block, shown, with_counts),
+            ]
             for i, (head, block) in enumerate(blocks)
         ]
         for name, blocks in _groups(result, by)
@@ -229,9 +249,10 @@ def _groups(result: dict[str, Any], by: str) -> Iterator[tuple[str, list[tuple[s
         yield "mean", [(head, row["mean_over_regions"]) for head, row in trained]
 
 
-def _cells(scores: dict[str, Any], names: Sequence[str]) -> list[str]:
+def _cells(scores: dict[str, Any], names: Sequence[str], with_counts: bool) -> list[str]:
     nothing = {"value": None}  # a mean over no region at all has no scores
-    numbers = [format_value(scores.get(name, nothing)) for name in names]
+    write = format_counted if with_counts else format_value
+    numbers = [write(scores.get(name, nothing)) for name in names]
     return [format_interval(scores.get("auroc", nothing)), *numbers]
 
 
@@ -268,6 +289,12 @@ def render_terminal(table: Table, width: int) -> str:
     for note in table.notes:
         console.print(Text(mask_controls(note)))
     return "\n".join(line.rstrip() for line in output.getvalue().splitlines())
+
+
+def table_width(table: Table) -> int:
+    """Return the columns of a terminal that `render_terminal` needs so that no name is folded."""
+    columns = list(zip(table.columns, *table.rows, strict=True))
+    return sum(max(map(len, cells)) for cells in columns) + 3 * len(columns) - 1
 
 
 def _markdown(table: Table) -> str:

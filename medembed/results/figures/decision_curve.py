@@ -59,7 +59,7 @@ def plot_decision_curve(result: dict[str, Any]) -> Plot | None:
         draw,
         caption=f"{describe_test(result)} Net benefit of calibrated probabilities: the share of "
         "studies found, less the false alarms at the price that the threshold gives them. A head "
-        "is of use where its line is above both references. Band: pointwise 95 % of "
+        "is of use where its line is above calling all (treat all) and none. Band: pointwise 95 % of "
         f"{names[0]}. {describe_intervals(result, METHOD, n_all=len(able))}",
         alt=f"{TITLE} on test: net benefit with 95 % interval. {'; '.join(numbers)}.",
         csv=_write_curves(name_rows(result, rows), rows),
@@ -103,7 +103,7 @@ def _draw_curves(
     axes.set(xlim=(0, 1), ylim=(bottom, top))
     axes.set_xlabel("Threshold of the calibrated probability")
     axes.set_ylabel("Net benefit")
-    references = ["all called abnormal", "none called abnormal"]
+    references = ["treat all", "treat none"]
     add_legend(figure, [*lines, everyone, nobody], [*names, *references])
     return figure
 
