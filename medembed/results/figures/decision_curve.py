@@ -59,8 +59,9 @@ def plot_decision_curve(result: dict[str, Any]) -> Plot | None:
         draw,
         caption=f"{describe_test(result)} Net benefit of calibrated probabilities: the share of "
         "studies found, less the false alarms at the price that the threshold gives them. A head "
-        "is of use where its line is above calling all (treat all) and none. Band: pointwise 95 % of "
-        f"{names[0]}. {describe_intervals(result, METHOD, n_all=len(able))}",
+        "is of use where its line is above both references: all called abnormal (treat all), none "
+        f"called abnormal (treat none). Band: pointwise 95 % of {names[0]}. "
+        f"{describe_intervals(result, METHOD, n_all=len(able))}",
         alt=f"{TITLE} on test: net benefit with 95 % interval. {'; '.join(numbers)}.",
         csv=_write_curves(name_rows(result, rows), rows),
     )
