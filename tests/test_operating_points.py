@@ -324,7 +324,11 @@ def test_a_readme_tells_what_points_give_on_test(tmp_path):
     assert line.endswith(
         " | ".join(str(point["confusion"][n]) for n in ("tp", "fn", "fp", "tn")) + " |"
     )
+    assert "| Calibration slope (1 is right) |" in text
+    curve = scores["rows"][0]["net_benefit"]
+    assert f"| 0.2 | {curve['value'][19]:.3f} ({curve['low'][19]:.3f} to" in text
     test = json.loads((path / "model.json").read_text())["card"]["scores"]["test"]
+    assert test["net_benefit"] == curve
     assert test["operating_points"][0]["name"] == "youden"
 
 
