@@ -420,6 +420,12 @@ def test_compare_takes_points_and_a_prevalence(run_path, tmp_path):
     shown = run_command(*words, "--tables", tmp_path / "tables")
     assert "Predictive values where a share of 0.2 is abnormal" in shown.stdout
     assert len(list((tmp_path / "tables").glob("operating_points.*"))) == 2
+    grouped = [
+        run_command("compare", run_path, "--by", "region", *more) for more in ([], words[2:])
+    ]
+    assert ["Decisions on test" in own.stdout for own in grouped] == [False, True]
+    said = run_command(*words, "--format", "csv").stderr
+    assert "operating points are in --json, and in the files of --tables" in said
 
 
 SHOWING, PACKAGING = ("compare", "report", "evaluate"), ("sweep", "finetune")

@@ -81,11 +81,15 @@ def show_comparison(
 
 
 def _show(result: dict[str, Any], by: str | None, table_format: str) -> None:
-    from medembed.results.operating_tables import tabulate_points
+    from medembed.results.operating_tables import asks_for_points, tabulate_points
     from medembed.results.tables import render
 
     width = table_columns(PIPED_COLUMNS)
-    more = tabulate_points(result, width if table_format == "table" else None) if not by else []
+    is_asked = asks_for_points(result)
+    if is_asked and table_format == "csv":
+        say("The CSV is of heads: operating points are in --json, and in the files of --tables.")
+    more = tabulate_points(result, width if table_format == "table" else None)
+    more = more if is_asked or not by else []
     click.echo(render(result, table_format=table_format, by=by, width=width, more=more))
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from medembed.evaluation.thresholds import SHOWN
 from medembed.results.operating import POINT_SCORES
 from medembed.results.pairing import row_name
 from medembed.results.tables import (
@@ -17,7 +18,15 @@ from medembed.results.tables import (
 )
 from medembed.text import to_csv_cell
 
-__all__ = ["PREDICTIVE", "SHARES", "name_point", "points_csv", "points_of", "tabulate_points"]
+__all__ = [
+    "PREDICTIVE",
+    "SHARES",
+    "asks_for_points",
+    "name_point",
+    "points_csv",
+    "points_of",
+    "tabulate_points",
+]
 
 SHARES = {"sensitivity": "Sens.", "specificity": "Spec.", "ppv": "PPV", "npv": "NPV"}
 PREDICTIVE = {"ppv": "PPV", "npv": "NPV"}
@@ -57,6 +66,11 @@ def tabulate_points(result: Mapping[str, Any], width: int | None = None) -> list
     else:
         table = _stack(_table(result, _NARROW))
     return [table, *_at_prevalence(result)]
+
+
+def asks_for_points(result: Mapping[str, Any]) -> bool:
+    """Tell whether a comparison has more of decisions than every comparison has."""
+    return len(result["operating_points"]) > len(SHOWN) or result["prevalence"] is not None
 
 
 def points_csv(result: Mapping[str, Any]) -> str:
