@@ -92,16 +92,16 @@ def tabulate_heads(result: dict[str, Any]) -> dict[str, Any]:
 def tabulate_decisions(result: dict[str, Any]) -> list[dict[str, Any]]:
     """Return what each trained head's decisions are worth at each operating point.
 
-    Shares with counts and the confusion matrix; what sums them up; predictive values at another
+    Shares with counts; the confusion matrix and what sums it up; predictive values at another
     prevalence, where the comparison has one.
     """
 
-    def matrix(point: dict[str, Any]) -> list[str]:
-        shares = [_unbroken(point["scores"][score]) for score in DECISIONS]
-        return [*shares, *(f"{point['confusion'][name]:,}" for name in CONFUSION)]
+    def shares(point: dict[str, Any]) -> list[str]:
+        return [_unbroken(point["scores"][score]) for score in DECISIONS]
 
-    def summary(point: dict[str, Any]) -> list[str]:
-        return [format_count(point["scores"][score]) for score in AGREEMENT]
+    def matrix(point: dict[str, Any]) -> list[str]:
+        counts = [f"{point['confusion'][name]:,}" for name in CONFUSION]
+        return [*counts, *(format_count(point["scores"][score]) for score in AGREEMENT)]
 
     def elsewhere(point: dict[str, Any]) -> list[str]:
         return [format_interval(point["at_prevalence"][score]) for score in ("ppv", "npv")]
@@ -111,10 +111,15 @@ def tabulate_decisions(result: dict[str, Any]) -> list[dict[str, Any]]:
             result,
             "Decisions at thresholds of the calibrated probability, which were chosen on "
             "out-of-fold predictions of train, or given",
-            [*DECISIONS.values(), *CONFUSION.values()],
+            list(DECISIONS.values()),
+            shares,
+        ),
+        _of_points(
+            result,
+            "The same decisions: true and false positives and negatives, and what sums them up",
+            [*CONFUSION.values(), *AGREEMENT.values()],
             matrix,
         ),
-        _of_points(result, "The same decisions, summed up", list(AGREEMENT.values()), summary),
     ]
     if result["prevalence"] is not None:
         title = (
