@@ -15,7 +15,7 @@ from medembed.cache.spec import CacheSpec
 from medembed.cache.store import create_cache
 from medembed.cli import main
 from medembed.dataset.manifest import make_manifest, write_manifest
-from medembed.errors import RunError
+from medembed.errors import ModelError, RunError
 from medembed.evaluation.drift import VERDICTS
 from medembed.evaluation.intervals import bootstrap_scores
 from medembed.evaluation.recalibration import draw_patients
@@ -99,7 +99,8 @@ def test_own_test_rows_give_what_the_sweep_gave(home, swept, data, model):
         again = evaluate(model.with_name(head), *data, out, split="test", **FAST)
         for name in (head, "class-prior", "region-prior"):
             expected, seen = row_of(ours, name), row_of(again, name)
-            for key in ("threshold", "scores", "at_half", "regions", "views", "at_sensitivity"):
+            kept = ("operating_points", "net_benefit", "at_sensitivity")
+            for key in ("threshold", "scores", "at_half", "regions", "views", *kept):
                 assert seen[key] == expected[key], (name, key)
         assert "are of the model's own test" in again["drop"]["note"]
         assert again["drop"]["scores"] == {}
@@ -350,6 +351,24 @@ def test_a_model_of_before_tells_what_it_can(moved, external, tmp_path):
     assert found["calibration"]["internal"] is None
     assert found["drift"]["verdict"] is None
     assert "keeps no summary" in render_external(found)
+
+
+def test_operating_points_elsewhere_are_those_of_the_model(home, swept, model, external, tmp_path):
+    asked = {"operating_points": ["threshold=0.3", "specificity=0.9"], "prevalence": 0.05}
+    found = evaluate(model, *external, tmp_path / "run", **asked, **FAST)
+    card = load_model(model).card
+    packaged = {own["name"]: own["threshold"] for own in card["operating_points"]}
+    told = {own["name"]: own["threshold"] for own in row_of(found)["operating_points"]}
+    assert told == {**packaged, "threshold=0.5": 0.5, "threshold=0.3": 0.3}
+    assert "0.05 is abnormal" in render_external(found)
+    assert "--operating-point threshold=0.3" in open_run(tmp_path / "run").info["command"]
+    with pytest.raises(
+        ModelError, match=r"no operating point sensitivity=0\.6: it packages youden"
+    ):
+        evaluate(model, *external, tmp_path / "no", operating_points=["sensitivity=0.6"], **FAST)
+    assert not (tmp_path / "no").exists()
+    with pytest.raises(RunError, match=r"no operating point sensitivity=0\.6: its model packages"):
+        compare([swept, tmp_path / "run"], operating_points=["sensitivity=0.6"], **FAST)
 
 
 def test_a_head_that_judges_studies_is_compared_without_priors(swept, external, second, tmp_path):

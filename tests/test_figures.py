@@ -32,8 +32,8 @@ from medembed.results.figures.slots import Slots
 
 FAST = {"n_resamples": 60}
 NAMES = [
-    *("roc", "precision_recall", "cost", "regions", "views", "confusion", "calibration"),
-    *("deferral", "depths", "efficiency", "flow"),
+    *("roc", "precision_recall", "cost", "regions", "views", "confusion", "decision_curve"),
+    *("calibration", "deferral", "depths", "efficiency", "flow"),
 ]
 LONG = "a-run-of-the-year-with-every-option-that-there-is/and-its-logistic-head"
 HOSTILE = ["<script>x</script>", "$\\frac{$ & \"'>", "手_\x07" + "e\u0301\u0323" * 9, "W" * 90]
@@ -256,14 +256,27 @@ def test_the_csv_of_groups_and_cost_holds_the_scores(case, plots):
 def test_the_csv_of_matrices_adds_up_to_the_test_set(case, plots):
     result, test_set = case
     rows = read(plots["confusion"])
-    assert [row["head"] for row in rows] == ["mlp", "logistic", "lgb"]
-    for row, own in zip(rows, result["rows"], strict=False):
+    assert list(dict.fromkeys(row["head"] for row in rows)) == ["mlp", "logistic", "lgb"]
+    points = [own for row in result["rows"][:3] for own in row["operating_points"]]
+    for row, own in zip(rows, points, strict=True):
         counts = {name: int(row[name]) for name in ("tn", "fp", "fn", "tp")}
         assert sum(counts.values()) == result["test"]["n"]
         assert counts["fn"] + counts["tp"] == test_set.y.sum()
         sensitivity = counts["tp"] / (counts["tp"] + counts["fn"])
         assert sensitivity == pytest.approx(float(row["sensitivity"]))
-        assert float(row["threshold"]) == own["threshold"]
+        assert (row["operating_point"], float(row["threshold"])) == (own["name"], own["threshold"])
+
+
+def test_the_csv_of_decision_curves_holds_net_benefit(case, plots):
+    rows = read(plots["decision_curve"])
+    for own in case[0]["rows"][:3]:
+        lines = [row for row in rows if row["head"] == own["head"]]
+        curve = own["net_benefit"]
+        assert [float(line["threshold"]) for line in lines] == curve["thresholds"]
+        assert [float(line["net_benefit"]) for line in lines] == curve["value"]
+        assert [line["net_benefit_low"] for line in lines] == [
+            "" if low is None else str(low) for low in curve["low"]
+        ]
 
 
 def test_the_csv_of_reliability_holds_the_bins(case, plots):
@@ -273,6 +286,9 @@ def test_the_csv_of_reliability_holds_the_bins(case, plots):
     assert list(dict.fromkeys(row["calibration"] for row in rows)) == list(panels)
     for method, panel in panels.items():
         own = [row for row in rows if row["calibration"] == method]
+        curve = [row for row in own if row["kind"] == "curve"]
+        own = [row for row in own if row["kind"] == "bin"]
+        assert [float(row["share_abnormal_low"]) for row in curve] == panel["curve"]["low"]
         assert [int(row["n"]) for row in own] == [part["n"] for part in panel["bins"]]
         assert sum(int(row["n"]) for row in own) == result["test"]["n"]
         assert float(own[0]["brier"]) == panel["brier"]["value"]
@@ -329,7 +345,8 @@ def test_results_of_before_still_give_the_figures_that_they_can(case, monkeypatc
     for name in ("depths", "efficiency", "flow"):
         del result[name]
     for row in result["rows"]:
-        for name in ("calibrations", "confusion", "seconds", "depth", "deferral"):
+        later = ("operating_points", "net_benefit")
+        for name in ("calibrations", "confusion", "seconds", "depth", "deferral", *later):
             row.pop(name, None)
     names = [plot.name for plot in figures.plot_all(result, case[1])]
     assert names == ["roc", "precision_recall", "regions", "views"]
@@ -561,7 +578,8 @@ def test_large_counts_fit(case, monkeypatch):
     result["test"] = {"n": 1_234_567, "n_abnormal": 345_678, "n_patients": 1_000_000}
     result["n_resamples"] = 10_000
     for row in result["rows"]:
-        row["confusion"] |= {"tn": 345_678, "fp": 500_000, "fn": 120_000, "tp": 987_654}
+        for own in (row, *row["operating_points"]):
+            own["confusion"] |= {"tn": 345_678, "fp": 500_000, "fn": 120_000, "tp": 987_654}
         for block in [*row["regions"].values(), *row["views"].values()]:
             block |= {"n": 1_234_567, "n_abnormal": 345_678}
         for panel in row["calibrations"].values():

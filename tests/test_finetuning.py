@@ -274,6 +274,22 @@ def test_the_start_from_a_sweep_has_not_seen_the_held_out_patients(
         assert np.array_equal(a, b)
 
 
+def test_operating_points_are_packaged_and_are_part_of_the_question(
+    home: Path, tmp_path: Path
+) -> None:
+    asked = {"unfreeze": "0", "operating_points": ["sensitivity=0.8"]}
+    tune(home, home / "tower", tmp_path / "run", **asked)
+    run = open_run(tmp_path / "run")
+    assert "--operating-point sensitivity=0.8" in run.info["command"]
+    card = json.loads((run.model_path("unfreeze-0") / "model.json").read_text())["card"]
+    names = ["youden", "sensitivity=0.95", "specificity=0.9", "sensitivity=0.8"]
+    assert [point["name"] for point in card["operating_points"]] == names
+    assert card["operating_points"][0]["threshold"] == card["threshold"]
+    assert "operating_points" not in open_run(home / "run").info["asked"]
+    with pytest.raises(RunError, match="answers another question: operating_points"):
+        tune(home, home / "tower", tmp_path / "run", unfreeze="0")
+
+
 def test_the_models_predict_on_embeddings_of_their_encoders(home: Path, tmp_path: Path) -> None:
     for name, encoder in (("unfreeze-0", home / "tower"), ("unfreeze-2", None)):
         encoder = encoder or home / "run" / "encoders" / name

@@ -75,7 +75,7 @@ def test_the_page_and_its_figures_are_written(written):
     out, result, _ = written
     assert result["page"] == str(out / "index.html")
     names = sorted(path.name for path in (out / "figures").iterdir())
-    plots = ("calibration", "confusion", "cost", "flow", "precision_recall")
+    plots = ("calibration", "confusion", "cost", "decision_curve", "flow", "precision_recall")
     plots += ("regions", "roc", "views")
     suffixes = ("csv", "pdf", "png", "svg")
     assert names == [f"{plot}.{suffix}" for plot in plots for suffix in suffixes]

@@ -46,7 +46,8 @@ from medembed.results.cards import describe_decisions, read_card
 from medembed.results.priors import image_code
 
 COLUMNS = ["image", "sha256", "patient", "study", "region", "label", "split", "age"]
-KEYS = ["image", "study", "probability", "decision", "set", "coverage"]
+KEYS = ["image", "study", "probability", "decision", "operating_point"]
+KEYS += ["set", "coverage"]
 KEYS += ["distance", "distance_p", "far"]
 KEYS += ["n_views", "n_failed", "trained_on", "error"]
 MODELS = ("logistic", "lightgbm", "attention", "cells", "covariates")
@@ -220,6 +221,35 @@ def test_an_image_gets_the_same_answer_however_it_is_asked_for(home: Path) -> No
     rows, _ = parts(predictor.predict_images(files))
     assert len(files) > 8
     assert [predictor.predict(file)["probability"] for file in files] == numbers(rows).tolist()
+
+
+def test_an_operating_point_decides_images_and_studies(home: Path) -> None:
+    known = {"cache": home / "cache"}
+    usual = list(ask(home, **known).predict_manifest(home / "manifest.csv"))
+    cuts = sorted(row["probability"] for row in usual)
+    middle = float(f"{cuts[len(cuts) // 2]:.6f}")
+    for asked in ("sensitivity=0.95", f"threshold={middle!r}"):
+        predictor = ask(home, operating_point=asked, **known)
+        rows = list(predictor.predict_manifest(home / "manifest.csv"))
+        point = {"name": asked, "threshold": predictor.point.threshold}
+        assert all(row["operating_point"] == point for row in rows)
+        is_called = [row["probability"] >= point["threshold"] for row in rows]
+        assert [row["decision"] == "abnormal" for row in rows] == is_called
+        assert len(set(is_called)) == 2
+        assert [row["probability"] for row in rows] == [row["probability"] for row in usual]
+    assert predictor.point.threshold == middle
+    card = predictor.card
+    assert usual[0]["operating_point"] == {"name": "youden", "threshold": card.threshold}
+
+
+def test_a_point_that_the_model_has_not_is_refused_before_anything_is_decoded(home: Path) -> None:
+    words = (home / "models" / "logistic", home / "no such file.png", "--operating-point")
+    found = run(*words, "sensitivity=0.7")
+    assert found.exit_code == 1
+    assert "has no operating point sensitivity=0.7: it packages youden, sensit" in found.stderr
+    said = run(words[0], home / "images" / "p00" / "view0.png", *words[2:], "threshold=0.001")
+    assert "Decisions at threshold=0.001: abnormal from 0.001 on." in said.stderr
+    assert "abnormal" in said.stdout.splitlines()[-1]
 
 
 def test_files_are_studies_of_their_own_also_when_named_twice(home: Path) -> None:

@@ -6,7 +6,15 @@ from typing import Any
 import click
 
 from medembed.commands.invocation import write_command
-from medembed.commands.options import PATH, Finite, json_option, seed_option, table_columns
+from medembed.commands.options import (
+    PATH,
+    Finite,
+    json_option,
+    operating_point_option,
+    prevalence_option,
+    seed_option,
+    table_columns,
+)
 from medembed.console import print_json, say
 
 __all__ = ["compare_command", "hush_matplotlib", "report_command", "show_comparison"]
@@ -51,8 +59,12 @@ margin_option = click.option(
     show_default=True,
 )
 @click.option(
-    "--tables", type=PATH, help="Also write heads, regions and groups there, as .csv and .tex."
+    "--tables",
+    type=PATH,
+    help="Also write heads, regions, groups and operating points there, as .csv and .tex.",
 )
+@operating_point_option("Also show this operating point:")
+@prevalence_option
 @seed_option
 @json_option
 def compare_command(
@@ -63,6 +75,8 @@ def compare_command(
     margin: float | None,
     table_format: str,
     tables: Path | None,
+    operating_points: tuple[Any, ...],
+    prevalence: float | None,
     seed: int,
     as_json: bool,
 ) -> None:
@@ -73,8 +87,16 @@ def compare_command(
         raise click.UsageError("--manifest wants --by, which says by what column of it.")
     from medembed.results.comparison import compare
 
-    manifest = _read(manifest_path)
-    result = compare(list(runs), level=level, seed=seed, by=by, manifest=manifest, margin=margin)
+    result = compare(
+        list(runs),
+        level=level,
+        seed=seed,
+        by=by,
+        manifest=_read(manifest_path),
+        margin=margin,
+        operating_points=operating_points,
+        prevalence=prevalence,
+    )
     if tables is not None:
         from medembed.results.table_files import write_tables
 
@@ -86,23 +108,29 @@ def compare_command(
 
 
 def show_comparison(
-    runs: list[Path], level: str, by: str | None, table_format: str, seed: int = 0
+    runs: list[Path], level: str, by: str | None, table_format: str, seed: int = 0, **shown: Any
 ) -> None:
     """Print the table of one or more runs, as wide as the terminal."""
     from medembed.results.comparison import compare
 
-    _show(compare(runs, level=level, seed=seed), by, table_format)
+    _show(compare(runs, level=level, seed=seed, **shown), by, table_format)
 
 
 def _show(result: dict[str, Any], by: str | None, table_format: str) -> None:
     from medembed.results.group_tables import render_groups
+    from medembed.results.operating_tables import asks_for_points, tabulate_points
     from medembed.results.tables import render
 
     width = table_columns(PIPED_COLUMNS)
+    is_asked = asks_for_points(result)
+    if is_asked and table_format == "csv":
+        say("The CSV is of heads: operating points are in --json, and in the files of --tables.")
     if "groups" in result:
         click.echo(render_groups(result, table_format, width))
-    else:
-        click.echo(render(result, table_format=table_format, by=by, width=width))
+        return
+    more = tabulate_points(result, width if table_format == "table" else None)
+    more = more if is_asked or not by else []
+    click.echo(render(result, table_format=table_format, by=by, width=width, more=more))
 
 
 def _read(manifest_path: Path | None) -> Any:
@@ -144,6 +172,8 @@ def hush_matplotlib() -> None:
     multiple=True,
     help="Also fill in a reporting checklist beside the page, in Markdown; may be repeated.",
 )
+@operating_point_option("Also show this operating point:")
+@prevalence_option
 @seed_option
 @json_option
 def report_command(
@@ -155,6 +185,8 @@ def report_command(
     margin: float | None,
     names: bool,
     checklists: tuple[str, ...],
+    operating_points: tuple[Any, ...],
+    prevalence: float | None,
     seed: int,
     as_json: bool,
 ) -> None:
@@ -179,6 +211,8 @@ def report_command(
         margin=margin,
         command=write_command(click.get_current_context()),
         checklists=checklists,
+        operating_points=operating_points,
+        prevalence=prevalence,
     )
     say(f"Page: {written['page']}")
     for filled in written.get("checklist", []):

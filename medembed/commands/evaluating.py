@@ -1,10 +1,19 @@
 """`medembed evaluate`."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from medembed.commands.options import MANY, PATH, json_option, seed_option, table_columns
+from medembed.commands.options import (
+    MANY,
+    PATH,
+    json_option,
+    operating_point_option,
+    prevalence_option,
+    seed_option,
+    table_columns,
+)
 from medembed.console import print_json, say
 
 __all__ = ["evaluate_command"]
@@ -28,6 +37,8 @@ PIPED_COLUMNS = 80
     type=click.IntRange(1, MANY),
     help="Calibrate anew on N labelled patients, drawn by seed, and score the others.",
 )
+@operating_point_option("Also show this operating point of the model:")
+@prevalence_option
 @seed_option
 @json_option
 def evaluate_command(
@@ -37,6 +48,8 @@ def evaluate_command(
     out: Path,
     split: str | None,
     recalibrate: int | None,
+    operating_points: tuple[Any, ...],
+    prevalence: float | None,
     seed: int,
     as_json: bool,
 ) -> None:
@@ -49,7 +62,15 @@ def evaluate_command(
     from medembed.results.external import render_external
 
     found = evaluate(
-        model_path, cache_path, manifest_path, out, split=split, recalibrate=recalibrate, seed=seed
+        model_path,
+        cache_path,
+        manifest_path,
+        out,
+        split=split,
+        recalibrate=recalibrate,
+        seed=seed,
+        operating_points=operating_points,
+        prevalence=prevalence,
     )
     if as_json:
         print_json(found)

@@ -18,6 +18,7 @@ from medembed.commands.options import (
     image_root_option,
     json_option,
     limit_options,
+    operating_point_option,
     precision_option,
     seed_option,
     split_names,
@@ -97,6 +98,7 @@ _ABOVE_ZERO = Finite(min=0, min_open=True)
 @click.option(
     "--from-scratch", is_flag=True, help="Begin with random weights, drawn by its config."
 )
+@operating_point_option("Also package this operating point with every model:")
 @limit_options
 @device_option
 @precision_option
@@ -116,6 +118,7 @@ def finetune_command(
     n_seeds: int,
     n_folds: int,
     no_augment: bool,
+    operating_points: tuple[Any, ...],
     max_bytes: int,
     max_seconds: float,
     device: str,
@@ -150,6 +153,7 @@ def finetune_command(
             precision=precision,
             fit=fit,
             seed=seed,
+            operating_points=operating_points,
             limits=Limits(max_bytes, max_seconds),
             progress=progress,
             tell=progress.tell,
@@ -157,4 +161,4 @@ def finetune_command(
     if as_json:
         print_json(result)
     else:
-        show_comparison([out], "study", None, "table")
+        show_comparison([out], "study", None, "table", operating_points=operating_points)

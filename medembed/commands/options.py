@@ -16,6 +16,7 @@ __all__ = [
     "MAX_SEED",
     "PATH",
     "Finite",
+    "check_point",
     "conclude",
     "device_option",
     "encoder_option",
@@ -23,7 +24,9 @@ __all__ = [
     "image_root_option",
     "json_option",
     "limit_options",
+    "operating_point_option",
     "precision_option",
+    "prevalence_option",
     "seed_option",
     "split_names",
     "table_columns",
@@ -107,6 +110,42 @@ def limit_options(command: Command) -> Command:
     return command
 
 
+def operating_point_option(words: str) -> Callable[[Command], Command]:
+    """Add --operating-point, which may be given several times; `words` say what it is for."""
+    return click.option(
+        "--operating-point",
+        "operating_points",
+        metavar="POINT",
+        multiple=True,
+        callback=_read_points,
+        help=f"{words} sensitivity=0.95, specificity=0.9, youden or threshold=0.3; repeatable.",
+    )
+
+
+def check_point(context: click.Context, option: click.Parameter, text: str | None) -> str | None:
+    """Refuse what names no operating point: wrong usage."""
+    _read_points(context, option, () if text is None else (text,))
+    return text
+
+
+def _read_points(context: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> Any:
+    if not texts:
+        return ()
+    from medembed.errors import TrainingDataError
+    from medembed.evaluation.thresholds import parse_rules
+
+    try:
+        return parse_rules(texts)
+    except TrainingDataError as error:
+        raise click.BadParameter(f"{error}.", context, option) from None
+
+
+prevalence_option = click.option(
+    "--prevalence",
+    type=Finite(0, 1, min_open=True, max_open=True),
+    metavar="P",
+    help="Also give PPV and NPV where this share of studies is abnormal.",
+)
 seed_option = click.option(
     "--seed",
     type=click.IntRange(min=0, max=MAX_SEED),

@@ -14,6 +14,7 @@ import click
 from medembed.commands.options import (
     PATH,
     Finite,
+    check_point,
     device_option,
     json_option,
     limit_options,
@@ -67,6 +68,13 @@ _NO_REFERENCE = (
     show_default=True,
     help="Share of prediction sets that may miss the truth.",
 )
+@click.option(
+    "--operating-point",
+    metavar="POINT",
+    callback=check_point,
+    help="What decides: one that the model was packaged with, such as sensitivity=0.95, or "
+    "threshold=0.3 of calibrated probabilities; Youden's without it.",
+)
 @limit_options
 @device_option
 @precision_option
@@ -81,6 +89,7 @@ def predict_command(
     reference: str | None,
     explain: Path | None,
     alpha: float,
+    operating_point: str | None,
     max_bytes: int,
     max_seconds: float,
     device: str,
@@ -90,8 +99,8 @@ def predict_command(
 ) -> None:
     """Ask a packaged MODEL about images: files, or those of a manifest.
 
-    Per image and per study: the calibrated probability of abnormal, the decision at the model's
-    threshold, and the prediction set. Files given by name are studies of their own. Exits with 1
+    Per image and per study: the calibrated probability of abnormal, the decision at an operating
+    point, and the prediction set. Files given by name are studies of their own. Exits with 1
     if an image could not be answered for. Research software, not a medical device.
     """
     from medembed.dataset.reading import Limits
@@ -106,10 +115,14 @@ def predict_command(
             device=device,
             precision=precision,
             alpha=alpha,
+            operating_point=operating_point,
             limits=Limits(max_bytes, max_seconds),
             fetching=fetching,
             tell=say,
         )
+        point = predictor.point
+        if operating_point is not None:
+            say(f"Decisions at {point.name}: abnormal from {point.threshold:.3f} on.")
         if predictor.card.conformal is None:
             say(f"No prediction sets: {predictor.card.conformal_note or 'the model has none.'}")
         elif warning := predictor.card.conformal.warning():

@@ -1,11 +1,20 @@
 """`medembed sweep`."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from medembed.commands.comparing import show_comparison
-from medembed.commands.options import MANY, PATH, Finite, json_option, seed_option, split_names
+from medembed.commands.options import (
+    MANY,
+    PATH,
+    Finite,
+    json_option,
+    operating_point_option,
+    seed_option,
+    split_names,
+)
 from medembed.console import print_json
 from medembed.progress import showing_leaderboard
 
@@ -45,6 +54,7 @@ __all__ = ["sweep_command"]
     "--train-fraction", type=Finite(0, 1, min_open=True), default=1.0, show_default=True,
     help="Share of the training patients to learn from, nested: for label-efficiency curves.",
 )  # fmt: skip
+@operating_point_option("Also package this operating point with every model:")
 @click.option("--jobs", type=click.IntRange(min=1), help="Processes; without it one per core.")
 @click.option(
     "--backend", type=click.Choice(["loky", "ray"]), default="loky", show_default=True,
@@ -64,6 +74,7 @@ def sweep_command(
     metric: str,
     covariates: tuple[str, ...] | None,
     train_fraction: float,
+    operating_points: tuple[Any, ...],
     jobs: int | None,
     backend: str,
     seed: int,
@@ -85,6 +96,7 @@ def sweep_command(
             metric=metric,
             covariates=covariates or (),
             train_fraction=train_fraction,
+            operating_points=operating_points,
             seed=seed,
             jobs=jobs,
             backend=backend,
@@ -94,4 +106,4 @@ def sweep_command(
     if as_json:
         print_json(result)
     else:
-        show_comparison([out], "study", None, "table")
+        show_comparison([out], "study", None, "table", operating_points=operating_points)

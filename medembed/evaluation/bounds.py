@@ -14,6 +14,7 @@ __all__ = [
     "auroc_variance",
     "bound_auroc",
     "bound_on_logit",
+    "bound_ratio",
     "bound_share",
     "clopper_pearson",
     "combine",
@@ -101,6 +102,22 @@ def bound_on_logit(value: float, error: float, reach: float) -> Bounds:
         return nan, nan
     half = reach * error / (value * (1 - value))
     return float(expit(logit(value) - half)), float(expit(logit(value) + half))
+
+
+def bound_ratio(above: float, below: float, ends_above: Bounds, ends_below: Bounds) -> Bounds:
+    """Return limits of ``above / below`` by MOVER from the limits of both, 0 or more.
+
+    Donner and Zou, Statistical Methods in Medical Research 21, 2012, in a form without
+    cancellation. Both ends are 0 or more; the upper one is infinite where `below` may be 0.
+    """
+    product = above * below
+    (low, high), (least, most) = ends_above, ends_below
+    of_low, of_most = low * (2 * above - low), most * (2 * below - most)
+    of_high, of_least = high * (2 * above - high), least * (2 * below - least)
+    # rounding leaves -1e-17 where a root is 0
+    start = product + sqrt(max(product * product - of_low * of_most, 0.0))
+    end = product + sqrt(max(product * product - of_high * of_least, 0.0))
+    return (of_low / start if start > 0 else 0.0), (end / of_least if of_least > 0 else inf)
 
 
 def combine(value: float, parts: Sequence[Bounds]) -> Bounds:

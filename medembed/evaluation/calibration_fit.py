@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from math import exp, isnan, log, nan
 
 import numpy as np
+import pandas as pd
 from scipy.special import expit, fdtrc
 
 from medembed.errors import TrainingDataError
@@ -17,12 +18,14 @@ from medembed.evaluation.checks import check_rows
 from medembed.evaluation.estimates import Spread, estimate_share, measure_spread
 from medembed.evaluation.resampling import CONFIDENCE, MIN_PATIENTS, Interval, patient_codes
 
-__all__ = ["LineFit", "calibration_line", "check_line", "fit_line"]
+__all__ = ["LineFit", "calibration_curve", "calibration_line", "check_line", "fit_line"]
 
 _N_STEPS = 30
 _TOLERANCE = 1e-9
 #: A slope or intercept beyond this is that of separable rows, which have none.
 _LARGEST = 1e3
+_N_POINTS = 41
+"""Where a calibration curve is given."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +95,45 @@ def calibration_line(
         "share_abnormal": estimate_share(labels == 1, np.ones(len(labels), bool), codes).interval(),
         "observed_expected": _interval(ratio, spread["ratio"], on_log=True),
     }
+
+
+def calibration_curve(y: np.ndarray, probability: np.ndarray, patients: np.ndarray) -> pd.DataFrame:
+    """Return the share abnormal over the probability, as a logistic line with a 95 % band.
+
+    The line is the regression of which `calibration_line` gives the slope; the band is pointwise,
+    from the variance of the line on the log-odds with patients as clusters, and Student's t.
+
+    Parameters
+    ----------
+    y, probability, patients : arrays of shape (n,)
+        As for `calibration_line`.
+
+    Returns
+    -------
+    DataFrame
+        `probability`, 41 points of equal distance between the least and the largest; `share`,
+        `low`, `high`. No row where there is no line; `low` and `high` are NaN with fewer than
+        `MIN_PATIENTS` patients of a class.
+
+    Raises
+    ------
+    TrainingDataError
+        As `Scorer`.
+    """
+    labels, values = check_rows(y, probability)
+    codes, fit = patient_codes(patients), fit_line(labels, values, free_slope=True)
+    if isnan(fit.line[0]):
+        return pd.DataFrame({"probability": [], "share": [], "low": [], "high": []}, dtype=float)
+    points = np.linspace(values.min(), values.max(), _N_POINTS)
+    x = log_odds(points)
+    centre, reach = fit.line[0] + fit.line[1] * x, np.full(len(x), nan)
+    for i, place in enumerate(x):
+        spread = measure_spread(labels, fit.added @ [1.0, place], codes)
+        if spread.fewest >= MIN_PATIENTS and spread.error > 0:
+            freedom = min(spread.freedom, spread.fewest - 1)
+            reach[i] = quantile(CONFIDENCE, freedom) * spread.error
+    ends = {"low": expit(centre - reach), "high": expit(centre + reach)}
+    return pd.DataFrame({"probability": points, "share": expit(centre), **ends})
 
 
 def fit_line(y: np.ndarray, probability: np.ndarray, *, free_slope: bool) -> LineFit:

@@ -3,12 +3,166 @@
 They are chosen on (calibrated) out-of-fold predictions of `train` and never see `test`.
 """
 
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import nextafter
+
 import numpy as np
 
 from medembed.errors import TrainingDataError
 from medembed.evaluation.checks import check_both_classes
 
-__all__ = ["sensitivity_threshold", "youden_threshold"]
+__all__ = [
+    "HIGHEST",
+    "PACKAGED",
+    "SHOWN",
+    "OperatingPoint",
+    "ThresholdRule",
+    "fit_points",
+    "fixed_points",
+    "parse_rule",
+    "parse_rules",
+    "sensitivity_threshold",
+    "specificity_threshold",
+    "youden_threshold",
+]
+
+HIGHEST = nextafter(1.0, 2.0)
+"""The highest threshold: above every probability, so that nothing is called abnormal."""
+_ACCEPTED = "sensitivity=0.95, specificity=0.9, youden or threshold=0.3, for example"
+_RANGES = {
+    "sensitivity": "above 0 and at most 1",
+    "specificity": "above 0 and at most 1",
+    "threshold": "above 0 and below 1",
+}
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """A threshold of calibrated probabilities, and the name of the rule that chose it.
+
+    Attributes
+    ----------
+    name : str
+        As `ThresholdRule.name`: ``youden``, ``sensitivity=0.95``, ``threshold=0.3``.
+    threshold : float
+        In [0, `HIGHEST`]; abnormal at or above it.
+    """
+
+    name: str
+    threshold: float
+
+
+@dataclass(frozen=True)
+class ThresholdRule:
+    """How a threshold is chosen.
+
+    Attributes
+    ----------
+    kind : {"youden", "sensitivity", "specificity", "threshold"}
+    value : float, optional
+        The sensitivity or specificity to reach, in (0, 1], or the threshold itself, in (0, 1);
+        None of Youden's.
+    """
+
+    kind: str
+    value: float | None = None
+
+    @property
+    def name(self) -> str:
+        """How the rule is written: `parse_rule` reads it back."""
+        if self.value is None:
+            return self.kind
+        short = f"{self.value:g}"
+        return f"{self.kind}={short if float(short) == self.value else repr(self.value)}"
+
+    def fit(self, y: np.ndarray, probability: np.ndarray) -> OperatingPoint:
+        """Choose the threshold on labels and calibrated out-of-fold probabilities, both (n,).
+
+        Raises
+        ------
+        TrainingDataError
+            As `youden_threshold`.
+        """
+        if self.value is None:
+            return OperatingPoint(self.name, youden_threshold(y, probability))
+        if self.kind == "threshold":
+            return OperatingPoint(self.name, self.value)
+        choose = sensitivity_threshold if self.kind == "sensitivity" else specificity_threshold
+        return OperatingPoint(self.name, choose(y, probability, self.value))
+
+
+PACKAGED = (
+    ThresholdRule("youden"),
+    ThresholdRule("sensitivity", 0.95),
+    ThresholdRule("specificity", 0.9),
+)
+"""What every model is packaged with."""
+SHOWN = (*PACKAGED, ThresholdRule("threshold", 0.5))
+"""What every comparison shows."""
+
+
+def parse_rule(text: str) -> ThresholdRule:
+    """Read ``youden``, ``sensitivity=0.95``, ``specificity=0.9`` or ``threshold=0.3``.
+
+    Raises
+    ------
+    TrainingDataError
+        Another word, or a number that is none or out of range.
+    """
+    kind, sign, number = text.strip().partition("=")
+    if kind == "youden" and not sign:
+        return ThresholdRule("youden")
+    if kind not in _RANGES or not sign:
+        raise TrainingDataError(f"operating point {text!r} is unknown; ask for {_ACCEPTED}")
+    try:
+        value = float(number)
+    except ValueError:
+        raise TrainingDataError(
+            f"operating point {text!r}: {number!r} is not a number; ask for {_ACCEPTED}"
+        ) from None
+    # NaN is in no range
+    if not (0 < value <= 1 if kind != "threshold" else 0 < value < 1):
+        raise TrainingDataError(
+            f"operating point {text!r}: a {kind} is {_RANGES[kind]}; ask for {_ACCEPTED}"
+        )
+    return ThresholdRule(kind, value)
+
+
+def parse_rules(texts: Iterable[str | ThresholdRule]) -> tuple[ThresholdRule, ...]:
+    """Read several; none may stand there twice.
+
+    Raises
+    ------
+    TrainingDataError
+        As `parse_rule`, or one is given twice.
+    """
+    found: list[ThresholdRule] = []
+    for text in texts:
+        rule = text if isinstance(text, ThresholdRule) else parse_rule(text)
+        if rule in found:
+            raise TrainingDataError(f"operating point {rule.name} was given twice; name it once")
+        found.append(rule)
+    return tuple(found)
+
+
+def fit_points(
+    rules: Sequence[ThresholdRule], y: np.ndarray, probability: np.ndarray
+) -> tuple[OperatingPoint, ...]:
+    """Choose the threshold of each rule, one of the same rule.
+
+    Parameters
+    ----------
+    y, probability : arrays of shape (n,)
+        As for `youden_threshold`.
+    """
+    return tuple(rule.fit(y, probability) for rule in dict.fromkeys(rules))
+
+
+def fixed_points(rules: Iterable[ThresholdRule]) -> tuple[OperatingPoint, ...]:
+    """Return those that nothing has to be fitted for: ``threshold=…``."""
+    known = ((rule.name, rule.value) for rule in rules if rule.kind == "threshold")
+    return tuple(OperatingPoint(name, value) for name, value in known if value is not None)
 
 
 def youden_threshold(y: np.ndarray, probability: np.ndarray) -> float:
@@ -63,6 +217,39 @@ def sensitivity_threshold(
     # divided, not multiplied: 55 / 100 is the same float as 0.55, but 0.55 * 100 is above 55
     reached = np.flatnonzero(hits / hits[0] >= sensitivity)
     return _middle_of_gap(distinct, int(reached[-1]))
+
+
+def specificity_threshold(
+    y: np.ndarray, probability: np.ndarray, specificity: float = 0.9
+) -> float:
+    """Return the lowest threshold that keeps at least this share of the normal rows below it.
+
+    Of all thresholds with the same decisions the middle of the gap is taken. Where only calling
+    nothing abnormal reaches the share this is the middle between the largest probability and 1, or
+    `HIGHEST` where that is 1.
+
+    Parameters
+    ----------
+    y, probability : arrays of shape (n,)
+        As for `youden_threshold`.
+    specificity : float
+        The share of normal rows below the threshold, in (0, 1].
+
+    Raises
+    ------
+    TrainingDataError
+        A share outside (0, 1], or as `youden_threshold`.
+    """
+    if not 0 < specificity <= 1:
+        raise TrainingDataError(
+            f"specificity {specificity} is not above 0 and at most 1; ask for 0.9, for example"
+        )
+    distinct, _, false = _cuts(y, probability)
+    # divided, as sensitivity is
+    reached = np.flatnonzero((false[0] - false) / false[0] >= specificity)
+    if len(reached):
+        return _middle_of_gap(distinct, int(reached[0]))
+    return float((distinct[-1] + 1) / 2) if distinct[-1] < (distinct[-1] + 1) / 2 else HIGHEST
 
 
 def _cuts(y: np.ndarray, probability: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

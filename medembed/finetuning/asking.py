@@ -11,6 +11,7 @@ from medembed.dataset.reading import DEFAULT_LIMITS, Limits
 from medembed.encoders.loading import choose_device, choose_precision, load_encoder
 from medembed.encoders.torch_encoder import TorchEncoder
 from medembed.errors import EncoderError, TrainingDataError
+from medembed.evaluation.thresholds import ThresholdRule
 from medembed.extraction import spec_of
 from medembed.finetuning.adapters import alpha_of, find_projections, require_peft
 from medembed.finetuning.blocks import count_blocks, draw_weights
@@ -57,6 +58,7 @@ class Asked:
     limits: Limits = DEFAULT_LIMITS
     build: dict[str, Any] | None = None
     """What is known of how the manifest was built, see `dataset.build_file.read_build`."""
+    points: tuple[ThresholdRule, ...] = ()
 
     @property
     def trials(self) -> list[Trial]:
@@ -107,6 +109,8 @@ class Asked:
             "recipe": self.recipe.as_dict(),
             "start": None if self.swept is None else self.swept.as_dict(),
             "trunk": None if self.n_cut is None else self.trunk_dtype,
+            # runs of before say nothing of operating points
+            **({"operating_points": [rule.name for rule in self.points]} if self.points else {}),
         }
 
 
@@ -263,6 +267,7 @@ def write_command(
         words += ["--trunk-dtype", asked.trunk_dtype]
     words += ["--seeds", str(len(asked.seeds))] if len(asked.seeds) > 1 else []
     words += ["--pool", ",".join(asked.poolings), "--fit", asked.encoder.preprocessing.fit]
+    words += [word for rule in asked.points for word in ("--operating-point", rule.name)]
     words += [*_recipe_words(asked.recipe), "--folds", str(asked.n_folds)]
     words += ["--precision", asked.recipe.precision, "--seed", str(asked.seeds[0])]
     return shlex.join(words)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from medembed.dataset.manifest import Manifest
 from medembed.errors import MedembedError, RunError
+from medembed.evaluation.thresholds import ThresholdRule
 from medembed.finetuning.rows import HELD_OUT, TrainRows
 from medembed.finetuning.training import Trained
 from medembed.results.comparison import score_run
@@ -160,10 +161,12 @@ def finish(
     rows: TrainRows,
     endings: Sequence[Ending],
     build: dict[str, Any] | None = None,
+    points: Sequence[ThresholdRule] = (),
 ) -> None:
     """Write predictions, leaderboard and counts, then the scores, which complete the run.
 
-    `build` is what is known of how the manifest was built.
+    `build` is what is known of how the manifest was built, `points` are operating points beside the
+    usual ones.
 
     Raises
     ------
@@ -194,6 +197,6 @@ def finish(
         left_out=list_left_out(manifest.rows, rows.failed),
         times={**run.info["times"], "ended": utc_now()},
     )
-    scores = score_run(run)
+    scores = score_run(run, operating_points=points)
     complete_cards(run, scores)
     run.write_scores(scores)

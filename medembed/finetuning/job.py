@@ -18,6 +18,7 @@ from medembed.dataset.build_file import read_build
 from medembed.dataset.manifest import Manifest, read_manifest
 from medembed.dataset.reading import DEFAULT_LIMITS, Limits
 from medembed.errors import DeviceMemoryError, EncoderError, TrainingDataError
+from medembed.evaluation.thresholds import ThresholdRule, parse_rules
 from medembed.extraction.prepared import refuse_empty_root
 from medembed.files import json_digest
 from medembed.finetuning.adapting import adapt, save_adapted
@@ -58,6 +59,7 @@ def finetune(
     precision: str = "auto",
     fit: str = "stretch",
     seed: int = 0,
+    operating_points: Sequence[str | ThresholdRule] = (),
     limits: Limits = DEFAULT_LIMITS,
     progress: Progress | None = None,
     tell: Tell | None = None,
@@ -102,6 +104,9 @@ def finetune(
         As `load_encoder` takes them. bf16 is that of products in training.
     seed : int
         Of everything random.
+    operating_points : sequence of str or ThresholdRule
+        Packaged with every model beside `thresholds.PACKAGED`, as `thresholds.parse_rule` reads
+        them.
     limits : Limits
         What an image may cost before it counts as failed.
     progress : callable, optional
@@ -132,6 +137,7 @@ def finetune(
     MedembedError
         `recipe` asks for LoRA, and peft is not installed.
     """
+    points = parse_rules(operating_points)
     table = manifest if isinstance(manifest, Manifest) else read_manifest(manifest)
     rows = choose_rows(table, n_folds, seed)
     refuse_empty_root(Path(image_root), rows.rows["image"], len(rows), "to train on")
@@ -148,7 +154,7 @@ def finetune(
         pool=pool,
         on={"device": device, "precision": precision, "fit": fit},
     )
-    asked = replace(asked, limits=limits, build=read_build(manifest, table))
+    asked = replace(asked, limits=limits, build=read_build(manifest, table), points=points)
     name = "MANIFEST" if isinstance(manifest, Manifest) else public_name(manifest)
     command = write_command(asked, name, public_name(encoder), public_name(out), from_run)
     run = create_run(out, asked.question(), details=describe(asked, command))
@@ -178,7 +184,7 @@ def _train_all(run: Run, asked: Asked, rows: TrainRows, progress: Progress, tell
                 trained = _train(run, own, rows, images, X, trial, key, progress, tell)
                 endings[trial.head] = trained
     done = [ending for ending in endings.values() if ending is not None]
-    finish(run, asked.manifest, rows, done, asked.build)
+    finish(run, asked.manifest, rows, done, asked.build, asked.points)
 
 
 def _open_images(
@@ -280,6 +286,7 @@ def _train(
         package(
             *(run, asked.manifest, rows, network, start, trained, adapted, fingerprint, known),
             vectors,
+            asked.points,
         )
         path.unlink(missing_ok=True)
         ending = Ending.of(trained, fingerprint, known)

@@ -1,6 +1,6 @@
 """The trained head as a model that predicts on embeddings of its own encoder."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from medembed.dataset.manifest import Manifest
 from medembed.encoders.torch_encoder import TorchEncoder
 from medembed.evaluation.drift import fit_reference
 from medembed.evaluation.scores import by_study
+from medembed.evaluation.thresholds import ThresholdRule
 from medembed.extraction import spec_of
 from medembed.finetuning.network import Network, Start
 from medembed.finetuning.rows import TrainRows
@@ -45,6 +46,7 @@ def package(
     fingerprint: str | None,
     known: Mapping[str, Any],
     vectors: NDArray[np.float32] | None = None,
+    points: Sequence[ThresholdRule] = (),
 ) -> None:
     """Save a trained head in `models/<head>/`, as a sweep saves its winners.
 
@@ -57,6 +59,8 @@ def package(
     vectors : float32 array of shape (n, d), optional
         What the head reads of all rows, where that is known: the model then keeps statistics of
         the training rows, which `evaluate` measures drift from.
+    points : sequence of ThresholdRule
+        Operating points beside the usual ones.
     """
     path = run.model_path(known["head"])
     path.parent.mkdir(exist_ok=True)
@@ -73,7 +77,7 @@ def package(
         "pooling": known["pooling"],
         "label_level": manifest.label_level,
         "views": "mean",
-        **describe_decisions(_held_studies(rows, trained)),
+        **describe_decisions(_held_studies(rows, trained), points),
         "metric": "auroc",
         "cv": trained.score,
         "cv_method": CV_METHOD,

@@ -8,6 +8,7 @@ import hashlib
 import json
 import shlex
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from medembed.dataset.identities import name_persons
 from medembed.dataset.manifest import Manifest, read_manifest
 from medembed.errors import TrainingDataError
 from medembed.evaluation.calibration import Calibration
+from medembed.evaluation.predictive import check_prevalence
+from medembed.evaluation.thresholds import ThresholdRule, parse_rules
 from medembed.files import json_digest
 from medembed.heads.model_files import read_part
 from medembed.heads.packaging import Model, load_model
@@ -31,8 +34,10 @@ from medembed.prediction.changes import describe_changes, find_drift, study_tabl
 from medembed.prediction.internal import Internal, count_labels, find_internal
 from medembed.prediction.scoring import check_spec, raw_scores
 from medembed.results.cards import Card, read_card
-from medembed.results.comparison import DISCLAIMER, counted, score_run
+from medembed.results.comparison import score_run
+from medembed.results.decisions import write_points
 from medembed.results.external import digest_predictions
+from medembed.results.methods import DISCLAIMER, counted
 from medembed.results.priors import PRIORS, image_code, image_rows, predict_prior
 from medembed.results.provenance import (
     describe_source,
@@ -55,6 +60,7 @@ _OF_A_PRIOR = {
     "calibrations": {"platt": Calibration().as_dict()},
     "threshold": 0.5,
     "sensitive_threshold": None,
+    "operating_points": [],
 }
 
 
@@ -70,6 +76,8 @@ class _Asked:
     recalibrate: int | None
     seed: int
     n_resamples: int
+    points: tuple[ThresholdRule, ...] = ()
+    prevalence: float | None = None
 
     @property
     def head(self) -> str:
@@ -87,6 +95,8 @@ def evaluate(
     recalibrate: int | None = None,
     seed: int = 0,
     n_resamples: int = 2000,
+    operating_points: Sequence[str | ThresholdRule] = (),
+    prevalence: float | None = None,
 ) -> dict[str, Any]:
     """Score a packaged model on rows that it has not seen, and say what changed since its own test.
 
@@ -108,6 +118,10 @@ def evaluate(
         Of the patients drawn, of the rows that drift is looked for in, and of the bootstrap.
     n_resamples : int
         Bootstrap resamples of patients.
+    operating_points : sequence of str or ThresholdRule
+        To show beside the usual ones: packaged with the model, or ``threshold=…``.
+    prevalence : float, optional
+        See `comparison.compare`.
 
     Returns
     -------
@@ -119,7 +133,7 @@ def evaluate(
     Raises
     ------
     ModelError
-        The model is damaged, or reads other embeddings.
+        The model is damaged, reads other embeddings, or has no such operating point.
     TrainingDataError
         Some of the images were the model's training images or show a patient of one of those in
         the manifest, a covariate is missing, or recalibration would leave nobody to be scored.
@@ -128,15 +142,20 @@ def evaluate(
     RunError
         `out` answers another question or is not a run.
     """
+    points = parse_rules(operating_points)
+    share = None if prevalence is None else check_prevalence(prevalence)
     path, opened = Path(model), cache if isinstance(cache, Cache) else open_cache(cache)
     loaded = load_model(path)
     card = read_card(loaded, path)
+    for rule in points:
+        card.point(rule.name)
     check_spec(card, opened.spec, f"those in the cache at {opened.path}")
     read = manifest if isinstance(manifest, Manifest) else read_manifest(Path(manifest))
     given = read if isinstance(manifest, Manifest) else manifest
     embeddings = load_embeddings(opened, given, pool=card.pooling, split=split, cells=True)
     rows = read.rows if split is None else read.rows[read.rows["split"] == split]
-    asked = _Asked(path, loaded, card, embeddings, rows, recalibrate, seed, n_resamples)
+    known = (path, loaded, card, embeddings, rows)
+    asked = _Asked(*known, recalibrate, seed, n_resamples, points, share)
     _refuse_trained(asked, read.rows, split)
     _refuse_too_many(asked)
     words = ["medembed", "evaluate", public_name(path), public_name(opened.path)]
@@ -144,6 +163,8 @@ def evaluate(
     words += ["--out", public_name(out)]
     words += ["--split", split] if split else []
     words += ["--recalibrate", str(recalibrate)] if recalibrate else []
+    words += [word for rule in points for word in ("--operating-point", rule.name)]
+    words += ["--prevalence", str(share)] if share is not None else []
     details = {
         "kind": "evaluation",
         "seed": seed,
@@ -177,6 +198,9 @@ def _question(asked: _Asked, manifest: Manifest, split: str | None) -> dict[str,
         "recalibrate": asked.recalibrate,
         "seed": asked.seed,
         "n_resamples": asked.n_resamples,
+        # runs of before say nothing of these
+        **({"operating_points": [rule.name for rule in asked.points]} if asked.points else {}),
+        **({} if asked.prevalence is None else {"prevalence": asked.prevalence}),
     }
 
 
@@ -207,7 +231,8 @@ def _answer(run: Run, asked: _Asked, internal: Internal | None) -> None:
     )
     drift = find_drift(asked.embeddings, X, asked.model.reference, asked.seed)
     if (asked.embeddings.y >= 0).any():
-        scores = score_run(run, **resampling)
+        shown = {"operating_points": asked.points, "prevalence": asked.prevalence}
+        scores = score_run(run, **resampling, **shown)
     else:
         scores = _without_labels(run)
     *notes, last = scores["notes"]
@@ -292,6 +317,7 @@ def _decisions(
         },
         "threshold": asked.card.threshold,
         "sensitive_threshold": own.get("sensitive_threshold"),
+        "operating_points": write_points(asked.card.points),
     }
     return {asked.head: head, **{name: known.get(name, _OF_A_PRIOR) for name in priors}}
 

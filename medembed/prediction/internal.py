@@ -12,6 +12,7 @@ from medembed.evaluation.calibration import Calibration
 from medembed.heads.packaging import read_document
 from medembed.results.alignment import Contender, align_runs
 from medembed.results.cards import Card, require_winner
+from medembed.results.decisions import write_points
 from medembed.results.runs import Run, open_run
 
 __all__ = ["Internal", "count_labels", "find_internal"]
@@ -30,8 +31,8 @@ class Internal:
     trained : DataFrame
         What it was trained on: `region`, `label`, and how many images `n` have both.
     decisions : dict of str to dict
-        By head, priors among them: ``calibrations``, ``threshold``, ``sensitive_threshold``, as
-        `results.alignment` reads them.
+        By head, priors among them: ``calibrations``, ``threshold``, ``sensitive_threshold``,
+        ``operating_points``, as `results.decisions` reads them.
     """
 
     studies: pd.DataFrame
@@ -100,4 +101,5 @@ def _decisions(contender: Contender) -> dict[str, Any]:
         "calibrations": known,
         "threshold": contender.threshold,
         "sensitive_threshold": contender.sensitive_threshold,
+        "operating_points": write_points(contender.points),
     }

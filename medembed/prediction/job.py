@@ -11,6 +11,7 @@ import numpy as np
 
 from medembed.errors import EncoderError, ManifestError, MissingRowsError
 from medembed.evaluation.remoteness import measure_remoteness
+from medembed.evaluation.thresholds import OperatingPoint
 from medembed.extraction.prepared import refuse_empty_root
 from medembed.heads.packaging import Model
 from medembed.prediction.embedding import CachedRows, Embedder
@@ -50,6 +51,8 @@ class Job:
         Asked before the encoder is; not where images are explained, which takes their tokens.
     alpha : float
         See `scoring.judge`.
+    point : OperatingPoint, optional
+        That decides; the card's Youden's by default.
     draw : Draw, optional
         Explains every image that is answered for.
     tell : callable, optional
@@ -61,6 +64,7 @@ class Job:
     embedder: Embedder
     cached: CachedRows | None = None
     alpha: float = 0.1
+    point: OperatingPoint | None = None
     draw: Draw | None = None
     tell: Callable[[str], None] | None = None
 
@@ -198,6 +202,7 @@ class _Answers:
 
     def __init__(self, requests: Requests, job: Job) -> None:
         self._requests, self._job = requests, job
+        self._point = job.card.point() if job.point is None else job.point
         self._trained = job.card.training_images
         self._by_attention = job.card.views == "attention"
         counts = Counter(requests.studies.tolist())
@@ -224,7 +229,10 @@ class _Answers:
             return np.empty(0), None
         raw = self._predict(np.stack([self._row(outcome) for outcome in answered]))
         regions = [self._requests.regions[outcome.number] for outcome in answered]
-        return raw, judge(self._job.card, raw, np.array(regions, object), self._job.alpha)
+        return raw, self._decide(raw, np.array(regions, object))
+
+    def _decide(self, raw: np.ndarray, regions: np.ndarray) -> Scored:
+        return judge(self._job.card, raw, regions, self._job.alpha, self._point.threshold)
 
     def _place(self, answered: Sequence[Encoded]) -> list[dict[str, Any]]:
         """Tell of each image how far it lies from those of training."""
@@ -287,7 +295,7 @@ class _Answers:
             else:
                 raw = np.array([np.mean(own) for own in views])
             regions = np.array([self._requests.regions[number] for number in seen], object)
-            scored = judge(self._job.card, raw, regions, self._job.alpha)
+            scored = self._decide(raw, regions)
         places = {number: place for place, number in enumerate(seen)}
         return {
             number: self._study_row(code, study, scored, places.get(number))
@@ -301,7 +309,7 @@ class _Answers:
         row = {
             "image": requests.images[number],
             "study": requests.names[requests.studies[number]],
-            **_describe(scored, place),
+            **_describe(scored, place, self._point),
             **far,
             "n_views": None,
             "n_failed": None,
@@ -327,7 +335,7 @@ class _Answers:
         row = {
             "image": None,
             "study": self._requests.names[code],
-            **_describe(scored, place),
+            **_describe(scored, place, self._point),
             **_furthest(study.places),
             "n_views": study.n_views,
             "n_failed": study.n_failed,
@@ -358,9 +366,12 @@ def _furthest(views: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"distance": most["distance"], "distance_p": p, "far": most["far"]}
 
 
-def _describe(scored: Scored | None, place: int | None) -> dict[str, Any]:
+_ANSWER = ("probability", "decision", "operating_point", "set", "coverage")
+
+
+def _describe(scored: Scored | None, place: int | None, point: OperatingPoint) -> dict[str, Any]:
     if scored is None or place is None:
-        return {"probability": None, "decision": None, "set": None, "coverage": None}
+        return dict.fromkeys(_ANSWER)
     inside = coverage = None
     if scored.set is not None and scored.is_marginal is not None:
         inside = [name for name, is_in in zip(CLASSES, scored.set[place], strict=True) if is_in]
@@ -368,6 +379,7 @@ def _describe(scored: Scored | None, place: int | None) -> dict[str, Any]:
     return {
         "probability": float(scored.probability[place]),
         "decision": CLASSES[int(scored.decision[place])],
+        "operating_point": {"name": point.name, "threshold": point.threshold},
         "set": inside,
         "coverage": coverage,
     }

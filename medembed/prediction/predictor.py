@@ -9,6 +9,7 @@ from typing import Any
 from medembed.cache.store import Cache
 from medembed.dataset.manifest import Manifest, read_manifest
 from medembed.dataset.reading import DEFAULT_LIMITS, Limits
+from medembed.evaluation.thresholds import OperatingPoint
 from medembed.heads.packaging import Model, load_model
 from medembed.prediction.embedding import CachedRows, Embedder
 from medembed.prediction.job import Draw, Job, answer
@@ -46,6 +47,9 @@ class Predictor:
     alpha : float
         Above 0 and below 1: prediction sets hold the truth of a share of at least 1 - alpha of
         studies like those that the model was trained on, normal and abnormal ones alike.
+    operating_point : str, optional
+        What decides: one that the model was packaged with, such as ``sensitivity=0.95``, or
+        ``threshold=0.3`` of calibrated probabilities; by default Youden's.
     limits : Limits
         What an image may cost before it counts as failed. Of up to 8 little files, which are
         decoded in this process, the time is not limited.
@@ -64,12 +68,14 @@ class Predictor:
         device: str = "auto",
         precision: str = "auto",
         alpha: float = ALPHA,
+        operating_point: str | None = None,
         limits: Limits = DEFAULT_LIMITS,
         fetching: _Progress | None = None,
         tell: Callable[[str], None] | None = None,
     ) -> None:
         self.path, self.encoder, self.cache = Path(model), encoder, cache
         self.device, self.precision, self.alpha = device, precision, alpha
+        self.operating_point = operating_point
         self.limits, self.fetching, self.tell = limits, fetching, tell
 
     @cached_property
@@ -81,6 +87,11 @@ class Predictor:
     def card(self) -> Card:
         """What the model says of itself."""
         return read_card(self.model, self.path)
+
+    @cached_property
+    def point(self) -> OperatingPoint:
+        """The operating point that decides."""
+        return self.card.point(self.operating_point)
 
     @cached_property
     def embedder(self) -> Embedder:
@@ -102,7 +113,7 @@ class Predictor:
 
     def load(self) -> "Predictor":
         """Load model and encoder now, so that the first question is as quick as the next."""
-        _ = self.model.head, self.embedder.encoder
+        _ = self.model.head, self.point, self.embedder.encoder
         return self
 
     def predict(self, image: str | os.PathLike[str]) -> dict[str, Any]:
@@ -143,7 +154,9 @@ class Predictor:
                 Calibrated, of abnormal; of an image as if it were the study's only view. None
                 where the image failed.
             decision : {"normal", "abnormal"} or None
-                Whether the probability reaches the threshold that the model was saved with.
+                Whether the probability reaches the threshold of the operating point.
+            operating_point : dict or None
+                That: ``name`` and ``threshold``.
             set : list of str or None
                 The classes that cannot be ruled out at `alpha`; both where the model is not sure,
                 none where the image is like nothing that it was trained on. None where it failed,
@@ -215,6 +228,7 @@ class Predictor:
             self.embedder,
             self.cached,
             alpha=self.alpha,
+            point=self.point,
             draw=None if explain is None else self._open_directory(Path(explain)),
             tell=self.tell,
         )

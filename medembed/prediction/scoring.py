@@ -29,7 +29,7 @@ class Scored:
     probability : float64 (n,)
         The same, calibrated.
     decision : int8 (n,)
-        1 where the calibrated probability reaches the model's threshold, else 0.
+        1 where the calibrated probability reaches the threshold, else 0.
     set : bool (n, 2) or None
         Whether normal and abnormal are in the prediction set; None where the model has no
         conformal scores.
@@ -135,8 +135,14 @@ def raw_scores(
     return images, np.bincount(codes, weights=images) / np.bincount(codes)
 
 
-def judge(card: Card, raw: np.ndarray, regions: np.ndarray, alpha: float = ALPHA) -> Scored:
-    """Calibrate raw scores (n,), decide at the card's threshold, and form prediction sets.
+def judge(
+    card: Card,
+    raw: np.ndarray,
+    regions: np.ndarray,
+    alpha: float = ALPHA,
+    threshold: float | None = None,
+) -> Scored:
+    """Calibrate raw scores (n,), decide, and form prediction sets.
 
     Parameters
     ----------
@@ -144,10 +150,13 @@ def judge(card: Card, raw: np.ndarray, regions: np.ndarray, alpha: float = ALPHA
         A region without scores of its own, or none (""), is held against those of all regions.
     alpha : float
         Above 0 and below 1: the share of sets that may miss the truth.
+    threshold : float, optional
+        Of calibrated scores, abnormal at or above it; the card's by default.
     """
     probability = card.calibration.apply(raw)
     conformal = card.conformal
-    decision = (probability >= card.threshold).astype(np.int8)
+    cut = card.threshold if threshold is None else threshold
+    decision = (probability >= cut).astype(np.int8)
     if conformal is None:
         return Scored(raw, probability, decision, None)
     names = np.asarray(regions)

@@ -5,34 +5,25 @@ cannot differ: the SHA-256 of the image, or of all the images of a study.
 """
 
 import hashlib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
 from medembed.errors import RunError
-from medembed.evaluation.calibration import (
-    Calibration,
-    IsotonicCalibration,
-    fit_isotonic,
-    fit_platt,
-    fit_temperature,
-)
+from medembed.evaluation.calibration import Calibration, IsotonicCalibration
 from medembed.evaluation.scores import by_study
-from medembed.evaluation.thresholds import sensitivity_threshold, youden_threshold
+from medembed.evaluation.thresholds import SHOWN, OperatingPoint, ThresholdRule
+from medembed.results.decisions import SENSITIVITY, Decisions, fit_decisions, read_decisions
 from medembed.results.priors import PRIORS
 from medembed.results.runs import Run
 
 __all__ = ["LEVELS", "SENSITIVITY", "Contender", "TestSet", "align_runs"]
 
 LEVELS = ("study", "image")
-SENSITIVITY = 0.9
-"""What the third threshold asks for, on out-of-fold predictions."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +61,8 @@ class Contender:
     sensitive_threshold : float or None
         There, the highest threshold of sensitivity `SENSITIVITY`; None where a model from
         elsewhere does not tell.
+    points : tuple of OperatingPoint
+        Of the test set's rules; of a model from elsewhere those that it tells.
     raw, probability : ndarray of float64, shape (n,)
         Before and after calibration, in the order of the test set's units, in [0, 1].
     """
@@ -92,6 +85,7 @@ class Contender:
     calibrations: dict[str, Calibration | IsotonicCalibration]
     threshold: float
     sensitive_threshold: float | None
+    points: tuple[OperatingPoint, ...]
     raw: NDArray[np.float64]
     probability: NDArray[np.float64]
 
@@ -111,6 +105,8 @@ class TestSet:
         All heads of all runs, in the order given.
     dropped : dict of str to int
         For each run, how many of its own labelled test rows fell out.
+    rules : tuple of ThresholdRule
+        The operating points that are shown.
     """
 
     __test__ = False  # not a test case, whatever pytest makes of its name
@@ -119,6 +115,7 @@ class TestSet:
     units: pd.DataFrame
     contenders: list[Contender]
     dropped: dict[str, int]
+    rules: tuple[ThresholdRule, ...] = SHOWN
 
     @property
     def y(self) -> NDArray[np.int8]:
@@ -131,14 +128,18 @@ class TestSet:
         return self.units["patient"].to_numpy(np.int64)
 
 
-def align_runs(runs: Sequence[Run], level: str = "study") -> TestSet:
+def align_runs(
+    runs: Sequence[Run], level: str = "study", rules: Sequence[ThresholdRule] = ()
+) -> TestSet:
     """Read the runs' predictions, calibrate every head, keep the rows common to all.
+
+    `rules` are operating points beside those that are always shown.
 
     Raises
     ------
     RunError
-        An unknown level, a run given twice, no common test rows, or rows whose label, region or
-        patient differs between runs.
+        An unknown level, a run given twice, no common test rows, rows whose label, region or
+        patient differs between runs, or a rule that a model from elsewhere has no threshold of.
     """
     if level not in LEVELS:
         raise RunError(f"level {level!r} is unknown. Choose one of: {', '.join(LEVELS)}.")
@@ -146,7 +147,7 @@ def align_runs(runs: Sequence[Run], level: str = "study") -> TestSet:
     entries = [
         entry
         for run, name in zip(runs, names, strict=True)
-        for entry in _read_heads(run, name, level)
+        for entry in _read_heads(run, name, level, rules)
     ]
     tables = [table for _, table in entries]
     common = _common_keys(tables, names, level)
@@ -156,19 +157,13 @@ def align_runs(runs: Sequence[Run], level: str = "study") -> TestSet:
     contenders = [_on_rows(contender, table, common) for contender, table in entries]
     own_sizes = {contender.run: len(table) for contender, table in entries}
     dropped = {name: own_sizes[name] - len(common) for name in names}
-    return TestSet(level, units.reset_index(drop=True), contenders, dropped)
+    shown = tuple(dict.fromkeys((*SHOWN, *rules)))
+    return TestSet(level, units.reset_index(drop=True), contenders, dropped, shown)
 
 
-class _Decisions(NamedTuple):
-    """How a head's scores become probabilities and decisions; see `Contender`."""
-
-    calibration: Calibration
-    calibrations: dict[str, Calibration | IsotonicCalibration]
-    threshold: float
-    sensitive_threshold: float | None
-
-
-def _read_heads(run: Run, name: str, level: str) -> list[tuple[Contender, pd.DataFrame]]:
+def _read_heads(
+    run: Run, name: str, level: str, rules: Sequence[ThresholdRule]
+) -> list[tuple[Contender, pd.DataFrame]]:
     predictions = run.predictions()
     labelled = predictions[predictions["label"].notna()]
     labelled = labelled.astype({"label": "int8"})
@@ -188,7 +183,10 @@ def _read_heads(run: Run, name: str, level: str) -> list[tuple[Contender, pd.Dat
         fraction = float(run.info["asked"].get("train_fraction", 1.0))
         given = (fraction, n_patients)
         own = run.info.get("decisions", {}).get(head)
-        decisions = _fit_decisions(train) if own is None else _read_decisions(own, run.path)
+        if own is None:
+            decisions = fit_decisions(train, rules)
+        else:
+            decisions = read_decisions(own, run.path, () if head in PRIORS else rules)
         entries.append((_contender(name, str(head), winner, given, decisions, test), test))
     return entries
 
@@ -212,7 +210,7 @@ def _contender(
     head: str,
     winner: dict[str, Any],
     given: tuple[float, int],
-    decisions: _Decisions,
+    decisions: Decisions,
     test: pd.DataFrame,
 ) -> Contender:
     raw = test["probability"].to_numpy(np.float64)
@@ -238,53 +236,10 @@ def _contender(
         calibrations=decisions.calibrations,
         threshold=decisions.threshold,
         sensitive_threshold=decisions.sensitive_threshold,
+        points=decisions.points,
         raw=raw,
         probability=decisions.calibration.apply(raw),
     )
-
-
-def _fit_decisions(train: pd.DataFrame) -> _Decisions:
-    """Fit calibrations and thresholds on out-of-fold predictions."""
-    out_of_fold, y = train["probability"].to_numpy(np.float64), train["label"].to_numpy(np.int8)
-    calibrations: dict[str, Calibration | IsotonicCalibration] = {
-        "none": Calibration(),
-        "platt": (platt := fit_platt(out_of_fold, y)),
-        "temperature": fit_temperature(out_of_fold, y),
-        "isotonic": fit_isotonic(out_of_fold, y),
-    }
-    calibrated = platt.apply(out_of_fold)
-    return _Decisions(
-        platt,
-        calibrations,
-        float(youden_threshold(y, calibrated)),
-        float(sensitivity_threshold(y, calibrated, SENSITIVITY)),
-    )
-
-
-def _read_decisions(document: Any, path: Path) -> _Decisions:
-    """Read what a run that trained nothing keeps of its model; see `prediction.external`."""
-    try:
-        calibrations = {
-            str(name): Calibration.from_dict(own) for name, own in document["calibrations"].items()
-        }
-        sensitive = document["sensitive_threshold"]
-        return _Decisions(
-            calibrations["platt"],
-            {"none": Calibration(), **calibrations},
-            _finite(document["threshold"]),
-            None if sensitive is None else _finite(sensitive),
-        )
-    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-        raise RunError(
-            f"run.json of {path} has decisions that cannot be read ({error}): it was damaged or "
-            "edited. Evaluate again into another --out."
-        ) from None
-
-
-def _finite(value: Any) -> float:
-    if not math.isfinite(number := float(value)):
-        raise ValueError(f"a threshold is {number}")
-    return number
 
 
 def _on_rows(contender: Contender, table: pd.DataFrame, keys: pd.Index) -> Contender:

@@ -1,7 +1,7 @@
 """What a packaged model says of itself: written when it is saved, read before it is asked."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,16 @@ from medembed.evaluation.checks import is_number
 from medembed.evaluation.conformal import Conformal, fit_conformal
 from medembed.evaluation.intervals import plain
 from medembed.evaluation.scores import score
-from medembed.evaluation.thresholds import youden_threshold
+from medembed.evaluation.thresholds import (
+    PACKAGED,
+    OperatingPoint,
+    ThresholdRule,
+    fit_points,
+    parse_rule,
+    youden_threshold,
+)
 from medembed.heads.packaging import Model, read_document
+from medembed.results.decisions import read_points, write_points
 from medembed.results.runs import Run
 
 __all__ = [
@@ -54,7 +62,9 @@ class Card:
     calibration : Calibration
         Of the head's study probabilities.
     threshold : float
-        Of calibrated study probabilities: abnormal at or above it.
+        Of calibrated study probabilities: abnormal at or above it. Youden's.
+    points : tuple of OperatingPoint
+        All that it was packaged with; models of before have Youden's alone.
     conformal : Conformal or None
         On the head's study probabilities before calibration.
     conformal_note : str or None
@@ -80,6 +90,7 @@ class Card:
     views: str
     calibration: Calibration
     threshold: float
+    points: tuple[OperatingPoint, ...]
     conformal: Conformal | None
     conformal_note: str | None
     encoder: dict[str, Any]
@@ -88,6 +99,35 @@ class Card:
     synthetic: bool
     training_images: frozenset[str]
     document: dict[str, Any]
+
+    def point(self, asked: str | None = None) -> OperatingPoint:
+        """Return an operating point: by default Youden's, or a packaged one, or a threshold.
+
+        Parameters
+        ----------
+        asked : str, optional
+            As `thresholds.parse_rule` reads it.
+
+        Raises
+        ------
+        TrainingDataError
+            It is none.
+        ModelError
+            The model was not packaged with it; names what it has.
+        """
+        if asked is None:
+            return OperatingPoint("youden", self.threshold)
+        rule = parse_rule(asked)
+        if rule.kind == "threshold" and rule.value is not None:
+            return OperatingPoint(rule.name, rule.value)
+        for point in self.points:
+            if point.name == rule.name:
+                return point
+        raise ModelError(
+            f"the model has no operating point {rule.name}: it packages "
+            f"{', '.join(point.name for point in self.points) or 'none'}. Ask for one of these, "
+            "or for a threshold of your own, such as threshold=0.3."
+        )
 
 
 def read_card(model: Model, path: str | Path) -> Card:
@@ -112,7 +152,9 @@ def read_card(model: Model, path: str | Path) -> Card:
         raise ModelError(f"the card of the model at {path}: {text}. {_WAY_OUT}") from error
 
 
-def describe_decisions(studies: pd.DataFrame) -> dict[str, Any]:
+def describe_decisions(
+    studies: pd.DataFrame, rules: Sequence[ThresholdRule] = ()
+) -> dict[str, Any]:
     """Fit what turns a head's scores into answers, on out-of-fold predictions of train.
 
     They are of trainings that have not seen the rows, neither to learn nor to decide anything.
@@ -122,12 +164,15 @@ def describe_decisions(studies: pd.DataFrame) -> dict[str, Any]:
     studies : DataFrame
         One row per labelled study: `label` (0, 1), `probability` (the head's own, out of fold),
         `region`, `patient`.
+    rules : sequence of ThresholdRule
+        Operating points beside `thresholds.PACKAGED`.
 
     Returns
     -------
     dict
         Entries of a card: ``calibration`` (Platt's), ``threshold`` (Youden's, of calibrated
-        scores), ``scores`` (``out_of_fold``, at that threshold), ``conformal``, and
+        scores), ``operating_points`` (``name``, ``threshold``), ``scores`` (``out_of_fold``, at
+        Youden's), ``conformal``, and
         ``conformal_note``, None.
 
     Raises
@@ -144,6 +189,7 @@ def describe_decisions(studies: pd.DataFrame) -> dict[str, Any]:
     return {
         "calibration": calibration.as_dict(),
         "threshold": threshold,
+        "operating_points": write_points(fit_points((*PACKAGED, *rules), y, calibrated)),
         "conformal": conformal.as_dict(),
         "conformal_note": None,
         "scores": {"out_of_fold": plain(score(y, calibrated, threshold))},
@@ -222,6 +268,7 @@ def _read(card: Mapping[str, Any]) -> Card:
         views=card["views"],
         calibration=Calibration.from_dict(_table("calibration", card["calibration"])),
         threshold=float(threshold),
+        points=_read_points(card, float(threshold)),
         conformal=_read_conformal(card),
         conformal_note=note,
         encoder=_read_encoder(card.get("encoder")),
@@ -231,6 +278,13 @@ def _read(card: Mapping[str, Any]) -> Card:
         training_images=_read_codes(card["training_images"]),
         document=dict(card),
     )
+
+
+def _read_points(card: Mapping[str, Any], threshold: float) -> tuple[OperatingPoint, ...]:
+    try:
+        return read_points(card.get("operating_points"), threshold)
+    except ValueError as error:
+        raise ModelError(str(error)) from None
 
 
 def _read_conformal(card: Mapping[str, Any]) -> Conformal | None:

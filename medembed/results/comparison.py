@@ -9,7 +9,7 @@ import numpy as np
 
 from medembed.dataset.manifest import Manifest
 from medembed.errors import RunError
-from medembed.evaluation.calibration_fit import calibration_line
+from medembed.evaluation.calibration_fit import calibration_curve, calibration_line
 from medembed.evaluation.delong import auroc_interval
 from medembed.evaluation.intervals import (
     Interval,
@@ -18,33 +18,31 @@ from medembed.evaluation.intervals import (
     bootstrap_variants,
     plain,
 )
+from medembed.evaluation.predictive import check_prevalence
 from medembed.evaluation.reliability import reliability
 from medembed.evaluation.scores import DECISION_SCORES
+from medembed.evaluation.thresholds import ThresholdRule, parse_rules
 from medembed.results.alignment import SENSITIVITY, Contender, TestSet, align_runs
 from medembed.results.columns import compare_groups, join_groups
 from medembed.results.deferral import find_deferrals
 from medembed.results.flow import describe_flow
 from medembed.results.margins import check_margin, describe_margins, find_non_inferior
-from medembed.results.methods import describe_absent, describe_methods
+from medembed.results.methods import describe
+from medembed.results.operating import count_confusion, describe_benefit, describe_points
 from medembed.results.pairing import pair_rows, versus_best
-from medembed.results.repeats import describe_repeats, drop_repeats, mark_repeats
-from medembed.results.run_entries import CV_METHOD
+from medembed.results.repeats import drop_repeats, mark_repeats
 from medembed.results.runs import Run, open_run
 from medembed.results.series import find_depths, find_efficiency, find_seeds
 
 __all__ = [
-    "DISCLAIMER",
     "compare",
     "compare_aligned",
     "compare_runs",
-    "counted",
-    "describe",
     "open_runs",
     "score_run",
 ]
 
 _NOT_KNOWN = dict.fromkeys(DECISION_SCORES, Interval(nan, nan, nan))
-DISCLAIMER = "Research software; not a medical device."
 
 
 def compare(
@@ -56,6 +54,8 @@ def compare(
     by: str | None = None,
     manifest: Manifest | None = None,
     margin: float | None = None,
+    operating_points: Sequence[str | ThresholdRule] = (),
+    prevalence: float | None = None,
 ) -> dict[str, Any]:
     """Score every head of the runs on their common test rows, with intervals and paired tests.
 
@@ -75,6 +75,10 @@ def compare(
         The one that the runs were made from. Both are given, or neither.
     margin : float, optional
         Loss of AUROC that would be acceptable: adds tests of non-inferiority.
+    operating_points : sequence of str or ThresholdRule
+        To show beside `thresholds.SHOWN`, as `thresholds.parse_rule` reads them.
+    prevalence : float, optional
+        A share of abnormal studies, in (0, 1), at which predictive values are told too.
 
     Returns
     -------
@@ -89,18 +93,23 @@ def compare(
         A run does not exist.
     RunError
         A run is unfinished or not a run, the runs have no test rows in common, the margin is out
-        of range, or a run was made from another manifest.
+        of range, a run was made from another manifest, or a model from elsewhere has no threshold
+        of an operating point.
     ManifestError
         The manifest has no such column, or it cannot be grouped so.
+    TrainingDataError
+        An operating point or the prevalence is none.
     """
     if margin is not None:
         check_margin(margin)
     runs = open_runs(run_paths)
-    test_set = align_runs(runs, level)
+    test_set = align_runs(runs, level, parse_rules(operating_points))
     own = None
     if by is not None and manifest is not None:
         own = join_groups(runs, test_set, manifest, by)
-    result = compare_aligned(runs, test_set, n_resamples=n_resamples, seed=seed)
+    result = compare_aligned(
+        runs, test_set, n_resamples=n_resamples, seed=seed, prevalence=prevalence
+    )
     if own is not None:
         result |= compare_groups(result["rows"], test_set, own)
     if margin is not None:
@@ -128,7 +137,13 @@ def open_runs(run_paths: Sequence[str | Path]) -> list[Run]:
 
 
 def compare_runs(
-    runs: Sequence[Run], *, level: str = "study", n_resamples: int = 2000, seed: int = 0
+    runs: Sequence[Run],
+    *,
+    level: str = "study",
+    n_resamples: int = 2000,
+    seed: int = 0,
+    operating_points: Sequence[str | ThresholdRule] = (),
+    prevalence: float | None = None,
 ) -> dict[str, Any]:
     """Do what `compare` does on runs that are open, complete or not.
 
@@ -139,7 +154,8 @@ def compare_runs(
         ``priors_of``, ``left_out_of``, ``copy_of``, see `mark_repeats`), ``flow`` (see
         `describe_flow`),
         ``rows`` (per head, best AUROC first: ``scores`` at Youden's threshold, ``at_half`` at 0.5,
-        ``at_sensitivity``; ``confusion``; ``calibrations``; ``auroc_delong``; ``fit``:
+        ``at_sensitivity``; ``operating_points`` and ``net_benefit``, see `results.operating`;
+        ``confusion``; ``calibrations``; ``auroc_delong``; ``fit``:
         Brier score, ``slope`` and ``intercept`` of calibrated probabilities, ECE; ``regions``,
         ``mean_over_regions``, ``views``; ``deferral`` and ``deferral_note``, see
         `results.deferral`; ``versus_best``), ``paired`` (AUROC of every pair of
@@ -148,15 +164,24 @@ def compare_runs(
         ``{value, low, high, method}`` with null for what is not estimable, ``reason`` where there
         is no interval, and ``k, n`` of a share; ECE has an upper bound alone.
     """
-    return compare_aligned(runs, align_runs(runs, level), n_resamples=n_resamples, seed=seed)
+    test_set = align_runs(runs, level, parse_rules(operating_points))
+    return compare_aligned(
+        runs, test_set, n_resamples=n_resamples, seed=seed, prevalence=prevalence
+    )
 
 
 def compare_aligned(
-    runs: Sequence[Run], test_set: TestSet, *, n_resamples: int = 2000, seed: int = 0
+    runs: Sequence[Run],
+    test_set: TestSet,
+    *,
+    n_resamples: int = 2000,
+    seed: int = 0,
+    prevalence: float | None = None,
 ) -> dict[str, Any]:
     """Do what `compare_runs` does on what `align_runs` has returned for these runs."""
+    known = None if prevalence is None else check_prevalence(prevalence)
     contenders, priors_of = drop_repeats(runs, test_set)
-    rows = [_row(test_set, contender, n_resamples, seed) for contender in contenders]
+    rows = [_row(test_set, contender, n_resamples, seed, known) for contender in contenders]
     deferrals = find_deferrals(runs, test_set)
     rows = [{**row, **deferrals[row["run"], row["head"]]} for row in rows]
     rows.sort(key=_by_auroc)
@@ -173,6 +198,8 @@ def compare_aligned(
         "test": _count(test_set),
         "runs": mark_repeats(abouts, runs, test_set, priors_of),
         "flow": describe_flow(runs, list(test_set.dropped)),
+        "operating_points": [rule.name for rule in test_set.rules],
+        "prevalence": known,
         "synthetic": any(run.info.get("data", {}).get("synthetic", False) for run in runs),
         "rows": rows,
         "paired": list(paired.values()),
@@ -183,84 +210,24 @@ def compare_aligned(
     return {**result, "notes": describe(result)}
 
 
-def score_run(run: Run, *, n_resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
+def score_run(run: Run, **asked: Any) -> dict[str, Any]:
     """Return what a run keeps as its scores: a comparison with itself, without how long it took.
 
-    Equal questions give equal scores; times are in `run.json`.
+    Equal questions give equal scores; times are in `run.json`. `asked` is as for `compare_runs`.
     """
-    result = compare_runs([run], n_resamples=n_resamples, seed=seed)
+    result = compare_runs([run], **asked)
     rows = [{k: v for k, v in row.items() if k != "seconds"} for row in result["rows"]]
     return {**result, "rows": rows}
 
 
-def describe(result: dict[str, Any]) -> list[str]:
-    """Return the sentences that belong under every table: what was counted, and how."""
-    test, level = result["test"], result["level"]
-    notes = [
-        f"Test: {counted(test['n'], level)} ({test['n_abnormal']:,} abnormal) of "
-        f"{counted(test['n_patients'], 'patient')}.",
-        describe_methods(result["rows"]),
-        *describe_absent(result["rows"]),
-        "Decisions: Youden's threshold on calibrated out-of-fold predictions of train.",
-    ]
-    notes += _describe_cv(result["rows"], len(result["runs"]) > 1)
-    for run in result["runs"]:
-        notes += _describe_losses(run, level, len(result["runs"]) > 1)
-    notes += describe_repeats(result["runs"])
-    if result["synthetic"]:
-        notes.append("Synthetic images: these scores say nothing about medicine.")
-    return [*notes, DISCLAIMER]
-
-
-def _describe_cv(rows: Sequence[dict[str, Any]], several: bool) -> list[str]:
-    """Say what cross-validated scores are worth, and which runs' are too good."""
-    scored = [row for row in rows if row["cv"] is not None]
-    older = list(dict.fromkeys(row["run"] for row in scored if row["cv_method"] != CV_METHOD))
-    clean = [row for row in scored if row["cv_method"] == CV_METHOD]
-    notes = []
-    if clean:
-        most = max(row["n_tried"] or 1 for row in clean)
-        chosen = f", of up to {most:,} configurations a head" if most > 1 else ""
-        notes.append(
-            "cv: the folds that are scored decided neither when to stop nor what to choose"
-            f"{chosen}; patients of the other folds did."
-        )
-    if older:
-        names = f"{', '.join(older)}: " if several else ""
-        notes.append(
-            f"{names}cv† is too good: in runs of before, the folds that are scored decided when to "
-            "stop and what to choose. So are the scores that calibration and thresholds rest on."
-        )
-    if older and clean:
-        notes.append("Warning: cv and cv† are not comparable. Sweep again what is marked †.")
-    return notes
-
-
-def counted(n: int, noun: str) -> str:
-    """Write a count with its noun: 1 study, 1,199 studies."""
-    if n == 1:
-        return f"1 {noun}"
-    return f"{n:,} {noun[:-1]}ies" if noun.endswith("y") else f"{n:,} {noun}s"
-
-
-def _describe_losses(run: dict[str, Any], level: str, several: bool) -> list[str]:
-    prefix = f"{run['name']}: " if several else ""
-    notes = []
-    if run["left_out"] and not run["left_out_of"]:
-        notes.append(
-            f"{prefix}Left out: {counted(run['left_out'], 'image')} that could not be embedded "
-            f"({run['left_out_test']:,} in test)."
-        )
-    if run["unlabelled"]:
-        notes.append(f"{prefix}Not scored: {counted(run['unlabelled'], 'image')} without a label.")
-    if run["dropped"]:
-        notes.append(
-            f"{prefix}Fell out: {counted(run['dropped'], level)} of test that not all runs have."
-        )
-    return notes
-
-
-def _row(test_set: TestSet, contender: Contender, n_resamples: int, seed: int) -> dict[str, Any]:
+def _row(
+    test_set: TestSet,
+    contender: Contender,
+    n_resamples: int,
+    seed: int,
+    prevalence: float | None,
+) -> dict[str, Any]:
+    rows = (test_set.y, contender.probability, test_set.patients)
     units = test_set.units.assign(probability=contender.probability)
     report = plain(bootstrap_report(units, contender.threshold, n_resamples=n_resamples, seed=seed))
     delong = auroc_interval(test_set.y, contender.probability, test_set.patients)
@@ -286,7 +253,12 @@ def _row(test_set: TestSet, contender: Contender, n_resamples: int, seed: int) -
         "fit": _fit(report["overall"]["scores"], test_set, contender),
         "at_half": report["overall"]["at_half"],
         **plain(_at_sensitivity_and_calibrations(test_set, contender, n_resamples, seed)),
-        "confusion": _confusion(test_set.y, contender),
+        "confusion": {
+            "threshold": contender.threshold,
+            **count_confusion(test_set.y, contender.probability, contender.threshold),
+        },
+        "operating_points": describe_points(*rows, test_set.rules, contender.points, prevalence),
+        "net_benefit": describe_benefit(*rows),
         "regions": {name: _flat(block) for name, block in report["region"].items()},
         "mean_over_regions": _flat(report["mean_over_regions"]),
         "views": {name: _flat(block) for name, block in report["n_views"].items()},
@@ -318,6 +290,7 @@ def _at_sensitivity_and_calibrations(
                 **scores[name],
                 **_line(y, calibrated[name], patients),
                 "bins": bins[name].to_dict("records"),
+                "curve": calibration_curve(y, calibrated[name], patients).to_dict("list"),
             }
             for name in calibrated
         },
@@ -333,17 +306,6 @@ def _fit(scores: dict[str, Any], test_set: TestSet, contender: Contender) -> dic
 def _line(y: np.ndarray, probability: np.ndarray, patients: np.ndarray) -> dict[str, Interval]:
     line = calibration_line(y, probability, patients)
     return {name: line[name] for name in ("slope", "intercept")}
-
-
-def _confusion(y: np.ndarray, contender: Contender) -> dict[str, Any]:
-    called = contender.probability >= contender.threshold
-    counts = {
-        "tn": ~called & (y == 0),
-        "fp": called & (y == 0),
-        "fn": ~called & (y == 1),
-        "tp": called & (y == 1),
-    }
-    return {"threshold": contender.threshold} | {n: int(own.sum()) for n, own in counts.items()}
 
 
 def _flat(block: dict[str, Any]) -> dict[str, Any]:

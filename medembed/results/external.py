@@ -9,10 +9,12 @@ from typing import Any
 from medembed.errors import RunError
 from medembed.files import read_plain
 from medembed.results.headline import write_headline
+from medembed.results.operating_tables import tabulate_points
 from medembed.results.runs import Run
 from medembed.results.tables import (
     MISSING,
     Table,
+    format_count,
     format_interval,
     format_value,
     make_table,
@@ -81,6 +83,7 @@ def render_external(scores: Mapping[str, Any], width: int = 80) -> str:
     with _reading(scores.get("run")):
         tables = [make_table(dict(scores))] if scores["rows"] else []
         own = {scores["rows"][0]["run"]: scores} if scores["rows"] else {}
+        tables += tabulate_points(scores, width)
         parts = [textwrap.fill(mask_controls(write_headline(scores, own).text), width)]
         parts += [render_terminal(table, width) for table in (*tables, *tabulate_external(scores))]
         if not scores["rows"]:
@@ -223,7 +226,7 @@ def _drop_by_region(drop: Mapping[str, Any] | None, *, full: bool) -> Table | No
 
 
 def _sides(entry: Mapping[str, Any], *, full: bool) -> list[str]:
-    write = format_interval if full else format_value
+    write = format_count if full else format_value
     return [write(entry["internal"]), write(entry["external"]), _signed(entry["difference"])]
 
 
@@ -252,7 +255,7 @@ def _recalibrated(found: Mapping[str, Any] | None, *, full: bool) -> Table | Non
     columns = ["", "Before", "After", "Change [95 %]"]
     if found["note"]:
         return Table(title, columns, 1, [[]], [found["note"]])
-    write = format_interval if full else format_value
+    write = format_count if full else format_value
     rows = []
     for part, names in (("line", LINE), ("scores", SCORES)):
         for name, heading in names.items():

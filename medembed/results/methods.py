@@ -1,9 +1,22 @@
-"""How intervals were found, in words: below tables, on the page and under figures."""
+"""What was counted and how, in words: below tables, on the page and under figures."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["OF_SHARES", "describe_absent", "describe_methods", "of_score"]
+from medembed.results.repeats import describe_repeats
+from medembed.results.run_entries import CV_METHOD
+
+__all__ = [
+    "DISCLAIMER",
+    "OF_SHARES",
+    "counted",
+    "describe",
+    "describe_absent",
+    "describe_methods",
+    "of_score",
+]
+
+DISCLAIMER = "Research software; not a medical device."
 
 WORDS = {
     "newcombe": "AUROC by Newcombe's score method with DeLong's variance",
@@ -18,6 +31,73 @@ _OF_SCORE = {
     "auroc": "Newcombe's score method, patients as clusters",
     "average_precision": "Student's t on the log-odds, patients as clusters",
 }
+
+
+def describe(result: dict[str, Any]) -> list[str]:
+    """Return the sentences that belong under every table: what was counted, and how."""
+    test, level = result["test"], result["level"]
+    notes = [
+        f"Test: {counted(test['n'], level)} ({test['n_abnormal']:,} abnormal) of "
+        f"{counted(test['n_patients'], 'patient')}.",
+        describe_methods(result["rows"]),
+        *describe_absent(result["rows"]),
+        "Decisions: Youden's threshold on calibrated out-of-fold predictions of train.",
+    ]
+    notes += _describe_cv(result["rows"], len(result["runs"]) > 1)
+    for run in result["runs"]:
+        notes += _describe_losses(run, level, len(result["runs"]) > 1)
+    notes += describe_repeats(result["runs"])
+    if result["synthetic"]:
+        notes.append("Synthetic images: these scores say nothing about medicine.")
+    return [*notes, DISCLAIMER]
+
+
+def _describe_cv(rows: Sequence[dict[str, Any]], several: bool) -> list[str]:
+    """Say what cross-validated scores are worth, and which runs' are too good."""
+    scored = [row for row in rows if row["cv"] is not None]
+    older = list(dict.fromkeys(row["run"] for row in scored if row["cv_method"] != CV_METHOD))
+    clean = [row for row in scored if row["cv_method"] == CV_METHOD]
+    notes = []
+    if clean:
+        most = max(row["n_tried"] or 1 for row in clean)
+        chosen = f", of up to {most:,} configurations a head" if most > 1 else ""
+        notes.append(
+            "cv: the folds that are scored decided neither when to stop nor what to choose"
+            f"{chosen}; patients of the other folds did."
+        )
+    if older:
+        names = f"{', '.join(older)}: " if several else ""
+        notes.append(
+            f"{names}cv† is too good: in runs of before, the folds that are scored decided when to "
+            "stop and what to choose. So are the scores that calibration and thresholds rest on."
+        )
+    if older and clean:
+        notes.append("Warning: cv and cv† are not comparable. Sweep again what is marked †.")
+    return notes
+
+
+def counted(n: int, noun: str) -> str:
+    """Write a count with its noun: 1 study, 1,199 studies."""
+    if n == 1:
+        return f"1 {noun}"
+    return f"{n:,} {noun[:-1]}ies" if noun.endswith("y") else f"{n:,} {noun}s"
+
+
+def _describe_losses(run: dict[str, Any], level: str, several: bool) -> list[str]:
+    prefix = f"{run['name']}: " if several else ""
+    notes = []
+    if run["left_out"] and not run["left_out_of"]:
+        notes.append(
+            f"{prefix}Left out: {counted(run['left_out'], 'image')} that could not be embedded "
+            f"({run['left_out_test']:,} in test)."
+        )
+    if run["unlabelled"]:
+        notes.append(f"{prefix}Not scored: {counted(run['unlabelled'], 'image')} without a label.")
+    if run["dropped"]:
+        notes.append(
+            f"{prefix}Fell out: {counted(run['dropped'], level)} of test that not all runs have."
+        )
+    return notes
 
 
 def describe_methods(rows: Iterable[Mapping[str, Any]]) -> str:

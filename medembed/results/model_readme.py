@@ -44,6 +44,9 @@ _TITLES = {
     "ece": "Calibration error",
 }
 _BY_REGION = ("auroc", "macro_f1", "sensitivity", "specificity")
+_OF_POINT = {"sensitivity": "Sensitivity", "specificity": "Specificity", "ppv": "PPV", "npv": "NPV"}
+_WORTH_AT = (0.05, 0.1, 0.2, 0.3, 0.5)
+"""Thresholds whose net benefit is told."""
 _TOLD = ("n", "n_abnormal", "n_patients")
 
 
@@ -95,6 +98,9 @@ def write_readme(card: Mapping[str, Any]) -> dict[str, str]:
         out_of_fold=scores["out_of_fold"],
         titles={name: _TITLES[name] for name in SCORES},
         by_region=_BY_REGION,
+        points=_list_points(card, scores.get("test")),
+        of_point=_OF_POINT,
+        worth=_list_worth((scores.get("test") or {}).get("net_benefit")),
     )
     return {README_FILE: text}
 
@@ -120,9 +126,31 @@ def complete_cards(run: Run, scores: Mapping[str, Any]) -> None:
             "n_resamples": scores["n_resamples"],
             "threshold": row["threshold"],
             **{name: row[name] for name in ("scores", "regions", "mean_over_regions", "views")},
+            **{name: row[name] for name in ("fit", "operating_points", "net_benefit")},
         }
         card["scores"] = {**card["scores"], "test": test}
         update_card(path, write_readme(card), scores=card["scores"])
+
+
+def _list_points(card: Mapping[str, Any], test: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """Return the packaged operating points, with what they give on test where that is known."""
+    told = {own["name"]: own for own in (test or {}).get("operating_points", [])}
+    nothing = {"scores": None, "confusion": None}
+    packaged = card.get("operating_points", [])
+    return [{**nothing, **told.get(point["name"], {}), **point} for point in packaged]
+
+
+def _list_worth(curve: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """Return places of a decision curve: ``threshold``, ``model`` and ``treat_all`` (scores)."""
+    if not curve:
+        return []
+    found = []
+    for k, threshold in enumerate(curve["thresholds"]):
+        if threshold in _WORTH_AT:
+            score = {name: curve[name][k] for name in ("value", "low", "high")}
+            treat_all = {"value": curve["treat_all"][k]}
+            found.append({"threshold": threshold, "model": score, "treat_all": treat_all})
+    return found
 
 
 def _terms(source: str | None) -> str:
@@ -164,11 +192,12 @@ def _write_score(entry: Mapping[str, Any] | None) -> str:
     if not entry or entry.get("value") is None:
         return "not estimable"
     value, low, high = (entry.get(name) for name in ("value", "low", "high"))
+    counts = f", {entry['k']:,}/{entry['n']:,}" if entry.get("n") else ""
     if low is None and high is not None:
         return f"{value:.3f} (at most {high:.3f})"
     if low is None or high is None:
-        return f"{value:.3f}"
-    return f"{value:.3f} ({low:.3f} to {high:.3f})"
+        return f"{value:.3f}{counts}"
+    return f"{value:.3f} ({low:.3f} to {high:.3f}){counts}"
 
 
 def _write_count(number: int | None) -> str:

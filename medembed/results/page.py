@@ -18,19 +18,21 @@ from markupsafe import Markup
 from medembed import __version__
 from medembed.dataset.manifest import Manifest
 from medembed.errors import RunError
+from medembed.evaluation.thresholds import SHOWN, ThresholdRule, parse_rules
 from medembed.files import write_atomically
 from medembed.results import page_tables as tables
 from medembed.results.alignment import align_runs
 from medembed.results.checklist import write_checklists
 from medembed.results.checklist_study import Study
 from medembed.results.columns import explain_other_manifest
-from medembed.results.comparison import DISCLAIMER, compare_aligned, open_runs
+from medembed.results.comparison import compare_aligned, open_runs
 from medembed.results.external import find_external, read_evaluations
 from medembed.results.figures import FIGURES, Plot, plot_all
 from medembed.results.gallery import FindThumbnails, find_mistakes, show_mistakes
 from medembed.results.group_tables import tabulate_columns
 from medembed.results.headline import Headline, write_headline
 from medembed.results.margins import check_margin, describe_margins, find_non_inferior
+from medembed.results.methods import DISCLAIMER
 from medembed.results.provenance import describe_run
 from medembed.results.repeats import count_left_out
 from medembed.text import to_html
@@ -68,6 +70,8 @@ def write_report(
     margin: float | None = None,
     command: str | None = None,
     checklists: Sequence[str] = (),
+    operating_points: Sequence[str | ThresholdRule] = (),
+    prevalence: float | None = None,
 ) -> dict[str, Any]:
     """Write ``index.html`` and ``figures/`` about complete runs.
 
@@ -95,6 +99,8 @@ def write_report(
         What makes this page again, as the page says; by default with run names, level and seed.
     checklists : sequence of str
         Names of `checklist_items.CHECKLISTS`, which are filled in beside the page.
+    operating_points, prevalence
+        As for `comparison.compare`.
 
     Returns
     -------
@@ -114,13 +120,15 @@ def write_report(
     if out.exists() and not out.is_dir():
         raise RunError(f"{out} is a file. Choose a directory for the page.")
     runs = open_runs(run_paths)
-    test_set = align_runs(runs, level)
+    test_set = align_runs(runs, level, parse_rules(operating_points))
     other = None if manifest is None else explain_other_manifest(runs, test_set, manifest)
     if other is not None and find_thumbnails is None:
         raise RunError(other)
     if margin is not None:
         check_margin(margin)
-    result = compare_aligned(runs, test_set, n_resamples=n_resamples, seed=seed)
+    result = compare_aligned(
+        runs, test_set, n_resamples=n_resamples, seed=seed, prevalence=prevalence
+    )
     asked: dict[str, Any] = {"columns": None, "other_manifest": other, "margins": [], "words": []}
     if margin is not None:
         tests = find_non_inferior(result["rows"], test_set, margin)
@@ -221,6 +229,10 @@ def _command(result: dict[str, Any], words_asked: Sequence[str]) -> str:
     """Write a command that makes a page of these runs."""
     names = [run["name"] for run in result["runs"]]
     words = ["medembed", "report", *names, "-o", "report", "--level", result["level"]]
+    usual = [rule.name for rule in SHOWN]
+    for name in result["operating_points"]:
+        words += [] if name in usual else ["--operating-point", name]
+    words += [] if result["prevalence"] is None else ["--prevalence", str(result["prevalence"])]
     return shlex.join([*words, "--seed", str(result["seed"]), *words_asked])
 
 

@@ -1,8 +1,9 @@
 """The tables of the page, as cells of text; numbers beside them where a reader may sort."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from medembed.results.operating_tables import name_point, points_of
 from medembed.results.pairing import row_name
 from medembed.results.tables import (
     MISSING,
@@ -34,12 +35,13 @@ LEADERBOARD = {
     "ece": "ECE",
 }
 DECISIONS = {
-    "accuracy": "Accuracy [95 %]",
-    "macro_f1": "Macro-F1 [95 %]",
     "sensitivity": "Sensitivity [95 %]",
     "specificity": "Specificity [95 %]",
-    "kappa": "κ [95 %]",
+    "ppv": "PPV [95 %]",
+    "npv": "NPV [95 %]",
 }
+CONFUSION = {"tp": "TP", "fn": "FN", "fp": "FP", "tn": "TN"}
+AGREEMENT = {"accuracy": "Accuracy [95 %]", "macro_f1": "Macro-F1 [95 %]", "kappa": "κ [95 %]"}
 DEFERRALS = {
     "coverage_normal": "Normal covered [95 %]",
     "coverage_abnormal": "Abnormal covered [95 %]",
@@ -87,25 +89,45 @@ def tabulate_heads(result: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def tabulate_decisions(result: dict[str, Any]) -> dict[str, Any]:
-    """Return each trained head's decision scores at its three thresholds."""
-    rows = []
-    for row in _trained(result):
-        sensitive = row["at_sensitivity"]
-        cuts = [(f"Youden, {row['threshold']:.3f}", row["scores"]), ("0.5", row["at_half"])]
-        if sensitive["threshold"] is not None:
-            title = f"Sensitivity {sensitive['target']:g}, {sensitive['threshold']:.3f}"
-            cuts.append((title, sensitive["scores"]))
-        for i, (cut, scores) in enumerate(cuts):
-            cells = [format_count(scores[score]) for score in DECISIONS]
-            spanned = {"n_spanning": 1, "span": len(cuts) if i == 0 else 0}
-            rows.append({"cells": [_name(result, row), cut, *cells], **spanned})
-    return {
-        "title": "Decisions at three thresholds on the calibrated probability, all chosen on "
-        "out-of-fold predictions of train",
-        "columns": ["Head", "Threshold", *DECISIONS.values()],
-        "rows": rows,
-    }
+def tabulate_decisions(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return what each trained head's decisions are worth at each operating point.
+
+    Shares with counts; the confusion matrix and what sums it up; predictive values at another
+    prevalence, where the comparison has one.
+    """
+
+    def shares(point: dict[str, Any]) -> list[str]:
+        return [_unbroken(point["scores"][score]) for score in DECISIONS]
+
+    def matrix(point: dict[str, Any]) -> list[str]:
+        counts = [f"{point['confusion'][name]:,}" for name in CONFUSION]
+        return [*counts, *(format_count(point["scores"][score]) for score in AGREEMENT)]
+
+    def elsewhere(point: dict[str, Any]) -> list[str]:
+        return [format_interval(point["at_prevalence"][score]) for score in ("ppv", "npv")]
+
+    found = [
+        _of_points(
+            result,
+            "Decisions at thresholds of the calibrated probability, which were chosen on "
+            "out-of-fold predictions of train, or given",
+            list(DECISIONS.values()),
+            shares,
+        ),
+        _of_points(
+            result,
+            "The same decisions: true and false positives and negatives, and what sums them up",
+            [*CONFUSION.values(), *AGREEMENT.values()],
+            matrix,
+        ),
+    ]
+    if result["prevalence"] is not None:
+        title = (
+            f"Predictive values where a share of {result['prevalence']:g} is abnormal, from "
+            "sensitivity and specificity (Bayes' rule, limits by MOVER)"
+        )
+        found.append(_of_points(result, title, ["PPV [95 %]", "NPV [95 %]"], elsewhere))
+    return found
 
 
 def tabulate_deferrals(result: dict[str, Any]) -> dict[str, Any] | None:
@@ -235,13 +257,39 @@ def tabulate_seeds(result: dict[str, Any]) -> dict[str, Any]:
 
 def tabulate_groups(result: dict[str, Any], by: str) -> dict[str, Any]:
     """Return the trained heads' scores within each region or number of views."""
-    table = make_table(result, by)
+    table = make_table(result, by, with_counts=True)
     rows = [
         {"cells": row, "n_spanning": 2, "span": len(section) if row is section[0] else 0}
         for section in table.sections
         for row in section
     ]
     return {"title": table.title, "columns": table.columns, "rows": rows}
+
+
+def _unbroken(score: dict[str, Any]) -> str:
+    """Write a share so that a line ends before its counts, and not within its interval."""
+    interval = format_interval(score)
+    return format_count(score).replace(interval, interval.replace(" ", "\u00a0"), 1)
+
+
+def _of_points(
+    result: dict[str, Any],
+    title: str,
+    columns: list[str],
+    write: Callable[[dict[str, Any]], list[str]],
+) -> dict[str, Any]:
+    rows = []
+    for row in _trained(result):
+        points = points_of(row)
+        for i, point in enumerate(points):
+            names = [_name(result, row), name_point(point["name"]), f"{point['threshold']:.3f}"]
+            spanned = {"n_spanning": 1, "span": 0 if i else len(points)}
+            rows.append({"cells": [*names, *write(point)], **spanned})
+    return {
+        "title": title,
+        "columns": ["Head", "Operating point", "Threshold", *columns],
+        "rows": rows,
+    }
 
 
 def _complement(row: dict[str, Any]) -> dict[str, float | None]:

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from medembed.dataset.manifest import count_rows
-from medembed.results.comparison import counted
+from medembed.results.methods import counted
 from medembed.results.run_entries import CV_METHOD
 from medembed.results.runs import Run
 

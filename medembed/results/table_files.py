@@ -6,7 +6,8 @@ from typing import Any
 from medembed.errors import RunError
 from medembed.files import write_atomically
 from medembed.results.group_tables import write_group_tables
-from medembed.results.tables import render
+from medembed.results.operating_tables import points_csv, tabulate_points
+from medembed.results.tables import render, render_table
 
 __all__ = ["TABLES", "write_tables"]
 
@@ -16,7 +17,7 @@ _ENDINGS = {"csv": "csv", "latex": "tex"}
 
 
 def write_tables(result: dict[str, Any], directory: str | Path) -> list[Path]:
-    """Write ``heads`` and ``regions`` of a comparison, each as ``.csv`` and ``.tex``.
+    """Write ``heads``, ``regions`` and ``operating_points``, each as ``.csv`` and ``.tex``.
 
     Of a comparison by a column also ``groups`` and ``gaps``.
 
@@ -48,4 +49,9 @@ def write_tables(result: dict[str, Any], directory: str | Path) -> list[Path]:
             text = render(result, table_format=table_format, by=by)
             write_atomically(path, f"{text}\n".encode())
             written.append(path)
+    latex = "\n\n".join(render_table(table, "latex") for table in tabulate_points(result))
+    for ending, text in {"csv": points_csv(result), "tex": latex}.items():
+        path = directory / f"operating_points.{ending}"
+        write_atomically(path, f"{text}\n".encode())
+        written.append(path)
     return written + (write_group_tables(result, directory) if "groups" in result else [])

@@ -18,6 +18,7 @@ __all__ = [
     "NOT_ESTIMABLE",
     "Table",
     "format_count",
+    "format_counted",
     "format_interval",
     "format_p",
     "format_value",
@@ -26,6 +27,7 @@ __all__ = [
     "render_table",
     "render_terminal",
     "share_of_train",
+    "table_width",
 ]
 
 FORMATS = ("table", "markdown", "csv", "latex")
@@ -42,6 +44,8 @@ COLUMNS = {
     "kappa": "κ",
 }
 """The decision scores of the tables beside AUROC; macro-F1 is the mean over both classes."""
+SHARES = ("accuracy", "sensitivity", "specificity")
+"""What a CSV has counts of."""
 FIT = {"brier": "Brier [95 %]", "slope": "Slope [95 %]", "intercept": "Intercept [95 %]"}
 """How calibrated probabilities fit, what leads first."""
 
@@ -77,7 +81,12 @@ class Table:
 
 
 def render(
-    result: dict[str, Any], *, table_format: str = "table", by: str | None = None, width: int = 80
+    result: dict[str, Any],
+    *,
+    table_format: str = "table",
+    by: str | None = None,
+    width: int = 80,
+    more: Sequence[Table] = (),
 ) -> str:
     """Turn what `compare` returns into text.
 
@@ -91,6 +100,8 @@ def render(
         Show the trained heads within each region or number of views.
     width : int
         Columns of the terminal, for "table" only.
+    more : sequence of Table
+        Further ones to write below; not for "csv".
 
     Raises
     ------
@@ -103,22 +114,29 @@ def render(
         raise RunError(f"grouping {by!r} is unknown. Choose one of: {', '.join(GROUPINGS)}.")
     if table_format == "csv":
         return _csv(result, by)
-    table, fit = make_table(result, by), _fit_table(result) if by is None else None
+    table, fit = make_table(result, by, with_counts=True), None
+    if table_format == "table" and table_width(table) > width:
+        table = make_table(result, by)
+    if by is None:
+        fit = _fit_table(result)
     if table_format == "latex":
-        return _latex(table)
-    tables = [table]
-    if fit is not None:  # the notes hold for both
-        tables = [replace(table, notes=[]), replace(fit, notes=table.notes)]
+        return "\n\n".join(map(_latex, (table, *more)))
+    tables = [own for own in (table, *more, fit) if own is not None]
+    if len(tables) > 1:  # the notes of the first hold for all
+        tables[0], last = replace(table, notes=[]), tables[-1]
+        tables[-1] = replace(last, notes=[*last.notes, *table.notes])
     if table_format == "table":
         return "\n\n".join(render_terminal(own, width) for own in tables)
     return "\n\n".join(_markdown(own) for own in tables)
 
 
-def make_table(result: dict[str, Any], by: str | None = None) -> Table:
+def make_table(
+    result: dict[str, Any], by: str | None = None, *, with_counts: bool = False
+) -> Table:
     """Choose the columns and write the cells of a comparison, overall or `by` a grouping."""
     plural = "studies" if result["level"] == "study" else "images"
     if by is not None:
-        return _grouped_table(result, by, plural)
+        return _grouped_table(result, by, plural, with_counts)
     several = len(result["runs"]) > 1
     shown = list(COLUMNS)[: -1 if several else None]  # the runs' names want the width of one
     extra = ["Train"] if result.get("efficiency") else []
@@ -127,7 +145,7 @@ def make_table(result: dict[str, Any], by: str | None = None) -> Table:
         [
             row_name(row, several=several),
             *(share_of_train(row) for _ in extra),
-            *_cells(row["scores"], shown),
+            *_cells(row["scores"], shown, with_counts),
             _p_value(row),
         ]
         for row in result["rows"]
@@ -165,13 +183,21 @@ def share_of_train(row: dict[str, Any]) -> str:
 
 def format_count(score: Mapping[str, Any]) -> str:
     """Write a share with its interval and counts, ``0.909 [0.623, 0.984] 10/11``."""
-    counts = f" {score['k']}/{score['n']}" if score.get("n") else ""
-    return format_interval(score) + counts
+    return format_interval(score) + _count(score)
 
 
 def format_value(score: Mapping[str, Any]) -> str:
     """Write a score alone, to three decimals."""
     return MISSING if score["value"] is None else f"{score['value']:.3f}"
+
+
+def format_counted(score: Mapping[str, Any]) -> str:
+    """Write a score alone, with the counts of a share: ``0.909 10/11``."""
+    return format_value(score) + _count(score)
+
+
+def _count(score: Mapping[str, Any]) -> str:
+    return f" {score['k']:,}/{score['n']:,}" if score.get("n") else ""
 
 
 def _fit_table(result: dict[str, Any]) -> Table | None:
@@ -190,12 +216,16 @@ def _fit_table(result: dict[str, Any]) -> Table | None:
     return Table(title, ["Head", *FIT.values()], 1, [rows], []) if rows else None
 
 
-def _grouped_table(result: dict[str, Any], by: str, plural: str) -> Table:
+def _grouped_table(result: dict[str, Any], by: str, plural: str, with_counts: bool) -> Table:
     shown = list(COLUMNS)[:-1]
     columns = ["Region" if by == "region" else "Views", "n (abn.)", "Head", "AUROC [95 %]"]
     sections = [
         [
-            [*(_group_cells(name, block) if i == 0 else ["", ""]), head, *_cells(block, shown)]
+            [
+                *(_group_cells(name, block) if i == 0 else ["", ""]),
+                head,
+                *_cells(block, shown, with_counts),
+            ]
             for i, (head, block) in enumerate(blocks)
         ]
         for name, blocks in _groups(result, by)
@@ -221,9 +251,10 @@ def _groups(result: dict[str, Any], by: str) -> Iterator[tuple[str, list[tuple[s
         yield "mean", [(head, row["mean_over_regions"]) for head, row in trained]
 
 
-def _cells(scores: dict[str, Any], names: Sequence[str]) -> list[str]:
+def _cells(scores: dict[str, Any], names: Sequence[str], with_counts: bool) -> list[str]:
     nothing = {"value": None}  # a mean over no region at all has no scores
-    numbers = [format_value(scores.get(name, nothing)) for name in names]
+    write = format_counted if with_counts else format_value
+    numbers = [write(scores.get(name, nothing)) for name in names]
     return [format_interval(scores.get("auroc", nothing)), *numbers]
 
 
@@ -270,6 +301,12 @@ def render_terminal(table: Table, width: int) -> str:
     return "\n".join(line.rstrip() for line in output.getvalue().splitlines())
 
 
+def table_width(table: Table) -> int:
+    """Return the columns of a terminal that `render_terminal` needs so that no name is folded."""
+    columns = list(zip(table.columns, *table.rows, strict=True))
+    return sum(max(map(len, cells)) for cells in columns) + 3 * len(columns) - 1
+
+
 def _markdown(table: Table) -> str:
     ruler = ["---"] * table.n_names + ["---:"] * (len(table.columns) - table.n_names)
     lines = [f"| {' | '.join(map(to_markdown, row))} |" for row in (table.columns, *table.rows)]
@@ -279,7 +316,7 @@ def _markdown(table: Table) -> str:
 
 
 def _latex(table: Table) -> str:
-    """Write a `booktabs` tabular, with the notes as comments."""
+    """Write a table as a `booktabs` tabular, with the notes as comments."""
     alignment = "l" * table.n_names + "r" * (len(table.columns) - table.n_names)
     bodies = [
         "\n".join(" & ".join(map(to_latex, row)) + r" \\" for row in section)
@@ -301,26 +338,31 @@ def _latex(table: Table) -> str:
 
 def _csv(result: dict[str, Any], by: str | None) -> str:
     names = [name for score in SCORES for name in (score, f"{score}_low", f"{score}_high")]
+    counts = [f"{name}_{part}" for name in SHARES for part in ("k", "n")]
     output = io.StringIO()
     writer = csv.writer(output, lineterminator="\n")
     if by is None:
         about = ["run", "head", "train_fraction", "depth", "seed", "threshold"]
         fits = [f"{name}{end}" for name in FIT if name != "brier" for end in ("", "_low", "_high")]
-        writer.writerow([*about, *names, "p_holm", *fits])
+        writer.writerow([*about, *names, "p_holm", *fits, *counts])
         for row in result["rows"]:
             p = (row["versus_best"] or {}).get("p_holm")
             cells = [to_csv_cell(row[name]) for name in about]
             scores = _numbers(row["scores"], SCORES)
             fit = _numbers(row.get("fit") or {}, [name for name in FIT if name != "brier"])
-            writer.writerow([*cells, *scores, p, *fit])
+            writer.writerow([*cells, *scores, p, *fit, *_counts(row["scores"])])
     else:
-        writer.writerow([by, "n", "n_abnormal", "head", *names])
+        writer.writerow([by, "n", "n_abnormal", "head", *names, *counts])
         for name, blocks in _groups(result, by):
             for head, block in blocks:
-                counts = [block.get("n"), block.get("n_abnormal")]
-                numbers = _numbers(block, SCORES)
-                writer.writerow([to_csv_cell(name), *counts, to_csv_cell(head), *numbers])
+                sizes = [block.get("n"), block.get("n_abnormal")]
+                numbers = [*_numbers(block, SCORES), *_counts(block)]
+                writer.writerow([to_csv_cell(name), *sizes, to_csv_cell(head), *numbers])
     return output.getvalue().rstrip("\n")
+
+
+def _counts(scores: dict[str, Any]) -> list[int | None]:
+    return [scores.get(name, {}).get(part) for name in SHARES for part in ("k", "n")]
 
 
 def _numbers(scores: dict[str, Any], names: Sequence[str]) -> list[float | None]:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from medembed.cache.embeddings import Embeddings
 from medembed.errors import RunError
 from medembed.evaluation.drift import fit_reference
+from medembed.evaluation.thresholds import ThresholdRule
 from medembed.heads.packaging import load_model, save_model
 from medembed.results.cards import describe_decisions
 from medembed.results.comparison import score_run
@@ -40,12 +41,14 @@ def finish(
     row_folds: NDArray[Any],
     winners: Sequence[Winner],
     extras: Mapping[str, Any],
+    points: Sequence[ThresholdRule],
     jobs: int | None,
     backend: str,
 ) -> None:
     """Refit, package, predict and score; the scores are written last.
 
-    `load` gives the embeddings and training rows of a pooling; `extras` go on every card.
+    `load` gives the embeddings and training rows of a pooling; `extras` go on every card;
+    `points` are operating points beside the usual ones.
     """
     run.drop_partial_models()
     _refuse_failures(run, winners)
@@ -61,7 +64,7 @@ def finish(
                 ended[winner.head] = replace(winner, trial=None, error=found)
                 continue
             winner = ended[winner.head] = replace(winner, cv=found.cv)
-            card = _describe(run, winner, found, embeddings, training) | dict(extras)
+            card = _describe(run, winner, found, embeddings, training, points) | dict(extras)
             path = run.model_path(winner.head)
             path.parent.mkdir(exist_ok=True)
             texts = write_readme(card)
@@ -77,7 +80,7 @@ def finish(
     run.write_predictions(pd.concat([parts[name] for name in names], ignore_index=True))
     leaderboard = [winner.as_entry() for winner in ordered]
     run.update_info(leaderboard=leaderboard, times={**run.info["times"], "ended": utc_now()})
-    scores = score_run(run)
+    scores = score_run(run, operating_points=points)
     complete_cards(run, scores)
     run.write_scores(scores)
 
@@ -127,7 +130,12 @@ def _summarise(embeddings: Embeddings, training: Training) -> dict[str, NDArray[
 
 
 def _describe(
-    run: Run, winner: Winner, found: Refitted, embeddings: Embeddings, training: Training
+    run: Run,
+    winner: Winner,
+    found: Refitted,
+    embeddings: Embeddings,
+    training: Training,
+    points: Sequence[ThresholdRule],
 ) -> dict[str, Any]:
     """Say what the model wants, how its scores become decisions, and what it has seen."""
     trained = np.flatnonzero(training.folds >= 0)
@@ -140,7 +148,7 @@ def _describe(
         "pooling": embeddings.pooling,
         "label_level": embeddings.label_level,
         "views": "attention" if per_study else "mean",
-        **describe_decisions(studies),
+        **describe_decisions(studies, points),
         "metric": training.metric,
         "cv": winner.cv,
         "cv_method": CV_METHOD,

@@ -19,6 +19,7 @@ from medembed.dataset.build_file import read_build
 from medembed.dataset.manifest import Manifest, read_manifest
 from medembed.errors import TrainingDataError
 from medembed.evaluation.scores import SCORES
+from medembed.evaluation.thresholds import ThresholdRule, parse_rules
 from medembed.heads.registry import head_class
 from medembed.heads.spaces import default_spaces, read_spaces
 from medembed.machine import library_versions
@@ -56,6 +57,7 @@ def sweep(
     covariates: Sequence[str] = (),
     train_fraction: float = 1.0,
     seed: int = 0,
+    operating_points: Sequence[str | ThresholdRule] = (),
     jobs: int | None = None,
     backend: str = "loky",
     progress: Callable[[int, int], None] | None = None,
@@ -93,6 +95,9 @@ def sweep(
     seed : int
         Decides folds, configurations and heads. The same seed gives the same predictions,
         whatever `jobs` is.
+    operating_points : sequence of str or ThresholdRule
+        Packaged with every model beside `thresholds.PACKAGED`, as `thresholds.parse_rule` reads
+        them.
     jobs : int, optional
         Processes of one thread; one per core by default, 1 trains in this process. More than cores
         and memory bear are refused.
@@ -138,6 +143,7 @@ def sweep(
         covariates=tuple(covariates),
         train_fraction=train_fraction,
         seed=seed,
+        points=parse_rules(operating_points),
     )
     data = SweepRows(asked, list_poolings(asked.cache, pool))
     batches = plan_batches(
@@ -187,7 +193,7 @@ def _train(run: Run, ledger: Ledger, data: SweepRows, jobs: int | None, backend:
             run_batches(ledger, own, data.load(pooling.name)[1], asked.n_folds, jobs, backend)
     winners = [choose(ledger, head, asked.metric) for head in asked.heads]
     extras = {"covariates": None if data.encoder is None else data.encoder.as_dict()}
-    finish(run, data.load, data.row_folds, winners, extras, jobs, backend)
+    finish(run, data.load, data.row_folds, winners, extras, asked.points, jobs, backend)
 
 
 def _check_options(
@@ -239,5 +245,6 @@ def _command(
     words += ["--configs", str(asked.n_configs)] if asked.n_configs else []
     words += ["--covariates", ",".join(asked.covariates)] if asked.covariates else []
     words += ["--train-fraction", str(asked.train_fraction)] if asked.train_fraction < 1 else []
+    words += [word for rule in asked.points for word in ("--operating-point", rule.name)]
     words += ["--folds", str(asked.n_folds), "--metric", asked.metric, "--seed", str(asked.seed)]
     return shlex.join(words)

@@ -14,6 +14,7 @@ from medembed.dataset.covariates import CovariateEncoder, fit_covariates
 from medembed.dataset.manifest import Manifest
 from medembed.dataset.splits import draw_inner, fold_train_rows, require_both_classes
 from medembed.errors import TrainingDataError
+from medembed.evaluation.thresholds import ThresholdRule
 from medembed.files import json_digest
 from medembed.heads.spaces import HeadSpace
 from medembed.machine import library_versions
@@ -41,6 +42,7 @@ class Asked:
     covariates: tuple[str, ...]
     train_fraction: float
     seed: int
+    points: tuple[ThresholdRule, ...] = ()
 
 
 @dataclass
@@ -133,7 +135,12 @@ class SweepRows:
             **shared,
             "n_configs": counts,
             "space": json_digest(tried)[:16],
+            # runs of before say nothing of operating points
+            **({"operating_points": names} if (names := self._name_points()) else {}),
         }
+
+    def _name_points(self) -> list[str]:
+        return [rule.name for rule in self.asked.points]
 
     def _embed(self, pooling: Pooling) -> Embeddings:
         return load_embeddings(

@@ -10,6 +10,7 @@ from typing import Any
 from medembed.results.alignment import TestSet
 from medembed.results.figures.calibration import plot_calibration
 from medembed.results.figures.cost import plot_cost
+from medembed.results.figures.decision_curve import plot_decision_curve
 from medembed.results.figures.decisions import plot_confusion
 from medembed.results.figures.deferral import plot_deferral
 from medembed.results.figures.flow import plot_flow
@@ -25,6 +26,7 @@ __all__ = [
     "plot_calibration",
     "plot_confusion",
     "plot_cost",
+    "plot_decision_curve",
     "plot_deferral",
     "plot_depths",
     "plot_efficiency",
@@ -45,6 +47,7 @@ _OF_RESULT: dict[str, Callable[[dict[str, Any]], Plot | None]] = {
     "regions": plot_regions,
     "views": plot_views,
     "confusion": plot_confusion,
+    "decision_curve": plot_decision_curve,
     "calibration": plot_calibration,
     "deferral": plot_deferral,
     "depths": plot_depths,

@@ -62,8 +62,8 @@ def plot_calibration(result: dict[str, Any]) -> Plot | None:
         "Calibration",
         draw,
         caption=f"{describe_test(result)} {name}: points, the share abnormal within each bin of "
-        f"probabilities; dotted, perfect calibration; strips, test {name_units(result)} in each "
-        f"bin. {_tell_intervals(panels)}{describe_shown(result, 1)}",
+        f"probabilities{_tell_curve(panels)}; dotted, perfect calibration; strips, test "
+        f"{name_units(result)} in each bin. {_tell_intervals(panels)}{describe_shown(result, 1)}",
         alt=f"Reliability of {name} on test. {'; '.join(numbers)}.",
         csv=_write_bins(name_rows(result, rows)[0], panels),
     )
@@ -90,6 +90,21 @@ def _draw_panels(theme: Theme, result: dict[str, Any], name: str, panels: dict[s
     return figure
 
 
+def _band(panel: dict[str, Any]) -> list[float | None]:
+    """Return the lower ends of the curve's band."""
+    return list((panel.get("curve") or {}).get("low", []))
+
+
+def _tell_curve(panels: dict[str, Any]) -> str:
+    """Say what the line is, where there is one, and the band around it."""
+    bands = [_band(panel) for panel in panels.values()]
+    if not any(bands):
+        return ""
+    has_band = any(end is not None for band in bands for end in band)
+    with_band = " with its pointwise 95 % band" if has_band else ""
+    return f"; line, the logistic recalibration{with_band}"
+
+
 def _tell_intervals(panels: dict[str, Any]) -> str:
     """Say what bars and brackets are, those that there are."""
     bins = [
@@ -98,6 +113,8 @@ def _tell_intervals(panels: dict[str, Any]) -> str:
         for own in panel["bins"]
     ]
     told = [tell_intervals("Bars", bins, OF_SHARES)] if any(map(has_interval, bins)) else []
+    if any(own is not None for panel in panels.values() for own in _band(panel)):
+        told.append("Band: 95 %, Student's t on the log-odds, patients as clusters.")
     if any(has_interval(panel["brier"]) for panel in panels.values()):
         told.append("In brackets: 95 % intervals of the Brier score, Student's t on the log-odds.")
     if any(has_interval(panel["ece"]) for panel in panels.values()):
@@ -109,13 +126,14 @@ def _draw_reliability(axes: Any, theme: Theme, method: str, panel: dict[str, Any
     colour = theme.series[0]
     filled = [own for own in panel["bins"] if own["n"] and own["mean_probability"] is not None]
     axes.plot([0, 1], [0, 1], color=theme.ink, **REFERENCE)
+    _draw_curve(axes, theme, panel.get("curve") or {})
     for own in filled:
         if own["share_low"] is not None:
             ends = [own["share_low"], own["share_high"]]
             axes.plot([own["mean_probability"]] * 2, ends, color=colour, lw=1.4)
     points = [(own["mean_probability"], own["share_abnormal"]) for own in filled]
     if points:
-        axes.plot(*zip(*points, strict=True), color=colour, marker=MARKERS[0], ms=4, lw=0.8)
+        axes.plot(*zip(*points, strict=True), color=colour, marker=MARKERS[0], ms=4, ls="none")
     axes.set(xlim=(-0.04, 1.04), ylim=(-0.04, 1.04), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
     axes.tick_params(labelsize=SMALL, labelbottom=False)
     axes.set_title(_title(method), loc="left", fontsize=LEGEND, fontweight="bold", pad=27)
@@ -128,6 +146,16 @@ def _draw_reliability(axes: Any, theme: Theme, method: str, panel: dict[str, Any
         fontsize=SMALL,
         linespacing=1.1,
     )
+
+
+def _draw_curve(axes: Any, theme: Theme, curve: dict[str, Any]) -> None:
+    """Draw the logistic line and its band, where there are any."""
+    if not curve.get("probability"):
+        return
+    places, colour = curve["probability"], theme.series[0]
+    axes.plot(places, curve["share"], color=colour, lw=1.2)
+    if curve["low"][0] is not None:
+        axes.fill_between(places, curve["low"], curve["high"], color=colour, alpha=0.18, lw=0)
 
 
 def _draw_counts(strip: Any, theme: Theme, panel: dict[str, Any], top: int) -> None:
@@ -160,11 +188,29 @@ def _scores(panel: dict[str, Any], separator: str) -> str:
 
 
 def _write_bins(head: str, panels: dict[str, Any]) -> str:
+    """Write the bins, then the curves, whose points have no count."""
+    empty = {**flatten("brier", None), **flatten("ece", None), "bin_low": None, "bin_high": None}
+    curves = [
+        {
+            "head": head,
+            "calibration": method,
+            "kind": "curve",
+            **empty,
+            "n": "",
+            "mean_probability": place,
+            "share_abnormal": panel["curve"]["share"][k],
+            "share_abnormal_low": panel["curve"]["low"][k],
+            "share_abnormal_high": panel["curve"]["high"][k],
+        }
+        for method, panel in panels.items()
+        for k, place in enumerate((panel.get("curve") or {}).get("probability", []))
+    ]
     return write_csv(
         [
             {
                 "head": head,
                 "calibration": method,
+                "kind": "bin",
                 **flatten("brier", panel["brier"]),
                 **flatten("ece", panel["ece"]),
                 **{f"bin_{end}": own[end] for end in ("low", "high")},
@@ -177,4 +223,5 @@ def _write_bins(head: str, panels: dict[str, Any]) -> str:
             for method, panel in panels.items()
             for own in panel["bins"]
         ]
+        + curves
     )

@@ -7,11 +7,11 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from medembed.results.comparison import counted
 from medembed.results.figures.lettering import LEGEND, SMALL, elide, wrap
 from medembed.results.figures.plotting import WIDTH, Plot, Theme, make_plot, start_figure
 from medembed.results.figures.wording import write_csv
 from medembed.results.flow import CLASSES, NOT_RECORDED
+from medembed.results.methods import counted
 
 __all__ = ["plot_flow"]
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import pandas as pd
 
-from medembed.results.comparison import counted
 from medembed.results.figures.lettering import LEGEND, elide
+from medembed.results.methods import counted
 from medembed.results.pairing import row_name
 from medembed.text import to_csv_cell
 
