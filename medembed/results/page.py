@@ -91,6 +91,7 @@ def write_report(
     if out.exists() and not out.is_dir():
         raise RunError(f"{out} is a file. Choose a directory for the page.")
     runs = open_runs(run_paths)
+    external = find_external(runs)  # what is damaged is told before seconds go into figures
     test_set = align_runs(runs, level)
     result = compare_aligned(runs, test_set, n_resamples=n_resamples, seed=seed)
     plots = plot_all(result, test_set)
@@ -98,7 +99,7 @@ def write_report(
         describe_run(run, about["name"]) for run, about in zip(runs, result["runs"], strict=True)
     ]
     gallery = show_mistakes(find_mistakes(result, test_set), find_thumbnails)
-    external, date = find_external(runs), date or dt.datetime.now(dt.UTC).date()
+    date = date or dt.datetime.now(dt.UTC).date()
     page = _render(result, plots, abouts, gallery, external, date)
     figures_path = out / "figures"
     figures_path.mkdir(parents=True, exist_ok=True)
