@@ -38,6 +38,8 @@ CNN_ARGS ?=
 AUTOENCODER_ARGS ?=
 REPORT_ARGS ?=
 
+SOAK := crashes power_loss compaction hardening planted_mistakes
+
 BIN := .venv/bin
 READY := .venv/.ready
 
@@ -72,8 +74,8 @@ $(READY): pyproject.toml constraints.txt
 test: $(READY) ## run the test suite
 	$(BIN)/python -m pytest -n 2 --dist loadscope $(ARGS)
 
-soak: $(READY) ## the crash tests at length, and a manifest of a million rows
-	MEDEMBED_SOAK=1 $(BIN)/python -m pytest tests/test_crashes.py tests/test_power_loss.py tests/test_compaction.py tests/test_hardening.py $(ARGS)
+soak: $(READY) ## crash tests at length, a million rows, planted mistakes
+	MEDEMBED_SOAK=1 $(BIN)/python -m pytest $(SOAK:%=tests/test_%.py) $(ARGS)
 
 lint: $(READY) ## ruff, mypy (strict) and bandit
 	$(BIN)/ruff check .

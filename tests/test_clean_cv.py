@@ -13,6 +13,7 @@ from medembed.dataset.manifest import make_manifest
 from medembed.dataset.splits import draw_folds, draw_inner
 from medembed.errors import TrainingDataError
 from medembed.results.comparison import compare_runs
+from medembed.results.priors import prior_rows
 from medembed.results.run_entries import CV_METHOD
 from medembed.results.runs import open_run
 from medembed.sweeps import sweep
@@ -129,6 +130,27 @@ def test_a_refit_learns_from_all_other_folds_and_not_from_its_own(head):
         X = training.X.copy()
         X[rows] += 3
         assert not np.array_equal(refit(replace(training, X=X), item), first)
+
+
+def test_a_prior_knows_neither_the_fold_that_it_is_scored_on_nor_test():
+    """Labels of other rows than the training's change no prediction, and each is theirs alone."""
+    rows = draw_rows(60, 0).assign(sha256="ab" * 32, split="train")
+    folds = draw_folds(rows, n_folds=N_FOLDS, seed=0)
+    is_test, held = folds == 2, folds == 1
+    rows.loc[is_test, "split"] = "test"
+    folds = np.where(is_test, -1, folds)
+    before = {own["head"].iloc[0]: own["probability"] for own in prior_rows(rows, folds)}
+    others = rows["label"].where(~held & ~is_test)
+    assert before["class-prior"][held].to_numpy() == pytest.approx(others.mean())
+    assert before["class-prior"][is_test].to_numpy() == pytest.approx(
+        rows["label"][~is_test].mean()
+    )
+    changed = rows.assign(label=rows["label"].where(~held & ~is_test, 1 - rows["label"]))
+    for own in prior_rows(changed, folds):
+        assert np.array_equal(own["probability"][held], before[own["head"].iloc[0]][held])
+    tested = rows.assign(label=rows["label"].where(~is_test, 1 - rows["label"]))
+    for own in prior_rows(tested, folds):
+        assert np.array_equal(own["probability"], before[own["head"].iloc[0]])
 
 
 def test_noise_scores_like_noise():

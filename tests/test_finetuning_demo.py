@@ -126,7 +126,8 @@ def test_an_adapted_encoder_feeds_the_two_stages(home: Path, depths: dict[str, A
         cache = home / f"cache-{name}"
         extract = ("extract", table, "--image-root", images, "--encoder", encoder, "--cache", cache)
         assert run(*extract)["embedded"] == N_PATIENTS
-        run("sweep", cache, table, "--out", home / name, "--heads", "logistic", "--configs", 3)
+        sweep = ("sweep", cache, table, "--out", home / name, "--heads", "logistic", "--jobs", 1)
+        run(*sweep, "--configs", 3)
     result = compare([home / "depths", home / "demo", home / "adapted"])
     values = {(row["run"], row["head"]): row["scores"]["auroc"]["value"] for row in result["rows"]}
     assert values["adapted", "logistic"] > values["demo", "logistic"]

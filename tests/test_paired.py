@@ -37,6 +37,43 @@ def test_a_few_abnormal_patients_are_the_degrees_of_freedom():
     assert found.high - found.difference == pytest.approx(stats.t.ppf(0.975, 5) * error)
 
 
+@pytest.mark.parametrize("score", ["auroc", "average_precision", "sensitivity", "kappa", "brier"])
+def test_copies_of_a_patients_rows_are_no_further_evidence(score):
+    generator, n = np.random.default_rng(0), 60
+    y = np.arange(n) % 2
+    a, b = (np.clip(0.3 * y + generator.uniform(0, 0.7, n), 0, 1) for _ in range(2))
+    once, fivefold = (
+        paired_difference(*(np.repeat(part, k) for part in (y, a, b, np.arange(n))), score=score)
+        for k in (1, 5)
+    )
+    for name in ("difference", "low", "high", "p"):
+        assert getattr(fivefold, name) == pytest.approx(getattr(once, name), abs=1e-12)
+    assert once.low < once.difference < once.high
+
+
+def test_the_difference_in_brier_scores_is_scipys_paired_t_test():
+    generator, n = np.random.default_rng(1), 500
+    y = np.arange(n) % 2
+    a = np.clip(0.2 * y + generator.uniform(0, 0.8, n), 0, 1)
+    b = np.clip(a + generator.normal(0, 0.1, n), 0, 1)
+    found = paired_difference(y, a, b, np.arange(n), score="brier")
+    expected = stats.ttest_rel((a - y) ** 2, (b - y) ** 2)
+    # its degrees of freedom are fewer, as parts are unequal
+    assert found.p == pytest.approx(expected.pvalue, rel=0.05)
+    assert (found.low, found.high) == pytest.approx(expected.confidence_interval(), rel=0.02)
+
+
+def test_p_is_below_5_in_100_where_the_interval_leaves_0_out():
+    generator, n, n_below = np.random.default_rng(2), 40, 0
+    y = np.arange(n) % 2
+    for _ in range(200):
+        a, b = (np.clip(0.3 * y + generator.uniform(0, 0.7, n), 0, 1) for _ in range(2))
+        found = paired_difference(y, a, np.where(y == 1, 0.8 * b, b), np.arange(n) // 2)
+        assert (found.p < 0.05) == (found.low > 0 or found.high < 0)
+        n_below += found.p < 0.05
+    assert 20 < n_below < 180
+
+
 @settings(deadline=None, max_examples=100)
 @given(DECISIONS)
 def test_mcnemar_equals_statsmodels_exact_test(triples):

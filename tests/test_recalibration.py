@@ -55,9 +55,10 @@ def test_slope_and_intercept_are_those_of_statsmodels():
     assert line["observed_expected"].value == pytest.approx(y.mean() / probability.mean())
 
 
+@pytest.mark.parametrize("n_copies", [1, 4])  # of a patient's studies, which then are all alike
 @pytest.mark.parametrize("free_slope", [False, True])
-def test_the_intervals_are_those_of_statsmodels_clustered_covariance(free_slope):
-    y, probability, patients = arrays(make_studies(600))
+def test_the_intervals_are_those_of_statsmodels_clustered_covariance(free_slope, n_copies):
+    y, probability, patients = (np.repeat(own, n_copies) for own in arrays(make_studies(600)))
     x = logit(probability)
     design = sm.add_constant(x) if free_slope else np.ones((len(y), 1))
     model = sm.GLM(y, design, sm.families.Binomial(), offset=None if free_slope else x)

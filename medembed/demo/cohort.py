@@ -1,5 +1,6 @@
 """Draw the demo's cohort: who has which study, and which views show what."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -12,7 +13,16 @@ from medembed.demo.synthetic import DEMO_SEEDS, KINDS, Rendered, render
 from medembed.errors import MedembedError
 from medembed.files import write_atomically
 
-__all__ = ["ABNORMAL_SHARES", "DemoView", "draw_cohort", "encode_png", "render_view", "write_view"]
+__all__ = [
+    "ABNORMAL_SHARES",
+    "DemoView",
+    "draw_cohort",
+    "encode_png",
+    "render_view",
+    "view_name",
+    "write_view",
+    "write_views",
+]
 
 # Of each region's studies; MURA's shares differ as much.
 ABNORMAL_SHARES = {
@@ -136,3 +146,21 @@ def write_view(view: DemoView, path: Path, *, size: int = 256) -> bytes:
     data = encode_png(render_view(view, size=size))
     write_atomically(path, data)
     return data
+
+
+def view_name(view: DemoView) -> str:
+    """Return where a view lies below the demo's images."""
+    return f"{view.study}/view{view.projection + 1}.png"
+
+
+def write_views(views: Sequence[DemoView], images: Path) -> int:
+    """Write views below `images` by `view_name`; return how many.
+
+    It is here, and not in the pipeline, because processes that draw import this module alone: the
+    pipeline's libraries would take each of them longer than the drawing.
+    """
+    for view in views:
+        path = images / view_name(view)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_view(view, path)
+    return len(views)

@@ -14,7 +14,7 @@ from medembed import extraction, sweeps
 from medembed.dataset.build_file import write_build
 from medembed.dataset.manifest import Manifest
 from medembed.dataset.recipes import build_manifest, load_recipe
-from medembed.demo.cohort import DemoView, draw_cohort, write_view
+from medembed.demo.cohort import DemoView, draw_cohort, view_name, write_views
 from medembed.encoders.loading import load_encoder
 from medembed.errors import RunError
 from medembed.files import json_bytes, read_plain, write_atomically
@@ -155,23 +155,19 @@ def _build(home: Path, n_patients: int, seed: int, show: ShowProgress) -> Manife
     return report.manifest
 
 
-def _name(view: DemoView) -> str:
-    return f"{view.study}/view{view.projection + 1}.png"
-
-
 def _table(views: Sequence[DemoView]) -> bytes:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["image", "patient", "study", "region", "finding", "synthetic"])
     for view in views:
         finding = "abnormal" if view.label else "normal"
-        writer.writerow([_name(view), view.patient, view.study, view.region, finding, 1])
+        writer.writerow([view_name(view), view.patient, view.study, view.region, finding, 1])
     return text.getvalue().encode()
 
 
 def _draw(views: Sequence[DemoView], images: Path, progress: Callable[[int, int], None]) -> None:
     """Draw the views that are not there yet, on all cores."""
-    missing = [view for view in views if not (images / _name(view)).is_file()]
+    missing = [view for view in views if not (images / view_name(view)).is_file()]
     chunks = [missing[start : start + _CHUNK] for start in range(0, len(missing), _CHUNK)]
     done = len(views) - len(missing)
     progress(done, len(views))
@@ -180,14 +176,6 @@ def _draw(views: Sequence[DemoView], images: Path, progress: Callable[[int, int]
     with ProcessPoolExecutor(
         count_cores(), mp_context=get_context("spawn"), initializer=end_with_parent
     ) as pool:
-        for n_drawn in pool.map(_draw_chunk, chunks, [images] * len(chunks)):
+        for n_drawn in pool.map(write_views, chunks, [images] * len(chunks)):
             done += n_drawn
             progress(done, len(views))
-
-
-def _draw_chunk(views: Sequence[DemoView], images: Path) -> int:
-    for view in views:
-        path = images / _name(view)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_view(view, path)
-    return len(views)

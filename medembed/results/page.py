@@ -120,6 +120,7 @@ def write_report(
     if out.exists() and not out.is_dir():
         raise RunError(f"{out} is a file. Choose a directory for the page.")
     runs = open_runs(run_paths)
+    external = find_external(runs)  # what is damaged is told before seconds go into figures
     test_set = align_runs(runs, level, parse_rules(operating_points))
     other = None if manifest is None else explain_other_manifest(runs, test_set, manifest)
     if other is not None and find_thumbnails is None:
@@ -147,7 +148,7 @@ def write_report(
         if own["left_out_of"]:
             about["left_out"] |= {"rows": [], "sentence": f"The images of {own['left_out_of']}."}
     gallery = show_mistakes(find_mistakes(result, test_set), find_thumbnails)
-    external, date = find_external(runs), date or dt.datetime.now(dt.UTC).date()
+    date = date or dt.datetime.now(dt.UTC).date()
     names = [about["name"] for about in result["runs"]]
     elsewhere = read_evaluations(runs, names)
     headline = write_headline(result, elsewhere)

@@ -207,7 +207,7 @@ def _save(
         figure = draw(theme)
         FigureCanvasAgg(figure)
         figure.draw_without_rendering()
-        figure.set_layout_engine("none")  # so that all formats show the same
+        figure.set_layout_engine(None)  # so that all formats show the same
         for file_format in formats:
             output, clear = io.BytesIO(), file_format == "svg"
             about = METADATA[file_format]
