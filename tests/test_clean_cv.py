@@ -18,7 +18,7 @@ from medembed.results.run_entries import CV_METHOD
 from medembed.results.runs import open_run
 from medembed.sweeps import sweep
 from medembed.sweeps.refits import Refit, refit
-from medembed.sweeps.training import Training, Unit, study_score, train_unit
+from medembed.sweeps.training import Training, Unit, configure, study_score, train_unit
 
 HEADS = ("logistic", "mlp", "lightgbm", "attention")
 N_FOLDS = 3
@@ -216,3 +216,13 @@ def test_runs_of_before_are_marked_and_mixing_them_warns(tmp_path):
     rows = {row["run"]: row for row in found["both"]["rows"] if not row["baseline"]}
     assert (rows["new"]["cv_method"], rows["new"]["n_tried"]) == (CV_METHOD, 2)
     assert rows["old"]["cv_method"] is None
+
+
+@pytest.mark.parametrize("name", ["mlp", "attention", "lightgbm"])
+def test_each_fold_has_random_weights_of_its_own(name):
+    """With common ones a choice by all folds' judges is one by the patients that are scored."""
+    training = make_training()
+    states = [configure(training, name, {}, fold).random_state for fold in (None, 0, 1, 2)]
+    assert len(set(states)) == len(states)
+    assert states == [configure(training, name, {}, k).random_state for k in (None, 0, 1, 2)]
+    assert states[0] == training.seed

@@ -31,6 +31,7 @@ from medembed.heads.registry import make_head
 from medembed.results.comparison import compare
 from medembed.results.runs import open_run
 from medembed.sweeps import sweep, trials
+from medembed.sweeps.training import seed_of_fold
 
 HEADS = ("logistic", "mlp", "lightgbm", "attention")
 NAMED = {"patient": "MUELLER^HANS", "study": "ACC-19770413", "image": "geheim"}
@@ -40,6 +41,13 @@ NAMED = {"patient": "MUELLER^HANS", "study": "ACC-19770413", "image": "geheim"}
 def untrained(monkeypatch):
     """Let the test fail where anything is trained."""
     monkeypatch.setattr(trials, "train_unit", lambda *_a, **_k: pytest.fail("trained"))
+
+
+def let_attention_learn(home):
+    """Write a space in which attention has steps enough for a few studies, whatever its start."""
+    path = home / "space.toml"
+    path.write_text("[attention]\nlr = 0.02\nepochs = 150\npatience = 150\ndropout = 0.0\n")
+    return path
 
 
 # Poolings
@@ -106,10 +114,12 @@ def test_test_predictions_come_from_the_columns_of_the_winners_pooling(pooled, p
 
 @pytest.mark.parametrize("knowing", ["mean", "max"])
 def test_the_pooling_that_knows_the_label_wins_wherever_it_stands(tmp_path, knowing):
-    data = make_data(tmp_path, {"mean": 0.0, "max": 0.0, knowing: 3.0})
+    signals = {"mean": 0.0, "max": 0.0, knowing: 3.0}
+    data = make_data(tmp_path, signals, n_patients=96)
+    space = let_attention_learn(tmp_path)
     for pool, heads in (("mean,max", HEADS), ("max,mean", ("logistic", "mlp"))):
         out = tmp_path / pool.replace(",", "-")
-        result = sweep(*data, out, **QUICK, heads=heads, pool=pool)
+        result = sweep(*data, out, **QUICK, heads=heads, pool=pool, space=space)
         assert {entry["pooling"] for entry in result["leaderboard"]} == {knowing}
         assert all(auroc_of(predictions_of(out, head)) > 0.85 for head in heads)
 
@@ -211,7 +221,8 @@ def test_attention_is_told_which_views_belong_together(pooled, pooled_data):
     table = open_run(out).trials().query("head == 'attention' and trial == @entry['trial']")
     for fold, best in table.set_index("fold")["best_epoch"].items():
         held, others = folds == fold, (folds >= 0) & (folds != fold)
-        head = make_head("attention", entry["params"], seed=0).with_budget(int(best))
+        start = seed_of_fold(0, int(fold))
+        head = make_head("attention", entry["params"], seed=start).with_budget(int(best))
         head.fit(X[others], y[others], studies=studies[others])
         expected = head.predict_proba(X[held], studies[held])[:, 1]
         assert own.loc[own["fold"] == fold, "probability"].to_numpy() == pytest.approx(
@@ -242,7 +253,8 @@ def test_studies_of_one_view_are_scored_with_their_own_labels(tmp_path):
     table = make_table(n_patients=96).drop_duplicates("study").reset_index(drop=True)
     table["study"] = [f"study{999 - i:03d}" for i in range(len(table))]
     data = make_data(tmp_path, {"mean": 3.0}, table=table)
-    result = sweep(*data, tmp_path / "run", **QUICK, heads=("attention",))
+    space = let_attention_learn(tmp_path)
+    result = sweep(*data, tmp_path / "run", **QUICK, heads=("attention",), space=space)
     own = predictions_of(tmp_path / "run", "attention")
     assert winners(result)["attention"]["cv"] == pytest.approx(cv_of(own))
     assert winners(result)["attention"]["cv"] > 0.9
@@ -256,7 +268,8 @@ def test_a_study_is_abnormal_if_any_view_is(tmp_path):
     flipped = table["label"].eq("1") & (rng.random(len(table)) < 0.4) & (table["split"] == "train")
     table.loc[flipped, "label"] = "0"
     data = make_data(tmp_path, {"mean": 2.0}, table=table, label_level="image")
-    result = sweep(*data, tmp_path / "run", **QUICK, heads=("attention",))
+    space = let_attention_learn(tmp_path)
+    result = sweep(*data, tmp_path / "run", **QUICK, heads=("attention",), space=space)
     own = predictions_of(tmp_path / "run", "attention")
     expected = table.groupby("study", sort=True)["label"].max().astype(int).to_numpy()
     assert (own["label"].to_numpy(int) == expected).all()

@@ -153,7 +153,7 @@ def gather_folds(training: Training, head: str, folds: _Folds) -> NDArray[np.flo
 
 
 def _train(training: Training, item: Refit, rows: NDArray[np.int64]) -> Head:
-    head = configure(training, item.head, item.params)
+    head = configure(training, item.head, item.params, item.fold)
     if item.budget is not None:
         head = head.with_budget(item.budget)
     studies = {"studies": training.studies[rows]} if head.study_level else {}

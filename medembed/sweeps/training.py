@@ -39,6 +39,7 @@ __all__ = [
     "learn_basis",
     "one_thread",
     "predict",
+    "seed_of_fold",
     "study_score",
     "to_studies",
     "train_unit",
@@ -135,12 +136,20 @@ class Outcome:
     net: Net | None = None
 
 
-def configure(training: Training, name: str, params: Mapping[str, Any]) -> Head:
-    """Return an unfitted head for these columns."""
+def configure(
+    training: Training, name: str, params: Mapping[str, Any], fold: int | None = None
+) -> Head:
+    """Return an unfitted head for these columns, to be trained without a fold or on all rows.
+
+    Each fold has random weights of its own. Together the judges of all folds are nearly all
+    patients, so with common weights a configuration would be chosen because they happen to suit
+    these patients, and be scored on the same patients again by nearly the same function.
+    """
     known = make_head(name, {}).get_params()
     columns = {"n_cells": training.n_cells, "n_covariates": training.n_covariates}
     own = {key: value for key, value in columns.items() if key in known}
-    head = make_head(name, {**params, **own}, seed=training.seed)
+    seed = training.seed if fold is None else seed_of_fold(training.seed, fold)
+    head = make_head(name, {**params, **own}, seed=seed)
     # what `fit` learns of its rows, where heads are fitted together
     head.classes_, head.n_features_in_ = np.array([0, 1]), training.X.shape[1]
     return head
@@ -175,7 +184,7 @@ def train_unit(training: Training, unit: Unit) -> list[Outcome]:
     """Train a unit's heads and judge them without its fold; what goes wrong becomes an outcome."""
     started = time.perf_counter()
     try:
-        heads = [configure(training, unit.head, params) for params in unit.params]
+        heads = [configure(training, unit.head, params, unit.fold) for params in unit.params]
         with one_thread():
             outcomes = _TRAINERS.get(unit.head, _train_each)(training, unit, heads)
     except Exception as error:
@@ -279,6 +288,11 @@ def _judge_so_far(training: Training, fold: int, net: Net) -> Outcome:
     probability = expit(net.best_logits.astype(np.float64))
     value = study_score(training, training.judging(fold), probability)
     return Outcome(value, net.best_epoch or net.epoch, 0.0, net=net)
+
+
+def seed_of_fold(seed: int, fold: int) -> int:
+    """Return what the random weights of a fold are drawn from, 32 bits."""
+    return int(np.random.SeedSequence([seed, fold]).generate_state(1)[0])
 
 
 def _failure(error: Exception) -> Outcome:
