@@ -337,7 +337,7 @@ def test_tables_are_written_with_the_others(run, manifest_path, tmp_path):
     arguments = ("--by", "sex", "--manifest", manifest_path, "--tables", tmp_path, "--json")
     assert invoke("compare", run.path, *arguments).exit_code == 0
     names = {path.name for path in tmp_path.iterdir()}
-    kinds = ("heads", "regions", "groups", "gaps")
+    kinds = ("heads", "regions", "operating_points", "groups", "gaps")
     assert names == {f"{kind}.{end}" for kind in kinds for end in ("csv", "tex")}
 
 

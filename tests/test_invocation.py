@@ -24,8 +24,8 @@ def printed_command(text):
     return unescape(found[1])
 
 
-def compare_fast(runs, test_set, *, n_resamples, seed):
-    return compare_aligned(runs, test_set, n_resamples=40, seed=seed)
+def compare_fast(runs, test_set, *, n_resamples, **given):
+    return compare_aligned(runs, test_set, n_resamples=40, **given)
 
 
 @pytest.fixture

@@ -15,11 +15,12 @@ from medembed.results.figures.plotting import (
 )
 from medembed.results.figures.wording import (
     MAX_SERIES,
-    describe_intervals,
+    describe_shown,
     describe_test,
     label_rows,
     name_rows,
     shown_rows,
+    tell_intervals,
     write_csv,
 )
 
@@ -60,17 +61,23 @@ def plot_decision_curve(result: dict[str, Any]) -> Plot | None:
         caption=f"{describe_test(result)} Net benefit of calibrated probabilities: the share of "
         "studies found, less the false alarms at the price that the threshold gives them. A head "
         "is of use where its line is above both references: all called abnormal (treat all), none "
-        f"called abnormal (treat none). Band: pointwise 95 % of {names[0]}. "
-        f"{describe_intervals(result, METHOD, n_all=len(able))}",
-        alt=f"{TITLE} on test: net benefit with 95 % interval. {'; '.join(numbers)}.",
+        f"called abnormal (treat none). {_tell_band(rows[0], f'Band of {names[0]}, pointwise')}"
+        f"{describe_shown(result, n_all=len(able))}",
+        alt=f"{TITLE} on test: net benefit. {'; '.join(numbers)}.",
         csv=_write_curves(name_rows(result, rows), rows),
     )
+
+
+def _tell_band(row: dict[str, Any], what: str) -> str:
+    """Say what the band is, or that there is none."""
+    ends = zip(row["net_benefit"]["low"], row["net_benefit"]["high"], strict=True)
+    return tell_intervals(what, [{"low": low, "high": high} for low, high in ends], METHOD)
 
 
 def _draw_curves(
     theme: Theme, result: dict[str, Any], rows: list[dict[str, Any]], names: list[str]
 ) -> Figure:
-    about = f"{describe_test(result)} Band: 95 %, {describe_intervals(result, METHOD)}"
+    about = f"{describe_test(result)} {_tell_band(rows[0], 'Band')}{describe_shown(result)}"
     figure = start_figure(TITLE, about, body=3.6, n_labels=len(names) + 2)
     axes = figure.add_subplot()
     curves = [row["net_benefit"] for row in rows]

@@ -12,7 +12,6 @@ from medembed.text import to_csv_cell
 
 __all__ = [
     "MAX_SERIES",
-    "describe_intervals",
     "describe_shown",
     "describe_test",
     "flatten",
@@ -82,13 +81,6 @@ def describe_test(result: dict[str, Any]) -> str:
         f"n = {counted(test['n'], 'test ' + result['level'])} ({test['n_abnormal']:,} abnormal), "
         f"{counted(test['n_patients'], 'patient')}."
     )
-
-
-def describe_intervals(
-    result: dict[str, Any], how: str, n_shown: int = MAX_SERIES, n_all: int | None = None
-) -> str:
-    """Return how intervals were found and what `describe_shown` says."""
-    return f"{how}.{describe_shown(result, n_shown, n_all)}"
 
 
 def describe_shown(
