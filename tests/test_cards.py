@@ -29,6 +29,7 @@ from medembed.results.runs import Run, open_run
 from medembed.sweeps import refits, sweep
 from medembed.sweeps.pool import Died
 from medembed.sweeps.refits import Refit, refit
+from medembed.sweeps.training import seed_of_fold
 from medembed.sweeps.winners import choose
 
 HEADS = ("logistic", "mlp", "lightgbm", "attention")
@@ -149,7 +150,8 @@ def test_sets_rest_on_fits_of_all_other_folds_that_stopped_within_them(head, run
     y = rows["label"].to_numpy(int)
     parts = []
     for k in range(3):
-        others, unfitted = (fold >= 0) & (fold != k), make_head(head, trials["params"][k])
+        others = (fold >= 0) & (fold != k)
+        unfitted = make_head(head, trials["params"][k], seed=seed_of_fold(0, k))
         if head != "logistic":
             unfitted = unfitted.with_budget(int(trials["best_epoch"][k]))
         with one_thread():

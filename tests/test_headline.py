@@ -267,7 +267,7 @@ def test_no_sentence_claims_what_was_not_shown(result):
     ):
         p = p_of.get(frozenset((best, prior)))
         if re.search(rf"No head is better than {name}", text):
-            assert p >= 0.05
+            assert p >= 0.05 or value_of[best] == value_of[prior]
             assert value_of[best] <= value_of[prior]
         if re.search(rf"{name} \(AUROC [\d.]+\) is better than", text):
             assert p < 0.05
