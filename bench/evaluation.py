@@ -28,8 +28,8 @@ import pandas as pd
 from sklearn import metrics
 
 from measuring import alternate, write_results
+from medembed.evaluation.bootstrap import _keep_counts
 from medembed.evaluation.intervals import bootstrap_report
-from medembed.evaluation.resampling import _keep_counts
 from medembed.evaluation.scores import N_ECE_BINS
 
 REGIONS = {

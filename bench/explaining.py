@@ -24,7 +24,7 @@ from medembed.encoders.loading import load_encoder
 from medembed.encoders.preprocessing import prepare
 from medembed.encoders.torch_encoder import TorchEncoder
 from medembed.heads.registry import make_head
-from medembed.prediction.explaining import Explainer
+from medembed.prediction.attribution import Explainer
 
 HEADS = (
     ("logistic", "mean+max"),

@@ -31,7 +31,7 @@ from medembed.encoders.precision import DTYPES, set_precision
 from medembed.encoders.preprocessing import Preprocessing
 from medembed.encoders.siglip import SiglipEncoder
 from medembed.extraction import extract
-from medembed.extraction.timeline import Timeline
+from medembed.extraction.profiling import Timeline
 from standin import SleepingEncoder, write_images
 
 RESULTS = Path("bench/results")

@@ -49,13 +49,13 @@ from medembed.encoders.hub import resolve_checkpoint
 from medembed.encoders.loading import load_encoder
 from medembed.encoders.preprocessing import PROCESSOR_FILES
 from medembed.finetuning import Recipe
-from medembed.finetuning.images import Images, read_images
+from medembed.finetuning.data_split import TrainRows, choose_rows
+from medembed.finetuning.frozen_features import TokenImages, TrunkEncoder, fill_trunk_cache
+from medembed.finetuning.head_init import draw_start
+from medembed.finetuning.hyperparameters import Depth
+from medembed.finetuning.image_store import Images, read_images
 from medembed.finetuning.network import Network
-from medembed.finetuning.recipe import Depth
-from medembed.finetuning.rows import TrainRows, choose_rows
-from medembed.finetuning.starting import draw_start
 from medembed.finetuning.training import Trainer
-from medembed.finetuning.trunk import TokenImages, TrunkEncoder, fill_trunk_cache
 from standin import write_images
 
 SIDE, PATCH = 112, 14

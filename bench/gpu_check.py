@@ -523,7 +523,7 @@ def workers(check: Check) -> dict[str, Any]:
 
 def training(check: Check) -> dict[str, Any]:
     """Train two epochs of an autoencoder, and of a last block by every way there is."""
-    from medembed.autoencoding import train_autoencoder
+    from medembed.autoencoder import train_autoencoder
 
     images = check.place / "training"
     manifest = labelled(images, min(96, 8 * check.sizes["images"]), check.sizes["side"])
@@ -551,12 +551,12 @@ def tune(
 ) -> dict[str, Any]:
     """Fine-tune the last block, on the images or on the tokens of a trunk cache."""
     from medembed.finetuning.blocks import count_blocks
-    from medembed.finetuning.images import read_images
+    from medembed.finetuning.data_split import choose_rows
+    from medembed.finetuning.frozen_features import TokenImages, fill_trunk_cache, make_trunk
+    from medembed.finetuning.hyperparameters import Depth, Recipe
+    from medembed.finetuning.image_store import read_images
     from medembed.finetuning.network import Network, blank_start
-    from medembed.finetuning.recipe import Depth, Recipe
-    from medembed.finetuning.rows import choose_rows
     from medembed.finetuning.training import Trainer
-    from medembed.finetuning.trunk import TokenImages, fill_trunk_cache, make_trunk
 
     if lora is not None:
         import peft  # noqa: F401

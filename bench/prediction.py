@@ -20,13 +20,13 @@ from PIL import Image
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from measuring import alternate, write_results
-from medembed.dataset.images import decode_image
 from medembed.encoders.loading import load_encoder
 from medembed.encoders.preprocessing import prepare
 from medembed.evaluation.calibration import Calibration
 from medembed.extraction import spec_of
 from medembed.heads.linear import LogisticHead
 from medembed.heads.packaging import save_model
+from medembed.images.decode import decode_image
 from medembed.prediction import Predictor
 
 ALLOWED_MS = 200.0

@@ -76,11 +76,11 @@ from made_table import make_table, write_table
 from measuring import time_command, write_results
 from medembed.cache.embeddings import load_embeddings
 from medembed.dataset.splits import draw_folds
-from medembed.heads.cohort import PRECISIONS, Cohort, Rows, resolve_precision
+from medembed.heads.batched_mlp import PRECISIONS, Cohort, Rows, resolve_precision
+from medembed.heads.lightgbm import LightGBMHead
 from medembed.heads.mlp import MLPHead, gather
-from medembed.heads.projection import Projector
-from medembed.heads.spaces import default_spaces, read_spaces
-from medembed.heads.trees import LightGBMHead
+from medembed.heads.scaling import Projector
+from medembed.sweeps.search_space import default_spaces, read_spaces
 from peak_memory import watch
 
 N_COLUMNS = 1152

@@ -8,7 +8,7 @@ import threading
 from contextlib import suppress
 
 from medembed.cli import main
-from medembed.console import STATUSES, ignore_endings, terminate_cleanly
+from medembed.cli.console import STATUSES, ignore_endings, terminate_cleanly
 
 __all__ = ["run"]
 

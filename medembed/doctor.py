@@ -10,10 +10,10 @@ from pathlib import Path
 from shutil import which
 from typing import Any
 
-from medembed.encoders.bases import base_of
+from medembed.core.errors import MedembedError
+from medembed.core.system import count_cores, free_bytes
+from medembed.encoders.base_ref import base_of
 from medembed.encoders.hub import RemoteCheckpoint, describe_remote, has_token
-from medembed.errors import MedembedError
-from medembed.machine import count_cores, free_bytes
 
 __all__ = ["Check", "examine", "lines"]
 
@@ -182,7 +182,7 @@ def _wishes() -> Sequence[str]:
 
 def _check_codecs() -> Check:
     """Name the codecs for compressed DICOM; RLE, JPEG of 8 bits and JPEG 2000 need no extra."""
-    from medembed.dataset.codecs import list_codecs
+    from medembed.images.dicom.codecs import list_codecs
 
     codecs = list_codecs()
     there = ", ".join(codec.name for codec in codecs if codec.plugin)

@@ -27,13 +27,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 import numpy as np
 from test_extraction import HalvesEncoder
 
-from medembed.cache import description, shards
+from medembed.cache import metadata as description
+from medembed.cache import shards
 from medembed.cache.compaction import compact
 from medembed.cache.failures import Failure
 from medembed.cache.store import Cache, open_cache
+from medembed.core.errors import CacheError, MedembedError
 from medembed.dataset.manifest import read_manifest
-from medembed.errors import CacheError, MedembedError
-from medembed.extraction import canary, decoder, decoding, extract, job
+from medembed.extraction import canary, decode_pool, decode_worker, extract, job
 
 # As in crash_shim.c.
 HOW = {"nothing": 0, "before": 1, "middle": 2, "after": 3, "once": 4, "from": 5, "short": 6}
@@ -75,7 +76,7 @@ class ForkedDecoder:
         os.closerange(3, shared)
         os.closerange(shared + 1, os.sysconf("SC_OPEN_MAX"))
         sys.stdin = open(0, closefd=False)  # noqa: SIM115
-        decoder.main(arguments)
+        decode_worker.main(arguments)
         os._exit(0)
 
     def poll(self) -> int | None:
@@ -205,8 +206,10 @@ def work(request: dict[str, Any], started: int) -> str:
         BROKEN[request["broken"]]()
     note_promises(note)
     if not request.get("real_decoders"):
-        decoding._Decoder._start = lambda self: ForkedDecoder(self._arguments)
-        decoding.PATIENCE_SECONDS = 60.0  # always the same operations, however busy the machine is
+        decode_pool._Decoder._start = lambda self: ForkedDecoder(self._arguments)
+        decode_pool.PATIENCE_SECONDS = (
+            60.0  # always the same operations, however busy the machine is
+        )
     if "limit" in request:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["limit"], request["limit"]))
     if request.get("powerless"):

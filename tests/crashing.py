@@ -22,9 +22,9 @@ from medembed.cache.spec import hex_from_keys
 from medembed.cache.store import open_cache
 from medembed.cli import main
 from medembed.dataset.manifest import Manifest, write_manifest
-from medembed.dataset.reading import Content, Reading
 from medembed.extraction import ExtractionReport, canary, extract, job
-from medembed.extraction.decoding import Decoders
+from medembed.extraction.decode_pool import Decoders
+from medembed.images.load import Content, Reading
 
 __all__ = [
     "SOAK",

@@ -7,9 +7,9 @@ from typing import Any
 
 # Of all tests together: the process that forks starts once, whoever asks first.
 LIBRARIES = (
-    *("medembed.cli", "medembed.commands.training", "medembed.extraction.job", "medembed.sweeps"),
+    *("medembed.cli", "medembed.cli.sweep", "medembed.extraction.job", "medembed.sweeps"),
     *("medembed.heads.attention", "medembed.heads.linear", "medembed.heads.mlp"),
-    *("medembed.heads.trees", "medembed.finetuning", "medembed.encoders.siglip", "pytest"),
+    *("medembed.heads.lightgbm", "medembed.finetuning", "medembed.encoders.siglip", "pytest"),
 )
 
 

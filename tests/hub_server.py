@@ -27,7 +27,7 @@ from pathlib import Path
 if os.environ.get("TEST_PREPARE"):
     exec(os.environ["TEST_PREPARE"])
 from medembed.encoders.hub import describe_remote, resolve_checkpoint
-from medembed.errors import EncoderError
+from medembed.core.errors import EncoderError
 projector = "TEST_PROJECTOR" in os.environ
 answers = []
 for ref in sys.argv[1:]:

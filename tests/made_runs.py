@@ -11,7 +11,7 @@ from medembed.heads.baselines import ClassPrior, RegionPrior
 from medembed.heads.linear import LogisticHead
 from medembed.heads.packaging import save_model
 from medembed.results.comparison import compare_runs
-from medembed.results.run_entries import CV_METHOD
+from medembed.results.run_schema import CV_METHOD
 from medembed.results.runs import create_run
 
 REGIONS = ("elbow", "hand", "wrist")

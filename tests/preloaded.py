@@ -18,8 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 LIBRARIES = (
-    *("medembed.autoencoding", "medembed.commands.options", "medembed.doctor"),
-    *("medembed.finetuning", "medembed.results.page", "medembed.sweeps"),
+    *("medembed.autoencoder", "medembed.cli.options", "medembed.doctor"),
+    *("medembed.finetuning", "medembed.report.page", "medembed.sweeps"),
     *("transformers.models.resnet.modeling_resnet", "transformers.models.siglip.modeling_siglip"),
 )
 CLIENT = """\

@@ -11,12 +11,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss, roc_auc_score
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from medembed.errors import ModelError, TrainingDataError
+from medembed.core.errors import ModelError, TrainingDataError
 from medembed.heads.attention import AttentionHead, _forward, _loss, _shapes
+from medembed.heads.bags import Batch, study_codes
 from medembed.heads.packaging import load_model, save_model
-from medembed.heads.projection import Projector
 from medembed.heads.registry import make_head
-from medembed.heads.studies import Batch, study_codes
+from medembed.heads.scaling import Projector
 
 FAST = AttentionHead(hidden=16, epochs=25, lr=1e-2, batch_size=32, dropout=0.0)
 #: Every part in use: cells, components, covariates.
@@ -113,7 +113,7 @@ def test_blocks_hold_whole_studies(full, monkeypatch):
     head, X, studies = full
     whole, attention = head.predict_proba(X, studies), head.attention(X, studies)
     for n_vectors in (1, 7, 40):
-        monkeypatch.setattr("medembed.heads.studies._BLOCK_VECTORS", n_vectors)
+        monkeypatch.setattr("medembed.heads.bags._BLOCK_VECTORS", n_vectors)
         np.testing.assert_allclose(head.predict_proba(X, studies), whole, atol=1e-12)
         np.testing.assert_allclose(head.attention(X, studies), attention, atol=1e-12)
 
@@ -280,9 +280,9 @@ def test_the_projection_is_learnt_from_cells_as_rows(full):
 
 def test_components_taken_once_train_as_components_taken_at_every_step(full, monkeypatch):
     head, X, studies = full
-    monkeypatch.setattr("medembed.heads.studies._BLOCK_VECTORS", 50)
+    monkeypatch.setattr("medembed.heads.bags._BLOCK_VECTORS", 50)
     once = clone(FULL).fit(X, studies % 2, studies=studies).predict_proba(X, studies)
-    monkeypatch.setattr("medembed.heads.studies.Studies.mapped", lambda studies: studies)
+    monkeypatch.setattr("medembed.heads.bags.Studies.mapped", lambda studies: studies)
     each = clone(FULL).fit(X, studies % 2, studies=studies).predict_proba(X, studies)
     np.testing.assert_allclose(once, each, atol=1e-5)
     np.testing.assert_allclose(once, head.predict_proba(X, studies), atol=1e-5)

@@ -23,10 +23,19 @@ from click.testing import CliRunner, Result
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from medembed.autoencoding import images as reading
-from medembed.autoencoding import train_autoencoder, training, workplace
+from medembed.autoencoder import checkpoint, images, train_autoencoder, training
 from medembed.cache.embeddings import load_embeddings
 from medembed.cli import main
+from medembed.core.errors import (
+    DeviceMemoryError,
+    EncoderError,
+    ManifestError,
+    MedembedError,
+    PathNotFoundError,
+    RunError,
+    TrainingDataError,
+)
+from medembed.core.files import write_atomically
 from medembed.dataset.manifest import Manifest, read_manifest, write_manifest
 from medembed.dataset.splits import split_patients
 from medembed.demo.cohort import draw_cohort, write_view
@@ -40,17 +49,7 @@ from medembed.encoders.autoencoder import (
 from medembed.encoders.loading import load_encoder
 from medembed.encoders.preprocessing import prepare, read_preprocessing
 from medembed.encoders.protocol import PipelinedEncoder
-from medembed.errors import (
-    DeviceMemoryError,
-    EncoderError,
-    ManifestError,
-    MedembedError,
-    PathNotFoundError,
-    RunError,
-    TrainingDataError,
-)
-from medembed.extraction import extract, prepared
-from medembed.files import write_atomically
+from medembed.extraction import extract, image_store
 
 FILES = ["config.json", "model.safetensors", "preprocessor_config.json", "training.json"]
 SMALL: dict[str, Any] = {"size": 32, "widths": (8, 16), "latent_channels": 6, "batch_size": 8}
@@ -173,7 +172,7 @@ def test_the_directory_holds_four_files_and_nothing_of_machine_or_patient(
 
 def test_the_loss_of_the_mean_image_is_that_of_numpy(home: Path, manifest: Manifest) -> None:
     shape = preprocessing_for(32, "stretch")
-    read = reading.read_images(manifest, home / "images", shape, seed=0)
+    read = images.read_images(manifest, home / "images", shape, seed=0)
     grey = read.pixels / 255
     expected = ((grey[read.held_out] - grey[read.learned].mean(axis=0)) ** 2).mean()
     assert training.mean_image_loss(read) == pytest.approx(expected, rel=1e-9)
@@ -208,7 +207,7 @@ def test_the_number_of_cores_changes_no_bit(
 
 def test_the_gradient_of_parts_is_that_of_the_batch(home: Path, manifest: Manifest) -> None:
     shape = preprocessing_for(32, "stretch")
-    read = reading.read_images(manifest, home / "images", shape, seed=0)
+    read = images.read_images(manifest, home / "images", shape, seed=0)
     asked = training.Asked(Architecture(32, (8, 16), 4), 1, 20, 1e-3, "cpu", "fp32", 0)
     one = training.Training(asked, read, shape)
     loss = one._descend(read.learned[:20])
@@ -226,12 +225,12 @@ def test_images_of_test_are_never_read(
 ) -> None:
     asked: set[str] = set()
 
-    class Watched(prepared.Decoders):
+    class Watched(image_store.Decoders):
         def read(self, contents: Any, *rest: Any) -> Iterator[Any]:
             asked.update(image for content in contents for image in content.images)
             return super().read(contents, *rest)
 
-    monkeypatch.setattr(prepared, "Decoders", Watched)
+    monkeypatch.setattr(image_store, "Decoders", Watched)
     root = shutil.copytree(home / "images", tmp_path / "images")
     rows = manifest.rows
     for name in rows.image[rows.split == "test"]:
@@ -244,11 +243,11 @@ def test_images_of_test_are_never_read(
 
 def test_patients_held_out_are_others_and_a_tenth(home: Path, manifest: Manifest) -> None:
     rows = manifest.rows[manifest.rows.split == "train"]
-    held_out = reading.draw_held_out(rows, seed=0)
+    held_out = images.draw_held_out(rows, seed=0)
     assert not set(rows.patient[held_out]) & set(rows.patient[~held_out])
     assert 0.05 < rows.study[held_out].nunique() / rows.study.nunique() < 0.2
     shape = preprocessing_for(32, "stretch")
-    read = reading.read_images(manifest, home / "images", shape, seed=0)
+    read = images.read_images(manifest, home / "images", shape, seed=0)
     assert (len(read.learned), len(read.held_out)) == ((~held_out).sum(), held_out.sum())
     name = rows.image[held_out].iloc[0]
     pixels = prepare(np.array(Image.open(home / "images" / name)), shape)
@@ -259,18 +258,18 @@ def test_patients_held_out_are_others_and_a_tenth(home: Path, manifest: Manifest
 def test_of_any_two_patients_one_is_held_out(n_patients: int) -> None:
     names = [f"p{number}" for number in range(n_patients)]
     rows = pd.DataFrame({"patient": names, "study": names, "region": names})
-    assert 1 <= reading.draw_held_out(rows, seed=0).sum() < n_patients
+    assert 1 <= images.draw_held_out(rows, seed=0).sum() < n_patients
 
 
 def test_a_content_that_is_learned_from_is_never_held_out(home: Path, manifest: Manifest) -> None:
     rows = manifest.rows[manifest.rows.split == "train"].reset_index(drop=True)
-    held_out = reading.draw_held_out(rows, seed=0)
+    held_out = images.draw_held_out(rows, seed=0)
     twin = rows[~held_out].iloc[0]  # somebody held out has the same bytes, under another name
     place = int(np.flatnonzero(held_out)[0])
     shared = rows.copy()
     shared.loc[place, ["image", "sha256"]] = [twin.image, twin.sha256]
     shape = preprocessing_for(32, "stretch")
-    read = reading.read_images(with_rows(manifest, shared), home / "images", shape, seed=0)
+    read = images.read_images(with_rows(manifest, shared), home / "images", shape, seed=0)
     assert len(read.held_out) == held_out.sum() - 1
     assert len(read.learned) == (~held_out).sum()
 
@@ -294,7 +293,7 @@ def test_the_best_epoch_is_kept_and_not_the_last(
     losses = iter((3.0, 1.0, 2.0))
     monkeypatch.setattr(training.Training, "_look", lambda *_: next(losses))
     shape = preprocessing_for(32, "stretch")
-    read = reading.read_images(manifest, home / "images", shape, seed=0)
+    read = images.read_images(manifest, home / "images", shape, seed=0)
     asked = training.Asked(Architecture(32, (8,), 4), 3, 8, 1e-3, "cpu", "fp32", 0)
     one = training.Training(asked, read, shape)
     after = []
@@ -315,7 +314,7 @@ def test_bf16_learns_too(home: Path, manifest: Manifest, tmp_path: Path) -> None
 
 
 def test_a_collapse_is_said(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("medembed.autoencoding.job.mean_image_loss", lambda _: 0.0)
+    monkeypatch.setattr("medembed.autoencoder.job.mean_image_loss", lambda _: 0.0)
     arguments = ("autoencoder", home / "manifest.csv", "--image-root", home / "images")
     result = run(*arguments, "--out", tmp_path / "out", *options({**QUICK, "epochs": 1}))
     assert result.exit_code == 0
@@ -722,8 +721,8 @@ def test_an_end_while_the_encoder_is_written_leaves_none_and_is_made_good(
 
     out = tmp_path / "out"
     with monkeypatch.context() as patched:
-        patched.setattr(workplace, "write_atomically", end)
-        patched.setattr(workplace.os, "rename", lambda path, _: end(path, "rename"))
+        patched.setattr(checkpoint, "write_atomically", end)
+        patched.setattr(checkpoint.os, "rename", lambda path, _: end(path, "rename"))
         with pytest.raises(OSError, match="No space left"):
             train_autoencoder(manifest, home / "images", out, **QUICK)
     assert not out.exists()
@@ -800,7 +799,7 @@ COMMAND = """
     import time
 
     from medembed.__main__ import run
-    from medembed.autoencoding import job, training
+    from medembed.autoencoder import job, training
 
     class Slow(training.Training):
         def run_epoch(self, tick):

@@ -15,10 +15,10 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from medembed.core.errors import EncoderError
 from medembed.encoders.loading import load_encoder
 from medembed.encoders.preprocessing import prepare
 from medembed.encoders.protocol import PipelinedEncoder
-from medembed.errors import EncoderError
 
 SIZE = 64
 TOKENS = {

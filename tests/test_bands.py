@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from medembed.core.errors import ManifestError
 from medembed.dataset.bands import (
     NOT_KNOWN,
     OUTSIDE,
@@ -16,7 +17,6 @@ from medembed.dataset.bands import (
     group_rows,
     parse_grouping,
 )
-from medembed.errors import ManifestError
 
 COLUMNS = ["image", "sha256", "patient", "study", "region", "label", "split", "age", "sex", "a:1-2"]
 EDGES = st.lists(

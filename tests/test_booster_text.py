@@ -9,8 +9,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from medembed.errors import ModelError
-from medembed.heads.booster_text import check_booster_text, trim_booster_text
+from medembed.core.errors import ModelError
+from medembed.heads.lightgbm_text import check_booster_text, trim_booster_text
 
 N_FEATURES = 4
 

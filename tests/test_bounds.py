@@ -21,16 +21,17 @@ from PIL import Image
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 from test_extraction import HalvesEncoder, write_images
 
-from medembed import machine
 from medembed.cache.store import open_cache
 from medembed.cli import main
-from medembed.dataset import dicom_file, integrity
-from medembed.dataset.images import decode_image
-from medembed.dataset.reading import DEFAULT_LIMITS, Limits, read_content
-from medembed.errors import EncoderError, ImageError, MedembedError, TrainingDataError
+from medembed.core import system
+from medembed.core.errors import EncoderError, ImageError, MedembedError, TrainingDataError
+from medembed.core.files import append_synced, read_plain, write_atomically
+from medembed.core.system import PER_CORE, choose_processes, count_cores, total_memory
 from medembed.extraction import extract
-from medembed.files import append_synced, read_plain, write_atomically
-from medembed.machine import PER_CORE, choose_processes, count_cores, total_memory
+from medembed.images import container_checks
+from medembed.images.decode import decode_image
+from medembed.images.dicom import file as dicom_file
+from medembed.images.load import DEFAULT_LIMITS, Limits, read_content
 from medembed.prediction import reading
 from medembed.sweeps import sweep
 from medembed.sweeps.pool import Pool, choose_jobs
@@ -113,9 +114,9 @@ def test_a_progressive_jpeg_of_ten_thousand_scans_is_refused_before_it_is_decode
 
 
 def test_scans_are_counted_in_a_dicoms_jpeg_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(integrity, "MAX_SCANS", 2)
+    monkeypatch.setattr(container_checks, "MAX_SCANS", 2)
     with pytest.raises(ImageError, match="more than 2 scans"):
-        integrity.check_jpeg(with_scans(3))
+        container_checks.check_jpeg(with_scans(3))
 
 
 # --- directories of a TIFF ---
@@ -278,7 +279,7 @@ def test_processes_are_bounded_by_cores_and_memory(monkeypatch: pytest.MonkeyPat
         choose_processes(most + 1, "--x", 1, MedembedError)
     with pytest.raises(MedembedError, match=r"--x 4 .* at most 3\."):
         choose_processes(4, "--x", total_memory() // 3, MedembedError)
-    monkeypatch.setattr(machine, "count_cores", lambda: 64)
+    monkeypatch.setattr(system, "count_cores", lambda: 64)
     assert choose_processes(None, "--x", total_memory() // 3, MedembedError) == 3
 
 
@@ -286,7 +287,7 @@ def test_processes_are_bounded_by_cores_and_memory(monkeypatch: pytest.MonkeyPat
 def test_a_containers_memory_counts(
     version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine, "CGROUPS", tmp_path)
+    monkeypatch.setattr(system, "CGROUPS", tmp_path)
     name = "memory/memory.limit_in_bytes" if version == 1 else "memory.max"
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("max\n")

@@ -12,8 +12,8 @@ import pytest
 from made_runs import fit_sets, give_model, make_images, make_run
 from PIL import Image
 
-from medembed.results.gallery import Thumbnail
-from medembed.results.page import write_report
+from medembed.report.gallery import Thumbnail
+from medembed.report.page import write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")

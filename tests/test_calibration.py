@@ -10,7 +10,7 @@ from sklearn.calibration import _sigmoid_calibration, _TemperatureScaling
 from sklearn.isotonic import IsotonicRegression
 from sklearn.metrics import brier_score_loss, roc_auc_score
 
-from medembed.errors import ModelError, TrainingDataError
+from medembed.core.errors import ModelError, TrainingDataError
 from medembed.evaluation.calibration import (
     MIN_SLOPE,
     Calibration,

@@ -18,13 +18,13 @@ from safetensors.torch import load_file, save_file
 
 from medembed.cache.spec import CacheSpec
 from medembed.cache.store import create_cache, open_cache
-from medembed.dataset.images import decode_image
+from medembed.core.errors import CacheError, NonFiniteError, SpecMismatchError
+from medembed.core.files import json_digest
 from medembed.demo import canary_images
 from medembed.encoders import hub
 from medembed.encoders.loading import load_encoder
 from medembed.encoders.preprocessing import Preprocessing
 from medembed.encoders.protocol import Encoder
-from medembed.errors import CacheError, NonFiniteError, SpecMismatchError
 from medembed.extraction import canary
 from medembed.extraction.canary import (
     CANARY_FILES,
@@ -33,7 +33,7 @@ from medembed.extraction.canary import (
     check_canary,
     lay_canary,
 )
-from medembed.files import json_digest
+from medembed.images.decode import decode_image
 
 POOLINGS = ("mean", "max", "grid4")
 HERE = {"precision": "fp32", "device": "cpu", "versions": {"torch": "2.13.0", "pillow": "13.0"}}

@@ -13,24 +13,24 @@ from made_finetuning import make_cohort, make_tower, one_thread, tune
 from made_sweeps import auroc_of, make_data, predictions_of, read_columns
 from test_sweeps import make_table
 
+from medembed.core.errors import ModelError, RunError, TrainingDataError
 from medembed.dataset.manifest import read_manifest
 from medembed.dataset.splits import fold_train_rows
-from medembed.errors import ModelError, RunError, TrainingDataError
 from medembed.evaluation.conformal import Conformal, fit_conformal
 from medembed.evaluation.scores import by_study
 from medembed.finetuning import Recipe
 from medembed.heads.packaging import Model, load_model, read_document
 from medembed.heads.registry import make_head
 from medembed.results import model_readme
-from medembed.results.cards import describe_decisions, read_card, read_conformal
+from medembed.results.model_card import describe_decisions, read_card, read_conformal
 from medembed.results.model_readme import describe_encoder, write_readme
-from medembed.results.priors import image_code
+from medembed.results.predictions import image_code
 from medembed.results.runs import Run, open_run
 from medembed.sweeps import refits, sweep
 from medembed.sweeps.pool import Died
 from medembed.sweeps.refits import Refit, refit
+from medembed.sweeps.selection import choose
 from medembed.sweeps.training import seed_of_fold
-from medembed.sweeps.winners import choose
 
 HEADS = ("logistic", "mlp", "lightgbm", "attention")
 SMALL = {"heads": HEADS, "n_configs": 1, "n_folds": 3, "jobs": 1}

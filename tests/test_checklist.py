@@ -10,13 +10,13 @@ from click.testing import CliRunner
 from made_runs import make_images, make_run
 
 from medembed.cli import main
-from medembed.errors import RunError
-from medembed.results import page
-from medembed.results.checklist import fill_checklist, render_checklist
-from medembed.results.checklist_items import CHECKLISTS
-from medembed.results.checklist_methods import METHODS
-from medembed.results.checklist_results import RESULTS
-from medembed.results.checklist_study import Study
+from medembed.core.errors import RunError
+from medembed.report import page
+from medembed.report.checklist import fill_checklist, render_checklist
+from medembed.report.checklist_items import CHECKLISTS
+from medembed.report.checklist_methods import METHODS
+from medembed.report.checklist_results import RESULTS
+from medembed.report.checklist_study import Study
 from medembed.results.comparison import compare_aligned, compare_runs
 from medembed.results.runs import open_run
 

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from made_towers import INDEX, NESTING, PROCESSOR, WEIGHTS, quiet, save
 
-from medembed.autoencoding.workplace import Workplace
+from medembed.autoencoder.checkpoint import Workplace
+from medembed.core.errors import EncoderError
 from medembed.encoders.hub import describe_remote
 from medembed.encoders.loading import load_encoder
-from medembed.errors import EncoderError
-from medembed.finetuning.state import read_state
+from medembed.finetuning.checkpoint import read_state
 
 
 @pytest.fixture(autouse=True)

@@ -13,9 +13,9 @@ from hub_server import Hub, ask, serving
 from made_towers import INDEX, NESTING, PROCESSOR, SIDE, WEIGHTS, make_model, quiet, rename, save
 from safetensors.torch import load_file, save_file
 
+from medembed.core.errors import EncoderError
 from medembed.encoders.loading import load_encoder
 from medembed.encoders.preprocessing import read_preprocessing
-from medembed.errors import EncoderError
 
 SHARDED = {"max_shard_size": "6KB"}
 

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_sweeps import SMALL, make_cache, make_table
 
+from medembed.core.errors import TrainingDataError
 from medembed.dataset.manifest import make_manifest
 from medembed.dataset.splits import draw_folds, draw_inner
-from medembed.errors import TrainingDataError
 from medembed.results.comparison import compare_runs
-from medembed.results.priors import prior_rows
-from medembed.results.run_entries import CV_METHOD
+from medembed.results.predictions import prior_rows
+from medembed.results.run_schema import CV_METHOD
 from medembed.results.runs import open_run
 from medembed.sweeps import sweep
 from medembed.sweeps.refits import Refit, refit

@@ -11,13 +11,13 @@ from sklearn.base import clone
 from sklearn.metrics import roc_auc_score
 from torch.utils.flop_counter import FlopCounterMode
 
-from medembed.errors import TrainingDataError
-from medembed.heads import cohort as cohort_module
-from medembed.heads import perceptrons
-from medembed.heads.cohort import Cohort, Rows
+from medembed.core.errors import TrainingDataError
+from medembed.heads import batched_mlp as cohort_module
+from medembed.heads import mlp_network
+from medembed.heads.batched_mlp import Cohort, Rows
 from medembed.heads.mlp import MLPHead, gather
-from medembed.heads.perceptrons import ACTIVATIONS, Masks, Net
-from medembed.heads.projection import Projection, Projector
+from medembed.heads.mlp_network import ACTIVATIONS, Masks, Net
+from medembed.heads.scaling import Projection, Projector
 
 TORCH_ACTIVATIONS = {
     "relu": torch.relu,
@@ -289,7 +289,7 @@ def gradients_of_first_step(member, monkeypatch, bf16=False):
     )
     handed = []
     monkeypatch.setattr(
-        perceptrons,
+        mlp_network,
         "adamw",
         lambda params, gradients, *args, **kwargs: handed.extend(g.clone() for g in gradients),
     )

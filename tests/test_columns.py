@@ -14,20 +14,20 @@ from made_runs import make_images, make_run
 from sklearn.metrics import brier_score_loss, recall_score, roc_auc_score
 
 from medembed.cli import main
+from medembed.core.errors import ManifestError, RunError
 from medembed.dataset.manifest import make_manifest, read_manifest, write_manifest
-from medembed.errors import ManifestError, RunError
 from medembed.evaluation.bounds import wilson
 from medembed.evaluation.calibration import Calibration
-from medembed.evaluation.drops import estimate_difference
 from medembed.evaluation.estimates import estimate_share
 from medembed.evaluation.gaps import GAP_SCORES, find_gaps, score_groups
-from medembed.results import page
+from medembed.evaluation.performance_drop import estimate_difference
+from medembed.report import page
+from medembed.report.page import write_report
 from medembed.results.alignment import align_runs
-from medembed.results.columns import describe_gaps
 from medembed.results.comparison import compare
 from medembed.results.group_tables import render_groups
-from medembed.results.page import write_report
 from medembed.results.runs import open_run
+from medembed.results.subgroups import describe_gaps
 
 FAST = {"n_resamples": 100}
 HOSTILE = ["=cmd|'/c calc'!A1", "<script>x</script>", "\u202egnp.exe", 'a\x1b[31m,\n"b" & $x_1$']
@@ -298,7 +298,7 @@ def test_a_manifest_without_hashes_is_refused(run, manifest, tmp_path):
     bare = make_manifest(manifest.rows.assign(sha256="").astype({"label": str}), "study")
     run = open_run(run.path)
     run.info["asked"]["manifest"] = bare.digest()
-    from medembed.results.columns import join_groups
+    from medembed.results.subgroups import join_groups
 
     with pytest.raises(ManifestError, match="no sha256"):
         join_groups([run], align_runs([run]), bare, "sex")

@@ -21,7 +21,7 @@ from medembed.cache.compaction import LOCK, compact
 from medembed.cache.spec import CacheSpec
 from medembed.cache.store import Cache, create_cache, open_cache
 from medembed.cli import main
-from medembed.errors import CacheError, ShardError
+from medembed.core.errors import CacheError, ShardError
 
 SPEC = CacheSpec("ab" * 32, {"width": 8}, {"mean": (3,), "max": (2,)}, "float16")
 FULL = 40

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from made_runs import make_images, make_run
 
-from medembed.errors import RunError
+from medembed.core.errors import RunError
 from medembed.evaluation.calibration import fit_platt
 from medembed.evaluation.intervals import bootstrap_scores
 from medembed.evaluation.scores import by_study

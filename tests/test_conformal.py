@@ -11,7 +11,7 @@ from scipy.special import expit
 from scipy.stats import norm
 from sklearn.base import BaseEstimator, ClassifierMixin
 
-from medembed.errors import ModelError, TrainingDataError
+from medembed.core.errors import ModelError, TrainingDataError
 from medembed.evaluation.conformal import MIN_GROUP, Conformal, fit_conformal
 from medembed.heads.linear import LogisticHead
 

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from medembed.core.errors import ModelError, TrainingDataError
 from medembed.dataset.covariates import (
     MAX_CATEGORIES,
     NOT_COVARIATES,
@@ -19,7 +20,6 @@ from medembed.dataset.covariates import (
     NumericColumn,
     fit_covariates,
 )
-from medembed.errors import ModelError, TrainingDataError
 
 
 def table(**columns: list[Any]) -> pd.DataFrame:

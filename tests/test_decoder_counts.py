@@ -2,8 +2,8 @@
 
 import pytest
 
-from medembed import machine
-from medembed.machine import default_decoders
+from medembed.core import system
+from medembed.core.system import default_decoders
 
 TORCHRUN = {"LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "8"}
 STEP = {"SLURM_STEP_ID": "0", "SLURM_CPUS_ON_NODE": "64"}
@@ -35,7 +35,7 @@ STEP = {"SLURM_STEP_ID": "0", "SLURM_CPUS_ON_NODE": "64"}
 def test_decoders_share_the_cores_with_the_launchers_other_processes(
     monkeypatch: pytest.MonkeyPatch, cores: int, environ: dict[str, str], expected: int
 ) -> None:
-    monkeypatch.setattr(machine, "count_cores", lambda: cores)
+    monkeypatch.setattr(system, "count_cores", lambda: cores)
     assert default_decoders(environ) == expected
 
 
@@ -48,7 +48,7 @@ def test_extraction_starts_no_more(
 
     root = tmp_path_factory.mktemp("decoders")
     manifest = write_images(root / "images", 6)
-    monkeypatch.setattr(machine, "count_cores", lambda: 4)
+    monkeypatch.setattr(system, "count_cores", lambda: 4)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     report = extract(manifest, root / "images", HalvesEncoder(), root / "cache")
     assert report.decoders == 2

@@ -9,15 +9,15 @@ import pytest
 from made_runs import fit_sets, give_model, make_images, make_run
 from statsmodels.stats.proportion import proportion_confint
 
-from medembed.errors import TrainingDataError
-from medembed.evaluation.abstention import SHARES, deferral_curve, estimate_deferral
+from medembed.core.errors import TrainingDataError
 from medembed.evaluation.scores import by_study
-from medembed.results import page
+from medembed.evaluation.selective import SHARES, deferral_curve, estimate_deferral
+from medembed.report import page
+from medembed.report.figures import plot_deferral
+from medembed.report.page_tables import tabulate_coverage, tabulate_deferrals
 from medembed.results.alignment import align_runs
 from medembed.results.comparison import compare_aligned, compare_runs, score_run
 from medembed.results.deferral import ALPHAS, NOMINAL
-from medembed.results.figures import plot_deferral
-from medembed.results.page_tables import tabulate_coverage, tabulate_deferrals
 from medembed.results.tables import format_interval
 
 FAST = {"n_resamples": 60}

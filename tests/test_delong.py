@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from medembed.errors import TrainingDataError
+from medembed.core.errors import TrainingDataError
 from medembed.evaluation.delong import (
     auroc_covariance,
     auroc_difference,

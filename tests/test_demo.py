@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from medembed.core.errors import RunError
 from medembed.demo import pipeline
-from medembed.errors import RunError
 
 
 @pytest.mark.parametrize("note", [b"", b"[3]", b"{", b"\xff", b"[" * 100_000])

@@ -30,13 +30,14 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from medembed.dataset import codecs, dicom_file
-from medembed.dataset.codestreams import read_codestream
-from medembed.dataset.images import IMAGES_VERSION, decode_image
-from medembed.dataset.intensity import Intensity, apply_modality, robust_range
+from medembed.core.errors import ImageError
 from medembed.encoders.loading import load_encoder
 from medembed.encoders.preprocessing import prepare
-from medembed.errors import ImageError
+from medembed.images.decode import IMAGES_VERSION, decode_image
+from medembed.images.dicom import codecs
+from medembed.images.dicom import file as dicom_file
+from medembed.images.dicom.codestreams import read_codestream
+from medembed.images.intensity import Intensity, apply_modality, robust_range
 
 WHOLE = {"BitsStored": 12, "WindowCenter": 2048, "WindowWidth": 4096}
 NEGATIVE_12 = (DEEP.astype(np.int16) - 2048).astype(np.int16)
@@ -611,7 +612,7 @@ def test_a_frame_of_another_size_is_refused_before_it_is_decoded(
         data = change(dicom(DEEP, syntax, **WHOLE), Rows=39)
         with monkeypatch.context() as patched:
             patched.setattr(
-                "medembed.dataset.dicom._decode_frame", lambda *_: pytest.fail("decoded")
+                "medembed.images.dicom.pixels._decode_frame", lambda *_: pytest.fail("decoded")
             )
             with pytest.raises(ImageError, match="says 56 x 39, its compressed data 56 x 40"):
                 decoded(data)

@@ -28,9 +28,9 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from medembed.dataset.images import decode_image
-from medembed.dataset.intensity import Intensity
-from medembed.errors import ImageError
+from medembed.core.errors import ImageError
+from medembed.images.decode import decode_image
+from medembed.images.intensity import Intensity
 
 SMOOTH = np.clip(np.add.outer(20 * np.arange(40), 14 * np.arange(56)), 0, 1023).astype(np.uint16)
 TEN = {"BitsStored": 10, "WindowCenter": 512, "WindowWidth": 1024}

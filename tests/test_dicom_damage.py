@@ -28,10 +28,10 @@ from test_extraction import HalvesEncoder
 
 from medembed.cache.embeddings import load_embeddings
 from medembed.cache.store import open_cache
-from medembed.dataset.images import decode_image
+from medembed.core.errors import ImageError
 from medembed.dataset.manifest import Manifest, write_manifest
 from medembed.encoders.preprocessing import prepare
-from medembed.errors import ImageError
+from medembed.images.decode import decode_image
 
 N_FILES = 300
 MEMORY = 2_000_000_000

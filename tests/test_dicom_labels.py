@@ -9,8 +9,8 @@ from pydicom.sequence import Sequence
 from test_dicom_tree import LABEL, put
 from test_dicom_tree import build as build_any
 
-from medembed.dataset.recipes import BuildReport
-from medembed.errors import RecipeError
+from medembed.core.errors import RecipeError
+from medembed.dataset.recipes.build import BuildReport
 
 N_IMAGES = 6
 

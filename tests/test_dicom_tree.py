@@ -19,11 +19,11 @@ from pydicom.sr.codedict import codes
 from medembed.cache.embeddings import load_embeddings
 from medembed.cache.store import open_cache
 from medembed.cli import main
-from medembed.dataset import dicom_words
+from medembed.core.errors import RecipeError
 from medembed.dataset.manifest import read_manifest, write_manifest
 from medembed.dataset.pseudonyms import Pseudonyms, read_key
-from medembed.dataset.recipes import BuildReport, build_manifest, load_recipe
-from medembed.errors import RecipeError
+from medembed.dataset.recipes.build import BuildReport, build_manifest, load_recipe
+from medembed.images.dicom import terms
 
 RECIPE = """
 name = "mine"
@@ -258,13 +258,13 @@ def test_codes_are_those_of_the_standards_tables() -> None:
     """Hold our tables to pydicom's copy of CID 4031 and 4010."""
     anatomy = {c.value: c.meaning for c in codes.cid4031.concepts.values()}
     views = {c.value: c.meaning for c in codes.cid4010.concepts.values()}
-    for value, name in dicom_words._REGION_CODES.items():
+    for value, name in terms._REGION_CODES.items():
         item = Dataset()
         item.AnatomicRegionSequence = code("unknown", anatomy[value], "SRT")
-        assert dicom_words.region(item) == name, anatomy[value]
+        assert terms.region(item) == name, anatomy[value]
     expected = {"AP": "antero-posterior", "PA": "postero-anterior", "LL": "left lateral"}
     expected |= {"RL": "right lateral", "LLO": "left oblique", "RLO": "right oblique"}
-    for value, name in dicom_words._VIEWS.items():
+    for value, name in terms._VIEWS.items():
         if value.isdigit():
             assert views[value] == expected.get(name, views[value])
             assert name in expected or name.lower()[:4] in views[value] or name == "LATERAL"
@@ -282,16 +282,16 @@ def test_codes_are_those_of_the_standards_tables() -> None:
 def test_body_parts_are_mapped_to_regions(part: str, region: str) -> None:
     item = Dataset()
     item.add_new(0x00180015, "LO", part)
-    assert dicom_words.region(item) == region
+    assert terms.region(item) == region
 
 
 def test_a_precise_word_goes_before_a_vague_one() -> None:
     item = Dataset()
     item.AnatomicRegionSequence = code("66019005", "Extremity")
     item.BodyPartExamined = "WRIST"
-    assert dicom_words.region(item) == "wrist"
+    assert terms.region(item) == "wrist"
     item.BodyPartExamined = "OTHER"
-    assert dicom_words.region(item) == "extremity"
+    assert terms.region(item) == "extremity"
 
 
 @pytest.mark.parametrize(
@@ -301,7 +301,7 @@ def test_a_precise_word_goes_before_a_vague_one() -> None:
 def test_ages_are_years(age: str, years: str) -> None:
     item = Dataset()
     item.add_new(0x00101010, "LO", age)
-    assert dicom_words.age_in_years(item, cap=True) == years
+    assert terms.age_in_years(item, cap=True) == years
 
 
 # --- nothing that tells a patient ----------------------------------------------------------------

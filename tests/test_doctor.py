@@ -18,10 +18,10 @@ from made_checkpoints import sharded
 
 from medembed import __version__, doctor
 from medembed.cli import main
+from medembed.core.errors import EncoderError
 from medembed.dataset.manifest import Manifest, write_manifest
 from medembed.encoders import devices
 from medembed.encoders.loading import choose_device
-from medembed.errors import EncoderError
 from medembed.extraction.report import describe_execution
 
 REF = "google/medgemma"
@@ -158,7 +158,7 @@ def test_codecs_of_dicom_are_listed_and_missing_ones_with_their_package(
     check = by_name(doctor.examine())["dicom"]
     assert check.ok
     assert check.detail.startswith("uncompressed, RLE, JPEG, JPEG of 12 bits, lossless JPEG")
-    from medembed.dataset import codecs
+    from medembed.images.dicom import codecs
 
     monkeypatch.setattr(codecs, "find_spec", lambda _: None)
     check = by_name(doctor.examine())["dicom"]

@@ -7,9 +7,9 @@ import pytest
 from scipy.linalg import sqrtm
 from scipy.stats import binom
 
-from medembed.errors import ModelError, TrainingDataError
-from medembed.evaluation.drift import VERDICTS, fit_reference, measure_drift
-from medembed.evaluation.spaces import Space, frechet, learn_space
+from medembed.core.errors import ModelError, TrainingDataError
+from medembed.evaluation.drift.embedding_space import Space, frechet, learn_space
+from medembed.evaluation.drift.reference import VERDICTS, fit_reference, measure_drift
 
 WIDTH = 12
 

@@ -10,14 +10,14 @@ from medembed.cache.embeddings import load_embeddings
 from medembed.cache.failures import Failure
 from medembed.cache.spec import CacheSpec, keys_from_hex
 from medembed.cache.store import Cache, create_cache
-from medembed.dataset.manifest import Manifest, write_manifest
-from medembed.errors import (
+from medembed.core.errors import (
     CacheError,
     ManifestError,
     MissingRowsError,
     ShardError,
     TrainingDataError,
 )
+from medembed.dataset.manifest import Manifest, write_manifest
 
 N = 12
 POOLINGS = {"mean": (3,), "grid4": (2, 3), "max": (2,)}

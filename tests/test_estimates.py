@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 from sklearn.metrics import cohen_kappa_score, f1_score
 from statsmodels.stats.proportion import proportion_confint
 
-from medembed.errors import TrainingDataError
+from medembed.core.errors import TrainingDataError
 from medembed.evaluation import bounds
 from medembed.evaluation.delong import auroc_covariance
-from medembed.evaluation.drops import sample_drop
 from medembed.evaluation.estimates import (
     PREDICTIVE,
     estimate_scores,
@@ -22,6 +21,7 @@ from medembed.evaluation.estimates import (
     measure_spread,
 )
 from medembed.evaluation.influence import influences
+from medembed.evaluation.performance_drop import sample_drop
 from medembed.evaluation.scores import SCORES, Scorer
 
 SMOOTH = [name for name in SCORES if name != "ece"]

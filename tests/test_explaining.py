@@ -16,6 +16,7 @@ from test_backbones import save
 from transformers import SiglipVisionConfig, SiglipVisionModel
 from transformers.models.gemma3.modeling_gemma3 import Gemma3MultiModalProjector
 
+from medembed.core.errors import EncoderError, ImageError, ModelError
 from medembed.demo.cohort import DemoView, draw_cohort, render_view
 from medembed.demo.places import locate_bones, pool_mask
 from medembed.encoders.loading import load_encoder
@@ -24,22 +25,21 @@ from medembed.encoders.preprocessing import Preprocessing, place_image, prepare
 from medembed.encoders.repooling import repool
 from medembed.encoders.siglip import SiglipEncoder
 from medembed.encoders.torch_encoder import TorchEncoder
-from medembed.errors import EncoderError, ImageError, ModelError
 from medembed.heads.attention import AttentionHead
 from medembed.heads.base import Head
+from medembed.heads.lightgbm import LightGBMHead
 from medembed.heads.linear import LogisticHead
 from medembed.heads.logits import differentiable_logit, logit
 from medembed.heads.mlp import MLPHead
-from medembed.heads.trees import LightGBMHead
-from medembed.prediction.explaining import Explainer
+from medembed.prediction.attribution import Explainer
 from medembed.prediction.occlusion import occlude, spread, window_sides
-from medembed.prediction.overlays import (
+from medembed.prediction.overlay import (
     DISCLAIMER,
     draw_overlay,
     overlay_name,
     write_overlay,
 )
-from medembed.results.priors import image_code
+from medembed.results.predictions import image_code
 
 HALF = (0.5, 0.5, 0.5)
 SIDE = 16

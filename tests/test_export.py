@@ -15,8 +15,8 @@ from medembed.cache.embeddings import load_embeddings
 from medembed.cache.export import export
 from medembed.cache.store import open_cache
 from medembed.cli import main
+from medembed.core.errors import CacheError, MissingRowsError, ShardError
 from medembed.dataset.manifest import Manifest, read_manifest, write_manifest
-from medembed.errors import CacheError, MissingRowsError, ShardError
 
 ASSETS = Path(__file__).parent / "assets" / "format-1"
 POOLINGS = ("mean", "max", "grid4")
@@ -154,7 +154,7 @@ def test_a_full_disk_is_one_clear_error(
     def fail(handle: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("medembed.files.os.fsync", fail)
+    monkeypatch.setattr("medembed.core.files.os.fsync", fail)
     cache, manifest = open_cache(place / "cache"), read_manifest(place / "manifest.csv")
     before = set(place.iterdir())
     with pytest.raises(CacheError, match="No space left on device"):

@@ -14,19 +14,19 @@ from medembed.cache.failures import Failure
 from medembed.cache.spec import CacheSpec
 from medembed.cache.store import create_cache
 from medembed.cli import main
+from medembed.core.errors import ModelError, RunError
 from medembed.dataset.manifest import make_manifest, write_manifest
-from medembed.errors import ModelError, RunError
-from medembed.evaluation.drift import VERDICTS
+from medembed.evaluation.drift.reference import VERDICTS
 from medembed.evaluation.intervals import bootstrap_scores
 from medembed.evaluation.recalibration import draw_patients
 from medembed.evaluation.scores import by_study
 from medembed.heads.packaging import load_model, save_model
-from medembed.prediction.external import evaluate
-from medembed.results import page
+from medembed.prediction.external_validation import evaluate
+from medembed.report import page
+from medembed.report.figures.calibration import plot_calibration
 from medembed.results.comparison import compare
 from medembed.results.external import find_external, render_external
-from medembed.results.figures.calibration import plot_calibration
-from medembed.results.priors import image_code
+from medembed.results.predictions import image_code
 from medembed.results.runs import open_run
 from medembed.sweeps import sweep
 

@@ -26,10 +26,7 @@ from medembed.cache.embeddings import load_embeddings
 from medembed.cache.spec import hex_from_keys
 from medembed.cache.store import open_cache
 from medembed.cli import main
-from medembed.dataset.manifest import Manifest, write_manifest
-from medembed.encoders.preprocessing import Preprocessing
-from medembed.encoders.protocol import Encoder, PipelinedEncoder
-from medembed.errors import (
+from medembed.core.errors import (
     CacheError,
     DeviceMemoryError,
     EncoderError,
@@ -39,9 +36,12 @@ from medembed.errors import (
     PathNotFoundError,
     SpecMismatchError,
 )
+from medembed.dataset.manifest import Manifest, write_manifest
+from medembed.encoders.preprocessing import Preprocessing
+from medembed.encoders.protocol import Encoder, PipelinedEncoder
 from medembed.extraction import ExtractionReport, extract, spec_of
+from medembed.extraction.profiling import Timeline
 from medembed.extraction.report import describe_times
-from medembed.extraction.timeline import Timeline
 
 THIRD = (1 / 3, 1 / 3, 1 / 3)
 N_CANARY_CALLS = 5  # of a new cache: four to lay it, one to check it
@@ -468,7 +468,7 @@ def decoders_of(parent: int) -> list[int]:
         with contextlib.suppress(OSError):
             status = (entry / "status").read_text()
             command = (entry / "cmdline").read_bytes()
-            if f"PPid:\t{parent}\n" in status and b"medembed.extraction.decoder" in command:
+            if f"PPid:\t{parent}\n" in status and b"medembed.extraction.decode_worker" in command:
                 found.append(int(entry.name))
     return found
 

@@ -17,10 +17,10 @@ from made_checkpoints import CONFIG, PROCESSOR, SHARDS, n_bytes, projector, shar
 from safetensors import safe_open
 from safetensors.torch import load, save
 
+from medembed.core.errors import EncoderError
 from medembed.encoders.hub import describe_remote, has_token
 from medembed.encoders.stored_tensors import read_header
 from medembed.encoders.weights import match_tensors, weight_files
-from medembed.errors import EncoderError
 
 REF = "google/medgemma"
 FETCHED = "medembed-vision-tower.safetensors"

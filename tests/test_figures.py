@@ -18,7 +18,9 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from sklearn import metrics
 
-from medembed.results import figures
+from medembed.report import figures
+from medembed.report.figures.dodge import Slots
+from medembed.report.figures.text import clean, elide, measure, thin, wrap
 from medembed.results.alignment import align_runs
 from medembed.results.comparison import compare_runs
 from medembed.results.curves import (
@@ -27,8 +29,6 @@ from medembed.results.curves import (
     roc_band,
     roc_curve,
 )
-from medembed.results.figures.lettering import clean, elide, measure, thin, wrap
-from medembed.results.figures.slots import Slots
 
 FAST = {"n_resamples": 60}
 NAMES = [
@@ -420,7 +420,7 @@ def test_the_same_input_gives_the_same_bytes_in_every_process(case, plots):
     light["rows"] = []
     code = (
         "import json, sys\n"
-        "from medembed.results.figures import plot_depths\n"
+        "from medembed.report.figures import plot_depths\n"
         "plot = plot_depths(json.load(sys.stdin))\n"
         "sys.stdout.buffer.write(plot.pdf + plot.png + plot.light_svg + plot.dark_svg)"
     )

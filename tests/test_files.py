@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medembed.files import open_plain, read_plain
-from medembed.text import normalise
+from medembed.core.files import open_plain, read_plain
+from medembed.core.text import normalise
 
 
 def test_a_plain_file_and_a_link_to_one_are_read(tmp_path: Path) -> None:

@@ -20,10 +20,18 @@ from scipy.special import logit
 
 from medembed.cache.embeddings import load_embeddings
 from medembed.cli import main
+from medembed.core.errors import (
+    EncoderError,
+    ManifestError,
+    PathNotFoundError,
+    RunError,
+    TrainingDataError,
+)
+from medembed.core.schedule import rate_at
 from medembed.dataset.manifest import make_manifest, read_manifest, write_manifest
 from medembed.dataset.splits import fold_train_rows
 from medembed.doctor import examine
-from medembed.encoders.bases import (
+from medembed.encoders.base_ref import (
     BASE_FILE,
     BASE_LINK,
     CHANGED_FILE,
@@ -33,23 +41,15 @@ from medembed.encoders.bases import (
 from medembed.encoders.hub import Checkpoint
 from medembed.encoders.loading import load_encoder
 from medembed.encoders.weights import canonical_name
-from medembed.errors import (
-    EncoderError,
-    ManifestError,
-    PathNotFoundError,
-    RunError,
-    TrainingDataError,
-)
 from medembed.extraction import extract
 from medembed.finetuning import Recipe, finetune, training
-from medembed.finetuning.rows import choose_rows
-from medembed.finetuning.starting import fit_start
+from medembed.finetuning.data_split import choose_rows
+from medembed.finetuning.head_init import fit_start
 from medembed.finetuning.training import Trainer
 from medembed.heads.packaging import load_model
+from medembed.report.page import write_report
 from medembed.results.comparison import compare
-from medembed.results.page import write_report
 from medembed.results.runs import open_run
-from medembed.schedule import rate_at
 from medembed.sweeps import sweep
 
 
@@ -536,7 +536,8 @@ def test_training_stops_after_epochs_without_a_better_one(
         seen.append(trainer.logits(trainer.rows.held))
 
     monkeypatch.setattr(Trainer, "_judge", watched)
-    monkeypatch.setattr("medembed.finetuning.rows.TrainRows.study_auroc", lambda *_: next(scores))
+    study_auroc = "medembed.finetuning.data_split.TrainRows.study_auroc"
+    monkeypatch.setattr(study_auroc, lambda *_: next(scores))
     recipe = replace(QUICK, epochs=5, patience=2)
     tune(home, home / "tower", tmp_path / "run", unfreeze="0", recipe=recipe)
     record = open_run(tmp_path / "run").trial_records()[0]

@@ -12,16 +12,21 @@ import pytest
 import torch
 from made_finetuning import make_cohort, make_tower, one_thread, tune
 
+from medembed.core.errors import DeviceMemoryError
 from medembed.dataset.manifest import Manifest, read_manifest
 from medembed.encoders.devices import Lanes
 from medembed.encoders.loading import load_encoder
 from medembed.encoders.protocol import PipelinedEncoder
-from medembed.errors import DeviceMemoryError
-from medembed.finetuning import images as images_module
-from medembed.finetuning import trunk
-from medembed.finetuning.images import compute_rows, take_ahead
+from medembed.finetuning import frozen_features
+from medembed.finetuning import image_store as images_module
+from medembed.finetuning.frozen_features import (
+    PipelinedTrunk,
+    TrunkEncoder,
+    fill_trunk_cache,
+    make_trunk,
+)
+from medembed.finetuning.image_store import compute_rows, take_ahead
 from medembed.finetuning.network import Network
-from medembed.finetuning.trunk import PipelinedTrunk, TrunkEncoder, fill_trunk_cache, make_trunk
 from medembed.results.runs import open_run
 
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
@@ -240,7 +245,9 @@ def test_the_trunk_goes_through_the_devices_own_queue(
     with one_thread():
         other = fill_trunk_cache(tmp_path / "cpu", own, manifest, home / "images")
     keys = manifest.rows["sha256"]
-    tokens = [trunk.TokenImages(c, pd.DataFrame({"sha256": keys})) for c in (cache, other)]
+    tokens = [
+        frozen_features.TokenImages(c, pd.DataFrame({"sha256": keys})) for c in (cache, other)
+    ]
     found = [images.take(np.arange(len(keys)), "cpu") for images in tokens]
     assert (found[0] - found[1]).abs().max() < 1e-5
 
@@ -251,9 +258,9 @@ def test_a_trunks_batch_is_bounded_by_the_hosts_memory(
     made: Any = make_trunk(on_cuda(home, Runner()), 1, "fp32")
     assert made.warm_up(["tokens"], n_images=99) == 16
     row = 4 * 16 * 32  # bytes of an image's tokens
-    monkeypatch.setattr(trunk, "_HOST_BYTES", 5 * row)
+    monkeypatch.setattr(frozen_features, "_HOST_BYTES", 5 * row)
     assert made.warm_up(["tokens"], n_images=99) == 5
-    monkeypatch.setattr(trunk, "_HOST_BYTES", 1)
+    monkeypatch.setattr(frozen_features, "_HOST_BYTES", 1)
     assert made.warm_up(["tokens"], n_images=99) == 1
     assert made.warm_up(["tokens"], n_images=99, batch_size=7) == 7
 

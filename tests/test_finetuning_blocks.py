@@ -9,8 +9,8 @@ import torch
 from made_finetuning import QUICK, different, make_cohort, make_tower, state_of, tune
 from test_backbones import CONFIGS, SIZE, save
 
+from medembed.core.errors import EncoderError, TrainingDataError
 from medembed.encoders.loading import load_encoder
-from medembed.errors import EncoderError, TrainingDataError
 from medembed.finetuning.blocks import (
     count_blocks,
     cut_trunk,
@@ -21,8 +21,8 @@ from medembed.finetuning.blocks import (
     set_modes,
     unfreeze,
 )
+from medembed.finetuning.hyperparameters import Depth, Recipe, read_depths
 from medembed.finetuning.network import HeadNet, Network, blank_start
-from medembed.finetuning.recipe import Depth, Recipe, read_depths
 
 N_BLOCKS = {"ConvNext": 2, "ConvNextV2": 2, "ResNet": 2, "Swin": 3, "Swinv2": 3}
 

@@ -12,11 +12,11 @@ from made_finetuning import QUICK, make_cohort, make_tower, tune
 from scipy.special import logit
 from test_backbones import SIZE, save
 
-from medembed.cache.mapped import map_rows
+from medembed.cache.mmap import map_rows
 from medembed.cache.spec import CacheSpec, keys_from_hex
 from medembed.cache.store import create_cache, open_cache
-from medembed.errors import CacheError, MissingRowsError
-from medembed.finetuning import trunk
+from medembed.core.errors import CacheError, MissingRowsError
+from medembed.finetuning import frozen_features
 from medembed.results.runs import open_run
 
 
@@ -69,13 +69,13 @@ def test_it_is_one_cache_of_tokens_and_is_filled_once(
     cache = open_cache(path)
     assert cache.spec.poolings == {"tokens": (16, 32)}
     assert cache.verify() == []
-    encode, calls = trunk.TrunkEncoder.encode, []
+    encode, calls = frozen_features.TrunkEncoder.encode, []
 
     def counted(encoder: Any, pixels: np.ndarray, poolings: Any) -> Any:
         calls.append(len(pixels))
         return encode(encoder, pixels, poolings)
 
-    monkeypatch.setattr(trunk.TrunkEncoder, "encode", counted)
+    monkeypatch.setattr(frozen_features.TrunkEncoder, "encode", counted)
     own = replace(QUICK, epochs=1)
     options = {"trunk_cache": home / "cache", "recipe": own}
     tune(home, home / "tower", tmp_path / "same", unfreeze="2", **options)

@@ -22,9 +22,9 @@ from medembed.cache.store import open_cache
 from medembed.cli import main
 from medembed.dataset.build_file import build_path, is_build, read_build
 from medembed.dataset.manifest import read_manifest
-from medembed.prediction.external import evaluate
+from medembed.prediction.external_validation import evaluate
+from medembed.report.figures import plot_flow
 from medembed.results.comparison import compare_runs
-from medembed.results.figures import plot_flow
 from medembed.results.flow import describe_flow
 from medembed.results.runs import open_run
 from medembed.sweeps.job import sweep

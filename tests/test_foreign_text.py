@@ -14,11 +14,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from jinja2 import Environment
 
-from medembed import text
-from medembed.results import page
-from medembed.results.figures.lettering import clean
-from medembed.results.figures.wording import write_csv
-from medembed.text import mask_controls, printable, to_csv_cell, to_html, to_latex, to_markdown
+from medembed.core import text
+from medembed.core.text import mask_controls, printable, to_csv_cell, to_html, to_latex, to_markdown
+from medembed.report import page
+from medembed.report.figures.captions import write_csv
+from medembed.report.figures.text import clean
 
 BIDI = [*map(chr, (*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C))]
 OBEYED = [*BIDI, "\x00", "\x07", "\x1b", "\x7f", "\x9b", "\u2028", "\u2029", "\ud800", "\ufeff"]
@@ -155,10 +155,10 @@ def test_the_page_shows_what_would_turn_a_line_around(tmp_path: Path) -> None:
 
 def test_there_is_one_place_that_cleans_text_of_others() -> None:
     """No other module asks for Unicode's categories, but to measure letters and compare names."""
-    package = Path(text.__file__).parent
+    package = Path(text.__file__).parents[1]
     users = {
         str(path.relative_to(package))
         for path in package.rglob("*.py")
         if "unicodedata.category" in path.read_text()
     }
-    assert users == {"text.py", "results/figures/lettering.py", "dataset/identities.py"}
+    assert users == {"core/text.py", "report/figures/text.py", "dataset/identities.py"}

@@ -16,7 +16,7 @@ from medembed.cache.embeddings import load_embeddings
 from medembed.cache.shards import read_shard
 from medembed.cache.store import open_cache
 from medembed.cli import main
-from medembed.errors import MedembedError
+from medembed.core.errors import MedembedError
 from medembed.heads.packaging import load_model
 from medembed.results.runs import open_run
 

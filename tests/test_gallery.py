@@ -11,13 +11,13 @@ from made_runs import make_images, make_run
 from PIL import Image
 
 from medembed.cli import main
+from medembed.core.errors import PathNotFoundError
 from medembed.dataset.manifest import Manifest
-from medembed.errors import PathNotFoundError
+from medembed.report.gallery import Thumbnail, find_mistakes, show_mistakes
+from medembed.report.page import write_report
+from medembed.report.thumbnails import SIDE, make_thumbnails
 from medembed.results.alignment import align_runs
 from medembed.results.comparison import compare_aligned
-from medembed.results.gallery import Thumbnail, find_mistakes, show_mistakes
-from medembed.results.page import write_report
-from medembed.thumbnails import SIDE, make_thumbnails
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,7 @@ def test_the_page_has_no_name_of_an_image_unless_asked(tmp_path, monkeypatch):
         return (tmp_path / "out" / "index.html").read_text()
 
     assert "Jane Doe" not in page()
-    monkeypatch.setattr("medembed.results.page.plot_all", lambda *_: [])  # they take most of it
+    monkeypatch.setattr("medembed.report.page.plot_all", lambda *_: [])  # they take most of it
     assert page().count("data:image/jpeg;base64,") >= 6
     assert "Jane Doe" in page(with_names=True)
 

@@ -38,18 +38,8 @@ from medembed.cache.embeddings import load_embeddings
 from medembed.cache.spec import keys_from_hex
 from medembed.cache.store import open_cache
 from medembed.cli import main
-from medembed.console import printable
-from medembed.dataset.images import decode_image
-from medembed.dataset.manifest import (
-    Manifest,
-    make_manifest,
-    read_contents,
-    read_manifest,
-    write_manifest,
-)
-from medembed.dataset.pseudonyms import read_key
-from medembed.dataset.recipes import load_recipe
-from medembed.errors import (
+from medembed.cli.console import printable
+from medembed.core.errors import (
     CacheError,
     ImageError,
     ManifestError,
@@ -58,10 +48,20 @@ from medembed.errors import (
     RunError,
     ShardError,
 )
+from medembed.core.files import json_bytes
+from medembed.dataset.manifest import (
+    Manifest,
+    make_manifest,
+    read_contents,
+    read_manifest,
+    write_manifest,
+)
+from medembed.dataset.pseudonyms import read_key
+from medembed.dataset.recipes.build import load_recipe
 from medembed.extraction import extract
-from medembed.files import json_bytes
-from medembed.heads.spaces import read_spaces
+from medembed.images.decode import decode_image
 from medembed.results.runs import create_run, open_run
+from medembed.sweeps.search_space import read_spaces
 
 ROOT = Path(__file__).parents[1]
 PROMPT = 5.0  # seconds of computing that any refusal may take

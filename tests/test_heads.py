@@ -10,13 +10,13 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from medembed.errors import TrainingDataError
+from medembed.core.errors import TrainingDataError
 from medembed.heads.baselines import ClassPrior, RegionPrior
+from medembed.heads.lightgbm import LightGBMHead
 from medembed.heads.linear import LogisticHead
 from medembed.heads.mlp import MLPHead
-from medembed.heads.projection import column_scaling
 from medembed.heads.registry import HEADS, make_head
-from medembed.heads.trees import LightGBMHead
+from medembed.heads.scaling import column_scaling
 
 FAST = {
     "logistic": LogisticHead(C=1.0),

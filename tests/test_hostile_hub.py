@@ -18,9 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_checkpoints import PROCESSOR, SHARDS, classifier, sharded, single
 
+from medembed.core.errors import EncoderError
 from medembed.encoders.hub import resolve_checkpoint
 from medembed.encoders.hub_answers import LONGEST_PAUSE, plain_tag, seconds_to_wait
-from medembed.errors import EncoderError
 
 # Waits of hundredths of a second in our own fetching, and of none in the hub's, whose wish for more
 # than a minute ends the child.

@@ -10,8 +10,8 @@ import pytest
 from hub_server import INDEX, NEW, OLD, Hub, ask, serving
 from made_checkpoints import CONFIG, SHARDS, classifier, sharded, single
 
+from medembed.core.errors import EncoderError
 from medembed.encoders.hub import resolve_checkpoint
-from medembed.errors import EncoderError
 
 FETCHED = "medembed-vision-tower.safetensors"
 

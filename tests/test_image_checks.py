@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from test_images import COLOURS, DEEP, NOISE, RAMP, chunk, encode, grey_png, luminance, png, tiff
 
-from medembed.dataset import bare
-from medembed.dataset.bare import bare_jpeg, bare_png, bare_tiff
-from medembed.dataset.images import decode_image
-from medembed.dataset.orientation import UNREAD
-from medembed.errors import ImageError
+from medembed.core.errors import ImageError
+from medembed.images import bare
+from medembed.images.bare import bare_jpeg, bare_png, bare_tiff
+from medembed.images.decode import decode_image
+from medembed.images.orientation import UNREAD
 
 UNUSED = "an alpha channel that is 0 everywhere is ignored"
 KINDS: list[tuple[str, dict[str, Any]]] = [

@@ -18,18 +18,18 @@ from test_images import COLOURS, NOISE, encode, tiff
 
 from medembed.cache.spec import CacheSpec, keys_from_hex
 from medembed.cache.store import create_cache, open_cache
-from medembed.dataset.image_versions import (
+from medembed.core.errors import ImageError, SpecMismatchError
+from medembed.dataset.manifest import Manifest
+from medembed.extraction import spec_of
+from medembed.extraction.outdated import HEAD
+from medembed.images.decode import decode_image
+from medembed.images.versions import (
     IMAGES_VERSION,
     go_together,
     may_have_changed,
     why_changed,
 )
-from medembed.dataset.images import decode_image
-from medembed.dataset.manifest import Manifest
-from medembed.errors import ImageError, SpecMismatchError
-from medembed.extraction import spec_of
-from medembed.extraction.outdated import HEAD
-from medembed.prediction.scoring import check_spec
+from medembed.prediction.decisions import check_spec
 
 CLEAR = np.dstack([COLOURS[..., :3], np.zeros((40, 56), np.uint8)])
 

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile, ImageOps, PngImagePlugin
 
-from medembed.dataset import images
-from medembed.dataset.images import IMAGES_VERSION, MAX_PIXELS, decode_image
-from medembed.errors import ImageError
+from medembed.core.errors import ImageError
+from medembed.images import decode
+from medembed.images.decode import IMAGES_VERSION, MAX_PIXELS, decode_image
 
 RAMP = np.add.outer(3 * np.arange(40), 2 * np.arange(56)).astype(np.uint8)
 NOISE = np.random.default_rng(0).integers(0, 256, (40, 56), dtype=np.uint8)
@@ -581,5 +581,5 @@ def test_decoded_pixels_change_only_with_images_version() -> None:
         pixels = decode_image(data).pixels
         content = repr(pixels.shape).encode() + pixels.tobytes()
         hashes[name] = hashlib.sha256(content).hexdigest()[:16]
-    assert {"version": images.IMAGES_VERSION, **hashes} == GOLDEN
+    assert {"version": decode.IMAGES_VERSION, **hashes} == GOLDEN
     assert IMAGES_VERSION == 2

@@ -5,8 +5,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from medembed.errors import TrainingDataError
-from medembed.evaluation import resampling
+from medembed.core.errors import TrainingDataError
+from medembed.evaluation import bootstrap
 from medembed.evaluation.intervals import (
     Interval,
     bootstrap_report,
@@ -64,7 +64,7 @@ def test_eces_bound_is_that_of_resampled_patients_one_at_a_time():
 def test_chunks_do_not_change_a_number(monkeypatch):
     y, probability, patients = studies(60, 25, seed=1)
     whole = bootstrap_scores(y, probability, patients, 0.5, n_resamples=100)
-    monkeypatch.setattr(resampling, "_CHUNK_ELEMENTS", 60 * 7)
+    monkeypatch.setattr(bootstrap, "_CHUNK_ELEMENTS", 60 * 7)
     chunked = bootstrap_scores(y, probability, patients, 0.5, n_resamples=100)
     for name in SCORES:
         assert_alike(whole[name], chunked[name])

@@ -12,11 +12,11 @@ from made_runs import make_images, make_run
 from PIL import Image
 
 from medembed.cli import main
-from medembed.commands.invocation import is_public, write_command
+from medembed.cli.invocation import is_public, write_command
 from medembed.dataset.manifest import make_manifest, write_manifest
-from medembed.results import page
+from medembed.report import page
+from medembed.report.figures import plot_roc
 from medembed.results.comparison import compare_aligned
-from medembed.results.figures import plot_roc
 
 
 def printed_command(text):

@@ -12,35 +12,28 @@ import medembed
 PACKAGE = Path(medembed.__file__).parent
 
 FLOORS = {
-    "errors": 1,
-    "files": 1,
-    "clusters": 2,
-    "machine": 1,
-    "schedule": 1,
-    "text": 1,
-    "dataset": 2,
+    "core": 1,
+    "images": 2,
+    "dataset": 3,
     "encoders": 2,
     "heads": 2,
     "evaluation": 2,
-    "cache": 3,
-    "results": 3,
-    "extraction": 4,
-    "sweeps": 4,
-    "thumbnails": 4,
-    "finetuning": 5,
-    "prediction": 5,
-    "autoencoding": 5,
-    "demo": 5,
-    "doctor": 5,
-    "console": 6,
-    "progress": 7,
-    "commands": 8,
-    "cli": 9,
-    "__main__": 10,
+    "cache": 4,
+    "results": 4,
+    "extraction": 5,
+    "sweeps": 5,
+    "report": 5,
+    "finetuning": 6,
+    "prediction": 6,
+    "autoencoder": 6,
+    "demo": 7,
+    "doctor": 7,
+    "cli": 8,
+    "__main__": 9,
     "__init__": 1,
 }
-GPU_HALF = {"encoders", "extraction", "autoencoding"}
-CPU_HALF = {"heads", "evaluation", "results", "sweeps"}
+GPU_HALF = {"encoders", "extraction", "autoencoder"}
+CPU_HALF = {"heads", "evaluation", "results", "sweeps", "report"}
 HEAVY = (
     *("torch", "transformers", "sklearn", "lightgbm", "pandas"),
     *("numpy", "h5py", "rich", "matplotlib"),

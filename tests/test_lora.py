@@ -21,19 +21,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from medembed.cache.embeddings import load_embeddings
 from medembed.cli import main
+from medembed.core.errors import EncoderError, MedembedError, TrainingDataError
 from medembed.dataset.manifest import read_manifest
-from medembed.encoders.bases import CHANGED_FILE
+from medembed.encoders.base_ref import CHANGED_FILE
 from medembed.encoders.loading import load_encoder
-from medembed.errors import EncoderError, MedembedError, TrainingDataError
 from medembed.extraction import extract
 from medembed.finetuning.adapters import add_adapters, alpha_of, find_projections
 from medembed.finetuning.adapting import adapt
 from medembed.finetuning.blocks import LORA_SHARE, cut_trunk, parameter_groups
+from medembed.finetuning.hyperparameters import Depth
 from medembed.finetuning.network import Network, blank_start
-from medembed.finetuning.recipe import Depth
 from medembed.heads.packaging import load_model
+from medembed.report.figures import plot_depths
 from medembed.results.comparison import compare
-from medembed.results.figures import plot_depths
 from medembed.results.runs import open_run
 
 LORA = replace(QUICK, lora=2)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from medembed.core.errors import ManifestError, PathNotFoundError
 from medembed.dataset.manifest import (
     Manifest,
     check_images,
@@ -23,7 +24,6 @@ from medembed.dataset.manifest import (
     write_manifest,
 )
 from medembed.dataset.review import review_manifest
-from medembed.errors import ManifestError, PathNotFoundError
 
 
 def table(**changes: list[str]) -> pd.DataFrame:
@@ -310,7 +310,7 @@ def test_hashes_are_those_of_hashlib_in_order_and_reported(tmp_path: Path) -> No
 
 
 def test_large_files_are_hashed_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("medembed.dataset.hashing.WHOLE_FILE_LIMIT", 10)
+    monkeypatch.setattr("medembed.images.hashing.WHOLE_FILE_LIMIT", 10)
     path = tmp_path / "large"
     path.write_bytes(b"x" * 1000)
     assert hash_files([path]) == [hashlib.sha256(b"x" * 1000).hexdigest()]

@@ -8,17 +8,17 @@ from made_runs import make_images, make_run
 from scipy import stats
 
 from medembed.cli import main
-from medembed.errors import RunError
+from medembed.core.errors import RunError
+from medembed.core.text import to_html
 from medembed.evaluation.paired import (
     Difference,
     non_inferiority_p,
     paired_difference,
 )
-from medembed.results import page
+from medembed.report import page
+from medembed.report.page import write_report
 from medembed.results.comparison import compare
 from medembed.results.margins import describe_margins
-from medembed.results.page import write_report
-from medembed.text import to_html
 
 FAST = {"n_resamples": 100}
 

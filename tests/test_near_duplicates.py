@@ -19,11 +19,11 @@ from medembed.cache.near_duplicates import NearDuplicates, find_near_duplicates
 from medembed.cache.spec import CacheSpec, keys_from_hex
 from medembed.cache.store import Cache, create_cache
 from medembed.cli import main
-from medembed.dataset.images import decode_image
+from medembed.core.errors import ManifestError, MedembedError, MissingRowsError, TrainingDataError
 from medembed.dataset.manifest import Manifest, make_manifest, write_manifest
 from medembed.encoders.loading import load_encoder
 from medembed.encoders.preprocessing import prepare
-from medembed.errors import ManifestError, MedembedError, MissingRowsError, TrainingDataError
+from medembed.images.decode import decode_image
 
 WIDTH = 16
 

@@ -16,7 +16,7 @@ from scipy.special import expit, logit
 from sklearn.metrics import confusion_matrix, precision_score, recall_score
 
 from medembed.cli import main
-from medembed.errors import ModelError, RunError, TrainingDataError
+from medembed.core.errors import ModelError, RunError, TrainingDataError
 from medembed.evaluation.scores import by_study
 from medembed.evaluation.thresholds import (
     HIGHEST,
@@ -31,9 +31,9 @@ from medembed.evaluation.thresholds import (
     youden_threshold,
 )
 from medembed.heads.packaging import load_model
-from medembed.results import page as page_module
-from medembed.results.cards import describe_decisions, read_card
+from medembed.report import page as page_module
 from medembed.results.comparison import compare
+from medembed.results.model_card import describe_decisions, read_card
 from medembed.results.model_readme import complete_cards, write_readme
 from medembed.results.operating_tables import points_csv, tabulate_points
 from medembed.results.runs import open_run

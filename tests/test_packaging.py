@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from medembed.errors import ModelError, PathNotFoundError
+from medembed.core.errors import ModelError, PathNotFoundError
 from medembed.heads import model_files, packaging
-from medembed.heads.booster_text import check_booster_text
+from medembed.heads.lightgbm import LightGBMHead
+from medembed.heads.lightgbm_text import check_booster_text
 from medembed.heads.linear import LogisticHead
 from medembed.heads.mlp import MLPHead
 from medembed.heads.packaging import load_model, save_model, update_card
-from medembed.heads.trees import LightGBMHead
 
 HEADS = {
     "logistic": LogisticHead(class_weight={0: 1.0, 1: 2.0}),

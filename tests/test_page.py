@@ -12,10 +12,10 @@ from html.parser import HTMLParser
 import pytest
 from made_runs import make_images, make_run
 
-from medembed.errors import RunError
-from medembed.results import page
-from medembed.results.figures import plot_all
-from medembed.results.page import write_report
+from medembed.core.errors import RunError
+from medembed.report import page
+from medembed.report.figures import plot_all
+from medembed.report.page import write_report
 from medembed.results.provenance import public_name
 
 DATE = datetime.date(2026, 1, 2)
@@ -239,7 +239,7 @@ def test_a_home_that_cannot_be_written_says_nothing():
     kept = {name: value for name, value in os.environ.items() if name != "MPLCONFIGDIR"}
     environment = kept | dict.fromkeys(nowhere, "/dev/null/x")
     ask = "import matplotlib; matplotlib.get_cachedir()"
-    hush = "from medembed.commands.comparing import hush_matplotlib; hush_matplotlib(); "
+    hush = "from medembed.cli.compare import hush_matplotlib; hush_matplotlib(); "
     said = [
         subprocess.run(
             [sys.executable, "-c", code], env=environment, capture_output=True, check=True

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar as oracle
 
-from medembed.errors import TrainingDataError
+from medembed.core.errors import TrainingDataError
 from medembed.evaluation.paired import McNemar, mcnemar, paired_difference
 
 DECISIONS = st.lists(st.tuples(st.integers(0, 1), st.booleans(), st.booleans()), min_size=1)

@@ -18,13 +18,13 @@ from made_dicom import dataset, write
 from made_finetuning import make_cohort
 from preloaded import commands
 
-from medembed.autoencoding.workplace import Workplace
-from medembed.cache.mapped import map_rows
+from medembed.autoencoder.checkpoint import Workplace
+from medembed.cache.mmap import map_rows
 from medembed.cache.store import open_cache
+from medembed.core.errors import ShardError
+from medembed.core.files import write_atomically
 from medembed.dataset.manifest import read_manifest, write_manifest
-from medembed.errors import ShardError
-from medembed.files import write_atomically
-from medembed.finetuning.state import read_state
+from medembed.finetuning.checkpoint import read_state
 from medembed.results.runs import open_run
 
 SECONDS = 60  # until a command counts as hanging; it takes about one

@@ -14,11 +14,11 @@ from medembed.cache import index as index_module
 from medembed.cache.failures import Failure
 from medembed.cache.index import Index
 from medembed.cache.keys import SortedKeys, equal_keys, keys_from_column, prefixes_of
-from medembed.cache.plan import Worker, make_plan
+from medembed.cache.pending import Worker, make_plan
 from medembed.cache.spec import CacheSpec, hex_from_keys
 from medembed.cache.store import create_cache
+from medembed.core.errors import CacheError, ShardError
 from medembed.dataset.manifest import Manifest
-from medembed.errors import CacheError, ShardError
 
 SPEC = CacheSpec("ab" * 32, {"width": 8}, {"mean": (1,)}, "float32")
 

@@ -100,7 +100,7 @@ MISTAKES = {
     ),
     # Intervals
     "rows are resampled, not patients": Mistake(
-        "evaluation/resampling.py",
+        "evaluation/bootstrap.py",
         "in _weights(codes, n_resamples, seed):",
         "in _weights(np.arange(len(codes)), n_resamples, seed):",
         "test_intervals::test_eces_bound_is_that_of_resampled_patients_one_at_a_time",
@@ -195,14 +195,14 @@ MISTAKES = {
         "test_comparison::test_scores_are_those_of_the_evaluation_floor",
     ),
     "a prior knows the labels of test": Mistake(
-        "results/priors.py",
+        "results/predictions.py",
         "predict_prior(name, regions[trained], y[trained], regions)",
         "predict_prior(name, regions[y >= 0], y[y >= 0], regions)",
         "test_clean_cv::test_a_prior_knows_neither_the_fold_that_it_is_scored_on_nor_test",
     ),
     # What must not see the fold that is scored
     "a prior has seen the fold that it is scored on": Mistake(
-        "results/priors.py",
+        "results/predictions.py",
         "trained & (folds != fold)",
         "trained",
         "test_clean_cv::test_a_prior_knows_neither_the_fold_that_it_is_scored_on_nor_test",
@@ -214,13 +214,13 @@ MISTAKES = {
         "test_clean_cv::test_a_refit_learns_from_all_other_folds_and_not_from_its_own",
     ),
     "rows of train keep the predictions of the model that learnt from them": Mistake(
-        "sweeps/finishing.py",
+        "sweeps/finalize.py",
         "probability[trained] = found.out_of_fold[trained]",
         "probability[trained] = probability[trained]",
         "test_sweeps::test_train_predictions_are_the_winners_on_its_held_out_folds",
     ),
     "a model's calibration rests on what it has learnt from": Mistake(
-        "sweeps/finishing.py",
+        "sweeps/finalize.py",
         "_score_studies(found.out_of_fold, ",
         "_score_studies(predict(training, found.head), ",
         "test_sweeps::test_reported_scores_come_from_the_model_on_disk",

@@ -10,7 +10,7 @@ from power_loss import Disk, Tree, lay
 
 from medembed.cache.compaction import compact
 from medembed.cache.store import open_cache
-from medembed.errors import CacheError
+from medembed.core.errors import CacheError
 
 
 @dataclass(frozen=True)

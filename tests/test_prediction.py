@@ -25,25 +25,25 @@ from medembed.cache.embeddings import load_embeddings
 from medembed.cache.failures import Failure
 from medembed.cache.store import create_cache, open_cache
 from medembed.cli import main
+from medembed.core.errors import EncoderError, MissingRowsError, ModelError, PathNotFoundError
 from medembed.dataset.covariates import fit_covariates
-from medembed.dataset.images import IMAGES_VERSION, decode_image
-from medembed.dataset.intensity import Intensity
 from medembed.dataset.manifest import make_manifest, read_manifest, write_manifest
-from medembed.dataset.reading import DEFAULT_LIMITS
 from medembed.encoders.loading import load_encoder
 from medembed.encoders.preprocessing import Preprocessing, prepare
-from medembed.errors import EncoderError, MissingRowsError, ModelError, PathNotFoundError
-from medembed.evaluation.drift import fit_reference
+from medembed.evaluation.drift.reference import fit_reference
 from medembed.extraction import extract
 from medembed.heads.attention import AttentionHead
+from medembed.heads.lightgbm import LightGBMHead
 from medembed.heads.linear import LogisticHead
 from medembed.heads.packaging import Model, load_model, save_model
-from medembed.heads.trees import LightGBMHead
+from medembed.images.decode import IMAGES_VERSION, decode_image
+from medembed.images.intensity import Intensity
+from medembed.images.load import DEFAULT_LIMITS
 from medembed.prediction import Predictor, reading
-from medembed.prediction.embedding import find_encoder, read_intensity
-from medembed.prediction.scoring import raw_scores, score_rows, spec_of_card
-from medembed.results.cards import describe_decisions, read_card
-from medembed.results.priors import image_code
+from medembed.prediction.decisions import raw_scores, score_rows, spec_of_card
+from medembed.prediction.encode import find_encoder, read_intensity
+from medembed.results.model_card import describe_decisions, read_card
+from medembed.results.predictions import image_code
 
 COLUMNS = ["image", "sha256", "patient", "study", "region", "label", "split", "age"]
 KEYS = ["image", "study", "probability", "decision", "operating_point"]
@@ -611,7 +611,7 @@ from types import SimpleNamespace
 import numpy as np
 from medembed.__main__ import run
 from medembed.encoders.preprocessing import Preprocessing
-from medembed.prediction.embedding import Embedder
+from medembed.prediction.encode import Embedder
 third, begun = (0.5, 0.5, 0.5), []
 size = Preprocessing(8, 8, "stretch", "box", third, third, 1 / 255)
 # Another encoder would only take time to start.

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from medembed.dataset.images import decode_image
+from medembed.core.errors import EncoderError
 from medembed.encoders.preprocessing import (
     RESAMPLES,
     Preprocessing,
@@ -17,7 +17,7 @@ from medembed.encoders.preprocessing import (
     prepare,
     read_preprocessing,
 )
-from medembed.errors import EncoderError
+from medembed.images.decode import decode_image
 
 HALF = (0.5, 0.5, 0.5)
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from medembed import progress
-from medembed.progress import showing_leaderboard, showing_progress
+from medembed.cli import progress
+from medembed.cli.progress import showing_leaderboard, showing_progress
 
 HEIGHT = 24
 ERASED, SHOWN, HIDDEN, ESCAPE = "\x1b[2K", "\x1b[?25h", "\x1b[?25l", "\x1b"
@@ -38,7 +38,7 @@ LINES = [
 
 SWEEP = """
 import json, sys, time
-from medembed.progress import showing_leaderboard
+from medembed.cli.progress import showing_leaderboard
 lines, metric = json.loads(sys.argv[1])
 with showing_leaderboard("Training", "fits", metric) as progress:
     progress(200, 1200)
@@ -185,7 +185,7 @@ def test_a_low_terminal_keeps_the_bar() -> None:
 def test_a_leaderboard_is_computed_4_times_a_second_at_most_and_the_newest_is_shown() -> None:
     program = """
 import time
-from medembed.progress import showing_leaderboard
+from medembed.cli.progress import showing_leaderboard
 computed = []
 def lines_at(number):
     def lines():
@@ -214,7 +214,7 @@ print(len(computed), computed[-1], time.monotonic() - began)
 def test_a_slow_leaderboard_takes_a_twentieth_of_the_time() -> None:
     program = """
 import time
-from medembed.progress import showing_leaderboard
+from medembed.cli.progress import showing_leaderboard
 computed = []
 def slow():
     computed.append(0)
@@ -234,7 +234,7 @@ print(len(computed), time.monotonic() - began)
 
 def test_stdout_is_not_diverted_to_the_terminal() -> None:
     program = """
-from medembed.progress import showing_progress
+from medembed.cli.progress import showing_progress
 with showing_progress("Training", "fits") as progress:
     progress(0, 2)
     print("a result")
@@ -248,7 +248,7 @@ with showing_progress("Training", "fits") as progress:
 
 def test_a_dumb_terminal_gets_plain_lines() -> None:
     program = """
-from medembed.progress import showing_progress
+from medembed.cli.progress import showing_progress
 with showing_progress("Training", "fits") as progress:
     progress(2, 2)
 """

@@ -14,14 +14,14 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from medembed.errors import ModelError, TrainingDataError
-from medembed.heads import projection as projection_module
+from medembed.core.errors import ModelError, TrainingDataError
+from medembed.heads import scaling as projection_module
 from medembed.heads.base import arrays_of
+from medembed.heads.lightgbm import BinnedRows, LightGBMHead
 from medembed.heads.linear import LogisticHead, fit_path
 from medembed.heads.mlp import MLPHead
 from medembed.heads.packaging import load_model, save_model
-from medembed.heads.projection import SCALINGS, Basis, Projection, Projector
-from medembed.heads.trees import BinnedRows, LightGBMHead
+from medembed.heads.scaling import SCALINGS, Basis, Projection, Projector
 
 
 @pytest.fixture(scope="module", autouse=True)

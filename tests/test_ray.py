@@ -23,14 +23,14 @@ from medembed.cache import shards
 from medembed.cache.embeddings import load_embeddings
 from medembed.cache.store import create_cache, open_cache
 from medembed.cli import main
-from medembed.dataset.manifest import Manifest, write_manifest
-from medembed.errors import (
+from medembed.core.errors import (
     EncoderError,
     ManifestError,
     MedembedError,
     PathNotFoundError,
     SpecMismatchError,
 )
+from medembed.dataset.manifest import Manifest, write_manifest
 from medembed.extraction import extract, ray_engine
 from medembed.extraction.ray_actors import Actors, Work
 from medembed.extraction.ray_engine import Job, extract_on_ray

@@ -12,11 +12,11 @@ import statsmodels.api as sm
 from scipy.special import expit, logit
 from scipy.stats import f as fisher
 
-from medembed.errors import TrainingDataError
+from medembed.core.errors import TrainingDataError
 from medembed.evaluation.calibration import Calibration, fit_platt
 from medembed.evaluation.calibration_fit import calibration_line, check_line
-from medembed.evaluation.drops import mover_drop, sample_drop
 from medembed.evaluation.intervals import Interval, bootstrap_scores, plain
+from medembed.evaluation.performance_drop import mover_drop, sample_drop
 from medembed.evaluation.recalibration import draw_patients, recalibrate
 from medembed.evaluation.scores import SCORES
 from medembed.evaluation.thresholds import youden_threshold

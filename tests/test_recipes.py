@@ -13,11 +13,11 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from medembed.dataset.expected import compare_counts
+from medembed.core.errors import ManifestError, PathNotFoundError, RecipeError
 from medembed.dataset.groups import join_same_bytes, name_runs
 from medembed.dataset.manifest import Manifest, count, read_manifest, write_manifest
-from medembed.dataset.recipes import BuildReport, Recipe, build_manifest, load_recipe
-from medembed.errors import ManifestError, PathNotFoundError, RecipeError
+from medembed.dataset.recipes.build import BuildReport, Recipe, build_manifest, load_recipe
+from medembed.dataset.recipes.expected import compare_counts
 
 HEAD = """
 name = "mine"

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from sklearn.calibration import calibration_curve
 from statsmodels.stats.proportion import proportion_confint
 
-from medembed.errors import TrainingDataError
+from medembed.core.errors import TrainingDataError
 from medembed.evaluation.reliability import reliability
 from medembed.evaluation.scores import N_ECE_BINS, score
 

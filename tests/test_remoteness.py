@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from sklearn.covariance import ledoit_wolf_shrinkage
 
-from medembed.errors import ModelError, TrainingDataError
-from medembed.evaluation.drift import fit_reference
-from medembed.evaluation.remoteness import FAR, fit_remoteness, measure_remoteness
-from medembed.evaluation.spaces import Space, learn_space
+from medembed.core.errors import ModelError, TrainingDataError
+from medembed.evaluation.drift.embedding_space import Space, learn_space
+from medembed.evaluation.drift.reference import fit_reference
+from medembed.evaluation.drift.remoteness import FAR, fit_remoteness, measure_remoteness
 
 WIDTH = 12
 

@@ -11,9 +11,9 @@ import pytest
 from preloaded import commands
 from test_backbones import save
 
+from medembed.core.errors import RunError
 from medembed.demo.cohort import draw_cohort, write_view
 from medembed.demo.pipeline import RECIPE
-from medembed.errors import RunError
 from medembed.results.table_files import write_tables
 
 ROOT = Path(__file__).parents[1]

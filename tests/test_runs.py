@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from made_runs import make_images, make_run
 
-from medembed.errors import PathNotFoundError, RunError
+from medembed.core.errors import PathNotFoundError, RunError
 from medembed.results.alignment import align_runs
 from medembed.results.runs import PREDICTION_COLUMNS, create_run, open_run
 

@@ -11,7 +11,7 @@ from scipy.stats import multivariate_normal
 from statsmodels.stats.proportion import proportion_confint
 
 from medembed.cli import main
-from medembed.errors import MedembedError
+from medembed.core.errors import MedembedError
 from medembed.evaluation.bounds import auroc_variance
 from medembed.evaluation.estimates import estimate_scores
 from medembed.evaluation.paired import paired_difference

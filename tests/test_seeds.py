@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, roc_auc_score
 
-from medembed.errors import TrainingDataError
-from medembed.evaluation.resampling import standard_error
-from medembed.evaluation.seeds import seed_spread
+from medembed.core.errors import TrainingDataError
+from medembed.evaluation.bootstrap import standard_error
+from medembed.evaluation.seed_variance import seed_spread
 
 
 def heads(n_seeds, own, n=200, n_patients=120, seed=0):

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from made_runs import make_images, make_run
 
-from medembed.errors import RunError
+from medembed.core.errors import RunError
 from medembed.evaluation.delong import auroc_differences, auroc_interval
 from medembed.evaluation.paired import mcnemar
 from medembed.results.alignment import align_runs

@@ -20,7 +20,7 @@ from hypothesis.extra.numpy import arrays
 from medembed.cache import shards
 from medembed.cache.shards import copy_rows, is_shard_name, read_keys, read_shard, write_shard
 from medembed.cache.spec import CacheSpec, hex_from_keys, keys_from_hex, sortable
-from medembed.errors import CacheError, ShardError
+from medembed.core.errors import CacheError, ShardError
 
 SPEC = CacheSpec("ab" * 32, {"fit": "stretch"}, {"mean": (3,), "grid4": (2, 3)}, "float16")
 

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from medembed.dataset.images import decode_image
+from medembed.core.errors import EncoderError
 from medembed.encoders.loading import (
     choose_device,
     choose_precision,
@@ -27,8 +27,8 @@ from medembed.encoders.precision import set_precision
 from medembed.encoders.preprocessing import Preprocessing, prepare
 from medembed.encoders.protocol import Encoder
 from medembed.encoders.siglip import SiglipEncoder
-from medembed.errors import EncoderError
 from medembed.extraction.canary import check_canary, lay_canary
+from medembed.images.decode import decode_image
 
 SIZE = 32
 VISION = {

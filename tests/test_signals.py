@@ -20,9 +20,9 @@ from test_extraction import HalvesEncoder, write_images
 
 from medembed.cache.store import open_cache
 from medembed.dataset.manifest import write_manifest
-from medembed.dataset.reading import DEFAULT_LIMITS, Content, Limits, Reading
-from medembed.extraction import decoding, extract
-from medembed.extraction.decoding import Decoders
+from medembed.extraction import decode_pool, extract
+from medembed.extraction.decode_pool import Decoders
+from medembed.images.load import DEFAULT_LIMITS, Content, Limits, Reading
 
 BLACK = np.zeros((1, 1), np.uint8)
 
@@ -113,7 +113,7 @@ def test_a_repeated_signal_does_not_stop_the_commit(
 
 
 def test_what_nohup_ignores_stays_ignored(tmp_path: Path) -> None:
-    script = "import signal\nfrom medembed.console import terminate_cleanly\n"
+    script = "import signal\nfrom medembed.cli.console import terminate_cleanly\n"
     script += "terminate_cleanly()\nprint(signal.getsignal(signal.SIGHUP) is signal.SIG_IGN)"
     command = ["nohup", sys.executable, "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
@@ -232,7 +232,7 @@ def read_by_one(contents: list[Content], root: Path, limits: Limits) -> tuple[li
 def test_an_image_that_computes_too_long_fails_and_the_others_do_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decoding, "MAX_DEATHS", 1)  # the decoder is not to blame
+    monkeypatch.setattr(decode_pool, "MAX_DEATHS", 1)  # the decoder is not to blame
     write_images(tmp_path, 2)
     large = tmp_path / "large.png"
     pixels = np.zeros((8_000, 9_900), np.uint8)
@@ -266,8 +266,8 @@ def test_decoders_end_with_a_process_that_is_killed(slow_image: tuple[Content, P
         sys.path[:0] = {[str(Path(__file__).parent), str(path.parents[1] / "site")]!r}
         from test_extraction import HalvesEncoder
 
-        from medembed.dataset.reading import Content
-        from medembed.extraction.decoding import Decoders
+        from medembed.images.load import Content
+        from medembed.extraction.decode_pool import Decoders
 
         with Decoders(1, HalvesEncoder().preprocessing) as decoders:
             content = Content({content.sha256!r}, {content.images!r})

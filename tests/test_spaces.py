@@ -8,9 +8,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from medembed.errors import PathNotFoundError, TrainingDataError
+from medembed.core.errors import PathNotFoundError, TrainingDataError
 from medembed.heads.registry import HEADS, make_head
-from medembed.heads.spaces import HeadSpace, Range, default_spaces, read_spaces
+from medembed.sweeps.search_space import HeadSpace, Range, default_spaces, read_spaces
 
 #: Every head at its defaults, so that a file need not fall back on the shipped one.
 BARE = {name: f"[{name}]\nconfigs = 1\n" for name in HEADS}

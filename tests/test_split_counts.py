@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from test_recipes import HEAD, image, recipe_of
 
 from medembed.cli import main
-from medembed.dataset.recipes import BuildReport, build_manifest
+from medembed.core.errors import RecipeError
+from medembed.dataset.recipes.build import BuildReport, build_manifest
 from medembed.dataset.split_counts import (
     count_splits,
     describe_splits,
     find_gaps,
     find_small_parts,
 )
-from medembed.errors import RecipeError
 
 RECIPE = (
     HEAD

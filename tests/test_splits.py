@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from medembed.core.errors import RecipeError, TrainingDataError
 from medembed.dataset.splits import draw_folds, draw_fraction, split_patients
-from medembed.errors import RecipeError, TrainingDataError
 
 
 def cohort(n_patients: int, seed: int = 0) -> pd.DataFrame:

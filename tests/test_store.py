@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from medembed.cache import description
-from medembed.cache.description import is_free
+from medembed.cache import metadata
 from medembed.cache.failures import Failure
+from medembed.cache.metadata import is_free
 from medembed.cache.shards import write_shard
 from medembed.cache.spec import CacheSpec, hex_from_keys
 from medembed.cache.store import Cache, create_cache, open_cache
 from medembed.cache.writer import RowWriter
-from medembed.errors import (
+from medembed.core.errors import (
     CacheError,
     MissingRowsError,
     PathNotFoundError,
@@ -293,7 +293,7 @@ def test_a_file_system_without_hard_links_will_do(
     def refuse(*_: object) -> None:
         raise PermissionError
 
-    monkeypatch.setattr(description.os, "link", refuse)
+    monkeypatch.setattr(metadata.os, "link", refuse)
     assert create_cache(tmp_path / "cache", make_spec(), RECORDED).spec == make_spec()
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save
 
+from medembed.core.errors import EncoderError
 from medembed.encoders.stored_tensors import (
     StoredTensor,
     compose_header,
@@ -16,7 +17,6 @@ from medembed.encoders.stored_tensors import (
     parse_header,
     read_header,
 )
-from medembed.errors import EncoderError
 
 MADE = {
     "half": torch.arange(7).half(),

@@ -30,7 +30,7 @@ from medembed.heads.packaging import load_model
 from medembed.heads.registry import make_head
 from medembed.results.comparison import compare
 from medembed.results.runs import open_run
-from medembed.sweeps import sweep, trials
+from medembed.sweeps import runner, sweep
 from medembed.sweeps.training import seed_of_fold
 
 HEADS = ("logistic", "mlp", "lightgbm", "attention")
@@ -40,7 +40,7 @@ NAMED = {"patient": "MUELLER^HANS", "study": "ACC-19770413", "image": "geheim"}
 @pytest.fixture
 def untrained(monkeypatch):
     """Let the test fail where anything is trained."""
-    monkeypatch.setattr(trials, "train_unit", lambda *_a, **_k: pytest.fail("trained"))
+    monkeypatch.setattr(runner, "train_unit", lambda *_a, **_k: pytest.fail("trained"))
 
 
 def let_attention_learn(home):
@@ -144,7 +144,7 @@ def test_cells_alone_are_refused_with_a_way_out_that_works(
     out = tmp_path / "run"
     asked = command(pooled_data, out, "--heads", heads, "--configs", "1")
     with monkeypatch.context() as patch:
-        patch.setattr(trials, "train_unit", lambda *_a, **_k: pytest.fail("trained"))
+        patch.setattr(runner, "train_unit", lambda *_a, **_k: pytest.fail("trained"))
         line = refuse([*asked, "--pool", "grid4"], out)
     assert "logistic" in line
     way_out = line.split("--pool ")[-1].rstrip(".")
@@ -405,7 +405,7 @@ def test_nothing_of_patients_is_in_a_run_that_was_not_finished(telling_data, tmp
     def stop(*_arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(trials, "train_unit", stop)
+    monkeypatch.setattr(runner, "train_unit", stop)
     with pytest.raises(KeyboardInterrupt):
         sweep(*telling_data, tmp_path / "run", **QUICK, pool="mean", covariates=("age", "side"))
     content = (tmp_path / "run" / "run.json").read_bytes()

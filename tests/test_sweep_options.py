@@ -20,12 +20,12 @@ from test_sweeps import broken_table, make_table
 from medembed.cache.failures import Failure
 from medembed.cache.store import open_cache
 from medembed.cli import main
+from medembed.core.errors import TrainingDataError
 from medembed.dataset.manifest import make_manifest
-from medembed.errors import TrainingDataError
 from medembed.heads.packaging import load_model
-from medembed.heads.spaces import default_spaces
 from medembed.results.runs import open_run
-from medembed.sweeps import sweep, trials
+from medembed.sweeps import runner, sweep
+from medembed.sweeps.search_space import default_spaces
 
 HALVING = "[mlp]\nconfigs = 8\nhidden = [4]\nlr = { low = 1e-5, high = 0.3, log = true }\n"
 
@@ -33,7 +33,7 @@ HALVING = "[mlp]\nconfigs = 8\nhidden = [4]\nlr = { low = 1e-5, high = 0.3, log 
 @pytest.fixture
 def untrained(monkeypatch):
     """Let the test fail where anything is trained."""
-    monkeypatch.setattr(trials, "train_unit", lambda *_a, **_k: pytest.fail("trained"))
+    monkeypatch.setattr(runner, "train_unit", lambda *_a, **_k: pytest.fail("trained"))
 
 
 @pytest.fixture(scope="module")

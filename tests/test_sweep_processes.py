@@ -15,7 +15,7 @@ from threadpoolctl import threadpool_limits
 from medembed.cli import main
 from medembed.heads.packaging import load_model
 from medembed.results.runs import open_run
-from medembed.sweeps import sweep, training, trials
+from medembed.sweeps import runner, sweep, training
 
 HEADS = ("logistic", "mlp", "lightgbm", "attention")
 OPTIONS = ["--configs", "12", "--folds", "3"]
@@ -33,7 +33,7 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def runs(data, tmp_path_factory):
     """Sweep in one, two and three processes, which tell how many threads they compute with."""
-    home, train_unit = tmp_path_factory.mktemp("jobs"), trials.train_unit
+    home, train_unit = tmp_path_factory.mktemp("jobs"), runner.train_unit
     space = home / "space.toml"
     space.write_text(
         "[mlp]\nrungs = [2, 4]\nhidden = [[4], [8, 4]]\nlr = { low = 1e-3, high = 1e-1 }\n"
@@ -61,7 +61,7 @@ def runs(data, tmp_path_factory):
             training._judge = judge
 
     with pytest.MonkeyPatch.context() as patch, threadpool_limits(2):
-        patch.setattr(trials, "train_unit", watched)
+        patch.setattr(runner, "train_unit", watched)
         for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
             patch.setenv(name, "2")  # what has to be overruled
         for jobs in (1, 2, 3):
@@ -112,13 +112,13 @@ def _deadly_train_unit(data, unit):
     return _train_unit(data, unit)
 
 
-_train_unit = trials.train_unit
+_train_unit = runner.train_unit
 
 
 def test_a_trial_of_trees_that_kills_its_process_costs_just_that_trial(data, tmp_path, monkeypatch):
     space = tmp_path / "space.toml"
     space.write_text(f"[lightgbm]\nnum_leaves = [4, {DEADLY}, 8]\n[logistic]\nC = 1.0\n")
-    monkeypatch.setattr(trials, "train_unit", _deadly_train_unit)
+    monkeypatch.setattr(runner, "train_unit", _deadly_train_unit)
     options = {"heads": ("lightgbm",), "n_folds": 2, "jobs": 2, "space": space}
     result = sweep(*data, tmp_path / "run", **options)
     assert {entry["status"] for entry in result["leaderboard"]} == {"ok"}

@@ -13,7 +13,7 @@ from made_sweeps import QUICK, command, make_data
 
 from medembed.cli import main
 from medembed.results.runs import open_run
-from medembed.sweeps import sweep, trials
+from medembed.sweeps import runner, sweep
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning")  # of Ray's own, when it starts and ends
 OPTIONS = {**QUICK, "heads": ("logistic", "mlp", "lightgbm"), "n_configs": 2}
@@ -65,7 +65,7 @@ def require_equal(out, alone):
 
 def tell_processes(place):
     """Return a `train_unit` that tells its process; while there is a file `slow` it takes long."""
-    train_unit = trials.train_unit
+    train_unit = runner.train_unit
 
     def telling(data, unit):
         with open(place / "pids", "a") as file:
@@ -90,7 +90,7 @@ def on_ray(cluster, data, tmp_path_factory):
     arguments = command(data, home / "run", "--configs", "2", "--backend", "ray")
     arguments[arguments.index("--jobs") + 1] = "2"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trials, "train_unit", tell_processes(home))
+        patch.setattr(runner, "train_unit", tell_processes(home))
         ran = CliRunner().invoke(main, arguments)
     assert ran.exit_code == 0, ran.output
     return home
@@ -112,7 +112,7 @@ def test_ray_starts_no_more_processes_than_were_asked_for(on_ray):
 
 
 def test_a_worker_that_is_killed_loses_nothing(cluster, data, alone, tmp_path, monkeypatch):
-    monkeypatch.setattr(trials, "train_unit", tell_processes(tmp_path))
+    monkeypatch.setattr(runner, "train_unit", tell_processes(tmp_path))
     (tmp_path / "slow").touch()
     killed = []
 

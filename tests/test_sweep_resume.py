@@ -14,11 +14,11 @@ from forked import fork
 from made_sweeps import make_data, workers_in_session
 from test_sweeps import make_table
 
-from medembed.errors import RunError
-from medembed.files import json_digest
+from medembed.core.errors import RunError
+from medembed.core.files import json_digest
 from medembed.results.comparison import compare
 from medembed.results.runs import Run, open_run
-from medembed.sweeps import refits, sweep, trials
+from medembed.sweeps import refits, runner, sweep
 
 HEADS = ("logistic", "mlp", "lightgbm")
 SMALL = {"heads": HEADS, "n_configs": 2, "n_folds": 3, "jobs": 1}
@@ -94,13 +94,13 @@ def stop(*_arguments):
 
 def count_fits(monkeypatch):
     """Return a list that grows by (head, fold, number of configurations) with every unit."""
-    train_unit, seen = trials.train_unit, []
+    train_unit, seen = runner.train_unit, []
 
     def counted(data, unit):
         seen.append((unit.head, unit.fold, len(unit.params)))
         return train_unit(data, unit)
 
-    monkeypatch.setattr(trials, "train_unit", counted)
+    monkeypatch.setattr(runner, "train_unit", counted)
     return seen
 
 
@@ -291,7 +291,7 @@ def test_a_cohort_in_the_midst_of_its_rungs_is_repaired_to_the_same_bytes(
     options = {**SMALL, "heads": ("mlp",), "n_configs": 8, "space": space}
     first = sweep(*data, tmp_path / "whole", **options), tmp_path / "whole"
     for stop in (2, 5, 8):  # in each of the three rungs
-        out, train_unit, seen = tmp_path / f"run{stop}", trials.train_unit, []
+        out, train_unit, seen = tmp_path / f"run{stop}", runner.train_unit, []
 
         def stopping(data, unit, stop=stop, seen=seen, train_unit=train_unit):
             seen.append(unit.head)
@@ -300,7 +300,7 @@ def test_a_cohort_in_the_midst_of_its_rungs_is_repaired_to_the_same_bytes(
             return train_unit(data, unit)
 
         with monkeypatch.context() as patch:
-            patch.setattr(trials, "train_unit", stopping)
+            patch.setattr(runner, "train_unit", stopping)
             with pytest.raises(Stop):
                 sweep(*data, out, **options)
         sweep(*data, out, **options)

@@ -14,14 +14,14 @@ from forked import fork
 from medembed.cache.failures import Failure
 from medembed.cache.spec import CacheSpec, keys_from_hex
 from medembed.cache.store import create_cache, open_cache
+from medembed.core.errors import MissingRowsError, RunError, TrainingDataError
 from medembed.dataset.manifest import make_manifest, read_manifest, write_manifest
-from medembed.errors import MissingRowsError, RunError, TrainingDataError
 from medembed.evaluation.scores import by_study, score
-from medembed.heads import trees
+from medembed.heads import lightgbm
 from medembed.heads.packaging import load_model
 from medembed.results.comparison import compare
 from medembed.results.runs import open_run
-from medembed.sweeps import sweep, training, trials
+from medembed.sweeps import runner, sweep, training
 
 WIDTH = 6
 SMALL = {"heads": ("logistic", "mlp"), "n_configs": 2, "n_folds": 3, "jobs": 1}
@@ -211,7 +211,7 @@ def test_shuffled_labels_land_at_chance(tmp_path):
 
 
 def test_a_finished_sweep_asked_again_trains_nothing(swept, data, monkeypatch):
-    monkeypatch.setattr(trials, "train_unit", lambda *_a, **_k: pytest.fail("trained again"))
+    monkeypatch.setattr(runner, "train_unit", lambda *_a, **_k: pytest.fail("trained again"))
     ticks = []
     again = sweep(
         *data, swept[1].path, **SMALL, progress=lambda done, total: ticks.append((done, total))
@@ -222,7 +222,7 @@ def test_a_finished_sweep_asked_again_trains_nothing(swept, data, monkeypatch):
 
 def test_only_what_the_ledger_lacks_is_trained(swept, data, tmp_path, monkeypatch):
     out = tmp_path / "run"
-    train_unit, folds = trials.train_unit, []
+    train_unit, folds = runner.train_unit, []
 
     def counted(data, unit):
         if unit.head == "logistic":
@@ -231,7 +231,7 @@ def test_only_what_the_ledger_lacks_is_trained(swept, data, tmp_path, monkeypatc
                 raise KeyboardInterrupt
         return train_unit(data, unit)
 
-    monkeypatch.setattr(trials, "train_unit", counted)
+    monkeypatch.setattr(runner, "train_unit", counted)
     with pytest.raises(KeyboardInterrupt):
         sweep(*data, out, **SMALL)
     with pytest.raises(RunError, match=r"unfinished.*medembed sweep"):
@@ -290,14 +290,14 @@ def test_a_run_of_another_question_is_refused(swept, data, change, words):
 
 
 def test_a_failing_configuration_does_not_end_the_sweep(data, tmp_path, monkeypatch):
-    fit = trees.BinnedRows.fit
+    fit = lightgbm.BinnedRows.fit
 
     def fragile(self, head):
         if head.num_leaves != 31:
             raise ValueError("this one breaks")
         return fit(self, head)
 
-    monkeypatch.setattr(trees.BinnedRows, "fit", fragile)
+    monkeypatch.setattr(lightgbm.BinnedRows, "fit", fragile)
     result = sweep(*data, tmp_path / "run", **SMALL | {"heads": ("lightgbm",)})
     assert {entry["head"]: entry["trial"] for entry in result["leaderboard"]}["lightgbm"] == 0
     table = open_run(tmp_path / "run").trials()
@@ -339,14 +339,14 @@ def test_when_every_head_fails_the_run_is_not_complete(data, tmp_path, monkeypat
 
 
 def test_a_fit_that_kills_its_process_costs_only_itself(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(trials, "train_unit", _deadly_train_unit)
+    monkeypatch.setattr(runner, "train_unit", _deadly_train_unit)
     options = SMALL | {"n_configs": 1, "n_folds": 2, "jobs": 2}
     result = sweep(*data, tmp_path / "run", **options)
     assert [entry["status"] for entry in result["leaderboard"]] == ["ok", "error"]
     assert "the process died" in result["leaderboard"][1]["error"]
 
 
-_train_unit = trials.train_unit
+_train_unit = runner.train_unit
 
 
 def _deadly_train_unit(data, unit):

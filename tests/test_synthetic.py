@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from medembed.core.errors import MedembedError
 from medembed.demo.anatomy import REGIONS
 from medembed.demo.cohort import (
     ABNORMAL_SHARES,
@@ -28,7 +29,6 @@ from medembed.demo.synthetic import (
     render,
 )
 from medembed.demo.training_set import draw_training_set
-from medembed.errors import MedembedError
 
 
 @pytest.mark.parametrize("region", REGIONS)

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_curve
 
-from medembed.errors import TrainingDataError
+from medembed.core.errors import TrainingDataError
 from medembed.evaluation.scores import score
 from medembed.evaluation.thresholds import sensitivity_threshold, youden_threshold
 

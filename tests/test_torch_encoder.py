@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
+from medembed.core.errors import DeviceMemoryError, EncoderError
 from medembed.encoders import devices, loading
 from medembed.encoders.devices import Cuda, InTurn, Lanes, device_of
 from medembed.encoders.loading import load_encoder
@@ -21,7 +22,6 @@ from medembed.encoders.preprocessing import Preprocessing
 from medembed.encoders.protocol import Encoder, PipelinedEncoder
 from medembed.encoders.torch_encoder import TorchEncoder
 from medembed.encoders.tuning import Tuning
-from medembed.errors import DeviceMemoryError, EncoderError
 from medembed.finetuning.training import explaining_memory
 
 SIDE = 16

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from test_extraction import HalvesEncoder, write_images
 
+from medembed.cache.float16 import describe_loss
 from medembed.cache.spec import CacheSpec, keys_from_hex
 from medembed.cache.store import create_cache, open_cache
-from medembed.cache.widening import describe_loss
-from medembed.errors import CacheError, EncoderError
+from medembed.core.errors import CacheError, EncoderError
 from medembed.extraction import extract
 
 Rows = dict[str, np.ndarray]

@@ -12,9 +12,9 @@ import pytest
 from made_dicom import DEEP, dataset, write
 from test_recipes import FOLDERS, HEAD, LABELS, STUDIES, TABLE, folder_tree, image, write_mura
 
-from medembed.dataset.image_index import ImageIndex, plain_path
-from medembed.dataset.recipes import BuildReport, build_manifest, load_recipe
-from medembed.errors import RecipeError
+from medembed.core.errors import RecipeError
+from medembed.dataset.recipes.build import BuildReport, build_manifest, load_recipe
+from medembed.dataset.recipes.image_index import ImageIndex, plain_path
 
 DICOM = HEAD + 'layout = "dicom"\nlabel_level = "study"\n[split]\nfraction = 0.4\n'
 LAYOUTS = ("table", "folders", "mura", "dicom")

@@ -14,16 +14,16 @@ from test_extraction import HalvesEncoder, write_images
 
 from medembed.cache import shards
 from medembed.cache.embeddings import load_embeddings
-from medembed.cache.plan import Worker
+from medembed.cache.pending import Worker
 from medembed.cache.spec import hex_from_keys
 from medembed.cache.store import create_cache, open_cache
 from medembed.cache.writer import RowWriter
 from medembed.cli import main
+from medembed.core.errors import MedembedError
 from medembed.dataset.manifest import Manifest, read_manifest, write_manifest
 from medembed.encoders.loading import load_encoder
-from medembed.errors import MedembedError
 from medembed.extraction import extract
-from medembed.extraction.workers import find_worker, parse_worker
+from medembed.extraction.launcher import find_worker, parse_worker
 
 N_IMAGES = 96
 

@@ -11,9 +11,9 @@ from medembed.cache import shards
 from medembed.cache.keys import SortedKeys
 from medembed.cache.listing import committed_shards, read_replaced
 from medembed.cache.spec import CacheSpec
-from medembed.errors import CacheError
-from medembed.files import hold_lock, sync_directory
-from medembed.machine import count_cores
+from medembed.core.errors import CacheError
+from medembed.core.files import hold_lock, sync_directory
+from medembed.core.system import count_cores
 
 __all__ = ["Compaction", "compact"]
 

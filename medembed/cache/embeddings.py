@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from medembed.cache.description import options_of
 from medembed.cache.failures import Failure
 from medembed.cache.keys import keys_from_column
+from medembed.cache.metadata import options_of
 from medembed.cache.spec import CacheSpec
 from medembed.cache.store import Cache, open_cache
+from medembed.core.errors import CacheError, MissingRowsError, TrainingDataError
 from medembed.dataset.identities import name_persons
 from medembed.dataset.manifest import Manifest, read_manifest, require_hashes
-from medembed.errors import CacheError, MissingRowsError, TrainingDataError
 
 __all__ = ["Embeddings", "choose_poolings", "find_rows", "load_embeddings"]
 

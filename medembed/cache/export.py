@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 
 from medembed.cache.embeddings import find_rows
 from medembed.cache.store import Cache
+from medembed.core.errors import CacheError
+from medembed.core.files import writing_atomically
 from medembed.dataset.manifest import Manifest, require_hashes
-from medembed.errors import CacheError
-from medembed.files import writing_atomically
 
 __all__ = ["SUFFIXES", "Export", "export"]
 

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from medembed.cache.spec import KEY_BYTES
-from medembed.errors import CacheError
-from medembed.files import open_plain, read_plain, sync_directory
+from medembed.core.errors import CacheError
+from medembed.core.files import open_plain, read_plain, sync_directory
 
 __all__ = ["STAGES", "Failure", "append_failures", "name_failures", "read_failures"]
 

@@ -10,8 +10,8 @@ from medembed.cache import shards
 from medembed.cache.keys import SortedKeys
 from medembed.cache.listing import committed_shards
 from medembed.cache.spec import KEY_BYTES, CacheSpec, sortable
-from medembed.errors import ShardError
-from medembed.machine import count_cores
+from medembed.core.errors import ShardError
+from medembed.core.system import count_cores
 
 __all__ = ["MAX_TRIES", "Index"]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from medembed.cache.spec import KEY_BYTES, keys_from_hex, sortable
-from medembed.errors import CacheError
+from medembed.core.errors import CacheError
 
 if TYPE_CHECKING:
     import pyarrow as pa

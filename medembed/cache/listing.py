@@ -6,8 +6,8 @@ from collections.abc import Collection
 from pathlib import Path
 
 from medembed.cache import shards
-from medembed.errors import CacheError
-from medembed.files import read_plain
+from medembed.core.errors import CacheError
+from medembed.core.files import read_plain
 
 __all__ = ["committed_shards", "file_names", "read_replaced", "replaced_shards"]
 

@@ -20,11 +20,11 @@ from medembed.cache.keys import keys_from_column
 from medembed.cache.likeness import find_nearest, whiten
 from medembed.cache.lookalikes import LookAlikes, find_lookalikes
 from medembed.cache.store import Cache, open_cache
+from medembed.core.errors import MedembedError
 from medembed.dataset.checks import cap
 from medembed.dataset.groups import join_same_bytes
 from medembed.dataset.identities import name_persons
 from medembed.dataset.manifest import Manifest, read_manifest, require_hashes
-from medembed.errors import MedembedError
 
 __all__ = ["ALIKE", "MAX_CALIBRATION", "REACH", "NearDuplicates", "find_near_duplicates"]
 

@@ -22,10 +22,10 @@ from typing import Any, BinaryIO
 import h5py
 import numpy as np
 
+from medembed.cache.float16 import describe_loss, put_rows
 from medembed.cache.spec import KEY_BYTES, CacheSpec, sortable
-from medembed.cache.widening import describe_loss, put_rows
-from medembed.errors import CacheError, ShardError
-from medembed.files import (
+from medembed.core.errors import CacheError, ShardError
+from medembed.core.files import (
     json_bytes,
     naming_full_disk,
     open_plain,

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from medembed.dataset.image_versions import go_together
-from medembed.errors import CacheError
-from medembed.files import json_digest
+from medembed.core.errors import CacheError
+from medembed.core.files import json_digest
+from medembed.images.versions import go_together
 
 __all__ = ["DTYPES", "KEY_BYTES", "CacheSpec", "hex_from_keys", "keys_from_hex", "sortable"]
 

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from medembed.cache import failures, shards, verification
-from medembed.cache.description import (
+from medembed.cache.failures import Failure
+from medembed.cache.index import MAX_TRIES, Index
+from medembed.cache.metadata import (
     FORMAT,
     VERSION,
     create_description,
@@ -18,11 +20,9 @@ from medembed.cache.description import (
     read_description,
     source_of,
 )
-from medembed.cache.failures import Failure
-from medembed.cache.index import MAX_TRIES, Index
 from medembed.cache.spec import CacheSpec, keys_from_hex
-from medembed.errors import CacheError, MissingRowsError, ShardError
-from medembed.machine import count_cores
+from medembed.core.errors import CacheError, MissingRowsError, ShardError
+from medembed.core.system import count_cores
 
 __all__ = ["Cache", "create_cache", "open_cache"]
 

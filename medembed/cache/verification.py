@@ -14,9 +14,9 @@ from medembed.cache.keys import SortedKeys
 from medembed.cache.listing import file_names, replaced_shards
 from medembed.cache.shards import REPLACES
 from medembed.cache.spec import CacheSpec
-from medembed.errors import CacheError, ShardError
-from medembed.files import sync_directory
-from medembed.machine import count_cores
+from medembed.core.errors import CacheError, ShardError
+from medembed.core.files import sync_directory
+from medembed.core.system import count_cores
 
 __all__ = ["SET_ASIDE", "Problem", "repair", "verify"]
 

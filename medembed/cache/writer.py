@@ -10,7 +10,7 @@ from medembed.cache.failures import Failure
 from medembed.cache.shards import as_stored, max_rows
 from medembed.cache.spec import keys_from_hex
 from medembed.cache.store import Cache
-from medembed.errors import CacheError, ShardError
+from medembed.core.errors import CacheError, ShardError
 
 __all__ = ["RowWriter"]
 

@@ -11,10 +11,10 @@ from reprlib import repr as short
 import numpy as np
 import pandas as pd
 
+from medembed.core.errors import ManifestError
+from medembed.core.text import normalise
 from medembed.dataset.covariates import MAX_CATEGORIES, NOT_COVARIATES, to_number
 from medembed.dataset.identities import name_persons
-from medembed.errors import ManifestError
-from medembed.text import normalise
 
 __all__ = [
     "FEW",

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from medembed import __version__
+from medembed.core.errors import ManifestError
+from medembed.core.files import json_bytes, read_plain, writing_atomically
 from medembed.dataset.checks import SPLITS
 from medembed.dataset.manifest import Manifest, check_destination, count_rows, write_manifest
-from medembed.dataset.recipes import BuildReport, Recipe
-from medembed.errors import ManifestError
-from medembed.files import json_bytes, read_plain, writing_atomically
+from medembed.dataset.recipes.build import BuildReport, Recipe
 
 __all__ = [
     "build_path",

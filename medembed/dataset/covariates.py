@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from medembed.core.errors import ModelError, TrainingDataError
+from medembed.core.text import normalise
 from medembed.dataset.identities import IDS
-from medembed.errors import ModelError, TrainingDataError
-from medembed.text import normalise
 
 __all__ = [
     "MAX_CATEGORIES",

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from medembed.core.errors import ManifestError, PathNotFoundError
+from medembed.core.files import write_atomically
 from medembed.dataset.checks import (
     CONTENTS,
     LABEL_LEVELS,
@@ -22,7 +24,6 @@ from medembed.dataset.checks import (
     find_table_problems,
     is_ascending,
 )
-from medembed.dataset.hashing import hash_files, hash_or_explain
 from medembed.dataset.identities import IDS, are_exact, name_persons
 from medembed.dataset.tables import (
     csv_bytes,
@@ -30,8 +31,7 @@ from medembed.dataset.tables import (
     read_parquet_table,
     read_text_table,
 )
-from medembed.errors import ManifestError, PathNotFoundError
-from medembed.files import write_atomically
+from medembed.images.hashing import hash_files, hash_or_explain
 
 __all__ = [
     "LABEL_LEVELS",

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
-from medembed.dataset.image_index import SUFFIXES, plain_path
+from medembed.dataset.recipes.image_index import SUFFIXES, plain_path
 
 __all__ = ["AS_TEXT", "compare_names", "find_shortened"]
 

@@ -11,8 +11,8 @@ import os
 import secrets
 from pathlib import Path
 
-from medembed.errors import RecipeError
-from medembed.files import open_plain, sync_directory
+from medembed.core.errors import RecipeError
+from medembed.core.files import open_plain, sync_directory
 
 __all__ = ["Pseudonyms", "read_key"]
 

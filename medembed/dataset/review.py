@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from medembed.core.errors import ManifestError
 from medembed.dataset.manifest import check_images, read_manifest
 from medembed.dataset.suspicious_values import find_warnings
-from medembed.errors import ManifestError
 
 __all__ = ["Review", "review_manifest"]
 

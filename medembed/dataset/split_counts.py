@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from medembed.dataset.checks import SPLITS
-from medembed.dataset.listing import count_of
+from medembed.dataset.recipes.listing import count_of
 
 __all__ = ["SplitCount", "count_splits", "describe_splits", "find_gaps", "find_small_parts"]
 

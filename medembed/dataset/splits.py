@@ -18,8 +18,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from medembed.core.errors import RecipeError, TrainingDataError
 from medembed.dataset.identities import name_persons
-from medembed.errors import RecipeError, TrainingDataError
 
 __all__ = [
     "draw_folds",

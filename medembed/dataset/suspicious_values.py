@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pandas as pd
 
+from medembed.core.text import normalise
 from medembed.dataset.checks import REQUIRED, name_first
 from medembed.dataset.covariates import MAX_CATEGORIES
 from medembed.dataset.identities import EXACT, IDS, are_exact, explain_likeness, key_texts
-from medembed.text import normalise
 
 __all__ = ["find_warnings", "is_missing_patient", "is_missing_word", "list_examples"]
 

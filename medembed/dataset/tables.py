@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from medembed.errors import MedembedError
-from medembed.files import open_plain
-from medembed.text import normalise
+from medembed.core.errors import MedembedError
+from medembed.core.files import open_plain
+from medembed.core.text import normalise
 
 __all__ = [
     "csv_bytes",

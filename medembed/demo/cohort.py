@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from medembed.core.errors import MedembedError
+from medembed.core.files import write_atomically
 from medembed.demo.anatomy import REGIONS
 from medembed.demo.synthetic import DEMO_SEEDS, KINDS, Rendered, render
-from medembed.errors import MedembedError
-from medembed.files import write_atomically
 
 __all__ = [
     "ABNORMAL_SHARES",

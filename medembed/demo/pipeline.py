@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from medembed import extraction, sweeps
+from medembed.core.errors import RunError
+from medembed.core.files import json_bytes, read_plain, write_atomically
+from medembed.core.system import count_cores, end_with_parent
 from medembed.dataset.build_file import write_build
 from medembed.dataset.manifest import Manifest
-from medembed.dataset.recipes import build_manifest, load_recipe
+from medembed.dataset.recipes.build import build_manifest, load_recipe
 from medembed.demo.cohort import DemoView, draw_cohort, view_name, write_views
 from medembed.encoders.loading import load_encoder
-from medembed.errors import RunError
-from medembed.files import json_bytes, read_plain, write_atomically
-from medembed.machine import count_cores, end_with_parent
-from medembed.results.page import write_report
-from medembed.thumbnails import make_thumbnails
+from medembed.report.page import write_report
+from medembed.report.thumbnails import make_thumbnails
 
 __all__ = ["RECIPE", "ShowProgress", "run_demo"]
 

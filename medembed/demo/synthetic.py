@@ -11,10 +11,10 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from medembed.core.errors import MedembedError
 from medembed.demo.anatomy import REGIONS, Skeleton, View, draw_skeleton, project
 from medembed.demo.bones import Array, Frame, frame_bone, reach_of, tube
 from medembed.demo.findings import KINDS, Finding, alter
-from medembed.errors import MedembedError
 
 __all__ = [
     "DEMO_SEEDS",

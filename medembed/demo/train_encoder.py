@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import nn
 
+from medembed.core.files import json_bytes, write_atomically
 from medembed.demo.encoder_card import describe, processor_config, tower_config
 from medembed.demo.synthetic import KINDS, TRAINING_SEEDS, TRIAL_SEEDS
 from medembed.demo.teaching import Batches, Teacher
 from medembed.demo.training_set import TrainingSet, draw_training_set
-from medembed.files import json_bytes, write_atomically
 
 __all__ = ["embed", "main", "measure", "train", "write_checkpoint"]
 

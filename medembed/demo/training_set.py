@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from medembed.core.system import count_cores, end_with_parent
 from medembed.demo.anatomy import REGIONS
 from medembed.demo.synthetic import KINDS, PROJECTIONS, render
-from medembed.machine import count_cores, end_with_parent
 
 __all__ = ["IMAGE_SIZE", "N_PATCHES", "TrainingSet", "draw_training_set", "shrink"]
 

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from medembed.core.errors import EncoderError
 from medembed.encoders.checkpoint_files import read_json
+from medembed.encoders.fingerprint import Digest, read_part
 from medembed.encoders.poolings import Features, token_poolings
 from medembed.encoders.precision import stored_dtypes
 from medembed.encoders.preprocessing import FITS, RESAMPLES, Preprocessing
-from medembed.encoders.tensors import Digest, read_part
 from medembed.encoders.torch_encoder import TorchEncoder
 from medembed.encoders.weights import AUTOENCODER_TYPE
-from medembed.errors import EncoderError
 
 __all__ = [
     "Architecture",

@@ -13,12 +13,13 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel
 from transformers.utils import logging
 
-from medembed.encoders.changes import INTEGERS, Changes, put_in
+from medembed.core.errors import EncoderError
 from medembed.encoders.checkpoint_files import is_snapshot
+from medembed.encoders.delta import INTEGERS, Changes, put_in
+from medembed.encoders.fingerprint import Digest, open_tensors, read_tensor
 from medembed.encoders.poolings import Features, token_poolings
 from medembed.encoders.precision import set_precision
 from medembed.encoders.preprocessing import Preprocessing
-from medembed.encoders.tensors import Digest, open_tensors, read_tensor
 from medembed.encoders.torch_encoder import TorchEncoder
 from medembed.encoders.weights import (
     INDEX_FILE,
@@ -28,7 +29,6 @@ from medembed.encoders.weights import (
     unwrap,
     weight_files,
 )
-from medembed.errors import EncoderError
 
 __all__ = ["BACKBONE_TYPES", "BackboneEncoder", "load_backbone"]
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from medembed.errors import EncoderError
-from medembed.files import open_plain, read_plain
+from medembed.core.errors import EncoderError
+from medembed.core.files import open_plain, read_plain
 
 __all__ = [
     "ADAPTER_FILE",

@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import torch
 
-from medembed.errors import DeviceMemoryError
+from medembed.core.errors import DeviceMemoryError
 
 __all__ = [
     "Cuda",

@@ -13,6 +13,9 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
+from medembed.core.errors import EncoderError
+from medembed.core.files import sync_directory
+from medembed.core.system import free_bytes
 from medembed.encoders.checkpoint_files import holds_file
 from medembed.encoders.hub_errors import explain_changed, explain_no_space, is_no_space
 from medembed.encoders.partial import PartialFile
@@ -37,9 +40,6 @@ from medembed.encoders.weights import (
     match_tensors,
     part_shards,
 )
-from medembed.errors import EncoderError
-from medembed.files import sync_directory
-from medembed.machine import free_bytes
 
 __all__ = ["fetch_part", "remote_tensors"]
 

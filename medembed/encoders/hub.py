@@ -9,6 +9,7 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
+from medembed.core.errors import EncoderError
 from medembed.encoders.checkpoint_files import (
     ADAPTER_FILE,
     CONFIG_FILE,
@@ -36,7 +37,6 @@ from medembed.encoders.weights import (
     weight_map_of,
     whole_files,
 )
-from medembed.errors import EncoderError
 
 __all__ = [
     "DEMO",

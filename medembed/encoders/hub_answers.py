@@ -13,8 +13,8 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-from medembed.errors import EncoderError
-from medembed.text import mask_controls
+from medembed.core.errors import EncoderError
+from medembed.core.text import mask_controls
 
 __all__ = ["LONGEST_PAUSE", "guard_answers", "plain_tag", "seconds_to_wait", "shown"]
 

@@ -2,8 +2,8 @@
 
 import errno
 
-from medembed.errors import EncoderError
-from medembed.text import mask_controls
+from medembed.core.errors import EncoderError
+from medembed.core.text import mask_controls
 
 __all__ = [
     "explain",

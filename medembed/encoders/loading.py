@@ -5,13 +5,13 @@ from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-from medembed.encoders.bases import Base, Origin, base_of, read_base
+from medembed.core.errors import EncoderError
+from medembed.encoders.base_ref import Base, Origin, base_of, read_base
 from medembed.encoders.checkpoint_files import CONFIG_FILE, check_config, read_json
 from medembed.encoders.hub import Checkpoint, resolve_checkpoint
 from medembed.encoders.preprocessing import Preprocessing, read_preprocessing
 from medembed.encoders.protocol import Encoder
 from medembed.encoders.weights import AUTOENCODER_TYPE, SIGLIP_TYPES
-from medembed.errors import EncoderError
 
 if TYPE_CHECKING:
     import torch
@@ -94,7 +94,7 @@ def load_encoder(
         "precision": choose_precision(precision, chosen),
     }
     if base is not None:
-        from medembed.encoders.changes import read_changes
+        from medembed.encoders.delta import read_changes
 
         known["changes"] = read_changes(checkpoint.path, base)
     from medembed.encoders.devices import guard_memory
@@ -132,7 +132,7 @@ def adapt_encoder(
     """
     import torch
 
-    from medembed.encoders.changes import Changes
+    from medembed.encoders.delta import Changes
 
     source = origin.weights.source
     words = {torch.float32: "F32", torch.int64: "I64"}

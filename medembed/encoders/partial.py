@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from medembed.files import open_plain, read_plain, sync_directory
+from medembed.core.files import open_plain, read_plain, sync_directory
 
 __all__ = ["PartialFile"]
 

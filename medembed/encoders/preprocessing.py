@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from medembed.core.errors import EncoderError
 from medembed.encoders.checkpoint_files import checkpoint_name, holds_file, read_json
-from medembed.errors import EncoderError
 
 __all__ = [
     "FITS",

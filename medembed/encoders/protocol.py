@@ -5,8 +5,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from medembed.core.errors import EncoderError, NonFiniteError
 from medembed.encoders.preprocessing import Preprocessing
-from medembed.errors import EncoderError, NonFiniteError
 
 __all__ = [
     "DescribedEncoder",

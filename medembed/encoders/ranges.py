@@ -7,6 +7,8 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
+from medembed.core.errors import EncoderError
+from medembed.core.text import mask_controls
 from medembed.encoders.hub_answers import (
     LONGEST_PAUSE,
     guard_answers,
@@ -15,8 +17,6 @@ from medembed.encoders.hub_answers import (
     shown,
 )
 from medembed.encoders.hub_errors import explain, explain_changed
-from medembed.errors import EncoderError
-from medembed.text import mask_controls
 
 __all__ = ["RemoteFile", "copy_range", "open_file", "read_range"]
 

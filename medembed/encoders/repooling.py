@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
+from medembed.core.errors import EncoderError
 from medembed.encoders.poolings import Features, pool, token_poolings
 from medembed.encoders.precision import arithmetic
 from medembed.encoders.torch_encoder import TorchEncoder
-from medembed.errors import EncoderError
 
 __all__ = ["refuse_unpoolable", "repool"]
 

@@ -11,16 +11,16 @@ import torch
 from transformers import SiglipVisionConfig, SiglipVisionModel
 from transformers.models.gemma3.modeling_gemma3 import Gemma3MultiModalProjector
 
-from medembed.encoders.changes import Changes, put_in
+from medembed.core.errors import EncoderError
 from medembed.encoders.checkpoint_files import checkpoint_name, read_json
+from medembed.encoders.delta import Changes, put_in
+from medembed.encoders.fingerprint import Digest, read_part
 from medembed.encoders.fused import fuse
 from medembed.encoders.poolings import Features, token_poolings
 from medembed.encoders.precision import stored_dtypes
 from medembed.encoders.preprocessing import Preprocessing
-from medembed.encoders.tensors import Digest, read_part
 from medembed.encoders.torch_encoder import TorchEncoder
 from medembed.encoders.weights import Part, canonical_name
-from medembed.errors import EncoderError
 
 __all__ = ["SiglipEncoder", "load_siglip"]
 

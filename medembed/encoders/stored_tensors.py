@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from medembed.core.errors import EncoderError
+from medembed.core.files import open_plain
 from medembed.encoders.checkpoint_files import checkpoint_name
-from medembed.errors import EncoderError
-from medembed.files import open_plain
 
 __all__ = [
     "FLOAT_BYTES",

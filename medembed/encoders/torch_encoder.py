@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 
+from medembed.core.errors import DeviceMemoryError, EncoderError
 from medembed.encoders.devices import Rows, device_of, guard_memory
 from medembed.encoders.poolings import Features, pool
 from medembed.encoders.precision import arithmetic
@@ -17,10 +18,9 @@ from medembed.encoders.preprocessing import Preprocessing, channel_levels
 from medembed.encoders.protocol import Encoder, refuse_non_finite
 from medembed.encoders.tuning import Tuning
 from medembed.encoders.weights import Part
-from medembed.errors import DeviceMemoryError, EncoderError
 
 if TYPE_CHECKING:
-    from medembed.encoders.bases import Origin
+    from medembed.encoders.base_ref import Origin
 
 __all__ = ["TorchEncoder"]
 

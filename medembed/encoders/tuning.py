@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from medembed.errors import DeviceMemoryError
+from medembed.core.errors import DeviceMemoryError
 
 __all__ = ["ATTENTION_KERNELS", "Tuning"]
 

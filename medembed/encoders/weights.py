@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from medembed.core.errors import EncoderError
+from medembed.core.files import open_plain
 from medembed.encoders.checkpoint_files import checkpoint_name, holds_file, is_snapshot, read_json
-from medembed.errors import EncoderError
-from medembed.files import open_plain
 
 __all__ = [
     "AUTOENCODER_TYPE",

@@ -11,7 +11,7 @@ import numpy as np
 from scipy.optimize import isotonic_regression, minimize
 from scipy.special import expit, logit
 
-from medembed.errors import ModelError
+from medembed.core.errors import ModelError
 from medembed.evaluation.checks import check_both_classes, is_number
 
 __all__ = [

@@ -11,12 +11,12 @@ import numpy as np
 import pandas as pd
 from scipy.special import expit, fdtrc
 
-from medembed.errors import TrainingDataError
+from medembed.core.errors import TrainingDataError
+from medembed.evaluation.bootstrap import CONFIDENCE, MIN_PATIENTS, Interval, patient_codes
 from medembed.evaluation.bounds import bound_on_logit, quantile
 from medembed.evaluation.calibration import log_odds
 from medembed.evaluation.checks import check_rows
 from medembed.evaluation.estimates import Spread, estimate_share, measure_spread
-from medembed.evaluation.resampling import CONFIDENCE, MIN_PATIENTS, Interval, patient_codes
 
 __all__ = ["LineFit", "calibration_curve", "calibration_line", "check_line", "fit_line"]
 

@@ -5,7 +5,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from medembed.errors import TrainingDataError
+from medembed.core.errors import TrainingDataError
 
 __all__ = ["check_both_classes", "check_rows", "is_number"]
 

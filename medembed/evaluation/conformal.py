@@ -34,9 +34,9 @@ from typing import Any
 
 import numpy as np
 
-from medembed.errors import ModelError, TrainingDataError
+from medembed.core.errors import ModelError, TrainingDataError
+from medembed.evaluation.bootstrap import patient_codes
 from medembed.evaluation.checks import check_both_classes
-from medembed.evaluation.resampling import patient_codes
 
 __all__ = ["MIN_GROUP", "Conformal", "fit_conformal"]
 

@@ -14,11 +14,11 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import ndtr, ndtri
 
-from medembed.errors import TrainingDataError
+from medembed.core.errors import TrainingDataError
+from medembed.evaluation.bootstrap import CONFIDENCE, Interval, patient_codes
 from medembed.evaluation.checks import check_rows
 from medembed.evaluation.influence import placements
 from medembed.evaluation.paired import Difference
-from medembed.evaluation.resampling import CONFIDENCE, Interval, patient_codes
 
 __all__ = ["auroc_covariance", "auroc_difference", "auroc_differences", "auroc_interval"]
 

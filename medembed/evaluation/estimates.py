@@ -22,7 +22,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from medembed.errors import TrainingDataError
+from medembed.core.errors import TrainingDataError
+from medembed.evaluation.bootstrap import CONFIDENCE, CONSTANT, MIN_PATIENTS, Interval
 from medembed.evaluation.bounds import (
     RULE_OF_FIVE,
     Bounds,
@@ -34,7 +35,6 @@ from medembed.evaluation.bounds import (
     quantile,
 )
 from medembed.evaluation.influence import influences
-from medembed.evaluation.resampling import CONFIDENCE, CONSTANT, MIN_PATIENTS, Interval
 from medembed.evaluation.scores import SCORES, Scorer
 
 __all__ = [

@@ -11,10 +11,10 @@ from math import isnan, sqrt
 
 import numpy as np
 
-from medembed.evaluation.drops import estimate_difference
+from medembed.evaluation.bootstrap import patient_codes
 from medembed.evaluation.estimates import PREDICTIVE, Estimate, estimate_scores
 from medembed.evaluation.paired import Difference, holm
-from medembed.evaluation.resampling import patient_codes
+from medembed.evaluation.performance_drop import estimate_difference
 from medembed.evaluation.scores import SCORES
 
 __all__ = ["GAP_SCORES", "GROUP_SCORES", "MOST_PAIRED", "Gap", "find_gaps", "score_groups"]

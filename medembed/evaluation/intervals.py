@@ -10,10 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from medembed.errors import TrainingDataError
-from medembed.evaluation.estimates import Estimate, estimate_scores, mean_estimate
-from medembed.evaluation.paired import Difference, holm, paired_difference, paired_differences
-from medembed.evaluation.resampling import (
+from medembed.core.errors import TrainingDataError
+from medembed.evaluation.bootstrap import (
     CONFIDENCE,
     Interval,
     draw,
@@ -21,6 +19,8 @@ from medembed.evaluation.resampling import (
     patient_codes,
     upper_bound,
 )
+from medembed.evaluation.estimates import Estimate, estimate_scores, mean_estimate
+from medembed.evaluation.paired import Difference, holm, paired_difference, paired_differences
 from medembed.evaluation.scores import DECISION_SCORES, SCORES, Scorer
 
 __all__ = [

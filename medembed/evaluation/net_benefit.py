@@ -7,11 +7,11 @@ worth (1 - t) / t false alarms.
 import numpy as np
 import pandas as pd
 
-from medembed.errors import TrainingDataError
+from medembed.core.errors import TrainingDataError
+from medembed.evaluation.bootstrap import CONFIDENCE, MIN_PATIENTS, patient_codes
 from medembed.evaluation.bounds import quantile
 from medembed.evaluation.checks import check_rows
 from medembed.evaluation.estimates import measure_spread
-from medembed.evaluation.resampling import CONFIDENCE, MIN_PATIENTS, patient_codes
 
 __all__ = ["THRESHOLDS", "net_benefit"]
 

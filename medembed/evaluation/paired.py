@@ -9,11 +9,8 @@ from typing import Any
 import numpy as np
 from scipy.special import bdtr, ndtr, stdtr
 
-from medembed.errors import TrainingDataError
-from medembed.evaluation.bounds import quantile
-from medembed.evaluation.estimates import measure_spread
-from medembed.evaluation.influence import influences
-from medembed.evaluation.resampling import (
+from medembed.core.errors import TrainingDataError
+from medembed.evaluation.bootstrap import (
     CONFIDENCE,
     MIN_PATIENTS,
     draw,
@@ -21,6 +18,9 @@ from medembed.evaluation.resampling import (
     patient_codes,
     percentiles,
 )
+from medembed.evaluation.bounds import quantile
+from medembed.evaluation.estimates import measure_spread
+from medembed.evaluation.influence import influences
 from medembed.evaluation.scores import Scorer
 
 __all__ = [

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from math import inf, isnan, nan
 
-from medembed.errors import TrainingDataError
+from medembed.core.errors import TrainingDataError
 from medembed.evaluation.bounds import Bounds, bound_ratio
 from medembed.evaluation.estimates import Estimate
 

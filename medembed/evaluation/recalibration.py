@@ -8,14 +8,14 @@ import numpy as np
 import pandas as pd
 from scipy.special import logit
 
-from medembed.errors import TrainingDataError
+from medembed.core.errors import TrainingDataError
+from medembed.evaluation.bootstrap import CONFIDENCE, MIN_PATIENTS, Interval, patient_codes
 from medembed.evaluation.bounds import quantile
 from medembed.evaluation.calibration import Calibration, fit_platt
 from medembed.evaluation.calibration_fit import calibration_line, check_line, fit_line
 from medembed.evaluation.estimates import measure_spread
 from medembed.evaluation.influence import influences
 from medembed.evaluation.intervals import Variant, bootstrap_variants, plain
-from medembed.evaluation.resampling import CONFIDENCE, MIN_PATIENTS, Interval, patient_codes
 from medembed.evaluation.scores import DECISION_SCORES, Scorer
 from medembed.evaluation.thresholds import youden_threshold
 

@@ -3,10 +3,10 @@
 import numpy as np
 import pandas as pd
 
-from medembed.errors import TrainingDataError
+from medembed.core.errors import TrainingDataError
+from medembed.evaluation.bootstrap import patient_codes, quotients
 from medembed.evaluation.checks import check_rows
 from medembed.evaluation.estimates import estimate_share
-from medembed.evaluation.resampling import patient_codes, quotients
 from medembed.evaluation.scores import N_ECE_BINS, find_bins
 
 __all__ = ["reliability"]

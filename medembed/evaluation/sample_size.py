@@ -14,9 +14,9 @@ from typing import NamedTuple
 from scipy.integrate import quad
 from scipy.special import ndtri
 
-from medembed.errors import MedembedError
+from medembed.core.errors import MedembedError
+from medembed.evaluation.bootstrap import CONFIDENCE, MIN_PATIENTS
 from medembed.evaluation.bounds import auroc_variance, bound_auroc, bound_share, quantile
-from medembed.evaluation.resampling import CONFIDENCE, MIN_PATIENTS
 
 __all__ = [
     "MOST_PATIENTS",

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from medembed.errors import TrainingDataError
+from medembed.core.errors import TrainingDataError
 from medembed.evaluation.checks import check_rows
 
 __all__ = ["DECISION_SCORES", "N_ECE_BINS", "SCORES", "Scorer", "by_study", "find_bins", "score"]

@@ -9,7 +9,7 @@ from math import nextafter
 
 import numpy as np
 
-from medembed.errors import TrainingDataError
+from medembed.core.errors import TrainingDataError
 from medembed.evaluation.checks import check_both_classes
 
 __all__ = [

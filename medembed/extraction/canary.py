@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from medembed.cache.description import damaged
+from medembed.cache.metadata import damaged
 from medembed.cache.shards import as_stored
 from medembed.cache.spec import CacheSpec
-from medembed.dataset.images import decode_image
+from medembed.core.errors import CacheError, SpecMismatchError
+from medembed.core.files import json_digest
 from medembed.encoders.preprocessing import Preprocessing, prepare
 from medembed.encoders.protocol import Encoder, check_rows
-from medembed.errors import CacheError, SpecMismatchError
-from medembed.files import json_digest
+from medembed.images.decode import decode_image
 
 __all__ = [
     "CANARY_FILES",

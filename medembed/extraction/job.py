@@ -7,37 +7,37 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from medembed.cache.description import is_free
 from medembed.cache.failures import name_failures
-from medembed.cache.plan import Plan, Worker, make_plan
+from medembed.cache.metadata import is_free
+from medembed.cache.pending import Plan, Worker, make_plan
 from medembed.cache.spec import CacheSpec
 from medembed.cache.store import Cache, create_cache, open_cache
-from medembed.dataset.image_versions import IMAGES_VERSION
-from medembed.dataset.intensity import DEFAULT_INTENSITY, Intensity
-from medembed.dataset.manifest import Manifest, existing_root, require_hashes
-from medembed.dataset.reading import DEFAULT_LIMITS, Limits
-from medembed.encoders.protocol import Encoder, PipelinedEncoder
-from medembed.errors import (
+from medembed.core.errors import (
     CacheError,
     DeviceMemoryError,
     EncoderError,
     MedembedError,
 )
-from medembed.extraction.canary import check_canary, lay_canary
-from medembed.extraction.decoding import DECODER_BYTES, Decoders
-from medembed.extraction.outdated import joining, refuse_outdated
-from medembed.extraction.pipeline import Pipeline, no_room
-from medembed.extraction.prepared import refuse_empty_root
-from medembed.extraction.report import ExtractionReport, describe_execution, execution_of
-from medembed.extraction.timeline import STAGES, Timeline
-from medembed.extraction.writing import WriterThread
-from medembed.machine import (
+from medembed.core.system import (
     choose_processes,
     default_decoders,
     free_bytes,
     library_versions,
     total_memory,
 )
+from medembed.dataset.manifest import Manifest, existing_root, require_hashes
+from medembed.encoders.protocol import Encoder, PipelinedEncoder
+from medembed.extraction.canary import check_canary, lay_canary
+from medembed.extraction.decode_pool import DECODER_BYTES, Decoders
+from medembed.extraction.image_store import refuse_empty_root
+from medembed.extraction.outdated import joining, refuse_outdated
+from medembed.extraction.pipeline import Pipeline, no_room
+from medembed.extraction.profiling import STAGES, Timeline
+from medembed.extraction.report import ExtractionReport, describe_execution, execution_of
+from medembed.extraction.writer import WriterThread
+from medembed.images.intensity import DEFAULT_INTENSITY, Intensity
+from medembed.images.load import DEFAULT_LIMITS, Limits
+from medembed.images.versions import IMAGES_VERSION
 
 __all__ = [
     "COMMIT_SECONDS",

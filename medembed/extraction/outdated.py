@@ -8,17 +8,17 @@ alone, since an 8-bit grey PNG or a JPEG is decoded as ever; the others are deco
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from medembed.cache.plan import Plan
+from medembed.cache.pending import Plan
 from medembed.cache.store import Cache
-from medembed.dataset.image_versions import IMAGES_VERSION, may_have_changed, why_changed
-from medembed.dataset.intensity import Intensity
+from medembed.core.errors import SpecMismatchError
+from medembed.core.files import open_plain
+from medembed.core.system import default_decoders
 from medembed.dataset.manifest import image_path
-from medembed.dataset.reading import Content, Reading
 from medembed.encoders.preprocessing import Preprocessing
-from medembed.errors import SpecMismatchError
-from medembed.extraction.decoding import Decoders
-from medembed.files import open_plain
-from medembed.machine import default_decoders
+from medembed.extraction.decode_pool import Decoders
+from medembed.images.intensity import Intensity
+from medembed.images.load import Content, Reading
+from medembed.images.versions import IMAGES_VERSION, may_have_changed, why_changed
 
 __all__ = ["joining", "refuse_outdated"]
 

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from medembed.cache.failures import Failure
-from medembed.dataset.reading import Content, Reading
+from medembed.core.errors import DeviceMemoryError, EncoderError, ManifestError, NonFiniteError
 from medembed.encoders.protocol import Encoder, PipelinedEncoder, check_rows
-from medembed.errors import DeviceMemoryError, EncoderError, ManifestError, NonFiniteError
-from medembed.extraction.prepared import describe_other_bytes
-from medembed.extraction.timeline import Timeline
-from medembed.extraction.writing import WriterThread
+from medembed.extraction.image_store import describe_other_bytes
+from medembed.extraction.profiling import Timeline
+from medembed.extraction.writer import WriterThread
+from medembed.images.load import Content, Reading
 
 __all__ = ["MAX_SUSPECTS", "Pipeline", "no_room"]
 

@@ -14,13 +14,13 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-from medembed.dataset.intensity import DEFAULT_INTENSITY, Intensity
+from medembed.core.errors import ManifestError, MedembedError
 from medembed.dataset.manifest import Manifest
-from medembed.dataset.reading import DEFAULT_LIMITS, Limits
 from medembed.encoders.loading import LOCAL_RANKS
 from medembed.encoders.protocol import Encoder
-from medembed.errors import ManifestError, MedembedError
 from medembed.extraction.job import COMMIT_SECONDS, ExtractionReport, extract, prepare_cache
+from medembed.images.intensity import DEFAULT_INTENSITY, Intensity
+from medembed.images.load import DEFAULT_LIMITS, Limits
 
 __all__ = ["Actors", "Job", "Work", "Worker"]
 

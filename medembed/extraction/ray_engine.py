@@ -15,16 +15,16 @@ from typing import Any
 
 from medembed.cache.failures import name_failures
 from medembed.cache.listing import committed_shards
-from medembed.cache.plan import Plan, make_plan
+from medembed.cache.pending import Plan, make_plan
 from medembed.cache.shards import max_rows
 from medembed.cache.store import Cache, open_cache
-from medembed.clusters import connected_to_ray
+from medembed.core.errors import ManifestError, MedembedError
+from medembed.core.ray_cluster import connected_to_ray
 from medembed.dataset.manifest import Manifest, require_hashes
-from medembed.errors import ManifestError, MedembedError
 from medembed.extraction.job import ExtractionReport, check_plan
 from medembed.extraction.outdated import refuse_outdated
+from medembed.extraction.profiling import STAGES
 from medembed.extraction.ray_actors import Actors, Job, Work
-from medembed.extraction.timeline import STAGES
 
 __all__ = ["Job", "extract_on_ray"]
 

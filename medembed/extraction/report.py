@@ -3,8 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from medembed.core.system import count_cores
 from medembed.encoders.protocol import DescribedEncoder, Encoder
-from medembed.machine import count_cores
 
 __all__ = ["ExtractionReport", "describe_execution", "describe_times", "execution_of"]
 

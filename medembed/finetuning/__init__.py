@@ -7,8 +7,8 @@ tables and its swept heads need.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from medembed.finetuning.hyperparameters import Recipe
     from medembed.finetuning.job import finetune
-    from medembed.finetuning.recipe import Recipe
 
 __all__ = ["Recipe", "finetune"]
 
@@ -16,6 +16,6 @@ __all__ = ["Recipe", "finetune"]
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from medembed.finetuning import job, recipe
+    from medembed.finetuning import hyperparameters, job
 
-    return getattr(job if name == "finetune" else recipe, name)
+    return getattr(job if name == "finetune" else hyperparameters, name)

@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from medembed.core.errors import EncoderError, MedembedError, TrainingDataError
 from medembed.encoders.torch_encoder import TorchEncoder
-from medembed.errors import EncoderError, MedembedError, TrainingDataError
 from medembed.finetuning.blocks import find_blocks
-from medembed.finetuning.recipe import Depth
+from medembed.finetuning.hyperparameters import Depth
 
 __all__ = ["add_adapters", "alpha_of", "find_projections", "merge_adapters", "require_peft"]
 

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from medembed.encoders.bases import BASE_FILE, CHANGED_FILE, Origin, describe_base
-from medembed.encoders.changes import find_changed
+from medembed.core.errors import EncoderError
+from medembed.core.files import json_bytes, read_plain, sync_directory, write_atomically
+from medembed.encoders.base_ref import BASE_FILE, CHANGED_FILE, Origin, describe_base
 from medembed.encoders.checkpoint_files import holds_file
+from medembed.encoders.delta import find_changed
 from medembed.encoders.loading import adapt_encoder, load_encoder
 from medembed.encoders.preprocessing import PROCESSOR_FILES
 from medembed.encoders.torch_encoder import TorchEncoder
 from medembed.encoders.weights import WEIGHTS_FILE
-from medembed.errors import EncoderError
-from medembed.files import json_bytes, read_plain, sync_directory, write_atomically
 from medembed.finetuning.network import Network
 
 __all__ = ["adapt", "save_adapted"]

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from medembed.core.errors import EncoderError, TrainingDataError
 from medembed.encoders.torch_encoder import TorchEncoder
-from medembed.errors import EncoderError, TrainingDataError
-from medembed.finetuning.recipe import Depth, Recipe
+from medembed.finetuning.hyperparameters import Depth, Recipe
 
 __all__ = [
     "LORA_SHARE",

@@ -14,24 +14,29 @@ import numpy as np
 import torch
 
 from medembed.cache.embeddings import find_rows
+from medembed.core.errors import DeviceMemoryError, EncoderError, TrainingDataError
+from medembed.core.files import json_digest
 from medembed.dataset.build_file import read_build
 from medembed.dataset.manifest import Manifest, read_manifest
-from medembed.dataset.reading import DEFAULT_LIMITS, Limits
-from medembed.errors import DeviceMemoryError, EncoderError, TrainingDataError
 from medembed.evaluation.thresholds import ThresholdRule, parse_rules
-from medembed.extraction.prepared import refuse_empty_root
-from medembed.files import json_digest
+from medembed.extraction.image_store import refuse_empty_root
 from medembed.finetuning.adapting import adapt, save_adapted
-from medembed.finetuning.asking import Asked, Trial, describe, understand, write_command
-from medembed.finetuning.finishing import Ending, finish, load_ending
-from medembed.finetuning.images import Images, VectorImages, compute_rows, read_images
+from medembed.finetuning.config import Asked, Trial, describe, understand, write_command
+from medembed.finetuning.data_split import TrainRows, choose_rows
+from medembed.finetuning.export import Ending, finish, load_ending
+from medembed.finetuning.frozen_features import (
+    TRUNK_DTYPE,
+    TokenImages,
+    fill_trunk_cache,
+    make_trunk,
+)
+from medembed.finetuning.head_init import draw_start, fit_start
+from medembed.finetuning.hyperparameters import Depth, Recipe
+from medembed.finetuning.image_store import Images, VectorImages, compute_rows, read_images
 from medembed.finetuning.network import Network, blank_start
 from medembed.finetuning.packaged import package
-from medembed.finetuning.recipe import Depth, Recipe
-from medembed.finetuning.rows import TrainRows, choose_rows
-from medembed.finetuning.starting import draw_start, fit_start
 from medembed.finetuning.training import Trainer, explaining_memory
-from medembed.finetuning.trunk import TRUNK_DTYPE, TokenImages, fill_trunk_cache, make_trunk
+from medembed.images.load import DEFAULT_LIMITS, Limits
 from medembed.results.provenance import public_name
 from medembed.results.runs import Run, create_run
 

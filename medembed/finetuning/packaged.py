@@ -10,26 +10,26 @@ from numpy.typing import NDArray
 from medembed.dataset.identities import name_persons
 from medembed.dataset.manifest import Manifest
 from medembed.encoders.torch_encoder import TorchEncoder
-from medembed.evaluation.drift import fit_reference
+from medembed.evaluation.drift.reference import fit_reference
 from medembed.evaluation.scores import by_study
 from medembed.evaluation.thresholds import ThresholdRule
 from medembed.extraction import spec_of
+from medembed.finetuning.data_split import TrainRows
 from medembed.finetuning.network import Network, Start
-from medembed.finetuning.rows import TrainRows
 from medembed.finetuning.training import Trained
 from medembed.heads.mlp import MLPHead
 from medembed.heads.packaging import save_model
-from medembed.heads.projection import Projection
-from medembed.results.cards import describe_decisions
+from medembed.heads.scaling import Projection
+from medembed.results.model_card import describe_decisions
 from medembed.results.model_readme import (
     count_trained,
     describe_encoder,
     describe_use,
     write_readme,
 )
-from medembed.results.priors import image_code
+from medembed.results.predictions import image_code
 from medembed.results.provenance import summarise_data
-from medembed.results.run_entries import CV_METHOD
+from medembed.results.run_schema import CV_METHOD
 from medembed.results.runs import Run
 
 __all__ = ["package"]

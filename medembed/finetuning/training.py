@@ -15,16 +15,16 @@ from numpy.typing import NDArray
 from scipy.special import expit
 from torch.nn import functional
 
+from medembed.core.errors import DeviceMemoryError, TrainingDataError
+from medembed.core.schedule import rate_at
 from medembed.encoders.devices import free_memory, is_memory_error
-from medembed.errors import DeviceMemoryError, TrainingDataError
 from medembed.finetuning.blocks import parameter_groups
-from medembed.finetuning.images import Images, PixelImages, compute_rows, take_ahead
+from medembed.finetuning.checkpoint import Counters, State, read_state, write_state
+from medembed.finetuning.data_split import TrainRows
+from medembed.finetuning.hyperparameters import Recipe
+from medembed.finetuning.image_store import Images, PixelImages, compute_rows, take_ahead
 from medembed.finetuning.network import Network
-from medembed.finetuning.recipe import Recipe
-from medembed.finetuning.rows import TrainRows
-from medembed.finetuning.state import Counters, State, read_state, write_state
 from medembed.heads.base import row_weights
-from medembed.schedule import rate_at
 
 __all__ = ["Trained", "Trainer", "explaining_memory"]
 

@@ -11,10 +11,8 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch.nn.functional import binary_cross_entropy_with_logits, linear
 
-from medembed.errors import TrainingDataError
-from medembed.heads.base import ClassWeight, Head, arrays_of, is_count
-from medembed.heads.projection import SCALINGS, Projection
-from medembed.heads.studies import (
+from medembed.core.errors import TrainingDataError
+from medembed.heads.bags import (
     Batch,
     LabelledStudies,
     Studies,
@@ -22,6 +20,8 @@ from medembed.heads.studies import (
     learn_projections,
     study_codes,
 )
+from medembed.heads.base import ClassWeight, Head, arrays_of, is_count
+from medembed.heads.scaling import SCALINGS, Projection
 
 __all__ = ["AttentionHead"]
 

@@ -11,7 +11,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from sklearn.utils.multiclass import check_classification_targets, type_of_target
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from medembed.errors import ModelError, TrainingDataError
+from medembed.core.errors import ModelError, TrainingDataError
 
 __all__ = [
     "ClassWeight",

@@ -4,7 +4,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from medembed.errors import TrainingDataError
+from medembed.core.errors import TrainingDataError
 
 __all__ = ["ClassPrior", "RegionPrior"]
 

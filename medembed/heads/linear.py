@@ -10,7 +10,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
 from medembed.heads.base import ClassWeight, Head, arrays_of, is_count
-from medembed.heads.projection import Projection, Projector
+from medembed.heads.scaling import Projection, Projector
 
 __all__ = ["LogisticHead", "fit_path"]
 

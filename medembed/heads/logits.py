@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from sklearn.utils.validation import check_is_fitted
 
-from medembed.errors import ModelError
+from medembed.core.errors import ModelError
 from medembed.heads.attention import AttentionHead
 from medembed.heads.base import Head
+from medembed.heads.lightgbm import LightGBMHead
 from medembed.heads.linear import LogisticHead
 from medembed.heads.mlp import MLPHead
-from medembed.heads.projection import Projection
-from medembed.heads.trees import LightGBMHead
+from medembed.heads.scaling import Projection
 
 __all__ = ["differentiable_logit", "has_gradient", "logit"]
 

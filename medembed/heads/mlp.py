@@ -8,11 +8,11 @@ import numpy as np
 from scipy.special import erf, expit
 from sklearn.utils import check_random_state
 
-from medembed.errors import TrainingDataError
+from medembed.core.errors import TrainingDataError
 from medembed.heads.base import ClassWeight, Head, arrays_of, is_count, row_weights
-from medembed.heads.cohort import PRECISIONS, Cohort, Rows, resolve_precision
-from medembed.heads.perceptrons import ACTIVATIONS, Member, Net
-from medembed.heads.projection import SCALINGS, Projection, Projector
+from medembed.heads.batched_mlp import PRECISIONS, Cohort, Rows, resolve_precision
+from medembed.heads.mlp_network import ACTIVATIONS, Member, Net
+from medembed.heads.scaling import SCALINGS, Projection, Projector
 
 __all__ = ["MLPHead", "gather"]
 

@@ -18,8 +18,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from medembed.errors import ModelError, PathNotFoundError
-from medembed.files import read_plain
+from medembed.core.errors import ModelError, PathNotFoundError
+from medembed.core.files import read_plain
 
 __all__ = [
     "MODEL_FILE",

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from medembed.errors import MedembedError, ModelError, PathNotFoundError
-from medembed.files import json_bytes, sync_directory, write_atomically
+from medembed.core.errors import MedembedError, ModelError, PathNotFoundError
+from medembed.core.files import json_bytes, sync_directory, write_atomically
 from medembed.heads.base import Head
 from medembed.heads.model_files import (
     MODEL_FILE,
@@ -60,8 +60,8 @@ _MAX_EPOCHS = 1 << 31
 class Model:
     """A fitted head and its card: what was recorded beside it when it was saved.
 
-    `reference` are statistics of the embeddings that it was trained on (see `evaluation.drift`), or
-    None where none were saved.
+    `reference` are statistics of the embeddings that it was trained on (see
+    `evaluation.drift.reference`), or None where none were saved.
     """
 
     head: Head

@@ -12,7 +12,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
-from medembed.errors import TrainingDataError
+from medembed.core.errors import TrainingDataError
 
 if TYPE_CHECKING:
     from medembed.heads.base import Head
@@ -22,7 +22,7 @@ __all__ = ["HEADS", "head_class", "known_heads", "make_head", "nearest"]
 #: Name to "module:class"; a class is imported when it is asked for.
 HEADS = {
     "attention": "medembed.heads.attention:AttentionHead",
-    "lightgbm": "medembed.heads.trees:LightGBMHead",
+    "lightgbm": "medembed.heads.lightgbm:LightGBMHead",
     "logistic": "medembed.heads.linear:LogisticHead",
     "mlp": "medembed.heads.mlp:MLPHead",
 }

@@ -7,12 +7,12 @@ from typing import Any
 
 import pandas as pd
 
-from medembed.errors import MedembedError
+from medembed.core.errors import MedembedError
 from medembed.evaluation.calibration import Calibration
 from medembed.heads.packaging import read_document
 from medembed.results.alignment import Contender, align_runs
-from medembed.results.cards import Card, require_winner
 from medembed.results.decisions import write_points
+from medembed.results.model_card import Card, require_winner
 from medembed.results.runs import Run, open_run
 
 __all__ = ["Internal", "count_labels", "find_internal"]

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 
-from medembed.dataset.reading import read_content
 from medembed.heads.base import Head
-from medembed.prediction.embedding import Embedder
-from medembed.prediction.explaining import Explainer
-from medembed.prediction.overlays import overlay_name, write_overlay
+from medembed.images.load import read_content
+from medembed.prediction.attribution import Explainer
+from medembed.prediction.encode import Embedder
+from medembed.prediction.overlay import overlay_name, write_overlay
 
 __all__ = ["Pictures"]
 

@@ -8,14 +8,14 @@ from typing import Any
 
 from medembed.cache.store import Cache
 from medembed.dataset.manifest import Manifest, read_manifest
-from medembed.dataset.reading import DEFAULT_LIMITS, Limits
 from medembed.evaluation.thresholds import OperatingPoint
 from medembed.heads.packaging import Model, load_model
-from medembed.prediction.embedding import CachedRows, Embedder
-from medembed.prediction.job import Draw, Job, answer
-from medembed.prediction.requests import Requests, ask_images, ask_manifest
-from medembed.prediction.scoring import ALPHA
-from medembed.results.cards import Card, read_card
+from medembed.images.load import DEFAULT_LIMITS, Limits
+from medembed.prediction.decisions import ALPHA
+from medembed.prediction.encode import CachedRows, Embedder
+from medembed.prediction.inputs import Requests, ask_images, ask_manifest
+from medembed.prediction.rows import Draw, Job, answer
+from medembed.results.model_card import Card, read_card
 
 __all__ = ["Predictor"]
 
@@ -168,8 +168,9 @@ class Predictor:
             distance, distance_p, far : float, float, bool, or None
                 How far the embedding lies from the training patients': 1 is the edge of the range
                 that holds 95 % of them; the share of them that lie as far (see
-                `evaluation.remoteness`); whether that is so little that neither the probability
-                nor the set holds. Of a study its furthest view, and p times the number of views.
+                `evaluation.drift.remoteness`); whether that is so little that neither the
+                probability nor the set holds. Of a study its furthest view, and p times the number
+                of views.
                 None where the image failed, and of models without statistics of their training.
             n_views, n_failed : int or None
                 Of a study: how many images it has, and how many of them failed. Its answer is

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from medembed.dataset.reading import Content, Reading, read_content
+from medembed.core.errors import EncoderError, MedembedError
+from medembed.core.system import choose_processes, default_decoders
 from medembed.encoders.preprocessing import prepare
-from medembed.errors import EncoderError, MedembedError
-from medembed.extraction.decoding import DECODER_BYTES, Decoders
-from medembed.machine import choose_processes, default_decoders
-from medembed.prediction.embedding import Embedder
+from medembed.extraction.decode_pool import DECODER_BYTES, Decoders
+from medembed.images.load import Content, Reading, read_content
+from medembed.prediction.encode import Embedder
 
 __all__ = ["FEW", "Encoded", "File", "encode_files"]
 

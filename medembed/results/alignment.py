@@ -13,12 +13,12 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from medembed.errors import RunError
+from medembed.core.errors import RunError
 from medembed.evaluation.calibration import Calibration, IsotonicCalibration
 from medembed.evaluation.scores import by_study
 from medembed.evaluation.thresholds import SHOWN, OperatingPoint, ThresholdRule
 from medembed.results.decisions import SENSITIVITY, Decisions, fit_decisions, read_decisions
-from medembed.results.priors import PRIORS
+from medembed.results.predictions import PRIORS
 from medembed.results.runs import Run
 
 __all__ = ["LEVELS", "SENSITIVITY", "Contender", "TestSet", "align_runs"]

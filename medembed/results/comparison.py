@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from medembed.core.errors import RunError
 from medembed.dataset.manifest import Manifest
-from medembed.errors import RunError
 from medembed.evaluation.calibration_fit import calibration_curve, calibration_line
 from medembed.evaluation.delong import auroc_interval
 from medembed.evaluation.intervals import (
@@ -22,17 +22,17 @@ from medembed.evaluation.predictive import check_prevalence
 from medembed.evaluation.reliability import reliability
 from medembed.evaluation.scores import DECISION_SCORES
 from medembed.evaluation.thresholds import ThresholdRule, parse_rules
+from medembed.results.ablations import find_depths, find_efficiency, find_seeds
 from medembed.results.alignment import SENSITIVITY, Contender, TestSet, align_runs
-from medembed.results.columns import compare_groups, join_groups
 from medembed.results.deferral import find_deferrals
 from medembed.results.flow import describe_flow
 from medembed.results.margins import check_margin, describe_margins, find_non_inferior
 from medembed.results.methods import describe
 from medembed.results.operating import count_confusion, describe_benefit, describe_points
-from medembed.results.pairing import pair_rows, versus_best
 from medembed.results.repeats import drop_repeats, mark_repeats
 from medembed.results.runs import Run, open_run
-from medembed.results.series import find_depths, find_efficiency, find_seeds
+from medembed.results.significance import pair_rows, versus_best
+from medembed.results.subgroups import compare_groups, join_groups
 
 __all__ = [
     "compare",
@@ -160,7 +160,7 @@ def compare_runs(
         ``mean_over_regions``, ``views``; ``deferral`` and ``deferral_note``, see
         `results.deferral`; ``versus_best``), ``paired`` (AUROC of every pair of
         trained heads, and of the best with each prior, with Holm's correction over all of them),
-        ``seeds``, ``efficiency``, ``depths`` (see `results.series`), ``notes``. A score is
+        ``seeds``, ``efficiency``, ``depths`` (see `results.ablations`), ``notes``. A score is
         ``{value, low, high, method}`` with null for what is not estimable, ``reason`` where there
         is no interval, and ``k, n`` of a share; ECE has an upper bound alone.
     """

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from medembed.evaluation.resampling import draw, patient_codes, percentiles
+from medembed.evaluation.bootstrap import draw, patient_codes, percentiles
 from medembed.evaluation.scores import Scorer
 
 __all__ = ["precision_recall_band", "precision_recall_curve", "roc_band", "roc_curve"]

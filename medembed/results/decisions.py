@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeGuard
 import numpy as np
 import pandas as pd
 
-from medembed.errors import RunError, TrainingDataError
+from medembed.core.errors import RunError, TrainingDataError
 from medembed.evaluation.calibration import (
     Calibration,
     IsotonicCalibration,
@@ -89,7 +89,7 @@ def fit_decisions(train: pd.DataFrame, rules: Sequence[ThresholdRule]) -> Decisi
 
 
 def read_decisions(document: Any, path: Path, rules: Sequence[ThresholdRule]) -> Decisions:
-    """Read what a run that trained nothing keeps of its model; see `prediction.external`.
+    """Read what a run keeps that trained nothing; see `prediction.external_validation`.
 
     Raises
     ------

@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from medembed.errors import ModelError, RunError
-from medembed.evaluation.abstention import deferral_curve, estimate_deferral
+from medembed.core.errors import ModelError, RunError
 from medembed.evaluation.conformal import Conformal
 from medembed.evaluation.intervals import plain
+from medembed.evaluation.selective import deferral_curve, estimate_deferral
 from medembed.results.alignment import Contender, TestSet
 from medembed.results.runs import Run
 
@@ -125,7 +125,7 @@ def _read_model(run: Run, head: str) -> tuple[Conformal | None, str]:
         return None, NO_MODEL
     # what they import takes longer than most comparisons, of runs without models too
     from medembed.heads.packaging import read_document
-    from medembed.results.cards import read_conformal
+    from medembed.results.model_card import read_conformal
 
     conformal = read_conformal(run, head)
     note = read_document(path)["card"].get("conformal_note") if conformal is None else None

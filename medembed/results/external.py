@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from medembed.errors import RunError
-from medembed.files import read_plain
+from medembed.core.errors import RunError
+from medembed.core.files import read_plain
+from medembed.core.text import mask_controls
 from medembed.results.headline import write_headline
 from medembed.results.operating_tables import tabulate_points
 from medembed.results.runs import Run
@@ -20,7 +21,6 @@ from medembed.results.tables import (
     make_table,
     render_terminal,
 )
-from medembed.text import mask_controls
 
 __all__ = [
     "digest_predictions",
@@ -66,7 +66,7 @@ ACTIONS = {
 
 
 def render_external(scores: Mapping[str, Any], width: int = 80) -> str:
-    """Turn what `prediction.external.evaluate` returns into text.
+    """Turn what `prediction.external_validation.evaluate` returns into text.
 
     Parameters
     ----------

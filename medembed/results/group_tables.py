@@ -6,18 +6,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from medembed.core.files import write_atomically
+from medembed.core.text import to_csv_cell
 from medembed.dataset.bands import find_groupings
 from medembed.dataset.manifest import Manifest
 from medembed.evaluation.gaps import GAP_SCORES, GROUP_SCORES
-from medembed.files import write_atomically
 from medembed.results.alignment import TestSet
-from medembed.results.columns import (
+from medembed.results.significance import row_name
+from medembed.results.subgroups import (
     compare_groups,
     describe_gaps,
     find_test_rows,
     join_column,
 )
-from medembed.results.pairing import row_name
 from medembed.results.tables import (
     NOT_ESTIMABLE,
     Table,
@@ -26,7 +27,6 @@ from medembed.results.tables import (
     format_value,
     render_table,
 )
-from medembed.text import to_csv_cell
 
 __all__ = ["render_groups", "tabulate_columns", "tabulate_gaps", "write_group_tables"]
 

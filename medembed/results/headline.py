@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from medembed.results.pairing import SIGNIFICANCE, row_name
+from medembed.results.significance import SIGNIFICANCE, row_name
 from medembed.results.tables import format_p
 
 __all__ = ["Headline", "PriorVerdict", "Ranking", "judge_priors", "rank_heads", "write_headline"]

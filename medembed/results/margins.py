@@ -4,16 +4,16 @@ from collections.abc import Sequence
 from math import isnan
 from typing import Any
 
-from medembed.errors import RunError
+from medembed.core.errors import RunError
+from medembed.evaluation.bootstrap import MIN_PATIENTS, finite_or_none
 from medembed.evaluation.paired import (
     Difference,
     holm,
     non_inferiority_p,
     paired_difference,
 )
-from medembed.evaluation.resampling import MIN_PATIENTS, finite_or_none
 from medembed.results.alignment import TestSet
-from medembed.results.pairing import row_name
+from medembed.results.significance import row_name
 
 __all__ = ["LARGEST_MARGIN", "check_margin", "describe_margins", "find_non_inferior"]
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from medembed.results.repeats import describe_repeats
-from medembed.results.run_entries import CV_METHOD
+from medembed.results.run_schema import CV_METHOD
 
 __all__ = [
     "DISCLAIMER",

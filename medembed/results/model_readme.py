@@ -9,12 +9,12 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
+from medembed.core.text import to_markdown
 from medembed.dataset.manifest import count_rows
 from medembed.evaluation.scores import SCORES
 from medembed.heads.model_files import README_FILE
 from medembed.heads.packaging import read_document, update_card
 from medembed.results.runs import Run
-from medembed.text import to_markdown
 
 __all__ = ["complete_cards", "count_trained", "describe_encoder", "describe_use", "write_readme"]
 

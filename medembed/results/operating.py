@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
+from medembed.evaluation.bootstrap import patient_codes
 from medembed.evaluation.estimates import PREDICTIVE, Estimate, estimate_scores
 from medembed.evaluation.intervals import plain
 from medembed.evaluation.net_benefit import net_benefit
 from medembed.evaluation.predictive import predictive_values
-from medembed.evaluation.resampling import patient_codes
 from medembed.evaluation.scores import DECISION_SCORES
 from medembed.evaluation.thresholds import OperatingPoint, ThresholdRule
 

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from medembed.core.text import to_csv_cell
 from medembed.evaluation.thresholds import SHOWN
 from medembed.results.operating import POINT_SCORES
-from medembed.results.pairing import row_name
+from medembed.results.significance import row_name
 from medembed.results.tables import (
     Table,
     format_count,
@@ -16,7 +17,6 @@ from medembed.results.tables import (
     format_interval,
     table_width,
 )
-from medembed.text import to_csv_cell
 
 __all__ = [
     "PREDICTIVE",

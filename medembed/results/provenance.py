@@ -11,7 +11,7 @@ import pandas as pd
 
 from medembed.dataset.manifest import count_rows
 from medembed.results.methods import counted
-from medembed.results.run_entries import CV_METHOD
+from medembed.results.run_schema import CV_METHOD
 from medembed.results.runs import Run
 
 __all__ = [

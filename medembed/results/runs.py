@@ -28,8 +28,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from medembed.errors import PathNotFoundError, RunError
-from medembed.files import (
+from medembed.core.errors import PathNotFoundError, RunError
+from medembed.core.files import (
     append_synced,
     describe_error,
     hold_lock,
@@ -38,7 +38,7 @@ from medembed.files import (
     read_plain,
     write_atomically,
 )
-from medembed.results.run_entries import find_wrong_entry
+from medembed.results.run_schema import find_wrong_entry
 
 __all__ = ["PREDICTION_COLUMNS", "RUN_VERSION", "Run", "create_run", "open_run", "utc_now"]
 

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from medembed.errors import RunError
-from medembed.files import write_atomically
+from medembed.core.errors import RunError
+from medembed.core.files import write_atomically
 from medembed.results.group_tables import write_group_tables
 from medembed.results.operating_tables import points_csv, tabulate_points
 from medembed.results.tables import render, render_table

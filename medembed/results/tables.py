@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from medembed.errors import RunError
+from medembed.core.errors import RunError
+from medembed.core.text import mask_controls, to_csv_cell, to_latex, to_markdown
 from medembed.evaluation.scores import SCORES
-from medembed.results.pairing import SIGNIFICANCE, row_name
-from medembed.text import mask_controls, to_csv_cell, to_latex, to_markdown
+from medembed.results.significance import SIGNIFICANCE, row_name
 
 __all__ = [
     "FORMATS",

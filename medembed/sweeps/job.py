@@ -14,29 +14,29 @@ from pathlib import Path
 from typing import Any
 
 from medembed.cache.store import Cache, open_cache
-from medembed.clusters import connected_to_ray
+from medembed.core.errors import TrainingDataError
+from medembed.core.ray_cluster import connected_to_ray
+from medembed.core.system import library_versions
 from medembed.dataset.build_file import read_build
 from medembed.dataset.manifest import Manifest, read_manifest
-from medembed.errors import TrainingDataError
 from medembed.evaluation.scores import SCORES
 from medembed.evaluation.thresholds import ThresholdRule, parse_rules
 from medembed.heads.registry import head_class
-from medembed.heads.spaces import default_spaces, read_spaces
-from medembed.machine import library_versions
 from medembed.results.provenance import (
     describe_source,
     list_left_out,
     public_name,
     summarise_data,
 )
-from medembed.results.run_entries import CV_METHOD
+from medembed.results.run_schema import CV_METHOD
 from medembed.results.runs import Run, create_run
-from medembed.sweeps.finishing import finish
+from medembed.sweeps.data import VERSIONED, Asked, SweepRows, list_poolings
+from medembed.sweeps.finalize import finish
 from medembed.sweeps.plan import plan_batches
 from medembed.sweeps.pool import BACKENDS, choose_jobs
-from medembed.sweeps.rows import VERSIONED, Asked, SweepRows, list_poolings
-from medembed.sweeps.trials import Ledger, run_batches
-from medembed.sweeps.winners import choose, standings
+from medembed.sweeps.runner import Ledger, run_batches
+from medembed.sweeps.search_space import default_spaces, read_spaces
+from medembed.sweeps.selection import choose, standings
 
 __all__ = ["sweep"]
 
@@ -80,7 +80,7 @@ def sweep(
         single-vector poolings of the cache side by side. A pooling of cells, such as ``grid4``, is
         for heads that read cells.
     space : path, optional
-        A search space, see `medembed.heads.spaces`; heads that it does not name have the default.
+        A search space, see `sweeps.search_space`; heads that it does not name have the default.
     n_configs : int, optional
         Configurations tried per head and pooling, at least 1; by default what the space says.
     n_folds : int

@@ -4,12 +4,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from medembed.errors import TrainingDataError
-from medembed.files import json_digest
-from medembed.heads.cohort import resolve_precision
+from medembed.core.errors import TrainingDataError
+from medembed.core.files import json_digest
+from medembed.heads.batched_mlp import resolve_precision
 from medembed.heads.registry import head_class, make_head
-from medembed.heads.spaces import HeadSpace
 from medembed.results.runs import RUN_VERSION
+from medembed.sweeps.search_space import HeadSpace
 
 __all__ = ["COHORT_SIZE", "Batch", "Pooling", "Trial", "plan_batches"]
 

@@ -16,9 +16,9 @@ from typing import Any
 import joblib
 from joblib.externals.loky.backend import resource_tracker as loky_tracker
 
-from medembed.clusters import connected_to_ray
-from medembed.errors import TrainingDataError
-from medembed.machine import choose_processes, end_with_parent, free_bytes
+from medembed.core.errors import TrainingDataError
+from medembed.core.ray_cluster import connected_to_ray
+from medembed.core.system import choose_processes, end_with_parent, free_bytes
 
 __all__ = ["BACKENDS", "Died", "Pool", "choose_jobs"]
 

@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medembed.errors import RunError, TrainingDataError
-from medembed.files import json_digest
+from medembed.core.errors import RunError, TrainingDataError
+from medembed.core.files import json_digest
 from medembed.heads.base import Head
 from medembed.heads.registry import head_class
 from medembed.results.failures import describe_failure, is_final
 from medembed.results.runs import Run
 from medembed.sweeps.pool import Died, Pool
+from medembed.sweeps.selection import Winner
 from medembed.sweeps.training import Training, configure, one_thread, predict, study_score
-from medembed.sweeps.winners import Winner
 
 __all__ = ["Refit", "Refitted", "gather_folds", "refit", "refit_winners"]
 

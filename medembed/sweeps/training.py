@@ -19,16 +19,16 @@ from numpy.typing import NDArray
 from scipy.special import expit
 from threadpoolctl import threadpool_limits
 
-from medembed.errors import TrainingDataError
+from medembed.core.errors import TrainingDataError
 from medembed.evaluation.scores import by_study, score
 from medembed.heads.base import Head
-from medembed.heads.cohort import Rows
+from medembed.heads.batched_mlp import Rows
+from medembed.heads.lightgbm import BinnedRows, LightGBMHead
 from medembed.heads.linear import LogisticHead, fit_path
 from medembed.heads.mlp import MLPHead, gather
-from medembed.heads.perceptrons import Net
-from medembed.heads.projection import Basis, Projector
+from medembed.heads.mlp_network import Net
 from medembed.heads.registry import make_head
-from medembed.heads.trees import BinnedRows, LightGBMHead
+from medembed.heads.scaling import Basis, Projector
 from medembed.results.failures import describe_failure
 
 __all__ = [

@@ -1,0 +1,166 @@
+"""Where an encoder is made: a directory beside the one it will have, renamed when it is whole.
+
+`OUT.partial/` holds `state.safetensors`, the training after its last whole epoch, from which the
+same training goes on. Nothing in it loads as an encoder.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from medembed.core.errors import PathNotFoundError, RunError
+from medembed.core.files import hold_lock, require_plain, sync_directory, write_atomically
+
+__all__ = ["Workplace"]
+
+_STATE = "state.safetensors"
+_NOTES = "notes"  # the key of the state's metadata
+_WHOLE = "encoder"
+_LOCK = ".lock"
+
+Tensors = dict[str, torch.Tensor]
+
+
+class Workplace:
+    """The directory beside `out` in which an encoder is made.
+
+    Parameters
+    ----------
+    out : Path
+        Where the encoder will be.
+    asked : mapping
+        All that decides the result, by the names of options: what an unfinished training must
+        have been asked too.
+
+    Raises
+    ------
+    RunError
+        `out` is there already.
+    PathNotFoundError
+        The directory to make it in is not.
+    """
+
+    def __init__(self, out: Path, asked: Mapping[str, Any]) -> None:
+        if os.path.lexists(out):
+            raise RunError(
+                f"{out} is there already, and an encoder is written into a new directory. Choose "
+                "another --out, or remove it."
+            )
+        if not out.absolute().parent.is_dir():
+            raise PathNotFoundError(
+                f"{out.parent} is not a directory to write {out.name} into. Create it, or choose "
+                "another --out."
+            )
+        self.out, self.path = out, out.with_name(f"{out.name}.partial")
+        self._asked = json.loads(json.dumps(asked))
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the directory for writing; it is made, and removed if it is empty at the end.
+
+        Raises
+        ------
+        RunError
+            Another process trains here, or what is unfinished here was asked otherwise.
+        """
+        self.path.mkdir(exist_ok=True)
+        refusal = RunError(
+            f"{self.path} is being written by another process. Wait for it to end, or choose "
+            "another --out."
+        )
+        with hold_lock(self.path / _LOCK, refusal):
+            try:
+                self._refuse_other()
+                yield
+            finally:
+                self._leave()
+
+    def load(self) -> tuple[Tensors, dict[str, Any]] | None:
+        """Give the tensors and notes last saved; None where there are none that can be read."""
+        try:
+            require_plain(self.path / _STATE)
+            with safe_open(self.path / _STATE, framework="pt", device="cpu") as file:
+                notes = json.loads(file.metadata()[_NOTES])
+                return {name: file.get_tensor(name) for name in file.keys()}, notes  # noqa: SIM118
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+            return None
+
+    def save(self, tensors: Tensors, notes: Mapping[str, Any]) -> None:
+        """Keep a training's state in place of the last one, whole or not at all."""
+        text = json.dumps({**notes, "asked": self._asked}, allow_nan=False)
+        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        write_atomically(self.path / _STATE, save(whole, {_NOTES: text}))
+
+    def discard(self) -> None:
+        """Forget the state: the same training would go wrong again."""
+        (self.path / _STATE).unlink(missing_ok=True)
+
+    def finish(self, files: Mapping[str, bytes], prove: Callable[[Path], str]) -> str:
+        """Write the encoder's files, prove that they load, and give them their place.
+
+        Parameters
+        ----------
+        files : mapping of str to bytes
+            By name.
+        prove : callable
+            Called with the directory; raises if it does not hold a whole encoder.
+
+        Returns
+        -------
+        str
+            What `prove` gave.
+
+        Raises
+        ------
+        OSError
+            The disk is full, or `out` has appeared meanwhile.
+        """
+        whole = self.path / _WHOLE
+        shutil.rmtree(whole, ignore_errors=True)  # of a process that was killed here
+        whole.mkdir()
+        for name, data in files.items():
+            write_atomically(whole / name, data)
+        proof = prove(whole)
+        os.rename(whole, self.out)
+        sync_directory(self.out.absolute().parent)
+        self.discard()
+        return proof
+
+    def _refuse_other(self) -> None:
+        loaded = self.load()
+        held = loaded[1].get("asked") if loaded else None
+        if not isinstance(held, dict) or held == self._asked:
+            return
+        name = next(n for n in (*self._asked, *held) if held.get(n) != self._asked.get(n))
+        raise RunError(
+            f"{self.path} holds an unfinished training with {_option(name, held)}; this one asks "
+            f"for {_option(name, self._asked)}. Ask for the same, choose another --out, or remove "
+            f"{self.path}."
+        )
+
+    def _leave(self) -> None:
+        """Remove what nothing needs any more; what is not ours stays."""
+        for torn in self.path.glob(f".{_STATE}.*.partial"):
+            torn.unlink()
+        if not (self.path / _STATE).exists():
+            shutil.rmtree(self.path / _WHOLE, ignore_errors=True)
+            (self.path / _LOCK).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self.path.rmdir()
+
+
+def _option(name: str, asked: Mapping[str, Any]) -> str:
+    value = asked.get(name)
+    if name == "manifest":
+        return f"a manifest of digest {str(value)[:12]}"
+    if isinstance(value, list):
+        value = ",".join(map(str, value))
+    return f"--{name.replace('_', '-')} {value}"

@@ -1,0 +1,170 @@
+"""The images of `train`, read, hashed, prepared, and parted by patient; never those of `test`."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from medembed.core.errors import TrainingDataError
+from medembed.dataset.identities import name_persons
+from medembed.dataset.manifest import Manifest
+from medembed.dataset.splits import split_patients
+from medembed.encoders.preprocessing import Preprocessing
+from medembed.extraction.image_store import PreparedImages, read_all, refuse_empty_root
+from medembed.images.load import DEFAULT_LIMITS, Content, Limits
+
+__all__ = ["HELD_OUT", "TrainingImages", "draw_held_out", "read_images"]
+
+HELD_OUT = 0.1
+"""Share of the studies of `train` that early stopping looks at and nothing is learned from."""
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingImages:
+    """Prepared images, each content once.
+
+    Parameters
+    ----------
+    pixels : ndarray
+        uint8 (n, height, width), see `extraction.image_store`.
+    learned, held_out : ndarray
+        int, disjoint and neither empty: the images to learn from, and those of other patients.
+    failures : list of dict
+        `image`, `sha256`, `stage`, `reason` of each content that could not be read or decoded.
+    digest : str
+        SHA-256 (hex) over the hashes of both parts: the same for the same images.
+    """
+
+    pixels: np.ndarray
+    learned: np.ndarray
+    held_out: np.ndarray
+    failures: list[dict[str, str]]
+    digest: str
+
+
+def draw_held_out(rows: pd.DataFrame, seed: int) -> np.ndarray:
+    """Choose the patients that early stopping looks at, as `split_patients` does, without labels.
+
+    Parameters
+    ----------
+    rows : pandas.DataFrame
+        Those of `train`, with columns `patient` and `study`.
+
+    Returns
+    -------
+    ndarray of bool, (n_rows,)
+        Whether the row's patient is held out: about `HELD_OUT` of the studies, of one patient at
+        least.
+
+    Raises
+    ------
+    TrainingDataError
+        There is one patient only, or none.
+    """
+    n_patients = name_persons(rows).nunique()
+    if n_patients < 2:
+        raise TrainingDataError(
+            f"split train holds {len(rows)} images of {n_patients} patients, and an autoencoder "
+            "needs two patients: one to learn from and one to stop by. Add patients to split "
+            "train, or correct the manifest's split column."
+        )
+    blind = rows.assign(label=pd.array([pd.NA] * len(rows), dtype="Int8"), region="")
+    parts = split_patients(blind, fraction=max(HELD_OUT, 1 / n_patients), seed=seed)
+    held_out: np.ndarray = parts == "test"
+    return held_out
+
+
+def read_images(
+    manifest: Manifest,
+    image_root: Path,
+    preprocessing: Preprocessing,
+    *,
+    seed: int,
+    limits: Limits = DEFAULT_LIMITS,
+    progress: Callable[[int, int], None] | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> TrainingImages:
+    """Read what a manifest has in `train`, as `extract` does, into a temporary file.
+
+    A content of several rows is held out only if all their patients are.
+
+    Parameters
+    ----------
+    progress : callable, optional
+        Called as progress(done, total) with distinct contents.
+    tell : callable, optional
+        Called with what is being done, and the size of the temporary file.
+
+    Raises
+    ------
+    PathNotFoundError
+        None of the images is below the root.
+    ManifestError
+        Files whose bytes are not the manifest's, all of them at once.
+    TrainingDataError
+        Too few patients, or of one of the two parts no image could be read.
+    MedembedError
+        There is no room for the temporary file.
+    """
+    rows = manifest.rows[manifest.rows["split"] == "train"]
+    contents, is_held_out = _list_contents(rows, draw_held_out(rows, seed))
+    images = (image for content in contents for image in content.images)
+    refuse_empty_root(image_root, images, len(contents), "of split train")
+    read = read_all(
+        contents,
+        image_root,
+        preprocessing,
+        limits=limits,
+        remedy="Set TMPDIR to a larger disk, or give a smaller --size.",
+        progress=progress,
+        tell=tell,
+    )
+    return _part(read, contents, is_held_out)
+
+
+def _list_contents(rows: pd.DataFrame, is_held_out: np.ndarray) -> tuple[list[Content], np.ndarray]:
+    by_content = rows.assign(held_out=is_held_out).groupby("sha256", sort=False)
+    found = by_content.agg(images=("image", tuple), held_out=("held_out", "all"))
+    named = zip(found.index, found["images"], strict=True)
+    contents = [Content(str(sha256), images) for sha256, images in named]
+    return contents, found["held_out"].to_numpy(dtype=bool)
+
+
+def _part(
+    read: PreparedImages, contents: Sequence[Content], is_held_out: np.ndarray
+) -> TrainingImages:
+    is_read = np.ones(len(contents), bool)
+    is_read[list(read.failures)] = False
+    failures = [
+        {**failure, "image": image}
+        for place, failure in sorted(read.failures.items())
+        for image in contents[place].images
+    ]
+    parts = {"learn from": is_read & ~is_held_out, "stop by": is_read & is_held_out}
+    for purpose, chosen in parts.items():
+        if not chosen.any():
+            raise TrainingDataError(
+                f"of the patients of split train to {purpose} no image could be read: "
+                f"{len(read.failures)} of {len(contents)} images failed, the first "
+                f"{_describe(failures)}. Mend these files, or add patients."
+            )
+    digest = hashlib.sha256()
+    for place in np.flatnonzero(is_read).tolist():
+        digest.update(f"{contents[place].sha256} {is_held_out[place]}\n".encode())
+    return TrainingImages(
+        read.pixels,
+        np.flatnonzero(parts["learn from"]),
+        np.flatnonzero(parts["stop by"]),
+        failures,
+        digest.hexdigest(),
+    )
+
+
+def _describe(failures: list[dict[str, str]]) -> str:
+    if not failures:
+        return "none"
+    first = failures[0]
+    return f"{first['image']} ({first['stage']}: {first['reason']})"

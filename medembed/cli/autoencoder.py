@@ -1,0 +1,146 @@
+"""`medembed autoencoder`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from medembed.cli.console import print_json, say
+from medembed.cli.options import (
+    MANY,
+    MAX_BATCH,
+    PATH,
+    Finite,
+    device_option,
+    fit_option,
+    image_root_option,
+    json_option,
+    limit_options,
+    precision_option,
+    seed_option,
+    split_names,
+)
+from medembed.cli.progress import showing_progress
+
+if TYPE_CHECKING:
+    from medembed.autoencoder import TrainingReport
+
+__all__ = ["autoencoder_command"]
+
+MAX_SIDE = 8192
+"""Pixels: of an image that is brought to a square, larger than any encoder's."""
+MAX_CHANNELS = 65_536
+
+
+def _split_numbers(context: click.Context, option: click.Parameter, value: str) -> tuple[int, ...]:
+    names: Any = split_names(context, option, value)
+    if not all(name.isascii() and name.isdecimal() for name in names):
+        raise click.BadParameter(f"{value!r} is no list of whole numbers", context, option)
+    if any(len(name) > 9 or not 1 <= int(name) <= MAX_CHANNELS for name in names):
+        raise click.BadParameter(f"{value!r} is not from 1 to {MAX_CHANNELS}", context, option)
+    return tuple(map(int, names))
+
+
+@click.command("autoencoder")
+@click.argument("manifest_path", metavar="MANIFEST", type=PATH)
+@image_root_option
+@click.option("--out", "out", type=PATH, required=True, help="The encoder directory to write.")
+@click.option(
+    "--size", type=click.IntRange(2, MAX_SIDE), default=128, show_default=True,
+    help="Side in pixels of the square that images are brought to.",
+)  # fmt: skip
+@click.option(
+    "--widths", callback=_split_numbers, default="32,64,128,256", show_default=True,
+    help="Channels after each halving of the side.",
+)  # fmt: skip
+@click.option(
+    "--latent-channels", type=click.IntRange(1, MAX_CHANNELS), default=128, show_default=True,
+    help="Channels of the code: the columns of each pooling.",
+)  # fmt: skip
+@click.option(
+    "--epochs", type=click.IntRange(1, MANY), default=40, show_default=True,
+    help="At most; training ends before if held-out images are drawn no better.",
+)  # fmt: skip
+@click.option("--batch-size", type=click.IntRange(1, MAX_BATCH), default=64, show_default=True)
+@click.option(
+    "--lr", "learning_rate", type=Finite(min=0, min_open=True), default=2e-3, show_default=True,
+    help="The highest learning rate.",
+)  # fmt: skip
+@limit_options
+@device_option
+@precision_option
+@fit_option
+@seed_option
+@json_option
+def autoencoder_command(
+    manifest_path: Path,
+    image_root: Path,
+    out: Path,
+    size: int,
+    widths: tuple[int, ...],
+    latent_channels: int,
+    epochs: int,
+    batch_size: int,
+    learning_rate: float,
+    max_bytes: int,
+    max_seconds: float,
+    device: str,
+    precision: str,
+    fit: str,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Train an autoencoder on MANIFEST's train images; extract takes it as encoder.
+
+    It is the baseline that no label and no other data set has gone into.
+    """
+    from medembed import autoencoder
+    from medembed.dataset.manifest import read_manifest
+    from medembed.images.load import Limits
+
+    with showing_progress("Reading", "images") as progress:
+        report = autoencoder.train_autoencoder(
+            read_manifest(manifest_path),
+            image_root,
+            out,
+            size=size,
+            widths=widths,
+            latent_channels=latent_channels,
+            epochs=epochs,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            device=device,
+            precision=precision,
+            fit=fit,
+            seed=seed,
+            limits=Limits(max_bytes, max_seconds),
+            progress=progress,
+            tell=progress.tell,
+        )
+    _say_training(report, fit)
+    if as_json:
+        print_json(report.as_dict())
+
+
+def _say_training(report: "TrainingReport", fit: str) -> None:
+    for failure in report.failures:
+        say(f"Failed ({failure['stage']}): {failure['image']}: {failure['reason']}")
+    say(
+        f"{report.encoder}: {report.epochs} epochs on {report.images} images of train, the best "
+        f"{report.best_epoch}; {report.held_out_images} images of other patients held out, "
+        f"{report.failed} failed; {report.seconds:.1f} s"
+    )
+    say(
+        f"Mean squared error of held-out images: {report.held_out_loss:.5f}; of the mean image: "
+        f"{report.mean_image_loss:.5f}"
+    )
+    if report.has_collapsed:
+        say(
+            "It draws no better than the mean image, so its embeddings tell next to nothing. Give "
+            "more --epochs, or another --lr."
+        )
+    padded = "" if fit == "stretch" else f" --fit {fit}"
+    say(
+        f"Next: medembed extract MANIFEST --image-root DIR --encoder {report.encoder}{padded} "
+        "--cache CACHE"
+    )

@@ -1,0 +1,230 @@
+"""`medembed compare` and `medembed report`."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from medembed.cli.console import print_json, say
+from medembed.cli.invocation import write_command
+from medembed.cli.options import (
+    PATH,
+    Finite,
+    json_option,
+    operating_point_option,
+    prevalence_option,
+    seed_option,
+    table_columns,
+)
+
+__all__ = ["compare_command", "hush_matplotlib", "report_command", "show_comparison"]
+
+PIPED_COLUMNS = 120  # of a table that goes to a file or another program
+_NO_HOME = (
+    "mkdir -p failed for path",
+    "%s is not a writable directory",
+    "Matplotlib created a temporary cache directory",
+)
+"""How matplotlib says that it keeps its font cache elsewhere, which changes nothing here."""
+
+margin_option = click.option(
+    "--margin",
+    type=Finite(0, 0.5, min_open=True, max_open=True),
+    help="Loss of AUROC that is acceptable: tests whether heads are non-inferior to the best.",
+)
+
+
+@click.command("compare")
+@click.argument("runs", metavar="RUN…", type=PATH, nargs=-1, required=True)
+@click.option("--level", type=click.Choice(["study", "image"]), default="study", show_default=True)
+@click.option(
+    "--by",
+    metavar="COLUMN[:BANDS]",
+    help="A block of rows for each region, number of views (views) or, with --manifest, value of "
+    "a column: age:0-5-10-18 is [0, 5), [5, 10) and [10, 18], with 18 in the last. Values outside, "
+    "empty fields, and studies whose images differ are groups of their own, in no gap.",
+)
+@click.option(
+    "--manifest",
+    "manifest_path",
+    type=PATH,
+    help="That of the runs: with --by, gaps between groups are tested too.",
+)
+@margin_option
+@click.option(
+    "--format",
+    "table_format",
+    type=click.Choice(["table", "markdown", "csv", "latex"]),
+    default="table",
+    show_default=True,
+)
+@click.option(
+    "--tables",
+    type=PATH,
+    help="Also write heads, regions, groups and operating points there, as .csv and .tex.",
+)
+@operating_point_option("Also show this operating point:")
+@prevalence_option
+@seed_option
+@json_option
+def compare_command(
+    runs: tuple[Path, ...],
+    level: str,
+    by: str | None,
+    manifest_path: Path | None,
+    margin: float | None,
+    table_format: str,
+    tables: Path | None,
+    operating_points: tuple[Any, ...],
+    prevalence: float | None,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Compare the heads of one or more runs, with intervals and paired tests."""
+    if manifest_path is None and by not in (None, "region", "views"):
+        raise click.UsageError(f"--by {by} wants --manifest, where that column is.")
+    if manifest_path is not None and by is None:
+        raise click.UsageError("--manifest wants --by, which says by what column of it.")
+    from medembed.results.comparison import compare
+
+    result = compare(
+        list(runs),
+        level=level,
+        seed=seed,
+        by=by,
+        manifest=_read(manifest_path),
+        margin=margin,
+        operating_points=operating_points,
+        prevalence=prevalence,
+    )
+    if tables is not None:
+        from medembed.results.table_files import write_tables
+
+        write_tables(result, tables)
+    if as_json:
+        print_json(result)
+    else:
+        _show(result, by, table_format)
+
+
+def show_comparison(
+    runs: list[Path], level: str, by: str | None, table_format: str, seed: int = 0, **shown: Any
+) -> None:
+    """Print the table of one or more runs, as wide as the terminal."""
+    from medembed.results.comparison import compare
+
+    _show(compare(runs, level=level, seed=seed, **shown), by, table_format)
+
+
+def _show(result: dict[str, Any], by: str | None, table_format: str) -> None:
+    from medembed.results.group_tables import render_groups
+    from medembed.results.operating_tables import asks_for_points, tabulate_points
+    from medembed.results.tables import render
+
+    width = table_columns(PIPED_COLUMNS)
+    is_asked = asks_for_points(result)
+    if is_asked and table_format == "csv":
+        say("The CSV is of heads: operating points are in --json, and in the files of --tables.")
+    if "groups" in result:
+        click.echo(render_groups(result, table_format, width))
+        return
+    more = tabulate_points(result, width if table_format == "table" else None)
+    more = more if is_asked or not by else []
+    click.echo(render(result, table_format=table_format, by=by, width=width, more=more))
+
+
+def _read(manifest_path: Path | None) -> Any:
+    if manifest_path is None:
+        return None
+    from medembed.dataset.manifest import read_manifest
+
+    return read_manifest(manifest_path)
+
+
+def hush_matplotlib() -> None:
+    """Keep what matplotlib says of a home directory that cannot be written off stderr."""
+    import logging
+
+    logging.getLogger("matplotlib").addFilter(
+        lambda record: not str(record.msg).startswith(_NO_HOME)
+    )
+
+
+@click.command("report")
+@click.argument("runs", metavar="RUN…", type=PATH, nargs=-1, required=True)
+@click.option("-o", "--output", type=PATH, required=True, help="Directory of the page.")
+@click.option("--level", type=click.Choice(["study", "image"]), default="study", show_default=True)
+@click.option(
+    "--manifest",
+    "manifest_path",
+    type=PATH,
+    help="That of the runs: adds scores by its columns; with --image-root, thumbnails of mistakes.",
+)
+@click.option("--image-root", type=PATH, help="Directory that the manifest's paths start from.")
+@margin_option
+@click.option(
+    "--names", is_flag=True, help="Name those images by their paths, which may tell who it is."
+)
+@click.option(
+    "--checklist",
+    "checklists",
+    type=click.Choice(["tripod-ai", "claim"]),
+    multiple=True,
+    help="Also fill in a reporting checklist beside the page, in Markdown; may be repeated.",
+)
+@operating_point_option("Also show this operating point:")
+@prevalence_option
+@seed_option
+@json_option
+def report_command(
+    runs: tuple[Path, ...],
+    output: Path,
+    level: str,
+    manifest_path: Path | None,
+    image_root: Path | None,
+    margin: float | None,
+    names: bool,
+    checklists: tuple[str, ...],
+    operating_points: tuple[Any, ...],
+    prevalence: float | None,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Write a page that compares the heads of one or more runs, with figures and their data."""
+    if image_root is not None and manifest_path is None:
+        raise click.UsageError("--image-root wants --manifest, whose paths start from there.")
+    if names and image_root is None:
+        raise click.UsageError("--names wants --manifest and --image-root.")
+    hush_matplotlib()
+    from medembed.report.page import write_report
+
+    manifest, find_thumbnails = _read(manifest_path), None
+    if image_root is not None:
+        find_thumbnails = _thumbnail_finder(manifest, image_root, names)
+    written = write_report(
+        list(runs),
+        output,
+        level=level,
+        seed=seed,
+        find_thumbnails=find_thumbnails,
+        manifest=manifest,
+        margin=margin,
+        command=write_command(click.get_current_context()),
+        checklists=checklists,
+        operating_points=operating_points,
+        prevalence=prevalence,
+    )
+    say(f"Page: {written['page']}")
+    for filled in written.get("checklist", []):
+        counts = ", ".join(f"{n} {status}" for status, n in filled["counts"].items())
+        say(f"Checklist: {filled['path']} ({counts})")
+    if as_json:
+        print_json(written)
+
+
+def _thumbnail_finder(manifest: Any, image_root: Path, names: bool) -> Any:
+    from medembed.dataset.manifest import existing_root
+    from medembed.report.thumbnails import make_thumbnails
+
+    root = existing_root(image_root)
+    return lambda wanted: make_thumbnails(manifest, root, wanted, with_names=names)

@@ -1,0 +1,242 @@
+"""`medembed extract`, and `medembed doctor` that says beforehand whether it will run."""
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from medembed.cli.console import print_json, say
+from medembed.cli.options import (
+    MAX_BATCH,
+    PATH,
+    device_option,
+    encoder_option,
+    fit_option,
+    image_root_option,
+    json_option,
+    limit_options,
+    precision_option,
+    split_names,
+)
+from medembed.cli.progress import showing_progress
+
+if TYPE_CHECKING:
+    from medembed.cache.pending import Worker
+    from medembed.extraction import ExtractionReport
+
+__all__ = ["doctor_command", "extract_command"]
+
+pool_option = click.option(
+    "--pool",
+    "poolings",
+    callback=split_names,
+    default="mean,max",
+    show_default=True,
+    help="What to keep of one pass: mean, max, grid4 (16 cells), pooler, projector, cls.",
+)
+
+
+def _choose_worker(
+    context: click.Context, option: click.Parameter, text: str | None
+) -> "Worker | None":
+    from medembed.extraction.launcher import find_worker, parse_worker
+
+    if text is not None:
+        try:
+            return parse_worker(text)
+        except ValueError as error:
+            raise click.BadParameter(str(error), context, option) from error
+    if context.params.get("engine") == "ray":
+        return None
+    found = find_worker(os.environ)
+    if not found:
+        return None
+    worker, variable = found
+    say(f"Worker {worker.index} of {worker.count}, from 0, as {variable} says.")
+    return worker
+
+
+@click.command("extract")
+@click.argument("manifest_path", metavar="MANIFEST", type=PATH)
+@image_root_option
+@encoder_option
+@click.option("--cache", "cache_path", type=PATH, required=True, help="The cache directory.")
+@pool_option
+@device_option
+@precision_option
+@click.option(
+    "--dtype",
+    type=click.Choice(["float16", "float32"]),
+    default="float16",
+    show_default=True,
+    help="What is stored.",
+)
+@fit_option
+@click.option(
+    "--window",
+    default="first",
+    show_default=True,
+    help="Of a DICOM: the first VOI LUT or window, the one of this name, or none.",
+)
+@click.option("--batch-size", type=click.IntRange(1, MAX_BATCH), help="Images in one encoder pass.")
+@click.option("--decoders", type=click.IntRange(min=1), help="Processes that read and decode.")
+@limit_options
+@click.option(
+    "--worker",
+    callback=_choose_worker,
+    metavar="I/N",
+    help="Take the I-th share of N, from 0; by itself under torchrun and SLURM.",
+)
+@click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    is_eager=True,
+    help="ray: by workers on the Ray at RAY_ADDRESS, or one started here (medembed[ray]).",
+)
+@click.option("--retry-failed", is_flag=True, help="Try images again that failed before.")
+@click.option("--strict", is_flag=True, help="Exit 1 at the end if any image failed.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done; embed nothing.")
+@json_option
+def extract_command(
+    manifest_path: Path,
+    image_root: Path,
+    reference: str,
+    cache_path: Path,
+    poolings: tuple[str, ...],
+    device: str,
+    precision: str,
+    dtype: str,
+    fit: str,
+    window: str,
+    batch_size: int | None,
+    decoders: int | None,
+    max_bytes: int,
+    max_seconds: float,
+    worker: "Worker | None",
+    engine: str,
+    retry_failed: bool,
+    strict: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Embed MANIFEST's images into a cache; what is there already is not done again."""
+    from medembed import extraction
+    from medembed.dataset.manifest import read_manifest
+    from medembed.encoders.loading import load_encoder
+    from medembed.images.intensity import Intensity
+    from medembed.images.load import Limits
+
+    if engine == "ray" and worker:
+        raise click.UsageError("--worker is for --engine local; --engine ray shares out by itself")
+    rows, limits = read_manifest(manifest_path), Limits(max_bytes, max_seconds)
+    if engine == "ray" and Path(reference).is_dir():  # Ray's processes are in other directories
+        reference = str(Path(reference).absolute())
+    load = partial(
+        load_encoder,
+        reference,
+        device=device,
+        precision=precision,
+        fit=fit,
+        poolings=poolings,
+        worker=worker.index if worker else None,
+    )
+    if engine == "ray":
+        from medembed.extraction.ray_engine import Job, extract_on_ray
+
+        job = Job(
+            load,
+            image_root.absolute(),
+            cache_path.absolute(),
+            poolings=poolings,
+            dtype=dtype,
+            intensity=Intensity(window),
+            batch_size=batch_size,
+            decoders=decoders,
+            limits=limits,
+            retry_failed=retry_failed,
+        )
+        with showing_progress("Embedding", "images") as progress:
+            report = extract_on_ray(
+                rows, job, device=device, dry_run=dry_run, progress=progress, tell=progress.tell
+            )
+    else:
+        with showing_progress("Fetching", "bytes") as progress:
+            encoder = load(progress=progress)
+        with showing_progress("Embedding", "images") as progress:
+            report = extraction.extract(
+                rows,
+                image_root,
+                encoder,
+                cache_path,
+                poolings=poolings,
+                dtype=dtype,
+                intensity=Intensity(window),
+                batch_size=batch_size,
+                decoders=decoders,
+                limits=limits,
+                retry_failed=retry_failed,
+                worker=worker,
+                dry_run=dry_run,
+                progress=progress,
+                tell=progress.tell,
+                announce=say,
+            )
+    _say_extraction(report, cache_path, dry_run)
+    if as_json:
+        print_json(report.as_dict())
+    if strict and report.failed:
+        raise click.ClickException(
+            f"{report.failed} images failed and --strict was given. They are listed above; mend "
+            "them and run the same command with --retry-failed, or drop --strict."
+        )
+
+
+def _say_extraction(report: "ExtractionReport", cache_path: Path, dry_run: bool) -> None:
+    for failure in report.failures:
+        say(f"Failed ({failure['stage']}): {failure['image']}: {failure['reason']}")
+    for note, n_images in report.notes.items():
+        say(f"In {n_images} image{'s' * (n_images != 1)}: {note}")
+    verb = "would be embedded" if dry_run else "embedded"
+    say(
+        f"{cache_path}: {report.embedded} {verb}, {report.already} already there, "
+        f"{report.failed} failed, {report.duplicates} the same bytes under another name, "
+        f"of {report.requested} images; {report.seconds:.1f} s, "
+        f"{report.images_per_second:.1f} images/s"
+    )
+    if report.decoders:
+        from medembed.extraction.report import describe_times
+
+        say(f"Time: {describe_times(report)}")
+
+
+@click.command("doctor")
+@click.option(
+    "--encoder", "reference", help="Also ask for this one: access, memory, what is to be fetched."
+)
+@click.option("--manifest", "manifest_path", type=PATH, help="Count its images for the disk.")
+@click.option("--cache", "cache_path", type=PATH, help="Where the cache will be.")
+@pool_option
+@json_option
+def doctor_command(
+    reference: str | None,
+    manifest_path: Path | None,
+    cache_path: Path | None,
+    poolings: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Say whether device, memory, disk, token and access will do; exit 1 if one will not."""
+    from medembed import doctor
+
+    checks = doctor.examine(reference, manifest=manifest_path, cache=cache_path, poolings=poolings)
+    if as_json:
+        print_json({"checks": [check.as_dict() for check in checks]})
+    else:
+        for line in doctor.lines(checks):
+            click.echo(line)
+    n_bad = sum(not check.ok for check in checks)
+    if n_bad:
+        raise click.ClickException(f"{n_bad} of {len(checks)} checks failed; see above.")

@@ -1,0 +1,183 @@
+"""What several commands share: their options, how wide tables are, and how they end."""
+
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from medembed.cli.console import print_json, say
+
+__all__ = [
+    "MANY",
+    "MAX_BATCH",
+    "MAX_SEED",
+    "PATH",
+    "Finite",
+    "check_point",
+    "conclude",
+    "device_option",
+    "encoder_option",
+    "fit_option",
+    "image_root_option",
+    "json_option",
+    "limit_options",
+    "operating_point_option",
+    "precision_option",
+    "prevalence_option",
+    "seed_option",
+    "split_names",
+    "table_columns",
+]
+
+PATH = click.Path(path_type=Path)
+Command = TypeVar("Command", bound=Callable[..., Any])
+MAX_SEED = 2**63 - 1
+"""The largest whole number that every file and library here holds."""
+
+image_root_option = click.option(
+    "--image-root", type=PATH, required=True, help="Directory that the manifest's paths start from."
+)
+encoder_option = click.option(
+    "--encoder",
+    "reference",
+    required=True,
+    help="Hub id such as google/medgemma-4b-pt[@revision], a checkpoint directory, or demo.",
+)
+device_option = click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda", "mps"]),
+    default="auto",
+    show_default=True,
+)
+precision_option = click.option(
+    "--precision",
+    type=click.Choice(["auto", "fp32", "bf16"]),
+    default="auto",
+    show_default=True,
+    help="What the encoder computes in; auto is bf16 on a GPU that has it, else fp32.",
+)
+fit_option = click.option(
+    "--fit",
+    type=click.Choice(["stretch", "pad"]),
+    default="stretch",
+    show_default=True,
+    help="How an image that is not square becomes square.",
+)
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON document on stdout."
+)
+MAX_BATCH = 65_536
+"""Images in one batch: beyond any device."""
+MANY = 1_000_000
+"""Of what is counted one by one: epochs, configurations, folds. More would never end."""
+
+
+class Finite(click.FloatRange):
+    """A number within a range, and finite."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Refuse NaN, which no range does, and infinities."""
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{number} is not a finite number.", param, ctx)
+        return number
+
+
+def limit_options(command: Command) -> Command:
+    """Add --max-bytes and --max-seconds: what an image may cost before it counts as failed."""
+    for option in (
+        click.option(
+            "--max-seconds",
+            type=Finite(0, 1_000_000, min_open=True),
+            default=120.0,
+            show_default=True,
+            help="Of computing to decode an image; one that takes longer counts as failed.",
+        ),
+        click.option(
+            "--max-bytes",
+            type=click.IntRange(min=1, max=2**63 - 1),
+            default=2**30,
+            show_default=True,
+            help="Of an image's file; a larger one counts as failed.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def operating_point_option(words: str) -> Callable[[Command], Command]:
+    """Add --operating-point, which may be given several times; `words` say what it is for."""
+    return click.option(
+        "--operating-point",
+        "operating_points",
+        metavar="POINT",
+        multiple=True,
+        callback=_read_points,
+        help=f"{words} sensitivity=0.95, specificity=0.9, youden or threshold=0.3; repeatable.",
+    )
+
+
+def check_point(context: click.Context, option: click.Parameter, text: str | None) -> str | None:
+    """Refuse what names no operating point: wrong usage."""
+    _read_points(context, option, () if text is None else (text,))
+    return text
+
+
+def _read_points(context: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> Any:
+    if not texts:
+        return ()
+    from medembed.core.errors import TrainingDataError
+    from medembed.evaluation.thresholds import parse_rules
+
+    try:
+        return parse_rules(texts)
+    except TrainingDataError as error:
+        raise click.BadParameter(f"{error}.", context, option) from None
+
+
+prevalence_option = click.option(
+    "--prevalence",
+    type=Finite(0, 1, min_open=True, max_open=True),
+    metavar="P",
+    help="Also give PPV and NPV where this share of studies is abnormal.",
+)
+seed_option = click.option(
+    "--seed",
+    type=click.IntRange(min=0, max=MAX_SEED),
+    default=0,
+    show_default=True,
+    help="Seed of everything random.",
+)
+
+
+def split_names(context: click.Context, option: click.Parameter, value: str | None) -> Any:
+    """Split `a,b` into ("a", "b"); an empty name is wrong usage."""
+    if value is None:
+        return None
+    names = tuple(name.strip() for name in value.split(","))
+    if not all(names):
+        raise click.BadParameter(f"{value!r} has an empty name", context, option)
+    return names
+
+
+def table_columns(piped: int) -> int:
+    """Return the columns of the terminal, or `piped` for a file or another program."""
+    import shutil  # which --help need not wait for
+
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else piped
+
+
+def conclude(problems: list[str], checked: Path, remedy: str, as_json: bool, **more: Any) -> None:
+    """Print what a check found; exit 1 if it found anything. `more` goes into the document."""
+    if as_json:
+        print_json({"problems": problems, **more})
+    for problem in problems:
+        say(problem)
+    if problems:
+        raise click.ClickException(f"{checked}: {len(problems)} problem(s), listed above. {remedy}")
+    say(f"{checked}: no problems")

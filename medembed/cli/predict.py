@@ -1,0 +1,318 @@
+"""`medembed predict`: ask a packaged model about images."""
+
+import contextlib
+import json
+import sys
+import textwrap
+import unicodedata
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from medembed.cli.console import exit_status, print_json, say
+from medembed.cli.options import (
+    PATH,
+    Finite,
+    check_point,
+    device_option,
+    json_option,
+    limit_options,
+    precision_option,
+)
+from medembed.cli.progress import showing_progress
+from medembed.core.text import printable
+
+if TYPE_CHECKING:
+    from medembed.prediction import Predictor
+
+__all__ = ["predict_command"]
+
+COLUMNS = 80
+NAME_COLUMNS = 38
+Row = dict[str, Any]
+OUTER = 0.05
+"""Share of the training patients that lie furthest out: of studies like theirs as many do."""
+_NO_REFERENCE = (
+    "Not told: how far these images lie from those of training. The model keeps no statistics of "
+    "them, or of too few patients; what `medembed sweep` packages now does."
+)
+
+
+@click.command("predict")
+@click.argument("model_path", metavar="MODEL", type=PATH)
+@click.argument("images", metavar="[IMAGE]...", nargs=-1, type=PATH)
+@click.option("--manifest", "manifest_path", type=PATH, help="Answer for all images of this one.")
+@click.option(
+    "--image-root",
+    type=PATH,
+    help="Where the manifest's paths start from; not needed if the cache has all.",
+)
+@click.option("--cache", "cache_path", type=PATH, help="Look embeddings up here first.")
+@click.option(
+    "--encoder",
+    "reference",
+    help="Where the model's encoder is, if not where its card says.",
+)
+@click.option(
+    "--explain",
+    type=PATH,
+    metavar="DIR",
+    help="Leave a heat map of each image here; the encoder sees all, whatever the cache has.",
+)
+@click.option(
+    "--alpha",
+    type=Finite(0, 1, min_open=True, max_open=True),
+    default=0.1,
+    show_default=True,
+    help="Share of prediction sets that may miss the truth.",
+)
+@click.option(
+    "--operating-point",
+    metavar="POINT",
+    callback=check_point,
+    help="What decides: one that the model was packaged with, such as sensitivity=0.95, or "
+    "threshold=0.3 of calibrated probabilities; Youden's without it.",
+)
+@limit_options
+@device_option
+@precision_option
+@click.option("--jsonl", is_flag=True, help="Print a line of JSON per row, as it is ready.")
+@json_option
+def predict_command(
+    model_path: Path,
+    images: tuple[Path, ...],
+    manifest_path: Path | None,
+    image_root: Path | None,
+    cache_path: Path | None,
+    reference: str | None,
+    explain: Path | None,
+    alpha: float,
+    operating_point: str | None,
+    max_bytes: int,
+    max_seconds: float,
+    device: str,
+    precision: str,
+    jsonl: bool,
+    as_json: bool,
+) -> None:
+    """Ask a packaged MODEL about images: files, or those of a manifest.
+
+    Per image and per study: the calibrated probability of abnormal, the decision at an operating
+    point, and the prediction set. Files given by name are studies of their own. Exits with 1
+    if an image could not be answered for. Research software, not a medical device.
+    """
+    from medembed.images.load import Limits
+    from medembed.prediction import Predictor
+
+    _check_usage(images, manifest_path, image_root, jsonl=jsonl, as_json=as_json)
+    with showing_progress("Fetching", "bytes") as fetching:
+        predictor = Predictor(
+            model_path,
+            encoder=reference,
+            cache=cache_path,
+            device=device,
+            precision=precision,
+            alpha=alpha,
+            operating_point=operating_point,
+            limits=Limits(max_bytes, max_seconds),
+            fetching=fetching,
+            tell=say,
+        )
+        point = predictor.point
+        if operating_point is not None:
+            say(f"Decisions at {point.name}: abnormal from {point.threshold:.3f} on.")
+        if predictor.card.conformal is None:
+            say(f"No prediction sets: {predictor.card.conformal_note or 'the model has none.'}")
+        elif warning := predictor.card.conformal.warning():
+            say(warning)
+        if "range" not in (predictor.model.reference or {}):
+            say(_NO_REFERENCE)
+        if manifest_path is not None:
+            rows = predictor.predict_manifest(manifest_path, image_root, explain=explain)
+        else:
+            rows = predictor.predict_images(images, explain=explain)
+        with contextlib.closing(rows):
+            seen = _show(rows, predictor, jsonl=jsonl, as_json=as_json)
+    seen.conclude()
+
+
+def _check_usage(
+    images: tuple[Path, ...],
+    manifest_path: Path | None,
+    image_root: Path | None,
+    *,
+    jsonl: bool,
+    as_json: bool,
+) -> None:
+    if bool(images) == (manifest_path is not None):
+        raise click.UsageError("name images, or give --manifest M --image-root DIR")
+    if image_root is not None and manifest_path is None:
+        raise click.UsageError("--image-root is for --manifest; images are named by their paths")
+    if jsonl and as_json:
+        raise click.UsageError("give --jsonl or --json, not both")
+
+
+class _Seen:
+    """Counts rows as they go by."""
+
+    def __init__(self) -> None:
+        self.images = self.failed = self.studies = self.abnormal = self.trained_on = 0
+        self.far = self.marginal = self.placed = self.outer = 0
+
+    def add(self, row: Row) -> None:
+        if row["image"] is None:
+            self.studies += 1
+            self.abnormal += row["decision"] == "abnormal"
+            self.marginal += row["coverage"] == "marginal"
+            if row["distance_p"] is not None:
+                self.placed += 1
+                self.outer += row["distance_p"] <= OUTER
+            return
+        self.images += 1
+        self.failed += row["error"] is not None
+        self.trained_on += bool(row["trained_on"])
+        self.far += bool(row["far"])
+
+    def _are_others(self) -> bool:
+        """Whether chance marks this many studies as far less than once in 1,000 times."""
+        if not self.placed:
+            return False
+        from scipy.stats import binom
+
+        return float(binom.sf(self.outer - 1, self.placed, OUTER)) < 0.001
+
+    def conclude(self) -> None:
+        """Say what there was; exit with 1 if anything failed."""
+        say(
+            f"{self.images} images in {self.studies} studies, {self.abnormal} of them called "
+            f"abnormal; {self.failed} images failed."
+        )
+        if self.trained_on:
+            say(
+                f"{self.trained_on} images are among those that the model was trained on (*): "
+                "what it says of them is too good."
+            )
+        if self.far:
+            say(
+                f"{self.far} of {self.images} images lie far from those that the model was trained "
+                "on (!): neither probabilities, decisions nor sets hold there. Have such images "
+                "labelled, and see `medembed evaluate`."
+            )
+        if self._are_others():
+            say(
+                f"Taken together they are not like the training images: {self.outer} of "
+                f"{self.placed} studies are among the outermost {OUTER:.0%}. Neither "
+                "probabilities, decisions nor sets hold for any of them; see `medembed evaluate`."
+            )
+        if self.marginal:
+            say(
+                f"The sets of {self.marginal} studies (~) are of regions with too few training "
+                "patients, or that are not known: their coverage holds over all regions together, "
+                "and may be less in one of them."
+            )
+        if self.failed:
+            raise click.ClickException(
+                f"{self.failed} of {self.images} images could not be answered for; their rows say "
+                "why. All others were."
+            )
+
+
+def _show(rows: Iterator[Row], predictor: "Predictor", *, jsonl: bool, as_json: bool) -> _Seen:
+    seen = _Seen()
+    if as_json:
+        kept = list(_counting(rows, seen))
+        print_json(kept)
+        return seen
+    write = _writer()
+    try:
+        if not jsonl:
+            write("".join(f"{line}\n" for line in _heading(predictor)))
+        for row in _counting(rows, seen):
+            lines = [json.dumps(row, ensure_ascii=False, allow_nan=False)] if jsonl else _lines(row)
+            write("".join(f"{line}\n" for line in lines))
+    except KeyboardInterrupt as error:
+        with contextlib.suppress(OSError):  # after SIGHUP there may be no terminal
+            say(
+                f"Stopped after {seen.images} images. Every line that was printed is whole; the "
+                "same command begins anew."
+            )
+        raise SystemExit(exit_status(error)) from None
+    return seen
+
+
+def _counting(rows: Iterator[Row], seen: _Seen) -> Iterator[Row]:
+    for row in rows:
+        seen.add(row)
+        yield row
+
+
+def _writer() -> Callable[[str], None]:
+    """Give what writes text to stdout at once. What Ctrl-C cuts off is flushed at the exit."""
+    stream = sys.stdout.buffer
+
+    def write(text: str) -> None:
+        data = text.encode("utf-8", "backslashreplace")
+        while data:  # an unbuffered stdout may take a part
+            data = data[stream.write(data) :]
+        stream.flush()
+
+    return write
+
+
+def _heading(predictor: "Predictor") -> list[str]:
+    share = f"{100 * (1 - predictor.alpha):.4g} % set"
+    names = f"{'image or = study':<{NAME_COLUMNS}} {'abnormal':>9}  {'decision':<9} {share}"
+    return [names, "-" * COLUMNS]
+
+
+def _lines(row: Row) -> list[str]:
+    """Lay a row out for people; nothing of a study with one view, which is its image's row."""
+    if row["image"] is None:
+        if row["n_views"] == 1:
+            return []
+        failed = f", {row['n_failed']} failed" if row["n_failed"] else ""
+        name, views = row["study"], f" ({row['n_views']} views{failed})"
+        start = "= " + _fit(name, NAME_COLUMNS - 2 - len(views)) + views
+    else:
+        start = _fit(row["image"], NAME_COLUMNS)
+    start = _pad(start, NAME_COLUMNS)
+    if row["error"] is not None:
+        return [f"{start} {'—':>9}", *_indented(row["error"])]
+    marks = ("*" if row["trained_on"] else "") + ("!" if row["far"] else "")
+    inside = row["set"]
+    words = "—" if inside is None else " or ".join(inside) or "neither"
+    words += " ~" if row["coverage"] == "marginal" else ""
+    line = f"{start} {row['probability']:>9.3f}{marks:<2}{row['decision']:<9} {words}".rstrip()
+    more = row.get("explanation")
+    return [line] if not more else [line, *_indented(more)]
+
+
+def _indented(text: str) -> list[str]:
+    return textwrap.wrap(
+        printable(text, keep=""), COLUMNS, initial_indent="    ", subsequent_indent="    "
+    )
+
+
+def _fit(text: str, columns: int) -> str:
+    """Cut a name in its middle: its end tells more than what is between."""
+    text = printable(text, keep="")
+    if _columns(text) <= columns:
+        return text
+    head, tail = "", ""
+    while _columns(head + text[len(head)]) <= (columns - 1) // 3:
+        head += text[len(head)]
+    while _columns(head + tail + text[-1 - len(tail)]) <= columns - 1:
+        tail = text[-1 - len(tail)] + tail
+    return f"{head}…{tail}"
+
+
+def _pad(text: str, columns: int) -> str:
+    return text + " " * (columns - _columns(text))
+
+
+def _columns(text: str) -> int:
+    """Count the columns that a terminal gives a text."""
+    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
+    return len(text) + wide - sum(bool(unicodedata.combining(c)) for c in text)

@@ -1,1 +1,0 @@
-"""One module per family of commands; `cli` puts them together."""

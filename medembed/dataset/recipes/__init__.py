@@ -1,0 +1,1 @@
+"""Recipes, and the manifests that they build."""

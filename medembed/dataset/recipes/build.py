@@ -1,0 +1,313 @@
+"""Recipes: how the files and tables of a dataset become a manifest."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+import medembed
+from medembed.core.errors import ManifestError, PathNotFoundError, RecipeError
+from medembed.dataset.checks import SPLITS
+from medembed.dataset.groups import join_same_bytes, name_runs
+from medembed.dataset.identities import EXACT, IDS, find_persons
+from medembed.dataset.manifest import (
+    Manifest,
+    count_rows,
+    existing_root,
+    image_path,
+    make_manifest,
+)
+from medembed.dataset.mismatches import compare_names
+from medembed.dataset.recipes.expected import compare_counts
+from medembed.dataset.recipes.image_index import plain_path
+from medembed.dataset.recipes.listing import Listing, first_names, name_unread
+from medembed.dataset.recipes.readers import read_layout
+from medembed.dataset.recipes.schema import Recipe, parse_recipe
+from medembed.dataset.recipes.sections import Groups
+from medembed.dataset.split_counts import SplitCount, count_splits, find_gaps, find_small_parts
+from medembed.dataset.splits import split_patients
+from medembed.dataset.suspicious_values import find_warnings
+from medembed.dataset.tables import normalise_column
+from medembed.images.hashing import hash_or_explain
+
+__all__ = ["BuildReport", "Recipe", "build_manifest", "load_recipe"]
+
+NOT_FOUND = "not below the image root"
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What `build_manifest` made.
+
+    Attributes
+    ----------
+    manifest : Manifest
+    excluded : list of (str, str)
+        Images of the dataset that are not in the manifest, each with the reason.
+    warnings : list of str
+        What a careful reader should know; `strict` makes these an error.
+    notices : list of str
+        What was settled on the way, and what the data set is too small for; never an error.
+    n_unlisted : int
+        Image files below the root that the recipe's tables or pattern lack.
+    """
+
+    manifest: Manifest
+    excluded: list[tuple[str, str]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+    n_unlisted: int = 0
+
+    @property
+    def splits(self) -> list[SplitCount]:
+        """Images, studies and patients of each split, region and label."""
+        return count_splits(self.manifest.rows)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the counts of `manifest.count`, and all else but the rows, fit for JSON."""
+        return {
+            **count_rows(self.manifest.rows),
+            "splits": [asdict(count) for count in self.splits],
+            "excluded": [{"image": image, "reason": reason} for image, reason in self.excluded],
+            "warnings": self.warnings,
+            "notices": self.notices,
+        }
+
+
+def load_recipe(path_or_name: str | Path) -> Recipe:
+    """Load a recipe from a TOML file, or one that comes with medembed by its bare name.
+
+    Raises
+    ------
+    PathNotFoundError
+        There is no such file, and no recipe of that name.
+    RecipeError
+        The recipe cannot be read or contradicts itself.
+    """
+    path = Path(path_or_name)
+    if path.exists() and not path.is_dir():  # whatever else it is, its reader says so
+        return parse_recipe(path)
+    packaged = _packaged_recipes()
+    if str(path_or_name) in packaged:
+        return parse_recipe(packaged[str(path_or_name)])
+    known = ", ".join(sorted(packaged))
+    raise PathNotFoundError(
+        f"no recipe at {path_or_name}. Give the path of a .toml file, or one of the names {known}."
+    )
+
+
+def build_manifest(
+    recipe: Recipe,
+    image_root: str | Path,
+    *,
+    strict: bool = False,
+    structure_only: bool = False,
+    key_file: str | Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> BuildReport:
+    """Build the manifest of the dataset below `image_root`.
+
+    Parameters
+    ----------
+    recipe : Recipe
+    image_root : path
+        The directory that image paths are relative to.
+    strict : bool
+        Raise where there would be warnings: images of the tables that are missing, files that no
+        table lists or that cannot be read, folders that were not entered, counts that are not the
+        expected ones, exclusions that match nothing, a split without patients or without a class,
+        and what `suspicious_values.find_warnings` finds.
+    structure_only : bool
+        Use the tables alone: images may be missing and `sha256` is empty. Such a manifest shows
+        what a dataset holds; nothing can be extracted with it.
+    key_file : path, optional
+        What the identifiers of layout dicom are hashed with; made where it is not there. Without
+        one a random key is used and forgotten: the identifiers, and with them a drawn split,
+        differ from build to build.
+    progress : callable, optional
+        Called as `progress(done, total)` while files are hashed.
+
+    Raises
+    ------
+    PathNotFoundError
+        The root or a table is missing.
+    RecipeError
+        Recipe and dataset do not fit, or `strict` and there are warnings (all are listed).
+    ManifestError
+        The rows break a manifest's rules, as leaks do; lists all problems.
+    """
+    root = existing_root(image_root)
+    listing = read_layout(recipe, root, Path(key_file) if key_file else None)
+    warnings = [*([] if structure_only else listing.unseen), *listing.warnings]
+    rows = _name_splits(recipe, listing.rows)
+    rows["patient"] = _group_by_name(recipe.groups, rows)
+    rows, excluded = _exclude(recipe, rows, warnings)
+    excluded += listing.excluded
+    if not structure_only:
+        rows = _drop_missing(rows, listing, excluded, warnings, root)
+    _refuse_warnings(recipe, strict, warnings)  # before the long work
+    if rows.empty:
+        raise RecipeError(f"recipe {recipe.name!r} finds no image in {root}.")
+    rows = rows.drop(columns="name").reset_index(drop=True)
+    rows["sha256"] = ""
+    if not structure_only:
+        rows = _hash(rows, root, excluded, warnings, progress)
+    if recipe.groups and recipe.groups.same_bytes:
+        rows["patient"] = join_same_bytes(rows["patient"], rows["sha256"])
+    if recipe.ids == EXACT or (
+        recipe.groups and find_persons(rows["patient"].unique()) is not None
+    ):
+        rows[IDS] = EXACT  # names of files that we made patients of are what they are
+    if recipe.split and recipe.split.fraction:
+        known = rows.assign(label=pd.to_numeric(rows["label"]).astype("Int8"))
+        rows["split"] = split_patients(
+            known, fraction=recipe.split.fraction, seed=recipe.split.seed
+        )
+    manifest = make_manifest(rows, recipe.label_level, source=f"recipe {recipe.name!r}")
+    is_labelled = recipe.label is not None or bool(manifest.rows["label"].notna().any())
+    warnings += compare_counts(recipe.expected, manifest)
+    warnings += find_gaps(manifest.rows, is_labelled=is_labelled)
+    warnings += find_warnings(manifest.rows)
+    _refuse_warnings(recipe, strict, warnings)
+    small = find_small_parts(manifest.rows, is_labelled=is_labelled)
+    n_unlisted = 0 if structure_only else len(listing.files)
+    notices = [*listing.notices, *small]
+    return BuildReport(manifest, sorted(excluded), warnings, notices, n_unlisted)
+
+
+def _packaged_recipes() -> dict[str, Path]:
+    """Find the recipes inside an installed package, or beside the package in a checkout."""
+    package = Path(medembed.__file__).parent
+    folders = (package.parent / "data_manifests", package / "data_manifests")
+    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.toml"))}
+
+
+def _name_splits(recipe: Recipe, rows: pd.DataFrame) -> pd.DataFrame:
+    """Bring the dataset's names of its splits to train and test."""
+    if recipe.split and recipe.split.fraction:
+        return rows
+    split = rows["split"].replace(recipe.split_names)
+    others = split[~split.isin(SPLITS)]
+    if len(others):
+        counted = ", ".join(f"{name!r} ({n} images)" for name, n in others.value_counts().items())
+        raise RecipeError(
+            f"recipe {recipe.name!r}: splits other than train and test: {counted}. Map each with "
+            'split_names, as in split_names = {valid = "test"}.'
+        )
+    return rows.assign(split=split)
+
+
+def _group_by_name(groups: Groups | None, rows: pd.DataFrame) -> "pd.Series[str]":
+    """Name groups from all rows, so that missing and excluded images do not change them."""
+    if groups is None:
+        return rows["patient"]
+    if groups.rule == "image":
+        return normalise_column(rows["image"])
+    unknown = [name for name in groups.break_on if name not in rows]
+    if unknown:
+        raise RecipeError(
+            f"[groups]: break_on names {', '.join(unknown)}; known: {', '.join(rows.columns)}."
+        )
+    names = rows["name"].str.rpartition("/")[2]
+    runs = name_runs(names, rows[list(groups.break_on)], max_gap=groups.max_gap)
+    return normalise_column(runs)
+
+
+def _exclude(
+    recipe: Recipe, rows: pd.DataFrame, warnings: list[str]
+) -> tuple[pd.DataFrame, list[tuple[str, str]]]:
+    """Leave out what `[exclude]` names: a path, a file's name or stem, or a folder."""
+    excluded: list[tuple[str, str]] = []
+    path = rows["image"].map(plain_path) if recipe.exclude else rows["image"]
+    name = path.str.rpartition("/")[2]
+    stem = name.str.replace(r"\.[^.]*$", "", regex=True)
+    for key, reason in recipe.exclude.items():
+        own = plain_path(key)
+        hit = path.eq(own) | name.eq(own) | stem.eq(own) | rows["name"].eq(key)
+        hit |= path.str.startswith(f"{own}/")
+        if not hit.any():
+            warnings.append(f"[exclude] names {key!r}, which is no image of the dataset")
+        excluded += [(image, reason) for image in rows["image"][hit]]
+    left_out = {image for image, _ in excluded}
+    reasons = dict(reversed(excluded))  # the first reason stands where several match
+    return rows[~rows["image"].isin(left_out)], list(reasons.items())
+
+
+def _drop_missing(
+    rows: pd.DataFrame,
+    listing: Listing,
+    excluded: list[tuple[str, str]],
+    warnings: list[str],
+    root: Path,
+) -> pd.DataFrame:
+    """Leave out images that are not there; where none is, say what is wrong."""
+    there = listing.is_found.reindex(rows.index)
+    if there.all():
+        return rows
+    missing = rows["image"][~there].tolist()
+    alike = compare_names(rows["name"][~there].tolist(), listing.files, root)
+    if not there.any():
+        raise RecipeError(_describe_none(missing, listing, alike, root))
+    also = f". {alike}" if alike else ""
+    warnings.append(
+        f"{len(missing)} of {len(rows)} images of the tables are {NOT_FOUND} and were left "
+        f"out: {first_names(missing)}{also}"
+    )
+    excluded += [(image, NOT_FOUND) for image in missing]
+    return rows[there]
+
+
+def _describe_none(missing: list[str], listing: Listing, alike: str, root: Path) -> str:
+    """Say why none of the tables' images was found: blame the root only where it is at fault."""
+    unseen = "".join(f" {warning}." for warning in listing.unseen)
+    if alike:
+        why = alike
+    elif listing.files:
+        why = (
+            f"The first in the tables is {missing[0]!r}, the first of {len(listing.files)} files "
+            f"{min(listing.files)!r}, and no two are alike. Name the column of the files in the "
+            "recipe, or correct --image-root."
+        )
+    else:
+        why = f"There is no image at all, such as {missing[0]}. Correct --image-root."
+    return (
+        f"none of the {len(missing)} images of the tables are below {root}.{unseen} {why} Use "
+        "--structure-only for the tables alone."
+    )
+
+
+def _hash(
+    rows: pd.DataFrame,
+    root: Path,
+    excluded: list[tuple[str, str]],
+    warnings: list[str],
+    progress: Callable[[int, int], None] | None,
+) -> pd.DataFrame:
+    """Fill in the hashes, and leave out files that cannot be read."""
+    try:
+        paths = [image_path(root, image) for image in rows["image"]]
+    except ManifestError as error:
+        raise RecipeError(str(error)) from error
+    hashes: list[str] = []
+    unread: list[tuple[str, str]] = []
+    for image, found in zip(rows["image"], hash_or_explain(paths, progress), strict=True):
+        if isinstance(found, OSError):
+            unread.append((image, found.strerror or type(found).__name__))
+        hashes.append("" if isinstance(found, OSError) else found)
+    warnings += (said := name_unread(unread))
+    excluded += [(image, f"cannot be read: {reason}") for image, reason in unread]
+    if len(unread) == len(rows):
+        raise RecipeError(f"{said[0]}. Make the files below {root} readable.")
+    rows = rows.assign(sha256=hashes)
+    return rows[rows["sha256"] != ""].reset_index(drop=True)
+
+
+def _refuse_warnings(recipe: Recipe, strict: bool, warnings: list[str]) -> None:
+    if strict and warnings:
+        listed = "\n".join(f"  - {warning}" for warning in warnings)
+        raise RecipeError(
+            f"recipe {recipe.name!r} draws warnings, which --strict refuses (drop it to build all "
+            f"the same):\n{listed}"
+        )

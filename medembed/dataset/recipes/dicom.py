@@ -1,0 +1,196 @@
+"""The layout of a tree of DICOM files, whatever their names: all is read from their elements."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from medembed.core.errors import ImageError, RecipeError
+from medembed.core.files import open_plain
+from medembed.dataset.identities import EXACT, IDS, find_persons
+from medembed.dataset.pseudonyms import Pseudonyms, read_key
+from medembed.dataset.recipes import renderings
+from medembed.dataset.recipes.dicom_labels import KEYS, join_labels
+from medembed.dataset.recipes.image_index import ImageIndex
+from medembed.dataset.recipes.listing import Listing, name_unread, refuse
+from medembed.dataset.recipes.schema import Recipe
+from medembed.dataset.recipes.sections import Dicom
+from medembed.dataset.suspicious_values import is_missing_patient, list_examples
+from medembed.images.decode import BARE_DICOM
+from medembed.images.dicom.file import quiet_pydicom, read_dicom, why_no_image
+from medembed.images.dicom.terms import age_in_years, laterality, region, sex, text, view
+
+__all__ = ["read_dicom_tree"]
+
+TAGS = (
+    "SOPClassUID SOPInstanceUID StudyInstanceUID AccessionNumber Modality PatientID "
+    "IssuerOfPatientID PatientAge PatientSex BodyPartExamined AnatomicRegionSequence "
+    "ImageLaterality Laterality FrameLaterality ViewPosition ViewCodeSequence "
+    f"NumberOfFrames Rows Columns {renderings.TAGS}"
+)
+DICOMDIR = "1.2.840.10008.1.3.10"
+COVARIATES = ("laterality", "view", "age", "sex")
+
+
+def read_dicom_tree(recipe: Recipe, root: Path, key_file: Path | None = None) -> Listing:
+    """Read every DICOM file below `root`; what is no image of the wanted kind is left out.
+
+    A study of the manifest is one region of a DICOM study. Where a file names no patient, its study
+    stands for one, and where it names no study, the image is its own.
+
+    Raises
+    ------
+    RecipeError
+        There is no image, the table does not fit, or the key cannot be used.
+    """
+    spec = recipe.dicom or Dicom()
+    names = Pseudonyms(read_key(key_file) if spec.identifiers == "hash" else None)
+    index = ImageIndex(root, every_file=True)
+    found: list[dict[str, Any]] = []
+    excluded: list[tuple[str, str]] = []
+    unread: list[tuple[str, str]] = []
+    with quiet_pydicom():
+        for image in sorted(index.paths):
+            try:
+                row = _read_file(root, image, spec.modalities, names)
+            except OSError as error:
+                unread.append((image, error.strerror or type(error).__name__))
+                row = f"cannot be read: {unread[-1][1]}"
+            if isinstance(row, str):
+                excluded.append((image, row))
+            else:
+                found.append({"image": image, **row})
+    unseen = [*index.unseen, *name_unread(unread)]
+    if not found:
+        also = "".join(f" {warning}." for warning in unseen)
+        raise RecipeError(
+            f"no DICOM image of modality {', '.join(spec.modalities)} below {root} among "
+            f"{len(index.paths)} files.{also} Correct --image-root, or `modalities` in [dicom]."
+        )
+    every = pd.DataFrame(found)
+    every["name"] = every["image"].str.rpartition("/")[2]
+    is_double, notices = renderings.find_doubles(every, spec.intent)
+    reason = renderings.describe_double(spec.intent)
+    excluded += [(image, reason) for image in every["image"][is_double]]
+    rows = every[~is_double].reset_index(drop=True)
+    answers = join_labels(recipe, spec, rows, every[is_double], root)
+    rows["label"], rows["split"] = answers.labels, answers.splits
+    warnings = list(answers.warnings)
+    if names.hide:  # else the manifest shows them
+        rows["patient"], joined = _join_spellings(recipe, rows, root)
+        warnings += [*joined, *_doubt_identifiers(rows["identifier"])]
+    wanted = ["image", "name", "patient", "study", "region", "label", "split", *COVARIATES]
+    return Listing(
+        rows[wanted],
+        pd.Series(data=True, index=rows.index),
+        warnings,
+        excluded,
+        [*notices, *answers.notices],
+        unseen,
+    )
+
+
+def _read_file(
+    root: Path, image: str, modalities: tuple[str, ...], names: Pseudonyms
+) -> dict[str, Any] | str:
+    """Give what a file says of its image, or the reason why it is left out.
+
+    Raises
+    ------
+    OSError
+        It cannot be read.
+    """
+    try:
+        with open_plain(root / image) as file:
+            begins = file.read(132)
+            if begins[128:] != b"DICM" and not begins.startswith(BARE_DICOM):
+                return "not DICOM"
+            file.seek(0)
+            dataset = read_dicom(file, TAGS, with_pixels=False)
+            if dataset.file_meta.get("MediaStorageSOPClassUID") == DICOMDIR:
+                return "a DICOMDIR"
+            reason = why_no_image(dataset)
+            if reason:
+                return reason
+            if text(dataset, "Modality").upper() not in modalities:
+                return "of another modality than the recipe's"
+            return _describe(dataset, names, image)
+    except ImageError as error:
+        return str(error)
+    except OSError:
+        raise
+    except Exception as error:  # pydicom raises nearly every builtin error on damage
+        return f"damaged DICOM ({type(error).__name__})"
+
+
+def _describe(dataset: Any, names: Pseudonyms, image: str) -> dict[str, Any]:
+    """Say whose image it is, of what; identifiers are hashed, all else comes from closed lists."""
+    issuer, patient, study = (
+        text(dataset, name) for name in ("IssuerOfPatientID", "PatientID", "StudyInstanceUID")
+    )
+    study = names.name("study", study or image)
+    whose = f"{issuer}/{patient}" if issuer and patient else patient
+    part = region(dataset)
+    return {
+        "patient": names.name("patient", whose) if patient else study,
+        "identifier": whose,  # never written
+        "study": f"{part}/{study}",
+        "region": part,
+        "laterality": laterality(dataset),
+        "view": view(dataset),
+        "age": age_in_years(dataset, cap=names.hide),
+        "sex": sex(dataset),
+        **{keyword: text(dataset, keyword) for keyword in KEYS.values()},  # never written
+        "exam": study,
+        "rendering": renderings.read_rendering(dataset),  # nor is this
+    }
+
+
+def _join_spellings(
+    recipe: Recipe, rows: pd.DataFrame, root: Path
+) -> tuple["pd.Series[str]", list[str]]:
+    """Give spellings of one patient one name: a hash does not show what they have in common.
+
+    Returns
+    -------
+    patients : pandas.Series of str
+    warnings : list of str
+        Which were joined, told by files alone.
+
+    Raises
+    ------
+    RecipeError
+        Such spellings stand in two splits.
+    """
+    patients, raw = rows["patient"], rows["identifier"]
+    spellings = raw[raw != ""].unique()
+    persons = None if recipe.ids == EXACT else find_persons(spellings)
+    if persons is None:
+        return patients, []
+    several = np.bincount(persons) > 1
+    person_of = {spelling: n for spelling, n in zip(spellings, persons, strict=True) if several[n]}
+    firsts = rows[raw.isin(person_of)].drop_duplicates(["identifier", "split"])
+    joined, apart = [], []
+    names: dict[str, str] = {}  # of a spelling, and what it gives way to
+    for _, own in firsts.groupby(firsts["identifier"].map(person_of)):
+        joined.append(" and ".join(sorted(own.groupby("identifier")["image"].first())[:2]))
+        sides = own["image"].groupby(own["split"].replace(recipe.split_names)).first()
+        apart += [" and ".join(sides)] * (len(sides) > 1)
+        spelt = own.sort_values("identifier")["patient"]
+        names |= dict.fromkeys(spelt, spelt.iloc[0])
+    patients = patients.map(names).fillna(patients)
+    differ = "differ in nothing but case, blanks, zeros or Unicode form"
+    remedy = f'{IDS} = "{EXACT}" in the recipe keeps them apart'
+    refuse(apart, str(root), f"identifiers of patients in two splits {differ}; {remedy}:")
+    noun = "patient" if len(joined) == 1 else "patients"
+    found = f"identifiers of {len(joined)} {noun} {differ}, and stand for one person each"
+    return patients, [f"{found}; {remedy}: {list_examples(joined)}"] if joined else []
+
+
+def _doubt_identifiers(raw: "pd.Series[str]") -> list[str]:
+    """Warn of words that stand for patients: as hashes nobody would see them."""
+    words = sorted(text for text in raw.unique() if is_missing_patient(text.rpartition("/")[2]))
+    n = int(raw.isin(words).sum())
+    shown = list_examples(list(map(repr, words)))
+    return [f"Patient ID of {n} images is a word that names nobody: {shown}"] if words else []

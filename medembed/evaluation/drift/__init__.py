@@ -1,0 +1,1 @@
+"""Whether embeddings of other patients resemble those of training."""

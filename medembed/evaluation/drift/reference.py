@@ -1,0 +1,398 @@
+"""How far a set of embeddings is from those a model was trained on, before any label is used.
+
+Directions come from one third of the training patients; what is measured along them, and what
+chance does there, from the other two thirds. So these and new patients of the same kind are
+exchangeable, and tests keep their level. One row per patient is looked at: views of one patient
+are not independent.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from scipy.stats import beta, betabinom, norm, t
+
+from medembed.core.errors import ModelError, TrainingDataError
+from medembed.evaluation.bootstrap import CONFIDENCE, patient_codes
+from medembed.evaluation.drift.embedding_space import Space, frechet, learn_space
+from medembed.evaluation.drift.region_shifts import fit_regions, measure_regions
+from medembed.evaluation.drift.remoteness import fit_remoteness
+from medembed.evaluation.paired import holm
+
+__all__ = ["BASIS", "MIN_PATIENTS", "VERDICTS", "fit_reference", "measure_drift"]
+
+#: With fewer training patients, or new ones, nothing is measured.
+MIN_TRAINING, MIN_PATIENTS = 12, 5
+#: More are not looked at: distances of 4,500 patients from each other are known well enough.
+_MAX_PATIENTS = 4_500
+#: Random parts of the training patients for each size: the smallest p is 1 / 201.
+_N_PARTS = 200
+#: The training range holds this share of the training patients.
+RANGE = 0.95
+ALPHA = 0.05
+_CLIP = 3.0
+#: Distances, in standard deviations, below which drift is slight or clear: two normal clouds that
+#: far apart share 2 Phi(-D / 2) of their mass, 80 % and 50 %.
+SLIGHT, CLEAR = 0.5, 1.35
+VERDICTS = ("none", "slight", "clear", "strong")
+BASIS = (
+    "Drift is said where a test at 5 % (of distance, mean and range, by Holm) says so; by "
+    "its distance beyond chance, in standard deviations of training, it is slight below "
+    f"{SLIGHT:g} (two normal clouds that far apart share 80 %), clear below {CLEAR:g} (they share "
+    "half), and strong beyond."
+)
+_N_COLUMNS = 5
+
+
+def fit_reference(
+    X: np.ndarray,
+    seed: int = 0,
+    *,
+    patients: np.ndarray | None = None,
+    regions: np.ndarray | None = None,
+) -> dict[str, np.ndarray]:
+    """Summarise training embeddings for `measure_drift`: some hundred kB, and no row of them.
+
+    Parameters
+    ----------
+    X : float array of shape (n, d)
+        Embeddings of the training rows, finite.
+    seed : int
+        Decides which patients give directions, and the random parts.
+    patients, regions : arrays of shape (n,), optional
+        Whose row it is (by default every row is its own patient), and of what.
+
+    Returns
+    -------
+    dict of str to ndarray
+        ``n_patients`` (those behind the statistics); with `MIN_TRAINING` patients or more also the
+        space's arrays (see `spaces.Space`), ``mean`` (K,) and ``covariance`` (K, K) in the space,
+        ``column_mean`` (d,), ``range`` (distance, its rank, number of patients), ``quantiles`` of
+        distance (101,), those of `fit_remoteness`, ``part_sizes`` (S,) and ``parts`` (S, 2, 200):
+        what chance does, see `measure_drift`; with `regions` ``region_names`` (JSON in uint8),
+        ``region_counts``, ``region_means``, ``region_spreads``.
+
+    Raises
+    ------
+    TrainingDataError
+        A row has no patient or several, or an embedding is not finite.
+    """
+    codes = _codes_of(X, patients)
+    generator = np.random.default_rng(seed)
+    rows = _one_row_each(codes, generator)
+    rows = generator.permutation(rows)[:_MAX_PATIENTS]
+    if len(rows) < MIN_TRAINING:
+        return {"n_patients": np.array([len(rows)])}
+    for_space, kept = rows[: len(rows) // 3], rows[len(rows) // 3 :]
+    space = learn_space(X[for_space], X[kept], generator)
+    points = space.project(X[kept])
+    distances = np.sort(np.linalg.norm(points, axis=1))
+    rank = min(math.ceil(RANGE * (len(kept) + 1)), len(kept))
+    sizes = _part_sizes(len(kept))
+    reference = {
+        "n_patients": np.array([len(kept)]),
+        **space.as_arrays(),
+        "mean": _clipped(points).mean(axis=0),
+        "covariance": _covariance(_clipped(points)),
+        "column_mean": X[kept].mean(axis=0, dtype=np.float64).astype(np.float32),
+        "range": np.array([distances[rank - 1], rank, len(kept)]),
+        "quantiles": np.quantile(distances, np.linspace(0, 1, 101)),
+        **fit_remoteness(space, X[for_space], X[kept]),
+        "part_sizes": sizes,
+        "parts": np.stack([_random_parts(_clipped(points), n, generator) for n in sizes]),
+    }
+    if regions is not None:
+        reference |= fit_regions(points, np.asarray(regions)[kept])
+    return reference
+
+
+def measure_drift(
+    reference: Mapping[str, np.ndarray],
+    X: np.ndarray,
+    seed: int = 0,
+    *,
+    patients: np.ndarray | None = None,
+    regions: np.ndarray | None = None,
+) -> dict[str, Any]:
+    """Compare embeddings with those behind a reference; no label is looked at.
+
+    Parameters
+    ----------
+    reference : mapping
+        From `fit_reference`.
+    X : float array of shape (n, d)
+        Embeddings of the same kind.
+    seed : int
+        Decides which row of each patient is looked at.
+    patients, regions : arrays of shape (n,), optional
+        As for `fit_reference`.
+
+    Returns
+    -------
+    dict
+        JSON values. ``verdict``, one of `VERDICTS` or None where nothing can be measured;
+        ``sentence``, and ``basis`` of the verdict; ``p``, the smaller one after Holm's correction;
+        ``n_patients``, ``n_training_patients``.
+
+        ``distance``: ``value``, ``beyond_chance``, ``chance_median``, ``chance_high`` (95 %),
+        ``p``. The Fréchet distance between normal clouds (Dowson and Landau, Journal of
+        Multivariate Analysis 12, 1982), in standard deviations of training. Its square is, under
+        equal distributions, about (1 / m + 1 / n) times what does not depend on the numbers of
+        patients m and n; that is read off random parts of the training patients against the rest,
+        of the size that is at hand, or half of them where there are more. ``shift``: the same of
+        the distance between the means alone, which sees smaller ones.
+
+        ``outside``: ``n`` of ``of`` patients further out than 95 % of training (``share`` with
+        its Clopper-Pearson interval ``low``, ``high``), ``expected`` share, ``chance_high`` (95 %),
+        ``p``. Exact: the number outside the j-th of N training distances is beta-binomial with
+        parameters N + 1 - j and j. ``share_of_rows`` counts all rows.
+
+        ``columns``: those that differ most, ``{column, shift}`` in standard deviations.
+        ``regions``, where both sides have them: per region ``region, n_patients, share,
+        training_share, shift`` (of its mean, beyond chance; None where there are too few),
+        ``outside_share``; and ``within_regions``, the shift of the mean if the mix of regions had
+        been the same.
+
+    Raises
+    ------
+    ModelError
+        The reference is damaged, or of embeddings with another number of columns.
+    TrainingDataError
+        A row has no patient or several, or an embedding is not finite.
+    """
+    codes = _codes_of(X, patients)
+    rows = _one_row_each(codes, np.random.default_rng(seed))
+    n_known = _count_known(reference)
+    counts = {"n_patients": len(rows), "n_rows": len(X), "n_training_patients": n_known}
+    if "mean" not in reference or len(rows) < MIN_PATIENTS:
+        return _not_measured(counts, few_training="mean" not in reference)
+    space = Space.from_arrays(reference)
+    if X.shape[1] != len(space.centre):
+        raise ModelError(
+            f"the model's reference is of {len(space.centre)} columns, these embeddings have "
+            f"{X.shape[1]}; use the poolings that the model reads"
+        )
+    _check_reference(reference, space)
+    points, all_points = space.project(X[rows]), space.project(X)
+    tests = _measure_distances(reference, points)
+    tests["outside"] = _measure_range(reference, points, all_points)
+    p = float(holm([test["p"] for test in tests.values()]).min())
+    found: dict[str, Any] = {
+        **counts,
+        "p": p,
+        **tests,
+        "columns": _furthest_columns(reference, space, X[rows]),
+    }
+    if regions is not None and "region_names" in reference:
+        found |= measure_regions(reference, points, np.asarray(regions)[rows])
+    verdict = _judge(p, max(tests[name]["beyond_chance"] for name in ("distance", "shift")))
+    return {"verdict": verdict, "sentence": _say(verdict, found), "basis": BASIS, **found}
+
+
+def _codes_of(X: np.ndarray, patients: np.ndarray | None) -> np.ndarray:
+    codes = np.arange(len(X)) if patients is None else patient_codes(patients)
+    if len(codes) != len(X):
+        raise TrainingDataError(f"{len(X)} embeddings, but {len(codes)} patients")
+    if not np.isfinite(X).all():
+        raise TrainingDataError("an embedding is not finite; drift cannot be measured")
+    return codes
+
+
+def _one_row_each(codes: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Return a random row of every patient, by the patients' codes."""
+    order = generator.permutation(len(codes))
+    _, first = np.unique(codes[order], return_index=True)
+    return np.asarray(order[first])
+
+
+def _part_sizes(n: int) -> np.ndarray:
+    """Return sizes of parts from `MIN_PATIENTS` to one half, each about twice the last."""
+    largest = max(n // 2, min(MIN_PATIENTS, n - 2))
+    n_sizes = max(1, round(math.log2(largest / MIN_PATIENTS)) + 1)
+    sizes = np.geomspace(min(MIN_PATIENTS, largest), largest, n_sizes)
+    return np.unique(sizes.round().astype(np.int64))
+
+
+def _random_parts(points: np.ndarray, size: int, generator: np.random.Generator) -> np.ndarray:
+    """Return, rising, how far random parts are from the rest: (2, 200) `_scaled` squares.
+
+    First the Fréchet distances, then those of the means.
+    """
+    n, k = points.shape
+    moments = np.hstack([points, (points[:, :, None] * points[:, None, :]).reshape(n, -1)])
+    inside = np.zeros((_N_PARTS, n))
+    for draw in inside:
+        draw[generator.permutation(n)[:size]] = 1
+    own, whole = inside @ moments, moments.sum(axis=0)
+    a, b = _normals(own, size, k), _normals(whole - own, n - size, k)
+    squares = np.stack([frechet(*a, *b), ((a[0] - b[0]) ** 2).sum(axis=1)])
+    return np.sort(_scaled(squares, size, n - size), axis=1)
+
+
+def _normals(sums: np.ndarray, n: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Turn sums of points and of their products into means (B, k) and covariances (B, k, k)."""
+    means = sums[:, :k] / n
+    products = sums[:, k:].reshape(-1, k, k) / n
+    return means, (products - means[:, :, None] * means[:, None, :]) * (n / (n - 1))
+
+
+def _clipped(points: np.ndarray) -> np.ndarray:
+    """Hold points within `_CLIP`: covariances of heavy tails are luck, and the range sees them."""
+    return np.asarray(np.clip(points, -_CLIP, _CLIP))
+
+
+def _covariance(points: np.ndarray) -> np.ndarray:
+    return np.asarray(np.cov(points, rowvar=False).reshape(points.shape[1], -1))
+
+
+def _scaled(squared: Any, m: int, n: int) -> Any:
+    return squared / (1 / m + 1 / n)
+
+
+def _measure_distances(
+    reference: Mapping[str, np.ndarray], points: np.ndarray
+) -> dict[str, dict[str, Any]]:
+    n, n_known = len(points), int(reference["n_patients"][0])
+    points, mean = _clipped(points), _entry(reference, "mean")
+    own = points.mean(axis=0), _covariance(points)
+    squares = {
+        "distance": float(frechet(*own, mean, _entry(reference, "covariance"))),
+        "shift": float(((own[0] - mean) ** 2).sum()),
+    }
+    parts = _interpolate(_entry(reference, "part_sizes"), _entry(reference, "parts"), n)
+    # the parts know the spread of the training patients no better than their number allows
+    unsure = float(t.ppf(1 - ALPHA / 2, n_known - 1) / norm.ppf(1 - ALPHA / 2)) ** 2
+    chances = parts * (1 / n + 1 / n_known) * unsure
+    return {
+        name: {
+            "value": math.sqrt(squared),
+            "beyond_chance": math.sqrt(max(0.0, squared - float(chance.mean()))),
+            "chance_median": math.sqrt(float(np.median(chance))),
+            "chance_high": math.sqrt(float(np.quantile(chance, 1 - ALPHA))),
+            "p": (1 + int((chance >= squared).sum())) / (1 + len(chance)),
+        }
+        for (name, squared), chance in zip(squares.items(), chances, strict=True)
+    }
+
+
+def _interpolate(sizes: np.ndarray, parts: np.ndarray, n: int) -> np.ndarray:
+    """Return the parts' distances (2, 200) at size n, between those of the sizes beside it."""
+    place = np.interp(math.log(n), np.log(sizes), np.arange(len(sizes)))
+    low, high = parts[math.floor(place)], parts[math.ceil(place)]
+    return np.asarray(low + (place - math.floor(place)) * (high - low))
+
+
+def _measure_range(
+    reference: Mapping[str, np.ndarray], points: np.ndarray, all_points: np.ndarray
+) -> dict[str, Any]:
+    limit, rank, n_known = _entry(reference, "range")
+    is_outside = np.linalg.norm(points, axis=1) > limit
+    n, of = int(is_outside.sum()), len(points)
+    tail = (1 - CONFIDENCE) / 2
+    chance = betabinom(of, n_known + 1 - rank, rank)
+    return {
+        "n": n,
+        "of": of,
+        "share": n / of,
+        "low": float(beta.ppf(tail, n, of - n + 1)) if n else 0.0,
+        "high": float(beta.ppf(1 - tail, n + 1, of - n)) if n < of else 1.0,
+        "expected": float(chance.mean() / of),
+        "chance_high": float(chance.ppf(1 - ALPHA) / of),
+        "p": float(chance.sf(n - 1)),
+        "share_of_rows": float((np.linalg.norm(all_points, axis=1) > limit).mean()),
+    }
+
+
+def _furthest_columns(
+    reference: Mapping[str, np.ndarray], space: Space, X: np.ndarray
+) -> list[dict[str, Any]]:
+    means = X.mean(axis=0, dtype=np.float64)
+    shifts = (means - _entry(reference, "column_mean")) / space.scale
+    most = np.argsort(-np.abs(shifts), kind="stable")[:_N_COLUMNS]
+    return [{"column": int(column), "shift": float(shifts[column])} for column in most]
+
+
+def _judge(p: float, beyond_chance: float) -> str:
+    if p >= ALPHA:
+        return VERDICTS[0]
+    return VERDICTS[1 + (beyond_chance >= SLIGHT) + (beyond_chance >= CLEAR)]
+
+
+def _say(verdict: str, found: Mapping[str, Any]) -> str:
+    distance, shift, outside = found["distance"], found["shift"], found["outside"]
+    told = (
+        f"the embeddings lie {distance['value']:.2f} standard deviations from those of training, "
+        f"where chance reaches {distance['chance_high']:.2f}, their mean {shift['value']:.2f}, "
+        f"where it reaches {shift['chance_high']:.2f}; {outside['n']:,} of "
+        f"{outside['of']:,} patients ({outside['share']:.0%}) are outside the range that holds "
+        f"{RANGE:.0%} of training patients, where it reaches {outside['chance_high']:.0%}"
+    )
+    if verdict == "none":
+        return f"No drift seen: {told}."
+    mixed = _say_mix(found.get("regions", []))
+    return f"{verdict.capitalize()} drift (p = {max(found['p'], 0.001):.3f}): {told}.{mixed}"
+
+
+def _say_mix(regions: list[dict[str, Any]]) -> str:
+    """Name the region whose share differs most, where a tenth of the patients are elsewhere."""
+    gaps = [abs(entry["share"] - entry["training_share"]) for entry in regions]
+    if sum(gaps) / 2 < 0.1:
+        return ""
+    most = regions[int(np.argmax(gaps))]
+    return (
+        f" The mix of regions differs, most in {most['region']}: {most['share']:.0%} here, "
+        f"{most['training_share']:.0%} in training."
+    )
+
+
+def _not_measured(counts: dict[str, int], *, few_training: bool) -> dict[str, Any]:
+    if few_training:
+        reason = f"the model was trained on fewer than {MIN_TRAINING} patients"
+    else:
+        reason = f"there are {counts['n_patients']} patients, at least {MIN_PATIENTS} are needed"
+    nothing = dict.fromkeys(("p", "distance", "shift", "outside"))
+    return {
+        "verdict": None,
+        "sentence": f"Drift was not measured: {reason}.",
+        "basis": BASIS,
+        **counts,
+        **nothing,
+        "columns": [],
+    }
+
+
+def _count_known(reference: Mapping[str, np.ndarray]) -> int:
+    counted = _entry(reference, "n_patients")
+    if counted.shape != (1,) or counted[0] < (2 if "mean" in reference else 0):
+        raise _damaged("n_patients")
+    return int(counted[0])
+
+
+def _check_reference(reference: Mapping[str, np.ndarray], space: Space) -> None:
+    """Refuse arrays that do not fit together, or hold what `fit_reference` never gives."""
+    k = len(space.spreads) + len(space.rest[1:])
+    names = ("mean", "covariance", "column_mean", "range", "part_sizes", "parts")
+    mean, covariance, columns, limits, sizes, parts = (_entry(reference, name) for name in names)
+    are_rising = sizes.ndim == 1 and sizes.size > 0 and (np.diff(sizes, prepend=0) > 0).all()
+    are_right = {
+        "mean": mean.shape == (k,),
+        "covariance": covariance.shape == (k, k),
+        "column_mean": columns.shape == space.centre.shape,
+        "range": limits.shape == (3,) and 1 <= limits[1] <= limits[2],
+        "part_sizes": are_rising,
+        "parts": parts.shape[:2] == (sizes.size, 2) and parts.ndim == 3 and (parts >= 0).all(),
+    }
+    wrong = next((name for name, is_right in are_right.items() if not is_right), None)
+    if wrong is not None or not parts.size:
+        raise _damaged(wrong or "parts")
+
+
+def _damaged(name: str) -> ModelError:
+    return ModelError(f"the model's reference is damaged in {name}; copy or train the model again")
+
+
+def _entry(reference: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    if name not in reference:
+        raise ModelError(f"the model's reference lacks {name}; copy or train the model again")
+    return reference[name]

@@ -1,0 +1,127 @@
+"""What reads, hashes, decodes and resizes: `python -m medembed.extraction.decode_worker`.
+
+It is told the size of what it shares with the process that started it in the first line on stdin,
+then handed one image per line, all as JSON. It writes the pixels into a slot of the shared file and
+answers one line per image on stdout. It ends when stdin does, so also when the other process is
+killed. A codec that crashes takes only this process along, and with it the name of the one image
+that it was working on.
+"""
+
+import json
+import math
+import mmap
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from medembed.core.system import end_with_parent
+from medembed.encoders.preprocessing import Preprocessing, prepare
+from medembed.images.intensity import DEFAULT_INTENSITY, Intensity
+from medembed.images.load import DEFAULT_LIMITS, Limits, Reading, read_content
+
+__all__ = ["PATIENCE", "READY", "TIMES_UP", "describe", "main", "open_slots"]
+
+READY = "ready"
+PATIENCE = 10
+"""How much longer than computing reading may take: a network's disk has its pauses."""
+TIMES_UP = {signal.SIGPROF: "decode", signal.SIGALRM: "read"}
+"""The signals that end a decoder whose image takes too long, and the stage to blame."""
+
+
+def open_slots(handle: int, shape: Sequence[int]) -> np.ndarray:
+    """Map the shared file: uint8 (slots, height, width)."""
+    return np.frombuffer(mmap.mmap(handle, math.prod(shape)), np.uint8).reshape(shape)
+
+
+def main(arguments: str) -> None:
+    """Answer requests until there are no more.
+
+    Parameters
+    ----------
+    arguments : str
+        JSON: `handle` of the shared file, `preprocessing`, `intensity` and `limits` as mappings.
+    """
+    # Schedulers signal every process of a job. The one that commits ends this one, by its stdin;
+    # dying first would look as if the image at hand were to blame.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    for number in TIMES_UP:
+        signal.signal(number, signal.SIG_DFL)
+    end_with_parent()
+    given = json.loads(arguments)
+    preprocessing = Preprocessing(**given["preprocessing"])
+    intensity, limits = Intensity(**given["intensity"]), Limits(**given["limits"])
+    with _answers() as answers:
+        _send(answers, READY)
+        shape = sys.stdin.readline()
+        if not shape:
+            return
+        slots = open_slots(given["handle"], json.loads(shape))
+        for line in sys.stdin:
+            slot, sha256, paths = json.loads(line)
+            transform = partial(prepare, preprocessing=preprocessing)
+            with _timed(limits.max_seconds):
+                reading = read_content(
+                    [Path(path) for path in paths], sha256, transform, intensity, limits
+                )
+            if reading.pixels is not None:
+                slots[slot] = reading.pixels
+            _send(answers, _without_pixels(reading))
+
+
+@contextmanager
+def _timed(seconds: float) -> Iterator[None]:
+    """End this process where the block takes too long; no codec can be stopped otherwise.
+
+    Computing time, which does not depend on how busy the machine is, or has slept; and, for a disk
+    that does not answer, `PATIENCE` times as much of the clock.
+    """
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_REAL, PATIENCE * seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _answers() -> IO[str]:
+    """Take stdout for the answers alone: what a codec prints goes to stderr."""
+    answers = os.fdopen(os.dup(1), "w", encoding="ascii")
+    os.dup2(2, 1)
+    return answers
+
+
+def _without_pixels(reading: Reading) -> dict[str, Any]:
+    # Not asdict of the whole: it would copy the pixels.
+    has_pixels = reading.pixels is not None
+    fields = {name: getattr(reading, name) for name in Reading.__dataclass_fields__}
+    return {**fields, "pixels": has_pixels}
+
+
+def _send(answers: IO[str], answer: Any) -> None:
+    answers.write(json.dumps(answer) + "\n")
+    answers.flush()
+
+
+def describe(
+    handle: int,
+    preprocessing: Preprocessing,
+    intensity: Intensity = DEFAULT_INTENSITY,
+    limits: Limits = DEFAULT_LIMITS,
+) -> str:
+    """Write what `main` is to be given."""
+    settings = {"preprocessing": asdict(preprocessing), "intensity": asdict(intensity)}
+    return json.dumps({"handle": handle, **settings, "limits": asdict(limits)})
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,157 @@
+"""Images that are used again and again: read, hashed and prepared once, into a mapped file."""
+
+import math
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from medembed.core.errors import ManifestError, MedembedError, PathNotFoundError
+from medembed.core.system import choose_processes, default_decoders, reserve
+from medembed.dataset.manifest import existing_root, image_path
+from medembed.encoders.preprocessing import Preprocessing
+from medembed.extraction.decode_pool import DECODER_BYTES, Decoders
+from medembed.extraction.decode_worker import open_slots
+from medembed.images.load import DEFAULT_LIMITS, Content, Limits
+
+__all__ = [
+    "PreparedImages",
+    "describe_other_bytes",
+    "read_all",
+    "refuse_empty_root",
+]
+
+_AHEAD = 32  # images per decoder process that may be begun and not yet taken
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedImages:
+    """Prepared images, each content once.
+
+    Attributes
+    ----------
+    pixels : ndarray
+        uint8 (n, height, width), mapped from a file without a name that ends with it; black where
+        the image failed.
+    failures : dict of int to dict
+        By the place of the content: `image`, `sha256`, `stage`, `reason`.
+    """
+
+    pixels: np.ndarray
+    failures: dict[int, dict[str, str]]
+
+
+def read_all(
+    contents: Sequence[Content],
+    image_root: Path,
+    preprocessing: Preprocessing,
+    *,
+    limits: Limits = DEFAULT_LIMITS,
+    directory: Path | None = None,
+    remedy: str,
+    progress: Callable[[int, int], None] | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> PreparedImages:
+    """Read contents as `extract` does, into a temporary file.
+
+    Parameters
+    ----------
+    limits : Limits
+        What an image may cost before it counts as failed.
+    directory : Path, optional
+        On the disk that the file is to be on; by default that of temporary files.
+    remedy : str
+        What to do where it does not fit, as a sentence.
+    progress : callable, optional
+        Called as progress(done, total).
+    tell : callable, optional
+        Told the size of the file.
+
+    Raises
+    ------
+    ManifestError
+        Files whose bytes are not the manifest's, all of them at once; or one leads out of the root.
+    MedembedError
+        There is no room for the file, or the decoders die, whatever the image.
+    """
+    shape = (len(contents), preprocessing.height, preprocessing.width)
+    pixels = _make_room(shape, directory, remedy)
+    if tell:
+        tell(f"Reading into {pixels.nbytes / 1e6:,.1f} MB")
+    failures: dict[int, dict[str, str]] = {}
+    others, done = [], 0
+    n_decoders = choose_processes(
+        None, "--decoders", DECODER_BYTES, MedembedError, default=default_decoders()
+    )
+    n_decoders = min(n_decoders, max(1, len(contents)))
+    with Decoders(n_decoders, preprocessing, limits=limits) as decoders:
+        for pair in decoders.read(contents, image_root, _AHEAD * n_decoders):
+            if pair is None:
+                continue
+            content, reading = pair
+            known = {"image": content.images[0], "sha256": content.sha256}
+            if reading.pixels is not None:
+                pixels[done] = reading.pixels
+            elif reading.stage is None:
+                others.append(describe_other_bytes(content, str(reading.other_sha256)))
+            else:
+                failures[done] = {**known, "stage": reading.stage, "reason": reading.reason}
+            done += 1
+            if progress:
+                progress(done, len(contents))
+    if others:
+        raise ManifestError(
+            f"{len(others)} image(s) hold other bytes than the manifest says, and nothing was "
+            "trained. Restore these files, or build the manifest again:",
+            others,
+        )
+    return PreparedImages(pixels, failures)
+
+
+def describe_other_bytes(content: Content, found: str) -> str:
+    """Say in a line that a file's SHA-256, `found`, is not the one that the manifest has."""
+    return f"{', '.join(content.images)}: sha256 {found}, the manifest says {content.sha256}"
+
+
+def refuse_empty_root(root: Path, images: Iterable[str], n_images: int, purpose: str) -> None:
+    """Refuse a root that is not there, or that none of the images is below.
+
+    Parameters
+    ----------
+    images : iterable of str
+        As the manifest names them; read as far as need be.
+    n_images : int
+    purpose : str
+        What they are for: "to embed".
+
+    Raises
+    ------
+    PathNotFoundError
+        So it is.
+    """
+    existing_root(root)
+    first = None
+    for image in images:
+        first = first or image
+        if image_path(root, image).is_file():
+            return
+    raise PathNotFoundError(
+        f"none of the {n_images} images {purpose} is below {root}, such as {first}: "
+        "is it the --image-root that the manifest was built from?"
+    )
+
+
+def _make_room(shape: tuple[int, int, int], directory: Path | None, remedy: str) -> np.ndarray:
+    n_bytes = math.prod(shape)
+    with tempfile.TemporaryFile(dir=directory) as file:
+        try:
+            reserve(file.fileno(), n_bytes)
+        except OSError as error:
+            where = directory or tempfile.gettempdir()
+            raise MedembedError(
+                f"no room for {n_bytes / 1e6:,.0f} MB of prepared images in {where}: "
+                f"{error.strerror or error}. {remedy}"
+            ) from error
+        return open_slots(file.fileno(), shape)

@@ -1,0 +1,287 @@
+"""What fine-tuning is asked, understood and checked before anything is read or trained."""
+
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from medembed.core.errors import EncoderError, TrainingDataError
+from medembed.core.system import library_versions
+from medembed.dataset.manifest import Manifest
+from medembed.encoders.loading import choose_device, choose_precision, load_encoder
+from medembed.encoders.torch_encoder import TorchEncoder
+from medembed.evaluation.thresholds import ThresholdRule
+from medembed.extraction import spec_of
+from medembed.finetuning.adapters import alpha_of, find_projections, require_peft
+from medembed.finetuning.blocks import count_blocks, draw_weights
+from medembed.finetuning.frozen_features import TRUNK_DTYPE, choose_cut
+from medembed.finetuning.head_init import SweptHead, read_swept_head
+from medembed.finetuning.hyperparameters import Depth, Recipe, read_depths
+from medembed.images.load import DEFAULT_LIMITS, Limits
+from medembed.results.provenance import public_name
+from medembed.results.run_schema import CV_METHOD
+from medembed.results.runs import open_run
+
+__all__ = ["Asked", "Trial", "describe", "understand", "write_command"]
+
+VERSIONED = ("medembed", "numpy", "scikit-learn", "torch", "transformers")
+"""Libraries whose releases decide a result."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One depth with one seed, and the name of its head."""
+
+    number: int
+    depth: Depth
+    seed: int
+    head: str
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was asked, as it is understood."""
+
+    manifest: Manifest
+    image_root: Path
+    encoder: TorchEncoder
+    depths: list[Depth]
+    seeds: tuple[int, ...]
+    n_folds: int
+    poolings: tuple[str, ...]
+    recipe: Recipe
+    swept: SweptHead | None
+    trunk_cache: Path | None
+    trunk_dtype: str
+    n_cut: int | None
+    limits: Limits = DEFAULT_LIMITS
+    build: dict[str, Any] | None = None
+    """What is known of how the manifest was built, see `dataset.build_file.read_build`."""
+    points: tuple[ThresholdRule, ...] = ()
+
+    @property
+    def trials(self) -> list[Trial]:
+        """Everything that trains."""
+        several = len(self.seeds) > 1
+        pairs = [(depth, seed) for depth in self.depths for seed in self.seeds]
+        return [
+            Trial(i, depth, seed, depth.head(seed if several else None, self.recipe.lora))
+            for i, (depth, seed) in enumerate(pairs)
+        ]
+
+    def for_seed(self, seed: int) -> "Asked":
+        """Return the same with the weights that training begins with: random ones from scratch."""
+        if not self.recipe.from_scratch:
+            return self
+        encoder = self.encoder.copy()
+        draw_weights(encoder, seed)
+        return replace(self, encoder=encoder)
+
+    def params(self, lora: int | None) -> dict[str, Any]:
+        """Return what a leaderboard says of a depth; `run.json` has all of it.
+
+        Parameters
+        ----------
+        lora : int or None
+            Rank of its adapters.
+        """
+        names = ("lr", "batch_size", "epochs", "augment")
+        params = {name: getattr(self.recipe, name) for name in names}
+        if lora is not None:
+            params |= {"lora": lora, "lora_alpha": alpha_of(lora)}
+        return {"start": "fresh" if self.swept is None else self.swept.head, **params}
+
+    def question(self) -> dict[str, Any]:
+        """Return what the run answers: everything that decides its result."""
+        spec = spec_of(self.encoder, self.poolings)
+        return {
+            "depths": ["all" if depth.everything else depth.blocks for depth in self.depths],
+            "seeds": list(self.seeds),
+            "pooling": "+".join(self.poolings),
+            "metric": "auroc",
+            "n_folds": self.n_folds,
+            "cv_method": CV_METHOD,
+            "seed": self.seeds[0],
+            "manifest": self.manifest.digest(),
+            "encoder": self.encoder.fingerprint,
+            "preprocessing": dict(spec.preprocessing),
+            "recipe": self.recipe.as_dict(),
+            "start": None if self.swept is None else self.swept.as_dict(),
+            "trunk": None if self.n_cut is None else self.trunk_dtype,
+            # runs of before say nothing of operating points
+            **({"operating_points": [rule.name for rule in self.points]} if self.points else {}),
+        }
+
+
+def understand(
+    manifest: Manifest,
+    image_root: Path,
+    unfreeze: Sequence[str | int],
+    reference: str | Path,
+    recipe: Recipe,
+    *,
+    from_run: str | Path | None,
+    trunk: tuple[str | Path | None, str],
+    seeds: tuple[int, ...],
+    n_folds: int,
+    pool: str | Sequence[str] | None,
+    on: Mapping[str, str],
+) -> Asked:
+    """Load the encoder, and check that what is asked of it can be done.
+
+    Parameters are those of `job.finetune`; `trunk` is the trunk cache and its dtype, `on` the
+    device, precision and fit.
+
+    Raises
+    ------
+    TrainingDataError, EncoderError, RunError, ModelError, MedembedError
+        As `job.finetune`.
+    """
+    if not seeds:
+        raise TrainingDataError("--seeds must be at least 1.")
+    if from_run is not None and recipe.from_scratch:
+        raise TrainingDataError(
+            "--from-run starts from a head of this encoder's embeddings, which --from-scratch "
+            "forgets. Leave one of them out."
+        )
+    if trunk[0] is not None:
+        _refuse_changing_trunk(recipe)
+    chosen = choose_precision(on["precision"], choose_device(on["device"]))
+    recipe = replace(recipe, precision=chosen)
+    recipe.check()
+    if recipe.lora is not None:
+        require_peft()
+    names = tuple(pool.split(",") if isinstance(pool, str) else pool or ())
+    # Weights stay fp32 in training; bf16 is what products are cast to.
+    known: dict[str, Any] = {"device": on["device"], "precision": "fp32", "fit": on["fit"]}
+    encoder: Any = load_encoder(reference, poolings=names or ("mean", "max"), **known)
+    if not isinstance(encoder, TorchEncoder):
+        raise EncoderError(f"{encoder.source} cannot be trained.")
+    n_blocks = count_blocks(encoder)
+    depths = read_depths(unfreeze, n_blocks, encoder.source)
+    if recipe.lora is not None:
+        depths = _choose_adapted(encoder, depths, recipe.lora)
+    swept = None
+    if from_run is not None:
+        spec = spec_of(encoder, names or ("mean",))
+        wanted = {"encoder": encoder.fingerprint, "preprocessing": dict(spec.preprocessing)}
+        swept = read_swept_head(open_run(from_run), wanted, manifest.digest())
+    poolings = _choose_poolings(encoder, names, swept)
+    return Asked(
+        manifest=manifest,
+        image_root=image_root,
+        encoder=encoder,
+        depths=depths,
+        seeds=seeds,
+        n_folds=n_folds,
+        poolings=poolings,
+        recipe=recipe,
+        swept=swept,
+        trunk_cache=None if trunk[0] is None else Path(trunk[0]),
+        trunk_dtype=trunk[1],
+        n_cut=None if trunk[0] is None else choose_cut(depths, n_blocks, encoder.source),
+    )
+
+
+def _choose_adapted(encoder: TorchEncoder, depths: Sequence[Depth], rank: int) -> list[Depth]:
+    """Take `all` for all blocks, since there are adapters in blocks alone; refuse none at all."""
+    if not depths[-1].blocks:
+        raise TrainingDataError(
+            f"--lora {rank} puts adapters into the last blocks, and --unfreeze asks for none. Ask "
+            "for a depth of at least 1, or leave it out."
+        )
+    find_projections(encoder, depths[-1], rank)
+    return [Depth(depth.blocks) for depth in depths]
+
+
+def _refuse_changing_trunk(recipe: Recipe) -> None:
+    if recipe.augment:
+        raise TrainingDataError(
+            "--trunk-cache keeps what comes out of the frozen blocks, computed once, and excludes "
+            "augmentation, which would change it every epoch. Add --no-augment, or leave it out."
+        )
+    if recipe.from_scratch:
+        raise TrainingDataError(
+            "--trunk-cache keeps what comes out of a trained encoder's blocks; with --from-scratch "
+            "they are random. Leave one of them out."
+        )
+
+
+def _choose_poolings(
+    encoder: TorchEncoder, names: tuple[str, ...], swept: SweptHead | None
+) -> tuple[str, ...]:
+    if swept is not None and names and names != swept.poolings:
+        raise TrainingDataError(
+            f"--pool is {','.join(names)}, and the head of --from-run reads "
+            f"{','.join(swept.poolings)}. Leave --pool out."
+        )
+    chosen = swept.poolings if swept is not None else names or ("mean", "max")
+    encoder.check_poolings(chosen)
+    for name in chosen:
+        if len(encoder.dimensions[name]) > 1 or name == "projector":
+            raise TrainingDataError(
+                f"--pool {name} is not trained through: a head that trains with its encoder reads "
+                "single vectors of the tower, such as mean,max."
+            )
+    if len(set(chosen)) < len(chosen):
+        raise TrainingDataError(f"--pool {','.join(chosen)} names a pooling twice.")
+    return chosen
+
+
+def describe(asked: Asked, command: str) -> dict[str, Any]:
+    """Return what `run.json` records beside the question."""
+    encoder = asked.encoder
+    libraries = (*VERSIONED, "peft") if asked.recipe.lora else VERSIONED
+    return {
+        "kind": "finetune",
+        "seed": asked.seeds[0],
+        "cv_method": CV_METHOD,
+        "command": command,
+        "versions": library_versions(libraries),
+        "encoder": {
+            "source": public_name(encoder.source),
+            "revision": encoder.revision,
+            "precision": asked.recipe.precision,
+            "device": encoder.device,
+            "fingerprint": encoder.fingerprint,
+            "preprocessing": dict(spec_of(encoder, asked.poolings).preprocessing),
+        },
+    }
+
+
+def write_command(
+    asked: Asked,
+    manifest: str,
+    encoder: str,
+    out: str,
+    from_run: str | Path | None,
+) -> str:
+    """Write the command that asks the same again; numbers that are the defaults are left out."""
+    depths = ",".join("all" if d.everything else str(d.blocks) for d in asked.depths)
+    words = ["medembed", "finetune", manifest, "--image-root", public_name(asked.image_root)]
+    words += ["--encoder", encoder, "--unfreeze", depths, "--out", out]
+    words += ["--from-run", public_name(from_run)] if from_run else []
+    words += ["--trunk-cache", public_name(asked.trunk_cache)] if asked.trunk_cache else []
+    if asked.trunk_cache and asked.trunk_dtype != TRUNK_DTYPE:
+        words += ["--trunk-dtype", asked.trunk_dtype]
+    words += ["--seeds", str(len(asked.seeds))] if len(asked.seeds) > 1 else []
+    words += ["--pool", ",".join(asked.poolings), "--fit", asked.encoder.preprocessing.fit]
+    words += [word for rule in asked.points for word in ("--operating-point", rule.name)]
+    words += [*_recipe_words(asked.recipe), "--folds", str(asked.n_folds)]
+    words += ["--precision", asked.recipe.precision, "--seed", str(asked.seeds[0])]
+    return shlex.join(words)
+
+
+def _recipe_words(recipe: Recipe) -> Iterator[str]:
+    usual = Recipe()
+    flags = {"flips": "--flips", "checkpointing": "--checkpointing"}
+    flags |= {"from_scratch": "--from-scratch"}
+    if not recipe.augment:
+        yield "--no-augment"
+    for name, value in recipe.as_dict().items():
+        if value == getattr(usual, name) or name in ("augment", "precision"):
+            continue
+        yield flags.get(name, f"--{name.replace('_', '-')}")
+        if name not in flags:
+            yield str(value)

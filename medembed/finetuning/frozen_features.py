@@ -1,0 +1,274 @@
+"""The trunk cache: what comes out of the frozen blocks, computed once per image and kept.
+
+The blocks below the deepest unfrozen one do not change, so an epoch need only cost the top. It is a
+cache like stage 1's, with one "pooling", the tokens, whose encoder is the trunk; so it is written,
+verified and resumed as any cache is.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import torch
+
+from medembed.cache.keys import keys_from_column
+from medembed.cache.mmap import MappedRows, map_rows
+from medembed.cache.store import Cache, create_cache, open_cache
+from medembed.core.errors import CacheError, TrainingDataError
+from medembed.core.files import json_digest
+from medembed.dataset.manifest import Manifest
+from medembed.encoders.devices import guard_memory
+from medembed.encoders.precision import arithmetic
+from medembed.encoders.protocol import Encoder
+from medembed.encoders.torch_encoder import TorchEncoder
+from medembed.extraction import extract, spec_of
+from medembed.finetuning.blocks import cut_trunk
+from medembed.finetuning.hyperparameters import Depth
+from medembed.images.load import DEFAULT_LIMITS, Limits
+
+if TYPE_CHECKING:
+    from medembed.encoders.preprocessing import Preprocessing
+
+__all__ = [
+    "TOKENS",
+    "TRUNK_DTYPE",
+    "PipelinedTrunk",
+    "TokenImages",
+    "TrunkEncoder",
+    "choose_cut",
+    "fill_trunk_cache",
+    "make_trunk",
+]
+
+TOKENS = "tokens"
+TRUNK_DTYPE = "float32"
+"""What tokens are stored as where nothing else is asked for."""
+_BATCH = 8
+_HOST_BYTES = 2**29
+"""Of a batch's tokens, float32: two are under way, and as many wait to be written."""
+
+
+class TrunkEncoder:
+    """The first blocks of an encoder, as `protocol.Encoder` has it; its one pooling is the tokens.
+
+    Parameters
+    ----------
+    encoder : TorchEncoder
+        In fp32; copied.
+    n_blocks : int
+        How many.
+    precision : {"fp32", "bf16"}
+        Of the products, as in training.
+    """
+
+    def __init__(self, encoder: TorchEncoder, n_blocks: int, precision: str) -> None:
+        self._encoder = encoder.copy()
+        cut_trunk(self._encoder, n_blocks)
+        self.source, self.revision = encoder.source, encoder.revision
+        self.preprocessing: Preprocessing = encoder.preprocessing
+        self.device, self.precision = encoder.device, precision
+        self.fingerprint = json_digest([encoder.fingerprint, "trunk", n_blocks, precision])
+        size = self.preprocessing
+        black = np.zeros((1, size.height, size.width), np.uint8)
+        self.dimensions = {TOKENS: self.encode(black, [TOKENS])[TOKENS].shape[1:]}
+
+    def encode(self, pixels: np.ndarray, poolings: Sequence[str]) -> dict[str, np.ndarray]:
+        """Give the tokens of prepared images, float32 (n, …); see `protocol.Encoder.encode`."""
+        return guard_memory(
+            lambda: self._give(pixels),
+            f"the trunk of {self.source} does not fit the memory of {self.device} with a batch of "
+            f"{len(pixels)}; a smaller one may.",
+        )
+
+    def _give(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
+        tokens = self._compute(torch.from_numpy(np.array(pixels)).to(self.device))
+        return {TOKENS: tokens[TOKENS].cpu().numpy()}
+
+    @torch.inference_mode()
+    def _compute(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Give the tokens of uint8 (n, height, width) on the device, float32."""
+        with arithmetic(self.device, self.precision):
+            seen = self._encoder.model(pixel_values=self._encoder.normalise(images))
+            return {TOKENS: seen.last_hidden_state.float()}
+
+
+class PipelinedTrunk(TrunkEncoder):
+    """A trunk whose device is handed the next batch before the last one is done.
+
+    It is a `protocol.PipelinedEncoder`, on the GPU of the process that made it.
+    """
+
+    @property
+    def in_flight(self) -> int:
+        """How many batches may be submitted and not yet collected."""
+        return self._encoder.runner.in_flight
+
+    def submit(
+        self, pixels: np.ndarray, poolings: Sequence[str]
+    ) -> Callable[[], dict[str, np.ndarray]]:
+        """Begin to compute a batch; see `protocol.PipelinedEncoder.submit`."""
+        return self._encoder.runner.submit(self._compute, pixels)
+
+    def encode(self, pixels: np.ndarray, poolings: Sequence[str]) -> dict[str, np.ndarray]:
+        """Give the tokens of prepared images, float32 (n, …); see `protocol.Encoder.encode`."""
+        return self.submit(pixels, poolings)()
+
+    def warm_up(
+        self,
+        poolings: Sequence[str],
+        *,
+        n_images: int,
+        batch_size: int | None = None,
+        tell: Callable[[str], None] | None = None,
+    ) -> int:
+        """Choose the batch that the device holds, and whose tokens take 512 MB of the host's.
+
+        See `protocol.PipelinedEncoder.warm_up`.
+        """
+        if batch_size is not None:
+            return batch_size
+        if tell is not None:
+            tell("Warming up")
+        size = self.preprocessing
+        most = max(1, _HOST_BYTES // (4 * math.prod(self.dimensions[TOKENS])))
+
+        def run(n: int) -> None:
+            self.encode(np.zeros((n, size.height, size.width), np.uint8), poolings)
+
+        chosen = self._encoder.runner.choose_batch(run, size.height * size.width, n_images)
+        return min(chosen, most)
+
+    def reference(self) -> Encoder:
+        """Give the trunk itself: its cache has no canary, and its arithmetic is in its name."""
+        return self
+
+
+def make_trunk(encoder: TorchEncoder, n_blocks: int, precision: str) -> TrunkEncoder:
+    """Return the trunk of an encoder as its device is best used; see `TrunkEncoder`.
+
+    Elsewhere than on CUDA all cores, or the whole device, compute one batch at a time.
+
+    Raises
+    ------
+    DeviceMemoryError
+        It does not fit the device beside the encoder.
+    """
+    kind = PipelinedTrunk if encoder.device == "cuda" else TrunkEncoder
+    return guard_memory(
+        lambda: kind(encoder, n_blocks, precision),
+        f"the trunk of {encoder.source} does not fit the memory of {encoder.device} beside the "
+        "encoder. Close what else uses it, or choose another --device.",
+    )
+
+
+class TokenImages:
+    """A trunk's tokens, read from the mapped shards of its cache.
+
+    Parameters
+    ----------
+    cache : Cache
+    rows : DataFrame
+        Column `sha256` of the rows; all are in the cache.
+    """
+
+    def __init__(self, cache: Cache, rows: pd.DataFrame) -> None:
+        self._mapped: MappedRows = map_rows(cache, keys_from_column(rows["sha256"]), TOKENS)
+
+    def take(self, rows: np.ndarray, device: str) -> torch.Tensor:
+        """Give the tokens of rows, (n, …) in the stored dtype; see `images.Images.take`."""
+        return torch.from_numpy(self._mapped.take(rows)).to(device)
+
+
+def choose_cut(depths: Sequence[Depth], n_blocks: int, source: str) -> int:
+    """Give how many blocks stay frozen at every depth: those of the trunk.
+
+    Raises
+    ------
+    TrainingDataError
+        There is nothing to keep.
+    """
+    deepest = depths[-1]
+    if deepest.everything or deepest.blocks == n_blocks:
+        raise TrainingDataError(
+            f"--trunk-cache keeps what comes out of the frozen blocks, and --unfreeze asks for all "
+            f"{n_blocks} of {source}. Leave it out, or ask for fewer blocks."
+        )
+    if not deepest.blocks:
+        raise TrainingDataError(
+            "--trunk-cache serves depths of 1 and more: with --unfreeze 0 and no augmentation the "
+            "embeddings are computed once anyway. Leave it out."
+        )
+    return n_blocks - deepest.blocks
+
+
+def fill_trunk_cache(
+    directory: Path,
+    encoder: TrunkEncoder,
+    manifest: Manifest,
+    image_root: Path,
+    *,
+    dtype: str = TRUNK_DTYPE,
+    limits: Limits = DEFAULT_LIMITS,
+    progress: Callable[[int, int], None] | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> Cache:
+    """Compute the tokens of all images that the cache lacks, and check all that it has.
+
+    Caches of several encoders, cuts and precisions share `directory`, each in one of its own.
+
+    Parameters
+    ----------
+    directory : Path
+        Made if it is not there.
+    manifest : Manifest
+        Of the rows wanted.
+    dtype : {"float32", "float16"}
+        What is stored.
+    tell : callable, optional
+        Told the size before anything is computed.
+
+    Raises
+    ------
+    CacheError
+        The disk will not hold it, a shard is damaged, or a value does not fit the dtype.
+    PathNotFoundError, ManifestError, EncoderError
+        As `extraction.extract`.
+    """
+    spec = spec_of(encoder, [TOKENS], dtype)
+    path = directory / spec.digest()[:16]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    recorded = {"source": encoder.source, "revision": encoder.revision}
+    recorded |= {"precision": encoder.precision, "device": encoder.device}
+    create_cache(path, spec, recorded)
+    n_images = manifest.rows["sha256"].nunique()
+    if tell is not None:
+        shape = " × ".join(map(str, encoder.dimensions[TOKENS]))
+        size = spec.row_bytes() * n_images / 1e6
+        tell(f"Trunk cache, {n_images:,} × {shape} {dtype}, {size:,.1f} MB")
+    extract(
+        manifest,
+        image_root,
+        encoder,
+        path,
+        poolings=[TOKENS],
+        dtype=dtype,
+        batch_size=None if isinstance(encoder, PipelinedTrunk) else _batch_size(encoder),
+        limits=limits,
+        progress=progress,
+    )
+    cache = open_cache(path)
+    problems = cache.verify()
+    if problems:
+        raise CacheError(
+            f"trunk cache at {path} is damaged: {problems[0]} Remove that directory; the same "
+            "command makes it again."
+        )
+    return cache
+
+
+def _batch_size(encoder: TrunkEncoder) -> int:
+    """Return 8 images, or fewer of more than 262,144 numbers each."""
+    return max(1, min(_BATCH, _BATCH * 2**18 // math.prod(encoder.dimensions[TOKENS])))

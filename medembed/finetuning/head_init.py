@@ -1,0 +1,193 @@
+"""The head that training begins with: fresh, or the best of a sweep."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from medembed.core.errors import ModelError, RunError
+from medembed.finetuning.network import Start
+from medembed.heads.linear import LogisticHead
+from medembed.heads.mlp import MLPHead
+from medembed.heads.packaging import load_model
+from medembed.heads.registry import make_head
+from medembed.heads.scaling import Projector
+from medembed.results.model_card import require_winner
+from medembed.results.runs import Run
+
+if TYPE_CHECKING:
+    from medembed.heads.base import Head
+
+__all__ = ["SweptHead", "draw_start", "fit_start", "read_swept_head"]
+
+SUITABLE = ("mlp", "logistic")
+"""Heads that gradients pass through."""
+
+
+@dataclass(frozen=True)
+class SweptHead:
+    """The best suitable head of a sweep: what it is, not what it has learnt.
+
+    A sweep's packaged head has seen the patients that fine-tuning holds out, so its weights are
+    learnt again, in as many epochs, from the others: what is held out must decide when to stop,
+    and give the out-of-fold predictions that calibration and thresholds rest on.
+
+    Attributes
+    ----------
+    head : str
+        "mlp" or "logistic".
+    params : dict
+        Its parameters.
+    budget : int or None
+        Epochs of the refit.
+    poolings : tuple of str
+        What it reads, side by side.
+    """
+
+    head: str
+    params: dict[str, Any]
+    budget: int | None
+    poolings: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        params = {k: list(v) if isinstance(v, tuple) else v for k, v in self.params.items()}
+        return {"head": self.head, "params": params, "budget": self.budget}
+
+
+def read_swept_head(run: Run, spec: Mapping[str, Any], manifest: str) -> SweptHead:
+    """Read the best MLP or logistic head of a sweep.
+
+    Parameters
+    ----------
+    run : Run
+        Complete.
+    spec : mapping
+        `encoder` and `preprocessing` that its embeddings must have been made with.
+    manifest : str
+        The digest that its manifest must have.
+
+    Raises
+    ------
+    RunError
+        The run is unfinished, has no such head, or was swept on embeddings of another encoder or
+        on another manifest; or the head is not of the columns themselves.
+    ModelError
+        The packaged head is damaged.
+    """
+    run.require_complete()
+    board = run.info.get("leaderboard", [])
+    names = [e["head"] for e in board if e["head"] in SUITABLE and e.get("cv") is not None]
+    if not names:
+        raise RunError(
+            f"run at {run.path} has no head that can be trained on with an encoder: it has "
+            f"{', '.join(entry['head'] for entry in board) or 'none'}, and one of "
+            f"{', '.join(SUITABLE)} is needed. Leave out --from-run for a fresh head."
+        )
+    model = load_model(run.model_path(names[0]))
+    require_winner(run, names[0], model.card)
+    _refuse_other_rows(run, model.card, spec, manifest)
+    params = model.head.get_params()
+    _refuse_unsuitable(run, names[0], params, model.card)
+    pooling = str(model.card["pooling"])
+    return SweptHead(names[0], params, model.head.best_epoch_, tuple(pooling.split("+")))
+
+
+def fit_start(
+    swept: SweptHead, X: np.ndarray, y: np.ndarray, fitted: np.ndarray, seed: int
+) -> Start:
+    """Learn a swept head's weights on the frozen embeddings of the rows that are trained on.
+
+    Parameters
+    ----------
+    X : (n, d) float32
+        Pooled vectors of all rows.
+    y : (n,) int
+        Labels.
+    fitted : (m,) int
+        The rows that are trained on.
+
+    Raises
+    ------
+    TrainingDataError
+        The rows are of one class, or the loss stops being a finite number.
+    """
+    given = {**swept.params, **({"random_state": seed} if swept.head == "mlp" else {})}
+    head: Head = make_head(swept.head, given)
+    if swept.budget is not None:
+        head = head.with_budget(swept.budget)
+    head.fit(X[fitted], y[fitted])
+    if isinstance(head, LogisticHead):
+        weights = [head.coef_.T.astype(np.float32)]
+        biases = [head.intercept_.astype(np.float32)]
+        params = _plain_params({"hidden": ()})
+    else:
+        assert isinstance(head, MLPHead)
+        weights, biases, params = head.weights_, head.biases_, _plain_params(swept.params)
+    projection = head.projection_
+    return Start(projection.mean, projection.scale, tuple(weights), tuple(biases), params)
+
+
+def draw_start(
+    X: np.ndarray, fitted: np.ndarray, seed: int, hidden: Sequence[int] = (256,)
+) -> Start:
+    """Draw a fresh head: hidden layers, each weight and bias uniform within 1 / sqrt(columns in).
+
+    That is how torch.nn.Linear starts. Columns are standardised by the rows that are trained on.
+    """
+    projection = Projector(X, fitted).learn("standard")
+    weights, biases = [], []
+    for k, (before, after) in enumerate(pairwise([X.shape[1], *hidden, 1])):
+        drawn = np.random.default_rng([seed, k]).random((before + 1, after), np.float32)
+        uniform = (2 * drawn - 1) / np.float32(np.sqrt(before))
+        weights.append(uniform[:-1])
+        biases.append(uniform[-1])
+    params = _plain_params({"hidden": tuple(hidden)})
+    return Start(projection.mean, projection.scale, tuple(weights), tuple(biases), params)
+
+
+def _plain_params(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what an `MLPHead` of a network's shape is made with."""
+    kept = ("hidden", "activation", "dropout", "label_smoothing", "scaling")
+    known = MLPHead().get_params()
+    return {name: params.get(name, known[name]) for name in kept}
+
+
+def _refuse_other_rows(
+    run: Run, card: Mapping[str, Any], spec: Mapping[str, Any], manifest: str
+) -> None:
+    try:
+        theirs = {name: card["spec"][name] for name in ("encoder", "preprocessing")}
+        their_manifest = card["manifest"]
+    except (KeyError, TypeError) as error:
+        raise ModelError(f"a head of the run at {run.path} has no spec on its card") from error
+    for name, value in spec.items():
+        if theirs[name] != value:
+            raise RunError(
+                f"run at {run.path} was swept on embeddings of another {name} than this one's, so "
+                "its heads do not fit. Extract and sweep with this --encoder and --fit, or leave "
+                "out --from-run."
+            )
+    if their_manifest != manifest:
+        raise RunError(
+            f"run at {run.path} was swept on another manifest: its choice may have seen what is "
+            "tested here. Sweep this manifest, or leave out --from-run."
+        )
+
+
+def _refuse_unsuitable(
+    run: Run, name: str, params: Mapping[str, Any], card: Mapping[str, Any]
+) -> None:
+    found = []
+    if params.get("pca"):
+        found.append(f"reads {params['pca']} principal components")
+    if params.get("n_covariates"):
+        found.append("reads covariates")
+    if found:
+        raise RunError(
+            f"head {name} of the run at {run.path} {' and '.join(found)}, and a head that trains "
+            "with its encoder reads the pooled columns alone. Sweep without that, or leave out "
+            "--from-run."
+        )

@@ -1,0 +1,174 @@
+"""How a depth is trained: every number that decides it, and the depths themselves."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from medembed.core.errors import TrainingDataError
+
+__all__ = ["ALL", "Depth", "Recipe", "read_depths"]
+
+ALL = "all"
+"""What a user writes for every block, and the patch and position embeddings below them."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The hyperparameters of fine-tuning.
+
+    Attributes
+    ----------
+    epochs : int
+        At most; at least 1.
+    batch_size : int
+        Images per step; batches of an epoch differ by one image at most.
+    accumulate : int
+        Parts that a batch goes through the tower in, one after the other: the same step for less
+        memory, but for batch norms, which see the parts.
+    lr : float
+        AdamW's learning rate (Loshchilov and Hutter, ICLR 2019) of the head, the highest.
+    encoder_share : float
+        The last block's and the final norm's, as a share of `lr`.
+    decay : float
+        Each block's, as a share of the next one's; the embeddings come below the first block.
+        Layer-wise rates are Howard and Ruder's (ULMFiT, ACL 2018); 0.75 is BEiT's (Bao et al.,
+        ICLR 2022, its range 0.65 to 0.85).
+    weight_decay : float
+        AdamW's, of matrices and filters alone: not of biases, norms and other vectors.
+    warm_up : float
+        Share of all steps in which the rates rise linearly; afterwards they fall as half a cosine
+        (Loshchilov and Hutter, SGDR, ICLR 2017) to zero at the end of the last epoch.
+    clip : float
+        Largest norm of all gradients together (Pascanu et al., ICML 2013).
+    patience : int
+        Epochs without a better one on the held-out patients, after which training stops.
+    augment, flips : bool
+        Whether images are varied while they are trained on, and mirrored too.
+    checkpointing : bool
+        Whether the blocks' activations are computed again in the backward pass, not kept.
+    precision : {"fp32", "bf16"}
+        Of the tower's products; weights, sums and the head are fp32.
+    from_scratch : bool
+        Whether the tower starts from random weights, as its config has them drawn. Then all of it
+        has the head's rate.
+    lora : int or None
+        Rank of the adapters that train in the blocks' place; None: the blocks themselves train,
+        with the norm after them. See `adapters`.
+    """
+
+    epochs: int = 20
+    batch_size: int = 32
+    accumulate: int = 1
+    lr: float = 1e-3
+    encoder_share: float = 0.1
+    decay: float = 0.75
+    weight_decay: float = 0.01
+    warm_up: float = 0.1
+    clip: float = 1.0
+    patience: int = 5
+    augment: bool = True
+    flips: bool = False
+    checkpointing: bool = False
+    precision: str = "fp32"
+    from_scratch: bool = False
+    lora: int | None = None
+
+    def check(self) -> None:
+        """Refuse what cannot be trained by.
+
+        Raises
+        ------
+        TrainingDataError
+            A number is out of range; names it.
+        """
+        whole = ("epochs", "batch_size", "accumulate", "patience")
+        ranges = {name: (getattr(self, name) >= 1, "at least 1") for name in whole}
+        for name in ("lr", "encoder_share", "decay"):
+            ranges[name] = (0 < getattr(self, name) < math.inf, "above 0 and finite")
+        ranges["clip"] = (self.clip > 0, "above 0")
+        ranges["warm_up"] = (0 <= self.warm_up < 1, "at least 0 and below 1")
+        ranges["weight_decay"] = (0 <= self.weight_decay < math.inf, "at least 0 and finite")
+        for name, (is_right, range_) in ranges.items():
+            if not is_right:
+                raise TrainingDataError(f"{name} is {getattr(self, name)}; it must be {range_}.")
+        if self.accumulate > self.batch_size:
+            raise TrainingDataError(
+                f"--accumulate is {self.accumulate} and --batch-size {self.batch_size}: a batch "
+                "cannot be cut in more parts than it has images."
+            )
+        if self.lora is not None and self.lora < 1:
+            raise TrainingDataError(f"lora is {self.lora}; it must be at least 1.")
+        if self.lora is not None and self.from_scratch:
+            raise TrainingDataError(
+                "--lora adapts what a trained encoder knows, which --from-scratch forgets. Leave "
+                "one of them out."
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the hyperparameters as JSON values; `lora` only where there is one.
+
+        So what was asked before there was LoRA is still the same question.
+        """
+        values = asdict(self)
+        if self.lora is None:
+            del values["lora"]
+        return values
+
+
+@dataclass(frozen=True)
+class Depth:
+    """How much of an encoder trains.
+
+    Attributes
+    ----------
+    blocks : int
+        The last so many blocks, with the norm after them; 0: the head alone.
+    everything : bool
+        The embeddings, and whatever else there is, too.
+    """
+
+    blocks: int
+    everything: bool = False
+
+    def head(self, seed: int | None, lora: int | None = None) -> str:
+        """Name the head in a run; `seed` only where there are several, `lora` its rank."""
+        name = f"unfreeze-{self.blocks}" if lora is None else f"lora{lora}-{self.blocks}"
+        return name if seed is None else f"{name}-s{seed}"
+
+
+def read_depths(words: Sequence[str | int], n_blocks: int, source: str) -> list[Depth]:
+    """Understand `0,1,2,all` for an encoder of so many blocks, shallowest first.
+
+    Raises
+    ------
+    TrainingDataError
+        There is none, one is no depth, deeper than the encoder, or the same as another.
+    """
+    depths: dict[int, Depth] = {}
+    for word in words:
+        depth = _read_depth(str(word).strip(), n_blocks, source)
+        if depths.setdefault(depth.blocks, depth) != depth:
+            raise TrainingDataError(
+                f"--unfreeze asks for {n_blocks} blocks and for {ALL}, and {source} has "
+                f"{n_blocks}: both would be recorded as that depth. Leave one out."
+            )
+    if not depths:
+        raise TrainingDataError("no depth was given. Name at least one: --unfreeze 0,1,2.")
+    return [depths[blocks] for blocks in sorted(depths)]
+
+
+def _read_depth(word: str, n_blocks: int, source: str) -> Depth:
+    if word == ALL:
+        return Depth(n_blocks, everything=True)
+    if not word.isascii() or not word.isdigit():
+        raise TrainingDataError(
+            f"--unfreeze {word!r} is no depth. Give numbers of blocks and {ALL}, such as "
+            f"0,1,2,{ALL}; {source} has {n_blocks} blocks."
+        )
+    if int(word) > n_blocks:
+        raise TrainingDataError(
+            f"--unfreeze {word} is deeper than {source}, which has {n_blocks} blocks. Give at most "
+            f"{n_blocks}, or {ALL}."
+        )
+    return Depth(int(word))

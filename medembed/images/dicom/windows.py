@@ -1,0 +1,170 @@
+"""VOI LUTs and windows of DICOM: which one is taken, and what it makes of values (PS3.3 C.11.2)."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from medembed.core.errors import ImageError
+from medembed.images.dicom.lookup_tables import look_up
+
+__all__ = ["FIRST_WINDOW", "NO_WINDOW", "apply_voi"]
+
+FIRST_WINDOW = "first"
+NO_WINDOW = "none"
+BESIDE = "wholly beside the image's values"
+
+
+@dataclass(frozen=True)
+class _Window:
+    """One window; NaN stands for what is no number."""
+
+    center: float
+    width: float
+    name: str
+    fault: str
+
+
+def apply_voi(
+    values: np.ndarray, seen: np.ndarray, item: Any, wanted: str
+) -> tuple[np.ndarray | None, tuple[str, ...]]:
+    """Apply the VOI LUT or window that is wanted.
+
+    A window that is none counts as absent, and the next one is taken: one whose center or width is
+    missing or no finite number, whose width is below its function's minimum (C.11.2.1.2.1: 1 for
+    LINEAR, above 0 for LINEAR_EXACT and SIGMOID), or that lies wholly beside the image's values, so
+    that all would be black or all white.
+
+    Parameters
+    ----------
+    values : float64 (n,)
+        Output of the modality transform.
+    seen : bool (n,)
+        Which of the values the image has.
+    item : pydicom.Dataset
+        The data set, or the item of Frame VOI LUT Sequence.
+    wanted : str
+        `Intensity.window`.
+
+    Returns
+    -------
+    shares : float64 (n,) or None
+        0 black to 1 white; None where there is nothing to apply.
+    notes : tuple of str
+        Why windows were passed over.
+
+    Raises
+    ------
+    ImageError
+        A table or the function is contradictory; or none has the name, or the one that has it is
+        no window.
+    """
+    wanted = wanted.strip().casefold()
+    if wanted == NO_WINDOW:
+        return None, ()
+    function = str(item.get("VOILUTFunction") or "LINEAR").strip().upper()
+    tables = list(item.get("VOILUTSequence") or ())
+    windows = _read_windows(item, function)
+    candidates: list[Any] = [*tables, *windows]
+    if wanted != FIRST_WINDOW and candidates:
+        candidates = [_find(wanted, tables, windows)]
+    notes: list[str] = []
+    for candidate in candidates:
+        fault, shares = _apply(values, candidate, function)
+        if shares is not None and _is_beside(values[seen], shares[seen]):
+            fault = BESIDE
+        if not fault:
+            return shares, tuple(notes)
+        if wanted != FIRST_WINDOW:
+            raise ImageError(f"the DICOM's window named {wanted!r} is none: it is {fault}")
+        notes.append(f"a window {fault} counts as none")
+    return None, tuple(dict.fromkeys(notes))
+
+
+def _apply(values: np.ndarray, candidate: Any, function: str) -> tuple[str, np.ndarray | None]:
+    if not isinstance(candidate, _Window):
+        output, top = look_up(values, candidate, "VOI LUT")
+        return "", output / top
+    if candidate.fault:
+        return candidate.fault, None
+    return "", _window(values, candidate.center, candidate.width, function)
+
+
+def _is_beside(values: np.ndarray, shares: np.ndarray) -> bool:
+    greys = np.rint(255 * shares)
+    ends = (greys == 0).all() or (greys == 255).all()
+    return bool(ends and np.ptp(values) > 0)
+
+
+def _read_windows(item: Any, function: str) -> list[_Window]:
+    centers, widths = _numbers(item, "WindowCenter"), _numbers(item, "WindowWidth")
+    names = _several(item, "WindowCenterWidthExplanation")
+    windows = []
+    for place in range(max(len(centers), len(widths))):
+        center = centers[place] if place < len(centers) else None
+        width = widths[place] if place < len(widths) else None
+        name = str(names[place] or "").strip().casefold() if place < len(names) else ""
+        fault = _fault(center, width, function)
+        windows.append(_Window(center or 0.0, width or 0.0, name, fault))
+    return windows
+
+
+def _fault(center: float | None, width: float | None, function: str) -> str:
+    if center is None or width is None:
+        return "without its center or its width"
+    if not (math.isfinite(center) and math.isfinite(width)):
+        return "of something else than finite numbers"
+    if width < 1 if function == "LINEAR" else width <= 0:
+        return "narrower than any can be"
+    return ""
+
+
+def _find(wanted: str, tables: list[Any], windows: list[_Window]) -> Any:
+    names = [str(table.get("LUTExplanation") or "").strip().casefold() for table in tables]
+    names += [window.name for window in windows]
+    if wanted not in names:
+        raise ImageError(
+            f"none of the DICOM's {len(names)} VOI LUTs and windows is named {wanted!r}"
+        )
+    return [*tables, *windows][names.index(wanted)]
+
+
+def _window(values: np.ndarray, center: float, width: float, function: str) -> np.ndarray:
+    """Apply a window (C.11.2.1.2.1, C.11.2.1.3) with y from 0 to 1."""
+    if function == "SIGMOID":
+        with np.errstate(over="ignore"):  # exp of what lies far below the window: 1 / inf is 0
+            sigmoid: np.ndarray = 1 / (1 + np.exp(-4 * (values - center) / width))
+        return sigmoid
+    if function == "LINEAR":
+        center, width = center - 0.5, width - 1
+        if width == 0:
+            return (values > center).astype(np.float64)
+    elif function != "LINEAR_EXACT":
+        raise ImageError("the DICOM's VOI LUT function is none of LINEAR, LINEAR_EXACT, SIGMOID")
+    ramp: np.ndarray = np.clip((values - center) / width + 0.5, 0, 1)
+    return ramp
+
+
+def _numbers(item: Any, keyword: str) -> list[float | None]:
+    """Read decimal strings: None where one is empty, NaN where one is no number."""
+    try:
+        return [_number(value) for value in _several(item, keyword)]
+    except ValueError:  # pydicom's, of the whole element; its text quotes the value
+        return [math.nan]
+
+
+def _number(value: Any) -> float | None:
+    if value is None or value == "":
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def _several(item: Any, keyword: str) -> list[Any]:
+    value = item.get(keyword)
+    if value is None or value == "":
+        return []
+    return list(value) if not isinstance(value, str) and hasattr(value, "__iter__") else [value]

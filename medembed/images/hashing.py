@@ -1,0 +1,86 @@
+"""SHA-256 of many files, in parallel."""
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from medembed.core.errors import ManifestError, PathNotFoundError
+from medembed.core.files import open_plain
+from medembed.core.system import count_cores
+
+__all__ = ["hash_files", "hash_or_explain"]
+
+N_FILES_PER_TASK = 64  # one task per file spends more on the queue than on the file
+WHOLE_FILE_LIMIT = 32 * 1024 * 1024  # bytes; larger files are read in pieces
+
+
+def hash_files(
+    paths: Sequence[str | Path],
+    progress: Callable[[int, int], None] | None = None,
+    jobs: int | None = None,
+) -> list[str]:
+    """Return the SHA-256 of each file's bytes as 64 lower-case hex digits, in the order of `paths`.
+
+    Parameters
+    ----------
+    paths : sequence of path
+    progress : callable, optional
+        Called as `progress(done, total)` while the work goes on.
+    jobs : int, optional
+        Number of threads; hashing and reading release the interpreter's lock. Default: the CPUs
+        that this process may use.
+
+    Raises
+    ------
+    PathNotFoundError
+        A file is missing; the first is named.
+    ManifestError
+        A file cannot be read; the first is named with the reason.
+    """
+    digests: list[str] = []
+    for path, outcome in zip(paths, hash_or_explain(paths, progress, jobs), strict=True):
+        if isinstance(outcome, FileNotFoundError):
+            raise PathNotFoundError(f"no file at {path}. Restore it, or correct the image root.")
+        if isinstance(outcome, OSError):
+            raise ManifestError(
+                f"{path} cannot be read: {outcome.strerror}. "
+                "Make it readable, or leave it out with [exclude] in the recipe."
+            )
+        digests.append(outcome)
+    return digests
+
+
+def hash_or_explain(
+    paths: Sequence[str | Path],
+    progress: Callable[[int, int], None] | None = None,
+    jobs: int | None = None,
+) -> list[str | OSError]:
+    """Hash as `hash_files` does, but give the error in place of the hash of an unreadable file."""
+    batches = [paths[i : i + N_FILES_PER_TASK] for i in range(0, len(paths), N_FILES_PER_TASK)]
+    outcomes: list[str | OSError] = []
+    with ThreadPoolExecutor(jobs or count_cores()) as executor:
+        try:
+            for batch in executor.map(_hash_batch, batches):
+                outcomes.extend(batch)
+                if progress is not None:
+                    progress(len(outcomes), len(paths))
+        except BaseException:
+            executor.shutdown(wait=False, cancel_futures=True)
+            raise
+    return outcomes
+
+
+def _hash_batch(paths: Sequence[str | Path]) -> list[str | OSError]:
+    return [_hash_one(path) for path in paths]
+
+
+def _hash_one(path: str | Path) -> str | OSError:
+    try:
+        with open_plain(path, buffering=0) as file:
+            if os.fstat(file.fileno()).st_size > WHOLE_FILE_LIMIT:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+            return hashlib.sha256(file.read()).hexdigest()
+    except OSError as error:
+        return error

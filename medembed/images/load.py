@@ -1,0 +1,181 @@
+"""A file becomes a grey array for whoever consumes it, proved by its hash."""
+
+import errno
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medembed.core.errors import ImageError
+from medembed.core.files import read_plain
+from medembed.images.decode import decode_image
+from medembed.images.intensity import DEFAULT_INTENSITY, Intensity
+from medembed.images.versions import FIRST_VERSION, why_changed
+
+__all__ = ["DEFAULT_LIMITS", "MAX_SECONDS", "Content", "Limits", "Reading", "read_content"]
+
+MAX_SECONDS = 1_000_000.0
+"""The longest limit that is one; timers of the system end somewhere too."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a file may cost before it counts as failed.
+
+    Parameters
+    ----------
+    max_bytes : int
+        Of the file. Radiographs have up to 0.2 GB.
+    max_seconds : float
+        Of computing, to read and decode it; waiting for a disk may take ten times as long.
+
+    Raises
+    ------
+    ValueError
+        One is not above 0, or beyond what the system can hold to.
+    """
+
+    max_bytes: int = 1 << 30
+    max_seconds: float = 120.0
+
+    def __post_init__(self) -> None:
+        """Refuse what is no limit."""
+        for name, most in (("max_bytes", 2**63 - 1), ("max_seconds", MAX_SECONDS)):
+            if not 0 < getattr(self, name) <= most:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; it must be above 0 and at most {most:,}"
+                )
+
+
+DEFAULT_LIMITS = Limits()
+
+
+@dataclass(frozen=True)
+class Content:
+    """Name one file's bytes, and the images of a manifest that have them.
+
+    Parameters
+    ----------
+    sha256 : str
+        Of the bytes, hex.
+    images : tuple of str
+        Paths relative to the image root, at least one.
+    """
+
+    sha256: str
+    images: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """Hold what reading made of a content: pixels, or why there are none.
+
+    Parameters
+    ----------
+    pixels : ndarray or None
+        uint8, as `transform` returned it.
+    colour : bool
+        Whether colour was reduced to luminance.
+    notes : tuple of str
+        As `Radiograph.notes`.
+    since : int
+        As `Radiograph.since`; of an image that cannot be decoded, `ImageError.since`.
+    stage : {"read", "decode"} or None
+        Where it failed.
+    reason : str
+        Why; names no path.
+    other_sha256 : str or None
+        Hash of the bytes found, where they are not the manifest's.
+    times : tuple of float
+        `time.monotonic()` at the start, when the bytes were there and hashed, and at the end.
+    """
+
+    pixels: np.ndarray | None = None
+    colour: bool = False
+    notes: tuple[str, ...] = ()
+    since: int = FIRST_VERSION
+    stage: str | None = None
+    reason: str = ""
+    other_sha256: str | None = None
+    times: tuple[float, float, float] = (0.0, 0.0, 0.0)
+
+    def joining(self, version: Any, what: str, way_out: str) -> "Reading":
+        """Return this reading, failed if its pixels cannot join rows of an older `images_version`.
+
+        Parameters
+        ----------
+        version, what
+            As for `image_versions.why_changed`.
+        way_out : str
+            What to do about it, as a sentence without its end.
+        """
+        reason = why_changed(self.since, version, what) if self.pixels is not None else ""
+        if not reason:
+            return self
+        words = f"the image {reason}. {way_out}"
+        return replace(self, pixels=None, stage="decode", reason=words)
+
+
+def read_content(
+    paths: Sequence[Path],
+    sha256: str,
+    transform: Callable[[np.ndarray], np.ndarray],
+    intensity: Intensity = DEFAULT_INTENSITY,
+    limits: Limits = DEFAULT_LIMITS,
+) -> Reading:
+    """Read the first of `paths` whose bytes have this SHA-256, and decode these very bytes.
+
+    Parameters
+    ----------
+    transform : callable
+        Applied to the decoded image, uint8 (H, W).
+    intensity : Intensity
+        Which window of a DICOM to use.
+    limits : Limits
+        Of which `max_bytes` is held here; time is what `extraction.decode_worker` watches over.
+    """
+    start = time.monotonic()
+    reason, other = "", None
+    for path in paths:
+        try:
+            data = read_plain(path, max_bytes=limits.max_bytes)
+        except OSError as error:
+            reason = error.strerror or type(error).__name__  # `str(error)` would name the path
+            if error.errno == errno.EFBIG:
+                reason += "; raise --max-bytes if it is what it should be"
+            continue
+        found = hashlib.sha256(data).hexdigest()
+        if found == sha256:
+            return _decode(data, transform, intensity, start)
+        other = found
+    now = time.monotonic()
+    if other:
+        return Reading(other_sha256=other, times=(start, now, now))
+    return Reading(stage="read", reason=reason, times=(start, now, now))
+
+
+def _decode(
+    data: bytes,
+    transform: Callable[[np.ndarray], np.ndarray],
+    intensity: Intensity,
+    start: float,
+) -> Reading:
+    middle = time.monotonic()
+    try:
+        radiograph = decode_image(data, intensity)
+    except ImageError as error:
+        reason, times = str(error), (start, middle, time.monotonic())
+        return Reading(stage="decode", reason=reason, since=error.since, times=times)
+    pixels = transform(radiograph.pixels)
+    times = (start, middle, time.monotonic())
+    return Reading(
+        pixels=pixels,
+        colour=radiograph.colour,
+        notes=radiograph.notes,
+        since=radiograph.since,
+        times=times,
+    )

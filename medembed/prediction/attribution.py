@@ -1,0 +1,284 @@
+"""Where a model looked: which part of its logit each place of an image gives.
+
+Attributions through the pooling alone, from the tower's last tokens to the head's logit. A token of
+a transformer has seen the whole image, so a place on the map is where the tower *keeps* what it
+found; that it is also where the finding *is* was measured on synthetic images, and nowhere else.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from medembed.core.errors import EncoderError, ModelError
+from medembed.encoders.protocol import Encoder
+from medembed.encoders.repooling import refuse_unpoolable, repool
+from medembed.encoders.torch_encoder import TorchEncoder
+from medembed.heads.base import Head
+from medembed.heads.logits import differentiable_logit, has_gradient, logit
+from medembed.prediction.occlusion import occlude, spread, window_sides
+
+__all__ = ["METHODS", "Explainer", "Explanation"]
+
+METHODS = ("integrated", "gradient", "occlusion")
+N_STEPS = 32
+BATCH_SIZE = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """Heat maps, and the logits that they are parts of.
+
+    Attributes
+    ----------
+    heat : float32 array of shape (n, rows, columns)
+        Of each image, from its top left: the share of the logit that a cell of the tower's grid
+        gives, in logits. Above zero speaks for abnormal, below zero for normal.
+    logit : float64 array of shape (n,), or (number of studies,)
+        The head's own, not calibrated; of studies where the head judges those.
+    baseline : float64 array of the same shape
+        The logit if every token were the mean token of its image. With the method "integrated" the
+        maps of an image (or study) sum to `logit - baseline`.
+    method : str
+        One of `METHODS`.
+    """
+
+    heat: np.ndarray
+    logit: np.ndarray
+    baseline: np.ndarray
+    method: str
+
+
+class Explainer:
+    """Explains what a head says of an encoder's images.
+
+    Parameters
+    ----------
+    encoder : Encoder
+        Loaded; a `TorchEncoder`, others have no tokens.
+    head : Head
+        Fitted on the encoder's embeddings.
+    pooling : str
+        Of the head's columns, as models name it: `mean+max`.
+    method : str, optional
+        One of `METHODS`; by default "integrated", and "occlusion" of heads without a gradient.
+
+        "integrated": integrated gradients (Sundararajan, Taly and Yan, ICML 2017) of the logit over
+        the tokens, on the straight path from the image's mean token everywhere, in 32 steps.
+        "gradient": the gradient at the image itself times what is between the two; of a logistic
+        head the same.
+        "occlusion": by how much the logit falls, per cell, with a window of tokens overwritten by
+        the mean token; a cell gets the mean over the windows on it. A window is 3/16 of the grid
+        high and wide.
+
+    Raises
+    ------
+    EncoderError
+        The encoder is no tower of ours, or a pooling is no function of the patch tokens: of `cls`,
+        and a `pooler` made of it, nothing sensible can be said.
+    ModelError
+        The method is none, or not for this head, or the columns are not the head's.
+
+    Notes
+    -----
+    `mean` and `grid4` pass a token's part on evenly; `max` gives a column's part to the token that
+    has the maximum; SigLIP's `pooler` goes through its attention over the tokens, `projector`
+    through Gemma's, a CNN's `pooler` through its mean over the last feature map, whose cells are
+    the map's. Scaling, components and covariates are the head's; covariates keep their values.
+    Tokens are not rounded to the dtype that the model's rows were stored in.
+
+    On 435 abnormal images of the demo, heads trained on 405 others, the peak touched the finding in
+    77 % (logistic), 66 % (perceptron), 62 % (trees) and 73 % (attention) of `mean+max`; cells with
+    bone or finding in them touch it in 9 %, all cells in 3 %. The plain gradient of a perceptron
+    hits as often (69 %), but does not sum to what it explains. Trees on `mean` alone are explained
+    badly (17 %): a window moves a mean by less than their thresholds are apart.
+
+    All of it is after the encoder's one pass. Occlusion asks the head once per window, of which
+    there are 196 on 16 x 16 tokens and 2,809 on 64 x 64; under `pooler` and `projector` it pools
+    anew for each.
+    """
+
+    def __init__(
+        self, encoder: Encoder, head: Head, pooling: str, *, method: str | None = None
+    ) -> None:
+        if not isinstance(encoder, TorchEncoder):
+            raise EncoderError(
+                f"{encoder.source} gives no patch tokens, so there is no grid to explain on."
+            )
+        self.encoder, self.head = encoder, head
+        self.poolings = pooling.split("+")
+        self.method = method or ("integrated" if has_gradient(head) else "occlusion")
+        self._check()
+
+    def heat_maps(
+        self,
+        pixels: np.ndarray,
+        covariates: np.ndarray | None = None,
+        studies: Sequence[int] | np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Return the maps alone, float32 (n, rows, columns); see `explain`."""
+        return self.explain(pixels, covariates, studies).heat
+
+    def explain(
+        self,
+        pixels: np.ndarray,
+        covariates: np.ndarray | None = None,
+        studies: Sequence[int] | np.ndarray | None = None,
+    ) -> Explanation:
+        """Explain prepared images.
+
+        Parameters
+        ----------
+        pixels : uint8 array of shape (n, height, width)
+            n of 1 or more.
+        covariates : float array of shape (n, number of covariates), optional
+            The last columns that the head reads, where it does.
+        studies : int array of shape (n,), optional
+            For heads that judge studies: which images are views of one, numbered from 0, all in
+            use. Other heads pass over it; None makes a study of every image.
+
+        Raises
+        ------
+        EncoderError
+            The pixels are not as the encoder reads them, or its tokens are not finite.
+        ModelError
+            There are not as many covariates as the head reads, or no images.
+        """
+        self._check_pixels(pixels)
+        known = self._check_covariates(len(pixels), covariates)
+        codes = np.arange(len(pixels))
+        if studies is not None and self.head.study_level:
+            codes = np.unique(np.asarray(studies), return_inverse=True)[1]
+        n_judged = int(codes.max()) + 1
+        heat: list[np.ndarray | None] = [None] * len(pixels)
+        logits, baselines = np.empty(n_judged), np.empty(n_judged)
+        # A study's views stay together, whatever the size of a batch.
+        for first in range(0, n_judged, BATCH_SIZE):
+            judged = slice(first, first + BATCH_SIZE)
+            rows = np.flatnonzero((codes >= judged.start) & (codes < judged.stop))
+            tokens, grid = self._tokens(pixels[rows])
+            own = torch.from_numpy(codes[rows] - first)
+            part = _Part(self, tokens, grid, torch.from_numpy(known[rows]), own)
+            logits[judged], baselines[judged] = part.logit(), part.baseline()
+            for row, values in zip(rows, part.attribute(self.method), strict=True):
+                heat[row] = values
+        return Explanation(
+            np.stack([h for h in heat if h is not None]), logits, baselines, self.method
+        )
+
+    def _tokens(self, pixels: np.ndarray) -> tuple[torch.Tensor, tuple[int, int]]:
+        on_device = torch.from_numpy(np.ascontiguousarray(pixels)).to(self.encoder.device)
+        with torch.no_grad():
+            seen = self.encoder.see(on_device)
+            tokens = seen.tokens.float()
+        if not bool(torch.isfinite(tokens).all()):
+            raise EncoderError(
+                f"tokens of {self.encoder.source} are not finite in {self.encoder.precision}. Try "
+                "--precision fp32."
+            )
+        return tokens, seen.grid
+
+    def _check(self) -> None:
+        refuse_unpoolable(self.encoder, self.poolings)
+        if self.method not in METHODS:
+            raise ModelError(f"no method {self.method!r}; there are {', '.join(METHODS)}")
+        if self.method == "occlusion" and self.head.study_level:
+            raise ModelError(
+                f"{type(self.head).__name__} judges studies: explain it by integrated gradients"
+            )
+        if self.method != "occlusion":
+            differentiable_logit(self.head)
+        if self._n_covariates < 0:
+            raise ModelError(
+                f"the head reads {self.head.n_features_in_} columns; {'+'.join(self.poolings)} of "
+                f"{self.encoder.source} are {self.head.n_features_in_ - self._n_covariates}"
+            )
+
+    @property
+    def _n_covariates(self) -> int:
+        shapes = (self.encoder.dimensions[name] for name in self.poolings)
+        return self.head.n_features_in_ - sum(int(np.prod(shape)) for shape in shapes)
+
+    def _check_pixels(self, pixels: np.ndarray) -> None:
+        size = self.encoder.preprocessing
+        if pixels.dtype != np.uint8 or pixels.shape[1:] != (size.height, size.width):
+            raise EncoderError(
+                f"the encoder reads uint8 (n, {size.height}, {size.width}); this is "
+                f"{pixels.dtype} {pixels.shape}. Bring images to its size with `prepare`."
+            )
+        if not len(pixels):
+            raise ModelError("there are no images to explain")
+
+    def _check_covariates(self, n: int, covariates: np.ndarray | None) -> np.ndarray:
+        found = np.empty((n, 0)) if covariates is None else np.asarray(covariates, np.float64)
+        if found.shape != (n, self._n_covariates):
+            raise ModelError(
+                f"the head reads {self._n_covariates} covariates of each of {n} images; these have "
+                f"the shape {found.shape}"
+            )
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """Some images with all views of their studies: tokens (n, rows * columns, d), and the rest."""
+
+    explainer: Explainer
+    tokens: torch.Tensor
+    grid: tuple[int, int]
+    covariates: torch.Tensor
+    studies: torch.Tensor
+
+    def attribute(self, method: str) -> np.ndarray:
+        """Return heat maps, float32 (n, rows, columns)."""
+        if method == "occlusion":
+            whole = self.logit()
+            return np.stack([self._occlude(k, float(whole[k])) for k in range(len(whole))])
+        steps = (np.arange(N_STEPS) + 0.5) / N_STEPS if method == "integrated" else [1.0]
+        difference = self.tokens - self._mean()
+        total = torch.zeros_like(self.tokens)
+        for step in steps:
+            total += self._gradient(self._mean() + float(step) * difference)
+        heat = (total / len(steps) * difference).sum(dim=2, dtype=torch.float64)
+        return heat.cpu().numpy().reshape(-1, *self.grid).astype(np.float32)
+
+    def logit(self) -> np.ndarray:
+        return self._logit_of(self.tokens)
+
+    def baseline(self) -> np.ndarray:
+        return self._logit_of(self._mean().expand_as(self.tokens))
+
+    def _mean(self) -> torch.Tensor:
+        return self.tokens.mean(dim=1, keepdim=True)
+
+    def _rows(self, tokens: torch.Tensor) -> torch.Tensor:
+        pooled = repool(self.explainer.encoder, tokens, self.grid, self.explainer.poolings)
+        return torch.cat([pooled.cpu().double(), self.covariates], dim=1)
+
+    def _logit_of(self, tokens: torch.Tensor) -> np.ndarray:
+        with torch.no_grad():
+            rows = self._rows(tokens).numpy()
+        return logit(self.explainer.head, rows, self.studies.numpy())
+
+    def _gradient(self, tokens: torch.Tensor) -> torch.Tensor:
+        with torch.enable_grad():
+            tokens = tokens.detach().requires_grad_()
+            judged = differentiable_logit(self.explainer.head)(self._rows(tokens), self.studies)
+            (gradient,) = torch.autograd.grad(judged.sum(), tokens)
+        return gradient
+
+    def _occlude(self, number: int, whole: float) -> np.ndarray:
+        encoder, poolings = self.explainer.encoder, self.explainer.poolings
+        tokens = self.tokens[number].cpu().numpy().reshape(*self.grid, -1)
+        sides = window_sides(self.grid)
+
+        def pool(changed: torch.Tensor) -> torch.Tensor:
+            return repool(encoder, changed.to(encoder.device), self.grid, poolings)
+
+        known = self.covariates[number].numpy()
+        drops = [
+            whole - logit(self.explainer.head, np.hstack([rows, np.tile(known, (len(rows), 1))]))
+            for rows in occlude(tokens, sides, poolings, pool)
+        ]
+        return spread(np.stack(drops), sides).astype(np.float32)

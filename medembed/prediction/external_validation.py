@@ -1,0 +1,380 @@
+"""Try a packaged model on another institution's images: a run like every other, and what changed.
+
+Nothing is trained: the run keeps how the model turns scores into decisions, so that `compare` and
+`report` take it alone and beside others.
+"""
+
+import hashlib
+import json
+import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from medembed.cache.embeddings import Embeddings, load_embeddings
+from medembed.cache.store import Cache, open_cache
+from medembed.core.errors import TrainingDataError
+from medembed.core.files import json_digest
+from medembed.core.system import library_versions
+from medembed.dataset.build_file import read_build
+from medembed.dataset.covariates import CovariateEncoder
+from medembed.dataset.identities import name_persons
+from medembed.dataset.manifest import Manifest, read_manifest
+from medembed.evaluation.calibration import Calibration
+from medembed.evaluation.predictive import check_prevalence
+from medembed.evaluation.thresholds import ThresholdRule, parse_rules
+from medembed.heads.model_files import read_part
+from medembed.heads.packaging import Model, load_model
+from medembed.prediction.decisions import check_spec, raw_scores
+from medembed.prediction.internal import Internal, count_labels, find_internal
+from medembed.prediction.shift import describe_changes, find_drift, study_table
+from medembed.results.comparison import score_run
+from medembed.results.decisions import write_points
+from medembed.results.external import digest_predictions
+from medembed.results.methods import DISCLAIMER, counted
+from medembed.results.model_card import Card, read_card
+from medembed.results.predictions import PRIORS, image_code, image_rows, predict_prior
+from medembed.results.provenance import (
+    describe_source,
+    list_left_out,
+    public_name,
+    summarise_data,
+)
+from medembed.results.runs import Run, create_run, utc_now
+
+__all__ = ["evaluate"]
+
+VERSIONED = ("medembed", "numpy", "scikit-learn", "torch", "lightgbm")
+N_NAMED = 5
+NO_PRIORS = (
+    "Priors are left out: the run that the model was trained in is not beside it, and its card "
+    "does not count the labels of training."
+)
+_COPIED = ("trial", "cv", "cv_method", "n_tried", "seed", "depth")
+_OF_A_PRIOR = {
+    "calibrations": {"platt": Calibration().as_dict()},
+    "threshold": 0.5,
+    "sensitive_threshold": None,
+    "operating_points": [],
+}
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A model, and the embedded rows that it is tried on."""
+
+    path: Path
+    model: Model
+    card: Card
+    embeddings: Embeddings
+    rows: pd.DataFrame
+    recalibrate: int | None
+    seed: int
+    n_resamples: int
+    points: tuple[ThresholdRule, ...] = ()
+    prevalence: float | None = None
+
+    @property
+    def head(self) -> str:
+        """Return the head's name, its directory's."""
+        return self.path.resolve().name
+
+
+def evaluate(
+    model: str | Path,
+    cache: Cache | str | Path,
+    manifest: Manifest | str | Path,
+    out: str | Path,
+    *,
+    split: str | None = None,
+    recalibrate: int | None = None,
+    seed: int = 0,
+    n_resamples: int = 2000,
+    operating_points: Sequence[str | ThresholdRule] = (),
+    prevalence: float | None = None,
+) -> dict[str, Any]:
+    """Score a packaged model on rows that it has not seen, and say what changed since its own test.
+
+    Parameters
+    ----------
+    model : path
+        A directory that `sweep` or `finetune` left in `models/`. Where it still lies in its run,
+        the run's test predictions and priors are used.
+    cache, manifest : Cache, Manifest or path
+        The images to score. The cache's spec must be the model's; covariates that the model reads
+        come from the manifest.
+    out : str or Path
+        The run directory: new, or the same question's, whose answer is then read.
+    split : {"train", "test"}, optional
+        Score these rows only; by default all, whatever split the manifest has them in.
+    recalibrate : int, optional
+        Fit calibration and threshold anew on so many labelled patients, and score the others.
+    seed : int
+        Of the patients drawn, of the rows that drift is looked for in, and of the bootstrap.
+    n_resamples : int
+        Bootstrap resamples of patients.
+    operating_points : sequence of str or ThresholdRule
+        To show beside the usual ones: packaged with the model, or ``threshold=…``.
+    prevalence : float, optional
+        See `comparison.compare`.
+
+    Returns
+    -------
+    dict
+        JSON values: ``run`` (path), all that `compare` returns, and ``drop``, ``calibration``,
+        ``recalibrated``, ``drift``, ``called_abnormal``, see `changes`. Without one
+        label ``rows`` is empty, and of these the last two are there.
+
+    Raises
+    ------
+    ModelError
+        The model is damaged, reads other embeddings, or has no such operating point.
+    TrainingDataError
+        Some of the images were the model's training images or show a patient of one of those in
+        the manifest, a covariate is missing, or recalibration would leave nobody to be scored.
+    MissingRowsError
+        Rows are neither embedded nor listed as failed; names the command that makes them.
+    RunError
+        `out` answers another question or is not a run.
+    """
+    points = parse_rules(operating_points)
+    share = None if prevalence is None else check_prevalence(prevalence)
+    path, opened = Path(model), cache if isinstance(cache, Cache) else open_cache(cache)
+    loaded = load_model(path)
+    card = read_card(loaded, path)
+    for rule in points:
+        card.point(rule.name)
+    check_spec(card, opened.spec, f"those in the cache at {opened.path}")
+    read = manifest if isinstance(manifest, Manifest) else read_manifest(Path(manifest))
+    given = read if isinstance(manifest, Manifest) else manifest
+    embeddings = load_embeddings(opened, given, pool=card.pooling, split=split, cells=True)
+    rows = read.rows if split is None else read.rows[read.rows["split"] == split]
+    known = (path, loaded, card, embeddings, rows)
+    asked = _Asked(*known, recalibrate, seed, n_resamples, points, share)
+    _refuse_trained(asked, read.rows, split)
+    _refuse_too_many(asked)
+    words = ["medembed", "evaluate", public_name(path), public_name(opened.path)]
+    words += ["MANIFEST" if isinstance(manifest, Manifest) else public_name(manifest)]
+    words += ["--out", public_name(out)]
+    words += ["--split", split] if split else []
+    words += ["--recalibrate", str(recalibrate)] if recalibrate else []
+    words += [word for rule in points for word in ("--operating-point", rule.name)]
+    words += ["--prevalence", str(share)] if share is not None else []
+    details = {
+        "kind": "evaluation",
+        "seed": seed,
+        "command": shlex.join([*words, "--seed", str(seed)]),
+        "versions": library_versions(VERSIONED),
+        "encoder": describe_source(opened.recorded, opened.spec.encoder, opened.spec.preprocessing),
+        "data": summarise_data(
+            rows.assign(split="test"),
+            embeddings.failed,
+            embeddings.label_level,
+            read_build(manifest, read),
+        ),
+        "left_out": list_left_out(rows.assign(split="test"), embeddings.failed),
+    }
+    run = create_run(out, _question(asked, read, split), details=details)
+    with run.locked():
+        if not run.is_complete:
+            _answer(run, asked, find_internal(path))
+    return {"run": str(out), **run.scores()}
+
+
+def _question(asked: _Asked, manifest: Manifest, split: str | None) -> dict[str, Any]:
+    own = hashlib.sha256(read_part(asked.path / "model.json")).hexdigest()
+    return {
+        "model": own,
+        "manifest": manifest.digest(),
+        "embedded": json_digest(sorted(asked.embeddings.rows["sha256"])),
+        "spec": asked.embeddings.spec.as_dict(),
+        "pooling": asked.card.pooling,
+        "split": split,
+        "recalibrate": asked.recalibrate,
+        "seed": asked.seed,
+        "n_resamples": asked.n_resamples,
+        # runs of before say nothing of these
+        **({"operating_points": [rule.name for rule in asked.points]} if asked.points else {}),
+        **({} if asked.prevalence is None else {"prevalence": asked.prevalence}),
+    }
+
+
+def _answer(run: Run, asked: _Asked, internal: Internal | None) -> None:
+    """Predict, score, and write what was found; the scores come last."""
+    started = time.perf_counter()
+    X = _columns(asked)
+    studies = pd.factorize(asked.embeddings.studies, sort=True)[0]
+    images, judged = raw_scores(asked.model, asked.card, X, studies)
+    priors = _predict_priors(asked, internal)
+    parts = [_predictions(asked, images, judged, per_study=bool(priors)), *priors.values()]
+    run.write_predictions(pd.concat(parts, ignore_index=True))
+    seconds = round(time.perf_counter() - started, 3)
+    run.update_info(
+        leaderboard=[_entry(asked, seconds)],
+        decisions=_decisions(asked, internal, list(priors)),
+        times={**run.info["times"], "ended": utc_now()},
+    )
+    resampling = {"n_resamples": asked.n_resamples, "seed": asked.seed}
+    overlap = len(set(asked.embeddings.rows["sha256"]) & (internal.images if internal else set()))
+    changes = describe_changes(
+        study_table(asked.embeddings, judged),
+        asked.card,
+        internal,
+        overlap,
+        asked.recalibrate,
+        resampling,
+    )
+    drift = find_drift(asked.embeddings, X, asked.model.reference, asked.seed)
+    if (asked.embeddings.y >= 0).any():
+        shown = {"operating_points": asked.points, "prevalence": asked.prevalence}
+        scores = score_run(run, **resampling, **shown)
+    else:
+        scores = _without_labels(run)
+    *notes, last = scores["notes"]
+    notes += [] if priors else [NO_PRIORS]
+    of = {"predictions_sha256": digest_predictions(run)}
+    run.write_scores({**scores, **changes, "drift": drift, "notes": [*notes, last], **of})
+
+
+def _without_labels(run: Run) -> dict[str, Any]:
+    """Return what a comparison has where nothing can be scored."""
+    data = run.info["data"]
+    return {
+        "level": "study",
+        "test": {"n": 0, "n_abnormal": 0, "n_patients": 0},
+        "synthetic": data["synthetic"],
+        "rows": [],
+        "paired": [],
+        "notes": [
+            f"No label: {counted(data['images'], 'image')} of "
+            f"{counted(data['patients'], 'patient')} were predicted, and nothing could be scored.",
+            DISCLAIMER,
+        ],
+    }
+
+
+def _columns(asked: _Asked) -> np.ndarray:
+    """Return what the head reads: embeddings, and covariates of the manifest beside them."""
+    embeddings = asked.embeddings
+    if asked.card.covariates is None:
+        return embeddings.X
+    encoder = CovariateEncoder.from_dict(asked.card.covariates)
+    return np.hstack([embeddings.X, encoder.transform(embeddings.rows)])
+
+
+def _predictions(
+    asked: _Asked, images: np.ndarray, judged: np.ndarray, *, per_study: bool
+) -> pd.DataFrame:
+    """Return the model's rows of `predictions.parquet`; all are test rows, whatever the manifest.
+
+    A head that judges studies has one row per study, as in every run; but where no prior names
+    their images, one per image, with its study's probability.
+    """
+    rows = image_rows(asked.embeddings.rows.assign(split="test"), np.full(len(images), -1))
+    rows = rows.assign(head=asked.head, trial=asked.card.document.get("trial"))
+    if asked.card.views != "attention":
+        return rows.assign(probability=images)
+    rows = rows.assign(probability=judged[rows["study"].to_numpy()])
+    if not per_study:
+        return rows
+    labels = rows["label"].astype("Int8").groupby(rows["study"]).max()
+    first = rows.groupby("study", sort=True).head(1).sort_values("study")
+    return first.assign(sha256="", label=labels.reindex(first["study"]).to_numpy())
+
+
+def _predict_priors(asked: _Asked, internal: Internal | None) -> dict[str, pd.DataFrame]:
+    """Let the priors of the training rows predict, where something tells of their labels."""
+    trained = count_labels(asked.card) if internal is None else internal.trained
+    if trained.empty:
+        return {}
+    embeddings = asked.embeddings
+    images = image_rows(embeddings.rows.assign(split="test"), np.full(len(embeddings), -1))
+    regions, labels, n = (trained[name].to_numpy() for name in ("region", "label", "n"))
+    found = {}
+    for name in PRIORS:
+        probability = predict_prior(name, regions, labels, embeddings.regions, n)
+        found[name] = images.assign(head=name, trial=None, probability=probability)
+    return found
+
+
+def _decisions(
+    asked: _Asked, internal: Internal | None, priors: list[str]
+) -> dict[str, dict[str, Any]]:
+    """Return what `results.alignment` reads in place of fitting: each head's calibrations."""
+    known = internal.decisions if internal is not None else {}
+    own = known.get(asked.head, {})
+    conformal = asked.card.conformal
+    head = {
+        "conformal": None if conformal is None else conformal.as_dict(),
+        "calibrations": {
+            **own.get("calibrations", {}),
+            "platt": asked.card.calibration.as_dict(),
+        },
+        "threshold": asked.card.threshold,
+        "sensitive_threshold": own.get("sensitive_threshold"),
+        "operating_points": write_points(asked.card.points),
+    }
+    return {asked.head: head, **{name: known.get(name, _OF_A_PRIOR) for name in priors}}
+
+
+def _entry(asked: _Asked, seconds: float) -> dict[str, Any]:
+    """Return the line of the leaderboard."""
+    document = asked.card.document
+    copied = {name: document.get(name) for name in _COPIED}
+    return {
+        "head": asked.head,
+        "pooling": asked.card.pooling,
+        **copied,
+        "params": json.loads(read_part(asked.path / "model.json"))["params"],
+        "seconds": seconds,
+        "status": "ok",
+        "error": None,
+    }
+
+
+def _refuse_trained(asked: _Asked, every: pd.DataFrame, split: str | None) -> None:
+    """Refuse images that the model was trained on, and others of the patients that they show.
+
+    `every` has all rows of the manifest, embedded or not, of whatever split.
+    """
+    codes = every["sha256"].map(image_code)
+    is_trained = codes.isin(asked.card.training_images)
+    if not is_trained.any():
+        return
+    persons = name_persons(every)
+    is_known = persons.isin(persons[is_trained])
+    is_asked = every["image"].isin(asked.embeddings.rows["image"])
+    seen = sorted(codes[is_trained & is_asked].unique())
+    n_others = int((is_known & ~is_trained & is_asked).sum())
+    model = f"the model at {asked.path}"
+    of_all = f"of the {len(asked.embeddings)} images"
+    found = []
+    if seen:
+        named = ", ".join(seen[:N_NAMED]) + (", …" if len(seen) > N_NAMED else "")
+        found += [
+            f"{len(seen)} {of_all} are among those that {model} was trained on (by code: {named})"
+        ]
+    if n_others:
+        found += [f"{n_others} {of_all} show patients of whom {model} was trained on other images"]
+    if found:
+        remedy = "Take them out of the manifest"
+        remedy += ", or score its test rows alone with --split test." if split != "test" else "."
+        raise TrainingDataError(f"{'; '.join(found)}, and scores on them say nothing. {remedy}")
+
+
+def _refuse_too_many(asked: _Asked) -> None:
+    """Refuse a recalibration that leaves nobody, before the run directory is made."""
+    if asked.recalibrate is None:
+        return
+    rows = asked.embeddings.rows[asked.embeddings.y >= 0]
+    n = int(name_persons(rows).nunique())
+    if not 1 <= asked.recalibrate < max(n, 1):
+        raise TrainingDataError(
+            f"--recalibrate {asked.recalibrate} wants so many labelled patients and others to be "
+            f"scored on, and there are {n}. Ask for fewer, about half of them at most."
+        )

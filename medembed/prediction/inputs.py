@@ -1,0 +1,191 @@
+"""What is asked of a model: images by name, or the rows of a manifest."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from medembed.core.errors import ManifestError, ModelError
+from medembed.dataset.covariates import CovariateEncoder
+from medembed.dataset.manifest import Manifest, existing_root, image_path
+from medembed.images.hashing import hash_or_explain
+from medembed.results.model_card import Card
+
+__all__ = ["Requests", "ask_images", "ask_manifest"]
+
+
+@dataclass(frozen=True, eq=False)
+class Requests:
+    """Images to be answered for, in order; all lists are of the same length.
+
+    Attributes
+    ----------
+    images : list of str
+        As the answers name them.
+    places : list of Path
+        Where they are; relative to `root` where there is one.
+    digests : list of str
+        SHA-256 of their bytes, "" where it is not known.
+    studies : int64 array (n,)
+        Numbers from 0 on.
+    names : list of str
+        Of the studies, by number.
+    regions : list of str
+        "" where it is not known.
+    covariates : float32 array (n, k)
+    errors : dict of int to str
+        What is known to fail beforehand, and why.
+    root : Path or None
+        The image root of a manifest.
+    has_files : bool
+        Whether it is known where the images are.
+    """
+
+    images: list[str]
+    places: list[Path]
+    digests: list[str]
+    studies: np.ndarray
+    names: list[str]
+    regions: list[str]
+    covariates: np.ndarray
+    errors: dict[int, str] = field(default_factory=dict)
+    root: Path | None = None
+    has_files: bool = True
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def path(self, number: int) -> Path:
+        """Give the file of an image.
+
+        Raises
+        ------
+        ManifestError
+            It leads out of the image root.
+        """
+        if self.root is None:
+            return self.places[number]
+        return image_path(self.root, str(self.places[number]))
+
+
+def ask_images(
+    images: Sequence[str | os.PathLike[str]],
+    card: Card,
+    progress: Callable[[int, int], None] | None = None,
+) -> Requests:
+    """Ask for files, each a study of its own, of a region that is not known.
+
+    Raises
+    ------
+    ModelError
+        The model reads covariates, which only a manifest has.
+    """
+    if card.covariates:
+        columns = [column["name"] for column in card.covariates["columns"]]
+        raise ModelError(
+            f"the model reads {', '.join(columns)} beside each image, and a file alone does not "
+            "say. Write a manifest with these columns, and give --manifest M --image-root DIR."
+        )
+    paths = [Path(os.path.abspath(image)) for image in images]
+    digests, errors = _hash(paths, progress)
+    # What is no text in this machine's encoding is shown by its bytes.
+    names = [os.fspath(image).encode("utf-8", "backslashreplace").decode() for image in images]
+    return Requests(
+        images=names,
+        places=paths,
+        digests=digests,
+        studies=np.arange(len(names)),
+        names=names,
+        regions=[""] * len(names),
+        covariates=np.zeros((len(names), 0), np.float32),
+        errors=errors,
+    )
+
+
+def ask_manifest(
+    manifest: Manifest,
+    card: Card,
+    image_root: str | os.PathLike[str] | None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Requests:
+    """Ask for every row of a manifest, labelled or not.
+
+    Parameters
+    ----------
+    image_root : path, optional
+        Without it only a cache can answer.
+
+    Raises
+    ------
+    PathNotFoundError
+        The image root is not there.
+    ManifestError
+        The manifest has no SHA-256s, and there is no image root to compute them from.
+    TrainingDataError
+        A covariate that the model reads is not a column, or holds what it cannot.
+    """
+    root = None if image_root is None else existing_root(Path(image_root))
+    rows = manifest.rows
+    covariates = np.zeros((len(rows), 0), np.float32)
+    if card.covariates:
+        covariates = CovariateEncoder.from_dict(card.covariates).transform(rows)
+    images, digests = rows["image"].tolist(), rows["sha256"].tolist()
+    names, codes = np.unique(rows["study"].to_numpy(str), return_inverse=True)
+    requests = Requests(
+        images=images,
+        places=[Path(image) for image in images],
+        digests=digests,
+        studies=codes,
+        names=names.tolist(),
+        regions=rows["region"].tolist(),
+        covariates=covariates,
+        root=root,
+        has_files=root is not None,
+    )
+    if "" in digests:
+        if root is None:
+            raise ManifestError(
+                "the manifest holds no sha256, by which a cache finds its images. Give "
+                "--image-root DIR, or build the manifest again without --structure-only."
+            )
+        _find_hashes(requests, progress)
+    return requests
+
+
+def _find_hashes(requests: Requests, progress: Callable[[int, int], None] | None) -> None:
+    numbers, paths = [], []
+    for number, digest in enumerate(requests.digests):
+        if digest:
+            continue
+        try:
+            paths.append(requests.path(number))
+            numbers.append(number)
+        except ManifestError as error:
+            requests.errors[number] = str(error)
+    digests, errors = _hash(paths, progress)
+    for place, number in enumerate(numbers):
+        requests.digests[number] = digests[place]
+        if place in errors:
+            requests.errors[number] = errors[place]
+
+
+def _hash(
+    paths: Sequence[Path], progress: Callable[[int, int], None] | None
+) -> tuple[list[str], dict[int, str]]:
+    """Return the SHA-256 of each file, "" of those that fail, and why they do."""
+    errors = {}
+    for number, path in enumerate(paths):
+        # A pipe would be waited for, and its bytes can be read only once.
+        if os.path.exists(path) and not os.path.isfile(path):
+            errors[number] = "is a directory" if os.path.isdir(path) else "is not a file"
+    plain = [number for number in range(len(paths)) if number not in errors]
+    digests = [""] * len(paths)
+    found = hash_or_explain([paths[number] for number in plain], progress)
+    for number, outcome in zip(plain, found, strict=True):
+        if isinstance(outcome, OSError):
+            errors[number] = outcome.strerror or type(outcome).__name__
+        else:
+            digests[number] = outcome
+    return digests, errors

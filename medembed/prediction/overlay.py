@@ -1,0 +1,191 @@
+"""Heat maps drawn over the images they explain, as PNG, with their numbers as CSV beside them.
+
+Orange speaks for abnormal and sky blue for normal, two of the colours that Okabe and Ito chose for
+all kinds of colour vision (2008). A cell has one value and is drawn as a whole: nothing is
+interpolated between cells.
+"""
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from medembed.core.errors import ImageError
+from medembed.core.files import write_atomically
+from medembed.encoders.preprocessing import Preprocessing, place_image
+from medembed.results.predictions import image_code
+
+__all__ = ["DISCLAIMER", "draw_overlay", "overlay_name", "write_overlay"]
+
+DISCLAIMER = "Research software, not a medical device"
+COLUMNS = ("row", "column", "left", "top", "right", "bottom", "logit")
+ABNORMAL, NORMAL = (230, 159, 0), (86, 180, 233)
+LONGER_SIDE = 896  # of the drawn image; the picture itself is at least as wide as its legend
+LEGEND_WIDTH = 640
+OPACITY = 0.7  # of the strongest cell: the bone under it is still to be seen
+_PAPER, _INK = (20, 20, 20), (235, 235, 235)
+_MARGIN, _LINE, _FONT_SIZE = 12, 24, 17
+
+
+def overlay_name(sha256: str) -> str:
+    """Return a picture's file name, from the hash of the image's hash: it names nobody."""
+    return f"{image_code(sha256)}.png"
+
+
+def write_overlay(
+    path: Path,
+    image: np.ndarray,
+    heat: np.ndarray,
+    preprocessing: Preprocessing,
+    *,
+    notes: Sequence[str] = (),
+) -> None:
+    """Write a picture, and beside it (`.csv`) the numbers; each file is complete or absent.
+
+    Parameters
+    ----------
+    path : Path
+        Ends in `.png`; see `overlay_name`.
+    image : uint8 array of shape (H, W)
+        As it was decoded, before it was prepared.
+    heat : float array of shape (rows, columns)
+        As `explaining.Explainer` gives it.
+    preprocessing : Preprocessing
+        The encoder's: where in its input the image lay.
+    notes : sequence of str
+        Lines for the legend; none may name a patient.
+
+    Notes
+    -----
+    The CSV has a line per cell: `row`, `column` from 0, its edges `left`, `top`, `right`, `bottom`
+    in pixels of the image, and its `logit`. Of an image that was padded, edges of cells in the
+    frame lie outside. The grid is taken to divide the input evenly: where the patch does not divide
+    the side (14 pixels of 384), the last cells are off by less than one of them.
+
+    Raises
+    ------
+    ImageError
+        The image or the map is empty, or of another shape or dtype.
+    OSError
+        The directory is missing, not writable, or full.
+    """
+    picture = draw_overlay(image, heat, preprocessing, notes=notes)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    write_atomically(path.with_suffix(".csv"), _table(image.shape, heat, preprocessing))
+    write_atomically(path, buffer.getvalue())
+
+
+def draw_overlay(
+    image: np.ndarray,
+    heat: np.ndarray,
+    preprocessing: Preprocessing,
+    *,
+    notes: Sequence[str] = (),
+) -> Image.Image:
+    """Return the picture that `write_overlay` writes: the image, its map, a legend below."""
+    _check(image, heat)
+    scale = LONGER_SIDE / max(image.shape)
+    size = tuple(max(1, round(side * scale)) for side in image.shape)
+    grey = Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BICUBIC)
+    top = float(np.abs(heat).max())
+    rows, columns = _cells_of(image.shape, (size[0], size[1]), heat.shape, preprocessing)
+    shares = (heat / top if top > 0 else np.zeros_like(heat))[np.ix_(rows, columns)]
+    drawn = Image.fromarray(_blend(np.asarray(grey), shares))
+    if heat.max() > 0:
+        _mark_peak(drawn, heat, rows, columns)
+    legend = _draw_legend(max(LEGEND_WIDTH, drawn.width), top, notes)
+    picture = Image.new("RGB", (legend.width, drawn.height + legend.height), _PAPER)
+    picture.paste(drawn, ((picture.width - drawn.width) // 2, 0))
+    picture.paste(legend, (0, drawn.height))
+    return picture
+
+
+def _check(image: np.ndarray, heat: np.ndarray) -> None:
+    if image.dtype != np.uint8 or image.ndim != 2 or 0 in image.shape:
+        found = f"{image.dtype} {image.shape}"
+        raise ImageError(f"an image to draw on is uint8 (H, W) and not empty; this is {found}")
+    if heat.ndim != 2 or 0 in heat.shape or not np.isfinite(heat).all():
+        raise ImageError(f"a heat map is (rows, columns) of finite numbers; this is {heat.shape}")
+
+
+def _edges(
+    shape: tuple[int, ...], grid: tuple[int, ...], preprocessing: Preprocessing
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the edges of a grid's rows and columns in pixels of the image, one more than cells."""
+    *start, height, width = place_image(shape, preprocessing)
+    whole = (preprocessing.height, preprocessing.width)
+    along = [
+        (np.arange(n + 1) * side / n - first) * length / inner
+        for n, side, first, length, inner in zip(
+            grid, whole, start, shape, (height, width), strict=True
+        )
+    ]
+    return along[0], along[1]
+
+
+def _cells_of(
+    shape: tuple[int, ...],
+    size: tuple[int, int],
+    grid: tuple[int, ...],
+    preprocessing: Preprocessing,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return which row of the grid each row of a drawing of `size` is in, and each column."""
+    found = []
+    for edges, n, length, drawn in zip(
+        _edges(shape, grid, preprocessing), grid, shape, size, strict=True
+    ):
+        middles = (np.arange(drawn) + 0.5) * length / drawn
+        found.append(np.clip(np.searchsorted(edges, middles, side="right") - 1, 0, n - 1))
+    return found[0], found[1]
+
+
+def _blend(grey: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """Tint grey (H, W) by shares (H, W) of the scale, from -1 to 1."""
+    colour = np.where(shares[:, :, None] > 0, ABNORMAL, NORMAL)
+    opacity = OPACITY * np.abs(shares)[:, :, None]
+    blended = (1 - opacity) * grey[:, :, None] + opacity * colour
+    return np.asarray(blended + 0.5, np.float64).astype(np.uint8)
+
+
+def _mark_peak(drawn: Image.Image, heat: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> None:
+    peak = np.unravel_index(int(heat.argmax()), heat.shape)
+    down, across = np.flatnonzero(rows == peak[0]), np.flatnonzero(columns == peak[1])
+    if len(down) and len(across):  # of a padded image it may lie in the frame
+        box = [across[0], down[0], across[-1], down[-1]]
+        ImageDraw.Draw(drawn).rectangle([int(edge) for edge in box], outline=(255, 255, 255))
+
+
+def _draw_legend(width: int, top: float, notes: Sequence[str]) -> Image.Image:
+    lines = ["Logit per cell; the strongest for abnormal is framed", *notes, DISCLAIMER]
+    height = 2 * _MARGIN + 2 * _LINE + _LINE * len(lines)
+    legend = Image.new("RGB", (width, height), _PAPER)
+    draw, font = ImageDraw.Draw(legend), ImageFont.load_default(_FONT_SIZE)
+    # The bar is tinted as cells on mid-grey bone are.
+    ramp = np.tile(np.linspace(-1, 1, width - 2 * _MARGIN), (_LINE - 6, 1))
+    bar = Image.fromarray(_blend(np.full(ramp.shape, 90.0), ramp))
+    legend.paste(bar, (_MARGIN, _MARGIN))
+    y = _MARGIN + _LINE
+    words = (f"-{top:.3g} normal", "0", f"abnormal +{top:.3g}")
+    for word, x, anchor in zip(
+        words, (_MARGIN, width // 2, width - _MARGIN), ("la", "ma", "ra"), strict=True
+    ):
+        draw.text((x, y), word, fill=_INK, font=font, anchor=anchor)
+    for number, line in enumerate(lines):
+        draw.text((_MARGIN, y + _LINE * (number + 1)), line, fill=_INK, font=font)
+    return legend
+
+
+def _table(shape: tuple[int, ...], heat: np.ndarray, preprocessing: Preprocessing) -> bytes:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    down, across = (edges.round(2) for edges in _edges(shape, heat.shape, preprocessing))
+    for row, column in np.ndindex(*heat.shape):
+        edges = (across[column], down[row], across[column + 1], down[row + 1])
+        value = f"{heat[row, column]:.6g}"
+        writer.writerow([row, column, *(f"{edge:g}" for edge in edges), value])
+    return text.getvalue().encode()

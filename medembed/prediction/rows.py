@@ -1,0 +1,385 @@
+"""Answers as they are ready: a row per image, and a row per study after the last of its views."""
+
+import contextlib
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from medembed.core.errors import EncoderError, ManifestError, MissingRowsError
+from medembed.evaluation.drift.remoteness import measure_remoteness
+from medembed.evaluation.thresholds import OperatingPoint
+from medembed.extraction.image_store import refuse_empty_root
+from medembed.heads.packaging import Model
+from medembed.prediction.decisions import Scored, judge
+from medembed.prediction.encode import CachedRows, Embedder
+from medembed.prediction.inputs import Requests
+from medembed.prediction.reading import Encoded, File, encode_files
+from medembed.results.model_card import Card
+from medembed.results.predictions import image_code
+
+__all__ = ["CLASSES", "Draw", "Job", "answer"]
+
+CLASSES = ("normal", "abnormal")
+WINDOW = 4096
+"""Rows of a cache that are in memory at a time; of each window every shard is verified once."""
+
+
+class Draw(Protocol):
+    """Leaves a picture beside the answers: `pictures.Pictures.draw`, which describes it."""
+
+    def __call__(  # noqa: D102 - described there
+        self,
+        path: Path,
+        sha256: str,
+        pixels: np.ndarray,
+        covariates: np.ndarray,
+        probability: float,
+    ) -> str | None: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A model, and where it finds embeddings.
+
+    Attributes
+    ----------
+    cached : CachedRows or None
+        Asked before the encoder is; not where images are explained, which takes their tokens.
+    alpha : float
+        See `scoring.judge`.
+    point : OperatingPoint, optional
+        That decides; the card's Youden's by default.
+    draw : Draw, optional
+        Explains every image that is answered for.
+    tell : callable, optional
+        Told in a sentence what cannot be answered, and how many images are encoded.
+    """
+
+    model: Model
+    card: Card
+    embedder: Embedder
+    cached: CachedRows | None = None
+    alpha: float = 0.1
+    point: OperatingPoint | None = None
+    draw: Draw | None = None
+    tell: Callable[[str], None] | None = None
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Who answers for which image."""
+
+    cached: np.ndarray
+    errors: dict[int, str]
+    files: list[File]
+
+
+def answer(requests: Requests, job: Job) -> Iterator[dict[str, Any]]:
+    """Yield a row per image, in the order of the requests, and per study after its last view.
+
+    Rows are as `Predictor.predict_images` describes them.
+
+    Raises
+    ------
+    MissingRowsError, EncoderError, ModelError, PathNotFoundError
+        Nothing could be answered: no image is in the cache, and the encoder or the images cannot
+        be had; raised before the first row.
+    """
+    plan = _make_plan(requests, job)
+    answers = _Answers(requests, job)
+    encoded: deque[Encoded] = deque()
+    with contextlib.closing(encode_files(plan.files, job.embedder)) as batches:
+        for start in range(0, len(requests), WINDOW):
+            numbers = np.arange(start, min(start + WINDOW, len(requests)))
+            rows = _read_cached(requests, job, numbers[plan.cached[numbers]])
+            ready: list[Encoded] = []
+            for number in numbers.tolist():
+                if number in rows:
+                    ready.append(Encoded(number, rows[number]))
+                elif number in plan.errors:
+                    ready.append(Encoded(number, error=plan.errors[number]))
+                else:
+                    if not encoded:
+                        # What is ready is not held back by what is computed.
+                        yield from answers.give(ready)
+                        ready = []
+                        encoded.extend(next(batches))
+                    ready.append(encoded.popleft())
+            yield from answers.give(ready)
+
+
+def _make_plan(requests: Requests, job: Job) -> _Plan:
+    errors = dict(requests.errors)
+    cached = np.zeros(len(requests), bool)
+    if job.cached is not None and job.draw is None:
+        cached = job.cached.has(requests.digests)
+        known = job.cached.failures() if not cached.all() else {}
+        for number in np.flatnonzero(~cached).tolist():
+            failure = known.get(requests.digests[number])
+            if failure is not None:
+                errors.setdefault(
+                    number, f"failed in the cache ({failure.stage}): {failure.reason}"
+                )
+    missing = [n for n in np.flatnonzero(~cached).tolist() if n not in errors]
+    files = _find_files(requests, job, missing, errors, any_cached=bool(cached.any()))
+    return _Plan(cached, errors, files)
+
+
+def _find_files(
+    requests: Requests,
+    job: Job,
+    missing: Sequence[int],
+    errors: dict[int, str],
+    *,
+    any_cached: bool,
+) -> list[File]:
+    """Return what the encoder is to embed, or tell why it cannot, where a cache has the rest."""
+    if not missing:
+        return []
+    said = f"{len(missing)} of {len(requests)} images are not in the cache"
+    if job.draw is not None:
+        said = "what images are explained by is not in a cache"
+    try:
+        if not requests.has_files:
+            raise MissingRowsError(
+                f"{said}, and without their files they cannot be embedded. Give --image-root DIR."
+            )
+        if requests.root is not None and not any_cached:
+            images = (requests.images[number] for number in missing)
+            refuse_empty_root(requests.root, images, len(missing), "to answer for")
+        encoder = job.embedder.encoder
+    except (EncoderError, MissingRowsError) as error:
+        if not any_cached:
+            raise
+        _say(job, f"Not answered: {said}: {error}")
+        errors.update(
+            dict.fromkeys(missing, f"is not in the cache, and cannot be embedded: {error}")
+        )
+        return []
+    if job.cached is not None and job.draw is None:
+        _say(job, f"{said}; they are embedded by {encoder.source} now, and not kept.")
+    return list(_resolve(requests, missing, errors))
+
+
+def _resolve(requests: Requests, missing: Sequence[int], errors: dict[int, str]) -> Iterator[File]:
+    for number in missing:
+        try:
+            yield File(number, requests.path(number), requests.digests[number])
+        except ManifestError as error:
+            errors[number] = str(error)
+
+
+def _read_cached(requests: Requests, job: Job, numbers: np.ndarray) -> dict[int, np.ndarray]:
+    if job.cached is None or not len(numbers):
+        return {}
+    X = job.cached.read([requests.digests[number] for number in numbers])
+    return dict(zip(numbers.tolist(), X, strict=True))
+
+
+def _say(job: Job, words: str) -> None:
+    if job.tell:
+        job.tell(words)
+
+
+@dataclass(eq=False)
+class _Study:
+    """What is known of a study: its views so far."""
+
+    n_left: int
+    n_views: int = 0
+    n_failed: int = 0
+    trained_on: bool = False
+    views: list[Any] = field(default_factory=list)
+    places: list[dict[str, Any]] = field(default_factory=list)
+
+
+class _Answers:
+    """Makes rows of what is ready, and keeps the views of studies that are not."""
+
+    def __init__(self, requests: Requests, job: Job) -> None:
+        self._requests, self._job = requests, job
+        self._point = job.card.point() if job.point is None else job.point
+        self._trained = job.card.training_images
+        self._by_attention = job.card.views == "attention"
+        counts = Counter(requests.studies.tolist())
+        self._counts: Mapping[int, int] = counts
+        self._open: dict[int, _Study] = {}
+
+    def give(self, ready: Sequence[Encoded]) -> Iterator[dict[str, Any]]:
+        """Yield the rows of these images, and of studies that are whole with them."""
+        answered = [outcome for outcome in ready if outcome.x is not None]
+        raw, scored = self._score(answered)
+        where = self._place(answered)
+        places = {outcome.number: place for place, outcome in enumerate(answered)}
+        ended = self._add(ready, places, raw, where)
+        studies = self._judge(ended)
+        for outcome in ready:
+            place = places.get(outcome.number)
+            far = _NOWHERE if place is None else where[place]
+            yield self._image_row(outcome, None if place is None else scored, place, far)
+            if outcome.number in ended:
+                yield studies[outcome.number]
+
+    def _score(self, answered: Sequence[Encoded]) -> tuple[np.ndarray, Scored | None]:
+        if not answered:
+            return np.empty(0), None
+        raw = self._predict(np.stack([self._row(outcome) for outcome in answered]))
+        regions = [self._requests.regions[outcome.number] for outcome in answered]
+        return raw, self._decide(raw, np.array(regions, object))
+
+    def _decide(self, raw: np.ndarray, regions: np.ndarray) -> Scored:
+        return judge(self._job.card, raw, regions, self._job.alpha, self._point.threshold)
+
+    def _place(self, answered: Sequence[Encoded]) -> list[dict[str, Any]]:
+        """Tell of each image how far it lies from those of training."""
+        reference, found = self._job.model.reference, None
+        if reference is not None and answered:
+            X = np.stack([self._row(outcome) for outcome in answered])
+            # of embeddings alone, without covariates, unless it was fitted on both
+            n_columns = len(reference.get("space_centre", X[0]))
+            n_own = len(_embedding(answered[0]))
+            found = measure_remoteness(reference, X[:, :n_own] if n_columns == n_own else X)
+        if found is None:
+            return [_NOWHERE] * len(answered)
+        columns = zip(found.distance, found.p, found.far, strict=True)
+        return [
+            {"distance": float(distance), "distance_p": float(p), "far": bool(far)}
+            for distance, p, far in columns
+        ]
+
+    def _predict(self, X: np.ndarray, *studies: np.ndarray) -> np.ndarray:
+        return np.asarray(self._job.model.head.predict_proba(X, *studies)[:, 1], np.float64)
+
+    def _row(self, outcome: Encoded) -> np.ndarray:
+        return np.concatenate([_embedding(outcome), self._requests.covariates[outcome.number]])
+
+    def _add(
+        self,
+        ready: Sequence[Encoded],
+        places: Mapping[int, int],
+        raw: np.ndarray,
+        where: Sequence[dict[str, Any]],
+    ) -> dict[int, tuple[int, _Study]]:
+        """Enter views into their studies; return those that are whole, by their last view."""
+        ended = {}
+        for outcome in ready:
+            code = int(self._requests.studies[outcome.number])
+            study = self._open.setdefault(code, _Study(self._counts[code]))
+            study.n_left -= 1
+            study.n_views += 1
+            if outcome.x is None:
+                study.n_failed += 1
+            else:
+                study.trained_on |= bool(self._was_trained_on(outcome.number))
+                # A head that judges studies reads all views; of others their scores are enough.
+                alone = float(raw[places[outcome.number]])
+                study.views.append(self._row(outcome) if self._by_attention else alone)
+                study.places.append(where[places[outcome.number]])
+            if not study.n_left:
+                ended[outcome.number] = (code, self._open.pop(code))
+        return ended
+
+    def _judge(self, ended: Mapping[int, tuple[int, _Study]]) -> dict[int, dict[str, Any]]:
+        """Return the rows of studies that are whole, by their last view."""
+        seen = {number: pair for number, pair in ended.items() if pair[1].views}
+        scored = None
+        if seen:
+            views = [study.views for _, study in seen.values()]
+            if self._by_attention:
+                codes = np.repeat(np.arange(len(views)), [len(own) for own in views])
+                raw = self._predict(np.stack([row for own in views for row in own]), codes)
+            else:
+                raw = np.array([np.mean(own) for own in views])
+            regions = np.array([self._requests.regions[number] for number in seen], object)
+            scored = self._decide(raw, regions)
+        places = {number: place for place, number in enumerate(seen)}
+        return {
+            number: self._study_row(code, study, scored, places.get(number))
+            for number, (code, study) in ended.items()
+        }
+
+    def _image_row(
+        self, outcome: Encoded, scored: Scored | None, place: int | None, far: dict[str, Any]
+    ) -> dict[str, Any]:
+        requests, number = self._requests, outcome.number
+        row = {
+            "image": requests.images[number],
+            "study": requests.names[requests.studies[number]],
+            **_describe(scored, place, self._point),
+            **far,
+            "n_views": None,
+            "n_failed": None,
+            "trained_on": self._was_trained_on(number),
+            "error": outcome.error,
+        }
+        if self._job.draw is not None:
+            row["explanation"] = None
+            if outcome.pixels is not None:
+                row["explanation"] = self._job.draw(
+                    requests.path(number),
+                    requests.digests[number],
+                    outcome.pixels,
+                    requests.covariates[number],
+                    row["probability"],
+                )
+        return row
+
+    def _study_row(
+        self, code: int, study: _Study, scored: Scored | None, place: int | None
+    ) -> dict[str, Any]:
+        error = None if study.views else f"none of its {study.n_views} views could be answered"
+        row = {
+            "image": None,
+            "study": self._requests.names[code],
+            **_describe(scored, place, self._point),
+            **_furthest(study.places),
+            "n_views": study.n_views,
+            "n_failed": study.n_failed,
+            "trained_on": study.trained_on,
+            "error": error,
+        }
+        return row if self._job.draw is None else {**row, "explanation": None}
+
+    def _was_trained_on(self, number: int) -> bool | None:
+        digest = self._requests.digests[number]
+        return image_code(digest) in self._trained if digest else None
+
+
+_NOWHERE: dict[str, Any] = {"distance": None, "distance_p": None, "far": None}
+
+
+def _embedding(outcome: Encoded) -> np.ndarray:
+    assert outcome.x is not None
+    return outcome.x
+
+
+def _furthest(views: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return how far a study lies: as its furthest view, p by Bonferroni's rule over the views."""
+    if not views or views[0]["far"] is None:
+        return _NOWHERE
+    most = max(views, key=lambda view: float(view["distance"]))
+    p = min(1.0, len(views) * float(most["distance_p"]))
+    return {"distance": most["distance"], "distance_p": p, "far": most["far"]}
+
+
+_ANSWER = ("probability", "decision", "operating_point", "set", "coverage")
+
+
+def _describe(scored: Scored | None, place: int | None, point: OperatingPoint) -> dict[str, Any]:
+    if scored is None or place is None:
+        return dict.fromkeys(_ANSWER)
+    inside = coverage = None
+    if scored.set is not None and scored.is_marginal is not None:
+        inside = [name for name, is_in in zip(CLASSES, scored.set[place], strict=True) if is_in]
+        coverage = "marginal" if scored.is_marginal[place] else "region"
+    return {
+        "probability": float(scored.probability[place]),
+        "decision": CLASSES[int(scored.decision[place])],
+        "operating_point": {"name": point.name, "threshold": point.threshold},
+        "set": inside,
+        "coverage": coverage,
+    }

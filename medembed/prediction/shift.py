@@ -1,0 +1,287 @@
+"""What is different elsewhere: scores, calibration, what a few labels mend, and the embeddings."""
+
+from collections.abc import Mapping
+from math import nan
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from medembed.cache.embeddings import Embeddings
+from medembed.evaluation.bootstrap import patient_codes
+from medembed.evaluation.calibration_fit import calibration_line
+from medembed.evaluation.drift.reference import measure_drift
+from medembed.evaluation.drift.remoteness import measure_remoteness
+from medembed.evaluation.estimates import estimate_share
+from medembed.evaluation.intervals import (
+    Difference,
+    Interval,
+    Variant,
+    bootstrap_scores,
+    bootstrap_variants,
+    plain,
+)
+from medembed.evaluation.performance_drop import mover_drop, sample_drop
+from medembed.evaluation.recalibration import recalibrate
+from medembed.evaluation.scores import by_study
+from medembed.prediction.internal import Internal
+from medembed.results.model_card import Card
+
+__all__ = ["describe_changes", "find_drift", "study_table"]
+
+_Resampling = Mapping[str, int]  # n_resamples and seed
+
+
+def study_table(embeddings: Embeddings, judged: np.ndarray) -> pd.DataFrame:
+    """Return one row per study of embedded rows, as `by_study` does.
+
+    `judged` (m,) has the studies' probabilities, not calibrated, in ascending order of study.
+    """
+    rows = embeddings.rows[["region", "label"]].assign(
+        patient=embeddings.patients,
+        study=pd.factorize(embeddings.studies, sort=True)[0],
+        probability=0.0,
+    )
+    return by_study(rows).assign(probability=judged)
+
+
+def describe_changes(
+    studies: pd.DataFrame,
+    card: Card,
+    internal: Internal | None,
+    overlap: int,
+    n_drawn: int | None,
+    resampling: _Resampling,
+) -> dict[str, Any]:
+    """Say what changed since the model's own test.
+
+    Parameters
+    ----------
+    studies : DataFrame
+        From `study_table`.
+    card : Card
+        Of the model.
+    internal : Internal, optional
+        The run that it lies in.
+    overlap : int
+        How many of the images are of that run's own test.
+    n_drawn : int, optional
+        Patients to recalibrate on.
+    resampling : mapping
+        ``n_resamples`` and ``seed``.
+
+    Returns
+    -------
+    dict
+        JSON values; all at study level.
+
+        ``called_abnormal``: ``value, low, high`` of the share of all studies, labelled or not.
+        The others are None where no study has a label.
+
+        ``drop``: ``basis`` ("samples" where the model's run is at hand, else
+        "mover" from the intervals on its card, else None and ``note`` says why), ``internal``
+        (counts), ``scores``: for each score ``internal``, ``external`` (intervals) and
+        ``difference`` (external less internal), and ``regions`` of the same.
+
+        ``calibration``: for ``raw`` and ``calibrated`` probabilities, and the calibrated ones of
+        the ``internal`` test, ``line`` (see `calibration_line`) and ``scores`` (Brier, ECE).
+
+        ``recalibrated``: see `evaluation.recalibration.recalibrate`; None where not asked for.
+    """
+    called = _called(studies, card)
+    known = studies[studies["label"].notna()]
+    known = known.assign(label=known["label"].astype(np.int8))
+    if known.empty:
+        return {"called_abnormal": called} | dict.fromkeys(("drop", "calibration", "recalibrated"))
+    mended = None
+    if n_drawn is not None:
+        mended = recalibrate(known, card.calibration, card.threshold, n_drawn, **resampling)
+    return {
+        "called_abnormal": called,
+        "drop": plain(_find_drop(known, card, internal, overlap, resampling)),
+        "calibration": plain(
+            _find_calibration(known, card, None if overlap else internal, resampling)
+        ),
+        "recalibrated": mended,
+    }
+
+
+def find_drift(
+    embeddings: Embeddings, X: np.ndarray, reference: Mapping[str, np.ndarray] | None, seed: int
+) -> dict[str, Any]:
+    """Measure drift by `measure_drift`, with the names of columns; no label is looked at.
+
+    ``far`` counts images that each by itself lies far from training, see `measure_remoteness`.
+    `X` is what the head reads; the reference may be of the embeddings alone.
+    """
+    if not reference:
+        sentence = (
+            "Drift was not measured: the model keeps no summary of its training embeddings. "
+            "Models that sweep or finetune save from now on do."
+        )
+        return {"verdict": None, "sentence": sentence}
+    n_columns = len(reference.get("space_centre", embeddings.X[0]))
+    table = embeddings.X if n_columns == embeddings.X.shape[1] else X
+    drift = measure_drift(
+        reference, table, seed, patients=embeddings.patients, regions=embeddings.regions
+    )
+    for column in drift["columns"]:
+        column["name"] = _name_column(embeddings, column["column"])
+    remote = measure_remoteness(reference, table)
+    n_far = None if remote is None else int(remote.far.sum())
+    return {**drift, "far": None if n_far is None else {"n": n_far, "of": len(table)}}
+
+
+def _name_column(embeddings: Embeddings, column: int) -> str:
+    for pooling, block in embeddings.blocks.items():
+        if column < block.stop:
+            return f"{pooling}[{column - block.start}]"
+    return f"covariate[{column - embeddings.X.shape[1]}]"
+
+
+def _called(studies: pd.DataFrame, card: Card) -> Any:
+    called, everyone = _calibrated(studies, card) >= card.threshold, np.ones(len(studies), bool)
+    codes = patient_codes(studies["patient"].to_numpy())
+    return plain(estimate_share(called, everyone, codes).interval())
+
+
+def _find_drop(
+    known: pd.DataFrame,
+    card: Card,
+    internal: Internal | None,
+    overlap: int,
+    resampling: _Resampling,
+) -> dict[str, Any]:
+    own = known.assign(probability=_calibrated(known, card))
+    nothing: dict[str, Any] = {"basis": None, "internal": None, "scores": {}, "regions": {}}
+    if overlap:
+        note = (
+            f"{overlap:,} of the images are of the model's own test, so there are no two "
+            "independent samples and no drop is given."
+        )
+        return {**nothing, "note": note}
+    if internal is not None:
+        there = internal.studies.assign(probability=_calibrated(internal.studies, card))
+        regions = sorted(set(own["region"]) & set(there["region"]))
+        return {
+            "basis": "samples",
+            "note": None,
+            "internal": _count(there),
+            "scores": _compare(there, own, card, resampling),
+            "regions": {
+                name: _compare(
+                    there[there["region"] == name], own[own["region"] == name], card, resampling
+                )
+                for name in regions
+            },
+        }
+    recorded, by_region = _recorded_scores(card)
+    if not recorded:
+        note = "The model's card has no scores of its own test, so no drop is given."
+        return {**nothing, "note": note}
+    return {
+        "basis": "mover",
+        "note": None,
+        "internal": None,
+        "scores": _compare_recorded(recorded, own, card, resampling),
+        "regions": {
+            name: _compare_recorded(by_region[name], own[own["region"] == name], card, resampling)
+            for name in sorted(set(own["region"]) & set(by_region))
+        },
+    }
+
+
+def _compare(
+    there: pd.DataFrame, own: pd.DataFrame, card: Card, resampling: _Resampling
+) -> dict[str, Any]:
+    return _table(
+        _scores(there, card, resampling),
+        _scores(own, card, resampling),
+        sample_drop(there, own, card.threshold),
+    )
+
+
+def _compare_recorded(
+    recorded: Mapping[str, Interval], own: pd.DataFrame, card: Card, resampling: _Resampling
+) -> dict[str, Any]:
+    scores = _scores(own, card, resampling)
+    return _table(recorded, scores, mover_drop(recorded, scores))
+
+
+def _table(
+    inside: Mapping[str, Interval],
+    outside: Mapping[str, Interval],
+    drops: Mapping[str, Difference],
+) -> dict[str, Any]:
+    return {
+        name: {"internal": inside[name], "external": outside[name], "difference": drop}
+        for name, drop in drops.items()
+    }
+
+
+def _scores(studies: pd.DataFrame, card: Card, resampling: _Resampling) -> dict[str, Interval]:
+    y, probability, patients = _arrays(studies)
+    return bootstrap_scores(y, probability, patients, card.threshold, **resampling)
+
+
+def _find_calibration(
+    known: pd.DataFrame, card: Card, internal: Internal | None, resampling: _Resampling
+) -> dict[str, Any]:
+    found = {
+        "raw": _fit_of(known, resampling),
+        "calibrated": _fit_of(known.assign(probability=_calibrated(known, card)), resampling),
+        "internal": None,
+    }
+    if internal is not None:
+        there = internal.studies.assign(probability=_calibrated(internal.studies, card))
+        found["internal"] = _fit_of(there, resampling)
+    return found
+
+
+def _fit_of(studies: pd.DataFrame, resampling: _Resampling) -> dict[str, Any]:
+    y, probability, patients = _arrays(studies)
+    wanted = {"": Variant(probability, 0.5, ("brier", "ece"))}
+    return {
+        "line": calibration_line(y, probability, patients),
+        "scores": bootstrap_variants(y, wanted, patients, **resampling)[""],
+    }
+
+
+def _arrays(studies: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    labels, values = studies["label"].to_numpy(np.int8), studies["probability"].to_numpy()
+    return labels, values, studies["patient"].to_numpy()
+
+
+def _calibrated(studies: pd.DataFrame, card: Card) -> np.ndarray:
+    return np.asarray(card.calibration.apply(studies["probability"].to_numpy()))
+
+
+def _count(studies: pd.DataFrame) -> dict[str, int]:
+    return {
+        "n": len(studies),
+        "n_abnormal": int(studies["label"].sum()),
+        "n_patients": int(studies["patient"].nunique()),
+    }
+
+
+def _recorded_scores(
+    card: Card,
+) -> tuple[dict[str, Interval], dict[str, dict[str, Interval]]]:
+    """Return the scores of the model's own test on its card, and those by region; {} without."""
+    test = card.scores.get("test") or {}
+    regions = test.get("regions", {})
+    return _intervals(test.get("scores", test)), {
+        str(name): _intervals(own) for name, own in regions.items()
+    }
+
+
+def _intervals(scores: Mapping[str, Any]) -> dict[str, Interval]:
+    """Read score by score what `Interval.as_dict` wrote, None as NaN."""
+    found = {}
+    for name, own in scores.items():
+        if isinstance(own, Mapping) and set(own) >= {"value", "low", "high"}:
+            value, low, high = (
+                nan if own[end] is None else float(own[end]) for end in ("value", "low", "high")
+            )
+            found[name] = Interval(value, low, high)
+    return found

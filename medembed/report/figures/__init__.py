@@ -1,0 +1,73 @@
+"""The figures of a comparison, as SVG for light and dark pages, PNG, PDF, and the CSV behind them.
+
+A figure that has nothing to show is None: scores of one class, times that no sweep wrote down,
+heads of one depth.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from medembed.report.figures.calibration import plot_calibration
+from medembed.report.figures.confusion import plot_confusion
+from medembed.report.figures.cost import plot_cost
+from medembed.report.figures.decision_curve import plot_decision_curve
+from medembed.report.figures.deferral import plot_deferral
+from medembed.report.figures.flow import plot_flow
+from medembed.report.figures.plotting import Plot
+from medembed.report.figures.roc_pr import plot_precision_recall, plot_roc
+from medembed.report.figures.subgroups import plot_regions, plot_views
+from medembed.report.figures.trends import plot_depths, plot_efficiency
+from medembed.results.alignment import TestSet
+
+__all__ = [
+    "FIGURES",
+    "Plot",
+    "plot_all",
+    "plot_calibration",
+    "plot_confusion",
+    "plot_cost",
+    "plot_decision_curve",
+    "plot_deferral",
+    "plot_depths",
+    "plot_efficiency",
+    "plot_flow",
+    "plot_precision_recall",
+    "plot_regions",
+    "plot_roc",
+    "plot_views",
+]
+
+
+_OF_ROWS: dict[str, Callable[[dict[str, Any], TestSet], Plot | None]] = {
+    "roc": plot_roc,
+    "precision_recall": plot_precision_recall,
+}
+_OF_RESULT: dict[str, Callable[[dict[str, Any]], Plot | None]] = {
+    "cost": plot_cost,
+    "regions": plot_regions,
+    "views": plot_views,
+    "confusion": plot_confusion,
+    "decision_curve": plot_decision_curve,
+    "calibration": plot_calibration,
+    "deferral": plot_deferral,
+    "depths": plot_depths,
+    "efficiency": plot_efficiency,
+    "flow": plot_flow,
+}
+FIGURES = (*_OF_ROWS, *_OF_RESULT)
+"""The names of all figures, in the order of the page."""
+
+
+def plot_all(result: dict[str, Any], test_set: TestSet) -> list[Plot]:
+    """Draw the figures that apply, in the order of the page.
+
+    Parameters
+    ----------
+    result : dict
+        A comparison, as `compare_runs` returns it.
+    test_set : TestSet
+        The rows that it was made of.
+    """
+    of_rows = [plot(result, test_set) for plot in _OF_ROWS.values()]
+    of_result = [plot(result) for plot in _OF_RESULT.values()]
+    return [plot for plot in (*of_rows, *of_result) if plot is not None]

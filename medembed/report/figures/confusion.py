@@ -1,0 +1,159 @@
+"""What heads call abnormal: confusion matrices at every operating point."""
+
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from medembed.report.figures.captions import (
+    describe_shown,
+    describe_test,
+    flatten,
+    label_rows,
+    name_rows,
+    shown_rows,
+    tell_intervals,
+    write_csv,
+)
+from medembed.report.figures.plotting import Plot, Theme, make_plot, start_figure
+from medembed.report.figures.text import LEGEND, SMALL, elide
+from medembed.results.methods import OF_SHARES
+from medembed.results.operating_tables import name_point, points_of
+from medembed.results.tables import format_interval
+
+__all__ = ["plot_confusion"]
+
+TITLE = "Confusion matrices"
+MAX_MATRICES = 3
+MAX_POINTS = 6
+LINE_HEIGHT = 1.7
+"""Inches that the matrices of one operating point take."""
+PANEL_WIDTH = 92
+"""Points above a matrix."""
+COUNTS = ("tn", "fp", "fn", "tp")
+CLASSES = ("normal", "abnormal")
+DARKEST = 0.5
+"""Opacity of a cell that holds its whole row: the ink on it stays readable in both themes."""
+
+
+def plot_confusion(result: dict[str, Any]) -> Plot | None:
+    """Draw the confusion matrices of the best trained heads at each operating point.
+
+    Returns None where the test rows are of one class, no head was trained, or the comparison holds
+    no operating points.
+    """
+    rows = [row for row in shown_rows(result, MAX_MATRICES) if points_of(row)]
+    if not rows:
+        return None
+    names = [point["name"] for point in points_of(rows[0])][:MAX_POINTS]
+
+    def draw(theme: Theme) -> Figure:
+        return _draw_matrices(theme, result, rows, names)
+
+    sentences = [
+        f"{name} at {_title(point)}: {point['confusion']['tn']:,} true negative, "
+        f"{point['confusion']['fp']:,} false positive, {point['confusion']['fn']:,} false "
+        f"negative, {point['confusion']['tp']:,} true positive"
+        for name, row in zip(label_rows(result, rows), rows, strict=True)
+        for point in points_of(row)
+    ]
+    n_all = len(result["operating_points"])
+    most = f" The first {MAX_POINTS} of {n_all} operating points." if n_all > MAX_POINTS else ""
+    return make_plot(
+        "confusion",
+        TITLE,
+        draw,
+        caption=f"{describe_test(result)} Cells: counts and shares of the row, at thresholds that "
+        "were chosen on out-of-fold predictions of train, or given; below, sensitivity and "
+        f"specificity.{most} {_tell_intervals(rows)}{describe_shown(result, MAX_MATRICES)}",
+        alt=f"{TITLE} on test. {'; '.join(sentences)}.",
+        csv=write_csv(
+            [
+                {
+                    "head": name,
+                    "operating_point": point["name"],
+                    "threshold": point["threshold"],
+                    **{count: point["confusion"][count] for count in COUNTS},
+                    **flatten("sensitivity", point["scores"]["sensitivity"]),
+                    **flatten("specificity", point["scores"]["specificity"]),
+                }
+                for name, row in zip(name_rows(result, rows), rows, strict=True)
+                for point in points_of(row)
+            ]
+        ),
+    )
+
+
+def _draw_matrices(
+    theme: Theme, result: dict[str, Any], rows: list[dict[str, Any]], names: list[str]
+) -> Figure:
+    about = f"{describe_test(result)} Cells: counts and shares of the row. {_tell_intervals(rows)}"
+    about += describe_shown(result, MAX_MATRICES)
+    several = len(result["runs"]) > 1
+    figure = start_figure(TITLE, about, body=LINE_HEIGHT * len(names) + (0.5 if several else 0.3))
+    grid = figure.subplots(len(names), len(rows), squeeze=False)
+    for i, row in enumerate(rows):
+        told = {point["name"]: point for point in points_of(row)}
+        heads = (row["run"], row["head"]) if several else (row["head"],)
+        title = "\n".join(elide(name, PANEL_WIDTH, LEGEND) for name in heads)
+        grid[0, i].set_title(title, fontsize=LEGEND)
+        for line, name in enumerate(names):
+            axes, point = grid[line, i], told.get(name)
+            if point is None:  # a model from elsewhere that does not tell
+                axes.set_axis_off()
+                continue
+            _draw_matrix(axes, theme, point["confusion"])
+            axes.set_xlabel(_describe_matrix(point), fontsize=SMALL)
+            axes.set_yticks((0, 1), ("", ""))
+    for line, name in enumerate(names):
+        counts = _row_sums(points_of(rows[0])[line]["confusion"])
+        labels = [f"{own}\nn = {n:,}" for own, n in zip(CLASSES, counts, strict=True)]
+        grid[line, 0].set_yticks((0, 1), labels, fontsize=SMALL)
+        grid[line, 0].set_ylabel(name_point(name), fontsize=LEGEND)
+    return figure
+
+
+def _tell_intervals(rows: list[dict[str, Any]]) -> str:
+    points = [point for row in rows for point in points_of(row)]
+    scores = [own["scores"][name] for own in points for name in ("sensitivity", "specificity")]
+    return tell_intervals("In brackets", scores, OF_SHARES)
+
+
+def _draw_matrix(axes: Any, theme: Theme, confusion: dict[str, Any]) -> None:
+    sums = _row_sums(confusion)
+    for k, name in enumerate(COUNTS):
+        line, column = divmod(k, 2)
+        share = confusion[name] / max(sums[line], 1)
+        axes.add_patch(
+            Rectangle(
+                (column - 0.5, line - 0.5),
+                *(1, 1),
+                facecolor=theme.series[0],
+                alpha=DARKEST * share,
+                lw=0,
+            )
+        )
+        text = f"{confusion[name]:,}\n{100 * share:.1f} %"
+        axes.text(column, line, text, ha="center", va="center", fontsize=LEGEND)
+    axes.set(xlim=(-0.5, 1.5), ylim=(1.5, -0.5), anchor="N")
+    axes.set_box_aspect(0.65)
+    axes.set_xticks((0, 1), CLASSES, fontsize=SMALL)
+    axes.tick_params(length=0)
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(True)
+
+
+def _row_sums(confusion: dict[str, Any]) -> tuple[int, int]:
+    return confusion["tn"] + confusion["fp"], confusion["fn"] + confusion["tp"]
+
+
+def _title(point: dict[str, Any]) -> str:
+    return f"{name_point(point['name'])} ({point['threshold']:.3f})"
+
+
+def _describe_matrix(point: dict[str, Any]) -> str:
+    return (
+        f"from {point['threshold']:.3f} on\n"
+        f"sens. {format_interval(point['scores']['sensitivity'], 2)}\n"
+        f"spec. {format_interval(point['scores']['specificity'], 2)}"
+    )

@@ -1,0 +1,240 @@
+"""What all figures share: colours, the sheet with its title and legend, the files.
+
+Equal input gives equal bytes: matplotlib's own fonts, a fixed salt for SVG ids, no dates.
+"""
+
+import io
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib.style
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
+
+from medembed.report.figures.captions import is_known
+from medembed.report.figures.text import FONT, LEGEND, SMALL, wrap
+
+__all__ = [
+    "AXIS",
+    "DARK",
+    "LIGHT",
+    "LINES",
+    "MARKERS",
+    "REFERENCE",
+    "WIDTH",
+    "Plot",
+    "Theme",
+    "add_legend",
+    "add_points",
+    "make_plot",
+    "scale_scores",
+    "start_figure",
+]
+
+WIDTH = 5.2
+"""Inches: a column of the page, and of most journals."""
+DPI = 200
+AXIS = (WIDTH - 0.9) * 72
+"""About how many points a horizontal axis is long."""
+MARGIN = 0.08
+"""Inches between the edge and what is written at the top."""
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of a figure: ink for text, a faint one for grids, one per head."""
+
+    ink: str
+    faint: str
+    background: str
+    series: tuple[str, ...]
+
+
+# Okabe and Ito's palette (Color Universal Design, 2008), the dark one lightened; heads differ by
+# line style and marker as well.
+LIGHT = Theme(
+    "#1b1f24", "#d5dae0", "#ffffff",
+    ("#0072B2", "#D55E00", "#009E73", "#B0588D", "#A87400", "#2B8CC4"),
+)  # fmt: skip
+DARK = Theme(
+    "#e6e9ee", "#3b424b", "#14181d",
+    ("#56B4E9", "#E69F00", "#2FC49B", "#E79AC8", "#F0E442", "#9DB8FF"),
+)  # fmt: skip
+MARKERS = "os^DvP"
+LINES = ("-", "--", "-.", ":", (0, (6, 1)), (0, (3, 1, 1, 1, 1, 1)))
+REFERENCE: dict[str, Any] = {"alpha": 0.5, "lw": 0.9, "ls": (0, (2, 3))}
+"""How a line is drawn that no head made: chance, perfect calibration."""
+METADATA: dict[str, dict[str, str | None]] = {
+    "svg": {"Date": None, "Creator": None},
+    "png": {"Software": None},
+    "pdf": {"CreationDate": None, "Creator": "medembed", "Producer": "matplotlib"},
+}
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One figure in all its forms.
+
+    Attributes
+    ----------
+    name : str
+        Stem of its files.
+    title, caption, alt : str
+        What it shows; what is n and what the intervals are; the same for who cannot see it.
+    light_svg, dark_svg, png, pdf : bytes
+        SVG on a transparent ground for the two colour schemes; on white, PNG of 200 dpi and PDF
+        with its fonts, for papers.
+    csv : str
+        The numbers behind it.
+    """
+
+    name: str
+    title: str
+    caption: str
+    alt: str
+    light_svg: bytes
+    dark_svg: bytes
+    png: bytes
+    pdf: bytes
+    csv: str
+
+
+def make_plot(
+    name: str, title: str, draw: Callable[[Theme], Figure], *, caption: str, alt: str, csv: str
+) -> Plot:
+    """Let `draw` make the figure in both colour schemes, and save it in all formats."""
+    light = _save(draw, LIGHT, ("svg", "png", "pdf"))
+    dark = _save(draw, DARK, ("svg",))
+    return Plot(
+        name,
+        title,
+        caption,
+        alt,
+        light_svg=light["svg"],
+        dark_svg=dark["svg"],
+        png=light["png"],
+        pdf=light["pdf"],
+        csv=csv,
+    )
+
+
+def start_figure(title: str, about: str, *, body: float, n_labels: int = 0) -> Figure:
+    """Return a figure with its title and what is said under it.
+
+    Parameters
+    ----------
+    title, about : str
+        One line in bold; sentences in small letters, which are wrapped.
+    body : float
+        Inches of height for the axes.
+    n_labels : int
+        Lines of the legend, which stands below the axes.
+    """
+    lines = wrap(about, (WIDTH - 4 * MARGIN) * 72, SMALL)
+    header = 0.4 + 0.15 * len(lines)
+    height = header + body + (0.2 * n_labels + 0.25 if n_labels else 0)
+    layout = ConstrainedLayoutEngine(rect=(0, 0, 1, 1 - header / height))
+    figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout=layout)
+    left, top = MARGIN / WIDTH, 1 - MARGIN / height
+    figure.text(left, top, title, fontsize=12, fontweight="bold", va="top")
+    figure.text(left, top - 0.24 / height, "\n".join(lines), fontsize=SMALL, va="top")
+    return figure
+
+
+def add_legend(
+    figure: Figure, lines: Sequence[Any], labels: Sequence[str], title: str | None = None
+) -> None:
+    """Name what was drawn, below the axes."""
+    places = [str(i) for i in range(len(labels))]  # matplotlib hides labels that begin with _
+    legend = figure.legend(
+        lines, places, loc="outside lower center", frameon=False, title=title, fontsize=LEGEND
+    )
+    for text, label in zip(legend.get_texts(), labels, strict=True):
+        text.set_text(label)
+
+
+def add_points(
+    axes: Any,
+    theme: Theme,
+    i: int,
+    places: Sequence[float],
+    scores: Sequence[dict[str, Any]],
+    *,
+    horizontal: bool = False,
+) -> Any:
+    """Draw the i-th head's scores with their intervals, leave out what is not estimable.
+
+    Parameters
+    ----------
+    places : sequence of float
+        Where each score stands on the other axis.
+    horizontal : bool
+        Whether the scores run from left to right.
+    """
+    colour = theme.series[i]
+    known = [pair for pair in zip(places, scores, strict=True) if is_known(pair[1])]
+    for place, score in known:
+        if score["low"] is not None:
+            ends, both = [score["low"], score["high"]], [place, place]
+            axes.plot(*((ends, both) if horizontal else (both, ends)), color=colour, lw=1.5)
+    values, own = [score["value"] for _, score in known], [place for place, _ in known]
+    xy = (values, own) if horizontal else (own, values)
+    return axes.plot(*xy, color=colour, marker=MARKERS[i], ms=5, ls="none")[0]
+
+
+def scale_scores(axes: Any, scores: Sequence[dict[str, Any]]) -> None:
+    """Let the upright axis show all scores and intervals, with a margin and round numbers."""
+    ends = [score.get(name) for score in scores for name in ("value", "low", "high")]
+    found = [end for end in ends if end is not None]
+    low, high = (min(found), max(found)) if found else (0.0, 1.0)
+    margin = max(0.01, 0.08 * (high - low))
+    axes.set_ylim(low - margin, high + margin)
+    # not matplotlib's own choice, which hangs on the size of the axes, and their size on it
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10)))
+
+
+def _save(
+    draw: Callable[[Theme], Figure], theme: Theme, formats: Sequence[str]
+) -> dict[str, bytes]:
+    """Draw once and save; the user's matplotlib settings are set aside and stay as they are."""
+    saved = {}
+    with matplotlib.style.context(_style(theme), after_reset=True), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure = draw(theme)
+        FigureCanvasAgg(figure)
+        figure.draw_without_rendering()
+        figure.set_layout_engine(None)  # so that all formats show the same
+        for file_format in formats:
+            output, clear = io.BytesIO(), file_format == "svg"
+            about = METADATA[file_format]
+            figure.savefig(output, format=file_format, dpi=DPI, metadata=about, transparent=clear)
+            saved[file_format] = output.getvalue()
+    return saved
+
+
+def _style(theme: Theme) -> dict[str, Any]:
+    ink = dict.fromkeys(
+        ["text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"],
+        theme.ink,
+    )
+    return {
+        **ink,
+        "axes.axisbelow": True,
+        "axes.grid": True,
+        "axes.spines.right": False,
+        "axes.spines.top": False,
+        "figure.facecolor": theme.background,
+        "axes.facecolor": theme.background,
+        "font.family": FONT,
+        "font.size": 10,
+        "grid.color": theme.faint,
+        "grid.linewidth": 0.8,
+        "pdf.fonttype": 42,  # journals refuse Type 3 fonts
+        "svg.fonttype": "path",
+        "svg.hashsalt": "medembed",
+        "text.parse_math": False,
+    }

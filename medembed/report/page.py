@@ -1,0 +1,292 @@
+"""One self-contained page about any number of runs: no network, no machine's paths, no names.
+
+Its only script sorts and filters the leaderboard; without it the page is whole.
+"""
+
+import base64
+import datetime as dt
+import hashlib
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from medembed import __version__
+from medembed.core.errors import RunError
+from medembed.core.files import write_atomically
+from medembed.core.text import to_html
+from medembed.dataset.manifest import Manifest
+from medembed.evaluation.thresholds import SHOWN, ThresholdRule, parse_rules
+from medembed.report import page_tables as tables
+from medembed.report.checklist import write_checklists
+from medembed.report.checklist_study import Study
+from medembed.report.figures import FIGURES, Plot, plot_all
+from medembed.report.gallery import FindThumbnails, find_mistakes, show_mistakes
+from medembed.results.alignment import align_runs
+from medembed.results.comparison import compare_aligned, open_runs
+from medembed.results.external import find_external, read_evaluations
+from medembed.results.group_tables import tabulate_columns
+from medembed.results.headline import Headline, write_headline
+from medembed.results.margins import check_margin, describe_margins, find_non_inferior
+from medembed.results.methods import DISCLAIMER
+from medembed.results.provenance import describe_run
+from medembed.results.repeats import count_left_out
+from medembed.results.subgroups import explain_other_manifest
+
+__all__ = ["write_report"]
+
+_SUFFIXES = (".png", ".pdf", ".svg", ".csv")
+METHOD_NOTES = (
+    "A study's probability is the mean of its views' probabilities.",
+    "Test was scored once per head. Configurations were chosen within the folds of train that are "
+    "learnt from, calibration and thresholds on out-of-fold predictions, with no patient on both "
+    "sides.",
+    "Macro-F1 is the mean of F1 over both classes; κ is Cohen's; ECE is the calibration error over "
+    "ten bins.",
+    "p: DeLong's paired test with patients as clusters (Obuchowski) by Student's t, with Holm's "
+    "correction where it says so; beside it the paired bootstrap over patients, and McNemar's, "
+    "which takes rows as independent.",
+    "Slope, intercept and Brier score say how calibrated probabilities fit. Noise alone makes ECE "
+    "larger, so it has an upper bound and no lower one.",
+    "Which method an interval or a test takes was chosen by simulation: bench/RESULTS.md.",
+    "A score that its rows cannot give, such as AUROC of one class, is marked not estimable or –.",
+)
+
+
+def write_report(
+    run_paths: Sequence[str | Path],
+    out: str | Path,
+    *,
+    level: str = "study",
+    n_resamples: int = 2000,
+    seed: int = 0,
+    date: dt.date | None = None,
+    find_thumbnails: FindThumbnails | None = None,
+    manifest: Manifest | None = None,
+    margin: float | None = None,
+    command: str | None = None,
+    checklists: Sequence[str] = (),
+    operating_points: Sequence[str | ThresholdRule] = (),
+    prevalence: float | None = None,
+) -> dict[str, Any]:
+    """Write ``index.html`` and ``figures/`` about complete runs.
+
+    Parameters
+    ----------
+    run_paths : sequence of str or Path
+        Run directories.
+    out : str or Path
+        Directory of the page; made where it is missing. Files of an earlier page are replaced,
+        and figures removed that no longer apply.
+    level : {"study", "image"}
+        What is scored.
+    n_resamples, seed : int
+        Bootstrap resamples of patients, and their seed.
+    date : date, optional
+        What the page says as its date; today by default. All else depends on the runs alone.
+    find_thumbnails : callable, optional
+        Gives the images of the gallery, see `report.gallery`; without it they go by their hash.
+    manifest : Manifest, optional
+        The one that the runs were made from: adds a section by each of its columns that can be
+        grouped. Where a run was made from another and there are thumbnails, the page says so.
+    margin : float, optional
+        Loss of AUROC that would be acceptable: adds tests of non-inferiority.
+    command : str, optional
+        What makes this page again, as the page says; by default with run names, level and seed.
+    checklists : sequence of str
+        Names of `checklist_items.CHECKLISTS`, which are filled in beside the page.
+    operating_points, prevalence
+        As for `comparison.compare`.
+
+    Returns
+    -------
+    dict
+        ``page`` (path), ``figures`` (paths of PNG, PDF, SVG and CSV files), and ``checklist``
+        where any is asked for, see `checklist.write_checklists`.
+
+    Raises
+    ------
+    PathNotFoundError
+        A run does not exist.
+    RunError
+        A run is unfinished or was made from another manifest, the runs have no test rows in
+        common, the margin is out of range, or `out` is a file.
+    """
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise RunError(f"{out} is a file. Choose a directory for the page.")
+    runs = open_runs(run_paths)
+    external = find_external(runs)  # what is damaged is told before seconds go into figures
+    test_set = align_runs(runs, level, parse_rules(operating_points))
+    other = None if manifest is None else explain_other_manifest(runs, test_set, manifest)
+    if other is not None and find_thumbnails is None:
+        raise RunError(other)
+    if margin is not None:
+        check_margin(margin)
+    result = compare_aligned(
+        runs, test_set, n_resamples=n_resamples, seed=seed, prevalence=prevalence
+    )
+    asked: dict[str, Any] = {"columns": None, "other_manifest": other, "margins": [], "words": []}
+    if margin is not None:
+        tests = find_non_inferior(result["rows"], test_set, margin)
+        asked["margins"] = describe_margins(tests, margin)
+        asked["words"] += ["--margin", f"{margin:g}"]
+    if manifest is not None:
+        asked["words"] += ["--manifest", "MANIFEST"]
+        asked["columns"] = None if other else tabulate_columns(result, test_set, manifest)
+        if find_thumbnails is not None and not any((asked["columns"] or {}).values()):
+            asked["columns"] = None  # nobody asked for them
+    plots = plot_all(result, test_set)
+    abouts = [
+        describe_run(run, about["name"]) for run, about in zip(runs, result["runs"], strict=True)
+    ]
+    for about, own in zip(abouts, result["runs"], strict=True):
+        if own["left_out_of"]:
+            about["left_out"] |= {"rows": [], "sentence": f"The images of {own['left_out_of']}."}
+    gallery = show_mistakes(find_mistakes(result, test_set), find_thumbnails)
+    date = date or dt.datetime.now(dt.UTC).date()
+    names = [about["name"] for about in result["runs"]]
+    elsewhere = read_evaluations(runs, names)
+    headline = write_headline(result, elsewhere)
+    left_out = count_left_out(runs)
+    command = command or _command(result, asked["words"])
+    page = _render(
+        result, headline, left_out, command, plots, abouts, gallery, external, asked, date
+    )
+    figures_path = out / "figures"
+    figures_path.mkdir(parents=True, exist_ok=True)
+    written = [path for plot in plots for path in _write_plot(plot, figures_path)]
+    write_atomically(out / "index.html", page.encode())
+    _remove_old(figures_path, written)
+    study = Study(dict(zip(names, runs, strict=True)), result, elsewhere)
+    filled = write_checklists(checklists, study, out)
+    document = {"page": str(out / "index.html"), "figures": [str(path) for path in written]}
+    return {**document, "checklist": filled} if filled else document
+
+
+def _render(
+    result: dict[str, Any],
+    headline: Headline,
+    left_out: tuple[int, bool],
+    command: str,
+    plots: list[Plot],
+    abouts: list[dict[str, Any]],
+    gallery: dict[str, Any],
+    external: list[dict[str, Any]],
+    asked: dict[str, Any],
+    date: dt.date,
+) -> str:
+    environment = Environment(
+        loader=PackageLoader("medembed", "report/templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        finalize=_show,
+    )
+    script = environment.get_template("page.js").render()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    trusted = Markup(script)  # nosec B704 # ours, and none of it comes from a run
+    return environment.get_template("page.html.j2").render(
+        title=headline.title,
+        result=result,
+        summary=headline.text,
+        facts=_facts(result, left_out, is_elsewhere=bool(external)),
+        leaderboard=tables.tabulate_heads(result),
+        pairs=tables.tabulate_pairs(result),
+        decisions=tables.tabulate_decisions(result),
+        calibrations=tables.tabulate_calibrations(result),
+        deferrals=tables.tabulate_deferrals(result),
+        coverage=tables.tabulate_coverage(result),
+        seeds=tables.tabulate_seeds(result),
+        by_region=tables.tabulate_groups(result, "region"),
+        by_views=tables.tabulate_groups(result, "views"),
+        plots={plot.name: _embed(plot) for plot in plots},
+        gallery=gallery,
+        external=external,
+        asked=asked,
+        runs=abouts,
+        command=command,
+        notes=[*result["notes"][:-1], *METHOD_NOTES, DISCLAIMER],
+        disclaimer=DISCLAIMER,
+        date=date.isoformat(),
+        version=__version__,
+        script=trusted,
+        script_digest=digest,
+    )
+
+
+def _show(value: Any) -> Any:
+    """Let text from data be text in HTML, and what would turn its direction a visible mark."""
+    if type(value) is not str:
+        return value
+    return Markup(to_html(value))  # nosec B704 # escaped there
+
+
+def _command(result: dict[str, Any], words_asked: Sequence[str]) -> str:
+    """Write a command that makes a page of these runs."""
+    names = [run["name"] for run in result["runs"]]
+    words = ["medembed", "report", *names, "-o", "report", "--level", result["level"]]
+    usual = [rule.name for rule in SHOWN]
+    for name in result["operating_points"]:
+        words += [] if name in usual else ["--operating-point", name]
+    words += [] if result["prevalence"] is None else ["--prevalence", str(result["prevalence"])]
+    return shlex.join([*words, "--seed", str(result["seed"]), *words_asked])
+
+
+def _facts(
+    result: dict[str, Any], left_out: tuple[int, bool], *, is_elsewhere: bool
+) -> list[dict[str, str]]:
+    test = result["test"]
+    plural = "studies" if result["level"] == "study" else "images"
+    title = "Heads" if is_elsewhere else "Trained heads"
+    n_heads = sum(not row["baseline"] for row in result["rows"])
+    facts = {
+        f"Test {plural}": f"{test['n']:,}",
+        "of these abnormal": f"{test['n_abnormal']:,}",
+        "Test patients": f"{test['n_patients']:,}",
+        title: f"{n_heads:,}",
+        "Images left out": f"{'' if left_out[1] else '≥ '}{left_out[0]:,}",
+    }
+    return [{"name": name, "value": value} for name, value in facts.items()]
+
+
+def _embed(plot: Plot) -> dict[str, Any]:
+    width, height = _svg_size(plot.light_svg)
+    return {
+        "name": plot.name,
+        "alt": plot.alt,
+        "caption": plot.caption,
+        "light": _data_uri(plot.light_svg),
+        "dark": _data_uri(plot.dark_svg),
+        "width": width,
+        "height": height,
+    }
+
+
+def _data_uri(svg: bytes) -> str:
+    return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
+
+
+def _svg_size(svg: bytes) -> tuple[int, int]:
+    """Read the size in points, which holds the place of the figure while the page loads."""
+    found = re.search(rb'viewBox="0 0 ([0-9.]+) ([0-9.]+)"', svg)
+    return (round(float(found[1])), round(float(found[2]))) if found else (0, 0)
+
+
+def _write_plot(plot: Plot, directory: Path) -> list[Path]:
+    contents = (plot.png, plot.pdf, plot.light_svg, plot.csv.encode())
+    paths = [directory / f"{plot.name}{suffix}" for suffix in _SUFFIXES]
+    for path, content in zip(paths, contents, strict=True):
+        write_atomically(path, content)
+    return paths
+
+
+def _remove_old(directory: Path, written: list[Path]) -> None:
+    """Remove figures of an earlier page that this one does not have, and nothing else."""
+    ours = {directory / f"{name}{suffix}" for name in FIGURES for suffix in _SUFFIXES}
+    for path in ours.difference(written):
+        path.unlink(missing_ok=True)

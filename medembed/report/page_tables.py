@@ -1,0 +1,323 @@
+"""The tables of the page, as cells of text; numbers beside them where a reader may sort."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from medembed.results.operating_tables import name_point, points_of
+from medembed.results.significance import row_name
+from medembed.results.tables import (
+    MISSING,
+    format_count,
+    format_interval,
+    format_p,
+    format_value,
+    make_table,
+    share_of_train,
+)
+
+__all__ = [
+    "tabulate_calibrations",
+    "tabulate_coverage",
+    "tabulate_decisions",
+    "tabulate_deferrals",
+    "tabulate_groups",
+    "tabulate_heads",
+    "tabulate_pairs",
+    "tabulate_seeds",
+]
+
+LEADERBOARD = {
+    "auroc": "AUROC [95 %]",
+    "average_precision": "Average precision [95 %]",
+    "macro_f1": "Macro-F1",
+    "kappa": "κ [95 %]",
+    "brier": "Brier",
+    "ece": "ECE",
+}
+DECISIONS = {
+    "sensitivity": "Sensitivity [95 %]",
+    "specificity": "Specificity [95 %]",
+    "ppv": "PPV [95 %]",
+    "npv": "NPV [95 %]",
+}
+CONFUSION = {"tp": "TP", "fn": "FN", "fp": "FP", "tn": "TN"}
+AGREEMENT = {"accuracy": "Accuracy [95 %]", "macro_f1": "Macro-F1 [95 %]", "kappa": "κ [95 %]"}
+DEFERRALS = {
+    "coverage_normal": "Normal covered [95 %]",
+    "coverage_abnormal": "Abnormal covered [95 %]",
+    "deferred": "Deferred [95 %]",
+    "error": "Decided wrongly [95 %]",
+}
+COVERAGE = 0.9
+"""The promised coverage that is shown by region."""
+CALIBRATIONS = {
+    "none": "none",
+    "platt": "Platt (used)",
+    "temperature": "temperature",
+    "isotonic": "isotonic",
+}
+
+
+FITS = {
+    "brier": "Brier [95 %]",
+    "slope": "Slope, 1 is right [95 %]",
+    "intercept": "Intercept, 0 is right [95 %]",
+    "ece": "ECE [at most]",
+}
+
+
+def tabulate_heads(result: dict[str, Any]) -> dict[str, Any]:
+    """Return the leaderboard; each row has `values`, one per cell, None for what is text."""
+    main, efficiency = make_table(result), bool(result["efficiency"])
+    rows = []
+    for row, line in zip(result["rows"], main.rows, strict=True):
+        scores = [row["scores"][score] for score in LEADERBOARD]
+        cells = [_name(result, row), *map(_score, scores, LEADERBOARD.values()), line[-1]]
+        values = [None, *(score["value"] for score in scores), _p_of(row)]
+        if efficiency:
+            cells.insert(1, share_of_train(row))
+            values.insert(1, row["train_fraction"])
+        rows.append(
+            {"cells": cells, "values": values, "kind": "baseline" if row["baseline"] else ""}
+        )
+    extra = ["Train"] if efficiency else []
+    return {
+        "title": f"{main.title}, best AUROC first",
+        "columns": ["Head", *extra, *LEADERBOARD.values(), "p"],
+        "rows": rows,
+        "legend": main.notes[0],
+    }
+
+
+def tabulate_decisions(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return what each trained head's decisions are worth at each operating point.
+
+    Shares with counts; the confusion matrix and what sums it up; predictive values at another
+    prevalence, where the comparison has one.
+    """
+
+    def shares(point: dict[str, Any]) -> list[str]:
+        return [_unbroken(point["scores"][score]) for score in DECISIONS]
+
+    def matrix(point: dict[str, Any]) -> list[str]:
+        counts = [f"{point['confusion'][name]:,}" for name in CONFUSION]
+        return [*counts, *(format_count(point["scores"][score]) for score in AGREEMENT)]
+
+    def elsewhere(point: dict[str, Any]) -> list[str]:
+        return [format_interval(point["at_prevalence"][score]) for score in ("ppv", "npv")]
+
+    found = [
+        _of_points(
+            result,
+            "Decisions at thresholds of the calibrated probability, which were chosen on "
+            "out-of-fold predictions of train, or given",
+            list(DECISIONS.values()),
+            shares,
+        ),
+        _of_points(
+            result,
+            "The same decisions: true and false positives and negatives, and what sums them up",
+            [*CONFUSION.values(), *AGREEMENT.values()],
+            matrix,
+        ),
+    ]
+    if result["prevalence"] is not None:
+        title = (
+            f"Predictive values where a share of {result['prevalence']:g} is abnormal, from "
+            "sensitivity and specificity (Bayes' rule, limits by MOVER)"
+        )
+        found.append(_of_points(result, title, ["PPV [95 %]", "NPV [95 %]"], elsewhere))
+    return found
+
+
+def tabulate_deferrals(result: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what each trained head's prediction sets do on test, None where none has any.
+
+    ``without`` says of each head that has none why.
+    """
+    able = [row for row in _trained(result) if row["deferral"]]
+    if not able:
+        return None
+    rows = []
+    for row in able:
+        lines = [["none deferred", MISSING, MISSING, MISSING, format_interval(_complement(row))]]
+        lines += [
+            [f"{100 * own['nominal']:g} %", *(format_count(own[share]) for share in DEFERRALS)]
+            for own in row["deferral"]["levels"]
+        ]
+        for i, cells in enumerate(lines):
+            spanned = {"n_spanning": 1, "span": 0 if i else len(lines)}
+            rows.append({"cells": [_name(result, row), *cells], **spanned})
+    others = [row for row in _trained(result) if not row["deferral"]]
+    return {
+        "title": "What each promised coverage gives on test: shares of normal, abnormal, all and "
+        "decided studies; where none is deferred, Youden's threshold decides",
+        "columns": ["Head", "Promised coverage", *DEFERRALS.values()],
+        "rows": rows,
+        "without": [f"{_name(result, row)}: {row['deferral_note']}" for row in others],
+        "warnings": [
+            f"{_name(result, row)}: {row['deferral']['warning']}"
+            for row in able
+            if row["deferral"]["warning"]
+        ],
+    }
+
+
+def tabulate_coverage(result: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what sets that promise 90 % do in each region, None where there is one at most.
+
+    ``min_group`` says how many patients of each class a region needs for a promise of its own.
+    """
+    rows: list[dict[str, Any]] = []
+    least = 0
+    for row in _trained(result):
+        if not row["deferral"]:
+            continue
+        level = next(own for own in row["deferral"]["levels"] if own["nominal"] == COVERAGE)
+        regions, least = level["regions"], row["deferral"]["min_group"]
+        if len(regions) < 2:
+            continue
+        for i, (region, own) in enumerate(regions.items()):
+            promised = "all regions" if own["coverage_of"] == "marginal" else "this region"
+            shares = (format_interval(own[share]) for share in DEFERRALS if share != "error")
+            studies = f"{own['n'] - own['n_abnormal']:,} + {own['n_abnormal']:,}"
+            cells = [_name(result, row), region, studies, promised, *shares]
+            rows.append({"cells": cells, "n_spanning": 1, "span": 0 if i else len(regions)})
+    if not rows:
+        return None
+    shown = (title for share, title in DEFERRALS.items() if share != "error")
+    return {
+        "title": "What a promised coverage of 90 % gives on test, by region",
+        "columns": ["Head", "Region", "Normal + abnormal", "Promised for", *shown],
+        "rows": rows,
+        "min_group": least,
+    }
+
+
+def tabulate_calibrations(result: dict[str, Any]) -> dict[str, Any]:
+    """Return how each trained head's probabilities fit, before and after scaling."""
+    rows = []
+    for row in _trained(result):
+        known = [method for method in CALIBRATIONS if method in row["calibrations"]]
+        for i, method in enumerate(known):
+            found, title = row["calibrations"][method], CALIBRATIONS[method]
+            cells = [
+                _name(result, row),
+                title,
+                *(format_interval(found[s]) for s in FITS if s in found),
+            ]
+            rows.append({"cells": cells, "n_spanning": 1, "span": 0 if i else len(known)})
+    return {
+        "title": "Calibration before and after scaling, fitted on out-of-fold predictions of train",
+        "columns": ["Head", "Scaling", *FITS.values()],
+        "rows": rows,
+    }
+
+
+def tabulate_pairs(result: dict[str, Any]) -> dict[str, Any]:
+    """Return the paired differences in AUROC, the smallest p first."""
+    pairs = sorted(result["paired"], key=lambda pair: (pair["p_holm"] is None, pair["p_holm"]))
+    rows = [
+        {
+            "cells": [
+                pair["a"],
+                pair["b"],
+                _difference(pair),
+                *(format_p(pair[name]) for name in ("p_holm", "p", "p_bootstrap")),
+                format_p(pair["mcnemar"]["p"]),
+            ],
+        }
+        for pair in pairs
+    ]
+    return {
+        "title": "Differences in AUROC between heads on the same test rows",
+        "columns": [
+            *("A", "B", "A − B [95 %]"),
+            *("p (Holm)", "p (DeLong, t)", "p (bootstrap)", "p (McNemar)"),
+        ],
+        "rows": rows,
+    }
+
+
+def tabulate_seeds(result: dict[str, Any]) -> dict[str, Any]:
+    """Return what the seed changes beside what the choice of patients does."""
+    rows = []
+    for own in result["seeds"]:
+        for i, (score, title) in enumerate({"auroc": "AUROC", "macro_f1": "Macro-F1"}.items()):
+            numbers = (own[score][name] for name in ("mean", "seed_sd", "sampling_sd"))
+            texts = [MISSING if number is None else f"{number:.4f}" for number in numbers]
+            cells = [own["head"], f"{own['n_seeds']}", title, *texts]
+            rows.append({"cells": cells, "n_spanning": 2, "span": 0 if i else 2})
+    return {
+        "title": "Spread over seeds beside that of sampling (standard deviations)",
+        "columns": ["Head", "Seeds", "Score", "Mean", "Over seeds", "Over resamples of patients"],
+        "rows": rows,
+    }
+
+
+def tabulate_groups(result: dict[str, Any], by: str) -> dict[str, Any]:
+    """Return the trained heads' scores within each region or number of views."""
+    table = make_table(result, by, with_counts=True)
+    rows = [
+        {"cells": row, "n_spanning": 2, "span": len(section) if row is section[0] else 0}
+        for section in table.sections
+        for row in section
+    ]
+    return {"title": table.title, "columns": table.columns, "rows": rows}
+
+
+def _unbroken(score: dict[str, Any]) -> str:
+    """Write a share so that a line ends before its counts, and not within its interval."""
+    interval = format_interval(score)
+    return format_count(score).replace(interval, interval.replace(" ", "\u00a0"), 1)
+
+
+def _of_points(
+    result: dict[str, Any],
+    title: str,
+    columns: list[str],
+    write: Callable[[dict[str, Any]], list[str]],
+) -> dict[str, Any]:
+    rows = []
+    for row in _trained(result):
+        points = points_of(row)
+        for i, point in enumerate(points):
+            names = [_name(result, row), name_point(point["name"]), f"{point['threshold']:.3f}"]
+            spanned = {"n_spanning": 1, "span": 0 if i else len(points)}
+            rows.append({"cells": [*names, *write(point)], **spanned})
+    return {
+        "title": title,
+        "columns": ["Head", "Operating point", "Threshold", *columns],
+        "rows": rows,
+    }
+
+
+def _complement(row: dict[str, Any]) -> dict[str, float | None]:
+    """Return the share of wrong decisions where every study is decided."""
+    ends = {"value": "value", "low": "high", "high": "low"}
+    accuracy = row["scores"]["accuracy"]
+    return {a: None if accuracy[b] is None else 1 - accuracy[b] for a, b in ends.items()}
+
+
+def _trained(result: dict[str, Any]) -> Sequence[dict[str, Any]]:
+    return [row for row in result["rows"] if not row["baseline"]]
+
+
+def _name(result: dict[str, Any], row: dict[str, Any]) -> str:
+    return row_name(row, several=len(result["runs"]) > 1)
+
+
+def _score(score: dict[str, float | None], heading: str) -> str:
+    return format_interval(score) if "[" in heading else format_value(score)
+
+
+def _p_of(row: dict[str, Any]) -> float | None:
+    """Return what the column p sorts by: the best has no p and comes first."""
+    return 2.0 if row["versus_best"] is None else row["versus_best"]["p_holm"]
+
+
+def _difference(pair: dict[str, Any]) -> str:
+    if pair["difference"] is None:
+        return format_interval({"value": None})
+    interval = "" if pair["low"] is None else f" [{pair['low']:+.3f}, {pair['high']:+.3f}]"
+    return f"{pair['difference']:+.3f}{interval}"

@@ -1,0 +1,291 @@
+"""Test rows by a column of the manifest: scores within each group, and the gaps between groups."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from medembed.core.errors import RunError
+from medembed.dataset.bands import (
+    NOT_KNOWN,
+    OTHERS,
+    OUTSIDE,
+    SEVERAL,
+    Grouping,
+    group_rows,
+    parse_grouping,
+)
+from medembed.dataset.manifest import Manifest, require_hashes
+from medembed.evaluation.gaps import MOST_PAIRED, Gap, find_gaps, score_groups
+from medembed.evaluation.intervals import plain
+from medembed.results.alignment import Contender, TestSet
+from medembed.results.runs import Run
+from medembed.results.significance import SIGNIFICANCE, row_name
+
+__all__ = [
+    "Groups",
+    "compare_groups",
+    "describe_gaps",
+    "explain_other_manifest",
+    "find_test_rows",
+    "join_column",
+    "join_groups",
+]
+
+DIGITS = 12
+"""Of a manifest's digest: enough to tell two apart."""
+NAMED_GAPS = 6
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The group of each test row.
+
+    Attributes
+    ----------
+    grouping : Grouping
+        What was asked for.
+    names : ndarray of str, shape (n,)
+        In the order of the test set's units.
+    order : list of str
+        The categories or bands that have rows.
+    rest : list of str
+        Which of `SEVERAL`, `OUTSIDE` and `NOT_KNOWN` have rows: shown, and in no gap.
+    empty : list of str
+        Bands that have none.
+    n_absent : int
+        Images that the manifest does not have, of runs that do not say which it was.
+    """
+
+    grouping: Grouping
+    names: np.ndarray
+    order: list[str]
+    rest: list[str]
+    empty: list[str]
+    n_absent: int
+
+
+def join_groups(runs: Sequence[Run], test_set: TestSet, manifest: Manifest, by: str) -> Groups:
+    """Return the group of each test row by ``COLUMN[:BANDS]`` of the manifest.
+
+    Rows are joined by the SHA-256 of their images, see `join_column`.
+
+    Raises
+    ------
+    RunError
+        A run was made from another manifest, or this one has none of the test images.
+    ManifestError
+        The manifest has no hashes or no such column, or the column cannot be grouped.
+    """
+    other = explain_other_manifest(runs, test_set, manifest)
+    if other is not None:
+        raise RunError(other)
+    grouping = parse_grouping(by, [str(name) for name in manifest.rows.columns])
+    return join_column(test_set, find_test_rows(test_set, manifest), grouping)
+
+
+def explain_other_manifest(
+    runs: Sequence[Run], test_set: TestSet, manifest: Manifest
+) -> str | None:
+    """Say which run was made from another manifest, None where none is known to be."""
+    digest = manifest.digest()
+    for run, name in zip(runs, test_set.dropped, strict=True):
+        own = run.info["asked"].get("manifest")  # not known of every run
+        if own is not None and own != digest:
+            return (
+                f"run {name} was made from another manifest: the digest of its own begins "
+                f"{str(own)[:DIGITS]}, and that of the one given {digest[:DIGITS]}. Give "
+                "--manifest the one that the run was made from, or make the run again from this."
+            )
+    return None
+
+
+def find_test_rows(test_set: TestSet, manifest: Manifest) -> pd.DataFrame:
+    """Return the manifest's rows of the test set's images.
+
+    Raises
+    ------
+    ManifestError
+        The manifest has no hashes.
+    RunError
+        It has none of these images.
+    """
+    require_hashes(manifest)
+    images = {image for images in test_set.units["images"] for image in images.split()}
+    rows = manifest.rows[manifest.rows["sha256"].isin(images)]
+    if rows.empty:
+        raise RunError(
+            "the manifest has none of the test images of these runs. Give --manifest the one that "
+            "they were made from."
+        )
+    return rows
+
+
+def join_column(test_set: TestSet, rows: pd.DataFrame, grouping: Grouping) -> Groups:
+    """Return the group of each test row.
+
+    A study is in the group of its images: in `SEVERAL` where they are in different ones, and of
+    images without a value nothing is known, so the others decide.
+
+    Parameters
+    ----------
+    test_set : TestSet
+    rows : DataFrame
+        From `find_test_rows`.
+    grouping : Grouping
+
+    Raises
+    ------
+    ManifestError
+        The column cannot be grouped so, see `bands.group_rows`.
+    """
+    of_rows, order = group_rows(rows, grouping)
+    known = rows["sha256"][of_rows != NOT_KNOWN]
+    places = of_rows[known.index].groupby(known).agg(set).to_dict()
+    units = [images.split() for images in test_set.units["images"]]
+    names = np.array([_name([places.get(own, set()) for own in images]) for images in units])
+    there = set(names)
+    listed = set(rows["sha256"])
+    return Groups(
+        grouping,
+        names,
+        [name for name in order if name in there],
+        [name for name in (SEVERAL, OUTSIDE, NOT_KNOWN) if name in there],
+        [name for name in grouping.bands if name not in there],
+        len({own for images in units for own in images} - listed),
+    )
+
+
+def compare_groups(
+    rows: Sequence[dict[str, Any]], test_set: TestSet, own: Groups
+) -> dict[str, Any]:
+    """Score every head within each group, and test the gaps of the trained ones.
+
+    Parameters
+    ----------
+    rows : sequence of dict
+        Those of a comparison: the heads in its order.
+    test_set : TestSet
+    own : Groups
+
+    Returns
+    -------
+    dict
+        ``groups``: ``column``, ``bands`` (edges, null for an open end; null for categories),
+        ``groups`` (each ``name``, ``n``, ``n_abnormal``, ``n_patients``), ``rows`` (each ``run``,
+        ``head`` and ``groups``: by name the scores of `evaluation.gaps`), ``notes``; and ``gaps``,
+        of each trained head: ``run``, ``head``, ``score``, ``a``, ``b``, ``difference``, ``low``,
+        ``high``, ``p``, ``p_holm`` (over all gaps of the head), ``method``, and ``reason`` where it
+        cannot be estimated.
+    """
+    members = {name: own.names == name for name in (*own.order, *own.rest)}
+    contenders = {(one.run, one.head): one for one in test_set.contenders}
+    scored, gaps = [], []
+    for row in rows:
+        contender = contenders[row["run"], row["head"]]
+        found = _score(test_set, contender, members)
+        blocks = {name: {k: v.interval() for k, v in one.items()} for name, one in found.items()}
+        who = {"run": row["run"], "head": row["head"]}
+        scored.append({**who, "groups": plain(blocks)})
+        if not row["baseline"]:
+            one = {name: found[name] for name in own.order}
+            gaps += [
+                {**who, **_as_dict(gap)}
+                for gap in find_gaps(one, _score_others(test_set, contender, own), OTHERS)
+            ]
+    edges = own.grouping.edges
+    groups = {
+        "column": own.grouping.column,
+        "bands": None if edges is None else [e if isfinite(e) else None for e in edges],
+        "groups": [_count(test_set, name, chosen) for name, chosen in members.items()],
+        "rows": scored,
+        "notes": _describe(own, test_set.level),
+    }
+    return {"groups": groups, "gaps": gaps}
+
+
+def describe_gaps(gaps: Sequence[dict[str, Any]], *, several: bool) -> str:
+    """Say in a sentence which gaps are more than chance."""
+    tested = [gap for gap in gaps if gap["p_holm"] is not None]
+    if not gaps:
+        return "Gaps: there are no two groups to compare."
+    if not tested:
+        return "Gaps: none could be tested; the groups are too small."
+    found = [gap for gap in tested if gap["p_holm"] < SIGNIFICANCE]
+    what = f"of {len(tested):,} gap{'s'[: len(tested) > 1]} that could be tested"
+    if not found:
+        return f"Gaps: none {what} is significant at {SIGNIFICANCE} after Holm's correction."
+    told = [
+        f"{row_name(gap, several=several)}, {gap['score']}, {gap['a']} − {gap['b']} "
+        f"{gap['difference']:+.3f}"
+        for gap in sorted(found, key=lambda gap: gap["p_holm"])[:NAMED_GAPS]
+    ]
+    more = f"; and {len(found) - NAMED_GAPS:,} more" if len(found) > NAMED_GAPS else ""
+    verb = "is" if len(found) == 1 else "are"
+    return (
+        f"Gaps: {len(found):,} {what} {verb} significant at {SIGNIFICANCE} after Holm's "
+        f"correction: {'; '.join(told)}{more}."
+    )
+
+
+def _name(places: Sequence[set[str]]) -> str:
+    found = set().union(*places)
+    if not found:
+        return NOT_KNOWN
+    return str(*found) if len(found) == 1 else SEVERAL
+
+
+def _score(test_set: TestSet, contender: Contender, members: dict[str, np.ndarray]) -> Any:
+    return score_groups(
+        test_set.y, contender.probability, contender.threshold, test_set.patients, members
+    )
+
+
+def _score_others(test_set: TestSet, contender: Contender, own: Groups) -> Any:
+    """Score, for each group, the rows of all other groups together, where gaps want that."""
+    if len(own.order) <= MOST_PAIRED:
+        return {}
+    grouped = np.isin(own.names, own.order)
+    members = {name: grouped & (own.names != name) for name in own.order}
+    return _score(test_set, contender, members)
+
+
+def _as_dict(gap: Gap) -> dict[str, Any]:
+    found = gap.found.as_dict()
+    method = found.pop("method")
+    told = {"score": gap.score, "a": gap.a, "b": gap.b, **found, "p_holm": plain(gap.p_holm)}
+    return {**told, "method": method} | ({} if gap.reason is None else {"reason": gap.reason})
+
+
+def _count(test_set: TestSet, name: str, chosen: np.ndarray) -> dict[str, Any]:
+    return {
+        "name": name,
+        "n": int(chosen.sum()),
+        "n_abnormal": int(test_set.y[chosen].sum()),
+        "n_patients": len(np.unique(test_set.patients[chosen])),
+    }
+
+
+def _describe(own: Groups, level: str) -> list[str]:
+    """Return the sentences about groups that belong under their table."""
+    notes = []
+    if SEVERAL in own.rest:
+        notes.append(f"{SEVERAL}: studies whose images are in different groups.")
+    if OUTSIDE in own.rest:
+        notes.append(f"{OUTSIDE}: values below the lowest or above the highest edge.")
+    if NOT_KNOWN in own.rest:
+        notes.append(f"{NOT_KNOWN}: the manifest's field is empty.")
+    if own.empty:
+        plural = "studies" if level == "study" else "images"
+        notes.append(f"No test {plural} in {', '.join(own.empty)}.")
+    if own.n_absent:
+        notes.append(
+            f"{own.n_absent:,} test images are not in the manifest, and a run does not say from "
+            "which it was made."
+        )
+    if len(own.order) > MOST_PAIRED:
+        notes.append(f"More than {MOST_PAIRED} groups: the gaps are of each to {OTHERS} together.")
+    return notes

@@ -1,0 +1,196 @@
+"""The rows that a sweep learns from: folds, covariates, and one pooling's columns at a time."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from medembed.cache.embeddings import Embeddings, choose_poolings, load_embeddings
+from medembed.cache.store import Cache
+from medembed.core.errors import TrainingDataError
+from medembed.core.files import json_digest
+from medembed.core.system import library_versions
+from medembed.dataset.covariates import CovariateEncoder, fit_covariates
+from medembed.dataset.manifest import Manifest
+from medembed.dataset.splits import draw_inner, fold_train_rows, require_both_classes
+from medembed.evaluation.thresholds import ThresholdRule
+from medembed.results.run_schema import CV_METHOD
+from medembed.sweeps.plan import Batch, Pooling
+from medembed.sweeps.search_space import HeadSpace
+from medembed.sweeps.training import Training
+
+__all__ = ["VERSIONED", "Asked", "SweepRows", "list_poolings"]
+
+VERSIONED = ("medembed", "numpy", "scikit-learn", "torch", "lightgbm")
+"""Libraries whose releases decide a trial's result."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was asked, as it is understood."""
+
+    cache: Cache
+    manifest: Manifest
+    heads: list[str]
+    spaces: Mapping[str, HeadSpace]
+    n_configs: int | None
+    n_folds: int
+    metric: str
+    covariates: tuple[str, ...]
+    train_fraction: float
+    seed: int
+    points: tuple[ThresholdRule, ...] = ()
+
+
+@dataclass
+class SweepRows:
+    """A sweep's rows: the same for all poolings, of which one at a time is in memory.
+
+    Attributes
+    ----------
+    row_folds : int64 array of shape (n,)
+        The fold of every embedded row; -1 where it is not trained on.
+    row_inner : bool array of shape (n_folds, n)
+        Whether the row decides for a fold when trials stop and which is chosen, see `draw_inner`.
+    failed : DataFrame
+        Rows left out, as `Embeddings` has them.
+    encoder : CovariateEncoder, optional
+    """
+
+    asked: Asked
+    poolings: Sequence[Pooling]
+    row_folds: NDArray[np.int64] = field(init=False)
+    row_inner: NDArray[np.bool_] = field(init=False)
+    failed: pd.DataFrame = field(init=False)
+    encoder: CovariateEncoder | None = field(init=False, default=None)
+    _loaded: tuple[str, Embeddings, Training] | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        asked = self.asked
+        folds = fold_train_rows(
+            asked.manifest.rows,
+            n_folds=asked.n_folds,
+            fraction=asked.train_fraction,
+            seed=asked.seed,
+        )
+        known = asked.manifest.rows.set_index("image", drop=False).loc[folds.index]
+        inner = draw_inner(known, folds.to_numpy(), seed=asked.seed)
+        embeddings = self._embed(self.poolings[0])
+        if asked.covariates:
+            rows = asked.manifest.rows
+            trained = rows[rows["image"].isin(folds.index)]
+            self.encoder = fit_covariates(trained, asked.covariates)
+            self.encoder.transform(rows)  # what cannot be encoded is told before any training
+        self.row_folds = folds.reindex(embeddings.rows["image"]).fillna(-1).to_numpy(np.int64)
+        by_image = pd.DataFrame(inner.T, folds.index).reindex(
+            embeddings.rows["image"], fill_value=False
+        )
+        self.row_inner = by_image.to_numpy(bool).T.copy()
+        self.failed = embeddings.failed
+        _check_rows(embeddings, self.row_folds, self.row_inner)
+        self._keep(self.poolings[0], embeddings)
+
+    def load(self, name: str) -> tuple[Embeddings, Training]:
+        """Return embeddings and training rows of a pooling, read anew unless it was the last."""
+        if self._loaded is None or self._loaded[0] != name:
+            self._loaded = None  # one table at a time
+            pooling = next(pooling for pooling in self.poolings if pooling.name == name)
+            self._keep(pooling, self._embed(pooling))
+        assert self._loaded is not None
+        return self._loaded[1:]
+
+    def shared(self) -> dict[str, Any]:
+        """Return what decides the results of all trials alike."""
+        asked = self.asked
+        assert self._loaded is not None
+        rows, trained = self._loaded[1].rows, self.row_folds >= 0
+        return {
+            "n_folds": asked.n_folds,
+            "cv_method": CV_METHOD,
+            "metric": asked.metric,
+            "seed": asked.seed,
+            "covariates": list(asked.covariates),
+            "train_fraction": asked.train_fraction,
+            "manifest": asked.manifest.digest(),
+            "embedded": json_digest(sorted(rows["sha256"])),
+            "trained": json_digest(sorted(rows["sha256"][trained])),
+            "spec": asked.cache.spec.as_dict(),
+            "versions": library_versions(VERSIONED),
+        }
+
+    def question(self, batches: Sequence[Batch]) -> dict[str, Any]:
+        """Return what a run directory answers: other questions want another one."""
+        shared = self.shared()
+        del shared["versions"], shared["trained"]
+        counts: dict[str, int] = {}
+        for batch in batches:
+            counts[batch.head] = counts.get(batch.head, 0) + len(batch.trials)
+        tried = [[batch.rungs, [dict(t.params) for t in batch.trials]] for batch in batches]
+        return {
+            "heads": self.asked.heads,
+            "pooling": ",".join(pooling.name for pooling in self.poolings),
+            **shared,
+            "n_configs": counts,
+            "space": json_digest(tried)[:16],
+            # runs of before say nothing of operating points
+            **({"operating_points": names} if (names := self._name_points()) else {}),
+        }
+
+    def _name_points(self) -> list[str]:
+        return [rule.name for rule in self.asked.points]
+
+    def _embed(self, pooling: Pooling) -> Embeddings:
+        return load_embeddings(
+            self.asked.cache, self.asked.manifest, pool=pooling.name, cells=pooling.n_cells > 1
+        )
+
+    def _keep(self, pooling: Pooling, embeddings: Embeddings) -> None:
+        X, n_covariates = embeddings.X, 0
+        if self.encoder is not None:
+            encoded = self.encoder.transform(embeddings.rows)
+            X, n_covariates = np.hstack([X, encoded]), encoded.shape[1]
+        training = Training(
+            X=X,
+            y=embeddings.y,
+            folds=self.row_folds,
+            inner=self.row_inner,
+            studies=pd.factorize(embeddings.studies, sort=True)[0],
+            n_cells=pooling.n_cells,
+            n_covariates=n_covariates,
+            metric=self.asked.metric,
+            seed=self.asked.seed,
+        )
+        self._loaded = (pooling.name, embeddings, training)
+
+
+def list_poolings(cache: Cache, pool: str | Sequence[str] | None) -> list[Pooling]:
+    """Return the poolings asked for; the cache must have them."""
+    names = pool.split(",") if isinstance(pool, str) else pool
+    chosen = []
+    for name in dict.fromkeys(names) if names else [None]:
+        found = choose_poolings(cache, name, cells=True)
+        shape = cache.spec.poolings[found[0]]
+        chosen.append(Pooling("+".join(found), shape[0] if len(shape) > 1 else 1))
+    return chosen
+
+
+def _check_rows(
+    embeddings: Embeddings, row_folds: NDArray[np.int64], row_inner: NDArray[np.bool_]
+) -> None:
+    """Refuse rows that allow no training: one class in any part of a fold, no test rows."""
+    is_test = (embeddings.rows["split"] == "test").to_numpy() & (embeddings.y >= 0)
+    if not is_test.any():
+        raise TrainingDataError(
+            f"all labelled test images failed to be embedded ({len(embeddings.failed)} failures). "
+            "`medembed cache info CACHE --failures` names the reasons."
+        )
+    left_out = f"without the {len(embeddings.failed)} images that could not be embedded"
+    for fold, judged in enumerate(row_inner):
+        held, trained = row_folds == fold, row_folds >= 0
+        require_both_classes(embeddings.y[held], f"fold {fold} {left_out}")
+        for part, flags in (("learnt from", ~judged), ("stopped by", judged)):
+            where = f"what is {part} without fold {fold}, {left_out},"
+            require_both_classes(embeddings.y[trained & ~held & flags], where)

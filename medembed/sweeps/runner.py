@@ -1,0 +1,285 @@
+"""Train what a run's ledger lacks, batch by batch, and write it down as it ends."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from medembed.heads.registry import make_head
+from medembed.heads.scaling import Basis
+from medembed.results.failures import is_final
+from medembed.results.runs import Run
+from medembed.sweeps.plan import Batch, Trial
+from medembed.sweeps.pool import Died, Pool
+from medembed.sweeps.training import (
+    Outcome,
+    Training,
+    Unit,
+    learn_basis,
+    train_unit,
+)
+
+__all__ = ["Ledger", "run_batches", "sign_of"]
+
+LOWER_IS_BETTER = ("brier", "ece")
+
+INDEPENDENT = ("lightgbm",)
+"""Heads that come out alike in any company: after a crash each is tried alone."""
+
+RETIRED = "retired"
+"""Status of a trial that was given up at a rung; its score is that of its best epoch until then."""
+
+MIN_SURVIVORS = 2
+"""Of a cohort, whatever its size: the last choice is made between trials that went to the end."""
+
+
+def sign_of(metric: str) -> int:
+    """Return -1 of a metric of which less is better, 1 of all others."""
+    return -1 if metric in LOWER_IS_BETTER else 1
+
+
+class Ledger:
+    """A run's trials: what is done, and what has just ended.
+
+    Parameters
+    ----------
+    run : Run
+        Locked.
+    batches : sequence of Batch
+        All that the sweep wants.
+    watch : callable, optional
+        Called with the ledger after every record.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        batches: Sequence[Batch],
+        watch: Callable[["Ledger"], None] | None = None,
+    ) -> None:
+        self.run, self.batches, self._watch = run, batches, watch
+        self.records = {record.get("key", ""): record for record in run.trial_records()}
+        wanted = {key for batch in batches for trial in batch.trials for key in trial.keys}
+        self.n_wanted = len(wanted)
+        self.done = {key for key in wanted if self._is_done(key)}
+        again = (wanted & set(self.records)) - self.done
+        if again:
+            run.forget_trials(again)
+        self._tell()
+
+    def _is_done(self, key: str) -> bool:
+        record = self.records.get(key)
+        if record is None:
+            return False
+        return record["status"] in ("ok", RETIRED) or is_final(record["error"])
+
+    def write(self, trial: Trial, fold: int, outcome: Outcome, status: str) -> None:
+        """Write down how a trial ended on a fold, unless that is known."""
+        key = trial.keys[fold]
+        if key in self.done:
+            return
+        record = {
+            "trial": trial.number,
+            "head": trial.head,
+            "pooling": trial.pooling,
+            "params": dict(trial.params),
+            "fold": fold,
+            "score": outcome.score,
+            "best_epoch": outcome.best_epoch,
+            "seconds": outcome.seconds,
+            "status": status,
+            "error": outcome.error,
+            "key": key,
+        }
+        self.run.append_trial(record)
+        self.records[key] = record
+        self.done.add(key)
+        self._tell()
+
+    def lacks(self, batch: Batch, fold: int) -> list[int]:
+        """List the trials of a batch that are not done on a fold."""
+        return [i for i, trial in enumerate(batch.trials) if trial.keys[fold] not in self.done]
+
+    def _tell(self) -> None:
+        if self._watch is not None:
+            self._watch(self)
+
+
+def run_batches(
+    ledger: Ledger,
+    batches: Sequence[Batch],
+    training: Training,
+    n_folds: int,
+    jobs: int | None,
+    backend: str,
+) -> None:
+    """Train what the ledger lacks of batches that read the same columns."""
+    waiting = [
+        batch for batch in batches if any(ledger.lacks(batch, fold) for fold in range(n_folds))
+    ]
+    if not waiting:
+        return
+    with Pool(training, jobs, backend) as pool:
+        bases = _learn_bases(waiting, training, n_folds, pool)
+        _run_flat([batch for batch in waiting if not batch.rungs], ledger, bases, pool)
+        halving = [batch for batch in waiting if batch.rungs]
+        size = max(1, -(-2 * pool.jobs // n_folds))  # enough for every process, twice
+        for start in range(0, len(halving), size):
+            _run_halving(halving[start : start + size], ledger, bases, training.metric, pool)
+
+
+def _learn_bases(
+    batches: Sequence[Batch], training: Training, n_folds: int, pool: Pool
+) -> list[Mapping[str, Basis]]:
+    """Learn, fold by fold, the scalings and components that several heads want."""
+    wanted: dict[str, int] = {}
+    for batch in batches:
+        for trial in batch.trials:
+            for scaling, pca in _wants(trial):
+                wanted[scaling] = max(pca, wanted.get(scaling, 0))
+    bases: list[Mapping[str, Basis]] = [{} for _ in range(n_folds)]
+    if wanted:
+        for fold, basis in pool.run(learn_basis, [(fold, wanted) for fold in range(n_folds)]):
+            # a process that died may do so again, where its trial is told of it
+            bases[fold] = {} if isinstance(basis, Died) else basis
+    return bases
+
+
+def _wants(trial: Trial) -> list[tuple[str, int]]:
+    params = make_head(trial.head, trial.params).get_params()
+    if trial.head == "mlp":
+        return [(params["scaling"], params["pca"])]
+    if trial.head == "logistic" and params["standardize"]:
+        return [("standard", params["pca"])]
+    return [("standard", params["pca"])] if trial.head == "lightgbm" and params["pca"] else []
+
+
+def _run_flat(
+    batches: Sequence[Batch], ledger: Ledger, bases: Sequence[Mapping[str, Basis]], pool: Pool
+) -> None:
+    """Train each batch on each fold to its end."""
+    jobs: list[tuple[Batch, int, list[int]]] = []
+    for fold in range(len(bases)):
+        for batch in batches:
+            lacking = ledger.lacks(batch, fold)
+            if lacking:
+                alone = batch.head in INDEPENDENT
+                jobs.append((batch, fold, lacking if alone else list(range(len(batch.trials)))))
+    units = [_unit(batch, fold, chosen, bases) for batch, fold, chosen in jobs]
+    dead = []
+    for n, outcomes in pool.run(train_unit, units):
+        batch, fold, chosen = jobs[n]
+        if isinstance(outcomes, Died) and batch.head in INDEPENDENT and len(chosen) > 1:
+            dead += [(batch, fold, [i]) for i in chosen]
+            continue
+        _write_all(ledger, batch, fold, chosen, outcomes)
+    units = [_unit(batch, fold, chosen, bases) for batch, fold, chosen in dead]
+    for n, outcomes in pool.run(train_unit, units, suspected=True):
+        batch, fold, chosen = dead[n]
+        _write_all(ledger, batch, fold, chosen, outcomes)
+
+
+def _unit(
+    batch: Batch, fold: int, chosen: Sequence[int], bases: Sequence[Mapping[str, Basis]]
+) -> Unit:
+    return Unit(
+        batch.head,
+        tuple(batch.trials[i].params for i in chosen),
+        fold,
+        basis=bases[fold],
+    )
+
+
+def _write_all(
+    ledger: Ledger, batch: Batch, fold: int, chosen: Sequence[int], outcomes: Any
+) -> None:
+    for i, outcome in zip(chosen, _alive_or_dead(outcomes, len(chosen)), strict=True):
+        ledger.write(batch.trials[i], fold, outcome, "error" if outcome.error else "ok")
+
+
+def _alive_or_dead(outcomes: Any, n: int) -> list[Outcome]:
+    if isinstance(outcomes, Died):
+        return [Outcome(None, None, 0.0, error=outcomes.reason)] * n
+    return list(outcomes)
+
+
+def _run_halving(
+    batches: Sequence[Batch],
+    ledger: Ledger,
+    bases: Sequence[Mapping[str, Basis]],
+    metric: str,
+    pool: Pool,
+) -> None:
+    """Train batches rung by rung; after each the weaker half of a batch is retired on all folds.
+
+    Successive halving (Jamieson and Talwalkar, AISTATS 2016) over epochs; what counts at a rung is
+    the mean over folds of the best epoch so far.
+    """
+    folds = range(len(bases))
+    alive = {n: list(range(len(batch.trials))) for n, batch in enumerate(batches)}
+    nets: dict[tuple[int, int], list[Any] | None] = {}
+    seconds: dict[str, float] = {}
+    rungs = batches[0].rungs  # the space's: all batches have the same
+    for until in [*rungs, None]:
+        jobs = [(n, fold) for n in alive if alive[n] for fold in folds]
+        units = [
+            Unit(
+                batches[n].head,
+                tuple(batches[n].trials[i].params for i in alive[n]),
+                fold,
+                until,
+                nets.get((n, fold)),
+                bases[fold],
+            )
+            for n, fold in jobs
+        ]
+        nets.clear()
+        found: dict[tuple[int, int], list[Outcome]] = {}
+        for k, outcomes in pool.run(train_unit, units):
+            n, fold = jobs[k]
+            found[n, fold] = [
+                _add_seconds(outcome, seconds, batches[n].trials[i].keys[fold])
+                for i, outcome in zip(
+                    alive[n], _alive_or_dead(outcomes, len(alive[n])), strict=True
+                )
+            ]
+            if until is None:
+                _write_all(ledger, batches[n], fold, alive[n], found[n, fold])
+        if until is not None:
+            for n in alive:
+                own = {fold: found[n, fold] for fold in folds if (n, fold) in found}
+                kept = _retire(ledger, batches[n], alive[n], own, metric)
+                for fold, outcomes in own.items():
+                    nets[n, fold] = [outcomes[k].net for k in kept]
+                alive[n] = [alive[n][k] for k in kept]
+
+
+def _retire(
+    ledger: Ledger,
+    batch: Batch,
+    alive: Sequence[int],
+    found: Mapping[int, Sequence[Outcome]],
+    metric: str,
+) -> list[int]:
+    """Return which of `alive` go on, by place; write down the others."""
+    sign = sign_of(metric)
+    means: dict[int, float] = {}
+    for k in range(len(alive)):
+        scores = [outcomes[k].score for outcomes in found.values()]
+        if None not in scores:
+            means[k] = sign * float(np.mean([score for score in scores if score is not None]))
+    n_kept = max(MIN_SURVIVORS, -(-len(alive) // 2))
+    best = sorted(means, key=lambda k: -means[k])[:n_kept]
+    for k, i in enumerate(alive):
+        if k in best:
+            continue
+        for fold, outcomes in found.items():
+            status = "error" if outcomes[k].error else RETIRED
+            ledger.write(batch.trials[i], fold, outcomes[k], status)
+    return sorted(best)
+
+
+def _add_seconds(outcome: Outcome, seconds: dict[str, float], key: str) -> Outcome:
+    seconds[key] = seconds.get(key, 0.0) + outcome.seconds
+    return replace(outcome, seconds=seconds[key])

@@ -1,0 +1,144 @@
+"""Choose each head's winner, and say how the heads stand."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from medembed.sweeps.plan import Trial
+from medembed.sweeps.runner import Ledger, sign_of
+
+__all__ = ["Winner", "choose", "standings"]
+
+
+@dataclass(frozen=True)
+class Winner:
+    """The best configuration of one head, or why there is none.
+
+    Attributes
+    ----------
+    pooling : str
+        Its own; of a head without a winner those that were tried.
+    score : float, optional
+        What it was chosen by: the mean over folds of the patients that judged its trial there.
+    n_tried : int
+        Configurations that it was chosen from, on all poolings.
+    fold_budgets : tuple of (int or None)
+        For each fold the epochs or trees that its trial has found best; None of a head without.
+    keys : tuple of str
+        Of the trial on each fold.
+    cv : float, optional
+        Mean over folds of the scores of what was trained on all other folds; None before that.
+    """
+
+    head: str
+    pooling: str
+    trial: int | None
+    params: Mapping[str, Any] | None
+    seconds: float
+    error: str | None
+    n_tried: int
+    score: float | None = None
+    fold_budgets: tuple[int | None, ...] = ()
+    keys: tuple[str, ...] = ()
+    cv: float | None = None
+
+    @property
+    def budget(self) -> int | None:
+        """Epochs or trees of the refit on all rows: the median over folds."""
+        found = [budget for budget in self.fold_budgets if budget is not None]
+        return max(1, round(float(np.median(found)))) if found else None
+
+    def as_entry(self) -> dict[str, Any]:
+        """Return the line of the leaderboard."""
+        return {
+            "head": self.head,
+            "pooling": self.pooling,
+            "trial": self.trial,
+            "params": None if self.params is None else dict(self.params),
+            "cv": self.cv,
+            "seconds": round(self.seconds, 3),
+            "status": "ok" if self.error is None else "error",
+            "error": self.error,
+            "chosen_by": self.score,
+            "n_tried": self.n_tried,
+            "budget": self.budget,
+            "fold_budgets": list(self.fold_budgets) if self.budget is not None else None,
+        }
+
+
+def choose(ledger: Ledger, head: str, metric: str) -> Winner:
+    """Take the configuration with the best mean over folds; of equals the first."""
+    own = _trials(ledger, head)
+    records = ledger.records
+    seconds = sum(records[key]["seconds"] for trial in own for key in trial.keys)
+    means = _means(ledger, own)
+    if not means:
+        found = [records[key]["error"] for trial in own for key in trial.keys]
+        poolings = ",".join(dict.fromkeys(trial.pooling for trial in own))
+        error = next(filter(None, found))
+        return Winner(head, poolings, None, None, seconds, error, n_tried=len(own))
+    sign = sign_of(metric)
+    best = max(means, key=lambda number: sign * means[number])
+    trial = next(trial for trial in own if trial.number == best)
+    return Winner(
+        head,
+        trial.pooling,
+        best,
+        trial.params,
+        seconds,
+        None,
+        n_tried=len(own),
+        score=means[best],
+        fold_budgets=tuple(records[key]["best_epoch"] for key in trial.keys),
+        keys=trial.keys,
+    )
+
+
+def standings(ledger: Ledger, metric: str) -> list[dict[str, Any]]:
+    """Return the leaderboard so far, best first, then heads without a finished configuration.
+
+    One entry per head: ``head``, ``tried`` and ``total`` (configurations), ``best`` (mean over
+    folds, or None), ``pooling`` and ``params`` of the best.
+    """
+    lines: list[dict[str, Any]] = []
+    sign = sign_of(metric)
+    for head in dict.fromkeys(batch.head for batch in ledger.batches):
+        own = _trials(ledger, head)
+        tried = sum(all(key in ledger.done for key in trial.keys) for trial in own)
+        means = _means(ledger, own)
+        best = max(means, key=lambda number: sign * means[number]) if means else None
+        trial = next((trial for trial in own if trial.number == best), None)
+        lines.append(
+            {
+                "head": head,
+                "tried": tried,
+                "total": len(own),
+                "best": None if best is None else means[best],
+                "pooling": trial.pooling if trial else None,
+                "params": _telling_first(trial, own) if trial else None,
+            }
+        )
+    return sorted(lines, key=lambda line: np.inf if line["best"] is None else -sign * line["best"])
+
+
+def _telling_first(trial: Trial, others: Sequence[Trial]) -> dict[str, Any]:
+    """Return a trial's parameters, those first that it does not share with all others."""
+    params = trial.params
+    varying = [k for k in params if any(o.params.get(k) != params[k] for o in others)]
+    return {name: params[name] for name in dict.fromkeys([*varying, *params])}
+
+
+def _trials(ledger: Ledger, head: str) -> list[Trial]:
+    return [trial for batch in ledger.batches if batch.head == head for trial in batch.trials]
+
+
+def _means(ledger: Ledger, trials: Iterable[Trial]) -> dict[int, float]:
+    """Return the mean over folds of the configurations that went to the end on all of them."""
+    means = {}
+    for trial in trials:
+        records = [ledger.records.get(key) for key in trial.keys]
+        if all(record is not None and record["status"] == "ok" for record in records):
+            means[trial.number] = float(np.mean([r["score"] for r in records if r is not None]))
+    return means
