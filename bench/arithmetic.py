@@ -26,7 +26,7 @@ from medembed.encoders.fused import fuse
 from medembed.encoders.precision import set_precision
 from medembed.encoders.preprocessing import Preprocessing
 from medembed.encoders.siglip import SiglipEncoder
-from medembed.extraction.canary import TOLERANCE, check_canary, lay_canary
+from medembed.extraction.canary import TOLERANCE, check_canary, compute_canary
 
 WIDE = {"hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16}
 NARROW = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
@@ -85,7 +85,7 @@ def measure_distances(model: Any, side: int) -> dict[str, dict[str, float]]:
         "fingerprint": "0" * 64,
         "source": "made",
     }
-    document = lay_canary(SiglipEncoder(copy.deepcopy(model), **known), list(POOLINGS))
+    document = compute_canary(SiglipEncoder(copy.deepcopy(model), **known), list(POOLINGS))
     rounded = AllRounded(copy.deepcopy(model).to(torch.bfloat16), precision="bf16", **known)
     far = {name: distance(document, rounded, name) for name in POOLINGS}
     del rounded

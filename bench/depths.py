@@ -41,7 +41,7 @@ from medembed.dataset.manifest import make_manifest, write_manifest
 from medembed.dataset.splits import split_patients
 from medembed.demo.cohort import draw_cohort, render_view
 from medembed.encoders.loading import load_encoder
-from medembed.finetuning import Recipe, finetune
+from medembed.finetuning import Hyperparameters, finetune
 from medembed.results.comparison import compare
 from medembed.results.runs import open_run
 
@@ -49,7 +49,7 @@ DETECTOR = "bedside"
 N_PATIENTS = 1000
 SEEDS = (1, 2, 3, 4)  # 0 is the demo's own cohort
 DEPTHS = (0, 1, 2)
-RECIPE = Recipe(augment=False, encoder_share=0.3)
+RECIPE = Hyperparameters(augment=False, encoder_share=0.3)
 HEAD_ALONE = "unfreeze-0"
 
 

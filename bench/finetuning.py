@@ -48,10 +48,10 @@ from medembed.dataset.manifest import Manifest
 from medembed.encoders.hub import resolve_checkpoint
 from medembed.encoders.loading import load_encoder
 from medembed.encoders.preprocessing import PROCESSOR_FILES
-from medembed.finetuning import Recipe
+from medembed.finetuning import Hyperparameters
 from medembed.finetuning.data_split import TrainRows, choose_rows
 from medembed.finetuning.frozen_features import TokenImages, TrunkEncoder, fill_trunk_cache
-from medembed.finetuning.head_init import draw_start
+from medembed.finetuning.head_init import init_random
 from medembed.finetuning.hyperparameters import Depth
 from medembed.finetuning.image_store import Images, read_images
 from medembed.finetuning.network import Network
@@ -64,7 +64,7 @@ N_BLOCKS = 6
 DEPTHS = (1, 2)
 RANK = 8
 BATCH = 32
-RECIPE = Recipe(epochs=1, batch_size=BATCH, augment=False)
+RECIPE = Hyperparameters(epochs=1, batch_size=BATCH, augment=False)
 MEMORY_BLOCKS = (6, 12, 24)
 MEDGEMMA = {"hidden_size": 1152, "intermediate_size": 4304, "side": 896, "blocks": 27}
 POOLINGS = ("mean", "max")
@@ -103,11 +103,13 @@ def make_rows(home: Path, n_images: int) -> tuple[Manifest, TrainRows]:
     return manifest, choose_rows(manifest, 5, 0)
 
 
-def make_network(encoder: Any, depth: int, recipe: Recipe, n_cut: int | None = None) -> Network:
+def make_network(
+    encoder: Any, depth: int, recipe: Hyperparameters, n_cut: int | None = None
+) -> Network:
     """Build a network whose fresh head reads columns as they are."""
     width = sum(encoder.dimensions[name][0] for name in POOLINGS)
     columns = np.random.default_rng(0).normal(size=(64, width)).astype(np.float32)
-    start = draw_start(columns, np.arange(64), 0)
+    start = init_random(columns, np.arange(64), 0)
     return Network(encoder, Depth(depth), recipe, POOLINGS, start, n_cut)
 
 
@@ -179,7 +181,7 @@ def count(module: torch.nn.Module) -> int:
 def time_epoch(
     encoder: Any,
     depth: int,
-    recipe: Recipe,
+    recipe: Hyperparameters,
     n_cut: int | None,
     images: Images,
     rows: TrainRows,

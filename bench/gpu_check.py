@@ -353,10 +353,10 @@ def tflop(config: dict[str, int]) -> float:
 
 def canary(check: Check) -> dict[str, Any]:
     """Measure bf16 by the canary of a cache that was made in fp32, under every pooling."""
-    from medembed.extraction.canary import TOLERANCE, check_canary, lay_canary
+    from medembed.extraction.canary import TOLERANCE, check_canary, compute_canary
 
     poolings = ["mean", "max", "grid4"]
-    document = lay_canary(check.encoder("fp32"), poolings)
+    document = compute_canary(check.encoder("fp32"), poolings)
     rounded = check.encoder("bf16")
     known: dict[str, Any] = {"there": {}, "here": {}, "cache_path": "cache", "batch_size": 4}
     far = {name: check_canary(document, rounded, [name], **known) for name in poolings}
@@ -553,7 +553,7 @@ def tune(
     from medembed.finetuning.blocks import count_blocks
     from medembed.finetuning.data_split import choose_rows
     from medembed.finetuning.frozen_features import TokenImages, fill_trunk_cache, make_trunk
-    from medembed.finetuning.hyperparameters import Depth, Recipe
+    from medembed.finetuning.hyperparameters import Depth, Hyperparameters
     from medembed.finetuning.image_store import read_images
     from medembed.finetuning.network import Network, blank_start
     from medembed.finetuning.training import Trainer
@@ -562,7 +562,7 @@ def tune(
         import peft  # noqa: F401
     encoder = check.encoder("fp32")
     precision = "bf16" if check.device == "cuda" else "fp32"
-    recipe = Recipe(epochs=2, augment=False, precision=precision, lora=lora)
+    recipe = Hyperparameters(epochs=2, augment=False, precision=precision, lora=lora)
     rows, n_cut = choose_rows(manifest, 2, 0), count_blocks(encoder) - 1
     found: dict[str, Any] = {}
     start = time.monotonic()

@@ -76,7 +76,7 @@ from made_table import make_table, write_table
 from measuring import time_command, write_results
 from medembed.cache.embeddings import load_embeddings
 from medembed.dataset.splits import draw_folds
-from medembed.heads.batched_mlp import PRECISIONS, Cohort, Rows, resolve_precision
+from medembed.heads.batched_mlp import PRECISIONS, BatchedMLP, Rows, resolve_precision
 from medembed.heads.lightgbm import LightGBMHead
 from medembed.heads.mlp import MLPHead, gather
 from medembed.heads.scaling import Projector
@@ -583,7 +583,7 @@ class Products:
     """
 
     def __init__(
-        self, cohort: Cohort, dtype: torch.dtype, n_rows: int, n_held: int, batch_size: int
+        self, cohort: BatchedMLP, dtype: torch.dtype, n_rows: int, n_held: int, batch_size: int
     ) -> None:
         self._size, self._dtype = batch_size, dtype
         firsts = [net.params[0] for net in cohort.nets]

@@ -31,7 +31,7 @@ from medembed.extraction.canary import (
     TOLERANCE,
     canary_pixels,
     check_canary,
-    lay_canary,
+    compute_canary,
 )
 from medembed.images.decode import decode_image
 
@@ -77,7 +77,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 @pytest.fixture(scope="module")
 def laid(checkpoint: Path) -> dict[str, Any]:
     """Lay the canary of a checkpoint, as it comes back from `cache.json`."""
-    document = lay_canary(load_encoder(checkpoint, device="cpu"), POOLINGS)
+    document = compute_canary(load_encoder(checkpoint, device="cpu"), POOLINGS)
     return dict(json.loads(json.dumps(document, allow_nan=False)))
 
 
@@ -224,7 +224,7 @@ def test_the_distance_is_in_medians_between_different_images() -> None:
     grey = gray_mean(canary_pixels(GreyEncoder().preprocessing))
     gaps = sorted(abs(a - b) for i, a in enumerate(grey) for b in grey[:i])
     yardstick = (gaps[2] + gaps[3]) / 2
-    document = lay_canary(GreyEncoder(), ["mean"])
+    document = compute_canary(GreyEncoder(), ["mean"])
     for share in (0.0, 0.01, 0.0199):
         encoder = GreyEncoder(moved=share * yardstick)
         assert check(document, encoder, poolings=("mean",)) == pytest.approx(share, abs=1e-6)
@@ -234,7 +234,7 @@ def test_the_distance_is_in_medians_between_different_images() -> None:
 
 def test_canaries_are_laid_one_by_one_and_checked_in_full_batches() -> None:
     encoder = GreyEncoder()
-    document = lay_canary(encoder, ["mean"])
+    document = compute_canary(encoder, ["mean"])
     assert [pixels.shape for pixels in encoder.seen] == [(1, 8, 12)] * 4
     encoder.seen.clear()
     assert check(document, encoder, poolings=("mean",), batch_size=3) == 0.0
@@ -254,7 +254,7 @@ def test_the_worst_pooling_decides() -> None:
             steady = GreyEncoder().encode(pixels, ["mean"])
             return {**super().encode(pixels, ["max"]), **steady}
 
-    document = lay_canary(Two(), ["mean", "max"])
+    document = compute_canary(Two(), ["mean", "max"])
     near = check(document, Two(moved=0.1), poolings=("mean", "max"))
     assert near == check(document, Two(moved=0.1), poolings=("max",)) > 0
     with pytest.raises(SpecMismatchError, match="in pooling max "):
@@ -263,7 +263,7 @@ def test_the_worst_pooling_decides() -> None:
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_never_passes(value: float) -> None:
-    document = lay_canary(GreyEncoder(), ["mean"])
+    document = compute_canary(GreyEncoder(), ["mean"])
     with pytest.raises(NonFiniteError, match="mean embeddings are not finite"):
         check(document, GreyEncoder(moved=value), poolings=("mean",))
 
@@ -273,7 +273,7 @@ def test_an_encoder_that_tells_no_images_apart_passes_only_if_equal() -> None:
         def encode(self, pixels: np.ndarray, poolings: Sequence[str]) -> dict[str, np.ndarray]:
             return {name: np.full((len(pixels), 1), self.moved, np.float32) for name in poolings}
 
-    document = lay_canary(Blind(), ["mean"])
+    document = compute_canary(Blind(), ["mean"])
     assert check(document, Blind(), poolings=("mean",)) == 0.0
     with pytest.raises(SpecMismatchError):
         check(document, Blind(moved=1e-6), poolings=("mean",))
@@ -301,7 +301,7 @@ REFUSALS = [
 
 @pytest.mark.parametrize(("change", "text"), REFUSALS)
 def test_a_refusal_is_one_line_that_names_what_differs(change: dict[str, Any], text: str) -> None:
-    document = lay_canary(GreyEncoder(), ["mean"])
+    document = compute_canary(GreyEncoder(), ["mean"])
     with pytest.raises(SpecMismatchError) as caught:
         check(document, GreyEncoder(moved=99.0), poolings=("mean",), here=HERE | change)
     message = str(caught.value)
@@ -345,7 +345,7 @@ DAMAGES: list[Callable[[dict[str, Any]], object]] = [
 def test_a_damaged_canary_is_told_from_another_embedding(
     damage: Callable[[dict[str, Any]], object], hidden: bool
 ) -> None:
-    document = lay_canary(GreyEncoder(), ["mean"])
+    document = compute_canary(GreyEncoder(), ["mean"])
     damage(document)
     if hidden and "sha256" in document:  # as if it had been written so
         content = {key: value for key, value in document.items() if key != "sha256"}
@@ -360,7 +360,7 @@ def test_a_damaged_canary_is_told_from_another_embedding(
 def test_other_canary_images_are_told_from_another_embedding(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    document = lay_canary(GreyEncoder(), ["mean"])
+    document = compute_canary(GreyEncoder(), ["mean"])
     with pytest.raises(CacheError, match=r"of version 2; this medembed brings version 1"):
         check({**document, "version": 2}, GreyEncoder(), poolings=("mean",))
     images = document["images"] | {"haze.jpg": "00"}
@@ -371,14 +371,14 @@ def test_other_canary_images_are_told_from_another_embedding(
 @pytest.fixture
 def made(tmp_path: Path) -> Path:
     spec = CacheSpec("ab" * 32, {"size": [8, 12]}, {"mean": (1,)}, "float32")
-    document = lay_canary(GreyEncoder(), ["mean"])
+    document = compute_canary(GreyEncoder(), ["mean"])
     return create_cache(tmp_path / "cache", spec, HERE, document).path
 
 
 def test_a_canary_lives_in_its_cache(made: Path) -> None:
     cache = open_cache(made)
     assert cache.card()["canary"] is True
-    assert cache.canary == lay_canary(GreyEncoder(), ["mean"])
+    assert cache.canary == compute_canary(GreyEncoder(), ["mean"])
     other = copy.deepcopy(cache.canary)
     assert create_cache(made, cache.spec, HERE, {**other, "sha256": ""}).canary == cache.canary
     assert check(cache.canary, GreyEncoder(), poolings=("mean",)) == 0.0

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from made_towers import INDEX, NESTING, PROCESSOR, WEIGHTS, quiet, save
 
-from medembed.autoencoder.checkpoint import Workplace
+from medembed.autoencoder.checkpoint import CheckpointDir
 from medembed.core.errors import EncoderError
 from medembed.encoders.hub import describe_remote
 from medembed.encoders.loading import load_encoder
@@ -155,7 +155,7 @@ def test_an_autoencoder_of_no_files_is_one_error(tmp_path: Path, name: str, kind
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_state_of_training_that_is_no_file_is_none(tmp_path: Path, kind: str) -> None:
     assert read_state(put(tmp_path, "state.safetensors", kind), "key") is None
-    place = Workplace(tmp_path / "out", {"size": 64})
+    place = CheckpointDir(tmp_path / "out", {"size": 64})
     place.path.mkdir()
     put(place.path, "state.safetensors", kind)
     assert place.load() is None

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from medembed.core.errors import TrainingDataError
 from medembed.heads import batched_mlp as cohort_module
 from medembed.heads import mlp_network
-from medembed.heads.batched_mlp import Cohort, Rows
+from medembed.heads.batched_mlp import BatchedMLP, Rows
 from medembed.heads.mlp import MLPHead, gather
 from medembed.heads.mlp_network import ACTIVATIONS, Masks, Net
 from medembed.heads.scaling import Projection, Projector
@@ -279,7 +279,7 @@ def plain_loss(logits, y, member, reduction="mean"):
 
 def gradients_of_first_step(member, monkeypatch, bf16=False):
     """Return the net, what its first step hands to AdamW, and its loss; nothing is updated."""
-    made = Cohort(
+    made = BatchedMLP(
         [member],
         Rows(X, None, Y),
         {member.kind: Projector(X).learn(*member.kind[:2], whiten=member.kind[2])},
@@ -721,7 +721,7 @@ def test_rows_in_float64_train_as_in_float32():
 
 def test_layers_are_weights_before_by_after_and_biases():
     member = as_member((5, 3), "relu")
-    made = Cohort(
+    made = BatchedMLP(
         [member],
         Rows(X, None, Y),
         {member.kind: Projection(np.zeros(6), np.ones(6))},

@@ -42,9 +42,9 @@ from medembed.encoders.hub import Checkpoint
 from medembed.encoders.loading import load_encoder
 from medembed.encoders.weights import canonical_name
 from medembed.extraction import extract
-from medembed.finetuning import Recipe, finetune, training
+from medembed.finetuning import Hyperparameters, finetune, training
 from medembed.finetuning.data_split import choose_rows
-from medembed.finetuning.head_init import fit_start
+from medembed.finetuning.head_init import init_from_sweep
 from medembed.finetuning.training import Trainer
 from medembed.heads.packaging import load_model
 from medembed.report.page import write_report
@@ -198,7 +198,7 @@ def test_several_seeds_have_names_of_their_own(home: Path, tmp_path: Path) -> No
 
 def test_depth_0_is_a_head_trained_on_frozen_embeddings(home: Path, tmp_path: Path) -> None:
     """The oracle is torch's own loop, on what `extract` embeds, from the swept head's start."""
-    recipe = Recipe(epochs=3, batch_size=16, augment=False, lr=1e-2, patience=9)
+    recipe = Hyperparameters(epochs=3, batch_size=16, augment=False, lr=1e-2, patience=9)
     options = {"unfreeze": "0", "from_run": home / "sweep", "recipe": recipe}
     out = tmp_path / "run"
     shutil.copytree(home / "sweep", tmp_path / "sweep")
@@ -260,8 +260,8 @@ def test_the_start_from_a_sweep_has_not_seen_the_held_out_patients(
     """Whoever is held out has another label: the same head begins."""
     starts = []
     monkeypatch.setattr(
-        "medembed.finetuning.job.fit_start",
-        lambda *arguments: starts.append(arguments) or fit_start(*arguments),
+        "medembed.finetuning.job.init_from_sweep",
+        lambda *arguments: starts.append(arguments) or init_from_sweep(*arguments),
     )
     options = {"unfreeze": "0", "recipe": replace(QUICK, epochs=1)}
     tune(home, home / "tower", tmp_path / "run", from_run=home / "sweep", **options)
@@ -269,7 +269,10 @@ def test_the_start_from_a_sweep_has_not_seen_the_held_out_patients(
     other = y.copy()
     unseen = np.setdiff1d(np.arange(len(y)), fitted)
     other[unseen] = 1 - other[unseen]
-    ours, theirs = fit_start(swept, X, y, fitted, seed), fit_start(swept, X, other, fitted, seed)
+    ours, theirs = (
+        init_from_sweep(swept, X, y, fitted, seed),
+        init_from_sweep(swept, X, other, fitted, seed),
+    )
     for a, b in zip(ours.weights, theirs.weights, strict=True):
         assert np.array_equal(a, b)
 
@@ -458,7 +461,7 @@ def test_bf16_is_taken_on_a_cpu_where_it_is_asked_for(home: Path, tmp_path: Path
 
 
 def test_augmented_training_differs_and_repeats(home: Path, tmp_path: Path) -> None:
-    recipe = Recipe(epochs=1, batch_size=16)
+    recipe = Hyperparameters(epochs=1, batch_size=16)
     for name, own in (("a", recipe), ("b", recipe), ("plain", replace(recipe, augment=False))):
         tune(home, home / "tower", tmp_path / name, unfreeze="0,1", recipe=own)
     files = [(tmp_path / name / "predictions.parquet").read_bytes() for name in ("a", "b", "plain")]
@@ -617,7 +620,7 @@ def set_labels(table: pd.DataFrame, split: str, label: str) -> pd.DataFrame:
 def test_labels_that_allow_no_training_are_refused_before_any(
     home: Path, tmp_path: Path, edit: Any, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("medembed.finetuning.job.understand", None)  # before the encoder loads
+    monkeypatch.setattr("medembed.finetuning.job.resolve_config", None)  # before the encoder loads
     with pytest.raises(TrainingDataError, match=said):
         tune(change(home, tmp_path, edit), home / "tower", tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -630,7 +633,7 @@ def test_labels_that_allow_no_training_are_refused_before_any(
         ({"unfreeze": "some"}, TrainingDataError, "is no depth"),
         ({"trunk_cache": "t", "unfreeze": "all"}, TrainingDataError, "asks for all 3"),
         ({"trunk_cache": "t", "unfreeze": "0"}, TrainingDataError, "serves depths of 1 and more"),
-        ({"trunk_cache": "t", "recipe": Recipe()}, TrainingDataError, "Add --no-augment"),
+        ({"trunk_cache": "t", "recipe": Hyperparameters()}, TrainingDataError, "Add --no-augment"),
         ({"pool": "grid4"}, TrainingDataError, "--pool grid4 is not trained through"),
         ({"pool": "mean,mean"}, TrainingDataError, "names a pooling twice"),
         ({"pool": "cls"}, EncoderError, "pooling cls is not offered by tower"),

@@ -21,7 +21,7 @@ from medembed.finetuning.blocks import (
     set_modes,
     unfreeze,
 )
-from medembed.finetuning.hyperparameters import Depth, Recipe, read_depths
+from medembed.finetuning.hyperparameters import Depth, Hyperparameters, read_depths
 from medembed.finetuning.network import HeadNet, Network, blank_start
 
 N_BLOCKS = {"ConvNext": 2, "ConvNextV2": 2, "ResNet": 2, "Swin": 3, "Swinv2": 3}
@@ -132,7 +132,7 @@ def test_exactly_the_trained_tensors_of_a_backbone_change(
     assert matrices - {"embeddings.mask_token"} <= everything
 
 
-def saved_bytes(encoder: Any, depth: Depth, recipe: Recipe = QUICK) -> int:
+def saved_bytes(encoder: Any, depth: Depth, recipe: Hyperparameters = QUICK) -> int:
     """Count what a step keeps for its backward pass, but the parameters."""
     width = 2 * encoder.dimensions["mean"][0]
     network = Network(encoder, depth, recipe, ("mean", "max"), blank_start(width))
@@ -168,7 +168,7 @@ def test_checkpointing_keeps_less_and_gives_the_same_gradients(gemma: Path) -> N
     pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (4, 32, 32), np.uint8))
     gradients = []
     for checkpointing in (False, True):
-        recipe = Recipe(checkpointing=checkpointing)
+        recipe = Hyperparameters(checkpointing=checkpointing)
         network = Network(encoder, Depth(2), recipe, ("mean", "max"), blank_start(width))
         torch.nn.init.ones_(network.head.layers[0].weight)
         network.set_training(True)
@@ -214,7 +214,7 @@ def test_rates_fall_with_depth_and_vectors_do_not_decay(gemma: Path) -> None:
     encoder = load(gemma)
     unfreeze(encoder, Depth(3, everything=True))
     head = HeadNet(blank_start(4))
-    recipe = Recipe(lr=1.0, encoder_share=0.1, decay=0.5, weight_decay=0.3)
+    recipe = Hyperparameters(lr=1.0, encoder_share=0.1, decay=0.5, weight_decay=0.3)
     rates, decays = {}, {}
     for group in parameter_groups(encoder, head, recipe):
         for name in group["names"]:

@@ -18,7 +18,7 @@ from made_dicom import dataset, write
 from made_finetuning import make_cohort
 from preloaded import commands
 
-from medembed.autoencoder.checkpoint import Workplace
+from medembed.autoencoder.checkpoint import CheckpointDir
 from medembed.cache.mmap import map_rows
 from medembed.cache.store import open_cache
 from medembed.core.errors import ShardError
@@ -183,7 +183,7 @@ def test_files_that_libraries_open_are_refused_too(sound: Path, tmp_path: Path) 
         map_rows(open_cache(tmp_path / "cache"), keys, "mean")
     os.mkfifo(tmp_path / "state")
     assert read_state(tmp_path / "state", "key") is None
-    work = Workplace(tmp_path / "encoder", {})
+    work = CheckpointDir(tmp_path / "encoder", {})
     work.path.mkdir()
     for name in ("state.safetensors", *(p.name for p in work.path.iterdir())):
         os.mkfifo(work.path / name)

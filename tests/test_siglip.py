@@ -27,7 +27,7 @@ from medembed.encoders.precision import set_precision
 from medembed.encoders.preprocessing import Preprocessing, prepare
 from medembed.encoders.protocol import Encoder
 from medembed.encoders.siglip import SiglipEncoder
-from medembed.extraction.canary import check_canary, lay_canary
+from medembed.extraction.canary import check_canary, compute_canary
 from medembed.images.decode import decode_image
 
 SIZE = 32
@@ -447,7 +447,7 @@ def test_fp32_sums_bring_bf16_nearer_to_fp32() -> None:
             return self.features(self.normalise(pixels).to(torch.bfloat16))
 
     poolings = ["mean", "max", "grid4"]
-    document = lay_canary(SiglipEncoder(copy.deepcopy(model), **known), poolings)
+    document = compute_canary(SiglipEncoder(copy.deepcopy(model), **known), poolings)
     rounded = AllRounded(copy.deepcopy(model).to(torch.bfloat16), precision="bf16", **known)
     set_precision(model, "bf16")
     ours = SiglipEncoder(model, precision="bf16", **known)

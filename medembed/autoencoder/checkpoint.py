@@ -19,7 +19,7 @@ from safetensors.torch import save
 from medembed.core.errors import PathNotFoundError, RunError
 from medembed.core.files import hold_lock, require_plain, sync_directory, write_atomically
 
-__all__ = ["Workplace"]
+__all__ = ["CheckpointDir"]
 
 _STATE = "state.safetensors"
 _NOTES = "notes"  # the key of the state's metadata
@@ -29,7 +29,7 @@ _LOCK = ".lock"
 Tensors = dict[str, torch.Tensor]
 
 
-class Workplace:
+class CheckpointDir:
     """The directory beside `out` in which an encoder is made.
 
     Parameters

@@ -14,9 +14,9 @@ from typing import Any
 
 from safetensors.torch import save
 
-from medembed.autoencoder.checkpoint import Workplace
+from medembed.autoencoder.checkpoint import CheckpointDir
 from medembed.autoencoder.images import TrainingImages, read_images
-from medembed.autoencoder.training import Asked, Training, mean_image_loss
+from medembed.autoencoder.training import Training, TrainingConfig, mean_image_loss
 from medembed.core.errors import DeviceMemoryError, EncoderError
 from medembed.core.files import json_bytes
 from medembed.core.system import library_versions
@@ -178,7 +178,7 @@ def train_autoencoder(
     _check_numbers(epochs, batch_size, learning_rate)
     preprocessing = preprocessing_for(size, fit)
     chosen = choose_device(device)
-    asked = Asked(
+    asked = TrainingConfig(
         architecture=Architecture(size, tuple(widths), latent_channels),
         epochs=epochs,
         batch_size=batch_size,
@@ -189,7 +189,7 @@ def train_autoencoder(
     )
     require_hashes(manifest)
     question = _question(asked, fit, manifest)
-    workplace = Workplace(target, question)
+    workplace = CheckpointDir(target, question)
     with workplace.locked():
         images = read_images(
             manifest, root, preprocessing, seed=seed, limits=limits, progress=progress, tell=tell
@@ -217,7 +217,7 @@ def _check_numbers(epochs: int, batch_size: int, learning_rate: float) -> None:
         raise EncoderError(f"--lr is {learning_rate}; it must be a positive number.")
 
 
-def _question(asked: Asked, fit: str, manifest: Manifest) -> dict[str, Any]:
+def _question(asked: TrainingConfig, fit: str, manifest: Manifest) -> dict[str, Any]:
     """Say what decides the result, under the names of the command's options."""
     architecture = asked.architecture
     return {
@@ -236,7 +236,7 @@ def _question(asked: Asked, fit: str, manifest: Manifest) -> dict[str, Any]:
 
 
 def _resume(
-    training: Training, images: TrainingImages, workplace: Workplace, tell: Tell | None
+    training: Training, images: TrainingImages, workplace: CheckpointDir, tell: Tell | None
 ) -> Training:
     """Take up what is unfinished, if it has learned from the same images."""
     kept = workplace.load()
@@ -250,9 +250,9 @@ def _resume(
 
 def _run(
     training: Training,
-    asked: Asked,
+    asked: TrainingConfig,
     images: TrainingImages,
-    workplace: Workplace,
+    workplace: CheckpointDir,
     progress: Progress | None,
     tell: Tell | None,
 ) -> None:

@@ -19,7 +19,7 @@ from medembed.encoders.devices import Lanes, is_memory_error
 from medembed.encoders.precision import arithmetic
 from medembed.encoders.preprocessing import Preprocessing, channel_levels
 
-__all__ = ["PATIENCE", "Asked", "Training", "mean_image_loss"]
+__all__ = ["PATIENCE", "Training", "TrainingConfig", "mean_image_loss"]
 
 PATIENCE = 10
 """Epochs without a lower held-out loss after which training ends."""
@@ -35,7 +35,7 @@ Work = Callable[[Tensor], Results]
 
 
 @dataclass(frozen=True)
-class Asked:
+class TrainingConfig:
     """What decides a training besides its images.
 
     Parameters
@@ -83,7 +83,9 @@ class Training:
         The model's tensors after the epoch of lowest held-out loss, on the CPU.
     """
 
-    def __init__(self, asked: Asked, images: TrainingImages, preprocessing: Preprocessing) -> None:
+    def __init__(
+        self, asked: TrainingConfig, images: TrainingImages, preprocessing: Preprocessing
+    ) -> None:
         self._asked, self._images = asked, images
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(asked.seed)

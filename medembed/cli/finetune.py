@@ -129,7 +129,7 @@ def finetune_command(
     **numbers: Any,
 ) -> None:
     """Train an encoder's last blocks with a head, at several depths, on MANIFEST."""
-    from medembed.finetuning import Recipe, finetune
+    from medembed.finetuning import Hyperparameters, finetune
     from medembed.images.load import Limits
 
     if seed + n_seeds - 1 > MAX_SEED:
@@ -148,7 +148,7 @@ def finetune_command(
             n_seeds=n_seeds,
             n_folds=n_folds,
             pool=pool,
-            recipe=Recipe(augment=not no_augment, **numbers),
+            recipe=Hyperparameters(augment=not no_augment, **numbers),
             device=device,
             precision=precision,
             fit=fit,

@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from medembed.core.errors import EncoderError
 from medembed.encoders.checkpoint_files import is_snapshot
-from medembed.encoders.delta import INTEGERS, Changes, put_in
+from medembed.encoders.delta import INTEGERS, DeltaWeights, put_in
 from medembed.encoders.fingerprint import Digest, open_tensors, read_tensor
 from medembed.encoders.poolings import Features, token_poolings
 from medembed.encoders.precision import set_precision
@@ -150,7 +150,7 @@ def load_backbone(
     revision: str | None = None,
     device: str = "cpu",
     precision: str = "fp32",
-    changes: Changes | None = None,
+    changes: DeltaWeights | None = None,
 ) -> BackboneEncoder:
     """Load a vision model of one of `BACKBONE_TYPES` through transformers, from safetensors only.
 
@@ -254,7 +254,7 @@ def _arrange(
 
 
 def _load(
-    directory: Path, config: Any, precision: str, source: str, changes: Changes | None
+    directory: Path, config: Any, precision: str, source: str, changes: DeltaWeights | None
 ) -> tuple[Any, bool]:
     """Give the model with all its weights, and whether its pooling layer is the checkpoint's."""
     weight_files(directory, "whole")
@@ -280,7 +280,7 @@ def _load(
 
 
 def _from_pretrained(
-    directory: Path, config: Any, source: str, changes: Changes | None
+    directory: Path, config: Any, source: str, changes: DeltaWeights | None
 ) -> tuple[Any, dict[str, Any]]:
     with torch.device("meta"):
         kind = type(AutoModel.from_config(config, trust_remote_code=False))
@@ -322,7 +322,7 @@ def _refuse_extra(unexpected: Any, prefix: str, source: str) -> None:
 
 
 def _fingerprint(
-    directory: Path, config: Any, prefix: str, source: str, changes: Changes | None
+    directory: Path, config: Any, prefix: str, source: str, changes: DeltaWeights | None
 ) -> str:
     digest, base = Digest(), Digest()
     known = {key: getattr(config, key) for key in _ARCHITECTURE if hasattr(config, key)}

@@ -19,7 +19,7 @@ __all__ = [
     "BASE_FILE",
     "BASE_LINK",
     "CHANGED_FILE",
-    "Base",
+    "BaseRef",
     "Origin",
     "base_of",
     "describe_base",
@@ -35,7 +35,7 @@ _FORMAT, _VERSION = "medembed-adapted-encoder", 1
 
 
 @dataclass(frozen=True)
-class Base:
+class BaseRef:
     """What `base.json` says.
 
     Attributes
@@ -75,7 +75,7 @@ class Origin:
     fingerprint: str
 
 
-def read_base(directory: Path) -> Base | None:
+def read_base(directory: Path) -> BaseRef | None:
     """Read what an adapted encoder rests on; None of any other checkpoint.
 
     Raises
@@ -113,7 +113,7 @@ def read_base(directory: Path) -> Base | None:
                 f"{directory.name} holds two encoders: {name}, and {BASE_FILE} with "
                 f"{CHANGED_FILE}. Keep one of the two."
             )
-    return Base(places[0], places[1], str(texts[0]), str(texts[1]))
+    return BaseRef(places[0], places[1], str(texts[0]), str(texts[1]))
 
 
 def base_of(ref: str | os.PathLike[str]) -> str | Path:

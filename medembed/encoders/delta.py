@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 
 from medembed.core.errors import EncoderError
-from medembed.encoders.base_ref import CHANGED_FILE, Base
+from medembed.encoders.base_ref import CHANGED_FILE, BaseRef
 from medembed.encoders.checkpoint_files import holds_file
 from medembed.encoders.fingerprint import Digest, open_tensors, read_tensor
 from medembed.encoders.torch_encoder import TorchEncoder
 from medembed.encoders.weights import weight_files
 
-__all__ = ["INTEGERS", "Changes", "find_changed", "put_in", "read_changes"]
+__all__ = ["INTEGERS", "DeltaWeights", "find_changed", "put_in", "read_changes"]
 
 INTEGERS = ("I64",)  # batch norms count their training's batches in whole numbers
 
@@ -23,7 +23,7 @@ Named = tuple[str, str, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Changes:
+class DeltaWeights:
     """Changed tensors, to be put in the place of a base's.
 
     Attributes
@@ -37,7 +37,7 @@ class Changes:
     """
 
     tensors: Mapping[str, tuple[str, torch.Tensor]]
-    base: Base
+    base: BaseRef
     source: str
 
     def over(self, stored: Iterable[Named]) -> Iterator[tuple[Named, Named]]:
@@ -90,7 +90,7 @@ class Changes:
             )
 
 
-def put_in(stored: Iterable[Named], changes: Changes | None, base: Digest) -> Iterator[Named]:
+def put_in(stored: Iterable[Named], changes: DeltaWeights | None, base: Digest) -> Iterator[Named]:
     """Put changed tensors in the place of a base's, of which the digest is taken."""
     if changes is None:
         yield from stored
@@ -100,7 +100,7 @@ def put_in(stored: Iterable[Named], changes: Changes | None, base: Digest) -> It
         yield after
 
 
-def read_changes(directory: Path, base: Base) -> Changes:
+def read_changes(directory: Path, base: BaseRef) -> DeltaWeights:
     """Read the changed tensors of the adapted encoder in `directory`.
 
     Raises
@@ -115,7 +115,7 @@ def read_changes(directory: Path, base: Base) -> Changes:
         file = open_tensors(stack, directory / CHANGED_FILE)
         names = file.keys()
         read = {name: read_tensor(file, name, source, integers=INTEGERS) for name in names}
-    return Changes(read, base, source)
+    return DeltaWeights(read, base, source)
 
 
 def find_changed(encoder: TorchEncoder) -> tuple[dict[str, torch.Tensor], bool]:

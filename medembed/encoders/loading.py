@@ -6,7 +6,7 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from medembed.core.errors import EncoderError
-from medembed.encoders.base_ref import Base, Origin, base_of, read_base
+from medembed.encoders.base_ref import BaseRef, Origin, base_of, read_base
 from medembed.encoders.checkpoint_files import CONFIG_FILE, check_config, read_json
 from medembed.encoders.hub import Checkpoint, resolve_checkpoint
 from medembed.encoders.preprocessing import Preprocessing, read_preprocessing
@@ -132,13 +132,13 @@ def adapt_encoder(
     """
     import torch
 
-    from medembed.encoders.delta import Changes
+    from medembed.encoders.delta import DeltaWeights
 
     source = origin.weights.source
     words = {torch.float32: "F32", torch.int64: "I64"}
     stored = {name: (words[tensor.dtype], tensor) for name, tensor in tensors.items()}
-    base = Base(None, None, origin.fingerprint, None)
-    known = {"source": source, "changes": Changes(stored, base, source)}
+    base = BaseRef(None, None, origin.fingerprint, None)
+    known = {"source": source, "changes": DeltaWeights(stored, base, source)}
     return _load(_read_kind(origin.weights), origin.weights, preprocessing, known)
 
 

@@ -13,7 +13,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3MultiModalProjector
 
 from medembed.core.errors import EncoderError
 from medembed.encoders.checkpoint_files import checkpoint_name, read_json
-from medembed.encoders.delta import Changes, put_in
+from medembed.encoders.delta import DeltaWeights, put_in
 from medembed.encoders.fingerprint import Digest, read_part
 from medembed.encoders.fused import fuse
 from medembed.encoders.poolings import Features, token_poolings
@@ -106,7 +106,7 @@ def load_siglip(
     device: str = "cpu",
     precision: str = "fp32",
     projector: bool = False,
-    changes: Changes | None = None,
+    changes: DeltaWeights | None = None,
 ) -> SiglipEncoder:
     """Load the vision tower of a checkpoint directory, and nothing else of it but the projector.
 

@@ -32,7 +32,7 @@ __all__ = [
     "TOLERANCE",
     "canary_pixels",
     "check_canary",
-    "lay_canary",
+    "compute_canary",
 ]
 
 CANARY_VERSION = 1
@@ -63,7 +63,7 @@ def canary_pixels(preprocessing: Preprocessing) -> np.ndarray:
     return np.stack([prepare(image, preprocessing) for image in images])
 
 
-def lay_canary(
+def compute_canary(
     encoder: Encoder, poolings: Sequence[str], spec: CacheSpec | None = None
 ) -> dict[str, Any]:
     """Embed the canaries one at a time, and give the JSON-able document that keeps the result.
@@ -112,7 +112,7 @@ def check_canary(
     Parameters
     ----------
     document : mapping
-        What `lay_canary` gave when the cache was made.
+        What `compute_canary` gave when the cache was made.
     encoder : Encoder
         This run's.
     batch_size : int

@@ -27,11 +27,11 @@ from medembed.core.system import (
 )
 from medembed.dataset.manifest import Manifest, existing_root, require_hashes
 from medembed.encoders.protocol import Encoder, PipelinedEncoder
-from medembed.extraction.canary import check_canary, lay_canary
+from medembed.extraction.canary import check_canary, compute_canary
 from medembed.extraction.decode_pool import DECODER_BYTES, Decoders
 from medembed.extraction.image_store import refuse_empty_root
 from medembed.extraction.outdated import joining, refuse_outdated
-from medembed.extraction.pipeline import Pipeline, no_room
+from medembed.extraction.pipeline import Pipeline, memory_error
 from medembed.extraction.profiling import STAGES, Timeline
 from medembed.extraction.report import ExtractionReport, describe_execution, execution_of
 from medembed.extraction.writer import WriterThread
@@ -262,7 +262,7 @@ def _open_or_make(
     laid = None
     if is_free(Path(cache_path)):
         reference = encoder.reference() if isinstance(encoder, PipelinedEncoder) else encoder
-        laid = lay_canary(reference, list(spec.poolings), spec)
+        laid = compute_canary(reference, list(spec.poolings), spec)
     return create_cache(cache_path, spec, recorded, laid, known=known_shards)
 
 
@@ -285,7 +285,7 @@ def _prove(
             )
         except DeviceMemoryError as error:
             if batch_size == 1:
-                raise no_room(encoder, error) from error
+                raise memory_error(encoder, error) from error
             batch_size //= 2
 
 

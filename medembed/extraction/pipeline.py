@@ -20,7 +20,7 @@ from medembed.extraction.profiling import Timeline
 from medembed.extraction.writer import WriterThread
 from medembed.images.load import Content, Reading
 
-__all__ = ["MAX_SUSPECTS", "Pipeline", "no_room"]
+__all__ = ["MAX_SUSPECTS", "Pipeline", "memory_error"]
 
 MAX_SUSPECTS = 8  # encoder failures in a row, before the encoder is to blame and not the images
 
@@ -227,7 +227,7 @@ class Pipeline:
 
     def _take_less(self, batch: _Batch, error: DeviceMemoryError) -> None:
         if batch.n_filled == 1:
-            raise no_room(self._encoder, error) from error
+            raise memory_error(self._encoder, error) from error
         # Batches sent before the size was halved fail too, and must not halve it again.
         self.batch_size = min(self.batch_size, batch.n_filled // 2)
 
@@ -279,7 +279,7 @@ class Pipeline:
             self._progress(n_done, self._n_total)
 
 
-def no_room(encoder: Encoder, error: DeviceMemoryError) -> EncoderError:
+def memory_error(encoder: Encoder, error: DeviceMemoryError) -> EncoderError:
     """Say that the device cannot hold a single image."""
     return EncoderError(
         f"not even one image fits the memory of {encoder.device}: {error} Rows committed before "

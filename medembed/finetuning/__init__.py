@@ -7,10 +7,10 @@ tables and its swept heads need.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from medembed.finetuning.hyperparameters import Recipe
+    from medembed.finetuning.hyperparameters import Hyperparameters
     from medembed.finetuning.job import finetune
 
-__all__ = ["Recipe", "finetune"]
+__all__ = ["Hyperparameters", "finetune"]
 
 
 def __getattr__(name: str) -> Any:

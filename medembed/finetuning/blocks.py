@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from medembed.core.errors import EncoderError, TrainingDataError
 from medembed.encoders.torch_encoder import TorchEncoder
-from medembed.finetuning.hyperparameters import Depth, Recipe
+from medembed.finetuning.hyperparameters import Depth, Hyperparameters
 
 __all__ = [
     "LORA_SHARE",
@@ -97,7 +97,7 @@ def set_modes(encoder: TorchEncoder, depth: Depth, *, training: bool) -> None:
 
 
 def parameter_groups(
-    encoder: TorchEncoder, head: nn.Module, recipe: Recipe
+    encoder: TorchEncoder, head: nn.Module, recipe: Hyperparameters
 ) -> list[dict[str, Any]]:
     """Sort all parameters that train into AdamW's groups: by rate, with decay and without.
 
@@ -231,7 +231,7 @@ def _is_trained(encoder: TorchEncoder, depth: Depth) -> Callable[[str], bool]:
 
 
 def _with_shares(
-    encoder: TorchEncoder, head: nn.Module, recipe: Recipe
+    encoder: TorchEncoder, head: nn.Module, recipe: Hyperparameters
 ) -> Iterator[tuple[str, nn.Parameter, float]]:
     """Yield every parameter that trains, with its rate as a share of the head's."""
     path, blocks = find_blocks(encoder)

@@ -16,14 +16,14 @@ from medembed.extraction import spec_of
 from medembed.finetuning.adapters import alpha_of, find_projections, require_peft
 from medembed.finetuning.blocks import count_blocks, draw_weights
 from medembed.finetuning.frozen_features import TRUNK_DTYPE, choose_cut
-from medembed.finetuning.head_init import SweptHead, read_swept_head
-from medembed.finetuning.hyperparameters import Depth, Recipe, read_depths
+from medembed.finetuning.head_init import HeadInit, read_swept_head
+from medembed.finetuning.hyperparameters import Depth, Hyperparameters, read_depths
 from medembed.images.load import DEFAULT_LIMITS, Limits
 from medembed.results.provenance import public_name
 from medembed.results.run_schema import CV_METHOD
 from medembed.results.runs import open_run
 
-__all__ = ["Asked", "Trial", "describe", "understand", "write_command"]
+__all__ = ["FineTuneConfig", "Trial", "describe", "resolve_config", "write_command"]
 
 VERSIONED = ("medembed", "numpy", "scikit-learn", "torch", "transformers")
 """Libraries whose releases decide a result."""
@@ -40,7 +40,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Asked:
+class FineTuneConfig:
     """What was asked, as it is understood."""
 
     manifest: Manifest
@@ -50,8 +50,8 @@ class Asked:
     seeds: tuple[int, ...]
     n_folds: int
     poolings: tuple[str, ...]
-    recipe: Recipe
-    swept: SweptHead | None
+    recipe: Hyperparameters
+    swept: HeadInit | None
     trunk_cache: Path | None
     trunk_dtype: str
     n_cut: int | None
@@ -70,7 +70,7 @@ class Asked:
             for i, (depth, seed) in enumerate(pairs)
         ]
 
-    def for_seed(self, seed: int) -> "Asked":
+    def for_seed(self, seed: int) -> "FineTuneConfig":
         """Return the same with the weights that training begins with: random ones from scratch."""
         if not self.recipe.from_scratch:
             return self
@@ -114,12 +114,12 @@ class Asked:
         }
 
 
-def understand(
+def resolve_config(
     manifest: Manifest,
     image_root: Path,
     unfreeze: Sequence[str | int],
     reference: str | Path,
-    recipe: Recipe,
+    recipe: Hyperparameters,
     *,
     from_run: str | Path | None,
     trunk: tuple[str | Path | None, str],
@@ -127,7 +127,7 @@ def understand(
     n_folds: int,
     pool: str | Sequence[str] | None,
     on: Mapping[str, str],
-) -> Asked:
+) -> FineTuneConfig:
     """Load the encoder, and check that what is asked of it can be done.
 
     Parameters are those of `job.finetune`; `trunk` is the trunk cache and its dtype, `on` the
@@ -168,7 +168,7 @@ def understand(
         wanted = {"encoder": encoder.fingerprint, "preprocessing": dict(spec.preprocessing)}
         swept = read_swept_head(open_run(from_run), wanted, manifest.digest())
     poolings = _choose_poolings(encoder, names, swept)
-    return Asked(
+    return FineTuneConfig(
         manifest=manifest,
         image_root=image_root,
         encoder=encoder,
@@ -195,7 +195,7 @@ def _choose_adapted(encoder: TorchEncoder, depths: Sequence[Depth], rank: int) -
     return [Depth(depth.blocks) for depth in depths]
 
 
-def _refuse_changing_trunk(recipe: Recipe) -> None:
+def _refuse_changing_trunk(recipe: Hyperparameters) -> None:
     if recipe.augment:
         raise TrainingDataError(
             "--trunk-cache keeps what comes out of the frozen blocks, computed once, and excludes "
@@ -209,7 +209,7 @@ def _refuse_changing_trunk(recipe: Recipe) -> None:
 
 
 def _choose_poolings(
-    encoder: TorchEncoder, names: tuple[str, ...], swept: SweptHead | None
+    encoder: TorchEncoder, names: tuple[str, ...], swept: HeadInit | None
 ) -> tuple[str, ...]:
     if swept is not None and names and names != swept.poolings:
         raise TrainingDataError(
@@ -229,7 +229,7 @@ def _choose_poolings(
     return chosen
 
 
-def describe(asked: Asked, command: str) -> dict[str, Any]:
+def describe(asked: FineTuneConfig, command: str) -> dict[str, Any]:
     """Return what `run.json` records beside the question."""
     encoder = asked.encoder
     libraries = (*VERSIONED, "peft") if asked.recipe.lora else VERSIONED
@@ -251,7 +251,7 @@ def describe(asked: Asked, command: str) -> dict[str, Any]:
 
 
 def write_command(
-    asked: Asked,
+    asked: FineTuneConfig,
     manifest: str,
     encoder: str,
     out: str,
@@ -273,8 +273,8 @@ def write_command(
     return shlex.join(words)
 
 
-def _recipe_words(recipe: Recipe) -> Iterator[str]:
-    usual = Recipe()
+def _recipe_words(recipe: Hyperparameters) -> Iterator[str]:
+    usual = Hyperparameters()
     flags = {"flips": "--flips", "checkpointing": "--checkpointing"}
     flags |= {"from_scratch": "--from-scratch"}
     if not recipe.augment:

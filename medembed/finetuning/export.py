@@ -20,11 +20,11 @@ from medembed.results.predictions import image_rows, prior_rows
 from medembed.results.provenance import list_left_out, summarise_data
 from medembed.results.runs import Run, utc_now
 
-__all__ = ["Ending", "finish", "load_ending"]
+__all__ = ["TrialResult", "finish", "load_ending"]
 
 
 @dataclass(frozen=True, eq=False)
-class Ending:
+class TrialResult:
     """One depth with one seed, trained or failed.
 
     Attributes
@@ -57,7 +57,7 @@ class Ending:
     probability: NDArray[np.float64] | None
 
     @classmethod
-    def of(cls, trained: Trained, encoder: str | None, known: Mapping[str, Any]) -> "Ending":
+    def of(cls, trained: Trained, encoder: str | None, known: Mapping[str, Any]) -> "TrialResult":
         """Describe a training that went well."""
         counters = trained.counters
         return cls(
@@ -72,7 +72,7 @@ class Ending:
         )
 
     @classmethod
-    def failed(cls, error: MedembedError, known: Mapping[str, Any]) -> "Ending":
+    def failed(cls, error: MedembedError, known: Mapping[str, Any]) -> "TrialResult":
         """Describe one that did not."""
         return cls(known, None, None, 0.0, describe_failure(error), None, [], None)
 
@@ -123,7 +123,7 @@ class Ending:
         }
 
 
-def load_ending(run: Run, key: str, rows: TrainRows) -> Ending | None:
+def load_ending(run: Run, key: str, rows: TrainRows) -> TrialResult | None:
     """Read how the trial of this key ended; None where it is to be trained, or trained again."""
     records = [record for record in run.trial_records() if record.get("key") == key]
     if not records:
@@ -143,7 +143,7 @@ def load_ending(run: Run, key: str, rows: TrainRows) -> Ending | None:
     names = ("head", "depth", "seed", "key", "pooling", "params")
     known = {"number": record["trial"], **{name: record[name] for name in names}}
     known |= {name: record.get(name) for name in ("lora", "trainable")}  # not in older runs
-    return Ending(
+    return TrialResult(
         known=known,
         score=record["score"],
         best_epoch=record["best_epoch"],
@@ -159,7 +159,7 @@ def finish(
     run: Run,
     manifest: Manifest,
     rows: TrainRows,
-    endings: Sequence[Ending],
+    endings: Sequence[TrialResult],
     build: dict[str, Any] | None = None,
     points: Sequence[ThresholdRule] = (),
 ) -> None:

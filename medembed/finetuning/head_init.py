@@ -20,14 +20,14 @@ from medembed.results.runs import Run
 if TYPE_CHECKING:
     from medembed.heads.base import Head
 
-__all__ = ["SweptHead", "draw_start", "fit_start", "read_swept_head"]
+__all__ = ["HeadInit", "init_from_sweep", "init_random", "read_swept_head"]
 
 SUITABLE = ("mlp", "logistic")
 """Heads that gradients pass through."""
 
 
 @dataclass(frozen=True)
-class SweptHead:
+class HeadInit:
     """The best suitable head of a sweep: what it is, not what it has learnt.
 
     A sweep's packaged head has seen the patients that fine-tuning holds out, so its weights are
@@ -57,7 +57,7 @@ class SweptHead:
         return {"head": self.head, "params": params, "budget": self.budget}
 
 
-def read_swept_head(run: Run, spec: Mapping[str, Any], manifest: str) -> SweptHead:
+def read_swept_head(run: Run, spec: Mapping[str, Any], manifest: str) -> HeadInit:
     """Read the best MLP or logistic head of a sweep.
 
     Parameters
@@ -92,11 +92,11 @@ def read_swept_head(run: Run, spec: Mapping[str, Any], manifest: str) -> SweptHe
     params = model.head.get_params()
     _refuse_unsuitable(run, names[0], params, model.card)
     pooling = str(model.card["pooling"])
-    return SweptHead(names[0], params, model.head.best_epoch_, tuple(pooling.split("+")))
+    return HeadInit(names[0], params, model.head.best_epoch_, tuple(pooling.split("+")))
 
 
-def fit_start(
-    swept: SweptHead, X: np.ndarray, y: np.ndarray, fitted: np.ndarray, seed: int
+def init_from_sweep(
+    swept: HeadInit, X: np.ndarray, y: np.ndarray, fitted: np.ndarray, seed: int
 ) -> Start:
     """Learn a swept head's weights on the frozen embeddings of the rows that are trained on.
 
@@ -130,7 +130,7 @@ def fit_start(
     return Start(projection.mean, projection.scale, tuple(weights), tuple(biases), params)
 
 
-def draw_start(
+def init_random(
     X: np.ndarray, fitted: np.ndarray, seed: int, hidden: Sequence[int] = (256,)
 ) -> Start:
     """Draw a fresh head: hidden layers, each weight and bias uniform within 1 / sqrt(columns in).

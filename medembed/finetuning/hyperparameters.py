@@ -7,14 +7,14 @@ from typing import Any
 
 from medembed.core.errors import TrainingDataError
 
-__all__ = ["ALL", "Depth", "Recipe", "read_depths"]
+__all__ = ["ALL", "Depth", "Hyperparameters", "read_depths"]
 
 ALL = "all"
 """What a user writes for every block, and the patch and position embeddings below them."""
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Hyperparameters:
     """The hyperparameters of fine-tuning.
 
     Attributes

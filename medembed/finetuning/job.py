@@ -21,17 +21,23 @@ from medembed.dataset.manifest import Manifest, read_manifest
 from medembed.evaluation.thresholds import ThresholdRule, parse_rules
 from medembed.extraction.image_store import refuse_empty_root
 from medembed.finetuning.adapting import adapt, save_adapted
-from medembed.finetuning.config import Asked, Trial, describe, understand, write_command
+from medembed.finetuning.config import (
+    FineTuneConfig,
+    Trial,
+    describe,
+    resolve_config,
+    write_command,
+)
 from medembed.finetuning.data_split import TrainRows, choose_rows
-from medembed.finetuning.export import Ending, finish, load_ending
+from medembed.finetuning.export import TrialResult, finish, load_ending
 from medembed.finetuning.frozen_features import (
     TRUNK_DTYPE,
     TokenImages,
     fill_trunk_cache,
     make_trunk,
 )
-from medembed.finetuning.head_init import draw_start, fit_start
-from medembed.finetuning.hyperparameters import Depth, Recipe
+from medembed.finetuning.head_init import init_from_sweep, init_random
+from medembed.finetuning.hyperparameters import Depth, Hyperparameters
 from medembed.finetuning.image_store import Images, VectorImages, compute_rows, read_images
 from medembed.finetuning.network import Network, blank_start
 from medembed.finetuning.packaged import package
@@ -59,7 +65,7 @@ def finetune(
     n_seeds: int = 1,
     n_folds: int = 5,
     pool: str | Sequence[str] | None = None,
-    recipe: Recipe | None = None,
+    recipe: Hyperparameters | None = None,
     device: str = "auto",
     precision: str = "auto",
     fit: str = "stretch",
@@ -146,12 +152,12 @@ def finetune(
     table = manifest if isinstance(manifest, Manifest) else read_manifest(manifest)
     rows = choose_rows(table, n_folds, seed)
     refuse_empty_root(Path(image_root), rows.rows["image"], len(rows), "to train on")
-    asked = understand(
+    asked = resolve_config(
         table,
         Path(image_root),
         unfreeze.split(",") if isinstance(unfreeze, str) else unfreeze,
         encoder,
-        recipe or Recipe(),
+        recipe or Hyperparameters(),
         from_run=from_run,
         trunk=(trunk_cache, trunk_dtype),
         seeds=tuple(range(seed, seed + n_seeds)),
@@ -171,7 +177,9 @@ def finetune(
     return {"run": str(out), "leaderboard": run.info["leaderboard"]}
 
 
-def _train_all(run: Run, asked: Asked, rows: TrainRows, progress: Progress, tell: Tell) -> None:
+def _train_all(
+    run: Run, asked: FineTuneConfig, rows: TrainRows, progress: Progress, tell: Tell
+) -> None:
     """Train what the ledger lacks, and finish the run."""
     images, rows = _open_images(run, asked, rows, progress, tell)
     shared = json_digest([asked.question(), rows.rows["sha256"].tolist()])
@@ -193,7 +201,7 @@ def _train_all(run: Run, asked: Asked, rows: TrainRows, progress: Progress, tell
 
 
 def _open_images(
-    run: Run, asked: Asked, rows: TrainRows, progress: Progress, tell: Tell
+    run: Run, asked: FineTuneConfig, rows: TrainRows, progress: Progress, tell: Tell
 ) -> tuple[Images, TrainRows]:
     """Decode the images, or fill the trunk cache; leave out what fails."""
     if asked.n_cut is not None and asked.trunk_cache is not None:
@@ -226,7 +234,7 @@ def _open_images(
 
 
 def _embed(
-    asked: Asked, images: Images, rows: TrainRows, progress: Progress, tell: Tell
+    asked: FineTuneConfig, images: Images, rows: TrainRows, progress: Progress, tell: Tell
 ) -> np.ndarray:
     """Give the pooled vectors of all rows before any training, float32 (n, d)."""
     tell("Embedding")
@@ -252,7 +260,7 @@ def _embed(
 
 def _train(
     run: Run,
-    asked: Asked,
+    asked: FineTuneConfig,
     rows: TrainRows,
     images: Images,
     X: np.ndarray,
@@ -260,7 +268,7 @@ def _train(
     key: str,
     progress: Progress,
     tell: Tell,
-) -> Ending:
+) -> TrialResult:
     """Train one depth with one seed; what goes wrong becomes its ending."""
     name, depth, seed = trial.head, trial.depth, trial.seed
     known = {"number": trial.number, "head": name, "depth": depth.blocks, "seed": seed, "key": key}
@@ -270,9 +278,9 @@ def _train(
     try:
         tell(name)
         if asked.swept is not None:
-            start = fit_start(asked.swept, X, rows.y, rows.fitted, seed)
+            start = init_from_sweep(asked.swept, X, rows.y, rows.fitted, seed)
         else:
-            start = draw_start(X, rows.fitted, seed)
+            start = init_random(X, rows.fitted, seed)
         # What only the head learns from does not change, unless its images do.
         is_fixed = not depth.blocks and not asked.recipe.augment
         own = VectorImages(X) if is_fixed else images
@@ -294,8 +302,8 @@ def _train(
             asked.points,
         )
         path.unlink(missing_ok=True)
-        ending = Ending.of(trained, fingerprint, known)
+        ending = TrialResult.of(trained, fingerprint, known)
     except (TrainingDataError, DeviceMemoryError) as error:
-        ending = Ending.failed(error, known)
+        ending = TrialResult.failed(error, known)
     ending.write(run)
     return ending

@@ -14,7 +14,7 @@ from medembed.encoders.precision import arithmetic
 from medembed.encoders.torch_encoder import TorchEncoder
 from medembed.finetuning.adapters import add_adapters, merge_adapters
 from medembed.finetuning.blocks import keep_top, recompute, set_modes, unfreeze
-from medembed.finetuning.hyperparameters import Depth, Recipe
+from medembed.finetuning.hyperparameters import Depth, Hyperparameters
 
 __all__ = ["HeadNet", "Network", "Start", "blank_start"]
 
@@ -104,7 +104,7 @@ class Network(nn.Module):
         self,
         encoder: TorchEncoder,
         depth: Depth,
-        recipe: Recipe,
+        recipe: Hyperparameters,
         poolings: Sequence[str],
         start: Start,
         n_cut: int | None = None,

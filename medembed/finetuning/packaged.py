@@ -55,7 +55,7 @@ def package(
     encoder : TorchEncoder
         Whose embeddings it reads, and `fingerprint` if training has changed it.
     known : mapping
-        See `finishing.Ending`.
+        See `finishing.TrialResult`.
     vectors : float32 array of shape (n, d), optional
         What the head reads of all rows, where that is known: the model then keeps statistics of
         the training rows, which `evaluate` measures drift from.

@@ -21,7 +21,7 @@ from medembed.encoders.devices import free_memory, is_memory_error
 from medembed.finetuning.blocks import parameter_groups
 from medembed.finetuning.checkpoint import Counters, State, read_state, write_state
 from medembed.finetuning.data_split import TrainRows
-from medembed.finetuning.hyperparameters import Recipe
+from medembed.finetuning.hyperparameters import Hyperparameters
 from medembed.finetuning.image_store import Images, PixelImages, compute_rows, take_ahead
 from medembed.finetuning.network import Network
 from medembed.heads.base import row_weights
@@ -279,7 +279,7 @@ class Trainer:
 
 
 @contextmanager
-def explaining_memory(name: str, recipe: Recipe) -> Iterator[None]:
+def explaining_memory(name: str, recipe: Hyperparameters) -> Iterator[None]:
     """Turn any error of a full memory into DeviceMemoryError, with the way out."""
     try:
         yield

@@ -19,7 +19,7 @@ from medembed.heads.losses import row_weights_of
 from medembed.heads.mlp_network import JointStep, Masks, Member, Net
 from medembed.heads.scaling import Projection
 
-__all__ = ["PRECISIONS", "Cohort", "Rows", "resolve_precision"]
+__all__ = ["PRECISIONS", "BatchedMLP", "Rows", "resolve_precision"]
 
 PRECISIONS = ("fp32", "bf16", "auto")
 
@@ -51,7 +51,7 @@ class Rows:
         return len(self.y)
 
 
-class Cohort:
+class BatchedMLP:
     """Train members on the same rows, in the same order, batch by batch.
 
     Parameters

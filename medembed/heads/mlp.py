@@ -10,7 +10,7 @@ from sklearn.utils import check_random_state
 
 from medembed.core.errors import TrainingDataError
 from medembed.heads.base import ClassWeight, Head, arrays_of, is_count, row_weights
-from medembed.heads.batched_mlp import PRECISIONS, Cohort, Rows, resolve_precision
+from medembed.heads.batched_mlp import PRECISIONS, BatchedMLP, Rows, resolve_precision
 from medembed.heads.mlp_network import ACTIVATIONS, Member, Net
 from medembed.heads.scaling import SCALINGS, Projection, Projector
 
@@ -240,7 +240,7 @@ def gather(
     held: Rows | None,
     projector: Projector,
     nets: Sequence[Net] | None = None,
-) -> Cohort:
+) -> BatchedMLP:
     """Return a cohort that trains these heads on `rows`, judged on `held`.
 
     All share the first one's `random_state`, `batch_size` and `precision`; TrainingDataError where
@@ -260,7 +260,7 @@ def gather(
         )
         for head in heads
     }
-    return Cohort(
+    return BatchedMLP(
         [head.as_member(rows.y) for head in heads],
         rows,
         projections,

@@ -12,7 +12,7 @@ from medembed.core.errors import CacheError, ModelError
 from medembed.heads.packaging import Model
 from medembed.results.model_card import Card
 
-__all__ = ["ALPHA", "Scored", "check_spec", "judge", "raw_scores", "score_rows", "spec_of_card"]
+__all__ = ["ALPHA", "Scored", "check_spec", "decide", "raw_scores", "score_rows", "spec_of_card"]
 
 ALPHA = 0.1
 """The share of studies whose prediction set may miss the truth, unless asked otherwise."""
@@ -94,8 +94,8 @@ def score_rows(
     images, of_studies = raw_scores(model, card, X, studies)
     names, first, counts = np.unique(studies, return_index=True, return_counts=True)
     known = pd.DataFrame({"study": names, "n_views": counts, "region": np.asarray(regions)[first]})
-    answers = judge(card, of_studies, np.asarray(regions)[first], alpha).table()
-    return judge(card, images, np.asarray(regions), alpha).table(), known.join(answers)
+    answers = decide(card, of_studies, np.asarray(regions)[first], alpha).table()
+    return decide(card, images, np.asarray(regions), alpha).table(), known.join(answers)
 
 
 def raw_scores(
@@ -135,7 +135,7 @@ def raw_scores(
     return images, np.bincount(codes, weights=images) / np.bincount(codes)
 
 
-def judge(
+def decide(
     card: Card,
     raw: np.ndarray,
     regions: np.ndarray,

@@ -10,7 +10,7 @@ import pandas as pd
 from medembed.core.errors import MedembedError
 from medembed.evaluation.calibration import Calibration
 from medembed.heads.packaging import read_document
-from medembed.results.alignment import Contender, align_runs
+from medembed.results.alignment import ScoredHead, align_runs
 from medembed.results.decisions import write_points
 from medembed.results.model_card import Card, require_winner
 from medembed.results.runs import Run, open_run
@@ -91,7 +91,7 @@ def _trained(run: Run) -> pd.DataFrame:
     return rows[is_trained].groupby(["region", "label"], sort=True).size().reset_index(name="n")
 
 
-def _decisions(contender: Contender) -> dict[str, Any]:
+def _decisions(contender: ScoredHead) -> dict[str, Any]:
     known = {
         name: calibration.as_dict()
         for name, calibration in contender.calibrations.items()

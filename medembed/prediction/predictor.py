@@ -14,7 +14,7 @@ from medembed.images.load import DEFAULT_LIMITS, Limits
 from medembed.prediction.decisions import ALPHA
 from medembed.prediction.encode import CachedRows, Embedder
 from medembed.prediction.inputs import Requests, ask_images, ask_manifest
-from medembed.prediction.rows import Draw, Job, answer
+from medembed.prediction.rows import Draw, PredictionJob, predict_rows
 from medembed.results.model_card import Card, read_card
 
 __all__ = ["Predictor"]
@@ -223,7 +223,7 @@ class Predictor:
     def _answer(
         self, requests: Requests, explain: str | os.PathLike[str] | None
     ) -> Generator[dict[str, Any]]:
-        job = Job(
+        job = PredictionJob(
             self.model,
             self.card,
             self.embedder,
@@ -233,7 +233,7 @@ class Predictor:
             draw=None if explain is None else self._open_directory(Path(explain)),
             tell=self.tell,
         )
-        yield from answer(requests, job)
+        yield from predict_rows(requests, job)
 
     def _open_directory(self, directory: Path) -> Draw:
         from medembed.prediction.pictures import Pictures  # torch

@@ -14,14 +14,14 @@ from medembed.evaluation.drift.remoteness import measure_remoteness
 from medembed.evaluation.thresholds import OperatingPoint
 from medembed.extraction.image_store import refuse_empty_root
 from medembed.heads.packaging import Model
-from medembed.prediction.decisions import Scored, judge
+from medembed.prediction.decisions import Scored, decide
 from medembed.prediction.encode import CachedRows, Embedder
 from medembed.prediction.inputs import Requests
 from medembed.prediction.reading import Encoded, File, encode_files
 from medembed.results.model_card import Card
 from medembed.results.predictions import image_code
 
-__all__ = ["CLASSES", "Draw", "Job", "answer"]
+__all__ = ["CLASSES", "Draw", "PredictionJob", "predict_rows"]
 
 CLASSES = ("normal", "abnormal")
 WINDOW = 4096
@@ -42,7 +42,7 @@ class Draw(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Job:
+class PredictionJob:
     """A model, and where it finds embeddings.
 
     Attributes
@@ -50,7 +50,7 @@ class Job:
     cached : CachedRows or None
         Asked before the encoder is; not where images are explained, which takes their tokens.
     alpha : float
-        See `scoring.judge`.
+        See `scoring.decide`.
     point : OperatingPoint, optional
         That decides; the card's Youden's by default.
     draw : Draw, optional
@@ -78,7 +78,7 @@ class _Plan:
     files: list[File]
 
 
-def answer(requests: Requests, job: Job) -> Iterator[dict[str, Any]]:
+def predict_rows(requests: Requests, job: PredictionJob) -> Iterator[dict[str, Any]]:
     """Yield a row per image, in the order of the requests, and per study after its last view.
 
     Rows are as `Predictor.predict_images` describes them.
@@ -112,7 +112,7 @@ def answer(requests: Requests, job: Job) -> Iterator[dict[str, Any]]:
             yield from answers.give(ready)
 
 
-def _make_plan(requests: Requests, job: Job) -> _Plan:
+def _make_plan(requests: Requests, job: PredictionJob) -> _Plan:
     errors = dict(requests.errors)
     cached = np.zeros(len(requests), bool)
     if job.cached is not None and job.draw is None:
@@ -131,7 +131,7 @@ def _make_plan(requests: Requests, job: Job) -> _Plan:
 
 def _find_files(
     requests: Requests,
-    job: Job,
+    job: PredictionJob,
     missing: Sequence[int],
     errors: dict[int, str],
     *,
@@ -173,14 +173,16 @@ def _resolve(requests: Requests, missing: Sequence[int], errors: dict[int, str])
             errors[number] = str(error)
 
 
-def _read_cached(requests: Requests, job: Job, numbers: np.ndarray) -> dict[int, np.ndarray]:
+def _read_cached(
+    requests: Requests, job: PredictionJob, numbers: np.ndarray
+) -> dict[int, np.ndarray]:
     if job.cached is None or not len(numbers):
         return {}
     X = job.cached.read([requests.digests[number] for number in numbers])
     return dict(zip(numbers.tolist(), X, strict=True))
 
 
-def _say(job: Job, words: str) -> None:
+def _say(job: PredictionJob, words: str) -> None:
     if job.tell:
         job.tell(words)
 
@@ -200,7 +202,7 @@ class _Study:
 class _Answers:
     """Makes rows of what is ready, and keeps the views of studies that are not."""
 
-    def __init__(self, requests: Requests, job: Job) -> None:
+    def __init__(self, requests: Requests, job: PredictionJob) -> None:
         self._requests, self._job = requests, job
         self._point = job.card.point() if job.point is None else job.point
         self._trained = job.card.training_images
@@ -232,7 +234,7 @@ class _Answers:
         return raw, self._decide(raw, np.array(regions, object))
 
     def _decide(self, raw: np.ndarray, regions: np.ndarray) -> Scored:
-        return judge(self._job.card, raw, regions, self._job.alpha, self._point.threshold)
+        return decide(self._job.card, raw, regions, self._job.alpha, self._point.threshold)
 
     def _place(self, answered: Sequence[Encoded]) -> list[dict[str, Any]]:
         """Tell of each image how far it lies from those of training."""

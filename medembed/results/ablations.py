@@ -8,7 +8,7 @@ from typing import Any
 
 from medembed.evaluation.intervals import plain
 from medembed.evaluation.seed_variance import seed_spread
-from medembed.results.alignment import Contender, TestSet
+from medembed.results.alignment import ScoredHead, TestSet
 from medembed.results.runs import Run
 
 __all__ = ["find_depths", "find_efficiency", "find_seeds"]
@@ -32,7 +32,7 @@ def find_seeds(
         patients, its mean over seeds). Empty where every head has one seed.
     """
     asked = dict(zip(test_set.dropped, runs, strict=True))
-    groups: dict[tuple[str, str], list[Contender]] = {}
+    groups: dict[tuple[str, str], list[ScoredHead]] = {}
     for contender in test_set.contenders:
         if not contender.is_baseline:
             question = _without_seed(asked[contender.run], contender)
@@ -121,13 +121,13 @@ def _series(
     ]
 
 
-def _without_seed(run: Run, contender: Contender) -> str:
+def _without_seed(run: Run, contender: ScoredHead) -> str:
     asked = {name: value for name, value in run.info["asked"].items() if name != "seed"}
     return json.dumps([asked, contender.depth], sort_keys=True)
 
 
 def _spread(
-    test_set: TestSet, own: Sequence[Contender], score: str, n_resamples: int, seed: int
+    test_set: TestSet, own: Sequence[ScoredHead], score: str, n_resamples: int, seed: int
 ) -> dict[str, float]:
     found = seed_spread(
         test_set.y,

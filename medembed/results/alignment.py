@@ -21,13 +21,13 @@ from medembed.results.decisions import SENSITIVITY, Decisions, fit_decisions, re
 from medembed.results.predictions import PRIORS
 from medembed.results.runs import Run
 
-__all__ = ["LEVELS", "SENSITIVITY", "Contender", "TestSet", "align_runs"]
+__all__ = ["LEVELS", "SENSITIVITY", "ScoredHead", "TestSet", "align_runs"]
 
 LEVELS = ("study", "image")
 
 
 @dataclass(frozen=True)
-class Contender:
+class ScoredHead:
     """One head of one run, as it competes on the common test rows.
 
     Attributes
@@ -101,7 +101,7 @@ class TestSet:
     units : DataFrame
         Columns patient (int), region (str), label (0 or 1), n_views (views of the study), images
         (the SHA-256 of each image, joined by spaces).
-    contenders : list of Contender
+    contenders : list of ScoredHead
         All heads of all runs, in the order given.
     dropped : dict of str to int
         For each run, how many of its own labelled test rows fell out.
@@ -113,7 +113,7 @@ class TestSet:
 
     level: str
     units: pd.DataFrame
-    contenders: list[Contender]
+    contenders: list[ScoredHead]
     dropped: dict[str, int]
     rules: tuple[ThresholdRule, ...] = SHOWN
 
@@ -163,7 +163,7 @@ def align_runs(
 
 def _read_heads(
     run: Run, name: str, level: str, rules: Sequence[ThresholdRule]
-) -> list[tuple[Contender, pd.DataFrame]]:
+) -> list[tuple[ScoredHead, pd.DataFrame]]:
     predictions = run.predictions()
     labelled = predictions[predictions["label"].notna()]
     labelled = labelled.astype({"label": "int8"})
@@ -212,7 +212,7 @@ def _contender(
     given: tuple[float, int],
     decisions: Decisions,
     test: pd.DataFrame,
-) -> Contender:
+) -> ScoredHead:
     raw = test["probability"].to_numpy(np.float64)
     copied = (
         "pooling",
@@ -225,7 +225,7 @@ def _contender(
         "depth",
         "seed",
     )
-    return Contender(
+    return ScoredHead(
         run=run,
         head=head,
         is_baseline=head in PRIORS,
@@ -242,7 +242,7 @@ def _contender(
     )
 
 
-def _on_rows(contender: Contender, table: pd.DataFrame, keys: pd.Index) -> Contender:
+def _on_rows(contender: ScoredHead, table: pd.DataFrame, keys: pd.Index) -> ScoredHead:
     order = table.index.get_indexer(keys)
     raw, probability = contender.raw[order], contender.probability[order]
     return replace(contender, raw=raw, probability=probability)

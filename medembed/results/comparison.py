@@ -23,7 +23,7 @@ from medembed.evaluation.reliability import reliability
 from medembed.evaluation.scores import DECISION_SCORES
 from medembed.evaluation.thresholds import ThresholdRule, parse_rules
 from medembed.results.ablations import find_depths, find_efficiency, find_seeds
-from medembed.results.alignment import SENSITIVITY, Contender, TestSet, align_runs
+from medembed.results.alignment import SENSITIVITY, ScoredHead, TestSet, align_runs
 from medembed.results.deferral import find_deferrals
 from medembed.results.flow import describe_flow
 from medembed.results.margins import check_margin, describe_margins, find_non_inferior
@@ -222,7 +222,7 @@ def score_run(run: Run, **asked: Any) -> dict[str, Any]:
 
 def _row(
     test_set: TestSet,
-    contender: Contender,
+    contender: ScoredHead,
     n_resamples: int,
     seed: int,
     prevalence: float | None,
@@ -266,7 +266,7 @@ def _row(
 
 
 def _at_sensitivity_and_calibrations(
-    test_set: TestSet, contender: Contender, n_resamples: int, seed: int
+    test_set: TestSet, contender: ScoredHead, n_resamples: int, seed: int
 ) -> dict[str, Any]:
     """Score decisions at the third threshold, and the probabilities of every calibration."""
     y, patients, cut = test_set.y, test_set.patients, contender.sensitive_threshold
@@ -297,7 +297,7 @@ def _at_sensitivity_and_calibrations(
     }
 
 
-def _fit(scores: dict[str, Any], test_set: TestSet, contender: Contender) -> dict[str, Any]:
+def _fit(scores: dict[str, Any], test_set: TestSet, contender: ScoredHead) -> dict[str, Any]:
     """Return how calibrated probabilities fit, what leads first."""
     line = _line(test_set.y, contender.probability, test_set.patients)
     return {"brier": scores["brier"], **plain(line), "ece": scores["ece"]}

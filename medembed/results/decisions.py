@@ -44,7 +44,7 @@ SENSITIVITY = 0.9
 
 
 class Decisions(NamedTuple):
-    """Calibrations and thresholds of one head; see `alignment.Contender`.
+    """Calibrations and thresholds of one head; see `alignment.ScoredHead`.
 
     `calibration` is the one in use, of `calibrations` by name; `threshold` is Youden's,
     `sensitive_threshold` that of `SENSITIVITY`, None where it is not known; `points` are operating

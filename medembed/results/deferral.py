@@ -9,7 +9,7 @@ from medembed.core.errors import ModelError, RunError
 from medembed.evaluation.conformal import Conformal
 from medembed.evaluation.intervals import plain
 from medembed.evaluation.selective import deferral_curve, estimate_deferral
-from medembed.results.alignment import Contender, TestSet
+from medembed.results.alignment import ScoredHead, TestSet
 from medembed.results.runs import Run
 
 __all__ = ["NOMINAL", "find_deferrals"]
@@ -64,7 +64,7 @@ def find_deferrals(runs: Sequence[Run], test_set: TestSet) -> dict[tuple[str, st
     return found
 
 
-def _measure(conformal: Conformal, contender: Contender, test_set: TestSet) -> dict[str, Any]:
+def _measure(conformal: Conformal, contender: ScoredHead, test_set: TestSet) -> dict[str, Any]:
     p_values = conformal.p_values(contender.raw, test_set.units["region"].to_numpy())
     alphas = [round(1 - nominal, 6) for nominal in NOMINAL]
     levels = estimate_deferral(test_set.y, p_values, test_set.patients, alphas)
@@ -102,7 +102,7 @@ def _measure_regions(
     return found
 
 
-def _find_conformal(run: Run, contender: Contender) -> tuple[Conformal | None, str]:
+def _find_conformal(run: Run, contender: ScoredHead) -> tuple[Conformal | None, str]:
     """Return a head's conformal scores, or why there are none."""
     if contender.is_baseline:
         return None, PRIOR

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medembed.results.alignment import Contender, TestSet
+from medembed.results.alignment import ScoredHead, TestSet
 from medembed.results.runs import Run
 
 __all__ = ["count_left_out", "describe_repeats", "drop_repeats", "mark_repeats"]
 
 
-def drop_repeats(runs: Sequence[Run], test_set: TestSet) -> tuple[list[Contender], dict[str, str]]:
+def drop_repeats(runs: Sequence[Run], test_set: TestSet) -> tuple[list[ScoredHead], dict[str, str]]:
     """Return the contenders with each prior once, and whose priors stand for another run's.
 
     A run's trained heads are all kept, also where another directory holds the same run.
@@ -24,7 +24,7 @@ def drop_repeats(runs: Sequence[Run], test_set: TestSet) -> tuple[list[Contender
 
     Returns
     -------
-    contenders : list of Contender
+    contenders : list of ScoredHead
         In the order given.
     priors_of : dict of str to str
         For each run that loses all of its priors, the run that keeps the first of them.
@@ -33,7 +33,7 @@ def drop_repeats(runs: Sequence[Run], test_set: TestSet) -> tuple[list[Contender
         name: run.info["asked"].get("manifest")
         for run, name in zip(runs, test_set.dropped, strict=True)
     }
-    kept: list[Contender] = []
+    kept: list[ScoredHead] = []
     first_of: dict[tuple[str, str], str] = {}
     for own in test_set.contenders:
         first = next((other for other in kept if _is_same(own, other, manifests)), None)
@@ -121,7 +121,7 @@ def _find_copies(test_set: TestSet) -> dict[str, str]:
     return found
 
 
-def _is_same(a: Contender, b: Contender, manifests: Mapping[str, Any]) -> bool:
+def _is_same(a: ScoredHead, b: ScoredHead, manifests: Mapping[str, Any]) -> bool:
     return (
         a.is_baseline
         and (a.head, a.train_fraction) == (b.head, b.train_fraction)

@@ -6,7 +6,7 @@ from typing import Any
 from medembed.evaluation.delong import auroc_differences
 from medembed.evaluation.intervals import holm, paired_differences, plain
 from medembed.evaluation.paired import bootstrap_p, mcnemar
-from medembed.results.alignment import Contender, TestSet
+from medembed.results.alignment import ScoredHead, TestSet
 
 __all__ = ["SIGNIFICANCE", "pair_rows", "row_name", "versus_best"]
 
@@ -77,6 +77,6 @@ def row_name(row: dict[str, Any], *, several: bool) -> str:
     return f"{row['run']}/{row['head']}" if several else str(row["head"])
 
 
-def _mcnemar(test_set: TestSet, a: Contender, b: Contender) -> dict[str, Any]:
+def _mcnemar(test_set: TestSet, a: ScoredHead, b: ScoredHead) -> dict[str, Any]:
     found = mcnemar(test_set.y, a.probability >= a.threshold, b.probability >= b.threshold)
     return {"only_a": found.only_a, "only_b": found.only_b, "p": found.p}

@@ -21,7 +21,7 @@ from medembed.dataset.bands import (
 from medembed.dataset.manifest import Manifest, require_hashes
 from medembed.evaluation.gaps import MOST_PAIRED, Gap, find_gaps, score_groups
 from medembed.evaluation.intervals import plain
-from medembed.results.alignment import Contender, TestSet
+from medembed.results.alignment import ScoredHead, TestSet
 from medembed.results.runs import Run
 from medembed.results.significance import SIGNIFICANCE, row_name
 
@@ -238,13 +238,13 @@ def _name(places: Sequence[set[str]]) -> str:
     return str(*found) if len(found) == 1 else SEVERAL
 
 
-def _score(test_set: TestSet, contender: Contender, members: dict[str, np.ndarray]) -> Any:
+def _score(test_set: TestSet, contender: ScoredHead, members: dict[str, np.ndarray]) -> Any:
     return score_groups(
         test_set.y, contender.probability, contender.threshold, test_set.patients, members
     )
 
 
-def _score_others(test_set: TestSet, contender: Contender, own: Groups) -> Any:
+def _score_others(test_set: TestSet, contender: ScoredHead, own: Groups) -> Any:
     """Score, for each group, the rows of all other groups together, where gaps want that."""
     if len(own.order) <= MOST_PAIRED:
         return {}

@@ -22,14 +22,14 @@ from medembed.sweeps.plan import Batch, Pooling
 from medembed.sweeps.search_space import HeadSpace
 from medembed.sweeps.training import Training
 
-__all__ = ["VERSIONED", "Asked", "SweepRows", "list_poolings"]
+__all__ = ["VERSIONED", "SweepConfig", "SweepRows", "list_poolings"]
 
 VERSIONED = ("medembed", "numpy", "scikit-learn", "torch", "lightgbm")
 """Libraries whose releases decide a trial's result."""
 
 
 @dataclass(frozen=True)
-class Asked:
+class SweepConfig:
     """What was asked, as it is understood."""
 
     cache: Cache
@@ -60,7 +60,7 @@ class SweepRows:
     encoder : CovariateEncoder, optional
     """
 
-    asked: Asked
+    asked: SweepConfig
     poolings: Sequence[Pooling]
     row_folds: NDArray[np.int64] = field(init=False)
     row_inner: NDArray[np.bool_] = field(init=False)

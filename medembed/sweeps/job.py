@@ -30,7 +30,7 @@ from medembed.results.provenance import (
 )
 from medembed.results.run_schema import CV_METHOD
 from medembed.results.runs import Run, create_run
-from medembed.sweeps.data import VERSIONED, Asked, SweepRows, list_poolings
+from medembed.sweeps.data import VERSIONED, SweepConfig, SweepRows, list_poolings
 from medembed.sweeps.finalize import finish
 from medembed.sweeps.plan import plan_batches
 from medembed.sweeps.pool import BACKENDS, choose_jobs
@@ -132,7 +132,7 @@ def sweep(
         `out` answers another question or is not a run, or every head failed.
     """
     _check_options(heads, n_configs, n_folds, metric, jobs, backend)
-    asked = Asked(
+    asked = SweepConfig(
         cache=cache if isinstance(cache, Cache) else open_cache(cache),
         manifest=manifest if isinstance(manifest, Manifest) else read_manifest(manifest),
         heads=list(dict.fromkeys([*heads, FLOOR])),
@@ -234,7 +234,7 @@ def _command(
     out: str | Path,
     pool: str | Sequence[str] | None,
     space: str | Path | None,
-    asked: Asked,
+    asked: SweepConfig,
 ) -> str:
     """Write the command that asks this sweep again."""
     words = ["medembed", "sweep", public_name(cache.path if isinstance(cache, Cache) else cache)]

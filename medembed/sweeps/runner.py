@@ -13,7 +13,7 @@ from medembed.results.runs import Run
 from medembed.sweeps.plan import Batch, Trial
 from medembed.sweeps.pool import Died, Pool
 from medembed.sweeps.training import (
-    Outcome,
+    FoldResult,
     Training,
     Unit,
     learn_basis,
@@ -74,7 +74,7 @@ class Ledger:
             return False
         return record["status"] in ("ok", RETIRED) or is_final(record["error"])
 
-    def write(self, trial: Trial, fold: int, outcome: Outcome, status: str) -> None:
+    def write(self, trial: Trial, fold: int, outcome: FoldResult, status: str) -> None:
         """Write down how a trial ended on a fold, unless that is known."""
         key = trial.keys[fold]
         if key in self.done:
@@ -198,9 +198,9 @@ def _write_all(
         ledger.write(batch.trials[i], fold, outcome, "error" if outcome.error else "ok")
 
 
-def _alive_or_dead(outcomes: Any, n: int) -> list[Outcome]:
+def _alive_or_dead(outcomes: Any, n: int) -> list[FoldResult]:
     if isinstance(outcomes, Died):
-        return [Outcome(None, None, 0.0, error=outcomes.reason)] * n
+        return [FoldResult(None, None, 0.0, error=outcomes.reason)] * n
     return list(outcomes)
 
 
@@ -235,7 +235,7 @@ def _run_halving(
             for n, fold in jobs
         ]
         nets.clear()
-        found: dict[tuple[int, int], list[Outcome]] = {}
+        found: dict[tuple[int, int], list[FoldResult]] = {}
         for k, outcomes in pool.run(train_unit, units):
             n, fold = jobs[k]
             found[n, fold] = [
@@ -259,7 +259,7 @@ def _retire(
     ledger: Ledger,
     batch: Batch,
     alive: Sequence[int],
-    found: Mapping[int, Sequence[Outcome]],
+    found: Mapping[int, Sequence[FoldResult]],
     metric: str,
 ) -> list[int]:
     """Return which of `alive` go on, by place; write down the others."""
@@ -280,6 +280,6 @@ def _retire(
     return sorted(best)
 
 
-def _add_seconds(outcome: Outcome, seconds: dict[str, float], key: str) -> Outcome:
+def _add_seconds(outcome: FoldResult, seconds: dict[str, float], key: str) -> FoldResult:
     seconds[key] = seconds.get(key, 0.0) + outcome.seconds
     return replace(outcome, seconds=seconds[key])

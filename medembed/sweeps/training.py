@@ -32,7 +32,7 @@ from medembed.heads.scaling import Basis, Projector
 from medembed.results.failures import describe_failure
 
 __all__ = [
-    "Outcome",
+    "FoldResult",
     "Training",
     "Unit",
     "configure",
@@ -118,7 +118,7 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class FoldResult:
     """How one trial did without one fold.
 
     Attributes
@@ -180,7 +180,7 @@ def learn_basis(training: Training, item: tuple[int, Mapping[str, int]]) -> dict
     return projector.known
 
 
-def train_unit(training: Training, unit: Unit) -> list[Outcome]:
+def train_unit(training: Training, unit: Unit) -> list[FoldResult]:
     """Train a unit's heads and judge them without its fold; what goes wrong becomes an outcome."""
     started = time.perf_counter()
     try:
@@ -193,13 +193,13 @@ def train_unit(training: Training, unit: Unit) -> list[Outcome]:
     return [outcome if outcome.seconds else _timed(outcome, share) for outcome in outcomes]
 
 
-def _train_path(training: Training, unit: Unit, heads: Sequence[LogisticHead]) -> list[Outcome]:
+def _train_path(training: Training, unit: Unit, heads: Sequence[LogisticHead]) -> list[FoldResult]:
     rows = training.learnt(unit.fold)
     fit_path(heads, training.X, training.y[rows], _projector(training, unit), rows)
     return [_judge(training, unit.fold, head) for head in heads]
 
 
-def _train_trees(training: Training, unit: Unit, heads: Sequence[LightGBMHead]) -> list[Outcome]:
+def _train_trees(training: Training, unit: Unit, heads: Sequence[LightGBMHead]) -> list[FoldResult]:
     rows, judging = training.learnt(unit.fold), training.judging(unit.fold)
     binned = BinnedRows(
         (training.X, rows, training.y[rows]),
@@ -218,7 +218,7 @@ def _train_trees(training: Training, unit: Unit, heads: Sequence[LightGBMHead]) 
     return outcomes
 
 
-def _train_cohort(training: Training, unit: Unit, heads: Sequence[MLPHead]) -> list[Outcome]:
+def _train_cohort(training: Training, unit: Unit, heads: Sequence[MLPHead]) -> list[FoldResult]:
     rows, judging = training.learnt(unit.fold), training.judging(unit.fold)
     cohort = gather(
         heads,
@@ -241,7 +241,7 @@ def _train_cohort(training: Training, unit: Unit, heads: Sequence[MLPHead]) -> l
     return outcomes
 
 
-def _train_each(training: Training, unit: Unit, heads: Sequence[Head]) -> list[Outcome]:
+def _train_each(training: Training, unit: Unit, heads: Sequence[Head]) -> list[FoldResult]:
     """Train heads that share nothing; those that judge studies are told the studies."""
     rows, judging = training.learnt(unit.fold), training.judging(unit.fold)
     outcomes = []
@@ -276,18 +276,18 @@ def _projector(training: Training, unit: Unit) -> Projector:
     )
 
 
-def _judge(training: Training, fold: int, head: Head) -> Outcome:
+def _judge(training: Training, fold: int, head: Head) -> FoldResult:
     judging = training.judging(fold)
     probability = predict(training, head, judging)
     value = study_score(training, judging, probability, per_study=head.study_level)
-    return Outcome(value, head.best_epoch_, 0.0)
+    return FoldResult(value, head.best_epoch_, 0.0)
 
 
-def _judge_so_far(training: Training, fold: int, net: Net) -> Outcome:
+def _judge_so_far(training: Training, fold: int, net: Net) -> FoldResult:
     assert net.best_logits is not None
     probability = expit(net.best_logits.astype(np.float64))
     value = study_score(training, training.judging(fold), probability)
-    return Outcome(value, net.best_epoch or net.epoch, 0.0, net=net)
+    return FoldResult(value, net.best_epoch or net.epoch, 0.0, net=net)
 
 
 def seed_of_fold(seed: int, fold: int) -> int:
@@ -295,11 +295,11 @@ def seed_of_fold(seed: int, fold: int) -> int:
     return int(np.random.SeedSequence([seed, fold]).generate_state(1)[0])
 
 
-def _failure(error: Exception) -> Outcome:
-    return Outcome(None, None, 0.0, error=describe_failure(error))
+def _failure(error: Exception) -> FoldResult:
+    return FoldResult(None, None, 0.0, error=describe_failure(error))
 
 
-def _timed(outcome: Outcome, seconds: float) -> Outcome:
+def _timed(outcome: FoldResult, seconds: float) -> FoldResult:
     return replace(outcome, seconds=seconds)
 
 
