@@ -82,7 +82,7 @@ def tune(home: Path, folder: str, depths: tuple[int, ...]) -> Path:
             *(home / f"{folder}.csv", home / folder, "demo", out),
             unfreeze=depths,
             trunk_cache=home / "trunk" if max(depths) else None,
-            recipe=RECIPE,
+            config=RECIPE,
             device="cpu",
         )
     return out

@@ -69,7 +69,7 @@ def sweep_noise(seed: int, heads: list[str]) -> dict[str, dict[str, float]]:
         cache.commit(keys_from_hex(table["sha256"].tolist()), {"mean": X})
         manifest: Manifest = make_manifest(table, "study")
         out = Path(home) / "run"
-        board = sweep(cache, manifest, out, heads=heads, seed=seed, jobs=1)["leaderboard"]
+        board = sweep(cache, manifest, out, heads=heads, seed=seed, jobs=1).as_dict()["leaderboard"]
         predictions = open_run(out).predictions()
     train = predictions[(predictions["split"] == "train") & predictions["fold"].notna()]
     found = {}

@@ -3,6 +3,8 @@
 from importlib import metadata
 from typing import Any
 
+import medembed
+
 project = "medembed"
 author = "the authors of medembed"
 release = metadata.version("medembed")
@@ -23,9 +25,14 @@ html_theme_options = {
 }
 
 
-def skip_member(_app: Any, _what: str, name: str, _member: Any, skip: bool, _options: Any) -> bool:
-    """Leave out what scikit-learn adds to every estimator for the routing of metadata."""
-    return skip or (name.startswith("set_") and name.endswith("_request"))
+def skip_member(_app: Any, what: str, name: str, _member: Any, skip: bool, _options: Any) -> bool:
+    """Leave out what is told elsewhere.
+
+    That is what scikit-learn adds to every estimator for the routing of metadata, and, on a
+    module's page, the names of the public surface, which have pages of their own.
+    """
+    is_public = what == "module" and name in medembed.__all__
+    return skip or is_public or (name.startswith("set_") and name.endswith("_request"))
 
 
 def setup(app: Any) -> None:

@@ -15,9 +15,9 @@ from test_siglip import make_gemma
 
 from medembed.dataset.manifest import Manifest, make_manifest, write_manifest
 from medembed.encoders.loading import load_encoder
-from medembed.finetuning import Recipe, finetune
+from medembed.finetuning import Hyperparameters, finetune
 
-QUICK = Recipe(epochs=2, batch_size=16, augment=False, lr=3e-3)
+QUICK = Hyperparameters(epochs=2, batch_size=16, augment=False, lr=3e-3)
 
 
 def make_cohort(home: Path, *, n_patients: int = 40, side: int = 32, seed: int = 0) -> Manifest:
@@ -65,11 +65,11 @@ def make_tower(directory: Path, n_layers: int = 3) -> Path:
 
 def tune(home: Path, encoder: Path | str, out: Path, **options: Any) -> dict[str, Any]:
     """Fine-tune on a cohort of `make_cohort`, on the CPU."""
-    known: dict[str, Any] = {"recipe": QUICK, "device": "cpu", "precision": "fp32"}
+    known: dict[str, Any] = {"config": QUICK, "device": "cpu", "precision": "fp32"}
     with contextlib.redirect_stderr(io.StringIO()), one_thread():
         return finetune(
             home / "manifest.csv", home / "images", encoder, out, **{**known, **options}
-        )
+        ).as_dict()
 
 
 def state_of(reference: Path | str) -> dict[str, torch.Tensor]:

@@ -11,9 +11,9 @@ __all__ = ["begun", "hold", "release"]
 HOOK = """
 import os, time
 from pathlib import Path
-from medembed.dataset import reading
+from medembed.images import load
 
-read_plain = reading.read_plain
+read_plain = load.read_plain
 
 def read_later(path, **options):
     if str(path) == {held!r}:
@@ -22,7 +22,7 @@ def read_later(path, **options):
             time.sleep(0.005)
     return read_plain(path, **options)
 
-reading.read_plain = read_later
+load.read_plain = read_later
 """
 
 

@@ -208,7 +208,7 @@ def test_the_number_of_cores_changes_no_bit(
 def test_the_gradient_of_parts_is_that_of_the_batch(home: Path, manifest: Manifest) -> None:
     shape = preprocessing_for(32, "stretch")
     read = images.read_images(manifest, home / "images", shape, seed=0)
-    asked = training.Asked(Architecture(32, (8, 16), 4), 1, 20, 1e-3, "cpu", "fp32", 0)
+    asked = training.TrainingConfig(Architecture(32, (8, 16), 4), 1, 20, 1e-3, "cpu", "fp32", 0)
     one = training.Training(asked, read, shape)
     loss = one._descend(read.learned[:20])
     grey = torch.from_numpy(read.pixels[read.learned[:20]])[:, None] / 255
@@ -277,7 +277,9 @@ def test_a_content_that_is_learned_from_is_never_held_out(home: Path, manifest: 
 def test_training_ends_when_nothing_more_is_gained() -> None:
     class Idle(training.Training):
         def __init__(self) -> None:
-            self._asked = training.Asked(Architecture(32, (8,), 4), 500, 8, 1e-3, "cpu", "fp32", 0)
+            self._asked = training.TrainingConfig(
+                Architecture(32, (8,), 4), 500, 8, 1e-3, "cpu", "fp32", 0
+            )
             self.epochs = [{"loss": 1.0, "held_out_loss": loss} for loss in (3.0, 1.0, 1.0)]
 
     idle = Idle()
@@ -294,7 +296,7 @@ def test_the_best_epoch_is_kept_and_not_the_last(
     monkeypatch.setattr(training.Training, "_look", lambda *_: next(losses))
     shape = preprocessing_for(32, "stretch")
     read = images.read_images(manifest, home / "images", shape, seed=0)
-    asked = training.Asked(Architecture(32, (8,), 4), 3, 8, 1e-3, "cpu", "fp32", 0)
+    asked = training.TrainingConfig(Architecture(32, (8,), 4), 3, 8, 1e-3, "cpu", "fp32", 0)
     one = training.Training(asked, read, shape)
     after = []
     while not one.is_over:

@@ -382,7 +382,7 @@ def test_a_seed_of_63_bits_is_a_seed(data: tuple[Path, Path], tmp_path: Path) ->
     heads = ["logistic", "mlp", "lightgbm"]
     options = {"heads": heads, "n_configs": 1, "n_folds": 2, "jobs": 1}
     results = [
-        sweep(*data, tmp_path / f"{n}", seed=seed, **options)  # type: ignore[arg-type]
+        sweep(*data, tmp_path / f"{n}", seed=seed, **options).as_dict()  # type: ignore[arg-type]
         for n, seed in enumerate((2**63 - 1, 2**63 - 1, 2**63 - 2))
     ]
     for result in results:

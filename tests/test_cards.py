@@ -18,7 +18,7 @@ from medembed.dataset.manifest import read_manifest
 from medembed.dataset.splits import fold_train_rows
 from medembed.evaluation.conformal import Conformal, fit_conformal
 from medembed.evaluation.scores import by_study
-from medembed.finetuning import Recipe
+from medembed.finetuning import Hyperparameters
 from medembed.heads.packaging import Model, load_model, read_document
 from medembed.heads.registry import make_head
 from medembed.results import model_readme
@@ -262,7 +262,7 @@ def test_a_refit_that_the_data_do_not_allow_costs_its_head_alone(data, tmp_path,
         return train(training, item, rows)
 
     monkeypatch.setattr(refits, "_train", failing)
-    result = sweep(*data, tmp_path / "run", **{**SMALL, "heads": ("lightgbm",)})
+    result = sweep(*data, tmp_path / "run", **{**SMALL, "heads": ("lightgbm",)}).as_dict()
     assert [entry["status"] for entry in result["leaderboard"]] == ["ok", "error"]
     assert result["leaderboard"][1]["cv"] is None
     assert "no finite number" in result["leaderboard"][1]["error"]
@@ -448,8 +448,8 @@ def test_an_adapted_encoder_has_its_bases_terms():
 def test_fine_tuned_models_say_where_their_encoder_is(tmp_path):
     make_cohort(tmp_path, n_patients=40)
     make_tower(tmp_path / "tower", 1)
-    quick = Recipe(epochs=1, batch_size=32, augment=False, lr=3e-3)
-    tune(tmp_path, tmp_path / "tower", tmp_path / "run", unfreeze="0,1", recipe=quick)
+    quick = Hyperparameters(epochs=1, batch_size=32, augment=False, lr=3e-3)
+    tune(tmp_path, tmp_path / "tower", tmp_path / "run", unfreeze="0,1", config=quick)
     run = open_run(tmp_path / "run")
     frozen, adapted = (card_of(run, f"unfreeze-{depth}") for depth in (0, 1))
     assert frozen.encoder == {"source": "tower", "revision": None, "path": None}

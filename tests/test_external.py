@@ -21,7 +21,7 @@ from medembed.evaluation.intervals import bootstrap_scores
 from medembed.evaluation.recalibration import draw_patients
 from medembed.evaluation.scores import by_study
 from medembed.heads.packaging import load_model, save_model
-from medembed.prediction.external_validation import evaluate
+from medembed.prediction import external_validation
 from medembed.report import page
 from medembed.report.figures.calibration import plot_calibration
 from medembed.results.comparison import compare
@@ -45,6 +45,12 @@ def make_external(home, *, seed=11, n_patients=40, signal_size=0.8, **changes):
     write_manifest(make_manifest(table, "study"), home / "manifest.csv")
     cache = make_pooled_cache(home / "cache", table.assign(label=signal), {"mean": signal_size})
     return cache, home / "manifest.csv"
+
+
+def evaluate(*args, **options):
+    """Return what the command prints."""
+    run = external_validation.evaluate(*args, **options)
+    return {"run": str(run.path), **run.scores()}
 
 
 @pytest.fixture(scope="module")

@@ -183,7 +183,7 @@ def test_the_same_command_again_trains_nothing(home: Path, monkeypatch: pytest.M
 
 def test_several_seeds_have_names_of_their_own(home: Path, tmp_path: Path) -> None:
     recipe = replace(QUICK, epochs=1)
-    result = tune(home, home / "tower", tmp_path / "run", unfreeze="0", n_seeds=2, recipe=recipe)
+    result = tune(home, home / "tower", tmp_path / "run", unfreeze="0", n_seeds=2, config=recipe)
     found = {(entry["head"], entry["seed"]) for entry in result["leaderboard"]}
     assert found == {("unfreeze-0-s0", 0), ("unfreeze-0-s1", 1)}
     first, second = (predictions(tmp_path / "run", f"unfreeze-0-s{seed}") for seed in (0, 1))
@@ -199,7 +199,7 @@ def test_several_seeds_have_names_of_their_own(home: Path, tmp_path: Path) -> No
 def test_depth_0_is_a_head_trained_on_frozen_embeddings(home: Path, tmp_path: Path) -> None:
     """The oracle is torch's own loop, on what `extract` embeds, from the swept head's start."""
     recipe = Hyperparameters(epochs=3, batch_size=16, augment=False, lr=1e-2, patience=9)
-    options = {"unfreeze": "0", "from_run": home / "sweep", "recipe": recipe}
+    options = {"unfreeze": "0", "from_run": home / "sweep", "config": recipe}
     out = tmp_path / "run"
     shutil.copytree(home / "sweep", tmp_path / "sweep")
     keep_only(tmp_path / "sweep", "logistic")
@@ -263,7 +263,7 @@ def test_the_start_from_a_sweep_has_not_seen_the_held_out_patients(
         "medembed.finetuning.job.init_from_sweep",
         lambda *arguments: starts.append(arguments) or init_from_sweep(*arguments),
     )
-    options = {"unfreeze": "0", "recipe": replace(QUICK, epochs=1)}
+    options = {"unfreeze": "0", "config": replace(QUICK, epochs=1)}
     tune(home, home / "tower", tmp_path / "run", from_run=home / "sweep", **options)
     swept, X, y, fitted, seed = starts[0]
     other = y.copy()
@@ -360,7 +360,7 @@ def test_the_checkpoint_holds_the_changed_blocks_alone(home: Path) -> None:
 
 def test_a_base_that_moved_is_one_error_with_the_way_out(home: Path, tmp_path: Path) -> None:
     shutil.copytree(home / "tower", tmp_path / "tower")
-    tune(home, tmp_path / "tower", tmp_path / "run", unfreeze="1", recipe=replace(QUICK, epochs=1))
+    tune(home, tmp_path / "tower", tmp_path / "run", unfreeze="1", config=replace(QUICK, epochs=1))
     adapted = tmp_path / "run" / "encoders" / "unfreeze-1"
     before = load_encoder(adapted, device="cpu").fingerprint
     shutil.move(tmp_path / "tower", tmp_path / "elsewhere")
@@ -425,7 +425,7 @@ def test_a_damaged_base_file_is_one_error(
 
 def test_an_adapted_encoder_is_fine_tuned_in_turn(home: Path, tmp_path: Path) -> None:
     adapted = home / "run" / "encoders" / "unfreeze-1"
-    tune(home, adapted, tmp_path / "run", unfreeze="1", recipe=replace(QUICK, epochs=1))
+    tune(home, adapted, tmp_path / "run", unfreeze="1", config=replace(QUICK, epochs=1))
     again = tmp_path / "run" / "encoders" / "unfreeze-1"
     fingerprints = {load_encoder(path, device="cpu").fingerprint for path in (adapted, again)}
     assert len(fingerprints) == 2
@@ -443,16 +443,16 @@ def test_a_batch_in_parts_makes_the_same_step(home: Path, tmp_path: Path) -> Non
         own = replace(recipe, accumulate=parts)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.nn.Dropout, "forward", lambda self, values: values)
-            tune(home, home / "tower", out, unfreeze="1", recipe=own)
+            tune(home, home / "tower", out, unfreeze="1", config=own)
         found.append(by_image(predictions(out, "unfreeze-1")))
     assert np.abs(logit(found[0]) - logit(found[1])).max() < 1e-4
 
 
 def test_bf16_is_taken_on_a_cpu_where_it_is_asked_for(home: Path, tmp_path: Path) -> None:
     recipe = replace(QUICK, epochs=1)
-    tune(home, home / "tower", tmp_path / "auto", unfreeze="1", precision="auto", recipe=recipe)
+    tune(home, home / "tower", tmp_path / "auto", unfreeze="1", precision="auto", config=recipe)
     assert open_run(tmp_path / "auto").info["encoder"]["precision"] == "fp32"
-    tune(home, home / "tower", tmp_path / "bf16", unfreeze="1", precision="bf16", recipe=recipe)
+    tune(home, home / "tower", tmp_path / "bf16", unfreeze="1", precision="bf16", config=recipe)
     assert open_run(tmp_path / "bf16").info["encoder"]["precision"] == "bf16"
     exact, near = (by_image(predictions(tmp_path / n, "unfreeze-1")) for n in ("auto", "bf16"))
     assert 0 < np.abs(exact - near).max() < 0.1
@@ -463,14 +463,14 @@ def test_bf16_is_taken_on_a_cpu_where_it_is_asked_for(home: Path, tmp_path: Path
 def test_augmented_training_differs_and_repeats(home: Path, tmp_path: Path) -> None:
     recipe = Hyperparameters(epochs=1, batch_size=16)
     for name, own in (("a", recipe), ("b", recipe), ("plain", replace(recipe, augment=False))):
-        tune(home, home / "tower", tmp_path / name, unfreeze="0,1", recipe=own)
+        tune(home, home / "tower", tmp_path / name, unfreeze="0,1", config=own)
     files = [(tmp_path / name / "predictions.parquet").read_bytes() for name in ("a", "b", "plain")]
     assert files[0] == files[1] != files[2]
 
 
 def test_from_scratch_every_seed_draws_its_own_weights(home: Path, tmp_path: Path) -> None:
     recipe = replace(QUICK, epochs=1, from_scratch=True)
-    options = {"unfreeze": "0,all", "n_seeds": 2, "recipe": recipe}
+    options = {"unfreeze": "0,all", "n_seeds": 2, "config": recipe}
     for name in ("a", "b"):
         tune(home, home / "tower", tmp_path / name, **options)
     files = [(tmp_path / name / "predictions.parquet").read_bytes() for name in ("a", "b")]
@@ -542,7 +542,7 @@ def test_training_stops_after_epochs_without_a_better_one(
     study_auroc = "medembed.finetuning.data_split.TrainRows.study_auroc"
     monkeypatch.setattr(study_auroc, lambda *_: next(scores))
     recipe = replace(QUICK, epochs=5, patience=2)
-    tune(home, home / "tower", tmp_path / "run", unfreeze="0", recipe=recipe)
+    tune(home, home / "tower", tmp_path / "run", unfreeze="0", config=recipe)
     record = open_run(tmp_path / "run").trial_records()[0]
     # the last score is that of the held-out patients, at the end
     assert (record["best_epoch"], len(record["history"]), record["score"]) == (2, 4, 0.99)
@@ -633,13 +633,13 @@ def test_labels_that_allow_no_training_are_refused_before_any(
         ({"unfreeze": "some"}, TrainingDataError, "is no depth"),
         ({"trunk_cache": "t", "unfreeze": "all"}, TrainingDataError, "asks for all 3"),
         ({"trunk_cache": "t", "unfreeze": "0"}, TrainingDataError, "serves depths of 1 and more"),
-        ({"trunk_cache": "t", "recipe": Hyperparameters()}, TrainingDataError, "Add --no-augment"),
+        ({"trunk_cache": "t", "config": Hyperparameters()}, TrainingDataError, "Add --no-augment"),
         ({"pool": "grid4"}, TrainingDataError, "--pool grid4 is not trained through"),
         ({"pool": "mean,mean"}, TrainingDataError, "names a pooling twice"),
         ({"pool": "cls"}, EncoderError, "pooling cls is not offered by tower"),
-        ({"recipe": replace(QUICK, lr=0.0)}, TrainingDataError, "lr is 0.0; it must be above 0"),
-        ({"recipe": replace(QUICK, lr=float("inf"))}, TrainingDataError, "lr is inf; it must be"),
-        ({"recipe": replace(QUICK, accumulate=17)}, TrainingDataError, "--accumulate is 17"),
+        ({"config": replace(QUICK, lr=0.0)}, TrainingDataError, "lr is 0.0; it must be above 0"),
+        ({"config": replace(QUICK, lr=float("inf"))}, TrainingDataError, "lr is inf; it must be"),
+        ({"config": replace(QUICK, accumulate=17)}, TrainingDataError, "--accumulate is 17"),
         ({"n_seeds": 0}, TrainingDataError, "--seeds must be at least 1"),
     ],
 )
@@ -664,7 +664,7 @@ def test_a_run_that_answers_another_question_is_refused(home: Path) -> None:
         tune(home, home / "tower", home / "sweep", unfreeze="0")
     own = replace(QUICK, lr=0.004)
     with pytest.raises(RunError, match=r"recipe\.lr was 0\.003 there and is 0\.004 here"):
-        tune(home, home / "tower", home / "run", unfreeze="0,1,2", recipe=own)
+        tune(home, home / "tower", home / "run", unfreeze="0,1,2", config=own)
 
 
 def test_a_held_out_fold_of_one_class_is_refused(home: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from medembed.finetuning.checkpoint import read_state, write_state
 from medembed.results.runs import Run, open_run
 
 LONG = replace(QUICK, epochs=3, patience=9)
-OPTIONS: dict[str, Any] = {"unfreeze": "0,1,2", "recipe": LONG}
+OPTIONS: dict[str, Any] = {"unfreeze": "0,1,2", "config": LONG}
 
 
 class Stop(KeyboardInterrupt):

@@ -77,7 +77,7 @@ def test_it_is_one_cache_of_tokens_and_is_filled_once(
 
     monkeypatch.setattr(frozen_features.TrunkEncoder, "encode", counted)
     own = replace(QUICK, epochs=1)
-    options = {"trunk_cache": home / "cache", "recipe": own}
+    options = {"trunk_cache": home / "cache", "config": own}
     tune(home, home / "tower", tmp_path / "same", unfreeze="2", **options)
     assert calls == [1]  # to learn the shape of the tokens
     tune(home, home / "tower", tmp_path / "other", unfreeze="1", **options)

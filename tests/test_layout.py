@@ -30,7 +30,7 @@ FLOORS = {
     "doctor": 7,
     "cli": 8,
     "__main__": 9,
-    "__init__": 1,
+    "__init__": 10,
 }
 GPU_HALF = {"encoders", "extraction", "autoencoder"}
 CPU_HALF = {"heads", "evaluation", "results", "sweeps", "report"}
@@ -125,6 +125,15 @@ def test_public_names_are_listed(name: str) -> None:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
     }
     assert defined <= set(listed[0]), f"not in __all__ of {name}: {defined - set(listed[0])}"
+
+
+def test_no_module_takes_a_public_name_from_the_top() -> None:
+    """It would import upwards, past the floors."""
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module == "medembed":
+                taken = {alias.name for alias in node.names} & set(medembed.__all__)
+                assert taken <= {"__version__"}, f"{path} imports {taken} from medembed"
 
 
 def test_long_modules_are_noticed() -> None:

@@ -53,8 +53,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("lora")
     make_cohort(home)
     make_tower(home / "tower")
-    tune(home, home / "tower", home / "run", recipe=LORA, unfreeze="0,1,all")
-    tune(home, home / "tower", home / "usual", recipe=replace(QUICK, epochs=1), unfreeze="0,1")
+    tune(home, home / "tower", home / "run", config=LORA, unfreeze="0,1,all")
+    tune(home, home / "tower", home / "usual", config=replace(QUICK, epochs=1), unfreeze="0,1")
     return home
 
 
@@ -150,7 +150,7 @@ def check_merged(network: Network, encoder: Any, should: set[str]) -> None:
 def test_convolutions_are_refused_with_the_reason(home: Path, tmp_path: Path, family: str) -> None:
     save(tmp_path / "tower", family)
     with pytest.raises(EncoderError, match=r"--lora adapts the projections .* are convolutions"):
-        tune(home, tmp_path / "tower", tmp_path / "run", unfreeze="1", recipe=LORA)
+        tune(home, tmp_path / "tower", tmp_path / "run", unfreeze="1", config=LORA)
     assert not (tmp_path / "run").exists()
 
 
@@ -268,14 +268,14 @@ def test_several_seeds_draw_adapters_of_their_own(
 
     monkeypatch.setattr("medembed.finetuning.network.add_adapters", watched)
     recipe = replace(LORA, epochs=1)
-    tune(home, home / "tower", tmp_path / "run", unfreeze="1", n_seeds=2, recipe=recipe)
+    tune(home, home / "tower", tmp_path / "run", unfreeze="1", n_seeds=2, config=recipe)
     first, second = (state_of(tmp_path / "run" / "encoders" / f"lora2-1-s{s}") for s in (0, 1))
     assert different(first, second)
     assert [own for own in drawn if own[0]] == [(1, 0), (1, 1)]
 
 
 def test_the_trunk_cache_gives_the_same_logits(home: Path, tmp_path: Path) -> None:
-    options = {"unfreeze": "1", "recipe": LORA, "trunk_cache": tmp_path / "cache"}
+    options = {"unfreeze": "1", "config": LORA, "trunk_cache": tmp_path / "cache"}
     tune(home, home / "tower", tmp_path / "run", **options)
     plain, cached = (logits(path / "run").loc["lora2-1"] for path in (home, tmp_path))
     assert plain.index.equals(cached.index)
@@ -287,7 +287,7 @@ def test_the_trunk_cache_gives_the_same_logits(home: Path, tmp_path: Path) -> No
 def test_an_interrupted_run_ends_with_the_same_bytes(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {"unfreeze": "0,1,all", "recipe": LORA}
+    options = {"unfreeze": "0,1,all", "config": LORA}
     stop_after(monkeypatch, 3)  # in the middle of the second depth
     with pytest.raises(Stop):
         tune(home, home / "tower", tmp_path / "run", **options)
@@ -374,7 +374,7 @@ def test_what_makes_no_sense_is_refused_before_anything_is_written(
 ) -> None:
     recipe = replace(LORA, **changes)
     with pytest.raises(TrainingDataError, match=said):
-        tune(home, home / "tower", tmp_path / "run", unfreeze=unfreeze, recipe=recipe)
+        tune(home, home / "tower", tmp_path / "run", unfreeze=unfreeze, config=recipe)
     assert not (tmp_path / "run").exists()
 
 
@@ -383,9 +383,9 @@ def test_without_peft_the_way_out_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(MedembedError, match=r"pip install 'medembed\[lora\]'"):
-        tune(home, home / "tower", tmp_path / "run", unfreeze="1", recipe=LORA)
+        tune(home, home / "tower", tmp_path / "run", unfreeze="1", config=LORA)
     assert not (tmp_path / "run").exists()
-    tune(home, home / "tower", tmp_path / "run", unfreeze="0", recipe=replace(QUICK, epochs=1))
+    tune(home, home / "tower", tmp_path / "run", unfreeze="0", config=replace(QUICK, epochs=1))
 
 
 def test_the_command_says_nothing_of_peft_and_asks_no_network(

@@ -217,7 +217,7 @@ def test_sigterm_commits_what_is_embedded(dataset: tuple[Path, Manifest], tmp_pa
         from functools import partial
         from pathlib import Path
         from test_extraction import HalvesEncoder
-        from medembed import console
+        from medembed.cli import console
         from medembed.dataset.manifest import read_manifest
         from medembed.extraction.ray_engine import Job, extract_on_ray
 

@@ -123,7 +123,7 @@ def test_what_nohup_ignores_stays_ignored(tmp_path: Path) -> None:
 def test_a_signal_long_after_the_first_ends_the_command_at_once() -> None:
     script = """
         import os, signal, time
-        from medembed import console
+        from medembed.cli import console
 
         console.PATIENCE_SECONDS = 0.05
         console.terminate_cleanly()

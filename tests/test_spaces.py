@@ -41,7 +41,7 @@ def differ(head, configs):
 
 
 def test_the_shipped_file_is_valid_and_names_every_head():
-    text = (resources.files("medembed.heads") / "default_space.toml").read_text(encoding="utf-8")
+    text = (resources.files("medembed.sweeps") / "default_space.toml").read_text(encoding="utf-8")
     assert set(tomllib.loads(text)) == set(HEADS)
     assert set(default_spaces()) == set(HEADS)
 

@@ -63,7 +63,7 @@ def pooled_data(tmp_path_factory):
 def pooled(pooled_data, tmp_path_factory):
     out = tmp_path_factory.mktemp("pooled") / "run"
     options = {**QUICK, "n_configs": 2, "heads": HEADS, "pool": "mean,max,mean+max"}
-    return sweep(*pooled_data, out, **options), out
+    return sweep(*pooled_data, out, **options).as_dict(), out
 
 
 def test_every_head_is_tried_on_each_pooling(pooled):
@@ -119,13 +119,13 @@ def test_the_pooling_that_knows_the_label_wins_wherever_it_stands(tmp_path, know
     space = let_attention_learn(tmp_path)
     for pool, heads in (("mean,max", HEADS), ("max,mean", ("logistic", "mlp"))):
         out = tmp_path / pool.replace(",", "-")
-        result = sweep(*data, out, **QUICK, heads=heads, pool=pool, space=space)
+        result = sweep(*data, out, **QUICK, heads=heads, pool=pool, space=space).as_dict()
         assert {entry["pooling"] for entry in result["leaderboard"]} == {knowing}
         assert all(auroc_of(predictions_of(out, head)) > 0.85 for head in heads)
 
 
 def test_without_a_choice_all_single_vector_poolings_stand_side_by_side(pooled_data, tmp_path):
-    result = sweep(*pooled_data, tmp_path / "run", **QUICK, heads=("logistic",))
+    result = sweep(*pooled_data, tmp_path / "run", **QUICK, heads=("logistic",)).as_dict()
     assert result["leaderboard"][0]["pooling"] == "mean+max"
 
 
@@ -161,7 +161,7 @@ def test_cells_beside_single_vectors_are_refused(pooled_data, tmp_path, untraine
 def test_attention_reads_cells_and_other_heads_do_not(pooled_data, tmp_path):
     out = tmp_path / "run"
     options = {**QUICK, "heads": ("attention", "mlp"), "pool": "mean,grid4"}
-    result = sweep(*pooled_data, out, **options)
+    result = sweep(*pooled_data, out, **options).as_dict()
     tried = open_run(out).trials().groupby("head")["pooling"].agg(lambda names: sorted(set(names)))
     assert tried.to_dict() == {
         "attention": ["grid4", "mean"],
@@ -182,7 +182,9 @@ def test_attention_reads_cells_and_other_heads_do_not(pooled_data, tmp_path):
 
 def test_attention_finds_the_cell_that_knows(tmp_path):
     data = make_data(tmp_path, {"mean": 0.0, "grid4": 6.0}, n_patients=96)
-    result = sweep(*data, tmp_path / "run", **QUICK, heads=("attention",), pool="mean,grid4")
+    result = sweep(
+        *data, tmp_path / "run", **QUICK, heads=("attention",), pool="mean,grid4"
+    ).as_dict()
     entry = winners(result)["attention"]
     assert entry["pooling"] == "grid4"
     assert load_model(tmp_path / "run" / "models" / "attention").head.get_params()["n_cells"] == 16
@@ -254,7 +256,7 @@ def test_studies_of_one_view_are_scored_with_their_own_labels(tmp_path):
     table["study"] = [f"study{999 - i:03d}" for i in range(len(table))]
     data = make_data(tmp_path, {"mean": 3.0}, table=table)
     space = let_attention_learn(tmp_path)
-    result = sweep(*data, tmp_path / "run", **QUICK, heads=("attention",), space=space)
+    result = sweep(*data, tmp_path / "run", **QUICK, heads=("attention",), space=space).as_dict()
     own = predictions_of(tmp_path / "run", "attention")
     assert winners(result)["attention"]["cv"] == pytest.approx(cv_of(own))
     assert winners(result)["attention"]["cv"] > 0.9
@@ -269,7 +271,7 @@ def test_a_study_is_abnormal_if_any_view_is(tmp_path):
     table.loc[flipped, "label"] = "0"
     data = make_data(tmp_path, {"mean": 2.0}, table=table, label_level="image")
     space = let_attention_learn(tmp_path)
-    result = sweep(*data, tmp_path / "run", **QUICK, heads=("attention",), space=space)
+    result = sweep(*data, tmp_path / "run", **QUICK, heads=("attention",), space=space).as_dict()
     own = predictions_of(tmp_path / "run", "attention")
     expected = table.groupby("study", sort=True)["label"].max().astype(int).to_numpy()
     assert (own["label"].to_numpy(int) == expected).all()
@@ -310,7 +312,7 @@ def telling_data(tmp_path_factory):
 def telling(telling_data, tmp_path_factory):
     out = tmp_path_factory.mktemp("telling") / "run"
     options = {**QUICK, "heads": HEADS, "pool": "mean,grid4", "covariates": ("age", "side")}
-    return sweep(*telling_data, out, **options), out
+    return sweep(*telling_data, out, **options).as_dict(), out
 
 
 @pytest.mark.parametrize("head", HEADS)

@@ -132,7 +132,7 @@ def halved(data, tmp_path_factory):
     home = tmp_path_factory.mktemp("halved")
     space = write_space(home / "space.toml", HALVING + "rungs = [1, 2]\n")
     options = {**QUICK, "n_configs": None, "heads": ("mlp",), "space": space}
-    return sweep(*data, home / "run", **options), home / "run", options
+    return sweep(*data, home / "run", **options).as_dict(), home / "run", options
 
 
 def test_halving_retires_three_quarters_of_eight_on_all_folds_alike(halved):
@@ -161,7 +161,7 @@ def test_a_retired_trial_never_wins_whatever_its_score(halved, data, tmp_path):
             record["score"] = 1.0
         lines.append(json.dumps(record) + "\n")
     (out / "trials.jsonl").write_text("".join(lines))
-    again = sweep(*data, out, **halved[2])
+    again = sweep(*data, out, **halved[2]).as_dict()
     assert winners(again)["mlp"]["trial"] == winners(halved[0])["mlp"]["trial"]
 
 

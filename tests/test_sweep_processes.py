@@ -120,7 +120,7 @@ def test_a_trial_of_trees_that_kills_its_process_costs_just_that_trial(data, tmp
     space.write_text(f"[lightgbm]\nnum_leaves = [4, {DEADLY}, 8]\n[logistic]\nC = 1.0\n")
     monkeypatch.setattr(runner, "train_unit", _deadly_train_unit)
     options = {"heads": ("lightgbm",), "n_folds": 2, "jobs": 2, "space": space}
-    result = sweep(*data, tmp_path / "run", **options)
+    result = sweep(*data, tmp_path / "run", **options).as_dict()
     assert {entry["status"] for entry in result["leaderboard"]} == {"ok"}
     table = open_run(tmp_path / "run").trials()
     assert table["key"].is_unique

@@ -37,7 +37,7 @@ def data(tmp_path_factory):
 def whole(data, tmp_path_factory):
     """Sweep without interruption: what all others have to come to."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    return sweep(*data, out, **SMALL), out
+    return sweep(*data, out, **SMALL).as_dict(), out
 
 
 def timeless(leaderboard):
@@ -289,7 +289,7 @@ def test_a_cohort_in_the_midst_of_its_rungs_is_repaired_to_the_same_bytes(
     space = tmp_path / "space.toml"
     space.write_text("[mlp]\nrungs = [1, 2]\nhidden = [4]\nlr = { low = 1e-4, high = 0.1 }\n")
     options = {**SMALL, "heads": ("mlp",), "n_configs": 8, "space": space}
-    first = sweep(*data, tmp_path / "whole", **options), tmp_path / "whole"
+    first = sweep(*data, tmp_path / "whole", **options).as_dict(), tmp_path / "whole"
     for stop in (2, 5, 8):  # in each of the three rungs
         out, train_unit, seen = tmp_path / f"run{stop}", runner.train_unit, []
 

@@ -67,7 +67,7 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def swept(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "sweep"
-    return sweep(*data, out, **SMALL), open_run(out)
+    return sweep(*data, out, **SMALL).as_dict(), open_run(out)
 
 
 def test_a_sweep_reports_each_head_best_first(swept):
@@ -215,7 +215,7 @@ def test_a_finished_sweep_asked_again_trains_nothing(swept, data, monkeypatch):
     ticks = []
     again = sweep(
         *data, swept[1].path, **SMALL, progress=lambda done, total: ticks.append((done, total))
-    )
+    ).as_dict()
     assert again["leaderboard"] == swept[0]["leaderboard"]
     assert ticks == [(12, 12)]
 
@@ -238,7 +238,7 @@ def test_only_what_the_ledger_lacks_is_trained(swept, data, tmp_path, monkeypatc
         compare([out])
     with open(out / "trials.jsonl", "ab") as file:
         file.write(b'{"trial": 1, "he')  # a torn line
-    result = sweep(*data, out, **SMALL)
+    result = sweep(*data, out, **SMALL).as_dict()
     assert folds == [0, 1, 2, 2]
     strip = [{**entry, "seconds": 0} for entry in result["leaderboard"]]
     assert strip == [{**entry, "seconds": 0} for entry in swept[0]["leaderboard"]]
@@ -298,7 +298,7 @@ def test_a_failing_configuration_does_not_end_the_sweep(data, tmp_path, monkeypa
         return fit(self, head)
 
     monkeypatch.setattr(lightgbm.BinnedRows, "fit", fragile)
-    result = sweep(*data, tmp_path / "run", **SMALL | {"heads": ("lightgbm",)})
+    result = sweep(*data, tmp_path / "run", **SMALL | {"heads": ("lightgbm",)}).as_dict()
     assert {entry["head"]: entry["trial"] for entry in result["leaderboard"]}["lightgbm"] == 0
     table = open_run(tmp_path / "run").trials()
     assert set(table[table["status"] == "error"]["error"]) == {"ValueError: this one breaks"}
@@ -309,7 +309,7 @@ def test_a_diverging_member_is_told_and_its_cohort_goes_on(data, tmp_path):
         "[mlp]\nconfigs = 2\nlr = [0.001, 1e30]\nhidden = [4, 4]\n[logistic]\nconfigs = 1\n"
     )
     options = SMALL | {"space": tmp_path / "space.toml", "n_configs": None}
-    result = sweep(*data, tmp_path / "run", **options)
+    result = sweep(*data, tmp_path / "run", **options).as_dict()
     assert {entry["head"]: entry["trial"] for entry in result["leaderboard"]}["mlp"] == 0
     table = open_run(tmp_path / "run").trials().query("head == 'mlp'")
     assert table[table["trial"] == 1]["error"].str.contains("lower lr").all()
@@ -321,7 +321,7 @@ def test_a_failing_head_is_listed_and_left_out_of_the_comparison(data, tmp_path,
         raise ValueError("always")
 
     monkeypatch.setattr(training, "gather", broken)
-    result = sweep(*data, tmp_path / "run", **SMALL)
+    result = sweep(*data, tmp_path / "run", **SMALL).as_dict()
     failed = result["leaderboard"][-1]
     assert (failed["head"], failed["status"], failed["cv"]) == ("mlp", "error", None)
     scored = {row["head"] for row in open_run(tmp_path / "run").scores()["rows"]}
@@ -341,7 +341,7 @@ def test_when_every_head_fails_the_run_is_not_complete(data, tmp_path, monkeypat
 def test_a_fit_that_kills_its_process_costs_only_itself(data, tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "train_unit", _deadly_train_unit)
     options = SMALL | {"n_configs": 1, "n_folds": 2, "jobs": 2}
-    result = sweep(*data, tmp_path / "run", **options)
+    result = sweep(*data, tmp_path / "run", **options).as_dict()
     assert [entry["status"] for entry in result["leaderboard"]] == ["ok", "error"]
     assert "the process died" in result["leaderboard"][1]["error"]
 
@@ -389,7 +389,9 @@ def test_data_that_cannot_be_trained_on_is_refused_before_training(data, tmp_pat
 
 
 def test_a_logistic_head_is_always_in_the_table(data, tmp_path):
-    swept = sweep(*data, tmp_path / "run", **{**SMALL, "heads": ("lightgbm",), "n_configs": 1})
+    swept = sweep(
+        *data, tmp_path / "run", **{**SMALL, "heads": ("lightgbm",), "n_configs": 1}
+    ).as_dict()
     assert {row["head"] for row in swept["leaderboard"]} == {"lightgbm", "logistic"}
 
 
@@ -443,7 +445,7 @@ def test_unlabelled_rows_are_predicted_and_not_scored_and_synthetic_is_told(tmp_
 
 def test_a_lower_brier_score_wins(data, tmp_path):
     options = SMALL | {"heads": ("logistic",), "n_configs": 4, "metric": "brier"}
-    result = sweep(*data, tmp_path / "run", **options)
+    result = sweep(*data, tmp_path / "run", **options).as_dict()
     means = open_run(tmp_path / "run").trials().groupby("trial")["score"].mean()
     assert result["leaderboard"][0]["chosen_by"] == pytest.approx(means.min())
     assert means.nunique() > 1

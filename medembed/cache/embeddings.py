@@ -4,7 +4,6 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -14,15 +13,17 @@ from medembed.cache.keys import keys_from_column
 from medembed.cache.metadata import options_of
 from medembed.cache.spec import CacheSpec
 from medembed.cache.store import Cache, open_cache
-from medembed.core.errors import CacheError, MissingRowsError, TrainingDataError
+from medembed.core.errors import ArgumentError, CacheError, MissingRowsError, TrainingDataError
+from medembed.core.text import Summarised, Summary, count_values, counted
 from medembed.dataset.identities import name_persons
 from medembed.dataset.manifest import Manifest, read_manifest, require_hashes
+from medembed.dataset.splits import draw_folds
 
-__all__ = ["Embeddings", "choose_poolings", "find_rows", "load_embeddings"]
+__all__ = ["Embeddings", "choose_poolings", "find_rows", "load_embeddings", "patient_folds"]
 
 
-@dataclass(frozen=True)
-class Embeddings:
+@dataclass(frozen=True, eq=False, repr=False)
+class Embeddings(Summarised):
     """Hold one row per embedded image of a manifest, in the manifest's order.
 
     Parameters
@@ -39,6 +40,8 @@ class Embeddings:
         Of the manifest.
     spec : CacheSpec
         Of the cache.
+    manifest : Manifest or None
+        What the rows are of, whole: the rows of images that failed, and of other splits, too.
     """
 
     X: np.ndarray
@@ -47,6 +50,7 @@ class Embeddings:
     failed: pd.DataFrame
     label_level: str
     spec: CacheSpec
+    manifest: Manifest | None = None
 
     def __len__(self) -> int:
         return len(self.X)
@@ -81,6 +85,31 @@ class Embeddings:
     def blocks(self) -> dict[str, slice]:
         """Columns of X that each pooling takes, in order."""
         return _blocks(self.pooling.split("+"), self.spec)
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return the manifest's rows with the embeddings beside them, a column per number.
+
+        Columns of X are called by their pooling and their place in it, ``mean[0]``; float32.
+        """
+        names = [f"{name}[{i}]" for name, own in self.blocks.items() for i in range(_width(own))]
+        return pd.concat([self.rows, pd.DataFrame(self.X, columns=names)], axis=1)
+
+    def summarise(self) -> Summary:
+        """Return the shape, and counts of rows by split, region and label."""
+        rows, y = self.rows, self.y
+        studies, patients = rows["study"].nunique(), name_persons(rows).nunique()
+        return Summary(
+            f"Embeddings: {counted(len(self), 'image')}, {counted(studies, 'study')}, "
+            f"{counted(patients, 'patient')}",
+            {
+                "X": f"{len(self):,} × {self.X.shape[1]:,} {self.X.dtype}, {self.pooling}",
+                "splits": count_values(rows["split"].value_counts().sort_index().to_dict()),
+                "regions": count_values(rows["region"].value_counts().to_dict()),
+                "labels": f"abnormal {(y == 1).sum():,}, normal {(y == 0).sum():,}, "
+                f"unknown {(y < 0).sum():,}",
+                "failed": f"{counted(len(self.failed), 'image')} left out",
+            },
+        )
 
 
 def load_embeddings(
@@ -124,9 +153,9 @@ def load_embeddings(
     TrainingDataError
         A pooling is not one vector per image (without `cells`), or the split has no rows.
     """
-    cache = cache if isinstance(cache, Cache) else open_cache(cache)
+    cache = open_cache(cache)
     name = "MANIFEST" if isinstance(manifest, Manifest) else str(manifest)
-    manifest = manifest if isinstance(manifest, Manifest) else read_manifest(Path(manifest))
+    manifest = read_manifest(manifest)
     poolings = choose_poolings(cache, pool, cells=cells)
     rows = _choose_rows(manifest, split)
     rows, keys, failed = find_rows(cache, rows, name)
@@ -137,7 +166,52 @@ def load_embeddings(
         failed=failed,
         label_level=manifest.label_level,
         spec=cache.spec,
+        manifest=manifest,
     )
+
+
+def patient_folds(
+    embeddings: Embeddings, n_folds: int = 5, seed: int = 0
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return the folds that a sweep draws, as scikit-learn takes them for `cv`.
+
+    Patient-disjoint, and stratified by label and region over the labelled train rows of the whole
+    manifest, so that they follow from the manifest and the seed alone. Rows of `test` and rows
+    without a label are in no fold.
+
+    Parameters
+    ----------
+    embeddings : Embeddings
+        What `load_embeddings` returns.
+    n_folds : int
+        At least 2.
+    seed : int
+        The sweep's.
+
+    Returns
+    -------
+    list of (train_index, test_index)
+        int64 arrays of places in X, ascending: the rows of all other folds, and of the fold.
+
+    Raises
+    ------
+    TrainingDataError
+        Too few patients for so many folds, or one class only; see `splits.draw_folds`.
+    """
+    if not isinstance(embeddings, Embeddings):
+        raise ArgumentError(
+            "patient_folds takes what load_embeddings returns; this is of type "
+            f"{type(embeddings).__name__}."
+        )
+    rows = embeddings.rows if embeddings.manifest is None else embeddings.manifest.rows
+    is_trained = (rows["split"] == "train") & rows["label"].notna()
+    trained = rows[is_trained].reset_index(drop=True)
+    folds = pd.Series(draw_folds(trained, n_folds=n_folds, seed=seed), index=trained["image"])
+    fold = folds.reindex(embeddings.rows["image"]).fillna(-1).to_numpy(np.int64)
+    return [
+        (np.flatnonzero((fold >= 0) & (fold != k)), np.flatnonzero(fold == k))
+        for k in range(n_folds)
+    ]
 
 
 def find_rows(
@@ -217,6 +291,10 @@ def _missing(n_missing: int, n_rows: int, cache: Cache, manifest: str) -> Missin
         f"  medembed extract {manifest} --image-root DIR --encoder {cache.source} "
         f"--cache {cache.path}{options_of(cache.spec)}"
     )
+
+
+def _width(columns: slice) -> int:
+    return int(columns.stop - columns.start)
 
 
 def _blocks(poolings: Sequence[str], spec: CacheSpec) -> dict[str, slice]:

@@ -22,12 +22,14 @@ from medembed.cache.metadata import (
 )
 from medembed.cache.spec import CacheSpec, keys_from_hex
 from medembed.core.errors import CacheError, MissingRowsError, ShardError
+from medembed.core.files import as_path
 from medembed.core.system import count_cores
+from medembed.core.text import Summarised, Summary, counted
 
 __all__ = ["Cache", "create_cache", "open_cache"]
 
 
-class Cache:
+class Cache(Summarised):
     """A directory of embeddings keyed by the SHA-256 of each image's bytes.
 
     Open one with `open_cache` or `create_cache`. Any number of processes may read and append at
@@ -57,8 +59,21 @@ class Cache:
         self.path, self.spec, self.recorded, self.canary = path, spec, recorded, canary
         self._index = Index(path / "shards", spec, known)
 
-    def __repr__(self) -> str:
-        return f"Cache({str(self.path)!r})"
+    def summarise(self) -> Summary:
+        """Return poolings, dtype, encoder, and how many rows there are, where that can be read."""
+        shapes = {n: " × ".join(map(str, shape)) for n, shape in self.spec.poolings.items()}
+        try:
+            n_rows = counted(self._index.refresh().n_rows, "row")
+        except (CacheError, OSError):
+            n_rows = "rows that cannot be read"
+        return Summary(
+            f"Cache {self.path.resolve().name}: {n_rows}",
+            {
+                "poolings": ", ".join(f"{name} ({shape})" for name, shape in shapes.items()),
+                "stored as": self.spec.dtype,
+                "encoder": self.source,
+            },
+        )
 
     @property
     def source(self) -> str:
@@ -272,8 +287,8 @@ def create_cache(
     return cache
 
 
-def open_cache(path: str | os.PathLike[str], *, known: Collection[str] = ()) -> Cache:
-    """Open a cache that exists.
+def open_cache(path: Cache | str | os.PathLike[str], *, known: Collection[str] = ()) -> Cache:
+    """Open a cache that exists; one that is open stays.
 
     Shards whose names are in `known` are passed over, as if they were not there: for a task that
     has been told that they hold nothing of what it looks for.
@@ -285,4 +300,7 @@ def open_cache(path: str | os.PathLike[str], *, known: Collection[str] = ()) -> 
     CacheError
         It is not a cache, damaged, or of an unknown version.
     """
-    return Cache(Path(path), *read_description(Path(path)), known)
+    if isinstance(path, Cache):
+        return path
+    path = as_path(path, "a cache", "a Cache")
+    return Cache(path, *read_description(path), known)

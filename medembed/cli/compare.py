@@ -117,20 +117,12 @@ def show_comparison(
 
 
 def _show(result: dict[str, Any], by: str | None, table_format: str) -> None:
-    from medembed.results.group_tables import render_groups
-    from medembed.results.operating_tables import asks_for_points, tabulate_points
-    from medembed.results.tables import render
+    from medembed.results.group_tables import render_comparison
+    from medembed.results.operating_tables import asks_for_points
 
-    width = table_columns(PIPED_COLUMNS)
-    is_asked = asks_for_points(result)
-    if is_asked and table_format == "csv":
+    if asks_for_points(result) and table_format == "csv":
         say("The CSV is of heads: operating points are in --json, and in the files of --tables.")
-    if "groups" in result:
-        click.echo(render_groups(result, table_format, width))
-        return
-    more = tabulate_points(result, width if table_format == "table" else None)
-    more = more if is_asked or not by else []
-    click.echo(render(result, table_format=table_format, by=by, width=width, more=more))
+    click.echo(render_comparison(result, table_format, by, table_columns(PIPED_COLUMNS)))
 
 
 def _read(manifest_path: Path | None) -> Any:

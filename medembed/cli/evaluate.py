@@ -61,7 +61,7 @@ def evaluate_command(
     from medembed.prediction.external_validation import evaluate
     from medembed.results.external import render_external
 
-    found = evaluate(
+    run = evaluate(
         model_path,
         cache_path,
         manifest_path,
@@ -72,6 +72,7 @@ def evaluate_command(
         operating_points=operating_points,
         prevalence=prevalence,
     )
+    found = {"run": str(run.path), **run.scores()}
     if as_json:
         print_json(found)
     else:

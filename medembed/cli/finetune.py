@@ -136,7 +136,7 @@ def finetune_command(
         raise click.UsageError(f"--seed {seed} and --seeds {n_seeds} go beyond {MAX_SEED}")
 
     with showing_progress("Training", "images") as progress:
-        result = finetune(
+        run = finetune(
             manifest_path,
             image_root,
             reference,
@@ -148,7 +148,7 @@ def finetune_command(
             n_seeds=n_seeds,
             n_folds=n_folds,
             pool=pool,
-            recipe=Hyperparameters(augment=not no_augment, **numbers),
+            config=Hyperparameters(augment=not no_augment, **numbers),
             device=device,
             precision=precision,
             fit=fit,
@@ -159,6 +159,6 @@ def finetune_command(
             tell=progress.tell,
         )
     if as_json:
-        print_json(result)
+        print_json(run.as_dict())
     else:
         show_comparison([out], "study", None, "table", operating_points=operating_points)

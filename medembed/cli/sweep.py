@@ -84,7 +84,7 @@ def sweep_command(
     from medembed import sweeps
 
     with showing_leaderboard("Training", "fits", metric) as progress:
-        result = sweeps.sweep(
+        run = sweeps.sweep(
             cache_path,
             manifest_path,
             out,
@@ -104,6 +104,6 @@ def sweep_command(
             board=progress.board,
         )
     if as_json:
-        print_json(result)
+        print_json(run.as_dict())
     else:
         show_comparison([out], "study", None, "table", operating_points=operating_points)

@@ -1,6 +1,7 @@
 """Every error that medembed raises on purpose.
 
 MedembedError
+├── ArgumentError          an argument of the Python interface is no such thing (TypeError)
 ├── PathNotFoundError      a file or directory named by the user is not there (FileNotFoundError)
 ├── RecipeError            a recipe cannot be read or does not fit the image root (ValueError)
 ├── ManifestError          a manifest breaks its rules; lists all problems (ValueError)
@@ -23,6 +24,7 @@ from collections.abc import Sequence
 from typing import Any
 
 __all__ = [
+    "ArgumentError",
     "CacheError",
     "DeviceMemoryError",
     "EncoderError",
@@ -43,6 +45,10 @@ __all__ = [
 
 class MedembedError(Exception):
     """Base of all errors raised on purpose; `str()` is fit to show to a user."""
+
+
+class ArgumentError(MedembedError, TypeError):
+    """An argument is neither the thing that it names nor the path of one."""
 
 
 class PathNotFoundError(MedembedError, FileNotFoundError):

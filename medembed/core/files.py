@@ -14,8 +14,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast, overload
 
+from medembed.core.errors import ArgumentError
+
 __all__ = [
     "append_synced",
+    "as_path",
     "describe_error",
     "hold_lock",
     "json_bytes",
@@ -45,6 +48,34 @@ _FLAGS = {
     "a+b": os.O_RDWR | os.O_APPEND | os.O_CREAT,
 }
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def as_path(value: Any, what: str, otherwise: str = "") -> Path:
+    """Return the path that an argument is.
+
+    Parameters
+    ----------
+    value : str or path-like
+    what : str
+        What the argument names, such as "a cache", for the message of an error.
+    otherwise : str
+        What else the argument may be, such as "a Cache".
+
+    Raises
+    ------
+    ArgumentError
+        The argument is of another type.
+    """
+    if isinstance(value, str | os.PathLike):
+        name = os.fspath(value)
+        if isinstance(name, str):
+            return Path(name)
+    shown = repr(value)
+    shown = shown if len(shown) <= 60 and "\n" not in shown else f"{shown.splitlines()[0][:60]}…"
+    raise ArgumentError(
+        f"{what} is given as a path{f' or as {otherwise}' if otherwise else ''}; this is of type "
+        f"{type(value).__name__}: {shown}."
+    )
 
 
 @overload

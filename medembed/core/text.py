@@ -7,9 +7,16 @@ each place; formats that programs read (manifests, Parquet, JSON) hold the text 
 
 import re
 import unicodedata
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 __all__ = [
+    "Summarised",
+    "Summary",
+    "count_values",
+    "counted",
     "mask_controls",
     "normalise",
     "printable",
@@ -111,6 +118,69 @@ def to_html(text: str, *, quotes: bool = True) -> str:
     shown = mask_controls(text, keep="\n\t")
     shown = shown.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return shown.replace('"', "&#34;").replace("'", "&#39;") if quotes else shown
+
+
+def counted(n: int, noun: str) -> str:
+    """Write a count with its noun: 1 study, 1,199 studies."""
+    if n == 1:
+        return f"1 {noun}"
+    return f"{n:,} {noun[:-1]}ies" if noun.endswith("y") else f"{n:,} {noun}s"
+
+
+def count_values(counts: Mapping[Any, int], *, most: int = 6) -> str:
+    """Write how often values occur, ``hand 12, wrist 3``; only the first `most` of them."""
+    shown = [f"{name} {n:,}" for name, n in list(counts.items())[:most]]
+    return ", ".join([*shown, "…"] if len(counts) > most else shown)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a person wants to know of an object at a glance.
+
+    Attributes
+    ----------
+    title : str
+        One line.
+    facts : mapping of str to str
+        Names and values, in order. Text from data is as it came: it is made fit to show here.
+    """
+
+    title: str
+    facts: Mapping[str, str]
+
+    def as_text(self) -> str:
+        """Write title and facts, a line each, for a terminal."""
+        width = max(map(len, self.facts), default=0)
+        lines = [f"  {name:<{width}}  {value}" for name, value in self.facts.items()]
+        return "\n".join(printable(line, keep="") for line in (self.title, *lines))
+
+    def as_html(self) -> str:
+        """Write a table under its title, for a notebook."""
+        rows = [
+            f'<tr><th style="text-align: left">{_cell(name)}</th>'
+            f'<td style="text-align: left">{_cell(value)}</td></tr>'
+            for name, value in self.facts.items()
+        ]
+        title = f"<caption>{_cell(self.title)}</caption>"
+        return f"<table>{title}<tbody>{''.join(rows)}</tbody></table>"
+
+
+class Summarised(ABC):
+    """An object that prints as its summary, in a terminal and in a notebook."""
+
+    @abstractmethod
+    def summarise(self) -> Summary:
+        """Return counts and names; nothing that tells who a patient is."""
+
+    def __repr__(self) -> str:
+        return self.summarise().as_text()
+
+    def _repr_html_(self) -> str:
+        return self.summarise().as_html()
+
+
+def _cell(text: str) -> str:
+    return to_html(mask_controls(text))
 
 
 def _is_obeyed(character: str) -> bool:

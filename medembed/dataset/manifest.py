@@ -8,6 +8,7 @@ a column `ids`, the last before `label_level`; see `identities`.
 
 import hashlib
 import io
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,8 @@ from pathlib import Path
 import pandas as pd
 
 from medembed.core.errors import ManifestError, PathNotFoundError
-from medembed.core.files import write_atomically
+from medembed.core.files import as_path, write_atomically
+from medembed.core.text import Summarised, Summary, count_values, counted
 from medembed.dataset.checks import (
     CONTENTS,
     LABEL_LEVELS,
@@ -53,8 +55,8 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, eq=False)
-class Manifest:
+@dataclass(frozen=True, eq=False, repr=False)
+class Manifest(Summarised):
     """The images of one dataset, their patients, studies, labels and splits.
 
     Attributes
@@ -79,6 +81,28 @@ class Manifest:
     def has_hashes(self) -> bool:
         """Whether the rows name the bytes of their images (not so when built from tables alone)."""
         return bool((self.rows["sha256"] != "").any())
+
+    def write(self, path: str | Path) -> None:
+        """Write the manifest as CSV or Parquet, by the suffix; see `write_manifest`."""
+        write_manifest(self, path)
+
+    def summarise(self) -> Summary:
+        """Return counts of images by split, region and label."""
+        n, rows = count(self), self.rows
+        images, studies = counted(n["images"], "image"), counted(n["studies"], "study")
+        abnormal = f"{counted(n['abnormal'], 'image')}, {counted(n['abnormal_studies'], 'study')}"
+        covariates = [name for name in rows.columns if name not in (*REQUIRED, IDS)]
+        return Summary(
+            f"Manifest: {images}, {studies}, {counted(n['patients'], 'patient')}",
+            {
+                "splits": count_values(rows["split"].value_counts().sort_index().to_dict()),
+                "regions": count_values(rows["region"].value_counts().to_dict()),
+                "labels": f"by {self.label_level}; abnormal {abnormal}; "
+                f"unlabelled {counted(n['unlabelled'], 'image')}",
+                "covariates": ", ".join(covariates) or "none",
+                "sha256": "known" if self.has_hashes else "not known: from tables alone",
+            },
+        )
 
 
 def require_hashes(manifest: Manifest) -> None:
@@ -115,8 +139,8 @@ def make_manifest(table: pd.DataFrame, label_level: str, *, source: str = "the t
     return _arrange(table, label_level)
 
 
-def read_manifest(path: str | Path) -> Manifest:
-    """Read a manifest from a `.csv` or `.parquet` file and check it.
+def read_manifest(path: Manifest | str | os.PathLike[str]) -> Manifest:
+    """Read a manifest from a `.csv` or `.parquet` file and check it; one that is read stays.
 
     Raises
     ------
@@ -125,7 +149,9 @@ def read_manifest(path: str | Path) -> Manifest:
     ManifestError
         The file cannot be read, or breaks a manifest's rules; lists all problems with their rows.
     """
-    table = normalise_columns(_read_table(Path(path)), CONTENTS)
+    if isinstance(path, Manifest):
+        return path
+    table = normalise_columns(_read_table(as_path(path, "a manifest", "a Manifest")), CONTENTS)
     level, problems = _label_level(table)
     table = table.drop(columns="label_level", errors="ignore")
     _refuse([*problems, *find_table_problems(table, level)], str(path))
@@ -264,9 +290,9 @@ def count_rows(rows: pd.DataFrame) -> dict[str, int]:
     }
 
 
-def existing_root(image_root: str | Path) -> Path:
+def existing_root(image_root: str | os.PathLike[str]) -> Path:
     """Return the image root with symbolic links resolved, or raise PathNotFoundError."""
-    root = Path(image_root)
+    root = as_path(image_root, "the image root")
     if not root.is_dir():
         raise PathNotFoundError(
             f"no directory at {root} to find images in. "

@@ -92,11 +92,11 @@ def run_demo(
         extraction.extract(
             manifest, home / "images", load_encoder("demo"), home / "cache", progress=progress
         )
-    run = home / "runs" / "sweep"
-    run.parent.mkdir(exist_ok=True)
+    place = home / "runs" / "sweep"
+    place.parent.mkdir(exist_ok=True)
     with show("Training", "fits") as progress:
-        swept = sweeps.sweep(
-            home / "cache", home / "manifest.csv", run, seed=seed, progress=progress
+        run = sweeps.sweep(
+            home / "cache", home / "manifest.csv", place, seed=seed, progress=progress
         )
     report = write_report(
         [run],
@@ -104,7 +104,7 @@ def run_demo(
         find_thumbnails=lambda wanted: make_thumbnails(manifest, home / "images", wanted),
         command=REPORT,
     )
-    return {"leaderboard": swept["leaderboard"], "page": report["page"], "synthetic": True}
+    return {"leaderboard": run.info["leaderboard"], "page": report["page"], "synthetic": True}
 
 
 @contextmanager

@@ -63,7 +63,7 @@ class Encoder(Protocol):
     @property
     def precision(self) -> str: ...  # noqa: D102
 
-    def encode(self, pixels: np.ndarray, poolings: Sequence[str]) -> dict[str, np.ndarray]:
+    def encode(self, pixels: np.ndarray, poolings: Sequence[str], /) -> dict[str, np.ndarray]:
         """Embed a batch.
 
         Parameters

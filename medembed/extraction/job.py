@@ -18,6 +18,7 @@ from medembed.core.errors import (
     EncoderError,
     MedembedError,
 )
+from medembed.core.files import as_path
 from medembed.core.system import (
     choose_processes,
     default_decoders,
@@ -25,10 +26,11 @@ from medembed.core.system import (
     library_versions,
     total_memory,
 )
-from medembed.dataset.manifest import Manifest, existing_root, require_hashes
+from medembed.dataset.manifest import Manifest, existing_root, read_manifest, require_hashes
 from medembed.encoders.protocol import Encoder, PipelinedEncoder
 from medembed.extraction.canary import check_canary, compute_canary
 from medembed.extraction.decode_pool import DECODER_BYTES, Decoders
+from medembed.extraction.image_encoder import EncoderLike, find_tower
 from medembed.extraction.image_store import refuse_empty_root
 from medembed.extraction.outdated import joining, refuse_outdated
 from medembed.extraction.pipeline import Pipeline, memory_error
@@ -56,12 +58,12 @@ ROOM = 1.1  # of the rows' bytes, for chunks, headers and what else the disk is 
 
 
 def extract(
-    manifest: Manifest,
+    manifest: Manifest | str | os.PathLike[str],
     image_root: str | os.PathLike[str],
-    encoder: Encoder,
-    cache_path: str | os.PathLike[str],
+    encoder: EncoderLike,
+    cache: Cache | str | os.PathLike[str],
     *,
-    poolings: Sequence[str] = ("mean", "max"),
+    poolings: str | Sequence[str] = ("mean", "max"),
     dtype: str = "float16",
     intensity: Intensity = DEFAULT_INTENSITY,
     batch_size: int | None = None,
@@ -84,15 +86,15 @@ def extract(
 
     Parameters
     ----------
-    manifest : Manifest
+    manifest : Manifest or path
         Names the images and their SHA-256.
     image_root : path
         Directory that the manifest's image paths are relative to.
-    encoder : Encoder
-        What embeds them.
-    cache_path : path
+    encoder : Encoder, str or path
+        What embeds them, or a reference as `load_encoder` takes it.
+    cache : Cache or path
         Made if it is not there.
-    poolings : sequence of str
+    poolings : str or sequence of str
         Which of the encoder's poolings to store.
     dtype : {"float16", "float32"}
         How to store them.
@@ -150,8 +152,13 @@ def extract(
     -----
     On any exception, Ctrl-C included, rows embedded so far are committed before it goes on.
     """
-    start, root, timeline = time.monotonic(), Path(image_root), timeline or Timeline()
+    root, timeline = as_path(image_root, "the image root"), timeline or Timeline()
+    existing_root(root)
     say = tell or (lambda words: None)
+    poolings = poolings.split(",") if isinstance(poolings, str) else poolings
+    manifest, encoder = read_manifest(manifest), find_tower(encoder, poolings=poolings)
+    start = time.monotonic()
+    cache_path = cache.path if isinstance(cache, Cache) else as_path(cache, "a cache", "a Cache")
     n_decoders = _check_request(root, encoder, poolings, batch_size, decoders)
     require_hashes(manifest)
     spec, recorded = spec_of(encoder, poolings, dtype, intensity), _record(encoder)
@@ -162,25 +169,25 @@ def extract(
     if not plan.pending:
         refuse_outdated(plan, there, root, intensity, decoders, say)
         return _report(plan, None, 0, None, start, timeline)
-    check_plan(plan, spec, root, Path(cache_path))
+    check_plan(plan, spec, root, cache_path)
     n_decoders = min(n_decoders, len(plan.pending))
     # The decoders outermost: Ctrl-C commits first and ends them afterwards.
     with Decoders(n_decoders, encoder.preprocessing, intensity, limits) as readers:
         size = _warm_up(encoder, poolings, len(plan.pending), batch_size, tell)
         say("Canary")
-        cache = _open_or_make(encoder, spec, recorded, cache_path, known_shards)
-        size, distance = _prove(cache, encoder, recorded, size)
+        opened = _open_or_make(encoder, spec, recorded, cache_path, known_shards)
+        size, distance = _prove(opened, encoder, recorded, size)
         execution = execution_of(encoder)
         if announce is not None:
             announce(describe_execution(encoder.source, execution, size))
         say("Embedding")
         timeline.add("prepare", start, time.monotonic())
         pipeline = Pipeline(encoder, poolings, size, len(plan.pending), timeline, progress)
-        with WriterThread(cache, commit_seconds, timeline) as writer:
+        with WriterThread(opened, commit_seconds, timeline) as writer:
             pairs = readers.read(plan.pending, root, 2 * size + n_decoders)
-            pipeline.run(joining(pairs, cache), writer)
+            pipeline.run(joining(pairs, opened), writer)
     pipeline.refuse_other_bytes()
-    refuse_outdated(plan, cache, root, intensity, decoders, say)
+    refuse_outdated(plan, opened, root, intensity, decoders, say)
     report = _report(plan, pipeline, n_decoders, distance, start, timeline)
     return replace(report, execution=execution)
 

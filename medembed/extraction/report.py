@@ -1,9 +1,11 @@
 """What became of a manifest's rows, and where the time went."""
 
+from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from medembed.core.system import count_cores
+from medembed.core.text import Summarised, Summary, count_values, counted
 from medembed.encoders.protocol import DescribedEncoder, Encoder
 
 __all__ = ["ExtractionReport", "describe_execution", "describe_times", "execution_of"]
@@ -11,8 +13,8 @@ __all__ = ["ExtractionReport", "describe_execution", "describe_times", "executio
 STARVING = 0.1  # share of the time in which the encoder waited for images, worth a word
 
 
-@dataclass(frozen=True)
-class ExtractionReport:
+@dataclass(frozen=True, repr=False)
+class ExtractionReport(Summarised):
     """Count what became of a manifest's rows.
 
     Always requested = already + embedded + failed + duplicates.
@@ -70,6 +72,20 @@ class ExtractionReport:
     stages: dict[str, float]
     canary: float | None
     execution: dict[str, Any] | None = None
+
+    def summarise(self) -> Summary:
+        """Return what became of the images, why some failed, and how fast it was."""
+        stages = Counter(failure["stage"] for failure in self.failures)
+        failed = f" (in {count_values(stages)}; see .failures)" if stages else ""
+        return Summary(
+            f"Extraction: {self.embedded:,} of {counted(self.requested, 'image')} embedded",
+            {
+                "in the cache before": f"{self.already:,}",
+                "the same bytes again": f"{self.duplicates:,}",
+                "failed": f"{self.failed:,}{failed}",
+                "time": f"{self.seconds:.1f} s, {self.images_per_second:.1f} images/s",
+            },
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Return the counts as JSON-able values."""

@@ -1,5 +1,6 @@
 """What fine-tuning is asked, understood and checked before anything is read or trained."""
 
+import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,10 +10,11 @@ from typing import Any
 from medembed.core.errors import EncoderError, TrainingDataError
 from medembed.core.system import library_versions
 from medembed.dataset.manifest import Manifest
-from medembed.encoders.loading import choose_device, choose_precision, load_encoder
+from medembed.encoders.loading import choose_device, choose_precision
 from medembed.encoders.torch_encoder import TorchEncoder
 from medembed.evaluation.thresholds import ThresholdRule
 from medembed.extraction import spec_of
+from medembed.extraction.image_encoder import EncoderLike, find_tower
 from medembed.finetuning.adapters import alpha_of, find_projections, require_peft
 from medembed.finetuning.blocks import count_blocks, draw_weights
 from medembed.finetuning.frozen_features import TRUNK_DTYPE, choose_cut
@@ -118,7 +120,7 @@ def resolve_config(
     manifest: Manifest,
     image_root: Path,
     unfreeze: Sequence[str | int],
-    reference: str | Path,
+    reference: EncoderLike,
     recipe: Hyperparameters,
     *,
     from_run: str | Path | None,
@@ -147,6 +149,8 @@ def resolve_config(
         )
     if trunk[0] is not None:
         _refuse_changing_trunk(recipe)
+    if not isinstance(reference, str | os.PathLike):
+        on = {**on, "device": find_tower(reference).device}
     chosen = choose_precision(on["precision"], choose_device(on["device"]))
     recipe = replace(recipe, precision=chosen)
     recipe.check()
@@ -155,9 +159,14 @@ def resolve_config(
     names = tuple(pool.split(",") if isinstance(pool, str) else pool or ())
     # Weights stay fp32 in training; bf16 is what products are cast to.
     known: dict[str, Any] = {"device": on["device"], "precision": "fp32", "fit": on["fit"]}
-    encoder: Any = load_encoder(reference, poolings=names or ("mean", "max"), **known)
-    if not isinstance(encoder, TorchEncoder):
-        raise EncoderError(f"{encoder.source} cannot be trained.")
+    encoder: Any = find_tower(reference, poolings=names or ("mean", "max"), **known)
+    if not isinstance(encoder, TorchEncoder) or encoder.origin is None:
+        raise EncoderError(
+            f"{encoder.source} cannot be trained: it is no tower that was loaded from a checkpoint."
+        )
+    if encoder.precision != "fp32":  # weights stay fp32 in training
+        origin, encoder = encoder.origin, encoder.reference()
+        encoder.origin = origin
     n_blocks = count_blocks(encoder)
     depths = read_depths(unfreeze, n_blocks, encoder.source)
     if recipe.lora is not None:

@@ -9,11 +9,10 @@ import numpy as np
 
 from medembed.core.errors import ModelError, RunError
 from medembed.finetuning.network import Start
-from medembed.heads.linear import LogisticHead
 from medembed.heads.mlp import MLPHead
 from medembed.heads.packaging import load_model
-from medembed.heads.registry import make_head
-from medembed.heads.scaling import Projector
+from medembed.heads.registry import head_class, known_heads, make_head
+from medembed.heads.scaling import Projection, Projector
 from medembed.results.model_card import require_winner
 from medembed.results.runs import Run
 
@@ -21,9 +20,6 @@ if TYPE_CHECKING:
     from medembed.heads.base import Head
 
 __all__ = ["HeadInit", "init_from_sweep", "init_random", "read_swept_head"]
-
-SUITABLE = ("mlp", "logistic")
-"""Heads that gradients pass through."""
 
 
 @dataclass(frozen=True)
@@ -79,12 +75,13 @@ def read_swept_head(run: Run, spec: Mapping[str, Any], manifest: str) -> HeadIni
     """
     run.require_complete()
     board = run.info.get("leaderboard", [])
-    names = [e["head"] for e in board if e["head"] in SUITABLE and e.get("cv") is not None]
+    suitable = [name for name in known_heads() if head_class(name).trains_with_encoder]
+    names = [e["head"] for e in board if e["head"] in suitable and e.get("cv") is not None]
     if not names:
         raise RunError(
             f"run at {run.path} has no head that can be trained on with an encoder: it has "
             f"{', '.join(entry['head'] for entry in board) or 'none'}, and one of "
-            f"{', '.join(SUITABLE)} is needed. Leave out --from-run for a fresh head."
+            f"{', '.join(suitable)} is needed. Leave out --from-run for a fresh head."
         )
     model = load_model(run.model_path(names[0]))
     require_winner(run, names[0], model.card)
@@ -114,19 +111,14 @@ def init_from_sweep(
     TrainingDataError
         The rows are of one class, or the loss stops being a finite number.
     """
-    given = {**swept.params, **({"random_state": seed} if swept.head == "mlp" else {})}
-    head: Head = make_head(swept.head, given)
+    own_seed = {"random_state": seed} if "random_state" in swept.params else {}
+    head: Head = make_head(swept.head, {**swept.params, **own_seed})
     if swept.budget is not None:
         head = head.with_budget(swept.budget)
     head.fit(X[fitted], y[fitted])
-    if isinstance(head, LogisticHead):
-        weights = [head.coef_.T.astype(np.float32)]
-        biases = [head.intercept_.astype(np.float32)]
-        params = _plain_params({"hidden": ()})
-    else:
-        assert isinstance(head, MLPHead)
-        weights, biases, params = head.weights_, head.biases_, _plain_params(swept.params)
-    projection = head.projection_
+    weights, biases = head.as_layers()
+    params = _plain_params({"hidden": (), **swept.params})
+    projection: Projection = head.projection_
     return Start(projection.mean, projection.scale, tuple(weights), tuple(biases), params)
 
 

@@ -1,13 +1,14 @@
 """How a depth is trained: every number that decides it, and the depths themselves."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from medembed.core.errors import TrainingDataError
+from medembed.core.errors import ArgumentError, TrainingDataError
+from medembed.heads.registry import nearest
 
-__all__ = ["ALL", "Depth", "Hyperparameters", "read_depths"]
+__all__ = ["ALL", "Depth", "Hyperparameters", "read_config", "read_depths"]
 
 ALL = "all"
 """What a user writes for every block, and the patch and position embeddings below them."""
@@ -114,6 +115,32 @@ class Hyperparameters:
         if self.lora is None:
             del values["lora"]
         return values
+
+
+def read_config(config: Hyperparameters | Mapping[str, Any] | None) -> Hyperparameters:
+    """Return hyperparameters that are given by name, the defaults in place of the others.
+
+    Raises
+    ------
+    TrainingDataError
+        There is no hyperparameter of that name; names the nearest.
+    ArgumentError
+        `config` is neither a mapping nor a Hyperparameters.
+    """
+    if isinstance(config, Hyperparameters):
+        return config
+    if not isinstance(config, Mapping | None):
+        raise ArgumentError(
+            "config is a mapping of hyperparameters to their values, such as "
+            f'{{"epochs": 10}}; this is of type {type(config).__name__}.'
+        )
+    known = [field.name for field in fields(Hyperparameters)]
+    for name in config or {}:
+        if name not in known:
+            raise TrainingDataError(
+                f"fine-tuning has no hyperparameter {name!r}; {nearest(str(name), known)}."
+            )
+    return Hyperparameters(**(config or {}))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ hashes all that decides its result. An interrupted one goes on from its last epo
 """
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ import torch
 
 from medembed.cache.embeddings import find_rows
 from medembed.core.errors import DeviceMemoryError, EncoderError, TrainingDataError
-from medembed.core.files import json_digest
+from medembed.core.files import as_path, json_digest
 from medembed.dataset.build_file import read_build
 from medembed.dataset.manifest import Manifest, read_manifest
 from medembed.evaluation.thresholds import ThresholdRule, parse_rules
+from medembed.extraction.image_encoder import EncoderLike, name_encoder
 from medembed.extraction.image_store import refuse_empty_root
 from medembed.finetuning.adapting import adapt, save_adapted
 from medembed.finetuning.config import (
@@ -37,14 +38,14 @@ from medembed.finetuning.frozen_features import (
     make_trunk,
 )
 from medembed.finetuning.head_init import init_from_sweep, init_random
-from medembed.finetuning.hyperparameters import Depth, Hyperparameters
+from medembed.finetuning.hyperparameters import Depth, Hyperparameters, read_config
 from medembed.finetuning.image_store import Images, VectorImages, compute_rows, read_images
 from medembed.finetuning.network import Network, blank_start
 from medembed.finetuning.packaged import package
 from medembed.finetuning.training import Trainer, explaining_memory
 from medembed.images.load import DEFAULT_LIMITS, Limits
 from medembed.results.provenance import public_name
-from medembed.results.runs import Run, create_run
+from medembed.results.runs import Run, RunLike, create_run, open_run
 
 __all__ = ["finetune"]
 
@@ -55,17 +56,17 @@ Tell = Callable[[str], None]
 def finetune(
     manifest: Manifest | str | Path,
     image_root: str | Path,
-    encoder: str | Path,
+    encoder: EncoderLike,
     out: str | Path,
     *,
     unfreeze: str | Sequence[str | int] = (0, 1, 2, 4),
-    from_run: str | Path | None = None,
+    from_run: RunLike | None = None,
     trunk_cache: str | Path | None = None,
     trunk_dtype: str = TRUNK_DTYPE,
     n_seeds: int = 1,
     n_folds: int = 5,
     pool: str | Sequence[str] | None = None,
-    recipe: Hyperparameters | None = None,
+    config: Hyperparameters | Mapping[str, Any] | None = None,
     device: str = "auto",
     precision: str = "auto",
     fit: str = "stretch",
@@ -74,7 +75,7 @@ def finetune(
     limits: Limits = DEFAULT_LIMITS,
     progress: Progress | None = None,
     tell: Tell | None = None,
-) -> dict[str, Any]:
+) -> Run:
     """Train a head alone, and with the last blocks of its encoder, and score each once on test.
 
     One fold of the patients of `train` is held out: its predictions are the out-of-fold ones that
@@ -87,14 +88,14 @@ def finetune(
         Names the images, their labels, patients and splits.
     image_root : path
         Directory that the manifest's image paths are relative to.
-    encoder : str or path
-        As `load_encoder` takes it.
+    encoder : Encoder, str or path
+        As `load_encoder` takes or returns it; it stays what it is.
     out : path
         The run directory: new, or the same question's, which is then continued.
     unfreeze : str or sequence
         Depths, such as ``0,1,2,all``: so many last blocks and the norm after them; 0 the head
         alone; ``all`` everything.
-    from_run : path, optional
+    from_run : Run or path, optional
         A sweep on this encoder's embeddings and this manifest; the head is then its best MLP or
         logistic one, learnt again without the held-out patients. By default a fresh MLP.
     trunk_cache : path, optional
@@ -109,10 +110,12 @@ def finetune(
         One of so many folds is held out.
     pool : str or sequence of str, optional
         Single-vector poolings, side by side; by default mean and max, or those of `from_run`.
-    recipe : Recipe, optional
-        Hyperparameters; its `precision` is replaced by what `precision` comes to.
+    config : mapping or Hyperparameters, optional
+        Such as ``{"epochs": 10, "lr": 3e-4}``; its `precision` is replaced by what `precision`
+        comes to.
     device, precision, fit : str
-        As `load_encoder` takes them. bf16 is that of products in training.
+        As `load_encoder` takes them; device and fit of an encoder that is loaded are its own. bf16
+        is that of products in training.
     seed : int
         Of everything random.
     operating_points : sequence of str or ThresholdRule
@@ -127,9 +130,9 @@ def finetune(
 
     Returns
     -------
-    dict
-        ``run`` (path) and ``leaderboard``: a list of ``{head, pooling, trial, params, cv, seconds,
-        status, error, depth, lora, seed, trainable, best_epoch, encoder}``, best first, failed
+    Run
+        Complete. Its ``leaderboard`` has the columns ``head, pooling, trial, params, cv, seconds,
+        status, error, depth, lora, seed, trainable, best_epoch, encoder``, best first, failed
         ones last. ``lora`` is the rank of adapters, ``trainable`` how many numbers training
         changes, ``encoder`` the fingerprint of the adapted encoder, None of depth 0.
 
@@ -146,18 +149,19 @@ def finetune(
     CacheError
         The disk will not hold the trunk cache, or a shard is damaged.
     MedembedError
-        `recipe` asks for LoRA, and peft is not installed.
+        `config` asks for LoRA, and peft is not installed.
     """
     points = parse_rules(operating_points)
-    table = manifest if isinstance(manifest, Manifest) else read_manifest(manifest)
-    rows = choose_rows(table, n_folds, seed)
-    refuse_empty_root(Path(image_root), rows.rows["image"], len(rows), "to train on")
+    table = read_manifest(manifest)
+    rows, image_root = choose_rows(table, n_folds, seed), as_path(image_root, "the image root")
+    from_run = None if from_run is None else open_run(from_run).path
+    refuse_empty_root(image_root, rows.rows["image"], len(rows), "to train on")
     asked = resolve_config(
         table,
-        Path(image_root),
+        image_root,
         unfreeze.split(",") if isinstance(unfreeze, str) else unfreeze,
         encoder,
-        recipe or Hyperparameters(),
+        read_config(config),
         from_run=from_run,
         trunk=(trunk_cache, trunk_dtype),
         seeds=tuple(range(seed, seed + n_seeds)),
@@ -167,14 +171,15 @@ def finetune(
     )
     asked = replace(asked, limits=limits, build=read_build(manifest, table), points=points)
     name = "MANIFEST" if isinstance(manifest, Manifest) else public_name(manifest)
-    command = write_command(asked, name, public_name(encoder), public_name(out), from_run)
+    reference = public_name(name_encoder(encoder))
+    command = write_command(asked, name, reference, public_name(out), from_run)
     run = create_run(out, asked.question(), details=describe(asked, command))
     with run.locked():
         if not run.is_complete:
             _train_all(run, asked, rows, progress or (lambda *_: None), tell or (lambda _: None))
         run.drop_folds()
         shutil.rmtree(run.path / "training", ignore_errors=True)
-    return {"run": str(out), "leaderboard": run.info["leaderboard"]}
+    return run
 
 
 def _train_all(

@@ -87,7 +87,7 @@ class Network(nn.Module):
         In fp32; copied, so that it stays what it is.
     depth : Depth
         What of it trains.
-    recipe : Recipe
+    recipe : Hyperparameters
         Its `precision`, `checkpointing` and `lora`.
     poolings : sequence of str
         Single-vector poolings, side by side.

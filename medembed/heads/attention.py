@@ -80,6 +80,7 @@ class AttentionHead(Head):
     """
 
     study_level: ClassVar[bool] = True
+    is_differentiable: ClassVar[bool] = True
 
     def __init__(
         self,

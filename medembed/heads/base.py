@@ -21,6 +21,7 @@ __all__ = [
     "row_weights",
 ]
 
+_LEAST = 1e-15  # of a probability whose logit is asked for
 ClassWeight = str | Mapping[Any, float] | None
 
 
@@ -30,11 +31,27 @@ class Head(ClassifierMixin, BaseEstimator, ABC):
     ``fit(X, y, *, X_val=None, y_val=None)`` is handed its validation rows and never draws them: a
     random draw would put one patient on both sides. ``best_epoch_`` is the number of epochs or
     trees in use (None where a head has none), and ``with_budget(n)`` an unfitted copy that trains
-    exactly that many, for the refit on all rows. With `study_level` a head's rows are views, and it
-    judges studies.
+    exactly that many, for the refit on all rows. What a head can do stands in attributes of its
+    class, so that nobody asks for its name.
     """
 
     study_level: ClassVar[bool] = False
+    """Whether the head's rows are views, and it judges studies."""
+    shares: ClassVar[str | None] = None
+    """What its configurations share when a sweep fits them together: a "path" of penalties, "bins"
+    of the data, a "cohort" that steps at once; None: each is fitted by itself."""
+    n_together: ClassVar[int | None] = 1
+    """How many configurations a sweep fits together at most; None: all."""
+    is_independent: ClassVar[bool] = False
+    """Whether a configuration comes out alike in any company: after a crash each is tried alone."""
+    has_rungs: ClassVar[bool] = False
+    """Whether it trains in epochs, after some of which a sweep may give up the weaker half."""
+    shared_params: ClassVar[tuple[str, ...]] = ()
+    """Parameters that all configurations fitted together must have in common."""
+    is_differentiable: ClassVar[bool] = False
+    """Whether its logit has a gradient, which explanations follow; else they leave tokens out."""
+    trains_with_encoder: ClassVar[bool] = False
+    """Whether it can go on learning with the blocks of an encoder: it has `as_layers`."""
     best_epoch_: int | None
     classes_: np.ndarray
     n_features_in_: int
@@ -50,6 +67,28 @@ class Head(ClassifierMixin, BaseEstimator, ABC):
         A head without epochs returns a plain copy.
         """
         return clone(self)  # type: ignore[no-any-return]
+
+    def find_bases(self) -> list[tuple[str, int]]:
+        """Return what a fold learns once for all heads that want it: scalings, components of each.
+
+        A pair is a name of `scaling.SCALINGS` and a number of principal components, or 0.
+        """
+        return []
+
+    def as_layers(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Return the fitted weights, (columns in, columns out), and biases of layers, float32.
+
+        Raises
+        ------
+        ModelError
+            The head has none; see `trains_with_encoder`.
+        """
+        raise ModelError(f"a head of {type(self).__name__} has no layers to train on.")
+
+    def predict_logit(self, X: np.ndarray) -> np.ndarray:
+        """Return ln(p / (1 - p)) of each row's probability of the second class, float64 (n,)."""
+        positive = np.clip(self.predict_proba(X)[:, 1], _LEAST, 1 - _LEAST)
+        return np.asarray(np.log(positive) - np.log1p(-positive), np.float64)
 
     def predict_proba(self, X: np.ndarray) -> np.ndarray:
         """Return the probability of each of `classes_`, float64 of shape (n, 2)."""
@@ -74,6 +113,14 @@ class Head(ClassifierMixin, BaseEstimator, ABC):
     @abstractmethod
     def _restore(self, payload: dict[str, np.ndarray] | str, n_features: int) -> None:
         """Take what `_payload` gave; ModelError where it does not fit the parameters."""
+
+    def _read_arrays(
+        self,
+        payload: dict[str, np.ndarray] | str,
+        expected: Mapping[str, tuple[str, tuple[int, ...]]],
+    ) -> dict[str, np.ndarray]:
+        """Return the payload's arrays, checked; for `_restore`, see `arrays_of`."""
+        return arrays_of(payload, expected)
 
     def check_parameters(self) -> None:
         """Raise TrainingDataError where a parameter is out of range."""

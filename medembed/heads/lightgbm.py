@@ -1,6 +1,6 @@
 """Boosted trees by LightGBM, with defaults for dense embeddings."""
 
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import lightgbm
 import numpy as np
@@ -56,6 +56,10 @@ class LightGBMHead(Head):
         Their number.
     """
 
+    shares: ClassVar[str | None] = "bins"
+    n_together: ClassVar[int | None] = None
+    is_independent: ClassVar[bool] = True
+
     def __init__(
         self,
         n_trees: int = 300,
@@ -88,6 +92,16 @@ class LightGBMHead(Head):
         self.class_weight = class_weight
         self.random_state = random_state
         self.n_jobs = n_jobs
+
+    def find_bases(self) -> list[tuple[str, int]]:
+        """Return the standard scaling, where the trees see components."""
+        return [("standard", self.pca)] if self.pca else []
+
+    def predict_logit(self, X: np.ndarray) -> np.ndarray:
+        """Return the sum of the trees' leaves for each row, float64 (n,)."""
+        columns = X if self.projection_ is None else self.projection_.apply(X, np.float64)
+        raw = self.booster_.predict(columns, raw_score=True, num_threads=self.n_jobs)
+        return np.asarray(raw, np.float64)
 
     def with_budget(self, n: int) -> Self:
         """Return an unfitted copy that trains exactly `n` trees."""

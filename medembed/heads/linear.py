@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from scipy.special import expit
@@ -47,6 +47,11 @@ class LogisticHead(Head):
     best_epoch_ : None
     """
 
+    shares: ClassVar[str | None] = "path"
+    n_together: ClassVar[int | None] = None
+    is_differentiable: ClassVar[bool] = True
+    trains_with_encoder: ClassVar[bool] = True
+
     def __init__(
         self,
         C: float = 0.01,
@@ -65,6 +70,14 @@ class LogisticHead(Head):
         self.n_covariates = n_covariates
         self.max_iter = max_iter
         self.tol = tol
+
+    def find_bases(self) -> list[tuple[str, int]]:
+        """Return the standard scaling, with the components that are fitted on."""
+        return [("standard", self.pca)] if self.standardize else []
+
+    def as_layers(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Return the coefficients as one layer."""
+        return [self.coef_.T.astype(np.float32)], [self.intercept_.astype(np.float32)]
 
     def fit(self, X: Any, y: Any, *, X_val: Any = None, y_val: Any = None) -> Self:
         """Fit on X of shape (n, d), finite, and y of two classes.

@@ -15,12 +15,11 @@ from sklearn.utils.validation import check_is_fitted
 from medembed.core.errors import ModelError
 from medembed.heads.attention import AttentionHead
 from medembed.heads.base import Head
-from medembed.heads.lightgbm import LightGBMHead
 from medembed.heads.linear import LogisticHead
 from medembed.heads.mlp import MLPHead
 from medembed.heads.scaling import Projection
 
-__all__ = ["differentiable_logit", "has_gradient", "logit"]
+__all__ = ["differentiable_logit", "logit"]
 
 Logit = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -30,11 +29,6 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": torch.nn.functional.silu,
     "tanh": torch.tanh,
 }
-
-
-def has_gradient(head: Head) -> bool:
-    """Whether `differentiable_logit` takes the head."""
-    return not isinstance(head, LightGBMHead)
 
 
 def logit(head: Head, X: np.ndarray, studies: np.ndarray | None = None) -> np.ndarray:
@@ -60,11 +54,8 @@ def logit(head: Head, X: np.ndarray, studies: np.ndarray | None = None) -> np.nd
         The head is of a kind whose logit is not known.
     """
     check_is_fitted(head)
-    if isinstance(head, LightGBMHead):
-        projection = head.projection_
-        columns = X if projection is None else projection.apply(X, np.float64)
-        raw = head.booster_.predict(columns, raw_score=True, num_threads=head.n_jobs)
-        return np.asarray(raw, np.float64)
+    if not head.is_differentiable:
+        return head.predict_logit(X)
     codes = np.arange(len(X)) if studies is None or not head.study_level else np.asarray(studies)
     with torch.no_grad():
         found = differentiable_logit(head)(

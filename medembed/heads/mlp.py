@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Hashable, Sequence
 from itertools import pairwise
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from scipy.special import erf, expit
@@ -76,6 +76,14 @@ class MLPHead(Head):
         Per epoch `train_loss` and, with validation rows, `loss` and `auroc`.
     """
 
+    shares: ClassVar[str | None] = "cohort"
+    n_together: ClassVar[int | None] = 16
+    """Enough to fill the matrix unit, few enough to be lost in a crash."""
+    has_rungs: ClassVar[bool] = True
+    shared_params: ClassVar[tuple[str, ...]] = ("batch_size", "precision")
+    is_differentiable: ClassVar[bool] = True
+    trains_with_encoder: ClassVar[bool] = True
+
     def __init__(
         self,
         hidden: Sequence[int] = (256,),
@@ -114,6 +122,14 @@ class MLPHead(Head):
         self.class_weight = class_weight
         self.precision = precision
         self.random_state = random_state
+
+    def find_bases(self) -> list[tuple[str, int]]:
+        """Return the scaling, with the components that the layers see."""
+        return [(self.scaling, self.pca)]
+
+    def as_layers(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Return the weights and biases of the hidden layers and the last."""
+        return list(self.weights_), list(self.biases_)
 
     def with_budget(self, n: int) -> Self:
         """Return an unfitted copy that trains exactly `n` epochs."""

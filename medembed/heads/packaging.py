@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from medembed.core.errors import MedembedError, ModelError, PathNotFoundError
-from medembed.core.files import json_bytes, sync_directory, write_atomically
+from medembed.core.files import as_path, json_bytes, sync_directory, write_atomically
+from medembed.core.text import Summarised, Summary, counted
 from medembed.heads.base import Head
 from medembed.heads.model_files import (
     MODEL_FILE,
@@ -56,17 +57,33 @@ _MAX_FEATURES = 1 << 20
 _MAX_EPOCHS = 1 << 31
 
 
-@dataclass(frozen=True)
-class Model:
+@dataclass(frozen=True, repr=False)
+class Model(Summarised):
     """A fitted head and its card: what was recorded beside it when it was saved.
 
     `reference` are statistics of the embeddings that it was trained on (see
-    `evaluation.drift.reference`), or None where none were saved.
+    `evaluation.drift.reference`), or None where none were saved. `path` is the directory that it
+    was read from.
     """
 
     head: Head
     card: dict[str, Any]
     reference: dict[str, np.ndarray] | None = None
+    path: Path | None = None
+
+    def summarise(self) -> Summary:
+        """Return what the head is, what it reads, and of which encoder."""
+        name = "" if self.path is None else f" {self.path.resolve().name}"
+        encoder = self.card.get("encoder")
+        source = encoder.get("source") if isinstance(encoder, Mapping) else None
+        return Summary(
+            f"Model{name}: {type(self.head).__name__}",
+            {
+                "reads": f"{self.card.get('pooling', 'unknown')}, "
+                f"{counted(int(self.head.n_features_in_), 'column')}",
+                "encoder": str(source or "not known"),
+            },
+        )
 
 
 def save_model(
@@ -147,8 +164,10 @@ def update_card(
     write_atomically(path / MODEL_FILE, described)
 
 
-def load_model(directory: str | Path) -> Model:
+def load_model(directory: Model | str | os.PathLike[str]) -> Model:
     """Read what `save_model` wrote; predictions are those of the head saved, byte for byte.
+
+    A model that is read stays.
 
     Raises
     ------
@@ -159,7 +178,9 @@ def load_model(directory: str | Path) -> Model:
         reference that is missing or not the one recorded, parameters that no head has, or tensors
         or trees that do not fit them.
     """
-    path = Path(directory)
+    if isinstance(directory, Model):
+        return directory
+    path = as_path(directory, "a model", "a Model")
     document = read_document(path)
     try:
         head = _rebuild(document, path)
@@ -168,7 +189,7 @@ def load_model(directory: str | Path) -> Model:
         raise ModelError(
             f"model at {path} cannot be used: {error}. Train or copy it again"
         ) from error
-    return Model(head, document["card"], reference)
+    return Model(head, document["card"], reference, path)
 
 
 def read_document(directory: str | Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from medembed.encoders.protocol import Encoder
 from medembed.encoders.repooling import refuse_unpoolable, repool
 from medembed.encoders.torch_encoder import TorchEncoder
 from medembed.heads.base import Head
-from medembed.heads.logits import differentiable_logit, has_gradient, logit
+from medembed.heads.logits import differentiable_logit, logit
 from medembed.prediction.occlusion import occlude, spread, window_sides
 
 __all__ = ["METHODS", "Explainer", "Explanation"]
@@ -108,7 +108,7 @@ class Explainer:
             )
         self.encoder, self.head = encoder, head
         self.poolings = pooling.split("+")
-        self.method = method or ("integrated" if has_gradient(head) else "occlusion")
+        self.method = method or ("integrated" if head.is_differentiable else "occlusion")
         self._check()
 
     def heat_maps(

@@ -37,8 +37,8 @@ class Embedder:
     model_path : Path
         The model's directory, from which its card names an adapted encoder.
     card : Card
-    reference : str or path, optional
-        Another place of the same encoder than the card names.
+    reference : Encoder, str or path, optional
+        The encoder itself, or another place of it than the card names.
     device, precision : str
         As for `load_encoder`. `fit` and the window are the model's.
     limits : Limits
@@ -52,7 +52,7 @@ class Embedder:
         model_path: Path,
         card: Card,
         *,
-        reference: str | os.PathLike[str] | None = None,
+        reference: Encoder | str | os.PathLike[str] | None = None,
         device: str = "auto",
         precision: str = "auto",
         limits: Limits = DEFAULT_LIMITS,
@@ -85,10 +85,15 @@ class Embedder:
             It is another encoder than the model's.
         """
         from medembed.encoders.loading import load_encoder
+        from medembed.extraction.image_encoder import find_tower
 
         reference = self.reference
         if reference is None:
             reference = find_encoder(self.card, self.model_path)
+        if not isinstance(reference, str | os.PathLike):
+            tower = find_tower(reference)
+            self._check(tower)
+            return tower
         encoder = load_encoder(
             reference,
             device=self.device,
@@ -153,7 +158,7 @@ class CachedRows:
     """
 
     def __init__(self, cache: Cache | str | os.PathLike[str], card: Card) -> None:
-        self.cache = cache if isinstance(cache, Cache) else open_cache(cache)
+        self.cache = open_cache(cache)
         check_spec(card, self.cache.spec, f"those in the cache at {self.cache.path}")
         self.poolings = card.pooling.split("+")
 

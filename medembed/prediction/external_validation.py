@@ -6,6 +6,7 @@ Nothing is trained: the run keeps how the model turns scores into decisions, so 
 
 import hashlib
 import json
+import os
 import shlex
 import time
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from medembed.cache.store import Cache, open_cache
 from medembed.core.errors import TrainingDataError
 from medembed.core.files import json_digest
 from medembed.core.system import library_versions
+from medembed.core.text import counted
 from medembed.dataset.build_file import read_build
 from medembed.dataset.covariates import CovariateEncoder
 from medembed.dataset.identities import name_persons
@@ -32,11 +34,12 @@ from medembed.heads.model_files import read_part
 from medembed.heads.packaging import Model, load_model
 from medembed.prediction.decisions import check_spec, raw_scores
 from medembed.prediction.internal import Internal, count_labels, find_internal
+from medembed.prediction.predictor import Predictor, find_model
 from medembed.prediction.shift import describe_changes, find_drift, study_table
 from medembed.results.comparison import score_run
 from medembed.results.decisions import write_points
 from medembed.results.external import digest_predictions
-from medembed.results.methods import DISCLAIMER, counted
+from medembed.results.methods import DISCLAIMER
 from medembed.results.model_card import Card, read_card
 from medembed.results.predictions import PRIORS, image_code, image_rows, predict_prior
 from medembed.results.provenance import (
@@ -86,7 +89,7 @@ class _Asked:
 
 
 def evaluate(
-    model: str | Path,
+    model: Model | Predictor | str | os.PathLike[str],
     cache: Cache | str | Path,
     manifest: Manifest | str | Path,
     out: str | Path,
@@ -97,14 +100,14 @@ def evaluate(
     n_resamples: int = 2000,
     operating_points: Sequence[str | ThresholdRule] = (),
     prevalence: float | None = None,
-) -> dict[str, Any]:
+) -> Run:
     """Score a packaged model on rows that it has not seen, and say what changed since its own test.
 
     Parameters
     ----------
-    model : path
-        A directory that `sweep` or `finetune` left in `models/`. Where it still lies in its run,
-        the run's test predictions and priors are used.
+    model : Model, Predictor or path
+        A directory that `sweep` or `finetune` left in `models/`, or what was read from it. Where
+        it still lies in its run, the run's test predictions and priors are used.
     cache, manifest : Cache, Manifest or path
         The images to score. The cache's spec must be the model's; covariates that the model reads
         come from the manifest.
@@ -125,9 +128,9 @@ def evaluate(
 
     Returns
     -------
-    dict
-        JSON values: ``run`` (path), all that `compare` returns, and ``drop``, ``calibration``,
-        ``recalibrated``, ``drift``, ``called_abnormal``, see `changes`. Without one
+    Run
+        Complete. Its ``scores()`` are all that `compare` returns, and ``drop``, ``calibration``,
+        ``recalibrated``, ``drift``, ``called_abnormal``, see `shift`. Without one
         label ``rows`` is empty, and of these the last two are there.
 
     Raises
@@ -144,13 +147,13 @@ def evaluate(
     """
     points = parse_rules(operating_points)
     share = None if prevalence is None else check_prevalence(prevalence)
-    path, opened = Path(model), cache if isinstance(cache, Cache) else open_cache(cache)
+    path, opened = find_model(model), open_cache(cache)
     loaded = load_model(path)
     card = read_card(loaded, path)
     for rule in points:
         card.point(rule.name)
     check_spec(card, opened.spec, f"those in the cache at {opened.path}")
-    read = manifest if isinstance(manifest, Manifest) else read_manifest(Path(manifest))
+    read = read_manifest(manifest)
     given = read if isinstance(manifest, Manifest) else manifest
     embeddings = load_embeddings(opened, given, pool=card.pooling, split=split, cells=True)
     rows = read.rows if split is None else read.rows[read.rows["split"] == split]
@@ -183,7 +186,7 @@ def evaluate(
     with run.locked():
         if not run.is_complete:
             _answer(run, asked, find_internal(path))
-    return {"run": str(out), **run.scores()}
+    return run
 
 
 def _question(asked: _Asked, manifest: Manifest, split: str | None) -> dict[str, Any]:

@@ -1,13 +1,19 @@
 """A packaged model, ready to be asked."""
 
 import os
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
+
+import pandas as pd
 
 from medembed.cache.store import Cache
+from medembed.core.errors import ArgumentError, MedembedError
+from medembed.core.files import as_path
+from medembed.core.text import Summarised, Summary
 from medembed.dataset.manifest import Manifest, read_manifest
+from medembed.encoders.protocol import Encoder
 from medembed.evaluation.thresholds import OperatingPoint
 from medembed.heads.packaging import Model, load_model
 from medembed.images.load import DEFAULT_LIMITS, Limits
@@ -17,12 +23,19 @@ from medembed.prediction.inputs import Requests, ask_images, ask_manifest
 from medembed.prediction.rows import Draw, PredictionJob, predict_rows
 from medembed.results.model_card import Card, read_card
 
-__all__ = ["Predictor"]
+if TYPE_CHECKING:
+    import numpy as np
 
+__all__ = ["Predictor", "find_model"]
+
+_COLUMNS = (
+    *("image", "probability", "decision", "set", "coverage"),
+    *("distance", "distance_p", "far", "trained_on", "error"),
+)
 _Progress = Callable[[int, int], None]
 
 
-class Predictor:
+class Predictor(Summarised):
     """A packaged model that answers for images; it and its encoder are loaded once.
 
     Nothing is read before the first question, or `load`.
@@ -30,14 +43,15 @@ class Predictor:
     >>> predictor = Predictor("run/models/logistic")  # doctest: +SKIP
     >>> predictor.predict("wrist.dcm")["decision"]  # doctest: +SKIP
     'abnormal'
+    >>> table = predictor.predict(["wrist.dcm", "hand.png"])  # doctest: +SKIP
 
     Parameters
     ----------
-    model : path
-        A directory that `sweep` or `finetune` left in `models/`.
-    encoder : str or path, optional
-        Where the encoder is; by default what the model's card names. It must be the one that the
-        model was trained on.
+    model : Model or path
+        A directory that `sweep` or `finetune` left in `models/`, or what `Run.model` read from it.
+    encoder : Encoder, str or path, optional
+        The encoder, or where it is; by default what the model's card names. It must be the one
+        that the model was trained on.
     cache : Cache or path, optional
         Embeddings to look images up in, by the SHA-256 of their bytes, before the encoder is asked;
         where it has all of them, the encoder is not loaded.
@@ -61,9 +75,9 @@ class Predictor:
 
     def __init__(
         self,
-        model: str | os.PathLike[str],
+        model: "Model | Predictor | str | os.PathLike[str]",
         *,
-        encoder: str | os.PathLike[str] | None = None,
+        encoder: Encoder | str | os.PathLike[str] | None = None,
         cache: Cache | str | os.PathLike[str] | None = None,
         device: str = "auto",
         precision: str = "auto",
@@ -73,7 +87,7 @@ class Predictor:
         fetching: _Progress | None = None,
         tell: Callable[[str], None] | None = None,
     ) -> None:
-        self.path, self.encoder, self.cache = Path(model), encoder, cache
+        self.path, self.encoder, self.cache = find_model(model), encoder, cache
         self.device, self.precision, self.alpha = device, precision, alpha
         self.operating_point = operating_point
         self.limits, self.fetching, self.tell = limits, fetching, tell
@@ -116,12 +130,59 @@ class Predictor:
         _ = self.model.head, self.point, self.embedder.encoder
         return self
 
-    def predict(self, image: str | os.PathLike[str]) -> dict[str, Any]:
-        """Answer for one file; return the image's row, as `predict_images` describes it.
+    @overload
+    def predict(self, images: str | os.PathLike[str]) -> dict[str, Any]: ...
 
-        Once loaded, this takes the encoder's own time and that of decoding the file.
+    @overload
+    def predict(
+        self, images: "list[Any] | tuple[Any, ...] | np.ndarray | pd.Series[Any]"
+    ) -> pd.DataFrame: ...
+
+    def predict(self, images: Any) -> dict[str, Any] | pd.DataFrame:
+        """Answer for one file or for several, of which nothing else is known.
+
+        Once loaded, this takes the encoder's own time and that of decoding the files.
+
+        Parameters
+        ----------
+        images : path, or list or other sequence of path
+
+        Returns
+        -------
+        dict or DataFrame
+            Of one path its row, as `predict_images` describes it. Of several a table with a row
+            per image, in their order, and the columns ``image, probability, decision, set,
+            coverage, distance, distance_p, far, trained_on, error``.
+
+        Raises
+        ------
+        ArgumentError
+            `images` are neither.
+        MedembedError
+            As `predict_images`.
         """
-        return next(self.predict_images([image]))
+        if isinstance(images, str | os.PathLike):
+            return next(self.predict_images([as_path(images, "an image")]))
+        if isinstance(images, Manifest | Mapping) or not isinstance(images, Iterable):
+            raise ArgumentError(
+                "predict takes the path of an image, or a list of such paths; this is of type "
+                f"{type(images).__name__}. For a manifest there is predict_manifest."
+            )
+        paths = [as_path(image, "an image") for image in images]
+        rows = [row for row in self.predict_images(paths) if row["image"] is not None]
+        return pd.DataFrame(rows, columns=_COLUMNS)
+
+    def summarise(self) -> Summary:
+        """Return what the model reads and how it decides; where it cannot be read, that alone."""
+        try:
+            about, card = self.model.summarise(), self.card
+        except MedembedError as error:
+            return Summary(f"Predictor of {self.path.resolve().name}", {"error": str(error)})
+        facts = {**about.facts, "threshold": f"{card.threshold:.3f}", "views": card.views}
+        sets = "none" if card.conformal is None else f"promise {100 * (1 - self.alpha):g} %"
+        return Summary(
+            about.title.replace("Model", "Predictor", 1), {**facts, "prediction sets": sets}
+        )
 
     def predict_images(
         self,
@@ -215,8 +276,7 @@ class Predictor:
             Before the first row, as `predict_images`; the manifest breaks its rules, or has no
             column of a covariate that the model reads; none of its images is below the root.
         """
-        if not isinstance(manifest, Manifest):
-            manifest = read_manifest(Path(manifest))
+        manifest = read_manifest(manifest)
         requests = ask_manifest(manifest, self.card, image_root, progress)
         yield from self._answer(requests, explain)
 
@@ -239,3 +299,20 @@ class Predictor:
         from medembed.prediction.pictures import Pictures  # torch
 
         return Pictures(directory, self.embedder, self.model.head).draw
+
+
+def find_model(model: Model | Predictor | str | os.PathLike[str]) -> Path:
+    """Return the directory of a model that is named, read, or asked already.
+
+    Raises
+    ------
+    ArgumentError
+        It is none of these, or was made by hand and never saved.
+    """
+    if isinstance(model, Predictor | Model):
+        if model.path is None:
+            raise ArgumentError(
+                "the Model was made by hand and lies in no directory. Save it, and give its path."
+            )
+        return model.path
+    return as_path(model, "a model", "a Model or a Predictor")

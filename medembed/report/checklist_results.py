@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 
+from medembed.core.text import counted
 from medembed.report.checklist_study import Fact, FindFact, Study, join_runs, tell_each
 from medembed.results.headline import write_headline
-from medembed.results.methods import counted, describe_methods
+from medembed.results.methods import describe_methods
 from medembed.results.tables import format_count, format_interval
 
 __all__ = ["RESULTS"]

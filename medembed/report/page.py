@@ -6,20 +6,21 @@ Its only script sorts and filters the leaderboard; without it the page is whole.
 import base64
 import datetime as dt
 import hashlib
+import os
 import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from medembed import __version__
 from medembed.core.errors import RunError
-from medembed.core.files import write_atomically
+from medembed.core.files import as_path, write_atomically
 from medembed.core.text import to_html
-from medembed.dataset.manifest import Manifest
+from medembed.dataset.manifest import Manifest, read_manifest
 from medembed.evaluation.thresholds import SHOWN, ThresholdRule, parse_rules
 from medembed.report import page_tables as tables
 from medembed.report.checklist import write_checklists
@@ -35,9 +36,10 @@ from medembed.results.margins import check_margin, describe_margins, find_non_in
 from medembed.results.methods import DISCLAIMER
 from medembed.results.provenance import describe_run
 from medembed.results.repeats import count_left_out
+from medembed.results.runs import RunLike
 from medembed.results.subgroups import explain_other_manifest
 
-__all__ = ["write_report"]
+__all__ = ["WrittenReport", "write_report"]
 
 _SUFFIXES = (".png", ".pdf", ".svg", ".csv")
 METHOD_NOTES = (
@@ -57,8 +59,16 @@ METHOD_NOTES = (
 )
 
 
+class WrittenReport(TypedDict):
+    """Paths of what `write_report` has written."""
+
+    page: str
+    figures: list[str]
+    checklist: NotRequired[list[dict[str, Any]]]
+
+
 def write_report(
-    run_paths: Sequence[str | Path],
+    runs: RunLike | Sequence[RunLike],
     out: str | Path,
     *,
     level: str = "study",
@@ -66,18 +76,18 @@ def write_report(
     seed: int = 0,
     date: dt.date | None = None,
     find_thumbnails: FindThumbnails | None = None,
-    manifest: Manifest | None = None,
+    manifest: Manifest | str | os.PathLike[str] | None = None,
     margin: float | None = None,
     command: str | None = None,
     checklists: Sequence[str] = (),
     operating_points: Sequence[str | ThresholdRule] = (),
     prevalence: float | None = None,
-) -> dict[str, Any]:
+) -> WrittenReport:
     """Write ``index.html`` and ``figures/`` about complete runs.
 
     Parameters
     ----------
-    run_paths : sequence of str or Path
+    runs : Run, path, or sequence of them
         Run directories.
     out : str or Path
         Directory of the page; made where it is missing. Files of an earlier page are replaced,
@@ -90,7 +100,7 @@ def write_report(
         What the page says as its date; today by default. All else depends on the runs alone.
     find_thumbnails : callable, optional
         Gives the images of the gallery, see `report.gallery`; without it they go by their hash.
-    manifest : Manifest, optional
+    manifest : Manifest or path, optional
         The one that the runs were made from: adds a section by each of its columns that can be
         grouped. Where a run was made from another and there are thumbnails, the page says so.
     margin : float, optional
@@ -104,9 +114,9 @@ def write_report(
 
     Returns
     -------
-    dict
-        ``page`` (path), ``figures`` (paths of PNG, PDF, SVG and CSV files), and ``checklist``
-        where any is asked for, see `checklist.write_checklists`.
+    WrittenReport
+        A dict: ``page`` (path), ``figures`` (paths of PNG, PDF, SVG and CSV files), and
+        ``checklist`` where any is asked for, see `checklist.write_checklists`.
 
     Raises
     ------
@@ -116,19 +126,20 @@ def write_report(
         A run is unfinished or was made from another manifest, the runs have no test rows in
         common, the margin is out of range, or `out` is a file.
     """
-    out = Path(out)
+    out = as_path(out, "the directory of the page")
     if out.exists() and not out.is_dir():
         raise RunError(f"{out} is a file. Choose a directory for the page.")
-    runs = open_runs(run_paths)
-    external = find_external(runs)  # what is damaged is told before seconds go into figures
-    test_set = align_runs(runs, level, parse_rules(operating_points))
-    other = None if manifest is None else explain_other_manifest(runs, test_set, manifest)
+    opened = open_runs(runs)
+    manifest = None if manifest is None else read_manifest(manifest)
+    external = find_external(opened)  # what is damaged is told before seconds go into figures
+    test_set = align_runs(opened, level, parse_rules(operating_points))
+    other = None if manifest is None else explain_other_manifest(opened, test_set, manifest)
     if other is not None and find_thumbnails is None:
         raise RunError(other)
     if margin is not None:
         check_margin(margin)
     result = compare_aligned(
-        runs, test_set, n_resamples=n_resamples, seed=seed, prevalence=prevalence
+        opened, test_set, n_resamples=n_resamples, seed=seed, prevalence=prevalence
     )
     asked: dict[str, Any] = {"columns": None, "other_manifest": other, "margins": [], "words": []}
     if margin is not None:
@@ -142,7 +153,7 @@ def write_report(
             asked["columns"] = None  # nobody asked for them
     plots = plot_all(result, test_set)
     abouts = [
-        describe_run(run, about["name"]) for run, about in zip(runs, result["runs"], strict=True)
+        describe_run(run, about["name"]) for run, about in zip(opened, result["runs"], strict=True)
     ]
     for about, own in zip(abouts, result["runs"], strict=True):
         if own["left_out_of"]:
@@ -150,9 +161,9 @@ def write_report(
     gallery = show_mistakes(find_mistakes(result, test_set), find_thumbnails)
     date = date or dt.datetime.now(dt.UTC).date()
     names = [about["name"] for about in result["runs"]]
-    elsewhere = read_evaluations(runs, names)
+    elsewhere = read_evaluations(opened, names)
     headline = write_headline(result, elsewhere)
-    left_out = count_left_out(runs)
+    left_out = count_left_out(opened)
     command = command or _command(result, asked["words"])
     page = _render(
         result, headline, left_out, command, plots, abouts, gallery, external, asked, date
@@ -162,10 +173,12 @@ def write_report(
     written = [path for plot in plots for path in _write_plot(plot, figures_path)]
     write_atomically(out / "index.html", page.encode())
     _remove_old(figures_path, written)
-    study = Study(dict(zip(names, runs, strict=True)), result, elsewhere)
+    study = Study(dict(zip(names, opened, strict=True)), result, elsewhere)
     filled = write_checklists(checklists, study, out)
-    document = {"page": str(out / "index.html"), "figures": [str(path) for path in written]}
-    return {**document, "checklist": filled} if filled else document
+    paths = WrittenReport(page=str(out / "index.html"), figures=[str(path) for path in written])
+    if filled:
+        paths["checklist"] = filled
+    return paths
 
 
 def _render(

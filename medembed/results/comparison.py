@@ -1,8 +1,8 @@
 """Compare the heads of any number of runs on the test rows that they share."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from math import nan
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,13 +30,14 @@ from medembed.results.margins import check_margin, describe_margins, find_non_in
 from medembed.results.methods import describe
 from medembed.results.operating import count_confusion, describe_benefit, describe_points
 from medembed.results.repeats import drop_repeats, mark_repeats
-from medembed.results.runs import Run, open_run
+from medembed.results.runs import Run, RunLike, open_run
 from medembed.results.significance import pair_rows, versus_best
 from medembed.results.subgroups import compare_groups, join_groups
 
 __all__ = [
     "compare",
     "compare_aligned",
+    "compare_opened",
     "compare_runs",
     "open_runs",
     "score_run",
@@ -46,7 +47,7 @@ _NOT_KNOWN = dict.fromkeys(DECISION_SCORES, Interval(nan, nan, nan))
 
 
 def compare(
-    run_paths: Sequence[str | Path],
+    run_paths: RunLike | Sequence[RunLike],
     *,
     level: str = "study",
     n_resamples: int = 2000,
@@ -61,7 +62,7 @@ def compare(
 
     Parameters
     ----------
-    run_paths : sequence of str or Path
+    run_paths : Run, path, or sequence of them
         Run directories, all complete.
     level : {"study", "image"}
         What is scored. A study's probability is the mean of its views'.
@@ -101,8 +102,35 @@ def compare(
         An operating point or the prevalence is none.
     """
     if margin is not None:
+        check_margin(margin)  # before anything is read
+    return compare_opened(
+        open_runs(run_paths),
+        level=level,
+        n_resamples=n_resamples,
+        seed=seed,
+        by=by,
+        manifest=manifest,
+        margin=margin,
+        operating_points=operating_points,
+        prevalence=prevalence,
+    )[0]
+
+
+def compare_opened(
+    runs: Sequence[Run],
+    *,
+    level: str = "study",
+    n_resamples: int = 2000,
+    seed: int = 0,
+    by: str | None = None,
+    manifest: Manifest | None = None,
+    margin: float | None = None,
+    operating_points: Sequence[str | ThresholdRule] = (),
+    prevalence: float | None = None,
+) -> tuple[dict[str, Any], TestSet]:
+    """Do what `compare` does on runs that are open; return the test rows too."""
+    if margin is not None:
         check_margin(margin)
-    runs = open_runs(run_paths)
     test_set = align_runs(runs, level, parse_rules(operating_points))
     own = None
     if by is not None and manifest is not None:
@@ -117,20 +145,22 @@ def compare(
         *notes, last = result["notes"]
         notes = [*notes, *describe_margins(tests, margin), last]
         result |= {"non_inferiority": tests, "notes": notes}
-    return result
+    return result, test_set
 
 
-def open_runs(run_paths: Sequence[str | Path]) -> list[Run]:
-    """Open runs that are complete.
+def open_runs(run_paths: RunLike | Sequence[RunLike]) -> list[Run]:
+    """Open runs that are complete, one or several.
 
     Raises
     ------
     PathNotFoundError, RunError
         As `compare`.
     """
-    if not run_paths:
-        raise RunError("no run was given. Name at least one run directory.")
+    if isinstance(run_paths, Run | str | os.PathLike) or not isinstance(run_paths, Iterable):
+        run_paths = [run_paths]
     runs = [open_run(path) for path in run_paths]
+    if not runs:
+        raise RunError("no run was given. Name at least one run directory.")
     for run in runs:
         run.require_complete()
     return runs

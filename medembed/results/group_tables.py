@@ -12,6 +12,7 @@ from medembed.dataset.bands import find_groupings
 from medembed.dataset.manifest import Manifest
 from medembed.evaluation.gaps import GAP_SCORES, GROUP_SCORES
 from medembed.results.alignment import TestSet
+from medembed.results.operating_tables import asks_for_points, tabulate_points
 from medembed.results.significance import row_name
 from medembed.results.subgroups import (
     compare_groups,
@@ -25,10 +26,17 @@ from medembed.results.tables import (
     format_interval,
     format_p,
     format_value,
+    render,
     render_table,
 )
 
-__all__ = ["render_groups", "tabulate_columns", "tabulate_gaps", "write_group_tables"]
+__all__ = [
+    "render_comparison",
+    "render_groups",
+    "tabulate_columns",
+    "tabulate_gaps",
+    "write_group_tables",
+]
 
 SHOWN = {"macro_f1": "F1", "sensitivity": "Sens.", "specificity": "Spec."}
 """The decision scores of the table beside AUROC, as in that by region."""
@@ -42,6 +50,26 @@ METHOD = (
     "Gaps: intervals by MOVER from those of both groups, with what patients in both bring; p after "
     "Holm's correction over all gaps of a head by this column."
 )
+
+
+def render_comparison(
+    result: dict[str, Any], table_format: str = "table", by: str | None = None, width: int = 80
+) -> str:
+    """Turn all that a comparison was asked for into text.
+
+    Groups and gaps of a column where it has them; otherwise its heads, by "region" or "views" if
+    `by` says so, and operating points where any was asked for. Formats: see `tables.render`.
+
+    Raises
+    ------
+    RunError
+        An unknown format or grouping.
+    """
+    if "groups" in result:
+        return render_groups(result, table_format, width)
+    more = tabulate_points(result, width if table_format == "table" else None)
+    more = more if asks_for_points(result) or not by else []
+    return render(result, table_format=table_format, by=by, width=width, more=more)
 
 
 def render_groups(result: dict[str, Any], table_format: str = "table", width: int = 80) -> str:

@@ -3,13 +3,13 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from medembed.core.text import counted
 from medembed.results.repeats import describe_repeats
 from medembed.results.run_schema import CV_METHOD
 
 __all__ = [
     "DISCLAIMER",
     "OF_SHARES",
-    "counted",
     "describe",
     "describe_absent",
     "describe_methods",
@@ -74,13 +74,6 @@ def _describe_cv(rows: Sequence[dict[str, Any]], several: bool) -> list[str]:
     if older and clean:
         notes.append("Warning: cv and cv† are not comparable. Sweep again what is marked †.")
     return notes
-
-
-def counted(n: int, noun: str) -> str:
-    """Write a count with its noun: 1 study, 1,199 studies."""
-    if n == 1:
-        return f"1 {noun}"
-    return f"{n:,} {noun[:-1]}ies" if noun.endswith("y") else f"{n:,} {noun}s"
 
 
 def _describe_losses(run: dict[str, Any], level: str, several: bool) -> list[str]:

@@ -9,8 +9,8 @@ from typing import Any
 
 import pandas as pd
 
+from medembed.core.text import counted
 from medembed.dataset.manifest import count_rows
-from medembed.results.methods import counted
 from medembed.results.run_schema import CV_METHOD
 from medembed.results.runs import Run
 

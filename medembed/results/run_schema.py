@@ -1,16 +1,48 @@
-"""What the entries of `run.json` look like, for whoever reads a run that was damaged or edited."""
+"""What the files of a run look like, for whoever reads one that was damaged or edited."""
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from medembed.core.text import Summary, counted
 from medembed.dataset.build_file import is_build
 from medembed.evaluation.checks import is_number
 
-__all__ = ["CV_METHOD", "find_wrong_entry"]
+__all__ = [
+    "CV_METHOD",
+    "PREDICTION_COLUMNS",
+    "TRIAL_COLUMNS",
+    "check_predictions",
+    "find_difference",
+    "find_wrong_entry",
+    "summarise_info",
+]
 
 CV_METHOD = "inner-split"
 """How cross-validated scores are made: what decides when to stop and what to choose are patients of
 the folds that are learnt from. Runs of before say nothing: the scored fold decided."""
+
+TRIAL_COLUMNS = [
+    *("trial", "head", "pooling", "params", "fold", "score"),
+    *("best_epoch", "seconds", "status", "error", "key"),
+]
+PREDICTION_COLUMNS = {
+    "sha256": pa.string(),
+    "patient": pa.int64(),
+    "study": pa.int64(),
+    "region": pa.string(),
+    "label": pa.int8(),
+    "split": pa.string(),
+    "fold": pa.int16(),
+    "head": pa.string(),
+    "trial": pa.int32(),
+    "probability": pa.float64(),
+}
+"""Columns of `predictions.parquet`; label, fold and trial may be null, study-level heads leave
+sha256 empty, probability lies in [0, 1]."""
 
 NEEDED = ("kind", "asked", "times")
 COUNTS = ("images", "studies", "patients", "abnormal", "unlabelled", "left_out", "left_out_test")
@@ -28,6 +60,72 @@ def find_wrong_entry(info: Mapping[str, Any]) -> str | None:
     if missing:
         return f"lacks {', '.join(missing)}"
     return next((f"has {name} = {_shown(value)}" for name, value in _wrong(info)), None)
+
+
+def check_predictions(table: pa.Table) -> None:
+    """Raise ValueError for a value that no run writes."""
+    probability, label, fold = (table[name] for name in ("probability", "label", "fold"))
+    is_right = {
+        "sha256": pc.match_substring_regex(table["sha256"], "^([0-9a-f]{64})?$"),
+        "split": pc.is_in(table["split"], pa.array(["train", "test"])),
+        "label": pc.is_in(label, pa.array([0, 1, None], pa.int8())),
+        "fold": pc.fill_null(pc.greater_equal(fold, 0), True),
+        "probability": pc.and_(pc.greater_equal(probability, 0), pc.less_equal(probability, 1)),
+        **{name: pc.is_valid(table[name]) for name in ("patient", "study", "region", "head")},
+    }
+    for name, flags in is_right.items():
+        n_wrong = len(table) - (pc.sum(flags).as_py() or 0)
+        if n_wrong:
+            raise ValueError(f"{n_wrong} of {len(table)} rows have a {name} that no run writes")
+
+
+def find_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """Return the first thing that two questions ask otherwise, as part of a sentence, or None."""
+    found = _first_difference(before, now)
+    if found is None:
+        return None
+    name, there, here = found
+    return f"{name} was {_short(there)} there and is {_short(here)} here"
+
+
+def _first_difference(
+    before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = ""
+) -> tuple[str, Any, Any] | None:
+    for name in [*now, *(name for name in before if name not in now)]:
+        a, b = before.get(name), now.get(name)
+        if a == b and (name in before) == (name in now):
+            continue
+        if isinstance(a, dict) and isinstance(b, dict):
+            return _first_difference(a, b, f"{prefix}{name}.")
+        return f"{prefix}{name}", a, b
+    return None
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else f"{text[:12]}…{text[-5:]}"
+
+
+def summarise_info(name: str, info: Mapping[str, Any], is_complete: bool) -> Summary:
+    """Return what kind of run a `run.json` is of, its heads with their scores, and its data."""
+    data, metric = info.get("data", {}), info["asked"].get("metric", "score")
+    heads = [
+        own["head"] if own.get("cv") is None else f"{own['head']} {own['cv']:.3f}"
+        for own in info.get("leaderboard", [])
+    ]
+    counts = [
+        counted(data[f"{noun}s"], noun) for noun in ("image", "patient") if f"{noun}s" in data
+    ]
+    if data.get("synthetic"):
+        counts.append("synthetic")
+    return Summary(
+        f"Run {name}: {info['kind']}, {'complete' if is_complete else 'unfinished'}",
+        {
+            f"heads, cv {metric}": ", ".join(heads) or "none yet",
+            "data": ", ".join(counts) or "not known",
+            "encoder": info.get("encoder", {}).get("source") or "not known",
+        },
+    )
 
 
 def _wrong(info: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -19,18 +19,18 @@ import shutil
 from collections.abc import Container, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from medembed.core.errors import PathNotFoundError, RunError
 from medembed.core.files import (
     append_synced,
+    as_path,
     describe_error,
     hold_lock,
     json_bytes,
@@ -38,33 +38,34 @@ from medembed.core.files import (
     read_plain,
     write_atomically,
 )
-from medembed.results.run_schema import find_wrong_entry
+from medembed.core.text import Summarised, Summary
+from medembed.results.run_schema import (
+    PREDICTION_COLUMNS,
+    TRIAL_COLUMNS,
+    check_predictions,
+    find_difference,
+    find_wrong_entry,
+    summarise_info,
+)
 
-__all__ = ["PREDICTION_COLUMNS", "RUN_VERSION", "Run", "create_run", "open_run", "utc_now"]
+if TYPE_CHECKING:
+    from medembed.heads.packaging import Model
+
+__all__ = [
+    "PREDICTION_COLUMNS",
+    "RUN_VERSION",
+    "Run",
+    "RunLike",
+    "create_run",
+    "open_run",
+    "utc_now",
+]
 
 RUN_FORMAT = "medembed-run"
 RUN_VERSION = 1
-TRIAL_COLUMNS = [
-    *("trial", "head", "pooling", "params", "fold", "score"),
-    *("best_epoch", "seconds", "status", "error", "key"),
-]
-PREDICTION_COLUMNS = {
-    "sha256": pa.string(),
-    "patient": pa.int64(),
-    "study": pa.int64(),
-    "region": pa.string(),
-    "label": pa.int8(),
-    "split": pa.string(),
-    "fold": pa.int16(),
-    "head": pa.string(),
-    "trial": pa.int32(),
-    "probability": pa.float64(),
-}
-"""Columns of `predictions.parquet`; label, fold and trial may be null, study-level heads leave
-sha256 empty, probability lies in [0, 1]."""
 
 
-class Run:
+class Run(Summarised):
     """One run directory.
 
     Parameters
@@ -88,6 +89,40 @@ class Run:
     def is_complete(self) -> bool:
         """Whether the run ended: `scores.json` is written last."""
         return (self.path / "scores.json").exists()
+
+    @property
+    def leaderboard(self) -> pd.DataFrame:
+        """The winners, best first: a row per head, with the columns of the command's JSON."""
+        board = self.info.get("leaderboard", [])
+        return pd.DataFrame(board, columns=None if board else TRIAL_COLUMNS[:4])
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what `medembed sweep --json` and `medembed finetune --json` print."""
+        return {"run": str(self.path), "leaderboard": self.info["leaderboard"]}
+
+    def model(self, head: str) -> "Model":
+        """Return a head's packaged model, which `Predictor` and `evaluate` take.
+
+        Raises
+        ------
+        RunError
+            The run has no model of that name; names those that it has.
+        ModelError
+            The model is damaged.
+        """
+        saved = sorted(path.parent.name for path in (self.path / "models").glob("[!.]*/model.json"))
+        if head not in saved:
+            raise RunError(
+                f"run at {self.path} has no model of the head {head!r}. Choose among: "
+                f"{', '.join(saved) or 'none, since it has not packaged any'}."
+            )
+        from medembed.heads.packaging import load_model  # scikit-learn
+
+        return load_model(self.model_path(head))
+
+    def summarise(self) -> Summary:
+        """Return what kind of run it is, its heads with their scores, and counts of its data."""
+        return summarise_info(self.name, self.info, self.is_complete)
 
     def update_info(self, **changes: Any) -> None:
         """Replace entries of `run.json`, atomically."""
@@ -156,7 +191,7 @@ class Run:
             with open_plain(path) as file:
                 table = pq.read_table(file, columns=list(PREDICTION_COLUMNS))
             table = table.cast(pa.schema(list(PREDICTION_COLUMNS.items())))
-            _check_predictions(table)
+            check_predictions(table)
             frame: pd.DataFrame = table.to_pandas()
         except (OSError, ValueError, pa.ArrowException) as error:
             raise RunError(
@@ -257,29 +292,16 @@ class Run:
         return record
 
 
-def _check_predictions(table: pa.Table) -> None:
-    """Raise ValueError for a value that no run writes."""
-    probability, label, fold = (table[name] for name in ("probability", "label", "fold"))
-    is_right = {
-        "sha256": pc.match_substring_regex(table["sha256"], "^([0-9a-f]{64})?$"),
-        "split": pc.is_in(table["split"], pa.array(["train", "test"])),
-        "label": pc.is_in(label, pa.array([0, 1, None], pa.int8())),
-        "fold": pc.fill_null(pc.greater_equal(fold, 0), True),
-        "probability": pc.and_(pc.greater_equal(probability, 0), pc.less_equal(probability, 1)),
-        **{name: pc.is_valid(table[name]) for name in ("patient", "study", "region", "head")},
-    }
-    for name, flags in is_right.items():
-        n_wrong = len(table) - (pc.sum(flags).as_py() or 0)
-        if n_wrong:
-            raise ValueError(f"{n_wrong} of {len(table)} rows have a {name} that no run writes")
+RunLike = Run | str | os.PathLike[str]
+"""A run, or the path of its directory."""
 
 
 def _line(record: Mapping[str, Any]) -> bytes:
     return (json.dumps(dict(record), ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-def open_run(path: str | Path) -> Run:
-    """Open a run directory for reading.
+def open_run(path: RunLike) -> Run:
+    """Open a run directory for reading; a run that is open is read anew.
 
     Raises
     ------
@@ -289,7 +311,7 @@ def open_run(path: str | Path) -> Run:
         The directory is not a run, or one of another version, or an entry of its `run.json` that
         a comparison reads is not what a run writes there.
     """
-    path = Path(path)
+    path = path.path if isinstance(path, Run) else as_path(path, "a run", "a Run")
     if not path.is_dir():
         if path.exists():
             raise RunError(f"{path} is a file, and a run is a directory. Name another run.")
@@ -332,11 +354,16 @@ def create_run(
     RunError
         The directory is not empty and not a run, or answers another question.
     """
-    path = Path(path)
+    path = as_path(path, "a run directory")
     asked = json.loads(json.dumps(dict(asked), allow_nan=False))
     if path.is_dir() and (path / "run.json").exists():
         run = open_run(path)
-        _refuse_other_question(run, asked)
+        difference = find_difference(run.info.get("asked", {}), asked)
+        if difference is not None:
+            raise RunError(
+                f"run at {path} answers another question: {difference}. Choose another --out, or "
+                "ask what was asked there."
+            )
         return run
     _refuse_foreign(path)
     path.mkdir(parents=True, exist_ok=True)
@@ -357,34 +384,6 @@ def _refuse_foreign(path: Path) -> None:
     # A crash between the directory and its run.json leaves at most a hidden partial file.
     if path.is_dir() and any(not entry.name.startswith(".") for entry in path.iterdir()):
         raise RunError(f"{path} is not empty and not a run. Choose another --out.")
-
-
-def _refuse_other_question(run: Run, asked: Mapping[str, Any]) -> None:
-    difference = _first_difference(run.info.get("asked", {}), asked)
-    if difference is not None:
-        name, before, now = difference
-        raise RunError(
-            f"run at {run.path} answers another question: {name} was {_short(before)} there and "
-            f"is {_short(now)} here. Choose another --out, or ask what was asked there."
-        )
-
-
-def _first_difference(
-    before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = ""
-) -> tuple[str, Any, Any] | None:
-    for name in [*now, *(name for name in before if name not in now)]:
-        a, b = before.get(name), now.get(name)
-        if a == b and (name in before) == (name in now):
-            continue
-        if isinstance(a, dict) and isinstance(b, dict):
-            return _first_difference(a, b, f"{prefix}{name}.")
-        return f"{prefix}{name}", a, b
-    return None
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 40 else f"{text[:12]}…{text[-5:]}"
 
 
 def _read_json(path: Path) -> dict[str, Any]:

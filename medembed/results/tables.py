@@ -23,6 +23,7 @@ __all__ = [
     "format_p",
     "format_value",
     "make_table",
+    "make_tables",
     "render",
     "render_table",
     "render_terminal",
@@ -121,13 +122,25 @@ def render(
         fit = _fit_table(result)
     if table_format == "latex":
         return "\n\n".join(map(_latex, (table, *more)))
-    tables = [own for own in (table, *more, fit) if own is not None]
-    if len(tables) > 1:  # the notes of the first hold for all
-        tables[0], last = replace(table, notes=[]), tables[-1]
-        tables[-1] = replace(last, notes=[*last.notes, *table.notes])
+    tables = _with_notes_last([own for own in (table, *more, fit) if own is not None])
     if table_format == "table":
         return "\n\n".join(render_terminal(own, width) for own in tables)
     return "\n\n".join(_markdown(own) for own in tables)
+
+
+def make_tables(result: dict[str, Any], by: str | None = None) -> list[Table]:
+    """Return the table of `make_table` and, overall, that of calibration; notes are the last's."""
+    fit = _fit_table(result) if by is None else None
+    return _with_notes_last([own for own in (make_table(result, by), fit) if own is not None])
+
+
+def _with_notes_last(tables: list[Table]) -> list[Table]:
+    """Put the notes of the first table, which hold for all, below the last."""
+    if len(tables) > 1:
+        first, last = tables[0], tables[-1]
+        tables[-1] = replace(last, notes=[*last.notes, *first.notes])
+        tables[0] = replace(first, notes=[])
+    return tables
 
 
 def make_table(

@@ -48,7 +48,7 @@ def sweep(
     manifest: Manifest | str | Path,
     out: str | Path,
     *,
-    heads: Sequence[str] = ("logistic", "mlp", "lightgbm"),
+    heads: str | Sequence[str] = ("logistic", "mlp", "lightgbm"),
     pool: str | Sequence[str] | None = None,
     space: str | Path | None = None,
     n_configs: int | None = None,
@@ -62,7 +62,7 @@ def sweep(
     backend: str = "loky",
     progress: Callable[[int, int], None] | None = None,
     board: Callable[[Callable[[], list[dict[str, Any]]]], None] | None = None,
-) -> dict[str, Any]:
+) -> Run:
     """Choose each head's configuration, cross-validate it, refit it on all of train, score on test.
 
     Parameters
@@ -73,7 +73,7 @@ def sweep(
         Labels, patients and splits.
     out : str or Path
         The run directory: new, or the same sweep's, which is then continued.
-    heads : sequence of str
+    heads : str or sequence of str
         Names of heads, see `medembed.heads.registry`; ``logistic`` is added where it is missing.
     pool : str or sequence of str, optional
         What heads are tried on, each a pooling or several joined by ``+``; by default all
@@ -111,9 +111,9 @@ def sweep(
 
     Returns
     -------
-    dict
-        ``run`` (path) and ``leaderboard``: a list of ``{head, pooling, trial, params, cv, seconds,
-        status, error, chosen_by, n_tried, budget, fold_budgets}``, best first, heads of which every
+    Run
+        Complete. Its ``leaderboard`` has the columns ``head, pooling, trial, params, cv, seconds,
+        status, error, chosen_by, n_tried, budget, fold_budgets``, best first, heads of which every
         configuration failed last. ``cv`` is the winner's, trained on all folds but the scored one;
         ``chosen_by`` is the better score that chose it, of patients within these folds, from
         ``n_tried`` configurations. ``fold_budgets`` are the epochs or trees that were best there,
@@ -131,10 +131,11 @@ def sweep(
     RunError
         `out` answers another question or is not a run, or every head failed.
     """
+    heads = heads.split(",") if isinstance(heads, str) else heads
     _check_options(heads, n_configs, n_folds, metric, jobs, backend)
     asked = SweepConfig(
-        cache=cache if isinstance(cache, Cache) else open_cache(cache),
-        manifest=manifest if isinstance(manifest, Manifest) else read_manifest(manifest),
+        cache=open_cache(cache),
+        manifest=read_manifest(manifest),
         heads=list(dict.fromkeys([*heads, FLOOR])),
         spaces=default_spaces() if space is None else read_spaces(space),
         n_configs=n_configs,
@@ -181,7 +182,7 @@ def sweep(
             elif progress is not None:
                 progress(n_total := len(run.trial_records()), n_total)
             run.drop_folds()
-    return {"run": str(out), "leaderboard": run.info["leaderboard"]}
+    return run
 
 
 def _train(run: Run, ledger: Ledger, data: SweepRows, jobs: int | None, backend: str) -> None:

@@ -11,13 +11,7 @@ from medembed.heads.registry import head_class, make_head
 from medembed.results.runs import RUN_VERSION
 from medembed.sweeps.search_space import HeadSpace
 
-__all__ = ["COHORT_SIZE", "Batch", "Pooling", "Trial", "plan_batches"]
-
-COHORT_SIZE = 16
-"""Members of a cohort of MLPs: enough to fill the matrix unit, few enough to be lost in a crash."""
-
-ALL_TOGETHER = ("logistic", "lightgbm")
-"""Heads of which all configurations share work: the path of C, the binned data."""
+__all__ = ["Batch", "Pooling", "Trial", "plan_batches"]
 
 
 @dataclass(frozen=True)
@@ -124,7 +118,7 @@ def _resolved(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _parts(head: str, drawn: Sequence[Any]) -> Iterator[tuple[int, Sequence[Any]]]:
-    size = {"mlp": COHORT_SIZE}.get(head, len(drawn) if head in ALL_TOGETHER else 1)
+    size = head_class(head).n_together or len(drawn)
     for start in range(0, len(drawn), size):
         yield start, drawn[start : start + size]
 

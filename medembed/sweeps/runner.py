@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from medembed.heads.registry import make_head
+from medembed.heads.registry import head_class, make_head
 from medembed.heads.scaling import Basis
 from medembed.results.failures import is_final
 from medembed.results.runs import Run
@@ -23,9 +23,6 @@ from medembed.sweeps.training import (
 __all__ = ["Ledger", "run_batches", "sign_of"]
 
 LOWER_IS_BETTER = ("brier", "ece")
-
-INDEPENDENT = ("lightgbm",)
-"""Heads that come out alike in any company: after a crash each is tried alone."""
 
 RETIRED = "retired"
 """Status of a trial that was given up at a rung; its score is that of its best epoch until then."""
@@ -136,7 +133,7 @@ def _learn_bases(
     wanted: dict[str, int] = {}
     for batch in batches:
         for trial in batch.trials:
-            for scaling, pca in _wants(trial):
+            for scaling, pca in make_head(trial.head, trial.params).find_bases():
                 wanted[scaling] = max(pca, wanted.get(scaling, 0))
     bases: list[Mapping[str, Basis]] = [{} for _ in range(n_folds)]
     if wanted:
@@ -144,15 +141,6 @@ def _learn_bases(
             # a process that died may do so again, where its trial is told of it
             bases[fold] = {} if isinstance(basis, Died) else basis
     return bases
-
-
-def _wants(trial: Trial) -> list[tuple[str, int]]:
-    params = make_head(trial.head, trial.params).get_params()
-    if trial.head == "mlp":
-        return [(params["scaling"], params["pca"])]
-    if trial.head == "logistic" and params["standardize"]:
-        return [("standard", params["pca"])]
-    return [("standard", params["pca"])] if trial.head == "lightgbm" and params["pca"] else []
 
 
 def _run_flat(
@@ -164,13 +152,14 @@ def _run_flat(
         for batch in batches:
             lacking = ledger.lacks(batch, fold)
             if lacking:
-                alone = batch.head in INDEPENDENT
+                alone = head_class(batch.head).is_independent
                 jobs.append((batch, fold, lacking if alone else list(range(len(batch.trials)))))
     units = [_unit(batch, fold, chosen, bases) for batch, fold, chosen in jobs]
     dead = []
     for n, outcomes in pool.run(train_unit, units):
         batch, fold, chosen = jobs[n]
-        if isinstance(outcomes, Died) and batch.head in INDEPENDENT and len(chosen) > 1:
+        is_independent = head_class(batch.head).is_independent
+        if isinstance(outcomes, Died) and is_independent and len(chosen) > 1:
             dead += [(batch, fold, [i]) for i in chosen]
             continue
         _write_all(ledger, batch, fold, chosen, outcomes)

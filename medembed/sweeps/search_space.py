@@ -45,9 +45,6 @@ _N_CONFIGS = 8
 #: Parameters that a sweep sets itself.
 _SET_BY_SWEEP = ("n_cells", "n_covariates", "n_jobs", "random_state")
 
-#: Parameters that all members of a cohort share.
-_SHARED = {"mlp": ("batch_size", "precision")}
-
 #: Redraws of one configuration before the rest of a finite space is gone through in order.
 _ATTEMPTS = 100
 
@@ -229,9 +226,11 @@ class _Table:
     name: str
 
     def read(self, table: Mapping[str, Any]) -> HeadSpace:
-        own = ("configs", "first", "rungs") if self.head == "mlp" else ("configs", "first")
-        if "rungs" in table and "rungs" not in own:
-            self._refuse("rungs", table["rungs"], "is for mlp alone", "delete the line")
+        has_rungs = head_class(self.head).has_rungs
+        own = ("configs", "first", "rungs") if has_rungs else ("configs", "first")
+        if "rungs" in table and not has_rungs:
+            able = ", ".join(name for name in known_heads() if head_class(name).has_rungs)
+            self._refuse("rungs", table["rungs"], f"is for {able} alone", "delete the line")
         constants: dict[str, Any] = {}
         varying: dict[str, tuple[Any, ...] | Range] = {}
         for key, value in table.items():
@@ -243,7 +242,7 @@ class _Table:
                 constants[key] = read[0]
                 continue
             varying[key] = read
-            if key in _SHARED.get(self.head, ()):
+            if key in head_class(self.head).shared_params:
                 problem = "holds several values, but all members of a cohort share each batch"
                 self._refuse(key, value, problem, "give one value")
         return HeadSpace(
@@ -286,7 +285,7 @@ class _Table:
         inner = replace(self, name=f"{self.head}.first")
         for key, value in (line for table in tables for line in table.items()):
             inner._check_key(key, value)
-            if key in _SHARED.get(self.head, ()):
+            if key in head_class(self.head).shared_params:
                 problem = "is shared by all members of a cohort"
                 inner._refuse(key, value, problem, f"move the line to [{self.head}]")
         return tuple({k: inner._constant(k, v) for k, v in table.items()} for table in tables)

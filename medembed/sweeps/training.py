@@ -186,7 +186,7 @@ def train_unit(training: Training, unit: Unit) -> list[FoldResult]:
     try:
         heads = [configure(training, unit.head, params, unit.fold) for params in unit.params]
         with one_thread():
-            outcomes = _TRAINERS.get(unit.head, _train_each)(training, unit, heads)
+            outcomes = _TRAINERS[heads[0].shares](training, unit, heads)
     except Exception as error:
         outcomes = [_failure(error)] * len(unit.params)
     share = (time.perf_counter() - started) / len(unit.params)
@@ -260,11 +260,13 @@ def _train_each(training: Training, unit: Unit, heads: Sequence[Head]) -> list[F
     return outcomes
 
 
-_TRAINERS: dict[str, Any] = {
-    "lightgbm": _train_trees,
-    "logistic": _train_path,
-    "mlp": _train_cohort,
+_TRAINERS: dict[str | None, Any] = {
+    None: _train_each,
+    "bins": _train_trees,
+    "cohort": _train_cohort,
+    "path": _train_path,
 }
+"""How heads are fitted together, by what they share; see `Head.shares`."""
 
 
 def _projector(training: Training, unit: Unit) -> Projector:

@@ -1,5 +1,6 @@
 """Recipes: how the files and tables of a dataset become a manifest."""
 
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -9,6 +10,8 @@ import pandas as pd
 
 import medembed
 from medembed.core.errors import ManifestError, PathNotFoundError, RecipeError
+from medembed.core.files import as_path
+from medembed.core.text import Summarised, Summary
 from medembed.dataset.checks import SPLITS
 from medembed.dataset.groups import join_same_bytes, name_runs
 from medembed.dataset.identities import EXACT, IDS, find_persons
@@ -37,8 +40,8 @@ __all__ = ["BuildReport", "Recipe", "build_manifest", "load_recipe"]
 NOT_FOUND = "not below the image root"
 
 
-@dataclass(frozen=True)
-class BuildReport:
+@dataclass(frozen=True, repr=False)
+class BuildReport(Summarised):
     """What `build_manifest` made.
 
     Attributes
@@ -65,6 +68,19 @@ class BuildReport:
         """Images, studies and patients of each split, region and label."""
         return count_splits(self.manifest.rows)
 
+    def summarise(self) -> Summary:
+        """Return the manifest's counts, and how many images and warnings there are beside it."""
+        about = self.manifest.summarise()
+        counts = {
+            name: f"{n:,}, see .{name}" if n else "none"
+            for name, n in (
+                ("excluded", len(self.excluded)),
+                ("warnings", len(self.warnings)),
+                ("notices", len(self.notices)),
+            )
+        }
+        return Summary(about.title.replace("Manifest", "Build", 1), {**about.facts, **counts})
+
     def as_dict(self) -> dict[str, Any]:
         """Return the counts of `manifest.count`, and all else but the rows, fit for JSON."""
         return {
@@ -76,8 +92,10 @@ class BuildReport:
         }
 
 
-def load_recipe(path_or_name: str | Path) -> Recipe:
+def load_recipe(path_or_name: Recipe | str | os.PathLike[str]) -> Recipe:
     """Load a recipe from a TOML file, or one that comes with medembed by its bare name.
+
+    One that is loaded already is returned as it is.
 
     Raises
     ------
@@ -86,7 +104,9 @@ def load_recipe(path_or_name: str | Path) -> Recipe:
     RecipeError
         The recipe cannot be read or contradicts itself.
     """
-    path = Path(path_or_name)
+    if isinstance(path_or_name, Recipe):
+        return path_or_name
+    path = as_path(path_or_name, "a recipe", "the name of one that is shipped")
     if path.exists() and not path.is_dir():  # whatever else it is, its reader says so
         return parse_recipe(path)
     packaged = _packaged_recipes()
@@ -99,8 +119,8 @@ def load_recipe(path_or_name: str | Path) -> Recipe:
 
 
 def build_manifest(
-    recipe: Recipe,
-    image_root: str | Path,
+    recipe: Recipe | str | os.PathLike[str],
+    image_root: str | os.PathLike[str],
     *,
     strict: bool = False,
     structure_only: bool = False,
@@ -111,7 +131,9 @@ def build_manifest(
 
     Parameters
     ----------
-    recipe : Recipe
+    recipe : Recipe, path or name
+        As `load_recipe` takes it: a TOML file, or a recipe that comes with medembed, such as
+        ``mura``.
     image_root : path
         The directory that image paths are relative to.
     strict : bool
@@ -138,7 +160,7 @@ def build_manifest(
     ManifestError
         The rows break a manifest's rules, as leaks do; lists all problems.
     """
-    root = existing_root(image_root)
+    recipe, root = load_recipe(recipe), existing_root(image_root)
     listing = read_layout(recipe, root, Path(key_file) if key_file else None)
     warnings = [*([] if structure_only else listing.unseen), *listing.warnings]
     rows = _name_splits(recipe, listing.rows)

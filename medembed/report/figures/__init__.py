@@ -7,13 +7,15 @@ heads of one depth.
 from collections.abc import Callable
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from medembed.report.figures.calibration import plot_calibration
 from medembed.report.figures.confusion import plot_confusion
 from medembed.report.figures.cost import plot_cost
 from medembed.report.figures.decision_curve import plot_decision_curve
 from medembed.report.figures.deferral import plot_deferral
 from medembed.report.figures.flow import plot_flow
-from medembed.report.figures.plotting import Plot
+from medembed.report.figures.plotting import Plot, drawing_only
 from medembed.report.figures.roc_pr import plot_precision_recall, plot_roc
 from medembed.report.figures.subgroups import plot_regions, plot_views
 from medembed.report.figures.trends import plot_depths, plot_efficiency
@@ -22,6 +24,7 @@ from medembed.results.alignment import TestSet
 __all__ = [
     "FIGURES",
     "Plot",
+    "draw_figure",
     "plot_all",
     "plot_calibration",
     "plot_confusion",
@@ -71,3 +74,10 @@ def plot_all(result: dict[str, Any], test_set: TestSet) -> list[Plot]:
     of_rows = [plot(result, test_set) for plot in _OF_ROWS.values()]
     of_result = [plot(result) for plot in _OF_RESULT.values()]
     return [plot for plot in (*of_rows, *of_result) if plot is not None]
+
+
+def draw_figure(name: str, result: dict[str, Any], test_set: TestSet) -> Figure | None:
+    """Return the figure of that name, one of `FIGURES`; None where it has nothing to show."""
+    with drawing_only():
+        plot = _OF_ROWS[name](result, test_set) if name in _OF_ROWS else _OF_RESULT[name](result)
+    return None if plot is None else plot.figure()

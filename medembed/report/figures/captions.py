@@ -5,9 +5,8 @@ from typing import Any
 
 import pandas as pd
 
-from medembed.core.text import to_csv_cell
+from medembed.core.text import counted, to_csv_cell
 from medembed.report.figures.text import LEGEND, elide
-from medembed.results.methods import counted
 from medembed.results.significance import row_name
 
 __all__ = [

@@ -7,11 +7,11 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from medembed.core.text import counted
 from medembed.report.figures.captions import write_csv
 from medembed.report.figures.plotting import WIDTH, Plot, Theme, make_plot, start_figure
 from medembed.report.figures.text import LEGEND, SMALL, elide, wrap
 from medembed.results.flow import CLASSES, NOT_RECORDED
-from medembed.results.methods import counted
 
 __all__ = ["plot_flow"]
 

@@ -5,8 +5,10 @@ Equal input gives equal bytes: matplotlib's own fonts, a fixed salt for SVG ids,
 
 import io
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 import matplotlib.style
@@ -30,6 +32,7 @@ __all__ = [
     "Theme",
     "add_legend",
     "add_points",
+    "drawing_only",
     "make_plot",
     "scale_scores",
     "start_figure",
@@ -75,6 +78,9 @@ METADATA: dict[str, dict[str, str | None]] = {
 }
 
 
+_ONLY_DRAW: ContextVar[bool] = ContextVar("only_draw", default=False)
+
+
 @dataclass(frozen=True)
 class Plot:
     """One figure in all its forms.
@@ -90,6 +96,8 @@ class Plot:
         with its fonts, for papers.
     csv : str
         The numbers behind it.
+    draw : callable
+        Makes the figure in the colours of a theme.
     """
 
     name: str
@@ -101,14 +109,39 @@ class Plot:
     png: bytes
     pdf: bytes
     csv: str
+    draw: Callable[[Theme], Figure] = field(compare=False, repr=False)
+
+    def figure(self) -> Figure:
+        """Return the figure itself, to be shown, changed or saved; a new one each time."""
+        return _draw(self.draw, LIGHT)
+
+
+@contextmanager
+def drawing_only() -> Iterator[None]:
+    """Let `make_plot` save nothing meanwhile, which takes most of the time: for `Plot.figure`."""
+    token = _ONLY_DRAW.set(True)
+    try:
+        yield
+    finally:
+        _ONLY_DRAW.reset(token)
+
+
+class _Sheet(Figure):
+    """A figure that a notebook shows, also where pyplot was never imported."""
+
+    def _repr_png_(self) -> bytes:
+        output = io.BytesIO()
+        self.savefig(output, format="png")
+        return output.getvalue()
 
 
 def make_plot(
     name: str, title: str, draw: Callable[[Theme], Figure], *, caption: str, alt: str, csv: str
 ) -> Plot:
     """Let `draw` make the figure in both colour schemes, and save it in all formats."""
-    light = _save(draw, LIGHT, ("svg", "png", "pdf"))
-    dark = _save(draw, DARK, ("svg",))
+    light, dark = dict.fromkeys(("svg", "png", "pdf"), b""), {"svg": b""}
+    if not _ONLY_DRAW.get():
+        light, dark = _save(draw, LIGHT, ("svg", "png", "pdf")), _save(draw, DARK, ("svg",))
     return Plot(
         name,
         title,
@@ -119,6 +152,7 @@ def make_plot(
         png=light["png"],
         pdf=light["pdf"],
         csv=csv,
+        draw=draw,
     )
 
 
@@ -138,7 +172,7 @@ def start_figure(title: str, about: str, *, body: float, n_labels: int = 0) -> F
     header = 0.4 + 0.15 * len(lines)
     height = header + body + (0.2 * n_labels + 0.25 if n_labels else 0)
     layout = ConstrainedLayoutEngine(rect=(0, 0, 1, 1 - header / height))
-    figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout=layout)
+    figure = _Sheet(figsize=(WIDTH, height), dpi=DPI, layout=layout)
     left, top = MARGIN / WIDTH, 1 - MARGIN / height
     figure.text(left, top, title, fontsize=12, fontweight="bold", va="top")
     figure.text(left, top - 0.24 / height, "\n".join(lines), fontsize=SMALL, va="top")
@@ -200,20 +234,34 @@ def scale_scores(axes: Any, scores: Sequence[dict[str, Any]]) -> None:
 def _save(
     draw: Callable[[Theme], Figure], theme: Theme, formats: Sequence[str]
 ) -> dict[str, bytes]:
-    """Draw once and save; the user's matplotlib settings are set aside and stay as they are."""
+    """Draw once and save."""
     saved = {}
-    with matplotlib.style.context(_style(theme), after_reset=True), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure = draw(theme)
-        FigureCanvasAgg(figure)
-        figure.draw_without_rendering()
-        figure.set_layout_engine(None)  # so that all formats show the same
+    with _styled(theme):
+        figure = _draw(draw, theme)
         for file_format in formats:
             output, clear = io.BytesIO(), file_format == "svg"
             about = METADATA[file_format]
             figure.savefig(output, format=file_format, dpi=DPI, metadata=about, transparent=clear)
             saved[file_format] = output.getvalue()
     return saved
+
+
+def _draw(draw: Callable[[Theme], Figure], theme: Theme) -> Figure:
+    """Draw, and fix the layout, so that all formats show the same."""
+    with _styled(theme):
+        figure = draw(theme)
+        FigureCanvasAgg(figure)
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
+    return figure
+
+
+@contextmanager
+def _styled(theme: Theme) -> Iterator[None]:
+    """Set the user's matplotlib settings aside; they stay as they are."""
+    with matplotlib.style.context(_style(theme), after_reset=True), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        yield
 
 
 def _style(theme: Theme) -> dict[str, Any]:

@@ -1,0 +1,272 @@
+"""A comparison of runs as a person reads it: a table, a data frame, figures."""
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from medembed.core.errors import ArgumentError, RunError
+from medembed.core.text import mask_controls, to_html
+from medembed.dataset.manifest import Manifest, read_manifest
+from medembed.evaluation.scores import SCORES
+from medembed.results.alignment import TestSet
+from medembed.results.comparison import compare_opened, open_runs
+from medembed.results.group_tables import render_comparison
+from medembed.results.margins import check_margin
+from medembed.results.runs import RunLike
+from medembed.results.tables import Table, make_tables
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Comparison", "Plots", "compare"]
+
+ABOUT = ("run", "head", "baseline", "pooling", "cv", "train_fraction", "depth", "seed", "threshold")
+NUMBER = ' style="text-align: right"'
+NAME = ' style="text-align: left"'
+
+
+def compare(
+    *runs: RunLike,
+    level: str = "study",
+    n_resamples: int = 2000,
+    seed: int = 0,
+    by: str | None = None,
+    manifest: Manifest | str | os.PathLike[str] | None = None,
+    margin: float | None = None,
+    operating_points: Sequence[str] = (),
+    prevalence: float | None = None,
+) -> "Comparison":
+    """Score every head of the runs on their common test rows, with intervals and paired tests.
+
+    Parameters
+    ----------
+    *runs : Run or path
+        Complete runs of sweeps, fine-tuning and evaluations; at least one.
+    level : {"study", "image"}
+        What is scored. A study's probability is the mean of its views'.
+    n_resamples : int
+        Bootstrap resamples of patients.
+    seed : int
+        Seed of the bootstrap.
+    by, manifest : str and Manifest or path, optional
+        A column of the manifest that the runs were made from, with bands if it holds numbers, as
+        ``"age:0-18-65-120"``: also scores its groups and tests the gaps between them.
+    margin : float, optional
+        Loss of AUROC that would be acceptable: adds tests of non-inferiority to the best head.
+    operating_points : sequence of str
+        Shown beside the usual ones, such as ``"sensitivity=0.95"`` or ``"threshold=0.3"``.
+    prevalence : float, optional
+        A share of abnormal studies, in (0, 1), at which predictive values are told too.
+
+    Raises
+    ------
+    PathNotFoundError
+        A run does not exist.
+    RunError
+        None is given, one is unfinished or not a run, they have no test rows in common, the margin
+        is out of range, or a run was made from another manifest.
+    ManifestError
+        The manifest has no such column, or it cannot be grouped so.
+    TrainingDataError
+        An operating point or the prevalence is none.
+    ArgumentError
+        An argument is neither a run nor a path.
+    """
+    if (by is None) != (manifest is None):
+        raise ArgumentError("by and manifest go together: name a column, and the manifest it is in")
+    if margin is not None:
+        check_margin(margin)  # before anything is read
+    result, test_set = compare_opened(
+        open_runs(runs),
+        level=level,
+        n_resamples=n_resamples,
+        seed=seed,
+        by=by,
+        manifest=None if manifest is None else read_manifest(manifest),
+        margin=margin,
+        operating_points=operating_points,
+        prevalence=prevalence,
+    )
+    return Comparison(result, test_set)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Comparison:
+    """The heads of one or more runs on the test rows that they share; prints as its table.
+
+    Attributes
+    ----------
+    result : dict
+        JSON values, see `results.comparison.compare_runs`.
+    test_set : TestSet
+        The rows that it was made of.
+    """
+
+    result: dict[str, Any]
+    test_set: TestSet
+
+    @property
+    def level(self) -> str:
+        """What one test row is: "study" or "image"."""
+        return str(self.result["level"])
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """A dict per head, best AUROC first; see `results.comparison.compare_runs`."""
+        return list(self.as_dict()["rows"])
+
+    @property
+    def paired(self) -> list[dict[str, Any]]:
+        """A dict per pair of heads: the difference in AUROC, its interval and tests."""
+        return list(self.as_dict()["paired"])
+
+    @property
+    def notes(self) -> list[str]:
+        """The sentences that belong under every table."""
+        return list(self.result["notes"])
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the document that `medembed compare --json` prints; a copy."""
+        return copy.deepcopy(self.result)
+
+    def to_json(self) -> str:
+        """Return that document as text."""
+        return json.dumps(self.result, indent=2, ensure_ascii=False, allow_nan=False)
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return a row per head, best AUROC first.
+
+        Columns: the head's run, name and configuration; every score with its 95 % interval, as
+        ``auroc``, ``auroc_low``, ``auroc_high``, NaN where not estimable; slope and intercept of
+        calibrated probabilities likewise; ``p_holm`` against the best, NaN for the best itself.
+        """
+        return pd.DataFrame([_flatten(row) for row in self.result["rows"]])
+
+    def render(self, table_format: str = "table", *, by: str | None = None, width: int = 80) -> str:
+        """Return what `medembed compare` prints, as "table", "markdown", "csv" or "latex"."""
+        return render_comparison(self.result, table_format, by, width)
+
+    @cached_property
+    def plot(self) -> "Plots":
+        """The figures of the page: ``plot.roc()``, ``plot.calibration()``, …."""
+        return Plots(self)
+
+    def __repr__(self) -> str:
+        return self.render(width=shutil.get_terminal_size().columns)
+
+    def _repr_html_(self) -> str:
+        notes = make_tables(self.result)[-1].notes
+        listed = "".join(f"<li>{_cell(note)}</li>" for note in notes)
+        return f"{''.join(map(_write_html, make_tables(self.result)))}<ul>{listed}</ul>"
+
+
+@dataclass(frozen=True, eq=False)
+class Plots:
+    """The figures of a comparison, as matplotlib has them; a new figure each time.
+
+    Raises
+    ------
+    RunError
+        There is nothing to draw, such as a curve of test rows of one class.
+    """
+
+    comparison: Comparison
+
+    def roc(self) -> "Figure":
+        """Draw ROC curves of the trained heads, with a 95 % band around the best."""
+        return self._draw("roc")
+
+    def precision_recall(self) -> "Figure":
+        """Draw precision over recall, with a 95 % band around the best."""
+        return self._draw("precision_recall")
+
+    def calibration(self) -> "Figure":
+        """Draw the reliability of the best head's probabilities, before and after calibration."""
+        return self._draw("calibration")
+
+    def confusion(self) -> "Figure":
+        """Draw confusion matrices at each operating point."""
+        return self._draw("confusion")
+
+    def decision_curve(self) -> "Figure":
+        """Draw net benefit over thresholds, with a 95 % band around the best head's."""
+        return self._draw("decision_curve")
+
+    def flow(self) -> "Figure":
+        """Draw the flow of images, studies and patients, from what was found to what was used."""
+        return self._draw("flow")
+
+    def regions(self) -> "Figure":
+        """Draw AUROC within each region."""
+        return self._draw("regions")
+
+    def views(self) -> "Figure":
+        """Draw AUROC by the study's number of views."""
+        return self._draw("views")
+
+    def deferral(self) -> "Figure":
+        """Draw coverage and error against the share deferred."""
+        return self._draw("deferral")
+
+    def cost(self) -> "Figure":
+        """Draw AUROC over the seconds of training."""
+        return self._draw("cost")
+
+    def depths(self) -> "Figure":
+        """Draw AUROC over the depth of fine-tuning."""
+        return self._draw("depths")
+
+    def efficiency(self) -> "Figure":
+        """Draw AUROC over the number of training patients."""
+        return self._draw("efficiency")
+
+    def _draw(self, name: str) -> "Figure":
+        from medembed.report.figures import draw_figure
+
+        figure = draw_figure(name, self.comparison.result, self.comparison.test_set)
+        if figure is None:
+            raise RunError(
+                f"this comparison has nothing for the figure {name!r}: its test rows are of one "
+                "class, or its runs do not tell what the figure shows."
+            )
+        return figure
+
+    def __repr__(self) -> str:
+        names = [name for name in vars(Plots) if not name.startswith("_")]
+        return f"Figures: {', '.join(f'.{name}()' for name in names)}"
+
+
+def _flatten(row: dict[str, Any]) -> dict[str, Any]:
+    """Return one head's row of `Comparison.to_frame`."""
+    fit = {name: own for name, own in (row.get("fit") or {}).items() if name not in SCORES}
+    numbers = {
+        f"{name}{ending}": score[part]
+        for name, score in {**{name: row["scores"][name] for name in SCORES}, **fit}.items()
+        for ending, part in (("", "value"), ("_low", "low"), ("_high", "high"))
+    }
+    numbers["p_holm"] = (row["versus_best"] or {}).get("p_holm")
+    plain = {name: float("nan") if n is None else float(n) for name, n in numbers.items()}
+    return {**{name: row[name] for name in ABOUT}, **plain}
+
+
+def _write_html(table: Table) -> str:
+    ends = [NAME] * table.n_names + [NUMBER] * (len(table.columns) - table.n_names)
+    head = "".join(f"<th{end}>{_cell(c)}</th>" for c, end in zip(table.columns, ends, strict=True))
+    rows = [
+        "".join(f"<td{end}>{_cell(cell)}</td>" for cell, end in zip(row, ends, strict=True))
+        for row in table.rows
+    ]
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    title = f"<caption>{_cell(table.title)}</caption>"
+    return f"<table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _cell(text: str) -> str:
+    return to_html(mask_controls(text))
