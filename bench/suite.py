@@ -227,7 +227,12 @@ def render(folder: Path) -> str:
         lines += [_row(part, figure, results) for figure in part.figures]
     coverage = describe_coverage(read(folder / "coverage.json"))
     return (
-        "\n".join([*lines, "", *_gpu(folder), *_growth(folder), *coverage, *_machines(folder)])
+        "\n".join(
+            [
+                *(*lines, "", *_gpu(folder), *_growth(folder)),
+                *(*coverage, *_noise(folder), *_machines(folder)),
+            ]
+        )
         + "\n"
     )
 
@@ -280,6 +285,27 @@ def _growth(folder: Path) -> list[str]:
         lines.append(
             f"| {what.replace('_', ' ')} | {times} | {b['fitted']:.2f} | {b['last']:.2f} |"
         )
+    return [*lines, ""]
+
+
+def _noise(folder: Path) -> list[str]:
+    """Write what the winners of a sweep score on pure noise, by `noise_cv.py`."""
+    results = read(folder / "noise_cv.json")
+    if not results:
+        return []
+    lines = [
+        "## Cross-validated AUROC on pure noise",
+        "",
+        f"By `bench/noise_cv.py`: {results['sets']} made-up sets of {results['patients']} patients",
+        "in which nothing is to be learnt, so that 0.5 is right; all heads on the same sets.",
+        "*Chosen by* is the score that the winner was chosen by, which is too good.",
+        "",
+        "| head | configurations | cv, mean | standard error | chosen by |",
+        "|---|---|---|---|---|",
+    ]
+    for head, own in results["heads"].items():
+        row = f"{own['mean']:.3f} | {own['standard_error']:.3f} | {own['chosen_by']:.3f}"
+        lines.append(f"| {head} | {own['n_tried']} | {row} |")
     return [*lines, ""]
 
 
