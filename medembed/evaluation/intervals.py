@@ -24,7 +24,6 @@ from medembed.evaluation.paired import Difference, holm, paired_difference, pair
 from medembed.evaluation.scores import DECISION_SCORES, SCORES, Scorer
 
 __all__ = [
-    "Difference",
     "Interval",
     "Variant",
     "bootstrap_report",

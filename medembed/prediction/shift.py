@@ -14,13 +14,13 @@ from medembed.evaluation.drift.reference import measure_drift
 from medembed.evaluation.drift.remoteness import measure_remoteness
 from medembed.evaluation.estimates import estimate_share
 from medembed.evaluation.intervals import (
-    Difference,
     Interval,
     Variant,
     bootstrap_scores,
     bootstrap_variants,
     plain,
 )
+from medembed.evaluation.paired import Difference
 from medembed.evaluation.performance_drop import mover_drop, sample_drop
 from medembed.evaluation.recalibration import recalibrate
 from medembed.evaluation.scores import by_study

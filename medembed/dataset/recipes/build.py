@@ -131,7 +131,7 @@ def build_manifest(
 
     Parameters
     ----------
-    recipe : Recipe, path or name
+    recipe : Recipe, path or str
         As `load_recipe` takes it: a TOML file, or a recipe that comes with medembed, such as
         ``mura``.
     image_root : path
