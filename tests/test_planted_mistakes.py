@@ -183,15 +183,16 @@ MISTAKES = {
     # What must not see the test rows
     "thresholds are fitted on test": Mistake(
         "results/alignment.py",
-        "decisions = _fit_decisions(train) if",
-        "decisions = _fit_decisions(train)._replace(threshold=_fit_decisions(test).threshold) if",
+        "decisions = fit_decisions(train, rules)",
+        "decisions = fit_decisions(train, rules)._replace("
+        "threshold=fit_decisions(test, rules).threshold)",
         "test_comparison::test_scores_are_those_of_the_evaluation_floor",
     ),
     "calibration is fitted on test": Mistake(
         "results/alignment.py",
-        "decisions = _fit_decisions(train) if",
-        "decisions = _fit_decisions(train)._replace(calibration=_fit_decisions(test).calibration)"
-        " if",
+        "decisions = fit_decisions(train, rules)",
+        "decisions = fit_decisions(train, rules)._replace("
+        "calibration=fit_decisions(test, rules).calibration)",
         "test_comparison::test_scores_are_those_of_the_evaluation_floor",
     ),
     "a prior knows the labels of test": Mistake(
