@@ -465,7 +465,7 @@ def test_the_page_names_the_command_that_makes_it_again(run_path, tmp_path, monk
 
 
 def test_predictions_table_is_read_in_any_order(run_path, result):
-    """Thresholds do not hang on the order of rows."""
+    """Thresholds do not depend on the order of rows."""
     run = open_run(run_path)
     rows = run.predictions()
     run.write_predictions(rows.sample(frac=1, random_state=1))

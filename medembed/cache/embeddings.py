@@ -196,7 +196,7 @@ def patient_folds(
     Raises
     ------
     TrainingDataError
-        Too few patients for so many folds, or one class only; see `splits.draw_folds`.
+        There are fewer patients than the folds need, or only one class; see `splits.draw_folds`.
     """
     if not isinstance(embeddings, Embeddings):
         raise ArgumentError(

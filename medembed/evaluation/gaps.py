@@ -30,7 +30,7 @@ MOST_PAIRED = 5
 class Gap:
     """A score in group `a` less that in `b`, with `p_holm` after Holm's correction.
 
-    NaN where not estimable, and `reason` says why.
+    What cannot be estimated is NaN; `reason` says why.
     """
 
     score: str

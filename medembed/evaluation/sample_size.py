@@ -81,7 +81,7 @@ class Sampling:
         return 1 + (self.studies_per_patient - 1) * self.icc
 
     def count(self, patients: int) -> "Counts":
-        """Return the effective numbers of abnormal and normal studies of so many patients."""
+        """Return the effective numbers of abnormal and normal studies among these patients."""
         effective = patients * self.studies_per_patient / self.design_effect
         return Counts(effective * self.prevalence, effective * (1 - self.prevalence))
 

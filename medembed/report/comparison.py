@@ -144,8 +144,9 @@ class Comparison:
         """Return a row per head, best AUROC first.
 
         Columns: the head's run, name and configuration; every score with its 95 % interval, as
-        ``auroc``, ``auroc_low``, ``auroc_high``, NaN where not estimable; slope and intercept of
-        calibrated probabilities likewise; ``p_holm`` against the best, NaN for the best itself.
+        ``auroc``, ``auroc_low``, ``auroc_high``, or NaN if it cannot be estimated; slope and
+        intercept of calibrated probabilities likewise; ``p_holm`` against the best head, NaN for
+        the best itself.
         """
         return pd.DataFrame([_flatten(row) for row in self.result["rows"]])
 

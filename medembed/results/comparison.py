@@ -85,7 +85,7 @@ def compare(
     -------
     dict
         JSON values only, see `compare_runs`; with `by` also ``groups`` and ``gaps``, see
-        `columns.compare_groups`; with `margin` ``non_inferiority``, see
+        `subgroups.compare_groups`; with `margin` ``non_inferiority``, see
         `margins.find_non_inferior`.
 
     Raises

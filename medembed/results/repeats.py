@@ -92,8 +92,8 @@ def count_left_out(runs: Sequence[Run]) -> tuple[int, bool]:
     n : int
         How many.
     is_exact : bool
-        False where a run lists too few of its images to tell whether another's are the same; then
-        there are at least so many.
+        False where a run lists too few of its images to tell whether another's are the same; `n`
+        is then a lower bound.
     """
     found = [(int(run.info.get("data", {}).get("left_out", 0)), _listed(run)) for run in runs]
     union: Counter[str] = Counter()

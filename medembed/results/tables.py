@@ -279,7 +279,7 @@ def _p_value(row: dict[str, Any]) -> str:
 
 
 def render_table(table: Table, table_format: str, width: int = 80) -> str:
-    """Write a table as "table" (for a terminal of so many columns), "markdown" or "latex"."""
+    """Write a table as "table" (for a terminal `width` columns wide), "markdown" or "latex"."""
     if table_format == "latex":
         return _latex(table)
     return _markdown(table) if table_format == "markdown" else render_terminal(table, width)
