@@ -22,10 +22,9 @@ import torch
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from measuring import write_results
-from medembed.encoders.fused import fuse
-from medembed.encoders.precision import set_precision
+from medembed.encoders.devices import set_precision
 from medembed.encoders.preprocessing import Preprocessing
-from medembed.encoders.siglip import SiglipEncoder
+from medembed.encoders.siglip import SiglipEncoder, fuse
 from medembed.extraction.canary import TOLERANCE, check_canary, compute_canary
 
 WIDE = {"hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16}

@@ -36,13 +36,12 @@ from scipy.stats import t as student
 from measuring import machine
 from medembed.evaluation.bootstrap import MIN_PATIENTS, Interval, draw, upper_bound
 from medembed.evaluation.bounds import bound_on_logit, clopper_pearson, wilson
-from medembed.evaluation.calibration_fit import calibration_line
-from medembed.evaluation.estimates import PREDICTIVE, estimate_scores, measure_spread
-from medembed.evaluation.influence import influences
+from medembed.evaluation.calibration import calibration_line
+from medembed.evaluation.estimates import PREDICTIVE, estimate_scores, influences, measure_spread
 from medembed.evaluation.paired import bootstrap_p, holm, paired_differences
-from medembed.evaluation.performance_drop import mover_drop
 from medembed.evaluation.scores import DECISION_SCORES, SCORES, Scorer
 from medembed.evaluation.thresholds import youden_threshold
+from medembed.evaluation.unpaired import mover_drop
 
 NAMES = (*(name for name in SCORES if name != "ece"), *PREDICTIVE)
 DECIDED = (*DECISION_SCORES, *PREDICTIVE)

@@ -19,12 +19,12 @@ import numpy as np
 
 from measuring import write_results
 from medembed.demo.cohort import draw_cohort, render_view
-from medembed.demo.places import locate_bones, pool_mask
 from medembed.encoders.loading import load_encoder
 from medembed.encoders.preprocessing import prepare
 from medembed.encoders.torch_encoder import TorchEncoder
 from medembed.heads.registry import make_head
 from medembed.prediction.attribution import Explainer
+from tools.bone_masks import locate_bones, pool_mask
 
 HEADS = (
     ("logistic", "mean+max"),

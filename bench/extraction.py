@@ -26,12 +26,12 @@ from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionM
 
 from measuring import write_results
 from medembed.dataset.manifest import Manifest
+from medembed.encoders.devices import DTYPES, set_precision
 from medembed.encoders.loading import choose_device, choose_precision, load_encoder
-from medembed.encoders.precision import DTYPES, set_precision
 from medembed.encoders.preprocessing import Preprocessing
 from medembed.encoders.siglip import SiglipEncoder
 from medembed.extraction import extract
-from medembed.extraction.profiling import Timeline
+from medembed.extraction.writer import Timeline
 from standin import SleepingEncoder, write_images
 
 RESULTS = Path("bench/results")

@@ -301,7 +301,7 @@ def attention(check: Check) -> dict[str, Any]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.functional import scaled_dot_product_attention
 
-    from medembed.encoders.tuning import ATTENTION_KERNELS
+    from medembed.encoders.torch_encoder import ATTENTION_KERNELS
 
     tokens, n_images = check.sizes["tokens"], 16 if check.device == "cuda" else 1
     kernels = {**ATTENTION_KERNELS, "math": SDPBackend.MATH}

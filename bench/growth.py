@@ -32,7 +32,7 @@ from measuring import time_command, write_results
 from medembed.cache.embeddings import load_embeddings
 from medembed.dataset.manifest import Manifest
 from medembed.extraction import extract
-from medembed.extraction.profiling import Timeline
+from medembed.extraction.writer import Timeline
 from standin import SleepingEncoder, write_images
 
 IMAGES = (1_000, 10_000, 100_000)

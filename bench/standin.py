@@ -15,7 +15,7 @@ from PIL import Image
 from medembed.dataset.manifest import Manifest
 from medembed.encoders.preprocessing import Preprocessing
 from medembed.encoders.protocol import Encoder
-from medembed.extraction.profiling import Timeline
+from medembed.extraction.writer import Timeline
 
 HALF = (0.5, 0.5, 0.5)
 Rows = dict[str, np.ndarray]

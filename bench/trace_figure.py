@@ -9,7 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from medembed.extraction.profiling import Span
+from medembed.extraction.writer import Span
 
 STAGES = {
     "read": "#9aa5b1",

@@ -32,7 +32,7 @@ from medembed.images import container_checks
 from medembed.images.decode import decode_image
 from medembed.images.dicom import file as dicom_file
 from medembed.images.load import DEFAULT_LIMITS, Limits, read_content
-from medembed.prediction import reading
+from medembed.prediction import encode
 from medembed.sweeps import sweep
 from medembed.sweeps.pool import Pool, choose_jobs
 
@@ -85,11 +85,11 @@ def test_few_large_files_are_decoded_where_decoding_can_be_ended(
 
         return read
 
-    monkeypatch.setattr(reading, "LITTLE_BYTES", 10)
+    monkeypatch.setattr(encode, "LITTLE_BYTES", 10)
     for name in ("_read_here", "_read_ahead"):
-        monkeypatch.setattr(reading, name, reader(name))
+        monkeypatch.setattr(encode, name, reader(name))
     embedder: Any = SimpleNamespace(encoder=HalvesEncoder())
-    assert list(reading.encode_files([reading.File(0, tmp_path / "x", "")], embedder)) == []
+    assert list(encode.encode_files([encode.File(0, tmp_path / "x", "")], embedder)) == []
     assert seen == ["_read_here" if size == 10 else "_read_ahead"]
 
 

@@ -20,7 +20,6 @@ from medembed.cache.spec import CacheSpec
 from medembed.cache.store import create_cache, open_cache
 from medembed.core.errors import CacheError, NonFiniteError, SpecMismatchError
 from medembed.core.files import json_digest
-from medembed.demo import canary_images
 from medembed.encoders import hub
 from medembed.encoders.loading import load_encoder
 from medembed.encoders.preprocessing import Preprocessing
@@ -34,6 +33,7 @@ from medembed.extraction.canary import (
     compute_canary,
 )
 from medembed.images.decode import decode_image
+from tools import canary_images
 
 POOLINGS = ("mean", "max", "grid4")
 HERE = {"precision": "fp32", "device": "cpu", "versions": {"torch": "2.13.0", "pillow": "13.0"}}

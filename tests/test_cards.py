@@ -26,9 +26,9 @@ from medembed.results.model_card import describe_decisions, read_card, read_conf
 from medembed.results.model_readme import describe_encoder, write_readme
 from medembed.results.predictions import image_code
 from medembed.results.runs import Run, open_run
-from medembed.sweeps import refits, sweep
+from medembed.sweeps import finalize, sweep
+from medembed.sweeps.finalize import Refit, refit
 from medembed.sweeps.pool import Died
-from medembed.sweeps.refits import Refit, refit
 from medembed.sweeps.selection import choose
 from medembed.sweeps.training import seed_of_fold
 
@@ -211,7 +211,7 @@ def count_refits(monkeypatch):
         seen.append((item.head, item.fold))
         return refit(training, item)
 
-    monkeypatch.setattr(refits, "refit", counted)
+    monkeypatch.setattr(finalize, "refit", counted)
     return seen
 
 
@@ -243,7 +243,7 @@ def test_a_refit_that_dies_is_told_and_tried_again(data, run, tmp_path, monkeypa
         return refit(training, item)
 
     with monkeypatch.context() as patch:
-        patch.setattr(refits, "refit", failing)
+        patch.setattr(finalize, "refit", failing)
         said = "the refit of lightgbm without fold 1 failed: the process died: memory. The same"
         with pytest.raises(RunError, match=said):
             sweep(*data, tmp_path / "run", **SMALL)
@@ -254,14 +254,14 @@ def test_a_refit_that_dies_is_told_and_tried_again(data, run, tmp_path, monkeypa
 
 @pytest.mark.parametrize("fold", [None, 1])
 def test_a_refit_that_the_data_do_not_allow_costs_its_head_alone(data, tmp_path, monkeypatch, fold):
-    train = refits._train
+    train = finalize._train
 
     def failing(training, item, rows):
         if item.fold == fold and item.head == "lightgbm":
             raise TrainingDataError("the loss is no finite number")
         return train(training, item, rows)
 
-    monkeypatch.setattr(refits, "_train", failing)
+    monkeypatch.setattr(finalize, "_train", failing)
     result = sweep(*data, tmp_path / "run", **{**SMALL, "heads": ("lightgbm",)}).as_dict()
     assert [entry["status"] for entry in result["leaderboard"]] == ["ok", "error"]
     assert result["leaderboard"][1]["cv"] is None
@@ -272,14 +272,14 @@ def test_a_refit_that_the_data_do_not_allow_costs_its_head_alone(data, tmp_path,
 
 
 def test_a_refit_that_fails_says_why_and_no_process_is_blamed(data, tmp_path, monkeypatch):
-    train = refits._train
+    train = finalize._train
 
     def failing(training, item, rows):
         if item.fold is None and item.head == "lightgbm":
             raise MemoryError("full")
         return train(training, item, rows)
 
-    monkeypatch.setattr(refits, "_train", failing)
+    monkeypatch.setattr(finalize, "_train", failing)
     said = r"the refit of lightgbm on all training rows failed: MemoryError: full\. The same"
     with pytest.raises(RunError, match=said):
         sweep(*data, tmp_path / "run", **{**SMALL, "heads": ("lightgbm",)})

@@ -12,11 +12,8 @@ from made_runs import make_images, make_run
 from medembed.cli import main
 from medembed.core.errors import RunError
 from medembed.report import page
-from medembed.report.checklist import fill_checklist, render_checklist
-from medembed.report.checklist_items import CHECKLISTS
-from medembed.report.checklist_methods import METHODS
-from medembed.report.checklist_results import RESULTS
-from medembed.report.checklist_study import Study
+from medembed.report.checklist import CHECKLISTS, fill_checklist, render_checklist
+from medembed.report.checklist_answers import METHODS, RESULTS, Study
 from medembed.results.comparison import compare_aligned, compare_runs
 from medembed.results.runs import open_run
 

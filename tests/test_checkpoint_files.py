@@ -16,7 +16,7 @@ from medembed.autoencoder.checkpoint import CheckpointDir
 from medembed.core.errors import EncoderError
 from medembed.encoders.hub import describe_remote
 from medembed.encoders.loading import load_encoder
-from medembed.finetuning.checkpoint import read_state
+from medembed.finetuning.training import read_state
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ from medembed.results.predictions import prior_rows
 from medembed.results.run_schema import CV_METHOD
 from medembed.results.runs import open_run
 from medembed.sweeps import sweep
-from medembed.sweeps.refits import Refit, refit
+from medembed.sweeps.finalize import Refit, refit
 from medembed.sweeps.training import Training, Unit, configure, study_score, train_unit
 
 HEADS = ("logistic", "mlp", "lightgbm", "attention")

@@ -19,13 +19,17 @@ from medembed.dataset.manifest import make_manifest, read_manifest, write_manife
 from medembed.evaluation.bounds import wilson
 from medembed.evaluation.calibration import Calibration
 from medembed.evaluation.estimates import estimate_share
-from medembed.evaluation.gaps import GAP_SCORES, find_gaps, score_groups
-from medembed.evaluation.performance_drop import estimate_difference
+from medembed.evaluation.unpaired import (
+    GAP_SCORES,
+    estimate_difference,
+    find_gaps,
+    score_groups,
+)
 from medembed.report import page
+from medembed.report.group_tables import render_groups
 from medembed.report.page import write_report
 from medembed.results.alignment import align_runs
 from medembed.results.comparison import compare
-from medembed.results.group_tables import render_groups
 from medembed.results.runs import open_run
 from medembed.results.subgroups import describe_gaps
 

@@ -15,9 +15,9 @@ from medembed.evaluation.calibration import fit_platt
 from medembed.evaluation.intervals import bootstrap_scores
 from medembed.evaluation.scores import by_study
 from medembed.evaluation.thresholds import youden_threshold
+from medembed.report.figures.roc_pr import roc_band, roc_curve
+from medembed.report.tables import FORMATS, render
 from medembed.results.comparison import compare
-from medembed.results.curves import roc_band, roc_curve
-from medembed.results.tables import FORMATS, render
 
 FAST = {"n_resamples": 200}
 

@@ -15,10 +15,10 @@ from medembed.evaluation.selective import SHARES, deferral_curve, estimate_defer
 from medembed.report import page
 from medembed.report.figures import plot_deferral
 from medembed.report.page_tables import tabulate_coverage, tabulate_deferrals
+from medembed.report.tables import format_interval
 from medembed.results.alignment import align_runs
 from medembed.results.comparison import compare_aligned, compare_runs, score_run
 from medembed.results.deferral import ALPHAS, NOMINAL
-from medembed.results.tables import format_interval
 
 FAST = {"n_resamples": 60}
 HEADS = {"mlp": 1.2, "logistic": 1.5, "older": 1.6, "damaged": 1.7, "finetuned": 1.8, "bare": 1.9}

@@ -17,12 +17,12 @@ from medembed.evaluation.estimates import (
     PREDICTIVE,
     estimate_scores,
     estimate_share,
+    influences,
     mean_estimate,
     measure_spread,
 )
-from medembed.evaluation.influence import influences
-from medembed.evaluation.performance_drop import sample_drop
 from medembed.evaluation.scores import SCORES, Scorer
+from medembed.evaluation.unpaired import sample_drop
 
 SMOOTH = [name for name in SCORES if name != "ece"]
 NAMES = [*SMOOTH, *PREDICTIVE]

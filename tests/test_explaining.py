@@ -18,20 +18,17 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3MultiModalProjector
 
 from medembed.core.errors import EncoderError, ImageError, ModelError
 from medembed.demo.cohort import DemoView, draw_cohort, render_view
-from medembed.demo.places import locate_bones, pool_mask
 from medembed.encoders.loading import load_encoder
 from medembed.encoders.poolings import Features, pool, token_poolings
 from medembed.encoders.preprocessing import Preprocessing, place_image, prepare
-from medembed.encoders.repooling import repool
 from medembed.encoders.siglip import SiglipEncoder
 from medembed.encoders.torch_encoder import TorchEncoder
 from medembed.heads.attention import AttentionHead
 from medembed.heads.base import Head
 from medembed.heads.lightgbm import LightGBMHead
 from medembed.heads.linear import LogisticHead
-from medembed.heads.logits import differentiable_logit, logit
 from medembed.heads.mlp import MLPHead
-from medembed.prediction.attribution import Explainer
+from medembed.prediction.attribution import Explainer, differentiable_logit, logit, repool
 from medembed.prediction.occlusion import occlude, spread, window_sides
 from medembed.prediction.overlay import (
     DISCLAIMER,
@@ -40,6 +37,7 @@ from medembed.prediction.overlay import (
     write_overlay,
 )
 from medembed.results.predictions import image_code
+from tools.bone_masks import locate_bones, pool_mask
 
 HALF = (0.5, 0.5, 0.5)
 SIDE = 16

@@ -23,9 +23,9 @@ from medembed.evaluation.scores import by_study
 from medembed.heads.packaging import load_model, save_model
 from medembed.prediction import external_validation
 from medembed.report import page
+from medembed.report.external import find_external, render_external
 from medembed.report.figures.calibration import plot_calibration
 from medembed.results.comparison import compare
-from medembed.results.external import find_external, render_external
 from medembed.results.predictions import image_code
 from medembed.results.runs import open_run
 from medembed.sweeps import sweep

@@ -40,8 +40,8 @@ from medembed.dataset.manifest import Manifest, write_manifest
 from medembed.encoders.preprocessing import Preprocessing
 from medembed.encoders.protocol import Encoder, PipelinedEncoder
 from medembed.extraction import ExtractionReport, extract, spec_of
-from medembed.extraction.profiling import Timeline
 from medembed.extraction.report import describe_times
+from medembed.extraction.writer import Timeline
 
 THIRD = (1 / 3, 1 / 3, 1 / 3)
 N_CANARY_CALLS = 5  # of a new cache: four to lay it, one to check it

@@ -18,13 +18,13 @@ from safetensors import safe_open
 from safetensors.torch import load, save
 
 from medembed.core.errors import EncoderError
+from medembed.encoders.checkpoint_files import match_tensors, weight_files
 from medembed.encoders.hub import describe_remote, has_token
 from medembed.encoders.stored_tensors import read_header
-from medembed.encoders.weights import match_tensors, weight_files
 
 REF = "google/medgemma"
 FETCHED = "medembed-vision-tower.safetensors"
-QUICK = "import medembed.encoders.ranges as r; r._PAUSES = (0.01, 0.02)\n"
+QUICK = "import medembed.encoders.hub_http as r; r._PAUSES = (0.01, 0.02)\n"
 
 
 @pytest.fixture

@@ -19,16 +19,16 @@ from matplotlib.text import Text
 from sklearn import metrics
 
 from medembed.report import figures
-from medembed.report.figures.dodge import Slots
-from medembed.report.figures.text import clean, elide, measure, thin, wrap
-from medembed.results.alignment import align_runs
-from medembed.results.comparison import compare_runs
-from medembed.results.curves import (
+from medembed.report.figures.captions import clean, elide, measure, thin, wrap
+from medembed.report.figures.roc_pr import (
     precision_recall_band,
     precision_recall_curve,
     roc_band,
     roc_curve,
 )
+from medembed.report.figures.trends import Slots
+from medembed.results.alignment import align_runs
+from medembed.results.comparison import compare_runs
 
 FAST = {"n_resamples": 60}
 NAMES = [

@@ -38,9 +38,9 @@ from medembed.encoders.base_ref import (
     Origin,
     describe_base,
 )
+from medembed.encoders.checkpoint_files import canonical_name
 from medembed.encoders.hub import Checkpoint
 from medembed.encoders.loading import load_encoder
-from medembed.encoders.weights import canonical_name
 from medembed.extraction import extract
 from medembed.finetuning import Hyperparameters, finetune, training
 from medembed.finetuning.data_split import choose_rows

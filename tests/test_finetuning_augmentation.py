@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from medembed.finetuning.augmentation import (
+from medembed.finetuning.image_store import (
     BRIGHTNESS,
     CONTRAST,
     ROTATION,

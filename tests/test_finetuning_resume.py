@@ -15,7 +15,7 @@ from made_finetuning import QUICK, make_cohort, make_tower, tune
 
 from medembed.core.errors import RunError
 from medembed.finetuning import training
-from medembed.finetuning.checkpoint import read_state, write_state
+from medembed.finetuning.training import read_state, write_state
 from medembed.results.runs import Run, open_run
 
 LONG = replace(QUICK, epochs=3, patience=9)

@@ -12,7 +12,7 @@ from made_finetuning import QUICK, make_cohort, make_tower, tune
 from scipy.special import logit
 from test_backbones import SIZE, save
 
-from medembed.cache.mmap import map_rows
+from medembed.cache.embeddings import map_rows
 from medembed.cache.spec import CacheSpec, keys_from_hex
 from medembed.cache.store import create_cache, open_cache
 from medembed.core.errors import CacheError, MissingRowsError

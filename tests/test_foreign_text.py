@@ -17,8 +17,7 @@ from jinja2 import Environment
 from medembed.core import text
 from medembed.core.text import mask_controls, printable, to_csv_cell, to_html, to_latex, to_markdown
 from medembed.report import page
-from medembed.report.figures.captions import write_csv
-from medembed.report.figures.text import clean
+from medembed.report.figures.captions import clean, write_csv
 
 BIDI = [*map(chr, (*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C))]
 OBEYED = [*BIDI, "\x00", "\x07", "\x1b", "\x7f", "\x9b", "\u2028", "\u2029", "\ud800", "\ufeff"]
@@ -161,4 +160,4 @@ def test_there_is_one_place_that_cleans_text_of_others() -> None:
         for path in package.rglob("*.py")
         if "unicodedata.category" in path.read_text()
     }
-    assert users == {"core/text.py", "report/figures/text.py", "dataset/identities.py"}
+    assert users == {"core/text.py", "report/figures/captions.py", "dataset/identities.py"}

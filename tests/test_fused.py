@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from medembed.encoders.fused import FusedMLP, GreyPatches, fuse, gelu_agrees
-from medembed.encoders.precision import arithmetic, set_precision
+from medembed.encoders.devices import arithmetic, set_precision
+from medembed.encoders.siglip import FusedMLP, GreyPatches, fuse, gelu_agrees
 
 
 def tower(hidden_act: str = "gelu_pytorch_tanh") -> Any:

@@ -13,9 +13,8 @@ from PIL import Image
 from medembed.cli import main
 from medembed.core.errors import PathNotFoundError
 from medembed.dataset.manifest import Manifest
-from medembed.report.gallery import Thumbnail, find_mistakes, show_mistakes
+from medembed.report.gallery import SIDE, Thumbnail, find_mistakes, make_thumbnails, show_mistakes
 from medembed.report.page import write_report
-from medembed.report.thumbnails import SIDE, make_thumbnails
 from medembed.results.alignment import align_runs
 from medembed.results.comparison import compare_aligned
 

@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from made_runs import make_images
 
+from medembed.report.headline import judge_priors, rank_heads, write_headline
+from medembed.results.ablations import count_left_out
 from medembed.results.comparison import compare_runs
-from medembed.results.headline import judge_priors, rank_heads, write_headline
-from medembed.results.repeats import count_left_out
 
 FAST = {"n_resamples": 50}
 make_run = partial(made_runs.make_run, complete=False)

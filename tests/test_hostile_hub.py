@@ -20,14 +20,14 @@ from made_checkpoints import PROCESSOR, SHARDS, classifier, sharded, single
 
 from medembed.core.errors import EncoderError
 from medembed.encoders.hub import resolve_checkpoint
-from medembed.encoders.hub_answers import LONGEST_PAUSE, plain_tag, seconds_to_wait
+from medembed.encoders.hub_http import LONGEST_PAUSE, plain_tag, seconds_to_wait
 
 # Waits of hundredths of a second in our own fetching, and of none in the hub's, whose wish for more
 # than a minute ends the child.
 QUICK = """
 import os, types
 import huggingface_hub.file_download as d, huggingface_hub.utils._http as h
-import medembed.encoders.ranges as r
+import medembed.encoders.hub_http as r
 r._PAUSES = (0.01, 0.02)
 r.LONGEST_PAUSE = 0.01
 d.time = h.time = types.SimpleNamespace(**vars(h.time))
@@ -209,7 +209,7 @@ def test_an_index_names_plain_files_alone(hub: Hub, disk: Disk) -> None:
 
 
 def test_a_local_index_names_plain_files_alone(tmp_path: Path) -> None:
-    from medembed.encoders.weights import weight_files
+    from medembed.encoders.checkpoint_files import weight_files
 
     directory = tmp_path / "inner" / "checkpoint"
     directory.mkdir(parents=True)

@@ -17,11 +17,11 @@ from PIL import Image
 from medembed.cli import main
 from medembed.core.errors import ManifestError, MedembedError, RecipeError
 from medembed.core.text import normalise
+from medembed.dataset.checks import find_warnings
 from medembed.dataset.identities import explain_likeness, key_texts, name_persons
 from medembed.dataset.manifest import make_manifest, read_manifest, write_manifest
 from medembed.dataset.recipes.build import BuildReport, build_manifest, load_recipe
 from medembed.dataset.splits import draw_folds, draw_fraction, split_patients
-from medembed.dataset.suspicious_values import find_warnings
 from medembed.dataset.tables import normalise_column
 from medembed.results.predictions import image_rows
 

@@ -21,7 +21,7 @@ from medembed.cache.store import create_cache, open_cache
 from medembed.core.errors import ImageError, SpecMismatchError
 from medembed.dataset.manifest import Manifest
 from medembed.extraction import spec_of
-from medembed.extraction.outdated import HEAD
+from medembed.extraction.job import HEAD
 from medembed.images.decode import decode_image
 from medembed.images.versions import (
     IMAGES_VERSION,

@@ -138,7 +138,7 @@ def test_no_module_takes_a_public_name_from_the_top() -> None:
 
 def test_long_modules_are_noticed() -> None:
     long = {n: len(p.read_text().splitlines()) for n, p in by_path().items()}
-    assert not {n: lines for n, lines in long.items() if lines > 400}
+    assert not {n: lines for n, lines in long.items() if lines > 600}
 
 
 def by_path() -> dict[str, Path]:

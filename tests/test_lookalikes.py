@@ -14,7 +14,7 @@ from PIL import Image
 
 from medembed.cache import near_duplicates
 from medembed.cache.embeddings import load_embeddings
-from medembed.cache.lookalikes import LEAST, SAME, tell_alike
+from medembed.cache.image_similarity import LEAST, SAME, tell_alike
 from medembed.cache.near_duplicates import REACH, NearDuplicates, find_near_duplicates
 from medembed.cache.spec import CacheSpec, keys_from_hex
 from medembed.cache.store import create_cache, open_cache

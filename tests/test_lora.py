@@ -27,8 +27,8 @@ from medembed.encoders.base_ref import CHANGED_FILE
 from medembed.encoders.loading import load_encoder
 from medembed.extraction import extract
 from medembed.finetuning.adapters import add_adapters, alpha_of, find_projections
-from medembed.finetuning.adapting import adapt
 from medembed.finetuning.blocks import LORA_SHARE, cut_trunk, parameter_groups
+from medembed.finetuning.export import adapt
 from medembed.finetuning.hyperparameters import Depth
 from medembed.finetuning.network import Network, blank_start
 from medembed.heads.packaging import load_model

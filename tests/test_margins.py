@@ -18,7 +18,7 @@ from medembed.evaluation.paired import (
 from medembed.report import page
 from medembed.report.page import write_report
 from medembed.results.comparison import compare
-from medembed.results.margins import describe_margins
+from medembed.results.significance import describe_margins
 
 FAST = {"n_resamples": 100}
 

@@ -12,9 +12,9 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from medembed.cache import likeness, near_duplicates
+from medembed.cache import image_similarity, near_duplicates
 from medembed.cache.failures import Failure
-from medembed.cache.likeness import find_nearest, find_nearest_groups, whiten
+from medembed.cache.image_similarity import find_nearest, find_nearest_groups, whiten
 from medembed.cache.near_duplicates import NearDuplicates, find_near_duplicates
 from medembed.cache.spec import CacheSpec, keys_from_hex
 from medembed.cache.store import Cache, create_cache
@@ -257,13 +257,13 @@ def test_nearest_rows_are_those_of_the_whole_product(monkeypatch: pytest.MonkeyP
     groups = np.arange(500) // 3
     exact = X.astype(np.float64) - X.mean(axis=0, dtype=np.float64)
     exact /= exact.std(axis=0)
-    metric = np.linalg.inv(np.corrcoef(exact.T) + likeness.RIDGE * np.eye(WIDTH))
+    metric = np.linalg.inv(np.corrcoef(exact.T) + image_similarity.RIDGE * np.eye(WIDTH))
     product = exact @ metric @ exact.T
     lengths = np.sqrt(np.diag(product))
     product /= np.outer(lengths, lengths)
     product[groups[:, None] == groups] = -np.inf
-    monkeypatch.setattr(likeness, "QUERY_ROWS", 64)
-    monkeypatch.setattr(likeness, "REFERENCE_ROWS", 37)
+    monkeypatch.setattr(image_similarity, "QUERY_ROWS", 64)
+    monkeypatch.setattr(image_similarity, "REFERENCE_ROWS", 37)
     whiten(X, 1e-7)
     ticks: list[int] = []
     similarity, nearest = find_nearest(X[:99], X[99:], tick=ticks.append)

@@ -17,10 +17,9 @@ from sklearn.metrics import confusion_matrix, precision_score, recall_score, roc
 from medembed.core.errors import TrainingDataError
 from medembed.evaluation.bootstrap import patient_codes
 from medembed.evaluation.bounds import bound_ratio
-from medembed.evaluation.calibration_fit import calibration_curve
+from medembed.evaluation.calibration import calibration_curve
+from medembed.evaluation.clinical_utility import THRESHOLDS, net_benefit, predictive_values
 from medembed.evaluation.estimates import estimate_scores
-from medembed.evaluation.net_benefit import THRESHOLDS, net_benefit
-from medembed.evaluation.predictive import predictive_values
 from medembed.evaluation.scores import by_study
 from medembed.results.comparison import compare
 from medembed.results.runs import open_run

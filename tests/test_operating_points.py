@@ -32,12 +32,12 @@ from medembed.evaluation.thresholds import (
 )
 from medembed.heads.packaging import load_model
 from medembed.report import page as page_module
+from medembed.report.operating_tables import points_csv, tabulate_points
+from medembed.report.tables import render
 from medembed.results.comparison import compare
 from medembed.results.model_card import describe_decisions, read_card
 from medembed.results.model_readme import complete_cards, write_readme
-from medembed.results.operating_tables import points_csv, tabulate_points
 from medembed.results.runs import open_run
-from medembed.results.tables import render
 
 FAST = {"n_resamples": 20}
 ROWS = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 6)), min_size=2, max_size=40)

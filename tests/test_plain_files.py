@@ -19,12 +19,12 @@ from made_finetuning import make_cohort
 from preloaded import commands
 
 from medembed.autoencoder.checkpoint import CheckpointDir
-from medembed.cache.mmap import map_rows
+from medembed.cache.embeddings import map_rows
 from medembed.cache.store import open_cache
 from medembed.core.errors import ShardError
 from medembed.core.files import write_atomically
 from medembed.dataset.manifest import read_manifest, write_manifest
-from medembed.finetuning.checkpoint import read_state
+from medembed.finetuning.training import read_state
 from medembed.results.runs import open_run
 
 SECONDS = 60  # until a command counts as hanging; it takes about one

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from medembed.cache import index as index_module
 from medembed.cache.failures import Failure
-from medembed.cache.index import Index
-from medembed.cache.keys import SortedKeys, equal_keys, keys_from_column, prefixes_of
+from medembed.cache.index import Index, SortedKeys, equal_keys, keys_from_column, prefixes_of
 from medembed.cache.pending import Worker, make_plan
 from medembed.cache.spec import CacheSpec, hex_from_keys
 from medembed.cache.store import create_cache
@@ -51,7 +50,7 @@ def test_repeated_keys_are_told_with_where_they_stand_first(keys: list[bytes]) -
 
 
 def test_blocks_of_questions_come_back_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("medembed.cache.keys.BLOCK", 7)
+    monkeypatch.setattr("medembed.cache.index.BLOCK", 7)
     keys = np.random.default_rng(0).integers(0, 256, (100, 32), dtype=np.uint8)
     order = np.random.default_rng(1).permutation(100)
     assert (SortedKeys(keys).find(keys[order]) == order).all()

@@ -124,7 +124,7 @@ MISTAKES = {
         "test_intervals::test_studies_of_one_patient_move_together",
     ),
     "the slope of a calibration takes rows as independent": Mistake(
-        "evaluation/calibration_fit.py",
+        "evaluation/calibration.py",
         "name: measure_spread(labels, added, codes)",
         "name: measure_spread(labels, added, np.arange(len(codes)))",
         "test_recalibration::test_the_intervals_are_those_of_statsmodels_clustered_covariance",
@@ -209,7 +209,7 @@ MISTAKES = {
         "test_clean_cv::test_a_prior_knows_neither_the_fold_that_it_is_scored_on_nor_test",
     ),
     "a fold is predicted by a model that has seen it": Mistake(
-        "sweeps/refits.py",
+        "sweeps/finalize.py",
         "_train(training, item, training.others(item.fold))",
         "_train(training, item, np.flatnonzero(training.folds >= 0))",
         "test_clean_cv::test_a_refit_learns_from_all_other_folds_and_not_from_its_own",

@@ -39,7 +39,7 @@ from medembed.heads.packaging import Model, load_model, save_model
 from medembed.images.decode import IMAGES_VERSION, decode_image
 from medembed.images.intensity import Intensity
 from medembed.images.load import DEFAULT_LIMITS
-from medembed.prediction import Predictor, reading
+from medembed.prediction import Predictor, encode
 from medembed.prediction.decisions import raw_scores, score_rows, spec_of_card
 from medembed.prediction.encode import find_encoder, read_intensity
 from medembed.results.model_card import describe_decisions, read_card
@@ -359,7 +359,7 @@ def test_a_model_of_an_older_version_answers_for_files_that_are_decoded_as_ever(
     spec = load_model(home / "models" / "logistic").card["spec"]
     first = {**spec, "preprocessing": {**spec["preprocessing"], "images_version": 1}}
     old = Predictor(changed(home, tmp_path / "old", spec=first), device="cpu", precision="fp32")
-    grey = [home / "images" / "p00" / "view0.png"] * (reading.FEW + 1)
+    grey = [home / "images" / "p00" / "view0.png"] * (encode.FEW + 1)
     colours = np.random.default_rng(0).integers(0, 256, (40, 56, 4), dtype=np.uint8)
     colours[..., 3] = 0
     clear = tmp_path / "clear.png"
@@ -678,16 +678,16 @@ class Picky:
 def test_a_gpu_is_handed_batches_and_an_image_that_it_fails_on_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reading, "_read_ahead", reading._read_here)
+    monkeypatch.setattr(encode, "_read_ahead", encode._read_here)
     for number in range(20):
         level = 0 if number == 18 else 10 * number + 1
         image = Image.new("L", (8, 8), level)
         image.putpixel((7, 7), level + 1)
         image.save(tmp_path / f"{number:02d}.png")
     paths = sorted(tmp_path.iterdir())
-    files = [reading.File(n, path, sha256(path)) for n, path in enumerate(paths)]
+    files = [encode.File(n, path, sha256(path)) for n, path in enumerate(paths)]
     embedder: Any = Picky()
-    found = [encoded for batch in reading.encode_files(files, embedder) for encoded in batch]
+    found = [encoded for batch in encode.encode_files(files, embedder) for encoded in batch]
     assert [encoded.number for encoded in found] == list(range(20))
     assert found[18].error == "cannot be encoded: it is not finite"
     assert [f.x is not None and f.x[0] == 10 * f.number + 1 for f in found].count(True) == 19

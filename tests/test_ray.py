@@ -32,8 +32,7 @@ from medembed.core.errors import (
 )
 from medembed.dataset.manifest import Manifest, write_manifest
 from medembed.extraction import extract, ray_engine
-from medembed.extraction.ray_actors import Actors, Work
-from medembed.extraction.ray_engine import Job, extract_on_ray
+from medembed.extraction.ray_engine import Actors, Job, Work, extract_on_ray
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning")  # of Ray's own, when it starts and ends
 N_IMAGES = 60

@@ -13,13 +13,12 @@ from scipy.special import expit, logit
 from scipy.stats import f as fisher
 
 from medembed.core.errors import TrainingDataError
-from medembed.evaluation.calibration import Calibration, fit_platt
-from medembed.evaluation.calibration_fit import calibration_line, check_line
+from medembed.evaluation.calibration import Calibration, calibration_line, check_line, fit_platt
 from medembed.evaluation.intervals import Interval, bootstrap_scores, plain
-from medembed.evaluation.performance_drop import mover_drop, sample_drop
 from medembed.evaluation.recalibration import draw_patients, recalibrate
 from medembed.evaluation.scores import SCORES
 from medembed.evaluation.thresholds import youden_threshold
+from medembed.evaluation.unpaired import mover_drop, sample_drop
 
 
 def make_studies(n=300, *, slope=0.5, shift=-0.7, seed=0, first=0):

@@ -14,10 +14,15 @@ import pytest
 from PIL import Image
 
 from medembed.core.errors import ManifestError, PathNotFoundError, RecipeError
-from medembed.dataset.groups import join_same_bytes, name_runs
 from medembed.dataset.manifest import Manifest, count, read_manifest, write_manifest
-from medembed.dataset.recipes.build import BuildReport, Recipe, build_manifest, load_recipe
-from medembed.dataset.recipes.expected import compare_counts
+from medembed.dataset.recipes.build import (
+    BuildReport,
+    Recipe,
+    build_manifest,
+    compare_counts,
+    load_recipe,
+)
+from medembed.dataset.splits import join_same_bytes, name_runs
 
 HEAD = """
 name = "mine"

@@ -7,7 +7,7 @@ from sklearn.calibration import calibration_curve
 from statsmodels.stats.proportion import proportion_confint
 
 from medembed.core.errors import TrainingDataError
-from medembed.evaluation.reliability import reliability
+from medembed.evaluation.calibration import reliability
 from medembed.evaluation.scores import N_ECE_BINS, score
 
 COLUMNS = ["low", "high", "n", "k", "mean_probability"]

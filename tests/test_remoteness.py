@@ -5,9 +5,14 @@ import pytest
 from sklearn.covariance import ledoit_wolf_shrinkage
 
 from medembed.core.errors import ModelError, TrainingDataError
-from medembed.evaluation.drift.embedding_space import Space, learn_space
+from medembed.evaluation.drift.embedding_space import (
+    FAR,
+    Space,
+    fit_remoteness,
+    learn_space,
+    measure_remoteness,
+)
 from medembed.evaluation.drift.reference import fit_reference
-from medembed.evaluation.drift.remoteness import FAR, fit_remoteness, measure_remoteness
 
 WIDTH = 12
 

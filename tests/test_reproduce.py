@@ -14,7 +14,7 @@ from test_backbones import save
 from medembed.core.errors import RunError
 from medembed.demo.cohort import draw_cohort, write_view
 from medembed.demo.pipeline import RECIPE
-from medembed.results.table_files import write_tables
+from medembed.report.comparison import write_tables
 
 ROOT = Path(__file__).parents[1]
 REGIONS = {"shoulder", "wrist"}

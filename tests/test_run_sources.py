@@ -8,10 +8,10 @@ import pytest
 from made_runs import fit_sets, give_model, make_images, make_run
 
 from medembed.core.errors import ModelError, RunError
-from medembed.prediction.internal import find_internal
+from medembed.prediction.shift import find_internal
+from medembed.report.external import find_external
 from medembed.results.alignment import align_runs
 from medembed.results.comparison import compare_runs
-from medembed.results.external import find_external
 from medembed.results.model_card import read_conformal
 from medembed.results.runs import Run, open_run
 

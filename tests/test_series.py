@@ -8,10 +8,10 @@ from made_runs import make_images, make_run
 from medembed.core.errors import RunError
 from medembed.evaluation.delong import auroc_differences, auroc_interval
 from medembed.evaluation.paired import mcnemar
+from medembed.report.tables import render
 from medembed.results.alignment import align_runs
 from medembed.results.comparison import compare, compare_aligned
 from medembed.results.runs import create_run
-from medembed.results.tables import render
 
 FAST = {"n_resamples": 100}
 

@@ -17,13 +17,13 @@ from safetensors.torch import load_file, save_file
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from medembed.core.errors import EncoderError
+from medembed.encoders.devices import set_precision
 from medembed.encoders.loading import (
     choose_device,
     choose_precision,
     load_encoder,
     take_own_gpu,
 )
-from medembed.encoders.precision import set_precision
 from medembed.encoders.preprocessing import Preprocessing, prepare
 from medembed.encoders.protocol import Encoder
 from medembed.encoders.siglip import SiglipEncoder

@@ -17,7 +17,6 @@ from medembed.cache.metadata import is_free
 from medembed.cache.shards import write_shard
 from medembed.cache.spec import CacheSpec, hex_from_keys
 from medembed.cache.store import Cache, create_cache, open_cache
-from medembed.cache.writer import RowWriter
 from medembed.core.errors import (
     CacheError,
     MissingRowsError,
@@ -25,6 +24,7 @@ from medembed.core.errors import (
     ShardError,
     SpecMismatchError,
 )
+from medembed.extraction.writer import RowWriter
 
 RECORDED = {
     "source": "google/medgemma-4b-pt",
@@ -370,7 +370,7 @@ def test_a_writer_commits_when_rows_are_old_or_many(
 ) -> None:
     monkeypatch.setattr("medembed.cache.shards.MAX_SHARD_ROWS", 10)
     clock = iter([0.0, 0.0, 5.0, 61.0]).__next__
-    monkeypatch.setattr("medembed.cache.writer.time.monotonic", clock)
+    monkeypatch.setattr("medembed.extraction.writer.time.monotonic", clock)
     keys = some_keys(30)
 
     def n_shards() -> int:
@@ -382,7 +382,7 @@ def test_a_writer_commits_when_rows_are_old_or_many(
         assert n_shards() == 0
         writer.commit_if_due()
         assert n_shards() == 1
-        monkeypatch.setattr("medembed.cache.writer.time.monotonic", lambda: 100.0)
+        monkeypatch.setattr("medembed.extraction.writer.time.monotonic", lambda: 100.0)
         writer.add(hex_from_keys(keys[2:29]), rows_of(keys[2:29]))
         assert n_shards() == 4  # of 10, 10 and 7 rows
         writer.add(hex_from_keys(keys[29:]), rows_of(keys[29:]))

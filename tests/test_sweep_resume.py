@@ -18,7 +18,7 @@ from medembed.core.errors import RunError
 from medembed.core.files import json_digest
 from medembed.results.comparison import compare
 from medembed.results.runs import Run, open_run
-from medembed.sweeps import refits, runner, sweep
+from medembed.sweeps import finalize, runner, sweep
 
 HEADS = ("logistic", "mlp", "lightgbm")
 SMALL = {"heads": HEADS, "n_configs": 2, "n_folds": 3, "jobs": 1}
@@ -235,13 +235,13 @@ def damage(out, whole, kind):
 
 def count_refits(monkeypatch):
     """Return a list that grows by (head, fold) with every winner that is trained without a fold."""
-    refit, seen = refits.refit, []
+    refit, seen = finalize.refit, []
 
     def counted(training, item):
         seen.extend([(item.head, item.fold)] if item.fold is not None else [])
         return refit(training, item)
 
-    monkeypatch.setattr(refits, "refit", counted)
+    monkeypatch.setattr(finalize, "refit", counted)
     return seen
 
 

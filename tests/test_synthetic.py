@@ -28,7 +28,7 @@ from medembed.demo.synthetic import (
     TRIAL_SEEDS,
     render,
 )
-from medembed.demo.training_set import draw_training_set
+from tools.demo_encoder.training_set import draw_training_set
 
 
 @pytest.mark.parametrize("region", REGIONS)

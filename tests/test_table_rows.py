@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from test_recipes import STUDIES, TABLE, build, image, write_mura
 
 from medembed.core.errors import RecipeError
-from medembed.dataset.mismatches import compare_names, find_shortened
 from medembed.dataset.recipes.build import build_manifest, load_recipe
+from medembed.dataset.recipes.image_index import compare_names, find_shortened
 
 HEADER = ("file", "person", "exam", "part", "finding", "set", "age")
 FILES = ("one/a.png", "two/b.png", "deep/c.png")

@@ -14,14 +14,12 @@ from torch._dynamo.testing import CompileCounter
 
 from medembed.core.errors import DeviceMemoryError, EncoderError
 from medembed.encoders import devices, loading
-from medembed.encoders.devices import Cuda, InTurn, Lanes, device_of
+from medembed.encoders.devices import Cuda, InTurn, Lanes, device_of, set_precision
 from medembed.encoders.loading import load_encoder
 from medembed.encoders.poolings import Features, token_poolings
-from medembed.encoders.precision import set_precision
 from medembed.encoders.preprocessing import Preprocessing
 from medembed.encoders.protocol import Encoder, PipelinedEncoder
-from medembed.encoders.torch_encoder import TorchEncoder
-from medembed.encoders.tuning import Tuning
+from medembed.encoders.torch_encoder import TorchEncoder, Tuning
 from medembed.finetuning.training import explaining_memory
 
 SIDE = 16

@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, SiglipVisionConfig, SiglipVisionModel
 
 import medembed
-from medembed.demo import train_encoder
-from medembed.demo.encoder_card import describe
 from medembed.demo.synthetic import TRIAL_SEEDS
-from medembed.demo.teaching import Batches, Teacher
-from medembed.demo.training_set import draw_training_set
+from tools.demo_encoder import __main__ as train_encoder
+from tools.demo_encoder.card import describe
+from tools.demo_encoder.teacher import Batches, Teacher
+from tools.demo_encoder.training_set import draw_training_set
 
 SHIPPED = Path(medembed.__file__).parent / "encoders" / "assets" / "demo"
 FILES = ["README.md", "config.json", "model.safetensors", "preprocessor_config.json"]

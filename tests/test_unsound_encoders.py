@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_extraction import HalvesEncoder, write_images
 
-from medembed.cache.float16 import describe_loss
+from medembed.cache.shards import describe_loss
 from medembed.cache.spec import CacheSpec, keys_from_hex
 from medembed.cache.store import create_cache, open_cache
 from medembed.core.errors import CacheError, EncoderError

@@ -17,13 +17,13 @@ from medembed.cache.embeddings import load_embeddings
 from medembed.cache.pending import Worker
 from medembed.cache.spec import hex_from_keys
 from medembed.cache.store import create_cache, open_cache
-from medembed.cache.writer import RowWriter
 from medembed.cli import main
 from medembed.core.errors import MedembedError
 from medembed.dataset.manifest import Manifest, read_manifest, write_manifest
 from medembed.encoders.loading import load_encoder
 from medembed.extraction import extract
-from medembed.extraction.launcher import find_worker, parse_worker
+from medembed.extraction.job import find_worker, parse_worker
+from medembed.extraction.writer import RowWriter
 
 N_IMAGES = 96
 

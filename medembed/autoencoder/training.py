@@ -15,8 +15,7 @@ from medembed.autoencoder.images import TrainingImages
 from medembed.core.errors import DeviceMemoryError, EncoderError
 from medembed.core.schedule import rate_at
 from medembed.encoders.autoencoder import Architecture, Autoencoder
-from medembed.encoders.devices import Lanes, is_memory_error
-from medembed.encoders.precision import arithmetic
+from medembed.encoders.devices import Lanes, arithmetic, is_memory_error
 from medembed.encoders.preprocessing import Preprocessing, channel_levels
 
 __all__ = ["PATIENCE", "Training", "TrainingConfig", "mean_image_loss"]

@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from medembed.cache import shards
-from medembed.cache.keys import SortedKeys
-from medembed.cache.listing import committed_shards, read_replaced
+from medembed.cache.index import SortedKeys, committed_shards, read_replaced
 from medembed.cache.spec import CacheSpec
 from medembed.core.errors import CacheError
 from medembed.core.files import hold_lock, sync_directory

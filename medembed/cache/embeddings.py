@@ -1,25 +1,123 @@
-"""A cache joined with a manifest: the X, y and groups that heads learn from."""
+"""A cache joined with a manifest: the X, y and groups that heads learn from.
+
+`map_rows` reads rows at random from mapped files, for poolings too large for memory.
+"""
 
 import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import h5py
 import numpy as np
 import pandas as pd
 
 from medembed.cache.failures import Failure
-from medembed.cache.keys import keys_from_column
+from medembed.cache.index import SortedKeys, committed_shards, keys_from_column
 from medembed.cache.metadata import options_of
-from medembed.cache.spec import CacheSpec
+from medembed.cache.shards import read_keys
+from medembed.cache.spec import KEY_BYTES, CacheSpec
 from medembed.cache.store import Cache, open_cache
-from medembed.core.errors import ArgumentError, CacheError, MissingRowsError, TrainingDataError
+from medembed.core.errors import (
+    ArgumentError,
+    CacheError,
+    MissingRowsError,
+    ShardError,
+    TrainingDataError,
+)
+from medembed.core.files import describe_error, open_plain
 from medembed.core.text import Summarised, Summary, count_values, counted
 from medembed.dataset.identities import name_persons
 from medembed.dataset.manifest import Manifest, read_manifest, require_hashes
 from medembed.dataset.splits import draw_folds
 
-__all__ = ["Embeddings", "choose_poolings", "find_rows", "load_embeddings", "patient_folds"]
+__all__ = [
+    "Embeddings",
+    "MappedRows",
+    "choose_poolings",
+    "find_rows",
+    "load_embeddings",
+    "map_rows",
+    "patient_folds",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class MappedRows:
+    """Rows of one pooling, each where it lies in its shard's file.
+
+    Attributes
+    ----------
+    blocks : list of ndarray
+        Rows that lie together, (rows, ...), mapped, read-only.
+    owners, places : (n,) int
+        The block of each row, and where in it.
+    """
+
+    blocks: list[np.ndarray]
+    owners: np.ndarray
+    places: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.owners)
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """Copy some of the rows, (k, ...), in the stored dtype."""
+        first = self.blocks[0]
+        taken = np.empty((len(rows), *first.shape[1:]), first.dtype)
+        for i, row in enumerate(rows.tolist()):
+            taken[i] = self.blocks[self.owners[row]][self.places[row]]
+        return taken
+
+
+def map_rows(cache: Cache, keys: np.ndarray, pooling: str) -> MappedRows:
+    """Map the rows of `keys`, (n, 32) uint8, without reading them.
+
+    What the shards hold is not compared with their names: `Cache.verify` does that, once.
+
+    Raises
+    ------
+    MissingRowsError
+        A key is not in the cache.
+    CacheError
+        The pooling is not in the cache, or a shard is damaged (`ShardError`).
+    """
+    cache.check_poolings([pooling])
+    paths = committed_shards(cache.path / "shards")
+    parts = [read_keys(path, spec=cache.spec) for path in paths]
+    held = SortedKeys(np.concatenate([np.empty((0, KEY_BYTES), np.uint8), *parts]))
+    found = held.find(keys)
+    if (found < 0).any():
+        raise MissingRowsError(
+            f"{int((found < 0).sum())} of {len(keys)} rows are not in the cache at {cache.path}"
+        )
+    blocks: list[np.ndarray] = []
+    for path, part in zip(paths, parts, strict=True):
+        blocks += _map(path, pooling, len(part))
+    edges = np.cumsum([0, *map(len, blocks)])
+    owners = np.searchsorted(edges, found, side="right") - 1
+    return MappedRows(blocks, owners, found - edges[owners])
+
+
+def _map(path: Path, pooling: str, n_rows: int) -> list[np.ndarray]:
+    """Map the chunks of a shard, in the order of its rows."""
+    try:
+        with open_plain(path) as opened:
+            with h5py.File(opened, "r") as file:
+                dataset: Any = file["embeddings"][pooling]
+                size, dtype, shape = dataset.chunks[0], dataset.dtype, dataset.shape[1:]
+                offsets = [
+                    dataset.id.get_chunk_info_by_coord((first, *(0 for _ in shape))).byte_offset
+                    for first in range(0, n_rows, size)
+                ]
+            return [
+                np.memmap(opened, dtype, "r", offset, (min(size, n_rows - i * size), *shape))
+                for i, offset in enumerate(offsets)
+            ]
+    except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise ShardError(f"shard {path} cannot be mapped: {describe_error(error)}") from error
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -16,15 +16,14 @@ import numpy as np
 import pandas as pd
 
 from medembed.cache.embeddings import find_rows, load_embeddings
-from medembed.cache.keys import keys_from_column
-from medembed.cache.likeness import find_nearest, whiten
-from medembed.cache.lookalikes import LookAlikes, find_lookalikes
+from medembed.cache.image_similarity import LookAlikes, find_lookalikes, find_nearest, whiten
+from medembed.cache.index import keys_from_column
 from medembed.cache.store import Cache, open_cache
 from medembed.core.errors import MedembedError
 from medembed.dataset.checks import cap
-from medembed.dataset.groups import join_same_bytes
 from medembed.dataset.identities import name_persons
 from medembed.dataset.manifest import Manifest, read_manifest, require_hashes
+from medembed.dataset.splits import join_same_bytes
 
 __all__ = ["ALIKE", "MAX_CALIBRATION", "REACH", "NearDuplicates", "find_near_duplicates"]
 
@@ -185,7 +184,7 @@ def find_near_duplicates(
 
     Embeddings are all single-vector poolings of the cache side by side, without columns that are
     constant up to the rounding of its dtype. Their likeness is a cosine, in a metric learnt from
-    all rows compared, test and train alike (`likeness.whiten`). Labels are not looked at. The
+    all rows compared, test and train alike (`whiten`). Labels are not looked at. The
     result does not depend on the order of the rows.
 
     Parameters
@@ -231,7 +230,7 @@ def find_near_duplicates(
     With a 1 the rate could be twice alpha (as for the jackknife+; Barber et al., Annals of
     Statistics 49, 2021), and is where all train patients are drawn and alpha (n + 1) = 1.
 
-    Train patients whose images look alike count as one as well (`lookalikes.tell_alike`): a film
+    Train patients whose images look alike count as one as well (`tell_alike`): a film
     that stands twice, or two black ones, would otherwise be the threshold, and no copy would pass
     it. They are `lookalikes`, and so are those within `test`. Whatever is left, the threshold is
     not above `REACH`; where that lowers it, the rate that it keeps is computed and said.

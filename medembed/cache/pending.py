@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from medembed.cache.failures import Failure
-from medembed.cache.keys import SortedKeys, keys_from_column, prefixes_of
+from medembed.cache.index import SortedKeys, keys_from_column, prefixes_of
 from medembed.cache.spec import hex_from_keys, keys_from_hex
 from medembed.cache.store import Cache
 from medembed.images.load import Content

@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from medembed.cache import shards
-from medembed.cache.keys import SortedKeys
-from medembed.cache.listing import file_names, replaced_shards
+from medembed.cache.index import SortedKeys, file_names, replaced_shards
 from medembed.cache.shards import REPLACES
 from medembed.cache.spec import CacheSpec
 from medembed.core.errors import CacheError, ShardError

@@ -108,7 +108,7 @@ def compare_command(
         prevalence=prevalence,
     )
     if tables is not None:
-        from medembed.results.table_files import write_tables
+        from medembed.report.comparison import write_tables
 
         write_tables(result, tables)
     if as_json:
@@ -127,8 +127,8 @@ def show_comparison(
 
 
 def _show(result: dict[str, Any], by: str | None, table_format: str) -> None:
-    from medembed.results.group_tables import render_comparison
-    from medembed.results.operating_tables import asks_for_points
+    from medembed.report.group_tables import render_comparison
+    from medembed.report.operating_tables import asks_for_points
 
     if asks_for_points(result) and table_format == "csv":
         say("The CSV is of heads: operating points are in --json, and in the files of --tables.")
@@ -226,7 +226,7 @@ def report_command(
 
 def _thumbnail_finder(manifest: Any, image_root: Path, names: bool) -> Any:
     from medembed.dataset.manifest import existing_root
-    from medembed.report.thumbnails import make_thumbnails
+    from medembed.report.gallery import make_thumbnails
 
     root = existing_root(image_root)
     return lambda wanted: make_thumbnails(manifest, root, wanted, with_names=names)

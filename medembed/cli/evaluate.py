@@ -59,7 +59,7 @@ def evaluate_command(
     tested on. Images that it was trained on are refused.
     """
     from medembed.prediction.external_validation import evaluate
-    from medembed.results.external import render_external
+    from medembed.report.external import render_external
 
     run = evaluate(
         model_path,

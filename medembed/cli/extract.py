@@ -41,7 +41,7 @@ pool_option = click.option(
 def _choose_worker(
     context: click.Context, option: click.Parameter, text: str | None
 ) -> "Worker | None":
-    from medembed.extraction.launcher import find_worker, parse_worker
+    from medembed.extraction.job import find_worker, parse_worker
 
     if text is not None:
         try:

@@ -23,7 +23,6 @@ from medembed.dataset.recipes.build import BuildReport, Recipe
 __all__ = [
     "build_path",
     "check_destinations",
-    "describe_build",
     "is_build",
     "read_build",
     "write_build",
@@ -70,14 +69,14 @@ def write_build(report: BuildReport, recipe: Recipe, manifest_path: str | Path) 
     PathNotFoundError, ManifestError
         As `write_manifest`.
     """
-    data = json_bytes(describe_build(report, recipe))
+    data = json_bytes(_describe_build(report, recipe))
     check_destinations(manifest_path)
     with writing_atomically(build_path(manifest_path), len(data)) as file:
         file.write(data)
         write_manifest(report.manifest, manifest_path)
 
 
-def describe_build(report: BuildReport, recipe: Recipe) -> dict[str, Any]:
+def _describe_build(report: BuildReport, recipe: Recipe) -> dict[str, Any]:
     """Return the content of a build file.
 
     Returns
@@ -130,7 +129,7 @@ def read_build(manifest_path: Any, manifest: Manifest) -> dict[str, Any] | None:
     Returns
     -------
     dict
-        ``counts``, ``recipe`` and ``medembed``, see `describe_build`.
+        ``counts``, ``recipe`` and ``medembed``, see `_describe_build`.
     """
     if not isinstance(manifest_path, str | Path):
         return None

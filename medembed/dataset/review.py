@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from medembed.core.errors import ManifestError
+from medembed.dataset.checks import find_warnings
 from medembed.dataset.manifest import check_images, read_manifest
-from medembed.dataset.suspicious_values import find_warnings
 
 __all__ = ["Review", "review_manifest"]
 
@@ -20,7 +20,7 @@ class Review:
     problems : list of str
         Everything wrong with the rows; or, where these are sound, with their images.
     warnings : list of str
-        As `suspicious_values.find_warnings` returns them; none where the rows break the rules.
+        As `checks.find_warnings` returns them; none where the rows break the rules.
     """
 
     problems: list[str]

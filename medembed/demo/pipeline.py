@@ -19,8 +19,8 @@ from medembed.dataset.manifest import Manifest
 from medembed.dataset.recipes.build import build_manifest, load_recipe
 from medembed.demo.cohort import DemoView, draw_cohort, view_name, write_views
 from medembed.encoders.loading import load_encoder
+from medembed.report.gallery import make_thumbnails
 from medembed.report.page import write_report
-from medembed.report.thumbnails import make_thumbnails
 
 __all__ = ["RECIPE", "ShowProgress", "run_demo"]
 

@@ -17,13 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from medembed.core.errors import EncoderError
-from medembed.encoders.checkpoint_files import read_json
+from medembed.encoders.checkpoint_files import AUTOENCODER_TYPE, read_json
+from medembed.encoders.devices import stored_dtypes
 from medembed.encoders.fingerprint import Digest, read_part
 from medembed.encoders.poolings import Features, token_poolings
-from medembed.encoders.precision import stored_dtypes
 from medembed.encoders.preprocessing import FITS, RESAMPLES, Preprocessing
 from medembed.encoders.torch_encoder import TorchEncoder
-from medembed.encoders.weights import AUTOENCODER_TYPE
 
 __all__ = [
     "Architecture",

@@ -14,21 +14,21 @@ from transformers import AutoConfig, AutoModel
 from transformers.utils import logging
 
 from medembed.core.errors import EncoderError
-from medembed.encoders.checkpoint_files import is_snapshot
-from medembed.encoders.delta import INTEGERS, DeltaWeights, put_in
-from medembed.encoders.fingerprint import Digest, open_tensors, read_tensor
-from medembed.encoders.poolings import Features, token_poolings
-from medembed.encoders.precision import set_precision
-from medembed.encoders.preprocessing import Preprocessing
-from medembed.encoders.torch_encoder import TorchEncoder
-from medembed.encoders.weights import (
+from medembed.encoders.checkpoint_files import (
     INDEX_FILE,
     WEIGHTS_FILE,
     holds_both,
+    is_snapshot,
     refuse_adapted,
     unwrap,
     weight_files,
 )
+from medembed.encoders.delta import INTEGERS, DeltaWeights, put_in
+from medembed.encoders.devices import set_precision
+from medembed.encoders.fingerprint import Digest, open_tensors, read_tensor
+from medembed.encoders.poolings import Features, token_poolings
+from medembed.encoders.preprocessing import Preprocessing
+from medembed.encoders.torch_encoder import TorchEncoder
 
 __all__ = ["BACKBONE_TYPES", "BackboneEncoder", "load_backbone"]
 

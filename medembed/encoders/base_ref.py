@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from medembed.core.errors import EncoderError
-from medembed.encoders.checkpoint_files import holds_file, read_json
+from medembed.encoders.checkpoint_files import INDEX_FILE, WEIGHTS_FILE, holds_file, read_json
 from medembed.encoders.hub import DEMO, Checkpoint, resolve_checkpoint
-from medembed.encoders.weights import INDEX_FILE, WEIGHTS_FILE
 
 __all__ = [
     "BASE_FILE",

@@ -1,24 +1,43 @@
-"""The small files of a checkpoint's directory: whether they are there, and what they say."""
+"""A checkpoint's directory: its configuration files, and which files hold the vision tower."""
 
+import hashlib
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from medembed.core.errors import EncoderError
 from medembed.core.files import open_plain, read_plain
 
 __all__ = [
     "ADAPTER_FILE",
+    "AUTOENCODER_TYPE",
     "CONFIG_FILE",
+    "FETCHED_FILES",
+    "INDEX_FILE",
+    "PART_NAMES",
+    "PART_WORDS",
+    "SIGLIP_TYPES",
+    "WEIGHTS_FILE",
+    "Part",
+    "canonical_name",
     "check_config",
     "checkpoint_name",
     "explain_adapter",
+    "holds_both",
     "holds_file",
     "is_snapshot",
+    "match_tensors",
+    "part_shards",
     "read_json",
+    "refuse_adapted",
     "refuse_adapter",
+    "unwrap",
+    "weight_files",
+    "weight_map_of",
+    "whole_files",
 ]
 
 CONFIG_FILE = "config.json"
@@ -139,3 +158,285 @@ def explain_adapter(source: str, *, alone: bool) -> EncoderError:
 def _unreadable(path: Path, reason: str) -> EncoderError:
     name = checkpoint_name(path.parent)
     return EncoderError(f"{path.name} of {name} cannot be read: {reason.rstrip('.')}.")
+
+
+Part = Literal["tower", "projector", "encoder", "whole"]
+SIGLIP_TYPES = ("gemma3", "siglip", "siglip_vision_model")
+AUTOENCODER_TYPE = "medembed-autoencoder"
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+# What `partial_download` makes of the ranges that it fetches from a repository's files.
+FETCHED_FILES: dict[Part, str] = {
+    "tower": "medembed-vision-tower.safetensors",
+    "projector": "medembed-projector.safetensors",
+}
+# Modules that DistributedDataParallel, torch.compile, FSDP and activation checkpointing put around
+# others, on the outside or anywhere within.
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+# PEFT's outermost two, and the one of trainers and of transformers' own heads.
+_OUTER = r"^(?:(?:base_model\.)?model\.)*"
+# transformers 4.x wrote vision_tower.vision_model.…, 5.x writes vision_tower.…, a bare state dict
+# has model.vision_tower.…; SigLIP itself has vision_model.… or, alone and since 5.x, no prefix.
+# What a wrapper was put around may be any of them.
+_TOWER = re.compile(
+    rf"{_OUTER}(?:vision_tower\.(?:base_model\.model\.)?)?(?:vision_model\.)?"
+    r"((?:embeddings|encoder|post_layernorm|head)\..+)$"
+)
+_PROJECTOR = re.compile(
+    rf"{_OUTER}multi_modal_projector\.(mm_input_projection_weight|mm_soft_emb_norm\.weight)$"
+)
+_ENCODER = re.compile(rf"{_OUTER}encoder\.(.+)$")  # of an autoencoder
+# Words that only stand in names of a model with adapters of PEFT in it, not yet merged.
+_ADAPTED = re.compile(r"\.(?:base_layer|original_module|modules_to_save|lora_\w+|ia3_\w+)(?:\.|$)")
+PART_WORDS: dict[Part, str] = {
+    "tower": "the vision tower",
+    "projector": "the projector",
+    "encoder": "the encoder",
+    "whole": "the model",
+}
+_NOT_HELD: dict[Part, str] = {
+    "tower": "vision tower: no tensor named vision_tower.… or vision_model.…. Give a checkpoint of "
+    "MedGemma, MedSigLIP or SigLIP.",
+    "projector": "projector: no tensor named multi_modal_projector.…. Only MedGemma has one; leave "
+    "out the pooling `projector`.",
+    "encoder": "encoder: no tensor named encoder.…. Train it again with `medembed autoencoder`.",
+    "whole": "tensor at all. Complete the checkpoint.",
+}
+_BLOB = re.compile(r"^[0-9a-f]{64}$")
+_FILE_NAME = re.compile(r"[0-9A-Za-z_][0-9A-Za-z._+-]{0,199}\.safetensors")
+# A constant (0, 1, 2, …) that early releases of transformers saved with the weights.
+_CONSTANTS = {"embeddings.position_ids"}
+
+
+def unwrap(stored: str) -> str:
+    """Take out of a tensor's name the modules that only wrap others.
+
+    Examples
+    --------
+    >>> unwrap("module._orig_mod.vit.layernorm.bias")
+    'vit.layernorm.bias'
+    """
+    return ".".join(part for part in stored.split(".") if part not in _WRAPPERS)
+
+
+def canonical_name(stored: str) -> str | None:
+    """Strip the prefixes from a vision tower's tensor name; None for any other tensor.
+
+    Examples
+    --------
+    >>> canonical_name("vision_tower.vision_model.post_layernorm.bias")
+    'post_layernorm.bias'
+    """
+    found = _TOWER.match(unwrap(stored))
+    return found[1] if found and found[1] not in _CONSTANTS else None
+
+
+def _canonical_projector_name(stored: str) -> str | None:
+    """Strip the prefix from a tensor name of Gemma's projector; None for any other tensor.
+
+    Examples
+    --------
+    >>> _canonical_projector_name("multi_modal_projector.mm_soft_emb_norm.weight")
+    'mm_soft_emb_norm.weight'
+    """
+    found = _PROJECTOR.match(unwrap(stored))
+    return found[1] if found else None
+
+
+def _encoder_name(stored: str) -> str | None:
+    found = _ENCODER.match(unwrap(stored))
+    return found[1] if found else None
+
+
+def _any_name(stored: str) -> str | None:
+    return stored
+
+
+PART_NAMES: dict[Part, Callable[[str], str | None]] = {
+    "tower": canonical_name,
+    "projector": _canonical_projector_name,
+    "encoder": _encoder_name,
+    "whole": _any_name,
+}
+
+
+def part_shards(weight_map: Mapping[str, str], part: Part = "tower") -> list[str]:
+    """List, sorted, the files of an index that hold some of a part's tensors."""
+    belongs = PART_NAMES[part]
+    return sorted({file for name, file in weight_map.items() if belongs(name)})
+
+
+def weight_map_of(index: Any, source: str) -> dict[str, str]:
+    """Check and give the `weight_map` of a `model.safetensors.index.json`.
+
+    Raises
+    ------
+    EncoderError
+        It is no mapping of tensor names to file names in the same directory.
+    """
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not all(map(_is_file_name, weight_map.values())):
+        raise EncoderError(f"{INDEX_FILE} of {source} is not an index of safetensors files.")
+    return weight_map
+
+
+def weight_files(directory: Path, part: Part = "tower") -> list[Path]:
+    """List the safetensors files of `directory` that may hold a part of the model.
+
+    The checkpoint's own files come first; else what `hub.resolve_checkpoint` fetched of them.
+    A fetched file that lies in the hub's cache is named there by its SHA-256, and is compared
+    with it here (0.8 GB: about a second).
+
+    Parameters
+    ----------
+    part : {"tower", "projector", "encoder", "whole"}
+        The vision tower, Gemma's projector, an autoencoder's encoder, or every tensor there is.
+
+    Raises
+    ------
+    EncoderError
+        As `whole_files`; there are none, one that the index names is missing, or a fetched one was
+        damaged.
+    """
+    whole = whole_files(directory, part)
+    if whole:
+        return whole
+    fetched = directory / FETCHED_FILES.get(part, "")
+    if part in FETCHED_FILES and holds_file(fetched):
+        _check_blob(fetched)
+        return [fetched]
+    if whole is None:
+        raise EncoderError(
+            f"{checkpoint_name(directory)} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}. "
+            "Weights in other formats are not read; convert them to safetensors."
+        )
+    shards = part_shards(
+        weight_map_of(read_json(directory / INDEX_FILE), checkpoint_name(directory)), part
+    )
+    missing = [shard for shard in shards if not holds_file(directory / shard)]
+    if missing:
+        raise EncoderError(
+            f"{checkpoint_name(directory)} lacks {missing[0]}, one of {len(missing)} missing "
+            f"files that hold {PART_WORDS[part]}. Complete the checkpoint."
+        )
+    return []
+
+
+def whole_files(directory: Path, part: Part) -> list[Path] | None:
+    """List the checkpoint's own files that hold a part, only if all of them are there.
+
+    Where there are a single file and an index with its shards, the single file is taken, as
+    transformers does; an index whose shards are gone is what saving anew leaves behind.
+
+    Returns
+    -------
+    list of Path or None
+        None where the directory has neither an index nor a single file of weights.
+
+    Raises
+    ------
+    EncoderError
+        The index is no index, a file is no plain file, or the single file is older than the index
+        or its shards: then transformers' choice would be the weights of before.
+    """
+    single = directory / WEIGHTS_FILE
+    if holds_file(single):
+        if holds_both(directory, part) and not is_snapshot(directory):
+            _refuse_older(single, part)
+        return [single]
+    paths = _indexed(directory, part)
+    if paths is None:
+        return None
+    return paths if all(map(holds_file, paths)) else []
+
+
+def holds_both(directory: Path, part: Part) -> bool:
+    """Whether a part is there twice: in a single file, and in all the shards that an index names.
+
+    Raises
+    ------
+    EncoderError
+        The index is no index, or a file is no plain file.
+    """
+    paths = _indexed(directory, part) or []
+    return bool(paths) and all(map(holds_file, [*paths, directory / WEIGHTS_FILE]))
+
+
+def _indexed(directory: Path, part: Part) -> list[Path] | None:
+    if not holds_file(directory / INDEX_FILE):
+        return None
+    weight_map = weight_map_of(read_json(directory / INDEX_FILE), checkpoint_name(directory))
+    return [directory / shard for shard in part_shards(weight_map, part)]
+
+
+def _refuse_older(single: Path, part: Part) -> None:
+    others = [single.with_name(INDEX_FILE), *(_indexed(single.parent, part) or ())]
+    latest = max(others, key=lambda path: path.stat().st_mtime_ns)
+    if latest.stat().st_mtime_ns > single.stat().st_mtime_ns:
+        raise EncoderError(
+            f"{checkpoint_name(single.parent)} holds its weights twice, as {WEIGHTS_FILE} and in "
+            f"the shards of {INDEX_FILE}, and {latest.name} is newer than {WEIGHTS_FILE}, which "
+            "transformers would read. Keep one of the two."
+        )
+
+
+def _check_blob(path: Path) -> None:
+    blob = path.resolve()
+    if not path.is_symlink() or not _BLOB.match(blob.name):
+        return
+    with open_plain(blob) as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+    if digest != blob.name:
+        raise EncoderError(
+            f"{path.name} of {checkpoint_name(path.parent)} was damaged after it was fetched: "
+            f"its SHA-256 is {digest[:12]}…, not {blob.name[:12]}…. "
+            f"Delete {path} and {blob}, and run again."
+        )
+
+
+def match_tensors(
+    stored: Iterable[tuple[Path, str]], source: str, part: Part = "tower"
+) -> dict[str, tuple[Path, str]]:
+    """Map canonical names to the file and name under which a part's tensor is stored.
+
+    Raises
+    ------
+    EncoderError
+        Two stored tensors have the same canonical name, one is of an adapter that is not merged,
+        or none belongs to the part.
+    """
+    found: dict[str, tuple[Path, str]] = {}
+    for path, name in stored:
+        canonical = PART_NAMES[part](name)
+        if canonical is None:
+            continue
+        if canonical in found:
+            before = found[canonical]
+            raise EncoderError(
+                f"{source} holds {canonical} twice, as {before[1]} of {before[0].name} and as "
+                f"{name} of {path.name}. Keep one naming."
+            )
+        refuse_adapted(canonical, source, part)
+        found[canonical] = (path, name)
+    if not found:
+        raise EncoderError(f"{source} holds no {_NOT_HELD[part]}")
+    return found
+
+
+def refuse_adapted(name: str, source: str, part: Part) -> None:
+    """Refuse the name of a tensor of an adapter of PEFT, or of a module that one is put on.
+
+    Raises
+    ------
+    EncoderError
+        Says how the adapter is merged.
+    """
+    if _ADAPTED.search(name):
+        raise EncoderError(
+            f"{source} holds {PART_WORDS[part]} with an adapter of PEFT in it ({name}). Merge it "
+            "with PEFT (merge_and_unload), and save that."
+        )
+
+
+def _is_file_name(value: object) -> bool:
+    return isinstance(value, str) and _FILE_NAME.fullmatch(value) is not None

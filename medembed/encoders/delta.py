@@ -9,10 +9,9 @@ import torch
 
 from medembed.core.errors import EncoderError
 from medembed.encoders.base_ref import CHANGED_FILE, BaseRef
-from medembed.encoders.checkpoint_files import holds_file
+from medembed.encoders.checkpoint_files import holds_file, weight_files
 from medembed.encoders.fingerprint import Digest, open_tensors, read_tensor
 from medembed.encoders.torch_encoder import TorchEncoder
-from medembed.encoders.weights import weight_files
 
 __all__ = ["INTEGERS", "DeltaWeights", "find_changed", "put_in", "read_changes"]
 

@@ -11,9 +11,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from medembed.core.errors import EncoderError
-from medembed.encoders.checkpoint_files import checkpoint_name
+from medembed.encoders.checkpoint_files import (
+    PART_WORDS,
+    Part,
+    checkpoint_name,
+    match_tensors,
+    weight_files,
+)
 from medembed.encoders.stored_tensors import FLOAT_BYTES, read_header
-from medembed.encoders.weights import PART_WORDS, Part, match_tensors, weight_files
 
 __all__ = ["Digest", "open_tensors", "read_part", "read_tensor"]
 

@@ -13,18 +13,6 @@ from medembed.core.errors import EncoderError
 from medembed.encoders.checkpoint_files import (
     ADAPTER_FILE,
     CONFIG_FILE,
-    check_config,
-    explain_adapter,
-    holds_file,
-    read_json,
-    refuse_adapter,
-)
-from medembed.encoders.fetching import fetch_part, remote_tensors
-from medembed.encoders.hub_answers import guard_answers
-from medembed.encoders.hub_errors import explain, explain_missing, explain_unreached
-from medembed.encoders.preprocessing import PROCESSOR_FILES
-from medembed.encoders.stored_tensors import read_header
-from medembed.encoders.weights import (
     FETCHED_FILES,
     INDEX_FILE,
     PART_NAMES,
@@ -32,11 +20,20 @@ from medembed.encoders.weights import (
     SIGLIP_TYPES,
     WEIGHTS_FILE,
     Part,
+    check_config,
+    explain_adapter,
+    holds_file,
     part_shards,
+    read_json,
+    refuse_adapter,
     weight_files,
     weight_map_of,
     whole_files,
 )
+from medembed.encoders.hub_http import explain, explain_missing, explain_unreached, guard_answers
+from medembed.encoders.partial_download import fetch_part, remote_tensors
+from medembed.encoders.preprocessing import PROCESSOR_FILES
+from medembed.encoders.stored_tensors import read_header
 
 __all__ = [
     "DEMO",

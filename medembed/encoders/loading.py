@@ -7,11 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from medembed.core.errors import EncoderError
 from medembed.encoders.base_ref import BaseRef, Origin, base_of, read_base
-from medembed.encoders.checkpoint_files import CONFIG_FILE, check_config, read_json
+from medembed.encoders.checkpoint_files import (
+    AUTOENCODER_TYPE,
+    CONFIG_FILE,
+    SIGLIP_TYPES,
+    check_config,
+    read_json,
+)
 from medembed.encoders.hub import Checkpoint, resolve_checkpoint
 from medembed.encoders.preprocessing import Preprocessing, read_preprocessing
 from medembed.encoders.protocol import Encoder
-from medembed.encoders.weights import AUTOENCODER_TYPE, SIGLIP_TYPES
 
 if TYPE_CHECKING:
     import torch

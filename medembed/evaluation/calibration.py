@@ -1,28 +1,103 @@
 """Calibration: probabilities that mean what they say.
 
 All are fitted on out-of-fold predictions of `train` and never see `test`.
+
+`calibration_line` estimates slope and intercept of log-odds with patients as clusters (Van Calster
+et al., BMC Medicine 17:230, 2019; Cox, Biometrika 45, 1958). Standard errors are the sandwich's
+(Liang and Zeger, Biometrika 73, 1986), which is the infinitesimal jackknife here. `reliability`
+counts how often abnormal is right where a head says so.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import exp, isnan, log, nan
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from scipy.optimize import isotonic_regression, minimize
-from scipy.special import expit, logit
+from scipy.special import expit, fdtrc, logit
 
-from medembed.core.errors import ModelError
-from medembed.evaluation.checks import check_both_classes, is_number
+from medembed.core.errors import ModelError, TrainingDataError
+from medembed.evaluation.bootstrap import (
+    CONFIDENCE,
+    MIN_PATIENTS,
+    Interval,
+    patient_codes,
+    quotients,
+)
+from medembed.evaluation.bounds import bound_on_logit, quantile
+from medembed.evaluation.estimates import Spread, estimate_share, measure_spread
+from medembed.evaluation.scores import (
+    N_ECE_BINS,
+    check_both_classes,
+    check_rows,
+    find_bins,
+    is_number,
+)
 
 __all__ = [
     "MIN_SLOPE",
     "Calibration",
     "IsotonicCalibration",
+    "LineFit",
+    "calibration_curve",
+    "calibration_line",
+    "check_line",
     "fit_isotonic",
+    "fit_line",
     "fit_platt",
     "fit_temperature",
     "log_odds",
+    "reliability",
 ]
+
+
+def reliability(y: np.ndarray, probability: np.ndarray, patients: np.ndarray) -> pd.DataFrame:
+    """Return mean probability and share abnormal in each bin of the expected calibration error.
+
+    The bins are those of `Scorer`'s ECE: `N_ECE_BINS` of equal width, each without its upper end
+    but the last one (DeGroot and Fienberg, The Statistician 32, 1983, for the diagram).
+
+    Parameters
+    ----------
+    y, probability, patients : arrays of shape (n,)
+        As for `bootstrap_scores`.
+
+    Returns
+    -------
+    DataFrame
+        One row per bin: `low`, `high` (its ends), `n` (its rows), `k` (those abnormal),
+        `mean_probability`, `share_abnormal`, `share_low`, `share_high` (the 95 % interval of the
+        share, see `estimates.estimate_share`), and its `method`. Of an empty bin all but ends and
+        counts are NaN; the interval is NaN too in a bin of fewer than `MIN_PATIENTS` patients.
+
+    Raises
+    ------
+    TrainingDataError
+        As `Scorer`.
+    """
+    labels, values = check_rows(y, probability)
+    codes, bins = patient_codes(patients), find_bins(values)
+    if len(codes) != len(labels):
+        raise TrainingDataError(f"{len(labels)} labels, but {len(codes)} patients")
+    shares = [estimate_share(labels == 1, bins == k, codes).interval() for k in range(N_ECE_BINS)]
+    n = np.bincount(bins, minlength=N_ECE_BINS)
+    edges = np.arange(N_ECE_BINS + 1) / N_ECE_BINS
+    return pd.DataFrame(
+        {
+            "low": edges[:-1],
+            "high": edges[1:],
+            "n": n,
+            "k": [own.k for own in shares],
+            "mean_probability": quotients(np.bincount(bins, values, N_ECE_BINS), n),
+            "share_abnormal": [own.value for own in shares],
+            "share_low": [own.low for own in shares],
+            "share_high": [own.high for own in shares],
+            "method": [own.method for own in shares],
+        }
+    )
+
 
 #: The slope is held above zero, so that calibration never turns the order of studies round, even
 #: where a head ranks worse than chance.
@@ -189,3 +264,205 @@ def log_odds(probability: np.ndarray) -> np.ndarray:
     """Return ln(p / (1 - p)) of probabilities in [0, 1] held within 1e-7 of the ends, float64."""
     clipped = np.clip(np.asarray(probability, dtype=np.float64), _EDGE, 1 - _EDGE)
     return np.asarray(logit(clipped))
+
+
+_N_STEPS = 30
+_TOLERANCE = 1e-9
+#: A slope or intercept beyond this is that of separable rows, which have none.
+_LARGEST = 1e3
+_N_POINTS = 41
+"""Where a calibration curve is given."""
+
+
+@dataclass(frozen=True, eq=False)
+class LineFit:
+    """A logistic regression of labels on the log-odds of probabilities.
+
+    Attributes
+    ----------
+    line : ndarray of shape (2,)
+        Intercept and slope; NaN where there are none.
+    added : ndarray of shape (n, 2)
+        What each row adds to them, see `influence`.
+    """
+
+    line: np.ndarray
+    added: np.ndarray
+
+
+def calibration_line(
+    y: np.ndarray, probability: np.ndarray, patients: np.ndarray
+) -> dict[str, Interval]:
+    """Return how (calibrated) probabilities fit the labels, with 95 % intervals.
+
+    Parameters
+    ----------
+    y, probability, patients : arrays of shape (n,)
+        Labels 0 or 1, probabilities of abnormal in [0, 1], and whose row it is.
+
+    Returns
+    -------
+    dict of str to Interval
+        ``intercept`` of a logistic regression of the label whose slope is held at 1 (0: right;
+        below 0: the probabilities are too high); ``slope`` of the log-odds in one where it is free
+        (1: right; below 1: the probabilities are too extreme); ``mean_probability``,
+        ``share_abnormal``, and ``observed_expected``, the second over the first. NaN where the
+        rows are of one class or the log-odds separate the classes; ends are NaN where fewer than
+        `MIN_PATIENTS` patients of a class stand behind them.
+
+    Raises
+    ------
+    TrainingDataError
+        As `Scorer`.
+    """
+    labels, values = check_rows(y, probability)
+    codes = patient_codes(patients)
+    if len(codes) != len(labels):
+        raise TrainingDataError(f"{len(labels)} labels, but {len(codes)} patients")
+    level, full = (fit_line(labels, values, free_slope=free) for free in (False, True))
+    n = max(len(labels), 1)
+    mean, share = float(values.sum() / n), float(labels.sum() / n)
+    of_mean, of_share = (values - mean) / n, (labels - share) / n
+    ratio = share / mean if mean > 0 else nan
+    of_ratio = ratio * (of_share / share - of_mean / mean) if share > 0 and mean > 0 else of_share
+    spread = {
+        name: measure_spread(labels, added, codes)
+        for name, added in (
+            ("intercept", level.added[:, 0]),
+            ("slope", full.added[:, 1]),
+            ("mean", of_mean),
+            ("ratio", of_ratio),
+        )
+    }
+    return {
+        "intercept": _interval(float(level.line[0]), spread["intercept"]),
+        "slope": _interval(float(full.line[1]), spread["slope"]),
+        "mean_probability": _mean_interval(mean, spread["mean"], codes),
+        "share_abnormal": estimate_share(labels == 1, np.ones(len(labels), bool), codes).interval(),
+        "observed_expected": _interval(ratio, spread["ratio"], on_log=True),
+    }
+
+
+def calibration_curve(y: np.ndarray, probability: np.ndarray, patients: np.ndarray) -> pd.DataFrame:
+    """Return the share abnormal over the probability, as a logistic line with a 95 % band.
+
+    The line is the regression of which `calibration_line` gives the slope; the band is pointwise,
+    from the variance of the line on the log-odds with patients as clusters, and Student's t.
+
+    Parameters
+    ----------
+    y, probability, patients : arrays of shape (n,)
+        As for `calibration_line`.
+
+    Returns
+    -------
+    DataFrame
+        `probability`, 41 points of equal distance between the least and the largest; `share`,
+        `low`, `high`. No row where there is no line; `low` and `high` are NaN with fewer than
+        `MIN_PATIENTS` patients of a class.
+
+    Raises
+    ------
+    TrainingDataError
+        As `Scorer`.
+    """
+    labels, values = check_rows(y, probability)
+    codes, fit = patient_codes(patients), fit_line(labels, values, free_slope=True)
+    if isnan(fit.line[0]):
+        return pd.DataFrame({"probability": [], "share": [], "low": [], "high": []}, dtype=float)
+    points = np.linspace(values.min(), values.max(), _N_POINTS)
+    x = log_odds(points)
+    centre, reach = fit.line[0] + fit.line[1] * x, np.full(len(x), nan)
+    for i, place in enumerate(x):
+        spread = measure_spread(labels, fit.added @ [1.0, place], codes)
+        if spread.fewest >= MIN_PATIENTS and spread.error > 0:
+            freedom = min(spread.freedom, spread.fewest - 1)
+            reach[i] = quantile(CONFIDENCE, freedom) * spread.error
+    ends = {"low": expit(centre - reach), "high": expit(centre + reach)}
+    return pd.DataFrame({"probability": points, "share": expit(centre), **ends})
+
+
+def fit_line(y: np.ndarray, probability: np.ndarray, *, free_slope: bool) -> LineFit:
+    """Fit intercept and slope by Newton's method; the slope stays 1 where it is not free.
+
+    NaN where the rows are of one class, or the log-odds are all the same or separate the classes.
+    """
+    x = log_odds(probability)
+    nothing = LineFit(np.full(2, nan), np.full((len(x), 2), nan))
+    if len(np.unique(y)) < 2 or (free_slope and np.ptp(x) == 0):
+        return nothing
+    columns = np.column_stack([np.ones_like(x), x])
+    free = [0, 1] if free_slope else [0]
+    line = np.array([0.0, 1.0])
+    step = np.zeros(2)
+    for _ in range(_N_STEPS):
+        expected = expit(columns @ line)
+        gradient = columns[:, free].T @ (y - expected)
+        curvature = (columns[:, free].T * (expected * (1 - expected))) @ columns[:, free]
+        if not np.linalg.cond(curvature) < 1e12:
+            return nothing
+        step[free] = np.linalg.solve(curvature, gradient)
+        fit = _likelihood(y, columns @ line)
+        for _ in range(_N_STEPS):  # a step that lowers the likelihood is too long
+            if not _likelihood(y, columns @ (line + step)) < fit - 1e-9 * abs(fit):
+                break
+            step /= 2
+        line = line + step
+        if np.abs(line).max() > _LARGEST:
+            return nothing
+        if np.abs(step).max() < _TOLERANCE:
+            expected = expit(columns @ line)
+            weights = expected * (1 - expected)
+            curvature = (columns[:, free].T * weights) @ columns[:, free]
+            added = np.zeros((len(x), 2))
+            scores = columns[:, free] * (y - expected)[:, None]
+            added[:, free] = np.linalg.solve(curvature, scores.T).T
+            return LineFit(line, added)
+    return nothing
+
+
+def check_line(y: np.ndarray, probability: np.ndarray, patients: np.ndarray) -> float:
+    """Return the p of slope and intercept being 1 and 0 both; NaN where there are none.
+
+    Wald's test with the sandwich's covariance, by F with 2 and one less than the patients of the
+    rarer class as degrees of freedom.
+    """
+    labels, values = check_rows(y, probability)
+    codes, fit = patient_codes(patients), fit_line(labels, values, free_slope=True)
+    if isnan(fit.line[0]):
+        return nan
+    sums = np.stack([np.bincount(codes, weights=column) for column in fit.added.T])
+    spread = measure_spread(labels, fit.added[:, 0], codes)
+    n, freedom = len(np.unique(codes)), spread.fewest - 1
+    if freedom < 1:
+        return nan
+    off = fit.line - [0.0, 1.0]
+    covariance = n / (n - 1) * (sums @ sums.T)
+    ratio = float(off @ np.linalg.pinv(covariance) @ off) / 2
+    return float(fdtrc(2, freedom, ratio))
+
+
+def _likelihood(y: np.ndarray, z: np.ndarray) -> float:
+    return float(np.sum(y * z - np.logaddexp(0.0, z)))
+
+
+def _interval(value: float, spread: Spread, *, on_log: bool = False) -> Interval:
+    if isnan(value) or not spread.error > 0:
+        return Interval(value, nan, nan)
+    if spread.fewest < MIN_PATIENTS:
+        reason = f"{spread.fewest} patients of the rarer class; an interval wants {MIN_PATIENTS}"
+        return Interval(value, nan, nan, None, reason)
+    reach = quantile(CONFIDENCE, min(spread.freedom, spread.fewest - 1)) * spread.error
+    if on_log:
+        low, high = (exp(log(value) + sign * reach / value) for sign in (-1, 1))
+        return Interval(value, low, high, "log-t")
+    return Interval(value, value - reach, value + reach, "sandwich-t")
+
+
+def _mean_interval(mean: float, spread: Spread, codes: np.ndarray) -> Interval:
+    n = len(np.unique(codes))
+    if n < MIN_PATIENTS:
+        return Interval(mean, nan, nan, None, f"{n} patients; an interval wants {MIN_PATIENTS}")
+    error = float(np.sqrt(n / (n - 1) * (spread.parts @ spread.parts)))
+    low, high = bound_on_logit(mean, error, quantile(CONFIDENCE, spread.freedom))
+    return Interval(mean, low, high, None if isnan(low) else "logit-t")

@@ -36,7 +36,7 @@ import numpy as np
 
 from medembed.core.errors import ModelError, TrainingDataError
 from medembed.evaluation.bootstrap import patient_codes
-from medembed.evaluation.checks import check_both_classes
+from medembed.evaluation.scores import check_both_classes
 
 __all__ = ["MIN_GROUP", "Conformal", "fit_conformal"]
 

@@ -16,9 +16,9 @@ from scipy.special import ndtr, ndtri
 
 from medembed.core.errors import TrainingDataError
 from medembed.evaluation.bootstrap import CONFIDENCE, Interval, patient_codes
-from medembed.evaluation.checks import check_rows
-from medembed.evaluation.influence import placements
+from medembed.evaluation.estimates import placements
 from medembed.evaluation.paired import Difference
+from medembed.evaluation.scores import check_rows
 
 __all__ = ["auroc_covariance", "auroc_difference", "auroc_differences", "auroc_interval"]
 

@@ -19,8 +19,7 @@ from medembed.evaluation.bootstrap import (
     percentiles,
 )
 from medembed.evaluation.bounds import quantile
-from medembed.evaluation.estimates import measure_spread
-from medembed.evaluation.influence import influences
+from medembed.evaluation.estimates import influences, measure_spread
 from medembed.evaluation.scores import Scorer
 
 __all__ = [

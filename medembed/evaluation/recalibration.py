@@ -11,10 +11,14 @@ from scipy.special import logit
 from medembed.core.errors import TrainingDataError
 from medembed.evaluation.bootstrap import CONFIDENCE, MIN_PATIENTS, Interval, patient_codes
 from medembed.evaluation.bounds import quantile
-from medembed.evaluation.calibration import Calibration, fit_platt
-from medembed.evaluation.calibration_fit import calibration_line, check_line, fit_line
-from medembed.evaluation.estimates import measure_spread
-from medembed.evaluation.influence import influences
+from medembed.evaluation.calibration import (
+    Calibration,
+    calibration_line,
+    check_line,
+    fit_line,
+    fit_platt,
+)
+from medembed.evaluation.estimates import influences, measure_spread
 from medembed.evaluation.intervals import Variant, bootstrap_variants, plain
 from medembed.evaluation.scores import DECISION_SCORES, Scorer
 from medembed.evaluation.thresholds import youden_threshold

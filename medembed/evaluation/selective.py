@@ -13,8 +13,8 @@ import pandas as pd
 
 from medembed.core.errors import TrainingDataError
 from medembed.evaluation.bootstrap import Interval, patient_codes, quotients
-from medembed.evaluation.checks import check_rows
 from medembed.evaluation.estimates import estimate_share
+from medembed.evaluation.scores import check_rows
 
 __all__ = ["SHARES", "deferral_curve", "estimate_deferral"]
 

@@ -10,7 +10,7 @@ from math import nextafter
 import numpy as np
 
 from medembed.core.errors import TrainingDataError
-from medembed.evaluation.checks import check_both_classes
+from medembed.evaluation.scores import check_both_classes
 
 __all__ = [
     "HIGHEST",

@@ -39,7 +39,7 @@ CANARY_VERSION = 1
 """Raise it whenever a byte of `CANARY_FILES` changes: caches hold what came of the old ones."""
 
 CANARY_FILES = ("bones.png", "haze.jpg", "rings.png", "checks.png")
-"""8-bit grey PNG, colour JPEG, 16-bit grey PNG, PNG with alpha; see `demo.canary_images`."""
+"""8-bit grey PNG, colour JPEG, 16-bit grey PNG, PNG with alpha; see `tools.canary_images`."""
 
 TOLERANCE = 0.02
 """Largest distance from the stored embedding, in median distances between different canaries.

@@ -1,8 +1,15 @@
-"""Stage 1, the whole job: plan, get ready, prove the canary, embed what is missing, report."""
+"""Stage 1, the whole job: plan, get ready, prove the canary, embed what is missing, report.
+
+`find_worker` finds out which of several workers this process is. Into a cache of an older
+`images_version` new rows join where `Radiograph.since` says that the older version gave the same
+pixels. Rows already there are compared with their files where these are at hand: most by their
+first bytes alone, since an 8-bit grey PNG or a JPEG is decoded as ever; the rest are decoded again.
+"""
 
 import os
+import re
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +24,9 @@ from medembed.core.errors import (
     DeviceMemoryError,
     EncoderError,
     MedembedError,
+    SpecMismatchError,
 )
-from medembed.core.files import as_path
+from medembed.core.files import as_path, open_plain
 from medembed.core.system import (
     choose_processes,
     default_decoders,
@@ -26,30 +34,173 @@ from medembed.core.system import (
     library_versions,
     total_memory,
 )
-from medembed.dataset.manifest import Manifest, existing_root, read_manifest, require_hashes
+from medembed.dataset.manifest import (
+    Manifest,
+    existing_root,
+    image_path,
+    read_manifest,
+    require_hashes,
+)
+from medembed.encoders.preprocessing import Preprocessing
 from medembed.encoders.protocol import Encoder, PipelinedEncoder
 from medembed.extraction.canary import check_canary, compute_canary
 from medembed.extraction.decode_pool import DECODER_BYTES, Decoders
 from medembed.extraction.image_encoder import EncoderLike, find_tower
 from medembed.extraction.image_store import refuse_empty_root
-from medembed.extraction.outdated import joining, refuse_outdated
 from medembed.extraction.pipeline import Pipeline, memory_error
-from medembed.extraction.profiling import STAGES, Timeline
 from medembed.extraction.report import ExtractionReport, describe_execution, execution_of
-from medembed.extraction.writer import WriterThread
+from medembed.extraction.writer import STAGES, Timeline, WriterThread
 from medembed.images.intensity import DEFAULT_INTENSITY, Intensity
-from medembed.images.load import DEFAULT_LIMITS, Limits
-from medembed.images.versions import IMAGES_VERSION
+from medembed.images.load import DEFAULT_LIMITS, Content, Limits, Reading
+from medembed.images.versions import IMAGES_VERSION, may_have_changed, why_changed
 
 __all__ = [
     "COMMIT_SECONDS",
+    "LAUNCHERS",
     "ROOM",
     "ExtractionReport",
     "check_plan",
     "extract",
+    "find_worker",
+    "parse_worker",
     "prepare_cache",
+    "refuse_outdated",
     "spec_of",
 ]
+
+# Index and number of workers, by launcher: torchrun, `srun`, a SLURM array that counts from 0.
+LAUNCHERS = (
+    ("RANK", "WORLD_SIZE"),
+    ("SLURM_PROCID", "SLURM_NTASKS"),
+    ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"),
+)
+
+
+def parse_worker(text: str) -> Worker:
+    """Read `I/N`, counted from 0.
+
+    Raises
+    ------
+    ValueError
+        It is not two whole numbers with 0 <= I < N.
+    """
+    if not re.fullmatch(r"[0-9]{1,9}/[0-9]{1,9}", text):
+        raise ValueError(f"{text!r} is not I/N, such as 0/4 for the first of four")
+    index, count = map(int, text.split("/"))
+    return Worker(index, count)
+
+
+def find_worker(environ: Mapping[str, str]) -> tuple[Worker, str] | None:
+    """Find what a launcher says in the environment, and the name of the variable that said it.
+
+    None where there is no launcher, or it started one process only.
+
+    Raises
+    ------
+    MedembedError
+        A launcher's variables contradict each other.
+    """
+    for index, count in LAUNCHERS:
+        if index not in environ or count not in environ:
+            continue
+        try:
+            worker = parse_worker(f"{environ[index]}/{environ[count]}")
+        except ValueError as error:
+            raise MedembedError(
+                f"{index}={environ[index]} and {count}={environ[count]} name no worker: {error}. "
+                "Correct them, or say which worker this is with --worker I/N."
+            ) from error
+        if worker.count > 1:
+            return worker, index
+    return None
+
+
+HEAD = 2048  # bytes: the header of nearly every PNG and JPEG
+N_NAMED = 20
+# As small as can be: the images are decoded for what is said of them.
+_SMALL = Preprocessing(8, 8, "stretch", "nearest", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 1 / 255)
+
+
+def _joining(
+    pairs: Iterator[tuple[Content, Reading] | None], cache: Cache
+) -> Iterator[tuple[Content, Reading] | None]:
+    """Fail the readings whose pixels cannot join the rows of this cache, with the way out."""
+    for pair in pairs:
+        if pair is None:
+            yield None
+        else:
+            content, reading = pair
+            yield content, reading.joining(cache.spec.images_version, "this cache", _WAY_OUT)
+
+
+_WAY_OUT = "Extract into a new --cache"
+
+
+def refuse_outdated(
+    plan: Plan,
+    cache: Cache | None,
+    image_root: Path,
+    intensity: Intensity,
+    n_decoders: int | None,
+    tell: Callable[[str], None],
+) -> None:
+    """Name the rows of a cache that are of another `images_version` than their files are now.
+
+    What is not at hand, or holds other bytes by now, is passed over.
+
+    Raises
+    ------
+    SpecMismatchError
+        There are such rows.
+    """
+    if cache is None or cache.spec.images_version == IMAGES_VERSION:
+        return
+    found = []
+    for content, reading in _decoded_again(plan, image_root, intensity, n_decoders, tell):
+        reason = why_changed(reading.since, cache.spec.images_version, "its row")
+        if reason and reading.stage:
+            reason = f"is refused since images_version {reading.since} ({reading.reason})"
+        if reason:
+            found.append(f"{content.images[0]}: {reason}")
+    if found:
+        more = [f"and {len(found) - N_NAMED} more"] if len(found) > N_NAMED else []
+        named = "".join(f"\n  - {line}" for line in [*found[:N_NAMED], *more])
+        raise SpecMismatchError(
+            f"{len(found)} row(s) of the cache at {cache.path} are not what their images are now; "
+            "all others are, and those that were missing have been embedded. Extract into a new "
+            f"--cache, or leave these images out of the manifest:{named}"
+        )
+
+
+def _decoded_again(
+    plan: Plan,
+    image_root: Path,
+    intensity: Intensity,
+    n_decoders: int | None,
+    tell: Callable[[str], None],
+) -> Iterator[tuple[Content, Reading]]:
+    suspects = [content for content in plan.done if _is_suspect(content, image_root)]
+    if not suspects:
+        return
+    tell(f"Decoding {len(suspects):,} images of an older version again")
+    n_processes = min(n_decoders or default_decoders(), len(suspects))
+    with Decoders(n_processes, _SMALL, intensity) as readers:
+        for pair in readers.read(suspects, image_root, 8 * n_processes):
+            if pair is not None:
+                yield pair
+
+
+def _is_suspect(content: Content, image_root: Path) -> bool:
+    for image in content.images:
+        try:
+            with open_plain(image_path(image_root, image)) as file:
+                head = file.read(HEAD)
+                size = file.seek(0, 2)
+        except OSError:
+            continue
+        return may_have_changed(head, size)
+    return False
+
 
 COMMIT_SECONDS = 60.0  # what a crash may lose
 LIBRARIES = ("medembed", "numpy", "pillow", "torch", "transformers")
@@ -185,7 +336,7 @@ def extract(
         pipeline = Pipeline(encoder, poolings, size, len(plan.pending), timeline, progress)
         with WriterThread(opened, commit_seconds, timeline) as writer:
             pairs = readers.read(plan.pending, root, 2 * size + n_decoders)
-            pipeline.run(joining(pairs, opened), writer)
+            pipeline.run(_joining(pairs, opened), writer)
     pipeline.refuse_other_bytes()
     refuse_outdated(plan, opened, root, intensity, decoders, say)
     report = _report(plan, pipeline, n_decoders, distance, start, timeline)

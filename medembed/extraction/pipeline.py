@@ -16,8 +16,7 @@ from medembed.cache.failures import Failure
 from medembed.core.errors import DeviceMemoryError, EncoderError, ManifestError, NonFiniteError
 from medembed.encoders.protocol import Encoder, PipelinedEncoder, check_rows
 from medembed.extraction.image_store import describe_other_bytes
-from medembed.extraction.profiling import Timeline
-from medembed.extraction.writer import WriterThread
+from medembed.extraction.writer import Timeline, WriterThread
 from medembed.images.load import Content, Reading
 
 __all__ = ["MAX_SUSPECTS", "Pipeline", "memory_error"]

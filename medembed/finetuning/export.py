@@ -1,26 +1,224 @@
-"""How a trial ended, kept in the run; and the run's end: predictions, leaderboard, scores."""
+"""How a trial ends: its result kept in the run, its encoder and head written, the run scored."""
 
+import os
+import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from numpy.typing import NDArray
+from safetensors.torch import save
 
-from medembed.core.errors import MedembedError, RunError
+from medembed.core.errors import EncoderError, MedembedError, RunError
+from medembed.core.files import json_bytes, read_plain, sync_directory, write_atomically
+from medembed.dataset.identities import name_persons
 from medembed.dataset.manifest import Manifest
+from medembed.encoders.base_ref import BASE_FILE, CHANGED_FILE, Origin, describe_base
+from medembed.encoders.checkpoint_files import WEIGHTS_FILE, holds_file
+from medembed.encoders.delta import find_changed
+from medembed.encoders.loading import adapt_encoder, load_encoder
+from medembed.encoders.preprocessing import PROCESSOR_FILES
+from medembed.encoders.torch_encoder import TorchEncoder
+from medembed.evaluation.drift.reference import fit_reference
+from medembed.evaluation.scores import by_study
 from medembed.evaluation.thresholds import ThresholdRule
+from medembed.extraction import spec_of
 from medembed.finetuning.data_split import HELD_OUT, TrainRows
+from medembed.finetuning.network import Network, Start
 from medembed.finetuning.training import Trained
+from medembed.heads.mlp import MLPHead
+from medembed.heads.packaging import save_model
+from medembed.heads.scaling import Projection
 from medembed.results.comparison import score_run
-from medembed.results.failures import describe_failure, is_final
-from medembed.results.model_readme import complete_cards
-from medembed.results.predictions import image_rows, prior_rows
+from medembed.results.model_card import describe_decisions
+from medembed.results.model_readme import (
+    complete_cards,
+    count_trained,
+    describe_encoder,
+    describe_use,
+    write_readme,
+)
+from medembed.results.predictions import image_code, image_rows, prior_rows
 from medembed.results.provenance import list_left_out, summarise_data
+from medembed.results.run_schema import CV_METHOD, describe_failure, is_final
 from medembed.results.runs import Run, utc_now
 
-__all__ = ["TrialResult", "finish", "load_ending"]
+__all__ = ["TrialResult", "adapt", "finish", "load_ending", "package", "save_adapted"]
+
+
+def package(
+    run: Run,
+    manifest: Manifest,
+    rows: TrainRows,
+    network: Network,
+    start: Start,
+    trained: Trained,
+    encoder: TorchEncoder,
+    fingerprint: str | None,
+    known: Mapping[str, Any],
+    vectors: NDArray[np.float32] | None = None,
+    points: Sequence[ThresholdRule] = (),
+) -> None:
+    """Save a trained head in `models/<head>/`, as a sweep saves its winners.
+
+    Parameters
+    ----------
+    encoder : TorchEncoder
+        Whose embeddings it reads, and `fingerprint` if training has changed it.
+    known : mapping
+        See `finishing.TrialResult`.
+    vectors : float32 array of shape (n, d), optional
+        What the head reads of all rows, where that is known: the model then keeps statistics of
+        the training rows, which `evaluate` measures drift from.
+    points : sequence of ThresholdRule
+        Operating points beside the usual ones.
+    """
+    path = run.model_path(known["head"])
+    path.parent.mkdir(exist_ok=True)
+    spec = spec_of(encoder, network.poolings).as_dict()
+    if fingerprint is not None:
+        spec["encoder"] = fingerprint
+    # Those held out have decided thresholds, and count as seen; its embeddings are those of all.
+    seen = np.flatnonzero(rows.folds >= 0)
+    data = summarise_data(manifest.rows, rows.failed, manifest.label_level)
+    place = None if fingerprint is None else f"../../encoders/{known['head']}"
+    card = {
+        "name": known["head"],
+        "spec": spec,
+        "pooling": known["pooling"],
+        "label_level": manifest.label_level,
+        "views": "mean",
+        **describe_decisions(_held_studies(rows, trained), points),
+        "metric": "auroc",
+        "cv": trained.score,
+        "cv_method": CV_METHOD,
+        "trial": known["number"],
+        "seed": known["seed"],
+        "depth": known["depth"],
+        "encoder": describe_encoder(run.info.get("encoder", {}), place),
+        "covariates": None,
+        "data": {"trained": count_trained(rows.rows.iloc[seen]), "manifest": data},
+        "use": describe_use(synthetic=data["synthetic"]),
+        "manifest": run.info["asked"]["manifest"],
+        "synthetic": data["synthetic"],
+        "training_images": sorted({image_code(own) for own in rows.rows["sha256"].iloc[seen]}),
+    }
+    reference = None
+    if vectors is not None:
+        persons, parts = name_persons(rows.rows), rows.rows["region"]
+        patients, regions = persons.to_numpy(str)[seen], parts.to_numpy(str)[seen]
+        reference = fit_reference(vectors[seen], known["seed"], patients=patients, regions=regions)
+    head, texts = _as_head(network, start, trained), write_readme(card)
+    save_model(path, head, card, reference=reference, texts=texts, replace=True)
+
+
+def _held_studies(rows: TrainRows, trained: Trained) -> pd.DataFrame:
+    """Return one row per held-out study: see `describe_decisions`."""
+    held = rows.rows.iloc[rows.held]
+    return by_study(
+        pd.DataFrame(
+            {
+                "study": pd.factorize(held["study"], sort=True)[0],
+                "region": held["region"].to_numpy(),
+                "patient": name_persons(held).to_numpy(),
+                "label": rows.y[rows.held],
+                "probability": trained.held,
+            }
+        )
+    )
+
+
+def _as_head(network: Network, start: Start, trained: Trained) -> MLPHead:
+    """Return the head as what a sweep would have trained."""
+    kept = {name: start.params[name] for name in ("hidden", "activation", "dropout", "scaling")}
+    head = MLPHead(**kept, label_smoothing=start.params["label_smoothing"])
+    layers = [
+        (layer.get_parameter("weight"), layer.get_parameter("bias"))
+        for layer in network.head.layers
+    ]
+    head.weights_ = [weight.detach().cpu().numpy().T.copy() for weight, _ in layers]
+    head.biases_ = [bias.detach().cpu().numpy().copy() for _, bias in layers]
+    head.projection_ = Projection(start.mean, start.scale)
+    head.best_epoch_ = trained.counters.best_epoch
+    head.classes_, head.n_features_in_ = np.array([0, 1]), len(start.mean)
+    return head
+
+
+def adapt(encoder: TorchEncoder, network: Network) -> TorchEncoder:
+    """Copy the encoder that training began with, with what it has changed, adapters merged."""
+    adapted = encoder.copy()
+    state = adapted.model.state_dict()
+    for name, tensor in network.changed_tensors().items():
+        state[name].copy_(tensor)
+    return adapted
+
+
+def save_adapted(encoder: TorchEncoder, directory: Path) -> str:
+    """Write an encoder as what it has in place of its base's tensors; give its fingerprint.
+
+    The directory appears whole or not at all, in the place of one that is there. It holds the
+    changed tensors alone and names the base; where all have changed it is a checkpoint that needs
+    no base. It is loaded once, and compared, before it appears.
+
+    Raises
+    ------
+    EncoderError
+        What was written does not read back as written.
+    """
+    assert encoder.origin is not None
+    origin = encoder.origin
+    tensors, is_whole = find_changed(encoder)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    for left in directory.parent.glob(f".{directory.name}.*.partial"):
+        shutil.rmtree(left, ignore_errors=True)
+    made = Path(
+        tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".partial", dir=directory.parent)
+    )
+    try:
+        made.chmod(0o755)
+        for name in ("config.json", *PROCESSOR_FILES):
+            if holds_file(origin.directory / name):
+                write_atomically(made / name, read_plain(origin.directory / name))
+        fingerprint = _write(encoder, origin, made, directory, tensors, is_whole)
+        shutil.rmtree(directory, ignore_errors=True)
+        os.rename(made, directory)
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
+    sync_directory(directory.parent)
+    return fingerprint
+
+
+def _write(
+    encoder: TorchEncoder,
+    origin: Origin,
+    made: Path,
+    directory: Path,
+    tensors: Mapping[str, torch.Tensor],
+    is_whole: bool,
+) -> str:
+    contiguous = {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
+    data = save(contiguous, {"format": "pt"})
+    write_atomically(made / (WEIGHTS_FILE if is_whole else CHANGED_FILE), data)
+    if not is_whole:
+        again = adapt_encoder(origin, encoder.preprocessing, tensors)
+        document = describe_base(origin, directory, again.fingerprint)
+        write_atomically(made / BASE_FILE, json_bytes(document))
+    # Beside its place, so that a base's relative path is right already.
+    read: Any = load_encoder(made, device="cpu", precision="fp32", fit=encoder.preprocessing.fit)
+    theirs = read.model.state_dict()
+    for name, tensor in encoder.model.state_dict().items():
+        if not torch.equal(theirs[name], tensor.cpu()):
+            raise EncoderError(
+                f"the encoder written to {directory} does not read back as written: {name} differs."
+            )
+    fingerprint: str = read.fingerprint
+    return fingerprint
 
 
 @dataclass(frozen=True, eq=False)

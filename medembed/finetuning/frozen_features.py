@@ -14,14 +14,13 @@ import numpy as np
 import pandas as pd
 import torch
 
-from medembed.cache.keys import keys_from_column
-from medembed.cache.mmap import MappedRows, map_rows
+from medembed.cache.embeddings import MappedRows, map_rows
+from medembed.cache.index import keys_from_column
 from medembed.cache.store import Cache, create_cache, open_cache
 from medembed.core.errors import CacheError, TrainingDataError
 from medembed.core.files import json_digest
 from medembed.dataset.manifest import Manifest
-from medembed.encoders.devices import guard_memory
-from medembed.encoders.precision import arithmetic
+from medembed.encoders.devices import arithmetic, guard_memory
 from medembed.encoders.protocol import Encoder
 from medembed.encoders.torch_encoder import TorchEncoder
 from medembed.extraction import extract, spec_of

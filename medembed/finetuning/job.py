@@ -21,7 +21,6 @@ from medembed.dataset.manifest import Manifest, read_manifest
 from medembed.evaluation.thresholds import ThresholdRule, parse_rules
 from medembed.extraction.image_encoder import EncoderLike, name_encoder
 from medembed.extraction.image_store import refuse_empty_root
-from medembed.finetuning.adapting import adapt, save_adapted
 from medembed.finetuning.config import (
     FineTuneConfig,
     Trial,
@@ -30,7 +29,14 @@ from medembed.finetuning.config import (
     write_command,
 )
 from medembed.finetuning.data_split import TrainRows, choose_rows
-from medembed.finetuning.export import TrialResult, finish, load_ending
+from medembed.finetuning.export import (
+    TrialResult,
+    adapt,
+    finish,
+    load_ending,
+    package,
+    save_adapted,
+)
 from medembed.finetuning.frozen_features import (
     TRUNK_DTYPE,
     TokenImages,
@@ -41,7 +47,6 @@ from medembed.finetuning.head_init import init_from_sweep, init_random
 from medembed.finetuning.hyperparameters import Depth, Hyperparameters, read_config
 from medembed.finetuning.image_store import Images, VectorImages, compute_rows, read_images
 from medembed.finetuning.network import Network, blank_start
-from medembed.finetuning.packaged import package
 from medembed.finetuning.training import Trainer, explaining_memory
 from medembed.images.load import DEFAULT_LIMITS, Limits
 from medembed.results.provenance import public_name

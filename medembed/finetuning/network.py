@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from medembed.encoders.devices import arithmetic
 from medembed.encoders.poolings import pool
-from medembed.encoders.precision import arithmetic
 from medembed.encoders.torch_encoder import TorchEncoder
 from medembed.finetuning.adapters import add_adapters, merge_adapters
 from medembed.finetuning.blocks import keep_top, recompute, set_modes, unfreeze

@@ -1,32 +1,123 @@
-"""Train one depth with one seed: epochs of steps, judged on other patients, the best kept."""
+"""Train one depth with one seed: epochs of steps, judged on other patients, the best kept.
 
+After each epoch `write_state` leaves one file that is complete or absent: parameters, AdamW's
+moments and the best epoch's parameters as safetensors, counters as JSON in its metadata. Random
+numbers follow from seed, epoch and step, so none are kept.
+"""
+
+import json
 import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from scipy.special import expit
 from torch.nn import functional
 
 from medembed.core.errors import DeviceMemoryError, TrainingDataError
+from medembed.core.files import require_plain, write_atomically
 from medembed.core.schedule import rate_at
 from medembed.encoders.devices import free_memory, is_memory_error
 from medembed.finetuning.blocks import parameter_groups
-from medembed.finetuning.checkpoint import Counters, State, read_state, write_state
 from medembed.finetuning.data_split import TrainRows
 from medembed.finetuning.hyperparameters import Hyperparameters
 from medembed.finetuning.image_store import Images, PixelImages, compute_rows, take_ahead
 from medembed.finetuning.network import Network
 from medembed.heads.base import row_weights
 
-__all__ = ["Trained", "Trainer", "explaining_memory"]
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = [
+    "Counters",
+    "State",
+    "Trained",
+    "Trainer",
+    "explaining_memory",
+    "read_state",
+    "write_state",
+]
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass
+class Counters:
+    """What is counted while a depth trains.
+
+    Attributes
+    ----------
+    epoch : int
+        Epochs that are over.
+    best_epoch : int
+        The best of them, from 1; 0 before the first.
+    best_key : list of float
+        AUROC of its held-out studies, and less its loss: what makes an epoch better.
+    seconds : float
+        Spent so far.
+    history : list of dict
+        Per epoch `train_loss`, `loss` and `auroc`.
+    """
+
+    epoch: int = 0
+    best_epoch: int = 0
+    best_key: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+@dataclass
+class State:
+    """Counters, and tensors by name: of now, of the best epoch, of AdamW."""
+
+    counters: Counters
+    now: Tensors
+    best: Tensors
+    moments: dict[str, Tensors]
+
+
+def write_state(path: Path, key: str, state: State) -> None:
+    """Write the state of one training, named by `key`, in the place of the last one."""
+    parts = {"now": state.now, "best": state.best}
+    parts |= {f"adam.{moment}": tensors for moment, tensors in state.moments.items()}
+    flat = {
+        f"{part}/{name}": tensor.cpu().contiguous()
+        for part, tensors in parts.items()
+        for name, tensor in tensors.items()
+    }
+    metadata = {"key": key, "counters": json.dumps(asdict(state.counters), allow_nan=False)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, save(flat, metadata))
+
+
+def read_state(path: Path, key: str) -> State | None:
+    """Read the state of the training named by `key`; None where there is none, or it is damaged."""
+    try:
+        require_plain(path)
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata: Mapping[str, str] = file.metadata() or {}
+            if metadata.get("key") != key:
+                return None
+            flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        counters = Counters(**json.loads(metadata["counters"]))
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        return None
+    parts: dict[str, Any] = {}
+    for full, tensor in flat.items():
+        part, _, name = full.partition("/")
+        parts.setdefault(part, {})[name] = tensor
+    moments = {p.removeprefix("adam."): t for p, t in parts.items() if p.startswith("adam.")}
+    return State(counters, parts.get("now", {}), parts.get("best", {}), moments)
+
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what torch's AdamW keeps of each parameter
 _ORDER, _DROPOUT = 1 << 20, 1 << 21  # streams of random numbers

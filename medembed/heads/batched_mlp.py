@@ -15,8 +15,7 @@ import torch
 from scipy.stats import rankdata
 from torch.nn import functional
 
-from medembed.heads.losses import row_weights_of
-from medembed.heads.mlp_network import JointStep, Masks, Member, Net
+from medembed.heads.mlp_network import JointStep, Masks, Member, Net, row_weights_of
 from medembed.heads.scaling import Projection
 
 __all__ = ["PRECISIONS", "BatchedMLP", "Rows", "resolve_precision"]

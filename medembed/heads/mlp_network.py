@@ -5,21 +5,76 @@ and back; what follows is done member by member. The backward pass is written ou
 keep and touch what is not needed. Activations are laid out unit by unit, (width, batch). Weights
 and AdamW's moments are float32; in bfloat16 products, activations and gradients are rounded to it,
 as mixed precision has it.
+
+`Losses` is the members' cross-entropy, each with its class weights and label smoothing.
 """
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.nn import functional
 from torch.optim.adamw import adamw
 
-from medembed.heads.losses import Losses, LossRates
+__all__ = [
+    "ACTIVATIONS",
+    "Activation",
+    "JointStep",
+    "LossRates",
+    "Losses",
+    "Masks",
+    "Member",
+    "Net",
+    "row_weights_of",
+]
 
-__all__ = ["ACTIVATIONS", "Activation", "JointStep", "Masks", "Member", "Net"]
+
+def row_weights_of(y: torch.Tensor, class_weights: Sequence[float | torch.Tensor]) -> torch.Tensor:
+    """Return the weights in the loss of rows with labels y (m,), float32 0 or 1.
+
+    Weights (members, 1) in place of numbers give (members, m).
+    """
+    normal, abnormal = class_weights
+    return y * (abnormal - normal) + normal
+
+
+class LossRates(NamedTuple):
+    """What the members' losses are made with; each float32 of shape (members, 1)."""
+
+    smoothing: torch.Tensor
+    normal: torch.Tensor
+    abnormal: torch.Tensor
+
+    @classmethod
+    def of(cls, rates: Sequence[tuple[float, float, float]]) -> "LossRates":
+        """Take the three of each member, in that order."""
+        return cls(*torch.tensor(rates, dtype=torch.float32).t()[:, :, None].unbind())
+
+
+class Losses:
+    """The losses of all members on a batch with labels y (m,), float32 0 or 1."""
+
+    def __init__(self, rates: LossRates, y: torch.Tensor) -> None:
+        self._targets = y * (1 - rates.smoothing) + rates.smoothing / 2
+        self._weights = row_weights_of(y, (rates.normal, rates.abnormal))
+        self._logits = torch.empty_like(self._targets)
+
+    def gradient(self, k: int, logits: torch.Tensor) -> torch.Tensor:
+        """Take member k's logits (m,); return its mean loss's gradient by them, float32."""
+        own = self._logits[k].copy_(logits)
+        return (torch.sigmoid(own) - self._targets[k]) * self._weights[k] / len(own)
+
+    def sums(self) -> np.ndarray:
+        """Return each member's sum over the batch, float64 of shape (members,)."""
+        losses = functional.binary_cross_entropy_with_logits(
+            self._logits, self._targets, self._weights, reduction="none"
+        )
+        return losses.sum(1, dtype=torch.float64).numpy()
+
 
 #: Dropout is decided by random bytes, so that its share is a multiple of 1 / 256.
 _BYTE = 256

@@ -2,6 +2,7 @@
 
 import io
 import math
+import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,7 +32,6 @@ from medembed.images.container_checks import (
 )
 from medembed.images.intensity import DEFAULT_INTENSITY, Intensity
 from medembed.images.orientation import UNREAD, orientation_of, turn_upright
-from medembed.images.tiff_directories import check_directories
 from medembed.images.types import (
     MAX_PIXELS,
     Radiograph,
@@ -41,7 +41,60 @@ from medembed.images.types import (
 )
 from medembed.images.versions import FIRST_VERSION, IMAGES_VERSION
 
-__all__ = ["BARE_DICOM", "IMAGES_VERSION", "MAX_PIXELS", "Radiograph", "decode_image"]
+__all__ = [
+    "BARE_DICOM",
+    "IMAGES_VERSION",
+    "MAX_PIXELS",
+    "Radiograph",
+    "decode_image",
+]
+
+MAX_DIRECTORIES = 100
+MAX_ENTRIES = 4096
+MAX_VALUES = 1 << 18
+"""Numbers in one entry: a strip a row of four planes, of the highest image. Of a million strips
+Pillow makes a gigabyte of objects."""
+_BYTES = (1, 2, 7)  # TIFF 6.0, section 2: BYTE, ASCII, UNDEFINED stay bytes
+_STRIPS = (273, 279, 324, 325)  # StripOffsets, StripByteCounts, TileOffsets, TileByteCounts
+
+
+def _check_directories(data: bytes) -> None:
+    """Refuse a TIFF that names more strips, tiles, values or pictures than any image has.
+
+    Where a directory ends early, nothing is said: its reader will.
+
+    Raises
+    ------
+    ImageError
+        So it is.
+    """
+    order = "<" if data[:2] == b"II" else ">"
+    is_big = data[2:4] in (b"+\0", b"\0+")  # BigTIFF, section "Proposal"
+    word, short, entry = ("Q", "Q", "HHQ8x") if is_big else ("I", "H", "HHI4x")
+    seen: set[int] = set()
+    try:
+        (place,) = struct.unpack_from(order + word, data, 8 if is_big else 4)
+        while place and place not in seen:
+            if len(seen) == MAX_DIRECTORIES:
+                raise ImageError(f"the TIFF holds more than {MAX_DIRECTORIES} pictures")
+            seen.add(place)
+            (n_entries,) = struct.unpack_from(order + short, data, place)
+            if n_entries > MAX_ENTRIES:
+                raise ImageError(f"the TIFF has {n_entries:,} entries in a directory")
+            place += struct.calcsize(order + short)
+            size = struct.calcsize(order + entry)
+            for start in range(place, place + n_entries * size, size):
+                _check_entry(*struct.unpack_from(order + entry, data, start))
+            (place,) = struct.unpack_from(order + word, data, place + n_entries * size)
+    except struct.error:
+        return
+
+
+def _check_entry(tag: int, kind: int, count: int) -> None:
+    if count > MAX_VALUES and kind not in _BYTES:
+        what = "strips or tiles" if tag in _STRIPS else f"values in its tag {tag}"
+        raise ImageError(f"the TIFF has {count:,} {what}; more than {MAX_VALUES:,} are not read")
+
 
 _READERS: dict[str, tuple[tuple[bytes, ...], type[ImageFile.ImageFile]]] = {
     "PNG": ((PNG_SIGNATURE,), PngImagePlugin.PngImageFile),
@@ -132,7 +185,7 @@ def _decode(name: str, data: bytes) -> Radiograph:
     bare = _BARE.get(name, Bare)(data)
     end = check_jpeg(bare.data) if name == "JPEG" else None
     if name == "TIFF":
-        check_directories(bare.data)
+        _check_directories(bare.data)
     # The class itself, not Image.open: that one warns about size through global state.
     image = _READERS[name][1](io.BytesIO(bare.data))
     _check_header(name, image)

@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 
 from medembed.core.errors import ImageError
-from medembed.images.dicom.lookup_tables import DEPTH_IN_USE, look_up
-from medembed.images.dicom.windows import FIRST_WINDOW, NO_WINDOW, apply_voi
+from medembed.images.dicom.windows import DEPTH_IN_USE, FIRST_WINDOW, NO_WINDOW, apply_voi, look_up
 
 __all__ = [
     "DEFAULT_INTENSITY",

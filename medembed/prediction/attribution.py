@@ -3,23 +3,226 @@
 Attributions through the pooling alone, from the tower's last tokens to the head's logit. A token of
 a transformer has seen the whole image, so a place on the map is where the tower *keeps* what it
 found; that it is also where the finding *is* was measured on synthetic images, and nowhere else.
+
+Logits of linear heads, perceptrons and attention are computed by torch in float64, with gradients;
+they are the heads' own functions, held to them by tests. Trees have no gradient. Tokens are pooled
+anew as the tower pools them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import singledispatch
+from typing import Any
 
 import numpy as np
 import torch
+from sklearn.utils.validation import check_is_fitted
 
 from medembed.core.errors import EncoderError, ModelError
+from medembed.encoders.devices import arithmetic
+from medembed.encoders.poolings import Features, pool, token_poolings
 from medembed.encoders.protocol import Encoder
-from medembed.encoders.repooling import refuse_unpoolable, repool
 from medembed.encoders.torch_encoder import TorchEncoder
+from medembed.heads.attention import AttentionHead
 from medembed.heads.base import Head
-from medembed.heads.logits import differentiable_logit, logit
+from medembed.heads.linear import LogisticHead
+from medembed.heads.mlp import MLPHead
+from medembed.heads.scaling import Projection
 from medembed.prediction.occlusion import occlude, spread, window_sides
 
-__all__ = ["METHODS", "Explainer", "Explanation"]
+__all__ = [
+    "METHODS",
+    "Explainer",
+    "Explanation",
+    "differentiable_logit",
+    "logit",
+    "repool",
+]
+
+Logit = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "relu": torch.relu,
+    "gelu": torch.nn.functional.gelu,
+    "silu": torch.nn.functional.silu,
+    "tanh": torch.tanh,
+}
+
+
+def logit(head: Head, X: np.ndarray, studies: np.ndarray | None = None) -> np.ndarray:
+    """Return the logit of the second class: of each row, or of each study where a head reads those.
+
+    Parameters
+    ----------
+    head : Head
+        Fitted.
+    X : float array of shape (n, d)
+    studies : int array of shape (n,), optional
+        For heads that judge studies: each row's study, all numbers from 0 on in use. None makes a
+        study of every row.
+
+    Returns
+    -------
+    float64 array of shape (n,), or (number of studies,)
+        ln(p / (1 - p)) of the head's probability p, without that one's rounding near 0 and 1.
+
+    Raises
+    ------
+    ModelError
+        The head is of a kind whose logit is not known.
+    """
+    check_is_fitted(head)
+    if not head.is_differentiable:
+        return head.predict_logit(X)
+    codes = np.arange(len(X)) if studies is None or not head.study_level else np.asarray(studies)
+    with torch.no_grad():
+        found = differentiable_logit(head)(
+            torch.from_numpy(np.asarray(X, np.float64)), torch.from_numpy(codes)
+        )
+    return found.numpy()
+
+
+@singledispatch
+def differentiable_logit(head: Head) -> Logit:
+    """Return logit(X, studies): float64 (n, d) and int64 (n,) on the CPU to float64 logits.
+
+    Logits are those of `logit`; those of heads without studies pass over `studies`.
+
+    Raises
+    ------
+    ModelError
+        The head has no gradient, as trees have none.
+    """
+    raise ModelError(f"a head of {type(head).__name__} has no gradient. Explain it by occlusion.")
+
+
+@differentiable_logit.register
+def _of_logistic(head: LogisticHead) -> Logit:
+    project = _projected(head.projection_)
+    weight, bias = torch.from_numpy(head.coef_[0]), float(head.intercept_[0])
+    return lambda X, _studies: project(X) @ weight + bias
+
+
+@differentiable_logit.register
+def _of_mlp(head: MLPHead) -> Logit:
+    project, act = _projected(head.projection_), _ACTIVATIONS[head.activation]
+    layers = [(_tensor(w), _tensor(b)) for w, b in zip(head.weights_, head.biases_, strict=True)]
+
+    def apply(X: torch.Tensor, _studies: torch.Tensor) -> torch.Tensor:
+        values = project(X)
+        for weight, bias in layers[:-1]:
+            values = act(values @ weight + bias)
+        return (values @ layers[-1][0] + layers[-1][1])[:, 0]
+
+    return apply
+
+
+@differentiable_logit.register
+def _of_attention(head: AttentionHead) -> Logit:
+    project, standardise = _projected(head.projection_), _projected(head.covariates_)
+    weights = {name: _tensor(array) for name, array in head.weights_.items()}
+    n_embedded = len(head.projection_.mean) * head.n_cells
+
+    def judge(X: torch.Tensor) -> torch.Tensor:
+        cells = project(X[:, :n_embedded].reshape(len(X) * head.n_cells, -1))
+        gate = torch.tanh(cells @ weights["gate.V.weight"].T + weights["gate.V.bias"])
+        gate = gate * torch.sigmoid(cells @ weights["gate.U.weight"].T + weights["gate.U.bias"])
+        pooled = torch.softmax(gate @ weights["gate.w"], dim=0) @ cells
+        inputs = torch.cat([pooled, standardise(X[:, n_embedded:]).mean(dim=0)])
+        return inputs @ weights["classifier.weight"] + weights["classifier.bias"][0]
+
+    def apply(X: torch.Tensor, studies: torch.Tensor) -> torch.Tensor:
+        return torch.stack([judge(X[studies == code]) for code in range(int(studies.max()) + 1)])
+
+    return apply
+
+
+def _projected(projection: Projection) -> Callable[[torch.Tensor], torch.Tensor]:
+    mean, scale = _tensor(projection.mean), _tensor(projection.scale)
+    if projection.components is None:
+        return lambda X: (X - mean) / scale
+    components = _tensor(projection.components)
+
+    def apply(X: torch.Tensor) -> torch.Tensor:
+        scaled = (X - mean) / scale
+        embedded = scaled[:, : len(components)] @ components
+        return torch.cat([embedded, scaled[:, len(components) :]], dim=1)
+
+    return apply
+
+
+def _tensor(array: Any) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(array, np.float64))
+
+
+def repool(
+    encoder: TorchEncoder, tokens: torch.Tensor, grid: tuple[int, int], poolings: Sequence[str]
+) -> torch.Tensor:
+    """Pool tokens as the encoder pools those of an image; gradients flow to them.
+
+    Parameters
+    ----------
+    tokens : Tensor
+        float32 (n, rows * columns, d), on the encoder's device: as `Features.tokens`, of an image
+        or of none.
+    grid : tuple of int
+        Rows and columns.
+    poolings : sequence of str
+        None of those that `_refuse_unpoolable` refuses.
+
+    Returns
+    -------
+    Tensor
+        float32 (n, columns of all poolings): side by side, cells one after the other.
+    """
+    with arithmetic(encoder.device, encoder.precision):
+        vectors = {
+            name: _pool_by_tower(encoder, tokens, grid, name)
+            for name in poolings
+            if name not in token_poolings(0, grid)
+        }
+    pooled = pool(Features(tokens, grid, vectors), poolings)
+    return torch.cat([pooled[name].flatten(1) for name in poolings], dim=1)
+
+
+def _refuse_unpoolable(encoder: TorchEncoder, poolings: Sequence[str]) -> None:
+    """Refuse poolings that are no function of the patch tokens.
+
+    A class token has gathered what it says in the blocks below: it does not read the last patch
+    tokens, so that nothing can be said of the part of each without guessing.
+
+    Raises
+    ------
+    EncoderError
+        Names the pooling, or those on offer where there is none of its name.
+    """
+    encoder.check_poolings(poolings)
+    for name in poolings:
+        # Towers with a class token make their pooler of it too.
+        if "cls" in encoder.dimensions and name in ("cls", "pooler"):
+            raise EncoderError(
+                f"pooling {name} of {encoder.source} is its class token, which has gathered from "
+                "all patches in the blocks below: there is no part of it that is one patch's. "
+                "Explain a model on mean, max or grid4."
+            )
+
+
+def _pool_by_tower(
+    encoder: TorchEncoder, tokens: torch.Tensor, grid: tuple[int, int], name: str
+) -> torch.Tensor:
+    model: Any = encoder.model
+    if name == "projector":
+        vectors: torch.Tensor = encoder.projector(tokens)  # type: ignore[attr-defined]
+    elif (head := getattr(model, "head", None)) is not None:  # SigLIP's, by attention
+        vectors = head(tokens)
+    elif (pooler := getattr(model, "pooler", None)) is None:  # ConvNeXt's: a norm of the mean
+        vectors = model.layernorm(tokens.mean(dim=1))
+    elif model.config.model_type == "resnet":
+        vectors = pooler(tokens.transpose(1, 2).reshape(len(tokens), -1, *grid)).flatten(1)
+    else:  # Swin's
+        vectors = pooler(tokens.transpose(1, 2)).flatten(1)
+    return vectors
+
 
 METHODS = ("integrated", "gradient", "occlusion")
 N_STEPS = 32
@@ -180,7 +383,7 @@ class Explainer:
         return tokens, seen.grid
 
     def _check(self) -> None:
-        refuse_unpoolable(self.encoder, self.poolings)
+        _refuse_unpoolable(self.encoder, self.poolings)
         if self.method not in METHODS:
             raise ModelError(f"no method {self.method!r}; there are {', '.join(METHODS)}")
         if self.method == "occlusion" and self.head.study_level:

@@ -28,17 +28,23 @@ from medembed.dataset.covariates import CovariateEncoder
 from medembed.dataset.identities import name_persons
 from medembed.dataset.manifest import Manifest, read_manifest
 from medembed.evaluation.calibration import Calibration
-from medembed.evaluation.predictive import check_prevalence
+from medembed.evaluation.clinical_utility import check_prevalence
 from medembed.evaluation.thresholds import ThresholdRule, parse_rules
 from medembed.heads.model_files import read_part
 from medembed.heads.packaging import Model, load_model
 from medembed.prediction.decisions import check_spec, raw_scores
-from medembed.prediction.internal import Internal, count_labels, find_internal
 from medembed.prediction.predictor import Predictor, find_model
-from medembed.prediction.shift import describe_changes, find_drift, study_table
+from medembed.prediction.shift import (
+    Internal,
+    count_labels,
+    describe_changes,
+    find_drift,
+    find_internal,
+    study_table,
+)
+from medembed.report.external import digest_predictions
 from medembed.results.comparison import score_run
 from medembed.results.decisions import write_points
-from medembed.results.external import digest_predictions
 from medembed.results.methods import DISCLAIMER
 from medembed.results.model_card import Card, read_card
 from medembed.results.predictions import PRIORS, image_code, image_rows, predict_prior

@@ -229,7 +229,7 @@ class Predictor(Summarised):
             distance, distance_p, far : float, float, bool, or None
                 How far the embedding lies from the training patients': 1 is the edge of the range
                 that holds 95 % of them; the share of them that lie as far (see
-                `evaluation.drift.remoteness`); whether that is so little that neither the
+                `evaluation.drift.embedding_space`); whether that is so little that neither the
                 probability nor the set holds. Of a study its furthest view, and p times the number
                 of views.
                 None where the image failed, and of models without statistics of their training.
@@ -296,7 +296,7 @@ class Predictor(Summarised):
         yield from predict_rows(requests, job)
 
     def _open_directory(self, directory: Path) -> Draw:
-        from medembed.prediction.pictures import Pictures  # torch
+        from medembed.prediction.overlay import Pictures  # torch
 
         return Pictures(directory, self.embedder, self.model.head).draw
 

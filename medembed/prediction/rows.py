@@ -10,14 +10,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from medembed.core.errors import EncoderError, ManifestError, MissingRowsError
-from medembed.evaluation.drift.remoteness import measure_remoteness
+from medembed.evaluation.drift.embedding_space import measure_remoteness
 from medembed.evaluation.thresholds import OperatingPoint
 from medembed.extraction.image_store import refuse_empty_root
 from medembed.heads.packaging import Model
 from medembed.prediction.decisions import Scored, decide
-from medembed.prediction.encode import CachedRows, Embedder
+from medembed.prediction.encode import CachedRows, Embedder, Encoded, File, encode_files
 from medembed.prediction.inputs import Requests
-from medembed.prediction.reading import Encoded, File, encode_files
 from medembed.results.model_card import Card
 from medembed.results.predictions import image_code
 

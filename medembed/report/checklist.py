@@ -1,19 +1,292 @@
-"""Reporting checklists: what the runs answer is filled in, the rest stands open for people."""
+"""Reporting checklists: what the runs answer is filled in, the rest stands open for people.
+
+Items of two guidelines are in our own short words, for finding one's way; what counts is the
+published text, which is named. A fact's key leads to `checklist_answers`; an item without one is
+for people alone. "partly" says that a run never answers the whole item, however much it knows.
+"""
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from medembed.core.errors import RunError
 from medembed.core.files import write_atomically
 from medembed.core.text import to_markdown
-from medembed.report.checklist_items import CHECKLISTS, Item
-from medembed.report.checklist_methods import METHODS
-from medembed.report.checklist_results import RESULTS
-from medembed.report.checklist_study import Study
+from medembed.report.checklist_answers import METHODS, RESULTS, Study
 
-__all__ = ["NOT_RECORDED", "fill_checklist", "render_checklist", "write_checklists"]
+__all__ = [
+    "CHECKLISTS",
+    "NOT_RECORDED",
+    "Checklist",
+    "Item",
+    "Reach",
+    "fill_checklist",
+    "render_checklist",
+    "write_checklists",
+]
+
+Reach = Literal["answered", "partly", "open"]
+
+
+class Item(NamedTuple):
+    """One item: its number, what it asks, who answers it, the fact that bears on it, how far."""
+
+    number: str
+    asks: str
+    by: str
+    fact: str = ""
+    reach: Reach = "open"
+
+
+@dataclass(frozen=True)
+class Checklist:
+    """A guideline: its name on the command line, its title, where it was published, its items."""
+
+    name: str
+    title: str
+    source: str
+    sections: tuple[tuple[str, tuple[Item, ...]], ...]
+
+
+AUTHOR, READER, STATISTICIAN = "author", "radiologist", "statistician"
+_I = Item
+
+TRIPOD_AI = Checklist(
+    "tripod-ai",
+    "TRIPOD+AI",
+    "Collins et al., BMJ 2024;385:e078378",
+    (
+        (
+            "Title and abstract",
+            (
+                _I("1", "Kind of study, population and outcome in the title", AUTHOR),
+                _I("2", "Abstract by its own checklist", AUTHOR),
+            ),
+        ),
+        (
+            "Introduction",
+            (
+                _I("3a", "Medical context, reason for a model, earlier models", READER),
+                _I("3b", "Target population, purpose, users", READER, "use", "partly"),
+                _I("3c", "Known inequalities between groups", READER),
+                _I("4", "Aim: development, evaluation, or both", AUTHOR, "design", "partly"),
+            ),
+        ),
+        (
+            "Methods",
+            (
+                _I("5a", "Sources of data, how representative", AUTHOR, "data", "partly"),
+                _I("5b", "Dates between which patients came", AUTHOR),
+                _I("6a", "Setting, number and places of centres", AUTHOR),
+                _I("6b", "Who was eligible", AUTHOR, "exclusions", "partly"),
+                _I("6c", "Treatments received", READER),
+                _I("7", "Preparation and quality of data", AUTHOR, "preprocessing", "partly"),
+                _I(
+                    "8a",
+                    "Outcome: definition, how and when it was found",
+                    READER,
+                    "label",
+                    "partly",
+                ),
+                _I("8b", "Who judged the outcome", READER),
+                _I("8c", "Blinding of who judged the outcome", READER),
+                _I("9a", "Choice of predictors", AUTHOR, "predictors", "partly"),
+                _I(
+                    "9b",
+                    "Definition of predictors, how they were measured",
+                    AUTHOR,
+                    "input",
+                    "partly",
+                ),
+                _I("9c", "Who judged predictors", READER),
+                _I("10", "How the sample size was arrived at", STATISTICIAN),
+                _I("11", "Missing data", STATISTICIAN, "missing", "partly"),
+                _I("12a", "Use and partition of data", AUTHOR, "partition", "partly"),
+                _I("12b", "Handling of predictors", STATISTICIAN, "models", "partly"),
+                _I(
+                    "12c",
+                    "Type of model, tuning, internal validation",
+                    AUTHOR,
+                    "training",
+                    "partly",
+                ),
+                _I("12d", "Heterogeneity between clusters", STATISTICIAN, "groups", "partly"),
+                _I("12e", "Measures and plots of performance", STATISTICIAN, "metrics", "partly"),
+                _I("12f", "Updating of the model", STATISTICIAN, "updating", "partly"),
+                _I(
+                    "12g", "How an evaluation made its predictions", AUTHOR, "evaluated", "answered"
+                ),
+                _I("13", "Class imbalance", STATISTICIAN),
+                _I("14", "Fairness", AUTHOR),
+                _I("15", "Output and thresholds", STATISTICIAN, "output", "partly"),
+                _I("16", "Differences of evaluation from development", AUTHOR, "shift", "partly"),
+                _I("17", "Ethical approval, consent", AUTHOR),
+            ),
+        ),
+        (
+            "Open science",
+            (
+                _I("18a", "Funding", AUTHOR),
+                _I("18b", "Conflicts of interest", AUTHOR),
+                _I("18c", "Protocol", AUTHOR),
+                _I("18d", "Registration", AUTHOR),
+                _I("18e", "Availability of data", AUTHOR, "licence", "partly"),
+                _I("18f", "Availability of code", AUTHOR, "command", "partly"),
+                _I("19", "Involvement of patients and the public", AUTHOR),
+            ),
+        ),
+        (
+            "Results",
+            (
+                _I("20a", "Flow of participants", AUTHOR, "flow", "answered"),
+                _I("20b", "Characteristics of each data set", AUTHOR, "characteristics", "partly"),
+                _I(
+                    "20c",
+                    "Distributions against those of development",
+                    STATISTICIAN,
+                    "shift",
+                    "partly",
+                ),
+                _I(
+                    "21",
+                    "Participants and events of each analysis",
+                    STATISTICIAN,
+                    "sizes",
+                    "partly",
+                ),
+                _I("22", "The full model, and how one may use it", AUTHOR, "models", "partly"),
+                _I(
+                    "23a",
+                    "Performance with intervals, also of subgroups",
+                    STATISTICIAN,
+                    "performance",
+                    "partly",
+                ),
+                _I("23b", "Heterogeneity of performance", STATISTICIAN, "groups", "partly"),
+                _I("24", "Results of updating", STATISTICIAN, "updating", "partly"),
+            ),
+        ),
+        (
+            "Discussion",
+            (
+                _I("25", "Interpretation, also of fairness", READER),
+                _I("26", "Limitations", AUTHOR),
+                _I("27a", "Poor or absent input in use", READER),
+                _I("27b", "What users must do and know", READER),
+                _I("27c", "Next steps", AUTHOR),
+            ),
+        ),
+    ),
+)
+CLAIM = Checklist(
+    "claim",
+    "CLAIM, 2024 update",
+    "Tejani et al., Radiology: Artificial Intelligence 2024;6(4):e240300",
+    (
+        (
+            "Title and abstract",
+            (
+                _I("1", "AI and its kind named in the title", AUTHOR, "training", "partly"),
+                _I("2", "Structured abstract", AUTHOR),
+            ),
+        ),
+        (
+            "Introduction",
+            (
+                _I("3", "Background, intended use and role", READER, "use", "partly"),
+                _I("4", "Aims and hypotheses", AUTHOR),
+            ),
+        ),
+        (
+            "Methods: study and data",
+            (
+                _I("5", "Prospective or retrospective", AUTHOR),
+                _I("6", "Goal of the study", AUTHOR, "design", "partly"),
+                _I("7", "Sources of data", AUTHOR, "data", "partly"),
+                _I("8", "Who was included and excluded", AUTHOR, "exclusions", "partly"),
+                _I("9", "Preprocessing", AUTHOR, "preprocessing", "partly"),
+                _I("10", "Selection of subsets", AUTHOR, "subsets", "partly"),
+                _I("11", "De-identification", AUTHOR),
+                _I("12", "Missing data", STATISTICIAN, "missing", "partly"),
+                _I("13", "Acquisition of images", READER),
+            ),
+        ),
+        (
+            "Methods: reference standard",
+            (
+                _I("14", "How the reference standard was obtained", READER, "label", "partly"),
+                _I("15", "Reason for that reference standard", READER),
+                _I("16", "Who annotated", READER),
+                _I("17", "Annotation of the test set", READER),
+                _I("18", "Agreement within and between readers", READER),
+            ),
+        ),
+        (
+            "Methods: partitions",
+            (
+                _I("19", "How data were assigned to partitions", AUTHOR, "partition", "partly"),
+                _I("20", "At which level partitions are disjoint", AUTHOR, "disjoint", "answered"),
+                _I("21", "Intended sample size", STATISTICIAN),
+            ),
+        ),
+        (
+            "Methods: model and training",
+            (
+                _I("22", "Description of the model", AUTHOR, "models", "partly"),
+                _I("23", "Software", AUTHOR, "software", "answered"),
+                _I("24", "Initial parameters", AUTHOR, "start", "partly"),
+                _I("25", "Training", AUTHOR, "training", "partly"),
+                _I("26", "How the final model was selected", AUTHOR, "selection", "answered"),
+                _I("27", "Ensembling", AUTHOR),
+            ),
+        ),
+        (
+            "Methods: evaluation",
+            (
+                _I("28", "Measures of performance", STATISTICIAN, "metrics", "answered"),
+                _I("29", "Uncertainty and significance", STATISTICIAN, "statistics", "answered"),
+                _I("30", "Robustness", STATISTICIAN, "groups", "partly"),
+                _I("31", "Explanations", READER),
+                _I("32", "Evaluation on internal data", AUTHOR, "internal", "answered"),
+                _I("33", "Testing on external data", AUTHOR, "external", "answered"),
+                _I("34", "Registration of a trial", AUTHOR),
+            ),
+        ),
+        (
+            "Results",
+            (
+                _I(
+                    "35",
+                    "Patients or examinations included and excluded",
+                    AUTHOR,
+                    "flow",
+                    "answered",
+                ),
+                _I("36", "Characteristics of each partition", AUTHOR, "characteristics", "partly"),
+                _I("37", "Performance with uncertainty", STATISTICIAN, "performance", "answered"),
+                _I(
+                    "38", "Diagnostic accuracy with precision", STATISTICIAN, "accuracy", "answered"
+                ),
+                _I("39", "Cases that were classified wrongly", READER, "mistakes", "partly"),
+            ),
+        ),
+        (
+            "Discussion and other information",
+            (
+                _I("40", "Limitations", AUTHOR),
+                _I("41", "Meaning for practice", READER),
+                _I("42", "Protocol or further technical details", AUTHOR),
+                _I("43", "Availability of software, model, data", AUTHOR, "command", "partly"),
+                _I("44", "Funding and its role", AUTHOR),
+            ),
+        ),
+    ),
+)
+CHECKLISTS = {checklist.name: checklist for checklist in (TRIPOD_AI, CLAIM)}
+"""By the name that the command takes."""
+
 
 NOT_RECORDED = "not recorded"
 _FACTS = {**METHODS, **RESULTS}

@@ -7,25 +7,74 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from medembed.core.errors import ArgumentError, RunError
+from medembed.core.files import write_atomically
 from medembed.core.text import mask_controls, to_html
 from medembed.dataset.manifest import Manifest, read_manifest
 from medembed.evaluation.scores import SCORES
+from medembed.report.group_tables import render_comparison, write_group_tables
+from medembed.report.operating_tables import points_csv, tabulate_points
+from medembed.report.tables import Table, make_tables, render, render_table
 from medembed.results.alignment import TestSet
 from medembed.results.comparison import compare_opened, open_runs
-from medembed.results.group_tables import render_comparison
-from medembed.results.margins import check_margin
 from medembed.results.runs import RunLike
-from medembed.results.tables import Table, make_tables
+from medembed.results.significance import check_margin
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Comparison", "Plots", "compare"]
+__all__ = ["TABLES", "Comparison", "Plots", "compare", "write_tables"]
+
+TABLES: dict[str, str | None] = {"heads": None, "regions": "region"}
+"""Names of the tables, and what each has a block of rows for."""
+_ENDINGS = {"csv": "csv", "latex": "tex"}
+
+
+def write_tables(result: dict[str, Any], directory: str | Path) -> list[Path]:
+    """Write ``heads``, ``regions`` and ``operating_points``, each as ``.csv`` and ``.tex``.
+
+    Of a comparison by a column also ``groups`` and ``gaps``.
+
+    Parameters
+    ----------
+    result : dict
+        A comparison, as `compare` returns it.
+    directory : str or Path
+        Made where it is missing; tables of an earlier comparison are replaced.
+
+    Returns
+    -------
+    list of Path
+        The files.
+
+    Raises
+    ------
+    RunError
+        `directory` is a file.
+    """
+    directory = Path(directory)
+    if directory.exists() and not directory.is_dir():
+        raise RunError(f"{directory} is a file. Choose a directory for the tables.")
+    directory.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, by in TABLES.items():
+        for table_format, ending in _ENDINGS.items():
+            path = directory / f"{name}.{ending}"
+            text = render(result, table_format=table_format, by=by)
+            write_atomically(path, f"{text}\n".encode())
+            written.append(path)
+    latex = "\n\n".join(render_table(table, "latex") for table in tabulate_points(result))
+    for ending, text in {"csv": points_csv(result), "tex": latex}.items():
+        path = directory / f"operating_points.{ending}"
+        write_atomically(path, f"{text}\n".encode())
+        written.append(path)
+    return written + (write_group_tables(result, directory) if "groups" in result else [])
+
 
 ABOUT = ("run", "head", "baseline", "pooling", "cv", "train_fraction", "depth", "seed", "threshold")
 NUMBER = ' style="text-align: right"'

@@ -24,19 +24,19 @@ from medembed.dataset.manifest import Manifest, read_manifest
 from medembed.evaluation.thresholds import SHOWN, ThresholdRule, parse_rules
 from medembed.report import page_tables as tables
 from medembed.report.checklist import write_checklists
-from medembed.report.checklist_study import Study
+from medembed.report.checklist_answers import Study
+from medembed.report.external import find_external, read_evaluations
 from medembed.report.figures import FIGURES, Plot, plot_all
 from medembed.report.gallery import FindThumbnails, find_mistakes, show_mistakes
+from medembed.report.group_tables import tabulate_columns
+from medembed.report.headline import Headline, write_headline
+from medembed.results.ablations import count_left_out
 from medembed.results.alignment import align_runs
 from medembed.results.comparison import compare_aligned, open_runs
-from medembed.results.external import find_external, read_evaluations
-from medembed.results.group_tables import tabulate_columns
-from medembed.results.headline import Headline, write_headline
-from medembed.results.margins import check_margin, describe_margins, find_non_inferior
 from medembed.results.methods import DISCLAIMER
 from medembed.results.provenance import describe_run
-from medembed.results.repeats import count_left_out
 from medembed.results.runs import RunLike
+from medembed.results.significance import check_margin, describe_margins, find_non_inferior
 from medembed.results.subgroups import explain_other_manifest
 
 __all__ = ["WrittenReport", "write_report"]
@@ -108,7 +108,7 @@ def write_report(
     command : str, optional
         What makes this page again, as the page says; by default with run names, level and seed.
     checklists : sequence of str
-        Names of `checklist_items.CHECKLISTS`, which are filled in beside the page.
+        Names of `checklist.CHECKLISTS`, which are filled in beside the page.
     operating_points, prevalence
         As for `comparison.compare`.
 

@@ -3,9 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from medembed.results.operating_tables import name_point, points_of
-from medembed.results.significance import row_name
-from medembed.results.tables import (
+from medembed.report.operating_tables import name_point, points_of
+from medembed.report.tables import (
     MISSING,
     format_count,
     format_interval,
@@ -14,6 +13,7 @@ from medembed.results.tables import (
     make_table,
     share_of_train,
 )
+from medembed.results.significance import row_name
 
 __all__ = [
     "tabulate_calibrations",

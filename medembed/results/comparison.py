@@ -9,7 +9,8 @@ import numpy as np
 
 from medembed.core.errors import RunError
 from medembed.dataset.manifest import Manifest
-from medembed.evaluation.calibration_fit import calibration_curve, calibration_line
+from medembed.evaluation.calibration import calibration_curve, calibration_line, reliability
+from medembed.evaluation.clinical_utility import check_prevalence
 from medembed.evaluation.delong import auroc_interval
 from medembed.evaluation.intervals import (
     Interval,
@@ -18,20 +19,28 @@ from medembed.evaluation.intervals import (
     bootstrap_variants,
     plain,
 )
-from medembed.evaluation.predictive import check_prevalence
-from medembed.evaluation.reliability import reliability
 from medembed.evaluation.scores import DECISION_SCORES
 from medembed.evaluation.thresholds import ThresholdRule, parse_rules
-from medembed.results.ablations import find_depths, find_efficiency, find_seeds
+from medembed.results.ablations import (
+    drop_repeats,
+    find_depths,
+    find_efficiency,
+    find_seeds,
+    mark_repeats,
+)
 from medembed.results.alignment import SENSITIVITY, ScoredHead, TestSet, align_runs
 from medembed.results.deferral import find_deferrals
 from medembed.results.flow import describe_flow
-from medembed.results.margins import check_margin, describe_margins, find_non_inferior
 from medembed.results.methods import describe
-from medembed.results.operating import count_confusion, describe_benefit, describe_points
-from medembed.results.repeats import drop_repeats, mark_repeats
+from medembed.results.operating_points import count_confusion, describe_benefit, describe_points
 from medembed.results.runs import Run, RunLike, open_run
-from medembed.results.significance import pair_rows, versus_best
+from medembed.results.significance import (
+    check_margin,
+    describe_margins,
+    find_non_inferior,
+    pair_rows,
+    versus_best,
+)
 from medembed.results.subgroups import compare_groups, join_groups
 
 __all__ = [
@@ -86,7 +95,7 @@ def compare(
     dict
         JSON values only, see `compare_runs`; with `by` also ``groups`` and ``gaps``, see
         `subgroups.compare_groups`; with `margin` ``non_inferiority``, see
-        `margins.find_non_inferior`.
+        `significance.find_non_inferior`.
 
     Raises
     ------
@@ -184,7 +193,7 @@ def compare_runs(
         ``priors_of``, ``left_out_of``, ``copy_of``, see `mark_repeats`), ``flow`` (see
         `describe_flow`),
         ``rows`` (per head, best AUROC first: ``scores`` at Youden's threshold, ``at_half`` at 0.5,
-        ``at_sensitivity``; ``operating_points`` and ``net_benefit``, see `results.operating`;
+        ``at_sensitivity``; ``operating_points`` and ``net_benefit``, see `operating_points`;
         ``confusion``; ``calibrations``; ``auroc_delong``; ``fit``:
         Brier score, ``slope`` and ``intercept`` of calibrated probabilities, ECE; ``regions``,
         ``mean_over_regions``, ``views``; ``deferral`` and ``deferral_note``, see

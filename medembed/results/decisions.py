@@ -16,7 +16,7 @@ from medembed.evaluation.calibration import (
     fit_platt,
     fit_temperature,
 )
-from medembed.evaluation.checks import is_number
+from medembed.evaluation.scores import is_number
 from medembed.evaluation.thresholds import (
     HIGHEST,
     SHOWN,
@@ -35,7 +35,6 @@ __all__ = [
     "fit_decisions",
     "read_decisions",
     "read_points",
-    "require_points",
     "write_points",
 ]
 
@@ -114,7 +113,7 @@ def read_decisions(document: Any, path: Path, rules: Sequence[ThresholdRule]) ->
             f"run.json of {path} has decisions that cannot be read ({error}): it was damaged or "
             "edited. Evaluate again into another --out."
         ) from None
-    require_points(packaged, rules, path)
+    _require_points(packaged, rules, path)
     return decisions
 
 
@@ -158,7 +157,7 @@ def read_points(entries: Any, youden: float) -> tuple[OperatingPoint, ...]:
     return tuple(found.values())
 
 
-def require_points(
+def _require_points(
     points: Iterable[OperatingPoint], rules: Iterable[ThresholdRule], path: Any
 ) -> None:
     """Refuse a rule that a model from elsewhere was not packaged with.

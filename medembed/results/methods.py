@@ -4,14 +4,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from medembed.core.text import counted
-from medembed.results.repeats import describe_repeats
+from medembed.results.ablations import describe_repeats
 from medembed.results.run_schema import CV_METHOD
 
 __all__ = [
     "DISCLAIMER",
     "OF_SHARES",
     "describe",
-    "describe_absent",
     "describe_methods",
     "of_score",
 ]
@@ -40,7 +39,7 @@ def describe(result: dict[str, Any]) -> list[str]:
         f"Test: {counted(test['n'], level)} ({test['n_abnormal']:,} abnormal) of "
         f"{counted(test['n_patients'], 'patient')}.",
         describe_methods(result["rows"]),
-        *describe_absent(result["rows"]),
+        *_describe_absent(result["rows"]),
         "Decisions: Youden's threshold on calibrated out-of-fold predictions of train.",
     ]
     notes += _describe_cv(result["rows"], len(result["runs"]) > 1)
@@ -108,7 +107,7 @@ def describe_methods(rows: Iterable[Mapping[str, Any]]) -> str:
     return f"Intervals: 95 %, patients as clusters; {'; '.join(told)}."
 
 
-def describe_absent(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+def _describe_absent(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     """Return why trained heads' AUROC has no interval, each reason once."""
     reasons = [
         row["scores"]["auroc"].get("reason") for row in rows if not row.get("baseline", False)

@@ -13,10 +13,9 @@ from medembed.core.errors import ModelError, PathNotFoundError
 from medembed.dataset.covariates import CovariateEncoder
 from medembed.dataset.manifest import LABEL_LEVELS
 from medembed.evaluation.calibration import Calibration, fit_platt
-from medembed.evaluation.checks import is_number
 from medembed.evaluation.conformal import Conformal, fit_conformal
 from medembed.evaluation.intervals import plain
-from medembed.evaluation.scores import score
+from medembed.evaluation.scores import is_number, score
 from medembed.evaluation.thresholds import (
     PACKAGED,
     OperatingPoint,

@@ -1,4 +1,8 @@
-"""What the files of a run look like, for whoever reads one that was damaged or edited."""
+"""What the files of a run look like, for whoever reads one that was damaged or edited.
+
+`describe_failure` is a ledger's entry for a trial that failed; `is_final` tells whether the trial
+would fail again.
+"""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -9,17 +13,36 @@ import pyarrow.compute as pc
 
 from medembed.core.text import Summary, counted
 from medembed.dataset.build_file import is_build
-from medembed.evaluation.checks import is_number
+from medembed.evaluation.scores import is_number
 
 __all__ = [
     "CV_METHOD",
     "PREDICTION_COLUMNS",
     "TRIAL_COLUMNS",
     "check_predictions",
+    "describe_failure",
     "find_difference",
     "find_wrong_entry",
+    "is_final",
     "summarise_info",
 ]
+
+_MAX_CHARACTERS = 500
+_FINAL = "TrainingDataError"
+
+
+def describe_failure(error: Exception) -> str:
+    """Return the error's type and message, at most 500 characters."""
+    return f"{type(error).__name__}: {error}"[:_MAX_CHARACTERS]
+
+
+def is_final(failure: object) -> bool:
+    """Whether a failure as `describe_failure` has it would come again.
+
+    What data or parameters do not allow would fail again; a full memory might not.
+    """
+    return str(failure).startswith(_FINAL)
+
 
 CV_METHOD = "inner-split"
 """How cross-validated scores are made: what decides when to stop and what to choose are patients of

@@ -19,8 +19,8 @@ from medembed.dataset.bands import (
     parse_grouping,
 )
 from medembed.dataset.manifest import Manifest, require_hashes
-from medembed.evaluation.gaps import MOST_PAIRED, Gap, find_gaps, score_groups
 from medembed.evaluation.intervals import plain
+from medembed.evaluation.unpaired import MOST_PAIRED, Gap, find_gaps, score_groups
 from medembed.results.alignment import ScoredHead, TestSet
 from medembed.results.runs import Run
 from medembed.results.significance import SIGNIFICANCE, row_name
@@ -176,10 +176,10 @@ def compare_groups(
     dict
         ``groups``: ``column``, ``bands`` (edges, null for an open end; null for categories),
         ``groups`` (each ``name``, ``n``, ``n_abnormal``, ``n_patients``), ``rows`` (each ``run``,
-        ``head`` and ``groups``: by name the scores of `evaluation.gaps`), ``notes``; and ``gaps``,
-        of each trained head: ``run``, ``head``, ``score``, ``a``, ``b``, ``difference``, ``low``,
-        ``high``, ``p``, ``p_holm`` (over all gaps of the head), ``method``, and ``reason`` where it
-        cannot be estimated.
+        ``head`` and ``groups``: by name the scores of `unpaired`), ``notes``; and ``gaps``, of each
+        trained head: ``run``, ``head``, ``score``, ``a``, ``b``, ``difference``, ``low``, ``high``,
+        ``p``, ``p_holm`` (over all gaps of the head), ``method``, and ``reason`` where it cannot be
+        estimated.
     """
     members = {name: own.names == name for name in (*own.order, *own.rest)}
     contenders = {(one.run, one.head): one for one in test_set.contenders}

@@ -30,9 +30,8 @@ from medembed.results.provenance import (
 )
 from medembed.results.run_schema import CV_METHOD
 from medembed.results.runs import Run, create_run
-from medembed.sweeps.data import VERSIONED, SweepConfig, SweepRows, list_poolings
+from medembed.sweeps.data import VERSIONED, SweepConfig, SweepRows, list_poolings, plan_batches
 from medembed.sweeps.finalize import finish
-from medembed.sweeps.plan import plan_batches
 from medembed.sweeps.pool import BACKENDS, choose_jobs
 from medembed.sweeps.runner import Ledger, run_batches
 from medembed.sweeps.search_space import default_spaces, read_spaces

@@ -8,9 +8,9 @@ import numpy as np
 
 from medembed.heads.registry import head_class, make_head
 from medembed.heads.scaling import Basis
-from medembed.results.failures import is_final
+from medembed.results.run_schema import is_final
 from medembed.results.runs import Run
-from medembed.sweeps.plan import Batch, Trial
+from medembed.sweeps.data import Batch, Trial
 from medembed.sweeps.pool import Died, Pool
 from medembed.sweeps.training import (
     FoldResult,

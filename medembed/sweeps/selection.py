@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from medembed.sweeps.plan import Trial
+from medembed.sweeps.data import Trial
 from medembed.sweeps.runner import Ledger, sign_of
 
 __all__ = ["Winner", "choose", "standings"]

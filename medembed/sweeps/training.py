@@ -29,7 +29,7 @@ from medembed.heads.mlp import MLPHead, gather
 from medembed.heads.mlp_network import Net
 from medembed.heads.registry import make_head
 from medembed.heads.scaling import Basis, Projector
-from medembed.results.failures import describe_failure
+from medembed.results.run_schema import describe_failure
 
 __all__ = [
     "FoldResult",

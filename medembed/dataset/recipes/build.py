@@ -1,4 +1,7 @@
-"""Recipes: how the files and tables of a dataset become a manifest."""
+"""Recipes: how the files and tables of a dataset become a manifest.
+
+`compare_counts` holds the result to `[expected]`, the counts that the dataset is known to have.
+"""
 
 import os
 from collections.abc import Callable
@@ -12,8 +15,7 @@ import medembed
 from medembed.core.errors import ManifestError, PathNotFoundError, RecipeError
 from medembed.core.files import as_path
 from medembed.core.text import Summarised, Summary
-from medembed.dataset.checks import SPLITS
-from medembed.dataset.groups import join_same_bytes, name_runs
+from medembed.dataset.checks import SPLITS, find_warnings
 from medembed.dataset.identities import EXACT, IDS, find_persons
 from medembed.dataset.manifest import (
     Manifest,
@@ -22,20 +24,75 @@ from medembed.dataset.manifest import (
     image_path,
     make_manifest,
 )
-from medembed.dataset.mismatches import compare_names
-from medembed.dataset.recipes.expected import compare_counts
-from medembed.dataset.recipes.image_index import plain_path
+from medembed.dataset.recipes.image_index import compare_names, plain_path
 from medembed.dataset.recipes.listing import Listing, first_names, name_unread
 from medembed.dataset.recipes.readers import read_layout
-from medembed.dataset.recipes.schema import Recipe, parse_recipe
-from medembed.dataset.recipes.sections import Groups
+from medembed.dataset.recipes.schema import Groups, Recipe, parse_recipe
 from medembed.dataset.split_counts import SplitCount, count_splits, find_gaps, find_small_parts
-from medembed.dataset.splits import split_patients
-from medembed.dataset.suspicious_values import find_warnings
+from medembed.dataset.splits import join_same_bytes, name_runs, split_patients
 from medembed.dataset.tables import normalise_column
 from medembed.images.hashing import hash_or_explain
 
-__all__ = ["BuildReport", "Recipe", "build_manifest", "load_recipe"]
+__all__ = ["BuildReport", "Recipe", "build_manifest", "compare_counts", "load_recipe"]
+
+N_TELLING = 4  # counts of a part of a data set that are named
+FEW = 2  # differences that are named one by one, whichever way they go
+
+
+@dataclass(frozen=True)
+class _Difference:
+    where: str  # "", "train", "train, hand"
+    name: str
+    expected: int
+    found: int
+
+    def describe(self) -> str:
+        prefix = f"{self.where}: " if self.where else ""
+        return f"{prefix}{self.expected} {self.name} expected, {self.found} found"
+
+    def describe_part(self) -> str:
+        suffix = f" in {self.where}" if self.where else ""
+        return f"{self.found} of {self.expected} {self.name}{suffix}"
+
+
+def compare_counts(expected: dict[str, Any], manifest: Manifest) -> list[str]:
+    """Hold a manifest's counts to `[expected]`.
+
+    Returns
+    -------
+    list of str
+        A warning for each count that differs; one for all of them where every count is less than
+        expected, as in a part of the data set.
+    """
+    differences = [
+        _Difference(where, name.replace("_", " "), value, counts[name])
+        for where, wanted, counts in _parts(expected, manifest.rows)
+        for name, value in wanted.items()
+        if counts[name] != value
+    ]
+    if len(differences) <= FEW or any(d.found > d.expected for d in differences):
+        return [difference.describe() for difference in differences]
+    first, *others = sorted(differences, key=lambda difference: bool(difference.where))
+    told = ", ".join(difference.describe_part() for difference in others[: N_TELLING - 1])
+    n_more = len(others) - (N_TELLING - 1)
+    more = f"; {n_more} more counts are lower too" if n_more > 0 else ""
+    return [f"{first.describe()}: a part of the data set, with {told}{more}"]
+
+
+def _parts(
+    expected: dict[str, Any], rows: pd.DataFrame, where: str = ""
+) -> list[tuple[str, dict[str, int], dict[str, int]]]:
+    """Pair each section of `[expected]` with the counts of the rows that it speaks of."""
+    wanted = {name: value for name, value in expected.items() if isinstance(value, int)}
+    parts = [(where, wanted, count_rows(rows))]
+    for split in SPLITS:
+        if split in expected:
+            parts += _parts(expected[split], rows[rows["split"] == split], split)
+    for region, counts in expected.get("region", {}).items():
+        name = f"{where}, {region}" if where else region
+        parts += _parts(counts, rows[rows["region"] == region], name)
+    return parts
+
 
 NOT_FOUND = "not below the image root"
 
@@ -140,7 +197,7 @@ def build_manifest(
         Raise where there would be warnings: images of the tables that are missing, files that no
         table lists or that cannot be read, folders that were not entered, counts that are not the
         expected ones, exclusions that match nothing, a split without patients or without a class,
-        and what `suspicious_values.find_warnings` finds.
+        and what `checks.find_warnings` finds.
     structure_only : bool
         Use the tables alone: images may be missing and `sha256` is empty. Such a manifest shows
         what a dataset holds; nothing can be extracted with it.

@@ -1,5 +1,10 @@
-"""The layout of a tree of DICOM files, whatever their names: all is read from their elements."""
+"""The layout of a tree of DICOM files, whatever their names: all is read from their elements.
 
+A detector's raw values (FOR PROCESSING) are often stored beside the finished film (FOR
+PRESENTATION; PS3.3 C.8.11.1.1.1), in the same study. They are one view, not two.
+"""
+
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,26 +13,133 @@ import pandas as pd
 
 from medembed.core.errors import ImageError, RecipeError
 from medembed.core.files import open_plain
+from medembed.dataset.checks import is_missing_patient, list_examples
 from medembed.dataset.identities import EXACT, IDS, find_persons
 from medembed.dataset.pseudonyms import Pseudonyms, read_key
-from medembed.dataset.recipes import renderings
-from medembed.dataset.recipes.dicom_labels import KEYS, join_labels
 from medembed.dataset.recipes.image_index import ImageIndex
-from medembed.dataset.recipes.listing import Listing, name_unread, refuse
-from medembed.dataset.recipes.schema import Recipe
-from medembed.dataset.recipes.sections import Dicom
-from medembed.dataset.suspicious_values import is_missing_patient, list_examples
+from medembed.dataset.recipes.labels import KEYS, join_labels
+from medembed.dataset.recipes.listing import Listing, count_of, first_names, name_unread, refuse
+from medembed.dataset.recipes.schema import Dicom, Recipe
 from medembed.images.decode import BARE_DICOM
 from medembed.images.dicom.file import quiet_pydicom, read_dicom, why_no_image
 from medembed.images.dicom.terms import age_in_years, laterality, region, sex, text, view
 
-__all__ = ["read_dicom_tree"]
+__all__ = [
+    "TAGS",
+    "Rendering",
+    "read_dicom_tree",
+]
+
+RENDERING_TAGS = (
+    "PresentationIntentType IrradiationEventUID SourceImageSequence AcquisitionDateTime "
+    "AcquisitionDate AcquisitionTime"
+)
+INTENTS = {"presentation": "FOR PRESENTATION", "processing": "FOR PROCESSING"}
+OTHER = {"presentation": "processing", "processing": "presentation"}
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """What tells an image's exposure; nothing of it is written.
+
+    Parameters
+    ----------
+    intent : str
+        FOR PRESENTATION, FOR PROCESSING, or another text.
+    instance : str
+        SOPInstanceUID.
+    events, sources : frozenset of str
+        UIDs of its irradiation events, and of the images that it was made of.
+    taken : str
+        Date and time of the acquisition to the second.
+    """
+
+    intent: str
+    instance: str
+    events: frozenset[str]
+    sources: frozenset[str]
+    taken: str
+
+
+def _read_rendering(dataset: Any) -> Rendering:
+    """Read what tells an image's exposure."""
+    taken = text(dataset, "AcquisitionDateTime")
+    date, time = text(dataset, "AcquisitionDate"), text(dataset, "AcquisitionTime")
+    sources = dataset.get("SourceImageSequence") or ()
+    return Rendering(
+        intent=text(dataset, "PresentationIntentType").upper(),
+        instance=text(dataset, "SOPInstanceUID"),
+        events=_several(dataset.get("IrradiationEventUID")),
+        sources=frozenset(text(item, "ReferencedSOPInstanceUID") for item in sources) - {""},
+        taken=(taken or (date + time if date and time else ""))[:14],
+    )
+
+
+def _find_doubles(rows: pd.DataFrame, wanted: str) -> tuple["pd.Series[bool]", list[str]]:
+    """Find the images that show an exposure again, of which the wanted rendering is there.
+
+    Parameters
+    ----------
+    rows : pandas.DataFrame
+        Columns `image`, `exam` (the DICOM study), `region`, `laterality`, `view`, `rendering`.
+    wanted : {"presentation", "processing", "both"}
+
+    Returns
+    -------
+    pandas.Series of bool
+        Which images to leave out.
+    list of str
+        A notice of the images that have the other intent alone.
+    """
+    if wanted not in OTHER:
+        return pd.Series(data=False, index=rows.index), []
+    doubles: list[Any] = []
+    intents = rows["rendering"].map(lambda rendering: rendering.intent)
+    is_other = intents == INTENTS[OTHER[wanted]]
+    for _, part in rows[is_other | (intents == INTENTS[wanted])].groupby("exam", sort=False):
+        shown = list(part[~is_other[part.index]].itertuples())
+        again = part[is_other[part.index]].itertuples()
+        doubles += [row.Index for row in again if any(_is_same(row, other) for other in shown)]
+    is_double = pd.Series(rows.index.isin(doubles), index=rows.index)
+    lone = rows["image"][is_other & ~is_double].tolist()
+    if not lone:
+        return is_double, []
+    return is_double, [
+        f"{count_of(len(lone), 'image')} {INTENTS[OTHER[wanted]]} kept, as there is none "
+        f"{INTENTS[wanted]} of the same exposure: {first_names(lone)}"
+    ]
+
+
+def _describe_double(wanted: str) -> str:
+    """Say why an image is left out by `_find_doubles`."""
+    if wanted not in OTHER:
+        return ""
+    return f"{INTENTS[OTHER[wanted]]} beside {INTENTS[wanted]} of the same exposure"
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Tell whether two images of one study, as rows, show one exposure."""
+    a, b = one.rendering, other.rendering
+    if a.events and b.events:
+        return bool(a.events & b.events)
+    if a.instance in b.sources or b.instance in a.sources:
+        return True
+    if a.taken and b.taken:
+        return bool(a.taken == b.taken)
+    pairs = ((getattr(one, name), getattr(other, name)) for name in ("laterality", "view"))
+    return one.region == other.region and all(x == y or not x or not y for x, y in pairs)
+
+
+def _several(value: Any) -> frozenset[str]:
+    values = [value] if value is None or isinstance(value, str) else value
+    return frozenset(str(item).strip(" \0") for item in values if item) - {""}
+
 
 TAGS = (
     "SOPClassUID SOPInstanceUID StudyInstanceUID AccessionNumber Modality PatientID "
     "IssuerOfPatientID PatientAge PatientSex BodyPartExamined AnatomicRegionSequence "
     "ImageLaterality Laterality FrameLaterality ViewPosition ViewCodeSequence "
-    f"NumberOfFrames Rows Columns {renderings.TAGS}"
+    f"NumberOfFrames Rows Columns {RENDERING_TAGS}"
 )
 DICOMDIR = "1.2.840.10008.1.3.10"
 COVARIATES = ("laterality", "view", "age", "sex")
@@ -70,8 +182,8 @@ def read_dicom_tree(recipe: Recipe, root: Path, key_file: Path | None = None) ->
         )
     every = pd.DataFrame(found)
     every["name"] = every["image"].str.rpartition("/")[2]
-    is_double, notices = renderings.find_doubles(every, spec.intent)
-    reason = renderings.describe_double(spec.intent)
+    is_double, notices = _find_doubles(every, spec.intent)
+    reason = _describe_double(spec.intent)
     excluded += [(image, reason) for image in every["image"][is_double]]
     rows = every[~is_double].reset_index(drop=True)
     answers = join_labels(recipe, spec, rows, every[is_double], root)
@@ -143,7 +255,7 @@ def _describe(dataset: Any, names: Pseudonyms, image: str) -> dict[str, Any]:
         "sex": sex(dataset),
         **{keyword: text(dataset, keyword) for keyword in KEYS.values()},  # never written
         "exam": study,
-        "rendering": renderings.read_rendering(dataset),  # nor is this
+        "rendering": _read_rendering(dataset),  # nor is this
     }
 
 

@@ -1,18 +1,34 @@
-"""A table beside the images: where it is, what columns it has, what its labels mean."""
+"""The table beside the images: where it is, its columns, what its labels mean, how it joins.
 
+`join_labels` joins labels and splits to the images of a DICOM tree.
+"""
+
+import posixpath
+from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
 
 from medembed.core.errors import PathNotFoundError, RecipeError
+from medembed.core.text import normalise
+from medembed.dataset.checks import is_missing_word, list_examples
 from medembed.dataset.identities import key_texts
-from medembed.dataset.recipes.listing import refuse
-from medembed.dataset.recipes.schema import MEANINGS
-from medembed.dataset.recipes.sections import Label
-from medembed.dataset.suspicious_values import is_missing_word, list_examples
+from medembed.dataset.recipes.image_index import AS_TEXT, compare_names, find_shortened, plain_path
+from medembed.dataset.recipes.listing import count_of, first_names, merge_rows, refuse
+from medembed.dataset.recipes.schema import MEANINGS, Dicom, Label, Recipe
+from medembed.dataset.tables import read_foreign_table
 
-__all__ = ["doubt_labels", "find_table", "need_columns", "read_labels"]
+__all__ = [
+    "KEYS",
+    "Answers",
+    "doubt_labels",
+    "find_table",
+    "join_labels",
+    "need_columns",
+    "read_labels",
+]
 
 
 def find_table(file: str, root: Path, recipe_path: Path) -> Path:
@@ -85,3 +101,149 @@ def doubt_labels(values: "pd.Series[str]", spec: Label, source: str) -> list[str
         f"{source}: labels that [label] does not list count as {spec.others}: "
         f"{list_examples(found)}. List them"
     ]
+
+
+KEYS = {"instance": "SOPInstanceUID", "study": "StudyInstanceUID", "accession": "AccessionNumber"}
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a table says of each image.
+
+    Attributes
+    ----------
+    labels, splits : list of str
+        In the order of the images; "" where the table says nothing.
+    warnings, notices : list of str
+    """
+
+    labels: list[str]
+    splits: list[str]
+    warnings: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+
+
+def join_labels(
+    recipe: Recipe, spec: Dicom, rows: pd.DataFrame, left_out: pd.DataFrame, root: Path
+) -> Answers:
+    """Join the table's labels and splits to the images of `rows`; also say what does not match.
+
+    Parameters
+    ----------
+    recipe : Recipe
+    spec : Dicom
+        Its section `[dicom]`.
+    rows, left_out : pandas.DataFrame
+        Columns `image`, `name` and those of `KEYS`; the images to be labelled, and others that the
+        table may name.
+    root : Path
+
+    Raises
+    ------
+    PathNotFoundError
+        There is no such table.
+    RecipeError
+        It lacks columns, contradicts itself, or speaks of no image at all.
+    """
+    if recipe.label is None:
+        return Answers([""] * len(rows), [""] * len(rows))
+    path = find_table(spec.table, root, recipe.path)
+    as_written = (spec.column,) if spec.match == "file" else ()
+    table = read_foreign_table(path, RecipeError, as_written=as_written)
+    split_column = recipe.split.column if recipe.split else ""
+    need_columns(table, (spec.column, recipe.label.column, split_column), path)
+    own_spelling = plain_path if spec.match == "file" else normalise
+    answers = pd.DataFrame({"key": table[spec.column].map(own_spelling)})
+    answers["label"] = read_labels(table[recipe.label.column], recipe.label, str(path))
+    answers["split"] = table[split_column] if split_column else ""
+    answers = answers[answers["key"] != ""]
+    noun = KEYS.get(spec.match, "image")
+    answers, notices = merge_rows(
+        answers, "key", source=path.name, rule=spec.rows, section="dicom", noun=noun
+    )
+    known = set(answers["key"])
+    keys = _keys(rows, spec.match, known, str(path))
+    unused = known.difference(keys)
+    if len(unused) == len(known):
+        _refuse_all(answers["key"].tolist(), rows, spec, path, root)
+    joined = answers.set_index("key").reindex(keys)
+    is_without = joined["label"].isna().to_numpy()
+    unused.difference_update(*_every_key(left_out, spec.match))
+    hint = ""
+    if unused and is_without.any():
+        hint = _compare(sorted(unused), rows[is_without], spec.match, root)
+    without = rows["image"][is_without].tolist()
+    joined = joined.fillna("")
+    return Answers(
+        joined["label"].tolist(),
+        joined["split"].tolist(),
+        [
+            *doubt_labels(table[recipe.label.column], recipe.label, str(path)),
+            *_warnings(without, len(unused), path.name, hint),
+        ],
+        notices,
+    )
+
+
+def _keys(rows: pd.DataFrame, match: str, known: set[str], source: str) -> list[str]:
+    """Name each image as the table does: by path, name or stem, or by an identifier."""
+    owners = defaultdict(list)
+    keys = []
+    for image, *ways in zip(rows["image"], *_every_key(rows, match), strict=True):
+        key = next((way for way in ways if way in known), ways[0])
+        owners[key].append(image)
+        keys.append(key)
+    if match == "file":
+        several = [f"{k}: {first_names(images)}" for k, images in owners.items() if len(images) > 1]
+        refuse(several, source, "several files have the name of one row; give their paths:")
+    return keys
+
+
+def _every_key(rows: pd.DataFrame, match: str) -> list[list[str]]:
+    """Return what a table may call each image, a list for each way."""
+    if match != "file":
+        return [[normalise(value) for value in rows[KEYS[match]]]]
+    paths = [plain_path(image) for image in rows["image"]]
+    names = [posixpath.basename(path) for path in paths]
+    return [paths, names, [name.rpartition(".")[0] or name for name in names]]
+
+
+def _refuse_all(keys: list[str], rows: pd.DataFrame, spec: Dicom, path: Path, root: Path) -> None:
+    """Say that no row of the table is of any image, and why."""
+    noun = KEYS.get(spec.match, "image")
+    if not keys:
+        raise RecipeError(f"{path}: column {spec.column!r} is empty. Fill it, or name another.")
+    every = [key for key in _every_key(rows, spec.match)[0] if key]
+    if not every:
+        raise RecipeError(
+            f"{path}: column {spec.column!r} cannot be matched, as no image below {root} has an "
+            f"{noun}. Choose another `match` in [dicom]."
+        )
+    why = _compare(keys, rows, spec.match, root) or (
+        f"The first in the table is {keys[0]!r}, that of the first image {every[0]!r}. Correct "
+        "`column` or `match` in [dicom]."
+    )
+    raise RecipeError(
+        f"{path}: none of the {len(keys)} names in column {spec.column!r} is the {noun} of one of "
+        f"the {count_of(len(rows), 'image')} below {root}. {why}"
+    )
+
+
+def _compare(keys: Iterable[str], rows: pd.DataFrame, match: str, root: Path) -> str:
+    """Say how a name of the table differs from one of an image, where the two are alike."""
+    if match == "file":
+        return compare_names(list(keys), rows["image"].tolist(), root)
+    found = find_shortened(keys, set(_every_key(rows, match)[0]))
+    if found is None:
+        return ""
+    return f"{found[0]!r} in the table is {found[1]!r} of an image: {found[2]}. {AS_TEXT}"
+
+
+def _warnings(without: list[str], n_unused: int, table: str, hint: str) -> list[str]:
+    warnings = []
+    if without:
+        warnings.append(f"{len(without)} images are in no row of {table}: {first_names(without)}")
+    if n_unused:
+        also = f". {hint}" if hint else ""
+        warnings.append(f"{n_unused} names in {table} are of no image that was found{also}")
+    return warnings

@@ -11,8 +11,7 @@ import pandas as pd
 
 from medembed.core.errors import PathNotFoundError, RecipeError
 from medembed.dataset.recipes.image_index import ImageIndex, plain_path
-from medembed.dataset.recipes.listing import Listing, first_names, refuse
-from medembed.dataset.recipes.repeats import merge_rows
+from medembed.dataset.recipes.listing import Listing, first_names, merge_rows, refuse
 from medembed.dataset.tables import normalise_columns, read_foreign_table
 
 __all__ = ["read_mura"]

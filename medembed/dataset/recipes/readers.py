@@ -8,15 +8,13 @@ import pandas as pd
 
 from medembed.core.errors import RecipeError
 from medembed.core.text import normalise
+from medembed.dataset.checks import is_missing_word
 from medembed.dataset.identities import IDS
 from medembed.dataset.recipes.image_index import ImageIndex, plain_path
 from medembed.dataset.recipes.labels import doubt_labels, find_table, need_columns, read_labels
-from medembed.dataset.recipes.listing import Listing, first_names, refuse
+from medembed.dataset.recipes.listing import Listing, first_names, merge_rows, refuse
 from medembed.dataset.recipes.mura import read_mura
-from medembed.dataset.recipes.repeats import merge_rows
-from medembed.dataset.recipes.schema import Recipe
-from medembed.dataset.recipes.sections import Region, Table
-from medembed.dataset.suspicious_values import is_missing_word
+from medembed.dataset.recipes.schema import Recipe, Region, Table
 from medembed.dataset.tables import normalise_column, normalise_columns, read_foreign_table
 
 __all__ = ["read_layout"]

@@ -4,8 +4,11 @@ Directions come from one third of the training patients; what is measured along 
 chance does there, from the other two thirds. So these and new patients of the same kind are
 exchangeable, and tests keep their level. One row per patient is looked at: views of one patient
 are not independent.
+
+Beside the cloud as a whole, the mix of regions is compared, and each region with its own.
 """
 
+import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -15,12 +18,100 @@ from scipy.stats import beta, betabinom, norm, t
 
 from medembed.core.errors import ModelError, TrainingDataError
 from medembed.evaluation.bootstrap import CONFIDENCE, patient_codes
-from medembed.evaluation.drift.embedding_space import Space, frechet, learn_space
-from medembed.evaluation.drift.region_shifts import fit_regions, measure_regions
-from medembed.evaluation.drift.remoteness import fit_remoteness
+from medembed.evaluation.drift.embedding_space import Space, fit_remoteness, frechet, learn_space
 from medembed.evaluation.paired import holm
 
-__all__ = ["BASIS", "MIN_PATIENTS", "VERDICTS", "fit_reference", "measure_drift"]
+__all__ = [
+    "BASIS",
+    "MIN_PATIENTS",
+    "VERDICTS",
+    "fit_reference",
+    "measure_drift",
+]
+
+
+def _fit_regions(points: np.ndarray, regions: np.ndarray) -> dict[str, np.ndarray]:
+    """Summarise points (n, k) by region (n,): names (JSON in uint8), counts, means, spreads."""
+    names = sorted({str(region) for region in regions})
+    members = [points[regions.astype(str) == name] for name in names]
+    return {
+        "region_names": np.frombuffer(json.dumps(names).encode(), np.uint8).copy(),
+        "region_counts": np.array([len(own) for own in members]),
+        "region_means": np.stack([own.mean(axis=0) for own in members]),
+        "region_spreads": np.array([_spread(own) for own in members]),
+    }
+
+
+def _spread(points: np.ndarray) -> float:
+    """Return the trace of the covariance; -1 of one point: nothing is known of it."""
+    return float(points.var(axis=0, ddof=1).sum()) if len(points) > 1 else -1.0
+
+
+def _measure_regions(
+    reference: Mapping[str, np.ndarray], points: np.ndarray, regions: np.ndarray
+) -> dict[str, Any]:
+    """Return ``regions`` and ``within_regions`` of `drift.measure_drift`.
+
+    Parameters
+    ----------
+    reference : mapping
+        With what `_fit_regions` gave, and the ``range`` of `drift.fit_reference`.
+    points, regions : arrays of shape (n, k) and (n,)
+
+    Raises
+    ------
+    ModelError
+        The reference's arrays do not fit together, or a region has no patients.
+    """
+    names = _read_names(reference, points.shape[1])
+    known, limit = dict(zip(names, range(len(names)), strict=True)), reference["range"][0]
+    counts, entries = reference["region_counts"], []
+    mean_shift, noise, weight = np.zeros(points.shape[1]), 0.0, 0.0
+    for name in sorted({*names, *(str(region) for region in regions)}):
+        own, k = points[regions.astype(str) == name], known.get(name)
+        entry: dict[str, Any] = {"region": name, "n_patients": len(own)}
+        entry |= {"share": len(own) / len(points), "shift": None, "outside_share": None}
+        entry["training_share"] = 0.0 if k is None else float(counts[k] / counts.sum())
+        if len(own):
+            entry["outside_share"] = float((np.linalg.norm(own, axis=1) > limit).mean())
+        if len(own) and k is not None:
+            moved = own.mean(axis=0) - reference["region_means"][k]
+            spreads = _spread(own), float(reference["region_spreads"][k])
+            chance = spreads[0] / len(own) + spreads[1] / int(counts[k])
+            chance = chance if min(spreads) >= 0 else math.inf
+            entry["shift"] = _beyond(moved, chance)
+            if math.isfinite(chance):
+                mean_shift += len(own) * moved
+                noise, weight = noise + len(own) ** 2 * chance, weight + len(own)
+        entries.append(entry)
+    within = _beyond(mean_shift / weight, noise / weight**2) if weight else None
+    return {"regions": entries, "within_regions": within}
+
+
+def _beyond(moved: np.ndarray, chance: float) -> float | None:
+    """Return a length less what chance adds to its square; None where chance is not known."""
+    if not math.isfinite(chance):
+        return None
+    return math.sqrt(max(0.0, float(moved @ moved) - chance))
+
+
+def _read_names(reference: Mapping[str, np.ndarray], k: int) -> list[str]:
+    shapes = [
+        reference[name].shape if name in reference else None
+        for name in ("region_counts", "region_means", "region_spreads")
+    ]
+    try:
+        names = json.loads(bytes(reference["region_names"]))
+    except ValueError:
+        names = None
+    n = len(names) if isinstance(names, list) else -1
+    fits = shapes == [(n,), (n, k), (n,)] and all(isinstance(name, str) for name in names)
+    if not fits or not (reference["region_counts"] >= 1).all():
+        raise ModelError(
+            "the model's reference of regions is damaged; copy or train the model again"
+        )
+    return list(names)
+
 
 #: With fewer training patients, or new ones, nothing is measured.
 MIN_TRAINING, MIN_PATIENTS = 12, 5
@@ -103,7 +194,7 @@ def fit_reference(
         "parts": np.stack([_random_parts(_clipped(points), n, generator) for n in sizes]),
     }
     if regions is not None:
-        reference |= fit_regions(points, np.asarray(regions)[kept])
+        reference |= _fit_regions(points, np.asarray(regions)[kept])
     return reference
 
 
@@ -185,7 +276,7 @@ def measure_drift(
         "columns": _furthest_columns(reference, space, X[rows]),
     }
     if regions is not None and "region_names" in reference:
-        found |= measure_regions(reference, points, np.asarray(regions)[rows])
+        found |= _measure_regions(reference, points, np.asarray(regions)[rows])
     verdict = _judge(p, max(tests[name]["beyond_chance"] for name in ("distance", "shift")))
     return {"verdict": verdict, "sentence": _say(verdict, found), "basis": BASIS, **found}
 

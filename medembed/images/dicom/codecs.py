@@ -6,7 +6,7 @@ from importlib.util import find_spec
 import numpy as np
 
 from medembed.core.errors import ImageError
-from medembed.images.dicom.library import UID, get_decoder
+from medembed.images.dicom.file import UID, get_decoder
 
 __all__ = ["OWN", "Codec", "decode_jpeg", "list_codecs", "require_codec"]
 

@@ -1,6 +1,13 @@
-"""Read elements of a DICOM file, in silence and within bounds; say what kind of object it is."""
+"""Read elements of a DICOM file, in silence and within bounds; say what kind of object it is.
+
+pydicom is imported without GDCM. Where python-gdcm is installed, pydicom imports it to offer its
+codecs, and it puts its own copies of zlib, libjpeg and others before those of every library loaded
+later: zlib then ends the process ("double free or corruption", python-gdcm 3.2.6). Its codecs are
+not needed here.
+"""
 
 import io
+import sys
 import threading
 import warnings
 import zlib
@@ -9,14 +16,34 @@ from contextlib import contextmanager
 from typing import Any
 
 from medembed.core.errors import ImageError
-from medembed.images.dicom.library import (
-    UID,
-    Dataset,
-    dcmread,
-)
 from medembed.images.types import MAX_PIXELS
 
-__all__ = ["quiet_pydicom", "read_dicom", "why_no_image"]
+__all__ = [
+    "UID",
+    "Dataset",
+    "apply_color_lut",
+    "dcmread",
+    "encapsulate",
+    "get_decoder",
+    "get_frame",
+    "quiet_pydicom",
+    "read_dicom",
+    "why_no_image",
+]
+
+_gdcm = sys.modules.get("gdcm")
+if _gdcm is None:
+    sys.modules["gdcm"] = None  # type: ignore[assignment]  # makes its import fail
+try:
+    from pydicom import Dataset, dcmread
+    from pydicom.encaps import encapsulate, get_frame
+    from pydicom.pixels.decoders.base import get_decoder
+    from pydicom.pixels.processing import apply_color_lut
+    from pydicom.uid import UID
+finally:
+    if _gdcm is None:
+        del sys.modules["gdcm"]
+
 
 DEFLATED = b"1.2.840.10008.1.2.1.99"
 PLAIN = b"1.2.840.10008.1.2.1".ljust(len(DEFLATED), b"\0")

@@ -1,13 +1,15 @@
 """A DICOM file's bytes become a grey array, or an error that says why not.
 
 The order of transforms is the standard's (PS3.4 N.2, figure N.2-1): stored values, of which only
-Bits Stored count (PS3.5 8.1.1; see `dicom.stored_bits`); modality LUT or rescale (PS3.3 C.11.1);
+Bits Stored count (PS3.5 8.1.1); modality LUT or rescale (PS3.3 C.11.1);
 VOI LUT or window (C.11.2), once; then the presentation: MONOCHROME1, whose lowest value is white
 (C.7.6.3.1.2), and Presentation LUT Shape INVERSE (C.11.6), which says the same of DX images
 (C.8.11.3), are inverted last and once. Pixels of the padding value or range (C.7.5.1.1.2) have no
 part in choosing a range and become black. Colour becomes luminance, as in other kinds of image.
 Only the elements that this takes are read: no name, number or date of a patient is ever in memory
 as such, nor in a message.
+
+What a stored value means is worked out on the bit patterns that occur, at most 65,536.
 """
 
 import io
@@ -21,27 +23,154 @@ from medembed.core.errors import ImageError
 from medembed.images.container_checks import padded_jpeg
 from medembed.images.dicom.codecs import OWN, decode_jpeg, require_codec
 from medembed.images.dicom.codestreams import FAMILIES, read_codestream
-from medembed.images.dicom.file import quiet_pydicom, read_dicom, why_no_image
-from medembed.images.dicom.functional_groups import FUNCTIONAL_GROUPS, find_transforms
-from medembed.images.dicom.library import (
+from medembed.images.dicom.file import (
     UID,
     Dataset,
     apply_color_lut,
     encapsulate,
     get_decoder,
     get_frame,
+    quiet_pydicom,
+    read_dicom,
+    why_no_image,
 )
-from medembed.images.dicom.stored_bits import (
-    OVERLAY_BITS,
-    count_patterns,
-    find_levels,
-    overlay_bits,
-)
+from medembed.images.dicom.windows import FUNCTIONAL_GROUPS, find_transforms
 from medembed.images.intensity import Intensity, Levels, shares_of_white
 from medembed.images.types import Radiograph, channels_differ, refuse_size
 from medembed.images.versions import FIRST_VERSION
 
-__all__ = ["decode_dicom"]
+__all__ = [
+    "OVERLAY_BITS",
+    "decode_dicom",
+]
+
+BLOCK = 1 << 22  # pixels counted at once: numpy counts by copies of 64 bits
+OVERLAY_GROUPS = range(0x6000, 0x6020, 2)  # PS3.5 7.6
+_BIT_POSITION = 0x0102
+OVERLAY_BITS = " ".join(f"0x{group:04x}{_BIT_POSITION:04x}" for group in OVERLAY_GROUPS)
+"""Tags of Overlay Bit Position: 0, or that of overlays which lie in the pixels' unused bits."""
+MARGIN = 1 / 8  # of the range: what a lossy codec may overshoot by at the edges of what it coded
+FEW = 0.01  # share of the pixels that may lie farther out, as edges of markers do
+
+
+def _overlay_bits(dataset: Any) -> int:
+    """Give the bits of a pixel's word that overlays are declared to lie in, as a mask."""
+    mask = 0
+    for group in OVERLAY_GROUPS:
+        position = dataset.get((group, _BIT_POSITION))
+        value = getattr(position, "value", None)
+        if isinstance(value, int) and 0 < value < 16:
+            mask |= 1 << value
+    return mask
+
+
+def _count_patterns(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """View pixels as their bit patterns, and count these.
+
+    Parameters
+    ----------
+    pixels : ndarray
+        Integers of 8 or 16 bits, signed or not, of any byte order.
+
+    Returns
+    -------
+    patterns : uint8 or uint16, in the shape of `pixels`
+    numbers : int64 (2 ** (8 * itemsize),)
+        How many pixels have each.
+    """
+    native = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
+    patterns = native.view(f"u{native.itemsize}")
+    n_patterns = 1 << 8 * native.itemsize
+    blocks = np.array_split(patterns.ravel(), 1 + patterns.size // BLOCK)
+    numbers = np.sum([np.bincount(block, minlength=n_patterns) for block in blocks], axis=0)
+    return patterns, numbers
+
+
+def _find_levels(
+    kind: np.dtype,
+    numbers: np.ndarray,
+    stored: int,
+    *,
+    high: int | None,
+    signed: bool,
+    overlay: int = 0,
+    lossy: bool = False,
+) -> np.ndarray:
+    """Give each bit pattern its place among the 2 ** `stored` values that Bits Stored can hold.
+
+    Parameters
+    ----------
+    kind : dtype
+        Of the pixels.
+    numbers : int64 (n,)
+        How many pixels have each pattern.
+    stored : int
+        Bits Stored.
+    high : int or None
+        High Bit, where pixels are words as they lie in the file; None where they are the numbers
+        that a codec gave.
+    signed : bool
+        Whether words are two's complement.
+    overlay : int
+        Mask of the bits that overlays lie in.
+    lossy : bool
+        Whether numbers may lie a little beyond the range because the codec is lossy; these become
+        its ends.
+
+    Returns
+    -------
+    ndarray
+        int64 (n,), 0 to 2 ** `stored` - 1, in the order of the bit patterns of that many bits.
+
+    Raises
+    ------
+    ImageError
+        Pixels need more than Bits Stored: masking them would fold bright into dark.
+    """
+    patterns = np.arange(len(numbers))
+    if high is None:
+        patterns = _numbers(patterns, numbers, kind, stored, lossy)
+    else:
+        _refuse_stray_bits(patterns[numbers > 0], stored, high, signed, overlay, len(numbers) - 1)
+        patterns = patterns >> (high - stored + 1)
+    places: np.ndarray = patterns & ((1 << stored) - 1)
+    return places
+
+
+def _numbers(
+    patterns: np.ndarray, numbers: np.ndarray, kind: np.dtype, stored: int, lossy: bool
+) -> np.ndarray:
+    top, half = 1 << stored, len(patterns) // 2
+    low, high = 0, top
+    if kind.kind == "i":
+        patterns = np.where(patterns < half, patterns, patterns - 2 * half)
+        low, high = -top // 2, top // 2
+    outside = (patterns < low) | (patterns >= high)
+    if numbers[outside].any():
+        margin = MARGIN * top
+        far = (patterns < low - margin) | (patterns >= high + margin)
+        if not lossy or numbers[far].sum() > FEW * numbers.sum():
+            raise ImageError(f"the DICOM's compressed data need more than {stored} bits")
+    clipped: np.ndarray = np.clip(patterns, low, high - 1)
+    return clipped
+
+
+def _refuse_stray_bits(
+    found: np.ndarray, stored: int, high: int, signed: bool, overlay: int, word: int
+) -> None:
+    """Refuse words with bits above High Bit that neither an overlay nor a sign accounts for."""
+    above = word & ~((2 << high) - 1) & ~overlay
+    strays = found & above
+    if signed:  # sign-extended or not, both are met
+        is_negative = (found >> high & 1).astype(bool)
+        strays = np.where(is_negative & (strays == above), 0, strays)
+    if strays.any():
+        raise ImageError(
+            f"the DICOM's pixels need more than the {stored} bits that it says are stored, and no "
+            "overlay is declared in the others",
+            since=2,
+        )
+
 
 PIXEL_TAGS = (
     "SOPClassUID BitsAllocated BitsStored HighBit PixelRepresentation Rows Columns "
@@ -180,7 +309,7 @@ def _render(dataset: Dataset, intensity: Intensity) -> Radiograph:
     stored = np.arange(1 << header.stored)
     if header.signed:
         stored[len(stored) // 2 :] -= len(stored)
-    patterns, numbers = count_patterns(pixels)
+    patterns, numbers = _count_patterns(pixels)
     places = _levels(pixels.dtype, numbers, header, dataset)
     counts = np.bincount(places, weights=numbers, minlength=len(stored)).astype(np.int64)
     if header.photometric == "PALETTE COLOR":
@@ -193,13 +322,13 @@ def _render(dataset: Dataset, intensity: Intensity) -> Radiograph:
 
 def _levels(kind: np.dtype, numbers: np.ndarray, header: _Header, dataset: Dataset) -> np.ndarray:
     is_coded = header.syntax in FAMILIES  # the codec gives numbers, not bits in a word
-    return find_levels(
+    return _find_levels(
         kind,
         numbers,
         header.stored,
         high=None if is_coded else header.high,
         signed=header.signed,
-        overlay=0 if is_coded else overlay_bits(dataset),
+        overlay=0 if is_coded else _overlay_bits(dataset),
         lossy=header.syntax in LOSSY,
     )
 

@@ -1,4 +1,8 @@
-"""VOI LUTs and windows of DICOM: which one is taken, and what it makes of values (PS3.3 C.11.2)."""
+"""VOI LUTs and windows of DICOM: which one is taken, and what it makes of values (PS3.3 C.11.2).
+
+Enhanced objects, and legacy ones converted to them, hold window and rescale in items of their
+Shared or Per-frame Functional Groups Sequence (PS3.3 C.7.6.16), as if at the top for each frame.
+"""
 
 import math
 from dataclasses import dataclass
@@ -7,9 +11,104 @@ from typing import Any
 import numpy as np
 
 from medembed.core.errors import ImageError
-from medembed.images.dicom.lookup_tables import look_up
 
-__all__ = ["FIRST_WINDOW", "NO_WINDOW", "apply_voi"]
+__all__ = [
+    "DEPTH_IN_USE",
+    "FIRST_WINDOW",
+    "FUNCTIONAL_GROUPS",
+    "NO_WINDOW",
+    "Transforms",
+    "apply_voi",
+    "find_transforms",
+    "look_up",
+]
+
+DEPTH_IN_USE = 1 / 16  # of the declared range; below, the depth is not what Bits Stored says
+
+
+def look_up(values: np.ndarray, item: Any, name: str) -> tuple[np.ndarray, float]:
+    """Look values up in a table (C.11.1.1, C.11.2.1.1); also give the greatest output of its bits.
+
+    Values below the first that is mapped get the first entry, those beyond the last the last.
+    """
+    descriptor = _words(item, "LUTDescriptor")
+    if len(descriptor) != 3:
+        raise ImageError(f"the DICOM's {name} has no descriptor of three values")
+    n_entries, bits = int(descriptor[0]) % 65536 or 65536, int(descriptor[2])
+    if not 8 <= bits <= 16:
+        raise ImageError(f"the DICOM's {name} has {bits} bits per entry; 8 to 16 are defined")
+    first = int(descriptor[1])
+    if first > 32767 and values.min() < 0:  # written as US though the input is signed
+        first -= 65536
+    entries = _entries(item, n_entries, bits, name)
+    top = float((1 << bits) - 1)
+    if entries.max() > top or entries.max() < DEPTH_IN_USE * top:
+        raise ImageError(
+            f"the DICOM's {name} reaches {entries.max()}, which does not fit its {bits} bits"
+        )
+    index = np.clip(np.rint(values) - first, 0, n_entries - 1).astype(np.int64)
+    return entries[index].astype(np.float64), top
+
+
+def _entries(item: Any, n_entries: int, bits: int, name: str) -> np.ndarray:
+    """Read LUT Data: words, or for 8 bits also bytes, two in a word."""
+    words = _words(item, "LUTData")
+    if len(words) == n_entries:
+        return words
+    if bits == 8 and len(words) == (n_entries + 1) // 2:
+        return words.astype("<u2").view(np.uint8)[:n_entries].astype(np.int64)
+    raise ImageError(f"the DICOM's {name} has {len(words)} entries, not {n_entries}")
+
+
+def _words(item: Any, keyword: str) -> np.ndarray:
+    """Read an element of VR US, SS or OW as int64; OW is little endian once read by pydicom."""
+    value = item.get(keyword)
+    if isinstance(value, bytes):
+        kind = "<u2" if getattr(item, "original_encoding", (None, True))[1] is not False else ">u2"
+        return np.frombuffer(value[: len(value) // 2 * 2], kind).astype(np.int64)
+    return np.atleast_1d(np.asarray(() if value is None else value, dtype=np.int64))
+
+
+FUNCTIONAL_GROUPS = ("PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence")
+_RESCALE = ("RescaleSlope", "RescaleIntercept")
+
+
+@dataclass(frozen=True)
+class Transforms:
+    """The data sets that hold the modality and the VOI transform of the one frame.
+
+    Attributes
+    ----------
+    modality, voi : pydicom.Dataset
+    are_nested : bool
+        Whether one of them is in a functional group and changes values.
+    """
+
+    modality: Any
+    voi: Any
+    are_nested: bool
+
+
+def find_transforms(dataset: Any) -> Transforms:
+    """Find the items of the one frame: what a frame says of itself goes before what all share."""
+    modality = _item(dataset, "PixelValueTransformationSequence", _RESCALE)
+    voi = _item(dataset, "FrameVOILUTSequence", ("WindowCenter", "WindowWidth", "VOILUTSequence"))
+    rescale = [None if modality is None else modality.get(name) for name in _RESCALE]
+    return Transforms(
+        dataset if modality is None else modality,
+        dataset if voi is None else voi,
+        voi is not None or rescale not in ([None, None], [1, 0]),
+    )
+
+
+def _item(dataset: Any, macro: str, holds: tuple[str, ...]) -> Any:
+    for group in FUNCTIONAL_GROUPS:
+        for groups in list(dataset.get(group) or ())[:1]:
+            for item in list(groups.get(macro) or ())[:1]:
+                if any(name in item for name in holds):
+                    return item
+    return None
+
 
 FIRST_WINDOW = "first"
 NO_WINDOW = "none"

@@ -5,8 +5,11 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from medembed.report.figures.captions import (
+    LEGEND,
+    SMALL,
     describe_shown,
     describe_test,
+    elide,
     flatten,
     has_interval,
     label_rows,
@@ -24,9 +27,8 @@ from medembed.report.figures.plotting import (
     make_plot,
     start_figure,
 )
-from medembed.report.figures.text import LEGEND, SMALL, elide
+from medembed.report.tables import format_interval
 from medembed.results.methods import OF_SHARES
-from medembed.results.tables import format_interval
 
 __all__ = ["plot_calibration"]
 

@@ -6,8 +6,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from medembed.report.figures.captions import (
+    LEGEND,
+    SMALL,
     describe_shown,
     describe_test,
+    elide,
     flatten,
     label_rows,
     name_rows,
@@ -16,10 +19,9 @@ from medembed.report.figures.captions import (
     write_csv,
 )
 from medembed.report.figures.plotting import Plot, Theme, make_plot, start_figure
-from medembed.report.figures.text import LEGEND, SMALL, elide
+from medembed.report.operating_tables import name_point, points_of
+from medembed.report.tables import format_interval
 from medembed.results.methods import OF_SHARES
-from medembed.results.operating_tables import name_point, points_of
-from medembed.results.tables import format_interval
 
 __all__ = ["plot_confusion"]
 

@@ -6,6 +6,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from medembed.report.figures.captions import (
+    LEGEND,
     MAX_SERIES,
     describe_shown,
     describe_test,
@@ -14,6 +15,7 @@ from medembed.report.figures.captions import (
     name_rows,
     shown_rows,
     tell_intervals,
+    thin,
     write_csv,
 )
 from medembed.report.figures.plotting import (
@@ -26,9 +28,8 @@ from medembed.report.figures.plotting import (
     scale_scores,
     start_figure,
 )
-from medembed.report.figures.text import LEGEND, thin
+from medembed.report.tables import format_interval
 from medembed.results.methods import of_score
-from medembed.results.tables import format_interval
 
 __all__ = ["plot_cost"]
 

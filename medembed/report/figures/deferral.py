@@ -27,8 +27,8 @@ from medembed.report.figures.plotting import (
     scale_scores,
     start_figure,
 )
+from medembed.report.tables import format_interval
 from medembed.results.methods import OF_SHARES
-from medembed.results.tables import format_interval
 
 __all__ = ["plot_deferral"]
 

@@ -8,9 +8,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from medembed.core.text import counted
-from medembed.report.figures.captions import write_csv
+from medembed.report.figures.captions import LEGEND, SMALL, elide, wrap, write_csv
 from medembed.report.figures.plotting import WIDTH, Plot, Theme, make_plot, start_figure
-from medembed.report.figures.text import LEGEND, SMALL, elide, wrap
 from medembed.results.flow import CLASSES, NOT_RECORDED
 
 __all__ = ["plot_flow"]

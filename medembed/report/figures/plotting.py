@@ -17,8 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-from medembed.report.figures.captions import is_known
-from medembed.report.figures.text import FONT, LEGEND, SMALL, wrap
+from medembed.report.figures.captions import FONT, LEGEND, SMALL, is_known, wrap
 
 __all__ = [
     "AXIS",

@@ -7,8 +7,10 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from medembed.report.figures.captions import (
+    LEGEND,
     describe_shown,
     describe_test,
+    elide,
     has_interval,
     is_known,
     label_rows,
@@ -24,9 +26,8 @@ from medembed.report.figures.plotting import (
     make_plot,
     start_figure,
 )
-from medembed.report.figures.text import LEGEND, elide
+from medembed.report.tables import GROUPINGS, NOT_ESTIMABLE, format_interval, render
 from medembed.results.methods import of_score
-from medembed.results.tables import GROUPINGS, NOT_ESTIMABLE, format_interval, render
 
 __all__ = ["plot_regions", "plot_views"]
 

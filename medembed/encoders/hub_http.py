@@ -1,0 +1,479 @@
+"""A hub's answers over HTTP: what they may say, ranges of a file, and errors with the way out.
+
+huggingface_hub joins an ETag and a commit to its cache's path as they come, and sleeps for as long
+as it is told. Every answer is therefore looked at before huggingface_hub acts on it. Connections
+may break: a range is asked for again from where it stopped.
+"""
+
+import errno
+import math
+import re
+import threading
+from collections.abc import Callable, Generator
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+from medembed.core.errors import EncoderError
+from medembed.core.text import mask_controls
+
+__all__ = [
+    "LONGEST_PAUSE",
+    "RemoteFile",
+    "copy_range",
+    "explain",
+    "explain_changed",
+    "explain_missing",
+    "explain_no_space",
+    "explain_unreached",
+    "guard_answers",
+    "is_no_space",
+    "open_file",
+    "plain_tag",
+    "read_range",
+    "seconds_to_wait",
+]
+
+LONGEST_PAUSE = 60
+"""Seconds that a server is waited for at its own wish, at the most."""
+
+_TAG = re.compile(r'(?:W/)?"?([0-9A-Za-z][0-9A-Za-z._-]{0,127})"?')
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_XET_HASH = re.compile(r"[0-9a-fA-F]{64}")
+_ASKED_COMMIT = re.compile(r"/resolve/([0-9a-f]{40})/")
+_SECONDS = re.compile(r"[0-9]{1,18}")
+_RESET = re.compile(r"\bt\s*=\s*([0-9]+)")
+_LONGEST_SHOWN = 60
+_installing = threading.Lock()
+
+
+def guard_answers() -> None:
+    """Have each answer that huggingface_hub gets in this process checked before it acts on it.
+
+    The check is an event hook of its HTTP client, put on once and on every client that is made
+    later. A client factory that the caller has set goes on making the clients.
+    """
+    from huggingface_hub import set_client_factory
+    from huggingface_hub.utils import _http
+
+    with _installing:
+        make = getattr(_http, "_GLOBAL_CLIENT_FACTORY", _http.default_client_factory)
+        if not isinstance(make, _Guarded):
+            set_client_factory(_Guarded(make))
+
+
+@dataclass(frozen=True)
+class _Guarded:
+    """A client factory whose clients show each answer to `_check_answer` first."""
+
+    make: Callable[[], Any]
+
+    def __call__(self) -> Any:
+        client = self.make()
+        hooks = client.event_hooks
+        client.event_hooks = {**hooks, "response": [_check_answer, *hooks.get("response", ())]}
+        return client
+
+
+def plain_tag(header: str) -> str:
+    """Give an ETag without its quotes; the first 128 letters, digits and . _ - are a name.
+
+    Raises
+    ------
+    EncoderError
+        It is something else, such as a path.
+    """
+    found = _TAG.fullmatch(header)
+    if found is None:
+        raise _refuse("ETag", header, "a plain word")
+    return found[1]
+
+
+def seconds_to_wait(header: str) -> float | None:
+    """Read a Retry-After header, RFC 9110 section 10.2.3: seconds, or a date.
+
+    Returns
+    -------
+    float or None
+        From 0 to `LONGEST_PAUSE`; None for what is neither.
+    """
+    text = header.strip()
+    if _SECONDS.fullmatch(text):
+        return float(min(int(text), LONGEST_PAUSE))
+    try:
+        moment = parsedate_to_datetime(text)
+        left = (moment.replace(tzinfo=moment.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
+    except (ValueError, TypeError, OverflowError, IndexError):
+        return None
+    return min(max(left, 0.0), float(LONGEST_PAUSE))
+
+
+def _shown(text: str) -> str:
+    """Give a server's text as a message may show it: short, and nothing that a terminal obeys."""
+    text = mask_controls(text)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…"
+
+
+def _check_answer(response: Any) -> None:
+    """Refuse names that are none, and bound the waits; raises EncoderError."""
+    headers, request = response.headers, response.request
+    commit = headers.get("X-Repo-Commit")
+    if commit is not None:
+        _check_commit(commit, request.url.path)
+    if request.method == "HEAD":  # whose tags name the blobs; a storage's own on GET name nothing
+        for name in ("X-Linked-Etag", "ETag"):
+            if name in headers:
+                plain_tag(headers[name])
+    xet = headers.get("X-Xet-Hash")
+    if xet is not None and not _XET_HASH.fullmatch(xet):
+        raise _refuse("X-Xet-Hash", xet, "64 hex digits")
+    _bound_waits(headers)
+
+
+def _check_commit(commit: str, path: str) -> None:
+    if not _COMMIT.fullmatch(commit):
+        raise _refuse("X-Repo-Commit", commit, "40 hex digits")
+    asked = _ASKED_COMMIT.search(path)
+    if asked and asked[1] != commit:
+        raise _refuse("X-Repo-Commit", commit, f"the commit {asked[1]} that was asked for")
+
+
+def _bound_waits(headers: Any) -> None:
+    if "Retry-After" in headers:
+        seconds = seconds_to_wait(headers["Retry-After"])
+        del headers["Retry-After"]
+        if seconds is not None:
+            headers["Retry-After"] = str(math.ceil(seconds))
+    reset = _RESET.search(headers.get("RateLimit", ""))
+    if reset and (not _SECONDS.fullmatch(reset[1]) or int(reset[1]) > LONGEST_PAUSE):
+        del headers["RateLimit"]
+
+
+def _refuse(header: str, value: str, expected: str) -> EncoderError:
+    from huggingface_hub import constants
+
+    return EncoderError(
+        f"{constants.ENDPOINT} gives {_shown(value)!r} as {header}, which is not {expected}. "
+        "Nothing of it was written. Set HF_ENDPOINT to a hub that is to be trusted, or give a "
+        "checkpoint directory."
+    )
+
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def explain(error: Exception, repo: str, revision: str | None, name: str) -> EncoderError:
+    """Say why `name` of a repository cannot be had.
+
+    Parameters
+    ----------
+    error : Exception
+        What huggingface_hub, its HTTP client or the file system raised.
+    revision : str or None
+        As the user gave it.
+    """
+    from huggingface_hub import constants, errors
+
+    address = f"{constants.ENDPOINT}/{repo}"
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, errors.GatedRepoError):  # a RepositoryNotFoundError too, so first
+        return EncoderError(
+            f"{repo} is gated: accept its terms at {address} and set HF_TOKEN to a token of the "
+            "account that did."
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return EncoderError(f"{repo} has no revision {revision}; see {address}/commits/main.")
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return EncoderError(
+            f"encoder {repo} is neither a directory here nor a repository at {address} that you "
+            "may read. Check the name; if it is private, set HF_TOKEN."
+        )
+    if isinstance(error, errors.EntryNotFoundError):
+        return explain_missing(repo, name)
+    if status in (401, 403):
+        return _refused(status, repo, name)
+    if is_no_space(error):
+        return explain_no_space(name, repo)
+    reason = mask_controls((str(error).strip() or type(error).__name__).splitlines()[0])
+    return EncoderError(f"{name} of {repo} could not be fetched: {reason} Try again.")
+
+
+def explain_missing(repo: str, name: str) -> EncoderError:
+    """Say that a repository has no file `name`."""
+    return EncoderError(f"{repo} holds no {name}: it is not a checkpoint that can be read.")
+
+
+def explain_unreached(error: BaseException | None, repo: str, name: str) -> EncoderError:
+    """Say that `name` was not fetched before, and why it cannot be fetched now."""
+    from huggingface_hub import constants, errors
+
+    if constants.HF_HUB_OFFLINE:
+        return EncoderError(
+            f"{name} of {repo} was not fetched before, and HF_HUB_OFFLINE is set. Unset it once "
+            "while there is a connection, or give a checkpoint directory."
+        )
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return explain(error, repo, None, name)
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403):
+        return _refused(status, repo, name)
+    answer = f"answered HTTP {status}" if status else "cannot be reached"
+    slow = f" ({error}: HF_HUB_ETAG_TIMEOUT allows more)" if isinstance(error, TimeoutError) else ""
+    return EncoderError(
+        f"{constants.ENDPOINT} {answer} and {name} of {repo} was not fetched before{slow}. Check "
+        "the connection, or give a checkpoint directory."
+    )
+
+
+def explain_no_space(
+    name: str, repo: str, *, needed: int | None = None, free: int | None = None
+) -> EncoderError:
+    """Say that the hub's cache has no room for `name`; `needed` and `free` in bytes."""
+    from huggingface_hub import constants
+
+    sizes = f" ({needed:,} bytes are needed, {free:,} are free)" if needed is not None else ""
+    return EncoderError(
+        f"no space is left for {name} of {repo} in {constants.HF_HUB_CACHE}{sizes}. Free some, or "
+        "set HF_HOME to another disk."
+    )
+
+
+def explain_changed(repo: str, commit: str, name: str) -> EncoderError:
+    """Say that a file is no longer what it was under the same commit."""
+    return EncoderError(
+        f"{name} of {repo} changed at the hub under commit {commit[:12]} while it was fetched: "
+        "nothing of it is kept. Run again; if this repeats, the repository or the mirror in "
+        "HF_ENDPOINT is not to be trusted."
+    )
+
+
+def is_no_space(error: BaseException) -> bool:
+    """Whether the disk, the quota or the largest allowed file is full."""
+    return isinstance(error, OSError) and error.errno in _NO_SPACE
+
+
+def _refused(status: int, repo: str, name: str) -> EncoderError:
+    from huggingface_hub import constants
+
+    return EncoderError(
+        f"{constants.ENDPOINT} refused {name} of {repo} (HTTP {status}): the token in HF_TOKEN "
+        "is wrong or lacks access. Make a token with read access to it."
+    )
+
+
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})")
+_PASSING = (408, 429, 500, 502, 503, 504)
+# Seconds before each new try since bytes last came; with stalls of HF_HUB_DOWNLOAD_TIMEOUT (10 s
+# unless set) it gives up on a dead line after about a minute.
+_PAUSES = (0.25, 0.5, 1.0, 2.0, 4.0)
+# Fewer bytes than this per connection are no progress.
+_SOME_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file of a repository at one commit, as it was when first asked for.
+
+    Attributes
+    ----------
+    repo, commit, name : str
+        Where it is.
+    size : int
+        In bytes.
+    etag : str
+        The hub's own tag of the content, without quotes.
+    """
+
+    repo: str
+    commit: str
+    name: str
+    size: int
+    etag: str
+
+
+class _Broken(Exception):  # noqa: N818 - no error yet: the try may be repeated
+    """A connection that ended early, with the seconds to wait that the server asked for."""
+
+    def __init__(self, reason: str, wait: float = 0.0) -> None:
+        self.reason = reason
+        self.wait = wait
+        super().__init__(reason)
+
+
+def open_file(repo: str, commit: str, name: str, count: int) -> tuple[RemoteFile, bytes]:
+    """Fetch the first `count` bytes of a file, and with them its size and ETag.
+
+    Raises
+    ------
+    EncoderError
+        No such file, no access, no connection, or a server that does not give ranges.
+    """
+    found: list[RemoteFile] = []
+    asked = RemoteFile(repo, commit, name, -1, "")
+    data = _collect(asked, 0, count, found.append)
+    return found[-1], data
+
+
+def read_range(file: RemoteFile, start: int, stop: int) -> bytes:
+    """Fetch bytes `start` to `stop` (not included) into memory; raises as `copy_range` does."""
+    return _collect(file, start, stop, None)
+
+
+def copy_range(
+    file: RemoteFile,
+    start: int,
+    stop: int,
+    sink: Callable[[int, bytes], None],
+    *,
+    halted: threading.Event | None = None,
+    note: Callable[[RemoteFile], None] | None = None,
+) -> None:
+    """Fetch bytes `start` to `stop` (not included); go on where a connection broke.
+
+    Parameters
+    ----------
+    sink : callable(position, bytes)
+        Takes each piece as it comes; what it raises is raised here.
+    halted : threading.Event, optional
+        Ends the copying early, and its pauses, once set.
+    note : callable(RemoteFile), optional
+        Takes the size and ETag of each answer, before they are compared with those of `file`.
+
+    Raises
+    ------
+    EncoderError
+        Another content than `file` names, a refusal, or a connection that stays broken.
+    """
+    halted = halted or threading.Event()
+    position, failures = start, 0
+    while position < stop and not halted.is_set():
+        before = position
+        try:
+            with closing(_stream(file, position, stop, note)) as chunks:
+                for chunk in chunks:
+                    sink(position, chunk)
+                    position += len(chunk)
+                    if halted.is_set():
+                        return
+        except _Broken as broken:
+            failures = 0 if position - before >= _SOME_BYTES else failures + 1
+            if failures > len(_PAUSES):
+                raise _explain_broken(file, broken) from broken
+            pause = max(_PAUSES[max(failures - 1, 0)], broken.wait)
+            halted.wait(min(pause, LONGEST_PAUSE))
+
+
+def _collect(
+    file: RemoteFile, start: int, stop: int, note: Callable[[RemoteFile], None] | None
+) -> bytes:
+    data = bytearray()
+    copy_range(file, start, stop, lambda _, chunk: data.extend(chunk), note=note)
+    return bytes(data)
+
+
+def _stream(
+    file: RemoteFile, start: int, stop: int, note: Callable[[RemoteFile], None] | None
+) -> Generator[bytes]:
+    """Yield what one connection gives of a range, checked to be of the file that is meant."""
+    from huggingface_hub import constants, get_session, hf_hub_url, hf_raise_for_status
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # Public by its documentation, but exported in a way that type checkers do not see.
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+    guard_answers()
+    url = hf_hub_url(file.repo, file.name, revision=file.commit)
+    # Compressed bytes would have other positions.
+    asked = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+    headers = {**build_hf_headers(), **asked}
+    left = stop - start
+    try:
+        with get_session().stream(
+            "GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
+        ) as response:
+            hf_raise_for_status(response)
+            answered = _read_answer(response, file, start, stop)
+            if note:
+                note(answered)
+            _check_same(file, answered)
+            for chunk in response.iter_raw():
+                if len(chunk) > left:
+                    raise _range_error(file, f"sent more than the {stop - start} bytes asked for")
+                left -= len(chunk)
+                yield chunk
+    except EncoderError:
+        raise
+    except HfHubHTTPError as error:
+        if error.response.status_code not in _PASSING:
+            raise explain(error, file.repo, file.commit, file.name) from error
+        wait = seconds_to_wait(error.response.headers.get("Retry-After", ""))
+        raise _Broken(f"HTTP {error.response.status_code}", wait or 0.0) from error
+    except Exception as error:  # its client's errors are neither the hub's nor OSErrors
+        raise _Broken(str(error).strip() or type(error).__name__) from error
+    if left:
+        raise _Broken(f"{left} bytes were missing")
+
+
+def _read_answer(response: Any, file: RemoteFile, start: int, stop: int) -> RemoteFile:
+    """Give the file that answered, if it answered with the range that was asked for."""
+    status = response.status_code
+    if status != 206:
+        raise _range_error(file, f"answered HTTP {status} instead of the part asked for (HTTP 206)")
+    encoding = response.headers.get("Content-Encoding", "identity")
+    if encoding != "identity":
+        raise _range_error(
+            file, f"sent bytes encoded as {_shown(encoding)}, which was not asked for"
+        )
+    span = response.headers.get("Content-Range", "")
+    found = _CONTENT_RANGE.fullmatch(span)
+    size = int(found[3]) if found else 0
+    if found and (int(found[1]), size) == (start, int(found[2]) + 1) and size < stop:
+        raise EncoderError(
+            f"{file.name} of {file.repo} is not a whole safetensors file: it ends at byte {size}."
+        )
+    if not found or (int(found[1]), int(found[2]) + 1) != (start, stop):
+        raise _range_error(
+            file, f"sent {_shown(span) or 'no Content-Range'} for bytes {start}-{stop - 1}"
+        )
+    answered = RemoteFile(file.repo, file.commit, file.name, size, _etag_of(response))
+    if not answered.etag:
+        raise _range_error(file, "names no ETag, so parts cannot be known to be of one file")
+    return answered
+
+
+def _check_same(file: RemoteFile, answered: RemoteFile) -> None:
+    if file.etag and answered != file:
+        raise explain_changed(file.repo, file.commit, file.name)
+
+
+def _etag_of(response: Any) -> str:
+    """Give the hub's tag of the content.
+
+    A file in large storage is redirected to another host, whose own tag is of no use; the hub
+    names the content's in the redirect.
+    """
+    linked = [hop.headers.get("X-Linked-Etag") for hop in (*response.history, response)]
+    named = [tag for tag in linked if tag]
+    etag = named[-1] if named else response.headers.get("ETag", "")
+    return plain_tag(etag) if etag else ""
+
+
+def _range_error(file: RemoteFile, what: str) -> EncoderError:
+    from huggingface_hub import constants
+
+    return EncoderError(
+        f"{constants.ENDPOINT} {what}: {file.name} of {file.repo} cannot be fetched in part from "
+        "it. Check HF_ENDPOINT and proxies, or give a checkpoint directory."
+    )
+
+
+def _explain_broken(file: RemoteFile, broken: _Broken) -> EncoderError:
+    from huggingface_hub import constants
+
+    reason = mask_controls(broken.reason.splitlines()[0]).rstrip(".")
+    return EncoderError(
+        f"the connection to {constants.ENDPOINT} broke while {file.name} of {file.repo} was "
+        f"fetched: {reason}. What came is kept: run again to go on."
+    )

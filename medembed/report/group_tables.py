@@ -1,0 +1,249 @@
+"""Groups of a column and the gaps between them as tables: for terminal, paper and page."""
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from medembed.core.files import write_atomically
+from medembed.core.text import to_csv_cell
+from medembed.dataset.bands import find_groupings
+from medembed.dataset.manifest import Manifest
+from medembed.evaluation.unpaired import GAP_SCORES, GROUP_SCORES
+from medembed.report.operating_tables import asks_for_points, tabulate_points
+from medembed.report.tables import (
+    NOT_ESTIMABLE,
+    Table,
+    format_interval,
+    format_p,
+    format_value,
+    render,
+    render_table,
+)
+from medembed.results.alignment import TestSet
+from medembed.results.significance import row_name
+from medembed.results.subgroups import (
+    compare_groups,
+    describe_gaps,
+    find_test_rows,
+    join_column,
+)
+
+__all__ = [
+    "render_comparison",
+    "render_groups",
+    "tabulate_columns",
+    "write_group_tables",
+]
+
+SHOWN = {"macro_f1": "F1", "sensitivity": "Sens.", "specificity": "Spec."}
+"""The decision scores of the table beside AUROC, as in that by region."""
+WORDS = {
+    "auroc": "AUROC",
+    "sensitivity": "sensitivity",
+    "specificity": "specificity",
+    "brier": "Brier score",
+}
+METHOD = (
+    "Gaps: intervals by MOVER from those of both groups, with what patients in both bring; p after "
+    "Holm's correction over all gaps of a head by this column."
+)
+
+
+def render_comparison(
+    result: dict[str, Any], table_format: str = "table", by: str | None = None, width: int = 80
+) -> str:
+    """Turn all that a comparison was asked for into text.
+
+    Groups and gaps of a column where it has them; otherwise its heads, by "region" or "views" if
+    `by` says so, and operating points where any was asked for. Formats: see `tables.render`.
+
+    Raises
+    ------
+    RunError
+        An unknown format or grouping.
+    """
+    if "groups" in result:
+        return render_groups(result, table_format, width)
+    more = tabulate_points(result, width if table_format == "table" else None)
+    more = more if asks_for_points(result) or not by else []
+    return render(result, table_format=table_format, by=by, width=width, more=more)
+
+
+def render_groups(result: dict[str, Any], table_format: str = "table", width: int = 80) -> str:
+    """Turn the `groups` and `gaps` of a comparison into text: a table of each.
+
+    Parameters
+    ----------
+    result : dict
+        A comparison by a column.
+    table_format : {"table", "markdown", "csv", "latex"}
+        "csv" has every score at full precision, the gaps after an empty line.
+    width : int
+        Columns of the terminal, for "table" only.
+    """
+    if table_format == "csv":
+        return f"{_write_groups(result)}\n{_write_gaps(result)}".rstrip("\n")
+    tables = _tabulate_groups(result), _tabulate_gaps(result)
+    return "\n\n".join(render_table(table, table_format, width) for table in tables)
+
+
+def write_group_tables(result: dict[str, Any], directory: Path) -> list[Path]:
+    """Write ``groups`` and ``gaps`` of a comparison, each as ``.csv`` and ``.tex``."""
+    texts = {
+        "groups.csv": _write_groups(result),
+        "groups.tex": render_table(_tabulate_groups(result), "latex") + "\n",
+        "gaps.csv": _write_gaps(result),
+        "gaps.tex": render_table(_tabulate_gaps(result), "latex") + "\n",
+    }
+    for name, text in texts.items():
+        write_atomically(directory / name, text.encode())
+    return [directory / name for name in texts]
+
+
+def tabulate_columns(
+    result: dict[str, Any], test_set: TestSet, manifest: Manifest
+) -> dict[str, Any]:
+    """Return the page's sections by every column of the manifest that can be grouped.
+
+    Returns
+    -------
+    dict
+        ``sections``, each ``column``, ``groups`` and ``gaps`` (``title``, ``columns``, ``rows``),
+        ``summary`` and ``notes``; ``notes``: how gaps are tested, which columns are left out, and
+        why.
+
+    Raises
+    ------
+    ManifestError, RunError
+        As `columns.find_test_rows`.
+    """
+    rows = find_test_rows(test_set, manifest)
+    groupings, left_out = find_groupings(rows)
+    sections = []
+    for grouping in groupings:
+        own = join_column(test_set, rows, grouping)
+        found = {**result, **compare_groups(result["rows"], test_set, own)}
+        table, gaps = _tabulate_groups(found), _tabulate_gaps(found)
+        sections.append(
+            {
+                "column": grouping.column,
+                "groups": _for_page(table, n_spanning=2),
+                "gaps": _for_page(gaps, n_spanning=1),
+                "summary": describe_gaps(found["gaps"], several=len(result["runs"]) > 1),
+                "notes": [*found["groups"]["notes"], *_explain_absent(found)],
+            }
+        )
+    notes = [METHOD] if sections else []
+    notes += [f"Not shown by {name}: it {reason}." for name, reason in left_out.items()]
+    return {"sections": sections, "notes": notes}
+
+
+def _tabulate_gaps(result: dict[str, Any]) -> Table:
+    """Write the gaps of every trained head between its groups."""
+    several = len(result["runs"]) > 1
+    sections: dict[str, list[list[str]]] = {}
+    for gap in result["gaps"]:
+        head = row_name(gap, several=several)
+        section = sections.setdefault(head, [])
+        cells = [WORDS[gap["score"]], f"{gap['a']} − {gap['b']}", _difference(gap)]
+        section.append(["" if section else head, *cells, format_p(gap["p_holm"])])
+    notes = [describe_gaps(result["gaps"], several=several)]
+    notes += [METHOD] if result["gaps"] else []
+    title = f"Gaps between groups by {result['groups']['column']}"
+    columns = ["Head", "Score", "Groups", "Difference [95 %]", "p (Holm)"]
+    return Table(title, columns, 3, list(sections.values()), notes)
+
+
+def _tabulate_groups(result: dict[str, Any]) -> Table:
+    groups, plural = result["groups"], "studies" if result["level"] == "study" else "images"
+    sections = []
+    for group, blocks in _blocks(result):
+        name = [group["name"], f"{group['n']} ({group['n_abnormal']})"]
+        sections.append(
+            [
+                [*(name if i == 0 else ["", ""]), head, *_cells(block)]
+                for i, (head, block) in enumerate(blocks)
+            ]
+        )
+    columns = [groups["column"], "n (abn.)", "Head", "AUROC [95 %]", *SHOWN.values()]
+    title = f"Heads by {groups['column']}, test {plural}"
+    notes = [*groups["notes"], *_explain_absent(result)]
+    return Table(title, columns, 3, sections, [*notes, *result["notes"]])
+
+
+def _blocks(
+    result: dict[str, Any],
+) -> Iterator[tuple[dict[str, Any], list[tuple[str, dict[str, Any]]]]]:
+    """Yield each group with the trained heads' names and their scores in it."""
+    several = len(result["runs"]) > 1
+    priors = {(row["run"], row["head"]) for row in result["rows"] if row["baseline"]}
+    rows = [row for row in result["groups"]["rows"] if (row["run"], row["head"]) not in priors]
+    for group in result["groups"]["groups"]:
+        yield (
+            group,
+            [(row_name(row, several=several), row["groups"][group["name"]]) for row in rows],
+        )
+
+
+def _explain_absent(result: dict[str, Any]) -> list[str]:
+    """Say of each group why a score that gaps are of has no interval, the first reason found."""
+    found: dict[str, str] = {}
+    for group, blocks in _blocks(result):
+        for score in GAP_SCORES:
+            for _, block in blocks:
+                if "reason" in block[score]:
+                    found.setdefault(group["name"], block[score]["reason"])
+    return [f"No interval, {name}: {reason}." for name, reason in found.items()]
+
+
+def _cells(block: dict[str, Any]) -> list[str]:
+    return [format_interval(block["auroc"]), *(format_value(block[name]) for name in SHOWN)]
+
+
+def _difference(gap: dict[str, Any]) -> str:
+    if gap["difference"] is None:
+        return NOT_ESTIMABLE
+    if gap["low"] is None:
+        return f"{gap['difference']:+.3f}"
+    return f"{gap['difference']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]"
+
+
+def _for_page(table: Table, n_spanning: int) -> dict[str, Any]:
+    rows = [
+        {"cells": row, "n_spanning": n_spanning, "span": len(section) if row is section[0] else 0}
+        for section in table.sections
+        for row in section
+    ]
+    return {"title": table.title, "columns": table.columns, "rows": rows}
+
+
+def _write_groups(result: dict[str, Any]) -> str:
+    ends = ("", "_low", "_high")
+    names = [f"{score}{end}" for score in GROUP_SCORES for end in ends]
+    about = [result["groups"]["column"], "n", "n_abnormal", "n_patients", "head"]
+    lines: list[Sequence[Any]] = [[*about, *names]]
+    for group, blocks in _blocks(result):
+        counts = [group[name] for name in ("n", "n_abnormal", "n_patients")]
+        for head, block in blocks:
+            scores = [block[s][e] for s in GROUP_SCORES for e in ("value", "low", "high")]
+            lines.append([group["name"], *counts, head, *scores])
+    return _csv(lines)
+
+
+def _write_gaps(result: dict[str, Any]) -> str:
+    several = len(result["runs"]) > 1
+    names = ["score", "a", "b", "difference", "low", "high", "p", "p_holm", "method"]
+    lines: list[Sequence[Any]] = [["head", *names]]
+    lines += [
+        [row_name(gap, several=several), *(gap[name] for name in names)] for gap in result["gaps"]
+    ]
+    return _csv(lines)
+
+
+def _csv(lines: Sequence[Sequence[Any]]) -> str:
+    output = io.StringIO()
+    writer = csv.writer(output, lineterminator="\n")
+    writer.writerows([to_csv_cell(cell) for cell in line] for line in lines)
+    return output.getvalue()

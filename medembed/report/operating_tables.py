@@ -1,0 +1,196 @@
+"""What decisions at operating points are worth, as tables for the terminal, papers and the page."""
+
+import csv
+import io
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from medembed.core.text import to_csv_cell
+from medembed.evaluation.thresholds import SHOWN
+from medembed.report.tables import (
+    Table,
+    format_count,
+    format_counted,
+    format_interval,
+    table_width,
+)
+from medembed.results.operating_points import POINT_SCORES
+from medembed.results.significance import row_name
+
+__all__ = [
+    "PREDICTIVE",
+    "SHARES",
+    "asks_for_points",
+    "name_point",
+    "points_csv",
+    "points_of",
+    "tabulate_points",
+]
+
+SHARES = {"sensitivity": "Sens.", "specificity": "Spec.", "ppv": "PPV", "npv": "NPV"}
+PREDICTIVE = {"ppv": "PPV", "npv": "NPV"}
+CONFUSION = ("tp", "fn", "fp", "tn")
+_NAMES = {"youden": "Youden"}
+_NOTE = (
+    "From: the threshold of the calibrated probability, chosen on out-of-fold predictions of "
+    "train, or given."
+)
+_COUNTS = (
+    "x/n: found of all abnormal, passed of all normal, abnormal of those called so, normal of "
+    "those called so."
+)
+
+
+def tabulate_points(result: Mapping[str, Any], width: int | None = None) -> list[Table]:
+    """Return how trained heads decide at each operating point; no table where none tells.
+
+    Parameters
+    ----------
+    result : mapping
+        A comparison; those made before there were operating points have none.
+    width : int, optional
+        Columns of the terminal: intervals and confusion matrix are left out where they do not fit.
+
+    Returns
+    -------
+    list of Table
+        One of the rows at hand, and one at another prevalence where the comparison has it.
+    """
+    if not any(points for _, points in _heads(result)):
+        return []
+    for layout in (_FULL, _SHORT):
+        table = _table(result, layout)
+        if width is None or table_width(table) <= width:
+            break
+    else:
+        table = _stack(_table(result, _NARROW))
+    return [table, *_at_prevalence(result)]
+
+
+def asks_for_points(result: Mapping[str, Any]) -> bool:
+    """Tell whether a comparison has more of decisions than every comparison has."""
+    return len(result["operating_points"]) > len(SHOWN) or result["prevalence"] is not None
+
+
+def points_csv(result: Mapping[str, Any]) -> str:
+    """Return every head's operating points as CSV at full precision."""
+    shares = [f"{name}_{part}" for name in ("accuracy", *SHARES) for part in ("k", "n")]
+    scores = [f"{name}{end}" for name in POINT_SCORES for end in ("", "_low", "_high")]
+    given = [f"{name}_at_prevalence{end}" for name in PREDICTIVE for end in ("", "_low", "_high")]
+    output = io.StringIO()
+    writer = csv.writer(output, lineterminator="\n")
+    heading = ["run", "head", "operating_point", "threshold", *scores, *shares, *CONFUSION]
+    writer.writerow([*heading, "prevalence", *given])
+    for row in result["rows"]:
+        for point in points_of(row):
+            told, matrix = point["scores"], point["confusion"] or {}
+            at = point.get("at_prevalence") or {}
+            writer.writerow(
+                [
+                    *(to_csv_cell(row[name]) for name in ("run", "head")),
+                    *(point["name"], point["threshold"]),
+                    *(told[name][end] for name in POINT_SCORES for end in _ENDS),
+                    *(told[n].get(part) for n in ("accuracy", *SHARES) for part in ("k", "n")),
+                    *(matrix.get(name) for name in CONFUSION),
+                    at.get("prevalence"),
+                    *((at.get(name) or {}).get(end) for name in PREDICTIVE for end in _ENDS),
+                ]
+            )
+    return output.getvalue().rstrip("\n")
+
+
+def points_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the operating points of a comparison's row that have a threshold."""
+    return [own for own in row.get("operating_points", []) if own["threshold"] is not None]
+
+
+def name_point(name: str) -> str:
+    """Return an operating point's name as tables show it."""
+    return _NAMES.get(name, name)
+
+
+_ENDS = ("value", "low", "high")
+
+
+def _heads(result: Mapping[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    several = len(result.get("runs", [])) > 1
+    for row in result["rows"]:
+        if not row["baseline"]:
+            yield row_name(row, several=several), points_of(row)
+
+
+class _Layout(NamedTuple):
+    """How much of a decision a table shows: intervals, the confusion matrix."""
+
+    has_intervals: bool
+    has_matrix: bool
+
+
+_FULL, _SHORT, _NARROW = _Layout(True, True), _Layout(False, True), _Layout(False, False)
+
+
+def _table(result: Mapping[str, Any], layout: _Layout) -> Table:
+    write = format_count if layout.has_intervals else format_counted
+    names = [f"{title} [95 %]" if layout.has_intervals else title for title in SHARES.values()]
+    matrix = CONFUSION if layout.has_matrix else ()
+    columns = ["Head", "Operating point", "From", *names, *(name.upper() for name in matrix)]
+
+    def cells(point: Mapping[str, Any]) -> list[str]:
+        counts = [f"{point['confusion'][name]:,}" for name in matrix]
+        return [*(write(point["scores"][name]) for name in SHARES), *counts]
+
+    title, notes = f"Decisions on test {_plural(result)}", [_NOTE, _COUNTS]
+    return Table(title, columns, 2, _lines(result, cells), notes[: 1 if layout.has_matrix else 2])
+
+
+def _stack(table: Table) -> Table:
+    """Put the counts of each share on a line of their own."""
+    sections = []
+    for section in table.sections:
+        lines = []
+        for names, shares in ((row[:3], row[3:]) for row in section):
+            parts = [share.partition(" ") for share in shares]
+            lines += [[*names, *(value for value, _, _ in parts)]]
+            lines += [["", "", "", *(counts for _, _, counts in parts)]]
+        sections.append(lines)
+    return replace(table, sections=sections)
+
+
+def _at_prevalence(result: Mapping[str, Any]) -> list[Table]:
+    prevalence = result.get("prevalence")
+    if prevalence is None:
+        return []
+    columns = ["Head", "Operating point", "PPV [95 %]", "NPV [95 %]"]
+
+    def cells(point: Mapping[str, Any]) -> list[str]:
+        return [format_interval(point["at_prevalence"][name]) for name in PREDICTIVE]
+
+    title = f"Predictive values where a share of {prevalence:g} is abnormal"
+    note = (
+        "From sensitivity and specificity by Bayes' rule, with limits from theirs (MOVER); they "
+        "hold where both are what they are on these rows."
+    )
+    lines = [[[*row[:2], *row[3:]] for row in section] for section in _lines(result, cells)]
+    return [Table(title, columns, 2, lines, [note])]
+
+
+def _lines(
+    result: Mapping[str, Any], cells: Callable[[Mapping[str, Any]], list[str]]
+) -> list[list[list[str]]]:
+    return [
+        [
+            [
+                "" if i else head,
+                name_point(point["name"]),
+                f"{point['threshold']:.3f}",
+                *cells(point),
+            ]
+            for i, point in enumerate(points)
+        ]
+        for head, points in _heads(result)
+    ]
+
+
+def _plural(result: Mapping[str, Any]) -> str:
+    return "studies" if result["level"] == "study" else "images"

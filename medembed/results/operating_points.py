@@ -1,0 +1,109 @@
+"""What decisions at each operating point are worth on test, and over all thresholds."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from medembed.evaluation.bootstrap import patient_codes
+from medembed.evaluation.clinical_utility import net_benefit, predictive_values
+from medembed.evaluation.estimates import PREDICTIVE, Estimate, estimate_scores
+from medembed.evaluation.intervals import plain
+from medembed.evaluation.scores import DECISION_SCORES
+from medembed.evaluation.thresholds import OperatingPoint, ThresholdRule
+
+__all__ = [
+    "POINT_SCORES",
+    "count_confusion",
+    "describe_benefit",
+    "describe_points",
+]
+
+POINT_SCORES = (*DECISION_SCORES, *PREDICTIVE)
+"""What is told of decisions at an operating point."""
+
+
+def describe_points(
+    y: np.ndarray,
+    probability: np.ndarray,
+    patients: np.ndarray,
+    rules: Sequence[ThresholdRule],
+    known: Iterable[OperatingPoint],
+    prevalence: float | None = None,
+) -> list[dict[str, Any]]:
+    """Return how a head decides at each operating point, as JSON values.
+
+    Parameters
+    ----------
+    y, probability, patients : arrays of shape (n,)
+        Test labels 0 or 1, calibrated probabilities, and whose row it is.
+    rules : sequence of ThresholdRule
+        The points to tell of.
+    known : iterable of OperatingPoint
+        Those of which the head has a threshold.
+    prevalence : float, optional
+        Where predictive values are told too, in (0, 1).
+
+    Returns
+    -------
+    list of dict
+        ``name``, ``threshold``, ``scores`` (of `POINT_SCORES`), ``confusion``; ``at_prevalence``
+        (``prevalence``, ``ppv``, ``npv``) where one is given. Threshold and confusion are None,
+        and scores not estimable, where the threshold is not known.
+    """
+    thresholds = {point.name: point.threshold for point in known}
+    found = []
+    for rule in rules:
+        threshold = thresholds.get(rule.name)
+        if threshold is None:
+            nothing = Estimate(np.nan, reason="the model's threshold is not known")
+            estimates, confusion = dict.fromkeys(POINT_SCORES, nothing), None
+        else:
+            codes = patient_codes(patients)
+            estimates = estimate_scores(y, probability, threshold, codes, POINT_SCORES)
+            confusion = count_confusion(y, probability, threshold)
+        entry = {
+            "name": rule.name,
+            "threshold": threshold,
+            "scores": _intervals(estimates),
+            "confusion": confusion,
+        }
+        if prevalence is not None:
+            shares = (estimates["sensitivity"], estimates["specificity"])
+            values = predictive_values(*shares, prevalence)
+            entry["at_prevalence"] = {"prevalence": prevalence, **_intervals(values)}
+        found.append(entry)
+    return found
+
+
+def describe_benefit(
+    y: np.ndarray, probability: np.ndarray, patients: np.ndarray
+) -> dict[str, Any]:
+    """Return a head's decision curve as JSON values, see `evaluation.clinical_utility`.
+
+    Returns
+    -------
+    dict
+        Lists of one length: ``thresholds``, ``value``, ``low``, ``high``, and ``treat_all``;
+        ``method`` of the band, None where there is none.
+    """
+    curve = net_benefit(y, probability, patients)
+    columns = {name: plain(curve[name].tolist()) for name in ("value", "low", "high", "treat_all")}
+    method = "influence-t" if curve["low"].notna().any() else None
+    return {"thresholds": curve["threshold"].tolist(), **columns, "method": method}
+
+
+def count_confusion(y: np.ndarray, probability: np.ndarray, threshold: float) -> dict[str, int]:
+    """Return ``tn``, ``fp``, ``fn``, ``tp`` of decisions at or above a threshold."""
+    called, is_abnormal = probability >= threshold, y == 1
+    counts = {
+        "tn": ~called & ~is_abnormal,
+        "fp": called & ~is_abnormal,
+        "fn": ~called & is_abnormal,
+        "tp": called & is_abnormal,
+    }
+    return {name: int(own.sum()) for name, own in counts.items()}
+
+
+def _intervals(estimates: Mapping[str, Estimate]) -> dict[str, Any]:
+    return {name: own.interval().as_dict() for name, own in estimates.items()}

@@ -1,0 +1,1 @@
+"""Programs that made files of the package. They run from a checkout and are not installed."""
