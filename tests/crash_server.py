@@ -25,7 +25,7 @@ from typing import IO, Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import numpy as np
-from test_extraction import HalvesEncoder
+from made_extraction import HalvesEncoder
 
 from medembed.cache import metadata as description
 from medembed.cache import shards

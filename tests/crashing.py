@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from test_extraction import HalvesEncoder, list_images, write_images
+from made_extraction import HalvesEncoder, list_images, write_images
 
 from medembed.cache.failures import read_failures
 from medembed.cache.spec import hex_from_keys

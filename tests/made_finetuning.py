@@ -9,13 +9,18 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pytest
 import torch
+from made_gemma import make_gemma
 from PIL import Image
-from test_siglip import make_gemma
 
 from medembed.dataset.manifest import Manifest, make_manifest, write_manifest
 from medembed.encoders.loading import load_encoder
-from medembed.finetuning import Hyperparameters, finetune
+from medembed.finetuning import Hyperparameters, finetune, training
+from medembed.finetuning.hyperparameters import Depth
+from medembed.finetuning.network import Network, blank_start
+from medembed.finetuning.training import write_state
+from medembed.results.runs import open_run
 
 QUICK = Hyperparameters(epochs=2, batch_size=16, augment=False, lr=3e-3)
 
@@ -82,3 +87,62 @@ def different(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -
     """Name the tensors that differ in a bit."""
     assert set(before) == set(after)
     return {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+
+
+def saved_bytes(encoder: Any, depth: Depth, recipe: Hyperparameters = QUICK) -> int:
+    """Count what a step keeps for its backward pass, but the parameters."""
+    width = 2 * encoder.dimensions["mean"][0]
+    network = Network(encoder, depth, recipe, ("mean", "max"), blank_start(width))
+    network.set_training(True)
+    own = {parameter.data_ptr() for parameter in network.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.data_ptr() not in own:
+            kept[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    size = encoder.preprocessing
+    pixels = torch.zeros(4, size.height, size.width, dtype=torch.uint8)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = network(pixels).sum()
+    loss.backward()
+    return sum(kept.values())
+
+
+class Stop(KeyboardInterrupt):
+    pass
+
+
+def require_equal(out: Path, whole: Path) -> None:
+    """Compare a finished run with the uninterrupted one: every file but for times."""
+
+    def names(run: Path) -> list[str]:
+        paths = [path.relative_to(run) for path in run.rglob("*") if path.is_file()]
+        return sorted(str(p) for p in paths if not any(part.startswith(".") for part in p.parts))
+
+    assert names(out) == names(whole)
+    for name in names(whole):
+        ours, theirs = (run / name for run in (out, whole))
+        if name.endswith((".parquet", ".safetensors")):
+            assert ours.read_bytes() == theirs.read_bytes(), name
+    boards = [open_run(run).info["leaderboard"] for run in (out, whole)]
+    for entry in (*boards[0], *boards[1]):
+        entry["seconds"] = None
+    assert boards[0] == boards[1]
+    histories = [[r["history"] for r in open_run(run).trial_records()] for run in (out, whole)]
+    assert histories[0] == histories[1]
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
+    """Interrupt once n epochs are written."""
+    count = 0
+
+    def counted(*arguments: Any) -> None:
+        nonlocal count
+        write_state(*arguments)
+        count += 1
+        if count == n:
+            raise Stop
+
+    monkeypatch.setattr(training, "write_state", counted)

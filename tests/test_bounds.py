@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from made_dicom import DEEP, dicom, read
+from made_extraction import HalvesEncoder, write_images
 from made_sweeps import make_data
 from PIL import Image
 from pydicom.uid import DeflatedExplicitVRLittleEndian
-from test_extraction import HalvesEncoder, write_images
 
 from medembed.cache.store import open_cache
 from medembed.cli import main

@@ -10,8 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from made_finetuning import make_cohort, make_tower, one_thread, tune
-from made_sweeps import auroc_of, make_data, predictions_of, read_columns
-from test_sweeps import make_table
+from made_sweeps import auroc_of, make_data, make_table, predictions_of, read_columns
 
 from medembed.core.errors import ModelError, RunError, TrainingDataError
 from medembed.dataset.manifest import read_manifest

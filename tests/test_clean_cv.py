@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_sweeps import SMALL, make_cache, make_table
+from made_sweeps import SMALL, make_cache, make_table
 
 from medembed.core.errors import TrainingDataError
 from medembed.dataset.manifest import make_manifest

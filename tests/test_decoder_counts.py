@@ -42,7 +42,7 @@ def test_decoders_share_the_cores_with_the_launchers_other_processes(
 def test_extraction_starts_no_more(
     monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    from test_extraction import HalvesEncoder, write_images
+    from made_extraction import HalvesEncoder, write_images
 
     from medembed.extraction import extract
 

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from made_dicom import DEEP, RAMP, dicom, read, relabelled
+from made_extraction import HalvesEncoder
 from PIL import Image
 from pydicom.uid import (
     DeflatedExplicitVRLittleEndian,
@@ -24,7 +25,6 @@ from pydicom.uid import (
     JPEGLSLossless,
     RLELossless,
 )
-from test_extraction import HalvesEncoder
 
 from medembed.cache.embeddings import load_embeddings
 from medembed.cache.store import open_cache
@@ -54,7 +54,7 @@ ABSURD = (
 EXTRACT = """
 import json, resource, sys
 sys.path.insert(0, sys.argv[1])
-from test_extraction import HalvesEncoder
+from made_extraction import HalvesEncoder
 from medembed.dataset.manifest import read_manifest
 from medembed.extraction import extract
 manifest, root, cache = sys.argv[2:]

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from made_dicom_tree import LABEL, put
+from made_dicom_tree import build as build_any
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
-from test_dicom_tree import LABEL, put
-from test_dicom_tree import build as build_any
 
 from medembed.core.errors import RecipeError
 from medembed.dataset.recipes.build import BuildReport

@@ -4,12 +4,12 @@ import csv
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from made_dicom import dataset, write
+from made_dicom_tree import LABEL, RECIPE, build, picture, put
 from pydicom.data import get_testdata_file
 from pydicom.datadict import DicomDictionary
 from pydicom.dataset import Dataset
@@ -22,40 +22,8 @@ from medembed.cli import main
 from medembed.core.errors import RecipeError
 from medembed.dataset.manifest import read_manifest, write_manifest
 from medembed.dataset.pseudonyms import Pseudonyms, read_key
-from medembed.dataset.recipes.build import BuildReport, build_manifest, load_recipe
+from medembed.dataset.recipes.build import build_manifest, load_recipe
 from medembed.images.dicom import terms
-
-RECIPE = """
-name = "mine"
-licence = "none"
-citation = "none"
-url = "https://example.org"
-layout = "dicom"
-label_level = "study"
-[dicom]
-{dicom}
-{label}
-[split]
-fraction = 0.3
-"""
-LABEL = """
-[label]
-column = "finding"
-normal = ["none"]
-abnormal = ["fracture"]
-"""
-
-
-def picture(seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).normal(1800, 400, (32, 24)).clip(0, 4095).astype(np.uint16)
-
-
-def put(path: Path, seed: int, **elements: Any) -> Dataset:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    made = dataset(picture(seed), BitsStored=12, **elements)
-    made.SOPInstanceUID = f"1.2.826.{seed}"
-    path.write_bytes(write(made))
-    return made
 
 
 def code(value: str, meaning: str, scheme: str = "SCT") -> Sequence:
@@ -86,14 +54,6 @@ def root(tmp_path: Path) -> Path:
     (root / "empty").touch()
     (root / "damaged.dcm").write_bytes(bytes(128) + b"DICM" + bytes(range(256)))
     return root
-
-
-def build(
-    folder: Path, root: Path, dicom: str = "", label: str = "", **options: Any
-) -> BuildReport:
-    path = folder / "recipe.toml"
-    path.write_text(RECIPE.format(dicom=dicom, label=label), encoding="utf-8")
-    return build_manifest(load_recipe(path), root, **options)
 
 
 def test_elements_give_regions_and_covariates(tmp_path: Path, root: Path) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from made_backbones import save
 from made_finetuning import one_thread
 from PIL import Image, ImageDraw
 from scipy.special import expit
-from test_backbones import save
 from transformers import SiglipVisionConfig, SiglipVisionModel
 from transformers.models.gemma3.modeling_gemma3 import Gemma3MultiModalProjector
 
@@ -30,12 +30,7 @@ from medembed.heads.linear import LogisticHead
 from medembed.heads.mlp import MLPHead
 from medembed.prediction.attribution import Explainer, differentiable_logit, logit, repool
 from medembed.prediction.occlusion import occlude, spread, window_sides
-from medembed.prediction.overlay import (
-    DISCLAIMER,
-    draw_overlay,
-    overlay_name,
-    write_overlay,
-)
+from medembed.prediction.overlay import DISCLAIMER, draw_overlay, overlay_name, write_overlay
 from medembed.results.predictions import image_code
 from tools.bone_masks import locate_bones, pool_mask
 

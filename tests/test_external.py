@@ -7,8 +7,7 @@ import shutil
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from made_sweeps import make_data, make_pooled_cache, refuse
-from test_sweeps import make_table
+from made_sweeps import make_data, make_pooled_cache, make_table, refuse
 
 from medembed.cache.failures import Failure
 from medembed.cache.spec import CacheSpec

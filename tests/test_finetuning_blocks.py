@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from made_finetuning import QUICK, different, make_cohort, make_tower, state_of, tune
-from test_backbones import CONFIGS, SIZE, save
+from made_backbones import CONFIGS, SIZE, save
+from made_finetuning import different, make_cohort, make_tower, saved_bytes, state_of, tune
 
 from medembed.core.errors import EncoderError, TrainingDataError
 from medembed.encoders.loading import load_encoder
@@ -130,27 +130,6 @@ def test_exactly_the_trained_tensors_of_a_backbone_change(
     everything = different(before, state_of(tmp_path / "run" / "encoders" / "unfreeze-2"))
     matrices = {n for n, t in before.items() if t.ndim > 1 and not n.startswith("pooler.")}
     assert matrices - {"embeddings.mask_token"} <= everything
-
-
-def saved_bytes(encoder: Any, depth: Depth, recipe: Hyperparameters = QUICK) -> int:
-    """Count what a step keeps for its backward pass, but the parameters."""
-    width = 2 * encoder.dimensions["mean"][0]
-    network = Network(encoder, depth, recipe, ("mean", "max"), blank_start(width))
-    network.set_training(True)
-    own = {parameter.data_ptr() for parameter in network.parameters()}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.data_ptr() not in own:
-            kept[tensor.data_ptr()] = tensor.nbytes
-        return tensor
-
-    size = encoder.preprocessing
-    pixels = torch.zeros(4, size.height, size.width, dtype=torch.uint8)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = network(pixels).sum()
-    loss.backward()
-    return sum(kept.values())
 
 
 def test_head_only_training_keeps_no_activations_however_deep_the_encoder(tmp_path: Path) -> None:

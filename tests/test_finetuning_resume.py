@@ -11,19 +11,15 @@ from typing import Any
 
 import pytest
 from forked import fork
-from made_finetuning import QUICK, make_cohort, make_tower, tune
+from made_finetuning import QUICK, Stop, make_cohort, make_tower, require_equal, stop_after, tune
 
 from medembed.core.errors import RunError
 from medembed.finetuning import training
-from medembed.finetuning.training import read_state, write_state
+from medembed.finetuning.training import read_state
 from medembed.results.runs import Run, open_run
 
 LONG = replace(QUICK, epochs=3, patience=9)
 OPTIONS: dict[str, Any] = {"unfreeze": "0,1,2", "config": LONG}
-
-
-class Stop(KeyboardInterrupt):
-    pass
 
 
 @pytest.fixture(scope="module")
@@ -33,40 +29,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_tower(home / "tower")
     tune(home, home / "tower", home / "whole", **OPTIONS)
     return home
-
-
-def require_equal(out: Path, whole: Path) -> None:
-    """Compare a finished run with the uninterrupted one: every file but for times."""
-
-    def names(run: Path) -> list[str]:
-        paths = [path.relative_to(run) for path in run.rglob("*") if path.is_file()]
-        return sorted(str(p) for p in paths if not any(part.startswith(".") for part in p.parts))
-
-    assert names(out) == names(whole)
-    for name in names(whole):
-        ours, theirs = (run / name for run in (out, whole))
-        if name.endswith((".parquet", ".safetensors")):
-            assert ours.read_bytes() == theirs.read_bytes(), name
-    boards = [open_run(run).info["leaderboard"] for run in (out, whole)]
-    for entry in (*boards[0], *boards[1]):
-        entry["seconds"] = None
-    assert boards[0] == boards[1]
-    histories = [[r["history"] for r in open_run(run).trial_records()] for run in (out, whole)]
-    assert histories[0] == histories[1]
-
-
-def stop_after(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
-    """Interrupt once n epochs are written."""
-    count = 0
-
-    def counted(*arguments: Any) -> None:
-        nonlocal count
-        write_state(*arguments)
-        count += 1
-        if count == n:
-            raise Stop
-
-    monkeypatch.setattr(training, "write_state", counted)
 
 
 @pytest.mark.parametrize("n", [1, 6, 9])

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from made_backbones import SIZE, save
 from made_finetuning import QUICK, make_cohort, make_tower, tune
 from scipy.special import logit
-from test_backbones import SIZE, save
 
 from medembed.cache.embeddings import map_rows
 from medembed.cache.spec import CacheSpec, keys_from_hex

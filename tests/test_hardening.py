@@ -27,10 +27,9 @@ from click.testing import CliRunner, Result
 from crashing import SOAK
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_sweeps import make_data
-from test_extraction import HalvesEncoder, list_images, write_images
-from test_images import NOISE, chunk, encode
-from test_sweeps import make_table
+from made_extraction import HalvesEncoder, list_images, write_images
+from made_images import NOISE, chunk, encode
+from made_sweeps import make_data, make_table
 
 import medembed
 from medembed.cache import shards

@@ -9,8 +9,20 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_images import (
+    COLOURS,
+    DEEP,
+    NOISE,
+    RAMP,
+    bmp_with_alpha,
+    chunk,
+    encode,
+    grey_png,
+    luminance,
+    png,
+    tiff,
+)
 from PIL import Image, ImageOps
-from test_images import COLOURS, DEEP, NOISE, RAMP, chunk, encode, grey_png, luminance, png, tiff
 
 from medembed.core.errors import ImageError
 from medembed.images import bare
@@ -53,16 +65,6 @@ def test_one_grey_is_judged_on_decoded_pixels() -> None:
 
 
 # --- alpha that is 0 everywhere -----------------------------------------------------------------
-
-
-def bmp_with_alpha(grey: np.ndarray, alpha: np.ndarray) -> bytes:
-    """Write a BMP of 32 bits with a mask for alpha, bottom up."""
-    height, width = grey.shape
-    fields = (56, width, height, 1, 32, 3, 4 * grey.size, 0, 0, 0, 0)
-    header = struct.pack("<IiiHHIIiiII4I", *fields, 0xFF0000, 0xFF00, 0xFF, 0xFF000000)
-    start = 14 + len(header)
-    body = np.dstack([grey, grey, grey, alpha]).astype(np.uint8)[::-1].tobytes()
-    return b"BM" + struct.pack("<IHHI", start + len(body), 0, 0, start) + header + body
 
 
 def with_alpha(alpha: np.ndarray) -> dict[str, tuple[bytes, np.ndarray]]:

@@ -10,11 +10,10 @@ import numpy as np
 import pandas as pd
 import pytest
 from made_dicom import DEEP, dataset, dicom, write
+from made_extraction import HalvesEncoder, counts, extract_here, write_images
+from made_images import COLOURS, NOISE, bmp_with_alpha, encode, tiff
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
-from test_extraction import HalvesEncoder, counts, extract_here, write_images
-from test_image_checks import bmp_with_alpha
-from test_images import COLOURS, NOISE, encode, tiff
 
 from medembed.cache.spec import CacheSpec, keys_from_hex
 from medembed.cache.store import create_cache, open_cache
@@ -23,12 +22,7 @@ from medembed.dataset.manifest import Manifest
 from medembed.extraction import spec_of
 from medembed.extraction.job import HEAD
 from medembed.images.decode import decode_image
-from medembed.images.versions import (
-    IMAGES_VERSION,
-    go_together,
-    may_have_changed,
-    why_changed,
-)
+from medembed.images.versions import IMAGES_VERSION, go_together, may_have_changed, why_changed
 from medembed.prediction.decisions import check_spec
 
 CLEAR = np.dstack([COLOURS[..., :3], np.zeros((40, 56), np.uint8)])

@@ -1,6 +1,7 @@
-"""The five floors, the two halves and the light start-up, read from the imports themselves."""
+"""Floors, halves, the light start-up and how tests lie, read from the imports themselves."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import medembed
 
 PACKAGE = Path(medembed.__file__).parent
+TESTS = Path(__file__).parent
 
 FLOORS = {
     "core": 1,
@@ -143,3 +145,10 @@ def test_long_modules_are_noticed() -> None:
 
 def by_path() -> dict[str, Path]:
     return {module_name(path): path for path in PACKAGE.rglob("*.py")}
+
+
+def test_no_test_module_is_imported_by_another() -> None:
+    """What several of them need is in a helper module; scripts in their texts count as well."""
+    for path in TESTS.rglob("*.py"):
+        imported = re.findall(r"\b(?:from|import) (test_\w+)", path.read_text(encoding="utf-8"))
+        assert not imported, f"{path} imports {imported}: move what it needs to a helper module"

@@ -12,11 +12,21 @@ import pandas as pd
 import pytest
 import torch
 from click.testing import CliRunner
-from made_finetuning import QUICK, different, make_cohort, make_tower, one_thread, state_of, tune
+from made_backbones import save
+from made_finetuning import (
+    QUICK,
+    Stop,
+    different,
+    make_cohort,
+    make_tower,
+    one_thread,
+    require_equal,
+    saved_bytes,
+    state_of,
+    stop_after,
+    tune,
+)
 from scipy.special import logit
-from test_backbones import save
-from test_finetuning_blocks import saved_bytes
-from test_finetuning_resume import Stop, require_equal, stop_after
 from torch.utils.flop_counter import FlopCounterMode
 
 from medembed.cache.embeddings import load_embeddings

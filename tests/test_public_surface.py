@@ -223,8 +223,7 @@ def test_the_folds_are_the_sweeps(path: dict[str, Any], home: Path) -> None:
 
 def test_folds_of_the_manifest_where_images_failed(tmp_path: Path) -> None:
     """Rows that failed keep their patients' places: others are not dealt anew."""
-    from made_sweeps import make_pooled_cache
-    from test_sweeps import make_table
+    from made_sweeps import make_pooled_cache, make_table
 
     from medembed.cache.failures import Failure
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from test_extraction import HalvesEncoder, write_images
+from made_extraction import HalvesEncoder, write_images
 
 from medembed.cache import shards
 from medembed.cache.embeddings import load_embeddings
@@ -90,7 +90,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
     write_images(root / "images", N_IMAGES)
     (root / "images" / UNDECODABLE).write_bytes(b"no image")
     (root / "images" / "copy.png").write_bytes((root / "images" / "003.png").read_bytes())
-    from test_extraction import list_images
+    from made_extraction import list_images
 
     manifest = list_images(root / "images")
     write_manifest(manifest, root / "manifest.csv")
@@ -215,7 +215,7 @@ def test_sigterm_commits_what_is_embedded(dataset: tuple[Path, Manifest], tmp_pa
     script = f"""
         from functools import partial
         from pathlib import Path
-        from test_extraction import HalvesEncoder
+        from made_extraction import HalvesEncoder
         from medembed.cli import console
         from medembed.dataset.manifest import read_manifest
         from medembed.extraction.ray_engine import Job, extract_on_ray

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from hub_server import Hub, serving
 from made_dicom import dicom
-from test_siglip import make_gemma
+from made_gemma import make_gemma
 
 from medembed.demo.cohort import DemoView, draw_cohort, write_view
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from made_backbones import save
 from preloaded import commands
-from test_backbones import save
 
 from medembed.core.errors import RunError
 from medembed.demo.cohort import draw_cohort, write_view

@@ -1,82 +1,28 @@
 """The oracle is transformers' own model and image processor, on small random checkpoints."""
 
-import contextlib
 import copy
-import io
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from made_gemma import SIZE, TEXT, VISION, make_gemma, quiet
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from medembed.core.errors import EncoderError
 from medembed.encoders.devices import set_precision
-from medembed.encoders.loading import (
-    choose_device,
-    choose_precision,
-    load_encoder,
-    take_own_gpu,
-)
+from medembed.encoders.loading import choose_device, choose_precision, load_encoder, take_own_gpu
 from medembed.encoders.preprocessing import Preprocessing, prepare
 from medembed.encoders.protocol import Encoder
 from medembed.encoders.siglip import SiglipEncoder
 from medembed.extraction.canary import check_canary, compute_canary
 from medembed.images.decode import decode_image
-
-SIZE = 32
-VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "image_size": SIZE,
-    "patch_size": 8,
-    "vision_use_head": False,
-}
-TEXT = {
-    "vocab_size": 64,
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-}
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep transformers' progress bars for writing out of the report."""
-    with contextlib.redirect_stderr(io.StringIO()):
-        yield
-
-
-def make_gemma(directory: Path, **changes: object) -> Any:
-    """Save a random MedGemma-like checkpoint by transformers' own means; return the model."""
-    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
-    from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
-
-    torch.manual_seed(0)
-    config = Gemma3Config(
-        vision_config={**VISION, **changes}, text_config=TEXT, mm_tokens_per_image=4
-    )
-    model = Gemma3ForConditionalGeneration(config).eval()
-    for parameter in model.parameters():  # biases and norms start as constants: move them
-        parameter.data += 0.05 * torch.randn_like(parameter)
-    processor = Gemma3ImageProcessorPil(
-        size={"height": SIZE, "width": SIZE}, image_mean=[0.5] * 3, image_std=[0.5] * 3
-    )
-    with quiet():
-        model.save_pretrained(directory)
-        processor.save_pretrained(directory)
-    return model
 
 
 @pytest.fixture(scope="module")

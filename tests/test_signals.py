@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import slow_files
+from made_extraction import HalvesEncoder, write_images
 from PIL import Image
-from test_extraction import HalvesEncoder, write_images
 
 from medembed.cache.store import open_cache
 from medembed.dataset.manifest import write_manifest
@@ -32,7 +32,7 @@ COMMAND = """
     from pathlib import Path
 
     sys.path.insert(0, {tests!r})
-    from test_extraction import HalvesEncoder
+    from made_extraction import HalvesEncoder
 
     from medembed.__main__ import run
     from medembed.encoders import loading
@@ -264,7 +264,7 @@ def test_decoders_end_with_a_process_that_is_killed(slow_image: tuple[Content, P
         from pathlib import Path
 
         sys.path[:0] = {[str(Path(__file__).parent), str(path.parents[1] / "site")]!r}
-        from test_extraction import HalvesEncoder
+        from made_extraction import HalvesEncoder
 
         from medembed.images.load import Content
         from medembed.extraction.decode_pool import Decoders

@@ -8,17 +8,12 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_recipes import HEAD, image, recipe_of
+from made_recipes import HEAD, image, recipe_of
 
 from medembed.cli import main
 from medembed.core.errors import RecipeError
 from medembed.dataset.recipes.build import BuildReport, build_manifest
-from medembed.dataset.split_counts import (
-    count_splits,
-    describe_splits,
-    find_gaps,
-    find_small_parts,
-)
+from medembed.dataset.split_counts import count_splits, describe_splits, find_gaps, find_small_parts
 
 RECIPE = (
     HEAD

@@ -16,12 +16,12 @@ from made_sweeps import (
     cv_of,
     make_data,
     make_pooled_cache,
+    make_table,
     predictions_of,
     read_columns,
     refuse,
     winners,
 )
-from test_sweeps import make_table
 
 from medembed.cli import main
 from medembed.dataset.covariates import CovariateEncoder

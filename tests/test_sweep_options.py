@@ -7,15 +7,16 @@ import pytest
 from click.testing import CliRunner
 from made_sweeps import (
     QUICK,
+    broken_table,
     command,
     cv_of,
     make_data,
     make_pooled_cache,
+    make_table,
     predictions_of,
     refuse,
     winners,
 )
-from test_sweeps import broken_table, make_table
 
 from medembed.cache.failures import Failure
 from medembed.cache.store import open_cache

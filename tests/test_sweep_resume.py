@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from forked import fork
-from made_sweeps import make_data, workers_in_session
-from test_sweeps import make_table
+from made_sweeps import make_data, make_table, workers_in_session
 
 from medembed.core.errors import RunError
 from medembed.core.files import json_digest

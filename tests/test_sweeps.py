@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from forked import fork
+from made_sweeps import SMALL, broken_table, make_cache, make_table
 
-from medembed.cache.failures import Failure
 from medembed.cache.spec import CacheSpec, keys_from_hex
 from medembed.cache.store import create_cache, open_cache
 from medembed.core.errors import MissingRowsError, RunError, TrainingDataError
@@ -22,38 +22,6 @@ from medembed.heads.packaging import load_model
 from medembed.results.comparison import compare
 from medembed.results.runs import open_run
 from medembed.sweeps import runner, sweep, training
-
-WIDTH = 6
-SMALL = {"heads": ("logistic", "mlp"), "n_configs": 2, "n_folds": 3, "jobs": 1}
-
-
-def make_table(n_patients=48, seed=0):
-    """A study of one to three views per patient; a quarter of the patients are for testing."""
-    generator = np.random.default_rng(seed)
-    rows = []
-    for patient in range(n_patients):
-        label = str(int(generator.random() < 0.5))
-        for view in range(1 + patient % 3):
-            image = f"patient{patient:03d}/view{view}.png"
-            sha256 = hashlib.sha256(image.encode()).hexdigest()
-            split = "test" if patient % 4 == 3 else "train"
-            region = ("hand", "wrist")[patient // 2 % 2]
-            rows.append((image, sha256, f"patient{patient:03d}", f"study{patient}", region))
-            rows[-1] += (label, split)
-    columns = ["image", "sha256", "patient", "study", "region", "label", "split"]
-    return pd.DataFrame(rows, columns=columns)
-
-
-def make_cache(path, table, *, signal_size=1.5, n_failed=0):
-    """Embed every row but the last `n_failed`, with the label in the first column."""
-    spec = CacheSpec("ab" * 32, {"size": [8, 8], "fit": "stretch"}, {"mean": (WIDTH,)}, "float32")
-    cache = create_cache(path, spec, {"source": "/home/secret/demo", "precision": "fp32"})
-    embedded, failed = table.iloc[: len(table) - n_failed], table.iloc[len(table) - n_failed :]
-    X = np.random.default_rng(7).normal(size=(len(embedded), WIDTH)).astype(np.float32)
-    X[:, 0] += signal_size * embedded["label"].replace("", "0").astype(float).to_numpy()
-    cache.commit(keys_from_hex(embedded["sha256"].tolist()), {"mean": X})
-    cache.record_failures([Failure(name, "decode", "truncated") for name in failed["sha256"]])
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -353,22 +321,6 @@ def _deadly_train_unit(data, unit):
     if unit.head == "mlp":
         os.kill(os.getpid(), signal.SIGKILL)
     return _train_unit(data, unit)
-
-
-def broken_table(kind):
-    table = make_table()
-    train = table["split"] == "train"
-    if kind == "no train":
-        table["split"] = "test"
-    elif kind == "no labels":
-        table.loc[train, "label"] = ""
-    elif kind == "one class":
-        table.loc[train, "label"] = "1"
-    elif kind == "no test":
-        table["split"] = "train"
-    elif kind == "few patients":
-        table = table[~train | (table["patient"] < "patient002")]
-    return table.reset_index(drop=True)
 
 
 @pytest.mark.parametrize(

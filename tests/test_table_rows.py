@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_recipes import STUDIES, TABLE, build, image, write_mura
+from made_recipes import STUDIES, TABLE, build, image, write_mura
 
 from medembed.core.errors import RecipeError
 from medembed.dataset.recipes.build import build_manifest, load_recipe

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_extraction import HalvesEncoder, write_images
+from made_extraction import HalvesEncoder, write_images
 
 from medembed.cache.shards import describe_loss
 from medembed.cache.spec import CacheSpec, keys_from_hex

@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from test_extraction import HalvesEncoder, write_images
+from made_extraction import HalvesEncoder, write_images
 
 from medembed.cache import shards
 from medembed.cache.failures import Failure, read_failures

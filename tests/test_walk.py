@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from made_dicom import DEEP, dataset, write
-from test_recipes import FOLDERS, HEAD, LABELS, STUDIES, TABLE, folder_tree, image, write_mura
+from made_recipes import FOLDERS, HEAD, LABELS, STUDIES, TABLE, folder_tree, image, write_mura
 
 from medembed.core.errors import RecipeError
 from medembed.dataset.recipes.build import BuildReport, build_manifest, load_recipe

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from forked import fork
-from test_extraction import HalvesEncoder, write_images
+from made_extraction import HalvesEncoder, write_images
 
 from medembed.cache import shards
 from medembed.cache.embeddings import load_embeddings
