@@ -38,7 +38,7 @@ CNN_ARGS ?=
 AUTOENCODER_ARGS ?=
 REPORT_ARGS ?=
 
-SOAK := crashes power_loss compaction hardening planted_mistakes
+SOAK := $(addprefix cache/test_,crashes power_loss compaction) test_hardening test_planted_mistakes
 
 BIN := .venv/bin
 READY := .venv/.ready
@@ -75,7 +75,7 @@ test: $(READY) ## run the test suite
 	$(BIN)/python -m pytest -n 2 --dist loadscope $(ARGS)
 
 soak: $(READY) ## crash tests at length, a million rows, planted mistakes
-	MEDEMBED_SOAK=1 $(BIN)/python -m pytest $(SOAK:%=tests/test_%.py) $(ARGS)
+	MEDEMBED_SOAK=1 $(BIN)/python -m pytest $(SOAK:%=tests/%.py) $(ARGS)
 
 lint: $(READY) ## ruff, mypy (strict) and bandit
 	$(BIN)/ruff check .

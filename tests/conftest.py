@@ -19,9 +19,9 @@ FAILED = pytest.StashKey[bool]()
 COLLECTED = pytest.StashKey[Counter[str]]()
 # What takes longest begins first: begun last, one of them would leave the other core idle.
 LONGEST = (
-    *("test_crashes", "test_sweep_processes", "test_ray", "test_end_to_end", "test_finetuning"),
-    *("test_finetuning_demo", "test_sweeps", "test_sweep_resume", "test_sweep_ray"),
-    *("test_autoencoder", "test_compaction", "test_reproduce"),
+    *("test_crashes", "test_sweep_processes", "test_ray_engine", "test_end_to_end"),
+    *("test_finetuning", "test_finetuning_demo", "test_sweeps", "test_sweep_resume"),
+    *("test_sweep_ray", "test_autoencoder", "test_compaction", "test_reproduce"),
 )
 
 

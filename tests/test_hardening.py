@@ -1,7 +1,7 @@
 """What a hostile or careless environment does: damaged files, odd names, streams, homes, clocks.
 
 Every parser of outside data gives a value or one error of ours, promptly, and writes nothing.
-Images have such tests in `test_images` and `test_dicom_damage`, models in `test_packaging`.
+Images have such tests in `test_decode` and `test_dicom_damage`, models in `test_packaging`.
 """
 
 import copy

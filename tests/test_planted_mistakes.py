@@ -267,10 +267,17 @@ def plant(mistake: Mistake, place: Path) -> None:
     copy.write_text(text.replace(mistake.right, mistake.wrong), encoding="utf-8")
 
 
+def locate(test: str) -> str:
+    """Return where pytest finds a test that is named by its file's stem, ::, and its own name."""
+    stem, _, name = test.partition("::")
+    [path] = TESTS.rglob(f"{stem}.py")
+    return f"{path}::{name}"
+
+
 def run_tests(place: Path, tests: list[str]) -> tuple[int, str]:
     """Run tests on the copy of the package in a directory, up to a failure."""
     (place / "tell_package.py").write_text(PLUGIN)
-    paths = [f"{TESTS}/{test.replace('::', '.py::')}" for test in tests]
+    paths = [locate(test) for test in tests]
     plugins = ("-p", "no:cacheprovider", "-p", "tell_package")
     own = {"PYTHONPATH": str(place), "OPENBLAS_NUM_THREADS": "1", "COLUMNS": "500"}
     done = subprocess.run(

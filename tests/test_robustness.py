@@ -14,7 +14,7 @@ def count_cases(names: list[str]) -> Counter[str]:
     """Collect test files in another process."""
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [*command, *(str(TESTS / name) for name in names)],
+        [*command, *(str(path) for name in names for path in TESTS.rglob(name))],
         cwd=TESTS.parent,
         capture_output=True,
         text=True,

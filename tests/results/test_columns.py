@@ -290,7 +290,7 @@ def test_a_run_that_does_not_say_its_manifest_is_joined_by_the_images(images, ma
 
 
 def test_a_run_of_format_1_is_grouped_by_its_own_manifest():
-    home = Path(__file__).parent / "assets" / "format-1"
+    home = Path(__file__).parents[1] / "assets" / "format-1"
     manifest = read_manifest(home / "manifest.csv")
     result = compare([home / "run"], by="region", manifest=manifest, margin=0.1, **FAST)
     assert sum(own["n"] for own in result["groups"]["groups"]) == result["test"]["n"]

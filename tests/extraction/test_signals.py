@@ -24,6 +24,7 @@ from medembed.extraction import decode_pool, extract
 from medembed.extraction.decode_pool import Decoders
 from medembed.images.load import DEFAULT_LIMITS, Content, Limits, Reading
 
+HELPERS = Path(__file__).parents[1] / "helpers"
 BLACK = np.zeros((1, 1), np.uint8)
 
 # `medembed extract` as its entry point runs it, with an encoder that is slow and says where it is.
@@ -31,7 +32,7 @@ COMMAND = """
     import sys, time
     from pathlib import Path
 
-    sys.path.insert(0, {tests!r})
+    sys.path.insert(0, {helpers!r})
     from made_extraction import HalvesEncoder
 
     from medembed.__main__ import run
@@ -55,7 +56,7 @@ def started(tmp_path: Path) -> subprocess.Popen[str]:
     """Start extracting 240 images, and wait until some of them are embedded."""
     write_manifest(write_images(tmp_path / "images", 240), tmp_path / "manifest.csv")
     marker = tmp_path / "marker"
-    script = textwrap.dedent(COMMAND.format(tests=str(Path(__file__).parent), marker=str(marker)))
+    script = textwrap.dedent(COMMAND.format(helpers=str(HELPERS), marker=str(marker)))
     arguments = ["extract", "manifest.csv", "--image-root", "images", "--encoder", "slow"]
     process = subprocess.Popen(
         [sys.executable, "-c", script, *arguments, "--cache", "cache", "--batch-size", "4"],
@@ -145,7 +146,7 @@ def test_a_signal_long_after_the_first_ends_the_command_at_once() -> None:
 def test_a_terminal_that_is_closed_commits_what_is_embedded(tmp_path: Path) -> None:
     write_manifest(write_images(tmp_path / "images", 240), tmp_path / "manifest.csv")
     marker = tmp_path / "marker"
-    script = textwrap.dedent(COMMAND.format(tests=str(Path(__file__).parent), marker=str(marker)))
+    script = textwrap.dedent(COMMAND.format(helpers=str(HELPERS), marker=str(marker)))
     arguments = ["extract", "manifest.csv", "--image-root", "images", "--encoder", "slow"]
     pid, terminal = pty.fork()
     if not pid:
@@ -263,7 +264,7 @@ def test_decoders_end_with_a_process_that_is_killed(slow_image: tuple[Content, P
         import sys
         from pathlib import Path
 
-        sys.path[:0] = {[str(Path(__file__).parent), str(path.parents[1] / "site")]!r}
+        sys.path[:0] = {[str(HELPERS), str(path.parents[1] / "site")]!r}
         from made_extraction import HalvesEncoder
 
         from medembed.images.load import Content

@@ -34,6 +34,7 @@ from medembed.dataset.manifest import Manifest, write_manifest
 from medembed.extraction import extract, ray_engine
 from medembed.extraction.ray_engine import Actors, Job, Work, extract_on_ray
 
+HELPERS = Path(__file__).parents[1] / "helpers"
 pytestmark = pytest.mark.filterwarnings("ignore::Warning")  # of Ray's own, when it starts and ends
 N_IMAGES = 60
 UNDECODABLE = "007.png"
@@ -72,7 +73,7 @@ def cluster(lone_ray: None) -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_AUTH_MODE", "disabled")  # tokens are Ray's matter
-        paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+        paths = [str(HELPERS), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
         started = Cluster(initialize_head=True, head_node_args=node)
         started.add_node(num_cpus=1, object_store_memory=80 * 2**20)
@@ -232,7 +233,7 @@ def test_sigterm_commits_what_is_embedded(dataset: tuple[Path, Manifest], tmp_pa
     environment = {name: text for name, text in os.environ.items() if name != "RAY_ADDRESS"}
     process = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(script)],
-        env={**environment, "PYTHONPATH": str(Path(__file__).parent)},
+        env={**environment, "PYTHONPATH": str(HELPERS)},
         stderr=subprocess.DEVNULL,
     )
     end = time.monotonic() + 60

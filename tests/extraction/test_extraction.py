@@ -41,6 +41,7 @@ from medembed.extraction import extract, spec_of
 from medembed.extraction.report import describe_times
 from medembed.extraction.writer import Timeline
 
+HELPERS = Path(__file__).parents[1] / "helpers"
 N_CANARY_CALLS = 5  # of a new cache: four to lay it, one to check it
 
 
@@ -543,11 +544,11 @@ N_KILLED = 240
 
 def start_extraction(home: Path) -> "subprocess.Popen[bytes]":
     code = f"import made_extraction as t; print('up', flush=True); t.extract_slowly({str(home)!r})"
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    environment = os.environ | {"PYTHONPATH": str(HELPERS)}
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         env=environment,
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
         stdout=subprocess.PIPE,
     )
     assert process.stdout

@@ -18,7 +18,7 @@ from medembed.cli import main
 from medembed.core.errors import CacheError, MissingRowsError, ShardError
 from medembed.dataset.manifest import Manifest, read_manifest, write_manifest
 
-ASSETS = Path(__file__).parent / "assets" / "format-1"
+ASSETS = Path(__file__).parents[1] / "assets" / "format-1"
 POOLINGS = ("mean", "max", "grid4")
 
 

@@ -248,7 +248,7 @@ def test_where_nothing_was_recorded_the_first_box_says_so(tmp_path):
 
 
 def test_the_old_run_has_a_flow(tmp_path):
-    old = Path(__file__).parent / "assets" / "format-1" / "run"
+    old = Path(__file__).parents[1] / "assets" / "format-1" / "run"
     [own] = describe_flow([open_run(old)], ["run"])
     check_sums(own)
     assert own["found"] is None

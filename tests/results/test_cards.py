@@ -33,7 +33,7 @@ from medembed.sweeps.training import seed_of_fold
 
 HEADS = ("logistic", "mlp", "lightgbm", "attention")
 SMALL = {"heads": HEADS, "n_configs": 1, "n_folds": 3, "jobs": 1}
-ASSETS = Path(__file__).parent / "assets" / "format-1" / "run"
+ASSETS = Path(__file__).parents[1] / "assets" / "format-1" / "run"
 
 
 class Stop(KeyboardInterrupt):

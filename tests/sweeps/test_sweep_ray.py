@@ -15,6 +15,7 @@ from medembed.cli import main
 from medembed.results.runs import open_run
 from medembed.sweeps import runner, sweep
 
+HELPERS = Path(__file__).parents[1] / "helpers"
 pytestmark = pytest.mark.filterwarnings("ignore::Warning")  # of Ray's own, when it starts and ends
 OPTIONS = {**QUICK, "heads": ("logistic", "mlp", "lightgbm"), "n_configs": 2}
 
@@ -27,7 +28,7 @@ def cluster(lone_ray):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_AUTH_MODE", "disabled")  # tokens are Ray's matter
-        paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+        paths = [str(HELPERS), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
         patch.delenv("RAY_ADDRESS", raising=False)
         memory = 80 * 2**20

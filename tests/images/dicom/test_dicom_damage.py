@@ -33,6 +33,7 @@ from medembed.dataset.manifest import Manifest, write_manifest
 from medembed.encoders.preprocessing import prepare
 from medembed.images.decode import decode_image
 
+HELPERS = Path(__file__).parents[2] / "helpers"
 N_FILES = 300
 MEMORY = 2_000_000_000
 WINDOW = {"BitsStored": 12, "WindowCenter": 2048, "WindowWidth": 4096}
@@ -150,7 +151,7 @@ def test_300_damaged_files_are_embedded_whole_or_listed(tmp_path: Path) -> None:
     manifest = Manifest(rows, "study")
     write_manifest(manifest, tmp_path / "manifest.csv")
     done = subprocess.run(
-        [sys.executable, "-c", EXTRACT, str(Path(__file__).parent)]
+        [sys.executable, "-c", EXTRACT, str(HELPERS)]
         + [str(tmp_path / name) for name in ("manifest.csv", "images", "cache")],
         capture_output=True,
         text=True,

@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 
 from medembed.cli import main
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def commands(group: click.Group = main, prefix: str = "medembed") -> dict[str, click.Command]:

@@ -18,7 +18,7 @@ from medembed.results.comparison import compare_aligned, compare_runs
 from medembed.results.runs import open_run
 
 FAST = {"n_resamples": 50}
-OLD = Path(__file__).parent / "assets" / "format-1" / "run"
+OLD = Path(__file__).parents[1] / "assets" / "format-1" / "run"
 ENCODER = {"source": "demo", "revision": "1a2b", "fingerprint": "f" * 64}
 ENCODER |= {"preprocessing": {"size": [224, 224], "fit": "pad", "resample": "bilinear"}}
 
