@@ -279,9 +279,11 @@ def run_tests(place: Path, tests: list[str]) -> tuple[int, str]:
     (place / "tell_package.py").write_text(PLUGIN)
     paths = [locate(test) for test in tests]
     plugins = ("-p", "no:cacheprovider", "-p", "tell_package")
+    # The copy goes before the package of this checkout, which pyproject.toml would put first.
+    first = ("-o", f"pythonpath={place} {TESTS.parent} {TESTS / 'helpers'}")
     own = {"PYTHONPATH": str(place), "OPENBLAS_NUM_THREADS": "1", "COLUMNS": "500"}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-qx", "--tb=short", *plugins, *paths],
+        [sys.executable, "-m", "pytest", "-qx", "--tb=short", *plugins, *first, *paths],
         cwd=place,  # the first place that `python -m` imports from
         env={**os.environ, **own},
         capture_output=True,
