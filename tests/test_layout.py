@@ -152,3 +152,9 @@ def test_no_test_module_is_imported_by_another() -> None:
     for path in TESTS.rglob("*.py"):
         imported = re.findall(r"\b(?:from|import) (test_\w+)", path.read_text(encoding="utf-8"))
         assert not imported, f"{path} imports {imported}: move what it needs to a helper module"
+
+
+def test_tests_follow_the_tree_of_the_package() -> None:
+    folders = {path.parent.relative_to(TESTS) for path in TESTS.rglob("test_*.py")}
+    strangers = {folder for folder in folders if not (PACKAGE / folder / "__init__.py").is_file()}
+    assert strangers == {Path("bench")}, f"no folder of medembed: {strangers - {Path('bench')}}"
