@@ -1,40 +1,61 @@
-"""The `medembed` command: its parts, put together.
+"""The `medembed` command: which commands there are, and where each of them is.
 
-Heavy libraries are imported inside the commands, so that `medembed --help` starts at once.
+A command's module is imported when the command is asked for, and heavy libraries when it runs, so
+that `medembed --help` starts at once however many commands there are.
 """
 
 import click
 
 from medembed import __version__
-from medembed.cli.autoencoder import autoencoder_command
-from medembed.cli.cache import cache
-from medembed.cli.compare import compare_command, report_command
-from medembed.cli.console import Commands
-from medembed.cli.demo import demo_command
-from medembed.cli.evaluate import evaluate_command
-from medembed.cli.extract import doctor_command, extract_command
-from medembed.cli.finetune import finetune_command
-from medembed.cli.manifest import manifest
-from medembed.cli.plan import plan_command
-from medembed.cli.predict import predict_command
-from medembed.cli.sweep import sweep_command
+from medembed.cli.commands import Sections
 
 __all__ = ["main"]
 
+SECTIONS = {
+    "Start": {
+        "demo": ("demo", "Run the whole path on synthetic radiographs drawn on the spot."),
+    },
+    "Prepare": {
+        "manifest": ("manifest", "Build and check manifests: one row per image."),
+        "doctor": ("extract", "Check device, memory, disk, token and access beforehand."),
+        "plan": ("plan", "Compute how many test patients a study needs."),
+    },
+    "Embed": {
+        "extract": ("extract", "Run a frozen encoder over a manifest's images, once."),
+        "autoencoder": ("autoencoder", "Train an autoencoder as a baseline encoder."),
+    },
+    "Train": {
+        "sweep": ("sweep", "Train and tune classifiers on cached embeddings."),
+        "finetune": ("finetune", "Unfreeze an encoder's last blocks, at several depths."),
+    },
+    "Look": {
+        "compare": ("compare", "Compare runs: scores, intervals and paired tests."),
+        "report": ("report", "Write a page with figures and their data."),
+    },
+    "Use": {
+        "predict": ("predict", "Apply a trained model to images."),
+        "evaluate": ("evaluate", "Validate a model on images of another institution."),
+    },
+    "Maintain": {
+        "cache": ("cache", "Inspect, verify, compact and export a cache."),
+        "completion": ("completion", "Print the completion script of a shell."),
+    },
+}
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="medembed")
+
+@click.group(
+    cls=Sections,
+    sections={
+        heading: {name: (f"medembed.cli.{file}", words) for name, (file, words) in entries.items()}
+        for heading, entries in SECTIONS.items()
+    },
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "auto_envvar_prefix": "MEDEMBED",
+    },
+    epilog="Options can be set by environment variables too: MEDEMBED_SWEEP_JOBS=4 is --jobs 4 of "
+    "sweep. Research software, not a medical device.",
+)
+@click.version_option(__version__, "-V", "--version", prog_name="medembed")
 def main() -> None:
-    """Embed radiographs once; train and compare light classifiers on them in seconds.
-
-    Research software, not a medical device.
-    """
-
-
-for _command in (
-    *(manifest, doctor_command, extract_command, cache),
-    *(autoencoder_command, sweep_command, finetune_command),
-    *(compare_command, report_command, plan_command, predict_command, evaluate_command),
-    demo_command,
-):
-    main.add_command(_command)
+    """Embed radiographs once; train and compare light classifiers on them in seconds."""

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from medembed.cli.console import print_json, say
+from medembed.cli.commands import Command
+from medembed.cli.console import print_json, say, suggest
 from medembed.cli.options import (
     MANY,
     MAX_BATCH,
@@ -16,6 +17,7 @@ from medembed.cli.options import (
     image_root_option,
     json_option,
     limit_options,
+    output_option,
     precision_option,
     seed_option,
     split_names,
@@ -41,13 +43,24 @@ def _split_numbers(context: click.Context, option: click.Parameter, value: str) 
     return tuple(map(int, names))
 
 
-@click.command("autoencoder")
+@click.command(
+    "autoencoder",
+    cls=Command,
+    examples=[
+        "medembed autoencoder mura.csv --image-root MURA-v1.1 -o autoencoder",
+    ],
+    sections={
+        "Network": ["size", "widths", "latent-channels"],
+        "Training": ["epochs", "batch-size", "lr", "seed", "device", "precision"],
+        "Images": ["fit", "max-bytes", "max-seconds"],
+    },
+)
 @click.argument("manifest_path", metavar="MANIFEST", type=PATH)
 @image_root_option
-@click.option("--out", "out", type=PATH, required=True, help="The encoder directory to write.")
+@output_option("The encoder directory to write.")
 @click.option(
     "--size", type=click.IntRange(2, MAX_SIDE), default=128, show_default=True,
-    help="Side in pixels of the square that images are brought to.",
+    help="Side of the square that images are resized to, in pixels.",
 )  # fmt: skip
 @click.option(
     "--widths", callback=_split_numbers, default="32,64,128,256", show_default=True,
@@ -55,16 +68,19 @@ def _split_numbers(context: click.Context, option: click.Parameter, value: str) 
 )  # fmt: skip
 @click.option(
     "--latent-channels", type=click.IntRange(1, MAX_CHANNELS), default=128, show_default=True,
-    help="Channels of the code: the columns of each pooling.",
+    help="Channels of the code, which are the columns of each pooling.",
 )  # fmt: skip
 @click.option(
     "--epochs", type=click.IntRange(1, MANY), default=40, show_default=True,
-    help="At most; training ends before if held-out images are drawn no better.",
+    help="At most; training stops early when held-out images no longer improve.",
 )  # fmt: skip
-@click.option("--batch-size", type=click.IntRange(1, MAX_BATCH), default=64, show_default=True)
+@click.option(
+    "--batch-size", type=click.IntRange(1, MAX_BATCH), default=64, show_default=True,
+    help="Images per step.",
+)  # fmt: skip
 @click.option(
     "--lr", "learning_rate", type=Finite(min=0, min_open=True), default=2e-3, show_default=True,
-    help="The highest learning rate.",
+    help="Peak learning rate.",
 )  # fmt: skip
 @limit_options
 @device_option
@@ -90,9 +106,9 @@ def autoencoder_command(
     seed: int,
     as_json: bool,
 ) -> None:
-    """Train an autoencoder on MANIFEST's train images; extract takes it as encoder.
+    """Train an autoencoder on MANIFEST's training images, for `extract` to use as an encoder.
 
-    It is the baseline that no label and no other data set has gone into.
+    It is the baseline that uses neither labels nor other data.
     """
     from medembed import autoencoder
     from medembed.dataset.manifest import read_manifest
@@ -117,12 +133,18 @@ def autoencoder_command(
             progress=progress,
             tell=progress.tell,
         )
-    _say_training(report, fit)
+    _say_training(report)
     if as_json:
         print_json(report.as_dict())
+        return
+    padded = () if fit == "stretch" else ("--fit", fit)
+    suggest(
+        *("extract", manifest_path, "--image-root", image_root),
+        *("--encoder", report.encoder, *padded, "--cache", "cache-autoencoder"),
+    )
 
 
-def _say_training(report: "TrainingReport", fit: str) -> None:
+def _say_training(report: "TrainingReport") -> None:
     for failure in report.failures:
         say(f"Failed ({failure['stage']}): {failure['image']}: {failure['reason']}")
     say(
@@ -136,11 +158,6 @@ def _say_training(report: "TrainingReport", fit: str) -> None:
     )
     if report.has_collapsed:
         say(
-            "It draws no better than the mean image, so its embeddings tell next to nothing. Give "
-            "more --epochs, or another --lr."
+            "It reconstructs no better than the mean image, so its embeddings say next to nothing. "
+            "Try more --epochs or another --lr."
         )
-    padded = "" if fit == "stretch" else f" --fit {fit}"
-    say(
-        f"Next: medembed extract MANIFEST --image-root DIR --encoder {report.encoder}{padded} "
-        "--cache CACHE"
-    )

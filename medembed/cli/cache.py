@@ -7,30 +7,47 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from medembed.cli.console import Commands, print_json, printable, say
-from medembed.cli.options import PATH, json_option, split_names
+from medembed.cli.commands import Commands
+from medembed.cli.console import print_json, printable, say, suggest
+from medembed.cli.options import PATH, json_option, output_option, split_names
 from medembed.cli.progress import showing_progress
 
 if TYPE_CHECKING:
     from medembed.cache.verification import Problem
 
-__all__ = ["cache", "compact_command", "export_command", "info_command", "verify_command"]
+__all__ = ["cache_command", "compact_command", "export_command", "info_command", "verify_command"]
 
 
-@click.group(cls=Commands)
-def cache() -> None:
-    """Look at a cache, prove that it is whole, merge its small shards."""
+_MISSING = ("--image-root", "DIR", "--encoder", "REF")
 
 
-@cache.command("info")
+@click.group("cache", cls=Commands)
+def cache_command() -> None:
+    """Inspect, verify, compact and export a cache of embeddings."""
+
+
+@cache_command.command(
+    "info",
+    short_help="Show what a cache holds, and what failed.",
+    examples=[
+        "medembed cache info cache --manifest mura.csv",
+    ],
+)
 @click.argument("cache_path", metavar="CACHE", type=PATH)
-@click.option("--manifest", "manifest_path", type=PATH, help="Also say how much of it is there.")
-@click.option("--failures", "with_failures", is_flag=True, help="Also list what failed, and why.")
+@click.option(
+    "--manifest",
+    "manifest_path",
+    type=PATH,
+    help="Also show how much of this manifest is embedded.",
+)
+@click.option(
+    "--failures", "with_failures", is_flag=True, help="Also list the images that failed, and why."
+)
 @json_option
 def info_command(
     cache_path: Path, manifest_path: Path | None, with_failures: bool, as_json: bool
 ) -> None:
-    """Show the cache's card: spec, rows, size, failures, and how much of a manifest it holds."""
+    """Show what CACHE holds: its spec, rows and size, and how much of a manifest is embedded."""
     from medembed.cache.pending import make_plan
     from medembed.cache.store import open_cache
     from medembed.dataset.manifest import read_contents
@@ -61,11 +78,29 @@ def info_command(
         print_json(card)
         return
     failed = card.pop("failed", [])
+    click.echo(_summary(card))
     for line in _lines(card):
         click.echo(printable(line))
+    if card.get("coverage", {}).get("missing") == 0:
+        suggest("sweep", cache_path, manifest_path or "MANIFEST", "-o", "runs/sweep")
+    elif manifest_path:
+        suggest("extract", manifest_path, *_MISSING, "--cache", cache_path)
     for failure in failed:
         name = failure["image"] or failure["sha256"]
         click.echo(printable(f"failed ({failure['stage']}): {name}: {failure['reason']}"))
+
+
+def _summary(card: dict[str, Any]) -> str:
+    """Return the one line that most people look for."""
+    covered, size = card.get("coverage"), f"{card['bytes'] / 1e6:,.1f} MB"
+    n_failed = sum(card["failures"].values())
+    if covered is None:
+        return f"{card['rows']:,} images embedded, {n_failed:,} failed, {size}"
+    missing = f", {covered['missing']:,} missing" if covered["missing"] else ""
+    return (
+        f"{covered['embedded']:,} of {covered['contents']:,} images embedded, "
+        f"{covered['failed']:,} failed{missing}, {size}"
+    )
 
 
 def _lines(card: dict[str, Any], indent: str = "") -> Iterator[str]:
@@ -78,15 +113,21 @@ def _lines(card: dict[str, Any], indent: str = "") -> Iterator[str]:
             yield f"{indent}{key}: {'none' if value is None else value}"
 
 
-@cache.command("verify")
+@cache_command.command(
+    "verify",
+    short_help="Prove that every shard is whole; set bad ones aside.",
+    examples=[
+        "medembed cache verify cache",
+    ],
+)
 @click.argument("cache_path", metavar="CACHE", type=PATH)
-@click.option("--repair", is_flag=True, help="Move bad shards into CACHE/set-aside/.")
+@click.option("--repair", is_flag=True, help="Move damaged shards to CACHE/set-aside/.")
 @json_option
 def verify_command(cache_path: Path, repair: bool, as_json: bool) -> None:
-    """Compare every shard with its name and its spec; exit 1 if any is damaged.
+    """Check every shard of CACHE against its hash and the spec; exit with 1 if any is damaged.
 
-    With --repair bad shards are set aside, never deleted: the next `medembed extract` embeds just
-    their rows again. The exit status is 1 then too, for rows are missing.
+    With --repair damaged shards are set aside, never deleted, and the next `medembed extract`
+    embeds only their rows again. The exit status is 1 then too, because rows are missing.
     """
     from medembed.cache import verification
     from medembed.cache.store import open_cache
@@ -116,14 +157,20 @@ def _remedy(problems: "list[Problem]", repair: bool) -> str:
     return "--repair sets bad shards aside; `medembed extract` then embeds just their rows again."
 
 
-@cache.command("compact")
+@cache_command.command(
+    "compact",
+    short_help="Merge small shards into full ones.",
+    examples=[
+        "medembed cache compact cache",
+    ],
+)
 @click.argument("cache_path", metavar="CACHE", type=PATH)
 @json_option
 def compact_command(cache_path: Path, as_json: bool) -> None:
-    """Merge small shards into full ones, and keep one of each row that stands twice.
+    """Merge small shards of CACHE into full ones, and keep one copy of repeated rows.
 
-    Others may read and extract meanwhile. A shard goes only when what replaces it is on disk and
-    proved; killed at any moment, it loses nothing, and the next one goes on.
+    Other processes may read and extract meanwhile. A shard is removed only after its replacement
+    is on disk and verified; if the command is killed, nothing is lost and the next one continues.
     """
     from medembed.cache.compaction import compact
     from medembed.cache.store import open_cache
@@ -140,16 +187,22 @@ def compact_command(cache_path: Path, as_json: bool) -> None:
     )
 
 
-@cache.command("export")
+@cache_command.command(
+    "export",
+    short_help="Write embeddings as one Parquet, CSV or .npz file.",
+    examples=[
+        "medembed cache export cache mura.csv -o embeddings.parquet",
+    ],
+)
 @click.argument("cache_path", metavar="CACHE", type=PATH)
 @click.argument("manifest_path", metavar="MANIFEST", type=PATH)
-@click.option("-o", "--out", "out_path", type=PATH, required=True, help="FILE.parquet or FILE.npz")
+@output_option("FILE.parquet, FILE.csv or FILE.npz.", "out_path")
 @click.option(
     "--pool",
     "poolings",
     callback=split_names,
     metavar="NAMES",
-    help="Poolings, such as mean,max; by default all of the cache.",
+    help="Poolings to export, such as mean,max; all by default.",
 )
 @json_option
 def export_command(
@@ -159,9 +212,9 @@ def export_command(
     poolings: tuple[str, ...] | None,
     as_json: bool,
 ) -> None:
-    """Write MANIFEST's rows and their embeddings as one Parquet or .npz file.
+    """Write MANIFEST's rows and their embeddings to one file.
 
-    Row by row in the manifest's order, without the images that are known to have failed.
+    Rows keep the manifest's order; images that are known to have failed are left out.
     """
     from medembed.cache.export import SUFFIXES, export
     from medembed.cache.store import open_cache

@@ -7,12 +7,14 @@ from typing import Any
 
 import click
 
-from medembed.cli.console import print_json, say
+from medembed.cli.commands import Command
+from medembed.cli.console import print_json, say, suggest
 from medembed.cli.options import (
     PATH,
     Finite,
     json_option,
     operating_point_option,
+    output_option,
     prevalence_option,
     seed_option,
     table_columns,
@@ -40,25 +42,35 @@ _NO_HOME = (
 margin_option = click.option(
     "--margin",
     type=Finite(0, 0.5, min_open=True, max_open=True),
-    help="Loss of AUROC that is acceptable: tests whether heads are non-inferior to the best.",
+    help="Acceptable loss of AUROC; tests whether heads are non-inferior to the best.",
 )
 
 
-@click.command("compare")
+@click.command(
+    "compare",
+    cls=Command,
+    examples=[
+        "medembed compare runs/sweep",
+        "medembed compare runs/sweep runs/depths --by age:0-18-65-120 --manifest mura.csv",
+    ],
+)
 @click.argument("runs", metavar="RUN…", type=PATH, nargs=-1, required=True)
-@click.option("--level", type=click.Choice(["study", "image"]), default="study", show_default=True)
+@click.option(
+    "--level", type=click.Choice(["study", "image"]), default="study", show_default=True,
+    help="Unit that is scored.",
+)  # fmt: skip
 @click.option(
     "--by",
     metavar="COLUMN[:BANDS]",
-    help="A block of rows for each region, number of views (views) or, with --manifest, value of "
-    "a column: age:0-5-10-18 is [0, 5), [5, 10) and [10, 18], with 18 in the last. Values outside, "
-    "empty fields, and studies whose images differ are groups of their own, in no gap.",
+    help="Show scores by region, by number of views (views) or, with --manifest, by a column: "
+    "age:0-5-10-18 has the bands [0, 5), [5, 10) and [10, 18]. Values outside the bands, empty "
+    "fields and studies whose images differ form groups of their own.",
 )
 @click.option(
     "--manifest",
     "manifest_path",
     type=PATH,
-    help="That of the runs: with --by, gaps between groups are tested too.",
+    help="The runs' manifest; with --by, gaps between groups are tested too.",
 )
 @margin_option
 @click.option(
@@ -67,13 +79,14 @@ margin_option = click.option(
     type=click.Choice(["table", "markdown", "csv", "latex"]),
     default="table",
     show_default=True,
+    help="How the table is printed.",
 )
 @click.option(
     "--tables",
     type=PATH,
-    help="Also write heads, regions, groups and operating points there, as .csv and .tex.",
+    help="Directory to write all tables to, as .csv and .tex.",
 )
-@operating_point_option("Also show this operating point:")
+@operating_point_option("Operating point to show:")
 @prevalence_option
 @seed_option
 @json_option
@@ -92,9 +105,9 @@ def compare_command(
 ) -> None:
     """Compare the heads of one or more runs, with intervals and paired tests."""
     if manifest_path is None and by not in (None, "region", "views"):
-        raise click.UsageError(f"--by {by} wants --manifest, where that column is.")
+        raise click.UsageError(f"--by {by} requires --manifest, which holds that column.")
     if manifest_path is not None and by is None:
-        raise click.UsageError("--manifest wants --by, which says by what column of it.")
+        raise click.UsageError("--manifest requires --by, which names a column of it.")
     from medembed.results.comparison import compare
 
     result = compare(
@@ -115,6 +128,7 @@ def compare_command(
         print_json(result)
     else:
         _show(result, by, table_format)
+        suggest("report", *runs, "-o", "report")
 
 
 def show_comparison(
@@ -152,29 +166,41 @@ def hush_matplotlib() -> None:
     )
 
 
-@click.command("report")
+@click.command(
+    "report",
+    cls=Command,
+    examples=[
+        "medembed report runs/sweep -o report",
+        "medembed report runs/sweep -o report --manifest mura.csv --image-root MURA-v1.1",
+    ],
+)
 @click.argument("runs", metavar="RUN…", type=PATH, nargs=-1, required=True)
-@click.option("-o", "--output", type=PATH, required=True, help="Directory of the page.")
-@click.option("--level", type=click.Choice(["study", "image"]), default="study", show_default=True)
+@output_option("Directory of the page.", "output")
+@click.option(
+    "--level", type=click.Choice(["study", "image"]), default="study", show_default=True,
+    help="Unit that is scored.",
+)  # fmt: skip
 @click.option(
     "--manifest",
     "manifest_path",
     type=PATH,
-    help="That of the runs: adds scores by its columns; with --image-root, thumbnails of mistakes.",
+    help="The runs' manifest; adds scores by its columns and, with --image-root, thumbnails.",
 )
-@click.option("--image-root", type=PATH, help="Directory that the manifest's paths start from.")
+@click.option(
+    "--image-root", type=PATH, help="Directory that the manifest's paths are relative to."
+)
 @margin_option
 @click.option(
-    "--names", is_flag=True, help="Name those images by their paths, which may tell who it is."
+    "--names", is_flag=True, help="Show the paths of these images, which may identify a patient."
 )
 @click.option(
     "--checklist",
     "checklists",
     type=click.Choice(["tripod-ai", "claim"]),
     multiple=True,
-    help="Also fill in a reporting checklist beside the page, in Markdown; may be repeated.",
+    help="Reporting checklist to fill in beside the page; repeatable.",
 )
-@operating_point_option("Also show this operating point:")
+@operating_point_option("Operating point to show:")
 @prevalence_option
 @seed_option
 @json_option
@@ -192,11 +218,11 @@ def report_command(
     seed: int,
     as_json: bool,
 ) -> None:
-    """Write a page that compares the heads of one or more runs, with figures and their data."""
+    """Write a self-contained page that compares runs, with figures and their data."""
     if image_root is not None and manifest_path is None:
-        raise click.UsageError("--image-root wants --manifest, whose paths start from there.")
+        raise click.UsageError("--image-root requires --manifest, whose paths are relative to it.")
     if names and image_root is None:
-        raise click.UsageError("--names wants --manifest and --image-root.")
+        raise click.UsageError("--names requires --manifest and --image-root.")
     hush_matplotlib()
     from medembed.report.page import write_report
 
@@ -222,6 +248,8 @@ def report_command(
         say(f"Checklist: {filled['path']} ({counts})")
     if as_json:
         print_json(written)
+    else:
+        suggest("predict", runs[0], "IMAGE")
 
 
 def _thumbnail_finder(manifest: Any, image_root: Path, names: bool) -> Any:

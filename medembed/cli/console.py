@@ -1,30 +1,33 @@
 """What commands show: words on stderr, one JSON document on stdout, errors in one line."""
 
-import errno
 import json
 import os
+import shlex
 import signal
 import sys
 import threading
 import time
-from contextlib import suppress
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import click
 
-from medembed.core.errors import MedembedError
 from medembed.core.text import printable
 
 __all__ = [
+    "ENDINGS",
+    "QUIET",
     "STATUSES",
-    "Commands",
+    "VERBOSE",
     "Terminated",
     "exit_status",
     "ignore_endings",
+    "is_quiet",
     "print_json",
     "printable",
     "say",
+    "suggest",
     "terminate_cleanly",
 ]
 
@@ -37,6 +40,8 @@ ENDINGS = {
 STATUSES = tuple(128 + number for number in ENDINGS)
 """What a shell reports of a process that a signal ended."""
 PATIENCE_SECONDS = 10.0
+QUIET, VERBOSE = "quiet", "verbose"
+"""The options that every command takes."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -84,47 +89,21 @@ def exit_status(error: KeyboardInterrupt) -> int:
     return 128 + int(getattr(error, "number", signal.SIGINT))
 
 
-class Commands(click.Group):
-    """A click group that turns errors raised on purpose into `Error: …` and exit status 1."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; convert `MedembedError`, a full disk and the like in one place."""
-        try:
-            return super().invoke(ctx)
-        except MedembedError as error:
-            raise click.ClickException(printable(str(error))) from error
-        except KeyboardInterrupt as error:
-            raise _end(error) from None
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            ending = error.__context__
-            if isinstance(ending, KeyboardInterrupt):  # the terminal is gone, and with it its lines
-                raise _end(ending) from None
-            raise click.ClickException(printable(_describe(error))) from error
-
-
-def _end(error: KeyboardInterrupt) -> SystemExit:
-    """Say what a command that a signal has ended leaves behind; return how it exits."""
-    status = exit_status(error)
-    word = ENDINGS[signal.Signals(status - 128)]
-    done = "".join(f" {note}" for note in getattr(error, "__notes__", ()))
-    with suppress(OSError):  # after SIGHUP there may be no terminal
-        say(f"{word}.{done} Nothing is half-written; the same command goes on from what is done.")
-    return SystemExit(status)
-
-
-def _describe(error: OSError) -> str:
-    where = f"{error.filename}: " if error.filename else ""
-    remedy = "Check that the path is right, writable and not full."
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        remedy = "Free some space there, or write to another disk, and run the command again."
-    return f"{where}{error.strerror or error}. {remedy}"
+def is_quiet() -> bool:
+    """Return whether the command that runs was given -q."""
+    context = click.get_current_context(silent=True)
+    return context is not None and bool(context.meta.get(f"medembed.{QUIET}"))
 
 
 def say(text: str = "") -> None:
-    """Print a line for people, on stderr."""
-    click.echo(printable(text), err=True)
+    """Print a line for people on stderr, unless the command was given -q."""
+    if not is_quiet():
+        click.echo(printable(text), err=True)
+
+
+def suggest(*words: str | Path) -> None:
+    """Print the command that usually follows, on stderr: `Next: medembed …`."""
+    say(f"Next: {shlex.join(['medembed', *map(str, words)])}")
 
 
 def print_json(document: Any) -> None:

@@ -4,22 +4,30 @@ from pathlib import Path
 
 import click
 
+from medembed.cli.commands import Command
 from medembed.cli.compare import hush_matplotlib, show_comparison
-from medembed.cli.console import print_json, say
+from medembed.cli.console import print_json, say, suggest
 from medembed.cli.options import MANY, PATH, json_option, seed_option
 from medembed.cli.progress import showing_progress
 
 __all__ = ["demo_command"]
 
 
-@click.command("demo")
+@click.command(
+    "demo",
+    cls=Command,
+    examples=[
+        "medembed demo",
+        "medembed demo trial --patients 100",
+    ],
+)
 @click.argument("directory", metavar="[DIR]", type=PATH, default=Path("medembed-demo"))
 @click.option("--patients", "n_patients", type=click.IntRange(40, MANY), default=400,
-              show_default=True, help="Synthetic patients.")  # fmt: skip
+              show_default=True, help="Number of synthetic patients.")  # fmt: skip
 @seed_option
 @json_option
 def demo_command(directory: Path, n_patients: int, seed: int, as_json: bool) -> None:
-    """Run the whole path on synthetic radiographs that medembed draws itself."""
+    """Run the whole path on synthetic radiographs drawn on the spot, into DIR."""
     hush_matplotlib()
     from medembed.demo.pipeline import run_demo
 
@@ -30,3 +38,4 @@ def demo_command(directory: Path, n_patients: int, seed: int, as_json: bool) -> 
         return
     show_comparison([directory / "runs" / "sweep"], "study", None, "table")
     click.echo(f"Page: {result['page']}")
+    suggest("predict", directory / "runs" / "sweep", directory / "images")

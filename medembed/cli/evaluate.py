@@ -5,12 +5,14 @@ from typing import Any
 
 import click
 
-from medembed.cli.console import print_json, say
+from medembed.cli.commands import Command
+from medembed.cli.console import print_json, say, suggest
 from medembed.cli.options import (
     MANY,
     PATH,
     json_option,
     operating_point_option,
+    output_option,
     prevalence_option,
     seed_option,
     table_columns,
@@ -21,23 +23,29 @@ __all__ = ["evaluate_command"]
 PIPED_COLUMNS = 80
 
 
-@click.command("evaluate")
+@click.command(
+    "evaluate",
+    cls=Command,
+    examples=[
+        "medembed evaluate runs/sweep/models/mlp cache-elsewhere elsewhere.csv -o runs/elsewhere",
+    ],
+)
 @click.argument("model_path", metavar="MODEL", type=PATH)
 @click.argument("cache_path", metavar="CACHE", type=PATH)
 @click.argument("manifest_path", metavar="MANIFEST", type=PATH)
-@click.option("--out", type=PATH, required=True, help="The run directory to write.")
+@output_option("The run directory to write.")
 @click.option(
     "--split",
     type=click.Choice(["train", "test"]),
-    help="Score these rows of the manifest only, in place of all.",
+    help="Score only this split of the manifest.",
 )
 @click.option(
     "--recalibrate",
     metavar="N",
     type=click.IntRange(1, MANY),
-    help="Calibrate anew on N labelled patients, drawn by seed, and score the others.",
+    help="Recalibrate on N labelled patients, drawn at random, and score the others.",
 )
-@operating_point_option("Also show this operating point of the model:")
+@operating_point_option("Operating point of the model to show:")
 @prevalence_option
 @seed_option
 @json_option
@@ -53,10 +61,10 @@ def evaluate_command(
     seed: int,
     as_json: bool,
 ) -> None:
-    """Try MODEL, such as RUN/models/mlp, on images of another institution.
+    """Validate MODEL, such as RUN/models/mlp, on images of another institution.
 
-    Says how its scores, its calibration and the embeddings differ from those it was trained and
-    tested on. Images that it was trained on are refused.
+    Reports how scores, calibration and embeddings differ from those of its own test and training
+    data. Images that the model was trained on are refused.
     """
     from medembed.prediction.external_validation import evaluate
     from medembed.report.external import render_external
@@ -78,3 +86,4 @@ def evaluate_command(
     else:
         click.echo(render_external(found, table_columns(PIPED_COLUMNS)))
         say(f"Run: {out}")
+        suggest("report", out, "-o", "report-elsewhere")

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from medembed.cli.console import print_json, say
+from medembed.cli.commands import Command
+from medembed.cli.console import print_json, say, suggest
 from medembed.cli.options import (
     MAX_BATCH,
     PATH,
@@ -34,7 +35,7 @@ pool_option = click.option(
     callback=split_names,
     default="mean,max",
     show_default=True,
-    help="What to keep of one pass: mean, max, grid4 (16 cells), pooler, projector, cls.",
+    help="Poolings to store: mean, max, grid4 (16 cells), pooler, projector, cls.",
 )
 
 
@@ -58,7 +59,20 @@ def _choose_worker(
     return worker
 
 
-@click.command("extract")
+@click.command(
+    "extract",
+    cls=Command,
+    examples=[
+        "medembed extract mura.csv --image-root MURA-v1.1 --encoder google/medgemma-4b-pt "
+        "--cache cache",
+        "medembed extract mura.csv --image-root MURA-v1.1 --encoder demo --cache cache --dry-run",
+    ],
+    sections={
+        "Encoder": ["encoder", "pool", "device", "precision", "dtype"],
+        "Images": ["fit", "window", "max-bytes", "max-seconds", "retry-failed", "strict"],
+        "Speed and workers": ["batch-size", "decoders", "worker", "backend"],
+    },
+)
 @click.argument("manifest_path", metavar="MANIFEST", type=PATH)
 @image_root_option
 @encoder_option
@@ -71,35 +85,43 @@ def _choose_worker(
     type=click.Choice(["float16", "float32"]),
     default="float16",
     show_default=True,
-    help="What is stored.",
+    help="Type of the stored values.",
 )
 @fit_option
 @click.option(
     "--window",
     default="first",
     show_default=True,
-    help="Of a DICOM: the first VOI LUT or window, the one of this name, or none.",
+    help="Window of a DICOM image: first, the name of one, or none.",
 )
-@click.option("--batch-size", type=click.IntRange(1, MAX_BATCH), help="Images in one encoder pass.")
-@click.option("--decoders", type=click.IntRange(min=1), help="Processes that read and decode.")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1, MAX_BATCH),
+    help="Images per forward pass; measured by default.",
+)
+@click.option(
+    "--decoders", type=click.IntRange(min=1), help="Processes that read and decode images."
+)
 @limit_options
 @click.option(
     "--worker",
     callback=_choose_worker,
     metavar="I/N",
-    help="Take the I-th share of N, from 0; by itself under torchrun and SLURM.",
+    help="Embed the I-th of N shares, counted from 0; set by torchrun and SLURM.",
 )
 @click.option(
+    "--backend",
     "--engine",
+    "engine",
     type=click.Choice(["local", "ray"]),
     default="local",
     show_default=True,
     is_eager=True,
-    help="ray: by workers on the Ray at RAY_ADDRESS, or one started here (medembed[ray]).",
+    help="Where workers run: this process, or the Ray cluster at RAY_ADDRESS.",
 )
-@click.option("--retry-failed", is_flag=True, help="Try images again that failed before.")
-@click.option("--strict", is_flag=True, help="Exit 1 at the end if any image failed.")
-@click.option("--dry-run", is_flag=True, help="Say what would be done; embed nothing.")
+@click.option("--retry-failed", is_flag=True, help="Try images that failed before again.")
+@click.option("--strict", is_flag=True, help="Exit with 1 if any image failed.")
+@click.option("--dry-run", is_flag=True, help="Print what would be done and stop.")
 @json_option
 def extract_command(
     manifest_path: Path,
@@ -123,7 +145,10 @@ def extract_command(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Embed MANIFEST's images into a cache; what is there already is not done again."""
+    """Run an encoder over MANIFEST's images and cache the embeddings.
+
+    Images that the cache holds already are skipped, so a run that was interrupted goes on.
+    """
     from medembed import extraction
     from medembed.dataset.manifest import read_manifest
     from medembed.encoders.loading import load_encoder
@@ -131,7 +156,9 @@ def extract_command(
     from medembed.images.load import Limits
 
     if engine == "ray" and worker:
-        raise click.UsageError("--worker is for --engine local; --engine ray shares out by itself")
+        raise click.UsageError(
+            "--worker is for --backend local; with --backend ray Ray divides the work"
+        )
     rows, limits = read_manifest(manifest_path), Limits(max_bytes, max_seconds)
     if engine == "ray" and Path(reference).is_dir():  # Ray's processes are in other directories
         reference = str(Path(reference).absolute())
@@ -188,6 +215,8 @@ def extract_command(
     _say_extraction(report, cache_path, dry_run)
     if as_json:
         print_json(report.as_dict())
+    elif not dry_run:
+        suggest("sweep", cache_path, manifest_path, "-o", "runs/sweep")
     if strict and report.failed:
         raise click.ClickException(
             f"{report.failed} images failed and --strict was given. They are listed above; mend "
@@ -213,12 +242,23 @@ def _say_extraction(report: "ExtractionReport", cache_path: Path, dry_run: bool)
         say(f"Time: {describe_times(report)}")
 
 
-@click.command("doctor")
-@click.option(
-    "--encoder", "reference", help="Also ask for this one: access, memory, what is to be fetched."
+@click.command(
+    "doctor",
+    cls=Command,
+    examples=[
+        "medembed doctor --encoder google/medgemma-4b-pt --manifest mura.csv --cache cache",
+    ],
 )
-@click.option("--manifest", "manifest_path", type=PATH, help="Count its images for the disk.")
-@click.option("--cache", "cache_path", type=PATH, help="Where the cache will be.")
+@click.option(
+    "--encoder", "reference", help="Also check this encoder: access, memory, bytes to download."
+)
+@click.option(
+    "--manifest",
+    "manifest_path",
+    type=PATH,
+    help="Manifest whose images are counted to estimate disk space.",
+)
+@click.option("--cache", "cache_path", type=PATH, help="Where the cache will be written.")
 @pool_option
 @json_option
 def doctor_command(
@@ -228,7 +268,7 @@ def doctor_command(
     poolings: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Say whether device, memory, disk, token and access will do; exit 1 if one will not."""
+    """Check device, memory, disk, token and access; exit with 1 if one is not good enough."""
     from medembed import doctor
 
     checks = doctor.examine(reference, manifest=manifest_path, cache=cache_path, poolings=poolings)
@@ -240,3 +280,8 @@ def doctor_command(
     n_bad = sum(not check.ok for check in checks)
     if n_bad:
         raise click.ClickException(f"{n_bad} of {len(checks)} checks failed; see above.")
+    if not as_json:
+        suggest(
+            *("extract", manifest_path or "MANIFEST", "--image-root", "DIR"),
+            *("--encoder", reference or "google/medgemma-4b-pt", "--cache", cache_path or "cache"),
+        )

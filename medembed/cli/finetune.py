@@ -5,8 +5,9 @@ from typing import Any
 
 import click
 
+from medembed.cli.commands import Command
 from medembed.cli.compare import show_comparison
-from medembed.cli.console import print_json
+from medembed.cli.console import print_json, suggest
 from medembed.cli.options import (
     MANY,
     MAX_BATCH,
@@ -20,6 +21,7 @@ from medembed.cli.options import (
     json_option,
     limit_options,
     operating_point_option,
+    output_option,
     precision_option,
     seed_option,
     split_names,
@@ -31,7 +33,37 @@ __all__ = ["finetune_command"]
 _ABOVE_ZERO = Finite(min=0, min_open=True)
 
 
-@click.command("finetune")
+@click.command(
+    "finetune",
+    cls=Command,
+    examples=[
+        "medembed finetune mura.csv --image-root MURA-v1.1 --encoder google/medgemma-4b-pt "
+        "--from-run runs/sweep -o runs/depths",
+    ],
+    sections={
+        "What is trained": ["unfreeze", "lora", "from-run", "from-scratch", "pool"],
+        "Training": [
+            "seeds",
+            "folds",
+            "epochs",
+            "patience",
+            "batch-size",
+            "accumulate",
+            "checkpointing",
+            "lr",
+            "encoder-share",
+            "decay",
+            "weight-decay",
+            "no-augment",
+            "flips",
+            "seed",
+        ],
+        "Frozen blocks": ["trunk-cache", "trunk-dtype"],
+        "Images": ["fit", "max-bytes", "max-seconds"],
+        "Results": ["operating-point"],
+        "Device": ["device", "precision"],
+    },
+)
 @click.argument("manifest_path", metavar="MANIFEST", type=PATH)
 @image_root_option
 @encoder_option
@@ -40,65 +72,73 @@ _ABOVE_ZERO = Finite(min=0, min_open=True)
     callback=split_names,
     default="0,1,2,4",
     show_default=True,
-    help="Depths: so many last blocks train with the head; 0 the head alone; all everything.",
+    help="Depths to train: the number of last blocks; 0 is the head alone, all is everything.",
 )
 @click.option(
     "--lora", type=click.IntRange(1, MANY), metavar="RANK",
-    help="Train adapters of this rank in those blocks, not the blocks; wants peft.",
+    help="Train LoRA adapters of this rank instead of the blocks; requires peft.",
 )  # fmt: skip
-@click.option("--out", type=PATH, required=True, help="The run directory to write.")
+@output_option("The run directory to write.")
 @click.option(
-    "--from-run", type=PATH, help="Begin with the best MLP or logistic head of this sweep."
+    "--from-run", type=PATH, help="Start from the best MLP or logistic head of this sweep."
 )
 @click.option(
     "--pool",
     callback=split_names,
-    help="What the head reads, side by side; without it mean,max, or what --from-run has.",
+    help="Poolings joined as the head's input; mean,max by default, or those of --from-run.",
 )
 @click.option(
     "--trunk-cache", type=PATH,
-    help="Keep here what comes out of the frozen blocks; wants --no-augment.",
+    help="Directory to cache the frozen blocks' output in; requires --no-augment.",
 )  # fmt: skip
 @click.option(
     "--trunk-dtype", type=click.Choice(["float32", "float16"]), default="float32",
-    show_default=True, help="How it is kept.",
+    show_default=True, help="Type of the cached output.",
 )  # fmt: skip
 @click.option(
     "--seeds", "n_seeds", type=click.IntRange(1, MANY), default=1, show_default=True,
-    help="Train every depth with so many seeds, from --seed on.",
+    help="Seeds per depth, counted from --seed.",
 )  # fmt: skip
 @click.option(
     "--folds", "n_folds", type=click.IntRange(2, MANY), default=5, show_default=True,
-    help="One of so many folds of train patients is held out to stop early.",
-)  # fmt: skip
-@click.option("--epochs", type=click.IntRange(1, MANY), default=20, show_default=True)
-@click.option("--patience", type=click.IntRange(1, MANY), default=5, show_default=True)
-@click.option("--batch-size", type=click.IntRange(1, MAX_BATCH), default=32, show_default=True)
-@click.option(
-    "--accumulate", type=click.IntRange(1, MAX_BATCH), default=1, show_default=True,
-    help="Send a batch through the tower in so many parts: less memory.",
+    help="Hold out one of N folds of training patients for early stopping.",
 )  # fmt: skip
 @click.option(
-    "--checkpointing", is_flag=True, help="Compute activations twice instead of keeping them."
+    "--epochs", type=click.IntRange(1, MANY), default=20, show_default=True, help="At most."
 )
 @click.option(
-    "--lr", type=_ABOVE_ZERO, default=1e-3, show_default=True, help="The head's learning rate."
+    "--patience", type=click.IntRange(1, MANY), default=5, show_default=True,
+    help="Epochs without improvement before training stops.",
+)  # fmt: skip
+@click.option(
+    "--batch-size", type=click.IntRange(1, MAX_BATCH), default=32, show_default=True,
+    help="Images per step.",
+)  # fmt: skip
+@click.option(
+    "--accumulate", type=click.IntRange(1, MAX_BATCH), default=1, show_default=True,
+    help="Split each batch into N parts to save memory.",
+)  # fmt: skip
+@click.option("--checkpointing", is_flag=True, help="Recompute activations to save memory.")
+@click.option(
+    "--lr", type=_ABOVE_ZERO, default=1e-3, show_default=True, help="Learning rate of the head."
 )
 @click.option(
     "--encoder-share", type=_ABOVE_ZERO, default=0.1, show_default=True,
-    help="The last block's learning rate, as a share of the head's.",
+    help="Learning rate of the last block, as a share of the head's.",
 )  # fmt: skip
 @click.option(
     "--decay", type=_ABOVE_ZERO, default=0.75, show_default=True,
-    help="Each earlier block's learning rate, as a share of the next one's.",
+    help="Learning rate of each earlier block, as a share of the next one's.",
 )  # fmt: skip
-@click.option("--weight-decay", type=Finite(min=0), default=0.01, show_default=True)
-@click.option("--no-augment", is_flag=True, help="Train on the images as they are.")
-@click.option("--flips", is_flag=True, help="Also mirror images, left and right.")
 @click.option(
-    "--from-scratch", is_flag=True, help="Begin with random weights, drawn by its config."
+    "--weight-decay", type=Finite(min=0), default=0.01, show_default=True, help="As AdamW has it."
 )
-@operating_point_option("Also package this operating point with every model:")
+@click.option("--no-augment", is_flag=True, help="Do not vary the images during training.")
+@click.option("--flips", is_flag=True, help="Also mirror images left to right.")
+@click.option(
+    "--from-scratch", is_flag=True, help="Start from random weights of the encoder's architecture."
+)
+@operating_point_option("Operating point to store with every model:")
 @limit_options
 @device_option
 @precision_option
@@ -128,7 +168,10 @@ def finetune_command(
     as_json: bool,
     **numbers: Any,
 ) -> None:
-    """Train an encoder's last blocks with a head, at several depths, on MANIFEST."""
+    """Train an encoder's last blocks together with a head, at several depths.
+
+    The result is a run that `compare` and `report` set beside those of sweeps.
+    """
     from medembed.finetuning import Hyperparameters, finetune
     from medembed.images.load import Limits
 
@@ -162,3 +205,4 @@ def finetune_command(
         print_json(run.as_dict())
     else:
         show_comparison([out], "study", None, "table", operating_points=operating_points)
+        suggest("report", *([from_run] if from_run else []), out, "-o", "report")

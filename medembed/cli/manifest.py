@@ -6,15 +6,23 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from medembed.cli.console import Commands, print_json, say
-from medembed.cli.options import PATH, conclude, image_root_option, json_option, seed_option
+from medembed.cli.commands import Commands
+from medembed.cli.console import print_json, say
+from medembed.cli.options import (
+    PATH,
+    conclude,
+    image_root_option,
+    json_option,
+    output_option,
+    seed_option,
+)
 from medembed.cli.progress import showing_progress
 
 if TYPE_CHECKING:
     from medembed.cache.near_duplicates import NearDuplicates
     from medembed.cache.store import Cache
 
-__all__ = ["build_command", "check_command", "manifest"]
+__all__ = ["build_command", "check_command", "manifest_command"]
 
 REBUILD = "Mend the recipe or the tables and build it again."
 LOOK = (
@@ -23,15 +31,21 @@ LOOK = (
 )
 
 
-@click.group(cls=Commands)
-def manifest() -> None:
+@click.group("manifest", cls=Commands)
+def manifest_command() -> None:
     """Build and check manifests: one row per image."""
 
 
-@manifest.command("build")
+@manifest_command.command(
+    "build",
+    short_help="Turn a folder or table of images into a manifest.",
+    examples=[
+        "medembed manifest build mura --image-root MURA-v1.1 -o mura.csv",
+    ],
+)
 @click.argument("recipe", metavar="RECIPE")
 @image_root_option
-@click.option("-o", "--output", type=PATH, required=True, help="MANIFEST.csv or .parquet.")
+@output_option("MANIFEST.csv or .parquet.", "output")
 @click.option("--strict", is_flag=True, help="Warnings are errors.")
 @click.option("--structure-only", is_flag=True, help="Tables alone; no image is read or hashed.")
 @click.option(
@@ -89,7 +103,13 @@ def _counted(document: dict[str, Any]) -> str:
     return ", ".join(f"{document[key]:,} {key}" for key in keys)
 
 
-@manifest.command("check")
+@manifest_command.command(
+    "check",
+    short_help="List everything that is wrong with a manifest.",
+    examples=[
+        "medembed manifest check mura.csv --image-root MURA-v1.1",
+    ],
+)
 @click.argument("manifest_path", metavar="MANIFEST", type=PATH)
 @click.option("--image-root", type=PATH, help="Also compare every file's bytes with its row.")
 @click.option(

@@ -25,6 +25,7 @@ __all__ = [
     "json_option",
     "limit_options",
     "operating_point_option",
+    "output_option",
     "precision_option",
     "prevalence_option",
     "seed_option",
@@ -38,7 +39,10 @@ MAX_SEED = 2**63 - 1
 """The largest whole number that every file and library here holds."""
 
 image_root_option = click.option(
-    "--image-root", type=PATH, required=True, help="Directory that the manifest's paths start from."
+    "--image-root",
+    type=PATH,
+    required=True,
+    help="Directory that the manifest's paths are relative to.",
 )
 encoder_option = click.option(
     "--encoder",
@@ -51,20 +55,21 @@ device_option = click.option(
     type=click.Choice(["auto", "cpu", "cuda", "mps"]),
     default="auto",
     show_default=True,
+    help="Where the encoder runs.",
 )
 precision_option = click.option(
     "--precision",
     type=click.Choice(["auto", "fp32", "bf16"]),
     default="auto",
     show_default=True,
-    help="What the encoder computes in; auto is bf16 on a GPU that has it, else fp32.",
+    help="Precision of the encoder; auto is bf16 on a GPU that supports it, else fp32.",
 )
 fit_option = click.option(
     "--fit",
     type=click.Choice(["stretch", "pad"]),
     default="stretch",
     show_default=True,
-    help="How an image that is not square becomes square.",
+    help="How to make an image square.",
 )
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON document on stdout."
@@ -88,6 +93,13 @@ class Finite(click.FloatRange):
         return number
 
 
+def output_option(words: str, name: str = "out") -> Callable[[Command], Command]:
+    """Add -o, --output (or --out): where a command writes; the parameter is called `name`."""
+    return click.option(
+        "-o", "--output", "--out", name, type=PATH, required=True, metavar="PATH", help=words
+    )
+
+
 def limit_options(command: Command) -> Command:
     """Add --max-bytes and --max-seconds: what an image may cost before it counts as failed."""
     for option in (
@@ -96,14 +108,14 @@ def limit_options(command: Command) -> Command:
             type=Finite(0, 1_000_000, min_open=True),
             default=120.0,
             show_default=True,
-            help="Of computing to decode an image; one that takes longer counts as failed.",
+            help="CPU seconds that decoding an image may take before it counts as failed.",
         ),
         click.option(
             "--max-bytes",
             type=click.IntRange(min=1, max=2**63 - 1),
             default=2**30,
             show_default=True,
-            help="Of an image's file; a larger one counts as failed.",
+            help="Size of an image file above which it counts as failed.",
         ),
     ):
         command = option(command)
@@ -144,14 +156,14 @@ prevalence_option = click.option(
     "--prevalence",
     type=Finite(0, 1, min_open=True, max_open=True),
     metavar="P",
-    help="Also give PPV and NPV where this share of studies is abnormal.",
+    help="Also report PPV and NPV at this prevalence.",
 )
 seed_option = click.option(
     "--seed",
     type=click.IntRange(min=0, max=MAX_SEED),
     default=0,
     show_default=True,
-    help="Seed of everything random.",
+    help="Random seed.",
 )
 
 

@@ -4,42 +4,56 @@ from typing import Any
 
 import click
 
+from medembed.cli.commands import Command
 from medembed.cli.console import print_json
 from medembed.cli.options import json_option
 
 __all__ = ["plan_command"]
 
 
-@click.command("plan")
-@click.option("--auroc", type=float, help="The AUROC expected; with --difference the better one.")
-@click.option("--sensitivity", type=float, help="In place of --auroc, for --width.")
-@click.option("--specificity", type=float, help="In place of --auroc, for --width.")
-@click.option(
-    "--prevalence", type=float, required=True, help="Share of the studies that are abnormal."
+@click.command(
+    "plan",
+    cls=Command,
+    examples=[
+        "medembed plan --auroc 0.9 --prevalence 0.4 --width 0.05",
+        "medembed plan --auroc 0.9 --prevalence 0.4 --difference 0.02 --correlation 0.6",
+    ],
 )
+@click.option(
+    "--auroc", type=float, help="Expected AUROC; with --difference that of the better head."
+)
+@click.option("--sensitivity", type=float, help="Expected sensitivity, instead of --auroc.")
+@click.option("--specificity", type=float, help="Expected specificity, instead of --auroc.")
+@click.option("--prevalence", type=float, required=True, help="Share of studies that are abnormal.")
 @click.option(
     "--width",
     type=float,
-    help="Of the 95 % interval, from its lower to its upper end; 0.05 is about ± 0.025.",
+    help="Width of the 95 % interval from end to end; 0.05 is about ± 0.025.",
 )
 @click.option(
-    "--difference", type=float, help="In AUROC, that a paired test of two heads should find."
+    "--difference",
+    type=float,
+    help="Difference in AUROC that a paired test of two heads should detect.",
 )
 @click.option(
     "--correlation",
     type=float,
-    help="Of the two heads' scores among studies of one label; for --difference.",
+    help="Correlation of the two heads' scores among studies of one label.",
 )
-@click.option("--power", type=float, help="With which the test finds it.  [default: 0.8]")
+@click.option("--power", type=float, help="Power of the test.  [default: 0.8]")
 @click.option(
-    "--studies-per-patient", type=float, default=1.0, show_default=True, help="Their mean."
+    "--studies-per-patient",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Mean number of studies per patient.",
 )
 @click.option(
     "--icc",
     type=float,
     default=0.0,
     show_default=True,
-    help="How alike scores of a patient's studies of one label are: 0 not at all, 1 the same.",
+    help="Intraclass correlation of the scores of a patient's studies of one label.",
 )
 @json_option
 def plan_command(
@@ -55,11 +69,11 @@ def plan_command(
     icc: float,
     as_json: bool,
 ) -> None:
-    """Say how many test patients an interval or a paired test wants.
+    """Compute how many test patients an interval or a paired test needs.
 
-    Either --width, of the interval of one head's AUROC, sensitivity or specificity; or
-    --difference, between the AUROC of two heads on the same studies. Both at the 95 % level, by
-    the methods of `medembed compare`.
+    Use --width for the interval of one head's AUROC, sensitivity or specificity, or --difference
+    for a paired test of the AUROC of two heads on the same studies. Both are at the 95 % level and
+    use the methods of `medembed compare`.
     """
     given = {"auroc": auroc, "sensitivity": sensitivity, "specificity": specificity}
     expected = {name: value for name, value in given.items() if value is not None}
@@ -121,7 +135,7 @@ def _check_usage(
     if difference is None and (correlation is not None or power is not None):
         raise click.UsageError("--correlation and --power go with --difference.")
     if difference is not None and (expected != ["auroc"] or correlation is None):
-        raise click.UsageError("--difference wants --auroc and --correlation.")
+        raise click.UsageError("--difference requires --auroc and --correlation.")
 
 
 def _named(score: str, value: float) -> str:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from medembed.cli.console import exit_status, print_json, say
+from medembed.cli.commands import Command
+from medembed.cli.console import exit_status, print_json, say, suggest
 from medembed.cli.options import (
     PATH,
     Finite,
@@ -27,7 +28,7 @@ from medembed.core.text import printable
 if TYPE_CHECKING:
     from medembed.prediction import Predictor
 
-__all__ = ["predict_command"]
+__all__ = ["predict_command", "write_table"]
 
 COLUMNS = 80
 NAME_COLUMNS = 38
@@ -40,26 +41,39 @@ _NO_REFERENCE = (
 )
 
 
-@click.command("predict")
+@click.command(
+    "predict",
+    cls=Command,
+    examples=[
+        "medembed predict runs/sweep/models/mlp film.png",
+        "medembed predict runs/sweep films/ --encoder google/medgemma-4b-pt -o predictions.csv",
+        "medembed predict runs/sweep --manifest mura.csv --cache cache",
+    ],
+    sections={
+        "Images": ["manifest", "image-root", "cache", "max-bytes", "max-seconds"],
+        "Decisions": ["operating-point", "alpha"],
+        "Encoder": ["encoder", "device", "precision"],
+    },
+)
 @click.argument("model_path", metavar="MODEL", type=PATH)
 @click.argument("images", metavar="[IMAGE]...", nargs=-1, type=PATH)
-@click.option("--manifest", "manifest_path", type=PATH, help="Answer for all images of this one.")
+@click.option("--manifest", "manifest_path", type=PATH, help="Manifest whose images are predicted.")
 @click.option(
     "--image-root",
     type=PATH,
-    help="Where the manifest's paths start from; not needed if the cache has all.",
+    help="Directory that the manifest's paths are relative to; needed for images not in the cache.",
 )
-@click.option("--cache", "cache_path", type=PATH, help="Look embeddings up here first.")
+@click.option("--cache", "cache_path", type=PATH, help="Cache to look embeddings up in first.")
 @click.option(
     "--encoder",
     "reference",
-    help="Where the model's encoder is, if not where its card says.",
+    help="The model's encoder, if not where the model's card says.",
 )
 @click.option(
     "--explain",
     type=PATH,
     metavar="DIR",
-    help="Leave a heat map of each image here; the encoder sees all, whatever the cache has.",
+    help="Directory for a heat map of each image; needs a pass of the encoder over all of them.",
 )
 @click.option(
     "--alpha",
@@ -72,13 +86,22 @@ _NO_REFERENCE = (
     "--operating-point",
     metavar="POINT",
     callback=check_point,
-    help="What decides: one that the model was packaged with, such as sensitivity=0.95, or "
-    "threshold=0.3 of calibrated probabilities; Youden's without it.",
+    help="Operating point of decisions: one stored with the model, such as sensitivity=0.95, or "
+    "threshold=0.3 of calibrated probabilities; Youden's by default.",
 )
 @limit_options
 @device_option
 @precision_option
-@click.option("--jsonl", is_flag=True, help="Print a line of JSON per row, as it is ready.")
+@click.option(
+    "-o",
+    "--output",
+    type=PATH,
+    metavar="FILE",
+    help="Write the rows to a .csv or .xlsx file instead of the terminal.",
+)
+@click.option(
+    "--jsonl", is_flag=True, help="Print one line of JSON per row as soon as it is ready."
+)
 @json_option
 def predict_command(
     model_path: Path,
@@ -94,19 +117,25 @@ def predict_command(
     max_seconds: float,
     device: str,
     precision: str,
+    output: Path | None,
     jsonl: bool,
     as_json: bool,
 ) -> None:
-    """Ask a packaged MODEL about images: files, or those of a manifest.
+    """Apply MODEL to images: files, directories, or those of a manifest.
 
-    Per image and per study: the calibrated probability of abnormal, the decision at an operating
-    point, and the prediction set. Files given by name are studies of their own. Exits with 1
-    if an image could not be answered for. Research software, not a medical device.
+    MODEL is a packaged model such as RUN/models/mlp, or a run, of which the best model by
+    cross-validation is taken. Printed per image and per study are the calibrated probability of
+    abnormal, the decision at an operating point, and the prediction set. Files given by name are
+    studies of their own. Exits with 1 if an image failed. Research software, not a medical device.
     """
+    _check_usage(images, manifest_path, image_root, output, jsonl=jsonl, as_json=as_json)
     from medembed.images.load import Limits
     from medembed.prediction import Predictor
+    from medembed.prediction.inputs import list_images
 
-    _check_usage(images, manifest_path, image_root, jsonl=jsonl, as_json=as_json)
+    files, unseen = list_images(images)
+    for sentence in unseen:
+        say(f"Warning: {sentence}")
     with showing_progress("Fetching", "bytes") as fetching:
         predictor = Predictor(
             model_path,
@@ -121,6 +150,8 @@ def predict_command(
             tell=say,
         )
         point = predictor.point
+        if predictor.path != model_path:
+            say(f"Model: {predictor.path}, the best of its run by cross-validation.")
         if operating_point is not None:
             say(f"Decisions at {point.name}: abnormal from {point.threshold:.3f} on.")
         if predictor.card.conformal is None:
@@ -132,16 +163,24 @@ def predict_command(
         if manifest_path is not None:
             rows = predictor.predict_manifest(manifest_path, image_root, explain=explain)
         else:
-            rows = predictor.predict_images(images, explain=explain)
+            rows = predictor.predict_images(files, explain=explain)
         with contextlib.closing(rows):
-            seen = _show(rows, predictor, jsonl=jsonl, as_json=as_json)
+            if output is None:
+                seen = _show(rows, predictor, jsonl=jsonl, as_json=as_json)
+            else:
+                seen = _Seen()
+                write_table(list(_counting(rows, seen)), output)
+                say(f"Predictions: {output}")
     seen.conclude()
+    if not (jsonl or as_json):
+        suggest("evaluate", model_path, "CACHE", "MANIFEST", "-o", "runs/elsewhere")
 
 
 def _check_usage(
     images: tuple[Path, ...],
     manifest_path: Path | None,
     image_root: Path | None,
+    output: Path | None,
     *,
     jsonl: bool,
     as_json: bool,
@@ -150,8 +189,10 @@ def _check_usage(
         raise click.UsageError("name images, or give --manifest M --image-root DIR")
     if image_root is not None and manifest_path is None:
         raise click.UsageError("--image-root is for --manifest; images are named by their paths")
-    if jsonl and as_json:
-        raise click.UsageError("give --jsonl or --json, not both")
+    if jsonl + as_json + (output is not None) > 1:
+        raise click.UsageError("give one of --jsonl, --json and --output")
+    if output is not None and output.suffix not in (".csv", ".xlsx"):
+        raise click.UsageError(f"--output {output} ends in neither .csv nor .xlsx")
 
 
 class _Seen:
@@ -249,7 +290,7 @@ def _counting(rows: Iterator[Row], seen: _Seen) -> Iterator[Row]:
 
 
 def _writer() -> Callable[[str], None]:
-    """Give what writes text to stdout at once. What Ctrl-C cuts off is flushed at the exit."""
+    """Return what writes text to stdout at once. What Ctrl-C cuts off is flushed at the exit."""
     stream = sys.stdout.buffer
 
     def write(text: str) -> None:
@@ -259,6 +300,42 @@ def _writer() -> Callable[[str], None]:
         stream.flush()
 
     return write
+
+
+def write_table(rows: list[Row], path: Path) -> None:
+    """Write rows as a table, complete or not at all: a line per image, and per study of several.
+
+    Text that a spreadsheet would compute gets an apostrophe before it.
+    """
+    import io
+
+    import pandas as pd
+
+    from medembed.core.files import write_atomically
+    from medembed.core.text import to_csv_cell
+
+    flat = []
+    for row in rows:
+        if row["image"] is None and row["n_views"] == 1:
+            continue  # its image's row says it
+        point = row["operating_point"] or {"name": None, "threshold": None}
+        members = None if row["set"] is None else " or ".join(row["set"]) or "neither"
+        names = {"operating_point": point["name"], "threshold": point["threshold"]}
+        before = {k: row[k] for k in ("image", "study", "probability", "decision")}
+        flat.append({**before, **names, "set": members} | {k: row[k] for k in row if k not in (
+            "operating_point", "set")})  # fmt: skip
+    table = pd.DataFrame(flat).map(to_csv_cell)
+    file = io.BytesIO()
+    if path.suffix == ".csv":
+        table.to_csv(file, index=False)
+    else:
+        try:
+            table.to_excel(file, index=False, engine="openpyxl")
+        except ModuleNotFoundError:
+            raise click.ClickException(
+                "writing .xlsx needs openpyxl: pip install openpyxl, or write a .csv file."
+            ) from None
+    write_atomically(path, file.getvalue())
 
 
 def _heading(predictor: "Predictor") -> list[str]:

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
-from medembed.cli.console import say
+from medembed.cli.console import is_quiet, say
 from medembed.core.text import mask_controls
 
 __all__ = ["Leaderboard", "Lines", "Progress", "showing_leaderboard", "showing_progress"]
@@ -64,6 +64,8 @@ def showing_progress(label: str, unit: str) -> AbstractContextManager[Progress]:
     context manager
         It gives `progress`, to be called as `progress(done, total)`.
     """
+    if is_quiet():
+        return _Silent(label, unit)
     return _Bar(label, unit) if _draws() else _PlainLines(label, unit)
 
 
@@ -74,6 +76,8 @@ def showing_leaderboard(label: str, unit: str, metric: str) -> AbstractContextMa
     the best head. `progress.board(lines)` may be called after every fit: drawing takes at most
     `COMPUTING_SHARE` of the time.
     """
+    if is_quiet():
+        return _Silent(label, unit)
     return _Board(label, unit, metric) if _draws() else _PlainBoard(label, unit)
 
 
@@ -139,6 +143,16 @@ class _Pace:
 
     def _shown(self, count: float) -> str:
         return f"{count / self._scale:,.{0 if self._scale == 1 else 1}f}"
+
+
+class _Silent(_Pace):
+    """Shows nothing: the command was given -q."""
+
+    def __call__(self, done: int, total: int) -> None:
+        """Pass over what is done."""
+
+    def board(self, lines: Lines) -> None:
+        """Pass over the leaderboard."""
 
 
 class _Bar(_Pace):

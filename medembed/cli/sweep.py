@@ -5,14 +5,16 @@ from typing import Any
 
 import click
 
+from medembed.cli.commands import Command
 from medembed.cli.compare import show_comparison
-from medembed.cli.console import print_json
+from medembed.cli.console import print_json, suggest
 from medembed.cli.options import (
     MANY,
     PATH,
     Finite,
     json_option,
     operating_point_option,
+    output_option,
     seed_option,
     split_names,
 )
@@ -21,44 +23,72 @@ from medembed.cli.progress import showing_leaderboard
 __all__ = ["sweep_command"]
 
 
-@click.command("sweep")
+class Backend(click.Choice[str]):
+    """Also takes loky, the former name of local."""
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return "local" or "ray"."""
+        return super().convert("local" if value == "loky" else value, param, ctx)
+
+
+@click.command(
+    "sweep",
+    cls=Command,
+    examples=[
+        "medembed sweep cache mura.csv -o runs/sweep",
+        "medembed sweep cache mura.csv -o runs/pools --pool mean,max,mean+max --covariates region",
+    ],
+    sections={
+        "What is tried": ["heads", "pool", "space", "configs", "covariates", "train-fraction"],
+        "How it is judged": ["folds", "metric", "operating-point"],
+        "Speed": ["jobs", "backend"],
+    },
+)
 @click.argument("cache_path", metavar="CACHE", type=PATH)
 @click.argument("manifest_path", metavar="MANIFEST", type=PATH)
-@click.option("--out", "out", type=PATH, required=True, help="The run directory to write.")
+@output_option("The run directory to write.")
 @click.option(
     "--heads",
     callback=split_names,
     default="logistic,mlp,lightgbm",
     show_default=True,
-    help="Kinds of classifiers; logistic is always among them.",
+    help="Classifiers: logistic (always included), mlp, lightgbm, attention.",
 )
 @click.option(
     "--pool",
     callback=split_names,
-    help="What heads are tried on, such as mean,max,mean+max,grid4; without it all single-vector "
-    "poolings side by side.",
+    help="Inputs to try: a comma separates alternatives, + joins poolings side by side "
+    "(mean,max,mean+max). By default all poolings of one vector are joined.",
 )
-@click.option("--space", type=PATH, help="A search space (TOML) in place of the default one.")
+@click.option("--space", type=PATH, help="A search space (TOML) instead of the default one.")
 @click.option(
     "--configs", "n_configs", type=click.IntRange(1, MANY),
-    help="Configurations tried per head and pooling, in place of the space's number.",
+    help="Configurations per head and pooling, instead of the search space's number.",
 )  # fmt: skip
-@click.option("--folds", "n_folds", type=click.IntRange(2, MANY), default=5, show_default=True)
-@click.option("--metric", default="auroc", show_default=True, help="What chooses the winners.")
+@click.option(
+    "--folds", "n_folds", type=click.IntRange(2, MANY), default=5, show_default=True,
+    help="Folds of cross-validation, by patient.",
+)  # fmt: skip
+@click.option(
+    "--metric",
+    default="auroc",
+    show_default=True,
+    help="Score that chooses the winners: auroc, average_precision, …",
+)
 @click.option(
     "--covariates",
     callback=split_names,
-    help="Columns of the manifest, such as region,age,sex, that are appended to the embedding.",
+    help="Columns of the manifest to append to the embedding, such as region,age,sex.",
 )
 @click.option(
     "--train-fraction", type=Finite(0, 1, min_open=True), default=1.0, show_default=True,
-    help="Share of the training patients to learn from, nested: for label-efficiency curves.",
+    help="Share of the training patients to learn from, for label-efficiency curves.",
 )  # fmt: skip
-@operating_point_option("Also package this operating point with every model:")
-@click.option("--jobs", type=click.IntRange(min=1), help="Processes; without it one per core.")
+@operating_point_option("Operating point to store with every model:")
+@click.option("--jobs", type=click.IntRange(min=1), help="Processes; one per core by default.")
 @click.option(
-    "--backend", type=click.Choice(["loky", "ray"]), default="loky", show_default=True,
-    help="Processes of this machine, or of a Ray cluster.",
+    "--backend", type=Backend(["local", "ray"]), default="local", show_default=True,
+    help="Where processes run: this machine, or the Ray cluster at RAY_ADDRESS.",
 )  # fmt: skip
 @seed_option
 @json_option
@@ -80,7 +110,11 @@ def sweep_command(
     seed: int,
     as_json: bool,
 ) -> None:
-    """Cross-validate heads on CACHE, refit the winners and score them once on test."""
+    """Train and tune classifiers on CACHE, and score the winners once on the test split.
+
+    Configurations are judged by cross-validation on training patients. The best of each head is
+    refitted on all of them and packaged as RUN/models/HEAD.
+    """
     from medembed import sweeps
 
     with showing_leaderboard("Training", "fits", metric) as progress:
@@ -99,7 +133,7 @@ def sweep_command(
             operating_points=operating_points,
             seed=seed,
             jobs=jobs,
-            backend=backend,
+            backend="loky" if backend == "local" else backend,
             progress=progress,
             board=progress.board,
         )
@@ -107,3 +141,4 @@ def sweep_command(
         print_json(run.as_dict())
     else:
         show_comparison([out], "study", None, "table", operating_points=operating_points)
+        suggest("report", out, "-o", "report")

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import numpy as np
 
-from medembed.core.errors import ManifestError, ModelError
+from medembed.core.errors import ArgumentError, ManifestError, ModelError
+from medembed.core.files import open_plain
 from medembed.dataset.covariates import CovariateEncoder
 from medembed.dataset.manifest import Manifest, existing_root, image_path
+from medembed.dataset.recipes.image_index import ImageIndex
 from medembed.images.hashing import hash_or_explain
 from medembed.results.model_card import Card
 
-__all__ = ["Requests", "ask_images", "ask_manifest"]
+__all__ = ["Requests", "ask_images", "ask_manifest", "list_images"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +60,7 @@ class Requests:
         return len(self.images)
 
     def path(self, number: int) -> Path:
-        """Give the file of an image.
+        """Return the file of an image.
 
         Raises
         ------
@@ -68,6 +70,51 @@ class Requests:
         if self.root is None:
             return self.places[number]
         return image_path(self.root, str(self.places[number]))
+
+
+def list_images(names: Sequence[Path]) -> tuple[list[Path], list[str]]:
+    """Return the files that are named, and of a directory the images below it, sorted.
+
+    Files of a directory count by their suffix; where none has one, all that are DICOM count.
+
+    Returns
+    -------
+    list of Path
+    list of str
+        What was not seen below a directory, in a sentence each.
+
+    Raises
+    ------
+    ArgumentError
+        A directory holds no image.
+    """
+    found, unseen = [], []
+    for name in names:
+        if not name.is_dir():
+            found.append(name)
+            continue
+        root = Path(os.path.realpath(name))
+        index = ImageIndex(root)
+        paths = sorted(index.paths) or [
+            path
+            for path in sorted(ImageIndex(root, every_file=True).paths)
+            if _is_dicom(root / path)
+        ]
+        if not paths:
+            raise ArgumentError(
+                f"{name} holds no image: no file below it has an image's suffix or is DICOM."
+            )
+        found += [name / path for path in paths]
+        unseen += index.unseen
+    return found, unseen
+
+
+def _is_dicom(path: Path) -> bool:
+    try:
+        with open_plain(path) as file:
+            return bool(file.read(132)[128:] == b"DICM")
+    except OSError:
+        return False
 
 
 def ask_images(

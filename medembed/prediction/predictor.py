@@ -22,6 +22,7 @@ from medembed.prediction.encode import CachedRows, Embedder
 from medembed.prediction.inputs import Requests, ask_images, ask_manifest
 from medembed.prediction.rows import Draw, PredictionJob, predict_rows
 from medembed.results.model_card import Card, read_card
+from medembed.results.runs import Run, open_run
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,8 +48,9 @@ class Predictor(Summarised):
 
     Parameters
     ----------
-    model : Model or path
-        A directory that `sweep` or `finetune` left in `models/`, or what `Run.model` read from it.
+    model : Model, Run or path
+        A directory that `sweep` or `finetune` left in `models/`, or what `Run.model` read from it;
+        of a run the best head by cross-validation.
     encoder : Encoder, str or path, optional
         The encoder, or where it is; by default what the model's card names. It must be the one
         that the model was trained on.
@@ -75,7 +77,7 @@ class Predictor(Summarised):
 
     def __init__(
         self,
-        model: "Model | Predictor | str | os.PathLike[str]",
+        model: "Model | Predictor | Run | str | os.PathLike[str]",
         *,
         encoder: Encoder | str | os.PathLike[str] | None = None,
         cache: Cache | str | os.PathLike[str] | None = None,
@@ -301,18 +303,24 @@ class Predictor(Summarised):
         return Pictures(directory, self.embedder, self.model.head).draw
 
 
-def find_model(model: Model | Predictor | str | os.PathLike[str]) -> Path:
-    """Return the directory of a model that is named, read, or asked already.
+def find_model(model: Model | Predictor | Run | str | os.PathLike[str]) -> Path:
+    """Return the directory of a model: of a run, that of the best head by cross-validation.
 
     Raises
     ------
     ArgumentError
-        It is none of these, or was made by hand and never saved.
+        `model` is none of these, or a Model that was made by hand and never saved.
+    RunError
+        The run has packaged no model.
     """
+    if isinstance(model, Run):
+        return model.model_path(model.best_head())
     if isinstance(model, Predictor | Model):
         if model.path is None:
             raise ArgumentError(
                 "the Model was made by hand and lies in no directory. Save it, and give its path."
             )
         return model.path
-    return as_path(model, "a model", "a Model or a Predictor")
+    path = as_path(model, "a model", "a Model, a Run or a Predictor")
+    is_run = (path / "run.json").is_file() and not (path / "model.json").exists()
+    return find_model(open_run(path)) if is_run else path

@@ -120,6 +120,22 @@ class Run(Summarised):
 
         return load_model(self.model_path(head))
 
+    def best_head(self) -> str:
+        """Return the head with the best mean score in cross-validation, never on test.
+
+        Raises
+        ------
+        RunError
+            The run has no leaderboard of heads that it packaged, as an evaluation has none.
+        """
+        for entry in self.info.get("leaderboard", []):
+            if (self.model_path(entry["head"]) / "model.json").is_file():
+                return str(entry["head"])
+        raise RunError(
+            f"run at {self.path} has packaged no model. Name a run of `medembed sweep` or "
+            "`medembed finetune` that has ended, or a model's own directory."
+        )
+
     def summarise(self) -> Summary:
         """Return what kind of run it is, its heads with their scores, and counts of its data."""
         return summarise_info(self.name, self.info, self.is_complete)

@@ -1,0 +1,211 @@
+"""click's commands and groups as medembed has them: one-line errors, examples, grouped options."""
+
+import errno
+import re
+import signal
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from difflib import get_close_matches
+from importlib import import_module
+from typing import Any
+
+import click
+
+from medembed.cli.console import ENDINGS, QUIET, VERBOSE, exit_status, say
+from medembed.core.errors import MedembedError
+from medembed.core.text import printable
+
+__all__ = ["Command", "Commands", "Entry", "Sections"]
+
+Entry = tuple[str, str]
+"""The module and the attribute that hold a command, and a line that says what it does."""
+
+
+_LAST = ("jsonl", "json", QUIET, VERBOSE, "help")
+_NO_LIMIT = re.compile(r"(\d+)<=x<=\d{6,}")
+"""A range whose upper end only guards against nonsense."""
+
+
+class Command(click.Command):
+    """A command that takes -q and -v, sorts its options under headings and ends with examples.
+
+    Parameters
+    ----------
+    examples : sequence of str
+        Whole command lines, shown at the end of the help.
+    sections : mapping of str to sequence of str
+        Headings and, below each, the long names of options without their dashes. Options that no
+        heading names come first, under "Options".
+    """
+
+    def __init__(
+        self,
+        *arguments: Any,
+        examples: Sequence[str] = (),
+        sections: Mapping[str, Sequence[str]] | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(*arguments, **settings)
+        self.examples, self.sections = tuple(examples), dict(sections or {})
+        for parameter in self.params:
+            if isinstance(parameter.type, click.IntRange | click.FloatRange):
+                parameter.metavar = parameter.metavar or "N"
+        self.params += [_flag(QUIET, "-q", "Print results and errors only."),
+                        _flag(VERBOSE, "-v", "Show where an error was raised.")]  # fmt: skip
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options, each under its heading."""
+        heading_of = {name: heading for heading, names in self.sections.items() for name in names}
+        lines: dict[str, list[tuple[str, str]]] = {
+            heading: [] for heading in ("Options", *self.sections, "Output")
+        }
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if isinstance(parameter, click.Option) and record is not None:
+                long = max(parameter.opts, key=len).removeprefix("--")
+                default = "Output" if self.sections and long in _LAST else "Options"
+                name, words = record
+                words = _NO_LIMIT.sub(r"x>=\1", words)
+                lines[heading_of.get(long, default)].append((name, words))
+        for heading, records in lines.items():
+            if records:
+                with formatter.section(heading):
+                    formatter.write_dl(records)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the examples, one line each unless the terminal is too narrow."""
+        super().format_epilog(ctx, formatter)
+        if self.examples:
+            with formatter.section("Examples"):
+                for example in self.examples:
+                    for line in fold(example, formatter.width - 2 * formatter.indent_increment):
+                        formatter.write(f"{'':{formatter.current_indent}}{line}\n")
+
+
+def _flag(name: str, short: str, words: str) -> click.Option:
+    def remember(context: click.Context, option: click.Parameter, value: bool) -> None:
+        context.meta[f"medembed.{name}"] = value
+
+    return click.Option(
+        [short, f"--{name}", name], is_flag=True, is_eager=True, expose_value=False,
+        callback=remember, help=words,
+    )  # fmt: skip
+
+
+def fold(command: str, width: int) -> list[str]:
+    r"""Return a command line in lines of at most `width` columns; a ``\`` ends all but the last.
+
+    An option stays beside its value.
+
+    >>> fold("medembed sweep cache mura.csv -o runs/sweep --jobs 4", 44)
+    ['medembed sweep cache mura.csv \\', '    -o runs/sweep --jobs 4']
+    """
+    lines = [""]
+    for part in re.findall(r"-\S+ [^-\s]\S*|\S+", command):
+        joined = f"{lines[-1]} {part}" if lines[-1].strip() else lines[-1] + part
+        if len(joined) > width - 2 and lines[-1].strip():
+            lines[-1] += " \\"
+            lines.append(f"    {part}")
+        else:
+            lines[-1] = joined
+    return lines
+
+
+class Commands(click.Group):
+    """A group that turns errors raised on purpose into `Error: …` and exit status 1."""
+
+    command_class = Command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; convert `MedembedError`, a full disk and the like in one place."""
+        try:
+            return super().invoke(ctx)
+        except MedembedError as error:
+            _show_traceback(ctx)
+            raise click.ClickException(printable(str(error))) from error
+        except KeyboardInterrupt as error:
+            raise _end(error) from None
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            ending = error.__context__
+            if isinstance(ending, KeyboardInterrupt):  # the terminal is gone, and with it its lines
+                raise _end(ending) from None
+            _show_traceback(ctx)
+            raise click.ClickException(printable(_describe(error))) from error
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command; an unknown name is wrong usage, with the nearest names."""
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError:
+            name = args[0]
+            near = get_close_matches(name, self.list_commands(ctx), cutoff=0.5)
+            if name.startswith("-") or not near:
+                raise
+            ctx.fail(f"No such command {name!r}. Did you mean {' or '.join(near)}?")
+
+
+class Sections(Commands):
+    """A group of commands under headings, each loaded from its module when it is asked for.
+
+    Parameters
+    ----------
+    sections : mapping of str to mapping of str to (str, str)
+        Headings; below each, by the name of a command, the module that holds it (its attribute
+        is `<name>_command`) and one line that says what it does.
+    """
+
+    def __init__(
+        self, *arguments: Any, sections: Mapping[str, Mapping[str, Entry]], **settings: Any
+    ) -> None:
+        super().__init__(*arguments, **settings)
+        self.sections = sections
+        self.entries = {k: v for entries in sections.values() for k, v in entries.items()}
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of all commands, as the help sorts them."""
+        return list(self.entries)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the module of a command and return the command."""
+        if cmd_name not in self.entries:
+            return None
+        module, words = self.entries[cmd_name]
+        command: click.Command = getattr(import_module(module), f"{cmd_name}_command")
+        command.short_help = words
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands under their headings, without importing any."""
+        width = max(map(len, self.entries))
+        for heading, entries in self.sections.items():
+            with formatter.section(heading):
+                formatter.write_dl([(f"{name:<{width}}", e[1]) for name, e in entries.items()])
+
+
+def _show_traceback(ctx: click.Context) -> None:
+    if ctx.meta.get(f"medembed.{VERBOSE}"):
+        import traceback
+
+        say(traceback.format_exc())
+
+
+def _end(error: KeyboardInterrupt) -> SystemExit:
+    """Say what a command that a signal has ended leaves behind; return how it exits."""
+    status = exit_status(error)
+    word = ENDINGS[signal.Signals(status - 128)]
+    done = "".join(f" {note}" for note in getattr(error, "__notes__", ()))
+    with suppress(OSError):  # after SIGHUP there may be no terminal
+        say(f"{word}.{done} Nothing is half-written; the same command goes on from what is done.")
+    return SystemExit(status)
+
+
+def _describe(error: OSError) -> str:
+    where = f"{error.filename}: " if error.filename else ""
+    remedy = "Check that the path is right, writable and not full."
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        remedy = "Free some space there, or write to another disk, and run the command again."
+    return f"{where}{error.strerror or error}. {remedy}"
