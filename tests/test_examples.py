@@ -9,6 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import click
 import jsonschema
 import nbclient
 import nbformat
@@ -60,7 +61,9 @@ def test_the_slurm_script_asks_for_its_own_share(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     # what it would have run is a command that medembed takes
     name, *options = done.stdout.splitlines()
-    given = main.commands[name].make_context(name, options).params
+    command = main.get_command(click.Context(main), name)
+    assert command is not None
+    given = command.make_context(name, options).params
     assert (given["worker"].index, given["worker"].count, given["decoders"]) == (3, 8, 6)
     assert str(given["manifest_path"]) == "a manifest.csv"
 

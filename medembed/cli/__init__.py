@@ -17,7 +17,7 @@ SECTIONS = {
     },
     "Prepare": {
         "manifest": ("manifest", "Build and check manifests: one row per image."),
-        "doctor": ("extract", "Check device, memory, disk, token and access beforehand."),
+        "doctor": ("doctor", "Check device, memory, disk, token and access beforehand."),
         "plan": ("plan", "Compute how many test patients a study needs."),
     },
     "Embed": {

@@ -15,7 +15,7 @@ from medembed.cli.console import ENDINGS, QUIET, VERBOSE, exit_status, say
 from medembed.core.errors import MedembedError
 from medembed.core.text import printable
 
-__all__ = ["Command", "Commands", "Entry", "Sections"]
+__all__ = ["Command", "Commands", "Entry", "Sections", "fold"]
 
 Entry = tuple[str, str]
 """The module and the attribute that hold a command, and a line that says what it does."""

@@ -5,10 +5,11 @@ from pathlib import Path
 import click
 
 from medembed.cli.commands import Command
-from medembed.cli.compare import hush_matplotlib, show_comparison
+from medembed.cli.compare import show_comparison
 from medembed.cli.console import print_json, say, suggest
 from medembed.cli.options import MANY, PATH, json_option, seed_option
 from medembed.cli.progress import showing_progress
+from medembed.cli.report import hush_matplotlib
 
 __all__ = ["demo_command"]
 

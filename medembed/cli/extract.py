@@ -1,4 +1,4 @@
-"""`medembed extract`, and `medembed doctor` that says beforehand whether it will run."""
+"""`medembed extract`."""
 
 import os
 from functools import partial
@@ -18,8 +18,8 @@ from medembed.cli.options import (
     image_root_option,
     json_option,
     limit_options,
+    pool_option,
     precision_option,
-    split_names,
 )
 from medembed.cli.progress import showing_progress
 
@@ -27,16 +27,7 @@ if TYPE_CHECKING:
     from medembed.cache.pending import Worker
     from medembed.extraction import ExtractionReport
 
-__all__ = ["doctor_command", "extract_command"]
-
-pool_option = click.option(
-    "--pool",
-    "poolings",
-    callback=split_names,
-    default="mean,max",
-    show_default=True,
-    help="Poolings to store: mean, max, grid4 (16 cells), pooler, projector, cls.",
-)
+__all__ = ["extract_command"]
 
 
 def _choose_worker(
@@ -240,48 +231,3 @@ def _say_extraction(report: "ExtractionReport", cache_path: Path, dry_run: bool)
         from medembed.extraction.report import describe_times
 
         say(f"Time: {describe_times(report)}")
-
-
-@click.command(
-    "doctor",
-    cls=Command,
-    examples=[
-        "medembed doctor --encoder google/medgemma-4b-pt --manifest mura.csv --cache cache",
-    ],
-)
-@click.option(
-    "--encoder", "reference", help="Also check this encoder: access, memory, bytes to download."
-)
-@click.option(
-    "--manifest",
-    "manifest_path",
-    type=PATH,
-    help="Manifest whose images are counted to estimate disk space.",
-)
-@click.option("--cache", "cache_path", type=PATH, help="Where the cache will be written.")
-@pool_option
-@json_option
-def doctor_command(
-    reference: str | None,
-    manifest_path: Path | None,
-    cache_path: Path | None,
-    poolings: tuple[str, ...],
-    as_json: bool,
-) -> None:
-    """Check device, memory, disk, token and access; exit with 1 if one is not good enough."""
-    from medembed import doctor
-
-    checks = doctor.examine(reference, manifest=manifest_path, cache=cache_path, poolings=poolings)
-    if as_json:
-        print_json({"checks": [check.as_dict() for check in checks]})
-    else:
-        for line in doctor.lines(checks):
-            click.echo(line)
-    n_bad = sum(not check.ok for check in checks)
-    if n_bad:
-        raise click.ClickException(f"{n_bad} of {len(checks)} checks failed; see above.")
-    if not as_json:
-        suggest(
-            *("extract", manifest_path or "MANIFEST", "--image-root", "DIR"),
-            *("--encoder", reference or "google/medgemma-4b-pt", "--cache", cache_path or "cache"),
-        )

@@ -23,9 +23,12 @@ __all__ = [
     "fit_option",
     "image_root_option",
     "json_option",
+    "level_option",
     "limit_options",
+    "margin_option",
     "operating_point_option",
     "output_option",
+    "pool_option",
     "precision_option",
     "prevalence_option",
     "seed_option",
@@ -37,6 +40,20 @@ PATH = click.Path(path_type=Path)
 Command = TypeVar("Command", bound=Callable[..., Any])
 MAX_SEED = 2**63 - 1
 """The largest whole number that every file and library here holds."""
+
+
+class Finite(click.FloatRange):
+    """A number within a range, and finite."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Refuse NaN, which no range does, and infinities."""
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{number} is not a finite number.", param, ctx)
+        return number
+
 
 image_root_option = click.option(
     "--image-root",
@@ -74,23 +91,30 @@ fit_option = click.option(
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON document on stdout."
 )
+margin_option = click.option(
+    "--margin",
+    type=Finite(0, 0.5, min_open=True, max_open=True),
+    help="Acceptable loss of AUROC; tests whether heads are non-inferior to the best.",
+)
+level_option = click.option(
+    "--level",
+    type=click.Choice(["study", "image"]),
+    default="study",
+    show_default=True,
+    help="Unit that is scored.",
+)
+pool_option = click.option(
+    "--pool",
+    "poolings",
+    callback=lambda *given: split_names(*given),
+    default="mean,max",
+    show_default=True,
+    help="Poolings to store: mean, max, grid4 (16 cells), pooler, projector, cls.",
+)
 MAX_BATCH = 65_536
 """Images in one batch: beyond any device."""
 MANY = 1_000_000
 """Of what is counted one by one: epochs, configurations, folds. More would never end."""
-
-
-class Finite(click.FloatRange):
-    """A number within a range, and finite."""
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float:
-        """Refuse NaN, which no range does, and infinities."""
-        number: float = super().convert(value, param, ctx)
-        if not math.isfinite(number):
-            self.fail(f"{number} is not a finite number.", param, ctx)
-        return number
 
 
 def output_option(words: str, name: str = "out") -> Callable[[Command], Command]:

@@ -329,12 +329,7 @@ def write_table(rows: list[Row], path: Path) -> None:
     if path.suffix == ".csv":
         table.to_csv(file, index=False)
     else:
-        try:
-            table.to_excel(file, index=False, engine="openpyxl")
-        except ModuleNotFoundError:
-            raise click.ClickException(
-                "writing .xlsx needs openpyxl: pip install openpyxl, or write a .csv file."
-            ) from None
+        table.to_excel(file, index=False, engine="openpyxl")
     write_atomically(path, file.getvalue())
 
 

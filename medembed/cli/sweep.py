@@ -23,7 +23,7 @@ from medembed.cli.progress import showing_leaderboard
 __all__ = ["sweep_command"]
 
 
-class Backend(click.Choice[str]):
+class _Backend(click.Choice[str]):
     """Also takes loky, the former name of local."""
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
@@ -87,7 +87,7 @@ class Backend(click.Choice[str]):
 @operating_point_option("Operating point to store with every model:")
 @click.option("--jobs", type=click.IntRange(min=1), help="Processes; one per core by default.")
 @click.option(
-    "--backend", type=Backend(["local", "ray"]), default="local", show_default=True,
+    "--backend", type=_Backend(["local", "ray"]), default="local", show_default=True,
     help="Where processes run: this machine, or the Ray cluster at RAY_ADDRESS.",
 )  # fmt: skip
 @seed_option

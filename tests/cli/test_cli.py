@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import click
 import pytest
+from cli_commands import COMMANDS
 from click.testing import CliRunner, Result
 
 from medembed.cli import main
@@ -16,30 +16,20 @@ from medembed.cli import main
 ROOT = Path(__file__).parents[2]
 
 
-def commands(group: click.Group = main, prefix: str = "medembed") -> dict[str, click.Command]:
-    found: dict[str, click.Command] = {}
-    for name, command in group.commands.items():
-        if isinstance(command, click.Group):
-            found |= commands(command, f"{prefix} {name}")
-        else:
-            found[f"{prefix} {name}"] = command
-    return found
-
-
 def run(*arguments: object) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
-@pytest.mark.parametrize("name", commands())
+@pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help_json_and_a_place_in_the_readme(name: str) -> None:
-    command = commands()[name]
+    command = COMMANDS[name]
     assert command.help
     assert "--json" in [option for param in command.params for option in param.opts]
     assert name in (ROOT / "README.md").read_text()
     assert run(*name.split()[1:], "--help").exit_code == 0
 
 
-@pytest.mark.parametrize("name", commands())
+@pytest.mark.parametrize("name", COMMANDS)
 def test_every_line_of_help_fits_a_terminal(name: str) -> None:
     help_text = run(*name.split()[1:], "--help").output
     assert max(len(line) for line in help_text.splitlines()) <= 80
@@ -47,7 +37,7 @@ def test_every_line_of_help_fits_a_terminal(name: str) -> None:
 
 def test_the_readme_names_no_command_that_is_not_there() -> None:
     named = set(re.findall(r"`(medembed(?: [a-z]+)+)", (ROOT / "README.md").read_text()))
-    known = set(commands()) | {"medembed"}
+    known = set(COMMANDS) | {"medembed"}
     assert not {name for name in named if not any(name.startswith(k) for k in known)}
 
 

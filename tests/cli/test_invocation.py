@@ -12,7 +12,7 @@ from made_runs import make_images, make_run
 from PIL import Image
 
 from medembed.cli import main
-from medembed.cli.compare import is_public, write_command
+from medembed.cli.report import is_public, write_command
 from medembed.dataset.manifest import make_manifest, write_manifest
 from medembed.report import page
 from medembed.report.figures import plot_roc

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +26,14 @@ from medembed.cache.embeddings import load_embeddings
 from medembed.cache.failures import Failure
 from medembed.cache.store import create_cache, open_cache
 from medembed.cli import main
-from medembed.core.errors import EncoderError, MissingRowsError, ModelError, PathNotFoundError
+from medembed.cli.predict import write_table
+from medembed.core.errors import (
+    EncoderError,
+    MissingRowsError,
+    ModelError,
+    PathNotFoundError,
+    RunError,
+)
 from medembed.dataset.covariates import fit_covariates
 from medembed.dataset.manifest import make_manifest, read_manifest, write_manifest
 from medembed.encoders.loading import load_encoder
@@ -42,8 +50,11 @@ from medembed.images.load import DEFAULT_LIMITS
 from medembed.prediction import Predictor, encode
 from medembed.prediction.decisions import raw_scores, score_rows, spec_of_card
 from medembed.prediction.encode import find_encoder, read_intensity
+from medembed.prediction.inputs import list_images
+from medembed.prediction.predictor import find_model
 from medembed.results.model_card import describe_decisions, read_card
 from medembed.results.predictions import image_code
+from medembed.results.runs import create_run
 
 COLUMNS = ["image", "sha256", "patient", "study", "region", "label", "split", "age"]
 KEYS = ["image", "study", "probability", "decision", "operating_point"]
@@ -701,3 +712,79 @@ def test_a_head_that_gives_no_finite_numbers_is_never_an_answer() -> None:
     card: Any = SimpleNamespace(pooling="mean", views="mean")
     with pytest.raises(ModelError, match="not finite"):
         raw_scores(Model(head, {}), card, np.zeros((3, 2), np.float32), np.zeros(3, np.int64))
+
+
+def test_a_directory_means_the_images_below_it(home: Path, tmp_path: Path) -> None:
+    films = tmp_path / "films"
+    shutil.copytree(home / "images" / "p04", films / "one")
+    (films / "notes.txt").write_text("no image")
+    (films / "away").symlink_to(home / "images")
+    model = home / "models" / "logistic"
+    found = run(model, films, "--device", "cpu", "--json")
+    assert found.exit_code == 0, found.output
+    images, _ = parts(json.loads(found.stdout))
+    assert [row["image"] for row in images] == sorted(map(str, (films / "one").iterdir()))
+    assert "out of the image root" in found.stderr
+    (tmp_path / "empty").mkdir()
+    result = run(model, tmp_path / "empty")
+    assert result.exit_code == 1
+    assert str(tmp_path / "empty") in result.stderr
+
+
+def test_a_directory_of_dicom_files_without_suffixes(home: Path, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 4096, (32, 32), np.uint16)
+    (tmp_path / "IM0001").write_bytes(dicom(pixels, bits=12))
+    (tmp_path / "DIRECTORY").write_bytes(b"of something else")
+    images, unseen = list_images([tmp_path])
+    assert images == [tmp_path / "IM0001"]
+    assert unseen == []
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".xlsx"])
+def test_rows_go_into_a_table(home: Path, tmp_path: Path, suffix: str) -> None:
+    hostile = tmp_path / "=HYPERLINK(1).png"
+    shutil.copy(home / "images" / "p00" / "view0.png", hostile)
+    out = tmp_path / f"rows{suffix}"
+    model = home / "models" / "logistic"
+    result = run(model, hostile, home / "images" / "p01", "--device", "cpu", "-o", out)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == ""
+    table = pd.read_csv(out) if suffix == ".csv" else pd.read_excel(out)
+    answers = json.loads(run(model, hostile, home / "images" / "p01", "--json").stdout)
+    images, _ = parts(answers)
+    assert len(table) == len(images)
+    np.testing.assert_allclose(table["probability"], numbers(images))
+    assert list(table["decision"]) == [row["decision"] for row in images]
+    assert set(table["operating_point"]) == {"youden"}
+    assert table["image"][0] == str(hostile)
+    refused = run(model, hostile, "-o", tmp_path / "rows.txt")
+    assert refused.exit_code == 2
+    assert not (tmp_path / "rows.txt").exists()
+
+
+def test_a_cell_that_a_spreadsheet_would_compute_is_text(tmp_path: Path) -> None:
+    row = {
+        "image": "=1+1",
+        "study": "@x",
+        "probability": 0.25,
+        "decision": "normal",
+        "operating_point": None,
+        "set": [],
+        "n_views": None,
+    }
+    write_table([row], tmp_path / "rows.csv")
+    written = pd.read_csv(tmp_path / "rows.csv").iloc[0]
+    assert (written["image"], written["study"], written["set"]) == ("'=1+1", "'@x", "neither")
+
+
+def test_a_run_answers_by_its_best_model_in_cross_validation(home: Path, tmp_path: Path) -> None:
+    run_path = tmp_path / "run"
+    opened = create_run(run_path, {"kind": "sweep", "heads": ["logistic", "lightgbm"]})
+    shutil.copytree(home / "models" / "lightgbm", run_path / "models" / "lightgbm")
+    shutil.copytree(home / "models" / "logistic", run_path / "models" / "logistic")
+    board = [{"head": "attention"}, {"head": "lightgbm"}, {"head": "logistic"}]
+    opened.update_info(leaderboard=board)
+    assert find_model(opened) == find_model(run_path) == run_path / "models" / "lightgbm"
+    opened.update_info(leaderboard=[])
+    with pytest.raises(RunError, match="packaged no model"):
+        find_model(run_path)

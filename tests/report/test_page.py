@@ -239,7 +239,7 @@ def test_a_home_that_cannot_be_written_says_nothing():
     kept = {name: value for name, value in os.environ.items() if name != "MPLCONFIGDIR"}
     environment = kept | dict.fromkeys(nowhere, "/dev/null/x")
     ask = "import matplotlib; matplotlib.get_cachedir()"
-    hush = "from medembed.cli.compare import hush_matplotlib; hush_matplotlib(); "
+    hush = "from medembed.cli.report import hush_matplotlib; hush_matplotlib(); "
     said = [
         subprocess.run(
             [sys.executable, "-c", code], env=environment, capture_output=True, check=True
