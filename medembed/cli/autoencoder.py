@@ -46,6 +46,7 @@ def _split_numbers(context: click.Context, option: click.Parameter, value: str) 
 @click.command(
     "autoencoder",
     cls=Command,
+    starting="Reading the manifest",
     examples=[
         "medembed autoencoder mura.csv --image-root MURA-v1.1 -o autoencoder",
     ],

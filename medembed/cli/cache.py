@@ -28,6 +28,7 @@ def cache_command() -> None:
 
 @cache_command.command(
     "info",
+    starting="Opening the cache",
     short_help="Show what a cache holds, and what failed.",
     examples=[
         "medembed cache info cache --manifest mura.csv",
@@ -115,6 +116,7 @@ def _lines(card: dict[str, Any], indent: str = "") -> Iterator[str]:
 
 @cache_command.command(
     "verify",
+    starting="Opening the cache",
     short_help="Prove that every shard is whole; set bad ones aside.",
     examples=[
         "medembed cache verify cache",
@@ -159,6 +161,7 @@ def _remedy(problems: "list[Problem]", repair: bool) -> str:
 
 @cache_command.command(
     "compact",
+    starting="Opening the cache",
     short_help="Merge small shards into full ones.",
     examples=[
         "medembed cache compact cache",
@@ -189,6 +192,7 @@ def compact_command(cache_path: Path, as_json: bool) -> None:
 
 @cache_command.command(
     "export",
+    starting="Reading cache and manifest",
     short_help="Write embeddings as one Parquet, CSV or .npz file.",
     examples=[
         "medembed cache export cache mura.csv -o embeddings.parquet",

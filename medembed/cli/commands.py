@@ -3,6 +3,7 @@
 import errno
 import re
 import signal
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
@@ -36,6 +37,8 @@ class Command(click.Command):
     sections : mapping of str to sequence of str
         Headings and, below each, the long names of options without their dashes. Options that no
         heading names come first, under "Options".
+    starting : str
+        What a terminal shows at once, since libraries take seconds to load.
     """
 
     def __init__(
@@ -43,15 +46,23 @@ class Command(click.Command):
         *arguments: Any,
         examples: Sequence[str] = (),
         sections: Mapping[str, Sequence[str]] | None = None,
+        starting: str = "",
         **settings: Any,
     ) -> None:
         super().__init__(*arguments, **settings)
+        self.starting = starting
         self.examples, self.sections = tuple(examples), dict(sections or {})
         for parameter in self.params:
             if isinstance(parameter.type, click.IntRange | click.FloatRange):
                 parameter.metavar = parameter.metavar or "N"
         self.params += [_flag(QUIET, "-q", "Print results and errors only."),
                         _flag(VERBOSE, "-v", "Show where an error was raised.")]  # fmt: skip
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; a terminal is told at once what it begins with."""
+        if self.starting and sys.stderr.isatty():
+            say(f"{self.starting} …")
+        return super().invoke(ctx)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options, each under its heading."""
@@ -84,7 +95,8 @@ class Command(click.Command):
 
 def _flag(name: str, short: str, words: str) -> click.Option:
     def remember(context: click.Context, option: click.Parameter, value: bool) -> None:
-        context.meta[f"medembed.{name}"] = value
+        if value:  # a step of `run` is as quiet as that
+            context.meta[f"medembed.{name}"] = True
 
     return click.Option(
         [short, f"--{name}", name], is_flag=True, is_eager=True, expose_value=False,

@@ -26,6 +26,7 @@ PIPED_COLUMNS = 120  # of a table that goes to a file or another program
 @click.command(
     "compare",
     cls=Command,
+    starting="Reading the runs",
     examples=[
         "medembed compare runs/sweep",
         "medembed compare runs/sweep runs/depths --by age:0-18-65-120 --manifest mura.csv",

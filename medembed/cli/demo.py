@@ -17,6 +17,7 @@ __all__ = ["demo_command"]
 @click.command(
     "demo",
     cls=Command,
+    starting="Drawing radiographs",
     examples=[
         "medembed demo",
         "medembed demo trial --patients 100",

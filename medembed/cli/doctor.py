@@ -14,6 +14,7 @@ __all__ = ["doctor_command"]
 @click.command(
     "doctor",
     cls=Command,
+    starting="Looking at this machine",
     examples=[
         "medembed doctor --encoder google/medgemma-4b-pt --manifest mura.csv --cache cache",
     ],

@@ -26,6 +26,7 @@ PIPED_COLUMNS = 80
 @click.command(
     "evaluate",
     cls=Command,
+    starting="Loading the model",
     examples=[
         "medembed evaluate runs/sweep/models/mlp cache-elsewhere elsewhere.csv -o runs/elsewhere",
     ],

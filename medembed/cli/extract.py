@@ -53,6 +53,7 @@ def _choose_worker(
 @click.command(
     "extract",
     cls=Command,
+    starting="Loading the encoder",
     examples=[
         "medembed extract mura.csv --image-root MURA-v1.1 --encoder google/medgemma-4b-pt "
         "--cache cache",
@@ -221,11 +222,11 @@ def _say_extraction(report: "ExtractionReport", cache_path: Path, dry_run: bool)
     for note, n_images in report.notes.items():
         say(f"In {n_images} image{'s' * (n_images != 1)}: {note}")
     verb = "would be embedded" if dry_run else "embedded"
+    pace = f"; {report.seconds:.1f} s, {report.images_per_second:.1f} images/s"
     say(
         f"{cache_path}: {report.embedded} {verb}, {report.already} already there, "
         f"{report.failed} failed, {report.duplicates} the same bytes under another name, "
-        f"of {report.requested} images; {report.seconds:.1f} s, "
-        f"{report.images_per_second:.1f} images/s"
+        f"of {report.requested} images{pace if report.embedded and not dry_run else ''}"
     )
     if report.decoders:
         from medembed.extraction.report import describe_times

@@ -36,6 +36,7 @@ _ABOVE_ZERO = Finite(min=0, min_open=True)
 @click.command(
     "finetune",
     cls=Command,
+    starting="Loading the encoder",
     examples=[
         "medembed finetune mura.csv --image-root MURA-v1.1 --encoder google/medgemma-4b-pt "
         "--from-run runs/sweep -o runs/depths",

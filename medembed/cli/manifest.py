@@ -38,6 +38,7 @@ def manifest_command() -> None:
 
 @manifest_command.command(
     "build",
+    starting="Listing the images",
     short_help="Turn a folder or table of images into a manifest.",
     examples=[
         "medembed manifest build mura --image-root MURA-v1.1 -o mura.csv",
@@ -105,6 +106,7 @@ def _counted(document: dict[str, Any]) -> str:
 
 @manifest_command.command(
     "check",
+    starting="Reading the manifest",
     short_help="List everything that is wrong with a manifest.",
     examples=[
         "medembed manifest check mura.csv --image-root MURA-v1.1",

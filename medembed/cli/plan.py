@@ -14,6 +14,7 @@ __all__ = ["plan_command"]
 @click.command(
     "plan",
     cls=Command,
+    starting="Computing",
     examples=[
         "medembed plan --auroc 0.9 --prevalence 0.4 --width 0.05",
         "medembed plan --auroc 0.9 --prevalence 0.4 --difference 0.02 --correlation 0.6",

@@ -44,6 +44,7 @@ _NO_REFERENCE = (
 @click.command(
     "predict",
     cls=Command,
+    starting="Loading the model",
     examples=[
         "medembed predict runs/sweep/models/mlp film.png",
         "medembed predict runs/sweep films/ --encoder google/medgemma-4b-pt -o predictions.csv",

@@ -15,6 +15,7 @@ from medembed.core.text import mask_controls
 __all__ = ["Leaderboard", "Lines", "Progress", "showing_leaderboard", "showing_progress"]
 
 LINE_EVERY_SECONDS = 10.0  # between plain progress lines where stderr is no terminal
+FEWEST_TIMED = 2  # items, before a time left is claimed: the first one starts things up
 SLOW = 0.1  # per second; below it a rate is told per minute
 DRAWN_PER_SECOND = 4  # at most, on a terminal
 COMPUTING_SHARE = 0.05  # of the time, at most, goes into a leaderboard that training waits for
@@ -92,6 +93,7 @@ class _Measured:
     total: int
     at: float
     rate: float | None  # per second; unknown before anything was done
+    n_timed: int  # items that the rate rests on
 
 
 class _Pace:
@@ -118,10 +120,10 @@ class _Pace:
 
     def measure(self, done: int, total: int) -> None:
         now, first = time.monotonic(), self._first
-        rate = None
+        rate, n_timed = None, 0 if first is None else done - first.done
         if first is not None and done > first.done and now > first.at:
             rate = (done - first.done) / (now - first.at)
-        self._latest = _Measured(done, total, now, rate)
+        self._latest = _Measured(done, total, now, rate, n_timed)
         self._first = first or self._latest
 
     def describe(self, shown_time: Callable[[float], str]) -> list[str]:
@@ -136,6 +138,8 @@ class _Pace:
         if measured.rate is not None:
             rate = measured.rate / self._scale
             parts.append(f"{rate:,.1f}/s" if rate >= SLOW else f"{60 * rate:.1f}/min")
+            if measured.n_timed < FEWEST_TIMED:
+                return parts
             waited = time.monotonic() - measured.at
             left = (measured.total - measured.done) / measured.rate - waited
             parts += [f"{shown_time(left)} left"] if left > 0 else []

@@ -45,6 +45,7 @@ def hush_matplotlib() -> None:
 @click.command(
     "report",
     cls=Command,
+    starting="Reading the runs",
     examples=[
         "medembed report runs/sweep -o report",
         "medembed report runs/sweep -o report --manifest mura.csv --image-root MURA-v1.1",

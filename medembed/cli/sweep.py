@@ -34,6 +34,7 @@ class _Backend(click.Choice[str]):
 @click.command(
     "sweep",
     cls=Command,
+    starting="Reading cache and manifest",
     examples=[
         "medembed sweep cache mura.csv -o runs/sweep",
         "medembed sweep cache mura.csv -o runs/pools --pool mean,max,mean+max --covariates region",

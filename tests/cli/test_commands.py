@@ -173,3 +173,10 @@ def test_a_group_of_sections_is_a_group_of_click() -> None:
     assert isinstance(main, Sections)
     assert main.get_command(click.Context(main), "nothing") is None
     assert len(main.list_commands(click.Context(main))) == len(set(main.entries))
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "medembed completion"])
+def test_every_command_says_at_once_what_it_begins_with(name: str) -> None:
+    command = COMMANDS[name]
+    assert isinstance(command, Command)
+    assert command.starting

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import termios
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -366,10 +367,22 @@ def test_on_a_terminal_the_time_left_runs_down_between_calls_and_ends_when_it_wa
     assert shown() == ""
     clock[0] += 60
     bar(901, 1000)
-    assert shown() == ", 1.0/min, 1:39:00 left"
+    assert shown() == ", 1.0/min"  # of one item no time left is claimed
     clock[0] += 60
+    bar(902, 1000)
     assert shown() == ", 1.0/min, 1:38:00 left"
-    bar(999, 1000)
-    assert shown() == ", 0.8/s, 00:01 left"
     clock[0] += 60
-    assert shown() == ", 0.8/s"
+    assert shown() == ", 1.0/min, 1:37:00 left"
+    bar(999, 1000)
+    assert shown() == ", 0.6/s, 00:02 left"
+    clock[0] += 60
+    assert shown() == ", 0.6/s"
+
+
+def test_a_terminal_sees_at_once_that_a_command_has_begun(tmp_path: Path) -> None:
+    program = (
+        "import sys\nfrom medembed.cli import main\n"
+        "try: main(['cache', 'info', *sys.argv[1:]])\nexcept SystemExit: pass"
+    )
+    assert run_on_terminal(program, str(tmp_path))[0].startswith("Opening the cache …\r\n")
+    assert run_on_terminal(program, str(tmp_path), "-q")[0].startswith("Error: ")
