@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from made_backbones import CONFIGS, SWIN, save
+from made_backbones import CONFIGS, save
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -21,7 +21,6 @@ from medembed.encoders.loading import load_encoder
 from medembed.encoders.preprocessing import prepare
 from medembed.encoders.protocol import PipelinedEncoder
 
-SWIN |= {"window_size": 4}
 N_BEFORE = {"DeiT": 2, "DINOv3ViT": 4, "Dinov2": 1, "Dinov2WithRegisters": 5, "ViT": 1}
 GRIDS = {"ConvNext": (8, 8), "ConvNextV2": (8, 8), "ResNet": (8, 8), "Swin": (5, 5)}
 GRIDS |= {"Swinv2": (5, 5), "ViT": (9, 9)}

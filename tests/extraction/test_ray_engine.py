@@ -342,7 +342,7 @@ def test_cuda_without_a_gpu_is_refused() -> None:
 def test_worker_is_not_for_ray(dataset: tuple[Path, Manifest], tmp_path: Path) -> None:
     ran = CliRunner().invoke(main, [*command(dataset[0], tmp_path), "--worker", "0/2"])
     assert ran.exit_code == 2
-    assert "--engine ray shares out by itself" in ran.output
+    assert "with --backend ray Ray divides the work" in ran.output
 
 
 def test_without_ray_the_command_says_what_to_install(

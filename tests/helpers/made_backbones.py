@@ -24,6 +24,7 @@ SWIN = {
     "embed_dim": 8,
     "depths": [1, 1, 1],
     "num_heads": [2, 2, 2],
+    "window_size": 4,
 }
 CONFIGS: dict[str, dict[str, Any]] = {
     "ConvNext": {**STAGES, "num_stages": 2},

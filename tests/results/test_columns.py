@@ -311,8 +311,8 @@ def test_a_manifest_without_hashes_is_refused(run, manifest, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (("--by", "sex"), 2, "--by sex wants --manifest"),
-        (("--manifest", "{m}"), 2, "--manifest wants --by"),
+        (("--by", "sex"), 2, "--by sex requires --manifest"),
+        (("--manifest", "{m}"), 2, "--manifest requires --by"),
         (("--by", "age", "--manifest", "{m}"), 1, "Give bands, such as --by age:0-"),
         (("--by", "mrn", "--manifest", "{m}"), 1, "nothing that does leaves the manifest"),
         (("--by", "split", "--manifest", "{m}"), 1, "is no covariate"),
