@@ -158,7 +158,7 @@ def _check_versions() -> Iterator[Check]:
     found, bad = [], []
     for text in _wishes():
         wish = Requirement(text)
-        if wish.marker and not wish.marker.evaluate({"extra": ""}):
+        if wish.marker and not wish.marker.evaluate({"extra": "encoders"}):
             continue
         try:
             version = metadata.version(wish.name)
@@ -170,7 +170,8 @@ def _check_versions() -> Iterator[Check]:
         if wish.name in ("torch", "transformers", "huggingface_hub", "h5py"):
             found.append(f"{wish.name} {version}")
     detail = "; ".join(bad) or ", ".join(found) or "run from a checkout, so their releases are open"
-    yield Check("libraries", not bad, detail, "Install medembed again." if bad else "")
+    remedy = "Install medembed again: pip install 'medembed[encoders]'." if bad else ""
+    yield Check("libraries", not bad, detail, remedy)
 
 
 def _wishes() -> Sequence[str]:

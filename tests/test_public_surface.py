@@ -29,9 +29,9 @@ HEAVY = "torch transformers sklearn lightgbm pandas numpy h5py rich matplotlib s
 HOSTILE = "<script>x</script>\x1b[31m\u202ehand"
 ERRORS = {
     *("ArgumentError", "CacheError", "DeviceMemoryError", "EncoderError", "ImageError"),
-    *("ManifestError", "MedembedError", "MissingRowsError", "ModelError", "NonFiniteError"),
-    *("PathNotFoundError", "RecipeError", "RunError", "ShardError", "SpecMismatchError"),
-    "TrainingDataError",
+    *("ManifestError", "MedembedError", "MissingLibraryError", "MissingRowsError", "ModelError"),
+    *("NonFiniteError", "PathNotFoundError", "RecipeError", "RunError", "ShardError"),
+    *("SpecMismatchError", "TrainingDataError"),
 }
 TYPES = {
     *("BuildReport", "Cache", "Comparison", "Embeddings", "Encoder", "ExtractionReport"),

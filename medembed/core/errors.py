@@ -2,6 +2,7 @@
 
 MedembedError
 ├── ArgumentError          an argument of the Python interface is no such thing (TypeError)
+├── MissingLibraryError    a library that an extra brings is not installed (ImportError)
 ├── PathNotFoundError      a file or directory named by the user is not there (FileNotFoundError)
 ├── RecipeError            a recipe cannot be read or does not fit the image root (ValueError)
 ├── ManifestError          a manifest breaks its rules; lists all problems (ValueError)
@@ -31,6 +32,7 @@ __all__ = [
     "ImageError",
     "ManifestError",
     "MedembedError",
+    "MissingLibraryError",
     "MissingRowsError",
     "ModelError",
     "NonFiniteError",
@@ -49,6 +51,10 @@ class MedembedError(Exception):
 
 class ArgumentError(MedembedError, TypeError):
     """An argument is neither the thing that it names nor the path of one."""
+
+
+class MissingLibraryError(MedembedError, ImportError):
+    """A library that an extra brings is not installed; the message names the extra."""
 
 
 class PathNotFoundError(MedembedError, FileNotFoundError):

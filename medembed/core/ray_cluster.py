@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from medembed.core.errors import MedembedError
+from medembed.core.system import missing_library
 
 __all__ = ["connected_to_ray"]
 
@@ -28,17 +29,16 @@ def connected_to_ray(option: str, tell: Callable[[str], None] | None = None) -> 
 
     Raises
     ------
+    MissingLibraryError
+        Ray is not installed.
     MedembedError
-        Ray is not installed, or not to be reached.
+        Ray cannot be reached.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
     except ImportError as error:
-        raise MedembedError(
-            f"{option} needs Ray, which is not installed: pip install 'medembed[ray]', or leave "
-            "it out."
-        ) from error
+        raise missing_library(option, "Ray", "ray", "leave it out") from error
     if ray.is_initialized():
         yield ray
         return

@@ -8,7 +8,10 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
+
+from medembed.core.errors import MissingLibraryError
 
 __all__ = [
     "choose_processes",
@@ -17,6 +20,8 @@ __all__ = [
     "end_with_parent",
     "free_bytes",
     "library_versions",
+    "missing_library",
+    "require_libraries",
     "reserve",
     "total_memory",
 ]
@@ -164,6 +169,44 @@ def library_versions(names: Iterable[str]) -> dict[str, str]:
         with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found
+
+
+def require_libraries(who: str, names: Iterable[str], extra: str) -> None:
+    """Refuse where a library is not installed, without importing any.
+
+    Parameters
+    ----------
+    who : str
+        What needs them, as the beginning of a sentence.
+    names : iterable of str
+        The libraries, as they are imported.
+    extra : str
+        The extra of medembed that brings them.
+
+    Raises
+    ------
+    MissingLibraryError
+        One of them is not installed.
+    """
+    for name in names:
+        if find_spec(name) is None:
+            raise missing_library(who, name, extra)
+
+
+def missing_library(who: str, name: str, extra: str, instead: str = "") -> MissingLibraryError:
+    """Return the error for a library that is not installed, with the extra that brings it.
+
+    Parameters
+    ----------
+    who, name, extra
+        As in `require_libraries`.
+    instead : str
+        What else the user can do.
+    """
+    or_else = f", or {instead}" if instead else ""
+    return MissingLibraryError(
+        f"{who} needs {name}, which is not installed: pip install 'medembed[{extra}]'{or_else}."
+    )
 
 
 def reserve(handle: int, n_bytes: int) -> None:

@@ -18,7 +18,7 @@ from medembed.dataset.build_file import write_build
 from medembed.dataset.manifest import Manifest
 from medembed.dataset.recipes.build import build_manifest, load_recipe
 from medembed.demo.cohort import DemoView, draw_cohort, view_name, write_views
-from medembed.encoders.loading import load_encoder
+from medembed.encoders.loading import load_encoder, require_transformers
 from medembed.report.gallery import make_thumbnails
 from medembed.report.page import write_report
 
@@ -83,7 +83,10 @@ def run_demo(
     ------
     RunError
         `directory` holds something else, or a demo of other arguments.
+    MissingLibraryError
+        transformers is not installed.
     """
+    require_transformers("demo")  # before a minute has gone into the images
     show = show_progress or _show_nothing
     home = Path(directory)
     _claim(home, {"demo": 1, "patients": n_patients, "seed": seed})

@@ -5,11 +5,13 @@ import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
 from medembed.core.errors import EncoderError
+from medembed.core.system import require_libraries
 from medembed.encoders.checkpoint_files import (
     ADAPTER_FILE,
     CONFIG_FILE,
@@ -138,6 +140,8 @@ def resolve_checkpoint(
     EncoderError
         Nothing of that name, no access, no connection, no room, damaged weights, an adapter that
         is not merged, or a hub whose names are no names.
+    MissingLibraryError
+        It is on the hub, and a library of the extra `encoders` is not installed.
     """
     found = _find_local(ref)
     if isinstance(found, Checkpoint):
@@ -161,7 +165,7 @@ def describe_remote(ref: str | PathLike[str]) -> RemoteCheckpoint:
 
     Raises
     ------
-    EncoderError
+    EncoderError, MissingLibraryError
         As `resolve_checkpoint`.
     """
     found = _find_local(ref)
@@ -183,6 +187,8 @@ def describe_remote(ref: str | PathLike[str]) -> RemoteCheckpoint:
 
 def has_token() -> bool:
     """Whether a token is set, in HF_TOKEN or by the hub's login; not whether it is accepted."""
+    if find_spec("huggingface_hub") is None:
+        return "HF_TOKEN" in os.environ
     from huggingface_hub import get_token
 
     return get_token() is not None
@@ -215,6 +221,7 @@ def _find_local(ref: str | PathLike[str]) -> Checkpoint | tuple[str, str | None]
 
 def _open(repo: str, revision: str | None) -> tuple[_Snapshot, dict[str, Any]]:
     """Get the config, and by it the commit that all else will be of."""
+    require_libraries(f"encoder {repo}", ("huggingface_hub", "transformers"), "encoders")
     unreached = _find_unreached(repo, revision)
     path = _download_file(repo, revision, unreached, CONFIG_FILE)
     if path is None:
@@ -352,11 +359,9 @@ def _says_absent(error: BaseException | None) -> bool:
 
 def _explain_missing(repo: str, unreached: Exception | None, *names: str) -> EncoderError:
     what = " or ".join(names)
-    return (
-        explain_missing(repo, what)
-        if unreached is None
-        else explain_unreached(unreached, repo, what)
-    )
+    if unreached is None:
+        return explain_missing(repo, what)
+    return explain_unreached(unreached, repo, what)
 
 
 def _download(snapshot: _Snapshot, name: str) -> Path | None:

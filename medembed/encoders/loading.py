@@ -6,6 +6,7 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from medembed.core.errors import EncoderError
+from medembed.core.system import require_libraries
 from medembed.encoders.base_ref import BaseRef, Origin, base_of, read_base
 from medembed.encoders.checkpoint_files import (
     AUTOENCODER_TYPE,
@@ -33,6 +34,7 @@ __all__ = [
     "choose_precision",
     "load_encoder",
     "refuse_unknown",
+    "require_transformers",
     "take_own_gpu",
 ]
 
@@ -80,6 +82,8 @@ def load_encoder(
         The tower does not fit the device.
     EncoderError
         The reference, checkpoint, device or a pooling will not do.
+    MissingLibraryError
+        A library of the extra `encoders` is not installed.
     """
     refuse_unknown(poolings)
     projector = "projector" in poolings
@@ -165,6 +169,7 @@ def _load(
 ) -> "TorchEncoder":
     # Not earlier: a wrong reference is said before torch and transformers have loaded.
     if kind in SIGLIP_TYPES:
+        require_transformers(weights.source)
         from medembed.encoders.siglip import load_siglip
 
         return load_siglip(weights.path, preprocessing, projector=projector, **known)
@@ -177,6 +182,7 @@ def _load(
         from medembed.encoders.autoencoder import load_autoencoder
 
         return load_autoencoder(weights.path, preprocessing, **known)
+    require_transformers(weights.source)
     from medembed.encoders.backbones import BACKBONE_TYPES, load_backbone
 
     if kind not in BACKBONE_TYPES:
@@ -185,6 +191,17 @@ def _load(
             f"type: {', '.join((*SIGLIP_TYPES, AUTOENCODER_TYPE, *BACKBONE_TYPES))}."
         )
     return load_backbone(weights.path, preprocessing, **known)
+
+
+def require_transformers(source: str) -> None:
+    """Refuse an encoder that transformers runs, where transformers is not installed.
+
+    Raises
+    ------
+    MissingLibraryError
+        Names the extra that brings it.
+    """
+    require_libraries(f"encoder {source}", ("transformers",), "encoders")
 
 
 def refuse_unknown(poolings: Sequence[str]) -> None:

@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from medembed.core.errors import EncoderError, MedembedError, TrainingDataError
+from medembed.core.errors import EncoderError, TrainingDataError
+from medembed.core.system import missing_library
 from medembed.encoders.torch_encoder import TorchEncoder
 from medembed.finetuning.blocks import find_blocks
 from medembed.finetuning.hyperparameters import Depth
@@ -37,17 +38,14 @@ def require_peft() -> None:
 
     Raises
     ------
-    MedembedError
+    MissingLibraryError
         It is not.
     """
     try:
         with _silence():
             import peft  # noqa: F401
     except ImportError as error:
-        raise MedembedError(
-            "--lora needs peft, which is not installed: pip install 'medembed[lora]', or leave it "
-            "out."
-        ) from error
+        raise missing_library("--lora", "peft", "lora", "leave it out") from error
 
 
 def alpha_of(rank: int) -> int:
