@@ -148,6 +148,17 @@ docs: $(READY) ## the API reference, and every block of the README as printed
 coverage: $(READY) ## the suite with branch coverage, of processes that it starts too
 	$(BIN)/python -m pytest -n 2 --dist loadscope --cov --cov-report=term-missing:skip-covered $(ARGS)
 
+# Old releases warn of each other; that is no error here.
+test-lowest: $(LOWEST)/.ready ## the suite on the lowest permitted releases, torch as pinned
+	$(LOWEST)/bin/python -m pytest -n 2 --dist loadscope -W default $(ARGS)
+
+$(LOWEST)/.ready: pyproject.toml tools/lowest_versions.py | $(READY)
+	$(PYTHON) -m venv --clear $(LOWEST)
+	$(BIN)/python tools/lowest_versions.py > $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(LOWEST)/constraints.txt $(TORCH)
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(LOWEST)/constraints.txt -e ".[dev]"
+	@touch $@
+
 audit: $(READY) ## known holes in the pinned releases
 	$(BIN)/pip-audit --strict --progress-spinner off -r constraints.txt
 
