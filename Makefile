@@ -77,9 +77,14 @@ test: $(READY) ## run the test suite
 soak: $(READY) ## crash tests at length, a million rows, planted mistakes
 	MEDEMBED_SOAK=1 $(BIN)/python -m pytest $(SOAK:%=tests/%.py) $(ARGS)
 
-lint: $(READY) ## ruff, mypy (strict) and bandit
+format: ## ruff's formatting, and what it mends by itself; seconds
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lint: $(READY) ## ruff, order of imports, mypy (strict) and bandit
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(BIN)/mypy
 	$(BIN)/bandit -q -c pyproject.toml -r medembed
 
@@ -166,4 +171,5 @@ wheel: $(READY) ## build the wheel into dist/
 	$(BIN)/python -m build --wheel --outdir dist .
 
 clean: ## remove what set-up and tests made; demo, caches and runs stay
-	rm -rf .venv dist build docs/api docs/build .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf .venv $(LOWEST) dist build docs/api docs/build
+	rm -rf .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
