@@ -150,7 +150,7 @@ docs: $(READY) ## the API reference, and every block of the README as printed
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/build/html
 	MEDEMBED_DOCS=1 $(BIN)/python -m pytest tests/test_readme.py $(ARGS)
 
-coverage: $(READY) ## the suite with branch coverage, of processes that it starts too
+coverage: $(READY) ## the suite with branch coverage, of its processes too; below 95 % it fails
 	$(BIN)/python -m pytest -n 2 --dist loadscope --cov --cov-report=term-missing:skip-covered $(ARGS)
 
 # Old releases warn of each other; that is no error here.
