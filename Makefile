@@ -42,6 +42,8 @@ SOAK := $(addprefix cache/test_,crashes power_loss compaction) test_hardening te
 
 BIN := .venv/bin
 READY := .venv/.ready
+LOWEST := .venv-lowest
+SDIST := build/sdist
 
 # One word for the shell, whatever is in it; and a path below REPRODUCE as such a word.
 quote = '$(subst ','\'',$(1))'
@@ -56,8 +58,9 @@ TRUNK_ARGS = $(if $(TRUNK),--trunk-cache $(call quote,$(TRUNK)) --trunk-dtype fl
 RUNS = $(foreach run,sweep depths cnn cnn-frozen autoencoder,$(call under,runs/$(run)))
 PAGE = $(call under,report/index.html)
 
-.PHONY: help setup test soak lint demo manifest extract sweep finetune autoencoder compare report
-.PHONY: evaluate predict reproduce bench bench-check docs audit coverage wheel clean
+.PHONY: help setup test soak lint format demo manifest extract sweep finetune autoencoder compare
+.PHONY: report evaluate predict reproduce bench bench-check docs audit coverage test-lowest wheel
+.PHONY: sdist sdist-check release-check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -159,7 +162,7 @@ test-lowest: $(LOWEST)/.ready ## the suite on the lowest permitted releases, tor
 
 $(LOWEST)/.ready: pyproject.toml tools/lowest_versions.py | $(READY)
 	$(PYTHON) -m venv --clear $(LOWEST)
-	$(BIN)/python tools/lowest_versions.py > $(LOWEST)/constraints.txt
+	$(BIN)/python -m tools.lowest_versions > $(LOWEST)/constraints.txt
 	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(LOWEST)/constraints.txt $(TORCH)
 	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(LOWEST)/constraints.txt -e ".[dev]"
 	@touch $@
@@ -169,6 +172,19 @@ audit: $(READY) ## known holes in the pinned releases
 
 wheel: $(READY) ## build the wheel into dist/
 	$(BIN)/python -m build --wheel --outdir dist .
+
+sdist: $(READY) ## build the source distribution into dist/
+	$(BIN)/python -m build --sdist --outdir dist .
+
+# PYTHONPATH goes before the checkout that .venv knows, in processes that tests start too.
+sdist-check: $(READY) ## the suite of the source distribution, unpacked by itself
+	rm -rf $(SDIST) && mkdir -p $(SDIST)
+	$(BIN)/python -m build --sdist --no-isolation --outdir $(SDIST) .
+	tar -xzf $(SDIST)/*.tar.gz -C $(SDIST) --strip-components 1
+	cd $(SDIST) && PYTHONPATH="$$PWD" $(CURDIR)/$(BIN)/python -m pytest -n 2 --dist loadscope $(ARGS)
+
+release-check: $(READY) ## the version is the tag's, and the changes say so
+	$(BIN)/python -m tools.release_check
 
 clean: ## remove what set-up and tests made; demo, caches and runs stay
 	rm -rf .venv $(LOWEST) dist build docs/api docs/build
