@@ -90,6 +90,9 @@ def to_csv_cell(value: Any) -> Any:
 
     Text that begins with one of `= + - @`, of either width, gets an apostrophe before it, as OWASP
     has it, unless it is a number; controls are masked. What is not text comes back as it is.
+
+    >>> to_csv_cell("=HYPERLINK(A1)"), to_csv_cell("-0.5")
+    ("'=HYPERLINK(A1)", '-0.5')
     """
     if not isinstance(value, str):
         return value
@@ -121,7 +124,11 @@ def to_html(text: str, *, quotes: bool = True) -> str:
 
 
 def counted(n: int, noun: str) -> str:
-    """Write a count with its noun: 1 study, 1,199 studies."""
+    """Write a count with its noun.
+
+    >>> counted(1, "study"), counted(1199, "study")
+    ('1 study', '1,199 studies')
+    """
     if n == 1:
         return f"1 {noun}"
     return f"{n:,} {noun[:-1]}ies" if noun.endswith("y") else f"{n:,} {noun}s"

@@ -244,6 +244,12 @@ def score(
     dict of str to float, or to float64 arrays of shape (B,) where weights are given
         NaN where not estimable: AUROC, average precision, macro-F1 and kappa want both classes,
         sensitivity an abnormal row, specificity a normal one, the others any row.
+
+    Examples
+    --------
+    >>> found = score(np.array([0, 1, 0, 1]), np.array([0.1, 0.4, 0.6, 0.9]), threshold=0.5)
+    >>> found["auroc"], found["sensitivity"]
+    (0.75, 0.5)
     """
     scorer = Scorer(y, probability, threshold)
     if weights is not None:
@@ -271,6 +277,14 @@ def by_study(rows: pd.DataFrame) -> pd.DataFrame:
     ------
     TrainingDataError
         A study lies in two patients, regions, splits or folds, or a probability is missing.
+
+    Examples
+    --------
+    >>> views = {"study": ["a", "a", "b"], "label": [0, 1, 0], "probability": [0.25, 0.75, 0.125]}
+    >>> by_study(pd.DataFrame(views))
+      study  label  probability  n_views
+    0     a      1        0.500        2
+    1     b      0        0.125        1
     """
     if rows["probability"].isna().any():
         n_missing = int(rows["probability"].isna().sum())

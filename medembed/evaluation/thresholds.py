@@ -109,6 +109,11 @@ def parse_rule(text: str) -> ThresholdRule:
     ------
     TrainingDataError
         Another word, or a number that is none or out of range.
+
+    Examples
+    --------
+    >>> parse_rule("sensitivity=0.95")
+    ThresholdRule(kind='sensitivity', value=0.95)
     """
     kind, sign, number = text.strip().partition("=")
     if kind == "youden" and not sign:
@@ -182,6 +187,12 @@ def youden_threshold(y: np.ndarray, probability: np.ndarray) -> float:
     ------
     TrainingDataError
         Only one class, lengths that differ, other labels, or probabilities outside [0, 1].
+
+    Examples
+    --------
+    >>> y = np.array([0, 0, 1, 0, 1, 1])
+    >>> youden_threshold(y, np.array([0.1, 0.2, 0.3, 0.5, 0.7, 0.9]))
+    0.25
     """
     distinct, hits, false = _cuts(y, probability)
     # counts are whole numbers, so equal indices compare equal: scaled by n1 * n0, they stay whole
@@ -208,6 +219,12 @@ def sensitivity_threshold(
     ------
     TrainingDataError
         A share outside (0, 1], or as `youden_threshold`.
+
+    Examples
+    --------
+    >>> y = np.array([0, 0, 1, 0, 1, 1])
+    >>> sensitivity_threshold(y, np.array([0.1, 0.2, 0.3, 0.5, 0.7, 0.9]), 0.6)
+    0.6
     """
     if not 0 < sensitivity <= 1:
         raise TrainingDataError(
