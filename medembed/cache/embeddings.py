@@ -17,7 +17,7 @@ import pandas as pd
 from medembed.cache.failures import Failure
 from medembed.cache.index import SortedKeys, committed_shards, keys_from_column
 from medembed.cache.metadata import options_of
-from medembed.cache.shards import read_keys
+from medembed.cache.shards import chunk_offset, read_keys
 from medembed.cache.spec import KEY_BYTES, CacheSpec
 from medembed.cache.store import Cache, open_cache
 from medembed.core.errors import (
@@ -108,10 +108,7 @@ def _map(path: Path, pooling: str, n_rows: int) -> list[np.ndarray]:
             with h5py.File(opened, "r") as file:
                 dataset: Any = file["embeddings"][pooling]
                 size, dtype, shape = dataset.chunks[0], dataset.dtype, dataset.shape[1:]
-                offsets = [
-                    dataset.id.get_chunk_info_by_coord((first, *(0 for _ in shape))).byte_offset
-                    for first in range(0, n_rows, size)
-                ]
+                offsets = [chunk_offset(dataset, first) for first in range(0, n_rows, size)]
             return [
                 np.memmap(opened, dtype, "r", offset, (min(size, n_rows - i * size), *shape))
                 for i, offset in enumerate(offsets)
