@@ -247,7 +247,7 @@ def test_a_dicom_nested_without_end_is_refused() -> None:
     begin = struct.pack("<HH2sHI", 0x19, 0x1002, b"SQ", 0, 0xFFFFFFFF)
     begin += struct.pack("<HHI", 0xFFFE, 0xE000, 0xFFFFFFFF)
     end = struct.pack("<HHIHHI", 0xFFFE, 0xE00D, 0, 0xFFFE, 0xE0DD, 0)
-    with pytest.raises(ImageError, match="the DICOM is damaged: decoding ends in a Recursion"):
+    with pytest.raises(ImageError, match="the DICOM is damaged: decoding ends"):
         decode_image(with_elements(begin * 5_000 + end * 5_000))
 
 
