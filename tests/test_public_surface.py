@@ -559,7 +559,9 @@ def test_types_are_known_to_mypy(tmp_path: Path) -> None:
         cwd=root,
         check=False,
     )
-    lines = [line for line in done.stdout.splitlines() if ": error:" in line]
+    # what SCRIPT itself lacks for old releases: their np.ndarray wants its parameters
+    found = [line for line in done.stdout.splitlines() if '"ndarray"' not in line]
+    lines = [line for line in found if ": error:" in line]
     assert len(lines) == 2, done.stdout + done.stderr
     assert "[assignment]" in lines[0]
     assert "[arg-type]" in lines[1]
