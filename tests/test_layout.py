@@ -18,7 +18,7 @@ TESTS = Path(__file__).parent
 
 HEAVY = (
     *("torch", "transformers", "sklearn", "lightgbm", "pandas"),
-    *("numpy", "h5py", "rich", "matplotlib"),
+    *("numpy", "h5py", "rich", "matplotlib", "pydantic"),
 )
 
 

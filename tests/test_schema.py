@@ -1,0 +1,118 @@
+"""The schema layer: what pydantic finds wrong becomes one line of ours."""
+
+import subprocess
+import sys
+from typing import Any, Literal
+
+import pytest
+
+from medembed.core.errors import RecipeError, RunError
+from medembed.core.schema import (
+    ClosedRecord,
+    Count,
+    Field,
+    Record,
+    Texts,
+    describe_problems,
+    field_validator,
+    find_problems,
+    parse,
+    suggest,
+)
+
+
+class Split(ClosedRecord):
+    column: str = ""
+    fraction: float = Field(0.0, ge=0, lt=1)
+    rows: Literal["equal", "any"] = "equal"
+    names: Texts = ()
+
+    @field_validator("column")
+    @classmethod
+    def _check_column(cls, value: str) -> str:
+        if value == "patient":
+            raise ValueError("names patients, and is no split")
+        return value
+
+
+class Document(Record):
+    name: str
+    split: Split | None = None
+    counts: dict[str, Count] | None = None
+    either: float | str = 0.0
+
+
+SOUND = {"name": "a"}
+WRONG: dict[str, tuple[object, str]] = {
+    "no table": ([], "must be a table, not []"),
+    "missing": ({}, "name is missing"),
+    "text": ({"name": 1}, "name must be text, not 1"),
+    "below": (SOUND | {"split": {"fraction": 1}}, "split.fraction must be below 1, not 1"),
+    "truth": (SOUND | {"split": {"fraction": True}}, "split.fraction must be a number, not True"),
+    "infinite": (
+        SOUND | {"split": {"fraction": float("inf")}},
+        "split.fraction must be a finite number, not inf",
+    ),
+    "key": (SOUND | {"split": {"colum": ""}}, "split unknown key 'colum'; did you mean 'column'?"),
+    "far key": (
+        SOUND | {"split": {"zzz": ""}},
+        "split unknown key 'zzz'; known: column, fraction, rows, names",
+    ),
+    "choice": (
+        SOUND | {"split": {"rows": "equl"}},
+        "split.rows must be 'equal' or 'any', not 'equl'; did you mean 'equal'?",
+    ),
+    "entry": (SOUND | {"counts": {"images": -1}}, "counts.images must be at least 0, not -1"),
+    "union": (SOUND | {"either": []}, "either must be a number or text, not []"),
+    "in a list": (
+        SOUND | {"split": {"names": ["a", 1]}},
+        "split.names[1] must be text, not 1",
+    ),
+    "a rule of ours": (
+        SOUND | {"split": {"column": "patient"}},
+        "split.column names patients, and is no split",
+    ),
+    "long": ({"name": ["x" * 99]}, f"name must be text, not ['{'x' * 58}…"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_problem_names_its_place_value_and_expectation(name: str) -> None:
+    document, expected = WRONG[name]
+    [problem] = find_problems(Document, document)
+    assert str(problem) == expected
+
+
+def test_a_sound_document_is_typed_and_keeps_what_later_versions_add() -> None:
+    document: dict[str, Any] = {"name": "a", "split": {"names": ["x"], "fraction": 0}, "later": 1}
+    read = parse(Document, document, RunError, "run.json")
+    assert read.split == Split(names=("x",), fraction=0.0)
+    assert read.model_extra == {"later": 1}
+    assert find_problems(Document, document) == []
+
+
+def test_one_error_names_file_problems_and_way_out() -> None:
+    document = {"split": {"colum": "", "rows": 1, "fraction": -1, "names": ["a", 1]}}
+    with pytest.raises(RecipeError) as caught:
+        parse(Document, document, RecipeError, "mine.toml", "Correct it.")
+    text = str(caught.value)
+    assert text.startswith("mine.toml: name is missing; ")
+    assert text.endswith("; and 2 more. Correct it.")
+    assert "\n" not in text
+
+
+def test_a_question_ends_the_sentence() -> None:
+    [problem] = find_problems(Split, {"colum": ""})
+    assert describe_problems([problem]) == "unknown key 'colum'; did you mean 'column'?"
+    assert suggest("x", []) == "nothing may stand there"
+
+
+def test_without_pydantic_the_error_names_it() -> None:
+    code = (
+        "import sys; sys.modules['pydantic'] = None\n"
+        "from medembed.core.errors import MedembedError\n"
+        "try: import medembed.core.schema\n"
+        "except MedembedError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "pip install 'pydantic" in done.stdout
