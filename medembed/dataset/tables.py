@@ -16,10 +16,10 @@ from medembed.core.files import open_plain
 from medembed.core.text import normalise
 
 __all__ = [
+    "check_names",
     "csv_bytes",
     "normalise_column",
     "normalise_columns",
-    "read_foreign_table",
     "read_parquet_table",
     "read_text_table",
 ]
@@ -52,9 +52,7 @@ def _quoted(column: "pd.Series[str]") -> list[str]:
     return text.tolist()
 
 
-def read_text_table(
-    path: Path, error: type[MedembedError], *, columns: list[str] | None = None
-) -> pd.DataFrame:
+def read_text_table(path: Path, error: type[MedembedError]) -> pd.DataFrame:
     """Read a comma-separated file in UTF-8, with or without a byte-order mark, as strings.
 
     Parameters
@@ -62,8 +60,6 @@ def read_text_table(
     path : pathlib.Path
     error : type
         What to raise.
-    columns : list of str, optional
-        Names of the columns of a table without a header; otherwise the first row names them.
 
     Returns
     -------
@@ -84,52 +80,18 @@ def read_text_table(
         raise error(f"{path} cannot be read: {cause.strerror or cause}.") from cause
     except (ValueError, csv.Error) as cause:
         raise error(f"{path} cannot be read as CSV in UTF-8: {cause}") from cause
-    if not lines and columns is None:
+    if not lines:
         raise error(f"{path} is empty.")
-    header = columns or lines.pop(0)
-    _check_names(header, path, error)
+    header = lines.pop(0)
+    check_names(header, path, error)
     torn = [i for i, line in enumerate(lines) if len(line) != len(header)]
     if torn:
-        first = torn[0] + (1 if columns else 2)
         raise error(
             f"{path} has {len(torn)} rows with more or fewer fields than the {len(header)} "
-            f"columns; the first is row {first}, with {len(lines[torn[0]])}. "
+            f"columns; the first is row {torn[0] + 2}, with {len(lines[torn[0]])}. "
             "Fetch or build the file again."
         )
     return pd.DataFrame(lines, columns=pd.Index(header), dtype=str)
-
-
-def read_foreign_table(
-    path: Path,
-    error: type[MedembedError],
-    *,
-    columns: list[str] | None = None,
-    as_written: Sequence[str] = (),
-) -> pd.DataFrame:
-    """Read a table that comes with a dataset, with one spelling of each text.
-
-    Parameters
-    ----------
-    path, error, columns
-        As for `read_text_table`.
-    as_written : sequence of str
-        Columns that name files: they keep the table's own spelling.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Strings only; names of columns and, but for `as_written`, values as `text.normalise` gives
-        them. What holds nothing but blanks is "".
-
-    Raises
-    ------
-    MedembedError
-        As `error`: as `read_text_table`; names of columns that differ in blanks alone are alike.
-    """
-    table = read_text_table(path, error, columns=columns)
-    names = [normalise(name) for name in table.columns]
-    _check_names(names, path, error)
-    return normalise_columns(table.set_axis(names, axis=1), as_written)
 
 
 def normalise_columns(table: pd.DataFrame, as_written: Sequence[str]) -> pd.DataFrame:
@@ -197,7 +159,8 @@ def read_parquet_table(
     return table.reset_index(drop=True)
 
 
-def _check_names(header: Sequence[str], path: Path, error: type[MedembedError]) -> None:
+def check_names(header: Sequence[str], path: Path, error: type[MedembedError]) -> None:
+    """Refuse a header of too many columns, or of two that have one name."""
     if len(header) > MAX_COLUMNS:
         raise error(f"{path} has {len(header)} columns; more than {MAX_COLUMNS} are not read.")
     twice = sorted(repr(name) for name, n in Counter(header).items() if n > 1)
@@ -222,7 +185,7 @@ def _read_blocks(path: Path, names: tuple[str, ...], error: type[MedembedError])
 
     # Opened here: Arrow opens no name that is not UTF-8.
     with open_plain(path) as opened, pq.ParquetFile(opened) as file:
-        _check_names(file.schema_arrow.names, path, error)
+        check_names(file.schema_arrow.names, path, error)
         every = (field for field in file.schema_arrow if not names or field.name in names)
         fields = [field for field in every if not PANDAS_INDEX.fullmatch(field.name)]
         columns = [field.name for field in fields]

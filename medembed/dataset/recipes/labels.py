@@ -14,11 +14,11 @@ import pandas as pd
 from medembed.core.errors import PathNotFoundError, RecipeError
 from medembed.core.text import normalise
 from medembed.dataset.checks import is_missing_word, list_examples
+from medembed.dataset.foreign_tables import read_foreign_table
 from medembed.dataset.identities import key_texts
 from medembed.dataset.recipes.image_index import AS_TEXT, compare_names, find_shortened, plain_path
 from medembed.dataset.recipes.listing import count_of, first_names, merge_rows, refuse
 from medembed.dataset.recipes.schema import MEANINGS, Dicom, Label, Recipe
-from medembed.dataset.tables import read_foreign_table
 
 __all__ = [
     "KEYS",
@@ -43,12 +43,12 @@ def find_table(file: str, root: Path, recipe_path: Path) -> Path:
     )
 
 
-def need_columns(table: pd.DataFrame, names: Iterable[str], path: Path) -> None:
+def need_columns(table: pd.DataFrame, names: Iterable[str], source: Path | str) -> None:
     """Raise RecipeError where a table lacks columns; empty names stand for none."""
     missing = sorted({name for name in names if name and name not in table})
     if missing:
         raise RecipeError(
-            f"{path} has no column {', '.join(map(repr, missing))}; its columns are "
+            f"{source} has no column {', '.join(map(repr, missing))}; its columns are "
             f"{', '.join(map(repr, table.columns))}. Correct the recipe."
         )
 
@@ -149,7 +149,9 @@ def join_labels(
         return Answers([""] * len(rows), [""] * len(rows))
     path = find_table(spec.table, root, recipe.path)
     as_written = (spec.column,) if spec.match == "file" else ()
-    table = read_foreign_table(path, RecipeError, as_written=as_written)
+    written = recipe.format.as_format()
+    found = read_foreign_table(path, RecipeError, as_written=as_written, known=written)
+    table = found.rows
     split_column = recipe.split.column if recipe.split else ""
     need_columns(table, (spec.column, recipe.label.column, split_column), path)
     own_spelling = plain_path if spec.match == "file" else normalise
@@ -181,7 +183,7 @@ def join_labels(
             *doubt_labels(table[recipe.label.column], recipe.label, str(path)),
             *_warnings(without, len(unused), path.name, hint),
         ],
-        notices,
+        [*found.notes, *notices],
     )
 
 

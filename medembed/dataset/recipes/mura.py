@@ -10,9 +10,10 @@ from pathlib import Path
 import pandas as pd
 
 from medembed.core.errors import PathNotFoundError, RecipeError
+from medembed.dataset.foreign_tables import TableFormat, read_foreign_table
 from medembed.dataset.recipes.image_index import ImageIndex, plain_path
 from medembed.dataset.recipes.listing import Listing, first_names, merge_rows, refuse
-from medembed.dataset.tables import normalise_columns, read_foreign_table
+from medembed.dataset.tables import normalise_columns
 
 __all__ = ["read_mura"]
 
@@ -95,8 +96,9 @@ def _mura_table(base: Path, split: str, kind: str, columns: list[str]) -> pd.Dat
         raise PathNotFoundError(
             f"no table {path}. Unpack MURA-v1.1 again, or copy the table there."
         )
-    paths = ("image", "study")
-    return read_foreign_table(path, RecipeError, columns=columns, as_written=paths)
+    known, paths = TableFormat("utf-8", ","), ("image", "study")
+    table = read_foreign_table(path, RecipeError, columns=columns, as_written=paths, known=known)
+    return table.rows
 
 
 def _mura_labels(studies: pd.DataFrame, base: Path) -> "pd.Series[str]":

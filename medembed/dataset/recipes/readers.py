@@ -1,6 +1,7 @@
 """The layouts of datasets: what a table or a tree of folders says about each image."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +10,14 @@ import pandas as pd
 from medembed.core.errors import RecipeError
 from medembed.core.text import normalise
 from medembed.dataset.checks import is_missing_word
+from medembed.dataset.foreign_tables import read_foreign_table
 from medembed.dataset.identities import IDS
 from medembed.dataset.recipes.image_index import ImageIndex, plain_path
 from medembed.dataset.recipes.labels import doubt_labels, find_table, need_columns, read_labels
 from medembed.dataset.recipes.listing import Listing, first_names, merge_rows, refuse
 from medembed.dataset.recipes.mura import read_mura
 from medembed.dataset.recipes.schema import Recipe, Region, Table
-from medembed.dataset.tables import normalise_column, normalise_columns, read_foreign_table
+from medembed.dataset.tables import normalise_column, normalise_columns
 
 __all__ = ["read_layout"]
 
@@ -52,35 +54,69 @@ def _read_table(recipe: Recipe, root: Path) -> Listing:
     assert region is not None
     assert label is not None
     split_column = recipe.split.column if recipe.split else ""
-    path = find_table(spec.file, root, recipe.path)
-    table = read_foreign_table(path, RecipeError, as_written=(spec.image,))
     named = (spec.image, *spec.patient, *spec.study, *spec.covariates, region.column)
-    need_columns(table, (*named, *region.one_hot, label.column, split_column), path)
+    table, source, notes = _read_files(
+        recipe, spec, root, (*named, *region.one_hot, label.column, split_column)
+    )
     index = ImageIndex(root, spec.below)
-    images, is_found = _locate(table, spec, index, path)
+    images, is_found = _locate(table, spec, index, source)
     rows = pd.DataFrame({"image": images, "name": table[spec.image]})
     rows["patient"] = normalise_column(_join(table, spec.patient))
     own = rows.groupby("image", sort=False)["name"].transform("first")  # one, however it is spelt
     rows["study"] = normalise_column(_join(table, spec.study) if spec.study else own)
-    rows["region"] = _regions(table, region, path)
-    rows["label"] = read_labels(table[label.column], label, str(path))
+    rows["region"] = _regions(table, region, source)
+    rows["label"] = read_labels(table[label.column], label, source)
     rows["split"] = table[split_column] if split_column else ""
     for name in spec.covariates:
         rows[name] = table[name]
-    warnings = doubt_labels(table[label.column], label, str(path))
-    rows, notices = merge_rows(rows, "image", source=path.name, rule=spec.rows)
+    warnings = doubt_labels(table[label.column], label, source)
+    name = source.rpartition("/")[2]
+    rows, notices = merge_rows(rows, "image", source=name, rule=spec.rows)
     return Listing(
         rows,
         is_found,
-        [*index.unlisted(images, path.name), *warnings],
-        notices=notices,
+        [*index.unlisted(images, name), *warnings],
+        notices=[*notes, *notices],
         unseen=index.unseen,
         files=index.paths.difference(images),
     )
 
 
+def _read_files(
+    recipe: Recipe, spec: Table, root: Path, names: Sequence[str]
+) -> tuple[pd.DataFrame, str, list[str]]:
+    """Read the tables of a recipe as one; also return what to call it, and what was found out."""
+    tables, paths, notes = [], [], []
+    for file in spec.file:
+        path = find_table(file, root, recipe.path)
+        found = read_foreign_table(
+            path,
+            RecipeError,
+            columns=spec.columns,
+            as_written=(spec.image,),
+            numbers=spec.covariates,
+            known=recipe.format.as_format(),
+        )
+        rows = found.rows
+        if spec.file_column:
+            if spec.file_column in rows:
+                raise RecipeError(
+                    f"{path} has a column {spec.file_column!r} of its own. Choose another name for "
+                    "`file_column` in [table]."
+                )
+            rows = rows.assign(**{spec.file_column: normalise(path.stem)})
+        need_columns(rows, names, path)
+        tables.append(rows)
+        paths.append(path)
+        notes += found.notes
+    if len(paths) == 1:
+        return tables[0], str(paths[0]), notes
+    source = f"{' and '.join(path.name for path in paths)} (rows counted through)"
+    return pd.concat(tables, ignore_index=True).fillna(""), source, notes
+
+
 def _locate(
-    table: pd.DataFrame, spec: Table, index: ImageIndex, path: Path
+    table: pd.DataFrame, spec: Table, index: ImageIndex, source: str
 ) -> tuple["pd.Series[str]", "pd.Series[bool]"]:
     """Find each row's file; where there is none, say where it would be."""
     found = [index.find(value) for value in table[spec.image]]
@@ -90,20 +126,20 @@ def _locate(
             for i, (value, paths) in enumerate(zip(table[spec.image], found, strict=True))
             if len(paths) > 1
         ],
-        str(path),
+        source,
         "several files have the name of one row. Keep one of them, or name the folder to search "
         "with `below` in [table]:",
     )
     pattern = spec.image_pattern or f"{{{spec.image}}}"
-    expected = _fill_pattern(pattern, table, path)
+    expected = _fill_pattern(pattern, table, source)
     images = [p[0] if p else e for p, e in zip(found, expected, strict=True)]
     is_found = pd.Series([bool(paths) for paths in found], index=table.index)
     return pd.Series(images, index=table.index, dtype=str), is_found
 
 
-def _fill_pattern(pattern: str, table: pd.DataFrame, path: Path) -> list[str]:
+def _fill_pattern(pattern: str, table: pd.DataFrame, source: str) -> list[str]:
     names = [normalise(name) for name in re.findall(r"\{(.*?)\}", pattern)]
-    need_columns(table, names, path)
+    need_columns(table, names, source)
     pieces = re.split(r"\{.*?\}", pattern)
     filled = pd.Series(pieces[0], index=table.index, dtype=str)
     for name, piece in zip(names, pieces[1:], strict=True):
@@ -121,7 +157,7 @@ def _join(table: pd.DataFrame, names: tuple[str, ...]) -> "pd.Series[str]":
     return joined.where((table[list(names)] != "").all(axis=1), "")
 
 
-def _regions(table: pd.DataFrame, spec: Region, path: Path) -> "pd.Series[str]":
+def _regions(table: pd.DataFrame, spec: Region, source: str) -> "pd.Series[str]":
     if spec.constant:
         return pd.Series(spec.constant, index=table.index, dtype=str)
     if spec.column:
@@ -130,7 +166,7 @@ def _regions(table: pd.DataFrame, spec: Region, path: Path) -> "pd.Series[str]":
     strange = {v: name for name in values for v in values[name].unique() if is_missing_word(v)}
     refuse(
         [f"{value!r} in column {name!r}" for value, name in strange.items()],
-        str(path),
+        source,
         "columns of [region] hold words that say neither yes nor no; write 0 or 1:",
     )
     flags = ~values.isin(["", "0", "0.0"])
@@ -141,7 +177,7 @@ def _regions(table: pd.DataFrame, spec: Region, path: Path) -> "pd.Series[str]":
             for i, n in enumerate(n_set)
             if n == 0 or (n > 1 and not spec.several)
         ],
-        str(path),
+        source,
         f"a row must show one region of {', '.join(spec.one_hot)}; `several` in [region] can name "
         "rows with more than one:",
     )

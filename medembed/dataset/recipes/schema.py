@@ -1,46 +1,81 @@
 """What a recipe says, section by section, and the parser that holds a file to it.
 
-A recipe is a TOML file. At its top: `name`, `licence`, `citation`, `url`, `layout` (mura, table,
-folders, dicom), `label_level` (study, image), `split_names` (a table: the dataset's name of a split
-to train or test), `ids` (exact: see `identities`). Its sections are the dataclasses here. Any other
-key is an error. All text but names of files is spelt as `text.normalise` does, as tables are.
+A recipe is a TOML file. Required are `name`, `layout` (mura, table, folders, dicom) and
+`label_level` (study, image); its sections are the classes here. Any other key is an error. All text
+but names of files is spelt as `text.normalise` does, as tables are.
 """
 
-import difflib
 import tomllib
-from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal
 
 from medembed.core.errors import RecipeError
 from medembed.core.files import read_plain
+from medembed.core.schema import (
+    ClosedRecord,
+    Count,
+    Field,
+    Problem,
+    Texts,
+    field_validator,
+    find_problems,
+    parse,
+)
 from medembed.core.text import normalise
-from medembed.dataset.checks import LABEL_LEVELS, REQUIRED, SPLITS
-from medembed.dataset.identities import EXACT, IDS
+from medembed.dataset.checks import REQUIRED
+from medembed.dataset.foreign_tables import TableFormat
+from medembed.dataset.identities import IDS
+from medembed.dataset.recipes.listing import refuse
 
 __all__ = [
-    "LAYOUTS",
     "MEANINGS",
     "Dicom",
     "Folders",
+    "Format",
     "Groups",
     "Label",
+    "Meaning",
     "Recipe",
     "Region",
+    "Section",
     "Split",
     "Table",
+    "make_recipe",
     "parse_recipe",
 ]
 
+Layout = Literal["mura", "table", "folders", "dicom"]
+Meaning = Literal["normal", "abnormal", "unknown"]
+Rows = Literal["equal", "any"]
+SplitName = Literal["train", "test"]
+MEANINGS = {"normal": "0", "abnormal": "1", "unknown": ""}
+"""What a value may mean in `[label]`, and how a table of a manifest writes it."""
 
-@dataclass(frozen=True)
-class Table:
-    """`[table]`: a CSV file with one row per image.
+
+class Section(ClosedRecord):
+    """A section of a recipe; where a list is meant, one text stands for a list of one."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _list_one_text(cls, value: object, info: Any) -> object:
+        is_list = cls.model_fields[info.field_name].annotation == tuple[str, ...]
+        return (value,) if is_list and isinstance(value, str) else value
+
+
+class Table(Section):
+    """`[table]`: a table with one row per image, as CSV, Excel or Parquet.
 
     Attributes
     ----------
-    file : str
-        Its name, looked for in the image root, then beside it, then beside the recipe.
+    file : tuple of str
+        Its name, looked for in the image root, then beside it, then beside the recipe. Several
+        files are read one after the other.
+    file_column : str
+        A column to be made of the files' names without suffix, as for a split by file.
+    columns : tuple of str
+        Names of the columns of a table without a header.
     image : str
         Column with a path below the root, or a file's name or stem, wherever it lies.
     patient, study : tuple of str
@@ -58,18 +93,44 @@ class Table:
         else unknown if any is; covariates in which the rows differ become empty.
     """
 
-    file: str
+    file: Texts = Field(min_length=1)
     image: str
-    patient: tuple[str, ...] = ()
-    study: tuple[str, ...] = ()
-    covariates: tuple[str, ...] = ()
-    below: tuple[str, ...] = ()
+    file_column: str = ""
+    columns: Texts = ()
+    patient: Texts = ()
+    study: Texts = ()
+    covariates: Texts = ()
+    below: Texts = ()
     image_pattern: str = ""
-    rows: str = "equal"
+    rows: Rows = "equal"
 
 
-@dataclass(frozen=True)
-class Folders:
+class Format(Section):
+    """`[format]`: how the table's file is written, where what is found out is not what is meant.
+
+    Attributes
+    ----------
+    encoding : str
+        Such as "utf-8" or "cp1252", as Python names them.
+    delimiter : str
+        What stands between two fields.
+    decimal : str
+        What numbers of covariates have before their decimals: "." or ",".
+    sheet : str
+        The sheet of an Excel file.
+    """
+
+    encoding: str = ""
+    delimiter: str = Field(default="", max_length=1)
+    decimal: Literal["", ".", ","] = ""
+    sheet: str = ""
+
+    def as_format(self) -> TableFormat:
+        """Return what tables are read with."""
+        return TableFormat(self.encoding, self.delimiter, self.decimal, self.sheet)
+
+
+class Folders(Section):
     """`[folders]`: everything is in the paths.
 
     Attributes
@@ -84,8 +145,7 @@ class Folders:
     pattern: str
 
 
-@dataclass(frozen=True)
-class Dicom:
+class Dicom(Section):
     """`[dicom]`: everything is in the files' own elements, labels perhaps in a table.
 
     Attributes
@@ -96,7 +156,7 @@ class Dicom:
     modalities : tuple of str
         Which to take; other objects are left out with their reason.
     table : str
-        A CSV file with labels, looked for as `[table]` says. Empty: there are none.
+        A table with labels, looked for as `[table]` says. Empty: there are none.
     column : str
         Its column that says which image or study a row speaks of.
     match : str
@@ -109,45 +169,42 @@ class Dicom:
         PROCESSING: "presentation", "processing", or "both".
     """
 
-    identifiers: str = "hash"
-    modalities: tuple[str, ...] = ("CR", "DX", "RG")
+    identifiers: Literal["hash", "keep"] = "hash"
+    modalities: Texts = ("CR", "DX", "RG")
     table: str = ""
     column: str = ""
-    match: str = "file"
-    rows: str = "equal"
-    intent: str = "presentation"
+    match: Literal["file", "instance", "study", "accession"] = "file"
+    rows: Rows = "equal"
+    intent: Literal["presentation", "processing", "both"] = "presentation"
 
 
-@dataclass(frozen=True)
-class Region:
+class Region(Section):
     """`[region]`: one of `column`, `one_hot` (a column per region) and `constant`.
 
     `several` names the region of rows with more than one column of `one_hot` set.
     """
 
     column: str = ""
-    one_hot: tuple[str, ...] = ()
+    one_hot: Texts = ()
     constant: str = ""
     several: str = ""
 
 
-@dataclass(frozen=True)
-class Label:
+class Label(Section):
     """`[label]`: which values of `column` (of the field `label`, in folders) mean what.
 
-    `empty` says what an empty value means; `others` what values not listed mean. Either is normal,
-    abnormal or unknown. Without `others` a value that is not listed is an error.
+    `empty` says what an empty value means; `others` what values not listed mean. Without `others` a
+    value that is not listed is an error.
     """
 
-    abnormal: tuple[str, ...]
-    normal: tuple[str, ...] = ()
+    abnormal: Texts
+    normal: Texts = ()
     column: str = ""
-    empty: str = "unknown"
-    others: str = ""
+    empty: Meaning = "unknown"
+    others: Meaning | Literal[""] = ""
 
 
-@dataclass(frozen=True)
-class Groups:
+class Groups(Section):
     """`[groups]`: what stands for the patient in a dataset without patient ids.
 
     Attributes
@@ -163,14 +220,13 @@ class Groups:
         Whether images with the same bytes pull their groups together.
     """
 
-    rule: str
+    rule: Literal["runs", "image"]
     max_gap: int = 3
-    break_on: tuple[str, ...] = ("region",)
+    break_on: Texts = ("region",)
     same_bytes: bool = True
 
 
-@dataclass(frozen=True)
-class Split:
+class Split(Section):
     """`[split]`: a `column` of the table, or a `fraction` of studies drawn by patient for test."""
 
     column: str = ""
@@ -178,53 +234,104 @@ class Split:
     seed: int = 0
 
 
-MAX_BYTES = 1 << 20  # of a recipe; those at hand are below 2 KB
-LAYOUTS = ("mura", "table", "folders", "dicom")
-DICOM_INTENTS = ("presentation", "processing", "both")
-DICOM_MATCHES = ("file", "instance", "study", "accession")
-MEANINGS = {"normal": "0", "abnormal": "1", "unknown": ""}
-"""What a value may mean in `[label]`, and how a table of a manifest writes it."""
-# Columns that a manifest, or the building of one, fills itself.
-_TAKEN = (*REQUIRED, IDS, "label_level", "name")
-_NAMES_OF_FILES = ("file", "table", "below", "image_pattern", "pattern", "exclude")
-COUNTS = ("images", "studies", "patients", "abnormal", "abnormal_studies", "unlabelled")
+class _Counts(Section):
+    """How many there are known to be."""
+
+    images: Count | None = None
+    studies: Count | None = None
+    patients: Count | None = None
+    abnormal: Count | None = None
+    abnormal_studies: Count | None = None
+    unlabelled: Count | None = None
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """A dataset's recipe; see the module's text and the sections' classes."""
+class _Part(_Counts):
+    region: dict[str, _Counts] = Field(default_factory=dict)
+
+
+class _Expected(_Part):
+    train: _Part = _Part()
+    test: _Part = _Part()
+
+
+class Recipe(Section):
+    """A data set's recipe; see the module's text and the sections' classes.
+
+    Attributes
+    ----------
+    licence, citation, url : str
+        Where the data set comes from and how it may be used; "" where nobody has said.
+    about, patient_ids : str
+        A line on the data set, and one on what names its patients.
+    tried : bool
+        False where nobody has built the recipe from the whole data set's own files.
+    split_names : dict of str to str
+        The data set's name of a split, and whether that is train or test.
+    ids : str
+        Where it says "exact", patients whose identifiers look alike are different persons.
+    exclude : dict of str to str
+        `[exclude]`: an image's path or name, or a folder, and the reason why it is left out.
+    expected : dict
+        `[expected]`: counts, also under `train`, `test`, `region.NAME`, `train.region.NAME`.
+    path : Path
+        The recipe's file.
+    """
 
     name: str
-    licence: str
-    citation: str
-    url: str
-    layout: str
-    label_level: str
+    layout: Layout
+    label_level: Literal["study", "image"]
+    licence: str = ""
+    citation: str = ""
+    url: str = ""
+    about: str = ""
+    patient_ids: str = ""
+    tried: bool = True
     table: Table | None = None
+    format: Format = Format()
     folders: Folders | None = None
     dicom: Dicom | None = None
     region: Region | None = None
     label: Label | None = None
     groups: Groups | None = None
     split: Split | None = None
-    split_names: dict[str, str] = field(default_factory=dict)
-    ids: str = ""
-    """Where it says "exact", patients whose identifiers look alike are different persons."""
-    exclude: dict[str, str] = field(default_factory=dict)
-    """`[exclude]`: an image's path or name, or a folder, and the reason why it is left out."""
-    expected: dict[str, Any] = field(default_factory=dict)
-    """`[expected]`: counts, also under `train`, `test`, `region.NAME`, `train.region.NAME`."""
-    path: Path = field(default=Path(), metadata={"written": False})
+    split_names: dict[str, SplitName] = Field(default_factory=dict)
+    ids: Literal["", "exact"] = ""
+    exclude: dict[str, str] = Field(default_factory=dict)
+    expected: dict[str, Any] = Field(default_factory=dict)
+    _path: Path = Path()
+
+    @field_validator("expected")
+    @classmethod
+    def _hold_to_counts(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if problems := find_problems(_Expected, value):
+            raise ValueError("; ".join(map(str, problems)))
+        return value
+
+    @property
+    def path(self) -> Path:
+        """The recipe's file; ``Path()`` of one that was made in memory."""
+        return self._path
 
 
-SECTIONS: dict[str, type] = {
-    "table": Table,
-    "folders": Folders,
-    "dicom": Dicom,
-    "region": Region,
-    "label": Label,
-    "groups": Groups,
-    "split": Split,
+MAX_BYTES = 1 << 20  # of a recipe; those at hand are below 2 KB
+# Columns that a manifest, or the building of one, fills itself.
+_TAKEN = (*REQUIRED, IDS, "label_level", "name")
+_NAMES_OF_FILES = ("file", "table", "below", "image_pattern", "pattern", "exclude")
+_SECTIONS = (
+    *("table", "format", "folders", "dicom", "region", "label", "groups", "split"),
+    *("split_names", "exclude", "expected"),
+)
+_NEEDED = {
+    "mura": (),
+    "table": ("table", "region", "label", "split"),
+    "folders": ("folders",),
+    "dicom": ("split",),
+}
+_USELESS = {
+    "mura": ("table", "format", "folders", "dicom", "region", "label", "groups", "split"),
+    "table": ("folders", "dicom"),
+    "folders": ("table", "format", "dicom"),
+    "dicom": ("table", "folders", "region", "groups"),
 }
 
 
@@ -234,186 +341,136 @@ def parse_recipe(path: Path) -> Recipe:
     Raises
     ------
     RecipeError
-        It is not TOML, has unknown, missing or contradicting keys, or values of the wrong type.
+        It is not TOML, has unknown, missing or contradicting keys, or values of the wrong type; all
+        that is wrong at once.
     """
     try:
-        document = tomllib.loads(read_plain(path, max_bytes=MAX_BYTES).decode())
+        text = read_plain(path, max_bytes=MAX_BYTES).decode()
     except OSError as error:
         raise RecipeError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except (ValueError, RecursionError) as error:  # TOML's and Unicode's are ValueErrors
+    except ValueError as error:
         raise RecipeError(f"{path} cannot be read as TOML: {error}") from error
-    for name, kind in SECTIONS.items():
-        if name in document:
-            document[name] = _fill(kind, document[name], f"{path}, [{name}]")
-    recipe = replace(_fill(Recipe, document, str(path)), path=path)
-    _check(recipe)
+    return make_recipe(text, path)
+
+
+def make_recipe(text: str, path: Path) -> Recipe:
+    """Return the recipe that a text in TOML is; raise as `parse_recipe`.
+
+    Parameters
+    ----------
+    text : str
+    path : Path
+        What messages call the recipe, and what `Recipe.path` is.
+    """
+    try:
+        document = _normalised(tomllib.loads(text))
+        problems = [*_describe(find_problems(Recipe, document)), *_find_contradictions(document)]
+    except (ValueError, RecursionError) as error:  # TOML's are ValueErrors
+        raise RecipeError(f"{path} cannot be read as TOML: {error}") from error
+    if len(problems) == 1:
+        raise RecipeError(f"{path}: {problems[0]}")
+    refuse(problems, str(path), "the recipe cannot be used; correct it:")
+    recipe = parse(Recipe, document, RecipeError, path)
+    recipe._path = path
     return recipe
 
 
-T = TypeVar("T")
-
-SIMPLE: dict[type, tuple[tuple[type, ...], str]] = {
-    str: ((str,), "text"),
-    int: ((int,), "a whole number"),
-    float: ((int, float), "a number"),
-    bool: ((bool,), "true or false"),
-}
-
-
-def _fill(kind: type[T], values: Any, where: str) -> T:
-    """Make a dataclass of a TOML table, checking keys and types."""
-    if not isinstance(values, dict):
-        raise RecipeError(f"{where} must be a section, not {values!r}.")
-    every = fields(kind)  # type: ignore[arg-type]
-    known = {item.name: item for item in every if item.metadata.get("written", True)}
-    _refuse_unknown(values, list(known), where)
-    required = [
-        n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING
-    ]
-    missing = [name for name in required if name not in values]
-    if missing:
-        raise RecipeError(f"{where} lacks {', '.join(missing)}. Add them.")
-    evened = {n: v if n in _NAMES_OF_FILES else _normalised(v) for n, v in values.items()}
-    return kind(**{name: _typed(known[name], value, where) for name, value in evened.items()})
-
-
 def _normalised(value: Any) -> Any:
-    """Spell all text in a value of TOML in one way."""
+    """Spell all text in a value of TOML in one way, but for names of files."""
     if isinstance(value, str):
         return normalise(value)
     if isinstance(value, list):
         return [_normalised(item) for item in value]
     if isinstance(value, dict):
-        return {normalise(name): _normalised(item) for name, item in value.items()}
+        return {normalise(k): v if _names_files(k, v) else _normalised(v) for k, v in value.items()}
     return value
 
 
-def _refuse_unknown(values: dict[str, Any], known: list[str], where: str) -> None:
-    complaints = []
-    for name in values:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            remedy = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-            complaints.append(f"unknown key {name!r}; {remedy}")
-    if complaints:
-        raise RecipeError(f"{where}: {'; '.join(complaints)}")
+def _names_files(key: str, value: object) -> bool:
+    return key in _NAMES_OF_FILES and not (key == "table" and isinstance(value, dict))
 
 
-def _typed(item: "Field[Any]", value: Any, where: str) -> Any:
-    if item.type == tuple[str, ...]:
-        value = (value,) if isinstance(value, str) else value
-        if isinstance(value, list | tuple) and all(isinstance(part, str) for part in value):
-            return tuple(value)
-        raise RecipeError(f"{where}: {item.name} must be text or a list of texts, not {value!r}.")
-    for kind, (accepted, noun) in SIMPLE.items():
-        is_right = isinstance(value, accepted) and isinstance(value, bool) == (kind is bool)
-        if item.type is kind and not is_right:
-            raise RecipeError(f"{where}: {item.name} must be {noun}, not {value!r}.")
-    return value
+def _describe(problems: Sequence[Problem]) -> Iterator[str]:
+    """Return a sentence for each problem, and one for all that a section lacks."""
+    missing: dict[str, list[str]] = defaultdict(list)
+    for problem in problems:
+        section, _, key = problem.key.rpartition(".")
+        if problem.text == "is missing":
+            missing[section].append(key)
+    for section, keys in missing.items():
+        lacks = f"[{section}] lacks" if section else "it lacks"
+        yield f"{lacks} {', '.join(keys)}. Add {'it' if len(keys) == 1 else 'them'}."
+    for problem in problems:
+        if problem.text != "is missing":
+            section, _, key = problem.key.partition(".")
+            words = (f"[{section}]:", key) if section in _SECTIONS else (problem.key,)
+            text = " ".join(filter(None, (*words, problem.text)))
+            yield text if text.endswith("?") else f"{text}."
 
 
-def _check(recipe: Recipe) -> None:
-    where = str(recipe.path)
-    _refuse_other(f"{where}: layout", recipe.layout, LAYOUTS)
-    _refuse_other(f"{where}: label_level", recipe.label_level, LABEL_LEVELS)
-    _refuse_other(f"{where}: {IDS}", recipe.ids, ("", EXACT))
-    _check_sections(recipe, where)
-    for name, section in (("table", recipe.table), ("dicom", recipe.dicom)):
-        if section:
-            _refuse_other(f"{where}, [{name}]: rows", section.rows, ("equal", "any"))
-    if recipe.layout == "dicom":
-        _check_dicom(recipe, recipe.dicom or Dicom(), where)
-    if recipe.label:
-        _refuse_other(f"{where}, [label]: empty", recipe.label.empty, tuple(MEANINGS))
-        _refuse_other(f"{where}, [label]: others", recipe.label.others, ("", *MEANINGS))
-    if recipe.groups:
-        _refuse_other(f"{where}, [groups]: rule", recipe.groups.rule, ("runs", "image"))
-    for name, split in _texts(recipe.split_names, f"{where}, split_names").items():
-        _refuse_other(f"{where}, split_names: {name}", split, SPLITS)
-    _texts(recipe.exclude, f"{where}, [exclude]")
-    _check_expected(recipe.expected, f"{where}, [expected]", (*SPLITS, "region"))
+def _find_contradictions(document: Mapping[str, Any]) -> Iterator[str]:
+    """Return what no section can know by itself; what has a wrong type is said elsewhere."""
+    layout = document.get("layout")
+    if not isinstance(layout, str) or layout not in _NEEDED:
+        return
+    lacking = [f"[{name}]" for name in _NEEDED[layout] if name not in document]
+    if lacking:
+        noun = "a section" if len(lacking) == 1 else "sections"
+        yield f"layout {layout!r} needs {noun} {', '.join(lacking)}."
+    for name in _USELESS[layout]:
+        if name in document:
+            yield f"layout {layout!r} has no use for [{name}]."
+    parts = {name: document.get(name) for name in _SECTIONS}
+    table, dicom, region, label, split = (
+        part if isinstance(part := parts[name], dict) else None
+        for name in ("table", "dicom", "region", "label", "split")
+    )
+    if table is not None:
+        yield from _contradict_table(table, label, has_groups=parts["groups"] is not None)
+    if layout == "dicom":
+        yield from _contradict_dicom(dicom or {}, label, split or {})
+    if split is not None and bool(split.get("column")) == bool(split.get("fraction")):
+        yield "[split]: give either column or fraction."
+    named = [name for name in ("column", "one_hot", "constant") if region and region.get(name)]
+    if region is not None and len(named) != 1:
+        yield "[region]: give one of column, one_hot and constant."
 
 
-def _check_sections(recipe: Recipe, where: str) -> None:
-    """Hold the sections to the layout: each needs some and has no use for others."""
-    needed = {
-        "mura": (),
-        "table": ("table", "region", "label"),
-        "folders": ("folders",),
-        "dicom": ("split",),
-    }
-    useless = {
-        "mura": ("table", "folders", "dicom", "region", "label", "groups", "split"),
-        "table": ("folders", "dicom"),
-        "folders": ("table", "dicom"),
-        "dicom": ("table", "folders", "region", "groups"),
-    }
-    for name in needed[recipe.layout]:
-        if getattr(recipe, name) is None:
-            raise RecipeError(f"{where}: layout {recipe.layout!r} needs a section [{name}].")
-    for name in useless[recipe.layout]:
-        if getattr(recipe, name) is not None:
-            raise RecipeError(f"{where}: layout {recipe.layout!r} has no use for [{name}].")
-    if recipe.table and bool(recipe.table.patient) == bool(recipe.groups):
-        raise RecipeError(f"{where}: give either patient columns in [table] or [groups], not both.")
-    for folder in recipe.table.below if recipe.table else ():
-        if Path(folder).is_absolute() or ".." in Path(folder).parts:
-            raise RecipeError(f"{where}, [table]: below names {folder!r}, outside the image root.")
-    for name in recipe.table.covariates if recipe.table else ():
-        if name in _TAKEN:
-            raise RecipeError(
-                f"{where}, [table]: covariates names {name!r}, and a manifest has a column {name} "
-                "of its own. Leave it out, or rename the table's column."
-            )
-    if recipe.split and bool(recipe.split.column) == bool(recipe.split.fraction):
-        raise RecipeError(f"{where}, [split]: give either column or fraction.")
-    region = recipe.region
-    if region and sum(map(bool, (region.column, region.one_hot, region.constant))) != 1:
-        raise RecipeError(f"{where}, [region]: give one of column, one_hot and constant.")
-    if recipe.table and not (recipe.label and recipe.label.column):
-        raise RecipeError(f"{where}, [label]: name the table's column.")
-    if recipe.table and recipe.split is None:
-        raise RecipeError(f"{where}: add [split] with a column, or with a fraction to draw.")
-
-
-def _check_dicom(recipe: Recipe, dicom: Dicom, where: str) -> None:
-    _refuse_other(f"{where}, [dicom]: identifiers", dicom.identifiers, ("hash", "keep"))
-    _refuse_other(f"{where}, [dicom]: match", dicom.match, DICOM_MATCHES)
-    _refuse_other(f"{where}, [dicom]: intent", dicom.intent, DICOM_INTENTS)
-    has_label = bool(recipe.label and recipe.label.column)
-    if not bool(dicom.table) == bool(dicom.column) == has_label == (recipe.label is not None):
-        raise RecipeError(
-            f"{where}: for labels give a table and its column in [dicom], and a [label] with a "
-            "column; without labels none of them."
+def _contradict_table(
+    table: dict[str, Any], label: dict[str, Any] | None, *, has_groups: bool
+) -> Iterator[str]:
+    if bool(table.get("patient")) == has_groups:
+        yield (
+            "give either patient columns in [table] or [groups], not both "
+            '(rule = "image" in [groups]: each image counts as a patient of its own).'
         )
-    if recipe.split and recipe.split.column and not dicom.table:
-        raise RecipeError(f"{where}, [split]: a column needs a table in [dicom].")
+    if label is not None and not label.get("column"):
+        yield "[label]: name the table's column."
+    for folder in _texts(table.get("below")):
+        if Path(folder).is_absolute() or ".." in Path(folder).parts:
+            yield f"[table]: below names {folder!r}, outside the image root."
+    for name in _texts(table.get("covariates")):
+        if name in _TAKEN:
+            yield (
+                f"[table]: covariates names {name!r}, and a manifest has a column {name} of its "
+                "own. Leave it out, or rename the table's column."
+            )
 
 
-def _refuse_other(what: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        choices = ", ".join(repr(item) for item in allowed if item)
-        raise RecipeError(f"{what} is {value!r}; it must be one of {choices}.")
+def _contradict_dicom(
+    dicom: dict[str, Any], label: dict[str, Any] | None, split: dict[str, Any]
+) -> Iterator[str]:
+    has_table = bool(dicom.get("table"))
+    has_label_column = bool(label and label.get("column"))
+    if len({has_table, bool(dicom.get("column")), has_label_column, label is not None}) > 1:
+        yield (
+            "for labels give a table and its column in [dicom], and a [label] with a column; "
+            "without labels none of them."
+        )
+    if split.get("column") and not has_table:
+        yield "[split]: a column needs a table in [dicom]."
 
 
-def _texts(values: Any, where: str) -> dict[str, str]:
-    if not isinstance(values, dict) or not all(isinstance(v, str) for v in values.values()):
-        raise RecipeError(f'{where} must hold lines of the form "name" = "text".')
-    return values
-
-
-def _check_expected(values: Any, where: str, parts: tuple[str, ...]) -> None:
-    """Hold `[expected]` to counts, with `train`, `test` and `region.NAME` below."""
-    if not isinstance(values, dict):
-        raise RecipeError(f"{where} must be a section of counts.")
-    _refuse_unknown(values, [*COUNTS, *parts], where)
-    for name, value in values.items():
-        if name == "region":
-            if not isinstance(value, dict):
-                raise RecipeError(f"{where}: region must hold a section for each region.")
-            for region, counts in value.items():
-                _check_expected(counts, f"{where}: region {region}", ())
-        elif name in parts:
-            _check_expected(value, f"{where}: {name}", ("region",))
-        elif not isinstance(value, int) or isinstance(value, bool):
-            raise RecipeError(f"{where}: {name} must be a whole number, not {value!r}.")
+def _texts(value: object) -> list[str]:
+    every = value if isinstance(value, list) else [value]
+    return [item for item in every if isinstance(item, str)]

@@ -196,8 +196,8 @@ def test_spellings_of_a_patient_get_one_hash_and_are_told_by_files(tmp_path: Pat
 
 def test_recipes_that_cannot_be_meant_are_refused(tmp_path: Path, root: Path) -> None:
     for dicom, label, said in [
-        ('identifiers = "salt"', "", "identifiers is 'salt'; it must be one of 'hash', 'keep'"),
-        ('match = "name"', "", "match is 'name'"),
+        ('identifiers = "salt"', "", "identifiers must be 'hash' or 'keep', not 'salt'"),
+        ('match = "name"', "", "match must be 'file', .* not 'name'"),
         ('table = "labels.csv"', "", "for labels give a table and its column"),
         ("", LABEL, "for labels give a table and its column"),
         ("", '[region]\nconstant = "x"', r"has no use for \[region\]"),

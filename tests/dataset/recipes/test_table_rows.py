@@ -318,5 +318,5 @@ def test_a_path_that_muras_table_has_twice_counts_once(tmp_path: Path) -> None:
 
 def test_a_rule_that_is_none_is_refused(tmp_path: Path, root: Path) -> None:
     write(root, ROWS)
-    with pytest.raises(RecipeError, match=r"\[table\]: rows is 'all'; it must be one of 'equal'"):
+    with pytest.raises(RecipeError, match=r"\[table\]: rows must be 'equal' or 'any', not 'all'"):
         build(tmp_path, root, ANY.replace('"any"', '"all"'))
