@@ -1,4 +1,4 @@
-"""`medembed manifest`: build and check."""
+"""`medembed manifest`: propose a recipe, build, check."""
 
 from collections import Counter
 from pathlib import Path
@@ -6,24 +6,27 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from medembed.cli.choices import CHOICES, choice_options, is_interactive, read_choices, settle
 from medembed.cli.commands import Commands
-from medembed.cli.console import print_json, say
-from medembed.cli.options import (
-    PATH,
-    conclude,
-    image_root_option,
-    json_option,
-    output_option,
-    seed_option,
-)
+from medembed.cli.console import print_json, say, suggest
+from medembed.cli.options import PATH, conclude, json_option, output_option, seed_option
 from medembed.cli.progress import showing_progress
 
 if TYPE_CHECKING:
     from medembed.cache.near_duplicates import NearDuplicates
     from medembed.cache.store import Cache
+    from medembed.dataset.recipes.build import BuildReport
+    from medembed.dataset.recipes.proposals import Proposal
 
-__all__ = ["build_command", "check_command", "manifest_command"]
+__all__ = ["build_command", "check_command", "init_command", "manifest_command", "recipes_command"]
 
+_CHOICES = {
+    "Without a recipe": (
+        *("from-folders", "from-table", "image", "label", "normal", "abnormal", "empty"),
+        *("patient", "study", "region", "split", "covariate", "encoding", "delimiter", "sheet"),
+        *("pattern", "test-fraction", "seed"),
+    )
+}
 REBUILD = "Mend the recipe or the tables and build it again."
 LOOK = (
     "Look at each pair: give the patients of a copied image one split, or one name where they are "
@@ -33,7 +36,7 @@ LOOK = (
 
 @click.group("manifest", cls=Commands)
 def manifest_command() -> None:
-    """Build and check manifests: one row per image."""
+    """Propose, build and check manifests: one row per image."""
 
 
 @manifest_command.command(
@@ -42,10 +45,20 @@ def manifest_command() -> None:
     short_help="Turn a folder or table of images into a manifest.",
     examples=[
         "medembed manifest build mura --image-root MURA-v1.1 -o mura.csv",
+        "medembed manifest build --from-folders films --abnormal broken -o films.csv",
+        "medembed manifest build --from-table labels.xlsx --label finding -o films.csv",
     ],
+    sections=_CHOICES,
 )
-@click.argument("recipe", metavar="RECIPE")
-@image_root_option
+@click.argument("recipe", metavar="[RECIPE]", required=False)
+@click.option("--from-folders", type=PATH, metavar="DIR", help="A folder per class; no recipe.")
+@click.option("--from-table", type=PATH, metavar="FILE", help="A table of images; no recipe.")
+@click.option(
+    "--image-root",
+    type=PATH,
+    help="Directory that the manifest's paths start from.  [default without a recipe: DIR, or the "
+    "folder of FILE]",
+)
 @output_option("MANIFEST.csv or .parquet.", "output")
 @click.option("--strict", is_flag=True, help="Warnings are errors.")
 @click.option("--structure-only", is_flag=True, help="Tables alone; no image is read or hashed.")
@@ -54,54 +67,225 @@ def manifest_command() -> None:
     type=PATH,
     help="Key for the hashes of patients and studies of layout dicom; made if it is not there.",
 )
+@choice_options
 @json_option
+@click.pass_context
 def build_command(
-    recipe: str,
-    image_root: Path,
+    context: click.Context,
+    /,
+    recipe: str | None,
+    from_folders: Path | None,
+    from_table: Path | None,
+    image_root: Path | None,
     output: Path,
     strict: bool,
     structure_only: bool,
     key_file: Path | None,
     as_json: bool,
+    **given: Any,
 ) -> None:
-    """Turn the images of a dataset into a manifest, as RECIPE says.
+    """Turn the images of a dataset into a manifest, as RECIPE says, or without one.
 
     RECIPE is a file such as data_manifests/mura.toml, or the bare name of a recipe that medembed
-    brings (mura, fracatlas, grazpedwri). What was found and left out is counted in
-    MANIFEST.build.json beside the manifest (mura.build.json of mura.csv); runs copy it.
+    brings (see `medembed manifest recipes`). Without one, --from-folders takes a folder per class,
+    and --from-table a CSV, Excel or Parquet table; `medembed manifest init` proposes a recipe that
+    can be corrected. What was found and left out is counted in MANIFEST.build.json beside the
+    manifest (mura.build.json of mura.csv); runs copy it. A recipe that was not given is written to
+    MANIFEST.recipe.toml, and builds the same manifest again.
     """
     from medembed.dataset import build_file
     from medembed.dataset.recipes import build
+    from medembed.dataset.recipes.proposals import build_proposal
+
+    _refuse_mixture(context, recipe, from_folders, from_table, image_root)
+    build_file.check_destinations(output)
+    options: dict[str, Any] = {"strict": strict, "structure_only": structure_only}
+    text = ""
+    if recipe is not None and image_root is not None:
+        loaded, root = build.load_recipe(recipe), image_root
+        with showing_progress("Hashing", "images") as progress:
+            report = build.build_manifest(
+                loaded, root, **options, key_file=key_file, progress=progress
+            )
+    else:
+        proposal = _propose_without_recipe(from_folders, from_table, image_root, given)
+        loaded, text = proposal.recipe, proposal.text
+        root = image_root or _root_of(from_folders or from_table or Path())
+        with showing_progress("Hashing", "images") as progress:
+            report = build_proposal(proposal, **options, key_file=key_file, progress=progress)
+    build_file.write_build(report, loaded, output, text)
+    document = report.as_dict()
+    _conclude_build(report, output)
+    if text:
+        document["recipe"] = str(build_file.recipe_path(output))
+        say(f"{document['recipe']}: the recipe, which builds this manifest again")
+    if as_json:
+        print_json(document)
+    elif not structure_only:
+        suggest("extract", str(output), "--image-root", str(root), "--encoder",
+                  "google/medgemma-4b-pt", "--cache", "cache")  # fmt: skip
+        say("      (or --encoder demo, which needs no download, to try the way)")
+
+
+def _refuse_mixture(
+    context: click.Context,
+    recipe: str | None,
+    from_folders: Path | None,
+    from_table: Path | None,
+    image_root: Path | None,
+) -> None:
+    """Refuse what is not one of the three ways to say what the data set is."""
+    ways = [way for way in (recipe, from_folders, from_table) if way is not None]
+    if len(ways) != 1:
+        raise click.UsageError("Name one of RECIPE, --from-folders and --from-table.", context)
+    if recipe is None:
+        return
+    if image_root is None:
+        raise click.UsageError("Missing option '--image-root'.", context)
+    source = click.core.ParameterSource.COMMANDLINE
+    extra = [name for name in (*CHOICES, "seed") if context.get_parameter_source(name) is source]
+    if extra:
+        option = f"--{extra[0].removesuffix('s').replace('_', '-')}"
+        raise click.UsageError(
+            f"{option} is for builds without a recipe: a RECIPE says that itself.", context
+        )
+
+
+def _propose_without_recipe(
+    from_folders: Path | None, from_table: Path | None, image_root: Path | None, given: Any
+) -> "Proposal":
+    """Propose a recipe of what is named alone: no column is guessed but image and label."""
+    from medembed.dataset.recipes.proposals import propose_recipe
+
+    choices = read_choices(given)
+    if from_folders is not None:
+        return propose_recipe(from_folders, image_root, choices=choices, kind="folders")
+    assert from_table is not None
+    if given["pattern"]:
+        raise click.UsageError("--pattern is for --from-folders.")
+    return propose_recipe(from_table, image_root, choices=choices.without_guesses(), kind="table")
+
+
+def _conclude_build(report: "BuildReport", output: Path) -> None:
+    """Say what a manifest holds, and what is odd."""
     from medembed.dataset.split_counts import describe_splits
 
-    build_file.check_destinations(output)
-    with showing_progress("Hashing", "images") as progress:
-        report = build.build_manifest(
-            loaded := build.load_recipe(recipe),
-            image_root,
-            strict=strict,
-            structure_only=structure_only,
-            key_file=key_file,
-            progress=progress,
-        )
-    build_file.write_build(report, loaded, output)
-    document = report.as_dict()
+    for line in describe_splits(report.manifest.rows):
+        say(line)
     for warning in report.warnings:
         say(f"Warning: {warning}")
     for reason, n in Counter(reason for _, reason in report.excluded).most_common():
         say(f"Left out: {n:,} files: {reason}")
     for notice in report.notices:
         say(f"Note: {notice}")
-    for line in describe_splits(report.manifest.rows):
-        say(line)
-    say(f"{output}: {_counted(document)}")
-    if as_json:
-        print_json(document)
+    say(f"{output}: {_counted(report.as_dict())}")
 
 
 def _counted(document: dict[str, Any]) -> str:
     keys = ("images", "studies", "patients", "abnormal")
     return ", ".join(f"{document[key]:,} {key}" for key in keys)
+
+
+@manifest_command.command(
+    "init",
+    starting="Looking at what is there",
+    short_help="Propose a recipe for a folder or a table.",
+    examples=[
+        "medembed manifest init films -o films.toml",
+        "medembed manifest init labels.csv --image-root films -o films.toml --yes",
+    ],
+    sections={"What is known already": _CHOICES["Without a recipe"][2:]},
+)
+@click.argument("path", metavar="PATH", type=PATH)
+@output_option("RECIPE.toml to write.", "output")
+@click.option(
+    "--image-root",
+    type=PATH,
+    help="Directory with the images.  [default: PATH, or the folder of a table]",
+)
+@click.option("--name", default="", metavar="NAME", help="Of the recipe.")
+@click.option("-y", "--yes", is_flag=True, help="Take what is proposed without asking.")
+@click.option("--force", is_flag=True, help="Write over a file that is there.")
+@choice_options
+@json_option
+def init_command(
+    path: Path,
+    output: Path,
+    image_root: Path | None,
+    name: str,
+    yes: bool,
+    force: bool,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Look at PATH and propose a recipe for it.
+
+    PATH is a folder with images, a table (CSV, Excel, Parquet), or a tree of DICOM files. Columns,
+    label values, patients, regions and the split are guessed from names and contents; on a terminal
+    you are asked what is open, and can change the rest. Options settle things beforehand, and
+    COL '' means that there is no such column. The recipe is TOML with a comment on each guess: read
+    it before you build the manifest.
+    """
+    from medembed.core.errors import PathNotFoundError, RecipeError
+    from medembed.core.files import write_atomically
+    from medembed.dataset.recipes.proposals import Choices, Proposal, propose_recipe
+
+    if not output.parent.is_dir():
+        raise PathNotFoundError(f"{output.parent} is no directory. Make it, or name another file.")
+    if output.exists() and not force:
+        raise RecipeError(f"{output} is there already. Name another file, or add --force.")
+
+    def propose(choices: Choices) -> Proposal:
+        return propose_recipe(path, image_root, choices=choices, name=name)
+
+    ask = is_interactive() and not yes and not as_json
+    proposal = settle(propose, read_choices(given), ask=ask)
+    write_atomically(output, proposal.text.encode())
+    say(f"{output}: a recipe; read it, it says what was guessed")
+    if as_json:
+        print_json({**proposal.as_dict(), "output": str(output)})
+        return
+    key = ("--key-file", str(output.with_suffix(".key"))) if proposal.recipe.dicom else ()
+    suggest("manifest", "build", str(output), "--image-root", str(image_root or _root_of(path)),
+              "-o", str(output.with_suffix(".csv")), *key)  # fmt: skip
+
+
+def _root_of(path: Path) -> Path:
+    return path if path.is_dir() else path.parent
+
+
+@manifest_command.command(
+    "recipes",
+    short_help="List the recipes of public data sets, or print one.",
+    examples=["medembed manifest recipes", "medembed manifest recipes dicom > my.toml"],
+)
+@click.argument("name", metavar="[NAME]", required=False)
+@json_option
+def recipes_command(name: str | None, as_json: bool) -> None:
+    """List the recipes that medembed brings, or print the one called NAME."""
+    from medembed.dataset.recipes.build import find_recipes, load_recipe
+
+    if name is not None:
+        text = load_recipe(name).path.read_text(encoding="utf-8")
+        if as_json:
+            print_json({"name": name, "recipe": text})
+        else:
+            click.echo(text, nl=False)
+        return
+    recipes = [load_recipe(known) for known in sorted(find_recipes())]
+    if as_json:
+        fields = ("name", "about", "layout", "licence", "citation", "url", "patient_ids", "tried")
+        print_json([{field: getattr(own, field) for field in fields} for own in recipes])
+        return
+    for own in recipes:
+        click.echo(click.wrap_text(f"{own.name:<12}{own.about}", 80, "", " " * 12))
+        for title, text in (
+            ("licence", own.licence), ("patients", own.patient_ids), ("tried", own.tried)
+        ):  # fmt: skip
+            if text:
+                click.echo(click.wrap_text(f"{title}: {text}", 80, " " * 12, " " * 14))
+    say()
+    suggest("manifest", "build", recipes[0].name, "--image-root", "DIR", "-o", "MANIFEST.csv")
 
 
 @manifest_command.command(

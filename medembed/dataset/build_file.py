@@ -10,6 +10,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ __all__ = [
     "check_destinations",
     "is_build",
     "read_build",
+    "recipe_path",
     "write_build",
 ]
 
@@ -42,6 +44,11 @@ def build_path(manifest_path: str | Path) -> Path:
     return Path(manifest_path).with_suffix(".build.json")
 
 
+def recipe_path(manifest_path: str | Path) -> Path:
+    """Return where the recipe of a manifest that was built without one is kept."""
+    return Path(manifest_path).with_suffix(".recipe.toml")
+
+
 def check_destinations(manifest_path: str | Path) -> None:
     """Check that manifest and build can be written, before the work that makes them.
 
@@ -50,33 +57,44 @@ def check_destinations(manifest_path: str | Path) -> None:
     PathNotFoundError, ManifestError
         As `manifest.check_destination`, or a directory has the build file's name.
     """
-    path = build_path(check_destination(manifest_path))
-    if path.is_dir():
-        raise ManifestError(
-            f"{path} is a directory, and what the build found is written to a file of that name. "
-            "Move it, or name another manifest."
-        )
+    check_destination(manifest_path)
+    for path in (build_path(manifest_path), recipe_path(manifest_path)):
+        if path.is_dir():
+            raise ManifestError(
+                f"{path} is a directory, and what the build found is written to a file of that "
+                "name. Move it, or name another manifest."
+            )
 
 
-def write_build(report: BuildReport, recipe: Recipe, manifest_path: str | Path) -> None:
+def write_build(
+    report: BuildReport, recipe: Recipe, manifest_path: str | Path, recipe_text: str = ""
+) -> None:
     """Write a manifest, and beside it what its build found; each is complete or absent.
 
-    Where the manifest cannot be written, neither file changes. Between the two renames a crash may
-    come: then the digest says that the build is not this manifest's.
+    A recipe that was proposed has no file yet: its text goes beside the two, so that the build can
+    be repeated. Where the manifest cannot be written, no file changes. Between the renames a crash
+    may come: then the digest says that the build is not this manifest's.
 
     Raises
     ------
     PathNotFoundError, ManifestError
         As `write_manifest`.
     """
-    data = json_bytes(_describe_build(report, recipe))
+    text = recipe_text.encode()
+    digest = hashlib.sha256(text).hexdigest() if text else _digest(recipe.path)
+    data = json_bytes(_describe_build(report, recipe, digest))
     check_destinations(manifest_path)
-    with writing_atomically(build_path(manifest_path), len(data)) as file:
-        file.write(data)
+    with ExitStack() as files:
+        if text:
+            own = writing_atomically(recipe_path(manifest_path), len(text))
+            files.enter_context(own).write(text)
+        files.enter_context(writing_atomically(build_path(manifest_path), len(data))).write(data)
         write_manifest(report.manifest, manifest_path)
 
 
-def _describe_build(report: BuildReport, recipe: Recipe) -> dict[str, Any]:
+def _describe_build(
+    report: BuildReport, recipe: Recipe, recipe_digest: str | None
+) -> dict[str, Any]:
     """Return the content of a build file.
 
     Returns
@@ -107,7 +125,7 @@ def _describe_build(report: BuildReport, recipe: Recipe) -> dict[str, Any]:
         "format": FORMAT,
         "version": VERSION,
         "medembed": __version__,
-        "recipe": {"name": recipe.name, "sha256": _digest(recipe.path)},
+        "recipe": {"name": recipe.name, "sha256": recipe_digest},
         "manifest": report.manifest.digest(),
         "structure_only": not report.manifest.has_hashes,
         "counts": counts,

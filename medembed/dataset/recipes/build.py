@@ -33,7 +33,14 @@ from medembed.dataset.splits import join_same_bytes, name_runs, split_patients
 from medembed.dataset.tables import normalise_column
 from medembed.images.hashing import hash_or_explain
 
-__all__ = ["BuildReport", "Recipe", "build_manifest", "compare_counts", "load_recipe"]
+__all__ = [
+    "BuildReport",
+    "Recipe",
+    "build_manifest",
+    "compare_counts",
+    "find_recipes",
+    "load_recipe",
+]
 
 N_TELLING = 4  # counts of a part of a data set that are named
 FEW = 2  # differences that are named one by one, whichever way they go
@@ -166,7 +173,7 @@ def load_recipe(path_or_name: Recipe | str | os.PathLike[str]) -> Recipe:
     path = as_path(path_or_name, "a recipe", "the name of one that is shipped")
     if path.exists() and not path.is_dir():  # whatever else it is, its reader says so
         return parse_recipe(path)
-    packaged = _packaged_recipes()
+    packaged = find_recipes()
     if str(path_or_name) in packaged:
         return parse_recipe(packaged[str(path_or_name)])
     known = ", ".join(sorted(packaged))
@@ -256,8 +263,8 @@ def build_manifest(
     return BuildReport(manifest, sorted(excluded), warnings, notices, n_unlisted)
 
 
-def _packaged_recipes() -> dict[str, Path]:
-    """Find the recipes inside an installed package, or beside the package in a checkout."""
+def find_recipes() -> dict[str, Path]:
+    """Return the recipes that come with medembed, by name: in a checkout those beside it."""
     package = Path(medembed.__file__).parent
     folders = (package.parent / "data_manifests", package / "data_manifests")
     return {path.stem: path for folder in folders for path in sorted(folder.glob("*.toml"))}

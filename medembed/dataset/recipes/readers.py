@@ -19,7 +19,7 @@ from medembed.dataset.recipes.mura import read_mura
 from medembed.dataset.recipes.schema import Recipe, Region, Table
 from medembed.dataset.tables import normalise_column, normalise_columns
 
-__all__ = ["read_layout"]
+__all__ = ["compile_pattern", "read_layout"]
 
 
 def read_layout(recipe: Recipe, root: Path, key_file: Path | None = None) -> Listing:
@@ -187,7 +187,7 @@ def _regions(table: pd.DataFrame, spec: Region, source: str) -> "pd.Series[str]"
 def _read_folders(recipe: Recipe, root: Path) -> Listing:
     assert recipe.folders is not None
     pattern = normalise(recipe.folders.pattern)
-    matcher = _compile(pattern, recipe.path)
+    matcher = compile_pattern(pattern, recipe.path)
     index = ImageIndex(root)
     names = [*sorted(index.paths), *index.others]
     matches = {name: found for name in names if (found := matcher.fullmatch(plain_path(name)))}
@@ -239,7 +239,7 @@ def _merge_names(rows: pd.DataFrame, names: list[str], root: Path) -> pd.DataFra
     return rows[~again]
 
 
-def _compile(pattern: str, path: Path) -> re.Pattern[str]:
+def compile_pattern(pattern: str, path: Path) -> re.Pattern[str]:
     """Turn a pattern with {fields}, `*` and `**` into a regular expression."""
     pieces = []
     seen: set[str] = set()

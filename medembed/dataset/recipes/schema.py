@@ -263,8 +263,8 @@ class Recipe(Section):
         Where the data set comes from and how it may be used; "" where nobody has said.
     about, patient_ids : str
         A line on the data set, and one on what names its patients.
-    tried : bool
-        False where nobody has built the recipe from the whole data set's own files.
+    tried : str
+        On how much of the data set the recipe was tried.
     split_names : dict of str to str
         The data set's name of a split, and whether that is train or test.
     ids : str
@@ -285,7 +285,7 @@ class Recipe(Section):
     url: str = ""
     about: str = ""
     patient_ids: str = ""
-    tried: bool = True
+    tried: str = ""
     table: Table | None = None
     format: Format = Format()
     folders: Folders | None = None

@@ -10,7 +10,7 @@ from typing import Any
 
 from medembed.core.text import normalise
 
-__all__ = ["age_in_years", "laterality", "region", "sex", "text", "view"]
+__all__ = ["age_in_years", "laterality", "name_region", "region", "sex", "text", "view"]
 
 # MURA's seven regions and others; Body Part Examined (PS3.16, annex L) and vendors' ways to write
 # it, and the meanings of CID 4 and 4031 (anatomic regions). Letters only.
@@ -129,7 +129,7 @@ def region(dataset: Any) -> str:
     """Name the body part: Anatomic Region Sequence, else Body Part Examined, else "unknown"."""
     found = "unknown"
     for code, words in (*_codes(dataset, "AnatomicRegionSequence"), ("", "BodyPartExamined")):
-        name = _REGION_CODES.get(code) or _named(words if code else text(dataset, words))
+        name = _REGION_CODES.get(code) or name_region(words if code else text(dataset, words))
         if name != "unknown":
             found = name
         if name not in _VAGUE:
@@ -176,7 +176,8 @@ def _codes(dataset: Any, keyword: str) -> list[tuple[str, str]]:
     return [(text(item, "CodeValue") or "none", text(item, "CodeMeaning")) for item in items]
 
 
-def _named(words: str) -> str:
+def name_region(words: str) -> str:
+    """Return the body part that words name, whatever side they add; else "unknown"."""
     parts = re.findall("[a-z]+", words.lower())
     for letters in (parts, [part for part in parts if part not in _SIDES]):
         if name := _REGIONS.get("".join(letters)):

@@ -1,0 +1,201 @@
+"""What a recipe needs to know, as options and as questions on a terminal."""
+
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from medembed.cli.console import printable, say
+from medembed.cli.options import Command, Finite, seed_option
+
+if TYPE_CHECKING:
+    from medembed.dataset.recipes.choices import Choices, Proposal, UndecidedError
+
+__all__ = ["CHOICES", "choice_options", "is_interactive", "read_choices", "settle"]
+
+NONE = "-"  # what a person answers where there is no such column
+_OPTIONS = (
+    click.option("--image", metavar="COL", help="Column with the image's path, name or stem."),
+    click.option("--label", metavar="COL", help="Column with the label."),
+    click.option(
+        "--normal", metavar="V", multiple=True, help="Label or folder that is normal; repeatable."
+    ),
+    click.option(
+        "--abnormal",
+        metavar="V",
+        multiple=True,
+        help="Label or folder that is abnormal; repeatable. With one of the two, all others are "
+        "the other.",
+    ),
+    click.option(
+        "--empty",
+        type=click.Choice(["normal", "abnormal", "unknown"]),
+        help="What an empty label means.",
+    ),
+    click.option(
+        "--patient",
+        metavar="COL",
+        multiple=True,
+        help="Column that names the patient; repeatable, where several do together.",
+    ),
+    click.option(
+        "--study", metavar="COL", multiple=True, help="Column that names the study; repeatable."
+    ),
+    click.option("--region", metavar="COL", help="Column with the body part."),
+    click.option("--split", metavar="COL", help="Column that says train or test."),
+    click.option(
+        "--covariate",
+        "covariates",
+        metavar="COL",
+        multiple=True,
+        help="Column to keep, such as age; repeatable.",
+    ),
+    click.option(
+        "--pattern",
+        metavar="PATTERN",
+        help="How paths look: '{split}/{label}/{patient}_*'.",
+    ),
+    click.option(
+        "--test-fraction",
+        type=Finite(0, 1, min_open=True, max_open=True),
+        metavar="F",
+        help="Share of the studies to draw for test, by patient.  [default: 0.2, or up to 0.4 "
+        "where test would be too small to score]",
+    ),
+)
+CHOICES = (
+    *("image", "label", "normal", "abnormal", "empty", "patient", "study", "region", "split"),
+    *("covariates", "pattern", "test_fraction"),
+)
+"""What the options are called in `Choices`."""
+_QUESTIONS = {
+    "image": "Column that names the image",
+    "label": "Column with the label",
+    "normal": "Values that mean normal",
+    "abnormal": "Values that mean abnormal",
+    "patient": "Column that names the patient",
+    "study": "Column that names the study",
+    "region": "Column with the body part",
+    "split": "Column that says train or test",
+    "covariates": "Columns to keep",
+    "test_fraction": "Share of the studies for test",
+}
+_SEVERAL = ("normal", "abnormal", "patient", "study", "covariates")
+
+
+def choice_options(command: Command) -> Command:
+    """Add an option for each thing that a recipe needs to know."""
+    for option in (seed_option, *reversed(_OPTIONS)):
+        command = option(command)
+    return command
+
+
+def read_choices(given: dict[str, Any]) -> "Choices":
+    """Return the options that were given; the others are open."""
+    from medembed.dataset.recipes.choices import Choices
+
+    own = {name: given[name] for name in CHOICES if given[name] not in (None, ())}
+    blank = {n: tuple(filter(None, v)) for n, v in own.items() if isinstance(v, tuple)}
+    return Choices(**{**own, **blank}, seed=given["seed"])
+
+
+def is_interactive() -> bool:
+    """Tell whether somebody can be asked."""
+    return sys.stdin.isatty() and sys.stderr.isatty()
+
+
+def settle(
+    propose: Callable[["Choices"], "Proposal"], choices: "Choices", *, ask: bool
+) -> "Proposal":
+    """Propose a recipe; with `ask`, a person answers what is open and corrects what is wrong."""
+    from medembed.core.errors import MedembedError
+    from medembed.dataset.recipes.choices import UndecidedError
+
+    proposal, settled = None, choices
+    while True:
+        try:
+            proposal = propose(settled)
+            choices = settled
+        except UndecidedError as error:
+            if not ask:
+                raise
+            settled = _set(settled, error.choice, _pick(error))
+            continue
+        except MedembedError as error:
+            if proposal is None or not ask:
+                raise
+            say(f"That does not work: {error}")
+        say(str(proposal))
+        for warning in proposal.warnings:
+            say(f"Warning: {warning}")
+        for notice in proposal.notices:
+            say(f"Note: {notice}")
+        if not ask or not (name := _ask_for_change()):
+            return proposal
+        settled = _set(choices, name, _ask(name))
+
+
+def _ask_for_change() -> str:
+    names = ", ".join(name.replace("_", "-") for name in _QUESTIONS)
+    say()
+    say(f"To change something, name it: {names}.")
+    while True:
+        answer = click.prompt("Enter writes the recipe", default="", show_default=False, err=True)
+        name = str(answer).strip().replace("-", "_")
+        if not name or name in _QUESTIONS:
+            return name
+        say(f"{answer!r} is none of them.")
+
+
+def _ask(name: str) -> Any:
+    hint = f"{NONE} for none" + ("; several with a comma" if name in _SEVERAL else "")
+    kind = Finite(0, 1, min_open=True, max_open=True) if name == "test_fraction" else str
+    answer = click.prompt(f"{_QUESTIONS[name]} ({hint})", type=kind, err=True)
+    return _read_answer(name, answer)
+
+
+def _pick(error: "UndecidedError") -> Any:
+    """Ask what an error leaves open; answers are numbers of a list, or the texts themselves."""
+    say(str(error).partition(" Name what is abnormal")[0])
+    for number, answer in enumerate(error.answers, 1):
+        say(f"  {number}  {answer}")
+    several = " Several with a comma." if error.choice in _SEVERAL else ""
+    while True:
+        text = str(click.prompt(printable(f"{error.question}{several}"), err=True)).strip()
+        parts = _split(text) if error.choice in _SEVERAL and text not in error.answers else [text]
+        found = [_find_answer(part, error.answers) for part in parts]
+        if all(found):
+            return tuple(found) if error.choice in _SEVERAL else found[0]
+        say("Answer with a number of the list, or a name as it stands there.")
+
+
+def _find_answer(text: str, answers: tuple[str, ...]) -> str:
+    if text in answers:
+        return text
+    return answers[int(text) - 1] if text.isdecimal() and 0 < int(text) <= len(answers) else ""
+
+
+def _read_answer(name: str, answer: Any) -> Any:
+    if name == "test_fraction":
+        return answer
+    text = str(answer).strip()
+    if name in _SEVERAL:
+        return () if text == NONE else tuple(_split(text))
+    return "" if text == NONE else text
+
+
+def _split(text: str) -> list[str]:
+    return [part for own in text.split(",") if (part := own.strip())]
+
+
+def _set(choices: "Choices", name: str, value: Any) -> "Choices":
+    """Change one thing; what a new label's values mean is open again."""
+    from dataclasses import replace
+
+    again: dict[str, Any] = {"normal": None, "abnormal": None} if name == "label" else {}
+    again |= {"normal": None} if name == "abnormal" else {}
+    again |= {"abnormal": None} if name == "normal" else {}
+    again |= {"split": ""} if name == "test_fraction" else {}
+    again |= {"test_fraction": None} if name == "split" and value else {}
+    return replace(choices, **{**again, name: value})

@@ -1,0 +1,217 @@
+"""What a person has settled of a recipe, what is still open, and the recipe that is proposed."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import tomlkit
+
+from medembed.core.errors import RecipeError
+from medembed.core.text import Summarised, Summary, counted, normalise
+from medembed.dataset.recipes.listing import is_unicode
+from medembed.dataset.recipes.schema import Recipe, make_recipe
+
+__all__ = ["Choices", "Proposal", "UndecidedError", "make_proposal"]
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What is settled; None where it is to be proposed, and empty where there is no such thing.
+
+    Parameters
+    ----------
+    image, label : str, optional
+        Columns of the table.
+    normal, abnormal : tuple of str, optional
+        Values of the label, or names of folders.
+    empty : {"normal", "abnormal", "unknown"}, optional
+        What an empty label means.
+    patient, study : tuple of str, optional
+        Columns that together name the patient and the study.
+    region, split : str, optional
+        Columns; without them there is one region, ``all``, and test is drawn by patient.
+    covariates : tuple of str, optional
+        Columns to copy into the manifest.
+    pattern : str, optional
+        How paths look, as `[folders]` has it.
+    test_fraction : float, optional
+        How much of the studies is drawn for test.
+    seed : int
+        Of that draw.
+    """
+
+    image: str | None = None
+    label: str | None = None
+    normal: tuple[str, ...] | None = None
+    abnormal: tuple[str, ...] | None = None
+    empty: str | None = None
+    patient: tuple[str, ...] | None = None
+    study: tuple[str, ...] | None = None
+    region: str | None = None
+    split: str | None = None
+    covariates: tuple[str, ...] | None = None
+    pattern: str | None = None
+    test_fraction: float | None = None
+    seed: int = 0
+
+    def without_guesses(self) -> "Choices":
+        """Return the choices with what is open taken for absent, but for image and label."""
+        return replace(
+            self,
+            patient=self.patient or (),
+            study=self.study or (),
+            region=self.region or "",
+            split=self.split or "",
+            covariates=self.covariates or (),
+        )
+
+
+class UndecidedError(RecipeError):
+    """Something that a recipe needs cannot be told from the data.
+
+    Attributes
+    ----------
+    choice : str
+        The field of `Choices` that settles it.
+    question : str
+    answers : tuple of str
+        What may be answered.
+    """
+
+    def __init__(
+        self, message: str, choice: str, question: str, answers: tuple[str, ...] = ()
+    ) -> None:
+        super().__init__(message)
+        self.choice, self.question, self.answers = choice, question, answers
+
+
+@dataclass(frozen=True, repr=False)
+class Proposal(Summarised):
+    """A recipe that was proposed from the data.
+
+    Attributes
+    ----------
+    recipe : Recipe
+    image_root : Path
+        The directory that it is meant for.
+    text : str
+        The recipe as TOML, with a comment on each thing that was guessed.
+    settled : mapping of str to str
+        What was found, by the name that a person knows it by.
+    warnings : list of str
+        What a careful reader should know.
+    notices : list of str
+        What else was noticed.
+    """
+
+    recipe: Recipe
+    image_root: Path
+    text: str
+    settled: Mapping[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+
+    def summarise(self) -> Summary:
+        """Return what was found."""
+        warned = {"warnings": counted(len(self.warnings), "warning")} if self.warnings else {}
+        title = f"Recipe {self.recipe.name!r} for {self.image_root}"
+        return Summary(title, {**self.settled, **warned})
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what was proposed, fit for JSON."""
+        return {
+            "name": self.recipe.name,
+            "layout": self.recipe.layout,
+            "image_root": str(self.image_root),
+            "settled": dict(self.settled),
+            "warnings": self.warnings,
+            "notices": self.notices,
+            "recipe": self.text,
+        }
+
+
+HEAD = """
+Proposed by medembed from what it found. Read it, correct it, and build the manifest:
+
+  medembed manifest build RECIPE.toml --image-root DIR -o MANIFEST.csv
+"""
+ABOUT = """
+Where the images come from, and how they may be used:
+licence = ""
+citation = ""
+url = ""
+"""
+
+
+def make_proposal(
+    document: Mapping[str, Any],
+    root: Path,
+    *,
+    comments: Mapping[str, str],
+    settled: Mapping[str, str],
+    warnings: list[str],
+    notices: list[str],
+) -> Proposal:
+    """Write a recipe with its comments, and read it as any other.
+
+    Parameters
+    ----------
+    document : mapping
+        The recipe's keys and sections.
+    root : Path
+    comments : mapping of str to str
+        What to say above a key, such as ``table.patient``, or a section.
+    settled, warnings, notices
+        As `Proposal` has them.
+
+    Raises
+    ------
+    RecipeError
+        A name of a file or column is no valid Unicode, or the recipe contradicts itself.
+    """
+    text = _write(document, comments)
+    if not is_unicode(text):
+        raise RecipeError(
+            f"a name below {root} is not valid Unicode, and no recipe can hold it. Rename the file."
+        )
+    recipe = make_recipe(text, Path(f"{document['name']}.toml"))
+    return Proposal(recipe, root, text, settled, warnings, notices)
+
+
+def _write(document: Mapping[str, Any], comments: Mapping[str, str]) -> str:
+    whole = tomlkit.document()
+    _comment(whole, HEAD)
+    for name, value in document.items():
+        if not isinstance(value, Mapping):
+            _comment(whole, comments.get(name, ""))
+            whole.add(name, value)
+    _comment(whole, ABOUT)
+    for name, value in document.items():
+        if isinstance(value, Mapping):
+            whole.add(tomlkit.nl())
+            whole.add(name, _section(value, comments, name))
+    return tomlkit.dumps(whole)
+
+
+def _section(values: Mapping[str, Any], comments: Mapping[str, str], name: str) -> Any:
+    section = tomlkit.table()
+    _comment(section, comments.get(name, ""))
+    for key, value in values.items():
+        _comment(section, comments.get(f"{name}.{key}", ""))
+        several = isinstance(value, list | tuple)
+        section.add(key, _listed(value) if several else value)
+    return section
+
+
+def _listed(values: Any) -> Any:
+    array = tomlkit.array()
+    array.extend(values)
+    return array.multiline(sum(map(len, values)) > 70)
+
+
+def _comment(container: Any, text: str) -> None:
+    for line in text.strip().splitlines():
+        shown = normalise("".join(c if c.isprintable() else "\ufffd" for c in line))
+        indent = line[: len(line) - len(line.lstrip())]
+        container.add(tomlkit.comment(f"{indent}{shown}") if shown else tomlkit.comment(""))

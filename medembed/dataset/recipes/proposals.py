@@ -1,0 +1,394 @@
+"""Look at a folder, a table or a DICOM tree, and propose the recipe that makes a manifest of it."""
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+
+from medembed.core.errors import MedembedError, PathNotFoundError, RecipeError
+from medembed.core.files import as_path, open_plain
+from medembed.core.text import counted, normalise
+from medembed.dataset.foreign_tables import TABLE_SUFFIXES, ForeignTable, read_foreign_table
+from medembed.dataset.manifest import existing_root
+from medembed.dataset.recipes.build import BuildReport, build_manifest, load_recipe
+from medembed.dataset.recipes.choices import Choices, Proposal, UndecidedError, make_proposal
+from medembed.dataset.recipes.folder_proposals import propose_folders
+from medembed.dataset.recipes.guesses import are_splits, find_split_word
+from medembed.dataset.recipes.image_index import ImageIndex
+from medembed.dataset.recipes.labels import KEYS
+from medembed.dataset.recipes.table_proposals import (
+    choose_label,
+    draw_split,
+    name_file,
+    propose_table,
+    score_image_columns,
+    show_values,
+)
+from medembed.images.decode import BARE_DICOM
+from medembed.images.dicom.file import quiet_pydicom, read_dicom, why_no_image
+from medembed.images.dicom.terms import text
+
+__all__ = [
+    "Choices",
+    "Kind",
+    "Proposal",
+    "UndecidedError",
+    "build_proposal",
+    "propose_recipe",
+]
+
+Kind = Literal["auto", "folders", "table"]
+N_HEADERS = 2000  # DICOM files that are looked into
+N_PEEKED = 50  # files whose first bytes are looked at
+MAX_TABLES = 20  # that are tried
+ENOUGH = 0.5  # of a table's names, or of the images, that belong together
+MODALITIES = ("CR", "DX", "RG", "MG", "OT")
+MURA_TABLE = "train_image_paths.csv"
+
+
+def propose_recipe(
+    path: str | os.PathLike[str],
+    image_root: str | os.PathLike[str] | None = None,
+    *,
+    choices: Choices | None = None,
+    kind: Kind = "auto",
+    name: str = "",
+) -> Proposal:
+    """Propose a recipe for the data set at a path: folders, a table, or a tree of DICOM files.
+
+    >>> proposal = propose_recipe("films/labels.csv")  # doctest: +SKIP
+    >>> build_manifest(proposal.recipe, proposal.image_root)  # doctest: +SKIP
+
+    Parameters
+    ----------
+    path : path
+        A folder with images, or a table (CSV, Excel, Parquet).
+    image_root : path, optional
+        The folder with the images; by default the folder itself, or the table's.
+    choices : Choices, optional
+        What is settled already; the rest is guessed.
+    kind : {"auto", "folders", "table"}
+        Of a folder: "folders" takes its folders for the classes even where a table is there.
+    name : str
+        Of the recipe; by default the folder's or the table's.
+
+    Raises
+    ------
+    PathNotFoundError
+        There is no such file or folder.
+    UndecidedError
+        Something that the recipe needs cannot be told: `choices` settles it.
+    RecipeError
+        Nothing there can become a manifest; says why.
+    """
+    place = as_path(path, "a data set")
+    if not place.exists():
+        raise PathNotFoundError(f"{place} does not exist. Name a folder with images, or a table.")
+    settled = choices or Choices()
+    if place.is_dir():
+        root = existing_root(image_root or place)
+        if kind == "table":
+            raise RecipeError(f"{place} is a folder. Name the table in it.")
+        return _propose_folder(root, place, settled, kind, name)
+    if kind == "folders":
+        raise RecipeError(f"{place} is a file. Name the folder that holds a folder per class.")
+    root = existing_root(image_root or place.resolve().parent)
+    return _with_dicom([place], root, settled, name or _name_table(place))
+
+
+def build_proposal(
+    proposal: Proposal,
+    *,
+    strict: bool = False,
+    structure_only: bool = False,
+    key_file: str | Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> BuildReport:
+    """Build the manifest of a proposal; what it warns of is part of the report.
+
+    Parameters, and what is raised, are those of `build_manifest`.
+    """
+    if strict and proposal.warnings:
+        listed = "\n".join(f"  - {warning}" for warning in proposal.warnings)
+        raise RecipeError(
+            f"{proposal.image_root} draws warnings, which --strict refuses (drop it to build all "
+            f"the same):\n{listed}"
+        )
+    report = build_manifest(
+        proposal.recipe,
+        proposal.image_root,
+        strict=strict,
+        structure_only=structure_only,
+        key_file=key_file,
+        progress=progress,
+    )
+    return replace(
+        report,
+        warnings=[*proposal.warnings, *report.warnings],
+        notices=[*proposal.notices, *report.notices],
+    )
+
+
+def _propose_folder(root: Path, place: Path, choices: Choices, kind: Kind, name: str) -> Proposal:
+    if kind == "folders" or choices.pattern is not None:
+        return propose_folders(root, choices, name=name)
+    if any((base / MURA_TABLE).is_file() for base in (root, *_folders_in(root))):
+        return _propose_mura(root)
+    if tables := _find_tables(root, place):
+        found = _with_dicom(tables, root, choices, name or normalise(root.name) or "mine")
+        also = _recognise(tables[0])
+        return replace(found, notices=[*found.notices, *also])
+    if _is_dicom(root):
+        return _propose_dicom(root, choices, name, ())
+    return propose_folders(root, choices, name=name)
+
+
+def _name_table(path: Path) -> str:
+    """Call a recipe as its table, or as the folder where the table is called like all others."""
+    stem = normalise(path.stem)
+    is_common = stem.lower() in ("labels", "label", "dataset", "data", "train", "metadata", "index")
+    return normalise(path.resolve().parent.name) if is_common else stem
+
+
+def _folders_in(root: Path) -> list[Path]:
+    with os.scandir(root) as entries:
+        return sorted(Path(entry.path) for entry in entries if entry.is_dir())
+
+
+def _propose_mura(root: Path) -> Proposal:
+    recipe = load_recipe("mura")
+    return Proposal(
+        recipe,
+        root,
+        recipe.path.read_text(encoding="utf-8"),
+        {"data set": "MURA v1.1"},
+        notices=["this is MURA v1.1, which has a recipe of its own: mura"],
+    )
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A table that names images below the root."""
+
+    path: Path
+    columns: tuple[str, ...]
+    score: float
+
+
+def _find_tables(root: Path, place: Path) -> list[Path]:
+    """Return the table that names the images below a folder, or several of one form by split."""
+    index = ImageIndex(root, every_file=_is_dicom(root))
+    found = []
+    for path in _list_tables(place)[:MAX_TABLES]:
+        try:
+            table = read_foreign_table(path, RecipeError).rows
+        except MedembedError:
+            continue
+        columns = tuple(table.columns)
+        if "sha256" in columns and "split" in columns:
+            continue  # a manifest
+        scores = score_image_columns(table, index)
+        best = max(scores, key=lambda own: scores[own], default="")
+        n_found = round(scores[best] * table[best].nunique()) if best else 0
+        if best and (scores[best] >= ENOUGH or n_found >= ENOUGH * len(index.paths)):
+            found.append(_Candidate(path, columns, scores[best] + n_found / len(table) / 10))
+    if not found:
+        return []
+    best_one = max(found, key=lambda own: (own.score, len(own.columns)))
+    alike = [own.path for own in found if own.columns == best_one.columns]
+    words = [find_split_word(path.stem) for path in alike]
+    if len(alike) > 1 and len(set(words)) == len(alike) and are_splits(words):
+        return alike
+    return [best_one.path]
+
+
+def _list_tables(folder: Path) -> list[Path]:
+    """List what may be a table in a folder and those in it, by name."""
+    every = [
+        path
+        for base in (folder, *_folders_in(folder))
+        for path in sorted(base.iterdir())
+        if path.suffix.lower() in TABLE_SUFFIXES and not path.name.startswith((".", "~$"))
+    ]
+    return [path for path in every if path.is_file()]
+
+
+def _recognise(table: Path) -> list[str]:
+    """Say where a recipe at hand is of a table of this name with such columns."""
+    known = []
+    columns = set(read_foreign_table(table, RecipeError).rows.columns)
+    for name in ("fracatlas", "grazpedwri"):
+        spec = load_recipe(name).table
+        assert spec is not None
+        if table.name in spec.file and columns >= {spec.image, *spec.patient, *spec.covariates}:
+            known.append(f"this looks like {name}, which has a recipe of its own: {name}")
+    return known
+
+
+def _is_dicom(root: Path) -> bool:
+    """Tell whether most of the first files below a root are DICOM."""
+    index = ImageIndex(root, every_file=True)
+    plain = [path for path in sorted(index.paths) if not path.lower().endswith(TABLE_SUFFIXES)]
+    step = max(len(plain) // N_PEEKED, 1)
+    peeked = plain[::step][:N_PEEKED]
+    return bool(peeked) and sum(_begins_as_dicom(root / path) for path in peeked) * 2 > len(peeked)
+
+
+def _begins_as_dicom(path: Path) -> bool:
+    try:
+        with open_plain(path) as file:
+            begins = file.read(132)
+    except OSError:
+        return False
+    return begins[128:] == b"DICM" or begins.startswith(BARE_DICOM)
+
+
+def _with_dicom(paths: Sequence[Path], root: Path, choices: Choices, name: str) -> Proposal:
+    """Propose for a table whose images may be DICOM: these tell patients by themselves."""
+    if len(paths) == 1 and choices.patient is None and _is_dicom(root):
+        return _propose_dicom(root, choices, name, paths)
+    return propose_table(paths, root, choices, name=name)
+
+
+TAGS = "SOPClassUID Modality Rows Columns NumberOfFrames PatientID " + " ".join(KEYS.values())
+
+
+@dataclass
+class _Headers:
+    """What the first DICOM files of a tree say."""
+
+    modalities: Counter[str] = field(default_factory=Counter)
+    patients: set[str] = field(default_factory=set)
+    keys: dict[str, set[str]] = field(default_factory=lambda: {way: set() for way in KEYS})
+
+
+def _read_headers(root: Path, paths: Sequence[str]) -> _Headers:
+    found = _Headers()
+    with quiet_pydicom():
+        for dataset in _open_each(root, paths):
+            found.modalities[text(dataset, "Modality").upper()] += 1
+            found.patients.add(text(dataset, "PatientID"))
+            for way, keyword in KEYS.items():
+                found.keys[way].add(text(dataset, keyword))
+    return found
+
+
+def _open_each(root: Path, paths: Sequence[str]) -> Iterator[Any]:
+    for path in paths:
+        try:
+            with open_plain(root / path) as file:
+                dataset = read_dicom(file, TAGS, with_pixels=False)
+            if not why_no_image(dataset):
+                yield dataset
+        except Exception:  # damage is counted and named when the manifest is built
+            continue
+
+
+def _propose_dicom(root: Path, choices: Choices, name: str, tables: Sequence[Path]) -> Proposal:
+    index = ImageIndex(root, every_file=True)
+    paths = [p for p in sorted(index.paths) if not p.lower().endswith(TABLE_SUFFIXES)]
+    headers = _read_headers(root, paths[:N_HEADERS])
+    taken = [own for own in MODALITIES if headers.modalities[own]]
+    if not taken:
+        listed = show_values([repr(own) for own in headers.modalities])
+        raise RecipeError(f"no radiograph among the DICOM files below {root}: modality {listed}.")
+    dicom: dict[str, Any] = {"identifiers": "hash", "modalities": taken}
+    others = {own: n for own, n in headers.modalities.items() if own not in taken}
+    settled = {"files": f"DICOM, {counted(len(paths), 'file')}", "modalities": ", ".join(taken)}
+    settled |= {"patient": "Patient ID, hashed", "region": "as the files say"}
+    warnings, notices = [], []
+    sections: dict[str, Any] = {"dicom": dicom}
+    comments = {
+        "dicom.identifiers": "Patients and studies are named by a keyed hash: build with "
+        '--key-file, so that they\nkeep their names. "keep" leaves them as they are.',
+        "dicom.modalities": "Other objects are left out, and counted.",
+    }
+    if tables:
+        found = read_foreign_table(tables[0], RecipeError)
+        level = _join_table(dicom, sections, settled, found, tables[0], root, choices, headers)
+        notices += found.notes
+        comments["dicom.table"] = "Labels, and what a row of them speaks of."
+        comments["label"] = "Which values mean what."
+    else:
+        level = "study"
+        warnings.append(
+            "no table of labels names these files: their images can be embedded and predicted, and "
+            "nothing can be trained"
+        )
+    if len(headers.patients - {""}) < 2 and len(paths) > 2:
+        warnings.append("the files name no patients, or one alone: each study counts as one")
+    if others:
+        notices.append(f"other modalities are left out: {show_values(list(others))}")
+    sections["split"] = draw_split(choices, len(headers.patients), 0)
+    comments["split"] = "Drawn by patient, alike in label and region."
+    settled["test"] = f"{sections['split']['fraction']:g} of the studies, drawn"
+    document = {
+        "name": name or normalise(root.name) or "mine",
+        "layout": "dicom",
+        "label_level": level,
+        **sections,
+    }
+    return make_proposal(
+        document, root, comments=comments, settled=settled, warnings=warnings, notices=notices
+    )
+
+
+def _join_table(
+    dicom: dict[str, Any],
+    sections: dict[str, Any],
+    settled: dict[str, str],
+    found: ForeignTable,
+    path: Path,
+    root: Path,
+    choices: Choices,
+    headers: _Headers,
+) -> str:
+    """Name the table's columns in the recipe; return the level of its labels."""
+    rows = found.rows
+    index = ImageIndex(root, every_file=True)
+    column, match = _find_key(rows, index, headers, choices.image)
+    label = choose_label(rows, choices, path.name, [column])
+    dicom |= {"table": name_file(path, root), "column": column, "match": match}
+    keys = rows[column]
+    if keys.duplicated().any():
+        dicom["rows"] = "any"
+    sections["label"] = label.as_section()
+    settled["image"] = f"{column} ({match})"
+    settled["label"] = label.column
+    settled["normal"] = show_values(label.meanings.normal)
+    settled["abnormal"] = show_values(label.meanings.abnormal)
+    written = {"encoding": found.format.encoding, "delimiter": found.format.delimiter}
+    plain = {"encoding": "utf-8", "delimiter": ","}
+    if kept := {key: value for key, value in written.items() if value and value != plain[key]}:
+        sections["format"] = kept
+    return "image" if match in ("file", "instance") else "study"
+
+
+def _find_key(
+    rows: pd.DataFrame, index: ImageIndex, headers: _Headers, chosen: str | None
+) -> tuple[str, str]:
+    """Return the column that tells files or studies, and what it holds."""
+    columns = [chosen] if chosen else list(rows.columns)
+    scores: dict[tuple[str, str], float] = {
+        (name, "file"): share for name, share in score_image_columns(rows[columns], index).items()
+    }
+    for name in columns:
+        values = {normalise(value) for value in rows[name].unique()} - {""}
+        for way, keys in headers.keys.items():
+            if shared := values & (keys - {""}):
+                scores[name, way] = len(shared) / min(len(values), len(keys))
+    if not scores:
+        raise UndecidedError(
+            "no column holds names of files, or UIDs or accession numbers of studies, as the "
+            "files have them; its columns are "
+            f"{show_values([repr(n) for n in rows.columns], 12)}. Name "
+            "the column with --image.",
+            "image",
+            "Which column tells the file or the study?",
+            tuple(rows.columns),
+        )
+    return max(scores, key=lambda own: scores[own])

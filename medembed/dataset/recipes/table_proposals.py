@@ -1,0 +1,653 @@
+"""Propose a recipe for a table of images: columns, label values, patients, regions, split."""
+
+import os
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from medembed.core.errors import RecipeError
+from medembed.core.text import counted, normalise
+from medembed.dataset.foreign_tables import ForeignTable, read_foreign_table
+from medembed.dataset.recipes.choices import Choices, Proposal, UndecidedError, make_proposal
+from medembed.dataset.recipes.guesses import (
+    Meanings,
+    are_regions,
+    are_splits,
+    find_column,
+    find_covariates,
+    guess_meanings,
+    has_role,
+    map_splits,
+)
+from medembed.dataset.recipes.image_index import ImageIndex, compare_names
+from medembed.dataset.recipes.labels import find_table, need_columns
+from medembed.dataset.split_counts import ENOUGH_OF_CLASS, ENOUGH_PATIENTS
+
+__all__ = [
+    "ONE_REGION",
+    "LabelChoice",
+    "choose_fraction",
+    "choose_label",
+    "draw_split",
+    "name_file",
+    "propose_table",
+    "score_image_columns",
+    "settle_meanings",
+    "show_values",
+]
+
+ONE_REGION = "all"
+N_TRIED = 2000  # values of a column that are looked for among the files
+MAX_CLASSES = 12  # distinct values of a label
+MAX_REGIONS = 40
+FRACTIONS = (0.2, 0.3, 0.4)
+NO_PATIENTS = (
+    "nothing names the patients, so each image counts as a patient of its own: two films of one "
+    "person may stand in train and test, and scores come out too good"
+)
+
+
+@dataclass
+class _Draft:
+    """A recipe as it grows."""
+
+    sections: dict[str, dict[str, Any]] = field(default_factory=dict)
+    comments: dict[str, str] = field(default_factory=dict)
+    settled: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+    taken: list[str] = field(default_factory=list)
+
+
+def propose_table(
+    paths: Sequence[Path], root: Path, choices: Choices, *, name: str = ""
+) -> Proposal:
+    """Propose a recipe for a table, or several of the same columns, one for each split.
+
+    Parameters
+    ----------
+    paths : sequence of Path
+    root : Path
+        Where the images are, with links resolved.
+    choices : Choices
+    name : str
+        Of the recipe; by default the table's.
+
+    Raises
+    ------
+    UndecidedError
+        A column or the meaning of a label's values cannot be told; the first of them.
+    RecipeError
+        The table cannot be read, or lacks a column that was named.
+    """
+    found = [read_foreign_table(path, RecipeError) for path in paths]
+    rows = pd.concat([one.rows for one in found], ignore_index=True).fillna("")
+    source = " and ".join(path.name for path in paths)
+    named = (choices.image, choices.label, choices.region, choices.split)
+    several = (choices.patient, choices.study, choices.covariates)
+    need_columns(rows, [*map(str, filter(None, named)), *_flat(several)], source)
+    draft = _Draft()
+    index = ImageIndex(root)
+    image = _choose_image(rows, choices, index, source, root)
+    draft.taken.append(image)
+    files = [name_file(path, root) for path in paths]
+    table: dict[str, Any] = {"file": files[0] if len(files) == 1 else files, "image": image}
+    draft.sections["table"] = table
+    draft.comments["table.image"] = (
+        "The column that names the image: a path, a file's name, or stem."
+    )
+    draft.settled["image"] = image
+    _add_format(draft, found[0], paths)
+    by_file = len(paths) > 1
+    if by_file:
+        table["file_column"] = "table"
+        rows["table"] = [normalise(p.stem) for p, one in zip(paths, found, strict=True)
+                         for _ in range(len(one.rows))]  # fmt: skip
+        draft.taken.append("table")
+    _reserve(draft, rows, choices)
+    label = choose_label(rows, choices, source, draft.taken)
+    draft.taken.append(label.column)
+    _choose_patient(draft, rows, choices)
+    region = _choose_region(draft, rows, choices, label.column)
+    level = _choose_study(draft, rows, choices, label, region)
+    _choose_rows(draft, rows, image, label)
+    draft.sections["region"] = region
+    draft.sections["label"] = label.as_section()
+    draft.comments["label"] = label.comment
+    draft.settled["label"] = label.column
+    draft.settled["normal"] = show_values(label.meanings.normal)
+    draft.settled["abnormal"] = show_values(label.meanings.abnormal)
+    if "patient" not in table:
+        draft.sections["groups"] = {"rule": "image"}
+        draft.comments["groups"] = "No column names the patients: each image counts as one."
+    names = _choose_split(draft, rows, choices, "table" if by_file else "", label)
+    _choose_covariates(draft, rows, choices, label)
+    document: dict[str, Any] = {
+        "name": name or normalise(paths[0].stem) or "mine",
+        "layout": "table",
+        "label_level": level,
+        **({"split_names": names} if names else {}),
+        **draft.sections,
+    }
+    return make_proposal(
+        document,
+        root,
+        comments=draft.comments,
+        settled=draft.settled,
+        warnings=draft.warnings,
+        notices=[*(note for one in found for note in one.notes), *draft.notices],
+    )
+
+
+def name_file(path: Path, root: Path) -> str:
+    """Return what a recipe calls a table: as short as finds it again below or beside the root."""
+    for folder in (root, root.parent):
+        name = os.path.relpath(path, folder)
+        if not name.startswith("..") and find_table(name, root, Path()).samefile(path):
+            return Path(name).as_posix()
+    return path.resolve().as_posix()
+
+
+def score_image_columns(rows: pd.DataFrame, index: ImageIndex) -> dict[str, float]:
+    """Return the columns that name files, each with the share of its values that do."""
+    scores = {}
+    for name in map(str, rows):
+        values = pd.unique(rows[name])
+        values = values[values != ""][:N_TRIED]
+        if len(values) < 2 and len(rows) > 2:
+            continue
+        share = sum(bool(index.find(value)) for value in values) / max(len(values), 1)
+        if share:
+            scores[name] = share
+    return scores
+
+
+def _choose_image(
+    rows: pd.DataFrame, choices: Choices, index: ImageIndex, source: str, root: Path
+) -> str:
+    if choices.image:
+        return choices.image
+    scores = score_image_columns(rows, index)
+    if scores:
+        return max(scores, key=lambda name: (round(scores[name], 1), has_role(name, "image")))
+    if not index.paths:
+        raise RecipeError(
+            f"no image below {root}, such as .png, .jpg, .tif or .dcm. Give --image-root the "
+            "folder that holds the images."
+        )
+    likely = find_column(rows, "image", ())
+    why = compare_names(rows[likely].head(N_TRIED).tolist(), index.paths, root) if likely else ""
+    first = min(index.paths)
+    raise UndecidedError(
+        f"no column of {source} names images below {root}: there are {len(index.paths):,}, the "
+        f"first is {first!r}. "
+        f"{why or 'Name the column with --image, or the folder with --image-root.'}",
+        "image",
+        "Which column names the image?",
+        tuple(rows.columns),
+    )
+
+
+def _add_format(draft: _Draft, found: ForeignTable, paths: Sequence[Path]) -> None:
+    """Keep what was found out of a file that is not plain, so that a build repeats it."""
+    if paths[0].suffix.lower() == ".parquet":
+        return
+    kept = {
+        "encoding": found.format.encoding if found.format.encoding != "utf-8" else "",
+        "delimiter": found.format.delimiter if found.format.delimiter != "," else "",
+        "sheet": found.format.sheet,
+    }
+    if any(kept.values()) and len(paths) == 1:
+        draft.sections["format"] = {key: value for key, value in kept.items() if value}
+        draft.comments["format"] = "How the table is written, as it was found out."
+        draft.settled["table"] = ", ".join(map(repr, filter(None, kept.values())))
+
+
+def _reserve(draft: _Draft, rows: pd.DataFrame, choices: Choices) -> None:
+    """Keep what is chosen or has a role of its own from becoming the label."""
+    draft.taken += [*_flat((choices.patient, choices.study)), choices.region or ""]
+    draft.taken.append(choices.split or "")
+    for role in ("patient", "study"):
+        draft.taken.append(find_column(rows, role, ()))
+
+
+@dataclass(frozen=True)
+class LabelChoice:
+    """A label's column and what its values mean.
+
+    Parameters
+    ----------
+    column : str
+    meanings : Meanings
+    empty : str
+        What an empty field means.
+    comment : str
+        What to say of it in the recipe.
+    """
+
+    column: str
+    meanings: Meanings
+    empty: str = "unknown"
+    comment: str = ""
+
+    def as_section(self) -> dict[str, Any]:
+        """Return `[label]` of a recipe."""
+        others = {"others": "unknown"} if self.meanings.unknown else {}
+        empty = {} if self.empty == "unknown" else {"empty": self.empty}
+        return {
+            "column": self.column,
+            "normal": list(self.meanings.normal),
+            "abnormal": list(self.meanings.abnormal),
+            **empty,
+            **others,
+        }
+
+    def read(self, rows: pd.DataFrame) -> "pd.Series[str]":
+        """Return normal, abnormal or unknown for each row."""
+        known = dict.fromkeys(self.meanings.normal, "normal")
+        known |= dict.fromkeys(self.meanings.abnormal, "abnormal") | {"": self.empty}
+        return rows[self.column].map(known).fillna("unknown")
+
+
+def choose_label(
+    rows: pd.DataFrame, choices: Choices, source: str, taken: Iterable[str]
+) -> LabelChoice:
+    """Return the label's column and what its values mean.
+
+    Raises
+    ------
+    UndecidedError
+        Several columns may be meant or none, or the words of its values do not say what is normal.
+    """
+    column = choices.label or _find_label(rows, choices, source, taken)
+    values = [value for value in rows[column].value_counts().index if value]
+    what = f"column {column!r} of {source}"
+    meanings = settle_meanings(values, choices, what, rows[column].value_counts().to_dict())
+    has_empty = bool((rows[column] == "").any())
+    empty = choices.empty or "unknown"
+    comment = "Which values mean what."
+    if not meanings.normal and has_empty and not choices.empty:
+        empty = "normal"
+        comment += " An empty field was taken for normal, as all others are abnormal: is that so?"
+    elif meanings.unknown:
+        comment += f" As unknown count: {show_values(meanings.unknown)}."
+    return LabelChoice(column, meanings, empty, comment)
+
+
+def _find_label(rows: pd.DataFrame, choices: Choices, source: str, taken: Iterable[str]) -> str:
+    barred = set(taken)
+    named = {*(choices.normal or ()), *(choices.abnormal or ())}
+    likely = []
+    for name in rows.columns.difference(list(barred), sort=False):
+        values = [value for value in pd.unique(rows[name]) if value]
+        if not 0 < len(values) <= MAX_CLASSES:
+            continue
+        is_one_sided = values in (["1"], ["TRUE"], ["x"], ["X"]) and (rows[name] == "").any()
+        if named <= set(values) if named else is_one_sided or guess_meanings(values) is not None:
+            likely.append(name)
+    for way in (
+        [name for name in likely if has_role(name, "label")],
+        likely if not any(has_role(name, "label") for name in likely) else [],
+    ):
+        if len(way) == 1:
+            return way[0]
+    few = [
+        name for name in rows.columns if name not in barred and rows[name].nunique() <= MAX_CLASSES
+    ]
+    answers = tuple(likely or few or rows.columns)
+    listed = "\n".join(f"  - {name!r}: {_count(rows[name])}" for name in answers[:MAX_CLASSES])
+    raise UndecidedError(
+        f"it is not clear which column of {source} is the label. Name it with --label, one of:\n"
+        f"{listed}",
+        "label",
+        "Which column is the label?",
+        answers,
+    )
+
+
+def settle_meanings(
+    values: Sequence[str], choices: Choices, what: str, counts: dict[Any, int]
+) -> Meanings:
+    """Return which of the values are normal and abnormal, as chosen or as their words say.
+
+    Parameters
+    ----------
+    values : sequence of str
+        Without the empty one.
+    choices : Choices
+    what : str
+        What messages call where the values are.
+    counts : dict
+        How often each occurs.
+
+    Raises
+    ------
+    UndecidedError
+        Neither says it.
+    RecipeError
+        A chosen value does not occur, or a value that occurs is not chosen.
+    """
+    normal, abnormal = choices.normal or (), choices.abnormal or ()
+    there = f"{what} holds {show_counts(counts)}"
+    strange = [value for value in (*normal, *abnormal) if value not in values]
+    if strange:
+        raise RecipeError(
+            f"{strange[0]!r} does not occur: {there}. Correct --normal or --abnormal."
+        )
+    if twice := set(normal) & set(abnormal):
+        raise RecipeError(f"{min(twice)!r} is given as --normal and as --abnormal. Choose one.")
+    rest = [value for value in values if value not in (*normal, *abnormal)]
+    guess = guess_meanings(values)
+    unknown = tuple(v for v in rest if v in (_words_for_unknown(values)))
+    rest = [value for value in rest if value not in unknown]
+    if normal and abnormal and rest:
+        raise RecipeError(
+            f"{', '.join(map(repr, rest))} is neither --normal nor --abnormal: {there}. Name it "
+            "too."
+        )
+    if abnormal:
+        return Meanings(normal or tuple(rest), abnormal, unknown)
+    if normal:
+        return Meanings(normal, tuple(rest), unknown)
+    if guess is None and len(values) == 1 and counts.get(""):
+        return Meanings((), tuple(values))
+    if guess is None:
+        raise UndecidedError(
+            f"what is abnormal cannot be told from the words: {there}. Name what is abnormal with "
+            "--abnormal, once for each value; all others are normal then.",
+            "abnormal",
+            "Which mean abnormal?",
+            tuple(values),
+        )
+    return guess
+
+
+def _words_for_unknown(values: Sequence[str]) -> Collection[str]:
+    """Return the values that are words for nobody knows."""
+    guess = guess_meanings([*values, "normal", "abnormal"])
+    return guess.unknown if guess else ()
+
+
+def _choose_patient(draft: _Draft, rows: pd.DataFrame, choices: Choices) -> None:
+    table = draft.sections["table"]
+    likely = find_column(rows, "patient", ())
+    if choices.patient is None and likely:
+        chosen: tuple[str, ...] = (likely,)
+    else:
+        chosen = choices.patient or ()
+    if chosen:
+        _refuse_empty(rows, chosen, "patient")
+        table["patient"] = _one_or_list(chosen)
+        draft.comments["table.patient"] = (
+            f"Who a film is of: {counted(_n_distinct(rows, chosen), 'patient')}. A patient is in "
+            "one split alone."
+        )
+        draft.settled["patient"] = " + ".join(chosen)
+    else:
+        hint = f". Column {likely!r} may name them: add --patient {likely!r}" if likely else ""
+        draft.warnings.append(f"{NO_PATIENTS}{hint}")
+        draft.settled["patient"] = "each image"
+
+
+def _refuse_empty(rows: pd.DataFrame, names: Iterable[str], role: str) -> None:
+    for name in names:
+        n_empty = int((rows[name] == "").sum())
+        if n_empty:
+            raise RecipeError(
+                f"column {name!r} names no {role} in {n_empty:,} of {len(rows):,} rows. Fill it "
+                f"in, or choose another with --{role}."
+            )
+
+
+def _choose_region(
+    draft: _Draft, rows: pd.DataFrame, choices: Choices, label: str
+) -> dict[str, Any]:
+    column = choices.region
+    if column is None:
+        flags = _find_one_hot(rows, label)
+        if flags:
+            draft.settled["region"] = ", ".join(flags)
+            draft.comments["region"] = "A column for each body part."
+            several = (rows[flags] == "1").sum(axis=1).gt(1).any()
+            mixed = next((name for name in flags if not are_regions([name])), "several")
+            draft.taken += flags
+            return {"one_hot": flags, **({"several": mixed} if several else {})}
+        column = _find_region(rows, [*draft.taken, label])
+    if not column:
+        draft.settled["region"] = f"one, {ONE_REGION!r}"
+        return {"constant": ONE_REGION}
+    _refuse_empty(rows, (column,), "region")
+    draft.taken.append(column)
+    values = rows[column].value_counts()
+    draft.settled["region"] = f"{column}: {show_values(values.index.tolist())}"
+    return {"column": column}
+
+
+def _find_region(rows: pd.DataFrame, taken: Iterable[str]) -> str:
+    barred = set(taken)
+    for name in rows.columns:
+        values = rows[name].unique().tolist()
+        if name in barred or not 1 <= len(values) <= MAX_REGIONS or "" in values:
+            continue
+        if are_regions(values) or has_role(name, "region"):
+            return str(name)
+    return ""
+
+
+def _find_one_hot(rows: pd.DataFrame, label: str) -> list[str]:
+    """Return columns of 0 and 1 that are called like body parts, where each row has one."""
+    names = [str(name) for name in rows if name != label]
+    is_flag = {name: set(rows[name].unique()) <= {"0", "1"} for name in names}
+    parts = [name for name, is_one in is_flag.items() if is_one and are_regions([name])]
+    if len(parts) < 2:
+        return []
+    more = [n for n in ("mixed", "other", "others", "multiple", "several") if is_flag.get(n)]
+    for flags in (parts, [*parts, *more]):
+        if (rows[flags] == "1").any(axis=1).all():
+            return [*parts, *more]
+    return []
+
+
+def _choose_study(
+    draft: _Draft, rows: pd.DataFrame, choices: Choices, label: LabelChoice, region: dict[str, Any]
+) -> str:
+    """Name the columns of the study, and return the label's level."""
+    table = draft.sections["table"]
+    if choices.study is None:
+        likely = find_column(rows, "study", [label.column, *_listed(table.get("patient", ()))])
+        chosen: tuple[str, ...] = (likely,) if likely and not (rows[likely] == "").any() else ()
+        if chosen and "patient" in table:
+            patient = tuple(_listed(table["patient"]))
+            if _n_distinct(rows, chosen) < _n_distinct(rows, (*patient, *chosen)):
+                chosen = (*patient, *chosen)
+    else:
+        chosen = choices.study
+    if not chosen:
+        draft.settled["study"] = "each image"
+        return "image"
+    _refuse_empty(rows, chosen, "study")
+    with_region = (*chosen, *filter(None, [region.get("column")]))
+    if _n_distinct(rows, chosen) < _n_distinct(rows, with_region):
+        chosen = with_region  # a study of a manifest shows one region
+    table["study"] = _one_or_list(chosen)
+    draft.settled["study"] = " + ".join(chosen)
+    keys = _join(rows, chosen)
+    n_labels = label.read(rows).groupby(keys).nunique().max()
+    level = "study" if n_labels == 1 else "image"
+    reason = "every study has one label" if level == "study" else "views of a study differ in label"
+    draft.comments["label_level"] = f"What the label speaks of: {reason}."
+    draft.settled["label is of"] = f"the {level}: {reason}"
+    return level
+
+
+def _choose_rows(draft: _Draft, rows: pd.DataFrame, image: str, label: LabelChoice) -> None:
+    """Say what several rows of one image come to."""
+    again = rows[rows[image].duplicated(keep=False)]
+    if again.empty:
+        return
+    torn = int((label.read(again).groupby(again[image]).nunique() > 1).sum())
+    draft.sections["table"]["rows"] = "any"
+    draft.comments["table.rows"] = "An image with several rows is abnormal if any of them is."
+    differ = f", and {counted(torn, 'image')} with both labels" if torn else ""
+    n_images = again[image].nunique()
+    draft.notices.append(
+        f"{counted(n_images, 'image')} have several rows{differ}: abnormal where any row is"
+    )
+
+
+def _choose_split(
+    draft: _Draft, rows: pd.DataFrame, choices: Choices, by_file: str, label: LabelChoice
+) -> dict[str, str]:
+    """Name the column of the split, or a fraction; return what the data set's names mean."""
+    column = choices.split
+    if column is None and choices.test_fraction is None:
+        likely = [by_file] if by_file else list(rows.columns.difference(draft.taken, sort=False))
+        column = next(
+            (n for n in likely if has_role(n, "split") or n == by_file
+             if are_splits(rows[n].unique()) or n == by_file), "",
+        )  # fmt: skip
+    if not column:
+        draft.sections["split"] = draw_split(choices, *_count_patients(draft, rows, label))
+        draft.comments["split"] = "Drawn by patient, alike in label and region."
+        draft.settled["test"] = f"{draft.sections['split']['fraction']:g} of the studies, drawn"
+        return {}
+    values = rows[column].unique().tolist()
+    if not set(values) <= {"train", "test"} and not _are_named(values):
+        raise RecipeError(
+            f"column {column!r} holds {show_counts(rows[column].value_counts().to_dict())}, and "
+            "not the names of a training and a test split. Choose another with --split, or leave "
+            "it out."
+        )
+    names = {} if set(values) <= {"train", "test"} else _map(values)
+    draft.sections["split"] = {"column": column}
+    draft.taken.append(column)
+    draft.settled["split"] = f"{column}: {show_values(values)}"
+    if names:
+        draft.comments["split_names"] = "Which of the data set's splits is which."
+        draft.settled["split"] = f"{column}: {', '.join(f'{k} is {v}' for k, v in names.items())}"
+    return names
+
+
+def _are_named(values: Sequence[str]) -> bool:
+    return bool(_map(values)) and set(_map(values).values()) == {"train", "test"}
+
+
+def _map(values: Sequence[str]) -> dict[str, str]:
+    """Map names of splits, or names of files that hold such a word, to train and test."""
+    if are_splits(values):
+        return map_splits(values)
+    from medembed.dataset.recipes.guesses import find_split_word
+
+    words = {value: find_split_word(value) for value in values}
+    if not are_splits(words.values()):
+        return {}
+    means = map_splits(set(words.values()))
+    return {value: means[word] for value, word in words.items()}
+
+
+def draw_split(choices: Choices, n_patients: int, n_of_class: int) -> dict[str, Any]:
+    """Return `[split]` of a recipe that draws its test patients."""
+    fraction = choices.test_fraction
+    return {
+        "fraction": choose_fraction(n_patients, n_of_class) if fraction is None else fraction,
+        "seed": choices.seed,
+    }
+
+
+def choose_fraction(n_patients: int, n_of_class: int) -> float:
+    """Return the smallest share for test that leaves enough patients to score.
+
+    Parameters
+    ----------
+    n_patients : int
+        Of the data set.
+    n_of_class : int
+        Patients of the rarer class; 0 where nothing is labelled.
+    """
+    for fraction in FRACTIONS:
+        is_enough = n_patients * fraction >= ENOUGH_PATIENTS
+        if is_enough and (not n_of_class or n_of_class * fraction >= ENOUGH_OF_CLASS):
+            return fraction
+    return FRACTIONS[-1]
+
+
+def _count_patients(draft: _Draft, rows: pd.DataFrame, label: LabelChoice) -> tuple[int, int]:
+    table = draft.sections["table"]
+    names = _listed(table.get("patient", table["image"]))
+    keys = _join(rows, names)
+    means = label.read(rows)
+    of_class = [keys[means == meaning].nunique() for meaning in ("normal", "abnormal")]
+    return keys.nunique(), min(of_class)
+
+
+def _choose_covariates(
+    draft: _Draft, rows: pd.DataFrame, choices: Choices, label: LabelChoice
+) -> None:
+    table = draft.sections["table"]
+    chosen = choices.covariates
+    if chosen is None:
+        patient = _listed(table.get("patient", ()))
+        taken = [*draft.taken, *patient, *_listed(table.get("study", ()))]
+        means = label.read(rows)
+        every = find_covariates(rows, taken)
+        telling = [name for name in every if _tells_label(rows[name], means)]
+        chosen = tuple(name for name in every if name not in telling)
+        if telling:
+            draft.notices.append(
+                f"{', '.join(map(repr, telling))} tells the label by itself, and was not made a "
+                "covariate"
+            )
+        draft.comments["table.covariates"] = "What scores can be looked at by, and models told."
+    if chosen:
+        table["covariates"] = list(chosen)
+        draft.settled["covariates"] = ", ".join(chosen)
+
+
+def _tells_label(column: "pd.Series[str]", means: "pd.Series[str]") -> bool:
+    """Tell whether each value of a column stands beside one label alone, as a count of findings."""
+    is_known = means.isin(["normal", "abnormal"]) & (column != "")
+    labels = means[is_known].groupby(column[is_known])
+    is_common = labels.size().max() > 2 and labels.ngroups > 1
+    return bool(is_common and means[is_known].nunique() > 1 and (labels.nunique() == 1).all())
+
+
+def show_values(values: Sequence[str], most: int = 6) -> str:
+    """Name the first few values."""
+    shown = ", ".join(values[:most])
+    return f"{shown}, …" if len(values) > most else shown or "none"
+
+
+def show_counts(counts: dict[Any, int], most: int = MAX_CLASSES) -> str:
+    """Name the first few values, each with its number of rows."""
+    shown = [f"{value!r} ({n:,})" if value else f"nothing ({n:,})" for value, n in counts.items()]
+    return ", ".join(shown[:most]) + (", …" if len(shown) > most else "")
+
+
+def _count(column: "pd.Series[str]") -> str:
+    return show_counts(column.value_counts().to_dict(), 6)
+
+
+def _join(rows: pd.DataFrame, names: Sequence[str]) -> "pd.Series[str]":
+    joined = rows[names[0]]
+    for name in names[1:]:
+        joined = joined + "/" + rows[name]
+    return joined
+
+
+def _n_distinct(rows: pd.DataFrame, names: Sequence[str]) -> int:
+    return len(rows[list(names)].drop_duplicates())
+
+
+def _one_or_list(names: Sequence[str]) -> str | list[str]:
+    return names[0] if len(names) == 1 else list(names)
+
+
+def _listed(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else list(value)
+
+
+def _flat(several: Iterable[Sequence[str] | None]) -> list[str]:
+    return [name for names in several for name in names or ()]
