@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     )
     from medembed.dataset.manifest import Manifest, read_manifest
     from medembed.dataset.recipes.build import BuildReport, build_manifest
+    from medembed.dataset.recipes.proposals import propose_recipe
     from medembed.encoders.preprocessing import Preprocessing
     from medembed.encoders.protocol import Encoder
     from medembed.extraction.image_encoder import load_encoder
@@ -103,6 +104,7 @@ __all__ = [
     "open_cache",
     "open_run",
     "patient_folds",
+    "propose_recipe",
     "read_manifest",
     "sweep",
     "write_report",
@@ -119,6 +121,7 @@ _NAMES = {
     ),
     "dataset.manifest": ("Manifest", "read_manifest"),
     "dataset.recipes.build": ("BuildReport", "build_manifest"),
+    "dataset.recipes.proposals": ("propose_recipe",),
     "encoders.preprocessing": ("Preprocessing",),
     "encoders.protocol": ("Encoder",),
     "extraction.image_encoder": ("load_encoder",),

@@ -51,6 +51,9 @@ _OPTIONS = (
         multiple=True,
         help="Column to keep, such as age; repeatable.",
     ),
+    click.option("--encoding", help="Of the table, such as cp1250; by default found out."),
+    click.option("--delimiter", help="Of the table; by default found out."),
+    click.option("--sheet", help="Of an Excel table; by default the first one with cells."),
     click.option(
         "--pattern",
         metavar="PATTERN",
@@ -66,9 +69,9 @@ _OPTIONS = (
 )
 CHOICES = (
     *("image", "label", "normal", "abnormal", "empty", "patient", "study", "region", "split"),
-    *("covariates", "pattern", "test_fraction"),
+    *("covariates", "pattern", "test_fraction", "encoding", "delimiter", "sheet"),
 )
-"""What the options are called in `Choices`."""
+"""What the options are called."""
 _QUESTIONS = {
     "image": "Column that names the image",
     "label": "Column with the label",
@@ -93,11 +96,15 @@ def choice_options(command: Command) -> Command:
 
 def read_choices(given: dict[str, Any]) -> "Choices":
     """Return the options that were given; the others are open."""
+    from medembed.dataset.foreign_tables import TableFormat
     from medembed.dataset.recipes.choices import Choices
 
     own = {name: given[name] for name in CHOICES if given[name] not in (None, ())}
     blank = {n: tuple(filter(None, v)) for n, v in own.items() if isinstance(v, tuple)}
-    return Choices(**{**own, **blank}, seed=given["seed"])
+    written = {name: own.pop(name, "") for name in ("encoding", "delimiter", "sheet")}
+    if len(written["delimiter"]) > 1:
+        raise click.UsageError("--delimiter is one character.")
+    return Choices(**{**own, **blank}, seed=given["seed"], format=TableFormat(**written))
 
 
 def is_interactive() -> bool:

@@ -155,15 +155,15 @@ def _propose_without_recipe(
     from_folders: Path | None, from_table: Path | None, image_root: Path | None, given: Any
 ) -> "Proposal":
     """Propose a recipe of what is named alone: no column is guessed but image and label."""
-    from medembed.dataset.recipes.proposals import propose_recipe
+    from medembed.dataset.recipes.proposals import propose
 
     choices = read_choices(given)
     if from_folders is not None:
-        return propose_recipe(from_folders, image_root, choices=choices, kind="folders")
+        return propose(from_folders, image_root, choices, kind="folders")
     assert from_table is not None
     if given["pattern"]:
         raise click.UsageError("--pattern is for --from-folders.")
-    return propose_recipe(from_table, image_root, choices=choices.without_guesses(), kind="table")
+    return propose(from_table, image_root, choices.without_guesses(), kind="table")
 
 
 def _conclude_build(report: "BuildReport", output: Path) -> None:
@@ -228,18 +228,18 @@ def init_command(
     """
     from medembed.core.errors import PathNotFoundError, RecipeError
     from medembed.core.files import write_atomically
-    from medembed.dataset.recipes.proposals import Choices, Proposal, propose_recipe
+    from medembed.dataset.recipes.proposals import Choices, Proposal, propose
 
     if not output.parent.is_dir():
         raise PathNotFoundError(f"{output.parent} is no directory. Make it, or name another file.")
     if output.exists() and not force:
         raise RecipeError(f"{output} is there already. Name another file, or add --force.")
 
-    def propose(choices: Choices) -> Proposal:
-        return propose_recipe(path, image_root, choices=choices, name=name)
+    def propose_with(choices: Choices) -> Proposal:
+        return propose(path, image_root, choices, name=name)
 
     ask = is_interactive() and not yes and not as_json
-    proposal = settle(propose, read_choices(given), ask=ask)
+    proposal = settle(propose_with, read_choices(given), ask=ask)
     write_atomically(output, proposal.text.encode())
     say(f"{output}: a recipe; read it, it says what was guessed")
     if as_json:
@@ -278,12 +278,12 @@ def recipes_command(name: str | None, as_json: bool) -> None:
         print_json([{field: getattr(own, field) for field in fields} for own in recipes])
         return
     for own in recipes:
-        click.echo(click.wrap_text(f"{own.name:<12}{own.about}", 80, "", " " * 12))
+        click.echo(click.wrap_text(f"{own.name:<15}{own.about}", 80, "", " " * 15))
         for title, text in (
             ("licence", own.licence), ("patients", own.patient_ids), ("tried", own.tried)
         ):  # fmt: skip
             if text:
-                click.echo(click.wrap_text(f"{title}: {text}", 80, " " * 12, " " * 14))
+                click.echo(click.wrap_text(f"{title}: {text}", 80, " " * 15, " " * 17))
     say()
     suggest("manifest", "build", recipes[0].name, "--image-root", "DIR", "-o", "MANIFEST.csv")
 

@@ -282,7 +282,7 @@ def _describe_text(path: Path, text: str, found: TableFormat, known: TableFormat
         shown = f", as in {word[0]!r}" if word else ""
         example = (
             f". It is not UTF-8, so it was taken for Windows-1252 (cp1252{shown}): if that is "
-            "wrong, name the right one with `encoding` in [format]"
+            "wrong, name the right one with `encoding` in [format] of the recipe, or --encoding"
         )
     return [f"{path.name} was read with {' in '.join(said)}{example}"]
 

@@ -9,6 +9,7 @@ import tomlkit
 
 from medembed.core.errors import RecipeError
 from medembed.core.text import Summarised, Summary, counted, normalise
+from medembed.dataset.foreign_tables import PLAIN, TableFormat
 from medembed.dataset.recipes.listing import is_unicode
 from medembed.dataset.recipes.schema import Recipe, make_recipe
 
@@ -39,6 +40,8 @@ class Choices:
         How much of the studies is drawn for test.
     seed : int
         Of that draw.
+    format : TableFormat
+        How the table is written, where that is not to be found out.
     """
 
     image: str | None = None
@@ -54,6 +57,7 @@ class Choices:
     pattern: str | None = None
     test_fraction: float | None = None
     seed: int = 0
+    format: TableFormat = PLAIN
 
     def without_guesses(self) -> "Choices":
         """Return the choices with what is open taken for absent, but for image and label."""

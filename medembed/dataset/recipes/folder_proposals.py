@@ -19,15 +19,13 @@ from medembed.dataset.recipes.guesses import (
     map_splits,
 )
 from medembed.dataset.recipes.image_index import ImageIndex, plain_path
-from medembed.dataset.recipes.table_proposals import (
+from medembed.dataset.recipes.label_proposals import (
     MAX_CLASSES,
-    NO_PATIENTS,
-    ONE_REGION,
-    draw_split,
     settle_meanings,
     show_counts,
     show_values,
 )
+from medembed.dataset.recipes.table_proposals import NO_PATIENTS, ONE_REGION, draw_split
 
 __all__ = ["propose_folders"]
 
@@ -106,7 +104,9 @@ def propose_folders(root: Path, choices: Choices, *, name: str = "") -> Proposal
         sections["groups"] = {"rule": "image"}
         comments["groups"] = "No folder names the patients: each image counts as one."
         settled["patient"] = "each image"
-        warnings.append(f"{NO_PATIENTS}{_suggest_patients(paths, pattern)}")
+        warnings.append(
+            f"{NO_PATIENTS.format('image', 'two films')}{_suggest_patients(paths, pattern)}"
+        )
     names = {}
     if "split" in fields:
         splits = levels.of("split")

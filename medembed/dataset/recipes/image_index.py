@@ -74,6 +74,7 @@ class ImageIndex:
         refuse(odd, str(root), "file names that are not valid Unicode; rename the files:")
         self._spelt: dict[str, list[str]] = defaultdict(list)  # only where a spelling differs
         self._named: dict[str, dict[str, None]] = defaultdict(dict)
+        self._below_folder: dict[str, list[str]] | None = None  # made where it is asked for
         for name in names:
             path = self.others.get(name, name)
             plain = plain_path(name)
@@ -97,6 +98,18 @@ class ImageIndex:
             return own
         alike = [*self._own_name(plain), *self._spelt.get(plain, ())]
         return list(dict.fromkeys(alike)) or self._passed_by(plain)
+
+    def find_in_folder(self, value: str) -> list[str]:
+        """Return the images below the folder that `value` may mean: a path, or a folder's name."""
+        if self._below_folder is None:
+            folders: dict[str, dict[str, None]] = defaultdict(dict)
+            for path in sorted(self.paths):
+                parts = plain_path(path).split("/")[:-1]
+                for i, name in enumerate(parts):
+                    folders["/".join(parts[: i + 1])][path] = None
+                    folders[name][path] = None
+            self._below_folder = {name: list(images) for name, images in folders.items()}
+        return self._below_folder.get(plain_path(value), [])
 
     def unlisted(self, images: Iterable[str], source: str) -> list[str]:
         """Return a warning where files are in no row."""

@@ -43,13 +43,18 @@ def find_table(file: str, root: Path, recipe_path: Path) -> Path:
     )
 
 
-def need_columns(table: pd.DataFrame, names: Iterable[str], source: Path | str) -> None:
+def need_columns(
+    table: pd.DataFrame,
+    names: Iterable[str],
+    source: Path | str,
+    remedy: str = "Correct the recipe.",
+) -> None:
     """Raise RecipeError where a table lacks columns; empty names stand for none."""
     missing = sorted({name for name in names if name and name not in table})
     if missing:
         raise RecipeError(
             f"{source} has no column {', '.join(map(repr, missing))}; its columns are "
-            f"{', '.join(map(repr, table.columns))}. Correct the recipe."
+            f"{', '.join(map(repr, table.columns))}. {remedy}"
         )
 
 

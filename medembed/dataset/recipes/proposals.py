@@ -12,21 +12,25 @@ import pandas as pd
 from medembed.core.errors import MedembedError, PathNotFoundError, RecipeError
 from medembed.core.files import as_path, open_plain
 from medembed.core.text import counted, normalise
-from medembed.dataset.foreign_tables import TABLE_SUFFIXES, ForeignTable, read_foreign_table
+from medembed.dataset.foreign_tables import (
+    TABLE_SUFFIXES,
+    ForeignTable,
+    TableFormat,
+    read_foreign_table,
+)
 from medembed.dataset.manifest import existing_root
 from medembed.dataset.recipes.build import BuildReport, build_manifest, load_recipe
 from medembed.dataset.recipes.choices import Choices, Proposal, UndecidedError, make_proposal
 from medembed.dataset.recipes.folder_proposals import propose_folders
 from medembed.dataset.recipes.guesses import are_splits, find_split_word
 from medembed.dataset.recipes.image_index import ImageIndex
+from medembed.dataset.recipes.label_proposals import choose_label, show_values
 from medembed.dataset.recipes.labels import KEYS
 from medembed.dataset.recipes.table_proposals import (
-    choose_label,
     draw_split,
     name_file,
     propose_table,
     score_image_columns,
-    show_values,
 )
 from medembed.images.decode import BARE_DICOM
 from medembed.images.dicom.file import quiet_pydicom, read_dicom, why_no_image
@@ -38,6 +42,7 @@ __all__ = [
     "Proposal",
     "UndecidedError",
     "build_proposal",
+    "propose",
     "propose_recipe",
 ]
 
@@ -54,13 +59,28 @@ def propose_recipe(
     path: str | os.PathLike[str],
     image_root: str | os.PathLike[str] | None = None,
     *,
-    choices: Choices | None = None,
     kind: Kind = "auto",
     name: str = "",
+    image: str | None = None,
+    label: str | None = None,
+    normal: Sequence[str] | None = None,
+    abnormal: Sequence[str] | None = None,
+    empty: str | None = None,
+    patient: Sequence[str] | None = None,
+    study: Sequence[str] | None = None,
+    region: str | None = None,
+    split: str | None = None,
+    covariates: Sequence[str] | None = None,
+    pattern: str | None = None,
+    test_fraction: float | None = None,
+    seed: int = 0,
+    encoding: str = "",
+    delimiter: str = "",
+    sheet: str = "",
 ) -> Proposal:
     """Propose a recipe for the data set at a path: folders, a table, or a tree of DICOM files.
 
-    >>> proposal = propose_recipe("films/labels.csv")  # doctest: +SKIP
+    >>> proposal = propose_recipe("films/labels.csv", label="finding")  # doctest: +SKIP
     >>> build_manifest(proposal.recipe, proposal.image_root)  # doctest: +SKIP
 
     Parameters
@@ -69,35 +89,85 @@ def propose_recipe(
         A folder with images, or a table (CSV, Excel, Parquet).
     image_root : path, optional
         The folder with the images; by default the folder itself, or the table's.
-    choices : Choices, optional
-        What is settled already; the rest is guessed.
     kind : {"auto", "folders", "table"}
         Of a folder: "folders" takes its folders for the classes even where a table is there.
     name : str
         Of the recipe; by default the folder's or the table's.
+    image, label, region, split : str, optional
+        Columns of the table; "" where there is none. What is not given is guessed.
+    normal, abnormal : str or sequence of str, optional
+        Values of the label, or names of folders; with one of the two, all others are the other.
+    empty : {"normal", "abnormal", "unknown"}, optional
+        What an empty label means.
+    patient, study, covariates : str or sequence of str, optional
+        Columns; () where there are none.
+    pattern : str, optional
+        How paths look, as ``{split}/{label}/{patient}_*``.
+    test_fraction : float, optional
+        How much of the studies is drawn for test; by default 0.2, or up to 0.4 where test would be
+        too small to score.
+    seed : int
+        Of that draw.
+    encoding, delimiter, sheet : str
+        How the table is written, where what is found out is not what is meant.
+
+    Returns
+    -------
+    Proposal
+        With `recipe`, `image_root`, the recipe's `text`, and `warnings`.
 
     Raises
     ------
     PathNotFoundError
         There is no such file or folder.
-    UndecidedError
-        Something that the recipe needs cannot be told: `choices` settles it.
     RecipeError
-        Nothing there can become a manifest; says why.
+        Nothing there can become a manifest, or something that the recipe needs cannot be told
+        (`UndecidedError`: an argument settles it).
     """
+    choices = Choices(
+        image=image,
+        label=label,
+        normal=_several(normal),
+        abnormal=_several(abnormal),
+        empty=empty,
+        patient=_several(patient),
+        study=_several(study),
+        region=region,
+        split=split,
+        covariates=_several(covariates),
+        pattern=pattern,
+        test_fraction=test_fraction,
+        seed=seed,
+        format=TableFormat(encoding, delimiter, "", sheet),
+    )
+    return propose(path, image_root, choices, kind=kind, name=name)
+
+
+def _several(value: Sequence[str] | None) -> tuple[str, ...] | None:
+    return None if value is None else (value,) if isinstance(value, str) else tuple(value)
+
+
+def propose(
+    path: str | os.PathLike[str],
+    image_root: str | os.PathLike[str] | None,
+    choices: Choices,
+    *,
+    kind: Kind = "auto",
+    name: str = "",
+) -> Proposal:
+    """Propose a recipe as `propose_recipe` does."""
     place = as_path(path, "a data set")
     if not place.exists():
         raise PathNotFoundError(f"{place} does not exist. Name a folder with images, or a table.")
-    settled = choices or Choices()
     if place.is_dir():
-        root = existing_root(image_root or place)
         if kind == "table":
             raise RecipeError(f"{place} is a folder. Name the table in it.")
-        return _propose_folder(root, place, settled, kind, name)
+        root = existing_root(image_root or place)
+        return _propose_folder(root, place, choices, kind, name)
     if kind == "folders":
         raise RecipeError(f"{place} is a file. Name the folder that holds a folder per class.")
     root = existing_root(image_root or place.resolve().parent)
-    return _with_dicom([place], root, settled, name or _name_table(place))
+    return _with_dicom([place], root, choices, name or _name_table(place))
 
 
 def build_proposal(
@@ -144,7 +214,17 @@ def _propose_folder(root: Path, place: Path, choices: Choices, kind: Kind, name:
         return replace(found, notices=[*found.notices, *also])
     if _is_dicom(root):
         return _propose_dicom(root, choices, name, ())
-    return propose_folders(root, choices, name=name)
+    try:
+        return propose_folders(root, choices, name=name)
+    except UndecidedError:
+        raise
+    except RecipeError as error:
+        unused = [path.name for path in _list_tables(place)]
+        if not unused:
+            raise
+        raise RecipeError(
+            f"{error} Of the tables there none names the images: {show_values(unused)}."
+        ) from error
 
 
 def _name_table(path: Path) -> str:
@@ -192,6 +272,7 @@ def _find_tables(root: Path, place: Path) -> list[Path]:
         if "sha256" in columns and "split" in columns:
             continue  # a manifest
         scores = score_image_columns(table, index)
+        scores = scores or score_image_columns(table, index, as_folders=True)
         best = max(scores, key=lambda own: scores[own], default="")
         n_found = round(scores[best] * table[best].nunique()) if best else 0
         if best and (scores[best] >= ENOUGH or n_found >= ENOUGH * len(index.paths)):
@@ -308,7 +389,7 @@ def _propose_dicom(root: Path, choices: Choices, name: str, tables: Sequence[Pat
         "dicom.modalities": "Other objects are left out, and counted.",
     }
     if tables:
-        found = read_foreign_table(tables[0], RecipeError)
+        found = read_foreign_table(tables[0], RecipeError, known=choices.format)
         level = _join_table(dicom, sections, settled, found, tables[0], root, choices, headers)
         notices += found.notes
         comments["dicom.table"] = "Labels, and what a row of them speaks of."

@@ -59,8 +59,9 @@ def _read_table(recipe: Recipe, root: Path) -> Listing:
         recipe, spec, root, (*named, *region.one_hot, label.column, split_column)
     )
     index = ImageIndex(root, spec.below)
-    images, is_found = _locate(table, spec, index, source)
-    rows = pd.DataFrame({"image": images, "name": table[spec.image]})
+    table, names = _enter_folders(table, table[spec.image], index)
+    images, is_found = _locate(table, names, spec, index, source)
+    rows = pd.DataFrame({"image": images, "name": names})
     rows["patient"] = normalise_column(_join(table, spec.patient))
     own = rows.groupby("image", sort=False)["name"].transform("first")  # one, however it is spelt
     rows["study"] = normalise_column(_join(table, spec.study) if spec.study else own)
@@ -115,15 +116,30 @@ def _read_files(
     return pd.concat(tables, ignore_index=True).fillna(""), source, notes
 
 
+def _enter_folders(
+    table: pd.DataFrame, names: "pd.Series[str]", index: ImageIndex
+) -> tuple[pd.DataFrame, "pd.Series[str]"]:
+    """Return a row for each image where a row names a folder, as of a study, and the images."""
+    folders = {
+        value: images
+        for value in names.unique()
+        if not index.find(value) and (images := index.find_in_folder(value))
+    }
+    if not folders:
+        return table, names
+    every = names.map(lambda value: folders.get(value, [value])).explode()
+    return table.loc[every.index].reset_index(drop=True), every.reset_index(drop=True).astype(str)
+
+
 def _locate(
-    table: pd.DataFrame, spec: Table, index: ImageIndex, source: str
+    table: pd.DataFrame, names: "pd.Series[str]", spec: Table, index: ImageIndex, source: str
 ) -> tuple["pd.Series[str]", "pd.Series[bool]"]:
     """Find each row's file; where there is none, say where it would be."""
-    found = [index.find(value) for value in table[spec.image]]
+    found = [index.find(value) for value in names]
     refuse(
         [
             f"row {i + 2}: {value} may be {first_names(paths)}"
-            for i, (value, paths) in enumerate(zip(table[spec.image], found, strict=True))
+            for i, (value, paths) in enumerate(zip(names, found, strict=True))
             if len(paths) > 1
         ],
         source,

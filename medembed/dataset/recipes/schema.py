@@ -77,7 +77,8 @@ class Table(Section):
     columns : tuple of str
         Names of the columns of a table without a header.
     image : str
-        Column with a path below the root, or a file's name or stem, wherever it lies.
+        Column with a path below the root, or a file's name or stem, wherever it lies; or with a
+        folder's path or name, and the row speaks of all images below it.
     patient, study : tuple of str
         Columns that together name the patient and the study; empty: there are none. Without
         `study` each image is its own.

@@ -1,7 +1,7 @@
 """Propose a recipe for a table of images: columns, label values, patients, regions, split."""
 
 import os
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,40 +13,39 @@ from medembed.core.text import counted, normalise
 from medembed.dataset.foreign_tables import ForeignTable, read_foreign_table
 from medembed.dataset.recipes.choices import Choices, Proposal, UndecidedError, make_proposal
 from medembed.dataset.recipes.guesses import (
-    Meanings,
     are_regions,
     are_splits,
     find_column,
     find_covariates,
-    guess_meanings,
     has_role,
     map_splits,
 )
 from medembed.dataset.recipes.image_index import ImageIndex, compare_names
+from medembed.dataset.recipes.label_proposals import (
+    LabelChoice,
+    choose_label,
+    show_counts,
+    show_values,
+)
 from medembed.dataset.recipes.labels import find_table, need_columns
 from medembed.dataset.split_counts import ENOUGH_OF_CLASS, ENOUGH_PATIENTS
 
 __all__ = [
     "ONE_REGION",
-    "LabelChoice",
     "choose_fraction",
-    "choose_label",
     "draw_split",
     "name_file",
     "propose_table",
     "score_image_columns",
-    "settle_meanings",
-    "show_values",
 ]
 
 ONE_REGION = "all"
 N_TRIED = 2000  # values of a column that are looked for among the files
-MAX_CLASSES = 12  # distinct values of a label
 MAX_REGIONS = 40
 FRACTIONS = (0.2, 0.3, 0.4)
 NO_PATIENTS = (
-    "nothing names the patients, so each image counts as a patient of its own: two films of one "
-    "person may stand in train and test, and scores come out too good"
+    "nothing names the patients, so each {} counts as a patient of its own: {} of one person may "
+    "stand in train and test, and scores come out too good"
 )
 
 
@@ -83,12 +82,14 @@ def propose_table(
     RecipeError
         The table cannot be read, or lacks a column that was named.
     """
-    found = [read_foreign_table(path, RecipeError) for path in paths]
+    found = [read_foreign_table(path, RecipeError, known=choices.format) for path in paths]
     rows = pd.concat([one.rows for one in found], ignore_index=True).fillna("")
     source = " and ".join(path.name for path in paths)
     named = (choices.image, choices.label, choices.region, choices.split)
     several = (choices.patient, choices.study, choices.covariates)
-    need_columns(rows, [*map(str, filter(None, named)), *_flat(several)], source)
+    need_columns(
+        rows, [*map(str, filter(None, named)), *_flat(several)], source, "Name one of them."
+    )
     draft = _Draft()
     index = ImageIndex(root)
     image = _choose_image(rows, choices, index, source, root)
@@ -110,9 +111,9 @@ def propose_table(
     _reserve(draft, rows, choices)
     label = choose_label(rows, choices, source, draft.taken)
     draft.taken.append(label.column)
-    _choose_patient(draft, rows, choices)
     region = _choose_region(draft, rows, choices, label.column)
     level = _choose_study(draft, rows, choices, label, region)
+    _choose_patient(draft, rows, choices)
     _choose_rows(draft, rows, image, label)
     draft.sections["region"] = region
     draft.sections["label"] = label.as_section()
@@ -120,9 +121,6 @@ def propose_table(
     draft.settled["label"] = label.column
     draft.settled["normal"] = show_values(label.meanings.normal)
     draft.settled["abnormal"] = show_values(label.meanings.abnormal)
-    if "patient" not in table:
-        draft.sections["groups"] = {"rule": "image"}
-        draft.comments["groups"] = "No column names the patients: each image counts as one."
     names = _choose_split(draft, rows, choices, "table" if by_file else "", label)
     _choose_covariates(draft, rows, choices, label)
     document: dict[str, Any] = {
@@ -151,15 +149,18 @@ def name_file(path: Path, root: Path) -> str:
     return path.resolve().as_posix()
 
 
-def score_image_columns(rows: pd.DataFrame, index: ImageIndex) -> dict[str, float]:
-    """Return the columns that name files, each with the share of its values that do."""
+def score_image_columns(
+    rows: pd.DataFrame, index: ImageIndex, *, as_folders: bool = False
+) -> dict[str, float]:
+    """Return the columns that name files or folders, each with the share of its values that do."""
+    find = index.find_in_folder if as_folders else index.find
     scores = {}
     for name in map(str, rows):
         values = pd.unique(rows[name])
         values = values[values != ""][:N_TRIED]
         if len(values) < 2 and len(rows) > 2:
             continue
-        share = sum(bool(index.find(value)) for value in values) / max(len(values), 1)
+        share = sum(bool(find(value)) for value in values) / max(len(values), 1)
         if share:
             scores[name] = share
     return scores
@@ -171,6 +172,7 @@ def _choose_image(
     if choices.image:
         return choices.image
     scores = score_image_columns(rows, index)
+    scores = scores or score_image_columns(rows, index, as_folders=True)
     if scores:
         return max(scores, key=lambda name: (round(scores[name], 1), has_role(name, "image")))
     if not index.paths:
@@ -214,170 +216,18 @@ def _reserve(draft: _Draft, rows: pd.DataFrame, choices: Choices) -> None:
         draft.taken.append(find_column(rows, role, ()))
 
 
-@dataclass(frozen=True)
-class LabelChoice:
-    """A label's column and what its values mean.
-
-    Parameters
-    ----------
-    column : str
-    meanings : Meanings
-    empty : str
-        What an empty field means.
-    comment : str
-        What to say of it in the recipe.
-    """
-
-    column: str
-    meanings: Meanings
-    empty: str = "unknown"
-    comment: str = ""
-
-    def as_section(self) -> dict[str, Any]:
-        """Return `[label]` of a recipe."""
-        others = {"others": "unknown"} if self.meanings.unknown else {}
-        empty = {} if self.empty == "unknown" else {"empty": self.empty}
-        return {
-            "column": self.column,
-            "normal": list(self.meanings.normal),
-            "abnormal": list(self.meanings.abnormal),
-            **empty,
-            **others,
-        }
-
-    def read(self, rows: pd.DataFrame) -> "pd.Series[str]":
-        """Return normal, abnormal or unknown for each row."""
-        known = dict.fromkeys(self.meanings.normal, "normal")
-        known |= dict.fromkeys(self.meanings.abnormal, "abnormal") | {"": self.empty}
-        return rows[self.column].map(known).fillna("unknown")
-
-
-def choose_label(
-    rows: pd.DataFrame, choices: Choices, source: str, taken: Iterable[str]
-) -> LabelChoice:
-    """Return the label's column and what its values mean.
-
-    Raises
-    ------
-    UndecidedError
-        Several columns may be meant or none, or the words of its values do not say what is normal.
-    """
-    column = choices.label or _find_label(rows, choices, source, taken)
-    values = [value for value in rows[column].value_counts().index if value]
-    what = f"column {column!r} of {source}"
-    meanings = settle_meanings(values, choices, what, rows[column].value_counts().to_dict())
-    has_empty = bool((rows[column] == "").any())
-    empty = choices.empty or "unknown"
-    comment = "Which values mean what."
-    if not meanings.normal and has_empty and not choices.empty:
-        empty = "normal"
-        comment += " An empty field was taken for normal, as all others are abnormal: is that so?"
-    elif meanings.unknown:
-        comment += f" As unknown count: {show_values(meanings.unknown)}."
-    return LabelChoice(column, meanings, empty, comment)
-
-
-def _find_label(rows: pd.DataFrame, choices: Choices, source: str, taken: Iterable[str]) -> str:
-    barred = set(taken)
-    named = {*(choices.normal or ()), *(choices.abnormal or ())}
-    likely = []
-    for name in rows.columns.difference(list(barred), sort=False):
-        values = [value for value in pd.unique(rows[name]) if value]
-        if not 0 < len(values) <= MAX_CLASSES:
-            continue
-        is_one_sided = values in (["1"], ["TRUE"], ["x"], ["X"]) and (rows[name] == "").any()
-        if named <= set(values) if named else is_one_sided or guess_meanings(values) is not None:
-            likely.append(name)
-    for way in (
-        [name for name in likely if has_role(name, "label")],
-        likely if not any(has_role(name, "label") for name in likely) else [],
-    ):
-        if len(way) == 1:
-            return way[0]
-    few = [
-        name for name in rows.columns if name not in barred and rows[name].nunique() <= MAX_CLASSES
-    ]
-    answers = tuple(likely or few or rows.columns)
-    listed = "\n".join(f"  - {name!r}: {_count(rows[name])}" for name in answers[:MAX_CLASSES])
-    raise UndecidedError(
-        f"it is not clear which column of {source} is the label. Name it with --label, one of:\n"
-        f"{listed}",
-        "label",
-        "Which column is the label?",
-        answers,
-    )
-
-
-def settle_meanings(
-    values: Sequence[str], choices: Choices, what: str, counts: dict[Any, int]
-) -> Meanings:
-    """Return which of the values are normal and abnormal, as chosen or as their words say.
-
-    Parameters
-    ----------
-    values : sequence of str
-        Without the empty one.
-    choices : Choices
-    what : str
-        What messages call where the values are.
-    counts : dict
-        How often each occurs.
-
-    Raises
-    ------
-    UndecidedError
-        Neither says it.
-    RecipeError
-        A chosen value does not occur, or a value that occurs is not chosen.
-    """
-    normal, abnormal = choices.normal or (), choices.abnormal or ()
-    there = f"{what} holds {show_counts(counts)}"
-    strange = [value for value in (*normal, *abnormal) if value not in values]
-    if strange:
-        raise RecipeError(
-            f"{strange[0]!r} does not occur: {there}. Correct --normal or --abnormal."
-        )
-    if twice := set(normal) & set(abnormal):
-        raise RecipeError(f"{min(twice)!r} is given as --normal and as --abnormal. Choose one.")
-    rest = [value for value in values if value not in (*normal, *abnormal)]
-    guess = guess_meanings(values)
-    unknown = tuple(v for v in rest if v in (_words_for_unknown(values)))
-    rest = [value for value in rest if value not in unknown]
-    if normal and abnormal and rest:
-        raise RecipeError(
-            f"{', '.join(map(repr, rest))} is neither --normal nor --abnormal: {there}. Name it "
-            "too."
-        )
-    if abnormal:
-        return Meanings(normal or tuple(rest), abnormal, unknown)
-    if normal:
-        return Meanings(normal, tuple(rest), unknown)
-    if guess is None and len(values) == 1 and counts.get(""):
-        return Meanings((), tuple(values))
-    if guess is None:
-        raise UndecidedError(
-            f"what is abnormal cannot be told from the words: {there}. Name what is abnormal with "
-            "--abnormal, once for each value; all others are normal then.",
-            "abnormal",
-            "Which mean abnormal?",
-            tuple(values),
-        )
-    return guess
-
-
-def _words_for_unknown(values: Sequence[str]) -> Collection[str]:
-    """Return the values that are words for nobody knows."""
-    guess = guess_meanings([*values, "normal", "abnormal"])
-    return guess.unknown if guess else ()
+def _find_patient(rows: pd.DataFrame, choices: Choices) -> tuple[str, ...]:
+    if choices.patient is not None:
+        return choices.patient
+    likely = find_column(rows, "patient", ())
+    return (likely,) if likely else ()
 
 
 def _choose_patient(draft: _Draft, rows: pd.DataFrame, choices: Choices) -> None:
+    """Name the columns of the patient; where there are none, a study or an image stands for one."""
     table = draft.sections["table"]
     likely = find_column(rows, "patient", ())
-    if choices.patient is None and likely:
-        chosen: tuple[str, ...] = (likely,)
-    else:
-        chosen = choices.patient or ()
+    chosen = _find_patient(rows, choices)
     if chosen:
         _refuse_empty(rows, chosen, "patient")
         table["patient"] = _one_or_list(chosen)
@@ -386,10 +236,18 @@ def _choose_patient(draft: _Draft, rows: pd.DataFrame, choices: Choices) -> None
             "one split alone."
         )
         draft.settled["patient"] = " + ".join(chosen)
-    else:
-        hint = f". Column {likely!r} may name them: add --patient {likely!r}" if likely else ""
-        draft.warnings.append(f"{NO_PATIENTS}{hint}")
-        draft.settled["patient"] = "each image"
+        return
+    hint = f". Column {likely!r} may name them: add --patient {likely!r}" if likely else ""
+    if study := table.get("study"):
+        table["patient"] = study
+        draft.comments["table.patient"] = "No column names the patients: each study counts as one."
+        draft.settled["patient"] = "each study"
+        draft.warnings.append(f"{NO_PATIENTS.format('study', 'two studies')}{hint}")
+        return
+    draft.sections["groups"] = {"rule": "image"}
+    draft.comments["groups"] = "No column names the patients: each image counts as one."
+    draft.settled["patient"] = "each image"
+    draft.warnings.append(f"{NO_PATIENTS.format('image', 'two films')}{hint}")
 
 
 def _refuse_empty(rows: pd.DataFrame, names: Iterable[str], role: str) -> None:
@@ -457,12 +315,12 @@ def _choose_study(
     """Name the columns of the study, and return the label's level."""
     table = draft.sections["table"]
     if choices.study is None:
-        likely = find_column(rows, "study", [label.column, *_listed(table.get("patient", ()))])
+        patient = _find_patient(rows, choices)
+        likely = find_column(rows, "study", [label.column, *patient])
         chosen: tuple[str, ...] = (likely,) if likely and not (rows[likely] == "").any() else ()
-        if chosen and "patient" in table:
-            patient = tuple(_listed(table["patient"]))
-            if _n_distinct(rows, chosen) < _n_distinct(rows, (*patient, *chosen)):
-                chosen = (*patient, *chosen)
+        whole = (*patient, *chosen)
+        if chosen and _n_distinct(rows, chosen) < _n_distinct(rows, whole):
+            chosen = whole  # numbers of studies begin anew with each patient
     else:
         chosen = choices.study
     if not chosen:
@@ -612,22 +470,6 @@ def _tells_label(column: "pd.Series[str]", means: "pd.Series[str]") -> bool:
     labels = means[is_known].groupby(column[is_known])
     is_common = labels.size().max() > 2 and labels.ngroups > 1
     return bool(is_common and means[is_known].nunique() > 1 and (labels.nunique() == 1).all())
-
-
-def show_values(values: Sequence[str], most: int = 6) -> str:
-    """Name the first few values."""
-    shown = ", ".join(values[:most])
-    return f"{shown}, …" if len(values) > most else shown or "none"
-
-
-def show_counts(counts: dict[Any, int], most: int = MAX_CLASSES) -> str:
-    """Name the first few values, each with its number of rows."""
-    shown = [f"{value!r} ({n:,})" if value else f"nothing ({n:,})" for value, n in counts.items()]
-    return ", ".join(shown[:most]) + (", …" if len(shown) > most else "")
-
-
-def _count(column: "pd.Series[str]") -> str:
-    return show_counts(column.value_counts().to_dict(), 6)
 
 
 def _join(rows: pd.DataFrame, names: Sequence[str]) -> "pd.Series[str]":
