@@ -43,7 +43,8 @@ SIGNATURES = {
     "progress=None",
     "propose_recipe": "path, image_root=None, *, kind='auto', name='', image=None, label=None, "
     "normal=None, abnormal=None, empty=None, patient=None, study=None, region=None, split=None, "
-    "covariates=None, pattern=None, test_fraction=None, seed=0, encoding='', delimiter='', sheet=''",
+    "covariates=None, pattern=None, test_fraction=None, seed=0, encoding='', delimiter='', "
+    "sheet=''",
     "read_manifest": "path",
     "load_encoder": "ref, *, device='auto', precision='auto', fit='stretch', "
     "poolings=('mean', 'max'), progress=None",

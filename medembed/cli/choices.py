@@ -82,8 +82,15 @@ _QUESTIONS = {
     "region": "Column with the body part",
     "split": "Column that says train or test",
     "covariates": "Columns to keep",
+    "pattern": "How paths look, as '{label}/{patient}_*'",
     "test_fraction": "Share of the studies for test",
 }
+_CHANGEABLE = {
+    "table": tuple(name for name in _QUESTIONS if name != "pattern"),
+    "folders": ("normal", "abnormal", "pattern", "test_fraction"),
+    "dicom": ("image", "label", "normal", "abnormal", "test_fraction"),
+}
+"""What a person may change, by the recipe's layout."""
 _SEVERAL = ("normal", "abnormal", "patient", "study", "covariates")
 
 
@@ -119,38 +126,44 @@ def settle(
     from medembed.core.errors import MedembedError
     from medembed.dataset.recipes.choices import UndecidedError
 
-    proposal, settled = None, choices
+    proposal = None
     while True:
         try:
-            proposal = propose(settled)
-            choices = settled
+            proposal = propose(choices)
+            accepted = choices
+            _describe(proposal)
         except UndecidedError as error:
             if not ask:
                 raise
-            settled = _set(settled, error.choice, _pick(error))
+            choices = _set(choices, error.choice, _pick(error))
             continue
         except MedembedError as error:
-            if proposal is None or not ask:
+            if proposal is None:
                 raise
             say(f"That does not work: {error}")
-        say(str(proposal))
-        for warning in proposal.warnings:
-            say(f"Warning: {warning}")
-        for notice in proposal.notices:
-            say(f"Note: {notice}")
-        if not ask or not (name := _ask_for_change()):
+        if not ask or not (name := _ask_for_change(proposal.recipe.layout)):
             return proposal
-        settled = _set(choices, name, _ask(name))
+        choices = _set(accepted, name, _ask(name))
 
 
-def _ask_for_change() -> str:
-    names = ", ".join(name.replace("_", "-") for name in _QUESTIONS)
+def _describe(proposal: "Proposal") -> None:
+    say(str(proposal))
+    for warning in proposal.warnings:
+        say(f"Warning: {warning}")
+    for notice in proposal.notices:
+        say(f"Note: {notice}")
+
+
+def _ask_for_change(layout: str) -> str:
+    """Ask what to change; return "" where nothing is."""
+    known = _CHANGEABLE.get(layout, ())
+    names = ", ".join(name.replace("_", "-") for name in known)
     say()
-    say(f"To change something, name it: {names}.")
+    say(click.wrap_text(f"To change something, name it: {names}.", 80))
     while True:
         answer = click.prompt("Enter writes the recipe", default="", show_default=False, err=True)
         name = str(answer).strip().replace("-", "_")
-        if not name or name in _QUESTIONS:
+        if not name or name in known:
             return name
         say(f"{answer!r} is none of them.")
 

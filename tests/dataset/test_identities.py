@@ -473,7 +473,7 @@ def test_spellings_in_a_tables_splits_want_exact(root: Path) -> None:
     exact = TABLE.format(top='ids = "exact"', split='column = "set"')
     rows = build(root, exact, strict=True).manifest.rows
     assert rows["ids"].eq("exact").all()
-    with pytest.raises(RecipeError, match="ids must be .* not 'alike'"):
+    with pytest.raises(RecipeError, match=r"ids must be .* not 'alike'"):
         build(root, exact.replace('"exact"', '"alike"'))
     with pytest.raises(RecipeError, match="covariates names 'ids'"):
         build(root, exact.replace('["sex"]', '["ids"]'))

@@ -25,6 +25,7 @@ from medembed.dataset.recipes.label_proposals import (
     show_counts,
     show_values,
 )
+from medembed.dataset.recipes.readers import compile_pattern
 from medembed.dataset.recipes.table_proposals import NO_PATIENTS, ONE_REGION, draw_split
 
 __all__ = ["propose_folders"]
@@ -121,7 +122,7 @@ def propose_folders(root: Path, choices: Choices, *, name: str = "") -> Proposal
     document = {
         "name": name or normalise(root.name) or "mine",
         "layout": "folders",
-        "label_level": "study" if "study" in fields else "image",
+        "label_level": _find_level(pattern, fields, paths),
         **({"split_names": names} if names else {}),
         **sections,
     }
@@ -225,8 +226,6 @@ def _write_pattern(levels: _Levels, paths: Sequence[str]) -> str:
 
 def _count_labels(pattern: str, paths: Sequence[str], root: Path) -> dict[str, int]:
     """Count what a given pattern reads as the label."""
-    from medembed.dataset.recipes.readers import compile_pattern
-
     matcher = compile_pattern(normalise(pattern), Path("--pattern"))
     found = [match for path in paths if (match := matcher.fullmatch(path))]
     if not found:
@@ -235,6 +234,21 @@ def _count_labels(pattern: str, paths: Sequence[str], root: Path) -> dict[str, i
             f"{paths[0]}. Correct --pattern."
         )
     return dict(Counter(match["label"] for match in found))
+
+
+def _find_level(pattern: str, fields: Sequence[str], paths: Sequence[str]) -> str:
+    """Return what the label is of: the study, unless views of one lie under different labels."""
+    if "study" not in fields:
+        return "image"
+    if "label" not in fields:
+        return "study"
+    matcher = compile_pattern(normalise(pattern), Path("--pattern"))
+    parts = [name for name in ("region", "patient", "study") if name in fields]
+    labels: dict[tuple[str, ...], str] = {}
+    for match in filter(None, map(matcher.fullmatch, paths)):
+        if labels.setdefault(match.group(*parts, "study")[:-1], match["label"]) != match["label"]:
+            return "image"
+    return "study"
 
 
 def _of_class(levels: _Levels, meanings: Meanings) -> tuple[int, int]:

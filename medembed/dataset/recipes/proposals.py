@@ -271,12 +271,12 @@ def _find_tables(root: Path, place: Path) -> list[Path]:
         columns = tuple(table.columns)
         if "sha256" in columns and "split" in columns:
             continue  # a manifest
-        scores = score_image_columns(table, index)
-        scores = scores or score_image_columns(table, index, as_folders=True)
-        best = max(scores, key=lambda own: scores[own], default="")
-        n_found = round(scores[best] * table[best].nunique()) if best else 0
-        if best and (scores[best] >= ENOUGH or n_found >= ENOUGH * len(index.paths)):
-            found.append(_Candidate(path, columns, scores[best] + n_found / len(table) / 10))
+        best = next(iter(score_image_columns(table, index)), None)
+        if best is None:
+            continue
+        n_found = best.share * table[best.column].nunique()
+        if best.share >= ENOUGH or n_found >= ENOUGH * len(index.paths):
+            found.append(_Candidate(path, columns, best.rank))
     if not found:
         return []
     best_one = max(found, key=lambda own: (own.score, len(own.columns)))
@@ -454,9 +454,8 @@ def _find_key(
 ) -> tuple[str, str]:
     """Return the column that tells files or studies, and what it holds."""
     columns = [chosen] if chosen else list(rows.columns)
-    scores: dict[tuple[str, str], float] = {
-        (name, "file"): share for name, share in score_image_columns(rows[columns], index).items()
-    }
+    named = score_image_columns(rows[columns], index)
+    scores = {(own.column, "file"): own.share for own in named}
     for name in columns:
         values = {normalise(value) for value in rows[name].unique()} - {""}
         for way, keys in headers.keys.items():

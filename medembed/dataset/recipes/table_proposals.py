@@ -32,6 +32,7 @@ from medembed.dataset.split_counts import ENOUGH_OF_CLASS, ENOUGH_PATIENTS
 
 __all__ = [
     "ONE_REGION",
+    "NamedFiles",
     "choose_fraction",
     "draw_split",
     "name_file",
@@ -40,6 +41,7 @@ __all__ = [
 ]
 
 ONE_REGION = "all"
+FEW_NAMES = 0.2  # distinct values a row: a column with fewer says something of images, not which
 N_TRIED = 2000  # values of a column that are looked for among the files
 MAX_REGIONS = 40
 FRACTIONS = (0.2, 0.3, 0.4)
@@ -149,21 +151,41 @@ def name_file(path: Path, root: Path) -> str:
     return path.resolve().as_posix()
 
 
-def score_image_columns(
-    rows: pd.DataFrame, index: ImageIndex, *, as_folders: bool = False
-) -> dict[str, float]:
-    """Return the columns that name files or folders, each with the share of its values that do."""
-    find = index.find_in_folder if as_folders else index.find
-    scores = {}
-    for name in map(str, rows):
-        values = pd.unique(rows[name])
-        values = values[values != ""][:N_TRIED]
-        if len(values) < 2 and len(rows) > 2:
-            continue
-        share = sum(bool(find(value)) for value in values) / max(len(values), 1)
-        if share:
-            scores[name] = share
-    return scores
+@dataclass(frozen=True)
+class NamedFiles:
+    """How well a column names images.
+
+    Parameters
+    ----------
+    column : str
+    share : float
+        Of its values, those that name a file or a folder of images.
+    rank : float
+        Higher where it is more likely meant: labels, too, may be names of files such as 0.png.
+    """
+
+    column: str
+    share: float
+    rank: float
+
+
+def score_image_columns(rows: pd.DataFrame, index: ImageIndex) -> list[NamedFiles]:
+    """Return the columns that name files, or else folders; the likeliest first."""
+    for find in (index.find, index.find_in_folder):
+        found = []
+        for name in map(str, rows):
+            values = pd.unique(rows[name])
+            values = values[values != ""]
+            variety = len(values) / max(len(rows), 1)
+            is_called_so = has_role(name, "image")
+            if len(values) == 0 or (variety < FEW_NAMES and not is_called_so):
+                continue
+            tried = values[:N_TRIED]
+            if share := sum(bool(find(value)) for value in tried) / len(tried):
+                found.append(NamedFiles(name, share, share * variety + is_called_so / 10))
+        if found:
+            return sorted(found, key=lambda own: -own.rank)
+    return []
 
 
 def _choose_image(
@@ -171,10 +193,8 @@ def _choose_image(
 ) -> str:
     if choices.image:
         return choices.image
-    scores = score_image_columns(rows, index)
-    scores = scores or score_image_columns(rows, index, as_folders=True)
-    if scores:
-        return max(scores, key=lambda name: (round(scores[name], 1), has_role(name, "image")))
+    if found := score_image_columns(rows, index):
+        return found[0].column
     if not index.paths:
         raise RecipeError(
             f"no image below {root}, such as .png, .jpg, .tif or .dcm. Give --image-root the "
