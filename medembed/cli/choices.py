@@ -19,14 +19,17 @@ _OPTIONS = (
     click.option("--image", metavar="COL", help="Column with the image's path, name or stem."),
     click.option("--label", metavar="COL", help="Column with the label."),
     click.option(
-        "--normal", metavar="V", multiple=True, help="Label or folder that is normal; repeatable."
+        "--normal",
+        metavar="V",
+        multiple=True,
+        help="Label value or folder that means normal; repeatable.",
     ),
     click.option(
         "--abnormal",
         metavar="V",
         multiple=True,
-        help="Label or folder that is abnormal; repeatable. With one of the two, all others are "
-        "the other.",
+        help="Label value or folder that means abnormal; repeatable. If only one of the two "
+        "options is given, all other values mean the opposite.",
     ),
     click.option(
         "--empty",
@@ -37,10 +40,13 @@ _OPTIONS = (
         "--patient",
         metavar="COL",
         multiple=True,
-        help="Column that names the patient; repeatable, where several do together.",
+        help="Column that identifies the patient; repeatable if several do so together.",
     ),
     click.option(
-        "--study", metavar="COL", multiple=True, help="Column that names the study; repeatable."
+        "--study",
+        metavar="COL",
+        multiple=True,
+        help="Column that identifies the study; repeatable.",
     ),
     click.option("--region", metavar="COL", help="Column with the body part."),
     click.option("--split", metavar="COL", help="Column that says train or test."),
@@ -49,22 +55,22 @@ _OPTIONS = (
         "covariates",
         metavar="COL",
         multiple=True,
-        help="Column to keep, such as age; repeatable.",
+        help="Column to keep in the manifest, such as age; repeatable.",
     ),
-    click.option("--encoding", help="Of the table, such as cp1250; by default found out."),
-    click.option("--delimiter", help="Of the table; by default found out."),
-    click.option("--sheet", help="Of an Excel table; by default the first one with cells."),
+    click.option("--encoding", help="Encoding of the table, such as cp1250; detected by default."),
+    click.option("--delimiter", help="Delimiter of the table; detected by default."),
+    click.option("--sheet", help="Sheet of an Excel file; by default the first that is not empty."),
     click.option(
         "--pattern",
         metavar="PATTERN",
-        help="How paths look: '{split}/{label}/{patient}_*'.",
+        help="Form of the paths, such as '{split}/{label}/{patient}_*'.",
     ),
     click.option(
         "--test-fraction",
         type=Finite(0, 1, min_open=True, max_open=True),
         metavar="F",
-        help="Share of the studies to draw for test, by patient.  [default: 0.2, or up to 0.4 "
-        "where test would be too small to score]",
+        help="Share of studies to draw for test, by patient.  [default: 0.2, or up to 0.4 if "
+        "test would be too small to score]",
     ),
 )
 CHOICES = (
@@ -77,8 +83,8 @@ _QUESTIONS = {
     "label": "Column with the label",
     "normal": "Values that mean normal",
     "abnormal": "Values that mean abnormal",
-    "patient": "Column that names the patient",
-    "study": "Column that names the study",
+    "patient": "Column that identifies the patient",
+    "study": "Column that identifies the study",
     "region": "Column with the body part",
     "split": "Column that says train or test",
     "covariates": "Columns to keep",

@@ -118,13 +118,13 @@ def build_command(
     _conclude_build(report, output)
     if text:
         document["recipe"] = str(build_file.recipe_path(output))
-        say(f"{document['recipe']}: the recipe, which builds this manifest again")
+        say(f"{document['recipe']}: the recipe of this build, to repeat or correct it")
     if as_json:
         print_json(document)
     elif not structure_only:
         suggest("extract", str(output), "--image-root", str(root), "--encoder",
                   "google/medgemma-4b-pt", "--cache", "cache")  # fmt: skip
-        say("      (or --encoder demo, which needs no download, to try the way)")
+        say("      (--encoder demo tries this without a download)")
 
 
 def _refuse_mixture(
@@ -241,7 +241,7 @@ def init_command(
     ask = is_interactive() and not yes and not as_json
     proposal = settle(propose_with, read_choices(given), ask=ask)
     write_atomically(output, proposal.text.encode())
-    say(f"{output}: a recipe; read it, it says what was guessed")
+    say(f"{output}: the recipe; its comments say what was guessed")
     if as_json:
         print_json({**proposal.as_dict(), "output": str(output)})
         return

@@ -41,8 +41,8 @@ def test_a_folder_per_class_is_a_manifest_that_its_recipe_builds_again(films: Pa
     assert done.exit_code == 0, done.output
     lines = done.stderr.splitlines()
     begins = [
-        *("split region images", "Warning: nothing names the patients", f"{out}: 40 images"),
-        *(f"{films.parent / 'm.recipe.toml'}: the recipe", f"Next: medembed extract {out}"),
+        *("split region images", "Warning: nothing identifies the patients", f"{out}: 40 images"),
+        *(f"{films.parent / 'm.recipe.toml'}: the recipe of", f"Next: medembed extract {out}"),
     ]
     at = [next(i for i, line in enumerate(lines) if line.startswith(own)) for own in begins]
     assert at == sorted(at)
@@ -62,7 +62,7 @@ def test_a_table_needs_no_recipe_and_no_column_is_guessed_but_image_and_label(fi
     table = ("--from-table", films / "labels.csv", "-o", out, "--json")
     done = run("build", *table)
     assert done.exit_code == 0, done.output
-    assert "Column 'patient' may name them: add --patient 'patient'" in done.stderr
+    assert "Column 'patient' looks like it does: add --patient 'patient'" in done.stderr
     assert "Next:" not in done.output
     document = json.loads(done.stdout)
     assert (document["images"], document["patients"]) == (40, 40)
@@ -129,7 +129,7 @@ def test_init_writes_a_recipe_without_a_question_where_there_is_no_terminal(film
     assert done.exit_code == 0, done.output
     assert f"Next: medembed manifest build {out} --image-root {films}" in done.stderr
     text = out.read_text()
-    assert "# Who a film is of: 20 patients." in text
+    assert "# Identifies the patient (20 patients)" in text
     recipe = tomllib.loads(text)
     assert recipe["table"]["patient"] == "patient"
     assert recipe["region"] == {"column": "part"}

@@ -98,12 +98,12 @@ def propose_folders(root: Path, choices: Choices, *, name: str = "") -> Proposal
         sections["label"] = {"normal": list(meanings.normal), "abnormal": list(meanings.abnormal)}
         if meanings.unknown:
             sections["label"]["others"] = "unknown"
-        comments["label"] = "Which folders mean what."
+        comments["label"] = "What the folders mean."
         settled["normal"] = show_values(meanings.normal)
         settled["abnormal"] = show_values(meanings.abnormal)
     if "patient" not in fields:
         sections["groups"] = {"rule": "image"}
-        comments["groups"] = "No folder names the patients: each image counts as one."
+        comments["groups"] = "No folder identifies the patient: each image counts as one."
         settled["patient"] = "each image"
         warnings.append(
             f"{NO_PATIENTS.format('image', 'two films')}{_suggest_patients(paths, pattern)}"
@@ -117,7 +117,7 @@ def propose_folders(root: Path, choices: Choices, *, name: str = "") -> Proposal
         n_images = len(paths)
         rarest = min(_of_class(levels, meanings)) if meanings and levels.values else 0
         sections["split"] = draw_split(choices, n_images, rarest)
-        comments["split"] = "Drawn by patient, alike in label and region."
+        comments["split"] = "Drawn by patient, stratified by label and region."
         settled["test"] = f"{sections['split']['fraction']:g} of the images, drawn"
     document = {
         "name": name or normalise(root.name) or "mine",

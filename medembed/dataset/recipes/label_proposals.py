@@ -77,12 +77,12 @@ def choose_label(
     meanings = settle_meanings(values, choices, what, rows[column].value_counts().to_dict())
     has_empty = bool((rows[column] == "").any())
     empty = choices.empty or "unknown"
-    comment = "Which values mean what."
+    comment = "What the label's values mean."
     if not meanings.normal and has_empty and not choices.empty:
         empty = "normal"
-        comment += " An empty field was taken for normal, as all others are abnormal: is that so?"
+        comment += " None means normal, so an empty field was taken for normal: check that."
     elif meanings.unknown:
-        comment += f" As unknown count: {show_values(meanings.unknown)}."
+        comment += f" These count as unknown: {show_values(meanings.unknown)}."
     return LabelChoice(column, meanings, empty, comment)
 
 

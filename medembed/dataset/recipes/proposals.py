@@ -246,7 +246,7 @@ def _propose_mura(root: Path) -> Proposal:
         root,
         recipe.path.read_text(encoding="utf-8"),
         {"data set": "MURA v1.1"},
-        notices=["this is MURA v1.1, which has a recipe of its own: mura"],
+        notices=["this is MURA v1.1, which medembed has a recipe for: mura"],
     )
 
 
@@ -306,7 +306,7 @@ def _recognise(table: Path) -> list[str]:
         spec = load_recipe(name).table
         assert spec is not None
         if table.name in spec.file and columns >= {spec.image, *spec.patient, *spec.covariates}:
-            known.append(f"this looks like {name}, which has a recipe of its own: {name}")
+            known.append(f"this looks like {name}, which medembed has a recipe for: {name}")
     return known
 
 
@@ -359,14 +359,16 @@ def _read_headers(root: Path, paths: Sequence[str]) -> _Headers:
 
 
 def _open_each(root: Path, paths: Sequence[str]) -> Iterator[Any]:
-    for path in paths:
-        try:
-            with open_plain(root / path) as file:
-                dataset = read_dicom(file, TAGS, with_pixels=False)
-            if not why_no_image(dataset):
-                yield dataset
-        except Exception:  # damage is counted and named when the manifest is built
-            continue
+    headers = (_read_header(root / path) for path in paths)
+    return (header for header in headers if header is not None and not why_no_image(header))
+
+
+def _read_header(path: Path) -> Any:
+    try:
+        with open_plain(path) as file:
+            return read_dicom(file, TAGS, with_pixels=False)
+    except Exception:  # damage is counted and named when the manifest is built
+        return None
 
 
 def _propose_dicom(root: Path, choices: Choices, name: str, tables: Sequence[Path]) -> Proposal:
@@ -392,8 +394,8 @@ def _propose_dicom(root: Path, choices: Choices, name: str, tables: Sequence[Pat
         found = read_foreign_table(tables[0], RecipeError, known=choices.format)
         level = _join_table(dicom, sections, settled, found, tables[0], root, choices, headers)
         notices += found.notes
-        comments["dicom.table"] = "Labels, and what a row of them speaks of."
-        comments["label"] = "Which values mean what."
+        comments["dicom.table"] = "The table of labels, and what its rows refer to."
+        comments["label"] = "What the label's values mean."
     else:
         level = "study"
         warnings.append(
@@ -405,7 +407,7 @@ def _propose_dicom(root: Path, choices: Choices, name: str, tables: Sequence[Pat
     if others:
         notices.append(f"other modalities are left out: {show_values(list(others))}")
     sections["split"] = draw_split(choices, len(headers.patients), 0)
-    comments["split"] = "Drawn by patient, alike in label and region."
+    comments["split"] = "Drawn by patient, stratified by label and region."
     settled["test"] = f"{sections['split']['fraction']:g} of the studies, drawn"
     document = {
         "name": name or normalise(root.name) or "mine",

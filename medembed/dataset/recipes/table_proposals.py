@@ -46,8 +46,8 @@ N_TRIED = 2000  # values of a column that are looked for among the files
 MAX_REGIONS = 40
 FRACTIONS = (0.2, 0.3, 0.4)
 NO_PATIENTS = (
-    "nothing names the patients, so each {} counts as a patient of its own: {} of one person may "
-    "stand in train and test, and scores come out too good"
+    "nothing identifies the patients, so each {} counts as a patient of its own: {} of one person "
+    "may end up in both train and test, and scores look better than they are"
 )
 
 
@@ -99,9 +99,7 @@ def propose_table(
     files = [name_file(path, root) for path in paths]
     table: dict[str, Any] = {"file": files[0] if len(files) == 1 else files, "image": image}
     draft.sections["table"] = table
-    draft.comments["table.image"] = (
-        "The column that names the image: a path, a file's name, or stem."
-    )
+    draft.comments["table.image"] = "Column with the image's path, file name, or stem."
     draft.settled["image"] = image
     _add_format(draft, found[0], paths)
     by_file = len(paths) > 1
@@ -224,8 +222,8 @@ def _add_format(draft: _Draft, found: ForeignTable, paths: Sequence[Path]) -> No
     }
     if any(kept.values()) and len(paths) == 1:
         draft.sections["format"] = {key: value for key, value in kept.items() if value}
-        draft.comments["format"] = "How the table is written, as it was found out."
-        draft.settled["table"] = ", ".join(map(repr, filter(None, kept.values())))
+        draft.comments["format"] = "How the file is written, as it was detected."
+        draft.settled["written in"] = ", ".join(map(repr, filter(None, kept.values())))
 
 
 def _reserve(draft: _Draft, rows: pd.DataFrame, choices: Choices) -> None:
@@ -252,20 +250,22 @@ def _choose_patient(draft: _Draft, rows: pd.DataFrame, choices: Choices) -> None
         _refuse_empty(rows, chosen, "patient")
         table["patient"] = _one_or_list(chosen)
         draft.comments["table.patient"] = (
-            f"Who a film is of: {counted(_n_distinct(rows, chosen), 'patient')}. A patient is in "
-            "one split alone."
+            f"Identifies the patient ({counted(_n_distinct(rows, chosen), 'patient')}), whose "
+            "films all stay in one split."
         )
         draft.settled["patient"] = " + ".join(chosen)
         return
-    hint = f". Column {likely!r} may name them: add --patient {likely!r}" if likely else ""
+    hint = f". Column {likely!r} looks like it does: add --patient {likely!r}" if likely else ""
     if study := table.get("study"):
         table["patient"] = study
-        draft.comments["table.patient"] = "No column names the patients: each study counts as one."
+        draft.comments["table.patient"] = (
+            "No column identifies the patient: each study counts as one."
+        )
         draft.settled["patient"] = "each study"
         draft.warnings.append(f"{NO_PATIENTS.format('study', 'two studies')}{hint}")
         return
     draft.sections["groups"] = {"rule": "image"}
-    draft.comments["groups"] = "No column names the patients: each image counts as one."
+    draft.comments["groups"] = "No column identifies the patient: each image counts as one."
     draft.settled["patient"] = "each image"
     draft.warnings.append(f"{NO_PATIENTS.format('image', 'two films')}{hint}")
 
@@ -356,8 +356,10 @@ def _choose_study(
     n_labels = label.read(rows).groupby(keys).nunique().max()
     level = "study" if n_labels == 1 else "image"
     reason = "every study has one label" if level == "study" else "views of a study differ in label"
-    draft.comments["label_level"] = f"What the label speaks of: {reason}."
-    draft.settled["label is of"] = f"the {level}: {reason}"
+    draft.comments["label_level"] = (
+        f"Whether a label belongs to the study or to the image: {reason}."
+    )
+    draft.settled["label level"] = f"{level}: {reason}"
     return level
 
 
@@ -389,7 +391,7 @@ def _choose_split(
         )  # fmt: skip
     if not column:
         draft.sections["split"] = draw_split(choices, *_count_patients(draft, rows, label))
-        draft.comments["split"] = "Drawn by patient, alike in label and region."
+        draft.comments["split"] = "Drawn by patient, stratified by label and region."
         draft.settled["test"] = f"{draft.sections['split']['fraction']:g} of the studies, drawn"
         return {}
     values = rows[column].unique().tolist()
@@ -475,10 +477,12 @@ def _choose_covariates(
         chosen = tuple(name for name in every if name not in telling)
         if telling:
             draft.notices.append(
-                f"{', '.join(map(repr, telling))} tells the label by itself, and was not made a "
-                "covariate"
+                f"{', '.join(map(repr, telling))} gives the label away, and was left out of the "
+                "covariates"
             )
-        draft.comments["table.covariates"] = "What scores can be looked at by, and models told."
+        draft.comments["table.covariates"] = (
+            "Kept, so that scores can be broken down by them, and heads can use them."
+        )
     if chosen:
         table["covariates"] = list(chosen)
         draft.settled["covariates"] = ", ".join(chosen)

@@ -249,11 +249,18 @@ def test_rows_that_name_folders_speak_of_all_films_in_them(tmp_path: Path) -> No
     assert rows["patient"].nunique() == 12
 
 
+def test_grades_that_are_also_names_of_files_are_not_the_image(tmp_path: Path) -> None:
+    fill(tmp_path, {"films": 8})
+    lines = (f"{i % 4},{i}.png,{('no', 'yes')[i % 2]}" for i in range(8))
+    proposal = propose_recipe(csv(tmp_path / "t.csv", "grade,film,broken", *lines))
+    assert proposal.settled["image"] == "film"
+
+
 def test_a_column_of_ones_and_blanks_is_a_finding(tmp_path: Path) -> None:
     fill(tmp_path, {"films": 12})
     lines = (f"{i}.png,{'1' if i % 2 else ''},{i // 2}" for i in range(12))
     proposal = propose_recipe(csv(tmp_path / "t.csv", "file,fracture,patient", *lines))
-    assert "empty field was taken for normal" in proposal.text
+    assert "an empty field was taken for normal" in proposal.text
     assert build(proposal)["label"].tolist().count(0) == 6
 
 
@@ -263,7 +270,7 @@ def test_what_tells_the_label_by_itself_is_no_covariate(tmp_path: Path) -> None:
     proposal = propose_recipe(csv(tmp_path / "t.csv", "file,fracture,n_lines,device", *lines))
     assert proposal.recipe.table is not None
     assert proposal.recipe.table.covariates == ("device",)
-    assert "'n_lines' tells the label by itself" in proposal.notices[0]
+    assert "'n_lines' gives the label away" in proposal.notices[0]
 
 
 def test_hostile_names_come_back_from_the_recipe(tmp_path: Path) -> None:
@@ -290,6 +297,7 @@ def test_enough_patients_are_drawn_for_test_where_there_are() -> None:
     assert choose_fraction(1000, 300) == 0.2
     assert choose_fraction(66, 33) == 0.4
     assert choose_fraction(80, 40) == 0.3
+    assert choose_fraction(60, 55) == choose_fraction(60, 0) == 0.4
     assert choose_fraction(10, 5) == 0.4  # too few whatever is drawn
 
 
@@ -345,7 +353,7 @@ def test_real_films_become_manifests_without_a_question(shared_data: Path, tmp_p
     assert films.recipe.region.one_hot == ("hand", "leg", "hip", "shoulder", "mixed")
     assert films.recipe.label is not None
     assert films.recipe.label.column == "fractured"
-    assert any("recipe of its own: fracatlas" in notice for notice in films.notices)
+    assert any("has a recipe for: fracatlas" in notice for notice in films.notices)
     assert build(films)["label"].sum() == 33
     folders = propose_recipe(shared_data / "fracatlas", kind="folders")
     assert build(folders)["label"].sum() == 33

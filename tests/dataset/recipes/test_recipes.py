@@ -228,7 +228,7 @@ def test_recipes_are_found_by_name_and_unknown_names_listed() -> None:
         assert recipe.name == name
         assert recipe.licence
         assert recipe.url.startswith("https://")
-    with pytest.raises(PathNotFoundError, match="fracatlas, grazpedwri, mura"):
+    with pytest.raises(PathNotFoundError, match="fracatlas, grazpedwri, lera, mura"):
         load_recipe("muro")
 
 
