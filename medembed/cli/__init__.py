@@ -16,7 +16,7 @@ SECTIONS = {
         "demo": ("demo", "Run the whole path on synthetic radiographs drawn on the spot."),
     },
     "Prepare": {
-        "manifest": ("manifest", "Build and check manifests: one row per image."),
+        "manifest": ("manifest", "Propose, build and check manifests: one row per image."),
         "doctor": ("doctor", "Check device, memory, disk, token and access beforehand."),
         "plan": ("plan", "Compute how many test patients a study needs."),
     },

@@ -95,7 +95,6 @@ def build_command(
     """
     from medembed.dataset import build_file
     from medembed.dataset.recipes import build
-    from medembed.dataset.recipes.proposals import build_proposal
 
     _refuse_mixture(context, recipe, from_folders, from_table, image_root)
     build_file.check_destinations(output)
@@ -108,6 +107,8 @@ def build_command(
                 loaded, root, **options, key_file=key_file, progress=progress
             )
     else:
+        from medembed.dataset.recipes.proposals import build_proposal
+
         proposal = _propose_without_recipe(from_folders, from_table, image_root, given)
         loaded, text = proposal.recipe, proposal.text
         root = image_root or _root_of(from_folders or from_table or Path())
@@ -256,6 +257,7 @@ def _root_of(path: Path) -> Path:
 
 @manifest_command.command(
     "recipes",
+    starting="Reading the recipes",
     short_help="List the recipes of public data sets, or print one.",
     examples=["medembed manifest recipes", "medembed manifest recipes dicom > my.toml"],
 )

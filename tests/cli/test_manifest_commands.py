@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import sys
 import tomllib
 from pathlib import Path
 
@@ -147,8 +146,7 @@ def test_init_writes_a_recipe_without_a_question_where_there_is_no_terminal(film
 def test_init_asks_on_a_terminal_and_takes_corrections(
     films: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = sys.modules["medembed.cli.manifest"]  # the package's attribute is the command
-    monkeypatch.setattr(module, "is_interactive", lambda: True)
+    monkeypatch.setattr("medembed.cli.manifest.is_interactive", lambda: True)
     table = films / "labels.csv"
     table.write_text(table.read_text().replace("yes", "KL3").replace("no,", "KL0,"))
     out = films.parent / "r.toml"
