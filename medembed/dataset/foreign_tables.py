@@ -9,6 +9,7 @@ import csv
 import datetime
 import io
 import re
+import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -294,9 +295,9 @@ def _read_workbook(
     import openpyxl  # for these files alone
 
     sheet = known.sheet
-
     try:
-        with open_plain(path) as opened:
+        with open_plain(path) as opened, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of drop-down lists and styles that it passes over
             _check_unpacked(opened, path, error)
             book = openpyxl.load_workbook(opened, read_only=True, data_only=True)
             names = [own.title for own in book.worksheets]

@@ -1,6 +1,7 @@
 """Tables as programs write them: delimiters, encodings, Excel, decimal commas, and what is said."""
 
 import datetime
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -154,3 +155,15 @@ def test_what_is_no_table_is_one_error(tmp_path: Path, name: str, data: bytes, s
 def test_an_encoding_that_python_does_not_know_is_named(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="encoding 'latin-99'"):
         read(tmp_path / "t.csv", "a\n1\n", known=TableFormat(encoding="latin-99"))
+
+
+def test_what_a_workbook_has_beside_its_cells_draws_no_warning(tmp_path: Path) -> None:
+    path = workbook(tmp_path / "t.xlsx", ["file"], ["a.png"])
+    parts = tmp_path / "parts.xlsx"
+    extension = b'<extLst><ext uri="{CCE6A557-97BC-4b89-ADB6-D9C93CAAB3DF}"/></extLst></worksheet>'
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(parts, "w") as new:
+        for name in old.namelist():
+            data = old.read(name)
+            is_sheet = name.startswith("xl/worksheets/")
+            new.writestr(name, data.replace(b"</worksheet>", extension) if is_sheet else data)
+    assert read(parts).rows["file"].tolist() == ["a.png"]
