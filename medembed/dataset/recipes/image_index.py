@@ -379,11 +379,19 @@ def _without_suffix(path: str) -> str:
 
 
 def _compare_folders(wanted: dict[str, str], paths: dict[str, str], root: Path) -> str:
-    by_name = {posixpath.basename(plain): plain for plain in paths}
+    by_name: dict[str, list[str]] = defaultdict(list)
+    for path in paths:
+        by_name[posixpath.basename(path)].append(path)
     for plain, value in wanted.items():
-        file = by_name.get(posixpath.basename(plain))
-        if file is None:
+        alike = by_name.get(posixpath.basename(plain))
+        if alike is None:
             continue
+        parts = plain.split("/")
+        inner = ["/".join(parts[i:]) for i in range(1, len(parts))]
+        nearest = [own for own in inner if own in paths] or [
+            own for own in alike if own.endswith(f"/{plain}")
+        ]
+        file = (nearest or alike)[0]
         said = f"{value!r} in the table and the file {paths[file]!r} differ in their folders."
         front, back = plain.removesuffix(f"/{file}"), file.removesuffix(f"/{plain}")
         if back != file:

@@ -103,10 +103,17 @@ def _find_label(rows: pd.DataFrame, choices: Choices, source: str, taken: Iterab
     ):
         if len(way) == 1:
             return way[0]
-    few = [
-        name for name in rows.columns if name not in barred and rows[name].nunique() <= MAX_CLASSES
-    ]
-    answers = tuple(likely or few or rows.columns)
+    few = [name for name in rows.columns if name not in barred and _has_few_values(rows[name])]
+    answers = tuple(likely or few)
+    if not answers:
+        listed = ", ".join(map(repr, rows.columns))
+        raise UndecidedError(
+            f"no column of {source} looks like a label, with few values such as 0 and 1; its "
+            f"columns are {listed}. Name the label with --label.",
+            "label",
+            "Which column is the label?",
+            tuple(rows.columns),
+        )
     listed = "\n".join(f"  - {name!r}: {_count(rows[name])}" for name in answers[:MAX_CLASSES])
     raise UndecidedError(
         f"it is not clear which column of {source} is the label. Name it with --label, one of:\n"
@@ -115,6 +122,10 @@ def _find_label(rows: pd.DataFrame, choices: Choices, source: str, taken: Iterab
         "Which column is the label?",
         answers,
     )
+
+
+def _has_few_values(column: "pd.Series[str]") -> bool:
+    return column.nunique() <= MAX_CLASSES and column.nunique() < len(column)
 
 
 def settle_meanings(

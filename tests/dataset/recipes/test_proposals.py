@@ -221,6 +221,25 @@ def test_a_table_that_names_no_film_says_which_there_are(tmp_path: Path) -> None
         propose_recipe(tmp_path)
 
 
+def test_a_table_of_paths_elsewhere_says_what_differs(tmp_path: Path) -> None:
+    root = fill(tmp_path / "films", {f"p{k}": 2 for k in range(4)}, "im{odd}.png")
+    for prefix, said in (
+        (
+            "films/",
+            rf"'films/p0/im0\.png' .* file 'p0/im0\.png' .* --image-root {tmp_path} instead",
+        ),
+        (r"C:\data/", r"'p0/im0\.png' differ in their folders. Take 'C:/data/' off the paths"),
+    ):
+        lines = (f"{prefix}p{i // 2}/im{i % 2}.png,{i % 2}" for i in range(8))
+        with pytest.raises(UndecidedError, match=said):
+            propose_recipe(csv(tmp_path / "t.csv", "file,label", *lines), root)
+    lines = (f"p{i // 2}/im{i % 2}.png,{i}" for i in range(8))
+    with pytest.raises(
+        UndecidedError, match=r"looks like a label, .* 'file', 'age'\. Name the label"
+    ):
+        propose_recipe(csv(tmp_path / "t.csv", "file,age", *lines), root, test_fraction=0.5)
+
+
 def test_tables_by_split_studies_and_rows_of_boxes(tmp_path: Path) -> None:
     fill(tmp_path, {"films": 24}, "f{i}.png")
     for split, first in (("train", 0), ("test", 16)):
