@@ -9,6 +9,8 @@ SHELL := /bin/sh
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 DEMO ?= medembed-demo
+SOURCE ?= images
+OUT ?= medembed-run
 RECIPE ?= data_manifests/mura.toml
 MANIFEST ?= manifest.csv
 IMAGE_ROOT ?= images
@@ -58,7 +60,7 @@ TRUNK_ARGS = $(if $(TRUNK),--trunk-cache $(call quote,$(TRUNK)) --trunk-dtype fl
 RUNS = $(foreach run,sweep depths cnn cnn-frozen autoencoder,$(call under,runs/$(run)))
 PAGE = $(call under,report/index.html)
 
-.PHONY: help setup test soak lint format demo manifest extract sweep finetune autoencoder compare
+.PHONY: help setup test soak lint format demo run manifest extract sweep finetune autoencoder compare
 .PHONY: report evaluate predict reproduce bench bench-check docs audit coverage test-lowest wheel
 .PHONY: sdist sdist-check release-check clean
 
@@ -93,6 +95,9 @@ lint: $(READY) ## ruff, order of imports, mypy (strict) and bandit
 
 demo: $(READY) ## the whole path on synthetic radiographs, minutes (DEMO=directory)
 	$(MEDEMBED) demo $(call quote,$(DEMO)) $(ARGS)
+
+run: $(READY) ## from SOURCE (folder, table, recipe, manifest) to a page in OUT, with ENCODER
+	$(MEDEMBED) run $(call quote,$(SOURCE)) $(BY) -o $(call quote,$(OUT)) $(ARGS)
 
 manifest: $(READY) ## RECIPE and IMAGE_ROOT become MANIFEST
 	$(MEDEMBED) manifest build $(call quote,$(RECIPE)) $(FROM) -o $(call quote,$(MANIFEST)) $(ARGS)

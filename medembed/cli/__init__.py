@@ -13,6 +13,7 @@ __all__ = ["main"]
 
 SECTIONS = {
     "Start": {
+        "run": ("run", "Go from images to a page in one command."),
         "demo": ("demo", "Run the whole path on synthetic radiographs drawn on the spot."),
     },
     "Prepare": {

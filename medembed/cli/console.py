@@ -19,11 +19,13 @@ __all__ = [
     "ENDINGS",
     "QUIET",
     "STATUSES",
+    "STEP",
     "VERBOSE",
     "Terminated",
     "exit_status",
     "ignore_endings",
     "is_quiet",
+    "is_step",
     "print_json",
     "printable",
     "say",
@@ -42,6 +44,8 @@ STATUSES = tuple(128 + number for number in ENDINGS)
 PATIENCE_SECONDS = 10.0
 QUIET, VERBOSE = "quiet", "verbose"
 """The options that every command takes."""
+STEP = "step"
+"""Marks a command that another one runs as one of its steps."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -95,6 +99,12 @@ def is_quiet() -> bool:
     return context is not None and bool(context.meta.get(f"medembed.{QUIET}"))
 
 
+def is_step() -> bool:
+    """Return whether the command that runs is a step of another one."""
+    context = click.get_current_context(silent=True)
+    return context is not None and bool(context.meta.get(f"medembed.{STEP}"))
+
+
 def say(text: str = "") -> None:
     """Print a line for people on stderr, unless the command was given -q."""
     if not is_quiet():
@@ -102,8 +112,12 @@ def say(text: str = "") -> None:
 
 
 def suggest(*words: str | Path) -> None:
-    """Print the command that usually follows, on stderr: `Next: medembed …`."""
-    say(f"Next: {shlex.join(['medembed', *map(str, words)])}")
+    """Print the command that usually follows, on stderr: `Next: medembed …`.
+
+    Nothing is printed by a step of another command.
+    """
+    if not is_step():
+        say(f"Next: {shlex.join(['medembed', *map(str, words)])}")
 
 
 def print_json(document: Any) -> None:

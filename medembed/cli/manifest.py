@@ -8,7 +8,7 @@ import click
 
 from medembed.cli.choices import CHOICES, choice_options, is_interactive, read_choices, settle
 from medembed.cli.commands import Commands
-from medembed.cli.console import print_json, say, suggest
+from medembed.cli.console import is_step, print_json, say, suggest
 from medembed.cli.options import PATH, conclude, json_option, output_option, seed_option
 from medembed.cli.progress import showing_progress
 
@@ -125,7 +125,8 @@ def build_command(
     elif not structure_only:
         suggest("extract", str(output), "--image-root", str(root), "--encoder",
                   "google/medgemma-4b-pt", "--cache", "cache")  # fmt: skip
-        say("      (--encoder demo tries this without a download)")
+        if not is_step():
+            say("      (--encoder demo tries this without a download)")
 
 
 def _refuse_mixture(

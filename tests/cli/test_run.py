@@ -1,0 +1,123 @@
+"""`medembed run`: from images to a page, by the commands that it prints."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from medembed.cli import main
+
+FAST = {
+    "MEDEMBED_SWEEP_HEADS": "logistic",
+    "MEDEMBED_SWEEP_CONFIGS": "1",
+    "MEDEMBED_SWEEP_FOLDS": "2",
+}
+
+
+def run(*arguments: object, **environment: str) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in arguments], env={**FAST, **environment})
+
+
+def steps(result: Result) -> list[list[str]]:
+    return [shlex.split(line)[2:] for line in result.stderr.splitlines() if line.startswith("$ ")]
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two folders of synthetic squares, the abnormal ones brighter."""
+    root = tmp_path_factory.mktemp("run") / "films"
+    generator = np.random.default_rng(0)
+    for label, name in enumerate(("normal", "abnormal")):
+        (root / name).mkdir(parents=True)
+        for number in range(30):
+            pixels = generator.integers(60 * label, 120 + 60 * label, (32, 32), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{number:02}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def first(films: Path) -> Result:
+    return run("run", films, "--encoder", "demo", "-o", films.parent / "out", "--jobs", 1)
+
+
+def test_a_folder_per_class_becomes_a_page(films: Path, first: Result) -> None:
+    assert first.exit_code == 0, first.output
+    names = [words[0] for words in steps(first)]
+    assert names == ["manifest", "manifest", "doctor", "extract", "sweep", "report"]
+    out = films.parent / "out"
+    assert (out / "report" / "index.html").is_file()
+    assert {path.name for path in out.iterdir()} >= {"recipe.toml", "manifest.csv", "cache", "runs"}
+    last = first.stderr.splitlines()[-1]
+    assert last == f"Next: medembed predict {out / 'runs' / 'sweep'} IMAGE --encoder demo"
+    assert first.stderr.count("Next:") == 1
+
+
+def test_every_step_is_a_command_that_can_be_given_by_itself(films: Path, first: Result) -> None:
+    for words in steps(first)[3:]:
+        again = run(*words)
+        assert again.exit_code == 0, again.output
+
+
+def test_a_second_run_goes_on_from_what_is_there(films: Path, first: Result) -> None:
+    out = films.parent / "out"
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.suffix in (".toml", ".h5", ".parquet")}
+    again = run("run", films, "--encoder", "demo", "-o", out, "--jobs", 1, "--json")
+    assert again.exit_code == 0, again.output
+    document = json.loads(again.stdout)
+    assert document == {
+        "recipe": str(out / "recipe.toml"),
+        "manifest": str(out / "manifest.csv"),
+        "cache": str(out / "cache"),
+        "run": str(out / "runs" / "sweep"),
+        "report": str(out / "report"),
+    }
+    assert steps(again)[0][:2] == ["manifest", "build"]
+    assert re.search(r"\b0 embedded, 60 already there", again.stderr)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_manifest_needs_no_recipe(films: Path, first: Result, tmp_path: Path) -> None:
+    manifest = films.parent / "out" / "manifest.csv"
+    result = run("run", manifest, "--image-root", films, "--encoder", "demo", "-o", tmp_path, "-q")
+    assert result.exit_code == 0, result.output
+    assert result.stderr == ""
+    assert not (tmp_path / "manifest.csv").exists()
+    assert (tmp_path / "report" / "index.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["{out}/manifest.csv", "-o", "{new}"], "--image-root"),
+        (["mura", "-o", "{new}"], "--image-root"),
+        (["{films}", "-o", "{out}", "--abnormal", "normal"], "recipe.toml is there already"),
+        (["{out}/manifest.csv", "--image-root", "{films}", "-o", "{new}", "--label", "x"],
+         "is a manifest"),
+        (["{out}/recipe.toml", "--image-root", "{films}", "-o", "{new}", "--label", "x"],
+         "is a recipe"),
+    ],
+)  # fmt: skip
+def test_what_does_not_go_together_is_wrong_usage(
+    films: Path, first: Result, tmp_path: Path, arguments: list[str], words: str
+) -> None:
+    names: dict[str, Any] = {"films": films, "out": films.parent / "out", "new": tmp_path}
+    result = run("run", *(a.format(**names) for a in arguments), "--encoder", "demo")
+    assert result.exit_code == 2, result.output
+    assert words in result.stderr
+
+
+def test_a_step_that_fails_ends_the_run_with_its_error(films: Path, tmp_path: Path) -> None:
+    result = run("run", films, "--encoder", tmp_path / "none", "-o", tmp_path / "out")
+    assert result.exit_code == 1
+    assert [words[0] for words in steps(result)][-1] == "doctor"
+    assert not (tmp_path / "out" / "cache").exists()
+    missing = run("run", tmp_path / "nothing.csv", "--image-root", films, "--encoder", "demo",
+                  "-o", tmp_path / "out2")  # fmt: skip
+    assert missing.exit_code == 1
+    assert "nothing.csv" in missing.stderr
