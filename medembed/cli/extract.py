@@ -141,9 +141,7 @@ def extract_command(
 
     Images that the cache holds already are skipped, so a run that was interrupted goes on.
     """
-    from medembed import extraction
     from medembed.dataset.manifest import read_manifest
-    from medembed.encoders.loading import load_encoder
     from medembed.images.intensity import Intensity
     from medembed.images.load import Limits
 
@@ -154,6 +152,28 @@ def extract_command(
     rows, limits = read_manifest(manifest_path), Limits(max_bytes, max_seconds)
     if engine == "ray" and Path(reference).is_dir():  # Ray's processes are in other directories
         reference = str(Path(reference).absolute())
+    if engine == "local":
+        from medembed.extraction.job import report_if_settled
+
+        settled = report_if_settled(
+            rows,
+            image_root,
+            reference,
+            cache_path,
+            poolings=poolings,
+            dtype=dtype,
+            fit=fit,
+            intensity=Intensity(window),
+            retry_failed=retry_failed,
+            worker=worker,
+            dry_run=dry_run,
+        )
+        if settled is not None:
+            _conclude(settled, manifest_path, cache_path, strict, dry_run, as_json)
+            return
+    from medembed import extraction  # torch
+    from medembed.encoders.loading import load_encoder
+
     load = partial(
         load_encoder,
         reference,
@@ -204,6 +224,18 @@ def extract_command(
                 tell=progress.tell,
                 announce=say,
             )
+    _conclude(report, manifest_path, cache_path, strict, dry_run, as_json)
+
+
+def _conclude(
+    report: "ExtractionReport",
+    manifest_path: Path,
+    cache_path: Path,
+    strict: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Show what was done, and exit with 1 where --strict asks for that."""
     _say_extraction(report, cache_path, dry_run)
     if as_json:
         print_json(report.as_dict())

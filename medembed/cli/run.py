@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from medembed.cli.choices import CHOICE_OPTIONS, CHOICES, choice_options
+from medembed.cli.choices import CHOICES, choice_options
 from medembed.cli.commands import Command
 from medembed.cli.console import STEP, print_json, say, suggest
 from medembed.cli.options import (
@@ -22,6 +22,7 @@ from medembed.cli.options import (
 
 __all__ = ["run_command"]
 
+_KNOWN = [*(name.replace("_", "-") for name in CHOICES if name != "covariates"), "covariate"]
 _OF_A_MANIFEST = {"image", "sha256", "patient", "study", "label", "split"}
 _PARQUET = (".parquet", ".pq")
 
@@ -35,7 +36,7 @@ _PARQUET = (".parquet", ".pq")
         "medembed run films.csv --label fracture --patient person --encoder demo -o trial",
         "medembed run mura --image-root MURA-v1.1 --encoder google/medgemma-4b-pt -o mura",
     ],
-    sections={"What a recipe is proposed from": CHOICE_OPTIONS},
+    sections={"What is known already": _KNOWN},
 )
 @click.argument("source", metavar="FOLDER|TABLE|RECIPE|MANIFEST")
 @encoder_option

@@ -3,6 +3,8 @@
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -121,3 +123,40 @@ def test_a_step_that_fails_ends_the_run_with_its_error(films: Path, tmp_path: Pa
                   "-o", tmp_path / "out2")  # fmt: skip
     assert missing.exit_code == 1
     assert "nothing.csv" in missing.stderr
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_nothing_to_embed_is_told_without_loading_torch(
+    films: Path, first: Result, more: list[str]
+) -> None:
+    code = (
+        "import sys\nfrom medembed.cli import main\n"
+        "try: main(sys.argv[1:])\nexcept SystemExit as end: assert end.code == 0\n"
+        "print('torch' in sys.modules)"
+    )
+    words = next(words for words in steps(first) if words[0] == "extract")
+    command = [sys.executable, "-c", code, *words, *more]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+    assert "0 embedded, 60 already there" in done.stderr.replace("would be ", "")
+    assert "images/s" not in done.stderr
+
+
+def test_an_encoder_that_did_not_make_the_cache_is_refused_by_name(
+    films: Path, first: Result
+) -> None:
+    words = next(words for words in steps(first) if words[0] == "extract")
+    other = ["google/medgemma-4b-pt" if word == "demo" else word for word in words]
+    result = run(*other)
+    assert result.exit_code == 1
+    assert "was made by demo, and you asked for google/medgemma-4b-pt" in result.stderr
+
+
+def test_a_request_that_the_record_does_not_settle_asks_the_encoder(
+    films: Path, first: Result
+) -> None:
+    words = next(words for words in steps(first) if words[0] == "extract")
+    for more in (["--pool", "mean"], ["--dtype", "float32"], ["--fit", "pad"]):
+        result = run(*words, *more)
+        assert result.exit_code == 1, more
+        assert "was made by demo with" in result.stderr
