@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from medembed.cli.console import is_quiet, printable, say
+from medembed.cli.console import is_quiet, is_terminal, printable, say
 from medembed.cli.options import Command, Finite, seed_option
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def read_choices(given: dict[str, Any]) -> "Choices":
 
 def is_interactive() -> bool:
     """Tell whether somebody can be asked."""
-    return sys.stdin.isatty() and sys.stderr.isatty() and not is_quiet()
+    return is_terminal(sys.stdin) and is_terminal(sys.stderr) and not is_quiet()
 
 
 def settle(

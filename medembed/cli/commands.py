@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from medembed.cli.console import ENDINGS, QUIET, VERBOSE, exit_status, is_step, say
+from medembed.cli.console import ENDINGS, QUIET, VERBOSE, exit_status, is_step, is_terminal, say
 from medembed.core.errors import MedembedError
 from medembed.core.text import printable
 
@@ -60,7 +60,7 @@ class Command(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; a terminal is told at once what it begins with."""
-        if self.starting and sys.stderr.isatty() and not is_step():
+        if self.starting and is_terminal(sys.stderr) and not is_step():
             say(f"{self.starting} …")
         return super().invoke(ctx)
 

@@ -9,7 +9,7 @@ import threading
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
@@ -26,6 +26,7 @@ __all__ = [
     "ignore_endings",
     "is_quiet",
     "is_step",
+    "is_terminal",
     "print_json",
     "printable",
     "say",
@@ -97,6 +98,11 @@ def is_quiet() -> bool:
     """Return whether the command that runs was given -q."""
     context = click.get_current_context(silent=True)
     return context is not None and bool(context.meta.get(f"medembed.{QUIET}"))
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Return whether a standard stream is a terminal; one that the caller has closed is None."""
+    return stream is not None and stream.isatty()
 
 
 def is_step() -> bool:

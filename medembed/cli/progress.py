@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
-from medembed.cli.console import is_quiet, say
+from medembed.cli.console import is_quiet, is_terminal, say
 from medembed.core.text import mask_controls
 
 __all__ = ["Leaderboard", "Lines", "Progress", "showing_leaderboard", "showing_progress"]
@@ -84,7 +84,7 @@ def showing_leaderboard(label: str, unit: str, metric: str) -> AbstractContextMa
 
 def _draws() -> bool:
     """Return whether stderr is a terminal that can move its cursor."""
-    return sys.stderr.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
+    return is_terminal(sys.stderr) and os.environ.get("TERM", "") not in ("dumb", "unknown")
 
 
 @dataclass(frozen=True)
