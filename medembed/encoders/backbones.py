@@ -25,8 +25,8 @@ from medembed.encoders.checkpoint_files import (
 )
 from medembed.encoders.delta import INTEGERS, DeltaWeights, put_in
 from medembed.encoders.devices import set_precision
+from medembed.encoders.features import Features, token_poolings
 from medembed.encoders.fingerprint import Digest, open_tensors, read_tensor
-from medembed.encoders.poolings import Features, token_poolings
 from medembed.encoders.preprocessing import Preprocessing
 from medembed.encoders.torch_encoder import TorchEncoder
 
@@ -140,6 +140,25 @@ class BackboneEncoder(TorchEncoder):
             vectors["cls"] = last[:, 0]
         tokens = last.flatten(2).transpose(1, 2) if last.ndim == 4 else last[:, self._n_before :]
         return Features(tokens, self._grid, vectors)
+
+    def can_repool(self, name: str) -> bool:
+        """Return whether a pooling is of patch tokens: models with a class token pool that one."""
+        of_class_token = name == "pooler" and "cls" in self._dimensions
+        return super().can_repool(name) and not of_class_token
+
+    def repool(self, name: str, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """Return what the model's pooling layer makes of tokens; see `TorchEncoder.repool`."""
+        model: Any = self.model
+        pooler = getattr(model, "pooler", None)
+        if pooler is None:  # ConvNeXt's: a norm of the mean
+            vectors: torch.Tensor = model.layernorm(tokens.mean(dim=1))
+            return vectors
+        columns = tokens.transpose(1, 2)
+        is_map = model.config.model_type in _MAPS
+        pooled: torch.Tensor = pooler(
+            columns.reshape(len(tokens), -1, *grid) if is_map else columns
+        )
+        return pooled.flatten(1)
 
 
 def load_backbone(

@@ -21,8 +21,8 @@ from medembed.core.errors import EncoderError
 from medembed.encoders.checkpoint_files import Part, canonical_name, checkpoint_name, read_json
 from medembed.encoders.delta import DeltaWeights, put_in
 from medembed.encoders.devices import stored_dtypes
+from medembed.encoders.features import Features, token_poolings
 from medembed.encoders.fingerprint import Digest, read_part
-from medembed.encoders.poolings import Features, token_poolings
 from medembed.encoders.preprocessing import Preprocessing
 from medembed.encoders.torch_encoder import TorchEncoder
 
@@ -197,6 +197,12 @@ class SiglipEncoder(TorchEncoder):
         if self.projector is not None:
             vectors[_PROJECTOR] = self.projector(seen.last_hidden_state)
         return Features(seen.last_hidden_state, self._grid, vectors)
+
+    def repool(self, name: str, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """Return what the projector or the attention head makes of tokens; see `TorchEncoder`."""
+        pooler = self.projector if name == _PROJECTOR else self.model.head
+        vectors: torch.Tensor = pooler(tokens)
+        return vectors
 
 
 def load_siglip(

@@ -27,6 +27,7 @@ from medembed.core.errors import (
     SpecMismatchError,
 )
 from medembed.core.files import as_path, open_plain
+from medembed.core.poolings import DEFAULT_POOLINGS
 from medembed.core.system import (
     choose_processes,
     default_decoders,
@@ -214,7 +215,7 @@ def extract(
     encoder: EncoderLike,
     cache: Cache | str | os.PathLike[str],
     *,
-    poolings: str | Sequence[str] = ("mean", "max"),
+    poolings: str | Sequence[str] = DEFAULT_POOLINGS,
     dtype: str = "float16",
     intensity: Intensity = DEFAULT_INTENSITY,
     batch_size: int | None = None,
@@ -348,7 +349,7 @@ def prepare_cache(
     encoder: Encoder,
     cache_path: str | os.PathLike[str],
     *,
-    poolings: Sequence[str] = ("mean", "max"),
+    poolings: Sequence[str] = DEFAULT_POOLINGS,
     dtype: str = "float16",
     intensity: Intensity = DEFAULT_INTENSITY,
     dry_run: bool = False,

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medembed.encoders.poolings import Features, pool, token_poolings
+from medembed.encoders.features import Features, pool, token_poolings
 
 
 def random_features(
