@@ -204,7 +204,6 @@ def _is_suspect(content: Content, image_root: Path) -> bool:
 
 
 COMMIT_SECONDS = 60.0  # what a crash may lose
-LIBRARIES = ("medembed", "numpy", "pillow", "torch", "transformers")
 PLAIN_BATCH = 32  # of an encoder that does not say what its device holds
 ROOM = 1.1  # of the rows' bytes, for chunks, headers and what else the disk is used for
 
@@ -545,5 +544,5 @@ def _record(encoder: Encoder) -> dict[str, Any]:
         "revision": encoder.revision,
         "precision": encoder.precision,
         "device": encoder.device,
-        "versions": library_versions(LIBRARIES),
+        "versions": library_versions("extraction"),
     }

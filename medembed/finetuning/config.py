@@ -28,9 +28,6 @@ from medembed.results.runs import open_run
 
 __all__ = ["FineTuneConfig", "Trial", "describe", "resolve_config", "write_command"]
 
-VERSIONED = ("medembed", "numpy", "scikit-learn", "torch", "transformers")
-"""Libraries whose releases decide a result."""
-
 
 @dataclass(frozen=True)
 class Trial:
@@ -242,13 +239,12 @@ def _choose_poolings(
 def describe(asked: FineTuneConfig, command: str) -> dict[str, Any]:
     """Return what `run.json` records beside the question."""
     encoder = asked.encoder
-    libraries = (*VERSIONED, "peft") if asked.recipe.lora else VERSIONED
     return {
         "kind": "finetune",
         "seed": asked.seeds[0],
         "cv_method": CV_METHOD,
         "command": command,
-        "versions": library_versions(libraries),
+        "versions": library_versions("finetune", *(["peft"] if asked.recipe.lora else [])),
         "encoder": {
             "source": public_name(encoder.source),
             "revision": encoder.revision,

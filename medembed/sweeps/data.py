@@ -26,7 +26,6 @@ from medembed.sweeps.search_space import HeadSpace
 from medembed.sweeps.training import Training
 
 __all__ = [
-    "VERSIONED",
     "Batch",
     "PooledColumns",
     "SweepConfig",
@@ -170,10 +169,6 @@ def _batch(
     return Batch(tuple(trials), rungs)
 
 
-VERSIONED = ("medembed", "numpy", "scikit-learn", "torch", "lightgbm")
-"""Libraries whose releases decide a trial's result."""
-
-
 @dataclass(frozen=True)
 class SweepConfig:
     """What was asked, as it is understood."""
@@ -264,7 +259,7 @@ class SweepRows:
             "embedded": json_digest(sorted(rows["sha256"])),
             "trained": json_digest(sorted(rows["sha256"][trained])),
             "spec": asked.cache.spec.as_dict(),
-            "versions": library_versions(VERSIONED),
+            "versions": library_versions("sweep"),
         }
 
     def question(self, batches: Sequence[Batch]) -> dict[str, Any]:
