@@ -14,6 +14,7 @@ from typing import Any
 from medembed.core.errors import MedembedError
 from medembed.core.poolings import DEFAULT_POOLINGS, find_pooling, refuse_unknown
 from medembed.core.system import count_cores, free_bytes
+from medembed.core.text import one_line
 from medembed.encoders.base_ref import base_of
 from medembed.encoders.hub import RemoteCheckpoint, describe_remote, has_token
 
@@ -206,7 +207,7 @@ def _check_gpu() -> Check:
         ones = torch.ones(64, 64, device="cuda")
         works = float((ones @ ones).sum()) == 64.0**3
     except RuntimeError as error:
-        works, reason = False, " ".join(str(error).split())[:200]
+        works, reason = False, one_line(error, 200)
     else:
         reason = "a product of ones comes out wrong"
     if not works:

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModel
 from transformers.utils import logging
 
 from medembed.core.errors import EncoderError
+from medembed.core.text import one_line
 from medembed.encoders.checkpoint_files import (
     INDEX_FILE,
     WEIGHTS_FILE,
@@ -216,7 +217,9 @@ def _read_config(directory: Path, source: str) -> Any:
                 directory, local_files_only=True, trust_remote_code=False
             )
     except Exception as error:  # its validation raises its own errors, by transformers' version
-        raise EncoderError(f"config.json of {source} is not read: {_line(error)}") from error
+        raise EncoderError(
+            f"config.json of {source} is not read: {one_line(error, 300)}"
+        ) from error
     if config.model_type not in BACKBONE_TYPES:
         raise EncoderError(
             f"{source} is a checkpoint of type {config.model_type!r}, which is not a vision "
@@ -244,7 +247,7 @@ def _shapes_of(
     except Exception as error:
         raise EncoderError(
             f"{source} cannot read the images of {size[0]} x {size[1]} that its processor makes: "
-            f"{_line(error)}"
+            f"{one_line(error, 300)}"
         ) from error
     last, pooler = seen.last_hidden_state, getattr(seen, "pooler_output", None)
     shapes = {"last_hidden_state": tuple(last.shape)}
@@ -285,7 +288,7 @@ def _load(
     except EncoderError:
         raise
     except Exception as error:  # of many kinds, by transformers' version
-        raise EncoderError(f"{source} cannot be loaded: {_line(error)}") from error
+        raise EncoderError(f"{source} cannot be loaded: {one_line(error, 300)}") from error
     missing = sorted(name for name in report["missing_keys"] if not name.endswith(_IDLE))
     without = [name for name in missing if name.startswith("pooler.")]
     if len(missing) > len(without):
@@ -413,7 +416,3 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if had_bars:
             logging.enable_progress_bar()
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

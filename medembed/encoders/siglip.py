@@ -18,6 +18,7 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 from transformers.models.gemma3.modeling_gemma3 import Gemma3MultiModalProjector
 
 from medembed.core.errors import EncoderError
+from medembed.core.text import one_line
 from medembed.encoders.checkpoint_files import Part, canonical_name, checkpoint_name, read_json
 from medembed.encoders.delta import DeltaWeights, put_in
 from medembed.encoders.devices import stored_dtypes
@@ -341,7 +342,7 @@ def _read_architecture(directory: Path) -> Any:
     try:
         built = SiglipVisionConfig(**known, attn_implementation="sdpa")
     except Exception as error:  # its validation raises its own errors, by transformers' version
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         message = f"config.json of {checkpoint_name(directory)} is not a SigLIP tower's: {reason}"
         raise EncoderError(message) from error
     _check_architecture(built, checkpoint_name(directory))

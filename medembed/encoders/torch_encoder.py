@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from medembed.core.errors import DeviceMemoryError, EncoderError
 from medembed.core.poolings import find_pooling
+from medembed.core.text import one_line
 from medembed.encoders.checkpoint_files import Part
 from medembed.encoders.devices import Rows, arithmetic, device_of, guard_memory
 from medembed.encoders.features import Features, pool
@@ -123,7 +124,7 @@ class Tuning:
         try:
             self.why_not = "" if time() < seconds else "it was not faster"
         except Exception as error:  # the compiler's errors are of many kinds
-            self.why_not = " ".join(str(error).split())[:200] or type(error).__name__
+            self.why_not = one_line(error, 200) or type(error).__name__
         if self.why_not:
             self._end()
             tell(f"Not compiled: {self.why_not}")

@@ -14,7 +14,7 @@ import pandas as pd
 
 from medembed.core.errors import ArgumentError, RunError
 from medembed.core.files import write_atomically
-from medembed.core.text import mask_controls, to_html
+from medembed.core.text import to_html_cell
 from medembed.dataset.manifest import Manifest, read_manifest
 from medembed.evaluation.scores import SCORES
 from medembed.report.group_tables import render_comparison, write_group_tables
@@ -213,7 +213,7 @@ class Comparison:
 
     def _repr_html_(self) -> str:
         notes = make_tables(self.result)[-1].notes
-        listed = "".join(f"<li>{_cell(note)}</li>" for note in notes)
+        listed = "".join(f"<li>{to_html_cell(note)}</li>" for note in notes)
         return f"{''.join(map(_write_html, make_tables(self.result)))}<ul>{listed}</ul>"
 
 
@@ -308,15 +308,12 @@ def _flatten(row: dict[str, Any]) -> dict[str, Any]:
 
 def _write_html(table: Table) -> str:
     ends = [NAME] * table.n_names + [NUMBER] * (len(table.columns) - table.n_names)
-    head = "".join(f"<th{end}>{_cell(c)}</th>" for c, end in zip(table.columns, ends, strict=True))
+    cells = zip(map(to_html_cell, table.columns), ends, strict=True)
+    head = "".join(f"<th{end}>{cell}</th>" for cell, end in cells)
     rows = [
-        "".join(f"<td{end}>{_cell(cell)}</td>" for cell, end in zip(row, ends, strict=True))
+        "".join(f"<td{end}>{to_html_cell(cell)}</td>" for cell, end in zip(row, ends, strict=True))
         for row in table.rows
     ]
     body = "".join(f"<tr>{row}</tr>" for row in rows)
-    title = f"<caption>{_cell(table.title)}</caption>"
+    title = f"<caption>{to_html_cell(table.title)}</caption>"
     return f"<table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def _cell(text: str) -> str:
-    return to_html(mask_controls(text))

@@ -1,13 +1,11 @@
 """Groups of a column and the gaps between them as tables: for terminal, paper and page."""
 
-import csv
-import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from medembed.core.files import write_atomically
-from medembed.core.text import to_csv_cell
+from medembed.core.text import to_csv
 from medembed.dataset.bands import find_groupings
 from medembed.dataset.manifest import Manifest
 from medembed.evaluation.unpaired import GAP_SCORES, GROUP_SCORES
@@ -229,7 +227,7 @@ def _write_groups(result: dict[str, Any]) -> str:
         for head, block in blocks:
             scores = [block[s][e] for s in GROUP_SCORES for e in ("value", "low", "high")]
             lines.append([group["name"], *counts, head, *scores])
-    return _csv(lines)
+    return to_csv(lines)
 
 
 def _write_gaps(result: dict[str, Any]) -> str:
@@ -239,11 +237,4 @@ def _write_gaps(result: dict[str, Any]) -> str:
     lines += [
         [row_name(gap, several=several), *(gap[name] for name in names)] for gap in result["gaps"]
     ]
-    return _csv(lines)
-
-
-def _csv(lines: Sequence[Sequence[Any]]) -> str:
-    output = io.StringIO()
-    writer = csv.writer(output, lineterminator="\n")
-    writer.writerows([to_csv_cell(cell) for cell in line] for line in lines)
-    return output.getvalue()
+    return to_csv(lines)

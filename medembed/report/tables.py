@@ -1,13 +1,12 @@
 """A comparison as text: for the terminal, Markdown, CSV and LaTeX."""
 
-import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from medembed.core.errors import RunError
-from medembed.core.text import mask_controls, to_csv_cell, to_latex, to_markdown
+from medembed.core.text import mask_controls, to_csv, to_latex, to_markdown
 from medembed.evaluation.scores import SCORES
 from medembed.results.significance import SIGNIFICANCE, row_name
 
@@ -352,26 +351,25 @@ def _latex(table: Table) -> str:
 def _csv(result: dict[str, Any], by: str | None) -> str:
     names = [name for score in SCORES for name in (score, f"{score}_low", f"{score}_high")]
     counts = [f"{name}_{part}" for name in SHARES for part in ("k", "n")]
-    output = io.StringIO()
-    writer = csv.writer(output, lineterminator="\n")
+    lines: list[list[Any]] = []
     if by is None:
         about = ["run", "head", "train_fraction", "depth", "seed", "threshold"]
         fits = [f"{name}{end}" for name in FIT if name != "brier" for end in ("", "_low", "_high")]
-        writer.writerow([*about, *names, "p_holm", *fits, *counts])
+        lines.append([*about, *names, "p_holm", *fits, *counts])
         for row in result["rows"]:
             p = (row["versus_best"] or {}).get("p_holm")
-            cells = [to_csv_cell(row[name]) for name in about]
+            cells = [row[name] for name in about]
             scores = _numbers(row["scores"], SCORES)
             fit = _numbers(row.get("fit") or {}, [name for name in FIT if name != "brier"])
-            writer.writerow([*cells, *scores, p, *fit, *_counts(row["scores"])])
+            lines.append([*cells, *scores, p, *fit, *_counts(row["scores"])])
     else:
-        writer.writerow([by, "n", "n_abnormal", "head", *names, *counts])
+        lines.append([by, "n", "n_abnormal", "head", *names, *counts])
         for name, blocks in _groups(result, by):
             for head, block in blocks:
                 sizes = [block.get("n"), block.get("n_abnormal")]
                 numbers = [*_numbers(block, SCORES), *_counts(block)]
-                writer.writerow([to_csv_cell(name), *sizes, to_csv_cell(head), *numbers])
-    return output.getvalue().rstrip("\n")
+                lines.append([name, *sizes, head, *numbers])
+    return to_csv(lines).rstrip("\n")
 
 
 def _counts(scores: dict[str, Any]) -> list[int | None]:
