@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,9 +21,8 @@ from medembed.report.group_tables import render_comparison, write_group_tables
 from medembed.report.operating_tables import points_csv, tabulate_points
 from medembed.report.tables import Table, make_tables, render, render_table
 from medembed.results.alignment import TestSet
-from medembed.results.comparison import compare_opened, open_runs
+from medembed.results.comparison import ComparisonOptions, compare_opened, open_runs
 from medembed.results.runs import RunLike
-from medembed.results.significance import check_margin
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -130,20 +129,19 @@ def compare(
     """
     if (by is None) != (manifest is None):
         raise ArgumentError("by and manifest go together: name a column, and the manifest it is in")
-    if margin is not None:
-        check_margin(margin)  # before anything is read
-    result, test_set = compare_opened(
-        open_runs(runs),
+    asked = ComparisonOptions(
         level=level,
         n_resamples=n_resamples,
         seed=seed,
         by=by,
-        manifest=None if manifest is None else read_manifest(manifest),
         margin=margin,
         operating_points=operating_points,
         prevalence=prevalence,
     )
-    return Comparison(result, test_set)
+    opened = open_runs(runs)
+    if manifest is not None:
+        asked = replace(asked, manifest=read_manifest(manifest))
+    return Comparison(*compare_opened(opened, asked))
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from medembed.core.errors import RunError
@@ -66,13 +66,16 @@ class Table:
         Groups of rows of cells, each row as long as `columns`.
     notes : list of str
         One sentence each.
+    n_spanning : int
+        How many columns, from the left, hold one name for all rows of a section, on the page.
     """
 
     title: str
     columns: list[str]
     n_names: int
     sections: list[list[list[str]]]
-    notes: list[str]
+    notes: list[str] = field(default_factory=list)
+    n_spanning: int = 0
 
     @property
     def rows(self) -> list[list[str]]:
@@ -244,7 +247,8 @@ def _grouped_table(result: dict[str, Any], by: str, plural: str, with_counts: bo
     ]
     columns += [COLUMNS[name] for name in shown]
     unit = "region" if by == "region" else "number of views of the study"
-    return Table(f"Heads by {unit}, test {plural}", columns, 3, sections, result["notes"])
+    title = f"Heads by {unit}, test {plural}"
+    return Table(title, columns, 3, sections, result["notes"], n_spanning=2)
 
 
 def _group_cells(name: str, block: dict[str, Any]) -> list[str]:
