@@ -1,5 +1,6 @@
 """Say within seconds whether an extraction will run: device, memory, disk, token, access."""
 
+import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +12,9 @@ from shutil import which
 from typing import Any
 
 from medembed.core.errors import MedembedError
+from medembed.core.poolings import DEFAULT_POOLINGS, find_pooling, refuse_unknown
 from medembed.core.system import count_cores, free_bytes
+from medembed.core.text import one_line
 from medembed.encoders.base_ref import base_of
 from medembed.encoders.hub import RemoteCheckpoint, describe_remote, has_token
 
@@ -55,7 +58,7 @@ def examine(
     *,
     manifest: str | os.PathLike[str] | None = None,
     cache: str | os.PathLike[str] | None = None,
-    poolings: Sequence[str] = ("mean", "max"),
+    poolings: Sequence[str] = DEFAULT_POOLINGS,
     dtype: str = "float16",
 ) -> list[Check]:
     """Look at everything that an extraction will need; of a checkpoint no weights are fetched.
@@ -80,7 +83,7 @@ def examine(
     CacheError
         The dtype is unknown.
     """
-    from medembed.encoders.loading import choose_device, choose_precision, refuse_unknown
+    from medembed.encoders.loading import choose_device, choose_precision
 
     refuse_unknown(poolings)
     n_images = _count_images(manifest)
@@ -204,7 +207,7 @@ def _check_gpu() -> Check:
         ones = torch.ones(64, 64, device="cuda")
         works = float((ones @ ones).sum()) == 64.0**3
     except RuntimeError as error:
-        works, reason = False, " ".join(str(error).split())[:200]
+        works, reason = False, one_line(error, 200)
     else:
         reason = "a product of ones comes out wrong"
     if not works:
@@ -343,12 +346,14 @@ def _check_cache_disk(
 
 def _columns(config: Mapping[str, Any], pooling: str) -> int:
     """Give the columns of a pooling as far as a config tells; MedGemma's where it does not."""
-    tower = config.get("text_config" if pooling == "projector" else "vision_config", config)
+    entry = find_pooling(pooling)
+    part = "text_config" if entry.needs_language_model else "vision_config"
+    tower = config.get(part, config)
     width = tower.get("hidden_size") if isinstance(tower, Mapping) else None
     if width is None and isinstance(config.get("hidden_sizes"), list):
         width = config["hidden_sizes"][-1]
     columns = width if type(width) is int else MEDGEMMA_COLUMNS
-    return 16 * columns if pooling == "grid4" else columns
+    return math.prod(entry.shape(columns))
 
 
 def _shown(n_bytes: int) -> str:

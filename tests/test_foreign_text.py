@@ -15,9 +15,17 @@ from hypothesis import strategies as st
 from jinja2 import Environment
 
 from medembed.core import text
-from medembed.core.text import mask_controls, printable, to_csv_cell, to_html, to_latex, to_markdown
+from medembed.core.text import (
+    mask_controls,
+    printable,
+    to_csv_cell,
+    to_figure,
+    to_html,
+    to_latex,
+    to_markdown,
+)
 from medembed.report import page
-from medembed.report.figures.captions import clean, write_csv
+from medembed.report.figures.captions import write_csv
 
 BIDI = [*map(chr, (*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C))]
 OBEYED = [*BIDI, "\x00", "\x07", "\x1b", "\x7f", "\x9b", "\u2028", "\u2029", "\ud800", "\ufeff"]
@@ -30,7 +38,13 @@ TEXTS = st.one_of(
 @pytest.mark.parametrize("character", OBEYED, ids=ascii)
 def test_no_place_obeys_a_mark_that_turns_or_moves(character: str) -> None:
     name = f"left{character}right"
-    shown = [mask_controls(name), to_csv_cell(name), to_markdown(name), to_html(name), clean(name)]
+    shown = [
+        mask_controls(name),
+        to_csv_cell(name),
+        to_markdown(name),
+        to_html(name),
+        to_figure(name),
+    ]
     assert shown == ["left�right"] * 5
     assert to_latex(name) == "left?right"
     assert printable(name) == f"left{ascii(character)[1:-1]}right"
@@ -160,4 +174,4 @@ def test_there_is_one_place_that_cleans_text_of_others() -> None:
         for path in package.rglob("*.py")
         if "unicodedata.category" in path.read_text()
     }
-    assert users == {"core/text.py", "report/figures/captions.py", "dataset/identities.py"}
+    assert users == {"core/text.py", "dataset/identities.py"}

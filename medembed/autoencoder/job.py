@@ -34,8 +34,6 @@ from medembed.images.load import DEFAULT_LIMITS, Limits
 
 __all__ = ["TrainingReport", "train_autoencoder"]
 
-_VERSIONED = ("medembed", "numpy", "pillow", "safetensors", "torch")
-
 Progress = Callable[[int, int], None]
 Tell = Callable[[str], None]
 
@@ -299,7 +297,7 @@ def _card(question: dict[str, Any], training: Training, facts: dict[str, Any]) -
         "format": "medembed-autoencoder-training",
         "version": 1,
         "asked": question,
-        "versions": library_versions(_VERSIONED),
+        "versions": library_versions("autoencoder"),
         **facts,
         "epochs": training.epochs,
     }

@@ -28,6 +28,7 @@ from medembed.core.errors import (
     TrainingDataError,
 )
 from medembed.core.files import describe_error, open_plain
+from medembed.core.poolings import find_pooling
 from medembed.core.text import Summarised, Summary, count_values, counted
 from medembed.dataset.identities import name_persons
 from medembed.dataset.manifest import Manifest, read_manifest, require_hashes
@@ -342,7 +343,8 @@ def choose_poolings(cache: Cache, pool: str | None, *, cells: bool = False) -> l
     """
     shapes = cache.spec.poolings
     vectors = [name for name, shape in shapes.items() if len(shape) == 1]
-    chosen = vectors if pool is None else pool.split("+")
+    usual = [name for name in vectors if find_pooling(name).is_read] or vectors
+    chosen = usual if pool is None else pool.split("+")
     cache.check_poolings(chosen)
     grids = [name for name in chosen if name not in vectors]
     if cells and len(chosen) == 1:

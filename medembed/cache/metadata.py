@@ -11,6 +11,7 @@ from typing import Any
 from medembed.cache.spec import CacheSpec
 from medembed.core.errors import CacheError, PathNotFoundError, SpecMismatchError
 from medembed.core.files import json_bytes, read_plain, sync_directory
+from medembed.core.poolings import DEFAULT_POOLINGS
 
 __all__ = [
     "FORMAT",
@@ -31,7 +32,7 @@ OPTIONS = {
     "encoder": ("--encoder", None),
     "fit": ("--fit", "stretch"),
     "window": ("--window", "None"),
-    "poolings": ("--pool", "mean,max"),
+    "poolings": ("--pool", ",".join(DEFAULT_POOLINGS)),
     "dtype": ("--dtype", "float16"),
 }
 

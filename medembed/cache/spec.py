@@ -10,6 +10,7 @@ import numpy as np
 
 from medembed.core.errors import CacheError
 from medembed.core.files import json_digest
+from medembed.core.poolings import DEFAULT_POOLINGS
 from medembed.images.versions import go_together
 
 __all__ = ["DTYPES", "KEY_BYTES", "CacheSpec", "hex_from_keys", "keys_from_hex", "sortable"]
@@ -52,7 +53,8 @@ class CacheSpec:
                 f"stored dtype {self.dtype!r} is unknown: choose {' or '.join(DTYPES)}"
             )
         if not self.poolings:
-            raise CacheError("a cache needs at least one pooling, such as --pool mean,max")
+            usual = ",".join(DEFAULT_POOLINGS)
+            raise CacheError(f"a cache needs at least one pooling, such as --pool {usual}")
         # Through JSON and back, so that a spec just made equals the same spec read from disk.
         plain = json.loads(json.dumps(dict(self.preprocessing), allow_nan=False))
         object.__setattr__(self, "preprocessing", plain)

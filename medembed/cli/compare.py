@@ -83,10 +83,9 @@ def compare_command(
         raise click.UsageError(f"--by {by} requires --manifest, which holds that column.")
     if manifest_path is not None and by is None:
         raise click.UsageError("--manifest requires --by, which names a column of it.")
-    from medembed.results.comparison import compare
+    from medembed.results.comparison import ComparisonOptions, compare_opened, open_runs
 
-    result = compare(
-        list(runs),
+    asked = ComparisonOptions(
         level=level,
         seed=seed,
         by=by,
@@ -95,6 +94,7 @@ def compare_command(
         operating_points=operating_points,
         prevalence=prevalence,
     )
+    result = compare_opened(open_runs(list(runs)), asked)[0]
     if tables is not None:
         from medembed.report.comparison import write_tables
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from medembed.cli.console import print_json, say
+from medembed.core.poolings import DEFAULT_POOLINGS, POOLINGS
 
 __all__ = [
     "MANY",
@@ -107,9 +108,9 @@ pool_option = click.option(
     "--pool",
     "poolings",
     callback=lambda *given: split_names(*given),
-    default="mean,max",
+    default=",".join(DEFAULT_POOLINGS),
     show_default=True,
-    help="Poolings to store: mean, max, grid4 (16 cells), pooler, projector, cls.",
+    help=f"Poolings to store: {', '.join(entry.label for entry in POOLINGS.values())}.",
 )
 MAX_BATCH = 65_536
 """Images in one batch: beyond any device."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from medembed.core.errors import MissingLibraryError
 
 __all__ = [
+    "DECIDING",
     "choose_processes",
     "count_cores",
     "default_decoders",
@@ -26,6 +27,14 @@ __all__ = [
     "total_memory",
 ]
 
+#: Distributions whose releases decide a result, by the job that records them with it.
+DECIDING = {
+    "extraction": ("medembed", "numpy", "pillow", "torch", "transformers"),
+    "autoencoder": ("medembed", "numpy", "pillow", "safetensors", "torch"),
+    "sweep": ("medembed", "numpy", "scikit-learn", "torch", "lightgbm"),
+    "finetune": ("medembed", "numpy", "scikit-learn", "torch", "transformers"),
+    "evaluation": ("medembed", "numpy", "scikit-learn", "torch", "lightgbm"),
+}
 PER_CORE = 4
 """Processes at most: those that read from a network's disk wait most of their time."""
 CGROUPS = Path("/sys/fs/cgroup")
@@ -159,13 +168,20 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
-def library_versions(names: Iterable[str]) -> dict[str, str]:
-    """Give the installed release of each distribution; those that are not installed are left out.
+def library_versions(job: str, *more: str) -> dict[str, str]:
+    """Return the installed releases of the distributions that decide what a job results in.
 
-    medembed itself is not where it runs from a checkout.
+    What is not installed is left out; so is medembed itself where it runs from a checkout.
+
+    Parameters
+    ----------
+    job : str
+        One of `DECIDING`.
+    *more : str
+        Distributions that decide it this time, such as `peft` where adapters are trained.
     """
     found = {}
-    for name in names:
+    for name in (*DECIDING[job], *more):
         with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found

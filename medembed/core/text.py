@@ -5,10 +5,12 @@ turns the line around, a formula that a spreadsheet computes, LaTeX, HTML. Here 
 each place; formats that programs read (manifests, Parquet, JSON) hold the text as it is.
 """
 
+import csv
+import io
 import re
 import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +21,13 @@ __all__ = [
     "counted",
     "mask_controls",
     "normalise",
+    "one_line",
     "printable",
+    "to_csv",
     "to_csv_cell",
+    "to_figure",
     "to_html",
+    "to_html_cell",
     "to_latex",
     "to_markdown",
 ]
@@ -101,6 +107,14 @@ def to_csv_cell(value: Any) -> Any:
     return f"'{text}" if is_formula else text
 
 
+def to_csv(lines: Iterable[Iterable[Any]]) -> str:
+    """Return lines as CSV, numbers at full precision, each cell as `to_csv_cell` has it."""
+    output = io.StringIO()
+    writer = csv.writer(output, lineterminator="\n")
+    writer.writerows(map(to_csv_cell, line) for line in lines)
+    return output.getvalue()
+
+
 def to_latex(text: str) -> str:
     """Return text as LaTeX shows it: its special characters escaped, controls as `?`.
 
@@ -114,6 +128,25 @@ def to_latex(text: str) -> str:
 def to_markdown(text: str) -> str:
     """Return text as Markdown shows it: neither markup nor HTML nor a new line."""
     return to_html(_MARKDOWN.sub(r"\\\1", mask_controls(text)), quotes=False)
+
+
+def to_html_cell(text: str) -> str:
+    """Return text as a cell of an HTML table shows it: one line, with all controls masked."""
+    return to_html(mask_controls(text))
+
+
+def to_figure(text: str) -> str:
+    """Return text as a line of a figure holds it: in NFC, without marks that pile up."""
+    shown = mask_controls(unicodedata.normalize("NFC", text))
+    return "".join(c for c in shown if unicodedata.category(c) not in {"Mn", "Me"})
+
+
+def one_line(text: object, most: int | None = None) -> str:
+    """Return text, or what an error of a library says, with single blanks for all white space.
+
+    Of longer text only the first `most` characters.
+    """
+    return " ".join(str(text).split())[:most]
 
 
 def to_html(text: str, *, quotes: bool = True) -> str:
@@ -164,11 +197,11 @@ class Summary:
     def as_html(self) -> str:
         """Write a table under its title, for a notebook."""
         rows = [
-            f'<tr><th style="text-align: left">{_cell(name)}</th>'
-            f'<td style="text-align: left">{_cell(value)}</td></tr>'
+            f'<tr><th style="text-align: left">{to_html_cell(name)}</th>'
+            f'<td style="text-align: left">{to_html_cell(value)}</td></tr>'
             for name, value in self.facts.items()
         ]
-        title = f"<caption>{_cell(self.title)}</caption>"
+        title = f"<caption>{to_html_cell(self.title)}</caption>"
         return f"<table>{title}<tbody>{''.join(rows)}</tbody></table>"
 
 
@@ -184,10 +217,6 @@ class Summarised(ABC):
 
     def _repr_html_(self) -> str:
         return self.summarise().as_html()
-
-
-def _cell(text: str) -> str:
-    return to_html(mask_controls(text))
 
 
 def _is_obeyed(character: str) -> bool:

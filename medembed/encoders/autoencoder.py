@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from medembed.core.errors import EncoderError
 from medembed.encoders.checkpoint_files import AUTOENCODER_TYPE, read_json
 from medembed.encoders.devices import stored_dtypes
+from medembed.encoders.features import Features, token_poolings
 from medembed.encoders.fingerprint import Digest, read_part
-from medembed.encoders.poolings import Features, token_poolings
 from medembed.encoders.preprocessing import FITS, RESAMPLES, Preprocessing
 from medembed.encoders.torch_encoder import TorchEncoder
 

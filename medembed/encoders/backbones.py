@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModel
 from transformers.utils import logging
 
 from medembed.core.errors import EncoderError
+from medembed.core.text import one_line
 from medembed.encoders.checkpoint_files import (
     INDEX_FILE,
     WEIGHTS_FILE,
@@ -25,8 +26,8 @@ from medembed.encoders.checkpoint_files import (
 )
 from medembed.encoders.delta import INTEGERS, DeltaWeights, put_in
 from medembed.encoders.devices import set_precision
+from medembed.encoders.features import Features, token_poolings
 from medembed.encoders.fingerprint import Digest, open_tensors, read_tensor
-from medembed.encoders.poolings import Features, token_poolings
 from medembed.encoders.preprocessing import Preprocessing
 from medembed.encoders.torch_encoder import TorchEncoder
 
@@ -141,6 +142,25 @@ class BackboneEncoder(TorchEncoder):
         tokens = last.flatten(2).transpose(1, 2) if last.ndim == 4 else last[:, self._n_before :]
         return Features(tokens, self._grid, vectors)
 
+    def can_repool(self, name: str) -> bool:
+        """Return whether a pooling is of patch tokens: models with a class token pool that one."""
+        of_class_token = name == "pooler" and "cls" in self._dimensions
+        return super().can_repool(name) and not of_class_token
+
+    def repool(self, name: str, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """Return what the model's pooling layer makes of tokens; see `TorchEncoder.repool`."""
+        model: Any = self.model
+        pooler = getattr(model, "pooler", None)
+        if pooler is None:  # ConvNeXt's: a norm of the mean
+            vectors: torch.Tensor = model.layernorm(tokens.mean(dim=1))
+            return vectors
+        columns = tokens.transpose(1, 2)
+        is_map = model.config.model_type in _MAPS
+        pooled: torch.Tensor = pooler(
+            columns.reshape(len(tokens), -1, *grid) if is_map else columns
+        )
+        return pooled.flatten(1)
+
 
 def load_backbone(
     directory: Path,
@@ -197,7 +217,9 @@ def _read_config(directory: Path, source: str) -> Any:
                 directory, local_files_only=True, trust_remote_code=False
             )
     except Exception as error:  # its validation raises its own errors, by transformers' version
-        raise EncoderError(f"config.json of {source} is not read: {_line(error)}") from error
+        raise EncoderError(
+            f"config.json of {source} is not read: {one_line(error, 300)}"
+        ) from error
     if config.model_type not in BACKBONE_TYPES:
         raise EncoderError(
             f"{source} is a checkpoint of type {config.model_type!r}, which is not a vision "
@@ -225,7 +247,7 @@ def _shapes_of(
     except Exception as error:
         raise EncoderError(
             f"{source} cannot read the images of {size[0]} x {size[1]} that its processor makes: "
-            f"{_line(error)}"
+            f"{one_line(error, 300)}"
         ) from error
     last, pooler = seen.last_hidden_state, getattr(seen, "pooler_output", None)
     shapes = {"last_hidden_state": tuple(last.shape)}
@@ -266,7 +288,7 @@ def _load(
     except EncoderError:
         raise
     except Exception as error:  # of many kinds, by transformers' version
-        raise EncoderError(f"{source} cannot be loaded: {_line(error)}") from error
+        raise EncoderError(f"{source} cannot be loaded: {one_line(error, 300)}") from error
     missing = sorted(name for name in report["missing_keys"] if not name.endswith(_IDLE))
     without = [name for name in missing if name.startswith("pooler.")]
     if len(missing) > len(without):
@@ -394,7 +416,3 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if had_bars:
             logging.enable_progress_bar()
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from medembed.core.errors import DeviceMemoryError
+from medembed.core.text import one_line
 
 __all__ = [
     "DTYPES",
@@ -296,7 +297,7 @@ def why_no_gpu() -> tuple[str, str] | None:
             warnings.simplefilter("ignore")
             torch.cuda.init()  # type: ignore[no-untyped-call]
     except Exception as error:  # torch raises several kinds, by what is amiss
-        reason = " ".join(str(error).split()).split(". ")[0]
+        reason = one_line(error).split(". ")[0]
         if "too old" in reason:
             return (
                 f"the NVIDIA driver is too old for torch {torch.__version__}: {reason}",
@@ -331,7 +332,7 @@ def guard_memory(call: Callable[[], T], what: str) -> T:
     except Exception as error:
         if not is_memory_error(error):
             raise
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
     # Not inside the handler: the error's frames hold the tensors that are to be freed.
     free_memory()
     raise DeviceMemoryError(f"{what} torch said: {reason[:200]}")

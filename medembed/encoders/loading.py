@@ -6,6 +6,7 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from medembed.core.errors import EncoderError
+from medembed.core.poolings import DEFAULT_POOLINGS, find_pooling, refuse_unknown
 from medembed.core.system import require_libraries
 from medembed.encoders.base_ref import BaseRef, Origin, base_of, read_base
 from medembed.encoders.checkpoint_files import (
@@ -27,13 +28,11 @@ if TYPE_CHECKING:
 __all__ = [
     "DEVICES",
     "LOCAL_RANKS",
-    "POOLINGS",
     "PRECISIONS",
     "adapt_encoder",
     "choose_device",
     "choose_precision",
     "load_encoder",
-    "refuse_unknown",
     "require_transformers",
     "take_own_gpu",
 ]
@@ -41,7 +40,6 @@ __all__ = [
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16")
 LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID")  # of torchrun and of SLURM: a process's number
-POOLINGS = ("mean", "max", "grid4", "pooler", "cls", "projector")  # each of some encoder
 
 
 def load_encoder(
@@ -50,7 +48,7 @@ def load_encoder(
     device: str = "auto",
     precision: str = "auto",
     fit: str = "stretch",
-    poolings: Sequence[str] = ("mean", "max"),
+    poolings: Sequence[str] = DEFAULT_POOLINGS,
     worker: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Encoder:
@@ -86,7 +84,7 @@ def load_encoder(
         A library of the extra `encoders` is not installed.
     """
     refuse_unknown(poolings)
-    projector = "projector" in poolings
+    projector = any(find_pooling(name).needs_language_model for name in poolings)
     checkpoint = resolve_checkpoint(ref, projector=projector, progress=progress)
     base = read_base(checkpoint.path)
     weights = checkpoint
@@ -202,21 +200,6 @@ def require_transformers(source: str) -> None:
         Names the extra that brings it.
     """
     require_libraries(f"encoder {source}", ("transformers",), "encoders")
-
-
-def refuse_unknown(poolings: Sequence[str]) -> None:
-    """Refuse poolings that no encoder offers, before anything is fetched.
-
-    Raises
-    ------
-    EncoderError
-        Names those there are.
-    """
-    unknown = [name for name in poolings if name not in POOLINGS]
-    if unknown:
-        raise EncoderError(
-            f"pooling {', '.join(unknown)} is unknown. Choose from: {', '.join(POOLINGS)}."
-        )
 
 
 def choose_device(device: str, worker: int | None = None) -> str:

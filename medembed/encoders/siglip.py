@@ -18,11 +18,12 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 from transformers.models.gemma3.modeling_gemma3 import Gemma3MultiModalProjector
 
 from medembed.core.errors import EncoderError
+from medembed.core.text import one_line
 from medembed.encoders.checkpoint_files import Part, canonical_name, checkpoint_name, read_json
 from medembed.encoders.delta import DeltaWeights, put_in
 from medembed.encoders.devices import stored_dtypes
+from medembed.encoders.features import Features, token_poolings
 from medembed.encoders.fingerprint import Digest, read_part
-from medembed.encoders.poolings import Features, token_poolings
 from medembed.encoders.preprocessing import Preprocessing
 from medembed.encoders.torch_encoder import TorchEncoder
 
@@ -198,6 +199,12 @@ class SiglipEncoder(TorchEncoder):
             vectors[_PROJECTOR] = self.projector(seen.last_hidden_state)
         return Features(seen.last_hidden_state, self._grid, vectors)
 
+    def repool(self, name: str, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """Return what the projector or the attention head makes of tokens; see `TorchEncoder`."""
+        pooler = self.projector if name == _PROJECTOR else self.model.head
+        vectors: torch.Tensor = pooler(tokens)
+        return vectors
+
 
 def load_siglip(
     directory: Path,
@@ -335,7 +342,7 @@ def _read_architecture(directory: Path) -> Any:
     try:
         built = SiglipVisionConfig(**known, attn_implementation="sdpa")
     except Exception as error:  # its validation raises its own errors, by transformers' version
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         message = f"config.json of {checkpoint_name(directory)} is not a SigLIP tower's: {reason}"
         raise EncoderError(message) from error
     _check_architecture(built, checkpoint_name(directory))

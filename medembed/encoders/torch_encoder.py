@@ -20,9 +20,11 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from medembed.core.errors import DeviceMemoryError, EncoderError
+from medembed.core.poolings import find_pooling
+from medembed.core.text import one_line
 from medembed.encoders.checkpoint_files import Part
 from medembed.encoders.devices import Rows, arithmetic, device_of, guard_memory
-from medembed.encoders.poolings import Features, pool
+from medembed.encoders.features import Features, pool
 from medembed.encoders.preprocessing import Preprocessing, channel_levels
 from medembed.encoders.protocol import Encoder, refuse_non_finite
 
@@ -122,7 +124,7 @@ class Tuning:
         try:
             self.why_not = "" if time() < seconds else "it was not faster"
         except Exception as error:  # the compiler's errors are of many kinds
-            self.why_not = " ".join(str(error).split())[:200] or type(error).__name__
+            self.why_not = one_line(error, 200) or type(error).__name__
         if self.why_not:
             self._end()
             tell(f"Not compiled: {self.why_not}")
@@ -244,6 +246,31 @@ class TorchEncoder(ABC):
             (n, 3, height, width), normalised, on the device. Called in the tower's
             `devices.arithmetic`.
         """
+
+    def can_repool(self, name: str) -> bool:
+        """Whether a pooling on offer is a function of the patch tokens, which `repool` computes."""
+        return find_pooling(name).is_explained
+
+    def repool(self, name: str, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """Return a vector of the tower's own, as `features` has it, of other patch tokens.
+
+        Gradients flow to the tokens.
+
+        Parameters
+        ----------
+        name : str
+            One that `can_repool` allows, and that is no pooling over tokens of `core.poolings`.
+        tokens : Tensor
+            float32 (n, rows * columns, d), on the device.
+        grid : tuple of int
+            Rows and columns.
+
+        Returns
+        -------
+        Tensor
+            (n, d') or, where a mean over tokens is still to be taken, (n, tokens, d').
+        """
+        raise EncoderError(f"pooling {name} of {self.source} is not computed anew from tokens.")
 
     def find_blocks(self) -> tuple[str, torch.nn.ModuleList] | None:
         """Return the name and the list of the tower's blocks, in order; None where none are known.

@@ -16,12 +16,11 @@ from medembed.evaluation.calibration import (
     calibration_line,
     check_line,
     fit_line,
-    fit_platt,
 )
 from medembed.evaluation.estimates import influences, measure_spread
 from medembed.evaluation.intervals import Variant, bootstrap_variants, plain
 from medembed.evaluation.scores import DECISION_SCORES, Scorer
-from medembed.evaluation.thresholds import youden_threshold
+from medembed.evaluation.thresholds import DecisionRule
 
 __all__ = ["AFTER", "MIN_FOR_SLOPE", "draw_patients", "recalibrate"]
 
@@ -182,9 +181,8 @@ def _mend(
     if p >= _SIGNIFICANCE:
         return _Mended("none", calibration, threshold, p)
     if len(np.unique(patients)) >= MIN_FOR_SLOPE:
-        fitted = fit_platt(raw, y)
-        cut = youden_threshold(y, fitted.apply(raw))
-        return _Mended("slope_and_intercept", fitted, cut, p)
+        fitted = DecisionRule.fit(y, raw)
+        return _Mended("slope_and_intercept", fitted.calibration, fitted.threshold, p)
     shift = float(fit_line(y, calibrated, free_slope=False).line[0])
     moved = Calibration(calibration.slope, calibration.intercept + shift)
     odds = float(logit(threshold)) if 0 < threshold < 1 else nan

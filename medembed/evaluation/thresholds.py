@@ -6,16 +6,19 @@ They are chosen on (calibrated) out-of-fold predictions of `train` and never see
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import nextafter
+from typing import NamedTuple
 
 import numpy as np
 
 from medembed.core.errors import TrainingDataError
+from medembed.evaluation.calibration import Calibration, fit_platt
 from medembed.evaluation.scores import check_both_classes
 
 __all__ = [
     "HIGHEST",
     "PACKAGED",
     "SHOWN",
+    "DecisionRule",
     "OperatingPoint",
     "ThresholdRule",
     "fit_points",
@@ -168,6 +171,37 @@ def fixed_points(rules: Iterable[ThresholdRule]) -> tuple[OperatingPoint, ...]:
     """Return those that nothing has to be fitted for: ``threshold=…``."""
     known = ((rule.name, rule.value) for rule in rules if rule.kind == "threshold")
     return tuple(OperatingPoint(name, value) for name, value in known if value is not None)
+
+
+class DecisionRule(NamedTuple):
+    """How a head's probabilities become decisions, fitted on rows that it has not seen.
+
+    Attributes
+    ----------
+    calibration : Calibration
+        Platt's.
+    threshold : float
+        Youden's, of calibrated probabilities.
+    calibrated : float64 array of shape (n,)
+        The rows' own.
+    """
+
+    calibration: Calibration
+    threshold: float
+    calibrated: np.ndarray
+
+    @classmethod
+    def fit(cls, y: np.ndarray, probability: np.ndarray) -> "DecisionRule":
+        """Fit on labels (0 or 1) and a head's own probabilities, each of shape (n,).
+
+        Raises
+        ------
+        TrainingDataError
+            Only one class, or probabilities outside [0, 1].
+        """
+        calibration = fit_platt(probability, y)
+        calibrated = calibration.apply(probability)
+        return cls(calibration, float(youden_threshold(y, calibrated)), calibrated)
 
 
 def youden_threshold(y: np.ndarray, probability: np.ndarray) -> float:

@@ -14,6 +14,7 @@ import numpy as np
 
 from medembed.core.errors import ArgumentError, EncoderError, ImageError, PathNotFoundError
 from medembed.core.files import as_path, read_plain
+from medembed.core.poolings import DEFAULT_POOLINGS
 from medembed.encoders import loading
 from medembed.encoders.preprocessing import Preprocessing, prepare
 from medembed.encoders.protocol import Encoder
@@ -57,7 +58,7 @@ class ImageEncoder:
     def encode(
         self,
         images: _Images,
-        poolings: Sequence[str] = ("mean", "max"),
+        poolings: Sequence[str] = DEFAULT_POOLINGS,
         *,
         batch_size: int = BATCH_SIZE,
         intensity: Intensity = DEFAULT_INTENSITY,
@@ -131,7 +132,7 @@ def load_encoder(
     device: str = "auto",
     precision: str = "auto",
     fit: str = "stretch",
-    poolings: Sequence[str] = ("mean", "max"),
+    poolings: Sequence[str] = DEFAULT_POOLINGS,
     progress: Callable[[int, int], None] | None = None,
 ) -> ImageEncoder:
     """Load an encoder by hub id (`owner/name[@revision]`), directory, or `demo`.

@@ -27,6 +27,7 @@ from medembed.core.errors import (
     SpecMismatchError,
 )
 from medembed.core.files import as_path, open_plain
+from medembed.core.poolings import DEFAULT_POOLINGS
 from medembed.core.system import (
     choose_processes,
     default_decoders,
@@ -204,7 +205,6 @@ def _is_suspect(content: Content, image_root: Path) -> bool:
 
 
 COMMIT_SECONDS = 60.0  # what a crash may lose
-LIBRARIES = ("medembed", "numpy", "pillow", "torch", "transformers")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@\S+)?")
 PLAIN_BATCH = 32  # of an encoder that does not say what its device holds
 ROOM = 1.1  # of the rows' bytes, for chunks, headers and what else the disk is used for
@@ -216,7 +216,7 @@ def extract(
     encoder: EncoderLike,
     cache: Cache | str | os.PathLike[str],
     *,
-    poolings: str | Sequence[str] = ("mean", "max"),
+    poolings: str | Sequence[str] = DEFAULT_POOLINGS,
     dtype: str = "float16",
     intensity: Intensity = DEFAULT_INTENSITY,
     batch_size: int | None = None,
@@ -418,7 +418,7 @@ def prepare_cache(
     encoder: Encoder,
     cache_path: str | os.PathLike[str],
     *,
-    poolings: Sequence[str] = ("mean", "max"),
+    poolings: Sequence[str] = DEFAULT_POOLINGS,
     dtype: str = "float16",
     intensity: Intensity = DEFAULT_INTENSITY,
     dry_run: bool = False,
@@ -614,5 +614,5 @@ def _record(encoder: Encoder) -> dict[str, Any]:
         "revision": encoder.revision,
         "precision": encoder.precision,
         "device": encoder.device,
-        "versions": library_versions(LIBRARIES),
+        "versions": library_versions("extraction"),
     }

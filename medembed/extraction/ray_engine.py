@@ -26,6 +26,7 @@ from medembed.cache.pending import Plan, make_plan
 from medembed.cache.shards import max_rows
 from medembed.cache.store import Cache, open_cache
 from medembed.core.errors import ManifestError, MedembedError
+from medembed.core.poolings import DEFAULT_POOLINGS
 from medembed.core.ray_cluster import connected_to_ray
 from medembed.dataset.manifest import Manifest, require_hashes
 from medembed.encoders.loading import LOCAL_RANKS
@@ -64,7 +65,7 @@ class Job:
     load: Callable[[], Encoder]
     image_root: Path
     cache_path: Path
-    poolings: tuple[str, ...] = ("mean", "max")
+    poolings: tuple[str, ...] = DEFAULT_POOLINGS
     dtype: str = "float16"
     intensity: Intensity = DEFAULT_INTENSITY
     batch_size: int | None = None

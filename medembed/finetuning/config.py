@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from medembed.core.errors import EncoderError, TrainingDataError
+from medembed.core.poolings import DEFAULT_POOLINGS, find_pooling
 from medembed.core.system import library_versions
 from medembed.dataset.manifest import Manifest
 from medembed.encoders.loading import choose_device, choose_precision
@@ -26,9 +27,6 @@ from medembed.results.run_schema import CV_METHOD
 from medembed.results.runs import open_run
 
 __all__ = ["FineTuneConfig", "Trial", "describe", "resolve_config", "write_command"]
-
-VERSIONED = ("medembed", "numpy", "scikit-learn", "torch", "transformers")
-"""Libraries whose releases decide a result."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +157,7 @@ def resolve_config(
     names = tuple(pool.split(",") if isinstance(pool, str) else pool or ())
     # Weights stay fp32 in training; bf16 is what products are cast to.
     known: dict[str, Any] = {"device": on["device"], "precision": "fp32", "fit": on["fit"]}
-    encoder: Any = find_tower(reference, poolings=names or ("mean", "max"), **known)
+    encoder: Any = find_tower(reference, poolings=names or DEFAULT_POOLINGS, **known)
     if not isinstance(encoder, TorchEncoder) or encoder.origin is None:
         raise EncoderError(
             f"{encoder.source} cannot be trained: it is no tower that was loaded from a checkpoint."
@@ -225,13 +223,13 @@ def _choose_poolings(
             f"--pool is {','.join(names)}, and the head of --from-run reads "
             f"{','.join(swept.poolings)}. Leave --pool out."
         )
-    chosen = swept.poolings if swept is not None else names or ("mean", "max")
+    chosen = swept.poolings if swept is not None else names or DEFAULT_POOLINGS
     encoder.check_poolings(chosen)
     for name in chosen:
-        if len(encoder.dimensions[name]) > 1 or name == "projector":
+        if len(encoder.dimensions[name]) > 1 or not find_pooling(name).is_trained_through:
             raise TrainingDataError(
                 f"--pool {name} is not trained through: a head that trains with its encoder reads "
-                "single vectors of the tower, such as mean,max."
+                f"single vectors of the tower, such as {','.join(DEFAULT_POOLINGS)}."
             )
     if len(set(chosen)) < len(chosen):
         raise TrainingDataError(f"--pool {','.join(chosen)} names a pooling twice.")
@@ -241,13 +239,12 @@ def _choose_poolings(
 def describe(asked: FineTuneConfig, command: str) -> dict[str, Any]:
     """Return what `run.json` records beside the question."""
     encoder = asked.encoder
-    libraries = (*VERSIONED, "peft") if asked.recipe.lora else VERSIONED
     return {
         "kind": "finetune",
         "seed": asked.seeds[0],
         "cv_method": CV_METHOD,
         "command": command,
-        "versions": library_versions(libraries),
+        "versions": library_versions("finetune", *(["peft"] if asked.recipe.lora else [])),
         "encoder": {
             "source": public_name(encoder.source),
             "revision": encoder.revision,

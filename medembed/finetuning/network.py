@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from medembed.encoders.devices import arithmetic
-from medembed.encoders.poolings import pool
+from medembed.encoders.features import pool
 from medembed.encoders.torch_encoder import TorchEncoder
 from medembed.finetuning.adapters import add_adapters, merge_adapters
 from medembed.finetuning.blocks import keep_top, recompute, set_modes, unfreeze

@@ -19,8 +19,9 @@ import torch
 from sklearn.utils.validation import check_is_fitted
 
 from medembed.core.errors import EncoderError, ModelError
+from medembed.core.poolings import POOLINGS, find_pooling
 from medembed.encoders.devices import arithmetic
-from medembed.encoders.poolings import Features, pool, token_poolings
+from medembed.encoders.features import Features, pool
 from medembed.encoders.protocol import Encoder
 from medembed.encoders.torch_encoder import TorchEncoder
 from medembed.heads.attention import AttentionHead
@@ -177,9 +178,9 @@ def repool(
     """
     with arithmetic(encoder.device, encoder.precision):
         vectors = {
-            name: _pool_by_tower(encoder, tokens, grid, name)
+            name: encoder.repool(name, tokens, grid)
             for name in poolings
-            if name not in token_poolings(0, grid)
+            if find_pooling(name).compute is None
         }
     pooled = pool(Features(tokens, grid, vectors), poolings)
     return torch.cat([pooled[name].flatten(1) for name in poolings], dim=1)
@@ -198,30 +199,17 @@ def _refuse_unpoolable(encoder: TorchEncoder, poolings: Sequence[str]) -> None:
     """
     encoder.check_poolings(poolings)
     for name in poolings:
-        # Towers with a class token make their pooler of it too.
-        if "cls" in encoder.dimensions and name in ("cls", "pooler"):
+        if not encoder.can_repool(name):
             raise EncoderError(
                 f"pooling {name} of {encoder.source} is its class token, which has gathered from "
                 "all patches in the blocks below: there is no part of it that is one patch's. "
-                "Explain a model on mean, max or grid4."
+                f"Explain a model on {_explained()}."
             )
 
 
-def _pool_by_tower(
-    encoder: TorchEncoder, tokens: torch.Tensor, grid: tuple[int, int], name: str
-) -> torch.Tensor:
-    model: Any = encoder.model
-    if name == "projector":
-        vectors: torch.Tensor = encoder.projector(tokens)  # type: ignore[attr-defined]
-    elif (head := getattr(model, "head", None)) is not None:  # SigLIP's, by attention
-        vectors = head(tokens)
-    elif (pooler := getattr(model, "pooler", None)) is None:  # ConvNeXt's: a norm of the mean
-        vectors = model.layernorm(tokens.mean(dim=1))
-    elif model.config.model_type == "resnet":
-        vectors = pooler(tokens.transpose(1, 2).reshape(len(tokens), -1, *grid)).flatten(1)
-    else:  # Swin's
-        vectors = pooler(tokens.transpose(1, 2)).flatten(1)
-    return vectors
+def _explained() -> str:
+    *most, last = (name for name, entry in POOLINGS.items() if entry.compute and entry.is_explained)
+    return f"{', '.join(most)} or {last}"
 
 
 METHODS = ("integrated", "gradient", "occlusion")

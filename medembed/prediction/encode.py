@@ -20,6 +20,7 @@ from medembed.cache.shards import describe_loss
 from medembed.cache.spec import CacheSpec, keys_from_hex
 from medembed.cache.store import Cache, open_cache
 from medembed.core.errors import EncoderError, ImageError, MedembedError, ModelError
+from medembed.core.poolings import find_pooling
 from medembed.core.system import choose_processes, default_decoders
 from medembed.encoders.hub import DEMO
 from medembed.encoders.preprocessing import prepare
@@ -115,7 +116,7 @@ class Embedder:
             precision=self.precision,
             fit=str(spec_of_card(self.card).preprocessing.get("fit", "stretch")),
             # What the fingerprint depends on; the others are compared below, after it.
-            poolings=tuple(name for name in self.poolings if name == "projector"),
+            poolings=[name for name in self.poolings if find_pooling(name).needs_language_model],
             progress=self.progress,
         )
         self._check(encoder)

@@ -58,7 +58,6 @@ from medembed.results.runs import Run, create_run, utc_now
 
 __all__ = ["evaluate"]
 
-VERSIONED = ("medembed", "numpy", "scikit-learn", "torch", "lightgbm")
 N_NAMED = 5
 NO_PRIORS = (
     "Priors are left out: the run that the model was trained in is not beside it, and its card "
@@ -178,7 +177,7 @@ def evaluate(
         "kind": "evaluation",
         "seed": seed,
         "command": shlex.join([*words, "--seed", str(seed)]),
-        "versions": library_versions(VERSIONED),
+        "versions": library_versions("evaluation"),
         "encoder": describe_source(opened.recorded, opened.spec.encoder, opened.spec.preprocessing),
         "data": summarise_data(
             rows.assign(split="test"),

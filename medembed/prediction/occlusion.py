@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 
-from medembed.encoders.poolings import GRID_SIDE
+from medembed.core.poolings import find_pooling
 
 __all__ = ["WINDOW_SHARE", "occlude", "spread", "window_sides"]
 
@@ -40,16 +40,16 @@ def occlude(
         What stands side by side in a vector.
     pool : callable
         Pools tokens (n, rows * columns, d) to (n, all columns of `poolings`), as a tower does.
-        Called for every window where a pooling is neither `mean`, `max` nor `grid4`.
+        Called for every window where a pooling is no `CellSummary` that is computed here.
 
     Yields
     ------
     float32 array of shape (columns - sides[1] + 1, all columns)
         For each of rows - sides[0] + 1 rows of windows, from the top; windows from the left.
     """
-    if set(poolings) <= set(_FAST):
-        made = [_FAST[name](tokens, sides) for name in poolings]
-        for parts in zip(*made, strict=True):
+    made = [_occlude_at_once(name, tokens, sides) for name in poolings]
+    if None not in made:
+        for parts in zip(*(rows for rows in made if rows is not None), strict=True):
             yield np.concatenate(parts, axis=1, dtype=np.float32)
         return
     for top in range(len(tokens) - sides[0] + 1):
@@ -97,12 +97,16 @@ def _occlude_one_by_one(
     return np.stack(vectors)
 
 
-def _occlude_mean(tokens: np.ndarray, sides: tuple[int, int]) -> Iterator[np.ndarray]:
-    return _occlude_cells(tokens, sides, 1)
-
-
-def _occlude_grid4(tokens: np.ndarray, sides: tuple[int, int]) -> Iterator[np.ndarray]:
-    return _occlude_cells(tokens, sides, GRID_SIDE)
+def _occlude_at_once(
+    pooling: str, tokens: np.ndarray, sides: tuple[int, int]
+) -> Iterator[np.ndarray] | None:
+    """Return what `occlude` yields of one pooling; None where each window is to be pooled anew."""
+    summary = find_pooling(pooling).summary
+    if summary is None:
+        return None
+    if summary.statistic == "mean":
+        return _occlude_cells(tokens, sides, summary.side)
+    return _occlude_max(tokens, sides) if summary.side == 1 else None
 
 
 def _occlude_cells(
@@ -167,10 +171,3 @@ def _running_maxima(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     before = np.concatenate([nothing, np.maximum.accumulate(values)])
     after = np.concatenate([np.maximum.accumulate(values[::-1])[::-1], nothing])
     return before, after
-
-
-_FAST: dict[str, Callable[[np.ndarray, tuple[int, int]], Iterator[np.ndarray]]] = {
-    "mean": _occlude_mean,
-    "max": _occlude_max,
-    "grid4": _occlude_grid4,
-}

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,16 +14,15 @@ import pandas as pd
 
 from medembed.core.errors import ArgumentError, RunError
 from medembed.core.files import write_atomically
-from medembed.core.text import mask_controls, to_html
+from medembed.core.text import to_html_cell
 from medembed.dataset.manifest import Manifest, read_manifest
 from medembed.evaluation.scores import SCORES
 from medembed.report.group_tables import render_comparison, write_group_tables
 from medembed.report.operating_tables import points_csv, tabulate_points
 from medembed.report.tables import Table, make_tables, render, render_table
 from medembed.results.alignment import TestSet
-from medembed.results.comparison import compare_opened, open_runs
+from medembed.results.comparison import ComparisonOptions, compare_opened, open_runs
 from medembed.results.runs import RunLike
-from medembed.results.significance import check_margin
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -130,20 +129,19 @@ def compare(
     """
     if (by is None) != (manifest is None):
         raise ArgumentError("by and manifest go together: name a column, and the manifest it is in")
-    if margin is not None:
-        check_margin(margin)  # before anything is read
-    result, test_set = compare_opened(
-        open_runs(runs),
+    asked = ComparisonOptions(
         level=level,
         n_resamples=n_resamples,
         seed=seed,
         by=by,
-        manifest=None if manifest is None else read_manifest(manifest),
         margin=margin,
         operating_points=operating_points,
         prevalence=prevalence,
     )
-    return Comparison(result, test_set)
+    opened = open_runs(runs)
+    if manifest is not None:
+        asked = replace(asked, manifest=read_manifest(manifest))
+    return Comparison(*compare_opened(opened, asked))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -213,7 +211,7 @@ class Comparison:
 
     def _repr_html_(self) -> str:
         notes = make_tables(self.result)[-1].notes
-        listed = "".join(f"<li>{_cell(note)}</li>" for note in notes)
+        listed = "".join(f"<li>{to_html_cell(note)}</li>" for note in notes)
         return f"{''.join(map(_write_html, make_tables(self.result)))}<ul>{listed}</ul>"
 
 
@@ -308,15 +306,12 @@ def _flatten(row: dict[str, Any]) -> dict[str, Any]:
 
 def _write_html(table: Table) -> str:
     ends = [NAME] * table.n_names + [NUMBER] * (len(table.columns) - table.n_names)
-    head = "".join(f"<th{end}>{_cell(c)}</th>" for c, end in zip(table.columns, ends, strict=True))
+    cells = zip(map(to_html_cell, table.columns), ends, strict=True)
+    head = "".join(f"<th{end}>{cell}</th>" for cell, end in cells)
     rows = [
-        "".join(f"<td{end}>{_cell(cell)}</td>" for cell, end in zip(row, ends, strict=True))
+        "".join(f"<td{end}>{to_html_cell(cell)}</td>" for cell, end in zip(row, ends, strict=True))
         for row in table.rows
     ]
     body = "".join(f"<tr>{row}</tr>" for row in rows)
-    title = f"<caption>{_cell(table.title)}</caption>"
+    title = f"<caption>{to_html_cell(table.title)}</caption>"
     return f"<table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def _cell(text: str) -> str:
-    return to_html(mask_controls(text))

@@ -4,6 +4,7 @@ import hashlib
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from medembed.core.errors import RunError
@@ -23,6 +24,7 @@ from medembed.report.tables import (
 from medembed.results.runs import Run
 
 __all__ = [
+    "ExternalSection",
     "digest_predictions",
     "find_external",
     "read_evaluations",
@@ -110,10 +112,23 @@ def _tabulate_external(scores: Mapping[str, Any], *, full: bool = False) -> list
     return [table for table in found if table is not None]
 
 
-def find_external(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Return, for each run that evaluates a model elsewhere, ``name`` and ``tables`` for the page.
+@dataclass(frozen=True)
+class ExternalSection:
+    """What the page shows of a run that evaluates a model elsewhere.
 
-    A table is ``title``, ``columns``, ``rows`` of ``cells`` and ``notes``.
+    Attributes
+    ----------
+    name : str
+        The run's.
+    tables : list of Table
+    """
+
+    name: str
+    tables: list[Table]
+
+
+def find_external(runs: Sequence[Run]) -> list[ExternalSection]:
+    """Return the page's section of each run that evaluates a model elsewhere.
 
     Raises
     ------
@@ -121,18 +136,7 @@ def find_external(runs: Sequence[Run]) -> list[dict[str, Any]]:
         The `scores.json` of one is damaged.
     """
     return [
-        {
-            "name": run.name,
-            "tables": [
-                {
-                    "title": table.title,
-                    "columns": table.columns,
-                    "rows": [{"cells": row} for row in table.rows],
-                    "notes": table.notes,
-                }
-                for table in _tables_of(run)
-            ],
-        }
+        ExternalSection(run.name, _tables_of(run))
         for run in runs
         if run.info["kind"] == "evaluation"
     ]

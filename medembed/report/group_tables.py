@@ -1,13 +1,12 @@
 """Groups of a column and the gaps between them as tables: for terminal, paper and page."""
 
-import csv
-import io
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from medembed.core.files import write_atomically
-from medembed.core.text import to_csv_cell
+from medembed.core.text import to_csv
 from medembed.dataset.bands import find_groupings
 from medembed.dataset.manifest import Manifest
 from medembed.evaluation.unpaired import GAP_SCORES, GROUP_SCORES
@@ -31,6 +30,8 @@ from medembed.results.subgroups import (
 )
 
 __all__ = [
+    "ColumnSection",
+    "ColumnSections",
     "render_comparison",
     "render_groups",
     "tabulate_columns",
@@ -102,17 +103,49 @@ def write_group_tables(result: dict[str, Any], directory: Path) -> list[Path]:
     return [directory / name for name in texts]
 
 
+@dataclass(frozen=True)
+class ColumnSection:
+    """What the page shows by one column of the manifest.
+
+    Attributes
+    ----------
+    column : str
+    groups : Table
+        Scores of each group.
+    gaps : Table
+        Differences between groups.
+    summary : str
+        What the gaps come to, in a sentence.
+    notes : list of str
+        One sentence each.
+    """
+
+    column: str
+    groups: Table
+    gaps: Table
+    summary: str
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class ColumnSections:
+    """The page's sections by columns, and what holds for all.
+
+    Attributes
+    ----------
+    sections : list of ColumnSection
+    notes : list of str
+        How gaps are tested, which columns are left out, and why.
+    """
+
+    sections: list[ColumnSection]
+    notes: list[str]
+
+
 def tabulate_columns(
     result: dict[str, Any], test_set: TestSet, manifest: Manifest
-) -> dict[str, Any]:
+) -> ColumnSections:
     """Return the page's sections by every column of the manifest that can be grouped.
-
-    Returns
-    -------
-    dict
-        ``sections``, each ``column``, ``groups`` and ``gaps`` (``title``, ``columns``, ``rows``),
-        ``summary`` and ``notes``; ``notes``: how gaps are tested, which columns are left out, and
-        why.
 
     Raises
     ------
@@ -125,19 +158,18 @@ def tabulate_columns(
     for grouping in groupings:
         own = join_column(test_set, rows, grouping)
         found = {**result, **compare_groups(result["rows"], test_set, own)}
-        table, gaps = _tabulate_groups(found), _tabulate_gaps(found)
         sections.append(
-            {
-                "column": grouping.column,
-                "groups": _for_page(table, n_spanning=2),
-                "gaps": _for_page(gaps, n_spanning=1),
-                "summary": describe_gaps(found["gaps"], several=len(result["runs"]) > 1),
-                "notes": [*found["groups"]["notes"], *_explain_absent(found)],
-            }
+            ColumnSection(
+                grouping.column,
+                _tabulate_groups(found),
+                _tabulate_gaps(found),
+                describe_gaps(found["gaps"], several=len(result["runs"]) > 1),
+                [*found["groups"]["notes"], *_explain_absent(found)],
+            )
         )
     notes = [METHOD] if sections else []
     notes += [f"Not shown by {name}: it {reason}." for name, reason in left_out.items()]
-    return {"sections": sections, "notes": notes}
+    return ColumnSections(sections, notes)
 
 
 def _tabulate_gaps(result: dict[str, Any]) -> Table:
@@ -153,7 +185,7 @@ def _tabulate_gaps(result: dict[str, Any]) -> Table:
     notes += [METHOD] if result["gaps"] else []
     title = f"Gaps between groups by {result['groups']['column']}"
     columns = ["Head", "Score", "Groups", "Difference [95 %]", "p (Holm)"]
-    return Table(title, columns, 3, list(sections.values()), notes)
+    return Table(title, columns, 3, list(sections.values()), notes, n_spanning=1)
 
 
 def _tabulate_groups(result: dict[str, Any]) -> Table:
@@ -170,7 +202,7 @@ def _tabulate_groups(result: dict[str, Any]) -> Table:
     columns = [groups["column"], "n (abn.)", "Head", "AUROC [95 %]", *SHOWN.values()]
     title = f"Heads by {groups['column']}, test {plural}"
     notes = [*groups["notes"], *_explain_absent(result)]
-    return Table(title, columns, 3, sections, [*notes, *result["notes"]])
+    return Table(title, columns, 3, sections, [*notes, *result["notes"]], n_spanning=2)
 
 
 def _blocks(
@@ -210,15 +242,6 @@ def _difference(gap: dict[str, Any]) -> str:
     return f"{gap['difference']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]"
 
 
-def _for_page(table: Table, n_spanning: int) -> dict[str, Any]:
-    rows = [
-        {"cells": row, "n_spanning": n_spanning, "span": len(section) if row is section[0] else 0}
-        for section in table.sections
-        for row in section
-    ]
-    return {"title": table.title, "columns": table.columns, "rows": rows}
-
-
 def _write_groups(result: dict[str, Any]) -> str:
     ends = ("", "_low", "_high")
     names = [f"{score}{end}" for score in GROUP_SCORES for end in ends]
@@ -229,7 +252,7 @@ def _write_groups(result: dict[str, Any]) -> str:
         for head, block in blocks:
             scores = [block[s][e] for s in GROUP_SCORES for e in ("value", "low", "high")]
             lines.append([group["name"], *counts, head, *scores])
-    return _csv(lines)
+    return to_csv(lines)
 
 
 def _write_gaps(result: dict[str, Any]) -> str:
@@ -239,11 +262,4 @@ def _write_gaps(result: dict[str, Any]) -> str:
     lines += [
         [row_name(gap, several=several), *(gap[name] for name in names)] for gap in result["gaps"]
     ]
-    return _csv(lines)
-
-
-def _csv(lines: Sequence[Sequence[Any]]) -> str:
-    output = io.StringIO()
-    writer = csv.writer(output, lineterminator="\n")
-    writer.writerows([to_csv_cell(cell) for cell in line] for line in lines)
-    return output.getvalue()
+    return to_csv(lines)

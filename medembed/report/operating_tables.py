@@ -1,12 +1,10 @@
 """What decisions at operating points are worth, as tables for the terminal, papers and the page."""
 
-import csv
-import io
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from medembed.core.text import to_csv_cell
+from medembed.core.text import to_csv
 from medembed.evaluation.thresholds import SHOWN
 from medembed.report.tables import (
     Table,
@@ -78,17 +76,15 @@ def points_csv(result: Mapping[str, Any]) -> str:
     shares = [f"{name}_{part}" for name in ("accuracy", *SHARES) for part in ("k", "n")]
     scores = [f"{name}{end}" for name in POINT_SCORES for end in ("", "_low", "_high")]
     given = [f"{name}_at_prevalence{end}" for name in PREDICTIVE for end in ("", "_low", "_high")]
-    output = io.StringIO()
-    writer = csv.writer(output, lineterminator="\n")
     heading = ["run", "head", "operating_point", "threshold", *scores, *shares, *CONFUSION]
-    writer.writerow([*heading, "prevalence", *given])
+    lines: list[list[Any]] = [[*heading, "prevalence", *given]]
     for row in result["rows"]:
         for point in points_of(row):
             told, matrix = point["scores"], point["confusion"] or {}
             at = point.get("at_prevalence") or {}
-            writer.writerow(
+            lines.append(
                 [
-                    *(to_csv_cell(row[name]) for name in ("run", "head")),
+                    *(row[name] for name in ("run", "head")),
                     *(point["name"], point["threshold"]),
                     *(told[name][end] for name in POINT_SCORES for end in _ENDS),
                     *(told[n].get(part) for n in ("accuracy", *SHARES) for part in ("k", "n")),
@@ -97,7 +93,7 @@ def points_csv(result: Mapping[str, Any]) -> str:
                     *((at.get(name) or {}).get(end) for name in PREDICTIVE for end in _ENDS),
                 ]
             )
-    return output.getvalue().rstrip("\n")
+    return to_csv(lines).rstrip("\n")
 
 
 def points_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:

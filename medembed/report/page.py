@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -25,18 +26,19 @@ from medembed.evaluation.thresholds import SHOWN, ThresholdRule, parse_rules
 from medembed.report import page_tables as tables
 from medembed.report.checklist import write_checklists
 from medembed.report.checklist_answers import Study
-from medembed.report.external import find_external, read_evaluations
+from medembed.report.external import ExternalSection, find_external, read_evaluations
 from medembed.report.figures import FIGURES, Plot, plot_all
 from medembed.report.gallery import FindThumbnails, find_mistakes, show_mistakes
-from medembed.report.group_tables import tabulate_columns
+from medembed.report.group_tables import ColumnSections, tabulate_columns
 from medembed.report.headline import Headline, write_headline
+from medembed.report.run_section import RunSection, describe_run
+from medembed.report.tables import make_table
 from medembed.results.ablations import count_left_out
-from medembed.results.alignment import align_runs
-from medembed.results.comparison import compare_aligned, open_runs
+from medembed.results.alignment import TestSet, align_runs
+from medembed.results.comparison import ComparisonOptions, compare_aligned, open_runs
 from medembed.results.methods import DISCLAIMER
-from medembed.results.provenance import describe_run
 from medembed.results.runs import RunLike
-from medembed.results.significance import check_margin, describe_margins, find_non_inferior
+from medembed.results.significance import describe_margins, find_non_inferior
 from medembed.results.subgroups import explain_other_manifest
 
 __all__ = ["WrittenReport", "write_report"]
@@ -129,45 +131,47 @@ def write_report(
     out = as_path(out, "the directory of the page")
     if out.exists() and not out.is_dir():
         raise RunError(f"{out} is a file. Choose a directory for the page.")
+    asked = ComparisonOptions(
+        level=level,
+        n_resamples=n_resamples,
+        seed=seed,
+        margin=margin,
+        operating_points=operating_points,
+        prevalence=prevalence,
+    )
     opened = open_runs(runs)
-    manifest = None if manifest is None else read_manifest(manifest)
+    known = None if manifest is None else read_manifest(manifest)
     external = find_external(opened)  # what is damaged is told before seconds go into figures
     test_set = align_runs(opened, level, parse_rules(operating_points))
-    other = None if manifest is None else explain_other_manifest(opened, test_set, manifest)
+    other = None if known is None else explain_other_manifest(opened, test_set, known)
     if other is not None and find_thumbnails is None:
         raise RunError(other)
-    if margin is not None:
-        check_margin(margin)
     result = compare_aligned(
         opened, test_set, n_resamples=n_resamples, seed=seed, prevalence=prevalence
     )
-    asked: dict[str, Any] = {"columns": None, "other_manifest": other, "margins": [], "words": []}
-    if margin is not None:
-        tests = find_non_inferior(result["rows"], test_set, margin)
-        asked["margins"] = describe_margins(tests, margin)
-        asked["words"] += ["--margin", f"{margin:g}"]
-    if manifest is not None:
-        asked["words"] += ["--manifest", "MANIFEST"]
-        asked["columns"] = None if other else tabulate_columns(result, test_set, manifest)
-        if find_thumbnails is not None and not any((asked["columns"] or {}).values()):
-            asked["columns"] = None  # nobody asked for them
-    plots = plot_all(result, test_set)
-    abouts = [
-        describe_run(run, about["name"]) for run, about in zip(opened, result["runs"], strict=True)
-    ]
-    for about, own in zip(abouts, result["runs"], strict=True):
-        if own["left_out_of"]:
-            about["left_out"] |= {"rows": [], "sentence": f"The images of {own['left_out_of']}."}
-    gallery = show_mistakes(find_mistakes(result, test_set), find_thumbnails)
-    date = date or dt.datetime.now(dt.UTC).date()
     names = [about["name"] for about in result["runs"]]
     elsewhere = read_evaluations(opened, names)
-    headline = write_headline(result, elsewhere)
-    left_out = count_left_out(opened)
-    command = command or _command(result, asked["words"])
-    page = _render(
-        result, headline, left_out, command, plots, abouts, gallery, external, asked, date
-    )
+    columns = None if known is None or other else tabulate_columns(result, test_set, known)
+    if find_thumbnails is not None and columns and not (columns.sections or columns.notes):
+        columns = None  # nobody asked for them
+    plots = plot_all(result, test_set)
+    page = _Page(
+        result=result,
+        headline=write_headline(result, elsewhere),
+        left_out=count_left_out(opened),
+        margins=_test_margin(result, test_set, asked),
+        columns=columns,
+        other_manifest=other,
+        plots=plots,
+        gallery=show_mistakes(find_mistakes(result, test_set), find_thumbnails),
+        external=external,
+        runs=[
+            describe_run(run, about["name"], about["left_out_of"])
+            for run, about in zip(opened, result["runs"], strict=True)
+        ],
+        command=command or _command(result, asked, has_manifest=known is not None),
+        date=date or dt.datetime.now(dt.UTC).date(),
+    ).render()
     figures_path = out / "figures"
     figures_path.mkdir(parents=True, exist_ok=True)
     written = [path for plot in plots for path in _write_plot(plot, figures_path)]
@@ -181,55 +185,76 @@ def write_report(
     return paths
 
 
-def _render(
-    result: dict[str, Any],
-    headline: Headline,
-    left_out: tuple[int, bool],
-    command: str,
-    plots: list[Plot],
-    abouts: list[dict[str, Any]],
-    gallery: dict[str, Any],
-    external: list[dict[str, Any]],
-    asked: dict[str, Any],
-    date: dt.date,
-) -> str:
-    environment = Environment(
-        loader=PackageLoader("medembed", "report/templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        finalize=_show,
-    )
-    script = environment.get_template("page.js").render()
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    trusted = Markup(script)  # nosec B704 # ours, and none of it comes from a run
-    return environment.get_template("page.html.j2").render(
-        title=headline.title,
-        result=result,
-        summary=headline.text,
-        facts=_facts(result, left_out, is_elsewhere=bool(external)),
-        leaderboard=tables.tabulate_heads(result),
-        pairs=tables.tabulate_pairs(result),
-        decisions=tables.tabulate_decisions(result),
-        calibrations=tables.tabulate_calibrations(result),
-        deferrals=tables.tabulate_deferrals(result),
-        coverage=tables.tabulate_coverage(result),
-        seeds=tables.tabulate_seeds(result),
-        by_region=tables.tabulate_groups(result, "region"),
-        by_views=tables.tabulate_groups(result, "views"),
-        plots={plot.name: _embed(plot) for plot in plots},
-        gallery=gallery,
-        external=external,
-        asked=asked,
-        runs=abouts,
-        command=command,
-        notes=[*result["notes"][:-1], *METHOD_NOTES, DISCLAIMER],
-        disclaimer=DISCLAIMER,
-        date=date.isoformat(),
-        version=__version__,
-        script=trusted,
-        script_digest=digest,
-    )
+def _test_margin(
+    result: dict[str, Any], test_set: TestSet, asked: ComparisonOptions
+) -> Sequence[str]:
+    if asked.margin is None:
+        return ()
+    return describe_margins(find_non_inferior(result["rows"], test_set, asked.margin), asked.margin)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Page:
+    """All that the page shows; its template is `page.html.j2`."""
+
+    result: dict[str, Any]
+    headline: Headline
+    left_out: tuple[int, bool]
+    margins: Sequence[str]
+    columns: ColumnSections | None
+    other_manifest: str | None
+    plots: list[Plot]
+    gallery: dict[str, Any]
+    external: list[ExternalSection]
+    runs: list[RunSection]
+    command: str
+    date: dt.date
+
+    def render(self) -> str:
+        environment = Environment(
+            loader=PackageLoader("medembed", "report/templates"),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            finalize=_show,
+        )
+        script = environment.get_template("page.js").render()
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        trusted = Markup(script)  # nosec B704 # ours, and none of it comes from a run
+        return environment.get_template("page.html.j2").render(
+            asked=self,
+            title=self.headline.title,
+            result=self.result,
+            summary=self.headline.text,
+            facts=_facts(self.result, self.left_out, is_elsewhere=bool(self.external)),
+            **_tabulate(self.result),
+            plots={plot.name: _embed(plot) for plot in self.plots},
+            gallery=self.gallery,
+            external=self.external,
+            runs=self.runs,
+            command=self.command,
+            notes=[*self.result["notes"][:-1], *METHOD_NOTES, DISCLAIMER],
+            disclaimer=DISCLAIMER,
+            date=self.date.isoformat(),
+            version=__version__,
+            script=trusted,
+            script_digest=digest,
+        )
+
+
+def _tabulate(result: dict[str, Any]) -> dict[str, Any]:
+    """Return the tables, by the names that the template has for them."""
+    return {
+        "leaderboard": tables.tabulate_heads(result),
+        "pairs": tables.tabulate_pairs(result),
+        "decisions": tables.tabulate_decisions(result),
+        "calibrations": tables.tabulate_calibrations(result),
+        "deferrals": tables.tabulate_deferrals(result),
+        "coverage": tables.tabulate_coverage(result),
+        "seeds": tables.tabulate_seeds(result),
+        "by_region": make_table(result, "region", with_counts=True),
+        "by_views": make_table(result, "views", with_counts=True),
+    }
 
 
 def _show(value: Any) -> Any:
@@ -239,7 +264,7 @@ def _show(value: Any) -> Any:
     return Markup(to_html(value))  # nosec B704 # escaped there
 
 
-def _command(result: dict[str, Any], words_asked: Sequence[str]) -> str:
+def _command(result: dict[str, Any], asked: ComparisonOptions, *, has_manifest: bool) -> str:
     """Write a command that makes a page of these runs."""
     names = [run["name"] for run in result["runs"]]
     words = ["medembed", "report", *names, "-o", "report", "--level", result["level"]]
@@ -247,24 +272,25 @@ def _command(result: dict[str, Any], words_asked: Sequence[str]) -> str:
     for name in result["operating_points"]:
         words += [] if name in usual else ["--operating-point", name]
     words += [] if result["prevalence"] is None else ["--prevalence", str(result["prevalence"])]
-    return shlex.join([*words, "--seed", str(result["seed"]), *words_asked])
+    words += ["--seed", str(result["seed"])]
+    words += [] if asked.margin is None else ["--margin", f"{asked.margin:g}"]
+    return shlex.join([*words, *(["--manifest", "MANIFEST"] if has_manifest else [])])
 
 
 def _facts(
     result: dict[str, Any], left_out: tuple[int, bool], *, is_elsewhere: bool
-) -> list[dict[str, str]]:
+) -> dict[str, str]:
     test = result["test"]
     plural = "studies" if result["level"] == "study" else "images"
     title = "Heads" if is_elsewhere else "Trained heads"
     n_heads = sum(not row["baseline"] for row in result["rows"])
-    facts = {
+    return {
         f"Test {plural}": f"{test['n']:,}",
         "of these abnormal": f"{test['n_abnormal']:,}",
         "Test patients": f"{test['n_patients']:,}",
         title: f"{n_heads:,}",
         "Images left out": f"{'' if left_out[1] else '≥ '}{left_out[0]:,}",
     }
-    return [{"name": name, "value": value} for name, value in facts.items()]
 
 
 def _embed(plot: Plot) -> dict[str, Any]:

@@ -1,11 +1,13 @@
 """The tables of the page, as cells of text; numbers beside them where a reader may sort."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from medembed.report.operating_tables import name_point, points_of
 from medembed.report.tables import (
     MISSING,
+    Table,
     format_count,
     format_interval,
     format_p,
@@ -16,11 +18,13 @@ from medembed.report.tables import (
 from medembed.results.significance import row_name
 
 __all__ = [
+    "Coverage",
+    "Deferrals",
+    "Leaderboard",
     "tabulate_calibrations",
     "tabulate_coverage",
     "tabulate_decisions",
     "tabulate_deferrals",
-    "tabulate_groups",
     "tabulate_heads",
     "tabulate_pairs",
     "tabulate_seeds",
@@ -66,10 +70,58 @@ FITS = {
 }
 
 
-def tabulate_heads(result: dict[str, Any]) -> dict[str, Any]:
-    """Return the leaderboard; each row has `values`, one per cell, None for what is text."""
+@dataclass(frozen=True)
+class Leaderboard(Table):
+    """A table that a reader may sort.
+
+    Attributes
+    ----------
+    values : tuple of list of float or None
+        A row's values, one per cell, None for what is text.
+    kinds : tuple of str
+        Per row "baseline", or nothing.
+    """
+
+    values: tuple[list[float | None], ...] = ()
+    kinds: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Deferrals:
+    """What prediction sets do on test, and why heads have none.
+
+    Attributes
+    ----------
+    table : Table
+    without : list of str
+        Of each head that has no sets, the reason.
+    warnings : list of str
+    """
+
+    table: Table
+    without: list[str]
+    warnings: list[str]
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What sets do in each region.
+
+    Attributes
+    ----------
+    table : Table
+    min_group : int
+        How many patients of each class a region needs for a promise of its own.
+    """
+
+    table: Table
+    min_group: int
+
+
+def tabulate_heads(result: dict[str, Any]) -> Leaderboard:
+    """Return the leaderboard."""
     main, efficiency = make_table(result), bool(result["efficiency"])
-    rows = []
+    rows, sorted_by = [], []
     for row, line in zip(result["rows"], main.rows, strict=True):
         scores = [row["scores"][score] for score in LEADERBOARD]
         cells = [_name(result, row), *map(_score, scores, LEADERBOARD.values()), line[-1]]
@@ -77,19 +129,21 @@ def tabulate_heads(result: dict[str, Any]) -> dict[str, Any]:
         if efficiency:
             cells.insert(1, share_of_train(row))
             values.insert(1, row["train_fraction"])
-        rows.append(
-            {"cells": cells, "values": values, "kind": "baseline" if row["baseline"] else ""}
-        )
+        rows.append(cells)
+        sorted_by.append(values)
     extra = ["Train"] if efficiency else []
-    return {
-        "title": f"{main.title}, best AUROC first",
-        "columns": ["Head", *extra, *LEADERBOARD.values(), "p"],
-        "rows": rows,
-        "legend": main.notes[0],
-    }
+    return Leaderboard(
+        f"{main.title}, best AUROC first",
+        ["Head", *extra, *LEADERBOARD.values(), "p"],
+        1,
+        [rows],
+        main.notes[:1],
+        values=tuple(sorted_by),
+        kinds=tuple("baseline" if row["baseline"] else "" for row in result["rows"]),
+    )
 
 
-def tabulate_decisions(result: dict[str, Any]) -> list[dict[str, Any]]:
+def tabulate_decisions(result: dict[str, Any]) -> list[Table]:
     """Return what each trained head's decisions are worth at each operating point.
 
     Shares with counts; the confusion matrix and what sums it up; predictive values at another
@@ -130,46 +184,39 @@ def tabulate_decisions(result: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def tabulate_deferrals(result: dict[str, Any]) -> dict[str, Any] | None:
-    """Return what each trained head's prediction sets do on test, None where none has any.
-
-    ``without`` says of each head that has none why.
-    """
+def tabulate_deferrals(result: dict[str, Any]) -> Deferrals | None:
+    """Return what each trained head's prediction sets do on test, None where none has any."""
     able = [row for row in _trained(result) if row["deferral"]]
     if not able:
         return None
-    rows = []
+    sections = []
     for row in able:
         lines = [["none deferred", MISSING, MISSING, MISSING, format_interval(_complement(row))]]
         lines += [
             [f"{100 * own['nominal']:g} %", *(format_count(own[share]) for share in DEFERRALS)]
             for own in row["deferral"]["levels"]
         ]
-        for i, cells in enumerate(lines):
-            spanned = {"n_spanning": 1, "span": 0 if i else len(lines)}
-            rows.append({"cells": [_name(result, row), *cells], **spanned})
+        sections.append([[_name(result, row), *cells] for cells in lines])
     others = [row for row in _trained(result) if not row["deferral"]]
-    return {
-        "title": "What each promised coverage gives on test: shares of normal, abnormal, all and "
-        "decided studies; where none is deferred, Youden's threshold decides",
-        "columns": ["Head", "Promised coverage", *DEFERRALS.values()],
-        "rows": rows,
-        "without": [f"{_name(result, row)}: {row['deferral_note']}" for row in others],
-        "warnings": [
+    title = (
+        "What each promised coverage gives on test: shares of normal, abnormal, all and "
+        "decided studies; where none is deferred, Youden's threshold decides"
+    )
+    columns = ["Head", "Promised coverage", *DEFERRALS.values()]
+    return Deferrals(
+        Table(title, columns, 2, sections, n_spanning=1),
+        [f"{_name(result, row)}: {row['deferral_note']}" for row in others],
+        [
             f"{_name(result, row)}: {row['deferral']['warning']}"
             for row in able
             if row["deferral"]["warning"]
         ],
-    }
+    )
 
 
-def tabulate_coverage(result: dict[str, Any]) -> dict[str, Any] | None:
-    """Return what sets that promise 90 % do in each region, None where there is one at most.
-
-    ``min_group`` says how many patients of each class a region needs for a promise of its own.
-    """
-    rows: list[dict[str, Any]] = []
-    least = 0
+def tabulate_coverage(result: dict[str, Any]) -> Coverage | None:
+    """Return what sets that promise 90 % do in each region, None where there is one at most."""
+    sections, least = [], 0
     for row in _trained(result):
         if not row["deferral"]:
             continue
@@ -177,93 +224,70 @@ def tabulate_coverage(result: dict[str, Any]) -> dict[str, Any] | None:
         regions, least = level["regions"], row["deferral"]["min_group"]
         if len(regions) < 2:
             continue
-        for i, (region, own) in enumerate(regions.items()):
+        section = []
+        for region, own in regions.items():
             promised = "all regions" if own["coverage_of"] == "marginal" else "this region"
             shares = (format_interval(own[share]) for share in DEFERRALS if share != "error")
             studies = f"{own['n'] - own['n_abnormal']:,} + {own['n_abnormal']:,}"
-            cells = [_name(result, row), region, studies, promised, *shares]
-            rows.append({"cells": cells, "n_spanning": 1, "span": 0 if i else len(regions)})
-    if not rows:
+            section.append([_name(result, row), region, studies, promised, *shares])
+        sections.append(section)
+    if not sections:
         return None
     shown = (title for share, title in DEFERRALS.items() if share != "error")
-    return {
-        "title": "What a promised coverage of 90 % gives on test, by region",
-        "columns": ["Head", "Region", "Normal + abnormal", "Promised for", *shown],
-        "rows": rows,
-        "min_group": least,
-    }
+    title = "What a promised coverage of 90 % gives on test, by region"
+    columns = ["Head", "Region", "Normal + abnormal", "Promised for", *shown]
+    return Coverage(Table(title, columns, 3, sections, n_spanning=1), least)
 
 
-def tabulate_calibrations(result: dict[str, Any]) -> dict[str, Any]:
+def tabulate_calibrations(result: dict[str, Any]) -> Table:
     """Return how each trained head's probabilities fit, before and after scaling."""
-    rows = []
+    sections = []
     for row in _trained(result):
-        known = [method for method in CALIBRATIONS if method in row["calibrations"]]
-        for i, method in enumerate(known):
-            found, title = row["calibrations"][method], CALIBRATIONS[method]
-            cells = [
-                _name(result, row),
-                title,
-                *(format_interval(found[s]) for s in FITS if s in found),
+        own = row["calibrations"]
+        known = {method: own[method] for method in CALIBRATIONS if method in own}
+        sections.append(
+            [
+                [
+                    *(_name(result, row), CALIBRATIONS[method]),
+                    *(format_interval(found[score]) for score in FITS if score in found),
+                ]
+                for method, found in known.items()
             ]
-            rows.append({"cells": cells, "n_spanning": 1, "span": 0 if i else len(known)})
-    return {
-        "title": "Calibration before and after scaling, fitted on out-of-fold predictions of train",
-        "columns": ["Head", "Scaling", *FITS.values()],
-        "rows": rows,
-    }
+        )
+    title = "Calibration before and after scaling, fitted on out-of-fold predictions of train"
+    return Table(title, ["Head", "Scaling", *FITS.values()], 2, sections, n_spanning=1)
 
 
-def tabulate_pairs(result: dict[str, Any]) -> dict[str, Any]:
+def tabulate_pairs(result: dict[str, Any]) -> Table:
     """Return the paired differences in AUROC, the smallest p first."""
     pairs = sorted(result["paired"], key=lambda pair: (pair["p_holm"] is None, pair["p_holm"]))
     rows = [
-        {
-            "cells": [
-                pair["a"],
-                pair["b"],
-                _difference(pair),
-                *(format_p(pair[name]) for name in ("p_holm", "p", "p_bootstrap")),
-                format_p(pair["mcnemar"]["p"]),
-            ],
-        }
+        [
+            *(pair["a"], pair["b"], _difference(pair)),
+            *(format_p(pair[name]) for name in ("p_holm", "p", "p_bootstrap")),
+            format_p(pair["mcnemar"]["p"]),
+        ]
         for pair in pairs
     ]
-    return {
-        "title": "Differences in AUROC between heads on the same test rows",
-        "columns": [
-            *("A", "B", "A − B [95 %]"),
-            *("p (Holm)", "p (DeLong, t)", "p (bootstrap)", "p (McNemar)"),
-        ],
-        "rows": rows,
-    }
+    tests = ("p (Holm)", "p (DeLong, t)", "p (bootstrap)", "p (McNemar)")
+    columns = ["A", "B", "A − B [95 %]", *tests]
+    title = "Differences in AUROC between heads on the same test rows"
+    return Table(title, columns, 2, [rows])
 
 
-def tabulate_seeds(result: dict[str, Any]) -> dict[str, Any]:
+def tabulate_seeds(result: dict[str, Any]) -> Table:
     """Return what the seed changes beside what the choice of patients does."""
-    rows = []
+    sections = []
     for own in result["seeds"]:
-        for i, (score, title) in enumerate({"auroc": "AUROC", "macro_f1": "Macro-F1"}.items()):
+        section = []
+        for score, title in {"auroc": "AUROC", "macro_f1": "Macro-F1"}.items():
             numbers = (own[score][name] for name in ("mean", "seed_sd", "sampling_sd"))
             texts = [MISSING if number is None else f"{number:.4f}" for number in numbers]
-            cells = [own["head"], f"{own['n_seeds']}", title, *texts]
-            rows.append({"cells": cells, "n_spanning": 2, "span": 0 if i else 2})
-    return {
-        "title": "Spread over seeds beside that of sampling (standard deviations)",
-        "columns": ["Head", "Seeds", "Score", "Mean", "Over seeds", "Over resamples of patients"],
-        "rows": rows,
-    }
-
-
-def tabulate_groups(result: dict[str, Any], by: str) -> dict[str, Any]:
-    """Return the trained heads' scores within each region or number of views."""
-    table = make_table(result, by, with_counts=True)
-    rows = [
-        {"cells": row, "n_spanning": 2, "span": len(section) if row is section[0] else 0}
-        for section in table.sections
-        for row in section
-    ]
-    return {"title": table.title, "columns": table.columns, "rows": rows}
+            section.append([own["head"], f"{own['n_seeds']}", title, *texts])
+        sections.append(section)
+    title = "Spread over seeds beside that of sampling (standard deviations)"
+    columns = ["Head", "Seeds", "Score", "Mean", "Over seeds", "Over resamples of patients"]
+    return Table(title, columns, 3, sections, n_spanning=2)
 
 
 def _unbroken(score: dict[str, Any]) -> str:
@@ -277,19 +301,19 @@ def _of_points(
     title: str,
     columns: list[str],
     write: Callable[[dict[str, Any]], list[str]],
-) -> dict[str, Any]:
-    rows = []
-    for row in _trained(result):
-        points = points_of(row)
-        for i, point in enumerate(points):
-            names = [_name(result, row), name_point(point["name"]), f"{point['threshold']:.3f}"]
-            spanned = {"n_spanning": 1, "span": 0 if i else len(points)}
-            rows.append({"cells": [*names, *write(point)], **spanned})
-    return {
-        "title": title,
-        "columns": ["Head", "Operating point", "Threshold", *columns],
-        "rows": rows,
-    }
+) -> Table:
+    sections = [
+        [
+            [
+                *(_name(result, row), name_point(point["name"]), f"{point['threshold']:.3f}"),
+                *write(point),
+            ]
+            for point in points_of(row)
+        ]
+        for row in _trained(result)
+    ]
+    columns = ["Head", "Operating point", "Threshold", *columns]
+    return Table(title, columns, 2, sections, n_spanning=1)
 
 
 def _complement(row: dict[str, Any]) -> dict[str, float | None]:

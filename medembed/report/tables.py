@@ -1,13 +1,12 @@
 """A comparison as text: for the terminal, Markdown, CSV and LaTeX."""
 
-import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from medembed.core.errors import RunError
-from medembed.core.text import mask_controls, to_csv_cell, to_latex, to_markdown
+from medembed.core.text import mask_controls, to_csv, to_latex, to_markdown
 from medembed.evaluation.scores import SCORES
 from medembed.results.significance import SIGNIFICANCE, row_name
 
@@ -67,13 +66,16 @@ class Table:
         Groups of rows of cells, each row as long as `columns`.
     notes : list of str
         One sentence each.
+    n_spanning : int
+        How many columns, from the left, hold one name for all rows of a section, on the page.
     """
 
     title: str
     columns: list[str]
     n_names: int
     sections: list[list[list[str]]]
-    notes: list[str]
+    notes: list[str] = field(default_factory=list)
+    n_spanning: int = 0
 
     @property
     def rows(self) -> list[list[str]]:
@@ -245,7 +247,8 @@ def _grouped_table(result: dict[str, Any], by: str, plural: str, with_counts: bo
     ]
     columns += [COLUMNS[name] for name in shown]
     unit = "region" if by == "region" else "number of views of the study"
-    return Table(f"Heads by {unit}, test {plural}", columns, 3, sections, result["notes"])
+    title = f"Heads by {unit}, test {plural}"
+    return Table(title, columns, 3, sections, result["notes"], n_spanning=2)
 
 
 def _group_cells(name: str, block: dict[str, Any]) -> list[str]:
@@ -352,26 +355,25 @@ def _latex(table: Table) -> str:
 def _csv(result: dict[str, Any], by: str | None) -> str:
     names = [name for score in SCORES for name in (score, f"{score}_low", f"{score}_high")]
     counts = [f"{name}_{part}" for name in SHARES for part in ("k", "n")]
-    output = io.StringIO()
-    writer = csv.writer(output, lineterminator="\n")
+    lines: list[list[Any]] = []
     if by is None:
         about = ["run", "head", "train_fraction", "depth", "seed", "threshold"]
         fits = [f"{name}{end}" for name in FIT if name != "brier" for end in ("", "_low", "_high")]
-        writer.writerow([*about, *names, "p_holm", *fits, *counts])
+        lines.append([*about, *names, "p_holm", *fits, *counts])
         for row in result["rows"]:
             p = (row["versus_best"] or {}).get("p_holm")
-            cells = [to_csv_cell(row[name]) for name in about]
+            cells = [row[name] for name in about]
             scores = _numbers(row["scores"], SCORES)
             fit = _numbers(row.get("fit") or {}, [name for name in FIT if name != "brier"])
-            writer.writerow([*cells, *scores, p, *fit, *_counts(row["scores"])])
+            lines.append([*cells, *scores, p, *fit, *_counts(row["scores"])])
     else:
-        writer.writerow([by, "n", "n_abnormal", "head", *names, *counts])
+        lines.append([by, "n", "n_abnormal", "head", *names, *counts])
         for name, blocks in _groups(result, by):
             for head, block in blocks:
                 sizes = [block.get("n"), block.get("n_abnormal")]
                 numbers = [*_numbers(block, SCORES), *_counts(block)]
-                writer.writerow([to_csv_cell(name), *sizes, to_csv_cell(head), *numbers])
-    return output.getvalue().rstrip("\n")
+                lines.append([name, *sizes, head, *numbers])
+    return to_csv(lines).rstrip("\n")
 
 
 def _counts(scores: dict[str, Any]) -> list[int | None]:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from math import nan
 from typing import Any
 
@@ -44,6 +45,7 @@ from medembed.results.significance import (
 from medembed.results.subgroups import compare_groups, join_groups
 
 __all__ = [
+    "ComparisonOptions",
     "compare",
     "compare_aligned",
     "compare_opened",
@@ -55,24 +57,12 @@ __all__ = [
 _NOT_KNOWN = dict.fromkeys(DECISION_SCORES, Interval(nan, nan, nan))
 
 
-def compare(
-    run_paths: RunLike | Sequence[RunLike],
-    *,
-    level: str = "study",
-    n_resamples: int = 2000,
-    seed: int = 0,
-    by: str | None = None,
-    manifest: Manifest | None = None,
-    margin: float | None = None,
-    operating_points: Sequence[str | ThresholdRule] = (),
-    prevalence: float | None = None,
-) -> dict[str, Any]:
-    """Score every head of the runs on their common test rows, with intervals and paired tests.
+@dataclass(frozen=True, kw_only=True)
+class ComparisonOptions:
+    """What a comparison may be asked for.
 
-    Parameters
+    Attributes
     ----------
-    run_paths : Run, path, or sequence of them
-        Run directories, all complete.
     level : {"study", "image"}
         What is scored. A study's probability is the mean of its views'.
     n_resamples : int
@@ -89,6 +79,36 @@ def compare(
         To show beside `thresholds.SHOWN`, as `thresholds.parse_rule` reads them.
     prevalence : float, optional
         A share of abnormal studies, in (0, 1), at which predictive values are told too.
+
+    Raises
+    ------
+    RunError
+        The margin is out of range.
+    """
+
+    level: str = "study"
+    n_resamples: int = 2000
+    seed: int = 0
+    by: str | None = None
+    manifest: Manifest | None = None
+    margin: float | None = None
+    operating_points: Sequence[str | ThresholdRule] = ()
+    prevalence: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.margin is not None:
+            check_margin(self.margin)
+
+
+def compare(run_paths: RunLike | Sequence[RunLike], **options: Any) -> dict[str, Any]:
+    """Score every head of the runs on their common test rows, with intervals and paired tests.
+
+    Parameters
+    ----------
+    run_paths : Run, path, or sequence of them
+        Run directories, all complete.
+    **options
+        Fields of `ComparisonOptions`.
 
     Returns
     -------
@@ -110,49 +130,31 @@ def compare(
     TrainingDataError
         An operating point or the prevalence is none.
     """
-    if margin is not None:
-        check_margin(margin)  # before anything is read
-    return compare_opened(
-        open_runs(run_paths),
-        level=level,
-        n_resamples=n_resamples,
-        seed=seed,
-        by=by,
-        manifest=manifest,
-        margin=margin,
-        operating_points=operating_points,
-        prevalence=prevalence,
-    )[0]
+    asked = ComparisonOptions(**options)  # what is wrong with them is told before anything is read
+    return compare_opened(open_runs(run_paths), asked)[0]
 
 
 def compare_opened(
-    runs: Sequence[Run],
-    *,
-    level: str = "study",
-    n_resamples: int = 2000,
-    seed: int = 0,
-    by: str | None = None,
-    manifest: Manifest | None = None,
-    margin: float | None = None,
-    operating_points: Sequence[str | ThresholdRule] = (),
-    prevalence: float | None = None,
+    runs: Sequence[Run], options: ComparisonOptions
 ) -> tuple[dict[str, Any], TestSet]:
     """Do what `compare` does on runs that are open; return the test rows too."""
-    if margin is not None:
-        check_margin(margin)
-    test_set = align_runs(runs, level, parse_rules(operating_points))
+    test_set = align_runs(runs, options.level, parse_rules(options.operating_points))
     own = None
-    if by is not None and manifest is not None:
-        own = join_groups(runs, test_set, manifest, by)
+    if options.by is not None and options.manifest is not None:
+        own = join_groups(runs, test_set, options.manifest, options.by)
     result = compare_aligned(
-        runs, test_set, n_resamples=n_resamples, seed=seed, prevalence=prevalence
+        runs,
+        test_set,
+        n_resamples=options.n_resamples,
+        seed=options.seed,
+        prevalence=options.prevalence,
     )
     if own is not None:
         result |= compare_groups(result["rows"], test_set, own)
-    if margin is not None:
-        tests = find_non_inferior(result["rows"], test_set, margin)
+    if options.margin is not None:
+        tests = find_non_inferior(result["rows"], test_set, options.margin)
         *notes, last = result["notes"]
-        notes = [*notes, *describe_margins(tests, margin), last]
+        notes = [*notes, *describe_margins(tests, options.margin), last]
         result |= {"non_inferiority": tests, "notes": notes}
     return result, test_set
 

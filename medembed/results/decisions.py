@@ -13,20 +13,19 @@ from medembed.evaluation.calibration import (
     Calibration,
     IsotonicCalibration,
     fit_isotonic,
-    fit_platt,
     fit_temperature,
 )
 from medembed.evaluation.scores import is_number
 from medembed.evaluation.thresholds import (
     HIGHEST,
     SHOWN,
+    DecisionRule,
     OperatingPoint,
     ThresholdRule,
     fit_points,
     fixed_points,
     parse_rule,
     sensitivity_threshold,
-    youden_threshold,
 )
 
 __all__ = [
@@ -73,17 +72,16 @@ def fit_decisions(train: pd.DataFrame, rules: Sequence[ThresholdRule]) -> Decisi
     out_of_fold, y = train["probability"].to_numpy(np.float64), train["label"].to_numpy(np.int8)
     calibrations: dict[str, Calibration | IsotonicCalibration] = {
         "none": Calibration(),
-        "platt": (platt := fit_platt(out_of_fold, y)),
+        "platt": (fitted := DecisionRule.fit(y, out_of_fold)).calibration,
         "temperature": fit_temperature(out_of_fold, y),
         "isotonic": fit_isotonic(out_of_fold, y),
     }
-    calibrated = platt.apply(out_of_fold)
     return Decisions(
-        platt,
+        fitted.calibration,
         calibrations,
-        float(youden_threshold(y, calibrated)),
-        float(sensitivity_threshold(y, calibrated, SENSITIVITY)),
-        fit_points((*SHOWN, *rules), y, calibrated),
+        fitted.threshold,
+        float(sensitivity_threshold(y, fitted.calibrated, SENSITIVITY)),
+        fit_points((*SHOWN, *rules), y, fitted.calibrated),
     )
 
 

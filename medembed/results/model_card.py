@@ -12,17 +12,17 @@ import pandas as pd
 from medembed.core.errors import ModelError, PathNotFoundError
 from medembed.dataset.covariates import CovariateEncoder
 from medembed.dataset.manifest import LABEL_LEVELS
-from medembed.evaluation.calibration import Calibration, fit_platt
+from medembed.evaluation.calibration import Calibration
 from medembed.evaluation.conformal import Conformal, fit_conformal
 from medembed.evaluation.intervals import plain
 from medembed.evaluation.scores import is_number, score
 from medembed.evaluation.thresholds import (
     PACKAGED,
+    DecisionRule,
     OperatingPoint,
     ThresholdRule,
     fit_points,
     parse_rule,
-    youden_threshold,
 )
 from medembed.heads.packaging import Model, read_document
 from medembed.results.decisions import read_points, write_points
@@ -180,9 +180,7 @@ def describe_decisions(
         Only one class, or probabilities outside [0, 1].
     """
     y, raw = studies["label"].to_numpy(np.int8), studies["probability"].to_numpy(np.float64)
-    calibration = fit_platt(raw, y)
-    calibrated = calibration.apply(raw)
-    threshold = float(youden_threshold(y, calibrated))
+    calibration, threshold, calibrated = DecisionRule.fit(y, raw)
     regions, patients = (studies[name].to_numpy() for name in ("region", "patient"))
     conformal = fit_conformal(raw, y, regions, patients=patients)
     return {

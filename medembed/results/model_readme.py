@@ -9,7 +9,7 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from medembed.core.text import to_markdown
+from medembed.core.text import one_line, to_markdown
 from medembed.dataset.manifest import count_rows
 from medembed.evaluation.scores import SCORES
 from medembed.heads.model_files import README_FILE
@@ -184,7 +184,7 @@ def _template() -> Template:
 
 def _escape(value: Any) -> Markup:
     """Let text from data be text in Markdown: neither markup, nor HTML, nor a new line."""
-    safe = to_markdown(" ".join(str(value).split()))
+    safe = to_markdown(one_line(value))
     return Markup(safe)  # nosec B704 # escaped there
 
 

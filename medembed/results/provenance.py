@@ -9,21 +9,15 @@ from typing import Any
 
 import pandas as pd
 
-from medembed.core.text import counted
 from medembed.dataset.manifest import count_rows
-from medembed.results.run_schema import CV_METHOD
-from medembed.results.runs import Run
 
 __all__ = [
-    "describe_run",
     "describe_source",
     "list_left_out",
     "public_name",
     "summarise_data",
 ]
 
-DATA_COLUMNS = ("images", "studies", "patients", "abnormal", "unlabelled", "left_out")
-CODE_DIGITS = 16
 N_LISTED = 500
 """Left-out images listed in `run.json`; all are counted, and the cache has them all."""
 
@@ -103,136 +97,3 @@ def describe_source(
         "fingerprint": fingerprint,
         "preprocessing": dict(preprocessing),
     }
-
-
-def describe_run(run: Run, name: str) -> dict[str, Any]:
-    """Return what the page shows about one run, as text.
-
-    Parameters
-    ----------
-    run : Run
-        The run.
-    name : str
-        How the page calls it.
-
-    Returns
-    -------
-    dict
-        ``name``, ``facts``, ``data``, ``winners``, ``left_out`` and ``command``.
-    """
-    info = run.info
-    return {
-        "name": name,
-        "facts": [{"name": key, "value": value} for key, value in _facts(info).items() if value],
-        "data": _data(info.get("data", {})),
-        "winners": _winners(info.get("leaderboard", []), info.get("cv_method")),
-        "left_out": _left_out(info),
-        "command": info.get("command", ""),
-    }
-
-
-def _facts(info: Mapping[str, Any]) -> dict[str, str]:
-    asked, data = info.get("asked", {}), info.get("data", {})
-    encoder, times = info.get("encoder", {}), info.get("times", {})
-    versions = info.get("versions", {})
-    return {
-        "Encoder": _text(encoder.get("source")),
-        "Revision": _text(encoder.get("revision")),
-        "Encoder fingerprint": _text(encoder.get("fingerprint"))[:CODE_DIGITS],
-        "Input": _input(encoder.get("preprocessing", {})),
-        "Precision": _text(encoder.get("precision")),
-        "Pooling": _text(asked.get("pooling")),
-        "Manifest digest": _text(asked.get("manifest"))[:CODE_DIGITS],
-        "Labels are per": _text(data.get("label_level")),
-        "Licence": _text(data.get("licence")),
-        "Folds": _text(asked.get("n_folds")),
-        "Configurations per head": _counts(asked.get("n_configs")),
-        "Covariates": ", ".join(asked.get("covariates", [])),
-        "Share of training patients": _share(asked.get("train_fraction", 1.0)),
-        "Chosen by": _text(asked.get("metric")),
-        "Seed": _text(info.get("seed")),
-        "Started": _text(times.get("started")),
-        "Ended": _text(times.get("ended")),
-        "Versions": ", ".join(f"{name} {number}" for name, number in versions.items()),
-    }
-
-
-def _counts(value: Any) -> str:
-    """Write configurations per head: a number of all of them, or one of each."""
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {_text(number)}" for name, number in value.items())
-    return _text(value)
-
-
-def _share(fraction: float) -> str:
-    return "" if fraction == 1 else f"{fraction:.3g}"
-
-
-def _input(preprocessing: Mapping[str, Any]) -> str:
-    size = preprocessing.get("size")
-    if not size:
-        return ""
-    details = [_text(preprocessing.get(name)) for name in ("fit", "resample")]
-    return ", ".join([" × ".join(map(str, size)), *filter(None, details)])
-
-
-def _data(data: Mapping[str, Any]) -> dict[str, Any]:
-    parts = {**data.get("splits", {}), "all": data}
-    rows = [
-        {"cells": [name, *(_text(part.get(column, 0)) for column in DATA_COLUMNS)], "kind": ""}
-        for name, part in parts.items()
-    ]
-    headings = [column.capitalize().replace("_", " ") for column in DATA_COLUMNS]
-    return {"columns": ["Split", *headings], "rows": rows}
-
-
-def _winners(leaderboard: list[dict[str, Any]], cv_method: Any) -> dict[str, Any]:
-    rows = []
-    for entry in leaderboard:
-        chosen = entry.get("params") or {}
-        params = ", ".join(f"{name} = {value}" for name, value in chosen.items())
-        params = params or "the head's defaults"
-        older = entry.get("cv_method", cv_method) != CV_METHOD
-        cv = "failed" if entry.get("cv") is None else f"{entry['cv']:.3f}{'†' if older else ''}"
-        tried = entry.get("n_tried")
-        cv += "" if entry.get("cv") is None or tried is None else f" (best of {tried:,})"
-        details = params if entry.get("cv") is not None else _text(entry.get("error"))
-        seconds = entry.get("seconds")
-        cells = [entry["head"], details, cv, "" if seconds is None else f"{seconds:.1f}"]
-        rows.append({"cells": cells, "kind": ""})
-    return {"columns": ["Head", "Parameters", "Cross-validated", "Seconds"], "rows": rows}
-
-
-def _left_out(info: Mapping[str, Any]) -> dict[str, Any]:
-    images = info.get("left_out", [])
-    data = info.get("data", {})
-    rows = [
-        {
-            "cells": [
-                _text(image.get("sha256"))[:CODE_DIGITS],
-                *(_text(image.get(name)) for name in ("split", "stage", "reason")),
-            ],
-            "kind": "",
-        }
-        for image in images
-    ]
-    n, n_test = max(data.get("left_out", 0), len(images)), data.get("left_out_test", 0)
-    sentence = (
-        f"{counted(n, 'image')} could not be embedded, {n_test:,} of them in test. They were "
-        "neither trained on nor scored. Images go by the first digits of their SHA-256."
-    )
-    if not n:
-        sentence = "No image was left out."
-    elif n > len(images):
-        listed = (
-            f"The first {len(images):,} are shown." if images else "Which ones is not recorded."
-        )
-        sentence += f" {listed}"
-    columns = ["Image (SHA-256)", "Split", "Stage", "Reason"]
-    return {"columns": columns, "rows": rows, "sentence": sentence}
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

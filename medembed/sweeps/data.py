@@ -12,6 +12,7 @@ from medembed.cache.embeddings import Embeddings, choose_poolings, load_embeddin
 from medembed.cache.store import Cache
 from medembed.core.errors import TrainingDataError
 from medembed.core.files import json_digest
+from medembed.core.poolings import DEFAULT_POOLINGS
 from medembed.core.system import library_versions
 from medembed.dataset.covariates import CovariateEncoder, fit_covariates
 from medembed.dataset.manifest import Manifest
@@ -25,9 +26,8 @@ from medembed.sweeps.search_space import HeadSpace
 from medembed.sweeps.training import Training
 
 __all__ = [
-    "VERSIONED",
     "Batch",
-    "Pooling",
+    "PooledColumns",
     "SweepConfig",
     "SweepRows",
     "Trial",
@@ -37,7 +37,7 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class Pooling:
+class PooledColumns:
     """Columns that heads are tried on.
 
     Attributes
@@ -89,7 +89,7 @@ class Batch:
 
 def plan_batches(
     heads: Sequence[str],
-    poolings: Sequence[Pooling],
+    poolings: Sequence[PooledColumns],
     spaces: Mapping[str, HeadSpace],
     n_configs: int | None,
     n_folds: int,
@@ -120,14 +120,14 @@ def plan_batches(
     return batches
 
 
-def _readable(head: str, poolings: Sequence[Pooling]) -> list[Pooling]:
+def _readable(head: str, poolings: Sequence[PooledColumns]) -> list[PooledColumns]:
     reads_cells = "n_cells" in head_class(head)().get_params()
     own = [pooling for pooling in poolings if reads_cells or pooling.n_cells == 1]
     if not own:
         names = ", ".join(pooling.name for pooling in poolings)
         raise TrainingDataError(
             f"head {head} reads one vector per image, and {names} holds several. Add a "
-            f"single-vector pooling: --pool mean,{names}."
+            f"single-vector pooling: --pool {DEFAULT_POOLINGS[0]},{names}."
         )
     return own
 
@@ -169,10 +169,6 @@ def _batch(
     return Batch(tuple(trials), rungs)
 
 
-VERSIONED = ("medembed", "numpy", "scikit-learn", "torch", "lightgbm")
-"""Libraries whose releases decide a trial's result."""
-
-
 @dataclass(frozen=True)
 class SweepConfig:
     """What was asked, as it is understood."""
@@ -206,7 +202,7 @@ class SweepRows:
     """
 
     asked: SweepConfig
-    poolings: Sequence[Pooling]
+    poolings: Sequence[PooledColumns]
     row_folds: NDArray[np.int64] = field(init=False)
     row_inner: NDArray[np.bool_] = field(init=False)
     failed: pd.DataFrame = field(init=False)
@@ -263,7 +259,7 @@ class SweepRows:
             "embedded": json_digest(sorted(rows["sha256"])),
             "trained": json_digest(sorted(rows["sha256"][trained])),
             "spec": asked.cache.spec.as_dict(),
-            "versions": library_versions(VERSIONED),
+            "versions": library_versions("sweep"),
         }
 
     def question(self, batches: Sequence[Batch]) -> dict[str, Any]:
@@ -287,12 +283,12 @@ class SweepRows:
     def _name_points(self) -> list[str]:
         return [rule.name for rule in self.asked.points]
 
-    def _embed(self, pooling: Pooling) -> Embeddings:
+    def _embed(self, pooling: PooledColumns) -> Embeddings:
         return load_embeddings(
             self.asked.cache, self.asked.manifest, pool=pooling.name, cells=pooling.n_cells > 1
         )
 
-    def _keep(self, pooling: Pooling, embeddings: Embeddings) -> None:
+    def _keep(self, pooling: PooledColumns, embeddings: Embeddings) -> None:
         X, n_covariates = embeddings.X, 0
         if self.encoder is not None:
             encoded = self.encoder.transform(embeddings.rows)
@@ -311,14 +307,14 @@ class SweepRows:
         self._loaded = (pooling.name, embeddings, training)
 
 
-def list_poolings(cache: Cache, pool: str | Sequence[str] | None) -> list[Pooling]:
+def list_poolings(cache: Cache, pool: str | Sequence[str] | None) -> list[PooledColumns]:
     """Return the poolings asked for; the cache must have them."""
     names = pool.split(",") if isinstance(pool, str) else pool
     chosen = []
     for name in dict.fromkeys(names) if names else [None]:
         found = choose_poolings(cache, name, cells=True)
         shape = cache.spec.poolings[found[0]]
-        chosen.append(Pooling("+".join(found), shape[0] if len(shape) > 1 else 1))
+        chosen.append(PooledColumns("+".join(found), shape[0] if len(shape) > 1 else 1))
     return chosen
 
 

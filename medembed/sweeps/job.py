@@ -30,7 +30,7 @@ from medembed.results.provenance import (
 )
 from medembed.results.run_schema import CV_METHOD
 from medembed.results.runs import Run, create_run
-from medembed.sweeps.data import VERSIONED, SweepConfig, SweepRows, list_poolings, plan_batches
+from medembed.sweeps.data import SweepConfig, SweepRows, list_poolings, plan_batches
 from medembed.sweeps.finalize import finish
 from medembed.sweeps.pool import BACKENDS, choose_jobs
 from medembed.sweeps.runner import Ledger, run_batches
@@ -153,7 +153,7 @@ def sweep(
         "seed": seed,
         "cv_method": CV_METHOD,
         "command": _command(cache, manifest, out, pool, space, asked),
-        "versions": library_versions(VERSIONED),
+        "versions": library_versions("sweep"),
         "encoder": describe_source(
             asked.cache.recorded, asked.cache.spec.encoder, asked.cache.spec.preprocessing
         ),

@@ -1,12 +1,18 @@
 """The oracle is arithmetic by numpy in float64."""
 
+import ast
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medembed.encoders.poolings import Features, pool, token_poolings
+from medembed.core import poolings
+from medembed.core.errors import EncoderError
+from medembed.core.poolings import POOLINGS, Pooling, find_pooling, refuse_unknown
+from medembed.encoders.features import Features, pool, token_poolings
 
 
 def random_features(
@@ -72,3 +78,27 @@ def test_a_towers_own_vectors_are_given_as_they_are() -> None:
     assert torch.equal(pooled["pooler"], own["pooler"])
     with pytest.raises(KeyError, match="median"):
         pool(features, ["median"])
+
+
+def test_nobody_but_encoders_names_a_pooling() -> None:
+    """But for `mean` and `max`, which are words for other things too."""
+    names = set(POOLINGS) - {"mean", "max"}
+    package = Path(poolings.__file__).parents[1]
+    users = {
+        path.relative_to(package).as_posix()
+        for folder in package.iterdir()
+        if folder.name != "encoders"
+        for path in folder.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and node.value in names
+    }
+    # (a part of transformers' models is called `pooler`, too)
+    assert users == {"core/poolings.py", "finetuning/blocks.py"}
+
+
+def test_a_name_without_an_entry_is_an_encoders_own_vector() -> None:
+    own = find_pooling("embedding")
+    assert own == Pooling("embedding")
+    assert own.shape(7) == (7,)
+    with pytest.raises(EncoderError, match="embedding is unknown"):
+        refuse_unknown(["mean", "embedding"])

@@ -15,8 +15,8 @@ from torch._dynamo.testing import CompileCounter
 from medembed.core.errors import DeviceMemoryError, EncoderError
 from medembed.encoders import devices, loading
 from medembed.encoders.devices import Cuda, InTurn, Lanes, device_of, set_precision
+from medembed.encoders.features import Features, token_poolings
 from medembed.encoders.loading import load_encoder
-from medembed.encoders.poolings import Features, token_poolings
 from medembed.encoders.preprocessing import Preprocessing
 from medembed.encoders.protocol import Encoder, PipelinedEncoder
 from medembed.encoders.torch_encoder import TorchEncoder, Tuning

@@ -33,6 +33,7 @@ from medembed.cache.compaction import compact
 from medembed.cache.failures import Failure
 from medembed.cache.store import Cache, open_cache
 from medembed.core.errors import CacheError, MedembedError
+from medembed.core.system import DECIDING
 from medembed.dataset.manifest import read_manifest
 from medembed.extraction import canary, decode_pool, decode_worker, extract, job
 
@@ -103,7 +104,7 @@ def quicken() -> None:
     canary.canary_pixels = functools.cache(canary.canary_pixels)
     canary.canary_pixels(HalvesEncoder().preprocessing)
     metadata.version = functools.cache(metadata.version)
-    for library in job.LIBRARIES:
+    for library in DECIDING["extraction"]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             metadata.version(library)
 

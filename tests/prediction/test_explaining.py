@@ -18,8 +18,8 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3MultiModalProjector
 
 from medembed.core.errors import EncoderError, ImageError, ModelError
 from medembed.demo.cohort import DemoView, draw_cohort, render_view
+from medembed.encoders.features import Features, pool, token_poolings
 from medembed.encoders.loading import load_encoder
-from medembed.encoders.poolings import Features, pool, token_poolings
 from medembed.encoders.preprocessing import Preprocessing, place_image, prepare
 from medembed.encoders.siglip import SiglipEncoder
 from medembed.encoders.torch_encoder import TorchEncoder

@@ -142,8 +142,8 @@ def test_coverage_by_region_is_that_of_its_rows_and_says_what_was_promised(run, 
         few = min(conformal.count(name)) < rows["mlp"]["deferral"]["min_group"]
         assert own["coverage_of"] == ("marginal" if few else "region")
     table = tabulate_coverage({"runs": [{}], "rows": list(rows.values())})
-    assert [row["cells"][1] for row in table["rows"]][:2] == sorted(level["regions"])[:2]
-    assert {row["cells"][3] for row in table["rows"]} <= {"all regions", "this region"}
+    assert [row[1] for row in table.table.rows][:2] == sorted(level["regions"])[:2]
+    assert {row[3] for row in table.table.rows} <= {"all regions", "this region"}
 
 
 def test_a_region_of_one_class_has_no_coverage_of_the_other(run):
@@ -221,11 +221,11 @@ def test_the_page_shows_deferral_and_names_the_heads_without(run, tmp_path, monk
 def test_the_table_says_what_deciding_all_would_cost(rows):
     result = {"runs": [{}], "rows": list(rows.values())}
     table = tabulate_deferrals(result)
-    first = table["rows"][0]["cells"]
+    first = table.table.rows[0]
     accuracy = rows["mlp"]["scores"]["accuracy"]
     expected = {"value": 1 - accuracy["value"], "low": 1 - accuracy["high"]}
     assert first[:2] == ["mlp", "none deferred"]
     assert first[-1] == format_interval(expected | {"high": 1 - accuracy["low"]})
-    assert [row["cells"][1] for row in table["rows"][1:4]] == ["80 %", "90 %", "95 %"]
+    assert [row[1] for row in table.table.rows[1:4]] == ["80 %", "90 %", "95 %"]
     without = {**result, "rows": [row for row in rows.values() if not row["deferral"]]}
     assert tabulate_deferrals(without) is None

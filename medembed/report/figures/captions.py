@@ -4,7 +4,6 @@ Text is made to fit: names cut, sentences wrapped, colliding tick labels left ou
 measured, not guessed from the number of characters: a row of W is three times as wide as one of i.
 """
 
-import unicodedata
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -13,7 +12,7 @@ import pandas as pd
 from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import text_to_path
 
-from medembed.core.text import counted, mask_controls, to_csv_cell
+from medembed.core.text import counted, to_csv_cell, to_figure
 from medembed.results.significance import row_name
 
 __all__ = [
@@ -21,7 +20,6 @@ __all__ = [
     "LEGEND",
     "MAX_SERIES",
     "SMALL",
-    "clean",
     "describe_shown",
     "describe_test",
     "elide",
@@ -50,12 +48,6 @@ GAP = 3.0
 """Points between two tick labels."""
 
 
-def clean(text: str) -> str:
-    """Keep what a line of a figure can hold: no control characters, no marks that pile up."""
-    shown = mask_controls(unicodedata.normalize("NFC", text))
-    return "".join(c for c in shown if unicodedata.category(c) not in {"Mn", "Me"})
-
-
 def measure(text: str, size: float) -> float:
     """Return the width in points of one line at a font size in points."""
     properties = FontProperties(family=FONT, **PLAIN, size=size)
@@ -70,7 +62,7 @@ def elide(text: str, width: float, size: float) -> str:
 
     Both ends of a name tell it apart: the first letters of a run's, and the head's after it.
     """
-    text = clean(text)
+    text = to_figure(text)
     if len(text) > LONGEST:
         text = f"{text[: LONGEST // 2]}…{text[-LONGEST // 2 :]}"
     shown, n_kept = text, len(text)

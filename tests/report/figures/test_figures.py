@@ -18,8 +18,9 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from sklearn import metrics
 
+from medembed.core.text import to_figure
 from medembed.report import figures
-from medembed.report.figures.captions import clean, elide, measure, thin, wrap
+from medembed.report.figures.captions import elide, measure, thin, wrap
 from medembed.report.figures.roc_pr import (
     precision_recall_band,
     precision_recall_curve,
@@ -620,9 +621,9 @@ def test_names_are_cut_in_their_middle_to_the_width():
 
 
 def test_what_a_font_cannot_draw_is_replaced():
-    assert clean("a\x1b\nb\u202e") == "a��b�"
-    assert clean("e\u0301") == "é"
-    assert clean("x" + "\u0335\u0489" * 40) == "x"
+    assert to_figure("a\x1b\nb\u202e") == "a��b�"
+    assert to_figure("e\u0301") == "é"
+    assert to_figure("x" + "\u0335\u0489" * 40) == "x"
 
 
 def test_sentences_are_wrapped_between_words():

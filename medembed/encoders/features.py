@@ -1,13 +1,13 @@
-"""From a tower's tokens to one vector per image: all poolings of one pass, in fp32."""
+"""What a tower says of a batch, and all poolings of one pass over it, in fp32."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-__all__ = ["GRID_SIDE", "Features", "pool", "token_poolings"]
+from medembed.core.poolings import POOLINGS, find_pooling
 
-GRID_SIDE = 4
+__all__ = ["Features", "pool", "token_poolings"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Features:
 
 
 def token_poolings(width: int, grid: tuple[int, int]) -> dict[str, tuple[int, ...]]:
-    """Name the poolings that tokens allow, each with the shape of one image's vector.
+    """Return the poolings that tokens allow, each with the shape of one image's vector.
 
     Parameters
     ----------
@@ -41,18 +41,18 @@ def token_poolings(width: int, grid: tuple[int, int]) -> dict[str, tuple[int, ..
     grid : tuple of int
         Rows and columns of the tokens; `grid4` takes at least 4 of each.
     """
-    shapes: dict[str, tuple[int, ...]] = {"mean": (width,), "max": (width,)}
-    if min(grid) >= GRID_SIDE:
-        shapes["grid4"] = (GRID_SIDE * GRID_SIDE, width)
-    return shapes
+    return {
+        name: pooling.shape(width)
+        for name, pooling in POOLINGS.items()
+        if pooling.compute is not None and min(grid) >= pooling.least_side
+    }
 
 
 def pool(features: Features, names: Sequence[str]) -> dict[str, torch.Tensor]:
     """Pool a batch, in fp32.
 
-    `mean` and `max` are over all patch tokens, `grid4` is the mean over each cell of a 4 × 4
-    grid (torch's adaptive average pooling, which lets cells share a row where 4 does not divide
-    the side), row by row; any other name is the tower's own vector.
+    Poolings over patch tokens are computed as `core.poolings` has them; any other name is the
+    tower's own vector.
 
     Returns
     -------
@@ -67,30 +67,10 @@ def pool(features: Features, names: Sequence[str]) -> dict[str, torch.Tensor]:
     tokens = features.tokens.float()
     pooled = {}
     for name in names:
-        if name in _OVER_TOKENS:
-            pooled[name] = _OVER_TOKENS[name](tokens, features.grid)
+        compute = find_pooling(name).compute
+        if compute is not None:
+            pooled[name] = compute(tokens, features.grid)
         else:
             vector = features.vectors[name].float()
             pooled[name] = vector.mean(dim=1) if vector.ndim == 3 else vector
     return pooled
-
-
-def _pool_mean(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    return tokens.mean(dim=1)
-
-
-def _pool_max(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    return tokens.amax(dim=1)
-
-
-def _pool_grid4(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    image = tokens.transpose(1, 2).reshape(len(tokens), -1, *grid)
-    cells = torch.nn.functional.adaptive_avg_pool2d(image, GRID_SIDE)
-    return cells.flatten(2).transpose(1, 2).contiguous()
-
-
-_OVER_TOKENS: dict[str, Callable[[torch.Tensor, tuple[int, int]], torch.Tensor]] = {
-    "mean": _pool_mean,
-    "max": _pool_max,
-    "grid4": _pool_grid4,
-}
