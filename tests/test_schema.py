@@ -11,6 +11,7 @@ from medembed.core.schema import (
     ClosedRecord,
     Count,
     Field,
+    Given,
     Record,
     Texts,
     describe_problems,
@@ -35,8 +36,14 @@ class Split(ClosedRecord):
         return value
 
 
+class Pair(ClosedRecord):
+    low: float
+    high: float
+
+
 class Document(Record):
     name: str
+    pair: Given[Pair] = None
     split: Split | None = None
     counts: dict[str, Count] | None = None
     either: float | str = 0.0
@@ -46,6 +53,7 @@ SOUND = {"name": "a"}
 WRONG: dict[str, tuple[object, str]] = {
     "no table": ([], "must be a table, not []"),
     "missing": ({}, "name is missing"),
+    "several missing": ({"split": {}, "pair": {}}, "name, pair.low, pair.high are missing"),
     "text": ({"name": 1}, "name must be text, not 1"),
     "below": (SOUND | {"split": {"fraction": 1}}, "split.fraction must be below 1, not 1"),
     "truth": (SOUND | {"split": {"fraction": True}}, "split.fraction must be a number, not True"),
@@ -63,6 +71,7 @@ WRONG: dict[str, tuple[object, str]] = {
         "split.rows must be 'equal' or 'any', not 'equl'; did you mean 'equal'?",
     ),
     "entry": (SOUND | {"counts": {"images": -1}}, "counts.images must be at least 0, not -1"),
+    "never null": (SOUND | {"pair": None}, "pair must be a table, not None"),
     "union": (SOUND | {"either": []}, "either must be a number or text, not []"),
     "in a list": (
         SOUND | {"split": {"names": ["a", 1]}},

@@ -43,10 +43,12 @@ except ImportError as error:
     ) from error
 
 __all__ = [
+    "AnyTable",
     "ClosedRecord",
     "Count",
     "Digest",
     "Field",
+    "Given",
     "Problem",
     "Record",
     "Texts",
@@ -110,6 +112,18 @@ class ClosedRecord(BaseModel):
     model_config = ConfigDict(extra="forbid", **_STRICT)
 
 
+class _NotNull:
+    """Takes null from what a key may hold, and leaves None to a key that is absent."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        schema = handler(source)
+        return schema["schema"] if schema["type"] == "nullable" else schema
+
+
+Given = Annotated[T | None, _NotNull()]
+"""A key that may be absent, and is None then, but never null: ``seed: Given[int] = None``."""
+AnyTable = dict[str, Any]
+"""A table whose entries are another's matter."""
 Texts = Annotated[tuple[str, ...], Field(strict=False)]
 """A list of texts, kept as a tuple."""
 Whole = Annotated[int, Field(ge=-(2**63), lt=2**63)]
@@ -126,7 +140,7 @@ class Problem:
     Attributes
     ----------
     key : str
-        Where: ``leaderboard[0].cv``; "" is the document itself.
+        Where: ``leaderboard[0].cv``; "" is the document itself, as for keys that are missing.
     text : str
         What, with the value that stands there.
     """
@@ -174,7 +188,7 @@ def parse(
 
 
 def find_problems(kind: type[Any], document: object) -> list[Problem]:
-    """Return what is wrong with a document, in the order of the fields; empty where it is sound."""
+    """Return what is wrong with a document, missing keys first; empty where it is sound."""
     try:
         _adapter(kind).validate_python(document)
     except ValidationError as error:
@@ -200,10 +214,16 @@ def suggest(name: str, known: Sequence[str]) -> str:
 
 def write_schema(kind: type[Any]) -> dict[str, Any]:
     """Return the JSON Schema (draft 2020-12) of a format."""
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        **_adapter(kind).json_schema(),
-    }
+    found = _without_null_defaults(_adapter(kind).json_schema())
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **found}
+
+
+def _without_null_defaults(node: Any) -> Any:
+    """Leave out what a key is where it is absent, since None is not written."""
+    if isinstance(node, dict):
+        kept = {k: v for k, v in node.items() if not (k == "default" and v is None)}
+        return {name: _without_null_defaults(own) for name, own in kept.items()}
+    return [_without_null_defaults(own) for own in node] if isinstance(node, list) else node
 
 
 def _adapter(kind: Any) -> TypeAdapter[Any]:
@@ -218,9 +238,17 @@ def _make_adapter(kind: Any) -> TypeAdapter[Any]:
 def _read(error: ValidationError, kind: type[Any], document: object) -> Iterator[Problem]:
     """Yield a problem for each place; alternatives of a union have one place."""
     places: dict[tuple[str | int, ...], list[Mapping[str, Any]]] = {}
+    missing: list[str] = []
     for found in error.errors(include_url=False):
         is_absent = found["type"] in ("missing", "extra_forbidden")
-        places.setdefault(_place(found["loc"], document, is_absent), []).append(found)
+        place = _place(found["loc"], document, is_absent)
+        if found["type"] == "missing":
+            missing.append(_spell(place))
+        else:
+            places.setdefault(place, []).append(found)
+    if missing:
+        verb = "is" if len(missing) == 1 else "are"
+        yield Problem("", f"{', '.join(missing)} {verb} missing")
     for place, every in places.items():
         yield _problem(place, every, kind, document)
 
@@ -233,8 +261,6 @@ def _problem(
 ) -> Problem:
     key, first = _spell(place), every[0]
     match first["type"]:
-        case "missing":
-            return Problem(key, "is missing")
         case "extra_forbidden":
             known = _known_keys(kind, place[:-1])
             where, name = _spell(place[:-1]), str(place[-1])

@@ -41,10 +41,13 @@ from medembed.core.files import (
 from medembed.core.text import Summarised, Summary
 from medembed.results.run_schema import (
     PREDICTION_COLUMNS,
+    RUN_FORMAT,
+    RUN_VERSION,
     TRIAL_COLUMNS,
+    check_info,
     check_predictions,
     find_difference,
-    find_wrong_entry,
+    is_trial,
     summarise_info,
 )
 
@@ -60,9 +63,6 @@ __all__ = [
     "open_run",
     "utc_now",
 ]
-
-RUN_FORMAT = "medembed-run"
-RUN_VERSION = 1
 
 
 class Run(Summarised):
@@ -300,12 +300,13 @@ class Run(Summarised):
             record = json.loads(line)
         except (ValueError, RecursionError):
             record = None
-        if not isinstance(record, dict) or "trial" not in record:
+        if not is_trial(record):
             raise RunError(
                 f"line {number} of {self._ledger_path} is not a trial. "
                 "Delete that line and run the sweep again: only that trial is repeated."
             )
-        return record
+        found: dict[str, Any] = record
+        return found
 
 
 RunLike = Run | str | os.PathLike[str]
@@ -342,12 +343,7 @@ def open_run(path: RunLike) -> Run:
             f"run at {path} has version {info.get('version')!r}; this medembed reads version "
             f"{RUN_VERSION}. Use the medembed that made it, or sweep again."
         )
-    wrong = find_wrong_entry(info)
-    if wrong is not None:
-        raise RunError(
-            f"run.json of {path} {wrong}: it was damaged or edited. Restore it, or sweep again "
-            "into another --out."
-        )
+    check_info(info, path)
     return Run(path, info)
 
 

@@ -94,7 +94,7 @@ def test_kept_folds_come_back_and_damage_reads_as_missing(tmp_path):
 def test_a_hollow_description_and_a_file_are_no_runs(tmp_path):
     run = create_run(tmp_path / "run", {"seed": 0})
     (run.path / "run.json").write_text('{"format": "medembed-run", "version": 1}')
-    with pytest.raises(RunError, match=r"lacks kind, asked, times.*sweep again"):
+    with pytest.raises(RunError, match=r"kind, asked, times are missing.*sweep again"):
         open_run(run.path)
     with pytest.raises(RunError, match="is a file"):
         open_run(run.path / "run.json")
