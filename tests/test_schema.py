@@ -50,6 +50,9 @@ class Document(Record):
 
 
 SOUND = {"name": "a"}
+DEEP: list[Any] = []
+for _ in range(5000):
+    DEEP = [DEEP]
 WRONG: dict[str, tuple[object, str]] = {
     "no table": ([], "must be a table, not []"),
     "missing": ({}, "name is missing"),
@@ -61,10 +64,13 @@ WRONG: dict[str, tuple[object, str]] = {
         SOUND | {"split": {"fraction": float("inf")}},
         "split.fraction must be a finite number, not inf",
     ),
-    "key": (SOUND | {"split": {"colum": ""}}, "split unknown key 'colum'; did you mean 'column'?"),
+    "key": (
+        SOUND | {"split": {"colum": ""}},
+        "split has an unknown key 'colum'; did you mean 'column'?",
+    ),
     "far key": (
         SOUND | {"split": {"zzz": ""}},
-        "split unknown key 'zzz'; known: column, fraction, rows, names",
+        "split has an unknown key 'zzz'; known: column, fraction, rows, names",
     ),
     "choice": (
         SOUND | {"split": {"rows": "equl"}},
@@ -81,7 +87,11 @@ WRONG: dict[str, tuple[object, str]] = {
         SOUND | {"split": {"column": "patient"}},
         "split.column names patients, and is no split",
     ),
-    "long": ({"name": ["x" * 99]}, f"name must be text, not ['{'x' * 58}…"),
+    "long": (
+        {"name": "x" * 99 + "y"} | {"either": [10**99]},
+        f"either must be a number or text, not [1{'0' * 27}...{'0' * 28}…",
+    ),
+    "deep": ({"name": DEEP}, "name must be text, not [[[[...]]]]"),
 }
 
 

@@ -22,12 +22,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
+from reprlib import Repr
 from typing import Annotated, Any, TypeVar
 
 from medembed.core.errors import MedembedError
 
 try:
     from pydantic import (
+        AfterValidator,
         BaseModel,
         ConfigDict,
         Field,
@@ -43,6 +45,7 @@ except ImportError as error:
     ) from error
 
 __all__ = [
+    "AfterValidator",
     "AnyTable",
     "ClosedRecord",
     "Count",
@@ -53,6 +56,7 @@ __all__ = [
     "Record",
     "Texts",
     "Whole",
+    "Word",
     "describe_problems",
     "field_validator",
     "find_problems",
@@ -68,6 +72,8 @@ _MOST = 3
 """Problems that one message names."""
 _LONGEST = 60
 """Characters of a value that a message shows."""
+_REPR = Repr()
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxlong, _REPR.maxother = 3, _LONGEST, _LONGEST, _LONGEST
 _STRICT = ConfigDict(
     strict=True,
     frozen=True,
@@ -126,6 +132,16 @@ AnyTable = dict[str, Any]
 """A table whose entries are another's matter."""
 Texts = Annotated[tuple[str, ...], Field(strict=False)]
 """A list of texts, kept as a tuple."""
+
+
+def _check_printable(text: str) -> str:
+    if not text or not text.isprintable():
+        raise ValueError(f"must be text that can be shown, not {_shown(text)}")
+    return text
+
+
+Word = Annotated[str, AfterValidator(_check_printable)]
+"""Text that a terminal may be shown, not empty."""
 Whole = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 """A whole number that tables can hold."""
 Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -264,7 +280,14 @@ def _problem(
         case "extra_forbidden":
             known = _known_keys(kind, place[:-1])
             where, name = _spell(place[:-1]), str(place[-1])
-            return Problem(where, f"unknown key {_shown(name)}; {suggest(name, known)}")
+            begin = "has an unknown key" if where else "unknown key"
+            return Problem(where, f"{begin} {_shown(name)}; {suggest(name, known)}")
+        case "union_tag_invalid" | "union_tag_not_found":
+            name = str(first["ctx"]["discriminator"]).strip("'")
+            known_tags = first["ctx"].get("expected_tags")
+            expected = f"one of {known_tags}" if known_tags else "one that is known"
+            value = first["input"].get(name)
+            return Problem(f"{key}.{name}", f"must be {expected}, not {_shown(value)}")
         case "value_error" | "assertion_error":
             return Problem(key, str(first["ctx"]["error"]))
     expected = " or ".join(dict.fromkeys(map(_expectation, every)))
@@ -331,7 +354,10 @@ def _spell(place: Sequence[str | int]) -> str:
 
 
 def _shown(value: object) -> str:
-    text = repr(value)
+    try:
+        text = _REPR.repr(value)
+    except ValueError:  # TOML and JSON have whole numbers of any length
+        return "a number without end"
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 

@@ -6,15 +6,22 @@ indicator of missing values. All that is learnt comes from the rows given to `fi
 """
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from reprlib import repr as short
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
 
 from medembed.core.errors import ModelError, TrainingDataError
+from medembed.core.schema import (
+    AfterValidator,
+    ClosedRecord,
+    Field,
+    field_validator,
+    parse,
+)
 from medembed.core.text import normalise
 from medembed.dataset.identities import IDS
 
@@ -22,8 +29,11 @@ __all__ = [
     "MAX_CATEGORIES",
     "NOT_COVARIATES",
     "CategoricalColumn",
+    "CategoricalEntry",
     "CovariateEncoder",
+    "CovariatesEntry",
     "NumericColumn",
+    "NumericEntry",
     "fit_covariates",
     "to_number",
 ]
@@ -153,14 +163,71 @@ class CovariateEncoder:
         ModelError
             The document is nothing that `as_dict` returns.
         """
-        entries = _entry(document, {"columns"})["columns"]
-        if not isinstance(entries, list):
-            raise _not_covariates("columns", entries)
-        columns = tuple(_column(entry) for entry in entries)
+        way_out = "Train the model again, or copy it again."
+        where = "the model's covariates are damaged"
+        return parse(CovariatesEntry, document, ModelError, where, way_out).build()
+
+
+def _check_name(name: str) -> str:
+    if name in NOT_COVARIATES:
+        raise ValueError(f"must be a covariate, not {name!r}")
+    return name
+
+
+def _check_categories(words: list[str]) -> list[str]:
+    """Refuse what is no list of distinct words in ascending order, as training finds them."""
+    are_words = all(word and word == word.strip() and to_number(word) is None for word in words)
+    if not are_words or words != sorted(set(words)):
+        raise ValueError(f"must be distinct words in ascending order, not {short(words)}")
+    return words
+
+
+CovariateName = Annotated[str, AfterValidator(_check_name)]
+
+
+class NumericEntry(ClosedRecord):
+    """A covariate of numbers, as a card keeps it."""
+
+    name: CovariateName
+    kind: Literal["numeric"]
+    fill: float = Field(ge=-LARGEST, le=LARGEST)
+
+
+class CategoricalEntry(ClosedRecord):
+    """A covariate of words, as a card keeps it."""
+
+    name: CovariateName
+    kind: Literal["categorical"]
+    categories: Annotated[list[str], AfterValidator(_check_categories)] = Field(
+        min_length=1, max_length=MAX_CATEGORIES
+    )
+
+
+class CovariatesEntry(ClosedRecord):
+    """What `CovariateEncoder.as_dict` returns."""
+
+    columns: list[Annotated[NumericEntry | CategoricalEntry, Field(discriminator="kind")]]
+
+    @field_validator("columns")
+    @classmethod
+    def _check_twins(
+        cls, columns: list[NumericEntry | CategoricalEntry]
+    ) -> list[NumericEntry | CategoricalEntry]:
         names = [column.name for column in columns]
         if len(set(names)) < len(names):
-            raise _not_covariates("columns", names)
-        return cls(columns)
+            raise ValueError(f"must have different names, not {short(names)}")
+        return columns
+
+    def build(self) -> CovariateEncoder:
+        """Return the encoder itself."""
+        return CovariateEncoder(
+            tuple(
+                NumericColumn(own.name, own.fill)
+                if isinstance(own, NumericEntry)
+                else CategoricalColumn(own.name, tuple(own.categories))
+                for own in self.columns
+            )
+        )
 
 
 def fit_covariates(rows: pd.DataFrame, names: Sequence[str]) -> CovariateEncoder:
@@ -264,50 +331,3 @@ def to_number(text: str) -> float | None:
         return None if "_" in text else float(text)
     except ValueError:
         return None
-
-
-def _column(value: object) -> NumericColumn | CategoricalColumn:
-    kind = value.get("kind") if isinstance(value, Mapping) else None
-    if kind == "numeric":
-        entry = _entry(value, {"name", "kind", "fill"})
-        fill = entry["fill"]
-        if not isinstance(fill, int | float) or isinstance(fill, bool) or not abs(fill) <= LARGEST:
-            raise _not_covariates("fill", fill)
-        return NumericColumn(_name(entry["name"]), float(fill))
-    if kind == "categorical":
-        entry = _entry(value, {"name", "kind", "categories"})
-        words = entry["categories"]
-        if not _are_categories(words):
-            raise _not_covariates("categories", words)
-        return CategoricalColumn(_name(entry["name"]), tuple(words))
-    raise _not_covariates("kind", kind)
-
-
-def _entry(value: object, keys: set[str]) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping) or set(value) != keys:
-        raise _not_covariates(f"what holds {', '.join(sorted(keys))}", value)
-    return value
-
-
-def _name(value: object) -> str:
-    if not isinstance(value, str) or value in NOT_COVARIATES:
-        raise _not_covariates("name", value)
-    return value
-
-
-def _are_categories(words: object) -> bool:
-    """Return whether these are distinct words in ascending order, as training finds them."""
-    return (
-        isinstance(words, list)
-        and 0 < len(words) <= MAX_CATEGORIES
-        and all(isinstance(word, str) for word in words)
-        and all(word and word == word.strip() and to_number(word) is None for word in words)
-        and words == sorted(set(words))
-    )
-
-
-def _not_covariates(what: str, value: object) -> ModelError:
-    return ModelError(
-        f"the model's covariates are damaged: {what} cannot be {short(value)}. "
-        "Train the model again, or copy it again."
-    )
