@@ -9,31 +9,22 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from reprlib import repr as short
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from medembed.core.errors import ModelError, TrainingDataError
-from medembed.core.schema import (
-    AfterValidator,
-    ClosedRecord,
-    Field,
-    field_validator,
-    parse,
-)
+from medembed.core.errors import TrainingDataError
 from medembed.core.text import normalise
 from medembed.dataset.identities import IDS
 
 __all__ = [
+    "LARGEST",
     "MAX_CATEGORIES",
     "NOT_COVARIATES",
     "CategoricalColumn",
-    "CategoricalEntry",
     "CovariateEncoder",
-    "CovariatesEntry",
     "NumericColumn",
-    "NumericEntry",
     "fit_covariates",
     "to_number",
 ]
@@ -153,81 +144,6 @@ class CovariateEncoder:
     def as_dict(self) -> dict[str, Any]:
         """Return JSON values."""
         return {"columns": [column.as_dict() for column in self.columns]}
-
-    @classmethod
-    def from_dict(cls, document: object) -> "CovariateEncoder":
-        """Read back what `as_dict` returned.
-
-        Raises
-        ------
-        ModelError
-            The document is nothing that `as_dict` returns.
-        """
-        way_out = "Train the model again, or copy it again."
-        where = "the model's covariates are damaged"
-        return parse(CovariatesEntry, document, ModelError, where, way_out).build()
-
-
-def _check_name(name: str) -> str:
-    if name in NOT_COVARIATES:
-        raise ValueError(f"must be a covariate, not {name!r}")
-    return name
-
-
-def _check_categories(words: list[str]) -> list[str]:
-    """Refuse what is no list of distinct words in ascending order, as training finds them."""
-    are_words = all(word and word == word.strip() and to_number(word) is None for word in words)
-    if not are_words or words != sorted(set(words)):
-        raise ValueError(f"must be distinct words in ascending order, not {short(words)}")
-    return words
-
-
-CovariateName = Annotated[str, AfterValidator(_check_name)]
-
-
-class NumericEntry(ClosedRecord):
-    """A covariate of numbers, as a card keeps it."""
-
-    name: CovariateName
-    kind: Literal["numeric"]
-    fill: float = Field(ge=-LARGEST, le=LARGEST)
-
-
-class CategoricalEntry(ClosedRecord):
-    """A covariate of words, as a card keeps it."""
-
-    name: CovariateName
-    kind: Literal["categorical"]
-    categories: Annotated[list[str], AfterValidator(_check_categories)] = Field(
-        min_length=1, max_length=MAX_CATEGORIES
-    )
-
-
-class CovariatesEntry(ClosedRecord):
-    """What `CovariateEncoder.as_dict` returns."""
-
-    columns: list[Annotated[NumericEntry | CategoricalEntry, Field(discriminator="kind")]]
-
-    @field_validator("columns")
-    @classmethod
-    def _check_twins(
-        cls, columns: list[NumericEntry | CategoricalEntry]
-    ) -> list[NumericEntry | CategoricalEntry]:
-        names = [column.name for column in columns]
-        if len(set(names)) < len(names):
-            raise ValueError(f"must have different names, not {short(names)}")
-        return columns
-
-    def build(self) -> CovariateEncoder:
-        """Return the encoder itself."""
-        return CovariateEncoder(
-            tuple(
-                NumericColumn(own.name, own.fill)
-                if isinstance(own, NumericEntry)
-                else CategoricalColumn(own.name, tuple(own.categories))
-                for own in self.columns
-            )
-        )
 
 
 def fit_covariates(rows: pd.DataFrame, names: Sequence[str]) -> CovariateEncoder:

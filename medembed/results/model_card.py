@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as short
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
@@ -12,6 +13,7 @@ from medembed.core.errors import ModelError, PathNotFoundError
 from medembed.core.schema import (
     AfterValidator,
     AnyTable,
+    ClosedRecord,
     Count,
     Field,
     Given,
@@ -22,7 +24,15 @@ from medembed.core.schema import (
     model_validator,
     parse,
 )
-from medembed.dataset.covariates import CovariatesEntry
+from medembed.dataset.covariates import (
+    LARGEST,
+    MAX_CATEGORIES,
+    NOT_COVARIATES,
+    CategoricalColumn,
+    CovariateEncoder,
+    NumericColumn,
+    to_number,
+)
 from medembed.evaluation.calibration import Calibration, CalibrationEntry, fit_platt
 from medembed.evaluation.conformal import Conformal, ConformalEntry, fit_conformal
 from medembed.evaluation.intervals import plain
@@ -43,7 +53,10 @@ __all__ = [
     "Card",
     "CardDocument",
     "CardScores",
+    "CategoricalEntry",
+    "CovariatesEntry",
     "EncoderSource",
+    "NumericEntry",
     "ScoreInterval",
     "TestScores",
     "Trained",
@@ -52,6 +65,7 @@ __all__ = [
     "describe_decisions",
     "read_card",
     "read_conformal",
+    "read_covariates",
     "require_winner",
 ]
 
@@ -112,6 +126,68 @@ class TestScores(Record):
 
     scores: Intervals
     regions: dict[str, Intervals]
+
+
+def _check_name(name: str) -> str:
+    if name in NOT_COVARIATES:
+        raise ValueError(f"must be a covariate, not {name!r}")
+    return name
+
+
+def _check_categories(words: list[str]) -> list[str]:
+    """Refuse what is no list of distinct words in ascending order, as training finds them."""
+    are_words = all(word and word == word.strip() and to_number(word) is None for word in words)
+    if not are_words or words != sorted(set(words)):
+        raise ValueError(f"must be distinct words in ascending order, not {short(words)}")
+    return words
+
+
+CovariateName = Annotated[str, AfterValidator(_check_name)]
+
+
+class NumericEntry(ClosedRecord):
+    """A covariate of numbers, as a card keeps it."""
+
+    name: CovariateName
+    kind: Literal["numeric"]
+    fill: float = Field(ge=-LARGEST, le=LARGEST)
+
+
+class CategoricalEntry(ClosedRecord):
+    """A covariate of words, as a card keeps it."""
+
+    name: CovariateName
+    kind: Literal["categorical"]
+    categories: Annotated[list[str], AfterValidator(_check_categories)] = Field(
+        min_length=1, max_length=MAX_CATEGORIES
+    )
+
+
+class CovariatesEntry(ClosedRecord):
+    """Covariates as a card keeps them: what `CovariateEncoder.as_dict` returns."""
+
+    columns: list[Annotated[NumericEntry | CategoricalEntry, Field(discriminator="kind")]]
+
+    @field_validator("columns")
+    @classmethod
+    def _check_twins(
+        cls, columns: list[NumericEntry | CategoricalEntry]
+    ) -> list[NumericEntry | CategoricalEntry]:
+        names = [column.name for column in columns]
+        if len(set(names)) < len(names):
+            raise ValueError(f"must have different names, not {short(names)}")
+        return columns
+
+    def build(self) -> CovariateEncoder:
+        """Return the encoder itself."""
+        return CovariateEncoder(
+            tuple(
+                NumericColumn(own.name, own.fill)
+                if isinstance(own, NumericEntry)
+                else CategoricalColumn(own.name, tuple(own.categories))
+                for own in self.columns
+            )
+        )
 
 
 class TrainedCounts(Record):
@@ -192,8 +268,8 @@ class Card:
     encoder : dict
         ``source``, ``revision`` and ``path``, each a str or None; ``path`` is relative to the
         model's directory and leads to an encoder that was adapted in the same run.
-    covariates : dict or None
-        As `CovariateEncoder.as_dict` wrote it.
+    covariates : CovariateEncoder or None
+        What turns the manifest's columns into the head's.
     scores : dict
         ``out_of_fold``, and ``test`` once it is known: see `results.model_readme.complete_cards`.
     synthetic : bool
@@ -214,7 +290,7 @@ class Card:
     conformal: Conformal | None
     conformal_note: str | None
     encoder: dict[str, Any]
-    covariates: dict[str, Any] | None
+    covariates: CovariateEncoder | None
     scores: dict[str, Any]
     synthetic: bool
     training_images: frozenset[str]
@@ -280,12 +356,24 @@ def read_card(model: Model, path: str | Path) -> Card:
         encoder=(found.encoder or EncoderSource()).model_dump(
             include={"source", "revision", "path"}
         ),
-        covariates=model.card.get("covariates"),
+        covariates=None if found.covariates is None else found.covariates.build(),
         scores=model.card.get("scores", {}),
         synthetic=found.synthetic,
         training_images=frozenset(found.training_images),
         document=dict(model.card),
     )
+
+
+def read_covariates(document: object) -> CovariateEncoder:
+    """Read back what `CovariateEncoder.as_dict` returned.
+
+    Raises
+    ------
+    ModelError
+        The document is nothing that `as_dict` returns.
+    """
+    where = "the model's covariates are damaged"
+    return parse(CovariatesEntry, document, ModelError, where, _WAY_OUT).build()
 
 
 def describe_decisions(

@@ -16,10 +16,10 @@ from medembed.dataset.covariates import (
     MAX_CATEGORIES,
     NOT_COVARIATES,
     CategoricalColumn,
-    CovariateEncoder,
     NumericColumn,
     fit_covariates,
 )
+from medembed.results.model_card import read_covariates
 
 
 def table(**columns: list[Any]) -> pd.DataFrame:
@@ -86,7 +86,7 @@ def test_the_order_of_rows_means_nothing(
 def test_an_encoder_survives_json(rows: tuple[pd.DataFrame, pd.DataFrame]) -> None:
     encoder = fit_covariates(rows[0], ["sex", "age"])
     text = json.dumps(encoder.as_dict(), allow_nan=False)
-    again = CovariateEncoder.from_dict(json.loads(text))
+    again = read_covariates(json.loads(text))
     assert again == encoder
     assert again.names == encoder.names
 
@@ -153,7 +153,7 @@ def test_as_many_categories_as_the_limit_are_encoded() -> None:
     words = [f"w{i:02d}" for i in range(MAX_CATEGORIES)]
     encoder = fit_covariates(table(site=words), ["site"])
     assert (encoder.transform(table(site=words))[:, :-1] == np.eye(MAX_CATEGORIES)).all()
-    assert CovariateEncoder.from_dict(encoder.as_dict()) == encoder
+    assert read_covariates(encoder.as_dict()) == encoder
 
 
 @pytest.mark.parametrize(
@@ -281,9 +281,9 @@ for _ in range(2000):
 )
 def test_a_document_that_no_encoder_wrote_is_refused(document: Any, message: str) -> None:
     with pytest.raises(ModelError, match=re.escape(message)) as caught:
-        CovariateEncoder.from_dict(document)
+        read_covariates(document)
     assert str(caught.value).startswith("the model's covariates are damaged: ")
-    assert str(caught.value).endswith("Train the model again, or copy it again.")
+    assert str(caught.value).endswith("Train or copy the model again.")
 
 
 json_values = st.recursive(
@@ -311,7 +311,7 @@ json_values = st.recursive(
 )
 def test_any_document_is_read_back_whole_or_refused(document: Any) -> None:
     try:
-        encoder = CovariateEncoder.from_dict(document)
+        encoder = read_covariates(document)
     except ModelError:
         return
     assert encoder.as_dict() == document
