@@ -438,7 +438,7 @@ def read_conformal(run: Run, head: str) -> Conformal | None:
         document = read_document(path)
     except PathNotFoundError:
         return None
-    card = document["card"]
+    card = document.card
     require_winner(run, head, card)
     if card.get("conformal") is None:
         return None

@@ -458,7 +458,7 @@ def test_fine_tuned_models_say_where_their_encoder_is(tmp_path):
         assert card.conformal is not None
         assert card.scores["test"]["scores"]["auroc"]["value"] is not None
     assert load_model(run.model_path("unfreeze-0")).reference["n_patients"][0] > 0
-    assert str(tmp_path) not in json.dumps(read_document(run.model_path("unfreeze-1")))
+    assert str(tmp_path) not in json.dumps(read_document(run.model_path("unfreeze-1")).model_dump())
 
 
 def test_decisions_and_sets_are_fitted_on_the_same_scores():
