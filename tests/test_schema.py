@@ -1,10 +1,13 @@
 """The schema layer: what pydantic finds wrong becomes one line of ours."""
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from jsonschema import Draft202012Validator
 
 from medembed.core.errors import RecipeError, RunError
 from medembed.core.schema import (
@@ -20,6 +23,15 @@ from medembed.core.schema import (
     parse,
     suggest,
 )
+from tools import write_schemas
+
+ASSETS = Path(__file__).parent / "assets" / "format-1"
+PLACES = {
+    "run": "run/run.json",
+    "trial": "run/trials.jsonl",
+    "model": "run/models/*/model.json",
+    "card": "run/models/*/model.json",
+}
 
 
 class Split(ClosedRecord):
@@ -124,6 +136,33 @@ def test_a_question_ends_the_sentence() -> None:
     [problem] = find_problems(Split, {"colum": ""})
     assert describe_problems([problem]) == "unknown key 'colum'; did you mean 'column'?"
     assert suggest("x", []) == "nothing may stand there"
+
+
+def test_the_written_schemas_are_those_of_the_models() -> None:
+    """`make schemas` writes them."""
+    written = {path.name: path.read_text() for path in write_schemas.SCHEMAS.iterdir()}
+    assert written == write_schemas.render()
+
+
+def read_documents(name: str) -> list[Any]:
+    """Return the documents of one format among the files that version 1 wrote."""
+    found = []
+    for path in sorted(ASSETS.glob(PLACES[name])):
+        lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+        found += [json.loads(line) for line in lines]
+    return [document["card"] for document in found] if name == "card" else found
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_files_of_version_1_are_valid(name: str) -> None:
+    validator = Draft202012Validator(json.loads(write_schemas.render()[f"{name}.json"]))
+    documents = read_documents(name)
+    assert documents
+    for document in documents:
+        validator.validate(document)
+        for key in validator.schema.get("required", []):
+            kept = {own: value for own, value in document.items() if own != key}
+            assert not validator.is_valid(kept)
 
 
 def test_without_pydantic_the_error_names_it() -> None:

@@ -230,16 +230,18 @@ def suggest(name: str, known: Sequence[str]) -> str:
 
 def write_schema(kind: type[Any]) -> dict[str, Any]:
     """Return the JSON Schema (draft 2020-12) of a format."""
-    found = _without_null_defaults(_adapter(kind).json_schema())
+    found = _tidy(_adapter(kind).json_schema())
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **found}
 
 
-def _without_null_defaults(node: Any) -> Any:
-    """Leave out what a key is where it is absent, since None is not written."""
-    if isinstance(node, dict):
-        kept = {k: v for k, v in node.items() if not (k == "default" and v is None)}
-        return {name: _without_null_defaults(own) for name, own in kept.items()}
-    return [_without_null_defaults(own) for own in node] if isinstance(node, list) else node
+def _tidy(node: Any) -> Any:
+    """Leave out titles that repeat a name, and None of keys that are absent: it is not written."""
+    if isinstance(node, list):
+        return [_tidy(own) for own in node]
+    if not isinstance(node, dict):
+        return node
+    is_noise = {"title": lambda own: isinstance(own, str), "default": lambda own: own is None}
+    return {k: _tidy(v) for k, v in node.items() if not (k in is_noise and is_noise[k](v))}
 
 
 def _adapter(kind: Any) -> TypeAdapter[Any]:

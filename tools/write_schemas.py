@@ -1,0 +1,51 @@
+"""Write `docs/schemas/`: a JSON Schema of every file format and `--json` document (`make schemas`).
+
+They are made of the models that read the files, so that neither can say what the other does not.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from medembed.core.schema import write_schema
+from medembed.dataset.build_file import BuildFile
+from medembed.heads.packaging import ModelDocument
+from medembed.results.model_card import CardDocument
+from medembed.results.run_schema import RunInfo, TrialRecord
+
+__all__ = ["FORMATS", "SCHEMAS", "main", "render"]
+
+SCHEMAS = Path(__file__).parents[1] / "docs" / "schemas"
+FORMATS: dict[str, tuple[str, Any]] = {
+    "run": ("run.json of a run", RunInfo),
+    "trial": ("A line of trials.jsonl of a run", TrialRecord),
+    "build": ("MANIFEST.build.json, what the build of a manifest found", BuildFile),
+    "model": ("model.json of a packaged model", ModelDocument),
+    "card": ("card of model.json", CardDocument),
+}
+"""By name of the file in `docs/schemas`: what has the format, and its model."""
+
+
+def render() -> dict[str, str]:
+    """Return the content of every file of `docs/schemas`, by name."""
+    return {f"{name}.json": _render_one(*known) for name, known in FORMATS.items()}
+
+
+def _render_one(title: str, kind: Any) -> str:
+    schema = {"title": title, **write_schema(kind)}
+    return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
+
+
+def main() -> None:
+    """Write all files, and remove those of formats that are gone."""
+    SCHEMAS.mkdir(exist_ok=True)
+    found = render()
+    for path in SCHEMAS.glob("*.json"):
+        if path.name not in found:
+            path.unlink()
+    for name, content in found.items():
+        (SCHEMAS / name).write_text(content, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
