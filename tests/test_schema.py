@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+import tomllib
+from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
@@ -163,6 +165,15 @@ def test_files_of_version_1_are_valid(name: str) -> None:
         for key in validator.schema.get("required", []):
             kept = {own: value for own, value in document.items() if own != key}
             assert not validator.is_valid(kept)
+
+
+def test_the_shipped_space_is_valid_and_another_parameter_is_not() -> None:
+    validator = Draft202012Validator(json.loads(write_schemas.render()["space.json"]))
+    text = (resources.files("medembed.sweeps") / "default_space.toml").read_text(encoding="utf-8")
+    document = tomllib.loads(text)
+    validator.validate(document)
+    for table in ({"droput": 0.1}, {"lr": {"low": 0.1}}, {"hidden": 256}, {"dropout": "0.1"}):
+        assert not validator.is_valid({"mlp": table})
 
 
 def test_without_pydantic_the_error_names_it() -> None:

@@ -12,6 +12,7 @@ from medembed.dataset.build_file import BuildFile
 from medembed.heads.packaging import ModelDocument
 from medembed.results.model_card import CardDocument
 from medembed.results.run_schema import RunInfo, TrialRecord
+from medembed.sweeps.search_space import space_entry
 
 __all__ = ["FORMATS", "SCHEMAS", "main", "render"]
 
@@ -22,6 +23,7 @@ FORMATS: dict[str, tuple[str, Any]] = {
     "build": ("MANIFEST.build.json, what the build of a manifest found", BuildFile),
     "model": ("model.json of a packaged model", ModelDocument),
     "card": ("card of model.json", CardDocument),
+    "space": ("A search space: the file of `medembed sweep --space`", space_entry()),
 }
 """By name of the file in `docs/schemas`: what has the format, and its model."""
 
