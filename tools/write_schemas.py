@@ -9,6 +9,7 @@ from typing import Any
 
 from medembed.core.schema import write_schema
 from medembed.dataset.build_file import BuildFile
+from medembed.finetuning.config import HyperparametersEntry
 from medembed.heads.packaging import ModelDocument
 from medembed.results.model_card import CardDocument
 from medembed.results.run_schema import RunInfo, TrialRecord
@@ -23,6 +24,7 @@ FORMATS: dict[str, tuple[str, Any]] = {
     "build": ("MANIFEST.build.json, what the build of a manifest found", BuildFile),
     "model": ("model.json of a packaged model", ModelDocument),
     "card": ("card of model.json", CardDocument),
+    "hyperparameters": ("Hyperparameters of fine-tuning, by name", HyperparametersEntry),
     "space": ("A search space: the file of `medembed sweep --space`", space_entry()),
 }
 """By name of the file in `docs/schemas`: what has the format, and its model."""

@@ -375,7 +375,7 @@ def test_adapters_keep_no_activations_of_frozen_blocks(tmp_path: Path) -> None:
     [
         ("0", {}, r"--lora 2 puts adapters into the last blocks, and --unfreeze asks for none"),
         ("1", {"lora": 33}, r"--lora 33 is a higher rank than .*k_proj of tower .* 32 wide"),
-        ("1", {"lora": 0}, r"lora is 0; it must be at least 1"),
+        ("1", {"lora": 0}, r"lora must be at least 1, not 0"),
         ("1", {"from_scratch": True}, r"--lora adapts what a trained encoder knows"),
     ],
 )
