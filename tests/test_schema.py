@@ -4,14 +4,24 @@ import json
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
+import click
+import jsonschema
 import pytest
+from json_documents import check_document
 from jsonschema import Draft202012Validator
+from test_hardening import odd_documents
 
-from medembed.core.errors import RecipeError, RunError
+from medembed.cache.failures import read_failures
+from medembed.cache.metadata import read_description
+from medembed.cache.shards import HEADER_BYTES, read_header
+from medembed.cli import main
+from medembed.cli.documents import DOCUMENTS
+from medembed.core.errors import MedembedError, RecipeError, RunError
 from medembed.core.schema import (
     ClosedRecord,
     Count,
@@ -25,7 +35,9 @@ from medembed.core.schema import (
     parse,
     suggest,
 )
+from medembed.encoders.base_ref import read_base
 from tools import write_schemas
+from tools.embedding_formats import BaseDocument, CacheDocument, FailureLine, ShardHeader
 
 ASSETS = Path(__file__).parent / "assets" / "format-1"
 PLACES = {
@@ -33,6 +45,8 @@ PLACES = {
     "trial": "run/trials.jsonl",
     "model": "run/models/*/model.json",
     "card": "run/models/*/model.json",
+    "cache": "cache/cache.json",
+    "failure": "cache/failures.jsonl",
 }
 
 
@@ -174,6 +188,116 @@ def test_the_shipped_space_is_valid_and_another_parameter_is_not() -> None:
     validator.validate(document)
     for table in ({"droput": 0.1}, {"lr": {"low": 0.1}}, {"hidden": 256}, {"dropout": "0.1"}):
         assert not validator.is_valid({"mlp": table})
+
+
+SPEC = {
+    "encoder": "ab" * 32,
+    "preprocessing": {"size": [8, 8], "window": None},
+    "poolings": {"mean": [3], "grid4": [16, 3]},
+    "dtype": "float16",
+}
+KEPT = {"recorded": {"source": "demo"}, "canary": {"version": 1}}
+
+
+def take_cache(text: bytes, place: Path) -> object:
+    (place / "cache.json").write_bytes(text)
+    return read_description(place)
+
+
+def take_shard(text: bytes, place: Path) -> object:
+    (place / "shard.h5").write_bytes(text.ljust(HEADER_BYTES) + bytes(10**5))
+    return read_header(place / "shard.h5")
+
+
+def take_failure(text: bytes, place: Path) -> object:
+    (place / "failures.jsonl").write_bytes(text + b"\n")
+    return read_failures(place / "failures.jsonl")
+
+
+def take_base(text: bytes, place: Path) -> object:
+    (place / "base.json").write_bytes(text)
+    return read_base(place)
+
+
+HAND_READ: dict[str, tuple[dict[str, Any], Callable[[bytes, Path], object], Any]] = {
+    "cache": (
+        {"format": "medembed-cache", "version": 1, "spec": SPEC, **KEPT},
+        take_cache,
+        CacheDocument,
+    ),
+    "shard-header": (
+        {
+            "format": "medembed-shard",
+            "version": 1,
+            "spec": "ab" * 32,
+            "rows": 2,
+            "keys_offset": 600,
+            "keys_sha256": "ab" * 32,
+        },
+        take_shard,
+        ShardHeader,
+    ),
+    "failure": (
+        {"sha256": "ab" * 32, "stage": "decode", "reason": "truncated"},
+        take_failure,
+        FailureLine,
+    ),
+    "base": (
+        {
+            "format": "medembed-adapted-encoder",
+            "version": 1,
+            "base": None,
+            "base_directory": "../x",
+            "base_fingerprint": "a",
+            "fingerprint": "b",
+        },
+        take_base,
+        BaseDocument,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HAND_READ)
+def test_what_is_read_by_hand_is_valid(name: str, tmp_path: Path) -> None:
+    """Without pydantic, since a machine that embeds may lack it; see `tools.embedding_formats`."""
+    sound, take, kind = HAND_READ[name]
+    taken = 0
+    for text in [json.dumps(sound).encode(), *odd_documents(sound)]:
+        if name == "shard-header" and len(text) > HEADER_BYTES:
+            continue
+        try:
+            found = take(text, tmp_path)
+        except MedembedError:
+            continue
+        if found:
+            taken += 1
+            assert find_problems(kind, json.loads(text)) == [], text
+    assert taken > 0
+
+
+def list_json_commands(command: click.Command, names: tuple[str, ...] = ()) -> Iterator[str]:
+    """Yield the names of commands with an option --json."""
+    if isinstance(command, click.Group):
+        context = click.Context(command)
+        for name in command.list_commands(context):
+            found = command.get_command(context, name)
+            assert found is not None
+            yield from list_json_commands(found, (*names, name))
+    elif any("--json" in option.opts for option in command.params):
+        yield "-".join(names)
+
+
+def test_every_document_of_a_command_has_a_schema() -> None:
+    """`json_documents` holds what tests see to it."""
+    assert sorted(list_json_commands(main)) == sorted(DOCUMENTS)
+
+
+def test_a_document_that_lacks_a_key_or_has_another_fails_its_test() -> None:
+    sound = {"problems": ["a"], "set_aside": []}
+    check_document("cache-verify", json.dumps(sound))
+    for wrong in ({"set_aside": []}, sound | {"more": 1}, sound | {"problems": [1]}):
+        with pytest.raises(jsonschema.ValidationError):
+            check_document("cache-verify", json.dumps(wrong))
 
 
 def test_without_pydantic_the_error_names_it() -> None:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from medembed.cli.documents import DOCUMENTS
 from medembed.core.schema import write_schema
 from medembed.dataset.build_file import BuildFile
 from medembed.finetuning.config import HyperparametersEntry
@@ -14,6 +15,13 @@ from medembed.heads.packaging import ModelDocument
 from medembed.results.model_card import CardDocument
 from medembed.results.run_schema import RunInfo, TrialRecord
 from medembed.sweeps.search_space import space_entry
+from tools.embedding_formats import (
+    AutoencoderConfig,
+    BaseDocument,
+    CacheDocument,
+    FailureLine,
+    ShardHeader,
+)
 
 __all__ = ["FORMATS", "SCHEMAS", "main", "render"]
 
@@ -25,6 +33,11 @@ FORMATS: dict[str, tuple[str, Any]] = {
     "model": ("model.json of a packaged model", ModelDocument),
     "card": ("card of model.json", CardDocument),
     "hyperparameters": ("Hyperparameters of fine-tuning, by name", HyperparametersEntry),
+    "autoencoder": ("config.json of an autoencoder", AutoencoderConfig),
+    "base": ("base.json of an adapted encoder", BaseDocument),
+    "cache": ("cache.json of a cache", CacheDocument),
+    "failure": ("A line of failures.jsonl of a cache", FailureLine),
+    "shard-header": ("The JSON object in the first 512 bytes of a shard", ShardHeader),
     "space": ("A search space: the file of `medembed sweep --space`", space_entry()),
 }
 """By name of the file in `docs/schemas`: what has the format, and its model."""
@@ -32,7 +45,12 @@ FORMATS: dict[str, tuple[str, Any]] = {
 
 def render() -> dict[str, str]:
     """Return the content of every file of `docs/schemas`, by name."""
-    return {f"{name}.json": _render_one(*known) for name, known in FORMATS.items()}
+    of_commands = {
+        f"{command}.output": (f"What `medembed {command.replace('-', ' ')} --json` prints", kind)
+        for command, kind in DOCUMENTS.items()
+    }
+    every = FORMATS | of_commands
+    return {f"{name}.json": _render_one(*known) for name, known in every.items()}
 
 
 def _render_one(title: str, kind: Any) -> str:
