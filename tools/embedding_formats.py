@@ -17,7 +17,14 @@ from medembed.core.schema import (
     model_validator,
 )
 
-__all__ = ["AutoencoderConfig", "BaseDocument", "CacheDocument", "FailureLine", "ShardHeader"]
+__all__ = [
+    "AutoencoderConfig",
+    "BaseDocument",
+    "CacheDocument",
+    "FailureLine",
+    "ShardHeader",
+    "Spec",
+]
 
 Length = Annotated[int, Field(ge=1, le=2**30)]
 Shape = Annotated[list[Length], Field(min_length=1, max_length=3)]

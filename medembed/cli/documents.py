@@ -10,7 +10,48 @@ from medembed.core.schema import AnyTable, ClosedRecord, Count, Digest, Field, G
 from medembed.evaluation.calibration import CalibrationEntry
 from medembed.results.run_schema import LeaderboardEntry
 
-__all__ = ["DOCUMENTS"]
+__all__ = [
+    "DOCUMENTS",
+    "AtSensitivity",
+    "Autoencoder",
+    "CacheCard",
+    "CacheCompact",
+    "CacheExport",
+    "CacheInfo",
+    "CacheVerify",
+    "Check",
+    "Checklist",
+    "ChecklistItem",
+    "Compacted",
+    "Compare",
+    "ComparedHead",
+    "ComparedRun",
+    "Completion",
+    "Confusion",
+    "ConfusionAt",
+    "Counts",
+    "Coverage",
+    "Curve",
+    "Demo",
+    "Doctor",
+    "Evaluate",
+    "ExcludedImage",
+    "Execution",
+    "Extract",
+    "FailureCounts",
+    "FailureDocument",
+    "ManifestBuild",
+    "ManifestCheck",
+    "PlanDocument",
+    "Point",
+    "PointDocument",
+    "Prediction",
+    "Report",
+    "RunDocument",
+    "Score",
+    "SpecDocument",
+    "SplitCount",
+]
 
 
 class FailureDocument(ClosedRecord):
@@ -263,6 +304,13 @@ class ComparedRun(ClosedRecord):
     copy_of: Any
 
 
+class Completion(ClosedRecord):
+    """`medembed completion --json`."""
+
+    shell: Literal["bash", "zsh", "fish"]
+    script: str
+
+
 class Confusion(ClosedRecord):
     """Decisions against labels."""
 
@@ -468,6 +516,7 @@ DOCUMENTS: dict[str, Any] = {
     "cache-info": CacheInfo,
     "cache-verify": CacheVerify,
     "compare": Compare,
+    "completion": Completion,
     "demo": Demo,
     "doctor": Doctor,
     "evaluate": Evaluate,

@@ -13,7 +13,7 @@ from jsonschema import Draft202012Validator
 
 from medembed.cli import main
 
-SCHEMAS = Path(__file__).parents[1] / "docs" / "schemas"
+SCHEMAS = Path(__file__).parents[2] / "docs" / "schemas"
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import jsonschema
 import pytest
 from json_documents import check_document
 from jsonschema import Draft202012Validator
-from test_hardening import odd_documents
+from odd_documents import odd_documents
 
 from medembed.cache.failures import read_failures
 from medembed.cache.metadata import read_description
@@ -39,7 +39,7 @@ from medembed.encoders.base_ref import read_base
 from tools import write_schemas
 from tools.embedding_formats import BaseDocument, CacheDocument, FailureLine, ShardHeader
 
-ASSETS = Path(__file__).parent / "assets" / "format-1"
+ASSETS = Path(__file__).parents[1] / "assets" / "format-1"
 PLACES = {
     "run": "run/run.json",
     "trial": "run/trials.jsonl",
