@@ -187,7 +187,7 @@ def _describe_build(
     }
 
 
-def read_build(manifest_path: Any, manifest: Manifest) -> dict[str, Any] | None:
+def read_build(manifest_path: object, manifest: Manifest) -> KeptBuild | None:
     """Return what a run keeps of the build beside its manifest; None where there is none.
 
     Parameters
@@ -196,11 +196,6 @@ def read_build(manifest_path: Any, manifest: Manifest) -> dict[str, Any] | None:
         The manifest's file. Of anything else, as a manifest in memory, there is no build.
     manifest : Manifest
         As it was read: a build of another digest is not its build.
-
-    Returns
-    -------
-    dict
-        ``counts``, ``recipe`` and ``medembed``, see `_describe_build`.
     """
     if not isinstance(manifest_path, str | Path):
         return None
@@ -213,7 +208,7 @@ def read_build(manifest_path: Any, manifest: Manifest) -> dict[str, Any] | None:
     if document.get("version") != VERSION or document.get("manifest") != manifest.digest():
         return None
     kept = {name: document.get(name) for name in ("counts", "recipe", "medembed")}
-    return None if find_problems(KeptBuild, kept) else kept
+    return None if find_problems(KeptBuild, kept) else KeptBuild.model_validate(kept)
 
 
 def _digest(path: Path) -> str | None:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from medembed.core.errors import ArgumentError, EncoderError, TrainingDataError
 from medembed.core.schema import ClosedRecord, Field, create_model, parse
 from medembed.core.system import library_versions
+from medembed.dataset.build_file import KeptBuild
 from medembed.dataset.manifest import Manifest
 from medembed.encoders.loading import choose_device, choose_precision
 from medembed.encoders.torch_encoder import TorchEncoder
@@ -85,7 +86,7 @@ class FineTuneConfig:
     trunk_dtype: str
     n_cut: int | None
     limits: Limits = DEFAULT_LIMITS
-    build: dict[str, Any] | None = None
+    build: KeptBuild | None = None
     """What is known of how the manifest was built, see `dataset.build_file.read_build`."""
     points: tuple[ThresholdRule, ...] = ()
 

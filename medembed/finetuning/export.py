@@ -16,6 +16,7 @@ from safetensors.torch import save
 
 from medembed.core.errors import EncoderError, MedembedError, RunError
 from medembed.core.files import json_bytes, read_plain, sync_directory, write_atomically
+from medembed.dataset.build_file import KeptBuild
 from medembed.dataset.identities import name_persons
 from medembed.dataset.manifest import Manifest
 from medembed.encoders.base_ref import BASE_FILE, CHANGED_FILE, Origin, describe_base
@@ -358,7 +359,7 @@ def finish(
     manifest: Manifest,
     rows: TrainRows,
     endings: Sequence[TrialResult],
-    build: dict[str, Any] | None = None,
+    build: KeptBuild | None = None,
     points: Sequence[ThresholdRule] = (),
 ) -> None:
     """Write predictions, leaderboard and counts, then the scores, which complete the run.

@@ -154,7 +154,7 @@ def test_a_build_that_fails_leaves_nothing(place, tmp_path):
 
 def test_a_build_of_another_manifest_is_not_copied(place, tmp_path):
     manifest = read_manifest(place / "made.csv")
-    assert read_build(place / "made.csv", manifest)["counts"]["not_listed"] == UNLISTED
+    assert read_build(place / "made.csv", manifest).counts.not_listed == UNLISTED
     assert read_build(manifest, manifest) is None
     shutil.copy(place / "made.csv", tmp_path / "made.csv")
     assert read_build(tmp_path / "made.csv", manifest) is None
