@@ -21,7 +21,6 @@ from medembed.core.schema import (
     Record,
     Texts,
     Whole,
-    find_problems,
     parse,
 )
 from medembed.core.text import Summary, counted
@@ -42,10 +41,10 @@ __all__ = [
     "TrialRecord",
     "check_info",
     "check_predictions",
+    "check_trial",
     "describe_failure",
     "find_difference",
     "is_final",
-    "is_trial",
     "summarise_info",
 ]
 
@@ -167,16 +166,23 @@ class TrialRecord(Record):
     """A line of `trials.jsonl`: how a trial ended on a fold."""
 
     trial: Whole
-    head: Given[str] = None
-    pooling: Given[str] = None
-    params: Given[AnyTable] = None
-    fold: Given[Whole] = None
-    score: float | None = None
-    best_epoch: Whole | None = None
-    seconds: float | None = None
-    status: Given[str] = None
-    error: str | None = None
-    key: Given[str] = None
+    head: str
+    pooling: str
+    params: AnyTable
+    fold: Whole
+    score: float | None
+    best_epoch: Whole | None
+    seconds: float
+    status: str
+    error: str | None
+    key: str
+    depth: Whole | None = None
+    """From here on of fine-tuning alone."""
+    lora: Whole | None = None
+    seed: Whole | None = None
+    trainable: Whole | None = None
+    encoder: str | None = None
+    history: tuple[AnyTable, ...] = Field(default=(), strict=False)
 
 
 def check_info(info: object, run: str | os.PathLike[str]) -> RunInfo:
@@ -191,9 +197,16 @@ def check_info(info: object, run: str | os.PathLike[str]) -> RunInfo:
     return parse(RunInfo, info, RunError, f"run.json of {os.fspath(run)}", way_out)
 
 
-def is_trial(record: object) -> bool:
-    """Tell whether this is a line of a ledger."""
-    return not find_problems(TrialRecord, record)
+def check_trial(record: object, where: str) -> TrialRecord:
+    """Return what a line of a ledger says, typed.
+
+    Raises
+    ------
+    RunError
+        It is none.
+    """
+    way_out = "Delete that line and run the sweep again: only that trial is repeated."
+    return parse(TrialRecord, record, RunError, where, way_out)
 
 
 def check_predictions(table: pa.Table) -> None:

@@ -244,9 +244,9 @@ def test_it_stands_beside_unfreezing(home: Path) -> None:
     assert usual["unfreeze-1"]["lora"] is None
     assert "peft" in open_run(home / "run").info["versions"]
     assert "peft" not in open_run(home / "usual").info["versions"]
-    records = {r["head"]: r for r in open_run(home / "run").trial_records()}
-    assert records["lora2-3"]["lora"] == 2
-    assert records["lora2-3"]["trainable"] == board["lora2-3"]["trainable"]
+    records = {r.head: r for r in open_run(home / "run").trial_records()}
+    assert records["lora2-3"].lora == 2
+    assert records["lora2-3"].trainable == board["lora2-3"]["trainable"]
 
 
 def test_both_are_series_of_the_figure_of_depths(home: Path) -> None:
