@@ -13,7 +13,7 @@ from medembed.dataset.build_file import BuildFile
 from medembed.finetuning.config import HyperparametersEntry
 from medembed.heads.packaging import ModelDocument
 from medembed.results.model_card import CardDocument
-from medembed.results.run_schema import RunInfo, TrialRecord
+from medembed.results.run_schema import RunInfo, ScoresInfo, TrialRecord
 from medembed.sweeps.search_space import space_entry
 from tools.embedding_formats import (
     AutoencoderConfig,
@@ -28,6 +28,7 @@ __all__ = ["FORMATS", "SCHEMAS", "main", "render"]
 SCHEMAS = Path(__file__).parents[1] / "docs" / "schemas"
 FORMATS: dict[str, tuple[str, Any]] = {
     "run": ("run.json of a run", RunInfo),
+    "scores": ("scores.json of a run", ScoresInfo),
     "trial": ("A line of trials.jsonl of a run", TrialRecord),
     "build": ("MANIFEST.build.json, what the build of a manifest found", BuildFile),
     "model": ("model.json of a packaged model", ModelDocument),

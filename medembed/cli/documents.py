@@ -352,7 +352,7 @@ class Curve(ClosedRecord):
     low: list[float | None]
     high: list[float | None]
     treat_all: list[float | None]
-    method: str
+    method: str | None
 
 
 class ComparedHead(ClosedRecord):

@@ -38,9 +38,11 @@ __all__ = [
     "LeaderboardEntry",
     "Preprocessing",
     "RunInfo",
+    "ScoresInfo",
     "TrialRecord",
     "check_info",
     "check_predictions",
+    "check_scores",
     "check_trial",
     "describe_failure",
     "find_difference",
@@ -162,6 +164,29 @@ class RunInfo(Record):
     decisions: Given[dict[str, AnyTable]] = None
 
 
+class ScoresInfo(Record):
+    """`scores.json`: a comparison of the run with itself, which older runs have less of.
+
+    Of an evaluation elsewhere also how it differs from the model's own test.
+    """
+
+    level: Given[Literal["study", "image"]] = None
+    n_resamples: Given[Count] = None
+    seed: Given[Whole] = None
+    test: Given[AnyTable] = None
+    runs: Given[list[AnyTable]] = None
+    rows: Given[list[AnyTable]] = None
+    """A table for each head, as `medembed compare --json` has it, without `seconds`."""
+    notes: Given[list[str]] = None
+    called_abnormal: AnyTable | None = None
+    drop: AnyTable | None = None
+    calibration: AnyTable | None = None
+    recalibrated: AnyTable | None = None
+    drift: AnyTable | None = None
+    predictions_sha256: str | None = None
+    """Of the `predictions.parquet` that an evaluation scored."""
+
+
 class TrialRecord(Record):
     """A line of `trials.jsonl`: how a trial ended on a fold."""
 
@@ -195,6 +220,17 @@ def check_info(info: object, run: str | os.PathLike[str]) -> RunInfo:
     """
     way_out = "It was damaged or edited. Restore it, or sweep again into another --out."
     return parse(RunInfo, info, RunError, f"run.json of {os.fspath(run)}", way_out)
+
+
+def check_scores(scores: object, path: str | os.PathLike[str]) -> None:
+    """Check what a `scores.json` says.
+
+    Raises
+    ------
+    RunError
+        An entry is not what a run writes there.
+    """
+    parse(ScoresInfo, scores, RunError, path, "Delete the run and sweep or evaluate again.")
 
 
 def check_trial(record: object, where: str) -> TrialRecord:

@@ -47,6 +47,7 @@ from medembed.results.run_schema import (
     TrialRecord,
     check_info,
     check_predictions,
+    check_scores,
     check_trial,
     find_difference,
     summarise_info,
@@ -223,8 +224,17 @@ class Run(Summarised):
         write_atomically(self.path / "scores.json", json_bytes(scores))
 
     def scores(self) -> dict[str, Any]:
-        """Read `scores.json`."""
-        return _read_json(self.path / "scores.json")
+        """Read `scores.json`.
+
+        Raises
+        ------
+        RunError
+            It cannot be read, or an entry is not what a run writes there.
+        """
+        path = self.path / "scores.json"
+        scores = _read_json(path)
+        check_scores(scores, path)
+        return scores
 
     def keep_fold(self, key: str, probability: NDArray[np.float64]) -> None:
         """Keep what one training predicts of the fold it was without, until the run is complete."""

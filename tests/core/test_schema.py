@@ -43,6 +43,7 @@ ASSETS = Path(__file__).parents[1] / "assets" / "format-1"
 PLACES = {
     "run": "run/run.json",
     "trial": "run/trials.jsonl",
+    "scores": "run/scores.json",
     "model": "run/models/*/model.json",
     "card": "run/models/*/model.json",
     "cache": "cache/cache.json",
