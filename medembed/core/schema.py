@@ -25,7 +25,7 @@ from functools import cache
 from reprlib import Repr
 from typing import Annotated, Any, TypeVar
 
-from medembed.core.errors import MedembedError
+from medembed.core.errors import MedembedError, MissingLibraryError
 
 try:
     from pydantic import (
@@ -43,7 +43,7 @@ try:
         model_validator,
     )
 except ImportError as error:
-    raise MedembedError(
+    raise MissingLibraryError(
         "pydantic, which checks the files of runs, models and recipes, is not installed: "
         "pip install 'pydantic>=2.10'."
     ) from error
