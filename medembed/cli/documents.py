@@ -40,12 +40,15 @@ __all__ = [
     "Extract",
     "FailureCounts",
     "FailureDocument",
+    "KnownRecipe",
     "ManifestBuild",
     "ManifestCheck",
+    "ManifestInit",
     "PlanDocument",
     "Point",
     "PointDocument",
     "Prediction",
+    "RecipeText",
     "Report",
     "RunDocument",
     "Score",
@@ -117,6 +120,43 @@ class ManifestBuild(ClosedRecord):
     excluded: list[ExcludedImage]
     warnings: list[str]
     notices: list[str]
+    recipe: Given[str] = None
+    """Where the proposed recipe was written, of a build without one."""
+
+
+class ManifestInit(ClosedRecord):
+    """`medembed manifest init --json`."""
+
+    name: str
+    layout: str
+    image_root: str
+    settled: AnyTable
+    """What was guessed or chosen."""
+    warnings: list[str]
+    notices: list[str]
+    recipe: str
+    """The text of the recipe."""
+    output: str
+
+
+class KnownRecipe(ClosedRecord):
+    """A recipe that medembed brings."""
+
+    name: str
+    about: str
+    layout: str
+    licence: str
+    citation: str
+    url: str
+    patient_ids: str
+    tried: str
+
+
+class RecipeText(ClosedRecord):
+    """The text of a recipe that medembed brings."""
+
+    name: str
+    recipe: str
 
 
 class ManifestCheck(ClosedRecord):
@@ -524,9 +564,12 @@ DOCUMENTS: dict[str, Any] = {
     "finetune": RunDocument,
     "manifest-build": ManifestBuild,
     "manifest-check": ManifestCheck,
+    "manifest-init": ManifestInit,
+    "manifest-recipes": list[KnownRecipe] | RecipeText,
     "plan": PlanDocument,
     "predict": list[Prediction],
     "report": Report,
+    "run": dict[str, str],
     "sweep": RunDocument,
 }
 """By command, with a hyphen for a blank: its document's model."""
