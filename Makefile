@@ -61,8 +61,8 @@ RUNS = $(foreach run,sweep depths cnn cnn-frozen autoencoder,$(call under,runs/$
 PAGE = $(call under,report/index.html)
 
 .PHONY: help setup test soak lint format demo run manifest extract sweep finetune autoencoder compare
-.PHONY: report evaluate predict reproduce bench bench-check docs audit coverage test-lowest wheel
-.PHONY: sdist sdist-check release-check clean
+.PHONY: report evaluate predict reproduce bench bench-check docs schemas audit coverage test-lowest
+.PHONY: wheel sdist sdist-check release-check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -171,6 +171,9 @@ $(LOWEST)/.ready: pyproject.toml tools/lowest_versions.py | $(READY)
 	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(LOWEST)/constraints.txt $(TORCH)
 	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(LOWEST)/constraints.txt -e ".[dev]"
 	@touch $@
+
+schemas: $(READY) ## JSON Schemas of file formats and --json documents, into docs/schemas
+	$(BIN)/python -m tools.write_schemas
 
 audit: $(READY) ## known holes in the pinned releases
 	$(BIN)/pip-audit --strict --progress-spinner off -r constraints.txt

@@ -99,6 +99,15 @@ def lone_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def documents() -> Iterator[None]:
+    """Hold what commands print with --json to their schemas, wherever a test runs one."""
+    from json_documents import holding_documents
+
+    with holding_documents():
+        yield
+
+
 @pytest.fixture(scope="session")
 def collected(request: pytest.FixtureRequest) -> Counter[str]:
     """Count the cases of each test file that this run has collected as a whole, by its name."""

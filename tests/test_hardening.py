@@ -4,7 +4,6 @@ Every parser of outside data gives a value or one error of ours, promptly, and w
 Images have such tests in `test_decode` and `test_dicom_damage`, models in `test_packaging`.
 """
 
-import copy
 import itertools
 import json
 import os
@@ -14,7 +13,7 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from hypothesis import strategies as st
 from made_extraction import HalvesEncoder, list_images, write_images
 from made_images import NOISE, chunk, encode
 from made_sweeps import make_data, make_table
+from odd_documents import odd_documents
 
 import medembed
 from medembed.cache import shards
@@ -72,10 +72,6 @@ TOKENS = [
     *(b"[" * 3000, b'{"a":' * 1500, b"[", b"]", b"{", b"}", b'"', b"\\", b"'''", b"=", b","),
     *(b"\n", b"\r", b"\0", b"\xff", b"\xef\xbb\xbf", b'"\\ud800"', "é".encode(), b"../", b"{x}{x}"),
 ]
-ODD = [
-    *(None, True, -1, 0, 10**30, 10**400, float("inf"), float("nan"), 0.5, "", "mean", "\ud800"),
-    *([], {}, [[]], [-1], [0], [10**12], [float("inf")], {"mean": [3, 3, 3]}, {"mean": [10**12]}),
-]
 PLACES = st.floats(0, 1, exclude_max=True)
 EDITS = st.lists(
     st.tuples(
@@ -105,35 +101,6 @@ def answer(call: Callable[[], Any], kind: type[MedembedError]) -> Any:
     assert len(message) < SHORT
     assert time.process_time() - began < PROMPT
     return value
-
-
-def places(document: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Yield the way to every value of a JSON document."""
-    yield path
-    if isinstance(document, dict | list):
-        for key in document if isinstance(document, dict) else range(len(document)):
-            yield from places(document[key], (*path, key))
-
-
-def replaced(document: Any, path: tuple[Any, ...], value: Any) -> Any:
-    if not path:
-        return value
-    changed = copy.deepcopy(document)
-    *above, last = path
-    place = changed
-    for key in above:
-        place = place[key]
-    place[last] = value
-    return changed
-
-
-def odd_documents(document: Any) -> Iterator[bytes]:
-    """Yield the document with each value replaced by each odd one, and with each left out."""
-    for path, value in itertools.product(places(document), ODD):
-        yield json.dumps(replaced(document, path, value)).encode()
-    for key in document:
-        yield json.dumps({k: v for k, v in document.items() if k != key}).encode()
-    yield from (b"", b"\xff", b"[" * 100_000, b'{"a":' * 100_000, b"9" * 5000)
 
 
 def run(*arguments: object) -> Result:

@@ -491,7 +491,7 @@ def test_what_cannot_be_read_prints_too(path: dict[str, Any], home: Path, tmp_pa
             lambda home: me.finetune(
                 home / "manifest.csv", home / "images", "demo", home / "o", config={"epoch": 3}
             ),
-            "no hyperparameter 'epoch'; did you mean epochs?",
+            "unknown key 'epoch'; did you mean 'epochs'?",
         ),
         (
             lambda home: me.finetune(

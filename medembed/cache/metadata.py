@@ -101,7 +101,9 @@ def read_description(path: Path) -> tuple[CacheSpec, dict[str, Any], dict[str, A
             "another --cache."
         )
     try:
-        spec, recorded = CacheSpec.from_dict(document["spec"]), dict(document["recorded"])
+        spec, recorded = CacheSpec.from_dict(document["spec"]), document["recorded"]
+        if not isinstance(recorded, dict):
+            raise TypeError("recorded is no table")
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise damaged(path, "its spec cannot be read") from error
     canary = document.get("canary")

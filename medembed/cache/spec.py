@@ -79,6 +79,11 @@ class CacheSpec:
         KeyError, TypeError, ValueError, AttributeError, OverflowError
             An entry is missing, or is not what it should be.
         """
+        if not isinstance(document["preprocessing"], dict):
+            raise TypeError("preprocessing is no table")
+        lengths = [n for shape in document["poolings"].values() for n in shape]
+        if not all(type(n) is int for n in lengths):
+            raise TypeError("a length is no whole number")
         spec = cls(**{name: document[name] for name in cls.__dataclass_fields__})
         shapes = spec.poolings.values()
         if not all(0 < len(shape) < 4 and min(shape) > 0 for shape in shapes):

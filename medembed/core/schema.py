@@ -22,35 +22,49 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
+from reprlib import Repr
 from typing import Annotated, Any, TypeVar
 
-from medembed.core.errors import MedembedError
+from medembed.core.errors import MedembedError, MissingLibraryError
 
 try:
     from pydantic import (
+        AfterValidator,
         BaseModel,
         ConfigDict,
+        Discriminator,
         Field,
+        Tag,
         TypeAdapter,
         ValidationError,
+        WrapValidator,
+        create_model,
         field_validator,
         model_validator,
     )
 except ImportError as error:
-    raise MedembedError(
+    raise MissingLibraryError(
         "pydantic, which checks the files of runs, models and recipes, is not installed: "
         "pip install 'pydantic>=2.10'."
     ) from error
 
 __all__ = [
+    "AfterValidator",
+    "AnyTable",
     "ClosedRecord",
     "Count",
     "Digest",
+    "Discriminator",
     "Field",
+    "Given",
     "Problem",
     "Record",
+    "Tag",
     "Texts",
     "Whole",
+    "Word",
+    "WrapValidator",
+    "create_model",
     "describe_problems",
     "field_validator",
     "find_problems",
@@ -66,6 +80,8 @@ _MOST = 3
 """Problems that one message names."""
 _LONGEST = 60
 """Characters of a value that a message shows."""
+_REPR = Repr()
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxlong, _REPR.maxother = 3, _LONGEST, _LONGEST, _LONGEST
 _STRICT = ConfigDict(
     strict=True,
     frozen=True,
@@ -110,8 +126,30 @@ class ClosedRecord(BaseModel):
     model_config = ConfigDict(extra="forbid", **_STRICT)
 
 
+class _NotNull:
+    """Takes null from what a key may hold, and leaves None to a key that is absent."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        schema = handler(source)
+        return schema["schema"] if schema["type"] == "nullable" else schema
+
+
+Given = Annotated[T | None, _NotNull()]
+"""A key that may be absent, and is None then, but never null: ``seed: Given[int] = None``."""
+AnyTable = dict[str, Any]
+"""A table whose entries are another's matter."""
 Texts = Annotated[tuple[str, ...], Field(strict=False)]
 """A list of texts, kept as a tuple."""
+
+
+def _check_printable(text: str) -> str:
+    if not text or not text.isprintable():
+        raise ValueError(f"must be text that can be shown, not {_shown(text)}")
+    return text
+
+
+Word = Annotated[str, AfterValidator(_check_printable)]
+"""Text that a terminal may be shown, not empty."""
 Whole = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 """A whole number that tables can hold."""
 Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -126,7 +164,7 @@ class Problem:
     Attributes
     ----------
     key : str
-        Where: ``leaderboard[0].cv``; "" is the document itself.
+        Where: ``leaderboard[0].cv``; "" is the document itself, as for keys that are missing.
     text : str
         What, with the value that stands there.
     """
@@ -174,7 +212,7 @@ def parse(
 
 
 def find_problems(kind: type[Any], document: object) -> list[Problem]:
-    """Return what is wrong with a document, in the order of the fields; empty where it is sound."""
+    """Return what is wrong with a document, missing keys first; empty where it is sound."""
     try:
         _adapter(kind).validate_python(document)
     except ValidationError as error:
@@ -200,10 +238,18 @@ def suggest(name: str, known: Sequence[str]) -> str:
 
 def write_schema(kind: type[Any]) -> dict[str, Any]:
     """Return the JSON Schema (draft 2020-12) of a format."""
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        **_adapter(kind).json_schema(),
-    }
+    found = _tidy(_adapter(kind).json_schema())
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **found}
+
+
+def _tidy(node: Any) -> Any:
+    """Leave out titles that repeat a name, and None of keys that are absent: it is not written."""
+    if isinstance(node, list):
+        return [_tidy(own) for own in node]
+    if not isinstance(node, dict):
+        return node
+    is_noise = {"title": lambda own: isinstance(own, str), "default": lambda own: own is None}
+    return {k: _tidy(v) for k, v in node.items() if not (k in is_noise and is_noise[k](v))}
 
 
 def _adapter(kind: Any) -> TypeAdapter[Any]:
@@ -218,9 +264,17 @@ def _make_adapter(kind: Any) -> TypeAdapter[Any]:
 def _read(error: ValidationError, kind: type[Any], document: object) -> Iterator[Problem]:
     """Yield a problem for each place; alternatives of a union have one place."""
     places: dict[tuple[str | int, ...], list[Mapping[str, Any]]] = {}
+    missing: list[str] = []
     for found in error.errors(include_url=False):
         is_absent = found["type"] in ("missing", "extra_forbidden")
-        places.setdefault(_place(found["loc"], document, is_absent), []).append(found)
+        place = _place(found["loc"], document, is_absent)
+        if found["type"] == "missing":
+            missing.append(_spell(place))
+        else:
+            places.setdefault(place, []).append(found)
+    if missing:
+        verb = "is" if len(missing) == 1 else "are"
+        yield Problem("", f"{', '.join(missing)} {verb} missing")
     for place, every in places.items():
         yield _problem(place, every, kind, document)
 
@@ -233,12 +287,17 @@ def _problem(
 ) -> Problem:
     key, first = _spell(place), every[0]
     match first["type"]:
-        case "missing":
-            return Problem(key, "is missing")
         case "extra_forbidden":
             known = _known_keys(kind, place[:-1])
             where, name = _spell(place[:-1]), str(place[-1])
-            return Problem(where, f"unknown key {_shown(name)}; {suggest(name, known)}")
+            begin = "has an unknown key" if where else "unknown key"
+            return Problem(where, f"{begin} {_shown(name)}; {suggest(name, known)}")
+        case "union_tag_invalid" | "union_tag_not_found":
+            name = str(first["ctx"]["discriminator"]).strip("'")
+            known_tags = first["ctx"].get("expected_tags")
+            expected = f"one of {known_tags}" if known_tags else "one that is known"
+            value = first["input"].get(name)
+            return Problem(f"{key}.{name}", f"must be {expected}, not {_shown(value)}")
         case "value_error" | "assertion_error":
             return Problem(key, str(first["ctx"]["error"]))
     expected = " or ".join(dict.fromkeys(map(_expectation, every)))
@@ -305,7 +364,10 @@ def _spell(place: Sequence[str | int]) -> str:
 
 
 def _shown(value: object) -> str:
-    text = repr(value)
+    try:
+        text = _REPR.repr(value)
+    except ValueError:  # TOML and JSON have whole numbers of any length
+        return "a number without end"
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 

@@ -9,22 +9,34 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
 
 from medembed import __version__
 from medembed.core.errors import ManifestError
 from medembed.core.files import json_bytes, read_plain, writing_atomically
+from medembed.core.schema import (
+    AnyTable,
+    Count,
+    Given,
+    Record,
+    Texts,
+    find_problems,
+    model_validator,
+)
 from medembed.dataset.checks import SPLITS
 from medembed.dataset.manifest import Manifest, check_destination, count_rows, write_manifest
 from medembed.dataset.recipes.build import BuildReport, Recipe
 
 __all__ = [
+    "BuildCounts",
+    "BuildFile",
+    "Excluded",
+    "KeptBuild",
     "build_path",
     "check_destinations",
-    "is_build",
     "read_build",
     "recipe_path",
     "write_build",
@@ -37,6 +49,47 @@ OTHERS = "other reasons"
 _QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"")
 _COUNTED = re.compile(r"\d+ [a-z ]+ expected, \d+ found|: a part of the data set")
 """What `[expected]` is told of: splits, regions and numbers alone."""
+
+
+class Excluded(Record):
+    """Images that were left out for one reason."""
+
+    reason: str
+    images: Count
+
+
+class BuildCounts(Record):
+    """What a build counted; see `_describe_build`."""
+
+    found: Count
+    not_listed: Count
+    excluded: list[Excluded]
+    images: Count
+
+    @model_validator(mode="after")
+    def _check_sum(self) -> Self:
+        if self.found != self.not_listed + self.images + sum(own.images for own in self.excluded):
+            raise ValueError("found is not the sum of not_listed, excluded and images")
+        return self
+
+
+class KeptBuild(Record):
+    """What a run keeps of its manifest's build."""
+
+    counts: BuildCounts
+    recipe: AnyTable
+    medembed: str | None = None
+
+
+class BuildFile(KeptBuild):
+    """`MANIFEST.build.json`."""
+
+    format: Literal["medembed-build"]
+    version: Literal[1]
+    manifest: str
+    structure_only: Given[bool] = None
+    warnings: Texts = ()
+    notices: Texts = ()
 
 
 def build_path(manifest_path: str | Path) -> Path:
@@ -134,7 +187,7 @@ def _describe_build(
     }
 
 
-def read_build(manifest_path: Any, manifest: Manifest) -> dict[str, Any] | None:
+def read_build(manifest_path: object, manifest: Manifest) -> KeptBuild | None:
     """Return what a run keeps of the build beside its manifest; None where there is none.
 
     Parameters
@@ -143,11 +196,6 @@ def read_build(manifest_path: Any, manifest: Manifest) -> dict[str, Any] | None:
         The manifest's file. Of anything else, as a manifest in memory, there is no build.
     manifest : Manifest
         As it was read: a build of another digest is not its build.
-
-    Returns
-    -------
-    dict
-        ``counts``, ``recipe`` and ``medembed``, see `_describe_build`.
     """
     if not isinstance(manifest_path, str | Path):
         return None
@@ -160,24 +208,7 @@ def read_build(manifest_path: Any, manifest: Manifest) -> dict[str, Any] | None:
     if document.get("version") != VERSION or document.get("manifest") != manifest.digest():
         return None
     kept = {name: document.get(name) for name in ("counts", "recipe", "medembed")}
-    return kept if is_build(kept) else None
-
-
-def is_build(kept: Any) -> bool:
-    """Tell whether this is what `read_build` returns, with counts that add up."""
-    if not isinstance(kept, dict) or not isinstance(counts := kept.get("counts"), dict):
-        return False
-    excluded = counts.get("excluded")
-    if not isinstance(excluded, list) or not all(
-        isinstance(own, dict) and isinstance(own.get("reason"), str) for own in excluded
-    ):
-        return False
-    parts = [own.get("images") for own in excluded]
-    parts += [counts.get(name) for name in ("not_listed", "images")]
-    numbers = [*parts, counts.get("found")]
-    if not all(type(n) is int and n >= 0 for n in numbers):
-        return False
-    return sum(parts) == counts["found"] and isinstance(kept.get("recipe"), Mapping)
+    return None if find_problems(KeptBuild, kept) else KeptBuild.model_validate(kept)
 
 
 def _digest(path: Path) -> str | None:

@@ -6,7 +6,7 @@ indicator of missing values. All that is learnt comes from the rows given to `fi
 """
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from reprlib import repr as short
 from typing import Any
@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from medembed.core.errors import ModelError, TrainingDataError
+from medembed.core.errors import TrainingDataError
 from medembed.core.text import normalise
 from medembed.dataset.identities import IDS
 
 __all__ = [
+    "LARGEST",
     "MAX_CATEGORIES",
     "NOT_COVARIATES",
     "CategoricalColumn",
@@ -144,24 +145,6 @@ class CovariateEncoder:
         """Return JSON values."""
         return {"columns": [column.as_dict() for column in self.columns]}
 
-    @classmethod
-    def from_dict(cls, document: object) -> "CovariateEncoder":
-        """Read back what `as_dict` returned.
-
-        Raises
-        ------
-        ModelError
-            The document is nothing that `as_dict` returns.
-        """
-        entries = _entry(document, {"columns"})["columns"]
-        if not isinstance(entries, list):
-            raise _not_covariates("columns", entries)
-        columns = tuple(_column(entry) for entry in entries)
-        names = [column.name for column in columns]
-        if len(set(names)) < len(names):
-            raise _not_covariates("columns", names)
-        return cls(columns)
-
 
 def fit_covariates(rows: pd.DataFrame, names: Sequence[str]) -> CovariateEncoder:
     """Learn medians and categories of covariates.
@@ -264,50 +247,3 @@ def to_number(text: str) -> float | None:
         return None if "_" in text else float(text)
     except ValueError:
         return None
-
-
-def _column(value: object) -> NumericColumn | CategoricalColumn:
-    kind = value.get("kind") if isinstance(value, Mapping) else None
-    if kind == "numeric":
-        entry = _entry(value, {"name", "kind", "fill"})
-        fill = entry["fill"]
-        if not isinstance(fill, int | float) or isinstance(fill, bool) or not abs(fill) <= LARGEST:
-            raise _not_covariates("fill", fill)
-        return NumericColumn(_name(entry["name"]), float(fill))
-    if kind == "categorical":
-        entry = _entry(value, {"name", "kind", "categories"})
-        words = entry["categories"]
-        if not _are_categories(words):
-            raise _not_covariates("categories", words)
-        return CategoricalColumn(_name(entry["name"]), tuple(words))
-    raise _not_covariates("kind", kind)
-
-
-def _entry(value: object, keys: set[str]) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping) or set(value) != keys:
-        raise _not_covariates(f"what holds {', '.join(sorted(keys))}", value)
-    return value
-
-
-def _name(value: object) -> str:
-    if not isinstance(value, str) or value in NOT_COVARIATES:
-        raise _not_covariates("name", value)
-    return value
-
-
-def _are_categories(words: object) -> bool:
-    """Return whether these are distinct words in ascending order, as training finds them."""
-    return (
-        isinstance(words, list)
-        and 0 < len(words) <= MAX_CATEGORIES
-        and all(isinstance(word, str) for word in words)
-        and all(word and word == word.strip() and to_number(word) is None for word in words)
-        and words == sorted(set(words))
-    )
-
-
-def _not_covariates(what: str, value: object) -> ModelError:
-    return ModelError(
-        f"the model's covariates are damaged: {what} cannot be {short(value)}. "
-        "Train the model again, or copy it again."
-    )

@@ -101,7 +101,8 @@ def read_base(directory: Path) -> BaseRef | None:
     texts = [document.get(name) for name in ("base_fingerprint", "fingerprint")]
     places = [document.get(name) for name in ("base", "base_directory")]
     named = [place for place in places if isinstance(place, str) and place]
-    if not all(isinstance(text, str) and text for text in texts) or len(named) != 1:
+    are_texts = all(isinstance(text, str) and text for text in texts)
+    if not are_texts or len(named) != 1 or places.count(None) != 1:
         raise EncoderError(
             f"{BASE_FILE} of {directory.name} does not say what it rests on. Restore the file, or "
             "fine-tune again."

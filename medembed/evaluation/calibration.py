@@ -11,7 +11,7 @@ counts how often abnormal is right where a head says so.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import exp, isnan, log, nan
-from typing import Any
+from typing import Any, Literal, Self
 
 import numpy as np
 import pandas as pd
@@ -19,6 +19,7 @@ from scipy.optimize import isotonic_regression, minimize
 from scipy.special import expit, fdtrc, logit
 
 from medembed.core.errors import ModelError, TrainingDataError
+from medembed.core.schema import Field, Record, model_validator, parse
 from medembed.evaluation.bootstrap import (
     CONFIDENCE,
     MIN_PATIENTS,
@@ -33,12 +34,12 @@ from medembed.evaluation.scores import (
     check_both_classes,
     check_rows,
     find_bins,
-    is_number,
 )
 
 __all__ = [
     "MIN_SLOPE",
     "Calibration",
+    "CalibrationEntry",
     "IsotonicCalibration",
     "LineFit",
     "calibration_curve",
@@ -106,8 +107,6 @@ MIN_SLOPE = 1e-3
 #: below 1 (2 ** -24 = 6e-8).
 _EDGE = 1e-7
 
-_METHODS = ("platt", "temperature")
-
 
 @dataclass(frozen=True)
 class Calibration:
@@ -139,20 +138,27 @@ class Calibration:
             Another method, parameters that are not finite numbers with a slope above zero, or a
             temperature with an intercept.
         """
-        if not isinstance(document, Mapping):
-            raise ModelError("calibration is not a table")
-        method = document.get("method")
-        slope, intercept = document.get("slope"), document.get("intercept")
-        if method not in _METHODS:
-            raise ModelError(f"calibration method {method!r} is not one of {', '.join(_METHODS)}")
-        if not (is_number(slope) and is_number(intercept) and slope > 0):
-            raise ModelError(
-                f"calibration slope {slope!r} and intercept {intercept!r} are not finite numbers "
-                "with a slope above zero"
+        return parse(CalibrationEntry, document, ModelError, "calibration").build()
+
+
+class CalibrationEntry(Record):
+    """A calibration as cards and runs keep it."""
+
+    method: Literal["platt", "temperature"]
+    slope: float = Field(gt=0)
+    intercept: float
+
+    @model_validator(mode="after")
+    def _check_intercept(self) -> Self:
+        if self.method == "temperature" and self.intercept != 0:
+            raise ValueError(
+                f"calibration by temperature has no intercept, but here {self.intercept!r}"
             )
-        if method == "temperature" and intercept != 0:
-            raise ModelError(f"calibration by temperature has no intercept, but here {intercept!r}")
-        return cls(float(slope), float(intercept), str(method))
+        return self
+
+    def build(self) -> Calibration:
+        """Return the map itself."""
+        return Calibration(self.slope, self.intercept, self.method)
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,15 +30,32 @@ an estimator, not for scores out of fold by patient, and are kept as a pickle.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 
 from medembed.core.errors import ModelError, TrainingDataError
+from medembed.core.schema import (
+    AfterValidator,
+    ClosedRecord,
+    Count,
+    Field,
+    Record,
+    model_validator,
+    parse,
+)
 from medembed.evaluation.bootstrap import patient_codes
 from medembed.evaluation.scores import check_both_classes
 
-__all__ = ["MIN_GROUP", "Conformal", "fit_conformal"]
+__all__ = [
+    "MIN_GROUP",
+    "ClassCounts",
+    "ClassScores",
+    "Conformal",
+    "ConformalEntry",
+    "fit_conformal",
+]
 
 #: Fewer patients of a class in a region, and all regions' scores stand in for its own. With 100 the
 #: coverage at 90 % has a standard deviation of 3 points from one set of patients to another.
@@ -51,6 +68,12 @@ _FEW, _WEAK = 50, 0.6
 _DECIMALS = 5
 
 _CLASSES = ("normal", "abnormal")
+
+
+def _check_rising(scores: list[float]) -> list[float]:
+    if any(a > b for a, b in pairwise(scores)):
+        raise ValueError("must be ascending")
+    return scores
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,28 +232,7 @@ class Conformal:
         ModelError
             Another method, or scores that are not ascending numbers in [0, 1], of either class.
         """
-        if not isinstance(document, Mapping):
-            raise ModelError("conformal scores are not a table")
-        method, least = document.get("method"), document.get("min_group")
-        table = document.get("scores")
-        if method != "mondrian" or type(least) is not int or least < 1:
-            raise ModelError(
-                f"conformal method {method!r} with min_group {least!r} is not one that is known"
-            )
-        if not isinstance(table, dict) or not table:
-            raise ModelError("conformal scores are not a table of regions")
-        scores = {}
-        for region, parts in table.items():
-            if not isinstance(parts, dict) or set(parts) != set(_CLASSES):
-                raise ModelError(f"conformal scores of {region!r} are not of normal and abnormal")
-            scores[region] = (
-                _check_scores(parts["normal"], region),
-                _check_scores(parts["abnormal"], region),
-            )
-        found = cls(scores, least, _read_patients(document.get("patients"), scores))
-        if not all(found._pooled(column).size for column in range(2)):
-            raise ModelError("conformal scores have only one class")
-        return found
+        return parse(ConformalEntry, document, ModelError, "conformal").build()
 
     def _kept(self, region: str, column: int) -> np.ndarray:
         if self._is_own(region, column):
@@ -242,6 +244,65 @@ class Conformal:
 
     def _pooled(self, column: int) -> np.ndarray:
         return np.sort(np.concatenate([parts[column] for parts in self.scores.values()]))
+
+
+Scores = Annotated[list[Annotated[float, Field(ge=0, le=1)]], AfterValidator(_check_rising)]
+
+
+class ClassScores(ClosedRecord):
+    """Scores of a region's studies, by class."""
+
+    normal: Scores
+    abnormal: Scores
+
+
+class ClassCounts(Record):
+    """Patients behind a region's scores, by class."""
+
+    normal: Count
+    abnormal: Count
+
+
+class ConformalEntry(Record):
+    """Conformal scores as cards and runs keep them."""
+
+    method: Literal["mondrian"]
+    min_group: int = Field(ge=1)
+    scores: dict[str, ClassScores] = Field(min_length=1)
+    patients: dict[str, ClassCounts] | None = None
+    """How many are behind the scores of each region; models of before do not say."""
+
+    @model_validator(mode="after")
+    def _check_counts(self) -> Self:
+        for name in _CLASSES:
+            if not any(getattr(own, name) for own in self.scores.values()):
+                raise ValueError("scores have only one class")
+        if self.patients is not None:
+            for region, scores in self.scores.items():
+                self._check_patients(region, scores, self.patients.get(region))
+        return self
+
+    def _check_patients(
+        self, region: str, scores: ClassScores, patients: ClassCounts | None
+    ) -> None:
+        for name in _CLASSES:
+            n, n_scores = getattr(patients, name, None), len(getattr(scores, name))
+            if n is None or not bool(n_scores) <= n <= n_scores:
+                raise ValueError(
+                    f"{n_scores} {name} scores of {region!r} cannot be of {n} patients"
+                )
+
+    def build(self) -> Conformal:
+        """Return the sets themselves."""
+        scores = {
+            region: (np.array(own.normal, np.float64), np.array(own.abnormal, np.float64))
+            for region, own in self.scores.items()
+        }
+        patients = None
+        if self.patients is not None:
+            known = {region: self.patients[region] for region in scores}
+            patients = {region: (own.normal, own.abnormal) for region, own in known.items()}
+        return Conformal(scores, self.min_group, patients)
 
 
 def fit_conformal(
@@ -311,38 +372,3 @@ def _p_values(kept: np.ndarray, values: np.ndarray, column: int) -> np.ndarray:
     else:
         strange = np.searchsorted(kept, values, side="right")
     return np.asarray((1 + strange) / (1 + len(kept)), np.float64)
-
-
-def _read_patients(
-    table: Any, scores: Mapping[str, tuple[np.ndarray, np.ndarray]]
-) -> dict[str, tuple[int, int]] | None:
-    """Read how many patients are behind the scores; models of before do not say."""
-    if table is None:
-        return None
-    counts = {}
-    for region, own in scores.items():
-        entry = table.get(region) if isinstance(table, dict) else None
-        known = entry if isinstance(entry, dict) else {}
-        n_normal, n_abnormal = (
-            _check_count(known.get(name), len(part), region)
-            for name, part in zip(_CLASSES, own, strict=True)
-        )
-        counts[region] = (n_normal, n_abnormal)
-    return counts
-
-
-def _check_count(n: Any, n_scores: int, region: str) -> int:
-    if type(n) is not int or not bool(n_scores) <= n <= n_scores:
-        raise ModelError(f"conformal scores of {region!r} cannot be of {n!r} patients")
-    return n
-
-
-def _check_scores(scores: Any, region: str) -> np.ndarray:
-    is_numbers = isinstance(scores, list) and all(type(s) in (int, float) for s in scores)
-    try:
-        values = np.asarray(scores if is_numbers else [np.nan], np.float64)
-    except OverflowError:  # JSON has whole numbers of any length
-        values = np.array([np.inf])
-    if not (np.all(values >= 0) and np.all(values <= 1) and np.all(np.diff(values) >= 0)):
-        raise ModelError(f"conformal scores of {region!r} are not ascending numbers from 0 to 1")
-    return values

@@ -3,13 +3,15 @@
 import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from medembed.core.errors import EncoderError, TrainingDataError
+from medembed.core.errors import ArgumentError, EncoderError, TrainingDataError
 from medembed.core.poolings import DEFAULT_POOLINGS, find_pooling
+from medembed.core.schema import ClosedRecord, Field, create_model, parse
 from medembed.core.system import library_versions
+from medembed.dataset.build_file import KeptBuild
 from medembed.dataset.manifest import Manifest
 from medembed.encoders.loading import choose_device, choose_precision
 from medembed.encoders.torch_encoder import TorchEncoder
@@ -26,7 +28,33 @@ from medembed.results.provenance import public_name
 from medembed.results.run_schema import CV_METHOD
 from medembed.results.runs import open_run
 
-__all__ = ["FineTuneConfig", "Trial", "describe", "resolve_config", "write_command"]
+__all__ = [
+    "FineTuneConfig",
+    "HyperparametersEntry",
+    "Trial",
+    "check_hyperparameters",
+    "describe",
+    "read_config",
+    "resolve_config",
+    "write_command",
+]
+
+
+_ONE, _POSITIVE = Field(ge=1), Field(gt=0)
+_BOUNDS = {
+    **dict.fromkeys(("epochs", "batch_size", "accumulate", "patience"), _ONE),
+    **dict.fromkeys(("lr", "encoder_share", "decay"), _POSITIVE),
+    "weight_decay": Field(ge=0),
+    "warm_up": Field(ge=0, lt=1),
+    "clip": Field(gt=0, allow_inf_nan=True),
+    "lora": _ONE,
+}
+_FIELDS: dict[str, Any] = {
+    own.name: (Annotated[own.type, _BOUNDS.get(own.name, Field())], own.default)
+    for own in fields(Hyperparameters)
+}
+HyperparametersEntry = create_model("HyperparametersEntry", __base__=ClosedRecord, **_FIELDS)
+"""Hyperparameters by name, with their bounds; those that are left out have the defaults."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +84,7 @@ class FineTuneConfig:
     trunk_dtype: str
     n_cut: int | None
     limits: Limits = DEFAULT_LIMITS
-    build: dict[str, Any] | None = None
+    build: KeptBuild | None = None
     """What is known of how the manifest was built, see `dataset.build_file.read_build`."""
     points: tuple[ThresholdRule, ...] = ()
 
@@ -114,6 +142,53 @@ class FineTuneConfig:
         }
 
 
+def read_config(config: Hyperparameters | Mapping[str, Any] | None) -> Hyperparameters:
+    """Return hyperparameters that are given by name, the defaults in place of the others.
+
+    Raises
+    ------
+    TrainingDataError
+        There is no hyperparameter of that name, or none of that value.
+    ArgumentError
+        `config` is neither a mapping nor a Hyperparameters.
+    """
+    if isinstance(config, Hyperparameters):
+        return config
+    if not isinstance(config, Mapping | None):
+        raise ArgumentError(
+            "config is a mapping of hyperparameters to their values, such as "
+            f'{{"epochs": 10}}; this is of type {type(config).__name__}.'
+        )
+    given = dict(config or {})
+    _check_bounds(given)
+    return Hyperparameters(**given)
+
+
+def check_hyperparameters(chosen: Hyperparameters) -> None:
+    """Refuse what cannot be trained by.
+
+    Raises
+    ------
+    TrainingDataError
+        A number is out of range; names it.
+    """
+    _check_bounds(asdict(chosen))
+    if chosen.accumulate > chosen.batch_size:
+        raise TrainingDataError(
+            f"--accumulate is {chosen.accumulate} and --batch-size {chosen.batch_size}: a batch "
+            "cannot be cut in more parts than it has images."
+        )
+    if chosen.lora is not None and chosen.from_scratch:
+        raise TrainingDataError(
+            "--lora adapts what a trained encoder knows, which --from-scratch forgets. Leave "
+            "one of them out."
+        )
+
+
+def _check_bounds(values: Mapping[str, Any]) -> None:
+    parse(HyperparametersEntry, values, TrainingDataError, "hyperparameters of fine-tuning")
+
+
 def resolve_config(
     manifest: Manifest,
     image_root: Path,
@@ -151,7 +226,7 @@ def resolve_config(
         on = {**on, "device": find_tower(reference).device}
     chosen = choose_precision(on["precision"], choose_device(on["device"]))
     recipe = replace(recipe, precision=chosen)
-    recipe.check()
+    check_hyperparameters(recipe)
     if recipe.lora is not None:
         require_peft()
     names = tuple(pool.split(",") if isinstance(pool, str) else pool or ())

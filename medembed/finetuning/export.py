@@ -16,6 +16,7 @@ from safetensors.torch import save
 
 from medembed.core.errors import EncoderError, MedembedError, RunError
 from medembed.core.files import json_bytes, read_plain, sync_directory, write_atomically
+from medembed.dataset.build_file import KeptBuild
 from medembed.dataset.identities import name_persons
 from medembed.dataset.manifest import Manifest
 from medembed.encoders.base_ref import BASE_FILE, CHANGED_FILE, Origin, describe_base
@@ -45,7 +46,7 @@ from medembed.results.model_readme import (
 )
 from medembed.results.predictions import image_code, image_rows, prior_rows
 from medembed.results.provenance import list_left_out, summarise_data
-from medembed.results.run_schema import CV_METHOD, describe_failure, is_final
+from medembed.results.run_schema import CV_METHOD, TrialRecord, describe_failure, is_final
 from medembed.results.runs import Run, utc_now
 
 __all__ = ["TrialResult", "adapt", "finish", "load_ending", "package", "save_adapted"]
@@ -280,25 +281,25 @@ class TrialResult:
         if self.probability is not None:
             run.keep_fold(key, self.probability)
         run.append_trial(
-            {
-                "trial": self.known["number"],
-                "head": self.known["head"],
-                "pooling": self.known["pooling"],
-                "params": dict(self.known["params"]),
-                "fold": HELD_OUT,
-                "score": self.score,
-                "best_epoch": self.best_epoch,
-                "seconds": self.seconds,
-                "status": "ok" if self.error is None else "error",
-                "error": self.error,
-                "key": key,
-                "depth": self.known["depth"],
-                "lora": self.known["lora"],
-                "seed": self.known["seed"],
-                "trainable": self.known["trainable"],
-                "encoder": self.encoder,
-                "history": list(self.history),
-            }
+            TrialRecord(
+                trial=self.known["number"],
+                head=self.known["head"],
+                pooling=self.known["pooling"],
+                params=dict(self.known["params"]),
+                fold=HELD_OUT,
+                score=self.score,
+                best_epoch=self.best_epoch,
+                seconds=self.seconds,
+                status="ok" if self.error is None else "error",
+                error=self.error,
+                key=key,
+                depth=self.known["depth"],
+                lora=self.known["lora"],
+                seed=self.known["seed"],
+                trainable=self.known["trainable"],
+                encoder=self.encoder,
+                history=tuple(map(dict, self.history)),
+            )
         )
 
     def as_entry(self) -> dict[str, Any]:
@@ -323,32 +324,28 @@ class TrialResult:
 
 def load_ending(run: Run, key: str, rows: TrainRows) -> TrialResult | None:
     """Read how the trial of this key ended; None where it is to be trained, or trained again."""
-    records = [record for record in run.trial_records() if record.get("key") == key]
+    records = [record for record in run.trial_records() if record.key == key]
     if not records:
         return None
     record = records[-1]
     probability = run.kept_fold(key)
-    if record["status"] == "ok":
+    if record.status == "ok":
         whole = probability is not None and len(probability) == len(rows.held) + len(rows.tested)
-        is_done = whole and (
-            not record["depth"] or (run.path / "encoders" / record["head"]).is_dir()
-        )
+        is_done = whole and (not record.depth or (run.path / "encoders" / record.head).is_dir())
     else:
-        is_done = is_final(record["error"])
+        is_done = is_final(record.error)
     if not is_done:
         run.forget_trials({key})
         return None
-    names = ("head", "depth", "seed", "key", "pooling", "params")
-    known = {"number": record["trial"], **{name: record[name] for name in names}}
-    known |= {name: record.get(name) for name in ("lora", "trainable")}  # not in older runs
+    names = ("head", "depth", "seed", "key", "pooling", "params", "lora", "trainable")
     return TrialResult(
-        known=known,
-        score=record["score"],
-        best_epoch=record["best_epoch"],
-        seconds=record["seconds"],
-        error=record["error"],
-        encoder=record["encoder"],
-        history=record["history"],
+        known={"number": record.trial, **{name: getattr(record, name) for name in names}},
+        score=record.score,
+        best_epoch=record.best_epoch,
+        seconds=record.seconds,
+        error=record.error,
+        encoder=record.encoder,
+        history=list(record.history),
         probability=probability,
     )
 
@@ -358,7 +355,7 @@ def finish(
     manifest: Manifest,
     rows: TrainRows,
     endings: Sequence[TrialResult],
-    build: dict[str, Any] | None = None,
+    build: KeptBuild | None = None,
     points: Sequence[ThresholdRule] = (),
 ) -> None:
     """Write predictions, leaderboard and counts, then the scores, which complete the run.

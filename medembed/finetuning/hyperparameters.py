@@ -1,14 +1,12 @@
 """How a depth is trained: every number that decides it, and the depths themselves."""
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from medembed.core.errors import ArgumentError, TrainingDataError
-from medembed.heads.registry import nearest
+from medembed.core.errors import TrainingDataError
 
-__all__ = ["ALL", "Depth", "Hyperparameters", "read_config", "read_depths"]
+__all__ = ["ALL", "Depth", "Hyperparameters", "read_depths"]
 
 ALL = "all"
 """What a user writes for every block, and the patch and position embeddings below them."""
@@ -16,7 +14,7 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """The hyperparameters of fine-tuning.
+    """The hyperparameters of fine-tuning; `config.check_hyperparameters` has their bounds.
 
     Attributes
     ----------
@@ -75,37 +73,6 @@ class Hyperparameters:
     from_scratch: bool = False
     lora: int | None = None
 
-    def check(self) -> None:
-        """Refuse what cannot be trained by.
-
-        Raises
-        ------
-        TrainingDataError
-            A number is out of range; names it.
-        """
-        whole = ("epochs", "batch_size", "accumulate", "patience")
-        ranges = {name: (getattr(self, name) >= 1, "at least 1") for name in whole}
-        for name in ("lr", "encoder_share", "decay"):
-            ranges[name] = (0 < getattr(self, name) < math.inf, "above 0 and finite")
-        ranges["clip"] = (self.clip > 0, "above 0")
-        ranges["warm_up"] = (0 <= self.warm_up < 1, "at least 0 and below 1")
-        ranges["weight_decay"] = (0 <= self.weight_decay < math.inf, "at least 0 and finite")
-        for name, (is_right, range_) in ranges.items():
-            if not is_right:
-                raise TrainingDataError(f"{name} is {getattr(self, name)}; it must be {range_}.")
-        if self.accumulate > self.batch_size:
-            raise TrainingDataError(
-                f"--accumulate is {self.accumulate} and --batch-size {self.batch_size}: a batch "
-                "cannot be cut in more parts than it has images."
-            )
-        if self.lora is not None and self.lora < 1:
-            raise TrainingDataError(f"lora is {self.lora}; it must be at least 1.")
-        if self.lora is not None and self.from_scratch:
-            raise TrainingDataError(
-                "--lora adapts what a trained encoder knows, which --from-scratch forgets. Leave "
-                "one of them out."
-            )
-
     def as_dict(self) -> dict[str, Any]:
         """Return the hyperparameters as JSON values; `lora` only where there is one.
 
@@ -115,32 +82,6 @@ class Hyperparameters:
         if self.lora is None:
             del values["lora"]
         return values
-
-
-def read_config(config: Hyperparameters | Mapping[str, Any] | None) -> Hyperparameters:
-    """Return hyperparameters that are given by name, the defaults in place of the others.
-
-    Raises
-    ------
-    TrainingDataError
-        There is no hyperparameter of that name; names the nearest.
-    ArgumentError
-        `config` is neither a mapping nor a Hyperparameters.
-    """
-    if isinstance(config, Hyperparameters):
-        return config
-    if not isinstance(config, Mapping | None):
-        raise ArgumentError(
-            "config is a mapping of hyperparameters to their values, such as "
-            f'{{"epochs": 10}}; this is of type {type(config).__name__}.'
-        )
-    known = [field.name for field in fields(Hyperparameters)]
-    for name in config or {}:
-        if name not in known:
-            raise TrainingDataError(
-                f"fine-tuning has no hyperparameter {name!r}; {nearest(str(name), known)}."
-            )
-    return Hyperparameters(**(config or {}))
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from medembed.finetuning.config import (
     FineTuneConfig,
     Trial,
     describe,
+    read_config,
     resolve_config,
     write_command,
 )
@@ -44,7 +45,7 @@ from medembed.finetuning.frozen_features import (
     make_trunk,
 )
 from medembed.finetuning.head_init import init_from_sweep, init_random
-from medembed.finetuning.hyperparameters import Depth, Hyperparameters, read_config
+from medembed.finetuning.hyperparameters import Depth, Hyperparameters
 from medembed.finetuning.image_store import Images, VectorImages, compute_rows, read_images
 from medembed.finetuning.network import Network, blank_start
 from medembed.finetuning.training import Trainer, explaining_memory

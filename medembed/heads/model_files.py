@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import safetensors
@@ -20,6 +20,7 @@ import safetensors.numpy
 
 from medembed.core.errors import ModelError, PathNotFoundError
 from medembed.core.files import read_plain
+from medembed.core.schema import ClosedRecord, Count
 
 __all__ = [
     "MODEL_FILE",
@@ -27,6 +28,9 @@ __all__ = [
     "REFERENCE_FILE",
     "TENSOR_FILE",
     "TEXT_FILE",
+    "FileEntry",
+    "PayloadEntry",
+    "ReferenceEntry",
     "check_names",
     "describe_file",
     "pack_tensors",
@@ -134,38 +138,44 @@ def pack_tensors(arrays: Mapping[str, np.ndarray]) -> bytes:
     return safetensors.numpy.save({k: np.ascontiguousarray(array) for k, array in arrays.items()})
 
 
+class FileEntry(ClosedRecord):
+    """What `model.json` says of a file beside it."""
+
+    file: str
+    bytes: Count
+    sha256: str
+
+
+class PayloadEntry(FileEntry):
+    """The file that holds what the head has learnt; its name decides what parses it."""
+
+    file: Literal["head.safetensors", "booster.txt"]
+
+
+class ReferenceEntry(FileEntry):
+    """The file that holds statistics of the training embeddings."""
+
+    file: Literal["reference.safetensors"]
+
+
 def describe_file(name: str, data: bytes) -> dict[str, Any]:
     """Return what `model.json` says of a file beside it."""
     return {"file": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def read_described(
-    what: str, entry: Any, directory: Path, names: tuple[str, ...]
-) -> dict[str, np.ndarray] | str:
+def read_described(entry: FileEntry, directory: Path) -> dict[str, np.ndarray] | str:
     """Read a file that `model.json` describes, as arrays, or as text if it is a booster's.
-
-    Parameters
-    ----------
-    what : str
-        Its key, for messages.
-    names : tuple of str
-        What it may be called.
 
     Raises
     ------
     ModelError
-        Another name, size or hash, or bytes that are not what the name says.
+        Another size or hash, or bytes that are not what the name says.
     """
-    if not isinstance(entry, dict) or set(entry) != {"file", "bytes", "sha256"}:
-        raise ModelError(f"{what} does not hold exactly file, bytes and sha256")
-    # the name decides the parser, and is never a path that a stranger chose
-    name = entry["file"]
-    if name not in names:
-        raise ModelError(f"{what} {name!r} is neither of {', '.join(names)}")
+    name = entry.file
     data = read_part(directory / name)
-    if len(data) != entry["bytes"]:
-        raise ModelError(f"{name} has {len(data)} bytes, {entry['bytes']!r} are recorded")
-    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+    if len(data) != entry.bytes:
+        raise ModelError(f"{name} has {len(data)} bytes, {entry.bytes} are recorded")
+    if hashlib.sha256(data).hexdigest() != entry.sha256:
         raise ModelError(f"{name} is damaged: its SHA-256 is not the one recorded")
     try:
         return data.decode("ascii") if name == TEXT_FILE else safetensors.numpy.load(data)

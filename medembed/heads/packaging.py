@@ -14,12 +14,13 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from medembed.core.errors import MedembedError, ModelError, PathNotFoundError
 from medembed.core.files import as_path, json_bytes, sync_directory, write_atomically
+from medembed.core.schema import AnyTable, ClosedRecord, Field, parse
 from medembed.core.text import Summarised, Summary, counted
 from medembed.heads.base import Head
 from medembed.heads.model_files import (
@@ -28,6 +29,8 @@ from medembed.heads.model_files import (
     REFERENCE_FILE,
     TENSOR_FILE,
     TEXT_FILE,
+    PayloadEntry,
+    ReferenceEntry,
     check_names,
     describe_file,
     pack_tensors,
@@ -41,6 +44,7 @@ __all__ = [
     "FORMAT",
     "VERSION",
     "Model",
+    "ModelDocument",
     "load_model",
     "read_document",
     "save_model",
@@ -50,11 +54,24 @@ __all__ = [
 FORMAT = "medembed-model"
 VERSION = 1
 
-_KEYS = {"format", "version", "head", "params", "n_features", "best_epoch", "payload", "card"}
-_LATER_KEYS = {"reference"}  # models of before do not have them
 #: Columns that a head may read: checking trees lists their names.
 _MAX_FEATURES = 1 << 20
 _MAX_EPOCHS = 1 << 31
+
+
+class ModelDocument(ClosedRecord):
+    """`model.json`."""
+
+    format: Literal["medembed-model"]
+    version: Literal[1]
+    head: str
+    params: AnyTable
+    n_features: int = Field(ge=1, le=_MAX_FEATURES)
+    best_epoch: int | None = Field(ge=1, le=_MAX_EPOCHS)
+    payload: PayloadEntry
+    reference: ReferenceEntry | None = None
+    """Models of before have none."""
+    card: AnyTable
 
 
 @dataclass(frozen=True, repr=False)
@@ -157,8 +174,8 @@ def update_card(
     """
     path = Path(directory)
     document = read_document(path)
-    document["card"] = {**document["card"], **entries}
-    described = _document_bytes(document)
+    card = {**document.card, **entries}
+    described = _document_bytes(document.model_dump(exclude_unset=True) | {"card": card})
     for name, content in _encode_texts(texts).items():
         write_atomically(path / name, content)
     write_atomically(path / MODEL_FILE, described)
@@ -184,15 +201,15 @@ def load_model(directory: Model | str | os.PathLike[str]) -> Model:
     document = read_document(path)
     try:
         head = _rebuild(document, path)
-        reference = _read_reference(document.get("reference"), path)
+        reference = _read_reference(document.reference, path)
     except ModelError as error:
         raise ModelError(
             f"model at {path} cannot be used: {error}. Train or copy it again"
         ) from error
-    return Model(head, document["card"], reference, path)
+    return Model(head, document.card, reference, path)
 
 
-def read_document(directory: str | Path) -> dict[str, Any]:
+def read_document(directory: str | Path) -> ModelDocument:
     """Read `model.json` alone: what the model says of itself, without what it learnt.
 
     Raises
@@ -200,8 +217,8 @@ def read_document(directory: str | Path) -> dict[str, Any]:
     PathNotFoundError
         There is no such directory, or no `model.json` in it.
     ModelError
-        It is too large, not JSON, or another format or version, or beside it lie links or files
-        that are no part of a model.
+        It is too large, not JSON, another format or version, or an entry is none that a model has;
+        or beside it lie links or files that are no part of a model.
     """
     path = Path(directory)
     check_names(path)
@@ -292,7 +309,7 @@ def _write_directory(target: Path, files: Mapping[str, bytes]) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _read_card(path: Path) -> dict[str, Any]:
+def _read_card(path: Path) -> ModelDocument:
     try:
         document = parse_json(read_part(path))
     except ModelError as error:
@@ -304,43 +321,28 @@ def _read_card(path: Path) -> dict[str, Any]:
             f"{path} is version {document.get('version')!r} of {FORMAT}; this medembed reads "
             f"{VERSION}. Use the medembed that wrote it, or train again"
         )
-    if set(document) - _LATER_KEYS != _KEYS or not isinstance(document["card"], dict):
-        raise ModelError(f"{path} does not hold exactly {', '.join(sorted(_KEYS))}")
-    return document
+    return parse(ModelDocument, document, ModelError, path, "Train or copy the model again.")
 
 
-def _rebuild(document: Mapping[str, Any], directory: Path) -> Head:
-    n_features, best_epoch = document["n_features"], document["best_epoch"]
-    known = best_epoch is None or _is_count(best_epoch, _MAX_EPOCHS)
-    if not known or not _is_count(n_features, _MAX_FEATURES):
-        raise ModelError(
-            f"n_features={n_features!r} or best_epoch={best_epoch!r} is not a whole number from 1 "
-            f"to {_MAX_FEATURES:,} and {_MAX_EPOCHS:,}"
-        )
-    if not isinstance(document["head"], str) or not isinstance(document["params"], dict):
-        raise ModelError("head is not a name, or params are not a table")
-    payload = read_described("payload", document["payload"], directory, (TENSOR_FILE, TEXT_FILE))
+def _rebuild(document: ModelDocument, directory: Path) -> Head:
+    payload = read_described(document.payload, directory)
     try:
-        head = make_head(document["head"], _given_params(document["params"]))
-        head._restore(payload, n_features)
+        head = make_head(document.head, _given_params(document.params))
+        head._restore(payload, document.n_features)
     except ModelError:
         raise
     except (MedembedError, TypeError, ValueError) as error:
         raise ModelError(f"its parameters do not make a head: {error}") from error
     head.classes_ = np.array([0, 1])
-    head.n_features_in_ = n_features
-    head.best_epoch_ = best_epoch
+    head.n_features_in_ = document.n_features
+    head.best_epoch_ = document.best_epoch
     return head
 
 
-def _is_count(value: Any, limit: int) -> bool:
-    return type(value) is int and 0 < value <= limit
-
-
-def _read_reference(entry: Any, directory: Path) -> dict[str, np.ndarray] | None:
+def _read_reference(entry: ReferenceEntry | None, directory: Path) -> dict[str, np.ndarray] | None:
     if entry is None:
         return None
-    arrays = read_described("reference", entry, directory, (REFERENCE_FILE,))
+    arrays = read_described(entry, directory)
     assert isinstance(arrays, dict)
     for name, array in arrays.items():
         if array.dtype.kind not in "iuf" or not np.isfinite(array).all():

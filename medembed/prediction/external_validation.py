@@ -24,7 +24,6 @@ from medembed.core.files import json_digest
 from medembed.core.system import library_versions
 from medembed.core.text import counted
 from medembed.dataset.build_file import read_build
-from medembed.dataset.covariates import CovariateEncoder
 from medembed.dataset.identities import name_persons
 from medembed.dataset.manifest import Manifest, read_manifest
 from medembed.evaluation.calibration import Calibration
@@ -271,7 +270,7 @@ def _columns(asked: _Asked) -> np.ndarray:
     embeddings = asked.embeddings
     if asked.card.covariates is None:
         return embeddings.X
-    encoder = CovariateEncoder.from_dict(asked.card.covariates)
+    encoder = asked.card.covariates
     return np.hstack([embeddings.X, encoder.transform(embeddings.rows)])
 
 

@@ -9,7 +9,6 @@ import numpy as np
 
 from medembed.core.errors import ArgumentError, ManifestError, ModelError
 from medembed.core.files import open_plain
-from medembed.dataset.covariates import CovariateEncoder
 from medembed.dataset.manifest import Manifest, existing_root, image_path
 from medembed.dataset.recipes.image_index import ImageIndex
 from medembed.images.hashing import hash_or_explain
@@ -129,8 +128,8 @@ def ask_images(
     ModelError
         The model reads covariates, which only a manifest has.
     """
-    if card.covariates:
-        columns = [column["name"] for column in card.covariates["columns"]]
+    if card.covariates is not None:
+        columns = [column.name for column in card.covariates.columns]
         raise ModelError(
             f"the model reads {', '.join(columns)} beside each image, and a file alone does not "
             "say. Write a manifest with these columns, and give --manifest M --image-root DIR."
@@ -176,8 +175,8 @@ def ask_manifest(
     root = None if image_root is None else existing_root(Path(image_root))
     rows = manifest.rows
     covariates = np.zeros((len(rows), 0), np.float32)
-    if card.covariates:
-        covariates = CovariateEncoder.from_dict(card.covariates).transform(rows)
+    if card.covariates is not None:
+        covariates = card.covariates.transform(rows)
     images, digests = rows["image"].tolist(), rows["sha256"].tolist()
     names, codes = np.unique(rows["study"].to_numpy(str), return_inverse=True)
     requests = Requests(

@@ -85,7 +85,7 @@ def find_internal(model_path: Path) -> Internal | None:
         test_set = align_runs([run])
     except (MedembedError, OSError):
         return None
-    require_winner(run, path.name, read_document(path)["card"])
+    require_winner(run, path.name, read_document(path).card)
     own = {contender.head: contender for contender in test_set.contenders}
     if path.name not in own:
         return None

@@ -268,11 +268,9 @@ def _card(run: Run) -> dict[str, Any]:
     """Return the card of the first model that has one; old runs may have none."""
     for path in _models_of(run):
         try:
-            card = read_document(path).get("card")
+            return read_document(path).card
         except (MedembedError, OSError):
             continue
-        if isinstance(card, dict):
-            return card
     return {}
 
 

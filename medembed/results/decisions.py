@@ -1,21 +1,21 @@
 """How scores become probabilities and decisions: fitted on out-of-fold predictions, or read."""
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeGuard
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from medembed.core.errors import RunError, TrainingDataError
+from medembed.core.schema import AfterValidator, Field, Record, parse
 from medembed.evaluation.calibration import (
     Calibration,
+    CalibrationEntry,
     IsotonicCalibration,
     fit_isotonic,
     fit_temperature,
 )
-from medembed.evaluation.scores import is_number
 from medembed.evaluation.thresholds import (
     HIGHEST,
     SHOWN,
@@ -31,6 +31,8 @@ from medembed.evaluation.thresholds import (
 __all__ = [
     "SENSITIVITY",
     "Decisions",
+    "DecisionsEntry",
+    "PointEntry",
     "fit_decisions",
     "read_decisions",
     "read_points",
@@ -54,6 +56,48 @@ class Decisions(NamedTuple):
     threshold: float
     sensitive_threshold: float | None
     points: tuple[OperatingPoint, ...]
+
+
+def _check_rule(name: str) -> str:
+    try:
+        is_name = parse_rule(name).name == name
+    except TrainingDataError:
+        is_name = False
+    if not is_name:
+        raise ValueError(f"must be an operating point's name, not {name[:40]!r}")
+    return name
+
+
+class PointEntry(Record):
+    """An operating point as cards and runs keep it."""
+
+    name: Annotated[str, AfterValidator(_check_rule)]
+    threshold: float = Field(ge=0, le=HIGHEST)
+
+
+def _check_twins(points: list[PointEntry]) -> list[PointEntry]:
+    names = [point.name for point in points]
+    if len(set(names)) < len(names):
+        raise ValueError(f"must have different names, not {', '.join(names)[:60]}")
+    return points
+
+
+PointEntries = Annotated[list[PointEntry], AfterValidator(_check_twins)]
+
+
+def _check_platt(calibrations: dict[str, CalibrationEntry]) -> dict[str, CalibrationEntry]:
+    if "platt" not in calibrations:
+        raise ValueError("lacks platt")
+    return calibrations
+
+
+class DecisionsEntry(Record):
+    """`decisions` of a head in the `run.json` of a run that trained nothing."""
+
+    calibrations: Annotated[dict[str, CalibrationEntry], AfterValidator(_check_platt)]
+    threshold: float
+    sensitive_threshold: float | None
+    operating_points: PointEntries | None = None
 
 
 def fit_decisions(train: pd.DataFrame, rules: Sequence[ThresholdRule]) -> Decisions:
@@ -93,32 +137,19 @@ def read_decisions(document: Any, path: Path, rules: Sequence[ThresholdRule]) ->
     RunError
         It is damaged, or has no threshold of one of the rules.
     """
-    try:
-        calibrations = {
-            str(name): Calibration.from_dict(own) for name, own in document["calibrations"].items()
-        }
-        sensitive, threshold = document["sensitive_threshold"], _finite(document["threshold"])
-        packaged = read_points(document.get("operating_points"), threshold)
-        decisions = Decisions(
-            calibrations["platt"],
-            {"none": Calibration(), **calibrations},
-            threshold,
-            None if sensitive is None else _finite(sensitive),
-            (*packaged, *fixed_points((*SHOWN, *rules))),
-        )
-    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-        raise RunError(
-            f"run.json of {path} has decisions that cannot be read ({error}): it was damaged or "
-            "edited. Evaluate again into another --out."
-        ) from None
+    where = f"decisions of run.json of {path}"
+    way_out = "It was damaged or edited. Evaluate again into another --out."
+    entry = parse(DecisionsEntry, document, RunError, where, way_out)
+    calibrations = {name: own.build() for name, own in entry.calibrations.items()}
+    packaged = read_points(entry.operating_points, entry.threshold)
     _require_points(packaged, rules, path)
-    return decisions
-
-
-def _finite(value: Any) -> float:
-    if not math.isfinite(number := float(value)):
-        raise ValueError(f"a threshold is {number}")
-    return number
+    return Decisions(
+        calibrations["platt"],
+        {"none": Calibration(), **calibrations},
+        entry.threshold,
+        entry.sensitive_threshold,
+        (*packaged, *fixed_points((*SHOWN, *rules))),
+    )
 
 
 def write_points(points: Iterable[OperatingPoint]) -> list[dict[str, Any]]:
@@ -126,33 +157,19 @@ def write_points(points: Iterable[OperatingPoint]) -> list[dict[str, Any]]:
     return [{"name": point.name, "threshold": point.threshold} for point in points]
 
 
-def read_points(entries: Any, youden: float) -> tuple[OperatingPoint, ...]:
-    """Read what `write_points` wrote.
+def read_points(entries: Sequence[PointEntry] | None, youden: float) -> tuple[OperatingPoint, ...]:
+    """Return operating points that a card or a run keeps.
 
     Parameters
     ----------
-    entries : list of dict, or None
+    entries : sequence of PointEntry, or None
         None of models packaged before they had any: they have Youden's.
     youden : float
         The threshold kept beside them.
-
-    Raises
-    ------
-    ValueError
-        Says what is wrong, as the end of a sentence.
     """
     if entries is None:
         return (OperatingPoint("youden", youden),)
-    if not isinstance(entries, list):
-        raise ValueError("operating_points is no list")
-    found = {}
-    for number, entry in enumerate(entries):
-        where = f"operating_points[{number}]"
-        name, threshold = _fields(entry, where)
-        if name in found:
-            raise ValueError(f"{where}.name is there twice")
-        found[name] = OperatingPoint(name, threshold)
-    return tuple(found.values())
+    return tuple(OperatingPoint(own.name, own.threshold) for own in entries)
 
 
 def _require_points(
@@ -173,21 +190,3 @@ def _require_points(
                 f"{', '.join(names) or 'none'}. Ask for one of these, or for a threshold of your "
                 "own, such as threshold=0.3."
             )
-
-
-def _fields(entry: Any, where: str) -> tuple[str, float]:
-    if not isinstance(entry, Mapping):
-        raise ValueError(f"{where} is no table")
-    name, threshold = entry.get("name"), entry.get("threshold")
-    if not _is_rule(name):
-        raise ValueError(f"{where}.name is {str(name)[:40]!r}")
-    if not is_number(threshold) or not 0 <= threshold <= HIGHEST:
-        raise ValueError(f"{where}.threshold is {str(threshold)[:40]}")
-    return name, float(threshold)
-
-
-def _is_rule(name: Any) -> TypeGuard[str]:
-    try:
-        return isinstance(name, str) and parse_rule(name).name == name
-    except TrainingDataError:
-        return False

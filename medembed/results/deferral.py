@@ -128,5 +128,5 @@ def _read_model(run: Run, head: str) -> tuple[Conformal | None, str]:
     from medembed.results.model_card import read_conformal
 
     conformal = read_conformal(run, head)
-    note = read_document(path)["card"].get("conformal_note") if conformal is None else None
+    note = read_document(path).card.get("conformal_note") if conformal is None else None
     return conformal, note if isinstance(note, str) and note else OLDER

@@ -1,21 +1,42 @@
 """What a packaged model says of itself: written when it is saved, read before it is asked."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from reprlib import repr as short
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import pandas as pd
 
 from medembed.core.errors import ModelError, PathNotFoundError
-from medembed.dataset.covariates import CovariateEncoder
-from medembed.dataset.manifest import LABEL_LEVELS
-from medembed.evaluation.calibration import Calibration
-from medembed.evaluation.conformal import Conformal, fit_conformal
+from medembed.core.schema import (
+    AfterValidator,
+    AnyTable,
+    ClosedRecord,
+    Count,
+    Field,
+    Given,
+    Record,
+    Word,
+    field_validator,
+    find_problems,
+    model_validator,
+    parse,
+)
+from medembed.dataset.covariates import (
+    LARGEST,
+    MAX_CATEGORIES,
+    NOT_COVARIATES,
+    CategoricalColumn,
+    CovariateEncoder,
+    NumericColumn,
+    to_number,
+)
+from medembed.evaluation.calibration import Calibration, CalibrationEntry
+from medembed.evaluation.conformal import Conformal, ConformalEntry, fit_conformal
 from medembed.evaluation.intervals import plain
-from medembed.evaluation.scores import is_number, score
+from medembed.evaluation.scores import score
 from medembed.evaluation.thresholds import (
     PACKAGED,
     DecisionRule,
@@ -25,23 +46,199 @@ from medembed.evaluation.thresholds import (
     parse_rule,
 )
 from medembed.heads.packaging import Model, read_document
-from medembed.results.decisions import read_points, write_points
+from medembed.results.decisions import PointEntries, read_points, write_points
 from medembed.results.runs import Run
 
 __all__ = [
     "Card",
+    "CardDocument",
+    "CardScores",
+    "CategoricalEntry",
+    "CovariatesEntry",
+    "EncoderSource",
+    "NumericEntry",
+    "ScoreInterval",
+    "TestScores",
+    "Trained",
+    "TrainedCounts",
+    "TrainingData",
     "describe_decisions",
     "read_card",
     "read_conformal",
+    "read_covariates",
     "require_winner",
 ]
 
-VIEWS = ("mean", "attention")
 #: The only place beside a model where an encoder of the same run lies.
-_ENCODER_PATH = re.compile(r"\.\./\.\./encoders/[A-Za-z0-9][A-Za-z0-9_.+-]*")
-_COUNTS = ("images", "abnormal")
-_CODE = re.compile(r"[0-9a-f]{16}")
+_ENCODER_PATH = r"^\.\./\.\./encoders/[A-Za-z0-9][A-Za-z0-9_.+-]*$"
 _WAY_OUT = "Train or copy the model again."
+
+
+class EncoderSource(Record):
+    """The encoder whose embeddings a model reads."""
+
+    source: Word | None = None
+    revision: Word | None = None
+    path: Annotated[str, Field(pattern=_ENCODER_PATH)] | None = None
+    """Relative to the model's directory."""
+
+
+class ScoreInterval(Record):
+    """A score with its interval."""
+
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+def _take_intervals(scores: dict[str, Any]) -> dict[str, Any]:
+    """Check what is an interval; what is none is not read."""
+    for name, own in scores.items():
+        for problem in find_problems(ScoreInterval, own) if isinstance(own, dict) else []:
+            raise ValueError(f"{name}.{problem}")
+    return scores
+
+
+Intervals = Annotated[AnyTable, AfterValidator(_take_intervals)]
+
+
+class CardScores(Record):
+    """Scores of a model: out of fold, and on test rows once they are known."""
+
+    out_of_fold: Any = None
+    test: AnyTable | None = None
+
+    @field_validator("test")
+    @classmethod
+    def _check_test(cls, test: dict[str, Any] | None) -> dict[str, Any] | None:
+        if test is not None:
+            # Cards of before hold the scores themselves.
+            found = {"scores": test.get("scores", test), "regions": test.get("regions", {})}
+            for problem in find_problems(TestScores, found):
+                raise ValueError(str(problem))
+        return test
+
+
+class TestScores(Record):
+    """Scores of a model on test rows, of all and by region."""
+
+    __test__ = False  # it is no test of pytest
+
+    scores: Intervals
+    regions: dict[str, Intervals]
+
+
+def _check_name(name: str) -> str:
+    if name in NOT_COVARIATES:
+        raise ValueError(f"must be a covariate, not {name!r}")
+    return name
+
+
+def _check_categories(words: list[str]) -> list[str]:
+    """Refuse what is no list of distinct words in ascending order, as training finds them."""
+    are_words = all(word and word == word.strip() and to_number(word) is None for word in words)
+    if not are_words or words != sorted(set(words)):
+        raise ValueError(f"must be distinct words in ascending order, not {short(words)}")
+    return words
+
+
+CovariateName = Annotated[str, AfterValidator(_check_name)]
+
+
+class NumericEntry(ClosedRecord):
+    """A covariate of numbers, as a card keeps it."""
+
+    name: CovariateName
+    kind: Literal["numeric"]
+    fill: float = Field(ge=-LARGEST, le=LARGEST)
+
+
+class CategoricalEntry(ClosedRecord):
+    """A covariate of words, as a card keeps it."""
+
+    name: CovariateName
+    kind: Literal["categorical"]
+    categories: Annotated[list[str], AfterValidator(_check_categories)] = Field(
+        min_length=1, max_length=MAX_CATEGORIES
+    )
+
+
+class CovariatesEntry(ClosedRecord):
+    """Covariates as a card keeps them: what `CovariateEncoder.as_dict` returns."""
+
+    columns: list[Annotated[NumericEntry | CategoricalEntry, Field(discriminator="kind")]]
+
+    @field_validator("columns")
+    @classmethod
+    def _check_twins(
+        cls, columns: list[NumericEntry | CategoricalEntry]
+    ) -> list[NumericEntry | CategoricalEntry]:
+        names = [column.name for column in columns]
+        if len(set(names)) < len(names):
+            raise ValueError(f"must have different names, not {short(names)}")
+        return columns
+
+    def build(self) -> CovariateEncoder:
+        """Return the encoder itself."""
+        return CovariateEncoder(
+            tuple(
+                NumericColumn(own.name, own.fill)
+                if isinstance(own, NumericEntry)
+                else CategoricalColumn(own.name, tuple(own.categories))
+                for own in self.columns
+            )
+        )
+
+
+class TrainedCounts(Record):
+    """How many images of a region a model was trained on."""
+
+    images: Count
+    abnormal: Count
+
+    @model_validator(mode="after")
+    def _check_abnormal(self) -> Self:
+        if self.abnormal > self.images:
+            raise ValueError(f"{self.abnormal} of {self.images} images cannot be abnormal")
+        return self
+
+
+class Trained(Record):
+    """Counts of the training images."""
+
+    regions: Given[dict[str, TrainedCounts]] = None
+
+
+class TrainingData(Record):
+    """What a model was trained on; older cards have no counts."""
+
+    trained: Trained | None = None
+
+
+class CardDocument(Record):
+    """`card` of `model.json`; those of before lack conformal scores and the encoder's source."""
+
+    spec: AnyTable
+    pooling: Annotated[Word, Field(pattern=r"^[^+]+(\+[^+]+)*$")]
+    label_level: Literal["study", "image"]
+    views: Literal["mean", "attention"]
+    calibration: CalibrationEntry
+    threshold: float
+    training_images: list[Annotated[str, Field(pattern="^[0-9a-f]{16}$")]]
+    operating_points: PointEntries | None = None
+    conformal: ConformalEntry | None = None
+    conformal_note: Word | None = None
+    encoder: EncoderSource | None = None
+    covariates: CovariatesEntry | None = None
+    scores: Given[CardScores] = None
+    synthetic: bool = False
+    trial: int | None = None
+    seed: int | None = None
+    depth: int | None = None
+    n_tried: int | None = None
+    cv: float | None = None
+    cv_method: Word | None = None
+    data: TrainingData | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,8 +268,8 @@ class Card:
     encoder : dict
         ``source``, ``revision`` and ``path``, each a str or None; ``path`` is relative to the
         model's directory and leads to an encoder that was adapted in the same run.
-    covariates : dict or None
-        As `CovariateEncoder.as_dict` wrote it.
+    covariates : CovariateEncoder or None
+        What turns the manifest's columns into the head's.
     scores : dict
         ``out_of_fold``, and ``test`` once it is known: see `results.model_readme.complete_cards`.
     synthetic : bool
@@ -93,7 +290,7 @@ class Card:
     conformal: Conformal | None
     conformal_note: str | None
     encoder: dict[str, Any]
-    covariates: dict[str, Any] | None
+    covariates: CovariateEncoder | None
     scores: dict[str, Any]
     synthetic: bool
     training_images: frozenset[str]
@@ -144,11 +341,39 @@ def read_card(model: Model, path: str | Path) -> Card:
     ModelError
         Names the entry that is missing or wrong.
     """
-    try:
-        return _read(model.card)
-    except ModelError as error:
-        text = str(error).rstrip(".")
-        raise ModelError(f"the card of the model at {path}: {text}. {_WAY_OUT}") from error
+    where = f"the card of the model at {path}"
+    found = parse(CardDocument, model.card, ModelError, where, _WAY_OUT)
+    return Card(
+        spec=found.spec,
+        pooling=found.pooling,
+        label_level=found.label_level,
+        views=found.views,
+        calibration=found.calibration.build(),
+        threshold=found.threshold,
+        points=read_points(found.operating_points, found.threshold),
+        conformal=None if found.conformal is None else found.conformal.build(),
+        conformal_note=found.conformal_note,
+        encoder=(found.encoder or EncoderSource()).model_dump(
+            include={"source", "revision", "path"}
+        ),
+        covariates=None if found.covariates is None else found.covariates.build(),
+        scores=model.card.get("scores", {}),
+        synthetic=found.synthetic,
+        training_images=frozenset(found.training_images),
+        document=dict(model.card),
+    )
+
+
+def read_covariates(document: object) -> CovariateEncoder:
+    """Read back what `CovariateEncoder.as_dict` returned.
+
+    Raises
+    ------
+    ModelError
+        The document is nothing that `as_dict` returns.
+    """
+    where = "the model's covariates are damaged"
+    return parse(CovariatesEntry, document, ModelError, where, _WAY_OUT).build()
 
 
 def describe_decisions(
@@ -211,11 +436,12 @@ def read_conformal(run: Run, head: str) -> Conformal | None:
         document = read_document(path)
     except PathNotFoundError:
         return None
-    require_winner(run, head, document["card"])
-    try:
-        return _read_conformal(document["card"])
-    except ModelError as error:
-        raise ModelError(f"the card of the model at {path}: {error}. {_WAY_OUT}") from error
+    card = document.card
+    require_winner(run, head, card)
+    if card.get("conformal") is None:
+        return None
+    where = f"the card of the model at {path}: conformal"
+    return parse(ConformalEntry, card["conformal"], ModelError, where, _WAY_OUT).build()
 
 
 def require_winner(run: Run, head: str, card: Mapping[str, Any]) -> None:
@@ -235,125 +461,3 @@ def require_winner(run: Run, head: str, card: Mapping[str, Any]) -> None:
                 f"the model at {run.model_path(head)} has {name} {own}, and run.json names "
                 f"{named}: it is not of this run. Restore it, or run again into another --out"
             )
-
-
-def _read(card: Mapping[str, Any]) -> Card:
-    needed = ("spec", "pooling", "label_level", "views", "calibration", "threshold")
-    for name in (*needed, "training_images"):
-        if name not in card:
-            raise ModelError(f"{name} is missing")
-    threshold = card["threshold"]
-    _require("threshold", threshold, is_number(threshold))
-    _require("label_level", card["label_level"], card["label_level"] in LABEL_LEVELS)
-    _require("views", card["views"], card["views"] in VIEWS)
-    pooling = card["pooling"]
-    _require("pooling", pooling, _is_word(pooling) and all(pooling.split("+")))
-    synthetic = card.get("synthetic", False)
-    _require("synthetic", synthetic, isinstance(synthetic, bool))
-    note = card.get("conformal_note")
-    _require("conformal_note", note, note is None or _is_word(note))
-    for name in ("trial", "seed", "depth", "n_tried"):
-        _require(name, card.get(name), card.get(name) is None or type(card[name]) is int)
-    _require("cv", card.get("cv"), card.get("cv") is None or is_number(card["cv"]))
-    method = card.get("cv_method")
-    _require("cv_method", method, method is None or _is_word(method))
-    _check_trained(card.get("data"))
-    return Card(
-        spec=_table("spec", card["spec"]),
-        pooling=pooling,
-        label_level=card["label_level"],
-        views=card["views"],
-        calibration=Calibration.from_dict(_table("calibration", card["calibration"])),
-        threshold=float(threshold),
-        points=_read_points(card, float(threshold)),
-        conformal=_read_conformal(card),
-        conformal_note=note,
-        encoder=_read_encoder(card.get("encoder")),
-        covariates=_read_covariates(card.get("covariates")),
-        scores=_read_scores(card.get("scores", {})),
-        synthetic=synthetic,
-        training_images=_read_codes(card["training_images"]),
-        document=dict(card),
-    )
-
-
-def _read_points(card: Mapping[str, Any], threshold: float) -> tuple[OperatingPoint, ...]:
-    try:
-        return read_points(card.get("operating_points"), threshold)
-    except ValueError as error:
-        raise ModelError(str(error)) from None
-
-
-def _read_conformal(card: Mapping[str, Any]) -> Conformal | None:
-    entry = card.get("conformal")
-    return None if entry is None else Conformal.from_dict(_table("conformal", entry))
-
-
-def _read_encoder(entry: Any) -> dict[str, Any]:
-    known = _table("encoder", {} if entry is None else entry)
-    found = {name: known.get(name) for name in ("source", "revision", "path")}
-    for name, value in found.items():
-        _require(f"encoder.{name}", value, value is None or _is_word(value))
-    path = found["path"]
-    _require("encoder.path", path, path is None or bool(_ENCODER_PATH.fullmatch(path)))
-    return found
-
-
-def _read_covariates(entry: Any) -> dict[str, Any] | None:
-    if entry is None:
-        return None
-    CovariateEncoder.from_dict(_table("covariates", entry))
-    return dict(entry)
-
-
-def _read_scores(entry: Any) -> dict[str, Any]:
-    scores = _table("scores", entry)
-    if scores.get("test") is not None:
-        test = _table("scores.test", scores["test"])
-        _check_scores("scores.test.scores", test.get("scores", test))
-        for name, own in _table("scores.test.regions", test.get("regions", {})).items():
-            _check_scores(f"scores.test.regions.{name}", own)
-    return scores
-
-
-def _check_scores(name: str, entry: Any) -> None:
-    """Refuse intervals of other things than numbers; what is no interval is not read."""
-    for score_name, own in _table(name, entry).items():
-        if isinstance(own, dict):
-            for end in ("value", "low", "high"):
-                value = own.get(end)
-                _require(f"{name}.{score_name}.{end}", value, value is None or is_number(value))
-
-
-def _check_trained(data: Any) -> None:
-    """Refuse counts of the training images that are none; older cards have no counts."""
-    trained = _table("data", {} if data is None else data).get("trained") or {}
-    regions = _table("data.trained", trained).get("regions", {})
-    for name, own in _table("data.trained.regions", regions).items():
-        n, n_abnormal = (_table(f"data.trained.regions.{name}", own).get(k) for k in _COUNTS)
-        are_counts = type(n) is type(n_abnormal) is int and is_number(n) and 0 <= n_abnormal <= n
-        _require(f"data.trained.regions.{name}", own, are_counts)
-
-
-def _read_codes(entry: Any) -> frozenset[str]:
-    are_codes = isinstance(entry, list) and all(
-        isinstance(code, str) and _CODE.fullmatch(code) for code in entry
-    )
-    _require("training_images", entry, are_codes)
-    return frozenset(entry)
-
-
-def _table(name: str, value: Any) -> dict[str, Any]:
-    _require(name, value, isinstance(value, dict))
-    return dict(value)
-
-
-def _require(name: str, value: Any, is_right: bool) -> None:
-    if not is_right:
-        shown = repr(value)
-        raise ModelError(f"{name} is {shown if len(shown) <= 60 else f'{shown[:60]}…'}")
-
-
-def _is_word(value: Any) -> bool:
-    """Say whether this is text that a terminal may be shown."""
-    return isinstance(value, str) and value != "" and value.isprintable()

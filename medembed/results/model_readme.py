@@ -119,7 +119,7 @@ def complete_cards(run: Run, scores: Mapping[str, Any]) -> None:
         path = run.model_path(row["head"])
         if not path.is_dir():
             continue  # a prior
-        card = read_document(path)["card"]
+        card = read_document(path).card
         test = {
             "level": scores["level"],
             **{name: scores["test"][name] for name in _TOLD},

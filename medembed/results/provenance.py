@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from medembed.dataset.build_file import KeptBuild
 from medembed.dataset.manifest import count_rows
 
 __all__ = [
@@ -26,7 +27,7 @@ def summarise_data(
     rows: pd.DataFrame,
     failed: pd.DataFrame,
     label_level: str,
-    build: dict[str, Any] | None = None,
+    build: KeptBuild | None = None,
 ) -> dict[str, Any]:
     """Count a manifest's rows and those left out, overall and by split.
 
@@ -39,7 +40,7 @@ def summarise_data(
         The rows left out, with column image.
     label_level : {"study", "image"}
         Of the manifest.
-    build : dict, optional
+    build : KeptBuild, optional
         What `dataset.build_file.read_build` returns.
 
     Returns
@@ -62,7 +63,7 @@ def summarise_data(
         "label_level": label_level,
         "synthetic": _is_synthetic(rows),
         "licence": str(licences[0]) if len(licences) == 1 else None,
-        **({} if build is None else {"build": build}),
+        **({} if build is None else {"build": build.model_dump()}),
     }
 
 

@@ -5,28 +5,53 @@ would fail again.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+import os
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from medembed.core.errors import RunError
+from medembed.core.schema import (
+    AnyTable,
+    Count,
+    Field,
+    Given,
+    Record,
+    Texts,
+    Whole,
+    parse,
+)
 from medembed.core.text import Summary, counted
-from medembed.dataset.build_file import is_build
-from medembed.evaluation.scores import is_number
+from medembed.dataset.build_file import KeptBuild
 
 __all__ = [
     "CV_METHOD",
     "PREDICTION_COLUMNS",
+    "RUN_FORMAT",
+    "RUN_VERSION",
     "TRIAL_COLUMNS",
+    "Asked",
+    "Data",
+    "Encoder",
+    "LeaderboardEntry",
+    "Preprocessing",
+    "RunInfo",
+    "ScoresInfo",
+    "TrialRecord",
+    "check_info",
     "check_predictions",
+    "check_scores",
+    "check_trial",
     "describe_failure",
     "find_difference",
-    "find_wrong_entry",
     "is_final",
     "summarise_info",
 ]
 
+RUN_FORMAT: Literal["medembed-run"] = "medembed-run"
+RUN_VERSION: Literal[1] = 1
 _MAX_CHARACTERS = 500
 _FINAL = "TrainingDataError"
 
@@ -67,22 +92,157 @@ PREDICTION_COLUMNS = {
 """Columns of `predictions.parquet`; label, fold and trial may be null, study-level heads leave
 sha256 empty, probability lies in [0, 1]."""
 
-NEEDED = ("kind", "asked", "times")
-COUNTS = ("images", "studies", "patients", "abnormal", "unlabelled", "left_out", "left_out_test")
 
-_Test = Callable[[Any], bool]
+class Asked(Record):
+    """The question that a run answers, as far as others read it."""
+
+    train_fraction: Given[float] = Field(None, gt=0, le=1)
+    """Share of the training patients; all where there is none."""
+    covariates: Texts = ()
+    metric: Given[str] = None
 
 
-def find_wrong_entry(info: Mapping[str, Any]) -> str | None:
-    """Return the first thing that is wrong with a `run.json`, as the end of a sentence, or None.
+class Data(Record):
+    """What a run counts of its manifest and of the images that were left out."""
 
-    Only what a comparison or a page reads is looked at; an entry may be absent unless every run
-    has it.
+    images: Given[Count] = None
+    studies: Given[Count] = None
+    patients: Given[Count] = None
+    abnormal: Given[Count] = None
+    unlabelled: Given[Count] = None
+    left_out: Given[Count] = None
+    left_out_test: Given[Count] = None
+    splits: Given[dict[str, AnyTable]] = None
+    build: KeptBuild | None = None
+    """What the manifest's build found, where it was at hand."""
+
+
+class Preprocessing(Record):
+    """How files became an encoder's input."""
+
+    size: Given[list[Whole]] = None
+
+
+class Encoder(Record):
+    """The encoder behind a run's embeddings."""
+
+    source: str | None = None
+    revision: str | None = None
+    preprocessing: Given[Preprocessing] = None
+
+
+class LeaderboardEntry(Record):
+    """The winner of a head, or why there is none."""
+
+    head: str
+    params: AnyTable | None = None
+    cv: float | None = None
+    seconds: float | None = None
+    trial: Whole | None = None
+    depth: Whole | None = None
+    seed: Whole | None = None
+    n_tried: Count | None = None
+    cv_method: str | None = None
+
+
+class RunInfo(Record):
+    """`run.json`: what is read of it; keys that only older or later runs have may be absent."""
+
+    format: Literal["medembed-run"] = RUN_FORMAT
+    version: Literal[1] = RUN_VERSION
+    kind: str
+    asked: Asked
+    times: AnyTable
+    command: Given[str] = None
+    seed: Whole | None = None
+    cv_method: str | None = None
+    versions: Given[AnyTable] = None
+    data: Given[Data] = None
+    encoder: Given[Encoder] = None
+    leaderboard: Given[list[LeaderboardEntry]] = None
+    left_out: Given[list[AnyTable]] = None
+    decisions: Given[dict[str, AnyTable]] = None
+
+
+class ScoresInfo(Record):
+    """`scores.json`: a comparison of the run with itself, which older runs have less of.
+
+    Of an evaluation elsewhere also how it differs from the model's own test.
     """
-    missing = [name for name in NEEDED if name not in info]
-    if missing:
-        return f"lacks {', '.join(missing)}"
-    return next((f"has {name} = {_shown(value)}" for name, value in _wrong(info)), None)
+
+    level: Given[Literal["study", "image"]] = None
+    n_resamples: Given[Count] = None
+    seed: Given[Whole] = None
+    test: Given[AnyTable] = None
+    runs: Given[list[AnyTable]] = None
+    rows: Given[list[AnyTable]] = None
+    """A table for each head, as `medembed compare --json` has it, without `seconds`."""
+    notes: Given[list[str]] = None
+    called_abnormal: AnyTable | None = None
+    drop: AnyTable | None = None
+    calibration: AnyTable | None = None
+    recalibrated: AnyTable | None = None
+    drift: AnyTable | None = None
+    predictions_sha256: str | None = None
+    """Of the `predictions.parquet` that an evaluation scored."""
+
+
+class TrialRecord(Record):
+    """A line of `trials.jsonl`: how a trial ended on a fold."""
+
+    trial: Whole
+    head: str
+    pooling: str
+    params: AnyTable
+    fold: Whole
+    score: float | None
+    best_epoch: Whole | None
+    seconds: float
+    status: str
+    error: str | None
+    key: str
+    depth: Whole | None = None
+    """From here on of fine-tuning alone."""
+    lora: Whole | None = None
+    seed: Whole | None = None
+    trainable: Whole | None = None
+    encoder: str | None = None
+    history: tuple[AnyTable, ...] = Field(default=(), strict=False)
+
+
+def check_info(info: object, run: str | os.PathLike[str]) -> RunInfo:
+    """Return what a `run.json` says, typed.
+
+    Raises
+    ------
+    RunError
+        An entry that a comparison or a page reads is not what a run writes there.
+    """
+    way_out = "It was damaged or edited. Restore it, or sweep again into another --out."
+    return parse(RunInfo, info, RunError, f"run.json of {os.fspath(run)}", way_out)
+
+
+def check_scores(scores: object, path: str | os.PathLike[str]) -> None:
+    """Check what a `scores.json` says.
+
+    Raises
+    ------
+    RunError
+        An entry is not what a run writes there.
+    """
+    parse(ScoresInfo, scores, RunError, path, "Delete the run and sweep or evaluate again.")
+
+
+def check_trial(record: object, where: str) -> TrialRecord:
+    """Return what a line of a ledger says, typed.
+
+    Raises
+    ------
+    RunError
+        It is none.
+    """
+    way_out = "Delete that line and run the sweep again: only that trial is repeated."
+    return parse(TrialRecord, record, RunError, where, way_out)
 
 
 def check_predictions(table: pa.Table) -> None:
@@ -149,100 +309,3 @@ def summarise_info(name: str, info: Mapping[str, Any], is_complete: bool) -> Sum
             "encoder": info.get("encoder", {}).get("source") or "not known",
         },
     )
-
-
-def _wrong(info: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for name, is_right in _ENTRIES.items():
-        if name in info and not is_right(info[name]):
-            yield name, info[name]
-            return  # what is below it cannot be looked at
-    for name in ("asked", "data", "encoder"):
-        yield from _wrong_below(name, info.get(name, {}))
-    for number, entry in enumerate(info.get("leaderboard", [])):
-        if "head" not in entry:
-            yield f"leaderboard[{number}]", entry
-        yield from _wrong_below("leaderboard", entry, f"[{number}]")
-
-
-def _wrong_below(
-    name: str, entry: Mapping[str, Any], number: str = ""
-) -> Iterator[tuple[str, Any]]:
-    for key, is_right in _PARTS[name].items():
-        if key in entry and not is_right(entry[key]):
-            yield f"{name}{number}.{key}", entry[key]
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}…"
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_table(value: Any) -> bool:
-    return isinstance(value, dict)
-
-
-def _is_whole(value: Any) -> bool:
-    return type(value) is int and is_number(value)
-
-
-def _is_count(value: Any) -> bool:
-    return _is_whole(value) and value >= 0
-
-
-def _is_share(value: Any) -> bool:
-    return is_number(value) and 0 < value <= 1
-
-
-def _or_none(is_right: _Test) -> _Test:
-    return lambda value: value is None or is_right(value)
-
-
-def _list_of(is_right: _Test) -> _Test:
-    return lambda value: isinstance(value, list) and all(map(is_right, value))
-
-
-def _table_of(is_right: _Test) -> _Test:
-    return lambda value: isinstance(value, dict) and all(map(is_right, value.values()))
-
-
-_ENTRIES: dict[str, _Test] = {
-    "kind": _is_text,
-    "command": _is_text,
-    "seed": _or_none(_is_whole),
-    "cv_method": _or_none(_is_text),
-    "versions": _is_table,
-    "asked": _is_table,
-    "times": _is_table,
-    "data": _is_table,
-    "encoder": _is_table,
-    "leaderboard": _list_of(_is_table),
-    "left_out": _list_of(_is_table),
-    "decisions": _table_of(_is_table),
-}
-_PARTS: dict[str, dict[str, _Test]] = {
-    "asked": {"train_fraction": _is_share, "covariates": _list_of(_is_text)},
-    "data": {
-        **dict.fromkeys(COUNTS, _is_count),
-        "splits": _table_of(_is_table),
-        "build": _or_none(is_build),
-    },
-    "encoder": {
-        "source": _or_none(_is_text),
-        "revision": _or_none(_is_text),
-        "preprocessing": lambda value: (
-            _is_table(value) and _list_of(_is_whole)(value.get("size", []))
-        ),
-    },
-    "leaderboard": {
-        "head": _is_text,
-        "params": _or_none(_is_table),
-        **dict.fromkeys(("cv", "seconds"), _or_none(is_number)),
-        **dict.fromkeys(("trial", "depth", "seed"), _or_none(_is_whole)),
-        "n_tried": _or_none(_is_count),
-        "cv_method": _or_none(_is_text),
-    },
-}

@@ -41,10 +41,15 @@ from medembed.core.files import (
 from medembed.core.text import Summarised, Summary
 from medembed.results.run_schema import (
     PREDICTION_COLUMNS,
+    RUN_FORMAT,
+    RUN_VERSION,
     TRIAL_COLUMNS,
+    TrialRecord,
+    check_info,
     check_predictions,
+    check_scores,
+    check_trial,
     find_difference,
-    find_wrong_entry,
     summarise_info,
 )
 
@@ -60,9 +65,6 @@ __all__ = [
     "open_run",
     "utc_now",
 ]
-
-RUN_FORMAT = "medembed-run"
-RUN_VERSION = 1
 
 
 class Run(Summarised):
@@ -162,17 +164,17 @@ class Run(Summarised):
             self._mend_ledger()
             yield
 
-    def append_trial(self, record: Mapping[str, Any]) -> None:
+    def append_trial(self, record: TrialRecord) -> None:
         """Add one line to the ledger; it is on disk when this returns."""
         append_synced(self._ledger_path, _line(record))
 
-    def trial_records(self) -> list[dict[str, Any]]:
+    def trial_records(self) -> list[TrialRecord]:
         """Read the ledger, oldest first; a torn last line is not there.
 
         Raises
         ------
         RunError
-            A line before the last is not JSON.
+            A line before the last is no trial.
         """
         if not self._ledger_path.exists():
             return []
@@ -181,7 +183,8 @@ class Run(Summarised):
 
     def trials(self) -> pd.DataFrame:
         """Return the ledger as a table, one row per trial and fold."""
-        return pd.DataFrame(self.trial_records(), columns=TRIAL_COLUMNS)
+        records = [record.model_dump() for record in self.trial_records()]
+        return pd.DataFrame(records, columns=TRIAL_COLUMNS)
 
     def write_predictions(self, predictions: pd.DataFrame) -> None:
         """Write `predictions.parquet`, whole; equal rows give equal bytes."""
@@ -221,8 +224,17 @@ class Run(Summarised):
         write_atomically(self.path / "scores.json", json_bytes(scores))
 
     def scores(self) -> dict[str, Any]:
-        """Read `scores.json`."""
-        return _read_json(self.path / "scores.json")
+        """Read `scores.json`.
+
+        Raises
+        ------
+        RunError
+            It cannot be read, or an entry is not what a run writes there.
+        """
+        path = self.path / "scores.json"
+        scores = _read_json(path)
+        check_scores(scores, path)
+        return scores
 
     def keep_fold(self, key: str, probability: NDArray[np.float64]) -> None:
         """Keep what one training predicts of the fold it was without, until the run is complete."""
@@ -247,7 +259,7 @@ class Run(Summarised):
 
     def forget_trials(self, keys: Container[str]) -> None:
         """Take the lines of these keys out of the ledger, atomically: they are done again."""
-        kept = [record for record in self.trial_records() if record.get("key") not in keys]
+        kept = [record for record in self.trial_records() if record.key not in keys]
         write_atomically(self._ledger_path, b"".join(map(_line, kept)))
 
     def drop_partial_models(self) -> None:
@@ -295,25 +307,22 @@ class Run(Summarised):
                 file.truncate(end)
                 os.fsync(file.fileno())
 
-    def _parse_trial(self, number: int, line: bytes) -> dict[str, Any]:
+    def _parse_trial(self, number: int, line: bytes) -> TrialRecord:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
-            record = None
-        if not isinstance(record, dict) or "trial" not in record:
-            raise RunError(
-                f"line {number} of {self._ledger_path} is not a trial. "
-                "Delete that line and run the sweep again: only that trial is repeated."
-            )
-        return record
+            record = line.decode(errors="replace")
+        return check_trial(record, f"line {number} of {self._ledger_path}")
 
 
 RunLike = Run | str | os.PathLike[str]
 """A run, or the path of its directory."""
 
 
-def _line(record: Mapping[str, Any]) -> bytes:
-    return (json.dumps(dict(record), ensure_ascii=False, allow_nan=False) + "\n").encode()
+def _line(record: TrialRecord) -> bytes:
+    """Return what was written, and nothing else: keys of fine-tuning are in its lines alone."""
+    document = record.model_dump(exclude_unset=True)
+    return (json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def open_run(path: RunLike) -> Run:
@@ -342,12 +351,7 @@ def open_run(path: RunLike) -> Run:
             f"run at {path} has version {info.get('version')!r}; this medembed reads version "
             f"{RUN_VERSION}. Use the medembed that made it, or sweep again."
         )
-    wrong = find_wrong_entry(info)
-    if wrong is not None:
-        raise RunError(
-            f"run.json of {path} {wrong}: it was damaged or edited. Restore it, or sweep again "
-            "into another --out."
-        )
+    check_info(info, path)
     return Run(path, info)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from medembed.heads.registry import head_class, make_head
 from medembed.heads.scaling import Basis
-from medembed.results.run_schema import is_final
+from medembed.results.run_schema import TrialRecord, is_final
 from medembed.results.runs import Run
 from medembed.sweeps.data import Batch, Trial
 from medembed.sweeps.pool import Died, Pool
@@ -56,7 +56,7 @@ class Ledger:
         watch: Callable[["Ledger"], None] | None = None,
     ) -> None:
         self.run, self.batches, self._watch = run, batches, watch
-        self.records = {record.get("key", ""): record for record in run.trial_records()}
+        self.records = {record.key: record for record in run.trial_records()}
         wanted = {key for batch in batches for trial in batch.trials for key in trial.keys}
         self.n_wanted = len(wanted)
         self.done = {key for key in wanted if self._is_done(key)}
@@ -69,26 +69,26 @@ class Ledger:
         record = self.records.get(key)
         if record is None:
             return False
-        return record["status"] in ("ok", RETIRED) or is_final(record["error"])
+        return record.status in ("ok", RETIRED) or is_final(record.error)
 
     def write(self, trial: Trial, fold: int, outcome: FoldResult, status: str) -> None:
         """Write down how a trial ended on a fold, unless that is known."""
         key = trial.keys[fold]
         if key in self.done:
             return
-        record = {
-            "trial": trial.number,
-            "head": trial.head,
-            "pooling": trial.pooling,
-            "params": dict(trial.params),
-            "fold": fold,
-            "score": outcome.score,
-            "best_epoch": outcome.best_epoch,
-            "seconds": outcome.seconds,
-            "status": status,
-            "error": outcome.error,
-            "key": key,
-        }
+        record = TrialRecord(
+            trial=trial.number,
+            head=trial.head,
+            pooling=trial.pooling,
+            params=dict(trial.params),
+            fold=fold,
+            score=outcome.score,
+            best_epoch=outcome.best_epoch,
+            seconds=outcome.seconds,
+            status=status,
+            error=outcome.error,
+            key=key,
+        )
         self.run.append_trial(record)
         self.records[key] = record
         self.done.add(key)

@@ -23,20 +23,32 @@ import copy
 import json
 import math
 import tomllib
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
 from importlib import resources
 from itertools import pairwise, product
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
 import numpy as np
 
 from medembed.core.errors import PathNotFoundError, TrainingDataError
 from medembed.core.files import describe_error, read_plain
+from medembed.core.schema import (
+    AfterValidator,
+    ClosedRecord,
+    Discriminator,
+    Field,
+    Tag,
+    WrapValidator,
+    create_model,
+    model_validator,
+    parse,
+)
 from medembed.heads.registry import head_class, known_heads, nearest
 
-__all__ = ["HeadSpace", "Range", "default_spaces", "read_spaces"]
+__all__ = ["HeadSpace", "Range", "RangeEntry", "default_spaces", "read_spaces", "space_entry"]
 
 _DEFAULT_FILE = "default_space.toml"
 _MAX_BYTES = 1 << 20
@@ -51,8 +63,8 @@ _ATTEMPTS = 100
 #: Larger whole numbers are not exact as float64.
 _LARGEST = 2**53
 
-_RANGE_EXAMPLE = "{ low = 0.001, high = 0.1, log = true }"
-_NOUNS = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}
+#: Keys of a table that are no parameters.
+_OWN = ("configs", "first", "rungs")
 
 
 @dataclass(frozen=True)
@@ -212,147 +224,200 @@ def _parse(text: str, file: str) -> dict[str, HeadSpace]:
             raise TrainingDataError(
                 f"{file}: {head} = {table!r} is not a table; begin one with the line [{head}]"
             )
-        spaces[head] = _Table(file, head, _parameters(head), head).read(table)
+        where = f"{file}, [{head}]"
+        entry = parse(_head_entry(head), table, TrainingDataError, where, "Correct that line.")
+        spaces[head] = _build(head, entry, table)
     return spaces
 
 
-@dataclass(frozen=True)
-class _Table:
-    """The reader of one head's table, or of one of its tables `first`, which is called `name`."""
+def _build(head: str, entry: Any, table: Mapping[str, Any]) -> HeadSpace:
+    """Return the space that a head's table says."""
+    values = {name: own for name, own in _given(entry, table).items() if name not in _OWN}
+    single = {n: v for n, v in values.items() if isinstance(v, tuple) and len(v) == 1}
+    return HeadSpace(
+        head=head,
+        n_configs=entry.configs,
+        rungs=tuple(getattr(entry, "rungs", ())),
+        constants={name: own[0] for name, own in single.items()},
+        varying={name: own for name, own in values.items() if name not in single},
+        first=tuple(map(_given, entry.first, table.get("first", []))),
+    )
 
-    file: str
-    head: str
-    defaults: Mapping[str, Any]
-    name: str
 
-    def read(self, table: Mapping[str, Any]) -> HeadSpace:
-        has_rungs = head_class(self.head).has_rungs
-        own = ("configs", "first", "rungs") if has_rungs else ("configs", "first")
-        if "rungs" in table and not has_rungs:
-            able = ", ".join(name for name in known_heads() if head_class(name).has_rungs)
-            self._refuse("rungs", table["rungs"], f"is for {able} alone", "delete the line")
-        constants: dict[str, Any] = {}
-        varying: dict[str, tuple[Any, ...] | Range] = {}
-        for key, value in table.items():
-            if key in own:
-                continue
-            self._check_key(key, value, own)
-            read = self._values(key, value)
-            if isinstance(read, tuple) and len(read) == 1:
-                constants[key] = read[0]
-                continue
-            varying[key] = read
-            if key in head_class(self.head).shared_params:
-                problem = "holds several values, but all members of a cohort share each batch"
-                self._refuse(key, value, problem, "give one value")
-        return HeadSpace(
-            head=self.head,
-            n_configs=self._n_configs(table.get("configs", _N_CONFIGS)),
-            rungs=self._rungs(table.get("rungs", [])),
-            constants=constants,
-            varying=varying,
-            first=self._first(table.get("first", [])),
+def _given(entry: ClosedRecord, table: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a table has, by its own names and in its order."""
+    fields = {field.alias or name: name for name, field in type(entry).model_fields.items()}
+    return {key: getattr(entry, fields[key]) for key in table}
+
+
+def space_entry() -> type[ClosedRecord]:
+    """Return the format of a file with a search space: a table for each head."""
+    return _entry("SearchSpace", {head: _head_entry(head) for head in known_heads()})
+
+
+@cache
+def _head_entry(head: str) -> type[ClosedRecord]:
+    """Return the format of a head's table, by the kinds of its parameters' defaults."""
+    kind, defaults = head_class(head), _parameters(head)
+    shared = kind.shared_params
+    single = {name: _one(name, default) for name, default in defaults.items()}
+    in_first = {name: one for name, one in single.items() if name not in shared}
+    reason = f"is shared by all members of a cohort: it is for [{head}]"
+    first: Any = _entry(f"{head}.first", in_first, dict.fromkeys(shared, reason))
+    own: dict[str, Any] = {
+        "configs": (Annotated[int, Field(ge=1)], _N_CONFIGS),
+        "first": (list[first], Field(default_factory=list)),
+    }
+    reasons = {}
+    if kind.has_rungs:
+        own["rungs"] = (Rungs, Field(default_factory=list))
+    else:
+        able = ", ".join(name for name in known_heads() if head_class(name).has_rungs)
+        reasons["rungs"] = f"is for {able} alone: delete the line"
+    several = {
+        name: _several(one, defaults[name], is_shared=name in shared)
+        for name, one in single.items()
+    }
+    return _entry(head, several, reasons, own)
+
+
+def _entry(
+    name: str,
+    values: Mapping[str, Any],
+    reasons: Mapping[str, str] | None = None,
+    own: Mapping[str, Any] | None = None,
+) -> type[ClosedRecord]:
+    """Return a table's format; names of values are aliases, since a model has names of its own.
+
+    Parameters
+    ----------
+    values : mapping of str to type
+        None of them is required.
+    reasons : mapping of str to str, optional
+        Why a key is refused that is known elsewhere.
+    own : mapping of str to field, optional
+        Keys that are no values.
+    """
+    fields: dict[str, Any] = {
+        f"value_{i}": (kind, Field(None, alias=key)) for i, (key, kind) in enumerate(values.items())
+    }
+    by_sweep = dict.fromkeys(_SET_BY_SWEEP, "is set by the sweep itself: delete the line")
+    every = {**by_sweep, **(reasons or {})}
+
+    def refuse(table: Any) -> Any:
+        for key in table if isinstance(table, dict) else ():
+            if key in every:
+                raise ValueError(f"{key} = {table[key]!r:.60} {every[key]}")
+        return table
+
+    validators: Any = {"refuse": model_validator(mode="before")(refuse)}
+    fields |= own or {}
+    return create_model(name, __base__=ClosedRecord, __validators__=validators, **fields)
+
+
+def _one(name: str, default: Any) -> Any:
+    """Return what one value of a parameter may be."""
+    if name == "class_weight":
+        return Annotated[Literal["balanced", "none"], AfterValidator(_read_weight)]
+    if isinstance(default, tuple | list):
+        return list[WholeNumber]
+    kinds: dict[type, Any] = {str: str, bool: bool, int: WholeNumber}
+    return kinds.get(type(default), Number)
+
+
+def _several(one: Any, default: Any, *, is_shared: bool) -> Any:
+    """Return what a parameter may be; a constant is read as a choice of one."""
+    lists = isinstance(default, tuple | list)
+    choices = Annotated[list[one], Field(min_length=1), AfterValidator(_check_choices)]
+    constant = Annotated[one, AfterValidator(lambda value: (value,))]
+    forms = Annotated[constant, Tag("constant")] | Annotated[choices, Tag("choices")]
+    if one in (WholeNumber, Number):
+        forms |= Annotated[RangeEntry[one], AfterValidator(RangeEntry.build), Tag("range")]
+    known = Discriminator(
+        _form_of_lists if lists else _form,
+        custom_error_type="no_range",
+        custom_error_message="one value or a list of values",  # takes no numbers
+    )
+    found = Annotated[forms, known]
+    return Annotated[found, AfterValidator(_check_shared)] if is_shared else found
+
+
+def _form(value: Any) -> str:
+    forms: dict[type, str] = {dict: "range", list: "choices"}
+    return forms.get(type(value), "constant")
+
+
+def _form_of_lists(value: Any) -> str:
+    """Return the form of what holds lists: a flat list is one of them."""
+    if isinstance(value, list) and not any(isinstance(own, list) for own in value):
+        return "constant"
+    return _form(value)
+
+
+def _read_weight(value: str) -> str | None:
+    return None if value == "none" else value
+
+
+def _keep_whole(value: Any, check: Callable[[Any], float]) -> float:
+    """Keep whole numbers whole, as they are written."""
+    if type(value) is not int:
+        return check(value)
+    if abs(value) > _LARGEST:
+        raise ValueError(f"is too large to be exact: stay within {_LARGEST}")
+    return value
+
+
+def _check_choices(choices: list[Any]) -> tuple[Any, ...]:
+    for position, choice in enumerate(choices):
+        if choice in choices[:position]:
+            raise ValueError(f"lists {choice!r} twice: list each value once")
+    return tuple(choices)
+
+
+def _check_shared(values: "tuple[Any, ...] | Range") -> "tuple[Any, ...] | Range":
+    if isinstance(values, Range) or len(values) > 1:
+        raise ValueError(
+            "holds several values, but all members of a cohort share each batch: give one value"
         )
+    return values
 
-    def _refuse(self, key: str, value: Any, problem: str, way_out: str) -> NoReturn:
-        raise TrainingDataError(
-            f"{self.file}, [{self.name}]: {key} = {value!r} {problem}; {way_out}"
-        )
 
-    def _check_key(self, key: str, value: Any, own: Sequence[str] = ()) -> None:
-        if key in _SET_BY_SWEEP:
-            self._refuse(key, value, "is set by the sweep itself", "delete the line")
-        if key not in self.defaults:
-            hint = nearest(key, sorted([*self.defaults, *own]))
-            self._refuse(key, value, f"is no parameter of {self.head}", hint)
+def _check_rising(rungs: list[int]) -> list[int]:
+    if any(a >= b for a, b in pairwise(rungs)):
+        raise ValueError(f"must be rising, such as [2, 4, 8], not {rungs!r:.60}")
+    return rungs
 
-    def _n_configs(self, value: Any) -> int:
-        if not _is_whole(value) or value < 1:
-            self._refuse("configs", value, "is no whole number from 1", "write configs = 8")
-        return int(value)
 
-    def _rungs(self, value: Any) -> tuple[int, ...]:
-        is_right = isinstance(value, list) and all(_is_whole(n) and n >= 1 for n in value)
-        if not is_right or any(a >= b for a, b in pairwise(value)):
-            way_out = "write rungs = [2, 4, 8], or [] for none"
-            self._refuse("rungs", value, "is no list of rising whole numbers from 1", way_out)
-        return tuple(value)
+Number = Annotated[float, WrapValidator(_keep_whole)]
+WholeNumber = Annotated[int, WrapValidator(_keep_whole)]
+Rungs = Annotated[list[Annotated[int, Field(ge=1)]], AfterValidator(_check_rising)]
+N = TypeVar("N")
 
-    def _first(self, tables: Any) -> tuple[dict[str, Any], ...]:
-        if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
-            way_out = f"begin each configuration with the line [[{self.head}.first]]"
-            self._refuse("first", tables, "is no list of tables", way_out)
-        inner = replace(self, name=f"{self.head}.first")
-        for key, value in (line for table in tables for line in table.items()):
-            inner._check_key(key, value)
-            if key in head_class(self.head).shared_params:
-                problem = "is shared by all members of a cohort"
-                inner._refuse(key, value, problem, f"move the line to [{self.head}]")
-        return tuple({k: inner._constant(k, v) for k, v in table.items()} for table in tables)
 
-    def _values(self, key: str, value: Any) -> tuple[Any, ...] | Range:
-        """Return choices, of which a constant has one, or a range."""
-        if isinstance(value, dict):
-            return self._range(key, value)
-        is_sequence = isinstance(self.defaults[key], tuple | list)
-        if not isinstance(value, list) or (
-            is_sequence and not any(isinstance(item, list) for item in value)
-        ):
-            return (self._constant(key, value),)
-        if not value:
-            self._refuse(key, value, "is empty", "list values to try, or delete the line")
-        choices = [self._constant(key, item) for item in value]
-        for position, choice in enumerate(choices):
-            if choice in choices[:position]:
-                self._refuse(key, value, f"lists {choice!r} twice", "list each value once")
-        return tuple(choices)
+class RangeEntry(ClosedRecord, Generic[N]):
+    """A range as a file writes it."""
 
-    def _range(self, key: str, value: dict[str, Any]) -> tuple[Any, ...] | Range:
-        if key == "class_weight" or isinstance(self.defaults[key], str | bool | tuple | list):
-            self._refuse(key, value, "is a range, but takes no numbers", "list the values to try")
-        for name in value:
-            if name not in ("low", "high", "log"):
-                hint = nearest(name, ["high", "log", "low"])
-                self._refuse(key, value, f"has {name!r}, which ranges do not have", hint)
-        missing = [name for name in ("low", "high") if name not in value]
-        if missing:
-            problem = f"is a range without {' and '.join(missing)}"
-            self._refuse(key, value, problem, f"write {key} = {_RANGE_EXAMPLE}")
-        low, high = (self._constant(f"{key}.{name}", value[name]) for name in ("low", "high"))
-        log = value.get("log", False)
-        if not isinstance(log, bool):
-            self._refuse(f"{key}.log", log, "is neither true nor false", "write log = true")
-        if low > high:
-            self._refuse(key, value, "has low above high", "exchange them")
-        if log and low <= 0:
-            self._refuse(key, value, "has a logarithm of low", "raise low above 0, or drop log")
+    low: N
+    high: N
+    log: bool = False
+
+    @model_validator(mode="after")
+    def _check_ends(self) -> Self:
+        low: Any = self.low
+        if low > self.high:
+            raise ValueError("has low above high: exchange them")
+        if self.log and low <= 0:
+            raise ValueError("has a logarithm of low: raise low above 0, or drop log")
+        return self
+
+    def build(self) -> "tuple[Any, ...] | Range":
+        """Return the range, or the one number that it holds."""
+        low, high = self.low, self.high
         if low == high:
             return (low,)
-        if not (_is_whole(low) and _is_whole(high)):
-            low, high = float(low), float(high)
-        return Range(low, high, log)
-
-    def _constant(self, key: str, value: Any) -> Any:
-        """Return one value of `key` (of "lr.low" also), once it is of the default's kind."""
-        default = self.defaults[key.partition(".")[0]]
-        if key == "class_weight":
-            if value not in ("balanced", "none"):
-                self._refuse(key, value, "is unknown", 'known are "balanced" and "none"')
-            return None if value == "none" else value
-        if isinstance(default, tuple | list):
-            if not isinstance(value, list) or not all(_is_whole(item) for item in value):
-                problem = "is no list of whole numbers, nor does it list only such lists"
-                self._refuse(key, value, problem, f"write {key} = {list(default)}")
-            return list(value)
-        kind = type(default) if type(default) in _NOUNS else float
-        if not (_is_number(value) if kind is float else type(value) is kind):
-            known = "" if default is None else f" like the default, {json.dumps(default)}"
-            self._refuse(key, value, f"is not {_NOUNS[kind]}", f"write {_NOUNS[kind]}{known}")
-        if isinstance(value, float) and not math.isfinite(value):
-            self._refuse(key, value, "is not finite", "write a finite number")
-        if _is_whole(value) and abs(value) > _LARGEST:
-            self._refuse(key, value, "is too large to be exact", f"stay within {_LARGEST}")
-        return value
+        if not (isinstance(low, int) and isinstance(high, int)):
+            low, high = float(low), float(high)  # type: ignore[arg-type, assignment]
+        return Range(low, high, self.log)  # type: ignore[arg-type]
 
 
 def _parameters(head: str) -> dict[str, Any]:
@@ -380,10 +445,6 @@ def _all_values(values: "tuple[Any, ...] | Range", n: int) -> Sequence[Any]:
     if isinstance(values.low, int) and isinstance(values.high, int):
         return range(values.low, values.high + 1)[:n]
     return ()
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_number(value: Any) -> bool:

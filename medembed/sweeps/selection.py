@@ -72,10 +72,10 @@ def choose(ledger: Ledger, head: str, metric: str) -> Winner:
     """Take the configuration with the best mean over folds; of equals the first."""
     own = _trials(ledger, head)
     records = ledger.records
-    seconds = sum(records[key]["seconds"] for trial in own for key in trial.keys)
+    seconds = sum(records[key].seconds for trial in own for key in trial.keys)
     means = _means(ledger, own)
     if not means:
-        found = [records[key]["error"] for trial in own for key in trial.keys]
+        found = [records[key].error for trial in own for key in trial.keys]
         poolings = ",".join(dict.fromkeys(trial.pooling for trial in own))
         error = next(filter(None, found))
         return Winner(head, poolings, None, None, seconds, error, n_tried=len(own))
@@ -91,7 +91,7 @@ def choose(ledger: Ledger, head: str, metric: str) -> Winner:
         None,
         n_tried=len(own),
         score=means[best],
-        fold_budgets=tuple(records[key]["best_epoch"] for key in trial.keys),
+        fold_budgets=tuple(records[key].best_epoch for key in trial.keys),
         keys=trial.keys,
     )
 
@@ -139,6 +139,7 @@ def _means(ledger: Ledger, trials: Iterable[Trial]) -> dict[int, float]:
     means = {}
     for trial in trials:
         records = [ledger.records.get(key) for key in trial.keys]
-        if all(record is not None and record["status"] == "ok" for record in records):
-            means[trial.number] = float(np.mean([r["score"] for r in records if r is not None]))
+        scores = [r.score for r in records if r is not None and r.status == "ok"]
+        if len(scores) == len(records):
+            means[trial.number] = float(np.mean(np.array(scores, np.float64)))
     return means

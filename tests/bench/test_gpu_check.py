@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT / "bench"))
 
 import gpu_check  # noqa: E402
 
-LATER = ("lightgbm", "pydicom", "pyarrow")  # which no step needs
+LATER = ("lightgbm", "pydicom", "pyarrow", "pydantic")  # which no step needs
 UNUSED = ("sklearn", "joblib", "scipy", "matplotlib", "peft", "ray", "pylibjpeg")
 
 

@@ -16,10 +16,10 @@ from medembed.dataset.covariates import (
     MAX_CATEGORIES,
     NOT_COVARIATES,
     CategoricalColumn,
-    CovariateEncoder,
     NumericColumn,
     fit_covariates,
 )
+from medembed.results.model_card import read_covariates
 
 
 def table(**columns: list[Any]) -> pd.DataFrame:
@@ -86,7 +86,7 @@ def test_the_order_of_rows_means_nothing(
 def test_an_encoder_survives_json(rows: tuple[pd.DataFrame, pd.DataFrame]) -> None:
     encoder = fit_covariates(rows[0], ["sex", "age"])
     text = json.dumps(encoder.as_dict(), allow_nan=False)
-    again = CovariateEncoder.from_dict(json.loads(text))
+    again = read_covariates(json.loads(text))
     assert again == encoder
     assert again.names == encoder.names
 
@@ -153,7 +153,7 @@ def test_as_many_categories_as_the_limit_are_encoded() -> None:
     words = [f"w{i:02d}" for i in range(MAX_CATEGORIES)]
     encoder = fit_covariates(table(site=words), ["site"])
     assert (encoder.transform(table(site=words))[:, :-1] == np.eye(MAX_CATEGORIES)).all()
-    assert CovariateEncoder.from_dict(encoder.as_dict()) == encoder
+    assert read_covariates(encoder.as_dict()) == encoder
 
 
 @pytest.mark.parametrize(
@@ -241,43 +241,49 @@ for _ in range(2000):
 @pytest.mark.parametrize(
     ("document", "message"),
     [
-        *((value, "what holds columns cannot be") for value in (None, 3, [], "columns", {})),
-        ({"columns": [NUMERIC], "more": 1}, "what holds columns cannot be"),
-        ({"columns": {"age": NUMERIC}}, "columns cannot be"),
-        ({"columns": [NUMERIC, NUMERIC]}, "columns cannot be ['age', 'age']"),
-        ({"columns": DEEP}, "kind cannot be None"),
+        *((value, "must be a table") for value in (None, 3, [], "columns")),
+        ({}, "columns is missing"),
+        ({"columns": [NUMERIC], "more": 1}, "unknown key 'more'; known: columns"),
+        ({"columns": {"age": NUMERIC}}, "columns must be a list"),
+        ({"columns": [NUMERIC, NUMERIC]}, "columns must have different names, not ['age', 'age']"),
+        ({"columns": DEEP}, "columns[0] must be a table"),
         *(
             ({"columns": [{**NUMERIC, key: value}]}, message)
             for key, value, message in [
-                ("fill", math.nan, "fill cannot be nan"),
-                ("fill", math.inf, "fill cannot be inf"),
-                ("fill", 1e39, "fill cannot be 1e+39"),
-                ("fill", 10**400, "fill cannot be 1000"),
-                ("fill", "1", "fill cannot be '1'"),
-                ("fill", True, "fill cannot be True"),
-                ("fill", None, "fill cannot be None"),
-                ("kind", "other", "kind cannot be 'other'"),
-                ("kind", ["numeric"], "kind cannot be ['numeric']"),
-                ("name", 3, "name cannot be 3"),
-                ("name", "patient", "name cannot be 'patient'"),
-                ("more", 1, "what holds fill, kind, name cannot be"),
+                ("fill", math.nan, "a finite number, not nan"),
+                ("fill", math.inf, "a finite number, not inf"),
+                ("fill", 1e39, "at most 3.40282e+38, not 1e+39"),
+                ("fill", 10**400, "a number, not 1000"),
+                ("fill", "1", "a number, not '1'"),
+                ("fill", True, "a number, not True"),
+                ("fill", None, "a number, not None"),
+                (
+                    "kind",
+                    "other",
+                    "columns[0].kind must be one of 'numeric', 'categorical', not 'other'",
+                ),
+                ("kind", ["numeric"], "columns[0].kind must be"),
+                ("name", 3, "columns[0].name must be text, not 3"),
+                ("name", "patient", "columns[0].name must be a covariate, not 'patient'"),
+                ("more", 1, "columns[0] has an unknown key 'more'"),
             ]
         ),
-        ({"columns": [{"name": "age", "kind": "numeric"}]}, "what holds fill, kind, name cannot"),
+        ({"columns": [{"name": "age", "kind": "numeric"}]}, "columns[0].fill is missing"),
         *(
-            ({"columns": [{**WORDS, "categories": value}]}, "categories cannot be")
+            ({"columns": [{**WORDS, "categories": value}]}, "columns[0].categories")
             for value in [
                 *(None, "FM", {}, [], [1], [None], [["F"]], [""], [" F"]),
                 *(["M", "F"], ["F", "F"], ["1"], ["nan"], [f"w{i:02d}" for i in range(65)], DEEP),
             ]
         ),
-        ({"columns": [{**WORDS, "fill": 1.0}]}, "what holds categories, kind, name cannot be"),
+        ({"columns": [{**WORDS, "fill": 1.0}]}, "columns[0] has an unknown key 'fill'"),
     ],
 )
 def test_a_document_that_no_encoder_wrote_is_refused(document: Any, message: str) -> None:
-    expected = "the model's covariates are damaged: " + message
-    with pytest.raises(ModelError, match=re.escape(expected)):
-        CovariateEncoder.from_dict(document)
+    with pytest.raises(ModelError, match=re.escape(message)) as caught:
+        read_covariates(document)
+    assert str(caught.value).startswith("the model's covariates are damaged: ")
+    assert str(caught.value).endswith("Train or copy the model again.")
 
 
 json_values = st.recursive(
@@ -305,7 +311,7 @@ json_values = st.recursive(
 )
 def test_any_document_is_read_back_whole_or_refused(document: Any) -> None:
     try:
-        encoder = CovariateEncoder.from_dict(document)
+        encoder = read_covariates(document)
     except ModelError:
         return
     assert encoder.as_dict() == document

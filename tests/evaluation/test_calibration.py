@@ -96,7 +96,7 @@ def test_a_damaged_calibration_is_refused(change):
 
 
 def test_what_is_no_table_is_no_calibration():
-    with pytest.raises(ModelError, match="calibration is not a table"):
+    with pytest.raises(ModelError, match="calibration: must be a table"):
         Calibration.from_dict([])
 
 

@@ -280,7 +280,7 @@ def test_a_damaged_document_is_refused(change):
 
 
 def test_what_is_no_table_is_refused():
-    with pytest.raises(ModelError, match="not a table"):
+    with pytest.raises(ModelError, match="must be a table"):
         Conformal.from_dict([])
 
 

@@ -119,14 +119,14 @@ def test_the_priors_are_those_of_a_sweep(home: Path) -> None:
 
 def test_the_ledger_has_the_history_of_every_depth(home: Path) -> None:
     records = open_run(home / "run").trial_records()
-    assert [record["depth"] for record in records] == [0, 1, 2]
+    assert [record.depth for record in records] == [0, 1, 2]
     for record in records:
-        assert len(record["history"]) == QUICK.epochs
-        assert set(record["history"][0]) == {"train_loss", "loss", "auroc"}
-        best = max(record["history"], key=lambda epoch: epoch["auroc"])
-        assert record["history"][record["best_epoch"] - 1]["auroc"] == best["auroc"]
-        own = predictions(home / "run", record["head"]).query("split == 'train'")
-        assert record["score"] == pytest.approx(auroc_of(own))
+        assert len(record.history) == QUICK.epochs
+        assert set(record.history[0]) == {"train_loss", "loss", "auroc"}
+        best = max(record.history, key=lambda epoch: epoch["auroc"])
+        assert record.history[record.best_epoch - 1]["auroc"] == best["auroc"]
+        own = predictions(home / "run", record.head).query("split == 'train'")
+        assert record.score == pytest.approx(auroc_of(own))
 
 
 def test_who_decides_when_to_stop_is_neither_trained_on_nor_held_out(home: Path) -> None:
@@ -151,8 +151,8 @@ def test_a_held_out_label_decides_nothing_in_training(
     tune(home, home / "tower", tmp_path / "run", unfreeze="0")
     first = open_run(home / "run").trial_records()[0]
     [found] = open_run(tmp_path / "run").trial_records()
-    assert (found["history"], found["best_epoch"]) == (first["history"], first["best_epoch"])
-    assert found["score"] == pytest.approx(1 - first["score"])
+    assert (found.history, found.best_epoch) == (first.history, first.best_epoch)
+    assert found.score == pytest.approx(1 - first.score)
 
 
 def test_compare_and_report_take_it_beside_a_sweep(home: Path, tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_depth_0_is_a_head_trained_on_frozen_embeddings(home: Path, tmp_path: Pa
             torch.nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
             optimizer.step()
         states.append(layer(X)[:, 0].detach().numpy())
-    best = open_run(out).trial_records()[0]["best_epoch"]
+    best = open_run(out).trial_records()[0].best_epoch
     wanted = pd.Series(states[best - 1], index=found.rows["sha256"])
     ours = by_image(predictions(out, "unfreeze-0"))
     assert np.abs(logit(ours) - wanted.loc[ours.index]).max() < 1e-4
@@ -545,7 +545,7 @@ def test_training_stops_after_epochs_without_a_better_one(
     tune(home, home / "tower", tmp_path / "run", unfreeze="0", config=recipe)
     record = open_run(tmp_path / "run").trial_records()[0]
     # the last score is that of the held-out patients, at the end
-    assert (record["best_epoch"], len(record["history"]), record["score"]) == (2, 4, 0.99)
+    assert (record.best_epoch, len(record.history), record.score) == (2, 4, 0.99)
     held = predictions(tmp_path / "run", "unfreeze-0").query("split == 'train'")
     assert np.abs(logit(held["probability"]) - seen[1]).max() < 1e-5
     assert np.abs(logit(held["probability"]) - seen[3]).max() > 1e-3
@@ -637,8 +637,12 @@ def test_labels_that_allow_no_training_are_refused_before_any(
         ({"pool": "grid4"}, TrainingDataError, "--pool grid4 is not trained through"),
         ({"pool": "mean,mean"}, TrainingDataError, "names a pooling twice"),
         ({"pool": "cls"}, EncoderError, "pooling cls is not offered by tower"),
-        ({"config": replace(QUICK, lr=0.0)}, TrainingDataError, "lr is 0.0; it must be above 0"),
-        ({"config": replace(QUICK, lr=float("inf"))}, TrainingDataError, "lr is inf; it must be"),
+        ({"config": replace(QUICK, lr=0.0)}, TrainingDataError, "lr must be above 0, not 0.0"),
+        (
+            {"config": replace(QUICK, lr=float("inf"))},
+            TrainingDataError,
+            "lr must be a finite number, not inf",
+        ),
         ({"config": replace(QUICK, accumulate=17)}, TrainingDataError, "--accumulate is 17"),
         ({"n_seeds": 0}, TrainingDataError, "--seeds must be at least 1"),
     ],

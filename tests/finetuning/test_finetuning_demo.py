@@ -81,8 +81,8 @@ def depths(home: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_unfreezing_lowers_the_training_loss(home: Path, depths: dict[str, Any]) -> None:
-    records = {record["depth"]: record for record in open_run(home / "depths").trial_records()}
-    losses = [records[depth]["history"][-1]["train_loss"] for depth in (0, 1, 2)]
+    records = {record.depth: record for record in open_run(home / "depths").trial_records()}
+    losses = [records[depth].history[-1]["train_loss"] for depth in (0, 1, 2)]
     assert losses[2] < losses[1] < losses[0]
     assert [entry["depth"] for entry in depths["leaderboard"]][-1] == 0
 

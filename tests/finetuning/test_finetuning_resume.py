@@ -163,10 +163,10 @@ def test_a_full_memory_is_tried_again(
         with pytest.raises(Stop):
             tune(home, home / "tower", tmp_path / "run", **OPTIONS)
     record = open_run(tmp_path / "run").trial_records()[1]
-    assert record["status"] == "error"
-    assert "Give a larger --accumulate, --checkpointing or a smaller" in record["error"]
+    assert record.status == "error"
+    assert "Give a larger --accumulate, --checkpointing or a smaller" in record.error
     epochs = count_epochs(monkeypatch)
     tune(home, home / "tower", tmp_path / "run", **OPTIONS)
     assert len(epochs) == LONG.epochs
-    statuses = [r["status"] for r in open_run(tmp_path / "run").trial_records()]
+    statuses = [r.status for r in open_run(tmp_path / "run").trial_records()]
     assert statuses == ["ok"] * 3

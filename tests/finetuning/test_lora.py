@@ -244,9 +244,9 @@ def test_it_stands_beside_unfreezing(home: Path) -> None:
     assert usual["unfreeze-1"]["lora"] is None
     assert "peft" in open_run(home / "run").info["versions"]
     assert "peft" not in open_run(home / "usual").info["versions"]
-    records = {r["head"]: r for r in open_run(home / "run").trial_records()}
-    assert records["lora2-3"]["lora"] == 2
-    assert records["lora2-3"]["trainable"] == board["lora2-3"]["trainable"]
+    records = {r.head: r for r in open_run(home / "run").trial_records()}
+    assert records["lora2-3"].lora == 2
+    assert records["lora2-3"].trainable == board["lora2-3"]["trainable"]
 
 
 def test_both_are_series_of_the_figure_of_depths(home: Path) -> None:
@@ -375,7 +375,7 @@ def test_adapters_keep_no_activations_of_frozen_blocks(tmp_path: Path) -> None:
     [
         ("0", {}, r"--lora 2 puts adapters into the last blocks, and --unfreeze asks for none"),
         ("1", {"lora": 33}, r"--lora 33 is a higher rank than .*k_proj of tower .* 32 wide"),
-        ("1", {"lora": 0}, r"lora is 0; it must be at least 1"),
+        ("1", {"lora": 0}, r"lora must be at least 1, not 0"),
         ("1", {"from_scratch": True}, r"--lora adapts what a trained encoder knows"),
     ],
 )

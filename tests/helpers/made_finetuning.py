@@ -130,7 +130,7 @@ def require_equal(out: Path, whole: Path) -> None:
     for entry in (*boards[0], *boards[1]):
         entry["seconds"] = None
     assert boards[0] == boards[1]
-    histories = [[r["history"] for r in open_run(run).trial_records()] for run in (out, whole)]
+    histories = [[r.history for r in open_run(run).trial_records()] for run in (out, whole)]
     assert histories[0] == histories[1]
 
 

@@ -187,7 +187,7 @@ def test_each_fold_has_its_own_budget_and_the_model_their_median(epochs):
         head="mlp", number=0, pooling="mean", params={}, keys=tuple(map(str, range(len(epochs))))
     )
     records = {
-        str(k): {"score": 0.9, "status": "ok", "seconds": 1.0, "best_epoch": epoch, "error": None}
+        str(k): SimpleNamespace(score=0.9, status="ok", seconds=1.0, best_epoch=epoch, error=None)
         for k, epoch in enumerate(epochs)
     }
     ledger = SimpleNamespace(
@@ -197,7 +197,7 @@ def test_each_fold_has_its_own_budget_and_the_model_their_median(epochs):
     assert winner.budget == round(np.median(epochs))
     assert winner.fold_budgets == tuple(epochs)
     for record in records.values():
-        record["best_epoch"] = None
+        record.best_epoch = None
     winner = choose(ledger, "mlp", "auroc")
     assert (winner.budget, winner.fold_budgets) == (None, (None,) * len(epochs))
     assert winner.as_entry()["fold_budgets"] is None
@@ -458,7 +458,7 @@ def test_fine_tuned_models_say_where_their_encoder_is(tmp_path):
         assert card.conformal is not None
         assert card.scores["test"]["scores"]["auroc"]["value"] is not None
     assert load_model(run.model_path("unfreeze-0")).reference["n_patients"][0] > 0
-    assert str(tmp_path) not in json.dumps(read_document(run.model_path("unfreeze-1")))
+    assert str(tmp_path) not in json.dumps(read_document(run.model_path("unfreeze-1")).model_dump())
 
 
 def test_decisions_and_sets_are_fitted_on_the_same_scores():

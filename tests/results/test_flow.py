@@ -20,7 +20,8 @@ from PIL import Image
 from medembed.cache.failures import Failure
 from medembed.cache.store import open_cache
 from medembed.cli import main
-from medembed.dataset.build_file import build_path, is_build, read_build
+from medembed.core.schema import find_problems
+from medembed.dataset.build_file import KeptBuild, build_path, read_build
 from medembed.dataset.manifest import read_manifest
 from medembed.prediction.external_validation import evaluate
 from medembed.report.figures import plot_flow
@@ -153,7 +154,7 @@ def test_a_build_that_fails_leaves_nothing(place, tmp_path):
 
 def test_a_build_of_another_manifest_is_not_copied(place, tmp_path):
     manifest = read_manifest(place / "made.csv")
-    assert read_build(place / "made.csv", manifest)["counts"]["not_listed"] == UNLISTED
+    assert read_build(place / "made.csv", manifest).counts.not_listed == UNLISTED
     assert read_build(manifest, manifest) is None
     shutil.copy(place / "made.csv", tmp_path / "made.csv")
     assert read_build(tmp_path / "made.csv", manifest) is None
@@ -295,5 +296,5 @@ def test_counts_are_taken_only_where_they_add_up(excluded, unlisted, images):
     counts = {"not_listed": unlisted, "images": images, "excluded": entries}
     total = sum(excluded) + unlisted + images
     kept = {"counts": counts | {"found": total}, "recipe": {}, "medembed": "0"}
-    assert is_build(kept)
-    assert not is_build(kept | {"counts": counts | {"found": total + 1}})
+    assert not find_problems(KeptBuild, kept)
+    assert find_problems(KeptBuild, kept | {"counts": counts | {"found": total + 1}})

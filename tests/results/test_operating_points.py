@@ -405,7 +405,7 @@ def test_an_evaluation_of_before_still_compares(tmp_path):
 
 def test_damaged_points_of_an_evaluation_are_refused(tmp_path):
     run = as_evaluation(tmp_path / "run", [{"name": "youden", "threshold": 7}])
-    with pytest.raises(RunError, match=r"operating_points\[0\]\.threshold is 7"):
+    with pytest.raises(RunError, match=r"operating_points\[0\]\.threshold must be .*, not 7"):
         compare([run.path], **FAST)
 
 

@@ -9,41 +9,68 @@ from made_runs import make_images, make_run
 
 from medembed.core.errors import PathNotFoundError, RunError
 from medembed.results.alignment import align_runs
+from medembed.results.run_schema import TrialRecord
 from medembed.results.runs import PREDICTION_COLUMNS, create_run, open_run
 
-LINE = {"trial": 0, "head": "mlp", "fold": 1, "score": 0.5, "status": "ok", "key": "k"}
+LINE = {
+    "trial": 0,
+    "head": "mlp",
+    "pooling": "mean",
+    "params": {"lr": 1},
+    "fold": 1,
+    "score": 0.5,
+    "best_epoch": None,
+    "seconds": 1.5,
+    "status": "ok",
+    "error": None,
+    "key": "k",
+}
+
+
+def line(**changes):
+    return TrialRecord(**LINE | changes)
 
 
 def test_what_was_appended_is_read_back_in_order(tmp_path):
     run = create_run(tmp_path / "run", {"seed": 0})
     for trial in range(3):
-        run.append_trial(LINE | {"trial": trial})
+        run.append_trial(line(trial=trial))
     assert open_run(tmp_path / "run").trials()["trial"].tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("n_bytes", [1, 10, 40])
 def test_a_torn_last_line_is_ignored_then_mended(tmp_path, n_bytes):
     run = create_run(tmp_path / "run", {"seed": 0})
-    run.append_trial(LINE)
+    run.append_trial(line())
     with open(run.path / "trials.jsonl", "ab") as file:
         file.write(json.dumps(LINE).encode()[:n_bytes])
     assert len(run.trials()) == 1
     with run.locked():
-        run.append_trial(LINE | {"trial": 1})
+        run.append_trial(line(trial=1))
     assert run.trials()["trial"].tolist() == [0, 1]
 
 
 def test_a_damaged_line_in_the_middle_is_named(tmp_path):
     run = create_run(tmp_path / "run", {"seed": 0})
-    (run.path / "trials.jsonl").write_text('{"trial": 0}\nrubbish\n{"trial": 2}\n')
-    with pytest.raises(RunError, match="line 2"):
-        run.trials()
+    whole = json.dumps(LINE)
+    for rubbish in ("rubbish", "[]", whole.replace('"fold": 1', '"fold": "1"')):
+        (run.path / "trials.jsonl").write_text(f"{whole}\n{rubbish}\n{whole}\n")
+        with pytest.raises(RunError, match=r"line 2 of .*Delete that line"):
+            run.trials()
+
+
+def test_a_line_is_written_as_it_was_read(tmp_path):
+    run = create_run(tmp_path / "run", {"seed": 0})
+    lines = (json.dumps(LINE), json.dumps(LINE | {"depth": 1, "later": {"b": 1, "a": [2]}}))
+    (run.path / "trials.jsonl").write_text("".join(f"{own}\n" for own in lines))
+    run.forget_trials({"another"})
+    assert (run.path / "trials.jsonl").read_text().splitlines() == list(lines)
 
 
 def test_a_ledger_refuses_nan(tmp_path):
     run = create_run(tmp_path / "run", {"seed": 0})
-    with pytest.raises(ValueError, match="JSON"):
-        run.append_trial(LINE | {"score": float("nan")})
+    with pytest.raises(ValueError, match="finite"):
+        run.append_trial(line(score=float("nan")))
 
 
 def test_the_same_question_takes_a_run_up_again(tmp_path):
@@ -94,7 +121,7 @@ def test_kept_folds_come_back_and_damage_reads_as_missing(tmp_path):
 def test_a_hollow_description_and_a_file_are_no_runs(tmp_path):
     run = create_run(tmp_path / "run", {"seed": 0})
     (run.path / "run.json").write_text('{"format": "medembed-run", "version": 1}')
-    with pytest.raises(RunError, match=r"lacks kind, asked, times.*sweep again"):
+    with pytest.raises(RunError, match=r"kind, asked, times are missing.*sweep again"):
         open_run(run.path)
     with pytest.raises(RunError, match="is a file"):
         open_run(run.path / "run.json")
@@ -201,5 +228,5 @@ def test_a_threshold_that_is_no_number_is_an_error(tmp_path, threshold):
     platt = {"method": "platt", "slope": 1.0, "intercept": 0.0}
     own = {"calibrations": {"platt": platt}, "sensitive_threshold": None}
     run.info["decisions"] = {"mlp": {**own, "threshold": threshold}}
-    with pytest.raises(RunError, match="decisions that cannot be read"):
+    with pytest.raises(RunError, match=r"decisions of run\.json .*threshold must be"):
         align_runs([run])

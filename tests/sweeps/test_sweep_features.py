@@ -24,11 +24,11 @@ from made_sweeps import (
 )
 
 from medembed.cli import main
-from medembed.dataset.covariates import CovariateEncoder
 from medembed.dataset.manifest import read_manifest
 from medembed.heads.packaging import load_model
 from medembed.heads.registry import make_head
 from medembed.results.comparison import compare
+from medembed.results.model_card import read_covariates
 from medembed.results.runs import open_run
 from medembed.sweeps import runner, sweep
 from medembed.sweeps.training import seed_of_fold
@@ -336,7 +336,7 @@ def test_the_card_holds_the_encoder_and_with_it_predictions_repeat(telling, tell
     for head in HEADS:
         model = load_model(open_run(out).model_path(head))
         X, rows = read_columns(telling_data, winners(result)[head]["pooling"])
-        encoder = CovariateEncoder.from_dict(model.card["covariates"])
+        encoder = read_covariates(model.card["covariates"])
         assert encoder.names[:2] == ["age", "age is missing"]
         X = np.hstack([X, encoder.transform(rows)])
         own = predictions_of(out, head)

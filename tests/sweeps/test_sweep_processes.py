@@ -83,7 +83,7 @@ def test_any_number_of_processes_gives_the_same_bytes(runs, jobs):
 def test_any_number_of_processes_writes_the_same_ledger_in_some_order(runs):
     ledgers = [
         {
-            (r["key"], r["trial"], r["fold"], r["score"], r["status"], r["best_epoch"])
+            (r.key, r.trial, r.fold, r.score, r.status, r.best_epoch)
             for r in open_run(runs / str(jobs)).trial_records()
         }
         for jobs in (1, 2, 3)

@@ -195,11 +195,9 @@ def kept_fold_of(out, whole, head, fold):
     """Return where a run keeps what the head's winner predicts of a fold that it was without."""
     trial = next(e["trial"] for e in whole[0]["leaderboard"] if e["head"] == head)
     [record] = [
-        r
-        for r in open_run(out).trial_records()
-        if (r["head"], r["trial"], r["fold"]) == (head, trial, fold)
+        r for r in open_run(out).trial_records() if (r.head, r.trial, r.fold) == (head, trial, fold)
     ]
-    key = json_digest(["fold", record["key"], record["best_epoch"]])[:32]
+    key = json_digest(["fold", record.key, record.best_epoch])[:32]
     return out / "folds" / f"{key}.npy"
 
 

@@ -1,0 +1,575 @@
+"""What each command prints with `--json`, as models: `make schemas` writes their JSON Schema.
+
+No command imports this: tests hold every document that they see to the written schemas. A key may
+be added, and never changes its meaning or goes.
+"""
+
+from typing import Any, Literal
+
+from medembed.core.schema import AnyTable, ClosedRecord, Count, Digest, Field, Given, Record
+from medembed.evaluation.calibration import CalibrationEntry
+from medembed.results.run_schema import LeaderboardEntry
+
+__all__ = [
+    "DOCUMENTS",
+    "AtSensitivity",
+    "Autoencoder",
+    "CacheCard",
+    "CacheCompact",
+    "CacheExport",
+    "CacheInfo",
+    "CacheVerify",
+    "Check",
+    "Checklist",
+    "ChecklistItem",
+    "Compacted",
+    "Compare",
+    "ComparedHead",
+    "ComparedRun",
+    "Completion",
+    "Confusion",
+    "ConfusionAt",
+    "Counts",
+    "Coverage",
+    "Curve",
+    "Demo",
+    "Doctor",
+    "Evaluate",
+    "ExcludedImage",
+    "Execution",
+    "Extract",
+    "FailureCounts",
+    "FailureDocument",
+    "KnownRecipe",
+    "ManifestBuild",
+    "ManifestCheck",
+    "ManifestInit",
+    "PlanDocument",
+    "Point",
+    "PointDocument",
+    "Prediction",
+    "RecipeText",
+    "Report",
+    "RunDocument",
+    "Score",
+    "SpecDocument",
+    "SplitCount",
+]
+
+
+class FailureDocument(ClosedRecord):
+    """An image that could not become a row."""
+
+    image: str | None
+    sha256: str
+    stage: Literal["read", "decode", "encode"]
+    reason: str
+
+
+class Counts(ClosedRecord):
+    """How many rows were scored."""
+
+    n: Count
+    n_abnormal: Count
+    n_patients: Count
+
+
+class Score(ClosedRecord):
+    """A score with its interval; null is not estimable."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+    method: str | None
+    """Of the interval."""
+    k: Given[Count] = None
+    n: Given[Count] = None
+    """Of a share: k of n."""
+    reason: Given[str] = None
+    """Why there is no interval."""
+
+
+class SplitCount(ClosedRecord):
+    """Rows of a split, a region and a label; null is unlabelled."""
+
+    split: str
+    region: str
+    label: Literal[0, 1] | None
+    images: Count
+    studies: Count
+    patients: Count
+
+
+class ExcludedImage(ClosedRecord):
+    """An image that a build left out."""
+
+    image: str
+    reason: str
+
+
+class ManifestBuild(ClosedRecord):
+    """`medembed manifest build --json`."""
+
+    images: Count
+    studies: Count
+    patients: Count
+    abnormal: Count
+    abnormal_studies: Count
+    unlabelled: Count
+    splits: list[SplitCount]
+    excluded: list[ExcludedImage]
+    warnings: list[str]
+    notices: list[str]
+    recipe: Given[str] = None
+    """Where the proposed recipe was written, of a build without one."""
+
+
+class ManifestInit(ClosedRecord):
+    """`medembed manifest init --json`."""
+
+    name: str
+    layout: str
+    image_root: str
+    settled: AnyTable
+    """What was guessed or chosen."""
+    warnings: list[str]
+    notices: list[str]
+    recipe: str
+    """The text of the recipe."""
+    output: str
+
+
+class KnownRecipe(ClosedRecord):
+    """A recipe that medembed brings."""
+
+    name: str
+    about: str
+    layout: str
+    licence: str
+    citation: str
+    url: str
+    patient_ids: str
+    tried: str
+
+
+class RecipeText(ClosedRecord):
+    """The text of a recipe that medembed brings."""
+
+    name: str
+    recipe: str
+
+
+class ManifestCheck(ClosedRecord):
+    """`medembed manifest check --json`."""
+
+    problems: list[str]
+    warnings: list[str]
+    near_duplicates: AnyTable | None = None
+    """With --cache: pairs, look-alikes, and how they were found."""
+
+
+class Check(ClosedRecord):
+    """A thing that was looked at."""
+
+    name: str
+    ok: bool
+    detail: str
+    remedy: str
+
+
+class Doctor(ClosedRecord):
+    """`medembed doctor --json`."""
+
+    checks: list[Check]
+
+
+class Execution(ClosedRecord):
+    """How an encoder ran."""
+
+    device: str
+    card: str | None
+    precision: str
+    attention: str | None
+    compiled: bool
+
+
+class Extract(ClosedRecord):
+    """`medembed extract --json`; see `ExtractionReport`."""
+
+    requested: Count
+    already: Count
+    embedded: Count
+    failed: Count
+    duplicates: Count
+    colour: Count
+    notes: dict[str, Count]
+    failures: list[FailureDocument]
+    seconds: float = Field(ge=0)
+    images_per_second: float = Field(ge=0)
+    batch_size: Count
+    decoders: Count
+    stages: dict[str, float]
+    canary: float | None
+    execution: Execution | None
+
+
+class SpecDocument(ClosedRecord):
+    """What all rows of a cache share."""
+
+    encoder: str
+    preprocessing: AnyTable
+    poolings: dict[str, list[Count]]
+    dtype: Literal["float16", "float32"]
+
+
+class FailureCounts(ClosedRecord):
+    """Failures of a cache, by stage."""
+
+    read: Count
+    decode: Count
+    encode: Count
+
+
+class Coverage(ClosedRecord):
+    """How much of a manifest a cache holds."""
+
+    rows: Count
+    contents: Count
+    embedded: Count
+    failed: Count
+    missing: Count
+
+
+class CacheCard(ClosedRecord):
+    """What a cache is and holds."""
+
+    path: str
+    format: Literal["medembed-cache"]
+    version: Literal[1]
+    rows: Count
+    shards: Count
+    bytes: Count
+    spec: SpecDocument
+    recorded: AnyTable
+    """What was noted of the encoder and the libraries."""
+    canary: bool
+    failures: FailureCounts
+
+
+class CacheInfo(CacheCard):
+    """`medembed cache info --json`."""
+
+    coverage: Given[Coverage] = None
+    """With --manifest."""
+    failed: Given[list[FailureDocument]] = None
+    """With --failures."""
+
+
+class CacheVerify(ClosedRecord):
+    """`medembed cache verify --json`."""
+
+    problems: list[str]
+    set_aside: Given[list[str]] = None
+    """With --repair."""
+
+
+class Compacted(ClosedRecord):
+    """What a compaction did."""
+
+    shards_before: Count
+    shards_after: Count
+    bytes_before: Count
+    bytes_after: Count
+    repeats: Count
+
+
+class CacheCompact(CacheCard):
+    """`medembed cache compact --json`."""
+
+    compacted: Compacted
+
+
+class CacheExport(ClosedRecord):
+    """`medembed cache export --json`."""
+
+    file: str
+    rows: Count
+    failed: Count
+    poolings: dict[str, list[Count]]
+    bytes: Count
+
+
+class Autoencoder(ClosedRecord):
+    """`medembed autoencoder --json`."""
+
+    encoder: str
+    fingerprint: Digest
+    epochs: Count
+    best_epoch: Count
+    loss: float
+    held_out_loss: float
+    mean_image_loss: float
+    images: Count
+    held_out_images: Count
+    failures: list[FailureDocument]
+    seconds: float = Field(ge=0)
+    failed: Count
+
+
+class RunDocument(ClosedRecord):
+    """`medembed sweep --json` and `medembed finetune --json`."""
+
+    run: str
+    leaderboard: list[LeaderboardEntry]
+
+
+class Demo(ClosedRecord):
+    """`medembed demo --json`."""
+
+    leaderboard: list[LeaderboardEntry]
+    page: str
+    synthetic: Literal[True]
+
+
+class ComparedRun(ClosedRecord):
+    """A run, and what of it was not compared."""
+
+    name: str
+    left_out: Count
+    left_out_test: Count
+    unlabelled: Count
+    dropped: Count
+    priors_of: Any
+    left_out_of: Any
+    copy_of: Any
+
+
+class Completion(ClosedRecord):
+    """`medembed completion --json`."""
+
+    shell: Literal["bash", "zsh", "fish"]
+    script: str
+
+
+class Confusion(ClosedRecord):
+    """Decisions against labels."""
+
+    tn: Count
+    fp: Count
+    fn: Count
+    tp: Count
+
+
+class ConfusionAt(Confusion):
+    """Decisions at a threshold against labels."""
+
+    threshold: float
+
+
+class PointDocument(ClosedRecord):
+    """A head's decisions at an operating point."""
+
+    name: str
+    threshold: float | None
+    scores: dict[str, Score] | None
+    confusion: Confusion | None
+    at_prevalence: AnyTable | None = None
+
+
+class AtSensitivity(ClosedRecord):
+    """Decisions at the threshold of a sensitivity on out-of-fold predictions."""
+
+    target: float
+    threshold: float | None
+    scores: dict[str, Score]
+
+
+class Curve(ClosedRecord):
+    """Net benefit by threshold."""
+
+    thresholds: list[float]
+    value: list[float | None]
+    low: list[float | None]
+    high: list[float | None]
+    treat_all: list[float | None]
+    method: str | None
+
+
+class ComparedHead(ClosedRecord):
+    """A head's scores on the test rows that all runs share."""
+
+    run: str
+    head: str
+    baseline: bool
+    pooling: str | None
+    trial: int | None
+    params: AnyTable | None
+    cv: float | None
+    cv_method: str | None
+    n_tried: Count | None
+    seconds: float | None = None
+    depth: int | None
+    seed: int | None
+    train_fraction: float | None
+    n_train_patients: Count | None
+    threshold: float
+    calibration: CalibrationEntry
+    scores: dict[str, Score]
+    auroc_delong: Score
+    fit: dict[str, Score]
+    at_half: dict[str, Score]
+    at_sensitivity: AtSensitivity
+    calibrations: dict[str, AnyTable]
+    confusion: ConfusionAt
+    operating_points: list[PointDocument]
+    net_benefit: Curve
+    regions: dict[str, AnyTable]
+    mean_over_regions: AnyTable
+    views: dict[str, AnyTable]
+    deferral: AnyTable | list[AnyTable] | None
+    deferral_note: str | None
+    versus_best: AnyTable | None
+
+
+class Compare(ClosedRecord):
+    """`medembed compare --json`; see `comparison.compare_runs`."""
+
+    level: Literal["study", "image"]
+    n_resamples: Count
+    seed: int
+    test: Counts
+    runs: list[ComparedRun]
+    flow: list[AnyTable]
+    operating_points: list[str]
+    prevalence: float | None
+    synthetic: bool
+    rows: list[ComparedHead]
+    paired: list[AnyTable]
+    seeds: list[AnyTable]
+    efficiency: list[AnyTable]
+    depths: list[AnyTable]
+    notes: list[str]
+    groups: AnyTable | None = None
+    gaps: list[AnyTable] | None = None
+    """With --by."""
+    non_inferiority: list[AnyTable] | None = None
+    """With --margin."""
+
+
+class Evaluate(Record):
+    """`medembed evaluate --json`: the run, and its `scores.json`.
+
+    Where no row has a label nothing can be scored, and what a comparison has besides is absent.
+    """
+
+    run: str
+    level: Literal["study", "image"]
+    test: Counts
+    synthetic: bool
+    rows: list[ComparedHead]
+    paired: list[AnyTable]
+    notes: list[str]
+    called_abnormal: Score | None
+    drop: AnyTable | None
+    """Against the model's own test."""
+    calibration: AnyTable | None
+    recalibrated: AnyTable | None
+    drift: AnyTable | None
+    predictions_sha256: Digest
+
+
+class ChecklistItem(ClosedRecord):
+    """An item of a reporting checklist."""
+
+    item: str
+    section: str
+    asks: str
+    status: Literal["answered", "partly", "open"]
+    answer: str | None
+    source: str | None
+    by: str | None
+
+
+class Checklist(ClosedRecord):
+    """A reporting checklist, filled in as far as the runs know."""
+
+    name: str
+    title: str
+    source: str
+    counts: dict[Literal["answered", "partly", "open"], Count]
+    items: list[ChecklistItem]
+    path: str
+
+
+class Report(ClosedRecord):
+    """`medembed report --json`: paths of what was written."""
+
+    page: str
+    figures: list[str]
+    checklist: Given[list[Checklist]] = None
+    """With --checklist."""
+
+
+class PlanDocument(ClosedRecord):
+    """`medembed plan --json`."""
+
+    patients: Count
+    studies: Count
+    abnormal_studies: Count
+    method: str
+    design_effect: float
+    asked: dict[str, float]
+
+
+class Point(ClosedRecord):
+    """The operating point that decides."""
+
+    name: str
+    threshold: float
+
+
+class Prediction(ClosedRecord):
+    """What a model says of an image or a study; `predict --jsonl` prints one a line."""
+
+    image: str | None
+    study: str
+    probability: float | None = Field(ge=0, le=1)
+    decision: Literal["normal", "abnormal"] | None
+    operating_point: Point | None
+    set: list[Literal["normal", "abnormal"]] | None
+    coverage: str | None
+    distance: float | None
+    distance_p: float | None
+    far: bool | None
+    n_views: Count | None
+    n_failed: Count | None
+    trained_on: bool | None
+    error: str | None
+    explanation: str | None = None
+    """With --explain."""
+
+
+DOCUMENTS: dict[str, Any] = {
+    "autoencoder": Autoencoder,
+    "cache-compact": CacheCompact,
+    "cache-export": CacheExport,
+    "cache-info": CacheInfo,
+    "cache-verify": CacheVerify,
+    "compare": Compare,
+    "completion": Completion,
+    "demo": Demo,
+    "doctor": Doctor,
+    "evaluate": Evaluate,
+    "extract": Extract,
+    "finetune": RunDocument,
+    "manifest-build": ManifestBuild,
+    "manifest-check": ManifestCheck,
+    "manifest-init": ManifestInit,
+    "manifest-recipes": list[KnownRecipe] | RecipeText,
+    "plan": PlanDocument,
+    "predict": list[Prediction],
+    "report": Report,
+    "run": dict[str, str],
+    "sweep": RunDocument,
+}
+"""By command, with a hyphen for a blank: its document's model."""
