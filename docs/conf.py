@@ -1,28 +1,44 @@
-"""The API reference, from the docstrings: `make docs`."""
+"""The documentation: `make docs` builds it, pages of commands and of the Python interface included."""
 
+import sys
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 import medembed
+from tools.cli_pages import write_pages
+
+DOCS = Path(__file__).parent
 
 project = "medembed"
 author = "the authors of medembed"
 release = metadata.version("medembed")
-extensions = ["sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.napoleon",
+]
+myst_enable_extensions = ["colon_fence", "deflist"]
+myst_heading_anchors = 3
 autosummary_generate = True
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True}
-
+python_maximum_signature_line_length = 88
 napoleon_google_docstring = False
 napoleon_use_ivar = True
 exclude_patterns = ["build"]
 templates_path = ["templates"]
-html_theme = "alabaster"
-html_theme_options = {
-    "description": "Research software, not a medical device",
-    "page_width": "72em",
-}
+
+html_theme = "furo"
+html_title = "medembed"
+html_static_path = ["static"]
+html_css_files = ["medembed.css"]
+html_copy_source = False
+html_theme_options = {"footer_icons": []}
 
 
 def skip_member(_app: Any, what: str, name: str, _member: Any, skip: bool, _options: Any) -> bool:
@@ -37,4 +53,5 @@ def skip_member(_app: Any, what: str, name: str, _member: Any, skip: bool, _opti
 
 def setup(app: Any) -> None:
     """Register with Sphinx."""
+    write_pages(DOCS / "reference" / "cli")
     app.connect("autodoc-skip-member", skip_member)
