@@ -154,9 +154,9 @@ bench: $(READY) ## measure all against what one would use instead: 90 idle minut
 bench-check: $(READY) ## the same; exit 1 where a ratio is, twice, a fifth worse than before
 	$(BIN)/python bench/suite.py --check $(ARGS)
 
-docs: $(READY) ## the API reference, and every block of the README as printed
+docs: $(READY) ## the documentation, and every block of README and guides as printed
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/build/html
-	MEDEMBED_DOCS=1 $(BIN)/python -m pytest tests/test_readme.py $(ARGS)
+	MEDEMBED_DOCS=1 $(BIN)/python -m pytest tests/test_docs.py $(ARGS)
 
 coverage: $(READY) ## the suite with branch coverage, of its processes too; below 95 % it fails
 	$(BIN)/python -m pytest -n 2 --dist loadscope --cov --cov-report=term-missing:skip-covered $(ARGS)

@@ -1,4 +1,4 @@
-"""The documentation: `make docs` builds it, pages of commands and of the Python interface included."""
+"""The documentation that `make docs` builds, with pages for the commands and for Python."""
 
 import sys
 from importlib import metadata
