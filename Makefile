@@ -192,5 +192,5 @@ release-check: $(READY) ## the version is the tag's, and the changes say so
 	$(BIN)/python -m tools.release_check
 
 clean: ## remove what set-up and tests made; demo, caches and runs stay
-	rm -rf .venv $(LOWEST) dist build docs/build docs/reference/api docs/reference/cli
+	rm -rf .venv $(LOWEST) dist build docs/build docs/reference/api docs/reference/cli docs/reference/schemas.md
 	rm -rf .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache

@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import medembed
 from tools.cli_pages import write_pages
+from tools.schema_page import render_page
 
 DOCS = Path(__file__).parent
 
@@ -54,4 +55,5 @@ def skip_member(_app: Any, what: str, name: str, _member: Any, skip: bool, _opti
 def setup(app: Any) -> None:
     """Register with Sphinx."""
     write_pages(DOCS / "reference" / "cli")
+    (DOCS / "reference" / "schemas.md").write_text(render_page(DOCS / "schemas"), encoding="utf-8")
     app.connect("autodoc-skip-member", skip_member)

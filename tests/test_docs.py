@@ -52,6 +52,7 @@ FEWER = {
     "MEDEMBED_DEMO_PATIENTS": "40",
     "MEDEMBED_SWEEP_CONFIGS": "2",
     "MEDEMBED_FINETUNE_EPOCHS": "2",
+    "MEDEMBED_AUTOENCODER_EPOCHS": "2",
 }
 
 slow = pytest.mark.skipif(
