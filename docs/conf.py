@@ -1,5 +1,6 @@
 """The documentation that `make docs` builds, with pages for the commands and for Python."""
 
+import re
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -52,8 +53,28 @@ def skip_member(_app: Any, what: str, name: str, _member: Any, skip: bool, _opti
     return skip or is_public or (name.startswith("set_") and name.endswith("_request"))
 
 
+def break_names(html: str) -> str:
+    """Let names break after dots, slashes and underscores; the style sheet forbids it elsewhere."""
+    parts = re.split(r"(<[^>]*>|&\w+;)", html)
+    parts[::2] = [re.sub(r"(?<=\w)[._/](?=\w)", r"\g<0><wbr>", text) for text in parts[::2]]
+    return "".join(parts)
+
+
+def break_page(_app: Any, _name: str, _template: str, context: dict[str, Any], _tree: Any) -> None:
+    """Apply `break_names` to headings, code within text, signatures and the navigation."""
+    for part in ("toc", "furo_navigation_tree"):
+        context[part] = break_names(context.get(part) or "")
+    context["body"] = re.sub(
+        r"<pre>.*?</pre>|<(h[1-6]|code|dt)\b.*?</\1>",
+        lambda found: break_names(found[0]) if found[1] else found[0],
+        context.get("body") or "",
+        flags=re.DOTALL,
+    )
+
+
 def setup(app: Any) -> None:
     """Register with Sphinx."""
     write_pages(DOCS / "reference" / "cli")
     (DOCS / "reference" / "schemas.md").write_text(render_page(DOCS / "schemas"), encoding="utf-8")
     app.connect("autodoc-skip-member", skip_member)
+    app.connect("html-page-context", break_page, priority=900)  # after the theme's own

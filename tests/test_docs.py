@@ -12,6 +12,7 @@ A comment above a block says what the block itself cannot: `<!-- file: space.tom
 """
 
 import csv
+import json
 import os
 import re
 import shutil
@@ -24,18 +25,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import dedent
 
+import click
 import numpy as np
 import pytest
 from cli_commands import COMMANDS
+from doc_pages import DOCS, PAGES, README, ROOT
 from hub_server import Hub, serving
 from made_dicom import dicom
 from made_gemma import make_gemma
 
 from medembed.demo.cohort import DemoView, draw_cohort, write_view
+from tools.cli_pages import COMMON, render_pages
+from tools.schema_page import render_page
 
-ROOT = Path(__file__).parents[1]
-DOCS = ROOT / "docs"
-README = ROOT / "README.md"
 RUN = [
     README,
     *(DOCS / "tutorials" / f"{name}.md" for name in ("own-folder", "mura", "dicom")),
@@ -292,28 +294,29 @@ def test_every_block_runs_as_printed(page: Path, home: Home) -> None:
             printed = run_block(block, home, where)
 
 
-def pages() -> list[Path]:
-    """Return README and all pages that a person wrote."""
-    made = {DOCS / "build", DOCS / "reference" / "api", DOCS / "reference" / "cli"}
-    return [README, *sorted(p for p in DOCS.rglob("*.md") if not made & set(p.parents))]
-
-
 def test_every_tutorial_and_guide_is_run() -> None:
     written = {p for kind in ("tutorials", "how-to") for p in (DOCS / kind).glob("*.md")}
     assert {p for p in written if p.stem != "index"} == set(RUN) - {README}
+
+
+def test_few_blocks_do_not_run() -> None:
+    blocks = [block for page in RUN for block in read_blocks(page) if block.mark == "not run"]
+    assert {block.text.split()[1] for block in blocks} == {"setup", "reproduce"}
 
 
 def test_the_readme_can_be_read_at_one_sitting() -> None:
     assert len(README.read_text(encoding="utf-8").splitlines()) <= 200
 
 
-@pytest.mark.parametrize("page", pages(), ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_what_a_page_links_to_or_names_is_there(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     for target, anchor in re.findall(r"\]\((?!https?://)([^)#\s]*)(?:#([^)\s]+))?\)", text):
         path = (page.parent / target).resolve() if target else page
-        if "reference/cli" in path.as_posix():  # made by `make docs`
-            assert f"medembed {path.stem}" in " ".join(COMMANDS) or path.stem == "index", target
+        if path.parent == DOCS / "reference" / "cli":  # made by `make docs`
+            assert path.name in render_pages(), target
+            continue
+        if path == DOCS / "reference" / "schemas.md":
             continue
         assert path.exists(), target
         if anchor:
@@ -322,6 +325,26 @@ def test_what_a_page_links_to_or_names_is_there(page: Path) -> None:
             assert anchor in known, f"{target}#{anchor}"
     for name in re.findall(r"`((?:examples|bench|data_manifests|tests|docs)/[\w./-]+)`", text):
         assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_reference_shows_every_option_and_example(name: str) -> None:
+    page = render_pages()[f"{name.split()[1]}.md"]
+    section = page.partition(f":::{{program}} {name}\n")[2].partition("\n:::{program}")[0]
+    command = COMMANDS[name]
+    for option in (o for o in command.params if isinstance(o, click.Option)):
+        long = max(option.opts, key=len)
+        assert option.hidden or long in section or any(long in known for known in COMMON), long
+    for example in command.examples:
+        assert " ".join(example.split()) in " ".join(section.replace("\\\n", "").split())
+
+
+def test_the_schemas_page_has_each_file_and_its_keys(tmp_path: Path) -> None:
+    schema = {"title": "A file", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    (tmp_path / "one.json").write_text(json.dumps(schema))
+    page = render_page(tmp_path)
+    assert "A file: {download}`one.json" in page
+    assert "- `n` (integer, required)" in page
 
 
 def test_heads_and_encoders_of_ones_own_are_short() -> None:

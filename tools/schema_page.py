@@ -1,4 +1,4 @@
-"""Write the reference page of the JSON schemas in `docs/schemas`, which are made from the models."""
+"""Write the reference page of the JSON schemas that lie in `docs/schemas`."""
 
 import json
 from collections.abc import Iterator, Mapping
