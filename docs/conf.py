@@ -54,9 +54,12 @@ def skip_member(_app: Any, what: str, name: str, _member: Any, skip: bool, _opti
 
 
 def break_names(html: str) -> str:
-    """Let names break after dots, slashes and underscores; the style sheet forbids it elsewhere."""
+    """Let names break after dots, slashes and underscores, but not after their hyphens."""
     parts = re.split(r"(<[^>]*>|&\w+;)", html)
-    parts[::2] = [re.sub(r"(?<=\w)[._/](?=\w)", r"\g<0><wbr>", text) for text in parts[::2]]
+    for number, text in enumerate(parts[::2]):
+        pieces = re.split(r"(?<=\w[._/])(?=[A-Za-z])", text)
+        whole = [f'<span class="whole">{p}</span>' if "-" in p else p for p in pieces]
+        parts[2 * number] = "<wbr>".join(whole)
     return "".join(parts)
 
 
