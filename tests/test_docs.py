@@ -323,7 +323,9 @@ def test_what_a_page_links_to_or_names_is_there(page: Path) -> None:
             headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.M)
             known = {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}
             assert anchor in known, f"{target}#{anchor}"
-    for name in re.findall(r"`((?:examples|bench|data_manifests|tests|docs)/[\w./-]+)`", text):
+    for name in re.findall(
+        r"`((?:examples|bench|data_manifests|tests|docs)/(?!build/)[\w./-]+)`", text
+    ):
         assert (ROOT / name).exists(), name
 
 
