@@ -8,7 +8,7 @@ environment asks for fewer configurations than the defaults. All of this takes m
 `make docs` runs it and `make test` does not.
 
 A comment above a block says what the block itself cannot: `<!-- file: space.toml -->` is a file,
-`<!-- not run -->` cannot run here, `<!-- needs: medembed plan -->` waits for a command.
+`<!-- not run -->` cannot run here.
 """
 
 import csv
@@ -288,7 +288,7 @@ def test_every_block_runs_as_printed(page: Path, home: Home) -> None:
                 start, cut, _ = shape(line).partition("…")
                 found = any(k.startswith(start) if cut else k == start for k in known)
                 assert found, f"{where}: {line}\n{printed}"
-        elif block.mark == "not run" or (block.mark == "needs" and block.value not in COMMANDS):
+        elif block.mark == "not run":
             printed = None
         else:
             printed = run_block(block, home, where)

@@ -1,9 +1,8 @@
 """README and the pages of the documentation that people write; others are made by `make docs`."""
 
-import re
 from pathlib import Path
 
-__all__ = ["DOCS", "PAGES", "README", "ROOT", "awaited_commands"]
+__all__ = ["DOCS", "PAGES", "README", "ROOT"]
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -17,9 +16,3 @@ PAGES = [
         if not _MADE & set(path.parents) and path != DOCS / "reference" / "schemas.md"
     ),
 ]
-
-
-def awaited_commands() -> set[str]:
-    """Return the commands that pages describe before they are there, by a mark above a block."""
-    texts = [page.read_text(encoding="utf-8") for page in PAGES]
-    return {name for text in texts for name in re.findall(r"<!-- needs: (.+?) -->", text)}
