@@ -154,9 +154,9 @@ bench: $(READY) ## measure all against what one would use instead: 90 idle minut
 bench-check: $(READY) ## the same; exit 1 where a ratio is, twice, a fifth worse than before
 	$(BIN)/python bench/suite.py --check $(ARGS)
 
-docs: $(READY) ## the API reference, and every block of the README as printed
+docs: $(READY) ## the documentation, and every block of README and guides as printed
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/build/html
-	MEDEMBED_DOCS=1 $(BIN)/python -m pytest tests/test_readme.py $(ARGS)
+	MEDEMBED_DOCS=1 $(BIN)/python -m pytest tests/test_docs.py $(ARGS)
 
 coverage: $(READY) ## the suite with branch coverage, of its processes too; below 95 % it fails
 	$(BIN)/python -m pytest -n 2 --dist loadscope --cov --cov-report=term-missing:skip-covered $(ARGS)
@@ -195,5 +195,5 @@ release-check: $(READY) ## the version is the tag's, and the changes say so
 	$(BIN)/python -m tools.release_check
 
 clean: ## remove what set-up and tests made; demo, caches and runs stay
-	rm -rf .venv $(LOWEST) dist build docs/api docs/build
+	rm -rf .venv $(LOWEST) dist build docs/build docs/reference/api docs/reference/cli docs/reference/schemas.md
 	rm -rf .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache

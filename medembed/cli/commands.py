@@ -64,10 +64,10 @@ class Command(click.Command):
             say(f"{self.starting} …")
         return super().invoke(ctx)
 
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the options, each under its heading."""
+    def grouped_options(self, ctx: click.Context) -> dict[str, list[tuple[str, str]]]:
+        """Return each heading's options, with how they are written and what they do."""
         heading_of = {name: heading for heading, names in self.sections.items() for name in names}
-        lines: dict[str, list[tuple[str, str]]] = {
+        groups: dict[str, list[tuple[str, str]]] = {
             heading: [] for heading in ("Options", *self.sections, "Output")
         }
         for parameter in self.get_params(ctx):
@@ -77,11 +77,14 @@ class Command(click.Command):
                 default = "Output" if self.sections and long in _LAST else "Options"
                 name, words = record
                 words = _NO_LIMIT.sub(r"x>=\1", words)
-                lines[heading_of.get(long, default)].append((name, words))
-        for heading, records in lines.items():
-            if records:
-                with formatter.section(heading):
-                    formatter.write_dl(records)
+                groups[heading_of.get(long, default)].append((name, words))
+        return {heading: records for heading, records in groups.items() if records}
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options, each under its heading."""
+        for heading, records in self.grouped_options(ctx).items():
+            with formatter.section(heading):
+                formatter.write_dl(records)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the examples, one line each unless the terminal is too narrow."""
