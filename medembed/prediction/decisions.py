@@ -226,5 +226,5 @@ def _remedy(name: str) -> str:
     if name == "encoder":
         return "Give the encoder that it was trained on, or a model that was trained on this one."
     if name == "images_version":
-        return "Images are decoded otherwise since then: extract and train again."
+        return "Images are decoded differently since then: extract and train again."
     return "Extract with the options that it was trained on, or train on these."
