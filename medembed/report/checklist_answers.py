@@ -1,4 +1,4 @@
-"""What runs, manifests, builds, cards and comparisons answer of a reporting guideline."""
+"""Answers to reporting guidelines from runs, manifests, builds, cards and comparisons."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Fact:
-    """What is known, where it stands, and whether that is all that can be known of it here."""
+    """A known fact, its source, and whether it is complete."""
 
     text: str
     source: str
@@ -34,12 +34,12 @@ class Fact:
 
 @dataclass(frozen=True, eq=False)
 class Study:
-    """What a page is made of.
+    """The contents of a page.
 
     Attributes
     ----------
     runs : dict of str to Run
-        By the names that the comparison gives them.
+        The runs, by their names in the comparison.
     result : mapping
         The comparison.
     elsewhere : mapping
@@ -57,18 +57,18 @@ class Study:
 
     @property
     def trained(self) -> dict[str, Run]:
-        """Runs that trained something."""
+        """Runs that trained a model."""
         return {name: run for name, run in self.runs.items() if name not in self.elsewhere}
 
 
 FindFact = Callable[[Study], Fact | None]
-"""Returns what a study tells of a fact, None where nothing was recorded."""
+"""Returns a study's fact, or None if it was not recorded."""
 
 
 def _tell_each(
     runs: Mapping[str, Run], tell: Callable[[Run], str | None], source: str
 ) -> Fact | None:
-    """Tell of each run, once where all say the same; whole where every run tells something."""
+    """Return the runs' answers, merged if all agree; complete if every run has an answer."""
     told = {name: tell(run) for name, run in runs.items()}
     known = {name: text for name, text in told.items() if text}
     if not known:
@@ -82,7 +82,7 @@ def _tell_each(
 
 
 def _join_runs(found: Sequence[tuple[str, str]]) -> str:
-    """Write what is said of each run, once where all say the same."""
+    """Return the runs' answers as text, merged if all agree."""
     texts = {text for _, text in found}
     if len(texts) == 1:
         return found[0][1]
@@ -90,7 +90,7 @@ def _join_runs(found: Sequence[tuple[str, str]]) -> str:
 
 
 def _entry_of(run: Run, name: str) -> dict[str, Any]:
-    """Return a table of `run.json`, empty where there is none."""
+    """Return a table of `run.json`, or an empty one if it is missing."""
     found = run.info.get(name)
     return found if isinstance(found, dict) else {}
 
@@ -447,7 +447,7 @@ def _internal(study: Study) -> Fact | None:
 def _external(study: Study) -> Fact | None:
     if not study.elsewhere:
         return None
-    # a note says that nothing was compared, as where the images are of the model's own test
+    # a note marks a missing comparison, such as for images of the model's own test
     is_whole = not any((own.get("drop") or {}).get("note") for own in study.elsewhere.values())
     text = write_headline(study.result, study.elsewhere).text
     return Fact(text, "scores.json: drop", is_whole)

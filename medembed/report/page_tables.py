@@ -1,4 +1,4 @@
-"""The tables of the page, as cells of text; numbers beside them where a reader may sort."""
+"""The tables of the page, as cells of text, with numbers for columns that can be sorted."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -67,7 +67,7 @@ FITS = {
 
 
 def tabulate_heads(result: dict[str, Any]) -> dict[str, Any]:
-    """Return the leaderboard; each row has `values`, one per cell, None for what is text."""
+    """Return the leaderboard; each row has `values`, one per cell, None for text."""
     main, efficiency = make_table(result), bool(result["efficiency"])
     rows = []
     for row, line in zip(result["rows"], main.rows, strict=True):
@@ -90,10 +90,10 @@ def tabulate_heads(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def tabulate_decisions(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return what each trained head's decisions are worth at each operating point.
+    """Return tables of each trained head's decisions at each operating point.
 
-    Shares with counts; the confusion matrix and what sums it up; predictive values at another
-    prevalence, where the comparison has one.
+    Shares with counts; the confusion matrix and its summary scores; predictive values at another
+    prevalence, if the comparison has one.
     """
 
     def shares(point: dict[str, Any]) -> list[str]:
@@ -131,9 +131,9 @@ def tabulate_decisions(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def tabulate_deferrals(result: dict[str, Any]) -> dict[str, Any] | None:
-    """Return what each trained head's prediction sets do on test, None where none has any.
+    """Return a table of each trained head's prediction sets on test, or None if none has any.
 
-    ``without`` says of each head that has none why.
+    ``without`` lists the heads without prediction sets, with the reasons.
     """
     able = [row for row in _trained(result) if row["deferral"]]
     if not able:
@@ -164,9 +164,9 @@ def tabulate_deferrals(result: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def tabulate_coverage(result: dict[str, Any]) -> dict[str, Any] | None:
-    """Return what sets that promise 90 % do in each region, None where there is one at most.
+    """Return a table of sets that promise 90 % by region, or None with at most one region.
 
-    ``min_group`` says how many patients of each class a region needs for a promise of its own.
+    ``min_group`` is the number of patients of each class that a region needs for its own promise.
     """
     rows: list[dict[str, Any]] = []
     least = 0
@@ -195,7 +195,7 @@ def tabulate_coverage(result: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def tabulate_calibrations(result: dict[str, Any]) -> dict[str, Any]:
-    """Return how each trained head's probabilities fit, before and after scaling."""
+    """Return a table of each trained head's calibration, before and after scaling."""
     rows = []
     for row in _trained(result):
         known = [method for method in CALIBRATIONS if method in row["calibrations"]]
@@ -215,7 +215,7 @@ def tabulate_calibrations(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def tabulate_pairs(result: dict[str, Any]) -> dict[str, Any]:
-    """Return the paired differences in AUROC, the smallest p first."""
+    """Return a table of paired differences in AUROC, the smallest p first."""
     pairs = sorted(result["paired"], key=lambda pair: (pair["p_holm"] is None, pair["p_holm"]))
     rows = [
         {
@@ -240,7 +240,7 @@ def tabulate_pairs(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def tabulate_seeds(result: dict[str, Any]) -> dict[str, Any]:
-    """Return what the seed changes beside what the choice of patients does."""
+    """Return a table of the spread over seeds and over samples of patients."""
     rows = []
     for own in result["seeds"]:
         for i, (score, title) in enumerate({"auroc": "AUROC", "macro_f1": "Macro-F1"}.items()):
@@ -256,7 +256,7 @@ def tabulate_seeds(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def tabulate_groups(result: dict[str, Any], by: str) -> dict[str, Any]:
-    """Return the trained heads' scores within each region or number of views."""
+    """Return a table of the trained heads' scores within each region or number of views."""
     table = make_table(result, by, with_counts=True)
     rows = [
         {"cells": row, "n_spanning": 2, "span": len(section) if row is section[0] else 0}
@@ -267,7 +267,7 @@ def tabulate_groups(result: dict[str, Any], by: str) -> dict[str, Any]:
 
 
 def _unbroken(score: dict[str, Any]) -> str:
-    """Write a share so that a line ends before its counts, and not within its interval."""
+    """Return a share as text that breaks before its counts, and not within its interval."""
     interval = format_interval(score)
     return format_count(score).replace(interval, interval.replace(" ", "\u00a0"), 1)
 
@@ -293,7 +293,7 @@ def _of_points(
 
 
 def _complement(row: dict[str, Any]) -> dict[str, float | None]:
-    """Return the share of wrong decisions where every study is decided."""
+    """Return the share of wrong decisions if every study is decided."""
     ends = {"value": "value", "low": "high", "high": "low"}
     accuracy = row["scores"]["accuracy"]
     return {a: None if accuracy[b] is None else 1 - accuracy[b] for a, b in ends.items()}
@@ -312,7 +312,7 @@ def _score(score: dict[str, float | None], heading: str) -> str:
 
 
 def _p_of(row: dict[str, Any]) -> float | None:
-    """Return what the column p sorts by: the best has no p and comes first."""
+    """Return the sort key of column p: the best head has no p and comes first."""
     return 2.0 if row["versus_best"] is None else row["versus_best"]["p_holm"]
 
 

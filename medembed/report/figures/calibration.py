@@ -1,4 +1,4 @@
-"""How far probabilities may be believed: reliability before and after each calibration."""
+"""Reliability of probabilities before and after each calibration."""
 
 from typing import Any
 
@@ -46,8 +46,8 @@ PANEL_WIDTH = 145
 def plot_calibration(result: dict[str, Any]) -> Plot | None:
     """Draw the reliability of the best trained head before and after each calibration.
 
-    Returns None where the test rows are of one class, no head was trained, or the comparison holds
-    no calibrations.
+    Returns None if the test rows have one class, no head was trained, or the comparison holds no
+    calibrations.
     """
     rows = shown_rows(result, 1)
     panels = rows[0].get("calibrations") if rows else None
@@ -93,12 +93,12 @@ def _draw_panels(theme: Theme, result: dict[str, Any], name: str, panels: dict[s
 
 
 def _band(panel: dict[str, Any]) -> list[float | None]:
-    """Return the lower ends of the curve's band."""
+    """Return the lower limits of the curve's band."""
     return list((panel.get("curve") or {}).get("low", []))
 
 
 def _tell_curve(panels: dict[str, Any]) -> str:
-    """Say what the line is, where there is one, and the band around it."""
+    """Return a description of the line and its band, or nothing without a line."""
     bands = [_band(panel) for panel in panels.values()]
     if not any(bands):
         return ""
@@ -108,7 +108,7 @@ def _tell_curve(panels: dict[str, Any]) -> str:
 
 
 def _tell_intervals(panels: dict[str, Any]) -> str:
-    """Say what bars and brackets are, those that there are."""
+    """Return a description of the bars and brackets that are drawn."""
     bins = [
         {"low": own["share_low"], "high": own["share_high"]}
         for panel in panels.values()
@@ -120,7 +120,7 @@ def _tell_intervals(panels: dict[str, Any]) -> str:
     if any(has_interval(panel["brier"]) for panel in panels.values()):
         told.append("In brackets: 95 % intervals of the Brier score, Student's t on the log-odds.")
     if any(has_interval(panel["ece"]) for panel in panels.values()):
-        told.append("ECE has an upper bound alone.")
+        told.append("ECE has only an upper bound.")
     return " ".join(told) if told else tell_intervals("", bins, "")
 
 
@@ -151,7 +151,7 @@ def _draw_reliability(axes: Any, theme: Theme, method: str, panel: dict[str, Any
 
 
 def _draw_curve(axes: Any, theme: Theme, curve: dict[str, Any]) -> None:
-    """Draw the logistic line and its band, where there are any."""
+    """Draw the logistic line and its band, if available."""
     if not curve.get("probability"):
         return
     places, colour = curve["probability"], theme.series[0]
@@ -161,7 +161,7 @@ def _draw_curve(axes: Any, theme: Theme, curve: dict[str, Any]) -> None:
 
 
 def _draw_counts(strip: Any, theme: Theme, panel: dict[str, Any], top: int) -> None:
-    """Draw how many rows each bin holds, on the same scale in all panels."""
+    """Draw how many rows each bin holds, on one scale for all panels."""
     bins = panel["bins"]
     strip.bar(
         [own["low"] for own in bins],
@@ -190,7 +190,7 @@ def _scores(panel: dict[str, Any], separator: str) -> str:
 
 
 def _write_bins(head: str, panels: dict[str, Any]) -> str:
-    """Write the bins, then the curves, whose points have no count."""
+    """Return a CSV of the bins, then the curves, whose points have no count."""
     empty = {**flatten("brier", None), **flatten("ece", None), "bin_low": None, "bin_high": None}
     curves = [
         {

@@ -1,4 +1,4 @@
-"""What heads call abnormal: confusion matrices at every operating point."""
+"""Confusion matrices of heads at every operating point."""
 
 from typing import Any
 
@@ -29,20 +29,20 @@ TITLE = "Confusion matrices"
 MAX_MATRICES = 3
 MAX_POINTS = 6
 LINE_HEIGHT = 1.7
-"""Inches that the matrices of one operating point take."""
+"""Height in inches of the matrices of one operating point."""
 PANEL_WIDTH = 92
 """Points above a matrix."""
 COUNTS = ("tn", "fp", "fn", "tp")
 CLASSES = ("normal", "abnormal")
 DARKEST = 0.5
-"""Opacity of a cell that holds its whole row: the ink on it stays readable in both themes."""
+"""Opacity of a cell that holds its whole row, at which text stays readable in both themes."""
 
 
 def plot_confusion(result: dict[str, Any]) -> Plot | None:
     """Draw the confusion matrices of the best trained heads at each operating point.
 
-    Returns None where the test rows are of one class, no head was trained, or the comparison holds
-    no operating points.
+    Returns None if the test rows have one class, no head was trained, or the comparison holds no
+    operating points.
     """
     rows = [row for row in shown_rows(result, MAX_MATRICES) if points_of(row)]
     if not rows:
@@ -101,7 +101,7 @@ def _draw_matrices(
         grid[0, i].set_title(title, fontsize=LEGEND)
         for line, name in enumerate(names):
             axes, point = grid[line, i], told.get(name)
-            if point is None:  # a model from elsewhere that does not tell
+            if point is None:  # an external model that does not record it
                 axes.set_axis_off()
                 continue
             _draw_matrix(axes, theme, point["confusion"])

@@ -1,4 +1,4 @@
-"""What decisions are worth: net benefit over thresholds, beside treating all and none."""
+"""Decision curves: net benefit over thresholds, compared with treating all and none."""
 
 from typing import Any
 
@@ -29,16 +29,16 @@ __all__ = ["plot_decision_curve"]
 TITLE = "Decision curves"
 METHOD = "Student's t on what each patient adds"
 TOLD = (0.1, 0.2, 0.5)
-"""Thresholds whose net benefit is told to who cannot see the figure."""
+"""Thresholds whose net benefit is listed in the alternative text."""
 HEADROOM = 0.15
-"""Share of the height above the highest line; as much is shown below zero."""
+"""Share of the height above the highest line, and also below zero."""
 
 
 def plot_decision_curve(result: dict[str, Any]) -> Plot | None:
     """Draw the net benefit of the best trained heads, with a 95 % band around the best.
 
-    Returns None where the test rows are of one class, no head was trained, or the comparison holds
-    no net benefit.
+    Returns None if the test rows have one class, no head was trained, or the comparison holds no
+    net benefit.
     """
     able = [row for row in shown_rows(result, len(result["rows"])) if row.get("net_benefit")]
     rows = able[:MAX_SERIES]
@@ -69,7 +69,7 @@ def plot_decision_curve(result: dict[str, Any]) -> Plot | None:
 
 
 def _tell_band(row: dict[str, Any], what: str) -> str:
-    """Say what the band is, or that there is none."""
+    """Return a sentence that explains the band, or its absence."""
     ends = zip(row["net_benefit"]["low"], row["net_benefit"]["high"], strict=True)
     return tell_intervals(what, [{"low": low, "high": high} for low, high in ends], METHOD)
 
@@ -117,7 +117,7 @@ def _draw_curves(
 
 
 def _until(places: list[float], values: list[float], end: float) -> tuple[list[float], list[float]]:
-    """Return a falling line as far as it is above an end, and where it meets it."""
+    """Return a falling line down to `end`, including the point where it reaches `end`."""
     n = sum(value > end for value in values)
     if n in (0, len(values)):
         return places[:n], values[:n]
