@@ -409,8 +409,8 @@ def test_doctor_asks_for_the_base_of_an_adapted_encoder(home: Path) -> None:
     [
         ({"format": "else"}, "is not that of an adapted encoder"),
         ({"version": 2}, "is version 2 of medembed-adapted-encoder; this medembed reads 1"),
-        ({"base": "demo"}, "does not say what it rests on"),
-        ({"fingerprint": ""}, "does not say what it rests on"),
+        ({"base": "demo"}, "does not name its base"),
+        ({"fingerprint": ""}, "does not name its base"),
     ],
 )
 def test_a_damaged_base_file_is_one_error(
