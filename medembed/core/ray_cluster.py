@@ -1,4 +1,4 @@
-"""Connecting to Ray, which is an extra: `pip install 'medembed[ray]'`."""
+"""Connect to Ray, which is an extra: `pip install 'medembed[ray]'`."""
 
 import os
 import signal
@@ -22,22 +22,22 @@ def connected_to_ray(option: str, tell: Callable[[str], None] | None = None) -> 
     Parameters
     ----------
     option : str
-        What asked for Ray, such as "--engine ray", for the message where Ray is not installed.
+        The option that requires Ray, such as "--engine ray", for the message if it is missing.
     tell : callable, optional
         Called with "Ray" before connecting, which takes seconds.
 
     Raises
     ------
     MedembedError
-        Ray is not installed, or not to be reached.
+        Ray is not installed, or cannot be reached.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
     except ImportError as error:
         raise MedembedError(
-            f"{option} needs Ray, which is not installed: pip install 'medembed[ray]', or leave "
-            "it out."
+            f"{option} needs Ray, which is not installed: pip install 'medembed[ray]', or omit the "
+            "option."
         ) from error
     if ray.is_initialized():
         yield ray
@@ -53,7 +53,7 @@ def connected_to_ray(option: str, tell: Callable[[str], None] | None = None) -> 
         raise MedembedError(f"cannot connect to Ray {where}: {error}") from error
     try:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, handler)  # Ray's own ends the process at once
+            signal.signal(signal.SIGTERM, handler)  # Ray's own handler ends the process at once
         yield ray
     finally:
         ray.shutdown()
