@@ -17,10 +17,10 @@ __all__ = [
     "NEIGHBOURS",
     "SAME",
     "LookAlikes",
+    "find_alike",
     "find_lookalikes",
     "find_nearest",
     "find_nearest_groups",
-    "tell_alike",
     "whiten",
 ]
 
@@ -278,7 +278,7 @@ def find_lookalikes(
             none.reshape(0, 2), none.astype(float), np.full(len(units), -np.inf), units
         )
     similarity, nearest = find_nearest_groups(X, groups, queries, k, tick=tick)
-    is_alike = tell_alike(similarity, n)
+    is_alike = find_alike(similarity, n)
     query, place = np.nonzero(is_alike)
     found = np.sort(np.stack([queries[query], nearest[query, place]], axis=1), axis=1)
     pairs, first = np.unique(found.reshape(-1, 2), axis=0, return_index=True)
@@ -294,7 +294,7 @@ def find_lookalikes(
     )
 
 
-def tell_alike(similarity: np.ndarray, n: int) -> np.ndarray:
+def find_alike(similarity: np.ndarray, n: int) -> np.ndarray:
     """Return which neighbours are nearer than chance explains.
 
     Parameters

@@ -334,13 +334,13 @@ def _is_at_hub(repo: str, revision: str | None, name: str) -> bool:
     except EncoderError:  # of what it answered
         raise
     except Exception as error:  # its client's errors are neither the hub's nor OSErrors
-        if _says_absent(error):
+        if _means_absent(error):
             return False
         raise explain(error, repo, revision, name) from error
     return True
 
 
-def _says_absent(error: BaseException | None) -> bool:
+def _means_absent(error: BaseException | None) -> bool:
     """Return whether a hub has the repository but not the file; mirrors may send only a status."""
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
@@ -380,7 +380,7 @@ def _download_file(
     try:
         return Path(hf_hub_download(repo, name, revision=revision))
     except LocalEntryNotFoundError as error:  # neither reached nor fetched before
-        if _says_absent(error.__cause__):
+        if _means_absent(error.__cause__):
             return None
         raise explain_unreached(error.__cause__, repo, name) from error
     except EntryNotFoundError:

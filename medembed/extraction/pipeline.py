@@ -164,7 +164,7 @@ class Pipeline:
             self.other_bytes.append((content, str(reading.other_sha256)))
         else:
             self._fail(content, reading.stage, reading.reason, writer)
-        self._tell()
+        self._report_progress()
 
     def _send(self, batch: _Batch, writer: WriterThread) -> None:
         while len(self._in_flight) >= self._device.in_flight:
@@ -249,7 +249,7 @@ class Pipeline:
         self.n_colour += sum(batch.colours)
         self.notes.update(note for notes in batch.notes for note in notes)
         self._blame_suspects(writer)
-        self._tell()
+        self._report_progress()
 
     def _suspect(self, content: Content, error: EncoderError, *, alone: bool = True) -> None:
         """Note an image that failed; `alone` if no image of its batch succeeded."""
@@ -265,14 +265,14 @@ class Pipeline:
         for content, error in self._suspects:
             self._fail(content, "encode", str(error), writer)
         self._suspects = []
-        self._tell()
+        self._report_progress()
 
     def _fail(self, content: Content, stage: str, reason: str, writer: WriterThread) -> None:
         failure = Failure(content.sha256, stage, reason)
         writer.add_failure(failure)
         self.failed.append((content, failure))
 
-    def _tell(self) -> None:
+    def _report_progress(self) -> None:
         if self._progress:
             n_done = self.n_embedded + len(self.failed) + len(self.other_bytes)
             self._progress(n_done, self._n_total)

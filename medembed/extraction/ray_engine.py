@@ -209,7 +209,7 @@ class Actors:
                 if work is None:
                     more = False
                 else:
-                    self._give(work)
+                    self._assign(work)
             if not (more or self._lost or self._busy):
                 return
             self._start_missing(n_wanted if more else len(self._busy) + len(self._lost))
@@ -232,7 +232,7 @@ class Actors:
             for actor in (*starting, *busy, *self._idle):
                 self._ray.kill(actor)
 
-    def _give(self, work: Work) -> None:
+    def _assign(self, work: Work) -> None:
         actor = self._idle.pop()
         self._busy[getattr(actor, work.method).remote(*work.arguments)] = (actor, work)
 

@@ -77,12 +77,12 @@ class TrunkEncoder:
     def encode(self, pixels: np.ndarray, poolings: Sequence[str]) -> dict[str, np.ndarray]:
         """Return the tokens of prepared images, float32 (n, …); see `protocol.Encoder.encode`."""
         return guard_memory(
-            lambda: self._give(pixels),
+            lambda: self._run(pixels),
             f"the trunk of {self.source} does not fit the memory of {self.device} with a batch of "
             f"{len(pixels)}; a smaller one may.",
         )
 
-    def _give(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
+    def _run(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
         tokens = self._compute(torch.from_numpy(np.array(pixels)).to(self.device))
         return {TOKENS: tokens[TOKENS].cpu().numpy()}
 

@@ -13,7 +13,7 @@ from medembed.dataset.manifest import Manifest, existing_root, image_path
 from medembed.images.hashing import hash_or_explain
 from medembed.results.model_card import Card
 
-__all__ = ["Requests", "ask_images", "ask_manifest"]
+__all__ = ["Requests", "request_images", "request_manifest"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +71,7 @@ class Requests:
         return image_path(self.root, str(self.places[number]))
 
 
-def ask_images(
+def request_images(
     images: Sequence[str | os.PathLike[str]],
     card: Card,
     progress: Callable[[int, int], None] | None = None,
@@ -105,7 +105,7 @@ def ask_images(
     )
 
 
-def ask_manifest(
+def request_manifest(
     manifest: Manifest,
     card: Card,
     image_root: str | os.PathLike[str] | None,

@@ -19,7 +19,7 @@ from medembed.heads.packaging import Model, load_model
 from medembed.images.load import DEFAULT_LIMITS, Limits
 from medembed.prediction.decisions import ALPHA
 from medembed.prediction.encode import CachedRows, Embedder
-from medembed.prediction.inputs import Requests, ask_images, ask_manifest
+from medembed.prediction.inputs import Requests, request_images, request_manifest
 from medembed.prediction.rows import Draw, PredictionJob, predict_rows
 from medembed.results.model_card import Card, read_card
 
@@ -251,7 +251,7 @@ class Predictor(Summarised):
             be read; the model reads covariates, which files lack. If the cache holds some of the
             images, an encoder that cannot be loaded fails only the others.
         """
-        yield from self._answer(ask_images(images, self.card, progress), explain)
+        yield from self._answer(request_images(images, self.card, progress), explain)
 
     def predict_manifest(
         self,
@@ -278,7 +278,7 @@ class Predictor(Summarised):
             lacks a covariate that the model reads, or none of its images is below the root.
         """
         manifest = read_manifest(manifest)
-        requests = ask_manifest(manifest, self.card, image_root, progress)
+        requests = request_manifest(manifest, self.card, image_root, progress)
         yield from self._answer(requests, explain)
 
     def _answer(

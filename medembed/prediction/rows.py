@@ -104,11 +104,11 @@ def predict_rows(requests: Requests, job: PredictionJob) -> Iterator[dict[str, A
                 else:
                     if not encoded:
                         # Ready rows are not held back by those being computed.
-                        yield from answers.give(ready)
+                        yield from answers.add(ready)
                         ready = []
                         encoded.extend(next(batches))
                     ready.append(encoded.popleft())
-            yield from answers.give(ready)
+            yield from answers.add(ready)
 
 
 def _make_plan(requests: Requests, job: PredictionJob) -> _Plan:
@@ -154,13 +154,13 @@ def _find_files(
     except (EncoderError, MissingRowsError) as error:
         if not any_cached:
             raise
-        _say(job, f"Not answered: {said}: {error}")
+        _notify(job, f"Not answered: {said}: {error}")
         errors.update(
             dict.fromkeys(missing, f"is not in the cache, and cannot be embedded: {error}")
         )
         return []
     if job.cached is not None and job.draw is None:
-        _say(job, f"{said}; they are embedded by {encoder.source} now, and not kept.")
+        _notify(job, f"{said}; they are embedded by {encoder.source} now, and not kept.")
     return list(_resolve(requests, missing, errors))
 
 
@@ -181,7 +181,7 @@ def _read_cached(
     return dict(zip(numbers.tolist(), X, strict=True))
 
 
-def _say(job: PredictionJob, words: str) -> None:
+def _notify(job: PredictionJob, words: str) -> None:
     if job.tell:
         job.tell(words)
 
@@ -210,7 +210,7 @@ class _Answers:
         self._counts: Mapping[int, int] = counts
         self._open: dict[int, _Study] = {}
 
-    def give(self, ready: Sequence[Encoded]) -> Iterator[dict[str, Any]]:
+    def add(self, ready: Sequence[Encoded]) -> Iterator[dict[str, Any]]:
         """Yield the rows of these images, and of studies that they complete."""
         answered = [outcome for outcome in ready if outcome.x is not None]
         raw, scored = self._score(answered)

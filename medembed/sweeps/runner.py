@@ -63,7 +63,7 @@ class Ledger:
         again = (wanted & set(self.records)) - self.done
         if again:
             run.forget_trials(again)
-        self._tell()
+        self._notify()
 
     def _is_done(self, key: str) -> bool:
         record = self.records.get(key)
@@ -92,13 +92,13 @@ class Ledger:
         self.run.append_trial(record)
         self.records[key] = record
         self.done.add(key)
-        self._tell()
+        self._notify()
 
     def lacks(self, batch: Batch, fold: int) -> list[int]:
         """Return the trials of a batch that are not done on a fold."""
         return [i for i, trial in enumerate(batch.trials) if trial.keys[fold] not in self.done]
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         if self._watch is not None:
             self._watch(self)
 

@@ -117,13 +117,13 @@ def standings(ledger: Ledger, metric: str) -> list[dict[str, Any]]:
                 "total": len(own),
                 "best": None if best is None else means[best],
                 "pooling": trial.pooling if trial else None,
-                "params": _telling_first(trial, own) if trial else None,
+                "params": _distinct_params_first(trial, own) if trial else None,
             }
         )
     return sorted(lines, key=lambda line: np.inf if line["best"] is None else -sign * line["best"])
 
 
-def _telling_first(trial: Trial, others: Sequence[Trial]) -> dict[str, Any]:
+def _distinct_params_first(trial: Trial, others: Sequence[Trial]) -> dict[str, Any]:
     """Return a trial's parameters, starting with those that differ between trials."""
     params = trial.params
     varying = [k for k in params if any(o.params.get(k) != params[k] for o in others)]

@@ -175,11 +175,11 @@ def main(arguments: list[str] | None = None) -> None:
 
     started = time.monotonic()
     data = draw_training_set(TRAINING_SEEDS[: asked.images], jobs=asked.jobs)
-    _say(f"rendered {asked.images} images in {time.monotonic() - started:.0f} s")
+    _print(f"rendered {asked.images} images in {time.monotonic() - started:.0f} s")
 
     def report(done: int, total: int, loss: float, teacher: Teacher) -> None:
         if done % 50 == 0 or done == total:
-            _say(f"step {done}/{total}, loss {loss:.3f}, {time.monotonic() - started:.0f} s")
+            _print(f"step {done}/{total}, loss {loss:.3f}, {time.monotonic() - started:.0f} s")
         if asked.save_every and done % asked.save_every == 0:
             write_checkpoint(teacher, asked.out, describe({}, n_images=asked.images, n_steps=done))
 
@@ -188,12 +188,12 @@ def main(arguments: list[str] | None = None) -> None:
     )
     teacher.tower.half().float()  # measure what is stored
     scores = measure(teacher, n=asked.trial_images, jobs=asked.jobs)
-    _say(", ".join(f"{name} {score:.3f}" for name, score in scores.items()))
+    _print(", ".join(f"{name} {score:.3f}" for name, score in scores.items()))
     card = describe(scores, n_images=asked.images, n_steps=asked.steps, n_trial=asked.trial_images)
     write_checkpoint(teacher, asked.out, card)
 
 
-def _say(line: str) -> None:
+def _print(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 

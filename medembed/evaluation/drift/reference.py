@@ -279,7 +279,12 @@ def measure_drift(
     if regions is not None and "region_names" in reference:
         found |= _measure_regions(reference, points, np.asarray(regions)[rows])
     verdict = _judge(p, max(tests[name]["beyond_chance"] for name in ("distance", "shift")))
-    return {"verdict": verdict, "sentence": _say(verdict, found), "basis": BASIS, **found}
+    return {
+        "verdict": verdict,
+        "sentence": _write_sentence(verdict, found),
+        "basis": BASIS,
+        **found,
+    }
 
 
 def _codes_of(X: np.ndarray, patients: np.ndarray | None) -> np.ndarray:
@@ -411,7 +416,7 @@ def _judge(p: float, beyond_chance: float) -> str:
     return VERDICTS[1 + (beyond_chance >= SLIGHT) + (beyond_chance >= CLEAR)]
 
 
-def _say(verdict: str, found: Mapping[str, Any]) -> str:
+def _write_sentence(verdict: str, found: Mapping[str, Any]) -> str:
     distance, shift, outside = found["distance"], found["shift"], found["outside"]
     told = (
         f"the embeddings lie {distance['value']:.2f} standard deviations from those of training, "
@@ -422,11 +427,11 @@ def _say(verdict: str, found: Mapping[str, Any]) -> str:
     )
     if verdict == "none":
         return f"No drift seen: {told}."
-    mixed = _say_mix(found.get("regions", []))
+    mixed = _describe_mix(found.get("regions", []))
     return f"{verdict.capitalize()} drift (p = {max(found['p'], 0.001):.3f}): {told}.{mixed}"
 
 
-def _say_mix(regions: list[dict[str, Any]]) -> str:
+def _describe_mix(regions: list[dict[str, Any]]) -> str:
     """Return a sentence on the region whose share differs most, if a tenth of the mix differs."""
     gaps = [abs(entry["share"] - entry["training_share"]) for entry in regions]
     if sum(gaps) / 2 < 0.1:

@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 from medembed.report.figures.captions import (
     LEGEND,
     SMALL,
+    describe_intervals,
     describe_shown,
     describe_test,
     elide,
@@ -16,7 +17,6 @@ from medembed.report.figures.captions import (
     name_rows,
     name_units,
     shown_rows,
-    tell_intervals,
     write_csv,
 )
 from medembed.report.figures.plotting import (
@@ -64,15 +64,16 @@ def plot_calibration(result: dict[str, Any]) -> Plot | None:
         "Calibration",
         draw,
         caption=f"{describe_test(result)} {name}: points, the share abnormal within each bin of "
-        f"probabilities{_tell_curve(panels)}; dotted, perfect calibration; strips, test "
-        f"{name_units(result)} in each bin. {_tell_intervals(panels)}{describe_shown(result, 1)}",
+        f"probabilities{_describe_curve(panels)}; dotted, perfect calibration; strips, test "
+        f"{name_units(result)} in each bin. {_describe_intervals(panels)}"
+        f"{describe_shown(result, 1)}",
         alt=f"Reliability of {name} on test. {'; '.join(numbers)}.",
         csv=_write_bins(name_rows(result, rows)[0], panels),
     )
 
 
 def _draw_panels(theme: Theme, result: dict[str, Any], name: str, panels: dict[str, Any]) -> Figure:
-    about = f"Head: {name}. {describe_test(result)} {_tell_intervals(panels)}"
+    about = f"Head: {name}. {describe_test(result)} {_describe_intervals(panels)}"
     about += describe_shown(result, 1)
     n_lines = (len(panels) + 1) // 2
     figure = start_figure("Calibration", about, body=2.9 * n_lines)
@@ -97,7 +98,7 @@ def _band(panel: dict[str, Any]) -> list[float | None]:
     return list((panel.get("curve") or {}).get("low", []))
 
 
-def _tell_curve(panels: dict[str, Any]) -> str:
+def _describe_curve(panels: dict[str, Any]) -> str:
     """Return a description of the line and its band, or nothing without a line."""
     bands = [_band(panel) for panel in panels.values()]
     if not any(bands):
@@ -107,21 +108,21 @@ def _tell_curve(panels: dict[str, Any]) -> str:
     return f"; line, the logistic recalibration{with_band}"
 
 
-def _tell_intervals(panels: dict[str, Any]) -> str:
+def _describe_intervals(panels: dict[str, Any]) -> str:
     """Return a description of the bars and brackets that are drawn."""
     bins = [
         {"low": own["share_low"], "high": own["share_high"]}
         for panel in panels.values()
         for own in panel["bins"]
     ]
-    told = [tell_intervals("Bars", bins, OF_SHARES)] if any(map(has_interval, bins)) else []
+    told = [describe_intervals("Bars", bins, OF_SHARES)] if any(map(has_interval, bins)) else []
     if any(own is not None for panel in panels.values() for own in _band(panel)):
         told.append("Band: 95 %, Student's t on the log-odds, patients as clusters.")
     if any(has_interval(panel["brier"]) for panel in panels.values()):
         told.append("In brackets: 95 % intervals of the Brier score, Student's t on the log-odds.")
     if any(has_interval(panel["ece"]) for panel in panels.values()):
         told.append("ECE has only an upper bound.")
-    return " ".join(told) if told else tell_intervals("", bins, "")
+    return " ".join(told) if told else describe_intervals("", bins, "")
 
 
 def _draw_reliability(axes: Any, theme: Theme, method: str, panel: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ __all__ = [
     "MAX_SERIES",
     "SMALL",
     "clean",
+    "describe_intervals",
     "describe_shown",
     "describe_test",
     "elide",
@@ -34,7 +35,6 @@ __all__ = [
     "name_rows",
     "name_units",
     "shown_rows",
-    "tell_intervals",
     "thin",
     "wrap",
     "write_csv",
@@ -136,7 +136,7 @@ def has_interval(score: dict[str, Any] | None) -> bool:
     return score is not None and any(score.get(end) is not None for end in ("low", "high"))
 
 
-def tell_intervals(what: str, scores: Iterable[dict[str, Any] | None], how: str) -> str:
+def describe_intervals(what: str, scores: Iterable[dict[str, Any] | None], how: str) -> str:
     """Return the sentence on how a figure shows its scores' intervals, or that there are none.
 
     `how` names the method.

@@ -8,6 +8,7 @@ from matplotlib.patches import Rectangle
 from medembed.report.figures.captions import (
     LEGEND,
     SMALL,
+    describe_intervals,
     describe_shown,
     describe_test,
     elide,
@@ -15,7 +16,6 @@ from medembed.report.figures.captions import (
     label_rows,
     name_rows,
     shown_rows,
-    tell_intervals,
     write_csv,
 )
 from medembed.report.figures.plotting import Plot, Theme, make_plot, start_figure
@@ -67,7 +67,7 @@ def plot_confusion(result: dict[str, Any]) -> Plot | None:
         draw,
         caption=f"{describe_test(result)} Cells: counts and shares of the row, at thresholds that "
         "were chosen on out-of-fold predictions of train, or given; below, sensitivity and "
-        f"specificity.{most} {_tell_intervals(rows)}{describe_shown(result, MAX_MATRICES)}",
+        f"specificity.{most} {_describe_intervals(rows)}{describe_shown(result, MAX_MATRICES)}",
         alt=f"{TITLE} on test. {'; '.join(sentences)}.",
         csv=write_csv(
             [
@@ -89,7 +89,9 @@ def plot_confusion(result: dict[str, Any]) -> Plot | None:
 def _draw_matrices(
     theme: Theme, result: dict[str, Any], rows: list[dict[str, Any]], names: list[str]
 ) -> Figure:
-    about = f"{describe_test(result)} Cells: counts and shares of the row. {_tell_intervals(rows)}"
+    about = (
+        f"{describe_test(result)} Cells: counts and shares of the row. {_describe_intervals(rows)}"
+    )
     about += describe_shown(result, MAX_MATRICES)
     several = len(result["runs"]) > 1
     figure = start_figure(TITLE, about, body=LINE_HEIGHT * len(names) + (0.5 if several else 0.3))
@@ -115,10 +117,10 @@ def _draw_matrices(
     return figure
 
 
-def _tell_intervals(rows: list[dict[str, Any]]) -> str:
+def _describe_intervals(rows: list[dict[str, Any]]) -> str:
     points = [point for row in rows for point in points_of(row)]
     scores = [own["scores"][name] for own in points for name in ("sensitivity", "specificity")]
-    return tell_intervals("In brackets", scores, OF_SHARES)
+    return describe_intervals("In brackets", scores, OF_SHARES)
 
 
 def _draw_matrix(axes: Any, theme: Theme, confusion: dict[str, Any]) -> None:

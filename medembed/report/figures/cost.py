@@ -8,13 +8,13 @@ from matplotlib.figure import Figure
 from medembed.report.figures.captions import (
     LEGEND,
     MAX_SERIES,
+    describe_intervals,
     describe_shown,
     describe_test,
     flatten,
     label_rows,
     name_rows,
     shown_rows,
-    tell_intervals,
     thin,
     write_csv,
 )
@@ -50,7 +50,7 @@ def plot_cost(result: dict[str, Any]) -> Plot | None:
     if len(rows) < 2:
         return None
     scores = [row["scores"]["auroc"] for row in rows]
-    draws = tell_intervals("Bars", scores, of_score("auroc"))
+    draws = describe_intervals("Bars", scores, of_score("auroc"))
     draws += describe_shown(result, n_all=len(timed))
     names = label_rows(result, rows, MAX_LABEL)
     labels = [

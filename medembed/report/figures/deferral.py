@@ -6,6 +6,7 @@ from matplotlib.figure import Figure
 
 from medembed.report.figures.captions import (
     MAX_SERIES,
+    describe_intervals,
     describe_shown,
     describe_test,
     flatten,
@@ -13,7 +14,6 @@ from medembed.report.figures.captions import (
     label_rows,
     name_rows,
     shown_rows,
-    tell_intervals,
     write_csv,
 )
 from medembed.report.figures.plotting import (
@@ -49,7 +49,7 @@ def plot_deferral(result: dict[str, Any]) -> Plot | None:
         return None
     names = label_rows(result, rows)
     told = [own[share] for row in rows for own in row["deferral"]["levels"] for share in _scores()]
-    draws = tell_intervals("Bars", told, OF_SHARES) + describe_shown(result, n_all=len(able))
+    draws = describe_intervals("Bars", told, OF_SHARES) + describe_shown(result, n_all=len(able))
 
     def draw(theme: Theme) -> Figure:
         return _draw_panels(theme, result, rows, names, draws)

@@ -80,7 +80,7 @@ def plot_flow(result: dict[str, Any]) -> Plot | None:
         TITLE,
         draw,
         caption=about,
-        alt=f"{TITLE}. " + " ".join(_tell(names, own) for names, own in shown),
+        alt=f"{TITLE}. " + " ".join(_describe_flow(names, own) for names, own in shown),
         csv=write_csv([row for own in flows for row in _rows(own)]),
     )
 
@@ -240,7 +240,7 @@ def _split_lines(part: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _tell(names: Sequence[str], own: Mapping[str, Any]) -> str:
+def _describe_flow(names: Sequence[str], own: Mapping[str, Any]) -> str:
     parts = [*(line for main, side in _steps(own) for line in (*main, *side))]
     parts += [line for part in own["splits"] for line in _split_lines(part)]
     return f"{', '.join(names)}: {'; '.join(parts)}."

@@ -13,13 +13,13 @@ from medembed.core.text import to_csv_cell
 from medembed.evaluation.bootstrap import draw, patient_codes, percentiles
 from medembed.evaluation.scores import Scorer
 from medembed.report.figures.captions import (
+    describe_intervals,
     describe_shown,
     describe_test,
     has_interval,
     label_rows,
     name_rows,
     shown_rows,
-    tell_intervals,
 )
 from medembed.report.figures.plotting import (
     LINES,
@@ -319,7 +319,7 @@ def _plot_curves(
         return _draw_curves(theme, about, kind, curves, band, labels, title, chance)
 
     known = [row["scores"][kind.score] for row in rows]
-    intervals = tell_intervals("In brackets", known, of_score(kind.score))
+    intervals = describe_intervals("In brackets", known, of_score(kind.score))
     title = f"{kind.score_title} [95 % interval]" if any(map(has_interval, known)) else ""
     title = title or kind.score_title
     has_band = bool(band["low"].notna().any())

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from medembed.report.figures.captions import (
     LEGEND,
+    describe_intervals,
     describe_shown,
     describe_test,
     elide,
@@ -15,7 +16,6 @@ from medembed.report.figures.captions import (
     is_known,
     label_rows,
     shown_rows,
-    tell_intervals,
 )
 from medembed.report.figures.plotting import (
     REFERENCE,
@@ -127,17 +127,17 @@ def _plot_groups(
         GROUPINGS[by],
         title,
         draw,
-        caption=f"{describe_test(result)} {_tell_intervals(lines)} n: test rows, abnormal in "
+        caption=f"{describe_test(result)} {_describe_intervals(lines)} n: test rows, abnormal in "
         f"brackets; {meaning}.{describe_shown(result)}",
         alt=f"{title}. {'; '.join(cells)}.",
         csv=render(result, table_format="csv", by=by) + "\n",
     )
 
 
-def _tell_intervals(lines: _Lines) -> str:
+def _describe_intervals(lines: _Lines) -> str:
     """Return a sentence that explains the bars, and why some are missing."""
     known = [score for own in lines.scores for score in own if is_known(score)]
-    told = tell_intervals("Bars", known, of_score("auroc"))
+    told = describe_intervals("Bars", known, of_score("auroc"))
     n_with = sum(map(has_interval, known))
     return told + (
         " Where too few patients stand behind a score, it has none." * (0 < n_with < len(known))
@@ -153,7 +153,7 @@ def _draw_groups(
     axis: str,
 ) -> Figure:
     n_lines, n_heads = len(lines.labels), len(names)
-    about = f"{describe_test(result)} In brackets: abnormal. {_tell_intervals(lines)}"
+    about = f"{describe_test(result)} In brackets: abnormal. {_describe_intervals(lines)}"
     about += describe_shown(result)
     body = n_lines * max(0.38, 0.2 + 0.16 * n_heads) + 0.6
     figure = start_figure(title, about, body=body, n_labels=n_heads)

@@ -14,12 +14,12 @@ from matplotlib.lines import Line2D
 from medembed.report.figures.captions import (
     LEGEND,
     MAX_SERIES,
+    describe_intervals,
     describe_shown,
     describe_test,
     elide,
     flatten,
     is_known,
-    tell_intervals,
     thin,
     write_csv,
 )
@@ -186,7 +186,7 @@ def _plot_trend(
     series = series[:MAX_SERIES]
     points = [point for own in series for point in own["points"]]
     scores = [point[score] for point in points for score, _ in trend.panels]
-    bars = tell_intervals("Bars", scores, "patients as clusters")
+    bars = describe_intervals("Bars", scores, "patients as clusters")
     if not any(is_known(point[score]) for score, _ in trend.panels for point in points):
         return None
     names = [elide(own["head"], MAX_LABEL, LEGEND) for own in series]
