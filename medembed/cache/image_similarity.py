@@ -92,7 +92,7 @@ def find_nearest(
     Parameters
     ----------
     queries, references : (k, d), (n, d) float32
-        Rows of length 1, or 0, as `whiten` makes them.
+        Rows of length 1 or 0, from `whiten`.
     tick : callable, optional
         Called as tick(m) when m more queries are done.
 
@@ -133,7 +133,7 @@ def find_nearest_groups(
     Parameters
     ----------
     X : (n, d) float32
-        Rows of length 1, or 0, as `whiten` makes them.
+        Rows of length 1 or 0, from `whiten`.
     groups : (n,) int64
         Each row's group.
     queries : (m,) int64
@@ -261,7 +261,7 @@ def find_lookalikes(
     Parameters
     ----------
     X : (n, d) float32
-        Rows as `whiten` makes them.
+        Rows from `whiten`.
     groups : (n,) int64
         Patients as numbers from 0.
     queries : (m,) int64

@@ -207,7 +207,7 @@ def sensitivity_threshold(
     Raises
     ------
     TrainingDataError
-        A share outside (0, 1], or as `youden_threshold`.
+        The share is outside (0, 1], or labels or probabilities are invalid; see `youden_threshold`.
     """
     if not 0 < sensitivity <= 1:
         raise TrainingDataError(
@@ -238,7 +238,7 @@ def specificity_threshold(
     Raises
     ------
     TrainingDataError
-        A share outside (0, 1], or as `youden_threshold`.
+        The share is outside (0, 1], or labels or probabilities are invalid; see `youden_threshold`.
     """
     if not 0 < specificity <= 1:
         raise TrainingDataError(
