@@ -1,11 +1,11 @@
-"""Measure on a CPU what the GPU's path changes: bfloat16, compilation by block, the patch product.
+"""Measure on a CPU the effects of the GPU's path: bfloat16, block compilation, the patch product.
 
     .venv/bin/python bench/arithmetic.py --out bench/results/arithmetic.json
 
-Distances are the canary's: to the tower's own fp32, as a share of the distance between different
-canary images; a cache accepts up to 0.02. The tower has MedGemma's 27 blocks of 1152, random
-weights and 224 px instead of 896, so that a CPU is done in a minute. Compilation is timed on 27
-narrow blocks: its time follows from how many operations there are, not from how large they are.
+Distances are those of the canary: from the tower's own fp32, as a share of the distance between
+different canary images; a cache accepts up to 0.02. The tower has MedGemma's 27 blocks of width
+1152, random weights and 224 px instead of 896, so that a CPU needs only a minute. Compilation is
+timed on 27 narrow blocks: its time depends on the number of operations, not on their size.
 """
 
 import argparse
@@ -35,7 +35,7 @@ HALF = (0.5, 0.5, 0.5)
 
 
 class AllRounded(SiglipEncoder):
-    """A tower that is in bfloat16 throughout: residual stream and norms too."""
+    """A tower entirely in bfloat16, including residual stream and norms."""
 
     def see(self, pixels: torch.Tensor) -> Any:  # noqa: D102 - TorchEncoder's
         return self.features(self.normalise(pixels).to(torch.bfloat16))
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def make_tower(shape: dict[str, int], n_blocks: int, side: int) -> Any:
-    """Return a random tower whose weights are numbers of bfloat16, as checkpoints are stored."""
+    """Return a random tower with bfloat16 weights, the precision of stored checkpoints."""
     torch.manual_seed(0)
     config = SiglipVisionConfig(
         **shape, num_hidden_layers=n_blocks, image_size=side, patch_size=14, vision_use_head=False
@@ -78,7 +78,7 @@ def make_tower(shape: dict[str, int], n_blocks: int, side: int) -> Any:
 
 
 def measure_distances(model: Any, side: int) -> dict[str, dict[str, float]]:
-    """Return how far every pooling is from fp32, all rounded and as extraction computes."""
+    """Return every pooling's distance from fp32, in bfloat16 throughout and as in extraction."""
     known = {
         "preprocessing": Preprocessing(side, side, "stretch", "bilinear", HALF, HALF, 1 / 255),
         "fingerprint": "0" * 64,
@@ -102,7 +102,7 @@ def distance(document: Any, encoder: SiglipEncoder, pooling: str) -> float:
 
 
 def time_compiling(n_blocks: int) -> dict[str, float]:
-    """Return the seconds of a narrow tower's first batch: compiled whole, and block by block."""
+    """Return the seconds of a narrow tower's first batch, compiled as a whole and by block."""
     tower = make_tower(NARROW, n_blocks, 56)
     pixels = torch.zeros(1, 3, 56, 56)
 

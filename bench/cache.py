@@ -1,10 +1,10 @@
-"""Time of `load_embeddings` beside `np.load` of the same array and torch's widening.
+"""Time `load_embeddings` against `np.load` of an equal array and torch's widening.
 
     .venv/bin/python bench/cache.py --out bench/results/cache.json
 
-The cache holds as many rows of made-up numbers as MURA has training images, in shards as `extract`
-writes them; the peer reads one .npy of the same float16 values and widens them to float32, without
-any check. Each load opens the cache anew. The files are in the page cache.
+The cache holds as many rows of synthetic numbers as MURA has training images, in shards like those
+of `extract`; the peer reads these float16 values from one .npy and widens them to float32, without
+any check. Each load opens the cache again. The files are in the page cache.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from medembed.dataset.manifest import Manifest, make_manifest, write_manifest
 
 
 def make(place: Path, n_rows: int, n_values: int) -> Manifest:
-    """Write a cache, the same rows as one array, and their manifest."""
+    """Write a cache, its rows as one array, and their manifest."""
     spec = CacheSpec("ab" * 32, {"width": 896}, {"mean": (n_values,)}, "float16")
     cache = create_cache(place / "cache", spec, {"source": "made up"})
     generator = np.random.default_rng(0)

@@ -1,12 +1,12 @@
-"""Whether intervals and tests hold what they promise, at the sizes that people have.
+"""Measure the coverage of intervals and the error rates of tests at realistic sample sizes.
 
     .venv/bin/python bench/coverage.py --out bench/results/coverage.json      # hours; goes on
     .venv/bin/python bench/coverage.py --datasets 100 --cells 0.1,0.85,100    # does it work?
 
-Made-up patients with one to three studies of one to four views, whose scores share a part of the
-patient's noise and a part of the study's (binormal), and whose labels hang together too. A cell is
-a prevalence, an AUROC and a number of patients. Each is independent of the others, is written when
-it ends, and is not run again at the same number of data sets.
+Synthetic patients have one to three studies of one to four views, whose scores share part of the
+patient's noise and part of the study's (binormal), and whose labels are correlated as well. A cell
+is a prevalence, an AUROC and a number of patients. Each cell is independent, is written when it
+ends, and is not repeated with an equal number of data sets.
 
 - `scores`: how often the 95 % interval of each score holds the score of the population (200,000
   patients), among the data sets where an interval is shown, and among those with 20 or more
@@ -45,8 +45,8 @@ from medembed.evaluation.unpaired import mover_drop
 
 NAMES = (*(name for name in SCORES if name != "ece"), *PREDICTIVE)
 DECIDED = (*DECISION_SCORES, *PREDICTIVE)
-#: Shares of a view's noise that are the patient's, the study's and its own; and how much more alike
-#: two studies of a patient are in their label than two of different patients.
+#: Shares of a view's noise due to the patient, the study and the view; and the correlation of the
+#: labels of a patient's studies.
 NOISE = (0.3, 0.3, 0.4)
 LABEL_CORRELATION = 0.3
 COMMON = 0.6
@@ -60,7 +60,7 @@ Z = 1.959964
 def draw_patients(
     n: int, prevalence: float, separation: float, rng: np.random.Generator, n_heads: int = 1
 ) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
-    """Draw labels, each head's probabilities, and patients, one row per study."""
+    """Return random labels, each head's probabilities, and patients, one row per study."""
     patients = np.repeat(np.arange(n), rng.choice([1, 2, 3], n, p=[0.5, 0.3, 0.2]))
     sureness = 1 / LABEL_CORRELATION - 1
     tendency = rng.beta(prevalence * sureness, (1 - prevalence) * sureness, n)
@@ -85,9 +85,9 @@ def draw_patients(
 
 
 def find_population(prevalence: float, auroc: float, n: int = N_POPULATION) -> dict[str, Any]:
-    """Find the separation that gives an AUROC, and the scores of a large population."""
+    """Return the separation that gives an AUROC, and the scores of a large population."""
     low, high = 0.0, 6.0
-    for _ in range(14):  # near is enough: the truth is measured below
+    for _ in range(14):  # an approximation suffices: the true AUROC is measured below
         middle = (low + high) / 2
         y, (probability,), _ = draw_patients(n // 10, prevalence, middle, np.random.default_rng(5))
         found = Scorer(y, probability, 0.5, ["auroc"])(np.ones((1, len(y))))["auroc"][0]
@@ -109,7 +109,7 @@ def find_population(prevalence: float, auroc: float, n: int = N_POPULATION) -> d
 
 
 class Tally:
-    """Counts, over data sets, what intervals do."""
+    """Counts the outcomes of intervals over data sets."""
 
     def __init__(self, truth: dict[str, float]) -> None:
         self.truth = truth
@@ -135,19 +135,19 @@ class Tally:
             own["held_enough"] += held
 
     def as_dict(self) -> dict[str, dict[str, float]]:
-        """Return the counts, fit for JSON."""
+        """Return the counts as JSON values."""
         return {name: dict(own) for name, own in self.counts.items()}
 
 
 def count_fewest(y: np.ndarray, patients: np.ndarray) -> int:
-    """Return the patients of the rarer class."""
+    """Return the number of patients of the rarer class."""
     return min(len(np.unique(patients[y == label])) for label in (0, 1))
 
 
 def measure_scores(
     cell: tuple[float, float, int], population: dict[str, Any], n: int, n_others: int, batch: int
 ) -> dict[str, Any]:
-    """Count what the intervals of a cell hold, and those of other methods."""
+    """Return the coverage counts of a cell's intervals, and of those by other methods."""
     prevalence, _, size = cell
     rng = np.random.default_rng([1, batch, *(round(1000 * part) for part in cell)])
     tally, others = Tally(population["truth"]), Tally(population["truth"])
@@ -176,7 +176,7 @@ def find_others(
     population: dict[str, Any],
     seed: int,
 ) -> Iterator[tuple[str, Interval]]:
-    """Yield the intervals of methods that were not chosen, and ECE's bound, which resamples."""
+    """Yield the intervals of methods that were not chosen, and ECE's bound, by resampling."""
     names = [name for name in SCORES if name != "ece"]
     scorer = Scorer(y, probability, population["threshold"], SCORES)
     truth, draws = draw([scorer], [np.arange(len(y))], patients, N_RESAMPLES, seed)
@@ -207,7 +207,7 @@ def find_others(
 
 
 def _bca_tails(value: float, drawn: np.ndarray, parts: np.ndarray) -> np.ndarray:
-    """Return BCa's tails (Efron, JASA 82, 1987), the acceleration from what patients add."""
+    """Return BCa's tails (Efron, JASA 82, 1987), with the acceleration from contributions."""
     below = ((drawn < value).sum() + (drawn == value).sum() / 2) / len(drawn)
     shift = float(norm.ppf(np.clip(below, 1e-4, 1 - 1e-4)))
     squares = float(parts @ parts)
@@ -219,7 +219,7 @@ def _bca_tails(value: float, drawn: np.ndarray, parts: np.ndarray) -> np.ndarray
 def measure_tests(
     cell: tuple[float, float, int], population: dict[str, Any], n: int, n_others: int, batch: int
 ) -> dict[str, Any]:
-    """Count how often tests find a difference where there is none."""
+    """Return how often tests find a difference between equal heads or populations."""
     prevalence, _, size = cell
     rng = np.random.default_rng([2, batch, *(round(1000 * part) for part in cell)])
     counts: dict[str, list[bool]] = defaultdict(list)
@@ -260,13 +260,13 @@ def run_batch(
     batch: int = 0,
     part: str = "scores",
 ) -> dict[str, Any]:
-    """Count what one batch of data sets of a cell gives; `part` is "scores" or "tests"."""
+    """Return the counts of one batch of a cell's data sets; `part` is "scores" or "tests"."""
     measure = measure_scores if part == "scores" else measure_tests
     return measure(cell, population, n, n_others, batch)
 
 
 def add_counts(before: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
-    """Add numbers that stand under the same names."""
+    """Return the sums of numbers with equal names."""
     total = dict(before)
     for name, own in found.items():
         if isinstance(own, dict):

@@ -30,7 +30,7 @@ LEAST_SHOWN = 0.1
 
 
 def describe_coverage(results: dict[str, Any]) -> list[str]:
-    """Return lines of Markdown; none without results."""
+    """Return lines of Markdown, or none without results."""
     if not results:
         return []
     cells = results["cells"]
@@ -74,10 +74,10 @@ def rate(own: dict[str, float], suffix: str = "") -> float:
 
 
 def summarise(cells: dict[str, Any]) -> dict[str, Any]:
-    """Return, per score, the lowest coverage where it is shown and the highest where it is firm.
+    """Return, per score, the lowest coverage over counted cells and the highest over firm ones.
 
-    A cell counts where at least a tenth of its data sets show an interval; it is firm where a tenth
-    show one with `ENOUGH` patients of each class.
+    A cell counts if at least a tenth of its data sets show an interval; it is firm if a tenth show
+    one with `ENOUGH` patients of each class.
     """
     found: dict[str, dict[str, Any]] = {}
     names = dict.fromkeys(name for cell in cells.values() for name in cell.get("scores", {}))
@@ -149,9 +149,9 @@ def _cell(own: dict[str, float] | None) -> str:
 
 def _tests(cells: dict[str, Any]) -> list[str]:
     lines = [
-        "Differences found where there is none, in percent, at 5 %: of two heads of equal AUROC;",
-        "of any of the six pairs of four heads after Holm's correction; the same by the bootstrap,",
-        "of fewer data sets; of AUROC, and of the worst other score, between 300 patients and the",
+        "False positives in percent, at 5 %: for two heads of equal AUROC; for any of the six",
+        "pairs of four such heads after Holm's correction; for two heads by the bootstrap, on",
+        "fewer data sets; for AUROC, and for the worst other score, between 300 patients and the",
         "cell's.",
         "",
         "| cell | pair | family | pair, bootstrap | drop of AUROC | worst other drop |",
@@ -176,7 +176,7 @@ def _tests(cells: dict[str, Any]) -> list[str]:
 
 
 def _others(cells: dict[str, Any]) -> list[str]:
-    """Pool methods that were not chosen over cells, by how few patients of a class are expected."""
+    """Return rejected methods pooled over cells, by the expected patients of a class."""
     pooled: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(lambda: [0, 0]))
     for key, cell in cells.items():
         prevalence, _, size = (float(part) for part in key.split("|"))

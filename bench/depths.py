@@ -3,22 +3,22 @@
     .venv/bin/python bench/depths.py --out bench/results/depths.json      # 25 minutes of a core
     .venv/bin/python bench/depths.py --seeds 9 --patients 60              # does it all work?
 
-Everything is synthetic: cohorts of the demo's patients, each seed others, half of them for testing,
-whose radiographs are exposed as `detectors.py` says: at the bedside, without a grid, at
-a higher voltage and a quarter of the dose. That detector, the recipe, the number of patients and
-the seeds were fixed before any of it was measured, and all seeds are reported.
+Everything is synthetic: cohorts of the demo's patients, different for each seed, half of them for
+testing, whose radiographs are exposed as in `detectors.py`: at the bedside, without a grid, at a
+higher voltage and a quarter of the dose. That detector, the recipe, the number of patients and the
+seeds were fixed before any measurement, and all seeds are reported.
 
 The recipe: the defaults of `medembed finetune`, without augmentation because of the trunk cache, as
 in `make reproduce`; and a learning rate of the last block of 0.3 of the head's instead of 0.1. Both
 were tried with the detectors `film` and `plate` and a cohort of seed 11, where held-out patients of
-`train` had an AUROC of .885 and .855 at depth 2, and .875 and .850 with 0.1. A small encoder bears
-larger steps than a large one, for which 0.1 stays the default.
+`train` had an AUROC of .885 and .855 at depth 2, and .875 and .850 with 0.1. A small encoder
+tolerates larger steps than a large one, for which 0.1 stays the default.
 
 Per seed and depth: AUROC by study on test, and its paired difference from the head alone with the
-95 % interval of 2,000 resamples of patients, as `medembed compare` gives and the page draws; the
-loss of the training images in the first and last epoch; how many of the encoder's tensors are no
-longer what they were, and in which blocks. `usual` is the head alone on the same patients' images
-as the demo exposes them: what the other detector costs.
+95 % interval of 2,000 resamples of patients, as in `medembed compare` and on the page; the loss of
+the training images in the first and last epoch; how many of the encoder's tensors have changed,
+and in which blocks. `usual` is the head alone on these patients' images with the demo's exposure,
+which shows the cost of the other detector.
 """
 
 import argparse
@@ -54,7 +54,7 @@ HEAD_ALONE = "unfreeze-0"
 
 
 def draw_images(home: Path, seed: int, n_patients: int, detector: str) -> None:
-    """Draw one cohort twice: `images/` by the detector, `usual/` by the demo; and manifests."""
+    """Write one cohort as `images/` by the detector and `usual/` by the demo, with manifests."""
     rows: dict[str, list[dict[str, object]]] = {"images": [], "usual": []}
     for number, view in enumerate(draw_cohort(n_patients, seed)):
         usual = render_view(view).pixels
@@ -132,7 +132,7 @@ def describe(out: Path, result: dict[str, Any], record: dict[str, Any]) -> dict[
 
 
 def versus_head_alone(result: dict[str, Any], head: str) -> dict[str, float]:
-    """Read the paired difference of a head's AUROC from that of the head alone."""
+    """Return the paired difference of a head's AUROC from that of the head alone."""
     wanted = {head, HEAD_ALONE}
     (pair,) = [
         pair
@@ -146,7 +146,7 @@ def versus_head_alone(result: dict[str, Any], head: str) -> dict[str, float]:
 
 
 def changed_blocks(adapted: Path) -> dict[str, Any]:
-    """Count the tensors that are no longer the demo encoder's, and name their blocks."""
+    """Return the number of changed tensors of the demo encoder, and their blocks."""
     before, after = (dict(model_of(ref).state_dict()) for ref in ("demo", adapted))
     assert set(before) == set(after)
     names = [name for name, tensor in before.items() if not torch.equal(tensor, after[name])]
@@ -161,7 +161,7 @@ def model_of(reference: str | Path) -> torch.nn.Module:
 
 
 def summarise(seeds: list[dict[str, Any]]) -> dict[str, Any]:
-    """Give each depth's gain over the head alone: the mean over seeds, and how many are clear."""
+    """Return each depth's mean gain over the head alone, and how many seeds show it clearly."""
     found = {}
     for depth in DEPTHS[1:]:
         gains = [

@@ -1,8 +1,8 @@
-"""Expose synthetic radiographs as another apparatus would; the demo's encoder has seen none of it.
+"""Simulate synthetic radiographs of other detectors, which the demo's encoder has never seen.
 
-The demo's film curve makes grey 1 − I of the share I of rays that pass, haze and gamma aside. From
-that I another beam, scatter, dose and window make another image. The numbers are typical ones,
-chosen before anything was measured on them; nothing here is fitted to a device.
+Apart from haze and gamma, the demo's film curve maps the share I of transmitted rays to grey 1 − I.
+Another beam, scatter, dose and window map this I to another image. The values are typical and were
+chosen before any measurement; nothing here is fitted to a device.
 """
 
 from dataclasses import dataclass
@@ -13,17 +13,17 @@ from scipy.ndimage import gaussian_filter
 
 __all__ = ["DETECTORS", "Detector", "expose"]
 
-_SCATTER_REACH = 0.1  # standard deviation of scattered rays, in sides of the image
+_SCATTER_REACH = 0.1  # standard deviation of scattered rays, as a share of the image's side
 
 
 @dataclass(frozen=True)
 class Detector:
-    """An apparatus that is not the demo's.
+    """A detector that differs from the demo's.
 
     Attributes
     ----------
     contrast : float
-        Attenuation coefficients, as a share of those at the usual tube voltage: I becomes
+        Attenuation coefficients relative to those at the usual tube voltage: I becomes
         I ** contrast. Going from 50 to 70 kVp moves the mean energy from about 30 to 38 keV, where
         bone's coefficient is 0.6 to 0.7 of what it was (NIST, cortical bone).
     scatter : float
@@ -31,7 +31,7 @@ class Detector:
     photons : float
         Detected per pixel of the open field, Poisson: 4,000 of a finger's field at the usual dose.
     gain : float
-        Of the fixed window: below 1 the image is too bright (underexposed), above 1 too dark.
+        Gain of the fixed window: below 1 the image is too bright (underexposed), above 1 too dark.
     """
 
     contrast: float
@@ -41,35 +41,35 @@ class Detector:
 
 
 DETECTORS = {
-    # At the bedside: higher voltage, no grid, a quarter of the dose, and a reader that makes up
-    # for a part of it.
+    # At the bedside: higher voltage, no grid, a quarter of the dose, and a reader that compensates
+    # for part of it.
     "bedside": Detector(contrast=0.65, scatter=0.35, photons=1000, gain=0.7),
     # Overexposed film behind a grid: the open field is black.
     "film": Detector(contrast=1.0, scatter=0.1, photons=2000, gain=1.5),
     # A worn storage plate: the usual window, a thirteenth of the dose.
     "plate": Detector(contrast=0.8, scatter=0.1, photons=300, gain=1.0),
 }
-"""`bedside` is what is reported on; the others are there to choose defaults by."""
+"""`bedside` is reported; the others served to choose defaults."""
 
 
 def expose(
     pixels: NDArray[np.uint8], detector: Detector, generator: np.random.Generator
 ) -> NDArray[np.uint8]:
-    """Return a rendered radiograph as `detector` would show it.
+    """Return a rendered radiograph as recorded by `detector`.
 
     Parameters
     ----------
     pixels : ndarray
-        uint8 (height, width), of `synthetic.render`; 0 black.
+        uint8 (height, width), from `synthetic.render`; 0 black.
     detector : Detector
-        Another apparatus.
+        The detector to simulate.
     generator : numpy.random.Generator
-        Of the quantum noise.
+        Source of the quantum noise.
 
     Returns
     -------
     ndarray
-        uint8 of the same shape.
+        uint8 (height, width).
     """
     passed = (1 - pixels / 255) ** detector.contrast
     reach = _SCATTER_REACH * max(pixels.shape)

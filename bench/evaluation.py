@@ -1,19 +1,19 @@
-"""Time of a report's scores and intervals against a loop of resamples over scikit-learn's scores.
+"""Time a report's scores and intervals against a resampling loop over scikit-learn's scores.
 
     .venv/bin/python bench/evaluation.py --out bench/results/statistics.json
     .venv/bin/python bench/evaluation.py --loop 5        # does it all work?
 
-Everything is made up, at the size of MURA's validation set: 1,199 studies of 783 patients in seven
-regions. A patient's studies share a part of the patient's noise, and whether they are abnormal.
-Whether intervals and tests hold what they promise is measured by `coverage.py`.
+Everything is synthetic, at the size of MURA's validation set: 1,199 studies of 783 patients in
+seven regions. A patient's studies share part of the patient's noise, and their label. The coverage
+of intervals and the error rates of tests are measured by `coverage.py`.
 
 - `report`: seconds of `bootstrap_report` with 2,000 resamples behind ECE's bounds: every score with
-  its interval, and the decision scores at 0.5 too, overall, per region, per number of views, and
-  the mean over regions. `cpu_seconds` are those of all threads, which other work on the machine
-  changes less.
-- `loop`: seconds of the same blocks resample by resample with scikit-learn's functions (ECE, which
-  it has not, in numpy), as one would resample them by hand. Only `--loop` resamples are timed;
-  `extrapolated_seconds` is for 2,000. The scores themselves are compared: they are equal.
+  its interval, and the decision scores also at 0.5, overall, per region, per number of views, and
+  as the mean over regions. `cpu_seconds` are those of all threads, which other work on the machine
+  affects less.
+- `loop`: seconds for these blocks, resample by resample, with scikit-learn's functions (ECE, which
+  it lacks, in numpy), as in a handwritten loop. Only `--loop` resamples are timed;
+  `extrapolated_seconds` is for 2,000. The scores themselves are compared and are equal.
 """
 
 import argparse
@@ -50,7 +50,7 @@ THRESHOLD = 0.4
 def draw_studies(
     n: int, n_patients: int, seed: int, n_heads: int = 1
 ) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
-    """Draw labels, each head's probabilities and patients; all heads have the same AUROC."""
+    """Return random labels, probabilities of heads with equal AUROC, and patients."""
     generator = np.random.default_rng(seed)
     more = generator.integers(0, n_patients, n - n_patients)
     patients = np.concatenate([np.arange(n_patients), more])
@@ -66,7 +66,7 @@ def draw_studies(
 
 
 def make_table() -> pd.DataFrame:
-    """Make a table such as `bootstrap_report` reads."""
+    """Return a table in the format of `bootstrap_report`."""
     y, (probability,), patients = draw_studies(N_STUDIES, N_PATIENTS, seed=0)
     generator = np.random.default_rng(1)
     regions = np.repeat(list(REGIONS), list(REGIONS.values()))
@@ -92,7 +92,7 @@ def blocks_of(rows: pd.DataFrame) -> Iterator[tuple[tuple[str, ...], np.ndarray]
 
 
 def loop_over_resamples(rows: pd.DataFrame, n: int) -> dict[tuple[str, ...], pd.DataFrame]:
-    """Score every block of `n` resamples by scikit-learn: a frame per block, a row per resample."""
+    """Return scikit-learn's scores of `n` resamples: a frame per block, a row per resample."""
     y, probability = rows["label"].to_numpy(int), rows["probability"].to_numpy()
     by_patient = list(rows.groupby("patient", sort=True).indices.values())
     drawn = np.random.default_rng(0).integers(0, len(by_patient), size=(n, len(by_patient)))
@@ -132,7 +132,7 @@ def decisions_by_scikit_learn(y: np.ndarray, called: np.ndarray) -> dict[str, fl
 
 
 def largest_gap(report: dict[str, Any], rows: pd.DataFrame) -> float:
-    """Return how far any score of a report is from scikit-learn's."""
+    """Return the largest difference between a score of a report and scikit-learn's."""
     y, probability = rows["label"].to_numpy(int), rows["probability"].to_numpy()
     gaps = []
     for path, inside in blocks_of(rows):

@@ -2,12 +2,12 @@
 
     .venv/bin/python bench/explaining.py --out bench/results/explaining.json
 
-Heads are trained on the demo's embeddings of one cohort; maps are drawn of the abnormal images with
-a visible finding of another. A hit means that the cell with the map's highest value touches the
+Heads are trained on the demo's embeddings of one cohort; maps are computed for the abnormal images
+with a visible finding of another. In a hit, the cell with the map's highest value touches the
 finding. Chance is the share of cells that touch it among those that touch bone or finding, image by
-image; `of_frame` is the easier question, among all cells. Ratios are hits over chance, with 95 %
-intervals from 1,000 bootstrap resamples of images. The images are drawn by formula: this says
-nothing of others.
+image; `of_frame` is the easier comparison, among all cells. Ratios are hits over chance, with 95 %
+intervals from 1,000 bootstrap resamples of images. The images are drawn by formula: the results
+do not carry over to other images.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def draw(encoder: TorchEncoder, n_patients: int, seed: int) -> dict[str, np.ndarray]:
-    """Draw a cohort: pixels as the encoder sees them, labels, cells of findings and of bones."""
+    """Return a cohort: the encoder's input pixels, labels, cells of findings and of bones."""
     grid = (16, 16)
     rows: dict[str, list[Any]] = {"pixels": [], "label": [], "finding": [], "bones": []}
     for view in draw_cohort(n_patients, seed=seed):
@@ -79,14 +79,14 @@ def draw(encoder: TorchEncoder, n_patients: int, seed: int) -> dict[str, np.ndar
 
 
 def embed(encoder: TorchEncoder, pixels: np.ndarray, pooling: str) -> np.ndarray:
-    """Embed images, poolings side by side."""
+    """Return embeddings of images, poolings joined."""
     names = pooling.split("+")
     parts = [encoder.encode(pixels[i : i + 8], names) for i in range(0, len(pixels), 8)]
     return np.hstack([np.concatenate([part[name] for part in parts]) for name in names])
 
 
 def judge(heat: np.ndarray, finding: np.ndarray, bones: np.ndarray) -> dict[str, Any]:
-    """Compare hits with chance."""
+    """Return hits compared with chance."""
     peaks = heat.reshape(len(heat), -1).argmax(axis=1)
     hit = finding.reshape(len(heat), -1)[np.arange(len(heat)), peaks]
     chance = finding.sum(axis=(1, 2)) / (bones | finding).sum(axis=(1, 2))

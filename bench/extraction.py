@@ -1,12 +1,12 @@
-"""Measure extraction: the forward pass alone, the whole pipeline, and the loop one would write.
+"""Measure extraction: the forward pass alone, the whole pipeline, and a handwritten loop.
 
     .venv/bin/python bench/extraction.py                              # demo encoder, any machine
     .venv/bin/python bench/extraction.py --tower medgemma --device cuda --images 2048
     .venv/bin/python bench/extraction.py --only standin               # the pipeline, no device
     .venv/bin/python bench/extraction.py --only memory                # 1,000 against 10,000 images
 
-Towers but the demo's have random weights: speed does not depend on them. What was not measured
-is written as "not measured". Results go to bench/results/extraction-*.json, ratios first.
+Towers other than the demo's have random weights, on which speed does not depend. Missing results
+are reported as "not measured". Results go to bench/results/extraction-*.json, ratios first.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def build_encoder(tower: str, device: str, precision: str) -> SiglipEncoder:
-    """Load the demo's tower, or make one of full size with random weights."""
+    """Return the demo's tower, or one of full size with random weights."""
     if tower == "demo":
         demo = load_encoder("demo", device=device, precision=precision)
         assert isinstance(demo, SiglipEncoder)
@@ -106,7 +106,7 @@ def build_encoder(tower: str, device: str, precision: str) -> SiglipEncoder:
 
 
 def flop_per_image(config: Any) -> float:
-    """Count the products of a SigLIP tower: two operations per multiplication and addition."""
+    """Return a SigLIP tower's operations in products, two per multiplication and addition."""
     n = (config.image_size // config.patch_size) ** 2
     d, mlp = config.hidden_size, config.intermediate_size
     layer = 2 * n * (4 * d * d + 2 * d * mlp) + 4 * n * n * d
@@ -114,7 +114,7 @@ def flop_per_image(config: Any) -> float:
 
 
 def measure_peak(device: str, precision: str) -> float:
-    """Time a large product; give operations per second, the best of several."""
+    """Return the operations per second of a large product, the best of several runs."""
     side = 8192 if device == "cuda" else 3072
     a = torch.randn(side, side, device=device).to(DTYPES[precision])
     b = torch.randn(side, side, device=device).to(DTYPES[precision])
@@ -129,7 +129,7 @@ def measure_peak(device: str, precision: str) -> float:
 
 
 def forward_only(encoder: SiglipEncoder, batch_size: int, n_images: int) -> float:
-    """Embed the same batch again and again, as far ahead as the encoder takes; seconds."""
+    """Return the seconds of embedding one batch repeatedly, as far ahead as the encoder allows."""
     size = encoder.preprocessing
     generator = np.random.default_rng(0)
     pixels = generator.integers(0, 256, (batch_size, size.height, size.width), dtype=np.uint8)
@@ -147,7 +147,7 @@ def forward_only(encoder: SiglipEncoder, batch_size: int, n_images: int) -> floa
 def end_to_end(
     encoder: SiglipEncoder, manifest: Manifest, root: Path, arguments: argparse.Namespace
 ) -> dict[str, Any]:
-    """Extract into a new cache; `seconds` leaves out warm-up and canary, which come once."""
+    """Return an extraction's results; `seconds` excludes warm-up and canary, which run once."""
     with tempfile.TemporaryDirectory() as home:
         report = extract(
             manifest,
@@ -163,7 +163,7 @@ def end_to_end(
 
 
 def plain_loop(encoder: SiglipEncoder, manifest: Manifest, root: Path, batch_size: int) -> float:
-    """Do what one would write: Pillow, transformers' processor and model, batch after batch."""
+    """Return the rate of a handwritten loop: Pillow, transformers' processor and model."""
     size = {"height": encoder.preprocessing.height, "width": encoder.preprocessing.width}
     processor = SiglipImageProcessor(size=size, image_mean=HALF, image_std=HALF, resample=2)
     dtype, model, kept = DTYPES[encoder.precision], encoder.model, []
@@ -291,7 +291,7 @@ def measure_memory(arguments: argparse.Namespace) -> None:
 
 
 def peak_megabytes(n_images: int) -> float:
-    """Extract that many images, and give the peak of resident memory of this process."""
+    """Return the peak of resident memory of this process when extracting that many images."""
     with tempfile.TemporaryDirectory() as home:
         manifest = write_images(Path(home) / "images", n_images, 96, 80)
         extract(manifest, Path(home) / "images", load_encoder("demo"), Path(home) / "cache")

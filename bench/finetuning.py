@@ -3,26 +3,26 @@
     .venv/bin/python bench/finetuning.py --out bench/results/finetuning.json
     .venv/bin/python bench/finetuning.py --images 40 --runs 1            # does it all work?
 
-Everything is made up: images of noise, and SigLIP towers of random weights (112 pixels, patch 14,
+Everything is synthetic: images of noise, and SigLIP towers of random weights (112 pixels, patch 14,
 hidden size 192, 3 heads, MLP of 768), on one thread of a CPU, in fp32, without augmentation.
 
-- `trunk`: seconds of an epoch, which is its steps and the held-out patients' score; with the trunk
-  cache and without it, the last 1 and the last 2 of 6 blocks, unfrozen and by LoRA of rank 8. All
-  variants take turns in one process. `seconds` are of the wall, `processor_seconds` those that the
-  process was given, which other work on the machine disturbs less. `ratios` are of the medians.
-  `counted` beside them is the ratio of multiplications: a trained block costs its forward pass
-  three times (forward, and two products of that size backward), a frozen one once, held-out images
-  one forward pass. What is counted is the tower alone: head, AdamW and reading come on top in both.
-- `memory`: what steps need beyond what lies there before the first of them (the weights, the
+- `trunk`: seconds of an epoch, which consists of its steps and the held-out patients' score; with
+  and without the trunk cache, for the last 1 and the last 2 of 6 blocks, unfrozen and by LoRA of
+  rank 8. All variants alternate in one process. `seconds` are wall time, `processor_seconds` the
+  processor time of the process, which other work on the machine affects less. `ratios` are those of
+  the medians. `counted` is the corresponding ratio of multiplications: a trained block costs three
+  forward passes (forward, and two products of that size backward), a frozen one a single pass,
+  held-out images one forward pass. Only the tower is counted: head, AdamW and reading are added in
+  both.
+- `memory`: memory that steps need in addition to that before the first step (the weights, the
   images, the libraries), by depth of the encoder. `kept` is what one step of 32 images keeps for
-  its backward pass, but parameters, counted tensor by tensor through
+  its backward pass, except parameters, counted tensor by tensor through
   `torch.autograd.graph.saved_tensors_hooks`; `gradients` and AdamW's `moments` are counted after
-  it. `grown` is measured: a process of its own takes three steps, after its peak of resident
-  memory was reset (Linux, /proc/self/clear_refs), and tells that peak less what was resident
-  before. Head alone, and everything for comparison. A forward pass without a graph needs the
-  activations of one block at a time, which is in `grown`; that of one run differs from that of
-  the next by up to 10 MB.
-- `parameters`: how many numbers train, counted; of MedGemma's tower by its config alone.
+  it. `grown` is measured: a separate process takes three steps, after its peak of resident memory
+  was reset (Linux, /proc/self/clear_refs), and reports that peak less the memory resident before.
+  Head alone, and everything for comparison. A forward pass without a graph needs the activations
+  of one block at a time, which are included in `grown`; results differ between runs by up to 10 MB.
+- `parameters`: how many numbers train, counted; for MedGemma's tower from its config alone.
 """
 
 import argparse
@@ -73,7 +73,7 @@ Shape = dict[str, int]
 
 
 def make_tower(directory: Path, n_blocks: int) -> Path:
-    """Save a MedGemma-like checkpoint that holds a SigLIP tower of random weights alone."""
+    """Save a MedGemma-like checkpoint that holds only a SigLIP tower with random weights."""
     demo = resolve_checkpoint("demo").path
     directory.mkdir(parents=True)
     config = json.loads((demo / "config.json").read_text())
@@ -94,7 +94,7 @@ def make_tower(directory: Path, n_blocks: int) -> Path:
 
 
 def make_rows(home: Path, n_images: int) -> tuple[Manifest, TrainRows]:
-    """Write images of as many patients; a tenth is for testing, a fifth of the rest held out."""
+    """Write one image per patient; a tenth is for testing, a fifth of the rest held out."""
     manifest = write_images(home / "images", n_images, SIDE, SIDE)
     number = np.arange(n_images)
     rows = manifest.rows.assign(split=np.where(number % 10 == 9, "test", "train"))
@@ -106,7 +106,7 @@ def make_rows(home: Path, n_images: int) -> tuple[Manifest, TrainRows]:
 def make_network(
     encoder: Any, depth: int, recipe: Hyperparameters, n_cut: int | None = None
 ) -> Network:
-    """Build a network whose fresh head reads columns as they are."""
+    """Return a network with a new head that does not scale its columns."""
     width = sum(encoder.dimensions[name][0] for name in POOLINGS)
     columns = np.random.default_rng(0).normal(size=(64, width)).astype(np.float32)
     start = init_random(columns, np.arange(64), 0)
@@ -188,7 +188,7 @@ def time_epoch(
     home: Path,
     processor: list[float],
 ) -> Callable[[], float]:
-    """Make the job of training one epoch from the start; it adds the processor seconds."""
+    """Return a job that trains one epoch from the start and records its processor seconds."""
 
     def job() -> float:
         network = make_network(encoder, depth, recipe, n_cut)
@@ -202,18 +202,18 @@ def time_epoch(
 
 
 def block_products(shape: Shape, n_tokens: int) -> int:
-    """Count the multiplications of a block's forward pass for one image."""
+    """Return the multiplications of a block's forward pass for one image."""
     d, m = shape["hidden_size"], shape["intermediate_size"]
     return n_tokens * (4 * d * d + 2 * d * m) + 2 * n_tokens * n_tokens * d
 
 
 def count_ratio(shape: Shape, n_blocks: int, depth: int, held: float, patch: int = 14) -> float:
-    """Give the multiplications of an epoch without the trunk cache over those with it.
+    """Return the multiplications of an epoch without the trunk cache over those with it.
 
     Parameters
     ----------
     held : float
-        Share of the images that are held out and seen once.
+        Share of the images that are held out and processed once.
     """
     n_tokens = (shape["side"] // patch) ** 2
     block = block_products(shape, n_tokens)
@@ -239,7 +239,7 @@ def measure_memory() -> dict[str, Any]:
 
 
 def measure_steps(tower: Path, what: str) -> dict[str, float]:
-    """Take steps in this process, and tell what they needed, in MB."""
+    """Return the memory that steps in this process needed, in MB."""
     encoder: Any = load_encoder(tower, device="cpu", precision="fp32")
     n_blocks = len(encoder.model.encoder.layers)
     network = make_network(encoder, n_blocks if what == "everything" else 0, RECIPE)
@@ -268,7 +268,7 @@ def measure_steps(tower: Path, what: str) -> dict[str, float]:
 
 
 def resident() -> tuple[int, int]:
-    """Return the bytes that this process has in memory, and the most that it had."""
+    """Return the resident bytes of this process, and their peak."""
     status = Path("/proc/self/status").read_text()
     now, peak = (
         1024 * int(status.partition(f"{name}:")[2].split()[0]) for name in ("VmRSS", "VmHWM")
@@ -277,7 +277,7 @@ def resident() -> tuple[int, int]:
 
 
 def kept_bytes(network: Network, pixels: torch.Tensor) -> int:
-    """Count what a step keeps for its backward pass, each memory once, but the parameters."""
+    """Return the bytes kept for a step's backward pass, each once, without parameters."""
     own = {parameter.data_ptr() for parameter in network.parameters()}
     kept: dict[int, int] = {}
 
@@ -299,7 +299,7 @@ def megabytes(n_bytes: float) -> float:
 
 
 def count_medgemma(depth: int) -> dict[str, int]:
-    """Count what trains in MedGemma's tower: blocks with the norm after them, or adapters."""
+    """Return the trainable numbers of MedGemma's tower: blocks and the next norm, or adapters."""
     d, m = MEDGEMMA["hidden_size"], MEDGEMMA["intermediate_size"]
     block = 4 * (d * d + d) + (d * m + m) + (m * d + d) + 4 * d
     adapters = RANK * (4 * (d + d) + 2 * (d + m))

@@ -1,14 +1,13 @@
-"""Prove and measure on a GPU what a CPU cannot show, in one command of less than 8 minutes.
+"""Verify and measure on a GPU what a CPU cannot show, in one command of less than 8 minutes.
 
     python bench/gpu_check.py                        # on the GPU, full size
     python bench/gpu_check.py --device cpu --tiny    # every step, on any machine, in seconds
 
-It runs from a checkout, needs no network, and asks of the machine what `NEEDED` lists; a step that
-lacks a library says so, and the others go on. The tower has random weights: neither speed nor
-arithmetic depends on what they are. Results are written after every step, so that a run that is
-cut short keeps what it has: to --out, else to $OUT/gpu.json, else to bench/results/gpu.json (never
-with --tiny). What was not measured is written as "not measured". Ratios against the measured peak
-come first.
+The script runs from a checkout, needs no network, and requires the libraries in `NEEDED`; a step
+that lacks a library reports this, and the others continue. The tower has random weights, on which
+neither speed nor arithmetic depends. Results are written after every step, so that an interrupted
+run keeps them: to --out, else to $OUT/gpu.json, else to bench/results/gpu.json (never with --tiny).
+Missing results are reported as "not measured". Ratios against the measured peak come first.
 """
 
 import argparse
@@ -39,12 +38,12 @@ NEEDED = (
     *("torch", "transformers", "numpy", "safetensors", "huggingface_hub", "pillow", "packaging"),
     "peft",  # of the LoRA step alone
 )
-# What a machine with these may still lack, with all that they need: 61 MiB for Python 3.12 on
-# x86_64. pyarrow, pydicom, lightgbm and what else the package asks for are not imported.
+# Libraries that such a machine may still lack, with their dependencies: 61 MiB for Python 3.12 on
+# x86_64. pyarrow, pydicom, lightgbm and the package's other requirements are not imported.
 WHEELS = (
     *("click", "h5py", "pandas", "python-dateutil"),
     *("rich", "markdown-it-py", "mdurl", "pygments"),
-    *("scipy", "scikit-learn", "joblib", "threadpoolctl"),  # of the training step alone
+    *("scipy", "scikit-learn", "joblib", "threadpoolctl"),  # only for the training step
 )
 MODULES = {
     "pillow": "PIL",
@@ -90,7 +89,7 @@ TINY = {
 
 @dataclass
 class Check:
-    """What the steps share.
+    """The state shared by the steps.
 
     Attributes
     ----------
@@ -101,7 +100,7 @@ class Check:
     place : Path
         A temporary directory: the checkpoint, the images, caches.
     found : dict
-        What each step has found so far.
+        The results of each step so far.
     """
 
     device: str
@@ -111,14 +110,14 @@ class Check:
 
     @property
     def checkpoint(self) -> Path:
-        """Return the directory of the random tower, made when it is first asked for."""
+        """Return the directory of the random tower, created on first use."""
         made = self.place / "tower"
         if not made.exists():
             write_checkpoint(made, self.sizes["tower"])
         return made
 
     def encoder(self, precision: str, device: str | None = None) -> Any:
-        """Load the tower by the real loading code."""
+        """Return the tower, loaded by the real loading code."""
         from medembed.encoders.loading import load_encoder
 
         return load_encoder(self.checkpoint, device=device or self.device, precision=precision)
@@ -151,7 +150,7 @@ class Check:
 
 
 def main() -> int:
-    """Run the steps; exit 1 where one failed."""
+    """Run the steps, and return the exit status, 1 if one failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a tiny tower, for a test of the steps")
@@ -181,7 +180,7 @@ def default_out(tiny: bool) -> Path | None:
 
 
 def run(check: Check, names: list[str], out: Path | None) -> int:
-    """Run steps one after the other and write what is known after each."""
+    """Run steps one after the other and write all results after each."""
     began = time.monotonic()
     for name in names:
         if time.monotonic() - began > SECONDS:
@@ -199,18 +198,18 @@ def run(check: Check, names: list[str], out: Path | None) -> int:
 
 
 def attempt(step: Callable[[Check], dict[str, Any]], check: Check) -> dict[str, Any]:
-    """Run a step; a library that is not there and an error are results too."""
+    """Return the result of a step; a missing library or an error is also a result."""
     try:
         return step(check)
     except ImportError as error:
         return {"skipped": f"this machine lacks a library: {error}"}
-    except Exception as error:  # one step must not cost the others
+    except Exception as error:  # one step must not prevent the others
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
         return {"failed": reason, "where": traceback.format_exc(limit=-3).splitlines()[-4:]}
 
 
 def write(out: Path, check: Check) -> None:
-    """Write all that is known, the ratios first, so that it is complete or absent."""
+    """Write all results, the ratios first, to a file that is complete or absent."""
     out.parent.mkdir(parents=True, exist_ok=True)
     document = {"ratios": ratios(check.found), "device": check.device, "steps": check.found}
     partial = out.with_name(f".{out.name}.partial")
@@ -219,7 +218,7 @@ def write(out: Path, check: Check) -> None:
 
 
 def ratios(found: dict[str, Any]) -> dict[str, Any]:
-    """Relate what was measured to the device's peak, and to the loop that one would write."""
+    """Return results relative to the device's peak, and to a handwritten loop."""
     peak = found.get("peak", {}).get("tflops")
     rates = found.get("rates", {})
     flops = found.get("tower", {}).get("tflop_per_image")
@@ -239,7 +238,7 @@ def ratios(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def versions(check: Check) -> dict[str, Any]:
-    """Name the libraries, the card and the compiler."""
+    """Return the libraries, the card and the compiler."""
     import torch
 
     found: dict[str, Any] = {
@@ -264,7 +263,7 @@ def versions(check: Check) -> dict[str, Any]:
 
 
 def driver() -> str | None:
-    """Ask nvidia-smi for the driver's version."""
+    """Return the driver's version from nvidia-smi."""
     if not shutil.which("nvidia-smi"):
         return None
     asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -328,7 +327,7 @@ def attention(check: Check) -> dict[str, Any]:
 
 
 def tower(check: Check) -> dict[str, Any]:
-    """Build the tower, load it by the real code, and hold the device's fp32 to the CPU's."""
+    """Build the tower, load it by the real code, and compare the device's fp32 with the CPU's."""
     import numpy as np
 
     pixels = check.pixels(1)
@@ -343,7 +342,7 @@ def tower(check: Check) -> dict[str, Any]:
 
 
 def tflop(config: dict[str, int]) -> float:
-    """Count an image's arithmetic: patches, then per block projections, attention and MLP."""
+    """Return an image's operations: patches, then per block projections, attention and MLP."""
     side = config["image_size"] // config["patch_size"]
     tokens, width, mlp = side**2, config["hidden_size"], config["intermediate_size"]
     block = 8 * tokens * width**2 + 4 * tokens**2 * width + 4 * tokens * width * mlp
@@ -352,7 +351,7 @@ def tflop(config: dict[str, int]) -> float:
 
 
 def canary(check: Check) -> dict[str, Any]:
-    """Measure bf16 by the canary of a cache that was made in fp32, under every pooling."""
+    """Measure bf16 by the canary of a cache made in fp32, under every pooling."""
     from medembed.extraction.canary import TOLERANCE, check_canary, compute_canary
 
     poolings = ["mean", "max", "grid4"]
@@ -364,7 +363,7 @@ def canary(check: Check) -> dict[str, Any]:
 
 
 def in_flight(check: Check) -> dict[str, Any]:
-    """Hold 20 batches that overlap to the same batches one at a time, bit for bit."""
+    """Compare 20 overlapping batches with each batch run alone, bit for bit."""
     import numpy as np
 
     encoder = check.encoder("bf16")
@@ -384,7 +383,7 @@ def in_flight(check: Check) -> dict[str, Any]:
 
 
 def memory(check: Check) -> dict[str, Any]:
-    """Cap the device's memory, and see the batch halved until it fits."""
+    """Cap the device's memory, and check that the batch is halved until it fits."""
     import torch
 
     if check.device != "cuda":
@@ -406,7 +405,7 @@ def memory(check: Check) -> dict[str, Any]:
 
 
 def rates(check: Check) -> dict[str, Any]:
-    """Time batches of several sizes: as the tower is, with each kernel chosen, and compiled."""
+    """Time batches of several sizes: with the default kernel, each chosen kernel, and compiled."""
     runs = []
     encoder = check.encoder("bf16")
     for size in check.sizes["batches"]:
@@ -436,7 +435,7 @@ def rates(check: Check) -> dict[str, Any]:
 
 
 def extraction(check: Check) -> dict[str, Any]:
-    """Extract images end to end, beside the forward pass and the loop one would write."""
+    """Time end-to-end extraction, compared with the forward pass and a handwritten loop."""
     from medembed.extraction import extract
     from standin import write_images
 
@@ -481,7 +480,7 @@ def plain_loop(check: Check, images: Path) -> float:
 
 
 def workers(check: Check) -> dict[str, Any]:
-    """Run two workers on one cache, kill one, run it again, and verify the cache."""
+    """Run two workers on one cache, kill one, restart it, and verify the cache."""
     from medembed.cache.store import open_cache
     from medembed.dataset.manifest import write_manifest
     from standin import write_images
@@ -522,7 +521,7 @@ def workers(check: Check) -> dict[str, Any]:
 
 
 def training(check: Check) -> dict[str, Any]:
-    """Train two epochs of an autoencoder, and of a last block by every way there is."""
+    """Train two epochs of an autoencoder, and of a last block in every available way."""
     from medembed.autoencoder import train_autoencoder
 
     images = check.place / "training"
@@ -583,7 +582,7 @@ def tune(
 
 
 def labelled(images: Path, n_images: int, side: tuple[int, int]) -> Any:
-    """Write images and a manifest of them with patients, labels and a split."""
+    """Return a manifest of written images, with patients, labels and a split."""
     import pandas as pd
 
     from medembed.dataset.manifest import Manifest
@@ -597,7 +596,7 @@ def labelled(images: Path, n_images: int, side: tuple[int, int]) -> Any:
 
 
 def write_checkpoint(directory: Path, config: dict[str, int]) -> None:
-    """Write a random SigLIP tower in bfloat16 with its processor, as a checkpoint holds them."""
+    """Write a checkpoint of a random SigLIP tower in bfloat16, with its processor."""
     import torch
     from transformers import SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
 

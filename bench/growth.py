@@ -1,19 +1,19 @@
-"""How cost grows: images, configurations and rows, tenfold and tenfold again, with exponents.
+"""Measure how cost grows with images, configurations and rows, over two factors of ten.
 
     .venv/bin/python bench/growth.py --out bench/results/growth.json
     .venv/bin/python bench/growth.py --divide 50                  # does it all work?
 
-Everything is made up:
+Everything is synthetic:
 
-- `images`: `extract` of small PNGs into a stand-in device that takes no time, so that reading,
-  hashing, decoding, queues and shards are what is timed.
+- `images`: `extract` of small PNGs into a stand-in device that takes no time, so that only reading,
+  hashing, decoding, queues and shards are timed.
 - `configurations`: `medembed sweep` of MLPs, one pooling, three folds, as a whole process.
-- `rows`: `load_embeddings` with every hash compared, and `medembed sweep` of one logistic head and
+- `rows`: `load_embeddings` with every hash verified, and `medembed sweep` of one logistic head and
   of one LightGBM in two folds, as whole processes.
 
-The exponent b of seconds = a · n^b is fitted by least squares through the logarithms; `last` is the
-one between the two largest sizes, which start-up flattens least. A b of 1 is linear. Ratios are the
-cost of one image, configuration or row at the largest size over that at the smallest.
+The exponent b of seconds = a · n^b is fitted by least squares to the logarithms; `last` is the
+exponent between the two largest sizes, which start-up distorts least. A b of 1 is linear. Ratios
+are the cost of one image, configuration or row at the largest size over that at the smallest.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def exponents(points: Point) -> dict[str, float]:
-    """Fit the exponent over all sizes, and give that between the last two."""
+    """Return the exponent fitted over all sizes, and that between the last two."""
     x, y = np.log(list(points)), np.log(list(points.values()))
     slope = np.polyfit(x, y, 1)[0]
     last = (y[-1] - y[-2]) / (x[-1] - x[-2])
@@ -77,13 +77,13 @@ def exponents(points: Point) -> dict[str, float]:
 
 
 def cost_ratio(points: Point) -> float:
-    """Divide the cost of one at the largest size by that of one at the smallest."""
+    """Return the unit cost at the largest size divided by that at the smallest."""
     sizes = list(points)
     return round(points[sizes[-1]] / sizes[-1] / (points[sizes[0]] / sizes[0]), 4)
 
 
 def time_call(function: Callable[[], Any]) -> float:
-    """Give a call's wall seconds."""
+    """Return a call's wall time in seconds."""
     start = time.perf_counter()
     function()
     return round(time.perf_counter() - start, 3)
@@ -104,7 +104,7 @@ def grow_images(place: Path, divide: int) -> dict[str, Point]:
 
 
 def sweep(place: Path, run: str, head: str, space: str, folds: int) -> float:
-    """Time a whole `medembed sweep` of one head with a space of its own."""
+    """Return the seconds of a whole `medembed sweep` of one head with a given space."""
     file = place / f"{run}.toml"
     file.write_text(space)
     command = [sys.executable, "-m", "medembed", "sweep", str(place / "cache")]

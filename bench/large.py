@@ -1,11 +1,12 @@
-"""Time and memory of looking at a simulated cache and manifest of many rows, as whole processes.
+"""Measure time and memory of inspecting a simulated cache and manifest with many rows.
 
     .venv/bin/python bench/large.py --rows 10000000 --out bench/results/large.json
     .venv/bin/python bench/large.py --rows 200000 --values 1152 --out bench/results/verify.json
 
-Of `medembed cache info CACHE`, of the same with a manifest of as many rows of which 1 % are
-missing, and of `medembed cache verify CACHE` beside `sha256sum` of the shards. Everything is made
-up: rows of zeros under random keys. The files are in the page cache.
+The commands are timed as whole processes: `medembed cache info CACHE`, with and without a manifest
+of equally many rows, 1 % of them missing, and `medembed cache verify CACHE`, compared with
+`sha256sum` of the shards. Everything is synthetic: rows of zeros under random keys. The files are
+in the page cache.
 """
 
 import argparse
@@ -70,7 +71,7 @@ def manifest_rows(keys: np.ndarray, numbers: np.ndarray) -> pa.Table:
 
 
 def watch(command: list[str]) -> dict[str, float]:
-    """Run a command; give its seconds and its peak of resident memory in GB."""
+    """Run a command; return its seconds and its peak of resident memory in GB."""
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)

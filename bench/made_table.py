@@ -1,9 +1,9 @@
-"""A made-up table of MURA's size: embeddings with a known, partly non-linear signal.
+"""A synthetic table of MURA's size: embeddings with a known, partly non-linear signal.
 
-Studies have a latent vector whose variances fall off as those of real embeddings do; views of a
-study differ from it by noise; a fixed random map takes both to the columns. What is abnormal
-follows from a linear part, products of pairs and a threshold in the latent vector, and from chance.
-No radiograph is behind it.
+Studies have a latent vector whose variances decay like those of real embeddings; views of a study
+differ from it by noise; a fixed random map transforms both into columns. The label depends on a
+linear part, products of pairs and a threshold of the latent vector, and on chance. The table is not
+based on radiographs.
 """
 
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class Table:
 
 
 def make_table(n_train: int = 36_808, n_patients: int = 11_184, width: int = 1152) -> Table:
-    """Draw a table; a twelfth as many images again are for testing, as in MURA."""
+    """Return a random table with an additional twelfth of images for testing, as in MURA."""
     generator = np.random.default_rng(0)
     n_rows = n_train + n_train // 12
     all_patients = n_patients + n_patients // 12

@@ -1,4 +1,4 @@
-"""What the benchmarks share: alternated runs, whole-process times, results as JSON."""
+"""Common parts of the benchmarks: alternated runs, whole-process times, results as JSON."""
 
 import json
 import os
@@ -23,14 +23,14 @@ def alternate(jobs: dict[str, Callable[[], float]], n_runs: int) -> dict[str, li
 
 
 def time_command(command: list[str]) -> float:
-    """Return the wall seconds of a whole process; its output is thrown away."""
+    """Return the wall time of a whole process in seconds; its output is discarded."""
     start = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - start
 
 
 def machine() -> dict[str, Any]:
-    """Describe where the figures come from; no host name, no path."""
+    """Return a description of the machine, without host name and paths."""
     packages = ("medembed", "numpy", "torch", "click")
     return {
         "cores": os.cpu_count(),

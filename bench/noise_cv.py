@@ -1,19 +1,19 @@
-"""Cross-validated AUROC of the winners of a sweep on pure noise: what is more than 0.5 is optimism.
+"""Measure the optimism of a sweep: cross-validated AUROC of its winners on pure noise.
 
     nice -n 15 .venv/bin/python bench/noise_cv.py --out bench/results/noise_cv.json
     .venv/bin/python bench/noise_cv.py --sets 2                    # does it all work?
     .venv/bin/python bench/noise_cv.py --heads mlp --keep noise.jsonl   # goes on where it stopped
 
-Everything is made up: 100 training patients of 1 or 2 studies with 1 or 2 views each, 32 columns in
-which the views of a study and the studies of a patient resemble each other, and labels that follow
-from none of it. Each set is swept with the default space (32 MLPs, 8 LightGBM, 8 attention, 8
-logistic), 5 folds. A head's `cv` should be 0.5; what it has more is optimism.
+Everything is synthetic: 100 training patients with 1 or 2 studies of 1 or 2 views each, 32 columns
+in which the views of a study and the studies of a patient resemble each other, and labels that are
+independent of them. Each set is swept with the default space (32 MLPs, 8 LightGBM, 8 attention, 8
+logistic), 5 folds. A head's `cv` should be 0.5; any excess is optimism.
 
-- `mean`, `standard_error`: of the winner's `cv` over the sets.
-- `pooled`: of the AUROC of its out-of-fold scores, all folds together.
-- `chosen_by`: of the score that the winner was chosen by, which is too good and is no result.
+- `mean`, `standard_error`: the winner's `cv` over the sets.
+- `pooled`: the AUROC of its out-of-fold scores, all folds together.
+- `chosen_by`: the score by which the winner was chosen, which is optimistic and not a result.
 - `n_tried`: configurations that the winner was chosen from.
-- `ratios`: how far `mean` is from 0.5.
+- `ratios`: the difference of `mean` from 0.5.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def draw_set(seed: int) -> tuple[pd.DataFrame, np.ndarray]:
 
 
 def sweep_noise(seed: int, heads: list[str]) -> dict[str, dict[str, float]]:
-    """Sweep one set; return what each head's winner scores."""
+    """Return each head's winning scores in a sweep of one set."""
     table, X = draw_set(seed)
     with tempfile.TemporaryDirectory() as home:
         spec = CacheSpec("ab" * 32, {"size": [8, 8]}, {"mean": (WIDTH,)}, "float32")
@@ -131,7 +131,7 @@ def main() -> None:
 
 
 def _read(path: Path | None) -> list[dict[str, dict[str, float]]]:
-    """Return what earlier runs have kept; another choice of heads wants another file."""
+    """Return the results of earlier runs; another choice of heads needs another file."""
     if path is None or not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""Peak memory of a command with all its processes, pages that they share counted once."""
+"""Measure the peak memory of a command with all its processes, counting shared pages once."""
 
 import contextlib
 import subprocess
@@ -11,7 +11,7 @@ INTERVAL = 0.2
 
 
 class Watched(NamedTuple):
-    """How a command went; `sampling_seconds` of processor time went into watching it."""
+    """The result of a command; `sampling_seconds` is the processor time spent on watching it."""
 
     seconds: float
     peak_gb: float
@@ -20,10 +20,10 @@ class Watched(NamedTuple):
 
 
 def watch(command: list[str]) -> Watched:
-    """Run a command in a session of its own; sum its processes' PSS every 0.2 s (Linux).
+    """Run a command in a new session, and sum its processes' PSS every 0.2 s (Linux).
 
-    PSS is a process's memory with every shared page divided by the number of those that map it, so
-    that the sum over the processes counts it once.
+    PSS is a process's memory with every shared page divided by the number of processes that map it,
+    so that the sum over the processes counts each page once.
     """
     peak, sampling = 0, 0.0
     with tempfile.TemporaryFile("w+") as output:
@@ -46,7 +46,7 @@ def watch(command: list[str]) -> Watched:
 
 
 def session_pss(session: int) -> int:
-    """Return the bytes that the processes of a session hold now."""
+    """Return the bytes that the processes of a session currently hold."""
     total = 0
     for place in Path("/proc").glob("[0-9]*"):
         # a process may end between any two of these lines

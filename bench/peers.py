@@ -1,26 +1,26 @@
-"""Time `medembed sweep` beside eva's offline fit and AutoGluon on the same embeddings.
+"""Time `medembed sweep` against eva's offline fit and AutoGluon on equal embeddings.
 
     .venv/bin/python bench/peers.py --eva EVA/bin/python --autogluon AG/bin/python \
         --out bench/results/peers.json
 
-Both have dependencies of their own, so each lives in a virtual environment of its own (`pip install
-kaiko-eva scikit-learn`, `pip install 'autogluon.tabular[lightgbm]'`), whose Python is given, or
-stands in MEDEMBED_EVA and MEDEMBED_AUTOGLUON; one that is not given is "not measured".
-The table is made up (see made_table.py), with the same training, validation and test rows for
-everybody: patients are on one side only. AUROC is of the test images.
+Both peers have their own dependencies, so each is installed in a separate virtual environment (`pip
+install kaiko-eva scikit-learn`, `pip install 'autogluon.tabular[lightgbm]'`), whose Python is given
+by an option or by MEDEMBED_EVA and MEDEMBED_AUTOGLUON; a missing peer is "not measured". The table
+is synthetic (see made_table.py), with identical, patient-disjoint training, validation and test
+rows for all. AUROC is that of the test images.
 
 - `medembed logistic`: a whole `medembed sweep --heads logistic`: 8 penalties × 5 folds, test.
 - `medembed default`: a whole `medembed sweep`: 8 penalties, 32 MLPs, 8 LightGBM × 5 folds; AUROC is
   that of the head that was best in cross-validation.
-- `eva`: its offline classification as it is used: one file an embedding, a linear head, AdamW at
-  3e-4, batches of 256, at most 12,500 steps, stopped where 5 epochs brought no better AUROC of the
-  validation rows, one run (its own configurations take several).
+- `eva`: its offline classification in the usual form: one file per embedding, a linear head, AdamW
+  at 3e-4, batches of 256, at most 12,500 steps, stopped after 5 epochs without a better AUROC on
+  the validation rows, one run (its own configurations take several).
 - `autogluon`: TabularPredictor with AUROC, preset "medium_quality", the validation rows as tuning
-  data, its other settings untouched, `--limit` seconds at most.
+  data, otherwise default settings, at most `--limit` seconds.
 
-A peer's time is that of its fit alone, libraries loaded and rows in memory (eva reads its files, as
-it does); medembed's is of the whole process. Ratios are a peer's time over medembed's, medians of
-runs that alternate.
+A peer's time covers only its fit, with libraries loaded and rows in memory (eva reads its files, as
+usual); medembed's time covers the whole process. Ratios are a peer's time over medembed's, from
+medians of alternated runs.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def main() -> None:
 def measure(
     place: Path, n_rows: int, n_runs: int, limit: int, pythons: dict[str, str | None]
 ) -> dict[str, Any]:
-    """Run everybody in turn, and compare medians."""
+    """Run all in turn, and return the comparison of medians."""
     write_rows(place, n_rows)
     jobs: dict[str, Any] = {
         "medembed logistic": lambda run: sweep(place, f"logistic-{run}", "--heads", "logistic"),
@@ -104,7 +104,7 @@ def measure(
 
 
 def write_rows(place: Path, n_rows: int) -> None:
-    """Write cache and manifest for medembed, arrays for the peers, a file an embedding for eva."""
+    """Write cache and manifest for medembed, arrays for the peers, a file per embedding for eva."""
     import numpy as np
 
     from made_table import make_table, write_table
@@ -121,7 +121,7 @@ def write_rows(place: Path, n_rows: int) -> None:
 
 
 def sweep(place: Path, run: str, *options: str) -> dict[str, Any]:
-    """Run a whole sweep; AUROC of the test images by the head that cross-validation chose."""
+    """Run a whole sweep; return the test AUROC of the head chosen by cross-validation."""
     import pandas as pd
     from sklearn.metrics import roc_auc_score
 
@@ -138,13 +138,13 @@ def sweep(place: Path, run: str, *options: str) -> dict[str, Any]:
 
 
 def call(command: list[str]) -> dict[str, Any]:
-    """Run a peer in its own Python; its answer is the JSON of the last line."""
+    """Run a peer in its own Python; return the JSON of its last line."""
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def fit_eva(place: Path, _limit: int) -> dict[str, Any]:
-    """Fit a linear head as eva's offline configurations do; runs in eva's Python."""
+    """Fit a linear head as in eva's offline configurations; runs in eva's Python."""
     import numpy as np
     import torch
     from eva.core.data.dataloaders import DataLoader
@@ -199,7 +199,7 @@ def fit_eva(place: Path, _limit: int) -> dict[str, Any]:
 
 
 def write_eva(folder: Path, rows: Any) -> Path:
-    """Write a file an embedding and the list of them, once."""
+    """Write a file per embedding and a list of them, once."""
     import pandas as pd
     import torch
 

@@ -1,10 +1,10 @@
-"""Measure one answer: the encoder alone, against a loaded Predictor asked for one image.
+"""Measure one prediction: the encoder alone, against a loaded Predictor, for one image.
 
     .venv/bin/python bench/prediction.py
 
-Two encoders: the demo's, and a SigLIP-Base tower of random weights, since speed does not depend on
-them. The image is a PNG of 1024 x 832, as a radiograph may be. What a Predictor takes beyond the
-encoder's own time is to stay below 200 ms. Results go to bench/results/prediction.json.
+Two encoders: the demo's, and a SigLIP-Base tower with random weights, on which speed does not
+depend. The image is a PNG of 1024 x 832, a realistic size for a radiograph. A Predictor should take
+less than 200 ms in addition to the encoder's own time. Results go to bench/results/prediction.json.
 """
 
 import argparse
@@ -81,7 +81,7 @@ def make_tower(directory: Path) -> Path:
 
 
 def make_model(directory: Path, reference: Any) -> Path:
-    """Save a head that was trained on noise: its time does not depend on what it knows."""
+    """Save a head trained on noise, since its time does not depend on its weights."""
     encoder: Any = load_encoder(reference, device="cpu", precision="fp32")
     poolings = ("mean", "max")
     width = sum(encoder.dimensions[name][0] for name in poolings)
@@ -103,7 +103,7 @@ def make_model(directory: Path, reference: Any) -> Path:
 
 
 def measure(reference: Any, image: Path, model: Path, n_runs: int) -> dict[str, Any]:
-    """Time both, and what is between them, in milliseconds of medians."""
+    """Return the median times of both and their difference, in milliseconds."""
     make_model(model, reference)
     predictor = Predictor(model, encoder=reference, device="cpu", precision="fp32").load()
     encoder = predictor.embedder.encoder

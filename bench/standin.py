@@ -1,4 +1,4 @@
-"""Stand-ins for a benchmark of extraction: radiographs of noise, a device that sleeps."""
+"""Stand-ins for a benchmark of extraction: radiographs of noise, and a device that sleeps."""
 
 import hashlib
 import queue
@@ -22,7 +22,7 @@ Rows = dict[str, np.ndarray]
 
 
 def write_images(root: Path, n_images: int, height: int, width: int) -> Manifest:
-    """Write grey PNGs of smooth shapes and fine noise, each different, and list them."""
+    """Write distinct grey PNGs of smooth shapes and fine noise, and return their manifest."""
     root.mkdir(parents=True, exist_ok=True)
     rows = []
     for number in range(n_images):
@@ -43,11 +43,11 @@ def write_images(root: Path, n_images: int, height: int, width: int) -> Manifest
 
 
 class SleepingEncoder:
-    """A device that takes a set time for each batch, and does nothing in it.
+    """A device that takes a fixed time for each batch without computing anything.
 
-    A thread of its own takes batches one after the other; the transfer of the next one overlaps
-    the forward pass of the one before, as on a GPU with a copy stream. So whatever the pipeline
-    loses against `forward_seconds` is the pipeline's own.
+    A separate thread processes batches one after the other; the transfer of the next batch overlaps
+    the forward pass of the previous one, as on a GPU with a copy stream. Any loss compared with
+    `forward_seconds` is therefore due to the pipeline.
     """
 
     source, revision, fingerprint = "sleeping stand-in", None, "5" * 64
@@ -67,7 +67,7 @@ class SleepingEncoder:
             threading.Thread(target=work, daemon=True).start()
 
     def encode(self, pixels: np.ndarray, poolings: Sequence[str]) -> Rows:
-        """Give 1152 grey levels of each image at once: a canary does not sleep."""
+        """Return 1152 grey levels of each image at once: a canary does not sleep."""
         flat = pixels.reshape(len(pixels), -1)
         places = np.linspace(0, flat.shape[1] - 1, 1152).astype(int)
         return dict.fromkeys(poolings, flat[:, places].astype(np.float32) / 255)
@@ -86,11 +86,11 @@ class SleepingEncoder:
         batch_size: int | None = None,
         tell: Callable[[str], None] | None = None,
     ) -> int:
-        """There is nothing to warm up."""
+        """Return the batch size; there is nothing to warm up."""
         return batch_size or 8
 
     def reference(self) -> Encoder:
-        """Give itself."""
+        """Return the encoder itself."""
         return self
 
     def _transfer(self) -> None:

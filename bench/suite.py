@@ -1,14 +1,14 @@
 """Run the benchmarks one after the other, write RESULTS.md, or check against committed results.
 
     .venv/bin/python bench/suite.py                       # make bench: everything, 90 minutes
-    .venv/bin/python bench/suite.py --only startup,cache  # some of it; the rest stays as it is
+    .venv/bin/python bench/suite.py --only startup,cache  # some parts; the others are kept
     .venv/bin/python bench/suite.py --check               # make bench-check
-    .venv/bin/python bench/suite.py --render              # RESULTS.md anew from the JSON files
+    .venv/bin/python bench/suite.py --render              # rewrite RESULTS.md from the JSON files
 
-Every part is a script of this folder in a process of its own that alternates medembed with what one
-would use instead and writes JSON. `--check` runs the parts into a temporary folder and compares the
-ratios with the committed ones: one that is worse by more than 20 %, twice, fails. It wants the kind
-of machine that the committed figures come from and nothing beside it; `--against` takes others.
+Every part is a script of this folder, run in a separate process, that alternates medembed with its
+alternatives and writes JSON. `--check` runs the parts into a temporary folder and compares the
+ratios with the committed ones: a ratio that is worse by more than 20 %, twice, fails. The check
+needs an idle machine of the kind that produced the committed figures; `--against` takes others.
 """
 
 import argparse
@@ -47,7 +47,7 @@ GPU_FIGURES = (
 
 @dataclass(frozen=True)
 class Figure:
-    """One number of a part's JSON, and the side on which it is to be; see suite.toml."""
+    """One number of a part's JSON, and its wanted limit; see suite.toml."""
 
     key: str
     what: str
@@ -58,11 +58,11 @@ class Figure:
 
     @property
     def is_ratio(self) -> bool:
-        """Ratios carry over to another machine of the kind; seconds and bytes less so."""
+        """Whether the figure is a ratio, which carries over to similar machines."""
         return self.unit == "×"
 
     def is_missed(self, value: float) -> bool:
-        """Tell whether a value is on the wrong side of what was wanted."""
+        """Return whether a value is on the wrong side of the wanted limit."""
         if self.wanted is None:
             return False
         return value < self.wanted if self.better == "higher" else value > self.wanted
@@ -81,7 +81,7 @@ class Part:
 
 
 def read_parts() -> tuple[Part, ...]:
-    """Read suite.toml."""
+    """Return the parts in suite.toml."""
     tables = tomllib.loads((HERE / "suite.toml").read_text(encoding="utf-8"))["part"]
     parts = []
     for table in tables:
@@ -111,7 +111,7 @@ def main() -> None:
 
 
 def choose(parser: argparse.ArgumentParser, only: str | None) -> Sequence[Part]:
-    """Give the parts asked for, in their order."""
+    """Return the requested parts, in their order."""
     known = {part.name: part for part in PARTS}
     names = only.split(",") if only else list(known)
     if unknown := [name for name in names if name not in known]:
@@ -120,7 +120,7 @@ def choose(parser: argparse.ArgumentParser, only: str | None) -> Sequence[Part]:
 
 
 def run(parts: Sequence[Part], folder: Path) -> None:
-    """Run every part to its end, whatever becomes of the others; exit 1 if one failed."""
+    """Run every part to its end, even if others fail; exit 1 if one failed."""
     failed = []
     for number, part in enumerate(parts, 1):
         print(f"[{number}/{len(parts)}] {part.title} …", file=sys.stderr, flush=True)
@@ -136,10 +136,10 @@ def run(parts: Sequence[Part], folder: Path) -> None:
 
 
 def check(parts: Sequence[Part], against: Path, fresh: Path | None) -> int:
-    """Compare fresh ratios with the committed ones; give the exit status.
+    """Compare fresh ratios with the committed ones; return the exit status.
 
-    A part with a ratio that is worse is measured once more: a regression is worse both times, a
-    neighbour on the machine seldom is.
+    A part with a worse ratio is measured again: a regression is worse both times, while other load
+    on the machine rarely is.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = fresh or Path(name)
@@ -162,7 +162,7 @@ def check(parts: Sequence[Part], against: Path, fresh: Path | None) -> int:
 
 @dataclass(frozen=True)
 class Regression:
-    """A ratio that is worse than the committed one, and the line that says so."""
+    """A ratio that is worse than the committed one, and the line that reports it."""
 
     part: Part
     figure: Figure
@@ -170,7 +170,7 @@ class Regression:
 
 
 def regressions(parts: Sequence[Part], against: Path, fresh: Path) -> Iterator[Regression]:
-    """Name every ratio that is worse than the committed one by more than the tolerance."""
+    """Yield every ratio that is worse than the committed one by more than the tolerance."""
     for part in parts:
         before, now = read(against / part.file), read(fresh / part.file)
         for figure in part.figures:
@@ -187,18 +187,18 @@ def regressions(parts: Sequence[Part], against: Path, fresh: Path) -> Iterator[R
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read a part's results; nothing where there are none."""
+    """Return a part's results, empty if there are none."""
     return dict(json.loads(path.read_text())) if path.is_file() else {}
 
 
 def look_up(results: dict[str, Any], key: str) -> float | None:
-    """Follow a dotted key to its number; None where there is none."""
+    """Return the number at a dotted key, or None."""
     value = _follow(results, key)
     return float(value) if isinstance(value, int | float) else None
 
 
 def look_up_reason(results: dict[str, Any], key: str) -> str | None:
-    """Follow a dotted key to the words that stand in a number's place."""
+    """Return the text at a dotted key that takes the place of a number."""
     value = _follow(results, key)
     return value if isinstance(value, str) else None
 
@@ -211,7 +211,7 @@ def _follow(results: dict[str, Any], key: str) -> Any:
 
 
 def render(folder: Path) -> str:
-    """Write the table of all figures, ratios first, and where they come from."""
+    """Return the tables of all figures, ratios first, with their origin."""
     lines = [
         "# Benchmarks",
         "",
@@ -238,7 +238,7 @@ def render(folder: Path) -> str:
 
 
 def _gpu(folder: Path) -> list[str]:
-    """Write what `gpu_check.py` has left; each line says so where nothing was measured."""
+    """Return the results of `gpu_check.py` as lines, "not measured" if missing."""
     results = read(folder / GPU_FILE)
     card = _follow(results, "steps.versions.card") if results.get("device") == "cuda" else None
     lines = [
@@ -289,7 +289,7 @@ def _growth(folder: Path) -> list[str]:
 
 
 def _noise(folder: Path) -> list[str]:
-    """Write what the winners of a sweep score on pure noise, by `noise_cv.py`."""
+    """Return the scores of a sweep's winners on pure noise, from `noise_cv.py`, as lines."""
     results = read(folder / "noise_cv.json")
     if not results:
         return []

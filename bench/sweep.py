@@ -1,45 +1,44 @@
-"""Time and AUROC of `medembed sweep` beside what one would write with scikit-learn's grid search.
+"""Compare time and AUROC of `medembed sweep` with scikit-learn's grid search.
 
     .venv/bin/python bench/sweep.py --out bench/results/sweep.json
     .venv/bin/python bench/sweep.py --only gflops,default
     .venv/bin/python bench/sweep.py --rows 3000 --configs 16       # does it all work?
 
-A made-up table of MURA's size (see made_table.py) and medembed's own patient-disjoint folds, for
-everybody. A part's jobs alternate: medembed, then each peer, then again for every further run.
+All use a synthetic table of MURA's size (see made_table.py) and medembed's own patient-disjoint
+folds. A part's jobs alternate: medembed, then each peer, then again for every further run.
 
 medembed is timed as a whole process: start, loading, the logistic floor (one configuration), all
-trials, refits, packaging, test scores. A peer's time is that of `GridSearchCV.fit` with refit=False
-alone, rows in memory and processes warm, over every eighth of the same configurations (the two
-slowest: every 32nd), as many processes of one thread as there are cores; times the share left out,
-it is extrapolated: by the number of configurations (the ratios), and by the number of weights of
-the chosen ones (`extrapolated_seconds_by_weights`). Ratios are a peer's extrapolated time over
-medembed's.
+trials, refits, packaging, test scores. A peer's time covers only `GridSearchCV.fit` with
+refit=False, rows in memory and processes warm, over every eighth of medembed's configurations (the
+two slowest: every 32nd), with one single-threaded process per core. It is extrapolated to all
+configurations by their number (the ratios), and by the number of weights of the chosen ones
+(`extrapolated_seconds_by_weights`). Ratios are a peer's extrapolated time over medembed's.
 
-- `gridsearch`: StandardScaler and MLPClassifier, float32, batches of 256, 20 epochs, always all of
-  them. MLPClassifier has no dropout; weight_decay becomes alpha; GELU and SiLU become ReLU; label
-  smoothing and class weights have no counterpart. It wants a hidden layer: a configuration without
-  one gives way to the next that has one.
-- `gridsearch_early_stopping`: up to 60 epochs, 8 without a better score on a tenth of the rows that
-  it draws itself: random rows, so that patients are on both sides.
+- `gridsearch`: StandardScaler and MLPClassifier, float32, batches of 256, always 20 epochs.
+  MLPClassifier has no dropout; weight_decay becomes alpha; GELU and SiLU become ReLU; label
+  smoothing and class weights have no counterpart. It requires a hidden layer: a configuration
+  without one is replaced by the next that has one.
+- `gridsearch_early_stopping`: up to 60 epochs, stopped after 8 without a better score on a tenth of
+  the rows, which MLPClassifier draws at random, so that patients are on both sides.
 - `skorch`: a torch module in skorch's NeuralNetClassifier, AdamW, with dropout, the activations,
   label smoothing and class weights (of the whole table); 20 epochs. Only where skorch is installed.
-- `lightgbm`: LGBMClassifier at its defaults but for num_leaves, learning_rate and lambda_l2 of the
-  configuration, and as many trees as LightGBMHead has at most. One configuration of eight.
-- `hist_gradient_boosting`: HistGradientBoostingClassifier at its defaults (100 trees at most, early
-  stopping on random rows where there are over 10,000). One configuration, counted for eight.
+- `lightgbm`: LGBMClassifier at its defaults except for num_leaves, learning_rate and lambda_l2 of
+  the configuration, and LightGBMHead's maximum number of trees. One configuration of eight.
+- `hist_gradient_boosting`: HistGradientBoostingClassifier at its defaults (at most 100 trees, early
+  stopping on random rows if there are over 10,000). One configuration, counted for eight.
 
-`auroc` is the best configuration's mean over folds, of images, for everybody; medembed chooses by
-the AUROC of studies, which is given beside it. A caution in reading it: medembed picks among all
-configurations and stops on the very fold that is scored, peers pick among few and do not see
-it. `auroc_test`, of images of patients that nobody saw, has neither bias; a peer's winner is
-refitted for it on all training rows, outside its time.
+`auroc` is the best configuration's mean over folds, of images, for all; medembed chooses by the
+AUROC of studies, which is also reported. Interpret `auroc` with caution: medembed chooses among all
+configurations and stops on the scored fold itself, whereas peers choose among few and do not see
+it. `auroc_test`, of images of unseen patients, has neither bias; for it a peer's winner is refitted
+on all training rows, outside its time.
 
 `default_sweep` is `medembed sweep` without options: its seconds, and the peak of memory of all its
 processes in a second run, since watching takes time.
 
-`gflops_share`: the time that torch.mm takes for a cohort's products alone over the time that the
-cohort takes for the same epochs, on one thread; and with as many processes as cores side by side;
-in what the sweep takes here and, where that is bfloat16, in float32 too.
+`gflops_share`: the time that torch.mm takes for a cohort's products alone over the time of the
+cohort's epochs, on one thread, and with one process per core in parallel; in the precision of the
+sweep on this machine and, if that is bfloat16, also in float32.
 """
 
 import argparse
@@ -87,7 +86,7 @@ N_COLUMNS = 1152
 N_FOLDS = 5
 ONE_IN = 8
 SLOW_ONE_IN = {"gridsearch_early_stopping": 32, "skorch": 32}
-SLOW_LIMIT = 200  # seconds for one of these; strong weight decay makes numbers that take ages
+SLOW_LIMIT = 200  # seconds for one; strong weight decay produces numbers that are slow to compute
 EPOCHS, EARLY_EPOCHS, PATIENCE, BATCH_SIZE = 20, 60, 8, 256
 N_MEMBERS, COHORT_EPOCHS = 16, 5
 MLP_PEERS = ("gridsearch", "gridsearch_early_stopping", "skorch")
@@ -135,14 +134,14 @@ def main() -> None:
         write_space(place, given.configs)
         for part in chosen:
             merge(results, parts[part](place, given.runs, given.without.split(",")))
-            if given.out:  # a part takes minutes: what is measured is kept
+            if given.out:  # a part takes minutes, so its results are kept
                 write_results(given.out, results)
     if not given.out:
         print(json.dumps(results, indent=2))
 
 
 def write_space(place: Path, n_configs: int) -> None:
-    """Write the default space, of MLPs so many configurations and of the floor one."""
+    """Write the default space, with `n_configs` MLPs and one configuration of the floor."""
     text = files("medembed.heads").joinpath("default_space.toml").read_text(encoding="utf-8")
     tables = re.split(r"^(?=\[\w+\])", text, flags=re.MULTILINE)
     mlp, lightgbm = ([t for t in tables if t.startswith(f"[{h}]")] for h in ("mlp", "lightgbm"))
@@ -192,7 +191,7 @@ def measure_lightgbm(place: Path, n_runs: int, without: list[str]) -> dict[str, 
 def compare(
     place: Path, head: str, n_configs: int, peers: list[str] | tuple[str, ...], n_runs: int
 ) -> dict[str, Any]:
-    """Run medembed and the peers in turn; ratios are of medians."""
+    """Run medembed and the peers in turn; return ratios of medians."""
     ours, times = f"medembed {head}", {}
     last: dict[str, dict[str, Any]] = {}
     not_ended: list[str] = []
@@ -243,12 +242,12 @@ def compare(
 
 
 def run_child(peer: str, place: Path) -> dict[str, Any]:
-    """Run a peer; subprocess.TimeoutExpired where a slow one has not ended in its time."""
+    """Return a peer's result; raise subprocess.TimeoutExpired if a slow one exceeds its limit."""
     return call("--child", peer, str(place), limit=SLOW_LIMIT if peer in SLOW_ONE_IN else None)
 
 
 def call(*arguments: str, limit: float | None = None) -> dict[str, Any]:
-    """Run this script in a process of its own; return the JSON of its last line."""
+    """Run this script in a separate process; return the JSON of its last line."""
     command = [sys.executable, __file__, *arguments]
     quiet = {**os.environ, "PYTHONWARNINGS": "ignore"}  # MLPClassifier warns of its last epoch
     running = subprocess.Popen(
@@ -272,7 +271,7 @@ def sweep_command(place: Path, run: str, *options: str) -> list[str]:
 
 
 def run_sweep(place: Path, head: str, number: int) -> dict[str, Any]:
-    """Run `medembed sweep` of one head; look up its winner's predictions afterwards."""
+    """Run `medembed sweep` of one head; return its time and its winner's scores."""
     run = f"{head}-{number}"
     command = sweep_command(place, run, "--heads", head, "--space", str(place / "space.toml"))
     start = time.perf_counter()
@@ -307,17 +306,17 @@ class Table(NamedTuple):
 
 
 def load_table(place: Path) -> Table:
-    """Load the rows with the folds that `medembed sweep --seed 0` draws."""
+    """Return the rows with the folds that `medembed sweep --seed 0` draws."""
     embeddings = load_embeddings(place / "cache", place / "manifest.parquet")
     is_train = (embeddings.rows["split"] == "train").to_numpy()
     rows = embeddings.rows[is_train].reset_index(drop=True)
     folds = np.asarray(draw_folds(rows, n_folds=N_FOLDS, seed=0), np.int64)
-    X, y = embeddings.X, embeddings.y.astype(np.int64)  # as torch's losses want them
+    X, y = embeddings.X, embeddings.y.astype(np.int64)  # the dtype that torch's losses need
     return Table(X[is_train], y[is_train], folds, X[~is_train], y[~is_train])
 
 
 def run_peer(name: str, place: Path) -> dict[str, Any]:
-    """Time a grid search; in a process of its own, whose memory goes back afterwards."""
+    """Time a grid search, in a separate process, whose memory is released afterwards."""
     table, spaces = load_table(place), read_spaces(place / "space.toml")
     share = None
     if name in MLP_PEERS:
@@ -362,7 +361,7 @@ def run_peer(name: str, place: Path) -> dict[str, Any]:
 
 
 def one_in(drawn: list[dict[str, Any]], step: int) -> list[dict[str, Any]]:
-    """Take every so manieth configuration, or the next one that has a hidden layer."""
+    """Return every `step`-th configuration, or the next one that has a hidden layer."""
     return [
         next(params for params in [*drawn[start:], *drawn] if params["hidden"])
         for start in range(0, len(drawn), step)
@@ -370,7 +369,7 @@ def one_in(drawn: list[dict[str, Any]], step: int) -> list[dict[str, Any]]:
 
 
 def n_weights(params: dict[str, Any]) -> int:
-    """Count the weights of an MLP on the table's columns, to which its time is proportional."""
+    """Return the number of weights of an MLP on the table, to which its time is proportional."""
     return sum(a * b for a, b in pairwise([N_COLUMNS, *params["hidden"], 1]))
 
 
@@ -409,7 +408,7 @@ ACTIVATIONS = {
 
 
 class Perceptron(torch.nn.Sequential):
-    """What a skorch user writes."""
+    """The module that a skorch user would write."""
 
     def __init__(self, hidden: tuple[int, ...], activation: str, dropout: float, n: int) -> None:
         layers: list[torch.nn.Module] = []
@@ -474,7 +473,7 @@ def lightgbm_defaults(chosen: list[dict[str, Any]]) -> tuple[Any, list[dict[str,
 
 
 def measure_default(place: Path, n_runs: int, _without: list[str]) -> dict[str, Any]:
-    """Run the sweep that one gets without any option: once timed, once watched for its memory."""
+    """Run the default sweep twice: once timed, once watched for its memory."""
     seconds, watched = [], []
     for number in range(n_runs):
         seconds.append(round(time_command(sweep_command(place, f"default-{number}")), 2))
@@ -495,7 +494,7 @@ def measure_default(place: Path, n_runs: int, _without: list[str]) -> dict[str, 
 
 
 def measure_gflops(place: Path, n_runs: int, _without: list[str]) -> dict[str, Any]:
-    """Compare a cohort's training with its products, alone and with one process per core."""
+    """Compare a cohort's training with its products, in one process and in one per core."""
     found: dict[str, Any] = {}
     for precision in dict.fromkeys([resolve_precision("auto"), "fp32"]):
         for side_by_side in dict.fromkeys([1, joblib.cpu_count()]):
@@ -518,7 +517,7 @@ def measure_gflops(place: Path, n_runs: int, _without: list[str]) -> dict[str, A
 
 
 def run_cohorts(place: Path, precision: str, n: int) -> list[dict[str, Any]]:
-    """Start processes that do the same at the same time, phase by phase."""
+    """Return the results of processes that run each phase at the same time."""
     command = [sys.executable, __file__, "--child", precision, str(place)]
     pipe = subprocess.PIPE
     running = [subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) for _ in range(n)]
@@ -539,7 +538,7 @@ def run_cohorts(place: Path, precision: str, n: int) -> list[dict[str, Any]]:
 
 
 def measure_cohort(precision: str, place: Path) -> dict[str, Any]:
-    """Train a cohort epoch by epoch, and after each epoch do its products alone; one thread."""
+    """Train a cohort epoch by epoch, and after each epoch run only its products; one thread."""
     torch.set_num_threads(1)
     table = load_table(place)
     rows, held = np.flatnonzero(table.folds != 0), np.flatnonzero(table.folds == 0)
@@ -577,9 +576,9 @@ def _timed(job: Callable[[], object]) -> float:
 
 
 class Products:
-    """The matrix products of one epoch of a cohort: same shapes, types, layouts; nothing else.
+    """Only the matrix products of one epoch of a cohort, with equal shapes, dtypes and layouts.
 
-    Of random numbers: what is multiplied is no matter.
+    The factors are random, since their values do not matter.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Draw what each stage of a pipeline was busy with, and when."""
+"""Draw the busy periods of each stage of a pipeline."""
 
 import csv
 from collections.abc import Sequence

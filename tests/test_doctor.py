@@ -209,7 +209,7 @@ def test_a_gpu_that_torch_does_not_see_is_told_with_a_remedy_that_fits(
     assert not check.ok
     assert detail in check.detail
     assert remedy in check.remedy
-    with pytest.raises(EncoderError, match="--device auto, or mend this"):
+    with pytest.raises(EncoderError, match="--device auto, or fix this"):
         choose_device("cuda")
     execution = {"device": "cpu", "card": None, "precision": "fp32", "attention": None}
     said = describe_execution("demo", {**execution, "compiled": False}, 8)

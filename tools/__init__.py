@@ -1,1 +1,1 @@
-"""Programs that made files of the package. They run from a checkout and are not installed."""
+"""Programs that generated files of the package. They run from a checkout and are not installed."""

@@ -1,6 +1,6 @@
-"""Say where in a synthetic radiograph the bones lie, without drawing it.
+"""Locate the bones in a synthetic radiograph without drawing it.
 
-Where its finding lies is the mask that `synthetic.render` gives.
+The mask of its finding is returned by `synthetic.render`.
 """
 
 import numpy as np
@@ -14,10 +14,10 @@ __all__ = ["locate_bones", "pool_mask"]
 
 
 def locate_bones(view: DemoView, *, size: int = 256) -> NDArray[np.bool_]:
-    """Return the pixels under which there is bone, bool (size, size), as `render_view` places it.
+    """Return the pixels that show bone, bool (size, size), in the geometry of `render_view`.
 
-    All bones count, with those on which no finding is ever put; the collimator's border, which may
-    hide some, is not taken away. Of a displaced fragment it is the place before the break.
+    All bones count, including those that never have a finding; the collimator's border, which may
+    hide some, is not subtracted. A displaced fragment counts at its place before the break.
     """
     skeleton, pose = draw_pose(view.seed, view.region, view.projection)
     covered = np.zeros((size, size), np.bool_)
@@ -31,10 +31,10 @@ def locate_bones(view: DemoView, *, size: int = 256) -> NDArray[np.bool_]:
 
 
 def pool_mask(mask: NDArray[np.bool_], grid: tuple[int, int]) -> NDArray[np.bool_]:
-    """Return which cells of a grid hold any of a mask's pixels, bool (rows, columns).
+    """Return which cells of a grid contain any of a mask's pixels, bool (rows, columns).
 
-    The grid lies over the whole mask, as over an image that was stretched to the encoder's size;
-    a pixel between two cells belongs to both.
+    The grid covers the whole mask, as for an image that was stretched to the encoder's size; a
+    pixel between two cells belongs to both.
     """
     edges = [
         [(k * length // n, -(-(k + 1) * length // n)) for k in range(n)]

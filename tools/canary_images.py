@@ -1,13 +1,13 @@
 """Draw the four images of extraction's canary by formula; nothing in them comes from a person.
 
-Kept so that the files can be made again (`python -m tools.canary_images DIR`). A change to
-any of them asks for a new `CANARY_VERSION`, since caches hold embeddings of the old ones.
+Kept so that the files can be regenerated (`python -m tools.canary_images DIR`). A change to any of
+them requires a new `CANARY_VERSION`, since caches hold embeddings of the old ones.
 
-Every image holds detail from one pixel up to a quarter of its side, so that whatever a tower's
-input size is, some of it lies where Pillow's filters differ; no side is one of the usual input
-sizes, at which resizing would do nothing. The four differ in brightness, contrast and texture as
-much as can be: the distances between their embeddings are the canary's yardstick, and the longer
-it is, the less of it bfloat16's rounding takes.
+Every image has detail from one pixel up to a quarter of its side, so that for any input size of a
+tower some of it lies where Pillow's filters differ; no side has one of the usual input sizes, at
+which resizing would have no effect. The four differ in brightness, contrast and texture as much as
+possible: the distances between their embeddings are the canary's yardstick, and the longer it is,
+the smaller is bfloat16's rounding in comparison.
 """
 
 import argparse
@@ -83,11 +83,11 @@ IMAGES: Mapping[str, tuple[Callable[[], Image.Image], Mapping[str, Any]]] = {
     "rings.png": (rings, {"optimize": True}),
     "checks.png": (checks, {"optimize": True}),
 }
-"""File name -> how to draw it, and what Pillow is told when it writes it."""
+"""File name -> the function that draws it, and Pillow's options for writing it."""
 
 
 def main() -> None:
-    """Write the files into the directory that the command line names."""
+    """Write the files into the directory given on the command line."""
     parser = argparse.ArgumentParser(description="Draw the images of extraction's canary.")
     parser.add_argument("directory", type=Path)
     directory = parser.parse_args().directory
@@ -102,7 +102,7 @@ def _grid(height: int, width: int) -> tuple[Array, Array]:
 
 
 def _levels(grey: Array, count: int) -> Array:
-    """Round 0..1 to `count` of the levels 0..255: fewer levels make smaller files."""
+    """Return 0..1 rounded to `count` of the levels 0..255: fewer levels make smaller files."""
     step = np.floor(np.clip(grey, 0, 1) * (count - 1) + 0.5)
     return np.floor(step * 255 / (count - 1) + 0.5)
 

@@ -1,7 +1,7 @@
-"""Where an encoder is made: a directory beside the one it will have, renamed when it is whole.
+"""The working directory of a training: beside the final one, and renamed once it is complete.
 
-`OUT.partial/` holds `state.safetensors`, the training after its last whole epoch, from which the
-same training goes on. Nothing in it loads as an encoder.
+`OUT.partial/` holds `state.safetensors`, the state after the last complete epoch, from which the
+training can be resumed. Nothing in it loads as an encoder.
 """
 
 import contextlib
@@ -30,22 +30,22 @@ Tensors = dict[str, torch.Tensor]
 
 
 class CheckpointDir:
-    """The directory beside `out` in which an encoder is made.
+    """The working directory beside `out` in which an encoder is trained.
 
     Parameters
     ----------
     out : Path
-        Where the encoder will be.
+        The encoder's final directory.
     asked : mapping
-        All that decides the result, by the names of options: what an unfinished training must
-        have been asked too.
+        Everything that determines the result, by option name; an unfinished training is resumed
+        only if it was started with equal values.
 
     Raises
     ------
     RunError
-        `out` is there already.
+        `out` already exists.
     PathNotFoundError
-        The directory to make it in is not.
+        The parent directory does not exist.
     """
 
     def __init__(self, out: Path, asked: Mapping[str, Any]) -> None:
@@ -64,12 +64,12 @@ class CheckpointDir:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the directory for writing; it is made, and removed if it is empty at the end.
+        """Lock the directory for writing; it is created, and removed if empty at the end.
 
         Raises
         ------
         RunError
-            Another process trains here, or what is unfinished here was asked otherwise.
+            Another process trains here, or the unfinished training here has other options.
         """
         self.path.mkdir(exist_ok=True)
         refusal = RunError(
@@ -84,7 +84,7 @@ class CheckpointDir:
                 self._leave()
 
     def load(self) -> tuple[Tensors, dict[str, Any]] | None:
-        """Give the tensors and notes last saved; None where there are none that can be read."""
+        """Return the tensors and notes last saved, or None if there are none or unreadable."""
         try:
             require_plain(self.path / _STATE)
             with safe_open(self.path / _STATE, framework="pt", device="cpu") as file:
@@ -94,29 +94,29 @@ class CheckpointDir:
             return None
 
     def save(self, tensors: Tensors, notes: Mapping[str, Any]) -> None:
-        """Keep a training's state in place of the last one, whole or not at all."""
+        """Replace the saved state of the training, completely or not at all."""
         text = json.dumps({**notes, "asked": self._asked}, allow_nan=False)
         whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
         write_atomically(self.path / _STATE, save(whole, {_NOTES: text}))
 
     def discard(self) -> None:
-        """Forget the state: the same training would go wrong again."""
+        """Delete the state, because resuming from it would fail again."""
         (self.path / _STATE).unlink(missing_ok=True)
 
     def finish(self, files: Mapping[str, bytes], prove: Callable[[Path], str]) -> str:
-        """Write the encoder's files, prove that they load, and give them their place.
+        """Write the encoder's files, check that they load, and move them to their final place.
 
         Parameters
         ----------
         files : mapping of str to bytes
-            By name.
+            File name -> content.
         prove : callable
-            Called with the directory; raises if it does not hold a whole encoder.
+            Called with the directory; raises if it does not hold a complete encoder.
 
         Returns
         -------
         str
-            What `prove` gave.
+            The return value of `prove`.
 
         Raises
         ------
@@ -124,7 +124,7 @@ class CheckpointDir:
             The disk is full, or `out` has appeared meanwhile.
         """
         whole = self.path / _WHOLE
-        shutil.rmtree(whole, ignore_errors=True)  # of a process that was killed here
+        shutil.rmtree(whole, ignore_errors=True)  # left by a process that was killed here
         whole.mkdir()
         for name, data in files.items():
             write_atomically(whole / name, data)
@@ -142,12 +142,12 @@ class CheckpointDir:
         name = next(n for n in (*self._asked, *held) if held.get(n) != self._asked.get(n))
         raise RunError(
             f"{self.path} holds an unfinished training with {_option(name, held)}; this one asks "
-            f"for {_option(name, self._asked)}. Ask for the same, choose another --out, or remove "
+            f"for {_option(name, self._asked)}. Use equal options, choose another --out, or remove "
             f"{self.path}."
         )
 
     def _leave(self) -> None:
-        """Remove what nothing needs any more; what is not ours stays."""
+        """Remove our files that are no longer needed; leave all others."""
         for torn in self.path.glob(f".{_STATE}.*.partial"):
             torn.unlink()
         if not (self.path / _STATE).exists():

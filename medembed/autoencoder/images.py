@@ -1,4 +1,4 @@
-"""The images of `train`, read, hashed, prepared, and parted by patient; never those of `test`."""
+"""Read, hash and prepare the images of `train`, never of `test`, and split them by patient."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ from medembed.images.load import DEFAULT_LIMITS, Content, Limits
 __all__ = ["HELD_OUT", "TrainingImages", "draw_held_out", "read_images"]
 
 HELD_OUT = 0.1
-"""Share of the studies of `train` that early stopping looks at and nothing is learned from."""
+"""Share of the studies of `train` held out for early stopping and not used for learning."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +35,7 @@ class TrainingImages:
     failures : list of dict
         `image`, `sha256`, `stage`, `reason` of each content that could not be read or decoded.
     digest : str
-        SHA-256 (hex) over the hashes of both parts: the same for the same images.
+        SHA-256 (hex) over the hashes of both parts, equal for equal images.
     """
 
     pixels: np.ndarray
@@ -46,23 +46,23 @@ class TrainingImages:
 
 
 def draw_held_out(rows: pd.DataFrame, seed: int) -> np.ndarray:
-    """Choose the patients that early stopping looks at, as `split_patients` does, without labels.
+    """Return the patients held out for early stopping, drawn as by `split_patients`, unstratified.
 
     Parameters
     ----------
     rows : pandas.DataFrame
-        Those of `train`, with columns `patient` and `study`.
+        The rows of `train`, with columns `patient` and `study`.
 
     Returns
     -------
     ndarray of bool, (n_rows,)
-        Whether the row's patient is held out: about `HELD_OUT` of the studies, of one patient at
-        least.
+        Whether the row's patient is held out: about `HELD_OUT` of the studies, from at least one
+        patient.
 
     Raises
     ------
     TrainingDataError
-        There is one patient only, or none.
+        There are fewer than two patients.
     """
     n_patients = name_persons(rows).nunique()
     if n_patients < 2:
@@ -87,25 +87,25 @@ def read_images(
     progress: Callable[[int, int], None] | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> TrainingImages:
-    """Read what a manifest has in `train`, as `extract` does, into a temporary file.
+    """Return the images of `train`, read and prepared as by `extract`, in a temporary file.
 
-    A content of several rows is held out only if all their patients are.
+    A content that belongs to several rows is held out only if all their patients are.
 
     Parameters
     ----------
     progress : callable, optional
         Called as progress(done, total) with distinct contents.
     tell : callable, optional
-        Called with what is being done, and the size of the temporary file.
+        Called with a message for each step and with the size of the temporary file.
 
     Raises
     ------
     PathNotFoundError
         None of the images is below the root.
     ManifestError
-        Files whose bytes are not the manifest's, all of them at once.
+        Files whose bytes differ from the manifest's, all listed at once.
     TrainingDataError
-        Too few patients, or of one of the two parts no image could be read.
+        Too few patients, or no image of one of the two parts could be read.
     MedembedError
         There is no room for the temporary file.
     """
@@ -147,9 +147,9 @@ def _part(
     for purpose, chosen in parts.items():
         if not chosen.any():
             raise TrainingDataError(
-                f"of the patients of split train to {purpose} no image could be read: "
+                f"no image could be read of the patients of split train to {purpose}: "
                 f"{len(read.failures)} of {len(contents)} images failed, the first "
-                f"{_describe(failures)}. Mend these files, or add patients."
+                f"{_describe(failures)}. Repair these files, or add patients."
             )
     digest = hashlib.sha256()
     for place in np.flatnonzero(is_read).tolist():

@@ -1,6 +1,6 @@
 """Train an autoencoder on the images of `train`, without labels, and write its encoder directory.
 
-What it writes is a checkpoint as any other: `extract --encoder DIRECTORY` takes it.
+The directory is an ordinary checkpoint: pass it as `extract --encoder DIRECTORY`.
 """
 
 import math
@@ -40,23 +40,23 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True)
 class TrainingReport:
-    """Say what was trained, and how well it draws its images anew.
+    """Reports what was trained, and how well the autoencoder reconstructs images.
 
     Parameters
     ----------
     encoder : str
-        The directory, as it was asked for.
+        The requested directory.
     fingerprint : str
-        Of the encoder, as a cache will have it.
+        The encoder's fingerprint, which a cache will record.
     epochs, best_epoch : int
-        How many were run; which one's weights were kept, from 1.
+        Number of epochs run; the epoch whose weights were kept, counted from 1.
     loss, held_out_loss : float
-        Mean squared error of grey levels from 0 to 1 in that epoch, over the images learned from
-        while it ran, and over those held out after it.
+        Mean squared error of grey levels from 0 to 1 in the best epoch, over the training images
+        during the epoch, and over the held-out images after it.
     mean_image_loss : float
-        `held_out_loss` of drawing the mean of the images learned from, whatever the image.
+        `held_out_loss` of a model that always predicts the mean of the training images.
     images, held_out_images : int
-        Distinct contents learned from, and held out.
+        Distinct contents trained on, and held out.
     failures : list of dict
         `image`, `sha256`, `stage`, `reason` of each image left out.
     seconds : float
@@ -77,12 +77,12 @@ class TrainingReport:
 
     @property
     def failed(self) -> int:
-        """How many contents were left out."""
+        """Number of contents that were left out."""
         return len({failure["sha256"] for failure in self.failures})
 
     @property
     def has_collapsed(self) -> bool:
-        """Whether the mean image does as well: then the code tells nothing of the image."""
+        """Whether the mean image does as well, so that the code carries no information."""
         return self.held_out_loss >= self.mean_image_loss
 
     def as_dict(self) -> dict[str, Any]:
@@ -111,10 +111,11 @@ def train_autoencoder(
 ) -> TrainingReport:
     """Train an autoencoder on the images of `train`; write the directory that `extract` takes.
 
-    A tenth of the patients of `train` is held out: training ends when their images are drawn no
-    better, and the best epoch's weights are kept. Neither labels nor images of `test` are looked
-    at. What a training that was stopped has learned is kept beside `out`, and the same call goes
-    on from its last whole epoch. On a CPU the same arguments give the same weights, bit for bit.
+    A tenth of the patients of `train` is held out: training ends when the reconstruction of their
+    images stops improving, and the best epoch's weights are kept. Neither labels nor images of
+    `test` are used. The state of an interrupted training is kept beside `out`, and an identical
+    call resumes after its last complete epoch. On a CPU equal arguments give equal weights, bit
+    for bit.
 
     Parameters
     ----------
@@ -123,32 +124,32 @@ def train_autoencoder(
     image_root : path
         Directory that the manifest's image paths are relative to.
     out : path
-        The directory to write: new.
+        The directory to write; it must not exist.
     size : int
-        Side of the square that images are brought to, in pixels.
+        Side of the square that images are resized to, in pixels.
     widths : sequence of int
         Channels after each halving of the side.
     latent_channels : int
-        Channels of the code, which is what is pooled.
+        Channels of the code, which is pooled into embeddings.
     epochs : int
-        The most to run.
+        Maximum number of epochs.
     batch_size : int
         Images per step.
     learning_rate : float
-        Its highest, after the warm-up.
+        The maximum learning rate, reached after the warm-up.
     device : {"auto", "cpu", "cuda", "mps"}
     precision : {"auto", "fp32", "bf16"}
-        As `load_encoder` takes them.
+        Where and in which precision to train; see `load_encoder`.
     fit : {"stretch", "pad"}
-        What happens to an image that is not square; `extract` is to be told the same.
+        How an image that is not square is made square; use the same value for `extract`.
     seed : int
-        Decides who is held out, the initial weights and the order of the images.
+        Determines the held-out patients, the initial weights and the order of the images.
     limits : Limits
-        What an image may cost before it counts as failed.
+        Limits on size and time beyond which an image counts as failed.
     progress : callable, optional
-        Called as progress(done, total) with images: first those read, then those learned from.
+        Called as progress(done, total) with images: first those read, then those trained on.
     tell : callable, optional
-        Called with a few words when something else begins.
+        Called with a few words when a new step begins.
 
     Returns
     -------
@@ -157,12 +158,12 @@ def train_autoencoder(
     Raises
     ------
     EncoderError
-        No such autoencoder can be built, no such device, a number is out of range; or training
-        diverges.
+        The architecture cannot be built, the device does not exist, a number is out of range; or
+        training diverges.
     DeviceMemoryError
-        A batch does not fit the device; what was learned before is kept.
+        A batch does not fit the device; completed epochs are kept.
     RunError
-        `out` is there, or beside it an unfinished training that was asked otherwise.
+        `out` exists, or an unfinished training with other options lies beside it.
     PathNotFoundError
         The image root, all images below it, or the directory to write into is missing.
     ManifestError
@@ -216,7 +217,7 @@ def _check_numbers(epochs: int, batch_size: int, learning_rate: float) -> None:
 
 
 def _question(asked: TrainingConfig, fit: str, manifest: Manifest) -> dict[str, Any]:
-    """Say what decides the result, under the names of the command's options."""
+    """Return everything that determines the result, by the names of the command's options."""
     architecture = asked.architecture
     return {
         "size": architecture.image_size,
@@ -236,7 +237,7 @@ def _question(asked: TrainingConfig, fit: str, manifest: Manifest) -> dict[str, 
 def _resume(
     training: Training, images: TrainingImages, workplace: CheckpointDir, tell: Tell | None
 ) -> Training:
-    """Take up what is unfinished, if it has learned from the same images."""
+    """Resume an unfinished training if its images are equal."""
     kept = workplace.load()
     if kept and kept[1].get("images") == images.digest:
         training.restore(*kept)
@@ -268,7 +269,7 @@ def _run(
             if tell:
                 loss = training.epochs[-1]["held_out_loss"]
                 tell(f"Training, held-out loss {loss:.5f}")
-    except DeviceMemoryError:  # the memory was full, and may not be the next time
+    except DeviceMemoryError:  # the memory may be free the next time
         raise
     except EncoderError:
         workplace.discard()
@@ -292,7 +293,7 @@ def _facts(training: Training, images: TrainingImages, start: float) -> dict[str
 
 
 def _card(question: dict[str, Any], training: Training, facts: dict[str, Any]) -> dict[str, Any]:
-    """Give `training.json`: what was asked and what came of it; no path, and nobody's name."""
+    """Return `training.json`: options and results, without paths or patients' names."""
     return {
         "format": "medembed-autoencoder-training",
         "version": 1,
@@ -304,6 +305,6 @@ def _card(question: dict[str, Any], training: Training, facts: dict[str, Any]) -
 
 
 def _prove(directory: Path, *, fit: str, source: str) -> str:
-    """Load what was written as `extract` will, and give its fingerprint."""
+    """Load the written encoder as `extract` will, and return its fingerprint."""
     preprocessing = read_preprocessing(directory, fit)
     return load_autoencoder(directory, preprocessing, source=source).fingerprint

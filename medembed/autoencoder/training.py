@@ -1,4 +1,4 @@
-"""Teach an autoencoder to draw its images anew, epoch by epoch, and keep its best epoch."""
+"""Train an autoencoder to reconstruct images, epoch by epoch, and keep the best epoch."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ _WARM_UP = 0.05  # share of the steps
 _WEIGHT_DECAY = 0.01
 _LONGEST_GRADIENT = 1.0
 _CHUNK = 256  # images summed at once
-_PART = 8  # images of a batch that go through together on one thread of a CPU
+_PART = 8  # images of a batch that one CPU thread processes together
 
 
 Results = dict[str, Tensor]
@@ -35,21 +35,21 @@ Work = Callable[[Tensor], Results]
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """What decides a training besides its images.
+    """The settings of a training, which together with its images determine the result.
 
     Parameters
     ----------
     architecture : Architecture
     epochs, batch_size : int
-        The most epochs; images per step.
+        Maximum number of epochs; images per step.
     learning_rate : float
-        Its highest, after the warm-up.
+        The maximum learning rate, reached after the warm-up.
     device : str
-        As torch names it.
+        A torch device name.
     precision : {"fp32", "bf16"}
-        Of the arithmetic; weights and losses are in fp32.
+        Precision of the arithmetic; weights and losses are in fp32.
     seed : int
-        Of the initial weights and the order of the images.
+        Seed of the initial weights and the order of the images.
     """
 
     architecture: Architecture
@@ -62,17 +62,17 @@ class TrainingConfig:
 
 
 class Training:
-    """A training under way: the model, its optimiser, and what it has come to.
+    """A training in progress: the model, its optimiser and its results so far.
 
     The loss is the mean squared error of grey levels from 0 to 1. AdamW (Loshchilov and Hutter,
     "Decoupled Weight Decay Regularization", ICLR 2019) at the rates of `schedule.rate_at`.
 
     Parameters
     ----------
-    asked : Asked
+    asked : TrainingConfig
     images : TrainingImages
     preprocessing : Preprocessing
-        Of the images: the model is handed the levels that extraction will hand it.
+        How the images were prepared: the model receives the levels that extraction will use.
 
     Attributes
     ----------
@@ -89,7 +89,7 @@ class Training:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(asked.seed)
             model = Autoencoder(asked.architecture)
-        # Faster than channels first, on CPUs in either precision.
+        # Faster than channels-first, on CPUs in either precision.
         self._model = model.to(asked.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._optimizer = torch.optim.AdamW(
             self._model.parameters(), asked.learning_rate, weight_decay=_WEIGHT_DECAY
@@ -108,17 +108,17 @@ class Training:
 
     @property
     def is_over(self) -> bool:
-        """Whether all epochs are done, or the last `PATIENCE` brought nothing."""
+        """Whether all epochs are done, or the last `PATIENCE` brought no improvement."""
         n_done = len(self.epochs)
         return n_done >= self._asked.epochs or n_done - self.best_epoch >= PATIENCE
 
     def run_epoch(self, tick: Callable[[int], None]) -> None:
-        """Learn from every image once, and look at those held out.
+        """Train on every image once, and evaluate the held-out images.
 
         Parameters
         ----------
         tick : callable
-            Called with the images of this epoch so far.
+            Called with the number of images of this epoch so far.
 
         Raises
         ------
@@ -145,7 +145,7 @@ class Training:
             self.best = {name: _kept(tensor) for name, tensor in self._model.state_dict().items()}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Give all that `restore` takes to go on: tensors, and notes that are JSON."""
+        """Return everything that `restore` needs to resume: tensors, and notes as JSON."""
         tensors = {f"best.{name}": tensor for name, tensor in self.best.items()}
         for name, tensor in self._model.state_dict().items():
             tensors[f"model.{name}"] = _kept(tensor)
@@ -155,7 +155,7 @@ class Training:
         return tensors, {"epochs": self.epochs, "n_steps": self._n_steps}
 
     def restore(self, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
-        """Go on from what `state` gave of the same training, with equal results."""
+        """Resume from a `state` of an identical training, with equal results."""
         self.epochs, self._n_steps = list(notes["epochs"]), int(notes["n_steps"])
         self.best = _part_of(tensors, "best.")
         self._model.load_state_dict(_part_of(tensors, "model."))
@@ -184,7 +184,7 @@ class Training:
         return total / n_seen
 
     def _descend(self, rows: np.ndarray) -> float:
-        """Leave a batch's gradients in the parameters; give its loss."""
+        """Return a batch's loss, and leave its gradients in the parameters."""
         self._optimizer.zero_grad()
         loss = 0.0
         for share, found in self._compute(self._differentiate, rows):
@@ -203,10 +203,10 @@ class Training:
         return self._finite(loss)
 
     def _compute(self, work: Work, rows: np.ndarray) -> Iterator[tuple[float, Results]]:
-        """Give what `work` makes of images, in one or several parts, each with its share of them.
+        """Yield the results of `work` on one or several parts of the images, and each part's share.
 
-        On a CPU parts of one size run side by side, each on one thread: the result's bits do not
-        depend on the number of cores, and the threads of a small product never wait for each other.
+        On a CPU, parts of equal size run in parallel, each on one thread: the result's bits do not
+        depend on the number of cores, and threads never wait for each other in a small product.
         """
         if self._lanes is None:
             yield 1.0, work(torch.from_numpy(self._images.pixels[rows]).to(self._asked.device))
@@ -234,7 +234,7 @@ class Training:
         return mse_loss(drawn.float(), grey.float() / 255)
 
     def _schedule(self) -> float:
-        """Give the share of the highest learning rate for the next step."""
+        """Return the next step's learning rate as a share of the maximum."""
         n_in_epoch = -(-len(self._images.learned) // self._asked.batch_size)
         return rate_at(self._n_steps, self._asked.epochs * n_in_epoch, _WARM_UP)
 
@@ -249,9 +249,9 @@ class Training:
 
 
 def mean_image_loss(images: TrainingImages) -> float:
-    """Give the held-out loss of drawing, whatever the image, the mean of those learned from.
+    """Return the held-out loss of always predicting the mean of the training images.
 
-    A constant code can do as well as that: an autoencoder that does no better has collapsed.
+    A constant code achieves this loss, so an autoencoder that does no better has collapsed.
 
     Returns
     -------
@@ -271,7 +271,7 @@ def mean_image_loss(images: TrainingImages) -> float:
 
 @contextmanager
 def _one_thread(device: str) -> Iterator[None]:
-    """Compute on one thread of a CPU but for the lanes: a sum's bits depend on their number."""
+    """Limit torch to one CPU thread outside the lanes: a sum's bits depend on their number."""
     usual = torch.get_num_threads()
     if device == "cpu":
         torch.set_num_threads(1)
@@ -291,5 +291,5 @@ def _kept(tensor: Tensor) -> Tensor:
 
 
 def _part_of(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Give the tensors whose names begin with `prefix`, without it."""
+    """Return the tensors whose names begin with `prefix`, with the prefix removed."""
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}

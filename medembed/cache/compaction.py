@@ -1,4 +1,4 @@
-"""Many small shards become few full ones, while others read and write."""
+"""Merge many small shards into few full ones, while other processes read and write."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,19 +17,19 @@ from medembed.core.system import count_cores
 __all__ = ["Compaction", "compact"]
 
 LOCK = ".compact.lock"
-SMALL = 2  # a shard is small below this part of a full one
+SMALL = 2  # a shard is small if it holds less than this fraction, 1/2, of a full one
 
 
 @dataclass(frozen=True)
 class Compaction:
-    """Say what a compaction has done.
+    """The result of a compaction.
 
     Parameters
     ----------
     shards_before, shards_after, bytes_before, bytes_after : int
-        Of the whole cache.
+        Numbers of shards and bytes in the whole cache.
     repeats : int
-        Rows that stood elsewhere too, and stand once now.
+        Duplicate rows that were removed.
     """
 
     shards_before: int
@@ -46,11 +46,11 @@ class _Source:
     Parameters
     ----------
     path : Path
-        Its file.
+        The shard's file.
     kept : (k,) int
-        Its rows that go into the new shard.
+        Rows that are copied to the new shard.
     holders : list of Path
-        The shards that hold the others.
+        The shards that hold the other rows.
     """
 
     path: Path
@@ -61,32 +61,32 @@ class _Source:
 def compact(
     directory: Path, spec: CacheSpec, progress: Callable[[int, int], None] | None = None
 ) -> Compaction:
-    """Merge the shards less than half full, and leave out rows that stand twice.
+    """Merge the shards less than half full, and remove duplicate rows.
 
-    Each new shard is whole, synced and proved before those that it replaces are removed; a crash
-    at any moment leaves each row readable, and the next compaction tidies up. Readers that find a
-    shard gone look for its rows again. A second compaction of the same cache finds nothing to do.
+    Each new shard is complete, synced and verified before the shards that it replaces are removed;
+    after a crash at any moment every row is readable, and the next compaction cleans up. Readers
+    that find a shard missing search for its rows again. A second compaction finds nothing to do.
 
     Parameters
     ----------
     directory : Path
         The cache.
     spec : CacheSpec
-        Of the cache.
+        The cache's spec.
     progress : callable, optional
-        Called as progress(done, total) with the new shards.
+        Called as progress(done, total) with the number of new shards.
 
     Raises
     ------
     ShardError
-        A shard that takes part is damaged. What was merged before stays so; the damaged one and
-        those of its group are as they were.
+        A shard to be merged is damaged. Shards merged before stay merged; the damaged one and
+        those of its group are unchanged.
     CacheError
-        Another compaction is at work, or the directory cannot be written.
+        Another compaction is running, or the directory cannot be written.
     """
-    refusal = CacheError(f"another compaction of {directory} is at work; wait for its end.")
+    refusal = CacheError(f"another compaction of {directory} is running; wait for it to end.")
     try:
-        # Of two rows that stand twice, each of two compactions might drop another.
+        # Two concurrent compactions might each drop a different copy of a duplicate row.
         with hold_lock(directory / LOCK, refusal):
             return _compact(directory / "shards", spec, progress)
     except OSError as error:
@@ -116,7 +116,7 @@ def _compact(
 
 
 def _tidy_up(folder: Path, spec: CacheSpec) -> None:
-    """Finish what a compaction that was killed has left."""
+    """Complete a compaction that was killed."""
     for path in sorted(folder.glob("*" + shards.REPLACES)):
         merged = path.with_suffix(".h5")
         if merged.exists():
@@ -130,7 +130,7 @@ def _sizes(folder: Path) -> list[int]:
 
 
 def _choose(folder: Path, spec: CacheSpec) -> tuple[list[_Source], int]:
-    """Choose the shards to be merged, and count the rows that stand elsewhere too."""
+    """Return the shards to be merged, and the number of duplicate rows."""
     paths = committed_shards(folder)
     if not paths:
         return [], 0
@@ -151,12 +151,12 @@ def _choose(folder: Path, spec: CacheSpec) -> tuple[list[_Source], int]:
         if others or SMALL * (stop - start) < shards.max_rows(spec):
             kept = np.flatnonzero(is_kept[start:stop])
             chosen.append(_Source(path, kept, [paths[other] for other in others]))
-    # In the order of their making: rows that were embedded together stay together.
+    # In order of creation: rows that were embedded together stay together.
     return sorted(chosen, key=lambda source: source.path.stat().st_mtime_ns), len(every.repeats)
 
 
 def _group(sources: Sequence[_Source], max_rows: int) -> Iterator[list[_Source]]:
-    """Put sources together, in their order, as long as they fit into one shard."""
+    """Yield groups of sources, in order, that fit into one shard."""
     group: list[_Source] = []
     n_rows = 0
     for source in sources:
@@ -177,13 +177,13 @@ def _is_worth_it(group: Sequence[_Source]) -> bool:
 def _merge(folder: Path, group: Sequence[_Source], merged: set[Path], spec: CacheSpec) -> None:
     """Write the rows of a group as one shard, then remove the shards that they come from.
 
-    `merged` are the shards of this group and those before: what they held is proved on the way.
+    `merged` are the shards of this group and earlier ones, whose content is verified on the way.
     """
     parts = [_read_kept(source, spec) for source in group]
     keys = np.concatenate([keys for keys, _ in parts])
     rows = {name: np.concatenate([part[name] for _, part in parts]) for name in spec.poolings}
     for holder in {path for source in group for path in source.holders} - merged:
-        shards.read_shard(holder, poolings=(), spec=spec)  # before the only other copy goes
+        shards.read_shard(holder, poolings=(), spec=spec)  # before the only other copy is removed
     old = [source.path for source in group]
     if not len(keys):
         _remove(folder, old)
@@ -199,7 +199,7 @@ def _read_kept(source: _Source, spec: CacheSpec) -> tuple[np.ndarray, dict[str, 
 
 
 def _remove(folder: Path, paths: Sequence[Path]) -> None:
-    """Remove files, durably: what says that a shard is replaced must not go before that shard."""
+    """Remove files durably: a shard's record of replacement must not vanish before the shard."""
     for path in paths:
         path.unlink(missing_ok=True)
     sync_directory(folder)

@@ -1,6 +1,6 @@
-"""A cache joined with a manifest: the X, y and groups that heads learn from.
+"""Join a cache with a manifest into the X, y and groups that heads learn from.
 
-`map_rows` reads rows at random from mapped files, for poolings too large for memory.
+`map_rows` provides random access to mapped files, for poolings too large for memory.
 """
 
 import math
@@ -47,14 +47,14 @@ __all__ = [
 
 @dataclass(frozen=True, eq=False)
 class MappedRows:
-    """Rows of one pooling, each where it lies in its shard's file.
+    """Rows of one pooling, mapped in place in their shards' files.
 
     Attributes
     ----------
     blocks : list of ndarray
-        Rows that lie together, (rows, ...), mapped, read-only.
+        Contiguous rows, (rows, ...), mapped, read-only.
     owners, places : (n,) int
-        The block of each row, and where in it.
+        The block of each row, and its index in the block.
     """
 
     blocks: list[np.ndarray]
@@ -65,7 +65,7 @@ class MappedRows:
         return len(self.owners)
 
     def take(self, rows: np.ndarray) -> np.ndarray:
-        """Copy some of the rows, (k, ...), in the stored dtype."""
+        """Return a copy of some of the rows, (k, ...), in the stored dtype."""
         first = self.blocks[0]
         taken = np.empty((len(rows), *first.shape[1:]), first.dtype)
         for i, row in enumerate(rows.tolist()):
@@ -74,9 +74,9 @@ class MappedRows:
 
 
 def map_rows(cache: Cache, keys: np.ndarray, pooling: str) -> MappedRows:
-    """Map the rows of `keys`, (n, 32) uint8, without reading them.
+    """Return the mapped rows of `keys`, (n, 32) uint8, without reading them.
 
-    What the shards hold is not compared with their names: `Cache.verify` does that, once.
+    The shards' contents are not compared with their names; `Cache.verify` does that once.
 
     Raises
     ------
@@ -103,7 +103,7 @@ def map_rows(cache: Cache, keys: np.ndarray, pooling: str) -> MappedRows:
 
 
 def _map(path: Path, pooling: str, n_rows: int) -> list[np.ndarray]:
-    """Map the chunks of a shard, in the order of its rows."""
+    """Return the mapped chunks of a shard, in row order."""
     try:
         with open_plain(path) as opened:
             with h5py.File(opened, "r") as file:
@@ -120,12 +120,12 @@ def _map(path: Path, pooling: str, n_rows: int) -> list[np.ndarray]:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Embeddings(Summarised):
-    """Hold one row per embedded image of a manifest, in the manifest's order.
+    """One row per embedded image of a manifest, in the manifest's order.
 
     Parameters
     ----------
     X : (n, d) float32
-        Poolings side by side, or the cells of one pooling, cell by cell.
+        Poolings joined, or the cells of one pooling, cell by cell.
     rows : DataFrame
         The manifest's rows of these images; index 0 to n - 1.
     pooling : str
@@ -133,11 +133,11 @@ class Embeddings(Summarised):
     failed : DataFrame
         `image`, `sha256`, `stage`, `reason` of the rows that were left out.
     label_level : {"study", "image"}
-        Of the manifest.
+        The manifest's label level.
     spec : CacheSpec
-        Of the cache.
+        The cache's spec.
     manifest : Manifest or None
-        What the rows are of, whole: the rows of images that failed, and of other splits, too.
+        The complete manifest, including rows of failed images and of other splits.
     """
 
     X: np.ndarray
@@ -158,7 +158,7 @@ class Embeddings(Summarised):
 
     @property
     def patients(self) -> np.ndarray:
-        """Patients, (n,) object; spellings of one have one name, see `identities.name_persons`."""
+        """Patients, (n,) object, with spellings unified, see `identities.name_persons`."""
         return name_persons(self.rows).to_numpy(object)
 
     @property
@@ -173,19 +173,19 @@ class Embeddings(Summarised):
 
     @property
     def n_cells(self) -> int:
-        """Vectors per image in X; 1 but for a pooling of cells."""
+        """Vectors per image in X, 1 except for a pooling of cells."""
         shape = self.spec.poolings[self.pooling.split("+")[0]]
         return shape[0] if len(shape) > 1 else 1
 
     @property
     def blocks(self) -> dict[str, slice]:
-        """Columns of X that each pooling takes, in order."""
+        """Columns of X of each pooling, in order."""
         return _blocks(self.pooling.split("+"), self.spec)
 
     def to_frame(self) -> pd.DataFrame:
-        """Return the manifest's rows with the embeddings beside them, a column per number.
+        """Return the manifest's rows with their embeddings, one column per value.
 
-        Columns of X are called by their pooling and their place in it, ``mean[0]``; float32.
+        Columns of X are named by their pooling and their index in it, ``mean[0]``; float32.
         """
         names = [f"{name}[{i}]" for name, own in self.blocks.items() for i in range(_width(own))]
         return pd.concat([self.rows, pd.DataFrame(self.X, columns=names)], axis=1)
@@ -217,26 +217,26 @@ def load_embeddings(
     cells: bool = False,
     verify: bool = True,
 ) -> Embeddings:
-    """Join a cache with a manifest by the images' SHA-256.
+    """Return a cache's embeddings joined with a manifest by the images' SHA-256.
 
     Parameters
     ----------
     cache, manifest : Cache, Manifest or path
-        What to join.
+        The cache and the manifest to join.
     pool : str, optional
-        Poolings joined by `+`, such as `mean+max`; by default all of the cache that are one
+        Poolings joined by `+`, such as `mean+max`; by default all of the cache's poolings with one
         vector per image, in the order of its spec.
     split : {"train", "test"}, optional
-        Keep the rows of this split only.
+        Keep only the rows of this split.
     cells : bool
-        Allow `pool` to be one pooling of several vectors per image, such as `grid4`.
+        Allow `pool` to be one pooling with several vectors per image, such as `grid4`.
     verify : bool
-        Compare each shard's bytes with its name before they are read.
+        Verify each shard's bytes against its name before reading it.
 
     Returns
     -------
     Embeddings
-        Without the rows of images that are known to have failed; these are in `failed`.
+        Rows of images that are known to have failed are left out and listed in `failed`.
 
     Raises
     ------
@@ -269,25 +269,25 @@ def load_embeddings(
 def patient_folds(
     embeddings: Embeddings, n_folds: int = 5, seed: int = 0
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return the folds that a sweep draws, as scikit-learn takes them for `cv`.
+    """Return the folds that a sweep draws, in the form of scikit-learn's `cv` argument.
 
-    Patient-disjoint, and stratified by label and region over the labelled train rows of the whole
-    manifest, so that they follow from the manifest and the seed alone. Rows of `test` and rows
-    without a label are in no fold.
+    The folds are patient-disjoint, and stratified by label and region over the labelled train rows
+    of the whole manifest, so that they depend only on the manifest and the seed. Rows of `test` and
+    rows without a label are in no fold.
 
     Parameters
     ----------
     embeddings : Embeddings
-        What `load_embeddings` returns.
+        The result of `load_embeddings`.
     n_folds : int
-        At least 2.
+        Number of folds, at least 2.
     seed : int
-        The sweep's.
+        The sweep's seed.
 
     Returns
     -------
     list of (train_index, test_index)
-        int64 arrays of places in X, ascending: the rows of all other folds, and of the fold.
+        int64 arrays of ascending row indices of X: all other folds, and the fold itself.
 
     Raises
     ------
@@ -313,7 +313,7 @@ def patient_folds(
 def find_rows(
     cache: Cache, rows: pd.DataFrame, manifest: str
 ) -> tuple[pd.DataFrame, np.ndarray, pd.DataFrame]:
-    """Sort a manifest's rows into those in the cache, with their keys (n, 32), and failed ones.
+    """Return a manifest's rows in the cache, their keys (n, 32), and the failed rows.
 
     Raises
     ------
@@ -332,14 +332,14 @@ def find_rows(
 
 
 def choose_poolings(cache: Cache, pool: str | None, *, cells: bool = False) -> list[str]:
-    """Return the poolings that `pool` names, as `load_embeddings` takes it.
+    """Return the poolings that `pool` names, see `load_embeddings`.
 
     Raises
     ------
     CacheError
-        One is not in the cache, or is named twice.
+        A pooling is not in the cache, or is named twice.
     TrainingDataError
-        One has several vectors per image, and is not alone or `cells` is not set.
+        A pooling has several vectors per image, and is not alone or `cells` is not set.
     """
     shapes = cache.spec.poolings
     vectors = [name for name, shape in shapes.items() if len(shape) == 1]
@@ -402,7 +402,7 @@ def _blocks(poolings: Sequence[str], spec: CacheSpec) -> dict[str, slice]:
 def _read(cache: Cache, keys: np.ndarray, poolings: Sequence[str], *, verify: bool) -> np.ndarray:
     blocks = _blocks(poolings, cache.spec)
     X = np.empty((len(keys), max(block.stop for block in blocks.values())), np.float32)
-    # Written straight into their columns: no second copy of the whole.
+    # Written directly into their columns, without a second copy of all embeddings.
     outputs = {
         name: X[:, block].reshape(len(X), *cache.spec.poolings[name], copy=False)
         for name, block in blocks.items()

@@ -1,4 +1,4 @@
-"""Out of the cache: manifest columns and embeddings as one Parquet or `.npz` file."""
+"""Export manifest columns and embeddings as one Parquet or `.npz` file."""
 
 import os
 import zipfile
@@ -26,16 +26,16 @@ SUFFIXES = (".npz", ".parquet")
 
 @dataclass(frozen=True)
 class Export:
-    """Say what was written.
+    """The result of an export.
 
     Parameters
     ----------
     file : Path
-        Where.
+        The file written.
     rows, failed : int
-        Rows of the manifest that are in it, and that are not, being known failures.
+        Rows of the manifest in the file, and rows left out as known failures.
     poolings : dict of str to tuple of int
-        Shape per row of each pooling in it.
+        Shape per row of each pooling in the file.
     bytes : int
         Size of the file.
     """
@@ -58,22 +58,22 @@ def export(
 ) -> Export:
     """Write a manifest's rows and their embeddings, block by block; complete or not at all.
 
-    As `.parquet`: the manifest's columns, and per pooling one column of lists of float32 (a
-    grid's cells one after the other; its shape is in the column's metadata, `shape`). As `.npz`:
-    one array per column, strings as fixed-width unicode and an unknown label as -1, and per
-    pooling one (n, ...) array in the cache's dtype; `numpy.load` reads it without pickle. Where a
-    column has the name of a pooling, the pooling's is `embedding_<pooling>`.
+    A `.parquet` file holds the manifest's columns, and per pooling one column of lists of float32
+    (a grid's cells in order; its shape is in the column's metadata, `shape`). A `.npz` file holds
+    one array per column, strings as fixed-width unicode and an unknown label as -1, and per pooling
+    one (n, ...) array in the cache's dtype; `numpy.load` reads it without pickle. If a column has
+    the name of a pooling, the pooling's name becomes `embedding_<pooling>`.
 
     Parameters
     ----------
     cache, manifest : Cache, Manifest
-        What to join.
+        The cache and the manifest to join.
     path : path
-        Its suffix says which; a file there is replaced.
+        The file to write, whose suffix determines the format; an existing file is replaced.
     poolings : sequence of str, optional
-        By default all.
+        Poolings to write, by default all.
     name : str
-        What the command in a message calls the manifest.
+        The manifest's name in the command that a message shows.
     progress : callable, optional
         Called as progress(done, total) with rows.
 
@@ -111,7 +111,7 @@ def export(
 
 
 class _Table:
-    """The rows to be written, whose embeddings are read when they are."""
+    """The rows to be written; embeddings are read only when they are written."""
 
     def __init__(
         self,
@@ -192,7 +192,7 @@ def _write_npz(table: _Table, file: BinaryIO) -> None:
 
 
 def _npy(archive: zipfile.ZipFile, name: str) -> Any:
-    # A ZipInfo without a time: the same rows give the same bytes.
+    # A ZipInfo without a time: equal rows give equal bytes.
     return archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True)
 
 

@@ -20,16 +20,16 @@ DIGEST = re.compile(f"[0-9a-f]{{{2 * KEY_BYTES}}}")
 
 @dataclass(frozen=True)
 class Failure:
-    """Say why the image with these bytes has no row.
+    """The reason why the image with these bytes has no row.
 
     Parameters
     ----------
     sha256 : str
-        Of the file's bytes, hex. No name or path: nothing that identifies a patient.
+        SHA-256 of the file's bytes, hex. No name or path is stored, which might identify a patient.
     stage : {"read", "decode", "encode"}
-        Where it failed.
+        The stage that failed.
     reason : str
-        What the stage said.
+        The stage's error message.
     """
 
     sha256: str
@@ -38,14 +38,14 @@ class Failure:
 
 
 def name_failures(images: Iterable[str], failure: Failure) -> list[dict[str, str]]:
-    """Return a failure once for each image that has these bytes: `image`, and its own fields."""
+    """Return a failure for each image that has these bytes: `image`, and the failure's fields."""
     return [{"image": image, **asdict(failure)} for image in images]
 
 
 def read_failures(path: Path) -> dict[str, Failure]:
-    """Read the newest failure of each image, by sha256.
+    """Return the newest failure of each image, by sha256.
 
-    A line that a crash cut off is passed over: its image is merely tried again.
+    A line truncated by a crash is skipped: its image is merely retried.
 
     Raises
     ------
@@ -71,7 +71,7 @@ def append_failures(path: Path, new: Iterable[Failure]) -> None:
     if not data:
         return
     try:
-        # Appending, one write: lines of several workers do not mix.
+        # One write in append mode: lines of several workers are not interleaved.
         with open_plain(path, "a+b", buffering=0) as file:
             _write_all(file, b"\n" + data if _is_torn(file) else data)
             os.fsync(file.fileno())
@@ -82,7 +82,7 @@ def append_failures(path: Path, new: Iterable[Failure]) -> None:
 
 def _write_all(file: io.FileIO, data: bytes) -> None:
     written = 0
-    while written < len(data):  # a disk that fills up takes a part, and refuses the next
+    while written < len(data):  # a disk that fills up accepts a part, and refuses the next
         written += file.write(data[written:])
 
 

@@ -1,8 +1,8 @@
-"""How alike images are by their embeddings: a metric that fits them, and the nearest of many.
+"""Similarity of images by their embeddings: an adapted metric, and nearest-neighbour search.
 
-Images of one split that look alike under different patients (copies, and films of nothing) are a
-problem of their own, and must not decide how alike an image of `test` may be: one film that stands
-in `train` twice would hide every copy in `test`.
+Images of one split that look alike under different patients (copies, and empty films) are a
+separate problem, and must not influence the threshold for images of `test`: a single duplicate film
+in `train` would hide every copy in `test`.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,38 +17,39 @@ __all__ = [
     "NEIGHBOURS",
     "SAME",
     "LookAlikes",
+    "find_alike",
     "find_lookalikes",
     "find_nearest",
     "find_nearest_groups",
-    "tell_alike",
     "whiten",
 ]
 
-# The least ridge. Measured with the demo encoder on copies of 150 synthetic and 63 real
-# radiographs, against columns that are only scaled: saved as JPEG at quality 50, 148 (scaled: 124)
+# The smallest ridge. Measured with the demo encoder on copies of 150 synthetic and 63 real
+# radiographs, compared with columns that are only scaled: as JPEG at quality 50, 148 (scaled: 124)
 # and 63 (63) are found; brightened by 15 %, 91 (14) and 63 (46); cropped by 2 %, 2 (3) and 45 (28).
 RIDGE = 0.1
 # A block of similarities is 2048 x 8192 float32, 64 MiB, and its mask 16 MiB.
 QUERY_ROWS, REFERENCE_ROWS = 2048, 8192
-DECIMALS = 6  # of a similarity: float32 products of unit vectors differ by less, by order of sums
+DECIMALS = 6  # of a similarity: float32 products of unit vectors vary by less with summation order
 
 
 def whiten(X: np.ndarray, rounding: float) -> None:
-    """Map the rows of X so that the product of two is their similarity, in place.
+    """Transform the rows of X in place so that the product of two rows is their similarity.
 
-    Columns are centred and divided by their standard deviation; then rows are multiplied with the
-    inverse of a Cholesky factor of R + ridge I, R being the columns' correlations, and brought to
-    length 1. So the similarity is the cosine in Mahalanobis' metric, ridged: directions in which
-    images differ much anyway, such as region and view, count less. The ridge, d / n and `RIDGE` at
-    the least, keeps directions that n rows can tell nothing of from being noise made large.
+    Columns are centred and divided by their standard deviation; then rows are multiplied by the
+    inverse of a Cholesky factor of R + ridge I, where R is the columns' correlation matrix, and
+    normalised to length 1. The similarity is thus the cosine in a ridged Mahalanobis metric:
+    directions in which images always differ widely, such as region and view, count less. The ridge,
+    the larger of d / n and `RIDGE`, keeps directions that n rows do not determine from amplifying
+    noise.
 
     Parameters
     ----------
     X : (n, d) float32
-        Finite. Rows are mapped in blocks; d x d numbers are held twice, in float64.
+        Finite values. Rows are transformed in blocks; two d x d matrices are held in float64.
     rounding : float
-        Columns whose standard deviation is not above this, relative to their mean, become 0 before
-        the product; so does a row without length, which is then like no other.
+        Columns whose standard deviation relative to their mean is not above this become 0 before
+        the product; a row of length 0 stays 0 and resembles no other.
     """
     mean, scale = _scaling(X, rounding)
     products = np.zeros((X.shape[1], X.shape[1]))
@@ -67,7 +68,7 @@ def whiten(X: np.ndarray, rounding: float) -> None:
 
 
 def _scaling(X: np.ndarray, rounding: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return each column's mean and what to multiply it with: float64, 0 where it is constant."""
+    """Return each column's mean and scaling factor, float64, 0 if it is constant."""
     mean, squares = np.zeros(X.shape[1]), np.zeros(X.shape[1])
     for part in _parts(len(X), QUERY_ROWS):
         mean += X[part].sum(axis=0, dtype=np.float64) / len(X)
@@ -84,14 +85,14 @@ def find_nearest(
     *,
     tick: Callable[[int], None] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Find each query's nearest reference.
+    """Return each query's nearest reference.
 
-    Memory beyond the arguments does not grow with them: products are made in blocks.
+    Additional memory does not grow with the arguments: products are computed in blocks.
 
     Parameters
     ----------
     queries, references : (k, d), (n, d) float32
-        Rows of length 1, or 0, as `whiten` makes them.
+        Rows of length 1 or 0, from `whiten`.
     tick : callable, optional
         Called as tick(m) when m more queries are done.
 
@@ -125,14 +126,14 @@ def find_nearest_groups(
     *,
     tick: Callable[[int], None] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Find the k groups that are nearest to each query, its own left out, by their nearest rows.
+    """Return the k nearest groups of each query, except its own, by their nearest rows.
 
-    Memory beyond the arguments does not grow with them: products are made in blocks.
+    Additional memory does not grow with the arguments: products are computed in blocks.
 
     Parameters
     ----------
     X : (n, d) float32
-        Rows of length 1, or 0, as `whiten` makes them.
+        Rows of length 1 or 0, from `whiten`.
     groups : (n,) int64
         Each row's group.
     queries : (m,) int64
@@ -166,7 +167,7 @@ def find_nearest_groups(
 def _nearest_of_groups(
     X: np.ndarray, groups: np.ndarray, queries: np.ndarray, block: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return up to k groups of a block that is sorted by group: similarity, and the nearest row."""
+    """Return the similarity and nearest row of up to k groups of a block sorted by group."""
     alike = X[queries] @ X[block].T
     alike[groups[queries, None] == groups[block]] = -np.inf
     starts = np.flatnonzero(np.diff(groups[block], prepend=-1))
@@ -191,7 +192,7 @@ def _keep_nearest(
     groups: np.ndarray,
     k: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Merge two lists of nearest groups; one that is in both counts once, by its nearest row."""
+    """Return two merged lists of nearest groups; a group in both keeps only its nearest row."""
     values, rows = (np.hstack(pair) for pair in zip(kept, found, strict=True))
     first = np.argsort(-values, axis=1, kind="stable")[
         :, : k + 1
@@ -211,35 +212,36 @@ def _parts(n: int, size: int) -> Iterator[slice]:
 
 
 NEIGHBOURS = (8, 16, 64)
-"""Nearest other patients that distances are compared with: look-alikes of fewer are told."""
+"""Ranks of the nearest other patients whose distances are compared; look-alikes are detected if
+they have fewer patients than such a rank."""
 SAME = 0.99999
-"""From this similarity on, two embeddings are one up to the rounding of float16."""
+"""From this similarity on, two embeddings are equal up to the rounding of float16."""
 LEAST = 0.85
-"""Below this similarity no two images are told to look alike: 19 of 20 copies that are saved as
-JPEG at quality 50 or resized are above, with the demo encoder, and no two of 736 chest films or of
-the demo's own are that belong to different patients."""
-RATE = 0.01  # of sets without copies, at most this share has a pair that is told to look alike
-# Nearest images of real radiographs lie as in 35 dimensions (736 chest films) or 24 (64 films of
-# bones, both with the demo encoder), but with heavier tails: so fewer are taken for granted. So few
-# neighbours as below 8 tell nothing of dimensions.
+"""Below this similarity no two images are reported as alike. With the demo encoder, 19 of 20 copies
+saved as JPEG at quality 50 or resized are above it, and no two images of different patients among
+736 chest films or the demo's own images."""
+RATE = 0.01  # at most this share of sets without copies has a pair reported as alike
+# Nearest images of real radiographs are distributed as in 35 dimensions (736 chest films) or 24 (64
+# films of bones, both with the demo encoder), but with heavier tails, so fewer are assumed. Fewer
+# than 8 neighbours do not determine the dimension.
 MOST_DIMENSIONS, FEW_DIMENSIONS, FEW_NEIGHBOURS = 16.0, 8.0, 8
 
 
 @dataclass(frozen=True, eq=False)
 class LookAlikes:
-    """Images of one split, and which others of other patients look like them.
+    """Images of one split, and their look-alikes among other patients.
 
     Parameters
     ----------
     pairs : (p, 2) int64
-        Rows, the smaller first, each pair once, the most alike first.
+        Rows, the smaller first, each pair once, the most similar first.
     similarity : (p,) float64
-        Of each pair.
+        Similarity of each pair.
     usual : (m,) float64
-        Of each query, to the nearest image of a patient that does not look like it; -inf where
-        all neighbours do.
+        Each query's similarity to the nearest image of a patient that is no look-alike; -inf if
+        all neighbours are look-alikes.
     units : (m,) int64
-        Of each query: patients whose images look alike are one.
+        Each query's unit: patients whose images look alike form one unit.
     """
 
     pairs: np.ndarray
@@ -254,16 +256,16 @@ def find_lookalikes(
     queries: np.ndarray,
     tick: Callable[[int], None] | None = None,
 ) -> LookAlikes:
-    """Find the images that look like one of another patient.
+    """Return the images that look like an image of another patient.
 
     Parameters
     ----------
     X : (n, d) float32
-        Rows as `whiten` makes them.
+        Rows from `whiten`.
     groups : (n,) int64
         Patients as numbers from 0.
     queries : (m,) int64
-        Rows of X that are looked at; their neighbours are looked for among all.
+        Rows of X to examine; their neighbours are searched among all rows.
     tick : callable, optional
         Called as tick(m) when m more queries are done.
     """
@@ -276,7 +278,7 @@ def find_lookalikes(
             none.reshape(0, 2), none.astype(float), np.full(len(units), -np.inf), units
         )
     similarity, nearest = find_nearest_groups(X, groups, queries, k, tick=tick)
-    is_alike = tell_alike(similarity, n)
+    is_alike = find_alike(similarity, n)
     query, place = np.nonzero(is_alike)
     found = np.sort(np.stack([queries[query], nearest[query, place]], axis=1), axis=1)
     pairs, first = np.unique(found.reshape(-1, 2), axis=0, return_index=True)
@@ -292,32 +294,33 @@ def find_lookalikes(
     )
 
 
-def tell_alike(similarity: np.ndarray, n: int) -> np.ndarray:
-    """Tell which neighbours are so near that chance does not bring images so near.
+def find_alike(similarity: np.ndarray, n: int) -> np.ndarray:
+    """Return which neighbours are nearer than chance explains.
 
     Parameters
     ----------
     similarity : (m, k) float64
-        Of m images to the nearest image of each of the k nearest other patients, descending.
+        Similarity of m images to the nearest image of each of the k nearest other patients,
+        descending.
     n : int
-        Patients of the set.
+        Number of patients in the set.
 
     Returns
     -------
     (m, k) bool
-        True for neighbours that are one with the image up to rounding (`SAME`), and for those of
-        similarity `LEAST` or more whose distance is less than t times that of the 8th, 16th or
+        True for neighbours that equal the image up to rounding (`SAME`), and for those with a
+        similarity of at least `LEAST` whose distance is less than t times that of the 8th, 16th or
         64th neighbour (`NEIGHBOURS`).
 
     Notes
     -----
-    Where density is even around an image, its distances r_1 < … < r_k to other patients follow
-    P(r_1 / r_k < t) <= (k - 1) t^D in D dimensions, whatever the density: it makes no difference
-    how dense a region or a hospital is. D is read off the ratio of the k-th to the (k / 4)-th
-    distance, by the median (Facco et al., Scientific Reports 7, 2017, do so with k = 2); it stays
-    the same where every image stands twice. So t = (`RATE` / (n (k - 1)))^(1 / D), and `RATE` is
-    shared among the values of k. One that takes in nearly all patients says nothing of density
-    and is left out.
+    If density is uniform around an image, its distances r_1 < … < r_k to other patients follow
+    P(r_1 / r_k < t) <= (k - 1) t^D in D dimensions for any density, so that the density of a region
+    or a hospital does not matter. D is estimated from the median ratio of the k-th distance to the
+    (k / 4)-th (Facco et al., Scientific Reports 7, 2017, use k = 2), which does not change if every
+    image is duplicated. Hence t = (`RATE` / (n (k - 1)))^(1 / D), with `RATE` divided among the
+    values of k. A k that covers nearly all patients carries no information on density and is left
+    out.
     """
     distance = np.sqrt(np.maximum(0.0, 2.0 - 2.0 * similarity))
     is_near = np.zeros(similarity.shape, bool)
@@ -333,7 +336,7 @@ def tell_alike(similarity: np.ndarray, n: int) -> np.ndarray:
 
 
 def _dimensions(distance: np.ndarray) -> float:
-    """Return in how many dimensions the neighbours lie, at most `MOST_DIMENSIONS`."""
+    """Return the dimension in which the neighbours are distributed, at most `MOST_DIMENSIONS`."""
     k = distance.shape[1]
     if k < FEW_NEIGHBOURS:
         return FEW_DIMENSIONS

@@ -1,8 +1,8 @@
-"""Where each row of a cache is, without one Python object per row.
+"""An index of a cache's rows, without one Python object per row.
 
 A key is the SHA-256 of an image's bytes, a row of an (n, 32) uint8 array. Its first 8 bytes, read
-as one big-endian number, order almost all keys; where several share them, whole keys are compared.
-`committed_shards` lists the files of `shards/` that count, less those a compaction has replaced.
+as one big-endian number, order almost all keys; if several share them, whole keys are compared.
+`committed_shards` lists the valid files of `shards/`, without those that a compaction has replaced.
 """
 
 import json
@@ -36,19 +36,19 @@ __all__ = [
     "replaced_shards",
 ]
 
-BLOCK = 2**19  # keys looked at in one step: it bounds memory
+BLOCK = 2**19  # keys processed in one step, which bounds memory
 NIBBLES = np.full(256, 255, np.uint8)
 NIBBLES[list(b"0123456789abcdef")] = np.arange(16)
 
 
 def prefixes_of(keys: np.ndarray) -> np.ndarray:
-    """Read the first 8 bytes of each key, (n, 32) uint8, as a number: (n,) uint64."""
+    """Return the first 8 bytes of each key, (n, 32) uint8, as a number: (n,) uint64."""
     whole = np.ascontiguousarray(keys, np.uint8).reshape(-1, KEY_BYTES)
     return whole.view(">u8")[:, 0].astype(np.uint64)
 
 
 def equal_keys(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Compare keys row by row: (n,) bool."""
+    """Return whether keys are equal, row by row: (n,) bool."""
     same: np.ndarray = np.logical_and.reduce(_numbers(a) == _numbers(b), axis=1)
     return same
 
@@ -58,9 +58,9 @@ def _numbers(keys: np.ndarray) -> np.ndarray:
 
 
 def keys_from_column(column: Any) -> np.ndarray:
-    """Turn a column of SHA-256 hex digests, as pandas or Arrow hold it, into keys: (n, 32) uint8.
+    """Return the keys, (n, 32) uint8, of a pandas or Arrow column of SHA-256 hex digests.
 
-    10 million take a second, and no memory beyond the keys; without pyarrow, more of both.
+    10 million take a second, and no memory beyond the keys; without pyarrow more of both.
 
     Raises
     ------
@@ -108,22 +108,22 @@ def _keys_from_arrow(part: "pa.Array") -> np.ndarray:
 
 
 class SortedKeys:
-    """Find keys among many.
+    """Finds keys among many.
 
     Parameters
     ----------
     keys : (n, 32) uint8
-        In any order; some may stand several times. Kept, not copied.
+        Keys in any order, possibly with duplicates. Kept, not copied.
 
     Attributes
     ----------
     keys : (n, 32) uint8
-        As given.
+        The given keys.
     firsts : (m,) int
-        Position of each distinct key where it stands first, in the order of the keys.
+        First position of each distinct key, sorted by key.
     repeats, originals : (n - m,) int
-        Position of each key that stands earlier too, and where; sorted by the latter, then the
-        former.
+        Position of each duplicate, and the first position of its key; sorted by the latter, then
+        the former.
     """
 
     def __init__(self, keys: np.ndarray) -> None:
@@ -150,7 +150,7 @@ class SortedKeys:
         return len(self.firsts)
 
     def find(self, wanted: np.ndarray) -> np.ndarray:
-        """Return where each of `wanted`, (k, 32) uint8, stands first, or -1: (k,) int64."""
+        """Return the first position of each of `wanted`, (k, 32) uint8, or -1: (k,) int64."""
         wanted = np.ascontiguousarray(wanted, np.uint8).reshape(-1, KEY_BYTES)
         found = np.full(len(wanted), -1, np.int64)
         if len(self.firsts):
@@ -160,10 +160,10 @@ class SortedKeys:
 
     def _find(self, wanted: np.ndarray, found: np.ndarray) -> None:
         prefixes = prefixes_of(wanted)
-        order = np.argsort(prefixes)  # sorted questions walk through memory once: 9 times faster
+        order = np.argsort(prefixes)  # sorted queries walk through memory once: 9 times faster
         asked = prefixes[order]
         places = np.searchsorted(self._prefixes, asked)
-        while len(order):  # twice only where different keys share a prefix
+        while len(order):  # twice only if different keys share a prefix
             inside = places < len(self._prefixes)
             order, asked, places = order[inside], asked[inside], places[inside]
             alike = self._prefixes[places] == asked
@@ -175,7 +175,7 @@ class SortedKeys:
 
 
 def _pair(places: np.ndarray, again: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Pair each repeated place with the first of its run."""
+    """Return each repeated position with the first position of its run."""
     owners = np.flatnonzero(~again)
     runs = np.flatnonzero(again)
     originals = places[owners[np.searchsorted(owners, runs) - 1]]
@@ -188,7 +188,7 @@ def _integer_for(n: int) -> type[np.signedinteger[Any]]:
 
 
 def committed_shards(directory: Path) -> list[Path]:
-    """List the committed shards of `shards/`, sorted by name."""
+    """Return the committed shards of `shards/`, sorted by name."""
     names = file_names(directory)
     replaced = replaced_shards(directory, names)
     there = (name for name in names if shards.is_shard_name(name) and name not in replaced)
@@ -196,12 +196,12 @@ def committed_shards(directory: Path) -> list[Path]:
 
 
 def file_names(directory: Path) -> list[str]:
-    """List what `shards/` holds, in any order; nothing if it is not there.
+    """Return the names of files in `shards/`, in any order; empty if it does not exist.
 
     Raises
     ------
     CacheError
-        It cannot be read.
+        The directory cannot be read.
     """
     try:
         return os.listdir(directory)
@@ -212,7 +212,7 @@ def file_names(directory: Path) -> list[str]:
 
 
 def replaced_shards(directory: Path, names: Collection[str]) -> set[str]:
-    """Name the shards, among `names`, whose rows others of them have taken over."""
+    """Return those shards among `names` that others among them have replaced."""
     replaced: set[str] = set()
     there = frozenset(names)
     for name in names:
@@ -223,14 +223,14 @@ def replaced_shards(directory: Path, names: Collection[str]) -> set[str]:
 
 
 def read_replaced(path: Path) -> list[str]:
-    """Read the names in the file beside a shard, but its own; none if it is gone, or not ours.
+    """Return the names in the file beside a shard, except its own; empty if missing or foreign.
 
-    Then at worst a row stands twice.
+    In that case at worst a row is duplicated.
 
     Raises
     ------
     CacheError
-        The disk says no.
+        The file cannot be read.
     """
     try:
         names = json.loads(read_plain(path))
@@ -251,12 +251,12 @@ def _unreadable(path: Path, error: OSError) -> CacheError:
     )
 
 
-MAX_TRIES = 20  # of listing the shards, while a compaction takes them away
-RECENT_SHARE = 4  # new shards are kept apart until they hold this part of the rows of the others
+MAX_TRIES = 20  # of listing the shards, while a compaction removes them
+RECENT_SHARE = 4  # new shards are kept separate until they hold 1/4 of the others' rows
 
 
 class Index:
-    """Locate keys in the shards of a directory.
+    """Locates keys in the shards of a directory.
 
     About 44 bytes of memory per row. When shards are added, only their keys are read.
 
@@ -265,14 +265,14 @@ class Index:
     directory : Path
         The cache's `shards/`.
     spec : CacheSpec
-        What every shard must be of.
+        The required spec of every shard.
     known : collection of str
-        Names of shards that are passed over, as if they were not there.
+        Names of shards to ignore.
 
     Attributes
     ----------
     paths : list of Path
-        The committed shards when last refreshed, sorted by name.
+        The committed shards at the last refresh, sorted by name.
     """
 
     def __init__(self, directory: Path, spec: CacheSpec, known: Collection[str] = ()) -> None:
@@ -281,7 +281,7 @@ class Index:
         self._segments: list[_Segment] = []
 
     def refresh(self) -> "Index":
-        """Look for shards again; read the keys of those that are new.
+        """Return this index after listing the shards again and reading the keys of new ones.
 
         Raises
         ------
@@ -303,7 +303,7 @@ class Index:
 
     @property
     def n_rows(self) -> int:
-        """How many different keys there are."""
+        """Number of distinct keys."""
         if not self._segments:
             return 0
         first, *others = self._segments
@@ -322,16 +322,16 @@ class Index:
         return np.unique(sortable(every)).view(np.uint8).reshape(-1, KEY_BYTES)
 
     def locate(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Find keys, (n, 32) uint8.
+        """Return where keys, (n, 32) uint8, are stored.
 
         Returns
         -------
         found : (n,) bool
         owners : (n,) int
-            Position of the shard in `paths`, the first by name that has the key; meaningless
-            where not found.
+            Position in `paths` of the first shard by name that has the key; meaningless if not
+            found.
         rows : (n,) int
-            Row in that shard; meaningless where not found.
+            Row in that shard; meaningless if not found.
         """
         owners = np.full(len(keys), len(self.paths), np.int32)
         rows = np.zeros(len(keys), np.int32)
@@ -379,7 +379,7 @@ class Index:
 
 
 class _Segment:
-    """The keys of some shards, one after the other in one array, and their order."""
+    """The keys of some shards, concatenated in one array, and their order."""
 
     def __init__(self, paths: list[Path], edges: np.ndarray, sorted_keys: SortedKeys) -> None:
         self.paths, self.sorted = paths, sorted_keys
@@ -387,18 +387,18 @@ class _Segment:
         self._numbers = np.empty(0, np.int32)
 
     def parts(self) -> list[tuple[Path, np.ndarray]]:
-        """Give each shard's keys."""
+        """Return each shard's keys."""
         edges = zip(self._edges[:-1].tolist(), self._edges[1:].tolist(), strict=True)
         keys = self.sorted.keys
         return [(p, keys[a:b]) for p, (a, b) in zip(self.paths, edges, strict=True)]
 
     def number(self, paths: list[Path]) -> None:
-        """Learn the shards' positions among all paths."""
+        """Set the shards' positions among all paths."""
         place = {path: number for number, path in enumerate(paths)}
         self._numbers = np.array([place[path] for path in self.paths], np.int32)
 
     def locate(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Give which of `keys` are here, the position of their shard, and their row in it."""
+        """Return which of `keys` are here, the position of their shard, and their row in it."""
         places = self.sorted.find(keys)
         there = np.flatnonzero(places >= 0)
         places = places[there]

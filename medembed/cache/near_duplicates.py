@@ -1,8 +1,8 @@
-"""Images of `test` that look like one of `train`: leaks that no comparison of bytes sees.
+"""Find images of `test` that look like images of `train`: leaks that comparing bytes misses.
 
-The same image re-encoded, resized or brightened a little has other bytes and almost the same
-embedding. How alike is too alike is read off the data themselves: off how alike the images of
-different train patients are.
+An image that was re-encoded, resized or slightly brightened has different bytes and almost the
+original embedding. The threshold of similarity is estimated from the data: from the similarity of
+images of different train patients.
 """
 
 import math
@@ -28,48 +28,48 @@ from medembed.dataset.splits import join_same_bytes
 __all__ = ["ALIKE", "MAX_CALIBRATION", "REACH", "NearDuplicates", "find_near_duplicates"]
 
 MAX_CALIBRATION = 4000
-"""Train images of different patients, at most, that the threshold is read off. In a larger split,
-look-alikes are looked for among as many images, one drawn per patient."""
+"""Most train images, of different patients, that determine the threshold. In a larger split,
+look-alikes are searched among equally many images, one drawn per patient."""
 REACH = 0.9999
-"""The highest threshold: a copy saved without loss is above it, float16 or not."""
+"""The highest threshold: a losslessly saved copy is above it, in float16 or float32."""
 ALIKE = 0.9
-"""From this similarity on, train images of different patients are told to be alike: 19 of 20 copies
-that are saved as JPEG at quality 80 or resized have it, with the demo encoder."""
+"""From this similarity on, train images of different patients count as alike. With the demo
+encoder, 19 of 20 copies saved as JPEG at quality 80 or resized reach it."""
 
 
 @dataclass(frozen=True, eq=False)
 class NearDuplicates:
-    """Say which test images look like a train image, and how often chance alone does that.
+    """Test images that look like a train image, and how often that is expected by chance.
 
     Parameters
     ----------
     pairs : DataFrame
-        One row per flagged test image, the most alike first: `image_a` (test), `image_b` (the train
-        image nearest to it), `patient_a`, `patient_b`, and `similarity`, above `threshold` and at
+        One row per flagged test image, the most similar first: `image_a` (test), `image_b` (the
+        nearest train image), `patient_a`, `patient_b`, and `similarity`, above `threshold` and at
         most 1.
     lookalikes : DataFrame
         One row per pair of images of one split that look alike under different patients, the most
-        alike first: `split` and the columns of `pairs`.
+        similar first: `split` and the columns of `pairs`.
     threshold : float
-        Test images are flagged above it, `REACH` at most; infinite where nothing could be compared.
+        Test images are flagged above it; at most `REACH`, or infinite if nothing could be compared.
     false_alarm_rate : float
-        At most this share of test images without a twin is flagged: what was asked for, or the
-        smallest that the number of train patients and `REACH` allow; 0 where the threshold is
+        At most this share of test images without a twin is flagged: the requested rate, or the
+        smallest that the number of train patients and `REACH` allow; 0 if the threshold is
         infinite.
     asked : float
-        The rate that was asked for.
+        The requested rate.
     expected_false_alarms : float
         `false_alarm_rate * n_test`.
     n_test, n_train : int
-        Images that were compared.
+        Number of images compared.
     n_calibration : int
-        Train images, each of another patient, that the threshold was read off; patients whose
-        images look alike count as one.
+        Number of train images, each of another patient, that the threshold was estimated from;
+        patients whose images look alike count as one.
     n_alike : int
-        Of these, how many have a twin (similarity `ALIKE` or more) of another train patient that
+        How many of these have a twin (similarity of at least `ALIKE`) of another train patient that
         is no look-alike, because other images are about as near; such twins raise the threshold.
     n_looked : int
-        Images that look-alikes were looked for of, over both splits.
+        Number of images whose look-alikes were searched, over both splits.
     n_failed, n_missing : int
         Rows left out because the image failed to be embedded, or is not in the cache yet.
     """
@@ -99,7 +99,7 @@ class NearDuplicates:
     def problems(self) -> list[str]:
         """Return a line per flagged test image and per pair of look-alikes within a split.
 
-        Of each kind the first 20, and how many more there are.
+        For each kind, the first 20 and the number of others.
         """
         chance = f"a false alarm in {_share(self.false_alarm_rate)}"
         lines = (
@@ -123,7 +123,7 @@ class NearDuplicates:
         return cap(lines, len(self.lookalikes))
 
     def describe(self) -> str:
-        """Say in sentences what was compared, what was found, and how much of it is chance."""
+        """Return sentences on what was compared, what was found, and what chance explains."""
         sentences = [self._outcome()]
         if 0 < self.asked < self.false_alarm_rate:
             sentences.append(
@@ -180,21 +180,22 @@ def find_near_duplicates(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> NearDuplicates:
-    """Find test images whose embedding is too near to that of a train image.
+    """Return test images whose embedding is too near to that of a train image.
 
-    Embeddings are all single-vector poolings of the cache side by side, without columns that are
-    constant up to the rounding of its dtype. Their likeness is a cosine, in a metric learnt from
-    all rows compared, test and train alike (`whiten`). Labels are not looked at. The
-    result does not depend on the order of the rows.
+    Embeddings are all single-vector poolings of the cache joined, without columns that are constant
+    up to the rounding of its dtype. Their similarity is a cosine, in a metric learned from all
+    compared rows of test and train (`whiten`). Labels are not used. The result does not depend on
+    the order of the rows.
 
     Parameters
     ----------
     cache, manifest : Cache, Manifest or path
-        What to join. Rows that failed or are not embedded yet are left out and counted.
+        The cache and the manifest to join. Rows that failed or are not embedded yet are left out
+        and counted.
     false_alarm_rate : float
         Share in (0, 1) of test images without a twin that may be flagged.
     seed : int
-        Of the sample of train images that the threshold is read off.
+        Random seed of the sample of train images that the threshold is estimated from.
     progress : callable, optional
         Called as progress(done, total) with images whose nearest train image is known.
 
@@ -205,9 +206,9 @@ def find_near_duplicates(
     Raises
     ------
     MissingRowsError
-        No row is in the cache, and not because all failed; names the command that makes them.
+        No row is in the cache, and not because all failed; the message names the command to run.
     ManifestError
-        The manifest has no SHA-256s (`--structure-only`), or breaks the rules of one.
+        The manifest has no SHA-256s (`--structure-only`), or is invalid.
     CacheError
         A shard is damaged (`ShardError`).
     TrainingDataError
@@ -217,36 +218,36 @@ def find_near_duplicates(
 
     Notes
     -----
-    Of each of up to `MAX_CALIBRATION` train patients, drawn at random, one image is drawn, and its
-    similarity S_i to the nearest image of any *other* train patient is computed: what a test image
-    without a twin would show. Patients that share an image's very bytes count as one. A test image
-    of similarity s is flagged where 2 + #{i: S_i >= s} <= alpha (n + 1), which is a threshold on s.
+    For each of up to `MAX_CALIBRATION` randomly drawn train patients, one image is drawn, and its
+    similarity S_i to the nearest image of any *other* train patient is computed, as expected for a
+    test image without a twin. Patients that share an image's bytes count as one. A test image with
+    similarity s is flagged if 2 + #{i: S_i >= s} <= alpha (n + 1), which is a threshold on s.
 
-    That is a conformal test by ranks (Vovk, Gammerman and Shafer, Algorithmic Learning in a Random
+    This is a conformal test by ranks (Vovk, Gammerman and Shafer, Algorithmic Learning in a Random
     World, 2005), with one image per patient because images of one patient are not exchangeable
     with those of others (Dunn, Wasserman and Ramdas, JASA 118, 2023: single subsampling). The 2 in
-    place of the usual 1 pays for leaving out: were the test patient one of the train patients, as
-    the rank argument has it, the patient nearest to it would be as near to it as it is to that one.
+    place of the usual 1 compensates for leaving out: if the test patient were one of the train
+    patients, as the rank argument assumes, it would also be as near to its nearest patient.
     With a 1 the rate could be twice alpha (as for the jackknife+; Barber et al., Annals of
-    Statistics 49, 2021), and is where all train patients are drawn and alpha (n + 1) = 1.
+    Statistics 49, 2021), and is if all train patients are drawn and alpha (n + 1) = 1.
 
-    Train patients whose images look alike count as one as well (`tell_alike`): a film
-    that stands twice, or two black ones, would otherwise be the threshold, and no copy would pass
-    it. They are `lookalikes`, and so are those within `test`. Whatever is left, the threshold is
-    not above `REACH`; where that lowers it, the rate that it keeps is computed and said.
+    Train patients whose images look alike also count as one (`find_alike`): a duplicate film, or
+    two black ones, would otherwise set the threshold, and no copy would exceed it. They are listed
+    in `lookalikes`, as are those within `test`. In any case the threshold is at most `REACH`; if
+    that lowers it, the resulting rate is computed and reported.
 
-    So an image drawn from a test patient without a twin is flagged with probability alpha at most
-    if that patient and the train patients are exchangeable: as if lots had been drawn who is in
-    `test`. Two things are neglected: exact ties, and other views of the same test patient that are
-    as near to a second train patient. Where `test` comes from another source the rate is not held.
-    Train images that are very near to several patients are no look-alikes, and raise the threshold
+    An image drawn from a test patient without a twin is thus flagged with probability at most alpha
+    if that patient and the train patients are exchangeable, as if `test` had been drawn by lot. Two
+    effects are neglected: exact ties, and other views of the test patient that are as near to a
+    second train patient. If `test` comes from another source, the rate is not guaranteed. Train
+    images that are very near to several patients are no look-alikes, and raise the threshold
     (`n_alike`).
 
-    With n patients alpha is 2 / (n + 1) at the least. Where less is asked for, that is used and
-    said: the threshold is then the largest S_i.
+    With n patients alpha is at least 2 / (n + 1). If less is requested, this value is used and
+    reported: the threshold is then the largest S_i.
 
-    Memory: the embeddings once, as float32 (as a sweep holds them), and d x d
-    numbers, and blocks of fixed size.
+    Memory: the embeddings once, as float32 (as in a sweep), a d x d matrix, and blocks of fixed
+    size.
     """
     if not 0 < false_alarm_rate < 1:
         raise MedembedError(
@@ -287,14 +288,14 @@ def find_near_duplicates(
 def _load(
     cache: Cache, manifest: Manifest | str | os.PathLike[str]
 ) -> tuple[pd.DataFrame, np.ndarray, dict[str, int]]:
-    """Return the embedded rows, test before train and by image, their X, and what is left out."""
+    """Return the embedded rows, test before train and by image, their X, and the rows left out."""
     name = "MANIFEST" if isinstance(manifest, Manifest) else str(manifest)
     manifest = manifest if isinstance(manifest, Manifest) else read_manifest(Path(manifest))
     require_hashes(manifest)
     rows = manifest.rows.sort_values(["split", "image"], ignore_index=True)
     done = cache.is_done(keys_from_column(rows["sha256"]))
     if not done.any():
-        find_rows(cache, rows, name)  # says what makes them
+        find_rows(cache, rows, name)  # raises an error that names the command to run
     n_failed = int(rows["sha256"][~done].isin(list(cache.failures())).sum())
     found = load_embeddings(cache, Manifest(rows[done], manifest.label_level))
     left_out = {"n_failed": n_failed, "n_missing": int((~done).sum()) - n_failed}
@@ -302,15 +303,15 @@ def _load(
 
 
 def _groups(train: pd.DataFrame) -> np.ndarray:
-    """Return train patients as numbers from 0, (n,) int64; those that share bytes are one."""
+    """Return train patients as numbers from 0, (n,) int64; those that share bytes are merged."""
     joined = join_same_bytes(name_persons(train), train["sha256"])
     return np.asarray(pd.factorize(joined, sort=True)[0], np.int64)
 
 
 def _draw(groups: np.ndarray, seed: int) -> np.ndarray:
-    """Draw patients, at most `MAX_CALIBRATION`, and an image of each; return their rows, (k,).
+    """Return the rows, (k,), of one image each of at most `MAX_CALIBRATION` drawn patients.
 
-    Of one patient alone there is nothing to compare: k is then 0.
+    A single patient cannot be compared: k is then 0.
     """
     generator = np.random.default_rng(seed)
     order = generator.permutation(len(groups))
@@ -322,19 +323,19 @@ def _draw(groups: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _looked_at(groups: np.ndarray, drawn: np.ndarray) -> np.ndarray:
-    """Return the rows that look-alikes are looked for of: all, or of a large split those drawn."""
+    """Return the rows whose look-alikes are searched: all, or in a large split the drawn ones."""
     return np.arange(len(groups)) if len(drawn) and len(groups) <= MAX_CALIBRATION else drawn
 
 
 def _usual(alike: LookAlikes, is_drawn: np.ndarray) -> np.ndarray:
-    """Return how near drawn images are to other patients; of patients that look alike, one's."""
+    """Return the drawn images' similarity to other patients, once per group of look-alikes."""
     is_known = np.flatnonzero(is_drawn & np.isfinite(alike.usual))
     _, first = np.unique(alike.units[is_known], return_index=True)
     return np.asarray(alike.usual[is_known[first]])
 
 
 def _calibrate(usual: np.ndarray, rate: float) -> tuple[float, float]:
-    """Return the threshold and the rate that it keeps; see the notes of `find_near_duplicates`."""
+    """Return the threshold and its false-alarm rate; see the notes of `find_near_duplicates`."""
     n = len(usual)
     if n < 2:
         return math.inf, 0.0
@@ -346,7 +347,7 @@ def _calibrate(usual: np.ndarray, rate: float) -> tuple[float, float]:
 
 
 def _list_lookalikes(rows: pd.DataFrame, found: dict[int, LookAlikes]) -> pd.DataFrame:
-    """Name the pairs of both splits; the numbers are each split's first row."""
+    """Return the named pairs of both splits, keyed by each split's first row."""
     pairs = np.concatenate([alike.pairs + start for start, alike in found.items()])
     similarity = np.concatenate([alike.similarity for alike in found.values()])
     order = np.argsort(-similarity, kind="stable")
@@ -376,7 +377,7 @@ def _pair(
 def _counting(
     progress: Callable[[int, int], None] | None, total: int
 ) -> Callable[[int], None] | None:
-    """Return what turns "m more are done" into `progress(done, total)`."""
+    """Return a function that adds up increments and calls `progress(done, total)`."""
     if progress is None:
         return None
     done = 0
@@ -390,10 +391,10 @@ def _counting(
 
 
 def _share(rate: float) -> str:
-    """Write a share of images: "1 of 1,000 images", above 1 % "4.9 % of images"."""
+    """Return a share of images as text: "1 of 1,000 images", above 1 % "4.9 % of images"."""
     return f"1 of {1 / rate:,.0f} images" if rate <= 0.01 else f"{100 * rate:.2g} % of images"
 
 
 def _number(expected: float) -> str:
-    """Write how many are expected, with one digit below 2: 3, 0.3, 0.05."""
+    """Return an expected number as text, with one digit below 2: 3, 0.3, 0.05."""
     return f"{expected:,.0f}" if expected >= 2 else f"{expected:.1g}"

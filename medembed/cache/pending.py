@@ -1,4 +1,4 @@
-"""What a manifest asks for and a cache does not hold yet."""
+"""The contents of a manifest that a cache does not hold yet."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,17 +15,17 @@ from medembed.images.load import Content
 
 __all__ = ["Contents", "Plan", "Worker", "make_plan"]
 
-BLOCK = 4096  # contents that are made at once
+BLOCK = 4096  # contents created at once
 
 
 @dataclass(frozen=True)
 class Worker:
-    """One of several processes that share a manifest's contents without talking to each other.
+    """One of several processes that share a manifest's contents without communicating.
 
     Parameters
     ----------
     index, count : int
-        This one, from 0, of how many.
+        This worker's number, from 0, and the number of workers.
     """
 
     index: int
@@ -36,13 +36,13 @@ class Worker:
             raise ValueError(f"worker {self.index} of {self.count}: count from 0 to N - 1")
 
     def mine(self, keys: np.ndarray) -> np.ndarray:
-        """Tell which contents are this worker's, by their SHA-256, (n, 32) uint8: (n,) bool."""
+        """Return which contents are this worker's, by their SHA-256, (n, 32) uint8: (n,) bool."""
         mine: np.ndarray = prefixes_of(keys) % np.uint64(self.count) == self.index
         return mine
 
 
 class Contents(Sequence[Content]):
-    """Distinct contents of a manifest, in its order, made when they are asked for.
+    """Distinct contents of a manifest, in its order, created on access.
 
     Parameters
     ----------
@@ -51,9 +51,9 @@ class Contents(Sequence[Content]):
     keys : (n, 32) uint8
         SHA-256 of each row.
     places : (k,) int
-        Row where each content stands first, ascending.
+        First row of each content, ascending.
     repeats, originals : (r,) int
-        Rows whose content stands earlier too, and where; sorted by the latter.
+        Rows with a content of an earlier row, and that row; sorted by the latter.
 
     Attributes
     ----------
@@ -110,25 +110,25 @@ class Contents(Sequence[Content]):
         return np.sort(np.concatenate([self._places, *spans]))
 
     def at(self, places: np.ndarray) -> "Contents":
-        """Choose the contents that stand first in these rows, (k,) int."""
+        """Return the contents whose first rows are these, (k,) int."""
         return Contents(self._images, self._every_key, places, self._repeats, self._originals)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Sort the distinct contents of a manifest by what is to be done with them.
+    """The distinct contents of a manifest, sorted by what remains to be done.
 
     Parameters
     ----------
     n_rows, n_contents, n_already : int
-        Rows of the manifest, distinct contents among them, those of these in the cache. With a
-        worker, of its share.
+        Rows of the manifest, distinct contents among them, and those of the contents that are in
+        the cache; for a worker, within its share.
     pending : Contents
-        To be embedded, in the manifest's order.
+        Contents to be embedded, in the manifest's order.
     done : Contents
-        In the cache already, in the manifest's order.
+        Contents already in the cache, in the manifest's order.
     known : list of (Content, Failure)
-        Known failures that are not tried again.
+        Known failures that are not retried.
     """
 
     n_rows: int
@@ -146,11 +146,11 @@ def make_plan(
     retry_failed: bool = False,
     worker: Worker | None = None,
 ) -> Plan:
-    """Find what is missing in a cache, or in none; for one worker, in its share of the contents.
+    """Return a plan of the contents missing in a cache, if any, within a worker's share.
 
-    Of a manifest's rows only columns `image` and `sha256` are read, none of the latter empty.
-    Contents that failed to decode or embed are not pending unless `retry_failed`: the same bytes
-    fail again. Those that could not be read may be readable now, and always are.
+    Only the columns `image` and `sha256` of the rows are used, and the latter has no empty values.
+    Contents that failed to decode or embed are pending only with `retry_failed`, since equal bytes
+    fail again. Contents that could not be read may be readable now, and are always pending.
     """
     images, keys = rows["image"], keys_from_column(rows["sha256"])
     if worker:
@@ -178,7 +178,7 @@ def make_plan(
 
 
 def _settled(contents: SortedKeys, cache: Cache | None) -> list[tuple[int, Failure]]:
-    """Find the contents that failed and will fail again: their row and why, in rows' order."""
+    """Return the row and failure of contents that would fail again, in row order."""
     failures = cache.failures() if cache else {}
     again = [failure for failure in failures.values() if failure.stage != "read"]
     places = contents.find(keys_from_hex([failure.sha256 for failure in again]))

@@ -3,13 +3,13 @@
 `/sha256` is (n, 32) uint8; `/embeddings/<pooling>` is (n, d) or (n, g, d) float16 or float32 in
 chunks of up to 1024 rows. The first 512 bytes, which HDF5 leaves to the user (its *user block*),
 hold one JSON object: format, version, digest of the spec, number of rows, offset and SHA-256 of
-the keys. So the keys of a large cache are read and proved without hashing every embedding, and
-without showing HDF5, which one flipped bit can hang, a byte that was not checked.
+the keys. The keys of a large cache can thus be read and verified without hashing every embedding,
+and without passing unchecked bytes to HDF5, which a single flipped bit can hang.
 
-float16 becomes float32 exactly, six times faster than by numpy's own conversion: numpy 2.4 converts
-one number after the other (1.9 ms for 1024 × 1152 of them on one core); torch takes 0.1 ms, but
-0.9 s to import. `put_rows` converts whole blocks by three operations on integers and one
-multiplication, each of which numpy vectorises: 0.3 ms.
+float16 is converted to float32 exactly, six times faster than by numpy: numpy 2.4 converts one
+number at a time (1.9 ms for 1024 × 1152 numbers on one core); torch takes 0.1 ms, but 0.9 s to
+import. `put_rows` converts whole blocks by three integer operations and one multiplication, each
+of which numpy vectorises: 0.3 ms.
 """
 
 import hashlib
@@ -57,7 +57,7 @@ __all__ = [
     "write_shard",
 ]
 
-BLOCK = 2**17  # numbers at once: they stay in the second-level cache
+BLOCK = 2**17  # numbers converted at once, which stay in the second-level cache
 SHIFT = 13  # IEEE 754: binary32 has 13 more bits of fraction than binary16
 KEPT = np.uint32(0x8FFFE000).astype(np.int32)  # sign, 5 bits of exponent, 10 of fraction
 SCALE = np.float32(2.0**112)  # the difference of the exponents' biases, 127 - 15
@@ -66,19 +66,19 @@ SUBNORMAL = np.float32(2.0**-136)  # 2**-24, the smallest of binary16, before it
 
 
 def describe_loss(values: np.ndarray, stored: np.ndarray) -> str | None:
-    """Say what finite values lose in a narrower dtype: their range, or a whole row.
+    """Return what finite values lose in a narrower dtype: their range, or a whole row.
 
     Parameters
     ----------
     values, stored : (n, ...) float
-        Before and after.
+        Values before and after the conversion.
 
     Returns
     -------
     str or None
-        "reaches 1e+06, more than float16 can hold (65504)"; or that a row which is not zero has
-        no value as large as the dtype's smallest normal number, so that little or nothing of it is
-        left. None where neither is so.
+        "reaches 1e+06, more than float16 can hold (65504)"; or that the values of a non-zero row
+        are all below the dtype's smallest normal number, so that little or nothing of it is left.
+        None if nothing is lost.
     """
     limits = np.finfo(stored.dtype)
     if not np.isfinite(stored).all():
@@ -100,14 +100,14 @@ def describe_loss(values: np.ndarray, stored: np.ndarray) -> str | None:
 
 
 def put_rows(output: np.ndarray, places: slice | np.ndarray, rows: np.ndarray) -> None:
-    """Do `output[places] = rows`, fast where that means widening float16 to float32.
+    """Assign `output[places] = rows`, with a fast path for widening float16 to float32.
 
     Parameters
     ----------
     output : (m, ...) array of any float dtype
-        Written in place.
+        The array to write to.
     places : slice without step, or (k,) int
-        Its rows.
+        Rows of `output`.
     rows : (k, ...) array
         Any values; the result is numpy's, to the bit.
     """
@@ -139,7 +139,7 @@ def _widen(narrow: np.ndarray, wide: np.ndarray) -> None:
 
 
 def _flushes_subnormals() -> bool:
-    """Tell whether this thread takes subnormal numbers for zero, as some libraries make it."""
+    """Return whether this thread treats subnormal numbers as zero, which some libraries set."""
     return bool(np.multiply(SUBNORMAL, SCALE) == 0)
 
 
@@ -149,13 +149,13 @@ HEADER_BYTES = 512  # the smallest user block that HDF5 allows
 CHUNK_ROWS = 1024
 MAX_SHARD_ROWS = 8192
 MAX_SHARD_BYTES = 64 * 2**20  # readers hold one whole shard per thread
-LIBVER = ("v110", "v110")  # fixed: the same rows give the same bytes
-REPLACES = ".replaces"  # beside a shard: the names of those whose rows it took over
+LIBVER = ("v110", "v110")  # fixed, so that equal rows give equal bytes
+REPLACES = ".replaces"  # file beside a shard, with the names of the shards that it replaced
 SHARD_NAME = re.compile(r"[0-9a-f]{32}\.h5")
 
 
 def is_shard_name(name: str) -> bool:
-    """Tell whether a file name is that of a committed shard."""
+    """Return whether a file name is that of a committed shard."""
     return SHARD_NAME.fullmatch(name) is not None
 
 
@@ -167,13 +167,13 @@ def max_rows(spec: CacheSpec) -> int:
 def as_stored(
     embeddings: Mapping[str, np.ndarray], spec: CacheSpec, n_rows: int
 ) -> dict[str, np.ndarray]:
-    """Bring embeddings to the spec's dtype, and check poolings, shapes and finiteness.
+    """Return embeddings in the spec's dtype, after checking poolings, shapes and finiteness.
 
     Raises
     ------
     CacheError
-        A pooling is missing or foreign, a shape is wrong, or a value is not finite; values that
-        only float32 can hold, because they are too large or too small, are told apart.
+        A pooling is missing or unknown, a shape is wrong, or a value is not finite; values that are
+        too large or too small for any dtype but float32 have a separate message.
     """
     if set(embeddings) != set(spec.poolings):
         asked, given = ", ".join(spec.poolings), ", ".join(embeddings)
@@ -192,9 +192,9 @@ def write_shard(
     *,
     replaces: Collection[str] = (),
 ) -> Path:
-    """Write rows as one shard, complete or not at all; the same rows give the same file.
+    """Write rows as one shard, complete or not at all; equal rows give an identical file.
 
-    The file is written beside its place, closed, read again and compared with the arrays,
+    The file is written to a temporary name, closed, read again and compared with the arrays,
     hashed, synced and renamed to its hash.
 
     Parameters
@@ -206,15 +206,15 @@ def write_shard(
     embeddings : mapping of str to (n, ...) array
         One array per pooling of the spec.
     spec : CacheSpec
-        What the rows share.
+        The spec of the rows.
     replaces : collection of str
-        Names of shards that count as gone from the moment this one is there. Their names are
-        written down, durably, before it is.
+        Names of shards that are considered removed once this one exists. Their names are recorded
+        durably before that.
 
     Raises
     ------
     CacheError
-        The rows do not fit the spec, a key stands twice, or the file cannot be written.
+        The rows do not fit the spec, a key is a duplicate, or the file cannot be written.
     """
     keys = np.ascontiguousarray(keys, np.uint8).reshape(-1, KEY_BYTES)
     if len(keys) == 0 or len(np.unique(sortable(keys))) != len(keys):
@@ -237,7 +237,7 @@ def write_shard(
 
 
 def read_header(path: Path, *, spec: CacheSpec | None = None) -> dict[str, Any]:
-    """Read the shard's first bytes: spec digest, number of rows, where the keys are.
+    """Return the shard's header: spec digest, number of rows, location of the keys.
 
     Raises
     ------
@@ -249,7 +249,7 @@ def read_header(path: Path, *, spec: CacheSpec | None = None) -> dict[str, Any]:
 
 
 def read_keys(path: Path, *, spec: CacheSpec | None = None) -> np.ndarray:
-    """Read the keys alone, (n, 32) uint8, checked against their own SHA-256.
+    """Return only the keys, (n, 32) uint8, verified by their own SHA-256.
 
     Raises
     ------
@@ -272,9 +272,9 @@ def read_shard(
     verify: bool = True,
     spec: CacheSpec | None = None,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Read keys, (n, 32) uint8, and embeddings, one (n, ...) array per pooling.
+    """Return keys, (n, 32) uint8, and embeddings, one (n, ...) array per pooling.
 
-    With `verify` the very bytes that HDF5 will see are hashed first and compared with the name.
+    With `verify` the bytes passed to HDF5 are first hashed and compared with the file name.
 
     Raises
     ------
@@ -304,12 +304,12 @@ def copy_rows(
     rows, places : (k,) int
         Row `rows[i]` of the shard goes to `outputs[pooling][places[i]]`.
     outputs : mapping of str to (m, ...) array
-        Written in place.
+        The arrays to write to.
 
     Raises
     ------
     ShardError
-        As `read_shard`.
+        The shard is damaged; see `read_shard`.
     """
     order = np.argsort(rows, kind="stable")
     rows, places = rows[order], places[order]
@@ -327,7 +327,7 @@ def copy_rows(
 
 
 def _chunk(data: bytes, dataset: Any, first: int) -> np.ndarray:
-    """Return the rows of a chunk where they lie in the file's bytes, if they do so as they are."""
+    """Return a view of a chunk's rows in the file's bytes, if they are stored unfiltered."""
     shape, dtype, chunks = dataset.shape[1:], dataset.dtype, dataset.chunks
     if not chunks or chunks[1:] != shape or dataset.id.get_create_plist().get_nfilters():
         block: np.ndarray = dataset[first : first + (chunks[0] if chunks else len(dataset))]
@@ -378,7 +378,7 @@ def _store_values(name: str, values: np.ndarray, shape: tuple[int, ...], dtype: 
 
 
 def _encode(keys: np.ndarray, stored: Mapping[str, np.ndarray], spec: CacheSpec) -> bytes:
-    # In memory (at most MAX_SHARD_BYTES), so that a full disk meets one plain write, never HDF5.
+    # In memory (at most MAX_SHARD_BYTES), so that a full disk fails one plain write, never HDF5.
     buffer = io.BytesIO()
     with h5py.File(buffer, "w", libver=LIBVER, userblock_size=HEADER_BYTES) as file:
         # Contiguous keys, so that they can be read without HDF5.
@@ -434,7 +434,7 @@ def _place(
 
 @contextmanager
 def _hdf5(path: Path, *, verify: bool, spec: CacheSpec | None) -> Iterator[tuple[Any, bytes]]:
-    """Open a shard, checked first; yield it and its bytes."""
+    """Yield an open shard and its bytes, after checking it."""
     with _opened(path) as file:
         data = file.read()
     if verify and _name_of(data) != path.name:
@@ -504,7 +504,7 @@ def _name_of(data: bytes) -> str:
 
 
 def _as_slice(indices: np.ndarray) -> slice | np.ndarray:
-    """Return a slice where indices are consecutive: it copies once and without a gather."""
+    """Return a slice if indices are consecutive, which copies once and without a gather."""
     first, last = int(indices[0]), int(indices[-1])
     if last - first + 1 == len(indices) and bool((np.diff(indices) == 1).all()):
         return slice(first, last + 1)

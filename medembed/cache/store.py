@@ -32,18 +32,18 @@ __all__ = ["Cache", "create_cache", "open_cache"]
 class Cache(Summarised):
     """A directory of embeddings keyed by the SHA-256 of each image's bytes.
 
-    Open one with `open_cache` or `create_cache`. Any number of processes may read and append at
-    once: shards are immutable and appear whole.
+    Open a cache with `open_cache` or `create_cache`. Any number of processes may read and append
+    concurrently: shards are immutable and appear complete.
 
     Attributes
     ----------
     path : Path
         The directory.
     spec : CacheSpec
-        What all rows share.
+        The spec of all rows.
     recorded : dict
         `source`, `revision`, `precision`, `device`, `versions` of the run that created the
-        cache; told, never compared.
+        cache; informative, never compared.
     canary : dict or None
         Embeddings of known images by the run that created the cache (`extraction.canary`).
     """
@@ -60,7 +60,7 @@ class Cache(Summarised):
         self._index = Index(path / "shards", spec, known)
 
     def summarise(self) -> Summary:
-        """Return poolings, dtype, encoder, and how many rows there are, where that can be read."""
+        """Return poolings, dtype, encoder, and the number of rows, if it can be read."""
         shapes = {n: " × ".join(map(str, shape)) for n, shape in self.spec.poolings.items()}
         try:
             n_rows = counted(self._index.refresh().n_rows, "row")
@@ -77,13 +77,13 @@ class Cache(Summarised):
 
     @property
     def source(self) -> str:
-        """Name the encoder as the user named it: `source` or `source@revision`."""
+        """The user's reference of the encoder: `source` or `source@revision`."""
         return source_of(self.recorded)
 
     def require_spec(self, spec: CacheSpec, recorded: Mapping[str, Any]) -> None:
         """Raise SpecMismatchError, naming the first difference, unless rows of `spec` fit here.
 
-        `recorded` tells where `spec` comes from, as for `create_cache`.
+        `recorded` is the origin of `spec`, see `create_cache`.
         """
         error = mismatch(self.path, (self.spec, self.recorded), (spec, recorded))
         if error:
@@ -100,10 +100,10 @@ class Cache(Summarised):
         return self._index.refresh().keys()
 
     def is_done(self, keys: np.ndarray) -> np.ndarray:
-        """Tell for each key, (n, 32) uint8, whether its row is in a committed shard: (n,) bool.
+        """Return for each key, (n, 32) uint8, whether its row is in a committed shard: (n,) bool.
 
-        This is the one place that decides it. The shards present now count, also those that
-        other processes have added since the last call.
+        This is the only place that decides. All current shards count, including those that other
+        processes have added since the last call.
         """
         found, _, _ = self._index.refresh().locate(keys)
         return found
@@ -114,9 +114,9 @@ class Cache(Summarised):
         Parameters
         ----------
         keys : (n, 32) uint8
-            SHA-256 of each image's bytes, each once.
+            SHA-256 of each image's bytes, unique.
         embeddings : mapping of str to (n, ...) array
-            One finite array per pooling of the spec, brought to the spec's dtype.
+            One finite array per pooling of the spec, converted to the spec's dtype.
 
         Raises
         ------
@@ -128,7 +128,7 @@ class Cache(Summarised):
     def read(
         self, keys: np.ndarray, poolings: Sequence[str], *, verify: bool = True
     ) -> dict[str, np.ndarray]:
-        """Read rows in the order of `keys`, (n, ...) per pooling in the stored dtype.
+        """Return rows in the order of `keys`, (n, ...) per pooling in the stored dtype.
 
         Raises
         ------
@@ -150,8 +150,8 @@ class Cache(Summarised):
     ) -> None:
         """Read rows into arrays of any float dtype, one (n, ...) array per pooling.
 
-        Shards are read in parallel threads. A row that stands in two shards is read from the
-        first of them by name. Raises as `read`.
+        Shards are read in parallel threads. A row that is in two shards is read from the first of
+        them by name. Raises like `read`.
         """
         self.check_poolings(list(outputs))
         waiting = np.arange(len(keys))
@@ -183,7 +183,7 @@ class Cache(Summarised):
         verify: bool,
         mine: np.ndarray,
     ) -> np.ndarray:
-        """Copy the rows of one shard; return the places left, all if a compaction took it away."""
+        """Copy one shard's rows; return the remaining places, all if a compaction removed it."""
         path = self._index.paths[owners[mine[0]]]
         to: np.ndarray = places[mine]
         try:
@@ -195,7 +195,7 @@ class Cache(Summarised):
         return np.empty(0, np.int64)
 
     def check_poolings(self, poolings: Sequence[str]) -> None:
-        """Raise CacheError unless every pooling is in the cache; lists those that are."""
+        """Raise CacheError, listing the cache's poolings, unless every pooling is in it."""
         for name in poolings:
             if name not in self.spec.poolings:
                 raise CacheError(
@@ -217,7 +217,7 @@ class Cache(Summarised):
         return {f.sha256: f for f, is_done in zip(known.values(), done, strict=True) if not is_done}
 
     def record_failures(self, new: Iterable[Failure]) -> None:
-        """Append failures to `failures.jsonl`, durably, except what stands there already.
+        """Append failures to `failures.jsonl` durably, except those already recorded.
 
         Raises
         ------
@@ -230,7 +230,7 @@ class Cache(Summarised):
         failures.append_failures(self._failures_path, unknown)
 
     def card(self) -> dict[str, Any]:
-        """Describe the cache in JSON-able values: spec, provenance, rows, bytes, failures."""
+        """Return a JSON-able description: spec, provenance, rows, bytes, failures."""
         n_rows = self._index.refresh().n_rows
         failed = self.failures().values()
         return {
@@ -252,7 +252,7 @@ class Cache(Summarised):
     def verify(self, progress: Callable[[int, int], None] | None = None) -> list[str]:
         """Check every shard's bytes, spec and rows; return one line per problem.
 
-        See `verification.verify`, which says more of each. `progress(done, total)` counts bytes.
+        `verification.verify` returns more details. `progress(done, total)` counts bytes.
         """
         return [problem.what for problem in verification.verify(self.path, self.spec, progress)]
 
@@ -269,17 +269,17 @@ def create_cache(
     *,
     known: Collection[str] = (),
 ) -> Cache:
-    """Open the cache at `path` for rows of `spec`, creating it if it is not there.
+    """Return the cache at `path` for rows of `spec`, created if it does not exist.
 
-    Several processes may do so at once: one creates it, all then compare specs with what is on
-    disk. `recorded` and `canary` are those of the one that did. For `known` see `open_cache`.
+    Several processes may call this concurrently: one creates the cache, all then compare specs with
+    the one on disk. `recorded` and `canary` are the creator's. For `known` see `open_cache`.
 
     Raises
     ------
     SpecMismatchError
-        The cache there holds rows made another way; the first difference is named.
+        The existing cache has another spec; the message names the first difference.
     CacheError
-        The directory holds something else, is of an unknown version, or cannot be written.
+        The directory is not a cache, has an unknown version, or cannot be written.
     """
     create_description(Path(path), spec, recorded, canary)
     cache = open_cache(path, known=known)
@@ -288,17 +288,17 @@ def create_cache(
 
 
 def open_cache(path: Cache | str | os.PathLike[str], *, known: Collection[str] = ()) -> Cache:
-    """Open a cache that exists; one that is open stays.
+    """Return an existing cache; an open one is returned unchanged.
 
-    Shards whose names are in `known` are passed over, as if they were not there: for a task that
-    has been told that they hold nothing of what it looks for.
+    Shards whose names are in `known` are ignored, for a task that knows that they hold none of the
+    rows it needs.
 
     Raises
     ------
     PathNotFoundError
-        There is no directory at `path`.
+        The directory does not exist.
     CacheError
-        It is not a cache, damaged, or of an unknown version.
+        The directory is not a cache, is damaged, or has an unknown version.
     """
     if isinstance(path, Cache):
         return path

@@ -1,4 +1,4 @@
-"""The proof that a cache is whole, and setting aside what is not."""
+"""Verify that a cache is intact, and set damaged shards aside."""
 
 import os
 import threading
@@ -24,7 +24,7 @@ SET_ASIDE = "set-aside"
 
 @dataclass(frozen=True)
 class Problem:
-    """Say what is wrong with one file of a cache.
+    """A problem with one file of a cache.
 
     Parameters
     ----------
@@ -33,8 +33,8 @@ class Problem:
     what : str
         One line: the file, what is wrong, the way out.
     is_bad : bool
-        Whether its rows cannot be trusted, so that `repair` sets it aside. Rows that stand twice
-        are a problem, but not a bad shard.
+        Whether its rows cannot be trusted, so that `repair` sets it aside. Duplicate rows are a
+        problem, but do not make a shard bad.
     """
 
     path: Path
@@ -45,25 +45,25 @@ class Problem:
 def verify(
     directory: Path, spec: CacheSpec, progress: Callable[[int, int], None] | None = None
 ) -> list[Problem]:
-    """Check every byte of every shard, its spec and its rows.
+    """Return all problems, after checking every byte of every shard, its spec and its rows.
 
     Shards are read in parallel, one in memory per thread; their bytes are compared with their name
-    before HDF5 sees them, which one flipped bit can hang.
+    before they are passed to HDF5, which a single flipped bit can hang.
 
     Parameters
     ----------
     directory : Path
         The cache.
     spec : CacheSpec
-        Of the cache.
+        The cache's spec.
     progress : callable, optional
         Called as progress(done, total) with bytes.
 
     Returns
     -------
     list of Problem
-        Sorted by name. Leftovers of a killed writer (`*.partial`) or compaction mean nothing and
-        are passed over.
+        Sorted by name. Leftovers of a killed writer (`*.partial`) or compaction are harmless and
+        ignored.
     """
     paths = _files(directory / "shards")
     count = _Count(sum(map(_size, paths)), progress)
@@ -72,7 +72,7 @@ def verify(
         try:
             return _check_shard(path, spec), None
         except CacheError as error:
-            if not os.path.lexists(path):  # taken away meanwhile
+            if not os.path.lexists(path):  # removed meanwhile
                 return None, None
             return None, Problem(path, str(error))
         finally:
@@ -86,9 +86,9 @@ def verify(
 
 
 def repair(directory: Path, problems: Sequence[Problem]) -> list[Path]:
-    """Move bad shards out of the way, into `set-aside/`; return where they are now.
+    """Move bad shards to `set-aside/`, and return their new paths.
 
-    Nothing is deleted or overwritten. The next `medembed extract` embeds just their rows again.
+    Nothing is deleted or overwritten. The next `medembed extract` embeds only their rows again.
 
     Raises
     ------
@@ -129,7 +129,7 @@ def _size(path: Path) -> int:
 
 
 def _check_shard(path: Path, spec: CacheSpec) -> np.ndarray:
-    """Return the keys of a shard that is whole."""
+    """Return the keys of a shard after verifying it."""
     if not shards.is_shard_name(path.name):
         raise CacheError(f"{path} is not a shard: its name is not 32 hex digits and .h5")
     keys, embeddings = shards.read_shard(path, spec=spec)
@@ -152,7 +152,7 @@ def _find_repeats(whole: list[tuple[Path, np.ndarray]]) -> Iterator[Problem]:
         if n_rows:
             yield Problem(
                 path,
-                f"{n_rows} row(s) of shard {path} stand elsewhere too; `medembed cache "
+                f"{n_rows} row(s) of shard {path} are also in another shard; `medembed cache "
                 "compact` keeps one of each",
                 is_bad=False,
             )
@@ -167,7 +167,7 @@ def _free_name(path: Path) -> Path:
 
 
 class _Count:
-    """Bytes done by several threads."""
+    """Counts the bytes processed by several threads."""
 
     def __init__(self, total: int, progress: Callable[[int, int], None] | None) -> None:
         self._done, self._total, self._progress = 0, total, progress

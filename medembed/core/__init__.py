@@ -1,1 +1,1 @@
-"""What every floor stands on: errors, files, system, text."""
+"""The foundation of all other packages: errors, files, system, text."""

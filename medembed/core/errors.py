@@ -1,18 +1,18 @@
 """Every error that medembed raises on purpose.
 
 MedembedError
-├── ArgumentError          an argument of the Python interface is no such thing (TypeError)
+├── ArgumentError          an argument of the Python interface has a wrong type (TypeError)
 ├── MissingLibraryError    a library that an extra brings is not installed (ImportError)
-├── PathNotFoundError      a file or directory named by the user is not there (FileNotFoundError)
+├── PathNotFoundError      a file or directory named by the user does not exist (FileNotFoundError)
 ├── RecipeError            a recipe cannot be read or does not fit the image root (ValueError)
 ├── ManifestError          a manifest breaks its rules; lists all problems (ValueError)
 ├── ImageError             a file is not one complete, still image (ValueError)
 ├── EncoderError           a checkpoint cannot serve as an encoder (ValueError)
 │   ├── DeviceMemoryError  a batch does not fit the device's memory (MemoryError)
-│   └── NonFiniteError     some embeddings of a batch are not finite; carries all of them
+│   └── NonFiniteError     some embeddings of a batch are not finite; holds all of them
 ├── CacheError             a cache directory is not usable (RuntimeError)
-│   ├── SpecMismatchError  rows made one way would be mixed with rows made another (ValueError)
-│   ├── ShardError         a shard is damaged or not what its name says (OSError)
+│   ├── SpecMismatchError  rows made with different specs would be mixed (ValueError)
+│   ├── ShardError         a shard is damaged or does not match its name (OSError)
 │   └── MissingRowsError   rows are neither embedded nor listed as failed (LookupError)
 ├── TrainingDataError      labels, patients or columns do not allow this training (ValueError)
 ├── RunError               a run directory is incomplete or belongs to another question (ValueError)
@@ -46,11 +46,11 @@ __all__ = [
 
 
 class MedembedError(Exception):
-    """Base of all errors raised on purpose; `str()` is fit to show to a user."""
+    """Base of all errors raised on purpose; `str()` is a message for users."""
 
 
 class ArgumentError(MedembedError, TypeError):
-    """An argument is neither the thing that it names nor the path of one."""
+    """An argument is neither an object of the expected type nor a path to one."""
 
 
 class MissingLibraryError(MedembedError, ImportError):
@@ -71,7 +71,7 @@ class ManifestError(MedembedError, ValueError):
     Attributes
     ----------
     problems : tuple of str
-        One line per problem, all of them at once.
+        One line per problem, complete.
     """
 
     def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
@@ -107,7 +107,7 @@ class NonFiniteError(EncoderError):
     Attributes
     ----------
     rows : dict of str to ndarray
-        Of every image of the batch, by pooling.
+        Embeddings of every image of the batch, by pooling.
     is_finite : bool array of shape (n,)
         Which images are finite under every pooling.
     """
@@ -126,7 +126,7 @@ class SpecMismatchError(CacheError, ValueError):
 
 
 class ShardError(CacheError, OSError):
-    """A shard's bytes are not those its name promises, or its layout is not the spec's."""
+    """A shard's bytes do not match its name, or its layout does not match the spec."""
 
 
 class MissingRowsError(CacheError, LookupError):
@@ -134,11 +134,11 @@ class MissingRowsError(CacheError, LookupError):
 
 
 class TrainingDataError(MedembedError, ValueError):
-    """Labels, patients or columns do not allow the training that was asked for."""
+    """Labels, patients or columns do not allow the requested training."""
 
 
 class RunError(MedembedError, ValueError):
-    """A run directory is incomplete, foreign, or holds the answer to another question."""
+    """A run directory is incomplete, foreign, or belongs to another question."""
 
 
 class ModelError(MedembedError, ValueError):

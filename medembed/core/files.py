@@ -1,4 +1,4 @@
-"""Open plain files alone; write files that are complete or absent; lock files; hash JSON."""
+"""Open only plain files; write files that are complete or absent; lock files; hash JSON."""
 
 import errno
 import fcntl
@@ -51,20 +51,20 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def as_path(value: Any, what: str, otherwise: str = "") -> Path:
-    """Return the path that an argument is.
+    """Return an argument as a path.
 
     Parameters
     ----------
     value : str or path-like
     what : str
-        What the argument names, such as "a cache", for the message of an error.
+        What the argument denotes, such as "a cache", for the error message.
     otherwise : str
-        What else the argument may be, such as "a Cache".
+        The accepted type besides a path, such as "a Cache".
 
     Raises
     ------
     ArgumentError
-        The argument is of another type.
+        The argument has another type.
     """
     if isinstance(value, str | os.PathLike):
         name = os.fspath(value)
@@ -91,25 +91,25 @@ def open_plain(path: str | Path, mode: str = "rb", *, follow_links: bool = True)
 def open_plain(
     path: str | Path, mode: str = "rb", *, buffering: int = -1, follow_links: bool = True
 ) -> BinaryIO | io.FileIO:
-    """Open a plain file, or a link to one.
+    """Return an open plain file, or the target of a link to one.
 
-    Anything else is refused before a byte is read: a named pipe would block for ever, and a device
+    Anything else is refused before a byte is read: a named pipe would block forever, and a device
     may never end.
 
     Parameters
     ----------
     mode : {"rb", "r+b", "ab", "a+b"}
-        As `open` has them; the last two make the file.
+        A mode of `open`; the last two create the file.
     buffering : int
-        As `open` has it.
+        Buffering policy of `open`.
     follow_links : bool
-        False refuses a link, too.
+        If False, links are refused as well.
 
     Raises
     ------
     OSError
-        There is no such file, it may not be opened, or it is no plain file; `strerror` says which,
-        without the path. For a directory it is an IsADirectoryError.
+        The file does not exist, cannot be opened, or is not a plain file; `strerror` gives the
+        reason without the path. For a directory it is an IsADirectoryError.
     """
     try:
         require_plain(path, follow_links=follow_links)
@@ -129,12 +129,13 @@ def open_plain(
 def read_plain(
     path: str | Path, *, max_bytes: int | None = None, follow_links: bool = True
 ) -> bytes:
-    """Read a whole plain file; see `open_plain`.
+    """Return the content of a plain file; see `open_plain`.
 
     Raises
     ------
     OSError
-        As `open_plain`, or the file has more than `max_bytes` bytes (EFBIG); none is read then.
+        The file cannot be opened (see `open_plain`), or has more than `max_bytes` bytes (EFBIG), in
+        which case none is read.
     """
     with open_plain(path, follow_links=follow_links) as file:
         n_bytes = os.fstat(file.fileno()).st_size
@@ -144,7 +145,7 @@ def read_plain(
             raise OSError(
                 errno.EFBIG, f"it has {n_bytes:,} bytes; at most {max_bytes:,} are read", str(path)
             )
-        data = file.read(n_bytes + 1)  # not max_bytes: Python makes room for all that is asked for
+        data = file.read(n_bytes + 1)  # not max_bytes: Python allocates the requested size
         if len(data) > n_bytes:
             data += file.read(max_bytes + 1 - len(data))
     if len(data) > max_bytes:
@@ -153,12 +154,12 @@ def read_plain(
 
 
 def require_plain(path: str | Path, *, follow_links: bool = True) -> None:
-    """Check that a path names a plain file, for a library that opens paths only by itself.
+    """Check that a path names a plain file, for a library that opens paths itself.
 
     Raises
     ------
     OSError
-        As `open_plain`.
+        The path is missing or not a plain file; see `open_plain`.
     """
     _refuse_special(os.stat(path, follow_symlinks=follow_links), path)
 
@@ -171,17 +172,17 @@ def _refuse_special(status: os.stat_result, path: str | Path) -> None:
 
 
 def describe_error(error: Exception) -> str:
-    """Return what an error says; of a system's error without the path, which the caller names."""
+    """Return an error's message, for a system error without the path, which the caller names."""
     return str(getattr(error, "strerror", None) or error)
 
 
 def append_synced(path: Path, data: bytes) -> None:
-    """Append to a plain file, which is made if it is not there; `data` is on disk on return.
+    """Append to a plain file, created if missing; `data` is on disk on return.
 
     Raises
     ------
     OSError
-        The file cannot be written; of a full disk as `naming_full_disk` has it.
+        The file cannot be written; for a full disk see `naming_full_disk`.
     """
     with naming_full_disk(path, len(data)), open_plain(path, "ab") as file:
         file.write(data)
@@ -199,9 +200,9 @@ def sync_directory(path: Path) -> None:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` to `path` by writing beside it, syncing and renaming.
+    """Write `data` to `path` by writing a temporary file beside it, syncing and renaming.
 
-    Readers see the old file or the whole new one. On any error nothing is left behind.
+    Readers see the old file or the complete new one. After an error nothing is left behind.
 
     Raises
     ------
@@ -214,15 +215,15 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 @contextmanager
 def writing_atomically(path: Path, n_bytes: int | None = None) -> Iterator[BinaryIO]:
-    """Open a file beside `path`, which takes its name, synced, when the `with` block ends well.
+    """Yield a temporary file, which is synced and renamed to `path` if the `with` block succeeds.
 
-    Where the disk is full, the error says how much of `n_bytes` is missing, if that is given.
-    Raises as `write_atomically`.
+    If the disk is full, the error states how much of `n_bytes` is missing, if that is given.
+    Raises like `write_atomically`.
     """
     with suppress(FileNotFoundError):
         status = path.stat()
-        if not stat.S_ISDIR(status.st_mode):  # which a rename refuses by itself
-            _refuse_special(status, path)  # /dev/null would be a plain file from then on
+        if not stat.S_ISDIR(status.st_mode):  # a rename itself refuses to replace a directory
+            _refuse_special(status, path)  # a rename would turn /dev/null into a plain file
     with naming_full_disk(path, n_bytes):
         yield from _writing(path)
 
@@ -244,14 +245,14 @@ def _writing(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def naming_full_disk(path: Path, n_bytes: int | None = None) -> Iterator[None]:
-    """Let an error for want of room name the file, and how much room there is and was wanted.
+    """Make an out-of-space error name the file, and the space that is free and needed.
 
-    The system's own names neither. Other errors pass as they are.
+    The system's own error names neither. Other errors are passed on unchanged.
 
     Parameters
     ----------
     n_bytes : int, optional
-        What was to be written.
+        The number of bytes to be written.
 
     Raises
     ------
@@ -262,7 +263,7 @@ def naming_full_disk(path: Path, n_bytes: int | None = None) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno not in _FULL or error.strerror != os.strerror(error.errno):
-            raise  # another, or one that is told already
+            raise  # another error, or one that is explained already
         what = error.strerror or "No space left on device"
         raise OSError(error.errno, f"{what}{_lack(path, n_bytes)}", str(path)) from error
 
@@ -274,16 +275,16 @@ def _lack(path: Path, n_bytes: int | None) -> str:
         return ""
     if n_bytes is None:
         return f"; {free:,} bytes are free"
-    if n_bytes <= free:  # what is exhausted is a quota, or the number of files
+    if n_bytes <= free:  # a quota or the number of files is exhausted
         return f"; {n_bytes:,} bytes were wanted and {free:,} are free: is a quota used up?"
     return f": {n_bytes:,} bytes were wanted, {free:,} are free, {n_bytes - free:,} are missing"
 
 
 def json_bytes(document: Any) -> bytes:
-    """Encode as UTF-8 JSON, indented, ending in a newline; NaN and infinities are refused.
+    """Return indented UTF-8 JSON with a final newline; NaN and infinities are refused.
 
-    Where a text is a file name of bytes that are no UTF-8, which Python keeps as halves of
-    characters, all that is not ASCII is escaped.
+    If a text is a file name that is not valid UTF-8, which Python represents by surrogates, all
+    characters outside ASCII are escaped.
     """
     text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
     try:
@@ -293,16 +294,16 @@ def json_bytes(document: Any) -> bytes:
 
 
 def json_digest(document: Any) -> str:
-    """Hash JSON values, whatever the order of their keys: SHA-256 in hex; NaN is refused."""
+    """Return the SHA-256, in hex, of JSON values, ignoring the order of keys; NaN is refused."""
     canonical = json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 @contextmanager
 def hold_lock(path: Path, refusal: Exception) -> Iterator[None]:
-    """Hold the lock of the file `path`, which is made; raise `refusal` where another process does.
+    """Hold a lock on the file `path`, which is created; raise `refusal` if another process has it.
 
-    The lock is the system's and ends with the process, however that ends.
+    The lock is the system's and ends with the process in any case.
     """
     with open_plain(path, "ab") as file:
         try:

@@ -1,4 +1,4 @@
-"""Connecting to Ray, which is an extra: `pip install 'medembed[ray]'`."""
+"""Connect to Ray, which is an extra: `pip install 'medembed[ray]'`."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ def connected_to_ray(option: str, tell: Callable[[str], None] | None = None) -> 
     Parameters
     ----------
     option : str
-        What asked for Ray, such as "--engine ray", for the message where Ray is not installed.
+        The option that requires Ray, such as "--engine ray", for the message if it is missing.
     tell : callable, optional
         Called with "Ray" before connecting, which takes seconds.
 
@@ -53,7 +53,7 @@ def connected_to_ray(option: str, tell: Callable[[str], None] | None = None) -> 
         raise MedembedError(f"cannot connect to Ray {where}: {error}") from error
     try:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, handler)  # Ray's own ends the process at once
+            signal.signal(signal.SIGTERM, handler)  # Ray's own handler ends the process at once
         yield ray
     finally:
         ray.shutdown()

@@ -6,19 +6,19 @@ __all__ = ["rate_at"]
 
 
 def rate_at(step: int, n_steps: int, warm_up: float) -> float:
-    """Give the learning rate of a step as a share of the highest one.
+    """Return the learning rate of a step as a share of the highest one.
 
-    It rises linearly (Goyal et al., arXiv 1706.02677) and falls as half a cosine (Loshchilov and
-    Hutter, SGDR, ICLR 2017).
+    The rate rises linearly (Goyal et al., arXiv 1706.02677) and falls along half a cosine
+    (Loshchilov and Hutter, SGDR, ICLR 2017).
 
     Parameters
     ----------
     step : int
-        From 0.
+        The step, counted from 0.
     n_steps : int
-        Of the whole training.
+        Number of steps of the whole training.
     warm_up : float
-        Share of the steps in which it rises.
+        Share of the steps in which the rate rises.
     """
     n_rising = round(warm_up * n_steps)
     if step < n_rising:

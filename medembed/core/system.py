@@ -1,4 +1,4 @@
-"""What this machine has to offer."""
+"""The resources of this machine: cores, memory, disks and libraries."""
 
 import os
 import re
@@ -36,26 +36,26 @@ DECIDING = {
     "evaluation": ("medembed", "numpy", "scikit-learn", "torch", "lightgbm"),
 }
 PER_CORE = 4
-"""Processes at most: those that read from a network's disk wait most of their time."""
+"""Most processes per core: those that read from a network file system mostly wait."""
 CGROUPS = Path("/sys/fs/cgroup")
 PARENT_SECONDS = 0.5
-"""Between two looks whether the process that started this one is still there."""
+"""Seconds between two checks of whether the parent process is still running."""
 MAX_DECODERS = 32
-"""By default. A GPU takes some 100 large images a second, by calculation: 32 processes keep up with
-it as long as an image takes each of them less than 0.3 s, and a further one only takes memory."""
+"""Default limit of decoder processes. By calculation a GPU takes some 100 large images a second: 32
+processes keep up if each takes less than 0.3 s per image, and further ones only take memory."""
 
 
 def count_cores() -> int:
-    """Count the cores that this process may use."""
+    """Return the number of cores that this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def default_decoders(environ: Mapping[str, str] = os.environ) -> int:
-    """Return how many processes decode for this one: its share of the cores, and at most 32.
+    """Return the number of decoder processes for this process: its share of the cores, up to 32.
 
-    A launcher that starts several processes on a machine says how many: torchrun in
-    `LOCAL_WORLD_SIZE`, SLURM in `SLURM_STEP_TASKS_PER_NODE` and, for all nodes alike, in
+    A launcher that starts several processes on a machine sets their number: torchrun in
+    `LOCAL_WORLD_SIZE`, SLURM in `SLURM_STEP_TASKS_PER_NODE` and, equal for all nodes, in
     `SLURM_NTASKS_PER_NODE`. Cores that SLURM has bound to this process alone are not shared.
     """
     cores = count_cores()
@@ -66,7 +66,7 @@ def default_decoders(environ: Mapping[str, str] = os.environ) -> int:
 
 
 def _count_processes(environ: Mapping[str, str]) -> int:
-    """Return how many processes the launcher has started on this machine; 1 without one."""
+    """Return how many processes the launcher has started on this machine, 1 without a launcher."""
     text = environ.get("LOCAL_WORLD_SIZE", "")
     if not text and environ.get("SLURM_STEP_ID", "").isdecimal():  # not in a batch script itself
         text = _own_tasks(environ) or environ.get("SLURM_NTASKS_PER_NODE", "")
@@ -74,7 +74,7 @@ def _count_processes(environ: Mapping[str, str]) -> int:
 
 
 def _own_tasks(environ: Mapping[str, str]) -> str:
-    """Return this node's number in a list of all nodes', such as "4(x2),3"."""
+    """Return this node's number in a list for all nodes, such as "4(x2),3"."""
     counts: list[str] = []
     for number, times in re.findall(
         r"(\d+)(?:\(x(\d+)\))?", environ.get("SLURM_STEP_TASKS_PER_NODE", "")
@@ -86,16 +86,16 @@ def _own_tasks(environ: Mapping[str, str]) -> str:
 
 
 def free_bytes(path: Path) -> int:
-    """Give the free bytes of the disk on which `path` is, or would be made."""
+    """Return the free bytes of the disk on which `path` is or would be created."""
     there = next(place for place in (path, *path.absolute().parents) if place.exists())
     return shutil.disk_usage(there).free
 
 
 def total_memory() -> int:
-    """Give the bytes of memory that this process may use: the machine's, or its container's."""
+    """Return the bytes of memory that this process may use: the machine's, or its container's."""
     found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for path in _memory_limits():
-        with suppress(OSError, ValueError):  # "max" is no number
+        with suppress(OSError, ValueError):  # "max" is not a number
             found.append(int(path.read_text()))
     return min(found)
 
@@ -123,25 +123,25 @@ def choose_processes(
     *,
     default: int | None = None,
 ) -> int:
-    """Decide how many processes are started, within what cores and memory bear.
+    """Return the number of processes to start, within the limits of cores and memory.
 
     Parameters
     ----------
     asked : int, optional
-        By default as many as `default`.
+        The requested number; `default` if None.
     option : str
-        What asked for them, such as "--jobs", for the message.
+        The option that sets the number, such as "--jobs", for the message.
     bytes_each : int
-        Memory that one of them takes.
+        Memory that one process takes.
     error : type
-        What to raise.
+        The type of exception to raise.
     default : int, optional
-        By default one a core.
+        The default number; one per core if None.
 
     Raises
     ------
     Exception
-        As `error`: more are asked for than `PER_CORE` a core, or than fit into the memory.
+        Of type `error`: more than `PER_CORE` per core are requested, or than fit into memory.
     """
     cores, memory = count_cores(), total_memory()
     fitting = max(1, memory // bytes_each)
@@ -157,7 +157,7 @@ def choose_processes(
 
 
 def end_with_parent() -> None:
-    """End this process soon after the one that started it, however that has ended."""
+    """Make this process end soon after its parent, however that ends."""
     parent = os.getppid()
 
     def watch() -> None:
@@ -226,12 +226,12 @@ def missing_library(who: str, name: str, extra: str, instead: str = "") -> Missi
 
 
 def reserve(handle: int, n_bytes: int) -> None:
-    """Bring an open file to a size, all of it on the disk: a lack later would be a bus error.
+    """Allocate an open file's full size on the disk: running out later would be a bus error.
 
     Raises
     ------
     OSError
-        There is no room.
+        The disk is full.
     """
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(handle, 0, n_bytes)

@@ -1,8 +1,8 @@
-"""Foreign text: one spelling to compare by, and a form that is fit for each place that shows it.
+"""Foreign text: a normal form for comparison, and a safe form for each place that displays it.
 
-A name, a reason or a column's title may hold anything: an escape that a terminal obeys, a mark that
-turns the line around, a formula that a spreadsheet computes, LaTeX, HTML. Here is one function for
-each place; formats that programs read (manifests, Parquet, JSON) hold the text as it is.
+A name, a reason or a column's title may hold anything: a terminal escape, a bidirectional control,
+a spreadsheet formula, LaTeX, HTML. This module has one function for each place of display; formats
+that programs read (manifests, Parquet, JSON) hold the text unchanged.
 """
 
 import csv
@@ -56,10 +56,10 @@ _INVISIBLE = "\u180e\u200b\u200c\u200d\u2060\ufeff"  # zero-width; `str.strip` l
 
 
 def normalise(text: str) -> str:
-    """Return the spelling that two texts are compared by.
+    """Return the normal form by which two texts are compared.
 
-    The text is brought to Unicode NFC and loses the blanks at both ends: all that `str.isspace`
-    names, among them U+00A0, and zero-width characters. What is left of nothing but blanks is "".
+    The text is converted to Unicode NFC and stripped of blanks at both ends: all characters of
+    `str.isspace`, including U+00A0, and zero-width characters. Only blanks become "".
     """
     text = unicodedata.normalize("NFC", text)
     start, end = 0, len(text)
@@ -71,10 +71,10 @@ def normalise(text: str) -> str:
 
 
 def mask_controls(text: str, *, keep: str = "") -> str:
-    """Put � for each character that is obeyed instead of shown, but for those in `keep`.
+    """Return text with � for each control character, except those in `keep`.
 
-    Those are Unicode's category C: controls, such as a newline or an escape, marks that turn the
-    direction of writing, and what is hidden or unassigned; and separators of lines and paragraphs.
+    These are the characters of Unicode's category C: controls, such as a newline or an escape,
+    bidirectional marks, hidden and unassigned characters; and line and paragraph separators.
     """
     if text.isprintable():
         return text
@@ -82,9 +82,9 @@ def mask_controls(text: str, *, keep: str = "") -> str:
 
 
 def printable(text: str, *, keep: str = "\n\t") -> str:
-    """Write the characters that `mask_controls` masks as Python's escapes, for a terminal.
+    """Return text for a terminal, with the characters of `mask_controls` as Python escapes.
 
-    Names and reasons come from files of others, and an escape says what stands there.
+    Names and reasons come from foreign files, and an escape shows which character is there.
     """
     if text.isprintable():
         return text
@@ -92,10 +92,10 @@ def printable(text: str, *, keep: str = "\n\t") -> str:
 
 
 def to_csv_cell(value: Any) -> Any:
-    """Return a cell of a CSV file that a spreadsheet shows and does not compute.
+    """Return a cell of a CSV file that a spreadsheet displays instead of evaluating.
 
-    Text that begins with one of `= + - @`, of either width, gets an apostrophe before it, as OWASP
-    has it, unless it is a number; controls are masked. What is not text comes back as it is.
+    Text that begins with one of `= + - @`, of either width, gets a leading apostrophe, as OWASP
+    recommends, unless it is a number; controls are masked. Other values are returned unchanged.
 
     >>> to_csv_cell("=HYPERLINK(A1)"), to_csv_cell("-0.5")
     ("'=HYPERLINK(A1)", '-0.5')
@@ -116,17 +116,17 @@ def to_csv(lines: Iterable[Iterable[Any]]) -> str:
 
 
 def to_latex(text: str) -> str:
-    """Return text as LaTeX shows it: its special characters escaped, controls as `?`.
+    """Return text escaped for LaTeX, with controls as `?`.
 
-    Where it begins with `[` or `*`, which the end of a table's row before it would take for an
-    option, an empty group stands before it.
+    If the text begins with `[` or `*`, which a preceding end of a table row would read as an
+    option, an empty group is put before it.
     """
     shown = "".join(_LATEX.get(c, c) for c in mask_controls(text))
     return f"{{}}{shown}" if shown.lstrip()[:1] in ("[", "*") else shown
 
 
 def to_markdown(text: str) -> str:
-    """Return text as Markdown shows it: neither markup nor HTML nor a new line."""
+    """Return text escaped for Markdown: no markup, HTML or line break takes effect."""
     return to_html(_MARKDOWN.sub(r"\\\1", mask_controls(text)), quotes=False)
 
 
@@ -150,14 +150,14 @@ def one_line(text: object, most: int | None = None) -> str:
 
 
 def to_html(text: str, *, quotes: bool = True) -> str:
-    """Return text as HTML shows it, in an element or an attribute; blanks stay what they are."""
+    """Return text escaped for HTML, in an element or an attribute; blanks are unchanged."""
     shown = mask_controls(text, keep="\n\t")
     shown = shown.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return shown.replace('"', "&#34;").replace("'", "&#39;") if quotes else shown
 
 
 def counted(n: int, noun: str) -> str:
-    """Write a count with its noun.
+    """Return a count with its noun.
 
     >>> counted(1, "study"), counted(1199, "study")
     ('1 study', '1,199 studies')
@@ -168,34 +168,34 @@ def counted(n: int, noun: str) -> str:
 
 
 def count_values(counts: Mapping[Any, int], *, most: int = 6) -> str:
-    """Write how often values occur, ``hand 12, wrist 3``; only the first `most` of them."""
+    """Return how often values occur, ``hand 12, wrist 3``, for the first `most` of them."""
     shown = [f"{name} {n:,}" for name, n in list(counts.items())[:most]]
     return ", ".join([*shown, "…"] if len(counts) > most else shown)
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a person wants to know of an object at a glance.
+    """A summary of an object at a glance.
 
     Attributes
     ----------
     title : str
         One line.
     facts : mapping of str to str
-        Names and values, in order. Text from data is as it came: it is made fit to show here.
+        Names and values, in order. Text from data is unchanged: it is escaped here for display.
     """
 
     title: str
     facts: Mapping[str, str]
 
     def as_text(self) -> str:
-        """Write title and facts, a line each, for a terminal."""
+        """Return title and facts, a line each, for a terminal."""
         width = max(map(len, self.facts), default=0)
         lines = [f"  {name:<{width}}  {value}" for name, value in self.facts.items()]
         return "\n".join(printable(line, keep="") for line in (self.title, *lines))
 
     def as_html(self) -> str:
-        """Write a table under its title, for a notebook."""
+        """Return a table under its title, for a notebook."""
         rows = [
             f'<tr><th style="text-align: left">{to_html_cell(name)}</th>'
             f'<td style="text-align: left">{to_html_cell(value)}</td></tr>'
@@ -210,7 +210,7 @@ class Summarised(ABC):
 
     @abstractmethod
     def summarise(self) -> Summary:
-        """Return counts and names; nothing that tells who a patient is."""
+        """Return counts and names, without anything that identifies a patient."""
 
     def __repr__(self) -> str:
         return self.summarise().as_text()

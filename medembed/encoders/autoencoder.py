@@ -1,8 +1,8 @@
 """A convolutional autoencoder trained on the radiographs themselves: the baseline without labels.
 
 The encoder halves the side by strided 3 × 3 convolutions, each followed by GroupNorm and GELU, and
-ends in a code of a few channels per cell, which is what extraction pools. The decoder mirrors it by
-nearest upsampling and convolution, which leaves no checkerboard where a transposed convolution does
+ends in a code with a few channels per cell, which extraction pools. The decoder mirrors it with
+nearest upsampling and convolution, which avoids the checkerboards of transposed convolutions
 (Odena, Dumoulin and Olah, "Deconvolution and Checkerboard Artifacts", Distill 2016).
 """
 
@@ -36,14 +36,14 @@ __all__ = [
     "processor_config",
 ]
 
-_MOST = 16384  # of a side or of channels; more is a damaged file
+_MOST = 16384  # pixels of a side, or channels; more indicates a damaged file
 _MOST_HALVINGS = 10
 _HALF = (0.5, 0.5, 0.5)
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """The shape of an autoencoder, as `config.json` has it.
+    """The shape of an autoencoder, as stored in `config.json`.
 
     Parameters
     ----------
@@ -60,7 +60,7 @@ class Architecture:
     Raises
     ------
     EncoderError
-        It cannot be built.
+        The autoencoder cannot be built.
     """
 
     image_size: int
@@ -95,7 +95,7 @@ class Architecture:
         return self.image_size >> len(self.widths)
 
     def as_dict(self) -> dict[str, Any]:
-        """Give the JSON-able form that `config.json` and the fingerprint have."""
+        """Return the JSON-able form used in `config.json` and the fingerprint."""
         known = asdict(self)
         return {"model_type": AUTOENCODER_TYPE, **known, "widths": list(self.widths)}
 
@@ -111,7 +111,7 @@ class Architecture:
 
 
 class CodeEncoder(nn.Module):
-    """The half that is kept for extraction; see the module.
+    """The half that is used for extraction; see the module.
 
     Parameters
     ----------
@@ -125,16 +125,17 @@ class CodeEncoder(nn.Module):
         self.code = nn.Conv2d(widths[-1], architecture.latent_channels, 1)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Give the code, (n, latent_channels, side, side), of normalised (n, c, height, width).
+        """Return the code, (n, latent_channels, side, side), of normalised (n, c, height, width).
 
-        Of c equal channels the first is read: `TorchEncoder` hands out three views of one.
+        The c channels are equal, so only the first is read: `TorchEncoder` passes three views of
+        one channel.
         """
         code: Tensor = self.code(self.stages(pixel_values[:, :1]))
         return code
 
 
 class CodeDecoder(nn.Module):
-    """The half that draws an image from its code, and is needed in training alone.
+    """The half that reconstructs an image from its code, needed only in training.
 
     Parameters
     ----------
@@ -154,13 +155,13 @@ class CodeDecoder(nn.Module):
         self.grey = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(widths[-1], 1, 3, 1, 1))
 
     def forward(self, code: Tensor) -> Tensor:
-        """Give the image, (n, 1, height, width), in grey levels from 0 (black) to 1."""
+        """Return the image, (n, 1, height, width), in grey levels from 0 (black) to 1."""
         grey: Tensor = self.grey(self.stages(self.code(code)))
         return grey
 
 
 class Autoencoder(nn.Module):
-    """Both halves, as they are trained and as `model.safetensors` holds them.
+    """Both halves, as trained and as stored in `model.safetensors`.
 
     Parameters
     ----------
@@ -173,13 +174,13 @@ class Autoencoder(nn.Module):
         self.decoder = CodeDecoder(architecture)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Draw normalised images anew, (n, 1, height, width), in grey levels from 0 to 1."""
+        """Return reconstructions, (n, 1, height, width), in grey levels from 0 to 1."""
         grey: Tensor = self.decoder(self.encoder(pixel_values))
         return grey
 
 
 class AutoencoderEncoder(TorchEncoder):
-    """The encoder half of a trained autoencoder; made by `load_autoencoder`.
+    """The encoder half of a trained autoencoder; created by `load_autoencoder`.
 
     Its tokens are the cells of the code.
 
@@ -215,16 +216,16 @@ def load_autoencoder(
     device: str = "cpu",
     precision: str = "fp32",
 ) -> AutoencoderEncoder:
-    """Load the encoder half of what `medembed autoencoder` wrote, and nothing else of it.
+    """Return the encoder half of an autoencoder that `medembed autoencoder` wrote.
 
-    The fingerprint is SHA-256 over the architecture and over the encoder's tensors, as
-    `siglip.load_siglip` has it: the same whatever the decoder is, and under all file layouts.
+    The fingerprint is SHA-256 over the architecture and over the encoder's tensors, as in
+    `siglip.load_siglip`: it depends neither on the decoder nor on the file layout.
 
     Raises
     ------
     EncoderError
         The directory holds no autoencoder, or not exactly the tensors, shapes and finite values
-        that its config asks for; or images would be prepared otherwise than in its training.
+        that its config requires; or images would be prepared differently than in its training.
     """
     architecture = _read_architecture(directory, preprocessing, source)
     digest = Digest()
@@ -250,17 +251,17 @@ def load_autoencoder(
 
 
 def checkpoint_config(architecture: Architecture, fit: str) -> dict[str, Any]:
-    """Give `config.json`: the architecture, and how images that are not square become square."""
+    """Return `config.json`: the architecture, and how images are made square."""
     return {**architecture.as_dict(), "fit": fit}
 
 
 def preprocessing_for(size: int, fit: str) -> Preprocessing:
-    """Say what an autoencoder's images go through, in training as in extraction.
+    """Return the preprocessing of an autoencoder's images, in training and extraction.
 
     Raises
     ------
     EncoderError
-        No such fit.
+        The fit is unknown.
     """
     if fit not in FITS:
         raise EncoderError(f"fit {fit!r} is unknown. Choose one of: {', '.join(FITS)}.")
@@ -268,7 +269,7 @@ def preprocessing_for(size: int, fit: str) -> Preprocessing:
 
 
 def processor_config(preprocessing: Preprocessing) -> dict[str, Any]:
-    """Give the `preprocessor_config.json` that `read_preprocessing` reads back, but for `fit`."""
+    """Return the `preprocessor_config.json` that `read_preprocessing` reads, except `fit`."""
     return {
         "do_normalize": True,
         "do_rescale": True,

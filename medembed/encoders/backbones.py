@@ -1,4 +1,4 @@
-"""Any vision backbone of transformers that one compares with: ResNet, ConvNeXt, ViT, DINOv2, …."""
+"""Vision backbones of transformers for comparison: ResNet, ConvNeXt, ViT, DINOv2, …."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -33,11 +33,11 @@ from medembed.encoders.torch_encoder import TorchEncoder
 
 __all__ = ["BACKBONE_TYPES", "BackboneEncoder", "load_backbone"]
 
-_MAPS = ("convnext", "convnextv2", "resnet")  # give a feature map
+_MAPS = ("convnext", "convnextv2", "resnet")  # return a feature map
 _CLASSED = ("deit", "dinov2", "dinov2_with_registers", "dinov3_vit", "vit")  # a class token first
 _MERGING = ("swin", "swinv2")  # halve the grid of patches after every stage but the last
 BACKBONE_TYPES = tuple(sorted((*_MAPS, *_CLASSED, *_MERGING)))
-# What changes the result besides the weights; those that a type has are in its fingerprint.
+# Config entries that change the result besides the weights; a type's own are in its fingerprint.
 _ARCHITECTURE = (
     "attention_bias",
     "depths",
@@ -69,18 +69,18 @@ _ARCHITECTURE = (
     "use_swiglu_ffn",
     "window_size",
 )
-# Tensors that change nothing: constants, and what stands for patches hidden in training.
+# Tensors without effect: constants, and placeholders for patches masked in training.
 _IDLE = ("mask_token", "position_ids", "relative_position_index")
-# What PEFT, trainers and other models put around a backbone, and what its names begin with there.
+# Wrappers that PEFT, trainers and other models put around a backbone, as name prefixes.
 _OUTER = re.compile(r"(?:(?:base_model\.)?model\.)+")
 _FIRST = ("embeddings.", "embedder.")
 
 
 class BackboneEncoder(TorchEncoder):
-    """A whole vision model of transformers; made by `load_backbone`.
+    """A complete vision model of transformers; created by `load_backbone`.
 
-    `pooler` is transformers' own `pooler_output`, offered where the checkpoint holds what it
-    takes; `cls` is the class token after the last norm. Class and register tokens are no part of
+    `pooler` is transformers' own `pooler_output`, available if the checkpoint holds its weights;
+    `cls` is the class token after the last norm. Class and register tokens are excluded from
     `mean`, `max` and `grid4`.
 
     Parameters
@@ -107,15 +107,15 @@ class BackboneEncoder(TorchEncoder):
         self._grid, self._n_before, self._dimensions = grid, n_before, dict(dimensions)
 
     def canonical_name(self, stored: str) -> str | None:
-        """Take wrappers' prefixes and the model's own off."""
+        """Return the name without prefixes of wrappers and of the model."""
         prefix = self.model.base_model_prefix
         name = unwrap(stored)
         return name.removeprefix(_outer_of([name], prefix)).removeprefix(f"{prefix}.")
 
     def stored_tensors(self) -> dict[str, torch.Tensor]:
-        """Give the model's tensors; see `TorchEncoder.stored_tensors`.
+        """Return the model's tensors; see `TorchEncoder.stored_tensors`.
 
-        transformers saves them, because it alone knows under which names: releases differ.
+        transformers saves them, because the names depend on its release.
         """
         tensors: dict[str, torch.Tensor] = {}
         with TemporaryDirectory() as saved:
@@ -174,16 +174,16 @@ def load_backbone(
 ) -> BackboneEncoder:
     """Load a vision model of one of `BACKBONE_TYPES` through transformers, from safetensors only.
 
-    The fingerprint is SHA-256 over the architecture and over the stored tensors, as
-    `siglip.load_siglip` has it, with the model's prefix taken off and a classifier left out: the
-    same for a bare backbone and for a classifier built on it. With `changes` it is that of the
-    model with them, and the directory is their base.
+    The fingerprint is SHA-256 over the architecture and over the stored tensors, as in
+    `siglip.load_siglip`, without the model's prefix and without a classifier: equal for a bare
+    backbone and for a classifier built on it. With `changes` it is the fingerprint of the changed
+    model, and the directory is their base.
 
     Raises
     ------
     EncoderError
-        The directory holds no such model, or not all its weights, or some not finite; or it is not
-        the base of the changes.
+        The directory holds no such model, or its weights are incomplete or not finite; or it is
+        not the base of the changes.
     """
     config = _read_config(directory, source)
     shapes = _shapes_of(config, preprocessing, source)
@@ -238,7 +238,7 @@ def _read_config(directory: Path, source: str) -> Any:
 def _shapes_of(
     config: Any, preprocessing: Preprocessing, source: str
 ) -> dict[str, tuple[int, ...]]:
-    """Ask a model without weights what it would give for one image."""
+    """Return the output shapes for one image, from a model without weights."""
     size = (preprocessing.height, preprocessing.width)
     try:
         with torch.device("meta"), torch.inference_mode():
@@ -257,12 +257,12 @@ def _shapes_of(
 def _arrange(
     config: Any, shape: tuple[int, ...], preprocessing: Preprocessing, source: str
 ) -> tuple[tuple[int, int], int]:
-    """Give the grid of the patch tokens, and how many other tokens come before them."""
+    """Return the grid of the patch tokens, and how many other tokens come before them."""
     if config.model_type in _MAPS:
         return (shape[2], shape[3]), 0
     patch = config.patch_size
     rows, columns = preprocessing.height // patch, preprocessing.width // patch
-    if config.model_type in _MERGING:  # sides that do not divide are filled up
+    if config.model_type in _MERGING:  # sides that do not divide are padded
         rows, columns = -(-preprocessing.height // patch), -(-preprocessing.width // patch)
         for _ in config.depths[1:]:
             rows, columns = -(-rows // 2), -(-columns // 2)
@@ -278,7 +278,7 @@ def _arrange(
 def _load(
     directory: Path, config: Any, precision: str, source: str, changes: DeltaWeights | None
 ) -> tuple[Any, bool]:
-    """Give the model with all its weights, and whether its pooling layer is the checkpoint's."""
+    """Return the model with all its weights, and whether its pooling layer is the checkpoint's."""
     weight_files(directory, "whole")
     if holds_both(directory, "whole") and not is_snapshot(directory):
         raise EncoderError(f"{source} holds {INDEX_FILE} and {WEIGHTS_FILE}. Keep one of the two.")
@@ -329,7 +329,7 @@ def _from_pretrained(
 
 
 def _refuse_extra(unexpected: Any, prefix: str, source: str) -> None:
-    """Refuse tensors of the backbone that its config has no place for."""
+    """Refuse tensors of the backbone that its config does not define."""
     inner = [
         name.removeprefix(f"{prefix}.") for name in unexpected if name.startswith(f"{prefix}.")
     ]
@@ -373,9 +373,9 @@ def _read(directory: Path, prefix: str, source: str) -> Iterator[tuple[str, str,
 def _inner_names(
     files: Mapping[Path, Any], prefix: str, source: str
 ) -> dict[str, tuple[Path, str]]:
-    """Map the names that the tensors have without wrappers to where they are stored.
+    """Return the tensors' names without wrappers, with the places where they are stored.
 
-    The model's own prefix stays. Raises EncoderError where two tensors have one name without it.
+    The model's own prefix stays. Raises EncoderError if two tensors have one name without it.
     """
     stored = [(path, name) for path, file in files.items() for name in file.keys()]  # noqa: SIM118
     outer = _outer_of((unwrap(name) for _, name in stored), prefix)
@@ -395,7 +395,7 @@ def _inner_names(
 
 
 def _outer_of(names: Iterable[str], prefix: str) -> str:
-    """Find what stands before a backbone's own names; "" where nothing does."""
+    """Return the prefix of a backbone's own names, or "" without one."""
     first = (f"{prefix}.", *_FIRST)
     for name in names:
         outer = _OUTER.match(name)
@@ -406,7 +406,7 @@ def _outer_of(names: Iterable[str], prefix: str) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep transformers' progress bar and its report of unused classifiers off the screen."""
+    """Silence transformers' progress bar and its report of unused classifiers."""
     level, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -1,8 +1,8 @@
-"""Encoders that fine-tuning has adapted: what they rest on, and where that is found.
+"""The base of an encoder that fine-tuning has adapted, and where to find it.
 
-Such a directory holds the tensors that training changed (`changed.safetensors`), copies of the
-base's config and processor, and `base.json`, which names the base. It names no place on this
-machine, but for a base that is a directory: that is found from here, by a relative path.
+The directory of an adapted encoder holds the tensors that training changed
+(`changed.safetensors`), copies of the base's config and processor, and `base.json`, which names
+the base. It contains no absolute path: a base that is a directory is named by a relative path.
 """
 
 import os
@@ -28,25 +28,25 @@ __all__ = [
 BASE_FILE = "base.json"
 CHANGED_FILE = "changed.safetensors"
 BASE_LINK = "base"
-"""A directory or link of this name inside the encoder's is its base, wherever that was before."""
+"""A directory or link of this name in the encoder's directory overrides the base's location."""
 
 _FORMAT, _VERSION = "medembed-adapted-encoder", 1
 
 
 @dataclass(frozen=True)
 class BaseRef:
-    """What `base.json` says.
+    """The contents of `base.json`.
 
     Attributes
     ----------
     encoder : str or None
         Hub id with its revision, or `demo`.
     directory : str or None
-        Else the base's directory, relative to that of `base.json`.
+        Otherwise the base's directory, relative to that of `base.json`.
     fingerprint : str
-        Of the base.
+        The base's fingerprint.
     adapted : str or None
-        Of the encoder that base and changed tensors make together; None while it is not known.
+        The fingerprint of the base with the changed tensors; None while unknown.
     """
 
     encoder: str | None
@@ -57,16 +57,16 @@ class BaseRef:
 
 @dataclass(frozen=True)
 class Origin:
-    """What an encoder was loaded from.
+    """The origin of a loaded encoder.
 
     Attributes
     ----------
     weights : Checkpoint
-        Whose tensors it has; of an adapted encoder those of its base.
+        The checkpoint of its tensors; for an adapted encoder that of its base.
     directory : Path
-        Its own config and processor.
+        The directory with its own config and processor.
     fingerprint : str
-        Of the weights alone; of an adapted encoder that of its base.
+        The fingerprint of `weights`, which for an adapted encoder is its base's.
     """
 
     weights: Checkpoint
@@ -75,13 +75,13 @@ class Origin:
 
 
 def read_base(directory: Path) -> BaseRef | None:
-    """Read what an adapted encoder rests on; None of any other checkpoint.
+    """Return the base of an adapted encoder, or None for any other checkpoint.
 
     Raises
     ------
     EncoderError
-        `base.json` is damaged, of an unknown version, or missing beside changed tensors; or there
-        are weights of its own beside it.
+        `base.json` is damaged, has an unknown version, or is missing although there are changed
+        tensors; or the directory also holds complete weights.
     """
     if not holds_file(directory / BASE_FILE):
         if holds_file(directory / CHANGED_FILE):
@@ -104,7 +104,7 @@ def read_base(directory: Path) -> BaseRef | None:
     are_texts = all(isinstance(text, str) and text for text in texts)
     if not are_texts or len(named) != 1 or places.count(None) != 1:
         raise EncoderError(
-            f"{BASE_FILE} of {directory.name} does not say what it rests on. Restore the file, or "
+            f"{BASE_FILE} of {directory.name} does not name its base. Restore the file, or "
             "fine-tune again."
         )
     for name in (WEIGHTS_FILE, INDEX_FILE):
@@ -117,7 +117,7 @@ def read_base(directory: Path) -> BaseRef | None:
 
 
 def base_of(ref: str | os.PathLike[str]) -> str | Path:
-    """Give the reference of the base that an adapted encoder rests on; of any other its own.
+    """Return the reference of an adapted encoder's base, or of any other encoder its own.
 
     Raises
     ------
@@ -148,9 +148,9 @@ def describe_base(origin: Origin, directory: Path, fingerprint: str) -> dict[str
     Parameters
     ----------
     origin : Origin
-        What training began with.
+        The encoder that training started from.
     fingerprint : str
-        Of the adapted encoder.
+        Fingerprint of the adapted encoder.
     """
     weights = origin.weights
     encoder: str | None = None

@@ -1,4 +1,4 @@
-"""A checkpoint's directory: its configuration files, and which files hold the vision tower."""
+"""A checkpoint's directory: its configuration files, and the files that hold the vision tower."""
 
 import hashlib
 import json
@@ -48,14 +48,14 @@ _MOST_JSON_BYTES = 64 << 20
 
 
 def is_snapshot(directory: Path) -> bool:
-    """Whether it is a snapshot in the hub's cache, of one commit."""
+    """Return whether a directory is a snapshot of one commit in the hub's cache."""
     return directory.parent.name == "snapshots" and directory.parent.parent.name.startswith(
         "models--"
     )
 
 
 def checkpoint_name(directory: Path) -> str:
-    """Name a checkpoint's directory to a user: its own name, or the repository it is of.
+    """Return a checkpoint directory's name for messages: its own, or that of its repository.
 
     Examples
     --------
@@ -69,12 +69,12 @@ def checkpoint_name(directory: Path) -> str:
 
 
 def holds_file(path: Path) -> bool:
-    """Whether a checkpoint's directory holds this file.
+    """Return whether a checkpoint's directory holds this file.
 
     Raises
     ------
     EncoderError
-        Something of this name is there and cannot be read: no plain file, or not readable.
+        The path exists but is not a plain file, or is not readable.
     """
     try:
         open_plain(path).close()
@@ -86,12 +86,12 @@ def holds_file(path: Path) -> bool:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file of a checkpoint.
+    """Return the content of a checkpoint's JSON file.
 
     Raises
     ------
     EncoderError
-        Missing, no plain file, unreadable, too large or not JSON.
+        The file is missing, not a plain file, unreadable, too large or not JSON.
     """
     try:
         return json.loads(read_plain(path, max_bytes=_MOST_JSON_BYTES).decode())
@@ -107,12 +107,12 @@ def read_json(path: Path) -> Any:
 
 
 def check_config(config: Mapping[str, Any], source: str) -> None:
-    """Refuse a `config.json` that sends transformers to another file for what it should say.
+    """Refuse a `config.json` that redirects transformers to another file.
 
     Raises
     ------
     EncoderError
-        It names another config for some releases (`configuration_files`), or its own file of
+        The config names another config for some releases (`configuration_files`), or a file of
         weights (`transformers_weights`).
     """
     for key, what in (("configuration_files", "configs"), ("transformers_weights", "weights")):
@@ -126,13 +126,13 @@ def check_config(config: Mapping[str, Any], source: str) -> None:
 def refuse_adapter(directory: Path) -> None:
     """Refuse a directory with an adapter of PEFT, alone or beside a model.
 
-    transformers puts an adapter that it finds onto the model, where PEFT is installed; whoever
-    read the model alone would embed with another encoder in silence.
+    If PEFT is installed, transformers applies an adapter that it finds to the model; reading the
+    model alone would silently embed with another encoder.
 
     Raises
     ------
     EncoderError
-        There is one.
+        The directory holds an adapter.
     """
     has_config = os.path.lexists(directory / CONFIG_FILE)
     is_told = os.path.lexists(directory / ADAPTER_FILE)
@@ -142,7 +142,7 @@ def refuse_adapter(directory: Path) -> None:
 
 
 def explain_adapter(source: str, *, alone: bool) -> EncoderError:
-    """Say that adapters of PEFT are not read, and the way out."""
+    """Return the error for a PEFT adapter, which is not supported, with the way out."""
     merge = "Merge it into its model with PEFT (merge_and_unload), save that, and give it here"
     if alone:
         return EncoderError(
@@ -165,19 +165,19 @@ SIGLIP_TYPES = ("gemma3", "siglip", "siglip_vision_model")
 AUTOENCODER_TYPE = "medembed-autoencoder"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-# What `partial_download` makes of the ranges that it fetches from a repository's files.
+# The files that `partial_download` builds from ranges of a repository's files.
 FETCHED_FILES: dict[Part, str] = {
     "tower": "medembed-vision-tower.safetensors",
     "projector": "medembed-projector.safetensors",
 }
-# Modules that DistributedDataParallel, torch.compile, FSDP and activation checkpointing put around
-# others, on the outside or anywhere within.
+# Wrapper modules of DistributedDataParallel, torch.compile, FSDP and activation checkpointing, at
+# any level.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 # PEFT's outermost two, and the one of trainers and of transformers' own heads.
 _OUTER = r"^(?:(?:base_model\.)?model\.)*"
 # transformers 4.x wrote vision_tower.vision_model.…, 5.x writes vision_tower.…, a bare state dict
 # has model.vision_tower.…; SigLIP itself has vision_model.… or, alone and since 5.x, no prefix.
-# What a wrapper was put around may be any of them.
+# Each of these may be wrapped.
 _TOWER = re.compile(
     rf"{_OUTER}(?:vision_tower\.(?:base_model\.model\.)?)?(?:vision_model\.)?"
     r"((?:embeddings|encoder|post_layernorm|head)\..+)$"
@@ -186,7 +186,7 @@ _PROJECTOR = re.compile(
     rf"{_OUTER}multi_modal_projector\.(mm_input_projection_weight|mm_soft_emb_norm\.weight)$"
 )
 _ENCODER = re.compile(rf"{_OUTER}encoder\.(.+)$")  # of an autoencoder
-# Words that only stand in names of a model with adapters of PEFT in it, not yet merged.
+# Words that occur only in names of a model with unmerged PEFT adapters.
 _ADAPTED = re.compile(r"\.(?:base_layer|original_module|modules_to_save|lora_\w+|ia3_\w+)(?:\.|$)")
 PART_WORDS: dict[Part, str] = {
     "tower": "the vision tower",
@@ -209,7 +209,7 @@ _CONSTANTS = {"embeddings.position_ids"}
 
 
 def unwrap(stored: str) -> str:
-    """Take out of a tensor's name the modules that only wrap others.
+    """Return a tensor's name without modules that only wrap others.
 
     Examples
     --------
@@ -220,7 +220,7 @@ def unwrap(stored: str) -> str:
 
 
 def canonical_name(stored: str) -> str | None:
-    """Strip the prefixes from a vision tower's tensor name; None for any other tensor.
+    """Return a vision tower's tensor name without prefixes, or None for any other tensor.
 
     Examples
     --------
@@ -232,7 +232,7 @@ def canonical_name(stored: str) -> str | None:
 
 
 def _canonical_projector_name(stored: str) -> str | None:
-    """Strip the prefix from a tensor name of Gemma's projector; None for any other tensor.
+    """Return a tensor name of Gemma's projector without prefix, or None for any other tensor.
 
     Examples
     --------
@@ -261,18 +261,18 @@ PART_NAMES: dict[Part, Callable[[str], str | None]] = {
 
 
 def part_shards(weight_map: Mapping[str, str], part: Part = "tower") -> list[str]:
-    """List, sorted, the files of an index that hold some of a part's tensors."""
+    """Return the sorted files of an index that hold some of a part's tensors."""
     belongs = PART_NAMES[part]
     return sorted({file for name, file in weight_map.items() if belongs(name)})
 
 
 def weight_map_of(index: Any, source: str) -> dict[str, str]:
-    """Check and give the `weight_map` of a `model.safetensors.index.json`.
+    """Return the checked `weight_map` of a `model.safetensors.index.json`.
 
     Raises
     ------
     EncoderError
-        It is no mapping of tensor names to file names in the same directory.
+        The index does not map tensor names to names of files in its own directory.
     """
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not all(map(_is_file_name, weight_map.values())):
@@ -281,22 +281,22 @@ def weight_map_of(index: Any, source: str) -> dict[str, str]:
 
 
 def weight_files(directory: Path, part: Part = "tower") -> list[Path]:
-    """List the safetensors files of `directory` that may hold a part of the model.
+    """Return the safetensors files of `directory` that may hold a part of the model.
 
-    The checkpoint's own files come first; else what `hub.resolve_checkpoint` fetched of them.
-    A fetched file that lies in the hub's cache is named there by its SHA-256, and is compared
-    with it here (0.8 GB: about a second).
+    The checkpoint's own files take precedence over the part that `hub.resolve_checkpoint`
+    downloaded. A downloaded file in the hub's cache is named by its SHA-256, which is verified here
+    (0.8 GB: about a second).
 
     Parameters
     ----------
     part : {"tower", "projector", "encoder", "whole"}
-        The vision tower, Gemma's projector, an autoencoder's encoder, or every tensor there is.
+        The vision tower, Gemma's projector, an autoencoder's encoder, or all tensors.
 
     Raises
     ------
     EncoderError
-        As `whole_files`; there are none, one that the index names is missing, or a fetched one was
-        damaged.
+        The files are inconsistent (see `whole_files`), missing or incomplete, or a downloaded one
+        is damaged.
     """
     whole = whole_files(directory, part)
     if whole:
@@ -323,21 +323,21 @@ def weight_files(directory: Path, part: Part = "tower") -> list[Path]:
 
 
 def whole_files(directory: Path, part: Part) -> list[Path] | None:
-    """List the checkpoint's own files that hold a part, only if all of them are there.
+    """Return the checkpoint's own files that hold a part, if all of them exist.
 
-    Where there are a single file and an index with its shards, the single file is taken, as
-    transformers does; an index whose shards are gone is what saving anew leaves behind.
+    If there are both a single file and an index with shards, the single file is used, as in
+    transformers; saving again can leave behind an index without its shards.
 
     Returns
     -------
     list of Path or None
-        None where the directory has neither an index nor a single file of weights.
+        None if the directory has neither an index nor a single file of weights.
 
     Raises
     ------
     EncoderError
-        The index is no index, a file is no plain file, or the single file is older than the index
-        or its shards: then transformers' choice would be the weights of before.
+        The index is invalid, a file is not a plain file, or the single file is older than the
+        index or its shards, so that transformers would choose outdated weights.
     """
     single = directory / WEIGHTS_FILE
     if holds_file(single):
@@ -351,12 +351,12 @@ def whole_files(directory: Path, part: Part) -> list[Path] | None:
 
 
 def holds_both(directory: Path, part: Part) -> bool:
-    """Whether a part is there twice: in a single file, and in all the shards that an index names.
+    """Return whether a part exists twice, in a single file and in all shards of an index.
 
     Raises
     ------
     EncoderError
-        The index is no index, or a file is no plain file.
+        The index is invalid, or a file is not a plain file.
     """
     paths = _indexed(directory, part) or []
     return bool(paths) and all(map(holds_file, [*paths, directory / WEIGHTS_FILE]))
@@ -397,13 +397,13 @@ def _check_blob(path: Path) -> None:
 def match_tensors(
     stored: Iterable[tuple[Path, str]], source: str, part: Part = "tower"
 ) -> dict[str, tuple[Path, str]]:
-    """Map canonical names to the file and name under which a part's tensor is stored.
+    """Return the file and stored name of each of a part's tensors, by canonical name.
 
     Raises
     ------
     EncoderError
-        Two stored tensors have the same canonical name, one is of an adapter that is not merged,
-        or none belongs to the part.
+        Two stored tensors share a canonical name, one belongs to an unmerged adapter, or none
+        belongs to the part.
     """
     found: dict[str, tuple[Path, str]] = {}
     for path, name in stored:
@@ -424,12 +424,12 @@ def match_tensors(
 
 
 def refuse_adapted(name: str, source: str, part: Part) -> None:
-    """Refuse the name of a tensor of an adapter of PEFT, or of a module that one is put on.
+    """Refuse the tensor name of a PEFT adapter, or of a module with an adapter.
 
     Raises
     ------
     EncoderError
-        Says how the adapter is merged.
+        The message explains how to merge the adapter.
     """
     if _ADAPTED.search(name):
         raise EncoderError(

@@ -23,14 +23,14 @@ Named = tuple[str, str, torch.Tensor]
 
 @dataclass(frozen=True)
 class DeltaWeights:
-    """Changed tensors, to be put in the place of a base's.
+    """Changed tensors that replace those of a base.
 
     Attributes
     ----------
     tensors : mapping of str to (str, Tensor)
         Canonical name to stored dtype and values, on the CPU.
-    base : Base
-        What they belong to.
+    base : BaseRef
+        The base that they belong to.
     source : str
         The adapted encoder, for messages.
     """
@@ -40,12 +40,12 @@ class DeltaWeights:
     source: str
 
     def over(self, stored: Iterable[Named]) -> Iterator[tuple[Named, Named]]:
-        """Yield each of a base's tensors, and what takes its place: often itself.
+        """Yield each of a base's tensors and its replacement, often the tensor itself.
 
         Raises
         ------
         EncoderError
-            A changed tensor has another shape than the base's, or none of its name is there.
+            A changed tensor has another shape than the base's, or no counterpart in the base.
         """
         left = set(self.tensors)
         for name, dtype, tensor in stored:
@@ -64,17 +64,17 @@ class DeltaWeights:
             )
 
     def require(self, base: str, adapted: str) -> None:
-        """Refuse another base than training began with, and changed tensors that are damaged.
+        """Refuse a base other than that of training, and damaged changed tensors.
 
         Parameters
         ----------
         base, adapted : str
-            Fingerprints of what was read.
+            Fingerprints of the base and the adapted encoder as read.
 
         Raises
         ------
         EncoderError
-            One is not the one recorded.
+            A fingerprint differs from the recorded one.
         """
         if base != self.base.fingerprint:
             raise EncoderError(
@@ -90,7 +90,7 @@ class DeltaWeights:
 
 
 def put_in(stored: Iterable[Named], changes: DeltaWeights | None, base: Digest) -> Iterator[Named]:
-    """Put changed tensors in the place of a base's, of which the digest is taken."""
+    """Yield a base's tensors with changed ones substituted, and add the base's to its digest."""
     if changes is None:
         yield from stored
         return
@@ -100,7 +100,7 @@ def put_in(stored: Iterable[Named], changes: DeltaWeights | None, base: Digest) 
 
 
 def read_changes(directory: Path, base: BaseRef) -> DeltaWeights:
-    """Read the changed tensors of the adapted encoder in `directory`.
+    """Return the changed tensors of the adapted encoder in `directory`.
 
     Raises
     ------
@@ -118,15 +118,15 @@ def read_changes(directory: Path, base: BaseRef) -> DeltaWeights:
 
 
 def find_changed(encoder: TorchEncoder) -> tuple[dict[str, torch.Tensor], bool]:
-    """Compare an encoder's tensors with those of the checkpoint that it was loaded from.
+    """Return an encoder's tensors that differ from those of the checkpoint it was loaded from.
 
     Returns
     -------
     tensors : dict of str to Tensor
-        By canonical name, on the CPU: those that differ, or all.
+        By canonical name, on the CPU: the differing tensors, or all of them.
     is_whole : bool
-        Whether these are all: then they need no base. So where no tensor is unchanged, and where
-        transformers names some otherwise than the checkpoint does.
+        Whether these are all tensors, so that no base is needed: if every tensor has changed, or if
+        transformers names some differently than the checkpoint does.
     """
     assert encoder.origin is not None
     tensors = encoder.stored_tensors()

@@ -1,8 +1,8 @@
-"""Where a tower runs: on a CPU in lanes of one thread, on CUDA in streams, elsewhere in turn.
+"""Devices that run a tower: CPUs in single-threaded lanes, CUDA in streams, others in turn.
 
 With `bf16` only linear layers, convolutions and attention multiply in bfloat16. The residual
-stream, the layer norms and the final norm stay in fp32, since rounding them at every block is what
-moves an embedding: a tower of 27 blocks of 1152 is then some 2.6 to 3 times farther from fp32
+stream, the layer norms and the final norm stay in fp32, since rounding them at every block shifts
+an embedding most: a tower of 27 blocks of width 1152 would be 2.6 to 3 times farther from fp32
 (`bench/arithmetic.py`). Training uses the same arithmetic.
 """
 
@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-"""What the factors of a product are rounded to."""
+"""The dtype to which the factors of a product are rounded."""
 _PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -63,10 +63,10 @@ def arithmetic(device: str, precision: str) -> AbstractContextManager[Any]:
 
 
 def stored_dtypes(module: nn.Module, precision: str) -> dict[str, torch.dtype]:
-    """Return the dtype that each tensor of a module's state is kept in.
+    """Return the dtype in which each tensor of a module's state is stored.
 
-    The weights of products are kept as they are multiplied, so that nothing is cast per batch;
-    norms, position embeddings and scales are kept in fp32. Whole numbers are left out.
+    Weights of products are stored in the dtype of the multiplication, which avoids casts per batch;
+    norms, position embeddings and scales are stored in fp32. Integers are left out.
     """
     dtypes = {
         name: torch.float32 for name, t in module.state_dict().items() if t.is_floating_point()
@@ -79,7 +79,7 @@ def stored_dtypes(module: nn.Module, precision: str) -> dict[str, torch.dtype]:
 
 
 def set_precision(module: nn.Module, precision: str) -> None:
-    """Bring the weights of a module in fp32 to the dtypes of `stored_dtypes`."""
+    """Convert the weights of an fp32 module to the dtypes of `stored_dtypes`."""
     for part in module.modules():
         if isinstance(part, _PRODUCTS):
             part.to(DTYPES[precision])
@@ -92,9 +92,9 @@ T = TypeVar("T")
 MEGA = 896 * 896  # pixels of the largest tower's input
 MAX_PIXELS = {"cpu": MEGA, "other": 8 * MEGA, "cuda": 64 * MEGA}
 MAX_BATCH = {"cpu": 8, "other": 8, "cuda": 512}
-MEMORY_SHARE = 0.8  # of the free memory; the rest is for fragments, and for others
-# torch raises MemoryError or RuntimeError, by allocator; these are their words. A library that
-# finds no room for its handle or workspace says so in its own.
+MEMORY_SHARE = 0.8  # of the free memory; the rest is for fragmentation and other processes
+# torch raises MemoryError or RuntimeError depending on the allocator, with these words. A library
+# without room for its handle or workspace uses its own words.
 _NO_MEMORY = (
     *("out of memory", "not enough memory", "can't allocate memory", "cannot allocate"),
     *("cublas_status_alloc_failed", "cublas_status_not_initialized"),
@@ -114,33 +114,33 @@ class Device(Protocol):
     in_flight: int
 
     def submit(self, work: Work, pixels: np.ndarray) -> Callable[[], Rows]:
-        """Begin `work` on a copy of `pixels`; give the function that waits for its rows.
+        """Start `work` on a copy of `pixels`; return a function that waits for its rows.
 
         Raises
         ------
         DeviceMemoryError
-            It does not fit; the function given may raise it too.
+            The batch does not fit; the returned function may raise this too.
         """
         ...
 
     def choose_batch(self, run: Callable[[int], object], n_pixels: int, n_images: int) -> int:
-        """Choose a batch size for images of `n_pixels`; `run(n)` embeds n of them."""
+        """Return a batch size for images of `n_pixels`; `run(n)` embeds n of them."""
         ...
 
 
 def device_of(name: str) -> Device:
-    """Give the device of a name as torch has it: `cpu`, `cuda`, `mps`."""
+    """Return the device for a torch name: `cpu`, `cuda`, `mps`."""
     if name == "cpu":
         return Lanes()
     return Cuda() if name == "cuda" else InTurn(name)
 
 
 class Lanes:
-    """A CPU: batches run side by side, each on one thread.
+    """A CPU: batches run in parallel, each on one thread.
 
-    So a row's bits do not depend on the number of cores, and the threads of one small product
+    A row's bits therefore do not depend on the number of cores, and the threads of a small product
     never wait for each other. There are as many lanes as torch has threads when the encoder is
-    made: one per core, unless OMP_NUM_THREADS or `torch.set_num_threads` says otherwise.
+    created: one per core, unless OMP_NUM_THREADS or `torch.set_num_threads` changes it.
     """
 
     def __init__(self, n_lanes: int | None = None) -> None:
@@ -153,14 +153,14 @@ class Lanes:
         if self._pool is None:
             usual = (torch.get_num_threads(),)
             self._pool = ThreadPoolExecutor(self.n_lanes, "lane", _enter_lane, usual)
-        # Guarded in the lane: the future would keep an error and, through it, the batch's tensors.
+        # Guarded in the lane: a future would keep an error and, through it, the batch's tensors.
         return self._pool.submit(_run_guarded, work, torch.from_numpy(np.array(pixels))).result
 
     def choose_batch(self, run: Callable[[int], object], n_pixels: int, n_images: int) -> int:
-        """Give 1 image of 896 × 896, or up to 8 that are no larger together.
+        """Return 1 for images of 896 × 896, or up to 8 for smaller images of that total size.
 
-        A batch is what a crash loses, and each lane holds one. The number of images does not
-        enter: a resumed run must make batches of the same size to give the same bits.
+        A crash loses one batch per lane. The number of images has no influence: a resumed run must
+        use equal batch sizes to produce equal bits.
         """
         return max(1, min(MAX_BATCH["cpu"], MAX_PIXELS["cpu"] // n_pixels))
 
@@ -180,15 +180,15 @@ class InTurn:
         return lambda: rows
 
     def choose_batch(self, run: Callable[[int], object], n_pixels: int, n_images: int) -> int:
-        """Give 8 images, or fewer of more than 896 × 896 pixels."""
+        """Return 8, or less for images of more than 896 × 896 pixels."""
         return max(1, min(MAX_BATCH["other"], MAX_PIXELS["other"] // n_pixels))
 
 
 class Cuda:
-    """A CUDA device: the next batch travels while the last one is computed.
+    """A CUDA device: the next batch is transferred while the previous one is computed.
 
-    Nothing waits for the device but the function that `submit` gives. Pinned blocks come from
-    torch's caching allocator, which hands one out again only after the copies that use it.
+    Only the function that `submit` returns waits for the device. Pinned blocks come from torch's
+    caching allocator, which reuses a block only after the copies that use it are done.
     """
 
     in_flight = 2
@@ -217,7 +217,7 @@ class Cuda:
             for name, values in work(arriving).items():
                 rows[name] = pinned(values.shape, values.dtype)
                 rows[name].copy_(values, non_blocking=True)
-        # Blocking sleeps; a wait that spins would take a decoder's core.
+        # A blocking wait sleeps; a spinning one would take a decoder's core.
         done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         done.record(stream)
 
@@ -228,10 +228,10 @@ class Cuda:
         return collect
 
     def choose_batch(self, run: Callable[[int], object], n_pixels: int, n_images: int) -> int:
-        """Give the largest power of two for which 0.8 of the free memory is enough.
+        """Return the largest power of two for which 0.8 of the free memory suffices.
 
-        What an image takes is the difference between the peaks of small batches. At most 64
-        images of 896 × 896, or as many pixels, 512 images, and no more than there are.
+        The memory per image is the difference between the peaks of small batches. The limits are 64
+        images of 896 × 896, or an equal number of pixels, 512 images, and the number of images.
         """
         most = min(MAX_BATCH["cuda"], max(1, MAX_PIXELS["cuda"] // n_pixels))
         try:
@@ -250,7 +250,7 @@ class Cuda:
 def _enter_lane(usual: int) -> None:
     torch.get_num_threads()  # settles this thread's number, which the first kernel would undo
     torch.set_num_threads(1)
-    # That also set what threads yet to be born begin with; a thread of its own sets it back.
+    # The call also set the default of future threads; a separate thread restores it.
     restoring = Thread(target=torch.set_num_threads, args=(usual,))
     restoring.start()
     restoring.join()
@@ -265,22 +265,22 @@ def _rows_of(results: dict[str, torch.Tensor]) -> Rows:
 
 
 def current_gpu(device: str) -> int | None:
-    """Return the number of the GPU that this thread computes on; None elsewhere than on CUDA."""
+    """Return the number of the GPU that this thread computes on, or None if not on CUDA."""
     return torch.cuda.current_device() if device == "cuda" else None
 
 
 def on_gpu(number: int | None) -> AbstractContextManager[Any]:
     """Return the context in which this thread computes on that GPU.
 
-    Which GPU is the current one is a thread's own affair: a new thread begins on the first.
+    The current GPU is a property of each thread: a new thread starts on the first.
     """
     return nullcontext() if number is None else torch.cuda.device(number)
 
 
 def why_no_gpu() -> tuple[str, str] | None:
-    """Return why torch sees no GPU on a machine that has an NVIDIA driver, and what to do about it.
+    """Return why torch sees no GPU on a machine with an NVIDIA driver, and what to do about it.
 
-    None where torch sees one, or where the machine has none.
+    Returns None if torch sees a GPU or the machine has no driver.
     """
     if torch.cuda.is_available() or not _has_driver():
         return None
@@ -313,17 +313,17 @@ def _has_driver() -> bool:
 
 
 def guard_memory(call: Callable[[], T], what: str) -> T:
-    """Call, and free the device's memory where it was not enough.
+    """Return the result of `call`; if memory runs out, free the device's and raise.
 
     Parameters
     ----------
     what : str
-        What does not fit and what to do about it, such as "the tower does not fit; …".
+        The message: what does not fit and what to do about it, "the tower does not fit; …".
 
     Raises
     ------
     DeviceMemoryError
-        `call` ran out of memory, whichever library said so.
+        `call` ran out of memory, in any library.
     """
     try:
         return call()
@@ -339,7 +339,7 @@ def guard_memory(call: Callable[[], T], what: str) -> T:
 
 
 def free_memory() -> None:
-    """Give back the device's memory that nothing holds any more."""
+    """Release the device's unused memory."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -348,7 +348,7 @@ def free_memory() -> None:
 
 
 def is_memory_error(error: BaseException) -> bool:
-    """Tell whether an error means that memory, the device's or the host's, was not enough."""
+    """Return whether an error means that the device or the host is out of memory."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     words = str(error).lower()
@@ -368,13 +368,13 @@ def _peak_bytes(run: Callable[[int], object], n_images: int) -> int:
 
 
 def pinned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Return an empty tensor in memory that a GPU copies from and to by itself."""
+    """Return an empty tensor in pinned memory, which a GPU copies asynchronously."""
     return torch.empty(shape, dtype=dtype, pin_memory=True)
 
 
 @contextmanager
 def _full_precision() -> Iterator[None]:
-    """Keep fp32 products and convolutions at fp32: cudnn's would be TF32, of 10 bits, unasked."""
+    """Keep fp32 products and convolutions in fp32: cudnn would use TF32, of 10 bits, by default."""
     switches = _tf32_switches()
     before = [getattr(place, name) for place, name, _ in switches]
     try:
@@ -387,9 +387,9 @@ def _full_precision() -> Iterator[None]:
 
 
 def _tf32_switches() -> list[tuple[Any, str, Any]]:
-    """Return the settings that decide about TF32, each with the value that turns it off.
+    """Return the settings that control TF32, each with the value that turns it off.
 
-    From torch 2.9 on there are new ones, beside which the old ones raise.
+    torch 2.9 introduced new settings, in whose presence the old ones raise.
     """
     matmul: Any = torch.backends.cuda.matmul
     cudnn: Any = torch.backends.cudnn

@@ -1,4 +1,4 @@
-"""A checkpoint's tensors, one at a time, checked; and the digest that identifies them."""
+"""Read and check a checkpoint's tensors one at a time, and compute their identifying digest."""
 
 import hashlib
 import json
@@ -39,7 +39,7 @@ class Digest:
         self._sha256.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
     def hexdigest(self) -> str:
-        """Give the digest so far."""
+        """Return the digest so far."""
         return self._sha256.hexdigest()
 
 
@@ -51,8 +51,8 @@ def read_part(
     Raises
     ------
     EncoderError
-        A file is missing or damaged, or the part is not exactly the tensors of `shapes`, in
-        floating point and finite.
+        A file is missing or damaged, or the part does not consist of exactly the tensors of
+        `shapes`, in floating point and finite.
     """
     with ExitStack() as stack:
         files = {path: open_tensors(stack, path) for path in weight_files(directory, part)}
@@ -72,17 +72,17 @@ def read_part(
 def read_tensor(
     file: Any, name: str, source: str, integers: tuple[str, ...] = ()
 ) -> tuple[str, torch.Tensor]:
-    """Give the stored dtype and the values of a tensor of an open safetensors file.
+    """Return the stored dtype and the values of a tensor of an open safetensors file.
 
     Parameters
     ----------
     integers : tuple of str
-        Stored dtypes to accept besides those of floating point.
+        Integer dtypes to accept in addition to floating point.
 
     Raises
     ------
     EncoderError
-        It is quantised, or not finite.
+        The tensor is quantised, or not finite.
     """
     dtype = file.get_slice(name).get_dtype()
     if dtype not in (*FLOAT_BYTES, *integers):
@@ -94,14 +94,14 @@ def read_tensor(
 
 
 def open_tensors(stack: ExitStack, path: Path) -> Any:
-    """Open a safetensors file until `stack` closes.
+    """Return a safetensors file that stays open until `stack` closes.
 
     Raises
     ------
     EncoderError
-        It is no plain file, not a whole one, or has two tensors of one name.
+        The file is not a plain file, is incomplete, or has two tensors of one name.
     """
-    read_header(path)  # opens no pipe, and knows of a name that stands twice
+    read_header(path)  # opens no pipe, and detects duplicate names
     try:
         return stack.enter_context(safe_open(path, framework="pt", device="cpu"))
     except (SafetensorError, OSError) as error:

@@ -1,4 +1,4 @@
-"""Find a checkpoint: packaged, in a directory, or on the hub, of which only what is needed."""
+"""Find a checkpoint: packaged, in a directory, or on the hub, downloading only the needed parts."""
 
 import os
 import re
@@ -50,8 +50,8 @@ DEMO = "demo"
 _DEMO_PATH = Path(__file__).parent / "assets" / "demo"
 _HUB_ID = re.compile(r"^(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?$", re.ASCII)
 _COMMIT = re.compile(r"^[0-9a-f]{40}$")
-# The first question tells in time whether there is a way to the hub; HF_HUB_ETAG_TIMEOUT has the
-# last word. The hub's own 10 s, six times, is too long for someone who waits.
+# Timeout of the first request, which shows whether the hub is reachable; HF_HUB_ETAG_TIMEOUT
+# overrides it. The hub client's own 10 s, six times, is too long for an interactive user.
 _FIRST_ANSWER_SECONDS = 3.0
 
 
@@ -76,21 +76,21 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class RemoteCheckpoint:
-    """What is known of a checkpoint before its weights are fetched.
+    """The properties of a checkpoint whose weights may not have been downloaded.
 
     Attributes
     ----------
     source : str
-        As in `Checkpoint`.
+        See `Checkpoint`.
     revision : str or None
         The hub's commit.
     fetched : bool
         Whether the weights are on this machine.
     tower_bytes : int or None
-        Size of the vision tower's tensors (of all tensors, for a model that is no SigLIP); None
-        if neither the files nor the hub are in reach.
+        Size of the vision tower's tensors (of all tensors, unless the model is SigLIP's); None if
+        neither the files nor the hub can be reached.
     config : dict
-        Its `config.json`.
+        The content of `config.json`.
     """
 
     source: str
@@ -102,7 +102,7 @@ class RemoteCheckpoint:
 
 @dataclass(frozen=True)
 class _Snapshot:
-    """A repository at one commit: the small files that are here, and whether the hub is too."""
+    """A repository at one commit: its local small files, and whether the hub is reachable."""
 
     path: Path
     repo: str
@@ -119,27 +119,26 @@ def resolve_checkpoint(
     projector: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Checkpoint:
-    """Find the checkpoint that `ref` names; fetch what is needed of it where it is on the hub.
+    """Return the checkpoint that `ref` names, downloading the needed parts from the hub.
 
-    `demo` is the packaged encoder (a directory of that name is `./demo`); a directory is taken
-    as it is; `owner/name[@revision]` is fetched through huggingface_hub, so HF_TOKEN, HF_HOME,
-    HF_ENDPOINT and HF_HUB_OFFLINE mean what they mean everywhere. All files are of the commit
-    that answered first. Of a model that holds a SigLIP tower only the tower's tensors are
-    fetched; whole files that are there already are used instead. A fetch that was cut off goes on
-    where it was.
+    `demo` is the packaged encoder (a directory of that name is `./demo`); a directory is used as it
+    is; `owner/name[@revision]` is downloaded through huggingface_hub, which respects HF_TOKEN,
+    HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE as usual. All files belong to the commit of the first
+    answer. From a model with a SigLIP tower only the tower's tensors are downloaded, unless
+    complete files are already present. An interrupted download is resumed.
 
     Parameters
     ----------
     projector : bool
-        Fetch Gemma's projector too.
+        Also download Gemma's projector.
     progress : callable(bytes done, bytes in all), optional
-        Told now and then while weights are fetched; the projector counts anew.
+        Called at intervals while weights are downloaded; the projector is counted separately.
 
     Raises
     ------
     EncoderError
-        Nothing of that name, no access, no connection, no room, damaged weights, an adapter that
-        is not merged, or a hub whose names are no names.
+        The checkpoint does not exist, access is denied, there is no connection or no room, weights
+        are damaged, an adapter is not merged, or the hub's answers contain invalid names.
     MissingLibraryError
         It is on the hub, and a library of the extra `encoders` is not installed.
     """
@@ -158,15 +157,15 @@ def resolve_checkpoint(
 
 
 def describe_remote(ref: str | PathLike[str]) -> RemoteCheckpoint:
-    """Ask what a checkpoint is, and whether it may be had, without fetching weights.
+    """Return a checkpoint's description and check access, without downloading weights.
 
-    Of a repository the config, the index and the heads of its files are asked for: well under a
-    second and half a MB for MedGemma. A directory and `demo` are described alike.
+    For a repository, the config, the index and the headers of its files are requested: well under a
+    second and half a MB for MedGemma. A directory and `demo` are described in the same form.
 
     Raises
     ------
     EncoderError, MissingLibraryError
-        As `resolve_checkpoint`.
+        The checkpoint is not available; see `resolve_checkpoint`.
     """
     found = _find_local(ref)
     if isinstance(found, Checkpoint):
@@ -186,7 +185,7 @@ def describe_remote(ref: str | PathLike[str]) -> RemoteCheckpoint:
 
 
 def has_token() -> bool:
-    """Whether a token is set, in HF_TOKEN or by the hub's login; not whether it is accepted."""
+    """Return whether a token is set, in HF_TOKEN or by login, without checking its validity."""
     if find_spec("huggingface_hub") is None:
         return "HF_TOKEN" in os.environ
     from huggingface_hub import get_token
@@ -195,7 +194,7 @@ def has_token() -> bool:
 
 
 def _find_local(ref: str | PathLike[str]) -> Checkpoint | tuple[str, str | None]:
-    """Give the checkpoint if it is on this machine, else the repository and revision it is."""
+    """Return the checkpoint if it is on this machine, else its repository and revision."""
     name = fspath(ref)
     if name == DEMO:
         if not _DEMO_PATH.is_dir():
@@ -214,13 +213,13 @@ def _find_local(ref: str | PathLike[str]) -> Checkpoint | tuple[str, str | None]
         )
     if hub_id[2] and not all(part.strip(".") for part in hub_id[2].split("/")):
         raise EncoderError(
-            f"encoder {name!r}: {hub_id[2]!r} is no revision. Give a branch, a tag or a commit."
+            f"encoder {name!r}: {hub_id[2]!r} is not a revision. Give a branch, a tag or a commit."
         )
     return hub_id[1], hub_id[2]
 
 
 def _open(repo: str, revision: str | None) -> tuple[_Snapshot, dict[str, Any]]:
-    """Get the config, and by it the commit that all else will be of."""
+    """Return the snapshot and the config, whose commit determines that of all other files."""
     require_libraries(f"encoder {repo}", ("huggingface_hub", "transformers"), "encoders")
     unreached = _find_unreached(repo, revision)
     path = _download_file(repo, revision, unreached, CONFIG_FILE)
@@ -251,7 +250,7 @@ def _part_of(config: dict[str, Any]) -> Part:
 
 
 def _held_files(snapshot: Path, part: Part) -> list[Path]:
-    """List the files of a snapshot that hold a part; none if it must be fetched."""
+    """Return the files of a snapshot that hold a part, or none if it must be downloaded."""
     fetched = snapshot / FETCHED_FILES.get(part, "-")
     return whole_files(snapshot, part) or ([fetched] if holds_file(fetched) else [])
 
@@ -272,7 +271,7 @@ def _fetch_part(
 
 
 def _weight_map(snapshot: _Snapshot) -> dict[str, str] | None:
-    """Get the index; None where a single file has all weights, which transformers takes first."""
+    """Return the index, or None if a single file has all weights, which transformers prefers."""
     if _is_at_hub(snapshot.repo, snapshot.commit, WEIGHTS_FILE):
         return None
     index = _download(snapshot, INDEX_FILE)
@@ -280,14 +279,14 @@ def _weight_map(snapshot: _Snapshot) -> dict[str, str] | None:
 
 
 def _fetch_processor(snapshot: _Snapshot) -> None:
-    """Fetch both files that may describe the processor, where there are both."""
+    """Download each of the two files that may describe the processor, if it exists."""
     held = [_download(snapshot, name) for name in PROCESSOR_FILES]
     if not any(held):
         raise _explain_missing(snapshot.repo, snapshot.unreached, *PROCESSOR_FILES)
 
 
 def _fetch_whole(snapshot: _Snapshot) -> None:
-    if _download(snapshot, WEIGHTS_FILE):  # as transformers: the index only without it
+    if _download(snapshot, WEIGHTS_FILE):  # as in transformers: the index is used only without it
         return
     index = _download(snapshot, INDEX_FILE)
     if index is None:
@@ -298,11 +297,11 @@ def _fetch_whole(snapshot: _Snapshot) -> None:
 
 
 def _find_unreached(repo: str, revision: str | None) -> Exception | None:
-    """Ask the hub once; give the error if it is out of reach or refuses.
+    """Query the hub once; return the error if it is unreachable or refuses.
 
-    `hf_hub_download` would ask six times with growing pauses, 23 s per file, where one question
-    tells that only what was fetched before can serve. Asked beside the main thread, because no
-    timeout of a connection covers the search for its address, nor a second address.
+    `hf_hub_download` would try six times with growing pauses, 23 s per file, although one query
+    shows that only earlier downloads can be used. The query runs in another thread, because no
+    connection timeout covers name resolution, nor a second address.
     """
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
@@ -316,7 +315,7 @@ def _find_unreached(repo: str, revision: str | None) -> Exception | None:
             url = hf_hub_url(repo, "config.json", revision=revision)
             get_hf_file_metadata(url, timeout=seconds)
         except (EntryNotFoundError, RevisionNotFoundError):
-            caught.append(None)  # reached: these are met again, and explained, by the download
+            caught.append(None)  # reachable: the download meets and explains these again
         except Exception as error:  # its client's errors are neither the hub's nor OSErrors
             caught.append(error)
         else:
@@ -327,13 +326,13 @@ def _find_unreached(repo: str, revision: str | None) -> Exception | None:
     asking.start()
     asking.join(seconds + 0.5)
     unreached = caught[0] if caught else TimeoutError(f"no answer in {seconds:g} s")
-    if isinstance(unreached, EncoderError):  # reached, and what it answered was refused
+    if isinstance(unreached, EncoderError):  # reachable, but its answer was refused
         raise unreached
     return unreached
 
 
 def _is_at_hub(repo: str, revision: str | None, name: str) -> bool:
-    """Ask whether a repository has a file, without fetching it."""
+    """Return whether a repository has a file, without downloading it."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     guard_answers()
@@ -342,14 +341,14 @@ def _is_at_hub(repo: str, revision: str | None, name: str) -> bool:
     except EncoderError:  # of what it answered
         raise
     except Exception as error:  # its client's errors are neither the hub's nor OSErrors
-        if _says_absent(error):
+        if _means_absent(error):
             return False
         raise explain(error, repo, revision, name) from error
     return True
 
 
-def _says_absent(error: BaseException | None) -> bool:
-    """Whether a hub has the repository and not the file; mirrors may say so by the status alone."""
+def _means_absent(error: BaseException | None) -> bool:
+    """Return whether a hub has the repository but not the file; mirrors may send only a status."""
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     if isinstance(error, RepositoryNotFoundError | RevisionNotFoundError):
@@ -371,22 +370,22 @@ def _download(snapshot: _Snapshot, name: str) -> Path | None:
 def _download_file(
     repo: str, revision: str | None, unreached: Exception | None, name: str
 ) -> Path | None:
-    """Fetch a file of a repository; None if it has none.
+    """Return a downloaded file of a repository, or None if the repository lacks it.
 
-    If the hub is out of reach, what was fetched before serves, and None is what was not.
+    If the hub is unreachable, an earlier download is returned, or None.
     """
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     guard_answers()
     if unreached is not None:
-        # Not `local_files_only`: with that too, the hub asks for things before it looks.
+        # Not `local_files_only`: even then the hub client sends requests before it looks.
         held = try_to_load_from_cache(repo, name, revision=revision)
         return Path(held) if isinstance(held, str) else None
     try:
         return Path(hf_hub_download(repo, name, revision=revision))
     except LocalEntryNotFoundError as error:  # neither reached nor fetched before
-        if _says_absent(error.__cause__):
+        if _means_absent(error.__cause__):
             return None
         raise explain_unreached(error.__cause__, repo, name) from error
     except EntryNotFoundError:

@@ -1,8 +1,8 @@
-"""A hub's answers over HTTP: what they may say, ranges of a file, and errors with the way out.
+"""Validate a hub's HTTP answers, fetch ranges of files, and raise errors with the way out.
 
-huggingface_hub joins an ETag and a commit to its cache's path as they come, and sleeps for as long
-as it is told. Every answer is therefore looked at before huggingface_hub acts on it. Connections
-may break: a range is asked for again from where it stopped.
+huggingface_hub appends an ETag and a commit to its cache's path unchecked, and sleeps for as long
+as a server demands. Every answer is therefore checked before huggingface_hub acts on it. If a
+connection breaks, a range is requested again from where it stopped.
 """
 
 import errno
@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 LONGEST_PAUSE = 60
-"""Seconds that a server is waited for at its own wish, at the most."""
+"""Longest pause, in seconds, that a server can demand."""
 
 _TAG = re.compile(r'(?:W/)?"?([0-9A-Za-z][0-9A-Za-z._-]{0,127})"?')
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -50,10 +50,10 @@ _installing = threading.Lock()
 
 
 def guard_answers() -> None:
-    """Have each answer that huggingface_hub gets in this process checked before it acts on it.
+    """Check every answer that huggingface_hub receives in this process before it acts on it.
 
-    The check is an event hook of its HTTP client, put on once and on every client that is made
-    later. A client factory that the caller has set goes on making the clients.
+    The check is an event hook of its HTTP client, installed once and on every client created
+    later. A client factory set by the caller stays in use.
     """
     from huggingface_hub import set_client_factory
     from huggingface_hub.utils import _http
@@ -66,7 +66,7 @@ def guard_answers() -> None:
 
 @dataclass(frozen=True)
 class _Guarded:
-    """A client factory whose clients show each answer to `_check_answer` first."""
+    """A client factory whose clients pass each answer to `_check_answer` first."""
 
     make: Callable[[], Any]
 
@@ -78,12 +78,12 @@ class _Guarded:
 
 
 def plain_tag(header: str) -> str:
-    """Give an ETag without its quotes; the first 128 letters, digits and . _ - are a name.
+    """Return an ETag without quotes, if it has up to 128 letters, digits and . _ - characters.
 
     Raises
     ------
     EncoderError
-        It is something else, such as a path.
+        The ETag is anything else, such as a path.
     """
     found = _TAG.fullmatch(header)
     if found is None:
@@ -92,12 +92,12 @@ def plain_tag(header: str) -> str:
 
 
 def seconds_to_wait(header: str) -> float | None:
-    """Read a Retry-After header, RFC 9110 section 10.2.3: seconds, or a date.
+    """Return the seconds of a Retry-After header, RFC 9110 section 10.2.3: a number or a date.
 
     Returns
     -------
     float or None
-        From 0 to `LONGEST_PAUSE`; None for what is neither.
+        From 0 to `LONGEST_PAUSE`; None if the header is invalid.
     """
     text = header.strip()
     if _SECONDS.fullmatch(text):
@@ -111,18 +111,18 @@ def seconds_to_wait(header: str) -> float | None:
 
 
 def _shown(text: str) -> str:
-    """Give a server's text as a message may show it: short, and nothing that a terminal obeys."""
+    """Return a server's text shortened and without control characters, for a message."""
     text = mask_controls(text)
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…"
 
 
 def _check_answer(response: Any) -> None:
-    """Refuse names that are none, and bound the waits; raises EncoderError."""
+    """Refuse invalid names, and limit pauses; raises EncoderError."""
     headers, request = response.headers, response.request
     commit = headers.get("X-Repo-Commit")
     if commit is not None:
         _check_commit(commit, request.url.path)
-    if request.method == "HEAD":  # whose tags name the blobs; a storage's own on GET name nothing
+    if request.method == "HEAD":  # only these tags name blobs; a storage's own tags on GET do not
         for name in ("X-Linked-Etag", "ETag"):
             if name in headers:
                 plain_tag(headers[name])
@@ -156,7 +156,7 @@ def _refuse(header: str, value: str, expected: str) -> EncoderError:
 
     return EncoderError(
         f"{constants.ENDPOINT} gives {_shown(value)!r} as {header}, which is not {expected}. "
-        "Nothing of it was written. Set HF_ENDPOINT to a hub that is to be trusted, or give a "
+        "Nothing of it was written. Set HF_ENDPOINT to a trusted hub, or give a "
         "checkpoint directory."
     )
 
@@ -165,14 +165,14 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def explain(error: Exception, repo: str, revision: str | None, name: str) -> EncoderError:
-    """Say why `name` of a repository cannot be had.
+    """Return the error that explains why `name` of a repository cannot be downloaded.
 
     Parameters
     ----------
     error : Exception
-        What huggingface_hub, its HTTP client or the file system raised.
+        The exception of huggingface_hub, its HTTP client or the file system.
     revision : str or None
-        As the user gave it.
+        The revision given by the user.
     """
     from huggingface_hub import constants, errors
 
@@ -201,12 +201,12 @@ def explain(error: Exception, repo: str, revision: str | None, name: str) -> Enc
 
 
 def explain_missing(repo: str, name: str) -> EncoderError:
-    """Say that a repository has no file `name`."""
+    """Return the error for a repository without a file `name`."""
     return EncoderError(f"{repo} holds no {name}: it is not a checkpoint that can be read.")
 
 
 def explain_unreached(error: BaseException | None, repo: str, name: str) -> EncoderError:
-    """Say that `name` was not fetched before, and why it cannot be fetched now."""
+    """Return the error for `name` that was not downloaded before and cannot be now."""
     from huggingface_hub import constants, errors
 
     if constants.HF_HUB_OFFLINE:
@@ -230,7 +230,7 @@ def explain_unreached(error: BaseException | None, repo: str, name: str) -> Enco
 def explain_no_space(
     name: str, repo: str, *, needed: int | None = None, free: int | None = None
 ) -> EncoderError:
-    """Say that the hub's cache has no room for `name`; `needed` and `free` in bytes."""
+    """Return the error for a hub cache without room for `name`; `needed`, `free` in bytes."""
     from huggingface_hub import constants
 
     sizes = f" ({needed:,} bytes are needed, {free:,} are free)" if needed is not None else ""
@@ -241,16 +241,16 @@ def explain_no_space(
 
 
 def explain_changed(repo: str, commit: str, name: str) -> EncoderError:
-    """Say that a file is no longer what it was under the same commit."""
+    """Return the error for a file that changed under its commit."""
     return EncoderError(
         f"{name} of {repo} changed at the hub under commit {commit[:12]} while it was fetched: "
         "nothing of it is kept. Run again; if this repeats, the repository or the mirror in "
-        "HF_ENDPOINT is not to be trusted."
+        "HF_ENDPOINT cannot be trusted."
     )
 
 
 def is_no_space(error: BaseException) -> bool:
-    """Whether the disk, the quota or the largest allowed file is full."""
+    """Return whether an error means a full disk, an exhausted quota or a file size limit."""
     return isinstance(error, OSError) and error.errno in _NO_SPACE
 
 
@@ -265,23 +265,23 @@ def _refused(status: int, repo: str, name: str) -> EncoderError:
 
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})")
 _PASSING = (408, 429, 500, 502, 503, 504)
-# Seconds before each new try since bytes last came; with stalls of HF_HUB_DOWNLOAD_TIMEOUT (10 s
-# unless set) it gives up on a dead line after about a minute.
+# Seconds before each retry since bytes last arrived; with stalls of HF_HUB_DOWNLOAD_TIMEOUT (10 s
+# unless set) it gives up on a dead connection after about a minute.
 _PAUSES = (0.25, 0.5, 1.0, 2.0, 4.0)
-# Fewer bytes than this per connection are no progress.
+# Fewer bytes than this per connection do not count as progress.
 _SOME_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file of a repository at one commit, as it was when first asked for.
+    """A file of a repository at one commit, as first answered.
 
     Attributes
     ----------
     repo, commit, name : str
-        Where it is.
+        The file's location.
     size : int
-        In bytes.
+        Size in bytes.
     etag : str
         The hub's own tag of the content, without quotes.
     """
@@ -294,7 +294,7 @@ class RemoteFile:
 
 
 class _Broken(Exception):  # noqa: N818 - no error yet: the try may be repeated
-    """A connection that ended early, with the seconds to wait that the server asked for."""
+    """A connection that ended early, with the pause in seconds that the server demanded."""
 
     def __init__(self, reason: str, wait: float = 0.0) -> None:
         self.reason = reason
@@ -303,12 +303,13 @@ class _Broken(Exception):  # noqa: N818 - no error yet: the try may be repeated
 
 
 def open_file(repo: str, commit: str, name: str, count: int) -> tuple[RemoteFile, bytes]:
-    """Fetch the first `count` bytes of a file, and with them its size and ETag.
+    """Return the size and ETag of a file, and its first `count` bytes.
 
     Raises
     ------
     EncoderError
-        No such file, no access, no connection, or a server that does not give ranges.
+        The file does not exist, access is denied, there is no connection, or the server does not
+        support ranges.
     """
     found: list[RemoteFile] = []
     asked = RemoteFile(repo, commit, name, -1, "")
@@ -317,7 +318,7 @@ def open_file(repo: str, commit: str, name: str, count: int) -> tuple[RemoteFile
 
 
 def read_range(file: RemoteFile, start: int, stop: int) -> bytes:
-    """Fetch bytes `start` to `stop` (not included) into memory; raises as `copy_range` does."""
+    """Return bytes `start` to `stop` (not included); raises like `copy_range`."""
     return _collect(file, start, stop, None)
 
 
@@ -330,21 +331,21 @@ def copy_range(
     halted: threading.Event | None = None,
     note: Callable[[RemoteFile], None] | None = None,
 ) -> None:
-    """Fetch bytes `start` to `stop` (not included); go on where a connection broke.
+    """Fetch bytes `start` to `stop` (not included), resuming where a connection broke.
 
     Parameters
     ----------
     sink : callable(position, bytes)
-        Takes each piece as it comes; what it raises is raised here.
+        Receives each piece as it arrives; its exceptions propagate.
     halted : threading.Event, optional
-        Ends the copying early, and its pauses, once set.
+        Ends the copy and its pauses early, once set.
     note : callable(RemoteFile), optional
-        Takes the size and ETag of each answer, before they are compared with those of `file`.
+        Receives the size and ETag of each answer, before they are compared with those of `file`.
 
     Raises
     ------
     EncoderError
-        Another content than `file` names, a refusal, or a connection that stays broken.
+        The content differs from `file`, the server refuses, or the connection stays broken.
     """
     halted = halted or threading.Event()
     position, failures = start, 0
@@ -376,7 +377,7 @@ def _collect(
 def _stream(
     file: RemoteFile, start: int, stop: int, note: Callable[[RemoteFile], None] | None
 ) -> Generator[bytes]:
-    """Yield what one connection gives of a range, checked to be of the file that is meant."""
+    """Yield one connection's bytes of a range, checked to belong to the expected file."""
     from huggingface_hub import constants, get_session, hf_hub_url, hf_raise_for_status
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -417,7 +418,7 @@ def _stream(
 
 
 def _read_answer(response: Any, file: RemoteFile, start: int, stop: int) -> RemoteFile:
-    """Give the file that answered, if it answered with the range that was asked for."""
+    """Return the file described by an answer, if it has the requested range."""
     status = response.status_code
     if status != 206:
         raise _range_error(file, f"answered HTTP {status} instead of the part asked for (HTTP 206)")
@@ -449,10 +450,10 @@ def _check_same(file: RemoteFile, answered: RemoteFile) -> None:
 
 
 def _etag_of(response: Any) -> str:
-    """Give the hub's tag of the content.
+    """Return the hub's tag of the content.
 
-    A file in large storage is redirected to another host, whose own tag is of no use; the hub
-    names the content's in the redirect.
+    A file in large storage is redirected to another host, whose own tag is useless; the hub sends
+    the content's tag in the redirect.
     """
     linked = [hop.headers.get("X-Linked-Etag") for hop in (*response.history, response)]
     named = [tag for tag in linked if tag]
@@ -475,5 +476,5 @@ def _explain_broken(file: RemoteFile, broken: _Broken) -> EncoderError:
     reason = mask_controls(broken.reason.splitlines()[0]).rstrip(".")
     return EncoderError(
         f"the connection to {constants.ENDPOINT} broke while {file.name} of {file.repo} was "
-        f"fetched: {reason}. What came is kept: run again to go on."
+        f"fetched: {reason}. The part received is kept: run again to resume."
     )

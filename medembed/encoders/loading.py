@@ -1,4 +1,4 @@
-"""From what a user writes after `--encoder` to an encoder that is ready."""
+"""Load an encoder from the user's reference, the value of `--encoder`."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -39,7 +39,7 @@ __all__ = [
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16")
-LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID")  # of torchrun and of SLURM: a process's number
+LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID")  # process numbers of torchrun and SLURM
 
 
 def load_encoder(
@@ -54,32 +54,32 @@ def load_encoder(
 ) -> Encoder:
     """Load an encoder by hub id (`owner/name[@revision]`), directory, or `demo`.
 
-    A directory may be that of an adapted encoder, which fine-tuning has left (see `bases`).
+    The directory may hold an adapted encoder that fine-tuning wrote (see `base_ref`).
 
     Parameters
     ----------
     device : {"auto", "cpu", "cuda", "mps"}
-        `auto` takes the first of cuda, mps, cpu that is there.
+        `auto` uses the first available of cuda, mps, cpu.
     precision : {"auto", "fp32", "bf16"}
-        `auto` is bf16 on a CUDA device that has it in hardware, fp32 elsewhere. fp16 is not on
-        offer: these towers overflow in it.
+        `auto` is bf16 on a CUDA device that supports it in hardware, fp32 elsewhere. fp16 is not
+        supported: these towers overflow in it.
     fit : {"stretch", "pad"}
-        What happens to an image that is not square.
+        How an image that is not square is fitted.
     poolings : sequence of str
-        What will be asked of it. `projector` makes Gemma's projector part of it, and of its
-        fingerprint; the others are on offer whether named here or not.
+        Poolings that will be used. `projector` makes Gemma's projector part of the encoder and its
+        fingerprint; the others are always available.
     worker : int, optional
-        Number of this process among several on one machine: they take turns on its GPUs. A
-        launcher's own variables go before it.
+        Number of this process among several on one machine, which are distributed over its GPUs. A
+        launcher's own variables take precedence.
     progress : callable, optional
-        Called as progress(done, total) with bytes, while weights are fetched.
+        Called as progress(done, total) with bytes, while weights are downloaded.
 
     Raises
     ------
     DeviceMemoryError
         The tower does not fit the device.
     EncoderError
-        The reference, checkpoint, device or a pooling will not do.
+        The reference, checkpoint, device or a pooling is invalid or unavailable.
     MissingLibraryError
         A library of the extra `encoders` is not installed.
     """
@@ -121,21 +121,21 @@ def load_encoder(
 def adapt_encoder(
     origin: Origin, preprocessing: Preprocessing, tensors: "Mapping[str, torch.Tensor]"
 ) -> "TorchEncoder":
-    """Load what an encoder becomes with changed tensors, on the CPU in fp32.
+    """Return an encoder with changed tensors, on the CPU in fp32.
 
     Parameters
     ----------
     origin : Origin
-        What training began with.
+        The encoder that training started from.
     preprocessing : Preprocessing
-        Of that encoder.
+        That encoder's preprocessing.
     tensors : mapping of str to Tensor
-        By canonical name; float32, or int64 where the base has whole numbers.
+        By canonical name; float32, or int64 if the base has integers.
 
     Raises
     ------
     EncoderError
-        As `load_encoder`.
+        The encoder cannot be loaded; see `load_encoder`.
     """
     import torch
 
@@ -165,7 +165,7 @@ def _load(
     *,
     projector: bool = False,
 ) -> "TorchEncoder":
-    # Not earlier: a wrong reference is said before torch and transformers have loaded.
+    # Not earlier: a wrong reference is reported before torch and transformers have loaded.
     if kind in SIGLIP_TYPES:
         require_transformers(weights.source)
         from medembed.encoders.siglip import load_siglip
@@ -203,7 +203,7 @@ def require_transformers(source: str) -> None:
 
 
 def choose_device(device: str, worker: int | None = None) -> str:
-    """Return the device to compute on, asked of torch; of several GPUs take this process's own.
+    """Return the available device to compute on; with several GPUs, select this process's own.
 
     Parameters
     ----------
@@ -214,7 +214,7 @@ def choose_device(device: str, worker: int | None = None) -> str:
     Raises
     ------
     EncoderError
-        Unknown, or asked for and not there.
+        The device is unknown or unavailable.
     """
     import torch
 
@@ -238,18 +238,18 @@ def choose_device(device: str, worker: int | None = None) -> str:
 
 
 def _how_to_see_one(device: str) -> str:
-    """Return what to do about a device that torch does not see, as the end of a sentence."""
+    """Return how to make a device visible to torch, as the end of a sentence."""
     from medembed.encoders.devices import why_no_gpu
 
     found = why_no_gpu() if device == "cuda" else None
     if found is None:
         return "install a build of torch for it"
     reason, remedy = found
-    return f"mend this: {reason}. {remedy.rstrip('.')}"
+    return f"fix this: {reason}. {remedy.rstrip('.')}"
 
 
 def take_own_gpu(environ: Mapping[str, str], worker: int | None = None) -> int | None:
-    """Make this process use the GPU that its launcher means for it, where there are several.
+    """Make this process use the GPU that its launcher assigns, if there are several.
 
     Launchers number the processes of one machine, in one of `LOCAL_RANKS`.
 
@@ -258,7 +258,7 @@ def take_own_gpu(environ: Mapping[str, str], worker: int | None = None) -> int |
     environ : mapping of str to str
         The environment.
     worker : int, optional
-        Number of this process, where no launcher gives one.
+        Number of this process, if no launcher sets one.
 
     Returns
     -------
@@ -278,12 +278,12 @@ def take_own_gpu(environ: Mapping[str, str], worker: int | None = None) -> int |
 
 
 def choose_precision(precision: str, device: str) -> str:
-    """Give `fp32` or `bf16`; bf16 by itself only where the device has it in hardware.
+    """Return `fp32` or `bf16`; `auto` is bf16 only if the device supports it in hardware.
 
     Raises
     ------
     EncoderError
-        Anything else.
+        The precision is unknown.
     """
     import torch
 

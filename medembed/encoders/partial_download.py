@@ -1,7 +1,7 @@
-"""Fetch one part of a model from a repository: by range, only its tensors, into the hub's cache.
+"""Download only one part of a model's tensors from a repository, by range, into the hub's cache.
 
-A published MedGemma is 8.6 GB, of which its vision tower is 0.83. The result is a safetensors file
-of that part alone, beside the other files of its snapshot and stored as the hub stores its own:
+A published MedGemma has 8.6 GB, its vision tower 0.83 GB. The result is a safetensors file of that
+part alone, beside the other files of its snapshot and stored in the hub's own layout:
 `snapshots/<commit>/medembed-vision-tower.safetensors`, a link to `blobs/<SHA-256>`.
 
 `PartialFile` grows piece by piece, over several runs if need be.
@@ -53,28 +53,28 @@ from medembed.encoders.stored_tensors import (
 
 __all__ = ["PartialFile", "fetch_part", "remote_tensors"]
 
-# Bytes of a piece between two notes in the journal: what a killed run fetches twice, at most, per
+# Bytes of a piece between two notes in the journal: the most that a kill makes download twice, per
 # connection. Each note costs an fsync.
 _NOTED_EVERY = 16 << 20
 
 
 class PartialFile:
-    """`path` while it is incomplete, and beside it a journal of what of it is there.
+    """An incomplete file, and a journal of the parts that are already present.
 
-    The journal's first line says what file this will be; each other line says how many bytes of
-    a piece are on the disk, written after they were synced, so that a crash of the machine
-    leaves no hole that passes for data.
+    The journal's first line identifies the file; each further line records how many bytes of a
+    piece are on the disk, and is written after they were synced, so that a crash of the machine
+    never leaves a hole that is mistaken for data.
 
     Parameters
     ----------
     path : Path
         `<name>.incomplete`; the journal is `<name>.incomplete.journal`.
     head : bytes
-        What stands before the pieces.
+        The bytes before the pieces.
     pieces : list of (position, length)
-        Where in the file they belong, in bytes.
+        The pieces' places in the file, in bytes.
     identity : mapping
-        What the file is made of; JSON. Of another identity, nothing is resumed.
+        JSON description of the file's sources. A file with another identity is not resumed.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class PartialFile:
 
     @staticmethod
     def identity_of(path: Path) -> dict[str, Any]:
-        """Read what an earlier run was making at `path`; empty if there was none."""
+        """Return the identity of an earlier run's file at `path`, or an empty mapping."""
         try:
             with open_plain(_journal_of(path)) as file:
                 found = json.loads(file.readline())
@@ -105,7 +105,7 @@ class PartialFile:
 
     @staticmethod
     def discard(path: Path) -> None:
-        """Delete what an earlier run left at `path`."""
+        """Delete an earlier run's file at `path`."""
         _journal_of(path).unlink(missing_ok=True)
         path.unlink(missing_ok=True)
 
@@ -127,7 +127,7 @@ class PartialFile:
             self._note(piece)
 
     def close(self) -> None:
-        """Note what came last, for the next run to go on from, and close the files."""
+        """Record the latest progress, from which the next run resumes, and close the files."""
         try:
             for piece, done in enumerate(self.done):
                 if done > self._noted[piece]:
@@ -175,7 +175,7 @@ class PartialFile:
         return True
 
     def _believe(self, piece: int, done: int) -> None:
-        """Take a note; one that a kill cut says less than is there, or nothing."""
+        """Apply a note; a truncated one claims fewer bytes than are present, or none."""
         if piece < len(self.pieces) and done <= self.pieces[piece][1]:
             self.done[piece] = self._noted[piece] = max(done, self.done[piece])
 
@@ -204,7 +204,7 @@ class _Span:
 
 @dataclass(frozen=True)
 class _Plan:
-    """The file to make: its header, its tensors, and where its bytes come from."""
+    """The file to build: its header, its tensors, and the sources of its bytes."""
 
     header: bytes
     tensors: list[StoredTensor]
@@ -215,18 +215,18 @@ class _Plan:
 def remote_tensors(
     repo: str, commit: str, weight_map: Mapping[str, str] | None, part: Part
 ) -> list[tuple[RemoteFile, StoredTensor]]:
-    """Ask where a part's tensors lie in a repository; two small requests per file.
+    """Return the places of a part's tensors in a repository, with two small requests per file.
 
     Parameters
     ----------
     weight_map : mapping of tensor name to file name, or None
-        The repository's index; None if all is in one `model.safetensors`.
+        The repository's index; None if all tensors are in one `model.safetensors`.
 
     Raises
     ------
     EncoderError
-        A file is missing, out of reach or no safetensors file; the index and a file disagree;
-        or no tensor is of this part.
+        A file is missing, unreachable or not a safetensors file; the index and a file disagree; or
+        no tensor belongs to this part.
     """
     belongs = PART_NAMES[part]
     found: list[tuple[RemoteFile, StoredTensor]] = []
@@ -257,16 +257,16 @@ def fetch_part(
     part: Part,
     progress: Progress | None = None,
 ) -> Path:
-    """Fetch a part of a model into `snapshot`, or wait for the process that is fetching it.
+    """Return a part of a model, downloaded into `snapshot` by this or another process.
 
     Parameters
     ----------
     snapshot : Path
         `<hub cache>/models--<owner>--<name>/snapshots/<commit>`.
     weight_map : mapping or None
-        As for `remote_tensors`.
+        The repository's index, see `remote_tensors`.
     progress : callable(bytes done, bytes in all), optional
-        Told now and then, on the caller's thread.
+        Called at intervals, on the caller's thread.
 
     Returns
     -------
@@ -276,8 +276,9 @@ def fetch_part(
     Raises
     ------
     EncoderError
-        As `remote_tensors`; the disk is full; the connection broke; the file at the hub changed;
-        or a value is not finite. After a broken connection or a full disk the next call goes on.
+        The files are invalid (see `remote_tensors`), the disk is full, the connection broke, the
+        file at the hub changed, or a value is not finite. After a broken connection or a full disk
+        the next call resumes.
     """
     from huggingface_hub import constants
 
@@ -317,8 +318,8 @@ def _plan(repo: str, commit: str, weight_map: Mapping[str, str] | None, part: Pa
                 f"{repo}: {tensor.name} of {file.name} is stored as {tensor.dtype}; quantised "
                 "towers are not read."
             )
-    # The widest dtypes first, so that each tensor is aligned to its own width; then as they lie,
-    # so that neighbours stay neighbours and come in one request.
+    # The widest dtypes first, so that each tensor is aligned to its own width; then in file order,
+    # so that neighbours stay adjacent and are fetched in one request.
     found.sort(key=lambda pair: (-FLOAT_BYTES[pair[1].dtype], pair[0].name, pair[1].start))
     files = sorted({file for file, _ in found}, key=lambda file: file.name)
     header = compose_header(
@@ -346,7 +347,7 @@ def _plan(repo: str, commit: str, weight_map: Mapping[str, str] | None, part: Pa
 
 
 def _cut(spans: list[_Span], total: int) -> list[_Span]:
-    """Cut spans into pieces that keep all connections busy to the end."""
+    """Return spans split into pieces that keep all connections busy to the end."""
     most = min(max(total // (2 * _CONNECTIONS), _LEAST_PIECE_BYTES), _MOST_PIECE_BYTES)
     return [
         _Span(span.file, start, min(start + most, span.stop), span.at + start - span.start)
@@ -356,7 +357,7 @@ def _cut(spans: list[_Span], total: int) -> list[_Span]:
 
 
 def _fill(plan: _Plan, path: Path, words: str, progress: Progress | None) -> None:
-    """Fetch what of the plan is not yet at `path`."""
+    """Fetch the parts of the plan that are missing at `path`."""
     repo, commit = plan.files[0].repo, plan.files[0].commit
     tags = {file.name: f"{file.size} {file.etag}" for file in plan.files}
     before = PartialFile.identity_of(path).get("tags", tags)
@@ -384,7 +385,7 @@ def _fill(plan: _Plan, path: Path, words: str, progress: Progress | None) -> Non
 
 
 def _allocated(path: Path) -> int:
-    """Give the bytes of disk that a file with holes takes up already; 0 if there is none."""
+    """Return the bytes of disk that a sparse file already occupies, or 0 if it does not exist."""
     try:
         return int(getattr(path.stat(), "st_blocks", 0)) * 512  # POSIX: in units of 512 bytes
     except FileNotFoundError:
@@ -442,10 +443,10 @@ def _verify(plan: _Plan, path: Path, repo: str) -> None:
 
 
 def _publish(partial: Path, pointer: Path) -> None:
-    """Move a complete file to where readers look, linked as the hub links its own files.
+    """Move a complete file to where readers look, linked in the hub's own way.
 
-    The link is made first and points nowhere until the file takes its name: so there is a
-    reader's file in one step, and a kill at any point leaves what the next run completes.
+    The link is created first and dangles until the file is renamed: the file thus appears in one
+    step, and after a kill at any point the next run can complete it.
     """
     from huggingface_hub import constants
 
@@ -459,7 +460,7 @@ def _publish(partial: Path, pointer: Path) -> None:
         try:
             pointer.symlink_to(os.path.relpath(blob, pointer.parent))
             target = blob
-        except OSError:  # a disk without links: a plain file, as the hub does
+        except OSError:  # a file system without links: a plain file, as in the hub's cache
             pointer.unlink(missing_ok=True)
     partial.replace(target)
     sync_directory(target.parent)

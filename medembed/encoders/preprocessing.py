@@ -1,4 +1,4 @@
-"""What a checkpoint does to pixels before its tower sees them, read from its own file."""
+"""A checkpoint's image preprocessing, read from its own file."""
 
 import sys
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ RESAMPLES = {
     "box": Image.Resampling.BOX,
     "hamming": Image.Resampling.HAMMING,
 }
-# What these classes of transformers use where the file leaves `resample` out.
+# Defaults of these transformers classes if the file lacks `resample`.
 _DEFAULT_RESAMPLE = {
     "BitImageProcessor": "bicubic",
     "CLIPImageProcessor": "bicubic",
@@ -43,24 +43,24 @@ _DEFAULT_RESAMPLE = {
     "SiglipImageProcessor": "bicubic",
     "ViTImageProcessor": "bilinear",
 }
-# These crop where the file leaves `do_center_crop` out.
+# These classes crop if the file lacks `do_center_crop`.
 _CROPPING = ("BitImageProcessor", "CLIPImageProcessor", "DeiTImageProcessor")
-# Steps of transformers' processors that this pipeline does not have.
+# Steps of transformers' processors that this pipeline does not support.
 _FOREIGN_STEPS = ("do_pan_and_scan", "do_pad", "do_image_splitting")
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """The way from a grey uint8 image to the tower's input.
+    """The conversion of a grey uint8 image into the tower's input.
 
     Attributes
     ----------
     height, width : int
         Size of the tower's input in pixels.
     fit : {"stretch", "pad"}
-        Whether the aspect ratio is given up, or kept within a black frame.
+        Whether the aspect ratio is changed, or kept with black padding.
     resample : str
-        A name of `RESAMPLES`, Pillow's filter of that name.
+        A name in `RESAMPLES`, Pillow's filter of that name.
     mean, std : tuple of float
         Per channel (red, green, blue), in units of the rescaled pixel.
     rescale : float
@@ -76,7 +76,7 @@ class Preprocessing:
     rescale: float
 
     def as_dict(self) -> dict[str, Any]:
-        """Give the JSON-able form that goes into a cache's spec."""
+        """Return the JSON-able form used in a cache's spec."""
         return {
             "size": [self.height, self.width],
             "fit": self.fit,
@@ -88,26 +88,26 @@ class Preprocessing:
 
 
 def read_preprocessing(directory: Path, fit: str = "stretch") -> Preprocessing:
-    """Read a checkpoint's image processor: its size, filter, scale, mean and std.
+    """Return a checkpoint's image preprocessing: its size, filter, scale, mean and std.
 
     Parameters
     ----------
     directory : Path
         Holds `preprocessor_config.json`, or `processor_config.json` with an `image_processor`.
     fit : {"stretch", "pad"}
-        `stretch` is what the processor itself does, but for a centre crop.
+        `stretch` matches the processor itself, except for a centre crop.
 
     Notes
     -----
-    Processors of ResNet, ConvNeXt, DINOv2 and others resize the shortest edge and cut the centre
-    out. Here the whole image is brought to the size of the cut: a centre crop takes a radiograph's
-    ends away, of a long bone up to half, and with them what there may be to find.
+    Processors of ResNet, ConvNeXt, DINOv2 and others resize the shortest edge and crop the centre.
+    Here the whole image is resized to the size of the crop: a centre crop removes a radiograph's
+    ends, up to half of a long bone, and any findings there.
 
     Raises
     ------
     EncoderError
-        No such file, a value missing or out of range, a step that this pipeline does not have, or
-        two files that disagree.
+        The file is missing, a value is missing or out of range, a step is not supported, or two
+        files disagree.
     """
     if fit not in FITS:
         raise EncoderError(f"fit {fit!r} is unknown. Choose one of: {', '.join(FITS)}.")
@@ -128,7 +128,7 @@ def _parse(path: Path, config: Mapping[str, Any], fit: str) -> Preprocessing:
         raise EncoderError(f"{path.name}: image_std {list(std)} is not positive.")
     resample = _read_resample(path, config)
     found = Preprocessing(height, width, fit, resample, mean, std, _read_rescale(path, config))
-    with np.errstate(all="ignore"):  # single precision has smaller limits than the file's numbers
+    with np.errstate(all="ignore"):  # the file's numbers may exceed single precision
         if not np.isfinite(channel_levels(found)).all():
             raise EncoderError(
                 f"{path.name}: image_mean {list(mean)}, image_std {list(std)} and rescale_factor "
@@ -138,9 +138,9 @@ def _parse(path: Path, config: Mapping[str, Any], fit: str) -> Preprocessing:
 
 
 def prepare(pixels: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
-    """Bring a grey image to the tower's size, as transformers' PIL processor would.
+    """Return a grey image resized to the tower's input, like transformers' PIL processor.
 
-    Pillow resamples each channel by itself in the same fixed-point arithmetic, so resizing the
+    Pillow resamples each channel separately in the same fixed-point arithmetic, so resizing the
     grey channel equals resizing its RGB copy at a third of the cost.
 
     Parameters
@@ -172,12 +172,12 @@ def prepare(pixels: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
 
 
 def place_image(shape: tuple[int, ...], preprocessing: Preprocessing) -> tuple[int, int, int, int]:
-    """Return where in the tower's input `prepare` puts an image of shape (H, W).
+    """Return the place in the tower's input where `prepare` puts an image of shape (H, W).
 
     Returns
     -------
     tuple of int
-        Top, left, height and width in pixels of the input: all of it, but with `pad`.
+        Top, left, height and width in pixels of the input; all of it, except with `pad`.
     """
     target = (preprocessing.height, preprocessing.width)
     if preprocessing.fit == "stretch":
@@ -187,10 +187,10 @@ def place_image(shape: tuple[int, ...], preprocessing: Preprocessing) -> tuple[i
 
 
 def channel_levels(preprocessing: Preprocessing) -> np.ndarray:
-    """Tabulate what each of the 256 grey levels becomes in each channel.
+    """Return a table of each of the 256 grey levels' value in each channel.
 
-    One uint8 channel can then travel to the device and be looked up there, and the result is
-    transformers' own to the last bit: it multiplies in float64, rounds to float32, and
+    A single uint8 channel can thus be transferred to the device and looked up there. The result
+    equals that of transformers to the last bit, which multiplies in float64, rounds to float32, and
     subtracts and divides in float32.
 
     Returns
@@ -206,9 +206,9 @@ def channel_levels(preprocessing: Preprocessing) -> np.ndarray:
 
 
 def _read_configs(directory: Path) -> list[tuple[Path, Mapping[str, Any]]]:
-    """Read the files that describe the processor; first the one that transformers takes.
+    """Return the files that describe the processor, starting with the one that transformers uses.
 
-    Since 5.0 that is what processor_config.json nests, where it does; before it was the other.
+    Since 5.0 this is the one nested in processor_config.json, if present; before it was the other.
     """
     own, whole = (directory / name for name in PROCESSOR_FILES)
     found = [
@@ -231,7 +231,7 @@ def _read_configs(directory: Path) -> list[tuple[Path, Mapping[str, Any]]]:
 
 
 def _describes_images(config: Any, *, nested: bool) -> Mapping[str, Any] | None:
-    """Give what of a file describes the image processor: it nests it, or it is that itself."""
+    """Return the image processor's part of a file: a nested entry, or the file itself."""
     if not isinstance(config, dict):
         return None
     inner = config.get("image_processor")
@@ -245,7 +245,7 @@ def _describes_images(config: Any, *, nested: bool) -> Mapping[str, Any] | None:
 
 
 def _refuse_other(path: Path, found: Preprocessing, other: Path, config: Mapping[str, Any]) -> None:
-    """Refuse a second file that would prepare images otherwise."""
+    """Refuse a second file that would prepare images differently."""
     name = checkpoint_name(path.parent)
     try:
         its = _parse(other, config, found.fit)
@@ -282,7 +282,7 @@ def _read_size(path: Path, config: Mapping[str, Any]) -> tuple[int, int]:
                 f"{path.name} asks for do_center_crop and gives no crop_size. Add it."
             )
     elif isinstance(size, dict) and (kind == "ConvNextImageProcessor" or "crop_pct" in config):
-        size = size.get("shortest_edge", size)  # this class cuts a square of this size out
+        size = size.get("shortest_edge", size)  # this class crops a square of this size
     if isinstance(size, int):
         size = {"height": size, "width": size}
     if isinstance(size, dict):
@@ -295,7 +295,7 @@ def _read_size(path: Path, config: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _kind_of(config: Mapping[str, Any]) -> str:
-    """Name the processor's class, without its backend; early releases called it otherwise."""
+    """Return the processor's class without its backend; early releases used another key."""
     kind = str(config.get("image_processor_type") or config.get("feature_extractor_type") or "")
     kind = kind.removesuffix("Fast").removesuffix("Pil")
     return kind.replace("FeatureExtractor", "ImageProcessor")
@@ -329,7 +329,7 @@ def _read_rescale(path: Path, config: Mapping[str, Any]) -> float:
 
 
 def _is_number(value: object) -> bool:
-    """Whether it is a finite number; a whole number may be too large for any float."""
+    """Return whether a value is a finite number; an integer may be too large for any float."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
     return abs(value) <= sys.float_info.max

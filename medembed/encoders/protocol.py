@@ -1,4 +1,4 @@
-"""What an encoder is, and what identifies it."""
+"""The interface of encoders."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -21,23 +21,23 @@ __all__ = [
 class Encoder(Protocol):
     """A frozen tower that turns prepared images into pooled vectors.
 
-    This is all that extraction needs; a `PipelinedEncoder` keeps its device busier.
+    Extraction needs nothing else; a `PipelinedEncoder` keeps its device busier.
 
     Attributes
     ----------
     source : str
         Hub id, name of a local directory, or `demo`; never a path of this machine.
     revision : str or None
-        The hub's commit, where there is one.
+        The hub's commit, if any.
     fingerprint : str
         SHA-256 (hex) over what determines the embeddings: the weights and the architecture.
-        Equal fingerprints mean equal towers, however they are stored.
+        Equal fingerprints mean equal towers, independent of the storage format.
     preprocessing : Preprocessing
-        What `prepare` must do to an image before `encode`.
+        How `prepare` must process an image before `encode`.
     dimensions : mapping of str to tuple of int
-        Every pooling on offer, with the shape of one image's vector.
+        Every available pooling, with the shape of one image's vector.
     device : str
-        Where the tower runs: `cpu`, `cuda`, `mps`.
+        The device of the tower: `cpu`, `cuda`, `mps`.
     precision : {"fp32", "bf16"}
         Arithmetic of the tower; poolings are always computed in fp32.
     """
@@ -64,7 +64,7 @@ class Encoder(Protocol):
     def precision(self) -> str: ...  # noqa: D102
 
     def encode(self, pixels: np.ndarray, poolings: Sequence[str], /) -> dict[str, np.ndarray]:
-        """Embed a batch.
+        """Return the embeddings of a batch.
 
         Parameters
         ----------
@@ -78,28 +78,28 @@ class Encoder(Protocol):
         dict of str to ndarray
             pooling -> float32 (n, ...), a row of the shape `dimensions[pooling]` for each image,
             all finite, in the order of `pixels`.
-            In fp32 on a CPU a row does not depend on the others as long as n is the same.
+            In fp32 on a CPU, for constant n, a row does not depend on the others.
 
         Raises
         ------
         DeviceMemoryError
             The batch does not fit the device's memory; a smaller one may.
         NonFiniteError
-            Some rows hold NaN or infinite values; the error carries all rows, and says which.
+            Some rows hold NaN or infinite values; the error holds all rows, and marks these.
         EncoderError
-            Wrong shape, dtype or pooling.
+            The shape, the dtype or a pooling is wrong.
         """
         ...
 
 
 @runtime_checkable
 class PipelinedEncoder(Encoder, Protocol):
-    """An encoder whose device can be handed the next batch before the last one is done.
+    """An encoder whose device accepts the next batch before the previous one is done.
 
     Attributes
     ----------
     in_flight : int
-        How many batches may be submitted and not yet collected; more would only take memory.
+        Number of batches that may be submitted and not yet collected; more would waste memory.
     """
 
     @property
@@ -108,10 +108,10 @@ class PipelinedEncoder(Encoder, Protocol):
     def submit(
         self, pixels: np.ndarray, poolings: Sequence[str]
     ) -> Callable[[], dict[str, np.ndarray]]:
-        """Begin to embed a batch, and give the function that waits for what `encode` returns.
+        """Start to embed a batch; return a function that waits for the result of `encode`.
 
-        `pixels` is copied before this returns, so the caller may fill it anew. Both this and the
-        function given raise as `encode` does. Results may be collected once, in any order.
+        `pixels` is copied before this returns, so the caller may overwrite it. This method and the
+        returned function raise like `encode`. Results may be collected once, in any order.
         """
         ...
 
@@ -123,34 +123,34 @@ class PipelinedEncoder(Encoder, Protocol):
         batch_size: int | None = None,
         tell: Callable[[str], None] | None = None,
     ) -> int:
-        """Get the device ready for `n_images`, and give the batch size to use.
+        """Prepare the device for `n_images`, and return the batch size to use.
 
-        Chooses the batch size from the device's free memory unless it is given, and compiles
-        the tower where that pays for so many images.
+        Chooses the batch size from the device's free memory unless it is given, and compiles the
+        tower if that pays off for `n_images`.
 
         Parameters
         ----------
         tell : callable, optional
-            Called with a word or two for the progress bar when something takes its time.
+            Called with a word or two for the progress bar when a step takes a while.
         """
         ...
 
     def reference(self) -> Encoder:
-        """Give the same tower in fp32 on the same device; itself where it is fp32 already."""
+        """Return this tower in fp32 on its device, or the encoder itself if it is in fp32."""
         ...
 
 
 def check_rows(
     encoder: Encoder, found: Mapping[str, np.ndarray], poolings: Sequence[str], n: int, n_used: int
 ) -> dict[str, np.ndarray]:
-    """Return the first `n_used` rows of what an encoder made of `n` images, once they are sound.
+    """Return the first `n_used` rows of an encoder's result for `n` images, after checking them.
 
     Raises
     ------
     EncoderError
-        A pooling is missing, is no array of numbers, or has another shape than `dimensions` says.
+        A pooling is missing, is not an array of numbers, or has another shape than `dimensions`.
     NonFiniteError
-        A row that is used holds NaN or infinity.
+        A used row holds NaN or infinity.
     """
     rows = {}
     for name in poolings:
@@ -171,7 +171,7 @@ def check_rows(
 
 @runtime_checkable
 class DescribedEncoder(Encoder, Protocol):
-    """An encoder that says how it runs."""
+    """An encoder that reports how it runs."""
 
     def describe(self) -> dict[str, Any]:
         """Return `device`, `card`, `precision`, `attention` and `compiled`."""
@@ -186,7 +186,7 @@ def refuse_non_finite(rows: Mapping[str, np.ndarray], where: str = "") -> None:
     rows : mapping of str to ndarray
         pooling -> (n, …).
     where : str
-        Ends the sentence: "in bf16. Try --precision fp32".
+        End of the sentence, such as "in bf16. Try --precision fp32".
     """
     finite = {
         name: np.isfinite(values).reshape(len(values), -1).all(axis=1)

@@ -1,7 +1,7 @@
-"""SigLIP's vision tower as MedGemma, MedSigLIP and SigLIP itself hold it.
+"""SigLIP's vision tower, as contained in MedGemma, MedSigLIP and SigLIP itself.
 
-On CUDA in bfloat16, two products take a cheaper form (`GreyPatches`, `FusedMLP`) that changes
-nothing beyond the rounding of a sum. In fp32, and on a CPU, a tower keeps its own modules and bits.
+On CUDA in bfloat16, two products are replaced by cheaper forms (`GreyPatches`, `FusedMLP`) that
+differ only in the rounding of a sum. In fp32, and on a CPU, a tower keeps its own modules and bits.
 """
 
 import math
@@ -33,19 +33,19 @@ _TANH_GELU = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu_python_tanh")
 
 
 class GreyPatches(nn.Conv2d):
-    """A patch embedding for images whose channels are all alike: a product of a third the width.
+    """A patch embedding for images with equal channels: a product of a third of the width.
 
     Sum over channels c of w_c · x = (sum of w_c) · x, so a patch of 14 x 14 takes 196 columns
-    rather than 588. It is computed in fp32, which costs less here than rounding the grey levels.
+    instead of 588. It is computed in fp32, which costs less here than rounding the grey levels.
     """
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Return what the convolution gives.
+        """Return the result of the convolution.
 
         Parameters
         ----------
         pixel_values : Tensor
-            (n, 3, rows, columns), of which only the first channel is read.
+            (n, 3, rows, columns); only the first channel is read.
 
         Returns
         -------
@@ -65,14 +65,14 @@ class GreyPatches(nn.Conv2d):
 
 
 class FusedMLP(nn.Module):
-    """A block's MLP whose GELU is the first product's epilogue, not a pass over its result."""
+    """A block's MLP whose GELU is the first product's epilogue instead of a separate pass."""
 
     def __init__(self, mlp: Any) -> None:
         super().__init__()
         self.fc1, self.fc2 = mlp.fc1, mlp.fc2
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Return fc2(gelu(fc1(x))), GELU by its tanh form."""
+        """Return fc2(gelu(fc1(x))), with the tanh form of GELU."""
         flat = hidden_states.flatten(0, -2).to(self.fc1.weight.dtype)
         inner = torch._addmm_activation(self.fc1.bias, flat, self.fc1.weight.t(), use_gelu=True)
         outer: torch.Tensor = self.fc2(inner.reshape(*hidden_states.shape[:-1], -1))
@@ -80,19 +80,19 @@ class FusedMLP(nn.Module):
 
 
 def fuse(model: Any, device: str, *, channels_alike: bool) -> list[str]:
-    """Replace a SigLIP tower's modules by the cheaper ones that give its results on this device.
+    """Replace a SigLIP tower's modules by cheaper ones with equal results on this device.
 
     Parameters
     ----------
     model : SiglipVisionModel
-        In bfloat16 on `device`; its tensors stay, under the same names.
+        The tower in bfloat16 on `device`; its tensors and their names do not change.
     channels_alike : bool
         Whether normalised images have three equal channels.
 
     Returns
     -------
     list of str
-        What was replaced: "patches", "gelu".
+        The replaced parts: "patches", "gelu".
     """
     replaced = []
     if channels_alike:
@@ -107,7 +107,7 @@ def fuse(model: Any, device: str, *, channels_alike: bool) -> list[str]:
 
 
 def gelu_agrees(device: str) -> bool:
-    """Tell whether this device's fused GELU is the tanh form, to the resolution of bfloat16."""
+    """Return whether this device's fused GELU is the tanh form, to bfloat16 resolution."""
     generator = torch.Generator().manual_seed(0)
     x, w = (torch.randn(64, 64, generator=generator) for _ in range(2))
     bias = torch.randn(64, generator=generator)
@@ -127,7 +127,7 @@ def _with_tensors_of(convolution: nn.Conv2d) -> GreyPatches:
     return made
 
 
-# What changes the result besides the weights; part of the fingerprint, defaults filled in.
+# Config entries that change the result besides the weights; in the fingerprint, with defaults.
 _ARCHITECTURE = (
     "hidden_act",
     "hidden_size",
@@ -144,11 +144,11 @@ _PROJECTOR = "projector"
 
 
 class SiglipEncoder(TorchEncoder):
-    """A loaded tower; made by `load_siglip`, described by `protocol.PipelinedEncoder`.
+    """A loaded tower; created by `load_siglip`, described by `protocol.PipelinedEncoder`.
 
     Patch tokens are those after the post-layernorm. `pooler` is the attention head of towers
     that have one (MedSigLIP, not MedGemma). `projector` is the mean over the tokens that Gemma
-    would be handed: 4 × 4 average pooling, RMS norm, projection to the language model's width.
+    would receive: 4 × 4 average pooling, RMS norm, projection to the language model's width.
 
     Parameters
     ----------
@@ -181,11 +181,11 @@ class SiglipEncoder(TorchEncoder):
         return dict(self._dimensions)
 
     def canonical_name(self, stored: str) -> str | None:
-        """Strip the prefix; see `checkpoint_files.canonical_name`."""
+        """Return the name without prefix; see `checkpoint_files.canonical_name`."""
         return canonical_name(stored)
 
     def stored_tensors(self) -> dict[str, torch.Tensor]:
-        """Give the tower's tensors; see `TorchEncoder.stored_tensors`."""
+        """Return the tower's tensors; see `TorchEncoder.stored_tensors`."""
         stored = super().stored_tensors()
         return {str(canonical_name(name)): tensor for name, tensor in stored.items()}
 
@@ -217,20 +217,19 @@ def load_siglip(
     projector: bool = False,
     changes: DeltaWeights | None = None,
 ) -> SiglipEncoder:
-    """Load the vision tower of a checkpoint directory, and nothing else of it but the projector.
+    """Return the vision tower of a checkpoint directory, optionally with the projector.
 
-    Tensors are read one at a time, so a tower needs its own memory once. The fingerprint is
+    Tensors are read one at a time, so a tower needs its own memory only once. The fingerprint is
     SHA-256 over the architecture and over every tensor's canonical name, stored dtype, shape and
-    bytes in the order of names: the same under all namings and file layouts. It covers the
-    projector only where that is loaded. With `changes` it is that of the tower with them, and the
-    directory is their base.
+    bytes in the order of names: it is equal under all namings and file layouts. It includes the
+    projector only if that is loaded. With `changes` it is the fingerprint of the changed tower,
+    and the directory is their base.
 
     Raises
     ------
     EncoderError
         The directory holds no tower, or not exactly the tensors, shapes and finite values that
-        its config asks for; or no projector, where one is asked for; or it is not the base of the
-        changes.
+        its config requires; or lacks the requested projector; or is not the base of the changes.
     """
     config = _read_architecture(directory)
     _check_size(config, preprocessing, source)
@@ -350,7 +349,7 @@ def _read_architecture(directory: Path) -> Any:
 
 
 def _refuse_second_tower(config: Any, vision: Any, source: str) -> None:
-    """Refuse a tower's own config that also nests one, as transformers reads it in places."""
+    """Refuse a tower's config that also nests one, which transformers would read in places."""
     nested = config.get("vision_config")
     if vision is not config or not isinstance(nested, dict):
         return
@@ -385,7 +384,7 @@ def _check_size(config: Any, preprocessing: Preprocessing, source: str) -> None:
 
 
 def _fill_positions(model: Any, device: str) -> None:
-    """Give the tower its only constant, 0, 1, 2, …, which checkpoints do not store."""
+    """Set the tower's only constant, 0, 1, 2, …, which checkpoints do not store."""
     for module in model.modules():
         if "position_ids" in dict(module.named_buffers(recurse=False)):
             count = module.position_ids.shape[-1]

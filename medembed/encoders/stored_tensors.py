@@ -1,4 +1,4 @@
-"""The layout of a safetensors file: where each tensor lies, read without a library or torch."""
+"""The layout of a safetensors file: each tensor's place, read without a library or torch."""
 
 import json
 import math
@@ -48,7 +48,7 @@ class StoredTensor:
     Attributes
     ----------
     name, dtype : str
-        As in the file's header; the dtype in the format's own words (`BF16`, `F32`, …).
+        From the file's header; the dtype in the format's own terms (`BF16`, `F32`, …).
     shape : tuple of int
         Its shape.
     start, stop : int
@@ -63,12 +63,12 @@ class StoredTensor:
 
 
 def header_length(first: bytes, size: int, what: str) -> int:
-    """Read a header's length from the first 8 bytes of a file of `size` bytes.
+    """Return a header's length from the first 8 bytes of a file of `size` bytes.
 
     Raises
     ------
     EncoderError
-        It does not fit the file.
+        The length exceeds the file.
     """
     length = int.from_bytes(first[:LENGTH_BYTES], "little")
     fits = 2 <= length <= min(size - LENGTH_BYTES, _MOST_HEADER_BYTES)
@@ -78,7 +78,7 @@ def header_length(first: bytes, size: int, what: str) -> int:
 
 
 def parse_header(text: bytes, size: int, what: str) -> list[StoredTensor]:
-    """Read the tensors that a header describes, in the order in which they lie.
+    """Return the tensors that a header describes, in file order.
 
     Parameters
     ----------
@@ -92,8 +92,8 @@ def parse_header(text: bytes, size: int, what: str) -> list[StoredTensor]:
     Raises
     ------
     EncoderError
-        It is no header, a name stands twice, a tensor's bytes are not its shape's, or the tensors
-        do not fill the file without gap or overlap.
+        The header is invalid, a name is a duplicate, a tensor's size does not match its shape, or
+        the tensors do not fill the file without gap or overlap.
     """
     try:
         document = json.loads(text, object_pairs_hook=_unique)
@@ -118,12 +118,12 @@ def parse_header(text: bytes, size: int, what: str) -> list[StoredTensor]:
 
 
 def read_header(path: Path) -> list[StoredTensor]:
-    """Read the tensors of a file on this machine, as `parse_header` does.
+    """Return the tensors of a local file, see `parse_header`.
 
     Raises
     ------
     EncoderError
-        The file cannot be read or is not a whole safetensors file.
+        The file cannot be read or is not a complete safetensors file.
     """
     what = f"{path.name} of {checkpoint_name(path.parent)}"
     try:
@@ -138,19 +138,19 @@ def read_header(path: Path) -> list[StoredTensor]:
 def compose_header(
     tensors: Iterable[tuple[str, str, Sequence[int], int]], metadata: Mapping[str, str]
 ) -> bytes:
-    """Make the header of a file that holds these tensors one after the other.
+    """Return the header of a file that holds these tensors one after the other.
 
     Parameters
     ----------
     tensors : iterable of (name, dtype, shape, number of bytes)
-        In the order in which they will lie; the larger dtypes first keeps all of them aligned.
+        In file order; putting larger dtypes first keeps all tensors aligned.
     metadata : mapping of str to str
         The file's `__metadata__`.
 
     Returns
     -------
     bytes
-        With its length before it, padded by spaces to a multiple of 8 bytes.
+        The header after its length, padded with spaces to a multiple of 8 bytes.
     """
     document: dict[str, Any] = {"__metadata__": dict(metadata)}
     at = 0
@@ -163,9 +163,9 @@ def compose_header(
 
 
 def find_non_finite(path: Path, tensors: Iterable[StoredTensor]) -> str | None:
-    """Name the first float tensor of a file that holds an infinity or a NaN; None if none does.
+    """Return the first float tensor of a file that holds an infinity or a NaN, or None.
 
-    Tested on the bits, a few MB at a time: bfloat16 is unknown to numpy, and torch need not load.
+    The bits are tested, a few MB at a time: numpy does not know bfloat16, and torch is not loaded.
     """
     for tensor in tensors:
         exponent = _EXPONENTS.get(tensor.dtype)
@@ -183,7 +183,7 @@ def find_non_finite(path: Path, tensors: Iterable[StoredTensor]) -> str | None:
 
 
 class _TwiceError(ValueError):
-    """A key that stands twice in one JSON object."""
+    """A duplicate key in a JSON object."""
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -202,7 +202,7 @@ def _tensor_of(name: str, entry: Any, begin: int, what: str) -> StoredTensor:
         raise _no_safetensors(what, f"{name} has no dtype, shape and offsets") from error
     if not all(type(number) is int and number >= 0 for number in numbers) or stop < start:
         raise _no_safetensors(what, f"{name} has shape {shape} at {start} to {stop}")
-    # A dtype that is not known here may belong to a part that is not read.
+    # An unknown dtype may belong to a part that is not read.
     if dtype in _BYTES and stop - start != math.prod(shape) * _BYTES[dtype]:
         raise _no_safetensors(what, f"{name}, {dtype} {shape}, has {stop - start} bytes")
     return StoredTensor(name, str(dtype), tuple(shape), begin + start, begin + stop)

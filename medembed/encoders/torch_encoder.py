@@ -1,7 +1,7 @@
-"""What all towers in torch share: grey levels in, finite fp32 rows out, batches ahead of time.
+"""Common parts of all torch towers: grey levels in, finite fp32 rows out, batches ahead of time.
 
-`Tuning` chooses the fastest attention kernel, and compiles blocks where it pays. All of it is timed
-on the device itself, with the batches that are going to be run.
+`Tuning` chooses the fastest attention kernel, and compiles blocks if that pays off. Everything is
+timed on the device itself, with the actual batches.
 """
 
 import copy
@@ -39,14 +39,14 @@ ATTENTION_KERNELS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
 _HAS_PRIORITY = "set_priority" in inspect.signature(sdpa_kernel).parameters
-# A compiled tower is 15 to 25 % faster at this shape (timm's tables), so 0.13 of the time goes away
-# at the least. One compiled block serves them all: 15 s for 27 on a CPU, 86 s whole.
+# A compiled tower is 15 to 25 % faster at this shape (timm's tables), which saves at least 0.13 of
+# the time. One compiled block serves all: 15 s for 27 blocks on a CPU, 86 s for the whole tower.
 _COMPILING_SAVES = 0.13
 _COMPILING_SECONDS = 15.0
 _WHOLE_SECONDS = 60.0
 
 Timer = Callable[[], float]
-"""Runs a batch, and again to time it; raises DeviceMemoryError where it does not fit."""
+"""Runs a batch, and again to time it; raises DeviceMemoryError if it does not fit."""
 
 
 @dataclass
@@ -56,15 +56,15 @@ class Tuning:
     Attributes
     ----------
     blocks : sequence of Module
-        The tower's blocks, of which each can be compiled; empty where it has none.
+        The tower's blocks, each of which can be compiled; empty if it has none.
     model : Module
-        The tower, compiled whole where it has no blocks.
+        The tower, compiled as a whole if it has no blocks.
     attention : str or None
         Key of `ATTENTION_KERNELS` that is preferred; None leaves the choice to torch.
     compiled_for : int or None
-        Images in a batch that the tower is compiled for; others run as they are.
+        Batch size that the tower is compiled for; other batches run uncompiled.
     why_not : str
-        Why a compilation was given up, where it was.
+        Why compilation was given up, if it was.
     """
 
     model: nn.Module
@@ -76,21 +76,21 @@ class Tuning:
 
     @contextmanager
     def active(self, n_images: int) -> Iterator[Callable[..., Any]]:
-        """Enter the way in which a batch of `n_images` is run; yield what to call as the model."""
+        """Enter the mode for a batch of `n_images`, and yield the callable model."""
         compiled = self.compiled_for == n_images
         model = self._whole if compiled and self._whole is not None else self.model
         with _prefer(self.attention), _eager(not compiled and self.compiled_for is not None):
             yield model
 
     def choose_attention(self, time: Timer) -> float:
-        """Prefer the kernel with the fastest batch; return its seconds.
+        """Choose the kernel with the fastest batch, and return its seconds.
 
-        A kernel that the device, the precision or the head size rules out is passed over.
+        A kernel that does not support the device, the precision or the head size is skipped.
         """
         best = time()
         for name, kernel in ATTENTION_KERNELS.items():
             try:
-                with sdpa_kernel(kernel):  # alone, so that nothing else stands in for it
+                with sdpa_kernel(kernel):  # alone, so that no other kernel replaces it
                     seconds = time()
             except DeviceMemoryError:
                 continue
@@ -109,12 +109,12 @@ class Tuning:
         seconds: float,
         tell: Callable[[str], None],
     ) -> None:
-        """Compile for batches of `batch_size`, if that pays for `n_images`, and keep it if it does.
+        """Compile for batches of `batch_size` if that pays off for `n_images` and proves faster.
 
         Parameters
         ----------
         seconds : float
-            Of a batch as it is.
+            Duration of an uncompiled batch.
         """
         cost = _COMPILING_SECONDS if self.blocks else _WHOLE_SECONDS
         if _COMPILING_SAVES * seconds * n_images / batch_size <= cost:
@@ -145,7 +145,7 @@ class Tuning:
 
 @contextmanager
 def _prefer(attention: str | None) -> Iterator[None]:
-    """Prefer a kernel; where it cannot do a product, the others may."""
+    """Prefer a kernel; the others are used for products that it does not support."""
     if attention is None:
         yield
         return
@@ -158,7 +158,7 @@ def _prefer(attention: str | None) -> Iterator[None]:
 
 @contextmanager
 def _eager(wanted: bool) -> Iterator[None]:
-    """Run compiled blocks as they are: a batch of another size would be compiled anew."""
+    """Run compiled blocks eagerly: a batch of another size would trigger a new compilation."""
     if not wanted:
         yield
         return
@@ -166,7 +166,7 @@ def _eager(wanted: bool) -> Iterator[None]:
         yield
 
 
-# Where the releases of transformers keep a tower's blocks.
+# Where releases of transformers keep a tower's blocks.
 _BLOCKS = (
     *("encoder.layers", "encoder.layer", "encoder.stages"),
     *("model.layer", "layers", "layer", "stages"),
@@ -176,29 +176,29 @@ _BLOCKS = (
 class TorchEncoder(ABC):
     """A tower in torch, described by `protocol.PipelinedEncoder`.
 
-    A new encoder is a subclass with `features` and `dimensions`, given a module.
+    A new encoder is a subclass that defines `features` and `dimensions` for a module.
 
     Parameters
     ----------
     model : torch.nn.Module
-        The tower on its device, its weights as `devices.stored_dtypes` has them, called by
+        The tower on its device, with weights in the dtypes of `devices.stored_dtypes`, called by
         `tower` as model(pixel_values=…).
     preprocessing : Preprocessing
-        What its images went through.
+        The preprocessing of its images.
     fingerprint, source, revision, device, precision
         See `protocol.Encoder`.
     reload : callable, optional
-        Gives the same tower in fp32 on the same device; without it, a tower that is not in fp32
-        has no `reference`.
+        Returns the tower in fp32 on its device; without it, a tower that is not in fp32 has no
+        `reference`.
 
     Attributes
     ----------
     part : {"tower", "whole"}
-        What of its checkpoint's tensors it is.
+        The part of its checkpoint's tensors that it uses.
     origin : Origin or None
-        What it was loaded from; set by `loading.load_encoder`.
+        The checkpoint it was loaded from; set by `loading.load_encoder`.
     runner : devices.Device
-        Where it runs.
+        The device that runs it.
     """
 
     part: ClassVar[Part] = "whole"
@@ -227,14 +227,14 @@ class TorchEncoder(ABC):
         self.runner = device_of(device)
         self.tuning = Tuning(model)
         levels = channel_levels(preprocessing)
-        # Asked here, not of the device: the answer would hold up the host at every batch.
+        # Determined here, since querying the device would block the host at every batch.
         self._alike = bool((levels == levels[0]).all())
         self._levels = torch.from_numpy(levels).to(device)
 
     @property
     @abstractmethod
     def dimensions(self) -> Mapping[str, tuple[int, ...]]:
-        """Every pooling on offer, with the shape of one image's vector."""
+        """Every available pooling, with the shape of one image's vector."""
 
     @abstractmethod
     def features(self, pixel_values: torch.Tensor) -> Features:
@@ -273,7 +273,7 @@ class TorchEncoder(ABC):
         raise EncoderError(f"pooling {name} of {self.source} is not computed anew from tokens.")
 
     def find_blocks(self) -> tuple[str, torch.nn.ModuleList] | None:
-        """Return the name and the list of the tower's blocks, in order; None where none are known.
+        """Return the name and the list of the tower's blocks, in order, or None if unknown.
 
         Blocks are the layers of SigLIP, ViT, DeiT and DINO, and the stages of ResNet, ConvNeXt and
         Swin.
@@ -288,7 +288,7 @@ class TorchEncoder(ABC):
         return None
 
     def copy(self) -> "TorchEncoder":
-        """Return the encoder with a copy of its weights, run as it is: not compiled."""
+        """Return an uncompiled copy of the encoder and its weights."""
         copied = copy.copy(self)
         copied.model = copy.deepcopy(self.model)
         copied.tuning = Tuning(copied.model)
@@ -297,8 +297,7 @@ class TorchEncoder(ABC):
     def describe(self) -> dict[str, Any]:
         """Return how the tower is run: `device`, `card`, `precision`, `attention`, `compiled`.
 
-        `card` is the GPU's name, `attention` the kernel that was found to be the fastest; each is
-        None where there is none.
+        `card` is the GPU's name, `attention` the kernel found to be fastest; either may be None.
         """
         return {
             "device": self.device,
@@ -310,25 +309,25 @@ class TorchEncoder(ABC):
 
     @property
     def in_flight(self) -> int:
-        """How many batches may be submitted and not yet collected."""
+        """Number of batches that may be submitted and not yet collected."""
         return self.runner.in_flight
 
     def tower(self, pixel_values: torch.Tensor) -> Any:
-        """Call the model as it was tuned for batches of this size."""
+        """Call the model in the mode tuned for batches of this size."""
         with self.tuning.active(len(pixel_values)) as model:
             return model(pixel_values=pixel_values)
 
     def encode(self, pixels: np.ndarray, poolings: Sequence[str]) -> Rows:
-        """Embed prepared images, uint8 (n, height, width); see `protocol.Encoder.encode`.
+        """Return the embeddings of prepared images; see `protocol.Encoder.encode`.
 
-        In fp32 on a CPU a row depends neither on its place nor on its neighbours nor on the
-        number of cores, bit for bit, as long as n is the same: held by a test, since it is the
-        product's kernels that promise it.
+        In fp32 on a CPU, for constant n, a row depends neither on its position nor on its
+        neighbours nor on the number of cores, bit for bit. A test verifies this, since it depends
+        on the kernels of the products.
         """
         return self.submit(pixels, poolings)()
 
     def submit(self, pixels: np.ndarray, poolings: Sequence[str]) -> Callable[[], Rows]:
-        """Begin to embed prepared images; see `protocol.PipelinedEncoder.submit`."""
+        """Start to embed prepared images; see `protocol.PipelinedEncoder.submit`."""
         self._check(pixels)
         self.check_poolings(poolings)
         if not len(pixels):
@@ -351,10 +350,10 @@ class TorchEncoder(ABC):
         batch_size: int | None = None,
         tell: Callable[[str], None] | None = None,
     ) -> int:
-        """Get the device ready; see `protocol.PipelinedEncoder.warm_up`.
+        """Prepare the device, and return the batch size; see `protocol.PipelinedEncoder.warm_up`.
 
-        On a CPU there is nothing to get ready. On CUDA the fastest attention kernel is chosen, and
-        the tower's blocks are compiled if that pays for `n_images`.
+        A CPU needs no preparation. On CUDA the fastest attention kernel is chosen, and the tower's
+        blocks are compiled if that pays off for `n_images`.
 
         Raises
         ------
@@ -379,14 +378,14 @@ class TorchEncoder(ABC):
         return chosen
 
     def reference(self) -> Encoder:
-        """Give the same tower in fp32 on the same device; itself where it is fp32 already.
+        """Return this tower in fp32 on its device, or the encoder itself if it is in fp32.
 
         Raises
         ------
         DeviceMemoryError
-            It does not fit beside this one.
+            The fp32 tower does not fit beside this one.
         EncoderError
-            It cannot be loaded again.
+            The tower cannot be loaded again.
         """
         if self.precision == "fp32":
             return self
@@ -397,18 +396,18 @@ class TorchEncoder(ABC):
             )
         return guard_memory(
             self._reload,
-            f"the tower of {self.source} in fp32, which the cache's canary is measured by, does "
+            f"the tower of {self.source} in fp32, which the cache's canary is checked with, does "
             f"not fit the memory of {self.device} beside the one in {self.precision}. Close what "
             "else uses it, or make the cache on a larger device: later runs need no such tower.",
         )
 
     def check_poolings(self, poolings: Sequence[str]) -> None:
-        """Refuse poolings that are not on offer.
+        """Refuse poolings that the encoder lacks.
 
         Raises
         ------
         EncoderError
-            Names those on offer.
+            A pooling is not available; the message lists the available ones.
         """
         unknown = [name for name in poolings if name not in self.dimensions]
         if unknown or not poolings:
@@ -422,7 +421,7 @@ class TorchEncoder(ABC):
         return pool(self.see(pixels), poolings)
 
     def see(self, pixels: torch.Tensor) -> Features:
-        """Run the tower on grey levels, in its precision; gradients are the caller's choice.
+        """Return the tower's features of grey levels, in its precision; the caller sets gradients.
 
         Parameters
         ----------
@@ -433,15 +432,15 @@ class TorchEncoder(ABC):
             return self.features(self.normalise(pixels))
 
     def canonical_name(self, stored: str) -> str | None:
-        """Give the name that a tensor of a checkpoint has in the fingerprint; None of no part."""
+        """Return a checkpoint tensor's name in the fingerprint, or None if it is not used."""
         return stored
 
     def stored_tensors(self) -> dict[str, torch.Tensor]:
-        """Give the model's tensors on the CPU, under the names that its checkpoint has for them."""
+        """Return the model's tensors on the CPU, under their names in the checkpoint."""
         return {name: t.detach().cpu() for name, t in self.model.state_dict().items()}
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Look grey levels up on the device: one uint8 channel travels instead of three floats.
+        """Return normalised grey levels, looked up on the device: one uint8 channel is transferred.
 
         Parameters
         ----------
@@ -461,7 +460,7 @@ class TorchEncoder(ABC):
     def _run_black(self, poolings: Sequence[str], n_images: int) -> None:
         size = self.preprocessing
         black = np.zeros((n_images, size.height, size.width), np.uint8)
-        # Not encode: that a tower makes no finite row of black is to be said of real images.
+        # Not encode: non-finite rows are reported for real images only, not for black ones.
         self.runner.submit(partial(self._compute, poolings=tuple(poolings)), black)()
 
     def _check(self, pixels: np.ndarray) -> None:
@@ -486,7 +485,7 @@ def _halve_until_it_fits(run: Callable[[int], None], batch_size: int) -> int:
 
 
 def _seconds_of(run: Callable[[int], None], batch_size: int) -> float:
-    """Time a batch, after one that loads what it needs."""
+    """Return the seconds of a batch, after one that loads kernels and workspaces."""
     run(batch_size)
     start = time.monotonic()
     run(batch_size)

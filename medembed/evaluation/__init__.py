@@ -1,1 +1,1 @@
-"""Scores, intervals, calibration: what a number is worth."""
+"""Scores, confidence intervals and calibration."""

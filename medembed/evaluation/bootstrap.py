@@ -1,9 +1,9 @@
-"""Resamples of patients, and what is read off them.
+"""Resampling of patients, and the statistics computed from resamples.
 
 Views and studies of one patient are not independent, so whole patients are drawn with replacement
 (the cluster bootstrap; Davison and Hinkley, Bootstrap Methods and Their Application, 1997, 3.8).
-The same seed and patients give the same resamples, so that every number of a report, and every
-head of a comparison, is judged on the same draws.
+Equal seeds and patients produce equal resamples, so that all numbers of a report, and all heads of
+a comparison, are evaluated on identical draws.
 """
 
 import math
@@ -34,37 +34,37 @@ __all__ = [
 ]
 
 CONFIDENCE = 0.95
-#: Of each class, or of those that a share is of: with fewer there is no interval.
+#: Patients of each class, or of a share's denominator, below which no interval is given.
 MIN_PATIENTS = 5
 CONSTANT = "every row has the same probability"
 """Why a head such as the class prior has no interval."""
-#: Resamples without a class are dropped; where more than this share is, no interval is given. At
-#: one tenth, a class wants about three patients (exp(-3) = 5 % of resamples miss all of them).
+#: Resamples without a class are dropped; if more than this share is dropped, no interval is given.
+#: At one tenth, a class needs about three patients (exp(-3) = 5 % of resamples miss all of them).
 MAX_DROPPED_SHARE = 0.1
-#: Weights held at a time: 60,000 float64 and the handful of arrays made of them stay in a core's
-#: cache; but at least so many resamples of many rows.
+#: Weights held at a time: 60,000 float64 and the arrays derived from them stay in a core's cache;
+#: but at least this many resamples if there are many rows.
 _CHUNK_ELEMENTS = 60_000
 _MIN_CHUNK = 4
-#: Draws are kept for the next head where they take 64 MB at most and fit 16 bits.
+#: Draws are kept for the next head if they take at most 64 MB and fit 16 bits.
 _MAX_KEPT_COUNTS, _MAX_KEPT_PATIENTS = 32_000_000, 65_535
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A score and its 95 % interval; NaN where they cannot be estimated.
+    """A score and its 95 % interval; NaN if they cannot be estimated.
 
-    `low` and `high` are NaN alone where the value exists but no interval is shown; `low` alone
-    where there is an upper bound.
+    Only `low` and `high` are NaN if the value exists but has no interval; only `low` is NaN if
+    there is just an upper bound.
 
     Attributes
     ----------
     value, low, high : float
     method : str, optional
-        Names how the ends were found; None without any.
+        Name of the method that gave the limits; None without limits.
     reason : str, optional
-        Why there are none.
+        Why there are no limits.
     k, n : int, optional
-        Of a share: how many of how many rows.
+        For a share, the rows counted and the rows in total.
     """
 
     value: float
@@ -76,9 +76,9 @@ class Interval:
     n: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Return `value`, `low`, `high` with None for what is not estimable, and `method`.
+        """Return `value`, `low`, `high`, None if not estimable, and `method`.
 
-        `reason` stands where there is one, `k` and `n` of a share.
+        `reason` is included if there is one, `k` and `n` for a share.
         """
         found: dict[str, Any] = {
             name: finite_or_none(getattr(self, name)) for name in ("value", "low", "high")
@@ -90,7 +90,7 @@ class Interval:
 
 
 def patient_codes(patients: Any) -> np.ndarray:
-    """Return patients as integers from 0, sorted, so that draws do not hang on the rows' order.
+    """Return patients as integers from 0, sorted, so that draws do not depend on the row order.
 
     Raises
     ------
@@ -116,7 +116,7 @@ def draw(
     ----------
     scorers : sequence of Scorer
     members : sequence of integer arrays
-        Which of the rows each scorer was made for.
+        The rows that each scorer covers.
     codes : integer array of shape (n,)
         From `patient_codes`.
     n_resamples, seed : int
@@ -124,7 +124,7 @@ def draw(
     Raises
     ------
     TrainingDataError
-        A scorer has other rows than its members, or a member no patient.
+        The rows of a scorer differ from its members, or a member has no patient.
     """
     for scorer, rows in zip(scorers, members, strict=True):
         if scorer.n_rows != len(rows) or (len(rows) and rows.max() >= len(codes)):
@@ -147,7 +147,7 @@ def draw(
 def percentiles(value: float, draws: np.ndarray) -> tuple[float, float]:
     """Return the ends of the 95 % percentile interval, NaN where not estimable.
 
-    Not estimable: the data give no `value`, or more than `MAX_DROPPED_SHARE` of the draws are NaN.
+    It is not estimable if `value` is NaN, or more than `MAX_DROPPED_SHARE` of the draws are.
     """
     kept = _kept(value, draws)
     if len(kept) == 0:
@@ -159,16 +159,16 @@ def percentiles(value: float, draws: np.ndarray) -> tuple[float, float]:
 def upper_bound(
     value: float, draws: np.ndarray, n_patients: int, is_constant: bool = False
 ) -> Interval:
-    """Return a score that resampling inflates, such as ECE, with a 95 % upper bound alone.
+    """Return a score that resampling inflates, such as ECE, with only a 95 % upper bound.
 
-    ECE sums absolute values: the noise of the sample is in its value, and that of resampling once
-    more in the draws. So their 95 % quantile is a bound that the truth stays below, and nothing
-    bounds it from below: a calibrated head's ECE is 0, and no sample's is.
+    ECE sums absolute values: its value includes the noise of the sample, and the draws include
+    that of resampling as well. The draws' 95 % quantile is therefore an upper bound for the truth,
+    but there is no lower bound: a calibrated head's true ECE is 0, while that of a sample never is.
     """
     kept = _kept(value, draws)
     reason = None
     if n_patients < MIN_PATIENTS:
-        reason = f"{n_patients} patients; an interval wants {MIN_PATIENTS}"
+        reason = f"{n_patients} patients; an interval needs {MIN_PATIENTS}"
     elif is_constant:
         reason = CONSTANT
     if reason is not None or len(kept) == 0:
@@ -178,14 +178,14 @@ def upper_bound(
 
 
 def quotients(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Return sums over counts, arrays of one shape, float64; NaN where nothing was counted."""
+    """Return sums divided by counts, arrays of one shape, float64; NaN where the count is 0."""
     return np.asarray(sums / np.where(counts > 0, counts, np.nan))
 
 
 def standard_error(value: float, draws: np.ndarray) -> float:
     """Return the bootstrap standard error, the draws' standard deviation (n - 1).
 
-    Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 6. NaN where
+    Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 6. NaN if
     `percentiles` gives no interval.
     """
     kept = _kept(value, draws)
@@ -198,7 +198,7 @@ def finite_or_none(value: float) -> float | None:
 
 
 def _kept(value: float, draws: np.ndarray) -> np.ndarray:
-    """Return the draws that count: none where the data give no value or too many are NaN."""
+    """Return the valid draws, or none if the value is NaN or too many draws are."""
     kept = np.asarray(draws[~np.isnan(draws)])
     if math.isnan(value) or len(kept) < (1 - MAX_DROPPED_SHARE) * len(draws):
         return kept[:0]
@@ -223,7 +223,7 @@ def _weights(codes: np.ndarray, n_resamples: int, seed: int) -> Iterator[np.ndar
 
 @lru_cache(maxsize=2)
 def _keep_counts(n_patients: int, n_resamples: int, seed: int) -> np.ndarray:
-    """Keep what every head of a comparison is judged on, uint16 (B, patients)."""
+    """Return the cached draws shared by all heads of a comparison, uint16 (B, patients)."""
     generator = np.random.default_rng(seed)
     kept = np.empty((n_resamples, n_patients), np.uint16)
     size = max(_MIN_CHUNK, _CHUNK_ELEMENTS // max(n_patients, 1))
@@ -234,7 +234,7 @@ def _keep_counts(n_patients: int, n_resamples: int, seed: int) -> np.ndarray:
 
 
 def _count_patients(generator: np.random.Generator, n_patients: int, n: int) -> np.ndarray:
-    """Draw all patients with replacement n times; return how often each came, (n, patients)."""
+    """Return how often each patient occurs in n draws with replacement, (n, patients)."""
     drawn = generator.integers(0, n_patients, size=(n, n_patients))
     drawn += np.arange(n)[:, None] * n_patients
     return np.bincount(drawn.ravel(), minlength=n * n_patients).reshape(n, n_patients)

@@ -1,6 +1,6 @@
-"""Confidence limits in closed form: of shares, of AUROC, of what lies in (0, 1), and by MOVER.
+"""Closed-form confidence limits of shares, AUROC and values in (0, 1), and MOVER.
 
-Which of them a score takes was chosen by simulation, see `bench/coverage.py`.
+The method for each score was chosen by simulation, see `bench/coverage.py`.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,14 +23,14 @@ __all__ = [
 ]
 
 Bounds = tuple[float, float]
-#: With fewer of either kind, in effective counts, a share's limits are Clopper and Pearson's:
-#: Wilson's cover too seldom there, Clopper and Pearson's too often elsewhere.
+#: With fewer of either kind, in effective counts, a share has Clopper and Pearson's limits: below,
+#: Wilson's limits cover too rarely; above, Clopper and Pearson's cover too often.
 RULE_OF_FIVE = 5.0
 _N_HALVINGS = 60
 
 
 def quantile(confidence: float, freedom: float = inf) -> float:
-    """Return the two-sided quantile of Student's t, or by default of the normal."""
+    """Return the two-sided quantile of Student's t, by default of the normal distribution."""
     tail = (1 + confidence) / 2
     return float(ndtri(tail) if freedom == inf else stdtrit(freedom, tail))
 
@@ -49,9 +49,9 @@ def wilson(share: float, n: float, reach: float) -> Bounds:
 
 
 def clopper_pearson(share: float, n: float, confidence: float) -> Bounds:
-    """Return Clopper and Pearson's limits (Biometrika 26, 1934) by the beta distribution.
+    """Return Clopper and Pearson's limits (Biometrika 26, 1934) from the beta distribution.
 
-    With an effective n they are Korn and Graubard's (Survey Methodology 24, 1998).
+    With an effective n these are Korn and Graubard's limits (Survey Methodology 24, 1998).
     """
     hits, tail = share * n, (1 - confidence) / 2
     low = float(betaincinv(hits, n - hits + 1, tail)) if hits > 0 else 0.0
@@ -60,7 +60,7 @@ def clopper_pearson(share: float, n: float, confidence: float) -> Bounds:
 
 
 def bound_share(share: float, n: float, confidence: float, freedom: float = inf) -> Bounds:
-    """Return limits of a share by Clopper and Pearson below `RULE_OF_FIVE`, else by Wilson."""
+    """Return limits of a share: Clopper and Pearson's below `RULE_OF_FIVE`, else Wilson's."""
     if min(share, 1 - share) * n < RULE_OF_FIVE:
         return clopper_pearson(share, n, confidence)
     return wilson(share, n, quantile(confidence, freedom))
@@ -69,8 +69,8 @@ def bound_share(share: float, n: float, confidence: float, freedom: float = inf)
 def auroc_variance(auroc: float, n_abnormal: float, n_normal: float) -> float:
     """Return the variance of an AUROC on independent rows under exponential scores.
 
-    That of Hanley and McNeil (Radiology 143, 1982), made the same for both classes by Newcombe
-    (Statistics in Medicine 25, 2006, method 5).
+    The variance of Hanley and McNeil (Radiology 143, 1982), as symmetrised between the classes by
+    Newcombe (Statistics in Medicine 25, 2006, method 5).
     """
     half = (n_abnormal + n_normal) / 2 - 1
     factor = 1 + half * (1 - auroc) / (2 - auroc) + half * auroc / (1 + auroc)
@@ -80,10 +80,10 @@ def auroc_variance(auroc: float, n_abnormal: float, n_normal: float) -> float:
 def bound_auroc(
     auroc: float, n_abnormal: float, n_normal: float, ratio: float, reach: float
 ) -> Bounds:
-    """Return all AUROCs that lie within `reach` standard errors of the one found.
+    """Return the range of AUROCs within `reach` standard errors of the estimate.
 
-    The standard error is that at the AUROC looked at, ``sqrt(ratio * auroc_variance)``, so that
-    limits stay in [0, 1] and have a width at 0 and 1 (Newcombe 2006).
+    The standard error is evaluated at each candidate AUROC, ``sqrt(ratio * auroc_variance)``, so
+    that the limits stay in [0, 1] and the interval has a width at 0 and 1 (Newcombe 2006).
     """
 
     def inside(value: float) -> bool:
@@ -94,9 +94,9 @@ def bound_auroc(
 
 
 def bound_on_logit(value: float, error: float, reach: float) -> Bounds:
-    """Return limits of a value in (0, 1) that are symmetric in its log-odds, by the delta method.
+    """Return delta-method limits of a value in (0, 1), symmetric in its log-odds.
 
-    NaN at 0 and 1, which have no log-odds, and for no standard error.
+    NaN at 0 and 1, which have no log-odds, and without a standard error.
     """
     if not (0 < value < 1 and error > 0 and isfinite(reach)):
         return nan, nan
@@ -105,10 +105,10 @@ def bound_on_logit(value: float, error: float, reach: float) -> Bounds:
 
 
 def bound_ratio(above: float, below: float, ends_above: Bounds, ends_below: Bounds) -> Bounds:
-    """Return limits of ``above / below`` by MOVER from the limits of both, 0 or more.
+    """Return MOVER limits of ``above / below`` from the non-negative limits of both.
 
     Donner and Zou, Statistical Methods in Medical Research 21, 2012, in a form without
-    cancellation. Both ends are 0 or more; the upper one is infinite where `below` may be 0.
+    cancellation. Both limits are 0 or more; the upper one is infinite if `below` may be 0.
     """
     product = above * below
     (low, high), (least, most) = ends_above, ends_below
@@ -121,19 +121,19 @@ def bound_ratio(above: float, below: float, ends_above: Bounds, ends_below: Boun
 
 
 def combine(value: float, parts: Sequence[Bounds]) -> Bounds:
-    """Return limits of a value by MOVER from what its independent parts can change it by.
+    """Return MOVER limits of a value from the effects of its independent parts.
 
     Parameters
     ----------
     value : float
     parts : sequence of (float, float)
-        The value with one part at its lower and at its upper limit, whichever way it goes.
+        The value with one part at its lower and at its upper limit, in either direction.
 
     Notes
     -----
     The method of variance estimates recovery (Zou and Donner, Statistics in Medicine 27, 2008;
-    Donner and Zou, Statistical Methods in Medical Research 21, 2012): distances to the parts' own
-    limits are added as squares, each side by itself.
+    Donner and Zou, Statistical Methods in Medical Research 21, 2012): squared distances to the
+    parts' own limits are added, separately for each side.
     """
     down = sum(min(0.0, *(end - value for end in part)) ** 2 for part in parts)
     up = sum(max(0.0, *(end - value for end in part)) ** 2 for part in parts)
@@ -141,9 +141,9 @@ def combine(value: float, parts: Sequence[Bounds]) -> Bounds:
 
 
 def _edge(inside: Callable[[float], bool], start: float, end: float) -> float:
-    """Return where `inside` ends between start, where it holds, and end, to 1e-15.
+    """Return the point between `start`, where `inside` holds, and `end` where it ceases to.
 
-    At the end itself the variance is 0, so that nothing but the end is inside there.
+    Accurate to 1e-15. At `end` itself the variance is 0, so only `end` is inside there.
     """
     if start == end:
         return end

@@ -1,11 +1,11 @@
-"""Calibration: probabilities that mean what they say.
+"""Fit and assess the calibration of probabilities.
 
-All are fitted on out-of-fold predictions of `train` and never see `test`.
+All calibrations are fitted on out-of-fold predictions of `train` and never see `test`.
 
 `calibration_line` estimates slope and intercept of log-odds with patients as clusters (Van Calster
-et al., BMC Medicine 17:230, 2019; Cox, Biometrika 45, 1958). Standard errors are the sandwich's
-(Liang and Zeger, Biometrika 73, 1986), which is the infinitesimal jackknife here. `reliability`
-counts how often abnormal is right where a head says so.
+et al., BMC Medicine 17:230, 2019; Cox, Biometrika 45, 1958). Standard errors come from the sandwich
+estimator (Liang and Zeger, Biometrika 73, 1986), here identical to the infinitesimal jackknife.
+`reliability` tabulates the observed share of abnormal rows by predicted probability.
 """
 
 from collections.abc import Mapping
@@ -55,28 +55,28 @@ __all__ = [
 
 
 def reliability(y: np.ndarray, probability: np.ndarray, patients: np.ndarray) -> pd.DataFrame:
-    """Return mean probability and share abnormal in each bin of the expected calibration error.
+    """Return mean probability and share of abnormal rows in each bin of ECE.
 
-    The bins are those of `Scorer`'s ECE: `N_ECE_BINS` of equal width, each without its upper end
-    but the last one (DeGroot and Fienberg, The Statistician 32, 1983, for the diagram).
+    The bins are those of `Scorer`'s ECE: `N_ECE_BINS` of equal width, half-open at the upper end
+    except the last one (DeGroot and Fienberg, The Statistician 32, 1983, for the diagram).
 
     Parameters
     ----------
     y, probability, patients : arrays of shape (n,)
-        As for `bootstrap_scores`.
+        See `bootstrap_scores`.
 
     Returns
     -------
     DataFrame
-        One row per bin: `low`, `high` (its ends), `n` (its rows), `k` (those abnormal),
+        One row per bin: `low`, `high` (its edges), `n` (its rows), `k` (its abnormal rows),
         `mean_probability`, `share_abnormal`, `share_low`, `share_high` (the 95 % interval of the
-        share, see `estimates.estimate_share`), and its `method`. Of an empty bin all but ends and
-        counts are NaN; the interval is NaN too in a bin of fewer than `MIN_PATIENTS` patients.
+        share, see `estimates.estimate_share`), and its `method`. In an empty bin everything except
+        edges and counts is NaN; in a bin of fewer than `MIN_PATIENTS` patients the interval is.
 
     Raises
     ------
     TrainingDataError
-        As `Scorer`.
+        Invalid labels or probabilities, or lengths that differ; see `Scorer`.
     """
     labels, values = check_rows(y, probability)
     codes, bins = patient_codes(patients), find_bins(values)
@@ -100,11 +100,11 @@ def reliability(y: np.ndarray, probability: np.ndarray, patients: np.ndarray) ->
     )
 
 
-#: The slope is held above zero, so that calibration never turns the order of studies round, even
-#: where a head ranks worse than chance.
+#: The slope is kept above zero, so that calibration never reverses the order of studies, even if a
+#: head ranks worse than chance.
 MIN_SLOPE = 1e-3
-#: Probabilities nearer to 0 or 1 are moved here before the logit: float32 knows no finer steps
-#: below 1 (2 ** -24 = 6e-8).
+#: Probabilities closer to 0 or 1 are clipped to this distance before the logit: float32 has no
+#: finer steps below 1 (2 ** -24 = 6e-8).
 _EDGE = 1e-7
 
 
@@ -112,7 +112,7 @@ _EDGE = 1e-7
 class Calibration:
     """A logistic map of the log-odds: sigmoid(slope * logit(p) + intercept), slope > 0.
 
-    `method` says how it was fitted: "platt", or "temperature", whose intercept is 0.
+    `method` is how the map was fitted: "platt", or "temperature", whose intercept is 0.
     """
 
     slope: float = 1.0
@@ -120,23 +120,23 @@ class Calibration:
     method: str = "platt"
 
     def apply(self, probability: np.ndarray) -> np.ndarray:
-        """Return calibrated probabilities (float64, the shape given), in the same order."""
+        """Return calibrated probabilities (float64, the shape given), in unchanged order."""
         result = expit(self.slope * log_odds(probability) + self.intercept)
         return np.asarray(result, dtype=np.float64)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return what `from_dict` reads, fit for JSON."""
+        """Return a JSON-able dict that `from_dict` reads."""
         return {"method": self.method, "slope": self.slope, "intercept": self.intercept}
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> "Calibration":
-        """Read what `as_dict` wrote.
+        """Return the calibration that `as_dict` described.
 
         Raises
         ------
         ModelError
-            Another method, parameters that are not finite numbers with a slope above zero, or a
-            temperature with an intercept.
+            The method is unknown, the parameters are not finite numbers with a slope above zero,
+            or a temperature has an intercept.
         """
         return parse(CalibrationEntry, document, ModelError, "calibration").build()
 
@@ -163,14 +163,14 @@ class CalibrationEntry(Record):
 
 @dataclass(frozen=True, eq=False)
 class IsotonicCalibration:
-    """A rising map: linear between knots, constant below the first and above the last.
+    """A monotone map: linear between knots, constant below the first and above the last.
 
     Attributes
     ----------
     x : ndarray of float64, shape (k,)
-        Probabilities before calibration, strictly rising, in [0, 1].
+        Probabilities before calibration, strictly increasing, in [0, 1].
     y : ndarray of float64, shape (k,)
-        What becomes of them, never falling, in [0, 1].
+        Calibrated probabilities, non-decreasing, in [0, 1].
     """
 
     x: np.ndarray
@@ -183,7 +183,7 @@ class IsotonicCalibration:
 
 
 def fit_platt(probability: np.ndarray, y: np.ndarray) -> Calibration:
-    """Fit Platt scaling on the log-odds.
+    """Return a Platt scaling fitted on the log-odds.
 
     The cross-entropy to Platt's smoothed targets, (n1 + 1) / (n1 + 2) for abnormal and
     1 / (n0 + 2) for normal rows, is minimised over slope >= `MIN_SLOPE` and intercept (Platt,
@@ -207,10 +207,11 @@ def fit_platt(probability: np.ndarray, y: np.ndarray) -> Calibration:
 
 
 def fit_temperature(probability: np.ndarray, y: np.ndarray) -> Calibration:
-    """Fit one positive scale of the log-odds, the inverse of a temperature, and no intercept.
+    """Return a fitted positive scale of the log-odds, an inverse temperature, without intercept.
 
-    Guo et al., On Calibration of Modern Neural Networks, ICML 2017. As in `fit_platt` the targets
-    are Platt's and slope >= `MIN_SLOPE`: theirs, 0 and 1, have no finite scale on separable data.
+    Guo et al., On Calibration of Modern Neural Networks, ICML 2017. As in `fit_platt`, the targets
+    are Platt's and slope >= `MIN_SLOPE`: with Guo et al.'s targets, 0 and 1, separable data have no
+    finite scale.
 
     Parameters and errors are those of `fit_platt`.
     """
@@ -219,10 +220,10 @@ def fit_temperature(probability: np.ndarray, y: np.ndarray) -> Calibration:
 
 
 def fit_isotonic(probability: np.ndarray, y: np.ndarray) -> IsotonicCalibration:
-    """Fit the rising map with the least squared error.
+    """Return the monotone map with the least squared error.
 
     Zadrozny and Elkan, Transforming Classifier Scores into Accurate Multiclass Probability
-    Estimates, KDD 2002; fitted by scipy's `isotonic_regression`. It wants more rows than
+    Estimates, KDD 2002; fitted by scipy's `isotonic_regression`. It needs more rows than
     `fit_platt`: below about a thousand it follows their noise (Niculescu-Mizil and Caruana, ICML
     2005).
 
@@ -232,7 +233,7 @@ def fit_isotonic(probability: np.ndarray, y: np.ndarray) -> IsotonicCalibration:
     distinct, groups, counts = np.unique(values, return_inverse=True, return_counts=True)
     shares = np.bincount(groups, weights=labels) / counts
     fitted = isotonic_regression(shares, weights=counts).x
-    # of a level only its ends are knots
+    # only the ends of a level are knots
     ends = np.r_[True, fitted[1:] != fitted[:-1]]
     knots = ends | np.r_[ends[1:], True]
     return IsotonicCalibration(distinct[knots], fitted[knots])
@@ -254,7 +255,7 @@ def _fit_line(
         value = np.mean(np.logaddexp(0.0, z) - targets * z)
         return float(value), np.array([np.mean(error * x), np.mean(error)])
 
-    # the search starts from what is right already where the probabilities are calibrated
+    # the search starts from the solution for probabilities that are already calibrated
     found = minimize(
         loss,
         np.array([1.0, 0.0]),
@@ -267,17 +268,17 @@ def _fit_line(
 
 
 def log_odds(probability: np.ndarray) -> np.ndarray:
-    """Return ln(p / (1 - p)) of probabilities in [0, 1] held within 1e-7 of the ends, float64."""
+    """Return ln(p / (1 - p)) of probabilities in [0, 1] clipped by 1e-7 at the ends, float64."""
     clipped = np.clip(np.asarray(probability, dtype=np.float64), _EDGE, 1 - _EDGE)
     return np.asarray(logit(clipped))
 
 
 _N_STEPS = 30
 _TOLERANCE = 1e-9
-#: A slope or intercept beyond this is that of separable rows, which have none.
+#: A slope or intercept beyond this comes from separable rows, which have no finite estimate.
 _LARGEST = 1e3
 _N_POINTS = 41
-"""Where a calibration curve is given."""
+"""Number of points of a calibration curve."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -287,9 +288,9 @@ class LineFit:
     Attributes
     ----------
     line : ndarray of shape (2,)
-        Intercept and slope; NaN where there are none.
+        Intercept and slope; NaN if not estimable.
     added : ndarray of shape (n, 2)
-        What each row adds to them, see `influence`.
+        Each row's contribution to them, see `estimates.influences`.
     """
 
     line: np.ndarray
@@ -299,27 +300,27 @@ class LineFit:
 def calibration_line(
     y: np.ndarray, probability: np.ndarray, patients: np.ndarray
 ) -> dict[str, Interval]:
-    """Return how (calibrated) probabilities fit the labels, with 95 % intervals.
+    """Return how well (calibrated) probabilities fit the labels, with 95 % intervals.
 
     Parameters
     ----------
     y, probability, patients : arrays of shape (n,)
-        Labels 0 or 1, probabilities of abnormal in [0, 1], and whose row it is.
+        Labels 0 or 1, probabilities of abnormal in [0, 1], and each row's patient.
 
     Returns
     -------
     dict of str to Interval
-        ``intercept`` of a logistic regression of the label whose slope is held at 1 (0: right;
-        below 0: the probabilities are too high); ``slope`` of the log-odds in one where it is free
-        (1: right; below 1: the probabilities are too extreme); ``mean_probability``,
-        ``share_abnormal``, and ``observed_expected``, the second over the first. NaN where the
-        rows are of one class or the log-odds separate the classes; ends are NaN where fewer than
-        `MIN_PATIENTS` patients of a class stand behind them.
+        ``intercept`` of a logistic regression of the label with the slope fixed at 1 (0: well
+        calibrated; below 0: probabilities too high); ``slope`` of the log-odds in a regression
+        with a free slope (1: well calibrated; below 1: probabilities too extreme);
+        ``mean_probability``, ``share_abnormal``, and ``observed_expected``, the latter divided by
+        the former. NaN if all rows have one class or the log-odds separate the classes; limits are
+        NaN with fewer than `MIN_PATIENTS` patients of a class.
 
     Raises
     ------
     TrainingDataError
-        As `Scorer`.
+        Invalid labels or probabilities, or lengths that differ; see `Scorer`.
     """
     labels, values = check_rows(y, probability)
     codes = patient_codes(patients)
@@ -350,27 +351,27 @@ def calibration_line(
 
 
 def calibration_curve(y: np.ndarray, probability: np.ndarray, patients: np.ndarray) -> pd.DataFrame:
-    """Return the share abnormal over the probability, as a logistic line with a 95 % band.
+    """Return the share of abnormal rows by probability, as a logistic line with a 95 % band.
 
-    The line is the regression of which `calibration_line` gives the slope; the band is pointwise,
+    The line is the regression whose slope `calibration_line` returns; the pointwise band comes
     from the variance of the line on the log-odds with patients as clusters, and Student's t.
 
     Parameters
     ----------
     y, probability, patients : arrays of shape (n,)
-        As for `calibration_line`.
+        See `calibration_line`.
 
     Returns
     -------
     DataFrame
-        `probability`, 41 points of equal distance between the least and the largest; `share`,
-        `low`, `high`. No row where there is no line; `low` and `high` are NaN with fewer than
+        `probability`, 41 equidistant points between the smallest and the largest; `share`, `low`,
+        `high`. Empty if no line can be fitted; `low` and `high` are NaN with fewer than
         `MIN_PATIENTS` patients of a class.
 
     Raises
     ------
     TrainingDataError
-        As `Scorer`.
+        Invalid labels or probabilities, or lengths that differ; see `Scorer`.
     """
     labels, values = check_rows(y, probability)
     codes, fit = patient_codes(patients), fit_line(labels, values, free_slope=True)
@@ -389,9 +390,9 @@ def calibration_curve(y: np.ndarray, probability: np.ndarray, patients: np.ndarr
 
 
 def fit_line(y: np.ndarray, probability: np.ndarray, *, free_slope: bool) -> LineFit:
-    """Fit intercept and slope by Newton's method; the slope stays 1 where it is not free.
+    """Return intercept and slope fitted by Newton's method; a slope that is not free stays 1.
 
-    NaN where the rows are of one class, or the log-odds are all the same or separate the classes.
+    NaN if all rows have one class, or if the log-odds are all equal or separate the classes.
     """
     x = log_odds(probability)
     nothing = LineFit(np.full(2, nan), np.full((len(x), 2), nan))
@@ -428,10 +429,10 @@ def fit_line(y: np.ndarray, probability: np.ndarray, *, free_slope: bool) -> Lin
 
 
 def check_line(y: np.ndarray, probability: np.ndarray, patients: np.ndarray) -> float:
-    """Return the p of slope and intercept being 1 and 0 both; NaN where there are none.
+    """Return the p-value of slope 1 and intercept 0 jointly; NaN if they are not estimable.
 
-    Wald's test with the sandwich's covariance, by F with 2 and one less than the patients of the
-    rarer class as degrees of freedom.
+    Wald's test with the sandwich covariance, by F with 2 degrees of freedom and one less than the
+    number of patients of the rarer class.
     """
     labels, values = check_rows(y, probability)
     codes, fit = patient_codes(patients), fit_line(labels, values, free_slope=True)
@@ -456,7 +457,7 @@ def _interval(value: float, spread: Spread, *, on_log: bool = False) -> Interval
     if isnan(value) or not spread.error > 0:
         return Interval(value, nan, nan)
     if spread.fewest < MIN_PATIENTS:
-        reason = f"{spread.fewest} patients of the rarer class; an interval wants {MIN_PATIENTS}"
+        reason = f"{spread.fewest} patients of the rarer class; an interval needs {MIN_PATIENTS}"
         return Interval(value, nan, nan, None, reason)
     reach = quantile(CONFIDENCE, min(spread.freedom, spread.fewest - 1)) * spread.error
     if on_log:
@@ -468,7 +469,7 @@ def _interval(value: float, spread: Spread, *, on_log: bool = False) -> Interval
 def _mean_interval(mean: float, spread: Spread, codes: np.ndarray) -> Interval:
     n = len(np.unique(codes))
     if n < MIN_PATIENTS:
-        return Interval(mean, nan, nan, None, f"{n} patients; an interval wants {MIN_PATIENTS}")
+        return Interval(mean, nan, nan, None, f"{n} patients; an interval needs {MIN_PATIENTS}")
     error = float(np.sqrt(n / (n - 1) * (spread.parts @ spread.parts)))
     low, high = bound_on_logit(mean, error, quantile(CONFIDENCE, spread.freedom))
     return Interval(mean, low, high, None if isnan(low) else "logit-t")

@@ -1,7 +1,7 @@
-"""What decisions are worth: net benefit over thresholds, and predictive values at a prevalence.
+"""The value of decisions: net benefit over thresholds, and predictive values at a prevalence.
 
 A decision curve compares a head with treating all or none (Vickers and Elkin, Medical Decision
-Making 26, 2006): a threshold of t says that one study found is worth (1 - t) / t false alarms.
+Making 26, 2006): a threshold of t means that one detected study is worth (1 - t) / t false alarms.
 """
 
 from collections.abc import Callable
@@ -23,12 +23,12 @@ _UNDECIDED = "sensitivity and specificity leave no row that it could be of"
 
 
 def check_prevalence(prevalence: float) -> float:
-    """Return a share of abnormal studies that predictive values can be had at.
+    """Return the prevalence unchanged if predictive values can be computed at it.
 
     Raises
     ------
     TrainingDataError
-        It is not above 0 and below 1.
+        The prevalence is not above 0 and below 1.
     """
     if not 0 < prevalence < 1:
         raise TrainingDataError(
@@ -45,27 +45,27 @@ def predictive_values(
 
     By Bayes' rule the odds of being right are the odds of the class times a ratio of shares,
     ``sensitivity / (1 - specificity)`` for PPV and ``specificity / (1 - sensitivity)`` for NPV.
-    Limits of that ratio are MOVER's from the limits of both shares (`bounds.bound_ratio`), which
-    know of patients as clusters and have a width at 0 and 1. Mercaldo, Lau and Zhou (Statistics in
-    Medicine 26, 2007) take the delta method on the log-odds, which has no limits there.
+    The ratio has MOVER limits from the limits of both shares (`bounds.bound_ratio`), which treat
+    patients as clusters and have a width at 0 and 1. Mercaldo, Lau and Zhou (Statistics in
+    Medicine 26, 2007) use the delta method on the log-odds, which gives no limits there.
 
     Parameters
     ----------
     sensitivity, specificity : Estimate
         From `estimates.estimate_scores`.
     prevalence : float
-        The share of abnormal rows, in (0, 1), taken as known.
+        The share of abnormal rows, in (0, 1), assumed known.
 
     Returns
     -------
     dict of str to Estimate
-        NaN where a share is not known, or nothing is called abnormal (PPV) or normal (NPV); without
-        limits where one of the shares has none. They have no counts.
+        NaN if a share is unknown, or if no row is called abnormal (PPV) or normal (NPV); without
+        limits if one of the shares has none. The estimates have no counts.
 
     Raises
     ------
     TrainingDataError
-        A prevalence outside (0, 1).
+        The prevalence is outside (0, 1).
     """
     odds = check_prevalence(prevalence) / (1 - prevalence)
     return {
@@ -75,7 +75,7 @@ def predictive_values(
 
 
 def _of_ratio(right: Estimate, other: Estimate, odds: float) -> Estimate:
-    """Return the share right among those called so, from the shares of both classes."""
+    """Return the share of correct calls of one kind, from the shares of both classes."""
     above, below = right.value, 1 - other.value
     if isnan(above) or isnan(below):
         reason = right.reason if isnan(above) else other.reason
@@ -108,7 +108,7 @@ def _share(ratio: float, odds: float) -> float:
 
 
 THRESHOLDS = np.arange(1, 100) / 100
-"""Where a decision curve is given, by default."""
+"""Default thresholds of a decision curve."""
 
 
 def net_benefit(
@@ -119,29 +119,29 @@ def net_benefit(
 ) -> pd.DataFrame:
     """Return the net benefit of calling abnormal at or above each threshold, with a 95 % band.
 
-    Net benefit is ``TP / n - FP / n * t / (1 - t)``: the share found, less the false alarms at
-    their price. Its variance comes from what each patient adds to it (see `influence`); limits are
-    Student's t, pointwise.
+    Net benefit is ``TP / n - FP / n * t / (1 - t)``: the share detected, less the weighted false
+    alarms. Its variance comes from each patient's contribution (see `estimates.influences`);
+    limits are pointwise, by Student's t.
 
     Parameters
     ----------
     y, probability, patients : arrays of shape (n,)
-        Labels 0 or 1, calibrated probabilities of abnormal, and whose row it is.
+        Labels 0 or 1, calibrated probabilities of abnormal, and each row's patient.
     thresholds : array of shape (k,)
-        In (0, 1).
+        Thresholds in (0, 1).
 
     Returns
     -------
     DataFrame
-        One row per threshold: `threshold`, `value`, `low`, `high`, `treat_all` (of calling every
-        row abnormal; calling none has 0). NaN without a row; the ends are NaN with fewer than
-        `MIN_PATIENTS` patients of a class, and where the rows do not tell how far it varies:
-        nothing is called abnormal, or no two patients differ.
+        One row per threshold: `threshold`, `value`, `low`, `high`, `treat_all` (net benefit of
+        calling every row abnormal; that of calling none is 0). NaN without rows; the limits are NaN
+        with fewer than `MIN_PATIENTS` patients of a class, and if the variance cannot be estimated:
+        no row is called abnormal, or no two patients differ.
 
     Raises
     ------
     TrainingDataError
-        A threshold outside (0, 1), or as `Scorer`.
+        A threshold is outside (0, 1), or labels or probabilities are invalid; see `Scorer`.
     """
     labels, values = check_rows(y, probability)
     codes, cuts = patient_codes(patients), np.asarray(thresholds, np.float64)

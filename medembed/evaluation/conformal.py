@@ -1,31 +1,34 @@
 """Prediction sets with a promised coverage, from out-of-fold scores.
 
 Cross-conformal prediction (Vovk, Cross-conformal predictors, Annals of Mathematics and Artificial
-Intelligence 74, 2015), taken within classes and regions (Vovk, Lindsay, Nouretdinov and Gammerman,
-Mondrian confidence machine, 2003): of the studies that are normal, and of those that are abnormal,
-at most a share alpha has a set without the truth, in every region with patients enough. Elsewhere
-that is promised of all regions together: a harder one among them gets less (`is_marginal`). For two
-classes the sets are those of the least ambiguous classifier with class-wise thresholds (Sadinle,
-Lei and Wasserman, Least ambiguous set-valued classifiers with bounded error levels, JASA, 2019).
+Intelligence 74, 2015), within classes and regions (Vovk, Lindsay, Nouretdinov and Gammerman,
+Mondrian confidence machine, 2003): among the normal studies, and among the abnormal ones, at most a
+share alpha has a set without the true label, in every region with enough patients. For the other
+regions, coverage is promised only over all regions together, so a harder region among them gets
+less (`is_marginal`). For two classes the sets are those of the least ambiguous classifier with
+class-wise thresholds (Sadinle, Lei and Wasserman, Least ambiguous set-valued classifiers with
+bounded error levels, JASA, 2019).
 
-**What is promised, and what is not.** The scores must come from models whose training and early
-stopping have not seen their rows. New studies are scored by one model refitted on all rows, where
-Vovk averages those of the folds, so the coverage is about the nominal one, not at least that: the
-worst case has no bound, as that of the cross-conformal predictor is twice alpha and a little more
-(Barber, Candès, Ramdas and Tibshirani, Predictive inference with the jackknife+, Annals of
-Statistics 49, 2021). A refit that ranks better than the folds' models tends to cover more.
+**Guarantees and their limits.** The scores must come from models whose training and early stopping
+have not seen their rows. New studies are scored by one model refitted on all rows, whereas Vovk
+averages the folds' models, so coverage is close to nominal rather than at least nominal: the worst
+case is unbounded, while the cross-conformal predictor's is slightly more than twice alpha (Barber,
+Candès, Ramdas and Tibshirani, Predictive inference with the jackknife+, Annals of Statistics 49,
+2021). A refit that ranks better than the folds' models tends to cover more.
 
-**Patients.** What is exchangeable are patients, not studies: the studies of one resemble each
-other. All of them are kept, each counting once, and the promise is for a study drawn from all
-studies, in which patients with many have more weight. With one study of each patient it would hold
-for any number of patients; with all it holds as patients grow many (Dunn, Wasserman and Ramdas,
-Distribution-free prediction sets for two-layer hierarchical models, JASA 118, 2023, their pooled
-distribution function), and the coverage of one set of patients varies more than as many independent
-studies would let it. It does not hold for another institution's patients: see `medembed evaluate`.
+**Patients.** Patients are exchangeable, studies are not: the studies of one patient resemble each
+other. All studies are kept, each counting once, and the promise is for a study drawn from all
+studies, in which patients with many studies have more weight. With one study per patient it would
+hold for any number of patients; with all studies it holds as the number of patients grows (Dunn,
+Wasserman and Ramdas, Distribution-free prediction sets for two-layer hierarchical models, JASA 118,
+2023, their pooled distribution function), and coverage varies more between sets of patients than
+it would with as many independent studies. It does not hold for another institution's patients: see
+`medembed evaluate`.
 
-**MAPIE** (1.6) is an oracle of the tests and does not serve here. Its classifiers condition on no
-label; those that condition on features want cvxpy and solve a programme for each study; all ask for
-an estimator, not for scores out of fold by patient, and are kept as a pickle.
+**MAPIE** (1.6) serves as an oracle in the tests but is not used here. Its classifiers do not
+condition on the label; those that condition on features need cvxpy and solve a programme for each
+study; all require an estimator instead of out-of-fold scores by patient, and are stored as a
+pickle.
 """
 
 from collections.abc import Mapping
@@ -57,14 +60,14 @@ __all__ = [
     "fit_conformal",
 ]
 
-#: Fewer patients of a class in a region, and all regions' scores stand in for its own. With 100 the
-#: coverage at 90 % has a standard deviation of 3 points from one set of patients to another.
+#: With fewer patients of a class in a region, the scores of all regions replace the region's own.
+#: With 100, coverage at 90 % has a standard deviation of 3 points between sets of patients.
 MIN_GROUP = 100
-#: Simulated (linear heads that stop early, 90 % promised, a third abnormal), 7 to 12 % of heads of
-#: 60 training patients cover less than 80 % of a class, 2 to 6 % with 100 and 3 % at most with 200;
-#: up to 45 % of those whose AUROC out of fold is above 0.6 by luck alone.
+#: In simulations (linear heads with early stopping, 90 % promised, a third abnormal), 7 to 12 % of
+#: heads trained on 60 patients cover less than 80 % of a class, 2 to 6 % with 100 and at most 3 %
+#: with 200; up to 45 % of the heads whose out-of-fold AUROC exceeds 0.6 only by chance.
 _FEW, _WEAK = 50, 0.6
-#: Scores are kept to so many decimals, rounded so that sets only grow.
+#: Decimals that scores are stored with, rounded so that sets only grow.
 _DECIMALS = 5
 
 _CLASSES = ("normal", "abnormal")
@@ -87,7 +90,7 @@ class Conformal:
     min_group : int
         See `MIN_GROUP`.
     patients : dict of str to pair of int, optional
-        region -> patients behind its scores; by default as many as there are scores.
+        region -> number of patients behind its scores; by default the number of scores.
     """
 
     scores: Mapping[str, tuple[np.ndarray, np.ndarray]]
@@ -95,18 +98,20 @@ class Conformal:
     patients: Mapping[str, tuple[int, int]] | None = None
 
     def p_values(self, probability: np.ndarray, regions: np.ndarray) -> np.ndarray:
-        """Return how unsurprising each score would be of a normal, and of an abnormal study.
+        """Return conformal p-values of each score for a normal and for an abnormal study.
 
-        p = (1 + number of kept scores of the class that are at least as strange) / (1 + their
-        number); high scores are strange for normal studies, low ones for abnormal ones. Not
-        smoothed: a tie counts as strange, so that sets are a little too large rather than random.
+        p = (1 + number of stored scores of the class that are at least as nonconforming) / (1 +
+        their number); high scores are nonconforming for normal studies, low ones for abnormal ones.
+        Not smoothed: a tie counts as nonconforming, so that sets are slightly too large rather than
+        random.
 
         Parameters
         ----------
         probability : (n,)
-            The head's probability of abnormal, of studies, before calibration, as was kept.
+            The head's probability of abnormal for studies, before calibration, as in the stored
+            scores.
         regions : (n,) of str
-            A region that is not known, or "", is held against all regions together.
+            An unknown region, or "", is compared with all regions together.
 
         Returns
         -------
@@ -138,49 +143,50 @@ class Conformal:
         Parameters
         ----------
         probability, regions
-            As for `p_values`.
+            See `p_values`.
         alpha : float
             The share of sets that may miss the truth, above 0 and below 1.
 
         Raises
         ------
         ModelError
-            Another alpha, or as `p_values`.
+            `alpha` is outside (0, 1), or an argument is invalid; see `p_values`.
         """
         if not 0 < alpha < 1:
             raise ModelError(f"alpha is {alpha}; give a share above 0 and below 1, such as 0.1")
         return self.p_values(probability, regions) > alpha
 
     def is_marginal(self, regions: np.ndarray) -> np.ndarray:
-        """Return whether coverage is promised of all regions together alone, and not of the row's.
+        """Return whether coverage is promised only over all regions, not for the row's own region.
 
         Parameters
         ----------
         regions : (n,) of str
-            As for `p_values`.
+            See `p_values`.
 
         Returns
         -------
         bool (n,)
-            True where the region has too few patients of either class.
+            True if the region has too few patients of either class.
         """
         names = np.asarray(regions, dtype=object).astype(str)
         known = {str(name): all(self._is_own(str(name), k) for k in (0, 1)) for name in set(names)}
         return np.array([not known[str(name)] for name in names], bool)
 
     def count(self, region: str) -> tuple[int, int]:
-        """Return the patients behind a region's scores of normal, and of abnormal studies."""
+        """Return how many patients are behind a region's normal and abnormal scores."""
         if self.patients is not None:
             return self.patients.get(region, (0, 0))
         normal, abnormal = self.scores.get(region, ((), ()))
         return len(normal), len(abnormal)
 
     def warning(self) -> str | None:
-        """Say why sets may not keep their promise, None where nothing speaks against it.
+        """Return a warning that coverage may be lower than promised, or None.
 
-        There are fewer than 50 patients of a class, or the signal may be weak: the lower end of the
-        95 % interval of the kept scores' AUROC (Hanley and McNeil, The meaning and use of the area
-        under a ROC curve, Radiology 143, 1982; of as many patients as there are) is below 0.6.
+        It is returned if there are fewer than 50 patients of a class, or if the signal may be weak:
+        the lower limit of the 95 % interval of the stored scores' AUROC (Hanley and McNeil, The
+        meaning and use of the area under a ROC curve, Radiology 143, 1982; with the actual number
+        of patients) is below 0.6.
         """
         normal, abnormal = (self._pooled(column) for column in range(2))
         if not (normal.size and abnormal.size):
@@ -210,7 +216,7 @@ class Conformal:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Return what `from_dict` reads, fit for JSON."""
+        """Return a JSON-able dict that `from_dict` reads."""
         scores = {
             region: dict(zip(_CLASSES, (part.tolist() for part in parts), strict=True))
             for region, parts in sorted(self.scores.items())
@@ -225,12 +231,12 @@ class Conformal:
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> "Conformal":
-        """Read what `as_dict` wrote.
+        """Return the scores that `as_dict` described.
 
         Raises
         ------
         ModelError
-            Another method, or scores that are not ascending numbers in [0, 1], of either class.
+            The method is unknown, or the scores of a class are not ascending numbers in [0, 1].
         """
         return parse(ConformalEntry, document, ModelError, "conformal").build()
 
@@ -313,19 +319,19 @@ def fit_conformal(
     patients: np.ndarray | None = None,
     min_group: int = MIN_GROUP,
 ) -> Conformal:
-    """Keep the scores of labelled studies that neither training nor early stopping has seen.
+    """Return the scores of labelled studies that neither training nor early stopping has seen.
 
     Parameters
     ----------
     probability : (n,)
-        Out-of-fold probability of abnormal, of studies, before calibration, in [0, 1].
+        Out-of-fold probability of abnormal for studies, before calibration, in [0, 1].
     y : (n,)
         Labels, 0 or 1; both occur.
     regions : (n,) of str
     patients : (n,), optional
-        Whose study it is; by default every study is another patient's.
+        Each study's patient; by default every study has its own.
     min_group : int
-        At least 1.
+        See `MIN_GROUP`; at least 1.
 
     Raises
     ------
@@ -336,7 +342,7 @@ def fit_conformal(
     names = np.asarray(regions, dtype=object).astype(str)
     if len(names) != len(labels):
         raise TrainingDataError(f"{len(labels)} labels, but {len(names)} regions")
-    # up for normal and down for abnormal studies: more kept scores are at least as strange
+    # up for normal and down for abnormal studies: more stored scores are at least as nonconforming
     kept = np.where(labels == 0, _round(values, 1), _round(values, -1))
     scores = {
         str(region): (
@@ -359,10 +365,10 @@ def fit_conformal(
 
 
 def _round(values: np.ndarray, way: int) -> np.ndarray:
-    """Return values at `_DECIMALS` decimals, none below itself (way 1), or above itself (-1)."""
+    """Return values rounded to `_DECIMALS` decimals, all upwards (way 1) or all downwards (-1)."""
     step = 10.0**_DECIMALS
     steps = np.ceil(values * step) if way > 0 else np.floor(values * step)
-    # the product is rounded too, and may have reached a whole step before its value does
+    # the product is rounded too, and may reach the next step before the exact value does
     return np.asarray(np.where(way * (steps / step - values) < 0, steps + way, steps) / step)
 
 

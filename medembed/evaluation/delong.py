@@ -1,8 +1,8 @@
-"""AUROC's interval and paired test without resampling, with patients as clusters.
+"""Interval and paired test of AUROC without resampling, with patients as clusters.
 
-DeLong, DeLong and Clarke-Pearson (Biometrics 44, 1988) read the variance of an AUROC off how each
-row is placed among those of the other class. Obuchowski (Biometrics 53, 1997) lets the rows of one
-patient depend on each other; of one row per patient hers is theirs. A cross-check beside the
+DeLong, DeLong and Clarke-Pearson (Biometrics 44, 1988) derive the variance of an AUROC from each
+row's placement among the rows of the other class. Obuchowski (Biometrics 53, 1997) allows rows of
+one patient to be correlated; with one row per patient both variances agree. A cross-check of the
 bootstrap over patients.
 """
 
@@ -22,28 +22,28 @@ from medembed.evaluation.scores import check_rows
 
 __all__ = ["auroc_covariance", "auroc_difference", "auroc_differences", "auroc_interval"]
 
-#: AUROCs of n1 * n0 pairs of rows differ by 1 / (2 n1 n0) at least; what is below this is rounding.
+#: AUROCs over n1 * n0 pairs of rows differ by at least 1 / (2 n1 n0); less is rounding error.
 _ROUNDING = 1e-12
 
 
 def auroc_covariance(
     y: np.ndarray, probabilities: Mapping[str, np.ndarray], patients: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the AUROCs of heads on the same rows, and the covariance matrix of these AUROCs.
+    """Return the AUROCs of several heads on one set of rows, and their covariance matrix.
 
     Parameters
     ----------
     y, patients : arrays of shape (n,)
-        Labels 0 or 1, and whose row it is; any values that compare equal for one patient.
+        Labels 0 or 1, and each row's patient; any values that compare equal for one patient.
     probabilities : dict of str to array of shape (n,)
         Each head's probabilities of abnormal.
 
     Returns
     -------
     auroc : ndarray of float64, shape (k,)
-        In the order of `probabilities`, ties at one half; NaN where the labels are of one class.
+        In the order of `probabilities`, ties counting one half; NaN if there is only one class.
     covariance : ndarray of float64, shape (k, k)
-        NaN where fewer than two patients have an abnormal row, or a normal one.
+        NaN if fewer than two patients have an abnormal row, or a normal one.
 
     Raises
     ------
@@ -53,8 +53,8 @@ def auroc_covariance(
 
     Notes
     -----
-    A row's placement is the share of the rows of the other class that it is on the right side of;
-    from midranks all placements take O(n log n) (Sun and Xu, IEEE Signal Processing Letters 21,
+    A row's placement is the share of the rows of the other class that it ranks correctly against;
+    midranks give all placements in O(n log n) (Sun and Xu, IEEE Signal Processing Letters 21,
     2014). With a (b) a patient's sum over abnormal (normal) rows of placement - AUROC, divided by
     the number of all abnormal (normal) rows, and c(m) = m / (m - 1), the covariance of heads r and
     s is ``c(I10) sum a_r a_s + c(I01) sum b_r b_s + c(I) sum (a_r b_s + a_s b_r)`` (Obuchowski
@@ -65,10 +65,10 @@ def auroc_covariance(
 
 
 def auroc_interval(y: np.ndarray, probability: np.ndarray, patients: np.ndarray) -> Interval:
-    """Return an AUROC with its normal 95 % interval, cut to [0, 1].
+    """Return an AUROC with its normal 95 % interval, clipped to [0, 1].
 
-    Parameters and errors are those of `auroc_covariance`. An AUROC of 0 or 1, or of a constant,
-    has an estimated variance of 0 and no interval: one without width would say too much.
+    Parameters and errors are those of `auroc_covariance`. An AUROC of 0 or 1, or that of a
+    constant, has an estimated variance of 0 and no interval: zero width would overstate certainty.
     """
     auroc, covariance = auroc_covariance(y, {"": probability}, patients)
     value, error = float(auroc[0]), sqrt(float(covariance[0, 0]))
@@ -80,7 +80,7 @@ def auroc_interval(y: np.ndarray, probability: np.ndarray, patients: np.ndarray)
 def auroc_difference(
     y: np.ndarray, a: np.ndarray, b: np.ndarray, patients: np.ndarray
 ) -> Difference:
-    """Return the difference in AUROC between predictions `a` and `b` of the same rows.
+    """Return the difference in AUROC between predictions `a` and `b` of one set of rows.
 
     See `auroc_differences`.
     """
@@ -97,16 +97,16 @@ def auroc_differences(
     Returns
     -------
     dict of (a, b) to Difference, in the order of `itertools.combinations`
-        With s the standard error of the difference a - b, the 95 % interval is cut to [-1, 1], and
-        p is that of the two-sided test of (a - b) / s. Predictions that order the rows alike
+        With s the standard error of the difference a - b, the 95 % interval is clipped to [-1, 1],
+        and p comes from the two-sided test of (a - b) / s. Predictions that rank the rows equally
         differ by 0 with p = 1 and no interval. Heads that differ with s = 0, such as one of AUROC
-        1 and a constant, have no p: it would be 0, which no sample gives. Not corrected for the
-        number of pairs: see `holm`.
+        1 and a constant, have no p, since it would be 0, which no sample supports. Not corrected
+        for the number of pairs: see `holm`.
     """
     parts = _parts(y, probabilities, patients)
     found = {}
     for (i, a), (j, b) in combinations(enumerate(probabilities), 2):
-        # from differences of the parts: heads that order the rows alike have exactly 0
+        # from differences of the parts: heads that rank the rows equally have exactly 0
         abnormal = parts.abnormal[[i]] - parts.abnormal[[j]]
         normal = parts.normal[[i]] - parts.normal[[j]]
         variance = _covariance(abnormal, normal, parts.corrections)
@@ -115,7 +115,7 @@ def auroc_differences(
 
 
 class _Parts(NamedTuple):
-    """AUROCs (k,); what patients add to each, of abnormal and normal rows (k, I); c of both, all.
+    """AUROCs (k,), patients' contributions from abnormal and normal rows (k, I), and c(I10) etc.
 
     The names are those of `auroc_covariance`'s notes.
     """
@@ -150,7 +150,7 @@ def _parts(y: np.ndarray, probabilities: Mapping[str, np.ndarray], patients: np.
 def _covariance(
     abnormal: np.ndarray, normal: np.ndarray, corrections: tuple[float, float, float]
 ) -> np.ndarray:
-    """Return the formula of `auroc_covariance` as a sum of squares, which rounding keeps >= 0."""
+    """Return `auroc_covariance`'s formula as a sum of squares, which stays >= 0 when rounded."""
     of_abnormal, of_normal, of_all = corrections
     both = abnormal + normal
     shared = of_all * (both @ both.T)
@@ -176,7 +176,7 @@ def _difference(value: float, variance: float) -> Difference:
 
 
 def _ends(value: float, error: float, lowest: float) -> tuple[float, float]:
-    """Return the ends of the normal interval, cut to [lowest, 1]; NaN where the error is."""
+    """Return the limits of the normal interval, clipped to [lowest, 1]; NaN if the error is NaN."""
     if isnan(error):
         return nan, nan
     reach = float(ndtri((1 + CONFIDENCE) / 2)) * error

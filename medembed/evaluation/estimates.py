@@ -1,22 +1,22 @@
-"""Scores with limits that cover the truth at the sizes that people have, patients as clusters.
+"""Scores with limits that cover the truth at realistic sample sizes, with patients as clusters.
 
-Every score but ECE is estimated without a resample: its variance comes from what each patient adds
-to it (`influences`), its limits from the method that covered best in `bench/coverage.py`:
+Every score except ECE is estimated without resampling: its variance comes from each patient's
+contribution (`influences`), its limits from the method that covered best in `bench/coverage.py`:
 
-- shares (accuracy, sensitivity, specificity, predictive values) as `bounds.bound_share` with the
+- shares (accuracy, sensitivity, specificity, predictive values) by `bounds.bound_share` with the
   patients' design effect (Kish, Survey Sampling, 1965);
-- AUROC as `bounds.bound_auroc`, its variance that of DeLong with clusters (Obuchowski, Biometrics
-  53, 1997), drawn towards Hanley and McNeil's where few patients carry it;
+- AUROC by `bounds.bound_auroc`, with DeLong's variance for clusters (Obuchowski, Biometrics 53,
+  1997), shrunk towards Hanley and McNeil's if few patients carry it;
 - average precision and Brier score by Student's t on the log-odds;
 - macro-F1 and kappa from the limits of sensitivity, specificity and prevalence (MOVER).
 
-The degrees of freedom are those of a variance that patients carry unequally (Satterthwaite,
-Biometrics Bulletin 2, 1946): of n equal normal parts they are n - 1, and fewer where few patients
-carry most of it.
+The degrees of freedom account for patients' unequal contributions to the variance (Satterthwaite,
+Biometrics Bulletin 2, 1946): n equal normal contributions give n - 1, and fewer if few patients
+carry most of the variance.
 
-What a row adds is the slope of the score in the row's weight. The sum of squares of the patients'
-sums is the score's variance with patients as clusters, without a resample (the infinitesimal
-jackknife; Jaeckel, Bell Laboratories memorandum, 1972; Efron, Biometrika 68, 1981).
+A row's contribution is the derivative of the score in the row's weight. The sum of squares of the
+patients' sums is the score's variance with patients as clusters, without resampling (the
+infinitesimal jackknife; Jaeckel, Bell Laboratories memorandum, 1972; Efron, Biometrika 68, 1981).
 """
 
 from collections.abc import Callable, Sequence
@@ -66,12 +66,12 @@ def influences(
     threshold : float
         Decisions are abnormal at or above it.
     names : sequence of str
-        Scores, of `SCORES` but ECE, which has no derivative, and `PREDICTIVE`.
+        Scores from `SCORES` except ECE, which has no derivative, and from `PREDICTIVE`.
 
     Returns
     -------
     dict of str to ndarray
-        Each sums to 0. NaN where the data do not give the score.
+        Each sums to 0. NaN if the score is not estimable.
     """
     labels, called = y.astype(np.float64), (probability >= threshold).astype(np.float64)
     found: dict[str, np.ndarray] = {}
@@ -89,7 +89,7 @@ def influences(
 
 
 def placements(is_abnormal: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Return for each row the share of the other class that it is on the right side of.
+    """Return for each row the share of the other class that it ranks correctly against.
 
     From midranks, in O(n log n) (Sun and Xu, IEEE Signal Processing Letters 21, 2014).
     """
@@ -113,7 +113,7 @@ def _of_auroc(labels: np.ndarray, probability: np.ndarray) -> np.ndarray:
 
 
 def _of_average_precision(labels: np.ndarray, probability: np.ndarray) -> np.ndarray:
-    """Differentiate the sum over groups of ties of their abnormal rows times the precision."""
+    """Differentiate the sum over tied groups of their abnormal rows times the precision."""
     n_abnormal = labels.sum()
     if not 0 < n_abnormal < len(labels):
         return np.full(len(labels), np.nan)
@@ -121,7 +121,7 @@ def _of_average_precision(labels: np.ndarray, probability: np.ndarray) -> np.nda
     hits = np.bincount(groups, weights=labels)
     true, called = np.cumsum(hits), np.cumsum(np.bincount(groups))
     precision = true / called
-    # a row of group g stands in the counts of g and all groups below it
+    # a row of group g is counted in g and all groups below it
     of_true = np.cumsum((hits / called)[::-1])[::-1][groups]
     of_called = np.cumsum((hits * precision / called)[::-1])[::-1][groups]
     score = (hits * precision).sum() / n_abnormal
@@ -176,7 +176,7 @@ _DECISIONS = {
 
 
 PREDICTIVE = ("ppv", "npv")
-#: How many patients the variance of Hanley and McNeil stands for beside that of the data.
+#: Weight, in patients, of Hanley and McNeil's variance beside that of the data.
 _PRIOR_PATIENTS = 5.0
 _NO_SPREAD = "the rows do not tell how far the score varies"
 _SHARES = ("accuracy", "sensitivity", "specificity", *PREDICTIVE)
@@ -184,22 +184,22 @@ _SHARES = ("accuracy", "sensitivity", "specificity", *PREDICTIVE)
 
 @dataclass(frozen=True)
 class Estimate:
-    """A score and how its limits are found at any confidence.
+    """A score, and a function that returns its limits at any confidence.
 
     Attributes
     ----------
     value : float
-        NaN where it cannot be estimated.
+        NaN if it cannot be estimated.
     limits : callable, optional
-        Gives (low, high) for a confidence in (0, 1); None where no interval is shown.
+        Returns (low, high) for a confidence in (0, 1); None if no interval is shown.
     method : str, optional
-        Names how; None without limits.
+        Name of the method; None without limits.
     reason : str, optional
-        Why there are none.
+        Why there are no limits.
     k, n : int, optional
-        Of a share: how many of how many rows.
+        For a share, the rows counted and the rows in total.
     parts : array of shape (patients,)
-        What each patient adds, see `influence`.
+        Each patient's contribution, see `influences`.
     """
 
     value: float
@@ -220,10 +220,10 @@ class Estimate:
 
 
 class Spread(NamedTuple):
-    """What patients add to a score.
+    """Patients' contributions to a score.
 
-    `parts` (I,) of all rows, `error` its standard error, `freedom` degrees of freedom of that,
-    `fewest` patients of the rarer class.
+    `parts` (I,) are the contributions of all rows, `error` the score's standard error, `freedom`
+    its degrees of freedom, `fewest` the number of patients of the rarer class.
     """
 
     parts: np.ndarray
@@ -233,7 +233,7 @@ class Spread(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """Rows that are scored: labels, decisions and patients (n,), and how many patients in all."""
+    """Scored rows: labels, decisions and patients (n,), and the total number of patients."""
 
     y: np.ndarray
     called: np.ndarray
@@ -249,7 +249,7 @@ def estimate_scores(
     names: Sequence[str] = SCORES,
     n_patients: int | None = None,
 ) -> dict[str, Estimate]:
-    """Estimate scores, each with limits or the reason why it has none.
+    """Return estimates of scores, each with limits or the reason why there are none.
 
     Parameters
     ----------
@@ -258,16 +258,16 @@ def estimate_scores(
     threshold : float
         Decisions are abnormal at or above it.
     codes : integer array of shape (n,)
-        From `patient_codes`, of these rows or more.
+        From `patient_codes`, for at least these rows.
     names : sequence of str
-        Of `SCORES` but ECE, and `PREDICTIVE`.
+        Scores from `SCORES` except ECE, and from `PREDICTIVE`.
     n_patients : int, optional
-        The length of `Estimate.parts`; by default, what these rows need.
+        The length of `Estimate.parts`; by default as long as these rows require.
 
     Raises
     ------
     TrainingDataError
-        As `Scorer`.
+        Invalid labels or probabilities, or lengths that differ; see `Scorer`.
     """
     known = [name for name in names if name not in (*PREDICTIVE, "ece")]
     scorer = Scorer(y, probability, threshold, known)
@@ -299,18 +299,18 @@ def estimate_scores(
 def estimate_share(
     hit: np.ndarray, among: np.ndarray, codes: np.ndarray, n_patients: int | None = None
 ) -> Estimate:
-    """Estimate which share of some rows has a property.
+    """Return an estimate of the share of rows that have a property.
 
-    The rows' number is divided by the design effect: the variance of the share with patients as
-    clusters over that of independent rows, held between 1 and what it would be if rows of one
-    patient were all alike. Where the rows do not tell it, it is the latter.
+    The number of rows is divided by the design effect: the variance of the share with patients as
+    clusters over that of independent rows, clipped between 1 and its value if all rows of a patient
+    were equal. If the rows do not determine it, that upper value is used.
 
     Parameters
     ----------
     hit, among : bool arrays of shape (n,)
-        Which rows have it, and which are looked at.
+        Which rows have the property, and which rows are counted.
     codes : integer array of shape (n,)
-        Their patients.
+        Each row's patient, from `patient_codes`.
     n_patients : int, optional
         The length of `Estimate.parts`.
     """
@@ -340,10 +340,10 @@ def estimate_share(
 
 
 def mean_estimate(estimates: Sequence[Estimate], names: Sequence[str]) -> Estimate:
-    """Estimate the mean of scores of groups of rows, such as regions, each weighing the same.
+    """Return the estimated mean of the scores of groups of rows, such as regions, equally weighted.
 
-    By MOVER from the groups' own limits. Where patients are in several groups the distances are
-    widened by the root of the variance with them over that without.
+    By MOVER from the groups' own limits. If patients are in several groups, the distances are
+    widened by the root of the ratio of the variance with their correlation to that without.
     """
     value = float(np.mean([own.value for own in estimates]))
     parts = np.sum([own.parts for own in estimates], axis=0) / len(estimates)
@@ -369,12 +369,12 @@ def mean_estimate(estimates: Sequence[Estimate], names: Sequence[str]) -> Estima
 def measure_spread(
     y: np.ndarray, added: np.ndarray, codes: np.ndarray, n_patients: int | None = None
 ) -> Spread:
-    """Return the standard error of a score from what each row adds (n,), patients as clusters.
+    """Return a score's standard error from the rows' contributions (n,), patients as clusters.
 
-    With a and b what a patient's abnormal and normal rows add and c(m) = m / (m - 1), the variance
-    is ``c(I) sum (a + b)² + (c(I1) - c(I)) sum a² + (c(I0) - c(I)) sum b²`` over I patients, I1
-    with an abnormal and I0 with a normal row: Obuchowski's for AUROC. NaN where one of these is
-    below two.
+    With a and b the contributions of a patient's abnormal and normal rows and c(m) = m / (m - 1),
+    the variance is ``c(I) sum (a + b)² + (c(I1) - c(I)) sum a² + (c(I0) - c(I)) sum b²`` over I
+    patients, I1 with an abnormal and I0 with a normal row: for AUROC, Obuchowski's variance. NaN
+    if one of these numbers is below two.
     """
     is_abnormal = y == 1
     size = (int(codes.max()) + 1 if len(codes) else 0) if n_patients is None else n_patients
@@ -430,7 +430,7 @@ def _estimate_smooth(rows: _Rows, name: str, value: float, added: np.ndarray) ->
 
 
 def _estimate_agreement(rows: _Rows, name: str, value: float) -> Estimate:
-    """Estimate macro-F1 or kappa from sensitivity, specificity and prevalence."""
+    """Return macro-F1 or kappa, estimated from sensitivity, specificity and prevalence."""
     is_abnormal, everyone = rows.y == 1, np.ones(len(rows.y), bool)
     added = influences(rows.y, rows.called.astype(np.float64), 0.5, [name])[name]
     parts = np.bincount(rows.codes, weights=added, minlength=rows.n_patients)
@@ -473,7 +473,7 @@ def _kappa(sensitivity: float, specificity: float, prevalence: float) -> float:
 
 
 def _shrunken_ratio(value: float, spread: Spread, n_abnormal: int, n_normal: int) -> float:
-    """Return the variance of the data over Hanley and McNeil's, drawn towards 1."""
+    """Return the variance of the data over Hanley and McNeil's, shrunk towards 1."""
     if not 0 < value < 1 or not spread.error > 0:
         return 1.0
     ratio = spread.error**2 / auroc_variance(value, n_abnormal, n_normal)
@@ -492,7 +492,7 @@ def _design_effect(
 
 
 def _freedom(parts: np.ndarray) -> float:
-    """Return n - 1 of n equal normal parts, fewer of unequal ones; at least 1."""
+    """Return n - 1 for n equal normal contributions, less for unequal ones; at least 1."""
     squared = parts * parts
     fourth = float(squared @ squared)
     return max(3 * float(squared.sum()) ** 2 / fourth - 1, 1.0) if fourth > 0 else inf
@@ -517,7 +517,7 @@ def _why_none(rows: _Rows) -> str | None:
 
 
 def _too_few(n: int, noun: str) -> str:
-    return f"{n} {noun}; an interval wants {MIN_PATIENTS}"
+    return f"{n} {noun}; an interval needs {MIN_PATIENTS}"
 
 
 def _correction(n: int) -> float:

@@ -1,6 +1,6 @@
-"""Scores with their intervals, overall and by group, patients as clusters; and paired tests.
+"""Scores with their intervals, overall and by group, with patients as clusters.
 
-ECE alone is resampled; the others are estimated, see `evaluation.estimates`.
+Only ECE is resampled; the other scores are estimated, see `evaluation.estimates`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -52,30 +52,30 @@ def bootstrap_scores(
     y, probability : arrays of shape (n,)
         Labels 0 or 1 and probabilities of abnormal, one row per study (or per image).
     patients : array of shape (n,)
-        Whose row it is; any values that compare equal for one patient.
+        Each row's patient; any values that compare equal for one patient.
     threshold : float
         Decisions are abnormal at or above it.
     n_resamples, seed : int
-        How many resamples of patients ECE's bound is drawn from, and from which stream.
+        Number of resamples of patients for ECE's bound, and their random seed.
 
     Returns
     -------
     dict of str to Interval, in the order of `SCORES`
-        Each names its method, see `evaluation.estimates`. ECE has an upper bound alone: `low` is
-        NaN. Where fewer than `MIN_PATIENTS` patients of a class stand behind a score, or all rows
-        have one probability, both ends are NaN and `reason` says so.
+        Each names its method, see `evaluation.estimates`. ECE has only an upper bound: `low` is
+        NaN. With fewer than `MIN_PATIENTS` patients of a class, or one probability for all rows,
+        both limits are NaN and `reason` is set.
 
     Raises
     ------
     TrainingDataError
-        As `Scorer`.
+        Invalid labels or probabilities, or lengths that differ; see `Scorer`.
     """
     variants = {"": Variant(probability, threshold)}
     return bootstrap_variants(y, variants, patients, n_resamples=n_resamples, seed=seed)[""]
 
 
 class Variant(NamedTuple):
-    """Probabilities of the rows (n,), the threshold of decisions, and the scores wanted."""
+    """Probabilities of the rows (n,), the decision threshold, and the requested scores."""
 
     probability: np.ndarray
     threshold: float
@@ -90,7 +90,7 @@ def bootstrap_variants(
     n_resamples: int = 2000,
     seed: int = 0,
 ) -> dict[str, dict[str, Interval]]:
-    """Return the scores of several predictions of the same rows.
+    """Return the scores of several predictions of one set of rows.
 
     Parameters and errors are those of `bootstrap_scores`.
     """
@@ -118,15 +118,15 @@ def bootstrap_report(
     Parameters
     ----------
     rows : DataFrame
-        One row per study as `by_study` makes them, or per image: `patient`, `label` (missing or -1
-        where unknown), `probability`, and the columns of `by`.
+        One row per study as returned by `by_study`, or per image: `patient`, `label` (missing or
+        -1 if unknown), `probability`, and the columns of `by`.
     threshold : float
         The threshold of the decision scores.
     n_resamples, seed : int
-        As for `bootstrap_scores`.
+        See `bootstrap_scores`.
     by : sequence of str
-        Columns that split the rows; `n_views` is split into 1, 2 and 3+. Those that `rows` does
-        not have are passed over.
+        Columns to group by; `n_views` is grouped into 1, 2 and 3+. Columns that `rows` lacks are
+        ignored.
 
     Returns
     -------
@@ -136,12 +136,12 @@ def bootstrap_report(
         `mean_over_regions`. A block holds `n`, `n_abnormal`, `n_patients`, `scores` (name to
         `Interval`) and `at_half` (the decision scores at 0.5). `mean_over_regions` holds `scores`
         and `at_half`, `n_regions`, and `left_out`: the regions of one class, which have no AUROC.
-        `plain` makes it fit for JSON.
+        `plain` converts the report to JSON values.
 
     Raises
     ------
     TrainingDataError
-        No row has a label, or as `Scorer`.
+        No row has a label, or labels or probabilities are invalid; see `Scorer`.
     """
     labels = rows["label"].astype("Int8").fillna(-1).to_numpy(dtype=np.int8)
     known = rows[labels >= 0].assign(label=labels[labels >= 0])
@@ -159,7 +159,7 @@ def bootstrap_report(
 
 
 def plain(report: Any) -> Any:
-    """Return a report fit for JSON: intervals as dicts, NaN as None, numpy numbers as Python's."""
+    """Return a report as JSON values: intervals as dicts, NaN as None, plain Python numbers."""
     if isinstance(report, (Interval, Difference)):
         return report.as_dict()
     if isinstance(report, Mapping):
@@ -213,7 +213,7 @@ def _parts(
 def _estimate(
     variant: Variant, y: np.ndarray, codes: np.ndarray, n_patients: int
 ) -> dict[str, Estimate | None]:
-    """Estimate the scores wanted in their order, None for ECE."""
+    """Return estimates of the requested scores in their order, None for ECE."""
     found = estimate_scores(
         y, variant.probability, variant.threshold, codes, variant.names, n_patients
     )
@@ -227,7 +227,7 @@ def _size(codes: np.ndarray) -> int:
 def _mean(
     groups: Sequence[Mapping[str, Estimate | None]], names: Sequence[str]
 ) -> dict[str, Estimate | None]:
-    """Return the mean of each score over groups, {} over none."""
+    """Return the mean of each score over groups, or {} without groups."""
     found: dict[str, Estimate | None] = {}
     for score in groups[0] if groups else ():
         own = [one for group in groups if (one := group[score]) is not None]
@@ -248,7 +248,7 @@ def _bound_errors(
     n_resamples: int,
     seed: int,
 ) -> list[Interval]:
-    """Return ECE of each group of rows with its upper bound, then of means over some groups."""
+    """Return ECE with its upper bound for each group of rows, then for means over some groups."""
     scorers = [Scorer(y[rows], probability[rows], 0.5, ["ece"]) for rows in members]
     truth, draws = draw(scorers, members, codes, n_resamples, seed)
     values = [own["ece"] for own in truth]
@@ -277,7 +277,7 @@ def _views(n_views: int) -> str:
 
 
 def _two_class_regions(y: np.ndarray, groups: Mapping[tuple[str, str], np.ndarray]) -> list[int]:
-    """Return which groups are regions with both classes."""
+    """Return the indices of the groups that are regions with both classes."""
     return [
         k
         for k, ((column, _), rows) in enumerate(groups.items())

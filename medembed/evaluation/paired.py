@@ -1,4 +1,4 @@
-"""Paired comparison of heads that predicted the same rows."""
+"""Paired comparison of heads that predicted one set of rows."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,15 +33,15 @@ __all__ = [
     "paired_differences",
 ]
 
-#: AUROCs of n1 * n0 pairs of rows differ by 1 / (2 n1 n0) at least; what is below this is rounding.
+#: AUROCs over n1 * n0 pairs of rows differ by at least 1 / (2 n1 n0); less is rounding error.
 _ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A difference a - b between two sets of predictions on the same rows; NaN: not estimable.
+    """A difference a - b between two predictions of the same rows; NaN if not estimable.
 
-    `error` is its standard error and `freedom` the degrees of freedom of that, of method "t" alone.
+    `error` is its standard error and `freedom` its degrees of freedom, only for method "t".
     """
 
     difference: float
@@ -53,7 +53,7 @@ class Difference:
     freedom: float = nan
 
     def as_dict(self) -> dict[str, Any]:
-        """Return `difference`, `low`, `high`, `p` with None for what is not estimable; `method`."""
+        """Return `difference`, `low`, `high`, `p`, None if not estimable, and `method`."""
         found: dict[str, Any] = {
             name: finite_or_none(getattr(self, name)) for name in ("difference", "low", "high", "p")
         }
@@ -96,30 +96,29 @@ def paired_differences(
     Parameters
     ----------
     y, patients : arrays of shape (n,)
-        Labels 0 or 1, and whose row it is.
+        Labels 0 or 1, and each row's patient.
     probabilities : dict of str to array of shape (n,)
         Each head's probabilities on the same rows.
     score : str
         One of `SCORES`.
     thresholds : dict of str to float, optional
-        Each head's threshold, for the decision scores; 0.5 where not given.
+        Each head's threshold for the decision scores; 0.5 by default.
 
     Returns
     -------
     dict of (a, b) to Difference, in the order of `itertools.combinations`
-        The interval, cut to [-1, 1], and the two-sided p are those of Student's t of the
-        difference over its standard error, from what each patient adds to it (`influence`; of
-        AUROC it is DeLong's with Obuchowski's clusters), with no more degrees of freedom than the
-        rarer class has patients, less one. Predictions between which the score does
-        not tell differ by 0 with p = 1 and no interval. Not corrected for the number of pairs: see
-        `holm`. Where fewer than `MIN_PATIENTS` patients of a class stand behind the score, or a
-        difference has no spread, interval and p are NaN; so they are of ECE, whose noise has a
-        mean.
+        The interval, clipped to [-1, 1], and the two-sided p come from Student's t of the
+        difference over its standard error, from each patient's contribution (`influences`; for
+        AUROC this is DeLong's with Obuchowski's clusters), with at most as many degrees of freedom
+        as the rarer class has patients, less one. Predictions that the score does not distinguish
+        differ by 0 with p = 1 and no interval. Not corrected for the number of pairs: see `holm`.
+        With fewer than `MIN_PATIENTS` patients of a class, or without spread, interval and p are
+        NaN; they are also NaN for ECE, whose noise does not average out.
 
     Raises
     ------
     TrainingDataError
-        As `Scorer`, or a row has no patient.
+        Invalid labels or probabilities (see `Scorer`), or a row without a patient.
     """
     cuts, codes, labels = thresholds or {}, patient_codes(patients), np.asarray(y)
     values, added = {}, {}
@@ -146,8 +145,8 @@ def paired_differences(
 def non_inferiority_p(difference: Difference, margin: float) -> float:
     """Return the one-sided p that a is worse than b by `margin` or more, NaN without a spread.
 
-    That of Student's t of ``difference + margin`` over the standard error: below 0.025 just where
-    the lower end of the 95 % interval lies above ``-margin`` (Piaggio et al., JAMA 308, 2012;
+    From Student's t of ``difference + margin`` over the standard error: below 0.025 exactly if the
+    lower limit of the 95 % interval is above ``-margin`` (Piaggio et al., JAMA 308, 2012;
     Wellek, Testing Statistical Hypotheses of Equivalence and Noninferiority, 2010).
     """
     if not difference.error > 0:
@@ -164,12 +163,12 @@ def bootstrap_p(
     seed: int = 0,
     score: str = "auroc",
 ) -> dict[tuple[str, str], float]:
-    """Return the p of every pair of heads by the bootstrap over patients, a cross-check.
+    """Return the p of every pair of heads from a bootstrap over patients, as a cross-check.
 
     With d the differences a - b on the B resamples, ``p = min(1, 2 * (min(#{d <= 0}, #{d >= 0}) +
     1) / (B + 1))``: the test that inverts the percentile interval (Efron and Tibshirani, An
     Introduction to the Bootstrap, 1993, chapters 13 and 15), with one added so that p is never
-    zero (Davison and Hinkley 1997, 4.2). NaN where `percentiles` gives no interval.
+    zero (Davison and Hinkley 1997, 4.2). NaN if `percentiles` gives no interval.
     """
     scorers = [Scorer(y, probability, 0.5, [score]) for probability in probabilities.values()]
     codes = patient_codes(patients)
@@ -193,7 +192,7 @@ def _compare(
     if not spread.error > _ROUNDING:
         is_same = abs(value) < _ROUNDING
         return Difference(0.0 if is_same else value, nan, nan, 1.0 if is_same else nan)
-    freedom = min(spread.freedom, fewest - 1)  # a few patients do not tell their own spread
+    freedom = min(spread.freedom, fewest - 1)  # a few patients determine their own spread poorly
     reach = quantile(CONFIDENCE, freedom) * spread.error
     p = 2 * float(_tail(abs(value) / spread.error, freedom))
     low, high = max(value - reach, -1.0), min(value + reach, 1.0)
@@ -205,7 +204,7 @@ def _tail(ratio: float, freedom: float) -> float:
 
 
 def _fewest_patients(labels: np.ndarray, codes: np.ndarray, score: str) -> int:
-    """Return the patients of the rarer class that the score looks at."""
+    """Return the number of patients of the rarer class among those that the score uses."""
     n_abnormal, n_normal = (len(np.unique(codes[labels == label])) for label in (1, 0))
     if score in ("accuracy", "brier"):
         return len(np.unique(codes))
@@ -225,8 +224,8 @@ def _smaller_tail(value: float, draws: np.ndarray, *, several: bool) -> float:
 def holm(p: Sequence[float]) -> np.ndarray:
     """Return Holm's step-down adjusted p-values, in the order given (float64, NaN stays NaN).
 
-    The k-th smallest of m is multiplied by m - k + 1, made monotone, and cut at 1 (Holm,
-    Scandinavian Journal of Statistics 6, 1979). NaN is no test: it does not count in m.
+    The k-th smallest of m is multiplied by m - k + 1, made monotone, and capped at 1 (Holm,
+    Scandinavian Journal of Statistics 6, 1979). NaN is not a test and does not count in m.
     """
     values = np.asarray(p, dtype=np.float64)
     adjusted = np.full(values.shape, np.nan)
@@ -239,7 +238,7 @@ def holm(p: Sequence[float]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class McNemar:
-    """Rows on which only one of two heads decided rightly, and the exact test of their numbers."""
+    """Numbers of rows on which only one of two heads was correct, and their exact test."""
 
     only_a: int
     only_b: int
@@ -247,24 +246,24 @@ class McNemar:
 
 
 def mcnemar(y: np.ndarray, a: np.ndarray, b: np.ndarray) -> McNemar:
-    """Test whether two heads decide rightly equally often, by McNemar's exact test.
+    """Return McNemar's exact test of whether two heads are correct equally often.
 
-    The test takes rows as independent, which studies of one patient are not: it is a cross-check
-    beside the bootstrap over patients, and too sure of itself where patients have many rows.
+    The test assumes independent rows, but studies of one patient are dependent: it is a cross-check
+    of the bootstrap over patients, and overconfident if patients have many rows.
 
     Parameters
     ----------
     y : array of shape (n,)
         Labels, 0 or 1.
     a, b : arrays of shape (n,)
-        The heads' decisions on the same rows: True, or 1, is abnormal.
+        The heads' decisions on these rows: True, or 1, is abnormal.
 
     Returns
     -------
     McNemar
         `p` is two-sided, from the binomial distribution with probability one half of the smaller
         of the two counts among their sum (McNemar, Psychometrika 12, 1947, in its exact form),
-        doubled and cut at 1; 1 where the heads are right and wrong on the same rows.
+        doubled and capped at 1; 1 if the heads are right and wrong on the same rows.
 
     Raises
     ------

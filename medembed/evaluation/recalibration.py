@@ -1,4 +1,4 @@
-"""What a small labelled sample of new patients mends of a model's probabilities."""
+"""Recalibrate a model's probabilities on a small labelled sample of new patients."""
 
 from collections.abc import Mapping
 from math import exp, nan
@@ -24,9 +24,9 @@ from medembed.evaluation.thresholds import DecisionRule
 
 __all__ = ["AFTER", "MIN_FOR_SLOPE", "draw_patients", "recalibrate"]
 
-#: The scores that recalibration can change; it keeps the order, and so AUROC.
+#: The scores that recalibration can change; it keeps the order, and therefore AUROC.
 AFTER = (*DECISION_SCORES, "brier", "ece")
-#: Patients that a slope is fitted on. With fewer its noise harms more than it mends.
+#: Patients needed to fit a slope. With fewer, its noise does more harm than good.
 MIN_FOR_SLOPE = 50
 _SIGNIFICANCE = 0.05
 
@@ -34,13 +34,13 @@ _SIGNIFICANCE = 0.05
 def draw_patients(patients: np.ndarray, n: int, seed: int = 0) -> np.ndarray:
     """Return which rows (n_rows,) bool belong to `n` patients drawn without replacement.
 
-    The draw hangs on the patients' names and the seed, not on the order of rows; with more
-    patients come the same ones first.
+    The draw depends on the patients' names and the seed, not on the order of rows; a larger draw
+    contains every smaller one.
 
     Raises
     ------
     TrainingDataError
-        Fewer than 1 are asked for, or so many that no patient is left to be scored.
+        `n` is below 1, or leaves no patient to be scored.
     """
     codes = patient_codes(patients)
     n_patients = int(codes.max()) + 1 if len(codes) else 0
@@ -69,39 +69,43 @@ def recalibrate(
     n_resamples: int = 2000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Fit calibration and threshold on some patients, and score them on all others.
+    """Return a recalibration fitted on some patients and scored on all others.
 
-    Nothing is changed where the drawn patients do not tell the model's slope and intercept from 1
-    and 0 (p of the joint test at least 5 %). Of fewer than `MIN_FOR_SLOPE` patients the intercept
-    alone is fitted, and the decisions stay; of more both, and Youden's threshold anew (closed
-    testing as in Vergouwe et al., Statistics in Medicine 36, 2017).
+    Nothing changes if the drawn patients' slope and intercept do not differ significantly from 1
+    and 0 (p of the joint test at least 5 %). With fewer than `MIN_FOR_SLOPE` patients only the
+    intercept is fitted, and decisions stay; with more, both are fitted, and Youden's threshold is
+    chosen anew (closed testing as in Vergouwe et al., Statistics in Medicine 36, 2017).
 
     Parameters
     ----------
     studies : DataFrame
         `patient`, `label` (0 or 1), `probability` (not calibrated), one row per study.
     calibration : Calibration
-        The model's own, and `threshold` on what it gives.
+        The model's own calibration.
+    threshold : float
+        The model's own threshold of calibrated probabilities.
     n_patients : int
-        How many are drawn by `seed`, see `draw_patients`.
+        Number of patients to draw, see `draw_patients`.
     n_resamples, seed : int
-        Of ECE's bound over the other patients.
+        Number of resamples for ECE's bound over the other patients, and the random seed.
 
     Returns
     -------
     dict
-        JSON values: ``n_patients``, ``n``, ``n_abnormal`` of the drawn; ``note``, None or why
-        nothing could be fitted (fewer than `MIN_PATIENTS` of a class, and how many to draw), and
-        then no more; ``action`` ("none", "intercept" or "slope_and_intercept"), ``p`` of the joint
-        test and ``line``, the fit of the model's own probabilities to the drawn; ``calibration``
-        and ``threshold`` from now on; of the others ``scored`` (counts), ``before`` and ``after``:
-        ``scores`` of `AFTER` and ``line`` as `calibration_line` has it; ``change`` of each score,
-        after less before, with its interval.
+        JSON values: ``n_patients``, ``n``, ``n_abnormal`` of the drawn patients; ``note``, None or
+        why nothing could be fitted (fewer than `MIN_PATIENTS` of a class, and how many to draw), in
+        which case the other keys are absent; ``action`` ("none", "intercept" or
+        "slope_and_intercept"), ``p`` of the joint test and ``line``, the fit of the model's own
+        probabilities to the drawn patients; the new ``calibration`` and ``threshold``; for the
+        other patients ``scored`` (counts), ``before`` and ``after``: ``scores`` of `AFTER` and
+        ``line`` as returned by `calibration_line`; ``change`` of each score, after less before,
+        with its interval.
 
     Raises
     ------
     TrainingDataError
-        As `draw_patients` and `Scorer`.
+        Too few or too many patients are requested (see `draw_patients`), or labels or probabilities
+        are invalid (see `Scorer`).
     """
     is_drawn = draw_patients(studies["patient"].to_numpy(), n_patients, seed)
     drawn, others = studies[is_drawn], studies[~is_drawn]
@@ -133,7 +137,7 @@ def recalibrate(
 
 
 def _why_not(studies: pd.DataFrame, drawn: pd.DataFrame, n: int, seed: int) -> str | None:
-    """Say that a class has too few patients among the drawn, and how many to draw."""
+    """Return a note if a class has too few drawn patients, and how many to draw, else None."""
     fewest, which = min(
         (int(drawn.loc[drawn["label"] == label, "patient"].nunique()), name)
         for label, name in ((0, "normal"), (1, "abnormal"))
@@ -144,7 +148,7 @@ def _why_not(studies: pd.DataFrame, drawn: pd.DataFrame, n: int, seed: int) -> s
     remedy = (
         f"Draw {needed} patients, the smallest number that gives enough with this seed."
         if needed is not None
-        else f"Label more patients: all together have too few of a class to keep {MIN_PATIENTS} "
+        else f"Label more patients: in total there are too few of a class to draw {MIN_PATIENTS} "
         "and score others."
     )
     return (
@@ -154,7 +158,7 @@ def _why_not(studies: pd.DataFrame, drawn: pd.DataFrame, n: int, seed: int) -> s
 
 
 def _needed(studies: pd.DataFrame, seed: int) -> int | None:
-    """Return how many patients to draw so that each class has enough; None where none will do."""
+    """Return how many patients to draw so that each class has enough, or None if impossible."""
     codes = patient_codes(studies["patient"].to_numpy())
     n_patients = int(codes.max()) + 1
     order = np.random.default_rng(seed).permutation(n_patients)
@@ -213,7 +217,7 @@ def _score_others(
 def _find_changes(
     y: np.ndarray, variants: Mapping[str, Variant], codes: np.ndarray
 ) -> dict[str, Interval]:
-    """Return each score after less before, on the same rows; ECE's without an interval."""
+    """Return each score after less before, on identical rows; ECE's without an interval."""
     values, added = {}, {}
     names = [name for name in AFTER if name != "ece"]
     for side, variant in variants.items():

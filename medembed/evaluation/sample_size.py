@@ -1,9 +1,10 @@
-"""How many test patients an interval of some width, or a paired test of some power, wants.
+"""The number of test patients required for an interval's width or a paired test's power.
 
-By what `evaluation.estimates` and `evaluation.paired` compute: Newcombe's score limits of AUROC,
-limits of a share, and the test of two AUROCs on the same rows, with Hanley and McNeil's variances,
-which are a little too large above an AUROC of 0.9. Studies of one patient count less by the effect
-``1 + (studies per patient - 1) * icc`` (Kish, Survey Sampling, 1965).
+The calculations match `evaluation.estimates` and `evaluation.paired`: Newcombe's score limits of
+AUROC, limits of a share, and the test of two AUROCs on the same rows, with Hanley and McNeil's
+variances, which are slightly too large above an AUROC of 0.9. Studies of one patient are
+discounted by the design effect ``1 + (studies per patient - 1) * icc`` (Kish, Survey Sampling,
+1965).
 """
 
 from collections.abc import Callable
@@ -31,7 +32,7 @@ __all__ = [
 ]
 
 MOST_PATIENTS = 1_000_000
-"""More are no test set that anyone will label."""
+"""Nobody will label a larger test set."""
 PLANNED_SCORES = ("auroc", "sensitivity", "specificity")
 METHODS = {
     "auroc": "Newcombe's score interval with Hanley and McNeil's variance, t",
@@ -43,17 +44,17 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Sampling:
-    """Who would be in a test set.
+    """The composition of a planned test set.
 
     Attributes
     ----------
     prevalence : float
         Share of studies that are abnormal, in (0, 1).
     studies_per_patient : float
-        Their mean, at least 1.
+        Mean number of studies per patient, at least 1.
     icc : float
-        How alike the scores of a patient's studies of one label are, in [0, 1]: 0 as those of two
-        patients, 1 all the same.
+        Intraclass correlation of the scores of a patient's studies with one label, in [0, 1]: 0 as
+        between two patients, 1 identical.
 
     Raises
     ------
@@ -77,11 +78,11 @@ class Sampling:
 
     @property
     def design_effect(self) -> float:
-        """By how much the variance is larger than that of independent studies."""
+        """Factor by which the variance exceeds that of independent studies."""
         return 1 + (self.studies_per_patient - 1) * self.icc
 
     def count(self, patients: int) -> "Counts":
-        """Return the effective numbers of abnormal and normal studies among these patients."""
+        """Return the effective numbers of abnormal and normal studies of this many patients."""
         effective = patients * self.studies_per_patient / self.design_effect
         return Counts(effective * self.prevalence, effective * (1 - self.prevalence))
 
@@ -95,7 +96,7 @@ class Counts(NamedTuple):
 
 @dataclass(frozen=True)
 class SampleSize:
-    """The smallest test set that will do.
+    """The smallest sufficient test set.
 
     Attributes
     ----------
@@ -110,23 +111,23 @@ class SampleSize:
 
 
 def plan_width(score: str, value: float, width: float, sampling: Sampling) -> SampleSize:
-    """Return how many patients make the 95 % interval of a score no wider than asked.
+    """Return how many patients make the 95 % interval of a score no wider than requested.
 
     Parameters
     ----------
     score : {"auroc", "sensitivity", "specificity"}
     value : float
-        What is expected: AUROC in (0.5, 1), shares in (0, 1).
+        The expected score: AUROC in (0.5, 1), shares in (0, 1).
     width : float
-        From lower to upper end, in (0, 1).
+        From lower to upper limit, in (0, 1).
     sampling : Sampling
 
     Returns
     -------
     SampleSize
-        With at least `MIN_PATIENTS` of either class, below which no interval is shown. Of AUROC it
-        is nearly that of Riley et al. (Statistics in Medicine 40, 2021, criterion 3), who take the
-        same variance, but an interval that is symmetric and normal.
+        Includes at least `MIN_PATIENTS` of each class, below which no interval is shown. For AUROC
+        the size is close to that of Riley et al. (Statistics in Medicine 40, 2021, criterion 3),
+        who use the same variance but a symmetric normal interval.
 
     Raises
     ------
@@ -155,29 +156,30 @@ def plan_width(score: str, value: float, width: float, sampling: Sampling) -> Sa
 def plan_difference(
     auroc: float, difference: float, correlation: float, power: float, sampling: Sampling
 ) -> SampleSize:
-    """Return how many patients let a paired test at the 5 % level find a difference in AUROC.
+    """Return how many patients a paired test at the 5 % level needs to detect an AUROC difference.
 
     Parameters
     ----------
     auroc : float
-        That of the better head, in (0.5, 1).
+        AUROC of the better head, in (0.5, 1).
     difference : float
-        By which that of the other is lower; it must stay above 0.5.
+        By how much the other head's AUROC is lower; it must stay above 0.5.
     correlation : float
-        Of both heads' scores among studies of one label, in [0, 1).
+        Correlation of both heads' scores among studies of one label, in [0, 1).
     power : float
-        Probability that the test finds it, in [0.5, 1).
+        Probability that the test detects the difference, in [0.5, 1).
     sampling : Sampling
 
     Raises
     ------
     MedembedError
-        As `plan_width`.
+        See `plan_width`.
 
     Notes
     -----
-    The test finds it where ``difference / error`` exceeds the quantile of t, so that many patients
-    are needed that it is that quantile and the normal one of the power (Obuchowski, AJR 175, 2000).
+    The test detects the difference if ``difference / error`` exceeds the quantile of t. The number
+    of patients is therefore such that this ratio is the sum of that quantile and the normal
+    quantile of the power (Obuchowski, AJR 175, 2000).
     """
     _require_expected("auroc", auroc)
     _require(
@@ -202,7 +204,7 @@ def plan_difference(
 def difference_error(
     aurocs: tuple[float, float], correlation: float, counts: tuple[float, float]
 ) -> float:
-    """Return the standard error of the difference of two AUROCs on the same independent rows.
+    """Return the standard error of the difference of two AUROCs on shared, independent rows.
 
     ``sqrt(v1 + v2 - 2 r sqrt(v1 v2))`` (Hanley and McNeil, Radiology 148, 1983).
 
@@ -210,9 +212,9 @@ def difference_error(
     ----------
     aurocs : (float, float)
     correlation : float
-        Of the scores; r is `auroc_correlation`.
+        Correlation of the scores; r is `auroc_correlation`.
     counts : (float, float)
-        Abnormal and normal rows.
+        Numbers of abnormal and normal rows.
     """
     first, second = (auroc_variance(auroc, *counts) for auroc in aurocs)
     r = auroc_correlation(aurocs, correlation)
@@ -223,9 +225,9 @@ def auroc_correlation(aurocs: tuple[float, float], correlation: float) -> float:
     """Return the correlation of two AUROCs from that of the heads' scores within a class.
 
     For binormal scores, as in the table of Hanley and McNeil (Radiology 148, 1983). An abnormal row
-    outranks a normal one under either head where two normal differences, correlated by half of
-    that of the scores, are both positive; so that the covariance is the integral of the bivariate
-    normal density over the correlation from 0 to there (Plackett, Biometrika 41, 1954).
+    outranks a normal one under both heads if two normal differences, whose correlation is half
+    that of the scores, are both positive. The covariance is therefore the integral of the bivariate
+    normal density over the correlation from 0 to that value (Plackett, Biometrika 41, 1954).
     """
     first, second = (float(ndtri(auroc)) for auroc in aurocs)
     shared = _covariance(first, second, correlation / 2)
@@ -242,11 +244,11 @@ def _covariance(first: float, second: float, correlation: float) -> float:
 
 
 def _find(is_enough: Callable[[int], bool], sampling: Sampling, what: str) -> int:
-    """Return the smallest number of patients that is enough, by halving."""
+    """Return the smallest sufficient number of patients, by bisection."""
     least = MIN_PATIENTS / min(sampling.prevalence, 1 - sampling.prevalence)
     if least > MOST_PATIENTS or not is_enough(MOST_PATIENTS):
         raise MedembedError(
-            f"{what} wants more than {MOST_PATIENTS:,} test patients. Ask for a wider interval, a "
+            f"{what} needs more than {MOST_PATIENTS:,} test patients. Ask for a wider interval, a "
             "larger difference or less power, or plan for a higher prevalence."
         )
     low, high = ceil(least) - 1, MOST_PATIENTS

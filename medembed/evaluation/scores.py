@@ -1,7 +1,7 @@
 """Scores of a binary classifier, for one data set or for many reweightings of it at once.
 
-Label 1 is abnormal, 0 normal. A decision is abnormal where probability >= threshold. A score that
-its data cannot give (AUROC of one class) is NaN, never an error: it reads "not estimable".
+Label 1 is abnormal, 0 normal. A decision is abnormal if probability >= threshold. A score that
+cannot be computed (AUROC of one class) is NaN, never an error, and is shown as "not estimable".
 """
 
 import math
@@ -30,7 +30,7 @@ __all__ = [
 def check_rows(
     y: np.ndarray, probability: np.ndarray, purpose: str = "a score"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return labels as int8 and probabilities as float64, both (n,), fit for `purpose`.
+    """Return labels as int8 and probabilities as float64, both (n,), validated for `purpose`.
 
     Raises
     ------
@@ -54,7 +54,7 @@ def check_rows(
 def check_both_classes(
     y: np.ndarray, probability: np.ndarray, purpose: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return labels as int64 and probabilities as float64, both (n,), fit to fit `purpose` on.
+    """Return labels as int64 and probabilities as float64, both (n,), with both classes present.
 
     Raises
     ------
@@ -72,7 +72,7 @@ def check_both_classes(
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Say whether a JSON value is a number that a float can hold: no bool, infinity or NaN."""
+    """Return whether a JSON value is a number that a float can hold: no bool, infinity or NaN."""
     try:
         return type(value) in (int, float) and math.isfinite(value)
     except OverflowError:  # JSON has whole numbers of any length
@@ -99,10 +99,10 @@ _STUDY_COLUMNS = ("patient", "region", "split", "fold")
 
 
 class Scorer:
-    """Score fixed probabilities under any number of row weights.
+    """Scores fixed probabilities under any number of row weights.
 
-    What depends on the order of the probabilities is computed once, so that a bootstrap costs a
-    few passes over its weights.
+    Everything that depends on the order of the probabilities is computed once, so that a bootstrap
+    costs only a few passes over its weights.
 
     Parameters
     ----------
@@ -113,7 +113,7 @@ class Scorer:
     threshold : float
         Decisions are abnormal at or above it.
     names : sequence of str
-        The scores wanted, of `SCORES`.
+        The requested scores, from `SCORES`.
 
     Raises
     ------
@@ -125,7 +125,7 @@ class Scorer:
     -----
     AUROC is the Mann-Whitney statistic with ties at one half (Hanley and McNeil, Radiology 143,
     1982). Average precision is the sum over distinct thresholds of the gain in recall times the
-    precision, without interpolation, as scikit-learn has it. Kappa is Cohen's (Educational and
+    precision, without interpolation, as in scikit-learn. Kappa is Cohen's (Educational and
     Psychological Measurement 20, 1960). Macro-F1 is the mean of the F1 of both classes. ECE is the
     binary expected calibration error of Naeini et al. (AAAI 2015): `N_ECE_BINS` bins of equal
     width, each weighted by its share of rows times abs(share abnormal - mean probability).
@@ -151,7 +151,7 @@ class Scorer:
 
     @property
     def n_rows(self) -> int:
-        """Rows that are scored."""
+        """Number of scored rows."""
         return len(self._positive)
 
     def __call__(self, weights: np.ndarray) -> dict[str, np.ndarray]:
@@ -181,7 +181,7 @@ class Scorer:
             wins = np.einsum("bg,bg->b", positive, below - negative / 2)
             values["auroc"] = wins / (positives * negatives)
         if "average_precision" in self.names:
-            # from the highest score downwards: everything not strictly below is called abnormal
+            # from the highest score downwards: every row not strictly below is called abnormal
             false = negatives[:, None] - below + negative
             true = positives[:, None] - np.cumsum(positive, axis=1) + positive
             precision = true / np.where(true + false > 0, true + false, 1.0)
@@ -190,7 +190,7 @@ class Scorer:
         return values
 
     def _moment_columns(self) -> np.ndarray:
-        """Return (n, 5 + bins): what the scores without ranks are weighted sums of."""
+        """Return (n, 5 + bins), the columns whose weighted sums give the scores without ranks."""
         positive, decision = self._positive, self._decision
         error = self._probability - positive
         bins = (self._bins[:, None] == np.arange(N_ECE_BINS)) * error[:, None]
@@ -203,7 +203,7 @@ class Scorer:
         negative, miss, false = total - positive, positive - hit, called - hit
         passed = negative - false
         both = (positive > 0) & (negative > 0)
-        # half of F1 = 2 TP / (2 TP + FP + FN) per class; with both classes there it has a value
+        # half of F1 = 2 TP / (2 TP + FP + FN) per class; defined if both classes are present
         macro = hit / (2 * hit + miss + false) + passed / (2 * passed + miss + false)
         agreed = (hit + passed) / total
         by_chance = (positive * called + negative * (total - called)) / total**2
@@ -235,14 +235,14 @@ def score(
     Parameters
     ----------
     y, probability, threshold
-        As for `Scorer`.
+        Labels 0 or 1, probabilities of abnormal, and the decision threshold; see `Scorer`.
     weights : array of shape (B, n), optional
-        Row weights >= 0, one row of weights per answer; counts of a bootstrap for example.
+        Row weights >= 0, one set of weights per result, such as the counts of a bootstrap.
 
     Returns
     -------
-    dict of str to float, or to float64 arrays of shape (B,) where weights are given
-        NaN where not estimable: AUROC, average precision, macro-F1 and kappa want both classes,
+    dict of str to float, or to float64 arrays of shape (B,) if weights are given
+        NaN if not estimable: AUROC, average precision, macro-F1 and kappa need both classes,
         sensitivity an abnormal row, specificity a normal one, the others any row.
 
     Examples
@@ -270,13 +270,13 @@ def by_study(rows: pd.DataFrame) -> pd.DataFrame:
     -------
     DataFrame
         `study`, those of `patient`, `region`, `split`, `fold` that were given, `label` (Int8: the
-        largest known label, a study is abnormal if any view is; missing if none is known),
-        `probability` (float64, the mean of the views'), `n_views` (int64).
+        largest known label, as a study is abnormal if any view is; missing if none is known),
+        `probability` (float64, the mean over the views), `n_views` (int64).
 
     Raises
     ------
     TrainingDataError
-        A study lies in two patients, regions, splits or folds, or a probability is missing.
+        A study has two patients, regions, splits or folds, or a probability is missing.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""The spread of a score over training seeds, told apart from that of sampling patients."""
+"""Separate a score's spread over training seeds from that over samples of patients."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,16 +15,16 @@ __all__ = ["SeedSpread", "seed_spread"]
 
 @dataclass(frozen=True)
 class SeedSpread:
-    """A head's mean score over seeds, and how far two kinds of luck move it; NaN: not estimable.
+    """A head's mean score over seeds, and two sources of its variance; NaN if not estimable.
 
     Attributes
     ----------
     mean : float
-        Over seeds.
+        Mean over seeds.
     seed_sd : float
-        Sample standard deviation over seeds (n - 1): the luck of training. NaN of one seed.
+        Sample standard deviation over seeds (n - 1): the chance of training. NaN for one seed.
     sampling_sd : float
-        Bootstrap standard error over patients, its mean over seeds: the luck of the test set.
+        Bootstrap standard error over patients, averaged over seeds: the chance of the test set.
     n_seeds : int
     """
 
@@ -46,26 +46,27 @@ def seed_spread(
 ) -> SeedSpread:
     """Return the spread of a score over seeds and over resamples of patients.
 
-    More seeds narrow the first, only more patients the second (Bouthillier et al., Accounting for
+    More seeds reduce the former, only more patients the latter (Bouthillier et al., Accounting for
     Variance in Machine Learning Benchmarks, MLSys 2021). All seeds share the resamples.
 
     Parameters
     ----------
     y, patients : arrays of shape (n,)
-        Labels 0 or 1, and whose row it is.
+        Labels 0 or 1, and each row's patient.
     probabilities : sequence of arrays of shape (n,)
-        Of the same rows, by the same head trained with one seed after another.
+        Predictions of these rows by one head trained with several seeds.
     thresholds : sequence of float
-        The threshold of each, for the decision scores.
+        Each seed's threshold for the decision scores.
     score : str
         One of `SCORES`.
     n_resamples, seed : int
-        How many resamples are drawn, and from which stream.
+        Number of resamples, and their random seed.
 
     Raises
     ------
     TrainingDataError
-        No predictions, not as many thresholds as predictions, or as `Scorer`.
+        There are no predictions, or not one threshold for each; or labels or probabilities are
+        invalid, see `Scorer`.
     """
     if not len(probabilities) or len(probabilities) != len(thresholds):
         raise TrainingDataError(

@@ -1,8 +1,9 @@
-"""What deferring costs and what it saves: studies handed on, and errors among the others.
+"""The costs and benefits of deferral: the share of deferred studies, and errors among the others.
 
-A study is decided where its prediction set holds one class. It is deferred where the set holds both
-(the head cannot tell) or neither (it resembles neither). Error among the decided against the share
-deferred is the curve of selective classification (El-Yaniv and Wiener, On the foundations of
+A study is decided if its prediction set holds one class. It is deferred if the set holds both (the
+head is uncertain) or neither (the study resembles neither class). Plotting the error among decided
+studies against the share deferred gives the curve of selective classification (El-Yaniv and Wiener,
+On the foundations of
 noise-free selective classification, Journal of Machine Learning Research 11, 2010).
 """
 
@@ -22,25 +23,24 @@ SHARES = ("coverage", "coverage_normal", "coverage_abnormal", "deferred", "empty
 
 
 def deferral_curve(y: np.ndarray, p_values: np.ndarray, alphas: Sequence[float]) -> pd.DataFrame:
-    """Return what sets do at each level.
+    """Return coverage, deferral and error of the prediction sets at each level.
 
     Parameters
     ----------
     y : array of shape (n,)
         Labels, 0 or 1.
     p_values : array of shape (n, 2)
-        As `Conformal.p_values` returns them: columns normal and abnormal, in [0, 1].
+        From `Conformal.p_values`: columns normal and abnormal, in [0, 1].
     alphas : sequence of float
-        A class is in a study's set where its p-value is above alpha.
+        A class is in a study's set if its p-value is above alpha.
 
     Returns
     -------
     DataFrame
-        One row per alpha: `alpha`, and shares in [0, 1]: `coverage` of studies whose set holds
-        their label, `coverage_normal` and `coverage_abnormal` of those of one label, `deferred` of
-        studies whose set does not hold one class, `empty` of those whose set holds none, `error` of
-        the others, the decided, whose one class is not their label. NaN where there is no such
-        study.
+        One row per alpha: `alpha`, and shares in [0, 1]: `coverage`, of studies whose set holds
+        their label; `coverage_normal` and `coverage_abnormal`, within one label; `deferred`, of
+        studies whose set does not hold exactly one class; `empty`, of studies whose set holds none;
+        `error`, of decided studies whose one class is not their label. NaN if the denominator is 0.
 
     Raises
     ------
@@ -62,24 +62,24 @@ def estimate_deferral(
 ) -> list[dict[str, Interval]]:
     """Return the shares of `deferral_curve` with 95 % intervals, patients as clusters.
 
-    The kept scores of the sets stay as they are: the intervals are those of the test's patients.
+    The stored scores of the sets are fixed: the intervals reflect sampling of the test patients.
 
     Parameters
     ----------
     y, p_values, alphas
-        As for `deferral_curve`.
+        See `deferral_curve`.
     patients : array of shape (n,)
-        Whose study it is.
+        Each study's patient.
 
     Returns
     -------
     list of dict of str to Interval
-        For each alpha, by the names of `SHARES`, see `estimates.estimate_share`.
+        One dict per alpha, keyed by `SHARES`; see `estimates.estimate_share`.
 
     Raises
     ------
     TrainingDataError
-        As `deferral_curve`, or a study has no patient.
+        Invalid labels or p-values (see `deferral_curve`), or a study without a patient.
     """
     labels, p_values = _check(y, p_values)
     codes, everyone = patient_codes(patients), np.ones(len(labels), bool)
@@ -110,7 +110,7 @@ def _check(y: np.ndarray, p_values: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 
 def _flags(y: np.ndarray, p_values: np.ndarray, alpha: float) -> np.ndarray:
-    """Tell which studies are counted for what `_share` divides, bool (n, 5)."""
+    """Return which studies count in each numerator and denominator of `_share`, bool (n, 5)."""
     normal, abnormal = (p_values > alpha).T
     covered, decided = np.where(y == 1, abnormal, normal), normal != abnormal
     empty = ~(normal | abnormal)
@@ -120,7 +120,7 @@ def _flags(y: np.ndarray, p_values: np.ndarray, alpha: float) -> np.ndarray:
 
 
 def _share(counts: np.ndarray) -> dict[str, np.ndarray]:
-    """Return each of `SHARES` (B,) of counts (B, 7): of both labels, then those of `_flags`."""
+    """Return `SHARES` (B,) from counts (B, 7): those of both labels, then those of `_flags`."""
     n_normal, n_abnormal, normal, abnormal, decided, empty, wrong = counts.T
     n = n_normal + n_abnormal
     return {

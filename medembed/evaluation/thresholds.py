@@ -1,6 +1,6 @@
 """Thresholds that turn probabilities into decisions: abnormal at or above them.
 
-They are chosen on (calibrated) out-of-fold predictions of `train` and never see `test`.
+Thresholds are chosen on (calibrated) out-of-fold predictions of `train` and never see `test`.
 """
 
 from collections.abc import Iterable, Sequence
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 HIGHEST = nextafter(1.0, 2.0)
-"""The highest threshold: above every probability, so that nothing is called abnormal."""
+"""The highest threshold: above every probability, so that no row is called abnormal."""
 _ACCEPTED = "sensitivity=0.95, specificity=0.9, youden or threshold=0.3, for example"
 _RANGES = {
     "sensitivity": "above 0 and at most 1",
@@ -47,7 +47,7 @@ class OperatingPoint:
     Attributes
     ----------
     name : str
-        As `ThresholdRule.name`: ``youden``, ``sensitivity=0.95``, ``threshold=0.3``.
+        The rule's name, such as ``youden``, ``sensitivity=0.95`` or ``threshold=0.3``.
     threshold : float
         In [0, `HIGHEST`]; abnormal at or above it.
     """
@@ -65,7 +65,7 @@ class ThresholdRule:
     kind : {"youden", "sensitivity", "specificity", "threshold"}
     value : float, optional
         The sensitivity or specificity to reach, in (0, 1], or the threshold itself, in (0, 1);
-        None of Youden's.
+        None for Youden's rule.
     """
 
     kind: str
@@ -73,19 +73,19 @@ class ThresholdRule:
 
     @property
     def name(self) -> str:
-        """How the rule is written: `parse_rule` reads it back."""
+        """The rule as text, which `parse_rule` reads."""
         if self.value is None:
             return self.kind
         short = f"{self.value:g}"
         return f"{self.kind}={short if float(short) == self.value else repr(self.value)}"
 
     def fit(self, y: np.ndarray, probability: np.ndarray) -> OperatingPoint:
-        """Choose the threshold on labels and calibrated out-of-fold probabilities, both (n,).
+        """Return the threshold chosen on labels and calibrated out-of-fold probabilities, (n,).
 
         Raises
         ------
         TrainingDataError
-            As `youden_threshold`.
+            See `youden_threshold`.
         """
         if self.value is None:
             return OperatingPoint(self.name, youden_threshold(y, probability))
@@ -100,9 +100,9 @@ PACKAGED = (
     ThresholdRule("sensitivity", 0.95),
     ThresholdRule("specificity", 0.9),
 )
-"""What every model is packaged with."""
+"""The rules of the operating points that every model is packaged with."""
 SHOWN = (*PACKAGED, ThresholdRule("threshold", 0.5))
-"""What every comparison shows."""
+"""The rules of the operating points that every comparison shows."""
 
 
 def parse_rule(text: str) -> ThresholdRule:
@@ -111,7 +111,7 @@ def parse_rule(text: str) -> ThresholdRule:
     Raises
     ------
     TrainingDataError
-        Another word, or a number that is none or out of range.
+        The rule is unknown, or its number is invalid or out of range.
 
     Examples
     --------
@@ -129,7 +129,7 @@ def parse_rule(text: str) -> ThresholdRule:
         raise TrainingDataError(
             f"operating point {text!r}: {number!r} is not a number; ask for {_ACCEPTED}"
         ) from None
-    # NaN is in no range
+    # NaN is outside every range
     if not (0 < value <= 1 if kind != "threshold" else 0 < value < 1):
         raise TrainingDataError(
             f"operating point {text!r}: a {kind} is {_RANGES[kind]}; ask for {_ACCEPTED}"
@@ -138,12 +138,12 @@ def parse_rule(text: str) -> ThresholdRule:
 
 
 def parse_rules(texts: Iterable[str | ThresholdRule]) -> tuple[ThresholdRule, ...]:
-    """Read several; none may stand there twice.
+    """Return several parsed rules, all different.
 
     Raises
     ------
     TrainingDataError
-        As `parse_rule`, or one is given twice.
+        A rule is invalid (see `parse_rule`) or given twice.
     """
     found: list[ThresholdRule] = []
     for text in texts:
@@ -157,18 +157,18 @@ def parse_rules(texts: Iterable[str | ThresholdRule]) -> tuple[ThresholdRule, ..
 def fit_points(
     rules: Sequence[ThresholdRule], y: np.ndarray, probability: np.ndarray
 ) -> tuple[OperatingPoint, ...]:
-    """Choose the threshold of each rule, one of the same rule.
+    """Return the operating point of each rule, duplicates removed.
 
     Parameters
     ----------
     y, probability : arrays of shape (n,)
-        As for `youden_threshold`.
+        Labels 0 or 1, and calibrated out-of-fold probabilities of abnormal.
     """
     return tuple(rule.fit(y, probability) for rule in dict.fromkeys(rules))
 
 
 def fixed_points(rules: Iterable[ThresholdRule]) -> tuple[OperatingPoint, ...]:
-    """Return those that nothing has to be fitted for: ``threshold=…``."""
+    """Return the points whose rules require no fitting: ``threshold=…``."""
     known = ((rule.name, rule.value) for rule in rules if rule.kind == "threshold")
     return tuple(OperatingPoint(name, value) for name, value in known if value is not None)
 
@@ -207,10 +207,10 @@ class DecisionRule(NamedTuple):
 def youden_threshold(y: np.ndarray, probability: np.ndarray) -> float:
     """Return the threshold with the largest sensitivity + specificity - 1.
 
-    Youden, Index for rating diagnostic tests, Cancer 3, 1950. Of all thresholds with the same
-    decisions the middle of the gap is taken, and of several cuts with the same index the lowest,
-    the more sensitive one. Where no cut is better than chance this is the smallest probability:
-    everything is called abnormal.
+    Youden, Index for rating diagnostic tests, Cancer 3, 1950. Among thresholds with equal
+    decisions the middle of the gap is chosen, and among cuts with equal index the lowest, most
+    sensitive one. If no cut is better than chance, the result is the smallest probability: all
+    rows are called abnormal.
 
     Parameters
     ----------
@@ -237,22 +237,22 @@ def youden_threshold(y: np.ndarray, probability: np.ndarray) -> float:
 def sensitivity_threshold(
     y: np.ndarray, probability: np.ndarray, sensitivity: float = 0.9
 ) -> float:
-    """Return the highest threshold that finds at least this share of the abnormal rows.
+    """Return the highest threshold that detects at least this share of the abnormal rows.
 
-    Of all thresholds with the same decisions the middle of the gap is taken. Where only calling
-    everything abnormal reaches the share this is the smallest probability.
+    Among thresholds with equal decisions the middle of the gap is chosen. If only calling all rows
+    abnormal reaches the share, the result is the smallest probability.
 
     Parameters
     ----------
     y, probability : arrays of shape (n,)
-        As for `youden_threshold`.
+        See `youden_threshold`.
     sensitivity : float
         The share of abnormal rows at or above the threshold, in (0, 1].
 
     Raises
     ------
     TrainingDataError
-        A share outside (0, 1], or as `youden_threshold`.
+        The share is outside (0, 1], or labels or probabilities are invalid; see `youden_threshold`.
 
     Examples
     --------
@@ -265,7 +265,7 @@ def sensitivity_threshold(
             f"sensitivity {sensitivity} is not above 0 and at most 1; ask for 0.9, for example"
         )
     distinct, hits, _ = _cuts(y, probability)
-    # divided, not multiplied: 55 / 100 is the same float as 0.55, but 0.55 * 100 is above 55
+    # divided, not multiplied: 55 / 100 equals the float 0.55, but 0.55 * 100 is above 55
     reached = np.flatnonzero(hits / hits[0] >= sensitivity)
     return _middle_of_gap(distinct, int(reached[-1]))
 
@@ -275,28 +275,28 @@ def specificity_threshold(
 ) -> float:
     """Return the lowest threshold that keeps at least this share of the normal rows below it.
 
-    Of all thresholds with the same decisions the middle of the gap is taken. Where only calling
-    nothing abnormal reaches the share this is the middle between the largest probability and 1, or
-    `HIGHEST` where that is 1.
+    Among thresholds with equal decisions the middle of the gap is chosen. If only calling no row
+    abnormal reaches the share, the result is the middle between the largest probability and 1, or
+    `HIGHEST` if that probability is 1.
 
     Parameters
     ----------
     y, probability : arrays of shape (n,)
-        As for `youden_threshold`.
+        See `youden_threshold`.
     specificity : float
         The share of normal rows below the threshold, in (0, 1].
 
     Raises
     ------
     TrainingDataError
-        A share outside (0, 1], or as `youden_threshold`.
+        The share is outside (0, 1], or labels or probabilities are invalid; see `youden_threshold`.
     """
     if not 0 < specificity <= 1:
         raise TrainingDataError(
             f"specificity {specificity} is not above 0 and at most 1; ask for 0.9, for example"
         )
     distinct, _, false = _cuts(y, probability)
-    # divided, as sensitivity is
+    # divided, like sensitivity
     reached = np.flatnonzero((false[0] - false) / false[0] >= specificity)
     if len(reached):
         return _middle_of_gap(distinct, int(reached[0]))
@@ -304,7 +304,7 @@ def specificity_threshold(
 
 
 def _cuts(y: np.ndarray, probability: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the distinct probabilities, rising; abnormal and normal rows at or above each."""
+    """Return sorted distinct probabilities, and the abnormal and normal rows at or above each."""
     labels, values = check_both_classes(y, probability, "a threshold")
     distinct, groups = np.unique(values, return_inverse=True)
     abnormal = np.bincount(groups, weights=labels, minlength=len(distinct))

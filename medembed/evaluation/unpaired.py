@@ -1,7 +1,7 @@
-"""Differences between scores of different rows: between data sets, and between groups of one.
+"""Differences between scores of different rows: between data sets, and between groups of one set.
 
-A patient may have rows in several groups: a study before the fifth birthday and one after it. The
-scores of two groups are then correlated, by what those patients add to both.
+A patient may have rows in several groups, such as a study before the fifth birthday and one after
+it. The scores of two groups are then correlated through these patients' contributions.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -44,20 +44,20 @@ def sample_drop(
     internal, external : DataFrame
         `label` (0 or 1), `probability`, `patient`; no patient is in both.
     threshold : float
-        Of the decision scores.
+        The threshold of the decision scores.
 
     Returns
     -------
     dict of str to Difference
-        Below zero where the score is lower on external rows. The interval is that of `mover_drop`
-        from the limits of `evaluation.estimates`; p is one less the confidence at which its end is
-        zero. NaN where one side has no interval. ECE has neither: its noise is larger in the
-        smaller sample, so that two samples of one population differ.
+        Below zero if the score is lower on external rows. The interval is that of `mover_drop`
+        from the limits of `evaluation.estimates`; p is one minus the confidence at which a limit
+        is zero. NaN if one side has no interval. ECE has neither: its noise is larger in smaller
+        samples, so that two samples of one population differ.
 
     Raises
     ------
     TrainingDataError
-        As `Scorer`.
+        Invalid labels or probabilities, or lengths that differ; see `Scorer`.
     """
     inside, outside = _estimate(internal, threshold), _estimate(external, threshold)
     return {name: estimate_difference(outside[name], inside[name]) for name in SCORES}
@@ -70,14 +70,14 @@ def estimate_difference(a: Estimate, b: Estimate, correlation: float = 0.0) -> D
     ----------
     a, b : Estimate
     correlation : float
-        Of the two, in [-1, 1]; 0 where no patient is in both. Zou (Psychological Methods 12, 2007)
-        subtracts ``2 r`` times the product of the distances below each root.
+        Correlation of the two scores, in [-1, 1]; 0 if no patient is in both. Zou (Psychological
+        Methods 12, 2007) subtracts ``2 r`` times the product of the distances below each root.
 
     Returns
     -------
     Difference
-        p is one less the confidence at which the interval's end is zero. NaN where one of them has
-        no interval.
+        p is one minus the confidence at which the interval's limit is zero. NaN if either score
+        has no interval.
     """
     value = a.value - b.value
     if a.limits is None or b.limits is None:
@@ -97,14 +97,14 @@ def mover_drop(
 ) -> dict[str, Difference]:
     """Return external less internal scores, with intervals from both sides' own intervals.
 
-    MOVER: with e in [le, ue] and i in [li, ui] of independent samples the ends are
+    MOVER: with e in [le, ue] and i in [li, ui] of independent samples the limits are
     ``e - i - sqrt((e - le)² + (ui - i)²)`` and ``e - i + sqrt((ue - e)² + (i - li)²)`` (Zou and
-    Donner, Statistics in Medicine 27, 2008). There is no p: NaN. ECE has no interval either.
+    Donner, Statistics in Medicine 27, 2008). p is NaN, and ECE has no interval either.
 
     Parameters
     ----------
     internal, external : dict of str to Interval
-        Scores that only one side has are left out.
+        Scores of each side; those that only one side has are left out.
     """
     found = {}
     for name in internal:
@@ -126,7 +126,7 @@ def _estimate(rows: pd.DataFrame, threshold: float) -> dict[str, Estimate]:
 def _ends(
     inside: float, outside: float, own: Bounds, other: Bounds, correlation: float = 0.0
 ) -> Bounds:
-    """Return the ends of MOVER, NaN where a side has none."""
+    """Return MOVER limits, NaN if a side has none."""
     if any(isnan(end) for end in (inside, outside, *own, *other)):
         return nan, nan
     value = outside - inside
@@ -147,7 +147,7 @@ def _shown(value: float, low: float, high: float, p: float) -> Difference:
 
 
 def _p_value(value: float, limits: Callable[[float], Bounds]) -> float:
-    """Return 1 less the confidence at which an end is 0: the test that inverts the interval."""
+    """Return 1 minus the confidence at which a limit is 0, by inverting the interval."""
     if value == 0:
         return 1.0
 
@@ -162,17 +162,17 @@ def _p_value(value: float, limits: Callable[[float], Bounds]) -> float:
 
 
 GROUP_SCORES = (*(name for name in SCORES if name != "ece"), *PREDICTIVE)
-"""What is scored within a group: all but ECE, which noise makes larger in smaller groups."""
+"""The scores within a group: all except ECE, which noise inflates in smaller groups."""
 GAP_SCORES = ("auroc", "sensitivity", "specificity", "brier")
 MOST_PAIRED = 5
-"""Of more groups each is compared with all others together, not with every other."""
+"""With more groups, each is compared with all others together instead of with every other."""
 
 
 @dataclass(frozen=True)
 class Gap:
     """A score in group `a` less that in `b`, with `p_holm` after Holm's correction.
 
-    What cannot be estimated is NaN; `reason` says why.
+    Values that cannot be estimated are NaN; `reason` explains why.
     """
 
     score: str
@@ -190,12 +190,12 @@ def score_groups(
     patients: np.ndarray,
     members: Mapping[str, np.ndarray],
 ) -> dict[str, dict[str, Estimate]]:
-    """Estimate `GROUP_SCORES` within each group of rows.
+    """Return estimates of `GROUP_SCORES` within each group of rows.
 
     Parameters
     ----------
     y, probability, patients : arrays of shape (n,)
-        Labels 0 or 1, probabilities of abnormal, and whose row it is.
+        Labels 0 or 1, probabilities of abnormal, and each row's patient.
     threshold : float
         Decisions are abnormal at or above it.
     members : dict of str to bool array of shape (n,)
@@ -204,7 +204,7 @@ def score_groups(
     Raises
     ------
     TrainingDataError
-        As `Scorer`, or a row has no patient.
+        Invalid labels or probabilities (see `Scorer`), or a row without a patient.
     """
     codes = patient_codes(patients)
     size = int(codes.max()) + 1 if len(codes) else 0
@@ -226,20 +226,20 @@ def find_gaps(
     Parameters
     ----------
     groups : dict of str to dict of str to Estimate
-        From `score_groups`, with parts over the same patients.
+        From `score_groups`, with parts over one set of patients.
     others : dict of str to dict of str to Estimate
-        Of each group the scores of all other groups' rows together, which it is compared with where
-        there are more than `MOST_PAIRED` groups; else not looked at.
+        For each group the scores of all other groups' rows together, used for comparison if there
+        are more than `MOST_PAIRED` groups, and ignored otherwise.
     name_of_others : str
-        What `Gap.b` is then.
+        The value of `Gap.b` in that case.
 
     Returns
     -------
     list of Gap
         The interval is MOVER's from the groups' own limits (Zou and Donner, Statistics in Medicine
-        27, 2008), with the correlation that patients in both groups bring (Zou, Psychological
-        Methods 12, 2007); p is one less the confidence at which its end is 0. Holm's correction
-        goes over all of them.
+        27, 2008), with the correlation due to patients in both groups (Zou, Psychological Methods
+        12, 2007); p is one minus the confidence at which a limit is 0. Holm's correction covers
+        all gaps.
     """
     pairs: list[tuple[str, str, Mapping[str, Estimate], Mapping[str, Estimate]]]
     if len(groups) > MOST_PAIRED:
@@ -260,13 +260,13 @@ def _compare(a: Estimate, b: Estimate) -> Difference:
 
 
 def _correlate(a: np.ndarray, b: np.ndarray) -> float:
-    """Return the correlation of two scores from what the same patients add to them, (I,) each."""
+    """Return the correlation of two scores from the patients' contributions to each, (I,)."""
     size = sqrt(float(a @ a) * float(b @ b))
     return 0.0 if isnan(size) or size == 0 else float(a @ b) / size
 
 
 def _why_none(sides: Sequence[tuple[str, Estimate]], found: Difference) -> str | None:
-    """Say which groups have no interval and why, where there is none of their gap."""
+    """Return which groups have no interval and why, if their gap has none."""
     if found.method is not None:
         return None
     told = [f"{name}: {own.reason}" for name, own in sides if own.reason is not None]

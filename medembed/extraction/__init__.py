@@ -1,7 +1,7 @@
-"""Stage 1: the images of a manifest become rows of a cache, each content once.
+"""Stage 1: embed the images of a manifest into the rows of a cache, each content once.
 
-Names are looked up when they are first used, so that the decoder processes, which are modules of
-this package too, start without the cache's and the encoder's libraries.
+Names are resolved on first use, so that the decoder processes, which also run modules of this
+package, start without the cache's and the encoder's libraries.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,9 +1,9 @@
-"""The canary: a few images whose embeddings tell whether a run embeds as its cache's first did.
+"""The canary: a few images that verify that a run's embeddings match those of the cache.
 
-When a cache is made, four packaged files go through decoding, resizing and the tower in fp32, and
-what comes out is kept in `cache.json`. Every run sends them through its own settings before it
-appends. Spec and fingerprint say what was asked for; the canary shows what libraries, precision
-and device made of it.
+When a cache is created, four packaged files are decoded, resized and encoded in fp32, and their
+embeddings are stored in `cache.json`. Every run encodes them with its own settings before it
+appends rows. Spec and fingerprint record what was requested; the canary shows the combined effect
+of libraries, precision and device.
 """
 
 import base64
@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 CANARY_VERSION = 1
-"""Raise it whenever a byte of `CANARY_FILES` changes: caches hold what came of the old ones."""
+"""Raise it whenever a byte of `CANARY_FILES` changes: caches store the old files' embeddings."""
 
 CANARY_FILES = ("bones.png", "haze.jpg", "rings.png", "checks.png")
 """8-bit grey PNG, colour JPEG, 16-bit grey PNG, PNG with alpha; see `tools.canary_images`."""
@@ -44,7 +44,7 @@ CANARY_FILES = ("bones.png", "haze.jpg", "rings.png", "checks.png")
 TOLERANCE = 0.02
 """Largest distance from the stored embedding, in median distances between different canaries.
 
-Not a cosine: that of embeddings of quite different images reaches 0.997 in such towers.
+The cosine is unsuitable: in such towers it reaches 0.997 between embeddings of unrelated images.
 """
 
 _ASSETS = Path(__file__).parent / "assets" / "canary"
@@ -52,7 +52,7 @@ _DTYPE = "<f4"
 
 
 def canary_pixels(preprocessing: Preprocessing) -> np.ndarray:
-    """Decode the packaged images and bring them to the tower's size, as extraction does.
+    """Return the packaged images, decoded and resized for the tower as in extraction.
 
     Returns
     -------
@@ -66,21 +66,21 @@ def canary_pixels(preprocessing: Preprocessing) -> np.ndarray:
 def compute_canary(
     encoder: Encoder, poolings: Sequence[str], spec: CacheSpec | None = None
 ) -> dict[str, Any]:
-    """Embed the canaries one at a time, and give the JSON-able document that keeps the result.
+    """Embed the canaries one at a time and return the result as a JSON-able document.
 
     Parameters
     ----------
     encoder : Encoder
-        In fp32, so that every precision is measured by the same.
+        In fp32, so that every precision is compared with one reference.
     poolings : sequence of str
-        All that the cache will hold.
+        All poolings that the cache will hold.
     spec : CacheSpec, optional
-        Of the cache: the embeddings must fit its dtype.
+        The cache's spec; the embeddings must fit its dtype.
 
     Raises
     ------
     EncoderError
-        As `Encoder.encode`, or what it gives is not what an encoder must give.
+        The encoder fails (see `Encoder.encode`) or returns invalid embeddings.
     CacheError
         An embedding does not fit the dtype of `spec`.
     """
@@ -107,20 +107,20 @@ def check_canary(
     here: Mapping[str, Any],
     cache_path: str | PathLike[str],
 ) -> float:
-    """Refuse a run that embeds the canaries otherwise than they were embedded for the cache.
+    """Refuse a run whose embeddings of the canaries differ from those stored in the cache.
 
     Parameters
     ----------
     document : mapping
-        What `compute_canary` gave when the cache was made.
+        The result of `compute_canary` when the cache was created.
     encoder : Encoder
-        This run's.
+        This run's encoder.
     batch_size : int
-        This run's; what the four images leave of a batch is black, as in extraction.
+        This run's batch size; the batch is padded with black images, as in extraction.
     there, here : mapping
-        What the cache and this run record of themselves: `precision`, `device`, `versions`.
+        The cache's record of its first run, and this run's: `precision`, `device`, `versions`.
     cache_path : path
-        For messages.
+        The cache, for messages.
 
     Returns
     -------
@@ -134,9 +134,9 @@ def check_canary(
         A distance is not below `TOLERANCE`; the message names the pooling, the image, and what
         differs between the cache's first run and this one.
     CacheError
-        The document is damaged, or other images were used for it than this medembed brings.
+        The document is damaged, or was made from other images than this medembed ships.
     EncoderError
-        As `Encoder.encode`.
+        See `Encoder.encode`.
     """
     path = Path(cache_path)
     stored = _unpack_all(document, poolings, path)
@@ -150,7 +150,7 @@ def check_canary(
 
 @dataclass(frozen=True)
 class _Stray:
-    """The image that came out farthest from its stored embedding under one pooling."""
+    """The image farthest from its stored embedding under one pooling."""
 
     distance: float
     pooling: str
@@ -162,7 +162,7 @@ def _read_files() -> dict[str, bytes]:
 
 
 def _embed(encoder: Encoder, poolings: Sequence[str], *, batch_size: int) -> dict[str, np.ndarray]:
-    """Embed the canaries in full batches, filled up with black: float32 (4, …) per pooling."""
+    """Return the canaries' embeddings in full, black-padded batches: float32 (4, …) by pooling."""
     pixels = canary_pixels(encoder.preprocessing)
     parts = []
     for start in range(0, len(pixels), batch_size):
@@ -175,13 +175,13 @@ def _embed(encoder: Encoder, poolings: Sequence[str], *, batch_size: int) -> dic
 
 
 def _farthest(pooling: str, stored: np.ndarray, found: np.ndarray) -> _Stray:
-    """Measure Euclidean distances, over all values of an image's vector or cells."""
+    """Return the largest Euclidean distance, over all values of an image's vector or cells."""
     if found.shape != stored.shape:
         return _Stray(np.inf, pooling, CANARY_FILES[0])
     old, new = (values.reshape(len(values), -1).astype(np.float64) for values in (stored, found))
     yardstick = np.median([np.linalg.norm(a - b) for a, b in combinations(old, 2)])
     distances = np.linalg.norm(new - old, axis=1)
-    # NaN and infinities never pass; a tower that tells no image from another only if equal.
+    # NaN and infinities never pass; a tower that maps all images alike passes only if equal.
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = np.where(distances == 0, 0.0, distances / yardstick)
     ratios = np.where(np.isfinite(ratios), ratios, np.inf)
@@ -217,7 +217,7 @@ def _refusal(
 
 
 def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """Name the device and the libraries in which two runs differ, with both values."""
+    """Return the device and the libraries in which two runs differ, with both values."""
     old, new = (
         {"device": run.get("device"), **(run.get("versions") or {})} for run in (there, here)
     )
@@ -236,7 +236,7 @@ def _pack(values: np.ndarray) -> dict[str, Any]:
 def _unpack_all(
     document: Mapping[str, Any], poolings: Sequence[str], path: Path
 ) -> dict[str, np.ndarray]:
-    """Read every pooling's stored embeddings; refuse a damaged document and foreign images."""
+    """Return every pooling's stored embeddings; refuse a damaged document or other images."""
     try:
         _refuse_other_images(document, path)
         content = {key: value for key, value in document.items() if key != "sha256"}

@@ -1,4 +1,4 @@
-"""Decoder processes ahead of the encoder: a fixed number of images, in shared memory, in order."""
+"""Decoder processes that run ahead of the encoder by a fixed number of images, in order."""
 
 import json
 import math
@@ -30,40 +30,40 @@ from medembed.images.load import DEFAULT_LIMITS, Content, Limits, Reading
 __all__ = ["DECODER_BYTES", "Decoders"]
 
 DECODER_BYTES = 1 << 28
-"""Memory that a decoder takes: its libraries, and a film of 20 million pixels on the way."""
+"""Memory that one decoder takes: its libraries, and a film of 20 million pixels in progress."""
 
 SHARED_MEMORY = Path("/dev/shm")  # nosec B108 # only files without a name are made there
-ENOUGH_SHARED_BYTES = 2**29  # a container has 64 MB by default; then a file on disk has to do
-# Memory of one image is kept for the next instead of going back to the system, whose fresh pages
-# cost a sixth of the decoding time. glibc's and Pillow's settings; others pass over them.
+ENOUGH_SHARED_BYTES = 2**29  # a container has 64 MB by default; a file on disk is used then
+# Memory of one image is reused for the next instead of being returned to the system, whose fresh
+# pages cost a sixth of the decoding time. Settings of glibc and Pillow, ignored by others.
 QUICK_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(2**28),
     "MALLOC_TRIM_THRESHOLD_": str(2**28),
     "PILLOW_BLOCKS_MAX": "64",
 }
-PATIENCE_SECONDS = 0.1  # between two signs that the next image is not there yet
-MAX_DEATHS = 8  # in a row, before the decoder is to blame and not the images
-# How a codec ends its process. Other signals come from outside, as from a system out of memory.
+PATIENCE_SECONDS = 0.1  # between two signs that the next image is not ready yet
+MAX_DEATHS = 8  # in a row, after which the decoder is blamed instead of the images
+# Signals of a crashing codec. Other signals come from outside, such as a system out of memory.
 CRASHES = {"SIGABRT", "SIGBUS", "SIGFPE", "SIGILL", "SIGSEGV"}
 
 
 class Decoders:
     """Processes that turn files into prepared pixels, a fixed number of images ahead.
 
-    They start when the `with` block is entered, so that they are there when the encoder is.
-    Processes, since Pillow holds the interpreter's lock between its steps, and because a codec
-    that crashes on a file then costs that file and not the run.
+    They start when the `with` block is entered, so that they are ready when the encoder is.
+    Processes are used because Pillow holds the interpreter's lock between its steps, and because a
+    codec that crashes then costs one file instead of the run.
 
     Parameters
     ----------
     n_processes : int
-        How many work at once.
+        How many run at once.
     preprocessing : Preprocessing
-        What `prepare` does to each image.
+        How each image is prepared.
     intensity : Intensity
         Which window of a DICOM to use.
     limits : Limits
-        What an image may cost. One that takes longer fails, and its process is started anew.
+        Limits on size and time. An image that takes longer fails, and its process is restarted.
     """
 
     def __init__(
@@ -110,20 +110,20 @@ class Decoders:
     ) -> Iterator[tuple[Content, Reading] | None]:
         """Yield every content with its reading, in order; pixels are valid until the next one.
 
-        None is yielded now and then while the next one takes long, so that whoever waits can see
-        to something else. To be called once.
+        While the next content takes long, None is yielded at intervals, so that the caller can do
+        other work. Call it only once.
 
         Parameters
         ----------
         n_slots : int
-            How many images may be begun and not yet taken: it bounds memory.
+            How many images may be in progress or waiting; this bounds memory.
 
         Raises
         ------
         ManifestError
-            An image leads out of the root.
+            An image's path leads out of the root.
         MedembedError
-            The decoder processes die, whatever the image, or there is no room for the slots.
+            The decoder processes die on every image, or there is no room for the slots.
         """
         shape = (
             max(n_slots, self.n_processes),
@@ -184,7 +184,7 @@ class Decoders:
                 f"decoder processes end on every image ({decoder.end}), so it is not the images. "
                 f"{self._last_message()}Rows before these are committed."
             )
-        # What is at stage "read" is tried again by the next run.
+        # The next run retries images that failed at stage "read".
         stage = "read" if decoder.was_killed else "decode"
         return Reading(stage=stage, reason=f"the decoder process died on it ({decoder.end})")
 
@@ -196,7 +196,7 @@ class Decoders:
 
 
 class _Decoder:
-    """One process, started at once, and again when it is asked after it died."""
+    """One process, started at once and restarted by the first request after its death."""
 
     def __init__(self, arguments: str, shared: int, messages: IO[bytes]) -> None:
         self._arguments, self._shared, self._messages = arguments, shared, messages
@@ -206,7 +206,7 @@ class _Decoder:
         self.end = ""
 
     def ask(self, request: Any) -> dict[str, Any] | None:
-        """Give the answer, or None if the process died on the way."""
+        """Return the answer to a request, or None if the process died before answering."""
         if self._process.poll() is not None and not self._stopped:
             self.close()
             self._process, self.was_ready = self._start(), False
@@ -217,23 +217,23 @@ class _Decoder:
             self._send(request)
             answer: dict[str, Any] = self._receive()
             return answer
-        except (OSError, ValueError):  # a broken pipe; the half or no line of a dead process
+        except (OSError, ValueError):  # a broken pipe; a partial or missing line of a dead process
             self.end = _describe_end(self._process)
             return None
 
     @property
     def was_killed(self) -> bool:
-        """Whether a signal from outside ended the process last asked, and no crash of its own."""
+        """Return whether the last process was ended by an outside signal, not by its own crash."""
         is_ours = self.end in CRASHES or self.times_up is not None
         return self.end.startswith("SIG") and not is_ours
 
     @property
     def times_up(self) -> str | None:
-        """The stage at which the process last asked has ended itself, its image taking too long."""
+        """Return the stage at which the last process ended itself because of a slow image."""
         return {number.name: stage for number, stage in TIMES_UP.items()}.get(self.end)
 
     def stop(self) -> None:
-        """End the process: it ends with its stdin, or by force if it is busy."""
+        """End the process by closing its stdin, or by force if it is busy."""
         self._stopped = True
         self._close_stdin()
         try:
@@ -243,7 +243,7 @@ class _Decoder:
             self._process.wait()
 
     def close(self) -> None:
-        """Close what is left of a process that has ended, once nobody waits for it."""
+        """Release the resources of a process that has ended, once no thread waits for it."""
         self._close_stdin()
         assert self._process.stdout
         self._process.stdout.close()
@@ -259,11 +259,11 @@ class _Decoder:
 
     def _close_stdin(self) -> None:
         assert self._process.stdin
-        with suppress(OSError):  # what was written and not read
+        with suppress(OSError):  # a request that was written but not read
             self._process.stdin.close()
 
     def _start(self) -> "subprocess.Popen[str]":
-        # -P: nothing is imported from the working directory, unless the package itself is there.
+        # -P: nothing is imported from the working directory, unless the package itself is in it.
         path = [str(Path(medembed.__file__).parents[1]), *filter(None, sys.path)]
         environment = {**QUICK_MEMORY, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
         return subprocess.Popen(  # nosec B603 # our own module, no text from outside but options
@@ -274,7 +274,7 @@ class _Decoder:
             pass_fds=(self._shared,),
             env={**os.environ, **environment},
             encoding="ascii",
-            start_new_session=True,  # Ctrl-C is for the process that commits
+            start_new_session=True,  # Ctrl-C must reach only the process that commits
         )
 
 
@@ -283,7 +283,7 @@ def _describe_end(process: "subprocess.Popen[str]") -> str:
         code = process.wait(timeout=5)
     except subprocess.TimeoutExpired:
         process.kill()
-        return "it answered rubbish"
+        return "it gave an unreadable answer"
     if code >= 0:
         return f"exit status {code}"
     with suppress(ValueError):
@@ -292,7 +292,7 @@ def _describe_end(process: "subprocess.Popen[str]") -> str:
 
 
 def _make_shared_file() -> IO[bytes]:
-    """Make a file without a name, so that it ends with its processes; in memory where it can."""
+    """Return an unnamed file, which vanishes with its processes; in memory if possible."""
     directory = None
     with suppress(OSError):
         if shutil.disk_usage(SHARED_MEMORY).free > ENOUGH_SHARED_BYTES:
@@ -301,7 +301,7 @@ def _make_shared_file() -> IO[bytes]:
 
 
 def _make_room(file: IO[bytes], n_bytes: int) -> None:
-    """Bring the shared file to its size."""
+    """Allocate the shared file's full size."""
     try:
         reserve(file.fileno(), n_bytes)
     except OSError as error:

@@ -1,10 +1,10 @@
-"""What reads, hashes, decodes and resizes: `python -m medembed.extraction.decode_worker`.
+"""The decoder process, `python -m medembed.extraction.decode_worker`: read, hash, decode, resize.
 
-It is told the size of what it shares with the process that started it in the first line on stdin,
-then handed one image per line, all as JSON. It writes the pixels into a slot of the shared file and
-answers one line per image on stdout. It ends when stdin does, so also when the other process is
-killed. A codec that crashes takes only this process along, and with it the name of the one image
-that it was working on.
+The first line on stdin gives the shape of the file that it shares with its parent process; each
+further line is one image; all are JSON. The process writes pixels into a slot of the shared file
+and answers one line per image on stdout. It ends when stdin is closed, and therefore also when its
+parent is killed. A codec that crashes ends only this process, and the parent knows which image was
+being decoded.
 """
 
 import json
@@ -31,13 +31,13 @@ __all__ = ["PATIENCE", "READY", "TIMES_UP", "describe", "main", "open_slots"]
 
 READY = "ready"
 PATIENCE = 10
-"""How much longer than computing reading may take: a network's disk has its pauses."""
+"""How many times longer reading may take than computing: network file systems stall at times."""
 TIMES_UP = {signal.SIGPROF: "decode", signal.SIGALRM: "read"}
 """The signals that end a decoder whose image takes too long, and the stage to blame."""
 
 
 def open_slots(handle: int, shape: Sequence[int]) -> np.ndarray:
-    """Map the shared file: uint8 (slots, height, width)."""
+    """Return the mapped shared file: uint8 (slots, height, width)."""
     return np.frombuffer(mmap.mmap(handle, math.prod(shape)), np.uint8).reshape(shape)
 
 
@@ -49,8 +49,8 @@ def main(arguments: str) -> None:
     arguments : str
         JSON: `handle` of the shared file, `preprocessing`, `intensity` and `limits` as mappings.
     """
-    # Schedulers signal every process of a job. The one that commits ends this one, by its stdin;
-    # dying first would look as if the image at hand were to blame.
+    # Schedulers signal every process of a job. The committing process ends this one through its
+    # stdin; dying earlier would put the blame on the current image.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     for number in TIMES_UP:
@@ -79,10 +79,10 @@ def main(arguments: str) -> None:
 
 @contextmanager
 def _timed(seconds: float) -> Iterator[None]:
-    """End this process where the block takes too long; no codec can be stopped otherwise.
+    """End this process if the block takes too long; a codec cannot be stopped in any other way.
 
-    Computing time, which does not depend on how busy the machine is, or has slept; and, for a disk
-    that does not answer, `PATIENCE` times as much of the clock.
+    The limit is CPU time, which does not depend on the machine's load or on suspension; for a disk
+    that does not respond, `PATIENCE` times as much wall time.
     """
     signal.setitimer(signal.ITIMER_PROF, seconds)
     signal.setitimer(signal.ITIMER_REAL, PATIENCE * seconds)
@@ -94,14 +94,14 @@ def _timed(seconds: float) -> Iterator[None]:
 
 
 def _answers() -> IO[str]:
-    """Take stdout for the answers alone: what a codec prints goes to stderr."""
+    """Return stdout, reserved for the answers: a codec's own output is redirected to stderr."""
     answers = os.fdopen(os.dup(1), "w", encoding="ascii")
     os.dup2(2, 1)
     return answers
 
 
 def _without_pixels(reading: Reading) -> dict[str, Any]:
-    # Not asdict of the whole: it would copy the pixels.
+    # asdict of the whole reading would copy the pixels.
     has_pixels = reading.pixels is not None
     fields = {name: getattr(reading, name) for name in Reading.__dataclass_fields__}
     return {**fields, "pixels": has_pixels}
@@ -118,7 +118,7 @@ def describe(
     intensity: Intensity = DEFAULT_INTENSITY,
     limits: Limits = DEFAULT_LIMITS,
 ) -> str:
-    """Write what `main` is to be given."""
+    """Return the arguments of `main` as JSON."""
     settings = {"preprocessing": asdict(preprocessing), "intensity": asdict(intensity)}
     return json.dumps({"handle": handle, **settings, "limits": asdict(limits)})
 

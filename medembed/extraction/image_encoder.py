@@ -1,8 +1,7 @@
-"""An encoder that takes images as they are: files, and arrays of any size.
+"""An encoder that accepts unprepared images: files, and arrays of any size.
 
-An encoder by itself reads images that are prepared for it, which is what a cache and a model need.
-Here files are decoded and images prepared as extraction does it, so that equal files give equal
-rows.
+A plain encoder reads prepared images, as caches and models require. `ImageEncoder` decodes files
+and prepares images exactly as extraction does, so that equal files produce equal rows.
 """
 
 import os
@@ -30,7 +29,7 @@ ATTRIBUTES = (
 )
 
 EncoderLike = Encoder | str | os.PathLike[str]
-"""An encoder, or a reference to one as `load_encoder` takes it."""
+"""An encoder, or a reference that `load_encoder` accepts."""
 
 _Images = str | os.PathLike[str] | np.ndarray | Sequence[str | os.PathLike[str] | np.ndarray]
 
@@ -41,8 +40,8 @@ class ImageEncoder:
     Parameters
     ----------
     tower : Encoder
-        What embeds prepared images; its attributes, which `encoders.protocol.Encoder` describes,
-        are these too.
+        The encoder of prepared images. Its attributes, described in `encoders.protocol.Encoder`,
+        are also available here.
     """
 
     def __init__(self, tower: Encoder) -> None:
@@ -63,15 +62,15 @@ class ImageEncoder:
         batch_size: int = BATCH_SIZE,
         intensity: Intensity = DEFAULT_INTENSITY,
     ) -> dict[str, np.ndarray]:
-        """Embed images.
+        """Return the embeddings of images.
 
         Parameters
         ----------
         images : path, uint8 array, or sequence of them
-            Files of every kind that `extract` reads; arrays (H, W), 0 black, of any size; or one
-            array (n, H, W). One alone is a batch of one.
+            Files in every format that `extract` reads; arrays (H, W), 0 black, of any size; or one
+            array (n, H, W). A single image is a batch of one.
         poolings : sequence of str
-            Which of its poolings.
+            Which of the encoder's poolings to return.
         batch_size : int
             Images in one pass.
         intensity : Intensity
@@ -87,11 +86,11 @@ class ImageEncoder:
         ArgumentError
             An image is neither a path nor such an array.
         PathNotFoundError
-            There is no such file.
+            A file does not exist.
         ImageError
-            A file is not one whole image; names it.
+            A file is not one complete image; the message names it.
         EncoderError
-            A pooling is not on offer, or the encoder fails.
+            The encoder lacks a pooling, or fails.
         """
         if batch_size < 1:
             raise EncoderError(f"batch_size is {batch_size}; it must be at least 1.")
@@ -140,8 +139,8 @@ def load_encoder(
     Parameters
     ----------
     ref : str, path or Encoder
-        An encoder of one's own is returned as one that takes files, too; the other arguments say
-        nothing of it.
+        An encoder object is wrapped so that it also accepts files; the other arguments are then
+        ignored.
     device, precision, fit, poolings, progress
         See `encoders.loading.load_encoder`.
 
@@ -150,7 +149,7 @@ def load_encoder(
     ArgumentError
         `ref` is none of these.
     DeviceMemoryError, EncoderError
-        As `encoders.loading.load_encoder`.
+        The encoder cannot be loaded; see `encoders.loading.load_encoder`.
     """
     if isinstance(ref, ImageEncoder):
         return ref
@@ -159,14 +158,14 @@ def load_encoder(
 
 
 def find_tower(encoder: EncoderLike, **options: Any) -> Encoder:
-    """Return the encoder of prepared images; one that is named is loaded with these options.
+    """Return the encoder of prepared images; a reference is loaded with these options.
 
     Raises
     ------
     ArgumentError
-        It is neither an encoder nor a reference to one.
+        `encoder` is neither an encoder nor a reference to one.
     EncoderError
-        It cannot be loaded.
+        The encoder cannot be loaded.
     """
     if isinstance(encoder, ImageEncoder):
         return encoder.tower
@@ -183,7 +182,7 @@ def find_tower(encoder: EncoderLike, **options: Any) -> Encoder:
 
 
 def name_encoder(encoder: EncoderLike) -> str:
-    """Return the reference that an encoder is loaded by: `source`, or `source@revision`."""
+    """Return the reference that loads an encoder: `source`, or `source@revision`."""
     if isinstance(encoder, str | os.PathLike):
         return os.fspath(encoder)
     return f"{encoder.source}@{encoder.revision}" if encoder.revision else encoder.source

@@ -1,4 +1,4 @@
-"""Images that are used again and again: read, hashed and prepared once, into a mapped file."""
+"""Images that are used repeatedly: read, hashed and prepared once, into a mapped file."""
 
 import math
 import tempfile
@@ -23,7 +23,7 @@ __all__ = [
     "refuse_empty_root",
 ]
 
-_AHEAD = 32  # images per decoder process that may be begun and not yet taken
+_AHEAD = 32  # images per decoder process that may be in progress or waiting
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,10 +33,10 @@ class PreparedImages:
     Attributes
     ----------
     pixels : ndarray
-        uint8 (n, height, width), mapped from a file without a name that ends with it; black where
-        the image failed.
+        uint8 (n, height, width), mapped from an unnamed file that is freed together with the
+        array; black for images that failed.
     failures : dict of int to dict
-        By the place of the content: `image`, `sha256`, `stage`, `reason`.
+        Index of the content -> `image`, `sha256`, `stage`, `reason`.
     """
 
     pixels: np.ndarray
@@ -54,27 +54,28 @@ def read_all(
     progress: Callable[[int, int], None] | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> PreparedImages:
-    """Read contents as `extract` does, into a temporary file.
+    """Return contents read and prepared as by `extract`, in a temporary file.
 
     Parameters
     ----------
     limits : Limits
-        What an image may cost before it counts as failed.
+        Limits on size and time beyond which an image counts as failed.
     directory : Path, optional
-        On the disk that the file is to be on; by default that of temporary files.
+        A directory on the disk to write the file to; by default that of temporary files.
     remedy : str
-        What to do where it does not fit, as a sentence.
+        What to do if the file does not fit, a full sentence.
     progress : callable, optional
         Called as progress(done, total).
     tell : callable, optional
-        Told the size of the file.
+        Called with a message that gives the size of the file.
 
     Raises
     ------
     ManifestError
-        Files whose bytes are not the manifest's, all of them at once; or one leads out of the root.
+        Files whose bytes differ from the manifest's, all listed at once; or a path leads out of
+        the root.
     MedembedError
-        There is no room for the file, or the decoders die, whatever the image.
+        There is no room for the file, or the decoders die on every image.
     """
     shape = (len(contents), preprocessing.height, preprocessing.width)
     pixels = _make_room(shape, directory, remedy)
@@ -111,25 +112,26 @@ def read_all(
 
 
 def describe_other_bytes(content: Content, found: str) -> str:
-    """Say in a line that a file's SHA-256, `found`, is not the one that the manifest has."""
+    """Return a line which reports that a file's SHA-256, `found`, differs from the manifest's."""
     return f"{', '.join(content.images)}: sha256 {found}, the manifest says {content.sha256}"
 
 
 def refuse_empty_root(root: Path, images: Iterable[str], n_images: int, purpose: str) -> None:
-    """Refuse a root that is not there, or that none of the images is below.
+    """Refuse a root that does not exist or contains none of the images.
 
     Parameters
     ----------
     images : iterable of str
-        As the manifest names them; read as far as need be.
+        The images' paths in the manifest; iterated only until one is found.
     n_images : int
+        Number of images.
     purpose : str
-        What they are for: "to embed".
+        What the images are for, such as "to embed".
 
     Raises
     ------
     PathNotFoundError
-        So it is.
+        The root or every image below it is missing.
     """
     existing_root(root)
     first = None

@@ -1,9 +1,9 @@
-"""Stage 1, the whole job: plan, get ready, prove the canary, embed what is missing, report.
+"""Stage 1, the whole job: plan, prepare, check the canary, embed the missing images, report.
 
-`find_worker` finds out which of several workers this process is. Into a cache of an older
-`images_version` new rows join where `Radiograph.since` says that the older version gave the same
-pixels. Rows already there are compared with their files where these are at hand: most by their
-first bytes alone, since an 8-bit grey PNG or a JPEG is decoded as ever; the rest are decoded again.
+`find_worker` determines which of several workers this process is. New rows may join a cache of an
+older `images_version` if `Radiograph.since` shows that the older version produced equal pixels.
+Existing rows are checked against their files if these are available: most by their first bytes
+alone, since the decoding of 8-bit grey PNGs and JPEGs has not changed; the rest are decoded again.
 """
 
 import os
@@ -84,7 +84,7 @@ def parse_worker(text: str) -> Worker:
     Raises
     ------
     ValueError
-        It is not two whole numbers with 0 <= I < N.
+        `text` is not two whole numbers with 0 <= I < N.
     """
     if not re.fullmatch(r"[0-9]{1,9}/[0-9]{1,9}", text):
         raise ValueError(f"{text!r} is not I/N, such as 0/4 for the first of four")
@@ -93,9 +93,9 @@ def parse_worker(text: str) -> Worker:
 
 
 def find_worker(environ: Mapping[str, str]) -> tuple[Worker, str] | None:
-    """Find what a launcher says in the environment, and the name of the variable that said it.
+    """Return the worker that a launcher's environment variables describe, and the variable's name.
 
-    None where there is no launcher, or it started one process only.
+    Returns None without a launcher, or if it started only one process.
 
     Raises
     ------
@@ -119,14 +119,14 @@ def find_worker(environ: Mapping[str, str]) -> tuple[Worker, str] | None:
 
 HEAD = 2048  # bytes: the header of nearly every PNG and JPEG
 N_NAMED = 20
-# As small as can be: the images are decoded for what is said of them.
+# As small as possible: the images are decoded only to learn whether decoding has changed.
 _SMALL = Preprocessing(8, 8, "stretch", "nearest", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 1 / 255)
 
 
 def _joining(
     pairs: Iterator[tuple[Content, Reading] | None], cache: Cache
 ) -> Iterator[tuple[Content, Reading] | None]:
-    """Fail the readings whose pixels cannot join the rows of this cache, with the way out."""
+    """Yield readings; those whose pixels cannot join the rows of this cache become failures."""
     for pair in pairs:
         if pair is None:
             yield None
@@ -146,14 +146,14 @@ def refuse_outdated(
     n_decoders: int | None,
     tell: Callable[[str], None],
 ) -> None:
-    """Name the rows of a cache that are of another `images_version` than their files are now.
+    """Refuse a cache with rows whose files the current `images_version` decodes differently.
 
-    What is not at hand, or holds other bytes by now, is passed over.
+    Files that are missing or whose bytes have changed are skipped.
 
     Raises
     ------
     SpecMismatchError
-        There are such rows.
+        The cache holds such rows; the message lists them.
     """
     if cache is None or cache.spec.images_version == IMAGES_VERSION:
         return
@@ -204,10 +204,10 @@ def _is_suspect(content: Content, image_root: Path) -> bool:
     return False
 
 
-COMMIT_SECONDS = 60.0  # what a crash may lose
+COMMIT_SECONDS = 60.0  # of work that a crash may lose
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@\S+)?")
-PLAIN_BATCH = 32  # of an encoder that does not say what its device holds
-ROOM = 1.1  # of the rows' bytes, for chunks, headers and what else the disk is used for
+PLAIN_BATCH = 32  # for an encoder that does not report what its device holds
+ROOM = 1.1  # times the rows' bytes, for chunks, headers and other uses of the disk
 
 
 def extract(
@@ -234,8 +234,8 @@ def extract(
 ) -> ExtractionReport:
     """Embed the images of a manifest that the cache does not hold yet.
 
-    Processes read, hash, decode and resize ahead of the encoder, never more than a fixed number
-    of images, so memory stays flat.
+    Processes read, hash, decode and resize a bounded number of images ahead of the encoder, so
+    memory use stays constant.
 
     Parameters
     ----------
@@ -244,43 +244,43 @@ def extract(
     image_root : path
         Directory that the manifest's image paths are relative to.
     encoder : Encoder, str or path
-        What embeds them, or a reference as `load_encoder` takes it.
+        The encoder, or a reference that `load_encoder` accepts.
     cache : Cache or path
-        Made if it is not there.
+        Created if it does not exist.
     poolings : str or sequence of str
         Which of the encoder's poolings to store.
     dtype : {"float16", "float32"}
-        How to store them.
+        Dtype of the stored embeddings.
     intensity : Intensity
-        Which window of a DICOM to use; other than the default it is part of the cache's spec.
+        Which window of a DICOM to use; part of the cache's spec unless it is the default.
     batch_size : int, optional
-        Images per call of the encoder; by default what its device holds.
+        Images per call of the encoder; by default as many as its device holds.
     decoders : int, optional
-        Processes that read and decode; by default one per core of this process's share, and no
-        more than feed a device; see `machine.default_decoders`.
+        Processes that read and decode; by default one per core of this process's share, but no
+        more than a device can consume; see `core.system.default_decoders`.
     limits : Limits
-        What an image may cost before it counts as failed.
+        Limits on size and time beyond which an image counts as failed.
     retry_failed : bool
-        Try images again that are known not to decode or embed. Those that could not be read
-        are always tried again.
+        Retry images that are known not to decode or embed. Images that could not be read are
+        always retried.
     worker : Worker, optional
-        Take this worker's share of the contents only; any number of workers may add to one cache
-        at once. Counts are those of the share.
+        Process only this worker's share of the contents; any number of workers may add to one
+        cache at once. Counts refer to the share.
     known_shards : collection of str
-        Names of shards that are known to hold nothing of the manifest, and are not looked into.
+        Names of shards that are known to hold no image of the manifest and need not be read.
     dry_run : bool
-        Only say what there is to do; touches nothing.
+        Only report what would be done; write nothing.
     commit_seconds : float
-        The oldest row waits no longer than this, or the running batch, for its commit.
+        Longest time that a row waits for its commit, apart from the running batch.
     progress : callable, optional
         Called as progress(done, total) with distinct contents of this run.
     tell : callable, optional
-        Called with a word or two when something else than embedding takes its time.
+        Called with a word or two when a step other than embedding takes a while.
     announce : callable, optional
         Called once, before the first image, with a sentence that names the encoder, device, card,
         precision, batch size, attention kernel, and whether the tower is compiled.
     timeline : Timeline, optional
-        Told where the time goes.
+        Records where the time goes.
 
     Returns
     -------
@@ -292,18 +292,18 @@ def extract(
         The image root, or every image below it, is missing.
     ManifestError
         The manifest holds no SHA-256s; or, after all other images were embedded and committed,
-        files whose bytes are not the manifest's.
+        files whose bytes differ from the manifest's.
     EncoderError
-        A pooling is not on offer, or the encoder fails on a whole batch.
+        The encoder lacks a pooling, or fails on a whole batch.
     CacheError
-        The cache is of another spec, or this run embeds its canary images otherwise, or, after all
-        other images were embedded, rows of an older `images_version` are of files that are decoded
-        otherwise today (`SpecMismatchError`); it cannot be written, or a value does not fit its
-        dtype.
+        The cache has another spec, this run embeds the canary images differently, or, after all
+        other images were embedded, the cache holds rows of an older `images_version` whose files
+        are now decoded differently (`SpecMismatchError`); the cache cannot be written, or a value
+        does not fit its dtype.
 
     Notes
     -----
-    On any exception, Ctrl-C included, rows embedded so far are committed before it goes on.
+    On any exception, including Ctrl-C, rows embedded so far are committed before it propagates.
     """
     root, timeline = as_path(image_root, "the image root"), timeline or Timeline()
     existing_root(root)
@@ -324,7 +324,7 @@ def extract(
         return _report(plan, None, 0, None, start, timeline)
     check_plan(plan, spec, root, cache_path)
     n_decoders = min(n_decoders, len(plan.pending))
-    # The decoders outermost: Ctrl-C commits first and ends them afterwards.
+    # The decoders are the outermost context: Ctrl-C commits first and ends them afterwards.
     with Decoders(n_decoders, encoder.preprocessing, intensity, limits) as readers:
         size = _warm_up(encoder, poolings, len(plan.pending), batch_size, tell)
         say("Canary")
@@ -423,9 +423,9 @@ def prepare_cache(
     intensity: Intensity = DEFAULT_INTENSITY,
     dry_run: bool = False,
 ) -> None:
-    """Do what comes before the plan of `extract`: check the request, open or make the cache.
+    """Check the request and open or create the cache, as `extract` does before planning.
 
-    Arguments and exceptions are those of `extract`. In a dry run nothing is made.
+    Arguments and exceptions are those of `extract`. A dry run creates nothing.
     """
     _check_request(Path(image_root), encoder, poolings, None, None)
     spec, recorded = spec_of(encoder, poolings, dtype, intensity), _record(encoder)
@@ -434,7 +434,7 @@ def prepare_cache(
 
 
 def check_plan(plan: Plan, spec: CacheSpec, image_root: Path, cache_path: Path) -> None:
-    """Check, before any work, that some image is there and that the disk will hold the rows.
+    """Check, before any work, that at least one image exists and that the disk can hold the rows.
 
     Raises
     ------
@@ -454,7 +454,7 @@ def spec_of(
     dtype: str = "float16",
     intensity: Intensity = DEFAULT_INTENSITY,
 ) -> CacheSpec:
-    """Say what rows of this encoder share: the spec of their cache."""
+    """Return the spec of a cache of this encoder's rows."""
     return CacheSpec(
         encoder=encoder.fingerprint,
         preprocessing={
@@ -486,7 +486,7 @@ def _open_or_make(
     cache_path: str | os.PathLike[str],
     known_shards: Collection[str] = (),
 ) -> Cache:
-    """Open the cache, or make it with the canary that every run is measured by."""
+    """Open the cache, or create it with the canary that every later run is checked against."""
     laid = None
     if is_free(Path(cache_path)):
         reference = encoder.reference() if isinstance(encoder, PipelinedEncoder) else encoder
@@ -497,7 +497,7 @@ def _open_or_make(
 def _prove(
     cache: Cache, encoder: Encoder, recorded: dict[str, Any], batch_size: int
 ) -> tuple[int, float | None]:
-    """Check this run's canaries; give the batch size that fits the device, and their distance."""
+    """Check this run's canaries; return the batch size that fits the device, and their distance."""
     if cache.canary is None:
         return batch_size, None
     while True:
@@ -524,7 +524,7 @@ def _check_request(
     batch_size: int | None,
     decoders: int | None,
 ) -> int:
-    """Refuse what cannot be done; give the number of decoders."""
+    """Refuse an impossible request; return the number of decoders."""
     existing_root(root)
     for name, number in (("batch_size", batch_size), ("decoders", decoders)):
         if number is not None and number < 1:
@@ -543,7 +543,7 @@ def _check_request(
 
 
 def _check_batch_size(encoder: Encoder, batch_size: int | None) -> None:
-    """Refuse batches whose images alone, three colours in fp32, fill the machine's memory."""
+    """Refuse batches whose images alone, three channels in fp32, exceed the machine's memory."""
     size = encoder.preprocessing
     n_bytes, memory = size.height * size.width * 3 * 4, total_memory()
     most = max(1, memory // n_bytes)

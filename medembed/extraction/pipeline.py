@@ -1,7 +1,7 @@
-"""Readings become rows: batches are gathered, handed to the encoder ahead of time, collected.
+"""Turn readings into rows: gather batches, submit them to the encoder ahead, collect the results.
 
-The encoder sees batches of one fixed shape, filled up with black, so on a CPU in fp32 a row does
-not depend on its neighbours, and a resumed cache equals an uninterrupted one.
+All batches have one fixed shape, padded with black images, so on a CPU in fp32 a row does not
+depend on its neighbours, and a resumed cache equals an uninterrupted one.
 """
 
 import time
@@ -21,7 +21,7 @@ from medembed.images.load import Content, Reading
 
 __all__ = ["MAX_SUSPECTS", "Pipeline", "memory_error"]
 
-MAX_SUSPECTS = 8  # encoder failures in a row, before the encoder is to blame and not the images
+MAX_SUSPECTS = 8  # encoder failures in a row, after which the encoder is blamed, not the images
 
 Rows = dict[str, np.ndarray]
 
@@ -34,7 +34,7 @@ class _Batch:
     colours: list[bool] = field(default_factory=list)
     notes: list[tuple[str, ...]] = field(default_factory=list)
     pixels: list[np.ndarray] = field(default_factory=list)
-    n_filled: int = 0  # how many images the encoder is handed, black ones included
+    n_filled: int = 0  # number of images passed to the encoder, including black padding
     collect: Callable[[], Rows] | None = None
 
     def parts(self, size: int) -> Iterator["_Batch"]:
@@ -46,21 +46,21 @@ class _Batch:
 
 
 class Pipeline:
-    """Turn readings into rows of a writer, and count.
+    """Turns readings into rows for a writer, and counts them.
 
     Parameters
     ----------
     encoder : Encoder
-        A `PipelinedEncoder` is handed batches ahead; any other runs in a thread, so that images
-        are gathered while it works.
+        A `PipelinedEncoder` receives batches ahead of time; any other encoder runs in a thread, so
+        that images are gathered while it works.
     poolings : sequence of str
-        What to keep.
+        Poolings to store.
     batch_size : int
-        Images per batch; halved whenever the device's memory does not hold one.
+        Images per batch; halved whenever the device's memory cannot hold a batch.
     n_total : int
-        Contents to come, for the progress.
+        Number of contents, for the progress.
     timeline : Timeline
-        Told where the time goes.
+        Records where the time goes.
     progress : callable, optional
         Called as progress(done, total).
 
@@ -69,11 +69,11 @@ class Pipeline:
     n_embedded, n_colour : int
         Rows handed to the writer; how many of them were colour images.
     notes : Counter of str
-        What was passed over in them, and in how many; see `Radiograph.notes`.
+        What was ignored in the embedded images, and in how many; see `Radiograph.notes`.
     failed : list of (Content, Failure)
-        What could not become a row.
+        Contents that could not become a row.
     other_bytes : list of (Content, str)
-        What holds other bytes than the manifest says, and the SHA-256 found.
+        Contents whose bytes differ from the manifest's, and the SHA-256 found.
     """
 
     def __init__(
@@ -96,12 +96,12 @@ class Pipeline:
         self.other_bytes: list[tuple[Content, str]] = []
 
     def run(self, pairs: Iterable[tuple[Content, Reading] | None], writer: WriterThread) -> None:
-        """Embed everything that comes; None stands for images that let themselves be waited for.
+        """Embed all readings; None in `pairs` means that the next image is not ready yet.
 
         Raises
         ------
         EncoderError
-            The encoder fails on a whole row of images, or not even one fits its device.
+            The encoder fails on several images in a row, or not even one fits its device.
         CacheError
             The writer failed.
         """
@@ -125,7 +125,7 @@ class Pipeline:
             self._blame_suspects(writer)
 
     def refuse_other_bytes(self) -> None:
-        """Raise ManifestError where images hold other bytes than the manifest says; list them."""
+        """Raise ManifestError if any image's bytes differ from the manifest's; list them all."""
         if not self.other_bytes:
             return
         problems = [describe_other_bytes(content, found) for content, found in self.other_bytes]
@@ -147,7 +147,7 @@ class Pipeline:
         start = time.monotonic()
         for pair in pairs:
             self._timeline.add("starve", start, time.monotonic())
-            if pair is None:  # slow images must not hold back what is embedded
+            if pair is None:  # slow images must not hold back embedded rows
                 if self._in_flight:
                     self._finish(self._in_flight.popleft(), writer)
                 start = time.monotonic()
@@ -164,7 +164,7 @@ class Pipeline:
             self.other_bytes.append((content, str(reading.other_sha256)))
         else:
             self._fail(content, reading.stage, reading.reason, writer)
-        self._tell()
+        self._report_progress()
 
     def _send(self, batch: _Batch, writer: WriterThread) -> None:
         while len(self._in_flight) >= self._device.in_flight:
@@ -191,7 +191,7 @@ class Pipeline:
         self._keep(batch, rows, writer)
 
     def _rescue(self, batch: _Batch, error: EncoderError, writer: WriterThread) -> None:
-        """Keep what of a failed batch can be kept; embed the rest in smaller ones."""
+        """Keep the valid rows of a failed batch; embed the rest in smaller batches."""
         if isinstance(error, NonFiniteError):
             self._keep_finite(batch, error, writer)
             return
@@ -212,7 +212,7 @@ class Pipeline:
                 self._keep(part, rows, writer)
 
     def _keep_finite(self, batch: _Batch, error: NonFiniteError, writer: WriterThread) -> None:
-        """Keep the rows that are finite; the images of the others failed, or the encoder did."""
+        """Keep the finite rows; the other images failed, unless the encoder is at fault."""
         is_finite = np.asarray(error.is_finite[: len(batch.contents)], bool)
         reason = EncoderError(f"its embedding is not finite in {self._encoder.precision}")
         for place in np.flatnonzero(~is_finite).tolist():
@@ -227,12 +227,12 @@ class Pipeline:
     def _take_less(self, batch: _Batch, error: DeviceMemoryError) -> None:
         if batch.n_filled == 1:
             raise memory_error(self._encoder, error) from error
-        # Batches sent before the size was halved fail too, and must not halve it again.
+        # Batches sent before the size was halved also fail, and must not halve it again.
         self.batch_size = min(self.batch_size, batch.n_filled // 2)
 
     def _submit(self, batch: _Batch) -> Callable[[], Rows]:
         size = self._encoder.preprocessing
-        # Always full, so that every image goes through the same arithmetic.
+        # Always a full batch, so that every image undergoes identical arithmetic.
         batch.n_filled = max(self.batch_size, len(batch.pixels))
         pixels = np.zeros((batch.n_filled, size.height, size.width), np.uint8)
         for place, image in enumerate(batch.pixels):
@@ -249,10 +249,10 @@ class Pipeline:
         self.n_colour += sum(batch.colours)
         self.notes.update(note for notes in batch.notes for note in notes)
         self._blame_suspects(writer)
-        self._tell()
+        self._report_progress()
 
     def _suspect(self, content: Content, error: EncoderError, *, alone: bool = True) -> None:
-        """Note an image that failed; `alone`: none of its batch has come out right."""
+        """Note an image that failed; `alone` if no image of its batch succeeded."""
         self._suspects.append((content, error))
         if alone and len(self._suspects) >= MAX_SUSPECTS:
             raise EncoderError(
@@ -261,25 +261,25 @@ class Pipeline:
             ) from error
 
     def _blame_suspects(self, writer: WriterThread) -> None:
-        """Record images that failed alone: the encoder has worked since, or the run is over."""
+        """Record images that failed alone, once the encoder has worked again or the run is over."""
         for content, error in self._suspects:
             self._fail(content, "encode", str(error), writer)
         self._suspects = []
-        self._tell()
+        self._report_progress()
 
     def _fail(self, content: Content, stage: str, reason: str, writer: WriterThread) -> None:
         failure = Failure(content.sha256, stage, reason)
         writer.add_failure(failure)
         self.failed.append((content, failure))
 
-    def _tell(self) -> None:
+    def _report_progress(self) -> None:
         if self._progress:
             n_done = self.n_embedded + len(self.failed) + len(self.other_bytes)
             self._progress(n_done, self._n_total)
 
 
 def memory_error(encoder: Encoder, error: DeviceMemoryError) -> EncoderError:
-    """Say that the device cannot hold a single image."""
+    """Return the error for a device that cannot hold a single image."""
     return EncoderError(
         f"not even one image fits the memory of {encoder.device}: {error} Rows committed before "
         "stay. Give --precision bf16 or another --device."
@@ -287,7 +287,7 @@ def memory_error(encoder: Encoder, error: DeviceMemoryError) -> EncoderError:
 
 
 class _Ahead:
-    """Give any encoder the `submit` of a pipelined one, by a thread where it has none."""
+    """Provides `submit` for any encoder, with a thread if the encoder is not pipelined."""
 
     def __init__(self, encoder: Encoder) -> None:
         self._encoder = encoder

@@ -1,12 +1,12 @@
-"""Stage 1 on Ray: the same extraction by many workers, one per GPU, any of which may die.
+"""Stage 1 on Ray: extraction by many workers, one per GPU, any of which may die.
 
-The driver plans; each worker, an actor, embeds partitions of the missing rows straight into the
-shared cache. Nothing but counts and failures comes back. Ray is an extra:
-`pip install 'medembed[ray]'`.
+The driver plans; each worker, an actor, embeds partitions of the missing rows directly into the
+shared cache and returns only counts and failures. Ray is an extra: `pip install 'medembed[ray]'`.
 
-Ray gives the processes of plain tasks another GPU at every task, which CUDA does not notice once it
-has started. An actor loads the encoder once and keeps its GPU for life. Its death costs what it had
-not committed: another actor takes over the work, and a new one its place where there is room.
+Ray assigns the process of a plain task a different GPU for every task, which CUDA ignores once it
+is initialised. An actor loads the encoder once and keeps its GPU for life. If it dies, only its
+uncommitted rows are lost: another actor takes over the work, and a new actor replaces it if the
+cluster has room.
 """
 
 import os
@@ -46,20 +46,20 @@ from medembed.images.load import DEFAULT_LIMITS, Limits
 __all__ = ["Actors", "Job", "Work", "Worker", "extract_on_ray"]
 
 MAX_RETRIES = 5  # of work whose actor died
-PATIENCE_SECONDS = 60.0  # in which actors that are stopped commit what they have
-COUNT_SECONDS = 10.0  # after which the cluster is asked again how many actors it has room for
+PATIENCE_SECONDS = 60.0  # for stopped actors to commit their rows
+COUNT_SECONDS = 10.0  # between two queries of how many actors the cluster has room for
 
 
 @dataclass(frozen=True)
 class Job:
-    """Say what every actor is to do; the arguments are those of `extract`.
+    """The job of every actor; further arguments are those of `extract`.
 
     Parameters
     ----------
     load : callable
         Returns the encoder; called once by each actor.
     image_root, cache_path : Path
-        Reached under the same path from every node.
+        Must be reachable by the same path from every node.
     """
 
     load: Callable[[], Encoder]
@@ -76,7 +76,7 @@ class Job:
 
 
 class Worker:
-    """What an actor runs. It is given one thing to do at a time, and `stop` beside it."""
+    """The code of an actor. It runs one call at a time; only `stop` may run concurrently."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
@@ -84,14 +84,14 @@ class Worker:
         self._stopped = Event()
 
     def ready(self) -> None:
-        """Return once the actor is there."""
+        """Return once the actor has started."""
 
     def stop(self) -> None:
-        """Let `embed` commit what it has, and end."""
+        """Make `embed` commit its rows and end."""
         self._stopped.set()
 
     def prepare(self, dry_run: bool) -> None:
-        """Load the encoder; open the cache, or make it with its canary."""
+        """Load the encoder; open the cache, or create it with its canary."""
         job = self._job
         prepare_cache(
             job.image_root,
@@ -104,7 +104,7 @@ class Worker:
         )
 
     def embed(self, part: Manifest, known: Collection[str]) -> ExtractionReport:
-        """Embed a partition. Begun anew after a death, it does what is missing."""
+        """Embed a partition; restarted after an actor's death, embed only the missing rows."""
         job = self._job
         return extract(
             part,
@@ -142,9 +142,9 @@ class Work:
     Attributes
     ----------
     n_contents : int
-        What it adds to the progress.
+        Number of contents to add to the progress.
     n_losses : int
-        How many actors died over it.
+        How many actors died during this call.
     """
 
     method: str
@@ -154,27 +154,27 @@ class Work:
 
 
 class _LostError(Exception):
-    """An actor is gone."""
+    """An actor died."""
 
 
 class Actors:
-    """Actors, and what each of them is doing.
+    """The actors, and the work of each.
 
     Parameters
     ----------
     ray : module
         Connected.
     job : Job
-        What they do.
+        The actors' job.
     needs : dict
-        What an actor takes of a node: `num_cpus`, `num_gpus`.
+        The resources of one actor: `num_cpus`, `num_gpus`.
     count : callable
-        Returns how many of them the cluster has room for now.
+        Returns how many actors the cluster currently has room for.
     """
 
     def __init__(self, ray: Any, job: Job, needs: dict[str, int], count: Callable[[], int]) -> None:
         self._ray, self._count = ray, count
-        # Two threads: the work's, and one that `stop` finds free.
+        # Two threads: one for the work, and one kept free for `stop`.
         self._make = ray.remote(Worker).options(max_concurrency=2, max_restarts=0, **needs)
         self._job = ray.put(job)
         self._starting: dict[Any, tuple[Any, bool]] = {}  # `ready`'s answer: actor, is it new
@@ -184,24 +184,24 @@ class Actors:
         self._n_failed_starts, self._counted = 0, float("-inf")
 
     def run(self, works: Iterator[Work], n_wanted: int) -> Iterator[tuple[Work, Any]]:
-        """Have everything done, and give each piece with what came of it, in the order they end.
+        """Run all work and yield each piece with its result, in the order of completion.
 
         Parameters
         ----------
         works : iterator of Work
             Taken from only when an actor is free, so that memory stays flat.
         n_wanted : int
-            How many actors are of use.
+            How many actors are useful.
 
         Yields
         ------
         Work, object
-            What the method returned; a ManifestError that it raised is given too.
+            The method's return value; a ManifestError that it raised is also yielded.
 
         Raises
         ------
         MedembedError
-            What a method raised, or that actors died over one piece again and again.
+            A method raised it, or actors died repeatedly on one piece.
         """
         more, self._counted = True, float("-inf")
         while True:
@@ -210,7 +210,7 @@ class Actors:
                 if work is None:
                     more = False
                 else:
-                    self._give(work)
+                    self._assign(work)
             if not (more or self._lost or self._busy):
                 return
             self._start_missing(n_wanted if more else len(self._busy) + len(self._lost))
@@ -220,7 +220,7 @@ class Actors:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        """End all actors; after an exception, Ctrl-C too, they first commit what they have."""
+        """End all actors; after an exception, including Ctrl-C, they first commit their rows."""
         try:
             if kind is not None and self._busy:
                 for actor, _ in self._busy.values():
@@ -233,12 +233,12 @@ class Actors:
             for actor in (*starting, *busy, *self._idle):
                 self._ray.kill(actor)
 
-    def _give(self, work: Work) -> None:
+    def _assign(self, work: Work) -> None:
         actor = self._idle.pop()
         self._busy[getattr(actor, work.method).remote(*work.arguments)] = (actor, work)
 
     def _start_missing(self, n_useful: int) -> None:
-        """Start actors up to what is of use and has room; at least one is always waited for."""
+        """Start as many actors as are useful and fit; always wait for at least one."""
         n_actors = len(self._starting) + len(self._idle) + len(self._busy)
         if n_actors >= n_useful or time.monotonic() - self._counted < COUNT_SECONDS:
             return
@@ -284,13 +284,13 @@ class Actors:
         if work.n_losses > MAX_RETRIES:
             raise self._died(work.n_losses, lost) from lost
         self._lost.append(work)
-        # A node may have died, and with it those that have nothing to do: work waits for an answer.
+        # A node may have died together with its idle actors: work waits until an actor answers.
         idle, self._idle = self._idle, []
         for other in idle:
             self._greet(other, is_new=False)
 
     def _dismiss(self, actor: Any) -> None:
-        self._ray.kill(actor)  # one that is only out of reach must not go on beside its successor
+        self._ray.kill(actor)  # an unreachable actor must not keep running beside its successor
         self._counted = float("-inf")
 
     @staticmethod
@@ -301,7 +301,7 @@ class Actors:
         )
 
     def _result(self, answer: Any) -> Any:
-        """Return what a method returned, or raise what it raised."""
+        """Return a method's return value, or raise its exception."""
         ray = self._ray
         try:
             return ray.get(answer)
@@ -338,16 +338,16 @@ def extract_on_ray(
     manifest : Manifest
         Names the images and their SHA-256.
     job : Job
-        What to do with them.
+        How to embed them.
     device : {"auto", "cpu", "cuda", "mps"}
-        A worker takes one GPU where this is cuda, or auto and Ray has GPUs; else cores, as many as
-        `job.decoders`, or up to 4.
+        A worker takes one GPU if this is "cuda", or "auto" and Ray has GPUs; otherwise cores,
+        `job.decoders` of them, or up to 4.
     partition_rows : int, optional
         Contents in a partition; by default a quarter of a worker's share, at most a full shard.
     dry_run : bool
-        Only say what there is to do.
+        Only report what would be done.
     progress, tell : callable, optional
-        As for `extract`; contents count when their partition is done.
+        See `extract`; contents are counted when their partition is done.
 
     Returns
     -------
@@ -357,8 +357,8 @@ def extract_on_ray(
     Raises
     ------
     MedembedError
-        Ray is not installed or not to be reached, a partition's workers died again and again, or
-        whatever `extract` raises. What was committed stays.
+        Ray is not installed or cannot be reached, a partition's workers died repeatedly, or
+        anything that `extract` raises. Committed rows stay.
     """
     start = time.monotonic()
     require_hashes(manifest)
@@ -394,8 +394,8 @@ def _embed(
     size: int,
     progress: Callable[[int, int], None] | None,
 ) -> list[ExtractionReport]:
-    """Embed what is missing; images with other bytes are an error, but only at the very end."""
-    # What the plan has looked through need not be read again for every partition.
+    """Embed the missing rows; images with other bytes raise an error only at the very end."""
+    # Shards that the plan has searched need not be read again for every partition.
     known = ray.put(frozenset(path.name for path in committed_shards(cache.path / "shards")))
     works = (
         Work("embed", (part, known), part.rows["sha256"].nunique())
@@ -422,14 +422,14 @@ def _embed(
 
 
 def _partitions(manifest: Manifest, plan: Plan, size: int) -> Iterator[Manifest]:
-    """Cut what is missing into manifests of `size` contents, under all their names."""
+    """Yield manifests of `size` missing contents each, with all their image names."""
     for start in range(0, len(plan.pending), size):
         rows = manifest.rows.iloc[plan.pending[start : start + size].rows()]
         yield Manifest(rows.reset_index(drop=True), manifest.label_level)
 
 
 def _needs(ray: Any, device: str, decoders: int | None) -> dict[str, int]:
-    """Say what a worker takes of a node."""
+    """Return the resources of one worker."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cores = [int(node.get("CPU", 0)) for node in nodes]
     shares = [int(n.get("CPU", 0)) // int(n["GPU"]) for n in nodes if n.get("GPU", 0) >= 1]
@@ -457,7 +457,7 @@ def _report(
     failures = [failure for report in reports for failure in report.failures]
     known = [named for content, f in plan.known for named in name_failures(content.images, f)]
     n_failed = sum(report.failed for report in reports)
-    # A partition that was begun twice has found some of its rows there: they are new all the same.
+    # A restarted partition finds some of its rows in the cache; they are new in this run, too.
     n_done = len(plan.pending) - n_failed if reports else 0
     return ExtractionReport(
         requested=plan.n_rows,

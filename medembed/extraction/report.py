@@ -1,4 +1,4 @@
-"""What became of a manifest's rows, and where the time went."""
+"""The outcome of an extraction: what became of the manifest's rows, and where the time went."""
 
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -10,12 +10,12 @@ from medembed.encoders.protocol import DescribedEncoder, Encoder
 
 __all__ = ["ExtractionReport", "describe_execution", "describe_times", "execution_of"]
 
-STARVING = 0.1  # share of the time in which the encoder waited for images, worth a word
+STARVING = 0.1  # share of the time waiting for images above which advice is printed
 
 
 @dataclass(frozen=True, repr=False)
 class ExtractionReport(Summarised):
-    """Count what became of a manifest's rows.
+    """Counts of what became of a manifest's rows.
 
     Always requested = already + embedded + failed + duplicates.
 
@@ -25,36 +25,34 @@ class ExtractionReport(Summarised):
         Rows of the manifest.
     already, embedded, failed : int
         Distinct contents that were in the cache before, were added (in a dry run: would be
-        tried), could not become a row.
+        tried), or could not become a row.
     duplicates : int
-        Rows whose content another row has too.
+        Rows whose content also belongs to an earlier row.
     colour : int
         Embedded images whose colour was reduced to luminance.
     notes : dict of str to int
-        What was passed over in embedded images because it cannot be what it says, such as an
-        orientation or a window, and in how many.
+        What was ignored in embedded images as implausible, such as an orientation or a window,
+        and in how many.
     failures : list of dict
         `image`, `sha256`, `stage`, `reason` of each image whose content failed: more than `failed`
         where a content has several names.
     seconds : float
         From start to end, without loading the encoder.
     images_per_second : float
-        `embedded` by `seconds`.
+        `embedded` divided by `seconds`.
     batch_size, decoders : int
-        Images in a pass of the encoder, at the end; decoder processes. 0 where there was nothing
-        to do.
+        Final number of images per pass of the encoder; number of decoder processes. 0 if there
+        was nothing to do.
     stages : dict of str to float
-        Seconds: `read` and `decode`, summed over the decoder processes; `starve`, in which the
-        encoder's side waited for images; `encode`, in which it waited for the encoder; `write`,
-        in which the writer was busy beside them; `prepare`, before the first image (warm-up and
-        canary).
+        Seconds: `read` and `decode`, summed over the decoder processes; `starve`, waiting for
+        images; `encode`, waiting for the encoder; `write`, in which the writer was busy in
+        parallel; `prepare`, before the first image (warm-up and canary).
     execution : dict or None
         How the encoder ran: `device`, `card` (the GPU's name), `precision`, `attention` (the kernel
-        found to be the fastest), `compiled`; None where nothing was embedded, or by several
-        workers.
+        found to be the fastest), `compiled`; None if nothing was embedded, or by several workers.
     canary : float or None
         Largest distance of a canary image from its embedding in the cache, as a fraction of the
-        median distance between canaries; None where nothing was embedded, or the cache has none.
+        median distance between canaries; None if nothing was embedded or the cache has no canary.
     """
 
     requested: int
@@ -93,7 +91,7 @@ class ExtractionReport(Summarised):
 
 
 def execution_of(encoder: Encoder) -> dict[str, Any]:
-    """Return how an encoder runs, as `ExtractionReport.execution`."""
+    """Return how an encoder runs, in the form of `ExtractionReport.execution`."""
     if isinstance(encoder, DescribedEncoder):
         return encoder.describe()
     known = {"device": encoder.device, "card": None, "precision": encoder.precision}
@@ -101,7 +99,7 @@ def execution_of(encoder: Encoder) -> dict[str, Any]:
 
 
 def describe_execution(source: str, execution: dict[str, Any], batch_size: int) -> str:
-    """Say in a sentence what embeds, on what and how; on a CPU also why on no GPU."""
+    """Return a sentence on the encoder, device and settings; on a CPU also why no GPU is used."""
     card = f" ({execution['card']})" if execution["card"] else ""
     parts = [f"{source} on {execution['device']}{card} in {execution['precision']}"]
     parts.append(f"batches of {batch_size}")
@@ -121,7 +119,7 @@ def describe_execution(source: str, execution: dict[str, Any], batch_size: int) 
 
 
 def describe_times(report: ExtractionReport) -> str:
-    """Say in one line where the time went, and what would shorten it."""
+    """Return a line that shows where the time went and what would shorten it."""
     stages, n_decoders = report.stages, report.decoders
     shares = (
         f"read {stages['read']:.1f} s and decode {stages['decode']:.1f} s in {n_decoders} "

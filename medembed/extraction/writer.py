@@ -1,7 +1,7 @@
-"""Rows become shards on a thread of their own, so that no hashing or slow disk stalls the encoder.
+"""Write shards in a separate thread, so that hashing or a slow disk never stalls the encoder.
 
-`RowWriter` commits before too many rows, or too old ones, could be lost; `Timeline` records where
-the time of an extraction goes.
+`RowWriter` commits before too many rows, or too old ones, could be lost; `Timeline` records how an
+extraction spends its time.
 """
 
 import queue
@@ -27,7 +27,7 @@ STAGES = ("prepare", "read", "decode", "starve", "encode", "write")
 
 @dataclass(frozen=True)
 class Span:
-    """Say what one stage was busy with: `time.monotonic()` at its start and end."""
+    """One busy period of a stage: `time.monotonic()` at its start and end."""
 
     stage: str
     start: float
@@ -36,19 +36,19 @@ class Span:
 
 @dataclass
 class Timeline:
-    """Add up how long each stage was busy; keep every span only where a trace is asked for.
+    """Sums how long each stage was busy; keeps every span only if a trace is requested.
 
     Parameters
     ----------
     keep_spans : bool
-        Memory then grows with the number of images.
+        Keep every span; memory then grows with the number of images.
 
     Attributes
     ----------
     seconds : dict of str to float
-        By one of `STAGES`: `prepare` before the first image; `read` and `decode` summed over the
-        decoder processes; `starve` in which the encoder's side waited for images; `encode` in
-        which it waited for the encoder; `write` in which the writer's thread was busy.
+        Keyed by `STAGES`: `prepare`, before the first image; `read` and `decode`, summed over the
+        decoder processes; `starve`, waiting for images; `encode`, waiting for the encoder;
+        `write`, in which the writer's thread was busy.
     """
 
     keep_spans: bool = False
@@ -57,7 +57,7 @@ class Timeline:
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def add(self, stage: str, start: float, end: float) -> None:
-        """Count a span; threads may do so at once."""
+        """Add a span; safe to call from several threads."""
         with self._lock:
             self.seconds[stage] += end - start
             if self.keep_spans:
@@ -65,21 +65,21 @@ class Timeline:
 
 
 class RowWriter:
-    """Append rows and failures to a cache; leaving the `with` block commits what was added.
+    """Appends rows and failures to a cache; leaving the `with` block commits them.
 
-    Also when an exception leaves it: every row added is whole.
+    An exception commits them too, since every added row is complete.
 
     Parameters
     ----------
     cache : Cache
-        Where to.
+        The cache to append to.
     commit_seconds : float
         How old an uncommitted row may be when the next one is added.
 
     Attributes
     ----------
     n_committed : int
-        Rows added here that are in the cache for good.
+        Rows added here that are committed.
     """
 
     def __init__(self, cache: Cache, commit_seconds: float) -> None:
@@ -131,14 +131,14 @@ class RowWriter:
             self.commit()
 
     def commit(self) -> None:
-        """Commit all that was added.
+        """Commit all added rows and failures.
 
-        Interrupted by Ctrl-C, it can be called again: the same rows give the same shard.
+        After an interruption by Ctrl-C it can be called again: equal rows give an identical shard.
 
         Raises
         ------
         CacheError
-            The cache cannot be written. The rows are given up.
+            The cache cannot be written. The rows are discarded.
         """
         try:
             self._commit_rows()
@@ -163,10 +163,10 @@ class RowWriter:
         self.n_committed += len(done)
 
     def _find_done(self, keys: np.ndarray) -> np.ndarray:
-        """Tell which rows somebody else, such as the same command run twice, has committed."""
+        """Return which rows another process has committed, such as a second run of the command."""
         try:
             return self._cache.is_done(keys)
-        except ShardError:  # another shard is damaged: that must not cost these rows
+        except ShardError:  # another shard's damage must not cost these rows
             return np.zeros(len(keys), bool)
 
     def _forget(self) -> None:
@@ -177,29 +177,29 @@ class RowWriter:
             self._oldest = time.monotonic()
 
 
-MAX_WAITING = 8  # batches; a disk that stays slower than the encoder must hold it up in the end
-TICK_SECONDS = 0.5  # how late a commit that is due may begin while nothing is added
+MAX_WAITING = 8  # batches; a disk that stays slower than the encoder must eventually hold it up
+TICK_SECONDS = 0.5  # how late a due commit may begin while no rows are added
 
 Rows = tuple[Sequence[str], Mapping[str, np.ndarray]]
 
 
 class WriterThread:
-    """A `RowWriter` in a thread of its own; leaving the `with` block commits all that was added.
+    """A `RowWriter` in a separate thread; leaving the `with` block commits all additions.
 
     Parameters
     ----------
     cache : Cache
-        Where to.
+        The cache to append to.
     commit_seconds : float
         How old an uncommitted row may become.
     timeline : Timeline
-        Told how long each addition and commit took, as `write`.
+        Records the duration of each addition and commit, as `write`.
 
     Raises
     ------
     CacheError
-        From the next call, or on leaving, if the thread's writer raised it. What was added
-        before is committed as far as the directory allows.
+        Raised by the next call, or on exit, if the thread's writer failed. Earlier additions are
+        committed as far as the directory allows.
     """
 
     def __init__(self, cache: Cache, commit_seconds: float, timeline: Timeline) -> None:

@@ -1,7 +1,7 @@
 """Fine-tuning: the last blocks of an encoder train together with a head, depth by depth.
 
-Names are looked up when they are first used: the training itself needs no library that a run's
-tables and its swept heads need.
+Names are resolved on first use: the training itself does not need the libraries of a run's tables
+and of swept heads.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,14 +1,14 @@
-"""LoRA through peft: two narrow matrices beside each projection of a block train in its place.
+"""LoRA through peft: instead of each projection of a block, two narrow matrices beside it train.
 
-A projection W does what W + (alpha / rank) · B A does; A is drawn, B begins at zero, and W stays
-(Hu et al., LoRA, ICLR 2022). What was learnt is added to W in the end, so nothing but training
+A projection W is replaced by W + (alpha / rank) · B A; A is random, B starts at zero, and W is
+fixed (Hu et al., LoRA, ICLR 2022). The learned product is finally added to W, so that only training
 needs peft, which is an extra: `pip install 'medembed[lora]'`.
 
-All linear layers of a block are adapted, those of its attention and of its MLP: with those of the
-attention alone a higher rank does not make up for what is missing (Dettmers et al., QLoRA, NeurIPS
-2023, section 4; Biderman et al., LoRA Learns Less and Forgets Less, TMLR 2024). Alpha is twice the
-rank, as the latter have it: a constant factor, so that the rank can be changed alone. It is no
-option, since it does what the rate does, and there is `--encoder-share` for that.
+All linear layers of a block are adapted, those of its attention and of its MLP: adapting only the
+attention is not compensated by a higher rank (Dettmers et al., QLoRA, NeurIPS 2023, section 4;
+Biderman et al., LoRA Learns Less and Forgets Less, TMLR 2024). Alpha is twice the rank, as in the
+latter: a constant factor, so that the rank can be changed independently. Alpha is not an option,
+since it acts like the learning rate, which `--encoder-share` controls.
 """
 
 import copy
@@ -30,16 +30,16 @@ from medembed.finetuning.hyperparameters import Depth
 
 __all__ = ["add_adapters", "alpha_of", "find_projections", "merge_adapters", "require_peft"]
 
-_STREAM = 1 << 23  # of random numbers, apart from those of order, dropout and variations
+_STREAM = 1 << 23  # of random numbers, separate from those for order, dropout and variations
 
 
 def require_peft() -> None:
-    """Refuse where peft is not installed.
+    """Refuse to continue if peft is not installed.
 
     Raises
     ------
     MissingLibraryError
-        It is not.
+        peft is not installed.
     """
     try:
         with _silence():
@@ -49,37 +49,37 @@ def require_peft() -> None:
 
 
 def alpha_of(rank: int) -> int:
-    """Give LoRA's alpha for a rank; see above."""
+    """Return LoRA's alpha for a rank; see above."""
     return 2 * rank
 
 
 def find_projections(encoder: TorchEncoder, depth: Depth, rank: int) -> list[str]:
-    """Name the linear layers that get adapters of a rank: all of the last blocks.
+    """Return the linear layers that get adapters of a rank: all those of the last blocks.
 
     Returns
     -------
     list of str
-        By the names that the model has for them; none of depth 0.
+        Their names in the model; none for depth 0.
 
     Raises
     ------
     EncoderError
-        Its blocks have convolutions, which these adapters would leave as they are.
+        The blocks have convolutions, which these adapters do not cover.
     TrainingDataError
-        The rank is higher than a layer is wide.
+        The rank exceeds the width of a layer.
     """
     path, blocks = find_blocks(encoder)
     if any(isinstance(module, nn.Conv2d) for module in blocks.modules()):
         raise EncoderError(
-            f"--lora adapts the projections of a vision transformer's blocks, and those of "
-            f"{encoder.source} are convolutions, which have none. Leave it out: --unfreeze trains "
-            "the blocks themselves."
+            f"--lora adapts the projections of a vision transformer's blocks, and the blocks of "
+            f"{encoder.source} have convolutions instead. Omit --lora: --unfreeze trains the "
+            "blocks themselves."
         )
     found = {
         f"{path}.{i}.{name}": module
         for i in range(len(blocks) - depth.blocks, len(blocks))
         for name, module in blocks[i].named_modules()
-        # Swin v2's network of positions is no projection of tokens, and two columns wide.
+        # Swin v2's position network is not a projection of tokens, and two columns wide.
         if isinstance(module, nn.Linear) and "position" not in name
     }
     for name, module in found.items():
@@ -87,26 +87,26 @@ def find_projections(encoder: TorchEncoder, depth: Depth, rank: int) -> list[str
         if rank > width:
             raise TrainingDataError(
                 f"--lora {rank} is a higher rank than {name} of {encoder.source} can have, which "
-                f"is {width} wide. Give at most {width}; 4 to 32 are usual."
+                f"is {width} wide. Use at most {width}; 4 to 32 are usual."
             )
     return list(found)
 
 
 def add_adapters(encoder: TorchEncoder, depth: Depth, rank: int, seed: int) -> list[str]:
-    """Put adapters beside the projections of the last blocks; they alone take gradients.
+    """Add adapters to the projections of the last blocks; only the adapters take gradients.
 
-    The tower gives what it gave before, until they are trained. Torch's generators stay as they
-    are.
+    The tower's output does not change until they are trained. Torch's generators are left
+    unchanged.
 
     Returns
     -------
     list of str
-        Names of the model's parameters that will train: two per projection.
+        Names of the model's trainable parameters, two per projection.
 
     Raises
     ------
     EncoderError, TrainingDataError
-        As `find_projections`.
+        See `find_projections`.
     """
     projections = find_projections(encoder, depth, rank)
     encoder.model.requires_grad_(False)
@@ -117,7 +117,7 @@ def add_adapters(encoder: TorchEncoder, depth: Depth, rank: int, seed: int) -> l
 
         drawn = np.random.SeedSequence([seed, _STREAM]).generate_state(1, np.uint64)[0]
         torch.manual_seed(int(drawn >> 1))
-        # A pattern of whole names: a list would also match names that end alike.
+        # A pattern of complete names: a list would also match names with an equal ending.
         pattern = "|".join(re.escape(name) for name in projections)
         config = LoraConfig(r=rank, lora_alpha=alpha_of(rank), target_modules=pattern)
         inject_adapter_in_model(config, encoder.model)
@@ -126,7 +126,7 @@ def add_adapters(encoder: TorchEncoder, depth: Depth, rank: int, seed: int) -> l
 
 @torch.no_grad()
 def merge_adapters(tower: nn.Module) -> dict[str, torch.Tensor]:
-    """Give what the adapted weights come to, by the names that they had without adapters.
+    """Return the merged weights of the adapted layers, by their names without adapters.
 
     The tower keeps its adapters. One layer is copied at a time.
     """
@@ -144,7 +144,7 @@ def merge_adapters(tower: nn.Module) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Keep peft's warnings, which are about its own formats and files, from the user."""
+    """Silence peft's warnings, which concern its own formats and files."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

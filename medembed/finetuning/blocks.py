@@ -1,4 +1,4 @@
-"""A tower's blocks, by the names that transformers has for them: which train, and how fast.
+"""A tower's blocks, by their names in transformers: which train, and at which learning rate.
 
 Blocks are the layers of SigLIP, ViT, DeiT and DINO, and the stages of ResNet, ConvNeXt and Swin.
 """
@@ -28,50 +28,51 @@ __all__ = [
     "unfreeze",
 ]
 
-# Where the releases of transformers keep the norm after the blocks, and what comes before them.
+# Where releases of transformers keep the norm after the blocks, and the layers before them.
 _NORMS = ("post_layernorm", "layernorm", "norm")
 LORA_SHARE = 10.0
-"""What adapters' rates are of those that the blocks themselves would have.
+"""Learning rates of adapters relative to those of the blocks themselves.
 
-LoRA's best rate is about ten times that of training everything, whatever the rank (Biderman et al.,
-TMLR 2024; Schulman et al., LoRA Without Regret, Thinking Machines 2025). On drawn radiographs that
-the demo's encoder did not learn from, rank 8 in two blocks came to an AUROC of held-out patients of
-.866 so, and of .859 at the blocks' own rates; unfrozen, the blocks came to .869 (one seed).
+LoRA's best rate is about ten times that of full training, for any rank (Biderman et al., TMLR 2024;
+Schulman et al., LoRA Without Regret, Thinking Machines 2025). On synthetic radiographs that the
+demo's encoder was not trained on, rank 8 in two blocks reached an AUROC on held-out patients of
+.866 with this factor, and of .859 at the blocks' own rates; unfrozen blocks reached .869 (one
+seed).
 """
 _EMBEDDINGS = ("embeddings", "embedder")
-# Their blocks are handed the size of the grid besides the tokens.
+# Their blocks receive the size of the grid in addition to the tokens.
 _UNCUT = ("swin", "swinv2")
 
 
 def find_blocks(encoder: TorchEncoder) -> tuple[str, nn.ModuleList]:
-    """Return the name and the list of an encoder's blocks, in the order that images go through.
+    """Return the name and the list of an encoder's blocks, in processing order.
 
     Raises
     ------
     EncoderError
-        It has none that are known.
+        The encoder has no known blocks.
     """
     found = encoder.find_blocks()
     if found is not None:
         return found
     raise EncoderError(
         f"{encoder.source} has no blocks that can be unfrozen. Fine-tune a SigLIP, ViT, DINO, "
-        "ResNet, ConvNeXt or Swin; what it embeds goes to `medembed extract` and `sweep`."
+        "ResNet, ConvNeXt or Swin, or use it frozen, with `medembed extract` and `sweep`."
     )
 
 
 def count_blocks(encoder: TorchEncoder) -> int:
-    """Count an encoder's blocks; see `find_blocks`."""
+    """Return the number of an encoder's blocks; see `find_blocks`."""
     return len(find_blocks(encoder)[1])
 
 
 def unfreeze(encoder: TorchEncoder, depth: Depth) -> list[str]:
-    """Let the last blocks and the norm after them take gradients, and nothing else.
+    """Make only the last blocks and the norm after them take gradients.
 
     Returns
     -------
     list of str
-        Names of the model's parameters that will train.
+        Names of the model's trainable parameters.
     """
     trained = _is_trained(encoder, depth)
     names = []
@@ -83,9 +84,9 @@ def unfreeze(encoder: TorchEncoder, depth: Depth) -> list[str]:
 
 
 def set_modes(encoder: TorchEncoder, depth: Depth, *, training: bool) -> None:
-    """Put what trains into training mode, and all else into evaluation mode.
+    """Put trained parts into training mode, and all others into evaluation mode.
 
-    Batch norms of frozen parts so keep their statistics, and those of trained parts learn them.
+    Batch norms of frozen parts thereby keep their statistics, and those of trained parts update.
     """
     encoder.model.eval()
     if not training:
@@ -99,7 +100,7 @@ def set_modes(encoder: TorchEncoder, depth: Depth, *, training: bool) -> None:
 def parameter_groups(
     encoder: TorchEncoder, head: nn.Module, recipe: Hyperparameters
 ) -> list[dict[str, Any]]:
-    """Sort all parameters that train into AdamW's groups: by rate, with decay and without.
+    """Return all trainable parameters in AdamW's groups: by rate, with and without weight decay.
 
     Returns
     -------
@@ -124,12 +125,12 @@ def parameter_groups(
 
 
 def recompute(encoder: TorchEncoder, depth: Depth) -> None:
-    """Let the trained blocks compute their activations again in the backward pass.
+    """Make the trained blocks recompute their activations in the backward pass.
 
     Raises
     ------
     TrainingDataError
-        They have batch norms, which would count every image twice.
+        The blocks have batch norms, which would count every image twice.
     """
     _, blocks = find_blocks(encoder)
     own = list(blocks)[len(blocks) - depth.blocks :]
@@ -145,7 +146,7 @@ def recompute(encoder: TorchEncoder, depth: Depth) -> None:
 
 
 def draw_weights(encoder: TorchEncoder, seed: int) -> None:
-    """Give the tower random weights, as transformers draws those of a new model of its config."""
+    """Replace the tower's weights by random ones, drawn as transformers does for a new model."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         fresh = type(encoder.model)(encoder.model.config)
@@ -155,12 +156,12 @@ def draw_weights(encoder: TorchEncoder, seed: int) -> None:
 
 
 def cut_trunk(encoder: TorchEncoder, n_kept: int) -> None:
-    """Take away all but the first `n_kept` blocks: the tower then gives what comes out of them.
+    """Remove all but the first `n_kept` blocks, so that the tower returns their output.
 
     Raises
     ------
     EncoderError
-        Its blocks want more than what the block before them gives.
+        The blocks need more input than the output of the previous block.
     """
     _refuse_uncut(encoder)
     _, blocks = find_blocks(encoder)
@@ -172,14 +173,14 @@ def cut_trunk(encoder: TorchEncoder, n_kept: int) -> None:
 
 
 def keep_top(encoder: TorchEncoder, n_cut: int) -> None:
-    """Take away the first `n_cut` blocks and what comes before them.
+    """Remove the first `n_cut` blocks and the layers before them.
 
-    `features` is then to be given what `cut_trunk` gives, in place of pixels.
+    `features` then takes the output of the tower cut by `cut_trunk`, instead of pixels.
 
     Raises
     ------
     EncoderError
-        As `cut_trunk`.
+        The blocks need more input than the output of the previous block.
     """
     _refuse_uncut(encoder)
     model = encoder.model
@@ -187,7 +188,7 @@ def keep_top(encoder: TorchEncoder, n_cut: int) -> None:
     for i in range(n_cut):
         blocks[i] = _Passed()
     rotary = getattr(model, "rope_embeddings", None)
-    if rotary is not None:  # DINOv3's positions follow from the size of the image alone
+    if rotary is not None:  # DINOv3's positions depend only on the size of the image
         size = encoder.preprocessing
         with torch.no_grad():
             positions = rotary(torch.zeros(1, 3, size.height, size.width, device=encoder.device))
@@ -199,7 +200,7 @@ def keep_top(encoder: TorchEncoder, n_cut: int) -> None:
 
 
 class _Passed(nn.Module):
-    """Stands where a block was, and hands on what it gets."""
+    """Replaces a block and returns its input."""
 
     def forward(self, hidden: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         return hidden
@@ -213,13 +214,13 @@ def _refuse_uncut(encoder: TorchEncoder) -> None:
     kind = encoder.model.config.model_type
     if kind in _UNCUT:
         raise EncoderError(
-            f"--trunk-cache is not on offer for {encoder.source}: blocks of {kind} hand on the "
-            "size of their grid besides their tokens. Leave it out."
+            f"--trunk-cache is not supported for {encoder.source}: blocks of {kind} pass on the "
+            "size of their grid in addition to their tokens. Omit --trunk-cache."
         )
 
 
 def _is_trained(encoder: TorchEncoder, depth: Depth) -> Callable[[str], bool]:
-    """Tell by its name whether a parameter, or what is in a module ("name."), trains."""
+    """Return a function that decides by name whether a parameter or module ("name.") trains."""
     if depth.everything:
         return lambda name: True
     if not depth.blocks:
@@ -233,7 +234,7 @@ def _is_trained(encoder: TorchEncoder, depth: Depth) -> Callable[[str], bool]:
 def _with_shares(
     encoder: TorchEncoder, head: nn.Module, recipe: Hyperparameters
 ) -> Iterator[tuple[str, nn.Parameter, float]]:
-    """Yield every parameter that trains, with its rate as a share of the head's."""
+    """Yield every trainable parameter, with its rate as a share of the head's."""
     path, blocks = find_blocks(encoder)
     top = 1.0 if recipe.from_scratch else recipe.encoder_share
     if recipe.lora is not None:
@@ -244,7 +245,7 @@ def _with_shares(
     for name, parameter in encoder.model.named_parameters():
         if not parameter.requires_grad:
             continue
-        below = len(blocks)  # the embeddings, and what is neither block nor norm
+        below = len(blocks)  # the embeddings, and layers that are neither block nor norm
         if name.startswith(f"{path}."):
             below = len(blocks) - 1 - int(name[len(path) + 1 :].split(".")[0])
         elif name.split(".")[0] in (*_NORMS, "pooler", "head"):

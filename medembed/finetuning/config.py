@@ -1,4 +1,4 @@
-"""What fine-tuning is asked, understood and checked before anything is read or trained."""
+"""The configuration of fine-tuning, parsed and checked before any image is read."""
 
 import os
 import shlex
@@ -69,7 +69,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class FineTuneConfig:
-    """What was asked, as it is understood."""
+    """The parsed options of fine-tuning."""
 
     manifest: Manifest
     image_root: Path
@@ -85,12 +85,12 @@ class FineTuneConfig:
     n_cut: int | None
     limits: Limits = DEFAULT_LIMITS
     build: KeptBuild | None = None
-    """What is known of how the manifest was built, see `dataset.build_file.read_build`."""
+    """The record of the manifest's build, see `dataset.build_file.read_build`."""
     points: tuple[ThresholdRule, ...] = ()
 
     @property
     def trials(self) -> list[Trial]:
-        """Everything that trains."""
+        """All trials to train."""
         several = len(self.seeds) > 1
         pairs = [(depth, seed) for depth in self.depths for seed in self.seeds]
         return [
@@ -99,7 +99,7 @@ class FineTuneConfig:
         ]
 
     def for_seed(self, seed: int) -> "FineTuneConfig":
-        """Return the same with the weights that training begins with: random ones from scratch."""
+        """Return a copy with the initial weights of a seed, which are random from scratch."""
         if not self.recipe.from_scratch:
             return self
         encoder = self.encoder.copy()
@@ -107,12 +107,12 @@ class FineTuneConfig:
         return replace(self, encoder=encoder)
 
     def params(self, lora: int | None) -> dict[str, Any]:
-        """Return what a leaderboard says of a depth; `run.json` has all of it.
+        """Return the leaderboard's parameters of a depth; `run.json` has all of them.
 
         Parameters
         ----------
         lora : int or None
-            Rank of its adapters.
+            Rank of the depth's adapters.
         """
         names = ("lr", "batch_size", "epochs", "augment")
         params = {name: getattr(self.recipe, name) for name in names}
@@ -121,7 +121,7 @@ class FineTuneConfig:
         return {"start": "fresh" if self.swept is None else self.swept.head, **params}
 
     def question(self) -> dict[str, Any]:
-        """Return what the run answers: everything that decides its result."""
+        """Return the run's question: everything that determines its result."""
         spec = spec_of(self.encoder, self.poolings)
         return {
             "depths": ["all" if depth.everything else depth.blocks for depth in self.depths],
@@ -137,7 +137,7 @@ class FineTuneConfig:
             "recipe": self.recipe.as_dict(),
             "start": None if self.swept is None else self.swept.as_dict(),
             "trunk": None if self.n_cut is None else self.trunk_dtype,
-            # runs of before say nothing of operating points
+            # older runs do not record operating points
             **({"operating_points": [rule.name for rule in self.points]} if self.points else {}),
         }
 
@@ -203,7 +203,7 @@ def resolve_config(
     pool: str | Sequence[str] | None,
     on: Mapping[str, str],
 ) -> FineTuneConfig:
-    """Load the encoder, and check that what is asked of it can be done.
+    """Load the encoder, and check that the request is possible.
 
     Parameters are those of `job.finetune`; `trunk` is the trunk cache and its dtype, `on` the
     device, precision and fit.
@@ -211,7 +211,7 @@ def resolve_config(
     Raises
     ------
     TrainingDataError, EncoderError, RunError, ModelError, MedembedError
-        As `job.finetune`.
+        See `job.finetune`.
     """
     if not seeds:
         raise TrainingDataError("--seeds must be at least 1.")
@@ -230,12 +230,12 @@ def resolve_config(
     if recipe.lora is not None:
         require_peft()
     names = tuple(pool.split(",") if isinstance(pool, str) else pool or ())
-    # Weights stay fp32 in training; bf16 is what products are cast to.
+    # Weights stay fp32 in training; with bf16 only products are cast.
     known: dict[str, Any] = {"device": on["device"], "precision": "fp32", "fit": on["fit"]}
     encoder: Any = find_tower(reference, poolings=names or DEFAULT_POOLINGS, **known)
     if not isinstance(encoder, TorchEncoder) or encoder.origin is None:
         raise EncoderError(
-            f"{encoder.source} cannot be trained: it is no tower that was loaded from a checkpoint."
+            f"{encoder.source} cannot be trained: it was not loaded from a checkpoint."
         )
     if encoder.precision != "fp32":  # weights stay fp32 in training
         origin, encoder = encoder.origin, encoder.reference()
@@ -267,11 +267,11 @@ def resolve_config(
 
 
 def _choose_adapted(encoder: TorchEncoder, depths: Sequence[Depth], rank: int) -> list[Depth]:
-    """Take `all` for all blocks, since there are adapters in blocks alone; refuse none at all."""
+    """Return depths with `all` read as all blocks, as only blocks have adapters; refuse none."""
     if not depths[-1].blocks:
         raise TrainingDataError(
             f"--lora {rank} puts adapters into the last blocks, and --unfreeze asks for none. Ask "
-            "for a depth of at least 1, or leave it out."
+            "for a depth of at least 1, or omit --lora."
         )
     find_projections(encoder, depths[-1], rank)
     return [Depth(depth.blocks) for depth in depths]
@@ -280,12 +280,12 @@ def _choose_adapted(encoder: TorchEncoder, depths: Sequence[Depth], rank: int) -
 def _refuse_changing_trunk(recipe: Hyperparameters) -> None:
     if recipe.augment:
         raise TrainingDataError(
-            "--trunk-cache keeps what comes out of the frozen blocks, computed once, and excludes "
-            "augmentation, which would change it every epoch. Add --no-augment, or leave it out."
+            "--trunk-cache keeps the output of the frozen blocks, computed once, and excludes "
+            "augmentation, which would change it every epoch. Add --no-augment, or omit it."
         )
     if recipe.from_scratch:
         raise TrainingDataError(
-            "--trunk-cache keeps what comes out of a trained encoder's blocks; with --from-scratch "
+            "--trunk-cache keeps the output of a trained encoder's blocks; with --from-scratch "
             "they are random. Leave one of them out."
         )
 
@@ -303,7 +303,7 @@ def _choose_poolings(
     for name in chosen:
         if len(encoder.dimensions[name]) > 1 or not find_pooling(name).is_trained_through:
             raise TrainingDataError(
-                f"--pool {name} is not trained through: a head that trains with its encoder reads "
+                f"--pool {name} cannot be trained: a head that trains with its encoder reads "
                 f"single vectors of the tower, such as {','.join(DEFAULT_POOLINGS)}."
             )
     if len(set(chosen)) < len(chosen):
@@ -312,7 +312,7 @@ def _choose_poolings(
 
 
 def describe(asked: FineTuneConfig, command: str) -> dict[str, Any]:
-    """Return what `run.json` records beside the question."""
+    """Return what `run.json` records in addition to the question."""
     encoder = asked.encoder
     return {
         "kind": "finetune",
@@ -338,7 +338,7 @@ def write_command(
     out: str,
     from_run: str | Path | None,
 ) -> str:
-    """Write the command that asks the same again; numbers that are the defaults are left out."""
+    """Return the command that repeats this training, without options that have defaults."""
     depths = ",".join("all" if d.everything else str(d.blocks) for d in asked.depths)
     words = ["medembed", "finetune", manifest, "--image-root", public_name(asked.image_root)]
     words += ["--encoder", encoder, "--unfreeze", depths, "--out", out]

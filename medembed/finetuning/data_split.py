@@ -1,4 +1,4 @@
-"""The rows that fine-tuning sees: who is trained on, who decides, who is held out, who tested."""
+"""The rows of fine-tuning: those for training, early stopping, held-out scores and the test."""
 
 from dataclasses import dataclass
 
@@ -14,10 +14,10 @@ from medembed.evaluation.scores import by_study, score
 __all__ = ["FAILED_COLUMNS", "HELD_OUT", "TrainRows", "choose_rows"]
 
 FAILED_COLUMNS = ("image", "sha256", "stage", "reason")
-"""Of rows whose images were left out, as `cache.embeddings` has them."""
+"""Columns of rows whose images were left out, as in `cache.embeddings`."""
 
 HELD_OUT = 0
-"""The fold that is scored out of training; of all others one part decides when to stop."""
+"""The held-out fold that is scored; part of the other folds is used for early stopping."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,13 +27,13 @@ class TrainRows:
     Attributes
     ----------
     rows : DataFrame
-        Of the manifest; index 0 to n - 1.
+        Rows of the manifest; index 0 to n - 1.
     folds : int64 array of shape (n,)
-        The fold of each train row; -1 of test rows.
+        The fold of each train row; -1 for test rows.
     inner : bool array of shape (n,)
-        Rows of the other folds' patients who decide when to stop.
+        Rows of the other folds' patients who are used for early stopping.
     failed : DataFrame
-        `FAILED_COLUMNS` of those left out.
+        `FAILED_COLUMNS` of the rows left out.
     """
 
     rows: pd.DataFrame
@@ -46,7 +46,7 @@ class TrainRows:
 
     @property
     def y(self) -> NDArray[np.int8]:
-        """Labels, (n,): 0, 1, and -1 of test rows without one."""
+        """Labels, (n,): 0, 1, or -1 for test rows without a label."""
         found: NDArray[np.int8] = self.rows["label"].fillna(-1).to_numpy(np.int8)
         return found
 
@@ -57,7 +57,7 @@ class TrainRows:
 
     @property
     def judging(self) -> NDArray[np.int64]:
-        """Indices of the rows that decide when to stop, of patients that are not trained on."""
+        """Indices of the rows for early stopping, of patients that are not trained on."""
         return np.flatnonzero(self.inner)
 
     @property
@@ -71,7 +71,7 @@ class TrainRows:
         return np.flatnonzero(self.folds < 0)
 
     def study_auroc(self, rows: NDArray[np.int64], probability: NDArray[np.float64]) -> float:
-        """Give the AUROC of some rows' studies; a study's probability is the mean of its views'."""
+        """Return the AUROC of some rows' studies, averaging the probabilities of views."""
         table = pd.DataFrame(
             {
                 "study": pd.factorize(self.rows["study"].iloc[rows], sort=True)[0],
@@ -84,18 +84,18 @@ class TrainRows:
         return float(score(y, found, 0.5)["auroc"])
 
     def without(self, failed: pd.DataFrame) -> tuple["TrainRows", NDArray[np.int64]]:
-        """Leave out rows whose images could not be read or decoded.
+        """Return the rows without those whose images could not be read or decoded.
 
         Returns
         -------
         rows : TrainRows
         kept : int64 array
-            Which of the rows these are.
+            Their indices in the original rows.
 
         Raises
         ------
         TrainingDataError
-            One class is left in any part, or no labelled test row.
+            Only one class is left in a part, or no labelled test row.
         """
         kept = np.flatnonzero(~self.rows["image"].isin(failed["image"]).to_numpy())
         rows = self.rows.iloc[kept].reset_index(drop=True)
@@ -113,12 +113,12 @@ class TrainRows:
 
 
 def choose_rows(manifest: Manifest, n_folds: int, seed: int) -> TrainRows:
-    """Choose the rows of a manifest that are trained on and tested, before any image is read.
+    """Return the rows of a manifest for training and test, before any image is read.
 
     Raises
     ------
     TrainingDataError
-        As `dataset.splits.fold_train_rows`.
+        The rows cannot be split into folds; see `dataset.splits.fold_train_rows`.
     ManifestError
         The manifest holds no SHA-256s.
     """

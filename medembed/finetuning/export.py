@@ -1,4 +1,4 @@
-"""How a trial ends: its result kept in the run, its encoder and head written, the run scored."""
+"""Finish a trial: store its result in the run, write its encoder and head, score the run."""
 
 import os
 import shutil
@@ -65,26 +65,26 @@ def package(
     vectors: NDArray[np.float32] | None = None,
     points: Sequence[ThresholdRule] = (),
 ) -> None:
-    """Save a trained head in `models/<head>/`, as a sweep saves its winners.
+    """Save a trained head in `models/<head>/`, in the format of a sweep's winners.
 
     Parameters
     ----------
     encoder : TorchEncoder
-        Whose embeddings it reads, and `fingerprint` if training has changed it.
+        The encoder whose embeddings the head reads; `fingerprint` is set if training changed it.
     known : mapping
-        See `finishing.TrialResult`.
+        See `TrialResult.known`.
     vectors : float32 array of shape (n, d), optional
-        What the head reads of all rows, where that is known: the model then keeps statistics of
-        the training rows, which `evaluate` measures drift from.
+        The head's input for all rows, if known: the model then stores statistics of the training
+        rows, from which `evaluate` measures drift.
     points : sequence of ThresholdRule
-        Operating points beside the usual ones.
+        Operating points in addition to the default ones.
     """
     path = run.model_path(known["head"])
     path.parent.mkdir(exist_ok=True)
     spec = spec_of(encoder, network.poolings).as_dict()
     if fingerprint is not None:
         spec["encoder"] = fingerprint
-    # Those held out have decided thresholds, and count as seen; its embeddings are those of all.
+    # Held-out patients determined thresholds and count as seen; embeddings are those of all rows.
     seen = np.flatnonzero(rows.folds >= 0)
     data = summarise_data(manifest.rows, rows.failed, manifest.label_level)
     place = None if fingerprint is None else f"../../encoders/{known['head']}"
@@ -135,7 +135,7 @@ def _held_studies(rows: TrainRows, trained: Trained) -> pd.DataFrame:
 
 
 def _as_head(network: Network, start: Start, trained: Trained) -> MLPHead:
-    """Return the head as what a sweep would have trained."""
+    """Return the head in the form that a sweep trains."""
     kept = {name: start.params[name] for name in ("hidden", "activation", "dropout", "scaling")}
     head = MLPHead(**kept, label_smoothing=start.params["label_smoothing"])
     layers = [
@@ -151,7 +151,7 @@ def _as_head(network: Network, start: Start, trained: Trained) -> MLPHead:
 
 
 def adapt(encoder: TorchEncoder, network: Network) -> TorchEncoder:
-    """Copy the encoder that training began with, with what it has changed, adapters merged."""
+    """Return a copy of the initial encoder with all trained changes, adapters merged."""
     adapted = encoder.copy()
     state = adapted.model.state_dict()
     for name, tensor in network.changed_tensors().items():
@@ -160,16 +160,16 @@ def adapt(encoder: TorchEncoder, network: Network) -> TorchEncoder:
 
 
 def save_adapted(encoder: TorchEncoder, directory: Path) -> str:
-    """Write an encoder as what it has in place of its base's tensors; give its fingerprint.
+    """Write an encoder's changes to its base's tensors, and return its fingerprint.
 
-    The directory appears whole or not at all, in the place of one that is there. It holds the
-    changed tensors alone and names the base; where all have changed it is a checkpoint that needs
-    no base. It is loaded once, and compared, before it appears.
+    The directory appears completely or not at all, replacing an existing one. It holds only the
+    changed tensors and names the base; if all have changed, it is a checkpoint that needs no base.
+    It is loaded and compared once before it appears.
 
     Raises
     ------
     EncoderError
-        What was written does not read back as written.
+        The written files read back differently.
     """
     assert encoder.origin is not None
     origin = encoder.origin
@@ -210,7 +210,7 @@ def _write(
         again = adapt_encoder(origin, encoder.preprocessing, tensors)
         document = describe_base(origin, directory, again.fingerprint)
         write_atomically(made / BASE_FILE, json_bytes(document))
-    # Beside its place, so that a base's relative path is right already.
+    # Beside its final place, so that a base's relative path is already right.
     read: Any = load_encoder(made, device="cpu", precision="fp32", fit=encoder.preprocessing.fit)
     theirs = read.model.state_dict()
     for name, tensor in encoder.model.state_dict().items():
@@ -231,10 +231,10 @@ class TrialResult:
     known : dict
         ``number``, ``head``, ``depth``, ``lora`` (rank of its adapters, or None), ``seed``,
         ``key``, ``pooling``, ``params``, ``trainable`` (how many numbers of tower and head
-        training changes; None where it did not begin).
+        training changes; None if it did not begin).
     score : float or None
-        AUROC of the held-out patients' studies at the best epoch, which they have not chosen; None
-        where it failed.
+        AUROC of the held-out patients' studies at the best epoch, which other patients chose; None
+        if the trial failed.
     best_epoch : int or None
     seconds : float
     error : str or None
@@ -243,7 +243,7 @@ class TrialResult:
     history : list of dict
         Per epoch `train_loss`, `loss`, `auroc`.
     probability : float64 array or None
-        Of the held-out rows, then of the test rows.
+        Probabilities of the held-out rows, then of the test rows.
     """
 
     known: Mapping[str, Any]
@@ -257,7 +257,7 @@ class TrialResult:
 
     @classmethod
     def of(cls, trained: Trained, encoder: str | None, known: Mapping[str, Any]) -> "TrialResult":
-        """Describe a training that went well."""
+        """Return the result of a successful training."""
         counters = trained.counters
         return cls(
             known=known,
@@ -272,11 +272,11 @@ class TrialResult:
 
     @classmethod
     def failed(cls, error: MedembedError, known: Mapping[str, Any]) -> "TrialResult":
-        """Describe one that did not."""
+        """Return the result of a failed training."""
         return cls(known, None, None, 0.0, describe_failure(error), None, [], None)
 
     def write(self, run: Run) -> None:
-        """Keep it in the run's ledger; it is on disk when this returns."""
+        """Write the result to the run's ledger, synced to disk."""
         key = self.known["key"]
         if self.probability is not None:
             run.keep_fold(key, self.probability)
@@ -303,7 +303,7 @@ class TrialResult:
         )
 
     def as_entry(self) -> dict[str, Any]:
-        """Return the line of the leaderboard."""
+        """Return the trial's row of the leaderboard."""
         return {
             "head": self.known["head"],
             "pooling": self.known["pooling"],
@@ -323,7 +323,7 @@ class TrialResult:
 
 
 def load_ending(run: Run, key: str, rows: TrainRows) -> TrialResult | None:
-    """Read how the trial of this key ended; None where it is to be trained, or trained again."""
+    """Return the result of the trial of this key, or None if it has to be trained."""
     records = [record for record in run.trial_records() if record.key == key]
     if not records:
         return None
@@ -360,8 +360,8 @@ def finish(
 ) -> None:
     """Write predictions, leaderboard and counts, then the scores, which complete the run.
 
-    `build` is what is known of how the manifest was built, `points` are operating points beside the
-    usual ones.
+    `build` is the record of the manifest's build, `points` are operating points in addition to the
+    default ones.
 
     Raises
     ------
@@ -374,7 +374,7 @@ def finish(
         reasons = "; ".join(f"{e.known['head']}: {e.error}" for e in ordered)
         raise RunError(f"every depth failed in the run at {run.path}. {reasons}")
     own = np.concatenate([rows.held, rows.tested])
-    # The codes of patients and studies are those of all rows, as the priors have them.
+    # The codes of patients and studies are those of all rows, as for the priors.
     images = image_rows(rows.rows, np.where(rows.folds == HELD_OUT, HELD_OUT, -1)).iloc[own]
     parts = [
         images.assign(

@@ -1,8 +1,8 @@
-"""The trunk cache: what comes out of the frozen blocks, computed once per image and kept.
+"""The trunk cache: the output of the frozen blocks, computed once per image and stored.
 
-The blocks below the deepest unfrozen one do not change, so an epoch need only cost the top. It is a
-cache like stage 1's, with one "pooling", the tokens, whose encoder is the trunk; so it is written,
-verified and resumed as any cache is.
+The blocks below the deepest unfrozen one do not change, so an epoch only needs to compute the
+blocks above. The cache has the format of stage 1, with one "pooling", the tokens, and the trunk as
+its encoder, and is written, verified and resumed like any cache.
 """
 
 import math
@@ -44,23 +44,23 @@ __all__ = [
 
 TOKENS = "tokens"
 TRUNK_DTYPE = "float32"
-"""What tokens are stored as where nothing else is asked for."""
+"""Default dtype of stored tokens."""
 _BATCH = 8
 _HOST_BYTES = 2**29
-"""Of a batch's tokens, float32: two are under way, and as many wait to be written."""
+"""Bytes of a batch's float32 tokens: two batches are in progress, and two wait to be written."""
 
 
 class TrunkEncoder:
-    """The first blocks of an encoder, as `protocol.Encoder` has it; its one pooling is the tokens.
+    """The first blocks of an encoder, as a `protocol.Encoder` whose one pooling is the tokens.
 
     Parameters
     ----------
     encoder : TorchEncoder
-        In fp32; copied.
+        The encoder in fp32, which is copied.
     n_blocks : int
-        How many.
+        Number of blocks in the trunk.
     precision : {"fp32", "bf16"}
-        Of the products, as in training.
+        Precision of products, as in training.
     """
 
     def __init__(self, encoder: TorchEncoder, n_blocks: int, precision: str) -> None:
@@ -75,44 +75,44 @@ class TrunkEncoder:
         self.dimensions = {TOKENS: self.encode(black, [TOKENS])[TOKENS].shape[1:]}
 
     def encode(self, pixels: np.ndarray, poolings: Sequence[str]) -> dict[str, np.ndarray]:
-        """Give the tokens of prepared images, float32 (n, …); see `protocol.Encoder.encode`."""
+        """Return the tokens of prepared images, float32 (n, …); see `protocol.Encoder.encode`."""
         return guard_memory(
-            lambda: self._give(pixels),
+            lambda: self._run(pixels),
             f"the trunk of {self.source} does not fit the memory of {self.device} with a batch of "
             f"{len(pixels)}; a smaller one may.",
         )
 
-    def _give(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
+    def _run(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
         tokens = self._compute(torch.from_numpy(np.array(pixels)).to(self.device))
         return {TOKENS: tokens[TOKENS].cpu().numpy()}
 
     @torch.inference_mode()
     def _compute(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Give the tokens of uint8 (n, height, width) on the device, float32."""
+        """Return the tokens of uint8 (n, height, width) on the device, float32."""
         with arithmetic(self.device, self.precision):
             seen = self._encoder.model(pixel_values=self._encoder.normalise(images))
             return {TOKENS: seen.last_hidden_state.float()}
 
 
 class PipelinedTrunk(TrunkEncoder):
-    """A trunk whose device is handed the next batch before the last one is done.
+    """A trunk whose device receives the next batch before the previous one is done.
 
-    It is a `protocol.PipelinedEncoder`, on the GPU of the process that made it.
+    It is a `protocol.PipelinedEncoder`, on the GPU of the process that created it.
     """
 
     @property
     def in_flight(self) -> int:
-        """How many batches may be submitted and not yet collected."""
+        """Number of batches that may be submitted and not yet collected."""
         return self._encoder.runner.in_flight
 
     def submit(
         self, pixels: np.ndarray, poolings: Sequence[str]
     ) -> Callable[[], dict[str, np.ndarray]]:
-        """Begin to compute a batch; see `protocol.PipelinedEncoder.submit`."""
+        """Start to compute a batch; see `protocol.PipelinedEncoder.submit`."""
         return self._encoder.runner.submit(self._compute, pixels)
 
     def encode(self, pixels: np.ndarray, poolings: Sequence[str]) -> dict[str, np.ndarray]:
-        """Give the tokens of prepared images, float32 (n, …); see `protocol.Encoder.encode`."""
+        """Return the tokens of prepared images, float32 (n, …); see `protocol.Encoder.encode`."""
         return self.submit(pixels, poolings)()
 
     def warm_up(
@@ -123,7 +123,7 @@ class PipelinedTrunk(TrunkEncoder):
         batch_size: int | None = None,
         tell: Callable[[str], None] | None = None,
     ) -> int:
-        """Choose the batch that the device holds, and whose tokens take 512 MB of the host's.
+        """Return the batch size that fits the device, and whose tokens fit 512 MB of the host.
 
         See `protocol.PipelinedEncoder.warm_up`.
         """
@@ -141,19 +141,19 @@ class PipelinedTrunk(TrunkEncoder):
         return min(chosen, most)
 
     def reference(self) -> Encoder:
-        """Give the trunk itself: its cache has no canary, and its arithmetic is in its name."""
+        """Return the trunk itself: its cache has no canary, and its name includes the precision."""
         return self
 
 
 def make_trunk(encoder: TorchEncoder, n_blocks: int, precision: str) -> TrunkEncoder:
-    """Return the trunk of an encoder as its device is best used; see `TrunkEncoder`.
+    """Return the trunk of an encoder, pipelined on CUDA; see `TrunkEncoder`.
 
-    Elsewhere than on CUDA all cores, or the whole device, compute one batch at a time.
+    On other devices all cores, or the whole device, compute one batch at a time.
 
     Raises
     ------
     DeviceMemoryError
-        It does not fit the device beside the encoder.
+        The trunk does not fit the device together with the encoder.
     """
     kind = PipelinedTrunk if encoder.device == "cuda" else TrunkEncoder
     return guard_memory(
@@ -170,35 +170,35 @@ class TokenImages:
     ----------
     cache : Cache
     rows : DataFrame
-        Column `sha256` of the rows; all are in the cache.
+        Rows with a column `sha256`, all in the cache.
     """
 
     def __init__(self, cache: Cache, rows: pd.DataFrame) -> None:
         self._mapped: MappedRows = map_rows(cache, keys_from_column(rows["sha256"]), TOKENS)
 
     def take(self, rows: np.ndarray, device: str) -> torch.Tensor:
-        """Give the tokens of rows, (n, …) in the stored dtype; see `images.Images.take`."""
+        """Return the tokens of rows, (n, …) in the stored dtype; see `Images.take`."""
         return torch.from_numpy(self._mapped.take(rows)).to(device)
 
 
 def choose_cut(depths: Sequence[Depth], n_blocks: int, source: str) -> int:
-    """Give how many blocks stay frozen at every depth: those of the trunk.
+    """Return how many blocks stay frozen at every depth and thus form the trunk.
 
     Raises
     ------
     TrainingDataError
-        There is nothing to keep.
+        There is nothing to store.
     """
     deepest = depths[-1]
     if deepest.everything or deepest.blocks == n_blocks:
         raise TrainingDataError(
-            f"--trunk-cache keeps what comes out of the frozen blocks, and --unfreeze asks for all "
-            f"{n_blocks} of {source}. Leave it out, or ask for fewer blocks."
+            f"--trunk-cache keeps the output of the frozen blocks, and --unfreeze asks for all "
+            f"{n_blocks} of {source}. Omit it, or ask for fewer blocks."
         )
     if not deepest.blocks:
         raise TrainingDataError(
             "--trunk-cache serves depths of 1 and more: with --unfreeze 0 and no augmentation the "
-            "embeddings are computed once anyway. Leave it out."
+            "embeddings are computed once anyway. Omit --trunk-cache."
         )
     return n_blocks - deepest.blocks
 
@@ -214,27 +214,27 @@ def fill_trunk_cache(
     progress: Callable[[int, int], None] | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> Cache:
-    """Compute the tokens of all images that the cache lacks, and check all that it has.
+    """Compute the tokens of all images missing from the cache, and check the existing ones.
 
-    Caches of several encoders, cuts and precisions share `directory`, each in one of its own.
+    Caches of several encoders, cuts and precisions share `directory`, each in a subdirectory.
 
     Parameters
     ----------
     directory : Path
-        Made if it is not there.
+        Created if it does not exist.
     manifest : Manifest
-        Of the rows wanted.
+        The requested rows.
     dtype : {"float32", "float16"}
-        What is stored.
+        Dtype of the stored tokens.
     tell : callable, optional
-        Told the size before anything is computed.
+        Called with the size before computation starts.
 
     Raises
     ------
     CacheError
-        The disk will not hold it, a shard is damaged, or a value does not fit the dtype.
+        The disk is too small, a shard is damaged, or a value does not fit the dtype.
     PathNotFoundError, ManifestError, EncoderError
-        As `extraction.extract`.
+        See `extraction.extract`.
     """
     spec = spec_of(encoder, [TOKENS], dtype)
     path = directory / spec.digest()[:16]
@@ -262,12 +262,12 @@ def fill_trunk_cache(
     problems = cache.verify()
     if problems:
         raise CacheError(
-            f"trunk cache at {path} is damaged: {problems[0]} Remove that directory; the same "
-            "command makes it again."
+            f"trunk cache at {path} is damaged: {problems[0]} Remove that directory and run the "
+            "command again to rebuild it."
         )
     return cache
 
 
 def _batch_size(encoder: TrunkEncoder) -> int:
-    """Return 8 images, or fewer of more than 262,144 numbers each."""
+    """Return a batch size of 8, or less for images of more than 262,144 numbers each."""
     return max(1, min(_BATCH, _BATCH * 2**18 // math.prod(encoder.dimensions[TOKENS])))

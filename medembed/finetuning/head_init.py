@@ -1,4 +1,4 @@
-"""The head that training begins with: fresh, or the best of a sweep."""
+"""The initial head of a training: random, or the best of a sweep."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,22 +24,23 @@ __all__ = ["HeadInit", "init_from_sweep", "init_random", "read_swept_head"]
 
 @dataclass(frozen=True)
 class HeadInit:
-    """The best suitable head of a sweep: what it is, not what it has learnt.
+    """The configuration of the best suitable head of a sweep, without its weights.
 
     A sweep's packaged head has seen the patients that fine-tuning holds out, so its weights are
-    learnt again, in as many epochs, from the others: what is held out must decide when to stop,
-    and give the out-of-fold predictions that calibration and thresholds rest on.
+    learned again, for equally many epochs, from the other patients: held-out patients must be
+    unseen to decide on stopping, and to give the out-of-fold predictions that calibration and
+    thresholds are based on.
 
     Attributes
     ----------
     head : str
         "mlp" or "logistic".
     params : dict
-        Its parameters.
+        The head's parameters.
     budget : int or None
         Epochs of the refit.
     poolings : tuple of str
-        What it reads, side by side.
+        The poolings that it reads, joined.
     """
 
     head: str
@@ -48,28 +49,28 @@ class HeadInit:
     poolings: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return it as JSON values."""
+        """Return the configuration as JSON values."""
         params = {k: list(v) if isinstance(v, tuple) else v for k, v in self.params.items()}
         return {"head": self.head, "params": params, "budget": self.budget}
 
 
 def read_swept_head(run: Run, spec: Mapping[str, Any], manifest: str) -> HeadInit:
-    """Read the best MLP or logistic head of a sweep.
+    """Return the best MLP or logistic head of a sweep.
 
     Parameters
     ----------
     run : Run
-        Complete.
+        A complete run.
     spec : mapping
-        `encoder` and `preprocessing` that its embeddings must have been made with.
+        The `encoder` and `preprocessing` that its embeddings must have been made with.
     manifest : str
-        The digest that its manifest must have.
+        The required digest of its manifest.
 
     Raises
     ------
     RunError
         The run is unfinished, has no such head, or was swept on embeddings of another encoder or
-        on another manifest; or the head is not of the columns themselves.
+        on another manifest; or the head reads more or other columns than the poolings.
     ModelError
         The packaged head is damaged.
     """
@@ -95,7 +96,7 @@ def read_swept_head(run: Run, spec: Mapping[str, Any], manifest: str) -> HeadIni
 def init_from_sweep(
     swept: HeadInit, X: np.ndarray, y: np.ndarray, fitted: np.ndarray, seed: int
 ) -> Start:
-    """Learn a swept head's weights on the frozen embeddings of the rows that are trained on.
+    """Return a swept head's weights, trained on the frozen embeddings of the training rows.
 
     Parameters
     ----------
@@ -125,9 +126,9 @@ def init_from_sweep(
 def init_random(
     X: np.ndarray, fitted: np.ndarray, seed: int, hidden: Sequence[int] = (256,)
 ) -> Start:
-    """Draw a fresh head: hidden layers, each weight and bias uniform within 1 / sqrt(columns in).
+    """Return a random head whose weights and biases are uniform within 1 / sqrt(columns in).
 
-    That is how torch.nn.Linear starts. Columns are standardised by the rows that are trained on.
+    This is the initialisation of torch.nn.Linear. Columns are standardised by the training rows.
     """
     projection = Projector(X, fitted).learn("standard")
     weights, biases = [], []
@@ -141,7 +142,7 @@ def init_random(
 
 
 def _plain_params(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what an `MLPHead` of a network's shape is made with."""
+    """Return the arguments of an `MLPHead` with a network's shape."""
     kept = ("hidden", "activation", "dropout", "label_smoothing", "scaling")
     known = MLPHead().get_params()
     return {name: params.get(name, known[name]) for name in kept}

@@ -1,4 +1,4 @@
-"""How a depth is trained: every number that decides it, and the depths themselves."""
+"""Hyperparameters of training, and the depths."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -9,7 +9,7 @@ from medembed.core.errors import TrainingDataError
 __all__ = ["ALL", "Depth", "Hyperparameters", "read_depths"]
 
 ALL = "all"
-"""What a user writes for every block, and the patch and position embeddings below them."""
+"""The user's word for all blocks and the patch and position embeddings below them."""
 
 
 @dataclass(frozen=True)
@@ -19,41 +19,42 @@ class Hyperparameters:
     Attributes
     ----------
     epochs : int
-        At most; at least 1.
+        Maximum number of epochs, at least 1.
     batch_size : int
-        Images per step; batches of an epoch differ by one image at most.
+        Images per step; batches of an epoch differ by at most one image.
     accumulate : int
-        Parts that a batch goes through the tower in, one after the other: the same step for less
-        memory, but for batch norms, which see the parts.
+        Parts that a batch is processed in sequentially: an equal step with less memory, except for
+        batch norms, which see the parts.
     lr : float
         AdamW's learning rate (Loshchilov and Hutter, ICLR 2019) of the head, the highest.
     encoder_share : float
-        The last block's and the final norm's, as a share of `lr`.
+        Learning rate of the last block and the final norm, as a share of `lr`.
     decay : float
-        Each block's, as a share of the next one's; the embeddings come below the first block.
-        Layer-wise rates are Howard and Ruder's (ULMFiT, ACL 2018); 0.75 is BEiT's (Bao et al.,
-        ICLR 2022, its range 0.65 to 0.85).
+        Learning rate of each block, as a share of the next block's; the embeddings come below the
+        first block. Layer-wise rates are Howard and Ruder's (ULMFiT, ACL 2018); 0.75 is BEiT's
+        (Bao et al., ICLR 2022, its range 0.65 to 0.85).
     weight_decay : float
-        AdamW's, of matrices and filters alone: not of biases, norms and other vectors.
+        AdamW's weight decay, only for matrices and filters: not for biases, norms and other
+        vectors.
     warm_up : float
-        Share of all steps in which the rates rise linearly; afterwards they fall as half a cosine
-        (Loshchilov and Hutter, SGDR, ICLR 2017) to zero at the end of the last epoch.
+        Share of all steps in which the rates rise linearly; afterwards they fall along half a
+        cosine (Loshchilov and Hutter, SGDR, ICLR 2017) to zero at the end of the last epoch.
     clip : float
         Largest norm of all gradients together (Pascanu et al., ICML 2013).
     patience : int
-        Epochs without a better one on the held-out patients, after which training stops.
+        Epochs without improvement on the held-out patients, after which training stops.
     augment, flips : bool
-        Whether images are varied while they are trained on, and mirrored too.
+        Whether training images are augmented, and whether augmentation includes mirroring.
     checkpointing : bool
-        Whether the blocks' activations are computed again in the backward pass, not kept.
+        Whether the blocks' activations are recomputed in the backward pass instead of stored.
     precision : {"fp32", "bf16"}
-        Of the tower's products; weights, sums and the head are fp32.
+        Precision of the tower's products; weights, sums and the head are fp32.
     from_scratch : bool
-        Whether the tower starts from random weights, as its config has them drawn. Then all of it
-        has the head's rate.
+        Whether the tower starts from random weights, drawn as its config specifies. All of it then
+        has the head's learning rate.
     lora : int or None
-        Rank of the adapters that train in the blocks' place; None: the blocks themselves train,
-        with the norm after them. See `adapters`.
+        Rank of the adapters that train instead of the blocks; with None the blocks themselves
+        train, with the norm after them. See `adapters`.
     """
 
     epochs: int = 20
@@ -74,9 +75,9 @@ class Hyperparameters:
     lora: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the hyperparameters as JSON values; `lora` only where there is one.
+        """Return the hyperparameters as JSON values; `lora` is left out if None.
 
-        So what was asked before there was LoRA is still the same question.
+        The question of a run from before LoRA thus stays unchanged.
         """
         values = asdict(self)
         if self.lora is None:
@@ -91,27 +92,27 @@ class Depth:
     Attributes
     ----------
     blocks : int
-        The last so many blocks, with the norm after them; 0: the head alone.
+        Number of last blocks that train, with the norm after them; 0 for the head alone.
     everything : bool
-        The embeddings, and whatever else there is, too.
+        Whether the embeddings and all other parts train as well.
     """
 
     blocks: int
     everything: bool = False
 
     def head(self, seed: int | None, lora: int | None = None) -> str:
-        """Name the head in a run; `seed` only where there are several, `lora` its rank."""
+        """Return the head's name in a run; `seed` only if there are several, `lora` its rank."""
         name = f"unfreeze-{self.blocks}" if lora is None else f"lora{lora}-{self.blocks}"
         return name if seed is None else f"{name}-s{seed}"
 
 
 def read_depths(words: Sequence[str | int], n_blocks: int, source: str) -> list[Depth]:
-    """Understand `0,1,2,all` for an encoder of so many blocks, shallowest first.
+    """Return the depths of `0,1,2,all` for an encoder of `n_blocks` blocks, shallowest first.
 
     Raises
     ------
     TrainingDataError
-        There is none, one is no depth, deeper than the encoder, or the same as another.
+        There is no depth, or one is invalid, deeper than the encoder, or a duplicate.
     """
     depths: dict[int, Depth] = {}
     for word in words:
@@ -131,7 +132,7 @@ def _read_depth(word: str, n_blocks: int, source: str) -> Depth:
         return Depth(n_blocks, everything=True)
     if not word.isascii() or not word.isdigit():
         raise TrainingDataError(
-            f"--unfreeze {word!r} is no depth. Give numbers of blocks and {ALL}, such as "
+            f"--unfreeze {word!r} is not a depth. Give numbers of blocks and {ALL}, such as "
             f"0,1,2,{ALL}; {source} has {n_blocks} blocks."
         )
     if int(word) > n_blocks:

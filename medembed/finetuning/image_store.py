@@ -1,8 +1,8 @@
-"""The images that training sees, decoded once: in a file that is mapped, or as a trunk's tokens.
+"""Training images, decoded once: in a mapped file, or as a trunk's tokens.
 
-Augmentation keeps within what positioning and exposure vary from one radiograph to the next; a
-mirrored image is another side of the body, so mirroring is only done where it is asked for. What is
-done to an image follows from seed, epoch and image alone, whatever batch it is in.
+Augmentation stays within the natural variation of positioning and exposure between radiographs; a
+mirrored image shows the other side of the body, so mirroring is done only on request. The
+augmentation of an image depends only on seed, epoch and image, not on its batch.
 """
 
 import math
@@ -44,18 +44,18 @@ SHIFT = 0.05  # of the image's side
 SCALE = 0.1
 BRIGHTNESS = 0.1  # of the range of grey levels
 CONTRAST = 0.1
-_STREAM = 1 << 22  # of random numbers, apart from those of order and start
+_STREAM = 1 << 22  # of random numbers, separate from those for order and initialisation
 
 
 def draw_variations(
     codes: Sequence[int] | np.ndarray, *, seed: int, epoch: int, flips: bool
 ) -> np.ndarray:
-    """Draw what is done to each image.
+    """Return random augmentation parameters for each image.
 
     Parameters
     ----------
     codes : sequence of int
-        A number of each image's own, at least 0.
+        A unique number of each image, at least 0.
 
     Returns
     -------
@@ -81,14 +81,14 @@ def draw_variations(
 
 
 def augment(pixels: torch.Tensor, variations: np.ndarray) -> torch.Tensor:
-    """Vary a batch on its device; what is turned or shifted in from outside is black.
+    """Return an augmented batch, on its device; areas moved in from outside are black.
 
     Parameters
     ----------
     pixels : Tensor
         uint8 (n, height, width).
     variations : ndarray
-        Of `draw_variations`.
+        From `draw_variations`.
 
     Returns
     -------
@@ -103,7 +103,7 @@ def augment(pixels: torch.Tensor, variations: np.ndarray) -> torch.Tensor:
     grey = (grey - mean) * contrast[:, None, None] + mean + 255 * brightness[:, None, None]
     height, width = pixels.shape[1:]
     cos, sin, aspect = torch.cos(angle) / size, torch.sin(angle) / size, height / width
-    # From a place in the result to one in the image, both in -1..1 from edge to edge.
+    # Maps coordinates in the result to the image, both in -1..1 from edge to edge.
     rows = (
         torch.stack([mirrored * cos, mirrored * sin * aspect, -2 * right * mirrored], dim=1),
         torch.stack([-sin / aspect, cos, -2 * down], dim=1),
@@ -118,10 +118,10 @@ Progress = Callable[[int, int], None]
 
 
 class Images(Protocol):
-    """Gives batches of the rows that training sees."""
+    """Provides batches of the training rows."""
 
     def take(self, rows: np.ndarray, device: str) -> torch.Tensor:
-        """Give rows, (n,) int, on a device, as `Network` takes them."""
+        """Return rows, (n,) int, on a device, in the form that `Network` takes."""
         ...
 
 
@@ -134,9 +134,9 @@ class PixelImages:
     pixels : ndarray
         uint8 (m, height, width), each content once, see `extraction.image_store`.
     places : (n,) int64
-        Where each row's pixels are.
+        Index of each row's pixels.
     codes : (n,) int64
-        A number of each content's own, which its variations follow from.
+        A unique number of each content, which determines its augmentation.
     """
 
     pixels: np.ndarray
@@ -144,18 +144,18 @@ class PixelImages:
     codes: np.ndarray
 
     def take(self, rows: np.ndarray, device: str) -> torch.Tensor:
-        """Give uint8 (n, height, width); see `Images.take`."""
+        """Return uint8 (n, height, width); see `Images.take`."""
         return torch.from_numpy(self.pixels[self.places[rows]]).to(device)
 
     def vary(
         self, taken: torch.Tensor, rows: np.ndarray, *, seed: int, epoch: int, flips: bool
     ) -> torch.Tensor:
-        """Give rows that were taken as they are trained on in this epoch, each in its own way."""
+        """Return taken rows with this epoch's augmentation, individual for each image."""
         variations = draw_variations(self.codes[rows], seed=seed, epoch=epoch, flips=flips)
         return augment(taken, variations)
 
     def of(self, kept: np.ndarray) -> "PixelImages":
-        """Give the images of some of the rows, (n,) int."""
+        """Return the images of some of the rows, (n,) int."""
         return PixelImages(self.pixels, self.places[kept], self.codes[kept])
 
 
@@ -169,19 +169,19 @@ def read_images(
     progress: Progress | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> tuple[PixelImages, pd.DataFrame]:
-    """Decode the images of a manifest's rows, into a file on the disk of `directory`.
+    """Return the decoded images of a manifest's rows, in a file on the disk of `directory`.
 
     Returns
     -------
     PixelImages
-        Of all rows; black where the image failed.
+        Images of all rows; black if the image failed.
     DataFrame
         `rows.FAILED_COLUMNS` of the rows whose images could not be read or decoded.
 
     Raises
     ------
     ManifestError, MedembedError
-        As `extraction.image_store.read_all`.
+        The images cannot be read; see `extraction.image_store.read_all`.
     """
     contents = make_plan(rows, None).pending
     read = read_all(
@@ -209,21 +209,21 @@ def read_images(
 
 @dataclass(frozen=True, eq=False)
 class VectorImages:
-    """Pooled vectors, float32 (n, d), which stay as they are while only the head trains."""
+    """Pooled vectors, float32 (n, d), which do not change while only the head trains."""
 
     X: np.ndarray
 
     def take(self, rows: np.ndarray, device: str) -> torch.Tensor:
-        """Give float32 (n, d); see `Images.take`."""
+        """Return float32 (n, d); see `Images.take`."""
         return torch.from_numpy(self.X[rows]).to(device)
 
 
 def take_ahead(
     images: Images, parts: Sequence[np.ndarray], device: str
 ) -> Generator[torch.Tensor, None, None]:
-    """Take parts of the rows in turn, each read while the caller computes with the last one.
+    """Yield parts of the rows in turn, each read while the caller computes with the previous one.
 
-    On CUDA a part is read into pinned memory, from which the GPU fetches it by itself.
+    On CUDA a part is read into pinned memory, from which the GPU copies it asynchronously.
 
     Parameters
     ----------
@@ -232,12 +232,12 @@ def take_ahead(
     Yields
     ------
     Tensor
-        What `images.take` gives of each part, on the device.
+        The result of `images.take` for each part, on the device.
     """
     gpu = current_gpu(device)
 
     def read(rows: np.ndarray) -> torch.Tensor:
-        with on_gpu(gpu):  # of this thread, which would begin on the first
+        with on_gpu(gpu):  # selected per thread, which would otherwise use the first one
             taken = images.take(rows, "cpu")
             return taken if gpu is None else pinned(taken.shape, taken.dtype).copy_(taken)
 
@@ -258,17 +258,17 @@ def compute_rows(
     device: str,
     size: int,
 ) -> Iterator[np.ndarray]:
-    """Compute what does not depend on its batch, `size` rows at once, or fewer where memory lacks.
+    """Yield batch-independent results, `size` rows at once, or fewer if memory is short.
 
     Yields
     ------
     ndarray
-        What `compute` gives of the next rows.
+        The result of `compute` for the next rows.
 
     Raises
     ------
     MemoryError, RuntimeError
-        Not even one row fits; `devices.is_memory_error` tells.
+        Not even one row fits; see `devices.is_memory_error`.
     """
     start = 0
     while start < len(rows):

@@ -1,7 +1,7 @@
 """Fine-tune an encoder's last blocks with a head, depth by depth, and write a run.
 
 Every depth and seed is one trial of the run: written to its ledger when it ends, under a key that
-hashes all that decides its result. An interrupted one goes on from its last epoch.
+hashes everything that determines its result. An interrupted trial resumes after its last epoch.
 """
 
 import shutil
@@ -84,9 +84,9 @@ def finetune(
 ) -> Run:
     """Train a head alone, and with the last blocks of its encoder, and score each once on test.
 
-    One fold of the patients of `train` is held out: its predictions are the out-of-fold ones that
-    the score of cross-validation, calibration, thresholds and prediction sets rest on. A part of
-    the other folds' patients, who are not trained on either, decides when to stop.
+    One fold of the patients of `train` is held out: its predictions are the out-of-fold predictions
+    behind the cross-validation score, calibration, thresholds and prediction sets. Some of the
+    other folds' patients, who are not trained on either, are used for early stopping.
 
     Parameters
     ----------
@@ -95,65 +95,65 @@ def finetune(
     image_root : path
         Directory that the manifest's image paths are relative to.
     encoder : Encoder, str or path
-        As `load_encoder` takes or returns it; it stays what it is.
+        A loaded encoder, which is not modified, or a reference that `load_encoder` accepts.
     out : path
-        The run directory: new, or the same question's, which is then continued.
+        The run directory: new, or that of an identical training, which is then resumed.
     unfreeze : str or sequence
-        Depths, such as ``0,1,2,all``: so many last blocks and the norm after them; 0 the head
-        alone; ``all`` everything.
+        Depths, such as ``0,1,2,all``: the number of last blocks that train, with the norm after
+        them; 0 trains the head alone, ``all`` everything.
     from_run : Run or path, optional
-        A sweep on this encoder's embeddings and this manifest; the head is then its best MLP or
-        logistic one, learnt again without the held-out patients. By default a fresh MLP.
+        A sweep on this encoder's embeddings and this manifest, whose best MLP or logistic head is
+        used, retrained without the held-out patients. By default a new MLP.
     trunk_cache : path, optional
-        Where the output of the blocks that stay frozen at every depth is kept. It excludes
+        Directory for the output of the blocks that stay frozen at every depth. It excludes
         augmentation.
     trunk_dtype : {"float32", "float16"}
-        How.
+        Dtype of that output.
     n_seeds : int
-        Each depth is trained with so many seeds, from `seed` on; who is held out follows from
-        `seed` alone.
+        Number of seeds per depth, starting from `seed`; the held-out patients depend only on
+        `seed`.
     n_folds : int
-        One of so many folds is held out.
+        Number of folds, one of which is held out.
     pool : str or sequence of str, optional
-        Single-vector poolings, side by side; by default mean and max, or those of `from_run`.
+        Single-vector poolings, joined; by default mean and max, or those of `from_run`.
     config : mapping or Hyperparameters, optional
-        Such as ``{"epochs": 10, "lr": 3e-4}``; its `precision` is replaced by what `precision`
-        comes to.
+        Hyperparameters, such as ``{"epochs": 10, "lr": 3e-4}``; `precision` is overridden by the
+        argument.
     device, precision, fit : str
-        As `load_encoder` takes them; device and fit of an encoder that is loaded are its own. bf16
-        is that of products in training.
+        Where and how to run the encoder, see `load_encoder`; a loaded encoder keeps its own device
+        and fit. bf16 applies to products in training.
     seed : int
-        Of everything random.
+        Random seed.
     operating_points : sequence of str or ThresholdRule
-        Packaged with every model beside `thresholds.PACKAGED`, as `thresholds.parse_rule` reads
-        them.
+        Rules packaged with every model in addition to `thresholds.PACKAGED`; see
+        `thresholds.parse_rule`.
     limits : Limits
-        What an image may cost before it counts as failed.
+        Limits on size and time beyond which an image counts as failed.
     progress : callable, optional
         Called as progress(done, total).
     tell : callable, optional
-        Called with a few words when something else begins.
+        Called with a few words when a new step begins.
 
     Returns
     -------
     Run
         Complete. Its ``leaderboard`` has the columns ``head, pooling, trial, params, cv, seconds,
         status, error, depth, lora, seed, trainable, best_epoch, encoder``, best first, failed
-        ones last. ``lora`` is the rank of adapters, ``trainable`` how many numbers training
-        changes, ``encoder`` the fingerprint of the adapted encoder, None of depth 0.
+        trials last. ``lora`` is the rank of adapters, ``trainable`` how many numbers training
+        changes, ``encoder`` the fingerprint of the adapted encoder, None for depth 0.
 
     Raises
     ------
     TrainingDataError
-        Depths, labels, patients or hyperparameters do not allow this, before any training.
+        Depths, labels, patients or hyperparameters are invalid; raised before any training.
     EncoderError
         The encoder cannot be loaded or unfrozen.
     PathNotFoundError, ManifestError
-        Images are not there, or are not the manifest's.
+        Images are missing, or differ from the manifest's.
     RunError
-        `out` answers another question, `from_run` does not fit, or every depth failed.
+        `out` holds a different run, `from_run` does not match, or every depth failed.
     CacheError
-        The disk will not hold the trunk cache, or a shard is damaged.
+        The disk is too small for the trunk cache, or a shard is damaged.
     MedembedError
         `config` asks for LoRA, and peft is not installed.
     """
@@ -191,7 +191,7 @@ def finetune(
 def _train_all(
     run: Run, asked: FineTuneConfig, rows: TrainRows, progress: Progress, tell: Tell
 ) -> None:
-    """Train what the ledger lacks, and finish the run."""
+    """Train the trials missing from the ledger, and finish the run."""
     images, rows = _open_images(run, asked, rows, progress, tell)
     shared = json_digest([asked.question(), rows.rows["sha256"].tolist()])
     keys = {trial.head: json_digest([shared, trial.head])[:32] for trial in asked.trials}
@@ -214,7 +214,7 @@ def _train_all(
 def _open_images(
     run: Run, asked: FineTuneConfig, rows: TrainRows, progress: Progress, tell: Tell
 ) -> tuple[Images, TrainRows]:
-    """Decode the images, or fill the trunk cache; leave out what fails."""
+    """Decode the images, or fill the trunk cache; leave out failed images."""
     if asked.n_cut is not None and asked.trunk_cache is not None:
         trunk = make_trunk(asked.encoder, asked.n_cut, asked.recipe.precision)
         own = replace(asked.manifest, rows=rows.rows)
@@ -247,7 +247,7 @@ def _open_images(
 def _embed(
     asked: FineTuneConfig, images: Images, rows: TrainRows, progress: Progress, tell: Tell
 ) -> np.ndarray:
-    """Give the pooled vectors of all rows before any training, float32 (n, d)."""
+    """Return the pooled vectors of all rows before any training, float32 (n, d)."""
     tell("Embedding")
     width = sum(asked.encoder.dimensions[name][0] for name in asked.poolings)
     recipe = replace(asked.recipe, checkpointing=False)
@@ -280,7 +280,7 @@ def _train(
     progress: Progress,
     tell: Tell,
 ) -> TrialResult:
-    """Train one depth with one seed; what goes wrong becomes its ending."""
+    """Return the result of training one depth with one seed; errors become a failed result."""
     name, depth, seed = trial.head, trial.depth, trial.seed
     known = {"number": trial.number, "head": name, "depth": depth.blocks, "seed": seed, "key": key}
     lora = asked.recipe.lora if depth.blocks else None
@@ -292,7 +292,7 @@ def _train(
             start = init_from_sweep(asked.swept, X, rows.y, rows.fitted, seed)
         else:
             start = init_random(X, rows.fitted, seed)
-        # What only the head learns from does not change, unless its images do.
+        # If only the head trains, its inputs do not change unless the images are augmented.
         is_fixed = not depth.blocks and not asked.recipe.augment
         own = VectorImages(X) if is_fixed else images
         given = (asked.encoder, depth, asked.recipe, asked.poolings, start, asked.n_cut)

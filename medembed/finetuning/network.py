@@ -1,4 +1,4 @@
-"""The tower and the head as one network, from grey images, a trunk's tokens or pooled vectors."""
+"""The tower and the head as one network on grey images, a trunk's tokens or pooled vectors."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ __all__ = ["HeadNet", "Network", "Start", "blank_start"]
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
-    "gelu": nn.GELU,  # the exact one, as `heads.mlp` has it
+    "gelu": nn.GELU,  # the exact form, as in `heads.mlp`
     "silu": nn.SiLU,
     "tanh": nn.Tanh,
 }
@@ -28,16 +28,18 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
 
 @dataclass(frozen=True, eq=False)
 class Start:
-    """The head that training begins with.
+    """The initial head of a training.
 
     Attributes
     ----------
     mean, scale : float64 arrays of shape (d,)
         Subtracted from and dividing each column of the pooled vectors.
     weights, biases : tuple of float32 arrays
-        Of each layer (columns in, columns out) and (columns out,); one logit in the end.
+        Parameters of each layer (columns in, columns out) and (columns out,); the last has one
+        logit.
     params : dict
-        Of an `MLPHead` of this shape: `hidden`, `activation`, `dropout`, `label_smoothing`, ….
+        Parameters of an `MLPHead` of this shape: `hidden`, `activation`, `dropout`,
+        `label_smoothing`, ….
     """
 
     mean: np.ndarray
@@ -53,7 +55,7 @@ class HeadNet(nn.Module):
     Parameters
     ----------
     start : Start
-        Copied.
+        The initial head, which is copied.
     """
 
     def __init__(self, start: Start) -> None:
@@ -70,7 +72,7 @@ class HeadNet(nn.Module):
                 layer.get_parameter("bias").copy_(torch.from_numpy(bias.copy()))
 
     def forward(self, vectors: torch.Tensor) -> torch.Tensor:
-        """Give the logits, (n,), of pooled vectors, (n, d)."""
+        """Return the logits, (n,), of pooled vectors, (n, d)."""
         values = (vectors - self.get_buffer("mean")) / self.get_buffer("scale")
         for layer in self.layers[:-1]:
             values = self.dropout(self.activation(layer(values)))
@@ -79,25 +81,25 @@ class HeadNet(nn.Module):
 
 
 class Network(nn.Module):
-    """A tower of which some trains, and its head.
+    """A partly trained tower and its head.
 
     Parameters
     ----------
     encoder : TorchEncoder
-        In fp32; copied, so that it stays what it is.
+        The encoder in fp32, which is copied and not modified.
     depth : Depth
-        What of it trains.
+        Which part of the tower trains.
     recipe : Hyperparameters
-        Its `precision`, `checkpointing` and `lora`.
+        Supplies `precision`, `checkpointing` and `lora`.
     poolings : sequence of str
-        Single-vector poolings, side by side.
+        Single-vector poolings, joined.
     start : Start
-        The head.
+        The initial head.
     n_cut : int or None
-        Blocks that are taken away with what comes before them: images come as the tokens that
-        `blocks.cut_trunk` gives.
+        Number of first blocks to remove with the layers before them: images are then the tokens
+        that a tower cut by `blocks.cut_trunk` returns.
     seed : int
-        Of the adapters, where there are some.
+        Random seed of the adapters, if any.
     """
 
     def __init__(
@@ -127,19 +129,19 @@ class Network(nn.Module):
         self.set_training(False)
 
     def set_training(self, training: bool) -> None:
-        """Choose between training and evaluation; what is frozen always evaluates."""
+        """Switch between training and evaluation mode; frozen parts always stay in evaluation."""
         set_modes(self.encoder, self.depth, training=training)
         self.head.train(training)
 
     def vectors(self, images: torch.Tensor) -> torch.Tensor:
-        """Give pooled vectors, float32 (n, d).
+        """Return pooled vectors, float32 (n, d).
 
-        No graph is kept of what is frozen: neither its parameters nor the images take gradients.
+        No graph is kept for frozen parts: neither their parameters nor the images take gradients.
 
         Parameters
         ----------
         images : Tensor
-            On the device: uint8 (n, height, width), or a trunk's tokens, (n, …).
+            uint8 (n, height, width), or a trunk's tokens, (n, …), on the device.
         """
         is_frozen = not self.trained_names
         with (
@@ -151,13 +153,13 @@ class Network(nn.Module):
         return torch.cat([pooled[name] for name in self.poolings], dim=1)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Give logits, float32 (n,), of images as `vectors` takes them, or of pooled vectors."""
+        """Return logits, float32 (n,), of images in the form of `vectors`, or of pooled vectors."""
         is_pooled = images.ndim == 2
         logits: torch.Tensor = self.head(images if is_pooled else self.vectors(images))
         return logits
 
     def trained_state(self) -> dict[str, torch.Tensor]:
-        """Give what training changes, by name: parameters, and statistics of batch norms."""
+        """Return all that training changes, by name: parameters and batch-norm statistics."""
         parameters = dict(self.tower.named_parameters())
         buffers = dict(self.tower.named_buffers())
         state = {f"head.{name}": tensor for name, tensor in self.head.named_parameters()}
@@ -167,12 +169,12 @@ class Network(nn.Module):
 
     @torch.no_grad()
     def load_trained(self, state: dict[str, torch.Tensor]) -> None:
-        """Take back what `trained_state` gave."""
+        """Restore the result of `trained_state`."""
         for name, tensor in self.trained_state().items():
             tensor.copy_(state[name])
 
     def changed_tensors(self) -> dict[str, torch.Tensor]:
-        """Give what has changed of the tower, by its own names: adapters are merged."""
+        """Return the tower's changed tensors, by its own names, with adapters merged."""
         if self.recipe.lora is not None and self.trained_names:
             return merge_adapters(self.tower)
         state = self.trained_state().items()
@@ -180,7 +182,7 @@ class Network(nn.Module):
 
     @property
     def n_trainable(self) -> int:
-        """Count the numbers that training changes, the head's among them."""
+        """Return the number of values that training changes, including the head's."""
         return sum(own.numel() for own in self.parameters() if own.requires_grad)
 
     def _learnt_buffers(self) -> list[str]:
@@ -192,7 +194,7 @@ class Network(nn.Module):
 
 
 def blank_start(width: int) -> Start:
-    """Return a head that says nothing of so many columns, where only the tower is of use."""
+    """Return a placeholder head for `width` columns, for use of the tower alone."""
     params = {"activation": "relu", "dropout": 0.0}
     weights, biases = np.zeros((width, 1), np.float32), np.zeros(1, np.float32)
     return Start(np.zeros(width), np.ones(width), (weights,), (biases,), params)

@@ -1,8 +1,8 @@
-"""Train one depth with one seed: epochs of steps, judged on other patients, the best kept.
+"""Train one depth with one seed, evaluate each epoch on other patients, and keep the best.
 
-After each epoch `write_state` leaves one file that is complete or absent: parameters, AdamW's
+After each epoch `write_state` writes one file that is complete or absent: parameters, AdamW's
 moments and the best epoch's parameters as safetensors, counters as JSON in its metadata. Random
-numbers follow from seed, epoch and step, so none are kept.
+numbers depend only on seed, epoch and step, so their state is not stored.
 """
 
 import json
@@ -52,18 +52,19 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass
 class Counters:
-    """What is counted while a depth trains.
+    """The counters of a training.
 
     Attributes
     ----------
     epoch : int
-        Epochs that are over.
+        Number of completed epochs.
     best_epoch : int
-        The best of them, from 1; 0 before the first.
+        The best epoch, counted from 1; 0 before the first.
     best_key : list of float
-        AUROC of its held-out studies, and less its loss: what makes an epoch better.
+        The best epoch's AUROC on the studies that judge it, and its negative loss; compared in
+        this order.
     seconds : float
-        Spent so far.
+        Time spent so far.
     history : list of dict
         Per epoch `train_loss`, `loss` and `auroc`.
     """
@@ -77,7 +78,7 @@ class Counters:
 
 @dataclass
 class State:
-    """Counters, and tensors by name: of now, of the best epoch, of AdamW."""
+    """Counters, and tensors by name: current, of the best epoch, and of AdamW."""
 
     counters: Counters
     now: Tensors
@@ -86,7 +87,7 @@ class State:
 
 
 def write_state(path: Path, key: str, state: State) -> None:
-    """Write the state of one training, named by `key`, in the place of the last one."""
+    """Write the state of the training named by `key`, replacing the previous one."""
     parts = {"now": state.now, "best": state.best}
     parts |= {f"adam.{moment}": tensors for moment, tensors in state.moments.items()}
     flat = {
@@ -100,7 +101,7 @@ def write_state(path: Path, key: str, state: State) -> None:
 
 
 def read_state(path: Path, key: str) -> State | None:
-    """Read the state of the training named by `key`; None where there is none, or it is damaged."""
+    """Return the state of the training named by `key`, or None if missing or damaged."""
     try:
         require_plain(path)
         with safe_open(path, framework="pt", device="cpu") as file:
@@ -128,13 +129,13 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Trained:
-    """How a training ended; the network has its best epoch's weights.
+    """The result of a training; the network has its best epoch's weights.
 
     Attributes
     ----------
     counters : Counters
     score : float
-        AUROC of the held-out patients' studies, who have decided nothing.
+        AUROC of the held-out patients' studies, which influenced no decision.
     held, tested : float64 arrays
         Probabilities of the held-out patients' images and of the test images, in the rows' order.
     """
@@ -146,24 +147,24 @@ class Trained:
 
 
 class Trainer:
-    """Train a network.
+    """Trains a network.
 
     Parameters
     ----------
     network : Network
-        Its `recipe` says how.
+        The network, whose `recipe` holds the hyperparameters.
     rows : TrainRows
-        What it is trained on, held out from it and tested on.
+        The rows for training, held-out evaluation and test.
     images : Images
-        Of those rows.
+        The images of those rows.
     seed : int
-        Decides order, dropout and variations.
+        Determines order, dropout and augmentation.
     name : str
-        Of the head, for messages.
+        The head's name, for messages.
     state_path : Path
-        Where every epoch is kept.
+        The file that stores the state after every epoch.
     key : str
-        Of all that decides the result: a state of another key is not gone on from.
+        Hash of everything that determines the result: a state with another key is not resumed.
     """
 
     def __init__(
@@ -203,17 +204,17 @@ class Trainer:
         progress: Progress | None = None,
         tell: Tell | None = None,
     ) -> Trained:
-        """Train until the patients who judge have seen no better epoch for `patience` epochs.
+        """Train until `patience` epochs bring no improvement on the patients who judge.
 
         Parameters
         ----------
         label_smoothing : float
-            Of the head: towards labels of half of it and one minus half of it.
+            Label smoothing: labels become half of it and one minus half of it.
 
         Raises
         ------
         TrainingDataError
-            A loss, a gradient or what the best epoch predicts is not a finite number.
+            A loss, a gradient or a prediction of the best epoch is not a finite number.
         DeviceMemoryError
             A batch does not fit the device.
         """
@@ -234,7 +235,7 @@ class Trainer:
             logits = self.logits(np.concatenate([held, tested]))
         if not np.isfinite(logits).all():
             raise TrainingDataError(
-                f"what {self._name} says of some images is no finite number. Lower "
+                f"predictions of {self._name} for some images are not finite numbers. Lower "
                 f"--lr{self._or_fp32}."
             )
         probability = expit(logits.astype(np.float64))
@@ -243,18 +244,18 @@ class Trainer:
 
     @torch.no_grad()
     def logits(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Give the logits of some rows as they are, float32 (n,)."""
+        """Return the logits of some rows without augmentation, float32 (n,)."""
         self.network.set_training(False)
         size = -(-self.recipe.batch_size // self.recipe.accumulate)
         parts = compute_rows(self.network, self.images, rows, self.device, size)
         return np.concatenate([np.empty(0, np.float32), *parts])
 
     def _train_epoch(self, epoch: int, progress: Progress | None) -> float:
-        """Take the steps of an epoch; give the mean loss of its images."""
+        """Take the steps of an epoch, and return the mean loss of its images."""
         recipe, fitted = self.recipe, self.rows.fitted
         self.network.set_training(True)
         order = np.random.default_rng([self._seed, _ORDER, epoch]).permutation(fitted)
-        # Batches of one size: a small rest would take a step as long and far noisier.
+        # Batches of one size: a small remainder would take an equally long and much noisier step.
         batches = np.array_split(order, self._n_steps)
         parts = [np.array_split(batch, min(recipe.accumulate, len(batch))) for batch in batches]
         total, done = 0.0, 0
@@ -276,9 +277,9 @@ class Trainer:
     def _add_gradients(
         self, part: NDArray[np.int64], images: torch.Tensor, n_batch: int, epoch: int
     ) -> float:
-        """Add a part's share of a batch's mean loss to the gradients; give that share."""
+        """Add the gradients of a part's share of a batch's mean loss, and return that share."""
         if self.recipe.augment:
-            assert isinstance(self.images, PixelImages)  # nothing else is there to be varied
+            assert isinstance(self.images, PixelImages)  # only these can be augmented
             flips = self.recipe.flips
             images = self.images.vary(images, part, seed=self._seed, epoch=epoch, flips=flips)
         y = torch.from_numpy(self.rows.y[part].astype(np.int64)).to(self.device)
@@ -287,7 +288,7 @@ class Trainer:
         return float(loss.detach())
 
     def _losses(self, logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Give each image's cross-entropy times its class's weight ("balanced")."""
+        """Return each image's cross-entropy times its class's weight ("balanced")."""
         aims = y.float() * (1 - self._smoothing) + self._smoothing / 2
         losses = functional.binary_cross_entropy_with_logits(logits, aims, reduction="none")
         return losses * self._weights[y]
@@ -297,7 +298,7 @@ class Trainer:
         if not math.isfinite(loss) or not bool(torch.isfinite(norm)):
             what = "loss" if not math.isfinite(loss) else "gradient"
             raise TrainingDataError(
-                f"the {what} of {self._name} is no finite number at epoch {epoch}, step "
+                f"the {what} of {self._name} is not a finite number at epoch {epoch}, step "
                 f"{step + 1}. Lower --lr{self._or_fp32}."
             )
         self._optimizer.step()
@@ -317,7 +318,7 @@ class Trainer:
             group["lr"] = rate * factor
 
     def _judge(self, train_loss: float) -> None:
-        """Close an epoch: score it on the patients who judge, keep it where it is the best."""
+        """Finish an epoch: score it on the patients who judge, and keep it if it is the best."""
         counters, judging = self._counters, self.rows.judging
         logits = torch.from_numpy(self.logits(judging))
         y = torch.from_numpy(self.rows.y[judging].astype(np.int64))
@@ -325,7 +326,7 @@ class Trainer:
         loss = float((aims * self._weights.cpu()[y]).mean())
         if not math.isfinite(loss):
             raise TrainingDataError(
-                f"the loss of {self._name} on patients kept apart is no finite number. Lower --lr."
+                f"the loss of {self._name} on held-out patients is not a finite number. Lower --lr."
             )
         auroc = self.rows.study_auroc(judging, expit(logits.numpy().astype(np.float64)))
         counters.epoch += 1
@@ -354,7 +355,7 @@ class Trainer:
         return State(self._counters, self.network.trained_state(), self._best, moments)
 
     def _take_up(self, state: State | None) -> None:
-        """Go on from where an earlier process was."""
+        """Resume from an earlier process's state."""
         if state is None:
             return
         self._counters = state.counters
@@ -371,7 +372,7 @@ class Trainer:
 
 @contextmanager
 def explaining_memory(name: str, recipe: Hyperparameters) -> Iterator[None]:
-    """Turn any error of a full memory into DeviceMemoryError, with the way out."""
+    """Turn any out-of-memory error into DeviceMemoryError, with the way out."""
     try:
         yield
         return
@@ -388,7 +389,7 @@ def explaining_memory(name: str, recipe: Hyperparameters) -> Iterator[None]:
 
 @contextmanager
 def _seeded(stream: list[int], device: str) -> Iterator[None]:
-    """Let torch draw from a stream of this step's own, and leave its generators as they were."""
+    """Make torch draw from a separate stream for this step, and restore its generators."""
     seed = int(np.random.SeedSequence(stream).generate_state(1, np.uint64)[0] >> 1)
     devices: list[Any] = [torch.cuda.current_device()] if device == "cuda" else []
     with torch.random.fork_rng(devices):

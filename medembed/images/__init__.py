@@ -1,1 +1,1 @@
-"""Image files become grey pixels."""
+"""Decode image files into grey pixels."""

@@ -1,8 +1,8 @@
-"""What of a PNG, JPEG or TIFF its pixels need, and how it is turned; everything else is left out.
+"""Strip a PNG, JPEG or TIFF to what decoding its pixels requires, and read its orientation.
 
 Comments, colour profiles, resolutions, EXIF, XMP and private tags change no pixel here, but a
-reader that parses them all refuses an image for a profile that is broken or large. So Pillow is
-handed the file without them. Orientation alone is read from them before, within bounds.
+reader that parses them all rejects an image whose profile is broken or large. Pillow is therefore
+handed the file without them. Only the orientation is read from them first, within bounds.
 """
 
 import struct
@@ -41,15 +41,15 @@ _DAMAGED = b"\0"  # in place of EXIF that is there, and that nobody can read
 
 @dataclass(frozen=True)
 class Bare:
-    """A file as its pixels need it.
+    """A file stripped to what decoding its pixels requires.
 
     Attributes
     ----------
     data : bytes
-        A whole file, of the same kind.
+        A complete file in the original format.
     orientation : int or None
-        EXIF's 1 to 8, as far as the reader of `data` is not told it; 1 where the file says none,
-        None where what it says cannot be read.
+        EXIF orientation 1 to 8 that `data` no longer carries; 1 if the file has none, None if it
+        has one that cannot be read.
     """
 
     data: bytes
@@ -57,9 +57,9 @@ class Bare:
 
 
 def bare_png(data: bytes) -> Bare:
-    """Leave out the ancillary chunks of a PNG that `integrity.check_png` has passed, but for tRNS.
+    """Return a PNG that `check_png` has passed without its ancillary chunks, except tRNS.
 
-    An APNG's animation control goes too, so what is read is the still image that every PNG holds.
+    An APNG's animation control is dropped as well, so the still image that every PNG holds is read.
     """
     whole, kept, begin, exif, xmp = memoryview(data), [], 0, None, None
     for kind, start, end in _png_chunks(data):
@@ -80,9 +80,9 @@ def bare_png(data: bytes) -> Bare:
 
 
 def bare_jpeg(data: bytes) -> Bare:
-    """Leave out a JPEG's comments and application segments before its first scan.
+    """Return a JPEG without the comments and application segments before its first scan.
 
-    JFIF and Adobe segments stay where they are whole: they say what the components are.
+    Complete JFIF and Adobe segments are kept, because they define the components.
     """
     whole, kept, begin, exif, xmp = memoryview(data), [], 0, None, None
     for marker, start, end in _jpeg_segments(data):
@@ -104,17 +104,19 @@ def bare_jpeg(data: bytes) -> Bare:
 
 
 def _marker(data: bytes, begin: int) -> int:
-    """Find where the next marker is, if any: bytes before it must not follow upon SOI."""
+    """Return the offset of the next marker, if any: no stray bytes may directly follow SOI."""
     return max(begin, data.find(b"\xff", begin)) if begin else 0
 
 
 def bare_tiff(data: bytes) -> Bare:
-    """Make a TIFF of one page, the only one that is no thumbnail and no mask, and of needed tags.
+    """Return a one-page TIFF with only the tags that decoding requires.
+
+    The page is the only one that is neither a thumbnail nor a mask.
 
     Raises
     ------
     ImageError
-        It holds more than one picture, or nothing but thumbnails and masks.
+        The file holds more than one picture, or only thumbnails and masks.
     """
     header = read_header(data)
     page = _choose_page(data)
@@ -137,7 +139,7 @@ def bare_tiff(data: bytes) -> Bare:
 
 
 def _choose_page(data: bytes) -> Directory | None:
-    """Find the one page to read; None where the first cannot be read at all."""
+    """Return the one page to read, or None if the first page cannot be read at all."""
     header = read_header(data)
     real: list[Directory] = []
     aside: list[Directory] = []
@@ -184,7 +186,7 @@ def _is_intact(data: bytes, start: int, end: int) -> bool:
 
 
 def _text(kind: bytes, body: bytes) -> bytes:
-    """Give the text of a text chunk (PNG, 11.3.3); empty where it is damaged."""
+    """Return the text of a text chunk (PNG, 11.3.3), or nothing if it is damaged."""
     _, _, rest = body.partition(b"\0")
     compressed = kind == b"zTXt"
     if kind == b"iTXt":
@@ -200,7 +202,7 @@ def _text(kind: bytes, body: bytes) -> bytes:
 
 
 def _from_hex(text: bytes) -> bytes:
-    """Read ImageMagick's profile: a blank line, its name, its length, then hex digits."""
+    """Decode a profile as ImageMagick writes it: blank line, name, length, then hex digits."""
     try:
         return bytes.fromhex(b"".join(text.split(b"\n")[3:]).decode("ascii"))
     except ValueError:
@@ -210,8 +212,8 @@ def _from_hex(text: bytes) -> bytes:
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
     """Yield marker, start and end of the comments and application segments before the first scan.
 
-    Bytes between segments are passed over, as Pillow and libjpeg do. Ends early where it meets a
-    segment that is none: what follows is left as it is.
+    Bytes between segments are skipped, as in Pillow and libjpeg. Iteration stops at the first
+    invalid segment; whatever follows is kept unchanged.
     """
     position = 2
     while True:

@@ -1,7 +1,7 @@
-"""Is a PNG or JPEG whole? Asked of the container itself, because Pillow lets some damage pass.
+"""Check that a PNG or JPEG container is complete, because Pillow accepts some damaged files.
 
-Pillow skips the checksums of a PNG's image data, leaves rows black when its compressed stream
-ends early, and gives mid-grey for what a JPEG's scan does not hold when an end marker follows.
+Pillow skips the checksums of a PNG's image data, leaves rows black when the compressed stream
+ends early, and fills in mid-grey when a JPEG's scan is cut short but an end marker follows.
 """
 
 import re
@@ -28,8 +28,8 @@ _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # PNG colour type -> samples per pix
 # Adam7: first row, first column, row step, column step of each pass (PNG, section 8.2)
 _PASSES = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2))
 _ADAM7 = (*_PASSES, (1, 0, 2, 1))
-# Registered chunks that no pixel needs (PNG, 11.3, and its extensions): damage to one of them is
-# borne. Not to a chunk of an unknown name: that may be an IDAT whose name is damaged.
+# Registered chunks that decoding does not require (PNG, 11.3, and its extensions): damage to them
+# is tolerated. A chunk with an unknown name is not: it may be an IDAT whose name is damaged.
 _UNNEEDED = set(
     b"cHRM gAMA iCCP sBIT sRGB cICP mDCV cLLI bKGD hIST pHYs sPLT eXIf tIME tEXt zTXt iTXt "
     b"oFFs pCAL sCAL sTER gIFg gIFx gIFt dSIG".split()
@@ -40,9 +40,9 @@ _MARKER_IN_SCAN = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])", re.DOTALL)
 _AFTER_SCAN = {0xC4, 0xD9, 0xDA, 0xDB, 0xDC, 0xDD, *range(0xE0, 0xF0), 0xFE}
 _STANDALONE = {0x01, *range(0xD0, 0xD8)}
 MAX_SCANS = 100
-"""Of a progressive JPEG, each of which goes over all its pixels; encoders write about ten. libtiff
-has the same limit (LIBTIFF_JPEG_MAX_ALLOWED_SCAN_NUMBER)."""
-MOST_SURPLUS = 1 << 20  # bytes beyond the last row that are let pass, as libpng does
+"""Most scans of a progressive JPEG: each covers all pixels, and encoders write about ten. libtiff
+sets the same limit (LIBTIFF_JPEG_MAX_ALLOWED_SCAN_NUMBER)."""
+MOST_SURPLUS = 1 << 20  # bytes beyond the last row that are tolerated, as in libpng
 _JUNK = b"\x5a\xa5\x3c\x69" * 2048
 
 
@@ -61,7 +61,7 @@ class PngFacts:
     interlaced : bool
         Whether rows come in seven passes.
     n_bytes : int
-        What its image data inflate to.
+        Size of the inflated image data.
     """
 
     bits: int
@@ -72,14 +72,14 @@ class PngFacts:
 
 
 def check_png(data: bytes) -> PngFacts:
-    """Check every chunk and its checksum; not yet that the image data reach the last row.
+    """Check every chunk and its checksum, but not that the image data reach the last row.
 
-    Bytes after IEND are tolerated, and damage to a chunk that no pixel needs.
+    Bytes after IEND are tolerated, and so is damage to a chunk that decoding does not require.
 
     Raises
     ------
     ImageError
-        Truncated, damaged, animated, or more than `radiograph.MAX_PIXELS`.
+        The PNG is truncated, damaged or animated, or exceeds `types.MAX_PIXELS`.
     """
     header: tuple[int, ...] | None = None
     key: bytes | None = None
@@ -98,12 +98,12 @@ def check_png(data: bytes) -> PngFacts:
 
 
 def check_png_rows(data: bytes, facts: PngFacts) -> None:
-    """Check that the image data of a PNG are all there, by inflating them.
+    """Inflate a PNG's image data to check that they are complete.
 
     Raises
     ------
     ImageError
-        They end early, go on for 1 MiB more, or are damaged.
+        The data end early, run on for more than 1 MiB, or are damaged.
     """
     inflated = _Inflated()
     for kind, body in _png_chunks(data):
@@ -114,15 +114,15 @@ def check_png_rows(data: bytes, facts: PngFacts) -> None:
 
 
 def is_ancillary(kind: bytes) -> bool:
-    """Tell whether a PNG can be shown without chunks of this kind (PNG, 5.4)."""
+    """Return whether a PNG can be displayed without chunks of this kind (PNG, 5.4)."""
     return kind.isalpha() and bool(kind[0] & 0x20)
 
 
 def check_jpeg(data: bytes) -> int:
     """Walk a JPEG's markers to the end of the image.
 
-    Bytes after the end marker are tolerated. Flipped bits inside a scan that form no marker
-    cannot be seen: JPEG has no checksum.
+    Bytes after the end marker are tolerated. Flipped bits inside a scan go undetected unless they
+    form a marker, because JPEG has no checksum.
 
     Returns
     -------
@@ -132,7 +132,8 @@ def check_jpeg(data: bytes) -> int:
     Raises
     ------
     ImageError
-        No end marker (truncated), a marker where none may be (damaged), or more than `MAX_SCANS`.
+        The end marker is missing (truncated), a marker is misplaced (damaged), or there are more
+        than `MAX_SCANS` scans.
     """
     position, n_scans = 2, 0
     while True:
@@ -156,16 +157,16 @@ def check_jpeg(data: bytes) -> int:
 
 
 def padded_jpeg(data: bytes, end: int) -> bytes:
-    """Put meaningless scan data before the end marker at `end`.
+    """Return a JPEG with meaningless scan data inserted before the end marker at `end`.
 
-    A decoder that has all its blocks by then ignores them; one that has not would paint them. So
-    two decodings that differ show that the scan ends early.
+    A decoder that already has all blocks ignores the insertion; one that lacks blocks draws it.
+    If the two decoded images differ, the scan ends early.
     """
     return data[:end] + _JUNK + data[end:]
 
 
 class _Inflated:
-    """Count what a zlib stream inflates to, without keeping it."""
+    """Counts the bytes that a zlib stream inflates to, without keeping them."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -215,7 +216,7 @@ def _png_header(body: bytes) -> tuple[int, ...]:
 
 
 def _png_length(width: int, height: int, bits: int, colour_type: int, interlace: int) -> int:
-    """Count the bytes that a whole image inflates to: each row and its filter byte."""
+    """Return the number of bytes of a complete inflated image: every row and its filter byte."""
     passes = _ADAM7 if interlace else ((0, 0, 1, 1),)
     total = 0
     for row, column, row_step, column_step in passes:

@@ -1,4 +1,4 @@
-"""A file's bytes become a grey array, or an error that says why not."""
+"""Decode a file's bytes into a grey array, or raise an error that gives the reason."""
 
 import io
 import math
@@ -52,21 +52,21 @@ __all__ = [
 MAX_DIRECTORIES = 100
 MAX_ENTRIES = 4096
 MAX_VALUES = 1 << 18
-"""Numbers in one entry: a strip a row of four planes, of the highest image. Of a million strips
-Pillow makes a gigabyte of objects."""
+"""Most values in one entry: one strip per row and plane of the tallest image with four planes.
+Pillow turns a million strips into a gigabyte of objects."""
 _BYTES = (1, 2, 7)  # TIFF 6.0, section 2: BYTE, ASCII, UNDEFINED stay bytes
 _STRIPS = (273, 279, 324, 325)  # StripOffsets, StripByteCounts, TileOffsets, TileByteCounts
 
 
 def _check_directories(data: bytes) -> None:
-    """Refuse a TIFF that names more strips, tiles, values or pictures than any image has.
+    """Refuse a TIFF that declares more strips, tiles, values or pictures than any image has.
 
-    Where a directory ends early, nothing is said: its reader will.
+    A directory that ends early is left for its reader to report.
 
     Raises
     ------
     ImageError
-        So it is.
+        A limit is exceeded.
     """
     order = "<" if data[:2] == b"II" else ">"
     is_big = data[2:4] in (b"+\0", b"\0+")  # BigTIFF, section "Proposal"
@@ -117,29 +117,30 @@ _WHITE_IS_ZERO = 0
 
 
 def decode_image(data: bytes, intensity: Intensity = DEFAULT_INTENSITY) -> Radiograph:
-    """Decode one complete, still image into upright 8-bit grey.
+    """Return one complete still image as upright 8-bit grey.
 
     Colour becomes luminance (ITU-R BT.601, as Pillow's mode L), alpha is composited over black,
-    palettes are expanded, EXIF orientation is applied. What no pixel needs, such as a broken colour
-    profile or comment, is passed over. Samples deeper than 8 bits are mapped
+    palettes are expanded, EXIF orientation is applied. Parts that decoding does not require, such
+    as a broken colour profile or comment, are skipped. Samples deeper than 8 bits are mapped
     linearly from their declared range to 0..255 and rounded: the range is that of the bit depth,
     or a TIFF's SMinSampleValue/MinSampleValue and SMaxSampleValue/MaxSampleValue. A PNG's sBIT
     does not narrow the range: its samples fill their bit depth by definition (PNG, 11.3.2.7).
-    Gamma and colour profiles are ignored, as the encoders' own processors do. How DICOM becomes
-    grey is told in `images.dicom.pixels`.
+    Gamma and colour profiles are ignored, as in the encoders' own processors. The conversion of
+    DICOM to grey is described in `images.dicom.pixels`.
 
     Parameters
     ----------
     data : bytes
-        The whole file.
+        The complete file.
     intensity : Intensity
-        Which window of a DICOM to use; says nothing of other kinds of image.
+        Which window of a DICOM to use; ignored for other formats.
 
     Raises
     ------
     ImageError
-        The bytes are not one whole still image of a known kind, all of it has one grey, or its
-        range is not known; the message is the reason. Safe to call from several threads.
+        The bytes are not one complete still image of a known format, all pixels have one grey
+        level, or the range of the samples is unknown; the message is the reason. Safe to call
+        from several threads.
     """
     name = _identify(data)
     if name == "DICOM":
@@ -233,9 +234,9 @@ def _check_tiff(image: TiffImagePlugin.TiffImageFile) -> None:
 
 
 def _reaches_the_last_row(image: ImageFile.ImageFile, facts: PngFacts) -> bool:
-    """Whether the last row shows that it was in the file; Pillow leaves black what was not.
+    """Return whether the last row proves that it was in the file: Pillow leaves missing rows black.
 
-    Spares most files a second inflation, a third of their decoding time.
+    This spares most files a second inflation, which takes a third of their decoding time.
     """
     width, height = image.size
     last_row = image.crop((0, height - 1, width, height)).tobytes()
@@ -243,7 +244,7 @@ def _reaches_the_last_row(image: ImageFile.ImageFile, facts: PngFacts) -> bool:
 
 
 def _check_scan_is_whole(image: ImageFile.ImageFile, data: bytes, end: int) -> None:
-    """Refuse a JPEG that libjpeg has filled up with mid-grey: 128, or 127 where inverted."""
+    """Refuse a JPEG that libjpeg has padded with mid-grey: 128, or 127 if inverted."""
     corner: Any = image.getpixel((image.size[0] - 1, image.size[1] - 1))
     if not set(np.atleast_1d(corner).tolist()) <= {127, 128}:
         return
@@ -256,7 +257,7 @@ def _check_scan_is_whole(image: ImageFile.ImageFile, data: bytes, end: int) -> N
 def _grey_from_plain(
     image: ImageFile.ImageFile, facts: PngFacts | None
 ) -> tuple[Image.Image, bool, bool]:
-    """Give the grey picture, whether it had colour, and False where its alpha is 0 everywhere."""
+    """Return the grey picture, whether it had colour, and False if its alpha is 0 everywhere."""
     if image.mode not in _PLAIN_MODES:
         raise ImageError(f"colour space {image.mode} is not read; save the image as grey")
     picture: Image.Image = image
@@ -291,7 +292,7 @@ def _without_colour_key(picture: Image.Image, grey: Image.Image, facts: PngFacts
 
 
 def _check_depth_is_used(rgb: Image.Image, image: ImageFile.ImageFile, facts: Any) -> None:
-    """Refuse 16-bit colour, of which Pillow keeps the upper byte, that would be almost black."""
+    """Refuse 16-bit colour that would turn almost black, as Pillow keeps only the upper byte."""
     bits = facts.bits if facts is not None else _tiff_bits(image)
     if bits == 16:
         extrema: Any = rgb.getextrema()
@@ -324,7 +325,7 @@ def _to_8_bits(samples: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def _declared_range(image: ImageFile.ImageFile) -> tuple[float, float, bool]:
-    """Give low, high, and whether the file says more than its number of bits."""
+    """Return low, high, and whether the file declares them beyond its number of bits."""
     if not isinstance(image, TiffImagePlugin.TiffImageFile):
         return 0.0, 65535.0, False
     bits = _tiff_bits(image)
@@ -340,7 +341,7 @@ def _declared_range(image: ImageFile.ImageFile) -> tuple[float, float, bool]:
     depth = float((1 << bits) - 1)
     low, high = (0.0 if low is None else low), (depth if high is None else high)
     if not low < high:
-        raise ImageError(f"the TIFF declares samples from {low:g} to {high:g}, which is no range")
+        raise ImageError(f"the TIFF declares samples from {low:g} to {high:g}, not a range")
     return low, high, not unsigned or high < 65535
 
 
@@ -378,7 +379,8 @@ _lenient_before = False
 def _strict_pillow() -> Iterator[None]:
     """Keep Pillow from accepting truncated files while any thread decodes.
 
-    Its switch is global, and other libraries set it; it is put back when the last thread leaves.
+    Pillow's switch is global and other libraries set it, so it is restored when the last thread
+    leaves.
     """
     global _strict_users, _lenient_before
     with _strict_lock:

@@ -57,7 +57,7 @@ def hash_or_explain(
     progress: Callable[[int, int], None] | None = None,
     jobs: int | None = None,
 ) -> list[str | OSError]:
-    """Hash as `hash_files` does, but give the error in place of the hash of an unreadable file."""
+    """Return what `hash_files` does, but with the error in place of an unreadable file's hash."""
     batches = [paths[i : i + N_FILES_PER_TASK] for i in range(0, len(paths), N_FILES_PER_TASK)]
     outcomes: list[str | OSError] = []
     with ThreadPoolExecutor(jobs or count_cores()) as executor:

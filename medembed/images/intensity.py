@@ -1,9 +1,10 @@
-"""How the stored values of a grey DICOM image become shares of white: modality, then VOI.
+"""Map the stored values of a grey DICOM image to shares of white: modality, then VOI.
 
-Every step works on a table of all values that the image's bits can hold, at most 65,536, not on
-the pixels: the same arithmetic, and neither time nor memory grows with the image. Clauses are those
-of the DICOM standard (PS3.3 2024). pydicom's functions serve as oracle in the tests and not here,
-since they differ from the standard where it matters: `apply_windowing` inverts an image whose
+Every step works on a table of all values that the image's bits can hold, at most 65,536, instead
+of on the pixels: the arithmetic is identical, and time and memory do not grow with the image.
+Clauses are those of the DICOM standard (PS3.3 2024). pydicom's functions serve as an oracle in the
+tests but are not used here, since they deviate from the standard: `apply_windowing` inverts an
+image whose
 Rescale Slope is negative, `apply_voi` wraps indices beyond 255 into a table of 8 bits, and
 `apply_modality_lut` overflows in signed 16 bits and knows no tables of 10 or 12 bits.
 """
@@ -34,16 +35,16 @@ PLATEAU = 0.005  # share of pixels above which a value at an end is a border or 
 
 @dataclass(frozen=True)
 class Intensity:
-    """Which grey a DICOM image is shown in, where the file leaves a choice.
+    """How a DICOM image's values are mapped to grey where the file leaves a choice.
 
     Attributes
     ----------
     window : str
         "first": the first VOI LUT, else the first window. "none": neither, as if the file had
-        none. Otherwise the explanation (LUT Explanation, Window Center & Width Explanation) of the
-        one to take, whatever its case.
+        none. Any other value is the explanation (LUT Explanation, Window Center & Width
+        Explanation) of the one to use, ignoring case.
     low, high : float
-        Percentiles that become black and white where the file has neither; see `robust_range`.
+        Percentiles that become black and white if the file has neither; see `robust_range`.
 
     Raises
     ------
@@ -63,10 +64,10 @@ class Intensity:
             )
 
     def as_spec(self) -> str | None:
-        """Give what a cache's spec says: nothing for the default, so that older caches fit.
+        """Return the entry in a cache's spec, None for the default, so that older caches match.
 
-        Of other kinds of image, which these choices do not change, a cache made with a named window
-        shares no rows with one made without.
+        A cache made with a named window shares no rows with one made without, even for formats
+        that these choices do not affect.
         """
         if self == DEFAULT_INTENSITY:
             return None
@@ -88,7 +89,7 @@ class Levels:
         int64 (2 ** bits,), in the order of the bit patterns: 0, 1, … and, where signed, from the
         middle on negative.
     counts : ndarray
-        int64 (2 ** bits,): how many pixels have each, padding left out.
+        int64 (2 ** bits,): the number of pixels with each value, padding excluded.
     bits : int
         Bits Stored, 1 to 16.
     """
@@ -100,14 +101,14 @@ class Levels:
 
 @dataclass(frozen=True)
 class Shares:
-    """What the transforms make of every stored value.
+    """The result of the transforms for every stored value.
 
     Attributes
     ----------
     white : ndarray
         float64 (2 ** bits,), 0 black to 1 white, before the presentation.
     notes : tuple of str
-        Why a window that the file names was passed over.
+        Why a window of the file was skipped.
     """
 
     white: np.ndarray
@@ -133,7 +134,7 @@ def apply_modality(stored: np.ndarray, dataset: Any) -> tuple[np.ndarray, float,
     Raises
     ------
     ImageError
-        A table is contradictory, or slope and intercept are not two finite numbers.
+        A table contradicts itself, or slope and intercept are not two finite numbers.
     """
     items = dataset.get("ModalityLUTSequence")
     if items:
@@ -153,23 +154,23 @@ def apply_modality(stored: np.ndarray, dataset: Any) -> tuple[np.ndarray, float,
 def shares_of_white(
     levels: Levels, dataset: Any, intensity: Intensity, *, modality: Any = None, voi: Any = None
 ) -> Shares:
-    """Apply modality and VOI transforms; not yet the presentation.
+    """Apply the modality and VOI transforms, but not the presentation.
 
-    Where the file has a VOI LUT or window, that (PS3.3 C.11.2) and nothing else; one that is none
-    counts as absent, see `windows.apply_voi`. Where it has none: the whole range of Bits Stored if
-    the values are meant for presentation already (Presentation Intent Type FOR PRESENTATION, or 8
-    bits that are not FOR PROCESSING; without a VOI LUT the transform is the identity, PS3.4
-    N.2.1.2) and use it; else `robust_range`.
+    If the file has a VOI LUT or window, it alone is applied (PS3.3 C.11.2); an invalid one counts
+    as absent, see `windows.apply_voi`. Otherwise the range is that of Bits Stored, if the values
+    are already meant for presentation (Presentation Intent Type FOR PRESENTATION, or 8 bits that
+    are not FOR PROCESSING; without a VOI LUT the transform is the identity, PS3.4 N.2.1.2) and use
+    that range; else `robust_range`.
 
     Parameters
     ----------
     modality, voi : pydicom.Dataset, optional
-        What holds the transforms, by default `dataset`.
+        The data sets that hold the transforms, by default `dataset`.
 
     Raises
     ------
     ImageError
-        A transform is contradictory, the named one is not there, or it hides the whole image.
+        A transform contradicts itself, the named one is missing, or it hides the whole image.
     """
     values, low, high = apply_modality(levels.stored, dataset if modality is None else modality)
     seen = levels.counts > 0
@@ -187,17 +188,17 @@ def shares_of_white(
 def robust_range(
     values: np.ndarray, counts: np.ndarray, low: float, high: float
 ) -> tuple[float, float]:
-    """Give percentiles that burnt-in markers, electronic shutters and clipped air do not set.
+    """Return percentiles unaffected by burnt-in markers, electronic shutters and clipped air.
 
-    The least and the greatest value that occurs are left out if at least 0.5 % of the pixels have
-    just that value: a border, a filled box or letter, a saturated background, each of one grey.
-    Of the rest the percentiles `low` and `high` are taken, so that markers of several greys may
-    have up to 1 % of the pixels. An image and its negative have mirrored ranges.
+    The lowest and the highest value that occur are excluded if at least 0.5 % of the pixels have
+    exactly that value: a border, a filled box or letter, or a saturated background has one grey
+    level. The percentiles `low` and `high` are taken from the remaining pixels, so markers with
+    several grey levels may cover up to 1 % of them. An image and its negative have mirrored ranges.
 
     Parameters
     ----------
     values, counts : ndarray
-        (n,): a value and how many pixels have it.
+        (n,): each value and the number of pixels that have it.
     low, high : float
         Percent.
 
@@ -232,7 +233,7 @@ def _is_for_presentation(dataset: Any, bits: int) -> bool:
 
 
 def _number(dataset: Any, keyword: str) -> float | None:
-    """Read a decimal string; empty is absent."""
+    """Return a decimal string as a number, None if it is empty."""
     value = dataset.get(keyword)
     if value is None or value == "":
         return None

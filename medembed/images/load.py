@@ -1,4 +1,4 @@
-"""A file becomes a grey array for whoever consumes it, proved by its hash."""
+"""Read a file, verify its hash, and decode it into a grey array."""
 
 import errno
 import hashlib
@@ -19,31 +19,31 @@ from medembed.images.versions import FIRST_VERSION, why_changed
 __all__ = ["DEFAULT_LIMITS", "MAX_SECONDS", "Content", "Limits", "Reading", "read_content"]
 
 MAX_SECONDS = 1_000_000.0
-"""The longest limit that is one; timers of the system end somewhere too."""
+"""The longest time limit that the system's timers can represent."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a file may cost before it counts as failed.
+    """Limits on a file's size and processing time, beyond which it counts as failed.
 
     Parameters
     ----------
     max_bytes : int
-        Of the file. Radiographs have up to 0.2 GB.
+        Size of the file. Radiographs have up to 0.2 GB.
     max_seconds : float
-        Of computing, to read and decode it; waiting for a disk may take ten times as long.
+        Computing time to read and decode the file; waiting for a disk may take ten times as long.
 
     Raises
     ------
     ValueError
-        One is not above 0, or beyond what the system can hold to.
+        A limit is not above 0, or exceeds what the system can enforce.
     """
 
     max_bytes: int = 1 << 30
     max_seconds: float = 120.0
 
     def __post_init__(self) -> None:
-        """Refuse what is no limit."""
+        """Refuse limits that are out of range."""
         for name, most in (("max_bytes", 2**63 - 1), ("max_seconds", MAX_SECONDS)):
             if not 0 < getattr(self, name) <= most:
                 raise ValueError(
@@ -56,12 +56,12 @@ DEFAULT_LIMITS = Limits()
 
 @dataclass(frozen=True)
 class Content:
-    """Name one file's bytes, and the images of a manifest that have them.
+    """A file content, and the images of a manifest that have it.
 
     Parameters
     ----------
     sha256 : str
-        Of the bytes, hex.
+        SHA-256 of the bytes, in hex.
     images : tuple of str
         Paths relative to the image root, at least one.
     """
@@ -72,26 +72,26 @@ class Content:
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """Hold what reading made of a content: pixels, or why there are none.
+    """The outcome of reading a content: its pixels, or the reason for their absence.
 
     Parameters
     ----------
     pixels : ndarray or None
-        uint8, as `transform` returned it.
+        uint8, the result of `transform`.
     colour : bool
         Whether colour was reduced to luminance.
     notes : tuple of str
-        As `Radiograph.notes`.
+        `Radiograph.notes`.
     since : int
-        As `Radiograph.since`; of an image that cannot be decoded, `ImageError.since`.
+        `Radiograph.since`, or `ImageError.since` if the image cannot be decoded.
     stage : {"read", "decode"} or None
-        Where it failed.
+        The stage that failed.
     reason : str
-        Why; names no path.
+        Why the stage failed; names no path.
     other_sha256 : str or None
-        Hash of the bytes found, where they are not the manifest's.
+        Hash of the bytes found, if they differ from the manifest's.
     times : tuple of float
-        `time.monotonic()` at the start, when the bytes were there and hashed, and at the end.
+        `time.monotonic()` at the start, once the bytes were read and hashed, and at the end.
     """
 
     pixels: np.ndarray | None = None
@@ -109,9 +109,10 @@ class Reading:
         Parameters
         ----------
         version, what
-            As for `image_versions.why_changed`.
+            The rows' `images_version`, and the subject of the sentence that explains the failure;
+            see `versions.why_changed`.
         way_out : str
-            What to do about it, as a sentence without its end.
+            What to do about it, a sentence without its full stop.
         """
         reason = why_changed(self.since, version, what) if self.pixels is not None else ""
         if not reason:
@@ -127,7 +128,7 @@ def read_content(
     intensity: Intensity = DEFAULT_INTENSITY,
     limits: Limits = DEFAULT_LIMITS,
 ) -> Reading:
-    """Read the first of `paths` whose bytes have this SHA-256, and decode these very bytes.
+    """Read the first of `paths` whose bytes have this SHA-256, and decode exactly those bytes.
 
     Parameters
     ----------
@@ -136,7 +137,7 @@ def read_content(
     intensity : Intensity
         Which window of a DICOM to use.
     limits : Limits
-        Of which `max_bytes` is held here; time is what `extraction.decode_worker` watches over.
+        Only `max_bytes` is enforced here; `extraction.decode_worker` enforces the time limit.
     """
     start = time.monotonic()
     reason, other = "", None

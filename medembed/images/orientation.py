@@ -1,4 +1,4 @@
-"""Which way up an image is: EXIF's orientation, and the directories of a TIFF that hold it."""
+"""Read an image's EXIF orientation, and the TIFF directories that hold it."""
 
 import re
 import struct
@@ -27,12 +27,12 @@ TURNS: dict[int, Image.Transpose | None] = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF 4.6.4 A, tag 0x0112: what brings the stored rows and columns upright."""
+"""EXIF 4.6.4 A, tag 0x0112: the operation that turns the stored rows and columns upright."""
 
 UNREAD = "an orientation that cannot be read counts as none"
 _ORIENTATION = 0x0112
 _IN_XMP = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
-# TIFF 6.0, section 2: the types that whole numbers are written in.
+# TIFF 6.0, section 2: the types of whole numbers.
 _INTEGERS = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i", 16: "Q"}
 _BYTES = (1, 2, 7)
 _MAGIC = {(b"II", b"*\0"), (b"MM", b"\0*"), (b"II", b"\0*"), (b"MM", b"*\0")}  # the last two: wrong
@@ -42,7 +42,7 @@ _MAX_ENTRIES = 65_535  # of a TIFF; a BigTIFF may claim more
 
 @dataclass(frozen=True)
 class Header:
-    """How a TIFF, or the EXIF that is one, is to be read.
+    """The header of a TIFF, or of EXIF, which has the format of a TIFF.
 
     Attributes
     ----------
@@ -53,7 +53,7 @@ class Header:
     first : int
         Offset of the first directory.
     size : int
-        Bytes of this header, the offset its last.
+        Bytes of this header; the offset comes last.
     """
 
     order: str
@@ -72,12 +72,12 @@ class Directory:
     start : int
         Its offset.
     entries : list of (int, bytes)
-        Each tag and its entry as it stands: tag, type, count, value or offset. Of two entries of
-        one tag the first counts, as for Pillow.
+        Each tag and its unparsed entry: tag, type, count, value or offset. If a tag has two
+        entries the first counts, as in Pillow.
     next : int
         Offset of the next one; 0 after the last.
     is_whole : bool
-        Whether the data hold all entries that it counts.
+        Whether the data hold all entries that the directory declares.
     """
 
     header: Header
@@ -87,11 +87,11 @@ class Directory:
     is_whole: bool
 
     def has(self, tag: int) -> bool:
-        """Tell whether there is an entry of this tag."""
+        """Return whether the directory has this tag."""
         return any(tag == own for own, _ in self.entries)
 
     def integer(self, tag: int) -> int | None:
-        """Give a tag's one whole number; None where it has none."""
+        """Return a tag's single whole number, or None."""
         kind, count, value = self._fields(tag)
         code = _INTEGERS.get(kind)
         if code is None or count != 1 or struct.calcsize(code) > len(value):
@@ -99,7 +99,7 @@ class Directory:
         return int(struct.unpack_from(self.header.order + code, value)[0])
 
     def content(self, tag: int, data: bytes, most: int) -> bytes | None:
-        """Give up to `most` bytes of a tag that is made of them; None where there are none."""
+        """Return up to `most` bytes of a tag that holds bytes, or None."""
         kind, count, value = self._fields(tag)
         if kind not in _BYTES or count <= len(value):
             return None
@@ -107,7 +107,7 @@ class Directory:
         return data[offset : offset + min(count, most)] if offset + count <= len(data) else None
 
     def written(self, keep: set[int]) -> bytes:
-        """Write the directory anew, as the last of its file, with these tags alone."""
+        """Return the directory rewritten as the last of its file, with only these tags."""
         order, word = self.header.order, self.header.word
         kept = [entry for tag, entry in self.entries if tag in keep]
         count = struct.pack(order + ("H" if word == "I" else "Q"), len(kept))
@@ -123,7 +123,7 @@ class Directory:
 
 
 def read_header(data: bytes) -> Header | None:
-    """Read the header of a TIFF or of EXIF; None where it is none."""
+    """Return the header of a TIFF or of EXIF, or None if there is no valid header."""
     order = {b"II": "<", b"MM": ">"}.get(data[:2], "")
     if (data[:2], data[2:4]) in _MAGIC and len(data) >= 8:
         return Header(order, "I", struct.unpack_from(order + "I", data, 4)[0], 8)
@@ -133,7 +133,7 @@ def read_header(data: bytes) -> Header | None:
 
 
 def read_directory(data: bytes, start: int, header: Header) -> Directory | None:
-    """Read the directory at `start`, as far as the data go; None where there is none."""
+    """Return the directory at `start` as far as the data reach, or None if there is none."""
     order, word = header.order, header.word
     counter = order + ("H" if word == "I" else "Q")
     begin, size = start + struct.calcsize(counter), 4 + 2 * struct.calcsize(word)
@@ -152,7 +152,7 @@ def read_directory(data: bytes, start: int, header: Header) -> Directory | None:
 
 
 def orientation_of(exif: bytes | None, xmp: bytes | None) -> int | None:
-    """Find what EXIF says, or else XMP: 1 to 8, 1 where neither does, None if it cannot be read."""
+    """Return the orientation in EXIF, else XMP: 1 to 8, 1 if absent, None if unreadable."""
     if exif is not None:
         found = _from_exif(exif)
         if found is None or found:
@@ -163,13 +163,13 @@ def orientation_of(exif: bytes | None, xmp: bytes | None) -> int | None:
 
 
 def turn_upright(image: Image.Image, orientation: int | None) -> Image.Image:
-    """Turn an image as its orientation asks; not at all where that cannot be read."""
+    """Return an image turned upright, or unchanged if its orientation is unreadable."""
     turn = TURNS[orientation or 1]
     return image if turn is None else image.transpose(turn)
 
 
 def _from_exif(exif: bytes) -> int | None:
-    """Give 1 to 8, 0 where EXIF says nothing, None where it cannot be read."""
+    """Return 1 to 8, 0 if EXIF holds no orientation, None if it is unreadable."""
     for _ in range(2):  # some write its name twice
         exif = exif.removeprefix(b"Exif\0\0")
     if not exif:

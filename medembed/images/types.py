@@ -1,4 +1,4 @@
-"""What every decoder of images gives, and what none of them may exceed."""
+"""The result that every image decoder returns, and the limits that apply to all of them."""
 
 from dataclasses import dataclass
 
@@ -25,10 +25,10 @@ class Radiograph:
     colour : bool
         Whether the file's channels differed and were reduced to luminance.
     notes : tuple of str
-        What of the file was passed over because it cannot be what it says: an orientation, a
-        window. Words without a value of the file, so that equal ones can be counted.
+        Parts of the file that were ignored as implausible: an orientation, a window. The notes
+        quote no value of the file, so that equal ones can be counted.
     since : int
-        The `images_version` that first gave these pixels; see `images.versions`.
+        The `images_version` that first produced these pixels; see `images.versions`.
     """
 
     pixels: np.ndarray
@@ -38,7 +38,7 @@ class Radiograph:
 
 
 def refuse_size(width: int, height: int, kind: str) -> None:
-    """Raise ImageError where an image of a `kind` is empty or larger than `MAX_PIXELS`."""
+    """Raise ImageError if an image of a `kind` is empty or larger than `MAX_PIXELS`."""
     if width < 1 or height < 1:
         raise ImageError(f"the {kind} is {width} x {height}: it holds no pixels")
     if width * height > MAX_PIXELS:
@@ -47,7 +47,7 @@ def refuse_size(width: int, height: int, kind: str) -> None:
 
 
 def refuse_one_grey(pixels: np.ndarray) -> None:
-    """Raise ImageError where all pixels, uint8 (H, W), are equal: there is no image in the file."""
+    """Raise ImageError if all pixels, uint8 (H, W), are equal: the file then shows nothing."""
     grey = pixels[0, 0]
     middle = pixels[len(pixels) // 2]  # differs in nearly every radiograph, and is soon compared
     if (middle == grey).all() and (pixels == grey).all():
@@ -57,7 +57,7 @@ def refuse_one_grey(pixels: np.ndarray) -> None:
 
 
 def channels_differ(picture: Image.Image) -> bool:
-    """Whether an RGB picture holds colour."""
+    """Return whether an RGB picture holds colour."""
     red, green, blue = picture.split()
     pairs = (ImageChops.difference(red, green), ImageChops.difference(green, blue))
     return any(pair.getbbox() is not None for pair in pairs)

@@ -1,16 +1,16 @@
-"""Which version of decoding pixels come from, and whether rows of two versions go together.
+"""The version of the decoder, and whether rows made by two versions are compatible.
 
-The version is one number, and few files are decoded otherwise since it was raised. So whether a
-file may join rows of an older version is decided for each file by its own bytes
-(`Radiograph.since`): an 8-bit grey PNG or JPEG has the same pixels under versions 1 and 2.
+The version is one number, and raising it changed the decoding of few files. Whether a file may
+join rows of an older version is therefore decided per file from its bytes (`Radiograph.since`): an
+8-bit grey PNG or JPEG has the same pixels under versions 1 and 2.
 
-What version 2 changed of files that version 1 decoded:
+Changes in version 2 to files that version 1 decoded:
 
-- an alpha channel that is 0 everywhere is ignored, where it made the image black;
-- a DICOM's window and rescale in functional groups are applied, where they were passed over;
-- images of one grey, and DICOM whose unsigned values need more than Bits Stored, are refused.
+- an alpha channel that is 0 everywhere is ignored; it used to make the image black;
+- a DICOM's window and rescale in functional groups are applied; they used to be ignored;
+- images of one grey level, and DICOM whose unsigned values exceed Bits Stored, are refused.
 
-A file that version 1 refused has no older pixels to differ from, and counts as unchanged.
+A file that version 1 refused has no older pixels to compare with and counts as unchanged.
 """
 
 import struct
@@ -22,49 +22,51 @@ FIRST_VERSION = 1
 IMAGES_VERSION = 2
 """Part of every cache's spec: raise it whenever any decoded pixel changes."""
 
-# Bytes of a file for each pixel, below which all may be of one grey: such a JPEG takes 0.018 at
-# most (6 bits for each block of 64 samples, chroma halved), such a PNG 0.001; and of its headers.
+# Bytes per pixel below which an image may have a single grey level: such a JPEG takes at most 0.018
+# (6 bits for each block of 64 samples, chroma halved), such a PNG 0.001; and bytes of headers.
 ONE_GREY, HEADERS = 1 / 40, 1024
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 
 
 def go_together(first: Any, second: Any) -> bool:
-    """Tell whether rows of two versions may stand together where each file's pixels are equal."""
+    """Return whether rows of two versions are compatible for files whose pixels are equal."""
     known = range(FIRST_VERSION, IMAGES_VERSION + 1)
     return all(type(version) is int and version in known for version in (first, second))
 
 
 def why_changed(since: int, version: Any, what: str) -> str:
-    """Say why an image cannot join rows of an older version; empty where it can.
+    """Return why an image cannot join rows of an older version, or nothing if it can.
 
     Parameters
     ----------
     since : int
-        `Radiograph.since` of the image.
+        The image's `Radiograph.since`.
     version : int or anything else
-        That of the rows; what is no number is none of ours, and is left to whoever compares specs.
+        Version of the rows; a value that is not a number is not one of ours, and is left to the
+        comparison of specs.
     what : str
-        What holds or reads these rows, as the subject of a sentence.
+        The holder or reader of these rows, used as the subject of a sentence.
     """
     if type(version) is not int or since <= version:
         return ""
     return (
-        f"is decoded otherwise since images_version {since}, and {what} is of images_version "
+        f"is decoded differently since images_version {since}, and {what} is of images_version "
         f"{version}"
     )
 
 
 def may_have_changed(head: bytes, size: int) -> bool:
-    """Tell by its first bytes whether a file that version 1 decoded may be none of version 2.
+    """Return whether version 2 may refuse or change a file that version 1 decoded.
 
-    A PNG without alpha and a JPEG can only if they are of one grey, and then they are small.
+    Only the first bytes are examined. A PNG without alpha or a JPEG can be affected only if it has
+    a single grey level, and is then small.
 
     Parameters
     ----------
     head : bytes
-        The first bytes, some thousand.
+        The first bytes, a few thousand.
     size : int
-        Of the whole file, in bytes.
+        Size of the whole file in bytes.
     """
     if head.startswith(b"\x89PNG\r\n\x1a\n") and len(head) >= 26:
         width, height, _, colour_type = struct.unpack_from(">IIBB", head, 16)
@@ -75,7 +77,7 @@ def may_have_changed(head: bytes, size: int) -> bool:
 
 
 def _pixels_of_jpeg(head: bytes) -> int:
-    """Count the pixels that the frame header names (ITU T.81, B.2.2); 0 where it comes later."""
+    """Return the pixels that the frame header declares (ITU T.81, B.2.2), 0 if it comes later."""
     position = 2
     while position + 9 <= len(head) and head[position] == 0xFF:
         marker, length = struct.unpack_from(">BH", head, position + 1)

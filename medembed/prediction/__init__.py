@@ -1,7 +1,7 @@
-"""What a packaged model says of images it is handed: probabilities, decisions, sets, heat maps.
+"""Apply a packaged model to images: probabilities, decisions, prediction sets, heat maps.
 
-Names are looked up when they are first used, so that a room of this house that needs one of them
-does not load the others' libraries.
+Names are resolved on first use, so that a module that needs one of them does not load the others'
+libraries.
 """
 
 from typing import TYPE_CHECKING, Any

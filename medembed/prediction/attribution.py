@@ -1,12 +1,12 @@
-"""Where a model looked: which part of its logit each place of an image gives.
+"""Attribute a model's logit to the places of an image.
 
-Attributions through the pooling alone, from the tower's last tokens to the head's logit. A token of
-a transformer has seen the whole image, so a place on the map is where the tower *keeps* what it
-found; that it is also where the finding *is* was measured on synthetic images, and nowhere else.
+Attributions cover the pooling and the head, from the tower's last tokens to the head's logit. A
+transformer's token has seen the whole image, so a place on the map is where the tower *stores* what
+it found; that this is also where the finding *is* was measured only on synthetic images.
 
 Logits of linear heads, perceptrons and attention are computed by torch in float64, with gradients;
-they are the heads' own functions, held to them by tests. Trees have no gradient. Tokens are pooled
-anew as the tower pools them.
+tests hold them equal to the heads' own functions. Trees have no gradient. Tokens are pooled again
+as in the tower.
 """
 
 from collections.abc import Callable, Sequence
@@ -51,26 +51,26 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def logit(head: Head, X: np.ndarray, studies: np.ndarray | None = None) -> np.ndarray:
-    """Return the logit of the second class: of each row, or of each study where a head reads those.
+    """Return the logit of the second class per row, or per study if the head reads studies.
 
     Parameters
     ----------
     head : Head
-        Fitted.
+        A fitted head.
     X : float array of shape (n, d)
     studies : int array of shape (n,), optional
-        For heads that judge studies: each row's study, all numbers from 0 on in use. None makes a
-        study of every row.
+        For heads that judge studies: each row's study, numbered from 0 without gaps. With None
+        every row is a study.
 
     Returns
     -------
     float64 array of shape (n,), or (number of studies,)
-        ln(p / (1 - p)) of the head's probability p, without that one's rounding near 0 and 1.
+        ln(p / (1 - p)) of the head's probability p, without p's rounding near 0 and 1.
 
     Raises
     ------
     ModelError
-        The head is of a kind whose logit is not known.
+        The head's type is not supported.
     """
     check_is_fitted(head)
     if not head.is_differentiable:
@@ -85,14 +85,14 @@ def logit(head: Head, X: np.ndarray, studies: np.ndarray | None = None) -> np.nd
 
 @singledispatch
 def differentiable_logit(head: Head) -> Logit:
-    """Return logit(X, studies): float64 (n, d) and int64 (n,) on the CPU to float64 logits.
+    """Return a function logit(X, studies) of float64 (n, d) and int64 (n,) on the CPU.
 
-    Logits are those of `logit`; those of heads without studies pass over `studies`.
+    Its float64 logits equal those of `logit`; heads that do not judge studies ignore `studies`.
 
     Raises
     ------
     ModelError
-        The head has no gradient, as trees have none.
+        The head has no gradient, like trees.
     """
     raise ModelError(f"a head of {type(head).__name__} has no gradient. Explain it by occlusion.")
 
@@ -159,22 +159,22 @@ def _tensor(array: Any) -> torch.Tensor:
 def repool(
     encoder: TorchEncoder, tokens: torch.Tensor, grid: tuple[int, int], poolings: Sequence[str]
 ) -> torch.Tensor:
-    """Pool tokens as the encoder pools those of an image; gradients flow to them.
+    """Return tokens pooled by the encoder's own poolings, with gradients.
 
     Parameters
     ----------
     tokens : Tensor
-        float32 (n, rows * columns, d), on the encoder's device: as `Features.tokens`, of an image
-        or of none.
+        float32 (n, rows * columns, d), on the encoder's device: `Features.tokens` of an image, or
+        any other values.
     grid : tuple of int
         Rows and columns.
     poolings : sequence of str
-        None of those that `_refuse_unpoolable` refuses.
+        Poolings that `_refuse_unpoolable` accepts.
 
     Returns
     -------
     Tensor
-        float32 (n, columns of all poolings): side by side, cells one after the other.
+        float32 (n, columns of all poolings): poolings joined, cells in order.
     """
     with arithmetic(encoder.device, encoder.precision):
         vectors = {
@@ -187,22 +187,22 @@ def repool(
 
 
 def _refuse_unpoolable(encoder: TorchEncoder, poolings: Sequence[str]) -> None:
-    """Refuse poolings that are no function of the patch tokens.
+    """Refuse poolings that are not a function of the patch tokens.
 
-    A class token has gathered what it says in the blocks below: it does not read the last patch
-    tokens, so that nothing can be said of the part of each without guessing.
+    A class token gathers its content in the blocks below: it does not read the last patch tokens,
+    so the contribution of each patch can only be guessed.
 
     Raises
     ------
     EncoderError
-        Names the pooling, or those on offer where there is none of its name.
+        The pooling cannot be explained, or does not exist; the message then lists the poolings.
     """
     encoder.check_poolings(poolings)
     for name in poolings:
         if not encoder.can_repool(name):
             raise EncoderError(
-                f"pooling {name} of {encoder.source} is its class token, which has gathered from "
-                "all patches in the blocks below: there is no part of it that is one patch's. "
+                f"pooling {name} of {encoder.source} is its class token, which combines all "
+                "patches in the blocks below, so no part of it belongs to a single patch. "
                 f"Explain a model on {_explained()}."
             )
 
@@ -219,16 +219,16 @@ BATCH_SIZE = 8
 
 @dataclass(frozen=True, eq=False)
 class Explanation:
-    """Heat maps, and the logits that they are parts of.
+    """Heat maps, and the logits that they decompose.
 
     Attributes
     ----------
     heat : float32 array of shape (n, rows, columns)
-        Of each image, from its top left: the share of the logit that a cell of the tower's grid
-        gives, in logits. Above zero speaks for abnormal, below zero for normal.
+        For each image, from its top left: the contribution of a cell of the tower's grid to the
+        logit. Values above zero indicate abnormal, below zero normal.
     logit : float64 array of shape (n,), or (number of studies,)
-        The head's own, not calibrated; of studies where the head judges those.
-    baseline : float64 array of the same shape
+        The head's logit, not calibrated; per study if the head judges studies.
+    baseline : float64 array, shaped like `logit`
         The logit if every token were the mean token of its image. With the method "integrated" the
         maps of an image (or study) sum to `logit - baseline`.
     method : str
@@ -242,52 +242,53 @@ class Explanation:
 
 
 class Explainer:
-    """Explains what a head says of an encoder's images.
+    """Explains a head's logits for an encoder's images.
 
     Parameters
     ----------
     encoder : Encoder
-        Loaded; a `TorchEncoder`, others have no tokens.
+        A loaded `TorchEncoder`; other encoders have no tokens.
     head : Head
         Fitted on the encoder's embeddings.
     pooling : str
-        Of the head's columns, as models name it: `mean+max`.
+        The pooling of the head's columns, such as `mean+max`.
     method : str, optional
-        One of `METHODS`; by default "integrated", and "occlusion" of heads without a gradient.
+        One of `METHODS`; by default "integrated", or "occlusion" for heads without a gradient.
 
         "integrated": integrated gradients (Sundararajan, Taly and Yan, ICML 2017) of the logit over
         the tokens, on the straight path from the image's mean token everywhere, in 32 steps.
-        "gradient": the gradient at the image itself times what is between the two; of a logistic
-        head the same.
-        "occlusion": by how much the logit falls, per cell, with a window of tokens overwritten by
-        the mean token; a cell gets the mean over the windows on it. A window is 3/16 of the grid
-        high and wide.
+        "gradient": the gradient at the image itself times its difference from the mean token; equal
+        to "integrated" for a logistic head.
+        "occlusion": the drop of the logit, per cell, when a window of tokens is replaced by the
+        mean token; a cell gets the mean over the windows that cover it. A window is 3/16 of the
+        grid high and wide.
 
     Raises
     ------
     EncoderError
-        The encoder is no tower of ours, or a pooling is no function of the patch tokens: of `cls`,
-        and a `pooler` made of it, nothing sensible can be said.
+        The encoder is not a `TorchEncoder`, or a pooling is not a function of the patch tokens:
+        `cls`, and a `pooler` computed from it, cannot be explained.
     ModelError
-        The method is none, or not for this head, or the columns are not the head's.
+        The method is unknown or unsuitable for this head, or the columns do not match the head.
 
     Notes
     -----
-    `mean` and `grid4` pass a token's part on evenly; `max` gives a column's part to the token that
-    has the maximum; SigLIP's `pooler` goes through its attention over the tokens, `projector`
-    through Gemma's, a CNN's `pooler` through its mean over the last feature map, whose cells are
-    the map's. Scaling, components and covariates are the head's; covariates keep their values.
-    Tokens are not rounded to the dtype that the model's rows were stored in.
+    `mean` and `grid4` distribute contributions evenly over tokens; `max` assigns a column's
+    contribution to the token with the maximum; SigLIP's `pooler` is traced through its attention
+    over the tokens, `projector` through Gemma's, a CNN's `pooler` through the mean over the last
+    feature map, whose cells form the heat map. Scaling and components are the head's; covariates
+    keep their values. Tokens are not rounded to the dtype that the model's rows were stored in.
 
-    On 435 abnormal images of the demo, heads trained on 405 others, the peak touched the finding in
-    77 % (logistic), 66 % (perceptron), 62 % (trees) and 73 % (attention) of `mean+max`; cells with
-    bone or finding in them touch it in 9 %, all cells in 3 %. The plain gradient of a perceptron
-    hits as often (69 %), but does not sum to what it explains. Trees on `mean` alone are explained
-    badly (17 %): a window moves a mean by less than their thresholds are apart.
+    On 435 abnormal images of the demo, with heads trained on 405 others, the peak touched the
+    finding in 77 % (logistic), 66 % (perceptron), 62 % (trees) and 73 % (attention) with
+    `mean+max`; of the cells with bone or finding 9 % touch it, of all cells 3 %. The plain gradient
+    of a perceptron hits as often (69 %), but does not sum to the logit that it explains.
+    Trees on `mean` alone are explained badly (17 %): a window shifts a mean by less than the
+    distance between their thresholds.
 
-    All of it is after the encoder's one pass. Occlusion asks the head once per window, of which
-    there are 196 on 16 x 16 tokens and 2,809 on 64 x 64; under `pooler` and `projector` it pools
-    anew for each.
+    All methods need a single pass of the encoder. Occlusion calls the head once per window, 196
+    times on 16 x 16 tokens and 2,809 times on 64 x 64; with `pooler` and `projector` it also pools
+    again for each window.
     """
 
     def __init__(
@@ -295,7 +296,7 @@ class Explainer:
     ) -> None:
         if not isinstance(encoder, TorchEncoder):
             raise EncoderError(
-                f"{encoder.source} gives no patch tokens, so there is no grid to explain on."
+                f"{encoder.source} returns no patch tokens, so there is no grid to explain on."
             )
         self.encoder, self.head = encoder, head
         self.poolings = pooling.split("+")
@@ -308,7 +309,7 @@ class Explainer:
         covariates: np.ndarray | None = None,
         studies: Sequence[int] | np.ndarray | None = None,
     ) -> np.ndarray:
-        """Return the maps alone, float32 (n, rows, columns); see `explain`."""
+        """Return only the heat maps, float32 (n, rows, columns); see `explain`."""
         return self.explain(pixels, covariates, studies).heat
 
     def explain(
@@ -317,24 +318,24 @@ class Explainer:
         covariates: np.ndarray | None = None,
         studies: Sequence[int] | np.ndarray | None = None,
     ) -> Explanation:
-        """Explain prepared images.
+        """Return explanations of prepared images.
 
         Parameters
         ----------
         pixels : uint8 array of shape (n, height, width)
-            n of 1 or more.
+            At least one image.
         covariates : float array of shape (n, number of covariates), optional
-            The last columns that the head reads, where it does.
+            The last columns that the head reads, if it reads covariates.
         studies : int array of shape (n,), optional
-            For heads that judge studies: which images are views of one, numbered from 0, all in
-            use. Other heads pass over it; None makes a study of every image.
+            For heads that judge studies: each image's study, numbered from 0 without gaps. Other
+            heads ignore it; with None every image is a study.
 
         Raises
         ------
         EncoderError
-            The pixels are not as the encoder reads them, or its tokens are not finite.
+            The pixels do not have the encoder's format, or its tokens are not finite.
         ModelError
-            There are not as many covariates as the head reads, or no images.
+            The number of covariates is not what the head reads, or there are no images.
         """
         self._check_pixels(pixels)
         known = self._check_covariates(len(pixels), covariates)
@@ -344,7 +345,7 @@ class Explainer:
         n_judged = int(codes.max()) + 1
         heat: list[np.ndarray | None] = [None] * len(pixels)
         logits, baselines = np.empty(n_judged), np.empty(n_judged)
-        # A study's views stay together, whatever the size of a batch.
+        # A study's views stay together, even if they exceed a batch.
         for first in range(0, n_judged, BATCH_SIZE):
             judged = slice(first, first + BATCH_SIZE)
             rows = np.flatnonzero((codes >= judged.start) & (codes < judged.stop))
@@ -373,7 +374,7 @@ class Explainer:
     def _check(self) -> None:
         _refuse_unpoolable(self.encoder, self.poolings)
         if self.method not in METHODS:
-            raise ModelError(f"no method {self.method!r}; there are {', '.join(METHODS)}")
+            raise ModelError(f"unknown method {self.method!r}; choose among {', '.join(METHODS)}")
         if self.method == "occlusion" and self.head.study_level:
             raise ModelError(
                 f"{type(self.head).__name__} judges studies: explain it by integrated gradients"

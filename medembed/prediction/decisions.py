@@ -1,4 +1,4 @@
-"""From rows of embeddings to a model's answers, per image and per study."""
+"""Turn rows of embeddings into a model's answers, per image and per study."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,26 +15,26 @@ from medembed.results.model_card import Card
 __all__ = ["ALPHA", "Scored", "check_spec", "decide", "raw_scores", "score_rows", "spec_of_card"]
 
 ALPHA = 0.1
-"""The share of studies whose prediction set may miss the truth, unless asked otherwise."""
+"""The default share of studies whose prediction set may miss the truth."""
 
 
 @dataclass(frozen=True, eq=False)
 class Scored:
-    """What a model says of n images or studies.
+    """A model's answers for n images or studies.
 
     Attributes
     ----------
     raw : float64 (n,)
         The head's probability of abnormal.
     probability : float64 (n,)
-        The same, calibrated.
+        The calibrated probability of abnormal.
     decision : int8 (n,)
-        1 where the calibrated probability reaches the threshold, else 0.
+        1 if the calibrated probability reaches the threshold, else 0.
     set : bool (n, 2) or None
-        Whether normal and abnormal are in the prediction set; None where the model has no
-        conformal scores.
+        Whether normal and abnormal are in the prediction set; None if the model has no conformal
+        scores.
     is_marginal : bool (n,) or None
-        Whether the set's coverage is promised of all regions together alone; None without a set.
+        Whether coverage is promised only over all regions together; None without a set.
     """
 
     raw: np.ndarray
@@ -44,7 +44,7 @@ class Scored:
     is_marginal: np.ndarray | None = None
 
     def table(self) -> pd.DataFrame:
-        """Return one row each: `raw`, `probability`, `decision`, and the set in two columns.
+        """Return a table of `raw`, `probability`, `decision`, and the set in two columns.
 
         `normal_in_set` and `abnormal_in_set` are nullable booleans, missing without a set.
         """
@@ -70,26 +70,27 @@ def score_rows(
     *,
     alpha: float = ALPHA,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Answer for every image, and for every study from its views.
+    """Return the answers for every image, and for every study from its views.
 
-    An image's answer is the one that its study would get if it were the only view. A study's raw
-    score is the mean of its views', or the head's own where it judges studies.
+    An image's answer is that of a study with this image as its only view. A study's raw score is
+    the mean over its views, or the head's own if it judges studies.
 
     Parameters
     ----------
     X : float32 (n, d)
-        What the head reads: the poolings of the card side by side, covariates last.
+        The head's input: the poolings of the card joined, covariates last.
     studies : int64 (n,)
         The study of each row.
     regions : (n,) of str
-        Equal within a study.
+        The region of each row, equal within a study.
 
     Returns
     -------
     images : DataFrame
         In the order of X: the columns of `Scored.table`.
     studies : DataFrame
-        In ascending order of `study`: `study`, `n_views`, `region`, and the same columns.
+        In ascending order of `study`: `study`, `n_views`, `region`, and the columns of
+        `Scored.table`.
     """
     images, of_studies = raw_scores(model, card, X, studies)
     names, first, counts = np.unique(studies, return_index=True, return_counts=True)
@@ -106,19 +107,19 @@ def raw_scores(
     Parameters
     ----------
     X, studies
-        As for `score_rows`.
+        See `score_rows`.
 
     Returns
     -------
     images : float64 (n,)
-        Of each image alone.
+        The probability of each image alone.
     studies : float64 (m,)
-        In ascending order of `studies`.
+        The probability of each study, in ascending order of `studies`.
 
     Raises
     ------
     ModelError
-        X has other columns than the head was trained on.
+        The number of columns of X differs from that of the head's training.
     """
     if X.shape[1] != model.head.n_features_in_:
         raise ModelError(
@@ -142,16 +143,16 @@ def decide(
     alpha: float = ALPHA,
     threshold: float | None = None,
 ) -> Scored:
-    """Calibrate raw scores (n,), decide, and form prediction sets.
+    """Return calibrated probabilities, decisions and prediction sets of raw scores (n,).
 
     Parameters
     ----------
     regions : (n,) of str
-        A region without scores of its own, or none (""), is held against those of all regions.
+        A region without scores of its own, or "", is compared with the scores of all regions.
     alpha : float
-        Above 0 and below 1: the share of sets that may miss the truth.
+        The share of sets that may miss the truth, above 0 and below 1.
     threshold : float, optional
-        Of calibrated scores, abnormal at or above it; the card's by default.
+        Threshold of calibrated scores, abnormal at or above it; by default the card's.
     """
     probability = card.calibration.apply(raw)
     conformal = card.conformal
@@ -170,7 +171,7 @@ def spec_of_card(card: Card) -> CacheSpec:
     Raises
     ------
     ModelError
-        The card's is none.
+        The card holds no valid spec.
     """
     try:
         return CacheSpec.from_dict(card.spec)
@@ -182,20 +183,20 @@ def spec_of_card(card: Card) -> CacheSpec:
 
 
 def check_spec(card: Card, spec: CacheSpec, what: str = "these embeddings") -> None:
-    """Refuse embeddings that were not made as those that the model was trained on.
+    """Refuse embeddings that were made differently from those of the model's training.
 
-    Compared are the encoder's fingerprint, the preprocessing, and the shapes of the poolings that
-    the head reads. There may be more poolings, and they may be stored in another dtype.
+    The encoder's fingerprint, the preprocessing, and the shapes of the poolings that the head reads
+    are compared. There may be more poolings, and they may be stored in another dtype.
 
     Parameters
     ----------
     what : str
-        Where they come from, for the message.
+        The origin of the embeddings, for the message.
 
     Raises
     ------
     ModelError
-        Names the first difference and both values.
+        The specs differ; the message names the first difference and both values.
     """
     names = card.pooling.split("+")
     wanted, found = (_narrowed(whole, names) for whole in (spec_of_card(card), spec))
@@ -211,7 +212,7 @@ def check_spec(card: Card, spec: CacheSpec, what: str = "these embeddings") -> N
 
 
 def _narrowed(spec: CacheSpec, names: list[str]) -> CacheSpec:
-    """Return a spec with the poolings `names` alone; with all of its own if it has none of them."""
+    """Return a spec with only the poolings `names`, or unchanged if it has none of them."""
     poolings = {name: spec.poolings[name] for name in names if name in spec.poolings}
     return CacheSpec(spec.encoder, spec.preprocessing, poolings or spec.poolings, "float32")
 
@@ -224,7 +225,7 @@ def _shown(value: Any) -> str:
 
 def _remedy(name: str) -> str:
     if name == "encoder":
-        return "Give the encoder that it was trained on, or a model that was trained on this one."
+        return "Use the encoder that it was trained on, or a model that was trained on this one."
     if name == "images_version":
-        return "Images are decoded otherwise since then: extract and train again."
+        return "Images are decoded differently since then: extract and train again."
     return "Extract with the options that it was trained on, or train on these."

@@ -1,6 +1,6 @@
-"""Files become embeddings, in order, as soon as they are ready: from an encoder, or a cache.
+"""Embed files, in order and as soon as each is ready, with an encoder or from a cache.
 
-Both are held to the spec that the model was trained on before they give anything.
+Encoder and cache must match the spec that the model was trained on.
 """
 
 import contextlib
@@ -46,21 +46,23 @@ _PERCENTILES = re.compile(r"^(.+), ([0-9.]+) to ([0-9.]+) %$", re.DOTALL)
 
 
 class Embedder:
-    """The encoder of a model, loaded when it is first needed, and once.
+    """The encoder of a model, loaded once, on first use.
 
     Parameters
     ----------
     model_path : Path
-        The model's directory, from which its card names an adapted encoder.
+        The model's directory, to which the card's path of an adapted encoder is relative.
     card : Card
+        The model's card.
     reference : Encoder, str or path, optional
-        The encoder itself, or another place of it than the card names.
+        The encoder itself, or a reference to use instead of the card's.
     device, precision : str
-        As for `load_encoder`. `fit` and the window are the model's.
+        Where and in which precision to encode, see `load_encoder`. `fit` and the window are the
+        model's.
     limits : Limits
-        What an image may cost before it counts as failed.
+        Limits on size and time beyond which an image counts as failed.
     progress : callable, optional
-        Called as progress(done, total) with bytes, while weights are fetched.
+        Called as progress(done, total) with bytes, while weights are downloaded.
     """
 
     def __init__(
@@ -81,24 +83,24 @@ class Embedder:
 
     @cached_property
     def intensity(self) -> Intensity:
-        """Which grey the model was trained to see a DICOM in."""
+        """How the grey levels of DICOM images were chosen in the model's training."""
         return read_intensity(spec_of_card(self.card))
 
     @cached_property
     def images_version(self) -> Any:
-        """Which version of decoding the model was trained on; see `images.versions`."""
+        """The version of decoding that the model was trained on; see `images.versions`."""
         return spec_of_card(self.card).images_version
 
     @cached_property
     def encoder(self) -> Encoder:
-        """The encoder, loaded and compared with the spec.
+        """The encoder, loaded and checked against the spec.
 
         Raises
         ------
         EncoderError
-            It cannot be had, or the card does not say where it is.
+            The encoder cannot be loaded, or the card does not name its location.
         ModelError
-            It is another encoder than the model's.
+            The encoder is not the one that the model was trained on.
         """
         from medembed.encoders.loading import load_encoder
         from medembed.extraction.image_encoder import find_tower
@@ -115,7 +117,7 @@ class Embedder:
             device=self.device,
             precision=self.precision,
             fit=str(spec_of_card(self.card).preprocessing.get("fit", "stretch")),
-            # What the fingerprint depends on; the others are compared below, after it.
+            # The fingerprint depends on these; the others are compared after it, below.
             poolings=[name for name in self.poolings if find_pooling(name).needs_language_model],
             progress=self.progress,
         )
@@ -132,14 +134,14 @@ class Embedder:
         Returns
         -------
         float32 (n, d)
-            Poolings side by side, cells one after the other; rounded to the dtype that the
-            model's training rows were stored in.
+            Poolings joined, cells in order; rounded to the dtype that the model's training rows
+            were stored in.
 
         Raises
         ------
         EncoderError
-            The encoder gives something else than its poolings, or values that are not finite, or
-            too large or too small for that dtype.
+            The encoder does not return its poolings, or values are not finite, or too large or too
+            small for that dtype.
         """
         found = self.encoder.encode(pixels, self.poolings)
         rows = check_rows(self.encoder, found, self.poolings, len(pixels), len(pixels))
@@ -168,9 +170,9 @@ class CachedRows:
     Raises
     ------
     PathNotFoundError, CacheError
-        There is no cache.
+        The cache is missing or damaged.
     ModelError
-        Its rows are not what the model was trained on.
+        The cache's spec differs from that of the model's training.
     """
 
     def __init__(self, cache: Cache | str | os.PathLike[str], card: Card) -> None:
@@ -179,18 +181,18 @@ class CachedRows:
         self.poolings = card.pooling.split("+")
 
     def has(self, digests: Sequence[str]) -> np.ndarray:
-        """Tell of each SHA-256 whether its row is there: (n,) bool; "" is nowhere."""
+        """Return whether each SHA-256 has a row: (n,) bool; False for ""."""
         known = np.array([digest != "" for digest in digests], bool)
         found = np.zeros(len(digests), bool)
         found[known] = self.cache.is_done(keys_from_hex([d for d in digests if d]))
         return found
 
     def failures(self) -> dict[str, Failure]:
-        """Return what will fail again, by sha256: not what could not be read, which may by now."""
+        """Return failures that would recur, by sha256; unreadable files may be readable by now."""
         return {s: f for s, f in self.cache.failures().items() if f.stage != "read"}
 
     def read(self, digests: Sequence[str]) -> np.ndarray:
-        """Return the rows of these SHA-256, all there, float32 (n, d), as `Embedder.encode`."""
+        """Return the existing rows of these SHA-256, float32 (n, d), like `Embedder.encode`."""
         keys = keys_from_hex(list(digests))
         rows = self.cache.read(keys, self.poolings)
         flat = [rows[name].reshape(len(keys), -1) for name in self.poolings]
@@ -198,14 +200,14 @@ class CachedRows:
 
 
 def find_encoder(card: Card, model_path: Path) -> str | Path:
-    """Give the reference of the encoder that a card names.
+    """Return the reference of the encoder that a card names.
 
     Raises
     ------
     EncoderError
-        It names none, a directory that is not there, or one that it knows the name of only.
+        The card names no encoder, a missing directory, or a directory without its location.
     """
-    way_out = "Give it with --encoder."
+    way_out = "Name the encoder with --encoder."
     source, revision = card.encoder.get("source"), card.encoder.get("revision")
     place = card.encoder.get("path")
     if place:
@@ -214,29 +216,29 @@ def find_encoder(card: Card, model_path: Path) -> str | Path:
             return directory
         raise EncoderError(
             f"the model at {model_path} reads embeddings of an adapted encoder, which its card "
-            f"places at {place} from there, and it is not there. {way_out}"
+            f"places at {place} from there, but it does not exist. {way_out}"
         )
     if not source:
         raise EncoderError(
-            f"the model at {model_path} does not say which encoder its embeddings are of. {way_out}"
+            f"the model at {model_path} does not name the encoder of its embeddings. {way_out}"
         )
     if source == DEMO:
         return DEMO
     if "/" not in source:
         raise EncoderError(
-            f"the model at {model_path} reads embeddings of {source}, a directory somewhere that "
-            f"its card does not know the place of. {way_out}"
+            f"the model at {model_path} reads embeddings of {source}, a directory whose location "
+            f"its card does not record. {way_out}"
         )
     return f"{source}@{revision}" if revision else str(source)
 
 
 def read_intensity(spec: CacheSpec) -> Intensity:
-    """Read back what `Intensity.as_spec` wrote into a spec.
+    """Return the intensity that `Intensity.as_spec` wrote into a spec.
 
     Raises
     ------
     ModelError
-        It is nothing that it writes.
+        The spec's entry is invalid.
     """
     text = spec.preprocessing.get("window")
     if text is None:
@@ -253,17 +255,17 @@ def read_intensity(spec: CacheSpec) -> Intensity:
 
 
 FEW = 8
-"""So many images are decoded in this process: others would take longer to start than they save."""
+"""Up to this many images are decoded in this process: starting others would take longer."""
 
 LITTLE_BYTES = 1 << 26
-"""The most bytes decoded in that process: a larger film may take longer than `Limits` allows."""
+"""Largest file decoded in this process: a larger film may take longer than `Limits` allows."""
 
 BATCH_ON_GPU = 16
 
 
 @dataclass(frozen=True)
 class File:
-    """An image to be embedded: its number among what was asked, its place, its SHA-256."""
+    """An image to be embedded: its number among the requests, its path, its SHA-256."""
 
     number: int
     path: Path
@@ -272,7 +274,7 @@ class File:
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """What became of a file.
+    """The outcome of embedding a file.
 
     Attributes
     ----------
@@ -282,7 +284,7 @@ class Encoded:
     pixels : uint8 (height, width) or None
         The prepared image.
     error : str or None
-        Why there is neither.
+        Why both are None.
     """
 
     number: int
@@ -292,11 +294,11 @@ class Encoded:
 
 
 def encode_files(files: Sequence[File], embedder: Embedder) -> Generator[list[Encoded]]:
-    """Yield what becomes of the files, in order, a batch at a time.
+    """Yield the outcomes of the files, in order, a batch at a time.
 
-    On a CPU a batch is one image, so that each is answered as soon as it can be, and gets the same
-    row whatever else is asked with it. A GPU is handed up to `BATCH_ON_GPU` at a time, fewer where
-    the next is not read yet.
+    On a CPU a batch is one image, so that each answer comes as early as possible, and a row does
+    not depend on the other requests. A GPU receives up to `BATCH_ON_GPU` images at a time, fewer
+    if the next one has not been read yet.
 
     Raises
     ------
@@ -337,7 +339,7 @@ def _read_ahead(files: Sequence[File], embedder: Embedder, size: int) -> _Pairs:
         None, "--decoders", DECODER_BYTES, MedembedError, default=default_decoders()
     )
     n_decoders = min(n_decoders, len(files))
-    # Paths from the root of all: loose files lie anywhere, and a manifest's are resolved already.
+    # Relative to the file system's root: loose files may be anywhere, a manifest's are resolved.
     contents = [Content(file.sha256, (str(file.path),)) for file in files]
     waiting = deque(files)
     with Decoders(
@@ -365,7 +367,7 @@ def _joining(reading: Reading, embedder: Embedder) -> Reading:
 
 
 def _are_little(files: Sequence[File]) -> bool:
-    """Whether decoding takes no time to speak of; what may is left to a process that can end."""
+    """Return whether decoding is quick; slow files are left to a process that can be ended."""
     n_bytes = 0
     for file in files:
         with contextlib.suppress(OSError):
@@ -394,7 +396,7 @@ def _encode(batch: Sequence[tuple[File, Reading]], embedder: Embedder) -> list[E
 
 
 def _embed(pixels: np.ndarray, embedder: Embedder) -> Sequence[np.ndarray | str]:
-    """Embed images together, or one by one where that fails: an image may be to blame for it."""
+    """Return embeddings computed together, or one by one if that fails, to isolate a bad image."""
     try:
         return list(embedder.encode(pixels))
     except EncoderError as error:
@@ -411,7 +413,7 @@ def _pixels(reading: Reading) -> np.ndarray:
 def _reason(reading: Reading) -> str:
     if reading.other_sha256 is not None:
         return (
-            f"holds other bytes than was said: its sha256 begins {reading.other_sha256[:12]}. "
+            f"holds other bytes than expected: its sha256 begins {reading.other_sha256[:12]}. "
             "Restore the file, or build the manifest again."
         )
     verb = "read" if reading.stage == "read" else "decoded"

@@ -1,7 +1,7 @@
-"""Try a packaged model on another institution's images: a run like every other, and what changed.
+"""Evaluate a packaged model on another institution's images: an ordinary run, and what changed.
 
-Nothing is trained: the run keeps how the model turns scores into decisions, so that `compare` and
-`report` take it alone and beside others.
+Nothing is trained: the run stores how the model turns scores into decisions, so that `compare` and
+`report` accept it alone and together with others.
 """
 
 import hashlib
@@ -59,7 +59,7 @@ __all__ = ["evaluate"]
 
 N_NAMED = 5
 NO_PRIORS = (
-    "Priors are left out: the run that the model was trained in is not beside it, and its card "
+    "Priors are left out: the model is no longer inside the run that trained it, and its card "
     "does not count the labels of training."
 )
 _COPIED = ("trial", "cv", "cv_method", "n_tried", "seed", "depth")
@@ -73,7 +73,7 @@ _OF_A_PRIOR = {
 
 @dataclass(frozen=True)
 class _Asked:
-    """A model, and the embedded rows that it is tried on."""
+    """A model, and the embedded rows that it is evaluated on."""
 
     path: Path
     model: Model
@@ -105,49 +105,50 @@ def evaluate(
     operating_points: Sequence[str | ThresholdRule] = (),
     prevalence: float | None = None,
 ) -> Run:
-    """Score a packaged model on rows that it has not seen, and say what changed since its own test.
+    """Score a packaged model on unseen rows, and report what changed since its own test.
 
     Parameters
     ----------
     model : Model, Predictor or path
-        A directory that `sweep` or `finetune` left in `models/`, or what was read from it. Where
-        it still lies in its run, the run's test predictions and priors are used.
+        A directory that `sweep` or `finetune` wrote to `models/`, or a model read from it. If it is
+        still inside its run, the run's test predictions and priors are used.
     cache, manifest : Cache, Manifest or path
         The images to score. The cache's spec must be the model's; covariates that the model reads
         come from the manifest.
     out : str or Path
-        The run directory: new, or the same question's, whose answer is then read.
+        The run directory: new, or that of an identical evaluation, whose result is then read.
     split : {"train", "test"}, optional
-        Score these rows only; by default all, whatever split the manifest has them in.
+        Score only these rows; by default all rows of the manifest.
     recalibrate : int, optional
-        Fit calibration and threshold anew on so many labelled patients, and score the others.
+        Refit calibration and threshold on this many labelled patients, and score the others.
     seed : int
-        Of the patients drawn, of the rows that drift is looked for in, and of the bootstrap.
+        Random seed for the draw of patients, the rows used to measure drift, and the bootstrap.
     n_resamples : int
         Bootstrap resamples of patients.
     operating_points : sequence of str or ThresholdRule
-        To show beside the usual ones: packaged with the model, or ``threshold=…``.
+        Operating points to show in addition to the default ones: packaged with the model, or
+        ``threshold=…``.
     prevalence : float, optional
         See `comparison.compare`.
 
     Returns
     -------
     Run
-        Complete. Its ``scores()`` are all that `compare` returns, and ``drop``, ``calibration``,
-        ``recalibrated``, ``drift``, ``called_abnormal``, see `shift`. Without one
-        label ``rows`` is empty, and of these the last two are there.
+        Complete. Its ``scores()`` are those that `compare` returns, and ``drop``, ``calibration``,
+        ``recalibrated``, ``drift``, ``called_abnormal``, see `shift`. Without any label ``rows`` is
+        empty, and only the last two are present.
 
     Raises
     ------
     ModelError
-        The model is damaged, reads other embeddings, or has no such operating point.
+        The model is damaged, reads other embeddings, or lacks the operating point.
     TrainingDataError
-        Some of the images were the model's training images or show a patient of one of those in
-        the manifest, a covariate is missing, or recalibration would leave nobody to be scored.
+        Some images were used to train the model or show a patient of such an image in the
+        manifest, a covariate is missing, or recalibration would leave no patient to be scored.
     MissingRowsError
-        Rows are neither embedded nor listed as failed; names the command that makes them.
+        Rows are neither embedded nor listed as failed; the message names the command to run.
     RunError
-        `out` answers another question or is not a run.
+        `out` holds a different evaluation or is not a run.
     """
     points = parse_rules(operating_points)
     share = None if prevalence is None else check_prevalence(prevalence)
@@ -205,14 +206,14 @@ def _question(asked: _Asked, manifest: Manifest, split: str | None) -> dict[str,
         "recalibrate": asked.recalibrate,
         "seed": asked.seed,
         "n_resamples": asked.n_resamples,
-        # runs of before say nothing of these
+        # older runs do not record these
         **({"operating_points": [rule.name for rule in asked.points]} if asked.points else {}),
         **({} if asked.prevalence is None else {"prevalence": asked.prevalence}),
     }
 
 
 def _answer(run: Run, asked: _Asked, internal: Internal | None) -> None:
-    """Predict, score, and write what was found; the scores come last."""
+    """Predict, score, and write the results; the scores come last."""
     started = time.perf_counter()
     X = _columns(asked)
     studies = pd.factorize(asked.embeddings.studies, sort=True)[0]
@@ -249,7 +250,7 @@ def _answer(run: Run, asked: _Asked, internal: Internal | None) -> None:
 
 
 def _without_labels(run: Run) -> dict[str, Any]:
-    """Return what a comparison has where nothing can be scored."""
+    """Return a comparison's keys for rows that cannot be scored."""
     data = run.info["data"]
     return {
         "level": "study",
@@ -266,7 +267,7 @@ def _without_labels(run: Run) -> dict[str, Any]:
 
 
 def _columns(asked: _Asked) -> np.ndarray:
-    """Return what the head reads: embeddings, and covariates of the manifest beside them."""
+    """Return the head's input: embeddings, followed by covariates of the manifest."""
     embeddings = asked.embeddings
     if asked.card.covariates is None:
         return embeddings.X
@@ -277,10 +278,10 @@ def _columns(asked: _Asked) -> np.ndarray:
 def _predictions(
     asked: _Asked, images: np.ndarray, judged: np.ndarray, *, per_study: bool
 ) -> pd.DataFrame:
-    """Return the model's rows of `predictions.parquet`; all are test rows, whatever the manifest.
+    """Return the model's rows of `predictions.parquet`, all as test rows.
 
-    A head that judges studies has one row per study, as in every run; but where no prior names
-    their images, one per image, with its study's probability.
+    A head that judges studies has one row per study, as in every run; but if no prior lists their
+    images, one row per image, with its study's probability.
     """
     rows = image_rows(asked.embeddings.rows.assign(split="test"), np.full(len(images), -1))
     rows = rows.assign(head=asked.head, trial=asked.card.document.get("trial"))
@@ -295,7 +296,7 @@ def _predictions(
 
 
 def _predict_priors(asked: _Asked, internal: Internal | None) -> dict[str, pd.DataFrame]:
-    """Let the priors of the training rows predict, where something tells of their labels."""
+    """Return the predictions of the training rows' priors, if their labels are recorded."""
     trained = count_labels(asked.card) if internal is None else internal.trained
     if trained.empty:
         return {}
@@ -312,7 +313,7 @@ def _predict_priors(asked: _Asked, internal: Internal | None) -> dict[str, pd.Da
 def _decisions(
     asked: _Asked, internal: Internal | None, priors: list[str]
 ) -> dict[str, dict[str, Any]]:
-    """Return what `results.alignment` reads in place of fitting: each head's calibrations."""
+    """Return each head's calibrations, which `results.alignment` uses instead of fitting."""
     known = internal.decisions if internal is not None else {}
     own = known.get(asked.head, {})
     conformal = asked.card.conformal
@@ -330,7 +331,7 @@ def _decisions(
 
 
 def _entry(asked: _Asked, seconds: float) -> dict[str, Any]:
-    """Return the line of the leaderboard."""
+    """Return the model's row of the leaderboard."""
     document = asked.card.document
     copied = {name: document.get(name) for name in _COPIED}
     return {
@@ -345,9 +346,9 @@ def _entry(asked: _Asked, seconds: float) -> dict[str, Any]:
 
 
 def _refuse_trained(asked: _Asked, every: pd.DataFrame, split: str | None) -> None:
-    """Refuse images that the model was trained on, and others of the patients that they show.
+    """Refuse images that the model was trained on, and other images of their patients.
 
-    `every` has all rows of the manifest, embedded or not, of whatever split.
+    `every` has all rows of the manifest, embedded or not, of every split.
     """
     codes = every["sha256"].map(image_code)
     is_trained = codes.isin(asked.card.training_images)
@@ -375,13 +376,13 @@ def _refuse_trained(asked: _Asked, every: pd.DataFrame, split: str | None) -> No
 
 
 def _refuse_too_many(asked: _Asked) -> None:
-    """Refuse a recalibration that leaves nobody, before the run directory is made."""
+    """Refuse a recalibration that leaves no patient to score, before creating the run directory."""
     if asked.recalibrate is None:
         return
     rows = asked.embeddings.rows[asked.embeddings.y >= 0]
     n = int(name_persons(rows).nunique())
     if not 1 <= asked.recalibrate < max(n, 1):
         raise TrainingDataError(
-            f"--recalibrate {asked.recalibrate} wants so many labelled patients and others to be "
-            f"scored on, and there are {n}. Ask for fewer, about half of them at most."
+            f"--recalibrate {asked.recalibrate} needs that many labelled patients and others to "
+            f"score, and there are {n}. Ask for fewer, at most about half of them."
         )

@@ -1,4 +1,4 @@
-"""What is asked of a model: images by name, or the rows of a manifest."""
+"""Requests to a model: images by name, or the rows of a manifest."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -14,34 +14,35 @@ from medembed.dataset.recipes.image_index import ImageIndex
 from medembed.images.hashing import hash_or_explain
 from medembed.results.model_card import Card
 
-__all__ = ["Requests", "ask_images", "ask_manifest", "list_images"]
+__all__ = ["Requests", "list_images", "request_images", "request_manifest"]
 
 
 @dataclass(frozen=True, eq=False)
 class Requests:
-    """Images to be answered for, in order; all lists are of the same length.
+    """Images to be answered for, in order; all lists have one entry per image.
 
     Attributes
     ----------
     images : list of str
-        As the answers name them.
+        Names used in the answers.
     places : list of Path
-        Where they are; relative to `root` where there is one.
+        Paths of the files, relative to `root` if it is set.
     digests : list of str
-        SHA-256 of their bytes, "" where it is not known.
+        SHA-256 of their bytes, "" if unknown.
     studies : int64 array (n,)
-        Numbers from 0 on.
+        Study numbers from 0.
     names : list of str
-        Of the studies, by number.
+        Study names by number.
     regions : list of str
-        "" where it is not known.
+        Regions, "" if unknown.
     covariates : float32 array (n, k)
+        Encoded covariates that the model reads.
     errors : dict of int to str
-        What is known to fail beforehand, and why.
+        Images known in advance to fail, and why.
     root : Path or None
         The image root of a manifest.
     has_files : bool
-        Whether it is known where the images are.
+        Whether the paths of the images are known.
     """
 
     images: list[str]
@@ -64,7 +65,7 @@ class Requests:
         Raises
         ------
         ManifestError
-            It leads out of the image root.
+            The path leads out of the image root.
         """
         if self.root is None:
             return self.places[number]
@@ -116,27 +117,27 @@ def _is_dicom(path: Path) -> bool:
         return False
 
 
-def ask_images(
+def request_images(
     images: Sequence[str | os.PathLike[str]],
     card: Card,
     progress: Callable[[int, int], None] | None = None,
 ) -> Requests:
-    """Ask for files, each a study of its own, of a region that is not known.
+    """Return requests for files, each a separate study of unknown region.
 
     Raises
     ------
     ModelError
-        The model reads covariates, which only a manifest has.
+        The model reads covariates, which only a manifest provides.
     """
     if card.covariates is not None:
         columns = [column.name for column in card.covariates.columns]
         raise ModelError(
-            f"the model reads {', '.join(columns)} beside each image, and a file alone does not "
-            "say. Write a manifest with these columns, and give --manifest M --image-root DIR."
+            f"the model reads {', '.join(columns)} in addition to each image, which a file alone "
+            "lacks. Write a manifest with these columns, and use --manifest M --image-root DIR."
         )
     paths = [Path(os.path.abspath(image)) for image in images]
     digests, errors = _hash(paths, progress)
-    # What is no text in this machine's encoding is shown by its bytes.
+    # A name that is not text in this machine's encoding is shown as bytes.
     names = [os.fspath(image).encode("utf-8", "backslashreplace").decode() for image in images]
     return Requests(
         images=names,
@@ -150,27 +151,27 @@ def ask_images(
     )
 
 
-def ask_manifest(
+def request_manifest(
     manifest: Manifest,
     card: Card,
     image_root: str | os.PathLike[str] | None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Requests:
-    """Ask for every row of a manifest, labelled or not.
+    """Return requests for every row of a manifest, labelled or not.
 
     Parameters
     ----------
     image_root : path, optional
-        Without it only a cache can answer.
+        Directory that the manifest's paths are relative to; without it only a cache can answer.
 
     Raises
     ------
     PathNotFoundError
-        The image root is not there.
+        The image root does not exist.
     ManifestError
         The manifest has no SHA-256s, and there is no image root to compute them from.
     TrainingDataError
-        A covariate that the model reads is not a column, or holds what it cannot.
+        A covariate that the model reads is not a column, or has values that it cannot encode.
     """
     root = None if image_root is None else existing_root(Path(image_root))
     rows = manifest.rows
@@ -193,7 +194,7 @@ def ask_manifest(
     if "" in digests:
         if root is None:
             raise ManifestError(
-                "the manifest holds no sha256, by which a cache finds its images. Give "
+                "the manifest holds no sha256, by which a cache finds its images. Use "
                 "--image-root DIR, or build the manifest again without --structure-only."
             )
         _find_hashes(requests, progress)
@@ -220,10 +221,10 @@ def _find_hashes(requests: Requests, progress: Callable[[int, int], None] | None
 def _hash(
     paths: Sequence[Path], progress: Callable[[int, int], None] | None
 ) -> tuple[list[str], dict[int, str]]:
-    """Return the SHA-256 of each file, "" of those that fail, and why they do."""
+    """Return the SHA-256 of each file, "" for failures, and the reasons of the failures."""
     errors = {}
     for number, path in enumerate(paths):
-        # A pipe would be waited for, and its bytes can be read only once.
+        # Reading a pipe could block, and its bytes can be read only once.
         if os.path.exists(path) and not os.path.isfile(path):
             errors[number] = "is a directory" if os.path.isdir(path) else "is not a file"
     plain = [number for number in range(len(paths)) if number not in errors]

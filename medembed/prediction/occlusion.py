@@ -1,7 +1,7 @@
-"""What pooling gives when a window of tokens is overwritten, for all windows, without a loop.
+"""Pooled vectors with a window of tokens occluded, for all windows, without a loop over them.
 
-An occluded token becomes the image's mean token: what a place looks like that is nothing special in
-this image. Each window's vector costs a few rows of sums and maxima, and no pass of the encoder.
+An occluded token becomes the image's mean token, which represents an unremarkable place in this
+image. Each window's vector costs a few rows of sums and maxima, and no pass of the encoder.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,14 +14,14 @@ from medembed.core.poolings import find_pooling
 __all__ = ["WINDOW_SHARE", "occlude", "spread", "window_sides"]
 
 WINDOW_SHARE = 3 / 16
-"""Of the grid's side. With trees on 16 x 16 tokens of the demo's, windows of 3 to 5 hit a finding
-about as often as each other, of 1 and 2 less: 3 is the finest of them."""
+"""Share of the grid's side. With trees on 16 x 16 tokens of the demo, windows of 3 to 5 hit a
+finding about equally often, windows of 1 and 2 less often: 3 is the finest of them."""
 
 Pool = Callable[[torch.Tensor], torch.Tensor]
 
 
 def window_sides(grid: tuple[int, int]) -> tuple[int, int]:
-    """Return rows and columns of a window on a grid."""
+    """Return the numbers of rows and columns of a window on a grid."""
     rows, columns = (max(1, round(WINDOW_SHARE * side)) for side in grid)
     return rows, columns
 
@@ -29,15 +29,15 @@ def window_sides(grid: tuple[int, int]) -> tuple[int, int]:
 def occlude(
     tokens: np.ndarray, sides: tuple[int, int], poolings: Sequence[str], pool: Pool
 ) -> Iterator[np.ndarray]:
-    """Yield the pooled vectors of an image, each with one window occluded, a row of windows a time.
+    """Yield the pooled vectors of an image with one window occluded, one row of windows at a time.
 
     Parameters
     ----------
     tokens : float32 array of shape (rows, columns, d)
     sides : tuple of int
-        Rows and columns of a window; all windows lie wholly within the grid.
+        Rows and columns of a window; all windows lie entirely within the grid.
     poolings : sequence of str
-        What stands side by side in a vector.
+        Poolings that are joined in a vector.
     pool : callable
         Pools tokens (n, rows * columns, d) to (n, all columns of `poolings`), as a tower does.
         Called for every window where a pooling is no `CellSummary` that is computed here.
@@ -57,12 +57,12 @@ def occlude(
 
 
 def spread(drops: np.ndarray, sides: tuple[int, int]) -> np.ndarray:
-    """Share each window's drop among its cells; a cell gets the mean over the windows on it.
+    """Return each cell's mean drop over the windows that cover it.
 
     Parameters
     ----------
     drops : float array of shape (rows of windows, windows in each)
-        By how much the logit falls with the window occluded.
+        The decrease of the logit when the window is occluded.
     sides : tuple of int
         Rows and columns of a window.
 
@@ -114,8 +114,8 @@ def _occlude_cells(
 ) -> Iterator[np.ndarray]:
     """Yield means over n_a_side x n_a_side cells, (windows, n_a_side² * d).
 
-    What a window takes from a cell is a sum over a rectangle, the part of the window in the cell:
-    four corners of a table of running sums.
+    The tokens that a window removes from a cell form a rectangle, whose sum comes from four corners
+    of a table of running sums.
     """
     rows, columns, _ = tokens.shape
     mean = tokens.mean(axis=(0, 1), dtype=np.float64)
@@ -126,7 +126,7 @@ def _occlude_cells(
     plain = mean - whole / sizes
     starts = np.arange(columns - sides[1] + 1)
     for top in range(rows - sides[0] + 1):
-        # The part of the window in each cell; empty where its end is not beyond its start.
+        # The part of the window in each cell; empty if it does not end after its start.
         first, last = np.maximum(tops, top), np.minimum(bottoms, top + sides[0])
         vectors = []
         for left in starts:
@@ -146,13 +146,13 @@ def _rectangles(
 
 
 def _edges(side: int, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return first and last-but-one row of each cell, as torch's adaptive pooling has them."""
+    """Return the half-open row range of each cell, as in torch's adaptive pooling."""
     numbers = np.arange(n)
     return numbers * side // n, -(-(numbers + 1) * side // n)
 
 
 def _occlude_max(tokens: np.ndarray, sides: tuple[int, int]) -> Iterator[np.ndarray]:
-    """Yield maxima, (windows, d): of the rows above and below, and of what is beside the window."""
+    """Yield maxima, (windows, d), over the rows above and below and the columns beside a window."""
     rows, columns, _ = tokens.shape
     mean = tokens.mean(axis=(0, 1))
     of_rows = tokens.max(axis=1)

@@ -1,8 +1,8 @@
-"""Heat maps drawn over the images they explain, as PNG, with their numbers as CSV beside them.
+"""Draw heat maps over the images they explain, as PNG, with their numbers in a CSV file.
 
-Orange speaks for abnormal and sky blue for normal, two of the colours that Okabe and Ito chose for
-all kinds of colour vision (2008). A cell has one value and is drawn as a whole: nothing is
-interpolated between cells.
+Orange indicates abnormal and sky blue normal, two of the colours that Okabe and Ito chose for all
+types of colour vision (2008). Each cell is drawn in one colour, without interpolation between
+cells.
 """
 
 import csv
@@ -29,13 +29,13 @@ COLUMNS = ("row", "column", "left", "top", "right", "bottom", "logit")
 ABNORMAL, NORMAL = (230, 159, 0), (86, 180, 233)
 LONGER_SIDE = 896  # of the drawn image; the picture itself is at least as wide as its legend
 LEGEND_WIDTH = 640
-OPACITY = 0.7  # of the strongest cell: the bone under it is still to be seen
+OPACITY = 0.7  # of the strongest cell, so that the bone under it stays visible
 _PAPER, _INK = (20, 20, 20), (235, 235, 235)
 _MARGIN, _LINE, _FONT_SIZE = 12, 24, 17
 
 
 def overlay_name(sha256: str) -> str:
-    """Return a picture's file name, from the hash of the image's hash: it names nobody."""
+    """Return a picture's anonymous file name, from the hash of the image's hash."""
     return f"{image_code(sha256)}.png"
 
 
@@ -47,32 +47,32 @@ def write_overlay(
     *,
     notes: Sequence[str] = (),
 ) -> None:
-    """Write a picture, and beside it (`.csv`) the numbers; each file is complete or absent.
+    """Write a picture, and its numbers in a `.csv` beside it; each file is complete or absent.
 
     Parameters
     ----------
     path : Path
         Ends in `.png`; see `overlay_name`.
     image : uint8 array of shape (H, W)
-        As it was decoded, before it was prepared.
+        The decoded image, before preparation.
     heat : float array of shape (rows, columns)
-        As `explaining.Explainer` gives it.
+        A heat map from `attribution.Explainer`.
     preprocessing : Preprocessing
-        The encoder's: where in its input the image lay.
+        The encoder's preprocessing, which determines the image's position in its input.
     notes : sequence of str
         Lines for the legend; none may name a patient.
 
     Notes
     -----
     The CSV has a line per cell: `row`, `column` from 0, its edges `left`, `top`, `right`, `bottom`
-    in pixels of the image, and its `logit`. Of an image that was padded, edges of cells in the
-    frame lie outside. The grid is taken to divide the input evenly: where the patch does not divide
-    the side (14 pixels of 384), the last cells are off by less than one of them.
+    in pixels of the image, and its `logit`. If the image was padded, cells in the padding have
+    edges outside it. The grid is assumed to divide the input evenly: if the patch does not divide
+    the side (14 pixels of 384), the last cells are off by less than one cell.
 
     Raises
     ------
     ImageError
-        The image or the map is empty, or of another shape or dtype.
+        The image or the map is empty, or has a wrong shape or dtype.
     OSError
         The directory is missing, not writable, or full.
     """
@@ -90,7 +90,7 @@ def draw_overlay(
     *,
     notes: Sequence[str] = (),
 ) -> Image.Image:
-    """Return the picture that `write_overlay` writes: the image, its map, a legend below."""
+    """Return the picture that `write_overlay` writes: the image with its map above a legend."""
     _check(image, heat)
     scale = LONGER_SIDE / max(image.shape)
     size = tuple(max(1, round(side * scale)) for side in image.shape)
@@ -119,7 +119,7 @@ def _check(image: np.ndarray, heat: np.ndarray) -> None:
 def _edges(
     shape: tuple[int, ...], grid: tuple[int, ...], preprocessing: Preprocessing
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the edges of a grid's rows and columns in pixels of the image, one more than cells."""
+    """Return the edges of a grid's rows and columns in pixels of the image."""
     *start, height, width = place_image(shape, preprocessing)
     whole = (preprocessing.height, preprocessing.width)
     along = [
@@ -137,7 +137,7 @@ def _cells_of(
     grid: tuple[int, ...],
     preprocessing: Preprocessing,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return which row of the grid each row of a drawing of `size` is in, and each column."""
+    """Return the grid row of each pixel row of a drawing of `size`, and likewise for columns."""
     found = []
     for edges, n, length, drawn in zip(
         _edges(shape, grid, preprocessing), grid, shape, size, strict=True
@@ -158,7 +158,7 @@ def _blend(grey: np.ndarray, shares: np.ndarray) -> np.ndarray:
 def _mark_peak(drawn: Image.Image, heat: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> None:
     peak = np.unravel_index(int(heat.argmax()), heat.shape)
     down, across = np.flatnonzero(rows == peak[0]), np.flatnonzero(columns == peak[1])
-    if len(down) and len(across):  # of a padded image it may lie in the frame
+    if len(down) and len(across):  # in a padded image the peak may lie in the padding
         box = [across[0], down[0], across[-1], down[-1]]
         ImageDraw.Draw(drawn).rectangle([int(edge) for edge in box], outline=(255, 255, 255))
 
@@ -168,7 +168,7 @@ def _draw_legend(width: int, top: float, notes: Sequence[str]) -> Image.Image:
     height = 2 * _MARGIN + 2 * _LINE + _LINE * len(lines)
     legend = Image.new("RGB", (width, height), _PAPER)
     draw, font = ImageDraw.Draw(legend), ImageFont.load_default(_FONT_SIZE)
-    # The bar is tinted as cells on mid-grey bone are.
+    # The bar is tinted like cells on mid-grey bone.
     ramp = np.tile(np.linspace(-1, 1, width - 2 * _MARGIN), (_LINE - 6, 1))
     bar = Image.fromarray(_blend(np.full(ramp.shape, 90.0), ramp))
     legend.paste(bar, (_MARGIN, _MARGIN))
@@ -196,17 +196,17 @@ def _table(shape: tuple[int, ...], heat: np.ndarray, preprocessing: Preprocessin
 
 
 class Pictures:
-    """Draws where a head looked; the directory is made if it is not there.
+    """Draws explanations of a head; the directory is created if it does not exist.
 
-    A picture is of the image alone, also where the head judges studies, and named by the hash of
-    its SHA-256, as `overlay_name` does.
+    A picture explains a single image, even if the head judges studies, and is named by
+    `overlay_name`.
 
     Raises
     ------
     EncoderError, ModelError
-        The encoder cannot be had, or nothing sensible can be said of it or of the head.
+        The encoder cannot be loaded, or the encoder or the head cannot be explained.
     OSError
-        The directory cannot be made.
+        The directory cannot be created.
     """
 
     def __init__(self, directory: Path, embedder: Embedder, head: Head) -> None:
@@ -222,22 +222,22 @@ class Pictures:
         covariates: np.ndarray,
         probability: float,
     ) -> str | None:
-        """Write the picture of an image and its numbers beside it.
+        """Write the picture of an image with its numbers, and return its path.
 
         Parameters
         ----------
         path, sha256
-            The image's file; it is read once more, since the picture shows it as it is.
+            The image's file, which is read again, since the picture shows the unprepared image.
         pixels : uint8 (height, width)
-            The same, prepared.
+            The prepared image.
         covariates : float32 (k,)
         probability : float
-            Calibrated, of abnormal, in [0, 1]: it stands in the legend.
+            Calibrated probability of abnormal, in [0, 1], for the legend.
 
         Returns
         -------
         str or None
-            The picture's path; None where the file has changed meanwhile.
+            The picture's path; None if the file has changed meanwhile.
         """
         reading = read_content(
             [path], sha256, _as_it_is, self._embedder.intensity, self._embedder.limits

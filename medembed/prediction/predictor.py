@@ -1,4 +1,4 @@
-"""A packaged model, ready to be asked."""
+"""A packaged model, ready for prediction."""
 
 import os
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -19,7 +19,7 @@ from medembed.heads.packaging import Model, load_model
 from medembed.images.load import DEFAULT_LIMITS, Limits
 from medembed.prediction.decisions import ALPHA
 from medembed.prediction.encode import CachedRows, Embedder
-from medembed.prediction.inputs import Requests, ask_images, ask_manifest
+from medembed.prediction.inputs import Requests, request_images, request_manifest
 from medembed.prediction.rows import Draw, PredictionJob, predict_rows
 from medembed.results.model_card import Card, read_card
 from medembed.results.runs import Run, open_run
@@ -37,9 +37,9 @@ _Progress = Callable[[int, int], None]
 
 
 class Predictor(Summarised):
-    """A packaged model that answers for images; it and its encoder are loaded once.
+    """A packaged model that predicts images; model and encoder are loaded once.
 
-    Nothing is read before the first question, or `load`.
+    Nothing is read before the first prediction, or `load`.
 
     >>> predictor = Predictor("run/models/logistic")  # doctest: +SKIP
     >>> predictor.predict("wrist.dcm")["decision"]  # doctest: +SKIP
@@ -52,27 +52,27 @@ class Predictor(Summarised):
         A directory that `sweep` or `finetune` left in `models/`, or what `Run.model` read from it;
         of a run the best head by cross-validation.
     encoder : Encoder, str or path, optional
-        The encoder, or where it is; by default what the model's card names. It must be the one
-        that the model was trained on.
+        The encoder or a reference to it; by default the one named by the model's card. It must be
+        the one that the model was trained on.
     cache : Cache or path, optional
-        Embeddings to look images up in, by the SHA-256 of their bytes, before the encoder is asked;
-        where it has all of them, the encoder is not loaded.
+        Embeddings to look images up in, by the SHA-256 of their bytes, before using the encoder; if
+        the cache holds all images, the encoder is not loaded.
     device, precision : str
-        As `encoders.loading.load_encoder` has them. How images are fitted and which window of a
-        DICOM is used is the model's own, and is not to be chosen.
+        Where and in which precision to encode, see `encoders.loading.load_encoder`. How images are
+        fitted and which window of a DICOM is used is determined by the model.
     alpha : float
-        Above 0 and below 1: prediction sets hold the truth of a share of at least 1 - alpha of
-        studies like those that the model was trained on, normal and abnormal ones alike.
+        Above 0 and below 1: prediction sets hold the true label for a share of at least 1 - alpha
+        of studies like those of the model's training, among normal and abnormal ones alike.
     operating_point : str, optional
-        What decides: one that the model was packaged with, such as ``sensitivity=0.95``, or
-        ``threshold=0.3`` of calibrated probabilities; by default Youden's.
+        The rule for decisions: one that the model was packaged with, such as ``sensitivity=0.95``,
+        or ``threshold=0.3`` of calibrated probabilities; by default Youden's.
     limits : Limits
-        What an image may cost before it counts as failed. Of up to 8 little files, which are
-        decoded in this process, the time is not limited.
+        Limits on size and time beyond which an image counts as failed. Time is not limited for up
+        to 8 small files, which are decoded in this process.
     fetching : callable, optional
-        Called as fetching(done, total) with bytes, while the encoder's weights are fetched.
+        Called as fetching(done, total) with bytes, while the encoder's weights are downloaded.
     tell : callable, optional
-        Told in a sentence what there is to know beside the answers.
+        Called with sentences that accompany the answers.
     """
 
     def __init__(
@@ -101,12 +101,12 @@ class Predictor(Summarised):
 
     @cached_property
     def card(self) -> Card:
-        """What the model says of itself."""
+        """The model's card."""
         return read_card(self.model, self.path)
 
     @cached_property
     def point(self) -> OperatingPoint:
-        """The operating point that decides."""
+        """The operating point that determines decisions."""
         return self.card.point(self.operating_point)
 
     @cached_property
@@ -128,7 +128,7 @@ class Predictor(Summarised):
         return None if self.cache is None else CachedRows(self.cache, self.card)
 
     def load(self) -> "Predictor":
-        """Load model and encoder now, so that the first question is as quick as the next."""
+        """Load model and encoder now, so that the first prediction is as quick as later ones."""
         _ = self.model.head, self.point, self.embedder.encoder
         return self
 
@@ -141,9 +141,9 @@ class Predictor(Summarised):
     ) -> pd.DataFrame: ...
 
     def predict(self, images: Any) -> dict[str, Any] | pd.DataFrame:
-        """Answer for one file or for several, of which nothing else is known.
+        """Return predictions for one file or several.
 
-        Once loaded, this takes the encoder's own time and that of decoding the files.
+        Once loaded, a call takes only the time of decoding and encoding the files.
 
         Parameters
         ----------
@@ -152,16 +152,16 @@ class Predictor(Summarised):
         Returns
         -------
         dict or DataFrame
-            Of one path its row, as `predict_images` describes it. Of several a table with a row
+            For one path its row, as described in `predict_images`. For several a table with a row
             per image, in their order, and the columns ``image, probability, decision, set,
             coverage, distance, distance_p, far, trained_on, error``.
 
         Raises
         ------
         ArgumentError
-            `images` are neither.
+            `images` is neither.
         MedembedError
-            As `predict_images`.
+            See `predict_images`.
         """
         if isinstance(images, str | os.PathLike):
             return next(self.predict_images([as_path(images, "an image")]))
@@ -175,7 +175,7 @@ class Predictor(Summarised):
         return pd.DataFrame(rows, columns=_COLUMNS)
 
     def summarise(self) -> Summary:
-        """Return what the model reads and how it decides; where it cannot be read, that alone."""
+        """Return the model's inputs and decision rule, or only the reason if it is unreadable."""
         try:
             about, card = self.model.summarise(), self.card
         except MedembedError as error:
@@ -193,67 +193,67 @@ class Predictor(Summarised):
         explain: str | os.PathLike[str] | None = None,
         progress: _Progress | None = None,
     ) -> Generator[dict[str, Any]]:
-        """Answer for files of which nothing else is known: each is a study of its own.
+        """Yield predictions for files, each a separate study of unknown region.
 
         Parameters
         ----------
         images : sequence of path
-            Their names are the studies' names too, and may stand there twice.
+            The paths, which also name the studies; duplicates are allowed.
         explain : path, optional
-            A directory, made if it is not there, for a picture of each image and its heat map,
-            and the map's numbers beside it. The encoder is asked for all images then.
+            A directory, created if missing, for a picture of each image with its heat map, and
+            the map's numbers. All images are then encoded, even if a cache holds them.
         progress : callable, optional
             Called as progress(done, total) with files, while they are hashed.
 
         Yields
         ------
         dict
-            A row per image as soon as it is known, and after a study's last view one for the
+            A row per image as soon as it is available, and after a study's last view one for the
             study, whose `image` is None. JSON values:
 
             image, study : str or None
-                Which image, of which study.
+                The image and its study.
             probability : float or None
-                Calibrated, of abnormal; of an image as if it were the study's only view. None
-                where the image failed.
+                Calibrated probability of abnormal; for an image as if it were the study's only
+                view. None if the image failed.
             decision : {"normal", "abnormal"} or None
                 Whether the probability reaches the threshold of the operating point.
             operating_point : dict or None
-                That: ``name`` and ``threshold``.
+                ``name`` and ``threshold`` of the operating point.
             set : list of str or None
-                The classes that cannot be ruled out at `alpha`; both where the model is not sure,
-                none where the image is like nothing that it was trained on. None where it failed,
-                and of models without conformal scores.
+                The classes that cannot be ruled out at `alpha`; both if the model is uncertain,
+                neither if the image is unlike its training images. None if the image failed, or
+                for models without conformal scores.
             coverage : {"region", "marginal"} or None
-                Of what `alpha` is promised: of the row's region, whose training patients were
-                enough, or of all regions together alone, where a harder one gets less. None
+                The scope of the promise of `alpha`: the row's region, which had enough training
+                patients, or only all regions together, so that a harder region gets less. None
                 without a set.
             distance, distance_p, far : float, float, bool, or None
-                How far the embedding lies from the training patients': 1 is the edge of the range
-                that holds 95 % of them; the share of them that lie as far (see
-                `evaluation.drift.embedding_space`); whether that is so little that neither the
-                probability nor the set holds. Of a study its furthest view, and p times the number
-                of views.
-                None where the image failed, and of models without statistics of their training.
+                The embedding's distance from the training patients' embeddings, where 1 is the
+                edge of the range that holds 95 % of them; the share of training patients at least
+                as far (see `evaluation.drift.embedding_space`); whether that share is so small that
+                neither the probability nor the set can be relied on. For a study, the furthest
+                view, with p multiplied by the number of views. None if the image failed, or for
+                models without statistics of their training.
             n_views, n_failed : int or None
-                Of a study: how many images it has, and how many of them failed. Its answer is
-                that of the others.
+                For a study: its number of images, and how many of them failed. The answer is based
+                on the others.
             trained_on : bool or None
-                Whether the image, or a view of the study, was among the model's training images:
-                then its probability is too good. None where its bytes are not known.
+                Whether the image, or a view of the study, was among the model's training images,
+                which makes the probability too optimistic. None if its bytes are unknown.
             error : str or None
                 Why there is no answer.
             explanation : str or None
-                The picture, where asked for.
+                Path of the picture, if requested.
 
         Raises
         ------
         MedembedError
-            Before the first row: the model, the cache or the encoder do not fit each other or
-            cannot be read; the model reads covariates, which files do not have. Where the cache
-            has some of the images, an encoder that cannot be had fails the others only.
+            Raised before the first row: the model, the cache or the encoder do not match or cannot
+            be read; the model reads covariates, which files lack. If the cache holds some of the
+            images, an encoder that cannot be loaded fails only the others.
         """
-        yield from self._answer(ask_images(images, self.card, progress), explain)
+        yield from self._answer(request_images(images, self.card, progress), explain)
 
     def predict_manifest(
         self,
@@ -263,23 +263,24 @@ class Predictor(Summarised):
         explain: str | os.PathLike[str] | None = None,
         progress: _Progress | None = None,
     ) -> Generator[dict[str, Any]]:
-        """Answer for the images and studies of a manifest, labelled or not, of all its splits.
+        """Yield predictions for all images and studies of a manifest, labelled or not.
 
         Parameters
         ----------
         image_root : path, optional
-            What the manifest's paths start from; not needed where the cache has all images.
+            Directory that the manifest's paths are relative to; not needed if the cache holds all
+            images.
         explain, progress
-            As for `predict_images`, which says what the rows are; their order is the manifest's.
+            See `predict_images`, which also describes the rows; their order is the manifest's.
 
         Raises
         ------
         MedembedError
-            Before the first row, as `predict_images`; the manifest breaks its rules, or has no
-            column of a covariate that the model reads; none of its images is below the root.
+            Raised before the first row, as in `predict_images`; also if the manifest is invalid or
+            lacks a covariate that the model reads, or none of its images is below the root.
         """
         manifest = read_manifest(manifest)
-        requests = ask_manifest(manifest, self.card, image_root, progress)
+        requests = request_manifest(manifest, self.card, image_root, progress)
         yield from self._answer(requests, explain)
 
     def _answer(
@@ -318,7 +319,7 @@ def find_model(model: Model | Predictor | Run | str | os.PathLike[str]) -> Path:
     if isinstance(model, Predictor | Model):
         if model.path is None:
             raise ArgumentError(
-                "the Model was made by hand and lies in no directory. Save it, and give its path."
+                "the Model was created in memory and has no directory. Save it, and pass its path."
             )
         return model.path
     path = as_path(model, "a model", "a Model, a Run or a Predictor")

@@ -1,4 +1,4 @@
-"""Answers as they are ready: a row per image, and a row per study after the last of its views."""
+"""Yield answers as they become ready: a row per image, and per study after its last view."""
 
 import contextlib
 from collections import Counter, deque
@@ -24,11 +24,11 @@ __all__ = ["CLASSES", "Draw", "PredictionJob", "predict_rows"]
 
 CLASSES = ("normal", "abnormal")
 WINDOW = 4096
-"""Rows of a cache that are in memory at a time; of each window every shard is verified once."""
+"""Rows of a cache in memory at a time; each such window verifies every shard once."""
 
 
 class Draw(Protocol):
-    """Leaves a picture beside the answers: `pictures.Pictures.draw`, which describes it."""
+    """Draws a picture of an answer; implemented and described in `overlay.Pictures.draw`."""
 
     def __call__(  # noqa: D102 - described there
         self,
@@ -42,20 +42,20 @@ class Draw(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class PredictionJob:
-    """A model, and where it finds embeddings.
+    """A model, and its source of embeddings.
 
     Attributes
     ----------
     cached : CachedRows or None
-        Asked before the encoder is; not where images are explained, which takes their tokens.
+        Searched before the encoder is used; ignored for explanations, which need tokens.
     alpha : float
-        See `scoring.decide`.
+        See `decisions.decide`.
     point : OperatingPoint, optional
-        That decides; the card's Youden's by default.
+        The operating point for decisions; by default the card's Youden point.
     draw : Draw, optional
-        Explains every image that is answered for.
+        Explains every image that has an answer.
     tell : callable, optional
-        Told in a sentence what cannot be answered, and how many images are encoded.
+        Called with sentences on what cannot be answered, and how many images are encoded.
     """
 
     model: Model
@@ -70,7 +70,7 @@ class PredictionJob:
 
 @dataclass(frozen=True)
 class _Plan:
-    """Who answers for which image."""
+    """Which source answers for which image."""
 
     cached: np.ndarray
     errors: dict[int, str]
@@ -80,13 +80,13 @@ class _Plan:
 def predict_rows(requests: Requests, job: PredictionJob) -> Iterator[dict[str, Any]]:
     """Yield a row per image, in the order of the requests, and per study after its last view.
 
-    Rows are as `Predictor.predict_images` describes them.
+    Rows are described in `Predictor.predict_images`.
 
     Raises
     ------
     MissingRowsError, EncoderError, ModelError, PathNotFoundError
-        Nothing could be answered: no image is in the cache, and the encoder or the images cannot
-        be had; raised before the first row.
+        No image could be answered: none is in the cache, and the encoder cannot be loaded or the
+        files are missing; raised before the first row.
     """
     plan = _make_plan(requests, job)
     answers = _Answers(requests, job)
@@ -103,12 +103,12 @@ def predict_rows(requests: Requests, job: PredictionJob) -> Iterator[dict[str, A
                     ready.append(Encoded(number, error=plan.errors[number]))
                 else:
                     if not encoded:
-                        # What is ready is not held back by what is computed.
-                        yield from answers.give(ready)
+                        # Ready rows are not held back by those being computed.
+                        yield from answers.add(ready)
                         ready = []
                         encoded.extend(next(batches))
                     ready.append(encoded.popleft())
-            yield from answers.give(ready)
+            yield from answers.add(ready)
 
 
 def _make_plan(requests: Requests, job: PredictionJob) -> _Plan:
@@ -136,7 +136,7 @@ def _find_files(
     *,
     any_cached: bool,
 ) -> list[File]:
-    """Return what the encoder is to embed, or tell why it cannot, where a cache has the rest."""
+    """Return the files to embed; if that is impossible, report why, if a cache has the rest."""
     if not missing:
         return []
     said = f"{len(missing)} of {len(requests)} images are not in the cache"
@@ -154,13 +154,13 @@ def _find_files(
     except (EncoderError, MissingRowsError) as error:
         if not any_cached:
             raise
-        _say(job, f"Not answered: {said}: {error}")
+        _notify(job, f"Not answered: {said}: {error}")
         errors.update(
             dict.fromkeys(missing, f"is not in the cache, and cannot be embedded: {error}")
         )
         return []
     if job.cached is not None and job.draw is None:
-        _say(job, f"{said}; they are embedded by {encoder.source} now, and not kept.")
+        _notify(job, f"{said}; they are embedded by {encoder.source} now, and not kept.")
     return list(_resolve(requests, missing, errors))
 
 
@@ -181,14 +181,14 @@ def _read_cached(
     return dict(zip(numbers.tolist(), X, strict=True))
 
 
-def _say(job: PredictionJob, words: str) -> None:
+def _notify(job: PredictionJob, words: str) -> None:
     if job.tell:
         job.tell(words)
 
 
 @dataclass(eq=False)
 class _Study:
-    """What is known of a study: its views so far."""
+    """The views of a study so far."""
 
     n_left: int
     n_views: int = 0
@@ -199,7 +199,7 @@ class _Study:
 
 
 class _Answers:
-    """Makes rows of what is ready, and keeps the views of studies that are not."""
+    """Builds rows from ready images, and keeps the views of incomplete studies."""
 
     def __init__(self, requests: Requests, job: PredictionJob) -> None:
         self._requests, self._job = requests, job
@@ -210,8 +210,8 @@ class _Answers:
         self._counts: Mapping[int, int] = counts
         self._open: dict[int, _Study] = {}
 
-    def give(self, ready: Sequence[Encoded]) -> Iterator[dict[str, Any]]:
-        """Yield the rows of these images, and of studies that are whole with them."""
+    def add(self, ready: Sequence[Encoded]) -> Iterator[dict[str, Any]]:
+        """Yield the rows of these images, and of studies that they complete."""
         answered = [outcome for outcome in ready if outcome.x is not None]
         raw, scored = self._score(answered)
         where = self._place(answered)
@@ -236,11 +236,11 @@ class _Answers:
         return decide(self._job.card, raw, regions, self._job.alpha, self._point.threshold)
 
     def _place(self, answered: Sequence[Encoded]) -> list[dict[str, Any]]:
-        """Tell of each image how far it lies from those of training."""
+        """Return each image's distance from the training images."""
         reference, found = self._job.model.reference, None
         if reference is not None and answered:
             X = np.stack([self._row(outcome) for outcome in answered])
-            # of embeddings alone, without covariates, unless it was fitted on both
+            # computed on embeddings without covariates, unless the reference was fitted on both
             n_columns = len(reference.get("space_centre", X[0]))
             n_own = len(_embedding(answered[0]))
             found = measure_remoteness(reference, X[:, :n_own] if n_columns == n_own else X)
@@ -265,7 +265,7 @@ class _Answers:
         raw: np.ndarray,
         where: Sequence[dict[str, Any]],
     ) -> dict[int, tuple[int, _Study]]:
-        """Enter views into their studies; return those that are whole, by their last view."""
+        """Add views to their studies; return completed studies, keyed by their last view."""
         ended = {}
         for outcome in ready:
             code = int(self._requests.studies[outcome.number])
@@ -276,7 +276,7 @@ class _Answers:
                 study.n_failed += 1
             else:
                 study.trained_on |= bool(self._was_trained_on(outcome.number))
-                # A head that judges studies reads all views; of others their scores are enough.
+                # A head that judges studies reads all views; other heads need only their scores.
                 alone = float(raw[places[outcome.number]])
                 study.views.append(self._row(outcome) if self._by_attention else alone)
                 study.places.append(where[places[outcome.number]])
@@ -285,7 +285,7 @@ class _Answers:
         return ended
 
     def _judge(self, ended: Mapping[int, tuple[int, _Study]]) -> dict[int, dict[str, Any]]:
-        """Return the rows of studies that are whole, by their last view."""
+        """Return the rows of completed studies, keyed by their last view."""
         seen = {number: pair for number, pair in ended.items() if pair[1].views}
         scored = None
         if seen:
@@ -359,7 +359,7 @@ def _embedding(outcome: Encoded) -> np.ndarray:
 
 
 def _furthest(views: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return how far a study lies: as its furthest view, p by Bonferroni's rule over the views."""
+    """Return a study's distance: its furthest view, with p Bonferroni-corrected over the views."""
     if not views or views[0]["far"] is None:
         return _NOWHERE
     most = max(views, key=lambda view: float(view["distance"]))

@@ -1,6 +1,6 @@
-"""What is different elsewhere: scores, calibration, what a few labels mend, and the embeddings.
+"""Measure changes at another site: scores, calibration, recalibration, and embeddings.
 
-`find_internal` reads the run that made a model, with its own test and training rows.
+`find_internal` reads the run that trained a model, with its test and training rows.
 """
 
 from collections.abc import Mapping
@@ -48,7 +48,7 @@ __all__ = [
 
 @dataclass(frozen=True, eq=False)
 class Internal:
-    """The run that a model still lies in.
+    """The run that still contains a model.
 
     Attributes
     ----------
@@ -57,10 +57,10 @@ class Internal:
     images : frozenset of str
         SHA-256 of their images.
     trained : DataFrame
-        What it was trained on: `region`, `label`, and how many images `n` have both.
+        The training images: number of images `n` by `region` and `label`.
     decisions : dict of str to dict
-        By head, priors among them: ``calibrations``, ``threshold``, ``sensitive_threshold``,
-        ``operating_points``, as `results.decisions` reads them.
+        By head, including priors: ``calibrations``, ``threshold``, ``sensitive_threshold``,
+        ``operating_points``, as read by `results.decisions`.
     """
 
     studies: pd.DataFrame
@@ -75,7 +75,7 @@ def find_internal(model_path: Path) -> Internal | None:
     Raises
     ------
     ModelError
-        It lies where the winner does, and is another model.
+        The directory is that of a winner, but holds another model.
     """
     path = model_path.resolve()
     try:
@@ -99,9 +99,9 @@ def find_internal(model_path: Path) -> Internal | None:
 
 
 def count_labels(card: Card) -> pd.DataFrame:
-    """Return how many images `n` of each `region` and `label` the card counts as trained on.
+    """Return the card's number of training images `n` by `region` and `label`.
 
-    Empty where a card of before does not count.
+    Empty for an older card without counts.
     """
     trained = (card.document.get("data") or {}).get("trained") or {}
     counts = [
@@ -113,7 +113,7 @@ def count_labels(card: Card) -> pd.DataFrame:
 
 
 def _trained(run: Run) -> pd.DataFrame:
-    """Count the rows of the first prior that are trained on: it has one per image."""
+    """Return the number of training rows of the first prior, which has one row per image."""
     rows = run.predictions().query("head == 'class-prior'")
     is_trained = rows["split"].eq("train") & rows["fold"].notna() & rows["label"].notna()
     return rows[is_trained].groupby(["region", "label"], sort=True).size().reset_index(name="n")
@@ -137,9 +137,9 @@ _Resampling = Mapping[str, int]  # n_resamples and seed
 
 
 def study_table(embeddings: Embeddings, judged: np.ndarray) -> pd.DataFrame:
-    """Return one row per study of embedded rows, as `by_study` does.
+    """Return one row per study of embedded rows, in the form of `by_study`.
 
-    `judged` (m,) has the studies' probabilities, not calibrated, in ascending order of study.
+    `judged` (m,) holds the studies' uncalibrated probabilities, in ascending order of study.
     """
     rows = embeddings.rows[["region", "label"]].assign(
         patient=embeddings.patients,
@@ -157,18 +157,18 @@ def describe_changes(
     n_drawn: int | None,
     resampling: _Resampling,
 ) -> dict[str, Any]:
-    """Say what changed since the model's own test.
+    """Return what changed since the model's own test.
 
     Parameters
     ----------
     studies : DataFrame
         From `study_table`.
     card : Card
-        Of the model.
+        The model's card.
     internal : Internal, optional
-        The run that it lies in.
+        The run that contains the model.
     overlap : int
-        How many of the images are of that run's own test.
+        How many of the images belong to that run's own test.
     n_drawn : int, optional
         Patients to recalibrate on.
     resampling : mapping
@@ -177,20 +177,20 @@ def describe_changes(
     Returns
     -------
     dict
-        JSON values; all at study level.
+        JSON values, all at study level.
 
         ``called_abnormal``: ``value, low, high`` of the share of all studies, labelled or not.
-        The others are None where no study has a label.
+        The other keys are None if no study has a label.
 
-        ``drop``: ``basis`` ("samples" where the model's run is at hand, else
-        "mover" from the intervals on its card, else None and ``note`` says why), ``internal``
-        (counts), ``scores``: for each score ``internal``, ``external`` (intervals) and
-        ``difference`` (external less internal), and ``regions`` of the same.
+        ``drop``: ``basis`` ("samples" if the model's run is available, else "mover" from the
+        intervals on its card, else None with the reason in ``note``), ``internal`` (counts),
+        ``scores``: for each score ``internal``, ``external`` (intervals) and ``difference``
+        (external less internal), and ``regions`` with these values by region.
 
         ``calibration``: for ``raw`` and ``calibrated`` probabilities, and the calibrated ones of
         the ``internal`` test, ``line`` (see `calibration_line`) and ``scores`` (Brier, ECE).
 
-        ``recalibrated``: see `evaluation.recalibration.recalibrate`; None where not asked for.
+        ``recalibrated``: see `evaluation.recalibration.recalibrate`; None if not requested.
     """
     called = _called(studies, card)
     known = studies[studies["label"].notna()]
@@ -213,14 +213,14 @@ def describe_changes(
 def find_drift(
     embeddings: Embeddings, X: np.ndarray, reference: Mapping[str, np.ndarray] | None, seed: int
 ) -> dict[str, Any]:
-    """Measure drift by `measure_drift`, with the names of columns; no label is looked at.
+    """Return the drift found by `measure_drift`, with column names and without using labels.
 
-    ``far`` counts images that each by itself lies far from training, see `measure_remoteness`.
-    `X` is what the head reads; the reference may be of the embeddings alone.
+    ``far`` counts images that individually lie far from training, see `measure_remoteness`.
+    `X` is the head's input; the reference may cover only the embeddings.
     """
     if not reference:
         sentence = (
-            "Drift was not measured: the model keeps no summary of its training embeddings. "
+            "Drift was not measured: the model holds no summary of its training embeddings. "
             "Models that sweep or finetune save from now on do."
         )
         return {"verdict": None, "sentence": sentence}
@@ -260,8 +260,8 @@ def _find_drop(
     nothing: dict[str, Any] = {"basis": None, "internal": None, "scores": {}, "regions": {}}
     if overlap:
         note = (
-            f"{overlap:,} of the images are of the model's own test, so there are no two "
-            "independent samples and no drop is given."
+            f"{overlap:,} of the images belong to the model's own test, so there are no two "
+            "independent samples and no drop is reported."
         )
         return {**nothing, "note": note}
     if internal is not None:
@@ -281,7 +281,7 @@ def _find_drop(
         }
     recorded, by_region = _recorded_scores(card)
     if not recorded:
-        note = "The model's card has no scores of its own test, so no drop is given."
+        note = "The model's card has no scores of its own test, so no drop is reported."
         return {**nothing, "note": note}
     return {
         "basis": "mover",
@@ -371,7 +371,7 @@ def _count(studies: pd.DataFrame) -> dict[str, int]:
 def _recorded_scores(
     card: Card,
 ) -> tuple[dict[str, Interval], dict[str, dict[str, Interval]]]:
-    """Return the scores of the model's own test on its card, and those by region; {} without."""
+    """Return the card's scores of the model's own test, overall and by region, or {}."""
     test = card.scores.get("test") or {}
     regions = test.get("regions", {})
     return _intervals(test.get("scores", test)), {
@@ -380,7 +380,7 @@ def _recorded_scores(
 
 
 def _intervals(scores: Mapping[str, Any]) -> dict[str, Interval]:
-    """Read score by score what `Interval.as_dict` wrote, None as NaN."""
+    """Return the intervals that `Interval.as_dict` wrote, None as NaN."""
     found = {}
     for name, own in scores.items():
         if isinstance(own, Mapping) and set(own) >= {"value", "low", "high"}:

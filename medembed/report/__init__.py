@@ -1,1 +1,1 @@
-"""The page, its figures and tables."""
+"""The report page, its figures and tables."""

@@ -1,8 +1,8 @@
-"""Reporting checklists: what the runs answer is filled in, the rest stands open for people.
+"""Reporting checklists: items that runs can answer are filled in, the rest is left to people.
 
-Items of two guidelines are in our own short words, for finding one's way; what counts is the
-published text, which is named. A fact's key leads to `checklist_answers`; an item without one is
-for people alone. "partly" says that a run never answers the whole item, however much it knows.
+The items of two guidelines are paraphrased briefly for orientation; the published text, which is
+cited, is authoritative. An item's fact key refers to `checklist_answers`; an item without a key
+can only be answered by people. "partly" marks items that a run can never answer completely.
 """
 
 from collections import Counter
@@ -31,7 +31,7 @@ Reach = Literal["answered", "partly", "open"]
 
 
 class Item(NamedTuple):
-    """One item: its number, what it asks, who answers it, the fact that bears on it, how far."""
+    """An item: number, question, who answers it, the related fact, and how far that answers it."""
 
     number: str
     asks: str
@@ -42,7 +42,7 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True)
 class Checklist:
-    """A guideline: its name on the command line, its title, where it was published, its items."""
+    """A guideline: its command-line name, title, publication and items."""
 
     name: str
     title: str
@@ -285,7 +285,7 @@ CLAIM = Checklist(
     ),
 )
 CHECKLISTS = {checklist.name: checklist for checklist in (TRIPOD_AI, CLAIM)}
-"""By the name that the command takes."""
+"""Checklists by command-line name."""
 
 
 NOT_RECORDED = "not recorded"
@@ -298,25 +298,25 @@ _ABSENT = {
     "shift": "no run here measured it",
     "updating": "no run here updates a model",
 }
-"""What is said of a fact that is not missing, but is not there."""
+"""Answers for facts that do not apply to the runs, rather than being missing."""
 _STATUSES = ("answered", "partly", "open")
 
 
 def fill_checklist(name: str, study: Study) -> dict[str, Any]:
-    """Fill in the items of a checklist that a study answers.
+    """Return a checklist with the items that a study answers filled in.
 
     Returns
     -------
     dict
         ``name``, ``title``, ``source`` (of the guideline), ``counts`` of statuses, and ``items``:
-        ``item`` (its number), ``section``, ``asks`` (in our words), ``status`` ("answered",
-        "partly", "open"), ``answer`` and ``source`` (where it stands; None where nothing bears on
-        the item), ``by`` (who answers what is left; None where nothing is).
+        ``item`` (its number), ``section``, ``asks`` (paraphrased), ``status`` ("answered",
+        "partly", "open"), ``answer`` and ``source`` (the file it comes from; None if no fact
+        relates to the item), ``by`` (who answers the rest; None if the item is answered).
 
     Raises
     ------
     RunError
-        There is no checklist of that name.
+        The checklist is unknown.
     """
     if name not in CHECKLISTS:
         known = ", ".join(CHECKLISTS)
@@ -334,7 +334,7 @@ def fill_checklist(name: str, study: Study) -> dict[str, Any]:
 
 
 def render_checklist(filled: dict[str, Any]) -> str:
-    """Write a filled checklist as Markdown; all text of runs is text there."""
+    """Return a filled checklist as Markdown, with text from runs escaped."""
     checklist, counts = CHECKLISTS[filled["name"]], filled["counts"]
     own = {item["item"]: item for item in filled["items"]}
     lines = [
@@ -357,12 +357,12 @@ def render_checklist(filled: dict[str, Any]) -> str:
 
 
 def write_checklists(names: Sequence[str], study: Study, out: Path) -> list[dict[str, Any]]:
-    """Write ``checklist-NAME.md`` into `out`; those of an earlier page that has others go.
+    """Write ``checklist-NAME.md`` into `out`, and remove an earlier page's other checklists.
 
     Returns
     -------
     list of dict
-        As `fill_checklist`, and ``path``.
+        The results of `fill_checklist`, with ``path``.
     """
     filled = [fill_checklist(name, study) for name in dict.fromkeys(names)]
     for own in filled:

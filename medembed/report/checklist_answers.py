@@ -1,4 +1,4 @@
-"""What runs, manifests, builds, cards and comparisons answer of a reporting guideline."""
+"""Answers to reporting guidelines from runs, manifests, builds, cards and comparisons."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Fact:
-    """What is known, where it stands, and whether that is all that can be known of it here."""
+    """A known fact, its source, and whether it is complete."""
 
     text: str
     source: str
@@ -34,12 +34,12 @@ class Fact:
 
 @dataclass(frozen=True, eq=False)
 class Study:
-    """What a page is made of.
+    """The contents of a page.
 
     Attributes
     ----------
     runs : dict of str to Run
-        By the names that the comparison gives them.
+        The runs, by their names in the comparison.
     result : mapping
         The comparison.
     elsewhere : mapping
@@ -57,32 +57,32 @@ class Study:
 
     @property
     def trained(self) -> dict[str, Run]:
-        """Runs that trained something."""
+        """Runs that trained a model."""
         return {name: run for name, run in self.runs.items() if name not in self.elsewhere}
 
 
 FindFact = Callable[[Study], Fact | None]
-"""Returns what a study tells of a fact, None where nothing was recorded."""
+"""Returns a study's fact, or None if it was not recorded."""
 
 
-def _tell_each(
-    runs: Mapping[str, Run], tell: Callable[[Run], str | None], source: str
+def _describe_each(
+    runs: Mapping[str, Run], describe: Callable[[Run], str | None], source: str
 ) -> Fact | None:
-    """Tell of each run, once where all say the same; whole where every run tells something."""
-    told = {name: tell(run) for name, run in runs.items()}
-    known = {name: text for name, text in told.items() if text}
+    """Return the runs' answers, merged if all agree; complete if every run has an answer."""
+    answers = {name: describe(run) for name, run in runs.items()}
+    known = {name: text for name, text in answers.items() if text}
     if not known:
         return None
     texts = dict.fromkeys(known.values())
-    if len(texts) == 1 and len(known) == len(told):
+    if len(texts) == 1 and len(known) == len(answers):
         return Fact(next(iter(texts)), source)
     lines = [f"{name}: {text}" for name, text in known.items()]
-    lines += [f"{name}: not recorded" for name, text in told.items() if not text]
-    return Fact("; ".join(lines), source, len(known) == len(told))
+    lines += [f"{name}: not recorded" for name, text in answers.items() if not text]
+    return Fact("; ".join(lines), source, len(known) == len(answers))
 
 
 def _join_runs(found: Sequence[tuple[str, str]]) -> str:
-    """Write what is said of each run, once where all say the same."""
+    """Return the runs' answers as text, merged if all agree."""
     texts = {text for _, text in found}
     if len(texts) == 1:
         return found[0][1]
@@ -90,30 +90,30 @@ def _join_runs(found: Sequence[tuple[str, str]]) -> str:
 
 
 def _entry_of(run: Run, name: str) -> dict[str, Any]:
-    """Return a table of `run.json`, empty where there is none."""
+    """Return a table of `run.json`, or an empty one if it is missing."""
     found = run.info.get(name)
     return found if isinstance(found, dict) else {}
 
 
 def _use(study: Study) -> Fact | None:
-    def tell(run: Run) -> str | None:
+    def describe(run: Run) -> str | None:
         use = _card(run).get("use")
         return str(use["intended"]) if isinstance(use, dict) and use.get("intended") else None
 
-    return _tell_each(study.trained, tell, "card: use") if study.trained else None
+    return _describe_each(study.trained, describe, "card: use") if study.trained else None
 
 
 def _design(study: Study) -> Fact | None:
-    def tell(run: Run) -> str | None:
+    def describe(run: Run) -> str | None:
         if run.info["kind"] == "evaluation":
             return "evaluation of an existing model on other images"
         return "development, with a test that neither training nor any choice has seen"
 
-    return _tell_each(study.runs, tell, "run.json: kind")
+    return _describe_each(study.runs, describe, "run.json: kind")
 
 
 def _data(study: Study) -> Fact | None:
-    def tell(run: Run) -> str | None:
+    def describe(run: Run) -> str | None:
         data, digest = _entry_of(run, "data"), _entry_of(run, "asked").get("manifest")
         recipe = (data.get("build") or {}).get("recipe") or {}
         parts = [f"recipe {recipe['name']}"] if recipe.get("name") else []
@@ -121,36 +121,36 @@ def _data(study: Study) -> Fact | None:
         parts += ["synthetic images"] if data.get("synthetic") else []
         return ", ".join(parts)
 
-    return _tell_each(study.runs, tell, "run.json: asked.manifest; build file: recipe")
+    return _describe_each(study.runs, describe, "run.json: asked.manifest; build file: recipe")
 
 
 def _licence(study: Study) -> Fact | None:
-    return _tell_each(
+    return _describe_each(
         study.runs, lambda run: _entry_of(run, "data").get("licence"), "manifest: column licence"
     )
 
 
 def _preprocessing(study: Study) -> Fact | None:
-    def tell(run: Run) -> str | None:
+    def describe(run: Run) -> str | None:
         known = _entry_of(run, "encoder").get("preprocessing") or {}
         size = " × ".join(map(str, known.get("size", [])))
         parts = [f"resized to {size}"] if size else []
         parts += [f"{name} {known[name]}" for name in ("fit", "resample") if known.get(name)]
         return ", ".join(parts)
 
-    return _tell_each(study.runs, tell, "run.json: encoder.preprocessing")
+    return _describe_each(study.runs, describe, "run.json: encoder.preprocessing")
 
 
 def _label(study: Study) -> Fact | None:
-    def tell(run: Run) -> str | None:
+    def describe(run: Run) -> str | None:
         level = _entry_of(run, "data").get("label_level")
         return f"two classes, normal and abnormal, labelled per {level}" if level else None
 
-    return _tell_each(study.runs, tell, "manifest: column label_level")
+    return _describe_each(study.runs, describe, "manifest: column label_level")
 
 
 def _predictors(study: Study) -> Fact | None:
-    def tell(run: Run) -> str | None:
+    def describe(run: Run) -> str | None:
         asked = _entry_of(run, "asked")
         poolings = dict.fromkeys(
             entry["pooling"] for entry in run.info.get("leaderboard", []) if entry.get("pooling")
@@ -160,7 +160,7 @@ def _predictors(study: Study) -> Fact | None:
         parts += [f"columns of the manifest: {', '.join(columns)}"] if columns else []
         return " and ".join(parts)
 
-    return _tell_each(study.runs, tell, "run.json: leaderboard, asked.covariates")
+    return _describe_each(study.runs, describe, "run.json: leaderboard, asked.covariates")
 
 
 def _encoder(run: Run) -> str | None:
@@ -173,21 +173,25 @@ def _encoder(run: Run) -> str | None:
 
 
 def _input(study: Study) -> Fact | None:
-    return _tell_each(study.runs, _encoder, "run.json: encoder")
+    return _describe_each(study.runs, _encoder, "run.json: encoder")
 
 
 def _start(study: Study) -> Fact | None:
-    def tell(run: Run) -> str | None:
+    def describe(run: Run) -> str | None:
         encoder, seed = _encoder(run), run.info.get("seed")
         if encoder is None or seed is None:
             return encoder
         return f"{encoder}; all that is drawn is drawn from seed {seed}"
 
-    return _tell_each(study.trained, tell, "run.json: encoder, seed") if study.trained else None
+    return (
+        _describe_each(study.trained, describe, "run.json: encoder, seed")
+        if study.trained
+        else None
+    )
 
 
 def _subsets(study: Study) -> Fact | None:
-    def tell(run: Run) -> str | None:
+    def describe(run: Run) -> str | None:
         asked = _entry_of(run, "asked")
         if run.info["kind"] == "evaluation":
             if "split" not in asked:
@@ -198,11 +202,11 @@ def _subsets(study: Study) -> Fact | None:
         share = asked["train_fraction"]
         return "all training patients" if share == 1 else f"{share:.3g} of the training patients"
 
-    return _tell_each(study.runs, tell, "run.json: asked")
+    return _describe_each(study.runs, describe, "run.json: asked")
 
 
 def _partition(study: Study) -> Fact | None:
-    def tell(run: Run) -> str | None:
+    def describe(run: Run) -> str | None:
         n, splits = _entry_of(run, "asked").get("n_folds"), _entry_of(run, "data").get("splits", {})
         parts = [
             f"{name} {own['images']:,} images" for name, own in splits.items() if "images" in own
@@ -210,7 +214,7 @@ def _partition(study: Study) -> Fact | None:
         parts += [f"{n} folds of train" if isinstance(n, int) else ""]
         return ", ".join(filter(None, parts))
 
-    return _tell_each(study.runs, tell, "manifest: column split; run.json: asked.n_folds")
+    return _describe_each(study.runs, describe, "manifest: column split; run.json: asked.n_folds")
 
 
 def _disjoint(study: Study) -> Fact | None:
@@ -219,15 +223,15 @@ def _disjoint(study: Study) -> Fact | None:
 
 
 def _models(study: Study) -> Fact | None:
-    def tell(run: Run) -> str | None:
+    def describe(run: Run) -> str | None:
         kept = [path.name for path in _models_of(run)]
         return f"packaged with all parameters: {', '.join(kept)}" if kept else None
 
-    return _tell_each(study.trained, tell, "models/*/model.json") if study.trained else None
+    return _describe_each(study.trained, describe, "models/*/model.json") if study.trained else None
 
 
 def _training(study: Study) -> Fact | None:
-    def tell(run: Run) -> str | None:
+    def describe(run: Run) -> str | None:
         entries = run.info.get("leaderboard", [])
         heads = ", ".join(str(entry["head"]) for entry in entries)
         encoder = _encoder(run)
@@ -236,12 +240,14 @@ def _training(study: Study) -> Fact | None:
         return f"{kind} encoder, classifiers {heads}{where}" if heads else None
 
     return (
-        _tell_each(study.trained, tell, "run.json: leaderboard, encoder") if study.trained else None
+        _describe_each(study.trained, describe, "run.json: leaderboard, encoder")
+        if study.trained
+        else None
     )
 
 
 def _selection(study: Study) -> Fact | None:
-    def tell(run: Run) -> str | None:
+    def describe(run: Run) -> str | None:
         metric, entries = _entry_of(run, "asked").get("metric"), run.info.get("leaderboard", [])
         tried = [entry["n_tried"] for entry in entries if entry.get("n_tried")]
         if not metric or run.info.get("cv_method") != CV_METHOD:
@@ -250,18 +256,18 @@ def _selection(study: Study) -> Fact | None:
         return f"the best{most} by {metric}, on patients within the training folds"
 
     source = "run.json: asked.metric, cv_method, leaderboard"
-    return _tell_each(study.trained, tell, source) if study.trained else None
+    return _describe_each(study.trained, describe, source) if study.trained else None
 
 
 def _software(study: Study) -> Fact | None:
-    def tell(run: Run) -> str | None:
+    def describe(run: Run) -> str | None:
         return ", ".join(f"{name} {n}" for name, n in _entry_of(run, "versions").items())
 
-    return _tell_each(study.runs, tell, "run.json: versions")
+    return _describe_each(study.runs, describe, "run.json: versions")
 
 
 def _command(study: Study) -> Fact | None:
-    return _tell_each(study.runs, lambda run: run.info.get("command"), "run.json: command")
+    return _describe_each(study.runs, lambda run: run.info.get("command"), "run.json: command")
 
 
 def _card(run: Run) -> dict[str, Any]:
@@ -373,7 +379,7 @@ def _updating(study: Study) -> Fact | None:
 
 def _evaluated(study: Study) -> Fact | None:
     evaluated = {name: study.runs[name] for name in study.elsewhere}
-    return _tell_each(evaluated, lambda run: run.info.get("command"), "run.json: command")
+    return _describe_each(evaluated, lambda run: run.info.get("command"), "run.json: command")
 
 
 def _shift(study: Study) -> Fact | None:
@@ -445,7 +451,7 @@ def _internal(study: Study) -> Fact | None:
 def _external(study: Study) -> Fact | None:
     if not study.elsewhere:
         return None
-    # a note says that nothing was compared, as where the images are of the model's own test
+    # a note marks a missing comparison, such as for images of the model's own test
     is_whole = not any((own.get("drop") or {}).get("note") for own in study.elsewhere.values())
     text = write_headline(study.result, study.elsewhere).text
     return Fact(text, "scores.json: drop", is_whole)

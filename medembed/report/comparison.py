@@ -1,4 +1,4 @@
-"""A comparison of runs as a person reads it: a table, a data frame, figures."""
+"""A comparison of runs, presented as a table, a data frame or figures."""
 
 import copy
 import json
@@ -30,21 +30,21 @@ if TYPE_CHECKING:
 __all__ = ["TABLES", "Comparison", "Plots", "compare", "write_tables"]
 
 TABLES: dict[str, str | None] = {"heads": None, "regions": "region"}
-"""Names of the tables, and what each has a block of rows for."""
+"""Names of the tables, and the grouping of each."""
 _ENDINGS = {"csv": "csv", "latex": "tex"}
 
 
 def write_tables(result: dict[str, Any], directory: str | Path) -> list[Path]:
     """Write ``heads``, ``regions`` and ``operating_points``, each as ``.csv`` and ``.tex``.
 
-    Of a comparison by a column also ``groups`` and ``gaps``.
+    A comparison by a column also has ``groups`` and ``gaps``.
 
     Parameters
     ----------
     result : dict
-        A comparison, as `compare` returns it.
+        A comparison, `Comparison.result`.
     directory : str or Path
-        Made where it is missing; tables of an earlier comparison are replaced.
+        Created if missing; tables of an earlier comparison are replaced.
 
     Returns
     -------
@@ -98,32 +98,33 @@ def compare(
     *runs : Run or path
         Complete runs of sweeps, fine-tuning and evaluations; at least one.
     level : {"study", "image"}
-        What is scored. A study's probability is the mean of its views'.
+        The unit that is scored. A study's probability is the mean over its views.
     n_resamples : int
         Bootstrap resamples of patients.
     seed : int
         Seed of the bootstrap.
     by, manifest : str and Manifest or path, optional
-        A column of the manifest that the runs were made from, with bands if it holds numbers, as
+        A column of the runs' manifest, with bands if it holds numbers, such as
         ``"age:0-18-65-120"``: also scores its groups and tests the gaps between them.
     margin : float, optional
-        Loss of AUROC that would be acceptable: adds tests of non-inferiority to the best head.
+        Acceptable loss of AUROC: adds tests of non-inferiority to the best head.
     operating_points : sequence of str
-        Shown beside the usual ones, such as ``"sensitivity=0.95"`` or ``"threshold=0.3"``.
+        Operating points to show in addition to the default ones, such as ``"sensitivity=0.95"`` or
+        ``"threshold=0.3"``.
     prevalence : float, optional
-        A share of abnormal studies, in (0, 1), at which predictive values are told too.
+        A share of abnormal studies, in (0, 1), at which predictive values are also computed.
 
     Raises
     ------
     PathNotFoundError
         A run does not exist.
     RunError
-        None is given, one is unfinished or not a run, they have no test rows in common, the margin
-        is out of range, or a run was made from another manifest.
+        No run is given, one is unfinished or not a run, they share no test rows, the margin is out
+        of range, or a run was made from another manifest.
     ManifestError
-        The manifest has no such column, or it cannot be grouped so.
+        The manifest lacks the column, or it cannot be grouped as requested.
     TrainingDataError
-        An operating point or the prevalence is none.
+        An operating point or the prevalence is invalid.
     ArgumentError
         An argument is neither a run nor a path.
     """
@@ -153,7 +154,7 @@ class Comparison:
     result : dict
         JSON values, see `results.comparison.compare_runs`.
     test_set : TestSet
-        The rows that it was made of.
+        The test rows that were compared.
     """
 
     result: dict[str, Any]
@@ -161,7 +162,7 @@ class Comparison:
 
     @property
     def level(self) -> str:
-        """What one test row is: "study" or "image"."""
+        """The unit of a test row: "study" or "image"."""
         return str(self.result["level"])
 
     @property
@@ -180,11 +181,11 @@ class Comparison:
         return list(self.result["notes"])
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the document that `medembed compare --json` prints; a copy."""
+        """Return a copy of the document that `medembed compare --json` prints."""
         return copy.deepcopy(self.result)
 
     def to_json(self) -> str:
-        """Return that document as text."""
+        """Return the document of `as_dict` as JSON text."""
         return json.dumps(self.result, indent=2, ensure_ascii=False, allow_nan=False)
 
     def to_frame(self) -> pd.DataFrame:
@@ -198,7 +199,7 @@ class Comparison:
         return pd.DataFrame([_flatten(row) for row in self.result["rows"]])
 
     def render(self, table_format: str = "table", *, by: str | None = None, width: int = 80) -> str:
-        """Return what `medembed compare` prints, as "table", "markdown", "csv" or "latex"."""
+        """Return the output of `medembed compare`, as "table", "markdown", "csv" or "latex"."""
         return render_comparison(self.result, table_format, by, width)
 
     @cached_property
@@ -217,7 +218,7 @@ class Comparison:
 
 @dataclass(frozen=True, eq=False)
 class Plots:
-    """The figures of a comparison, as matplotlib has them; a new figure each time.
+    """The figures of a comparison, as matplotlib figures; each call returns a new one.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""What an external evaluation found beside its scores, as tables for the terminal and the page."""
+"""An external evaluation's findings besides scores, as tables for the terminal and the page."""
 
 import hashlib
 import textwrap
@@ -59,15 +59,15 @@ BASES = {
 
 
 ACTIONS = {
-    "none": "Nothing was changed: the drawn patients do not tell the model's slope and intercept "
-    "from 1 and 0.",
-    "intercept": "The intercept alone was fitted: a slope wants 50 patients. Decisions stay.",
+    "none": "Nothing was changed: in the drawn patients, the model's slope and intercept do not "
+    "differ significantly from 1 and 0.",
+    "intercept": "Only the intercept was fitted: a slope needs 50 patients. Decisions stay.",
     "slope_and_intercept": "Slope, intercept and threshold were fitted.",
 }
 
 
 def render_external(scores: Mapping[str, Any], width: int = 80) -> str:
-    """Turn what `prediction.external_validation.evaluate` returns into text.
+    """Return the scores of `prediction.external_validation.evaluate` as text.
 
     Parameters
     ----------
@@ -79,7 +79,7 @@ def render_external(scores: Mapping[str, Any], width: int = 80) -> str:
     Raises
     ------
     RunError
-        The file was damaged.
+        The file is damaged.
     """
     with _reading(scores.get("run")):
         tables = [make_table(dict(scores))] if scores["rows"] else []
@@ -93,14 +93,14 @@ def render_external(scores: Mapping[str, Any], width: int = 80) -> str:
 
 
 def _tabulate_external(scores: Mapping[str, Any], *, full: bool = False) -> list[Table]:
-    """Return drop, calibration, recalibration and drift as tables, those that there are.
+    """Return the available tables of drop, calibration, recalibration and drift.
 
     Parameters
     ----------
     scores : mapping
-        As for `render_external`.
+        See `render_external`.
     full : bool
-        With intervals wherever there are some, too wide for a terminal.
+        Include all available intervals, which makes the tables too wide for a terminal.
     """
     found = [
         _drop(scores.get("drop"), full=full),
@@ -143,7 +143,7 @@ def find_external(runs: Sequence[Run]) -> list[ExternalSection]:
 
 
 def digest_predictions(run: Run) -> str:
-    """Hash the `predictions.parquet` that scores are computed of: SHA-256 in hex.
+    """Return the SHA-256 of `predictions.parquet`, from which scores are computed, in hex.
 
     Raises
     ------
@@ -165,7 +165,7 @@ def read_evaluations(runs: Sequence[Run], names: Sequence[str]) -> dict[str, dic
     Raises
     ------
     RunError
-        As `find_external`.
+        The `scores.json` of a run is damaged.
     """
     return {
         name: _scores_of(run)
@@ -181,8 +181,8 @@ def _tables_of(run: Run) -> list[Table]:
 
 
 def _scores_of(run: Run) -> dict[str, Any]:
-    scores = run.scores()  # its own errors say what they mean
-    digest = scores.get("predictions_sha256")  # runs of before have none
+    scores = run.scores()  # its own errors are clear
+    digest = scores.get("predictions_sha256")  # missing in older runs
     if digest is not None and digest != digest_predictions(run):
         raise RunError(
             f"scores.json of the evaluation at {run.path} is not of the predictions.parquet beside "
@@ -193,7 +193,7 @@ def _scores_of(run: Run) -> dict[str, Any]:
 
 @contextmanager
 def _reading(path: Any) -> Iterator[None]:
-    """Turn what fails on entries that are missing or of other kinds into one clear error."""
+    """Turn failures on missing or mistyped entries into one clear error."""
     try:
         yield
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:

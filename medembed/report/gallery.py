@@ -1,4 +1,4 @@
-"""The most confident mistakes of the best head, with thumbnails of the images that are at hand."""
+"""The most confident mistakes of the best head, with thumbnails of the available images."""
 
 import base64
 import io
@@ -29,12 +29,12 @@ __all__ = [
 
 N_PER_KIND = 6
 CODE_DIGITS = 12
-"""Of an image's SHA-256: what it goes by where its name is not asked for."""
+"""Digits of an image's SHA-256 shown in place of its name."""
 
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """A small JPEG of an image, its size in pixels, and the image's name where it may be shown."""
+    """A small JPEG of an image, its size in pixels, and the image's name if it may be shown."""
 
     jpeg: bytes
     width: int
@@ -43,7 +43,7 @@ class Thumbnail:
 
 
 FindThumbnails = Callable[[Sequence[str]], Mapping[str, Thumbnail]]
-"""Handed SHA-256, returns the thumbnails of those images that can be had."""
+"""Takes SHA-256 hashes and returns the thumbnails of the available images."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,12 @@ class Mistake:
     Attributes
     ----------
     called : str
-        "abnormal" or "normal"; its label is the other.
+        "abnormal" or "normal", the opposite of its label.
     probability : float
         Calibrated probability of abnormal, in [0, 1].
     region : str
     images : list of str
-        SHA-256 of its images.
+        SHA-256 of the row's images.
     """
 
     called: str
@@ -70,7 +70,7 @@ class Mistake:
 def find_mistakes(result: Mapping[str, Any], test_set: TestSet) -> list[Mistake]:
     """Return the best trained head's mistakes furthest from its threshold, most confident first.
 
-    Six at most of each kind, those called abnormal first; distance is in log-odds.
+    At most six of each kind, those called abnormal first; the distance is in log-odds.
     """
     best = next((row for row in result["rows"] if not row["baseline"]), None)
     if best is None:
@@ -93,7 +93,7 @@ def find_mistakes(result: Mapping[str, Any], test_set: TestSet) -> list[Mistake]
 def show_mistakes(
     mistakes: Sequence[Mistake], find_thumbnails: FindThumbnails | None
 ) -> dict[str, Any]:
-    """Return what the page shows of them: cards of text and data URIs, and how many lack images."""
+    """Return the page's gallery: cards of text and data URIs, and how many lack images."""
     wanted = [image for mistake in mistakes for image in mistake.images]
     thumbnails = find_thumbnails(wanted) if find_thumbnails and wanted else {}
     return {
@@ -140,14 +140,14 @@ QUALITY = 85
 def make_thumbnails(
     manifest: Manifest, image_root: str | Path, wanted: Sequence[str], *, with_names: bool = False
 ) -> dict[str, Thumbnail]:
-    """Return grey JPEG thumbnails by SHA-256, of those images that are there and still the same.
+    """Return grey JPEG thumbnails by SHA-256 of the images that exist and are unchanged.
 
     Parameters
     ----------
     manifest : Manifest
-        Says where an image lies.
+        Maps hashes to image paths.
     image_root : str or Path
-        What its paths are relative to.
+        Directory that the manifest's paths are relative to.
     wanted : sequence of str
         SHA-256 of the files' bytes, hex.
     with_names : bool
@@ -160,8 +160,8 @@ def make_thumbnails(
 
     Notes
     -----
-    An image that the manifest does not have, that lies outside the root, that cannot be read or
-    decoded, or whose bytes are not the manifest's is left out: the page counts what it shows.
+    An image is left out if it is not in the manifest, lies outside the root, cannot be read or
+    decoded, or differs from the manifest's bytes: the page counts the images that it shows.
     """
     root, rows = existing_root(image_root), manifest.rows
     rows = rows[rows["sha256"].isin(list(wanted))].drop_duplicates("sha256")

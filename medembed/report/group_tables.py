@@ -1,4 +1,4 @@
-"""Groups of a column and the gaps between them as tables: for terminal, paper and page."""
+"""Tables of a column's groups and the gaps between them, for terminal, paper and page."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 SHOWN = {"macro_f1": "F1", "sensitivity": "Sens.", "specificity": "Spec."}
-"""The decision scores of the table beside AUROC, as in that by region."""
+"""The decision scores shown next to AUROC, as in the table by region."""
 WORDS = {
     "auroc": "AUROC",
     "sensitivity": "sensitivity",
@@ -55,15 +55,15 @@ METHOD = (
 def render_comparison(
     result: dict[str, Any], table_format: str = "table", by: str | None = None, width: int = 80
 ) -> str:
-    """Turn all that a comparison was asked for into text.
+    """Return everything that a comparison was asked for as text.
 
-    Groups and gaps of a column where it has them; otherwise its heads, by "region" or "views" if
-    `by` says so, and operating points where any was asked for. Formats: see `tables.render`.
+    Groups and gaps of a column if it has them; otherwise its heads, grouped if `by` is "region" or
+    "views", and operating points if any were requested. For formats see `tables.render`.
 
     Raises
     ------
     RunError
-        An unknown format or grouping.
+        The format or grouping is unknown.
     """
     if "groups" in result:
         return render_groups(result, table_format, width)
@@ -73,16 +73,16 @@ def render_comparison(
 
 
 def render_groups(result: dict[str, Any], table_format: str = "table", width: int = 80) -> str:
-    """Turn the `groups` and `gaps` of a comparison into text: a table of each.
+    """Return the `groups` and `gaps` of a comparison as text, a table of each.
 
     Parameters
     ----------
     result : dict
         A comparison by a column.
     table_format : {"table", "markdown", "csv", "latex"}
-        "csv" has every score at full precision, the gaps after an empty line.
+        "csv" has every score at full precision, with the gaps after an empty line.
     width : int
-        Columns of the terminal, for "table" only.
+        Columns of the terminal, only for "table".
     """
     if table_format == "csv":
         return f"{_write_groups(result)}\n{_write_gaps(result)}".rstrip("\n")
@@ -150,7 +150,7 @@ def tabulate_columns(
     Raises
     ------
     ManifestError, RunError
-        As `columns.find_test_rows`.
+        The test rows cannot be matched to the manifest; see `columns.find_test_rows`.
     """
     rows = find_test_rows(test_set, manifest)
     groupings, left_out = find_groupings(rows)
@@ -173,7 +173,7 @@ def tabulate_columns(
 
 
 def _tabulate_gaps(result: dict[str, Any]) -> Table:
-    """Write the gaps of every trained head between its groups."""
+    """Return a table of the gaps of every trained head between groups."""
     several = len(result["runs"]) > 1
     sections: dict[str, list[list[str]]] = {}
     for gap in result["gaps"]:
@@ -220,7 +220,7 @@ def _blocks(
 
 
 def _explain_absent(result: dict[str, Any]) -> list[str]:
-    """Say of each group why a score that gaps are of has no interval, the first reason found."""
+    """Return, for each group, the first reason why a score with gaps has no interval."""
     found: dict[str, str] = {}
     for group, blocks in _blocks(result):
         for score in GAP_SCORES:

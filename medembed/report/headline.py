@@ -1,8 +1,8 @@
-"""What a page and an evaluation say first: one or two sentences that follow from what was tested.
+"""The headline of a page or an evaluation: one or two sentences derived from its tests.
 
-A head is called worse where Holm's p is below `SIGNIFICANCE`, and nowhere else; one that could not
-be tested is said to be untested. So it is with the priors, and with a drop elsewhere, which is
-shown where its interval lies on one side of zero.
+A head is called worse only if Holm's p is below `SIGNIFICANCE`; a head that could not be tested is
+called untested. Priors are treated likewise, and so is a drop elsewhere, which is considered shown
+if its interval lies on one side of zero.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,9 +15,9 @@ from medembed.results.significance import SIGNIFICANCE, row_name
 __all__ = ["Headline", "PriorVerdict", "Ranking", "judge_priors", "rank_heads", "write_headline"]
 
 MAX_NAMES = 6
-"""Heads named in one sentence; of more, one less and how many others there are."""
+"""Most heads named in one sentence; with more, one less is named and the others are counted."""
 MAX_DROPS = 3
-"""Evaluations with a sentence of their own."""
+"""Evaluations that get a separate sentence."""
 ROUNDING = 1e-12
 _PRIORS = {"region-prior": "the region's prior", "class-prior": "the class prior"}
 
@@ -33,26 +33,26 @@ class Headline:
 
     @property
     def text(self) -> str:
-        """All sentences, in one line."""
+        """All sentences on one line."""
         return " ".join(self.sentences)
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """How trained heads stand to the best of them, by name, best AUROC first.
+    """Trained heads relative to the best one, by name, best AUROC first.
 
     Attributes
     ----------
     best : str
-        The head of the highest AUROC, the first of several.
+        The head with the highest AUROC, the first if there are several.
     equal : tuple of str
-        Those of the same AUROC.
+        Heads with an equal AUROC.
     worse : tuple of str
-        Those of which the paired test says so: Holm's p below `SIGNIFICANCE`.
+        Heads that are worse by the paired test: Holm's p below `SIGNIFICANCE`.
     undecided : tuple of str
-        Those that the test does not tell from the best.
+        Heads that the test does not distinguish from the best.
     untested : tuple of str
-        Those without a p.
+        Heads without a p.
     is_tested : bool
         Whether any head was tested against the best.
     """
@@ -66,7 +66,7 @@ class Ranking:
 
 
 class PriorVerdict(NamedTuple):
-    """How the best trained head stands to a prior: both AUROCs, and Holm's p where there is one."""
+    """The best trained head compared with a prior: both AUROCs, and Holm's p if available."""
 
     prior: str
     standing: Standing
@@ -76,9 +76,9 @@ class PriorVerdict(NamedTuple):
 
 
 def rank_heads(result: Mapping[str, Any]) -> Ranking | None:
-    """Sort the trained heads of a comparison by how they stand to the best of them.
+    """Return the trained heads of a comparison, sorted relative to the best.
 
-    Returns None where no head was trained, or no AUROC is estimable.
+    Returns None if no head was trained, or no AUROC is estimable.
     """
     trained = _trained(result)
     if not trained or trained[0]["scores"]["auroc"]["value"] is None:
@@ -100,7 +100,7 @@ def rank_heads(result: Mapping[str, Any]) -> Ranking | None:
 
 
 def judge_priors(result: Mapping[str, Any]) -> list[PriorVerdict]:
-    """Say how the best trained head stands to each prior that it was paired with."""
+    """Return the best trained head's comparison with each prior that it was paired with."""
     trained, found = _trained(result), []
     if not trained or trained[0]["scores"]["auroc"]["value"] is None:
         return []
@@ -122,14 +122,14 @@ def judge_priors(result: Mapping[str, Any]) -> list[PriorVerdict]:
 def write_headline(
     result: Mapping[str, Any], elsewhere: Mapping[str, Mapping[str, Any]] | None = None
 ) -> Headline:
-    """Say what a comparison found.
+    """Return the title and sentences that summarise a comparison.
 
     Parameters
     ----------
     result : mapping
-        As `compare_runs` returns it.
+        A comparison from `compare_runs`.
     elsewhere : mapping of str to mapping, optional
-        For each run that evaluates a model elsewhere, by the name of its rows, its `scores.json`.
+        The `scores.json` of each run that evaluates a model elsewhere, by the name of its rows.
     """
     elsewhere = elsewhere or {}
     sentences = list(_sentences(result, elsewhere))
@@ -144,7 +144,7 @@ def _title(result: Mapping[str, Any], elsewhere: Mapping[str, Any]) -> str:
     if elsewhere and n_elsewhere == len(trained):
         models = "does the model" if len(elsewhere) == 1 else "do the models"
         notes = [(own.get("drop") or {}).get("note") for own in elsewhere.values()]
-        # a note says why nothing is compared: the images may be of the model's own test
+        # a note explains a missing comparison: the images may belong to the model's own test
         return f"How {models} do {'on these images' if all(notes) else 'elsewhere'}?"
     if elsewhere:
         return "Trained here or elsewhere: which head is best?"
@@ -202,7 +202,7 @@ def _without_auroc(result: Mapping[str, Any]) -> str:
 
 
 def _describe_ranking(result: Mapping[str, Any], ranking: Ranking) -> Iterator[str]:
-    """Say which head leads, and of the others which are worse, which may be as good."""
+    """Yield sentences on which head leads, which are worse, and which may be as good."""
     leaders, than = (ranking.best, *ranking.equal), "it"
     if ranking.equal:
         than = ranking.best
@@ -226,7 +226,7 @@ def _describe_ranking(result: Mapping[str, Any], ranking: Ranking) -> Iterator[s
 
 
 def _describe_priors(best: str, verdicts: Sequence[PriorVerdict]) -> Iterator[str]:
-    """Name the first prior that no head was shown to be better than, if there is one."""
+    """Yield a sentence on the first prior that no head was shown to be better than, if any."""
     for verdict in verdicts:
         known = f"{verdict.prior} (AUROC {verdict.prior_auroc:.3f})"
         if verdict.standing == "worse":
@@ -253,10 +253,10 @@ class _Drop(NamedTuple):
     high: float | None
     note: str | None
     shown: str | None = None
-    """AUROC elsewhere with its interval, for where nothing else is shown."""
+    """AUROC elsewhere with its interval, if no other value is shown."""
 
     def values(self, level: str = "study") -> str:
-        """Write both, or the one that there is."""
+        """Return both values as text, or the one that is known."""
         title = "AUROC" if level == "study" else "AUROC by study"
         place = "on these images" if self.note else "elsewhere"
         if self.external is None:
@@ -266,7 +266,7 @@ class _Drop(NamedTuple):
         return f"{title} {self.internal:.3f} → {self.external:.3f} elsewhere"
 
     def verdict(self) -> str:
-        """Say whether a drop is shown."""
+        """Return a sentence on whether a drop is shown."""
         if self.note:
             return self.note
         if self.difference is None:
@@ -295,7 +295,7 @@ def _read_drop(name: str, scores: Mapping[str, Any], result: Mapping[str, Any]) 
 
 
 def _describe_one(best: str, drop: _Drop, verdicts: Sequence[PriorVerdict]) -> Iterator[str]:
-    """Say how one model does elsewhere, beside the best prior that it was paired with."""
+    """Yield sentences on one model's result elsewhere, next to the best paired prior."""
     clause = ""
     for verdict in verdicts:
         known = f"{verdict.prior} ({verdict.prior_auroc:.3f})"
@@ -335,7 +335,7 @@ def _best_score(result: Mapping[str, Any]) -> str:
 
 
 def _p_holm(result: Mapping[str, Any], a: Mapping[str, Any], b: Mapping[str, Any]) -> float | None:
-    """Return Holm's p of two rows, None where they were not tested against each other."""
+    """Return Holm's p of two rows, or None if they were not tested against each other."""
     wanted = {_name(result, a), _name(result, b)}
     found: Iterable[Any] = (
         pair["p_holm"] for pair in result["paired"] if {pair["a"], pair["b"]} == wanted
@@ -350,7 +350,7 @@ def _p(p: float | None) -> str:
 
 
 def _join(names: Sequence[str]) -> str:
-    """Write names as a list that a sentence can hold."""
+    """Return names as a list within a sentence."""
     shown = [*names]
     if len(shown) > MAX_NAMES:
         shown = [*shown[: MAX_NAMES - 1], f"{len(shown) - MAX_NAMES + 1} others"]

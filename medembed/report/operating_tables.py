@@ -1,4 +1,4 @@
-"""What decisions at operating points are worth, as tables for the terminal, papers and the page."""
+"""Decisions at operating points, as tables for the terminal, papers and the page."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -41,19 +41,19 @@ _COUNTS = (
 
 
 def tabulate_points(result: Mapping[str, Any], width: int | None = None) -> list[Table]:
-    """Return how trained heads decide at each operating point; no table where none tells.
+    """Return tables of trained heads' decisions at each operating point, if recorded.
 
     Parameters
     ----------
     result : mapping
-        A comparison; those made before there were operating points have none.
+        A comparison; older ones have no operating points.
     width : int, optional
-        Columns of the terminal: intervals and confusion matrix are left out where they do not fit.
+        Columns of the terminal: intervals and confusion matrix are left out if they do not fit.
 
     Returns
     -------
     list of Table
-        One of the rows at hand, and one at another prevalence where the comparison has it.
+        One for the test rows, and one at another prevalence if the comparison has it.
     """
     if not any(points for _, points in _heads(result)):
         return []
@@ -67,7 +67,7 @@ def tabulate_points(result: Mapping[str, Any], width: int | None = None) -> list
 
 
 def asks_for_points(result: Mapping[str, Any]) -> bool:
-    """Tell whether a comparison has more of decisions than every comparison has."""
+    """Return whether additional operating points or a prevalence were requested."""
     return len(result["operating_points"]) > len(SHOWN) or result["prevalence"] is not None
 
 
@@ -102,7 +102,7 @@ def points_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def name_point(name: str) -> str:
-    """Return an operating point's name as tables show it."""
+    """Return an operating point's name for tables."""
     return _NAMES.get(name, name)
 
 
@@ -117,7 +117,7 @@ def _heads(result: Mapping[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]
 
 
 class _Layout(NamedTuple):
-    """How much of a decision a table shows: intervals, the confusion matrix."""
+    """The optional parts of a table of decisions: intervals, the confusion matrix."""
 
     has_intervals: bool
     has_matrix: bool
@@ -141,7 +141,7 @@ def _table(result: Mapping[str, Any], layout: _Layout) -> Table:
 
 
 def _stack(table: Table) -> Table:
-    """Put the counts of each share on a line of their own."""
+    """Return the table with each share's counts on a separate line."""
     sections = []
     for section in table.sections:
         lines = []

@@ -1,6 +1,6 @@
-"""One self-contained page about any number of runs: no network, no machine's paths, no names.
+"""One self-contained page about any number of runs, without network access, paths or names.
 
-Its only script sorts and filters the leaderboard; without it the page is whole.
+Its only script sorts and filters the leaderboard; the page is complete without it.
 """
 
 import base64
@@ -62,7 +62,7 @@ METHOD_NOTES = (
 
 
 class WrittenReport(TypedDict):
-    """Paths of what `write_report` has written."""
+    """Paths of the files that `write_report` wrote."""
 
     page: str
     figures: list[str]
@@ -92,41 +92,42 @@ def write_report(
     runs : Run, path, or sequence of them
         Run directories.
     out : str or Path
-        Directory of the page; made where it is missing. Files of an earlier page are replaced,
-        and figures removed that no longer apply.
+        Directory of the page, created if missing. Files of an earlier page are replaced, and
+        figures that no longer apply are removed.
     level : {"study", "image"}
-        What is scored.
+        The unit that is scored.
     n_resamples, seed : int
         Bootstrap resamples of patients, and their seed.
     date : date, optional
-        What the page says as its date; today by default. All else depends on the runs alone.
+        Date shown on the page, by default today. Everything else depends only on the runs.
     find_thumbnails : callable, optional
-        Gives the images of the gallery, see `report.gallery`; without it they go by their hash.
+        Returns the images of the gallery, see `report.gallery`; by default images are named by
+        their hash.
     manifest : Manifest or path, optional
-        The one that the runs were made from: adds a section by each of its columns that can be
-        grouped. Where a run was made from another and there are thumbnails, the page says so.
+        The manifest that the runs were made from: adds a section for each of its columns that can
+        be grouped. If a run was made from another one and there are thumbnails, the page notes it.
     margin : float, optional
-        Loss of AUROC that would be acceptable: adds tests of non-inferiority.
+        Acceptable loss of AUROC: adds tests of non-inferiority.
     command : str, optional
-        What makes this page again, as the page says; by default with run names, level and seed.
+        The command shown for reproducing the page; by default with run names, level and seed.
     checklists : sequence of str
-        Names of `checklist.CHECKLISTS`, which are filled in beside the page.
+        Names from `checklist.CHECKLISTS`, to be filled in and written beside the page.
     operating_points, prevalence
-        As for `comparison.compare`.
+        See `comparison.compare`.
 
     Returns
     -------
     WrittenReport
         A dict: ``page`` (path), ``figures`` (paths of PNG, PDF, SVG and CSV files), and
-        ``checklist`` where any is asked for, see `checklist.write_checklists`.
+        ``checklist`` if any are requested, see `checklist.write_checklists`.
 
     Raises
     ------
     PathNotFoundError
         A run does not exist.
     RunError
-        A run is unfinished or was made from another manifest, the runs have no test rows in
-        common, the margin is out of range, or `out` is a file.
+        A run is unfinished or was made from another manifest, the runs share no test rows, the
+        margin is out of range, or `out` is a file.
     """
     out = as_path(out, "the directory of the page")
     if out.exists() and not out.is_dir():
@@ -141,7 +142,7 @@ def write_report(
     )
     opened = open_runs(runs)
     known = None if manifest is None else read_manifest(manifest)
-    external = find_external(opened)  # what is damaged is told before seconds go into figures
+    external = find_external(opened)  # damage is reported before seconds are spent on figures
     test_set = align_runs(opened, level, parse_rules(operating_points))
     other = None if known is None else explain_other_manifest(opened, test_set, known)
     if other is not None and find_thumbnails is None:
@@ -258,14 +259,14 @@ def _tabulate(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _show(value: Any) -> Any:
-    """Let text from data be text in HTML, and what would turn its direction a visible mark."""
+    """Return text from data escaped for HTML, with bidirectional controls made visible."""
     if type(value) is not str:
         return value
     return Markup(to_html(value))  # nosec B704 # escaped there
 
 
 def _command(result: dict[str, Any], asked: ComparisonOptions, *, has_manifest: bool) -> str:
-    """Write a command that makes a page of these runs."""
+    """Return a command that makes a page of these runs."""
     names = [run["name"] for run in result["runs"]]
     words = ["medembed", "report", *names, "-o", "report", "--level", result["level"]]
     usual = [rule.name for rule in SHOWN]
@@ -311,7 +312,7 @@ def _data_uri(svg: bytes) -> str:
 
 
 def _svg_size(svg: bytes) -> tuple[int, int]:
-    """Read the size in points, which holds the place of the figure while the page loads."""
+    """Return the size in points, which reserves the figure's space while the page loads."""
     found = re.search(rb'viewBox="0 0 ([0-9.]+) ([0-9.]+)"', svg)
     return (round(float(found[1])), round(float(found[2]))) if found else (0, 0)
 
@@ -325,7 +326,7 @@ def _write_plot(plot: Plot, directory: Path) -> list[Path]:
 
 
 def _remove_old(directory: Path, written: list[Path]) -> None:
-    """Remove figures of an earlier page that this one does not have, and nothing else."""
+    """Remove only those figures of an earlier page that this one does not have."""
     ours = {directory / f"{name}{suffix}" for name in FIGURES for suffix in _SUFFIXES}
     for path in ours.difference(written):
         path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The tables of the page, as cells of text; numbers beside them where a reader may sort."""
+"""The tables of the page, as cells of text, with numbers for columns that can be sorted."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -144,10 +144,10 @@ def tabulate_heads(result: dict[str, Any]) -> Leaderboard:
 
 
 def tabulate_decisions(result: dict[str, Any]) -> list[Table]:
-    """Return what each trained head's decisions are worth at each operating point.
+    """Return tables of each trained head's decisions at each operating point.
 
-    Shares with counts; the confusion matrix and what sums it up; predictive values at another
-    prevalence, where the comparison has one.
+    Shares with counts; the confusion matrix and its summary scores; predictive values at another
+    prevalence, if the comparison has one.
     """
 
     def shares(point: dict[str, Any]) -> list[str]:
@@ -185,7 +185,7 @@ def tabulate_decisions(result: dict[str, Any]) -> list[Table]:
 
 
 def tabulate_deferrals(result: dict[str, Any]) -> Deferrals | None:
-    """Return what each trained head's prediction sets do on test, None where none has any."""
+    """Return a table of each trained head's prediction sets on test, or None if none has any."""
     able = [row for row in _trained(result) if row["deferral"]]
     if not able:
         return None
@@ -215,7 +215,7 @@ def tabulate_deferrals(result: dict[str, Any]) -> Deferrals | None:
 
 
 def tabulate_coverage(result: dict[str, Any]) -> Coverage | None:
-    """Return what sets that promise 90 % do in each region, None where there is one at most."""
+    """Return a table of sets that promise 90 % by region, or None with at most one region."""
     sections, least = [], 0
     for row in _trained(result):
         if not row["deferral"]:
@@ -240,7 +240,7 @@ def tabulate_coverage(result: dict[str, Any]) -> Coverage | None:
 
 
 def tabulate_calibrations(result: dict[str, Any]) -> Table:
-    """Return how each trained head's probabilities fit, before and after scaling."""
+    """Return a table of each trained head's calibration, before and after scaling."""
     sections = []
     for row in _trained(result):
         own = row["calibrations"]
@@ -259,7 +259,7 @@ def tabulate_calibrations(result: dict[str, Any]) -> Table:
 
 
 def tabulate_pairs(result: dict[str, Any]) -> Table:
-    """Return the paired differences in AUROC, the smallest p first."""
+    """Return a table of paired differences in AUROC, the smallest p first."""
     pairs = sorted(result["paired"], key=lambda pair: (pair["p_holm"] is None, pair["p_holm"]))
     rows = [
         [
@@ -276,7 +276,7 @@ def tabulate_pairs(result: dict[str, Any]) -> Table:
 
 
 def tabulate_seeds(result: dict[str, Any]) -> Table:
-    """Return what the seed changes beside what the choice of patients does."""
+    """Return a table of the spread over seeds and over samples of patients."""
     sections = []
     for own in result["seeds"]:
         section = []
@@ -291,7 +291,7 @@ def tabulate_seeds(result: dict[str, Any]) -> Table:
 
 
 def _unbroken(score: dict[str, Any]) -> str:
-    """Write a share so that a line ends before its counts, and not within its interval."""
+    """Return a share as text that breaks before its counts, and not within its interval."""
     interval = format_interval(score)
     return format_count(score).replace(interval, interval.replace(" ", "\u00a0"), 1)
 
@@ -317,7 +317,7 @@ def _of_points(
 
 
 def _complement(row: dict[str, Any]) -> dict[str, float | None]:
-    """Return the share of wrong decisions where every study is decided."""
+    """Return the share of wrong decisions if every study is decided."""
     ends = {"value": "value", "low": "high", "high": "low"}
     accuracy = row["scores"]["accuracy"]
     return {a: None if accuracy[b] is None else 1 - accuracy[b] for a, b in ends.items()}
@@ -336,7 +336,7 @@ def _score(score: dict[str, float | None], heading: str) -> str:
 
 
 def _p_of(row: dict[str, Any]) -> float | None:
-    """Return what the column p sorts by: the best has no p and comes first."""
+    """Return the sort key of column p: the best head has no p and comes first."""
     return 2.0 if row["versus_best"] is None else row["versus_best"]["p_holm"]
 
 

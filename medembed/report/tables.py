@@ -32,22 +32,22 @@ __all__ = [
 
 FORMATS = ("table", "markdown", "csv", "latex")
 GROUPINGS = {"region": "regions", "views": "views"}
-"""What `by` may be, and where a comparison's row keeps those scores."""
+"""Values of `by`, and the key of a comparison's row that holds those scores."""
 NOT_ESTIMABLE = "not estimable"
 MISSING = "–"
 WIDE = 100
-"""Columns of a terminal that leave room for whole headings; "Macro-F1" takes two lines below."""
+"""Terminal width from which headings fit; below it "Macro-F1" takes two lines."""
 COLUMNS = {
     "macro_f1": "Macro-F1",
     "sensitivity": "Sens.",
     "specificity": "Spec.",
     "kappa": "κ",
 }
-"""The decision scores of the tables beside AUROC; macro-F1 is the mean over both classes."""
+"""The decision scores shown next to AUROC; macro-F1 is the mean over both classes."""
 SHARES = ("accuracy", "sensitivity", "specificity")
-"""What a CSV has counts of."""
+"""Scores with counts in a CSV."""
 FIT = {"brier": "Brier [95 %]", "slope": "Slope [95 %]", "intercept": "Intercept [95 %]"}
-"""How calibrated probabilities fit, what leads first."""
+"""Measures of calibration, the leading one first."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Table:
     columns : list of str
         Headings.
     n_names : int
-        How many columns, from the left, hold names; the others hold numbers.
+        Number of columns, from the left, that hold names; the others hold numbers.
     sections : list of list of list of str
         Groups of rows of cells, each row as long as `columns`.
     notes : list of str
@@ -91,7 +91,7 @@ def render(
     width: int = 80,
     more: Sequence[Table] = (),
 ) -> str:
-    """Turn what `compare` returns into text.
+    """Return a comparison as text.
 
     Parameters
     ----------
@@ -102,14 +102,14 @@ def render(
     by : {"region", "views"}, optional
         Show the trained heads within each region or number of views.
     width : int
-        Columns of the terminal, for "table" only.
+        Columns of the terminal, only for "table".
     more : sequence of Table
-        Further ones to write below; not for "csv".
+        Further tables to append; not for "csv".
 
     Raises
     ------
     RunError
-        An unknown format or grouping.
+        The format or grouping is unknown.
     """
     if table_format not in FORMATS:
         raise RunError(f"format {table_format!r} is unknown. Choose one of: {', '.join(FORMATS)}.")
@@ -131,13 +131,13 @@ def render(
 
 
 def make_tables(result: dict[str, Any], by: str | None = None) -> list[Table]:
-    """Return the table of `make_table` and, overall, that of calibration; notes are the last's."""
+    """Return `make_table` and, without grouping, the calibration table; the last has the notes."""
     fit = _fit_table(result) if by is None else None
     return _with_notes_last([own for own in (make_table(result, by), fit) if own is not None])
 
 
 def _with_notes_last(tables: list[Table]) -> list[Table]:
-    """Put the notes of the first table, which hold for all, below the last."""
+    """Return the tables with the first one's notes, which apply to all, below the last."""
     if len(tables) > 1:
         first, last = tables[0], tables[-1]
         tables[-1] = replace(last, notes=[*last.notes, *first.notes])
@@ -148,12 +148,12 @@ def _with_notes_last(tables: list[Table]) -> list[Table]:
 def make_table(
     result: dict[str, Any], by: str | None = None, *, with_counts: bool = False
 ) -> Table:
-    """Choose the columns and write the cells of a comparison, overall or `by` a grouping."""
+    """Return the table of a comparison, overall or `by` a grouping."""
     plural = "studies" if result["level"] == "study" else "images"
     if by is not None:
         return _grouped_table(result, by, plural, with_counts)
     several = len(result["runs"]) > 1
-    shown = list(COLUMNS)[: -1 if several else None]  # the runs' names want the width of one
+    shown = list(COLUMNS)[: -1 if several else None]  # the runs' names need the width of one
     extra = ["Train"] if result.get("efficiency") else []
     columns = ["Head", *extra, "AUROC [95 %]", *(COLUMNS[name] for name in shown), "p"]
     rows = [
@@ -173,7 +173,7 @@ def make_table(
 
 
 def format_interval(score: Mapping[str, Any], digits: int = 3) -> str:
-    """Write a score with its interval, ``0.931 [0.902, 0.956]``, or bound, ``[≤ 0.080]``."""
+    """Return a score with its interval, ``0.931 [0.902, 0.956]``, or bound, ``[≤ 0.080]``."""
     if score["value"] is None:
         return NOT_ESTIMABLE
     value, low, high = (
@@ -185,29 +185,29 @@ def format_interval(score: Mapping[str, Any], digits: int = 3) -> str:
 
 
 def format_p(p: float | None) -> str:
-    """Write a p-value to three decimals, or below 0.001."""
+    """Return a p-value to three decimals, or that it is below 0.001."""
     if p is None:
         return MISSING
     return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def share_of_train(row: dict[str, Any]) -> str:
-    """Write the share of the training patients that a head was given."""
+    """Return the share of the training patients that a head was given, as text."""
     return f"{100 * row['train_fraction']:.3g} %"
 
 
 def format_count(score: Mapping[str, Any]) -> str:
-    """Write a share with its interval and counts, ``0.909 [0.623, 0.984] 10/11``."""
+    """Return a share with its interval and counts, ``0.909 [0.623, 0.984] 10/11``."""
     return format_interval(score) + _count(score)
 
 
 def format_value(score: Mapping[str, Any]) -> str:
-    """Write a score alone, to three decimals."""
+    """Return a score without interval, to three decimals."""
     return MISSING if score["value"] is None else f"{score['value']:.3f}"
 
 
 def format_counted(score: Mapping[str, Any]) -> str:
-    """Write a score alone, with the counts of a share: ``0.909 10/11``."""
+    """Return a score without interval, but with the counts of a share: ``0.909 10/11``."""
     return format_value(score) + _count(score)
 
 
@@ -216,7 +216,7 @@ def _count(score: Mapping[str, Any]) -> str:
 
 
 def _fit_table(result: dict[str, Any]) -> Table | None:
-    """Write how the trained heads' calibrated probabilities fit; None where it is not known."""
+    """Return a table of the trained heads' calibration, or None if it is unknown."""
     several = len(result["runs"]) > 1
     rows = [
         [
@@ -282,14 +282,14 @@ def _p_value(row: dict[str, Any]) -> str:
 
 
 def render_table(table: Table, table_format: str, width: int = 80) -> str:
-    """Write a table as "table" (for a terminal `width` columns wide), "markdown" or "latex"."""
+    """Return a table as "table" (for a terminal `width` columns wide), "markdown" or "latex"."""
     if table_format == "latex":
         return _latex(table)
     return _markdown(table) if table_format == "markdown" else render_terminal(table, width)
 
 
 def render_terminal(table: Table, width: int) -> str:
-    """Write a table for a terminal of so many columns, with its notes below."""
+    """Return a table for a terminal `width` columns wide, with its notes below."""
     from rich import box
     from rich.console import Console
     from rich.table import Table as RichTable
@@ -318,7 +318,7 @@ def render_terminal(table: Table, width: int) -> str:
 
 
 def table_width(table: Table) -> int:
-    """Return the columns of a terminal that `render_terminal` needs so that no name is folded."""
+    """Return the terminal width at which `render_terminal` folds no name."""
     columns = list(zip(table.columns, *table.rows, strict=True))
     return sum(max(map(len, cells)) for cells in columns) + 3 * len(columns) - 1
 
@@ -332,7 +332,7 @@ def _markdown(table: Table) -> str:
 
 
 def _latex(table: Table) -> str:
-    """Write a table as a `booktabs` tabular, with the notes as comments."""
+    """Return a table as a `booktabs` tabular, with the notes as comments."""
     alignment = "l" * table.n_names + "r" * (len(table.columns) - table.n_names)
     bodies = [
         "\n".join(" & ".join(map(to_latex, row)) + r" \\" for row in section)

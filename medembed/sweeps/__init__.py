@@ -1,4 +1,4 @@
-"""Sweeps: many heads, cross-validated on one cache and one manifest, into one run."""
+"""Sweeps: cross-validate many heads on one cache and one manifest, and write one run."""
 
 from medembed.sweeps.job import sweep
 

@@ -1,4 +1,4 @@
-"""What a sweep learns from and what it trains: rows, folds, covariates, trials and batches."""
+"""The data and the plan of a sweep: rows, folds, covariates, trials and batches."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,14 +38,14 @@ __all__ = [
 
 @dataclass(frozen=True)
 class PooledColumns:
-    """Columns that heads are tried on.
+    """The embedding columns that heads are trained on.
 
     Attributes
     ----------
     name : str
         Poolings of the cache joined by `+`.
     n_cells : int
-        Vectors per image; above 1 only heads that read cells take it.
+        Vectors per image; above 1 the pooling is only for heads that read cells.
     """
 
     name: str
@@ -95,10 +95,10 @@ def plan_batches(
     n_folds: int,
     shared: Mapping[str, Any],
 ) -> list[Batch]:
-    """List everything that a sweep trains.
+    """Return all batches that a sweep trains.
 
-    A trial's key hashes all that decides its result: `shared`, its head, pooling, parameters and
-    fold, and the batch it trains in.
+    A trial's key hashes everything that determines its result: `shared`, its head, pooling,
+    parameters and fold, and the batch in which it trains.
 
     Raises
     ------
@@ -133,7 +133,7 @@ def _readable(head: str, poolings: Sequence[PooledColumns]) -> list[PooledColumn
 
 
 def _resolved(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace what depends on the machine by what it is here."""
+    """Return parameters with machine-dependent values resolved for this machine."""
     if "precision" in params:
         return {**params, "precision": resolve_precision(params["precision"])}
     return dict(params)
@@ -171,7 +171,7 @@ def _batch(
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """What was asked, as it is understood."""
+    """The sweep's options, after parsing."""
 
     cache: Cache
     manifest: Manifest
@@ -188,16 +188,16 @@ class SweepConfig:
 
 @dataclass
 class SweepRows:
-    """A sweep's rows: the same for all poolings, of which one at a time is in memory.
+    """A sweep's rows, identical for all poolings; only one pooling is in memory at a time.
 
     Attributes
     ----------
     row_folds : int64 array of shape (n,)
-        The fold of every embedded row; -1 where it is not trained on.
+        The fold of every embedded row; -1 for rows that are not trained on.
     row_inner : bool array of shape (n_folds, n)
-        Whether the row decides for a fold when trials stop and which is chosen, see `draw_inner`.
+        Whether the row is used, for each fold, to stop and choose trials, see `draw_inner`.
     failed : DataFrame
-        Rows left out, as `Embeddings` has them.
+        Rows left out, see `Embeddings.failed`.
     encoder : CovariateEncoder, optional
     """
 
@@ -224,7 +224,7 @@ class SweepRows:
             rows = asked.manifest.rows
             trained = rows[rows["image"].isin(folds.index)]
             self.encoder = fit_covariates(trained, asked.covariates)
-            self.encoder.transform(rows)  # what cannot be encoded is told before any training
+            self.encoder.transform(rows)  # an invalid covariate is reported before any training
         self.row_folds = folds.reindex(embeddings.rows["image"]).fillna(-1).to_numpy(np.int64)
         by_image = pd.DataFrame(inner.T, folds.index).reindex(
             embeddings.rows["image"], fill_value=False
@@ -235,7 +235,7 @@ class SweepRows:
         self._keep(self.poolings[0], embeddings)
 
     def load(self, name: str) -> tuple[Embeddings, Training]:
-        """Return embeddings and training rows of a pooling, read anew unless it was the last."""
+        """Return embeddings and training rows of a pooling, cached only for the last pooling."""
         if self._loaded is None or self._loaded[0] != name:
             self._loaded = None  # one table at a time
             pooling = next(pooling for pooling in self.poolings if pooling.name == name)
@@ -244,7 +244,7 @@ class SweepRows:
         return self._loaded[1:]
 
     def shared(self) -> dict[str, Any]:
-        """Return what decides the results of all trials alike."""
+        """Return everything that affects the results of all trials."""
         asked = self.asked
         assert self._loaded is not None
         rows, trained = self._loaded[1].rows, self.row_folds >= 0
@@ -263,7 +263,7 @@ class SweepRows:
         }
 
     def question(self, batches: Sequence[Batch]) -> dict[str, Any]:
-        """Return what a run directory answers: other questions want another one."""
+        """Return the question that a run directory answers; another question needs another one."""
         shared = self.shared()
         del shared["versions"], shared["trained"]
         counts: dict[str, int] = {}
@@ -276,7 +276,7 @@ class SweepRows:
             **shared,
             "n_configs": counts,
             "space": json_digest(tried)[:16],
-            # runs of before say nothing of operating points
+            # older runs do not record operating points
             **({"operating_points": names} if (names := self._name_points()) else {}),
         }
 
@@ -308,7 +308,7 @@ class SweepRows:
 
 
 def list_poolings(cache: Cache, pool: str | Sequence[str] | None) -> list[PooledColumns]:
-    """Return the poolings asked for; the cache must have them."""
+    """Return the requested poolings, which the cache must hold."""
     names = pool.split(",") if isinstance(pool, str) else pool
     chosen = []
     for name in dict.fromkeys(names) if names else [None]:
@@ -321,7 +321,7 @@ def list_poolings(cache: Cache, pool: str | Sequence[str] | None) -> list[Pooled
 def _check_rows(
     embeddings: Embeddings, row_folds: NDArray[np.int64], row_inner: NDArray[np.bool_]
 ) -> None:
-    """Refuse rows that allow no training: one class in any part of a fold, no test rows."""
+    """Refuse rows unfit for training: a single class in a part of a fold, or no test rows."""
     is_test = (embeddings.rows["split"] == "test").to_numpy() & (embeddings.y >= 0)
     if not is_test.any():
         raise TrainingDataError(
@@ -333,5 +333,5 @@ def _check_rows(
         held, trained = row_folds == fold, row_folds >= 0
         require_both_classes(embeddings.y[held], f"fold {fold} {left_out}")
         for part, flags in (("learnt from", ~judged), ("stopped by", judged)):
-            where = f"what is {part} without fold {fold}, {left_out},"
+            where = f"the data {part} without fold {fold}, {left_out},"
             require_both_classes(embeddings.y[trained & ~held & flags], where)

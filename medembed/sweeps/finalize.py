@@ -1,9 +1,9 @@
-"""The sweep's end: winners are refitted and packaged, predict every row, and are scored once.
+"""The end of a sweep: refit and package the winners, predict every row, and score them once.
 
-A trial has learnt from a part of the other folds' patients, and the rest of them has judged it. A
-winner is trained anew on all of them, for as many epochs or trees as that rest has found best, and
-predicts the fold, which no decision has seen. Those predictions are what a head is judged by, and
-what calibration, thresholds and prediction sets rest on.
+A trial learned from some of the other folds' patients and was judged on the rest. A winner is
+retrained on all of these patients, for the number of epochs or trees that was best on the rest,
+and predicts the left-out fold, which influenced no decision. Heads are judged by these predictions,
+and calibration, thresholds and prediction sets are based on them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -63,11 +63,11 @@ class Refit:
     Attributes
     ----------
     head, params, budget
-        Of the winner; without a budget it is trained as its parameters say.
+        The winner's head, parameters and epochs or trees; without a budget its parameters apply.
     fold : int, optional
-        The one to leave out and to predict; None trains on all.
+        The fold to leave out and predict; None trains on all rows.
     key : str
-        Under which the run keeps the predictions of that fold.
+        The key under which the run keeps the predictions of that fold.
     """
 
     head: str
@@ -79,13 +79,13 @@ class Refit:
 
 @dataclass(frozen=True)
 class Refitted:
-    """A winner trained on all rows, and what it predicts of every fold when that is left out.
+    """A winner trained on all rows, and its predictions of every left-out fold.
 
     Attributes
     ----------
     head : Head
     out_of_fold : float64 array of shape (n,)
-        One per row, or per study by code where the head judges studies; NaN if left out.
+        One per row, or one per study code if the head judges studies; NaN if left out.
     cv : float
         Mean over folds of the sweep's metric.
     """
@@ -98,29 +98,29 @@ class Refitted:
 def _refit_winners(
     run: Run, training: Training, winners: Sequence[Winner], jobs: int | None, backend: str
 ) -> dict[str, Refitted | str]:
-    """Train winners of one pooling on all rows, and without each fold.
+    """Train the winners of one pooling on all rows, and without each fold.
 
-    What a fold's training predicts is kept in the run as soon as it is there, so that the same
-    sweep, asked again, does not repeat it.
+    Each fold's predictions are kept in the run as soon as they exist, so that repeating the sweep
+    does not compute them again.
 
     Parameters
     ----------
     run : Run
-        Locked.
+        The run, locked by this process.
     winners : sequence of Winner
-        Those that are.
+        Winners with a configuration.
     jobs, backend
-        As `Pool` takes them.
+        Number and kind of processes, see `Pool`.
 
     Returns
     -------
     dict of str to Refitted or str
-        By name of the head; or why it cannot be trained again, which would come again.
+        Head name -> refit, or the reason why it cannot be trained, if that would recur.
 
     Raises
     ------
     RunError
-        A training failed, or its process died, for a reason that need not come again.
+        A training failed, or its process died, for a reason that may not recur.
     """
     parts = {own.head: _plan_folds(own) for own in winners}
     kept = {part.key: run.kept_fold(part.key) for own in parts.values() for part in own}
@@ -153,10 +153,10 @@ def _refit_winners(
 
 
 def refit(training: Training, item: Refit) -> Any:
-    """Train once; return the head, or its predictions of the fold left out. Runs in a process.
+    """Return the head of one training, or its predictions of the left-out fold; run in a process.
 
-    What goes wrong is returned as `Died`: raised in a process, it would be taken for the end of
-    that process, and all that ran beside it would begin again.
+    Errors are returned as `Died`: an exception raised in a process would be taken for the end of
+    that process, and all concurrent trainings would be restarted.
     """
     try:
         if item.fold is None:
@@ -166,11 +166,11 @@ def refit(training: Training, item: Refit) -> Any:
             found = predict(training, head, training.held(item.fold))
     except Exception as error:
         return Died(describe_failure(error))
-    return found if np.isfinite(found).all() else Died("its predictions are no finite numbers")
+    return found if np.isfinite(found).all() else Died("its predictions are not finite numbers")
 
 
 def _gather_folds(training: Training, head: str, folds: _Folds) -> NDArray[np.float64]:
-    """Put predictions of each fold in their rows' places, see `Refitted.out_of_fold`."""
+    """Return the folds' predictions in row order, see `Refitted.out_of_fold`."""
     per_study = head_class(head).study_level
     n = int(training.studies.max()) + 1 if per_study else len(training.y)
     found = np.full(n, np.nan)
@@ -191,7 +191,7 @@ def _train(training: Training, item: Refit, rows: NDArray[np.int64]) -> Head:
 
 
 def _explain(item: Refit, died: Died) -> str:
-    """Return why a training failed; RunError where the next one may not."""
+    """Return why a training failed; raise RunError if another attempt may succeed."""
     if is_final(died.reason):
         return died.reason
     rows = "on all training rows" if item.fold is None else f"without fold {item.fold}"
@@ -202,7 +202,7 @@ def _explain(item: Refit, died: Died) -> str:
 
 
 def _plan_folds(winner: Winner) -> list[Refit]:
-    """Plan the trainings behind out-of-fold scores."""
+    """Return the trainings behind out-of-fold scores."""
     return [
         Refit(
             winner.head,
@@ -248,8 +248,8 @@ def finish(
 ) -> None:
     """Refit, package, predict and score; the scores are written last.
 
-    `load` gives the embeddings and training rows of a pooling; `extras` go on every card;
-    `points` are operating points beside the usual ones.
+    `load` returns the embeddings and training rows of a pooling; `extras` are added to every card;
+    `points` are operating points in addition to the default ones.
     """
     run.drop_partial_models()
     _refuse_failures(run, winners)
@@ -295,7 +295,7 @@ def _refuse_failures(run: Run, winners: Sequence[Winner]) -> None:
 def _predict(
     run: Run, winner: Winner, found: Refitted, embeddings: Embeddings, training: Training
 ) -> pd.DataFrame:
-    """Predict every row with what was saved; rows of train have their out-of-fold predictions."""
+    """Return the saved model's predictions of every row; those of train rows are out-of-fold."""
     with one_thread():
         saved = load_model(run.model_path(winner.head)).head
         if saved.study_level:
@@ -319,7 +319,7 @@ def _study_rows(embeddings: Embeddings, training: Training) -> pd.DataFrame:
 
 
 def _summarise(embeddings: Embeddings, training: Training) -> dict[str, NDArray[Any]]:
-    """Fit what `evaluate` measures drift from, on the embeddings of the training rows alone."""
+    """Return the reference for drift in `evaluate`, fitted on the training rows' embeddings."""
     trained = np.flatnonzero(training.folds >= 0)
     with one_thread():
         return fit_reference(
@@ -338,7 +338,7 @@ def _describe(
     training: Training,
     points: Sequence[ThresholdRule],
 ) -> dict[str, Any]:
-    """Say what the model wants, how its scores become decisions, and what it has seen."""
+    """Return a card: the model's inputs, how scores become decisions, and its training data."""
     trained = np.flatnonzero(training.folds >= 0)
     per_study = found.head.study_level
     studies = _score_studies(found.out_of_fold, embeddings, training, per_study)

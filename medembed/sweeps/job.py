@@ -1,10 +1,10 @@
 """Sweep heads over the embeddings of a cache: choose, cross-validate, refit, score once on test.
 
-When a trial stops, and which configuration is chosen, is decided on patients of the folds that it
-learns from, so that the fold that is scored has no say in either.
+Early stopping and the choice of a configuration use patients of the folds that are trained on, so
+that the scored fold influences neither.
 
-Every trial and fold is written to the run's ledger when it ends, under a key that hashes all that
-decides its result; the same sweep again runs only what is missing.
+Every trial and fold is written to the run's ledger when it ends, under a key that hashes everything
+that determines its result; repeating the sweep runs only the missing ones.
 """
 
 import shlex
@@ -39,7 +39,7 @@ from medembed.sweeps.selection import choose, standings
 
 __all__ = ["sweep"]
 
-FLOOR = "logistic"  # in every table, so that nobody reports a head without what a line can do
+FLOOR = "logistic"  # in every table, so that every head is reported next to a linear baseline
 
 
 def sweep(
@@ -62,7 +62,7 @@ def sweep(
     progress: Callable[[int, int], None] | None = None,
     board: Callable[[Callable[[], list[dict[str, Any]]]], None] | None = None,
 ) -> Run:
-    """Choose each head's configuration, cross-validate it, refit it on all of train, score on test.
+    """Choose and cross-validate each head's configuration, refit it on train, score it on test.
 
     Parameters
     ----------
@@ -71,64 +71,65 @@ def sweep(
     manifest : Manifest or path
         Labels, patients and splits.
     out : str or Path
-        The run directory: new, or the same sweep's, which is then continued.
+        The run directory: new, or that of an identical sweep, which is then resumed.
     heads : str or sequence of str
-        Names of heads, see `medembed.heads.registry`; ``logistic`` is added where it is missing.
+        Names of heads, see `medembed.heads.registry`; ``logistic`` is added if missing.
     pool : str or sequence of str, optional
-        What heads are tried on, each a pooling or several joined by ``+``; by default all
-        single-vector poolings of the cache side by side. A pooling of cells, such as ``grid4``, is
-        for heads that read cells.
+        Columns to try heads on, each a pooling or several joined by ``+``; by default all
+        single-vector poolings of the cache joined. A pooling of cells, such as ``grid4``, is for
+        heads that read cells.
     space : path, optional
-        A search space, see `sweeps.search_space`; heads that it does not name have the default.
+        A search space, see `sweeps.search_space`; heads that it does not name use the default.
     n_configs : int, optional
-        Configurations tried per head and pooling, at least 1; by default what the space says.
+        Configurations tried per head and pooling, at least 1; by default the space's number.
     n_folds : int
         Patient-disjoint folds, at least 2.
     metric : str
-        The study-level score that chooses, one of `SCORES`.
+        The study-level score by which configurations are chosen, one of `SCORES`.
     covariates : sequence of str
         Columns of the manifest that are encoded and appended to every embedding.
     train_fraction : float in (0, 1]
-        Share of the training patients that is learnt from; a smaller share's patients are among a
-        larger one's, and keep their folds.
+        Share of the training patients to use; the patients of a smaller share are contained in a
+        larger one, and keep their folds.
     seed : int
-        Decides folds, configurations and heads. The same seed gives the same predictions,
-        whatever `jobs` is.
+        Determines folds, configurations and heads. Equal seeds give equal predictions for any
+        `jobs`.
     operating_points : sequence of str or ThresholdRule
-        Packaged with every model beside `thresholds.PACKAGED`, as `thresholds.parse_rule` reads
-        them.
+        Rules packaged with every model in addition to `thresholds.PACKAGED`; see
+        `thresholds.parse_rule`.
     jobs : int, optional
-        Processes of one thread; one per core by default, 1 trains in this process. More than cores
-        and memory bear are refused.
+        Single-threaded processes; one per core by default, 1 trains in this process. More than
+        cores and memory allow are refused.
     backend : {"loky", "ray"}
-        Processes of this machine, or of the Ray at `RAY_ADDRESS`.
+        Processes on this machine, or on the Ray cluster at `RAY_ADDRESS`.
     progress : callable, optional
         Called with the number of trained folds so far and the total.
     board : callable, optional
-        Called whenever a trial has ended, with a function that computes the leaderboard so far (see
-        `standings`) at any later time.
+        Called whenever a trial has ended, with a function that returns the current leaderboard (see
+        `standings`) whenever it is called.
 
     Returns
     -------
     Run
         Complete. Its ``leaderboard`` has the columns ``head, pooling, trial, params, cv, seconds,
-        status, error, chosen_by, n_tried, budget, fold_budgets``, best first, heads of which every
-        configuration failed last. ``cv`` is the winner's, trained on all folds but the scored one;
-        ``chosen_by`` is the better score that chose it, of patients within these folds, from
-        ``n_tried`` configurations. ``fold_budgets`` are the epochs or trees that were best there,
-        ``budget`` is their median, of the model; None of heads without.
+        status, error, chosen_by, n_tried, budget, fold_budgets``, best first; heads whose
+        configurations all failed come last. ``cv`` is the winner's score when trained on all folds
+        except the scored one; ``chosen_by`` is the optimistic score by which it was chosen, on
+        patients within these folds, from ``n_tried`` configurations. ``fold_budgets`` are the
+        best numbers of epochs or trees there, ``budget`` is their median, used for the model; None
+        for heads without one.
 
     Raises
     ------
     TrainingDataError
-        Labels, patients, columns, heads, space or metric do not allow this sweep; before any
-        training.
+        Labels, patients, columns, heads, space or metric do not allow this sweep; raised before
+        any training.
     CacheError
         A pooling is not in the cache.
     MissingRowsError
         Rows of the manifest are neither embedded nor listed as failed.
     RunError
-        `out` answers another question or is not a run, or every head failed.
+        `out` holds a different sweep or is not a run, or every head failed.
     """
     heads = heads.split(",") if isinstance(heads, str) else heads
     _check_options(heads, n_configs, n_folds, metric, jobs, backend)
@@ -185,7 +186,7 @@ def sweep(
 
 
 def _train(run: Run, ledger: Ledger, data: SweepRows, jobs: int | None, backend: str) -> None:
-    """Train what the ledger lacks, pooling by pooling, and finish the run."""
+    """Train the trials missing from the ledger, pooling by pooling, and finish the run."""
     asked = data.asked
     for pooling in data.poolings:
         own = [batch for batch in ledger.batches if batch.pooling == pooling.name]
@@ -224,7 +225,7 @@ def _check_options(
 
 
 def _connected(backend: str) -> AbstractContextManager[Any]:
-    """Stay connected to Ray for the whole sweep, where that is the backend."""
+    """Return a context that stays connected to Ray during the sweep, if Ray is the backend."""
     return connected_to_ray("--backend ray") if backend == "ray" else nullcontext()
 
 
@@ -236,7 +237,7 @@ def _command(
     space: str | Path | None,
     asked: SweepConfig,
 ) -> str:
-    """Write the command that asks this sweep again."""
+    """Return the command that repeats this sweep."""
     words = ["medembed", "sweep", public_name(cache.path if isinstance(cache, Cache) else cache)]
     words += ["MANIFEST" if isinstance(manifest, Manifest) else public_name(manifest)]
     words += ["--out", public_name(out), "--heads", ",".join(asked.heads)]

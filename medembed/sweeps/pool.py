@@ -1,4 +1,4 @@
-"""Processes that train: on this machine, or on Ray. One that dies costs what it was doing."""
+"""Training processes, on this machine or on Ray. A process that dies loses only its own item."""
 
 import errno
 import multiprocessing.resource_tracker
@@ -24,40 +24,40 @@ __all__ = ["BACKENDS", "Died", "Pool", "choose_jobs"]
 
 BACKENDS = ("loky", "ray")
 JOB_BYTES = 500_000_000
-"""Memory that a process takes which trains, with PyTorch loaded and some embeddings."""
+"""Memory that a training process takes, with PyTorch loaded and some embeddings."""
 
 
 @dataclass(frozen=True)
 class Died:
-    """What took the place of a result: why there is none, such as a process that is gone."""
+    """Takes the place of a missing result and holds the reason, such as a process that died."""
 
     reason: str
 
 
 def choose_jobs(asked: int | None) -> int:
-    """Decide how many processes of this machine train; one a core by default.
+    """Return the number of training processes on this machine, one per core by default.
 
     Raises
     ------
     TrainingDataError
-        More are asked for than its cores and memory bear.
+        More processes are requested than its cores and memory allow.
     """
     most = choose_processes(asked, "--jobs", JOB_BYTES, TrainingDataError)
     return asked or min(most, joblib.cpu_count())
 
 
 class Pool:
-    """Run a function over items, with one large thing that all share.
+    """Runs a function over items, with one large object shared by all.
 
     Parameters
     ----------
     shared : object
-        Its first argument, for all items. Its arrays lie in memory once, read-only, however many
-        processes there are on a machine.
+        The function's first argument, for all items. Its arrays are in memory once, read-only, for
+        any number of processes on a machine.
     jobs : int, optional
-        Processes; one per core by default. With 1 (and `loky`) all runs in this process.
+        Processes; one per core by default. With 1 (and `loky`) everything runs in this process.
     backend : {"loky", "ray"}
-        Processes of this machine, or of the Ray cluster at `RAY_ADDRESS`, through joblib.
+        Processes on this machine, or on the Ray cluster at `RAY_ADDRESS`, through joblib.
     """
 
     def __init__(self, shared: Any, jobs: int | None = None, backend: str = "loky") -> None:
@@ -85,12 +85,12 @@ class Pool:
     def __exit__(self, *error: object) -> None:
         if self._results is not None:
             with _quiet():
-                self._results.close()  # where all did not come: ends the processes
+                self._results.close()  # if results are missing: ends the processes
         self._stack.close()
 
     @property
     def jobs(self) -> int:
-        """Processes at most."""
+        """Maximum number of processes."""
         return self._jobs or 1
 
     def run(
@@ -100,13 +100,13 @@ class Pool:
         *,
         suspected: bool = False,
     ) -> Iterator[tuple[int, Any]]:
-        """Yield (number of the item, result or `Died`) as they end, in no particular order.
+        """Yield (index of the item, result or `Died`) in the order of completion.
 
         Parameters
         ----------
         suspected : bool
-            Whether one of the items is known to end its process: they run one after the other,
-            since together they would only have to begin again.
+            Whether one of the items is known to kill its process: the items then run one after the
+            other, since running them together would only restart all of them.
         """
         if self.jobs == 1 and self._backend == "loky":
             for i, item in enumerate(items):
@@ -116,13 +116,13 @@ class Pool:
         if not waiting:
             return
         if not suspected:
-            n_processes = max(2, min(self.jobs, len(items)))  # of one joblib would make none
-            with suppress(Exception):  # the function's own errors are results: this is the pool's
+            n_processes = max(2, min(self.jobs, len(items)))  # for one, joblib would start none
+            with suppress(Exception):  # errors of the function are results: this is the pool's
                 for i, result in self._in_processes(function, waiting, n_processes):
                     del waiting[i]
                     yield i, result
                 return
-        # A fit took its process down, and all that ran beside it. Alone, only the guilty one falls.
+        # A fit took down its process and the concurrent ones. Run alone, only the guilty one fails.
         for i, item in waiting.items():
             try:
                 yield from self._in_processes(function, {i: item}, 2)
@@ -148,9 +148,9 @@ class Pool:
             yield from self._results
 
     def _on_ray(self, calls: Sequence[Any]) -> Iterator[tuple[int, Any]]:
-        """Yield the results of calls in slices: Ray gives none before all of a slice are there.
+        """Yield the results of calls in slices, as Ray returns results only for a whole slice.
 
-        The actors are kept for the next calls, unless one of them died.
+        The actors are kept for later calls, unless one of them died.
         """
         if self._parallel is None:
             with joblib.parallel_config(backend="ray"):
@@ -171,9 +171,9 @@ class Pool:
 
 
 def _refuse_full_disk(error: Exception) -> None:
-    """Raise where the arrays that processes share found no room: no trial is to blame for that.
+    """Raise if there was no room for the arrays that processes share, which is no trial's fault.
 
-    joblib maps them from a file, and tells of its troubles in words alone.
+    joblib maps the arrays from a file, and reports the failure only in the text of its error.
     """
     if os.strerror(errno.ENOSPC) not in f"{error} {error.__cause__}":
         return
@@ -191,17 +191,17 @@ def _refuse_full_disk(error: Exception) -> None:
 def _choose_on_ray(asked: int | None, cores: int) -> int:
     if asked is not None and asked > max(1, cores):
         raise TrainingDataError(
-            f"--jobs {asked} is more than the {cores} cores of this Ray, and some would never "
-            "begin. Give no more, or leave it out."
+            f"--jobs {asked} is more than the {cores} cores of this Ray cluster, and some would "
+            "never start. Use no more than that, or omit --jobs."
         )
     return asked or max(1, cores)
 
 
 @contextmanager
 def _deaf() -> Iterator[None]:
-    """Keep a terminal's signals from processes that start now: this one is told, and ends them."""
+    """Shield processes started now from a terminal's signals: this process ends them itself."""
     for tracker in (multiprocessing.resource_tracker, loky_tracker):
-        tracker.ensure_running()  # starting one would let the signal in again
+        tracker.ensure_running()  # starting one later would admit the signal again
     signals = {signal.SIGINT, signal.SIGHUP}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
@@ -212,9 +212,9 @@ def _deaf() -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Let joblib not warn of what an interruption cancels, or of a process that it renews.
+    """Silence joblib's warnings of jobs cancelled by an interruption, or of a restarted worker.
 
-    The ledger knows what is missing, and a process that has grown is not a leak: it had more to do.
+    The ledger knows which trials are missing, and a worker that grew had more work, not a leak.
     """
     with warnings.catch_warnings():
         for message in (".*have been cancelled", "A worker stopped while some jobs were given"):
@@ -241,5 +241,5 @@ def _call(function: Callable[[Any, Any], Any], shared: Any, i: int, item: Any) -
 
 @cache
 def _end_with_parent() -> None:
-    """Say it once in a process: those that a killed sweep has left would wait for minutes."""
+    """Make this process end with its parent; those of a killed sweep would linger for minutes."""
     end_with_parent()

@@ -1,4 +1,4 @@
-"""Train what a run's ledger lacks, batch by batch, and write it down as it ends."""
+"""Train the trials missing from a run's ledger, batch by batch, and record each as it ends."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -25,26 +25,26 @@ __all__ = ["Ledger", "run_batches", "sign_of"]
 LOWER_IS_BETTER = ("brier", "ece")
 
 RETIRED = "retired"
-"""Status of a trial that was given up at a rung; its score is that of its best epoch until then."""
+"""Status of a trial that was retired at a rung; its score is that of its best epoch so far."""
 
 MIN_SURVIVORS = 2
-"""Of a cohort, whatever its size: the last choice is made between trials that went to the end."""
+"""Trials of a cohort, of any size, that train to the end; the final choice is among them."""
 
 
 def sign_of(metric: str) -> int:
-    """Return -1 of a metric of which less is better, 1 of all others."""
+    """Return -1 for a metric of which lower values are better, else 1."""
     return -1 if metric in LOWER_IS_BETTER else 1
 
 
 class Ledger:
-    """A run's trials: what is done, and what has just ended.
+    """The record of a run's trials.
 
     Parameters
     ----------
     run : Run
-        Locked.
+        The run, locked by this process.
     batches : sequence of Batch
-        All that the sweep wants.
+        All batches of the sweep.
     watch : callable, optional
         Called with the ledger after every record.
     """
@@ -63,7 +63,7 @@ class Ledger:
         again = (wanted & set(self.records)) - self.done
         if again:
             run.forget_trials(again)
-        self._tell()
+        self._notify()
 
     def _is_done(self, key: str) -> bool:
         record = self.records.get(key)
@@ -72,7 +72,7 @@ class Ledger:
         return record.status in ("ok", RETIRED) or is_final(record.error)
 
     def write(self, trial: Trial, fold: int, outcome: FoldResult, status: str) -> None:
-        """Write down how a trial ended on a fold, unless that is known."""
+        """Record a trial's outcome on a fold, unless it is already recorded."""
         key = trial.keys[fold]
         if key in self.done:
             return
@@ -92,13 +92,13 @@ class Ledger:
         self.run.append_trial(record)
         self.records[key] = record
         self.done.add(key)
-        self._tell()
+        self._notify()
 
     def lacks(self, batch: Batch, fold: int) -> list[int]:
-        """List the trials of a batch that are not done on a fold."""
+        """Return the trials of a batch that are not done on a fold."""
         return [i for i, trial in enumerate(batch.trials) if trial.keys[fold] not in self.done]
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         if self._watch is not None:
             self._watch(self)
 
@@ -111,7 +111,7 @@ def run_batches(
     jobs: int | None,
     backend: str,
 ) -> None:
-    """Train what the ledger lacks of batches that read the same columns."""
+    """Train the missing trials of batches that read the same columns."""
     waiting = [
         batch for batch in batches if any(ledger.lacks(batch, fold) for fold in range(n_folds))
     ]
@@ -129,7 +129,7 @@ def run_batches(
 def _learn_bases(
     batches: Sequence[Batch], training: Training, n_folds: int, pool: Pool
 ) -> list[Mapping[str, Basis]]:
-    """Learn, fold by fold, the scalings and components that several heads want."""
+    """Return, for each fold, the scalings and components that several heads use."""
     wanted: dict[str, int] = {}
     for batch in batches:
         for trial in batch.trials:
@@ -138,7 +138,7 @@ def _learn_bases(
     bases: list[Mapping[str, Basis]] = [{} for _ in range(n_folds)]
     if wanted:
         for fold, basis in pool.run(learn_basis, [(fold, wanted) for fold in range(n_folds)]):
-            # a process that died may do so again, where its trial is told of it
+            # a process that died may die again during the trial, which then records the failure
             bases[fold] = {} if isinstance(basis, Died) else basis
     return bases
 
@@ -202,14 +202,14 @@ def _run_halving(
 ) -> None:
     """Train batches rung by rung; after each the weaker half of a batch is retired on all folds.
 
-    Successive halving (Jamieson and Talwalkar, AISTATS 2016) over epochs; what counts at a rung is
-    the mean over folds of the best epoch so far.
+    Successive halving (Jamieson and Talwalkar, AISTATS 2016) over epochs; trials are ranked at a
+    rung by the mean over folds of the best epoch so far.
     """
     folds = range(len(bases))
     alive = {n: list(range(len(batch.trials))) for n, batch in enumerate(batches)}
     nets: dict[tuple[int, int], list[Any] | None] = {}
     seconds: dict[str, float] = {}
-    rungs = batches[0].rungs  # the space's: all batches have the same
+    rungs = batches[0].rungs  # set by the space, so equal for all batches
     for until in [*rungs, None]:
         jobs = [(n, fold) for n in alive if alive[n] for fold in folds]
         units = [
@@ -251,7 +251,7 @@ def _retire(
     found: Mapping[int, Sequence[FoldResult]],
     metric: str,
 ) -> list[int]:
-    """Return which of `alive` go on, by place; write down the others."""
+    """Return the indices in `alive` of the trials that continue; record the others."""
     sign = sign_of(metric)
     means: dict[int, float] = {}
     for k in range(len(alive)):

@@ -1,4 +1,4 @@
-"""Choose each head's winner, and say how the heads stand."""
+"""Choose each head's winner, and rank the heads."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,22 +14,22 @@ __all__ = ["Winner", "choose", "standings"]
 
 @dataclass(frozen=True)
 class Winner:
-    """The best configuration of one head, or why there is none.
+    """The best configuration of one head, or the reason for its absence.
 
     Attributes
     ----------
     pooling : str
-        Its own; of a head without a winner those that were tried.
+        The winner's pooling; all poolings tried if the head has no winner.
     score : float, optional
-        What it was chosen by: the mean over folds of the patients that judged its trial there.
+        The score it was chosen by: the mean over folds on the patients that judged its trial.
     n_tried : int
-        Configurations that it was chosen from, on all poolings.
+        Number of configurations it was chosen from, over all poolings.
     fold_budgets : tuple of (int or None)
-        For each fold the epochs or trees that its trial has found best; None of a head without.
+        For each fold the best number of epochs or trees; None for heads without a budget.
     keys : tuple of str
-        Of the trial on each fold.
+        The trial's key on each fold.
     cv : float, optional
-        Mean over folds of the scores of what was trained on all other folds; None before that.
+        Mean score over folds when trained on all other folds; None before the refit.
     """
 
     head: str
@@ -51,7 +51,7 @@ class Winner:
         return max(1, round(float(np.median(found)))) if found else None
 
     def as_entry(self) -> dict[str, Any]:
-        """Return the line of the leaderboard."""
+        """Return the winner's row of the leaderboard."""
         return {
             "head": self.head,
             "pooling": self.pooling,
@@ -69,7 +69,7 @@ class Winner:
 
 
 def choose(ledger: Ledger, head: str, metric: str) -> Winner:
-    """Take the configuration with the best mean over folds; of equals the first."""
+    """Return the configuration with the best mean over folds; among equals the first."""
     own = _trials(ledger, head)
     records = ledger.records
     seconds = sum(records[key].seconds for trial in own for key in trial.keys)
@@ -117,14 +117,14 @@ def standings(ledger: Ledger, metric: str) -> list[dict[str, Any]]:
                 "total": len(own),
                 "best": None if best is None else means[best],
                 "pooling": trial.pooling if trial else None,
-                "params": _telling_first(trial, own) if trial else None,
+                "params": _distinct_params_first(trial, own) if trial else None,
             }
         )
     return sorted(lines, key=lambda line: np.inf if line["best"] is None else -sign * line["best"])
 
 
-def _telling_first(trial: Trial, others: Sequence[Trial]) -> dict[str, Any]:
-    """Return a trial's parameters, those first that it does not share with all others."""
+def _distinct_params_first(trial: Trial, others: Sequence[Trial]) -> dict[str, Any]:
+    """Return a trial's parameters, starting with those that differ between trials."""
     params = trial.params
     varying = [k for k in params if any(o.params.get(k) != params[k] for o in others)]
     return {name: params[name] for name in dict.fromkeys([*varying, *params])}
@@ -135,7 +135,7 @@ def _trials(ledger: Ledger, head: str) -> list[Trial]:
 
 
 def _means(ledger: Ledger, trials: Iterable[Trial]) -> dict[int, float]:
-    """Return the mean over folds of the configurations that went to the end on all of them."""
+    """Return the mean over folds of every configuration that finished on all folds."""
     means = {}
     for trial in trials:
         records = [ledger.records.get(key) for key in trial.keys]

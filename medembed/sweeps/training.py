@@ -1,8 +1,8 @@
-"""Train heads without one fold: what runs in a sweep's processes.
+"""Train heads without one fold, in the processes of a sweep.
 
-A trial learns from a part of the other folds' patients, and the rest of them judges it: when it
-stops, whether it is retired, whether it is chosen. The fold that is left out is not looked at here.
-Each fit uses one thread, so that numbers do not depend on how many run side by side.
+A trial learns from some of the other folds' patients and is judged on the rest, which determine
+when it stops, whether it is retired and whether it is chosen. The left-out fold is not used here.
+Each fit uses one thread, so that results do not depend on how many run in parallel.
 """
 
 import sys
@@ -46,12 +46,12 @@ __all__ = [
 ]
 
 SELECTION_THRESHOLD = 0.5
-"""For metrics that are decisions: configurations are compared before a threshold is fitted."""
+"""Threshold for decision metrics: configurations are compared before a threshold is fitted."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """The embedded rows of one pooling, in the manifest's order, and what was asked of them.
+    """The embedded rows of one pooling, in the manifest's order, and the sweep's settings.
 
     Attributes
     ----------
@@ -59,11 +59,11 @@ class Training:
         Embeddings and covariates, labels 0 or 1 (-1: unknown), fold numbers (-1: not trained on),
         study codes.
     inner : bool array of shape (n_folds, n)
-        Of each fold, the rows of other folds that judge its trials.
+        For each fold, the rows of other folds that judge its trials.
     n_cells, n_covariates : int
-        Vectors per image, and the last columns of X that are covariates.
+        Vectors per image, and the number of last columns of X that are covariates.
     metric, seed : str, int
-        As `sweep` has them.
+        The score that configurations are chosen by, and the random seed; see `sweep`.
     """
 
     X: NDArray[Any]
@@ -85,28 +85,28 @@ class Training:
         return np.flatnonzero((self.folds >= 0) & (self.folds != fold))
 
     def learnt(self, fold: int) -> NDArray[np.int64]:
-        """Return the indices of those of them that trials learn from."""
+        """Return the indices of the rows of other folds that trials learn from."""
         return np.flatnonzero((self.folds >= 0) & (self.folds != fold) & ~self.inner[fold])
 
     def judging(self, fold: int) -> NDArray[np.int64]:
-        """Return the indices of those of them that judge trials, of other patients."""
+        """Return the indices of the rows of other folds that judge trials, of other patients."""
         return np.flatnonzero(self.inner[fold])
 
 
 @dataclass(frozen=True)
 class Unit:
-    """What one process does at a time: heads that train together, without one fold.
+    """The work of one process at a time: heads that train together, without one fold.
 
     Attributes
     ----------
     params : tuple of dict
         One per head.
     until : int, optional
-        Of MLPs, the epoch to stop at.
+        For MLPs, the epoch to stop at.
     nets : list of Net, optional
-        Of MLPs, where they have got to.
+        For MLPs, their state so far.
     basis : dict, optional
-        What `learn_basis` has learnt of this fold.
+        The result of `learn_basis` for this fold.
     """
 
     head: str
@@ -119,14 +119,14 @@ class Unit:
 
 @dataclass(frozen=True)
 class FoldResult:
-    """How one trial did without one fold.
+    """The outcome of one trial without one fold.
 
     Attributes
     ----------
     score, best_epoch
-        On the rows that judge it; None where training failed.
+        On the rows that judge the trial; None if training failed.
     net : Net, optional
-        Of an MLP that may go on.
+        The state of an MLP that may continue.
     """
 
     score: float | None
@@ -141,16 +141,16 @@ def configure(
 ) -> Head:
     """Return an unfitted head for these columns, to be trained without a fold or on all rows.
 
-    Each fold has random weights of its own. Together the judges of all folds are nearly all
-    patients, so with common weights a configuration would be chosen because they happen to suit
-    these patients, and be scored on the same patients again by nearly the same function.
+    Each fold has its own random weights. The judges of all folds together are nearly all patients,
+    so with shared weights a configuration could be chosen because its weights happen to suit these
+    patients, and then be scored on the same patients by nearly the same function.
     """
     known = make_head(name, {}).get_params()
     columns = {"n_cells": training.n_cells, "n_covariates": training.n_covariates}
     own = {key: value for key, value in columns.items() if key in known}
     seed = training.seed if fold is None else seed_of_fold(training.seed, fold)
     head = make_head(name, {**params, **own}, seed=seed)
-    # what `fit` learns of its rows, where heads are fitted together
+    # the counterpart of what `fit` learns from its rows, for heads that are fitted together
     head.classes_, head.n_features_in_ = np.array([0, 1]), training.X.shape[1]
     return head
 
@@ -158,9 +158,9 @@ def configure(
 def predict(
     training: Training, head: Head, rows: NDArray[np.int64] | None = None
 ) -> NDArray[np.float64]:
-    """Return a fitted head's probabilities of abnormal, of the rows given or of all.
+    """Return a fitted head's probabilities of abnormal for the given rows, or for all.
 
-    One per row, float64 of shape (n,), or per study in the order of its code where the head judges
+    One per row, float64 of shape (n,), or one per study in the order of codes if the head judges
     studies.
     """
     X, studies = training.X, training.studies
@@ -171,7 +171,7 @@ def predict(
 
 
 def learn_basis(training: Training, item: tuple[int, Mapping[str, int]]) -> dict[str, Basis]:
-    """Learn what the heads of a fold have in common: for each scaling so many components."""
+    """Return the basis shared by the heads of a fold: a number of components for each scaling."""
     fold, wanted = item
     projector = Projector(training.X, training.learnt(fold), n_covariates=training.n_covariates)
     with one_thread():
@@ -181,7 +181,7 @@ def learn_basis(training: Training, item: tuple[int, Mapping[str, int]]) -> dict
 
 
 def train_unit(training: Training, unit: Unit) -> list[FoldResult]:
-    """Train a unit's heads and judge them without its fold; what goes wrong becomes an outcome."""
+    """Train and judge a unit's heads without its fold; errors become outcomes."""
     started = time.perf_counter()
     try:
         heads = [configure(training, unit.head, params, unit.fold) for params in unit.params]
@@ -242,7 +242,7 @@ def _train_cohort(training: Training, unit: Unit, heads: Sequence[MLPHead]) -> l
 
 
 def _train_each(training: Training, unit: Unit, heads: Sequence[Head]) -> list[FoldResult]:
-    """Train heads that share nothing; those that judge studies are told the studies."""
+    """Train heads that share nothing; heads that judge studies receive the study codes."""
     rows, judging = training.learnt(unit.fold), training.judging(unit.fold)
     outcomes = []
     for head in heads:
@@ -266,7 +266,7 @@ _TRAINERS: dict[str | None, Any] = {
     "cohort": _train_cohort,
     "path": _train_path,
 }
-"""How heads are fitted together, by what they share; see `Head.shares`."""
+"""How heads are fitted together, keyed by what they share; see `Head.shares`."""
 
 
 def _projector(training: Training, unit: Unit) -> Projector:
@@ -293,7 +293,7 @@ def _judge_so_far(training: Training, fold: int, net: Net) -> FoldResult:
 
 
 def seed_of_fold(seed: int, fold: int) -> int:
-    """Return what the random weights of a fold are drawn from, 32 bits."""
+    """Return the 32-bit seed of a fold's random weights."""
     return int(np.random.SeedSequence([seed, fold]).generate_state(1)[0])
 
 
@@ -307,11 +307,11 @@ def _timed(outcome: FoldResult, seconds: float) -> FoldResult:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Hold numeric libraries to one thread: sums in another order would change the last digits."""
+    """Limit numeric libraries to one thread: another order of sums would change the last digits."""
     torch = sys.modules.get("torch")
     n_before = torch.get_num_threads() if torch else 0
     with threadpool_limits(1), warnings.catch_warnings():
-        # A configuration that converges badly is told by its score.
+        # A configuration that converges badly is recognised by its score.
         warnings.simplefilter("ignore")
         if torch:
             torch.set_num_threads(1)
@@ -334,11 +334,11 @@ def study_score(
     Raises
     ------
     TrainingDataError
-        It is not estimable there.
+        The metric is not estimable on these studies.
     """
     if not np.isfinite(probability).all():
-        raise TrainingDataError("what is predicted of some rows is no finite number")
-    # (as `to_studies` has it, in a hundredth of the time of a table's groups)
+        raise TrainingDataError("the predictions of some rows are not finite numbers")
+    # (equal to `to_studies`, in a hundredth of the time of grouping a table)
     _, places = np.unique(training.studies[rows], return_inverse=True)
     y = (np.bincount(places, training.y[rows]) > 0).astype(np.int8)
     if not per_study:

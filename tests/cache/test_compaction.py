@@ -150,7 +150,7 @@ def test_one_compaction_at_a_time(cache: Cache) -> None:
     commit(cache, some_keys(3))
     with (cache.path / LOCK).open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(CacheError, match=r"another compaction of .* is at work"):
+        with pytest.raises(CacheError, match=r"another compaction of .* is running"):
             compact(cache.path, SPEC)
     compact(cache.path, SPEC)
 

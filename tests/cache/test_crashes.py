@@ -143,7 +143,7 @@ def test_two_runs_at_once_can_be_killed_and_the_rows_are_all_there(
         assert [answer.said for answer in answers] == ["", ""]
         harness.extract()
         # Without --worker both may have embedded the same image, and verify says so.
-        assert all("stand elsewhere too" in line for line in find_problems(harness.cache))
+        assert all("are also in another shard" in line for line in find_problems(harness.cache))
         assert harness.rows() == whole[0]
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from medembed.cache import near_duplicates
 from medembed.cache.embeddings import load_embeddings
-from medembed.cache.image_similarity import LEAST, SAME, tell_alike
+from medembed.cache.image_similarity import LEAST, SAME, find_alike
 from medembed.cache.near_duplicates import REACH, NearDuplicates, find_near_duplicates
 from medembed.cache.spec import CacheSpec, keys_from_hex
 from medembed.cache.store import create_cache, open_cache
@@ -227,7 +227,7 @@ def test_clean_sets_seldom_have_look_alikes(kind: str) -> None:
         X /= np.linalg.norm(X, axis=1, keepdims=True)
         alike = X @ X.T
         np.fill_diagonal(alike, -1)
-        n_sets += tell_alike(-np.sort(-alike, axis=1)[:, :59], 60).any()
+        n_sets += find_alike(-np.sort(-alike, axis=1)[:, :59], 60).any()
     assert n_sets <= 3
 
 
@@ -242,16 +242,16 @@ def test_what_is_told_does_not_depend_on_how_dense_a_set_is() -> None:
         Y /= np.linalg.norm(Y, axis=1, keepdims=True)
         alike = Y @ Y.T
         np.fill_diagonal(alike, -1)
-        told = tell_alike(-np.sort(-alike, axis=1)[:, :64], 81)
+        told = find_alike(-np.sort(-alike, axis=1)[:, :64], 81)
         assert told.any(axis=1).nonzero()[0].tolist() == [3, 80]
 
 
 def test_nothing_below_the_least_similarity_looks_alike() -> None:
     alike = np.full((100, 16), 0.01)
     alike[0, 0] = alike[1, 0] = LEAST - 0.01
-    assert not tell_alike(alike, 100).any()
+    assert not find_alike(alike, 100).any()
     alike[:2, 0] = LEAST + 0.05
-    assert tell_alike(alike, 100).any(axis=1).nonzero()[0].tolist() == [0, 1]
+    assert find_alike(alike, 100).any(axis=1).nonzero()[0].tolist() == [0, 1]
 
 
 def test_real_chest_films_have_no_look_alikes_until_one_stands_twice(

@@ -207,7 +207,7 @@ def test_a_connection_that_keeps_breaking_is_said_and_the_next_run_goes_on(
     hub.status_for = lambda r: 503 if is_piece(r) and hub.sent > 1.5e6 else None
     message = error_of(hub, home, TEST_PREPARE=QUICK)
     assert f"the connection to {hub.address} broke while model-0000" in message
-    assert message.endswith("HTTP 503. What came is kept: run again to go on.")
+    assert message.endswith("HTTP 503. The part received is kept: run again to resume.")
     came = sum(request.sent for request in hub.requests if is_piece(request))
     hub.status_for = hub.cut_after = lambda _: None
     hub.requests.clear()

@@ -174,7 +174,7 @@ def test_four_patients_of_a_class_are_too_few_and_five_are_enough():
             assert math.isnan(own.low) != is_shown, name
         assert not math.isnan(found["specificity"].interval().low)
     reason = estimate_scores(y[1:], probability[1:], 0.5, np.arange(34))["auroc"].reason
-    assert reason == "4 patients with abnormal rows; an interval wants 5"
+    assert reason == "4 patients with abnormal rows; an interval needs 5"
 
 
 def test_macro_f1_and_kappa_of_their_parts_are_scikit_learns():

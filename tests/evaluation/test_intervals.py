@@ -173,7 +173,7 @@ def test_a_class_with_two_patients_gets_a_value_but_no_interval():
     assert found["auroc"].value == 1
     auroc = found["auroc"].as_dict()
     assert (auroc["value"], auroc["low"], auroc["high"], auroc["method"]) == (1.0, None, None, None)
-    assert auroc["reason"] == "2 patients with abnormal rows; an interval wants 5"
+    assert auroc["reason"] == "2 patients with abnormal rows; an interval needs 5"
     assert found["accuracy"].low < found["accuracy"].value < found["accuracy"].high
 
 

@@ -409,8 +409,8 @@ def test_doctor_asks_for_the_base_of_an_adapted_encoder(home: Path) -> None:
     [
         ({"format": "else"}, "is not that of an adapted encoder"),
         ({"version": 2}, "is version 2 of medembed-adapted-encoder; this medembed reads 1"),
-        ({"base": "demo"}, "does not say what it rests on"),
-        ({"fingerprint": ""}, "does not say what it rests on"),
+        ({"base": "demo"}, "does not name its base"),
+        ({"fingerprint": ""}, "does not name its base"),
     ],
 )
 def test_a_damaged_base_file_is_one_error(
@@ -496,7 +496,7 @@ def test_a_depth_that_breaks_does_not_stop_the_others(
     board = {entry["head"]: entry for entry in result["leaderboard"]}
     assert result["leaderboard"][-1]["head"] == "unfreeze-1"
     assert board["unfreeze-1"]["status"] == "error"
-    said = "the loss of unfreeze-1 is no finite number at epoch 1, step 1. Lower --lr"
+    said = "the loss of unfreeze-1 is not a finite number at epoch 1, step 1. Lower --lr"
     assert said in board["unfreeze-1"]["error"]
     assert board["unfreeze-2"]["cv"] is not None
     assert set(open_run(tmp_path / "run").predictions()["head"]) == {
@@ -509,7 +509,7 @@ def test_a_gradient_that_is_not_finite_is_told(
 ) -> None:
     inf = torch.tensor(float("inf"))
     monkeypatch.setattr(training.torch.nn.utils, "clip_grad_norm_", lambda *_: inf)
-    with pytest.raises(RunError, match=r"every depth failed .* the gradient of unfreeze-0 is no"):
+    with pytest.raises(RunError, match=r"every depth failed .* the gradient of unfreeze-0 is not"):
         tune(home, home / "tower", tmp_path / "run", unfreeze="0")
 
 
@@ -524,7 +524,9 @@ def test_a_test_image_without_a_finite_score_is_told(
         return found
 
     monkeypatch.setattr(Trainer, "logits", broken)
-    with pytest.raises(RunError, match=r"unfreeze-0 says of some images is no finite number"):
+    with pytest.raises(
+        RunError, match=r"predictions of unfreeze-0 for some images are not finite numbers"
+    ):
         tune(home, home / "tower", tmp_path / "run", unfreeze="0")
 
 
@@ -630,11 +632,11 @@ def test_labels_that_allow_no_training_are_refused_before_any(
     ("options", "kind", "said"),
     [
         ({"unfreeze": "0,7"}, TrainingDataError, "deeper than tower, which has 3 blocks"),
-        ({"unfreeze": "some"}, TrainingDataError, "is no depth"),
+        ({"unfreeze": "some"}, TrainingDataError, "is not a depth"),
         ({"trunk_cache": "t", "unfreeze": "all"}, TrainingDataError, "asks for all 3"),
         ({"trunk_cache": "t", "unfreeze": "0"}, TrainingDataError, "serves depths of 1 and more"),
         ({"trunk_cache": "t", "config": Hyperparameters()}, TrainingDataError, "Add --no-augment"),
-        ({"pool": "grid4"}, TrainingDataError, "--pool grid4 is not trained through"),
+        ({"pool": "grid4"}, TrainingDataError, "--pool grid4 cannot be trained"),
         ({"pool": "mean,mean"}, TrainingDataError, "names a pooling twice"),
         ({"pool": "cls"}, EncoderError, "pooling cls is not offered by tower"),
         ({"config": replace(QUICK, lr=0.0)}, TrainingDataError, "lr must be above 0, not 0.0"),

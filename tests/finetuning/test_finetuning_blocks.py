@@ -185,7 +185,7 @@ def test_trunk_and_top_make_the_whole(gemma: Path, towers: dict[str, Path], fami
 
 
 def test_a_trunk_is_not_cut_from_swin(towers: dict[str, Path]) -> None:
-    with pytest.raises(EncoderError, match="--trunk-cache is not on offer for Swin"):
+    with pytest.raises(EncoderError, match="--trunk-cache is not supported for Swin"):
         cut_trunk(load(towers["Swin"]), 1)
 
 
@@ -228,8 +228,8 @@ def test_random_weights_follow_from_the_seed_and_leave_torch_alone(towers: dict[
     ("words", "said"),
     [
         (["4"], r"--unfreeze 4 is deeper than tower, which has 3 blocks\. Give at most 3, or all"),
-        (["-1"], r"--unfreeze '-1' is no depth"),
-        (["two"], r"--unfreeze 'two' is no depth"),
+        (["-1"], r"--unfreeze '-1' is not a depth"),
+        (["two"], r"--unfreeze 'two' is not a depth"),
         (["3", "all"], "both would be recorded as that depth"),
         ([], "no depth was given"),
     ],

@@ -159,7 +159,7 @@ def check_merged(network: Network, encoder: Any, should: set[str]) -> None:
 @pytest.mark.parametrize("family", ["ConvNext", "ResNet"])
 def test_convolutions_are_refused_with_the_reason(home: Path, tmp_path: Path, family: str) -> None:
     save(tmp_path / "tower", family)
-    with pytest.raises(EncoderError, match=r"--lora adapts the projections .* are convolutions"):
+    with pytest.raises(EncoderError, match=r"--lora adapts the projections .* have convolutions"):
         tune(home, tmp_path / "tower", tmp_path / "run", unfreeze="1", config=LORA)
     assert not (tmp_path / "run").exists()
 

@@ -194,7 +194,7 @@ def test_signed_long_and_float_samples_need_a_declared_range() -> None:
     ("data", "said"),
     [
         (tiff(DEEP, t281=("H", 4095)), "leave the declared range 0 to 4095"),
-        (tiff(DEEP, t280=("H", 9), t281=("H", 9)), "which is no range"),
+        (tiff(DEEP, t280=("H", 9), t281=("H", 9)), "not a range"),
         (tiff(DEEP, t341=("f", float("nan"))), "not finite"),
         (tiff(np.full((4, 4), np.nan, np.float32), t341=("f", 1.0)), "leave the declared range"),
         (tiff(NOISE, None), "whether 0 is black or white"),

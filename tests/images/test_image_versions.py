@@ -96,7 +96,7 @@ def test_versions_go_together_where_both_are_known() -> None:
         assert not go_together(other, 1)
     assert why_changed(1, 1, "it") == why_changed(2, 2, "it") == why_changed(2, None, "it") == ""
     assert why_changed(2, 1, "it") == (
-        "is decoded otherwise since images_version 2, and it is of images_version 1"
+        "is decoded differently since images_version 2, and it is of images_version 1"
     )
 
 
@@ -146,7 +146,7 @@ def test_what_is_unchanged_joins_an_older_cache_and_the_rest_is_refused_by_name(
     assert reasons.keys() == {*CHANGED, *NEWLY_REFUSED}
     for name in CHANGED:
         assert reasons[name] == (
-            "the image is decoded otherwise since images_version 2, and this cache is of "
+            "the image is decoded differently since images_version 2, and this cache is of "
             "images_version 1. Extract into a new --cache"
         )
     cache = open_cache(tmp_path / "cache")
@@ -176,7 +176,7 @@ def test_rows_that_are_not_what_their_images_are_now_are_named(tmp_path: Path) -
         assert "7 row(s) of the cache" in said
         assert all(f"\n  - {name}: " in said for name in {**CHANGED, **NEWLY_REFUSED})
         assert "black.png: is refused since images_version 2 (all pixels have the same" in said
-        assert "clear.png: is decoded otherwise since images_version 2, and its row is of" in said
+        assert "clear.png: is decoded differently since images_version 2, and its row is of" in said
         assert "Extract into a new --cache, or leave these images out" in said
     assert len(open_cache(tmp_path / "cache").keys()) == 16
     (tmp_path / "images" / "black.png").unlink()  # not at hand: nobody can tell

@@ -313,7 +313,7 @@ def test_what_does_not_fit_is_refused(patches: PatchEncoder) -> None:
         explainer.explain(images(0), np.zeros((0, 1)))
     with pytest.raises(ModelError, match=r"the head reads 13 columns; mean\+max of patches are 24"):
         Explainer(patches, head, "mean+max")
-    with pytest.raises(ModelError, match="no method 'x'; there are integrated"):
+    with pytest.raises(ModelError, match="unknown method 'x'; choose among integrated"):
         Explainer(patches, head, "mean", method="x")
     with pytest.raises(ModelError, match="judges studies"):
         Explainer(patches, fitted(AttentionHead(4, epochs=1), WIDTH), "mean", method="occlusion")

@@ -107,7 +107,7 @@ def test_own_test_rows_give_what_the_sweep_gave(home, swept, data, model):
             kept = ("operating_points", "net_benefit", "at_sensitivity")
             for key in ("threshold", "scores", "at_half", "regions", "views", *kept):
                 assert seen[key] == expected[key], (name, key)
-        assert "are of the model's own test" in again["drop"]["note"]
+        assert "belong to the model's own test" in again["drop"]["note"]
         assert again["drop"]["scores"] == {}
         assert again["calibration"]["internal"] is None
     assert compare([swept, home / "own-logistic"], **FAST)["runs"][1]["dropped"] == 0
@@ -355,7 +355,7 @@ def test_a_model_of_before_tells_what_it_can(moved, external, tmp_path):
     assert "no scores of its own test" in found["drop"]["note"]
     assert found["calibration"]["internal"] is None
     assert found["drift"]["verdict"] is None
-    assert "keeps no summary" in render_external(found)
+    assert "holds no summary" in render_external(found)
 
 
 def test_operating_points_elsewhere_are_those_of_the_model(home, swept, model, external, tmp_path):

@@ -381,7 +381,7 @@ def test_a_model_of_an_older_version_answers_for_files_that_are_decoded_as_ever(
         assert all(
             row["probability"] == ask(home).predict(grey[0])["probability"] for row in answered
         )
-        assert "otherwise since images_version 2, and the model is of images_version 1" in str(
+        assert "differently since images_version 2, and the model is of images_version 1" in str(
             refused["error"]
         )
 
@@ -448,7 +448,7 @@ def test_what_fails_has_a_row_with_the_reason_and_no_guess(home: Path, damaged: 
     reasons = {row["image"]: row["error"] for row in images if row["error"]}
     assert re.fullmatch("cannot be decoded: .*truncated.*", reasons["b1.png"])
     assert reasons["c0.png"] == "cannot be read: No such file or directory"
-    assert "holds other bytes than was said" in reasons["d0.png"]
+    assert "holds other bytes than expected" in reasons["d0.png"]
     assert set(reasons) == {"b1.png", "c0.png", "d0.png"}
     for row in (*images, *studies):
         nothing = [row[key] is None for key in ("probability", "decision", "set")]
@@ -498,7 +498,7 @@ def test_models_without_sets_and_models_that_read_covariates(home: Path, tmp_pat
     result = run(old, file, "--cache", home / "cache", "--json")
     assert json.loads(result.stdout)[0]["set"] is None
     assert "No prediction sets: it is of before" in result.stderr
-    with pytest.raises(ModelError, match="reads age, region beside each image"):
+    with pytest.raises(ModelError, match="reads age, region in addition to each image"):
         ask(home, "covariates").predict(file)
     strict, lax = (ask(home, cache=home / "cache", alpha=a).predict(file) for a in (0.001, 0.9))
     assert strict["set"] == ["normal", "abnormal"]
@@ -552,9 +552,9 @@ def test_where_the_encoder_is_said_to_be(home: Path, tmp_path: Path) -> None:
 
     assert find(source="demo") == "demo"
     assert find(source="google/medgemma-4b-pt", revision="ab12") == "google/medgemma-4b-pt@ab12"
-    with pytest.raises(EncoderError, match=r"a directory somewhere .* --encoder"):
+    with pytest.raises(EncoderError, match=r"a directory whose location .* --encoder"):
         find(source="my-tower")
-    with pytest.raises(EncoderError, match="does not say which encoder"):
+    with pytest.raises(EncoderError, match="does not name the encoder"):
         find()
     with pytest.raises(EncoderError, match="adapted encoder, which its card places at"):
         find(source="demo", path="../../encoders/unfreeze-2")

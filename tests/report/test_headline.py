@@ -67,7 +67,7 @@ A, B, C, D = (
 EQUAL = make_row("E", 0.9)
 REGION, GOOD_REGION = make_row("region-prior", 0.6), make_row("region-prior", 0.93)
 NONE = make_row(
-    "A", 0.9, interval=False, reason="2 patients with abnormal rows; an interval wants 5"
+    "A", 0.9, interval=False, reason="2 patients with abnormal rows; an interval needs 5"
 )
 SHOWN = {("A", "region-prior"): 0.001}
 
@@ -85,7 +85,7 @@ CASES = {
     "too few": (
         make_result([NONE, B], {}, n_patients=5),
         "5 test patients: heads cannot be compared (2 patients with abnormal rows; an interval "
-        "wants 5). A has the highest AUROC, 0.900 (no interval).",
+        "needs 5). A has the highest AUROC, 0.900 (no interval).",
     ),
     "one patient": (
         make_result([NONE, B], {}, n_patients=1),

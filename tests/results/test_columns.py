@@ -294,7 +294,7 @@ def test_a_run_of_format_1_is_grouped_by_its_own_manifest():
     manifest = read_manifest(home / "manifest.csv")
     result = compare([home / "run"], by="region", manifest=manifest, margin=0.1, **FAST)
     assert sum(own["n"] for own in result["groups"]["groups"]) == result["test"]["n"]
-    assert all("an interval wants 5" in gap["reason"] for gap in result["gaps"])
+    assert all("an interval needs 5" in gap["reason"] for gap in result["gaps"])
     assert len(result["non_inferiority"]) == 2
 
 

@@ -187,7 +187,7 @@ def test_the_score_of_studies_is_that_of_their_table():
     assert study_score(training, rows, probability) == pytest.approx(wins)
     alone = study_score(training, rows, studies["p"].to_numpy(), per_study=True)
     assert alone == pytest.approx(wins)
-    with pytest.raises(TrainingDataError, match="no finite number"):
+    with pytest.raises(TrainingDataError, match="not finite numbers"):
         study_score(training, rows, np.full(len(rows), np.nan))
 
 

@@ -1,8 +1,8 @@
 """Train the demo's encoder on synthetic radiographs and write it in MedGemma's checkpoint layout.
 
-`python -m tools.demo_encoder --out DIR` repeats what made `encoders/assets/demo`: a SigLIP
+`python -m tools.demo_encoder --out DIR` repeats the training of `encoders/assets/demo`: a SigLIP
 tower of 0.7 M parameters that finds fracture lines, displaced fragments, implants and lesions in
-the renderings of `medembed.demo.synthetic`, and knows nothing of medicine.
+the renderings of `medembed.demo.synthetic`, and has no medical knowledge.
 """
 
 import argparse
@@ -28,7 +28,7 @@ __all__ = ["embed", "main", "measure", "train", "write_checkpoint"]
 _BATCH = 64
 _LEARNING_RATE = 2e-3
 _WEIGHT_DECAY = 0.05
-_WINDOWS_UNTIL = 0.8  # share of the schedule that sees windows
+_WINDOWS_UNTIL = 0.8  # share of the schedule that uses windows
 
 
 def train(
@@ -40,18 +40,18 @@ def train(
     seed: int = 0,
     progress: Callable[[int, int, float, Teacher], None] | None = None,
 ) -> Teacher:
-    """Train a fresh tower.
+    """Return a newly trained tower with its heads.
 
     Parameters
     ----------
     data
-        What to learn from.
+        The training images.
     n_steps, batch_size
         Length of the schedule (linear warm-up over a twentieth, then cosine to zero).
     seconds
         Shorten the schedule so that it ends after about this time.
     seed
-        Fixes initial weights, order and flips.
+        Determines initial weights, order and flips.
     progress
         Called as progress(done, total, loss, teacher) after each step.
     """
@@ -86,7 +86,7 @@ def train(
 
 
 def _has_bf16() -> bool:
-    """Say whether this CPU multiplies bfloat16 faster than float32 (in torch's own words)."""
+    """Return whether torch reports that this CPU multiplies bfloat16 faster than float32."""
     mkldnn = torch.backends.mkldnn
     if not mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
@@ -113,7 +113,7 @@ def embed(teacher: Teacher, images: NDArray[np.uint8]) -> dict[str, NDArray[np.f
 
 
 def measure(teacher: Teacher, *, n: int = 4000, jobs: int | None = None) -> dict[str, float]:
-    """Score a logistic head on frozen embeddings of fresh images.
+    """Return scores of a logistic head on frozen embeddings of new images.
 
     Returns
     -------
@@ -139,7 +139,7 @@ def measure(teacher: Teacher, *, n: int = 4000, jobs: int | None = None) -> dict
         scores[name] = float(roc_auc_score(y[half:], probability))
     for kind, name in enumerate(KINDS, 1):
         rows = np.isin(data.kinds[half:], (0, kind))
-        if len(np.unique(y[half:][rows])) == 2:  # a small trial may hold none of a kind
+        if len(np.unique(y[half:][rows])) == 2:  # a small trial may lack a kind
             scores[name] = float(roc_auc_score(y[half:][rows], probability[rows]))
     return scores
 
@@ -175,11 +175,11 @@ def main(arguments: list[str] | None = None) -> None:
 
     started = time.monotonic()
     data = draw_training_set(TRAINING_SEEDS[: asked.images], jobs=asked.jobs)
-    _say(f"rendered {asked.images} images in {time.monotonic() - started:.0f} s")
+    _print(f"rendered {asked.images} images in {time.monotonic() - started:.0f} s")
 
     def report(done: int, total: int, loss: float, teacher: Teacher) -> None:
         if done % 50 == 0 or done == total:
-            _say(f"step {done}/{total}, loss {loss:.3f}, {time.monotonic() - started:.0f} s")
+            _print(f"step {done}/{total}, loss {loss:.3f}, {time.monotonic() - started:.0f} s")
         if asked.save_every and done % asked.save_every == 0:
             write_checkpoint(teacher, asked.out, describe({}, n_images=asked.images, n_steps=done))
 
@@ -188,12 +188,12 @@ def main(arguments: list[str] | None = None) -> None:
     )
     teacher.tower.half().float()  # measure what is stored
     scores = measure(teacher, n=asked.trial_images, jobs=asked.jobs)
-    _say(", ".join(f"{name} {score:.3f}" for name, score in scores.items()))
+    _print(", ".join(f"{name} {score:.3f}" for name, score in scores.items()))
     card = describe(scores, n_images=asked.images, n_steps=asked.steps, n_trial=asked.trial_images)
     write_checkpoint(teacher, asked.out, card)
 
 
-def _say(line: str) -> None:
+def _print(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 

@@ -1,4 +1,4 @@
-"""Say what the demo's encoder is: its configurations and its model card."""
+"""The configurations and the model card of the demo's encoder."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ __all__ = ["describe", "processor_config", "tower_config", "vision_config"]
 
 
 def vision_config() -> dict[str, Any]:
-    """Return the tower's architecture in the hub's words."""
+    """Return the tower's architecture under the hub's names."""
     return {
         "attention_dropout": 0.0,
         "hidden_act": "gelu_pytorch_tanh",
@@ -27,7 +27,7 @@ def vision_config() -> dict[str, Any]:
 
 
 def tower_config() -> dict[str, Any]:
-    """Return `config.json` as MedGemma 4B has it; its text model is a mere placeholder."""
+    """Return `config.json` in the form of MedGemma 4B; its text model is a placeholder."""
     return {
         "architectures": ["Gemma3ForConditionalGeneration"],
         "model_type": "gemma3",
@@ -48,7 +48,7 @@ def tower_config() -> dict[str, Any]:
 
 
 def processor_config() -> dict[str, Any]:
-    """Return `preprocessor_config.json` with the keys that Gemma 3's own has."""
+    """Return `preprocessor_config.json` with the keys of Gemma 3's own."""
     return {
         "do_convert_rgb": None,
         "do_normalize": True,
@@ -70,7 +70,7 @@ def processor_config() -> dict[str, Any]:
 
 
 def describe(scores: Mapping[str, float], *, n_images: int, n_steps: int, n_trial: int = 0) -> str:
-    """Return the model card; `scores` as `measure` returns them, or empty."""
+    """Return the model card; `scores` come from `measure`, or are empty."""
     measured = "Not measured: training had not ended when this was written."
     if scores:
         rows = "\n".join(

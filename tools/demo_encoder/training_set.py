@@ -15,7 +15,7 @@ from medembed.demo.synthetic import KINDS, PROJECTIONS, render
 
 __all__ = ["IMAGE_SIZE", "N_PATCHES", "TrainingSet", "draw_training_set", "shrink"]
 
-IMAGE_SIZE = 128  # pixels a side at the encoder's entrance
+IMAGE_SIZE = 128  # pixels per side of the encoder's input
 N_PATCHES = 16  # patches a side: 8 pixels each
 _RENDER_SIZE = 256
 _CHUNK = 250  # images per task, so that processes stay busy to the end
@@ -23,7 +23,7 @@ _CHUNK = 250  # images per task, so that processes stay busy to the end
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """Images with everything the encoder is taught about them.
+    """Images with all labels that the encoder is trained on.
 
     `images` uint8 (n, 128, 128); `patches` bool (n, 16, 16), the finding's mask max-pooled to
     patches; `kinds` int64 (n,), 0 normal, else 1 + index into `KINDS`; `regions` int64 (n,).
@@ -38,9 +38,9 @@ class TrainingSet:
 def draw_training_set(
     seeds: range, *, severities: tuple[float, float] = (0.25, 1.0), jobs: int | None = None
 ) -> TrainingSet:
-    """Render one image per seed: half of them normal, kinds, regions and views evenly mixed.
+    """Return one rendered image per seed: half normal, with evenly mixed kinds, regions and views.
 
-    A finding of which no pixel can be seen (behind the border, or too faint) counts as normal.
+    An image whose finding has no visible pixel (behind the border, or too faint) counts as normal.
 
     Parameters
     ----------
@@ -95,7 +95,7 @@ def _draw_chunk(seeds: range, severities: tuple[float, float]) -> TrainingSet:
 
 
 def shrink(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Resize to the encoder's entrance exactly as its image processor does (PIL, bilinear)."""
+    """Return pixels resized to the encoder's input, exactly as by its processor (PIL, bilinear)."""
     resized = Image.fromarray(pixels).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR)
     return np.asarray(resized)
 

@@ -1,1 +1,1 @@
-"""Whether embeddings of other patients resemble those of training."""
+"""Test whether embeddings of new patients resemble those of training."""

@@ -1,12 +1,13 @@
 """Distances in embedding space: between clouds of points, and of single rows from training.
 
-Calibration, thresholds and prediction sets hold for patients like those of training. A row is held
-against the distances that training patients have, one row of each. Distances are Mahalanobis's,
-with a covariance of *other* training patients, shrunken (Ledoit and Wolf, A well-conditioned
-estimator for large-dimensional covariance matrices, Journal of Multivariate Analysis 88, 2004) and
-kept in its first directions (Tipping and Bishop, Probabilistic principal component analysis,
-Journal of the Royal Statistical Society B 61, 1999). So of a new patient of the same kind the rank
-of its distance is uniform, and its p-value exact but for rounding up.
+Calibration, thresholds and prediction sets hold for patients like those of training. A row's
+distance is compared with the distances of training patients, one row each. Distances are
+Mahalanobis's, with the covariance of *other* training patients, shrunken (Ledoit and Wolf, A
+well-conditioned estimator for large-dimensional covariance matrices, Journal of Multivariate
+Analysis 88, 2004) and reduced to its leading directions (Tipping and Bishop, Probabilistic
+principal component analysis, Journal of the Royal Statistical Society B 61, 1999). For a new
+patient from the training distribution, the rank of the distance is therefore uniform, and the
+p-value exact apart from rounding up.
 """
 
 from collections.abc import Mapping
@@ -29,7 +30,7 @@ __all__ = [
 ]
 
 N_DIRECTIONS = 16
-#: So many rows are wanted for each direction.
+#: Minimum number of rows for each direction.
 _ROWS_PER_DIRECTION = 4
 _N_ITERATIONS = 4
 _BLOCK_ROWS = 4_096
@@ -38,19 +39,19 @@ _TINY = 1e-12
 
 @dataclass(frozen=True)
 class Space:
-    """Principal directions, each of unit variance, and how far a row lies from all of them.
+    """Principal directions, scaled to unit variance, and the spread of the distance from them.
 
     Attributes
     ----------
     centre, scale : float32 arrays of shape (d,)
-        The columns are standardised by them; scale is above zero.
+        Used to standardise the columns; scale is above zero.
     directions : float32 array of shape (k, d)
-        Orthonormal before they were divided by their standard deviations.
+        Orthonormal vectors divided by their standard deviations.
     spreads : float array of shape (k,)
         These standard deviations.
     rest : float array of shape (2,)
         Mean and standard deviation of the log of the squared distance from the directions; empty
-        where they span all columns and there is no rest.
+        if the directions span all columns.
     """
 
     centre: np.ndarray
@@ -60,22 +61,22 @@ class Space:
     rest: np.ndarray
 
     def project(self, X: np.ndarray) -> np.ndarray:
-        """Return rows (n, d) as float64 points (n, k), or (n, k + 1) where there is a rest."""
+        """Return rows (n, d) as float64 points (n, k), or (n, k + 1) if there is a rest."""
         starts = range(0, max(len(X), 1), _BLOCK_ROWS)
         return np.concatenate([self._project(X[start : start + _BLOCK_ROWS]) for start in starts])
 
     def as_arrays(self) -> dict[str, np.ndarray]:
-        """Return what `from_arrays` reads."""
+        """Return the arrays that `from_arrays` reads."""
         return {f"space_{name}": getattr(self, name) for name in self.__dataclass_fields__}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "Space":
-        """Read what `as_arrays` gave.
+        """Return the space that `as_arrays` described.
 
         Raises
         ------
         ModelError
-            An array is missing, the shapes do not fit, or what is divided by is not above zero.
+            An array is missing, the shapes do not fit, or a divisor is not above zero.
         """
         names = {name: f"space_{name}" for name in cls.__dataclass_fields__}
         missing = next((name for name in names.values() if name not in arrays), None)
@@ -111,24 +112,24 @@ class Space:
 def learn_space(
     X: np.ndarray, others: np.ndarray, generator: np.random.Generator, k: int = N_DIRECTIONS
 ) -> Space:
-    """Find the directions in which rows vary most.
+    """Return the directions in which rows vary most.
 
     Randomised subspace iteration (Halko, Martinsson and Tropp, SIAM Review 53, 2011).
 
     Parameters
     ----------
     X : float array of shape (n, d)
-        Rows, one per patient; fewer directions are taken where there are fewer than 4 k.
+        Rows, one per patient; fewer directions are used if there are fewer than 4 k rows.
     others : float array of shape (m, d)
-        Rows of other patients, for the distance from the directions: of X's own it is too small.
+        Rows of other patients, for the distance from the directions, which is too small for X.
     generator : numpy Generator
     k : int
-        Directions wanted.
+        Number of directions.
     """
     k = max(1, min(k, len(X) // _ROWS_PER_DIRECTION, X.shape[1]))
     centre = X.mean(axis=0, dtype=np.float64)
     scale = X.std(axis=0, dtype=np.float64)
-    # a constant column is left as it is: it says nothing, until it moves
+    # a constant column is left unscaled: it carries no information until it changes
     scale[scale <= _TINY] = 1.0
     centre, scale = centre.astype(np.float32), scale.astype(np.float32)
     Z = ((X - centre) / scale).astype(np.float64)
@@ -173,10 +174,10 @@ def _log_rest(Z: np.ndarray, along: np.ndarray) -> np.ndarray:
 
 
 FAR = 0.02
-"""Rows of a p-value up to this are called far; with fewer than 50 training patients, those that lie
-further out than all of them."""
+"""Rows with a p-value up to this are called far; with fewer than 50 training patients, rows that
+lie further out than all of them."""
 N_AXES = 64
-"""More add little: on real films, held against a model of drawings, 64 find as many as all."""
+"""More add little: for real films compared with a model of drawings, 64 detect as many as all."""
 _MAX_ROWS = 1_000
 _TINY_VARIANCE = 1e-9
 
@@ -190,12 +191,12 @@ class Remoteness:
     distance : float64 (n,)
         1 is the edge of the range that holds 95 % of training patients.
     p : float64 (n,)
-        The share of training patients that lie as far, the row counted as one of them; at most that
-        much too large, and never too small, by one in a hundred.
+        The share of training patients at least as far, counting the row itself; rounding makes it
+        too large by at most 0.01, and never too small.
     far : bool (n,)
-        Whether that is `FAR` at most.
+        Whether `p` is at most `FAR`.
     n_training : int
-        Patients behind it.
+        Number of training patients compared with.
     """
 
     distance: np.ndarray
@@ -205,12 +206,12 @@ class Remoteness:
 
 
 def fit_remoteness(space: Space, X: np.ndarray, others: np.ndarray) -> dict[str, np.ndarray]:
-    """Learn the shape of training embeddings, and how far other patients lie in it.
+    """Return the covariance of training embeddings, and the distances of other patients in it.
 
     Parameters
     ----------
     space : Space
-        Its centre and scale standardise the columns.
+        Supplies the centre and scale that standardise the columns.
     X : float array of shape (m, d)
         One row per patient, for the covariance.
     others : float array of shape (n, d)
@@ -219,8 +220,8 @@ def fit_remoteness(space: Space, X: np.ndarray, others: np.ndarray) -> dict[str,
     Returns
     -------
     dict of str to ndarray
-        ``remote_directions`` (k, d) float32, ``remote_variances`` (k + 1,), the last that of all
-        else, and ``remote_quantiles`` (101,) of the distances.
+        ``remote_directions`` (k, d) float32, ``remote_variances`` (k + 1,), the last for all other
+        directions, and ``remote_quantiles`` (101,) of the distances.
     """
     Z = _standardised(space, X[:_MAX_ROWS])
     shrinkage = float(ledoit_wolf_shrinkage(Z, assume_centered=True))
@@ -243,23 +244,23 @@ def fit_remoteness(space: Space, X: np.ndarray, others: np.ndarray) -> dict[str,
 
 
 def measure_remoteness(reference: Mapping[str, np.ndarray], X: np.ndarray) -> Remoteness | None:
-    """Compare rows, each by itself, with the training patients behind a reference.
+    """Return how far each row lies from the training patients behind a reference.
 
     A conformal p-value (Laxhammar and Falkman, Annals of Mathematics and Artificial Intelligence
-    74, 2015), from the hundredths of the distances that are kept.
+    74, 2015), from the stored percentiles of the distances.
 
     Parameters
     ----------
     reference : mapping
-        From `drift.fit_reference`; those of before have distances in the space of `drift` alone,
-        which see less.
+        From `drift.fit_reference`; older references have distances only in the space of `drift`,
+        which detect less.
     X : float array of shape (n, d)
-        Embeddings of the same kind.
+        Embeddings with the columns of the reference.
 
     Returns
     -------
     Remoteness or None
-        None where there were too few training patients to measure anything.
+        None if there were too few training patients.
 
     Raises
     ------
@@ -284,7 +285,7 @@ def measure_remoteness(reference: Mapping[str, np.ndarray], X: np.ndarray) -> Re
         found = _distances(space, *_read_shape(reference, len(space.centre)), X)
     else:
         found = np.linalg.norm(space.project(X), axis=1)
-    # of the kept quantiles below the distance, the highest says how many patients are below it
+    # the highest stored quantile below the distance gives the number of patients below it
     below = np.searchsorted(kept, found, side="left") - 1
     n_below = np.where(below < 0, 0, below * (n - 1) // (len(kept) - 1) + 1)
     p = (1 + n - n_below) / (1 + n)
@@ -310,7 +311,7 @@ def _distances(
 
 
 def _read_quantiles(reference: Mapping[str, np.ndarray], n: int) -> np.ndarray:
-    """Return the hundredths of n patients' distances."""
+    """Return the percentiles of n patients' distances."""
     name = "remote_quantiles" if "remote_directions" in reference else "quantiles"
     kept = reference.get(name, np.zeros(0))
     if n < 2 or kept.shape != (101,) or (np.diff(kept) < 0).any() or kept[0] < 0:

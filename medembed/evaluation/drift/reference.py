@@ -1,11 +1,11 @@
-"""How far a set of embeddings is from those a model was trained on, before any label is used.
+"""Measure how far a set of embeddings is from those of a model's training, without labels.
 
-Directions come from one third of the training patients; what is measured along them, and what
-chance does there, from the other two thirds. So these and new patients of the same kind are
-exchangeable, and tests keep their level. One row per patient is looked at: views of one patient
-are not independent.
+Directions come from one third of the training patients; the statistics along them and their chance
+variation come from the other two thirds. The latter and new patients from the training distribution
+are therefore exchangeable, and tests keep their level. One row per patient is used, because views
+of one patient are not independent.
 
-Beside the cloud as a whole, the mix of regions is compared, and each region with its own.
+In addition to the whole cloud, the mix of regions is compared, and each region with itself.
 """
 
 import json
@@ -43,7 +43,7 @@ def _fit_regions(points: np.ndarray, regions: np.ndarray) -> dict[str, np.ndarra
 
 
 def _spread(points: np.ndarray) -> float:
-    """Return the trace of the covariance; -1 of one point: nothing is known of it."""
+    """Return the trace of the covariance, or -1 for a single point, whose spread is unknown."""
     return float(points.var(axis=0, ddof=1).sum()) if len(points) > 1 else -1.0
 
 
@@ -55,7 +55,7 @@ def _measure_regions(
     Parameters
     ----------
     reference : mapping
-        With what `_fit_regions` gave, and the ``range`` of `drift.fit_reference`.
+        Contains the arrays of `_fit_regions`, and the ``range`` of `drift.fit_reference`.
     points, regions : arrays of shape (n, k) and (n,)
 
     Raises
@@ -89,7 +89,7 @@ def _measure_regions(
 
 
 def _beyond(moved: np.ndarray, chance: float) -> float | None:
-    """Return a length less what chance adds to its square; None where chance is not known."""
+    """Return a length after subtracting chance from its square, or None if chance is unknown."""
     if not math.isfinite(chance):
         return None
     return math.sqrt(max(0.0, float(moved @ moved) - chance))
@@ -113,18 +113,18 @@ def _read_names(reference: Mapping[str, np.ndarray], k: int) -> list[str]:
     return list(names)
 
 
-#: With fewer training patients, or new ones, nothing is measured.
+#: With fewer training patients, or new ones, drift is not measured.
 MIN_TRAINING, MIN_PATIENTS = 12, 5
-#: More are not looked at: distances of 4,500 patients from each other are known well enough.
+#: More patients are not used: 4,500 determine the distances precisely enough.
 _MAX_PATIENTS = 4_500
 #: Random parts of the training patients for each size: the smallest p is 1 / 201.
 _N_PARTS = 200
-#: The training range holds this share of the training patients.
+#: Share of the training patients within the training range.
 RANGE = 0.95
 ALPHA = 0.05
 _CLIP = 3.0
-#: Distances, in standard deviations, below which drift is slight or clear: two normal clouds that
-#: far apart share 2 Phi(-D / 2) of their mass, 80 % and 50 %.
+#: Distances, in standard deviations, below which drift is slight or clear: two normal clouds at
+#: these distances share 2 Phi(-D / 2) of their mass, 80 % and 50 %.
 SLIGHT, CLEAR = 0.5, 1.35
 VERDICTS = ("none", "slight", "clear", "strong")
 BASIS = (
@@ -143,26 +143,26 @@ def fit_reference(
     patients: np.ndarray | None = None,
     regions: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
-    """Summarise training embeddings for `measure_drift`: some hundred kB, and no row of them.
+    """Return a summary of training embeddings for `measure_drift`, without any of their rows.
 
     Parameters
     ----------
     X : float array of shape (n, d)
         Embeddings of the training rows, finite.
     seed : int
-        Decides which patients give directions, and the random parts.
+        Determines which patients the directions come from, and the random parts.
     patients, regions : arrays of shape (n,), optional
-        Whose row it is (by default every row is its own patient), and of what.
+        Each row's patient (by default every row is its own) and region.
 
     Returns
     -------
     dict of str to ndarray
-        ``n_patients`` (those behind the statistics); with `MIN_TRAINING` patients or more also the
-        space's arrays (see `spaces.Space`), ``mean`` (K,) and ``covariance`` (K, K) in the space,
-        ``column_mean`` (d,), ``range`` (distance, its rank, number of patients), ``quantiles`` of
-        distance (101,), those of `fit_remoteness`, ``part_sizes`` (S,) and ``parts`` (S, 2, 200):
-        what chance does, see `measure_drift`; with `regions` ``region_names`` (JSON in uint8),
-        ``region_counts``, ``region_means``, ``region_spreads``.
+        Some hundred kB. ``n_patients`` (those behind the statistics); with `MIN_TRAINING` patients
+        or more also the space's arrays (see `Space`), ``mean`` (K,) and ``covariance`` (K, K) in
+        the space, ``column_mean`` (d,), ``range`` (distance, its rank, number of patients),
+        ``quantiles`` of distance (101,), the arrays of `fit_remoteness`, ``part_sizes`` (S,) and
+        ``parts`` (S, 2, 200), the chance variation, see `measure_drift`; with `regions`
+        ``region_names`` (JSON in uint8), ``region_counts``, ``region_means``, ``region_spreads``.
 
     Raises
     ------
@@ -206,33 +206,34 @@ def measure_drift(
     patients: np.ndarray | None = None,
     regions: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """Compare embeddings with those behind a reference; no label is looked at.
+    """Return a comparison of embeddings with those behind a reference, without using labels.
 
     Parameters
     ----------
     reference : mapping
         From `fit_reference`.
     X : float array of shape (n, d)
-        Embeddings of the same kind.
+        Embeddings with the columns of the reference.
     seed : int
-        Decides which row of each patient is looked at.
+        Determines which row of each patient is used.
     patients, regions : arrays of shape (n,), optional
-        As for `fit_reference`.
+        See `fit_reference`.
 
     Returns
     -------
     dict
-        JSON values. ``verdict``, one of `VERDICTS` or None where nothing can be measured;
-        ``sentence``, and ``basis`` of the verdict; ``p``, the smaller one after Holm's correction;
+        JSON values. ``verdict``, one of `VERDICTS`, or None if drift cannot be measured;
+        ``sentence`` and ``basis`` of the verdict; ``p``, the smallest after Holm's correction;
         ``n_patients``, ``n_training_patients``.
 
         ``distance``: ``value``, ``beyond_chance``, ``chance_median``, ``chance_high`` (95 %),
         ``p``. The Fréchet distance between normal clouds (Dowson and Landau, Journal of
-        Multivariate Analysis 12, 1982), in standard deviations of training. Its square is, under
-        equal distributions, about (1 / m + 1 / n) times what does not depend on the numbers of
-        patients m and n; that is read off random parts of the training patients against the rest,
-        of the size that is at hand, or half of them where there are more. ``shift``: the same of
-        the distance between the means alone, which sees smaller ones.
+        Multivariate Analysis 12, 1982), in standard deviations of training. Under equal
+        distributions its square is about (1 / m + 1 / n) times a factor that does not depend on
+        the numbers of patients m and n; this factor is estimated by comparing random parts of the
+        training patients with the rest, at the size of the new set, or half of the training
+        patients if the new set is larger. ``shift`` has the corresponding values for the distance
+        between the means alone, which detects smaller shifts.
 
         ``outside``: ``n`` of ``of`` patients further out than 95 % of training (``share`` with
         its Clopper-Pearson interval ``low``, ``high``), ``expected`` share, ``chance_high`` (95 %),
@@ -240,10 +241,10 @@ def measure_drift(
         parameters N + 1 - j and j. ``share_of_rows`` counts all rows.
 
         ``columns``: those that differ most, ``{column, shift}`` in standard deviations.
-        ``regions``, where both sides have them: per region ``region, n_patients, share,
-        training_share, shift`` (of its mean, beyond chance; None where there are too few),
-        ``outside_share``; and ``within_regions``, the shift of the mean if the mix of regions had
-        been the same.
+        ``regions``, if both sides have them: per region ``region, n_patients, share,
+        training_share, shift`` (of its mean, beyond chance; None if there are too few patients),
+        ``outside_share``; and ``within_regions``, the shift of the mean after adjusting for the mix
+        of regions.
 
     Raises
     ------
@@ -278,7 +279,12 @@ def measure_drift(
     if regions is not None and "region_names" in reference:
         found |= _measure_regions(reference, points, np.asarray(regions)[rows])
     verdict = _judge(p, max(tests[name]["beyond_chance"] for name in ("distance", "shift")))
-    return {"verdict": verdict, "sentence": _say(verdict, found), "basis": BASIS, **found}
+    return {
+        "verdict": verdict,
+        "sentence": _write_sentence(verdict, found),
+        "basis": BASIS,
+        **found,
+    }
 
 
 def _codes_of(X: np.ndarray, patients: np.ndarray | None) -> np.ndarray:
@@ -298,7 +304,7 @@ def _one_row_each(codes: np.ndarray, generator: np.random.Generator) -> np.ndarr
 
 
 def _part_sizes(n: int) -> np.ndarray:
-    """Return sizes of parts from `MIN_PATIENTS` to one half, each about twice the last."""
+    """Return sizes of parts from `MIN_PATIENTS` to one half, each about twice the previous."""
     largest = max(n // 2, min(MIN_PATIENTS, n - 2))
     n_sizes = max(1, round(math.log2(largest / MIN_PATIENTS)) + 1)
     sizes = np.geomspace(min(MIN_PATIENTS, largest), largest, n_sizes)
@@ -306,9 +312,9 @@ def _part_sizes(n: int) -> np.ndarray:
 
 
 def _random_parts(points: np.ndarray, size: int, generator: np.random.Generator) -> np.ndarray:
-    """Return, rising, how far random parts are from the rest: (2, 200) `_scaled` squares.
+    """Return sorted distances of random parts from the rest: (2, 200) `_scaled` squares.
 
-    First the Fréchet distances, then those of the means.
+    The first row holds Fréchet distances, the second distances of the means.
     """
     n, k = points.shape
     moments = np.hstack([points, (points[:, :, None] * points[:, None, :]).reshape(n, -1)])
@@ -329,7 +335,7 @@ def _normals(sums: np.ndarray, n: int, k: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _clipped(points: np.ndarray) -> np.ndarray:
-    """Hold points within `_CLIP`: covariances of heavy tails are luck, and the range sees them."""
+    """Return points clipped to `_CLIP`, as heavy tails distort covariances; the range sees them."""
     return np.asarray(np.clip(points, -_CLIP, _CLIP))
 
 
@@ -352,7 +358,7 @@ def _measure_distances(
         "shift": float(((own[0] - mean) ** 2).sum()),
     }
     parts = _interpolate(_entry(reference, "part_sizes"), _entry(reference, "parts"), n)
-    # the parts know the spread of the training patients no better than their number allows
+    # the parts estimate the spread of the training patients only as well as their number allows
     unsure = float(t.ppf(1 - ALPHA / 2, n_known - 1) / norm.ppf(1 - ALPHA / 2)) ** 2
     chances = parts * (1 / n + 1 / n_known) * unsure
     return {
@@ -368,7 +374,7 @@ def _measure_distances(
 
 
 def _interpolate(sizes: np.ndarray, parts: np.ndarray, n: int) -> np.ndarray:
-    """Return the parts' distances (2, 200) at size n, between those of the sizes beside it."""
+    """Return the parts' distances (2, 200) at size n, interpolated between neighbouring sizes."""
     place = np.interp(math.log(n), np.log(sizes), np.arange(len(sizes)))
     low, high = parts[math.floor(place)], parts[math.ceil(place)]
     return np.asarray(low + (place - math.floor(place)) * (high - low))
@@ -410,7 +416,7 @@ def _judge(p: float, beyond_chance: float) -> str:
     return VERDICTS[1 + (beyond_chance >= SLIGHT) + (beyond_chance >= CLEAR)]
 
 
-def _say(verdict: str, found: Mapping[str, Any]) -> str:
+def _write_sentence(verdict: str, found: Mapping[str, Any]) -> str:
     distance, shift, outside = found["distance"], found["shift"], found["outside"]
     told = (
         f"the embeddings lie {distance['value']:.2f} standard deviations from those of training, "
@@ -421,12 +427,12 @@ def _say(verdict: str, found: Mapping[str, Any]) -> str:
     )
     if verdict == "none":
         return f"No drift seen: {told}."
-    mixed = _say_mix(found.get("regions", []))
+    mixed = _describe_mix(found.get("regions", []))
     return f"{verdict.capitalize()} drift (p = {max(found['p'], 0.001):.3f}): {told}.{mixed}"
 
 
-def _say_mix(regions: list[dict[str, Any]]) -> str:
-    """Name the region whose share differs most, where a tenth of the patients are elsewhere."""
+def _describe_mix(regions: list[dict[str, Any]]) -> str:
+    """Return a sentence on the region whose share differs most, if a tenth of the mix differs."""
     gaps = [abs(entry["share"] - entry["training_share"]) for entry in regions]
     if sum(gaps) / 2 < 0.1:
         return ""
@@ -461,7 +467,7 @@ def _count_known(reference: Mapping[str, np.ndarray]) -> int:
 
 
 def _check_reference(reference: Mapping[str, np.ndarray], space: Space) -> None:
-    """Refuse arrays that do not fit together, or hold what `fit_reference` never gives."""
+    """Refuse arrays that do not fit together, or hold values that `fit_reference` never returns."""
     k = len(space.spreads) + len(space.rest[1:])
     names = ("mean", "covariance", "column_mean", "range", "part_sizes", "parts")
     mean, covariance, columns, limits, sizes, parts = (_entry(reference, name) for name in names)

@@ -1,1 +1,1 @@
-"""DICOM files become grey pixels."""
+"""Decode DICOM files into grey pixels."""

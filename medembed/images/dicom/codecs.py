@@ -10,12 +10,12 @@ from medembed.images.dicom.file import UID, get_decoder
 
 __all__ = ["OWN", "Codec", "decode_jpeg", "list_codecs", "require_codec"]
 
-OWN = "imagecodecs"  # not a plugin of pydicom; asked here. All others are.
-# In order of preference. The first that is there decodes, and no other is tried, so that one
-# installation always gives the same pixels. pydicom's own remedy for JPEG of 12 bits and lossless
-# JPEG, pylibjpeg-libjpeg, is under the GPL; imagecodecs (BSD) does both by libjpeg-turbo 3.
-# pylibjpeg-rle is seven times as fast as pydicom at RLE, but panics on damage, which no `except
-# Exception` catches.
+OWN = "imagecodecs"  # called directly, as it is not a plugin of pydicom; all others are
+# In order of preference. Only the first codec that is installed is used, so that one installation
+# always produces the same pixels. pydicom recommends pylibjpeg-libjpeg for 12-bit and lossless
+# JPEG, which is under the GPL; imagecodecs (BSD) decodes both with libjpeg-turbo 3. pylibjpeg-rle
+# is seven times as fast as pydicom at RLE, but panics on damaged data, which `except Exception`
+# does not catch.
 _JPEG_2000 = ("pylibjpeg", "pillow")
 _PLUGINS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "1.2.840.10008.1.2.5": ("RLE", "pydicom", ("pydicom",)),
@@ -41,11 +41,11 @@ class Codec:
     Attributes
     ----------
     name : str
-        As people call it.
+        Its usual name.
     plugin : str
-        What decodes it here; empty if nothing does.
+        The installed codec; empty if there is none.
     remedy : str
-        What to install where nothing does.
+        What to install if no codec is.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Codec:
 
 
 def list_codecs() -> list[Codec]:
-    """Say of each family whether it can be decoded here."""
+    """Return every family of compressed pixel data, and whether it can be decoded here."""
     found = {}
     for uid, (name, package, plugins) in _PLUGINS.items():
         found[name] = Codec(name, _first(uid, plugins), _remedy(package))
@@ -62,7 +62,7 @@ def list_codecs() -> list[Codec]:
 
 
 def require_codec(syntax: UID, bits: int) -> str:
-    """Name the plugin that decodes a transfer syntax; empty where nothing is compressed.
+    """Return the plugin that decodes a transfer syntax, or an empty string if uncompressed.
 
     Parameters
     ----------
@@ -73,7 +73,8 @@ def require_codec(syntax: UID, bits: int) -> str:
     Raises
     ------
     ImageError
-        The syntax is not read, or its codec is not installed; then it names what to install.
+        The syntax is not supported, or its codec is not installed; the message then names the
+        package to install.
     """
     uid = str(syntax)
     if uid in [f"1.2.840.10008.1.2{end}" for end in _NATIVE]:
@@ -91,7 +92,7 @@ def require_codec(syntax: UID, bits: int) -> str:
 
 
 def decode_jpeg(frame: bytes, photometric: str) -> np.ndarray:
-    """Decode a JPEG of any process and depth by imagecodecs, colour to RGB.
+    """Decode a JPEG of any process and depth with imagecodecs, colour to RGB.
 
     Returns
     -------

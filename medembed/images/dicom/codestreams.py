@@ -1,8 +1,8 @@
-"""Whether a compressed frame of a DICOM is whole, and what its data element says it is.
+"""Check that a DICOM's compressed frame is complete and matches its transfer syntax.
 
-Codecs fill up what is missing: a JPEG with grey, a JPEG 2000 with a blurred image, and they make
-room for whatever size a codestream claims. So size, components and the end of the stream are read
-here first. Bits flipped inside coded data cannot be seen: none of these formats has a checksum.
+Codecs pad missing data, a JPEG with grey and a JPEG 2000 with a blurred image, and allocate
+whatever size a codestream claims. Size, components and the end of the stream are therefore read
+here first. Flipped bits inside coded data go undetected: none of these formats has a checksum.
 """
 
 import re
@@ -39,7 +39,7 @@ _SIZ, _SOT, _EOC = b"\xff\x51", b"\xff\x90", b"\xff\xd9"
 
 @dataclass(frozen=True)
 class Codestream:
-    """What a frame's own header says.
+    """The contents of a frame's own header.
 
     Attributes
     ----------
@@ -69,7 +69,7 @@ def read_codestream(frame: bytes, syntax: str) -> Codestream:
     Raises
     ------
     ImageError
-        The frame is of another kind, damaged, or ends early.
+        The frame has another format, is damaged, or ends early.
     """
     family, headers = FAMILIES[syntax]
     try:

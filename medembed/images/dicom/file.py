@@ -1,9 +1,9 @@
-"""Read elements of a DICOM file, in silence and within bounds; say what kind of object it is.
+"""Read elements of a DICOM file within bounds and without warnings, and identify the object.
 
-pydicom is imported without GDCM. Where python-gdcm is installed, pydicom imports it to offer its
-codecs, and it puts its own copies of zlib, libjpeg and others before those of every library loaded
-later: zlib then ends the process ("double free or corruption", python-gdcm 3.2.6). Its codecs are
-not needed here.
+pydicom is imported without GDCM. If python-gdcm is installed, pydicom imports it to offer its
+codecs, and python-gdcm's copies of zlib, libjpeg and others then take precedence in every library
+loaded later: zlib aborts the process ("double free or corruption", python-gdcm 3.2.6). GDCM's
+codecs are not needed here.
 """
 
 import io
@@ -69,16 +69,17 @@ def read_dicom(file: Any, tags: str, *, with_pixels: bool = True) -> Dataset:
     Parameters
     ----------
     file : binary file
-        At its beginning.
+        Positioned at the beginning of the file.
     tags : str
-        Keywords, with blanks between them.
+        Keywords, separated by blanks.
     with_pixels : bool
-        False ends before the pixel data.
+        If False, reading stops before the pixel data.
 
     Raises
     ------
     ImageError
-        It is no DICOM, or inflates to more, or has more elements, than any image takes.
+        The file is not DICOM, or its inflated size or number of elements exceeds that of any
+        image.
     """
     begins = file.read(132)
     has_preamble = begins[128:] == b"DICM"
@@ -100,7 +101,7 @@ def read_dicom(file: Any, tags: str, *, with_pixels: bool = True) -> Dataset:
 
 
 def why_no_image(dataset: Dataset) -> str:
-    """Say why a DICOM object is not one still image; empty if it is, as far as its header tells."""
+    """Return why a DICOM object is not one still image, or nothing if its header describes one."""
     frames = dataset.get("NumberOfFrames")
     if frames is not None and int(frames) > 1:
         return f"holds {int(frames)} frames; only still images are read"
@@ -111,14 +112,14 @@ def why_no_image(dataset: Dataset) -> str:
 
 
 def _known_name(dataset: Dataset) -> str:
-    """Name the SOP class if the standard has it; a file's own text is never repeated."""
+    """Return the standard's name of the SOP class; a file's own text is never repeated."""
     meta = getattr(dataset, "file_meta", None) or {}
     uid = UID(str(dataset.get("SOPClassUID") or meta.get("MediaStorageSOPClassUID") or ""))
     return str(uid.name) if uid and uid.name != uid else ""
 
 
 class _Deflated(Exception):  # noqa: N818 # no error
-    """A data set is deflated (PS3.5 A.5), and begins where its file is now."""
+    """A data set is deflated (PS3.5 A.5) and begins at the file's current position."""
 
 
 class _Counted:
@@ -140,10 +141,10 @@ class _Counted:
         Raises
         ------
         ImageError
-            Too often, or too much.
+            There are too many reads, or one is too large.
         _Deflated
-            All of the rest is asked for: pydicom is about to inflate it, which it does without any
-            limit. It alone knows, for the transfer syntax may stand anywhere in group 2.
+            The whole remainder is requested: pydicom is about to inflate it, without any limit.
+            Only pydicom knows, because the transfer syntax may be anywhere in group 2.
         """
         if size < 0:
             raise _Deflated
@@ -157,7 +158,7 @@ class _Counted:
 
 
 def _inflated(file: Any) -> io.BytesIO:
-    """Give a file, at the beginning of its deflated data set, as one that is not deflated."""
+    """Return an uncompressed copy of a file positioned at its deflated data set."""
     start = file.tell()
     stream = zlib.decompressobj(-zlib.MAX_WBITS)
     try:

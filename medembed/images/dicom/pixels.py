@@ -1,15 +1,15 @@
-"""A DICOM file's bytes become a grey array, or an error that says why not.
+"""Decode a DICOM file's bytes into a grey array, or raise an error that gives the reason.
 
 The order of transforms is the standard's (PS3.4 N.2, figure N.2-1): stored values, of which only
 Bits Stored count (PS3.5 8.1.1); modality LUT or rescale (PS3.3 C.11.1);
 VOI LUT or window (C.11.2), once; then the presentation: MONOCHROME1, whose lowest value is white
-(C.7.6.3.1.2), and Presentation LUT Shape INVERSE (C.11.6), which says the same of DX images
-(C.8.11.3), are inverted last and once. Pixels of the padding value or range (C.7.5.1.1.2) have no
-part in choosing a range and become black. Colour becomes luminance, as in other kinds of image.
-Only the elements that this takes are read: no name, number or date of a patient is ever in memory
-as such, nor in a message.
+(C.7.6.3.1.2), and Presentation LUT Shape INVERSE (C.11.6), which means inversion in DX images too
+(C.8.11.3), are inverted last and once. Pixels of the padding value or range (C.7.5.1.1.2) do not
+affect the choice of a range and become black. Colour becomes luminance, as in other formats.
+Only the elements that decoding requires are read: a patient's name, number or dates are never
+parsed and never appear in a message.
 
-What a stored value means is worked out on the bit patterns that occur, at most 65,536.
+The meaning of stored values is computed once per bit pattern that occurs, at most 65,536.
 """
 
 import io
@@ -48,13 +48,13 @@ BLOCK = 1 << 22  # pixels counted at once: numpy counts by copies of 64 bits
 OVERLAY_GROUPS = range(0x6000, 0x6020, 2)  # PS3.5 7.6
 _BIT_POSITION = 0x0102
 OVERLAY_BITS = " ".join(f"0x{group:04x}{_BIT_POSITION:04x}" for group in OVERLAY_GROUPS)
-"""Tags of Overlay Bit Position: 0, or that of overlays which lie in the pixels' unused bits."""
-MARGIN = 1 / 8  # of the range: what a lossy codec may overshoot by at the edges of what it coded
-FEW = 0.01  # share of the pixels that may lie farther out, as edges of markers do
+"""Tags of Overlay Bit Position: 0, or the position of an overlay in the pixels' unused bits."""
+MARGIN = 1 / 8  # of the range: how far a lossy codec may overshoot at edges
+FEW = 0.01  # share of the pixels that may overshoot farther, as at the edges of markers
 
 
 def _overlay_bits(dataset: Any) -> int:
-    """Give the bits of a pixel's word that overlays are declared to lie in, as a mask."""
+    """Return a mask of the bits of a pixel's word in which overlays are declared."""
     mask = 0
     for group in OVERLAY_GROUPS:
         position = dataset.get((group, _BIT_POSITION))
@@ -65,7 +65,7 @@ def _overlay_bits(dataset: Any) -> int:
 
 
 def _count_patterns(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """View pixels as their bit patterns, and count these.
+    """Return a view of the pixels as bit patterns, and the count of each pattern.
 
     Parameters
     ----------
@@ -76,7 +76,7 @@ def _count_patterns(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     -------
     patterns : uint8 or uint16, in the shape of `pixels`
     numbers : int64 (2 ** (8 * itemsize),)
-        How many pixels have each.
+        Number of pixels with each pattern.
     """
     native = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
     patterns = native.view(f"u{native.itemsize}")
@@ -96,26 +96,26 @@ def _find_levels(
     overlay: int = 0,
     lossy: bool = False,
 ) -> np.ndarray:
-    """Give each bit pattern its place among the 2 ** `stored` values that Bits Stored can hold.
+    """Return each bit pattern's position among the 2 ** `stored` values of Bits Stored.
 
     Parameters
     ----------
     kind : dtype
         Of the pixels.
     numbers : int64 (n,)
-        How many pixels have each pattern.
+        Number of pixels with each pattern.
     stored : int
         Bits Stored.
     high : int or None
-        High Bit, where pixels are words as they lie in the file; None where they are the numbers
-        that a codec gave.
+        High Bit if pixels are words as stored in the file; None if they are numbers decoded by a
+        codec.
     signed : bool
         Whether words are two's complement.
     overlay : int
-        Mask of the bits that overlays lie in.
+        Mask of the bits that hold overlays.
     lossy : bool
-        Whether numbers may lie a little beyond the range because the codec is lossy; these become
-        its ends.
+        Whether numbers may lie slightly outside the range because the codec is lossy; they are
+        clipped to it.
 
     Returns
     -------
@@ -125,7 +125,7 @@ def _find_levels(
     Raises
     ------
     ImageError
-        Pixels need more than Bits Stored: masking them would fold bright into dark.
+        Pixels exceed Bits Stored: masking would wrap bright values to dark ones.
     """
     patterns = np.arange(len(numbers))
     if high is None:
@@ -184,30 +184,31 @@ PIXEL_TAGS = (
     "SegmentedGreenPaletteColorLookupTableData SegmentedBluePaletteColorLookupTableData "
     f"PixelData FloatPixelData DoubleFloatPixelData {' '.join(FUNCTIONAL_GROUPS)} {OVERLAY_BITS}"
 )
-# Transfer syntaxes whose data may be lossy; their decoded values may pass the range that was coded.
+# Transfer syntaxes whose data may be lossy; decoded values may leave the range that was encoded.
 LOSSY = [f"1.2.840.10008.1.2.4.{end}" for end in ("50", "51", "81", "91", "203")]
 GREY = ("MONOCHROME1", "MONOCHROME2")
 COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
 
 
 def decode_dicom(data: bytes, intensity: Intensity) -> Radiograph:
-    """Decode one DICOM file that holds one image.
+    """Return the image of a DICOM file that holds exactly one.
 
-    Read are 1 to 16 bits of grey, signed and unsigned, palettes and 8 bits of colour, in every
-    transfer syntax that pydicom and the codecs at hand decode.
+    Supported are 1 to 16 bits of grey, signed and unsigned, palettes and 8 bits of colour, in every
+    transfer syntax that pydicom and the installed codecs decode.
 
     Parameters
     ----------
     data : bytes
-        The whole file; its preamble may be missing if its SOP class is a known one.
+        The complete file; its preamble may be missing if the SOP class is known.
     intensity : Intensity
         Which window to use; see `images.intensity`.
 
     Raises
     ------
     ImageError
-        No image, more than one, contradictory, damaged, or a codec is missing; the message quotes
-        no text of the file. Safe to call from several threads, which wait for each other.
+        The file holds no image or several, contradicts itself or is damaged, or a codec is
+        missing; the message quotes no text of the file. Safe to call from several threads, which
+        wait for each other.
     """
     with quiet_pydicom():
         try:
@@ -346,7 +347,7 @@ def _grey(levels: Levels, dataset: Dataset, header: _Header, intensity: Intensit
     shape = str(dataset.get("PresentationLUTShape") or "").strip().upper()
     if header.photometric == "MONOCHROME1" or shape == "INVERSE":
         shares = 1 - shares
-    # Rounded first, so that halves, and with them a negative's, do not hang on the last bit.
+    # Rounded first, so that halves, and those of the negative, do not depend on the last bit.
     table = np.floor(np.round(255 * shares, 6) + 0.5).astype(np.uint8)
     table[is_padding] = 0
     since = 2 if found.are_nested else FIRST_VERSION  # before, functional groups were passed over
@@ -354,7 +355,7 @@ def _grey(levels: Levels, dataset: Dataset, header: _Header, intensity: Intensit
 
 
 def _padding(stored: np.ndarray, dataset: Dataset) -> np.ndarray:
-    """Say which stored values are padding (PS3.3 C.7.5.1.1.2), both ends of the range included."""
+    """Return which stored values are padding (PS3.3 C.7.5.1.1.2), both range ends included."""
     value, limit = (dataset.get(f"PixelPadding{name}") for name in ("Value", "RangeLimit"))
     if not isinstance(value, int):
         return np.zeros(len(stored), bool)
@@ -375,7 +376,7 @@ def _palette(stored: np.ndarray, counts: np.ndarray, dataset: Dataset) -> tuple[
 
 
 def _decode(dataset: Dataset, header: _Header) -> np.ndarray:
-    """Decode the stored values; unused bits are left as they are where nothing is compressed."""
+    """Decode the stored values; unused bits of uncompressed data are left unchanged."""
     options: dict[str, Any] = {"index": 0, "decoding_plugin": ""}
     if not header.encapsulated:
         _check_length(dataset, header)
@@ -425,7 +426,7 @@ def _as_array(dataset: Dataset, options: dict[str, Any]) -> np.ndarray:
 
 
 def _check_length(dataset: Dataset, header: _Header) -> None:
-    """Hold the bytes to rows and columns; pydicom takes the beginning of too many in silence."""
+    """Check the number of bytes against rows and columns; pydicom silently ignores a surplus."""
     row = header.columns * header.samples * header.allocated // 8
     if header.photometric == "YBR_FULL_422":  # PS3.3 C.7.6.3.1.2: two pixels in four samples
         row = header.columns * 2
@@ -440,15 +441,15 @@ def _check_length(dataset: Dataset, header: _Header) -> None:
 
 
 def _is_padded(data: bytes, needed: int) -> bool:
-    """Whether pixels are followed by no more than their own length of zeros.
+    """Return whether pixels are followed only by zeros, at most as many bytes as the pixels.
 
-    One byte makes the length even (PS3.5 7.1.1); some writers fill up a block of their disk, or
-    leave room for another frame. What is not zero is image, and then the header is wrong.
+    One byte makes the length even (PS3.5 7.1.1); some writers pad to a disk block, or leave room
+    for another frame. A surplus that is not zero belongs to the image, so the header is wrong.
     """
     surplus = data[needed:]
     return needed <= len(data) <= 2 * needed and surplus.count(0) == len(surplus)
 
 
 def _may_end_early(pixels: np.ndarray) -> bool:
-    """Whether the last pixels are all one, as what a codec puts in place of missing ones is."""
+    """Return whether the last pixels are all equal, like those a codec pads missing data with."""
     return bool((pixels[-1, -8:] == pixels[-1, -1]).all())

@@ -1,8 +1,8 @@
-"""What a DICOM file's coded elements mean in a manifest: region, laterality, view, age, sex.
+"""Map a DICOM file's coded elements to manifest terms: region, laterality, view, age, sex.
 
-Only words of these tables come out. Free text in an element that should hold a code may name a
-patient, and regions and covariates go on into runs and models; so what is not in a table is unknown
-or empty.
+Only terms from these tables are returned. Free text in an element that should hold a code may name
+a patient, and regions and covariates are copied into runs and models; a value that is not in a
+table therefore becomes unknown or empty.
 """
 
 import re
@@ -114,11 +114,11 @@ _VIEWS = {  # View Position (PS3.3 C.8.1.6.2 and vendors'), and CID 4010 (DX vie
 }
 _AGE = re.compile(r"(\d{3})([DWMY])")  # PS3.5, table 6.2-1: AS
 _YEARS = {"D": 1 / 365.25, "W": 7 / 365.25, "M": 1 / 12, "Y": 1.0}
-OLDEST = 90.0  # years; whoever is older can be told by the age (45 CFR 164.514(b)(2)(i)(C))
+OLDEST = 90.0  # years; a higher age can identify a person (45 CFR 164.514(b)(2)(i)(C))
 
 
 def text(dataset: Any, keyword: str) -> str:
-    """Read an element as `text.normalise` spells it; of several values the first."""
+    """Return an element's first value, spelled as by `text.normalise`."""
     value = dataset.get(keyword)
     if value is not None and not isinstance(value, str) and hasattr(value, "__len__"):
         value = value[0] if len(value) else None
@@ -126,7 +126,7 @@ def text(dataset: Any, keyword: str) -> str:
 
 
 def region(dataset: Any) -> str:
-    """Name the body part: Anatomic Region Sequence, else Body Part Examined, else "unknown"."""
+    """Return the body part: Anatomic Region Sequence, else Body Part Examined, else "unknown"."""
     found = "unknown"
     for code, words in (*_codes(dataset, "AnatomicRegionSequence"), ("", "BodyPartExamined")):
         name = _REGION_CODES.get(code) or name_region(words if code else text(dataset, words))
@@ -138,7 +138,7 @@ def region(dataset: Any) -> str:
 
 
 def laterality(dataset: Any) -> str:
-    """Give R, L, B (both), U (unpaired) or nothing (PS3.3 C.8.11.1, C.7.3.1)."""
+    """Return R, L, B (both), U (unpaired) or nothing (PS3.3 C.8.11.1, C.7.3.1)."""
     for keyword in ("ImageLaterality", "Laterality", "FrameLaterality"):
         value = text(dataset, keyword).upper()
         if value in ("R", "L", "B", "U"):
@@ -147,7 +147,7 @@ def laterality(dataset: Any) -> str:
 
 
 def view(dataset: Any) -> str:
-    """Give the view, such as AP, PA, LATERAL, OBLIQUE, or nothing."""
+    """Return the view, such as AP, PA, LATERAL, OBLIQUE, or nothing."""
     codes = [code for code, _ in _codes(dataset, "ViewCodeSequence")]
     for value in (*codes, text(dataset, "ViewPosition").upper()):
         if value in _VIEWS:
@@ -156,7 +156,7 @@ def view(dataset: Any) -> str:
 
 
 def age_in_years(dataset: Any, *, cap: bool) -> str:
-    """Give Patient's Age in years with at most two decimals; with `cap`, 90 for all above."""
+    """Return Patient's Age in years with at most two decimals, limited to 90 if `cap` is set."""
     found = _AGE.fullmatch(text(dataset, "PatientAge").upper())
     if not found:
         return ""
@@ -165,7 +165,7 @@ def age_in_years(dataset: Any, *, cap: bool) -> str:
 
 
 def sex(dataset: Any) -> str:
-    """Give M, F, O or nothing (PS3.3 C.7.1.1)."""
+    """Return M, F, O or nothing (PS3.3 C.7.1.1)."""
     value = text(dataset, "PatientSex").upper()
     return value if value in ("M", "F", "O") else ""
 

@@ -1,7 +1,7 @@
-"""VOI LUTs and windows of DICOM: which one is taken, and what it makes of values (PS3.3 C.11.2).
+"""Choose and apply a DICOM's VOI LUT or window (PS3.3 C.11.2).
 
 Enhanced objects, and legacy ones converted to them, hold window and rescale in items of their
-Shared or Per-frame Functional Groups Sequence (PS3.3 C.7.6.16), as if at the top for each frame.
+Shared or Per-frame Functional Groups Sequence (PS3.3 C.7.6.16) instead of the top level.
 """
 
 import math
@@ -27,9 +27,9 @@ DEPTH_IN_USE = 1 / 16  # of the declared range; below, the depth is not what Bit
 
 
 def look_up(values: np.ndarray, item: Any, name: str) -> tuple[np.ndarray, float]:
-    """Look values up in a table (C.11.1.1, C.11.2.1.1); also give the greatest output of its bits.
+    """Return values looked up in a table (C.11.1.1, C.11.2.1.1), and its bits' greatest output.
 
-    Values below the first that is mapped get the first entry, those beyond the last the last.
+    Values below the first mapped one get the first entry, values above the last one the last.
     """
     descriptor = _words(item, "LUTDescriptor")
     if len(descriptor) != 3:
@@ -90,7 +90,7 @@ class Transforms:
 
 
 def find_transforms(dataset: Any) -> Transforms:
-    """Find the items of the one frame: what a frame says of itself goes before what all share."""
+    """Return the one frame's transforms: per-frame items take precedence over shared ones."""
     modality = _item(dataset, "PixelValueTransformationSequence", _RESCALE)
     voi = _item(dataset, "FrameVOILUTSequence", ("WindowCenter", "WindowWidth", "VOILUTSequence"))
     rescale = [None if modality is None else modality.get(name) for name in _RESCALE]
@@ -117,7 +117,7 @@ BESIDE = "wholly beside the image's values"
 
 @dataclass(frozen=True)
 class _Window:
-    """One window; NaN stands for what is no number."""
+    """One window; a value that is not a number is NaN."""
 
     center: float
     width: float
@@ -128,19 +128,19 @@ class _Window:
 def apply_voi(
     values: np.ndarray, seen: np.ndarray, item: Any, wanted: str
 ) -> tuple[np.ndarray | None, tuple[str, ...]]:
-    """Apply the VOI LUT or window that is wanted.
+    """Apply the requested VOI LUT or window.
 
-    A window that is none counts as absent, and the next one is taken: one whose center or width is
-    missing or no finite number, whose width is below its function's minimum (C.11.2.1.2.1: 1 for
-    LINEAR, above 0 for LINEAR_EXACT and SIGMOID), or that lies wholly beside the image's values, so
-    that all would be black or all white.
+    An invalid window counts as absent and the next one is used. A window is invalid if its center
+    or width is missing or not a finite number, its width is below its function's minimum
+    (C.11.2.1.2.1: 1 for LINEAR, above 0 for LINEAR_EXACT and SIGMOID), or it lies entirely outside
+    the image's values, so that all pixels would be black or all white.
 
     Parameters
     ----------
     values : float64 (n,)
         Output of the modality transform.
     seen : bool (n,)
-        Which of the values the image has.
+        Which of the values occur in the image.
     item : pydicom.Dataset
         The data set, or the item of Frame VOI LUT Sequence.
     wanted : str
@@ -151,13 +151,13 @@ def apply_voi(
     shares : float64 (n,) or None
         0 black to 1 white; None where there is nothing to apply.
     notes : tuple of str
-        Why windows were passed over.
+        Why windows were skipped.
 
     Raises
     ------
     ImageError
-        A table or the function is contradictory; or none has the name, or the one that has it is
-        no window.
+        A table or the function contradicts itself; or no window has the requested name, or the
+        window with that name is invalid.
     """
     wanted = wanted.strip().casefold()
     if wanted == NO_WINDOW:
@@ -246,7 +246,7 @@ def _window(values: np.ndarray, center: float, width: float, function: str) -> n
 
 
 def _numbers(item: Any, keyword: str) -> list[float | None]:
-    """Read decimal strings: None where one is empty, NaN where one is no number."""
+    """Return decimal strings as numbers: None if empty, NaN if not a number."""
     try:
         return [_number(value) for value in _several(item, keyword)]
     except ValueError:  # pydicom's, of the whole element; its text quotes the value

@@ -1,7 +1,7 @@
 """The figures of a comparison, as SVG for light and dark pages, PNG, PDF, and the CSV behind them.
 
-A figure that has nothing to show is None: scores of one class, times that no sweep wrote down,
-heads of one depth.
+A figure with nothing to show is None, such as for scores of one class, for runs that did not record
+times, or for heads of a single depth.
 """
 
 from collections.abc import Callable
@@ -62,14 +62,14 @@ FIGURES = (*_OF_ROWS, *_OF_RESULT)
 
 
 def plot_all(result: dict[str, Any], test_set: TestSet) -> list[Plot]:
-    """Draw the figures that apply, in the order of the page.
+    """Return the figures that apply, in the order of the page.
 
     Parameters
     ----------
     result : dict
-        A comparison, as `compare_runs` returns it.
+        A comparison from `compare_runs`.
     test_set : TestSet
-        The rows that it was made of.
+        The test rows that were compared.
     """
     of_rows = [plot(result, test_set) for plot in _OF_ROWS.values()]
     of_result = [plot(result) for plot in _OF_RESULT.values()]
@@ -77,7 +77,7 @@ def plot_all(result: dict[str, Any], test_set: TestSet) -> list[Plot]:
 
 
 def draw_figure(name: str, result: dict[str, Any], test_set: TestSet) -> Figure | None:
-    """Return the figure of that name, one of `FIGURES`; None where it has nothing to show."""
+    """Return the figure of that name, one of `FIGURES`, or None if it has nothing to show."""
     with drawing_only():
         plot = _OF_ROWS[name](result, test_set) if name in _OF_ROWS else _OF_RESULT[name](result)
     return None if plot is None else plot.figure()

@@ -1,4 +1,4 @@
-"""How far probabilities may be believed: reliability before and after each calibration."""
+"""Reliability of probabilities before and after each calibration."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 from medembed.report.figures.captions import (
     LEGEND,
     SMALL,
+    describe_intervals,
     describe_shown,
     describe_test,
     elide,
@@ -16,7 +17,6 @@ from medembed.report.figures.captions import (
     name_rows,
     name_units,
     shown_rows,
-    tell_intervals,
     write_csv,
 )
 from medembed.report.figures.plotting import (
@@ -46,8 +46,8 @@ PANEL_WIDTH = 145
 def plot_calibration(result: dict[str, Any]) -> Plot | None:
     """Draw the reliability of the best trained head before and after each calibration.
 
-    Returns None where the test rows are of one class, no head was trained, or the comparison holds
-    no calibrations.
+    Returns None if the test rows have one class, no head was trained, or the comparison holds no
+    calibrations.
     """
     rows = shown_rows(result, 1)
     panels = rows[0].get("calibrations") if rows else None
@@ -64,15 +64,16 @@ def plot_calibration(result: dict[str, Any]) -> Plot | None:
         "Calibration",
         draw,
         caption=f"{describe_test(result)} {name}: points, the share abnormal within each bin of "
-        f"probabilities{_tell_curve(panels)}; dotted, perfect calibration; strips, test "
-        f"{name_units(result)} in each bin. {_tell_intervals(panels)}{describe_shown(result, 1)}",
+        f"probabilities{_describe_curve(panels)}; dotted, perfect calibration; strips, test "
+        f"{name_units(result)} in each bin. {_describe_intervals(panels)}"
+        f"{describe_shown(result, 1)}",
         alt=f"Reliability of {name} on test. {'; '.join(numbers)}.",
         csv=_write_bins(name_rows(result, rows)[0], panels),
     )
 
 
 def _draw_panels(theme: Theme, result: dict[str, Any], name: str, panels: dict[str, Any]) -> Figure:
-    about = f"Head: {name}. {describe_test(result)} {_tell_intervals(panels)}"
+    about = f"Head: {name}. {describe_test(result)} {_describe_intervals(panels)}"
     about += describe_shown(result, 1)
     n_lines = (len(panels) + 1) // 2
     figure = start_figure("Calibration", about, body=2.9 * n_lines)
@@ -93,12 +94,12 @@ def _draw_panels(theme: Theme, result: dict[str, Any], name: str, panels: dict[s
 
 
 def _band(panel: dict[str, Any]) -> list[float | None]:
-    """Return the lower ends of the curve's band."""
+    """Return the lower limits of the curve's band."""
     return list((panel.get("curve") or {}).get("low", []))
 
 
-def _tell_curve(panels: dict[str, Any]) -> str:
-    """Say what the line is, where there is one, and the band around it."""
+def _describe_curve(panels: dict[str, Any]) -> str:
+    """Return a description of the line and its band, or nothing without a line."""
     bands = [_band(panel) for panel in panels.values()]
     if not any(bands):
         return ""
@@ -107,21 +108,21 @@ def _tell_curve(panels: dict[str, Any]) -> str:
     return f"; line, the logistic recalibration{with_band}"
 
 
-def _tell_intervals(panels: dict[str, Any]) -> str:
-    """Say what bars and brackets are, those that there are."""
+def _describe_intervals(panels: dict[str, Any]) -> str:
+    """Return a description of the bars and brackets that are drawn."""
     bins = [
         {"low": own["share_low"], "high": own["share_high"]}
         for panel in panels.values()
         for own in panel["bins"]
     ]
-    told = [tell_intervals("Bars", bins, OF_SHARES)] if any(map(has_interval, bins)) else []
+    told = [describe_intervals("Bars", bins, OF_SHARES)] if any(map(has_interval, bins)) else []
     if any(own is not None for panel in panels.values() for own in _band(panel)):
         told.append("Band: 95 %, Student's t on the log-odds, patients as clusters.")
     if any(has_interval(panel["brier"]) for panel in panels.values()):
         told.append("In brackets: 95 % intervals of the Brier score, Student's t on the log-odds.")
     if any(has_interval(panel["ece"]) for panel in panels.values()):
-        told.append("ECE has an upper bound alone.")
-    return " ".join(told) if told else tell_intervals("", bins, "")
+        told.append("ECE has only an upper bound.")
+    return " ".join(told) if told else describe_intervals("", bins, "")
 
 
 def _draw_reliability(axes: Any, theme: Theme, method: str, panel: dict[str, Any]) -> None:
@@ -151,7 +152,7 @@ def _draw_reliability(axes: Any, theme: Theme, method: str, panel: dict[str, Any
 
 
 def _draw_curve(axes: Any, theme: Theme, curve: dict[str, Any]) -> None:
-    """Draw the logistic line and its band, where there are any."""
+    """Draw the logistic line and its band, if available."""
     if not curve.get("probability"):
         return
     places, colour = curve["probability"], theme.series[0]
@@ -161,7 +162,7 @@ def _draw_curve(axes: Any, theme: Theme, curve: dict[str, Any]) -> None:
 
 
 def _draw_counts(strip: Any, theme: Theme, panel: dict[str, Any], top: int) -> None:
-    """Draw how many rows each bin holds, on the same scale in all panels."""
+    """Draw how many rows each bin holds, on one scale for all panels."""
     bins = panel["bins"]
     strip.bar(
         [own["low"] for own in bins],
@@ -190,7 +191,7 @@ def _scores(panel: dict[str, Any], separator: str) -> str:
 
 
 def _write_bins(head: str, panels: dict[str, Any]) -> str:
-    """Write the bins, then the curves, whose points have no count."""
+    """Return a CSV of the bins, then the curves, whose points have no count."""
     empty = {**flatten("brier", None), **flatten("ece", None), "bin_low": None, "bin_high": None}
     curves = [
         {

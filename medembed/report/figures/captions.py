@@ -1,7 +1,8 @@
-"""The words and numbers of figures: which heads, what n is, what the intervals are, the CSV.
+"""The text and numbers of figures: heads, sample sizes, explanations of intervals, and the CSV.
 
-Text is made to fit: names cut, sentences wrapped, colliding tick labels left out. Widths are
-measured, not guessed from the number of characters: a row of W is three times as wide as one of i.
+Text is made to fit: names are shortened, sentences wrapped, colliding tick labels left out. Widths
+are measured instead of estimated from the number of characters: a row of W is three times as wide
+as one of i.
 """
 
 import warnings
@@ -31,18 +32,17 @@ __all__ = [
     "name_rows",
     "name_units",
     "shown_rows",
-    "tell_intervals",
     "thin",
     "wrap",
     "write_csv",
 ]
 
 FONT = "DejaVu Sans"
-"""Comes with matplotlib, so that every machine draws the same."""
+"""Ships with matplotlib, so that every machine draws identical text."""
 SMALL, LEGEND = 8, 9
-"""Font sizes in points; what is neither small nor a legend has 10."""
+"""Font sizes in points; text that is neither small nor a legend has 10."""
 PLAIN: dict[str, Any] = dict.fromkeys(("style", "variant", "weight", "stretch"), "normal")
-"""All said, so that the user's settings have no say."""
+"""All properties are set, so that the user's settings have no effect."""
 LONGEST = 200
 GAP = 3.0
 """Points between two tick labels."""
@@ -58,9 +58,9 @@ def measure(text: str, size: float) -> float:
 
 
 def elide(text: str, width: float, size: float) -> str:
-    """Clean `text` and cut out its middle until it is at most `width` points wide.
+    """Return cleaned `text`, with its middle cut out until it is at most `width` points wide.
 
-    Both ends of a name tell it apart: the first letters of a run's, and the head's after it.
+    Both ends of a name distinguish it: the beginning of the run's name and the head after it.
     """
     text = to_figure(text)
     if len(text) > LONGEST:
@@ -73,7 +73,7 @@ def elide(text: str, width: float, size: float) -> str:
 
 
 def wrap(text: str, width: float, size: float) -> list[str]:
-    """Break `text` between words into lines of at most `width` points."""
+    """Return `text` broken between words into lines of at most `width` points."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".lstrip()
@@ -85,16 +85,16 @@ def wrap(text: str, width: float, size: float) -> list[str]:
 
 
 def thin(places: Sequence[float], labels: Sequence[str], size: float) -> list[str]:
-    """Blank those tick labels that would touch another; the last and the first come before others.
+    """Return tick labels, blanked if they would touch another; last and first have priority.
 
     Parameters
     ----------
     places : sequence of float
-        Where the labels are centred, in points along the axis.
+        Centres of the labels, in points along the axis.
     labels : sequence of str
         One line or several.
     size : float
-        Of the font, in points.
+        Font size in points.
     """
     widths = [max(measure(line, size) for line in label.split("\n")) for label in labels]
     shown: list[int] = []
@@ -106,29 +106,29 @@ def thin(places: Sequence[float], labels: Sequence[str], size: float) -> list[st
 
 
 MAX_SERIES = 6
-"""Heads drawn in one figure: as many as the palette can keep apart."""
+"""Most heads in one figure: as many as the palette can distinguish."""
 MAX_NAME = 200
 """Points that a name may take in a legend, so that a score and its interval fit beside it."""
 
 
 def shown_rows(result: dict[str, Any], n: int = MAX_SERIES) -> list[dict[str, Any]]:
-    """Return the best trained heads; none where no score tells which is best."""
+    """Return the best trained heads, or none if no score determines the best."""
     trained = [row for row in result["rows"] if not row["baseline"]]
     return trained[:n] if trained and is_known(trained[0]["scores"]["auroc"]) else []
 
 
 def is_known(score: dict[str, Any] | None) -> bool:
-    """Tell whether a score has a value."""
+    """Return whether a score has a value."""
     return score is not None and score.get("value") is not None
 
 
 def has_interval(score: dict[str, Any] | None) -> bool:
-    """Tell whether a score has an interval, or a bound on one side."""
+    """Return whether a score has an interval, or a one-sided bound."""
     return score is not None and any(score.get(end) is not None for end in ("low", "high"))
 
 
-def tell_intervals(what: str, scores: Iterable[dict[str, Any] | None], how: str) -> str:
-    """Return the sentence that says what shows the intervals of a figure's scores, if any has one.
+def describe_intervals(what: str, scores: Iterable[dict[str, Any] | None], how: str) -> str:
+    """Return the sentence on how a figure shows its scores' intervals, or that there are none.
 
     `how` names the method.
     """
@@ -150,12 +150,12 @@ def label_rows(
 
 
 def name_units(result: dict[str, Any]) -> str:
-    """Return what the test rows are: studies or images."""
+    """Return the unit of the test rows: studies or images."""
     return "studies" if result["level"] == "study" else "images"
 
 
 def describe_test(result: dict[str, Any]) -> str:
-    """Return the sentence that says what n is."""
+    """Return the sentence that explains n."""
     test = result["test"]
     return (
         f"n = {counted(test['n'], 'test ' + result['level'])} ({test['n_abnormal']:,} abnormal), "
@@ -166,7 +166,7 @@ def describe_test(result: dict[str, Any]) -> str:
 def describe_shown(
     result: dict[str, Any], n_shown: int = MAX_SERIES, n_all: int | None = None
 ) -> str:
-    """Return sentences, each after a blank, on heads that are not drawn and synthetic images.
+    """Return sentences, each after a blank, on heads that are not drawn and on synthetic images.
 
     `n_all` heads could have been drawn, by default all that were trained.
     """
@@ -179,7 +179,7 @@ def describe_shown(
 
 
 def flatten(name: str, score: dict[str, Any] | None) -> dict[str, float | None]:
-    """Return a score as cells of a table: the value under `name`, and the ends of its interval."""
+    """Return a score as cells of a table: the value under `name`, and its interval's limits."""
     score = score or {}
     ends = {f"{name}_{end}": score.get(end) for end in ("low", "high")}
     return {name: score.get("value"), **ends}

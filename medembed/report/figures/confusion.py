@@ -1,4 +1,4 @@
-"""What heads call abnormal: confusion matrices at every operating point."""
+"""Confusion matrices of heads at every operating point."""
 
 from typing import Any
 
@@ -8,6 +8,7 @@ from matplotlib.patches import Rectangle
 from medembed.report.figures.captions import (
     LEGEND,
     SMALL,
+    describe_intervals,
     describe_shown,
     describe_test,
     elide,
@@ -15,7 +16,6 @@ from medembed.report.figures.captions import (
     label_rows,
     name_rows,
     shown_rows,
-    tell_intervals,
     write_csv,
 )
 from medembed.report.figures.plotting import Plot, Theme, make_plot, start_figure
@@ -29,20 +29,20 @@ TITLE = "Confusion matrices"
 MAX_MATRICES = 3
 MAX_POINTS = 6
 LINE_HEIGHT = 1.7
-"""Inches that the matrices of one operating point take."""
+"""Height in inches of the matrices of one operating point."""
 PANEL_WIDTH = 92
 """Points above a matrix."""
 COUNTS = ("tn", "fp", "fn", "tp")
 CLASSES = ("normal", "abnormal")
 DARKEST = 0.5
-"""Opacity of a cell that holds its whole row: the ink on it stays readable in both themes."""
+"""Opacity of a cell that holds its whole row, at which text stays readable in both themes."""
 
 
 def plot_confusion(result: dict[str, Any]) -> Plot | None:
     """Draw the confusion matrices of the best trained heads at each operating point.
 
-    Returns None where the test rows are of one class, no head was trained, or the comparison holds
-    no operating points.
+    Returns None if the test rows have one class, no head was trained, or the comparison holds no
+    operating points.
     """
     rows = [row for row in shown_rows(result, MAX_MATRICES) if points_of(row)]
     if not rows:
@@ -67,7 +67,7 @@ def plot_confusion(result: dict[str, Any]) -> Plot | None:
         draw,
         caption=f"{describe_test(result)} Cells: counts and shares of the row, at thresholds that "
         "were chosen on out-of-fold predictions of train, or given; below, sensitivity and "
-        f"specificity.{most} {_tell_intervals(rows)}{describe_shown(result, MAX_MATRICES)}",
+        f"specificity.{most} {_describe_intervals(rows)}{describe_shown(result, MAX_MATRICES)}",
         alt=f"{TITLE} on test. {'; '.join(sentences)}.",
         csv=write_csv(
             [
@@ -89,7 +89,9 @@ def plot_confusion(result: dict[str, Any]) -> Plot | None:
 def _draw_matrices(
     theme: Theme, result: dict[str, Any], rows: list[dict[str, Any]], names: list[str]
 ) -> Figure:
-    about = f"{describe_test(result)} Cells: counts and shares of the row. {_tell_intervals(rows)}"
+    about = (
+        f"{describe_test(result)} Cells: counts and shares of the row. {_describe_intervals(rows)}"
+    )
     about += describe_shown(result, MAX_MATRICES)
     several = len(result["runs"]) > 1
     figure = start_figure(TITLE, about, body=LINE_HEIGHT * len(names) + (0.5 if several else 0.3))
@@ -101,7 +103,7 @@ def _draw_matrices(
         grid[0, i].set_title(title, fontsize=LEGEND)
         for line, name in enumerate(names):
             axes, point = grid[line, i], told.get(name)
-            if point is None:  # a model from elsewhere that does not tell
+            if point is None:  # an external model that does not record it
                 axes.set_axis_off()
                 continue
             _draw_matrix(axes, theme, point["confusion"])
@@ -115,10 +117,10 @@ def _draw_matrices(
     return figure
 
 
-def _tell_intervals(rows: list[dict[str, Any]]) -> str:
+def _describe_intervals(rows: list[dict[str, Any]]) -> str:
     points = [point for row in rows for point in points_of(row)]
     scores = [own["scores"][name] for own in points for name in ("sensitivity", "specificity")]
-    return tell_intervals("In brackets", scores, OF_SHARES)
+    return describe_intervals("In brackets", scores, OF_SHARES)
 
 
 def _draw_matrix(axes: Any, theme: Theme, confusion: dict[str, Any]) -> None:

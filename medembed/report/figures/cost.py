@@ -1,4 +1,4 @@
-"""What heads cost: seconds of training against AUROC."""
+"""The cost of heads: seconds of training against AUROC."""
 
 import math
 from typing import Any
@@ -8,13 +8,13 @@ from matplotlib.figure import Figure
 from medembed.report.figures.captions import (
     LEGEND,
     MAX_SERIES,
+    describe_intervals,
     describe_shown,
     describe_test,
     flatten,
     label_rows,
     name_rows,
     shown_rows,
-    tell_intervals,
     thin,
     write_csv,
 )
@@ -34,7 +34,7 @@ from medembed.results.methods import of_score
 __all__ = ["plot_cost"]
 
 MIN_RATIO = 8.0
-"""Between the ends of the axis, so that it holds at least two of 1, 2, 5, 10, 20, 50, …"""
+"""Least ratio of the axis' ends, so that it holds at least two of 1, 2, 5, 10, 20, 50, …"""
 MAX_TICKS = 7
 MAX_LABEL = 150
 """Points that a name may take in the legend, beside a score and a time."""
@@ -43,14 +43,14 @@ MAX_LABEL = 150
 def plot_cost(result: dict[str, Any]) -> Plot | None:
     """Draw AUROC with its 95 % interval over the seconds that each head's trials took.
 
-    Returns None where fewer than two heads have a time, or the test rows are of one class.
+    Returns None if fewer than two heads have a time, or the test rows have one class.
     """
     timed = [row for row in shown_rows(result, len(result["rows"])) if row.get("seconds")]
     rows = timed[:MAX_SERIES]
     if len(rows) < 2:
         return None
     scores = [row["scores"]["auroc"] for row in rows]
-    draws = tell_intervals("Bars", scores, of_score("auroc"))
+    draws = describe_intervals("Bars", scores, of_score("auroc"))
     draws += describe_shown(result, n_all=len(timed))
     names = label_rows(result, rows, MAX_LABEL)
     labels = [
@@ -113,7 +113,7 @@ def _ends(seconds: list[float]) -> tuple[float, float]:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Return 1, 2 and 5 times the powers of ten between the ends, or the powers alone."""
+    """Return 1, 2 and 5 times the powers of ten between the ends, or only the powers."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for steps in ((1, 2, 5), (1,)):
         ticks = [step * 10.0**decade for decade in decades for step in steps]

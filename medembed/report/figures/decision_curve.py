@@ -1,4 +1,4 @@
-"""What decisions are worth: net benefit over thresholds, beside treating all and none."""
+"""Decision curves: net benefit over thresholds, compared with treating all and none."""
 
 from typing import Any
 
@@ -6,12 +6,12 @@ from matplotlib.figure import Figure
 
 from medembed.report.figures.captions import (
     MAX_SERIES,
+    describe_intervals,
     describe_shown,
     describe_test,
     label_rows,
     name_rows,
     shown_rows,
-    tell_intervals,
     write_csv,
 )
 from medembed.report.figures.plotting import (
@@ -29,16 +29,16 @@ __all__ = ["plot_decision_curve"]
 TITLE = "Decision curves"
 METHOD = "Student's t on what each patient adds"
 TOLD = (0.1, 0.2, 0.5)
-"""Thresholds whose net benefit is told to who cannot see the figure."""
+"""Thresholds whose net benefit is listed in the alternative text."""
 HEADROOM = 0.15
-"""Share of the height above the highest line; as much is shown below zero."""
+"""Share of the height above the highest line, and also below zero."""
 
 
 def plot_decision_curve(result: dict[str, Any]) -> Plot | None:
     """Draw the net benefit of the best trained heads, with a 95 % band around the best.
 
-    Returns None where the test rows are of one class, no head was trained, or the comparison holds
-    no net benefit.
+    Returns None if the test rows have one class, no head was trained, or the comparison holds no
+    net benefit.
     """
     able = [row for row in shown_rows(result, len(result["rows"])) if row.get("net_benefit")]
     rows = able[:MAX_SERIES]
@@ -50,7 +50,7 @@ def plot_decision_curve(result: dict[str, Any]) -> Plot | None:
         return _draw_curves(theme, result, rows, names)
 
     numbers = [
-        f"{name}, at {threshold:g}: {_tell(row['net_benefit'], threshold)}"
+        f"{name}, at {threshold:g}: {_describe_benefit(row['net_benefit'], threshold)}"
         for name, row in zip(names, rows, strict=True)
         for threshold in TOLD
     ]
@@ -61,23 +61,23 @@ def plot_decision_curve(result: dict[str, Any]) -> Plot | None:
         caption=f"{describe_test(result)} Net benefit of calibrated probabilities: the share of "
         "studies found, less the false alarms at the price that the threshold gives them. A head "
         "is of use where its line is above both references: all called abnormal (treat all), none "
-        f"called abnormal (treat none). {_tell_band(rows[0], f'Band of {names[0]}, pointwise')}"
+        f"called abnormal (treat none). {_describe_band(rows[0], f'Band of {names[0]}, pointwise')}"
         f"{describe_shown(result, n_all=len(able))}",
         alt=f"{TITLE} on test: net benefit. {'; '.join(numbers)}.",
         csv=_write_curves(name_rows(result, rows), rows),
     )
 
 
-def _tell_band(row: dict[str, Any], what: str) -> str:
-    """Say what the band is, or that there is none."""
+def _describe_band(row: dict[str, Any], what: str) -> str:
+    """Return a sentence that explains the band, or its absence."""
     ends = zip(row["net_benefit"]["low"], row["net_benefit"]["high"], strict=True)
-    return tell_intervals(what, [{"low": low, "high": high} for low, high in ends], METHOD)
+    return describe_intervals(what, [{"low": low, "high": high} for low, high in ends], METHOD)
 
 
 def _draw_curves(
     theme: Theme, result: dict[str, Any], rows: list[dict[str, Any]], names: list[str]
 ) -> Figure:
-    about = f"{describe_test(result)} {_tell_band(rows[0], 'Band')}{describe_shown(result)}"
+    about = f"{describe_test(result)} {_describe_band(rows[0], 'Band')}{describe_shown(result)}"
     figure = start_figure(TITLE, about, body=3.6, n_labels=len(names) + 2)
     axes = figure.add_subplot()
     curves = [row["net_benefit"] for row in rows]
@@ -117,7 +117,7 @@ def _draw_curves(
 
 
 def _until(places: list[float], values: list[float], end: float) -> tuple[list[float], list[float]]:
-    """Return a falling line as far as it is above an end, and where it meets it."""
+    """Return a falling line down to `end`, including the point where it reaches `end`."""
     n = sum(value > end for value in values)
     if n in (0, len(values)):
         return places[:n], values[:n]
@@ -126,7 +126,7 @@ def _until(places: list[float], values: list[float], end: float) -> tuple[list[f
     return [*places[:n], last], [*values[:n], end]
 
 
-def _tell(curve: dict[str, Any], threshold: float) -> str:
+def _describe_benefit(curve: dict[str, Any], threshold: float) -> str:
     k = min(range(len(curve["thresholds"])), key=lambda i: abs(curve["thresholds"][i] - threshold))
     value, low, high = (curve[name][k] for name in ("value", "low", "high"))
     if value is None:

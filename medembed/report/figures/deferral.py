@@ -1,4 +1,4 @@
-"""What a head would hand on to a reader: coverage and error against the share deferred."""
+"""Coverage and error of a head against the share of studies deferred to a reader."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ from matplotlib.figure import Figure
 
 from medembed.report.figures.captions import (
     MAX_SERIES,
+    describe_intervals,
     describe_shown,
     describe_test,
     flatten,
@@ -13,7 +14,6 @@ from medembed.report.figures.captions import (
     label_rows,
     name_rows,
     shown_rows,
-    tell_intervals,
     write_csv,
 )
 from medembed.report.figures.plotting import (
@@ -38,10 +38,10 @@ SHARES = ("coverage", "coverage_normal", "coverage_abnormal", "deferred", "empty
 
 
 def plot_deferral(result: dict[str, Any]) -> Plot | None:
-    """Draw how often sets hold the label, and how often decisions err, over the share deferred.
+    """Draw the coverage of sets and the error of decisions over the share deferred.
 
-    Each line runs over the promised coverages, as far as promising less defers less. Returns None
-    where no trained head has prediction sets.
+    Each line covers the promised coverages, as far as a lower promise defers less. Returns None if
+    no trained head has prediction sets.
     """
     able = [row for row in shown_rows(result, len(result["rows"])) if row.get("deferral")]
     rows = able[:MAX_SERIES]
@@ -49,7 +49,7 @@ def plot_deferral(result: dict[str, Any]) -> Plot | None:
         return None
     names = label_rows(result, rows)
     told = [own[share] for row in rows for own in row["deferral"]["levels"] for share in _scores()]
-    draws = tell_intervals("Bars", told, OF_SHARES) + describe_shown(result, n_all=len(able))
+    draws = describe_intervals("Bars", told, OF_SHARES) + describe_shown(result, n_all=len(able))
 
     def draw(theme: Theme) -> Figure:
         return _draw_panels(theme, result, rows, names, draws)
@@ -113,7 +113,7 @@ def _draw_head(axes: Any, theme: Theme, i: int, deferral: dict[str, Any], share:
 
 
 def _curve(deferral: dict[str, Any], share: str) -> tuple[list[float], list[float]]:
-    """Return the line, up to the least share deferred or the least promise told."""
+    """Return the line, down to the least share deferred or the lowest promise with an interval."""
     curve = deferral["curve"]
     least = min(curve["deferred"])
     last = max(
@@ -130,7 +130,7 @@ def _scores() -> tuple[str, ...]:
 
 
 def _write_levels(names: list[str], rows: list[dict[str, Any]]) -> str:
-    """Write the told levels with intervals, then the curves without."""
+    """Return a CSV of the promised levels with intervals, then the curves without."""
     told = [
         {
             "head": name,

@@ -1,4 +1,4 @@
-"""The flow of images, studies and patients, as CONSORT and STARD draw it."""
+"""The flow of images, studies and patients, in the style of CONSORT and STARD."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,19 +19,19 @@ MAX_FLOWS = 3
 MAX_REASONS = 6
 """Reasons in one box; all are in the CSV."""
 WHOLE = (WIDTH - 0.35) * 72
-"""Points that boxes may take side by side."""
+"""Points available for boxes placed side by side."""
 MAIN, SIDE, GAP = 0.46, 0.46, 14.0
 """Shares of the width, and points between boxes."""
 LINE, PAD = 11.5, 6.0
 """Points from line to line, and between a box and its text."""
 BOLD = 1.2 * LEGEND
-"""What bold letters of that size are as wide as."""
+"""The regular font size whose letters are as wide as bold ones."""
 UNITS = ("images", "studies", "patients")
 
 
 @dataclass(frozen=True)
 class _Box:
-    """Lines of text, the first in bold, at a place: left edge, top, width, all in points."""
+    """Lines of text, the first in bold, with left edge, top and width in points."""
 
     lines: tuple[str, ...]
     left: float
@@ -48,9 +48,9 @@ class _Box:
 
 
 def plot_flow(result: dict[str, Any]) -> Plot | None:
-    """Draw what each run found, left out and used; runs of one flow once.
+    """Draw what each run found, left out and used; runs with equal flows are drawn once.
 
-    Returns None where no run tells which images it used.
+    Returns None if no run records which images it used.
     """
     flows = [own for own in result.get("flow") or [] if own["used"]["images"]]
     groups: list[tuple[list[str], dict[str, Any]]] = []
@@ -80,7 +80,7 @@ def plot_flow(result: dict[str, Any]) -> Plot | None:
         TITLE,
         draw,
         caption=about,
-        alt=f"{TITLE}. " + " ".join(_tell(names, own) for names, own in shown),
+        alt=f"{TITLE}. " + " ".join(_describe_flow(names, own) for names, own in shown),
         csv=write_csv([row for own in flows for row in _rows(own)]),
     )
 
@@ -124,11 +124,11 @@ def _draw_flows(
 
 
 _Arrow = tuple[tuple[float, float], tuple[float, float], bool]
-"""Where it begins and ends, and whether that end is a head."""
+"""Start and end points, and whether the end has an arrowhead."""
 
 
 def _place(own: Mapping[str, Any], top: float) -> tuple[list[_Box], list[_Arrow]]:
-    """Put the boxes of one flow below each other, losses beside what they are lost from."""
+    """Return the boxes of one flow from top to bottom, with losses beside their source."""
     width, aside = MAIN * WHOLE, (1 - SIDE) * WHOLE
     boxes: list[_Box] = []
     arrows: list[_Arrow] = []
@@ -155,7 +155,7 @@ def _place(own: Mapping[str, Any], top: float) -> tuple[list[_Box], list[_Arrow]
 
 
 def _branch(above: _Box, box: _Box) -> Iterator[_Arrow]:
-    """Lead from one box down to another, around a corner where it stands aside."""
+    """Yield arrows from one box down to another, around a corner if it is placed aside."""
     if box.left == above.left:
         yield (above.middle, above.bottom), (box.middle, box.top), True
         return
@@ -179,7 +179,7 @@ def _draw_box(axes: Any, theme: Theme, box: _Box) -> None:
 
 
 def _fit(lines: Sequence[str], width: float) -> tuple[str, ...]:
-    """Break lines so that a box has room for them, the first in its larger and bold letters."""
+    """Return lines broken to fit a box, the first in its larger bold font."""
     room = 0.96 * width - 2 * PAD
     sizes = [BOLD, *[SMALL] * (len(lines) - 1)]
     broken = [
@@ -191,7 +191,7 @@ def _fit(lines: Sequence[str], width: float) -> tuple[str, ...]:
 
 
 def _steps(own: Mapping[str, Any]) -> Iterator[tuple[list[str], list[str]]]:
-    """Yield each main box, and what is lost after it."""
+    """Yield each main box, and the losses after it."""
     found = own["found"]
     title = "Found: " + (NOT_RECORDED if found is None else f"{counted(found, 'image')}")
     yield [title], [] if found is None else _excluded(own)
@@ -240,7 +240,7 @@ def _split_lines(part: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _tell(names: Sequence[str], own: Mapping[str, Any]) -> str:
+def _describe_flow(names: Sequence[str], own: Mapping[str, Any]) -> str:
     parts = [*(line for main, side in _steps(own) for line in (*main, *side))]
     parts += [line for part in own["splits"] for line in _split_lines(part)]
     return f"{', '.join(names)}: {'; '.join(parts)}."

@@ -1,4 +1,4 @@
-"""What all figures share: colours, the sheet with its title and legend, the files.
+"""Common parts of all figures: colours, the sheet with its title and legend, the files.
 
 Equal input gives equal bytes: matplotlib's own fonts, a fixed salt for SVG ids, no dates.
 """
@@ -38,17 +38,17 @@ __all__ = [
 ]
 
 WIDTH = 5.2
-"""Inches: a column of the page, and of most journals."""
+"""Width in inches of a column of the page, and of most journals."""
 DPI = 200
 AXIS = (WIDTH - 0.9) * 72
-"""About how many points a horizontal axis is long."""
+"""Approximate length of a horizontal axis in points."""
 MARGIN = 0.08
-"""Inches between the edge and what is written at the top."""
+"""Inches between the edge and the text at the top."""
 
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of a figure: ink for text, a faint one for grids, one per head."""
+    """Colours of a figure: ink for text, a faint colour for grids, one colour per head."""
 
     ink: str
     faint: str
@@ -69,7 +69,7 @@ DARK = Theme(
 MARKERS = "os^DvP"
 LINES = ("-", "--", "-.", ":", (0, (6, 1)), (0, (3, 1, 1, 1, 1, 1)))
 REFERENCE: dict[str, Any] = {"alpha": 0.5, "lw": 0.9, "ls": (0, (2, 3))}
-"""How a line is drawn that no head made: chance, perfect calibration."""
+"""Style of reference lines: chance, perfect calibration."""
 METADATA: dict[str, dict[str, str | None]] = {
     "svg": {"Date": None, "Creator": None},
     "png": {"Software": None},
@@ -89,14 +89,14 @@ class Plot:
     name : str
         Stem of its files.
     title, caption, alt : str
-        What it shows; what is n and what the intervals are; the same for who cannot see it.
+        What the figure shows; an explanation of n and the intervals; alternative text.
     light_svg, dark_svg, png, pdf : bytes
-        SVG on a transparent ground for the two colour schemes; on white, PNG of 200 dpi and PDF
-        with its fonts, for papers.
+        SVG on a transparent background for the two colour schemes; on white, PNG of 200 dpi and
+        PDF with embedded fonts, for papers.
     csv : str
         The numbers behind it.
     draw : callable
-        Makes the figure in the colours of a theme.
+        Draws the figure in the colours of a theme.
     """
 
     name: str
@@ -111,13 +111,13 @@ class Plot:
     draw: Callable[[Theme], Figure] = field(compare=False, repr=False)
 
     def figure(self) -> Figure:
-        """Return the figure itself, to be shown, changed or saved; a new one each time."""
+        """Return a new figure, to be shown, changed or saved."""
         return _draw(self.draw, LIGHT)
 
 
 @contextmanager
 def drawing_only() -> Iterator[None]:
-    """Let `make_plot` save nothing meanwhile, which takes most of the time: for `Plot.figure`."""
+    """Keep `make_plot` from saving, which takes most of its time; used for `Plot.figure`."""
     token = _ONLY_DRAW.set(True)
     try:
         yield
@@ -126,7 +126,7 @@ def drawing_only() -> Iterator[None]:
 
 
 class _Sheet(Figure):
-    """A figure that a notebook shows, also where pyplot was never imported."""
+    """A figure that a notebook shows even if pyplot was never imported."""
 
     def _repr_png_(self) -> bytes:
         output = io.BytesIO()
@@ -137,7 +137,7 @@ class _Sheet(Figure):
 def make_plot(
     name: str, title: str, draw: Callable[[Theme], Figure], *, caption: str, alt: str, csv: str
 ) -> Plot:
-    """Let `draw` make the figure in both colour schemes, and save it in all formats."""
+    """Return the figure drawn in both colour schemes and saved in all formats."""
     light, dark = dict.fromkeys(("svg", "png", "pdf"), b""), {"svg": b""}
     if not _ONLY_DRAW.get():
         light, dark = _save(draw, LIGHT, ("svg", "png", "pdf")), _save(draw, DARK, ("svg",))
@@ -156,16 +156,16 @@ def make_plot(
 
 
 def start_figure(title: str, about: str, *, body: float, n_labels: int = 0) -> Figure:
-    """Return a figure with its title and what is said under it.
+    """Return a figure with its title and the text below.
 
     Parameters
     ----------
     title, about : str
-        One line in bold; sentences in small letters, which are wrapped.
+        One line in bold; sentences in small type, which are wrapped.
     body : float
-        Inches of height for the axes.
+        Height of the axes in inches.
     n_labels : int
-        Lines of the legend, which stands below the axes.
+        Lines of the legend, which is placed below the axes.
     """
     lines = wrap(about, (WIDTH - 4 * MARGIN) * 72, SMALL)
     header = 0.4 + 0.15 * len(lines)
@@ -181,7 +181,7 @@ def start_figure(title: str, about: str, *, body: float, n_labels: int = 0) -> F
 def add_legend(
     figure: Figure, lines: Sequence[Any], labels: Sequence[str], title: str | None = None
 ) -> None:
-    """Name what was drawn, below the axes."""
+    """Add a legend below the axes."""
     places = [str(i) for i in range(len(labels))]  # matplotlib hides labels that begin with _
     legend = figure.legend(
         lines, places, loc="outside lower center", frameon=False, title=title, fontsize=LEGEND
@@ -199,14 +199,14 @@ def add_points(
     *,
     horizontal: bool = False,
 ) -> Any:
-    """Draw the i-th head's scores with their intervals, leave out what is not estimable.
+    """Draw the i-th head's scores with their intervals, leaving out those not estimable.
 
     Parameters
     ----------
     places : sequence of float
-        Where each score stands on the other axis.
+        Position of each score on the other axis.
     horizontal : bool
-        Whether the scores run from left to right.
+        Whether the scores are on the horizontal axis.
     """
     colour = theme.series[i]
     known = [pair for pair in zip(places, scores, strict=True) if is_known(pair[1])]
@@ -220,13 +220,13 @@ def add_points(
 
 
 def scale_scores(axes: Any, scores: Sequence[dict[str, Any]]) -> None:
-    """Let the upright axis show all scores and intervals, with a margin and round numbers."""
+    """Scale the vertical axis to all scores and intervals, with a margin and round numbers."""
     ends = [score.get(name) for score in scores for name in ("value", "low", "high")]
     found = [end for end in ends if end is not None]
     low, high = (min(found), max(found)) if found else (0.0, 1.0)
     margin = max(0.01, 0.08 * (high - low))
     axes.set_ylim(low - margin, high + margin)
-    # not matplotlib's own choice, which hangs on the size of the axes, and their size on it
+    # not matplotlib's own choice, which depends on the size of the axes and also affects it
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10)))
 
 
@@ -246,7 +246,7 @@ def _save(
 
 
 def _draw(draw: Callable[[Theme], Figure], theme: Theme) -> Figure:
-    """Draw, and fix the layout, so that all formats show the same."""
+    """Draw and fix the layout, so that all formats are identical."""
     with _styled(theme):
         figure = draw(theme)
         FigureCanvasAgg(figure)
@@ -257,7 +257,7 @@ def _draw(draw: Callable[[Theme], Figure], theme: Theme) -> Figure:
 
 @contextmanager
 def _styled(theme: Theme) -> Iterator[None]:
-    """Set the user's matplotlib settings aside; they stay as they are."""
+    """Ignore the user's matplotlib settings temporarily, without changing them."""
     with matplotlib.style.context(_style(theme), after_reset=True), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         yield

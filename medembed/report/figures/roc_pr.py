@@ -1,4 +1,4 @@
-"""How well heads rank: ROC and precision-recall curves, and their bands."""
+"""ROC and precision-recall curves of heads, and their bands."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ from medembed.core.text import to_csv_cell
 from medembed.evaluation.bootstrap import draw, patient_codes, percentiles
 from medembed.evaluation.scores import Scorer
 from medembed.report.figures.captions import (
+    describe_intervals,
     describe_shown,
     describe_test,
     has_interval,
     label_rows,
     name_rows,
     shown_rows,
-    tell_intervals,
 )
 from medembed.report.figures.plotting import (
     LINES,
@@ -44,15 +44,15 @@ __all__ = [
 ]
 
 GRID = np.linspace(0, 1, 101)
-"""False-positive rates, or recalls, at which a band is given."""
+"""False-positive rates, or recalls, at which a band is computed."""
 ROUNDING = 1e-9
-"""A recall of 57 in 100 reaches 0.57, whatever floating point makes of the two."""
+"""Tolerance by which a recall of 57 in 100 reaches 0.57 despite rounding."""
 
 Floats = NDArray[np.float64]
 
 
 def roc_curve(y: NDArray[Any], probability: NDArray[Any]) -> pd.DataFrame:
-    """Return the empirical ROC curve, from nothing called abnormal to everything.
+    """Return the empirical ROC curve, from no row called abnormal to all rows.
 
     Parameters
     ----------
@@ -63,7 +63,7 @@ def roc_curve(y: NDArray[Any], probability: NDArray[Any]) -> pd.DataFrame:
     -------
     DataFrame
         Columns fpr, tpr (in [0, 1]) and threshold (infinite in the first row). One row per
-        distinct probability; empty where the labels are of one class.
+        distinct probability; empty if the labels have one class.
     """
     positives, negatives, ends = _cumulated(y, probability, np.ones((1, len(y))))
     if not positives[0, -1] or not negatives[0, -1]:
@@ -78,10 +78,10 @@ def roc_curve(y: NDArray[Any], probability: NDArray[Any]) -> pd.DataFrame:
 
 
 def precision_recall_curve(y: NDArray[Any], probability: NDArray[Any]) -> pd.DataFrame:
-    """Return the empirical precision-recall curve, from nothing called abnormal to everything.
+    """Return the empirical precision-recall curve, from no row called abnormal to all rows.
 
     Between two rows the precision is that of the lower threshold, so that the area below the
-    steps is the average precision; joining the points by lines would be too favourable (Davis and
+    steps is the average precision; connecting the points by lines would be optimistic (Davis and
     Goadrich, The relationship between precision-recall and ROC curves, ICML 2006).
 
     Parameters
@@ -93,8 +93,8 @@ def precision_recall_curve(y: NDArray[Any], probability: NDArray[Any]) -> pd.Dat
     -------
     DataFrame
         Columns recall, precision (in [0, 1]) and threshold. One row per distinct probability after
-        a first row of recall 0, precision 1, threshold infinite, as scikit-learn ends its curve;
-        empty where the labels are of one class.
+        a first row of recall 0, precision 1, threshold infinite, as in scikit-learn; empty if the
+        labels have one class.
     """
     positives, negatives, ends = _cumulated(y, probability, np.ones((1, len(y))))
     if not positives[0, -1] or not negatives[0, -1]:
@@ -125,14 +125,14 @@ def roc_band(
     Parameters
     ----------
     y, probability, patients : arrays of shape (n,)
-        Labels, probabilities of abnormal, and whose row it is.
+        Labels, probabilities of abnormal, and each row's patient.
     n_resamples, seed : int
-        How many resamples are drawn, and from which stream.
+        Number of resamples, and their random seed.
 
     Returns
     -------
     DataFrame
-        Columns fpr, tpr, low, high at 101 rates; low and high are NaN where not estimable.
+        Columns fpr, tpr, low, high at 101 rates; low and high are NaN if not estimable.
     """
     scorer = _OnGrid(y, probability, _sensitivities)
     return _band(scorer, patients, ["fpr", "tpr"], n_resamples, seed)
@@ -146,15 +146,15 @@ def precision_recall_band(
     n_resamples: int = 2000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Return the pointwise 95 % band of the precision-recall curve, as `roc_band` does.
+    """Return the pointwise 95 % band of the precision-recall curve, computed as in `roc_band`.
 
-    At each recall stands the precision at the highest threshold that reaches it; at recall 0, at
-    the highest that finds anything.
+    The precision at each recall is that of the highest threshold that reaches it; at recall 0, of
+    the highest threshold that detects any abnormal row.
 
     Returns
     -------
     DataFrame
-        Columns recall, precision, low, high at 101 recalls; low and high are NaN where not
+        Columns recall, precision, low, high at 101 recalls; low and high are NaN if not
         estimable.
     """
     scorer = _OnGrid(y, probability, _precisions)
@@ -167,8 +167,8 @@ class _OnGrid(Scorer):
     Parameters
     ----------
     read : callable
-        Makes of one resample's abnormal and normal rows at or above each threshold, both of shape
-        (g + 1,), the curve's values on the grid.
+        Returns the curve's values on the grid from one resample's numbers of abnormal and normal
+        rows at or above each threshold, both of shape (g + 1,).
     """
 
     def __init__(
@@ -191,7 +191,7 @@ class _OnGrid(Scorer):
 
 
 def _sensitivities(positives: Floats, negatives: Floats) -> Floats:
-    # np.interp wants rising rates: of a vertical piece it takes the top, as a curve does
+    # np.interp needs increasing rates: on a vertical segment it takes the top, like the curve
     rates, sensitivities = negatives / negatives[-1], positives / positives[-1]
     return np.asarray(np.interp(GRID, rates, sensitivities))
 
@@ -222,10 +222,10 @@ def _thresholds(probability: NDArray[Any], ends: NDArray[np.intp]) -> Floats:
 def _cumulated(
     y: NDArray[Any], probability: NDArray[Any], weights: NDArray[Any]
 ) -> tuple[Floats, Floats, NDArray[np.intp]]:
-    """Count abnormal and normal rows at or above each distinct probability, highest first.
+    """Return counts of abnormal and normal rows at or above each distinct probability, descending.
 
-    Returns arrays of shape (B, g + 1), beginning with 0, and for each of the g distinct
-    probabilities the place of its last row.
+    The arrays have shape (B, g + 1), beginning with 0; the third result is the index of the last
+    row of each of the g distinct probabilities.
     """
     order = np.argsort(-np.asarray(probability, np.float64), kind="stable")
     falling = np.asarray(probability, np.float64)[order]
@@ -239,7 +239,7 @@ def _cumulated(
 
 @dataclass(frozen=True)
 class _Kind:
-    """What tells one curve of ranking from the other."""
+    """The properties in which the two ranking curves differ."""
 
     name: str
     title: str
@@ -319,7 +319,7 @@ def _plot_curves(
         return _draw_curves(theme, about, kind, curves, band, labels, title, chance)
 
     known = [row["scores"][kind.score] for row in rows]
-    intervals = tell_intervals("In brackets", known, of_score(kind.score))
+    intervals = describe_intervals("In brackets", known, of_score(kind.score))
     title = f"{kind.score_title} [95 % interval]" if any(map(has_interval, known)) else ""
     title = title or kind.score_title
     has_band = bool(band["low"].notna().any())
@@ -362,7 +362,7 @@ def _draw_curves(
         )[0]
         for i, curve in enumerate(curves)
     ]
-    # at the bottom: what is left of the height would come between the axes and their legend
+    # at the bottom: otherwise the remaining height would separate the axes from their legend
     axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal", anchor="S")
     axes.set_xlabel(kind.x_label)
     axes.set_ylabel(kind.y_label)

@@ -1,4 +1,4 @@
-"""Scores within the regions of the body, and by a study's number of views."""
+"""Scores by body region, and by a study's number of views."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from medembed.report.figures.captions import (
     LEGEND,
+    describe_intervals,
     describe_shown,
     describe_test,
     elide,
@@ -15,7 +16,6 @@ from medembed.report.figures.captions import (
     is_known,
     label_rows,
     shown_rows,
-    tell_intervals,
 )
 from medembed.report.figures.plotting import (
     REFERENCE,
@@ -32,7 +32,7 @@ from medembed.results.methods import of_score
 __all__ = ["plot_regions", "plot_views"]
 
 MAX_LABEL = 130
-"""Points that a region's name may take beside the axis."""
+"""Points available for a region's name beside the axis."""
 UNKNOWN: dict[str, Any] = {"value": None, "low": None, "high": None}
 
 
@@ -45,7 +45,7 @@ class _Lines:
     labels : list of str
         Names with counts, for the axis.
     scores : list of list of dict
-        For each head AUROC in every group.
+        AUROC of each head in every group.
     n_means : int
         How many lines, at the end, are means over the others.
     """
@@ -58,7 +58,7 @@ class _Lines:
 def plot_regions(result: dict[str, Any]) -> Plot | None:
     """Draw each trained head's AUROC with its 95 % interval in every region.
 
-    Returns None where no region has an AUROC.
+    Returns None if no region has an AUROC.
     """
     rows = shown_rows(result)
     if not rows:
@@ -78,7 +78,7 @@ def plot_regions(result: dict[str, Any]) -> Plot | None:
 def plot_views(result: dict[str, Any]) -> Plot | None:
     """Draw each trained head's AUROC with its 95 % interval by the study's number of views.
 
-    Returns None where no number of views has an AUROC.
+    Returns None if no number of views has an AUROC.
     """
     rows = shown_rows(result)
     if not rows:
@@ -127,17 +127,17 @@ def _plot_groups(
         GROUPINGS[by],
         title,
         draw,
-        caption=f"{describe_test(result)} {_tell_intervals(lines)} n: test rows, abnormal in "
+        caption=f"{describe_test(result)} {_describe_intervals(lines)} n: test rows, abnormal in "
         f"brackets; {meaning}.{describe_shown(result)}",
         alt=f"{title}. {'; '.join(cells)}.",
         csv=render(result, table_format="csv", by=by) + "\n",
     )
 
 
-def _tell_intervals(lines: _Lines) -> str:
-    """Say what bars are, and where there are none."""
+def _describe_intervals(lines: _Lines) -> str:
+    """Return a sentence that explains the bars, and why some are missing."""
     known = [score for own in lines.scores for score in own if is_known(score)]
-    told = tell_intervals("Bars", known, of_score("auroc"))
+    told = describe_intervals("Bars", known, of_score("auroc"))
     n_with = sum(map(has_interval, known))
     return told + (
         " Where too few patients stand behind a score, it has none." * (0 < n_with < len(known))
@@ -153,7 +153,7 @@ def _draw_groups(
     axis: str,
 ) -> Figure:
     n_lines, n_heads = len(lines.labels), len(names)
-    about = f"{describe_test(result)} In brackets: abnormal. {_tell_intervals(lines)}"
+    about = f"{describe_test(result)} In brackets: abnormal. {_describe_intervals(lines)}"
     about += describe_shown(result)
     body = n_lines * max(0.38, 0.2 + 0.16 * n_heads) + 0.6
     figure = start_figure(title, about, body=body, n_labels=n_heads)
@@ -179,7 +179,7 @@ def _draw_groups(
 
 
 def _places(i: int, n_heads: int, n_lines: int) -> list[float]:
-    """Return where a head's points stand, so that heads stand side by side."""
+    """Return the positions of a head's points, so that heads are drawn side by side."""
     offset = (i - (n_heads - 1) / 2) * min(0.2, 0.72 / n_heads)
     return [line + offset for line in range(n_lines)]
 

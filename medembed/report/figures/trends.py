@@ -1,4 +1,4 @@
-"""Scores over what was given to the heads: unfrozen blocks of the encoder, training patients."""
+"""Scores by the number of unfrozen encoder blocks, and by the number of training patients."""
 
 import math
 import re
@@ -14,12 +14,12 @@ from matplotlib.lines import Line2D
 from medembed.report.figures.captions import (
     LEGEND,
     MAX_SERIES,
+    describe_intervals,
     describe_shown,
     describe_test,
     elide,
     flatten,
     is_known,
-    tell_intervals,
     thin,
     write_csv,
 )
@@ -40,21 +40,21 @@ from medembed.report.tables import format_interval
 __all__ = ["Slots", "plot_depths", "plot_efficiency"]
 
 WIDEST, ALL = 0.035, 0.14
-"""Shares of the axis: between two heads at one place, and for all that stand there."""
+"""Shares of the axis: between two heads at one value, and for all heads there."""
 FULLEST = 0.5
-"""Share of the way to the next place that all heads together may take."""
+"""Share of the distance to the next value that all heads together may take."""
 MARGIN = 0.09
 """Share of the axis left free at either end."""
 
 
 @dataclass(frozen=True)
 class Slots:
-    """Where the points of `n_heads` heads stand around each of `values`.
+    """Positions of the points of `n_heads` heads around each of `values`.
 
     Attributes
     ----------
     values : sequence of float
-        Rising, at least one; above 0 where the axis is logarithmic.
+        Increasing, at least one; above 0 if the axis is logarithmic.
     n_heads : int
     is_log : bool
         Whether the axis is logarithmic.
@@ -71,17 +71,17 @@ class Slots:
         return self._backward(low), self._backward(high)
 
     def share(self, value: float) -> float:
-        """Return where a value stands, 0 and 1 being the ends of the axis."""
+        """Return the position of a value, 0 and 1 being the ends of the axis."""
         low, high = self._margins()
         return (self._forward(value) - low) / (high - low)
 
     def place(self, value: float, head: int, k: int = 0, n: int = 1) -> float:
-        """Return where the k-th of a head's n points at a value is drawn."""
+        """Return the position of the k-th of a head's n points at a value."""
         from_middle = head - (self.n_heads - 1) / 2 + 0.7 * (k - (n - 1) / 2) / n
         return self._backward(self._forward(value) + self._width(value) * from_middle)
 
     def _width(self, value: float) -> float:
-        """Return how far two heads stand apart at a value, in units of the axis."""
+        """Return the distance between two heads at a value, in units of the axis."""
         low, high = self._margins()
         gaps = [abs(self._forward(value) - self._forward(other)) for other in self.values]
         nearest = min((gap for gap in gaps if gap), default=high - low)
@@ -102,23 +102,23 @@ class Slots:
 
 AUROC, MACRO_F1 = ("auroc", "AUROC"), ("macro_f1", "Macro-F1")
 MAX_LABEL = 300
-"""Points that a name may take in the legend, which holds nothing else here."""
+"""Points available for a name in the legend, which here holds only names."""
 
 Series = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class _Trend:
-    """What tells one figure of scores over something from another.
+    """The properties in which the trend figures differ.
 
     Attributes
     ----------
     by, axis : str
-        The key of a point's place on the axis, and the axis' name.
+        The key of a point's value on the axis, and the axis' name.
     panels : tuple of (str, str)
         Scores and their names, from the top.
     height : float
-        Of a panel, in inches.
+        Height of a panel in inches.
     is_log : bool
         Whether the axis is logarithmic.
     """
@@ -155,8 +155,8 @@ EFFICIENCY = _Trend(
 def plot_depths(result: dict[str, Any]) -> Plot | None:
     """Draw AUROC and macro-F1 over the number of encoder blocks that were trained with the head.
 
-    Adapters in so many blocks ("lora8") are a series of their own, which the caption explains.
-    Returns None where no head was trained at several depths, or nothing is estimable.
+    Adapters ("lora8") form a separate series, which the caption explains.
+    Returns None if no head was trained at several depths, or no score is estimable.
     """
     return _plot_trend(result, result.get("depths") or [], DEPTHS, lambda depth, _: f"{depth}")
 
@@ -164,13 +164,13 @@ def plot_depths(result: dict[str, Any]) -> Plot | None:
 def plot_efficiency(result: dict[str, Any]) -> Plot | None:
     """Draw each head's AUROC over the share of the training patients that it was given.
 
-    Returns None where no head was given several shares, or nothing is estimable.
+    Returns None if no head was given several shares, or no score is estimable.
     """
     return _plot_trend(result, result.get("efficiency") or [], EFFICIENCY, _label_share)
 
 
 def _label_share(share: float, points: Series) -> str:
-    """Write a share as percents, with the number of patients where it is one and the same."""
+    """Return a share in percent, with the number of patients if that is equal for all points."""
     counts = {point.get("n_train_patients") for point in points}
     n = counts.pop() if len(counts) == 1 else None
     return f"{100 * share:.3g} %" + ("" if n is None else f"\n({n:,})")
@@ -186,7 +186,7 @@ def _plot_trend(
     series = series[:MAX_SERIES]
     points = [point for own in series for point in own["points"]]
     scores = [point[score] for point in points for score, _ in trend.panels]
-    bars = tell_intervals("Bars", scores, "patients as clusters")
+    bars = describe_intervals("Bars", scores, "patients as clusters")
     if not any(is_known(point[score]) for score, _ in trend.panels for point in points):
         return None
     names = [elide(own["head"], MAX_LABEL, LEGEND) for own in series]
@@ -246,7 +246,7 @@ def _draw_trend(
 def _draw_series(
     axes: Any, theme: Theme, i: int, points: Series, score: str, by: str, slots: Slots
 ) -> None:
-    """Draw one head's points, and a line through their means at each place."""
+    """Draw one head's points, and a line through their means at each value."""
     values: dict[float, list[float]] = {}
     places = []
     for point, k, n in _number(points, by):
@@ -259,7 +259,7 @@ def _draw_series(
 
 
 def _number(points: Series, by: str) -> Iterator[tuple[dict[str, Any], int, int]]:
-    """Yield each point with its number among those at its place, and how many they are."""
+    """Yield each point with its index among the points at its value, and their number."""
     n, seen = Counter(point[by] for point in points), Counter[float]()
     for point in points:
         yield point, seen[point[by]], n[point[by]]
