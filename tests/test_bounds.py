@@ -34,7 +34,7 @@ from medembed.images.dicom import file as dicom_file
 from medembed.images.load import DEFAULT_LIMITS, Limits, read_content
 from medembed.prediction import encode
 from medembed.sweeps import sweep
-from medembed.sweeps.pool import Pool, choose_jobs
+from medembed.sweeps.worker_pool import Pool, choose_jobs
 
 # --- bytes of a file ---
 

@@ -21,7 +21,6 @@ from PIL import (
 )
 
 from medembed.core.errors import ImageError
-from medembed.images.bare import Bare, bare_jpeg, bare_png, bare_tiff
 from medembed.images.container_checks import (
     PNG_SIGNATURE,
     PngFacts,
@@ -31,6 +30,7 @@ from medembed.images.container_checks import (
     padded_jpeg,
 )
 from medembed.images.intensity import DEFAULT_INTENSITY, Intensity
+from medembed.images.metadata_stripping import Bare, bare_jpeg, bare_png, bare_tiff
 from medembed.images.orientation import UNREAD, orientation_of, turn_upright
 from medembed.images.types import (
     MAX_PIXELS,

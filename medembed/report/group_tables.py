@@ -7,7 +7,7 @@ from typing import Any
 
 from medembed.core.files import write_atomically
 from medembed.core.text import to_csv
-from medembed.dataset.bands import find_groupings
+from medembed.dataset.covariate_bands import find_groupings
 from medembed.dataset.manifest import Manifest
 from medembed.evaluation.unpaired import GAP_SCORES, GROUP_SCORES
 from medembed.report.operating_tables import asks_for_points, tabulate_points

@@ -70,7 +70,7 @@ class ComparisonOptions:
     seed : int
         Seed of the bootstrap.
     by : str, optional
-        ``COLUMN`` or ``COLUMN:BANDS`` of `manifest`, see `bands.parse_grouping`.
+        ``COLUMN`` or ``COLUMN:BANDS`` of `manifest`, see `covariate_bands.parse_grouping`.
     manifest : Manifest, optional
         The one that the runs were made from. Both are given, or neither.
     margin : float, optional

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from medembed.core.errors import RunError
-from medembed.dataset.bands import (
+from medembed.dataset.covariate_bands import (
     NOT_KNOWN,
     OTHERS,
     OUTSIDE,

@@ -34,7 +34,6 @@ from medembed.results.model_readme import (
 from medembed.results.predictions import PRIORS, image_code, image_rows, prior_rows
 from medembed.results.run_schema import CV_METHOD, describe_failure, is_final
 from medembed.results.runs import Run, utc_now
-from medembed.sweeps.pool import Died, Pool
 from medembed.sweeps.runner import sign_of
 from medembed.sweeps.selection import Winner
 from medembed.sweeps.training import (
@@ -45,6 +44,7 @@ from medembed.sweeps.training import (
     study_score,
     to_studies,
 )
+from medembed.sweeps.worker_pool import Died, Pool
 
 __all__ = [
     "Refit",

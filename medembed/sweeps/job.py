@@ -32,10 +32,10 @@ from medembed.results.run_schema import CV_METHOD
 from medembed.results.runs import Run, create_run
 from medembed.sweeps.data import SweepConfig, SweepRows, list_poolings, plan_batches
 from medembed.sweeps.finalize import finish
-from medembed.sweeps.pool import BACKENDS, choose_jobs
 from medembed.sweeps.runner import Ledger, run_batches
 from medembed.sweeps.search_space import default_spaces, read_spaces
 from medembed.sweeps.selection import choose, standings
+from medembed.sweeps.worker_pool import BACKENDS, choose_jobs
 
 __all__ = ["sweep"]
 

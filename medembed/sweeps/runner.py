@@ -11,7 +11,6 @@ from medembed.heads.scaling import Basis
 from medembed.results.run_schema import TrialRecord, is_final
 from medembed.results.runs import Run
 from medembed.sweeps.data import Batch, Trial
-from medembed.sweeps.pool import Died, Pool
 from medembed.sweeps.training import (
     FoldResult,
     Training,
@@ -19,6 +18,7 @@ from medembed.sweeps.training import (
     learn_basis,
     train_unit,
 )
+from medembed.sweeps.worker_pool import Died, Pool
 
 __all__ = ["Ledger", "run_batches", "sign_of"]
 

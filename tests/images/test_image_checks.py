@@ -25,9 +25,9 @@ from made_images import (
 from PIL import Image, ImageOps
 
 from medembed.core.errors import ImageError
-from medembed.images import bare
-from medembed.images.bare import bare_jpeg, bare_png, bare_tiff
+from medembed.images import metadata_stripping
 from medembed.images.decode import decode_image
+from medembed.images.metadata_stripping import bare_jpeg, bare_png, bare_tiff
 from medembed.images.orientation import UNREAD
 
 UNUSED = "an alpha channel that is 0 everywhere is ignored"
@@ -344,7 +344,7 @@ def test_the_pages_of_a_tiff_may_not_go_round_or_on_for_ever(
         data[place : place + 4] = struct.pack("<I", next_page)
         with pytest.raises(ImageError, match="cannot all be found"):
             decode_image(bytes(data))
-    monkeypatch.setattr(bare, "MAX_PAGES", 3)
+    monkeypatch.setattr(metadata_stripping, "MAX_PAGES", 3)
     assert decode_image(pages((NOISE, {}), thumb, thumb)).pixels.shape == NOISE.shape
     with pytest.raises(ImageError, match="more than 3 pages"):
         decode_image(pages((NOISE, {}), thumb, thumb, thumb))

@@ -27,9 +27,9 @@ from medembed.results.predictions import image_code
 from medembed.results.runs import Run, open_run
 from medembed.sweeps import finalize, sweep
 from medembed.sweeps.finalize import Refit, refit
-from medembed.sweeps.pool import Died
 from medembed.sweeps.selection import choose
 from medembed.sweeps.training import seed_of_fold
+from medembed.sweeps.worker_pool import Died
 
 HEADS = ("logistic", "mlp", "lightgbm", "attention")
 SMALL = {"heads": HEADS, "n_configs": 1, "n_folds": 3, "jobs": 1}

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medembed.core.errors import ManifestError
-from medembed.dataset.bands import (
+from medembed.dataset.covariate_bands import (
     NOT_KNOWN,
     OUTSIDE,
     Grouping,
