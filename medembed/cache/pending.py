@@ -1,6 +1,7 @@
 """The contents of a manifest that a cache does not hold yet."""
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -11,11 +12,18 @@ from medembed.cache.failures import Failure
 from medembed.cache.index import SortedKeys, keys_from_column, prefixes_of
 from medembed.cache.spec import hex_from_keys, keys_from_hex
 from medembed.cache.store import Cache
+from medembed.core.errors import MedembedError
 from medembed.images.load import Content
 
-__all__ = ["Contents", "Plan", "Worker", "make_plan"]
+__all__ = ["LAUNCHERS", "Contents", "Plan", "Worker", "find_worker", "make_plan", "parse_worker"]
 
 BLOCK = 4096  # contents created at once
+# Index and number of workers, by launcher: torchrun, `srun`, a SLURM array that counts from 0.
+LAUNCHERS = (
+    ("RANK", "WORLD_SIZE"),
+    ("SLURM_PROCID", "SLURM_NTASKS"),
+    ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"),
+)
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,45 @@ class Worker:
         """Return which contents are this worker's, by their SHA-256, (n, 32) uint8: (n,) bool."""
         mine: np.ndarray = prefixes_of(keys) % np.uint64(self.count) == self.index
         return mine
+
+
+def parse_worker(text: str) -> Worker:
+    """Read `I/N`, counted from 0.
+
+    Raises
+    ------
+    ValueError
+        `text` is not two whole numbers with 0 <= I < N.
+    """
+    if not re.fullmatch(r"[0-9]{1,9}/[0-9]{1,9}", text):
+        raise ValueError(f"{text!r} is not I/N, such as 0/4 for the first of four")
+    index, count = map(int, text.split("/"))
+    return Worker(index, count)
+
+
+def find_worker(environ: Mapping[str, str]) -> tuple[Worker, str] | None:
+    """Return the worker that a launcher's environment variables describe, and the variable's name.
+
+    Returns None without a launcher, or if it started only one process.
+
+    Raises
+    ------
+    MedembedError
+        A launcher's variables contradict each other.
+    """
+    for index, count in LAUNCHERS:
+        if index not in environ or count not in environ:
+            continue
+        try:
+            worker = parse_worker(f"{environ[index]}/{environ[count]}")
+        except ValueError as error:
+            raise MedembedError(
+                f"{index}={environ[index]} and {count}={environ[count]} name no worker: {error}. "
+                "Correct them, or say which worker this is with --worker I/N."
+            ) from error
+        if worker.count > 1:
+            return worker, index
+    return None
 
 
 class Contents(Sequence[Content]):

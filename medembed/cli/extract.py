@@ -33,7 +33,7 @@ __all__ = ["extract_command"]
 def _choose_worker(
     context: click.Context, option: click.Parameter, text: str | None
 ) -> "Worker | None":
-    from medembed.extraction.job import find_worker, parse_worker
+    from medembed.cache.pending import find_worker, parse_worker
 
     if text is not None:
         try:

@@ -1,7 +1,7 @@
 """Stage 1, the whole job: plan, prepare, check the canary, embed the missing images, report.
 
-`find_worker` determines which of several workers this process is. New rows may join a cache of an
-older `images_version` if `Radiograph.since` shows that the older version produced equal pixels.
+New rows may join a cache of an older `images_version` if `Radiograph.since` shows that the older
+version produced equal pixels.
 Existing rows are checked against their files if these are available: most by their first bytes
 alone, since the decoding of 8-bit grey PNGs and JPEGs has not changed; the rest are decoded again.
 """
@@ -9,7 +9,7 @@ alone, since the decoding of 8-bit grey PNGs and JPEGs has not changed; the rest
 import os
 import re
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,65 +57,15 @@ from medembed.images.versions import IMAGES_VERSION, may_have_changed, why_chang
 
 __all__ = [
     "COMMIT_SECONDS",
-    "LAUNCHERS",
     "ROOM",
     "ExtractionReport",
     "check_plan",
     "extract",
-    "find_worker",
-    "parse_worker",
     "prepare_cache",
     "refuse_outdated",
     "report_if_settled",
     "spec_of",
 ]
-
-# Index and number of workers, by launcher: torchrun, `srun`, a SLURM array that counts from 0.
-LAUNCHERS = (
-    ("RANK", "WORLD_SIZE"),
-    ("SLURM_PROCID", "SLURM_NTASKS"),
-    ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"),
-)
-
-
-def parse_worker(text: str) -> Worker:
-    """Read `I/N`, counted from 0.
-
-    Raises
-    ------
-    ValueError
-        `text` is not two whole numbers with 0 <= I < N.
-    """
-    if not re.fullmatch(r"[0-9]{1,9}/[0-9]{1,9}", text):
-        raise ValueError(f"{text!r} is not I/N, such as 0/4 for the first of four")
-    index, count = map(int, text.split("/"))
-    return Worker(index, count)
-
-
-def find_worker(environ: Mapping[str, str]) -> tuple[Worker, str] | None:
-    """Return the worker that a launcher's environment variables describe, and the variable's name.
-
-    Returns None without a launcher, or if it started only one process.
-
-    Raises
-    ------
-    MedembedError
-        A launcher's variables contradict each other.
-    """
-    for index, count in LAUNCHERS:
-        if index not in environ or count not in environ:
-            continue
-        try:
-            worker = parse_worker(f"{environ[index]}/{environ[count]}")
-        except ValueError as error:
-            raise MedembedError(
-                f"{index}={environ[index]} and {count}={environ[count]} name no worker: {error}. "
-                "Correct them, or say which worker this is with --worker I/N."
-            ) from error
-        if worker.count > 1:
-            return worker, index
-    return None
-
 
 HEAD = 2048  # bytes: the header of nearly every PNG and JPEG
 N_NAMED = 20

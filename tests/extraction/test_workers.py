@@ -14,7 +14,7 @@ from made_extraction import HalvesEncoder, write_images
 
 from medembed.cache import shards
 from medembed.cache.embeddings import load_embeddings
-from medembed.cache.pending import Worker
+from medembed.cache.pending import Worker, find_worker, parse_worker
 from medembed.cache.spec import hex_from_keys
 from medembed.cache.store import create_cache, open_cache
 from medembed.cli import main
@@ -22,7 +22,6 @@ from medembed.core.errors import MedembedError
 from medembed.dataset.manifest import Manifest, read_manifest, write_manifest
 from medembed.encoders.loading import load_encoder
 from medembed.extraction import extract
-from medembed.extraction.job import find_worker, parse_worker
 from medembed.extraction.writer import RowWriter
 
 N_IMAGES = 96

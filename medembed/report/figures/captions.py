@@ -21,6 +21,7 @@ __all__ = [
     "LEGEND",
     "MAX_SERIES",
     "SMALL",
+    "describe_intervals",
     "describe_shown",
     "describe_test",
     "elide",
