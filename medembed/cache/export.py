@@ -1,6 +1,8 @@
-"""Export manifest columns and embeddings as one Parquet or `.npz` file."""
+"""Export manifest columns and embeddings as one Parquet, CSV or `.npz` file."""
 
+import io
 import os
+import re
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,12 +18,15 @@ from medembed.cache.embeddings import find_rows
 from medembed.cache.store import Cache
 from medembed.core.errors import CacheError
 from medembed.core.files import writing_atomically
-from medembed.dataset.manifest import Manifest, require_hashes
+from medembed.core.text import to_csv_cell
+from medembed.dataset.identities import IDS
+from medembed.dataset.manifest import REQUIRED, Manifest, require_hashes
 
 __all__ = ["SUFFIXES", "Export", "export"]
 
+_NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?", re.ASCII)  # not 007, an identifier
 BLOCK_BYTES = 128 * 2**20  # of embeddings in memory at once
-SUFFIXES = (".npz", ".parquet")
+SUFFIXES = (".csv", ".npz", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -53,13 +58,17 @@ def export(
     path: str | os.PathLike[str],
     *,
     poolings: Sequence[str] | None = None,
+    wide: bool = False,
     name: str = "MANIFEST",
     progress: Callable[[int, int], None] | None = None,
 ) -> Export:
     """Write a manifest's rows and their embeddings, block by block; complete or not at all.
 
     A `.parquet` file holds the manifest's columns, and per pooling one column of lists of float32
-    (a grid's cells in order; its shape is in the column's metadata, `shape`). A `.npz` file holds
+    (a grid's cells in order; its shape is in the column's metadata, `shape`), or with `wide` one
+    column per number: ``mean_0``, ``mean_1`` and so on. Covariates whose values are all numbers
+    are float64, empty ones null. A `.csv` file is always wide, and text that a spreadsheet would
+    compute gets a leading apostrophe. A `.npz` file holds
     one array per column, strings as fixed-width unicode and an unknown label as -1, and per pooling
     one (n, ...) array in the cache's dtype; `numpy.load` reads it without pickle. If a column has
     the name of a pooling, the pooling's name becomes `embedding_<pooling>`.
@@ -72,6 +81,8 @@ def export(
         The file to write, whose suffix determines the format; an existing file is replaced.
     poolings : sequence of str, optional
         Poolings to write, by default all.
+    wide : bool
+        One column per number in Parquet.
     name : str
         The manifest's name in the command that a message shows.
     progress : callable, optional
@@ -88,9 +99,10 @@ def export(
         The manifest has no SHA-256s.
     """
     path = Path(path)
-    write = {".npz": _write_npz, ".parquet": _write_parquet}.get(path.suffix)
+    parquet = _write_wide_parquet if wide else _write_parquet
+    write = {".csv": _write_csv, ".npz": _write_npz, ".parquet": parquet}.get(path.suffix)
     if write is None:
-        raise CacheError(f"{path} ends neither in .parquet nor in .npz: name the file so")
+        raise CacheError(f"{path} ends in none of {', '.join(SUFFIXES)}: name the file so")
     require_hashes(manifest)
     names = tuple(cache.spec.poolings) if poolings is None else tuple(poolings)
     cache.check_poolings(names)
@@ -137,6 +149,14 @@ class _Table:
     def column(self, pooling: str) -> str:
         return f"embedding_{pooling}" if pooling in self.rows.columns else pooling
 
+    def wide_names(self) -> list[str]:
+        """Return the name of every number of a row: the pooling's and its place."""
+        return [
+            f"{self.column(pooling)}_{place}"
+            for pooling in self.poolings
+            for place in range(int(np.prod(self.shape(pooling))))
+        ]
+
     def blocks(
         self, poolings: Sequence[str], dtype: Any = None
     ) -> Iterator[tuple[int, int, dict[str, np.ndarray]]]:
@@ -154,16 +174,63 @@ class _Table:
 
 
 def _write_parquet(table: _Table, file: BinaryIO) -> None:
-    frame = pa.Schema.from_pandas(table.rows, preserve_index=False).remove_metadata()
-    fields = [*frame, *(_list_field(table, pooling) for pooling in table.poolings)]
-    schema = pa.schema(fields)
+    fields = [_list_field(table, pooling) for pooling in table.poolings]
+    _write_columns(
+        table, file, fields, lambda read: [_lists(read[name]) for name in table.poolings]
+    )
+
+
+def _write_wide_parquet(table: _Table, file: BinaryIO) -> None:
+    fields = [pa.field(name, pa.float32()) for name in table.wide_names()]
+    _write_columns(
+        table,
+        file,
+        fields,
+        lambda read: [
+            pa.array(column)
+            for name in table.poolings
+            for column in read[name].reshape(len(read[name]), -1).T
+        ],
+    )
+
+
+def _write_columns(
+    table: _Table,
+    file: BinaryIO,
+    fields: Sequence[pa.Field],
+    columns_of: Callable[[dict[str, np.ndarray]], list[pa.Array]],
+) -> None:
+    rows = _typed(table.rows)
+    frame = pa.Schema.from_pandas(rows, preserve_index=False).remove_metadata()
+    schema = pa.schema([*frame, *fields])
     with pq.ParquetWriter(file, schema, compression="zstd") as writer:
         for start, end, read in table.blocks(table.poolings, np.float32):
-            columns = [
-                *pa.Table.from_pandas(table.rows[start:end], frame, preserve_index=False).columns,
-                *(_lists(read[pooling]) for pooling in table.poolings),
-            ]
-            writer.write_table(pa.table(columns, schema=schema))
+            about = pa.Table.from_pandas(rows[start:end], frame, preserve_index=False).columns
+            writer.write_table(pa.table([*about, *columns_of(read)], schema=schema))
+
+
+def _typed(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return rows whose covariates are numbers where every value is one; "" becomes null."""
+    typed = rows.copy()
+    for name in rows.columns.difference([*REQUIRED, IDS]):
+        text = rows[name].astype(str)
+        known = text[text != ""]
+        if len(known) and known.map(_NUMBER.fullmatch).notna().all():
+            typed[name] = pd.to_numeric(text.where(text != ""), errors="coerce").astype("Float64")
+    return typed
+
+
+def _write_csv(table: _Table, file: BinaryIO) -> None:
+    rows = table.rows.map(to_csv_cell)
+    text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
+    try:
+        rows[:0].reindex(columns=[*rows.columns, *table.wide_names()]).to_csv(text, index=False)
+        for start, end, read in table.blocks(table.poolings, np.float32):
+            values = np.hstack([read[name].reshape(end - start, -1) for name in table.poolings])
+            numbers = pd.DataFrame(values, index=rows.index[start:end])
+            pd.concat([rows[start:end], numbers], axis=1).to_csv(text, index=False, header=False)
+    finally:
+        text.detach()  # the file is closed by whoever opened it
 
 
 def _list_field(table: _Table, pooling: str) -> pa.Field:

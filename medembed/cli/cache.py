@@ -208,28 +208,39 @@ def compact_command(cache_path: Path, as_json: bool) -> None:
     metavar="NAMES",
     help="Poolings to export, such as mean,max; all by default.",
 )
+@click.option("--wide", is_flag=True, help="Parquet with one column per number, mean_0 and so on.")
 @json_option
 def export_command(
     cache_path: Path,
     manifest_path: Path,
     out_path: Path,
     poolings: tuple[str, ...] | None,
+    wide: bool,
     as_json: bool,
 ) -> None:
     """Write MANIFEST's rows and their embeddings to one file.
 
-    Rows keep the manifest's order; images that are known to have failed are left out.
+    Rows keep the manifest's order; images that are known to have failed are left out. A CSV file
+    has one column per number, as --wide has in Parquet.
     """
     from medembed.cache.export import SUFFIXES, export
     from medembed.cache.store import open_cache
     from medembed.dataset.manifest import read_manifest
 
     if out_path.suffix not in SUFFIXES:
-        raise click.BadParameter(f"{out_path} ends in neither of {', '.join(SUFFIXES)}")
+        raise click.BadParameter(f"{out_path} ends in none of {', '.join(SUFFIXES)}")
+    if wide and out_path.suffix == ".npz":
+        raise click.UsageError("--wide is for Parquet; an .npz file holds one array per pooling.")
     opened, rows = open_cache(cache_path), read_manifest(manifest_path)
     with showing_progress("Exporting", "rows") as progress:
         written = export(
-            opened, rows, out_path, poolings=poolings, name=str(manifest_path), progress=progress
+            opened,
+            rows,
+            out_path,
+            poolings=poolings,
+            wide=wide,
+            name=str(manifest_path),
+            progress=progress,
         )
     if as_json:
         print_json({**asdict(written), "file": str(written.file)})

@@ -69,7 +69,42 @@ def test_parquet_is_what_the_cache_holds(place: Path) -> None:
     assert pq.read_schema(place / "x.parquet").field("grid4").metadata == {b"shape": b"16,3"}
 
 
-@pytest.mark.parametrize("suffix", ["npz", "parquet"])
+@pytest.mark.parametrize("options", [("x.csv",), ("x.parquet", "--wide")])
+def test_a_wide_file_has_a_column_per_number(place: Path, options: tuple[str, ...]) -> None:
+    rows, expected = truth(place)
+    ran = run(place, *options)
+    assert ran.exit_code == 0, ran.output
+    read = pd.read_csv if options[0].endswith("csv") else pd.read_parquet
+    found = read(place / options[0])
+    names = [f"{name}_{k}" for name in POOLINGS for k in range(expected[name][0].size)]
+    assert list(found.columns) == [*rows.columns, *names]
+    values = np.hstack([expected[name].reshape(len(rows), -1) for name in POOLINGS])
+    assert np.array_equal(found[names].to_numpy(np.float32), values.astype(np.float32))
+    assert found["image"].tolist() == rows["image"].tolist()
+    refused = run(place, "x.npz", "--wide")
+    assert refused.exit_code == 2
+
+
+def test_covariates_have_their_own_type_and_identifiers_stay_text(place: Path) -> None:
+    manifest = read_manifest(place / "manifest.csv")
+    n = len(manifest.rows)
+    ages = ["", *(f"{k}.5" for k in range(n - 1))]
+    rows = manifest.rows.assign(age=ages, ward=[f"{k:03}" for k in range(n)], note="=1+1")
+    write_manifest(Manifest(rows, "study"), place / "manifest.csv")
+    for options in (("x.parquet",), ("y.parquet", "--wide"), ("x.csv",)):
+        ran = run(place, *options)
+        assert ran.exit_code == 0, ran.output
+    for name in ("x.parquet", "y.parquet"):
+        found = pd.read_parquet(place / name)
+        assert found["age"].dtype == "float64"
+        own = rows.set_index("image").loc[found["image"], "age"]
+        assert found["age"].fillna(-1).tolist() == [float(a) if a else -1.0 for a in own]
+        assert set(found["ward"]) <= set(rows["ward"])
+        assert set(found["note"]) == {"=1+1"}
+    assert set(pd.read_csv(place / "x.csv")["note"]) == {"'=1+1"}
+
+
+@pytest.mark.parametrize("suffix", ["npz", "parquet", "csv"])
 def test_the_same_rows_give_the_same_file(suffix: str, place: Path) -> None:
     files = []
     for _ in range(2):
@@ -103,7 +138,7 @@ def test_an_unknown_label_and_a_column_named_like_a_pooling(place: Path) -> None
     assert np.array_equal(found["embedding_mean"], np.stack(table["embedding_mean"]))
 
 
-@pytest.mark.parametrize("name", ["x.csv", "x", "x.npz.gz", ".npz"])
+@pytest.mark.parametrize("name", ["x.tsv", "x", "x.npz.gz", ".npz"])
 def test_another_suffix_is_wrong_usage(name: str, place: Path) -> None:
     assert run(place, name).exit_code == 2
 
