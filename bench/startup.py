@@ -1,36 +1,107 @@
-"""Time `medembed --help` against a bare `import click`, alternating, as whole processes.
+"""Time how soon commands answer, as whole processes on a demo of 60 synthetic patients.
 
     .venv/bin/python bench/startup.py --out bench/results/startup.json
 
-Writes both medians in seconds and `ratios.help_vs_import_click`.
+`medembed --help` and a bare `import click` alternate (`ratios.help_vs_import_click`).
+Of every command that has nothing left to do, `commands` holds the seconds until something stands on
+its terminal (`first`) and until it ends (`end`), medians of `--runs-each`.
 """
 
 import argparse
+import os
+import pty
 import statistics
+import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 from measuring import alternate, time_command, write_results
+
+MEDEMBED = Path(sys.executable).with_name("medembed")
+
+
+def commands_of(home: Path) -> dict[str, list[str]]:
+    """Return command lines that a demo in `home` leaves nothing to do for."""
+    manifest, images, cache = (str(home / name) for name in ("manifest.csv", "images", "cache"))
+    run = str(home / "runs" / "sweep")
+    image = str(next(Path(images).rglob("*.png")))
+    embed = ["extract", manifest, "--image-root", images, "--encoder", "demo", "--cache", cache]
+    return {
+        "--help": ["--help"],
+        "sweep --help": ["sweep", "--help"],
+        "manifest check": ["manifest", "check", manifest],
+        "doctor": ["doctor"],
+        "plan": ["plan", "--auroc", "0.9", "--prevalence", "0.4", "--width", "0.1"],
+        "extract": embed,
+        "extract --dry-run": [*embed, "--dry-run"],
+        "cache info": ["cache", "info", cache],
+        "cache verify": ["cache", "verify", cache],
+        "sweep": ["sweep", cache, manifest, "-o", run],
+        "compare": ["compare", run],
+        "report": ["report", run, "-o", str(home / "again")],
+        "predict": ["predict", f"{run}/models/logistic", image, "--cache", cache],
+        "evaluate": [
+            *("evaluate", f"{run}/models/logistic", cache, manifest, "--split", "test"),
+            *("-o", str(home / "evaluated")),
+        ],
+    }
+
+
+def time_on_terminal(arguments: list[str]) -> tuple[float, float]:
+    """Return the seconds until a terminal shows something, and until the command ends."""
+    ours, theirs = pty.openpty()
+    began = time.perf_counter()
+    child = subprocess.Popen(
+        [str(MEDEMBED), *arguments], stdout=theirs, stderr=theirs, stdin=subprocess.DEVNULL
+    )
+    os.close(theirs)
+    first = None
+    try:
+        while os.read(ours, 65536):
+            first = first or time.perf_counter() - began
+    except OSError:  # Linux's end of a terminal that nobody has open any more
+        pass
+    os.close(ours)
+    child.wait()
+    end = time.perf_counter() - began
+    return first or end, end
+
+
+def time_commands(runs: int) -> dict[str, dict[str, float]]:
+    """Return `first` and `end` of every command, medians in seconds."""
+    found = {}
+    with tempfile.TemporaryDirectory() as place:
+        home = Path(place) / "demo"
+        demo = [str(MEDEMBED), "demo", str(home), "--patients", "60", "--quiet"]
+        subprocess.run(demo, check=True, stdout=subprocess.DEVNULL)
+        for name, arguments in commands_of(home).items():
+            times = [time_on_terminal(arguments) for _ in range(runs)]
+            first, end = (statistics.median(column) for column in zip(*times, strict=True))
+            found[name] = {"first": round(first, 3), "end": round(end, 3)}
+            print(f"{name:<20}{first:>8.2f} s{end:>8.2f} s", file=sys.stderr)
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=21)
+    parser.add_argument("--runs-each", type=int, default=3, help="of the commands; 0 for none")
     parser.add_argument("--out", type=Path, default=Path("bench/results/startup.json"))
     arguments = parser.parse_args()
-    medembed = Path(sys.executable).with_name("medembed")
     seconds = alternate(
         {
-            "medembed --help": lambda: time_command([str(medembed), "--help"]),
+            "medembed --help": lambda: time_command([str(MEDEMBED), "--help"]),
             "import click": lambda: time_command([sys.executable, "-c", "import click"]),
         },
         arguments.runs,
     )
     ratios = [a / b for a, b in zip(*seconds.values(), strict=True)]
-    write_results(
-        arguments.out,
-        {"seconds": seconds, "ratios": {"help_vs_import_click": statistics.median(ratios)}},
-    )
+    document = {"seconds": seconds, "ratios": {"help_vs_import_click": statistics.median(ratios)}}
+    if arguments.runs_each:
+        document["commands"] = time_commands(arguments.runs_each)
+    write_results(arguments.out, document)
 
 
 if __name__ == "__main__":
