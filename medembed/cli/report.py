@@ -20,6 +20,7 @@ from medembed.cli.options import (
     prevalence_option,
     seed_option,
 )
+from medembed.cli.progress import showing_progress
 
 __all__ = ["hush_matplotlib", "is_public", "report_command", "write_command"]
 
@@ -103,19 +104,21 @@ def report_command(
     manifest, find_thumbnails = read_given(manifest_path), None
     if image_root is not None:
         find_thumbnails = _thumbnail_finder(manifest, image_root, names)
-    written = write_report(
-        list(runs),
-        output,
-        level=level,
-        seed=seed,
-        find_thumbnails=find_thumbnails,
-        manifest=manifest,
-        margin=margin,
-        command=write_command(click.get_current_context()),
-        checklists=checklists,
-        operating_points=operating_points,
-        prevalence=prevalence,
-    )
+    with showing_progress("Drawing", "figures") as progress:
+        written = write_report(
+            list(runs),
+            output,
+            level=level,
+            seed=seed,
+            find_thumbnails=find_thumbnails,
+            manifest=manifest,
+            margin=margin,
+            command=write_command(click.get_current_context()),
+            checklists=checklists,
+            operating_points=operating_points,
+            prevalence=prevalence,
+            progress=progress,
+        )
     say(f"Page: {written['page']}")
     for filled in written.get("checklist", []):
         counts = ", ".join(f"{n} {status}" for status, n in filled["counts"].items())

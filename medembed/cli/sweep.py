@@ -22,6 +22,12 @@ from medembed.cli.progress import showing_leaderboard
 
 __all__ = ["sweep_command"]
 
+METRICS = (
+    *("auroc", "average_precision", "accuracy", "macro_f1", "kappa", "sensitivity"),
+    *("specificity", "brier", "ece"),
+)
+"""`evaluation.scores.SCORES`, which takes seconds to import."""
+
 
 class _Backend(click.Choice[str]):
     """Also takes loky, the former name of local."""
@@ -74,7 +80,7 @@ class _Backend(click.Choice[str]):
     "--metric",
     default="auroc",
     show_default=True,
-    help="Score that chooses the winners: auroc, average_precision, …",
+    help=f"Score that chooses the winners: {', '.join(METRICS)}.",
 )
 @click.option(
     "--covariates",

@@ -9,7 +9,7 @@ import hashlib
 import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -84,6 +84,7 @@ def write_report(
     checklists: Sequence[str] = (),
     operating_points: Sequence[str | ThresholdRule] = (),
     prevalence: float | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> WrittenReport:
     """Write ``index.html`` and ``figures/`` about complete runs.
 
@@ -114,6 +115,8 @@ def write_report(
         Names from `checklist.CHECKLISTS`, to be filled in and written beside the page.
     operating_points, prevalence
         See `comparison.compare`.
+    progress : callable, optional
+        Called as progress(done, total) with figures while they are drawn.
 
     Returns
     -------
@@ -155,7 +158,7 @@ def write_report(
     columns = None if known is None or other else tabulate_columns(result, test_set, known)
     if find_thumbnails is not None and columns and not (columns.sections or columns.notes):
         columns = None  # nobody asked for them
-    plots = plot_all(result, test_set)
+    plots = plot_all(result, test_set, progress)
     page = _Page(
         result=result,
         headline=write_headline(result, elsewhere),

@@ -16,6 +16,9 @@ from hypothesis import strategies as st
 
 from medembed.cli import SECTIONS, main
 from medembed.cli.commands import Command, Sections, fold
+from medembed.cli.sweep import METRICS
+from medembed.evaluation.scores import SCORES
+from medembed.heads.registry import HEADS
 
 
 def run(*arguments: object, **settings: Any) -> Result:
@@ -180,3 +183,9 @@ def test_every_command_says_at_once_what_it_begins_with(name: str) -> None:
     command = COMMANDS[name]
     assert isinstance(command, Command)
     assert command.starting
+
+
+def test_the_help_names_every_metric_and_head() -> None:
+    assert METRICS == SCORES
+    shown = " ".join(run("sweep", "--help", terminal_width=80).output.split())
+    assert all(name in shown for name in (*SCORES, *HEADS))

@@ -5,6 +5,7 @@ times, or for heads of a single depth.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -61,7 +62,11 @@ FIGURES = (*_OF_ROWS, *_OF_RESULT)
 """The names of all figures, in the order of the page."""
 
 
-def plot_all(result: dict[str, Any], test_set: TestSet) -> list[Plot]:
+def plot_all(
+    result: dict[str, Any],
+    test_set: TestSet,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Plot]:
     """Return the figures that apply, in the order of the page.
 
     Parameters
@@ -70,10 +75,21 @@ def plot_all(result: dict[str, Any], test_set: TestSet) -> list[Plot]:
         A comparison from `compare_runs`.
     test_set : TestSet
         The test rows that were compared.
+    progress : callable, optional
+        Called as progress(done, total) with figures, drawn or found to have nothing to show.
     """
-    of_rows = [plot(result, test_set) for plot in _OF_ROWS.values()]
-    of_result = [plot(result) for plot in _OF_RESULT.values()]
-    return [plot for plot in (*of_rows, *of_result) if plot is not None]
+    drawn = [
+        *(partial(plot, result, test_set) for plot in _OF_ROWS.values()),
+        *(partial(plot, result) for plot in _OF_RESULT.values()),
+    ]
+    plots = []
+    for done, draw in enumerate(drawn):
+        if progress is not None:
+            progress(done, len(drawn))
+        plots.append(draw())
+    if progress is not None:
+        progress(len(drawn), len(drawn))
+    return [plot for plot in plots if plot is not None]
 
 
 def draw_figure(name: str, result: dict[str, Any], test_set: TestSet) -> Figure | None:
