@@ -1,6 +1,7 @@
 """`medembed run`: from a folder, table, recipe or manifest to a page, by the other commands."""
 
 import contextlib
+import json
 import shlex
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from medembed.cli.options import (
     json_option,
     output_option,
 )
+from medembed.core.files import json_bytes, read_plain, write_atomically
 
 __all__ = ["run_command"]
 
@@ -122,10 +124,13 @@ def _make(
     recipe = source
     if path.is_dir() or (path.is_file() and path.suffix != ".toml"):
         recipe = str(output / "recipe.toml")
+        asked = output / "recipe.options.json"
         if (output / "recipe.toml").exists():
-            _refuse_choices(choices, f"{recipe} is there already; edit it, or delete it")
+            if choices != _read_options(asked):
+                _refuse_choices(choices, f"{recipe} is there already; edit it, or delete it")
             say(f"{recipe}: taken as it is")
         else:
+            write_atomically(asked, json_bytes(choices))  # so that the same command goes on
             _step(context, "manifest", "init", source, *images, *choices, "--yes", "-o", recipe)
         paths = {"recipe": Path(recipe), **paths}
     else:
@@ -135,6 +140,15 @@ def _make(
         key = ("--key-file", str(output / "pseudonyms.key"))
     _step(context, "manifest", "build", recipe, *images, "-o", str(paths["manifest"]), *key)
     return paths
+
+
+def _read_options(path: Path) -> list[str]:
+    """Return the options that a recipe was proposed with, [] where that is not known."""
+    try:
+        found = json.loads(read_plain(path))
+    except (OSError, ValueError):
+        return []
+    return found if isinstance(found, list) else []
 
 
 def _step(context: click.Context, *words: str) -> None:

@@ -93,6 +93,17 @@ def test_a_manifest_needs_no_recipe(films: Path, first: Result, tmp_path: Path) 
     assert (tmp_path / "report" / "index.html").is_file()
 
 
+def test_the_same_command_with_its_options_goes_on(films: Path, tmp_path: Path) -> None:
+    command = ["run", films, "--encoder", "demo", "-o", tmp_path / "out", "-q"]
+    options = ["--abnormal", "abnormal", "--test-fraction", "0.3"]
+    assert run(*command, *options).exit_code == 0
+    again = run(*command, *options)
+    assert again.exit_code == 0, again.output
+    other = run(*command, *options[:2])
+    assert other.exit_code == 2
+    assert "recipe.toml is there already" in other.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
