@@ -29,52 +29,55 @@ _Weights = dict[str, torch.Tensor]
 
 
 class AttentionHead(Head):
-    """One logit on a study's attention-weighted mean vector; AdamW; early stopping on handed rows.
+    """One logit on a study's attention-weighted mean vector, trained with AdamW.
 
-    The gated attention of Ilse, Tomczak and Welling (ICML 2018): a vector h of the study weighs
-    exp(w · (tanh(V h + b) * sigmoid(U h + c))), over the sum of that for all its vectors: its
-    views, or the cells of a grid on each.
+    Early stopping uses only the validation rows that `fit` is given.
+
+    The gated attention of Ilse, Tomczak and Welling (ICML 2018): a vector h of the study has the
+    weight exp(w · (tanh(V h + b) * sigmoid(U h + c))), divided by the sum of these over all vectors
+    of the study, which are its views or the cells of a grid on each view.
 
     Parameters
     ----------
     hidden : int
         Rows of V and of U.
     n_cells : int
-        Vectors of an image. A row of X is [cell 1 | cell 2 | … | covariates], cells of equal width.
+        Vectors per image. A row of X is [cell 1 | cell 2 | … | covariates], cells of equal width.
     n_covariates : int
-        The last columns of X: standardised, averaged over the study's views, and put beside the
+        The last columns of X: standardised, averaged over the study's views, and appended to the
         weighted mean before the last layer.
     pca, scaling, whiten
-        As `Projector.learn`'s; learnt from all cells alike.
+        Passed to `Projector.learn`; one projection is learnt from all cells together.
     dropout : float in [0, 1)
         Share of the last layer's inputs dropped in training.
     lr, weight_decay : float
-        AdamW's (Loshchilov and Hutter, ICLR 2019).
+        Parameters of AdamW (Loshchilov and Hutter, ICLR 2019).
     epochs : int
-        Epochs at most; exactly, where no validation rows are handed over or `patience` is None.
+        Maximum number of epochs; exact if `fit` gets no validation rows or `patience` is None.
     batch_size : int or None
         Studies per step. None: a twentieth of the studies, between 32 and 256.
     patience : int or None
-        Stop after this many epochs without a better one; None ignores validation rows.
+        Stop after this many epochs without improvement; None ignores validation rows.
     stopping : "auroc" or "loss"
-        What makes an epoch better on the validation studies; equal AUROC is decided by the loss.
+        The validation score that decides which epoch is better; the loss breaks ties of AUROC.
     class_weight : "balanced", dict or None
-        As scikit-learn's, by studies; weighs the loss.
+        scikit-learn's `class_weight`, counted by study; it weights the loss.
     random_state : int, RandomState or None
-        Decides the start, the order of studies and the dropout. torch's and (unless None) numpy's
-        global generators are left alone. Equal results want an equal number of threads too.
+        Determines the initial weights, the order of studies and the dropout. torch's and (unless
+        None) numpy's global generators are left alone. Results are reproducible only with an equal
+        number of threads.
 
     Attributes
     ----------
     projection_ : Projection
-        From a cell's columns to the k of h.
+        Maps a cell's columns to the k entries of h.
     covariates_ : Projection
         Standardises the covariates.
     weights_ : dict of float32 arrays
         `gate.V.weight` and `gate.U.weight` (hidden, k), `gate.V.bias`, `gate.U.bias` and `gate.w`
         (hidden,), `classifier.weight` (k + n_covariates,), `classifier.bias` (1,).
     best_epoch_ : int
-        Epochs behind the weights kept, from 1.
+        The epoch whose weights are kept, counted from 1.
     history_ : list of dict
         Per epoch `train_loss` and, with validation rows, `loss` and `auroc`, all per study.
     """
@@ -92,7 +95,7 @@ class AttentionHead(Head):
         scaling: str = "standard",
         whiten: bool = False,
         dropout: float = 0.25,
-        lr: float = 3e-3,  # 1e-3 scored 0.01 to 0.04 AUROC less on made sets of some 300 rows
+        lr: float = 3e-3,  # 1e-3 lost 0.01 to 0.04 AUROC on synthetic sets of about 300 rows
         weight_decay: float = 1e-2,
         epochs: int = 60,
         batch_size: int | None = None,
@@ -133,24 +136,25 @@ class AttentionHead(Head):
     ) -> Self:
         """Fit on X of shape (n, d), finite, a row per image, and y of two classes.
 
-        Names and places of studies do not matter, nor, up to rounding, the order of their rows.
+        The result depends neither on the names and order of studies nor, up to rounding, on the
+        order of their rows.
 
         Parameters
         ----------
         X, y
             Training rows; scaling, components and class weights come from these alone. A study's
-            label is the largest of its rows'.
+            label is the largest of its rows' labels.
         X_val, y_val : optional
             Rows of other patients that decide when to stop; the best epoch's weights are kept.
         studies, studies_val : int or str arrays of shape (n,), optional
-            The study of each row; by default every row is one.
+            The study of each row; by default each row is a study of its own.
 
         Raises
         ------
         TrainingDataError
-            The studies of y, or of y_val where given, are not of both of two classes, studies do
-            not fit the rows, n_cells and n_covariates not the columns, a parameter is out of range,
-            or the loss stops being a finite number.
+            The studies of y, or of y_val if given, are not of two classes; `studies` does not match
+            the rows, or n_cells and n_covariates do not match the columns; a parameter is out of
+            range; or the loss stops being a finite number.
         """
         X, codes = self._check_training(X, y)
         validation = self._check_validation(X_val, y_val)
@@ -170,19 +174,22 @@ class AttentionHead(Head):
     def predict_proba(self, X: Any, studies: Any = None) -> np.ndarray:
         """Return the probability of each of `classes_` for each study, float64 of shape (m, 2).
 
-        Studies are in the order of `np.unique(studies)`; without `studies` every row is one, in the
-        order of the rows.
+        Studies are in the order of `np.unique(studies)`; without `studies` each row is a study of
+        its own, in the order of the rows.
 
         Raises
         ------
         TrainingDataError
-            `studies` does not fit the rows.
+            `studies` does not match the rows.
         """
         positive = self._probability(X, studies)
         return np.column_stack([1 - positive, positive])
 
     def predict(self, X: Any, studies: Any = None) -> np.ndarray:
-        """Return the likelier class of each study (the second at one half), as `predict_proba`."""
+        """Return the likelier class of each study, in the order of `predict_proba`.
+
+        At a probability of one half that is the second class.
+        """
         abnormal = self.predict_proba(X, studies)[:, 1] >= 0.5
         return np.take(self.classes_, abnormal.astype(int))
 
@@ -194,13 +201,13 @@ class AttentionHead(Head):
         Raises
         ------
         TrainingDataError
-            `studies` does not fit the rows.
+            `studies` does not match the rows.
         """
         rows, attention, _ = self._apply(X, studies)
         return attention[np.argsort(rows)]
 
     def check_parameters(self) -> None:
-        """Raise TrainingDataError where a parameter is out of range."""
+        """Raise TrainingDataError if a parameter is out of range."""
         self._refuse_out_of_range(
             {
                 "hidden": is_count(self.hidden, 1),
@@ -327,7 +334,7 @@ def _shapes(hidden: int, k: int, n_covariates: int) -> dict[str, tuple[int, ...]
 
 
 def _start(shapes: dict[str, tuple[int, ...]], generator: torch.Generator) -> _Weights:
-    """Return untrained weights, uniform within 1 / sqrt(columns in): as torch.nn.Linear starts."""
+    """Return untrained weights, uniform within 1 / sqrt(columns in), like torch.nn.Linear's."""
     weights = {}
     for name, shape in shapes.items():
         bound = 1 / math.sqrt(shapes[name.replace("bias", "weight")][-1])
@@ -339,14 +346,14 @@ def _start(shapes: dict[str, tuple[int, ...]], generator: torch.Generator) -> _W
 def _forward(
     batch: Batch, weights: _Weights, dropout: float = 0.0, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """Return a logit per study; the last layer's inputs are dropped where `dropout` is above 0."""
+    """Return a logit per study, dropping inputs of the last layer if `dropout` is above 0."""
     cells, owners, n = batch.cells, batch.owners, len(batch.covariates)
     gate = torch.tanh(linear(cells, weights["gate.V.weight"], weights["gate.V.bias"]))
     gate = gate * torch.sigmoid(linear(cells, weights["gate.U.weight"], weights["gate.U.bias"]))
     scores = gate @ weights["gate.w"]
     with torch.no_grad():
         top = scores.new_full((n,), -math.inf).scatter_reduce(0, owners, scores, "amax")
-    # index_select, not [...]: on several threads the gradient of [...] adds up in any order
+    # index_select, not [...]: with several threads the gradient of [...] is summed in any order
     shares = torch.exp(scores - top.index_select(0, owners))
     total = shares.new_zeros(n).index_add(0, owners, shares)
     pooled = cells.new_zeros((n, cells.shape[1])).index_add(0, owners, shares[:, None] * cells)

@@ -1,4 +1,4 @@
-"""Rows of a table grouped into studies, and taken study by study.
+"""Rows of a table, grouped into studies and read study by study.
 
 A row is a view: [cell 1 | cell 2 | … | covariates], with n_cells cells of equal width.
 """
@@ -24,7 +24,7 @@ __all__ = [
     "study_codes",
 ]
 
-#: Vectors mapped at a time where nothing is learnt from them: 4096 x 1152 float64 are 38 MB.
+#: Vectors mapped at a time outside training: 4096 x 1152 float64 are 38 MB.
 _BLOCK_VECTORS = 4096
 
 
@@ -34,7 +34,7 @@ class Views(NamedTuple):
     Attributes
     ----------
     rows : int array of shape (r,)
-        Where they are in the table.
+        Their indices in the table.
     counts : int array of shape (m,)
         Vectors of each study.
     cells : float array of shape (v, k)
@@ -49,11 +49,11 @@ class Views(NamedTuple):
 
     @property
     def owners(self) -> np.ndarray:
-        """Which of the m studies a vector belongs to, int of shape (v,)."""
+        """Return the study, of the m, that each vector belongs to, int of shape (v,)."""
         return np.repeat(np.arange(len(self.counts)), self.counts)
 
     def attend(self, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the softmax in each study of scores (v,), and the weighted mean cells (m, k)."""
+        """Return each study's softmax of scores (v,), and its weighted mean cell: (v,), (m, k)."""
         starts = np.cumsum(self.counts) - self.counts
         top = np.maximum.reduceat(scores, starts)
         attention = np.exp(scores - np.repeat(top, self.counts))
@@ -63,18 +63,18 @@ class Views(NamedTuple):
 
 @dataclass(frozen=True)
 class Studies:
-    """Rows by study, mapped as they are taken: the table is never copied.
+    """Rows by study, mapped when they are read: the table is never copied.
 
     Attributes
     ----------
     X : float array of shape (n, n_cells * width + n_covariates)
     projection, covariates : Projection
-        Of a cell's columns to k, and of the covariates.
+        Maps of a cell's columns to k, and of the covariates.
     n_cells : int
     order : int array of shape (n,)
         All rows, study by study.
     starts, counts : int arrays of shape (number of studies,)
-        Study s has `counts[s]` rows, in `order` from `starts[s]` on.
+        The rows of study s are the `counts[s]` entries of `order` from `starts[s]` on.
     """
 
     X: np.ndarray
@@ -94,7 +94,7 @@ class Studies:
         covariates: Projection,
         n_cells: int,
     ) -> Self:
-        """Group the rows of X by codes (n,) from 0 on, as `study_codes` gives them."""
+        """Group the rows of X by their study codes (n,), which `study_codes` returns."""
         counts = np.bincount(codes)
         order, starts = np.argsort(codes, kind="stable"), np.cumsum(counts) - counts
         return cls(X, projection, covariates, n_cells, order, starts, counts)
@@ -110,12 +110,12 @@ class Studies:
         return Views(rows, counts * self.n_cells, cells, means)
 
     def blocks(self) -> Iterator[np.ndarray]:
-        """Yield the numbers of all studies in order, as many at a time as are mapped at once."""
+        """Yield the numbers of all studies in order, in blocks that are mapped at once."""
         block = self.starts // max(_BLOCK_VECTORS // self.n_cells, 1)
         yield from np.split(np.arange(len(block)), np.flatnonzero(np.diff(block)) + 1)
 
     def mapped(self) -> Self:
-        """Return the same studies mapped once, in float32, where components make them small."""
+        """Return these studies mapped once, in float32, if components make them small."""
         if self.projection.components is None:
             return self
         k, n_covariates = self.projection.n_columns, self.covariates.n_columns
@@ -135,7 +135,7 @@ class Studies:
 
 
 class Batch(NamedTuple):
-    """What a training step sees of m studies with v vectors.
+    """The data of a training step: m studies with v vectors.
 
     Attributes
     ----------
@@ -170,16 +170,16 @@ class LabelledStudies:
         class_weight: ClassWeight,
         kind: str,
     ) -> Self:
-        """Label studies, and map them once where that is worth it.
+        """Label studies, and map them once if that pays.
 
         Parameters
         ----------
         codes : int array of shape (n,)
-            The rows' labels, 0 or 1; a study's is the largest of its rows'.
+            The rows' labels, 0 or 1; a study's label is the largest of its rows'.
         classes, class_weight
-            As `row_weights` takes them.
+            Passed to `row_weights`.
         kind : str
-            What the studies are for, to be named by errors.
+            What the studies are for, which errors name.
 
         Raises
         ------
@@ -204,7 +204,7 @@ class LabelledStudies:
 
 
 def cell_width(n_columns: int, n_cells: int, n_covariates: int) -> int:
-    """Return the columns of each cell; TrainingDataError where `n_columns` do not divide so."""
+    """Return the columns of each cell; TrainingDataError if `n_columns` does not divide evenly."""
     embedded = n_columns - n_covariates
     if embedded < n_cells or embedded % n_cells:
         raise TrainingDataError(
@@ -217,19 +217,19 @@ def cell_width(n_columns: int, n_cells: int, n_covariates: int) -> int:
 def learn_projections(
     X: np.ndarray, n_cells: int, n_covariates: int, scaling: str, pca: int, *, whiten: bool
 ) -> tuple[Projection, Projection]:
-    """Return the projection of cells, learnt from all alike, and the standardising of covariates.
+    """Return one projection for all cells and one that standardises the covariates.
 
     `scaling`, `pca` and `whiten` are those of `Projector.learn`.
 
     Raises
     ------
     TrainingDataError
-        X (n, d) cannot be divided into the cells, or `scaling` is none.
+        X (n, d) cannot be divided into the cells, or `scaling` is unknown.
     """
     width = cell_width(X.shape[1], n_cells, n_covariates)
     embedded = X[:, : width * n_cells]
     if n_cells > 1 and not embedded.flags.c_contiguous:
-        # cells cannot be seen as rows in place; one copy in float32 is learnt from
+        # cells are not rows of a view of X, so the projection is learnt from a float32 copy
         embedded = embedded.astype(np.float32, order="C")
     projector = Projector(embedded.reshape(-1, width))
     covariates = Projection(*column_scaling(X[:, width * n_cells :]))
@@ -237,7 +237,7 @@ def learn_projections(
 
 
 def study_codes(studies: Any, n_rows: int, *, by_name: bool = True) -> np.ndarray:
-    """Return each row's study as a number, every one from 0 on in use; int of shape (n_rows,).
+    """Return the number of each row's study, from 0 on without gaps; int of shape (n_rows,).
 
     Parameters
     ----------
@@ -245,12 +245,12 @@ def study_codes(studies: Any, n_rows: int, *, by_name: bool = True) -> np.ndarra
         The study of each row; None makes a study of every row.
     by_name : bool
         Number studies in the order of their names; otherwise in the order of their first rows,
-        which is the same whatever they are called.
+        which does not depend on the names.
 
     Raises
     ------
     TrainingDataError
-        `studies` has another shape, or names that are neither whole numbers nor text.
+        `studies` has the wrong shape, or names that are neither whole numbers nor text.
     """
     if studies is None:
         return np.arange(n_rows)
@@ -259,7 +259,7 @@ def study_codes(studies: Any, n_rows: int, *, by_name: bool = True) -> np.ndarra
         raise TrainingDataError(
             f"studies have the shape {names.shape}, X has {n_rows} rows; name one study per row"
         )
-    # a missing name is a float or None, and rows without one are no study together
+    # a missing name is a float or None, and rows without a name do not form a study
     if names.dtype.kind not in "iuU" and not all(isinstance(name, str) for name in names):
         raise TrainingDataError(
             f"studies are {names.dtype}; name them by whole numbers or text, none missing"

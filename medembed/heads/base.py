@@ -1,4 +1,4 @@
-"""What all heads share: their contract, and the checks before any fitting."""
+"""The contract of all heads, and the checks before fitting."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -28,30 +28,32 @@ ClassWeight = str | Mapping[Any, float] | None
 class Head(ClassifierMixin, BaseEstimator, ABC):
     """A binary classifier on embeddings.
 
-    ``fit(X, y, *, X_val=None, y_val=None)`` is handed its validation rows and never draws them: a
+    ``fit(X, y, *, X_val=None, y_val=None)`` is given its validation rows and never draws them: a
     random draw would put one patient on both sides. ``best_epoch_`` is the number of epochs or
-    trees in use (None where a head has none), and ``with_budget(n)`` an unfitted copy that trains
-    exactly that many, for the refit on all rows. What a head can do stands in attributes of its
-    class, so that nobody asks for its name.
+    trees in use (None for a head without any), and ``with_budget(n)`` an unfitted copy that trains
+    exactly that many, for the refit on all rows. Class attributes declare what a head can do, so
+    that callers never test for its name.
     """
 
     study_level: ClassVar[bool] = False
-    """Whether the head's rows are views, and it judges studies."""
+    """Whether rows are views, and predictions are of studies."""
     shares: ClassVar[str | None] = None
-    """What its configurations share when a sweep fits them together: a "path" of penalties, "bins"
-    of the data, a "cohort" that steps at once; None: each is fitted by itself."""
+    """What configurations share when a sweep fits them together: a "path" of penalties, "bins" of
+    the data, or a "cohort" whose members take each step together; None: each is fitted alone."""
     n_together: ClassVar[int | None] = 1
-    """How many configurations a sweep fits together at most; None: all."""
+    """The most configurations that a sweep fits together; None: all."""
     is_independent: ClassVar[bool] = False
-    """Whether a configuration comes out alike in any company: after a crash each is tried alone."""
+    """Whether a result does not depend on what is fitted beside it: after a crash a sweep then
+    tries each configuration alone."""
     has_rungs: ClassVar[bool] = False
-    """Whether it trains in epochs, after some of which a sweep may give up the weaker half."""
+    """Whether training has epochs, after some of which a sweep may drop the weaker half."""
     shared_params: ClassVar[tuple[str, ...]] = ()
     """Parameters that all configurations fitted together must have in common."""
     is_differentiable: ClassVar[bool] = False
-    """Whether its logit has a gradient, which explanations follow; else they leave tokens out."""
+    """Whether the logit has a gradient for explanations to follow; otherwise they leave tokens out.
+    """
     trains_with_encoder: ClassVar[bool] = False
-    """Whether it can go on learning with the blocks of an encoder: it has `as_layers`."""
+    """Whether the head can be trained on together with an encoder's blocks: it has `as_layers`."""
     best_epoch_: int | None
     classes_: np.ndarray
     n_features_in_: int
@@ -69,9 +71,9 @@ class Head(ClassifierMixin, BaseEstimator, ABC):
         return clone(self)  # type: ignore[no-any-return]
 
     def find_bases(self) -> list[tuple[str, int]]:
-        """Return what a fold learns once for all heads that want it: scalings, components of each.
+        """Return the scalings and components that a fold learns once for all heads that need them.
 
-        A pair is a name of `scaling.SCALINGS` and a number of principal components, or 0.
+        Each pair is a name of `scaling.SCALINGS` and a number of principal components, or 0.
         """
         return []
 
@@ -81,7 +83,7 @@ class Head(ClassifierMixin, BaseEstimator, ABC):
         Raises
         ------
         ModelError
-            The head has none; see `trains_with_encoder`.
+            The head has no layers; see `trains_with_encoder`.
         """
         raise ModelError(f"a head of {type(self).__name__} has no layers to train on.")
 
@@ -112,18 +114,18 @@ class Head(ClassifierMixin, BaseEstimator, ABC):
 
     @abstractmethod
     def _restore(self, payload: dict[str, np.ndarray] | str, n_features: int) -> None:
-        """Take what `_payload` gave; ModelError where it does not fit the parameters."""
+        """Restore what `_payload` returned; ModelError if it does not match the parameters."""
 
     def _read_arrays(
         self,
         payload: dict[str, np.ndarray] | str,
         expected: Mapping[str, tuple[str, tuple[int, ...]]],
     ) -> dict[str, np.ndarray]:
-        """Return the payload's arrays, checked; for `_restore`, see `arrays_of`."""
+        """Return the payload's arrays for `_restore`, checked by `arrays_of`."""
         return arrays_of(payload, expected)
 
     def check_parameters(self) -> None:
-        """Raise TrainingDataError where a parameter is out of range."""
+        """Raise TrainingDataError if a parameter is out of range."""
 
     def _refuse_out_of_range(self, are_right: Mapping[str, bool]) -> None:
         for name, is_right in are_right.items():
@@ -132,7 +134,7 @@ class Head(ClassifierMixin, BaseEstimator, ABC):
                 raise TrainingDataError(f"{type(self).__name__}: {name}={value!r} is out of range")
 
     def _check_training(self, X: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Return X (float32 or float64 as given) and y as 0 and 1; set `classes_`."""
+        """Return X (float32 or float64, unchanged) and y as 0 and 1; set `classes_`."""
         X, y = validate_data(self, X, y, dtype=[np.float32, np.float64])
         check_classification_targets(y)
         kind = type_of_target(y, input_name="y", raise_unknown=True)
@@ -150,11 +152,11 @@ class Head(ClassifierMixin, BaseEstimator, ABC):
         return X, codes
 
     def _check_validation(self, X_val: Any, y_val: Any) -> tuple[np.ndarray, np.ndarray] | None:
-        """Return validation rows, labels as 0 and 1; None where none were handed over."""
+        """Return validation rows and their labels as 0 and 1, or None if there are none."""
         if X_val is None and y_val is None:
             return None
         if X_val is None or y_val is None:
-            raise TrainingDataError("X_val and y_val are handed over together, or neither")
+            raise TrainingDataError("X_val and y_val must be passed together, or not at all")
         X_val, y_val = validate_data(
             self, X_val, y_val, reset=False, dtype=[np.float32, np.float64]
         )
@@ -167,7 +169,7 @@ class Head(ClassifierMixin, BaseEstimator, ABC):
 
 
 def is_count(value: Any, least: int) -> bool:
-    """Whether a parameter is a whole number, neither True nor False, and not below `least`."""
+    """Return whether a value is a whole number (no bool) and not below `least`."""
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 
@@ -179,7 +181,7 @@ def row_weights(
 ) -> np.ndarray:
     """Return each row's weight (float64, shape (n,)) from scikit-learn's `class_weight`.
 
-    `labels` are those of the training rows, where the rows of `codes` are others.
+    `labels` are those of the training rows, if `codes` are labels of other rows.
     """
     if isinstance(class_weight, Mapping):
         class_weight = dict(class_weight)
@@ -190,18 +192,18 @@ def row_weights(
 def arrays_of(
     payload: dict[str, np.ndarray] | str, expected: Mapping[str, tuple[str, tuple[int, ...]]]
 ) -> dict[str, np.ndarray]:
-    """Return the payload's arrays once names, dtypes, shapes and values are what they must be.
+    """Return the payload's arrays after checking names, dtypes, shapes and values.
 
     Parameters
     ----------
-    payload : dict of arrays, or text, which no caller of this function wants
+    payload : dict of arrays, or text, which is refused
     expected : dict of name to (dtype, shape)
 
     Raises
     ------
     ModelError
-        A name is missing or unknown, a dtype or shape is another, a value is not finite, or one
-        of a `scale`, that columns are divided by, is not above zero.
+        A name is missing or unknown, a dtype or shape is not the expected one, a value is not
+        finite, or a value of a `scale`, which columns are divided by, is not above zero.
     """
     if isinstance(payload, str) or set(payload) != set(expected):
         held = "text" if isinstance(payload, str) else ", ".join(sorted(payload))

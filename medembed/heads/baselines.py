@@ -1,4 +1,4 @@
-"""Priors: what a head must beat. They know the labels of training studies, and no image."""
+"""Priors: baselines for a head to beat. They know the labels of training rows, but no image."""
 
 from typing import Any, Self
 
@@ -15,18 +15,18 @@ class ClassPrior:
     prior_: float
 
     def fit(self, regions: Any, y: Any, sample_weight: Any = None) -> Self:
-        """Take the prior from labels 0 and 1 of shape (n,); regions are not looked at.
+        """Learn the prior from labels 0 and 1 of shape (n,); regions are ignored.
 
         Parameters
         ----------
         regions, y : arrays of shape (n,)
         sample_weight : array of shape (n,), optional
-            How many training rows each one stands for, above 0; by default one.
+            How many training rows each row stands for, above 0; by default one.
 
         Raises
         ------
         TrainingDataError
-            A label is neither 0 nor 1, there is none, or the lengths differ.
+            A label is neither 0 nor 1, there are no labels, or the lengths differ.
         """
         _, labels, weights = _checked(regions, y, sample_weight)
         self.prior_ = float(np.average(labels, weights=weights))
@@ -44,8 +44,9 @@ class RegionPrior:
     Parameters
     ----------
     strength : float
-        So many rows at the overall prior are added to every region: (abnormal + strength * prior)
-        / (n + strength), the mean under a beta prior. A region never seen has the overall prior.
+        Number of rows at the overall prior that are added to every region: (abnormal + strength *
+        prior) / (n + strength), the mean under a beta prior. An unseen region has the overall
+        prior.
     """
 
     prior_: float
@@ -55,9 +56,9 @@ class RegionPrior:
         self.strength = strength
 
     def fit(self, regions: Any, y: Any, sample_weight: Any = None) -> Self:
-        """Take the priors from regions and labels 0 and 1, both of shape (n,).
+        """Learn the priors from regions and labels 0 and 1, both of shape (n,).
 
-        Parameters and what is raised are those of `ClassPrior.fit`.
+        Parameters and errors are those of `ClassPrior.fit`.
         """
         regions, labels, weights = _checked(regions, y, sample_weight)
         self.prior_ = float(np.average(labels, weights=weights))

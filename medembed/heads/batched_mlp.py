@@ -1,7 +1,7 @@
 """Perceptrons that train together: the members of a cohort share every batch of a fold.
 
-Members are otherwise strangers: each comes out as if it had been trained alone, to the rounding of
-sums. How one batch is trained is told in `perceptrons`.
+Members are otherwise independent: up to the rounding of sums, the result for each is that of
+training it alone. `mlp_network` describes how one batch is trained.
 """
 
 import math
@@ -25,12 +25,12 @@ PRECISIONS = ("fp32", "bf16", "auto")
 #: AMX and AVX-512 take the first layer's columns 32 at a time.
 _COLUMNS = 32
 
-#: Training rows of one kind that are kept mapped; of larger tables each batch is mapped anew.
+#: Training rows of one kind that are kept mapped; larger tables are mapped again for each batch.
 _KEPT_BYTES = 1 << 30
 
 
 def resolve_precision(precision: str) -> str:
-    """Return "bf16" or "fp32"; "auto" is bf16 where the processor multiplies in it."""
+    """Return "bf16" or "fp32"; "auto" is bf16 if the processor multiplies in bf16."""
     if precision != "auto":
         return precision
     ask = getattr(torch.cpu, "get_capabilities", dict)  # not in older releases
@@ -59,18 +59,18 @@ class BatchedMLP:
     rows : Rows
         Training rows.
     projections : mapping of kind to Projection
-        Of every member's kind.
+        The projection of every member's kind.
     held : Rows, optional
         Validation rows, of other patients: they decide each member's best epoch, and when a member
-        that has a patience stops.
+        with a patience stops.
     seed : int
-        Decides the start, the order of rows and the dropout. Members of equal shape start alike and
-        drop alike: what differs between them is then their parameters alone.
+        Determines the initial weights, the order of rows and the dropout. Members of equal shape
+        start with equal weights and drop equal units, so that only their parameters differ.
     batch_size : int
-        Rows per step at most.
+        Maximum rows per step.
     bf16 : bool
     nets : sequence of Net, optional
-        Where an earlier cohort of these members got to.
+        The state that an earlier cohort of these members reached.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class BatchedMLP:
                     self._judge(group)
 
     def _going(self, until: int) -> list[int]:
-        """List the members of the epoch that is furthest behind."""
+        """Return the members that are furthest behind: those at the lowest epoch."""
         going = [
             i
             for i, (member, net) in enumerate(zip(self._members, self.nets, strict=True))
@@ -127,7 +127,7 @@ class BatchedMLP:
     def _start(self, i: int) -> Net:
         """Return an untrained net, each weight and bias uniform within 1 / sqrt(columns in).
 
-        That is how torch.nn.Linear starts. The column of ones makes the first layer's bias.
+        torch.nn.Linear is initialised so too. The column of ones makes the first layer's bias.
         """
         n_columns = self.projections[i].n_columns
         params: list[torch.Tensor] = []
@@ -150,7 +150,7 @@ class BatchedMLP:
 
     def _train_epoch(self, groups: Sequence["JointStep"], epoch: int) -> dict[int, float]:
         order = np.random.default_rng([self._seed, _EPOCHS, epoch]).permutation(len(self._y))
-        # batches of one size: a small rest would take a step as long and far noisier
+        # batches of equal size: a small last batch would take a step as long and far noisier
         n_steps = -(-len(order) // self._batch_size)
         for step, rows in enumerate(np.array_split(order, n_steps)):
             batch = torch.from_numpy(rows)
@@ -171,7 +171,7 @@ class BatchedMLP:
             )
 
     def _judge(self, group: "JointStep") -> None:
-        """Compare this epoch of each member with its best one on the held-out rows."""
+        """Compare each member's current epoch with its best so far on the held-out rows."""
         if self._held_y is None:
             return
         held = self._held[group.kind]
@@ -204,7 +204,7 @@ class BatchedMLP:
             net.best_logits = logits.copy()
 
 
-#: What random streams are for; the start of layer k has the stream of k.
+#: The purposes of random streams; layer k is initialised from stream k.
 _EPOCHS, _DROPOUT = 1 << 20, 1 << 21
 
 
@@ -215,12 +215,12 @@ def _has_stopped(member: Member, net: Net) -> bool:
 
 
 def _padded(n_columns: int) -> int:
-    """Columns of the first layer: the data's, a column of ones, and padding."""
+    """Return the columns of the first layer: the data's, a column of ones, and padding."""
     return -(-(n_columns + 1) // _COLUMNS) * _COLUMNS
 
 
 class _Columns:
-    """Rows as the first layers take them: (m, columns) with a column of ones, zeros after it."""
+    """Rows as input of the first layers: (m, columns), then a column of ones, then zeros."""
 
     def __init__(self, rows: Rows, projection: Projection, dtype: torch.dtype) -> None:
         self._rows, self._projection, self._dtype = rows, projection, dtype
@@ -239,7 +239,7 @@ class _Columns:
         return self.take(torch.arange(start, end)) if self._kept is None else self._kept[start:end]
 
     def take(self, batch: torch.Tensor) -> torch.Tensor:
-        """Return the rows of a batch, in memory that the next call takes again."""
+        """Return the rows of a batch, in memory that the next call reuses."""
         if self._kept is not None:
             if self._taken is None or len(self._taken) < len(batch):
                 self._taken = torch.empty(len(batch), self._kept.shape[1], dtype=self._dtype)

@@ -1,4 +1,4 @@
-"""Boosted trees by LightGBM, with defaults for dense embeddings."""
+"""LightGBM's boosted trees, with defaults for dense embeddings."""
 
 from typing import Any, ClassVar, Self
 
@@ -15,45 +15,47 @@ __all__ = ["BinnedRows", "LightGBMHead"]
 
 
 class LightGBMHead(Head):
-    """Gradient-boosted trees (Ke et al., NeurIPS 2017); early stopping on handed rows.
+    """Gradient-boosted trees (Ke et al., NeurIPS 2017).
+
+    Early stopping uses only the validation rows that `fit` is given.
 
     Parameters
     ----------
     n_trees : int
-        Trees at most; exactly, where no validation rows are handed over.
+        Maximum number of trees; exact if `fit` gets no validation rows.
     learning_rate, num_leaves, lambda_l2 : float, int, float
-        As LightGBM's.
+        LightGBM's parameters of these names.
     max_bin : int
-        Bins per column. Few bins, a small share of the columns per tree and large leaves are what
-        makes trees on a thousand columns cheap; `bench/sweep.py` compares with LightGBM's defaults.
+        Bins per column. Few bins, a small share of the columns per tree and large leaves make trees
+        on a thousand columns cheap; `bench/sweep.py` compares with LightGBM's defaults.
     feature_fraction : float in (0, 1] or None
-        Share of columns that each tree may use; None: a twentieth, but 32 columns at least.
+        Share of columns that each tree may use; None: a twentieth, but at least 32 columns.
     min_data_in_leaf : int or None
         None: a fiftieth of the rows, between 5 and 100, so that 300 rows still make trees.
     patience : int or None
-        Stop after this many trees without a better one. With None validation rows are ignored.
+        Stop after this many trees without improvement; None ignores validation rows.
     stopping : "auroc" or "loss"
-        What makes a tree better on the validation rows.
+        The validation score that decides when to stop.
     pca : int
-        Principal components of the standardised columns that the trees see; 0: the columns as they
-        are.
+        Number of principal components of the standardised columns that the trees are trained on; 0:
+        the columns unchanged.
     n_covariates : int
         The last columns of X, which `pca` leaves out.
     class_weight : "balanced", dict or None
-        As scikit-learn's.
+        scikit-learn's `class_weight`.
     random_state : int, RandomState or None
-        Decides which columns a tree may use. Results do not depend on `n_jobs`.
+        Determines which columns a tree may use. Results do not depend on `n_jobs`.
     n_jobs : int
-        Threads, 1,024 at most; one per core where it is 0 or -1.
+        Threads, at most 1,024; 0 or -1: one per core.
 
     Attributes
     ----------
     booster_ : lightgbm.Booster
-        The trees in use, and none after the best.
+        The trees in use, up to the best one.
     projection_ : Projection or None
-        What their columns go through first, with `pca`.
+        Applied to the columns first; None without `pca`.
     best_epoch_ : int
-        Their number.
+        The number of trees in use.
     """
 
     shares: ClassVar[str | None] = "bins"
@@ -94,7 +96,7 @@ class LightGBMHead(Head):
         self.n_jobs = n_jobs
 
     def find_bases(self) -> list[tuple[str, int]]:
-        """Return the standard scaling, where the trees see components."""
+        """Return the standard scaling if the trees are trained on components."""
         return [("standard", self.pca)] if self.pca else []
 
     def predict_logit(self, X: np.ndarray) -> np.ndarray:
@@ -120,7 +122,7 @@ class LightGBMHead(Head):
         Raises
         ------
         TrainingDataError
-            y, or y_val where given, does not hold both of two classes, or LightGBM refuses a
+            y, or y_val if given, does not hold both of two classes, or LightGBM refuses a
             parameter.
         """
         X, codes = self._check_training(X, y)
@@ -132,7 +134,7 @@ class LightGBMHead(Head):
         return self
 
     def check_parameters(self) -> None:
-        """Raise TrainingDataError where a parameter is out of range that LightGBM does not see."""
+        """Raise TrainingDataError if a parameter that LightGBM does not check is out of range."""
         self._refuse_out_of_range(
             {
                 "n_trees": is_count(self.n_trees, 1),
@@ -144,8 +146,8 @@ class LightGBMHead(Head):
         )
 
     def take(self, booster: Any, projection: Projection | None) -> None:
-        """Become fitted: take a trained booster's trees and the projection before them."""
-        # a booster that was trained holds its binned data set; one that was read holds trees only
+        """Become fitted with a trained booster's trees and the projection before them."""
+        # a trained booster holds its binned data set; one that was read holds trees only
         # (`model_to_string` ends at the best tree where training stopped early)
         self._take(trim_booster_text(booster.model_to_string()))
         self.projection_ = projection
@@ -170,7 +172,7 @@ class LightGBMHead(Head):
             "min_data_in_leaf": min(100, max(5, n // 50)) if least is None else least,
             "seed": int(check_random_state(self.random_state).randint(2**31 - 1)),
             "num_threads": self.n_jobs,
-            # without a fixed layout LightGBM times both and takes the faster: not repeatable
+            # without a fixed layout LightGBM times both and uses the faster: not repeatable
             "deterministic": True,
             "force_col_wise": True,
             "feature_pre_filter": False,
@@ -196,7 +198,7 @@ class LightGBMHead(Head):
         if self.pca:
             payload, n_features = self._restore_projection(payload, n_features)
         if not isinstance(payload, str):
-            raise ModelError("the model holds tensors; a lightgbm head is a text of trees")
+            raise ModelError("the model holds tensors; a lightgbm head is stored as text")
         check_booster_text(payload, n_features)
         self._take(payload)
 
@@ -211,13 +213,14 @@ class LightGBMHead(Head):
         try:
             return arrays[_TREES].tobytes().decode("ascii"), self.projection_.n_columns
         except UnicodeDecodeError:
-            raise ModelError("the trees are not LightGBM's text") from None
+            raise ModelError("the trees are not in LightGBM's text format") from None
 
 
-#: Rows that decide where 63 bins lie: all 29,000 take twice the time and give no better trees.
+#: Rows that the bounds of bins are found from: all 29,000 take twice the time and make no better
+#: trees.
 _BINNED_ROWS = 5000
 
-#: More, which a stranger's model may ask for, and OpenMP ends the process.
+#: With more, which a stranger's model may ask for, OpenMP ends the process.
 _MOST_THREADS = 1024
 
 #: The name of the trees' text beside the arrays of a projection.
@@ -232,9 +235,9 @@ class BinnedRows:
     Parameters
     ----------
     rows, held : (X, indices, codes), held may be None
-        A table, the indices of the rows that count (None: all) and their labels, 0 or 1.
+        A table, the indices of the rows in use (None: all) and their labels, 0 or 1.
     projector : Projector
-        Of `rows`.
+        Learns projections from `rows`.
     """
 
     def __init__(self, rows: _Rows, held: _Rows | None, projector: Projector) -> None:
@@ -242,7 +245,7 @@ class BinnedRows:
         self._binned: tuple[Any, ...] = ()
 
     def fit(self, head: LightGBMHead) -> None:
-        """Fit a head; TrainingDataError where LightGBM refuses a parameter."""
+        """Fit a head; TrainingDataError if LightGBM refuses a parameter."""
         try:
             booster, projection = self._train(head)
         except lightgbm.basic.LightGBMError as error:
@@ -263,7 +266,7 @@ class BinnedRows:
         return booster, projection
 
     def _bin(self, head: LightGBMHead) -> tuple[Projection | None, Any, Any]:
-        """Return the last data sets again where this head bins alike."""
+        """Return binned data sets: the previous ones if this head bins the rows identically."""
         alike = (head.pca, head.max_bin, str(head.random_state))
         if not self._binned or self._binned[0] != alike:
             projection = self._projector.learn("standard", head.pca) if head.pca else None

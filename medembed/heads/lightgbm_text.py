@@ -1,11 +1,12 @@
 """LightGBM's model text, checked before LightGBM reads it.
 
-The library trusts the text: an index out of range reads foreign memory, a child that points upwards
-never ends. Only what `LightGBMHead` writes is accepted: one binary model without categories or
-linear leaves, every node reached once (LightGBM's `src/io/tree.cpp`, `gbdt_model_text.cpp`).
+The library trusts the text: an index out of range reads memory outside the array, and a child that
+points upwards makes an endless loop. Only what `LightGBMHead` writes is accepted: one binary model
+without categories or linear leaves, every node reached once (LightGBM's `src/io/tree.cpp`,
+`gbdt_model_text.cpp`).
 
-All trees are checked at once, one name's lines after the other's, and no number becomes an object
-of Python: that takes as long as LightGBM's own reading, 0.2 s for 300,000 leaves.
+All trees are checked together, field by field, and no number becomes a Python object: this takes as
+long as LightGBM's own reading, 0.2 s for 300,000 leaves.
 """
 
 import re
@@ -37,15 +38,15 @@ _N_LINES = 1 + len(_NAMES) + 2
 
 #: LightGBM keeps whole numbers in 32 bits, and a sum over trees must stay finite.
 _LARGEST_WHOLE, _LARGEST = 2**31 - 1, 1e300
-#: Of a whole number; before or behind a point; of an exponent. A number of 200 digits with two in
-#: its exponent is not above `_LARGEST`.
+#: Digits of a whole number; before or after a point; of an exponent. A number of 200 digits with a
+#: two-digit exponent is not above `_LARGEST`.
 _MOST_WHOLE_DIGITS, _MOST_DIGITS, _MOST_EXPONENT_DIGITS = 10, 200, 3
 
-# What stands between runs of digits; a sign behind an "e" is another than one before a number.
+# The marks between runs of digits; a sign after an "e" is distinct from one before a number.
 _BLANK, _LINE, _MINUS, _POINT, _E, _PLUS, _OTHER, _E_MINUS, _E_PLUS = range(_N_MARKS := 9)
 _MARKS = bytes(b" \n-.e+".find(byte) % (_OTHER + 1) for byte in range(256))  # -1 becomes `_OTHER`
 _OVER = (_BLANK, _LINE)
-_NEXT = {  # after a mark: which may follow at once, which behind digits
+_NEXT = {  # after a mark: the marks that may follow at once, and those after digits
     _BLANK: ((_MINUS,), (*_OVER, _POINT, _E)),
     _LINE: ((_MINUS, _LINE), (*_OVER, _POINT, _E)),
     _MINUS: ((), (*_OVER, _POINT, _E)),
@@ -57,7 +58,7 @@ _NEXT = {  # after a mark: which may follow at once, which behind digits
 
 
 def _code(mark: Any, has_digits: Any, following: Any) -> Any:
-    """Write a mark, whether digits follow, and the mark behind them as one number below 256."""
+    """Return a mark, whether digits follow, and the mark after them as one number below 256."""
     return (mark * 2 + has_digits) * _N_MARKS + following
 
 
@@ -70,7 +71,7 @@ _IN_NUMBERS = bytes(
 
 
 def trim_booster_text(text: str) -> str:
-    """Return the text without what only describes the training: importances and parameters."""
+    """Return the text without importances and parameters, which only describe the training."""
     return text[: text.index(_END) + len(_END)] + _TAIL
 
 
@@ -80,10 +81,10 @@ def check_booster_text(text: str, n_features: int) -> int:
     Raises
     ------
     ModelError
-        The text is not that of a binary model on `n_features` columns, or a tree is damaged.
+        The text is not a binary model on `n_features` columns, or a tree is damaged.
     """
     if not text.isascii() or not text.endswith("\n\n" + _END + _TAIL):
-        raise ModelError("the trees are cut off, or not LightGBM's text")
+        raise ModelError("the trees are cut off, or not in LightGBM's text format")
     raw = text.encode("ascii")
     start = raw.find(b"\nTree=") + 1
     sizes = _check_header(text[:start], n_features)
@@ -111,7 +112,7 @@ def _check_header(text: str, n_features: int) -> list[int]:
     if len(infos) != n_features or not all(re.fullmatch(r"none|\[\S+:\S+\]", i) for i in infos):
         raise ModelError("feature_infos does not describe every column")
     if not re.fullmatch(r"\d{1,10}( \d{1,10})*", fields["tree_sizes"]):
-        raise ModelError("tree_sizes holds something else than numbers")
+        raise ModelError("tree_sizes holds something other than numbers")
     return [int(size) for size in fields["tree_sizes"].split(" ")]
 
 
@@ -119,19 +120,19 @@ def _fields(text: str) -> dict[str, str]:
     pairs = [line.partition("=") for line in text.split("\n") if line]
     fields = {name: value for name, _, value in pairs}
     if len(fields) != len(pairs) or not all(sign for _, sign, _ in pairs):
-        raise ModelError("the header holds a line twice, or one that is no name=value")
+        raise ModelError("the header holds a line twice, or one that is not name=value")
     return fields
 
 
 def _split_lines(trees: bytes, sizes: list[int]) -> dict[str, bytes]:
-    """Return what stands behind `name=`, by name: a line per tree, each between two line ends."""
+    """Return the values after `name=`, by name: a line per tree, each between two line ends."""
     lines = trees.split(b"\n")[:-1]
     if len(lines) != len(sizes) * _N_LINES:
         raise ModelError("a tree lacks a line, or holds an unknown one")
     ends = np.flatnonzero(np.frombuffer(trees, np.uint8) == ord("\n"))[_N_LINES - 1 :: _N_LINES]
     # LightGBM cuts the text by these sizes before it reads a tree
     if not np.array_equal(np.diff(ends, prepend=-1), sizes):
-        raise ModelError("the trees' sizes are not those that their header tells")
+        raise ModelError("the trees' sizes are not those in the header")
     wrong = [k for k, line in enumerate(lines[::_N_LINES]) if line != b"Tree=%d" % k]
     if wrong or any(lines[_N_LINES - 2 :: _N_LINES]) or any(lines[_N_LINES - 1 :: _N_LINES]):
         raise ModelError(f"tree {(wrong or [0])[0]} is not where it belongs or holds unknown lines")
@@ -148,7 +149,7 @@ def _without_name(name: str, lines: list[bytes]) -> bytes:
 
 
 def _check_numbers(lines: dict[str, bytes], n_trees: int) -> np.ndarray:
-    """Return each tree's number of leaves, once its lines hold as many numbers as these ask for."""
+    """Return each tree's number of leaves, after checking that its lines have matching lengths."""
     for name in ("num_cat", "is_linear"):
         if lines[name] != b"\n0" * n_trees + b"\n":
             raise ModelError(f"a tree holds categories or linear leaves: {name} is not 0")
@@ -157,7 +158,7 @@ def _check_numbers(lines: dict[str, bytes], n_trees: int) -> np.ndarray:
     leaves.require(once)
     n_leaves = leaves.values
     _Numbers("leaf_value", lines).require(n_leaves)
-    # LightGBM leaves out the weight of a tree that is one leaf
+    # LightGBM leaves out the weight of a tree with a single leaf
     or_none = np.where(n_leaves == 1, 0, n_leaves)
     _Numbers("leaf_weight", lines).require(n_leaves, or_none)
     _Numbers("leaf_count", lines, whole=True).require(n_leaves, or_none)
@@ -169,7 +170,7 @@ def _check_numbers(lines: dict[str, bytes], n_trees: int) -> np.ndarray:
 
 
 def _check_nodes(lines: dict[str, bytes], n_leaves: np.ndarray, n_features: int) -> None:
-    """Check that decisions are known ones, and that a tree's nodes and leaves are reached once."""
+    """Check that decisions are of a known kind and that nodes and leaves are reached once."""
     n_splits = n_leaves - 1
     splits = {}
     for name in ("split_feature", "decision_type", "left_child", "right_child"):
@@ -188,8 +189,8 @@ def _check_nodes(lines: dict[str, bytes], n_leaves: np.ndarray, n_features: int)
     )
     # bit 0 is a category, bit 1 the side of missing values, bits 2 and 3 what counts as missing
     refuse((kind < 0) | (kind > 10) | (kind & 1 == 1), "holds a decision of unknown kind")
-    # Nodes and leaves of all trees in one row each. Leaf k is written as ~k; the root, node 0, is
-    # nobody's child.
+    # Nodes and leaves of all trees in one array each. Leaf k is written as ~k; the root, node 0, is
+    # no node's child.
     first_split, first_leaf = np.cumsum(n_splits) - n_splits, np.cumsum(n_leaves) - n_leaves
     node = np.arange(len(tree)) - np.repeat(first_split, n_splits)
     n_below = np.repeat(n_leaves, n_splits)
@@ -204,26 +205,27 @@ def _check_nodes(lines: dict[str, bytes], n_leaves: np.ndarray, n_features: int)
         refuse(~is_below, unreached)
         place = np.where(is_leaf, len(tree) + leaves_below + ~child, splits_below + child)
         is_reached[place] = True
-    # There are as many children as nodes but for the roots, and leaves: all means each once.
+    # There are as many children as leaves and nodes without the roots: if all are reached, each is
+    # reached once.
     owners = np.concatenate([tree, np.repeat(np.arange(len(n_leaves)), n_leaves)])
     refuse(~is_reached, unreached, owners)
 
 
 class _Numbers:
-    """The numbers of one name in all trees' lines, found by what stands between their digits.
+    """The numbers of one field in all trees' lines, found by the marks between their digits.
 
     Parameters
     ----------
     name : str
-        Of `lines`, as `_split_lines` returns them.
+        The field: a key of `lines`, which `_split_lines` returns.
     whole : bool
-        Numbers are a sign and digits alone.
+        Whether numbers consist of a sign and digits only.
 
     Raises
     ------
     ModelError
-        Something else than numbers with single blanks between them stands there, or a number that
-        is not finite or absurdly large.
+        The lines hold something other than numbers separated by single blanks, or a number that is
+        not finite or absurdly large.
     """
 
     def __init__(self, name: str, lines: dict[str, bytes], *, whole: bool = False) -> None:
@@ -265,20 +267,20 @@ class _Numbers:
         n_digits, last = self._n_digits[ends - 1], self._places[ends] - 1
         values = np.zeros(len(ends), np.int64)
         for k in range(n_digits.max(initial=0)):
-            # a place before the text's first is none: its digits are not counted
+            # index -1 is before the text: it has no digits to count
             digits = self._bytes.take(last - k, mode="wrap") - np.uint8(ord("0"))
             values += np.int64(10**k) * (digits * (n_digits > k))
         return np.where(self._marks[ends - 1] == _MINUS, -values, values)
 
     @cached_property
     def _n_of_line(self) -> np.ndarray:
-        """How many numbers each line holds, (n_trees,)."""
+        """Return how many numbers each line holds, (n_trees,)."""
         lines = np.flatnonzero(self._marks == _LINE)
         n_ends = np.add.reduceat(self._marks[:-1] <= _LINE, lines[:-1], dtype=np.int64)
         return np.where(np.diff(self._places[lines]) == 1, 0, n_ends)
 
     def _mark_exponents(self) -> np.ndarray:
-        """Tell the sign of an exponent from that of a number; return the marks before exponents."""
+        """Mark the signs of exponents apart from those of numbers; return the exponents' marks."""
         starts = np.flatnonzero(self._marks == _E)
         starts += self._n_digits[starts] == 0
         for sign, mark in ((_MINUS, _E_MINUS), (_PLUS, _E_PLUS)):
@@ -286,7 +288,7 @@ class _Numbers:
         return starts
 
     def _limit_exponents(self, starts: np.ndarray) -> None:
-        """Check the numbers that have an exponent of many digits one by one: they are few."""
+        """Check the few numbers that have a long exponent one by one."""
         n_digits = self._n_digits[starts]
         self._check(int(n_digits.max(initial=0)) <= _MOST_EXPONENT_DIGITS)
         for k in starts[(n_digits == _MOST_EXPONENT_DIGITS) & (self._marks[starts] != _E_MINUS)]:
@@ -298,7 +300,7 @@ class _Numbers:
 
     def _check(self, is_right: bool) -> None:
         if not is_right:
-            raise ModelError(f"{self._name} holds something else than numbers")
+            raise ModelError(f"{self._name} holds something other than numbers")
 
     def _limit(self, is_within: bool) -> None:
         if not is_within:

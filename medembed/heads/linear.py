@@ -1,4 +1,4 @@
-"""Logistic regression: the floor that every table shows."""
+"""Logistic regression: the baseline that every table shows."""
 
 import warnings
 from collections.abc import Sequence
@@ -21,25 +21,25 @@ class LogisticHead(Head):
     Parameters
     ----------
     C : float
-        Inverse strength of the penalty. With hundreds of correlated columns 1 is nearly none;
-        the default suits embeddings of a thousand to a hundred thousand images.
+        Inverse strength of the penalty. With hundreds of correlated columns, 1 is almost no
+        penalty; the default suits embeddings of a thousand to a hundred thousand images.
     class_weight : "balanced", dict or None
-        As scikit-learn's.
+        scikit-learn's `class_weight`.
     standardize : bool
-        Bring the columns of X to mean 0 and standard deviation 1 first.
+        Scale the columns of X to mean 0 and standard deviation 1 first.
     pca : int
-        Principal components that are fitted on; 0: all columns.
+        Number of principal components to fit on; 0: all columns.
     n_covariates : int
         The last columns of X, which `pca` leaves out.
     max_iter : int
-        L-BFGS iterations at most; `converged_` says whether fewer were enough.
+        Maximum number of L-BFGS iterations; `converged_` says whether fewer were enough.
     tol : float
-        L-BFGS stops where the largest element of the gradient is below this.
+        L-BFGS stops when the largest element of the gradient is below this.
 
     Attributes
     ----------
     coef_ : float64 array of shape (1, k)
-        Coefficients of the columns that `projection_` gives.
+        Coefficients of the columns that `projection_` returns.
     intercept_ : float64 array of shape (1,)
     projection_ : Projection
     n_iter_ : int
@@ -72,7 +72,7 @@ class LogisticHead(Head):
         self.tol = tol
 
     def find_bases(self) -> list[tuple[str, int]]:
-        """Return the standard scaling, with the components that are fitted on."""
+        """Return the standard scaling with the number of components to fit on."""
         return [("standard", self.pca)] if self.standardize else []
 
     def as_layers(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -82,12 +82,12 @@ class LogisticHead(Head):
     def fit(self, X: Any, y: Any, *, X_val: Any = None, y_val: Any = None) -> Self:
         """Fit on X of shape (n, d), finite, and y of two classes.
 
-        Validation rows are checked and not used: there is nothing to stop early.
+        Validation rows are checked but not used: there is nothing to stop early.
 
         Raises
         ------
         TrainingDataError
-            y, or y_val where given, does not hold both of two classes.
+            y, or y_val if given, does not hold both of two classes.
         """
         X, codes = self._check_training(X, y)
         self._check_validation(X_val, y_val)
@@ -96,7 +96,7 @@ class LogisticHead(Head):
         return self
 
     def check_parameters(self) -> None:
-        """Raise TrainingDataError where a parameter is out of range."""
+        """Raise TrainingDataError if a parameter is out of range."""
         self._refuse_out_of_range(
             {
                 "C": self.C > 0,
@@ -107,7 +107,7 @@ class LogisticHead(Head):
         )
 
     def take(self, model: LogisticRegression, projection: Projection) -> None:
-        """Become fitted: take scikit-learn's coefficients and the projection before them."""
+        """Become fitted with scikit-learn's coefficients and the projection before them."""
         self.projection_ = projection
         self.coef_ = model.coef_.astype(np.float64)
         self.intercept_ = model.intercept_.astype(np.float64)
@@ -145,12 +145,12 @@ def fit_path(
 ) -> None:
     """Fit heads on the same rows, from the strongest penalty to the weakest.
 
-    Heads that differ in C alone go on from each other's coefficients.
+    A head that differs from the one before only in C starts from its coefficients.
 
     Parameters
     ----------
     X, rows
-        The table and the indices of the n training rows (None: all); `projector` has those.
+        The table and the indices of the n training rows (None: all), those of `projector`.
     codes : int array of shape (n,)
         Labels, 0 or 1.
     """
@@ -172,14 +172,14 @@ def fit_path(
         )
         for head in path:
             with warnings.catch_warnings():
-                # kept as an attribute: weak penalties rarely converge, and few sweeps mind
+                # an attribute, not a warning: weak penalties rarely converge, which seldom matters
                 warnings.simplefilter("ignore", ConvergenceWarning)
                 model.set_params(C=head.C).fit(columns, codes)
             head.take(model, projection)
 
 
 def _by_code(class_weight: ClassWeight, classes: np.ndarray) -> Any:
-    """Return `class_weight` with 0 and 1 for keys where it is a dict."""
+    """Return `class_weight`, with 0 and 1 for keys if it is a dict."""
     if class_weight is None or isinstance(class_weight, str):
         return class_weight
     return {code: class_weight.get(name, 1.0) for code, name in enumerate(classes.tolist())}

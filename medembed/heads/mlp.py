@@ -25,7 +25,9 @@ _APPLIED: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 class MLPHead(Head):
-    """Hidden layers and one logit; AdamW; early stopping on handed rows.
+    """Hidden layers and one logit, trained with AdamW.
+
+    Early stopping uses only the validation rows that `fit` is given.
 
     Parameters
     ----------
@@ -36,34 +38,35 @@ class MLPHead(Head):
     dropout : float in [0, 1)
         Share of hidden units dropped in training, to the nearest 1/256.
     lr, weight_decay : float
-        AdamW's (Loshchilov and Hutter, ICLR 2019).
+        Parameters of AdamW (Loshchilov and Hutter, ICLR 2019).
     label_smoothing : float in [0, 1)
-        Trains towards labels of half of it and one minus half of it.
+        The training targets are half of this and 1 minus half of this.
     scaling : "standard", "global" or "none"
-        Of the columns, see `projection.SCALINGS`.
+        How columns are scaled, see `scaling.SCALINGS`.
     pca : int
-        Principal components that the layers see; 0: all columns.
+        Number of principal components that enter the first layer; 0: all columns.
     whiten : bool
-        Bring each component to variance 1.
+        Scale each component to variance 1.
     n_covariates : int
         The last columns of X, which `pca` leaves out.
     epochs : int
-        Epochs at most; exactly, where no validation rows are handed over.
+        Maximum number of epochs; exact if `fit` gets no validation rows.
     batch_size : int or None
-        Rows per step at most; every epoch has its own order. None: a sixteenth of the rows, between
-        32 and 2048, so that a few hundred rows still make enough steps.
+        Maximum rows per step; every epoch shuffles them. None: a sixteenth of the rows, between 32
+        and 2048, so that a few hundred rows still make enough steps.
     patience : int or None
-        Stop after this many epochs without a better one. With None validation rows are ignored and
-        all epochs are trained.
+        Stop after this many epochs without improvement. None ignores validation rows and trains
+        all epochs.
     stopping : "auroc" or "loss"
-        What makes an epoch better on the validation rows; equal AUROC is decided by the loss.
+        The validation score that decides which epoch is better; the loss breaks ties of AUROC.
     class_weight : "balanced", dict or None
-        As scikit-learn's; weighs the loss.
+        scikit-learn's `class_weight`; it weights the loss.
     precision : "fp32", "bf16" or "auto"
-        Of the products in training; "auto" is bf16 where the processor multiplies in it.
+        Precision of the products in training; "auto" is bf16 if the processor multiplies in bf16.
     random_state : int, RandomState or None
-        Decides the start, the order of rows and the dropout. torch's and (unless None) numpy's
-        global generators are left alone. Equal results want an equal number of threads too.
+        Determines the initial weights, the order of rows and the dropout. torch's and (unless None)
+        numpy's global generators are left alone. Results are reproducible only with an equal number
+        of threads.
 
     Attributes
     ----------
@@ -71,14 +74,14 @@ class MLPHead(Head):
     biases_ : list of float32 arrays (columns out,)
     projection_ : Projection
     best_epoch_ : int
-        Epochs behind the weights kept, from 1.
+        The epoch whose weights are kept, counted from 1.
     history_ : list of dict
         Per epoch `train_loss` and, with validation rows, `loss` and `auroc`.
     """
 
     shares: ClassVar[str | None] = "cohort"
     n_together: ClassVar[int | None] = 16
-    """Enough to fill the matrix unit, few enough to be lost in a crash."""
+    """Enough to fill the matrix unit, few enough that a crash loses little."""
     has_rungs: ClassVar[bool] = True
     shared_params: ClassVar[tuple[str, ...]] = ("batch_size", "precision")
     is_differentiable: ClassVar[bool] = True
@@ -124,7 +127,7 @@ class MLPHead(Head):
         self.random_state = random_state
 
     def find_bases(self) -> list[tuple[str, int]]:
-        """Return the scaling, with the components that the layers see."""
+        """Return the scaling with the number of components that enter the first layer."""
         return [(self.scaling, self.pca)]
 
     def as_layers(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -148,8 +151,8 @@ class MLPHead(Head):
         Raises
         ------
         TrainingDataError
-            y, or y_val where given, does not hold both of two classes, a parameter is out of
-            range, or the loss stops being a finite number.
+            y, or y_val if given, does not hold both of two classes, a parameter is out of range,
+            or the loss stops being a finite number.
         """
         X, codes = self._check_training(X, y)
         validation = self._check_validation(X_val, y_val)
@@ -162,7 +165,7 @@ class MLPHead(Head):
         return self
 
     def check_parameters(self) -> None:
-        """Raise TrainingDataError where a parameter is out of range."""
+        """Raise TrainingDataError if a parameter is out of range."""
         self._refuse_out_of_range(
             {
                 "hidden": all(is_count(width, 1) for width in self.hidden),
@@ -182,7 +185,7 @@ class MLPHead(Head):
         )
 
     def as_member(self, codes: np.ndarray) -> Member:
-        """Return what this head has of its own in a cohort on rows with labels `codes`, 0 and 1."""
+        """Return this head as a member of a cohort, for rows with labels `codes`, 0 or 1."""
         classes = getattr(self, "classes_", np.array([0, 1]))
         normal, abnormal = row_weights(
             np.array([0, 1]), classes, self.class_weight, labels=classes[codes]
@@ -202,7 +205,7 @@ class MLPHead(Head):
         )
 
     def take(self, net: Net, projection: Projection) -> None:
-        """Become fitted: take the layers of a trained net and the projection before them.
+        """Become fitted with the layers of a trained net and the projection before them.
 
         Raises
         ------
@@ -257,10 +260,10 @@ def gather(
     projector: Projector,
     nets: Sequence[Net] | None = None,
 ) -> BatchedMLP:
-    """Return a cohort that trains these heads on `rows`, judged on `held`.
+    """Return a cohort that trains these heads on `rows`, with `held` for early stopping.
 
-    All share the first one's `random_state`, `batch_size` and `precision`; TrainingDataError where
-    they differ. `projector` has those very rows; `nets` is where an earlier cohort got to.
+    All heads must share `random_state`, `batch_size` and `precision`; TrainingDataError if they
+    differ. `projector` is of the same rows; `nets` is the state that an earlier cohort reached.
     """
     for name in ("random_state", "batch_size", "precision"):
         values = list(dict.fromkeys(str(getattr(head, name)) for head in heads))

@@ -1,10 +1,10 @@
 """Multi-layer perceptrons side by side, and the one step that trains them together.
 
-The first layers of all members are one matrix, so that each batch takes two large products, forward
-and back; what follows is done member by member. The backward pass is written out: autograd would
-keep and touch what is not needed. Activations are laid out unit by unit, (width, batch). Weights
-and AdamW's moments are float32; in bfloat16 products, activations and gradients are rounded to it,
-as mixed precision has it.
+The first layers of all members form one matrix, so that each batch takes two large products,
+forward and backward; further layers are computed member by member. The backward pass is written
+out: autograd would keep and touch what is not needed. Activations are laid out unit by unit,
+(width, batch). Weights and AdamW's moments are float32; products in bfloat16 round activations and
+gradients to bfloat16, as usual in mixed precision.
 
 `Losses` is the members' cross-entropy, each with its class weights and label smoothing.
 """
@@ -36,14 +36,14 @@ __all__ = [
 def row_weights_of(y: torch.Tensor, class_weights: Sequence[float | torch.Tensor]) -> torch.Tensor:
     """Return the weights in the loss of rows with labels y (m,), float32 0 or 1.
 
-    Weights (members, 1) in place of numbers give (members, m).
+    With arrays of weights (members, 1) in place of numbers, the result is (members, m).
     """
     normal, abnormal = class_weights
     return y * (abnormal - normal) + normal
 
 
 class LossRates(NamedTuple):
-    """What the members' losses are made with; each float32 of shape (members, 1)."""
+    """The parameters of the members' losses, each float32 of shape (members, 1)."""
 
     smoothing: torch.Tensor
     normal: torch.Tensor
@@ -51,7 +51,7 @@ class LossRates(NamedTuple):
 
     @classmethod
     def of(cls, rates: Sequence[tuple[float, float, float]]) -> "LossRates":
-        """Take the three of each member, in that order."""
+        """Build from the three rates of each member, in that order."""
         return cls(*torch.tensor(rates, dtype=torch.float32).t()[:, :, None].unbind())
 
 
@@ -64,12 +64,12 @@ class Losses:
         self._logits = torch.empty_like(self._targets)
 
     def gradient(self, k: int, logits: torch.Tensor) -> torch.Tensor:
-        """Take member k's logits (m,); return its mean loss's gradient by them, float32."""
+        """Return the gradient, float32, of member k's mean loss by its logits (m,)."""
         own = self._logits[k].copy_(logits)
         return (torch.sigmoid(own) - self._targets[k]) * self._weights[k] / len(own)
 
     def sums(self) -> np.ndarray:
-        """Return each member's sum over the batch, float64 of shape (members,)."""
+        """Return each member's summed loss over the batch, float64 of shape (members,)."""
         losses = functional.binary_cross_entropy_with_logits(
             self._logits, self._targets, self._weights, reduction="none"
         )
@@ -82,16 +82,16 @@ _BYTE = 256
 
 @dataclass(frozen=True)
 class Activation:
-    """An activation, forward and back, into memory that is there.
+    """An activation, forward and backward, into allocated memory.
 
     Attributes
     ----------
     forward : callable (z, out) -> out
     backward : callable (da, z, a) -> z
-        Handed the gradient of the output, what was the input, and the output; writes the input's
-        gradient over the input.
+        Takes the gradient of the output, the input, and the output; writes the input's gradient
+        over the input.
     in_place : bool
-        Whether `out` may be z: backward does not ask what the input was.
+        Whether `out` may be z, because backward does not read the input.
     """
 
     forward: Any
@@ -127,12 +127,12 @@ ACTIVATIONS = {
 
 @dataclass(frozen=True)
 class Member:
-    """What one perceptron of a cohort has of its own; the ranges are `MLPHead`'s.
+    """The parameters of one perceptron of a cohort, in the ranges of `MLPHead`.
 
     Parameters
     ----------
     kind : hashable
-        Which of the cohort's projections its columns go through.
+        Selects which of the cohort's projections is applied to the columns.
     class_weights : (float, float)
         Weights in the loss of a normal and of an abnormal row.
     """
@@ -161,13 +161,14 @@ class Net:
         columns are padding; then weight (width, width before) and bias (width,) of each further
         layer. AdamW's two moments have the same shapes.
     steps : list of float32 scalars
-        AdamW's, one per tensor.
+        AdamW's step counts, one per tensor.
     epoch, best_epoch, best_key, best, best_logits
-        Epochs done; the best of them, why, its parameters, and its logits on the validation rows.
+        Epochs done; the best epoch, the score that makes it best, its parameters, and its logits on
+        the validation rows.
     history : list of dict
         Per epoch `train_loss` and, with validation rows, `loss` and `auroc`.
     failure : str or None
-        Why it does not go on.
+        Why training stopped with an error.
     """
 
     params: list[torch.Tensor]
@@ -183,7 +184,7 @@ class Net:
     failure: str | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Give arrays of their own in place of tensors: views would take their whole base along."""
+        """Return a state with arrays copied from tensors: a view would be stored with its base."""
         state = dict(self.__dict__)
         if self.best is not None and self.best_epoch == self.epoch:
             state["best"] = None  # those are `params`
@@ -193,7 +194,7 @@ class Net:
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take the arrays back, as copies: other processes may share them."""
+        """Restore tensors from copies of the arrays, which other processes may share."""
         for name in _TENSORS:
             if state[name] is not None:
                 state[name] = [torch.from_numpy(array.copy()) for array in state[name]]
@@ -202,7 +203,7 @@ class Net:
             self.best = [tensor.clone() for tensor in self.params]
 
     def layers(self, n_columns: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Return the best epoch's (or the last) weights (before, after) and biases (after,)."""
+        """Return weights (before, after) and biases (after,) of the best epoch, else the last."""
         first, *rest = self.best or self.params
         pairs = [(first[:, :n_columns], first[:, n_columns])]
         pairs += list(zip(rest[::2], rest[1::2], strict=True))
@@ -215,9 +216,10 @@ _TENSORS = ("params", "means", "squares", "steps", "best")
 
 
 class Masks:
-    """Which hidden units stay in one step: the same for all members that drop an equal share.
+    """Which hidden units stay in one step: equal for all members that drop an equal share.
 
-    Unit j of layer k has the same random bytes in every member, whatever its width and company.
+    Unit j of layer k has the same random bytes in every member, whatever the widths and the other
+    members.
     """
 
     def __init__(self, stream: tuple[int, ...], n_rows: int, dtype: torch.dtype) -> None:
@@ -239,7 +241,7 @@ class Masks:
         self._done.clear()
 
     def of(self, layer: int, width: int, dropped: int) -> torch.Tensor:
-        """Return all ones in a kept unit's bits, all zeros in a dropped one's, (width, rows)."""
+        """Return (width, rows): all bits 1 for a kept unit, all bits 0 for a dropped one."""
         key, drawn = (layer, dropped), self._bytes[layer]
         if key not in self._masks:
             self._masks[key] = torch.empty(drawn.shape, dtype=self._integer)
@@ -253,7 +255,7 @@ class Masks:
 
 
 class JointStep:
-    """Members of one kind of columns; their first layers are one matrix."""
+    """Members whose columns are of one kind; their first layers form one matrix."""
 
     def __init__(
         self, kind: Hashable, members: Mapping[int, tuple[Member, Net]], dtype: torch.dtype
@@ -286,7 +288,7 @@ class JointStep:
         self._flop_step = 2 * self.flop_forward + 2.0 * further
 
     def take_losses(self) -> list[tuple[int, float]]:
-        """Return each member's sum of losses since the last call."""
+        """Return each member's summed loss since the last call."""
         taken = list(zip(self.members, self._losses.tolist(), strict=True))
         self._losses = np.zeros(len(taken))
         return taken
@@ -304,7 +306,7 @@ class JointStep:
         return self._flop_step * len(y)
 
     def _update(self, further: Sequence[list[torch.Tensor]]) -> None:
-        """Take AdamW's step, member by member: what a copy has just touched is then at hand."""
+        """Take AdamW's step member by member, while what was just copied is still in the cache."""
         for (member, net), part, own in zip(
             self.members.values(), self._parts, further, strict=True
         ):
@@ -350,7 +352,7 @@ class JointStep:
     def _buffer(
         self, name: str, shape: Sequence[int], dtype: torch.dtype | None = None
     ) -> torch.Tensor:
-        """Return memory of this shape, the same for a name: fresh memory costs more than a pass."""
+        """Return memory of this shape, reused by name: fresh memory costs more than a pass."""
         key, n = (name, dtype or self._dtype), math.prod(shape)
         if key not in self._buffers or self._buffers[key].numel() < n:
             self._buffers[key] = torch.empty(n, dtype=key[1])
@@ -370,7 +372,7 @@ class JointStep:
     def _backward(
         self, k: int, z: torch.Tensor, losses: Losses, masks: Masks
     ) -> list[torch.Tensor]:
-        """Write the k-th loss's gradient by z (width, m) over z; return the further layers'."""
+        """Overwrite z (width, m) with member k's gradient by z; return the further layers'."""
         member, net = self._own[k]
         dropped, further = self._dropped[k], _further(net)
         keep = 1 - dropped / _BYTE
@@ -380,7 +382,7 @@ class JointStep:
             if dropped:
                 mask = masks.of(layer, len(a), dropped)
                 a.view(mask.dtype).bitwise_and_(mask)
-            scaled = (weight / keep).to(a.dtype)  # what is kept counts for what is dropped
+            scaled = (weight / keep).to(a.dtype)  # kept units make up for dropped ones
             passed.append((z, a, scaled))
             z = self._apply(layer, scaled, bias, a)
         dz = losses.gradient(k, z[0])[None]
@@ -405,7 +407,7 @@ class JointStep:
 
 
 def _join(tensors: Sequence[list[torch.Tensor]], parts: Sequence[slice]) -> torch.Tensor:
-    """Put the first tensor of each list under one another; each list's becomes a view of that."""
+    """Stack the first tensors of all lists; each list's first becomes a view of the stack."""
     joint = torch.cat([own[0] for own in tensors])
     for own, part in zip(tensors, parts, strict=True):
         own[0] = joint[part]
@@ -413,7 +415,7 @@ def _join(tensors: Sequence[list[torch.Tensor]], parts: Sequence[slice]) -> torc
 
 
 def _dropped(member: Member) -> int:
-    """Return how many of 256 random bytes drop a unit; never all."""
+    """Return how many of the 256 values of a random byte drop a unit; never all."""
     return min(round(member.dropout * _BYTE), _BYTE - 1)
 
 

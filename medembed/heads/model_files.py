@@ -1,7 +1,7 @@
-"""The files of a packaged model, as bytes from a stranger: named, measured and checked, then read.
+"""The files of a packaged model, which are not trusted: names and sizes are checked before reading.
 
 A directory holds `model.json`, one payload, and at most a reference and a README.md, each a plain
-file. Whatever else is there, or is larger than a head can be, is refused before anything parses it.
+file. Anything else, and anything larger than a head can be, is refused before it is parsed.
 """
 
 import errno
@@ -56,23 +56,23 @@ _LIMITS = {
 }
 #: A list or table of JSON takes a hundred times the memory of its two brackets in the file.
 _MAX_BRACKETS = 200_000
-#: Python's own reader goes as deep as the stack; ours writes eight levels.
+#: Python's own reader goes as deep as the stack; `save_model` writes eight levels.
 _MAX_DEPTH = 64
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def check_names(directory: Path) -> None:
-    """Refuse a directory that holds something else than a model's files.
+    """Refuse a directory that holds anything but a model's files.
 
-    Hidden files, which systems leave, and a killed writer's, are passed over and never read.
+    Hidden files, which operating systems or a killed writer leave, are ignored and never read.
 
     Raises
     ------
     PathNotFoundError
-        There is no such directory, or no `model.json` in it.
+        The directory does not exist or holds no `model.json`.
     ModelError
-        Names the first that does not belong there.
+        A file does not belong there; the message names the first.
     """
     if not directory.is_dir() or not os.path.lexists(directory / MODEL_FILE):
         raise PathNotFoundError(f"no model at {directory}: {MODEL_FILE} is not there")
@@ -81,19 +81,19 @@ def check_names(directory: Path) -> None:
             continue
         if entry.name not in _LIMITS:
             raise ModelError(
-                f"{directory} holds {entry.name!r}, which is no part of a model. Move it elsewhere"
+                f"{directory} holds {entry.name!r}, which is not part of a model. Move it elsewhere"
             )
         if not entry.is_file(follow_symlinks=False):
             raise ModelError(f"{directory / entry.name} is missing or not a plain file")
 
 
 def read_part(path: Path) -> bytes:
-    """Read one of a model's files, whose name decides how large it may be.
+    """Return the bytes of one of a model's files, whose name decides how large it may be.
 
     Raises
     ------
     ModelError
-        It is missing, a link or a device, or too large.
+        The file is missing, a link or a device, or too large.
     """
     limit = _LIMITS[path.name]
     try:
@@ -109,17 +109,17 @@ def read_part(path: Path) -> bytes:
 
 
 def parse_json(data: bytes) -> Any:
-    """Parse JSON as this package writes it: no NaN, no key twice, neither deep nor many-branched.
+    """Return parsed JSON; NaN, duplicate keys, deep nesting and too many lists are refused.
 
     Raises
     ------
     ModelError
-        It is not, or not JSON at all.
+        The bytes are not such JSON.
     """
     if data.count(b"[") + data.count(b"{") > _MAX_BRACKETS:
         raise ModelError(f"is not read: it holds more than {_MAX_BRACKETS:,} lists and tables")
     if _SURROGATE.search(data):
-        raise ModelError("is not read: it holds half of a character")
+        raise ModelError("is not read: it holds half of a surrogate pair")
     try:
         document = json.loads(
             data,
@@ -134,7 +134,7 @@ def parse_json(data: bytes) -> Any:
 
 
 def pack_tensors(arrays: Mapping[str, np.ndarray]) -> bytes:
-    """Return arrays as safetensors; equal ones give equal bytes."""
+    """Return arrays as safetensors; equal arrays give equal bytes."""
     return safetensors.numpy.save({k: np.ascontiguousarray(array) for k, array in arrays.items()})
 
 
@@ -147,7 +147,7 @@ class FileEntry(ClosedRecord):
 
 
 class PayloadEntry(FileEntry):
-    """The file that holds what the head has learnt; its name decides what parses it."""
+    """The file that holds what the head has learnt; its name decides how it is parsed."""
 
     file: Literal["head.safetensors", "booster.txt"]
 
@@ -164,12 +164,12 @@ def describe_file(name: str, data: bytes) -> dict[str, Any]:
 
 
 def read_described(entry: FileEntry, directory: Path) -> dict[str, np.ndarray] | str:
-    """Read a file that `model.json` describes, as arrays, or as text if it is a booster's.
+    """Return the arrays of a file that `model.json` describes, or the text of a booster.
 
     Raises
     ------
     ModelError
-        Another size or hash, or bytes that are not what the name says.
+        The size or hash is not the recorded one, or the content is not what the name says.
     """
     name = entry.file
     data = read_part(directory / name)
@@ -189,14 +189,14 @@ def read_described(entry: FileEntry, directory: Path) -> dict[str, np.ndarray] |
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"{text} is no finite number")
+        raise ValueError(f"{text} is not a finite number")
     return value
 
 
 def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a table holds a key twice")
+        raise ValueError("an object holds a key twice")
     return found
 
 

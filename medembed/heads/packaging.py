@@ -1,11 +1,11 @@
 """Save and load a classifier as a directory, without pickle.
 
-`model.json` tells what the head is and carries the card; `head.safetensors` or `booster.txt` holds
-what it learnt. The payload's size and SHA-256 stand in `model.json` and are compared before
-anything parses it; then names, shapes, dtypes and values are checked against the head's parameters,
-because a hash only shows that the payload is the one its author meant. `reference.safetensors`,
-where there is one, holds statistics of the training embeddings, under the same rules, and
-`README.md` tells people what `model.json` tells programs. No code is executed from a model.
+`model.json` describes the head and carries the card; `head.safetensors` or `booster.txt` holds what
+the head learnt. The payload's size and SHA-256 are recorded in `model.json` and compared before
+anything is parsed; then names, shapes, dtypes and values are checked against the head's parameters,
+because a hash only shows that the payload is the one its author meant. `reference.safetensors`, if
+there is one, holds statistics of the training embeddings and is checked likewise. `README.md`
+describes for people what `model.json` describes for programs. No code is executed from a model.
 """
 
 import os
@@ -54,7 +54,7 @@ __all__ = [
 FORMAT = "medembed-model"
 VERSION = 1
 
-#: Columns that a head may read: checking trees lists their names.
+#: The most columns that a head may read: checking trees lists their names.
 _MAX_FEATURES = 1 << 20
 _MAX_EPOCHS = 1 << 31
 
@@ -70,17 +70,17 @@ class ModelDocument(ClosedRecord):
     best_epoch: int | None = Field(ge=1, le=_MAX_EPOCHS)
     payload: PayloadEntry
     reference: ReferenceEntry | None = None
-    """Models of before have none."""
+    """Older models have none."""
     card: AnyTable
 
 
 @dataclass(frozen=True, repr=False)
 class Model(Summarised):
-    """A fitted head and its card: what was recorded beside it when it was saved.
+    """A fitted head and its card: what was recorded with the head when it was saved.
 
-    `reference` are statistics of the embeddings that it was trained on (see
-    `evaluation.drift.reference`), or None where none were saved. `path` is the directory that it
-    was read from.
+    `reference` holds statistics of the embeddings that the head was trained on (see
+    `evaluation.drift.reference`), or None if none were saved. `path` is the directory that the
+    model was read from.
     """
 
     head: Head
@@ -89,7 +89,7 @@ class Model(Summarised):
     path: Path | None = None
 
     def summarise(self) -> Summary:
-        """Return what the head is, what it reads, and of which encoder."""
+        """Return the kind of head, the columns that it reads, and the encoder behind them."""
         name = "" if self.path is None else f" {self.path.resolve().name}"
         encoder = self.card.get("encoder")
         source = encoder.get("source") if isinstance(encoder, Mapping) else None
@@ -117,23 +117,23 @@ def save_model(
     Parameters
     ----------
     directory : path
-        To be made; its parent exists.
+        Created by this call; its parent must exist.
     head : Head
         Fitted on labels 0 and 1; one of `known_heads`.
     card : dict
-        What else to keep, fit for JSON: spec, calibration, thresholds, scores, ….
+        Further JSON values to keep: spec, calibration, thresholds, scores, ….
     reference : mapping of str to ndarray, optional
         Statistics of the training embeddings.
     texts : mapping of str to str, optional
-        `README.md`, for people: nothing reads it.
+        `README.md`, for people: no program reads it.
     replace : bool
-        Put the model in the place of one that is there; without it that is an error.
+        Replace a model that exists at `directory`; otherwise an existing one is an error.
 
     Raises
     ------
     ModelError
-        The head is unfitted, unknown or of other labels, the card is not JSON, or there is
-        something at `directory` that may not be replaced.
+        The head is unfitted, unknown or fitted on other labels, the card is not JSON, or something
+        at `directory` may not be replaced.
     PathNotFoundError
         The parent of `directory` is missing.
     """
@@ -161,7 +161,7 @@ def save_model(
 def update_card(
     directory: str | Path, texts: Mapping[str, str] | None = None, **entries: Any
 ) -> None:
-    """Replace entries of a saved model's card, and `README.md`; what it has learnt stays.
+    """Replace entries of a saved model's card, and `README.md`; the payload stays.
 
     Each file is replaced atomically, `model.json` last.
 
@@ -170,7 +170,7 @@ def update_card(
     PathNotFoundError
         There is no model.
     ModelError
-        It is none of this version, or the entries are not JSON.
+        The model is not of this version, or the entries are not JSON.
     """
     path = Path(directory)
     document = read_document(path)
@@ -182,18 +182,18 @@ def update_card(
 
 
 def load_model(directory: Model | str | os.PathLike[str]) -> Model:
-    """Read what `save_model` wrote; predictions are those of the head saved, byte for byte.
+    """Return the model that `save_model` wrote; its predictions are equal byte for byte.
 
-    A model that is read stays.
+    A `Model` is returned unchanged.
 
     Raises
     ------
     PathNotFoundError
-        There is no such directory, or no `model.json` in it.
+        The directory does not exist or holds no `model.json`.
     ModelError
-        Another format or version, links or files that are no part of a model, a payload or
-        reference that is missing or not the one recorded, parameters that no head has, or tensors
-        or trees that do not fit them.
+        The format or version is not supported, links or files are not part of a model, a payload or
+        reference is missing or not the recorded one, no head has the parameters, or tensors or
+        trees do not match them.
     """
     if isinstance(directory, Model):
         return directory
@@ -210,15 +210,15 @@ def load_model(directory: Model | str | os.PathLike[str]) -> Model:
 
 
 def read_document(directory: str | Path) -> ModelDocument:
-    """Read `model.json` alone: what the model says of itself, without what it learnt.
+    """Return the content of `model.json`, without reading the payload.
 
     Raises
     ------
     PathNotFoundError
-        There is no such directory, or no `model.json` in it.
+        The directory does not exist or holds no `model.json`.
     ModelError
-        It is too large, not JSON, another format or version, or an entry is none that a model has;
-        or beside it lie links or files that are no part of a model.
+        `model.json` is too large, not JSON, of an unsupported format or version, or has an entry
+        that no model has; or the directory holds links or files that are not part of a model.
     """
     path = Path(directory)
     check_names(path)
@@ -290,7 +290,7 @@ def _given_params(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_directory(target: Path, files: Mapping[str, bytes]) -> None:
-    """Write beside, sync, rename; an old model steps aside just before and goes just after."""
+    """Write to a temporary directory, sync, rename; an old model is moved aside, then removed."""
     made = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
     old = made.with_suffix(".old.partial")
     try:
@@ -346,5 +346,5 @@ def _read_reference(entry: ReferenceEntry | None, directory: Path) -> dict[str, 
     assert isinstance(arrays, dict)
     for name, array in arrays.items():
         if array.dtype.kind not in "iuf" or not np.isfinite(array).all():
-            raise ModelError(f"tensor {name} in {REFERENCE_FILE} holds what are no finite numbers")
+            raise ModelError(f"tensor {name} in {REFERENCE_FILE} holds values that are not finite")
     return arrays

@@ -1,8 +1,8 @@
 """The table of heads: their names, and how they are made.
 
 An installed package adds heads of its own by entry points of the group `medembed.heads`, each a
-name and "module:class". A model only ever names a head of this table: nothing is imported at its
-word.
+name and "module:class". A model can only name a head of this table: it cannot make medembed import
+anything else.
 """
 
 import importlib
@@ -30,12 +30,12 @@ HEADS = {
 
 @cache
 def known_heads() -> Mapping[str, str]:
-    """Return `HEADS` and those that installed packages add.
+    """Return `HEADS` and the heads that installed packages add.
 
     Raises
     ------
     TrainingDataError
-        A package claims the name of one of `HEADS`, or two claim the same.
+        A package claims the name of one of `HEADS`, or two packages claim one name.
     """
     found = dict(HEADS)
     for point in entry_points(group="medembed.heads"):
@@ -49,12 +49,12 @@ def known_heads() -> Mapping[str, str]:
 
 
 def head_class(name: str) -> "type[Head]":
-    """Return the class behind a name of `known_heads`.
+    """Return the class of a head named in `known_heads`.
 
     Raises
     ------
     TrainingDataError
-        No such head; names the nearest.
+        There is no such head; the message names the nearest.
     """
     known = known_heads()
     if name not in known:
@@ -73,12 +73,12 @@ def make_head(name: str, params: Mapping[str, Any], *, seed: int = 0, n_jobs: in
     params : dict
         Constructor arguments that differ from the defaults.
     seed, n_jobs : int
-        Handed on as `random_state` and `n_jobs` to heads that have them, unless `params` does.
+        Passed as `random_state` and `n_jobs` to heads that have them, unless `params` sets them.
 
     Raises
     ------
     TrainingDataError
-        No such head or parameter; names the nearest.
+        There is no such head or parameter; the message names the nearest.
     """
     head = head_class(name)()
     known = sorted(head.get_params())
@@ -90,7 +90,7 @@ def make_head(name: str, params: Mapping[str, Any], *, seed: int = 0, n_jobs: in
 
 
 def _as_state(seed: int) -> int:
-    """Bring a seed of up to 64 bits to the 32 that scikit-learn takes; smaller ones are kept."""
+    """Return a seed of up to 64 bits in the 32 that scikit-learn takes; smaller ones are kept."""
     if seed < 1 << 32:
         return seed
     import numpy as np
@@ -99,7 +99,7 @@ def _as_state(seed: int) -> int:
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """Return the end of a message about an unknown name: the nearest known one, and all of them."""
+    """Return the end of a message about an unknown name: the nearest known one, and all names."""
     close = get_close_matches(name, known, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
     return f"{hint}Known are {', '.join(known)}"

@@ -1,4 +1,4 @@
-"""What columns go through before a head sees them: scaling, then principal components."""
+"""The transformation of columns before a head: scaling, then principal components."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -26,9 +26,10 @@ class Projection:
     Attributes
     ----------
     mean, scale : float64 arrays of shape (d,)
-        Subtracted from and dividing each column; zeros and ones without scaling.
+        `mean` is subtracted from the columns, which are then divided by `scale`; zeros and ones
+        without scaling.
     components : float32 array of shape (d - n_covariates, k), or None
-        What all scaled columns but the last `n_covariates` are multiplied with; those are kept.
+        Multiplied with all scaled columns but the last `n_covariates`, which are kept.
     n_covariates : int
     """
 
@@ -39,7 +40,7 @@ class Projection:
 
     @property
     def n_columns(self) -> int:
-        """Columns that come out."""
+        """The number of columns after the projection."""
         if self.components is None:
             return len(self.mean)
         return int(self.components.shape[1]) + self.n_covariates
@@ -49,8 +50,8 @@ class Projection:
     ) -> Iterator[np.ndarray]:
         """Yield blocks of mapped rows of X (n, d), arrays (m, n_columns) of `dtype`.
 
-        `rows` are the indices wanted, all by default: X itself is never copied. In float64 a row's
-        result does not depend on the rows beside it beyond 1e-12.
+        `rows` are the indices of rows to map, by default all: X itself is never copied. In float64
+        a row's result depends on the rows of its block by no more than 1e-12.
         """
         mean, scale = self.mean.astype(dtype), self.scale.astype(dtype)
         components = None if self.components is None else self.components.astype(dtype)
@@ -86,9 +87,9 @@ class Projection:
     def expected_arrays(
         payload: Any, n_features: int, pca: int, n_covariates: int
     ) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Return the dtypes and shapes that `as_arrays` gave, for `arrays_of` to hold them to.
+        """Return the dtypes and shapes of `as_arrays`, for `arrays_of` to check.
 
-        Of components there are `pca` at most: few rows or columns have fewer.
+        There are at most `pca` components: with few rows or columns, fewer.
         """
         if not 0 <= n_covariates < n_features:
             raise ModelError(
@@ -104,13 +105,13 @@ class Projection:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], n_covariates: int) -> "Projection":
-        """Take back what `as_arrays` gave, once it is checked."""
+        """Build a projection from the checked arrays of `as_arrays`."""
         return cls(arrays["mean"], arrays["scale"], arrays.get("components"), n_covariates)
 
 
 @dataclass(frozen=True)
 class Basis:
-    """A scaling and the principal components behind it.
+    """A scaling and the principal components of the scaled columns.
 
     Attributes
     ----------
@@ -127,7 +128,7 @@ class Basis:
 
 
 class Projector:
-    """Learn projections from one set of rows; what they have in common is learnt once.
+    """Learn projections from one set of rows; what they share is learnt once.
 
     Parameters
     ----------
@@ -137,7 +138,7 @@ class Projector:
     n_covariates : int
         The last columns of X, which components leave out.
     known : mapping of scaling to Basis, optional
-        What an earlier projector of the same rows has learnt.
+        What an earlier projector of these rows learnt.
     """
 
     def __init__(
@@ -164,10 +165,10 @@ class Projector:
         scaling : str
             One of `SCALINGS`.
         pca : int
-            Principal components of the scaled columns, or as many as there are; 0 for none. All are
+            Number of principal components of the scaled columns, at most all; 0 for none. All are
             divided by one number, so that their mean variance is 1 and their proportions stay.
         whiten : bool
-            Bring each component to variance 1 instead.
+            Scale each component to variance 1 instead.
         """
         n_rows = len(self._X) if self._rows is None else len(self._rows)
         pca = min(pca, n_rows - 1, self._X.shape[1] - self._n_covariates)
@@ -178,8 +179,8 @@ class Projector:
             return Projection(basis.mean, basis.scale, None, self._n_covariates)
         kept = basis.variances[:pca]
         variances = kept if whiten else np.full(pca, np.mean(kept))
-        # a component without variance carries nothing, and dividing by its rounding error would
-        # make much of it
+        # a component without variance carries no information; dividing by its rounding error would
+        # blow it up
         least = np.finfo(np.float32).eps * basis.variances[0]
         scale = np.sqrt(np.maximum(variances, least)) if basis.variances[0] > 0 else np.ones(pca)
         components = np.ascontiguousarray(basis.vectors[:, :pca] / scale, np.float32)
@@ -240,7 +241,7 @@ def _moments(X: np.ndarray, rows: np.ndarray | None) -> tuple[np.ndarray, np.nda
     for part in wanted:
         squares += np.square(X[part] - mean).sum(axis=0)
     deviation = np.sqrt(squares / n)
-    # a constant column's deviation is rounding error, and dividing by it would make noise of it
+    # a constant column's deviation is rounding error, and dividing by it would make noise
     # (sums are in float64, whose own rounding shows in float64 columns: it grows with the rows)
     units = 10 + (n if X.dtype == np.float64 else 0)
     deviation[deviation <= units * np.finfo(X.dtype).eps * np.abs(mean)] = 0.0

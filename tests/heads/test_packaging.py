@@ -346,8 +346,8 @@ def test_a_model_of_before_has_no_reference(saved):
 @pytest.mark.parametrize(
     ("array", "text"),
     [
-        (np.array([1.0, np.inf]), "no finite numbers"),
-        (np.array([True]), "no finite numbers"),
+        (np.array([1.0, np.inf]), "not finite"),
+        (np.array([True]), "not finite"),
     ],
 )
 def test_a_reference_of_other_values_is_refused(array, text, referenced):
@@ -398,7 +398,7 @@ def test_a_directory_with_other_files_is_refused(saved):
     (saved / ".DS_Store").write_bytes(b"\x00")  # what a file manager leaves is not read
     load_model(saved)
     (saved / "head.pkl").write_bytes(b"\x80\x04N.")
-    with pytest.raises(ModelError, match=r"holds 'head\.pkl', which is no part of a model"):
+    with pytest.raises(ModelError, match=r"holds 'head\.pkl', which is not part of a model"):
         load_model(saved)
 
 
@@ -431,12 +431,12 @@ def test_a_file_larger_than_a_models_is_not_read(name, referenced, monkeypatch):
     [
         ("[" * 70 + "]" * 70, "nested more than 64 levels"),
         ("[" + "[]," * 200_000 + "0]", "more than 200,000 lists and tables"),
-        ("NaN", "NaN is no finite number"),
-        ("-Infinity", "-Infinity is no finite number"),
-        ("1e999", "1e999 is no finite number"),
+        ("NaN", "NaN is not a finite number"),
+        ("-Infinity", "-Infinity is not a finite number"),
+        ("1e999", "1e999 is not a finite number"),
         ("9" * 5000, "not JSON"),
         ('{"a": 1, "a": 2}', "a key twice"),
-        ('"\\ud800"', "half of a character"),
+        ('"\\ud800"', "half of a surrogate pair"),
         ('"\xff"', "not JSON"),
     ],
 )

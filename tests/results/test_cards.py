@@ -257,14 +257,14 @@ def test_a_refit_that_the_data_do_not_allow_costs_its_head_alone(data, tmp_path,
 
     def failing(training, item, rows):
         if item.fold == fold and item.head == "lightgbm":
-            raise TrainingDataError("the loss is no finite number")
+            raise TrainingDataError("the loss is not a finite number")
         return train(training, item, rows)
 
     monkeypatch.setattr(finalize, "_train", failing)
     result = sweep(*data, tmp_path / "run", **{**SMALL, "heads": ("lightgbm",)}).as_dict()
     assert [entry["status"] for entry in result["leaderboard"]] == ["ok", "error"]
     assert result["leaderboard"][1]["cv"] is None
-    assert "no finite number" in result["leaderboard"][1]["error"]
+    assert "not a finite number" in result["leaderboard"][1]["error"]
     run = open_run(tmp_path / "run")
     assert {row["head"] for row in run.scores()["rows"] if not row["baseline"]} == {"logistic"}
     assert not run.model_path("lightgbm").exists()
