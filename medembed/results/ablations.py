@@ -1,6 +1,6 @@
 """Heads that differ in one thing: the seed, the share of training patients, the depth.
 
-What several runs of one comparison have in common (priors, left-out images) is counted once.
+What several runs of a comparison share (priors, left-out images) is counted once.
 """
 
 import json
@@ -29,12 +29,12 @@ __all__ = [
 
 
 def drop_repeats(runs: Sequence[Run], test_set: TestSet) -> tuple[list[ScoredHead], dict[str, str]]:
-    """Return the contenders with each prior once, and whose priors stand for another run's.
+    """Return the contenders with each prior once, and which run's priors stand for another's.
 
-    A run's trained heads are all kept, also where another directory holds the same run.
+    All trained heads are kept, even if another directory holds a copy of their run.
 
-    Two priors are one where their runs have one manifest and one share of its training patients,
-    and the priors give the test rows equal probabilities and, calibrated, one order. The first is
+    Two priors count as one if their runs share the manifest and the share of training patients, and
+    if the priors give the test rows equal probabilities and, calibrated, one order. The first is
     kept, with its calibration.
 
     Returns
@@ -67,10 +67,10 @@ def mark_repeats(
     test_set: TestSet,
     priors_of: Mapping[str, str],
 ) -> list[dict[str, Any]]:
-    """Add ``priors_of``, ``left_out_of`` and ``copy_of`` to what is said of each run.
+    """Add ``priors_of``, ``left_out_of`` and ``copy_of`` to each run's description.
 
-    They name the run before it that has the same priors, the same images left out, or heads of the
-    same names that predict the very same of the common test rows; or they are None.
+    Each names an earlier run: one that has the same priors, one that left out the same images, and
+    one whose heads have the same names and equal predictions of the common test rows; else None.
     """
     marked, copy_of = [], _find_copies(test_set)
     for i, about in enumerate(abouts):
@@ -85,7 +85,7 @@ def mark_repeats(
 
 
 def describe_repeats(abouts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Say of which runs' priors and left-out images stand once, under another run's name."""
+    """Yield sentences on runs whose priors or left-out images are counted under another run."""
     for key, what in (("priors_of", "priors"), ("left_out_of", "left-out images")):
         firsts = dict.fromkeys(about[key] for about in abouts if about.get(key))
         for first in firsts:
@@ -94,8 +94,8 @@ def describe_repeats(abouts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for about in abouts:
         if about.get("copy_of"):
             yield (
-                f"Warning: {about['name']} predicts the very same as {about['copy_of']}: it may be "
-                "one run in two directories, whose heads are compared with themselves."
+                f"Warning: {about['name']} and {about['copy_of']} predict exactly alike: they may "
+                "be one run in two directories, whose heads are compared with themselves."
             )
 
 
@@ -105,10 +105,10 @@ def count_left_out(runs: Sequence[Run]) -> tuple[int, bool]:
     Returns
     -------
     n : int
-        How many.
+        The number of images.
     is_exact : bool
-        False where a run lists too few of its images to tell whether another's are the same; `n`
-        is then a lower bound.
+        False if a run lists too few of its images to tell whether another run left out the same
+        ones; `n` is then a lower bound.
     """
     found = [(int(run.info.get("data", {}).get("left_out", 0)), _listed(run)) for run in runs]
     union: Counter[str] = Counter()
@@ -122,7 +122,7 @@ def count_left_out(runs: Sequence[Run]) -> tuple[int, bool]:
 
 
 def _find_copies(test_set: TestSet) -> dict[str, str]:
-    """Return, of each run whose heads all predict what those of a run before it do, that run."""
+    """Return, for each run whose heads all predict like an earlier run's, that earlier run."""
     heads: dict[str, dict[str, NDArray[np.float64]]] = {name: {} for name in test_set.dropped}
     for own in test_set.contenders:
         heads[own.run][own.head] = own.raw
@@ -156,7 +156,7 @@ def _listed(run: Run) -> Counter[str]:
 
 
 def _left_out(run: Run) -> tuple[Any, ...]:
-    """Return what tells left-out images apart; beyond those that are listed, the manifest does."""
+    """Return what identifies a run's left-out images: those listed, the count, and the manifest."""
     data, listed = run.info.get("data", {}), _listed(run)
     counts = (data.get("left_out", 0), data.get("left_out_test", 0))
     if counts[0] == listed.total():
@@ -170,17 +170,17 @@ SPREAD_SCORES = ("auroc", "macro_f1")
 def find_seeds(
     runs: Sequence[Run], test_set: TestSet, n_resamples: int, seed: int
 ) -> list[dict[str, Any]]:
-    """Tell the spread over seeds apart from that of sampling, for heads trained with several.
+    """Return the spread over seeds and that of sampling, for heads trained with several seeds.
 
-    They are the same head of runs that asked the same but for the seed, or heads of one run whose
-    names end with their seed ("unfreeze-2-s1").
+    Such heads have one name in runs that differ only in their seed, or belong to one run and have
+    names that end with the seed ("unfreeze-2-s1").
 
     Returns
     -------
     list of dict
         ``head``, ``runs``, ``n_seeds``, and for AUROC and macro-F1 a dict of ``mean``,
         ``seed_sd`` (standard deviation over seeds) and ``sampling_sd`` (that of the bootstrap over
-        patients, its mean over seeds). Empty where every head has one seed.
+        patients, averaged over seeds). Empty if every head has one seed.
     """
     asked = dict(zip(test_set.dropped, runs, strict=True))
     groups: dict[tuple[str, str], list[ScoredHead]] = {}
@@ -207,9 +207,9 @@ def find_seeds(
 def find_efficiency(
     rows: Sequence[dict[str, Any]], runs: Sequence[Run], test_set: TestSet
 ) -> list[dict[str, Any]]:
-    """Return each head's scores by the share of training patients, where it was given several.
+    """Return each head's scores by the share of training patients, if there are several shares.
 
-    Runs of one encoder are one series, those of another another.
+    The runs of each encoder form a series of their own.
 
     Returns
     -------
@@ -226,22 +226,22 @@ def find_depths(
 ) -> list[dict[str, Any]]:
     """Return each head's scores by the number of encoder blocks trained with it.
 
-    Runs of one encoder are one series, those of another another: a CNN of which everything was
-    trained is no depth of a vision transformer.
+    The runs of each encoder form a series of their own: a CNN that was trained as a whole is not
+    one of a vision transformer's depths.
 
     Returns
     -------
     list of dict
         ``head`` (without its depth: "unfreeze" of "unfreeze-2", "unfreeze-s1" of "unfreeze-2-s1";
-        with its encoder's name where there are several series of that head; "lora8" of "lora8-2",
-        adapters in so many blocks, is another head) and ``points``,
+        with its encoder's name if that head has several series; "lora8" of "lora8-2", with adapters
+        in two blocks, is a head of its own) and ``points``,
         shallowest first: ``run``, ``depth``, ``auroc``, ``macro_f1``.
     """
     return _series(rows, "depth", ("depth",), _name_encoders(runs, test_set))
 
 
 def _name_encoders(runs: Sequence[Run], test_set: TestSet) -> dict[str, str]:
-    """Return the encoder of each run, by the run's name: its source, and revision if it has one."""
+    """Return the encoder of each run, by the run's name: its source, and its revision if known."""
     known = [run.info.get("encoder") or {} for run in runs]
     words = [[str(own[name]) for name in ("source", "revision") if own.get(name)] for own in known]
     return dict(zip(test_set.dropped, ("@".join(own) for own in words), strict=True))

@@ -1,7 +1,7 @@
-"""Bring the heads of several runs onto the same test rows.
+"""Align the heads of several runs on common test rows.
 
-Patients and studies are numbered within a run, so rows of different runs are matched by what
-cannot differ: the SHA-256 of the image, or of all the images of a study.
+Patients and studies are numbered within a run, so rows of different runs are matched by something
+that cannot differ: the SHA-256 of the image, or of all the images of a study.
 """
 
 import hashlib
@@ -28,41 +28,41 @@ LEVELS = ("study", "image")
 
 @dataclass(frozen=True)
 class ScoredHead:
-    """One head of one run, as it competes on the common test rows.
+    """One head of one run, with its scores of the common test rows.
 
     Attributes
     ----------
     run, head : str
-        Its names; `run` is the shortest end of the run's path that tells the runs apart.
+        The names of both; `run` is the shortest end of the run's path that tells the runs apart.
     is_baseline : bool
-        Whether it is a prior that looks at no image.
+        Whether the head is a prior, which looks at no image.
     pooling, trial, params, cv : str, int, dict, float, or None
         The winning configuration and its cross-validated score.
     n_tried : int or None
-        Configurations that it was chosen from.
+        The number of configurations that the winner was chosen from.
     cv_method : str or None
-        How the score was made, see `runs.CV_METHOD`; None of runs of before.
+        How the cross-validated score was made, see `run_schema.CV_METHOD`; None in older runs.
     seconds : float or None
-        That all the head's trials took.
+        Duration of all the head's trials.
     depth : int or None
         Encoder blocks that were trained with the head.
     seed : int or None
     train_fraction : float
-        Share of the training patients that it was given, in (0, 1].
+        Share of the training patients that the head was trained on, in (0, 1].
     n_train_patients : int
-        Of all folds, its own held-out ones among them.
+        Patients of all folds, including those held out.
     calibration : Calibration
-        Platt scaling, fitted on the run's out-of-fold predictions at the same level; of a run that
-        evaluates a model elsewhere the model's own, as all that follows.
+        Platt scaling, fitted on the run's out-of-fold predictions at the same level. For a run that
+        evaluates a model on other data, this and all attributes below are the model's own.
     calibrations : dict of str to Calibration or IsotonicCalibration
-        All that were fitted there: "none", "platt", "temperature", "isotonic".
+        All calibrations fitted on those predictions: "none", "platt", "temperature", "isotonic".
     threshold : float
         Youden's threshold on the calibrated out-of-fold probabilities.
     sensitive_threshold : float or None
-        There, the highest threshold of sensitivity `SENSITIVITY`; None where a model from
-        elsewhere does not tell.
+        The highest threshold on these with a sensitivity of `SENSITIVITY`; None if an evaluated
+        model does not record one.
     points : tuple of OperatingPoint
-        Of the test set's rules; of a model from elsewhere those that it tells.
+        Operating points of the test set's rules; for an evaluated model, those that it records.
     raw, probability : ndarray of float64, shape (n,)
         Before and after calibration, in the order of the test set's units, in [0, 1].
     """
@@ -102,11 +102,11 @@ class TestSet:
         Columns patient (int), region (str), label (0 or 1), n_views (views of the study), images
         (the SHA-256 of each image, joined by spaces).
     contenders : list of ScoredHead
-        All heads of all runs, in the order given.
+        All heads of all runs, in the order of the runs.
     dropped : dict of str to int
-        For each run, how many of its own labelled test rows fell out.
+        For each run, how many of its labelled test rows other runs lack.
     rules : tuple of ThresholdRule
-        The operating points that are shown.
+        The operating points to show.
     """
 
     __test__ = False  # not a test case, whatever pytest makes of its name
@@ -131,15 +131,15 @@ class TestSet:
 def align_runs(
     runs: Sequence[Run], level: str = "study", rules: Sequence[ThresholdRule] = ()
 ) -> TestSet:
-    """Read the runs' predictions, calibrate every head, keep the rows common to all.
+    """Read the runs' predictions, calibrate every head, and keep the rows common to all.
 
-    `rules` are operating points beside those that are always shown.
+    `rules` are operating points in addition to those that are always shown.
 
     Raises
     ------
     RunError
-        An unknown level, a run given twice, no common test rows, rows whose label, region or
-        patient differs between runs, or a rule that a model from elsewhere has no threshold of.
+        The level is unknown, a run is given twice, there are no common test rows, the label, region
+        or patient of a row differs between runs, or an evaluated model has no threshold for a rule.
     """
     if level not in LEVELS:
         raise RunError(f"level {level!r} is unknown. Choose one of: {', '.join(LEVELS)}.")
@@ -175,7 +175,7 @@ def _read_heads(
     for head, rows in labelled.groupby("head", sort=False):
         _require_winners_rows(run, str(head), rows, winners)
         if level == "image" and rows["sha256"].eq("").any():
-            continue  # this head judges whole studies and has no score for one image
+            continue  # this head predicts whole studies and has no score for one image
         train = _units(rows[rows["split"] == "train"].dropna(subset="fold"), name, level, studies)
         test = _units(rows[rows["split"] == "test"], name, level, studies)
         known = {name: run.info.get(name) for name in ("seed", "cv_method")}
@@ -194,7 +194,7 @@ def _read_heads(
 def _require_winners_rows(
     run: Run, head: str, rows: pd.DataFrame, winners: dict[Any, dict[str, Any]]
 ) -> None:
-    """Refuse predictions of another trial than the winner that `run.json` names."""
+    """Refuse predictions of a trial that `run.json` does not name as the winner."""
     named = winners.get(head, {}).get("trial")
     others = sorted(set(rows["trial"].dropna().unique()) - {named})
     if named is not None and others:
@@ -249,12 +249,12 @@ def _on_rows(contender: ScoredHead, table: pd.DataFrame, keys: pd.Index) -> Scor
 
 
 def _units(rows: pd.DataFrame, name: str, level: str, studies: pd.DataFrame) -> pd.DataFrame:
-    """One row per study or image, indexed by a key that means the same in every run."""
+    """Return one row per study or image, indexed by a key that is valid across runs."""
     if level == "study":
         known = studies.reindex((units := by_study(rows))["study"])
         if known["key"].isna().any():
             raise RunError(
-                f"the run {name} does not say which images its studies have: no head of its "
+                f"the run {name} does not say which images its studies have: no head in its "
                 "predictions.parquet names them. Delete the run and make it again."
             )
         units = units.assign(n_views=known["n_views"].to_numpy(), images=known["images"].to_numpy())
@@ -263,17 +263,18 @@ def _units(rows: pd.DataFrame, name: str, level: str, studies: pd.DataFrame) -> 
         sizes = rows.groupby("study")["study"].transform("size")
         units = rows.assign(n_views=sizes, images=rows["sha256"])
         keys = units["sha256"].to_numpy()
-    # Copies of one image in two studies have equal keys; runs list them in the same order.
+    # Copies of an image in two studies have equal keys; all runs list them in the same order.
     copies = pd.Series(keys).groupby(keys).cumcount().astype(str).to_numpy()
     return units.set_index(pd.Index(keys + "#" + copies))
 
 
 def _describe_studies(predictions: pd.DataFrame) -> pd.DataFrame:
-    """Return a digest of each study's labelled images, which and how many, by the run's codes.
+    """Return a digest of each study's labelled images, and their number, by the run's codes.
 
-    They are those of the first head with the most: a fine-tuned one has no rows of what it learnt.
+    The images are those of the head with the most rows (the first of several), because a fine-tuned
+    head has no rows of its training images.
 
-    Heads that judge whole studies have one row each: they do not say.
+    Heads that predict whole studies are not considered: they have one row per study.
     """
     named = predictions[predictions["sha256"].ne("") & predictions["label"].notna()]
     sizes = named.groupby(["study", "head"], sort=False).size()
@@ -306,7 +307,7 @@ def _common_keys(tables: Sequence[pd.DataFrame], names: Sequence[str], level: st
 def _require_same_test(
     units: pd.DataFrame, rows: pd.DataFrame, first: str, run: str, level: str
 ) -> None:
-    """Refuse rows that the run `first` has with another label, region or patient."""
+    """Refuse rows whose label, region or patient differs from those in the run `first`."""
     codes = [pd.factorize(own["patient"])[0] for own in (units, rows)]  # numbered within a run
     compared = {
         "labels": (units["label"], rows["label"]),

@@ -1,4 +1,4 @@
-"""Compare the heads of any number of runs on the test rows that they share."""
+"""Compare the heads of any number of runs on their common test rows."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -59,12 +59,12 @@ _NOT_KNOWN = dict.fromkeys(DECISION_SCORES, Interval(nan, nan, nan))
 
 @dataclass(frozen=True, kw_only=True)
 class ComparisonOptions:
-    """What a comparison may be asked for.
+    """The options of a comparison.
 
     Attributes
     ----------
     level : {"study", "image"}
-        What is scored. A study's probability is the mean of its views'.
+        The unit that is scored. A study's probability is the mean over its views.
     n_resamples : int
         Bootstrap resamples of patients.
     seed : int
@@ -72,13 +72,14 @@ class ComparisonOptions:
     by : str, optional
         ``COLUMN`` or ``COLUMN:BANDS`` of `manifest`, see `covariate_bands.parse_grouping`.
     manifest : Manifest, optional
-        The one that the runs were made from. Both are given, or neither.
+        The manifest that the runs were made from; required with `by`, and not used without.
     margin : float, optional
-        Loss of AUROC that would be acceptable: adds tests of non-inferiority.
+        Acceptable loss of AUROC: adds tests of non-inferiority.
     operating_points : sequence of str or ThresholdRule
-        To show beside `thresholds.SHOWN`, as `thresholds.parse_rule` reads them.
+        Operating points to show besides `thresholds.SHOWN`; strings are read by
+        `thresholds.parse_rule`.
     prevalence : float, optional
-        A share of abnormal studies, in (0, 1), at which predictive values are told too.
+        A share of abnormal studies, in (0, 1), at which predictive values are reported too.
 
     Raises
     ------
@@ -123,21 +124,21 @@ def compare(run_paths: RunLike | Sequence[RunLike], **options: Any) -> dict[str,
         A run does not exist.
     RunError
         A run is unfinished or not a run, the runs have no test rows in common, the margin is out
-        of range, a run was made from another manifest, or a model from elsewhere has no threshold
-        of an operating point.
+        of range, a run was made from another manifest, or an evaluated model has no threshold for
+        an operating point.
     ManifestError
-        The manifest has no such column, or it cannot be grouped so.
+        The manifest has no such column, or the column cannot be grouped.
     TrainingDataError
-        An operating point or the prevalence is none.
+        An operating point or the prevalence is invalid.
     """
-    asked = ComparisonOptions(**options)  # what is wrong with them is told before anything is read
+    asked = ComparisonOptions(**options)  # invalid options are refused before anything is read
     return compare_opened(open_runs(run_paths), asked)[0]
 
 
 def compare_opened(
     runs: Sequence[Run], options: ComparisonOptions
 ) -> tuple[dict[str, Any], TestSet]:
-    """Do what `compare` does on runs that are open; return the test rows too."""
+    """Return what `compare` returns, for open runs, and the test rows."""
     test_set = align_runs(runs, options.level, parse_rules(options.operating_points))
     own = None
     if options.by is not None and options.manifest is not None:
@@ -160,12 +161,12 @@ def compare_opened(
 
 
 def open_runs(run_paths: RunLike | Sequence[RunLike]) -> list[Run]:
-    """Open runs that are complete, one or several.
+    """Return one or several complete runs, opened.
 
     Raises
     ------
     PathNotFoundError, RunError
-        As `compare`.
+        On the conditions of `compare`.
     """
     if isinstance(run_paths, Run | str | os.PathLike) or not isinstance(run_paths, Iterable):
         run_paths = [run_paths]
@@ -186,13 +187,13 @@ def compare_runs(
     operating_points: Sequence[str | ThresholdRule] = (),
     prevalence: float | None = None,
 ) -> dict[str, Any]:
-    """Do what `compare` does on runs that are open, complete or not.
+    """Return what `compare` returns, for open runs that may be unfinished.
 
     Returns
     -------
     dict
-        ``level``, ``test`` (counts), ``runs`` (per run: left-out images, rows that fell out, and
-        ``priors_of``, ``left_out_of``, ``copy_of``, see `mark_repeats`), ``flow`` (see
+        ``level``, ``test`` (counts), ``runs`` (per run: left-out images, rows that other runs lack,
+        and ``priors_of``, ``left_out_of``, ``copy_of``, see `mark_repeats`), ``flow`` (see
         `describe_flow`),
         ``rows`` (per head, best AUROC first: ``scores`` at Youden's threshold, ``at_half`` at 0.5,
         ``at_sensitivity``; ``operating_points`` and ``net_benefit``, see `operating_points`;
@@ -202,8 +203,8 @@ def compare_runs(
         `results.deferral`; ``versus_best``), ``paired`` (AUROC of every pair of
         trained heads, and of the best with each prior, with Holm's correction over all of them),
         ``seeds``, ``efficiency``, ``depths`` (see `results.ablations`), ``notes``. A score is
-        ``{value, low, high, method}`` with null for what is not estimable, ``reason`` where there
-        is no interval, and ``k, n`` of a share; ECE has an upper bound alone.
+        ``{value, low, high, method}`` with null for what is not estimable, ``reason`` if there is
+        no interval, and ``k, n`` of a share; ECE has only an upper bound.
     """
     test_set = align_runs(runs, level, parse_rules(operating_points))
     return compare_aligned(
@@ -219,7 +220,7 @@ def compare_aligned(
     seed: int = 0,
     prevalence: float | None = None,
 ) -> dict[str, Any]:
-    """Do what `compare_runs` does on what `align_runs` has returned for these runs."""
+    """Return what `compare_runs` returns, for the test set that `align_runs` made of these runs."""
     known = None if prevalence is None else check_prevalence(prevalence)
     contenders, priors_of = drop_repeats(runs, test_set)
     rows = [_row(test_set, contender, n_resamples, seed, known) for contender in contenders]
@@ -252,9 +253,9 @@ def compare_aligned(
 
 
 def score_run(run: Run, **asked: Any) -> dict[str, Any]:
-    """Return what a run keeps as its scores: a comparison with itself, without how long it took.
+    """Return the scores that a run keeps: a comparison with itself, without durations.
 
-    Equal questions give equal scores; times are in `run.json`. `asked` is as for `compare_runs`.
+    Equal arguments give equal scores; times are in `run.json`. `asked` is passed to `compare_runs`.
     """
     result = compare_runs([run], **asked)
     rows = [{k: v for k, v in row.items() if k != "seconds"} for row in result["rows"]]
@@ -309,7 +310,7 @@ def _row(
 def _at_sensitivity_and_calibrations(
     test_set: TestSet, contender: ScoredHead, n_resamples: int, seed: int
 ) -> dict[str, Any]:
-    """Score decisions at the third threshold, and the probabilities of every calibration."""
+    """Return scores at the threshold of `SENSITIVITY`, and those of each calibration."""
     y, patients, cut = test_set.y, test_set.patients, contender.sensitive_threshold
     calibrated = {
         name: calibration.apply(contender.raw)
@@ -339,7 +340,7 @@ def _at_sensitivity_and_calibrations(
 
 
 def _fit(scores: dict[str, Any], test_set: TestSet, contender: ScoredHead) -> dict[str, Any]:
-    """Return how calibrated probabilities fit, what leads first."""
+    """Return how well calibrated probabilities fit, the leading score first."""
     line = _line(test_set.y, contender.probability, test_set.patients)
     return {"brier": scores["brier"], **plain(line), "ece": scores["ece"]}
 

@@ -1,4 +1,4 @@
-"""How scores become probabilities and decisions: fitted on out-of-fold predictions, or read."""
+"""Calibrations and thresholds: fitted on out-of-fold predictions, or read."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -40,15 +40,14 @@ __all__ = [
 ]
 
 SENSITIVITY = 0.9
-"""What the third threshold asks for, on out-of-fold predictions."""
+"""The sensitivity of the third threshold, on out-of-fold predictions."""
 
 
 class Decisions(NamedTuple):
     """Calibrations and thresholds of one head; see `alignment.ScoredHead`.
 
-    `calibration` is the one in use, of `calibrations` by name; `threshold` is Youden's,
-    `sensitive_threshold` that of `SENSITIVITY`, None where it is not known; `points` are operating
-    points.
+    `calibration` is the one in use, and `calibrations` has all by name; `threshold` is Youden's,
+    `sensitive_threshold` that of `SENSITIVITY`, or None if unknown; `points` are operating points.
     """
 
     calibration: Calibration
@@ -69,7 +68,7 @@ def _check_rule(name: str) -> str:
 
 
 class PointEntry(Record):
-    """An operating point as cards and runs keep it."""
+    """An operating point, in the form that cards and runs keep."""
 
     name: Annotated[str, AfterValidator(_check_rule)]
     threshold: float = Field(ge=0, le=HIGHEST)
@@ -101,7 +100,7 @@ class DecisionsEntry(Record):
 
 
 def fit_decisions(train: pd.DataFrame, rules: Sequence[ThresholdRule]) -> Decisions:
-    """Fit calibrations, thresholds, and operating points beside `SHOWN`.
+    """Return fitted calibrations, thresholds, and operating points of `SHOWN` and `rules`.
 
     Parameters
     ----------
@@ -111,7 +110,7 @@ def fit_decisions(train: pd.DataFrame, rules: Sequence[ThresholdRule]) -> Decisi
     Raises
     ------
     TrainingDataError
-        Only one class.
+        There is only one class.
     """
     out_of_fold, y = train["probability"].to_numpy(np.float64), train["label"].to_numpy(np.int8)
     calibrations: dict[str, Calibration | IsotonicCalibration] = {
@@ -130,12 +129,12 @@ def fit_decisions(train: pd.DataFrame, rules: Sequence[ThresholdRule]) -> Decisi
 
 
 def read_decisions(document: Any, path: Path, rules: Sequence[ThresholdRule]) -> Decisions:
-    """Read what a run keeps that trained nothing; see `prediction.external_validation`.
+    """Return the decisions of a run that trained nothing; see `prediction.external_validation`.
 
     Raises
     ------
     RunError
-        It is damaged, or has no threshold of one of the rules.
+        The entry is damaged, or has no threshold for one of the rules.
     """
     where = f"decisions of run.json of {path}"
     way_out = "It was damaged or edited. Evaluate again into another --out."
@@ -153,19 +152,19 @@ def read_decisions(document: Any, path: Path, rules: Sequence[ThresholdRule]) ->
 
 
 def write_points(points: Iterable[OperatingPoint]) -> list[dict[str, Any]]:
-    """Return operating points as a card and a run keep them."""
+    """Return operating points in the form that a card and a run keep."""
     return [{"name": point.name, "threshold": point.threshold} for point in points]
 
 
 def read_points(entries: Sequence[PointEntry] | None, youden: float) -> tuple[OperatingPoint, ...]:
-    """Return operating points that a card or a run keeps.
+    """Return the operating points of a card's or a run's entries.
 
     Parameters
     ----------
     entries : sequence of PointEntry, or None
-        None of models packaged before they had any: they have Youden's.
+        None for a model packaged before entries existed, which has Youden's point.
     youden : float
-        The threshold kept beside them.
+        The threshold kept beside the entries.
     """
     if entries is None:
         return (OperatingPoint("youden", youden),)
@@ -175,12 +174,12 @@ def read_points(entries: Sequence[PointEntry] | None, youden: float) -> tuple[Op
 def _require_points(
     points: Iterable[OperatingPoint], rules: Iterable[ThresholdRule], path: Any
 ) -> None:
-    """Refuse a rule that a model from elsewhere was not packaged with.
+    """Refuse a rule that the evaluated model was not packaged with.
 
     Raises
     ------
     RunError
-        Names the rule, and what the model has.
+        There is such a rule; the message names the rule and the points that the model has.
     """
     names = [point.name for point in points]
     for rule in rules:

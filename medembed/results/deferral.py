@@ -1,4 +1,4 @@
-"""What the heads of runs would hand on to a reader, by the prediction sets of their models."""
+"""The studies that heads would defer to a reader, by the prediction sets of their models."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,9 +15,9 @@ from medembed.results.runs import Run
 __all__ = ["NOMINAL", "find_deferrals"]
 
 NOMINAL = (0.8, 0.9, 0.95)
-"""Promised coverages that are told with intervals."""
+"""Nominal coverages that are reported with intervals."""
 ALPHAS = tuple(step / 200 for step in range(1, 101))
-"""Of the curve: the shares of sets that may miss the truth."""
+"""The curve's shares of sets that may miss the truth."""
 
 NOT_STUDIES = "Prediction sets are of studies: compare with --level study."
 PRIOR = "A prior looks at no image and has no prediction sets."
@@ -27,28 +27,28 @@ OLDER = "The model was saved before models had prediction sets. Make the run aga
 
 
 def find_deferrals(runs: Sequence[Run], test_set: TestSet) -> dict[tuple[str, str], dict[str, Any]]:
-    """Return, by run and head, what prediction sets do on test.
+    """Return, by run and head, how prediction sets perform on test.
 
-    The sets are those that `medembed predict` gives: of the packaged model, on the head's study
-    probabilities before calibration. A run that evaluates a model elsewhere may keep the model's
-    conformal scores in its ``decisions``.
+    The sets are those of `medembed predict`: of the packaged model, on the head's study
+    probabilities before calibration. A run that evaluates a model on other data may keep the
+    model's conformal scores in its ``decisions``.
 
     Parameters
     ----------
     runs : sequence of Run
-        Those of the test set, in its order.
+        The runs of the test set, in its order.
     test_set : TestSet
 
     Returns
     -------
     dict of (str, str) to dict
-        ``deferral``: None where the head has no sets, else ``levels``, one per promised coverage
-        of `NOMINAL` (``nominal``, ``alpha``, and each of `abstention.SHARES` as ``{value, low,
-        high, method, k, n}``; ``regions``: by region the same, ``n``, ``n_abnormal``,
-        ``coverage_of``, "region" or "marginal": what the promise is of, see
+        ``deferral``: None if the head has no sets, else ``levels``, one per nominal coverage of
+        `NOMINAL` (``nominal``, ``alpha``, and each of `abstention.SHARES` as ``{value, low, high,
+        method, k, n}``; ``regions``: by region these shares, ``n``, ``n_abnormal``, and
+        ``coverage_of``, "region" or "marginal": whether coverage holds within the region, see
         `Conformal.is_marginal`), ``curve``, a list for each column of `deferral_curve`,
-        ``min_group``, and ``warning``, where sets are not to be relied on. ``deferral_note``: why
-        there is none, else None.
+        ``min_group``, and ``warning``, if the sets are not reliable. ``deferral_note``: why there
+        are no sets, else None.
     """
     by_name = dict(zip(test_set.dropped, runs, strict=True))
     found = {}
@@ -85,7 +85,7 @@ def _measure_regions(
     test_set: TestSet,
     alphas: Sequence[float],
 ) -> list[dict[str, dict[str, Any]]]:
-    """Return for each alpha what the sets do in each region, by its name."""
+    """Return, for each alpha, how the sets perform in each region, by the region's name."""
     names = test_set.units["region"].to_numpy(str)
     found: list[dict[str, dict[str, Any]]] = [{} for _ in alphas]
     for name in np.unique(names).tolist():
@@ -112,7 +112,7 @@ def _find_conformal(run: Run, contender: ScoredHead) -> tuple[Conformal | None, 
             return Conformal.from_dict(own), ""
         return _read_model(run, contender.head)
     except ModelError:
-        # a comparison reads predictions, and does not fall with a model that it can do without
+        # a comparison reads predictions: a damaged model, which it does not need, must not stop it
         return None, DAMAGED
 
 
@@ -123,7 +123,7 @@ def _read_model(run: Run, head: str) -> tuple[Conformal | None, str]:
         return None, NO_MODEL
     if not path.is_dir():
         return None, NO_MODEL
-    # what they import takes longer than most comparisons, of runs without models too
+    # these imports take longer than most comparisons, and runs without models do not need them
     from medembed.heads.packaging import read_document
     from medembed.results.model_card import read_conformal
 

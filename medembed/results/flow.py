@@ -23,26 +23,26 @@ def describe_flow(runs: Sequence[Run], names: Sequence[str]) -> list[dict[str, A
     Parameters
     ----------
     runs : sequence of Run
-        Their `run.json` says what was found, if the manifest's build was at hand, and what could
+        Their `run.json` says what was found, if the manifest's build was available, and what could
         not be embedded; their predictions say what was used.
     names : sequence of str
-        How the comparison calls them.
+        The runs' names in the comparison.
 
     Returns
     -------
     list of dict
-        For each run, with None for what it does not tell, numbers of images:
+        For each run, with None for what it does not record, numbers of images:
 
         ``run``, ``found``, ``not_listed``, ``excluded`` (``reason``, ``images``); ``manifest``
         (``images``, ``studies``, ``patients``); ``not_asked`` (rows of a split that an evaluation
         left aside), ``failed`` and ``failures`` (``reason``, ``images``), ``unlabelled``,
         ``not_given`` (training patients beyond the share asked for); ``used`` (images, studies,
         patients), and ``splits``: for each ``split`` its ``images``, ``failed``, ``unlabelled``,
-        ``not_given``, ``used`` and ``classes``, the used of each class. A study is abnormal where
+        ``not_given``, ``used`` and ``classes``, the used ones of each class. A study is abnormal if
         one of its images is; a patient with studies of both classes counts in each.
 
-        ``found`` is ``not_listed``, all excluded and the manifest's images; these are
-        ``not_asked``, ``failed``, ``unlabelled``, ``not_given`` and the images used.
+        ``found`` is the sum of ``not_listed``, all excluded and the manifest's images; the last is
+        the sum of ``not_asked``, ``failed``, ``unlabelled``, ``not_given`` and the images used.
     """
     return [_of_run(run, name) for run, name in zip(runs, names, strict=True)]
 
@@ -96,7 +96,7 @@ def _of_split(split: str, rows: pd.DataFrame, data: Mapping[str, Any]) -> dict[s
 
 
 def _image_rows(run: Run) -> pd.DataFrame:
-    """Return one row per embedded image: of the head that names the most, as the priors do."""
+    """Return one row per embedded image, from the head that names the most, such as a prior."""
     predictions = run.predictions()
     named = predictions[predictions["sha256"] != ""]
     if len(named):
@@ -115,7 +115,7 @@ def _count_studies(rows: pd.DataFrame) -> dict[str, int]:
 
 
 def _rest(n: int | None, failed: int | None, *others: int) -> int | None:
-    """Return what is left, None where it is not known or entries contradict each other."""
+    """Return what is left, or None if that is unknown or entries contradict each other."""
     if n is None or failed is None:
         return None
     rest = n - failed - sum(others)
@@ -123,7 +123,7 @@ def _rest(n: int | None, failed: int | None, *others: int) -> int | None:
 
 
 def _failures(run: Run, n_failed: int) -> list[dict[str, Any]]:
-    """Count the reasons of those left-out images that the run lists, and the others as one."""
+    """Return counts of the listed reasons of left-out images, and the rest as one entry."""
     listed = Counter(str(image.get("reason")) for image in run.info.get("left_out", []))
     found = listed.most_common(MAX_REASONS)
     rest = n_failed - sum(n for _, n in found)

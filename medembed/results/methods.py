@@ -23,7 +23,7 @@ WORDS = {
     "clopper-pearson": "those with fewer than five of a kind by Clopper–Pearson",
     "mover": "macro-F1 and κ from the limits of sensitivity, specificity and prevalence (MOVER)",
     "logit-t": "average precision and Brier score by Student's t on the log-odds",
-    "bootstrap upper bound": "of ECE an upper bound alone, from bootstrap resamples of patients",
+    "bootstrap upper bound": "ECE has only an upper bound, from bootstrap resamples of patients",
 }
 OF_SHARES = "Wilson or Clopper–Pearson, patients as clusters"
 _OF_SCORE = {
@@ -52,7 +52,7 @@ def describe(result: dict[str, Any]) -> list[str]:
 
 
 def _describe_cv(rows: Sequence[dict[str, Any]], several: bool) -> list[str]:
-    """Say what cross-validated scores are worth, and which runs' are too good."""
+    """Return sentences on what cross-validated scores rest on, and which are too good."""
     scored = [row for row in rows if row["cv"] is not None]
     older = list(dict.fromkeys(row["run"] for row in scored if row["cv_method"] != CV_METHOD))
     clean = [row for row in scored if row["cv_method"] == CV_METHOD]
@@ -67,11 +67,11 @@ def _describe_cv(rows: Sequence[dict[str, Any]], several: bool) -> list[str]:
     if older:
         names = f"{', '.join(older)}: " if several else ""
         notes.append(
-            f"{names}cv† is too good: in runs of before, the folds that are scored decided when to "
+            f"{names}cv† is too good: in older runs, the folds that are scored decided when to "
             "stop and what to choose. So are the scores that calibration and thresholds rest on."
         )
     if older and clean:
-        notes.append("Warning: cv and cv† are not comparable. Sweep again what is marked †.")
+        notes.append("Warning: cv and cv† are not comparable. Sweep the runs marked † again.")
     return notes
 
 
@@ -87,7 +87,7 @@ def _describe_losses(run: dict[str, Any], level: str, several: bool) -> list[str
         notes.append(f"{prefix}Not scored: {counted(run['unlabelled'], 'image')} without a label.")
     if run["dropped"]:
         notes.append(
-            f"{prefix}Fell out: {counted(run['dropped'], level)} of test that not all runs have."
+            f"{prefix}Not compared: {counted(run['dropped'], level)} of test that other runs lack."
         )
     return notes
 
@@ -117,5 +117,5 @@ def _describe_absent(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def of_score(name: str) -> str:
-    """Return how the interval of a score under a figure was found."""
+    """Return the method of the interval of a score under a figure."""
     return _OF_SCORE.get(name, OF_SHARES)

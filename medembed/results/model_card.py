@@ -1,4 +1,4 @@
-"""What a packaged model says of itself: written when it is saved, read before it is asked."""
+"""The card of a packaged model: written when the model is saved, read before it is applied."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -92,7 +92,7 @@ class ScoreInterval(Record):
 
 
 def _take_intervals(scores: dict[str, Any]) -> dict[str, Any]:
-    """Check what is an interval; what is none is not read."""
+    """Check intervals; other values are not read."""
     for name, own in scores.items():
         for problem in find_problems(ScoreInterval, own) if isinstance(own, dict) else []:
             raise ValueError(f"{name}.{problem}")
@@ -112,7 +112,7 @@ class CardScores(Record):
     @classmethod
     def _check_test(cls, test: dict[str, Any] | None) -> dict[str, Any] | None:
         if test is not None:
-            # Cards of before hold the scores themselves.
+            # Older cards hold the scores themselves.
             found = {"scores": test.get("scores", test), "regions": test.get("regions", {})}
             for problem in find_problems(TestScores, found):
                 raise ValueError(str(problem))
@@ -120,9 +120,9 @@ class CardScores(Record):
 
 
 class TestScores(Record):
-    """Scores of a model on test rows, of all and by region."""
+    """Scores of a model on test rows, overall and by region."""
 
-    __test__ = False  # it is no test of pytest
+    __test__ = False  # not a test case of pytest
 
     scores: Intervals
     regions: dict[str, Intervals]
@@ -135,7 +135,7 @@ def _check_name(name: str) -> str:
 
 
 def _check_categories(words: list[str]) -> list[str]:
-    """Refuse what is no list of distinct words in ascending order, as training finds them."""
+    """Refuse anything but distinct words in ascending order, which training writes."""
     are_words = all(word and word == word.strip() and to_number(word) is None for word in words)
     if not are_words or words != sorted(set(words)):
         raise ValueError(f"must be distinct words in ascending order, not {short(words)}")
@@ -146,7 +146,7 @@ CovariateName = Annotated[str, AfterValidator(_check_name)]
 
 
 class NumericEntry(ClosedRecord):
-    """A covariate of numbers, as a card keeps it."""
+    """A card's entry of a covariate of numbers."""
 
     name: CovariateName
     kind: Literal["numeric"]
@@ -154,7 +154,7 @@ class NumericEntry(ClosedRecord):
 
 
 class CategoricalEntry(ClosedRecord):
-    """A covariate of words, as a card keeps it."""
+    """A card's entry of a covariate of words."""
 
     name: CovariateName
     kind: Literal["categorical"]
@@ -164,7 +164,7 @@ class CategoricalEntry(ClosedRecord):
 
 
 class CovariatesEntry(ClosedRecord):
-    """Covariates as a card keeps them: what `CovariateEncoder.as_dict` returns."""
+    """A card's entry of the covariates, which `CovariateEncoder.as_dict` returns."""
 
     columns: list[Annotated[NumericEntry | CategoricalEntry, Field(discriminator="kind")]]
 
@@ -179,7 +179,7 @@ class CovariatesEntry(ClosedRecord):
         return columns
 
     def build(self) -> CovariateEncoder:
-        """Return the encoder itself."""
+        """Return the encoder that the entry describes."""
         return CovariateEncoder(
             tuple(
                 NumericColumn(own.name, own.fill)
@@ -216,7 +216,7 @@ class TrainingData(Record):
 
 
 class CardDocument(Record):
-    """`card` of `model.json`; those of before lack conformal scores and the encoder's source."""
+    """`card` of `model.json`; older cards lack conformal scores and the encoder's source."""
 
     spec: AnyTable
     pooling: Annotated[Word, Field(pattern=r"^[^+]+(\+[^+]+)*$")]
@@ -243,39 +243,39 @@ class CardDocument(Record):
 
 @dataclass(frozen=True, eq=False)
 class Card:
-    """What a model asks of embeddings, and how its scores become answers.
+    """What embeddings a model reads, and how its scores become decisions.
 
     Attributes
     ----------
     spec : dict
-        Of the embeddings that the head reads, as `CacheSpec.as_dict` wrote it.
+        The spec of the embeddings that the head reads, from `CacheSpec.as_dict`.
     pooling : str
         Names of poolings, side by side in this order, joined by ``+``.
     label_level : {"study", "image"}
-        Of the manifest it was trained on.
+        The label level of the training manifest.
     views : {"mean", "attention"}
-        How the views of a study combine.
+        How the views of a study are combined.
     calibration : Calibration
-        Of the head's study probabilities.
+        Calibrates the head's study probabilities.
     threshold : float
-        Of calibrated study probabilities: abnormal at or above it. Youden's.
+        Youden's threshold on calibrated study probabilities; at or above it a study is abnormal.
     points : tuple of OperatingPoint
-        All that it was packaged with; models of before have Youden's alone.
+        All operating points that the model was packaged with; older models have only Youden's.
     conformal : Conformal or None
-        On the head's study probabilities before calibration.
+        Conformal scores of the head's study probabilities before calibration.
     conformal_note : str or None
-        Why there is none.
+        Why there are no conformal scores.
     encoder : dict
-        ``source``, ``revision`` and ``path``, each a str or None; ``path`` is relative to the
-        model's directory and leads to an encoder that was adapted in the same run.
+        ``source``, ``revision`` and ``path``, each a str or None; ``path`` leads from the model's
+        directory to an encoder that was adapted in the same run.
     covariates : CovariateEncoder or None
-        What turns the manifest's columns into the head's.
+        Turns the manifest's columns into the head's.
     scores : dict
         ``out_of_fold``, and ``test`` once it is known: see `results.model_readme.complete_cards`.
     synthetic : bool
-        Whether it was trained on images that nobody's body has made.
+        Whether the model was trained on synthetic images.
     training_images : frozenset of str
-        Codes of the images it has seen, see `results.predictions.image_code`.
+        Codes of the training images, see `results.predictions.image_code`.
     document : dict
         The whole card.
     """
@@ -302,14 +302,14 @@ class Card:
         Parameters
         ----------
         asked : str, optional
-            As `thresholds.parse_rule` reads it.
+            An operating point, read by `thresholds.parse_rule`.
 
         Raises
         ------
         TrainingDataError
-            It is none.
+            `asked` is not an operating point.
         ModelError
-            The model was not packaged with it; names what it has.
+            The model was not packaged with that point; the message names those that it has.
         """
         if asked is None:
             return OperatingPoint("youden", self.threshold)
@@ -327,19 +327,19 @@ class Card:
 
 
 def read_card(model: Model, path: str | Path) -> Card:
-    """Read a model's card; those of before lack conformal scores and the encoder's source.
+    """Return a model's card; older cards lack conformal scores and the encoder's source.
 
     Parameters
     ----------
     model : Model
-        Loaded.
+        The loaded model.
     path : path
-        Where it lies, for messages.
+        The model's directory, for messages.
 
     Raises
     ------
     ModelError
-        Names the entry that is missing or wrong.
+        An entry is missing or wrong; the message names it.
     """
     where = f"the card of the model at {path}"
     found = parse(CardDocument, model.card, ModelError, where, _WAY_OUT)
@@ -365,12 +365,12 @@ def read_card(model: Model, path: str | Path) -> Card:
 
 
 def read_covariates(document: object) -> CovariateEncoder:
-    """Read back what `CovariateEncoder.as_dict` returned.
+    """Return the encoder whose `CovariateEncoder.as_dict` is `document`.
 
     Raises
     ------
     ModelError
-        The document is nothing that `as_dict` returns.
+        `as_dict` does not return such a document.
     """
     where = "the model's covariates are damaged"
     return parse(CovariatesEntry, document, ModelError, where, _WAY_OUT).build()
@@ -379,9 +379,10 @@ def read_covariates(document: object) -> CovariateEncoder:
 def describe_decisions(
     studies: pd.DataFrame, rules: Sequence[ThresholdRule] = ()
 ) -> dict[str, Any]:
-    """Fit what turns a head's scores into answers, on out-of-fold predictions of train.
+    """Return a card's calibration, thresholds and scores, from out-of-fold predictions of train.
 
-    They are of trainings that have not seen the rows, neither to learn nor to decide anything.
+    The predictions must come from trainings that used the rows neither to learn nor to decide
+    anything.
 
     Parameters
     ----------
@@ -389,7 +390,7 @@ def describe_decisions(
         One row per labelled study: `label` (0, 1), `probability` (the head's own, out of fold),
         `region`, `patient`.
     rules : sequence of ThresholdRule
-        Operating points beside `thresholds.PACKAGED`.
+        Operating points in addition to `thresholds.PACKAGED`.
 
     Returns
     -------
@@ -402,7 +403,7 @@ def describe_decisions(
     Raises
     ------
     TrainingDataError
-        Only one class, or probabilities outside [0, 1].
+        There is only one class, or probabilities lie outside [0, 1].
     """
     y, raw = studies["label"].to_numpy(np.int8), studies["probability"].to_numpy(np.float64)
     calibration, threshold, calibrated = DecisionRule.fit(y, raw)
@@ -419,17 +420,17 @@ def describe_decisions(
 
 
 def read_conformal(run: Run, head: str) -> Conformal | None:
-    """Read the conformal scores of a run's packaged model, without loading the model.
+    """Return the conformal scores of a run's packaged model, without loading the model.
 
     Returns
     -------
     Conformal or None
-        None where the head has no model (a prior) or its model has none.
+        None if the head has no model (a prior) or the model has no conformal scores.
 
     Raises
     ------
     ModelError
-        There is a model, and its card cannot be read, or it is not the run's winner.
+        The model's card cannot be read, or the model is not the run's winner.
     """
     path = run.model_path(head)
     try:
@@ -445,12 +446,12 @@ def read_conformal(run: Run, head: str) -> Conformal | None:
 
 
 def require_winner(run: Run, head: str, card: Mapping[str, Any]) -> None:
-    """Refuse a model that lies in a run and is not the winner that its `run.json` names.
+    """Refuse a model in a run that is not the winner named in `run.json`.
 
     Raises
     ------
     ModelError
-        Names the first entry in which the two differ.
+        The card and `run.json` differ; the message names the first such entry.
     """
     entries = (entry for entry in run.info.get("leaderboard", []) if entry.get("head") == head)
     entry: Mapping[str, Any] = next(entries, {})
@@ -459,5 +460,6 @@ def require_winner(run: Run, head: str, card: Mapping[str, Any]) -> None:
         if named is not None and own is not None and named != own:
             raise ModelError(
                 f"the model at {run.model_path(head)} has {name} {own}, and run.json names "
-                f"{named}: it is not of this run. Restore it, or run again into another --out"
+                f"{named}: the model is not of this run. Restore it, or run again into another "
+                "--out"
             )

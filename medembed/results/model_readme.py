@@ -1,4 +1,4 @@
-"""The card of a packaged model for people: what it is, how well it does, what it is not for."""
+"""The model card for people: what the model is, how well it performs, what it is not for."""
 
 import re
 from collections.abc import Mapping
@@ -46,12 +46,12 @@ _TITLES = {
 _BY_REGION = ("auroc", "macro_f1", "sensitivity", "specificity")
 _OF_POINT = {"sensitivity": "Sensitivity", "specificity": "Specificity", "ppv": "PPV", "npv": "NPV"}
 _WORTH_AT = (0.05, 0.1, 0.2, 0.3, 0.5)
-"""Thresholds whose net benefit is told."""
+"""Thresholds whose net benefit is listed."""
 _TOLD = ("n", "n_abnormal", "n_patients")
 
 
 def count_trained(rows: pd.DataFrame) -> dict[str, Any]:
-    """Count the rows that a model was trained on (those of a manifest), and by region."""
+    """Return counts of the manifest rows that a model was trained on, overall and by region."""
     regions = {
         str(name): count_rows(own) for name, own in rows.groupby("region", sort=True, observed=True)
     }
@@ -64,9 +64,9 @@ def describe_encoder(known: Mapping[str, Any], path: str | None = None) -> dict[
     Parameters
     ----------
     known : mapping
-        ``source`` and ``revision``, as `run.json` has them, of the encoder or its base.
+        ``source`` and ``revision`` of the encoder or its base, from `run.json`.
     path : str, optional
-        From the model to an encoder that was adapted in the same run.
+        Path from the model to an encoder that was adapted in the same run.
 
     Returns
     -------
@@ -87,7 +87,7 @@ def describe_use(*, synthetic: bool) -> dict[str, Any]:
 
 
 def write_readme(card: Mapping[str, Any]) -> dict[str, str]:
-    """Return the files for people that go with a card, as `save_model` takes them: README.md."""
+    """Return the content of README.md for a card, by file name, for `save_model`."""
     scores = card["scores"]
     text = _template().render(
         card=card,
@@ -106,14 +106,14 @@ def write_readme(card: Mapping[str, Any]) -> dict[str, str]:
 
 
 def complete_cards(run: Run, scores: Mapping[str, Any]) -> None:
-    """Put the scores of test, with intervals, on the cards of a run's models and in their README.
+    """Write the scores of test, with intervals, to the cards and READMEs of a run's models.
 
     Parameters
     ----------
     run : Run
-        Its models are saved.
+        A run whose models are saved.
     scores : mapping
-        From `comparison.score_run`.
+        What `comparison.score_run` returned.
     """
     for row in scores["rows"]:
         path = run.model_path(row["head"])
@@ -133,7 +133,7 @@ def complete_cards(run: Run, scores: Mapping[str, Any]) -> None:
 
 
 def _list_points(card: Mapping[str, Any], test: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """Return the packaged operating points, with what they give on test where that is known."""
+    """Return the packaged operating points, with their scores on test if known."""
     told = {own["name"]: own for own in (test or {}).get("operating_points", [])}
     nothing = {"scores": None, "confusion": None}
     packaged = card.get("operating_points", [])
@@ -141,7 +141,7 @@ def _list_points(card: Mapping[str, Any], test: Mapping[str, Any] | None) -> lis
 
 
 def _list_worth(curve: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """Return places of a decision curve: ``threshold``, ``model`` and ``treat_all`` (scores)."""
+    """Return points of a decision curve: ``threshold``, ``model`` and ``treat_all`` (scores)."""
     if not curve:
         return []
     found = []
@@ -183,7 +183,7 @@ def _template() -> Template:
 
 
 def _escape(value: Any) -> Markup:
-    """Let text from data be text in Markdown: neither markup, nor HTML, nor a new line."""
+    """Return text from data as plain text in Markdown: no markup, no HTML, no line breaks."""
     safe = to_markdown(one_line(value))
     return Markup(safe)  # nosec B704 # escaped there
 

@@ -1,4 +1,4 @@
-"""What decisions at each operating point are worth on test, and over all thresholds."""
+"""Test scores of decisions at each operating point, and net benefit over all thresholds."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -20,7 +20,7 @@ __all__ = [
 ]
 
 POINT_SCORES = (*DECISION_SCORES, *PREDICTIVE)
-"""What is told of decisions at an operating point."""
+"""The scores of decisions at an operating point."""
 
 
 def describe_points(
@@ -36,20 +36,20 @@ def describe_points(
     Parameters
     ----------
     y, probability, patients : arrays of shape (n,)
-        Test labels 0 or 1, calibrated probabilities, and whose row it is.
+        Test labels 0 or 1, calibrated probabilities, and the patient of each row.
     rules : sequence of ThresholdRule
-        The points to tell of.
+        The operating points to describe.
     known : iterable of OperatingPoint
-        Those of which the head has a threshold.
+        The points for which the head has a threshold.
     prevalence : float, optional
-        Where predictive values are told too, in (0, 1).
+        A prevalence in (0, 1) at which predictive values are reported too.
 
     Returns
     -------
     list of dict
         ``name``, ``threshold``, ``scores`` (of `POINT_SCORES`), ``confusion``; ``at_prevalence``
-        (``prevalence``, ``ppv``, ``npv``) where one is given. Threshold and confusion are None,
-        and scores not estimable, where the threshold is not known.
+        (``prevalence``, ``ppv``, ``npv``) if a prevalence is given. If the threshold is unknown,
+        it and the confusion are None, and scores are not estimable.
     """
     thresholds = {point.name: point.threshold for point in known}
     found = []
@@ -84,8 +84,8 @@ def describe_benefit(
     Returns
     -------
     dict
-        Lists of one length: ``thresholds``, ``value``, ``low``, ``high``, and ``treat_all``;
-        ``method`` of the band, None where there is none.
+        Lists of equal length: ``thresholds``, ``value``, ``low``, ``high``, and ``treat_all``;
+        ``method`` of the band, None without a band.
     """
     curve = net_benefit(y, probability, patients)
     columns = {name: plain(curve[name].tolist()) for name in ("value", "low", "high", "treat_all")}

@@ -1,4 +1,4 @@
-"""Rows of `predictions.parquet`: the images by the run's codes, and what the two priors say."""
+"""Rows of `predictions.parquet`: the images by the run's codes, and the priors' predictions."""
 
 import hashlib
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from medembed.heads.baselines import ClassPrior, RegionPrior
 __all__ = ["PRIORS", "image_code", "image_rows", "predict_prior", "prior_rows"]
 
 PRIORS = {"class-prior": ClassPrior, "region-prior": RegionPrior}
-"""Heads that look at no image, by name; no run of a sweep is without them."""
+"""Heads that look at no image, by name; every run of a sweep has them."""
 
 
 def image_rows(rows: pd.DataFrame, folds: NDArray[Any]) -> pd.DataFrame:
@@ -23,10 +23,10 @@ def image_rows(rows: pd.DataFrame, folds: NDArray[Any]) -> pd.DataFrame:
     Parameters
     ----------
     rows : DataFrame
-        Rows of the manifest; patients, as `dataset.identities` tells them apart, and studies
-        become codes, in their alphabetical order.
+        Rows of the manifest; patients, told apart by `dataset.identities`, and studies are
+        replaced by codes in alphabetical order.
     folds : int array of shape (n,)
-        The fold of each row, below 0 where it was not trained on: a null.
+        The fold of each row; below 0, written as null, for rows outside training.
     """
     images = rows[["sha256", "region", "label", "split"]].copy()
     images["patient"] = pd.factorize(name_persons(rows).to_numpy(object), sort=True)[0]
@@ -37,12 +37,12 @@ def image_rows(rows: pd.DataFrame, folds: NDArray[Any]) -> pd.DataFrame:
 
 
 def prior_rows(rows: pd.DataFrame, folds: NDArray[Any]) -> Iterator[pd.DataFrame]:
-    """Yield the predictions of each prior on all rows: out of fold on those trained on.
+    """Yield the predictions of each prior on all rows: out of fold on the training rows.
 
     Parameters
     ----------
     rows, folds
-        As for `image_rows`; those of a fold have labels 0 and 1.
+        The arguments of `image_rows`; rows in a fold have labels 0 and 1.
     """
     images = image_rows(rows, folds)
     for name in PRIORS:
@@ -57,33 +57,33 @@ def predict_prior(
     regions: NDArray[Any],
     sample_weight: NDArray[Any] | None = None,
 ) -> NDArray[np.float64]:
-    """Return what a prior of `PRIORS` says of rows of these regions, float64 in [0, 1].
+    """Return a prior's probabilities for rows of these regions, float64 in [0, 1].
 
     Parameters
     ----------
     name : str
-        Of the prior.
+        The prior, one of `PRIORS`.
     trained_regions, y : arrays of shape (n,)
-        Regions and labels, 0 or 1, of the rows that it knows.
+        Regions and labels, 0 or 1, of the training rows.
     regions : array of shape (m,)
-        Of the rows that it is asked about.
+        Regions of the rows to predict.
     sample_weight : array of shape (n,), optional
-        How many rows each of those that it knows stands for; by default one.
+        How many rows each training row stands for; by default one.
 
     Raises
     ------
     TrainingDataError
-        A label is neither 0 nor 1, or there is none.
+        A label is neither 0 nor 1, or there are no labels.
     """
     prior = PRIORS[name]().fit(trained_regions, y, sample_weight)
     found = prior.predict_proba(regions)[:, 1]
-    # Half of float64's digits stay free, so that the mean over equal views is that very number:
-    # rounding in the mean would otherwise rank studies by their number of views.
+    # Half of float64's digits stay free, so that the mean over equal views is exact: rounding in
+    # the mean would otherwise rank studies by their number of views.
     return np.asarray(found, np.float32).astype(np.float64)
 
 
 def image_code(sha256: str) -> str:
-    """Hash an image's hash, so that a card tells its owner, and nobody else, what it has seen."""
+    """Return a hash of an image's hash, which only somebody who has the image can look for."""
     return hashlib.sha256(bytes.fromhex(sha256)).hexdigest()[:16]
 
 

@@ -1,6 +1,6 @@
-"""What `run.json` says about data and encoder, and that in words for a page.
+"""What `run.json` records about data and encoder.
 
-No absolute path and no name of a patient or file goes in: images go by their SHA-256.
+No absolute path and no name of a patient or file is recorded: images are named by their SHA-256.
 """
 
 from collections.abc import Mapping
@@ -29,25 +29,25 @@ def summarise_data(
     label_level: str,
     build: KeptBuild | None = None,
 ) -> dict[str, Any]:
-    """Count a manifest's rows and those left out, overall and by split.
+    """Return counts of a manifest's rows and of those left out, overall and by split.
 
     Parameters
     ----------
     rows : DataFrame
-        All rows of the manifest. Where a covariate `synthetic` is 1 throughout, so is the data;
-        a covariate `licence` of one value is passed on.
+        All rows of the manifest. The data counts as synthetic if a covariate `synthetic` is 1
+        throughout; a covariate `licence` with a single value is recorded.
     failed : DataFrame
         The rows left out, with column image.
     label_level : {"study", "image"}
-        Of the manifest.
+        The manifest's label level.
     build : KeptBuild, optional
-        What `dataset.build_file.read_build` returns.
+        The manifest's build, from `dataset.build_file.read_build`.
 
     Returns
     -------
     dict
         JSON values: the counts of `count_rows`, ``left_out``, ``left_out_test``, ``splits``,
-        ``label_level``, ``synthetic``, ``licence``, and ``build`` where there is one.
+        ``label_level``, ``synthetic``, ``licence``, and ``build`` if given.
     """
     is_left_out = rows["image"].isin(failed["image"])
     splits = {
@@ -68,19 +68,19 @@ def summarise_data(
 
 
 def _is_synthetic(rows: pd.DataFrame) -> bool:
-    """Say whether a manifest's covariate `synthetic` is 1 throughout."""
+    """Return whether a manifest's covariate `synthetic` is 1 throughout."""
     return "synthetic" in rows and bool(rows["synthetic"].eq("1").all())
 
 
 def list_left_out(rows: pd.DataFrame, failed: pd.DataFrame) -> list[dict[str, str]]:
-    """Name the first left-out images by SHA-256, with split, stage and reason."""
+    """Return the first left-out images by SHA-256, with split, stage and reason."""
     listed = failed.head(N_LISTED).merge(rows[["image", "split"]], on="image", how="left")
     found = listed[["sha256", "split", "stage", "reason"]].astype(str).to_dict("records")
     return [{str(name): str(value) for name, value in record.items()} for record in found]
 
 
 def public_name(reference: str | Path) -> str:
-    """Return a path or hub id as it may be shown: of an absolute path only the last part."""
+    """Return a path or hub id that may be published: only the last part of an absolute path."""
     text = str(reference)
     if Path(text).is_absolute() or text.startswith("~") or ".." in Path(text).parts:
         return Path(text).name
@@ -90,7 +90,7 @@ def public_name(reference: str | Path) -> str:
 def describe_source(
     recorded: Mapping[str, Any], fingerprint: str, preprocessing: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return what `run.json` keeps of the encoder behind a cache, whose three entries these are."""
+    """Return what `run.json` records of a cache's encoder, from these entries of the cache."""
     return {
         "source": public_name(recorded.get("source") or "unknown"),
         "revision": recorded.get("revision"),

@@ -1,7 +1,7 @@
-"""What the files of a run look like, for whoever reads one that was damaged or edited.
+"""The schema of a run's files, which refuses files that were damaged or edited.
 
-`describe_failure` is a ledger's entry for a trial that failed; `is_final` tells whether the trial
-would fail again.
+`describe_failure` makes the ledger's entry for a trial that failed; `is_final` decides whether the
+trial would fail again.
 """
 
 import json
@@ -62,16 +62,16 @@ def describe_failure(error: Exception) -> str:
 
 
 def is_final(failure: object) -> bool:
-    """Whether a failure as `describe_failure` has it would come again.
+    """Return whether a failure described by `describe_failure` would recur.
 
-    What data or parameters do not allow would fail again; a full memory might not.
+    Errors in data or parameters recur; running out of memory may not.
     """
     return str(failure).startswith(_FINAL)
 
 
 CV_METHOD = "inner-split"
-"""How cross-validated scores are made: what decides when to stop and what to choose are patients of
-the folds that are learnt from. Runs of before say nothing: the scored fold decided."""
+"""How cross-validated scores are made: patients of the training folds decide when to stop and what
+to choose. Older runs lack this entry: the scored fold decided there."""
 
 TRIAL_COLUMNS = [
     *("trial", "head", "pooling", "params", "fold", "score"),
@@ -89,8 +89,8 @@ PREDICTION_COLUMNS = {
     "trial": pa.int32(),
     "probability": pa.float64(),
 }
-"""Columns of `predictions.parquet`; label, fold and trial may be null, study-level heads leave
-sha256 empty, probability lies in [0, 1]."""
+"""Columns of `predictions.parquet`; label, fold and trial may be null, sha256 is empty for heads
+that predict studies, and probability lies in [0, 1]."""
 
 
 class Asked(Record):
@@ -114,7 +114,7 @@ class Data(Record):
     left_out_test: Given[Count] = None
     splits: Given[dict[str, AnyTable]] = None
     build: KeptBuild | None = None
-    """What the manifest's build found, where it was at hand."""
+    """What the manifest's build found, if it was available."""
 
 
 class Preprocessing(Record):
@@ -132,7 +132,7 @@ class Encoder(Record):
 
 
 class LeaderboardEntry(Record):
-    """The winner of a head, or why there is none."""
+    """The winner of a head, or why the head has none."""
 
     head: str
     params: AnyTable | None = None
@@ -146,7 +146,7 @@ class LeaderboardEntry(Record):
 
 
 class RunInfo(Record):
-    """`run.json`: what is read of it; keys that only older or later runs have may be absent."""
+    """`run.json`, as far as it is read; keys that only older or newer runs have may be absent."""
 
     format: Literal["medembed-run"] = RUN_FORMAT
     version: Literal[1] = RUN_VERSION
@@ -165,9 +165,9 @@ class RunInfo(Record):
 
 
 class ScoresInfo(Record):
-    """`scores.json`: a comparison of the run with itself, which older runs have less of.
+    """`scores.json`: a comparison of the run with itself, with fewer entries in older runs.
 
-    Of an evaluation elsewhere also how it differs from the model's own test.
+    For an evaluation on other data, also the differences from the model's own test.
     """
 
     level: Given[Literal["study", "image"]] = None
@@ -176,7 +176,7 @@ class ScoresInfo(Record):
     test: Given[AnyTable] = None
     runs: Given[list[AnyTable]] = None
     rows: Given[list[AnyTable]] = None
-    """A table for each head, as `medembed compare --json` has it, without `seconds`."""
+    """An entry for each head, like those of `medembed compare --json` but without `seconds`."""
     notes: Given[list[str]] = None
     called_abnormal: AnyTable | None = None
     drop: AnyTable | None = None
@@ -184,7 +184,7 @@ class ScoresInfo(Record):
     recalibrated: AnyTable | None = None
     drift: AnyTable | None = None
     predictions_sha256: str | None = None
-    """Of the `predictions.parquet` that an evaluation scored."""
+    """Digest of the `predictions.parquet` that an evaluation scored."""
 
 
 class TrialRecord(Record):
@@ -202,7 +202,7 @@ class TrialRecord(Record):
     error: str | None
     key: str
     depth: Whole | None = None
-    """From here on of fine-tuning alone."""
+    """This field and those below are only in fine-tuning's lines."""
     lora: Whole | None = None
     seed: Whole | None = None
     trainable: Whole | None = None
@@ -211,35 +211,35 @@ class TrialRecord(Record):
 
 
 def check_info(info: object, run: str | os.PathLike[str]) -> RunInfo:
-    """Return what a `run.json` says, typed.
+    """Return the typed content of a `run.json`.
 
     Raises
     ------
     RunError
-        An entry that a comparison or a page reads is not what a run writes there.
+        An entry that a comparison or a page reads has a value that no run writes.
     """
     way_out = "It was damaged or edited. Restore it, or sweep again into another --out."
     return parse(RunInfo, info, RunError, f"run.json of {os.fspath(run)}", way_out)
 
 
 def check_scores(scores: object, path: str | os.PathLike[str]) -> None:
-    """Check what a `scores.json` says.
+    """Check the content of a `scores.json`.
 
     Raises
     ------
     RunError
-        An entry is not what a run writes there.
+        An entry has a value that no run writes.
     """
     parse(ScoresInfo, scores, RunError, path, "Delete the run and sweep or evaluate again.")
 
 
 def check_trial(record: object, where: str) -> TrialRecord:
-    """Return what a line of a ledger says, typed.
+    """Return the typed content of a ledger's line.
 
     Raises
     ------
     RunError
-        It is none.
+        The line does not describe a trial.
     """
     way_out = "Delete that line and run the sweep again: only that trial is repeated."
     return parse(TrialRecord, record, RunError, where, way_out)
@@ -263,7 +263,7 @@ def check_predictions(table: pa.Table) -> None:
 
 
 def find_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """Return the first thing that two questions ask otherwise, as part of a sentence, or None."""
+    """Return the first difference between two questions, as part of a sentence, or None."""
     found = _first_difference(before, now)
     if found is None:
         return None
@@ -290,7 +290,7 @@ def _short(value: Any) -> str:
 
 
 def summarise_info(name: str, info: Mapping[str, Any], is_complete: bool) -> Summary:
-    """Return what kind of run a `run.json` is of, its heads with their scores, and its data."""
+    """Return the kind of a run, its heads with their scores, and its data, from its `run.json`."""
     data, metric = info.get("data", {}), info["asked"].get("metric", "score")
     heads = [
         own["head"] if own.get("cv") is None else f"{own['head']} {own['cv']:.3f}"

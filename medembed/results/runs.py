@@ -7,7 +7,7 @@ Layout::
     predictions.parquet   every head's winner: out-of-fold on `train`, final on `test`
     models/<head>/        the winners, refitted and packaged
     folds/                unfinished runs only: trials' predictions on their held-out folds
-    scores.json           written last: a run without it is unfinished
+    scores.json           written last: without this file a run is unfinished
 """
 
 import contextlib
@@ -84,17 +84,17 @@ class Run(Summarised):
 
     @property
     def name(self) -> str:
-        """The directory's own name, which tables and pages show in place of its path."""
+        """The name of the directory, which tables and pages show in place of the path."""
         return self.path.resolve().name
 
     @property
     def is_complete(self) -> bool:
-        """Whether the run ended: `scores.json` is written last."""
+        """Whether the run has ended: `scores.json` is written last."""
         return (self.path / "scores.json").exists()
 
     @property
     def leaderboard(self) -> pd.DataFrame:
-        """The winners, best first: a row per head, with the columns of the command's JSON."""
+        """The winners, best first: a row per head, with the columns of `--json`."""
         board = self.info.get("leaderboard", [])
         return pd.DataFrame(board, columns=None if board else TRIAL_COLUMNS[:4])
 
@@ -108,7 +108,7 @@ class Run(Summarised):
         Raises
         ------
         RunError
-            The run has no model of that name; names those that it has.
+            The run has no model of that head; the message names those that it has.
         ModelError
             The model is damaged.
         """
@@ -128,7 +128,7 @@ class Run(Summarised):
         Raises
         ------
         RunError
-            The run has no leaderboard of heads that it packaged, as an evaluation has none.
+            The run has packaged no head of a leaderboard; an evaluation never has.
         """
         for entry in self.info.get("leaderboard", []):
             if (self.model_path(entry["head"]) / "model.json").is_file():
@@ -139,7 +139,7 @@ class Run(Summarised):
         )
 
     def summarise(self) -> Summary:
-        """Return what kind of run it is, its heads with their scores, and counts of its data."""
+        """Return the kind of run, its heads with their scores, and counts of its data."""
         return summarise_info(self.name, self.info, self.is_complete)
 
     def update_info(self, **changes: Any) -> None:
@@ -154,7 +154,7 @@ class Run(Summarised):
         Raises
         ------
         RunError
-            Another process writes to this run.
+            Another process is writing to this run.
         """
         refusal = RunError(
             f"run at {self.path} is being written by another process. "
@@ -165,16 +165,16 @@ class Run(Summarised):
             yield
 
     def append_trial(self, record: TrialRecord) -> None:
-        """Add one line to the ledger; it is on disk when this returns."""
+        """Append one line to the ledger; the line is on disk when this returns."""
         append_synced(self._ledger_path, _line(record))
 
     def trial_records(self) -> list[TrialRecord]:
-        """Read the ledger, oldest first; a torn last line is not there.
+        """Return the ledger's records, oldest first, without a torn last line.
 
         Raises
         ------
         RunError
-            A line before the last is no trial.
+            A line before the last does not describe a trial.
         """
         if not self._ledger_path.exists():
             return []
@@ -197,16 +197,16 @@ class Run(Summarised):
         write_atomically(self.path / "predictions.parquet", buffer.getvalue())
 
     def predictions(self) -> pd.DataFrame:
-        """Read `predictions.parquet`; columns as `PREDICTION_COLUMNS`, label as nullable Int8.
+        """Return `predictions.parquet`: the `PREDICTION_COLUMNS`, with label as nullable Int8.
 
         Raises
         ------
         RunError
-            The file is missing, damaged, lacks a column, or a value is none that a run writes.
+            The file is missing, damaged or lacks a column, or no run writes one of its values.
         """
         path = self.path / "predictions.parquet"
         try:
-            # opened here, since Arrow takes no path that is not UTF-8
+            # opened here, since Arrow refuses paths that are not UTF-8
             with open_plain(path) as file:
                 table = pq.read_table(file, columns=list(PREDICTION_COLUMNS))
             table = table.cast(pa.schema(list(PREDICTION_COLUMNS.items())))
@@ -224,12 +224,12 @@ class Run(Summarised):
         write_atomically(self.path / "scores.json", json_bytes(scores))
 
     def scores(self) -> dict[str, Any]:
-        """Read `scores.json`.
+        """Return the content of `scores.json`.
 
         Raises
         ------
         RunError
-            It cannot be read, or an entry is not what a run writes there.
+            The file cannot be read, or an entry has a value that no run writes.
         """
         path = self.path / "scores.json"
         scores = _read_json(path)
@@ -237,7 +237,7 @@ class Run(Summarised):
         return scores
 
     def keep_fold(self, key: str, probability: NDArray[np.float64]) -> None:
-        """Keep what one training predicts of the fold it was without, until the run is complete."""
+        """Keep one training's predictions of its held-out fold until the run is complete."""
         directory = self.path / "folds"
         directory.mkdir(exist_ok=True)
         buffer = io.BytesIO()
@@ -245,7 +245,7 @@ class Run(Summarised):
         write_atomically(directory / f"{key}.npy", buffer.getvalue())
 
     def kept_fold(self, key: str) -> NDArray[np.float64] | None:
-        """Return what `keep_fold` kept, None where it is missing or damaged."""
+        """Return what `keep_fold` kept, or None if that is missing or damaged."""
         try:
             with open_plain(self.path / "folds" / f"{key}.npy") as file:
                 kept = np.load(file, allow_pickle=False)
@@ -254,26 +254,26 @@ class Run(Summarised):
         return kept if kept.dtype == np.float64 and kept.ndim == 1 else None
 
     def drop_folds(self) -> None:
-        """Remove what `keep_fold` kept: the predictions have it now."""
+        """Remove what `keep_fold` kept, once `predictions.parquet` holds it."""
         shutil.rmtree(self.path / "folds", ignore_errors=True)
 
     def forget_trials(self, keys: Container[str]) -> None:
-        """Take the lines of these keys out of the ledger, atomically: they are done again."""
+        """Remove the lines of these keys from the ledger, atomically, to repeat those trials."""
         kept = [record for record in self.trial_records() if record.key not in keys]
         write_atomically(self._ledger_path, b"".join(map(_line, kept)))
 
     def drop_partial_models(self) -> None:
-        """Remove what a process that was killed while it saved a model has left."""
+        """Remove what a process that was killed while saving a model has left behind."""
         for left in (self.path / "models").glob(".*.partial"):
             shutil.rmtree(left, ignore_errors=True)
 
     def model_path(self, head: str) -> Path:
-        """Return where the winner of `head` is packaged.
+        """Return the directory in which the winner of `head` is packaged.
 
         Raises
         ------
         RunError
-            The name cannot be a directory's.
+            The name cannot be that of a directory.
         """
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]*", head):
             raise RunError(f"head name {head!r} cannot name a directory")
@@ -320,21 +320,21 @@ RunLike = Run | str | os.PathLike[str]
 
 
 def _line(record: TrialRecord) -> bytes:
-    """Return what was written, and nothing else: keys of fine-tuning are in its lines alone."""
+    """Return a ledger's line of the fields that were set: only fine-tuning writes its own keys."""
     document = record.model_dump(exclude_unset=True)
     return (json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def open_run(path: RunLike) -> Run:
-    """Open a run directory for reading; a run that is open is read anew.
+    """Return the run in a directory; a `Run` is read again from its path.
 
     Raises
     ------
     PathNotFoundError
         There is no such directory.
     RunError
-        The directory is not a run, or one of another version, or an entry of its `run.json` that
-        a comparison reads is not what a run writes there.
+        The directory is not a run or of another version, or an entry of `run.json` that a
+        comparison reads has a value that no run writes.
     """
     path = path.path if isinstance(path, Run) else as_path(path, "a run", "a Run")
     if not path.is_dir():
@@ -358,7 +358,7 @@ def open_run(path: RunLike) -> Run:
 def create_run(
     path: str | Path, asked: Mapping[str, Any], *, details: Mapping[str, Any] | None = None
 ) -> Run:
-    """Create a run directory, or take up the one that asks the same.
+    """Create a run directory, or return the run in it if that answers an equal question.
 
     Parameters
     ----------
@@ -367,7 +367,7 @@ def create_run(
     asked : mapping
         The question: everything that decides the result, as JSON values.
     details : mapping, optional
-        Further entries of `run.json` (versions, data, command), recorded, not compared.
+        Further entries of `run.json` (versions, data, command), recorded but not compared.
 
     Raises
     ------
@@ -382,7 +382,7 @@ def create_run(
         if difference is not None:
             raise RunError(
                 f"run at {path} answers another question: {difference}. Choose another --out, or "
-                "ask what was asked there."
+                "repeat the options of that run."
             )
         return run
     _refuse_foreign(path)

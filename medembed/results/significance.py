@@ -1,6 +1,6 @@
 """Paired tests between the heads of a comparison, on the test rows that all of them have.
 
-A head is not inferior where it is worse than the best by less than a margin set beforehand.
+A head is non-inferior if it is worse than the best by less than a margin set beforehand.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 SIGNIFICANCE = 0.05
-"""A difference counts where Holm's adjusted p is below this."""
+"""A difference is significant if Holm's adjusted p is below this."""
 RESAMPLES_PER_PAIR = 100
 """Keeps the smallest p that the bootstrap can give, times the number of pairs, near 0.02."""
 
@@ -42,16 +42,16 @@ RESAMPLES_PER_PAIR = 100
 def pair_rows(
     test_set: TestSet, rows: list[dict[str, Any]], n_resamples: int, seed: int
 ) -> dict[tuple[int, int], dict[str, Any]]:
-    """Test the trained heads against each other and the best row against the priors too.
+    """Return paired tests of the trained heads with each other, and of the best row with priors.
 
     Returns
     -------
     dict of (int, int) to dict
-        By the places of two rows, the better first: ``a``, ``b``, ``score``, ``difference``,
+        By the indices of two rows, the better first: ``a``, ``b``, ``score``, ``difference``,
         ``low``, ``high``, ``p`` and ``method`` of AUROC, see `paired_differences`, ``p_holm``
-        after Holm's correction over all pairs; as cross-checks, not corrected, ``p_bootstrap`` and
-        ``p_delong`` (normal) of the same difference and ``mcnemar`` of the decisions (rows that
-        only one of the two got right).
+        after Holm's correction over all pairs; as uncorrected cross-checks, ``p_bootstrap`` and
+        ``p_delong`` (normal) of this difference and ``mcnemar`` of the decisions (rows that only
+        one of the two got right).
     """
     chosen = [
         (i, j)
@@ -85,7 +85,7 @@ def pair_rows(
 
 
 def versus_best(pair: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return p against the best, None for the best itself; `tied` where it may be chance."""
+    """Return the test against the best, None for the best itself; `tied` if it may be chance."""
     if pair is None:
         return None
     return {
@@ -96,7 +96,7 @@ def versus_best(pair: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def row_name(row: dict[str, Any], *, several: bool) -> str:
-    """Return the head's name, with its run's where there are several runs."""
+    """Return the head's name, together with its run's if there are several runs."""
     return f"{row['run']}/{row['head']}" if several else str(row["head"])
 
 
@@ -106,7 +106,7 @@ def _mcnemar(test_set: TestSet, a: ScoredHead, b: ScoredHead) -> dict[str, Any]:
 
 
 LARGEST_MARGIN = 0.5
-"""Of AUROC: an AUROC of 0.5 is chance, so a larger margin would pass any head."""
+"""The largest margin of AUROC: 0.5 is chance, so a larger margin would pass any head."""
 ONE_SIDED = 0.025
 """The one-sided level that belongs to the lower end of a 95 % interval."""
 _NO_SPREAD = "the rows do not tell how far the difference varies"
@@ -124,32 +124,32 @@ def check_margin(margin: float) -> None:
 def find_non_inferior(
     rows: Sequence[dict[str, Any]], test_set: TestSet, margin: float
 ) -> list[dict[str, Any]]:
-    """Test every other trained head against the best one.
+    """Return a test of non-inferiority of every other trained head to the best one.
 
-    The best is the one of the highest AUROC on these very rows, which favours it: a head that is
-    found non-inferior to it is so to a lesser one too.
+    The best head is the one with the highest AUROC on these same rows, which favours it: a head
+    that is non-inferior to the best is non-inferior to a lesser one too.
 
     Parameters
     ----------
     rows : sequence of dict
-        Those of a comparison, best AUROC first.
+        The rows of a comparison, best AUROC first.
     test_set : TestSet
     margin : float
-        Loss of AUROC that would be acceptable, in (0, `LARGEST_MARGIN`).
+        Acceptable loss of AUROC, in (0, `LARGEST_MARGIN`).
 
     Returns
     -------
     list of dict
         ``a`` (the head), ``b`` (the best), ``score`` ("auroc"), ``margin``, ``difference`` (a - b)
         with its 95 % interval ``low``, ``high``; the one-sided ``p`` at the margin, ``p_holm``
-        after Holm's correction over these tests, and ``non_inferior``: whether that is below 0.025
-        (of one head alone: whether ``low`` lies above ``-margin``). Null, with a ``reason``, where
-        the difference has no interval.
+        after Holm's correction over these tests, and ``non_inferior``: whether ``p_holm`` is below
+        0.025 (for a single head: whether ``low`` lies above ``-margin``). Null, with a ``reason``,
+        if the difference has no interval.
 
     Raises
     ------
     RunError
-        As `check_margin`.
+        The margin is out of range.
     """
     check_margin(margin)
     several = len(test_set.dropped) > 1
@@ -183,7 +183,7 @@ def find_non_inferior(
 
 
 def describe_margins(tests: Sequence[dict[str, Any]], margin: float) -> list[str]:
-    """Say of each head, in a sentence, whether it is non-inferior to the best one."""
+    """Return a sentence for each head on whether it is non-inferior to the best one."""
     if not tests:
         return [f"Non-inferiority (margin {margin:g}): there is no second trained head to test."]
     after = " after Holm's correction" if len(tests) > 1 else ""
@@ -219,5 +219,5 @@ def _explain(test_set: TestSet) -> str:
     }
     name = min(counts, key=lambda own: counts[own])
     if counts[name] < MIN_PATIENTS:
-        return f"{counts[name]} patients with {name} rows; an interval wants {MIN_PATIENTS}"
+        return f"{counts[name]} patients with {name} rows; an interval needs {MIN_PATIENTS}"
     return _NO_SPREAD

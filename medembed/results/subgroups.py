@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 DIGITS = 12
-"""Of a manifest's digest: enough to tell two apart."""
+"""Digits of a manifest's digest that messages show: enough to tell two apart."""
 NAMED_GAPS = 6
 
 
@@ -47,17 +47,17 @@ class Groups:
     Attributes
     ----------
     grouping : Grouping
-        What was asked for.
+        The column, and the edges of its bands.
     names : ndarray of str, shape (n,)
-        In the order of the test set's units.
+        The group of each of the test set's units, in their order.
     order : list of str
         The categories or bands that have rows.
     rest : list of str
-        Which of `SEVERAL`, `OUTSIDE` and `NOT_KNOWN` have rows: shown, and in no gap.
+        Which of `SEVERAL`, `OUTSIDE` and `NOT_KNOWN` have rows; they are shown, but not in gaps.
     empty : list of str
-        Bands that have none.
+        Bands without rows.
     n_absent : int
-        Images that the manifest does not have, of runs that do not say which it was.
+        Images that the manifest lacks, of runs that do not record their manifest.
     """
 
     grouping: Grouping
@@ -76,7 +76,7 @@ def join_groups(runs: Sequence[Run], test_set: TestSet, manifest: Manifest, by: 
     Raises
     ------
     RunError
-        A run was made from another manifest, or this one has none of the test images.
+        A run was made from another manifest, or this manifest has none of the test images.
     ManifestError
         The manifest has no hashes or no such column, or the column cannot be grouped.
     """
@@ -90,10 +90,10 @@ def join_groups(runs: Sequence[Run], test_set: TestSet, manifest: Manifest, by: 
 def explain_other_manifest(
     runs: Sequence[Run], test_set: TestSet, manifest: Manifest
 ) -> str | None:
-    """Say which run was made from another manifest, None where none is known to be."""
+    """Return a message on a run that was made from another manifest, or None."""
     digest = manifest.digest()
     for run, name in zip(runs, test_set.dropped, strict=True):
-        own = run.info["asked"].get("manifest")  # not known of every run
+        own = run.info["asked"].get("manifest")  # not recorded by every run
         if own is not None and own != digest:
             return (
                 f"run {name} was made from another manifest: the digest of its own begins "
@@ -111,7 +111,7 @@ def find_test_rows(test_set: TestSet, manifest: Manifest) -> pd.DataFrame:
     ManifestError
         The manifest has no hashes.
     RunError
-        It has none of these images.
+        The manifest has none of these images.
     """
     require_hashes(manifest)
     images = {image for images in test_set.units["images"] for image in images.split()}
@@ -127,20 +127,20 @@ def find_test_rows(test_set: TestSet, manifest: Manifest) -> pd.DataFrame:
 def join_column(test_set: TestSet, rows: pd.DataFrame, grouping: Grouping) -> Groups:
     """Return the group of each test row.
 
-    A study is in the group of its images: in `SEVERAL` where they are in different ones, and of
-    images without a value nothing is known, so the others decide.
+    A study is in the group of its images, or in `SEVERAL` if they are in different groups. Images
+    without a value are ignored if other images of the study have one.
 
     Parameters
     ----------
     test_set : TestSet
     rows : DataFrame
-        From `find_test_rows`.
+        What `find_test_rows` returned.
     grouping : Grouping
 
     Raises
     ------
     ManifestError
-        The column cannot be grouped so, see `bands.group_rows`.
+        The column cannot be grouped like this, see `covariate_bands.group_rows`.
     """
     of_rows, order = group_rows(rows, grouping)
     known = rows["sha256"][of_rows != NOT_KNOWN]
@@ -162,12 +162,12 @@ def join_column(test_set: TestSet, rows: pd.DataFrame, grouping: Grouping) -> Gr
 def compare_groups(
     rows: Sequence[dict[str, Any]], test_set: TestSet, own: Groups
 ) -> dict[str, Any]:
-    """Score every head within each group, and test the gaps of the trained ones.
+    """Return every head's scores within each group, and tests of the trained heads' gaps.
 
     Parameters
     ----------
     rows : sequence of dict
-        Those of a comparison: the heads in its order.
+        The rows of a comparison: the heads in its order.
     test_set : TestSet
     own : Groups
 
@@ -178,8 +178,8 @@ def compare_groups(
         ``groups`` (each ``name``, ``n``, ``n_abnormal``, ``n_patients``), ``rows`` (each ``run``,
         ``head`` and ``groups``: by name the scores of `unpaired`), ``notes``; and ``gaps``, of each
         trained head: ``run``, ``head``, ``score``, ``a``, ``b``, ``difference``, ``low``, ``high``,
-        ``p``, ``p_holm`` (over all gaps of the head), ``method``, and ``reason`` where it cannot be
-        estimated.
+        ``p``, ``p_holm`` (over all gaps of the head), ``method``, and ``reason`` if the gap cannot
+        be estimated.
     """
     members = {name: own.names == name for name in (*own.order, *own.rest)}
     contenders = {(one.run, one.head): one for one in test_set.contenders}
@@ -208,7 +208,7 @@ def compare_groups(
 
 
 def describe_gaps(gaps: Sequence[dict[str, Any]], *, several: bool) -> str:
-    """Say in a sentence which gaps are more than chance."""
+    """Return a sentence on which gaps are more than chance."""
     tested = [gap for gap in gaps if gap["p_holm"] is not None]
     if not gaps:
         return "Gaps: there are no two groups to compare."
@@ -245,7 +245,7 @@ def _score(test_set: TestSet, contender: ScoredHead, members: dict[str, np.ndarr
 
 
 def _score_others(test_set: TestSet, contender: ScoredHead, own: Groups) -> Any:
-    """Score, for each group, the rows of all other groups together, where gaps want that."""
+    """Return, for each group, scores of all other groups together, if gaps need them."""
     if len(own.order) <= MOST_PAIRED:
         return {}
     grouped = np.isin(own.names, own.order)
@@ -270,7 +270,7 @@ def _count(test_set: TestSet, name: str, chosen: np.ndarray) -> dict[str, Any]:
 
 
 def _describe(own: Groups, level: str) -> list[str]:
-    """Return the sentences about groups that belong under their table."""
+    """Return the sentences about groups that stand under their table."""
     notes = []
     if SEVERAL in own.rest:
         notes.append(f"{SEVERAL}: studies whose images are in different groups.")
@@ -283,9 +283,9 @@ def _describe(own: Groups, level: str) -> list[str]:
         notes.append(f"No test {plural} in {', '.join(own.empty)}.")
     if own.n_absent:
         notes.append(
-            f"{own.n_absent:,} test images are not in the manifest, and a run does not say from "
-            "which it was made."
+            f"{own.n_absent:,} test images are not in the manifest, and a run does not say which "
+            "manifest it was made from."
         )
     if len(own.order) > MOST_PAIRED:
-        notes.append(f"More than {MOST_PAIRED} groups: the gaps are of each to {OTHERS} together.")
+        notes.append(f"More than {MOST_PAIRED} groups: gaps compare each with {OTHERS} together.")
     return notes

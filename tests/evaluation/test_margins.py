@@ -118,7 +118,7 @@ def test_too_few_patients_and_one_head_are_said_too(tmp_path):
     few = make_run(tmp_path / "few", images[~rare | kept], {"a": 1.0, "b": 2.0})
     (own,) = compare([few.path], margin=0.1, **FAST)["non_inferiority"]
     assert own["non_inferior"] is own["p"] is own["p_holm"] is own["low"] is None
-    assert own["reason"] == "3 patients with abnormal rows; an interval wants 5"
+    assert own["reason"] == "3 patients with abnormal rows; an interval needs 5"
     assert "cannot be tested: 3 patients" in describe_margins([own], 0.1)[0]
     alone = make_run(tmp_path / "alone", images, {"a": 1.0})
     result = compare([alone.path], margin=0.1, **FAST)

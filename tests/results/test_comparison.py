@@ -117,7 +117,7 @@ def test_rows_that_only_one_run_has_fall_out_and_are_counted(run_path, images, t
     result = compare([run_path, tmp_path / "second"], **FAST)
     assert result["test"]["n"] == 117
     assert [run["dropped"] for run in result["runs"]] == [3, 0]
-    assert "first: Fell out: 3 studies of test that not all runs have." in result["notes"]
+    assert "first: Not compared: 3 studies of test that other runs lack." in result["notes"]
 
 
 def test_codes_of_patients_and_studies_mean_nothing_across_runs(run_path, images, tmp_path):
