@@ -1,4 +1,4 @@
-"""Say within seconds whether an extraction will run: device, memory, disk, token, access."""
+"""Check within seconds whether an extraction will run: device, memory, disk, token, access."""
 
 import math
 import os
@@ -29,18 +29,18 @@ STORED_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class Check:
-    """Tell one thing that was looked at.
+    """The result of one check.
 
     Attributes
     ----------
     name : str
-        What it is about.
+        What was checked.
     ok : bool
-        Whether it will do.
+        Whether an extraction can run.
     detail : str
         What was found.
     remedy : str
-        What to do where it will not; else empty.
+        What to do if the check failed; else empty.
     """
 
     name: str
@@ -61,18 +61,19 @@ def examine(
     poolings: Sequence[str] = DEFAULT_POOLINGS,
     dtype: str = "float16",
 ) -> list[Check]:
-    """Look at everything that an extraction will need; of a checkpoint no weights are fetched.
+    """Return checks of everything that an extraction needs; no weights are downloaded.
 
     Parameters
     ----------
     ref : str, optional
-        The encoder, as `extract` takes it. Without it only the machine is looked at.
+        The encoder, a reference that `extract` accepts. By default only the machine is checked.
     manifest : path, optional
-        Its distinct images are counted; without it the disk is measured for as many as MURA has.
+        A manifest whose distinct images are counted; by default the disk space is estimated for as
+        many images as MURA has.
     cache : path, optional
         Where the cache will be, by default in the working directory.
     poolings, dtype
-        As `extract` will be given them.
+        The arguments that `extract` will get.
 
     Raises
     ------
@@ -108,7 +109,7 @@ def examine(
 
 
 def lines(checks: Sequence[Check]) -> Iterator[str]:
-    """Write a line per check, and below it what to do where it failed."""
+    """Yield a line per check, and below a failed one what to do."""
     width = max(len(check.name) for check in checks)
     for check in checks:
         yield f"{'ok' if check.ok else 'NO':<3} {check.name:<{width}}  {check.detail}"
@@ -122,7 +123,7 @@ def _count_images(manifest: str | os.PathLike[str] | None) -> int | None:
     from medembed.dataset.manifest import read_manifest
 
     digests = read_manifest(Path(manifest)).rows["sha256"]
-    known = digests[digests != ""]  # a manifest of --structure-only has none: each row counts
+    known = digests[digests != ""]  # a --structure-only manifest has no digests: each row counts
     return int(known.nunique()) + len(digests) - len(known)
 
 
@@ -132,9 +133,9 @@ def _ask(ref: str | os.PathLike[str] | None) -> tuple[RemoteCheckpoint | None, C
     try:
         found = describe_remote(base_of(ref))
     except MedembedError as error:
-        return None, Check("encoder", False, f"{ref} cannot be had", str(error))
+        return None, Check("encoder", False, f"{ref} is not available", str(error))
     at = f"@{found.revision[:12]}" if found.revision else ""
-    state = "on this machine" if found.fetched else "to be fetched"
+    state = "on this machine" if found.fetched else "to be downloaded"
     size = "" if found.tower_bytes is None else f", {_shown(found.tower_bytes)}"
     kind = found.config.get("model_type", "of an unnamed type")
     if not found.fetched and found.tower_bytes is None:
@@ -178,14 +179,14 @@ def _check_versions() -> Iterator[Check]:
 
 
 def _wishes() -> Sequence[str]:
-    """Return what the installed package asks for; nothing where it runs from a checkout."""
+    """Return the requirements of the installed package; none if it runs from a checkout."""
     with suppress(metadata.PackageNotFoundError):
         return metadata.requires("medembed") or ()
     return ()
 
 
 def _check_codecs() -> Check:
-    """Name the codecs for compressed DICOM; RLE, JPEG of 8 bits and JPEG 2000 need no extra."""
+    """List the codecs for compressed DICOM; RLE, 8-bit JPEG and JPEG 2000 need no extra."""
     from medembed.images.dicom.codecs import list_codecs
 
     codecs = list_codecs()
@@ -199,7 +200,7 @@ def _check_codecs() -> Check:
 
 
 def _check_gpu() -> Check:
-    """Run one kernel: a driver that is there may still not run a torch that is there."""
+    """Run one kernel: an installed driver may still not run the installed torch."""
     import torch
 
     name = f"{torch.cuda.get_device_name()}, {torch.cuda.device_count()} in all"
@@ -209,11 +210,11 @@ def _check_gpu() -> Check:
     except RuntimeError as error:
         works, reason = False, one_line(error, 200)
     else:
-        reason = "a product of ones comes out wrong"
+        reason = "the product of matrices of ones is wrong"
     if not works:
         remedy = (
             f"Install a torch that is built for this card and driver (this one is "
-            f"{torch.__version__}, for {', '.join(torch.cuda.get_arch_list())}), or give "
+            f"{torch.__version__}, for {', '.join(torch.cuda.get_arch_list())}), or use "
             "--device cpu."
         )
         return Check("device", False, f"cuda: {name}, but no kernel runs: {reason}", remedy)
@@ -221,11 +222,11 @@ def _check_gpu() -> Check:
 
 
 def _check_compiler(device: str) -> Iterator[Check]:
-    """Look for the C compiler that torch.compile's kernels are launched through."""
+    """Look for the C compiler that torch.compile needs to launch its kernels."""
     if device != "cuda":
         return
     found = next((c for c in (os.environ.get("CC"), "cc", "gcc", "clang") if c and which(c)), None)
-    detail = f"{found}: towers can be compiled" if found else "none: towers run as they are"
+    detail = f"{found}: towers can be compiled" if found else "none: towers run uncompiled"
     how = "" if found else ", 15 to 25 % slower on long runs. Install gcc for that"
     yield Check("compiler", True, detail + how)
 
@@ -267,7 +268,7 @@ def _check_token(found: RemoteCheckpoint | None, access: Check | None) -> Check:
 
 
 def _check_memory(found: RemoteCheckpoint, device: str, precision: str) -> Check:
-    """Compare the free memory with weights, the canary's fp32 tower, and one image on its way.
+    """Compare the free memory with weights, the canary's fp32 tower, and one image's values.
 
     One image takes n tokens × (MLP width + 8 × hidden width) values: the widest product beside
     the residual stream, its norm, queries, keys, values and what the allocator keeps.
@@ -275,8 +276,8 @@ def _check_memory(found: RemoteCheckpoint, device: str, precision: str) -> Check
     needed, free = _needed_bytes(found, precision), _free_memory(device)
     if needed is None or free is None:
         return Check("memory", True, "not known beforehand for this encoder or device")
-    detail = f"{_shown(free)} free on {device}, about {_shown(needed)} needed for one image a batch"
-    remedy = "Close other programs, or take a smaller encoder or a device with more memory."
+    detail = f"{_shown(free)} free on {device}, about {_shown(needed)} needed for batches of one"
+    remedy = "Close other programs, or use a smaller encoder or a device with more memory."
     return Check("memory", free >= needed, detail, "" if free >= needed else remedy)
 
 
@@ -317,9 +318,9 @@ def _check_fetch(found: RemoteCheckpoint) -> Iterator[Check]:
 
     free = free_bytes(Path(constants.HF_HUB_CACHE))
     ok = free > found.tower_bytes
-    detail = f"{_shown(free)} free in the hub's cache for {_shown(found.tower_bytes)} to fetch"
+    detail = f"{_shown(free)} free in the hub's cache for {_shown(found.tower_bytes)} to download"
     yield Check(
-        "disk (hub)", ok, detail, "" if ok else "Free some, or set HF_HOME to another disk."
+        "disk (hub)", ok, detail, "" if ok else "Free some space, or set HF_HOME to another disk."
     )
 
 
@@ -334,18 +335,18 @@ def _check_cache_disk(
     from medembed.extraction.job import ROOM
 
     rows = CacheSpec("", {}, {name: (_columns(config, name),) for name in poolings}, dtype)
-    needed = int(ROOM * rows.row_bytes() * (n_images or MURA_IMAGES))  # as extract will ask for
+    needed = int(ROOM * rows.row_bytes() * (n_images or MURA_IMAGES))  # as extract requires
     free = free_bytes(path)
     count = f"{n_images:,} images" if n_images is not None else f"{MURA_IMAGES:,} images (MURA's)"
     detail = (
         f"{_shown(free)} free for the cache, {_shown(needed)} for {','.join(poolings)} of {count}"
     )
-    remedy = "Free some, give --cache on another disk, or keep fewer poolings."
+    remedy = "Free some space, choose a --cache on another disk, or store fewer poolings."
     return Check("disk (cache)", free > needed, detail, "" if free > needed else remedy)
 
 
 def _columns(config: Mapping[str, Any], pooling: str) -> int:
-    """Give the columns of a pooling as far as a config tells; MedGemma's where it does not."""
+    """Return the columns of a pooling from an encoder's config, or MedGemma's by default."""
     entry = find_pooling(pooling)
     part = "text_config" if entry.needs_language_model else "vision_config"
     tower = config.get(part, config)

@@ -76,7 +76,7 @@ def test_an_open_repository_is_described_without_fetching_its_weights(
     hub.put(REF, sharded())
     checks = ask(hub.address, tmp_path / "home", "--encoder", REF)
     assert checks["encoder"].ok
-    assert "to be fetched" in checks["encoder"].detail
+    assert "to be downloaded" in checks["encoder"].detail
     assert checks["disk (hub)"].ok
     assert checks["token"].ok
     assert hub.sent < sum(map(len, hub.repos[REF]["b" * 40].values())) / 2
@@ -233,7 +233,7 @@ def test_a_card_on_which_no_kernel_runs_will_not_do(
     monkeypatch.setattr(torch, "ones", ones)
     check = doctor._check_gpu()
     assert not check.ok
-    assert (fault or "comes out wrong") in check.detail
+    assert (fault or "of ones is wrong") in check.detail
     assert "sm_90" in check.remedy
 
 

@@ -51,7 +51,7 @@ class CheckpointDir:
     def __init__(self, out: Path, asked: Mapping[str, Any]) -> None:
         if os.path.lexists(out):
             raise RunError(
-                f"{out} is there already, and an encoder is written into a new directory. Choose "
+                f"{out} already exists, and an encoder is written into a new directory. Choose "
                 "another --out, or remove it."
             )
         if not out.absolute().parent.is_dir():

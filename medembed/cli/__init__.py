@@ -1,7 +1,7 @@
-"""The `medembed` command: which commands there are, and where each of them is.
+"""The `medembed` command: the list of commands, and the module of each.
 
-A command's module is imported when the command is asked for, and heavy libraries when it runs, so
-that `medembed --help` starts at once however many commands there are.
+A command's module is imported when the command is called, and heavy libraries when it runs, so that
+`medembed --help` starts quickly however many commands there are.
 """
 
 import click

@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 __all__ = ["autoencoder_command"]
 
 MAX_SIDE = 8192
-"""Pixels: of an image that is brought to a square, larger than any encoder's."""
+"""The largest side in pixels of the square that images are resized to; no encoder's is larger."""
 MAX_CHANNELS = 65_536
 
 
 def _split_numbers(context: click.Context, option: click.Parameter, value: str) -> tuple[int, ...]:
     names: Any = split_names(context, option, value)
     if not all(name.isascii() and name.isdecimal() for name in names):
-        raise click.BadParameter(f"{value!r} is no list of whole numbers", context, option)
+        raise click.BadParameter(f"{value!r} is not a list of whole numbers", context, option)
     if any(len(name) > 9 or not 1 <= int(name) <= MAX_CHANNELS for name in names):
         raise click.BadParameter(f"{value!r} is not from 1 to {MAX_CHANNELS}", context, option)
     return tuple(map(int, names))
@@ -73,7 +73,7 @@ def _split_numbers(context: click.Context, option: click.Parameter, value: str) 
 )  # fmt: skip
 @click.option(
     "--epochs", type=click.IntRange(1, MANY), default=40, show_default=True,
-    help="At most; training stops early when held-out images no longer improve.",
+    help="Maximum number; training stops early when held-out images no longer improve.",
 )  # fmt: skip
 @click.option(
     "--batch-size", type=click.IntRange(1, MAX_BATCH), default=64, show_default=True,
@@ -109,7 +109,7 @@ def autoencoder_command(
 ) -> None:
     """Train an autoencoder on MANIFEST's training images, for `extract` to use as an encoder.
 
-    It is the baseline that uses neither labels nor other data.
+    This is the baseline that uses neither labels nor other data.
     """
     from medembed import autoencoder
     from medembed.dataset.manifest import read_manifest
@@ -159,6 +159,6 @@ def _say_training(report: "TrainingReport") -> None:
     )
     if report.has_collapsed:
         say(
-            "It reconstructs no better than the mean image, so its embeddings say next to nothing. "
-            "Try more --epochs or another --lr."
+            "The autoencoder reconstructs images no better than the mean image, so its embeddings "
+            "carry almost no information. Try more --epochs or another --lr."
         )

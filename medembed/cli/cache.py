@@ -1,4 +1,4 @@
-"""`medembed cache`: look at one, prove it whole, make it compact."""
+"""`medembed cache`: inspect, verify, compact and export a cache."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -92,7 +92,7 @@ def info_command(
 
 
 def _summary(card: dict[str, Any]) -> str:
-    """Return the one line that most people look for."""
+    """Return the line that most people look for."""
     covered, size = card.get("coverage"), f"{card['bytes'] / 1e6:,.1f} MB"
     n_failed = sum(card["failures"].values())
     if covered is None:
@@ -117,7 +117,7 @@ def _lines(card: dict[str, Any], indent: str = "") -> Iterator[str]:
 @cache_command.command(
     "verify",
     starting="Opening the cache",
-    short_help="Prove that every shard is whole; set bad ones aside.",
+    short_help="Check that every shard is intact; set damaged ones aside.",
     examples=[
         "medembed cache verify cache",
     ],
@@ -128,8 +128,8 @@ def _lines(card: dict[str, Any], indent: str = "") -> Iterator[str]:
 def verify_command(cache_path: Path, repair: bool, as_json: bool) -> None:
     """Check every shard of CACHE against its hash and the spec; exit with 1 if any is damaged.
 
-    With --repair damaged shards are set aside, never deleted, and the next `medembed extract`
-    embeds only their rows again. The exit status is 1 then too, because rows are missing.
+    With --repair, damaged shards are set aside, never deleted, and the next `medembed extract`
+    embeds only their rows again. Then too the exit status is 1, because rows are missing.
     """
     from medembed.cache import verification
     from medembed.cache.store import open_cache
@@ -153,10 +153,10 @@ def verify_command(cache_path: Path, repair: bool, as_json: bool) -> None:
 
 def _remedy(problems: "list[Problem]", repair: bool) -> str:
     if not any(problem.is_bad for problem in problems):
-        return "Every row can be read; `medembed cache compact` keeps one of each."
+        return "Every row can be read; `medembed cache compact` keeps one copy of each."
     if repair:
-        return "Bad shards were set aside: `medembed extract` embeds just their rows again."
-    return "--repair sets bad shards aside; `medembed extract` then embeds just their rows again."
+        return "Damaged shards were set aside; `medembed extract` embeds only their rows again."
+    return "--repair sets damaged shards aside; `medembed extract` then embeds only their rows."
 
 
 @cache_command.command(
@@ -173,7 +173,7 @@ def compact_command(cache_path: Path, as_json: bool) -> None:
     """Merge small shards of CACHE into full ones, and keep one copy of repeated rows.
 
     Other processes may read and extract meanwhile. A shard is removed only after its replacement
-    is on disk and verified; if the command is killed, nothing is lost and the next one continues.
+    is on disk and verified; if the command is killed, nothing is lost and the next call continues.
     """
     from medembed.cache.compaction import compact
     from medembed.cache.store import open_cache
@@ -221,7 +221,7 @@ def export_command(
     """Write MANIFEST's rows and their embeddings to one file.
 
     Rows keep the manifest's order; images that are known to have failed are left out. A CSV file
-    has one column per number, as --wide has in Parquet.
+    has one column per number, like Parquet with --wide.
     """
     from medembed.cache.export import SUFFIXES, export
     from medembed.cache.store import open_cache

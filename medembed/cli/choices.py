@@ -1,4 +1,4 @@
-"""What a recipe needs to know, as options and as questions on a terminal."""
+"""The choices that a recipe needs, as options and as questions on a terminal."""
 
 import sys
 from collections.abc import Callable
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CHOICES", "choice_options", "is_interactive", "read_choices", "settle"]
 
-NONE = "-"  # what a person answers where there is no such column
+NONE = "-"  # the answer that there is no such column
 _OPTIONS = (
     click.option("--image", metavar="COL", help="Column with the image's path, name or stem."),
     click.option("--label", metavar="COL", help="Column with the label."),
@@ -49,7 +49,7 @@ _OPTIONS = (
         help="Column that identifies the study; repeatable.",
     ),
     click.option("--region", metavar="COL", help="Column with the body part."),
-    click.option("--split", metavar="COL", help="Column that says train or test."),
+    click.option("--split", metavar="COL", help="Column with the split, train or test."),
     click.option(
         "--covariate",
         "covariates",
@@ -86,9 +86,9 @@ _QUESTIONS = {
     "patient": "Column that identifies the patient",
     "study": "Column that identifies the study",
     "region": "Column with the body part",
-    "split": "Column that says train or test",
+    "split": "Column with the split, train or test",
     "covariates": "Columns to keep",
-    "pattern": "How paths look, as '{label}/{patient}_*'",
+    "pattern": "Form of the paths, such as '{label}/{patient}_*'",
     "test_fraction": "Share of the studies for test",
 }
 _CHANGEABLE = {
@@ -101,14 +101,14 @@ _SEVERAL = ("normal", "abnormal", "patient", "study", "covariates")
 
 
 def choice_options(command: Command) -> Command:
-    """Add an option for each thing that a recipe needs to know."""
+    """Add an option for each choice that a recipe needs."""
     for option in (seed_option, *reversed(_OPTIONS)):
         command = option(command)
     return command
 
 
 def read_choices(given: dict[str, Any]) -> "Choices":
-    """Return the options that were given; the others are open."""
+    """Return the choices of the options that were given; the others stay open."""
     from medembed.dataset.foreign_tables import TableFormat
     from medembed.dataset.recipes.choices import Choices
 
@@ -116,19 +116,19 @@ def read_choices(given: dict[str, Any]) -> "Choices":
     blank = {n: tuple(filter(None, v)) for n, v in own.items() if isinstance(v, tuple)}
     written = {name: own.pop(name, "") for name in ("encoding", "delimiter", "sheet")}
     if len(written["delimiter"]) > 1:
-        raise click.UsageError("--delimiter is one character.")
+        raise click.UsageError("--delimiter must be one character.")
     return Choices(**{**own, **blank}, seed=given["seed"], format=TableFormat(**written))
 
 
 def is_interactive() -> bool:
-    """Tell whether somebody can be asked."""
+    """Return whether a person can be asked."""
     return is_terminal(sys.stdin) and is_terminal(sys.stderr) and not is_quiet()
 
 
 def settle(
     propose: Callable[["Choices"], "Proposal"], choices: "Choices", *, ask: bool
 ) -> "Proposal":
-    """Propose a recipe; with `ask`, a person answers what is open and corrects what is wrong."""
+    """Return a proposal; with `ask`, a person settles what is open and can correct the rest."""
     from medembed.core.errors import MedembedError
     from medembed.dataset.recipes.choices import UndecidedError
 
@@ -161,39 +161,39 @@ def _describe(proposal: "Proposal") -> None:
 
 
 def _ask_for_change(layout: str) -> str:
-    """Ask what to change; return "" where nothing is."""
+    """Ask what to change; return "" if nothing is to be changed."""
     known = _CHANGEABLE.get(layout, ())
     names = ", ".join(name.replace("_", "-") for name in known)
     say()
-    say(click.wrap_text(f"To change something, name it: {names}.", 80))
+    say(click.wrap_text(f"To change one of these, enter its name: {names}.", 80))
     while True:
         answer = click.prompt("Enter writes the recipe", default="", show_default=False, err=True)
         name = str(answer).strip().replace("-", "_")
         if not name or name in known:
             return name
-        say(f"{answer!r} is none of them.")
+        say(f"{answer!r} is not one of these names.")
 
 
 def _ask(name: str) -> Any:
-    hint = f"{NONE} for none" + ("; several with a comma" if name in _SEVERAL else "")
+    hint = f"{NONE} for none" + ("; separate several by commas" if name in _SEVERAL else "")
     kind = Finite(0, 1, min_open=True, max_open=True) if name == "test_fraction" else str
     answer = click.prompt(f"{_QUESTIONS[name]} ({hint})", type=kind, err=True)
     return _read_answer(name, answer)
 
 
 def _pick(error: "UndecidedError") -> Any:
-    """Ask what an error leaves open; answers are numbers of a list, or the texts themselves."""
+    """Ask for the choice that an error leaves open, by its number in a list or by its text."""
     say(str(error).partition(" Name what is abnormal")[0])
     for number, answer in enumerate(error.answers, 1):
         say(f"  {number}  {answer}")
-    several = " Several with a comma." if error.choice in _SEVERAL else ""
+    several = " Separate several by commas." if error.choice in _SEVERAL else ""
     while True:
         text = str(click.prompt(printable(f"{error.question}{several}"), err=True)).strip()
         parts = _split(text) if error.choice in _SEVERAL and text not in error.answers else [text]
         found = [_find_answer(part, error.answers) for part in parts]
         if all(found):
             return tuple(found) if error.choice in _SEVERAL else found[0]
-        say("Answer with a number of the list, or a name as it stands there.")
+        say("Answer with a number or a name from the list.")
 
 
 def _find_answer(text: str, answers: tuple[str, ...]) -> str:
@@ -216,7 +216,7 @@ def _split(text: str) -> list[str]:
 
 
 def _set(choices: "Choices", name: str, value: Any) -> "Choices":
-    """Change one thing; what a new label's values mean is open again."""
+    """Return the choices with one changed; a new label reopens what its values mean."""
     from dataclasses import replace
 
     again: dict[str, Any] = {"normal": None, "abnormal": None} if name == "label" else {}

@@ -1,4 +1,4 @@
-"""click's commands and groups as medembed has them: one-line errors, examples, grouped options."""
+"""click's commands and groups with one-line errors, examples and grouped options."""
 
 import errno
 import re
@@ -19,7 +19,7 @@ from medembed.core.text import printable
 __all__ = ["Command", "Commands", "Entry", "Sections", "fold"]
 
 Entry = tuple[str, str]
-"""The module and the attribute that hold a command, and a line that says what it does."""
+"""The module that holds a command, and a line that says what the command does."""
 
 
 _LAST = ("jsonl", "json", QUIET, VERBOSE, "help")
@@ -38,7 +38,7 @@ class Command(click.Command):
         Headings and, below each, the long names of options without their dashes. Options that no
         heading names come first, under "Options".
     starting : str
-        What a terminal shows at once, since libraries take seconds to load.
+        What a terminal shows at once, because libraries take seconds to load.
     """
 
     def __init__(
@@ -59,13 +59,13 @@ class Command(click.Command):
                         _flag(VERBOSE, "-v", "Show where an error was raised.")]  # fmt: skip
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; a terminal is told at once what it begins with."""
+        """Run the command, after showing on a terminal what it starts with."""
         if self.starting and is_terminal(sys.stderr) and not is_step():
             say(f"{self.starting} …")
         return super().invoke(ctx)
 
     def grouped_options(self, ctx: click.Context) -> dict[str, list[tuple[str, str]]]:
-        """Return each heading's options, with how they are written and what they do."""
+        """Return the options under each heading: how they are written and what they do."""
         heading_of = {name: heading for heading, names in self.sections.items() for name in names}
         groups: dict[str, list[tuple[str, str]]] = {
             heading: [] for heading in ("Options", *self.sections, "Output")
@@ -98,7 +98,7 @@ class Command(click.Command):
 
 def _flag(name: str, short: str, words: str) -> click.Option:
     def remember(context: click.Context, option: click.Parameter, value: bool) -> None:
-        if value:  # a step of `run` is as quiet as that
+        if value:  # a step of `run` inherits its quietness
             context.meta[f"medembed.{name}"] = True
 
     return click.Option(
@@ -108,7 +108,7 @@ def _flag(name: str, short: str, words: str) -> click.Option:
 
 
 def fold(command: str, width: int) -> list[str]:
-    r"""Return a command line in lines of at most `width` columns; a ``\`` ends all but the last.
+    r"""Return a command line in lines of at most `width` columns; all but the last end with ``\``.
 
     An option stays beside its value.
 
@@ -144,7 +144,7 @@ class Commands(click.Group):
             raise
         except OSError as error:
             ending = error.__context__
-            if isinstance(ending, KeyboardInterrupt):  # the terminal is gone, and with it its lines
+            if isinstance(ending, KeyboardInterrupt):  # the terminal is gone
                 raise _end(ending) from None
             _show_traceback(ctx)
             raise click.ClickException(printable(_describe(error))) from error
@@ -164,7 +164,7 @@ class Commands(click.Group):
 
 
 class Sections(Commands):
-    """A group of commands under headings, each loaded from its module when it is asked for.
+    """A group of commands under headings, each imported from its module when it is called.
 
     Parameters
     ----------
@@ -209,12 +209,12 @@ def _show_traceback(ctx: click.Context) -> None:
 
 
 def _end(error: KeyboardInterrupt) -> SystemExit:
-    """Say what a command that a signal has ended leaves behind; return how it exits."""
+    """Print what a command that a signal ended leaves behind; return how it exits."""
     status = exit_status(error)
     word = ENDINGS[signal.Signals(status - 128)]
     done = "".join(f" {note}" for note in getattr(error, "__notes__", ()))
     with suppress(OSError):  # after SIGHUP there may be no terminal
-        say(f"{word}.{done} Nothing is half-written; the same command goes on from what is done.")
+        say(f"{word}.{done} Nothing is half-written; the same command continues from here.")
     return SystemExit(status)
 
 

@@ -20,7 +20,7 @@ from medembed.cli.options import (
 
 __all__ = ["compare_command", "read_given", "show_comparison"]
 
-PIPED_COLUMNS = 120  # of a table that goes to a file or another program
+PIPED_COLUMNS = 120  # width of a table that goes to a file or another program
 
 
 @click.command(
@@ -45,7 +45,7 @@ PIPED_COLUMNS = 120  # of a table that goes to a file or another program
     "--manifest",
     "manifest_path",
     type=PATH,
-    help="The runs' manifest; with --by, gaps between groups are tested too.",
+    help="The runs' manifest, for --by a column of it; gaps between groups are then tested too.",
 )
 @margin_option
 @click.option(
@@ -120,12 +120,12 @@ def _show(result: dict[str, Any], by: str | None, table_format: str) -> None:
     from medembed.report.operating_tables import asks_for_points
 
     if asks_for_points(result) and table_format == "csv":
-        say("The CSV is of heads: operating points are in --json, and in the files of --tables.")
+        say("The CSV lists heads; operating points are in --json and in the files of --tables.")
     click.echo(render_comparison(result, table_format, by, table_columns(PIPED_COLUMNS)))
 
 
 def read_given(manifest_path: Path | None) -> Any:
-    """Return the manifest at a path, or None for None."""
+    """Return the manifest at a path, or None if there is no path."""
     if manifest_path is None:
         return None
     from medembed.dataset.manifest import read_manifest

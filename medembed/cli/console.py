@@ -1,4 +1,4 @@
-"""What commands show: words on stderr, one JSON document on stdout, errors in one line."""
+"""The output of commands: text on stderr, one JSON document on stdout, errors in one line."""
 
 import json
 import os
@@ -39,20 +39,20 @@ ENDINGS = {
     signal.SIGTERM: "Terminated",
     signal.SIGHUP: "Hung up",
 }
-"""The signals that end a command, and what it says then."""
+"""The signals that end a command, and the word that the command then prints."""
 STATUSES = tuple(128 + number for number in ENDINGS)
-"""What a shell reports of a process that a signal ended."""
+"""Added to a signal's number in the exit status of a process that the signal ended."""
 PATIENCE_SECONDS = 10.0
 QUIET, VERBOSE = "quiet", "verbose"
 """The options that every command takes."""
 STEP = "step"
-"""Marks a command that another one runs as one of its steps."""
+"""Marks a command that another command runs as a step."""
 
 
 class Terminated(KeyboardInterrupt):
-    """One of `ENDINGS` came; `number` says which.
+    """The signal `number`, one of `ENDINGS`, was received.
 
-    Schedulers send SIGTERM before they kill, and a terminal that is closed SIGHUP.
+    Schedulers send SIGTERM before they kill a process, and closing a terminal sends SIGHUP.
     """
 
     def __init__(self, number: int) -> None:
@@ -61,58 +61,59 @@ class Terminated(KeyboardInterrupt):
 
 
 def terminate_cleanly() -> None:
-    """Let Ctrl-C, SIGTERM and SIGHUP end the command alike: what is done is committed first.
+    """Make Ctrl-C, SIGTERM and SIGHUP end the command alike: what is done is committed first.
 
-    The first one alone: launchers and people repeat them, and neither a commit that is under way
-    nor the end of other processes is to be interrupted by that. Only after `PATIENCE_SECONDS` does
-    one more end this process at once; its own processes see that, and end too.
+    Only the first signal counts: launchers and people repeat them, and a repeated signal must
+    interrupt neither a commit in progress nor the end of other processes. Only after
+    `PATIENCE_SECONDS` does a further signal end this process at once; its child processes notice
+    and end too.
     """
     began: list[float] = []
 
     def end(number: int, frame: FrameType | None) -> None:
         began.append(time.monotonic())
         if len(began) == 1:
-            # What threads of libraries raise, of workers that end under them, helps nobody.
+            # Library threads raise errors about ending workers, which help nobody.
             threading.excepthook = lambda _: None
             raise Terminated(number)
         if began[-1] - began[0] > PATIENCE_SECONDS:
             os._exit(128 + number)
 
     for number in ENDINGS:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` has it, and a shell's `&`
+        if signal.getsignal(number) is not signal.SIG_IGN:  # under `nohup` or a shell's `&`
             signal.signal(number, end)
 
 
 def ignore_endings() -> None:
-    """Pass over the signals that end a command, now that it ends."""
+    """Ignore the signals that end a command, now that the command is ending."""
     for number in ENDINGS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def exit_status(error: KeyboardInterrupt) -> int:
-    """Return the exit status of a command that a signal has ended."""
+    """Return the exit status of a command that a signal ended."""
     return 128 + int(getattr(error, "number", signal.SIGINT))
 
 
 def is_quiet() -> bool:
-    """Return whether the command that runs was given -q."""
+    """Return whether the current command was given -q."""
     context = click.get_current_context(silent=True)
     return context is not None and bool(context.meta.get(f"medembed.{QUIET}"))
 
 
 def is_terminal(stream: TextIO | None) -> bool:
-    """Return whether a standard stream is a terminal; one that the caller has closed is None."""
+    """Return whether a standard stream is a terminal; a stream that the caller closed is None."""
     return stream is not None and stream.isatty()
 
 
 def is_step() -> bool:
-    """Return whether the command that runs is a step of another one."""
+    """Return whether the current command is a step of another command."""
     context = click.get_current_context(silent=True)
     return context is not None and bool(context.meta.get(f"medembed.{STEP}"))
 
 
 def say(text: str = "") -> None:
-    """Print a line for people on stderr, unless the command was given -q."""
+    """Print a line for people on stderr, unless the current command was given -q."""
     if not is_quiet():
         click.echo(printable(text), err=True)
 
@@ -120,7 +121,7 @@ def say(text: str = "") -> None:
 def suggest(*words: str | Path) -> None:
     """Print the command that usually follows, on stderr: `Next: medembed …`.
 
-    Nothing is printed by a step of another command.
+    A step of another command prints nothing.
     """
     if not is_step():
         say(f"Next: {shlex.join(['medembed', *map(str, words)])}")
@@ -129,8 +130,8 @@ def suggest(*words: str | Path) -> None:
 def print_json(document: Any) -> None:
     """Print the one JSON document of a command on stdout; NaN is refused.
 
-    Characters are escaped where stdout has no way to write one of them, as in another locale than
-    UTF-8, and where a file's name is no UTF-8.
+    Non-ASCII characters are escaped if stdout cannot encode one of them, as in a locale other than
+    UTF-8 or with a file name that is not UTF-8.
     """
     text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
     try:

@@ -1,4 +1,4 @@
-"""`medembed doctor`: whether an extraction will run, before it is started."""
+"""`medembed doctor`: check whether an extraction will run before starting one."""
 
 from pathlib import Path
 

@@ -1,7 +1,7 @@
-"""What each command prints with `--json`, as models: `make schemas` writes their JSON Schema.
+"""Models of what each command prints with `--json`; `make schemas` writes their JSON Schema.
 
-No command imports this: tests hold every document that they see to the written schemas. A key may
-be added, and never changes its meaning or goes.
+No command imports this module: tests check every document that they see against the written
+schemas. Keys may be added, but never removed or given another meaning.
 """
 
 from typing import Any, Literal

@@ -64,8 +64,8 @@ def evaluate_command(
 ) -> None:
     """Validate MODEL, such as RUN/models/mlp, on images of another institution.
 
-    Reports how scores, calibration and embeddings differ from those of its own test and training
-    data. Images that the model was trained on are refused.
+    The report shows how scores, calibration and embeddings differ from those of the model's own
+    test and training data. Images that the model was trained on are refused.
     """
     from medembed.prediction.external_validation import evaluate
     from medembed.report.external import render_external

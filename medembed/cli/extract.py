@@ -84,7 +84,7 @@ def _choose_worker(
     "--window",
     default="first",
     show_default=True,
-    help="Window of a DICOM image: first, the name of one, or none.",
+    help="Window of DICOM images: first, the name of a window, or none.",
 )
 @click.option(
     "--batch-size",
@@ -139,7 +139,7 @@ def extract_command(
 ) -> None:
     """Run an encoder over MANIFEST's images and cache the embeddings.
 
-    Images that the cache holds already are skipped, so a run that was interrupted goes on.
+    Images that the cache already holds are skipped, so an interrupted run continues.
     """
     from medembed.dataset.manifest import read_manifest
     from medembed.images.intensity import Intensity
@@ -235,7 +235,7 @@ def _conclude(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Show what was done, and exit with 1 where --strict asks for that."""
+    """Print what was done; exit with 1 if images failed and --strict was given."""
     _say_extraction(report, cache_path, dry_run)
     if as_json:
         print_json(report.as_dict())
@@ -243,7 +243,7 @@ def _conclude(
         suggest("sweep", cache_path, manifest_path, "-o", "runs/sweep")
     if strict and report.failed:
         raise click.ClickException(
-            f"{report.failed} images failed and --strict was given. They are listed above; mend "
+            f"{report.failed} images failed and --strict was given. They are listed above; fix "
             "them and run the same command with --retry-failed, or drop --strict."
         )
 
@@ -257,7 +257,7 @@ def _say_extraction(report: "ExtractionReport", cache_path: Path, dry_run: bool)
     pace = f"; {report.seconds:.1f} s, {report.images_per_second:.1f} images/s"
     say(
         f"{cache_path}: {report.embedded} {verb}, {report.already} already there, "
-        f"{report.failed} failed, {report.duplicates} the same bytes under another name, "
+        f"{report.failed} failed, {report.duplicates} with equal bytes under another name, "
         f"of {report.requested} images{pace if report.embedded and not dry_run else ''}"
     )
     if report.decoders:

@@ -73,7 +73,7 @@ _ABOVE_ZERO = Finite(min=0, min_open=True)
     callback=split_names,
     default="0,1,2,4",
     show_default=True,
-    help="Depths to train: the number of last blocks; 0 is the head alone, all is everything.",
+    help="Depths to train: the number of last blocks; 0 is only the head, all is everything.",
 )
 @click.option(
     "--lora", type=click.IntRange(1, MANY), metavar="RANK",
@@ -132,7 +132,7 @@ _ABOVE_ZERO = Finite(min=0, min_open=True)
     help="Learning rate of each earlier block, as a share of the next one's.",
 )  # fmt: skip
 @click.option(
-    "--weight-decay", type=Finite(min=0), default=0.01, show_default=True, help="As AdamW has it."
+    "--weight-decay", type=Finite(min=0), default=0.01, show_default=True, help="AdamW's decay."
 )
 @click.option("--no-augment", is_flag=True, help="Do not vary the images during training.")
 @click.option("--flips", is_flag=True, help="Also mirror images left to right.")
@@ -171,7 +171,7 @@ def finetune_command(
 ) -> None:
     """Train an encoder's last blocks together with a head, at several depths.
 
-    The result is a run that `compare` and `report` set beside those of sweeps.
+    The result is a run that `compare` and `report` can show beside runs of sweeps.
     """
     from medembed.finetuning import Hyperparameters, finetune
     from medembed.images.load import Limits

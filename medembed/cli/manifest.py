@@ -1,4 +1,4 @@
-"""`medembed manifest`: propose a recipe, build, check."""
+"""`medembed manifest`: propose a recipe, build a manifest, check it."""
 
 from collections import Counter
 from pathlib import Path
@@ -27,10 +27,10 @@ _CHOICES = {
         *("pattern", "test-fraction", "seed"),
     )
 }
-REBUILD = "Mend the recipe or the tables and build it again."
+REBUILD = "Correct the recipe or the tables and build the manifest again."
 LOOK = (
-    "Look at each pair: give the patients of a copied image one split, or one name where they are "
-    "one, or leave the image out with [exclude] in the recipe, and build it again."
+    "Look at each pair: put the patients of a copied image in one split, or give them one name if "
+    "they are one person, or leave the image out with [exclude] in the recipe; then build again."
 )
 
 
@@ -51,21 +51,21 @@ def manifest_command() -> None:
     sections=_CHOICES,
 )
 @click.argument("recipe", metavar="[RECIPE]", required=False)
-@click.option("--from-folders", type=PATH, metavar="DIR", help="A folder per class; no recipe.")
-@click.option("--from-table", type=PATH, metavar="FILE", help="A table of images; no recipe.")
+@click.option("--from-folders", type=PATH, metavar="DIR", help="Use a folder per class, no recipe.")
+@click.option("--from-table", type=PATH, metavar="FILE", help="Use a table of images, no recipe.")
 @click.option(
     "--image-root",
     type=PATH,
-    help="Directory that the manifest's paths start from.  [default without a recipe: DIR, or the "
-    "folder of FILE]",
+    help="Directory that the manifest's paths are relative to.  [default without a recipe: DIR, or "
+    "the folder of FILE]",
 )
 @output_option("MANIFEST.csv or .parquet.", "output")
 @click.option("--strict", is_flag=True, help="Warnings are errors.")
-@click.option("--structure-only", is_flag=True, help="Tables alone; no image is read or hashed.")
+@click.option("--structure-only", is_flag=True, help="Read only tables, hash no images.")
 @click.option(
     "--key-file",
     type=PATH,
-    help="Key for the hashes of patients and studies of layout dicom; made if it is not there.",
+    help="Key for hashing patients and studies of layout dicom; created if missing.",
 )
 @choice_options
 @json_option
@@ -84,14 +84,14 @@ def build_command(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Turn the images of a dataset into a manifest, as RECIPE says, or without one.
+    """Turn the images of a dataset into a manifest, with a RECIPE or without.
 
-    RECIPE is a file such as data_manifests/mura.toml, or the bare name of a recipe that medembed
-    brings (see `medembed manifest recipes`). Without one, --from-folders takes a folder per class,
-    and --from-table a CSV, Excel or Parquet table; `medembed manifest init` proposes a recipe that
-    can be corrected. What was found and left out is counted in MANIFEST.build.json beside the
-    manifest (mura.build.json of mura.csv); runs copy it. A recipe that was not given is written to
-    MANIFEST.recipe.toml, and builds the same manifest again.
+    RECIPE is a file such as data_manifests/mura.toml, or the name of a recipe that comes with
+    medembed (see `medembed manifest recipes`). Without a recipe, --from-folders takes a folder per
+    class, and --from-table a CSV, Excel or Parquet table; `medembed manifest init` proposes a
+    recipe for you to correct. MANIFEST.build.json beside the manifest (mura.build.json for
+    mura.csv) counts what was found and left out, and runs copy it. A build without a recipe writes
+    the one that it used to MANIFEST.recipe.toml, from which the manifest can be built again.
     """
     from medembed.dataset import build_file
     from medembed.dataset.recipes import build
@@ -119,7 +119,7 @@ def build_command(
     _conclude_build(report, output)
     if text:
         document["recipe"] = str(build_file.recipe_path(output))
-        say(f"{document['recipe']}: the recipe of this build, to repeat or correct it")
+        say(f"{document['recipe']}: the recipe of this build, for you to repeat or correct")
     if as_json:
         print_json(document)
     elif not structure_only:
@@ -136,7 +136,7 @@ def _refuse_mixture(
     from_table: Path | None,
     image_root: Path | None,
 ) -> None:
-    """Refuse what is not one of the three ways to say what the data set is."""
+    """Refuse options that do not name the data set in exactly one of the three ways."""
     ways = [way for way in (recipe, from_folders, from_table) if way is not None]
     if len(ways) != 1:
         raise click.UsageError("Name one of RECIPE, --from-folders and --from-table.", context)
@@ -149,14 +149,14 @@ def _refuse_mixture(
     if extra:
         option = f"--{extra[0].removesuffix('s').replace('_', '-')}"
         raise click.UsageError(
-            f"{option} is for builds without a recipe: a RECIPE says that itself.", context
+            f"{option} is for builds without a recipe: a RECIPE settles this itself.", context
         )
 
 
 def _propose_without_recipe(
     from_folders: Path | None, from_table: Path | None, image_root: Path | None, given: Any
 ) -> "Proposal":
-    """Propose a recipe of what is named alone: no column is guessed but image and label."""
+    """Return a recipe proposed from what was named: only image and label are guessed."""
     from medembed.dataset.recipes.proposals import propose
 
     choices = read_choices(given)
@@ -169,7 +169,7 @@ def _propose_without_recipe(
 
 
 def _conclude_build(report: "BuildReport", output: Path) -> None:
-    """Say what a manifest holds, and what is odd."""
+    """Print what a manifest holds, and what looks odd."""
     from medembed.dataset.split_counts import describe_splits
 
     for line in describe_splits(report.manifest.rows):
@@ -190,7 +190,7 @@ def _counted(document: dict[str, Any]) -> str:
 
 @manifest_command.command(
     "init",
-    starting="Looking at what is there",
+    starting="Looking at the files",
     short_help="Propose a recipe for a folder or a table.",
     examples=[
         "medembed manifest init films -o films.toml",
@@ -205,9 +205,9 @@ def _counted(document: dict[str, Any]) -> str:
     type=PATH,
     help="Directory with the images.  [default: PATH, or the folder of a table]",
 )
-@click.option("--name", default="", metavar="NAME", help="Of the recipe.")
-@click.option("-y", "--yes", is_flag=True, help="Take what is proposed without asking.")
-@click.option("--force", is_flag=True, help="Write over a file that is there.")
+@click.option("--name", default="", metavar="NAME", help="Name of the recipe.")
+@click.option("-y", "--yes", is_flag=True, help="Accept the proposal without asking.")
+@click.option("--force", is_flag=True, help="Overwrite an existing file.")
 @choice_options
 @json_option
 def init_command(
@@ -224,18 +224,18 @@ def init_command(
 
     PATH is a folder with images, a table (CSV, Excel, Parquet), or a tree of DICOM files. Columns,
     label values, patients, regions and the split are guessed from names and contents; on a terminal
-    you are asked what is open, and can change the rest. Options settle things beforehand, and
-    COL '' means that there is no such column. The recipe is TOML with a comment on each guess: read
-    it before you build the manifest.
+    you are asked about anything undecided, and can change the rest. Options settle choices
+    beforehand; COL '' means that there is no such column. The recipe is TOML with a comment on each
+    guess: read it before you build the manifest.
     """
     from medembed.core.errors import PathNotFoundError, RecipeError
     from medembed.core.files import write_atomically
     from medembed.dataset.recipes.proposals import Choices, Proposal, propose
 
     if not output.parent.is_dir():
-        raise PathNotFoundError(f"{output.parent} is no directory. Make it, or name another file.")
+        raise PathNotFoundError(f"{output.parent} is not a directory. Create it, or name another.")
     if output.exists() and not force:
-        raise RecipeError(f"{output} is there already. Name another file, or add --force.")
+        raise RecipeError(f"{output} already exists. Name another file, or add --force.")
 
     def propose_with(choices: Choices) -> Proposal:
         return propose(path, image_root, choices, name=name)
@@ -243,7 +243,7 @@ def init_command(
     ask = is_interactive() and not yes and not as_json
     proposal = settle(propose_with, read_choices(given), ask=ask)
     write_atomically(output, proposal.text.encode())
-    say(f"{output}: the recipe; its comments say what was guessed")
+    say(f"{output}: the recipe, with comments on what was guessed")
     if as_json:
         print_json({**proposal.as_dict(), "output": str(output)})
         return
@@ -265,7 +265,7 @@ def _root_of(path: Path) -> Path:
 @click.argument("name", metavar="[NAME]", required=False)
 @json_option
 def recipes_command(name: str | None, as_json: bool) -> None:
-    """List the recipes that medembed brings, or print the one called NAME."""
+    """List the recipes that come with medembed, or print the one called NAME."""
     from medembed.dataset.recipes.build import find_recipes, load_recipe
 
     if name is not None:
@@ -318,16 +318,16 @@ def check_command(
     seed: int,
     as_json: bool,
 ) -> None:
-    """List everything wrong with MANIFEST; exit 1 if anything is.
+    """List everything that is wrong with MANIFEST; exit with 1 if anything is.
 
-    Warnings are what only looks wrong: words that usually mean missing, spellings of one patient,
-    region or category, one patient for an improbable share of the studies.
+    Warnings are about what may be wrong: words that usually mean missing, several spellings of one
+    patient, region or category, and a patient with an improbable share of the studies.
 
-    With --cache also near-duplicates across splits: images of test that are one of train saved
-    anew, resized or brightened a little, found by their embeddings. Of test images without such a
-    twin up to 1 in 1,000 is listed too, or more where train has few patients; how many that makes
-    is said. Images that look alike under two patients of one split are listed as well: one image
-    that stands twice, or films that show nothing.
+    With --cache, near-duplicates across splits are listed too: test images that are a train image
+    saved again, resized or brightened a little, found by their embeddings. Up to 1 in 1,000 test
+    images without such a twin are listed as well, or more if train has few patients; the expected
+    number is printed. Images of two patients of one split that look alike are also listed: an image
+    that occurs twice, or films that show nothing.
     """
     from medembed.cache.store import open_cache
     from medembed.dataset.review import review_manifest
@@ -353,7 +353,7 @@ def check_command(
 
 
 def _compare(cache: "Cache", manifest_path: Path, seed: int) -> "NearDuplicates | None":
-    """Look for near-duplicates and say what was compared; None where the rows are not sound."""
+    """Return near-duplicates and print what was compared; None if the rows have problems."""
     from medembed.cache.near_duplicates import find_near_duplicates
     from medembed.core.errors import ManifestError
 

@@ -1,4 +1,4 @@
-"""What several commands share: their options, how wide tables are, and how they end."""
+"""What several commands share: options, the width of tables, and the end of checks."""
 
 import math
 import sys
@@ -49,7 +49,7 @@ class Finite(click.FloatRange):
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> float:
-        """Refuse NaN, which no range does, and infinities."""
+        """Return the number; refuse infinities, and NaN, which no range refuses."""
         number: float = super().convert(value, param, ctx)
         if not math.isfinite(number):
             self.fail(f"{number} is not a finite number.", param, ctx)
@@ -113,34 +113,34 @@ pool_option = click.option(
     help=f"Poolings to store: {', '.join(entry.label for entry in POOLINGS.values())}.",
 )
 MAX_BATCH = 65_536
-"""Images in one batch: beyond any device."""
+"""The most images in one batch: more than any device can hold."""
 MANY = 1_000_000
-"""Of what is counted one by one: epochs, configurations, folds. More would never end."""
+"""The most epochs, configurations or folds: more would never end."""
 
 
 def output_option(words: str, name: str = "out") -> Callable[[Command], Command]:
-    """Add -o, --output (or --out): where a command writes; the parameter is called `name`."""
+    """Return a decorator that adds -o, --output (or --out), as the parameter `name`."""
     return click.option(
         "-o", "--output", "--out", name, type=PATH, required=True, metavar="PATH", help=words
     )
 
 
 def limit_options(command: Command) -> Command:
-    """Add --max-bytes and --max-seconds: what an image may cost before it counts as failed."""
+    """Add --max-bytes and --max-seconds, the limits above which an image counts as failed."""
     for option in (
         click.option(
             "--max-seconds",
             type=Finite(0, 1_000_000, min_open=True),
             default=120.0,
             show_default=True,
-            help="CPU seconds that decoding an image may take before it counts as failed.",
+            help="CPU seconds of decoding above which an image counts as failed.",
         ),
         click.option(
             "--max-bytes",
             type=click.IntRange(min=1, max=2**63 - 1),
             default=2**30,
             show_default=True,
-            help="Size of an image file above which it counts as failed.",
+            help="File size above which an image counts as failed.",
         ),
     ):
         command = option(command)
@@ -148,7 +148,7 @@ def limit_options(command: Command) -> Command:
 
 
 def operating_point_option(words: str) -> Callable[[Command], Command]:
-    """Add --operating-point, which may be given several times; `words` say what it is for."""
+    """Return a decorator that adds a repeatable --operating-point; `words` begin its help."""
     return click.option(
         "--operating-point",
         "operating_points",
@@ -160,7 +160,7 @@ def operating_point_option(words: str) -> Callable[[Command], Command]:
 
 
 def check_point(context: click.Context, option: click.Parameter, text: str | None) -> str | None:
-    """Refuse what names no operating point: wrong usage."""
+    """Return the text of an operating point; anything else is a usage error."""
     _read_points(context, option, () if text is None else (text,))
     return text
 
@@ -193,7 +193,7 @@ seed_option = click.option(
 
 
 def split_names(context: click.Context, option: click.Parameter, value: str | None) -> Any:
-    """Split `a,b` into ("a", "b"); an empty name is wrong usage."""
+    """Split `a,b` into ("a", "b"); an empty name is a usage error."""
     if value is None:
         return None
     names = tuple(name.strip() for name in value.split(","))
@@ -204,13 +204,13 @@ def split_names(context: click.Context, option: click.Parameter, value: str | No
 
 def table_columns(piped: int) -> int:
     """Return the columns of the terminal, or `piped` for a file or another program."""
-    import shutil  # which --help need not wait for
+    import shutil  # here, so that --help need not wait
 
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else piped
 
 
 def conclude(problems: list[str], checked: Path, remedy: str, as_json: bool, **more: Any) -> None:
-    """Print what a check found; exit 1 if it found anything. `more` goes into the document."""
+    """Print the problems that a check found; exit with 1 if any. `more` goes into the document."""
     if as_json:
         print_json({"problems": problems, **more})
     for problem in problems:

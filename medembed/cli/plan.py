@@ -29,7 +29,7 @@ __all__ = ["plan_command"]
 @click.option(
     "--width",
     type=float,
-    help="Width of the 95 % interval from end to end; 0.05 is about ± 0.025.",
+    help="Full width of the 95 % interval; 0.05 is about ± 0.025.",
 )
 @click.option(
     "--difference",
@@ -88,7 +88,7 @@ def plan_command(
         asked["width"] = width
         found = plan_width(score, value, width, sampling)
         gives = (
-            f"There the 95 % interval of {_named(score, value)} is at most {width:g} wide on "
+            f"With these, the 95 % interval of {_named(score, value)} is at most {width:g} wide on "
             "average."
         )
     else:
@@ -98,7 +98,7 @@ def plan_command(
         asked |= {"difference": difference, "correlation": correlation, "power": power}
         found = plan_difference(value, difference, correlation, power, sampling)
         gives = (
-            f"There a paired test at the 5 % level tells {_named(score, value)} from one of "
+            f"With these, a paired test at the 5 % level tells {_named(score, value)} from one of "
             f"{value - difference:g} with a power of {power:g}."
         )
     asked |= {"studies_per_patient": studies_per_patient, "icc": icc}

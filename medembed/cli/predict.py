@@ -1,4 +1,4 @@
-"""`medembed predict`: ask a packaged model about images."""
+"""`medembed predict`: apply a packaged model to images."""
 
 import contextlib
 import json
@@ -34,10 +34,10 @@ COLUMNS = 80
 NAME_COLUMNS = 38
 Row = dict[str, Any]
 OUTER = 0.05
-"""Share of the training patients that lie furthest out: of studies like theirs as many do."""
+"""Share of the training patients that lie furthest out; an equal share of similar studies does."""
 _NO_REFERENCE = (
-    "Not told: how far these images lie from those of training. The model keeps no statistics of "
-    "them, or of too few patients; what `medembed sweep` packages now does."
+    "Not known: how far these images lie from those of training. The model keeps no statistics of "
+    "them, or of too few patients; models that `medembed sweep` packages now do."
 )
 
 
@@ -68,13 +68,13 @@ _NO_REFERENCE = (
 @click.option(
     "--encoder",
     "reference",
-    help="The model's encoder, if not where the model's card says.",
+    help="The model's encoder, if not found where the model's card says.",
 )
 @click.option(
     "--explain",
     type=PATH,
     metavar="DIR",
-    help="Directory for a heat map of each image; needs a pass of the encoder over all of them.",
+    help="Directory for a heat map of each image; runs the encoder on all images.",
 )
 @click.option(
     "--alpha",
@@ -88,7 +88,7 @@ _NO_REFERENCE = (
     metavar="POINT",
     callback=check_point,
     help="Operating point of decisions: one stored with the model, such as sensitivity=0.95, or "
-    "threshold=0.3 of calibrated probabilities; Youden's by default.",
+    "threshold=0.3 on calibrated probabilities; Youden's by default.",
 )
 @limit_options
 @device_option
@@ -124,10 +124,10 @@ def predict_command(
 ) -> None:
     """Apply MODEL to images: files, directories, or those of a manifest.
 
-    MODEL is a packaged model such as RUN/models/mlp, or a run, of which the best model by
-    cross-validation is taken. Printed per image and per study are the calibrated probability of
-    abnormal, the decision at an operating point, and the prediction set. Files given by name are
-    studies of their own. Exits with 1 if an image failed. Research software, not a medical device.
+    MODEL is a packaged model such as RUN/models/mlp, or a run, whose best model by cross-validation
+    is then used. Each image and study gets the calibrated probability of abnormal, the decision at
+    an operating point, and the prediction set. Each file given by name is a study of its own. The
+    exit status is 1 if an image failed. Research software, not a medical device.
     """
     _check_usage(images, manifest_path, image_root, output, jsonl=jsonl, as_json=as_json)
     from medembed.images.load import Limits
@@ -154,7 +154,7 @@ def predict_command(
         if predictor.path != model_path:
             say(f"Model: {predictor.path}, the best of its run by cross-validation.")
         if operating_point is not None:
-            say(f"Decisions at {point.name}: abnormal from {point.threshold:.3f} on.")
+            say(f"Decisions at {point.name}: abnormal at {point.threshold:.3f} or above.")
         if predictor.card.conformal is None:
             say(f"No prediction sets: {predictor.card.conformal_note or 'the model has none.'}")
         elif warning := predictor.card.conformal.warning():
@@ -218,7 +218,7 @@ class _Seen:
         self.far += bool(row["far"])
 
     def _are_others(self) -> bool:
-        """Whether chance marks this many studies as far less than once in 1,000 times."""
+        """Return whether so many outlying studies would occur by chance less than 1 in 1,000."""
         if not self.placed:
             return False
         from scipy.stats import binom
@@ -226,7 +226,7 @@ class _Seen:
         return float(binom.sf(self.outer - 1, self.placed, OUTER)) < 0.001
 
     def conclude(self) -> None:
-        """Say what there was; exit with 1 if anything failed."""
+        """Print a summary; exit with 1 if anything failed."""
         say(
             f"{self.images} images in {self.studies} studies, {self.abnormal} of them called "
             f"abnormal; {self.failed} images failed."
@@ -234,7 +234,7 @@ class _Seen:
         if self.trained_on:
             say(
                 f"{self.trained_on} images are among those that the model was trained on (*): "
-                "what it says of them is too good."
+                "its predictions for these are too good."
             )
         if self.far:
             say(
@@ -244,19 +244,19 @@ class _Seen:
             )
         if self._are_others():
             say(
-                f"Taken together they are not like the training images: {self.outer} of "
+                f"Taken together, they are unlike the training images: {self.outer} of "
                 f"{self.placed} studies are among the outermost {OUTER:.0%}. Neither "
                 "probabilities, decisions nor sets hold for any of them; see `medembed evaluate`."
             )
         if self.marginal:
             say(
-                f"The sets of {self.marginal} studies (~) are of regions with too few training "
-                "patients, or that are not known: their coverage holds over all regions together, "
-                "and may be less in one of them."
+                f"The sets of {self.marginal} studies (~) are of unknown regions, or of those with "
+                "too few training patients: their coverage holds over all regions together, and "
+                "may be lower in a single one."
             )
         if self.failed:
             raise click.ClickException(
-                f"{self.failed} of {self.images} images could not be answered for; their rows say "
+                f"{self.failed} of {self.images} images could not be predicted; their rows say "
                 "why. All others were."
             )
 
@@ -277,8 +277,8 @@ def _show(rows: Iterator[Row], predictor: "Predictor", *, jsonl: bool, as_json: 
     except KeyboardInterrupt as error:
         with contextlib.suppress(OSError):  # after SIGHUP there may be no terminal
             say(
-                f"Stopped after {seen.images} images. Every line that was printed is whole; the "
-                "same command begins anew."
+                f"Stopped after {seen.images} images. Every printed line is complete; the same "
+                "command starts from the beginning."
             )
         raise SystemExit(exit_status(error)) from None
     return seen
@@ -291,7 +291,7 @@ def _counting(rows: Iterator[Row], seen: _Seen) -> Iterator[Row]:
 
 
 def _writer() -> Callable[[str], None]:
-    """Return what writes text to stdout at once. What Ctrl-C cuts off is flushed at the exit."""
+    """Return a function that writes text to stdout at once; the rest is flushed after Ctrl-C."""
     stream = sys.stdout.buffer
 
     def write(text: str) -> None:
@@ -304,9 +304,9 @@ def _writer() -> Callable[[str], None]:
 
 
 def write_table(rows: list[Row], path: Path) -> None:
-    """Write rows as a table, complete or not at all: a line per image, and per study of several.
+    """Write rows as a table, complete or not at all: a line per image and per study of several.
 
-    Text that a spreadsheet would compute gets an apostrophe before it.
+    Text that a spreadsheet would evaluate is prefixed with an apostrophe.
     """
     import io
 
@@ -341,7 +341,7 @@ def _heading(predictor: "Predictor") -> list[str]:
 
 
 def _lines(row: Row) -> list[str]:
-    """Lay a row out for people; nothing of a study with one view, which is its image's row."""
+    """Return the lines for a row; none for a study with one view, which its image's row shows."""
     if row["image"] is None:
         if row["n_views"] == 1:
             return []
@@ -369,7 +369,7 @@ def _indented(text: str) -> list[str]:
 
 
 def _fit(text: str, columns: int) -> str:
-    """Cut a name in its middle: its end tells more than what is between."""
+    """Cut a long name in the middle, because its end is more telling."""
     text = printable(text, keep="")
     if _columns(text) <= columns:
         return text
@@ -386,6 +386,6 @@ def _pad(text: str, columns: int) -> str:
 
 
 def _columns(text: str) -> int:
-    """Count the columns that a terminal gives a text."""
+    """Return the number of columns that a text takes on a terminal."""
     wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
     return len(text) + wide - sum(bool(unicodedata.combining(c)) for c in text)

@@ -1,4 +1,4 @@
-"""How far long work is: a bar or a live table on a terminal, plain lines elsewhere, on stderr."""
+"""The progress of long work: a bar or a live table on a terminal, else plain lines, on stderr."""
 
 import os
 import sys
@@ -14,11 +14,11 @@ from medembed.core.text import mask_controls
 
 __all__ = ["Leaderboard", "Lines", "Progress", "showing_leaderboard", "showing_progress"]
 
-LINE_EVERY_SECONDS = 10.0  # between plain progress lines where stderr is no terminal
-FEWEST_TIMED = 2  # items, before a time left is claimed: the first one starts things up
-SLOW = 0.1  # per second; below it a rate is told per minute
+LINE_EVERY_SECONDS = 10.0  # between plain progress lines if stderr is not a terminal
+FEWEST_TIMED = 2  # items before the time left is shown: the first includes start-up
+SLOW = 0.1  # per second; lower rates are shown per minute
 DRAWN_PER_SECOND = 4  # at most, on a terminal
-COMPUTING_SHARE = 0.05  # of the time, at most, goes into a leaderboard that training waits for
+COMPUTING_SHARE = 0.05  # most of the time spent on a leaderboard, for which training waits
 
 
 Lines = Callable[[], Sequence[Mapping[str, Any]]]
@@ -26,30 +26,30 @@ Lines = Callable[[], Sequence[Mapping[str, Any]]]
 
 
 class Progress(Protocol):
-    """What is handed to long work."""
+    """The callback that long work gets."""
 
     def __call__(self, done: int, total: int) -> None:
-        """Say how much is done; what the first call says was done before, and has no rate."""
+        """Report how much is done; the amount of the first call does not count for the rate."""
         ...
 
     def tell(self, label: str) -> None:
-        """Say what is being done now, in a word or two."""
+        """Report what is being done now, in a word or two."""
         ...
 
 
 class Leaderboard(Progress, Protocol):
-    """What is handed to a sweep."""
+    """The callback that a sweep gets."""
 
     def board(self, lines: Lines) -> None:
-        """Say how the heads stand; `lines` is called when they are drawn, in any thread or never.
+        """Report the leaderboard; `lines` is called when it is drawn, in any thread or never.
 
-        What it returns is best first; `best`, `pooling` and `params` are None before there is one.
+        `lines` returns the best head first; `best`, `pooling` and `params` are None at the start.
         """
         ...
 
 
 def showing_progress(label: str, unit: str) -> AbstractContextManager[Progress]:
-    """Show how far long work is: a bar on a terminal, a plain line now and then elsewhere.
+    """Show the progress of long work: a bar on a terminal, else a plain line now and then.
 
     Nothing is shown before the first call.
 
@@ -58,12 +58,12 @@ def showing_progress(label: str, unit: str) -> AbstractContextManager[Progress]:
     label : str
         What is being done, such as "Embedding".
     unit : str
-        What is counted, in the plural, such as "images". Of "bytes" megabytes are shown.
+        What is counted, in the plural, such as "images". "bytes" are shown as megabytes.
 
     Returns
     -------
     context manager
-        It gives `progress`, to be called as `progress(done, total)`.
+        Its value is `progress`, to be called as `progress(done, total)`.
     """
     if is_quiet():
         return _Silent(label, unit)
@@ -71,11 +71,11 @@ def showing_progress(label: str, unit: str) -> AbstractContextManager[Progress]:
 
 
 def showing_leaderboard(label: str, unit: str, metric: str) -> AbstractContextManager[Leaderboard]:
-    """Show how far a sweep is as `showing_progress` does, and its leaderboard by `metric` so far.
+    """Show a sweep's progress, like `showing_progress`, and its leaderboard by `metric` so far.
 
-    On a terminal that is a table above the bar, gone at the end; elsewhere a plain line ends with
-    the best head. `progress.board(lines)` may be called after every fit: drawing takes at most
-    `COMPUTING_SHARE` of the time.
+    On a terminal the leaderboard is a table above the bar, removed at the end; elsewhere plain
+    lines end with the best head. `progress.board(lines)` may be called after every fit: drawing
+    takes at most `COMPUTING_SHARE` of the time.
     """
     if is_quiet():
         return _Silent(label, unit)
@@ -93,14 +93,14 @@ class _Measured:
     total: int
     at: float
     rate: float | None  # per second; unknown before anything was done
-    n_timed: int  # items that the rate rests on
+    n_timed: int  # items that the rate is based on
 
 
 class _Pace:
-    """How far work is, and its rate since the first call.
+    """The progress of work, and its rate since the first call.
 
-    What was done by then was done before: by a process that this one goes on for, or in the time
-    that the work took to begin.
+    Anything done by the first call does not count for the rate: an earlier process did it, or it
+    was done while the work started.
     """
 
     def __init__(self, label: str, unit: str) -> None:
@@ -127,9 +127,9 @@ class _Pace:
         self._first = first or self._latest
 
     def describe(self, shown_time: Callable[[float], str]) -> list[str]:
-        """Return such as "3/8 fits", "1.5/s" and "2 s left", as far as that is known.
+        """Return texts such as "3/8 fits", "1.5/s" and "2 s left", as far as these are known.
 
-        Between calls the time left runs down; when it has run out it was wrong, and is left out.
+        Between calls the time left counts down; once it reaches zero it is left out.
         """
         measured = self._latest
         if measured is None:
@@ -153,10 +153,10 @@ class _Silent(_Pace):
     """Shows nothing: the command was given -q."""
 
     def __call__(self, done: int, total: int) -> None:
-        """Pass over what is done."""
+        """Ignore the progress."""
 
     def board(self, lines: Lines) -> None:
-        """Pass over the leaderboard."""
+        """Ignore the leaderboard."""
 
 
 class _Bar(_Pace):
@@ -181,7 +181,7 @@ class _Bar(_Pace):
             self._live.stop()
 
     def draw(self, console: Any) -> Any:
-        """Return what is shown now; on a narrow terminal without bar, then without label."""
+        """Return the current drawing; a narrow terminal drops the bar first, then the label."""
         from rich.progress_bar import ProgressBar
         from rich.table import Table
         from rich.text import Text
@@ -211,7 +211,7 @@ class _Bar(_Pace):
             console=console,
             refresh_per_second=DRAWN_PER_SECOND,
             transient=self.transient,
-            redirect_stdout=sys.stdout.isatty(),  # elsewhere it is not the drawing's to move
+            redirect_stdout=sys.stdout.isatty(),  # a redirected stdout must not be touched
         )
         self._live.start()
 
@@ -245,7 +245,7 @@ class _Board(_Bar):
         if not lines:
             return bar
         title = f"Best {self._metric} so far, mean over folds"
-        room = max(1, console.height - 4)  # of a low terminal the bar is the last to go
+        room = max(1, console.height - 4)  # a low terminal drops the bar last
         table = _lay_out([_HEADINGS, *(_cells(line) for line in lines[:room])], console.width)
         return Group(Text(title, no_wrap=True, overflow="ellipsis", style="bold"), *table, bar)
 
@@ -265,7 +265,7 @@ _LONGEST_HEAD, _SHORTEST_PARAMETERS = 16, 12
 
 
 def _cells(line: Mapping[str, Any]) -> tuple[str, ...]:
-    """Write a line of the leaderboard, under `_HEADINGS`."""
+    """Return the cells of a leaderboard's line, under `_HEADINGS`."""
     params = (line["params"] or {}).items()
     cells = (
         line["head"],
@@ -278,7 +278,7 @@ def _cells(line: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _lay_out(rows: Sequence[tuple[str, ...]], width: int) -> list[Any]:
-    """Return rows as lines of at most `width` columns; the parameters give way, then pooling."""
+    """Return rows as lines of at most `width` columns; parameters are cut first, then pooling."""
     from rich.cells import cell_len
     from rich.text import Text
 
@@ -321,7 +321,7 @@ class _PlainLines(_Pace):
         say(f"{self.label}: {', '.join(parts)}")
 
     def more(self) -> list[str]:
-        """Return what else a line says."""
+        """Return further parts of a line."""
         return []
 
 

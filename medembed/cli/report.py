@@ -25,17 +25,17 @@ from medembed.cli.progress import showing_progress
 __all__ = ["hush_matplotlib", "is_public", "report_command", "write_command"]
 
 _SILENT = {"as_json"}
-"""Parameters that change what is printed and not what is made."""
+"""Parameters that change only what is printed, not what is written."""
 _NO_HOME = (
     "mkdir -p failed for path",
     "%s is not a writable directory",
     "Matplotlib created a temporary cache directory",
 )
-"""How matplotlib says that it keeps its font cache elsewhere, which changes nothing here."""
+"""matplotlib's warnings that its font cache is elsewhere, which does not matter here."""
 
 
 def hush_matplotlib() -> None:
-    """Keep what matplotlib says of a home directory that cannot be written off stderr."""
+    """Suppress matplotlib's warnings about a home directory that is not writable."""
     import logging
 
     logging.getLogger("matplotlib").addFilter(
@@ -66,7 +66,7 @@ def hush_matplotlib() -> None:
 )
 @margin_option
 @click.option(
-    "--names", is_flag=True, help="Show the paths of these images, which may identify a patient."
+    "--names", is_flag=True, help="Show the thumbnails' paths, which may identify a patient."
 )
 @click.option(
     "--checklist",
@@ -138,11 +138,11 @@ def _thumbnail_finder(manifest: Any, image_root: Path, names: bool) -> Any:
 
 
 def write_command(context: click.Context) -> str:
-    """Write the command of a context again, with every option that has a value.
+    """Return the command line of a context, with every option that has a value.
 
-    Relative paths stand as they were given. Of a path that says where on the machine it lies
-    (absolute, from home, or upwards) the last part stands; of several arguments, as much of their
-    ends as tells them apart. So the command works from the directory that holds what it names.
+    Relative paths are kept. A path that reveals its place on the machine (absolute, from home, or
+    upwards) is cut to its last part, and several arguments to ends long enough to tell them apart.
+    The command then works from the directory that holds these files.
     """
     words, given = context.command_path.split()[1:], context.params
     arguments, options = [], []
@@ -159,7 +159,7 @@ def write_command(context: click.Context) -> str:
 
 
 def is_public(path: Path) -> bool:
-    """Tell whether a path says nothing of the machine: relative, and neither from home nor up."""
+    """Return whether a path reveals nothing of the machine: relative, not from home or upwards."""
     return not (path.is_absolute() or ".." in path.parts or str(path).startswith(("~", ".")))
 
 
@@ -172,7 +172,7 @@ def _option(parameter: click.Parameter, value: Any) -> Iterator[str]:
 
 
 def _name_all(values: Sequence[Any]) -> list[str]:
-    """Return values as words; paths as they are where all are public, else the ends of all."""
+    """Return values as words; paths are kept if all are public, else cut to their ends."""
     paths = [value for value in values if isinstance(value, Path)]
     if len(paths) < len(values) or all(map(is_public, paths)):
         words = [str(value) for value in values]

@@ -1,4 +1,4 @@
-"""`medembed run`: from a folder, table, recipe or manifest to a page, by the other commands."""
+"""`medembed run`: from a folder, table, recipe or manifest to a page, using other commands."""
 
 import contextlib
 import json
@@ -71,8 +71,8 @@ def run_command(
     """Go from images to a page in one command.
 
     Each step is printed as the command it stands for: propose a recipe, build the manifest, check
-    the machine, embed, train, report. All that they write lies in the output directory, and the
-    same command goes on from what is there. To correct a proposed recipe, edit recipe.toml in that
+    the machine, embed, train, report. Everything is written to the output directory, and running
+    the command again continues from there. To correct a proposed recipe, edit recipe.toml in that
     directory and run the command again.
     """
     root = image_root or _folder_of(source)
@@ -109,7 +109,7 @@ def _make(
     key_file: Path | None,
     choices: list[str],
 ) -> dict[str, Path]:
-    """Propose a recipe and build a manifest, as far as `source` leaves that to do."""
+    """Propose a recipe and build a manifest, unless `source` is one already."""
     paths = {
         "manifest": output / "manifest.csv",
         "cache": output / "cache",
@@ -127,10 +127,10 @@ def _make(
         asked = output / "recipe.options.json"
         if (output / "recipe.toml").exists():
             if choices != _read_options(asked):
-                _refuse_choices(choices, f"{recipe} is there already; edit it, or delete it")
-            say(f"{recipe}: taken as it is")
+                _refuse_choices(choices, f"{recipe} already exists; edit it, or delete it")
+            say(f"{recipe}: used unchanged")
         else:
-            write_atomically(asked, json_bytes(choices))  # so that the same command goes on
+            write_atomically(asked, json_bytes(choices))  # so that the same command continues
             _step(context, "manifest", "init", source, *images, *choices, "--yes", "-o", recipe)
         paths = {"recipe": Path(recipe), **paths}
     else:
@@ -168,7 +168,7 @@ def _refuse_choices(choices: list[str], reason: str) -> None:
 
 
 def _words_of(context: click.Context, given: dict[str, Any]) -> Iterator[str]:
-    """Write the options that settle what a recipe says, as they were given."""
+    """Yield the words of the given options that settle choices of a recipe."""
     options = {p.name: p.opts[0] for p in context.command.params if p.name in CHOICES}
     for name in CHOICES:
         value = given[name]
@@ -186,7 +186,7 @@ def _folder_of(source: str) -> Path | None:
 
 
 def _is_manifest(path: Path) -> bool:
-    """Tell a manifest from another table by the columns that it always has."""
+    """Return whether a file is a manifest, judging by the required columns."""
     from medembed.core.files import open_plain
 
     if path.suffix in _PARQUET:

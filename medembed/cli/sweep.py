@@ -26,11 +26,11 @@ METRICS = (
     *("auroc", "average_precision", "accuracy", "macro_f1", "kappa", "sensitivity"),
     *("specificity", "brier", "ece"),
 )
-"""`evaluation.scores.SCORES`, which takes seconds to import."""
+"""The names of `evaluation.scores.SCORES`, whose import takes seconds."""
 
 
 class _Backend(click.Choice[str]):
-    """Also takes loky, the former name of local."""
+    """A choice that also accepts loky, the former name of local."""
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Return "local" or "ray"."""
@@ -65,7 +65,7 @@ class _Backend(click.Choice[str]):
     "--pool",
     callback=split_names,
     help="Inputs to try: a comma separates alternatives, + joins poolings side by side "
-    "(mean,max,mean+max). By default all poolings of one vector are joined.",
+    "(mean,max,mean+max). By default all poolings with one vector per image are joined.",
 )
 @click.option("--space", type=PATH, help="A search space (TOML) instead of the default one.")
 @click.option(
@@ -89,7 +89,7 @@ class _Backend(click.Choice[str]):
 )
 @click.option(
     "--train-fraction", type=Finite(0, 1, min_open=True), default=1.0, show_default=True,
-    help="Share of the training patients to learn from, for label-efficiency curves.",
+    help="Share of the training patients to train on, for label-efficiency curves.",
 )  # fmt: skip
 @operating_point_option("Operating point to store with every model:")
 @click.option("--jobs", type=click.IntRange(min=1), help="Processes; one per core by default.")

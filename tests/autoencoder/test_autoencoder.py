@@ -641,7 +641,7 @@ def test_what_is_there_is_never_written_over(
         out.mkdir()
     else:
         out.write_text("mine")
-    with pytest.raises(RunError, match=r"is there already.* Choose another --out"):
+    with pytest.raises(RunError, match=r"already exists.* Choose another --out"):
         train_autoencoder(manifest, home / "images", out, **QUICK)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

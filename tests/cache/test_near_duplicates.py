@@ -538,7 +538,7 @@ def test_images_are_compared_only_where_the_rows_are_sound(tmp_path: Path) -> No
     assert document["near_duplicates"] is None
     assert any("'valid'" in problem for problem in document["problems"])
     assert "not looked for: the rows themselves have problems." in result.stderr
-    assert "Mend the recipe" in result.stderr
+    assert "Correct the recipe" in result.stderr
 
 
 def test_problems_of_images_and_pairs_stand_in_one_list(tmp_path: Path) -> None:

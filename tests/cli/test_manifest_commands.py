@@ -135,7 +135,7 @@ def test_init_writes_a_recipe_without_a_question_where_there_is_no_terminal(film
     done = run("build", out, "--image-root", films, "-o", films.parent / "m.csv", "--json")
     assert json.loads(done.stdout)["patients"] == 20
     done = run("init", films, "-o", out)
-    assert (done.exit_code, "is there already" in done.output) == (1, True)
+    assert (done.exit_code, "already exists" in done.output) == (1, True)
     done = run("init", films, "-o", out, "--force", "--json", "--patient", "", "--name", "mine")
     document = json.loads(done.stdout)
     assert (document["name"], document["settled"]["patient"]) == ("mine", "each image")
@@ -154,9 +154,9 @@ def test_init_asks_on_a_terminal_and_takes_corrections(
                "-", "test-fraction", "2", "0.3", ""]  # fmt: skip
     done = run("init", table, "--image", "file", "-o", out, answers="\n".join([*answers, ""]))
     assert done.exit_code == 0, done.output
-    assert "Answer with a number of the list" in done.output
+    assert "Answer with a number or a name from the list" in done.output
     assert "That does not work: labels.csv has no column 'nowhere'" in done.output
-    assert "'flavour' is none of them" in done.output
+    assert "'flavour' is not one of these" in done.output
     recipe = tomllib.loads(out.read_text())
     assert recipe["label"] == {"column": "finding", "normal": ["KL0"], "abnormal": ["KL3"]}
     assert recipe["groups"] == {"rule": "image"}

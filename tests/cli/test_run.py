@@ -109,7 +109,7 @@ def test_the_same_command_with_its_options_goes_on(films: Path, tmp_path: Path) 
     [
         (["{out}/manifest.csv", "-o", "{new}"], "--image-root"),
         (["mura", "-o", "{new}"], "--image-root"),
-        (["{films}", "-o", "{out}", "--abnormal", "normal"], "recipe.toml is there already"),
+        (["{films}", "-o", "{out}", "--abnormal", "normal"], "recipe.toml already exists"),
         (["{out}/manifest.csv", "--image-root", "{films}", "-o", "{new}", "--label", "x"],
          "is a manifest"),
         (["{out}/recipe.toml", "--image-root", "{films}", "-o", "{new}", "--label", "x"],

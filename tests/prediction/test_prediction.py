@@ -259,7 +259,7 @@ def test_a_point_that_the_model_has_not_is_refused_before_anything_is_decoded(ho
     assert found.exit_code == 1
     assert "has no operating point sensitivity=0.7: it packages youden, sensit" in found.stderr
     said = run(words[0], home / "images" / "p00" / "view0.png", *words[2:], "threshold=0.001")
-    assert "Decisions at threshold=0.001: abnormal from 0.001 on." in said.stderr
+    assert "Decisions at threshold=0.001: abnormal at 0.001 or above." in said.stderr
     assert "abnormal" in said.stdout.splitlines()[-1]
 
 
@@ -443,7 +443,7 @@ def test_what_fails_has_a_row_with_the_reason_and_no_guess(home: Path, damaged: 
     options = ("--manifest", damaged / "m.csv", "--image-root", damaged, "--json")
     result = run(home / "models" / "logistic", *options)
     assert result.exit_code == 1
-    assert result.stderr.splitlines()[-1].startswith("Error: 3 of 6 images could not be answered")
+    assert result.stderr.splitlines()[-1].startswith("Error: 3 of 6 images could not be predicted")
     images, studies = parts(json.loads(result.stdout))
     reasons = {row["image"]: row["error"] for row in images if row["error"]}
     assert re.fullmatch("cannot be decoded: .*truncated.*", reasons["b1.png"])
@@ -523,7 +523,7 @@ def test_a_row_says_how_far_it_lies_and_what_its_set_is_promised_of(
         assert far == sum(row["far"] for row in shown)
     assert all(row["far"] and row["distance"] > 1 for row in rows["away"])
     assert f"of {sum(r['image'] is not None for r in rows['away'])} images lie far" in said["away"]
-    assert "Taken together they are not like the training images" in said["away"]
+    assert "Taken together, they are unlike the training images" in said["away"]
     assert np.mean([row["far"] for row in rows["near"]]) < 0.2
     assert "Taken together" not in said["near"]
     images, studies = parts(rows["near"])
@@ -538,7 +538,7 @@ def test_a_row_says_how_far_it_lies_and_what_its_set_is_promised_of(
     assert {(r["distance"], r["distance_p"], r["far"]) for r in json.loads(before.stdout)} == {
         (None, None, None)
     }
-    assert "Not told: how far these images lie" in before.stderr
+    assert "Not known: how far these images lie" in before.stderr
 
 
 def test_where_the_encoder_is_said_to_be(home: Path, tmp_path: Path) -> None:
@@ -609,7 +609,7 @@ def test_a_cache_answers_in_a_fresh_process_without_torch(home: Path, tmp_path: 
         process.stdout.close()
         said = process.stderr.read().splitlines()
         assert said.pop() == "False"
-        assert all(line.startswith(("Prediction sets", "Not told")) for line in said)
+        assert all(line.startswith(("Prediction sets", "Not known")) for line in said)
     assert process.returncode != 0
     rows = list(ask(home, cache=home / "cache").predict_manifest(home / "manifest.csv"))
     assert lines == rows[:30]
@@ -663,7 +663,7 @@ def test_lines_come_as_they_are_ready_and_ctrl_c_leaves_whole_ones(
     deadline.cancel()
     assert rest == ""
     assert process.returncode == 130
-    assert "Stopped after 3 images. Every line that was printed is whole" in said
+    assert "Stopped after 3 images. Every printed line is complete" in said
     assert [(row["study"], row["n_views"]) for row in found] == [
         *(("s0", None), ("s0", 1), ("s1", None), ("s1", None), ("s1", 2)),
     ]

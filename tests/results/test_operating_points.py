@@ -425,7 +425,7 @@ def test_compare_takes_points_and_a_prevalence(run_path, tmp_path):
     ]
     assert ["Decisions on test" in own.stdout for own in grouped] == [False, True]
     said = run_command(*words, "--format", "csv").stderr
-    assert "operating points are in --json, and in the files of --tables" in said
+    assert "operating points are in --json and in the files of --tables" in said
 
 
 SHOWING, PACKAGING = ("compare", "report", "evaluate"), ("sweep", "finetune")

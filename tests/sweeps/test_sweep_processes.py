@@ -187,7 +187,7 @@ def test_ctrl_c_is_one_clear_line_and_status_130(interrupted):
         line for line in interrupted["stderr"].splitlines() if not line.startswith("Training: ")
     ]
     assert lines == [
-        "Interrupted. Nothing is half-written; the same command goes on from what is done."
+        "Interrupted. Nothing is half-written; the same command continues from here."
     ]
 
 
