@@ -1,1 +1,1 @@
-"""Manifests, splits and images: what the radiographs are."""
+"""Manifests, recipes and splits: which radiographs a dataset has."""

@@ -1,8 +1,8 @@
-"""What a build found and left out, kept beside the manifest for the flow of a report.
+"""The build file: what a build found and left out, kept beside the manifest for reports.
 
-Of `mine.csv` it is `mine.build.json`: MANIFEST of `MANIFEST.build.json` is the name without its
-suffix. It holds counts, reasons and warnings, and neither names of images, patients and studies nor
-paths, so that it may go where results go. Equal builds give equal bytes.
+The build of `mine.csv` is `mine.build.json`: MANIFEST in `MANIFEST.build.json` is the name without
+its suffix. The file holds counts, reasons and warnings, but no paths and no names of images,
+patients or studies, so that it can be shared with results. Equal builds give equal bytes.
 """
 
 import hashlib
@@ -48,7 +48,7 @@ MAX_REASONS = 100
 OTHERS = "other reasons"
 _QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"")
 _COUNTED = re.compile(r"\d+ [a-z ]+ expected, \d+ found|: a part of the data set")
-"""What `[expected]` is told of: splits, regions and numbers alone."""
+"""Warnings about `[expected]`, which name only splits, regions and numbers."""
 
 
 class Excluded(Record):
@@ -74,7 +74,7 @@ class BuildCounts(Record):
 
 
 class KeptBuild(Record):
-    """What a run keeps of its manifest's build."""
+    """The part of its manifest's build that a run keeps."""
 
     counts: BuildCounts
     recipe: AnyTable
@@ -93,22 +93,22 @@ class BuildFile(KeptBuild):
 
 
 def build_path(manifest_path: str | Path) -> Path:
-    """Return where the build of a manifest is kept."""
+    """Return the path of a manifest's build file."""
     return Path(manifest_path).with_suffix(".build.json")
 
 
 def recipe_path(manifest_path: str | Path) -> Path:
-    """Return where the recipe of a manifest that was built without one is kept."""
+    """Return the path of the recipe proposed for a manifest that was built without one."""
     return Path(manifest_path).with_suffix(".recipe.toml")
 
 
 def check_destinations(manifest_path: str | Path) -> None:
-    """Check that manifest and build can be written, before the work that makes them.
+    """Check that manifest and build file can be written, before the work that makes them.
 
     Raises
     ------
     PathNotFoundError, ManifestError
-        As `manifest.check_destination`, or a directory has the build file's name.
+        `manifest.check_destination` refuses the path, or a directory has the build file's name.
     """
     check_destination(manifest_path)
     for path in (build_path(manifest_path), recipe_path(manifest_path)):
@@ -122,16 +122,16 @@ def check_destinations(manifest_path: str | Path) -> None:
 def write_build(
     report: BuildReport, recipe: Recipe, manifest_path: str | Path, recipe_text: str = ""
 ) -> None:
-    """Write a manifest, and beside it what its build found; each is complete or absent.
+    """Write a manifest, and beside it what its build found; each file is complete or absent.
 
-    A recipe that was proposed has no file yet: its text goes beside the two, so that the build can
-    be repeated. Where the manifest cannot be written, no file changes. Between the renames a crash
-    may come: then the digest says that the build is not this manifest's.
+    A proposed recipe has no file yet: its text is written beside the two, so that the build can be
+    repeated. If the manifest cannot be written, no file changes. After a crash between the renames,
+    the digest shows that the build file does not belong to the manifest.
 
     Raises
     ------
     PathNotFoundError, ManifestError
-        As `write_manifest`.
+        On the conditions of `write_manifest`.
     """
     text = recipe_text.encode()
     digest = hashlib.sha256(text).hexdigest() if text else _digest(recipe.path)
@@ -159,7 +159,7 @@ def _describe_build(
         (files below the root that the tables or the pattern lack), ``excluded`` (``reason`` and
         ``images``, most first), ``images``, ``studies``, ``patients``, ``abnormal``,
         ``abnormal_studies``, ``unlabelled`` of the manifest and by ``splits``. ``found`` is the sum
-        of ``not_listed``, those excluded and ``images``.
+        of ``not_listed``, the excluded images and ``images``.
     """
     rows = report.manifest.rows
     reasons = Counter(reason for _, reason in report.excluded)
@@ -188,14 +188,14 @@ def _describe_build(
 
 
 def read_build(manifest_path: object, manifest: Manifest) -> KeptBuild | None:
-    """Return what a run keeps of the build beside its manifest; None where there is none.
+    """Return the build of a manifest for a run to keep, or None if there is no build file.
 
     Parameters
     ----------
     manifest_path : path or other
-        The manifest's file. Of anything else, as a manifest in memory, there is no build.
+        The manifest's file. Anything else, such as a manifest in memory, has no build file.
     manifest : Manifest
-        As it was read: a build of another digest is not its build.
+        The manifest that was read; a build file with another digest is ignored.
     """
     if not isinstance(manifest_path, str | Path):
         return None
@@ -219,12 +219,12 @@ def _digest(path: Path) -> str | None:
 
 
 def _without_names(sentences: Sequence[str]) -> list[str]:
-    """Keep of each sentence what it counts: no name of an image or a patient, and no path."""
+    """Return sentences cut to what they count, without names of images or patients, or paths."""
     return [own if _COUNTED.search(own) else _cut(own) for own in sentences]
 
 
 def _cut(sentence: str) -> str:
-    """Keep what stands before a list of names, without what is quoted or looks like a path."""
+    """Return the part before a list of names, without quotations and what looks like a path."""
     first, colon, rest = _QUOTED.sub("…", sentence).partition(": ")
     if colon and " " not in first:  # a column's name
         first = f"{first}: {rest.partition(': ')[0]}"

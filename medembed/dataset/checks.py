@@ -1,9 +1,9 @@
-"""What breaks a manifest's rules, and what in it deserves a second look, found on whole columns.
+"""Checks of a manifest's rules, and warnings about what deserves a second look, by whole columns.
 
 `find_table_problems` and `find_content_problems` report errors; `find_warnings` reports words for
-missing values and spellings that look alike. Two spellings of one thing are two things to every
-program, and a word such as "nan" is a patient, a region or a category. No rule tells a slip from
-what is meant, so these are warnings. A million rows take seconds.
+missing values and spellings that look alike. To a program, two spellings of one name are two names,
+and a word such as "nan" is a patient, a region or a category. No rule can tell whether that is a
+slip or intended, so these are warnings. A million rows take seconds.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -43,7 +43,7 @@ CONTENTS = ("image", "sha256")  # which images there are, and what bytes they ho
 LABEL_LEVELS = ("study", "image")
 SPLITS = ("train", "test")
 
-N_SHOWN = 20  # problems of one kind that are listed; the rest is a number
+N_SHOWN = 20  # problems of one kind that are listed; the rest are only counted
 N_ROWS_SHOWN = 4  # rows that one problem names
 
 Kind = tuple[int, Iterable[str]]  # how many problems of one kind, and their lines
@@ -100,10 +100,9 @@ def _find(
 
 
 class _Columns:
-    """A table and, of each column, numbers that are equal where its values are.
+    """A table and, for each column, codes that are equal for equal values.
 
-    They are made once per column, and a column's copy is never made: 10 million rows of text are
-    2 GB.
+    Codes are made once per column, and columns are never copied: 10 million rows of text are 2 GB.
     """
 
     def __init__(self, table: pd.DataFrame) -> None:
@@ -124,15 +123,15 @@ Check = Callable[[_Columns, str], Iterator[Kind]]
 
 
 def is_ascending(column: "pd.Series[str]") -> bool:
-    """Tell whether each value of a column of strings is greater than the one before."""
+    """Return whether each value of a column of strings is greater than the one before."""
     before, after = column.iloc[:-1], column.iloc[1:]
     return bool((after.reset_index(drop=True) > before.reset_index(drop=True)).all())
 
 
 def cap(lines: Iterable[str], n_lines: int) -> list[str]:
-    """Take the first 20 of `n_lines` lines and say how many more there are.
+    """Return the first 20 of `n_lines` lines, and a line on how many more there are.
 
-    `lines` may be lazy: what is not shown is never made.
+    `lines` may be lazy: lines that are not shown are never made.
     """
     shown = list(islice(lines, N_SHOWN))
     return shown if n_lines <= N_SHOWN else [*shown, f"… and {n_lines - N_SHOWN} more of this kind"]
@@ -148,7 +147,7 @@ def _paths(table: _Columns, _: str) -> Iterator[Kind]:
 
 def _duplicates(table: _Columns, _: str) -> Iterator[Kind]:
     image = table["image"]
-    if is_ascending(image):  # as manifests are: no codes needed
+    if is_ascending(image):  # as in a manifest, where no codes are needed
         return
     codes = table.codes("image")
     twice = image[(np.bincount(codes) > 1)[codes]]
@@ -164,7 +163,7 @@ def _duplicates(table: _Columns, _: str) -> Iterator[Kind]:
 
 def _hashes(table: _Columns, _: str) -> Iterator[Kind]:
     sha256 = table["sha256"]
-    if (sha256 != "").any():  # else built from tables alone
+    if (sha256 != "").any():  # else built from tables only
         wrong = ~sha256.str.fullmatch(r"[0-9a-f]{64}")
         yield _cells(sha256[wrong], "is not 64 lower-case hex digits; build the manifest again")
 
@@ -205,7 +204,7 @@ def _patients(table: _Columns, _: str) -> Iterator[Kind]:
 
 
 def _persons(table: _Columns, _: str) -> Iterator[Kind]:
-    """Find spellings of one patient that stand in two splits."""
+    """Find patients with different spellings in two splits."""
     spellings = table["patient"].unique()
     persons = None if are_exact(table.table) else find_persons(spellings)
     if persons is None:
@@ -219,7 +218,7 @@ def _persons(table: _Columns, _: str) -> Iterator[Kind]:
 
 
 def _say_apart(rows: pd.DataFrame) -> str:
-    """Say where the spellings of one patient stand and how they differ."""
+    """Return a sentence on where the spellings of one patient occur and how they differ."""
     parts = [
         (str(patient), str(split), f"{patient!r} in {split} ({_name_first(part['image'])})")
         for (patient, split), part in rows.groupby(["patient", "split"], sort=True)
@@ -229,8 +228,8 @@ def _say_apart(rows: pd.DataFrame) -> str:
     more = f" and {len(parts) - N_ROWS_SHOWN} more" * (len(parts) > N_ROWS_SHOWN)
     return (
         f"spellings of what may be one patient are in more than one split: {', '.join(shown)}{more}"
-        f"; they differ in {explain_likeness(*spellings[:2])}. Spell them alike, or say "
-        f'{IDS} = "{EXACT}" in the recipe where they are different persons'
+        f"; they differ in {explain_likeness(*spellings[:2])}. Spell them alike, or set "
+        f'{IDS} = "{EXACT}" in the recipe if they are different persons'
     )
 
 
@@ -255,7 +254,7 @@ def _bytes(table: _Columns, _: str) -> Iterator[Kind]:
 def _conflicts(
     table: _Columns, key: str, value: str, template: str, where: np.ndarray | None = None
 ) -> Kind:
-    """Find each `key` that has several values of `value`; name the rows of each value."""
+    """Find each `key` with several values of `value`, and name the rows of each value."""
     keys, values = table.codes(key), table.codes(value)
     if where is None:
         where = np.ones(len(keys), bool)
@@ -268,7 +267,7 @@ def _conflicts(
 
 
 def _find_torn(keys: np.ndarray, values: np.ndarray, where: np.ndarray) -> np.ndarray:
-    """Tell of each key, a code below or at the number of rows, whether it has several values."""
+    """Return, for each key (a code up to the number of rows), whether it has several values."""
     first = np.zeros(len(keys) + 1, values.dtype)
     first[keys[where][::-1]] = values[where][::-1]
     is_torn = np.zeros(len(keys) + 1, bool)
@@ -284,19 +283,19 @@ def _cells(column: "pd.Series[str]", complaint: str) -> Kind:
 
 
 def _listed(rows: pd.DataFrame, column: str) -> str:
-    """Say each value with its first image and its rows: "test (b.png, row 7), train (…)"."""
+    """Return each value with its first image and rows: "test (b.png, row 7), train (…)"."""
     return ", ".join(
         f"{value} ({_name_first(part['image'])})" for value, part in rows.groupby(column, sort=True)
     )
 
 
 def _name_first(images: "pd.Series[str]") -> str:
-    """Name the first of some images, and their rows: "a.png, rows 2, 7"."""
+    """Return the first of some images, and their rows: "a.png, rows 2, 7"."""
     return f"{images.iloc[0]}, {_name_rows(images.index)}"
 
 
 def _name_rows(index: pd.Index) -> str:
-    """Name rows as in a spreadsheet, at most four, of positions from 0: "rows 2, 7"."""
+    """Return spreadsheet rows, at most four, for positions from 0: "rows 2, 7"."""
     shown = ", ".join(str(_number(position)) for position in index[:N_ROWS_SHOWN])
     hidden = len(index) - N_ROWS_SHOWN
     noun = "row" if len(index) == 1 else "rows"
@@ -307,14 +306,14 @@ def _number(position: object) -> int:
     return int(str(position)) + 2  # the header is row 1
 
 
-# In lower case: what pandas, R, Excel, SQL and people write where a value is missing.
+# In lower case: what pandas, R, Excel, SQL and people write for a missing value.
 MISSING_WORDS = frozenset(
     [
         *("nan", "na", "n/a", "n.a.", "#n/a", "<na>", "nat", "none", "null", "(null)", "nil"),
         *("-", "--", "---", ".", "?", "??", "???", "missing", "not available", "not specified"),
     ]
 )
-# What de-identification and defaults leave in place of a patient: letters and digits alone.
+# What de-identification and defaults leave in place of a patient: only letters and digits.
 PLACEHOLDERS = frozenset(
     [
         *("anonymous", "anonymised", "anonymized", "anonym", "anon", "anonymouspatient"),
@@ -338,7 +337,7 @@ def find_warnings(rows: pd.DataFrame) -> list[str]:
     Parameters
     ----------
     rows : pandas.DataFrame
-        Of a manifest, with a RangeIndex; all but `label` strings.
+        Rows of a manifest, with a RangeIndex; all columns but `label` hold strings.
     """
     covariates = [str(name) for name in rows if name not in (*REQUIRED, IDS)]
     found = _warn_of_words(rows, "patient", is_missing_patient)
@@ -347,7 +346,7 @@ def find_warnings(rows: pd.DataFrame) -> list[str]:
     for name in covariates:
         found += _warn_of_words(rows, name, _is_missing_value)
     if not are_exact(rows):
-        remedy = f'Spell them alike, or say {IDS} = "{EXACT}" in the recipe if they are two persons'
+        remedy = f'Spell them alike, or set {IDS} = "{EXACT}" in the recipe if they are two persons'
         found += _warn_of_spellings(rows, "patient", remedy=remedy)
     found += _warn_of_spellings(rows, "study", within=("patient", "region"))
     for name in ("region", *covariates):
@@ -356,27 +355,27 @@ def find_warnings(rows: pd.DataFrame) -> list[str]:
 
 
 def is_missing_word(text: str) -> bool:
-    """Tell whether a text is a word that usually means that a value is missing."""
+    """Return whether a text is a word that usually means that a value is missing."""
     return text.lower() in MISSING_WORDS
 
 
 def is_missing_patient(text: str) -> bool:
-    """Tell whether a text is such a word, or what stands where a patient's name was taken out."""
+    """Return whether a text is such a word, or a usual replacement of a removed patient's name."""
     return is_missing_word(text) or "".join(filter(str.isalnum, text.lower())) in PLACEHOLDERS
 
 
 def list_examples(examples: Sequence[str], n: int | None = None) -> str:
-    """Join the first three, and say how many more there are; `n` counts those not made too."""
+    """Return the first three and how many more there are; `n` counts all, if some are not made."""
     more = (len(examples) if n is None else n) - N_EXAMPLES
     return "; ".join(examples[:N_EXAMPLES]) + (f"; and {more} more" if more > 0 else "")
 
 
 def _is_missing_value(text: str) -> bool:
-    return is_missing_word(text) and text != "none"  # as of implants: none, plate, screw
+    return is_missing_word(text) and text != "none"  # may be a category: none, plate, screw
 
 
 def _warn_of_words(rows: pd.DataFrame, name: str, test: Callable[[str], bool]) -> list[str]:
-    """Name the values of a column that pass `test`, whole or in a part between slashes."""
+    """Return a warning of values that pass `test`, whole or in a part between slashes."""
     firsts = rows.drop_duplicates(name)
     split = name in ("patient", "study")  # several columns may have made them
     words = sorted(
@@ -391,7 +390,7 @@ def _warn_of_words(rows: pd.DataFrame, name: str, test: Callable[[str], bool]) -
     places = [_place(rows, name, word) for word in words[:N_EXAMPLES]]
     return [
         f"{name}: words that usually mean that there is none, in {n} {_plural(n, 'row')}: "
-        f"{list_examples(places, len(words))}. Leave such a field empty, or write what it is"
+        f"{list_examples(places, len(words))}. Leave such fields empty, or fill in the value"
     ]
 
 
@@ -405,12 +404,12 @@ def _warn_of_spellings(
     within: tuple[str, ...] = (),
     remedy: str = "Spell them alike",
 ) -> list[str]:
-    """Name values of a column that look alike; with `within`, only in rows that agree in these."""
+    """Return a warning of values that look alike; with `within`, in rows that agree in these."""
     values = pd.Index(rows[name].unique())
     if name not in REQUIRED:
         values = values[~_are_numbers(values)]
         if len(values) > MAX_CATEGORIES:
-            return []  # no category: nothing is learnt from it
+            return []  # numbers are not categories: spellings do not matter
     keys = pd.Series(key_texts(values), index=values)
     keys = keys[keys.duplicated(keep=False)]
     if keys.empty:
@@ -439,30 +438,30 @@ def _say_alike(rows: pd.DataFrame, name: str, spellings: list[str]) -> str:
 
 
 def _warn_of_share(rows: pd.DataFrame) -> list[str]:
-    """Name patients with an improbable share of the studies; see the constants above."""
+    """Return warnings of patients with an improbable share of studies; see the constants above."""
     n_studies = rows.drop_duplicates("study")["patient"].value_counts()
     total = int(n_studies.sum())
     large = n_studies[(n_studies >= MANY_STUDIES) & (n_studies > LARGE_SHARE * total)]
     found = []
     for name, n in large.items():
-        usual = n_studies.drop(name).median()  # NaN where there is no other
+        usual = n_studies.drop(name).median()  # NaN if there is no other
         if not n <= LARGE_MULTIPLE * usual:
             others = f"the others {usual:g} in the median" if usual > 0 else "there is no other"
             found.append(
-                f"patient {name!r} has {n} of the {total} studies, and {others}: is it one person, "
-                "or what many were given in place of a name? All of its images stay on one side of "
-                "every split"
+                f"patient {name!r} has {n} of the {total} studies, and {others}: is this one "
+                "person, or a placeholder for many? All of its images stay on one side of every "
+                "split"
             )
     return found
 
 
 def _place(rows: pd.DataFrame, name: str, value: str) -> str:
-    """Quote a value, with its first image and its rows."""
+    """Return a quoted value with its first image and rows."""
     return f"{value!r} ({_name_first(rows['image'][rows[name] == value])})"
 
 
 def _is_stand_in(value: str, image: str) -> bool:
-    """Tell whether a value is only its image's name, as where a data set names no studies."""
+    """Return whether a value is only its image's name, as in a data set without studies."""
     image = normalise(image)
     names = (image, image.rpartition("/")[2])
     return value in (*names, *(name.rpartition(".")[0] for name in names))

@@ -30,10 +30,10 @@ __all__ = [
 ]
 
 FEW = 12
-"""Distinct values that are shown one by one: more numbers want bands, more words their own page."""
+"""Distinct values that are shown one by one: more numbers need bands, more words their own page."""
 NOT_KNOWN, OUTSIDE, SEVERAL, OTHERS = "not known", "outside", "several", "all others"
 RESERVED = (SEVERAL, OUTSIDE, NOT_KNOWN, OTHERS)
-"""Names that groups get here; a category that is called so is shown in quotation marks."""
+"""Names of groups made here; a category with such a name is shown in quotation marks."""
 _EDGE = r"-?(?:\d+\.?\d*|\.\d+)"
 _BANDS = re.compile(rf"{_EDGE}(?:-{_EDGE})+", re.ASCII)
 _QUARTILES = (0.25, 0.5, 0.75)
@@ -41,15 +41,15 @@ _QUARTILES = (0.25, 0.5, 0.75)
 
 @dataclass(frozen=True)
 class Grouping:
-    """What splits the rows.
+    """The column that rows are grouped by, and the edges of its bands.
 
     Attributes
     ----------
     column : str
         A covariate of the manifest, or its region.
     edges : tuple of float, optional
-        Ascending, at least two: each band holds its lower edge, the last one its upper edge too.
-        The outermost may be infinite. None where every value is a group.
+        Ascending, at least two: each band includes its lower edge, the last one its upper edge too.
+        The outermost may be infinite. None if every value is a group.
     """
 
     column: str
@@ -67,19 +67,20 @@ class Grouping:
 
 
 def parse_grouping(text: str, columns: Sequence[str]) -> Grouping:
-    """Read ``COLUMN`` or ``COLUMN:BANDS``, such as ``age:0-5-10-18``.
+    """Return the grouping by ``COLUMN`` or ``COLUMN:BANDS``, such as ``age:0-5-10-18``.
 
     Parameters
     ----------
     text : str
-        What was asked for. A column whose own name ends in a colon and bands is that column.
+        The column and bands. If a column's name itself ends in a colon and bands, the whole text is
+        that column.
     columns : sequence of str
-        Those of the manifest.
+        The columns of the manifest.
 
     Raises
     ------
     ManifestError
-        There is no such column, it is no covariate, or the bands are not ascending numbers.
+        There is no such column, it is not a covariate, or the bands are not ascending numbers.
     """
     text = normalise(text)
     column, colon, bands = text.rpartition(":")
@@ -101,12 +102,12 @@ def parse_grouping(text: str, columns: Sequence[str]) -> Grouping:
 
 
 def group_rows(rows: pd.DataFrame, grouping: Grouping) -> tuple["pd.Series[str]", list[str]]:
-    """Name the group of each row.
+    """Return the group of each row.
 
     Parameters
     ----------
     rows : pandas.DataFrame
-        Rows of a manifest, those that are scored.
+        The manifest rows that are scored.
     grouping : Grouping
 
     Returns
@@ -119,8 +120,9 @@ def group_rows(rows: pd.DataFrame, grouping: Grouping) -> tuple["pd.Series[str]"
     Raises
     ------
     ManifestError
-        Bands of a column that holds words; without bands numbers of more than `FEW` values, more
-        than `MAX_CATEGORIES` categories, or a value of its own for every patient.
+        The column holds words, and bands were given; or no bands were given, and it has more than
+        `FEW` different numbers, more than `MAX_CATEGORIES` categories, or a value of its own for
+        every patient.
     """
     column = grouping.column
     texts = rows[column].astype(str).map(normalise)
@@ -137,26 +139,26 @@ def group_rows(rows: pd.DataFrame, grouping: Grouping) -> tuple["pd.Series[str]"
     reason = _find_identifying(rows, texts.map({"": "", **names}))
     if reason is not None and column != "region":
         raise ManifestError(
-            f"{column} {reason}, so it may say who somebody is, and nothing that does leaves the "
+            f"{column} {reason}, so it may identify patients, and nothing that does leaves the "
             "manifest. Give bands of numbers, or group its values in a column of their own."
         )
     return texts.map({"": NOT_KNOWN, **names}), order
 
 
 def find_groupings(rows: pd.DataFrame) -> tuple[list[Grouping], dict[str, str]]:
-    """Return how every covariate of a manifest's rows can be grouped without being asked.
+    """Return default groupings of the covariates in a manifest's rows.
 
     Parameters
     ----------
     rows : pandas.DataFrame
-        Rows of a manifest, those that are scored.
+        The manifest rows that are scored.
 
     Returns
     -------
     list of Grouping
-        Categories of at most `FEW` values; numbers of more in bands between their quartiles.
+        Categories of at most `FEW` values; more numbers in bands between their quartiles.
     dict of str to str
-        The other covariates, each with the reason why it is left out, as the end of a sentence.
+        The other covariates, each with the reason for leaving it out, as the end of a sentence.
     """
     found, left_out = [], {}
     for column in rows.columns:
@@ -169,7 +171,7 @@ def find_groupings(rows: pd.DataFrame) -> tuple[list[Grouping], dict[str, str]]:
         if len(order) < 2:
             left_out[column] = "has one value" if order else "has no known value"
         elif reason is not None:
-            left_out[column] = f"{reason}, so it may say who somebody is"
+            left_out[column] = f"{reason}, so it may identify patients"
         elif len(order) <= FEW:
             found.append(Grouping(column))
         elif not _are_finite(numbers):
@@ -186,13 +188,13 @@ def _require_covariate(name: str, columns: Sequence[str]) -> str:
         return name
     if name in NOT_COVARIATES:
         raise ManifestError(
-            f"{name} is no covariate: {', '.join(NOT_COVARIATES)} say which image a row is and "
+            f"{name} is not a covariate: {', '.join(NOT_COVARIATES)} say which image a row is and "
             f"what it is used for. Choose one of: {', '.join(covariates)}."
         )
     near = difflib.get_close_matches(name, covariates, n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
     if name == "views":
-        hint = " Numbers of views want no manifest: leave it out."
+        hint = " Numbers of views need no manifest: leave it out."
     raise ManifestError(
         f"{short(name)} is not a column of the manifest.{hint} Columns to group by: "
         f"{', '.join(covariates)}."
@@ -200,7 +202,7 @@ def _require_covariate(name: str, columns: Sequence[str]) -> str:
 
 
 def _split_edges(bands: str) -> tuple[float, ...]:
-    """Read edges with - between them; a - that follows one of those is a sign."""
+    """Return edges separated by -; a - after a separator is a sign."""
     found = re.findall(rf"(?:^|-)({_EDGE})", bands, re.ASCII)
     return tuple(float(edge) for edge in found)
 
@@ -213,8 +215,8 @@ def _cut(
     for text, number in numbers.items():
         if number is None or not isfinite(number):
             raise ManifestError(
-                f"{grouping.column} holds {short(text)}, which is no finite number, so it has no "
-                "bands. Leave out the bands, or leave the field empty where the value is unknown."
+                f"{grouping.column} holds {short(text)}, which is not a finite number, so it "
+                "has no bands. Leave out the bands, or leave unknown values empty."
             )
         place = int((edges <= number).sum()) - 1 - int(number == edges[-1])
         names[text] = bands[place] if 0 <= place < len(bands) else OUTSIDE
@@ -222,7 +224,7 @@ def _cut(
 
 
 def _name_categories(numbers: dict[str, float | None]) -> tuple[dict[str, str], list[str]]:
-    """Name the group of each known value, and order the groups; 1 and 1.0 are one number."""
+    """Return the group of each known value, and the groups in order; 1 and 1.0 are one number."""
     if _are_finite(numbers):
         names = {text: _write(number) for text, number in numbers.items() if number is not None}
         return names, sorted(set(names.values()), key=float)
@@ -235,7 +237,7 @@ def _are_finite(numbers: dict[str, float | None]) -> bool:
 
 
 def _find_identifying(rows: pd.DataFrame, names: "pd.Series[str]") -> str | None:
-    """Return why a column may name persons, as the end of a sentence, or None."""
+    """Return why a column may identify patients, as the end of a sentence, or None."""
     known = names != ""
     n_values, n_patients = names[known].nunique(), name_persons(rows[known]).nunique()
     if n_values > MAX_CATEGORIES and not _are_finite({own: to_number(own) for own in names[known]}):
@@ -250,7 +252,7 @@ def _known(texts: "pd.Series[str]", numbers: dict[str, float | None]) -> np.ndar
 
 
 def _find_quartiles(texts: "pd.Series[str]", numbers: dict[str, float | None]) -> tuple[float, ...]:
-    """Return the quartiles between which there are rows, each a value that occurs."""
+    """Return quartiles with rows between them; each is a value that occurs."""
     known = _known(texts, numbers)
     found = np.quantile(known, _QUARTILES, method="inverted_cdf")
     inner = sorted({float(edge) for edge in found if edge > known.min()})

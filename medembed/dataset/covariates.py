@@ -1,8 +1,8 @@
-"""Manifest columns as numbers, to stand beside an embedding.
+"""Manifest columns encoded as numbers, to be appended to an embedding.
 
-A column whose known values are all numbers gives its value, with the training median where it is
-unknown; a column of words gives one number, 0 or 1, for each word seen in training. Both end in an
-indicator of missing values. All that is learnt comes from the rows given to `fit_covariates`.
+A column whose known values are all numbers is encoded as its value, or the training median if that
+is unknown; a column of words as one number, 0 or 1, for each word seen in training. Both end with
+an indicator of missing values. Everything is learnt from the rows given to `fit_covariates`.
 """
 
 import difflib
@@ -37,7 +37,7 @@ MISSING = ""
 
 @dataclass(frozen=True)
 class NumericColumn:
-    """A covariate of numbers; `fill`, the training median, stands where a value is unknown."""
+    """A covariate of numbers; `fill`, the training median, replaces unknown values."""
 
     name: str
     fill: float
@@ -91,7 +91,7 @@ class CategoricalColumn:
                 "covariate."
             )
         words = (*self.categories, MISSING)
-        # Categories of a model of before may be in another Unicode form than those of a manifest.
+        # Categories of an older model may be in another Unicode form than those of a manifest.
         place = {normalise(word): i for i, word in enumerate(words)}
         place |= {word: i for i, word in enumerate(words)}
         block = np.zeros((len(texts), len(words)))
@@ -107,17 +107,17 @@ class CategoricalColumn:
 
 @dataclass(frozen=True)
 class CovariateEncoder:
-    """How manifest columns become numbers, as learnt by `fit_covariates`."""
+    """The encoding of manifest columns as numbers, learnt by `fit_covariates`."""
 
     columns: tuple[NumericColumn | CategoricalColumn, ...]
 
     @property
     def names(self) -> list[str]:
-        """Names of the columns that come out, such as "age", "age is missing", "sex=F"."""
+        """The names of the encoded columns, such as "age", "age is missing", "sex=F"."""
         return [name for column in self.columns for name in column.names]
 
     def transform(self, rows: pd.DataFrame) -> np.ndarray:
-        """Encode the covariates of a manifest's rows, labelled or not.
+        """Return the encoded covariates of a manifest's rows, labelled or not.
 
         Returns
         -------
@@ -127,8 +127,8 @@ class CovariateEncoder:
         Raises
         ------
         TrainingDataError
-            A column is not there, holds text where training held numbers or numbers where it held
-            text, or a number that is not finite.
+            A column is missing, holds text although it held numbers in training or the reverse, or
+            holds a number that is not finite.
         """
         blocks = [np.zeros((len(rows), 0))]
         for column in self.columns:
@@ -147,20 +147,20 @@ class CovariateEncoder:
 
 
 def fit_covariates(rows: pd.DataFrame, names: Sequence[str]) -> CovariateEncoder:
-    """Learn medians and categories of covariates.
+    """Return an encoder with the medians and categories of covariates.
 
     Parameters
     ----------
     rows : pandas.DataFrame
-        The labelled training rows of a manifest, and no others. None, NaN and text of blanks only
-        mean unknown; blanks around a value are dropped.
+        Only the labelled training rows of a manifest. None, NaN and blank text mean unknown; blanks
+        around a value are dropped.
     names : sequence of str
         The columns to encode, in this order.
 
     Raises
     ------
     TrainingDataError
-        A name is not that of a covariate or is given twice; a column has no known value, mixes
+        A name is not a covariate or is given twice; a column has no known value, mixes
         numbers and text, holds a number that is not finite, or has more than `MAX_CATEGORIES`
         categories.
     """
@@ -209,7 +209,7 @@ def _check_names(names: Sequence[str], there: list[str]) -> None:
             hint = f"did you mean {near[0]}? " if near else ""
             raise TrainingDataError(
                 f"covariate {name!r} is not a column of the manifest; {hint}"
-                f"Covariates there are: {', '.join(covariates) or 'none'}. Name one of these in "
+                f"Its covariates are: {', '.join(covariates) or 'none'}. Name one of these in "
                 "--covariates, or add the column."
             )
         if name in names[:i]:
@@ -241,7 +241,7 @@ def _numbers(name: str, texts: Iterable[str]) -> dict[str, float]:
 
 
 def to_number(text: str) -> float | None:
-    """Read a field as a number, which may not be finite; None where it is a word."""
+    """Return a field as a number, which may not be finite, or None if it is a word."""
     try:
         # Python reads 1_2 as twelve; in a table it is a name.
         return None if "_" in text else float(text)

@@ -1,8 +1,8 @@
 """Read the tables that come with a data set, whatever program wrote them.
 
-How a file is written is found out from its bytes: CSV with any of four delimiters, in UTF-8, UTF-16
-or Windows-1252, Excel, Parquet; and numbers with decimal commas. What is found out beyond a comma
-and UTF-8 is said in `notes`, and a recipe's `[format]` has the last word. Every value is text.
+How a file is written is detected from its bytes: CSV with any of four delimiters, in UTF-8, UTF-16
+or Windows-1252, Excel, Parquet; and numbers with decimal commas. `notes` says what was detected
+beyond a comma and UTF-8, and a recipe's `[format]` overrides it. Every value is text.
 """
 
 import csv
@@ -36,8 +36,8 @@ EXCEL = (".xlsx", ".xlsm")
 TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".tab", *EXCEL, ".parquet")
 """Of files that may be tables."""
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
-SNIFFED = 1 << 20  # characters that a delimiter is sought in
-MAX_UNPACKED = 1 << 30  # bytes of a workbook's parts: what a spreadsheet holds at most has less
+SNIFFED = 1 << 20  # characters that the delimiter is detected from
+MAX_UNPACKED = 1 << 30  # bytes of a workbook's parts: the largest spreadsheet has fewer
 MAX_CELLS = 50_000_000
 _MARKS = (  # UTF-32's mark begins as UTF-16's does
     (b"\xff\xfe\x00\x00", "utf-32"),
@@ -55,17 +55,17 @@ _THOUSANDS = r"[+-]?\d{1,3}(?:,\d{3})+"
 
 @dataclass(frozen=True)
 class TableFormat:
-    """How a table's file is written; what is "" is found out.
+    """How a table's file is written; fields that are "" are detected.
 
     Parameters
     ----------
     encoding : str
-        As Python names it.
+        Python's name of the encoding.
     delimiter : str
         One character.
     decimal : {"", ".", ","}
     sheet : str
-        Of a workbook.
+        The sheet of a workbook.
     """
 
     encoding: str = ""
@@ -79,16 +79,16 @@ PLAIN = TableFormat()
 
 @dataclass(frozen=True)
 class ForeignTable:
-    """A table as text, with one spelling of each.
+    """A table as normalised text.
 
     Attributes
     ----------
     rows : pandas.DataFrame
-        Strings only, on a RangeIndex; what holds nothing but blanks is "".
+        Strings only, on a RangeIndex; a blank field is "".
     format : TableFormat
-        How the file is written, as far as its kind has that.
+        How the file is written, as far as this applies to its kind.
     notes : list of str
-        What was found out, a sentence each; none for commas and UTF-8.
+        What was detected, a sentence each; none for commas and UTF-8.
     """
 
     rows: pd.DataFrame
@@ -110,23 +110,23 @@ def read_foreign_table(
     Parameters
     ----------
     path : pathlib.Path
-        What it is its first bytes say: Excel, Parquet, or else text with delimiters.
+        The file; its first bytes decide whether it is Excel, Parquet, or text with delimiters.
     error : type
-        What to raise.
+        The error to raise.
     columns : sequence of str
         Names of the columns of a table without a header; otherwise the first row names them.
     as_written : sequence of str
         Columns that name files: they keep the table's own spelling.
     numbers : sequence of str
-        Columns whose decimal commas become points, where all their values are such numbers.
+        Columns whose decimal commas become points, if all their values are such numbers.
     known : TableFormat
-        What need not be found out.
+        What is known of the format and need not be detected.
 
     Raises
     ------
     MedembedError
-        As `error`: the file cannot be read, names two columns alike (in whatever blanks), has more
-        than 10,000 of them, or has short or long rows.
+        An instance of `error`: the file cannot be read, two columns have one name (apart from
+        blanks), there are more than 10,000 columns, or rows are too short or long.
     """
     kind = _find_kind(path, error)
     if kind == "parquet":
@@ -147,7 +147,7 @@ def read_foreign_table(
 
 
 def _find_kind(path: Path, error: type[MedembedError]) -> str:
-    """Return what a file is by its first bytes: a CSV may be called .xlsx, and the reverse."""
+    """Return a file's kind by its first bytes: a CSV may be called .xlsx, and the reverse."""
     try:
         with open_plain(path) as file:
             start = file.read(4)
@@ -155,7 +155,7 @@ def _find_kind(path: Path, error: type[MedembedError]) -> str:
         raise error(f"{path} cannot be read: {cause.strerror or cause}.") from cause
     if start == b"\xd0\xcf\x11\xe0" or (start == _ZIP and path.suffix.lower() in _UNREAD):
         raise error(
-            f"{path} is a workbook of a kind that is not read. Save it as .xlsx, or as CSV."
+            f"{path} is a workbook of a kind that is not supported. Save it as .xlsx, or as CSV."
         )
     return {_ZIP: "workbook", b"PAR1": "parquet"}.get(start, "text")
 
@@ -163,7 +163,7 @@ def _find_kind(path: Path, error: type[MedembedError]) -> str:
 def _make_table(
     lines: list[list[str]], columns: Sequence[str], path: Path, error: type[MedembedError]
 ) -> pd.DataFrame:
-    """Make a table of fields, without the empty rows and columns that spreadsheets leave behind."""
+    """Return a table of fields, without the empty rows and columns that spreadsheets leave."""
     while lines and not any(map(str.strip, lines[-1])):
         lines.pop()
     if not lines and not columns:
@@ -176,7 +176,7 @@ def _make_table(
     if header.count("") > 1:
         raise error(
             f"{path}: {header.count('')} of {n_fields} columns have no name. The first row must "
-            "hold the columns' names: delete what stands above them."
+            "hold the columns' names: delete the rows above them."
         )
     check_names(header, path, error)
     torn = [i for i, row in enumerate(lines) if len(row) != len(header)]
@@ -184,8 +184,8 @@ def _make_table(
         first = torn[0] + (1 if columns else 2)
         raise error(
             f"{path} has {len(torn)} rows with more or fewer fields than the {len(header)} "
-            f"columns; the first is row {first}, with {len(lines[torn[0]])}. Fetch or build the "
-            "file again, or name what divides its fields with `delimiter` in [format]."
+            f"columns; the first is row {first}, with {len(lines[torn[0]])}. Download or build "
+            "the file again, or name the delimiter of its fields with `delimiter` in [format]."
         )
     return pd.DataFrame(lines, columns=pd.Index(header), dtype=str)
 
@@ -227,7 +227,7 @@ def _split_fields(text: str, delimiter: str, quote: str) -> Iterator[list[str]]:
 
 
 def _find_quote(text: str) -> str:
-    """Return what encloses fields: apostrophes where each name of the header stands in a pair."""
+    """Return the quote of fields: the apostrophe if it encloses each name of the header."""
     header = text.partition("\n")[0].strip()
     names = re.split("[" + re.escape("".join(DELIMITERS)) + "]", header)
     is_quoted = all(len(name) > 1 and name[0] == name[-1] == "'" for name in names)
@@ -235,11 +235,11 @@ def _find_quote(text: str) -> str:
 
 
 def _find_encoding(data: bytes) -> str:
-    """Return how bytes become text.
+    """Return the encoding of a table.
 
-    Detectors of 8-bit encodings were tried and took French for Baltic and German for Central
-    European in tables as short as these are: what is not Unicode is taken for Windows-1252, which
-    is what Excel writes in western Europe, and said.
+    Detectors of 8-bit encodings were tried: in tables as short as these they took French for Baltic
+    and German for Central European. So text that is not Unicode is read as Windows-1252, which
+    Excel writes in western Europe, and a note says so.
     """
     for mark, name in _MARKS:
         if data.startswith(mark):
@@ -282,7 +282,7 @@ def _describe_text(path: Path, text: str, found: TableFormat, known: TableFormat
         word = re.search(r"\w*[^\W\x00-\x7f]\w*|[^\x00-\x7f]", text)
         shown = f", as in {word[0]!r}" if word else ""
         example = (
-            f". It is not UTF-8, so it was taken for Windows-1252 (cp1252{shown}): if that is "
+            f". It is not UTF-8, so it was read as Windows-1252 (cp1252{shown}): if that is "
             "wrong, name the right one with `encoding` in [format] of the recipe, or --encoding"
         )
     return [f"{path.name} was read with {' in '.join(said)}{example}"]
@@ -343,7 +343,7 @@ def _check_unpacked(opened: Any, path: Path, error: type[MedembedError]) -> None
 
 
 def _take_cells(sheet: Any, path: Path, error: type[MedembedError]) -> list[list[str]]:
-    """Return a sheet's cells as text, from its first row that holds anything."""
+    """Return a sheet's cells as text, from the first row that is not empty."""
     lines: list[list[str]] = []
     n_cells = 0
     for cells in sheet.iter_rows(values_only=True):
@@ -351,7 +351,7 @@ def _take_cells(sheet: Any, path: Path, error: type[MedembedError]) -> list[list
         if n_cells > MAX_CELLS:
             raise error(
                 f"{path}: sheet {sheet.title!r} spans more than {MAX_CELLS:,} cells, most of them "
-                "empty ones perhaps. Copy the table into a new sheet, or save it as CSV."
+                "perhaps empty. Copy the table into a new sheet, or save it as CSV."
             )
         line = list(map(_as_text, cells))
         while line and not line[-1]:
@@ -363,7 +363,7 @@ def _take_cells(sheet: Any, path: Path, error: type[MedembedError]) -> list[list
 
 
 def _as_text(value: object) -> str:
-    """Write a cell as its sheet shows it by default; whole numbers without a point."""
+    """Return a cell's text in the sheet's default form; whole numbers have no point."""
     match value:
         case None:
             return ""
@@ -381,7 +381,7 @@ def _as_text(value: object) -> str:
 def _read_decimal_commas(
     table: pd.DataFrame, numbers: Sequence[str], decimal: str, delimiter: str
 ) -> tuple[pd.DataFrame, list[str]]:
-    """Bring numbers with decimal commas to points, in columns that hold nothing else."""
+    """Replace decimal commas by points, in columns that hold only such numbers."""
     found = {}
     for name in numbers:
         column = table.get(name, pd.Series(dtype=str))
@@ -389,7 +389,7 @@ def _read_decimal_commas(
         if decimal == "." or not values.str.contains(",", regex=False).any():
             continue
         is_number = values.str.fullmatch(_WITH_COMMA)
-        # Between commas "1,234" is more likely a thousand: nothing is changed unless it is said.
+        # Between commas "1,234" is more likely a thousand: [format] must ask for a change.
         is_thousand = decimal != "," and delimiter == "," and values.str.fullmatch(_THOUSANDS).all()
         if is_number.all() and not is_thousand:
             found[name] = column.str.replace(",", ".", regex=False)

@@ -1,9 +1,9 @@
-"""Who is one person, however the identifier is spelt.
+"""Patients as persons, however their identifiers are spelt.
 
-A table that went through Excel has 7 for 007, another 7.0, a third a name in capitals. What differs
-in nothing else is taken for one person wherever rows are divided or counted by patient: splits,
-folds, fractions, resampling. A data set whose identifiers really differ so says `ids = "exact"` in
-its recipe; its manifest has a column `ids` that holds "exact" in every row.
+A table that went through Excel has 7 for 007, another 7.0, a third a name in capitals. Identifiers
+that differ only in this way count as one person wherever rows are divided or counted by patient:
+splits, folds, fractions, resampling. If the identifiers of a data set really differ in this way,
+its recipe says `ids = "exact"`, and its manifest has a column `ids` with "exact" in every row.
 """
 
 import re
@@ -30,29 +30,28 @@ IDS = "ids"  # the column, and the recipe's key
 EXACT = "exact"
 
 ASCII_BLANKS = r"[\x00-\x20\x7f]+"
-# Between slashes stand the parts of an identifier that several columns make.
+# Slashes separate the parts of an identifier that is made of several columns.
 WHOLE_NUMBER = r"(^|/)([0-9]+)\.0{1,2}(/|$)"
 LEADING_ZEROS = r"(^|[^0-9.,])0+([0-9])"  # not those of 0.05
 
 
 def are_exact(rows: pd.DataFrame) -> bool:
-    """Tell whether a manifest's rows record that identifiers which look alike really differ."""
+    """Return whether a manifest's rows say that identifiers that look alike really differ."""
     return IDS in rows and len(rows) > 0 and bool((rows[IDS] == EXACT).all())
 
 
 def name_persons(rows: pd.DataFrame) -> "pd.Series[str]":
-    """Name the person of each row: what folds, groups and clusters of patients are made of.
+    """Return the person of each row, the unit of folds, groups and clusters of patients.
 
     Parameters
     ----------
     rows : pandas.DataFrame
-        Column `patient`, and `ids` where the manifest has it.
+        Column `patient`, and `ids` if the manifest has it.
 
     Returns
     -------
     pandas.Series of str
-        On the index of `rows`: the patient, or of several spellings of one the first in
-        alphabetical order.
+        On the index of `rows`: the patient; of several spellings, the first in alphabetical order.
     """
     patients = rows["patient"].astype(str)
     if are_exact(rows):
@@ -63,30 +62,30 @@ def name_persons(rows: pd.DataFrame) -> "pd.Series[str]":
         return patients
     order = np.argsort(np.asarray(spellings, dtype=object), kind="stable")
     first = np.empty(persons.max() + 1, np.int64)
-    first[persons[order[::-1]]] = order[::-1]  # the last that is written is the first in order
+    first[persons[order[::-1]]] = order[::-1]  # the last assignment wins: the first in order
     names = np.asarray(spellings, dtype=object)[first[persons]]
     return pd.Series(names[codes], index=patients.index, name="patient", dtype=str)
 
 
 def find_persons(spellings: Texts) -> np.ndarray | None:
-    """Return the number of the person that each of distinct identifiers means, (n,) int64.
+    """Return the number of the person behind each of the distinct identifiers, (n,) int64.
 
-    They count from 0 by first appearance. None where no two of the identifiers look alike.
+    Numbers count from 0 by first appearance. None if no two of the identifiers look alike.
     """
     persons, keys = pd.factorize(key_texts(spellings))
     return None if len(keys) == len(persons) else persons.astype(np.int64)
 
 
 def key_texts(texts: Texts) -> np.ndarray:
-    """Return what is left of texts where nothing counts that people and programs change.
+    """Return texts without the differences that people and programs introduce.
 
-    Those are upper and lower case, blanks and invisible characters anywhere, zeros before a number,
-    ".0" behind one, and forms that Unicode calls compatible (NFKC), such as full-width digits.
+    These are upper and lower case, blanks and invisible characters anywhere, zeros before a number,
+    ".0" after a number, and forms that Unicode calls compatible (NFKC), such as full-width digits.
 
     Returns
     -------
     numpy.ndarray of object, (n,)
-        Equal where two texts look alike.
+        Equal for texts that look alike.
     """
     try:
         return _key_quickly(texts)
@@ -95,7 +94,7 @@ def key_texts(texts: Texts) -> np.ndarray:
 
 
 def explain_likeness(a: str, b: str) -> str:
-    """Say in what two texts of one key differ: "case and leading zeros"."""
+    """Return in what two texts of one key differ: "case and leading zeros"."""
     names = dict.fromkeys(name for name, _ in _RULES)
     needed = [name for name in names if _apply_but(name, a) != _apply_but(name, b)]
     *others, last = needed or ["Unicode form"]  # a ligature: folding case undoes it too
@@ -108,7 +107,7 @@ def _key_quickly(texts: Texts) -> np.ndarray:
     import pyarrow.compute as pc
 
     column = pa.array(texts, pa.large_string())
-    if isinstance(column, pa.ChunkedArray):  # as pandas keeps what it has joined, and nothing
+    if isinstance(column, pa.ChunkedArray):  # pandas' form of joined and of empty columns
         column = column.combine_chunks()
     is_ascii = pc.string_is_ascii(column).to_numpy(zero_copy_only=False)
     if not is_ascii.all():
@@ -132,7 +131,7 @@ def _fold(text: str) -> str:
 
 
 def _without_blanks(text: str) -> str:
-    """Drop blanks, controls (Cc), and characters that take no room, as soft hyphens do (Cf)."""
+    """Return a text without blanks, controls (Cc) and invisible characters (Cf, soft hyphens)."""
     kept = (c for c in text if not c.isspace() and unicodedata.category(c) not in ("Cc", "Cf"))
     return "".join(kept)
 
@@ -141,7 +140,7 @@ def _without_decimals(text: str) -> str:
     return re.sub(WHOLE_NUMBER, r"\1\2\3", re.sub(WHOLE_NUMBER, r"\1\2\3", text))
 
 
-# Text by text what `_key_quickly` does for a column, a step at a time.
+# The steps of `_key_quickly`, applied to one text at a time.
 _RULES: tuple[tuple[str, Callable[[str], str]], ...] = (
     ("Unicode form", lambda text: unicodedata.normalize("NFKC", text)),
     ("case", str.casefold),

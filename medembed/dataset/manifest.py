@@ -1,9 +1,9 @@
 """The manifest: one row per image, the lock file of a dataset.
 
 A CSV (or Parquet) file with the columns of `REQUIRED`, then covariates, then `label_level`, sorted
-by `image`. The same rows always give the same bytes. What a manifest may not hold is in `checks`.
-All text but `image` and `sha256` is spelt as `text.normalise` does. Where a recipe says so there is
-a column `ids`, the last before `label_level`; see `identities`.
+by `image`. Equal rows always give equal bytes. `checks` holds the rules of a manifest. All text but
+`image` and `sha256` is normalised by `text.normalise`. If a recipe says so, there is a column
+`ids`, the last before `label_level`; see `identities`.
 """
 
 import hashlib
@@ -64,7 +64,7 @@ class Manifest(Summarised):
     rows : pandas.DataFrame
         The columns of `REQUIRED`, then covariates; one row per image, sorted by `image`, with a
         RangeIndex. Every column holds strings except `label`: Int8, 0 normal, 1 abnormal, `<NA>`
-        unknown. `sha256` is empty throughout where the manifest was built from tables alone.
+        unknown. `sha256` is empty throughout if the manifest was built from tables only.
     label_level : str
         "study": all views of a study share its label. "image": views may differ, and a study is
         abnormal if any view is.
@@ -79,7 +79,7 @@ class Manifest(Summarised):
 
     @property
     def has_hashes(self) -> bool:
-        """Whether the rows name the bytes of their images (not so when built from tables alone)."""
+        """Whether the rows have hashes of their images (not if built from tables only)."""
         return bool((self.rows["sha256"] != "").any())
 
     def write(self, path: str | Path) -> None:
@@ -100,7 +100,7 @@ class Manifest(Summarised):
                 "labels": f"by {self.label_level}; abnormal {abnormal}; "
                 f"unlabelled {counted(n['unlabelled'], 'image')}",
                 "covariates": ", ".join(covariates) or "none",
-                "sha256": "known" if self.has_hashes else "not known: from tables alone",
+                "sha256": "known" if self.has_hashes else "not known: built from tables only",
             },
         )
 
@@ -110,14 +110,13 @@ def require_hashes(manifest: Manifest) -> None:
     n_empty = int((manifest.rows["sha256"] == "").sum())
     if n_empty:
         raise ManifestError(
-            f"{n_empty} manifest rows have no sha256 but the structure only, so their images "
-            "cannot be told from others, nor embeddings joined to them. Build the manifest again "
-            "without --structure-only."
+            f"{n_empty} manifest rows have no sha256, so their images cannot be told apart and no "
+            "embeddings can be joined to them. Build the manifest again without --structure-only."
         )
 
 
 def make_manifest(table: pd.DataFrame, label_level: str, *, source: str = "the table") -> Manifest:
-    """Check a table of strings and bring it into a manifest's form.
+    """Return a manifest of a table of strings, after checking its rules.
 
     Parameters
     ----------
@@ -127,12 +126,13 @@ def make_manifest(table: pd.DataFrame, label_level: str, *, source: str = "the t
     label_level : str
         "study" or "image".
     source : str
-        What the message of an error calls the table.
+        The name of the table in messages.
 
     Raises
     ------
     ManifestError
-        With all problems of the table; rows are numbered as in a spreadsheet, the header being 1.
+        The table breaks the rules; the message lists all problems, with spreadsheet rows (the
+        header is row 1).
     """
     table = normalise_columns(table, CONTENTS)
     _refuse(find_table_problems(table, label_level), source)
@@ -140,14 +140,14 @@ def make_manifest(table: pd.DataFrame, label_level: str, *, source: str = "the t
 
 
 def read_manifest(path: Manifest | str | os.PathLike[str]) -> Manifest:
-    """Read a manifest from a `.csv` or `.parquet` file and check it; one that is read stays.
+    """Return the checked manifest of a `.csv` or `.parquet` file; a `Manifest` is returned as is.
 
     Raises
     ------
     PathNotFoundError
         There is no such file.
     ManifestError
-        The file cannot be read, or breaks a manifest's rules; lists all problems with their rows.
+        The file cannot be read or breaks a manifest's rules; the message lists all problems.
     """
     if isinstance(path, Manifest):
         return path
@@ -159,9 +159,9 @@ def read_manifest(path: Manifest | str | os.PathLike[str]) -> Manifest:
 
 
 def read_contents(path: str | Path) -> pd.DataFrame:
-    """Read only which images a manifest names and what bytes they hold, and check that.
+    """Return only the images of a manifest and their hashes, after checking these.
 
-    Of 10 million rows in Parquet this takes 2 GB of memory, and the whole manifest 6.
+    For 10 million rows in Parquet this takes 2 GB of memory; the whole manifest takes 6 GB.
 
     Returns
     -------
@@ -173,7 +173,7 @@ def read_contents(path: str | Path) -> pd.DataFrame:
     PathNotFoundError
         There is no such file.
     ManifestError
-        The file cannot be read, has not these columns, or they break a manifest's rules.
+        The file cannot be read, lacks these columns, or they break a manifest's rules.
     """
     table = _read_table(Path(path), CONTENTS)
     _refuse(find_content_problems(table), str(path))
@@ -181,9 +181,9 @@ def read_contents(path: str | Path) -> pd.DataFrame:
 
 
 def write_manifest(manifest: Manifest, path: str | Path) -> None:
-    """Write a manifest, as Parquet where the suffix is `.parquet`, else as CSV.
+    """Write a manifest, as Parquet if the suffix is `.parquet`, else as CSV.
 
-    The file is complete or absent, and the same rows give the same bytes.
+    The file is complete or absent, and equal rows give equal bytes.
 
     Raises
     ------
@@ -200,7 +200,7 @@ def write_manifest(manifest: Manifest, path: str | Path) -> None:
 
 
 def check_destination(path: str | Path) -> Path:
-    """Return where a manifest can be written, before the work that makes one.
+    """Return the path of a manifest that can be written, before the work that makes one.
 
     Raises
     ------
@@ -221,7 +221,7 @@ def check_destination(path: str | Path) -> Path:
 
 
 def find_problems(manifest: Manifest) -> list[str]:
-    """Return every rule that the manifest breaks, one line each, at most 20 of a kind."""
+    """Return a line for every rule that the manifest breaks, at most 20 of a kind."""
     return find_table_problems(_as_text(manifest.rows), manifest.label_level)
 
 
@@ -230,13 +230,13 @@ def check_images(
     image_root: str | Path,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
-    """Compare the files below `image_root` with the manifest.
+    """Return the differences between the files below `image_root` and the manifest.
 
     Returns
     -------
     list of str
-        One line for each file that is missing, cannot be read, lies outside the root, or whose
-        bytes are not the manifest's. Without hashes in the manifest only presence is checked.
+        One line for each file that is missing, cannot be read, lies outside the root, or has
+        another hash than the manifest. Without hashes in the manifest only presence is checked.
 
     Raises
     ------
@@ -266,7 +266,7 @@ def check_images(
 
 
 def count(manifest: Manifest) -> dict[str, int]:
-    """Count what the manifest holds.
+    """Return counts of what the manifest holds.
 
     Returns
     -------
@@ -278,7 +278,7 @@ def count(manifest: Manifest) -> dict[str, int]:
 
 
 def count_rows(rows: pd.DataFrame) -> dict[str, int]:
-    """Count a manifest's rows, or some of them; see `count`."""
+    """Return counts of all or some rows of a manifest; see `count`."""
     abnormal = rows["label"].eq(1).fillna(False).astype(bool)
     return {
         "images": len(rows),
@@ -313,8 +313,8 @@ def image_path(image_root: Path, image: str) -> Path:
     resolved = _resolve(root / image)
     if not image or not resolved.is_relative_to(root) or resolved == root:
         raise ManifestError(
-            f"image {image!r} leads out of the image root {root}. Give as --image-root a directory "
-            "that holds all images without links to the outside."
+            f"image {image!r} leads out of the image root {root}. Choose as --image-root a "
+            "directory that holds all images without links to the outside."
         )
     return resolved
 
@@ -368,7 +368,7 @@ def _parquet_bytes(manifest: Manifest) -> bytes:
 
 
 def _read_table(path: Path, columns: tuple[str, ...] = ()) -> pd.DataFrame:
-    """Read all columns of a manifest, or those of `columns` that a Parquet file has."""
+    """Return all columns of a manifest, or those of `columns` that a Parquet file has."""
     if not path.exists():
         raise PathNotFoundError(
             f"no manifest at {path}. Build one with `medembed manifest build`, or correct the path."
@@ -379,7 +379,7 @@ def _read_table(path: Path, columns: tuple[str, ...] = ()) -> pd.DataFrame:
 
 
 def _label_level(table: pd.DataFrame) -> tuple[str, list[str]]:
-    """Return the one value of column `label_level`, and what is wrong with the column."""
+    """Return the single value of column `label_level`, and problems of the column."""
     if "label_level" not in table:
         return "image", ["missing column: label_level (study or image in every row)"]
     levels = sorted(table["label_level"].unique())

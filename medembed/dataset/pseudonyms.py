@@ -1,8 +1,8 @@
 """Names for patients and studies that only the holder of a key can compute.
 
-A plain hash of a hospital's number is no protection: there are few numbers, and trying them all
-takes seconds. HMAC-SHA-256 (RFC 2104) with a secret key of 32 random bytes is one, as long as the
-key stays with those who may know the patients. It is never part of a manifest.
+A plain hash of a hospital's number protects nobody: there are few numbers, and trying them all
+takes seconds. HMAC-SHA-256 (RFC 2104) with a secret key of 32 random bytes does protect, as long as
+the key stays with those who may know the patients. The key is never part of a manifest.
 """
 
 import hashlib
@@ -19,11 +19,11 @@ __all__ = ["Pseudonyms", "read_key"]
 KEY_BYTES = 32
 LEAST_KEY_BYTES = 16
 MOST_KEY_BYTES = 4096
-DIGITS = 20  # hex: among 10 million names a clash has a chance of 1 in 24 billion
+DIGITS = 20  # hex: the chance of a collision among 10 million names is 1 in 24 billion
 
 
 class Pseudonyms:
-    """Replace identifiers, or keep them where there is no key.
+    """Replace identifiers, or keep them if there is no key.
 
     Parameters
     ----------
@@ -40,7 +40,7 @@ class Pseudonyms:
         return self._key is not None
 
     def name(self, kind: str, identifier: str) -> str:
-        """Give the name of an identifier, 20 hex digits; the same text of another kind differs."""
+        """Return the name of an identifier, 20 hex digits that also depend on its kind."""
         if self._key is None:
             return identifier
         message = f"{kind}\0{identifier}".encode()
@@ -48,7 +48,9 @@ class Pseudonyms:
 
 
 def read_key(path: Path | None) -> bytes:
-    """Read a key, or make one: into the file that is not there yet, or nowhere without a path.
+    """Return the key in a file. A missing file is created with a new key.
+
+    Without a path, the key is new and kept nowhere.
 
     Raises
     ------
@@ -63,17 +65,17 @@ def read_key(path: Path | None) -> bytes:
             with os.fdopen(handle, "w", encoding="ascii") as file:
                 file.write(secrets.token_hex(KEY_BYTES) + "\n")
                 file.flush()
-                os.fsync(handle)  # names made with a key that is lost never meet again
+                os.fsync(handle)  # names made with a lost key can never be made again
             sync_directory(path.parent)
         with open_plain(path) as opened:
             key = opened.read(MOST_KEY_BYTES + 1).strip()
     except OSError as error:
         raise RecipeError(f"key file {path} cannot be used: {error.strerror}.") from error
     if len(key) > MOST_KEY_BYTES:
-        raise RecipeError(f"key file {path} holds more than {MOST_KEY_BYTES} bytes: no key does.")
+        raise RecipeError(f"key file {path} has more than {MOST_KEY_BYTES} bytes: no key has.")
     if len(key) < LEAST_KEY_BYTES:
         raise RecipeError(
             f"key file {path} holds {len(key)} bytes; a key has at least {LEAST_KEY_BYTES}. Name a "
-            "file that is not there, and a key is made in it."
+            "file that does not exist, and a key is written to it."
         )
     return key

@@ -1,4 +1,4 @@
-"""All that can be said against a manifest: what breaks its rules, and what should be looked at."""
+"""The review of a manifest: what breaks its rules, and what should be looked at."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,14 +13,14 @@ __all__ = ["Review", "review_manifest"]
 
 @dataclass(frozen=True)
 class Review:
-    """What was found.
+    """The problems and warnings that were found.
 
     Attributes
     ----------
     problems : list of str
-        Everything wrong with the rows; or, where these are sound, with their images.
+        Everything wrong with the rows; or, if the rows are sound, with their images.
     warnings : list of str
-        As `checks.find_warnings` returns them; none where the rows break the rules.
+        Warnings of `checks.find_warnings`; none if the rows break the rules.
     """
 
     problems: list[str]
@@ -33,7 +33,7 @@ def review_manifest(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> Review:
-    """Check a manifest's file and, given a root, its images.
+    """Return the review of a manifest's file and, given a root, of its images.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""What a manifest has in each split, region and class, and what it lacks for what comes later."""
+"""Counts of a manifest by split, region and class, and what later steps would lack."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ WIDTH = 80
 
 @dataclass(frozen=True)
 class SplitCount:
-    """Count one split, region and label.
+    """The counts of one split, region and label.
 
     Parameters
     ----------
@@ -43,9 +43,9 @@ NOTHING = SplitCount("", "", None)
 
 
 def count_splits(rows: pd.DataFrame) -> list[SplitCount]:
-    """Count a manifest's rows by split, region and label.
+    """Return counts of a manifest's rows by split, region and label.
 
-    Where any row is labelled, both classes of each split and region are listed, with zeros too.
+    If any row is labelled, both classes of each split and region are listed, including zeros.
 
     Parameters
     ----------
@@ -69,7 +69,7 @@ def count_splits(rows: pd.DataFrame) -> list[SplitCount]:
 
 
 def find_gaps(rows: pd.DataFrame, *, is_labelled: bool) -> list[str]:
-    """Say which split is without patients or without a class, and what cannot be done so.
+    """Return a sentence for each split without patients or a class, and what that prevents.
 
     Parameters
     ----------
@@ -85,8 +85,8 @@ def find_gaps(rows: pd.DataFrame, *, is_labelled: bool) -> list[str]:
         if part.empty:
             others = count_of(rows["patient"].nunique(), "patient")
             gaps.append(
-                f"{split} has no patients, so {lost[split]}; the data set has {others}, and one "
-                "patient lies in one split"
+                f"{split} has no patients, so {lost[split]}; the data set has {others}, and each "
+                "patient is in a single split"
             )
             continue
         labels = part["label"].dropna()
@@ -96,16 +96,16 @@ def find_gaps(rows: pd.DataFrame, *, is_labelled: bool) -> list[str]:
             lacking = CLASSES[1 - int(labels.iloc[0])]
             gaps.append(
                 f"{split} has no {lacking} images among {len(labels)} labelled ones, so "
-                f"{lost[split]}: that takes both classes"
+                f"{lost[split]}: that requires both classes"
             )
     return gaps
 
 
 def find_small_parts(rows: pd.DataFrame, *, is_labelled: bool) -> list[str]:
-    """Say where test is too small for intervals and comparisons; see `find_gaps`."""
+    """Return a sentence if test is too small for intervals and comparisons; see `find_gaps`."""
     test = rows[(rows["split"] == "test") & rows["label"].notna()]
     if not is_labelled or test["label"].nunique() < len(CLASSES):
-        return []  # a gap, which is said already
+        return []  # a gap, which `find_gaps` reports
     n_patients = test["patient"].nunique()
     of_class = [test["patient"][test["label"] == label].nunique() for label in CLASSES]
     if n_patients >= ENOUGH_PATIENTS and min(of_class) >= ENOUGH_OF_CLASS:
@@ -118,9 +118,9 @@ def find_small_parts(rows: pd.DataFrame, *, is_labelled: bool) -> list[str]:
 
 
 def describe_splits(rows: pd.DataFrame, width: int = WIDTH) -> list[str]:
-    """Write the counts of each split and region side by side, in lines of at most `width`.
+    """Return lines of at most `width` columns with the counts of each split and region.
 
-    Regions beyond the 12 largest are a number; `count_splits` has all.
+    Regions beyond the 12 largest are only counted; `count_splits` has all.
     """
     is_labelled = rows["label"].notna().any()
     classes: tuple[int | None, ...] = tuple(CLASSES) if is_labelled else (None,)
@@ -145,7 +145,7 @@ def describe_splits(rows: pd.DataFrame, width: int = WIDTH) -> list[str]:
 
 
 def _count(rows: pd.DataFrame, by: Sequence[str]) -> dict[tuple[str, str, int | None], SplitCount]:
-    """Count rows by `by`, which is split, region and label."""
+    """Return counts of rows by the columns `by`: split, region and label, or some of them."""
     groups = rows.groupby(list(by), sort=False, dropna=False, observed=True)
     table = groups.agg(images=("image", "size"), studies=("study", "nunique"),
                        patients=("patient", "nunique"))  # fmt: skip
@@ -157,7 +157,7 @@ def _count(rows: pd.DataFrame, by: Sequence[str]) -> dict[tuple[str, str, int | 
 
 
 def _align(lines: Sequence[tuple[tuple[str, str], list[str]]], width: int) -> list[str]:
-    """Put cells under each other: numbers to the right, and regions cut to what room is left."""
+    """Return aligned lines: numbers to the right, regions cut to the room that is left."""
     widths = [max(map(len, column)) for column in zip(*(cells for _, cells in lines), strict=True)]
     room = max(width - sum(widths) - len(widths) - len(COUNTED) - len(SPLITS[0]), 8)
     longest = min(room, max(len(names[1]) for names, _ in lines))
@@ -172,7 +172,7 @@ def _align(lines: Sequence[tuple[tuple[str, str], list[str]]], width: int) -> li
 
 
 def _head(line: str, start: int) -> str:
-    """Name the classes above the first of their columns."""
+    """Return a line with the names of the classes above the first of their columns."""
     second = line.index("images", start + 1)
     return f"{'':<{start}}{CLASSES[0]:<{second - start}}{CLASSES[1]}"
 

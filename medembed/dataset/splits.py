@@ -1,13 +1,13 @@
 """Divide patients between training and test and between folds, and draw a fraction of them.
 
 All rows of a patient stay together, however the patient is spelt (see `identities`). Studies are
-balanced by label and region. The result follows from the rows and the seed alone, never from the
-order of the rows: patients are taken with the most studies first, in the order of a keyed hash
-among equals, and each goes where it brings the parts nearest to their targets. scikit-learn's
-StratifiedGroupKFold does the same for equal folds, but its answer depends on the order of the rows
-and it warns of every rare stratum.
+balanced by label and region. The result depends only on the rows and the seed, never on the order
+of the rows: patients are assigned by descending number of studies, in the order of a keyed hash
+among equals, each to the part that brings all parts nearest to their targets. scikit-learn's
+StratifiedGroupKFold draws such folds of equal size, but its result depends on the order of the
+rows, and it warns of every rare stratum.
 
-Where a dataset has no patient ids, `name_runs` and `join_same_bytes` make stand-ins for them.
+If a dataset has no patient ids, `name_runs` and `join_same_bytes` make stand-ins for them.
 """
 
 import hashlib
@@ -36,13 +36,13 @@ __all__ = [
 
 
 def name_runs(names: "pd.Series[str]", states: pd.DataFrame, *, max_gap: int) -> "pd.Series[str]":
-    """Group images whose numbers follow each other: they often show one person.
+    """Return groups of images with consecutive numbers, which often show one person.
 
     Parameters
     ----------
     names : pandas.Series of str, (n,)
         File names or stems. An image's number is the last run of digits in its stem, and images are
-        neighbours only where the text before it is the same.
+        neighbours only if the text before the number is equal.
     states : pandas.DataFrame, (n, k)
         A change of any column between neighbours ends a run.
     max_gap : int
@@ -51,8 +51,8 @@ def name_runs(names: "pd.Series[str]", states: pd.DataFrame, *, max_gap: int) ->
     Returns
     -------
     pandas.Series of str, (n,)
-        The stem of the run's first image, on the index of `names`. An image without a number is a
-        group of its own.
+        The stem of the run's first image, on the index of `names`. An image without a number forms
+        a group of its own.
     """
     stems = names.str.replace(r"\.[^./]*$", "", regex=True)
     parts = stems.str.extract(r"^(?P<prefix>.*?)(?P<number>\d+)(?P<rest>\D*)$")
@@ -60,14 +60,14 @@ def name_runs(names: "pd.Series[str]", states: pd.DataFrame, *, max_gap: int) ->
     keys["number"] = pd.to_numeric(keys["number"]).astype("float64")
     state = states.astype(str).agg("\x00".join, axis=1) if len(states.columns) else ""
     ordered = keys.assign(state=state).sort_values(["prefix", "number", "rest", "stem"])
-    near = ordered["number"].diff().le(max_gap)  # false where there is no number
+    near = ordered["number"].diff().le(max_gap)  # false without a number
     same = ordered[["prefix", "state"]].eq(ordered[["prefix", "state"]].shift()).all(axis=1)
     first = ordered["stem"].where(~(near & same)).ffill()
     return first.reindex(names.index)
 
 
 def join_same_bytes(groups: "pd.Series[str]", sha256: "pd.Series[str]") -> "pd.Series[str]":
-    """Join the groups of images whose files have the same bytes.
+    """Return groups, joined if they share images with equal bytes.
 
     Returns
     -------
@@ -102,7 +102,7 @@ def split_patients(rows: pd.DataFrame, *, fraction: float, seed: int = 0) -> np.
     rows : pandas.DataFrame
         Columns `patient`, `study`, `region`, `label` (0, 1, or missing for unknown).
     fraction : float
-        Share of studies that `test` shall hold, between 0 and 1, both excluded.
+        Share of studies in `test`, between 0 and 1, both excluded.
     seed : int
 
     Returns
@@ -141,8 +141,8 @@ def draw_folds(rows: pd.DataFrame, *, n_folds: int, seed: int = 0) -> np.ndarray
     Raises
     ------
     TrainingDataError
-        Fewer patients than folds, one class only, a class with fewer patients than folds, or a fold
-        that would hold one class.
+        There are fewer patients than folds, only one class, or a class with fewer patients than
+        folds, or a fold would hold one class.
     """
     if n_folds < 2:
         raise TrainingDataError(
@@ -158,17 +158,17 @@ def draw_folds(rows: pd.DataFrame, *, n_folds: int, seed: int = 0) -> np.ndarray
 def draw_fraction(
     rows: pd.DataFrame, folds: np.ndarray, *, fraction: float, seed: int = 0
 ) -> np.ndarray:
-    """Draw a fraction of the patients of each fold; smaller fractions lie within larger ones.
+    """Draw a fraction of the patients of each fold; smaller fractions are subsets of larger ones.
 
-    Patients are drawn apart for those with normal studies, with abnormal ones, and with both, at
-    least one of each that a fold has. So a fold keeps the classes that it has.
+    Patients with normal studies, with abnormal ones, and with both are drawn separately, at least
+    one of each kind that a fold has, so that a fold keeps its classes.
 
     Parameters
     ----------
     rows : pandas.DataFrame
-        As for `draw_folds`.
+        The rows that `draw_folds` got.
     folds : numpy.ndarray of int, (n_rows,)
-        The fold of each row, as `draw_folds` gives it.
+        The fold of each row, from `draw_folds`.
     fraction : float
         Share of the patients to keep, above 0; 1 keeps all.
     seed : int
@@ -181,7 +181,7 @@ def draw_fraction(
     Raises
     ------
     TrainingDataError
-        `fraction` is not above 0 and at most 1, or a patient lies in two folds.
+        `fraction` is not above 0 and at most 1, or a patient is in two folds.
     """
     if not 0 < fraction <= 1:
         raise TrainingDataError(
@@ -192,7 +192,7 @@ def draw_fraction(
     n_torn = int((fold["min"] != fold["max"]).sum())
     if n_torn:
         raise TrainingDataError(
-            f"{n_torn} patients lie in two folds. Draw the folds of these rows again."
+            f"{n_torn} patients are in two folds. Draw the folds of these rows again."
         )
     fold_of = fold["min"].to_dict()
     strata: dict[tuple[int, frozenset[int]], list[str]] = {}
@@ -208,15 +208,15 @@ def draw_fraction(
 
 
 def draw_inner(rows: pd.DataFrame, folds: np.ndarray, *, seed: int = 0) -> np.ndarray:
-    """Draw one of `n_folds` parts of the patients of all other folds, for each fold.
+    """Draw, for each fold, one of `n_folds` parts of the patients of all other folds.
 
-    Whatever this part decides (when to stop, what to retire, what to choose) has not seen the fold
-    that is scored. Stratified as the folds are.
+    Decisions based on this part (when to stop, what to retire, what to choose) do not use the fold
+    that is scored. The parts are stratified like the folds.
 
     Parameters
     ----------
     rows : pandas.DataFrame
-        As for `draw_folds`.
+        The rows that `draw_folds` got.
     folds : numpy.ndarray of int, (n_rows,)
         The fold of each row, from 0.
     seed : int
@@ -224,7 +224,7 @@ def draw_inner(rows: pd.DataFrame, folds: np.ndarray, *, seed: int = 0) -> np.nd
     Returns
     -------
     numpy.ndarray of bool, (n_folds, n_rows)
-        Whether a row decides for a fold; False of the fold's own.
+        Whether a row is in a fold's part; False for the fold's own rows.
 
     Raises
     ------
@@ -244,7 +244,7 @@ def draw_inner(rows: pd.DataFrame, folds: np.ndarray, *, seed: int = 0) -> np.nd
             if len(set().union(*own)) < 2:
                 raise TrainingDataError(
                     f"without fold {fold}, too few patients of one class are left to train on and "
-                    "to stop by: both want one of each. Add patients, or ask for more --folds."
+                    "to stop by: both need one of each. Add patients, or ask for more --folds."
                 )
         flags[:] = names.map(part).to_numpy() == 1
     return inner
@@ -253,28 +253,28 @@ def draw_inner(rows: pd.DataFrame, folds: np.ndarray, *, seed: int = 0) -> np.nd
 def fold_train_rows(
     rows: pd.DataFrame, *, n_folds: int, fraction: float = 1.0, seed: int = 0
 ) -> "pd.Series[Any]":
-    """Draw folds over the labelled train rows of a manifest.
+    """Draw folds over all labelled train rows of a manifest.
 
-    All of them, whether their images can be read or not, so that folds depend on the manifest and
-    the seed alone.
+    Rows whose images cannot be read are included, so that folds depend only on the manifest and the
+    seed.
 
     Parameters
     ----------
     rows : pandas.DataFrame
         All rows of the manifest.
     fraction : float
-        Of the patients, see `draw_fraction`; the rows of the others are left out.
+        Share of the patients, see `draw_fraction`; the rows of other patients are left out.
 
     Returns
     -------
     Series
-        Name of the image to its fold.
+        The fold of each image, by the image's name.
 
     Raises
     ------
     TrainingDataError
-        There are no train rows, none with a label, only one class, no labelled test rows to score
-        on; or as `draw_folds` and `draw_fraction`.
+        There are no train rows, none with a label, only one class, or no labelled test rows to
+        score on; or `draw_folds` or `draw_fraction` raises an error.
     """
     train = rows[rows["split"] == "train"]
     if train.empty:
@@ -297,12 +297,12 @@ def fold_train_rows(
 
 
 def require_both_classes(y: NDArray[Any], where: str) -> None:
-    """Refuse labels, 0 and 1 of shape (n,), of one class or none; `where` names the rows.
+    """Refuse labels, 0 and 1 of shape (n,), of fewer than two classes; `where` names the rows.
 
     Raises
     ------
     TrainingDataError
-        Names the class that is lacking.
+        A class is missing; the message names it.
     """
     present = np.unique(y)
     if len(present) < 2:
@@ -331,7 +331,7 @@ class _Patient:
 
 
 def _patients(rows: pd.DataFrame) -> list[_Patient]:
-    """Collect the studies of each patient; a study counts once, with its highest label."""
+    """Return the studies of each patient; a study counts once, with its highest label."""
     studies = pd.DataFrame(
         {
             "patient": name_persons(rows),
@@ -355,9 +355,9 @@ def _divide(patients: list[_Patient], shares: np.ndarray, seed: int | str) -> di
     """Assign each patient to one of `len(shares)` parts whose sizes follow `shares`.
 
     A patient with c studies of a stratum goes to the part p that adds least to the sum over strata
-    of (n - t)² / t, n the studies that p has of the stratum and t those it shall have: c² + 2cn
-    over t, as the rest is the same for all parts. Label and all studies are strata too, with larger
-    t: they decide where the finer ones are even.
+    of (n - t)² / t, where n is the number of the stratum's studies in p and t its target: (c² +
+    2cn) / t, as the rest is equal for all parts. Label and all studies are strata too, with larger
+    t: they decide if the finer ones are even.
     """
     columns = {key: i for i, key in enumerate(sorted({k for p in patients for k in _keys(p)}))}
     totals = np.zeros(len(columns))
@@ -366,7 +366,7 @@ def _divide(patients: list[_Patient], shares: np.ndarray, seed: int | str) -> di
             totals[columns[key]] += n_studies
     target = shares[:, None] * totals
     held = np.zeros_like(target)
-    lacks = [{0, 1} for _ in shares]  # classes that a part has none of yet
+    lacks = [{0, 1} for _ in shares]  # classes that a part still lacks
     part: dict[str, int] = {}
     for patient in sorted(patients, key=lambda p: (-p.n_studies, _draw(seed, p.name))):
         keys = _keys(patient)
@@ -383,7 +383,7 @@ def _divide(patients: list[_Patient], shares: np.ndarray, seed: int | str) -> di
 
 
 def _keys(patient: _Patient) -> Counter[tuple[str, ...]]:
-    """Count a patient's studies by stratum, by label, and in all."""
+    """Return a patient's studies counted by stratum, by label, and in all."""
     keys: Counter[tuple[str, ...]] = Counter()
     for (label, region), n_studies in patient.strata.items():
         keys[("label and region", str(label), region)] += n_studies
@@ -393,7 +393,7 @@ def _keys(patient: _Patient) -> Counter[tuple[str, ...]]:
 
 
 def _draw(seed: int | str, name: str) -> bytes:
-    """Give each patient its place among equals, whatever other patients there are."""
+    """Return a patient's sort key among equals, which does not depend on the other patients."""
     return hashlib.sha256(f"{seed}|{name}".encode()).digest()
 
 

@@ -1,4 +1,4 @@
-"""Read and write tables as text, nothing guessed."""
+"""Read and write tables as text, without guessing."""
 
 import csv
 import io
@@ -24,19 +24,19 @@ __all__ = [
     "read_text_table",
 ]
 
-PARQUET_ROWS = 65536  # that are read at once
+PARQUET_ROWS = 65536  # rows that are read at once
 MAX_COLUMNS = 10_000  # a file with more is no table of images, and checks of names would take hours
 PANDAS_INDEX = re.compile(r"__index_level_\d+__")  # what pandas calls an index without a name
-EXACT_FLOAT = 2.0**53  # beyond, a float is no exact whole number
+EXACT_FLOAT = 2.0**53  # floats beyond this are not exact whole numbers
 # What `normalise` may change: text that begins or ends in a blank, or is not all ASCII.
 NOT_PLAIN = r"^[\x00-\x20]|[\x00-\x20]$|[^\x00-\x7f]"
 
 
 def csv_bytes(table: pd.DataFrame) -> bytes:
-    """Encode a table of strings as CSV in UTF-8 with a header and lines that end in a line feed.
+    """Return a table of strings as CSV in UTF-8 with a header and lines that end in a line feed.
 
-    Fields are quoted only where they hold a comma, a quote or an end of line (RFC 4180). Python's
-    own writer leaves a carriage return unquoted in some versions; the bytes must not depend on it.
+    Fields are quoted only if they hold a comma, a quote or a line break (RFC 4180). Some versions
+    of Python's csv writer leave a carriage return unquoted; the bytes must not depend on that.
     """
     columns = [_quoted(table[name]) for name in table.columns]
     header = _quoted(pd.Series(table.columns, dtype=str))
@@ -53,13 +53,13 @@ def _quoted(column: "pd.Series[str]") -> list[str]:
 
 
 def read_text_table(path: Path, error: type[MedembedError]) -> pd.DataFrame:
-    """Read a comma-separated file in UTF-8, with or without a byte-order mark, as strings.
+    """Return a comma-separated file in UTF-8, with or without a byte-order mark, as strings.
 
     Parameters
     ----------
     path : pathlib.Path
     error : type
-        What to raise.
+        The error to raise.
 
     Returns
     -------
@@ -69,8 +69,8 @@ def read_text_table(path: Path, error: type[MedembedError]) -> pd.DataFrame:
     Raises
     ------
     MedembedError
-        As `error`: the file cannot be read, names two columns alike, has more than 10,000 of
-        them, or has short or long rows.
+        An instance of `error`: the file cannot be read, two columns have one name, there are more
+        than 10,000 columns, or rows are too short or long.
     """
     try:
         with open_plain(path) as opened:
@@ -89,7 +89,7 @@ def read_text_table(path: Path, error: type[MedembedError]) -> pd.DataFrame:
         raise error(
             f"{path} has {len(torn)} rows with more or fewer fields than the {len(header)} "
             f"columns; the first is row {torn[0] + 2}, with {len(lines[torn[0]])}. "
-            "Fetch or build the file again."
+            "Download or build the file again."
         )
     return pd.DataFrame(lines, columns=pd.Index(header), dtype=str)
 
@@ -103,10 +103,10 @@ def normalise_columns(table: pd.DataFrame, as_written: Sequence[str]) -> pd.Data
 
 
 def normalise_column(column: "pd.Series[str]") -> "pd.Series[str]":
-    """Return a column of strings as `text.normalise` spells them; as it is where nothing changes.
+    """Return a column of strings normalised by `text.normalise`, or itself if nothing changes.
 
-    Each text that is not plain ASCII is spelt once: a million rows of few values take no longer
-    than looking at them.
+    Each distinct text that is not plain ASCII is normalised once: a million rows of few values take
+    no longer than looking at them.
     """
     if column.dtype != "str":
         column = column.astype(str)
@@ -125,15 +125,15 @@ def normalise_column(column: "pd.Series[str]") -> "pd.Series[str]":
 def read_parquet_table(
     path: Path, error: type[MedembedError], names: tuple[str, ...] = ()
 ) -> pd.DataFrame:
-    """Read a Parquet file as strings; whole numbers kept as floats lose their ".0".
+    """Return a Parquet file as strings; whole numbers stored as floats lose their ".0".
 
     Parameters
     ----------
     path : pathlib.Path
     error : type
-        What to raise.
+        The error to raise.
     names : tuple of str
-        Columns to read, where the file has them; by default all.
+        Columns to read, if the file has them; by default all.
 
     Returns
     -------
@@ -143,7 +143,8 @@ def read_parquet_table(
     Raises
     ------
     MedembedError
-        As `error`: the file cannot be read, names two columns alike, or has more than 10,000.
+        An instance of `error`: the file cannot be read, two columns have one name, or there are
+        more than 10,000 columns.
     """
     try:
         table = _read_blocks(path, names, error)
@@ -160,7 +161,7 @@ def read_parquet_table(
 
 
 def check_names(header: Sequence[str], path: Path, error: type[MedembedError]) -> None:
-    """Refuse a header of too many columns, or of two that have one name."""
+    """Refuse a header with too many columns, or with two columns of one name."""
     if len(header) > MAX_COLUMNS:
         raise error(f"{path} has {len(header)} columns; more than {MAX_COLUMNS} are not read.")
     twice = sorted(repr(name) for name, n in Counter(header).items() if n > 1)
@@ -183,7 +184,7 @@ def _read_blocks(path: Path, names: tuple[str, ...], error: type[MedembedError])
     import pyarrow as pa  # not earlier: CSV needs none of its 140 MB
     import pyarrow.parquet as pq
 
-    # Opened here: Arrow opens no name that is not UTF-8.
+    # Opened here: Arrow cannot open a name that is not UTF-8.
     with open_plain(path) as opened, pq.ParquetFile(opened) as file:
         check_names(file.schema_arrow.names, path, error)
         every = (field for field in file.schema_arrow if not names or field.name in names)
@@ -192,6 +193,6 @@ def _read_blocks(path: Path, names: tuple[str, ...], error: type[MedembedError])
         batches = file.iter_batches(PARQUET_ROWS, columns=columns, use_threads=False)
         table = pa.Table.from_batches(batches, pa.schema(fields))
     table.validate(full=True)  # text of other bytes than UTF-8 would be found at its first use
-    # What pandas has noted for itself is a stranger's too, and names columns and types at will.
+    # pandas' own metadata is not trusted either: it can name any columns and types.
     frame: pd.DataFrame = table.to_pandas(ignore_metadata=True)
     return frame

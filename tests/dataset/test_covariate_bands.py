@@ -50,9 +50,9 @@ def test_columns_and_bands_are_read(text, expected):
     [
         ("sexe", "Did you mean sex?"),
         ("height", "not a column of the manifest. Columns to group by: region, age, sex"),
-        ("patient", "is no covariate"),
-        ("patient:0-5", "is no covariate"),
-        ("label", "is no covariate"),
+        ("patient", "is not a covariate"),
+        ("patient:0-5", "is not a covariate"),
+        ("label", "is not a covariate"),
         ("views", "leave it out"),
         ("", "not a column"),
         (":0-5", "not a column"),
@@ -119,7 +119,7 @@ def test_many_numbers_want_bands_and_some_that_fit_are_proposed():
 
 @pytest.mark.parametrize("word", ["abc", "inf", "nan", "1_2", "045Y"])
 def test_a_word_among_numbers_has_no_band(word):
-    with pytest.raises(ManifestError, match="no finite number"):
+    with pytest.raises(ManifestError, match="not a finite number"):
         group_rows(table(["1", word]), Grouping("age", (0.0, 5.0)))
 
 
@@ -156,8 +156,8 @@ def test_the_page_shows_categories_and_quartiles_and_says_what_it_leaves_out():
     names, _ = group_rows(rows, found[1])
     assert names.value_counts()[found[1].bands].tolist() == [16, 20, 20, 24]
     assert left_out == {
-        "accession": "has 80 different values in 40 patients, so it may say who somebody is",
-        "name": "has 40 different values in 40 patients, so it may say who somebody is",
+        "accession": "has 80 different values in 40 patients, so it may identify patients",
+        "name": "has 40 different values in 40 patients, so it may identify patients",
         "ward": "has 13 categories, more than 12",
         "scanner": "has one value",
         "note": "has no known value",

@@ -195,9 +195,9 @@ def test_what_names_a_row_or_answers_it_is_no_covariate(name: str) -> None:
         (
             ["agee"],
             "covariate 'agee' is not a column of the manifest; did you mean age? "
-            "Covariates there are: region, age. Name one of these in --covariates",
+            "Its covariates are: region, age. Name one of these in --covariates",
         ),
-        (["weight"], "'weight' is not a column of the manifest; Covariates there are: region, age"),
+        (["weight"], "'weight' is not a column of the manifest; Its covariates are: region, age"),
         (["age", "region", "age"], "covariate age is given twice"),
     ],
 )

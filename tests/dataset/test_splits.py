@@ -262,5 +262,5 @@ def test_a_train_fraction_that_is_none_is_refused(fraction: float) -> None:
 
 def test_folds_that_tear_a_patient_apart_are_refused() -> None:
     rows = cohort(1).head(1).loc[[0, 0]]
-    with pytest.raises(TrainingDataError, match="1 patients lie in two folds"):
+    with pytest.raises(TrainingDataError, match="1 patients are in two folds"):
         draw_fraction(rows, np.array([0, 1]), fraction=0.5)

@@ -315,7 +315,7 @@ def test_a_manifest_without_hashes_is_refused(run, manifest, tmp_path):
         (("--manifest", "{m}"), 2, "--manifest requires --by"),
         (("--by", "age", "--manifest", "{m}"), 1, "Give bands, such as --by age:0-"),
         (("--by", "mrn", "--manifest", "{m}"), 1, "nothing that does leaves the manifest"),
-        (("--by", "split", "--manifest", "{m}"), 1, "is no covariate"),
+        (("--by", "split", "--manifest", "{m}"), 1, "is not a covariate"),
         (("--by", "sex", "--manifest", "{m}.gone"), 1, "no manifest at"),
     ],
 )

@@ -72,7 +72,7 @@ def test_a_missing_image_is_left_out_with_a_warning_or_refused(tmp_path: Path, r
     assert report.warnings == [
         "1 of 3 images of the tables are not below the image root and were left out: a.png",
         "train has no normal images among 1 labelled ones, so nothing can be trained on it: that "
-        "takes both classes",
+        "requires both classes",
         UNSCORED,
     ]
     with pytest.raises(RecipeError, match="1 of 3 images"):
@@ -110,9 +110,9 @@ def test_exclusions_give_their_reason_and_unknown_ones_a_warning(
     assert report.warnings == [
         "[exclude] names 'z.png', which is no image of the dataset",
         "train has no abnormal images among 1 labelled ones, so nothing can be trained on it: that "
-        "takes both classes",
+        "requires both classes",
         "test has no patients, so nothing can be scored on it; the data set has 1 patient, and one "
-        "patient lies in one split",
+        "patient is in a single split",
     ]
 
 
