@@ -1,1 +1,1 @@
-"""The whole path on synthetic radiographs."""
+"""The whole workflow on synthetic radiographs."""

@@ -34,8 +34,8 @@ class Bone:
 
     `width` is the half-width at mid-shaft, `flare` how much wider the two ends are (0.5 = half
     again), `marrow` the share of the half-width that is marrow at mid-shaft, `bow` the sideways
-    bend at mid-shaft, `flesh` the half-width of the soft tissue around it (0 = none of its own),
-    `breakable` whether findings are put on it.
+    bend at mid-shaft, `flesh` the half-width of the bone's own soft tissue (0 = none), `breakable`
+    whether findings are placed on the bone.
     """
 
     start: Point
@@ -58,7 +58,7 @@ class Skeleton:
 
 @dataclass(frozen=True)
 class View:
-    """How a skeleton is laid on the detector.
+    """How a skeleton is placed on the detector.
 
     `turn` about the long axis and `tilt` in the image plane are in radians; `mirrored` exchanges
     left and right.
@@ -72,7 +72,7 @@ class View:
 
 
 def project(bone: Bone, view: View) -> Bone:
-    """Return `bone` as `view` sees it: flat (z = 0), in image coordinates."""
+    """Return the projection of `bone` in `view`: flat (z = 0), in image coordinates."""
     start, end = _project_point(bone.start, view), _project_point(bone.end, view)
     sign = -1.0 if view.mirrored else 1.0
     return replace(
@@ -273,9 +273,9 @@ Array = NDArray[np.float32]
 class Frame:
     """The part of the image around one bone.
 
-    `box` is where it lies; `along` runs from 0 at the bone's start to 1 at its end, `across` is
-    the signed distance from the axis; `across`, `length` (of the axis) and `pixel` are in half
-    image sides.
+    `box` is its place in the image; `along` runs from 0 at the bone's start to 1 at its end,
+    `across` is the signed distance from the axis; `across`, `length` (of the axis) and `pixel` are
+    in half image sides.
     """
 
     box: tuple[slice, slice]
@@ -286,12 +286,12 @@ class Frame:
 
 
 def reach_of(bone: Bone) -> float:
-    """Return how far from its axis a projected bone may be seen, in half image sides."""
+    """Return how far a projected bone extends from its axis, in half image sides."""
     return bone.width * (1.3 + max(bone.flare)) + abs(bone.bow)
 
 
 def frame_bone(bone: Bone, size: int, reach: float) -> Frame | None:
-    """Return the pixels within `reach` of a projected bone, None where all lie outside."""
+    """Return the pixels within `reach` of a projected bone, None if all lie outside."""
     ends = np.array((bone.start[:2], bone.end[:2]))
     low = np.floor((ends.min(0) - reach + 1) * size / 2).astype(int).clip(0, size)
     high = np.ceil((ends.max(0) + reach + 1) * size / 2).astype(int).clip(0, size)
@@ -322,7 +322,7 @@ def _half_width(bone: Bone, along: Array) -> Array:
 
 
 def tube(bone: Bone, frame: Frame, texture: Array) -> Array:
-    """Return what a ray meets in `bone`: cortex is dense, marrow mostly not."""
+    """Return the density that a ray passes in `bone`: cortex is dense, marrow mostly not."""
     along, width = frame.along, _half_width(bone, frame.along)
     beyond = np.maximum(np.abs(along - np.float32(0.5)) - np.float32(0.5), 0)
     beyond *= np.float32(1.7 * frame.length)

@@ -34,7 +34,7 @@ ABNORMAL_SHARES = {
     "shoulder": 0.55,
     "wrist": 0.35,
 }
-_KIND_SHARES = (0.34, 0.28, 0.12, 0.26)  # in the order of KINDS: implants are told too easily
+_KIND_SHARES = (0.34, 0.28, 0.12, 0.26)  # in the order of KINDS: implants are too easy to see
 _SEEDS_PER_COHORT = 1_000_000
 
 
@@ -64,7 +64,7 @@ def draw_cohort(n_patients: int = 400, seed: int = 0) -> list[DemoView]:
     Returns
     -------
     list of DemoView
-        In the order of patients, studies and projections; the same for the same arguments.
+        In the order of patients, studies and projections; equal arguments give equal views.
 
     Raises
     ------
@@ -134,7 +134,7 @@ def render_view(view: DemoView, *, size: int = 256) -> Rendered:
 
 
 def encode_png(rendered: Rendered) -> bytes:
-    """Return the image as an 8-bit grey PNG; the same pixels give the same bytes."""
+    """Return the image as an 8-bit grey PNG; equal pixels give equal bytes."""
     buffer = BytesIO()
     # A low level: noise hardly compresses further, and the demo writes hundreds.
     Image.fromarray(rendered.pixels).save(buffer, "PNG", compress_level=3)
@@ -149,15 +149,15 @@ def write_view(view: DemoView, path: Path, *, size: int = 256) -> bytes:
 
 
 def view_name(view: DemoView) -> str:
-    """Return where a view lies below the demo's images."""
+    """Return the path of a view below the demo's images."""
     return f"{view.study}/view{view.projection + 1}.png"
 
 
 def write_views(views: Sequence[DemoView], images: Path) -> int:
-    """Write views below `images` by `view_name`; return how many.
+    """Write views below `images` under their `view_name`; return how many.
 
-    It is here, and not in the pipeline, because processes that draw import this module alone: the
-    pipeline's libraries would take each of them longer than the drawing.
+    This function is here, not in the pipeline, because processes that draw import only this module:
+    importing the pipeline's libraries would take each process longer than the drawing.
     """
     for view in views:
         path = images / view_name(view)

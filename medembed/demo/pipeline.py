@@ -1,4 +1,4 @@
-"""The whole path in one call: draw radiographs, then the same jobs that a user runs on theirs."""
+"""The whole workflow in one call: draw radiographs, then run the jobs that users run on theirs."""
 
 import csv
 import io
@@ -30,7 +30,7 @@ REPORT = (
     "medembed report runs/sweep -o report --level study --manifest manifest.csv "
     "--image-root images --seed 0"
 )
-"""What makes the demo's page again, in its directory."""
+"""The command that makes the demo's page again, in its directory."""
 RECIPE = """\
 # What images/labels.csv means. A recipe for a table of your own looks like this one.
 name = "medembed demo"
@@ -69,7 +69,7 @@ def run_demo(
     seed: int = 0,
     show_progress: ShowProgress | None = None,
 ) -> dict[str, Any]:
-    """Draw a cohort and take it from recipe to page.
+    """Draw a cohort and process it from recipe to page.
 
     Writes `directory/{recipe.toml, images/, manifest.csv, cache/, runs/sweep/, report/}`. A second
     call with the same arguments does only what is missing.
@@ -77,16 +77,16 @@ def run_demo(
     Returns
     -------
     dict
-        `leaderboard` as `medembed.sweeps.sweep` gives it, `page` (its path), and `synthetic`, True.
+        `leaderboard` of `medembed.sweeps.sweep`, `page` (its path), and `synthetic`, True.
 
     Raises
     ------
     RunError
-        `directory` holds something else, or a demo of other arguments.
+        `directory` holds something else, or a demo with other arguments.
     MissingLibraryError
         transformers is not installed.
     """
-    require_transformers("demo")  # before a minute has gone into the images
+    require_transformers("demo")  # before spending a minute on the images
     show = show_progress or _show_nothing
     home = Path(directory)
     _claim(home, {"demo": 1, "patients": n_patients, "seed": seed})
@@ -116,7 +116,7 @@ def _show_nothing(_label: str, _unit: str) -> Iterator[Callable[[int, int], None
 
 
 def _claim(home: Path, asked: dict[str, int]) -> None:
-    """Make `home` this demo's; refuse a directory that is something else."""
+    """Mark `home` as this demo's directory; refuse one that holds something else."""
     note = home / "demo.json"
     if note.exists():
         held = _read_note(note)
@@ -129,7 +129,7 @@ def _claim(home: Path, asked: dict[str, int]) -> None:
         return
     # A crash between the directory and its note leaves at most a hidden partial file.
     if home.exists() and (not home.is_dir() or any(p.name[0] != "." for p in home.iterdir())):
-        raise RunError(f"{home} is not empty and not a demo's. Name a directory of its own.")
+        raise RunError(f"{home} is not empty and holds no demo. Name a directory of its own.")
     home.mkdir(parents=True, exist_ok=True)
     write_atomically(note, json_bytes(asked))
 
@@ -140,7 +140,7 @@ def _read_note(note: Path) -> dict[str, Any]:
     except (ValueError, RecursionError):
         held = None
     if not isinstance(held, dict):
-        raise RunError(f"{note} is no note of a demo: it was damaged. Name another directory.")
+        raise RunError(f"{note} was damaged and does not describe a demo. Name another directory.")
     return held
 
 
@@ -169,7 +169,7 @@ def _table(views: Sequence[DemoView]) -> bytes:
 
 
 def _draw(views: Sequence[DemoView], images: Path, progress: Callable[[int, int], None]) -> None:
-    """Draw the views that are not there yet, on all cores."""
+    """Draw the missing views, on all cores."""
     missing = [view for view in views if not (images / view_name(view)).is_file()]
     chunks = [missing[start : start + _CHUNK] for start in range(0, len(missing), _CHUNK)]
     done = len(views) - len(missing)

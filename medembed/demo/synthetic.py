@@ -1,9 +1,9 @@
 """Synthetic musculoskeletal radiographs by formula; nothing in them comes from a person.
 
-A bone is a tapered tube: what the ray meets is the chord of the outer wall less most of the chord
-of the marrow. Abnormal films bear a fracture line, a displaced fragment, an implant or a lesion.
-Soft tissue adds a smooth background, and an exponential film curve, a gamma and noise make grey
-values. Everything is a function of the seed, so the same call gives the same image.
+A bone is a tapered tube: its attenuation is the chord of the outer wall less most of the chord of
+the marrow. Abnormal films show a fracture line, a displaced fragment, an implant or a lesion. Soft
+tissue adds a smooth background, and an exponential film curve, a gamma and noise make grey values.
+Everything is a function of the seed, so equal calls give equal images.
 """
 
 from dataclasses import dataclass, replace
@@ -51,11 +51,11 @@ class Finding:
     strength: float
     bone: int
     place: float
-    shape: tuple[float, float, float, float]  # four uniform draws that give the kind its form
+    shape: tuple[float, float, float, float]  # four uniform draws that shape the finding
 
 
 def _alter(finding: Finding, bone: Bone, frame: Frame, texture: Array) -> Array:
-    """Return what a ray meets in `bone` with `finding` on it."""
+    """Return the density that a ray passes in `bone` with `finding` on it."""
     if finding.kind == "displaced":
         return _displace(finding, bone, frame, texture)
     whole = tube(bone, frame, texture)
@@ -85,7 +85,7 @@ def _crack(finding: Finding, bone: Bone, frame: Frame) -> Array:
 
 
 def _displace(finding: Finding, bone: Bone, frame: Frame, texture: Array) -> Array:
-    """Shift the bone sideways beyond the break; it finds back to its joint further on."""
+    """Return the bone shifted sideways beyond the break; further on it meets its joint again."""
     slope, reach, gap, side = finding.shape
     at = _from_place(finding, frame)
     at -= np.float32(0.8 * (slope - 0.5)) * frame.across
@@ -134,7 +134,7 @@ def _implant(finding: Finding, bone: Bone, frame: Frame) -> Array:
 
 
 def _lesion(finding: Finding, bone: Bone, frame: Frame, whole: Array) -> Array:
-    """Thin the bone out (lytic, perhaps with a dense rim) or make it denser (sclerotic)."""
+    """Return the bone thinned out (lytic, perhaps with a dense rim) or made denser (sclerotic)."""
     form, breadth, aside, stretch = finding.shape
     radius = (0.55 + 0.45 * breadth) * bone.width
     at = _from_place(finding, frame)
@@ -159,7 +159,7 @@ def _from_place(finding: Finding, frame: Frame) -> Array:
 
 PROJECTIONS = ("frontal", "lateral", "oblique")
 
-# Disjoint on purpose: the demo never shows an image on which its encoder was trained or measured.
+# Disjoint on purpose: the demo never shows an image that its encoder was trained or measured on.
 TRAINING_SEEDS = range(2**31)
 TRIAL_SEEDS = range(2**31, 2**32)
 DEMO_SEEDS = range(2**32, 2**62)
@@ -192,7 +192,7 @@ def render(
     Parameters
     ----------
     seed
-        Fixes the anatomy and where the finding lies; views of one study share it.
+        Determines the anatomy and the finding's place; views of one study share it.
     region
         One of `medembed.demo.anatomy.REGIONS`.
     abnormality
@@ -242,7 +242,7 @@ def render(
 
 
 def draw_pose(seed: int, region: str, projection: int = 0) -> tuple[Skeleton, View]:
-    """Return the anatomy behind an image of `render`, and how it lies on the detector."""
+    """Return the anatomy behind an image of `render`, and its pose on the detector."""
     return draw_skeleton(region, _generator(seed, _ANATOMY)), _draw_view(seed, projection)
 
 

@@ -11,7 +11,7 @@ from medembed.demo import pipeline
 @pytest.mark.parametrize("note", [b"", b"[3]", b"{", b"\xff", b"[" * 100_000])
 def test_a_damaged_note_is_one_error(tmp_path: Path, note: bytes) -> None:
     (tmp_path / "demo.json").write_bytes(note)
-    with pytest.raises(RunError, match=r"demo\.json is no note of a demo"):
+    with pytest.raises(RunError, match=r"demo\.json was damaged"):
         pipeline.run_demo(tmp_path)
 
 
@@ -28,5 +28,5 @@ def test_a_crash_before_the_note_does_not_lock_the_directory(
     assert (tmp_path / "demo.json").is_file()
     (tmp_path / "demo.json").unlink()
     (tmp_path / "films").mkdir()
-    with pytest.raises(RunError, match="is not empty and not a demo's"):
+    with pytest.raises(RunError, match="is not empty and holds no demo"):
         pipeline.run_demo(tmp_path)

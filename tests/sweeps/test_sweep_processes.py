@@ -186,9 +186,7 @@ def test_ctrl_c_is_one_clear_line_and_status_130(interrupted):
     lines = [
         line for line in interrupted["stderr"].splitlines() if not line.startswith("Training: ")
     ]
-    assert lines == [
-        "Interrupted. Nothing is half-written; the same command continues from here."
-    ]
+    assert lines == ["Interrupted. Nothing is half-written; the same command continues from here."]
 
 
 def test_ctrl_c_leaves_no_process(interrupted):

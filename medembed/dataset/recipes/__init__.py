@@ -1,1 +1,1 @@
-"""Recipes, and the manifests that they build."""
+"""Recipes, and building manifests from them."""

@@ -1,6 +1,6 @@
 """Recipes: how the files and tables of a dataset become a manifest.
 
-`compare_counts` holds the result to `[expected]`, the counts that the dataset is known to have.
+`compare_counts` compares the result with `[expected]`, the known counts of the dataset.
 """
 
 import os
@@ -42,8 +42,8 @@ __all__ = [
     "load_recipe",
 ]
 
-N_TELLING = 4  # counts of a part of a data set that are named
-FEW = 2  # differences that are named one by one, whichever way they go
+N_TELLING = 4  # counts that are named for a part of a data set
+FEW = 2  # differences that are named one by one, whether more or fewer
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,13 @@ class _Difference:
 
 
 def compare_counts(expected: dict[str, Any], manifest: Manifest) -> list[str]:
-    """Hold a manifest's counts to `[expected]`.
+    """Return the differences of a manifest's counts from `[expected]`.
 
     Returns
     -------
     list of str
-        A warning for each count that differs; one for all of them where every count is less than
-        expected, as in a part of the data set.
+        A warning for each count that differs, or one for all if every count is lower than expected,
+        as in a part of the data set.
     """
     differences = [
         _Difference(where, name.replace("_", " "), value, counts[name])
@@ -89,7 +89,7 @@ def compare_counts(expected: dict[str, Any], manifest: Manifest) -> list[str]:
 def _parts(
     expected: dict[str, Any], rows: pd.DataFrame, where: str = ""
 ) -> list[tuple[str, dict[str, int], dict[str, int]]]:
-    """Pair each section of `[expected]` with the counts of the rows that it speaks of."""
+    """Return each section of `[expected]` with the counts of its rows."""
     wanted = {name: value for name, value in expected.items() if isinstance(value, int)}
     parts = [(where, wanted, count_rows(rows))]
     for split in SPLITS:
@@ -106,7 +106,7 @@ NOT_FOUND = "not below the image root"
 
 @dataclass(frozen=True, repr=False)
 class BuildReport(Summarised):
-    """What `build_manifest` made.
+    """The manifest that `build_manifest` made, and what was found on the way.
 
     Attributes
     ----------
@@ -116,7 +116,7 @@ class BuildReport(Summarised):
     warnings : list of str
         What a careful reader should know; `strict` makes these an error.
     notices : list of str
-        What was settled on the way, and what the data set is too small for; never an error.
+        What the build settled, and what the data set is too small for; never an error.
     n_unlisted : int
         Image files below the root that the recipe's tables or pattern lack.
     """
@@ -129,11 +129,11 @@ class BuildReport(Summarised):
 
     @property
     def splits(self) -> list[SplitCount]:
-        """Images, studies and patients of each split, region and label."""
+        """Counts of images, studies and patients by split, region and label."""
         return count_splits(self.manifest.rows)
 
     def summarise(self) -> Summary:
-        """Return the manifest's counts, and how many images and warnings there are beside it."""
+        """Return the manifest's counts, and the numbers of excluded images, warnings and so on."""
         about = self.manifest.summarise()
         counts = {
             name: f"{n:,}, see .{name}" if n else "none"
@@ -146,7 +146,7 @@ class BuildReport(Summarised):
         return Summary(about.title.replace("Manifest", "Build", 1), {**about.facts, **counts})
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the counts of `manifest.count`, and all else but the rows, fit for JSON."""
+        """Return the counts of `manifest.count` and everything but the rows, as JSON values."""
         return {
             **count_rows(self.manifest.rows),
             "splits": [asdict(count) for count in self.splits],
@@ -157,9 +157,9 @@ class BuildReport(Summarised):
 
 
 def load_recipe(path_or_name: Recipe | str | os.PathLike[str]) -> Recipe:
-    """Load a recipe from a TOML file, or one that comes with medembed by its bare name.
+    """Return the recipe in a TOML file, or one that comes with medembed, by its name.
 
-    One that is loaded already is returned as it is.
+    A `Recipe` is returned unchanged.
 
     Raises
     ------
@@ -171,7 +171,7 @@ def load_recipe(path_or_name: Recipe | str | os.PathLike[str]) -> Recipe:
     if isinstance(path_or_name, Recipe):
         return path_or_name
     path = as_path(path_or_name, "a recipe", "the name of one that is shipped")
-    if path.exists() and not path.is_dir():  # whatever else it is, its reader says so
+    if path.exists() and not path.is_dir():  # the reader refuses anything unreadable
         return parse_recipe(path)
     packaged = find_recipes()
     if str(path_or_name) in packaged:
@@ -191,27 +191,27 @@ def build_manifest(
     key_file: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> BuildReport:
-    """Build the manifest of the dataset below `image_root`.
+    """Return a report with the manifest of the dataset below `image_root`.
 
     Parameters
     ----------
     recipe : Recipe, path or str
-        As `load_recipe` takes it: a TOML file, or a recipe that comes with medembed, such as
-        ``mura``.
+        A recipe for `load_recipe`: a TOML file, or the name of a recipe that comes with medembed,
+        such as ``mura``.
     image_root : path
         The directory that image paths are relative to.
     strict : bool
-        Raise where there would be warnings: images of the tables that are missing, files that no
-        table lists or that cannot be read, folders that were not entered, counts that are not the
-        expected ones, exclusions that match nothing, a split without patients or without a class,
-        and what `checks.find_warnings` finds.
+        Raise an error instead of warning. Warnings are about listed images that are missing, files
+        that no table lists or that cannot be read, folders that were not entered, counts other than
+        expected, exclusions that match nothing, a split without patients or without a class, and
+        the findings of `checks.find_warnings`.
     structure_only : bool
-        Use the tables alone: images may be missing and `sha256` is empty. Such a manifest shows
-        what a dataset holds; nothing can be extracted with it.
+        Use only the tables: images may be missing and `sha256` is empty. Such a manifest shows what
+        a dataset holds, but cannot be used for extraction.
     key_file : path, optional
-        What the identifiers of layout dicom are hashed with; made where it is not there. Without
-        one a random key is used and forgotten: the identifiers, and with them a drawn split,
-        differ from build to build.
+        Key for hashing the identifiers of layout dicom; created if missing. Without a file a random
+        key is used and forgotten: the identifiers, and with them a drawn split, differ from build
+        to build.
     progress : callable, optional
         Called as `progress(done, total)` while files are hashed.
 
@@ -220,9 +220,9 @@ def build_manifest(
     PathNotFoundError
         The root or a table is missing.
     RecipeError
-        Recipe and dataset do not fit, or `strict` and there are warnings (all are listed).
+        Recipe and dataset do not match, or there are warnings and `strict` is set (all are listed).
     ManifestError
-        The rows break a manifest's rules, as leaks do; lists all problems.
+        The rows break a manifest's rules, as leaks do; the message lists all problems.
     """
     recipe, root = load_recipe(recipe), existing_root(image_root)
     listing = read_layout(recipe, root, Path(key_file) if key_file else None)
@@ -245,7 +245,7 @@ def build_manifest(
     if recipe.ids == EXACT or (
         recipe.groups and find_persons(rows["patient"].unique()) is not None
     ):
-        rows[IDS] = EXACT  # names of files that we made patients of are what they are
+        rows[IDS] = EXACT  # patients named after files are never spellings of one person
     if recipe.split and recipe.split.fraction:
         known = rows.assign(label=pd.to_numeric(rows["label"]).astype("Int8"))
         rows["split"] = split_patients(
@@ -264,14 +264,14 @@ def build_manifest(
 
 
 def find_recipes() -> dict[str, Path]:
-    """Return the recipes that come with medembed, by name: in a checkout those beside it."""
+    """Return the recipes that come with medembed, by name; in a checkout, those beside it."""
     package = Path(medembed.__file__).parent
     folders = (package.parent / "data_manifests", package / "data_manifests")
     return {path.stem: path for folder in folders for path in sorted(folder.glob("*.toml"))}
 
 
 def _name_splits(recipe: Recipe, rows: pd.DataFrame) -> pd.DataFrame:
-    """Bring the dataset's names of its splits to train and test."""
+    """Return rows with the dataset's names of splits mapped to train and test."""
     if recipe.split and recipe.split.fraction:
         return rows
     split = rows["split"].replace(recipe.split_names)
@@ -286,7 +286,7 @@ def _name_splits(recipe: Recipe, rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _group_by_name(groups: Groups | None, rows: pd.DataFrame) -> "pd.Series[str]":
-    """Name groups from all rows, so that missing and excluded images do not change them."""
+    """Return groups named from all rows, so that missing and excluded images do not change them."""
     if groups is None:
         return rows["patient"]
     if groups.rule == "image":
@@ -314,10 +314,10 @@ def _exclude(
         hit = path.eq(own) | name.eq(own) | stem.eq(own) | rows["name"].eq(key)
         hit |= path.str.startswith(f"{own}/")
         if not hit.any():
-            warnings.append(f"[exclude] names {key!r}, which is no image of the dataset")
+            warnings.append(f"[exclude] names {key!r}, which is not an image of the dataset")
         excluded += [(image, reason) for image in rows["image"][hit]]
     left_out = {image for image, _ in excluded}
-    reasons = dict(reversed(excluded))  # the first reason stands where several match
+    reasons = dict(reversed(excluded))  # the first reason counts if several match
     return rows[~rows["image"].isin(left_out)], list(reasons.items())
 
 
@@ -328,7 +328,7 @@ def _drop_missing(
     warnings: list[str],
     root: Path,
 ) -> pd.DataFrame:
-    """Leave out images that are not there; where none is, say what is wrong."""
+    """Leave out missing images; if all are missing, raise an error that says why."""
     there = listing.is_found.reindex(rows.index)
     if there.all():
         return rows
@@ -346,21 +346,21 @@ def _drop_missing(
 
 
 def _describe_none(missing: list[str], listing: Listing, alike: str, root: Path) -> str:
-    """Say why none of the tables' images was found: blame the root only where it is at fault."""
+    """Return why none of the tables' images was found, blaming the root only if it is at fault."""
     unseen = "".join(f" {warning}." for warning in listing.unseen)
     if alike:
         why = alike
     elif listing.files:
         why = (
             f"The first in the tables is {missing[0]!r}, the first of {len(listing.files)} files "
-            f"{min(listing.files)!r}, and no two are alike. Name the column of the files in the "
+            f"{min(listing.files)!r}, and no two match. Name the column of the files in the "
             "recipe, or correct --image-root."
         )
     else:
         why = f"There is no image at all, such as {missing[0]}. Correct --image-root."
     return (
         f"none of the {len(missing)} images of the tables are below {root}.{unseen} {why} Use "
-        "--structure-only for the tables alone."
+        "--structure-only to read only the tables."
     )
 
 
@@ -394,6 +394,6 @@ def _refuse_warnings(recipe: Recipe, strict: bool, warnings: list[str]) -> None:
     if strict and warnings:
         listed = "\n".join(f"  - {warning}" for warning in warnings)
         raise RecipeError(
-            f"recipe {recipe.name!r} draws warnings, which --strict refuses (drop it to build all "
-            f"the same):\n{listed}"
+            f"recipe {recipe.name!r} causes warnings, which --strict refuses (drop --strict to "
+            f"build anyway):\n{listed}"
         )

@@ -1,4 +1,4 @@
-"""What a person has settled of a recipe, what is still open, and the recipe that is proposed."""
+"""The choices of a recipe that are settled or still open, and the proposed recipe."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -18,7 +18,7 @@ __all__ = ["Choices", "Proposal", "UndecidedError", "make_proposal"]
 
 @dataclass(frozen=True)
 class Choices:
-    """What is settled; None where it is to be proposed, and empty where there is no such thing.
+    """Settled choices; None is left to be proposed, and an empty value means that there is none.
 
     Parameters
     ----------
@@ -35,13 +35,13 @@ class Choices:
     covariates : tuple of str, optional
         Columns to copy into the manifest.
     pattern : str, optional
-        How paths look, as `[folders]` has it.
+        The form of paths, as in `[folders]`.
     test_fraction : float, optional
-        How much of the studies is drawn for test.
+        Share of the studies that is drawn for test.
     seed : int
-        Of that draw.
+        Seed of the draw.
     format : TableFormat
-        How the table is written, where that is not to be found out.
+        How the table is written; empty fields are detected.
     """
 
     image: str | None = None
@@ -60,7 +60,7 @@ class Choices:
     format: TableFormat = PLAIN
 
     def without_guesses(self) -> "Choices":
-        """Return the choices with what is open taken for absent, but for image and label."""
+        """Return the choices with open ones taken as absent, except image and label."""
         return replace(
             self,
             patient=self.patient or (),
@@ -72,7 +72,7 @@ class Choices:
 
 
 class UndecidedError(RecipeError):
-    """Something that a recipe needs cannot be told from the data.
+    """A choice that a recipe needs cannot be determined from the data.
 
     Attributes
     ----------
@@ -80,7 +80,7 @@ class UndecidedError(RecipeError):
         The field of `Choices` that settles it.
     question : str
     answers : tuple of str
-        What may be answered.
+        The possible answers.
     """
 
     def __init__(
@@ -98,15 +98,15 @@ class Proposal(Summarised):
     ----------
     recipe : Recipe
     image_root : Path
-        The directory that it is meant for.
+        The directory with the images.
     text : str
-        The recipe as TOML, with a comment on each thing that was guessed.
+        The recipe as TOML, with a comment on each guess.
     settled : mapping of str to str
-        What was found, by the name that a person knows it by.
+        What was found, by names that people understand.
     warnings : list of str
         What a careful reader should know.
     notices : list of str
-        What else was noticed.
+        Further observations.
     """
 
     recipe: Recipe
@@ -117,13 +117,13 @@ class Proposal(Summarised):
     notices: list[str] = field(default_factory=list)
 
     def summarise(self) -> Summary:
-        """Return what was found."""
+        """Return a summary of what was found."""
         warned = {"warnings": counted(len(self.warnings), "warning")} if self.warnings else {}
         title = f"Recipe {self.recipe.name!r} for {self.image_root}"
         return Summary(title, {**self.settled, **warned})
 
     def as_dict(self) -> dict[str, Any]:
-        """Return what was proposed, fit for JSON."""
+        """Return the proposal as JSON values."""
         return {
             "name": self.recipe.name,
             "layout": self.recipe.layout,
@@ -157,7 +157,7 @@ def make_proposal(
     warnings: list[str],
     notices: list[str],
 ) -> Proposal:
-    """Write a recipe with its comments, and read it as any other.
+    """Return a proposal of a recipe, written with its comments and read like any other.
 
     Parameters
     ----------
@@ -165,19 +165,19 @@ def make_proposal(
         The recipe's keys and sections.
     root : Path
     comments : mapping of str to str
-        What to say above a key, such as ``table.patient``, or a section.
+        The comment above a key, such as ``table.patient``, or a section.
     settled, warnings, notices
-        As `Proposal` has them.
+        The attributes of the `Proposal`.
 
     Raises
     ------
     RecipeError
-        A name of a file or column is no valid Unicode, or the recipe contradicts itself.
+        A name of a file or column is not valid Unicode, or the recipe contradicts itself.
     """
     text = _write(document, comments)
     if not is_unicode(text):
         raise RecipeError(
-            f"a name below {root} is not valid Unicode, and no recipe can hold it. Rename the file."
+            f"a name below {root} is not valid Unicode, which a recipe requires. Rename the file."
         )
     recipe = make_recipe(text, Path(f"{document['name']}.toml"))
     return Proposal(recipe, root, text, settled, warnings, notices)

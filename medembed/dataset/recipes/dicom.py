@@ -1,4 +1,4 @@
-"""The layout of a tree of DICOM files, whatever their names: all is read from their elements.
+"""The layout of a tree of DICOM files with any names: everything is read from their elements.
 
 A detector's raw values (FOR PROCESSING) are often stored beside the finished film (FOR
 PRESENTATION; PS3.3 C.8.11.1.1.1), in the same study. They are one view, not two.
@@ -40,7 +40,7 @@ OTHER = {"presentation": "processing", "processing": "presentation"}
 
 @dataclass(frozen=True)
 class Rendering:
-    """What tells an image's exposure; nothing of it is written.
+    """What identifies an image's exposure; none of this is written.
 
     Parameters
     ----------
@@ -49,7 +49,7 @@ class Rendering:
     instance : str
         SOPInstanceUID.
     events, sources : frozenset of str
-        UIDs of its irradiation events, and of the images that it was made of.
+        UIDs of the irradiation events, and of the images that the image was made from.
     taken : str
         Date and time of the acquisition to the second.
     """
@@ -62,7 +62,7 @@ class Rendering:
 
 
 def _read_rendering(dataset: Any) -> Rendering:
-    """Read what tells an image's exposure."""
+    """Return what identifies an image's exposure."""
     taken = text(dataset, "AcquisitionDateTime")
     date, time = text(dataset, "AcquisitionDate"), text(dataset, "AcquisitionTime")
     sources = dataset.get("SourceImageSequence") or ()
@@ -76,7 +76,7 @@ def _read_rendering(dataset: Any) -> Rendering:
 
 
 def _find_doubles(rows: pd.DataFrame, wanted: str) -> tuple["pd.Series[bool]", list[str]]:
-    """Find the images that show an exposure again, of which the wanted rendering is there.
+    """Return the images that repeat an exposure whose wanted rendering exists.
 
     Parameters
     ----------
@@ -89,7 +89,7 @@ def _find_doubles(rows: pd.DataFrame, wanted: str) -> tuple["pd.Series[bool]", l
     pandas.Series of bool
         Which images to leave out.
     list of str
-        A notice of the images that have the other intent alone.
+        A notice about images that exist only with the other intent.
     """
     if wanted not in OTHER:
         return pd.Series(data=False, index=rows.index), []
@@ -111,14 +111,14 @@ def _find_doubles(rows: pd.DataFrame, wanted: str) -> tuple["pd.Series[bool]", l
 
 
 def _describe_double(wanted: str) -> str:
-    """Say why an image is left out by `_find_doubles`."""
+    """Return why `_find_doubles` leaves an image out."""
     if wanted not in OTHER:
         return ""
     return f"{INTENTS[OTHER[wanted]]} beside {INTENTS[wanted]} of the same exposure"
 
 
 def _is_same(one: Any, other: Any) -> bool:
-    """Tell whether two images of one study, as rows, show one exposure."""
+    """Return whether two rows of one study show one exposure."""
     a, b = one.rendering, other.rendering
     if a.events and b.events:
         return bool(a.events & b.events)
@@ -146,15 +146,15 @@ COVARIATES = ("laterality", "view", "age", "sex")
 
 
 def read_dicom_tree(recipe: Recipe, root: Path, key_file: Path | None = None) -> Listing:
-    """Read every DICOM file below `root`; what is no image of the wanted kind is left out.
+    """Return the images of all DICOM files below `root`; other objects are left out.
 
-    A study of the manifest is one region of a DICOM study. Where a file names no patient, its study
-    stands for one, and where it names no study, the image is its own.
+    A study of the manifest is one region of a DICOM study. If a file names no patient, its study
+    counts as one; if it names no study, the image is a study of its own.
 
     Raises
     ------
     RecipeError
-        There is no image, the table does not fit, or the key cannot be used.
+        There is no image, the table does not match, or the key cannot be used.
     """
     spec = recipe.dicom or Dicom()
     names = Pseudonyms(read_key(key_file) if spec.identifiers == "hash" else None)
@@ -189,7 +189,7 @@ def read_dicom_tree(recipe: Recipe, root: Path, key_file: Path | None = None) ->
     answers = join_labels(recipe, spec, rows, every[is_double], root)
     rows["label"], rows["split"] = answers.labels, answers.splits
     warnings = list(answers.warnings)
-    if names.hide:  # else the manifest shows them
+    if names.hide:  # otherwise the manifest shows them
         rows["patient"], joined = _join_spellings(recipe, rows, root)
         warnings += [*joined, *_doubt_identifiers(rows["identifier"])]
     wanted = ["image", "name", "patient", "study", "region", "label", "split", *COVARIATES]
@@ -206,12 +206,12 @@ def read_dicom_tree(recipe: Recipe, root: Path, key_file: Path | None = None) ->
 def _read_file(
     root: Path, image: str, modalities: tuple[str, ...], names: Pseudonyms
 ) -> dict[str, Any] | str:
-    """Give what a file says of its image, or the reason why it is left out.
+    """Return what a file says about its image, or the reason why the image is left out.
 
     Raises
     ------
     OSError
-        It cannot be read.
+        The file cannot be read.
     """
     try:
         with open_plain(root / image) as file:
@@ -237,7 +237,7 @@ def _read_file(
 
 
 def _describe(dataset: Any, names: Pseudonyms, image: str) -> dict[str, Any]:
-    """Say whose image it is, of what; identifiers are hashed, all else comes from closed lists."""
+    """Return an image's patient and content: identifiers hashed, the rest from closed lists."""
     issuer, patient, study = (
         text(dataset, name) for name in ("IssuerOfPatientID", "PatientID", "StudyInstanceUID")
     )
@@ -262,18 +262,18 @@ def _describe(dataset: Any, names: Pseudonyms, image: str) -> dict[str, Any]:
 def _join_spellings(
     recipe: Recipe, rows: pd.DataFrame, root: Path
 ) -> tuple["pd.Series[str]", list[str]]:
-    """Give spellings of one patient one name: a hash does not show what they have in common.
+    """Return patients with one name for all spellings of a patient, which hashes would hide.
 
     Returns
     -------
     patients : pandas.Series of str
     warnings : list of str
-        Which were joined, told by files alone.
+        Which patients were joined, identified only by files.
 
     Raises
     ------
     RecipeError
-        Such spellings stand in two splits.
+        Such spellings are in two splits.
     """
     patients, raw = rows["patient"], rows["identifier"]
     spellings = raw[raw != ""].unique()
@@ -296,12 +296,12 @@ def _join_spellings(
     remedy = f'{IDS} = "{EXACT}" in the recipe keeps them apart'
     refuse(apart, str(root), f"identifiers of patients in two splits {differ}; {remedy}:")
     noun = "patient" if len(joined) == 1 else "patients"
-    found = f"identifiers of {len(joined)} {noun} {differ}, and stand for one person each"
+    found = f"identifiers of {len(joined)} {noun} {differ}, and count as one person each"
     return patients, [f"{found}; {remedy}: {list_examples(joined)}"] if joined else []
 
 
 def _doubt_identifiers(raw: "pd.Series[str]") -> list[str]:
-    """Warn of words that stand for patients: as hashes nobody would see them."""
+    """Return warnings of words in place of patients, which nobody would notice in hashes."""
     words = sorted(text for text in raw.unique() if is_missing_patient(text.rpartition("/")[2]))
     n = int(raw.isin(words).sum())
     shown = list_examples(list(map(repr, words)))

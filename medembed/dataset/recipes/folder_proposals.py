@@ -38,35 +38,35 @@ _NUMBERED = re.compile(r"(.*\d.*)[-_ .]\d+")  # 00001280_004: perhaps a patient'
 
 @dataclass
 class _Levels:
-    """What the levels of a tree of folders are, from the root down."""
+    """The role of each level of a tree of folders, from the root down."""
 
     values: list[Counter[str]]
     roles: dict[int, str] = field(default_factory=dict)
     meanings: Meanings | None = None
 
     def of(self, role: str) -> Counter[str]:
-        """Return the folders of a role and their images; empty where no level has it."""
+        """Return the folders of a role and their image counts; empty if no level has that role."""
         return next((self.values[i] for i, own in self.roles.items() if own == role), Counter())
 
 
 def propose_folders(root: Path, choices: Choices, *, name: str = "") -> Proposal:
-    """Propose a recipe for images in folders that are named after their classes.
+    """Return a proposed recipe for images in folders that are named after their classes.
 
     Parameters
     ----------
     root : Path
-        With links resolved.
+        The folder, with links resolved.
     choices : Choices
-        Of these `normal`, `abnormal`, `pattern`, `test_fraction` and `seed` matter.
+        Only `normal`, `abnormal`, `pattern`, `test_fraction` and `seed` are used.
     name : str
-        Of the recipe; by default the root's.
+        Name of the recipe; by default the root's.
 
     Raises
     ------
     UndecidedError
         The folders' names do not say what is abnormal.
     RecipeError
-        There are no images, or no folders to tell them apart.
+        There are no images, or no folders that separate them.
     """
     index = ImageIndex(root)
     if not index.paths:
@@ -192,7 +192,7 @@ def _guess_role(counts: Counter[str], chosen: set[str], others: Iterable[str]) -
 
 
 def _describe_flat(levels: _Levels, paths: Sequence[str], root: Path, chosen: Iterable[str]) -> str:
-    """Say why no level of folders can be the label."""
+    """Return why no level of folders can be the label."""
     names = [name for counts in levels.values for name in counts]
     if missing := sorted(set(chosen).difference(names)):
         listed = show_values([repr(name) for name in names], 12)
@@ -207,7 +207,7 @@ def _describe_flat(levels: _Levels, paths: Sequence[str], root: Path, chosen: It
         )
     listed = "; ".join(show_counts(dict(counts), 8) for counts in levels.values)
     return (
-        f"the folders of {root} are no classes of images: {listed}. Say how its paths look with "
+        f"the folders of {root} are not classes of images: {listed}. Describe its paths with "
         "--pattern, as in '{label}/*' or '{split}/{label}/{patient}_*', or name a table of labels "
         "with --from-table."
     )
@@ -225,7 +225,7 @@ def _write_pattern(levels: _Levels, paths: Sequence[str]) -> str:
 
 
 def _count_labels(pattern: str, paths: Sequence[str], root: Path) -> dict[str, int]:
-    """Count what a given pattern reads as the label."""
+    """Return counts of the labels that a given pattern finds."""
     matcher = compile_pattern(normalise(pattern), Path("--pattern"))
     found = [match for path in paths if (match := matcher.fullmatch(path))]
     if not found:
@@ -237,7 +237,7 @@ def _count_labels(pattern: str, paths: Sequence[str], root: Path) -> dict[str, i
 
 
 def _find_level(pattern: str, fields: Sequence[str], paths: Sequence[str]) -> str:
-    """Return what the label is of: the study, unless views of one lie under different labels."""
+    """Return the label's level: the study, unless views of one study have different labels."""
     if "study" not in fields:
         return "image"
     if "label" not in fields:
@@ -260,7 +260,7 @@ def _of_class(levels: _Levels, meanings: Meanings) -> tuple[int, int]:
 
 
 def _suggest_patients(paths: Sequence[str], pattern: str) -> str:
-    """Say how the names of files might hold the patient, where several share a beginning."""
+    """Return a hint at patients in the names of files, if several names share a beginning."""
     stems = [posixpath.splitext(posixpath.basename(path))[0] for path in paths]
     firsts = Counter(match[1] for stem in stems if (match := _NUMBERED.fullmatch(stem)))
     shared = sum(n for n in firsts.values() if n > 1)

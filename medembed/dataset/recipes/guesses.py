@@ -1,7 +1,7 @@
-"""Guess what columns, folders and values mean from their words: proposals that a person confirms.
+"""Guess what columns, folders and values mean from their words, as proposals for a person.
 
-The words are English, German and a few of French and Spanish. What is guessed is always said, and
-stands in a recipe that can be corrected.
+The words are English and German, with a few in French and Spanish. Every guess is reported, and
+written to a recipe that can be corrected.
 """
 
 import re
@@ -32,7 +32,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Meanings:
-    """Values of a label by what they mean."""
+    """The values of a label, by meaning."""
 
     normal: tuple[str, ...] = ()
     abnormal: tuple[str, ...] = ()
@@ -101,7 +101,7 @@ def tokens_of(name: str) -> list[str]:
 
 
 def has_role(name: str, role: str) -> bool:
-    """Tell whether a column's name says that it holds the image, patient, study and so on."""
+    """Return whether a column's name says that it holds the image, patient, study and so on."""
     words, tokens = _WORDS[role], tokens_of(name)
     if "".join(tokens) in words:
         return True
@@ -113,7 +113,7 @@ def has_role(name: str, role: str) -> bool:
 
 
 def find_column(table: pd.DataFrame, role: str, taken: Iterable[str]) -> str:
-    """Return the first column that by its name has a role; "" where none has it."""
+    """Return the first column whose name has a role; "" if there is none."""
     barred = set(taken)
     return next(
         (name for name in map(str, table) if name not in barred and has_role(name, role)), ""
@@ -121,7 +121,7 @@ def find_column(table: pd.DataFrame, role: str, taken: Iterable[str]) -> str:
 
 
 def guess_meanings(values: Sequence[str]) -> Meanings | None:
-    """Return which values mean normal and abnormal; None where their words do not say it."""
+    """Return which values mean normal and abnormal, or None if their words do not say."""
     keys = {value: " ".join(tokens_of(value)) for value in values}
     unknown = [v for v in values if keys[v] in _UNDECIDED or _is_missing(v, keys)]
     rest = [value for value in values if value not in unknown]
@@ -143,7 +143,7 @@ def guess_meanings(values: Sequence[str]) -> Meanings | None:
 
 
 def _is_missing(value: str, keys: Mapping[str, str]) -> bool:
-    """Tell whether a value means that none is known; "none" is a finding beside others."""
+    """Return whether a value means unknown; "none" is a finding if there are others."""
     return is_missing_word(value) and not (value.lower() == "none" and len(keys) > 1)
 
 
@@ -157,13 +157,13 @@ def _is_normal(key: str, others: set[str]) -> bool:
 
 
 def are_splits(values: Iterable[str]) -> bool:
-    """Tell whether values name a split for training and one for test."""
+    """Return whether values name a split for training and one for test."""
     keys = {"".join(tokens_of(value)) for value in values}
     return bool(keys) and keys <= _TRAIN | _TEST | _VALID and bool(keys & _TRAIN) and len(keys) > 1
 
 
 def map_splits(values: Iterable[str]) -> dict[str, str]:
-    """Return what each name of a split means: validation is test where there is no other."""
+    """Return what each name of a split means: validation is test if there is no other."""
     keys = {value: "".join(tokens_of(value)) for value in values}
     has_test = bool(set(keys.values()) & _TEST)
     means = dict.fromkeys(_TRAIN, "train") | dict.fromkeys(_TEST, "test")
@@ -172,12 +172,12 @@ def map_splits(values: Iterable[str]) -> dict[str, str]:
 
 
 def are_regions(values: Sequence[str]) -> bool:
-    """Tell whether all values are names of body parts."""
+    """Return whether all values are names of body parts."""
     return bool(values) and all(name_region(_without_mark(v)) != "unknown" for v in values)
 
 
 def _without_mark(value: str) -> str:
-    """Drop what MURA and its like put before a body part: XR_HAND, HAND_AP stay readable."""
+    """Return a body part without a prefix such as MURA's: XR_HAND and HAND_AP stay readable."""
     words = [word for word in tokens_of(value) if word not in ("xr", "xray", "radiograph")]
     return " ".join(words)
 

@@ -1,4 +1,4 @@
-"""The image files below a root, each under one name; what was not seen; how names fail to match."""
+"""The image files below a root, each with one name; what was not seen; why names do not match."""
 
 import os
 import posixpath
@@ -21,10 +21,10 @@ PLAIN = re.compile(
 
 
 def plain_path(text: str) -> str:
-    r"""Return the spelling that two paths are compared by.
+    r"""Return the normalised form in which paths are compared.
 
-    `\` becomes `/`; parts that are empty or `.` go; each part is brought to NFC and loses the
-    blanks around it. A path that begins with `/` still does.
+    `\` becomes `/`; parts that are empty or `.` are dropped; each part is converted to NFC and
+    stripped of blanks. A leading `/` is kept.
     """
     if PLAIN.fullmatch(text):
         return text
@@ -34,26 +34,26 @@ def plain_path(text: str) -> str:
 
 
 class ImageIndex:
-    """The image files below a root, walked once; hidden files and macOS's doubles are passed by.
+    """The image files below a root, walked once; hidden files and macOS's doubles are ignored.
 
-    A folder behind a link is entered once where it lies within the root, and never otherwise. A
-    file that has several names through links counts once, under its own name where that was seen.
+    A folder behind a link is entered once if it is within the root, and never otherwise. A file
+    that has several names through links counts once, under its own name if that was seen.
 
     Parameters
     ----------
     root : Path
-        With links resolved.
+        The folder, with links resolved.
     below : sequence of str
         Folders of the root to which the search is limited.
     every_file : bool
-        Names do not matter: DICOM files have any.
+        Accept any name, as DICOM files need.
 
     Attributes
     ----------
     paths : set of str
         One name of each file, relative to the root.
     others : dict of str to str
-        Further names through links, each to that of `paths`.
+        Further names through links, each with the file's name in `paths`.
     unseen : list of str
         What could not be seen, a warning for each kind.
 
@@ -89,9 +89,9 @@ class ImageIndex:
         return self.find_path(value) or list(self._named.get(plain_path(value), ()))
 
     def find_path(self, value: str) -> list[str]:
-        """Return the files whose path `value` is, in any spelling: one, or those that differ in it.
+        """Return the files with the path `value` in any spelling: one, or all that differ in it.
 
-        A file that the walk has passed by is found all the same: it is asked for by its path.
+        A file that the walk ignored is found too, because its path was given.
         """
         plain = plain_path(value)
         if own := self._own_name(value):
@@ -100,7 +100,7 @@ class ImageIndex:
         return list(dict.fromkeys(alike)) or self._passed_by(plain)
 
     def find_in_folder(self, value: str) -> list[str]:
-        """Return the images below the folder that `value` may mean: a path, or a folder's name."""
+        """Return the images below the folder whose path or name is `value`."""
         if self._below_folder is None:
             folders: dict[str, dict[str, None]] = defaultdict(dict)
             for path in sorted(self.paths):
@@ -112,11 +112,11 @@ class ImageIndex:
         return self._below_folder.get(plain_path(value), [])
 
     def unlisted(self, images: Iterable[str], source: str) -> list[str]:
-        """Return a warning where files are in no row."""
+        """Return a warning if files are in no row."""
         extra = sorted(self.paths.difference(images))
         if not extra:
             return []
-        return [f"{len(extra)} image files are not in {source} and were left: {first_names(extra)}"]
+        return [f"{len(extra)} image files are not in {source}, and left out: {first_names(extra)}"]
 
     def _own_name(self, name: str) -> list[str]:
         name = self.others.get(name, name)
@@ -126,7 +126,7 @@ class ImageIndex:
         is_below = not self._below or any(_is_within(path, folder) for folder in self._below)
         try:
             real = os.path.realpath(self._root / path, strict=True) if path and is_below else ""
-        except (OSError, ValueError):  # not there, or no path at all
+        except (OSError, ValueError):  # missing, or not a path at all
             return []
         if not _is_within(real, str(self._root)) or not os.path.isfile(real):
             return []
@@ -134,7 +134,7 @@ class ImageIndex:
 
 
 class _Walk:
-    """Names of files below folders, and of what could not be seen there."""
+    """A walk that collects names of files below folders, and of what could not be seen there."""
 
     def __init__(self, root: Path, every_file: bool) -> None:
         self._root = str(root)
@@ -156,10 +156,10 @@ class _Walk:
             self._walk(name, real)
 
     def choose_names(self) -> tuple[set[str], dict[str, str], dict[str, str]]:
-        """Give each file one name: its own, or else the first that a link gives it.
+        """Return one name for each file: its own, or else the first that a link gives it.
 
-        Returns all these names, the others with that of the same file, and the names that are
-        not the file's own by where it lies.
+        Also return the other names, each with the file's chosen name, and the chosen names that are
+        not the file's own, by the file's real path.
         """
         paths, others = set(self._own), {}
         chosen: dict[str, str] = {}
@@ -173,7 +173,7 @@ class _Walk:
         return paths, others, chosen
 
     def warnings(self) -> list[str]:
-        """Say what was not seen, a line for each kind."""
+        """Return a line for each kind of thing that was not seen."""
         unread = [f"{name} ({reason})" for name, reason in self._unread.values()]
         kinds = [
             (self._missing, "folder", "of `below` in [table]", "not below the image root"),
@@ -200,7 +200,7 @@ class _Walk:
             self._walk(folder, place)
 
     def _walk(self, top: str, real_top: str) -> None:
-        """Take the files below a folder that `top` names and that lies at `real_top`."""
+        """Collect the files below the folder named `top`, whose real path is `real_top`."""
         is_linked = (posixpath.join(self._root, top) if top else self._root) != real_top
         stack = [(top, real_top)]
         while stack:
@@ -231,7 +231,7 @@ class _Walk:
         return sorted(visible, key=lambda entry: entry.name)
 
     def _take(self, path: str, entry: "os.DirEntry[str]", folder: str, is_linked: bool) -> bool:
-        """Note a file or link; tell whether it is a folder to be entered."""
+        """Note a file or link; return whether the entry is a folder to enter."""
         try:
             if entry.is_symlink():
                 self._follow(path, entry.path, folder)
@@ -250,7 +250,7 @@ class _Walk:
         return False
 
     def _follow(self, name: str, place: str, folder: str) -> None:
-        """Note where a link leads, from a folder that itself lies at `folder`."""
+        """Note where a link leads, from a folder whose real path is `folder`."""
         try:
             real = os.path.realpath(place, strict=True)
             is_folder, is_file = os.path.isdir(real), os.path.isfile(real)
@@ -280,26 +280,26 @@ def _is_image(name: str) -> bool:
     return _is_visible(name) and os.path.splitext(normalise(name))[1].lower() in SUFFIXES
 
 
-SPREADSHEET_DIGITS = 15  # that a spreadsheet keeps of a number; it puts zeros for the others
-LONGEST = 100  # digits of an identifier that is taken for a number
+SPREADSHEET_DIGITS = 15  # digits of a number that a spreadsheet keeps; others become zeros
+LONGEST = 100  # most digits of an identifier that counts as a number
 SCIENTIFIC = re.compile(r"(\d)(?:[.,](\d+))?[eE]\+?(\d{1,3})")
 AS_TEXT = "Export the table again with this column as text."
 
 
 def find_shortened(keys: Iterable[str], known: Collection[str]) -> tuple[str, str, str] | None:
-    """Find a number of a table that a spreadsheet has shortened.
+    """Return a number of a table that a spreadsheet has shortened.
 
     Parameters
     ----------
     keys : iterable of str
-        What the table holds.
+        The names in the table.
     known : collection of str
-        What it should hold.
+        The names that the table should hold.
 
     Returns
     -------
     (str, str, str) or None
-        The key, the one of `known` that it was, and what was done to it.
+        The name in the table, the original one of `known`, and what the spreadsheet did.
     """
     every = sorted(known)
     zeros = {own.lstrip("0"): own for own in reversed(every) if own.startswith("0")}
@@ -307,7 +307,7 @@ def find_shortened(keys: Iterable[str], known: Collection[str]) -> tuple[str, st
     for key in keys:
         bare = key.removesuffix(".0")
         if bare != key and bare in known:
-            return key, bare, "a spreadsheet has put .0 behind the number"
+            return key, bare, "a spreadsheet has put .0 after the number"
         own = zeros.get(bare.lstrip("0"))
         if own and own != key and bare.isdecimal():
             return key, own, "a spreadsheet has dropped leading zeros"
@@ -323,7 +323,7 @@ def find_shortened(keys: Iterable[str], known: Collection[str]) -> tuple[str, st
 
 
 def _is_rounded(found: "re.Match[str]", own: str) -> bool:
-    """Tell whether a number in scientific notation is `own`, rounded."""
+    """Return whether a number in scientific notation is `own`, rounded."""
     if not own.isdecimal() or len(own) > LONGEST:
         return False
     shown, number = int(found[1] + (found[2] or "")), int(own)
@@ -333,7 +333,7 @@ def _is_rounded(found: "re.Match[str]", own: str) -> bool:
 
 
 def compare_names(values: Sequence[str], files: Collection[str], root: Path) -> str:
-    """Say how one name of a table differs from the file's that it should be.
+    """Return how a name in a table differs from that of the file it should match.
 
     Parameters
     ----------
@@ -346,7 +346,7 @@ def compare_names(values: Sequence[str], files: Collection[str], root: Path) -> 
     Returns
     -------
     str
-        Sentences with both names, the difference and the way out; "" where no two are alike.
+        Sentences with both names, the difference and the way out; "" if no two are alike.
     """
     wanted = {plain_path(value): value for value in values if plain_path(value)}
     paths = {plain_path(path): path for path in sorted(files)}
@@ -368,7 +368,7 @@ def compare_names(values: Sequence[str], files: Collection[str], root: Path) -> 
 
 
 def _names(path: str) -> tuple[str, str, str]:
-    """Return what a table may call a file: its path, its name, its stem."""
+    """Return the names that a table may use for a file: its path, name and stem."""
     name = posixpath.basename(path)
     return path, name, name.rpartition(".")[0] or name
 

@@ -20,7 +20,7 @@ __all__ = [
 ]
 
 MAX_CLASSES = 12
-"""Distinct values that a label has at most."""
+"""The most distinct values that a label may have."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class LabelChoice:
     empty : str
         What an empty field means.
     comment : str
-        What to say of it in the recipe.
+        The recipe's comment on the label.
     """
 
     column: str
@@ -43,7 +43,7 @@ class LabelChoice:
     comment: str = ""
 
     def as_section(self) -> dict[str, Any]:
-        """Return `[label]` of a recipe."""
+        """Return the section `[label]` of a recipe."""
         others = {"others": "unknown"} if self.meanings.unknown else {}
         empty = {} if self.empty == "unknown" else {"empty": self.empty}
         return {
@@ -69,7 +69,7 @@ def choose_label(
     Raises
     ------
     UndecidedError
-        Several columns may be meant or none, or the words of its values do not say what is normal.
+        No column or several may be the label, or its values do not say what is normal.
     """
     column = choices.label or _find_label(rows, choices, source, taken)
     values = [value for value in rows[column].value_counts().index if value]
@@ -136,17 +136,17 @@ def settle_meanings(
     Parameters
     ----------
     values : sequence of str
-        Without the empty one.
+        The values, without the empty one.
     choices : Choices
     what : str
-        What messages call where the values are.
+        The name of the column or folder in messages.
     counts : dict
-        How often each occurs.
+        How often each value occurs.
 
     Raises
     ------
     UndecidedError
-        Neither says it.
+        Neither choices nor words say what is normal.
     RecipeError
         A chosen value does not occur, or a value that occurs is not chosen.
     """
@@ -186,19 +186,19 @@ def settle_meanings(
 
 
 def _words_for_unknown(values: Sequence[str]) -> Collection[str]:
-    """Return the values that are words for nobody knows."""
+    """Return the values that are words for unknown."""
     guess = guess_meanings([*values, "normal", "abnormal"])
     return guess.unknown if guess else ()
 
 
 def show_values(values: Sequence[str], most: int = 6) -> str:
-    """Name the first few values."""
+    """Return the first few values as text."""
     shown = ", ".join(values[:most])
     return f"{shown}, …" if len(values) > most else shown or "none"
 
 
 def show_counts(counts: dict[Any, int], most: int = MAX_CLASSES) -> str:
-    """Name the first few values, each with its number of rows."""
+    """Return the first few values as text, each with its number of rows."""
     shown = [f"{value!r} ({n:,})" if value else f"nothing ({n:,})" for value, n in counts.items()]
     return ", ".join(shown[:most]) + (", …" if len(shown) > most else "")
 

@@ -1,4 +1,4 @@
-"""The table beside the images: where it is, its columns, what its labels mean, how it joins.
+"""The table beside the images: its place, its columns, the meaning of labels, and the join.
 
 `join_labels` joins labels and splits to the images of a DICOM tree.
 """
@@ -32,7 +32,7 @@ __all__ = [
 
 
 def find_table(file: str, root: Path, recipe_path: Path) -> Path:
-    """Find a table in the image root, beside it, or beside the recipe."""
+    """Return the path of a table in the image root, beside the root, or beside the recipe."""
     candidates = [root / file, root.parent / file, recipe_path.parent / file]
     for candidate in candidates:
         if candidate.exists() and not candidate.is_dir():
@@ -49,7 +49,7 @@ def need_columns(
     source: Path | str,
     remedy: str = "Correct the recipe.",
 ) -> None:
-    """Raise RecipeError where a table lacks columns; empty names stand for none."""
+    """Raise RecipeError if a table lacks columns; empty names are ignored."""
     missing = sorted({name for name in names if name and name not in table})
     if missing:
         raise RecipeError(
@@ -59,13 +59,13 @@ def need_columns(
 
 
 def read_labels(values: "pd.Series[str]", spec: Label, source: str) -> "pd.Series[str]":
-    """Turn a table's values into "0", "1" and "", as the recipe says they mean.
+    """Return a table's values as "0", "1" and "", by their meaning in the recipe.
 
     Raises
     ------
     RecipeError
-        Values that the recipe does not know, unless it says what others mean; or a value that it
-        gives two meanings.
+        The recipe does not know a value and has no meaning for others, or it gives a value two
+        meanings.
     """
     pairs = [*((v, "0") for v in spec.normal), *((v, "1") for v in spec.abnormal)]
     meaning = {**dict(pairs), "": MEANINGS[spec.empty]}
@@ -85,9 +85,9 @@ def read_labels(values: "pd.Series[str]", spec: Label, source: str) -> "pd.Serie
 
 
 def doubt_labels(values: "pd.Series[str]", spec: Label, source: str) -> list[str]:
-    """Warn of values that only `others` gives a meaning, and that look like a slip.
+    """Return warnings of values whose meaning comes only from `others` and that may be slips.
 
-    They look like a value that the recipe lists, or are a word that usually means missing.
+    Such values look like a value that the recipe lists, or are words that usually mean missing.
     """
     if not spec.others:
         return []  # `read_labels` refuses them all
@@ -113,12 +113,12 @@ KEYS = {"instance": "SOPInstanceUID", "study": "StudyInstanceUID", "accession": 
 
 @dataclass(frozen=True)
 class Answers:
-    """What a table says of each image.
+    """The labels and splits of images in a table.
 
     Attributes
     ----------
     labels, splits : list of str
-        In the order of the images; "" where the table says nothing.
+        In the order of the images; "" if the table says nothing.
     warnings, notices : list of str
     """
 
@@ -131,13 +131,13 @@ class Answers:
 def join_labels(
     recipe: Recipe, spec: Dicom, rows: pd.DataFrame, left_out: pd.DataFrame, root: Path
 ) -> Answers:
-    """Join the table's labels and splits to the images of `rows`; also say what does not match.
+    """Return the table's labels and splits for the images of `rows`, and what does not match.
 
     Parameters
     ----------
     recipe : Recipe
     spec : Dicom
-        Its section `[dicom]`.
+        The recipe's section `[dicom]`.
     rows, left_out : pandas.DataFrame
         Columns `image`, `name` and those of `KEYS`; the images to be labelled, and others that the
         table may name.
@@ -148,7 +148,7 @@ def join_labels(
     PathNotFoundError
         There is no such table.
     RecipeError
-        It lacks columns, contradicts itself, or speaks of no image at all.
+        The table lacks columns, contradicts itself, or names no image at all.
     """
     if recipe.label is None:
         return Answers([""] * len(rows), [""] * len(rows))
@@ -193,7 +193,7 @@ def join_labels(
 
 
 def _keys(rows: pd.DataFrame, match: str, known: set[str], source: str) -> list[str]:
-    """Name each image as the table does: by path, name or stem, or by an identifier."""
+    """Return each image's name in the table: a path, name or stem, or an identifier."""
     owners = defaultdict(list)
     keys = []
     for image, *ways in zip(rows["image"], *_every_key(rows, match), strict=True):
@@ -207,7 +207,7 @@ def _keys(rows: pd.DataFrame, match: str, known: set[str], source: str) -> list[
 
 
 def _every_key(rows: pd.DataFrame, match: str) -> list[list[str]]:
-    """Return what a table may call each image, a list for each way."""
+    """Return the names that a table may use for each image, a list for each way of naming."""
     if match != "file":
         return [[normalise(value) for value in rows[KEYS[match]]]]
     paths = [plain_path(image) for image in rows["image"]]
@@ -216,7 +216,7 @@ def _every_key(rows: pd.DataFrame, match: str) -> list[list[str]]:
 
 
 def _refuse_all(keys: list[str], rows: pd.DataFrame, spec: Dicom, path: Path, root: Path) -> None:
-    """Say that no row of the table is of any image, and why."""
+    """Raise an error because no row of the table matches any image, and say why."""
     noun = KEYS.get(spec.match, "image")
     if not keys:
         raise RecipeError(f"{path}: column {spec.column!r} is empty. Fill it, or name another.")
@@ -237,7 +237,7 @@ def _refuse_all(keys: list[str], rows: pd.DataFrame, spec: Dicom, path: Path, ro
 
 
 def _compare(keys: Iterable[str], rows: pd.DataFrame, match: str, root: Path) -> str:
-    """Say how a name of the table differs from one of an image, where the two are alike."""
+    """Return how a name in the table differs from a similar one of an image."""
     if match == "file":
         return compare_names(list(keys), rows["image"].tolist(), root)
     found = find_shortened(keys, set(_every_key(rows, match)[0]))
@@ -252,5 +252,5 @@ def _warnings(without: list[str], n_unused: int, table: str, hint: str) -> list[
         warnings.append(f"{len(without)} images are in no row of {table}: {first_names(without)}")
     if n_unused:
         also = f". {hint}" if hint else ""
-        warnings.append(f"{n_unused} names in {table} are of no image that was found{also}")
+        warnings.append(f"{n_unused} names in {table} match no image that was found{also}")
     return warnings

@@ -1,4 +1,4 @@
-"""What every layout yields: one row per image, several rows of one image joined or refused."""
+"""The result of every layout: one row per image; several rows of an image are joined or refused."""
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -23,20 +23,20 @@ __all__ = [
 
 @dataclass
 class Listing:
-    """What a layout holds, before hashing, grouping and splitting.
+    """The images of a layout, before hashing, grouping and splitting.
 
     Attributes
     ----------
     rows : pandas.DataFrame
-        Strings: `image`, `name` (what runs are numbered by), `patient` ("" where there is none),
-        `study`, `region`, `label` ("0", "1", ""), `split` ("" where there is none), covariates.
+        Strings: `image`, `name` (which numbers runs), `patient` ("" if there is none), `study`,
+        `region`, `label` ("0", "1", ""), `split` ("" if there is none), covariates.
     is_found : pandas.Series of bool
         Whether the image is below the root.
     warnings : list of str
     excluded : list of (str, str)
-        Files that the layout leaves out by itself, each with the reason.
+        Files that the layout itself leaves out, each with the reason.
     notices : list of str
-        What the layout has settled by itself.
+        What the layout itself settled.
     unseen : list of str
         Parts of the root that the search for images did not see.
     files : collection of str
@@ -53,18 +53,18 @@ class Listing:
 
 
 def first_names(names: Sequence[str]) -> str:
-    """Name the first three; what is no Unicode is escaped."""
+    """Return the first three names; bytes that are not Unicode are escaped."""
     shown = [name if is_unicode(name) else ascii(name) for name in names[:3]]
     return ", ".join(shown) + (", …" if len(names) > 3 else "")
 
 
 def count_of(n: int, noun: str) -> str:
-    """Count what `noun` names in the singular: "1 row", "2 rows"."""
+    """Return a count with its noun, which is given in the singular: "1 row", "2 rows"."""
     return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
 
 
 def is_unicode(path: str) -> bool:
-    """Tell whether a name has no bytes that POSIX keeps as half a character."""
+    """Return whether a name is Unicode, without surrogates that stand for other bytes."""
     try:
         path.encode()
     except UnicodeEncodeError:
@@ -73,7 +73,7 @@ def is_unicode(path: str) -> bool:
 
 
 def name_unread(unread: Sequence[tuple[str, str]]) -> list[str]:
-    """Return a warning where there are images that cannot be read: (image, reason) of each."""
+    """Return a warning if images cannot be read; `unread` has (image, reason) of each."""
     if not unread:
         return []
     named = first_names([f"{image} ({reason})" for image, reason in unread])
@@ -82,9 +82,9 @@ def name_unread(unread: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def refuse(lines: Iterable[str], source: str, remedy: str, n_lines: int | None = None) -> None:
-    """Raise a RecipeError that lists `lines`, where there are any.
+    """Raise a RecipeError that lists `lines`, if there are any.
 
-    Where `n_lines` says how many there are, those that are not shown are never made.
+    If `n_lines` is their number, lines that are not shown are never made.
     """
     if n_lines is None:
         lines = list(lines)
@@ -94,10 +94,10 @@ def refuse(lines: Iterable[str], source: str, remedy: str, n_lines: int | None =
         raise RecipeError(f"{source}: {remedy}\n{listed}")
 
 
-EQUAL, ANY = "equal", "any"  # what `rows` of a recipe may say
+EQUAL, ANY = "equal", "any"  # the values of `rows` in a recipe
 WORDS = {"0": "normal", "1": "abnormal", "": "unknown"}
-RANKS = ("0", "", "1")  # Kleene's "or" is the highest of them
-FIXED = ("patient", "study", "region", "split")  # of which an image has one
+RANKS = ("0", "", "1")  # in Kleene's logic "or" is the highest
+FIXED = ("patient", "study", "region", "split")  # an image has only one of each
 
 
 def merge_rows(
@@ -109,7 +109,7 @@ def merge_rows(
     section: str = "table",
     noun: str = "image",
 ) -> tuple[pd.DataFrame, list[str]]:
-    """Keep one row for each value of column `key`.
+    """Return one row for each value of column `key`.
 
     Parameters
     ----------
@@ -118,11 +118,11 @@ def merge_rows(
         is not compared, and rows whose `key` is empty are left as they are.
     key : str
     rule : {"equal", "any"}
-        "equal": rows of one image must say the same. "any": the image is abnormal if any of its
-        rows is, else unknown if any is (the "or" of Kleene's logic), else normal; a covariate in
-        which they differ becomes empty. Patient, study, region and split must be equal always.
+        "equal": rows of one image must agree. "any": the image is abnormal if any of its rows is,
+        else unknown if any is (the "or" of Kleene's logic), else normal; a covariate in which the
+        rows differ becomes empty. Patient, study, region and split must always be equal.
     source, section, noun : str
-        What messages call the table, the recipe's section that has the rule, and what a row is of.
+        The names in messages of the table, the recipe's section with the rule, and a row's unit.
 
     Returns
     -------
@@ -134,7 +134,7 @@ def merge_rows(
     Raises
     ------
     RecipeError
-        Rows of one image differ where they must not; names the column.
+        Rows of one image differ in a column in which they must not; the message names it.
     """
     is_repeat = rows[key].duplicated() & (rows[key] != "")
     if not is_repeat.any():
@@ -157,7 +157,7 @@ def merge_rows(
 
 
 def _differing(shared: pd.DataFrame, key: str) -> dict[str, list[str]]:
-    """Return the keys in which rows differ, by column."""
+    """Return the keys whose rows differ, by column."""
     codes, names = pd.factorize(shared[key])
     first = np.unique(codes, return_index=True)[1]
     torn = {}
@@ -177,7 +177,7 @@ def _refuse_torn(
 
 
 def _each_value(rows: pd.DataFrame, column: str) -> str:
-    """Say where each value first stands: "normal in row 2, abnormal in row 3"."""
+    """Return where each value first occurs: "normal in row 2, abnormal in row 3"."""
     first = rows.drop_duplicates(column)
     values = [WORDS[v] if column == "label" else repr(v) for v in first[column]]
     named = [f"{v} in row {i + 2}" for v, i in zip(values, first.index.tolist(), strict=True)]

@@ -1,7 +1,7 @@
 """The layout of MURA v1.1 (https://stanfordmlgroup.github.io/competitions/mura/).
 
 `MURA-v1.1/{train,valid}/XR_ELBOW/patient00011/study1_negative/image1.png`, with tables of image
-paths and of labelled studies for either split, without a header. Only what the tables list counts.
+paths and of labelled studies for each split, without a header. Only images in the tables count.
 """
 
 import re
@@ -25,7 +25,7 @@ MURA_IMAGE = re.compile(
 
 
 def read_mura(root: Path) -> Listing:
-    """Read MURA v1.1; the tables' paths begin with the name of the dataset's own folder."""
+    """Return the images of MURA v1.1, whose tables' paths begin with the dataset's own folder."""
     base = _find_mura(root)
     prefix = "" if base == root else f"{base.name}/"
     paths = pd.concat([_mura_table(base, split, "image_paths", ["image"]) for split in MURA_SPLITS])

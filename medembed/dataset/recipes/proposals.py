@@ -1,4 +1,4 @@
-"""Look at a folder, a table or a DICOM tree, and propose the recipe that makes a manifest of it."""
+"""Propose a recipe for a folder, a table or a tree of DICOM files."""
 
 import os
 from collections import Counter
@@ -50,7 +50,7 @@ Kind = Literal["auto", "folders", "table"]
 N_HEADERS = 2000  # DICOM files that are looked into
 N_PEEKED = 50  # files whose first bytes are looked at
 MAX_TABLES = 20  # that are tried
-ENOUGH = 0.5  # of a table's names, or of the images, that belong together
+ENOUGH = 0.5  # share of a table's names, or of the images, that must match
 MODALITIES = ("CR", "DX", "RG", "MG", "OT")
 MURA_TABLE = "train_image_paths.csv"
 
@@ -90,26 +90,26 @@ def propose_recipe(
     image_root : path, optional
         The folder with the images; by default the folder itself, or the table's.
     kind : {"auto", "folders", "table"}
-        Of a folder: "folders" takes its folders for the classes even where a table is there.
+        For a folder: "folders" reads classes from its folders even if there is a table.
     name : str
-        Of the recipe; by default the folder's or the table's.
+        Name of the recipe; by default the folder's or the table's.
     image, label, region, split : str, optional
-        Columns of the table; "" where there is none. What is not given is guessed.
+        Columns of the table; "" if there is none. Columns that are not given are guessed.
     normal, abnormal : str or sequence of str, optional
-        Values of the label, or names of folders; with one of the two, all others are the other.
+        Values of the label, or names of folders; if one is given, all other values are the other.
     empty : {"normal", "abnormal", "unknown"}, optional
         What an empty label means.
     patient, study, covariates : str or sequence of str, optional
-        Columns; () where there are none.
+        Columns; () if there are none.
     pattern : str, optional
-        How paths look, as ``{split}/{label}/{patient}_*``.
+        Form of the paths, such as ``{split}/{label}/{patient}_*``.
     test_fraction : float, optional
-        How much of the studies is drawn for test; by default 0.2, or up to 0.4 where test would be
+        Share of the studies that is drawn for test; by default 0.2, or up to 0.4 if test would be
         too small to score.
     seed : int
-        Of that draw.
+        Seed of the draw.
     encoding, delimiter, sheet : str
-        How the table is written, where what is found out is not what is meant.
+        How the table is written, if detection would be wrong.
 
     Returns
     -------
@@ -121,8 +121,8 @@ def propose_recipe(
     PathNotFoundError
         There is no such file or folder.
     RecipeError
-        Nothing there can become a manifest, or something that the recipe needs cannot be told
-        (`UndecidedError`: an argument settles it).
+        Nothing at the path can become a manifest, or a choice that the recipe needs cannot be
+        determined (`UndecidedError`: an argument settles that choice).
     """
     choices = Choices(
         image=image,
@@ -155,7 +155,7 @@ def propose(
     kind: Kind = "auto",
     name: str = "",
 ) -> Proposal:
-    """Propose a recipe as `propose_recipe` does."""
+    """Return a proposal like `propose_recipe`, from `Choices`."""
     place = as_path(path, "a data set")
     if not place.exists():
         raise PathNotFoundError(f"{place} does not exist. Name a folder with images, or a table.")
@@ -178,15 +178,15 @@ def build_proposal(
     key_file: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> BuildReport:
-    """Build the manifest of a proposal; what it warns of is part of the report.
+    """Return the report of building a proposal's manifest, including the proposal's warnings.
 
-    Parameters, and what is raised, are those of `build_manifest`.
+    Parameters and errors are those of `build_manifest`.
     """
     if strict and proposal.warnings:
         listed = "\n".join(f"  - {warning}" for warning in proposal.warnings)
         raise RecipeError(
-            f"{proposal.image_root} draws warnings, which --strict refuses (drop it to build all "
-            f"the same):\n{listed}"
+            f"{proposal.image_root} causes warnings, which --strict refuses (drop --strict to "
+            f"build anyway):\n{listed}"
         )
     report = build_manifest(
         proposal.recipe,
@@ -223,12 +223,12 @@ def _propose_folder(root: Path, place: Path, choices: Choices, kind: Kind, name:
         if not unused:
             raise
         raise RecipeError(
-            f"{error} Of the tables there none names the images: {show_values(unused)}."
+            f"{error} None of the tables there names the images: {show_values(unused)}."
         ) from error
 
 
 def _name_table(path: Path) -> str:
-    """Call a recipe as its table, or as the folder where the table is called like all others."""
+    """Return a recipe's name: its table's, or the folder's if the table has a common name."""
     stem = normalise(path.stem)
     is_common = stem.lower() in ("labels", "label", "dataset", "data", "train", "metadata", "index")
     return normalise(path.resolve().parent.name) if is_common else stem
@@ -246,7 +246,7 @@ def _propose_mura(root: Path) -> Proposal:
         root,
         recipe.path.read_text(encoding="utf-8"),
         {"data set": "MURA v1.1"},
-        notices=["this is MURA v1.1, which medembed has a recipe for: mura"],
+        notices=["this is MURA v1.1; medembed comes with a recipe for that: mura"],
     )
 
 
@@ -288,7 +288,7 @@ def _find_tables(root: Path, place: Path) -> list[Path]:
 
 
 def _list_tables(folder: Path) -> list[Path]:
-    """List what may be a table in a folder and those in it, by name."""
+    """Return what may be a table in a folder or its subfolders, by name."""
     every = [
         path
         for base in (folder, *_folders_in(folder))
@@ -299,19 +299,19 @@ def _list_tables(folder: Path) -> list[Path]:
 
 
 def _recognise(table: Path) -> list[str]:
-    """Say where a recipe at hand is of a table of this name with such columns."""
+    """Return a notice if a known recipe is for a table of this name with such columns."""
     known = []
     columns = set(read_foreign_table(table, RecipeError).rows.columns)
     for name in ("fracatlas", "grazpedwri"):
         spec = load_recipe(name).table
         assert spec is not None
         if table.name in spec.file and columns >= {spec.image, *spec.patient, *spec.covariates}:
-            known.append(f"this looks like {name}, which medembed has a recipe for: {name}")
+            known.append(f"this looks like {name}; medembed comes with a recipe for that: {name}")
     return known
 
 
 def _is_dicom(root: Path) -> bool:
-    """Tell whether most of the first files below a root are DICOM."""
+    """Return whether most of the first files below a root are DICOM."""
     index = ImageIndex(root, every_file=True)
     plain = [path for path in sorted(index.paths) if not path.lower().endswith(TABLE_SUFFIXES)]
     step = max(len(plain) // N_PEEKED, 1)
@@ -329,7 +329,7 @@ def _begins_as_dicom(path: Path) -> bool:
 
 
 def _with_dicom(paths: Sequence[Path], root: Path, choices: Choices, name: str) -> Proposal:
-    """Propose for a table whose images may be DICOM: these tell patients by themselves."""
+    """Return a proposal for a table whose images may be DICOM, which name patients themselves."""
     if len(paths) == 1 and choices.patient is None and _is_dicom(root):
         return _propose_dicom(root, choices, name, paths)
     return propose_table(paths, root, choices, name=name)
@@ -399,11 +399,11 @@ def _propose_dicom(root: Path, choices: Choices, name: str, tables: Sequence[Pat
     else:
         level = "study"
         warnings.append(
-            "no table of labels names these files: their images can be embedded and predicted, and "
-            "nothing can be trained"
+            "no table of labels names these files: their images can be embedded and predicted, but "
+            "nothing can be trained on them"
         )
     if len(headers.patients - {""}) < 2 and len(paths) > 2:
-        warnings.append("the files name no patients, or one alone: each study counts as one")
+        warnings.append("the files name no patients, or only one: each study counts as a patient")
     if others:
         notices.append(f"other modalities are left out: {show_values(list(others))}")
     sections["split"] = draw_split(choices, len(headers.patients), 0)
@@ -430,7 +430,7 @@ def _join_table(
     choices: Choices,
     headers: _Headers,
 ) -> str:
-    """Name the table's columns in the recipe; return the level of its labels."""
+    """Write the table's columns to the recipe; return the level of its labels."""
     rows = found.rows
     index = ImageIndex(root, every_file=True)
     column, match = _find_key(rows, index, headers, choices.image)
@@ -454,7 +454,7 @@ def _join_table(
 def _find_key(
     rows: pd.DataFrame, index: ImageIndex, headers: _Headers, chosen: str | None
 ) -> tuple[str, str]:
-    """Return the column that tells files or studies, and what it holds."""
+    """Return the column that identifies files or studies, and what it holds."""
     columns = [chosen] if chosen else list(rows.columns)
     named = score_image_columns(rows[columns], index)
     scores = {(own.column, "file"): own.share for own in named}
@@ -465,12 +465,12 @@ def _find_key(
                 scores[name, way] = len(shared) / min(len(values), len(keys))
     if not scores:
         raise UndecidedError(
-            "no column holds names of files, or UIDs or accession numbers of studies, as the "
-            "files have them; its columns are "
+            "no column holds the files' names, or the UIDs or accession numbers of their studies; "
+            "the columns are "
             f"{show_values([repr(n) for n in rows.columns], 12)}. Name "
             "the column with --image.",
             "image",
-            "Which column tells the file or the study?",
+            "Which column identifies the file or the study?",
             tuple(rows.columns),
         )
     return max(scores, key=lambda own: scores[own])

@@ -1,4 +1,4 @@
-"""The layouts of datasets: what a table or a tree of folders says about each image."""
+"""The layouts of datasets: reading each image's data from a table or a tree of folders."""
 
 import re
 from collections.abc import Sequence
@@ -23,21 +23,21 @@ __all__ = ["compile_pattern", "read_layout"]
 
 
 def read_layout(recipe: Recipe, root: Path, key_file: Path | None = None) -> Listing:
-    """Read what `recipe` describes below `root`.
+    """Return the images that `recipe` describes below `root`.
 
     Parameters
     ----------
     recipe : Recipe
     root : Path
     key_file : Path, optional
-        What identifiers of layout dicom are hashed with; see `dataset.pseudonyms`.
+        Key for hashing identifiers of layout dicom; see `dataset.pseudonyms`.
 
     Raises
     ------
     PathNotFoundError
         A table is missing.
     RecipeError
-        Tables, folders and recipe do not fit each other; all problems of one kind at once.
+        Tables, folders and recipe do not match; the message lists all problems of one kind.
     """
     if recipe.layout == "mura":
         return read_mura(root)
@@ -63,7 +63,7 @@ def _read_table(recipe: Recipe, root: Path) -> Listing:
     images, is_found = _locate(table, names, spec, index, source)
     rows = pd.DataFrame({"image": images, "name": names})
     rows["patient"] = normalise_column(_join(table, spec.patient))
-    own = rows.groupby("image", sort=False)["name"].transform("first")  # one, however it is spelt
+    own = rows.groupby("image", sort=False)["name"].transform("first")  # one name for all spellings
     rows["study"] = normalise_column(_join(table, spec.study) if spec.study else own)
     rows["region"] = _regions(table, region, source)
     rows["label"] = read_labels(table[label.column], label, source)
@@ -86,7 +86,7 @@ def _read_table(recipe: Recipe, root: Path) -> Listing:
 def _read_files(
     recipe: Recipe, spec: Table, root: Path, names: Sequence[str]
 ) -> tuple[pd.DataFrame, str, list[str]]:
-    """Read the tables of a recipe as one; also return what to call it, and what was found out."""
+    """Return the tables of a recipe as one, its name for messages, and notes on the format."""
     tables, paths, notes = [], [], []
     for file in spec.file:
         path = find_table(file, root, recipe.path)
@@ -119,7 +119,7 @@ def _read_files(
 def _enter_folders(
     table: pd.DataFrame, names: "pd.Series[str]", index: ImageIndex
 ) -> tuple[pd.DataFrame, "pd.Series[str]"]:
-    """Return a row for each image where a row names a folder, as of a study, and the images."""
+    """Return a row for each image of a folder that a row names, such as a study, and the images."""
     folders = {
         value: images
         for value in names.unique()
@@ -134,7 +134,7 @@ def _enter_folders(
 def _locate(
     table: pd.DataFrame, names: "pd.Series[str]", spec: Table, index: ImageIndex, source: str
 ) -> tuple["pd.Series[str]", "pd.Series[bool]"]:
-    """Find each row's file; where there is none, say where it would be."""
+    """Return each row's file, or where a missing one would be, and whether it was found."""
     found = [index.find(value) for value in names]
     refuse(
         [
@@ -164,7 +164,7 @@ def _fill_pattern(pattern: str, table: pd.DataFrame, source: str) -> list[str]:
 
 
 def _join(table: pd.DataFrame, names: tuple[str, ...]) -> "pd.Series[str]":
-    """Join columns with "/"; an empty part leaves the whole empty, for the checks to find."""
+    """Return columns joined with "/"; an empty part makes the whole empty, for checks to find."""
     if not names:
         return pd.Series("", index=table.index, dtype=str)
     joined = table[names[0]]
@@ -240,7 +240,7 @@ def _read_folders(recipe: Recipe, root: Path) -> Listing:
 
 
 def _merge_names(rows: pd.DataFrame, names: list[str], root: Path) -> pd.DataFrame:
-    """Keep a file once that has several names through links, unless they contradict each other."""
+    """Return rows in which each file occurs once; names through links must not contradict."""
     again = rows["image"].duplicated()
     columns = [name for name in rows.columns if name not in ("image", "name")]
     first = rows[~again].set_index("image")[columns].reindex(rows["image"])
@@ -250,13 +250,13 @@ def _merge_names(rows: pd.DataFrame, names: list[str], root: Path) -> pd.DataFra
         for name, image, torn in zip(names, rows["image"], differs, strict=True)
         if torn.any()
     ]
-    remedy = "links give files a second name that says something else; take away one of the two:"
+    remedy = "links give files a second name that says something else; remove one of the two:"
     refuse(lines, str(root), remedy)
     return rows[~again]
 
 
 def compile_pattern(pattern: str, path: Path) -> re.Pattern[str]:
-    """Turn a pattern with {fields}, `*` and `**` into a regular expression."""
+    """Return a pattern with {fields}, `*` and `**` as a regular expression."""
     pieces = []
     seen: set[str] = set()
     for token in re.split(r"(\{.*?\}|\*\*/|\*)", pattern):
@@ -276,7 +276,7 @@ def compile_pattern(pattern: str, path: Path) -> re.Pattern[str]:
 
 
 def _check_fields(recipe: Recipe, table: pd.DataFrame) -> None:
-    """Refuse patterns and sections that leave a column without a source, or give it two."""
+    """Refuse patterns and sections that leave a column without a source, or with two."""
     has = {name: name in table for name in ("patient", "region", "label", "split", "study")}
     sections = {
         "patient": (recipe.groups is not None, '[groups] (rule = "image" or "runs")'),

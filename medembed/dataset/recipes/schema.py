@@ -1,8 +1,8 @@
-"""What a recipe says, section by section, and the parser that holds a file to it.
+"""The schema of recipes, section by section, and their parser.
 
-A recipe is a TOML file. Required are `name`, `layout` (mura, table, folders, dicom) and
-`label_level` (study, image); its sections are the classes here. Any other key is an error. All text
-but names of files is spelt as `text.normalise` does, as tables are.
+A recipe is a TOML file. `name`, `layout` (mura, table, folders, dicom) and `label_level` (study,
+image) are required; the sections are the classes here. Any other key is an error. All text but
+names of files is normalised by `text.normalise`, like tables.
 """
 
 import tomllib
@@ -51,11 +51,11 @@ Meaning = Literal["normal", "abnormal", "unknown"]
 Rows = Literal["equal", "any"]
 SplitName = Literal["train", "test"]
 MEANINGS = {"normal": "0", "abnormal": "1", "unknown": ""}
-"""What a value may mean in `[label]`, and how a table of a manifest writes it."""
+"""The meanings of values in `[label]`, and how a manifest's table writes them."""
 
 
 class Section(ClosedRecord):
-    """A section of a recipe; where a list is meant, one text stands for a list of one."""
+    """A section of a recipe; a single text is accepted for a list of one."""
 
     @field_validator("*", mode="before")
     @classmethod
@@ -70,27 +70,27 @@ class Table(Section):
     Attributes
     ----------
     file : tuple of str
-        Its name, looked for in the image root, then beside it, then beside the recipe. Several
-        files are read one after the other.
+        Name of the file, looked for in the image root, then beside the root, then beside the
+        recipe. Several files are read one after the other.
     file_column : str
-        A column to be made of the files' names without suffix, as for a split by file.
+        Name of a column to make of the files' names without suffix, for example as the split.
     columns : tuple of str
         Names of the columns of a table without a header.
     image : str
-        Column with a path below the root, or a file's name or stem, wherever it lies; or with a
-        folder's path or name, and the row speaks of all images below it.
+        Column with a path below the root, or the name or stem of a file anywhere below it; or with
+        a folder's path or name, if a row describes all images below that.
     patient, study : tuple of str
-        Columns that together name the patient and the study; empty: there are none. Without
-        `study` each image is its own.
+        Columns that together name the patient and the study; empty if there are none. Without
+        `study` each image is a study of its own.
     covariates : tuple of str
-        Columns that are copied into the manifest; none has the name of a column of its own.
+        Columns that are copied into the manifest; they must not be named like its own columns.
     below : tuple of str
         Folders of the root to which the search for images is limited; empty: the whole root.
     image_pattern : str
-        The path of an image that is not there, for builds from tables alone, with columns in
-        braces: "images/{image_id}". Empty: what column `image` holds.
+        The path of a missing image, for builds from tables only, with columns in braces:
+        "images/{image_id}". Empty: the value of column `image`.
     rows : str
-        "equal": several rows of one image must say the same. "any": it is abnormal if any row is,
+        "equal": several rows of one image must agree. "any": the image is abnormal if any row is,
         else unknown if any is; covariates in which the rows differ become empty.
     """
 
@@ -107,16 +107,16 @@ class Table(Section):
 
 
 class Format(Section):
-    """`[format]`: how the table's file is written, where what is found out is not what is meant.
+    """`[format]`: how the table's file is written, if detection would be wrong.
 
     Attributes
     ----------
     encoding : str
-        Such as "utf-8" or "cp1252", as Python names them.
+        Python's name of the encoding, such as "utf-8" or "cp1252".
     delimiter : str
-        What stands between two fields.
+        The character between two fields.
     decimal : str
-        What numbers of covariates have before their decimals: "." or ",".
+        The decimal separator of numbers in covariates: "." or ",".
     sheet : str
         The sheet of an Excel file.
     """
@@ -127,7 +127,7 @@ class Format(Section):
     sheet: str = ""
 
     def as_format(self) -> TableFormat:
-        """Return what tables are read with."""
+        """Return the format for reading tables."""
         return TableFormat(self.encoding, self.delimiter, self.decimal, self.sheet)
 
 
@@ -137,9 +137,9 @@ class Folders(Section):
     Attributes
     ----------
     pattern : str
-        How paths below the root look, with fields in braces, `*` for any text within a folder's or
-        file's name, and `**` for any number of folders:
-        "{split}/{region}/{patient}/{study}_{label}/*.png". Fields take as little text as they can.
+        The form of paths below the root, with fields in braces, `*` for any text within a folder's
+        or file's name, and `**` for any number of folders:
+        "{split}/{region}/{patient}/{study}_{label}/*.png". Fields match as little text as possible.
         `split`, `region`, `patient`, `study`, `label` have their meaning; others are covariates.
     """
 
@@ -147,7 +147,7 @@ class Folders(Section):
 
 
 class Dicom(Section):
-    """`[dicom]`: everything is in the files' own elements, labels perhaps in a table.
+    """`[dicom]`: everything is in the files' own elements, but labels may be in a table.
 
     Attributes
     ----------
@@ -155,18 +155,18 @@ class Dicom(Section):
         "hash": patient and study become keyed hashes (see `dataset.pseudonyms`), and ages from 90
         on become 90. "keep": they are kept as they are.
     modalities : tuple of str
-        Which to take; other objects are left out with their reason.
+        The modalities to keep; other objects are left out with their reason.
     table : str
-        A table with labels, looked for as `[table]` says. Empty: there are none.
+        A table with labels, looked for like that of `[table]`. Empty: there are no labels.
     column : str
-        Its column that says which image or study a row speaks of.
+        The column that says which image or study a row describes.
     match : str
         What that column holds: "file" (a path below the root, or a file's name or stem),
         "instance" (SOPInstanceUID), "study" (StudyInstanceUID), "accession" (AccessionNumber).
     rows : str
-        What several rows of one image or study come to, as in `[table]`.
+        How several rows of one image or study are combined, as in `[table]`.
     intent : str
-        Which rendering of an exposure is kept where there is one FOR PRESENTATION and one FOR
+        Which rendering of an exposure is kept if there is one FOR PRESENTATION and one FOR
         PROCESSING: "presentation", "processing", or "both".
     """
 
@@ -192,9 +192,9 @@ class Region(Section):
 
 
 class Label(Section):
-    """`[label]`: which values of `column` (of the field `label`, in folders) mean what.
+    """`[label]`: the meaning of values of `column` (in folders, of the field `label`).
 
-    `empty` says what an empty value means; `others` what values not listed mean. Without `others` a
+    `empty` is the meaning of an empty value, `others` that of values not listed. Without `others` a
     value that is not listed is an error.
     """
 
@@ -218,7 +218,7 @@ class Groups(Section):
     break_on : tuple of str
         Columns whose change ends a run.
     same_bytes : bool
-        Whether images with the same bytes pull their groups together.
+        Whether groups are joined if they share images with equal bytes.
     """
 
     rule: Literal["runs", "image"]
@@ -236,7 +236,7 @@ class Split(Section):
 
 
 class _Counts(Section):
-    """How many there are known to be."""
+    """Counts that are known beforehand."""
 
     images: Count | None = None
     studies: Count | None = None
@@ -261,15 +261,15 @@ class Recipe(Section):
     Attributes
     ----------
     licence, citation, url : str
-        Where the data set comes from and how it may be used; "" where nobody has said.
+        Where the data set comes from and how it may be used; "" if unknown.
     about, patient_ids : str
         A line on the data set, and one on what names its patients.
     tried : str
-        On how much of the data set the recipe was tried.
+        How much of the data set the recipe was tried on.
     split_names : dict of str to str
-        The data set's name of a split, and whether that is train or test.
+        The data set's names of splits, each with train or test.
     ids : str
-        Where it says "exact", patients whose identifiers look alike are different persons.
+        If "exact", patients whose identifiers look alike are different persons.
     exclude : dict of str to str
         `[exclude]`: an image's path or name, or a folder, and the reason why it is left out.
     expected : dict
@@ -310,7 +310,7 @@ class Recipe(Section):
 
     @property
     def path(self) -> Path:
-        """The recipe's file; ``Path()`` of one that was made in memory."""
+        """The recipe's file; ``Path()`` for a recipe made in memory."""
         return self._path
 
 
@@ -337,13 +337,13 @@ _USELESS = {
 
 
 def parse_recipe(path: Path) -> Recipe:
-    """Read a recipe's file.
+    """Return the recipe in a file.
 
     Raises
     ------
     RecipeError
-        It is not TOML, has unknown, missing or contradicting keys, or values of the wrong type; all
-        that is wrong at once.
+        The file is not TOML, has unknown, missing or contradicting keys, or values of the wrong
+        type; the message lists everything that is wrong.
     """
     try:
         text = read_plain(path, max_bytes=MAX_BYTES).decode()
@@ -355,13 +355,13 @@ def parse_recipe(path: Path) -> Recipe:
 
 
 def make_recipe(text: str, path: Path) -> Recipe:
-    """Return the recipe that a text in TOML is; raise as `parse_recipe`.
+    """Return the recipe of a TOML text, with the errors of `parse_recipe`.
 
     Parameters
     ----------
     text : str
     path : Path
-        What messages call the recipe, and what `Recipe.path` is.
+        The recipe's name in messages, and its `Recipe.path`.
     """
     try:
         document = _normalised(tomllib.loads(text))
@@ -377,7 +377,7 @@ def make_recipe(text: str, path: Path) -> Recipe:
 
 
 def _normalised(value: Any) -> Any:
-    """Spell all text in a value of TOML in one way, but for names of files."""
+    """Return a TOML value with all text normalised, except names of files."""
     if isinstance(value, str):
         return normalise(value)
     if isinstance(value, list):
@@ -392,7 +392,7 @@ def _names_files(key: str, value: object) -> bool:
 
 
 def _describe(problems: Sequence[Problem]) -> Iterator[str]:
-    """Return a sentence for each problem, and one for all that a section lacks."""
+    """Yield a sentence for each problem, and one for all keys that a section lacks."""
     missing: dict[str, list[str]] = defaultdict(list)
     for problem in problems:
         section, _, key = problem.key.rpartition(".")
@@ -410,7 +410,7 @@ def _describe(problems: Sequence[Problem]) -> Iterator[str]:
 
 
 def _find_contradictions(document: Mapping[str, Any]) -> Iterator[str]:
-    """Return what no section can know by itself; what has a wrong type is said elsewhere."""
+    """Yield contradictions between sections; wrong types are reported elsewhere."""
     layout = document.get("layout")
     if not isinstance(layout, str) or layout not in _NEEDED:
         return

@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 ONE_REGION = "all"
-FEW_NAMES = 0.2  # distinct values a row: a column with fewer says something of images, not which
+FEW_NAMES = 0.2  # distinct values per row: a column with fewer describes images, not names
 N_TRIED = 2000  # values of a column that are looked for among the files
 MAX_REGIONS = 40
 FRACTIONS = (0.2, 0.3, 0.4)
@@ -53,7 +53,7 @@ NO_PATIENTS = (
 
 @dataclass
 class _Draft:
-    """A recipe as it grows."""
+    """A recipe that is being put together."""
 
     sections: dict[str, dict[str, Any]] = field(default_factory=dict)
     comments: dict[str, str] = field(default_factory=dict)
@@ -66,21 +66,21 @@ class _Draft:
 def propose_table(
     paths: Sequence[Path], root: Path, choices: Choices, *, name: str = ""
 ) -> Proposal:
-    """Propose a recipe for a table, or several of the same columns, one for each split.
+    """Return a proposed recipe for a table, or for tables with equal columns, one for each split.
 
     Parameters
     ----------
     paths : sequence of Path
     root : Path
-        Where the images are, with links resolved.
+        The folder with the images, with links resolved.
     choices : Choices
     name : str
-        Of the recipe; by default the table's.
+        Name of the recipe; by default the table's.
 
     Raises
     ------
     UndecidedError
-        A column or the meaning of a label's values cannot be told; the first of them.
+        A column or the meaning of a label's values cannot be determined; the first such choice.
     RecipeError
         The table cannot be read, or lacks a column that was named.
     """
@@ -141,7 +141,7 @@ def propose_table(
 
 
 def name_file(path: Path, root: Path) -> str:
-    """Return what a recipe calls a table: as short as finds it again below or beside the root."""
+    """Return the shortest name that finds a table again, below or beside the root."""
     for folder in (root, root.parent):
         name = os.path.relpath(path, folder)
         if not name.startswith("..") and find_table(name, root, Path()).samefile(path):
@@ -157,9 +157,9 @@ class NamedFiles:
     ----------
     column : str
     share : float
-        Of its values, those that name a file or a folder of images.
+        Share of the column's values that name a file or a folder of images.
     rank : float
-        Higher where it is more likely meant: labels, too, may be names of files such as 0.png.
+        Higher for a likelier column: labels, too, may be names of files such as 0.png.
     """
 
     column: str
@@ -212,7 +212,7 @@ def _choose_image(
 
 
 def _add_format(draft: _Draft, found: ForeignTable, paths: Sequence[Path]) -> None:
-    """Keep what was found out of a file that is not plain, so that a build repeats it."""
+    """Write the detected format of a file that is not plain to the recipe, for builds to use."""
     if paths[0].suffix.lower() == ".parquet":
         return
     kept = {
@@ -227,7 +227,7 @@ def _add_format(draft: _Draft, found: ForeignTable, paths: Sequence[Path]) -> No
 
 
 def _reserve(draft: _Draft, rows: pd.DataFrame, choices: Choices) -> None:
-    """Keep what is chosen or has a role of its own from becoming the label."""
+    """Reserve columns that are chosen or have another role, so that none becomes the label."""
     draft.taken += [*_flat((choices.patient, choices.study)), choices.region or ""]
     draft.taken.append(choices.split or "")
     for role in ("patient", "study"):
@@ -242,7 +242,7 @@ def _find_patient(rows: pd.DataFrame, choices: Choices) -> tuple[str, ...]:
 
 
 def _choose_patient(draft: _Draft, rows: pd.DataFrame, choices: Choices) -> None:
-    """Name the columns of the patient; where there are none, a study or an image stands for one."""
+    """Choose the columns of the patient; without any, each study or image counts as one."""
     table = draft.sections["table"]
     likely = find_column(rows, "patient", ())
     chosen = _find_patient(rows, choices)
@@ -316,7 +316,7 @@ def _find_region(rows: pd.DataFrame, taken: Iterable[str]) -> str:
 
 
 def _find_one_hot(rows: pd.DataFrame, label: str) -> list[str]:
-    """Return columns of 0 and 1 that are called like body parts, where each row has one."""
+    """Return columns of 0 and 1 that are named after body parts, if each row has one set."""
     names = [str(name) for name in rows if name != label]
     is_flag = {name: set(rows[name].unique()) <= {"0", "1"} for name in names}
     parts = [name for name, is_one in is_flag.items() if is_one and are_regions([name])]
@@ -332,7 +332,7 @@ def _find_one_hot(rows: pd.DataFrame, label: str) -> list[str]:
 def _choose_study(
     draft: _Draft, rows: pd.DataFrame, choices: Choices, label: LabelChoice, region: dict[str, Any]
 ) -> str:
-    """Name the columns of the study, and return the label's level."""
+    """Choose the columns of the study, and return the label's level."""
     table = draft.sections["table"]
     if choices.study is None:
         patient = _find_patient(rows, choices)
@@ -340,7 +340,7 @@ def _choose_study(
         chosen: tuple[str, ...] = (likely,) if likely and not (rows[likely] == "").any() else ()
         whole = (*patient, *chosen)
         if chosen and _n_distinct(rows, chosen) < _n_distinct(rows, whole):
-            chosen = whole  # numbers of studies begin anew with each patient
+            chosen = whole  # numbers of studies restart for each patient
     else:
         chosen = choices.study
     if not chosen:
@@ -364,7 +364,7 @@ def _choose_study(
 
 
 def _choose_rows(draft: _Draft, rows: pd.DataFrame, image: str, label: LabelChoice) -> None:
-    """Say what several rows of one image come to."""
+    """Choose how several rows of one image are combined."""
     again = rows[rows[image].duplicated(keep=False)]
     if again.empty:
         return
@@ -381,7 +381,7 @@ def _choose_rows(draft: _Draft, rows: pd.DataFrame, image: str, label: LabelChoi
 def _choose_split(
     draft: _Draft, rows: pd.DataFrame, choices: Choices, by_file: str, label: LabelChoice
 ) -> dict[str, str]:
-    """Name the column of the split, or a fraction; return what the data set's names mean."""
+    """Choose the column of the split, or a fraction; return what the data set's names mean."""
     column = choices.split
     if column is None and choices.test_fraction is None:
         likely = [by_file] if by_file else list(rows.columns.difference(draft.taken, sort=False))
@@ -416,7 +416,7 @@ def _are_named(values: Sequence[str]) -> bool:
 
 
 def _map(values: Sequence[str]) -> dict[str, str]:
-    """Map names of splits, or names of files that hold such a word, to train and test."""
+    """Return names of splits, or of files that hold such a word, mapped to train and test."""
     if are_splits(values):
         return map_splits(values)
     from medembed.dataset.recipes.guesses import find_split_word
@@ -429,7 +429,7 @@ def _map(values: Sequence[str]) -> dict[str, str]:
 
 
 def draw_split(choices: Choices, n_patients: int, n_of_class: int) -> dict[str, Any]:
-    """Return `[split]` of a recipe that draws its test patients."""
+    """Return the section `[split]` of a recipe that draws its test patients."""
     fraction = choices.test_fraction
     return {
         "fraction": choose_fraction(n_patients, n_of_class) if fraction is None else fraction,
@@ -443,9 +443,9 @@ def choose_fraction(n_patients: int, n_of_class: int) -> float:
     Parameters
     ----------
     n_patients : int
-        Of the data set.
+        Patients of the data set.
     n_of_class : int
-        Patients of the rarer class; 0 where nothing is labelled.
+        Patients of the rarer class; 0 if nothing is labelled.
     """
     for fraction in FRACTIONS:
         is_enough = n_patients * fraction >= ENOUGH_PATIENTS
@@ -489,7 +489,7 @@ def _choose_covariates(
 
 
 def _tells_label(column: "pd.Series[str]", means: "pd.Series[str]") -> bool:
-    """Tell whether each value of a column stands beside one label alone, as a count of findings."""
+    """Return whether each value of a column has only one label, like a count of findings."""
     is_known = means.isin(["normal", "abnormal"]) & (column != "")
     labels = means[is_known].groupby(column[is_known])
     is_common = labels.size().max() > 2 and labels.ngroups > 1

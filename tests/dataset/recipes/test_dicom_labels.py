@@ -107,7 +107,7 @@ def test_numbers_that_were_rounded_are_named_beside_those_that_match(
     fill(root, AccessionNumber=[*numbers[:3], "7", "8", "9"])
     report = build(tmp_path, root, ["1.23457E+15", "7", "8", "9"], "accession")
     assert report.warnings[1] == (
-        "1 names in labels.csv are of no image that was found. '1.23457E+15' in the table is "
+        "1 names in labels.csv match no image that was found. '1.23457E+15' in the table is "
         f"'{numbers[0]}' of an image: a spreadsheet has rounded the number. Export the table again "
         "with this column as text."
     )

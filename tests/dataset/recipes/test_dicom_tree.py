@@ -143,7 +143,7 @@ def test_labels_are_joined_by(tmp_path: Path, root: Path, match: str, names: lis
         assert labels == [0, None, 1, None, None]
         assert warnings == [
             "3 images are in no row of labels.csv: A/IM1, C/x, C/y",
-            "2 names in labels.csv are of no image that was found",
+            "2 names in labels.csv match no image that was found",
         ]
     else:
         assert labels == [0, 0, 1, 0, None]

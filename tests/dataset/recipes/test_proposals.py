@@ -112,7 +112,7 @@ def test_folders_whose_names_say_nothing_are_asked_about_by_name(tmp_path: Path)
     [
         ({}, "no image below"),
         ({".": 4}, "holds 4 images, such as '0.png', and no folder for each class"),
-        ({"images": 4}, r"are no classes of images: 'images' \(4\).*--pattern"),
+        ({"images": 4}, r"are not classes of images: 'images' \(4\).*--pattern"),
     ],
 )
 def test_folders_that_are_no_classes_say_so(
@@ -217,7 +217,7 @@ def test_a_table_that_names_no_film_says_which_there_are(tmp_path: Path) -> None
     fill(tmp_path, {"films": 2}, "x{i}.png")
     with pytest.raises(UndecidedError, match=r"names images below .* the first is 'films/x0.png'"):
         propose_recipe(table)
-    with pytest.raises(RecipeError, match=r"Of the tables there none names the images: t.csv"):
+    with pytest.raises(RecipeError, match=r"None of the tables there names the images: t.csv"):
         propose_recipe(tmp_path)
 
 
@@ -372,7 +372,7 @@ def test_real_films_become_manifests_without_a_question(shared_data: Path, tmp_p
     assert films.recipe.region.one_hot == ("hand", "leg", "hip", "shoulder", "mixed")
     assert films.recipe.label is not None
     assert films.recipe.label.column == "fractured"
-    assert any("has a recipe for: fracatlas" in notice for notice in films.notices)
+    assert any("a recipe for that: fracatlas" in notice for notice in films.notices)
     assert build(films)["label"].sum() == 33
     folders = propose_recipe(shared_data / "fracatlas", kind="folders")
     assert build(folders)["label"].sum() == 33

@@ -92,7 +92,7 @@ def test_a_root_without_any_of_the_images_is_an_error(tmp_path: Path, root: Path
 def test_files_that_no_table_lists_are_a_warning(tmp_path: Path, root: Path) -> None:
     image(root / "one/extra.png", 7)
     warnings = build(tmp_path, root).warnings
-    said = "1 image files are not in labels.csv and were left: one/extra.png"
+    said = "1 image files are not in labels.csv, and left out: one/extra.png"
     assert warnings == [said, UNSCORED]
 
 
@@ -108,7 +108,7 @@ def test_exclusions_give_their_reason_and_unknown_ones_a_warning(
     assert (document["images"], document["studies"], document["abnormal"]) == (1, 1, 0)
     assert document["warnings"] == report.warnings
     assert report.warnings == [
-        "[exclude] names 'z.png', which is no image of the dataset",
+        "[exclude] names 'z.png', which is not an image of the dataset",
         "train has no abnormal images among 1 labelled ones, so nothing can be trained on it: that "
         "requires both classes",
         "test has no patients, so nothing can be scored on it; the data set has 1 patient, and one "
@@ -244,7 +244,7 @@ def test_folders_give_every_column_and_further_fields_as_covariates(tmp_path: Pa
     assert rows["label"].tolist() == [1, 0, 0]
     assert rows["view"].tolist() == ["1", "1", "2"]
     assert rows["split"].tolist() == ["test", "train", "train"]
-    assert report.warnings[0] == "1 image files are not in the pattern and were left: stray.png"
+    assert report.warnings[0] == "1 image files are not in the pattern, and left out: stray.png"
     assert [warning[:18] for warning in report.warnings[1:]] == [
         "train has no abnor",
         "test has no normal",
@@ -373,7 +373,7 @@ def test_files_and_studies_that_only_one_side_has_are_warned_of(mura: Path) -> N
     report = build_manifest(load_recipe("mura"), mura)
     text = "\n".join(report.warnings)
     assert (
-        "1 image files are not in MURA's tables and were left: train/XR_HAND/patient00009" in text
+        "1 image files are not in MURA's tables, and left out: train/XR_HAND/patient00009" in text
     )
     assert "1 labelled studies have no images: MURA-v1.1/train/XR_HAND/patient00010" in text
     assert "1 of 7 images of the tables are not below the image root" in text

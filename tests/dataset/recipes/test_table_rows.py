@@ -158,7 +158,7 @@ def test_where_some_rows_have_no_image_the_likeness_is_said(tmp_path: Path, root
         ("3", "0000003", "leading zeros"),
         ("0", "000", "leading zeros"),
         ("03", "0003", "leading zeros"),
-        ("12.0", "12", ".0 behind"),
+        ("12.0", "12", ".0 after"),
         ("1.3E+20", "123456789012345678901", None),
         ("1.0E+3", "999", "rounded"),
         ("1E+999", "9" * 5000, None),
