@@ -143,7 +143,7 @@ def _make(
 
 
 def _read_options(path: Path) -> list[str]:
-    """Return the options that a recipe was proposed with, [] where that is not known."""
+    """Return the options that a recipe was proposed with, or [] if these are unknown."""
     try:
         found = json.loads(read_plain(path))
     except (OSError, ValueError):

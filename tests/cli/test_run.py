@@ -101,7 +101,7 @@ def test_the_same_command_with_its_options_goes_on(films: Path, tmp_path: Path) 
     assert again.exit_code == 0, again.output
     other = run(*command, *options[:2])
     assert other.exit_code == 2
-    assert "recipe.toml is there already" in other.stderr
+    assert "recipe.toml already exists" in other.stderr
 
 
 @pytest.mark.parametrize(
