@@ -111,8 +111,8 @@ def test_exclusions_give_their_reason_and_unknown_ones_a_warning(
         "[exclude] names 'z.png', which is not an image of the dataset",
         "train has no abnormal images among 1 labelled ones, so nothing can be trained on it: that "
         "requires both classes",
-        "test has no patients, so nothing can be scored on it; the data set has 1 patient, and one "
-        "patient is in a single split",
+        "test has no patients, so nothing can be scored on it; the data set has 1 patient, and "
+        "each patient is in a single split",
     ]
 
 
