@@ -163,7 +163,7 @@ def test_the_options_of_thumbnails_go_together(tmp_path, capsys):
         with pytest.raises(SystemExit) as ended:
             main(["report", str(tmp_path / "run"), "-o", str(tmp_path / "out"), *options])
         assert ended.value.code == 2
-        assert re.search(r"(wants|and) --(manifest|image-root)", capsys.readouterr().err)
+        assert re.search(r"(requires|and) --(manifest|image-root)", capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
 
 

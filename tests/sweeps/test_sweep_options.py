@@ -54,7 +54,7 @@ def write_space(path, text):
     ("text", "words"),
     [
         ("[mlp]\nlearning = 0.1\n", "learning"),
-        ("[mlp]\ndropuot = 0.1\n", "did you mean dropout?"),
+        ("[mlp]\ndropuot = 0.1\n", "did you mean 'dropout'?"),
         ("[mpl]\nlr = 0.1\n", "did you mean mlp?"),
         ("[lightgbm]\nrungs = [1]\n", "is for mlp alone"),
         ("[mlp]\nlr = \n", "is not TOML"),

@@ -320,7 +320,7 @@ def test_a_sweep_stopped_before_its_last_step_cleans_up_when_asked_again(
 def test_another_programs_line_in_the_ledger_is_an_error_of_ours(data, out):
     with open(out / "trials.jsonl", "ab") as file:
         file.write(b"{}\n")
-    with pytest.raises(RunError, match=r"line 19 .*is not a trial"):
+    with pytest.raises(RunError, match=r"line 19 .* are missing\. Delete that line"):
         sweep(*data, out, **SMALL)
 
 

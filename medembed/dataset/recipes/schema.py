@@ -6,7 +6,6 @@ names of files is normalised by `text.normalise`, like tables.
 """
 
 import tomllib
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -392,21 +391,14 @@ def _names_files(key: str, value: object) -> bool:
 
 
 def _describe(problems: Sequence[Problem]) -> Iterator[str]:
-    """Yield a sentence for each problem, and one for all keys that a section lacks."""
-    missing: dict[str, list[str]] = defaultdict(list)
+    """Yield a sentence for each problem; the first one names all keys that are missing."""
     for problem in problems:
-        section, _, key = problem.key.rpartition(".")
-        if problem.text == "is missing":
-            missing[section].append(key)
-    for section, keys in missing.items():
-        lacks = f"[{section}] lacks" if section else "it lacks"
-        yield f"{lacks} {', '.join(keys)}. Add {'it' if len(keys) == 1 else 'them'}."
-    for problem in problems:
-        if problem.text != "is missing":
-            section, _, key = problem.key.partition(".")
-            words = (f"[{section}]:", key) if section in _SECTIONS else (problem.key,)
-            text = " ".join(filter(None, (*words, problem.text)))
-            yield text if text.endswith("?") else f"{text}."
+        section, _, key = problem.key.partition(".")
+        where = f"[{section}]" if section in _SECTIONS else problem.key
+        if section in _SECTIONS and key:
+            where += f": {key}"
+        text = f"{where} {problem.text}".lstrip()
+        yield text if text.endswith("?") else f"{text}."
 
 
 def _find_contradictions(document: Mapping[str, Any]) -> Iterator[str]:

@@ -191,7 +191,7 @@ def test_a_link_that_leaves_the_root_is_refused(tmp_path: Path, root: Path) -> N
     ("old", "new", "message"),
     [
         ("licence", "license", r"unknown key 'license'; did you mean 'licence'\?"),
-        ("covariates", "covariate", r"\[table\]: unknown key 'covariate'; did you mean"),
+        ("covariates", "covariate", r"\[table\] has an unknown key 'covariate'; did you mean"),
         ("[split]", "[splits]", r"unknown key 'splits'; did you mean 'split'\?"),
         ('layout = "table"', 'layout = "tables"', "layout must be .* not 'tables'; did"),
         ('layout = "table"', 'layout = "dicom"', r"has no use for \[table\]"),
@@ -207,7 +207,7 @@ def test_a_link_that_leaves_the_root_is_refused(tmp_path: Path, root: Path) -> N
         ('["age"]', '["name"]', "covariates names 'name'"),
         ("[region]", 'below = ["../x"]\n[region]', r"below names '\.\./x', outside"),
         ("[region]", "[region", "cannot be read as TOML"),
-        ('file = "labels.csv"', "", r"\[table\] lacks file"),
+        ('file = "labels.csv"', "", r"table\.file is missing"),
         ("[split]", '[exclude]\n"a" = 1\n[split]', r"\[exclude\]: a must be text, not 1"),
         ("[split]", "[expected]\nimage = 1\n[split]", "unknown key 'image'; did you mean 'images'"),
         ("[split]", '[expected]\nimages = "1"\n[split]', "images must be a whole number"),

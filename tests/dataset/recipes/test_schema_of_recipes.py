@@ -18,10 +18,8 @@ def test_all_that_a_recipe_lacks_is_in_one_error() -> None:
         make_recipe('layout = "table"\n[table]\npatent = "p"\n[split]\n[label]\n', PLACE)
     assert str(caught.value).splitlines() == [
         "mine.toml: the recipe cannot be used; correct it:",
-        "  - it lacks name, label_level. Add them.",
-        "  - [table] lacks file, image. Add them.",
-        "  - [label] lacks abnormal. Add it.",
-        "  - [table]: unknown key 'patent'; did you mean 'patient'?",
+        "  - name, label_level, table.file, table.image, label.abnormal are missing.",
+        "  - [table] has an unknown key 'patent'; did you mean 'patient'?",
         "  - layout 'table' needs a section [region].",
         '  - give either patient columns in [table] or [groups], not both (rule = "image" in '
         "[groups]: each image counts as a patient of its own).",
