@@ -141,7 +141,7 @@ def test_images_with_the_same_bytes_share_a_row(cache: Cache) -> None:
 
 def test_a_manifest_without_hashes_is_refused(cache: Cache) -> None:
     manifest = Manifest(a_manifest().rows.assign(sha256=""), "study")
-    with pytest.raises(ManifestError, match=r"structure only.*--structure-only"):
+    with pytest.raises(ManifestError, match=r"have no sha256.*--structure-only"):
         load_embeddings(cache, manifest)
 
 

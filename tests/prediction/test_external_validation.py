@@ -442,7 +442,7 @@ def test_scores_that_are_no_json_are_said_to_be_once(home, tmp_path):
 
 def test_the_page_shows_drop_calibration_and_drift(found, home, tmp_path, monkeypatch):
     """With the one figure that an evaluation changes: the model brings two scalings, not four."""
-    monkeypatch.setattr(page, "plot_all", lambda result, _: [plot_calibration(result)])
+    monkeypatch.setattr(page, "plot_all", lambda result, *_: [plot_calibration(result)])
     page.write_report([home / "evaluated"], tmp_path / "page", n_resamples=20)
     text = (tmp_path / "page" / "index.html").read_text()
     for words in (

@@ -207,7 +207,7 @@ def test_a_run_that_evaluates_elsewhere_brings_its_models_scores(run, tmp_path):
 
 
 def test_the_page_shows_deferral_and_names_the_heads_without(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(page, "plot_all", lambda result, _: [plot_deferral(result)])
+    monkeypatch.setattr(page, "plot_all", lambda result, *_: [plot_deferral(result)])
     written = page.write_report([run.path], tmp_path, **FAST)
     text = (tmp_path / "index.html").read_text()
     assert '<h2 id="deferral">' in text

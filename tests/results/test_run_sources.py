@@ -56,7 +56,9 @@ def test_a_model_of_another_run_is_refused(run: Run, name: str, value: object) -
     assert find_internal(path) is not None
     shutil.rmtree(path)
     give_model(run, "mlp", **{**card, name: value}, **kept)
-    said = rf"the model at .* has {name} {value}, and run.json names .*: it is not of this run"
+    said = (
+        rf"the model at .* has {name} {value}, and run.json names .*: the model is not of this run"
+    )
     with pytest.raises(ModelError, match=said):
         read_conformal(run, "mlp")
     with pytest.raises(ModelError, match=said):
