@@ -8,6 +8,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from pydantic import BaseModel
+
 import medembed
 from tools.cli_pages import write_pages
 from tools.schema_page import render_page
@@ -43,14 +45,18 @@ html_copy_source = False
 html_theme_options = {"footer_icons": []}
 
 
-def skip_member(_app: Any, what: str, name: str, _member: Any, skip: bool, _options: Any) -> bool:
-    """Leave out what is told elsewhere.
+def skip_member(_app: Any, what: str, name: str, member: Any, skip: bool, _options: Any) -> bool:
+    """Leave out what is described elsewhere.
 
     That is what scikit-learn adds to every estimator for the routing of metadata, and, on a
-    module's page, the names of the public surface, which have pages of their own.
+    module's page, the names of the public surface and the models of file formats, which have pages
+    of their own.
     """
-    is_public = what == "module" and name in medembed.__all__
-    return skip or is_public or (name.startswith("set_") and name.endswith("_request"))
+    has_page = name in medembed.__all__ or (
+        isinstance(member, type) and issubclass(member, BaseModel)
+    )
+    is_routing = name.startswith("set_") and name.endswith("_request")
+    return skip or is_routing or (what == "module" and has_page)
 
 
 def break_names(html: str) -> str:

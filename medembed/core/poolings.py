@@ -59,8 +59,8 @@ class Pooling:
         As in `--pool`, the cache and a model's card; without `,` and `+`, which join names.
     compute : callable or None
         ``compute(tokens, grid)`` pools patch tokens, float32 (n, rows * columns, d), row by row
-        from the image's top left, to float32 (n, *shape(d)); grid is (rows, columns). None where
-        the tower computes the vector itself.
+        from the image's top left, to float32 ``(n, *shape(d))``; grid is (rows, columns). None
+        where the tower computes the vector itself.
     shape : callable
         ``shape(d)`` is the shape of an image's pooled tokens: (k,) for one vector, (cells, k) for
         several. Without `compute`, the tower's own width stands for d.
