@@ -218,7 +218,7 @@ class _Seen:
         self.far += bool(row["far"])
 
     def _are_others(self) -> bool:
-        """Return whether so many outlying studies would occur by chance less than 1 in 1,000."""
+        """Return whether p is below 0.001 for this many outlying studies to occur by chance."""
         if not self.placed:
             return False
         from scipy.stats import binom
