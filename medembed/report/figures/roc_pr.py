@@ -32,6 +32,7 @@ from medembed.report.figures.plotting import (
 )
 from medembed.report.tables import format_interval
 from medembed.results.alignment import TestSet
+from medembed.results.comparison_schema import ComparisonResult
 from medembed.results.methods import of_score
 
 __all__ = [
@@ -282,7 +283,7 @@ PRECISION_RECALL = _Kind(
 )
 
 
-def plot_roc(result: dict[str, Any], test_set: TestSet) -> Plot | None:
+def plot_roc(result: ComparisonResult, test_set: TestSet) -> Plot | None:
     """Draw the ROC curves of the trained heads, with a 95 % band around the best.
 
     Returns None where the test rows are of one class or no head was trained.
@@ -290,7 +291,7 @@ def plot_roc(result: dict[str, Any], test_set: TestSet) -> Plot | None:
     return _plot_curves(result, test_set, ROC, ([0, 1], "chance"))
 
 
-def plot_precision_recall(result: dict[str, Any], test_set: TestSet) -> Plot | None:
+def plot_precision_recall(result: ComparisonResult, test_set: TestSet) -> Plot | None:
     """Draw precision over recall of the trained heads, with a 95 % band around the best.
 
     Returns None where the test rows are of one class or no head was trained.
@@ -301,7 +302,7 @@ def plot_precision_recall(result: dict[str, Any], test_set: TestSet) -> Plot | N
 
 
 def _plot_curves(
-    result: dict[str, Any], test_set: TestSet, kind: _Kind, chance: tuple[list[float], str]
+    result: ComparisonResult, test_set: TestSet, kind: _Kind, chance: tuple[list[float], str]
 ) -> Plot | None:
     rows = shown_rows(result)
     if not rows:
