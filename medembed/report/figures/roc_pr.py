@@ -66,15 +66,13 @@ def roc_curve(y: NDArray[Any], probability: NDArray[Any]) -> pd.DataFrame:
         Columns fpr, tpr (in [0, 1]) and threshold (infinite in the first row). One row per
         distinct probability; empty if the labels have one class.
     """
-    positives, negatives, ends = _cumulated(y, probability, np.ones((1, len(y))))
-    if not positives[0, -1] or not negatives[0, -1]:
-        return pd.DataFrame({"fpr": [], "tpr": [], "threshold": []}, dtype=np.float64)
-    return pd.DataFrame(
-        {
-            "fpr": negatives[0] / negatives[0, -1],
-            "tpr": positives[0] / positives[0, -1],
-            "threshold": _thresholds(probability, ends),
-        }
+    return _curve(
+        y,
+        probability,
+        lambda positives, negatives: {
+            "fpr": negatives / negatives[-1],
+            "tpr": positives / positives[-1],
+        },
     )
 
 
@@ -97,17 +95,28 @@ def precision_recall_curve(y: NDArray[Any], probability: NDArray[Any]) -> pd.Dat
         a first row of recall 0, precision 1, threshold infinite, as in scikit-learn; empty if the
         labels have one class.
     """
+    return _curve(
+        y,
+        probability,
+        lambda positives, negatives: {
+            "recall": positives / positives[-1],
+            "precision": np.r_[1.0, positives[1:] / (positives + negatives)[1:]],
+        },
+    )
+
+
+def _curve(
+    y: NDArray[Any],
+    probability: NDArray[Any],
+    rates: Callable[[Floats, Floats], dict[str, Floats]],
+) -> pd.DataFrame:
+    """Return two rates of the rows called abnormal, by class, and the threshold of each point."""
     positives, negatives, ends = _cumulated(y, probability, np.ones((1, len(y))))
     if not positives[0, -1] or not negatives[0, -1]:
-        return pd.DataFrame({"recall": [], "precision": [], "threshold": []}, dtype=np.float64)
-    called = positives[0, 1:] + negatives[0, 1:]
-    return pd.DataFrame(
-        {
-            "recall": positives[0] / positives[0, -1],
-            "precision": np.r_[1.0, positives[0, 1:] / called],
-            "threshold": _thresholds(probability, ends),
-        }
-    )
+        names = [*rates(np.ones(1), np.ones(1)), "threshold"]
+        return pd.DataFrame(columns=names, dtype=np.float64)
+    thresholds = _thresholds(probability, ends)
+    return pd.DataFrame({**rates(positives[0], negatives[0]), "threshold": thresholds})
 
 
 def roc_band(
