@@ -266,7 +266,7 @@ def _show(value: Any) -> Any:
     """Return text from data escaped for HTML, with bidirectional controls made visible."""
     if type(value) is not str:
         return value
-    return Markup(to_html(value))  # escaped there
+    return Markup(to_html(value))
 
 
 def _command(result: ComparisonResult, asked: ComparisonOptions, *, has_manifest: bool) -> str:
