@@ -265,14 +265,15 @@ def compare_aligned(
     return {**result, "notes": describe(result)}
 
 
-def score_run(run: Run, **asked: Any) -> dict[str, Any]:
+def score_run(run: Run, **asked: Any) -> ComparisonResult:
     """Return the scores that a run keeps: a comparison with itself, without durations.
 
     Equal arguments give equal scores; times are in `run.json`. `asked` is passed to `compare_runs`.
     """
     result = compare_runs([run], **asked)
-    rows = [{k: v for k, v in row.items() if k != "seconds"} for row in result["rows"]]
-    return {**result, "rows": rows}
+    for row in result["rows"]:
+        del row["seconds"]
+    return result
 
 
 def _row(
