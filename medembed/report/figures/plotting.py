@@ -7,7 +7,7 @@ is drawn once for all its files: the dark SVG is the light one in the other them
 import io
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -192,7 +192,7 @@ def add_points(
     theme: Theme,
     i: int,
     places: Sequence[float],
-    scores: Sequence[dict[str, Any]],
+    scores: Sequence[Mapping[str, Any]],
     *,
     horizontal: bool = False,
 ) -> Any:
@@ -216,7 +216,7 @@ def add_points(
     return axes.plot(*xy, color=colour, marker=MARKERS[i], ms=5, ls="none")[0]
 
 
-def scale_scores(axes: Any, scores: Sequence[dict[str, Any]]) -> None:
+def scale_scores(axes: Any, scores: Sequence[Mapping[str, Any]]) -> None:
     """Scale the vertical axis to all scores and intervals, with a margin and round numbers."""
     ends = [score.get(name) for score in scores for name in ("value", "low", "high")]
     found = [end for end in ends if end is not None]
