@@ -12,7 +12,14 @@ from shutil import which
 from typing import Any
 
 from medembed.core.errors import MedembedError
-from medembed.core.poolings import DEFAULT_POOLINGS, find_pooling, refuse_unknown
+from medembed.core.poolings import (
+    DEFAULT_POOLINGS,
+    expand_blocks,
+    find_pooling,
+    list_blocks,
+    list_names,
+    refuse_unknown,
+)
 from medembed.core.system import count_cores, free_bytes
 from medembed.core.text import one_line
 from medembed.encoders.base_ref import base_of
@@ -22,7 +29,7 @@ __all__ = ["Check", "examine", "lines"]
 
 PYTHON = (3, 11)
 MURA_IMAGES = 40_005  # 36,808 of train and 3,197 of valid
-MEDGEMMA_COLUMNS = 1152
+MEDGEMMA_COLUMNS, MEDGEMMA_BLOCKS = 1152, 27
 BYTES = {"fp32": 4, "bf16": 2}
 STORED_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -334,15 +341,23 @@ def _check_cache_disk(
     from medembed.cache.spec import CacheSpec
     from medembed.extraction.job import ROOM
 
+    poolings = expand_blocks(poolings, list_blocks(_count_blocks(config)))
     rows = CacheSpec("", {}, {name: (_columns(config, name),) for name in poolings}, dtype)
     needed = int(ROOM * rows.row_bytes() * (n_images or MURA_IMAGES))  # as extract requires
     free = free_bytes(path)
     count = f"{n_images:,} images" if n_images is not None else f"{MURA_IMAGES:,} images (MURA's)"
     detail = (
-        f"{_shown(free)} free for the cache, {_shown(needed)} for {','.join(poolings)} of {count}"
+        f"{_shown(free)} free for the cache, {_shown(needed)} for {list_names(poolings)} of {count}"
     )
     remedy = "Free some space, choose a --cache on another disk, or store fewer poolings."
     return Check("disk (cache)", free > needed, detail, "" if free > needed else remedy)
+
+
+def _count_blocks(config: Mapping[str, Any]) -> int:
+    """Return the number of an encoder's blocks from its config, or MedGemma's by default."""
+    tower = config.get("vision_config", config)
+    found = tower.get("num_hidden_layers") if isinstance(tower, Mapping) else None
+    return found if type(found) is int and 0 < found < 1000 else MEDGEMMA_BLOCKS
 
 
 def _columns(config: Mapping[str, Any], pooling: str) -> int:

@@ -23,6 +23,7 @@ from medembed.cache.metadata import (
 from medembed.cache.spec import CacheSpec, keys_from_hex
 from medembed.core.errors import CacheError, MissingRowsError, ShardError
 from medembed.core.files import as_path
+from medembed.core.poolings import list_names
 from medembed.core.system import count_cores
 from medembed.core.text import Summarised, Summary, counted
 
@@ -200,7 +201,7 @@ class Cache(Summarised):
             if name not in self.spec.poolings:
                 raise CacheError(
                     f"cache at {self.path} has no pooling {name!r}; it has "
-                    f"{', '.join(self.spec.poolings)}. Choose among these with --pool, or "
+                    f"{list_names(self.spec.poolings)}. Choose among these with --pool, or "
                     "extract again into another --cache."
                 )
 

@@ -50,6 +50,30 @@ def _choose_worker(
     return worker
 
 
+def _choose_layers(
+    context: click.Context, option: click.Parameter, text: str | None
+) -> tuple[str, ...]:
+    """Return the poolings `mean@K` that `--layers 6,12` or `all` asks for."""
+    from medembed.core.poolings import block_of
+
+    if text is None:
+        return ()
+    words = [word.strip() for word in text.split(",")]
+    if words == ["all"]:
+        return ("mean@all",)
+    names = tuple(f"mean@{word}" for word in words)
+    wrong = next(
+        (word for word, name in zip(words, names, strict=True) if not block_of(name)), None
+    )
+    if wrong is not None:
+        raise click.BadParameter(
+            f"{wrong!r} is no block; give numbers from 1, such as 6,12,18,24, or all.",
+            context,
+            option,
+        )
+    return names
+
+
 @click.command(
     "extract",
     cls=Command,
@@ -57,10 +81,12 @@ def _choose_worker(
     examples=[
         "medembed extract mura.csv --image-root MURA-v1.1 --encoder google/medgemma-4b-pt "
         "--cache cache",
+        "medembed extract mura.csv --image-root MURA-v1.1 --encoder google/medgemma-4b-pt "
+        "--cache layers --layers all",
         "medembed extract mura.csv --image-root MURA-v1.1 --encoder demo --cache cache --dry-run",
     ],
     sections={
-        "Encoder": ["encoder", "pool", "device", "precision", "dtype"],
+        "Encoder": ["encoder", "pool", "layers", "device", "precision", "dtype"],
         "Images": ["fit", "window", "max-bytes", "max-seconds", "retry-failed", "strict"],
         "Speed and workers": ["batch-size", "decoders", "worker", "backend"],
     },
@@ -70,6 +96,12 @@ def _choose_worker(
 @encoder_option
 @click.option("--cache", "cache_path", type=PATH, required=True, help="The cache directory.")
 @pool_option
+@click.option(
+    "--layers",
+    callback=_choose_layers,
+    metavar="K,…|all",
+    help="Also store mean@K, the mean over patch tokens after block K, of these blocks.",
+)
 @device_option
 @precision_option
 @click.option(
@@ -121,6 +153,7 @@ def extract_command(
     reference: str,
     cache_path: Path,
     poolings: tuple[str, ...],
+    layers: tuple[str, ...],
     device: str,
     precision: str,
     dtype: str,
@@ -149,6 +182,7 @@ def extract_command(
         raise click.UsageError(
             "--worker is for --backend local; with --backend ray Ray divides the work"
         )
+    poolings = tuple(dict.fromkeys([*poolings, *layers]))
     rows, limits = read_manifest(manifest_path), Limits(max_bytes, max_seconds)
     if engine == "ray" and Path(reference).is_dir():  # Ray's processes are in other directories
         reference = str(Path(reference).absolute())

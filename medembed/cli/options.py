@@ -110,7 +110,8 @@ pool_option = click.option(
     callback=lambda *given: split_names(*given),
     default=",".join(DEFAULT_POOLINGS),
     show_default=True,
-    help=f"Poolings to store: {', '.join(entry.label for entry in POOLINGS.values())}.",
+    help=f"Poolings to store: {', '.join(entry.label for entry in POOLINGS.values())}; after "
+    f"block K {', '.join(f'{n}@K' for n, entry in POOLINGS.items() if entry.is_per_block)}.",
 )
 MAX_BATCH = 65_536
 """The most images in one batch: more than any device can hold."""

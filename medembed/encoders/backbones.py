@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from medembed.core.errors import EncoderError
 from medembed.core.text import one_line
+from medembed.encoders.block_outputs import block_poolings, observe_blocks, watch_blocks
 from medembed.encoders.checkpoint_files import (
     INDEX_FILE,
     WEIGHTS_FILE,
@@ -105,6 +106,7 @@ class BackboneEncoder(TorchEncoder):
     ) -> None:
         super().__init__(model, preprocessing, **known)
         self._grid, self._n_before, self._dimensions = grid, n_before, dict(dimensions)
+        observe_blocks(self.model)
 
     def canonical_name(self, stored: str) -> str | None:
         """Return the name without prefixes of wrappers and of the model."""
@@ -139,8 +141,13 @@ class BackboneEncoder(TorchEncoder):
             vectors["pooler"] = seen.pooler_output.flatten(1)
         if "cls" in self._dimensions:
             vectors["cls"] = last[:, 0]
-        tokens = last.flatten(2).transpose(1, 2) if last.ndim == 4 else last[:, self._n_before :]
-        return Features(tokens, self._grid, vectors)
+        return Features(self.block_tokens(last)[0], self._grid, vectors)
+
+    def block_tokens(self, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the patch tokens and the class token of a block's output, or of the model's."""
+        if output.ndim == 4:  # a feature map
+            return output.flatten(2).transpose(1, 2), None
+        return output[:, self._n_before :], output[:, 0] if self._n_before else None
 
     def can_repool(self, name: str) -> bool:
         """Return whether a pooling is of patch tokens: models with a class token pool that one."""
@@ -186,7 +193,7 @@ def load_backbone(
         not the base of the changes.
     """
     config = _read_config(directory, source)
-    shapes = _shapes_of(config, preprocessing, source)
+    shapes, block_widths = _shapes_of(config, preprocessing, source)
     model, has_pooler = _load(directory, config, precision, source, changes)
     grid, n_before = _arrange(config, shapes["last_hidden_state"], preprocessing, source)
     width = shapes["last_hidden_state"][1 if config.model_type in _MAPS else -1]
@@ -195,6 +202,7 @@ def load_backbone(
         dimensions["pooler"] = (shapes["pooler_output"][1],)
     if config.model_type in _CLASSED:
         dimensions["cls"] = (width,)
+    dimensions |= block_poolings(block_widths, has_class_token=config.model_type in _CLASSED)
     known: dict[str, Any] = {"source": source, "revision": revision, "device": device}
     prefix = model.base_model_prefix
     return BackboneEncoder(
@@ -237,13 +245,16 @@ def _read_config(directory: Path, source: str) -> Any:
 
 def _shapes_of(
     config: Any, preprocessing: Preprocessing, source: str
-) -> dict[str, tuple[int, ...]]:
-    """Return the output shapes for one image, from a model without weights."""
+) -> tuple[dict[str, tuple[int, ...]], list[int]]:
+    """Return output shapes and widths of the blocks for one image, from a model without weights."""
     size = (preprocessing.height, preprocessing.width)
+    blocks: list[torch.Tensor] = []
     try:
         with torch.device("meta"), torch.inference_mode():
             model = AutoModel.from_config(config, trust_remote_code=False).eval()
-            seen = model(pixel_values=torch.empty(1, 3, *size))
+            observe_blocks(model)
+            with watch_blocks(lambda _, output: blocks.append(output)):
+                seen = model(pixel_values=torch.empty(1, 3, *size))
     except Exception as error:
         raise EncoderError(
             f"{source} cannot read the images of {size[0]} x {size[1]} that its processor makes: "
@@ -251,7 +262,9 @@ def _shapes_of(
         ) from error
     last, pooler = seen.last_hidden_state, getattr(seen, "pooler_output", None)
     shapes = {"last_hidden_state": tuple(last.shape)}
-    return shapes if pooler is None else {**shapes, "pooler_output": tuple(pooler.flatten(1).shape)}
+    if pooler is not None:
+        shapes["pooler_output"] = tuple(pooler.flatten(1).shape)
+    return shapes, [each.shape[1 if each.ndim == 4 else -1] for each in blocks]
 
 
 def _arrange(

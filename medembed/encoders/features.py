@@ -1,7 +1,7 @@
 """What a tower says of a batch, and all poolings of one pass over it, in fp32."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -29,6 +29,10 @@ class Features:
     tokens: torch.Tensor
     grid: tuple[int, int]
     vectors: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def joined(self, more: Mapping[str, torch.Tensor]) -> "Features":
+        """Return these features with more vectors, such as the poolings of blocks' outputs."""
+        return replace(self, vectors={**self.vectors, **more}) if more else self
 
 
 def token_poolings(width: int, grid: tuple[int, int]) -> dict[str, tuple[int, ...]]:

@@ -6,7 +6,12 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from medembed.core.errors import EncoderError
-from medembed.core.poolings import DEFAULT_POOLINGS, find_pooling, refuse_unknown
+from medembed.core.poolings import (
+    DEFAULT_POOLINGS,
+    expand_blocks,
+    find_pooling,
+    refuse_unknown,
+)
 from medembed.core.system import require_libraries
 from medembed.encoders.base_ref import BaseRef, Origin, base_of, read_base
 from medembed.encoders.checkpoint_files import (
@@ -113,7 +118,7 @@ def load_encoder(
     fingerprint = encoder.fingerprint if base is None else base.fingerprint
     encoder.origin = Origin(weights, checkpoint.path, fingerprint)
     if poolings:
-        encoder.check_poolings(poolings)
+        encoder.check_poolings(expand_blocks(poolings, encoder.dimensions))
     return encoder
 
 

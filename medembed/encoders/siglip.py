@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 from medembed.core.errors import EncoderError
+from medembed.encoders.block_outputs import block_poolings, observe_blocks
 from medembed.encoders.checkpoint_files import Part, canonical_name, checkpoint_name, read_json
 from medembed.encoders.delta import DeltaWeights, put_in
 from medembed.encoders.devices import stored_dtypes
@@ -169,6 +170,9 @@ class SiglipEncoder(TorchEncoder):
         if projector is not None:
             projector.requires_grad_(False).eval()
             self._dimensions[_PROJECTOR] = (projector.mm_input_projection_weight.shape[1],)
+        widths = [config.hidden_size] * config.num_hidden_layers
+        self._dimensions |= block_poolings(widths, has_class_token=False)
+        observe_blocks(self.model)
         if (self.device, self.precision) == ("cuda", "bf16"):
             fuse(self.model, self.device, channels_alike=self._alike)
 

@@ -20,8 +20,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from medembed.core.errors import DeviceMemoryError, EncoderError
-from medembed.core.poolings import find_pooling
+from medembed.core.poolings import find_pooling, list_names
 from medembed.core.text import one_line
+from medembed.encoders.block_outputs import find_block_list, pool_blocks
 from medembed.encoders.checkpoint_files import Part
 from medembed.encoders.devices import Rows, arithmetic, device_of, guard_memory
 from medembed.encoders.features import Features, pool
@@ -166,13 +167,6 @@ def _eager(wanted: bool) -> Iterator[None]:
         yield
 
 
-# Where releases of transformers keep a tower's blocks.
-_BLOCKS = (
-    *("encoder.layers", "encoder.layer", "encoder.stages"),
-    *("model.layer", "layers", "layer", "stages"),
-)
-
-
 class TorchEncoder(ABC):
     """A tower in torch, described by `protocol.PipelinedEncoder`.
 
@@ -195,6 +189,8 @@ class TorchEncoder(ABC):
     ----------
     part : {"tower", "whole"}
         The part of its checkpoint's tensors that it uses.
+    libraries : tuple of str
+        Distributions that decide its embeddings besides torch and transformers, such as `timm`.
     origin : Origin or None
         The checkpoint it was loaded from; set by `loading.load_encoder`.
     runner : devices.Device
@@ -202,6 +198,7 @@ class TorchEncoder(ABC):
     """
 
     part: ClassVar[Part] = "whole"
+    libraries: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -247,6 +244,14 @@ class TorchEncoder(ABC):
             `devices.arithmetic`.
         """
 
+    def block_tokens(self, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the patch tokens, (n, tokens, d), and class token, (n, d), of a block's output.
+
+        A tower whose `dimensions` offer poolings of its blocks (`mean@6`) has made them observable
+        (`block_outputs.observe_blocks`), and overrides this if their output is not patch tokens.
+        """
+        return output, None
+
     def can_repool(self, name: str) -> bool:
         """Whether a pooling on offer is a function of the patch tokens, which `repool` computes."""
         return find_pooling(name).is_explained
@@ -278,14 +283,7 @@ class TorchEncoder(ABC):
         Blocks are the layers of SigLIP, ViT, DeiT and DINO, and the stages of ResNet, ConvNeXt and
         Swin.
         """
-        for name in _BLOCKS:
-            try:
-                found = self.model.get_submodule(name)
-            except AttributeError:
-                continue
-            if isinstance(found, torch.nn.ModuleList) and len(found):
-                return name, found
-        return None
+        return find_block_list(self.model)
 
     def draw_model(self) -> nn.Module:
         """Return a tower like this one with random weights, as its library draws them."""
@@ -420,12 +418,14 @@ class TorchEncoder(ABC):
         if unknown or not poolings:
             raise EncoderError(
                 f"pooling {', '.join(unknown) or '(none)'} is not offered by {self.source}. "
-                f"Choose from: {', '.join(self.dimensions)}."
+                f"Choose from: {list_names(self.dimensions)}."
             )
 
     @torch.inference_mode()
     def _compute(self, pixels: torch.Tensor, poolings: Sequence[str]) -> dict[str, torch.Tensor]:
-        return pool(self.see(pixels), poolings)
+        with pool_blocks(poolings, self.block_tokens, self.source) as pooled:
+            features = self.see(pixels)
+        return pool(features.joined(pooled), poolings)
 
     def see(self, pixels: torch.Tensor) -> Features:
         """Return the tower's features of grey levels, in its precision; the caller sets gradients.

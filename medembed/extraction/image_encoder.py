@@ -13,7 +13,7 @@ import numpy as np
 
 from medembed.core.errors import ArgumentError, EncoderError, ImageError, PathNotFoundError
 from medembed.core.files import as_path, read_plain
-from medembed.core.poolings import DEFAULT_POOLINGS
+from medembed.core.poolings import DEFAULT_POOLINGS, block_of, expand_blocks, list_names
 from medembed.encoders import loading
 from medembed.encoders.preprocessing import Preprocessing, prepare
 from medembed.encoders.protocol import Encoder
@@ -95,11 +95,12 @@ class ImageEncoder:
         if batch_size < 1:
             raise EncoderError(f"batch_size is {batch_size}; it must be at least 1.")
         poolings = [poolings] if isinstance(poolings, str) else list(poolings)
+        poolings = list(expand_blocks(poolings, self.dimensions))
         unknown = [name for name in poolings if name not in self.dimensions]
         if unknown:
             raise EncoderError(
                 f"encoder {self.source} has no pooling {unknown[0]!r}; choose among "
-                f"{', '.join(self.dimensions)}."
+                f"{list_names(self.dimensions)}."
             )
         size = (self.preprocessing.height, self.preprocessing.width)
         if _is_grey(images, 3) and images.shape[1:] == size and len(images) <= batch_size:
@@ -116,12 +117,18 @@ class ImageEncoder:
         return {name: np.concatenate([part[name] for part in parts]) for name in poolings}
 
     def __repr__(self) -> str:
-        shapes = {n: " × ".join(map(str, shape)) for n, shape in self.dimensions.items()}
+        shapes = {
+            name: " × ".join(map(str, shape))
+            for name, shape in self.dimensions.items()
+            if block_of(name) is None
+        }
+        n_blocks = max((at[1] for name in self.dimensions if (at := block_of(name))), default=0)
+        blocks = f", each of {n_blocks} blocks (--layers)" if n_blocks else ""
         size = f"{self.preprocessing.height} × {self.preprocessing.width}"
         offered = ", ".join(f"{name} ({shape})" for name, shape in shapes.items())
         return (
             f"Encoder {name_encoder(self)} on {self.device} in {self.precision}: images of {size}; "
-            f"poolings {offered}"
+            f"poolings {offered}{blocks}"
         )
 
 

@@ -26,7 +26,7 @@ from medembed.core.errors import (
     SpecMismatchError,
 )
 from medembed.core.files import as_path, open_plain
-from medembed.core.poolings import DEFAULT_POOLINGS
+from medembed.core.poolings import DEFAULT_POOLINGS, block_of, expand_blocks, list_names
 from medembed.core.system import (
     choose_processes,
     default_decoders,
@@ -196,7 +196,7 @@ def extract(
     cache : Cache or path
         Created if it does not exist.
     poolings : str or sequence of str
-        Which of the encoder's poolings to store.
+        Which of the encoder's poolings to store; `mean@all` stands for `mean@K` of every block.
     dtype : {"float16", "float32"}
         Dtype of the stored embeddings.
     intensity : Intensity
@@ -258,11 +258,12 @@ def extract(
     on_status = on_status or (lambda words: None)
     poolings = poolings.split(",") if isinstance(poolings, str) else poolings
     manifest, encoder = read_manifest(manifest), find_tower(encoder, poolings=poolings)
+    poolings = expand_blocks(poolings, encoder.dimensions)
     start = time.monotonic()
     cache_path = cache.path if isinstance(cache, Cache) else as_path(cache, "a cache", "a Cache")
     n_decoders = _check_request(root, encoder, poolings, batch_size, decoders)
     require_hashes(manifest)
-    spec, recorded = spec_of(encoder, poolings, dtype, intensity), _record(encoder)
+    spec, recorded = spec_of(encoder, poolings, dtype, intensity), _record(encoder, poolings)
     there = _open_if_there(cache_path, spec, recorded, known_shards)
     plan = make_plan(manifest.rows, there, retry_failed=retry_failed, worker=worker)
     if dry_run:
@@ -307,8 +308,9 @@ def prepare_cache(
 
     Arguments and exceptions are those of `extract`. A dry run creates nothing.
     """
+    poolings = expand_blocks(poolings, encoder.dimensions)
     _check_request(Path(image_root), encoder, poolings, None, None)
-    spec, recorded = spec_of(encoder, poolings, dtype, intensity), _record(encoder)
+    spec, recorded = spec_of(encoder, poolings, dtype, intensity), _record(encoder, poolings)
     if _open_if_there(cache_path, spec, recorded) is None and not dry_run:
         _open_or_make(encoder, spec, recorded, cache_path)
 
@@ -417,7 +419,7 @@ def _check_request(
     _check_batch_size(encoder, batch_size)
     for name in poolings:
         if name not in encoder.dimensions:
-            offered = ", ".join(encoder.dimensions)
+            offered = list_names(encoder.dimensions)
             raise EncoderError(
                 f"encoder {encoder.source} has no pooling {name!r}; choose among {offered}"
             )
@@ -491,11 +493,15 @@ def make_report(
     )
 
 
-def _record(encoder: Encoder) -> dict[str, Any]:
+def _record(encoder: Encoder, poolings: Sequence[str]) -> dict[str, Any]:
+    """Return what a cache notes of its first run; of blocks only where their output is stored."""
+    blocks = [at[1] for name in encoder.dimensions if (at := block_of(name)) is not None]
+    is_told = any(block_of(name) is not None for name in poolings)
     return {
         "source": encoder.source,
         "revision": encoder.revision,
         "precision": encoder.precision,
         "device": encoder.device,
-        "versions": library_versions("extraction"),
+        "versions": library_versions("extraction", *getattr(encoder, "libraries", ())),
+        **({"blocks": max(blocks)} if is_told else {}),
     }

@@ -113,7 +113,8 @@ def test_an_embedding_equals_transformers(
     assert_same_direction_and_size(ours["max"], tokens.max(axis=1))
     assert ours["mean"].dtype == np.float32
     assert isinstance(encoder, Encoder)
-    assert encoder.dimensions == {"mean": (32,), "max": (32,), "grid4": (16, 32)}
+    usual = {name: shape for name, shape in encoder.dimensions.items() if "@" not in name}
+    assert usual == {"mean": (32,), "max": (32,), "grid4": (16, 32)}
 
 
 def test_real_radiographs_embed_as_in_transformers(
@@ -305,7 +306,7 @@ def test_the_reference_of_bf16_is_the_checkpoint_in_fp32(gemma: tuple[Path, Any]
 def test_an_unknown_pooling_is_refused_before_anything_is_fetched(gemma: tuple[Path, Any]) -> None:
     with pytest.raises(EncoderError, match=r"pooling median is unknown. Choose from: mean, max,"):
         load_encoder("someone/not-asked-for", poolings=["mean", "median"])
-    with pytest.raises(EncoderError, match=r"cls is not offered by gemma\. .* mean, max, grid4\."):
+    with pytest.raises(EncoderError, match=r"cls is not offered by gemma\. .* mean, max, grid4, "):
         load_encoder(gemma[0], poolings=["cls"])
 
 

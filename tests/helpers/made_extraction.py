@@ -61,6 +61,14 @@ def write_images(root: Path, n: int, seed: int = 0) -> Manifest:
     return list_images(root)
 
 
+def with_both_classes(manifest: Manifest) -> Manifest:
+    """Call every other image abnormal, and half of them test images."""
+    rows = manifest.rows.copy()
+    rows["label"] = pd.array([i % 2 for i in range(len(rows))], dtype="Int8")
+    rows["split"] = ["test" if i % 4 > 1 else "train" for i in range(len(rows))]
+    return Manifest(rows, manifest.label_level)
+
+
 def list_images(root: Path) -> Manifest:
     paths = sorted(root.glob("*.png"))
     rows = pd.DataFrame(
