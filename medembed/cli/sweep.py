@@ -7,7 +7,7 @@ import click
 
 from medembed.cli.commands import Command
 from medembed.cli.compare import show_comparison
-from medembed.cli.console import print_json, suggest
+from medembed.cli.console import print_json, say, suggest
 from medembed.cli.options import (
     MANY,
     PATH,
@@ -44,6 +44,7 @@ class _Backend(click.Choice[str]):
     examples=[
         "medembed sweep cache mura.csv -o runs/sweep",
         "medembed sweep cache mura.csv -o runs/pools --pool mean,max,mean+max --covariates region",
+        "medembed sweep layers mura.csv -o runs/layers --pool mean@all --heads logistic",
     ],
     sections={
         "What is tried": ["heads", "pool", "space", "configs", "covariates", "train-fraction"],
@@ -65,7 +66,8 @@ class _Backend(click.Choice[str]):
     "--pool",
     callback=split_names,
     help="Inputs to try: a comma separates alternatives, + joins poolings side by side "
-    "(mean,max,mean+max). By default all poolings with one vector per image are joined.",
+    "(mean,max,mean+max); mean@6,mean@12 or mean@all compares layers. By default all poolings "
+    "with one vector per image are joined, those of blocks aside.",
 )
 @click.option("--space", type=PATH, help="A search space (TOML) instead of the default one.")
 @click.option(
@@ -123,6 +125,7 @@ def sweep_command(
     refitted on all of them and packaged as RUN/models/HEAD.
     """
     from medembed import sweeps
+    from medembed.report.layers import describe_layers
 
     with showing_leaderboard("Training", "fits", metric) as progress:
         run = sweeps.sweep(
@@ -148,4 +151,6 @@ def sweep_command(
         print_json(run.as_dict())
     else:
         show_comparison([out], "study", None, "table", operating_points=operating_points)
+        for series in run.info.get("layers") or ():
+            say(describe_layers(series))
         suggest("report", out, "-o", "report")

@@ -269,6 +269,10 @@ class Plots:
         """Draw AUROC over the seconds of training."""
         return self._draw("cost")
 
+    def layers(self) -> "Figure":
+        """Draw AUROC by layer of the encoder, out-of-fold."""
+        return self._draw("layers")
+
     def depths(self) -> "Figure":
         """Draw AUROC over the depth of fine-tuning."""
         return self._draw("depths")

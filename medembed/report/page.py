@@ -31,6 +31,7 @@ from medembed.report.figures import FIGURES, OPTIONAL_FORMATS, Plot, plot_all
 from medembed.report.gallery import FindThumbnails, find_mistakes, show_mistakes
 from medembed.report.group_tables import ColumnSections, tabulate_columns
 from medembed.report.headline import Headline, write_headline
+from medembed.report.layers import tabulate_layers
 from medembed.report.run_section import RunSection, describe_run
 from medembed.report.tables import make_table
 from medembed.results.ablations import count_left_out
@@ -263,6 +264,7 @@ def _tabulate(result: ComparisonResult) -> dict[str, Any]:
         "deferrals": tables.tabulate_deferrals(result),
         "coverage": tables.tabulate_coverage(result),
         "seeds": tables.tabulate_seeds(result),
+        "layers": tabulate_layers(result),
         "by_region": make_table(result, "region", with_counts=True),
         "by_views": make_table(result, "views", with_counts=True),
     }

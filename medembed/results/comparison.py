@@ -41,6 +41,7 @@ from medembed.results.comparison_schema import (
 )
 from medembed.results.deferral import find_deferrals
 from medembed.results.flow import describe_flow
+from medembed.results.layers import find_layers
 from medembed.results.methods import describe
 from medembed.results.operating_points import count_confusion, describe_benefit, describe_points
 from medembed.results.runs import Run, RunLike, open_run
@@ -212,7 +213,8 @@ def compare_runs(
         ``mean_over_regions``, ``views``; ``deferral`` and ``deferral_note``, see
         `results.deferral`; ``versus_best``), ``paired`` (AUROC of every pair of
         trained heads, and of the best with each prior, with Holm's correction over all of them),
-        ``seeds``, ``efficiency``, ``depths`` (see `results.ablations`), ``notes``. A score is
+        ``seeds``, ``efficiency``, ``depths`` (see `results.ablations`), ``layers`` (see
+        `results.layers`), ``notes``. A score is
         ``{value, low, high, method}`` with null for what is not estimable, ``reason`` if there is
         no interval, and ``k, n`` of a share; ECE has only an upper bound.
     """
@@ -260,6 +262,7 @@ def compare_aligned(
         "seeds": find_seeds(runs, test_set, n_resamples, seed),
         "efficiency": find_efficiency(rows, runs, test_set),
         "depths": find_depths(rows, runs, test_set),
+        "layers": find_layers(runs, list(test_set.dropped)),
         "notes": [],
     }
     return {**result, "notes": describe(result)}

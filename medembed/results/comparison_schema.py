@@ -38,6 +38,9 @@ __all__ = [
     "Groupings",
     "HeadDeferral",
     "HeadName",
+    "LayerPoint",
+    "LayerSeries",
+    "LayerTest",
     "McNemar",
     "NonInferiority",
     "Pair",
@@ -414,6 +417,48 @@ class Series(TypedDict):
 
 
 @closed
+class LayerTest(TypedDict):
+    """A layer's difference in AUROC from the last, paired."""
+
+    difference: float | None
+    low: float | None
+    high: float | None
+    p: float | None
+    method: str | None
+    p_holm: float | None
+    """After Holm's correction over the layers."""
+
+
+@closed
+class LayerPoint(TypedDict):
+    """A layer's AUROC, out-of-fold."""
+
+    pooling: str
+    block: int | None
+    """None for the tower's own output."""
+    auroc: Score
+    versus_last: LayerTest | None
+
+
+@closed
+class LayerSeries(TypedDict):
+    """A linear probe by layer of the encoder; see `results.layers`."""
+
+    run: NotRequired[str]
+    """Within a comparison."""
+    head: str
+    pooling: str
+    n: Count
+    n_patients: Count
+    n_blocks: int | None
+    points: list[LayerPoint]
+    best: str
+    last: str
+    unfreeze: int | None
+    """Blocks above the best layer."""
+
+
+@closed
 class Group(TypedDict):
     """A group of test rows by a column of the manifest."""
 
@@ -505,6 +550,7 @@ class ComparisonResult(TypedDict):
     seeds: list[SeedSpread]
     efficiency: list[Series]
     depths: list[Series]
+    layers: list[LayerSeries]
     notes: list[str]
     groups: NotRequired[ColumnGroups]
     gaps: NotRequired[list[GapDocument]]

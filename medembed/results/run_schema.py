@@ -35,6 +35,9 @@ __all__ = [
     "Asked",
     "Data",
     "Encoder",
+    "LayerPoint",
+    "LayerSeries",
+    "LayerTest",
     "LeaderboardEntry",
     "Preprocessing",
     "RunInfo",
@@ -145,6 +148,38 @@ class LeaderboardEntry(Record):
     cv_method: str | None = None
 
 
+class LayerTest(Record):
+    """How a layer's AUROC differs from that of the last."""
+
+    difference: float | None
+    low: float | None
+    high: float | None
+    p_holm: float | None
+
+
+class LayerPoint(Record):
+    """A layer's AUROC, out-of-fold."""
+
+    pooling: str
+    block: Whole | None
+    auroc: AnyTable
+    versus_last: LayerTest | None
+
+
+class LayerSeries(Record):
+    """A linear probe by layer of the encoder; see `results.layers`."""
+
+    head: str
+    pooling: str
+    n: Count
+    n_patients: Count
+    n_blocks: Count | None
+    points: list[LayerPoint]
+    best: str
+    last: str
+    unfreeze: Count | None
+
+
 class RunInfo(Record):
     """`run.json`, as far as it is read; keys that only older or newer runs have may be absent."""
 
@@ -160,6 +195,8 @@ class RunInfo(Record):
     data: Given[Data] = None
     encoder: Given[Encoder] = None
     leaderboard: Given[list[LeaderboardEntry]] = None
+    layers: Given[list[LayerSeries]] = None
+    """Where a sweep tried several blocks of the encoder."""
     left_out: Given[list[AnyTable]] = None
     decisions: Given[dict[str, AnyTable]] = None
 

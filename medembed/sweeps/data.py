@@ -12,7 +12,7 @@ from medembed.cache.embeddings import Embeddings, choose_poolings, load_embeddin
 from medembed.cache.store import Cache
 from medembed.core.errors import TrainingDataError
 from medembed.core.files import json_digest
-from medembed.core.poolings import DEFAULT_POOLINGS
+from medembed.core.poolings import DEFAULT_POOLINGS, expand_blocks
 from medembed.core.system import library_versions
 from medembed.dataset.covariates import CovariateEncoder, fit_covariates
 from medembed.dataset.manifest import Manifest
@@ -208,6 +208,7 @@ class SweepRows:
     failed: pd.DataFrame = field(init=False)
     encoder: CovariateEncoder | None = field(init=False, default=None)
     _loaded: tuple[str, Embeddings, Training] | None = field(init=False, default=None)
+    _is_verified: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         asked = self.asked
@@ -284,9 +285,16 @@ class SweepRows:
         return [rule.name for rule in self.asked.points]
 
     def _embed(self, pooling: PooledColumns) -> Embeddings:
-        return load_embeddings(
-            self.asked.cache, self.asked.manifest, pool=pooling.name, cells=pooling.n_cells > 1
+        """Read a pooling; the shards, which hold all of them, are hashed the first time only."""
+        found = load_embeddings(
+            self.asked.cache,
+            self.asked.manifest,
+            pool=pooling.name,
+            cells=pooling.n_cells > 1,
+            verify=not self._is_verified,
         )
+        self._is_verified = True
+        return found
 
     def _keep(self, pooling: PooledColumns, embeddings: Embeddings) -> None:
         X, n_covariates = embeddings.X, 0
@@ -311,7 +319,7 @@ def list_poolings(cache: Cache, pool: str | Sequence[str] | None) -> list[Pooled
     """Return the requested poolings, which the cache must hold."""
     names = pool.split(",") if isinstance(pool, str) else pool
     chosen = []
-    for name in dict.fromkeys(names) if names else [None]:
+    for name in expand_blocks(names, cache.spec.poolings) if names else [None]:
         found = choose_poolings(cache, name, cells=True)
         shape = cache.spec.poolings[found[0]]
         chosen.append(PooledColumns("+".join(found), shape[0] if len(shape) > 1 else 1))

@@ -50,7 +50,9 @@ __all__ = [
     "Refit",
     "Refitted",
     "finish",
+    "predict_folds",
     "refit",
+    "score_studies",
 ]
 
 _Folds = Sequence[NDArray[np.float64]]
@@ -150,6 +152,26 @@ def _refit_winners(
                 continue
             found[name] = Refitted(heads[name], _gather_folds(training, name, folds), cv)
     return found
+
+
+def predict_folds(
+    run: Run, training: Training, winner: Winner, jobs: int | None, backend: str
+) -> NDArray[np.float64] | None:
+    """Return a winner's predictions of every left-out fold, or None if it cannot be trained.
+
+    What the run keeps of them is not computed again; see `Refitted.out_of_fold`, `Pool`.
+    """
+    parts = _plan_folds(winner)
+    kept = {part.key: run.kept_fold(part.key) for part in parts}
+    lacking = [part for part in parts if not _is_whole(training, part, kept[part.key])]
+    if lacking:
+        with Pool(training, jobs, backend) as pool:
+            for k, result in pool.run(refit, lacking):
+                if isinstance(result, Died):
+                    return None
+                kept[lacking[k].key] = result
+                run.keep_fold(lacking[k].key, result)
+    return _gather_folds(training, winner.head, [_known(kept[part.key]) for part in parts])
 
 
 def refit(training: Training, item: Refit) -> Any:
@@ -341,7 +363,7 @@ def _describe(
     """Return a card: the model's inputs, how scores become decisions, and its training data."""
     trained = np.flatnonzero(training.folds >= 0)
     per_study = found.head.study_level
-    studies = _score_studies(found.out_of_fold, embeddings, training, per_study)
+    studies = score_studies(found.out_of_fold, embeddings, training, per_study)
     synthetic = bool(run.info["data"]["synthetic"])
     return {
         "name": winner.head,
@@ -370,10 +392,10 @@ def _describe(
     }
 
 
-def _score_studies(
+def score_studies(
     probability: NDArray[np.float64], embeddings: Embeddings, training: Training, per_study: bool
 ) -> pd.DataFrame:
-    """Return one row per training study: see `describe_decisions`."""
+    """Return one row per training study with its out-of-fold score: see `describe_decisions`."""
     trained = np.flatnonzero(training.folds >= 0)
     known = probability[np.unique(training.studies[trained]) if per_study else trained]
     studies = to_studies(training, trained, known, per_study=per_study)

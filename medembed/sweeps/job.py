@@ -32,14 +32,13 @@ from medembed.results.run_schema import CV_METHOD
 from medembed.results.runs import Run, create_run
 from medembed.sweeps.data import SweepConfig, SweepRows, list_poolings, plan_batches
 from medembed.sweeps.finalize import finish
+from medembed.sweeps.layers import PROBE, LayerProbes
 from medembed.sweeps.runner import Ledger, run_batches
 from medembed.sweeps.search_space import default_spaces, read_spaces
 from medembed.sweeps.selection import choose, standings
 from medembed.sweeps.worker_pool import BACKENDS, choose_jobs
 
 __all__ = ["sweep"]
-
-FLOOR = "logistic"  # in every table, so that every head is reported next to a linear baseline
 
 
 def sweep(
@@ -77,7 +76,8 @@ def sweep(
     pool : str or sequence of str, optional
         Columns to try heads on, each a pooling or several joined by ``+``; by default all
         single-vector poolings of the cache joined. A pooling of cells, such as ``grid4``, is for
-        heads that read cells.
+        heads that read cells; ``mean@all`` stands for `mean@K` of every block in the cache. Where
+        several blocks are tried, `Run.info` has the score by layer, see `sweeps.layers`.
     space : path, optional
         A search space, see `sweeps.search_space`; heads that it does not name use the default.
     n_configs : int, optional
@@ -136,7 +136,8 @@ def sweep(
     asked = SweepConfig(
         cache=open_cache(cache),
         manifest=read_manifest(manifest),
-        heads=list(dict.fromkeys([*heads, FLOOR])),
+        # always a linear baseline
+        heads=list(dict.fromkeys([*heads, PROBE])),
         spaces=default_spaces() if space is None else read_spaces(space),
         n_configs=n_configs,
         n_folds=n_folds,
@@ -188,10 +189,15 @@ def sweep(
 def _train(run: Run, ledger: Ledger, data: SweepRows, jobs: int | None, backend: str) -> None:
     """Train the trials missing from the ledger, pooling by pooling, and finish the run."""
     asked = data.asked
+    probes = LayerProbes(run, ledger, asked.metric, [pooling.name for pooling in data.poolings])
     for pooling in data.poolings:
         own = [batch for batch in ledger.batches if batch.pooling == pooling.name]
         if any(ledger.lacks(batch, fold) for batch in own for fold in range(asked.n_folds)):
             run_batches(ledger, own, data.load(pooling.name)[1], asked.n_folds, jobs, backend)
+        if pooling.name in probes.wanted:  # while its rows are in memory
+            probes.add(pooling.name, *data.load(pooling.name), jobs, backend)
+    if probes.wanted:
+        run.update_info(layers=probes.describe(asked.cache.recorded.get("blocks")))
     winners = [choose(ledger, head, asked.metric) for head in asked.heads]
     extras = {"covariates": None if data.encoder is None else data.encoder.as_dict()}
     finish(run, data.load, data.row_folds, winners, extras, asked.points, jobs, backend)

@@ -68,9 +68,12 @@ class Winner:
         }
 
 
-def choose(ledger: Ledger, head: str, metric: str) -> Winner:
-    """Return the configuration with the best mean over folds; among equals the first."""
-    own = _trials(ledger, head)
+def choose(ledger: Ledger, head: str, metric: str, pooling: str | None = None) -> Winner:
+    """Return the configuration with the best mean over folds; among equals the first.
+
+    With `pooling`, of its configurations on that pooling alone.
+    """
+    own = [trial for trial in _trials(ledger, head) if pooling in (None, trial.pooling)]
     records = ledger.records
     seconds = sum(records[key].seconds for trial in own for key in trial.keys)
     means = _means(ledger, own)

@@ -15,6 +15,7 @@ from medembed.report.figures.cost import plot_cost
 from medembed.report.figures.decision_curve import plot_decision_curve
 from medembed.report.figures.deferral import plot_deferral
 from medembed.report.figures.flow import plot_flow
+from medembed.report.figures.layers import plot_layers
 from medembed.report.figures.plotting import OPTIONAL_FORMATS, Plot
 from medembed.report.figures.roc_pr import plot_precision_recall, plot_roc
 from medembed.report.figures.subgroups import plot_regions, plot_views
@@ -36,6 +37,7 @@ __all__ = [
     "plot_depths",
     "plot_efficiency",
     "plot_flow",
+    "plot_layers",
     "plot_precision_recall",
     "plot_regions",
     "plot_roc",
@@ -55,6 +57,7 @@ _OF_RESULT: dict[str, Callable[[ComparisonResult], Plot | None]] = {
     "decision_curve": plot_decision_curve,
     "calibration": plot_calibration,
     "deferral": plot_deferral,
+    "layers": plot_layers,
     "depths": plot_depths,
     "efficiency": plot_efficiency,
     "flow": plot_flow,

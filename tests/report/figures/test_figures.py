@@ -35,7 +35,7 @@ from medembed.results.comparison import compare_runs
 FAST = {"n_resamples": 60}
 NAMES = [
     *("roc", "precision_recall", "cost", "regions", "views", "confusion", "decision_curve"),
-    *("calibration", "deferral", "depths", "efficiency", "flow"),
+    *("calibration", "deferral", "layers", "depths", "efficiency", "flow"),
 ]
 LONG = "a-run-of-the-year-with-every-option-that-there-is/and-its-logistic-head"
 HOSTILE = ["<script>x</script>", "$\\frac{$ & \"'>", "手_\x07" + "e\u0301\u0323" * 9, "W" * 90]
@@ -59,6 +59,24 @@ def make_series(heads, by, places, **more):
         }
         for i, head in enumerate(heads)
     ]
+
+
+def make_layers(run):
+    """Return `layers` by hand: the second of three blocks is best, the output comes last."""
+    values = {"mean@1": 0.7, "mean@2": 0.8, "mean@3": 0.78, "mean": 0.76}
+    test = {"low": -0.1, "high": 0.1, "p": 0.2, "method": "t", "p_holm": 0.6}
+    points = [
+        {
+            "pooling": name,
+            "block": k if k < 4 else None,
+            "auroc": score(value),
+            "versus_last": {"difference": value - 0.76, **test} if k < 4 else None,
+        }
+        for k, (name, value) in enumerate(values.items(), 1)
+    ]
+    own = {"run": run, "head": "logistic", "pooling": "mean", "n": 100, "n_patients": 90}
+    own |= {"n_blocks": 3, "points": points, "best": "mean@2", "last": "mean", "unfreeze": 1}
+    return [own]
 
 
 def make_deferral(i):
@@ -89,6 +107,7 @@ def enrich(result):
     shares, patients = (0.01, 0.1, 0.25, 0.5, 0.9, 1.0), (12, 117, 292, 584, 1051, 1168)
     result["depths"] = make_series(heads, "depth", (0, 1, 2, 4))
     result["efficiency"] = make_series(heads, "train_fraction", shares, n_train_patients=patients)
+    result["layers"] = make_layers(result["runs"][0]["name"])
     return result
 
 
@@ -207,7 +226,8 @@ def test_all_figures_are_there_in_the_order_of_the_page(case, plots):
 def test_every_figure_says_n_its_intervals_and_what_it_shows(plots):
     assert "75 studies, 75 patients" not in plots["flow"].caption  # its boxes have what is n
     for plot in (plot for name, plot in plots.items() if name != "flow"):
-        assert "n = 75 test studies" in plot.caption
+        rows = "100 training" if plot.name == "layers" else "75 test"
+        assert f"n = {rows} studies" in plot.caption
         assert "95 %" in plot.caption
         assert "patients" in plot.caption
         assert len(plot.alt) > 80
@@ -336,7 +356,7 @@ def test_one_class_in_test_draws_nothing_of_ranking(tmp_path):
 
 
 def test_no_trained_head_draws_nothing(case):
-    result = copy.deepcopy(case[0]) | {"depths": [], "efficiency": []}
+    result = copy.deepcopy(case[0]) | {"depths": [], "efficiency": [], "layers": []}
     result["rows"] = [row for row in result["rows"] if row["baseline"]]
     assert [plot.name for plot in figures.plot_all(result, case[1])] == ["flow"]
 
@@ -344,7 +364,7 @@ def test_no_trained_head_draws_nothing(case):
 def test_results_of_before_still_give_the_figures_that_they_can(case, monkeypatch):
     watch(monkeypatch)
     result = copy.deepcopy(case[0])
-    for name in ("depths", "efficiency", "flow"):
+    for name in ("depths", "efficiency", "flow", "layers"):
         del result[name]
     for row in result["rows"]:
         later = ("operating_points", "net_benefit")
