@@ -14,6 +14,7 @@ from medembed.core.files import open_plain, read_plain
 __all__ = [
     "ADAPTER_FILE",
     "AUTOENCODER_TYPE",
+    "CLIP_TYPES",
     "CONFIG_FILE",
     "FETCHED_FILES",
     "INDEX_FILE",
@@ -29,6 +30,7 @@ __all__ = [
     "holds_both",
     "holds_file",
     "is_snapshot",
+    "is_timm_config",
     "match_tensors",
     "part_shards",
     "read_json",
@@ -123,6 +125,16 @@ def check_config(config: Mapping[str, Any], source: str) -> None:
             )
 
 
+def is_timm_config(config: Any) -> bool:
+    """Return whether a `config.json` is of timm: an architecture and its preprocessing."""
+    return (
+        isinstance(config, Mapping)
+        and "model_type" not in config
+        and isinstance(config.get("architecture"), str)
+        and isinstance(config.get("pretrained_cfg"), Mapping)
+    )
+
+
 def refuse_adapter(directory: Path) -> None:
     """Refuse a directory with an adapter of PEFT, alone or beside a model.
 
@@ -162,6 +174,7 @@ def _unreadable(path: Path, reason: str) -> EncoderError:
 
 Part = Literal["tower", "projector", "encoder", "whole"]
 SIGLIP_TYPES = ("gemma3", "siglip", "siglip_vision_model")
+CLIP_TYPES = ("clip", "clip_vision_model")
 AUTOENCODER_TYPE = "medembed-autoencoder"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -180,7 +193,7 @@ _OUTER = r"^(?:(?:base_model\.)?model\.)*"
 # Each of these may be wrapped.
 _TOWER = re.compile(
     rf"{_OUTER}(?:vision_tower\.(?:base_model\.model\.)?)?(?:vision_model\.)?"
-    r"((?:embeddings|encoder|post_layernorm|head)\..+)$"
+    r"((?:embeddings|pre_layrnorm|encoder|post_layernorm|head)\..+)$"
 )
 _PROJECTOR = re.compile(
     rf"{_OUTER}multi_modal_projector\.(mm_input_projection_weight|mm_soft_emb_norm\.weight)$"
@@ -196,7 +209,7 @@ PART_WORDS: dict[Part, str] = {
 }
 _NOT_HELD: dict[Part, str] = {
     "tower": "vision tower: no tensor named vision_tower.… or vision_model.…. Give a checkpoint of "
-    "MedGemma, MedSigLIP or SigLIP.",
+    "MedGemma, MedSigLIP, SigLIP or CLIP.",
     "projector": "projector: no tensor named multi_modal_projector.…. Only MedGemma has one; leave "
     "out the pooling `projector`.",
     "encoder": "encoder: no tensor named encoder.…. Train it again with `medembed autoencoder`.",

@@ -14,6 +14,7 @@ from medembed.core.errors import EncoderError
 from medembed.core.system import require_libraries
 from medembed.encoders.checkpoint_files import (
     ADAPTER_FILE,
+    CLIP_TYPES,
     CONFIG_FILE,
     FETCHED_FILES,
     INDEX_FILE,
@@ -25,6 +26,7 @@ from medembed.encoders.checkpoint_files import (
     check_config,
     explain_adapter,
     holds_file,
+    is_timm_config,
     part_shards,
     read_json,
     refuse_adapter,
@@ -47,6 +49,8 @@ __all__ = [
 ]
 
 DEMO = "demo"
+WEIGHT_SUFFIXES = (".pth", ".pt")
+"""Of a file of torchvision's weights."""
 _DEMO_PATH = Path(__file__).parent / "assets" / "demo"
 _HUB_ID = re.compile(r"^(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?$", re.ASCII)
 _COMMIT = re.compile(r"^[0-9a-f]{40}$")
@@ -62,7 +66,7 @@ class Checkpoint:
     Attributes
     ----------
     path : Path
-        The directory.
+        The directory, or a file of torchvision's weights.
     source : str
         The hub id, the directory's own name, or `demo`.
     revision : str or None
@@ -121,11 +125,12 @@ def resolve_checkpoint(
 ) -> Checkpoint:
     """Return the checkpoint that `ref` names, downloading the needed parts from the hub.
 
-    `demo` is the packaged encoder (a directory of that name is `./demo`); a directory is used as it
-    is; `owner/name[@revision]` is downloaded through huggingface_hub, which respects HF_TOKEN,
-    HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE as usual. All files belong to the commit of the first
-    answer. From a model with a SigLIP tower only the tower's tensors are downloaded, unless
-    complete files are already present. An interrupted download is resumed.
+    `demo` is the packaged encoder (a directory of that name is `./demo`); a directory, or a file of
+    torchvision's weights (`.pth`), is used as it is; `owner/name[@revision]` is downloaded through
+    huggingface_hub, which respects HF_TOKEN, HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE as usual. All
+    files belong to the commit of the first answer. From a model of SigLIP or CLIP only the
+    tower's tensors are downloaded, unless complete files are already present. An interrupted
+    download is resumed.
 
     Parameters
     ----------
@@ -146,8 +151,9 @@ def resolve_checkpoint(
     if isinstance(found, Checkpoint):
         return found
     snapshot, config = _open(*found)
-    _fetch_processor(snapshot)
-    if config.get("model_type") in SIGLIP_TYPES:
+    if not is_timm_config(config):
+        _fetch_processor(snapshot)
+    if _part_of(config) == "tower":
         parts: tuple[Part, ...] = ("tower", "projector") if projector else ("tower",)
         for part in parts:
             _fetch_part(snapshot, part, progress)
@@ -168,6 +174,8 @@ def describe_remote(ref: str | PathLike[str]) -> RemoteCheckpoint:
         The checkpoint is not available; see `resolve_checkpoint`.
     """
     found = _find_local(ref)
+    if isinstance(found, Checkpoint) and found.path.is_file():
+        return RemoteCheckpoint(found.source, None, True, found.path.stat().st_size, {})
     if isinstance(found, Checkpoint):
         config = _read_config(found.path, found.source)
         part = _part_of(config)
@@ -204,6 +212,8 @@ def _find_local(ref: str | PathLike[str]) -> Checkpoint | tuple[str, str | None]
     if name and path.is_dir():
         refuse_adapter(path)
         return Checkpoint(path, path.resolve().name)
+    if name and path.is_file() and path.suffix in WEIGHT_SUFFIXES:
+        return Checkpoint(path, path.name)
     hub_id = _HUB_ID.match(name)
     if hub_id is None or path.exists():
         found = "a file" if name and path.exists() else "no directory"
@@ -246,7 +256,8 @@ def _read_config(directory: Path, source: str) -> dict[str, Any]:
 
 
 def _part_of(config: dict[str, Any]) -> Part:
-    return "tower" if config.get("model_type") in SIGLIP_TYPES else "whole"
+    is_tower = config.get("model_type") in (*SIGLIP_TYPES, *CLIP_TYPES)
+    return "tower" if is_tower else "whole"
 
 
 def _held_files(snapshot: Path, part: Part) -> list[Path]:

@@ -13,12 +13,15 @@ from medembed.core.poolings import (
     refuse_unknown,
 )
 from medembed.core.system import require_libraries
+from medembed.core.text import one_line
 from medembed.encoders.base_ref import BaseRef, Origin, base_of, read_base
 from medembed.encoders.checkpoint_files import (
     AUTOENCODER_TYPE,
+    CLIP_TYPES,
     CONFIG_FILE,
     SIGLIP_TYPES,
     check_config,
+    is_timm_config,
     read_json,
 )
 from medembed.encoders.hub import Checkpoint, resolve_checkpoint
@@ -43,6 +46,7 @@ __all__ = [
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16")
+_TIMM, _TORCHVISION = "timm", "torchvision"  # kinds that no config.json names by itself
 LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID")  # process numbers of torchrun and SLURM
 
 
@@ -70,8 +74,9 @@ def load_encoder(
     fit : {"stretch", "pad"}
         How an image that is not square is fitted.
     poolings : sequence of str
-        Poolings that will be used. `projector` makes Gemma's projector part of the encoder and its
-        fingerprint; the others are always available.
+        Poolings that will be used; `mean@all` stands for `mean@K` of every block. `projector`
+        makes Gemma's projector part of the encoder and its fingerprint; the others are always
+        available.
     worker : int, optional
         Number of this process among several on one machine, which are distributed over its GPUs. A
         launcher's own variables take precedence.
@@ -116,7 +121,8 @@ def load_encoder(
         "what else uses it, give --precision bf16, or choose another --device.",
     )
     fingerprint = encoder.fingerprint if base is None else base.fingerprint
-    encoder.origin = Origin(weights, checkpoint.path, fingerprint)
+    if kind not in (_TIMM, _TORCHVISION, *CLIP_TYPES):  # without it fine-tuning refuses
+        encoder.origin = Origin(weights, checkpoint.path, fingerprint)
     if poolings:
         encoder.check_poolings(expand_blocks(poolings, encoder.dimensions))
     return encoder
@@ -154,9 +160,13 @@ def adapt_encoder(
 
 
 def _read_kind(checkpoint: Checkpoint) -> Any:
+    if checkpoint.path.is_file():
+        return _TORCHVISION
     config = read_json(checkpoint.path / CONFIG_FILE)
     if not isinstance(config, dict):
         return None
+    if is_timm_config(config):
+        return _TIMM
     check_config(config, checkpoint.source)
     return config.get("model_type")
 
@@ -169,17 +179,21 @@ def _load(
     *,
     projector: bool = False,
 ) -> "TorchEncoder":
+    if kind in (_TIMM, _TORCHVISION):
+        return _load_timm(kind, weights, preprocessing, known)
     # Not earlier: a wrong reference is reported before torch and transformers have loaded.
     if kind in SIGLIP_TYPES:
         from medembed.encoders.siglip import load_siglip
 
         return load_siglip(weights.path, preprocessing, projector=projector, **known)
+    if kind in CLIP_TYPES:
+        require_libraries(f"encoder {weights.source}", ("transformers",), "encoders")
+        _refuse_changes(weights, known, "an image tower of CLIP")
+        from medembed.encoders.clip import load_clip
+
+        return load_clip(weights.path, preprocessing, **known)
     if kind == AUTOENCODER_TYPE:
-        if "changes" in known:
-            raise EncoderError(
-                f"{weights.source} is an autoencoder, which fine-tuning does not change, and yet a "
-                "base.json lies with it. Remove that file."
-            )
+        _refuse_changes(weights, known, "an autoencoder")
         from medembed.encoders.autoencoder import load_autoencoder
 
         return load_autoencoder(weights.path, preprocessing, **known)
@@ -189,9 +203,34 @@ def _load(
     if kind not in BACKBONE_TYPES:
         raise EncoderError(
             f"{weights.source} is a checkpoint of type {kind!r}, which is not read. Give one of "
-            f"type: {', '.join((*SIGLIP_TYPES, AUTOENCODER_TYPE, *BACKBONE_TYPES))}."
+            f"type: {', '.join((*SIGLIP_TYPES, *CLIP_TYPES, AUTOENCODER_TYPE, *BACKBONE_TYPES))}."
         )
     return load_backbone(weights.path, preprocessing, **known)
+
+
+def _refuse_changes(weights: Checkpoint, known: Mapping[str, Any], what: str) -> None:
+    if "changes" in known:
+        raise EncoderError(
+            f"{weights.source} is {what}, which fine-tuning does not change, and yet a base.json "
+            "lies with it. Remove that file."
+        )
+
+
+def _load_timm(
+    kind: str, weights: Checkpoint, preprocessing: Preprocessing, known: Mapping[str, Any]
+) -> "TorchEncoder":
+    _refuse_changes(weights, known, "a model of timm")
+    require_libraries(f"encoder {weights.source}", ("timm",), "timm")
+    try:
+        from medembed.encoders.timm_models import load_timm, load_torchvision
+    except (ImportError, RuntimeError) as error:  # torchvision's, where it does not suit torch
+        raise EncoderError(
+            f"encoder {weights.source} needs timm, which cannot be imported "
+            f"({one_line(error, 200)}). Install the torchvision that belongs to your torch."
+        ) from error
+
+    load = load_timm if kind == _TIMM else load_torchvision
+    return load(weights.path, preprocessing, **known)
 
 
 def choose_device(device: str, worker: int | None = None) -> str:

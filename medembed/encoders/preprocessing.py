@@ -10,7 +10,13 @@ import numpy as np
 from PIL import Image
 
 from medembed.core.errors import EncoderError
-from medembed.encoders.checkpoint_files import checkpoint_name, holds_file, read_json
+from medembed.encoders.checkpoint_files import (
+    CONFIG_FILE,
+    checkpoint_name,
+    holds_file,
+    is_timm_config,
+    read_json,
+)
 
 __all__ = [
     "FITS",
@@ -47,6 +53,14 @@ _DEFAULT_RESAMPLE = {
 _CROPPING = ("BitImageProcessor", "CLIPImageProcessor", "DeiTImageProcessor")
 # Steps of transformers' processors that this pipeline does not support.
 _FOREIGN_STEPS = ("do_pan_and_scan", "do_pad", "do_image_splitting")
+
+
+_TORCHVISION = {
+    "size": {"height": 224, "width": 224},
+    "image_mean": [0.485, 0.456, 0.406],
+    "image_std": [0.229, 0.224, 0.225],
+    "resample": int(RESAMPLES["bilinear"]),
+}
 
 
 @dataclass(frozen=True)
@@ -93,7 +107,9 @@ def read_preprocessing(directory: Path, fit: str = "stretch") -> Preprocessing:
     Parameters
     ----------
     directory : Path
-        Holds `preprocessor_config.json`, or `processor_config.json` with an `image_processor`.
+        Holds `preprocessor_config.json`, or `processor_config.json` with an `image_processor`; or
+        timm's `config.json`. A file is of torchvision's weights, which come without their own: they
+        expect ImageNet's mean and deviation, 224 pixels, bilinear.
     fit : {"stretch", "pad"}
         `stretch` matches the processor itself, except for a centre crop.
 
@@ -111,6 +127,13 @@ def read_preprocessing(directory: Path, fit: str = "stretch") -> Preprocessing:
     """
     if fit not in FITS:
         raise EncoderError(f"fit {fit!r} is unknown. Choose one of: {', '.join(FITS)}.")
+    if directory.is_file():
+        return _parse(directory, _TORCHVISION, fit)
+    own = directory / CONFIG_FILE
+    if not any(holds_file(directory / name) for name in PROCESSOR_FILES) and holds_file(own):
+        config = read_json(own)
+        if is_timm_config(config):
+            return _parse(own, _as_processor(config["pretrained_cfg"]), fit)
     (path, config), *others = _read_configs(Path(directory))
     found = _parse(path, config, fit)
     for other, its in others:
@@ -228,6 +251,19 @@ def _read_configs(directory: Path) -> list[tuple[Path, Mapping[str, Any]]]:
         f"{PROCESSOR_FILES[1]} with an image_processor: the size and scaling that its tower "
         "expects are unknown. Copy the file from the original checkpoint."
     )
+
+
+def _as_processor(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what timm's `pretrained_cfg` says of images in the words of a processor's file."""
+    size = config.get("input_size")
+    is_size = isinstance(size, list) and len(size) == 3 and size[0] == 3
+    resample = RESAMPLES.get(str(config.get("interpolation", "bicubic")))
+    return {
+        "size": {"height": size[1], "width": size[2]} if is_size else size,  # type: ignore[index]
+        "image_mean": config.get("mean"),
+        "image_std": config.get("std"),
+        "resample": config.get("interpolation") if resample is None else int(resample),
+    }
 
 
 def _describes_images(config: Any, *, nested: bool) -> Mapping[str, Any] | None:

@@ -235,7 +235,8 @@ def resolve_config(
     encoder: Any = find_tower(reference, poolings=names or DEFAULT_POOLINGS, **known)
     if not isinstance(encoder, TorchEncoder) or encoder.origin is None:
         raise EncoderError(
-            f"{encoder.source} cannot be trained: it was not loaded from a checkpoint."
+            f"{encoder.source} cannot be trained: it was not loaded from a checkpoint, or is a "
+            "model of timm or CLIP, which medembed only embeds with."
         )
     if encoder.precision != "fp32":  # weights stay fp32 in training
         origin, encoder = encoder.origin, encoder.reference()
