@@ -22,6 +22,7 @@ SECTIONS = {
         "plan": ("plan", "Compute how many test patients a study needs."),
     },
     "Embed": {
+        "encoders": ("encoders", "List the encoders that are tested, with their poolings."),
         "extract": ("extract", "Run a frozen encoder over a manifest's images, once."),
         "autoencoder": ("autoencoder", "Train an autoencoder as a baseline encoder."),
     },

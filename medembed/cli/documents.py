@@ -26,6 +26,7 @@ __all__ = [
     "Coverage",
     "Demo",
     "Doctor",
+    "EncoderFamily",
     "Evaluate",
     "ExcludedImage",
     "Execution",
@@ -160,6 +161,21 @@ class Doctor(ClosedRecord):
     """`medembed doctor --json`."""
 
     checks: list[Check]
+
+
+class EncoderFamily(ClosedRecord):
+    """An entry of `medembed encoders --json`."""
+
+    name: str
+    examples: list[str]
+    kinds: list[str]
+    pixels: str
+    poolings: list[str]
+    layers: bool
+    licence: str
+    gated: bool
+    extra: str | None
+    oracle: str
 
 
 class Execution(ClosedRecord):
@@ -420,6 +436,7 @@ DOCUMENTS: dict[str, Any] = {
     "completion": Completion,
     "demo": Demo,
     "doctor": Doctor,
+    "encoders": list[EncoderFamily],
     "evaluate": Evaluate,
     "extract": Extract,
     "finetune": RunDocument,
