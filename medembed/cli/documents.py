@@ -40,6 +40,7 @@ __all__ = [
     "Extract",
     "FailureCounts",
     "FailureDocument",
+    "FilmAskedAbout",
     "KnownRecipe",
     "ManifestBuild",
     "ManifestCheck",
@@ -52,6 +53,8 @@ __all__ = [
     "Report",
     "RunDocument",
     "Score",
+    "Similar",
+    "SimilarFilm",
     "SpecDocument",
     "SplitCount",
 ]
@@ -297,6 +300,43 @@ class CacheExport(ClosedRecord):
     failed: Count
     poolings: dict[str, list[Count]]
     bytes: Count
+
+
+class SimilarFilm(ClosedRecord):
+    """A film of another patient; `image` and `study` are null without --names."""
+
+    sha256: Digest
+    image: str | None
+    study: str | None
+    region: str
+    label: Literal[0, 1] | None
+    split: str
+    similarity: float = Field(ge=-1, le=1)
+
+
+class FilmAskedAbout(ClosedRecord):
+    """The film asked about; all but `sha256` and `in_cache` are null if no manifest row has it."""
+
+    sha256: Digest
+    row: Count | None
+    image: str | None
+    study: str | None
+    region: str | None
+    label: Literal[0, 1] | None
+    in_cache: bool
+
+
+class Similar(ClosedRecord):
+    """`medembed similar --json`."""
+
+    query: FilmAskedAbout
+    poolings: list[str]
+    compared: Count
+    """Films of other patients."""
+    own: Count
+    """Films of the query's patient, left out."""
+    failed: Count
+    neighbours: list[SimilarFilm]
 
 
 class Autoencoder(ClosedRecord):
@@ -570,6 +610,7 @@ DOCUMENTS: dict[str, Any] = {
     "predict": list[Prediction],
     "report": Report,
     "run": dict[str, str],
+    "similar": Similar,
     "sweep": RunDocument,
 }
 """By command, with a hyphen for a blank: its document's model."""
