@@ -51,6 +51,9 @@ __all__ = [
     "Prediction",
     "RecipeText",
     "Report",
+    "RetrievalDocument",
+    "RetrievalGroups",
+    "RetrievalScores",
     "RunDocument",
     "Score",
     "Similar",
@@ -471,6 +474,39 @@ class ComparedHead(ClosedRecord):
     versus_best: AnyTable | None
 
 
+class RetrievalScores(ClosedRecord):
+    """How well relevant films are found by some queries."""
+
+    n: Count
+    n_patients: Count
+    left_out: Count
+    """Queries for which there is no relevant film."""
+    chance: float | None
+    p_at_1: Score
+    p_at_5: Score
+    p_at_10: Score
+    map: Score
+
+
+class RetrievalGroups(ClosedRecord):
+    """Retrieval scores overall, and by label and region of the query."""
+
+    overall: RetrievalScores
+    labels: dict[str, RetrievalScores]
+    regions: dict[str, RetrievalScores]
+
+
+class RetrievalDocument(ClosedRecord):
+    """Retrieval by one pooling; relevant films share the query's label, or its region."""
+
+    pooling: str
+    n_queries: Count
+    n_drawn: Count
+    n_database: Count
+    label: RetrievalGroups
+    region: RetrievalGroups
+
+
 class Compare(ClosedRecord):
     """`medembed compare --json`; see `comparison.compare_runs`."""
 
@@ -494,6 +530,8 @@ class Compare(ClosedRecord):
     """With --by."""
     non_inferiority: list[AnyTable] | None = None
     """With --margin."""
+    retrieval: list[RetrievalDocument] | None = None
+    """With --retrieval."""
 
 
 class Evaluate(Record):

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from medembed.core.errors import ArgumentError
 
-__all__ = ["METRICS", "Neighbours", "Rows", "find_neighbours", "measure"]
+__all__ = ["METRICS", "Neighbours", "Rows", "find_neighbours", "measure", "unit_rows"]
 
 METRICS = ("cosine", "euclidean")
 
@@ -121,6 +121,17 @@ def measure(a: NDArray[Any], b: NDArray[Any], metric: str) -> NDArray[np.float64
     product = np.einsum("...i,...i->...", a, b)
     cosine = np.divide(product, np.sqrt(squares), out=np.zeros_like(squares), where=squares > 0)
     return np.asarray(1.0 - np.clip(cosine, -1.0, 1.0))
+
+
+def unit_rows(values: NDArray[Any]) -> NDArray[np.float32]:
+    """Return rows (n, d) scaled to length 1, as float32; rows of zeros stay zero.
+
+    Raises
+    ------
+    ArgumentError
+        A value is not finite.
+    """
+    return np.asarray(_prepare(values, "cosine", 0)[0], np.float32)
 
 
 class _Search:
