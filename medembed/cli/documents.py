@@ -45,6 +45,7 @@ __all__ = [
     "ManifestBuild",
     "ManifestCheck",
     "ManifestInit",
+    "ManifestRelabel",
     "PlanDocument",
     "Point",
     "PointDocument",
@@ -163,6 +164,17 @@ class RecipeText(ClosedRecord):
 
     name: str
     recipe: str
+
+
+class ManifestRelabel(ClosedRecord):
+    """`medembed manifest relabel --json`: counts of images."""
+
+    changed: Count
+    to_abnormal: Count
+    to_normal: Count
+    labelled: Count
+    confirmed: Count
+    output: str
 
 
 class ManifestCheck(ClosedRecord):
@@ -642,6 +654,7 @@ DOCUMENTS: dict[str, Any] = {
     "finetune": RunDocument,
     "manifest-build": ManifestBuild,
     "manifest-check": ManifestCheck,
+    "manifest-relabel": ManifestRelabel,
     "manifest-init": ManifestInit,
     "manifest-recipes": list[KnownRecipe] | RecipeText,
     "plan": PlanDocument,
