@@ -133,11 +133,11 @@ def retrieval_csv(result: Mapping[str, Any]) -> str:
 
 
 def _blocks(own: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
-    """Yield what is shared, which queries, and their scores; a lone region is all there is."""
+    """Yield what is shared, which queries, and their scores; a lone region is not repeated."""
     for kind in ("label", "region"):
         regions = own[kind]["regions"]
-        if kind == "region" and len(regions) < 2:
-            continue
+        if kind == "region" and own[kind]["overall"]["chance"] == 1:
+            continue  # there is one region, so that every film is a hit
         yield kind, "all", own[kind]["overall"]
         for group, block in own[kind]["labels"].items() if kind == "label" else ():
             yield kind, group, block
