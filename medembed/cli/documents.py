@@ -45,6 +45,7 @@ __all__ = [
     "ManifestBuild",
     "ManifestCheck",
     "ManifestInit",
+    "MapDocument",
     "ManifestRelabel",
     "PlanDocument",
     "Point",
@@ -354,6 +355,17 @@ class Similar(ClosedRecord):
     neighbours: list[SimilarFilm]
 
 
+class MapDocument(ClosedRecord):
+    """`medembed map --json`."""
+
+    map: str
+    images: Count
+    method: Literal["pca", "tsne"]
+    seed: Count
+    explained: dict[str, list[float]]
+    """Share of the variance on either axis, by pooling; empty for t-SNE."""
+
+
 class Autoencoder(ClosedRecord):
     """`medembed autoencoder --json`."""
 
@@ -657,6 +669,7 @@ DOCUMENTS: dict[str, Any] = {
     "manifest-relabel": ManifestRelabel,
     "manifest-init": ManifestInit,
     "manifest-recipes": list[KnownRecipe] | RecipeText,
+    "map": MapDocument,
     "plan": PlanDocument,
     "predict": list[Prediction],
     "report": Report,

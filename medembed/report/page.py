@@ -36,6 +36,7 @@ from medembed.report.tables import make_table
 from medembed.results.ablations import count_left_out
 from medembed.results.alignment import TestSet, align_runs
 from medembed.results.comparison import ComparisonOptions, compare_aligned, open_runs
+from medembed.results.embedding_map import first_map
 from medembed.results.methods import DISCLAIMER
 from medembed.results.runs import RunLike
 from medembed.results.significance import describe_margins, find_non_inferior
@@ -158,6 +159,7 @@ def write_report(
     columns = None if known is None or other else tabulate_columns(result, test_set, known)
     if find_thumbnails is not None and columns and not (columns.sections or columns.notes):
         columns = None  # nobody asked for them
+    result["map"] = first_map(opened, names)
     plots = plot_all(result, test_set, progress)
     page = _Page(
         result=result,

@@ -15,6 +15,7 @@ from medembed.report.figures.confusion import plot_confusion
 from medembed.report.figures.cost import plot_cost
 from medembed.report.figures.decision_curve import plot_decision_curve
 from medembed.report.figures.deferral import plot_deferral
+from medembed.report.figures.embedding_map import plot_map
 from medembed.report.figures.flow import plot_flow
 from medembed.report.figures.plotting import Plot, drawing_only
 from medembed.report.figures.roc_pr import plot_precision_recall, plot_roc
@@ -35,6 +36,7 @@ __all__ = [
     "plot_depths",
     "plot_efficiency",
     "plot_flow",
+    "plot_map",
     "plot_precision_recall",
     "plot_regions",
     "plot_roc",
@@ -56,6 +58,7 @@ _OF_RESULT: dict[str, Callable[[dict[str, Any]], Plot | None]] = {
     "deferral": plot_deferral,
     "depths": plot_depths,
     "efficiency": plot_efficiency,
+    "map": plot_map,
     "flow": plot_flow,
 }
 FIGURES = (*_OF_ROWS, *_OF_RESULT)
