@@ -24,7 +24,7 @@ DEPTHS = (1, 5, 10)
 """The k of precision at k."""
 MAX_QUERIES = 4000
 """More queries are drawn at random: the whole ranking of each is sorted."""
-_QUERY_ROWS = 64  # of rankings in memory at a time; those of a million films are 64 MB each
+_RANKED = 1 << 24  # films in the rankings that are in memory at a time, 40 bytes each
 _DECIMALS = 6  # of a cosine in float32: beyond them equal films would be ranked by rounding errors
 
 
@@ -106,7 +106,7 @@ def _rank(queries: Films, database: Films) -> dict[str, dict[str, NDArray[np.flo
         for kind in ("label", "region")
     }
     vectors = unit_rows(database.X)
-    for part in _parts(len(queries.X)):
+    for part in _parts(len(queries.X), max(1, _RANKED // len(database.X))):
         own = queries.take(np.arange(part.start, part.stop))
         cosine = np.round(unit_rows(own.X) @ vectors.T, _DECIMALS)
         is_own = own.patient[:, None] == database.patient
@@ -181,5 +181,5 @@ def _block(
     return found
 
 
-def _parts(n: int) -> Iterator[slice]:
-    return (slice(start, min(start + _QUERY_ROWS, n)) for start in range(0, n, _QUERY_ROWS))
+def _parts(n: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, n)) for start in range(0, n, size))

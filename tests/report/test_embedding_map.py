@@ -15,6 +15,7 @@ from medembed.cli import main
 from medembed.core.errors import RunError
 from medembed.dataset.manifest import Manifest, read_manifest
 from medembed.evaluation.projection import project
+from medembed.report import figures
 from medembed.report.embedding_map import map_run
 from medembed.results.embedding_map import FILE, read_map
 from medembed.results.runs import open_run
@@ -75,7 +76,9 @@ def test_order_of_manifest_and_cache_changes_no_coordinate(home, method):
     pd.testing.assert_frame_equal(first, map_run(run, other, turned, method=method).rows)
 
 
-def test_report_draws_the_map_of_a_run_that_has_one(home, tmp_path):
+def test_report_draws_the_map_of_a_run_that_has_one(home, tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "_OF_ROWS", {})  # the other figures take a minute
+    monkeypatch.setattr(figures, "_OF_RESULT", {"map": figures.plot_map})
     run = str(home / "run")
     CliRunner().invoke(main, ["report", run, "-o", str(tmp_path / "before")])
     assert not (tmp_path / "before" / "figures" / "map.svg").exists()
