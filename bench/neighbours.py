@@ -1,6 +1,6 @@
 """Measure time and memory of nearest neighbours, retrieval and a map of very many rows.
 
-    .venv/bin/python bench/neighbours.py --rows 1000000 --values 1152 --out bench/results/neighbours.json
+    .venv/bin/python bench/neighbours.py --rows 1000000 --out bench/results/neighbours.json
 
 Each job is a process of its own: `medembed similar` as a whole, with the verification of every
 shard; the head `knn`, fitted on all rows and asked for 1,000; the ranking of all rows for 64
@@ -21,8 +21,8 @@ from unittest import mock
 
 import numpy as np
 import pyarrow.parquet as pq
-
 from large import manifest_rows
+
 from measuring import write_results
 from medembed.cache.shards import MAX_SHARD_ROWS
 from medembed.cache.spec import CacheSpec

@@ -75,9 +75,7 @@ class MappedRows:
         return taken
 
 
-def map_rows(
-    cache: Cache, keys: np.ndarray, pooling: str, *, verify: bool = False
-) -> MappedRows:
+def map_rows(cache: Cache, keys: np.ndarray, pooling: str, *, verify: bool = False) -> MappedRows:
     """Return the mapped rows of `keys`, (n, 32) uint8, without reading them.
 
     With `verify` the bytes of every shard that holds one of the rows are first compared with its

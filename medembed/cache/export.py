@@ -145,13 +145,16 @@ class ExportTable:
         return len(self._keys)
 
     def shape(self, pooling: str) -> tuple[int, ...]:
+        """Return the shape of a row of a pooling."""
         return self._cache.spec.poolings[pooling]
 
     @property
     def dtype(self) -> np.dtype[Any]:
+        """The stored dtype."""
         return np.dtype(self._cache.spec.dtype)
 
     def column(self, pooling: str) -> str:
+        """Return the name of a pooling's column, which no column of the manifest has."""
         return f"embedding_{pooling}" if pooling in self.rows.columns else pooling
 
     def wide_names(self) -> list[str]:

@@ -281,9 +281,13 @@ def _check_export(
         if out_path.suffix not in suffixes:
             raise click.BadParameter(f"{out_path} ends in none of {', '.join(suffixes)}")
         if wide and out_path.suffix == ".npz":
-            raise click.UsageError("--wide is for Parquet; an .npz file holds one array per pooling.")
+            raise click.UsageError(
+                "--wide is for Parquet; an .npz file holds one array per pooling."
+            )
         if with_names or image_root is not None:
-            raise click.UsageError("--names and --image-root are for --format; files have all names.")
+            raise click.UsageError(
+                "--names and --image-root are for --format; files have all names."
+            )
         return
     if wide:
         raise click.UsageError("--wide is for Parquet; leave it out with --format.")

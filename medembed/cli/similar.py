@@ -199,12 +199,13 @@ def _word(label: int | None) -> str:
 
 def _explain(film: "Film", found: "SimilarFilms") -> None:
     whose = (
-        f"{found.n_own:,} of the same patient left out"
+        f"{found.n_own:,} of the same patient, itself among them, left out"
         if film.row is not None
         else "the film is not in the manifest, so no patient was left out"
     )
     failed = f"; {found.n_failed:,} that failed to be embedded left out" if found.n_failed else ""
-    say(f"Compared with {found.n_compared:,} films by the cosine of {found.pooling}; {whose}{failed}.")
+    compared = f"Compared with {found.n_compared:,} films by the cosine of {found.pooling}"
+    say(f"{compared}; {whose}{failed}.")
     if not len(found.rows):
         say("There is no film of another patient.")
 
@@ -222,7 +223,9 @@ def _write_sheet(
 
     assert image_root is not None
     own = document["query"]
-    about = "not in the manifest" if own["row"] is None else f"{_word(own['label'])}, {own['region']}"
+    about = (
+        "not in the manifest" if own["row"] is None else f"{_word(own['label'])}, {own['region']}"
+    )
     frames = [Frame(film.sha256, "The film asked about", about)]
     for rank, row in enumerate(document["neighbours"], start=1):
         title = f"{rank}. {_word(row['label'])}, {row['region']}"
@@ -234,6 +237,5 @@ def _write_sheet(
         thumbnails |= {} if shown is None else {film.sha256: shown}
     title = f"{len(frames) - 1} most similar films of other patients"
     write_contact_sheet(output, title, frames, thumbnails)
-    if len(thumbnails) < len(frames):
-        say(f"{len(frames) - len(thumbnails)} of {len(frames)} films were not found unchanged below "
-            f"{image_root}.")  # fmt: skip
+    if lacking := len(frames) - len(thumbnails):
+        say(f"{lacking} of {len(frames)} films were not found unchanged below {image_root}.")

@@ -228,8 +228,9 @@ def _prepare(
 
     The vectors are float32, or float64 where their squares may overflow.
     """
-    narrow = values.astype(np.float32)
-    squares = np.einsum("ij,ij->i", narrow, narrow).astype(np.float64)
+    with np.errstate(over="ignore"):
+        narrow: NDArray[Any] = values.astype(np.float32)
+        squares = np.einsum("ij,ij->i", narrow, narrow).astype(np.float64)
     if not np.isfinite(squares).all() or squares.max(initial=0.0) > _LARGE:
         _require_finite(values, "query" if start is None else "row", start or 0)
         narrow = values.astype(np.float64)

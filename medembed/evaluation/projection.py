@@ -87,7 +87,7 @@ def _components(
         start += len(block)
     total = float(np.trace(products))
     shares = [float(v) / total if total > 0 else 0.0 for v in variances]
-    return found, tuple([*shares, *[0.0] * (n_components - k)])
+    return found, (*shares, *[0.0] * (n_components - k))
 
 
 def _embed(components: NDArray[np.float64], seed: int) -> NDArray[np.float32]:

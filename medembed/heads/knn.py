@@ -157,6 +157,6 @@ def _refuse_many(n: int, n_columns: int) -> None:
     n_bytes = n * n_columns * 4
     if n_bytes > MAX_TENSOR_BYTES * 15 // 16:
         raise TrainingDataError(
-            f"{n:,} training vectors of {n_columns:,} numbers are {n_bytes / 1e9:.1f} GB, more than "
-            "a packaged model may hold; set whiten, such as to 64"
+            f"{n:,} training vectors of {n_columns:,} numbers are {n_bytes / 1e9:.1f} GB, more "
+            "than a packaged model may hold; set whiten, such as to 64"
         )

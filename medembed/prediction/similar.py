@@ -151,8 +151,8 @@ def embed_film(
         name, ours, theirs = difference
         raise SpecMismatchError(
             f"the cache at {cache.path} was made by {cache.source} with {name}={_shown(ours)}, and "
-            f"the encoder {loaded.source} has {name}={_shown(theirs)}. Name the cache's own encoder "
-            "with --encoder."
+            f"the encoder {loaded.source} has {name}={_shown(theirs)}. Name the cache's own "
+            "encoder with --encoder."
         )
     transform = partial(prepare, preprocessing=loaded.preprocessing)
     reading = read_content([film.path], film.sha256, transform, intensity, limits).joining(

@@ -76,9 +76,7 @@ def _name(frame: Frame, thumbnails: Mapping[str, Thumbnail]) -> str:
     return shown.name if shown and shown.name else frame.sha256[:CODE_DIGITS]
 
 
-def _as_html(
-    title: str, frames: Sequence[Frame], thumbnails: Mapping[str, Thumbnail]
-) -> bytes:
+def _as_html(title: str, frames: Sequence[Frame], thumbnails: Mapping[str, Thumbnail]) -> bytes:
     environment = Environment(
         loader=PackageLoader("medembed", "report/templates"),
         autoescape=True,
@@ -90,7 +88,9 @@ def _as_html(
     for frame in frames:
         shown = thumbnails.get(frame.sha256)
         data = base64.b64encode(shown.jpeg).decode() if shown else None
-        cards.append({"frame": frame, "name": _name(frame, thumbnails), "film": shown, "data": data})
+        cards.append(
+            {"frame": frame, "name": _name(frame, thumbnails), "film": shown, "data": data}
+        )
     text = environment.get_template("contact_sheet.html.j2").render(title=title, cards=cards)
     return text.encode()
 

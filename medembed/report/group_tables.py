@@ -59,7 +59,8 @@ def render_comparison(
     """Return everything that a comparison was asked for as text.
 
     Groups and gaps of a column if it has them; otherwise its heads, grouped if `by` is "region" or
-    "views", and operating points and retrieval if they were requested. For formats see `tables.render`.
+    "views", and operating points and retrieval if they were requested. For formats see
+    `tables.render`.
 
     Raises
     ------

@@ -1,6 +1,5 @@
 """Retrieval scores of a cache beside a comparison, and their table."""
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,8 @@ from medembed.results.runs import Run
 from medembed.results.subgroups import explain_other_manifest
 
 if TYPE_CHECKING:
+    import os
+
     from medembed.cache.embeddings import Embeddings
     from medembed.cache.store import Cache
 

@@ -64,9 +64,10 @@ def test_order_of_manifest_and_shards_changes_nothing(tmp_path):
     turned = Manifest(manifest.rows[::-1].reset_index(drop=True), "study")
     query = table["sha256"][int(X.any(axis=1).argmax())]
     first = find_similar(cache, manifest, query, k=20)
-    assert first.rows["sha256"].tolist() == find_similar(cache, turned, query, k=20).rows[
-        "sha256"
-    ].tolist()
+    assert (
+        first.rows["sha256"].tolist()
+        == find_similar(cache, turned, query, k=20).rows["sha256"].tolist()
+    )
     compact(cache.path, cache.spec)
     again = find_similar(open_cache(cache.path), manifest, query, k=20)
     pd.testing.assert_frame_equal(first.rows, again.rows)

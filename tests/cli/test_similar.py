@@ -50,7 +50,12 @@ def test_a_film_is_found_by_file_hash_and_row_alike(home):
     by_row = document(home, "--image", 5, "-k", 3)
     assert by_row["query"] == {
         "sha256": rows["sha256"][4],
-        **{"row": 5, "image": None, "study": None, "region": "hand", "label": 0, "in_cache": True},
+        "row": 5,
+        "image": None,
+        "study": None,
+        "region": "hand",
+        "label": 0,
+        "in_cache": True,
     }
     assert document(home, "--image", rows["sha256"][4].upper(), "-k", 3) == by_row
     assert document(home, "--image", home / "images" / rows["image"][4], "-k", 3) == by_row
@@ -161,7 +166,11 @@ def test_another_encoder_than_the_caches_is_refused(home, tmp_path):
 
 
 def test_a_sheet_without_images_is_wrong_usage(home):
-    for options in (("-o", "sheet.png"), ("--image-root", "."), ("-o", "x.pdf", "--image-root", ".")):
+    for options in (
+        ("-o", "sheet.png"),
+        ("--image-root", "."),
+        ("-o", "x.pdf", "--image-root", "."),
+    ):
         assert run(home, "--image", 1, *options).exit_code == 2
 
 

@@ -116,4 +116,6 @@ def test_too_few_patients_have_no_interval():
     interval = estimate_mean(np.array([0.1, 0.5, 0.7]), np.array([0, 1, 1])).interval()
     assert interval.value == pytest.approx(1.3 / 3)
     assert interval.reason == "2 patients; an interval needs 5"
-    assert estimate_mean(np.array([]), np.array([], int)).interval().reason == "there is no such row"
+    assert (
+        estimate_mean(np.array([]), np.array([], int)).interval().reason == "there is no such row"
+    )

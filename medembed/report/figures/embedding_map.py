@@ -7,7 +7,14 @@ from matplotlib.figure import Figure
 
 from medembed.core.text import to_figure
 from medembed.report.figures.captions import LEGEND, elide, write_csv
-from medembed.report.figures.plotting import MARKERS, Plot, Theme, add_legend, make_plot, start_figure
+from medembed.report.figures.plotting import (
+    MARKERS,
+    Plot,
+    Theme,
+    add_legend,
+    make_plot,
+    start_figure,
+)
 from medembed.results.embedding_map import EmbeddingMap
 
 __all__ = ["plot_map"]
@@ -46,7 +53,7 @@ def plot_map(result: dict[str, Any]) -> Plot | None:
         draw,
         caption=about,
         alt=f"Images as points in two dimensions, by label and region, for {', '.join(poolings)}.",
-        csv=write_csv(rows.astype({"label": object}).where(rows.notna(), None).to_dict("records")),
+        csv=write_csv([{str(k): v for k, v in row.items()} for row in _records(rows)]),
     )
 
 
@@ -55,6 +62,11 @@ def _choose(rows: pd.DataFrame) -> pd.DataFrame:
     poolings = list(dict.fromkeys(rows["pooling"]))[:MAX_POOLINGS]
     names = sorted(rows["sha256"].unique())[:MAX_POINTS]
     return rows[rows["pooling"].isin(poolings) & rows["sha256"].isin(names)]
+
+
+def _records(rows: pd.DataFrame) -> list[Any]:
+    """Return rows as dicts, None for an unknown label."""
+    return rows.astype({"label": object}).where(rows.notna(), None).to_dict("records")
 
 
 def _draw(theme: Theme, about: str, rows: pd.DataFrame, found: EmbeddingMap) -> Figure:
