@@ -6,6 +6,7 @@ schemas. Keys may be added, but never removed or given another meaning.
 
 from typing import Any, Literal
 
+from medembed.cli.similarity_documents import MapDocument, Similar
 from medembed.core.schema import AnyTable, ClosedRecord, Count, Digest, Field, Given, Record
 from medembed.evaluation.calibration import CalibrationEntry
 from medembed.results.run_schema import LeaderboardEntry
@@ -40,26 +41,19 @@ __all__ = [
     "Extract",
     "FailureCounts",
     "FailureDocument",
-    "FilmAskedAbout",
     "KnownRecipe",
     "ManifestBuild",
     "ManifestCheck",
     "ManifestInit",
     "ManifestRelabel",
-    "MapDocument",
     "PlanDocument",
     "Point",
     "PointDocument",
     "Prediction",
     "RecipeText",
     "Report",
-    "RetrievalDocument",
-    "RetrievalGroups",
-    "RetrievalScores",
     "RunDocument",
     "Score",
-    "Similar",
-    "SimilarFilm",
     "SpecDocument",
     "SplitCount",
 ]
@@ -318,54 +312,6 @@ class CacheExport(ClosedRecord):
     bytes: Count
 
 
-class SimilarFilm(ClosedRecord):
-    """A film of another patient; `image` and `study` are null without --names."""
-
-    sha256: Digest
-    image: str | None
-    study: str | None
-    region: str
-    label: Literal[0, 1] | None
-    split: str
-    similarity: float = Field(ge=-1, le=1)
-
-
-class FilmAskedAbout(ClosedRecord):
-    """The film asked about; all but `sha256` and `in_cache` are null if no manifest row has it."""
-
-    sha256: Digest
-    row: Count | None
-    image: str | None
-    study: str | None
-    region: str | None
-    label: Literal[0, 1] | None
-    in_cache: bool
-
-
-class Similar(ClosedRecord):
-    """`medembed similar --json`."""
-
-    query: FilmAskedAbout
-    poolings: list[str]
-    compared: Count
-    """Films of other patients."""
-    own: Count
-    """Films of the query's patient, left out."""
-    failed: Count
-    neighbours: list[SimilarFilm]
-
-
-class MapDocument(ClosedRecord):
-    """`medembed map --json`."""
-
-    map: str
-    images: Count
-    method: Literal["pca", "tsne"]
-    seed: Count
-    explained: dict[str, list[float]]
-    """Share of the variance on either axis, by pooling; empty for t-SNE."""
-
-
 class Autoencoder(ClosedRecord):
     """`medembed autoencoder --json`."""
 
@@ -498,39 +444,6 @@ class ComparedHead(ClosedRecord):
     versus_best: AnyTable | None
 
 
-class RetrievalScores(ClosedRecord):
-    """How well relevant films are found by some queries."""
-
-    n: Count
-    n_patients: Count
-    left_out: Count
-    """Queries for which there is no relevant film."""
-    chance: float | None
-    p_at_1: Score
-    p_at_5: Score
-    p_at_10: Score
-    map: Score
-
-
-class RetrievalGroups(ClosedRecord):
-    """Retrieval scores overall, and by label and region of the query."""
-
-    overall: RetrievalScores
-    labels: dict[str, RetrievalScores]
-    regions: dict[str, RetrievalScores]
-
-
-class RetrievalDocument(ClosedRecord):
-    """Retrieval by one pooling; relevant films share the query's label, or its region."""
-
-    pooling: str
-    n_queries: Count
-    n_drawn: Count
-    n_database: Count
-    label: RetrievalGroups
-    region: RetrievalGroups
-
-
 class Compare(ClosedRecord):
     """`medembed compare --json`; see `comparison.compare_runs`."""
 
@@ -554,8 +467,8 @@ class Compare(ClosedRecord):
     """With --by."""
     non_inferiority: list[AnyTable] | None = None
     """With --margin."""
-    retrieval: list[RetrievalDocument] | None = None
-    """With --retrieval."""
+    retrieval: list[AnyTable] | None = None
+    """With --retrieval; see `score_retrieval`."""
 
 
 class Evaluate(Record):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["similar_command"]
 
-MOST = 10_000
+MOST = 1000
 CODE_DIGITS = 12
 
 
@@ -46,6 +46,7 @@ CODE_DIGITS = 12
 )
 @click.option(
     "-k",
+    "--neighbours",
     "k",
     type=click.IntRange(1, MOST),
     default=10,
