@@ -81,7 +81,9 @@ class StoredRows:
     """
 
     def __init__(self, cache: Cache, keys: NDArray[Any], poolings: Sequence[str]) -> None:
-        self._parts = [map_rows(cache, keys, pooling, verify=True) for pooling in poolings]
+        self._parts = [
+            map_rows(cache, keys, pooling, verify=pooling == poolings[0]) for pooling in poolings
+        ]
         widths = [cache.spec.poolings[pooling][0] for pooling in poolings]
         self._edges = np.cumsum([0, *widths]).tolist()
         first = self._parts[0]
