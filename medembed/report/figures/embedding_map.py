@@ -79,10 +79,8 @@ def _draw(theme: Theme, about: str, rows: pd.DataFrame, found: EmbeddingMap) -> 
     if len(frequent) > 1:
         kinds.append(("region", region, frequent))
     poolings = list(dict.fromkeys(rows["pooling"]))
-    n_entries = max(len(names) for _, _, names in kinds)
-    figure = start_figure(
-        "Map of the embeddings", about, body=2.6 * len(kinds), n_labels=len(kinds) * n_entries
-    )
+    n_entries = sum(len(names) for _, _, names in kinds)
+    figure = start_figure("Map of the embeddings", about, body=2.6 * len(kinds), n_labels=n_entries)
     grid = figure.subplots(len(kinds), len(poolings), squeeze=False)
     entries: list[Any] = []
     for line, (kind, groups, names) in zip(grid, kinds, strict=True):
@@ -123,5 +121,5 @@ def _name_axes(axes: Any, pooling: str, kind: str, found: EmbeddingMap) -> None:
     axes.set_title(f"{pooling}, by {kind}", fontsize=LEGEND, parse_math=False)
     shares = found.info.explained.get(pooling) or []
     if len(shares) == 2:
-        axes.set_xlabel(f"{shares[0]:.0%} of the variance", fontsize=LEGEND)
-        axes.set_ylabel(f"{shares[1]:.0%}", fontsize=LEGEND)
+        axes.set_xlabel(f"{100 * shares[0]:.0f} % of the variance", fontsize=LEGEND)
+        axes.set_ylabel(f"{100 * shares[1]:.0f} %", fontsize=LEGEND)
