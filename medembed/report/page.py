@@ -27,7 +27,7 @@ from medembed.report import page_tables as tables
 from medembed.report.checklist import write_checklists
 from medembed.report.checklist_answers import Study
 from medembed.report.external import ExternalSection, find_external, read_evaluations
-from medembed.report.figures import FIGURES, Plot, plot_all
+from medembed.report.figures import FIGURES, MAP, Plot, plot_all, plot_map
 from medembed.report.gallery import FindThumbnails, find_mistakes, show_mistakes
 from medembed.report.group_tables import ColumnSections, tabulate_columns
 from medembed.report.headline import Headline, write_headline
@@ -36,9 +36,10 @@ from medembed.report.tables import make_table
 from medembed.results.ablations import count_left_out
 from medembed.results.alignment import TestSet, align_runs
 from medembed.results.comparison import ComparisonOptions, compare_aligned, open_runs
+from medembed.results.comparison_schema import ComparisonResult
 from medembed.results.embedding_map import first_map
 from medembed.results.methods import DISCLAIMER
-from medembed.results.runs import RunLike
+from medembed.results.runs import Run, RunLike
 from medembed.results.significance import describe_margins, find_non_inferior
 from medembed.results.subgroups import explain_other_manifest
 
@@ -159,8 +160,7 @@ def write_report(
     columns = None if known is None or other else tabulate_columns(result, test_set, known)
     if find_thumbnails is not None and columns and not (columns.sections or columns.notes):
         columns = None  # nobody asked for them
-    result["map"] = first_map(opened, names)
-    plots = plot_all(result, test_set, progress)
+    plots = [*plot_all(result, test_set, progress), *_plot_map(opened, names)]
     page = _Page(
         result=result,
         headline=write_headline(result, elsewhere),
@@ -191,8 +191,14 @@ def write_report(
     return paths
 
 
+def _plot_map(runs: Sequence[Run], names: Sequence[str]) -> list[Plot]:
+    """Return the figure of the first map that a run keeps, if one does."""
+    found = first_map(runs, names)
+    return [] if found is None else [plot_map(*found)]
+
+
 def _test_margin(
-    result: dict[str, Any], test_set: TestSet, asked: ComparisonOptions
+    result: ComparisonResult, test_set: TestSet, asked: ComparisonOptions
 ) -> Sequence[str]:
     if asked.margin is None:
         return ()
@@ -203,7 +209,7 @@ def _test_margin(
 class _Page:
     """All that the page shows; its template is `page.html.j2`."""
 
-    result: dict[str, Any]
+    result: ComparisonResult
     headline: Headline
     left_out: tuple[int, bool]
     margins: Sequence[str]
@@ -248,7 +254,7 @@ class _Page:
         )
 
 
-def _tabulate(result: dict[str, Any]) -> dict[str, Any]:
+def _tabulate(result: ComparisonResult) -> dict[str, Any]:
     """Return the tables, by the names that the template has for them."""
     return {
         "leaderboard": tables.tabulate_heads(result),
@@ -267,10 +273,10 @@ def _show(value: Any) -> Any:
     """Return text from data escaped for HTML, with bidirectional controls made visible."""
     if type(value) is not str:
         return value
-    return Markup(to_html(value))  # nosec B704 # escaped there
+    return Markup(to_html(value))
 
 
-def _command(result: dict[str, Any], asked: ComparisonOptions, *, has_manifest: bool) -> str:
+def _command(result: ComparisonResult, asked: ComparisonOptions, *, has_manifest: bool) -> str:
     """Return a command that makes a page of these runs."""
     names = [run["name"] for run in result["runs"]]
     words = ["medembed", "report", *names, "-o", "report", "--level", result["level"]]
@@ -284,7 +290,7 @@ def _command(result: dict[str, Any], asked: ComparisonOptions, *, has_manifest: 
 
 
 def _facts(
-    result: dict[str, Any], left_out: tuple[int, bool], *, is_elsewhere: bool
+    result: ComparisonResult, left_out: tuple[int, bool], *, is_elsewhere: bool
 ) -> dict[str, str]:
     test = result["test"]
     plural = "studies" if result["level"] == "study" else "images"
@@ -332,6 +338,6 @@ def _write_plot(plot: Plot, directory: Path) -> list[Path]:
 
 def _remove_old(directory: Path, written: list[Path]) -> None:
     """Remove only those figures of an earlier page that this one does not have."""
-    ours = {directory / f"{name}{suffix}" for name in FIGURES for suffix in _SUFFIXES}
+    ours = {directory / f"{name}{suffix}" for name in (*FIGURES, MAP) for suffix in _SUFFIXES}
     for path in ours.difference(written):
         path.unlink(missing_ok=True)

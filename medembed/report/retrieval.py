@@ -13,6 +13,7 @@ from medembed.dataset.splits import join_same_bytes
 from medembed.evaluation.retrieval import DEPTHS, Films, score_retrieval
 from medembed.report.tables import MISSING, Table, format_interval
 from medembed.results.alignment import TestSet
+from medembed.results.comparison_schema import ComparisonResult, RetrievalDocument
 from medembed.results.runs import Run
 from medembed.results.subgroups import explain_other_manifest
 
@@ -36,7 +37,7 @@ def find_retrieval(
     cache: "Cache | str | os.PathLike[str]",
     manifest: Manifest,
     seed: int = 0,
-) -> list[dict[str, Any]]:
+) -> list[RetrievalDocument]:
     """Return how well films of train are found by films of test, for each pooling of a cache.
 
     Returns
@@ -62,11 +63,12 @@ def find_retrieval(
     cache = open_cache(cache)
     poolings = choose_poolings(cache, None)
     joined = "+".join(poolings)
-    found = []
+    found: list[RetrievalDocument] = []
     for pool in dict.fromkeys([joined, *poolings]):
         embeddings = load_embeddings(cache, manifest, pool=pool, verify=pool == joined)
         queries, database = (_take(embeddings, split) for split in ("test", "train"))
-        found.append({"pooling": pool, **score_retrieval(queries, database, seed=seed)})
+        scores: Any = score_retrieval(queries, database, seed=seed)
+        found.append({"pooling": pool, **scores})
     return found
 
 
@@ -85,7 +87,7 @@ def _take(embeddings: "Embeddings", split: str) -> Films:
     )
 
 
-def tabulate_retrieval(result: Mapping[str, Any]) -> list[Table]:
+def tabulate_retrieval(result: ComparisonResult) -> list[Table]:
     """Return the tables of a comparison's ``retrieval``, none if it has none."""
     found = result.get("retrieval") or []
     tables = [
@@ -121,7 +123,7 @@ def _cells(kind: str, group: str, block: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def retrieval_csv(result: Mapping[str, Any]) -> str:
+def retrieval_csv(result: ComparisonResult) -> str:
     """Return a comparison's ``retrieval`` as CSV, at full precision."""
     heads = [f"{name}{end}" for name in _SCORES for end in ("", "_low", "_high")]
     lines: list[list[Any]] = [["pooling", "same", "queries", "n", "n_patients", "chance", *heads]]

@@ -4,7 +4,7 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import pandas as pd
 import pyarrow as pa
@@ -95,12 +95,12 @@ def read_map(run: Run) -> EmbeddingMap | None:
     return EmbeddingMap(table.to_pandas().astype({"label": "Int8"}), info)
 
 
-def first_map(runs: Sequence[Run], names: Sequence[str]) -> dict[str, Any] | None:
-    """Return the name of the first run that has a map, `run`, and its `map`; None without."""
+def first_map(runs: Sequence[Run], names: Sequence[str]) -> tuple[str, EmbeddingMap] | None:
+    """Return the name of the first run that has a map, and its map; None without."""
     for run, name in zip(runs, names, strict=True):
         found = read_map(run)
         if found is not None:
-            return {"run": name, "map": found}
+            return name, found
     return None
 
 

@@ -78,7 +78,7 @@ def test_order_of_manifest_and_cache_changes_no_coordinate(home, method):
 
 def test_report_draws_the_map_of_a_run_that_has_one(home, tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "_OF_ROWS", {})  # the other figures take a minute
-    monkeypatch.setattr(figures, "_OF_RESULT", {"map": figures.plot_map})
+    monkeypatch.setattr(figures, "_OF_RESULT", {})
     run = str(home / "run")
     CliRunner().invoke(main, ["report", run, "-o", str(tmp_path / "before")])
     assert not (tmp_path / "before" / "figures" / "map.svg").exists()

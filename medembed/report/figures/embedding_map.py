@@ -17,7 +17,10 @@ from medembed.report.figures.plotting import (
 )
 from medembed.results.embedding_map import EmbeddingMap
 
-__all__ = ["plot_map"]
+__all__ = ["MAP", "plot_map"]
+
+MAP = "map"
+"""The figure's name."""
 
 MAX_POINTS = 2000
 """Images drawn, those whose SHA-256 comes first: more would hide each other and swell the page."""
@@ -27,12 +30,8 @@ _METHODS = {"pca": "principal components", "tsne": "t-SNE"}
 OTHERS = "other regions"
 
 
-def plot_map(result: dict[str, Any]) -> Plot | None:
-    """Draw the map of the first run that has one, a column of axes per pooling; None without."""
-    known = result.get("map")
-    if known is None:
-        return None
-    run, found = known["run"], known["map"]
+def plot_map(run: str, found: EmbeddingMap) -> Plot:
+    """Draw the map of the run of this name, a column of axes per pooling."""
     rows = _choose(found.rows)
     method = _METHODS[found.info.method]
     n_all = found.rows["sha256"].nunique()
@@ -48,7 +47,7 @@ def plot_map(result: dict[str, Any]) -> Plot | None:
 
     poolings = list(dict.fromkeys(rows["pooling"]))
     return make_plot(
-        "map",
+        MAP,
         "Map of the embeddings",
         draw,
         caption=about,

@@ -378,9 +378,7 @@ def test_series_that_are_not_estimable_are_not_drawn(case, monkeypatch):
 
 def test_every_figure_has_the_name_that_it_is_listed_by(case, monkeypatch):
     watch(monkeypatch)
-    result = {**case[0], "map": {"run": "sweep", "map": make_map()}}
-    drawn = figures.plot_all(result, case[1])
-    assert [plot.name for plot in drawn] == list(figures.FIGURES)
+    assert [plot.name for plot in figures.plot_all(*case[:2])] == list(figures.FIGURES)
 
 
 def make_map(n=30, regions=("hand", "wrist"), explained=(0.3, 0.1)):
@@ -404,14 +402,14 @@ def make_map(n=30, regions=("hand", "wrist"), explained=(0.3, 0.1)):
 def test_a_map_of_any_regions_fits(regions, monkeypatch):
     watch(monkeypatch)
     made = make_map(regions=regions)
-    plot = figures.plot_map({"map": {"run": "sweep", "map": made}})
+    plot = figures.plot_map("sweep", made)
     assert plot.csv.count("\n") == 31
     assert "30 images of run sweep by principal components" in plot.caption
 
 
 def test_a_map_of_very_many_images_draws_some_and_says_so(monkeypatch):
     monkeypatch.setattr(embedding_map, "MAX_POINTS", 10)
-    plot = figures.plot_map({"map": {"run": "sweep", "map": make_map()}})
+    plot = figures.plot_map("sweep", make_map())
     assert "10 of the 30 images" in plot.caption
     assert plot.csv.count("\n") == 11
 
