@@ -67,8 +67,8 @@ def find_retrieval(
     for pool in dict.fromkeys([joined, *poolings]):
         embeddings = load_embeddings(cache, manifest, pool=pool, verify=pool == joined)
         queries, database = (_take(embeddings, split) for split in ("test", "train"))
-        scores: Any = score_retrieval(queries, database, seed=seed)
-        found.append({"pooling": pool, **scores})
+        own: Any = {"pooling": pool, **score_retrieval(queries, database, seed=seed)}
+        found.append(own)
     return found
 
 
