@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from medembed.cache.embeddings import Embeddings, load_embeddings, patient_folds
+    from medembed.cache.neighbours import find_similar
     from medembed.cache.store import Cache, open_cache
     from medembed.core.errors import (
         ArgumentError,
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from medembed.finetuning.job import finetune
     from medembed.heads.attention import AttentionHead
     from medembed.heads.base import Head
+    from medembed.heads.knn import KNNHead
     from medembed.heads.lightgbm import LightGBMHead
     from medembed.heads.linear import LogisticHead
     from medembed.heads.mlp import MLPHead
@@ -74,6 +76,7 @@ __all__ = [
     "ExtractionReport",
     "Head",
     "ImageError",
+    "KNNHead",
     "LightGBMHead",
     "LogisticHead",
     "MLPHead",
@@ -98,6 +101,7 @@ __all__ = [
     "compare",
     "evaluate",
     "extract",
+    "find_similar",
     "finetune",
     "load_embeddings",
     "load_encoder",
@@ -112,6 +116,7 @@ __all__ = [
 
 _NAMES = {
     "cache.embeddings": ("Embeddings", "load_embeddings", "patient_folds"),
+    "cache.neighbours": ("find_similar",),
     "cache.store": ("Cache", "open_cache"),
     "core.errors": (
         *("ArgumentError", "CacheError", "DeviceMemoryError", "EncoderError", "ImageError"),
@@ -130,6 +135,7 @@ _NAMES = {
     "finetuning.job": ("finetune",),
     "heads.attention": ("AttentionHead",),
     "heads.base": ("Head",),
+    "heads.knn": ("KNNHead",),
     "heads.lightgbm": ("LightGBMHead",),
     "heads.linear": ("LogisticHead",),
     "heads.mlp": ("MLPHead",),

@@ -42,7 +42,7 @@ RUN = [
     README,
     *(DOCS / "tutorials" / f"{name}.md" for name in ("own-folder", "mura", "dicom")),
     *(DOCS / "how-to" / f"{name}.md" for name in ("medgemma", "recipe", "clusters", "cache")),
-    *(DOCS / "how-to" / f"{name}.md" for name in ("sweep", "fine-tune", "compare")),
+    *(DOCS / "how-to" / f"{name}.md" for name in ("sweep", "fine-tune", "compare", "similar")),
     DOCS / "tutorials" / "another-hospital.md",
     *(DOCS / "how-to" / f"{name}.md" for name in ("apply-a-model", "python", "extend")),
 ]

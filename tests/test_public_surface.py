@@ -37,7 +37,7 @@ TYPES = {
     *("BuildReport", "Cache", "Comparison", "Embeddings", "Encoder", "ExtractionReport"),
     *("Manifest", "Preprocessing", "Run"),
 }
-HEADS = {"Head", "LogisticHead", "MLPHead", "LightGBMHead", "AttentionHead"}
+HEADS = {"Head", "LogisticHead", "MLPHead", "LightGBMHead", "AttentionHead", "KNNHead"}
 SIGNATURES = {
     "build_manifest": "recipe, image_root, *, strict=False, structure_only=False, key_file=None, "
     "progress=None",
@@ -56,6 +56,7 @@ SIGNATURES = {
     "open_cache": "path, *, known=()",
     "load_embeddings": "cache, manifest, *, pool=None, split=None, cells=False, verify=True",
     "patient_folds": "embeddings, n_folds=5, seed=0",
+    "find_similar": "cache, manifest, query, *, k=10, pool=None, sha256=None, progress=None",
     "sweep": "cache, manifest, out, *, heads=('logistic', 'mlp', 'lightgbm'), pool=None, "
     "space=None, n_configs=None, n_folds=5, metric='auroc', covariates=(), train_fraction=1.0, "
     "seed=0, operating_points=(), jobs=None, backend='loky', progress=None, board=None",

@@ -13,6 +13,7 @@ from medembed.dataset.build_file import BuildFile
 from medembed.dataset.relabelling import Relabelling
 from medembed.finetuning.config import HyperparametersEntry
 from medembed.heads.packaging import ModelDocument
+from medembed.results.embedding_map import MapInfo
 from medembed.results.model_card import CardDocument
 from medembed.results.run_schema import RunInfo, ScoresInfo, TrialRecord
 from medembed.sweeps.search_space import space_entry
@@ -33,6 +34,7 @@ FORMATS: dict[str, tuple[str, Any]] = {
     "trial": ("A line of trials.jsonl of a run", TrialRecord),
     "build": ("MANIFEST.build.json, what the build of a manifest found", BuildFile),
     "relabelling": ("MANIFEST.relabelling.json, every change of a label", Relabelling),
+    "map": ("Value of `medembed` in the metadata of map.parquet of a run", MapInfo),
     "model": ("model.json of a packaged model", ModelDocument),
     "card": ("card of model.json", CardDocument),
     "hyperparameters": ("Hyperparameters of fine-tuning, by name", HyperparametersEntry),

@@ -6,6 +6,7 @@
 import math
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import pandas as pd
 from medembed.cache.failures import Failure
 from medembed.cache.index import SortedKeys, committed_shards, keys_from_column
 from medembed.cache.metadata import options_of
-from medembed.cache.shards import chunk_offset, read_keys
+from medembed.cache.shards import check_bytes, chunk_offset, read_keys
 from medembed.cache.spec import KEY_BYTES, CacheSpec
 from medembed.cache.store import Cache, open_cache
 from medembed.core.errors import (
@@ -29,6 +30,7 @@ from medembed.core.errors import (
 )
 from medembed.core.files import describe_error, open_plain
 from medembed.core.poolings import find_pooling
+from medembed.core.system import count_cores
 from medembed.core.text import Summarised, Summary, count_values, counted
 from medembed.dataset.identities import name_persons
 from medembed.dataset.manifest import Manifest, read_manifest, require_hashes
@@ -73,10 +75,11 @@ class MappedRows:
         return taken
 
 
-def map_rows(cache: Cache, keys: np.ndarray, pooling: str) -> MappedRows:
+def map_rows(cache: Cache, keys: np.ndarray, pooling: str, *, verify: bool = False) -> MappedRows:
     """Return the mapped rows of `keys`, (n, 32) uint8, without reading them.
 
-    The shards' contents are not compared with their names; `Cache.verify` does that once.
+    With `verify` the bytes of every shard that holds one of the rows are first compared with its
+    name, in parallel; otherwise that is left to `Cache.verify`.
 
     Raises
     ------
@@ -94,6 +97,11 @@ def map_rows(cache: Cache, keys: np.ndarray, pooling: str) -> MappedRows:
         raise MissingRowsError(
             f"{int((found < 0).sum())} of {len(keys)} rows are not in the cache at {cache.path}"
         )
+    if verify:
+        ends = np.cumsum([len(part) for part in parts])
+        used = np.unique(np.searchsorted(ends, found, side="right")).tolist()
+        with ThreadPoolExecutor(count_cores()) as pool:
+            list(pool.map(check_bytes, [paths[k] for k in used]))
     blocks: list[np.ndarray] = []
     for path, part in zip(paths, parts, strict=True):
         blocks += _map(path, pooling, len(part))

@@ -22,7 +22,7 @@ from medembed.core.text import to_csv_cell
 from medembed.dataset.identities import IDS
 from medembed.dataset.manifest import REQUIRED, Manifest, require_hashes
 
-__all__ = ["SUFFIXES", "Export", "export"]
+__all__ = ["SUFFIXES", "Export", "ExportTable", "describe_failure", "export"]
 
 _NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?", re.ASCII)  # not 007, an identifier
 BLOCK_BYTES = 128 * 2**20  # of embeddings in memory at once
@@ -107,22 +107,27 @@ def export(
     names = tuple(cache.spec.poolings) if poolings is None else tuple(poolings)
     cache.check_poolings(names)
     rows, keys, failed = find_rows(cache, manifest.rows, name)
-    table = _Table(cache, rows.reset_index(drop=True), keys, names, progress)
+    table = ExportTable(cache, rows.reset_index(drop=True), keys, names, progress)
     try:
         with writing_atomically(path) as file:
             write(table, file)
     except OSError as error:
         if isinstance(error, CacheError):
             raise
-        raise CacheError(
-            f"cannot write {path}: {error.strerror or error}. Nothing was left half-written; make "
-            "room, or choose another -o FILE."
-        ) from error
+        raise describe_failure(path, error) from error
     shapes = {pooling: cache.spec.poolings[pooling] for pooling in names}
     return Export(path, len(rows), len(failed), shapes, path.stat().st_size)
 
 
-class _Table:
+def describe_failure(path: Path, error: OSError) -> CacheError:
+    """Return the error for an export that cannot be written."""
+    return CacheError(
+        f"cannot write {path}: {error.strerror or error}. Nothing was left half-written; make "
+        "room, or choose another -o PATH."
+    )
+
+
+class ExportTable:
     """The rows to be written; embeddings are read only when they are written."""
 
     def __init__(
@@ -140,13 +145,16 @@ class _Table:
         return len(self._keys)
 
     def shape(self, pooling: str) -> tuple[int, ...]:
+        """Return the shape of a row of a pooling."""
         return self._cache.spec.poolings[pooling]
 
     @property
     def dtype(self) -> np.dtype[Any]:
+        """The stored dtype."""
         return np.dtype(self._cache.spec.dtype)
 
     def column(self, pooling: str) -> str:
+        """Return the name of a pooling's column, which no column of the manifest has."""
         return f"embedding_{pooling}" if pooling in self.rows.columns else pooling
 
     def wide_names(self) -> list[str]:
@@ -173,14 +181,14 @@ class _Table:
                 self._progress(start + len(keys), len(self))
 
 
-def _write_parquet(table: _Table, file: BinaryIO) -> None:
+def _write_parquet(table: ExportTable, file: BinaryIO) -> None:
     fields = [_list_field(table, pooling) for pooling in table.poolings]
     _write_columns(
         table, file, fields, lambda read: [_lists(read[name]) for name in table.poolings]
     )
 
 
-def _write_wide_parquet(table: _Table, file: BinaryIO) -> None:
+def _write_wide_parquet(table: ExportTable, file: BinaryIO) -> None:
     fields = [pa.field(name, pa.float32()) for name in table.wide_names()]
     _write_columns(
         table,
@@ -195,7 +203,7 @@ def _write_wide_parquet(table: _Table, file: BinaryIO) -> None:
 
 
 def _write_columns(
-    table: _Table,
+    table: ExportTable,
     file: BinaryIO,
     fields: Sequence[pa.Field],
     columns_of: Callable[[dict[str, np.ndarray]], list[pa.Array]],
@@ -220,7 +228,7 @@ def _typed(rows: pd.DataFrame) -> pd.DataFrame:
     return typed
 
 
-def _write_csv(table: _Table, file: BinaryIO) -> None:
+def _write_csv(table: ExportTable, file: BinaryIO) -> None:
     rows = table.rows.map(to_csv_cell)
     text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
     try:
@@ -233,7 +241,7 @@ def _write_csv(table: _Table, file: BinaryIO) -> None:
         text.detach()  # the file is closed by whoever opened it
 
 
-def _list_field(table: _Table, pooling: str) -> pa.Field:
+def _list_field(table: ExportTable, pooling: str) -> pa.Field:
     shape = table.shape(pooling)
     kind = pa.list_(pa.float32(), int(np.prod(shape)))
     return pa.field(table.column(pooling), kind, metadata={"shape": ",".join(map(str, shape))})
@@ -244,7 +252,7 @@ def _lists(values: np.ndarray) -> pa.Array:
     return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), width)
 
 
-def _write_npz(table: _Table, file: BinaryIO) -> None:
+def _write_npz(table: ExportTable, file: BinaryIO) -> None:
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for name in table.rows.columns:
             with _npy(archive, name) as entry:

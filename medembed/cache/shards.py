@@ -45,6 +45,7 @@ __all__ = [
     "MAX_SHARD_ROWS",
     "REPLACES",
     "as_stored",
+    "check_bytes",
     "chunk_offset",
     "copy_rows",
     "describe_loss",
@@ -146,6 +147,7 @@ def _flushes_subnormals() -> bool:
 FORMAT = "medembed-shard"
 VERSION = 1
 HEADER_BYTES = 512  # the smallest user block that HDF5 allows
+NAME_DIGITS = 32  # of the SHA-256 of a shard's bytes
 CHUNK_ROWS = 1024
 MAX_SHARD_ROWS = 8192
 MAX_SHARD_BYTES = 64 * 2**20  # readers hold one whole shard per thread
@@ -246,6 +248,20 @@ def read_header(path: Path, *, spec: CacheSpec | None = None) -> dict[str, Any]:
     """
     with _opened(path) as file:
         return _read_header(path, file, spec)
+
+
+def check_bytes(path: Path) -> None:
+    """Compare a shard's bytes with its name, without holding them.
+
+    Raises
+    ------
+    ShardError
+        The bytes are not those that the name promises.
+    """
+    with _opened(path) as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()[:NAME_DIGITS]
+    if found != path.stem:
+        raise _damaged(path, f"its bytes hash to {found}")
 
 
 def read_keys(path: Path, *, spec: CacheSpec | None = None) -> np.ndarray:
@@ -500,7 +516,7 @@ def _damaged(path: Path, what: str) -> ShardError:
 
 
 def _name_of(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:32] + ".h5"
+    return hashlib.sha256(data).hexdigest()[:NAME_DIGITS] + ".h5"
 
 
 def _as_slice(indices: np.ndarray) -> slice | np.ndarray:

@@ -33,6 +33,8 @@ SECTIONS = {
     "Look": {
         "compare": ("compare", "Compare runs: scores, intervals and paired tests."),
         "report": ("report", "Write a page with figures and their data."),
+        "map": ("map", "Lay out a run's images in two dimensions."),
+        "similar": ("similar", "Find the films that most resemble a film."),
     },
     "Use": {
         "predict": ("predict", "Apply a trained model to images."),

@@ -193,20 +193,38 @@ def compact_command(cache_path: Path, as_json: bool) -> None:
 @cache_command.command(
     "export",
     starting="Reading cache and manifest",
-    short_help="Write embeddings as one Parquet, CSV or .npz file.",
+    short_help="Write embeddings as a Parquet, CSV or .npz file, or for a viewer.",
     examples=[
         "medembed cache export cache mura.csv -o embeddings.parquet",
+        "medembed cache export cache mura.csv -o projector --format tensorboard",
     ],
 )
 @click.argument("cache_path", metavar="CACHE", type=PATH)
 @click.argument("manifest_path", metavar="MANIFEST", type=PATH)
-@output_option("FILE.parquet, FILE.csv or FILE.npz.", "out_path")
+@output_option("FILE.parquet, FILE.csv or FILE.npz; with --format a new directory.", "out_path")
 @click.option(
     "--pool",
     "poolings",
     callback=split_names,
     metavar="NAMES",
     help="Poolings to export, such as mean,max; all by default.",
+)
+@click.option(
+    "--format",
+    "viewer",
+    type=click.Choice(["tensorboard", "fiftyone"]),
+    help="Write a directory for TensorBoard's projector or FiftyOne instead of a file.",
+)
+@click.option(
+    "--names",
+    "with_names",
+    is_flag=True,
+    help="With --format, also write names of images and studies, which may identify patients.",
+)
+@click.option(
+    "--image-root",
+    type=PATH,
+    help="Directory of the images, for FiftyOne to show them; requires --names.",
 )
 @click.option("--wide", is_flag=True, help="Parquet with one column per number, mean_0 and so on.")
 @json_option
@@ -215,34 +233,63 @@ def export_command(
     manifest_path: Path,
     out_path: Path,
     poolings: tuple[str, ...] | None,
+    viewer: str | None,
+    with_names: bool,
+    image_root: Path | None,
     wide: bool,
     as_json: bool,
 ) -> None:
-    """Write MANIFEST's rows and their embeddings to one file.
+    """Write MANIFEST's rows and their embeddings to one file, or for a viewer.
 
     Rows keep the manifest's order; images that are known to have failed are left out. A CSV file
-    has one column per number, like Parquet with --wide.
+    has one column per number, like Parquet with --wide. Files hold all of the manifest's columns;
+    what --format writes goes by hash, region, label and split.
     """
-    from medembed.cache.export import SUFFIXES, export
+    _check_export(out_path, viewer, with_names, image_root, wide)
+    from medembed.cache.export import export
     from medembed.cache.store import open_cache
+    from medembed.cache.viewers import export_for_viewer
     from medembed.dataset.manifest import read_manifest
 
-    if out_path.suffix not in SUFFIXES:
-        raise click.BadParameter(f"{out_path} ends in none of {', '.join(SUFFIXES)}")
-    if wide and out_path.suffix == ".npz":
-        raise click.UsageError("--wide is for Parquet; an .npz file holds one array per pooling.")
     opened, rows = open_cache(cache_path), read_manifest(manifest_path)
     with showing_progress("Exporting", "rows") as progress:
-        written = export(
-            opened,
-            rows,
-            out_path,
-            poolings=poolings,
-            wide=wide,
-            name=str(manifest_path),
-            progress=progress,
-        )
+        about: dict[str, Any] = {"poolings": poolings, "name": str(manifest_path)}
+        if viewer is None:
+            written = export(opened, rows, out_path, wide=wide, progress=progress, **about)
+        else:
+            written = export_for_viewer(
+                opened,
+                rows,
+                out_path,
+                viewer,
+                with_names=with_names,
+                image_root=image_root,
+                progress=progress,
+                **about,
+            )
     if as_json:
         print_json({**asdict(written), "file": str(written.file)})
     left_out = f"; {written.failed} failed images left out" if written.failed else ""
     say(f"{out_path}: {written.rows} rows, {written.bytes / 1e6:,.1f} MB{left_out}")
+
+
+def _check_export(
+    out_path: Path, viewer: str | None, with_names: bool, image_root: Path | None, wide: bool
+) -> None:
+    suffixes = (".csv", ".npz", ".parquet")
+    if viewer is None:
+        if out_path.suffix not in suffixes:
+            raise click.BadParameter(f"{out_path} ends in none of {', '.join(suffixes)}")
+        if wide and out_path.suffix == ".npz":
+            raise click.UsageError(
+                "--wide is for Parquet; an .npz file holds one array per pooling."
+            )
+        if with_names or image_root is not None:
+            raise click.UsageError(
+                "--names and --image-root are for --format; files have all names."
+            )
+        return
+    if wide:
+        raise click.UsageError("--wide is for Parquet; leave it out with --format.")
+    if image_root is not None and (viewer != "fiftyone" or not with_names):
+        raise click.UsageError("--image-root is for --format fiftyone --names.")

@@ -48,6 +48,14 @@ PIPED_COLUMNS = 120  # width of a table that goes to a file or another program
     type=PATH,
     help="The runs' manifest, for --by a column of it; gaps between groups are then tested too.",
 )
+@click.option(
+    "--retrieval",
+    "retrieval_path",
+    type=PATH,
+    metavar="CACHE",
+    help="Also show how well films of the same label and region are found in this cache, by "
+    "precision at k and mean average precision; requires --manifest.",
+)
 @margin_option
 @click.option(
     "--format",
@@ -71,6 +79,7 @@ def compare_command(
     level: str,
     by: str | None,
     manifest_path: Path | None,
+    retrieval_path: Path | None,
     margin: float | None,
     table_format: str,
     tables: Path | None,
@@ -82,7 +91,9 @@ def compare_command(
     """Compare the heads of one or more runs, with intervals and paired tests."""
     if manifest_path is None and by not in (None, "region", "views"):
         raise click.UsageError(f"--by {by} requires --manifest, which holds that column.")
-    if manifest_path is not None and by is None:
+    if manifest_path is None and retrieval_path is not None:
+        raise click.UsageError("--retrieval requires --manifest, which says what a film shows.")
+    if manifest_path is not None and by is None and retrieval_path is None:
         raise click.UsageError("--manifest requires --by, which names a column of it.")
     from medembed.results.comparison import ComparisonOptions, compare_opened, open_runs
 
@@ -95,7 +106,13 @@ def compare_command(
         operating_points=operating_points,
         prevalence=prevalence,
     )
-    result = compare_opened(open_runs(list(runs)), asked)[0]
+    opened = open_runs(list(runs))
+    result, test_set = compare_opened(opened, asked)
+    if retrieval_path is not None and asked.manifest is not None:
+        from medembed.report.retrieval import find_retrieval
+
+        found = find_retrieval(opened, test_set, retrieval_path, asked.manifest, seed)
+        result["retrieval"] = found
     if tables is not None:
         from medembed.report.comparison import write_tables
 
@@ -122,6 +139,8 @@ def _show(result: ComparisonResult, by: str | None, table_format: str) -> None:
 
     if asks_for_points(result) and table_format == "csv":
         say("The CSV lists heads; operating points are in --json and in the files of --tables.")
+    if "retrieval" in result and table_format == "csv":
+        say("The CSV lists heads; retrieval is in --json and in the files of --tables.")
     click.echo(render_comparison(result, table_format, by, table_columns(PIPED_COLUMNS)))
 
 

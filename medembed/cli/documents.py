@@ -6,6 +6,7 @@ schemas. Keys may be added, but never removed or given another meaning.
 
 from typing import Any, Literal
 
+from medembed.cli.similarity_documents import MapDocument, Similar
 from medembed.core.schema import AnyTable, ClosedRecord, Count, Digest, Field, Given, Record
 from medembed.results.comparison_schema import ComparedHead, ComparisonResult, Counts, Pair, Score
 from medembed.results.run_schema import LeaderboardEntry
@@ -445,10 +446,12 @@ DOCUMENTS: dict[str, Any] = {
     "manifest-relabel": ManifestRelabel,
     "manifest-init": ManifestInit,
     "manifest-recipes": list[KnownRecipe] | RecipeText,
+    "map": MapDocument,
     "plan": PlanDocument,
     "predict": list[Prediction],
     "report": Report,
     "run": dict[str, str],
+    "similar": Similar,
     "sweep": RunDocument,
 }
 """By command, with a hyphen for a blank: its document's model."""

@@ -60,7 +60,7 @@ class _Backend(click.Choice[str]):
     callback=split_names,
     default="logistic,mlp,lightgbm",
     show_default=True,
-    help="Classifiers: logistic (always included), mlp, lightgbm, attention.",
+    help="Classifiers: logistic (always included), mlp, lightgbm, attention, knn.",
 )
 @click.option(
     "--pool",

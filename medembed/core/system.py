@@ -33,6 +33,7 @@ DECIDING = {
     "autoencoder": ("medembed", "numpy", "pillow", "safetensors", "torch"),
     "sweep": ("medembed", "numpy", "scikit-learn", "torch", "lightgbm"),
     "finetune": ("medembed", "numpy", "scikit-learn", "torch", "transformers"),
+    "map": ("medembed", "numpy", "scipy", "openTSNE"),
     "evaluation": ("medembed", "numpy", "scikit-learn", "torch", "lightgbm"),
 }
 PER_CORE = 4

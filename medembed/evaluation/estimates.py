@@ -44,6 +44,7 @@ __all__ = [
     "PREDICTIVE",
     "Estimate",
     "Spread",
+    "estimate_mean",
     "estimate_scores",
     "estimate_share",
     "influences",
@@ -345,6 +346,34 @@ def estimate_share(
         k,
         n,
         parts,
+    )
+
+
+def estimate_mean(values: np.ndarray, codes: np.ndarray) -> Estimate:
+    """Return an estimate of the mean of values in [0, 1], with patients as clusters.
+
+    Limits by Student's t on the log-odds, as of average precision.
+
+    Parameters
+    ----------
+    values : float array of shape (n,)
+    codes : integer array of shape (n,)
+        Each row's patient, from `patient_codes`.
+    """
+    if not len(values):
+        return Estimate(nan, reason="there is no such row")
+    value = float(values.mean())
+    parts = np.bincount(codes, weights=(values - value) / len(values))
+    n_patients = _count(codes)
+    if n_patients < MIN_PATIENTS:
+        return Estimate(value, None, None, _too_few(n_patients, "patients"), parts=parts)
+    error = sqrt(_correction(n_patients) * float(parts @ parts))
+    freedom = min(_freedom(parts), n_patients - 1)
+    return Estimate(
+        value,
+        lambda confidence: bound_on_logit(value, error, quantile(confidence, freedom)),
+        "logit-t",
+        parts=parts,
     )
 
 

@@ -54,6 +54,9 @@ class Head(ClassifierMixin, BaseEstimator, ABC):
     """
     trains_with_encoder: ClassVar[bool] = False
     """Whether the head can be trained on together with an encoder's blocks: it has `as_layers`."""
+    keeps_rows: ClassVar[bool] = False
+    """Whether a packaged model holds the embeddings of its training rows, which its card then says.
+    """
     best_epoch_: int | None
     classes_: np.ndarray
     n_features_in_: int

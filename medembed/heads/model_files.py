@@ -23,6 +23,7 @@ from medembed.core.files import read_plain
 from medembed.core.schema import ClosedRecord, Count
 
 __all__ = [
+    "MAX_TENSOR_BYTES",
     "MODEL_FILE",
     "README_FILE",
     "REFERENCE_FILE",
@@ -45,11 +46,12 @@ TEXT_FILE = "booster.txt"
 REFERENCE_FILE = "reference.safetensors"
 README_FILE = "README.md"
 
+MAX_TENSOR_BYTES = 1 << 30
 #: A head of 4,096 units on 16 cells of 3,456 columns is 0.9 GB; 100,000 trees are 200 MB; a
 #: million training images' codes are 20 MB of `model.json`.
 _LIMITS = {
     MODEL_FILE: 1 << 26,
-    TENSOR_FILE: 1 << 30,
+    TENSOR_FILE: MAX_TENSOR_BYTES,
     TEXT_FILE: 1 << 28,
     REFERENCE_FILE: 1 << 26,
     README_FILE: 1 << 20,

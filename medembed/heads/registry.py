@@ -22,6 +22,7 @@ __all__ = ["HEADS", "head_class", "known_heads", "make_head", "nearest"]
 #: Name to "module:class"; a class is imported when it is asked for.
 HEADS = {
     "attention": "medembed.heads.attention:AttentionHead",
+    "knn": "medembed.heads.knn:KNNHead",
     "lightgbm": "medembed.heads.lightgbm:LightGBMHead",
     "logistic": "medembed.heads.linear:LogisticHead",
     "mlp": "medembed.heads.mlp:MLPHead",

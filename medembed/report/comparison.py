@@ -19,6 +19,7 @@ from medembed.dataset.manifest import Manifest, read_manifest
 from medembed.evaluation.scores import SCORES
 from medembed.report.group_tables import render_comparison, write_group_tables
 from medembed.report.operating_tables import points_csv, tabulate_points
+from medembed.report.retrieval import retrieval_csv
 from medembed.report.tables import Table, make_tables, render, render_table
 from medembed.results.alignment import TestSet
 from medembed.results.comparison import ComparisonOptions, compare_opened, open_runs
@@ -38,7 +39,8 @@ _ENDINGS = {"csv": "csv", "latex": "tex"}
 def write_tables(result: ComparisonResult, directory: str | Path) -> list[Path]:
     """Write ``heads``, ``regions`` and ``operating_points``, each as ``.csv`` and ``.tex``.
 
-    A comparison by a column also has ``groups`` and ``gaps``.
+    A comparison by a column also has ``groups`` and ``gaps``, and one with retrieval scores
+    ``retrieval``, as ``.csv`` alone.
 
     Parameters
     ----------
@@ -73,6 +75,9 @@ def write_tables(result: ComparisonResult, directory: str | Path) -> list[Path]:
         path = directory / f"operating_points.{ending}"
         write_atomically(path, f"{text}\n".encode())
         written.append(path)
+    if "retrieval" in result:
+        write_atomically(directory / "retrieval.csv", retrieval_csv(result).encode())
+        written.append(directory / "retrieval.csv")
     return written + (write_group_tables(result, directory) if "groups" in result else [])
 
 

@@ -24,6 +24,7 @@ __all__ = [
     "Mistake",
     "Thumbnail",
     "find_mistakes",
+    "make_thumbnail",
     "make_thumbnails",
     "show_mistakes",
 ]
@@ -175,6 +176,12 @@ def make_thumbnails(
         if reading.pixels is not None:
             found[sha256] = _encode(reading.pixels, name if with_names else None)
     return found
+
+
+def make_thumbnail(path: Path, sha256: str) -> Thumbnail | None:
+    """Return the thumbnail of a file, without its name; None if it cannot be read or changed."""
+    reading = read_content([path], sha256, _shrink)
+    return None if reading.pixels is None else _encode(reading.pixels, None)
 
 
 def _shrink(pixels: np.ndarray) -> np.ndarray:

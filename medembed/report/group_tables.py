@@ -11,6 +11,7 @@ from medembed.dataset.covariate_bands import find_groupings
 from medembed.dataset.manifest import Manifest
 from medembed.evaluation.unpaired import GAP_SCORES, GROUP_SCORES
 from medembed.report.operating_tables import asks_for_points, tabulate_points
+from medembed.report.retrieval import tabulate_retrieval
 from medembed.report.tables import (
     NOT_ESTIMABLE,
     Table,
@@ -59,17 +60,22 @@ def render_comparison(
     """Return everything that a comparison was asked for as text.
 
     Groups and gaps of a column if it has them; otherwise its heads, grouped if `by` is "region" or
-    "views", and operating points if any were requested. For formats see `tables.render`.
+    "views", and operating points and retrieval if they were requested. For formats see
+    `tables.render`.
 
     Raises
     ------
     RunError
         The format or grouping is unknown.
     """
+    retrieval = tabulate_retrieval(result)
     if "groups" in result:
-        return render_groups(result, table_format, width)
+        groups = render_groups(result, table_format, width)
+        found = [] if table_format == "csv" else retrieval
+        return "\n\n".join([groups, *(render_table(own, table_format, width) for own in found)])
     more = tabulate_points(result, width if table_format == "table" else None)
     more = more if asks_for_points(result) or not by else []
+    more = [*more, *retrieval]
     return render(result, table_format=table_format, by=by, width=width, more=more)
 
 

@@ -27,7 +27,7 @@ from medembed.report import page_tables as tables
 from medembed.report.checklist import write_checklists
 from medembed.report.checklist_answers import Study
 from medembed.report.external import ExternalSection, find_external, read_evaluations
-from medembed.report.figures import FIGURES, OPTIONAL_FORMATS, Plot, plot_all
+from medembed.report.figures import FIGURES, MAP, OPTIONAL_FORMATS, Plot, plot_all, plot_map
 from medembed.report.gallery import FindThumbnails, find_mistakes, show_mistakes
 from medembed.report.group_tables import ColumnSections, tabulate_columns
 from medembed.report.headline import Headline, write_headline
@@ -38,8 +38,9 @@ from medembed.results.ablations import count_left_out
 from medembed.results.alignment import TestSet, align_runs
 from medembed.results.comparison import ComparisonOptions, compare_aligned, open_runs
 from medembed.results.comparison_schema import ComparisonResult
+from medembed.results.embedding_map import first_map
 from medembed.results.methods import DISCLAIMER
-from medembed.results.runs import RunLike
+from medembed.results.runs import Run, RunLike
 from medembed.results.significance import describe_margins, find_non_inferior
 from medembed.results.subgroups import explain_other_manifest
 
@@ -163,7 +164,10 @@ def write_report(
     columns = None if known is None or other else tabulate_columns(result, test_set, known)
     if find_thumbnails is not None and columns and not (columns.sections or columns.notes):
         columns = None  # nobody asked for them
-    plots = plot_all(result, test_set, progress, formats)
+    plots = [
+        *plot_all(result, test_set, progress, formats),
+        *_plot_map(opened, names),
+    ]
     page = _Page(
         result=result,
         headline=write_headline(result, elsewhere),
@@ -193,6 +197,12 @@ def write_report(
     if filled:
         paths["checklist"] = filled
     return paths
+
+
+def _plot_map(runs: Sequence[Run], names: Sequence[str]) -> list[Plot]:
+    """Return the figure of the first map that a run keeps, if one does."""
+    found = first_map(runs, names)
+    return [] if found is None else [plot_map(*found)]
 
 
 def _test_margin(
@@ -362,6 +372,6 @@ def _write_plot(plot: Plot, directory: Path, formats: Sequence[str]) -> list[Pat
 def _remove_old(directory: Path, written: list[Path]) -> None:
     """Remove only those figures of an earlier page that this one does not have."""
     suffixes = ("svg", "csv", *OPTIONAL_FORMATS)
-    ours = {directory / f"{name}.{suffix}" for name in FIGURES for suffix in suffixes}
+    ours = {directory / f"{name}.{suffix}" for name in (*FIGURES, MAP) for suffix in suffixes}
     for path in ours.difference(written):
         path.unlink(missing_ok=True)

@@ -46,6 +46,9 @@ __all__ = [
     "Pair",
     "PointDocument",
     "ReasonCount",
+    "RetrievalDocument",
+    "RetrievalGroups",
+    "RetrievalScores",
     "Score",
     "SeedSpread",
     "Series",
@@ -532,6 +535,42 @@ class NonInferiority(TypedDict):
 
 
 @closed
+class RetrievalScores(TypedDict):
+    """How well relevant films are found by some queries."""
+
+    n: Count
+    n_patients: Count
+    left_out: Count
+    """Queries for which there is no relevant film."""
+    chance: float | None
+    p_at_1: Score
+    p_at_5: Score
+    p_at_10: Score
+    map: Score
+
+
+@closed
+class RetrievalGroups(TypedDict):
+    """Retrieval scores overall, and by label and region of the query."""
+
+    overall: RetrievalScores
+    labels: dict[str, RetrievalScores]
+    regions: dict[str, RetrievalScores]
+
+
+@closed
+class RetrievalDocument(TypedDict):
+    """Retrieval by one pooling; relevant films share the query's label, or its region."""
+
+    pooling: str
+    n_queries: Count
+    n_drawn: Count
+    n_database: Count
+    label: RetrievalGroups
+    region: RetrievalGroups
+
+
+@closed
 class ComparisonResult(TypedDict):
     """A comparison of the heads of runs; see `comparison.compare_runs`."""
 
@@ -557,3 +596,5 @@ class ComparisonResult(TypedDict):
     """With --by."""
     non_inferiority: NotRequired[list[NonInferiority]]
     """With --margin."""
+    retrieval: NotRequired[list[RetrievalDocument]]
+    """With --retrieval."""

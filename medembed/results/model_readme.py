@@ -32,6 +32,11 @@ _NOT_INTENDED = (
     "Saying what is abnormal: it knows normal and abnormal only.",
 )
 _SYNTHETIC = "Anything about medicine: it was trained and tested on synthetic images."
+_HOLDS_VECTORS = (
+    "This model holds a vector of every training image. No vector names a patient, but vectors may "
+    "reveal what an image looks like, and that a certain image was among them: before you pass the "
+    "model on, make sure that you may pass on the embeddings themselves."
+)
 _TITLES = {
     "auroc": "AUROC",
     "average_precision": "Average precision",
@@ -80,10 +85,14 @@ def describe_encoder(known: Mapping[str, Any], path: str | None = None) -> dict[
     return {"source": source, "revision": known.get("revision"), "path": path, "terms": terms}
 
 
-def describe_use(*, synthetic: bool) -> dict[str, Any]:
-    """Return a card's entry about intended use: ``intended``, ``not_intended`` (sentences)."""
+def describe_use(*, synthetic: bool, keeps_rows: bool = False) -> dict[str, Any]:
+    """Return a card's entry about use: ``intended``, ``not_intended``, ``handling`` (sentences).
+
+    ``handling`` is there only for a model that holds the vectors of its training images.
+    """
     more = [_SYNTHETIC] if synthetic else []
-    return {"intended": _INTENDED, "not_intended": [*_NOT_INTENDED, *more]}
+    handling = {"handling": _HOLDS_VECTORS} if keeps_rows else {}
+    return {"intended": _INTENDED, "not_intended": [*_NOT_INTENDED, *more], **handling}
 
 
 def write_readme(card: Mapping[str, Any]) -> dict[str, str]:

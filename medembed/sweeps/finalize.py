@@ -383,7 +383,7 @@ def _describe(
             "trained": count_trained(embeddings.rows.iloc[trained]),
             "manifest": run.info["data"],
         },
-        "use": describe_use(synthetic=synthetic),
+        "use": describe_use(synthetic=synthetic, keeps_rows=found.head.keeps_rows),
         "manifest": run.info["asked"]["manifest"],
         "synthetic": synthetic,
         "training_images": sorted(

@@ -8,6 +8,7 @@ import safetensors.numpy
 
 from medembed.core.errors import ModelError, PathNotFoundError
 from medembed.heads import model_files, packaging
+from medembed.heads.knn import KNNHead
 from medembed.heads.lightgbm import LightGBMHead
 from medembed.heads.lightgbm_text import check_booster_text
 from medembed.heads.linear import LogisticHead
@@ -18,6 +19,7 @@ HEADS = {
     "logistic": LogisticHead(class_weight={0: 1.0, 1: 2.0}),
     "mlp": MLPHead(hidden=(8, 4), epochs=2),
     "lightgbm": LightGBMHead(n_trees=12, num_leaves=6),
+    "knn": KNNHead(9, whiten=4),
 }
 CARD = {"spec": {"encoder": "ab"}, "threshold": 0.4, "codes": ["0f", "1e"]}
 

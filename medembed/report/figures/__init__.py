@@ -14,6 +14,7 @@ from medembed.report.figures.confusion import plot_confusion
 from medembed.report.figures.cost import plot_cost
 from medembed.report.figures.decision_curve import plot_decision_curve
 from medembed.report.figures.deferral import plot_deferral
+from medembed.report.figures.embedding_map import MAP, plot_map
 from medembed.report.figures.flow import plot_flow
 from medembed.report.figures.layers import plot_layers
 from medembed.report.figures.plotting import OPTIONAL_FORMATS, Plot
@@ -25,6 +26,7 @@ from medembed.results.comparison_schema import ComparisonResult
 
 __all__ = [
     "FIGURES",
+    "MAP",
     "OPTIONAL_FORMATS",
     "Plot",
     "draw_figure",
@@ -38,6 +40,7 @@ __all__ = [
     "plot_efficiency",
     "plot_flow",
     "plot_layers",
+    "plot_map",
     "plot_precision_recall",
     "plot_regions",
     "plot_roc",
@@ -63,7 +66,7 @@ _OF_RESULT: dict[str, Callable[[ComparisonResult], Plot | None]] = {
     "flow": plot_flow,
 }
 FIGURES = (*_OF_ROWS, *_OF_RESULT)
-"""The names of all figures, in the order of the page."""
+"""The names of a comparison's figures, in the order of the page, which may add a `MAP`."""
 
 
 def plot_all(

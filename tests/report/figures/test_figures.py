@@ -13,6 +13,7 @@ import sys
 
 import matplotlib
 import numpy as np
+import pandas as pd
 import pytest
 from made_runs import make_images, make_run
 from matplotlib.text import Text
@@ -20,7 +21,7 @@ from sklearn import metrics
 
 from medembed.core.text import to_figure
 from medembed.report import figures
-from medembed.report.figures import plotting
+from medembed.report.figures import embedding_map, plotting
 from medembed.report.figures.captions import elide, measure, thin, wrap
 from medembed.report.figures.roc_pr import (
     precision_recall_band,
@@ -31,6 +32,7 @@ from medembed.report.figures.roc_pr import (
 from medembed.report.figures.trends import Slots
 from medembed.results.alignment import align_runs
 from medembed.results.comparison import compare_runs
+from medembed.results.embedding_map import EmbeddingMap, MapInfo
 
 FAST = {"n_resamples": 60}
 NAMES = [
@@ -397,6 +399,39 @@ def test_series_that_are_not_estimable_are_not_drawn(case, monkeypatch):
 def test_every_figure_has_the_name_that_it_is_listed_by(case, monkeypatch):
     watch(monkeypatch)
     assert [plot.name for plot in figures.plot_all(*case[:2])] == list(figures.FIGURES)
+
+
+def make_map(n=30, regions=("hand", "wrist"), explained=(0.3, 0.1)):
+    generator = np.random.default_rng(0)
+    rows = pd.DataFrame(
+        {
+            "sha256": [f"{number:064x}" for number in range(n)],
+            "region": [regions[number % len(regions)] for number in range(n)],
+            "label": pd.array([(0, 1, None)[number % 3] for number in range(n)], "Int8"),
+            "split": "train",
+            "pooling": "mean",
+            "x": generator.normal(size=n),
+            "y": generator.normal(size=n),
+        }
+    )
+    info = {"method": "pca", "seed": 0, "manifest": "ab", "versions": {}}
+    return EmbeddingMap(rows, MapInfo(**info, explained={"mean": list(explained)}))
+
+
+@pytest.mark.parametrize("regions", [("one",), tuple(f"{k} $x_" + "W" * 200 for k in range(9))])
+def test_a_map_of_any_regions_fits(regions, monkeypatch):
+    watch(monkeypatch)
+    made = make_map(regions=regions)
+    plot = figures.plot_map("sweep", made)
+    assert plot.csv.count("\n") == 31
+    assert "30 images of run sweep by principal components" in plot.caption
+
+
+def test_a_map_of_very_many_images_draws_some_and_says_so(monkeypatch):
+    monkeypatch.setattr(embedding_map, "MAX_POINTS", 10)
+    plot = figures.plot_map("sweep", make_map())
+    assert "10 of the 30 images" in plot.caption
+    assert plot.csv.count("\n") == 11
 
 
 def test_groups_of_one_class_are_said_to_be(case, monkeypatch):
