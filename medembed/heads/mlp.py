@@ -84,6 +84,7 @@ class MLPHead(Head):
     """Enough to fill the matrix unit, few enough that a crash loses little."""
     has_rungs: ClassVar[bool] = True
     shared_params: ClassVar[tuple[str, ...]] = ("batch_size", "precision")
+    uses_span: ClassVar[bool] = True
     is_differentiable: ClassVar[bool] = True
     trains_with_encoder: ClassVar[bool] = True
 
@@ -217,6 +218,8 @@ class MLPHead(Head):
         layers = net.layers(projection.n_columns)
         self.weights_ = [weight for weight, _ in layers]
         self.biases_ = [bias for _, bias in layers]
+        if not self.pca:  # a basis of the rows, see `Projector.span`
+            projection, self.weights_[0] = projection.fold_into(self.weights_[0])
         self.projection_ = projection
         self.best_epoch_ = net.best_epoch or net.epoch
         self.history_ = net.history
@@ -274,8 +277,10 @@ def gather(
             )
     first = heads[0]
     projections: dict[Hashable, Projection] = {
-        (head.scaling, head.pca, head.whiten): projector.learn(
-            head.scaling, head.pca, whiten=head.whiten
+        (head.scaling, head.pca, head.whiten): (
+            projector.learn(head.scaling, head.pca, whiten=head.whiten)
+            if head.pca
+            else projector.span(head.scaling)
         )
         for head in heads
     }

@@ -560,6 +560,26 @@ def test_every_step_of_every_epoch_has_a_stream_of_its_own(monkeypatch):
     assert streams == again
 
 
+def test_fewer_rows_than_columns_train_on_as_many_columns_as_there_are_rows():
+    wide = np.hstack([X, np.random.default_rng(3).normal(size=(len(X), 300))]).astype(np.float32)
+    wide_val = np.hstack([X_VAL, np.ones((len(X_VAL), 300))]).astype(np.float32)
+    head = mlp((5,), n_covariates=2)
+    cohort = gather(
+        [head],
+        Rows(wide, None, Y),
+        Rows(wide_val, None, Y_VAL),
+        Projector(wide, n_covariates=2),
+    )
+    assert cohort.nets[0].params[0].shape[1] == 160, "150 rows, 2 covariates, the bias, padding"
+    cohort.train(3)
+    head.classes_, head.n_features_in_ = np.array([0, 1]), wide.shape[1]
+    head.take(cohort.nets[0], cohort.projections[0])
+    assert (head.weights_[0].shape, head.projection_.components) == ((306, 5), None)
+    np.testing.assert_allclose(
+        head.predict_logit(wide_val), cohort.nets[0].best_logits, rtol=1e-3, atol=1e-4
+    )
+
+
 # The start
 
 
