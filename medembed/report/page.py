@@ -36,6 +36,7 @@ from medembed.report.tables import make_table
 from medembed.results.ablations import count_left_out
 from medembed.results.alignment import TestSet, align_runs
 from medembed.results.comparison import ComparisonOptions, compare_aligned, open_runs
+from medembed.results.comparison_schema import ComparisonResult
 from medembed.results.methods import DISCLAIMER
 from medembed.results.runs import RunLike
 from medembed.results.significance import describe_margins, find_non_inferior
@@ -190,7 +191,7 @@ def write_report(
 
 
 def _test_margin(
-    result: dict[str, Any], test_set: TestSet, asked: ComparisonOptions
+    result: ComparisonResult, test_set: TestSet, asked: ComparisonOptions
 ) -> Sequence[str]:
     if asked.margin is None:
         return ()
@@ -201,7 +202,7 @@ def _test_margin(
 class _Page:
     """All that the page shows; its template is `page.html.j2`."""
 
-    result: dict[str, Any]
+    result: ComparisonResult
     headline: Headline
     left_out: tuple[int, bool]
     margins: Sequence[str]
@@ -246,7 +247,7 @@ class _Page:
         )
 
 
-def _tabulate(result: dict[str, Any]) -> dict[str, Any]:
+def _tabulate(result: ComparisonResult) -> dict[str, Any]:
     """Return the tables, by the names that the template has for them."""
     return {
         "leaderboard": tables.tabulate_heads(result),
@@ -265,10 +266,10 @@ def _show(value: Any) -> Any:
     """Return text from data escaped for HTML, with bidirectional controls made visible."""
     if type(value) is not str:
         return value
-    return Markup(to_html(value))  # nosec B704 # escaped there
+    return Markup(to_html(value))
 
 
-def _command(result: dict[str, Any], asked: ComparisonOptions, *, has_manifest: bool) -> str:
+def _command(result: ComparisonResult, asked: ComparisonOptions, *, has_manifest: bool) -> str:
     """Return a command that makes a page of these runs."""
     names = [run["name"] for run in result["runs"]]
     words = ["medembed", "report", *names, "-o", "report", "--level", result["level"]]
@@ -282,7 +283,7 @@ def _command(result: dict[str, Any], asked: ComparisonOptions, *, has_manifest: 
 
 
 def _facts(
-    result: dict[str, Any], left_out: tuple[int, bool], *, is_elsewhere: bool
+    result: ComparisonResult, left_out: tuple[int, bool], *, is_elsewhere: bool
 ) -> dict[str, str]:
     test = result["test"]
     plural = "studies" if result["level"] == "study" else "images"
