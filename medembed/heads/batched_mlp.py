@@ -27,7 +27,7 @@ _COLUMNS = 32
 
 #: Rows of an epoch at most. Training is judged, and stops, by epochs: if each were a pass over a
 #: large table, most of the time would go into steps past the best one.
-EPOCH_ROWS = 8192
+EPOCH_ROWS = 16_384
 
 #: Training rows of one kind that are kept mapped; larger tables are mapped again for each batch.
 _KEPT_BYTES = 1 << 30

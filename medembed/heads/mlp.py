@@ -51,10 +51,10 @@ class MLPHead(Head):
         The last columns of X, which `pca` leaves out.
     epochs : int
         Maximum number of epochs; exact if `fit` gets no validation rows. An epoch is a pass over
-        the rows, or a part of one: at most 8,192 rows, or 16 batches where these are more.
+        the rows, or a part of one: at most 16,384 rows, or 16 batches where these are more.
     batch_size : int or None
         Maximum rows per step; every pass shuffles them. None: a sixteenth of the rows, between 32
-        and 512, so that a few hundred rows still make enough steps.
+        and 1024, so that a few hundred rows still make enough steps.
     patience : int or None
         Stop after this many epochs without improvement. None ignores validation rows and trains
         all epochs.
@@ -291,7 +291,7 @@ def gather(
         projections,
         held=held,
         seed=int(check_random_state(first.random_state).randint(2**31 - 1)),
-        batch_size=first.batch_size or min(512, max(32, -(-len(rows) // 16))),
+        batch_size=first.batch_size or min(1024, max(32, -(-len(rows) // 16))),
         bf16=resolve_precision(first.precision) == "bf16",
         nets=nets,
     )
