@@ -259,7 +259,8 @@ class _Board(_Bar):
         return self._drawn
 
 
-_HEADINGS = ("head", "tried", "best", "pooling", "parameters")
+_HEADINGS = ("head", "tried", "inner", "pooling", "parameters")
+# The inner score chooses among configurations; `cv`, which is reported, comes from other patients.
 _ALIGNMENTS: tuple[Any, ...] = ("left", "right", "right", "left", "left")
 _LONGEST_HEAD, _SHORTEST_PARAMETERS = 16, 12
 
@@ -335,4 +336,6 @@ class _PlainBoard(_PlainLines):
 
     def more(self) -> list[str]:
         scored = (line for line in self._lines() if line["best"] is not None)
-        return [f"best {mask_controls(line['head'])} {line['best']:.3f}" for line in scored][:1]
+        return [
+            f"best inner score: {mask_controls(line['head'])} {line['best']:.3f}" for line in scored
+        ][:1]

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import pandas as pd
 
@@ -30,7 +30,9 @@ from medembed.core.schema import (
 )
 from medembed.dataset.checks import SPLITS
 from medembed.dataset.manifest import Manifest, check_destination, count_rows, write_manifest
-from medembed.dataset.recipes.build import BuildReport, Recipe
+
+if TYPE_CHECKING:
+    from medembed.dataset.recipes.build import BuildReport, Recipe
 
 __all__ = [
     "BuildCounts",
@@ -123,7 +125,7 @@ def check_destinations(manifest_path: str | Path) -> None:
 
 
 def write_build(
-    report: BuildReport, recipe: Recipe, manifest_path: str | Path, recipe_text: str = ""
+    report: "BuildReport", recipe: "Recipe", manifest_path: str | Path, recipe_text: str = ""
 ) -> None:
     """Write a manifest, and beside it what its build found; each file is complete or absent.
 
@@ -149,7 +151,7 @@ def write_build(
 
 
 def _describe_build(
-    report: BuildReport, recipe: Recipe, recipe_digest: str | None
+    report: "BuildReport", recipe: "Recipe", recipe_digest: str | None
 ) -> dict[str, Any]:
     """Return the content of a build file.
 

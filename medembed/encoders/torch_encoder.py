@@ -287,6 +287,11 @@ class TorchEncoder(ABC):
                 return name, found
         return None
 
+    def draw_model(self) -> nn.Module:
+        """Return a tower like this one with random weights, as its library draws them."""
+        drawn: nn.Module = type(self.model)(self.model.config)
+        return drawn
+
     def copy(self) -> "TorchEncoder":
         """Return an uncompiled copy of the encoder and its weights."""
         copied = copy.copy(self)

@@ -297,12 +297,26 @@ def render_terminal(table: Table, width: int) -> str:
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    grid = RichTable(title=table.title, box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
-    for i, column in enumerate(table.columns):
+    headings = [
+        column.replace("-", "-\n") if width < WIDE and i >= table.n_names else column
+        for i, column in enumerate(table.columns)
+    ]
+    longest = [
+        max(len(line) for cell in cells for line in cell.split("\n"))
+        for cells in zip(headings, *table.rows, strict=True)
+    ]
+    is_tight = sum(longest) + 3 * len(longest) - 1 > width  # then gaps of two keep names whole
+    grid = RichTable(
+        title=table.title,
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        title_justify="left",
+        padding=(0, 0, 0, 1) if is_tight else (0, 1),
+    )
+    for i, heading in enumerate(headings):
         if i < table.n_names:
-            grid.add_column(column, overflow="fold")
+            grid.add_column(heading, overflow="fold")
         else:
-            heading = column.replace("-", "-\n") if width < WIDE else column
             grid.add_column(heading, justify="right", no_wrap=True)
     for section in table.sections:
         for row in section:

@@ -131,7 +131,7 @@ def watch_sweep(
 def test_a_terminal_shows_a_line_per_head_above_the_bar() -> None:
     title, headings, mlp, lightgbm, logistic, bar = watch_sweep().fullest()
     assert title == "Best auroc so far, mean over folds"
-    assert headings.split() == ["head", "tried", "best", "pooling", "parameters"]
+    assert headings.split() == ["head", "tried", "inner", "pooling", "parameters"]
     assert re.match(r"mlp +3/200  0\.812  mean\+max .* lr=0\.00123 hidden=\[256,128\] .*…$", mlp)
     assert re.match(r"lightgbm +3/200  0\.700  mean\+max\+pooler.*  lr=0\.00123", lightgbm)
     assert re.fullmatch(r"logistic +3/200 +–", logistic)
@@ -285,7 +285,7 @@ def test_without_a_terminal_a_line_ends_with_the_best_so_far(
     assert shown.err.splitlines() == [
         "Training: 10/40 fits, 1.0/s, 30 s left",
         "Training: 20/40 fits, 1.0/s, 20 s left",
-        "Training: 40/40 fits, 1.0/s, best m�[1Alp 0.812",
+        "Training: 40/40 fits, 1.0/s, best inner score: m�[1Alp 0.812",
     ]
 
 

@@ -615,6 +615,25 @@ def test_a_cache_answers_in_a_fresh_process_without_torch(home: Path, tmp_path: 
     assert lines == rows[:30]
 
 
+IMPORTED = """\
+import atexit, sys
+from medembed.__main__ import run
+unused = "transformers huggingface_hub lightgbm matplotlib sklearn.linear_model sympy torch._dynamo"
+names = ["torch", *unused.split()]
+atexit.register(lambda: print([name for name in names if name in sys.modules], file=sys.stderr))
+run()
+"""
+
+
+def test_an_image_is_predicted_without_libraries_that_it_does_not_need(home: Path) -> None:
+    """Torch is all that a tower of our own takes: neither transformers nor torch's compiler."""
+    image = home / "images" / "p00" / "view0.png"
+    command = [sys.executable, "-c", IMPORTED, "predict", str(home / "models" / "logistic")]
+    done = subprocess.run([*command, str(image)], capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[-1] == "['torch']"
+    assert "view0.png" in done.stdout
+
+
 STREAMED = """\
 import time, types
 from pathlib import Path
