@@ -1,5 +1,6 @@
 """`medembed sweep`."""
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -124,10 +125,14 @@ def sweep_command(
     Configurations are judged by cross-validation on training patients. The best of each head is
     refitted on all of them and packaged as RUN/models/HEAD.
     """
-    from medembed import sweeps
-    from medembed.report.layers import describe_layers
+    from medembed.sweeps.worker_pool import start_early
 
-    with showing_leaderboard("Training", "fits", metric) as progress:
+    with ExitStack() as stack:
+        if backend == "local":
+            stack.enter_context(start_early(jobs, n_folds))
+        from medembed import sweeps
+
+        progress = stack.enter_context(showing_leaderboard("Training", "fits", metric))
         run = sweeps.sweep(
             cache_path,
             manifest_path,
@@ -150,6 +155,8 @@ def sweep_command(
     if as_json:
         print_json(run.as_dict())
     else:
+        from medembed.report.layers import describe_layers
+
         show_comparison([out], "study", None, "table", operating_points=operating_points)
         for series in run.info.get("layers") or ():
             say(describe_layers(series))

@@ -14,6 +14,7 @@ import hashlib
 import math
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -321,13 +322,23 @@ class _Patient:
     name: str
     strata: Counter[tuple[int, str]]  # studies by (label, region)
 
-    @property
+    @cached_property
     def n_studies(self) -> int:
         return self.strata.total()
 
-    @property
-    def labels(self) -> set[int]:
-        return {label for label, _ in self.strata if label != UNKNOWN}
+    @cached_property
+    def labels(self) -> frozenset[int]:
+        return frozenset(label for label, _ in self.strata if label != UNKNOWN)
+
+    @cached_property
+    def keys(self) -> Counter[tuple[str, ...]]:
+        """The studies counted by stratum, by label, and in all."""
+        keys: Counter[tuple[str, ...]] = Counter()
+        for (label, region), n_studies in self.strata.items():
+            keys[("label and region", str(label), region)] += n_studies
+            keys[("label", str(label))] += n_studies
+            keys[("all",)] += n_studies
+        return keys
 
 
 def _patients(rows: pd.DataFrame) -> list[_Patient]:
@@ -359,37 +370,30 @@ def _divide(patients: list[_Patient], shares: np.ndarray, seed: int | str) -> di
     2cn) / t, as the rest is equal for all parts. Label and all studies are strata too, with larger
     t: they decide if the finer ones are even.
     """
-    columns = {key: i for i, key in enumerate(sorted({k for p in patients for k in _keys(p)}))}
+    columns = {key: i for i, key in enumerate(sorted({k for p in patients for k in p.keys}))}
     totals = np.zeros(len(columns))
     for patient in patients:
-        for key, n_studies in _keys(patient).items():
+        for key, n_studies in patient.keys.items():
             totals[columns[key]] += n_studies
-    target = shares[:, None] * totals
-    held = np.zeros_like(target)
+    targets = (shares[:, None] * totals).tolist()  # plain numbers: the arrays would be tiny
+    held = [[0.0] * len(columns) for _ in shares]
     lacks = [{0, 1} for _ in shares]  # classes that a part still lacks
     part: dict[str, int] = {}
     for patient in sorted(patients, key=lambda p: (-p.n_studies, _draw(seed, p.name))):
-        keys = _keys(patient)
-        at = np.array([columns[key] for key in keys])
-        c = np.array(list(keys.values()), dtype=float)
-        cost = ((c**2 + 2 * c * held[:, at]) / target[:, at]).sum(axis=1)
+        added = [(columns[key], n_studies) for key, n_studies in patient.keys.items()]
         # Rare classes first go where they are missing, so that no part is left with one class.
-        needed = np.array([len(lack & patient.labels) for lack in lacks])
-        best = int(np.lexsort((np.round(cost, 9), -needed))[0])
-        held[best, at] += c
+        best = min(
+            range(len(held)),
+            key=lambda p: (
+                -len(lacks[p] & patient.labels),
+                round(1e9 * sum((c * c + 2 * c * held[p][i]) / targets[p][i] for i, c in added)),
+            ),
+        )
+        for i, c in added:
+            held[best][i] += c
         lacks[best] -= patient.labels
         part[patient.name] = best
     return part
-
-
-def _keys(patient: _Patient) -> Counter[tuple[str, ...]]:
-    """Return a patient's studies counted by stratum, by label, and in all."""
-    keys: Counter[tuple[str, ...]] = Counter()
-    for (label, region), n_studies in patient.strata.items():
-        keys[("label and region", str(label), region)] += n_studies
-        keys[("label", str(label))] += n_studies
-        keys[("all",)] += n_studies
-    return keys
 
 
 def _draw(seed: int | str, name: str) -> bytes:

@@ -49,6 +49,9 @@ class Head(ClassifierMixin, BaseEstimator, ABC):
     """Whether training has epochs, after some of which a sweep may drop the weaker half."""
     shared_params: ClassVar[tuple[str, ...]] = ()
     """Parameters that all configurations fitted together must have in common."""
+    uses_span: ClassVar[bool] = False
+    """Whether it is trained on a basis of its rows where they are fewer than the columns, which a
+    fold learns once for each scaling of `find_bases`; see `Projector.span`."""
     is_differentiable: ClassVar[bool] = False
     """Whether the logit has a gradient for explanations to follow; otherwise they leave tokens out.
     """

@@ -25,6 +25,10 @@ PRECISIONS = ("fp32", "bf16", "auto")
 #: AMX and AVX-512 take the first layer's columns 32 at a time.
 _COLUMNS = 32
 
+#: Rows of an epoch at most. Training is judged, and stops, by epochs: if each were a pass over a
+#: large table, most of the time would go into steps past the best one.
+EPOCH_ROWS = 16_384
+
 #: Training rows of one kind that are kept mapped; larger tables are mapped again for each batch.
 _KEPT_BYTES = 1 << 30
 
@@ -149,7 +153,7 @@ class BatchedMLP:
         return [JointStep(kind, those, self._dtype) for kind, those in by_kind.items()]
 
     def _train_epoch(self, groups: Sequence["JointStep"], epoch: int) -> dict[int, float]:
-        order = np.random.default_rng([self._seed, _EPOCHS, epoch]).permutation(len(self._y))
+        order = self._order(epoch)
         # batches of equal size: a small last batch would take a step as long and far noisier
         n_steps = -(-len(order) // self._batch_size)
         for step, rows in enumerate(np.array_split(order, n_steps)):
@@ -159,6 +163,13 @@ class BatchedMLP:
             for group in groups:
                 self.flop += group.step(self._columns[group.kind].take(batch), y, masks)
         return {i: loss / len(order) for group in groups for i, loss in group.take_losses()}
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """Return the rows of an epoch: all, shuffled, or of a large table the pass's next part."""
+        n_parts = -(-len(self._y) // max(EPOCH_ROWS, 16 * self._batch_size))
+        number, part = divmod(epoch - 1, n_parts)
+        order = np.random.default_rng([self._seed, _EPOCHS, number + 1]).permutation(len(self._y))
+        return np.array_split(order, n_parts)[part]
 
     def _close_epoch(self, i: int, epoch: int, loss: float) -> None:
         net = self.nets[i]

@@ -50,10 +50,11 @@ class MLPHead(Head):
     n_covariates : int
         The last columns of X, which `pca` leaves out.
     epochs : int
-        Maximum number of epochs; exact if `fit` gets no validation rows.
+        Maximum number of epochs; exact if `fit` gets no validation rows. An epoch is a pass over
+        the rows, or a part of one: at most 16,384 rows, or 16 batches where these are more.
     batch_size : int or None
-        Maximum rows per step; every epoch shuffles them. None: a sixteenth of the rows, between 32
-        and 2048, so that a few hundred rows still make enough steps.
+        Maximum rows per step; every pass shuffles them. None: a sixteenth of the rows, between 32
+        and 1024, so that a few hundred rows still make enough steps.
     patience : int or None
         Stop after this many epochs without improvement. None ignores validation rows and trains
         all epochs.
@@ -84,6 +85,7 @@ class MLPHead(Head):
     """Enough to fill the matrix unit, few enough that a crash loses little."""
     has_rungs: ClassVar[bool] = True
     shared_params: ClassVar[tuple[str, ...]] = ("batch_size", "precision")
+    uses_span: ClassVar[bool] = True
     is_differentiable: ClassVar[bool] = True
     trains_with_encoder: ClassVar[bool] = True
 
@@ -217,6 +219,8 @@ class MLPHead(Head):
         layers = net.layers(projection.n_columns)
         self.weights_ = [weight for weight, _ in layers]
         self.biases_ = [bias for _, bias in layers]
+        if not self.pca:  # a basis of the rows, see `Projector.span`
+            projection, self.weights_[0] = projection.fold_into(self.weights_[0])
         self.projection_ = projection
         self.best_epoch_ = net.best_epoch or net.epoch
         self.history_ = net.history
@@ -274,8 +278,10 @@ def gather(
             )
     first = heads[0]
     projections: dict[Hashable, Projection] = {
-        (head.scaling, head.pca, head.whiten): projector.learn(
-            head.scaling, head.pca, whiten=head.whiten
+        (head.scaling, head.pca, head.whiten): (
+            projector.learn(head.scaling, head.pca, whiten=head.whiten)
+            if head.pca
+            else projector.span(head.scaling)
         )
         for head in heads
     }
@@ -285,7 +291,7 @@ def gather(
         projections,
         held=held,
         seed=int(check_random_state(first.random_state).randint(2**31 - 1)),
-        batch_size=first.batch_size or min(2048, max(32, -(-len(rows) // 16))),
+        batch_size=first.batch_size or min(1024, max(32, -(-len(rows) // 16))),
         bf16=resolve_precision(first.precision) == "bf16",
         nets=nets,
     )

@@ -1,7 +1,7 @@
 """The transformation of columns before a head: scaling, then principal components."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -78,6 +78,17 @@ class Projection:
             start += len(block)
         return mapped
 
+    def fold_into(self, weight: np.ndarray) -> "tuple[Projection, np.ndarray]":
+        """Return this projection without its components, and the weight that makes up for them.
+
+        `weight`, of shape (n_columns, any), is what the mapped columns are multiplied with.
+        """
+        if self.components is None:
+            return self, weight
+        k = self.components.shape[1]
+        folded = np.vstack([self.components.astype(weight.dtype) @ weight[:k], weight[k:]])
+        return replace(self, components=None), folded
+
     def as_arrays(self) -> dict[str, np.ndarray]:
         """Return the named arrays of a packaged head."""
         arrays = {"mean": self.mean, "scale": self.scale}
@@ -119,12 +130,15 @@ class Basis:
     vectors : float32 array of shape (d - n_covariates, k)
         Orthonormal, largest variance first; k may be 0.
     variances : float64 array of shape (k,)
+    span : float32 array of shape (d - n_covariates, n), optional
+        See `Projector.span`.
     """
 
     mean: np.ndarray
     scale: np.ndarray
     vectors: np.ndarray
     variances: np.ndarray
+    span: np.ndarray | None = None
 
 
 class Projector:
@@ -172,9 +186,7 @@ class Projector:
         """
         n_rows = len(self._X) if self._rows is None else len(self._rows)
         pca = min(pca, n_rows - 1, self._X.shape[1] - self._n_covariates)
-        basis = self.known.get(scaling)
-        if basis is None or len(basis.variances) < pca:
-            basis = self.known[scaling] = self._fit(scaling, pca)
+        basis = self._basis(scaling, pca)
         if not pca:
             return Projection(basis.mean, basis.scale, None, self._n_covariates)
         kept = basis.variances[:pca]
@@ -185,6 +197,32 @@ class Projector:
         scale = np.sqrt(np.maximum(variances, least)) if basis.variances[0] > 0 else np.ones(pca)
         components = np.ascontiguousarray(basis.vectors[:, :pca] / scale, np.float32)
         return Projection(basis.mean, basis.scale, components, self._n_covariates)
+
+    def span(self, scaling: str) -> Projection:
+        """Return a projection to as many columns as there are rows, if those are fewer.
+
+        It turns the scaled columns, without the covariates, into an orthonormal basis of what the
+        rows span, so that nothing of the rows is lost, and a weight learnt on them equals one of
+        the scaled columns, see `Projection.fold_into`. The basis has a random orientation: like
+        scaled columns, and unlike principal components, its columns have similar variances, for
+        which AdamW's step sizes are meant. They are divided by one number: the mean variance is 1.
+        """
+        n_rows = len(self._X) if self._rows is None else len(self._rows)
+        n_columns = self._X.shape[1] - self._n_covariates
+        plain = self.learn(scaling)
+        if n_rows >= n_columns:
+            return plain
+        basis = self._basis(scaling, 0)
+        if basis.span is None:
+            rows = plain.apply(self._X, np.float32, self._rows)[:, :n_columns]
+            basis = self.known[scaling] = replace(basis, span=_orthonormal(rows))
+        return replace(plain, components=basis.span)
+
+    def _basis(self, scaling: str, pca: int) -> Basis:
+        basis = self.known.get(scaling)
+        if basis is None or len(basis.variances) < pca:
+            basis = self.known[scaling] = self._fit(scaling, pca)
+        return basis
 
     def _fit(self, scaling: str, pca: int) -> Basis:
         plain = Projection(*_scaling(self._X, self._rows, scaling))
@@ -207,6 +245,14 @@ class Projector:
         # a vector's sign is arbitrary: its largest entry is made positive, so that it repeats
         signs = np.sign(vectors[np.argmax(np.abs(vectors), axis=0), np.arange(pca)])
         return Basis(plain.mean, plain.scale, (vectors * signs).astype(np.float32), variances)
+
+
+def _orthonormal(rows: np.ndarray) -> np.ndarray:
+    """Return columns that span the rows (n, d), n < d, with n random directions: float32 (d, n)."""
+    n, d = rows.shape
+    basis = linalg.qr(rows.T, mode="economic", check_finite=False)[0]
+    turn = linalg.qr(np.random.default_rng(0).standard_normal((n, n), np.float32))[0]
+    return np.ascontiguousarray(basis @ turn * np.float32(np.sqrt(n / d)), np.float32)
 
 
 def _scaling(X: np.ndarray, rows: np.ndarray | None, scaling: str) -> tuple[np.ndarray, np.ndarray]:

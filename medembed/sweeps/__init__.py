@@ -1,5 +1,17 @@
 """Sweeps: cross-validate many heads on one cache and one manifest, and write one run."""
 
-from medembed.sweeps.job import sweep
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from medembed.sweeps.job import sweep
 
 __all__ = ["sweep"]
+
+
+def __getattr__(name: str) -> Any:
+    # on demand: training processes import this package, and need little of what a whole job does
+    if name == "sweep":
+        from medembed.sweeps.job import sweep
+
+        return sweep
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

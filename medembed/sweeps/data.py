@@ -36,6 +36,11 @@ __all__ = [
 ]
 
 
+#: Raised when equal parameters on equal rows train to another result than before, so that a run
+#: which was interrupted under the older rules does not mix both.
+_TRAINING_VERSION = 2
+
+
 @dataclass(frozen=True)
 class PooledColumns:
     """The embedding columns that heads are trained on.
@@ -155,7 +160,9 @@ def _batch(
     shared: Mapping[str, Any],
 ) -> Batch:
     rungs = rungs if len(params) > 1 else ()
-    together = json_digest([RUN_VERSION, shared, head, pooling, list(params), rungs])
+    together = json_digest(
+        [RUN_VERSION, _TRAINING_VERSION, shared, head, pooling, list(params), rungs]
+    )
     trials = [
         Trial(
             head,

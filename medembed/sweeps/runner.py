@@ -131,13 +131,17 @@ def _learn_bases(
 ) -> list[Mapping[str, Basis]]:
     """Return, for each fold, the scalings and components that several heads use."""
     wanted: dict[str, int] = {}
+    spans: set[str] = set()
     for batch in batches:
         for trial in batch.trials:
             for scaling, pca in make_head(trial.head, trial.params).find_bases():
                 wanted[scaling] = max(pca, wanted.get(scaling, 0))
+                if not pca and head_class(trial.head).uses_span:
+                    spans.add(scaling)
     bases: list[Mapping[str, Basis]] = [{} for _ in range(n_folds)]
     if wanted:
-        for fold, basis in pool.run(learn_basis, [(fold, wanted) for fold in range(n_folds)]):
+        items = [(fold, wanted, sorted(spans)) for fold in range(n_folds)]
+        for fold, basis in pool.run(learn_basis, items):
             # a process that died may die again during the trial, which then records the failure
             bases[fold] = {} if isinstance(basis, Died) else basis
     return bases

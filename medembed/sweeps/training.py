@@ -170,13 +170,20 @@ def predict(
     return np.asarray(head.predict_proba(X, *given)[:, 1], np.float64)
 
 
-def learn_basis(training: Training, item: tuple[int, Mapping[str, int]]) -> dict[str, Basis]:
-    """Return the basis shared by the heads of a fold: a number of components for each scaling."""
-    fold, wanted = item
+def learn_basis(
+    training: Training, item: tuple[int, Mapping[str, int], Sequence[str]]
+) -> dict[str, Basis]:
+    """Return the basis shared by the heads of a fold.
+
+    `item` is the fold, a number of components for each scaling, and the scalings with a span.
+    """
+    fold, wanted, spans = item
     projector = Projector(training.X, training.learnt(fold), n_covariates=training.n_covariates)
     with one_thread():
         for scaling, pca in wanted.items():
             projector.learn(scaling, pca)
+        for scaling in spans:
+            projector.span(scaling)
     return projector.known
 
 

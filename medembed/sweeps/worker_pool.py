@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,15 @@ from medembed.core.errors import TrainingDataError
 from medembed.core.ray_cluster import connected_to_ray
 from medembed.core.system import choose_processes, end_with_parent, free_bytes
 
-__all__ = ["BACKENDS", "Died", "Pool", "choose_jobs"]
+__all__ = ["BACKENDS", "Died", "Pool", "choose_jobs", "start_early"]
 
 BACKENDS = ("loky", "ray")
 JOB_BYTES = 500_000_000
 """Memory that a training process takes, with PyTorch loaded and some embeddings."""
+
+
+_TRAINING = "medembed.sweeps.training"
+"""What training processes import, which takes seconds."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,53 @@ def choose_jobs(asked: int | None) -> int:
     """
     most = choose_processes(asked, "--jobs", JOB_BYTES, TrainingDataError)
     return asked or min(most, joblib.cpu_count())
+
+
+_early: list[Any] = []
+"""What `start_early` has begun: generators, which closed unread end their processes."""
+
+
+@contextmanager
+def start_early(jobs: int | None, n_items: int) -> Iterator[None]:
+    """Start processes of this machine, which import what they need while this one goes on.
+
+    A `Pool` within the context finds them ready. None is started for a number that `choose_jobs`
+    refuses.
+
+    Parameters
+    ----------
+    jobs : int, optional
+        As `Pool` will be asked for.
+    n_items : int
+        How many items its first run will have.
+    """
+    with suppress(TrainingDataError):
+        n = min(choose_jobs(jobs), n_items)
+        if n > 1:
+            _early.append(_start([joblib.delayed(import_module)(_TRAINING)] * n, n))
+    try:
+        yield
+    finally:
+        with _quiet():
+            while _early:
+                _early.pop().close()
+
+
+def _await_early() -> None:
+    while _early:
+        with suppress(Exception):  # a process that cannot import says so when it has work
+            for _ in _early.pop():
+                pass
+
+
+def _start(calls: Sequence[Any], jobs: int) -> Any:
+    """Return the unordered results of calls in processes on this machine, as they come."""
+    with joblib.parallel_config(backend="loky", inner_max_num_threads=1):
+        parallel = joblib.Parallel(
+            n_jobs=jobs, batch_size=1, return_as="generator_unordered", mmap_mode="r"
+        )
+        with _deaf():
+            return parallel(calls)
 
 
 class Pool:
@@ -139,12 +191,9 @@ class Pool:
         if self._backend == "ray":
             yield from self._on_ray(calls)
             return
-        with joblib.parallel_config(backend="loky", inner_max_num_threads=1), _quiet():
-            parallel = joblib.Parallel(
-                n_jobs=jobs, batch_size=1, return_as="generator_unordered", mmap_mode="r"
-            )
-            with _deaf():
-                self._results = parallel(calls)
+        with _quiet():
+            _await_early()
+            self._results = _start(calls, jobs)
             yield from self._results
 
     def _on_ray(self, calls: Sequence[Any]) -> Iterator[tuple[int, Any]]:

@@ -560,6 +560,38 @@ def test_every_step_of_every_epoch_has_a_stream_of_its_own(monkeypatch):
     assert streams == again
 
 
+def test_epochs_of_a_large_table_take_their_turns_at_its_rows(monkeypatch):
+    monkeypatch.setattr(cohort_module, "EPOCH_ROWS", 60)
+    made = together([mlp((3,), batch_size=3)], held=False)[0]
+    parts = [made._order(epoch) for epoch in range(1, 7)]
+    assert {len(part) for part in parts} == {50}
+    for start in (0, 3):
+        assert sorted(np.concatenate(parts[start : start + 3])) == list(range(150))
+    assert any(not np.array_equal(a, b) for a, b in zip(parts[:3], parts[3:], strict=True))
+    whole = together([mlp((3,), batch_size=10)], held=False)[0]
+    assert sorted(whole._order(1)) == list(range(150)), "16 batches are more than these rows"
+
+
+def test_fewer_rows_than_columns_train_on_as_many_columns_as_there_are_rows():
+    wide = np.hstack([X, np.random.default_rng(3).normal(size=(len(X), 300))]).astype(np.float32)
+    wide_val = np.hstack([X_VAL, np.ones((len(X_VAL), 300))]).astype(np.float32)
+    head = mlp((5,), n_covariates=2)
+    cohort = gather(
+        [head],
+        Rows(wide, None, Y),
+        Rows(wide_val, None, Y_VAL),
+        Projector(wide, n_covariates=2),
+    )
+    assert cohort.nets[0].params[0].shape[1] == 160, "150 rows, 2 covariates, the bias, padding"
+    cohort.train(3)
+    head.classes_, head.n_features_in_ = np.array([0, 1]), wide.shape[1]
+    head.take(cohort.nets[0], cohort.projections[0])
+    assert (head.weights_[0].shape, head.projection_.components) == ((306, 5), None)
+    np.testing.assert_allclose(
+        head.predict_logit(wide_val), cohort.nets[0].best_logits, rtol=1e-3, atol=1e-4
+    )
+
+
 # The start
 
 

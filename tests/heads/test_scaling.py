@@ -115,6 +115,54 @@ def test_unwhitened_components_keep_their_proportions_at_mean_variance_one(scali
     np.testing.assert_allclose(variances / variances[0], expected / expected[0], rtol=1e-3)
 
 
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("n_covariates", [0, 3])
+def test_a_span_loses_nothing_of_rows_fewer_than_columns(scaling, n_covariates):
+    X = table(20, 60)
+    projector = Projector(X, np.arange(15), n_covariates=n_covariates)
+    plain, span = projector.learn(scaling), projector.span(scaling)
+    scaled, turned = (own.apply(X[:15], np.float64) for own in (plain, span))
+    n_columns = 60 - n_covariates
+    assert span.n_columns == 15 + n_covariates
+    np.testing.assert_array_equal(turned[:, 15:], scaled[:, n_columns:])
+    scaled, turned = scaled[:, :n_columns], turned[:, :15] * np.sqrt(n_columns / 15)
+    np.testing.assert_allclose(turned @ turned.T, scaled @ scaled.T, rtol=1e-4, atol=1e-3)
+
+
+def test_columns_of_a_span_have_similar_variances_about_one():
+    X = table(200, 500) * np.geomspace(1, 1e-3, 500, dtype=np.float32)  # components differ greatly
+    for scaling in ("standard", "global"):
+        variances = Projector(X).span(scaling).apply(X).var(axis=0)
+        assert variances.mean() == pytest.approx(1, rel=1e-3)
+        assert variances.max() < 20 * np.median(variances)  # of components: a thousand times
+
+
+def test_rows_no_fewer_than_columns_have_no_span():
+    X = table(60, 60)
+    assert Projector(X).span("standard").components is None
+    assert Projector(X, np.arange(59)).span("standard").components is not None
+
+
+def test_a_span_is_learnt_once_and_handed_on():
+    X = table(20, 60)
+    first = Projector(X)
+    first.span("standard")
+    again = Projector(X, known=first.known)
+    assert again.span("standard").components is first.span("standard").components
+
+
+@pytest.mark.parametrize("n_covariates", [0, 2])
+def test_a_weight_on_a_span_folds_into_one_on_all_columns(n_covariates):
+    X = table(20, 60)
+    span = Projector(X, n_covariates=n_covariates).span("standard")
+    weight = np.random.default_rng(0).standard_normal((span.n_columns, 4))
+    plain, folded = span.fold_into(weight)
+    assert (plain.components, folded.shape) == (None, (60, 4))
+    found = plain.apply(X, np.float64) @ folded
+    np.testing.assert_allclose(found, span.apply(X, np.float64) @ weight, atol=1e-9)
+    assert plain.fold_into(folded) == (plain, folded)
+
+
 def test_standard_global_and_none_are_what_they_say():
     X = table(5000)
     projector = Projector(X)

@@ -15,7 +15,8 @@ from threadpoolctl import threadpool_limits
 from medembed.cli import main
 from medembed.heads.packaging import load_model
 from medembed.results.runs import open_run
-from medembed.sweeps import runner, sweep, training
+from medembed.sweeps import runner, sweep, training, worker_pool
+from medembed.sweeps.worker_pool import Pool, start_early
 
 HEADS = ("logistic", "mlp", "lightgbm", "attention")
 OPTIONS = ["--configs", "12", "--folds", "3"]
@@ -25,6 +26,31 @@ DEADLY = 63
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return make_data(tmp_path_factory.mktemp("processes"), {"mean": 1.5, "max": 0.5})
+
+
+# Their start
+
+IMPORTED = "'medembed.sweeps.training' in __import__('sys').modules"
+
+
+def test_processes_started_early_have_imported_when_they_get_work():
+    with start_early(2, 5), Pool(IMPORTED, 2) as pool:
+        assert list(pool.run(eval, [{}])) == [(0, True)]
+
+
+def test_processes_started_early_for_nothing_end_without_a_warning(recwarn):
+    with start_early(2, 5):
+        begun = list(worker_pool._early)
+        assert len(begun) == 1
+    assert not worker_pool._early
+    assert list(begun[0]) == []
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize(("jobs", "n_items"), [(1, 5), (2, 1), (10**6, 5)])
+def test_one_process_or_a_refused_number_starts_none_early(jobs, n_items):
+    with start_early(jobs, n_items):
+        assert not worker_pool._early
 
 
 # Their number
