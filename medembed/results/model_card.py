@@ -27,10 +27,10 @@ from medembed.core.schema import (
 from medembed.dataset.covariates import (
     LARGEST,
     MAX_CATEGORIES,
-    NOT_COVARIATES,
     CategoricalColumn,
     CovariateEncoder,
     NumericColumn,
+    is_covariate,
     to_number,
 )
 from medembed.evaluation.calibration import Calibration, CalibrationEntry
@@ -129,7 +129,7 @@ class TestScores(Record):
 
 
 def _check_name(name: str) -> str:
-    if name in NOT_COVARIATES:
+    if not is_covariate(name):
         raise ValueError(f"must be a covariate, not {name!r}")
     return name
 
