@@ -54,6 +54,7 @@ __all__ = [
     "Score",
     "SpecDocument",
     "SplitCount",
+    "TargetCount",
 ]
 
 
@@ -107,6 +108,14 @@ class ExcludedImage(ClosedRecord):
     reason: str
 
 
+class TargetCount(ClosedRecord):
+    """Images by the answer of a target."""
+
+    positive: Count
+    negative: Count
+    unknown: Count
+
+
 class ManifestBuild(ClosedRecord):
     """`medembed manifest build --json`."""
 
@@ -116,6 +125,8 @@ class ManifestBuild(ClosedRecord):
     abnormal: Count
     abnormal_studies: Count
     unlabelled: Count
+    targets: Given[dict[str, TargetCount]] = None
+    """Of a recipe with [targets]."""
     splits: list[SplitCount]
     excluded: list[ExcludedImage]
     warnings: list[str]
