@@ -416,7 +416,7 @@ def rates(check: Check) -> dict[str, Any]:
     pixels, words = check.pixels(size), []
     n_images = 10**6 if check.device == "cuda" else 1
     start = time.monotonic()
-    encoder.warm_up(["mean", "max"], n_images=n_images, batch_size=size, tell=words.append)
+    encoder.warm_up(["mean", "max"], n_images=n_images, batch_size=size, on_status=words.append)
     warm_up = time.monotonic() - start
     seconds = check.seconds_of(lambda: encoder.encode(pixels, ["mean", "max"]), 3)
     how = encoder.describe()

@@ -85,7 +85,7 @@ def read_images(
     seed: int,
     limits: Limits = DEFAULT_LIMITS,
     progress: Callable[[int, int], None] | None = None,
-    tell: Callable[[str], None] | None = None,
+    on_status: Callable[[str], None] | None = None,
 ) -> TrainingImages:
     """Return the images of `train`, read and prepared as by `extract`, in a temporary file.
 
@@ -95,7 +95,7 @@ def read_images(
     ----------
     progress : callable, optional
         Called as progress(done, total) with distinct contents.
-    tell : callable, optional
+    on_status : callable, optional
         Called with a message for each step and with the size of the temporary file.
 
     Raises
@@ -120,7 +120,7 @@ def read_images(
         limits=limits,
         remedy="Set TMPDIR to a larger disk, or give a smaller --size.",
         progress=progress,
-        tell=tell,
+        on_status=on_status,
     )
     return _part(read, contents, is_held_out)
 

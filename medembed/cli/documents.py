@@ -44,6 +44,7 @@ __all__ = [
     "ManifestBuild",
     "ManifestCheck",
     "ManifestInit",
+    "ManifestRelabel",
     "PlanDocument",
     "Point",
     "PointDocument",
@@ -168,6 +169,17 @@ class RecipeText(ClosedRecord):
 
     name: str
     recipe: str
+
+
+class ManifestRelabel(ClosedRecord):
+    """`medembed manifest relabel --json`: counts of images."""
+
+    changed: Count
+    to_abnormal: Count
+    to_normal: Count
+    labelled: Count
+    confirmed: Count
+    output: str
 
 
 class ManifestCheck(ClosedRecord):
@@ -575,6 +587,7 @@ DOCUMENTS: dict[str, Any] = {
     "finetune": RunDocument,
     "manifest-build": ManifestBuild,
     "manifest-check": ManifestCheck,
+    "manifest-relabel": ManifestRelabel,
     "manifest-init": ManifestInit,
     "manifest-recipes": list[KnownRecipe] | RecipeText,
     "plan": PlanDocument,

@@ -200,7 +200,12 @@ def extract_command(
         )
         with showing_progress("Embedding", "images") as progress:
             report = extract_on_ray(
-                rows, job, device=device, dry_run=dry_run, progress=progress, tell=progress.tell
+                rows,
+                job,
+                device=device,
+                dry_run=dry_run,
+                progress=progress,
+                on_status=progress.show_status,
             )
     else:
         with showing_progress("Fetching", "bytes") as progress:
@@ -221,7 +226,7 @@ def extract_command(
                 worker=worker,
                 dry_run=dry_run,
                 progress=progress,
-                tell=progress.tell,
+                on_status=progress.show_status,
                 announce=say,
             )
     _conclude(report, manifest_path, cache_path, strict, dry_run, as_json)

@@ -14,7 +14,7 @@ __all__ = ["connected_to_ray"]
 
 
 @contextmanager
-def connected_to_ray(option: str, tell: Callable[[str], None] | None = None) -> Iterator[Any]:
+def connected_to_ray(option: str, on_status: Callable[[str], None] | None = None) -> Iterator[Any]:
     """Yield the module `ray`, connected.
 
     Uses the Ray that this process is connected to, else the cluster at `RAY_ADDRESS`, else starts
@@ -24,7 +24,7 @@ def connected_to_ray(option: str, tell: Callable[[str], None] | None = None) -> 
     ----------
     option : str
         The option that requires Ray, such as "--engine ray", for the message if it is missing.
-    tell : callable, optional
+    on_status : callable, optional
         Called with "Ray" before connecting, which takes seconds.
 
     Raises
@@ -42,8 +42,8 @@ def connected_to_ray(option: str, tell: Callable[[str], None] | None = None) -> 
     if ray.is_initialized():
         yield ray
         return
-    if tell:
-        tell("Ray")
+    if on_status:
+        on_status("Ray")
     handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")

@@ -52,7 +52,7 @@ def read_all(
     directory: Path | None = None,
     remedy: str,
     progress: Callable[[int, int], None] | None = None,
-    tell: Callable[[str], None] | None = None,
+    on_status: Callable[[str], None] | None = None,
 ) -> PreparedImages:
     """Return contents read and prepared as by `extract`, in a temporary file.
 
@@ -66,7 +66,7 @@ def read_all(
         What to do if the file does not fit, a full sentence.
     progress : callable, optional
         Called as progress(done, total).
-    tell : callable, optional
+    on_status : callable, optional
         Called with a message that gives the size of the file.
 
     Raises
@@ -79,8 +79,8 @@ def read_all(
     """
     shape = (len(contents), preprocessing.height, preprocessing.width)
     pixels = _make_room(shape, directory, remedy)
-    if tell:
-        tell(f"Reading into {pixels.nbytes / 1e6:,.1f} MB")
+    if on_status:
+        on_status(f"Reading into {pixels.nbytes / 1e6:,.1f} MB")
     failures: dict[int, dict[str, str]] = {}
     others, done = [], 0
     n_decoders = choose_processes(

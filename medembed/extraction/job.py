@@ -94,7 +94,7 @@ def refuse_outdated(
     image_root: Path,
     intensity: Intensity,
     n_decoders: int | None,
-    tell: Callable[[str], None],
+    on_status: Callable[[str], None],
 ) -> None:
     """Refuse a cache with rows whose files the current `images_version` decodes differently.
 
@@ -108,7 +108,7 @@ def refuse_outdated(
     if cache is None or cache.spec.images_version == IMAGES_VERSION:
         return
     found = []
-    for content, reading in _decoded_again(plan, image_root, intensity, n_decoders, tell):
+    for content, reading in _decoded_again(plan, image_root, intensity, n_decoders, on_status):
         reason = why_changed(reading.since, cache.spec.images_version, "its row")
         if reason and reading.stage:
             reason = f"is refused since images_version {reading.since} ({reading.reason})"
@@ -129,12 +129,12 @@ def _decoded_again(
     image_root: Path,
     intensity: Intensity,
     n_decoders: int | None,
-    tell: Callable[[str], None],
+    on_status: Callable[[str], None],
 ) -> Iterator[tuple[Content, Reading]]:
     suspects = [content for content in plan.done if _is_suspect(content, image_root)]
     if not suspects:
         return
-    tell(f"Decoding {len(suspects):,} images of an older version again")
+    on_status(f"Decoding {len(suspects):,} images of an older version again")
     n_processes = min(n_decoders or default_decoders(), len(suspects))
     with Decoders(n_processes, _SMALL, intensity) as readers:
         for pair in readers.read(suspects, image_root, 8 * n_processes):
@@ -178,7 +178,7 @@ def extract(
     dry_run: bool = False,
     commit_seconds: float = COMMIT_SECONDS,
     progress: Callable[[int, int], None] | None = None,
-    tell: Callable[[str], None] | None = None,
+    on_status: Callable[[str], None] | None = None,
     announce: Callable[[str], None] | None = None,
     timeline: Timeline | None = None,
 ) -> ExtractionReport:
@@ -224,7 +224,7 @@ def extract(
         Longest time that a row waits for its commit, apart from the running batch.
     progress : callable, optional
         Called as progress(done, total) with distinct contents of this run.
-    tell : callable, optional
+    on_status : callable, optional
         Called with a word or two when a step other than embedding takes a while.
     announce : callable, optional
         Called once, before the first image, with a sentence that names the encoder, device, card,
@@ -257,7 +257,7 @@ def extract(
     """
     root, timeline = as_path(image_root, "the image root"), timeline or Timeline()
     existing_root(root)
-    say = tell or (lambda words: None)
+    on_status = on_status or (lambda words: None)
     poolings = poolings.split(",") if isinstance(poolings, str) else poolings
     manifest, encoder = read_manifest(manifest), find_tower(encoder, poolings=poolings)
     start = time.monotonic()
@@ -270,27 +270,27 @@ def extract(
     if dry_run:
         return _report(plan, None, 0, None, start, timeline)
     if not plan.pending:
-        refuse_outdated(plan, there, root, intensity, decoders, say)
+        refuse_outdated(plan, there, root, intensity, decoders, on_status)
         return _report(plan, None, 0, None, start, timeline)
     check_plan(plan, spec, root, cache_path)
     n_decoders = min(n_decoders, len(plan.pending))
     # The decoders are the outermost context: Ctrl-C commits first and ends them afterwards.
     with Decoders(n_decoders, encoder.preprocessing, intensity, limits) as readers:
-        size = _warm_up(encoder, poolings, len(plan.pending), batch_size, tell)
-        say("Canary")
+        size = _warm_up(encoder, poolings, len(plan.pending), batch_size, on_status)
+        on_status("Canary")
         opened = _open_or_make(encoder, spec, recorded, cache_path, known_shards)
         size, distance = _prove(opened, encoder, recorded, size)
         execution = execution_of(encoder)
         if announce is not None:
             announce(describe_execution(encoder.source, execution, size))
-        say("Embedding")
+        on_status("Embedding")
         timeline.add("prepare", start, time.monotonic())
         pipeline = Pipeline(encoder, poolings, size, len(plan.pending), timeline, progress)
         with WriterThread(opened, commit_seconds, timeline) as writer:
             pairs = readers.read(plan.pending, root, 2 * size + n_decoders)
             pipeline.run(_joining(pairs, opened), writer)
     pipeline.refuse_other_bytes()
-    refuse_outdated(plan, opened, root, intensity, decoders, say)
+    refuse_outdated(plan, opened, root, intensity, decoders, on_status)
     report = _report(plan, pipeline, n_decoders, distance, start, timeline)
     return replace(report, execution=execution)
 
@@ -422,10 +422,12 @@ def _warm_up(
     poolings: Sequence[str],
     n_images: int,
     batch_size: int | None,
-    tell: Callable[[str], None] | None,
+    on_status: Callable[[str], None] | None,
 ) -> int:
     if isinstance(encoder, PipelinedEncoder):
-        return encoder.warm_up(poolings, n_images=n_images, batch_size=batch_size, tell=tell)
+        return encoder.warm_up(
+            poolings, n_images=n_images, batch_size=batch_size, on_status=on_status
+        )
     return batch_size or PLAIN_BATCH
 
 

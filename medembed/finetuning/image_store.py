@@ -167,7 +167,7 @@ def read_images(
     *,
     limits: Limits = DEFAULT_LIMITS,
     progress: Progress | None = None,
-    tell: Callable[[str], None] | None = None,
+    on_status: Callable[[str], None] | None = None,
 ) -> tuple[PixelImages, pd.DataFrame]:
     """Return the decoded images of a manifest's rows, in a file on the disk of `directory`.
 
@@ -192,7 +192,7 @@ def read_images(
         directory=directory,
         remedy="Free some, or choose another --out.",
         progress=progress,
-        tell=tell,
+        on_status=on_status,
     )
     place = {content.sha256: i for i, content in enumerate(contents)}
     digests = rows["sha256"].tolist()

@@ -652,7 +652,7 @@ class Stop:
     def __init__(self, epoch: int) -> None:
         self._epoch, self._told = epoch, ""
 
-    def tell(self, words: str) -> None:
+    def show_status(self, words: str) -> None:
         self._told = words
 
     def __call__(self, done: int, total: int) -> None:
@@ -663,7 +663,9 @@ class Stop:
 def interrupt(manifest: Manifest, home: Path, out: Path, epoch: int) -> KeyboardInterrupt:
     stop = Stop(epoch)
     with pytest.raises(KeyboardInterrupt) as raised:
-        train_autoencoder(manifest, home / "images", out, **QUICK, progress=stop, tell=stop.tell)
+        train_autoencoder(
+            manifest, home / "images", out, **QUICK, progress=stop, on_status=stop.show_status
+        )
     return raised.value
 
 
@@ -675,7 +677,7 @@ def test_an_interrupted_training_goes_on_to_the_same_bytes(
     assert error.__notes__ == ["2 epochs of this training are kept."]
     assert not out.exists()
     words: list[str] = []
-    train_autoencoder(manifest, home / "images", out, **QUICK, tell=words.append)
+    train_autoencoder(manifest, home / "images", out, **QUICK, on_status=words.append)
     assert "Training on from epoch 2" in words
     assert weights(out) == weights(quick)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -702,7 +704,7 @@ def test_a_memory_that_fills_later_costs_no_epoch(
         patched.setattr(training.Training, "run_epoch", full)
         with pytest.raises(DeviceMemoryError):
             train_autoencoder(manifest, home / "images", out, **QUICK)
-    train_autoencoder(manifest, home / "images", out, **QUICK, tell=words.append)
+    train_autoencoder(manifest, home / "images", out, **QUICK, on_status=words.append)
     assert "Training on from epoch 2" in words
     assert weights(out) == weights(quick)
 
@@ -731,7 +733,7 @@ def test_an_end_while_the_encoder_is_written_leaves_none_and_is_made_good(
     with pytest.raises(EncoderError):
         load_encoder(tmp_path / "out.partial")
     words: list[str] = []
-    train_autoencoder(manifest, home / "images", out, **QUICK, tell=words.append)
+    train_autoencoder(manifest, home / "images", out, **QUICK, on_status=words.append)
     assert "Training on from epoch 3" in words
     assert weights(out) == weights(quick)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -771,7 +773,7 @@ def test_a_state_that_is_damaged_or_of_other_images_is_begun_anew(
     interrupt(manifest, home, out, 2)
     state.write_bytes(state.read_bytes()[:-3])
     words: list[str] = []
-    train_autoencoder(manifest, home / "images", out, **QUICK, tell=words.append)
+    train_autoencoder(manifest, home / "images", out, **QUICK, on_status=words.append)
     assert "Training" in words
     assert weights(out) == weights(quick)
     shutil.rmtree(out)
@@ -842,7 +844,7 @@ def test_a_killed_training_leaves_nothing_that_loads_and_goes_on(
     with pytest.raises(EncoderError):
         load_encoder(tmp_path / "out.partial")
     words: list[str] = []
-    train_autoencoder(manifest, home / "images", out, **QUICK, tell=words.append)
+    train_autoencoder(manifest, home / "images", out, **QUICK, on_status=words.append)
     assert any(word.startswith("Training on from epoch") for word in words)
     assert weights(out) == weights(quick)
 

@@ -337,7 +337,7 @@ def test_telling_what_is_done_now_begins_a_new_pace(
         progress(0, 8_000_000)
         clock[0] += 1
         progress(8_000_000, 8_000_000)
-        progress.tell("Checking")
+        progress.show_status("Checking")
         clock[0] += 100
         progress(1_000_000, 8_000_000)
         clock[0] += 14

@@ -275,14 +275,14 @@ def test_what_is_missing_in_the_cache_is_embedded_and_told(home: Path, tmp_path:
     draw(tmp_path / "new.png", np.random.default_rng(9), 1)
     told: list[str] = []
     files = [home / "images" / "p00" / "view0.png", tmp_path / "new.png"]
-    images, _ = parts(ask(home, cache=home / "cache", tell=told.append).predict_images(files))
+    images, _ = parts(ask(home, cache=home / "cache", on_status=told.append).predict_images(files))
     assert [row["trained_on"] for row in images] == [True, False]
     assert all(row["error"] is None for row in images)
     assert told == [
         "1 of 2 images are not in the cache; they are embedded by demo now, and not kept."
     ]
     # Where there is no encoder, those that the cache has are answered for.
-    absent = ask(home, cache=home / "cache", encoder=tmp_path / "nowhere", tell=told.append)
+    absent = ask(home, cache=home / "cache", encoder=tmp_path / "nowhere", on_status=told.append)
     images, studies = parts(absent.predict_images(files))
     assert images[0]["decision"] == "normal"
     assert images[1]["decision"] is images[1]["set"] is None
