@@ -359,9 +359,7 @@ def draw_target_folds(
         drawn, is_labelled = [], is_labelled & False
     is_rest = ~persons.isin(persons[is_labelled])
     if is_rest.any():
-        drawn.append(
-            _divide_unlabelled(train[is_rest].assign(label=pd.NA), n_folds, fraction, seed)
-        )
+        drawn.append(_divide_unlabelled(_unlabel(train[is_rest]), n_folds, fraction, seed))
     fold = pd.concat([own.fold for own in drawn])
     inner = pd.concat([own.inner for own in drawn])
     person_of = pd.Series(persons.to_numpy(), index=train["image"])
@@ -372,6 +370,10 @@ def draw_target_folds(
         pd.Series(fold.loc[example].to_numpy(), index=example.index),
         pd.DataFrame(inner.loc[example].to_numpy(), index=example.index),
     )
+
+
+def _unlabel(rows: pd.DataFrame) -> pd.DataFrame:
+    return rows.assign(label=pd.array([pd.NA] * len(rows), dtype="Int8"))
 
 
 def _divide_unlabelled(rows: pd.DataFrame, n_folds: int, fraction: float, seed: int) -> TrainFolds:

@@ -194,7 +194,7 @@ def read_dicom_tree(recipe: Recipe, root: Path, key_file: Path | None = None) ->
         rows["patient"], joined = _join_spellings(recipe, rows, root)
         warnings += [*joined, *_doubt_identifiers(rows["identifier"])]
     wanted = ["image", "name", "patient", "study", "region", "label", "split", *COVARIATES]
-    wanted += list(answers.targets)
+    wanted += map(str, answers.targets)
     return Listing(
         rows[wanted],
         pd.Series(data=True, index=rows.index),

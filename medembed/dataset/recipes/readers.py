@@ -141,7 +141,7 @@ def _add_fields(rows: pd.DataFrame, spec: Table, source: Path, recipe: Path) -> 
     )
     added = pd.DataFrame([own.groupdict() for own in matches if own], index=rows.index)
     refuse(
-        [name for name in added if name in rows],
+        [str(name) for name in added if name in rows],
         str(source),
         "columns of the table that `fields` in [table] would replace; rename these fields:",
     )
