@@ -50,6 +50,7 @@ def hush_matplotlib() -> None:
     examples=[
         "medembed report runs/sweep -o report",
         "medembed report runs/sweep -o report --manifest mura.csv --image-root MURA-v1.1",
+        "medembed report runs/wrist -o report",
     ],
 )
 @click.argument("runs", metavar="RUN…", type=PATH, nargs=-1, required=True)
@@ -100,10 +101,23 @@ def report_command(
         raise click.UsageError("--names requires --manifest and --image-root.")
     hush_matplotlib()
     from medembed.report.page import write_report
+    from medembed.results.comparison import ComparisonOptions
+    from medembed.results.targets import holds_targets
 
     manifest, find_thumbnails = read_given(manifest_path), None
     if image_root is not None:
         find_thumbnails = _thumbnail_finder(manifest, image_root, names)
+    if any(map(holds_targets, runs)):
+        if len(runs) > 1 or margin is not None or checklists:
+            raise click.UsageError(
+                "A directory of targets stands alone, without --margin and --checklist; name a "
+                f"target's run, such as {runs[0]}/NAME, for these."
+            )
+        asked = ComparisonOptions(
+            level=level, seed=seed, operating_points=operating_points, prevalence=prevalence
+        )
+        _report_targets(runs[0], output, asked, manifest, find_thumbnails, as_json)
+        return
     with showing_progress("Drawing", "figures") as progress:
         written = write_report(
             list(runs),
@@ -127,6 +141,25 @@ def report_command(
         print_json(written)
     else:
         suggest("predict", runs[0], "IMAGE")
+
+
+def _report_targets(
+    path: Path, output: Path, asked: Any, manifest: Any, find_thumbnails: Any, as_json: bool
+) -> None:
+    """Write a page for each target of a sweep, and the overview that links them."""
+    from medembed.report.page import PageExtras
+    from medembed.report.target_pages import write_target_report
+    from medembed.results.targets import open_targets
+
+    command = write_command(click.get_current_context())
+    with showing_progress("Drawing", "figures") as progress:
+        extras = PageExtras(manifest, find_thumbnails, command, progress=progress)
+        written = write_target_report(open_targets(path), output, asked, extras)
+    say(f"Page: {written['page']}")
+    if as_json:
+        print_json(written)
+    else:
+        suggest("predict", path / next(iter(written["targets"])), "IMAGE")
 
 
 def _thumbnail_finder(manifest: Any, image_root: Path, names: bool) -> Any:
