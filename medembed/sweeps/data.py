@@ -296,7 +296,8 @@ class SweepRows:
         self.row_folds = np.where(embeddings.y >= 0, self._common.folds, -1)
         self.failed, self.encoder = embeddings.failed, self._common.encoder
         self._sha256 = embeddings.rows["sha256"]
-        _check_rows(embeddings, self.row_folds, self._common.inner)
+        check = _check_target if asked.target else _check_rows
+        check(embeddings, self.row_folds, self._common.inner)
 
     @property
     def bases(self) -> Bases | None:
@@ -396,3 +397,27 @@ def _check_rows(
         for part, flags in (("learnt from", ~judged), ("stopped by", judged)):
             where = f"the data {part} without fold {fold}, {left_out},"
             require_both_classes(embeddings.y[trained & ~held & flags], where)
+
+
+def _check_target(
+    embeddings: Embeddings, row_folds: NDArray[np.int64], row_inner: NDArray[np.bool_]
+) -> None:
+    """Refuse a target that cannot be estimated on these folds, in words of its answers."""
+    y, is_train = embeddings.y, row_folds >= 0
+    is_test = (embeddings.rows["split"] == "test").to_numpy() & (y >= 0)
+    if not is_test.any():
+        raise TrainingDataError("no embedded test image has an answer.")
+    parts = {"train": is_train}
+    parts |= {f"fold {fold}": row_folds == fold for fold in range(len(row_inner))}
+    for fold, judged in enumerate(row_inner):
+        others = is_train & (row_folds != fold)
+        parts[f"what is learnt from without fold {fold}"] = others & ~judged
+        parts[f"what stops training without fold {fold}"] = others & judged
+    for part, chosen in parts.items():
+        found = y[chosen]
+        lacking = [word for word, value in (("positive", 1), ("negative", 0)) if value not in found]
+        if lacking:
+            raise TrainingDataError(
+                f"{part} has no {' and no '.join(lacking)} image. Add patients, or ask for fewer "
+                "--folds."
+            )
