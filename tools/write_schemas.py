@@ -15,6 +15,7 @@ from medembed.finetuning.config import HyperparametersEntry
 from medembed.heads.packaging import ModelDocument
 from medembed.results.model_card import CardDocument
 from medembed.results.run_schema import RunInfo, ScoresInfo, TrialRecord
+from medembed.results.targets import TargetsFile
 from medembed.sweeps.search_space import space_entry
 from tools.embedding_formats import (
     AutoencoderConfig,
@@ -31,6 +32,7 @@ FORMATS: dict[str, tuple[str, Any]] = {
     "run": ("run.json of a run", RunInfo),
     "scores": ("scores.json of a run", ScoresInfo),
     "trial": ("A line of trials.jsonl of a run", TrialRecord),
+    "targets": ("targets.json of a sweep of targets", TargetsFile),
     "build": ("MANIFEST.build.json, what the build of a manifest found", BuildFile),
     "relabelling": ("MANIFEST.relabelling.json, every change of a label", Relabelling),
     "model": ("model.json of a packaged model", ModelDocument),

@@ -24,6 +24,7 @@ __all__ = [
     "ChecklistItem",
     "Compacted",
     "Compare",
+    "CompareTargets",
     "ComparedHead",
     "ComparedRun",
     "Completion",
@@ -45,6 +46,7 @@ __all__ = [
     "ManifestCheck",
     "ManifestInit",
     "ManifestRelabel",
+    "MeanOverTargets",
     "PlanDocument",
     "Point",
     "PointDocument",
@@ -55,6 +57,7 @@ __all__ = [
     "Score",
     "SpecDocument",
     "SplitCount",
+    "SweptTargets",
     "TargetCount",
 ]
 
@@ -346,6 +349,14 @@ class RunDocument(ClosedRecord):
     leaderboard: list[LeaderboardEntry]
 
 
+class SweptTargets(ClosedRecord):
+    """`medembed sweep --target … --json`."""
+
+    runs: dict[str, RunDocument]
+    not_estimable: dict[str, str]
+    """The other targets, each with the reason."""
+
+
 class Demo(ClosedRecord):
     """`medembed demo --json`."""
 
@@ -479,6 +490,28 @@ class Compare(ClosedRecord):
     """With --margin."""
 
 
+class MeanOverTargets(ClosedRecord):
+    """A head's mean scores over the targets that it has an AUROC of."""
+
+    head: str
+    baseline: bool
+    targets: list[str]
+    left_out: list[str]
+    scores: dict[str, Score]
+
+
+class CompareTargets(ClosedRecord):
+    """`medembed compare --by target --json`; see `target_comparison.compare_targets`."""
+
+    level: Literal["study", "image"]
+    targets: dict[str, Compare]
+    not_estimable: dict[str, str]
+    macro: list[MeanOverTargets]
+    n_tests: Count
+    """Tests that Holm's correction runs over, of all targets."""
+    notes: list[str]
+
+
 class Evaluate(Record):
     """`medembed evaluate --json`: the run, and its `scores.json`.
 
@@ -531,6 +564,8 @@ class Report(ClosedRecord):
     figures: list[str]
     checklist: Given[list[Checklist]] = None
     """With --checklist."""
+    targets: Given[dict[str, str]] = None
+    """Of a sweep of targets: the page of each."""
 
 
 class PlanDocument(ClosedRecord):
@@ -578,7 +613,7 @@ DOCUMENTS: dict[str, Any] = {
     "cache-export": CacheExport,
     "cache-info": CacheInfo,
     "cache-verify": CacheVerify,
-    "compare": Compare,
+    "compare": Compare | CompareTargets,
     "completion": Completion,
     "demo": Demo,
     "doctor": Doctor,
@@ -594,6 +629,6 @@ DOCUMENTS: dict[str, Any] = {
     "predict": list[Prediction],
     "report": Report,
     "run": dict[str, str],
-    "sweep": RunDocument,
+    "sweep": RunDocument | SweptTargets,
 }
 """By command, with a hyphen for a blank: its document's model."""
