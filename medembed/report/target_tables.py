@@ -47,7 +47,7 @@ def render_targets(result: dict[str, Any], table_format: str = "table", width: i
         *_side_by_side(result, width if table_format == "table" else None),
         *(tabulate_target(name, own) for name, own in result["targets"].items()),
     ]
-    return "\n\n".join(render_table(table, table_format, width) for table in tables)
+    return "\n\n".join(render_table(own, table_format, width).rstrip() for own in tables)
 
 
 def write_target_tables(result: dict[str, Any], directory: Path) -> list[Path]:
