@@ -549,11 +549,11 @@ def tune(
     check: Check, manifest: Any, images: Path, *, cut: bool = False, lora: int | None = None
 ) -> dict[str, Any]:
     """Fine-tune the last block, on the images or on the tokens of a trunk cache."""
+    from medembed.finetuning.batches import read_images
     from medembed.finetuning.blocks import count_blocks
     from medembed.finetuning.data_split import choose_rows
     from medembed.finetuning.frozen_features import TokenImages, fill_trunk_cache, make_trunk
     from medembed.finetuning.hyperparameters import Depth, Hyperparameters
-    from medembed.finetuning.image_store import read_images
     from medembed.finetuning.network import Network, blank_start
     from medembed.finetuning.training import Trainer
 

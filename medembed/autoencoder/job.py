@@ -199,7 +199,9 @@ def train_autoencoder(
             progress=progress,
             on_status=on_status,
         )
-        training = _resume(Training(asked, images, preprocessing), images, workplace, on_status)
+        training = _resume(
+            partial(Training, asked, images, preprocessing), images, workplace, on_status
+        )
         _run(training, asked, images, workplace, progress, on_status)
         facts = _facts(training, images, start)
         files = {
@@ -241,12 +243,18 @@ def _question(asked: TrainingConfig, fit: str, manifest: Manifest) -> dict[str, 
 
 
 def _resume(
-    training: Training, images: TrainingImages, workplace: CheckpointDir, on_status: OnStatus | None
+    begin: Callable[[], Training],
+    images: TrainingImages,
+    workplace: CheckpointDir,
+    on_status: OnStatus | None,
 ) -> Training:
-    """Resume an unfinished training if its images are equal."""
-    kept = workplace.load()
-    if kept and kept[1].get("images") == images.digest:
-        training.restore(*kept)
+    """Resume an unfinished training if its images are equal, or begin one."""
+    training, kept = begin(), workplace.load()
+    if kept and kept.images == images.digest:
+        try:
+            training.restore(kept)
+        except (KeyError, RuntimeError):  # damaged
+            training = begin()
     if on_status:
         n_done = len(training.epochs)
         on_status(f"Training on from epoch {n_done}" if n_done else "Training")
@@ -270,8 +278,12 @@ def _run(
     try:
         while not training.is_over:
             training.run_epoch(tick)
-            tensors, notes = training.state()
-            workplace.save(tensors, {**notes, "images": images.digest})
+            workplace.save(
+                training.tensors(),
+                epochs=training.epochs,
+                n_steps=training.n_steps,
+                images=images.digest,
+            )
             if on_status:
                 loss = training.epochs[-1]["held_out_loss"]
                 on_status(f"Training, held-out loss {loss:.5f}")

@@ -1,5 +1,6 @@
 """Connect to Ray, which is an extra: `pip install 'medembed[ray]'`."""
 
+import logging
 import os
 import signal
 import threading
@@ -46,7 +47,7 @@ def connected_to_ray(option: str, on_status: Callable[[str], None] | None = None
         on_status("Ray")
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
         address = os.environ.get("RAY_ADDRESS")
         where = f"at RAY_ADDRESS={address}" if address else "on this machine"

@@ -288,13 +288,13 @@ def _load_projector(
             f"{side} x {side} tokens."
         )
     with torch.device("meta"):
-        projector = Gemma3MultiModalProjector(
-            SimpleNamespace(
-                vision_config=vision,
-                text_config=SimpleNamespace(hidden_size=width),
-                mm_tokens_per_image=n_tokens,
-            )
+        # What it reads of a Gemma3Config, which would check the language model's part too.
+        shape: Any = SimpleNamespace(
+            vision_config=vision,
+            text_config=SimpleNamespace(hidden_size=width),
+            mm_tokens_per_image=n_tokens,
         )
+        projector = Gemma3MultiModalProjector(shape)
     digest.add({"mm_tokens_per_image": n_tokens})
     names = {name: name for name in projector.state_dict()}
     shapes = _shapes(projector, names)
@@ -338,8 +338,9 @@ def _read_architecture(directory: Path) -> Any:
             f"{checkpoint_name(directory)} has a vision tower of type {kind}, not SigLIP's."
         )
     known = {key: vision[key] for key in _ARCHITECTURE if key in vision}
+    known["attn_implementation"] = "sdpa"
     try:
-        built = SiglipVisionConfig(**known, attn_implementation="sdpa")
+        built = SiglipVisionConfig(**known)
     except Exception as error:  # its validation raises its own errors, by transformers' version
         reason = one_line(error)
         message = f"config.json of {checkpoint_name(directory)} is not a SigLIP tower's: {reason}"

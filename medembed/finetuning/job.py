@@ -21,6 +21,7 @@ from medembed.dataset.manifest import Manifest, read_manifest
 from medembed.evaluation.thresholds import ThresholdRule, parse_rules
 from medembed.extraction.image_encoder import EncoderLike, name_encoder
 from medembed.extraction.image_store import refuse_empty_root
+from medembed.finetuning.batches import Images, VectorImages, compute_rows, read_images
 from medembed.finetuning.config import (
     FineTuneConfig,
     Trial,
@@ -46,7 +47,6 @@ from medembed.finetuning.frozen_features import (
 )
 from medembed.finetuning.head_init import init_from_sweep, init_random
 from medembed.finetuning.hyperparameters import Depth, Hyperparameters
-from medembed.finetuning.image_store import Images, VectorImages, compute_rows, read_images
 from medembed.finetuning.network import Network, blank_start
 from medembed.finetuning.training import Trainer, explaining_memory
 from medembed.images.load import DEFAULT_LIMITS, Limits

@@ -27,10 +27,10 @@ from medembed.core.errors import DeviceMemoryError, TrainingDataError
 from medembed.core.files import require_plain, write_atomically
 from medembed.core.schedule import rate_at
 from medembed.encoders.devices import free_memory, is_memory_error
+from medembed.finetuning.batches import Images, PixelImages, compute_rows, take_ahead
 from medembed.finetuning.blocks import parameter_groups
 from medembed.finetuning.data_split import TrainRows
 from medembed.finetuning.hyperparameters import Hyperparameters
-from medembed.finetuning.image_store import Images, PixelImages, compute_rows, take_ahead
 from medembed.finetuning.network import Network
 from medembed.heads.base import row_weights
 

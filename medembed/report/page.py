@@ -36,6 +36,7 @@ from medembed.report.tables import make_table
 from medembed.results.ablations import count_left_out
 from medembed.results.alignment import TestSet, align_runs
 from medembed.results.comparison import ComparisonOptions, compare_aligned, open_runs
+from medembed.results.comparison_schema import ComparisonResult
 from medembed.results.methods import DISCLAIMER
 from medembed.results.runs import Run, RunLike
 from medembed.results.significance import describe_margins, find_non_inferior
@@ -213,7 +214,7 @@ def find_other_manifest(runs: Sequence[Run], test_set: TestSet, extras: PageExtr
 
 def write_page(
     runs: Sequence[Run],
-    compared: tuple[dict[str, Any], TestSet],
+    compared: tuple[ComparisonResult, TestSet],
     out: Path,
     asked: ComparisonOptions,
     extras: PageExtras,
@@ -276,7 +277,7 @@ def write_page(
 
 
 def _test_margin(
-    result: dict[str, Any], test_set: TestSet, asked: ComparisonOptions
+    result: ComparisonResult, test_set: TestSet, asked: ComparisonOptions
 ) -> Sequence[str]:
     if asked.margin is None:
         return ()
@@ -287,7 +288,7 @@ def _test_margin(
 class _Page:
     """All that the page shows; its template is `page.html.j2`."""
 
-    result: dict[str, Any]
+    result: ComparisonResult
     headline: Headline
     left_out: tuple[int, bool]
     margins: Sequence[str]
@@ -338,7 +339,7 @@ def make_environment() -> Environment:
     )
 
 
-def _tabulate(result: dict[str, Any]) -> dict[str, Any]:
+def _tabulate(result: ComparisonResult) -> dict[str, Any]:
     """Return the tables, by the names that the template has for them."""
     return {
         "leaderboard": tables.tabulate_heads(result),
@@ -357,10 +358,10 @@ def _show(value: Any) -> Any:
     """Return text from data escaped for HTML, with bidirectional controls made visible."""
     if type(value) is not str:
         return value
-    return Markup(to_html(value))  # nosec B704 # escaped there
+    return Markup(to_html(value))
 
 
-def _command(result: dict[str, Any], asked: ComparisonOptions, *, has_manifest: bool) -> str:
+def _command(result: ComparisonResult, asked: ComparisonOptions, *, has_manifest: bool) -> str:
     """Return a command that makes a page of these runs."""
     names = [run["name"] for run in result["runs"]]
     words = ["medembed", "report", *names, "-o", "report", "--level", result["level"]]
@@ -374,7 +375,7 @@ def _command(result: dict[str, Any], asked: ComparisonOptions, *, has_manifest: 
 
 
 def _facts(
-    result: dict[str, Any], left_out: tuple[int, bool], *, is_elsewhere: bool
+    result: ComparisonResult, left_out: tuple[int, bool], *, is_elsewhere: bool
 ) -> dict[str, str]:
     test = result["test"]
     plural = "studies" if result["level"] == "study" else "images"

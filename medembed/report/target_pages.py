@@ -4,7 +4,7 @@ import datetime as dt
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from medembed import __version__
 from medembed.core.errors import RunError
@@ -19,6 +19,7 @@ from medembed.report.page import (
 from medembed.report.tables import Table, format_interval
 from medembed.report.target_tables import tabulate_means, tabulate_targets
 from medembed.results.comparison import ComparisonOptions
+from medembed.results.comparison_schema import TargetsComparison
 from medembed.results.methods import DISCLAIMER
 from medembed.results.target_comparison import compare_each, summarise_targets
 from medembed.results.targets import TargetRuns
@@ -111,7 +112,7 @@ def _tabs(names: Sequence[str], current: str | None = None) -> list[Tab]:
     return [every, *(Tab(name, f"{up}{name}/{PAGE}", name == current) for name in names)]
 
 
-def _summarise(result: dict[str, Any]) -> str:
+def _summarise(result: TargetsComparison) -> str:
     best = next(row for row in result["macro"] if not row["baseline"])
     n = len(best["targets"])
     return (

@@ -14,6 +14,7 @@ from medembed.report.tables import (
     render_table,
     table_width,
 )
+from medembed.results.comparison_schema import ComparisonResult, Score, TargetsComparison
 from medembed.results.target_comparison import MEANS
 
 __all__ = [
@@ -29,7 +30,7 @@ MEAN = "mean"
 """The last row: means over targets."""
 
 
-def render_targets(result: dict[str, Any], table_format: str = "table", width: int = 80) -> str:
+def render_targets(result: TargetsComparison, table_format: str = "table", width: int = 80) -> str:
     """Return a comparison by target as text: AUROCs side by side, then each target's table.
 
     Parameters
@@ -50,7 +51,7 @@ def render_targets(result: dict[str, Any], table_format: str = "table", width: i
     return "\n\n".join(render_table(own, table_format, width).rstrip() for own in tables)
 
 
-def write_target_tables(result: dict[str, Any], directory: Path) -> list[Path]:
+def write_target_tables(result: TargetsComparison, directory: Path) -> list[Path]:
     """Write the tables of every target below its name, and ``targets`` as .csv and .tex.
 
     Raises
@@ -75,13 +76,13 @@ def write_target_tables(result: dict[str, Any], directory: Path) -> list[Path]:
     return written
 
 
-def tabulate_targets(result: dict[str, Any]) -> Table:
+def tabulate_targets(result: TargetsComparison) -> Table:
     """Return the AUROC of every head by target, with means over targets in the last row."""
     heads = [row["head"] for row in result["macro"] if not row["baseline"]]
     return _tabulate(result, heads)
 
 
-def tabulate_means(result: dict[str, Any]) -> Table:
+def tabulate_means(result: TargetsComparison) -> Table:
     """Return the means over targets of every head and score."""
     shown = {"auroc": "AUROC [95 %]", "average_precision": "AP", "macro_f1": "Macro-F1"}
     shown |= {"sensitivity": "Sens.", "specificity": "Spec.", "brier": "Brier"}
@@ -93,13 +94,13 @@ def tabulate_means(result: dict[str, Any]) -> Table:
     return Table("Means over targets", ["Head", "Targets", *shown.values()], 1, [rows])
 
 
-def tabulate_target(name: str, result: dict[str, Any]) -> Table:
+def tabulate_target(name: str, result: ComparisonResult) -> Table:
     """Return the table of one target's heads, without notes."""
     table = make_table(result)
     return Table(f"{name}: {table.title.lower()}", table.columns, table.n_names, table.sections)
 
 
-def _side_by_side(result: dict[str, Any], width: int | None) -> list[Table]:
+def _side_by_side(result: TargetsComparison, width: int | None) -> list[Table]:
     """Return `tabulate_targets`, in as many tables as its heads need at this width."""
     heads = [row["head"] for row in result["macro"] if not row["baseline"]]
     whole = _tabulate(result, heads)
@@ -118,7 +119,7 @@ def _side_by_side(result: dict[str, Any], width: int | None) -> list[Table]:
     ]
 
 
-def _tabulate(result: dict[str, Any], heads: list[str]) -> Table:
+def _tabulate(result: TargetsComparison, heads: list[str]) -> Table:
     plural = "studies" if result["level"] == "study" else "images"
     rows = []
     for name, own in result["targets"].items():
@@ -132,16 +133,17 @@ def _tabulate(result: dict[str, Any], heads: list[str]) -> Table:
     return Table(title, ["Target", "n (pos.)", *heads], 1, [rows, [last]], result["notes"])
 
 
-def _csv(result: dict[str, Any]) -> str:
-    ends = ("value", "low", "high")
+def _csv(result: TargetsComparison) -> str:
     names = [f"{name}{end}" for name in MEANS for end in ("", "_low", "_high")]
     lines: list[list[Any]] = [["target", "n", "n_abnormal", "head", *names]]
     for name, own in result["targets"].items():
         sizes = [own["test"]["n"], own["test"]["n_abnormal"]]
-        for row in own["rows"]:
-            numbers = [row["scores"][score][end] for score in MEANS for end in ends]
-            lines.append([name, *sizes, row["head"], *numbers])
-    for row in result["macro"]:
-        numbers = [row["scores"][score][end] for score in MEANS for end in ends]
-        lines.append([MEAN, None, None, row["head"], *numbers])
+        lines += [[name, *sizes, row["head"], *_numbers(row["scores"])] for row in own["rows"]]
+    for mean in result["macro"]:
+        lines.append([MEAN, None, None, mean["head"], *_numbers(mean["scores"])])
     return to_csv(lines).rstrip("\n")
+
+
+def _numbers(scores: dict[str, Score]) -> list[float | None]:
+    found = [scores[name] for name in MEANS]
+    return [number for own in found for number in (own["value"], own["low"], own["high"])]

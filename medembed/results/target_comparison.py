@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from math import nan
-from typing import Any
 
 import numpy as np
 
@@ -12,6 +11,11 @@ from medembed.evaluation.intervals import Interval, holm, plain
 from medembed.evaluation.scores import SCORES
 from medembed.results.alignment import TestSet
 from medembed.results.comparison import ComparisonOptions, compare_opened
+from medembed.results.comparison_schema import (
+    ComparisonResult,
+    TargetMeans,
+    TargetsComparison,
+)
 from medembed.results.significance import versus_best
 from medembed.results.targets import TargetRuns
 
@@ -19,11 +23,11 @@ __all__ = ["MEANS", "Compared", "compare_each", "compare_targets", "summarise_ta
 
 MEANS = tuple(name for name in SCORES if name != "ece")
 """The scores with a mean over targets."""
-Compared = dict[str, tuple[dict[str, Any], TestSet]]
+Compared = dict[str, tuple[ComparisonResult, TestSet]]
 """Of each target what `compare_opened` returns."""
 
 
-def compare_targets(runs: TargetRuns, options: ComparisonOptions) -> dict[str, Any]:
+def compare_targets(runs: TargetRuns, options: ComparisonOptions) -> TargetsComparison:
     """Compare the heads within each target of a sweep.
 
     Parameters
@@ -70,7 +74,7 @@ def compare_each(runs: TargetRuns, options: ComparisonOptions) -> Compared:
     return found
 
 
-def summarise_targets(runs: TargetRuns, found: Compared) -> dict[str, Any]:
+def summarise_targets(runs: TargetRuns, found: Compared) -> TargetsComparison:
     """Return the document of `compare_targets` for the comparisons of its targets."""
     results = {name: result for name, (result, _) in found.items()}
     p = [pair["p"] for result in results.values() for pair in result["paired"]]
@@ -85,7 +89,7 @@ def summarise_targets(runs: TargetRuns, found: Compared) -> dict[str, Any]:
     }
 
 
-def _correct(results: Mapping[str, dict[str, Any]]) -> None:
+def _correct(results: Mapping[str, ComparisonResult]) -> None:
     """Let Holm's correction run over the paired tests of all targets."""
     pairs = [pair for result in results.values() for pair in result["paired"]]
     p = [nan if pair["p"] is None else pair["p"] for pair in pairs]
@@ -98,7 +102,7 @@ def _correct(results: Mapping[str, dict[str, Any]]) -> None:
             row["versus_best"] = versus_best(of_best.get(row["head"]))
 
 
-def _average(test_sets: Mapping[str, TestSet]) -> list[dict[str, Any]]:
+def _average(test_sets: Mapping[str, TestSet]) -> list[TargetMeans]:
     n_patients = 1 + max(int(own.patients.max()) for own in test_sets.values())
     heads: dict[str, dict[str, dict[str, Estimate]]] = {}
     baselines = set()
@@ -115,15 +119,19 @@ def _average(test_sets: Mapping[str, TestSet]) -> list[dict[str, Any]]:
             heads.setdefault(contender.head, {})[target] = scores
             baselines |= {contender.head} if contender.is_baseline else set()
     rows = [
-        {"head": head, "baseline": head in baselines, **_average_head(by_target, list(test_sets))}
+        _average_head(head, by_target, list(test_sets), is_baseline=head in baselines)
         for head, by_target in heads.items()
     ]
     return sorted(rows, key=_by_auroc)
 
 
 def _average_head(
-    by_target: Mapping[str, Mapping[str, Estimate]], targets: list[str]
-) -> dict[str, Any]:
+    head: str,
+    by_target: Mapping[str, Mapping[str, Estimate]],
+    targets: list[str],
+    *,
+    is_baseline: bool,
+) -> TargetMeans:
     used = [name for name, own in by_target.items() if np.isfinite(own["auroc"].value)]
     scores = {
         score: mean_estimate([by_target[name][score] for name in used], used).interval()
@@ -132,10 +140,16 @@ def _average_head(
         for score in MEANS
     }
     left_out = [name for name in targets if name not in used]
-    return {"targets": used, "left_out": left_out, "scores": plain(scores)}
+    return {
+        "head": head,
+        "baseline": is_baseline,
+        "targets": used,
+        "left_out": left_out,
+        "scores": plain(scores),
+    }
 
 
-def _by_auroc(row: Mapping[str, Any]) -> float:
+def _by_auroc(row: TargetMeans) -> float:
     value = row["scores"]["auroc"]["value"]
     return float("inf") if value is None else -float(value)
 

@@ -21,7 +21,8 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save, save_file
 
 from medembed.autoencoder import checkpoint, images, train_autoencoder, training
 from medembed.cache.embeddings import load_embeddings
@@ -301,7 +302,7 @@ def test_the_best_epoch_is_kept_and_not_the_last(
     after = []
     while not one.is_over:
         one.run_epoch(lambda _: None)
-        after.append(one.state()[0]["model.encoder.code.weight"])
+        after.append(one.tensors()["model.encoder.code.weight"])
     assert (len(after), one.best_epoch) == (3, 2)
     kept = one.best["encoder.code.weight"]
     assert [torch.equal(kept, weight) for weight in after] == [False, True, False]
@@ -783,6 +784,35 @@ def test_a_state_that_is_damaged_or_of_other_images_is_begun_anew(
     interrupt(manifest, tmp_path, out, 2)  # one image less
     (tmp_path / "lost").rename(lost)
     train_autoencoder(manifest, root, out, **QUICK)
+    assert weights(out) == weights(quick)
+
+
+@pytest.mark.parametrize(
+    "notes",
+    ["[]", "{}", '{"epochs": 3, "n_steps": 1, "images": "", "asked": {}}',
+     '{"epochs": [{"loss": "low", "held_out_loss": 0.5}], "n_steps": 1, "images": "", "asked": {}}',
+     '{"epochs": [], "n_steps": -1, "images": "", "asked": {}}',
+     '{"epochs": [], "n_steps": 1, "images": "", "asked": [], "more": 1}'],
+)  # fmt: skip
+def test_a_state_that_no_training_saves_counts_as_none(notes: str, tmp_path: Path) -> None:
+    work = checkpoint.CheckpointDir(tmp_path / "out", {"seed": 1})
+    with work.locked():
+        work.save({"model.weight": torch.zeros(2)}, epochs=[], n_steps=0, images="0")
+        assert work.load() is not None
+        state = work.path / "state.safetensors"
+        state.write_bytes(save({"model.weight": torch.zeros(2)}, {"notes": notes}))
+        assert work.load() is None
+
+
+def test_tensors_of_another_training_are_not_resumed(
+    home: Path, manifest: Manifest, quick: Path, tmp_path: Path
+) -> None:
+    out, state = tmp_path / "out", tmp_path / "out.partial" / "state.safetensors"
+    interrupt(manifest, home, out, 2)
+    with safe_open(state, "pt") as file:
+        notes = file.metadata()["notes"]
+    state.write_bytes(save({"model.weight": torch.zeros(2)}, {"notes": notes}))
+    train_autoencoder(manifest, home / "images", out, **QUICK)
     assert weights(out) == weights(quick)
 
 

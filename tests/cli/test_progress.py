@@ -10,6 +10,7 @@ import subprocess
 import sys
 import termios
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -89,6 +90,7 @@ class Screen:
         return max(reversed(self.frames), key=len)
 
 
+@cache  # the start of a process is most of what these tests cost
 def run_on_terminal(
     program: str, *arguments: str, width: int = 80, **environment: str
 ) -> tuple[str, str]:
@@ -136,8 +138,9 @@ def test_a_terminal_shows_a_line_per_head_above_the_bar() -> None:
     assert re.match(r"Training [━╸]+ +240/1,200 fits, \d+\.\d/s, \d\d:\d\d left$", bar)
 
 
-@pytest.mark.parametrize("width", [80, 40, 20])
-@pytest.mark.parametrize("metric", ["auroc", "average_precision"])
+@pytest.mark.parametrize(
+    ("width", "metric"), [(80, "auroc"), (40, "average_precision"), (20, "average_precision")]
+)
 def test_no_line_is_wider_than_the_terminal(width: int, metric: str) -> None:
     screen = watch_sweep(metric=metric, width=width)
     assert not screen.wrapped

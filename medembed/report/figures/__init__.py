@@ -6,7 +6,6 @@ times, or for heads of a single depth.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -21,6 +20,7 @@ from medembed.report.figures.roc_pr import plot_precision_recall, plot_roc
 from medembed.report.figures.subgroups import plot_regions, plot_views
 from medembed.report.figures.trends import plot_depths, plot_efficiency
 from medembed.results.alignment import TestSet
+from medembed.results.comparison_schema import ComparisonResult
 
 __all__ = [
     "FIGURES",
@@ -42,11 +42,11 @@ __all__ = [
 ]
 
 
-_OF_ROWS: dict[str, Callable[[dict[str, Any], TestSet], Plot | None]] = {
+_OF_ROWS: dict[str, Callable[[ComparisonResult, TestSet], Plot | None]] = {
     "roc": plot_roc,
     "precision_recall": plot_precision_recall,
 }
-_OF_RESULT: dict[str, Callable[[dict[str, Any]], Plot | None]] = {
+_OF_RESULT: dict[str, Callable[[ComparisonResult], Plot | None]] = {
     "cost": plot_cost,
     "regions": plot_regions,
     "views": plot_views,
@@ -63,7 +63,7 @@ FIGURES = (*_OF_ROWS, *_OF_RESULT)
 
 
 def plot_all(
-    result: dict[str, Any],
+    result: ComparisonResult,
     test_set: TestSet,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Plot]:
@@ -92,7 +92,7 @@ def plot_all(
     return [plot for plot in plots if plot is not None]
 
 
-def draw_figure(name: str, result: dict[str, Any], test_set: TestSet) -> Figure | None:
+def draw_figure(name: str, result: ComparisonResult, test_set: TestSet) -> Figure | None:
     """Return the figure of that name, one of `FIGURES`, or None if it has nothing to show."""
     with drawing_only():
         plot = _OF_ROWS[name](result, test_set) if name in _OF_ROWS else _OF_RESULT[name](result)

@@ -5,7 +5,7 @@ Equal input gives equal bytes: matplotlib's own fonts, a fixed salt for SVG ids,
 
 import io
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -195,7 +195,7 @@ def add_points(
     theme: Theme,
     i: int,
     places: Sequence[float],
-    scores: Sequence[dict[str, Any]],
+    scores: Sequence[Mapping[str, Any]],
     *,
     horizontal: bool = False,
 ) -> Any:
@@ -219,7 +219,7 @@ def add_points(
     return axes.plot(*xy, color=colour, marker=MARKERS[i], ms=5, ls="none")[0]
 
 
-def scale_scores(axes: Any, scores: Sequence[dict[str, Any]]) -> None:
+def scale_scores(axes: Any, scores: Sequence[Mapping[str, Any]]) -> None:
     """Scale the vertical axis to all scores and intervals, with a margin and round numbers."""
     ends = [score.get(name) for score in scores for name in ("value", "low", "high")]
     found = [end for end in ends if end is not None]
