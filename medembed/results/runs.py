@@ -413,7 +413,7 @@ def refuse_foreign(path: Path) -> None:
         if names := _name_target_runs(path):
             raise RunError(
                 f"{path} holds a run for each target: {', '.join(names)}. Choose another --out, or "
-                f"repeat --target."
+                "repeat --target."
             )
         raise RunError(f"{path} is not empty and not a run. Choose another --out.")
 
