@@ -16,6 +16,7 @@ from medembed.heads.packaging import ModelDocument
 from medembed.results.embedding_map import MapInfo
 from medembed.results.model_card import CardDocument
 from medembed.results.run_schema import RunInfo, ScoresInfo, TrialRecord
+from medembed.results.targets import TargetsFile
 from medembed.sweeps.search_space import space_entry
 from tools.embedding_formats import (
     AutoencoderConfig,
@@ -32,6 +33,7 @@ FORMATS: dict[str, tuple[str, Any]] = {
     "run": ("run.json of a run", RunInfo),
     "scores": ("scores.json of a run", ScoresInfo),
     "trial": ("A line of trials.jsonl of a run", TrialRecord),
+    "targets": ("targets.json of a sweep of targets", TargetsFile),
     "build": ("MANIFEST.build.json, what the build of a manifest found", BuildFile),
     "relabelling": ("MANIFEST.relabelling.json, every change of a label", Relabelling),
     "map": ("Value of `medembed` in the metadata of map.parquet of a run", MapInfo),

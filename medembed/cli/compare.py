@@ -17,10 +17,11 @@ from medembed.cli.options import (
     seed_option,
     table_columns,
 )
-from medembed.results.comparison_schema import ComparisonResult
+from medembed.results.comparison_schema import ComparisonResult, TargetsComparison
 
-__all__ = ["compare_command", "read_given", "show_comparison"]
+__all__ = ["compare_command", "read_given", "show_comparison", "show_targets"]
 
+BY_TARGET = "target"
 PIPED_COLUMNS = 120  # width of a table that goes to a file or another program
 
 
@@ -31,6 +32,7 @@ PIPED_COLUMNS = 120  # width of a table that goes to a file or another program
     examples=[
         "medembed compare runs/sweep",
         "medembed compare runs/sweep runs/depths --by age:0-18-65-120 --manifest mura.csv",
+        "medembed compare runs/wrist --by target",
     ],
 )
 @click.argument("runs", metavar="RUN…", type=PATH, nargs=-1, required=True)
@@ -38,7 +40,8 @@ PIPED_COLUMNS = 120  # width of a table that goes to a file or another program
 @click.option(
     "--by",
     metavar="COLUMN[:BANDS]",
-    help="Show scores by region, by number of views (views) or, with --manifest, by a column: "
+    help="Show scores by region, by number of views (views), by target of a sweep of several "
+    "(target) or, with --manifest, by a column: "
     "age:0-5-10-18 has the bands [0, 5), [5, 10) and [10, 18]. Values outside the bands, empty "
     "fields and studies whose images differ form groups of their own.",
 )
@@ -89,6 +92,20 @@ def compare_command(
     as_json: bool,
 ) -> None:
     """Compare the heads of one or more runs, with intervals and paired tests."""
+    if by == BY_TARGET and manifest_path is None:
+        if len(runs) > 1 or margin is not None:
+            raise click.UsageError("--by target takes one directory of targets, and no --margin.")
+        _compare_targets(
+            runs[0],
+            table_format,
+            tables,
+            as_json,
+            level=level,
+            seed=seed,
+            operating_points=operating_points,
+            prevalence=prevalence,
+        )
+        return
     if manifest_path is None and by not in (None, "region", "views"):
         raise click.UsageError(f"--by {by} requires --manifest, which holds that column.")
     if manifest_path is None and retrieval_path is not None:
@@ -122,6 +139,39 @@ def compare_command(
     else:
         _show(result, by, table_format)
         suggest("report", *runs, "-o", "report")
+
+
+def _compare_targets(
+    path: Path, table_format: str, tables: Path | None, as_json: bool, **asked: Any
+) -> None:
+    from medembed.results.comparison import ComparisonOptions
+    from medembed.results.target_comparison import compare_targets
+    from medembed.results.targets import open_targets
+
+    result = compare_targets(open_targets(path), ComparisonOptions(**asked))
+    if tables is not None:
+        from medembed.report.target_tables import write_target_tables
+
+        write_target_tables(result, tables)
+    if as_json:
+        print_json(result)
+    else:
+        _show_targets(result, table_format)
+        suggest("report", path, "-o", "report")
+
+
+def show_targets(runs: Any, **shown: Any) -> None:
+    """Print the tables of a sweep's targets, an opened `TargetRuns`, side by side."""
+    from medembed.results.comparison import ComparisonOptions
+    from medembed.results.target_comparison import compare_targets
+
+    _show_targets(compare_targets(runs, ComparisonOptions(**shown)), "table")
+
+
+def _show_targets(result: TargetsComparison, table_format: str) -> None:
+    from medembed.report.target_tables import render_targets
+
+    click.echo(render_targets(result, table_format, table_columns(PIPED_COLUMNS)))
 
 
 def show_comparison(

@@ -8,7 +8,14 @@ from typing import Any, Literal
 
 from medembed.cli.similarity_documents import MapDocument, Similar
 from medembed.core.schema import AnyTable, ClosedRecord, Count, Digest, Field, Given, Record
-from medembed.results.comparison_schema import ComparedHead, ComparisonResult, Counts, Pair, Score
+from medembed.results.comparison_schema import (
+    ComparedHead,
+    ComparisonResult,
+    Counts,
+    Pair,
+    Score,
+    TargetsComparison,
+)
 from medembed.results.run_schema import LeaderboardEntry
 
 __all__ = [
@@ -47,6 +54,8 @@ __all__ = [
     "RunDocument",
     "SpecDocument",
     "SplitCount",
+    "SweptTargets",
+    "TargetCount",
 ]
 
 
@@ -77,6 +86,14 @@ class ExcludedImage(ClosedRecord):
     reason: str
 
 
+class TargetCount(ClosedRecord):
+    """Images by the answer of a target."""
+
+    positive: Count
+    negative: Count
+    unknown: Count
+
+
 class ManifestBuild(ClosedRecord):
     """`medembed manifest build --json`."""
 
@@ -86,6 +103,8 @@ class ManifestBuild(ClosedRecord):
     abnormal: Count
     abnormal_studies: Count
     unlabelled: Count
+    targets: Given[dict[str, TargetCount]] = None
+    """Of a recipe with [targets]."""
     splits: list[SplitCount]
     excluded: list[ExcludedImage]
     warnings: list[str]
@@ -319,6 +338,14 @@ class RunDocument(ClosedRecord):
     leaderboard: list[LeaderboardEntry]
 
 
+class SweptTargets(ClosedRecord):
+    """`medembed sweep --target … --json`."""
+
+    runs: dict[str, RunDocument]
+    not_estimable: dict[str, str]
+    """The other targets, each with the reason."""
+
+
 class Demo(ClosedRecord):
     """`medembed demo --json`."""
 
@@ -386,6 +413,8 @@ class Report(ClosedRecord):
     figures: list[str]
     checklist: Given[list[Checklist]] = None
     """With --checklist."""
+    targets: Given[dict[str, str]] = None
+    """Of a sweep of targets: the page of each."""
 
 
 class PlanDocument(ClosedRecord):
@@ -433,7 +462,7 @@ DOCUMENTS: dict[str, Any] = {
     "cache-export": CacheExport,
     "cache-info": CacheInfo,
     "cache-verify": CacheVerify,
-    "compare": ComparisonResult,
+    "compare": ComparisonResult | TargetsComparison,
     "completion": Completion,
     "demo": Demo,
     "doctor": Doctor,
@@ -452,6 +481,6 @@ DOCUMENTS: dict[str, Any] = {
     "report": Report,
     "run": dict[str, str],
     "similar": Similar,
-    "sweep": RunDocument,
+    "sweep": RunDocument | SweptTargets,
 }
 """By command, with a hyphen for a blank: its document's model."""

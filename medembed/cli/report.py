@@ -61,6 +61,7 @@ def _check_formats(context: click.Context, option: click.Parameter, value: str |
         "medembed report runs/sweep -o report",
         "medembed report runs/sweep -o report --manifest mura.csv --image-root MURA-v1.1",
         "medembed report runs/sweep -o paper --figures png,pdf",
+        "medembed report runs/wrist -o report",
     ],
 )
 @click.argument("runs", metavar="RUN…", type=PATH, nargs=-1, required=True)
@@ -119,10 +120,23 @@ def report_command(
         raise click.UsageError("--names requires --manifest and --image-root.")
     hush_matplotlib()
     from medembed.report.page import write_report
+    from medembed.results.comparison import ComparisonOptions
+    from medembed.results.targets import holds_targets
 
     manifest, find_thumbnails = read_given(manifest_path), None
     if image_root is not None:
         find_thumbnails = _thumbnail_finder(manifest, image_root, names)
+    if any(map(holds_targets, runs)):
+        if len(runs) > 1 or margin is not None or checklists:
+            raise click.UsageError(
+                "A directory of targets stands alone, without --margin and --checklist; name a "
+                f"target's run, such as {runs[0]}/NAME, for these."
+            )
+        asked = ComparisonOptions(
+            level=level, seed=seed, operating_points=operating_points, prevalence=prevalence
+        )
+        _report_targets(runs[0], output, asked, manifest, find_thumbnails, formats or (), as_json)
+        return
     with showing_progress("Drawing", "figures") as progress:
         written = write_report(
             list(runs),
@@ -149,6 +163,37 @@ def report_command(
         print_json(written)
     else:
         suggest("predict", runs[0], "IMAGE")
+
+
+def _report_targets(
+    path: Path,
+    output: Path,
+    asked: Any,
+    manifest: Any,
+    find_thumbnails: Any,
+    formats: str | tuple[()],
+    as_json: bool,
+) -> None:
+    """Write a page for each target of a sweep, and the overview that links them."""
+    from medembed.report.page import PageExtras, read_formats
+    from medembed.report.target_pages import write_target_report
+    from medembed.results.targets import open_targets
+
+    command = write_command(click.get_current_context())
+    with showing_progress("Drawing", "figures") as progress:
+        extras = PageExtras(
+            manifest,
+            find_thumbnails,
+            command,
+            progress=progress,
+            formats=read_formats(formats),
+        )
+        written = write_target_report(open_targets(path), output, asked, extras)
+    say(f"Page: {written['page']}")
+    if as_json:
+        print_json(written)
+    else:
+        suggest("predict", path / next(iter(written["targets"])), "IMAGE")
 
 
 def _thumbnail_finder(manifest: Any, image_root: Path, names: bool) -> Any:

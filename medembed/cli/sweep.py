@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from medembed.cli.commands import Command
-from medembed.cli.compare import show_comparison
+from medembed.cli.compare import show_comparison, show_targets
 from medembed.cli.console import print_json, say, suggest
 from medembed.cli.options import (
     MANY,
@@ -46,16 +46,32 @@ class _Backend(click.Choice[str]):
         "medembed sweep cache mura.csv -o runs/sweep",
         "medembed sweep cache mura.csv -o runs/pools --pool mean,max,mean+max --covariates region",
         "medembed sweep layers mura.csv -o runs/layers --pool mean@all --heads logistic",
+        "medembed sweep cache grazpedwri.csv -o runs/wrist --target fracture,metal,cast",
     ],
     sections={
-        "What is tried": ["heads", "pool", "space", "configs", "covariates", "train-fraction"],
+        "What is tried": [
+            "target",
+            "heads",
+            "pool",
+            "space",
+            "configs",
+            "covariates",
+            "train-fraction",
+        ],
         "How it is judged": ["folds", "metric", "operating-point"],
         "Speed": ["jobs", "backend"],
     },
 )
 @click.argument("cache_path", metavar="CACHE", type=PATH)
 @click.argument("manifest_path", metavar="MANIFEST", type=PATH)
-@output_option("The run directory to write.")
+@output_option("The run directory to write; with --target it holds a run for each target.")
+@click.option(
+    "--target",
+    "targets",
+    callback=split_names,
+    help="Targets to train on, such as fracture,metal: columns target_NAME of the manifest, or "
+    "label. Each gets a run of its own, RUN/NAME, with the same folds.",
+)
 @click.option(
     "--heads",
     callback=split_names,
@@ -106,6 +122,7 @@ def sweep_command(
     cache_path: Path,
     manifest_path: Path,
     out: Path,
+    targets: tuple[str, ...] | None,
     heads: tuple[str, ...],
     pool: tuple[str, ...] | None,
     space: Path | None,
@@ -127,6 +144,23 @@ def sweep_command(
     """
     from medembed.sweeps.worker_pool import start_early
 
+    options: dict[str, Any] = {
+        "heads": heads,
+        "pool": pool,
+        "space": space,
+        "n_configs": n_configs,
+        "n_folds": n_folds,
+        "metric": metric,
+        "covariates": covariates or (),
+        "train_fraction": train_fraction,
+        "operating_points": operating_points,
+        "seed": seed,
+        "jobs": jobs,
+        "backend": "loky" if backend == "local" else backend,
+    }
+    if targets:
+        _sweep_targets(cache_path, manifest_path, out, targets, as_json, options)
+        return
     with ExitStack() as stack:
         if backend == "local":
             stack.enter_context(start_early(jobs, n_folds))
@@ -134,23 +168,7 @@ def sweep_command(
 
         progress = stack.enter_context(showing_leaderboard("Training", "fits", metric))
         run = sweeps.sweep(
-            cache_path,
-            manifest_path,
-            out,
-            heads=heads,
-            pool=pool,
-            space=space,
-            n_configs=n_configs,
-            n_folds=n_folds,
-            metric=metric,
-            covariates=covariates or (),
-            train_fraction=train_fraction,
-            operating_points=operating_points,
-            seed=seed,
-            jobs=jobs,
-            backend="loky" if backend == "local" else backend,
-            progress=progress,
-            board=progress.board,
+            cache_path, manifest_path, out, **options, progress=progress, board=progress.board
         )
     if as_json:
         print_json(run.as_dict())
@@ -161,3 +179,29 @@ def sweep_command(
         for series in run.info.get("layers") or ():
             say(describe_layers(series))
         suggest("report", out, "-o", "report")
+
+
+def _sweep_targets(
+    cache_path: Path,
+    manifest_path: Path,
+    out: Path,
+    targets: tuple[str, ...],
+    as_json: bool,
+    options: dict[str, Any],
+) -> None:
+    """Sweep each target into a run of its own, and print their tables side by side."""
+    from medembed.sweeps.targets import prepare_targets
+
+    prepared = prepare_targets(cache_path, manifest_path, out, targets, **options)
+    runs = prepared.runs
+    for name, reason in runs.not_estimable.items():
+        say(f"Target {name} is not estimable: {reason}")
+    for name in runs.names:
+        label = f"Training {name}"
+        with showing_leaderboard(label, "fits", options["metric"]) as progress:
+            prepared.sweep(name, progress=progress, board=progress.board)
+    if as_json:
+        print_json(runs.as_dict())
+        return
+    show_targets(runs, operating_points=options["operating_points"])
+    suggest("report", out, "-o", "report")

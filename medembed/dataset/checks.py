@@ -22,6 +22,7 @@ from medembed.dataset.identities import (
     find_persons,
     key_texts,
 )
+from medembed.dataset.targets import VALUES, is_target, name_problem, target_column
 
 __all__ = [
     "CONTENTS",
@@ -70,7 +71,7 @@ def find_table_problems(table: pd.DataFrame, label_level: str) -> list[str]:
         problems.append(f"column label_level says {label_level!r}; it must be study or image")
     every = (
         *(_paths, _duplicates, _hashes, _values, _empties),
-        *(_studies, _patients, _persons, _ids, _bytes),
+        *(_studies, _patients, _persons, _ids, _bytes, _targets),
     )
     return problems + _find(table, REQUIRED, every, label_level)
 
@@ -251,6 +252,22 @@ def _bytes(table: _Columns, _: str) -> Iterator[Kind]:
     yield _conflicts(table, "sha256", "label", template, known)
 
 
+def _targets(table: _Columns, label_level: str) -> Iterator[Kind]:
+    """Hold every column `target_NAME` to the rules of the label."""
+    for column in filter(is_target, map(str, table.table.columns)):
+        wrong = name_problem(column.removeprefix(target_column("")))
+        if wrong:
+            yield 1, [f"column {column!r}: {wrong}; rename it"]
+        yield _others(table[column], VALUES, "is neither 0, 1 nor empty, as a target's values are")
+        known = (table[column] != "").to_numpy(bool)
+        if label_level == "study":
+            several = f"study {{!r}} has more than one value of {column}: {{}}"
+            yield _conflicts(table, "study", column, several, known)
+        known = known & (table["sha256"] != "").to_numpy(bool)
+        several = f"the same bytes have more than one value of {column}: {{1}}"
+        yield _conflicts(table, "sha256", column, several, known)
+
+
 def _conflicts(
     table: _Columns, key: str, value: str, template: str, where: np.ndarray | None = None
 ) -> Kind:
@@ -339,7 +356,8 @@ def find_warnings(rows: pd.DataFrame) -> list[str]:
     rows : pandas.DataFrame
         Rows of a manifest, with a RangeIndex; all columns but `label` hold strings.
     """
-    covariates = [str(name) for name in rows if name not in (*REQUIRED, IDS)]
+    others = (str(name) for name in rows if name not in (*REQUIRED, IDS))
+    covariates = [name for name in others if not is_target(name)]
     found = _warn_of_words(rows, "patient", is_missing_patient)
     found += _warn_of_words(rows, "study", is_missing_word)
     found += _warn_of_words(rows, "region", is_missing_word)

@@ -13,7 +13,12 @@ import pandas as pd
 
 from medembed.core.errors import ManifestError
 from medembed.core.text import normalise
-from medembed.dataset.covariates import MAX_CATEGORIES, NOT_COVARIATES, to_number
+from medembed.dataset.covariates import (
+    MAX_CATEGORIES,
+    NOT_COVARIATES,
+    is_covariate,
+    to_number,
+)
 from medembed.dataset.identities import name_persons
 
 __all__ = [
@@ -162,7 +167,7 @@ def find_groupings(rows: pd.DataFrame) -> tuple[list[Grouping], dict[str, str]]:
     """
     found, left_out = [], {}
     for column in rows.columns:
-        if column in NOT_COVARIATES or column == "region":
+        if not is_covariate(column) or column == "region":
             continue
         texts = rows[column].astype(str).map(normalise)
         numbers = {text: to_number(text) for text in texts.unique() if text}

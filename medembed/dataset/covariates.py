@@ -17,6 +17,7 @@ import pandas as pd
 from medembed.core.errors import TrainingDataError
 from medembed.core.text import normalise
 from medembed.dataset.identities import IDS
+from medembed.dataset.targets import is_target
 
 __all__ = [
     "LARGEST",
@@ -26,6 +27,7 @@ __all__ = [
     "CovariateEncoder",
     "NumericColumn",
     "fit_covariates",
+    "is_covariate",
     "to_number",
 ]
 
@@ -146,6 +148,11 @@ class CovariateEncoder:
         return {"columns": [column.as_dict() for column in self.columns]}
 
 
+def is_covariate(column: str) -> bool:
+    """Return whether a manifest's column is a covariate: not one of its own, and no target."""
+    return column not in NOT_COVARIATES and not is_target(column)
+
+
 def fit_covariates(rows: pd.DataFrame, names: Sequence[str]) -> CovariateEncoder:
     """Return an encoder with the medians and categories of covariates.
 
@@ -196,8 +203,13 @@ def _fit(name: str, texts: list[str]) -> NumericColumn | CategoricalColumn:
 
 
 def _check_names(names: Sequence[str], there: list[str]) -> None:
-    covariates = [name for name in there if name not in NOT_COVARIATES]
+    covariates = [name for name in there if is_covariate(name)]
     for i, name in enumerate(names):
+        if is_target(name):
+            raise TrainingDataError(
+                f"{name} is a target, not a covariate: it may give the label away. Leave it out of "
+                "--covariates."
+            )
         if name in NOT_COVARIATES:
             raise TrainingDataError(
                 f"{name} is not a covariate: {', '.join(NOT_COVARIATES)} say which image a row is "

@@ -1,9 +1,9 @@
 """The manifest: one row per image, the lock file of a dataset.
 
-A CSV (or Parquet) file with the columns of `REQUIRED`, then covariates, then `label_level`, sorted
-by `image`. Equal rows always give equal bytes. `checks` holds the rules of a manifest. All text but
-`image` and `sha256` is normalised by `text.normalise`. If a recipe says so, there is a column
-`ids`, the last before `label_level`; see `identities`.
+A CSV (or Parquet) file with the columns of `REQUIRED`, then covariates and targets, then
+`label_level`, sorted by `image`. Equal rows always give equal bytes. `checks` holds the rules of a
+manifest. All text but `image` and `sha256` is normalised by `text.normalise`. If a recipe says so,
+there is a column `ids`, the last before `label_level`; see `identities`.
 """
 
 import hashlib
@@ -33,6 +33,7 @@ from medembed.dataset.tables import (
     read_parquet_table,
     read_text_table,
 )
+from medembed.dataset.targets import is_target, list_targets
 from medembed.images.hashing import hash_files, hash_or_explain
 
 __all__ = [
@@ -62,9 +63,10 @@ class Manifest(Summarised):
     Attributes
     ----------
     rows : pandas.DataFrame
-        The columns of `REQUIRED`, then covariates; one row per image, sorted by `image`, with a
-        RangeIndex. Every column holds strings except `label`: Int8, 0 normal, 1 abnormal, `<NA>`
-        unknown. `sha256` is empty throughout if the manifest was built from tables only.
+        The columns of `REQUIRED`, then covariates and targets (`target_NAME`, see `targets`); one
+        row per image, sorted by `image`, with a RangeIndex. Every column holds strings except
+        `label`: Int8, 0 normal, 1 abnormal, `<NA>` unknown. `sha256` is empty throughout if the
+        manifest was built from tables only.
     label_level : str
         "study": all views of a study share its label. "image": views may differ, and a study is
         abnormal if any view is.
@@ -91,7 +93,9 @@ class Manifest(Summarised):
         n, rows = count(self), self.rows
         images, studies = counted(n["images"], "image"), counted(n["studies"], "study")
         abnormal = f"{counted(n['abnormal'], 'image')}, {counted(n['abnormal_studies'], 'study')}"
-        covariates = [name for name in rows.columns if name not in (*REQUIRED, IDS)]
+        others = [name for name in rows.columns if name not in (*REQUIRED, IDS)]
+        covariates = [name for name in others if not is_target(name)]
+        _, *targets = list_targets(rows.columns)
         return Summary(
             f"Manifest: {images}, {studies}, {counted(n['patients'], 'patient')}",
             {
@@ -99,6 +103,7 @@ class Manifest(Summarised):
                 "regions": count_values(rows["region"].value_counts().to_dict()),
                 "labels": f"by {self.label_level}; abnormal {abnormal}; "
                 f"unlabelled {counted(n['unlabelled'], 'image')}",
+                **({"targets": ", ".join(targets)} if targets else {}),
                 "covariates": ", ".join(covariates) or "none",
                 "sha256": "known" if self.has_hashes else "not known: built from tables only",
             },

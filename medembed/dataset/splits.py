@@ -25,9 +25,12 @@ from medembed.core.errors import RecipeError, TrainingDataError
 from medembed.dataset.identities import name_persons
 
 __all__ = [
+    "TrainFolds",
     "draw_folds",
     "draw_fraction",
     "draw_inner",
+    "draw_target_folds",
+    "draw_train_folds",
     "fold_train_rows",
     "join_same_bytes",
     "name_runs",
@@ -295,6 +298,101 @@ def fold_train_rows(
     folds = np.asarray(draw_folds(labelled, n_folds=n_folds, seed=seed), np.int64)
     chosen = draw_fraction(labelled, folds, fraction=fraction, seed=seed)
     return pd.Series(folds[chosen], index=labelled["image"].to_numpy()[chosen])
+
+
+@dataclass(frozen=True)
+class TrainFolds:
+    """The folds of a manifest's training rows, by the images' names.
+
+    Attributes
+    ----------
+    fold : Series of int64
+        The fold of each row.
+    inner : DataFrame of bool, a column per fold
+        Whether the row stops and chooses the trials that leave this fold out, see `draw_inner`.
+    """
+
+    fold: "pd.Series[Any]"
+    inner: pd.DataFrame
+
+
+def draw_train_folds(
+    rows: pd.DataFrame, *, n_folds: int, fraction: float = 1.0, seed: int = 0
+) -> TrainFolds:
+    """Draw the folds of all labelled train rows of a manifest, and their inner parts.
+
+    Parameters and errors are those of `fold_train_rows` and `draw_inner`.
+    """
+    fold = fold_train_rows(rows, n_folds=n_folds, fraction=fraction, seed=seed)
+    known = rows.set_index("image", drop=False).loc[fold.index]
+    inner = draw_inner(known, fold.to_numpy(), seed=seed)
+    return TrainFolds(fold, pd.DataFrame(inner.T, fold.index))
+
+
+def draw_target_folds(
+    rows: pd.DataFrame, *, n_folds: int, fraction: float = 1.0, seed: int = 0
+) -> TrainFolds:
+    """Draw the folds that all targets of a manifest share: those of all train rows.
+
+    Rows with a label have the folds of `draw_train_folds`, so that a sweep of `label` is the same
+    with other targets and without. Their patients' other rows follow. Patients without a label,
+    or all if the label allows no folds, are divided by region.
+
+    Parameters
+    ----------
+    rows : pandas.DataFrame
+        All rows of the manifest.
+    n_folds, fraction, seed
+        See `fold_train_rows`.
+
+    Raises
+    ------
+    TrainingDataError
+        There are no train rows, or the fraction is out of range.
+    """
+    train = rows[rows["split"] == "train"].reset_index(drop=True)
+    if train.empty:
+        raise TrainingDataError("the manifest has no train rows. Give some rows the split train.")
+    persons, is_labelled = name_persons(train), train["label"].notna()
+    try:
+        drawn = [draw_train_folds(rows, n_folds=n_folds, fraction=fraction, seed=seed)]
+    except TrainingDataError:  # its sweep, if one is asked for, says why
+        drawn, is_labelled = [], is_labelled & False
+    is_rest = ~persons.isin(persons[is_labelled])
+    if is_rest.any():
+        drawn.append(_divide_unlabelled(_unlabel(train[is_rest]), n_folds, fraction, seed))
+    fold = pd.concat([own.fold for own in drawn])
+    inner = pd.concat([own.inner for own in drawn])
+    person_of = pd.Series(persons.to_numpy(), index=train["image"])
+    first = ~person_of[fold.index].duplicated().to_numpy()
+    by_person = pd.Series(fold.index[first], index=person_of[fold.index[first]].to_numpy())
+    example = person_of.map(by_person).dropna()  # an image of the same person that has a fold
+    return TrainFolds(
+        pd.Series(fold.loc[example].to_numpy(), index=example.index),
+        pd.DataFrame(inner.loc[example].to_numpy(), index=example.index),
+    )
+
+
+def _unlabel(rows: pd.DataFrame) -> pd.DataFrame:
+    return rows.assign(label=pd.array([pd.NA] * len(rows), dtype="Int8"))
+
+
+def _divide_unlabelled(rows: pd.DataFrame, n_folds: int, fraction: float, seed: int) -> TrainFolds:
+    """Draw folds and inner parts of patients without a label, balanced by region."""
+    persons, patients = name_persons(rows), _patients(rows)
+    fold_of = _divide(patients, np.full(n_folds, 1 / n_folds), f"{seed}|unlabelled")
+    fold = persons.map(fold_of).to_numpy(dtype=np.int64)
+    chosen = draw_fraction(rows, fold, fraction=fraction, seed=seed)
+    inner = np.zeros((n_folds, len(rows)), bool)
+    shares = np.array([1 - 1 / n_folds, 1 / n_folds])
+    for number, flags in enumerate(inner):
+        others = [patient for patient in patients if fold_of[patient.name] != number]
+        part = _divide(others, shares, f"{seed}|unlabelled|inner|{number}")
+        flags[:] = persons.map(part).to_numpy() == 1
+    images = rows["image"].to_numpy()[chosen]
+    return TrainFolds(
+        pd.Series(fold[chosen], index=images), pd.DataFrame(inner.T[chosen], index=images)
+    )
 
 
 def require_both_classes(y: NDArray[Any], where: str) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from medembed.core.errors import ModelError, RunError
+from medembed.dataset.targets import LABEL
 from medembed.finetuning.network import Start
 from medembed.heads.mlp import MLPHead
 from medembed.heads.packaging import load_model
@@ -75,6 +76,11 @@ def read_swept_head(run: Run, spec: Mapping[str, Any], manifest: str) -> HeadIni
         The packaged head is damaged.
     """
     run.require_complete()
+    if (target := run.info["asked"].get("target", LABEL)) != LABEL:
+        raise RunError(
+            f"run at {run.path} was swept on the target {target}, and fine-tuning trains on the "
+            "manifest's label. Name a run of the label, or leave out --from-run for a fresh head."
+        )
     board = run.info.get("leaderboard", [])
     suitable = [name for name in known_heads() if head_class(name).trains_with_encoder]
     names = [e["head"] for e in board if e["head"] in suitable and e.get("cv") is not None]

@@ -10,7 +10,7 @@ import os
 import shlex
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from medembed.core.text import counted
 from medembed.dataset.build_file import read_build
 from medembed.dataset.identities import name_persons
 from medembed.dataset.manifest import Manifest, read_manifest
+from medembed.dataset.targets import LABEL, check_targets, select_target
 from medembed.evaluation.calibration import Calibration
 from medembed.evaluation.clinical_utility import check_prevalence
 from medembed.evaluation.thresholds import ThresholdRule, parse_rules
@@ -147,6 +148,8 @@ def evaluate(
         manifest, a covariate is missing, or recalibration would leave no patient to be scored.
     MissingRowsError
         Rows are neither embedded nor listed as failed; the message names the command to run.
+    ManifestError
+        The model predicts a target that the manifest lacks.
     RunError
         `out` holds a different evaluation or is not a run.
     """
@@ -160,8 +163,11 @@ def evaluate(
     check_spec(card, opened.spec, f"those in the cache at {opened.path}")
     read = read_manifest(manifest)
     given = read if isinstance(manifest, Manifest) else manifest
+    [target] = check_targets([card.target or LABEL], read.rows.columns)
     embeddings = load_embeddings(opened, given, pool=card.pooling, split=split, cells=True)
-    rows = read.rows if split is None else read.rows[read.rows["split"] == split]
+    embeddings = replace(embeddings, rows=select_target(embeddings.rows, target))
+    rows = select_target(read.rows, target)
+    rows = rows if split is None else rows[rows["split"] == split]
     known = (path, loaded, card, embeddings, rows)
     asked = _Asked(*known, recalibrate, seed, n_resamples, points, share)
     _refuse_trained(asked, read.rows, split)
@@ -209,6 +215,7 @@ def _question(asked: _Asked, manifest: Manifest, split: str | None) -> dict[str,
         # older runs do not record these
         **({"operating_points": [rule.name for rule in asked.points]} if asked.points else {}),
         **({} if asked.prevalence is None else {"prevalence": asked.prevalence}),
+        **({} if asked.card.target is None else {"target": asked.card.target}),
     }
 
 

@@ -23,6 +23,7 @@ from medembed.prediction.inputs import Requests, request_images, request_manifes
 from medembed.prediction.rows import Draw, PredictionJob, predict_rows
 from medembed.results.model_card import Card, read_card
 from medembed.results.runs import Run, open_run
+from medembed.results.targets import holds_targets
 
 if TYPE_CHECKING:
     import numpy as np
@@ -323,5 +324,5 @@ def find_model(model: Model | Predictor | Run | str | os.PathLike[str]) -> Path:
             )
         return model.path
     path = as_path(model, "a model", "a Model, a Run or a Predictor")
-    is_run = (path / "run.json").is_file() and not (path / "model.json").exists()
-    return find_model(open_run(path)) if is_run else path
+    has_runs = (path / "run.json").is_file() or holds_targets(path)
+    return find_model(open_run(path)) if has_runs and not (path / "model.json").exists() else path

@@ -29,7 +29,7 @@ from medembed.results.runs import RunLike
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["TABLES", "Comparison", "Plots", "compare", "write_tables"]
+__all__ = ["TABLES", "Comparison", "Plots", "compare", "make_directory", "write_tables"]
 
 TABLES: dict[str, str | None] = {"heads": None, "regions": "region"}
 """Names of the tables, and the grouping of each."""
@@ -59,10 +59,7 @@ def write_tables(result: ComparisonResult, directory: str | Path) -> list[Path]:
     RunError
         `directory` is a file.
     """
-    directory = Path(directory)
-    if directory.exists() and not directory.is_dir():
-        raise RunError(f"{directory} is a file. Choose a directory for the tables.")
-    directory.mkdir(parents=True, exist_ok=True)
+    directory = make_directory(Path(directory))
     written = []
     for name, by in TABLES.items():
         for table_format, ending in _ENDINGS.items():
@@ -79,6 +76,14 @@ def write_tables(result: ComparisonResult, directory: str | Path) -> list[Path]:
         write_atomically(directory / "retrieval.csv", retrieval_csv(result).encode())
         written.append(directory / "retrieval.csv")
     return written + (write_group_tables(result, directory) if "groups" in result else [])
+
+
+def make_directory(path: Path) -> Path:
+    """Return a directory for tables, created if missing; raise RunError if it is a file."""
+    if path.exists() and not path.is_dir():
+        raise RunError(f"{path} is a file. Choose a directory for the tables.")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 ABOUT = ("run", "head", "baseline", "pooling", "cv", "train_fraction", "depth", "seed", "threshold")

@@ -44,7 +44,16 @@ from medembed.results.runs import Run, RunLike
 from medembed.results.significance import describe_margins, find_non_inferior
 from medembed.results.subgroups import explain_other_manifest
 
-__all__ = ["WrittenReport", "write_report"]
+__all__ = [
+    "PageExtras",
+    "Tab",
+    "WrittenReport",
+    "find_other_manifest",
+    "make_environment",
+    "read_formats",
+    "write_page",
+    "write_report",
+]
 
 METHOD_NOTES = (
     "A study's probability is the mean of its views' probabilities.",
@@ -61,6 +70,25 @@ METHOD_NOTES = (
     "Which method an interval or a test takes was chosen by simulation: bench/RESULTS.md.",
     "A score that its rows cannot give, such as AUROC of one class, is marked not estimable or –.",
 )
+
+
+@dataclass(frozen=True)
+class Tab:
+    """A link between the pages of a sweep's targets.
+
+    Attributes
+    ----------
+    name : str
+        The target.
+    href : str
+        The page, from the one that shows the link.
+    is_open : bool
+        Whether it is this page.
+    """
+
+    name: str
+    href: str
+    is_open: bool = False
 
 
 class WrittenReport(TypedDict):
@@ -140,7 +168,7 @@ def write_report(
     out = as_path(out, "the directory of the page")
     if out.exists() and not out.is_dir():
         raise RunError(f"{out} is a file. Choose a directory for the page.")
-    formats = _read_formats(figures)
+    formats = read_formats(figures)
     asked = ComparisonOptions(
         level=level,
         n_resamples=n_resamples,
@@ -153,46 +181,109 @@ def write_report(
     known = None if manifest is None else read_manifest(manifest)
     external = find_external(opened)  # damage is reported before seconds are spent on figures
     test_set = align_runs(opened, level, parse_rules(operating_points))
-    other = None if known is None else explain_other_manifest(opened, test_set, known)
-    if other is not None and find_thumbnails is None:
-        raise RunError(other)
+    extras = PageExtras(
+        known, find_thumbnails, command, checklists, date, progress, formats=formats
+    )
+    other = find_other_manifest(opened, test_set, extras)
     result = compare_aligned(
         opened, test_set, n_resamples=n_resamples, seed=seed, prevalence=prevalence
     )
+    return write_page(opened, (result, test_set), out, asked, extras, other, external)
+
+
+@dataclass(frozen=True)
+class PageExtras:
+    """What a page shows besides a comparison; see `write_report`."""
+
+    manifest: Manifest | None = None
+    find_thumbnails: FindThumbnails | None = None
+    command: str | None = None
+    checklists: Sequence[str] = ()
+    date: dt.date | None = None
+    progress: Callable[[int, int], None] | None = None
+    tabs: Sequence[Tab] = ()
+    formats: tuple[str, ...] = ()
+    """Formats of figures besides SVG and CSV, see `read_formats`."""
+
+
+def find_other_manifest(runs: Sequence[Run], test_set: TestSet, extras: PageExtras) -> str | None:
+    """Return why columns of the manifest cannot be shown, or None; see `write_report`.
+
+    Raises
+    ------
+    RunError
+        A run was made from another manifest, and there are no thumbnails.
+    """
+    if extras.manifest is None:
+        return None
+    other = explain_other_manifest(runs, test_set, extras.manifest)
+    if other is not None and extras.find_thumbnails is None:
+        raise RunError(other)
+    return other
+
+
+def write_page(
+    runs: Sequence[Run],
+    compared: tuple[ComparisonResult, TestSet],
+    out: Path,
+    asked: ComparisonOptions,
+    extras: PageExtras,
+    other: str | None = None,
+    external: Sequence[ExternalSection] = (),
+) -> WrittenReport:
+    """Write the page of a comparison, its figures and checklists; see `write_report`.
+
+    Parameters
+    ----------
+    runs : sequence of Run
+    compared : tuple of dict and TestSet
+        What `comparison.compare_opened` returned for these runs.
+    out : Path
+        The directory of the page.
+    asked : ComparisonOptions
+    extras : PageExtras
+    other : str, optional
+        Why columns of the manifest are not shown, see `find_other_manifest`.
+    external : sequence of ExternalSection
+        What the page shows of evaluations.
+    """
+    result, test_set = compared
     names = [about["name"] for about in result["runs"]]
-    elsewhere = read_evaluations(opened, names)
+    elsewhere = read_evaluations(runs, names)
+    known, find_thumbnails, formats = extras.manifest, extras.find_thumbnails, extras.formats
     columns = None if known is None or other else tabulate_columns(result, test_set, known)
     if find_thumbnails is not None and columns and not (columns.sections or columns.notes):
         columns = None  # nobody asked for them
     plots = [
-        *plot_all(result, test_set, progress, formats),
-        *_plot_map(opened, names),
+        *plot_all(result, test_set, extras.progress, formats),
+        *_plot_map(runs, names),
     ]
     page = _Page(
         result=result,
         headline=write_headline(result, elsewhere),
-        left_out=count_left_out(opened),
+        left_out=count_left_out(runs),
         margins=_test_margin(result, test_set, asked),
         columns=columns,
         other_manifest=other,
         plots=plots,
         formats=formats,
         gallery=show_mistakes(find_mistakes(result, test_set), find_thumbnails),
-        external=external,
+        external=list(external),
         runs=[
             describe_run(run, about["name"], about["left_out_of"])
-            for run, about in zip(opened, result["runs"], strict=True)
+            for run, about in zip(runs, result["runs"], strict=True)
         ],
-        command=command or _command(result, asked, formats, has_manifest=known is not None),
-        date=date or dt.datetime.now(dt.UTC).date(),
+        command=extras.command or _command(result, asked, formats, has_manifest=known is not None),
+        date=extras.date or dt.datetime.now(dt.UTC).date(),
+        tabs=extras.tabs,
     ).render()
     figures_path = out / "figures"
     figures_path.mkdir(parents=True, exist_ok=True)
     written = [path for plot in plots for path in _write_plot(plot, figures_path, formats)]
     write_atomically(out / "index.html", page.encode())
     _remove_old(figures_path, written)
-    study = Study(dict(zip(names, opened, strict=True)), result, elsewhere)
-    filled = write_checklists(checklists, study, out)
+    study = Study(dict(zip(names, runs, strict=True)), result, elsewhere)
+    filled = write_checklists(extras.checklists, study, out)
     paths = WrittenReport(page=str(out / "index.html"), figures=[str(path) for path in written])
     if filled:
         paths["checklist"] = filled
@@ -230,15 +321,10 @@ class _Page:
     runs: list[RunSection]
     command: str
     date: dt.date
+    tabs: Sequence[Tab] = ()
 
     def render(self) -> str:
-        environment = Environment(
-            loader=PackageLoader("medembed", "report/templates"),
-            autoescape=True,
-            undefined=StrictUndefined,
-            trim_blocks=True,
-            finalize=_show,
-        )
+        environment = make_environment()
         script = environment.get_template("page.js").render()
         digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
         trusted = Markup(script)  # nosec B704 # ours, and none of it comes from a run
@@ -262,6 +348,17 @@ class _Page:
             script=trusted,
             script_digest=digest,
         )
+
+
+def make_environment() -> Environment:
+    """Return the environment of the templates, in which text from data is escaped."""
+    return Environment(
+        loader=PackageLoader("medembed", "report/templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        finalize=_show,
+    )
 
 
 def _tabulate(result: ComparisonResult) -> dict[str, Any]:
@@ -346,7 +443,8 @@ def _svg_size(svg: bytes) -> tuple[int, int]:
     return (round(float(found[1])), round(float(found[2]))) if found else (0, 0)
 
 
-def _read_formats(given: str | Sequence[str]) -> tuple[str, ...]:
+def read_formats(given: str | Sequence[str]) -> tuple[str, ...]:
+    """Return the formats of figures besides SVG and CSV, or raise RunError if one is unknown."""
     formats = [name.strip() for name in given.split(",")] if isinstance(given, str) else given
     for name in formats:
         if name not in OPTIONAL_FORMATS:

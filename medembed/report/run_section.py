@@ -78,6 +78,7 @@ def _facts(info: Mapping[str, Any]) -> dict[str, str]:
     encoder, times = info.get("encoder", {}), info.get("times", {})
     versions = info.get("versions", {})
     return {
+        "Target": _text(asked.get("target")),
         "Encoder": _text(encoder.get("source")),
         "Revision": _text(encoder.get("revision")),
         "Encoder fingerprint": _text(encoder.get("fingerprint"))[:CODE_DIGITS],

@@ -53,6 +53,8 @@ __all__ = [
     "SeedSpread",
     "Series",
     "Spread",
+    "TargetMeans",
+    "TargetsComparison",
     "TrendPoint",
     "UsedCounts",
     "VersusBest",
@@ -598,3 +600,28 @@ class ComparisonResult(TypedDict):
     """With --margin."""
     retrieval: NotRequired[list[RetrievalDocument]]
     """With --retrieval."""
+
+
+@closed
+class TargetMeans(TypedDict):
+    """A head's mean scores over the targets that it has an AUROC of."""
+
+    head: str
+    baseline: bool
+    targets: list[str]
+    left_out: list[str]
+    scores: dict[str, Score]
+
+
+@closed
+class TargetsComparison(TypedDict):
+    """A comparison within each target of a sweep; see `target_comparison.compare_targets`."""
+
+    level: Literal["study", "image"]
+    targets: dict[str, ComparisonResult]
+    not_estimable: dict[str, str]
+    """The other targets, each with the reason."""
+    macro: list[TargetMeans]
+    n_tests: Count
+    """Tests that Holm's correction runs over, of all targets."""
+    notes: list[str]

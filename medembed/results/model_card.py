@@ -27,10 +27,10 @@ from medembed.core.schema import (
 from medembed.dataset.covariates import (
     LARGEST,
     MAX_CATEGORIES,
-    NOT_COVARIATES,
     CategoricalColumn,
     CovariateEncoder,
     NumericColumn,
+    is_covariate,
     to_number,
 )
 from medembed.evaluation.calibration import Calibration, CalibrationEntry
@@ -129,7 +129,7 @@ class TestScores(Record):
 
 
 def _check_name(name: str) -> str:
-    if name in NOT_COVARIATES:
+    if not is_covariate(name):
         raise ValueError(f"must be a covariate, not {name!r}")
     return name
 
@@ -239,6 +239,8 @@ class CardDocument(Record):
     cv: float | None = None
     cv_method: Word | None = None
     data: TrainingData | None = None
+    target: Given[Annotated[str, Field(pattern="^[a-z0-9_]+$")]] = None
+    """What abnormal means, of a sweep of targets."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -278,6 +280,8 @@ class Card:
         Codes of the training images, see `results.predictions.image_code`.
     document : dict
         The whole card.
+    target : str or None
+        The manifest's target that the model predicts; None for the label.
     """
 
     spec: dict[str, Any]
@@ -295,6 +299,7 @@ class Card:
     synthetic: bool
     training_images: frozenset[str]
     document: dict[str, Any]
+    target: str | None = None
 
     def point(self, asked: str | None = None) -> OperatingPoint:
         """Return an operating point: by default Youden's, or a packaged one, or a threshold.
@@ -361,6 +366,7 @@ def read_card(model: Model, path: str | Path) -> Card:
         synthetic=found.synthetic,
         training_images=frozenset(found.training_images),
         document=dict(model.card),
+        target=found.target,
     )
 
 

@@ -63,6 +63,7 @@ __all__ = [
     "RunLike",
     "create_run",
     "open_run",
+    "refuse_foreign",
     "utc_now",
 ]
 
@@ -342,6 +343,11 @@ def open_run(path: RunLike) -> Run:
             raise RunError(f"{path} is a file, and a run is a directory. Name another run.")
         raise PathNotFoundError(f"run {path} does not exist. `medembed sweep` makes one.")
     if not (path / "run.json").exists():
+        if names := _name_target_runs(path):
+            raise RunError(
+                f"{path} is not a run: it holds one for each target, {', '.join(names)}. Name one, "
+                f"such as {path / names[0]}."
+            )
         raise RunError(f"{path} is not a run: it has no run.json. `medembed sweep` makes one.")
     info = _read_json(path / "run.json")
     if info.get("format") != RUN_FORMAT:
@@ -385,7 +391,7 @@ def create_run(
                 "repeat the options of that run."
             )
         return run
-    _refuse_foreign(path)
+    refuse_foreign(path)
     path.mkdir(parents=True, exist_ok=True)
     info = {"format": RUN_FORMAT, "version": RUN_VERSION, "kind": "sweep", **(details or {})}
     run = Run(path, info)
@@ -398,12 +404,25 @@ def utc_now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _refuse_foreign(path: Path) -> None:
+def refuse_foreign(path: Path) -> None:
+    """Raise RunError unless a directory is absent or empty, so that a run can be made there."""
     if path.exists() and not path.is_dir():
         raise RunError(f"{path} is a file. Choose another --out.")
     # A crash between the directory and its run.json leaves at most a hidden partial file.
     if path.is_dir() and any(not entry.name.startswith(".") for entry in path.iterdir()):
+        if names := _name_target_runs(path):
+            raise RunError(
+                f"{path} holds a run for each target: {', '.join(names)}. Choose another --out, or "
+                "repeat --target."
+            )
         raise RunError(f"{path} is not empty and not a run. Choose another --out.")
+
+
+def _name_target_runs(path: Path) -> list[str]:
+    """Return the targets whose runs a directory holds; see `results.targets`."""
+    if not (path / "targets.json").is_file():
+        return []
+    return sorted(run.parent.name for run in path.glob("*/run.json")) or ["none yet"]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

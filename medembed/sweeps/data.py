@@ -1,7 +1,7 @@
 """The data and the plan of a sweep: rows, folds, covariates, trials and batches."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,20 +14,22 @@ from medembed.core.errors import TrainingDataError
 from medembed.core.files import json_digest
 from medembed.core.poolings import DEFAULT_POOLINGS, expand_blocks
 from medembed.core.system import library_versions
-from medembed.dataset.covariates import CovariateEncoder, fit_covariates
+from medembed.dataset.covariates import fit_covariates
 from medembed.dataset.manifest import Manifest
-from medembed.dataset.splits import draw_inner, fold_train_rows, require_both_classes
+from medembed.dataset.splits import TrainFolds, draw_train_folds, require_both_classes
+from medembed.dataset.targets import select_target
 from medembed.evaluation.thresholds import ThresholdRule
 from medembed.heads.batched_mlp import resolve_precision
 from medembed.heads.registry import head_class, make_head
 from medembed.results.run_schema import CV_METHOD
 from medembed.results.runs import RUN_VERSION
 from medembed.sweeps.search_space import HeadSpace
-from medembed.sweeps.training import Training
+from medembed.sweeps.training import Bases, Training
 
 __all__ = [
     "Batch",
     "PooledColumns",
+    "SharedRows",
     "SweepConfig",
     "SweepRows",
     "Trial",
@@ -191,71 +193,154 @@ class SweepConfig:
     train_fraction: float
     seed: int
     points: tuple[ThresholdRule, ...] = ()
+    target: str = ""
+    """The target to train on; "" for the label, in a sweep without targets."""
+
+    @property
+    def labelled_rows(self) -> pd.DataFrame:
+        """The manifest's rows, with the target as their label."""
+        rows = self.manifest.rows
+        return select_target(rows, self.target) if self.target else rows
 
 
-@dataclass
+class SharedRows:
+    """The embedded rows of a manifest and their folds, which are the same for all of its targets.
+
+    Only one pooling is in memory at a time.
+
+    Parameters
+    ----------
+    asked : SweepConfig
+    poolings : sequence of PooledColumns
+    draw : callable
+        `draw_train_folds`, or `draw_target_folds` for several targets.
+
+    Attributes
+    ----------
+    folds : int64 array of shape (n,)
+        The fold of every embedded row; -1 for rows outside training.
+    inner : bool array of shape (n_folds, n)
+        Whether the row is used, for each fold, to stop and choose trials, see `draw_inner`.
+    encoder : CovariateEncoder, optional
+    bases : dict
+        Scalings and components that a target's trials learnt, for those of the next.
+    """
+
+    def __init__(
+        self,
+        asked: SweepConfig,
+        poolings: Sequence[PooledColumns],
+        draw: Callable[..., TrainFolds] = draw_train_folds,
+    ) -> None:
+        rows = asked.manifest.rows
+        drawn = draw(rows, n_folds=asked.n_folds, fraction=asked.train_fraction, seed=asked.seed)
+        self.asked, self.encoder, self._is_verified = asked, None, False
+        embeddings = self._embed(poolings[0])
+        if asked.covariates:
+            trained = rows[rows["image"].isin(drawn.fold.index)]
+            self.encoder = fit_covariates(trained, asked.covariates)
+            self.encoder.transform(rows)  # an invalid covariate is reported before any training
+        images = embeddings.rows["image"]
+        self.folds = drawn.fold.reindex(images).fillna(-1).to_numpy(np.int64)
+        self.inner = drawn.inner.reindex(images, fill_value=False).to_numpy(bool).T.copy()
+        self.bases: Bases = {}
+        self._loaded: tuple[str, Embeddings, NDArray[Any]] | None = None
+        self._keep(poolings[0], embeddings)
+
+    def load(self, pooling: PooledColumns) -> tuple[Embeddings, NDArray[Any]]:
+        """Return a pooling's embeddings, and the columns that heads are trained on: (n, d)."""
+        if self._loaded is None or self._loaded[0] != pooling.name:
+            self._loaded = None  # one table at a time
+            self._keep(pooling, self._embed(pooling))
+        assert self._loaded is not None
+        return self._loaded[1:]
+
+    def _embed(self, pooling: PooledColumns) -> Embeddings:
+        """Read a pooling; the shards, which hold all of them, are hashed the first time only."""
+        found = load_embeddings(
+            self.asked.cache,
+            self.asked.manifest,
+            pool=pooling.name,
+            cells=pooling.n_cells > 1,
+            verify=not self._is_verified,
+        )
+        self._is_verified = True
+        return found
+
+    def _keep(self, pooling: PooledColumns, embeddings: Embeddings) -> None:
+        X = embeddings.X
+        if self.encoder is not None:
+            X = np.hstack([X, self.encoder.transform(embeddings.rows)])
+        self._loaded = (pooling.name, embeddings, X)
+
+
 class SweepRows:
-    """A sweep's rows, identical for all poolings; only one pooling is in memory at a time.
+    """A sweep's rows, with the target that it is asked for as their label.
+
+    Parameters
+    ----------
+    asked : SweepConfig
+    poolings : sequence of PooledColumns
+    rows : SharedRows, optional
+        Of a sweep of several targets; by default they are loaded.
 
     Attributes
     ----------
     row_folds : int64 array of shape (n,)
         The fold of every embedded row; -1 for rows that are not trained on.
-    row_inner : bool array of shape (n_folds, n)
-        Whether the row is used, for each fold, to stop and choose trials, see `draw_inner`.
     failed : DataFrame
         Rows left out, see `Embeddings.failed`.
     encoder : CovariateEncoder, optional
+
+    Raises
+    ------
+    TrainingDataError
+        Part of a fold has rows of one class, or there is nothing to test on.
     """
 
-    asked: SweepConfig
-    poolings: Sequence[PooledColumns]
-    row_folds: NDArray[np.int64] = field(init=False)
-    row_inner: NDArray[np.bool_] = field(init=False)
-    failed: pd.DataFrame = field(init=False)
-    encoder: CovariateEncoder | None = field(init=False, default=None)
-    _loaded: tuple[str, Embeddings, Training] | None = field(init=False, default=None)
-    _is_verified: bool = field(init=False, default=False)
+    def __init__(
+        self,
+        asked: SweepConfig,
+        poolings: Sequence[PooledColumns],
+        rows: SharedRows | None = None,
+    ) -> None:
+        self.asked, self.poolings = asked, poolings
+        self._common = rows or SharedRows(asked, poolings)
+        embeddings = self._label(self._common.load(poolings[0])[0])
+        self.row_folds = np.where(embeddings.y >= 0, self._common.folds, -1)
+        self.failed, self.encoder = embeddings.failed, self._common.encoder
+        self._sha256 = embeddings.rows["sha256"]
+        check = _check_target if asked.target else _check_rows
+        check(embeddings, self.row_folds, self._common.inner)
 
-    def __post_init__(self) -> None:
-        asked = self.asked
-        folds = fold_train_rows(
-            asked.manifest.rows,
-            n_folds=asked.n_folds,
-            fraction=asked.train_fraction,
-            seed=asked.seed,
-        )
-        known = asked.manifest.rows.set_index("image", drop=False).loc[folds.index]
-        inner = draw_inner(known, folds.to_numpy(), seed=asked.seed)
-        embeddings = self._embed(self.poolings[0])
-        if asked.covariates:
-            rows = asked.manifest.rows
-            trained = rows[rows["image"].isin(folds.index)]
-            self.encoder = fit_covariates(trained, asked.covariates)
-            self.encoder.transform(rows)  # an invalid covariate is reported before any training
-        self.row_folds = folds.reindex(embeddings.rows["image"]).fillna(-1).to_numpy(np.int64)
-        by_image = pd.DataFrame(inner.T, folds.index).reindex(
-            embeddings.rows["image"], fill_value=False
-        )
-        self.row_inner = by_image.to_numpy(bool).T.copy()
-        self.failed = embeddings.failed
-        _check_rows(embeddings, self.row_folds, self.row_inner)
-        self._keep(self.poolings[0], embeddings)
+    @property
+    def bases(self) -> Bases | None:
+        """Where scalings and components are kept for other targets; None without any."""
+        return self._common.bases if self.asked.target else None
 
     def load(self, name: str) -> tuple[Embeddings, Training]:
         """Return embeddings and training rows of a pooling, cached only for the last pooling."""
-        if self._loaded is None or self._loaded[0] != name:
-            self._loaded = None  # one table at a time
-            pooling = next(pooling for pooling in self.poolings if pooling.name == name)
-            self._keep(pooling, self._embed(pooling))
-        assert self._loaded is not None
-        return self._loaded[1:]
+        pooling = next(pooling for pooling in self.poolings if pooling.name == name)
+        found, X = self._common.load(pooling)
+        embeddings = self._label(found)
+        training = Training(
+            X=X,
+            y=embeddings.y,
+            folds=self.row_folds,
+            inner=self._common.inner,
+            studies=pd.factorize(embeddings.studies, sort=True)[0],
+            n_cells=pooling.n_cells,
+            n_covariates=X.shape[1] - embeddings.X.shape[1],
+            metric=self.asked.metric,
+            seed=self.asked.seed,
+            scaled_folds=self._common.folds,
+        )
+        return embeddings, training
 
     def shared(self) -> dict[str, Any]:
         """Return everything that affects the results of all trials."""
         asked = self.asked
-        assert self._loaded is not None
-        rows, trained = self._loaded[1].rows, self.row_folds >= 0
+        trained = self.row_folds >= 0
         return {
             "n_folds": asked.n_folds,
             "cv_method": CV_METHOD,
@@ -264,10 +349,11 @@ class SweepRows:
             "covariates": list(asked.covariates),
             "train_fraction": asked.train_fraction,
             "manifest": asked.manifest.digest(),
-            "embedded": json_digest(sorted(rows["sha256"])),
-            "trained": json_digest(sorted(rows["sha256"][trained])),
+            "embedded": json_digest(sorted(self._sha256)),
+            "trained": json_digest(sorted(self._sha256[trained])),
             "spec": asked.cache.spec.as_dict(),
             "versions": library_versions("sweep"),
+            **({"target": asked.target} if asked.target else {}),
         }
 
     def question(self, batches: Sequence[Batch]) -> dict[str, Any]:
@@ -291,35 +377,10 @@ class SweepRows:
     def _name_points(self) -> list[str]:
         return [rule.name for rule in self.asked.points]
 
-    def _embed(self, pooling: PooledColumns) -> Embeddings:
-        """Read a pooling; the shards, which hold all of them, are hashed the first time only."""
-        found = load_embeddings(
-            self.asked.cache,
-            self.asked.manifest,
-            pool=pooling.name,
-            cells=pooling.n_cells > 1,
-            verify=not self._is_verified,
-        )
-        self._is_verified = True
-        return found
-
-    def _keep(self, pooling: PooledColumns, embeddings: Embeddings) -> None:
-        X, n_covariates = embeddings.X, 0
-        if self.encoder is not None:
-            encoded = self.encoder.transform(embeddings.rows)
-            X, n_covariates = np.hstack([X, encoded]), encoded.shape[1]
-        training = Training(
-            X=X,
-            y=embeddings.y,
-            folds=self.row_folds,
-            inner=self.row_inner,
-            studies=pd.factorize(embeddings.studies, sort=True)[0],
-            n_cells=pooling.n_cells,
-            n_covariates=n_covariates,
-            metric=self.asked.metric,
-            seed=self.asked.seed,
-        )
-        self._loaded = (pooling.name, embeddings, training)
+    def _label(self, embeddings: Embeddings) -> Embeddings:
+        if not self.asked.target:
+            return embeddings
+        return replace(embeddings, rows=select_target(embeddings.rows, self.asked.target))
 
 
 def list_poolings(cache: Cache, pool: str | Sequence[str] | None) -> list[PooledColumns]:
@@ -350,3 +411,27 @@ def _check_rows(
         for part, flags in (("learnt from", ~judged), ("stopped by", judged)):
             where = f"the data {part} without fold {fold}, {left_out},"
             require_both_classes(embeddings.y[trained & ~held & flags], where)
+
+
+def _check_target(
+    embeddings: Embeddings, row_folds: NDArray[np.int64], row_inner: NDArray[np.bool_]
+) -> None:
+    """Refuse a target that cannot be estimated on these folds, in words of its answers."""
+    y, is_train = embeddings.y, row_folds >= 0
+    is_test = (embeddings.rows["split"] == "test").to_numpy() & (y >= 0)
+    if not is_test.any():
+        raise TrainingDataError("no embedded test image has an answer.")
+    parts = {"train": is_train}
+    parts |= {f"fold {fold}": row_folds == fold for fold in range(len(row_inner))}
+    for fold, judged in enumerate(row_inner):
+        others = is_train & (row_folds != fold)
+        parts[f"what is learnt from without fold {fold}"] = others & ~judged
+        parts[f"what stops training without fold {fold}"] = others & judged
+    for part, chosen in parts.items():
+        found = y[chosen]
+        lacking = [word for word, value in (("positive", 1), ("negative", 0)) if value not in found]
+        if lacking:
+            raise TrainingDataError(
+                f"{part} has no {' and no '.join(lacking)} image. Add patients, or ask for fewer "
+                "--folds."
+            )

@@ -10,6 +10,7 @@ that determines its result; repeating the sweep runs only the missing ones.
 import shlex
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from medembed.cache.store import Cache, open_cache
 from medembed.core.errors import TrainingDataError
 from medembed.core.ray_cluster import connected_to_ray
 from medembed.core.system import library_versions
-from medembed.dataset.build_file import read_build
+from medembed.dataset.build_file import KeptBuild, read_build
 from medembed.dataset.manifest import Manifest, read_manifest
 from medembed.evaluation.scores import SCORES
 from medembed.evaluation.thresholds import ThresholdRule, parse_rules
@@ -38,7 +39,7 @@ from medembed.sweeps.search_space import default_spaces, read_spaces
 from medembed.sweeps.selection import choose, standings
 from medembed.sweeps.worker_pool import BACKENDS, choose_jobs
 
-__all__ = ["sweep"]
+__all__ = ["Execution", "configure", "run_sweep", "sweep", "write_command"]
 
 
 def sweep(
@@ -131,9 +132,44 @@ def sweep(
     RunError
         `out` holds a different sweep or is not a run, or every head failed.
     """
+    asked = configure(
+        cache,
+        manifest,
+        heads=heads,
+        space=space,
+        n_configs=n_configs,
+        n_folds=n_folds,
+        metric=metric,
+        covariates=covariates,
+        train_fraction=train_fraction,
+        seed=seed,
+        operating_points=operating_points,
+    )
+    execution = Execution(jobs, backend)
+    data = SweepRows(asked, list_poolings(asked.cache, pool))
+    command = write_command(asked, cache=cache, manifest=manifest, out=out, pool=pool, space=space)
+    build = read_build(manifest, asked.manifest)
+    return run_sweep(data, out, command, build, execution, progress=progress, board=board)
+
+
+def configure(
+    cache: Cache | str | Path,
+    manifest: Manifest | str | Path,
+    *,
+    heads: str | Sequence[str] = ("logistic", "mlp", "lightgbm"),
+    space: str | Path | None = None,
+    n_configs: int | None = None,
+    n_folds: int = 5,
+    metric: str = "auroc",
+    covariates: Sequence[str] = (),
+    train_fraction: float = 1.0,
+    seed: int = 0,
+    operating_points: Sequence[str | ThresholdRule] = (),
+) -> SweepConfig:
+    """Return the options of `sweep`, checked, with cache and manifest open."""
     heads = heads.split(",") if isinstance(heads, str) else heads
-    _check_options(heads, n_configs, n_folds, metric, jobs, backend)
-    asked = SweepConfig(
+    _check_options(heads, n_configs, n_folds, metric)
+    return SweepConfig(
         cache=open_cache(cache),
         manifest=read_manifest(manifest),
         # always a linear baseline
@@ -147,39 +183,77 @@ def sweep(
         seed=seed,
         points=parse_rules(operating_points),
     )
-    data = SweepRows(asked, list_poolings(asked.cache, pool))
+
+
+@dataclass(frozen=True)
+class Execution:
+    """Where a sweep's processes run: their number and kind, see `sweep`."""
+
+    jobs: int | None = None
+    backend: str = "loky"
+
+    def __post_init__(self) -> None:
+        if self.jobs is not None and self.jobs < 1:
+            raise TrainingDataError(f"--jobs is {self.jobs}; at least 1 process trains.")
+        _check_known("backend", self.backend, BACKENDS)
+        if self.backend == "loky":
+            choose_jobs(self.jobs)
+
+
+def run_sweep(
+    data: SweepRows,
+    out: str | Path,
+    command: str,
+    build: KeptBuild | None,
+    execution: Execution,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    board: Callable[[Callable[[], list[dict[str, Any]]]], None] | None = None,
+) -> Run:
+    """Train, finish and return the run of a sweep's rows; see `sweep`.
+
+    Parameters
+    ----------
+    data : SweepRows
+    out : str or Path
+        The run directory.
+    command : str
+        The command that repeats the sweep.
+    build : KeptBuild, optional
+        What the manifest's build found.
+    execution : Execution
+    progress, board
+        See `sweep`.
+    """
+    asked = data.asked
     batches = plan_batches(
-        asked.heads, data.poolings, asked.spaces, n_configs, n_folds, data.shared()
+        asked.heads, data.poolings, asked.spaces, asked.n_configs, asked.n_folds, data.shared()
     )
+    rows = asked.labelled_rows
     details = {
-        "seed": seed,
+        "seed": asked.seed,
         "cv_method": CV_METHOD,
-        "command": _command(cache, manifest, out, pool, space, asked),
+        "command": command,
         "versions": library_versions("sweep"),
         "encoder": describe_source(
             asked.cache.recorded, asked.cache.spec.encoder, asked.cache.spec.preprocessing
         ),
-        "data": summarise_data(
-            asked.manifest.rows,
-            data.failed,
-            asked.manifest.label_level,
-            read_build(manifest, asked.manifest),
-        ),
-        "left_out": list_left_out(asked.manifest.rows, data.failed),
+        "data": summarise_data(rows, data.failed, asked.manifest.label_level, build),
+        "left_out": list_left_out(rows, data.failed),
     }
 
     def watch(ledger: Ledger) -> None:
         if progress is not None:
             progress(len(ledger.done), ledger.n_wanted)
         if board is not None:
-            board(lambda: standings(ledger, metric))
+            board(lambda: standings(ledger, asked.metric))
 
-    with _connected(backend):
+    with _connected(execution.backend):
         run = create_run(out, data.question(batches), details=details)
         with run.locked():
             if not run.is_complete:
                 ledger = Ledger(run, batches, watch)
-                _train(run, ledger, data, jobs, backend)
+                _train(run, ledger, data, execution.jobs, execution.backend)
             elif progress is not None:
                 progress(n_total := len(run.trial_records()), n_total)
             run.drop_folds()
@@ -193,41 +267,35 @@ def _train(run: Run, ledger: Ledger, data: SweepRows, jobs: int | None, backend:
     for pooling in data.poolings:
         own = [batch for batch in ledger.batches if batch.pooling == pooling.name]
         if any(ledger.lacks(batch, fold) for batch in own for fold in range(asked.n_folds)):
-            run_batches(ledger, own, data.load(pooling.name)[1], asked.n_folds, jobs, backend)
+            training = data.load(pooling.name)[1]
+            run_batches(ledger, own, training, asked.n_folds, jobs, backend, data.bases)
         if pooling.name in probes.wanted:  # while its rows are in memory
             probes.add(pooling.name, *data.load(pooling.name), jobs, backend)
     if probes.wanted:
         run.update_info(layers=probes.describe(asked.cache.recorded.get("blocks")))
     winners = [choose(ledger, head, asked.metric) for head in asked.heads]
-    extras = {"covariates": None if data.encoder is None else data.encoder.as_dict()}
+    extras = {
+        "covariates": None if data.encoder is None else data.encoder.as_dict(),
+        **({"target": asked.target} if asked.target else {}),
+    }
     finish(run, data.load, data.row_folds, winners, extras, asked.points, jobs, backend)
 
 
-def _check_options(
-    heads: Sequence[str],
-    n_configs: int | None,
-    n_folds: int,
-    metric: str,
-    jobs: int | None,
-    backend: str,
-) -> None:
+def _check_options(heads: Sequence[str], n_configs: int | None, n_folds: int, metric: str) -> None:
     if not heads:
         raise TrainingDataError("no head was given. Name at least one with --heads.")
     for head in heads:
         head_class(head)
     if n_configs is not None and n_configs < 1:
         raise TrainingDataError(f"--configs is {n_configs}; try at least 1 configuration per head.")
-    if jobs is not None and jobs < 1:
-        raise TrainingDataError(f"--jobs is {jobs}; at least 1 process trains.")
-    if backend == "loky":
-        choose_jobs(jobs)
     if n_folds < 2:
         raise TrainingDataError(f"--folds is {n_folds}; cross-validation needs at least 2 folds.")
-    for name, value, known in (("metric", metric, SCORES), ("backend", backend, BACKENDS)):
-        if value not in known:
-            raise TrainingDataError(
-                f"{name} {value!r} is unknown. Choose one of: {', '.join(known)}."
-            )
+    _check_known("metric", metric, SCORES)
+
+
+def _check_known(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise TrainingDataError(f"{name} {value!r} is unknown. Choose one of: {', '.join(known)}.")
 
 
 def _connected(backend: str) -> AbstractContextManager[Any]:
@@ -235,18 +303,21 @@ def _connected(backend: str) -> AbstractContextManager[Any]:
     return connected_to_ray("--backend ray") if backend == "ray" else nullcontext()
 
 
-def _command(
+def write_command(
+    asked: SweepConfig,
+    *,
     cache: Cache | str | Path,
     manifest: Manifest | str | Path,
     out: str | Path,
     pool: str | Sequence[str] | None,
     space: str | Path | None,
-    asked: SweepConfig,
+    targets: Sequence[str] = (),
 ) -> str:
-    """Return the command that repeats this sweep."""
+    """Return the command that repeats a sweep."""
     words = ["medembed", "sweep", public_name(cache.path if isinstance(cache, Cache) else cache)]
     words += ["MANIFEST" if isinstance(manifest, Manifest) else public_name(manifest)]
     words += ["--out", public_name(out), "--heads", ",".join(asked.heads)]
+    words += ["--target", ",".join(targets)] if targets else []
     words += ["--pool", pool if isinstance(pool, str) else ",".join(pool)] if pool else []
     words += ["--space", public_name(space)] if space else []
     words += ["--configs", str(asked.n_configs)] if asked.n_configs else []

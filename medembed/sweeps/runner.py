@@ -12,6 +12,7 @@ from medembed.results.run_schema import TrialRecord, is_final
 from medembed.results.runs import Run
 from medembed.sweeps.data import Batch, Trial
 from medembed.sweeps.training import (
+    Bases,
     FoldResult,
     Training,
     Unit,
@@ -110,15 +111,19 @@ def run_batches(
     n_folds: int,
     jobs: int | None,
     backend: str,
+    kept: Bases | None = None,
 ) -> None:
-    """Train the missing trials of batches that read the same columns."""
+    """Train the missing trials of batches that read the same columns.
+
+    Scalings and components are taken from `kept`, and kept there for the next target.
+    """
     waiting = [
         batch for batch in batches if any(ledger.lacks(batch, fold) for fold in range(n_folds))
     ]
     if not waiting:
         return
     with Pool(training, jobs, backend) as pool:
-        bases = _learn_bases(waiting, training, n_folds, pool)
+        bases = _learn_bases(waiting, training, n_folds, pool, {} if kept is None else kept)
         _run_flat([batch for batch in waiting if not batch.rungs], ledger, bases, pool)
         halving = [batch for batch in waiting if batch.rungs]
         size = max(1, -(-2 * pool.jobs // n_folds))  # enough for every process, twice
@@ -127,7 +132,7 @@ def run_batches(
 
 
 def _learn_bases(
-    batches: Sequence[Batch], training: Training, n_folds: int, pool: Pool
+    batches: Sequence[Batch], training: Training, n_folds: int, pool: Pool, kept: Bases
 ) -> list[Mapping[str, Basis]]:
     """Return, for each fold, the scalings and components that several heads use."""
     wanted: dict[str, int] = {}
@@ -138,12 +143,17 @@ def _learn_bases(
                 wanted[scaling] = max(pca, wanted.get(scaling, 0))
                 if not pca and head_class(trial.head).uses_span:
                     spans.add(scaling)
+    key = (batches[0].pooling, *sorted(wanted.items()), *sorted(spans))
+    if key in kept:
+        return kept[key]
     bases: list[Mapping[str, Basis]] = [{} for _ in range(n_folds)]
     if wanted:
         items = [(fold, wanted, sorted(spans)) for fold in range(n_folds)]
         for fold, basis in pool.run(learn_basis, items):
             # a process that died may die again during the trial, which then records the failure
             bases[fold] = {} if isinstance(basis, Died) else basis
+    if all(bases):
+        kept[key] = bases
     return bases
 
 

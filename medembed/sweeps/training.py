@@ -32,6 +32,7 @@ from medembed.heads.scaling import Basis, Projector
 from medembed.results.run_schema import describe_failure
 
 __all__ = [
+    "Bases",
     "FoldResult",
     "Training",
     "Unit",
@@ -64,6 +65,9 @@ class Training:
         Vectors per image, and the number of last columns of X that are covariates.
     metric, seed : str, int
         The score that configurations are chosen by, and the random seed; see `sweep`.
+    scaled_folds : int64 array of shape (n,), optional
+        The fold of each row that scalings and components are learnt from, -1 for others. Targets
+        share them, so that rows count whose answer one target lacks. By default `folds`.
     """
 
     X: NDArray[Any]
@@ -75,6 +79,7 @@ class Training:
     n_covariates: int
     metric: str
     seed: int
+    scaled_folds: NDArray[Any] | None = None
 
     def held(self, fold: int) -> NDArray[np.int64]:
         """Return the indices of the rows of one fold."""
@@ -90,7 +95,12 @@ class Training:
 
     def judging(self, fold: int) -> NDArray[np.int64]:
         """Return the indices of the rows of other folds that judge trials, of other patients."""
-        return np.flatnonzero(self.inner[fold])
+        return np.flatnonzero(self.inner[fold] & (self.folds >= 0))
+
+    def scaled(self, fold: int) -> NDArray[np.int64]:
+        """Return the indices of the rows from which a fold's trials learn their scaling."""
+        folds = self.folds if self.scaled_folds is None else self.scaled_folds
+        return np.flatnonzero((folds >= 0) & (folds != fold) & ~self.inner[fold])
 
 
 @dataclass(frozen=True)
@@ -115,6 +125,10 @@ class Unit:
     until: int | None = None
     nets: Sequence[Net] | None = None
     basis: Mapping[str, Basis] = field(default_factory=dict)
+
+
+Bases = dict[tuple[Any, ...], list[Mapping[str, Basis]]]
+"""For a pooling and its scalings, the result of `learn_basis` for each fold."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +192,7 @@ def learn_basis(
     `item` is the fold, a number of components for each scaling, and the scalings with a span.
     """
     fold, wanted, spans = item
-    projector = Projector(training.X, training.learnt(fold), n_covariates=training.n_covariates)
+    projector = Projector(training.X, training.scaled(fold), n_covariates=training.n_covariates)
     with one_thread():
         for scaling, pca in wanted.items():
             projector.learn(scaling, pca)

@@ -31,6 +31,7 @@ from medembed.dataset.recipes.schema import Groups, Recipe, parse_recipe
 from medembed.dataset.split_counts import SplitCount, count_splits, find_gaps, find_small_parts
 from medembed.dataset.splits import join_same_bytes, name_runs, split_patients
 from medembed.dataset.tables import normalise_column
+from medembed.dataset.targets import count_target, describe_targets, list_targets
 from medembed.images.hashing import hash_or_explain
 
 __all__ = [
@@ -147,8 +148,12 @@ class BuildReport(Summarised):
 
     def as_dict(self) -> dict[str, Any]:
         """Return the counts of `manifest.count` and everything but the rows, as JSON values."""
+        rows = self.manifest.rows
+        _, *targets = list_targets(rows.columns)
+        counted = {"targets": {name: count_target(rows, name) for name in targets}}
         return {
-            **count_rows(self.manifest.rows),
+            **count_rows(rows),
+            **(counted if targets else {}),
             "splits": [asdict(count) for count in self.splits],
             "excluded": [{"image": image, "reason": reason} for image, reason in self.excluded],
             "warnings": self.warnings,
@@ -259,7 +264,7 @@ def build_manifest(
     _refuse_warnings(recipe, strict, warnings)
     small = find_small_parts(manifest.rows, is_labelled=is_labelled)
     n_unlisted = 0 if structure_only else len(listing.files)
-    notices = [*listing.notices, *small]
+    notices = [*listing.notices, *small, *describe_targets(manifest.rows)]
     return BuildReport(manifest, sorted(excluded), warnings, notices, n_unlisted)
 
 

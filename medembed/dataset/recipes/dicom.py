@@ -188,11 +188,13 @@ def read_dicom_tree(recipe: Recipe, root: Path, key_file: Path | None = None) ->
     rows = every[~is_double].reset_index(drop=True)
     answers = join_labels(recipe, spec, rows, every[is_double], root)
     rows["label"], rows["split"] = answers.labels, answers.splits
+    rows = pd.concat([rows, answers.targets], axis=1)
     warnings = list(answers.warnings)
     if names.hide:  # otherwise the manifest shows them
         rows["patient"], joined = _join_spellings(recipe, rows, root)
         warnings += [*joined, *_doubt_identifiers(rows["identifier"])]
     wanted = ["image", "name", "patient", "study", "region", "label", "split", *COVARIATES]
+    wanted += map(str, answers.targets)
     return Listing(
         rows[wanted],
         pd.Series(data=True, index=rows.index),

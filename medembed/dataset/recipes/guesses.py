@@ -14,6 +14,7 @@ import pandas as pd
 from medembed.dataset.checks import REQUIRED, is_missing_word
 from medembed.dataset.covariates import MAX_CATEGORIES, to_number
 from medembed.dataset.identities import IDS
+from medembed.dataset.targets import is_target
 from medembed.images.dicom.terms import name_region
 
 __all__ = [
@@ -185,9 +186,8 @@ def _without_mark(value: str) -> str:
 def find_covariates(table: pd.DataFrame, taken: Iterable[str]) -> list[str]:
     """Return columns that scores can be grouped by: numbers, or a few categories; no names."""
     barred = {*taken, *REQUIRED, IDS, "label_level", "name"}
-    return [
-        name for name in map(str, table) if name not in barred and _is_covariate(table[name], name)
-    ]
+    names = (name for name in map(str, table) if name not in barred and not is_target(name))
+    return [name for name in names if _is_covariate(table[name], name)]
 
 
 def _is_covariate(column: "pd.Series[str]", name: str) -> bool:

@@ -5,7 +5,7 @@
 
 import posixpath
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,12 +18,14 @@ from medembed.dataset.foreign_tables import read_foreign_table
 from medembed.dataset.identities import key_texts
 from medembed.dataset.recipes.image_index import AS_TEXT, compare_names, find_shortened, plain_path
 from medembed.dataset.recipes.listing import count_of, first_names, merge_rows, refuse
-from medembed.dataset.recipes.schema import MEANINGS, Dicom, Label, Recipe
+from medembed.dataset.recipes.schema import MEANINGS, Dicom, Label, Recipe, Target
+from medembed.dataset.recipes.targets import ANSWERS, read_targets
 
 __all__ = [
     "KEYS",
     "Answers",
     "doubt_labels",
+    "doubt_targets",
     "find_table",
     "join_labels",
     "need_columns",
@@ -67,10 +69,10 @@ def read_labels(values: "pd.Series[str]", spec: Label, source: str) -> "pd.Serie
         The recipe does not know a value and has no meaning for others, or it gives a value two
         meanings.
     """
-    pairs = [*((v, "0") for v in spec.normal), *((v, "1") for v in spec.abnormal)]
+    listed = {"0": spec.normal, "1": spec.abnormal, "": spec.unknown}
+    pairs = [(value, one) for one, values in listed.items() for value in values]
     meaning = {**dict(pairs), "": MEANINGS[spec.empty]}
     torn = sorted({value for value, one in pairs if one != meaning[value]})
-    torn += sorted(set(spec.normal) & set(spec.abnormal) - set(torn))
     refuse(
         list(map(repr, torn)),
         source,
@@ -84,14 +86,16 @@ def read_labels(values: "pd.Series[str]", spec: Label, source: str) -> "pd.Serie
     return values.map(meaning).fillna(MEANINGS.get(spec.others, ""))
 
 
-def doubt_labels(values: "pd.Series[str]", spec: Label, source: str) -> list[str]:
+def doubt_labels(
+    values: "pd.Series[str]", spec: Label, source: str, *, section: str = "label"
+) -> list[str]:
     """Return warnings of values whose meaning comes only from `others` and that may be slips.
 
     Such values look like a value that the recipe lists, or are words that usually mean missing.
     """
     if not spec.others:
         return []  # `read_labels` refuses them all
-    listed = (*spec.normal, *spec.abnormal)
+    listed = (*spec.normal, *spec.abnormal, *spec.unknown)
     counts = values[~values.isin(["", *listed])].value_counts()
     meant = dict(zip(key_texts(listed), listed, strict=True))
     found = []
@@ -103,9 +107,25 @@ def doubt_labels(values: "pd.Series[str]", spec: Label, source: str) -> list[str
     if not found:
         return []
     return [
-        f"{source}: labels that [label] does not list count as {spec.others}: "
+        f"{source}: labels that [{section}] does not list count as {spec.others}: "
         f"{list_examples(found)}. List them"
     ]
+
+
+def doubt_targets(table: pd.DataFrame, targets: Mapping[str, Target], source: str) -> list[str]:
+    """Return the warnings of `doubt_labels` for the columns of targets."""
+    words = {"0": "normal", "1": "abnormal", "": "unknown"}
+    found = []
+    for name, spec in targets.items():
+        if spec.others and not spec.separator:
+            label = Label.model_construct(
+                abnormal=(*spec.positive, *spec.abnormal),
+                normal=(*spec.negative, *spec.normal),
+                unknown=spec.uncertain_values,
+                others=words[ANSWERS[spec.others]],
+            )
+            found += doubt_labels(table[spec.column], label, source, section=f"targets.{name}")
+    return found
 
 
 KEYS = {"instance": "SOPInstanceUID", "study": "StudyInstanceUID", "accession": "AccessionNumber"}
@@ -113,17 +133,20 @@ KEYS = {"instance": "SOPInstanceUID", "study": "StudyInstanceUID", "accession": 
 
 @dataclass(frozen=True)
 class Answers:
-    """The labels and splits of images in a table.
+    """The labels, splits and targets of images in a table.
 
     Attributes
     ----------
     labels, splits : list of str
         In the order of the images; "" if the table says nothing.
+    targets : DataFrame
+        Columns `target_NAME`, in the order of the images.
     warnings, notices : list of str
     """
 
     labels: list[str]
     splits: list[str]
+    targets: pd.DataFrame
     warnings: list[str] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
 
@@ -131,7 +154,7 @@ class Answers:
 def join_labels(
     recipe: Recipe, spec: Dicom, rows: pd.DataFrame, left_out: pd.DataFrame, root: Path
 ) -> Answers:
-    """Return the table's labels and splits for the images of `rows`, and what does not match.
+    """Return what the table says of the images of `rows`, and what does not match.
 
     Parameters
     ----------
@@ -151,18 +174,22 @@ def join_labels(
         The table lacks columns, contradicts itself, or names no image at all.
     """
     if recipe.label is None:
-        return Answers([""] * len(rows), [""] * len(rows))
+        nothing = [""] * len(rows)
+        return Answers(nothing, nothing, pd.DataFrame(index=rows.index))
     path = find_table(spec.table, root, recipe.path)
     as_written = (spec.column,) if spec.match == "file" else ()
     written = recipe.format.as_format()
     found = read_foreign_table(path, RecipeError, as_written=as_written, known=written)
     table = found.rows
     split_column = recipe.split.column if recipe.split else ""
-    need_columns(table, (spec.column, recipe.label.column, split_column), path)
+    asked = [target.column for target in recipe.targets.values()]
+    need_columns(table, (spec.column, recipe.label.column, split_column, *asked), path)
     own_spelling = plain_path if spec.match == "file" else normalise
     answers = pd.DataFrame({"key": table[spec.column].map(own_spelling)})
     answers["label"] = read_labels(table[recipe.label.column], recipe.label, str(path))
     answers["split"] = table[split_column] if split_column else ""
+    targets = read_targets(table, recipe.targets, str(path))
+    answers = pd.concat([answers, targets], axis=1)
     answers = answers[answers["key"] != ""]
     noun = KEYS.get(spec.match, "image")
     answers, notices = merge_rows(
@@ -184,8 +211,10 @@ def join_labels(
     return Answers(
         joined["label"].tolist(),
         joined["split"].tolist(),
+        joined[targets.columns].reset_index(drop=True),
         [
             *doubt_labels(table[recipe.label.column], recipe.label, str(path)),
+            *doubt_targets(table, recipe.targets, str(path)),
             *_warnings(without, len(unused), path.name, hint),
         ],
         [*found.notes, *notices],

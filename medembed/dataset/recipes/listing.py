@@ -8,6 +8,7 @@ import pandas as pd
 
 from medembed.core.errors import RecipeError
 from medembed.dataset.checks import cap
+from medembed.dataset.targets import LABEL, is_target
 
 __all__ = [
     "EQUAL",
@@ -29,7 +30,7 @@ class Listing:
     ----------
     rows : pandas.DataFrame
         Strings: `image`, `name` (which numbers runs), `patient` ("" if there is none), `study`,
-        `region`, `label` ("0", "1", ""), `split` ("" if there is none), covariates.
+        `region`, `label` ("0", "1", ""), `split` ("" if there is none), covariates, targets.
     is_found : pandas.Series of bool
         Whether the image is below the root.
     warnings : list of str
@@ -114,13 +115,14 @@ def merge_rows(
     Parameters
     ----------
     rows : pandas.DataFrame
-        Strings, with the table's RangeIndex; column `label` holds "0", "1" and "". Column `name`
-        is not compared, and rows whose `key` is empty are left as they are.
+        Strings, with the table's RangeIndex; column `label` and targets hold "0", "1" and "".
+        Column `name` is not compared, and rows whose `key` is empty are left as they are.
     key : str
     rule : {"equal", "any"}
         "equal": rows of one image must agree. "any": the image is abnormal if any of its rows is,
-        else unknown if any is (the "or" of Kleene's logic), else normal; a covariate in which the
-        rows differ becomes empty. Patient, study, region and split must always be equal.
+        else unknown if any is (the "or" of Kleene's logic), else normal; targets likewise; a
+        covariate in which the rows differ becomes empty. Patient, study, region and split must
+        always be equal.
     source, section, noun : str
         The names in messages of the table, the recipe's section with the rule, and a row's unit.
 
@@ -151,8 +153,10 @@ def merge_rows(
     first = rows[~is_repeat].copy()
     for column, keys in torn.items():
         at = first[key].map(set(keys).__contains__).astype(bool)
-        labels = first.loc[at, key].map(_any_label(shared, key))
-        first.loc[at, column] = labels if column == "label" else ""
+        if _is_answer(column):
+            first.loc[at, column] = first.loc[at, key].map(_any_answer(shared, key, column))
+        else:
+            first.loc[at, column] = ""
     return first, _notices(shared, key, torn, source, noun)
 
 
@@ -179,15 +183,15 @@ def _refuse_torn(
 def _each_value(rows: pd.DataFrame, column: str) -> str:
     """Return where each value first occurs: "normal in row 2, abnormal in row 3"."""
     first = rows.drop_duplicates(column)
-    values = [WORDS[v] if column == "label" else repr(v) for v in first[column]]
+    values = [WORDS[v] if _is_answer(column) else repr(v) for v in first[column]]
     named = [f"{v} in row {i + 2}" for v, i in zip(values, first.index.tolist(), strict=True)]
     return first_names(named)
 
 
 def _way_out(column: str, section: str, noun: str) -> str:
-    if column == "label":
+    if _is_answer(column):
         return (
-            f"rows of one {noun} differ in label. Correct the table, or say that it is "
+            f"rows of one {noun} differ in {column}. Correct the table, or say that it is "
             f'abnormal if any of its rows is, with rows = "{ANY}" in [{section}]:'
         )
     return (
@@ -196,9 +200,14 @@ def _way_out(column: str, section: str, noun: str) -> str:
     )
 
 
-def _any_label(shared: pd.DataFrame, key: str) -> "pd.Series[str]":
-    """Return the label of each image, by its key."""
-    ranks = shared["label"].map(RANKS.index).groupby(shared[key], sort=False).max()
+def _is_answer(column: str) -> bool:
+    """Return whether a column holds answers that several rows of an image can be combined to."""
+    return column == LABEL or is_target(column)
+
+
+def _any_answer(shared: pd.DataFrame, key: str, column: str) -> "pd.Series[str]":
+    """Return the label or target of each image, by its key."""
+    ranks = shared[column].map(RANKS.index).groupby(shared[key], sort=False).max()
     return ranks.map(dict(enumerate(RANKS)))
 
 
@@ -215,7 +224,7 @@ def _notices(
             f"and count once: {names}"
         )
     for column, keys in torn.items():
-        became = "abnormal if any row is" if column == "label" else "now empty"
+        became = "abnormal if any row is" if _is_answer(column) else "now empty"
         notices.append(
             f"{count_of(len(keys), noun)} of {source} differ in {column} from row to row, "
             f"{became}: {first_names(keys)}"

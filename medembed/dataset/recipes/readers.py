@@ -13,11 +13,19 @@ from medembed.dataset.checks import is_missing_word
 from medembed.dataset.foreign_tables import read_foreign_table
 from medembed.dataset.identities import IDS
 from medembed.dataset.recipes.image_index import ImageIndex, plain_path
-from medembed.dataset.recipes.labels import doubt_labels, find_table, need_columns, read_labels
+from medembed.dataset.recipes.labels import (
+    doubt_labels,
+    doubt_targets,
+    find_table,
+    need_columns,
+    read_labels,
+)
 from medembed.dataset.recipes.listing import Listing, first_names, merge_rows, refuse
 from medembed.dataset.recipes.mura import read_mura
 from medembed.dataset.recipes.schema import Recipe, Region, Table
+from medembed.dataset.recipes.targets import read_targets
 from medembed.dataset.tables import normalise_column, normalise_columns
+from medembed.dataset.targets import is_target
 
 __all__ = ["compile_pattern", "read_layout"]
 
@@ -55,8 +63,9 @@ def _read_table(recipe: Recipe, root: Path) -> Listing:
     assert label is not None
     split_column = recipe.split.column if recipe.split else ""
     named = (spec.image, *spec.patient, *spec.study, *spec.covariates, region.column)
+    asked = [target.column for target in recipe.targets.values()]
     table, source, notes = _read_files(
-        recipe, spec, root, (*named, *region.one_hot, label.column, split_column)
+        recipe, spec, root, (*named, *region.one_hot, label.column, split_column, *asked)
     )
     index = ImageIndex(root, spec.below)
     table, names = _enter_folders(table, table[spec.image], index)
@@ -70,7 +79,9 @@ def _read_table(recipe: Recipe, root: Path) -> Listing:
     rows["split"] = table[split_column] if split_column else ""
     for name in spec.covariates:
         rows[name] = table[name]
+    rows = pd.concat([rows, read_targets(table, recipe.targets, source)], axis=1)
     warnings = doubt_labels(table[label.column], label, source)
+    warnings += doubt_targets(table, recipe.targets, source)
     name = source.rpartition("/")[2]
     rows, notices = merge_rows(rows, "image", source=name, rule=spec.rows)
     return Listing(
@@ -106,6 +117,9 @@ def _read_files(
                     "`file_column` in [table]."
                 )
             rows = rows.assign(**{spec.file_column: normalise(path.stem)})
+        if spec.fields:
+            need_columns(rows, [spec.image], path)
+            rows = _add_fields(rows, spec, path, recipe.path)
         need_columns(rows, names, path)
         tables.append(rows)
         paths.append(path)
@@ -114,6 +128,24 @@ def _read_files(
         return tables[0], str(paths[0]), notes
     source = f"{' and '.join(path.name for path in paths)} (rows counted through)"
     return pd.concat(tables, ignore_index=True).fillna(""), source, notes
+
+
+def _add_fields(rows: pd.DataFrame, spec: Table, source: Path, recipe: Path) -> pd.DataFrame:
+    """Return rows with the fields of `spec.fields` in the images' names as further columns."""
+    matcher = compile_pattern(normalise(spec.fields), recipe, section="table")
+    matches = [matcher.fullmatch(plain_path(value)) for value in rows[spec.image]]
+    refuse(
+        [f"row {i + 2}: {rows[spec.image].iloc[i]}" for i, own in enumerate(matches) if not own],
+        str(source),
+        f"values of column {spec.image!r} that do not fit `fields` in [table], {spec.fields}:",
+    )
+    added = pd.DataFrame([own.groupdict() for own in matches if own], index=rows.index)
+    refuse(
+        [str(name) for name in added if name in rows],
+        str(source),
+        "columns of the table that `fields` in [table] would replace; rename these fields:",
+    )
+    return pd.concat([rows, normalise_columns(added.astype(str), ())], axis=1)
 
 
 def _enter_folders(
@@ -227,6 +259,9 @@ def _read_folders(recipe: Recipe, root: Path) -> Listing:
     rows["split"] = table.get("split", "")
     for name in table.columns.difference([*rows.columns, "label"], sort=False):
         rows[name] = table[name]
+    need_columns(table, [target.column for target in recipe.targets.values()], pattern)
+    rows = pd.concat([rows, read_targets(table, recipe.targets, str(root))], axis=1)
+    warnings += doubt_targets(table, recipe.targets, str(root))
     rows = _merge_names(rows, list(matches), root)
     is_found = pd.Series(data=True, index=rows.index)
     unlisted = index.unlisted(files, "the pattern")
@@ -255,7 +290,7 @@ def _merge_names(rows: pd.DataFrame, names: list[str], root: Path) -> pd.DataFra
     return rows[~again]
 
 
-def compile_pattern(pattern: str, path: Path) -> re.Pattern[str]:
+def compile_pattern(pattern: str, path: Path, *, section: str = "folders") -> re.Pattern[str]:
     """Return a pattern with {fields}, `*` and `**` as a regular expression."""
     pieces = []
     seen: set[str] = set()
@@ -268,7 +303,12 @@ def compile_pattern(pattern: str, path: Path) -> re.Pattern[str]:
         elif not token.startswith("{"):
             pieces.append(re.escape(token))
         elif not name.isidentifier() or name in {"image", "sha256", "name", "label_level", IDS}:
-            raise RecipeError(f"{path}, [folders]: {token} is not a name for a field.")
+            raise RecipeError(f"{path}, [{section}]: {token} is not a name for a field.")
+        elif is_target(name):
+            raise RecipeError(
+                f"{path}, [{section}]: {token} is not a name for a field. Give it another, and "
+                "make it a target with [targets.NAME]."
+            )
         else:
             pieces.append(f"(?P={name})" if name in seen else f"(?P<{name}>[^/]+?)")
             seen.add(name)

@@ -8,7 +8,7 @@ names of files is normalised by `text.normalise`, like tables.
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from medembed.core.errors import RecipeError
 from medembed.core.files import read_plain
@@ -20,6 +20,7 @@ from medembed.core.schema import (
     Texts,
     field_validator,
     find_problems,
+    model_validator,
     parse,
 )
 from medembed.core.text import normalise
@@ -27,6 +28,7 @@ from medembed.dataset.checks import REQUIRED
 from medembed.dataset.foreign_tables import TableFormat
 from medembed.dataset.identities import IDS
 from medembed.dataset.recipes.listing import refuse
+from medembed.dataset.targets import is_target, name_problem, target_column
 
 __all__ = [
     "MEANINGS",
@@ -41,12 +43,14 @@ __all__ = [
     "Section",
     "Split",
     "Table",
+    "Target",
     "make_recipe",
     "parse_recipe",
 ]
 
 Layout = Literal["mura", "table", "folders", "dicom"]
 Meaning = Literal["normal", "abnormal", "unknown"]
+Answer = Literal["negative", "positive", "unknown", "normal", "abnormal"]
 Rows = Literal["equal", "any"]
 SplitName = Literal["train", "test"]
 MEANINGS = {"normal": "0", "abnormal": "1", "unknown": ""}
@@ -78,6 +82,9 @@ class Table(Section):
     image : str
         Column with a path below the root, or the name or stem of a file anywhere below it; or with
         a folder's path or name, if a row describes all images below that.
+    fields : str
+        A pattern, as in `[folders]`, of the values of column `image`; its fields become further
+        columns of the table: "**/{patient}/{study}/{view}.jpg".
     patient, study : tuple of str
         Columns that together name the patient and the study; empty if there are none. Without
         `study` each image is a study of its own.
@@ -97,6 +104,7 @@ class Table(Section):
     image: str
     file_column: str = ""
     columns: Texts = ()
+    fields: str = ""
     patient: Texts = ()
     study: Texts = ()
     covariates: Texts = ()
@@ -193,15 +201,77 @@ class Region(Section):
 class Label(Section):
     """`[label]`: the meaning of values of `column` (in folders, of the field `label`).
 
-    `empty` is the meaning of an empty value, `others` that of values not listed. Without `others` a
-    value that is not listed is an error.
+    Values of `unknown` say neither. `empty` is the meaning of an empty value, `others` that of
+    values not listed. Without `others` a value that is not listed is an error.
     """
 
     abnormal: Texts
     normal: Texts = ()
+    unknown: Texts = ()
     column: str = ""
     empty: Meaning = "unknown"
     others: Meaning | Literal[""] = ""
+
+
+class Target(Section):
+    """`[targets.NAME]`: a further question about each image, which becomes a column `target_NAME`.
+
+    NAME consists of a to z, 0 to 9 and _.
+
+    Attributes
+    ----------
+    column : str
+        Column of the table (in folders, a field of the pattern) that holds the answer.
+    positive, negative : tuple of str
+        Values that mean yes and no; `abnormal` and `normal` are other names for them.
+    empty : str
+        The meaning of an empty value: "unknown", "negative" or "positive".
+    others : str
+        The meaning of values that are not listed. Without it such a value is an error.
+    uncertain_values : tuple of str
+        Values that mean "cannot be told", such as CheXpert's -1.
+    uncertain : str
+        What becomes of these: "ignore" (unknown), "positive" or "negative".
+    separator : str
+        Text between several values of one field. The field is positive if any value is, else
+        unknown if any is, else negative. Brackets, quotes and blanks around a value are dropped.
+    each_value : bool
+        Make a target of every value of the column, one against the rest: `target_NAME_VALUE`, with
+        the value in lower case and _ in place of anything but a to z and 0 to 9.
+    """
+
+    column: str
+    positive: Texts = ()
+    negative: Texts = ()
+    abnormal: Texts = ()
+    normal: Texts = ()
+    empty: Answer = "unknown"
+    others: Answer | Literal[""] = ""
+    uncertain_values: Texts = ()
+    uncertain: Literal["ignore", "positive", "negative"] = "ignore"
+    separator: str = ""
+    each_value: bool = False
+
+    @model_validator(mode="after")
+    def _check_values(self) -> Self:
+        yes, no = (*self.positive, *self.abnormal), (*self.negative, *self.normal)
+        if self.each_value:
+            if yes or no or self.others:
+                raise ValueError(
+                    "has each_value, which makes a target of every value; leave out the lists of "
+                    "positive and negative values and `others`"
+                )
+        elif not yes and self.others not in ("positive", "abnormal"):
+            raise ValueError(
+                "lists no positive value; give positive = [...], or each_value = true for one "
+                "target per value"
+            )
+        elif not no and not self.others and self.empty not in ("negative", "normal"):
+            raise ValueError(
+                "lists no negative value; give negative = [...], or what other values mean, as in "
+                'others = "negative"'
+            )
+        return self
 
 
 class Groups(Section):
@@ -294,11 +364,20 @@ class Recipe(Section):
     label: Label | None = None
     groups: Groups | None = None
     split: Split | None = None
+    targets: dict[str, Target] = Field(default_factory=dict)
     split_names: dict[str, SplitName] = Field(default_factory=dict)
     ids: Literal["", "exact"] = ""
     exclude: dict[str, str] = Field(default_factory=dict)
     expected: dict[str, Any] = Field(default_factory=dict)
     _path: Path = Path()
+
+    @field_validator("targets")
+    @classmethod
+    def _check_targets(cls, value: dict[str, Target]) -> dict[str, Target]:
+        for name in value:
+            if wrong := name_problem(name):
+                raise ValueError(f"{name!r} names no target: {wrong}")
+        return value
 
     @field_validator("expected")
     @classmethod
@@ -316,10 +395,10 @@ class Recipe(Section):
 MAX_BYTES = 1 << 20  # of a recipe; those at hand are below 2 KB
 # Columns that a manifest, or the building of one, fills itself.
 _TAKEN = (*REQUIRED, IDS, "label_level", "name")
-_NAMES_OF_FILES = ("file", "table", "below", "image_pattern", "pattern", "exclude")
+_NAMES_OF_FILES = ("file", "table", "below", "image_pattern", "fields", "pattern", "exclude")
 _SECTIONS = (
     *("table", "format", "folders", "dicom", "region", "label", "groups", "split"),
-    *("split_names", "exclude", "expected"),
+    *("targets", "split_names", "exclude", "expected"),
 )
 _NEEDED = {
     "mura": (),
@@ -328,7 +407,17 @@ _NEEDED = {
     "dicom": ("split",),
 }
 _USELESS = {
-    "mura": ("table", "format", "folders", "dicom", "region", "label", "groups", "split"),
+    "mura": (
+        "table",
+        "format",
+        "folders",
+        "dicom",
+        "region",
+        "label",
+        "groups",
+        "split",
+        "targets",
+    ),
     "table": ("folders", "dicom"),
     "folders": ("table", "format", "dicom"),
     "dicom": ("table", "folders", "region", "groups"),
@@ -421,7 +510,7 @@ def _find_contradictions(document: Mapping[str, Any]) -> Iterator[str]:
     if table is not None:
         yield from _contradict_table(table, label, has_groups=parts["groups"] is not None)
     if layout == "dicom":
-        yield from _contradict_dicom(dicom or {}, label, split or {})
+        yield from _contradict_dicom(dicom or {}, label, split or {}, parts["targets"])
     if split is not None and bool(split.get("column")) == bool(split.get("fraction")):
         yield "[split]: give either column or fraction."
     named = [name for name in ("column", "one_hot", "constant") if region and region.get(name)]
@@ -443,6 +532,11 @@ def _contradict_table(
         if Path(folder).is_absolute() or ".." in Path(folder).parts:
             yield f"[table]: below names {folder!r}, outside the image root."
     for name in _texts(table.get("covariates")):
+        if is_target(name):
+            yield (
+                f"[table]: covariates names {name!r}, which would be a target. Make it one with "
+                f"[targets.{name.removeprefix(target_column(''))}], or rename the table's column."
+            )
         if name in _TAKEN:
             yield (
                 f"[table]: covariates names {name!r}, and a manifest has a column {name} of its "
@@ -451,7 +545,10 @@ def _contradict_table(
 
 
 def _contradict_dicom(
-    dicom: dict[str, Any], label: dict[str, Any] | None, split: dict[str, Any]
+    dicom: dict[str, Any],
+    label: dict[str, Any] | None,
+    split: dict[str, Any],
+    targets: object,
 ) -> Iterator[str]:
     has_table = bool(dicom.get("table"))
     has_label_column = bool(label and label.get("column"))
@@ -460,8 +557,9 @@ def _contradict_dicom(
             "for labels give a table and its column in [dicom], and a [label] with a column; "
             "without labels none of them."
         )
-    if split.get("column") and not has_table:
-        yield "[split]: a column needs a table in [dicom]."
+    for key, needs in (("split", split.get("column")), ("targets", targets)):
+        if needs and not has_table:
+            yield f"[{key}]: a column needs a table in [dicom]."
 
 
 def _texts(value: object) -> list[str]:

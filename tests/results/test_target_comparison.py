@@ -1,0 +1,186 @@
+"""Targets side by side: tests within a target, Holm over all, means over those with an AUROC."""
+
+import io
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+from made_runs import make_images, make_run
+from statsmodels.stats.multitest import multipletests
+
+from medembed.cli import main
+from medembed.core.errors import RunError
+from medembed.report.target_tables import render_targets
+from medembed.results.comparison import ComparisonOptions, compare
+from medembed.results.target_comparison import compare_targets
+from medembed.results.targets import TargetEntry, create_targets, open_targets
+
+HEADS = {"logistic": 1.0, "mlp": 2.0}
+QUICK = ComparisonOptions(n_resamples=50)
+
+
+def make_targets(home, n_patients=80):
+    """Two targets with runs (of the second, some labels are unknown) and one without."""
+    counts = {"positive": 9, "negative": 9, "unknown": 0}
+    entries = [TargetEntry(name=name, reason=None, **counts) for name in ("cast", "metal")]
+    entries.append(TargetEntry(name="rare", reason="fold 0 has no positive image.", **counts))
+    runs = create_targets(home, {"seed": 0}, entries, "medembed sweep cache m.csv --target cast")
+    for seed, name in enumerate(("cast", "metal")):
+        images = make_images(n_patients=n_patients, seed=seed)
+        if name == "metal":
+            images["label"] = images["label"].astype("Int8").mask(images["patient"] % 9 == 0)
+        images["fold"] = images["fold"].where(images["label"].notna())
+        make_run(home / name, images, HEADS, seed=seed, info={"kind": "sweep"})
+    return runs
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return make_targets(tmp_path_factory.mktemp("targets") / "wrist")
+
+
+@pytest.fixture(scope="module")
+def result(runs):
+    return compare_targets(runs, QUICK)
+
+
+def test_each_target_is_compared_as_its_run_alone_but_for_holms_correction(runs, result):
+    for name, own in result["targets"].items():
+        alone = compare(runs.run_path(name), n_resamples=50)
+        for found, expected in zip(own["paired"], alone["paired"], strict=True):
+            assert {**found, "p_holm": 0} == {**expected, "p_holm": 0}
+        for found, expected in zip(own["rows"], alone["rows"], strict=True):
+            assert found["scores"] == expected["scores"]
+    assert result["not_estimable"] == {"rare": "fold 0 has no positive image."}
+
+
+def test_holms_correction_runs_over_the_tests_of_all_targets(result):
+    pairs = [pair for own in result["targets"].values() for pair in own["paired"]]
+    tested = [pair for pair in pairs if pair["p"] is not None]
+    expected = multipletests([pair["p"] for pair in tested], method="holm")[1]
+    assert [pair["p_holm"] for pair in tested] == pytest.approx(expected)
+    assert result["n_tests"] == len(tested)
+    for own in result["targets"].values():
+        best, *others = own["rows"]
+        assert best["versus_best"] is None
+        for row in others:
+            [pair] = [p for p in own["paired"] if (p["a"], p["b"]) == (best["head"], row["head"])]
+            assert row["versus_best"]["p_holm"] == pair["p_holm"]
+
+
+def test_means_weigh_targets_equally_and_have_intervals(result):
+    for row in result["macro"]:
+        for score, mean in row["scores"].items():
+            own = [
+                next(r for r in target["rows"] if r["head"] == row["head"])["scores"][score][
+                    "value"
+                ]
+                for target in result["targets"].values()
+            ]
+            assert mean["value"] == pytest.approx(np.mean(own))
+        assert (row["targets"], row["left_out"]) == (["cast", "metal"], [])
+    best = result["macro"][0]["scores"]["auroc"]
+    assert best["low"] < best["value"] < best["high"]
+
+
+def test_patients_in_both_targets_widen_the_interval_of_the_mean(tmp_path):
+    """Two targets that are one and the same tell no more than one of them."""
+    runs = make_targets(tmp_path / "same")
+    shutil.rmtree(runs.run_path("metal"))
+    shutil.copytree(runs.run_path("cast"), runs.run_path("metal"))
+    found = compare_targets(runs, QUICK)
+    mean = next(row for row in found["macro"] if row["head"] == "logistic")["scores"]["auroc"]
+    rows = found["targets"]["cast"]["rows"]
+    single = next(row for row in rows if row["head"] == "logistic")["scores"]["auroc"]
+    assert mean["value"] == pytest.approx(single["value"])
+    assert mean["high"] - mean["low"] == pytest.approx(single["high"] - single["low"], rel=0.02)
+
+
+def test_a_target_whose_test_rows_have_one_class_is_left_out_of_the_mean(tmp_path):
+    runs = make_targets(tmp_path / "runs")
+    predictions = runs.run("metal").predictions()
+    is_test = predictions["split"] == "test"
+    predictions.loc[is_test, "label"] = 0
+    runs.run("metal").write_predictions(predictions)
+    found = compare_targets(open_targets(runs.path), QUICK)
+    row = found["macro"][0]
+    assert (row["targets"], row["left_out"]) == (["cast"], ["metal"])
+    assert found["n_tests"] < 2 * len(found["targets"]["cast"]["paired"])
+
+
+def test_unfinished_and_missing_runs_are_named(tmp_path):
+    runs = make_targets(tmp_path / "runs")
+    (runs.run_path("metal") / "scores.json").unlink()
+    with pytest.raises(RunError, match=r"metal is unfinished"):
+        compare_targets(runs, QUICK)
+    shutil.rmtree(runs.run_path("metal"))
+    with pytest.raises(RunError, match=r"no run of target metal yet\. Finish the sweep with"):
+        compare_targets(runs, QUICK)
+    with pytest.raises(RunError, match="does not hold a run per target"):
+        open_targets(tmp_path)
+
+
+def test_tables_fit_the_terminal_and_name_every_target(result):
+    text = render_targets(result, width=80)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "AUROC [95 %] by target" in text
+    assert "rare: not estimable, fold 0 has no positive image." in text.replace("\n", " ")
+    assert text.index("mean ") < text.index("cast: heads on test studies")
+    csv = pd.read_csv(io.StringIO(render_targets(result, "csv")))
+    assert set(csv["target"]) == {"cast", "metal", "mean"}
+    assert len(csv) == 3 * 4
+    assert "\\toprule" in render_targets(result, "latex")
+    assert "| cast |" in render_targets(result, "markdown")
+
+
+@pytest.fixture(scope="module")
+def written(runs, tmp_path_factory):
+    out = tmp_path_factory.mktemp("page")
+    ran = CliRunner().invoke(main, ["report", str(runs.path), "-o", str(out), "--json"])
+    assert ran.exit_code == 0, ran.output
+    return out, json.loads(ran.stdout)
+
+
+def test_the_page_has_a_tab_for_each_target_and_no_path_or_network(runs, written):
+    out, document = written
+    assert document["page"] == str(out / "index.html")
+    assert list(document["targets"]) == ["cast", "metal"]
+    overview = (out / "index.html").read_text()
+    assert 'href="cast/index.html">cast</a>' in overview
+    assert "<script" not in overview
+    assert "rare: not estimable" in overview
+    own = (out / "metal" / "index.html").read_text()
+    assert 'href="../metal/index.html" aria-current="page">metal</a>' in own
+    assert 'href="../index.html">All targets</a>' in own
+    for page in (overview, own):
+        assert str(runs.path.parent) not in page
+        assert "http" not in page.replace("http-equiv", "")
+    assert (out / "cast" / "figures" / "roc.png").exists()
+
+
+def test_commands_take_a_targets_run_and_refuse_the_directory(runs, tmp_path):
+    def fail(*words):
+        ran = CliRunner().invoke(main, list(map(str, words)))
+        assert ran.exit_code != 0
+        return ran.stderr
+
+    for words in (
+        ("compare", runs.path),
+        ("predict", runs.path, "x.png"),
+        ("evaluate", runs.path, "cache", "m.csv", "-o", tmp_path / "e"),
+    ):
+        assert "it holds one for each target, cast, metal. Name one" in fail(*words)
+    assert "stands alone" in fail("report", runs.path, runs.path / "cast", "-o", tmp_path / "p")
+    assert "takes one directory" in fail("compare", runs.path, "x", "--by", "target")
+    ran = CliRunner().invoke(main, ["compare", str(runs.path / "cast"), "--json"])
+    assert ran.exit_code == 0
+    tables = tmp_path / "tables"
+    words = ["compare", str(runs.path), "--by", "target", "--json", "--tables", str(tables)]
+    ran = CliRunner().invoke(main, words)
+    assert ran.exit_code == 0, ran.output
+    assert list(json.loads(ran.stdout)["targets"]) == ["cast", "metal"]
+    assert (tables / "targets.csv").exists()
+    assert (tables / "metal" / "heads.tex").exists()
