@@ -23,10 +23,12 @@ SECTIONS = {
     },
     "Embed": {
         "extract": ("extract", "Run a frozen encoder over a manifest's images, once."),
+        "prompts": ("prompts", "Embed sentences with an encoder's text tower."),
         "autoencoder": ("autoencoder", "Train an autoencoder as a baseline encoder."),
     },
     "Train": {
         "sweep": ("sweep", "Train and tune classifiers on cached embeddings."),
+        "ensemble": ("ensemble", "Combine the classifiers of several sweeps into one."),
         "finetune": ("finetune", "Unfreeze an encoder's last blocks, at several depths."),
     },
     "Look": {

@@ -6,6 +6,7 @@ schemas. Keys may be added, but never removed or given another meaning.
 
 from typing import Any, Literal
 
+from medembed.core.prompts import PromptEntry
 from medembed.core.schema import AnyTable, ClosedRecord, Count, Digest, Field, Given, Record
 from medembed.results.comparison_schema import ComparedHead, ComparisonResult, Counts, Pair, Score
 from medembed.results.run_schema import LeaderboardEntry
@@ -40,6 +41,7 @@ __all__ = [
     "PlanDocument",
     "Point",
     "Prediction",
+    "PromptsWritten",
     "RecipeText",
     "Report",
     "RunDocument",
@@ -296,10 +298,18 @@ class Autoencoder(ClosedRecord):
 
 
 class RunDocument(ClosedRecord):
-    """`medembed sweep --json` and `medembed finetune --json`."""
+    """`medembed sweep --json`, and that of `finetune` and `ensemble`."""
 
     run: str
     leaderboard: list[LeaderboardEntry]
+
+
+class PromptsWritten(ClosedRecord):
+    """`medembed prompts --json`."""
+
+    path: str
+    classes: dict[str, Count]
+    prompts: list[PromptEntry]
 
 
 class Demo(ClosedRecord):
@@ -420,6 +430,7 @@ DOCUMENTS: dict[str, Any] = {
     "completion": Completion,
     "demo": Demo,
     "doctor": Doctor,
+    "ensemble": RunDocument,
     "evaluate": Evaluate,
     "extract": Extract,
     "finetune": RunDocument,
@@ -430,6 +441,7 @@ DOCUMENTS: dict[str, Any] = {
     "manifest-recipes": list[KnownRecipe] | RecipeText,
     "plan": PlanDocument,
     "predict": list[Prediction],
+    "prompts": PromptsWritten,
     "report": Report,
     "run": dict[str, str],
     "sweep": RunDocument,

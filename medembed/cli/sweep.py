@@ -44,9 +44,12 @@ class _Backend(click.Choice[str]):
     examples=[
         "medembed sweep cache mura.csv -o runs/sweep",
         "medembed sweep cache mura.csv -o runs/pools --pool mean,max,mean+max --covariates region",
+        "medembed sweep cache mura.csv -o runs/words --prompts prompts.safetensors",
     ],
     sections={
-        "What is tried": ["heads", "pool", "space", "configs", "covariates", "train-fraction"],
+        "What is tried": [
+            *("heads", "pool", "space", "configs", "covariates", "prompts", "train-fraction"),
+        ],
         "How it is judged": ["folds", "metric", "operating-point"],
         "Speed": ["jobs", "backend"],
     },
@@ -88,6 +91,12 @@ class _Backend(click.Choice[str]):
     help="Columns of the manifest to append to the embedding, such as region,age,sex.",
 )
 @click.option(
+    "--prompts",
+    type=PATH,
+    help="A file of `medembed prompts`: adds the classifiers zero-shot and text-logistic, on the "
+    "pooling pooler.",
+)
+@click.option(
     "--train-fraction", type=Finite(0, 1, min_open=True), default=1.0, show_default=True,
     help="Share of the training patients to train on, for label-efficiency curves.",
 )  # fmt: skip
@@ -110,6 +119,7 @@ def sweep_command(
     n_folds: int,
     metric: str,
     covariates: tuple[str, ...] | None,
+    prompts: Path | None,
     train_fraction: float,
     operating_points: tuple[Any, ...],
     jobs: int | None,
@@ -136,6 +146,7 @@ def sweep_command(
             n_folds=n_folds,
             metric=metric,
             covariates=covariates or (),
+            prompts=prompts,
             train_fraction=train_fraction,
             operating_points=operating_points,
             seed=seed,

@@ -39,6 +39,7 @@ from medembed.encoders.stored_tensors import read_header
 
 __all__ = [
     "DEMO",
+    "TOKENIZER_FILES",
     "Checkpoint",
     "RemoteCheckpoint",
     "describe_remote",
@@ -48,6 +49,10 @@ __all__ = [
 
 DEMO = "demo"
 _DEMO_PATH = Path(__file__).parent / "assets" / "demo"
+TOKENIZER_FILES = (
+    *("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json"),
+    *("spiece.model", "vocab.json", "merges.txt"),
+)
 _HUB_ID = re.compile(r"^(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?$", re.ASCII)
 _COMMIT = re.compile(r"^[0-9a-f]{40}$")
 # Timeout of the first request, which shows whether the hub is reachable; HF_HUB_ETAG_TIMEOUT
@@ -117,6 +122,7 @@ def resolve_checkpoint(
     ref: str | PathLike[str],
     *,
     projector: bool = False,
+    words: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Checkpoint:
     """Return the checkpoint that `ref` names, downloading the needed parts from the hub.
@@ -131,6 +137,8 @@ def resolve_checkpoint(
     ----------
     projector : bool
         Also download Gemma's projector.
+    words : bool
+        Also download the text tower and the tokenizer's files.
     progress : callable(bytes done, bytes in all), optional
         Called at intervals while weights are downloaded; the projector is counted separately.
 
@@ -147,9 +155,12 @@ def resolve_checkpoint(
         return found
     snapshot, config = _open(*found)
     _fetch_processor(snapshot)
+    if words:
+        for name in TOKENIZER_FILES:
+            _download(snapshot, name)
     if config.get("model_type") in SIGLIP_TYPES:
-        parts: tuple[Part, ...] = ("tower", "projector") if projector else ("tower",)
-        for part in parts:
+        wanted: dict[Part, bool] = {"tower": True, "projector": projector, "text": words}
+        for part in (part for part, is_wanted in wanted.items() if is_wanted):
             _fetch_part(snapshot, part, progress)
     else:
         _fetch_whole(snapshot)

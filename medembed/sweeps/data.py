@@ -13,6 +13,7 @@ from medembed.cache.store import Cache
 from medembed.core.errors import TrainingDataError
 from medembed.core.files import json_digest
 from medembed.core.poolings import DEFAULT_POOLINGS
+from medembed.core.prompts import Prompts
 from medembed.core.system import library_versions
 from medembed.dataset.covariates import CovariateEncoder, fit_covariates
 from medembed.dataset.manifest import Manifest
@@ -94,11 +95,13 @@ def plan_batches(
     n_configs: int | None,
     n_folds: int,
     shared: Mapping[str, Any],
+    words: Prompts | None = None,
 ) -> list[Batch]:
     """Return all batches that a sweep trains.
 
-    A trial's key hashes everything that determines its result: `shared`, its head, pooling,
-    parameters and fold, and the batch in which it trains.
+    Heads that read words try each configuration with every set of prompts. A trial's key hashes
+    everything that determines its result: `shared`, its head, pooling, parameters and fold, and the
+    batch in which it trains.
 
     Raises
     ------
@@ -109,6 +112,8 @@ def plan_batches(
     for head in heads:
         space, own = spaces[head], _readable(head, poolings)
         drawn = [_resolved(params) for params in space.draw(n_configs, shared["seed"])]
+        if words is not None and head_class(head).reads_words:
+            drawn = _with_sets(drawn, words)
         for params in drawn:
             make_head(head, params).check_parameters()
         for k, pooling in enumerate(own):
@@ -120,7 +125,24 @@ def plan_batches(
     return batches
 
 
+def _with_sets(drawn: Sequence[dict[str, Any]], words: Prompts) -> list[dict[str, Any]]:
+    """Return configurations with each set of prompts, but those that name a set as they are."""
+    found = [
+        own
+        for params in drawn
+        for own in (
+            [params] if "prompts" in params else [{**params, "prompts": s} for s in words.sets]
+        )
+    ]
+    for params in found:
+        words.directions(params["prompts"])  # refuses an unknown set before any training
+    return found
+
+
 def _readable(head: str, poolings: Sequence[PooledColumns]) -> list[PooledColumns]:
+    only = head_class(head).reads_pooling
+    if only is not None:
+        return [PooledColumns(only)]
     reads_cells = "n_cells" in head_class(head)().get_params()
     own = [pooling for pooling in poolings if reads_cells or pooling.n_cells == 1]
     if not own:
@@ -184,6 +206,7 @@ class SweepConfig:
     train_fraction: float
     seed: int
     points: tuple[ThresholdRule, ...] = ()
+    words: Prompts | None = None
 
 
 @dataclass
@@ -260,6 +283,8 @@ class SweepRows:
             "trained": json_digest(sorted(rows["sha256"][trained])),
             "spec": asked.cache.spec.as_dict(),
             "versions": library_versions("sweep"),
+            # only sweeps with prompts record them
+            **({} if asked.words is None else {"prompts": asked.words.digest}),
         }
 
     def question(self, batches: Sequence[Batch]) -> dict[str, Any]:
@@ -303,8 +328,16 @@ class SweepRows:
             n_covariates=n_covariates,
             metric=self.asked.metric,
             seed=self.asked.seed,
+            words=self.asked.words,
+            region_columns=self._region_columns(),
         )
         self._loaded = (pooling.name, embeddings, training)
+
+    def _region_columns(self) -> dict[str, int]:
+        """Return for each region the encoded covariate that is 1 there."""
+        names = [] if self.encoder is None else self.encoder.names
+        start = "region="
+        return {n.removeprefix(start): i for i, n in enumerate(names) if n.startswith(start)}
 
 
 def list_poolings(cache: Cache, pool: str | Sequence[str] | None) -> list[PooledColumns]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from medembed.cache.store import Cache, open_cache
 from medembed.core.errors import TrainingDataError
+from medembed.core.prompts import Prompts, read_prompts
 from medembed.core.ray_cluster import connected_to_ray
 from medembed.core.system import library_versions
 from medembed.dataset.build_file import read_build
@@ -30,7 +31,7 @@ from medembed.results.provenance import (
 )
 from medembed.results.run_schema import CV_METHOD
 from medembed.results.runs import Run, create_run
-from medembed.sweeps.data import SweepConfig, SweepRows, list_poolings, plan_batches
+from medembed.sweeps.data import PooledColumns, SweepConfig, SweepRows, list_poolings, plan_batches
 from medembed.sweeps.finalize import finish
 from medembed.sweeps.runner import Ledger, run_batches
 from medembed.sweeps.search_space import default_spaces, read_spaces
@@ -39,6 +40,7 @@ from medembed.sweeps.worker_pool import BACKENDS, choose_jobs
 
 __all__ = ["sweep"]
 
+WORD_HEADS = ("zero-shot", "text-logistic")  # what prompts add
 FLOOR = "logistic"  # in every table, so that every head is reported next to a linear baseline
 
 
@@ -57,6 +59,7 @@ def sweep(
     train_fraction: float = 1.0,
     seed: int = 0,
     operating_points: Sequence[str | ThresholdRule] = (),
+    prompts: Prompts | str | Path | None = None,
     jobs: int | None = None,
     backend: str = "loky",
     progress: Callable[[int, int], None] | None = None,
@@ -97,6 +100,10 @@ def sweep(
     operating_points : sequence of str or ThresholdRule
         Rules packaged with every model in addition to `thresholds.PACKAGED`; see
         `thresholds.parse_rule`.
+    prompts : Prompts or path, optional
+        A file of `medembed prompts`, of the checkpoint whose image tower the cache is of. Adds the
+        heads that read words, ``zero-shot`` and ``text-logistic``, unless `heads` names one; they
+        read the pooling ``pooler``.
     jobs : int, optional
         Single-threaded processes; one per core by default, 1 trains in this process. More than
         cores and memory allow are refused.
@@ -122,8 +129,10 @@ def sweep(
     Raises
     ------
     TrainingDataError
-        Labels, patients, columns, heads, space or metric do not allow this sweep; raised before
-        any training.
+        Labels, patients, columns, heads, space, prompts or metric do not allow this sweep; raised
+        before any training.
+    ModelError
+        The file of prompts is damaged, or has no set of the name that the space asks for.
     CacheError
         A pooling is not in the cache.
     MissingRowsError
@@ -133,8 +142,11 @@ def sweep(
     """
     heads = heads.split(",") if isinstance(heads, str) else heads
     _check_options(heads, n_configs, n_folds, metric, jobs, backend)
+    opened = open_cache(cache)
+    words = None if prompts is None else read_prompts(prompts)
+    heads = _add_word_heads(heads, words, opened, covariates)
     asked = SweepConfig(
-        cache=open_cache(cache),
+        cache=opened,
         manifest=read_manifest(manifest),
         heads=list(dict.fromkeys([*heads, FLOOR])),
         spaces=default_spaces() if space is None else read_spaces(space),
@@ -145,15 +157,19 @@ def sweep(
         train_fraction=train_fraction,
         seed=seed,
         points=parse_rules(operating_points),
+        words=words,
     )
-    data = SweepRows(asked, list_poolings(asked.cache, pool))
+    poolings = list_poolings(asked.cache, pool)
+    own = {head_class(head).reads_pooling for head in asked.heads} - {None}
+    more = [PooledColumns(str(name)) for name in sorted(map(str, own))]
+    data = SweepRows(asked, list(dict.fromkeys([*poolings, *more])))
     batches = plan_batches(
-        asked.heads, data.poolings, asked.spaces, n_configs, n_folds, data.shared()
+        asked.heads, poolings, asked.spaces, n_configs, n_folds, data.shared(), words
     )
     details = {
         "seed": seed,
         "cv_method": CV_METHOD,
-        "command": _command(cache, manifest, out, pool, space, asked),
+        "command": _command(cache, manifest, out, pool, space, prompts, asked),
         "versions": library_versions("sweep"),
         "encoder": describe_source(
             asked.cache.recorded, asked.cache.spec.encoder, asked.cache.spec.preprocessing
@@ -224,6 +240,47 @@ def _check_options(
             )
 
 
+def _add_word_heads(
+    heads: Sequence[str], words: Prompts | None, cache: Cache, covariates: Sequence[str]
+) -> list[str]:
+    """Return the heads, with those that read words where there are prompts for the cache.
+
+    Raises
+    ------
+    TrainingDataError
+        The prompts are missing, or do not belong to the cache's vectors.
+    """
+    reading = [head for head in heads if head_class(head).reads_words]
+    if words is None:
+        if reading:
+            raise TrainingDataError(
+                f"head {reading[0]} needs prompts. Make them with `medembed prompts`, and give "
+                "--prompts FILE."
+            )
+        return list(heads)
+    document, source = words.document, cache.recorded.get("source") or "an unknown encoder"
+    if document.encoder != cache.spec.encoder:
+        raise TrainingDataError(
+            f"the prompts are of {document.source} (image tower {document.encoder[:12]}…), and the "
+            f"cache is of {source} ({cache.spec.encoder[:12]}…): words and images of two "
+            "checkpoints have nothing in common. MedGemma's tower has no partner in words; "
+            "MedSigLIP's has. Make prompts with the cache's own checkpoint."
+        )
+    shape = cache.spec.poolings.get(document.pooling)
+    if shape != (words.n_columns,):
+        held = "no" if shape is None else f"{shape} values of the"
+        raise TrainingDataError(
+            f"the prompts belong to the pooling {document.pooling}, and the cache holds {held} "
+            f"{document.pooling}. Extract with --pool mean,max,{document.pooling}."
+        )
+    if words.regions and "region" not in covariates:
+        raise TrainingDataError(
+            "the prompts name regions, which heads read off a covariate. Add --covariates region, "
+            "or make prompts without {region}."
+        )
+    return list(heads) if reading else [*heads, *WORD_HEADS]
+
+
 def _connected(backend: str) -> AbstractContextManager[Any]:
     """Return a context that stays connected to Ray during the sweep, if Ray is the backend."""
     return connected_to_ray("--backend ray") if backend == "ray" else nullcontext()
@@ -235,6 +292,7 @@ def _command(
     out: str | Path,
     pool: str | Sequence[str] | None,
     space: str | Path | None,
+    prompts: Prompts | str | Path | None,
     asked: SweepConfig,
 ) -> str:
     """Return the command that repeats this sweep."""
@@ -243,6 +301,8 @@ def _command(
     words += ["--out", public_name(out), "--heads", ",".join(asked.heads)]
     words += ["--pool", pool if isinstance(pool, str) else ",".join(pool)] if pool else []
     words += ["--space", public_name(space)] if space else []
+    if prompts is not None:
+        words += ["--prompts", "FILE" if isinstance(prompts, Prompts) else public_name(prompts)]
     words += ["--configs", str(asked.n_configs)] if asked.n_configs else []
     words += ["--covariates", ",".join(asked.covariates)] if asked.covariates else []
     words += ["--train-fraction", str(asked.train_fraction)] if asked.train_fraction < 1 else []

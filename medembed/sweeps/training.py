@@ -20,6 +20,7 @@ from scipy.special import expit
 from threadpoolctl import threadpool_limits
 
 from medembed.core.errors import TrainingDataError
+from medembed.core.prompts import Prompts
 from medembed.evaluation.scores import by_study, score
 from medembed.heads.base import Head
 from medembed.heads.batched_mlp import Rows
@@ -64,6 +65,8 @@ class Training:
         Vectors per image, and the number of last columns of X that are covariates.
     metric, seed : str, int
         The score that configurations are chosen by, and the random seed; see `sweep`.
+    words, region_columns : Prompts or None, dict of str to int
+        For heads that read words: the prompts, and the place of each region among the covariates.
     """
 
     X: NDArray[Any]
@@ -75,6 +78,8 @@ class Training:
     n_covariates: int
     metric: str
     seed: int
+    words: Prompts | None = None
+    region_columns: Mapping[str, int] = field(default_factory=dict)
 
     def held(self, fold: int) -> NDArray[np.int64]:
         """Return the indices of the rows of one fold."""
@@ -146,7 +151,12 @@ def configure(
     patients, and then be scored on the same patients by nearly the same function.
     """
     known = make_head(name, {}).get_params()
-    columns = {"n_cells": training.n_cells, "n_covariates": training.n_covariates}
+    columns = {
+        "n_cells": training.n_cells,
+        "n_covariates": training.n_covariates,
+        "words": training.words,
+        "region_columns": training.region_columns,
+    }
     own = {key: value for key, value in columns.items() if key in known}
     seed = training.seed if fold is None else seed_of_fold(training.seed, fold)
     head = make_head(name, {**params, **own}, seed=seed)
