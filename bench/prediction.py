@@ -106,7 +106,7 @@ def measure(reference: Any, image: Path, model: Path, n_runs: int) -> dict[str, 
     """Return the median times of both and their difference, in milliseconds."""
     make_model(model, reference)
     predictor = Predictor(model, encoder=reference, device="cpu", precision="fp32").load()
-    encoder = predictor.embedder.encoder
+    encoder = predictor.embedders[0].encoder
     pixels = prepare(decode_image(image.read_bytes()).pixels, encoder.preprocessing)[None]
     jobs = {
         "encoder": timed(lambda: encoder.encode(pixels, ("mean", "max"))),

@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from medembed.report.comparison import Comparison, compare
     from medembed.report.page import write_report
     from medembed.results.runs import Run, open_run
+    from medembed.sweeps.ensembles import ensemble
     from medembed.sweeps.job import sweep
 
 __version__ = "0.1.0"
@@ -99,6 +100,7 @@ __all__ = [
     "__version__",
     "build_manifest",
     "compare",
+    "ensemble",
     "evaluate",
     "extract",
     "find_similar",
@@ -144,6 +146,7 @@ _NAMES = {
     "report.comparison": ("Comparison", "compare"),
     "report.page": ("write_report",),
     "results.runs": ("Run", "open_run"),
+    "sweeps.ensembles": ("ensemble",),
     "sweeps.job": ("sweep",),
 }
 """The modules that the names are in."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from medembed.cli.documents import DOCUMENTS
+from medembed.core.prompts import PromptsDocument
 from medembed.core.schema import write_schema
 from medembed.dataset.build_file import BuildFile
 from medembed.dataset.relabelling import Relabelling
@@ -45,6 +46,7 @@ FORMATS: dict[str, tuple[str, Any]] = {
     "cache": ("cache.json of a cache", CacheDocument),
     "failure": ("A line of failures.jsonl of a cache", FailureLine),
     "shard-header": ("The JSON object in the first 512 bytes of a shard", ShardHeader),
+    "prompts": ("document in the metadata of a file of prompts", PromptsDocument),
     "space": ("A search space: the file of `medembed sweep --space`", space_entry()),
 }
 """By name of the file in `docs/schemas`: what has the format, and its model."""

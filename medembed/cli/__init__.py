@@ -24,10 +24,12 @@ SECTIONS = {
     "Embed": {
         "encoders": ("encoders", "List the encoders that are tested, with their poolings."),
         "extract": ("extract", "Run a frozen encoder over a manifest's images, once."),
+        "prompts": ("prompts", "Embed sentences with an encoder's text tower."),
         "autoencoder": ("autoencoder", "Train an autoencoder as a baseline encoder."),
     },
     "Train": {
         "sweep": ("sweep", "Train and tune classifiers on cached embeddings."),
+        "ensemble": ("ensemble", "Combine the classifiers of several sweeps into one."),
         "finetune": ("finetune", "Unfreeze an encoder's last blocks, at several depths."),
     },
     "Look": {

@@ -7,6 +7,7 @@ schemas. Keys may be added, but never removed or given another meaning.
 from typing import Any, Literal
 
 from medembed.cli.similarity_documents import MapDocument, Similar
+from medembed.core.prompts import PromptEntry
 from medembed.core.schema import AnyTable, ClosedRecord, Count, Digest, Field, Given, Record
 from medembed.results.comparison_schema import (
     ComparedHead,
@@ -49,6 +50,7 @@ __all__ = [
     "PlanDocument",
     "Point",
     "Prediction",
+    "PromptsWritten",
     "RecipeText",
     "Report",
     "RunDocument",
@@ -332,7 +334,7 @@ class Autoencoder(ClosedRecord):
 
 
 class RunDocument(ClosedRecord):
-    """`medembed sweep --json` and `medembed finetune --json`."""
+    """`medembed sweep --json`, and that of `finetune` and `ensemble`."""
 
     run: str
     leaderboard: list[LeaderboardEntry]
@@ -344,6 +346,14 @@ class SweptTargets(ClosedRecord):
     runs: dict[str, RunDocument]
     not_estimable: dict[str, str]
     """The other targets, each with the reason."""
+
+
+class PromptsWritten(ClosedRecord):
+    """`medembed prompts --json`."""
+
+    path: str
+    classes: dict[str, Count]
+    prompts: list[PromptEntry]
 
 
 class Demo(ClosedRecord):
@@ -467,6 +477,7 @@ DOCUMENTS: dict[str, Any] = {
     "demo": Demo,
     "doctor": Doctor,
     "encoders": list[EncoderFamily],
+    "ensemble": RunDocument,
     "evaluate": Evaluate,
     "extract": Extract,
     "finetune": RunDocument,
@@ -478,6 +489,7 @@ DOCUMENTS: dict[str, Any] = {
     "map": MapDocument,
     "plan": PlanDocument,
     "predict": list[Prediction],
+    "prompts": PromptsWritten,
     "report": Report,
     "run": dict[str, str],
     "similar": Similar,

@@ -36,6 +36,10 @@ PIPED_COLUMNS = 80
 @click.argument("manifest_path", metavar="MANIFEST", type=PATH)
 @output_option("The run directory to write.")
 @click.option(
+    "--cache", "others", type=PATH, multiple=True,
+    help="A further cache, of an ensemble's next encoder; repeatable.",
+)  # fmt: skip
+@click.option(
     "--split",
     type=click.Choice(["train", "test"]),
     help="Score only this split of the manifest.",
@@ -55,6 +59,7 @@ def evaluate_command(
     cache_path: Path,
     manifest_path: Path,
     out: Path,
+    others: tuple[Path, ...],
     split: str | None,
     recalibrate: int | None,
     operating_points: tuple[Any, ...],
@@ -72,7 +77,7 @@ def evaluate_command(
 
     run = evaluate(
         model_path,
-        cache_path,
+        (cache_path, *others),
         manifest_path,
         out,
         split=split,

@@ -64,12 +64,15 @@ _NO_REFERENCE = (
     type=PATH,
     help="Directory that the manifest's paths are relative to; needed for images not in the cache.",
 )
-@click.option("--cache", "cache_path", type=PATH, help="Cache to look embeddings up in first.")
 @click.option(
-    "--encoder",
-    "reference",
-    help="The model's encoder, if not found where the model's card says.",
-)
+    "--cache", "caches", type=PATH, multiple=True,
+    help="Cache to look embeddings up in first; of an ensemble one for each encoder, repeated.",
+)  # fmt: skip
+@click.option(
+    "--encoder", "references", multiple=True,
+    help="The model's encoder, if not found where the model's card says; repeated, those of an "
+    "ensemble in the card's order.",
+)  # fmt: skip
 @click.option(
     "--explain",
     type=PATH,
@@ -109,8 +112,8 @@ def predict_command(
     images: tuple[Path, ...],
     manifest_path: Path | None,
     image_root: Path | None,
-    cache_path: Path | None,
-    reference: str | None,
+    caches: tuple[Path, ...],
+    references: tuple[str, ...],
     explain: Path | None,
     alpha: float,
     operating_point: str | None,
@@ -125,9 +128,10 @@ def predict_command(
     """Apply MODEL to images: files, directories, or those of a manifest.
 
     MODEL is a packaged model such as RUN/models/mlp, or a run, whose best model by cross-validation
-    is then used. Each image and study gets the calibrated probability of abnormal, the decision at
-    an operating point, and the prediction set. Each file given by name is a study of its own. The
-    exit status is 1 if an image failed. Research software, not a medical device.
+    is then used; of an ensemble, every encoder embeds the images. Each image and study gets the
+    calibrated probability of abnormal, the decision at an operating point, and the prediction set.
+    Each file given by name is a study of its own. The exit status is 1 if an image failed. Research
+    software, not a medical device.
     """
     _check_usage(images, manifest_path, image_root, output, jsonl=jsonl, as_json=as_json)
     from medembed.images.load import Limits
@@ -140,8 +144,8 @@ def predict_command(
     with showing_progress("Fetching", "bytes") as fetching:
         predictor = Predictor(
             model_path,
-            encoder=reference,
-            cache=cache_path,
+            encoder=references or None,
+            cache=caches or None,
             device=device,
             precision=precision,
             alpha=alpha,
@@ -159,7 +163,8 @@ def predict_command(
             say(f"No prediction sets: {predictor.card.conformal_note or 'the model has none.'}")
         elif warning := predictor.card.conformal.warning():
             say(warning)
-        if "range" not in (predictor.model.reference or {}):
+        models = predictor.model.members or (predictor.model,)
+        if any("range" not in (model.reference or {}) for model in models):
             say(_NO_REFERENCE)
         if manifest_path is not None:
             rows = predictor.predict_manifest(manifest_path, image_root, explain=explain)

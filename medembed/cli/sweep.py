@@ -47,15 +47,11 @@ class _Backend(click.Choice[str]):
         "medembed sweep cache mura.csv -o runs/pools --pool mean,max,mean+max --covariates region",
         "medembed sweep layers mura.csv -o runs/layers --pool mean@all --heads logistic",
         "medembed sweep cache grazpedwri.csv -o runs/wrist --target fracture,metal,cast",
+        "medembed sweep cache mura.csv -o runs/words --prompts prompts.safetensors",
     ],
     sections={
         "What is tried": [
-            "target",
-            "heads",
-            "pool",
-            "space",
-            "configs",
-            "covariates",
+            *("target", "heads", "pool", "space", "configs", "covariates", "prompts"),
             "train-fraction",
         ],
         "How it is judged": ["folds", "metric", "operating-point"],
@@ -107,6 +103,12 @@ class _Backend(click.Choice[str]):
     help="Columns of the manifest to append to the embedding, such as region,age,sex.",
 )
 @click.option(
+    "--prompts",
+    type=PATH,
+    help="A file of `medembed prompts`: adds the classifiers zero-shot and text-logistic, on the "
+    "pooling pooler.",
+)
+@click.option(
     "--train-fraction", type=Finite(0, 1, min_open=True), default=1.0, show_default=True,
     help="Share of the training patients to train on, for label-efficiency curves.",
 )  # fmt: skip
@@ -130,6 +132,7 @@ def sweep_command(
     n_folds: int,
     metric: str,
     covariates: tuple[str, ...] | None,
+    prompts: Path | None,
     train_fraction: float,
     operating_points: tuple[Any, ...],
     jobs: int | None,
@@ -152,6 +155,7 @@ def sweep_command(
         "n_folds": n_folds,
         "metric": metric,
         "covariates": covariates or (),
+        "prompts": prompts,
         "train_fraction": train_fraction,
         "operating_points": operating_points,
         "seed": seed,

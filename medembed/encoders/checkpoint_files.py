@@ -172,7 +172,7 @@ def _unreadable(path: Path, reason: str) -> EncoderError:
     return EncoderError(f"{path.name} of {name} cannot be read: {reason.rstrip('.')}.")
 
 
-Part = Literal["tower", "projector", "encoder", "whole"]
+Part = Literal["tower", "text", "projector", "encoder", "whole"]
 SIGLIP_TYPES = ("gemma3", "siglip", "siglip_vision_model")
 CLIP_TYPES = ("clip", "clip_vision_model")
 AUTOENCODER_TYPE = "medembed-autoencoder"
@@ -181,6 +181,7 @@ INDEX_FILE = "model.safetensors.index.json"
 # The files that `partial_download` builds from ranges of a repository's files.
 FETCHED_FILES: dict[Part, str] = {
     "tower": "medembed-vision-tower.safetensors",
+    "text": "medembed-text-tower.safetensors",
     "projector": "medembed-projector.safetensors",
 }
 # Wrapper modules of DistributedDataParallel, torch.compile, FSDP and activation checkpointing, at
@@ -198,11 +199,17 @@ _TOWER = re.compile(
 _PROJECTOR = re.compile(
     rf"{_OUTER}multi_modal_projector\.(mm_input_projection_weight|mm_soft_emb_norm\.weight)$"
 )
+# The text tower, and what joins it with the other: CLIP's projections, the scale and the bias.
+_TEXT = re.compile(
+    rf"{_OUTER}((?:text_model\.(?:embeddings|encoder|final_layer_norm|head)\.|"
+    r"(?:text|visual)_projection\.).+|logit_scale|logit_bias)$"
+)
 _ENCODER = re.compile(rf"{_OUTER}encoder\.(.+)$")  # of an autoencoder
 # Words that occur only in names of a model with unmerged PEFT adapters.
 _ADAPTED = re.compile(r"\.(?:base_layer|original_module|modules_to_save|lora_\w+|ia3_\w+)(?:\.|$)")
 PART_WORDS: dict[Part, str] = {
     "tower": "the vision tower",
+    "text": "the text tower",
     "projector": "the projector",
     "encoder": "the encoder",
     "whole": "the model",
@@ -210,6 +217,8 @@ PART_WORDS: dict[Part, str] = {
 _NOT_HELD: dict[Part, str] = {
     "tower": "vision tower: no tensor named vision_tower.… or vision_model.…. Give a checkpoint of "
     "MedGemma, MedSigLIP, SigLIP or CLIP.",
+    "text": "text tower: no tensor named text_model.…. Give a checkpoint of MedSigLIP, SigLIP or "
+    "CLIP.",
     "projector": "projector: no tensor named multi_modal_projector.…. Only MedGemma has one; leave "
     "out the pooling `projector`.",
     "encoder": "encoder: no tensor named encoder.…. Train it again with `medembed autoencoder`.",
@@ -256,6 +265,11 @@ def _canonical_projector_name(stored: str) -> str | None:
     return found[1] if found else None
 
 
+def _text_name(stored: str) -> str | None:
+    found = _TEXT.match(unwrap(stored))
+    return found[1] if found and not found[1].endswith(".position_ids") else None
+
+
 def _encoder_name(stored: str) -> str | None:
     found = _ENCODER.match(unwrap(stored))
     return found[1] if found else None
@@ -267,6 +281,7 @@ def _any_name(stored: str) -> str | None:
 
 PART_NAMES: dict[Part, Callable[[str], str | None]] = {
     "tower": canonical_name,
+    "text": _text_name,
     "projector": _canonical_projector_name,
     "encoder": _encoder_name,
     "whole": _any_name,
@@ -302,8 +317,9 @@ def weight_files(directory: Path, part: Part = "tower") -> list[Path]:
 
     Parameters
     ----------
-    part : {"tower", "projector", "encoder", "whole"}
-        The vision tower, Gemma's projector, an autoencoder's encoder, or all tensors.
+    part : {"tower", "text", "projector", "encoder", "whole"}
+        The vision tower, the text tower, Gemma's projector, an autoencoder's encoder, or all
+        tensors.
 
     Raises
     ------

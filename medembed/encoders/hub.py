@@ -41,6 +41,7 @@ from medembed.encoders.stored_tensors import read_header
 
 __all__ = [
     "DEMO",
+    "TOKENIZER_FILES",
     "Checkpoint",
     "RemoteCheckpoint",
     "describe_remote",
@@ -52,6 +53,10 @@ DEMO = "demo"
 WEIGHT_SUFFIXES = (".pth", ".pt")
 """Of a file of torchvision's weights."""
 _DEMO_PATH = Path(__file__).parent / "assets" / "demo"
+TOKENIZER_FILES = (
+    *("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json"),
+    *("spiece.model", "vocab.json", "merges.txt"),
+)
 _HUB_ID = re.compile(r"^(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?$", re.ASCII)
 _COMMIT = re.compile(r"^[0-9a-f]{40}$")
 # Timeout of the first request, which shows whether the hub is reachable; HF_HUB_ETAG_TIMEOUT
@@ -121,6 +126,7 @@ def resolve_checkpoint(
     ref: str | PathLike[str],
     *,
     projector: bool = False,
+    words: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Checkpoint:
     """Return the checkpoint that `ref` names, downloading the needed parts from the hub.
@@ -136,6 +142,8 @@ def resolve_checkpoint(
     ----------
     projector : bool
         Also download Gemma's projector.
+    words : bool
+        Also download the text tower and the tokenizer's files.
     progress : callable(bytes done, bytes in all), optional
         Called at intervals while weights are downloaded; the projector is counted separately.
 
@@ -153,9 +161,12 @@ def resolve_checkpoint(
     snapshot, config = _open(*found)
     if not is_timm_config(config):
         _fetch_processor(snapshot)
+    if words:
+        for name in TOKENIZER_FILES:
+            _download(snapshot, name)
     if _part_of(config) == "tower":
-        parts: tuple[Part, ...] = ("tower", "projector") if projector else ("tower",)
-        for part in parts:
+        wanted: dict[Part, bool] = {"tower": True, "projector": projector, "text": words}
+        for part in (part for part, is_wanted in wanted.items() if is_wanted):
             _fetch_part(snapshot, part, progress)
     else:
         _fetch_whole(snapshot)

@@ -60,6 +60,13 @@ class Head(ClassifierMixin, BaseEstimator, ABC):
     keeps_rows: ClassVar[bool] = False
     """Whether a packaged model holds the embeddings of its training rows, which its card then says.
     """
+    reads_words: ClassVar[bool] = False
+    """Whether the head needs prompts, which a sweep is given by `--prompts`."""
+    reads_pooling: ClassVar[str | None] = None
+    """The one pooling that the head reads, whatever `--pool` says; None: those of `--pool`."""
+    data_params: ClassVar[tuple[str, ...]] = ()
+    """Parameters that a sweep sets and that are no JSON values: what a model keeps of them is in
+    its payload."""
     best_epoch_: int | None
     classes_: np.ndarray
     n_features_in_: int

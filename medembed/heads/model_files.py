@@ -1,7 +1,8 @@
 """The files of a packaged model, which are not trusted: names and sizes are checked before reading.
 
 A directory holds `model.json`, one payload, and at most a reference and a README.md, each a plain
-file. Anything else, and anything larger than a head can be, is refused before it is parsed.
+file; an ensemble also holds `members`, a directory of such directories. Anything else, and anything
+larger than a head can be, is refused before it is parsed.
 """
 
 import errno
@@ -10,7 +11,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,18 +21,22 @@ import safetensors.numpy
 
 from medembed.core.errors import ModelError, PathNotFoundError
 from medembed.core.files import read_plain
-from medembed.core.schema import ClosedRecord, Count
+from medembed.core.schema import ClosedRecord, Count, Field
 
 __all__ = [
+    "MAX_MEMBERS",
     "MAX_TENSOR_BYTES",
+    "MEMBERS",
     "MODEL_FILE",
     "README_FILE",
     "REFERENCE_FILE",
     "TENSOR_FILE",
     "TEXT_FILE",
     "FileEntry",
+    "MemberEntry",
     "PayloadEntry",
     "ReferenceEntry",
+    "check_members",
     "check_names",
     "describe_file",
     "pack_tensors",
@@ -45,6 +50,8 @@ TENSOR_FILE = "head.safetensors"
 TEXT_FILE = "booster.txt"
 REFERENCE_FILE = "reference.safetensors"
 README_FILE = "README.md"
+MEMBERS = "members"
+MAX_MEMBERS = 64
 
 MAX_TENSOR_BYTES = 1 << 30
 #: A head of 4,096 units on 16 cells of 3,456 columns is 0.9 GB; 100,000 trees are 200 MB; a
@@ -81,12 +88,41 @@ def check_names(directory: Path) -> None:
     for entry in sorted(os.scandir(directory), key=lambda entry: entry.name):
         if entry.name.startswith("."):
             continue
+        if entry.name == MEMBERS and entry.is_dir(follow_symlinks=False):
+            continue
         if entry.name not in _LIMITS:
-            raise ModelError(
-                f"{directory} holds {entry.name!r}, which is not part of a model. Move it elsewhere"
-            )
+            raise _explain_stranger(directory, entry.name)
         if not entry.is_file(follow_symlinks=False):
             raise ModelError(f"{directory / entry.name} is missing or not a plain file")
+
+
+def check_members(directory: Path, names: Sequence[str]) -> None:
+    """Refuse a model whose `members` are not the directories that its `model.json` names.
+
+    Raises
+    ------
+    ModelError
+        The message names the first that is missing, or does not belong there.
+    """
+    place = directory / MEMBERS
+    is_there = os.path.lexists(place)
+    found = {entry.name for entry in os.scandir(place)} if is_there else set()
+    found = {name for name in found if not name.startswith(".")}
+    if is_there and not names:
+        raise _explain_stranger(directory, MEMBERS)
+    for name in sorted(set(names) - found):
+        raise ModelError(f"{directory} lacks {MEMBERS}/{name}. Copy the whole model again")
+    for name in sorted(found - set(names)):
+        raise _explain_stranger(place, name)
+    for name in sorted(found):
+        if (place / name).is_symlink() or os.path.lexists(place / name / MEMBERS):
+            raise ModelError(f"{place / name} is not a member of an ensemble: it leads elsewhere")
+
+
+def _explain_stranger(directory: Path, name: str) -> ModelError:
+    return ModelError(
+        f"{directory} holds {name!r}, which is not part of a model. Move it elsewhere"
+    )
 
 
 def read_part(path: Path) -> bytes:
@@ -152,6 +188,13 @@ class PayloadEntry(FileEntry):
     """The file that holds what the head has learnt; its name decides how it is parsed."""
 
     file: Literal["head.safetensors", "booster.txt"]
+
+
+class MemberEntry(ClosedRecord):
+    """A member of an ensemble: a model in `members`, and the digest of its `model.json`."""
+
+    directory: str = Field(pattern="^[0-9]{1,2}$")
+    sha256: str
 
 
 class ReferenceEntry(FileEntry):

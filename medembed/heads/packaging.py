@@ -6,12 +6,16 @@ anything is parsed; then names, shapes, dtypes and values are checked against th
 because a hash only shows that the payload is the one its author meant. `reference.safetensors`, if
 there is one, holds statistics of the training embeddings and is checked likewise. `README.md`
 describes for people what `model.json` describes for programs. No code is executed from a model.
+
+An ensemble keeps each of its members as such a directory, in `members`, and the digest of the
+member's `model.json` in its own.
 """
 
+import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,13 +27,17 @@ from medembed.core.files import as_path, json_bytes, sync_directory, write_atomi
 from medembed.core.schema import AnyTable, ClosedRecord, Field, parse
 from medembed.core.text import Summarised, Summary, counted
 from medembed.heads.model_files import (
+    MAX_MEMBERS,
+    MEMBERS,
     MODEL_FILE,
     README_FILE,
     REFERENCE_FILE,
     TENSOR_FILE,
     TEXT_FILE,
+    MemberEntry,
     PayloadEntry,
     ReferenceEntry,
+    check_members,
     check_names,
     describe_file,
     pack_tensors,
@@ -43,6 +51,7 @@ if TYPE_CHECKING:
     from medembed.heads.base import Head
 
 __all__ = [
+    "ENSEMBLE",
     "FORMAT",
     "VERSION",
     "Model",
@@ -55,6 +64,8 @@ __all__ = [
 
 FORMAT = "medembed-model"
 VERSION = 1
+ENSEMBLE = "ensemble"
+"""The head of a model that has members; sweeps do not train it."""
 
 #: The most columns that a head may read: checking trees lists their names.
 _MAX_FEATURES = 1 << 20
@@ -73,6 +84,8 @@ class ModelDocument(ClosedRecord):
     payload: PayloadEntry
     reference: ReferenceEntry | None = None
     """Older models have none."""
+    members: list[MemberEntry] | None = Field(default=None, min_length=1, max_length=MAX_MEMBERS)
+    """Only an ensemble has them."""
     card: AnyTable
 
 
@@ -82,13 +95,14 @@ class Model(Summarised):
 
     `reference` holds statistics of the embeddings that the head was trained on (see
     `evaluation.drift.reference`), or None if none were saved. `path` is the directory that the
-    model was read from.
+    model was read from. `members` are the models of an ensemble, in the order of its weights.
     """
 
     head: "Head"
     card: dict[str, Any]
     reference: dict[str, np.ndarray] | None = None
     path: Path | None = None
+    members: tuple["Model", ...] = ()
 
     def summarise(self) -> Summary:
         """Return the kind of head, the columns that it reads, and the encoder behind them."""
@@ -112,6 +126,7 @@ def save_model(
     *,
     reference: Mapping[str, np.ndarray] | None = None,
     texts: Mapping[str, str] | None = None,
+    members: Sequence[Path] = (),
     replace: bool = False,
 ) -> None:
     """Write a fitted head to `directory`, which appears whole or not at all.
@@ -128,6 +143,8 @@ def save_model(
         Statistics of the training embeddings.
     texts : mapping of str to str, optional
         `README.md`, for people: no program reads it.
+    members : sequence of Path
+        For an ensemble, the models of its members, which are copied.
     replace : bool
         Replace a model that exists at `directory`; otherwise an existing one is an error.
 
@@ -154,6 +171,13 @@ def save_model(
         "reference": None,
         "card": dict(card),
     }
+    if members:
+        document["members"] = []
+        for k, member in enumerate(members):
+            copied = _read_files(member)
+            files |= {f"{MEMBERS}/{k}/{own}": content for own, content in copied.items()}
+            digest = hashlib.sha256(copied[MODEL_FILE]).hexdigest()
+            document["members"].append({"directory": str(k), "sha256": digest})
     if reference is not None:
         files[REFERENCE_FILE] = pack_tensors(reference)
         document["reference"] = describe_file(REFERENCE_FILE, files[REFERENCE_FILE])
@@ -201,14 +225,15 @@ def load_model(directory: Model | str | os.PathLike[str]) -> Model:
         return directory
     path = as_path(directory, "a model", "a Model")
     document = read_document(path)
+    members = tuple(_load_member(entry, path) for entry in document.members or ())
     try:
-        head = _rebuild(document, path)
+        head = _rebuild(document, path, members)
         reference = _read_reference(document.reference, path)
     except ModelError as error:
         raise ModelError(
             f"model at {path} cannot be used: {error}. Train or copy it again"
         ) from error
-    return Model(head, document.card, reference, path)
+    return Model(head, document.card, reference, path, members)
 
 
 def read_document(directory: str | Path) -> ModelDocument:
@@ -224,7 +249,27 @@ def read_document(directory: str | Path) -> ModelDocument:
     """
     path = Path(directory)
     check_names(path)
-    return _read_card(path / MODEL_FILE)
+    document = _read_card(path / MODEL_FILE)
+    check_members(path, [entry.directory for entry in document.members or ()])
+    return document
+
+
+def _load_member(entry: MemberEntry, directory: Path) -> Model:
+    path = directory / MEMBERS / entry.directory
+    check_names(path)
+    if hashlib.sha256(read_part(path / MODEL_FILE)).hexdigest() != entry.sha256:
+        raise ModelError(
+            f"model at {directory} cannot be used: its member {entry.directory} is another model "
+            "than the one recorded. Train or copy it again"
+        )
+    return load_model(path)
+
+
+def _read_files(directory: Path) -> dict[str, bytes]:
+    """Return the files of a model, by name."""
+    check_names(directory)
+    names = (entry.name for entry in os.scandir(directory) if not entry.name.startswith("."))
+    return {name: read_part(directory / name) for name in sorted(names)}
 
 
 def _check_target(target: Path, replace: bool) -> None:
@@ -238,7 +283,14 @@ def _check_target(target: Path, replace: bool) -> None:
         raise ModelError(f"{target} is not a model and is not replaced; choose another place")
 
 
+def _is_ensemble(head: "Head") -> bool:
+    """Return whether a head is an `EnsembleHead`, without importing scikit-learn for it."""
+    return type(head).__name__ == "EnsembleHead"
+
+
 def _name_of(head: "Head") -> str:
+    if _is_ensemble(head):
+        return ENSEMBLE
     kind, known = type(head), known_heads()
     for name, place in known.items():
         if place == f"{kind.__module__}:{kind.__qualname__}":
@@ -272,7 +324,9 @@ def _document_bytes(document: Mapping[str, Any]) -> bytes:
 
 
 def _plain_params(head: "Head") -> dict[str, Any]:
-    params = dict(head.get_params())
+    if _is_ensemble(head):
+        return {}
+    params = {k: own for k, own in head.get_params().items() if k not in head.data_params}
     if isinstance(params.get("class_weight"), Mapping):
         # JSON has no whole numbers for keys; `_given_params` turns them back
         params["class_weight"] = {str(k): float(v) for k, v in params["class_weight"].items()}
@@ -298,6 +352,7 @@ def _write_directory(target: Path, files: Mapping[str, bytes]) -> None:
     try:
         made.chmod(0o755)
         for name, data in files.items():
+            (made / name).parent.mkdir(parents=True, exist_ok=True)
             write_atomically(made / name, data)
         if target.exists():
             os.rename(target, old)
@@ -326,10 +381,18 @@ def _read_card(path: Path) -> ModelDocument:
     return parse(ModelDocument, document, ModelError, path, "Train or copy the model again.")
 
 
-def _rebuild(document: ModelDocument, directory: Path) -> "Head":
+def _rebuild(document: ModelDocument, directory: Path, members: Sequence[Model]) -> "Head":
     payload = read_described(document.payload, directory)
+    if bool(members) != (document.head == ENSEMBLE):
+        raise ModelError(f"a model of {document.head!r} has {len(members)} members")
     try:
-        head = make_head(document.head, _given_params(document.params))
+        head: Head
+        if members:
+            from medembed.heads.ensemble import EnsembleHead  # scikit-learn
+
+            head = EnsembleHead(members=[member.head for member in members])
+        else:
+            head = make_head(document.head, _given_params(document.params))
         head._restore(payload, document.n_features)
     except ModelError:
         raise

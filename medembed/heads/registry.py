@@ -26,6 +26,8 @@ HEADS = {
     "lightgbm": "medembed.heads.lightgbm:LightGBMHead",
     "logistic": "medembed.heads.linear:LogisticHead",
     "mlp": "medembed.heads.mlp:MLPHead",
+    "text-logistic": "medembed.heads.words:TextLogisticHead",
+    "zero-shot": "medembed.heads.words:ZeroShotHead",
 }
 
 

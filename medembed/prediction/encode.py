@@ -8,8 +8,9 @@ import os
 import re
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from medembed.cache.store import Cache, open_cache
 from medembed.core.errors import EncoderError, ImageError, MedembedError, ModelError
 from medembed.core.poolings import find_pooling
 from medembed.core.system import choose_processes, default_decoders
+from medembed.core.text import counted
 from medembed.encoders.hub import DEMO
 from medembed.encoders.preprocessing import prepare
 from medembed.encoders.protocol import Encoder, check_rows
@@ -37,8 +39,10 @@ __all__ = [
     "Embedder",
     "Encoded",
     "File",
+    "JoinedRows",
     "encode_files",
     "find_encoder",
+    "open_caches",
     "read_intensity",
 ]
 
@@ -199,6 +203,81 @@ class CachedRows:
         return np.hstack(flat).astype(np.float32)
 
 
+class JoinedRows:
+    """The rows of an ensemble's caches, side by side in the order of the columns that it reads.
+
+    It is used like `CachedRows`; an image counts as cached where every cache has it.
+    """
+
+    def __init__(self, parts: Sequence[CachedRows]) -> None:
+        self.parts = parts
+
+    def has(self, digests: Sequence[str]) -> np.ndarray:
+        """Return whether each SHA-256 has a row in every cache: (n,) bool."""
+        return np.asarray(np.all([part.has(digests) for part in self.parts], axis=0), bool)
+
+    def failures(self) -> dict[str, Failure]:
+        """Return the failures of all caches, by sha256."""
+        return {name: own for part in self.parts for name, own in part.failures().items()}
+
+    def read(self, digests: Sequence[str]) -> np.ndarray:
+        """Return the rows of these SHA-256, float32 (n, d), like `CachedRows.read`."""
+        return np.hstack([part.read(digests) for part in self.parts])
+
+
+_CacheLike = Cache | str | os.PathLike[str]
+
+
+def open_caches(caches: _CacheLike | Sequence[_CacheLike], card: Card) -> CachedRows | JoinedRows:
+    """Return the rows of caches that a model can read; an ensemble may need several.
+
+    Raises
+    ------
+    PathNotFoundError, CacheError
+        A cache is missing or damaged.
+    ModelError
+        No cache holds what the model reads of an encoder, or a cache is of no use to it.
+    """
+    given = [caches] if isinstance(caches, Cache | str | os.PathLike) else list(caches)
+    opened = [open_cache(cache) for cache in given]
+    cards = card.by_encoder()
+    if len(cards) == len(opened) == 1:
+        return CachedRows(opened[0], cards[0])
+    found = [
+        (_find_cache(opened, replace(own, pooling=name)), own, name)
+        for own in cards
+        for name in own.pooling.split("+")
+    ]
+    unused = [cache for cache in opened if all(cache is not used for used, _, _ in found)]
+    if unused:
+        raise ModelError(
+            f"the cache at {unused[0].path} holds nothing that the model still needs. Leave it out."
+        )
+    parts = []
+    for _, run in groupby(found, key=lambda place: (id(place[0]), id(place[1]))):
+        own = list(run)
+        pooling = "+".join(name for _, _, name in own)
+        parts.append(CachedRows(own[0][0], replace(own[0][1], pooling=pooling)))
+    return JoinedRows(parts)
+
+
+def _find_cache(caches: Sequence[Cache], card: Card) -> Cache:
+    """Return the first cache with the one pooling that a card names."""
+    refusals = []
+    for cache in caches:
+        try:
+            check_spec(card, cache.spec, f"those in the cache at {cache.path}")
+        except ModelError as error:
+            refusals.append(error)
+        else:
+            return cache
+    source = card.encoder.get("source")
+    raise ModelError(
+        f"none of the {counted(len(caches), 'cache')} given holds {card.pooling} of {source}: "
+        f"{refusals[0]} An ensemble needs a cache for each of its encoders."
+    )
+
+
 def find_encoder(card: Card, model_path: Path) -> str | Path:
     """Return the reference of the encoder that a card names.
 
@@ -293,8 +372,11 @@ class Encoded:
     error: str | None = None
 
 
-def encode_files(files: Sequence[File], embedder: Embedder) -> Generator[list[Encoded]]:
+def encode_files(files: Sequence[File], embedders: Sequence[Embedder]) -> Generator[list[Encoded]]:
     """Yield the outcomes of the files, in order, a batch at a time.
+
+    With several encoders, of an ensemble, each decodes and embeds every file; their embeddings
+    stand side by side, and a file that fails with one of them has failed.
 
     On a CPU a batch is one image, so that each answer comes as early as possible, and a row does
     not depend on the other requests. A GPU receives up to `BATCH_ON_GPU` images at a time, fewer
@@ -307,6 +389,10 @@ def encode_files(files: Sequence[File], embedder: Embedder) -> Generator[list[En
     MedembedError
         The decoder processes end on every image.
     """
+    if len(embedders) > 1:
+        yield from _encode_with_each(files, embedders)
+        return
+    [embedder] = embedders
     on_gpu = embedder.encoder.device == "cuda" and len(files) > FEW
     size = BATCH_ON_GPU if on_gpu else 1
     batch: list[tuple[File, Reading]] = []
@@ -320,6 +406,27 @@ def encode_files(files: Sequence[File], embedder: Embedder) -> Generator[list[En
                 batch = []
     if batch:
         yield _encode(batch, embedder)
+
+
+def _encode_with_each(
+    files: Sequence[File], embedders: Sequence[Embedder]
+) -> Generator[list[Encoded]]:
+    with contextlib.ExitStack() as stack:
+        streams = [
+            stack.enter_context(contextlib.closing(encode_files(files, [embedder])))
+            for embedder in embedders
+        ]
+        outcomes = [(own for batch in stream for own in batch) for stream in streams]
+        for every in zip(*outcomes, strict=True):
+            yield [_join(every)]
+
+
+def _join(every: Sequence[Encoded]) -> Encoded:
+    errors = [own.error for own in every if own.x is None]
+    if errors:
+        return Encoded(every[0].number, error=errors[0])
+    x = np.concatenate([own.x for own in every if own.x is not None])
+    return Encoded(every[0].number, x, every[0].pixels)
 
 
 _Pairs = Generator[tuple[File, Reading] | None]

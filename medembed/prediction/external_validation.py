@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from medembed.cache.embeddings import Embeddings, load_embeddings
-from medembed.cache.store import Cache, open_cache
+from medembed.cache.store import Cache
 from medembed.core.errors import TrainingDataError
 from medembed.core.files import json_digest
 from medembed.core.system import library_versions
@@ -32,8 +32,9 @@ from medembed.evaluation.clinical_utility import check_prevalence
 from medembed.evaluation.thresholds import ThresholdRule, parse_rules
 from medembed.heads.model_files import read_part
 from medembed.heads.packaging import Model, load_model
-from medembed.prediction.decisions import check_spec, raw_scores
-from medembed.prediction.predictor import Predictor, find_model
+from medembed.prediction.decisions import raw_scores
+from medembed.prediction.encode import CachedRows, JoinedRows, open_caches
+from medembed.prediction.predictor import CacheLike, Predictor, find_model
 from medembed.prediction.shift import (
     Internal,
     count_labels,
@@ -63,6 +64,11 @@ NO_PRIORS = (
     "Priors are left out: the model is no longer inside the run that trained it, and its card "
     "does not count the labels of training."
 )
+_NO_DRIFT: dict[str, Any] = {
+    "verdict": None,
+    "sentence": "Drift was not measured: an ensemble has no embeddings of its own. Evaluate its "
+    "members, each in the directory members of the model.",
+}
 _COPIED = ("trial", "cv", "cv_method", "n_tried", "seed", "depth")
 _OF_A_PRIOR = {
     "calibrations": {"platt": Calibration().as_dict()},
@@ -95,7 +101,7 @@ class _Asked:
 
 def evaluate(
     model: Model | Predictor | str | os.PathLike[str],
-    cache: Cache | str | Path,
+    cache: CacheLike | Sequence[CacheLike],
     manifest: Manifest | str | Path,
     out: str | Path,
     *,
@@ -114,8 +120,8 @@ def evaluate(
         A directory that `sweep` or `finetune` wrote to `models/`, or a model read from it. If it is
         still inside its run, the run's test predictions and priors are used.
     cache, manifest : Cache, Manifest or path
-        The images to score. The cache's spec must be the model's; covariates that the model reads
-        come from the manifest.
+        The images to score. The cache's spec must be the model's; of an ensemble, give a list of
+        caches, one for each encoder. Covariates that the model reads come from the manifest.
     out : str or Path
         The run directory: new, or that of an identical evaluation, whose result is then read.
     split : {"train", "test"}, optional
@@ -155,16 +161,17 @@ def evaluate(
     """
     points = parse_rules(operating_points)
     share = None if prevalence is None else check_prevalence(prevalence)
-    path, opened = find_model(model), open_cache(cache)
+    path = find_model(model)
     loaded = load_model(path)
     card = read_card(loaded, path)
     for rule in points:
         card.point(rule.name)
-    check_spec(card, opened.spec, f"those in the cache at {opened.path}")
+    parts = _match_caches(cache, card)
+    caches = list(dict.fromkeys(part.cache for part in parts))
     read = read_manifest(manifest)
     given = read if isinstance(manifest, Manifest) else manifest
     [target] = check_targets([card.target or LABEL], read.rows.columns)
-    embeddings = load_embeddings(opened, given, pool=card.pooling, split=split, cells=True)
+    embeddings = _load(parts, given, split)
     embeddings = replace(embeddings, rows=select_target(embeddings.rows, target))
     rows = select_target(read.rows, target)
     rows = rows if split is None else rows[rows["split"] == split]
@@ -172,9 +179,10 @@ def evaluate(
     asked = _Asked(*known, recalibrate, seed, n_resamples, points, share)
     _refuse_trained(asked, read.rows, split)
     _refuse_too_many(asked)
-    words = ["medembed", "evaluate", public_name(path), public_name(opened.path)]
+    words = ["medembed", "evaluate", public_name(path), public_name(caches[0].path)]
     words += ["MANIFEST" if isinstance(manifest, Manifest) else public_name(manifest)]
     words += ["--out", public_name(out)]
+    words += [word for own in caches[1:] for word in ("--cache", public_name(own.path))]
     words += ["--split", split] if split else []
     words += ["--recalibrate", str(recalibrate)] if recalibrate else []
     words += [word for rule in points for word in ("--operating-point", rule.name)]
@@ -184,7 +192,7 @@ def evaluate(
         "seed": seed,
         "command": shlex.join([*words, "--seed", str(seed)]),
         "versions": library_versions("evaluation"),
-        "encoder": describe_source(opened.recorded, opened.spec.encoder, opened.spec.preprocessing),
+        "encoder": _describe_encoders(caches),
         "data": summarise_data(
             rows.assign(split="test"),
             embeddings.failed,
@@ -200,6 +208,41 @@ def evaluate(
     return run
 
 
+def _match_caches(cache: CacheLike | Sequence[CacheLike], card: Card) -> Sequence[CachedRows]:
+    """Return what the model reads of each cache, in the order of its columns."""
+    found = open_caches(cache, card)
+    return found.parts if isinstance(found, JoinedRows) else [found]
+
+
+def _load(
+    parts: Sequence[CachedRows], manifest: Manifest | str | Path, split: str | None
+) -> Embeddings:
+    """Return the images that all caches have, with their embeddings side by side."""
+    every = [
+        load_embeddings(part.cache, manifest, pool="+".join(part.poolings), split=split, cells=True)
+        for part in parts
+    ]
+    first, *others = every
+    if not others:
+        return first
+    kept = set(first.rows["image"]).intersection(*(own.rows["image"] for own in others))
+    chosen = [own.rows["image"].isin(kept).to_numpy() for own in every]
+    failed = pd.concat([own.failed for own in every]).drop_duplicates("image")
+    return replace(
+        first,
+        X=np.hstack([own.X[rows] for own, rows in zip(every, chosen, strict=True)]),
+        rows=first.rows[chosen[0]].reset_index(drop=True),
+        failed=failed.reset_index(drop=True),
+    )
+
+
+def _describe_encoders(caches: Sequence[Cache]) -> dict[str, Any]:
+    known = [describe_source(c.recorded, c.spec.encoder, c.spec.preprocessing) for c in caches]
+    if len(known) == 1:
+        return known[0]
+    return {"source": " and ".join(dict.fromkeys(own["source"] for own in known))}
+
+
 def _question(asked: _Asked, manifest: Manifest, split: str | None) -> dict[str, Any]:
     own = hashlib.sha256(read_part(asked.path / "model.json")).hexdigest()
     return {
@@ -207,6 +250,7 @@ def _question(asked: _Asked, manifest: Manifest, split: str | None) -> dict[str,
         "manifest": manifest.digest(),
         "embedded": json_digest(sorted(asked.embeddings.rows["sha256"])),
         "spec": asked.embeddings.spec.as_dict(),
+        **({"sources": [own.spec for own in asked.card.sources]} if asked.card.sources else {}),
         "pooling": asked.card.pooling,
         "split": split,
         "recalibrate": asked.recalibrate,
@@ -244,7 +288,9 @@ def _answer(run: Run, asked: _Asked, internal: Internal | None) -> None:
         asked.recalibrate,
         resampling,
     )
-    drift = find_drift(asked.embeddings, X, asked.model.reference, asked.seed)
+    drift = _NO_DRIFT
+    if not asked.model.members:
+        drift = find_drift(asked.embeddings, X, asked.model.reference, asked.seed)
     if (asked.embeddings.y >= 0).any():
         shown = {"operating_points": asked.points, "prevalence": asked.prevalence}
         scores: Mapping[str, Any] = score_run(run, **resampling, **shown)

@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Any, overload
 import pandas as pd
 
 from medembed.cache.store import Cache
-from medembed.core.errors import ArgumentError, MedembedError
+from medembed.core.errors import ArgumentError, MedembedError, ModelError
 from medembed.core.files import as_path
-from medembed.core.text import Summarised, Summary
+from medembed.core.text import Summarised, Summary, counted
 from medembed.dataset.manifest import Manifest, read_manifest
 from medembed.encoders.protocol import Encoder
 from medembed.evaluation.thresholds import OperatingPoint
+from medembed.heads.model_files import MEMBERS
 from medembed.heads.packaging import Model, load_model
 from medembed.images.load import DEFAULT_LIMITS, Limits
 from medembed.prediction.decisions import ALPHA
-from medembed.prediction.encode import CachedRows, Embedder
+from medembed.prediction.encode import CachedRows, Embedder, JoinedRows, open_caches
 from medembed.prediction.inputs import Requests, request_images, request_manifest
 from medembed.prediction.rows import Draw, PredictionJob, predict_rows
 from medembed.results.model_card import Card, read_card
@@ -35,6 +36,8 @@ _COLUMNS = (
     *("distance", "distance_p", "far", "trained_on", "error"),
 )
 _Progress = Callable[[int, int], None]
+CacheLike = Cache | str | os.PathLike[str]
+EncoderLike = Encoder | str | os.PathLike[str]
 
 
 class Predictor(Summarised):
@@ -54,10 +57,10 @@ class Predictor(Summarised):
         of a run the best head by cross-validation.
     encoder : Encoder, str or path, optional
         The encoder or a reference to it; by default the one named by the model's card. It must be
-        the one that the model was trained on.
+        the one that the model was trained on. Of an ensemble a list, in the order of its card.
     cache : Cache or path, optional
         Embeddings to look images up in, by the SHA-256 of their bytes, before using the encoder; if
-        the cache holds all images, the encoder is not loaded.
+        the cache holds all images, the encoder is not loaded. Of an ensemble a list, in any order.
     device, precision : str
         Where and in which precision to encode, see `encoders.loading.load_encoder`. How images are
         fitted and which window of a DICOM is used is determined by the model.
@@ -80,8 +83,8 @@ class Predictor(Summarised):
         self,
         model: "Model | Predictor | Run | str | os.PathLike[str]",
         *,
-        encoder: Encoder | str | os.PathLike[str] | None = None,
-        cache: Cache | str | os.PathLike[str] | None = None,
+        encoder: EncoderLike | Sequence[EncoderLike] | None = None,
+        cache: CacheLike | Sequence[CacheLike] | None = None,
         device: str = "auto",
         precision: str = "auto",
         alpha: float = ALPHA,
@@ -111,26 +114,48 @@ class Predictor(Summarised):
         return self.card.point(self.operating_point)
 
     @cached_property
-    def embedder(self) -> Embedder:
-        """The encoder, not loaded yet."""
-        return Embedder(
-            self.path,
-            self.card,
-            reference=self.encoder,
-            device=self.device,
-            precision=self.precision,
-            limits=self.limits,
-            progress=self.fetching,
-        )
+    def embedders(self) -> list[Embedder]:
+        """The encoder, or those of an ensemble, not loaded yet.
+
+        Raises
+        ------
+        ArgumentError
+            The number of encoders given is not the model's.
+        """
+        cards, given = self.card.by_encoder(), self.encoder
+        references: Sequence[EncoderLike | None]
+        if given is None:
+            references = [None] * len(cards)
+        else:
+            several = isinstance(given, list | tuple)
+            references = given if several else [given]  # type: ignore[assignment, list-item]
+        if len(references) != len(cards):
+            raise ArgumentError(
+                f"the model reads embeddings of {counted(len(cards), 'encoder')} "
+                f"({', '.join(str(card.encoder.get('source')) for card in cards)}), and "
+                f"{len(references)} were given. Give one for each, in this order."
+            )
+        return [
+            Embedder(
+                self.path,
+                card,
+                reference=reference,
+                device=self.device,
+                precision=self.precision,
+                limits=self.limits,
+                progress=self.fetching,
+            )
+            for card, reference in zip(cards, references, strict=True)
+        ]
 
     @cached_property
-    def cached(self) -> CachedRows | None:
-        """The cache, if one was given."""
-        return None if self.cache is None else CachedRows(self.cache, self.card)
+    def cached(self) -> CachedRows | JoinedRows | None:
+        """The cache, or those of an ensemble, if given."""
+        return None if self.cache is None else open_caches(self.cache, self.card)
 
     def load(self) -> "Predictor":
         """Load model and encoder now, so that the first prediction is as quick as later ones."""
-        _ = self.model.head, self.point, self.embedder.encoder
+        _ = self.model.head, self.point, [embedder.encoder for embedder in self.embedders]
         return self
 
     @overload
@@ -290,7 +315,7 @@ class Predictor(Summarised):
         job = PredictionJob(
             self.model,
             self.card,
-            self.embedder,
+            self.embedders,
             self.cached,
             alpha=self.alpha,
             point=self.point,
@@ -302,7 +327,12 @@ class Predictor(Summarised):
     def _open_directory(self, directory: Path) -> Draw:
         from medembed.prediction.overlay import Pictures  # torch
 
-        return Pictures(directory, self.embedder, self.model.head).draw
+        if self.model.members:
+            raise ModelError(
+                "an ensemble is not explained: its members read different tokens. Explain a "
+                f"member, such as {self.path / MEMBERS / '0'}."
+            )
+        return Pictures(directory, self.embedders[0], self.model.head).draw
 
 
 def find_model(model: Model | Predictor | Run | str | os.PathLike[str]) -> Path:

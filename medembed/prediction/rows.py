@@ -15,7 +15,14 @@ from medembed.evaluation.thresholds import OperatingPoint
 from medembed.extraction.image_store import refuse_empty_root
 from medembed.heads.packaging import Model
 from medembed.prediction.decisions import Scored, decide
-from medembed.prediction.encode import CachedRows, Embedder, Encoded, File, encode_files
+from medembed.prediction.encode import (
+    CachedRows,
+    Embedder,
+    Encoded,
+    File,
+    JoinedRows,
+    encode_files,
+)
 from medembed.prediction.inputs import Requests
 from medembed.results.model_card import Card
 from medembed.results.predictions import image_code
@@ -46,7 +53,9 @@ class PredictionJob:
 
     Attributes
     ----------
-    cached : CachedRows or None
+    embedders : sequence of Embedder
+        One, or of an ensemble one for each encoder.
+    cached : CachedRows, JoinedRows or None
         Searched before the encoder is used; ignored for explanations, which need tokens.
     alpha : float
         See `decisions.decide`.
@@ -60,8 +69,8 @@ class PredictionJob:
 
     model: Model
     card: Card
-    embedder: Embedder
-    cached: CachedRows | None = None
+    embedders: Sequence[Embedder]
+    cached: CachedRows | JoinedRows | None = None
     alpha: float = 0.1
     point: OperatingPoint | None = None
     draw: Draw | None = None
@@ -91,7 +100,7 @@ def predict_rows(requests: Requests, job: PredictionJob) -> Iterator[dict[str, A
     plan = _make_plan(requests, job)
     answers = _Answers(requests, job)
     encoded: deque[Encoded] = deque()
-    with contextlib.closing(encode_files(plan.files, job.embedder)) as batches:
+    with contextlib.closing(encode_files(plan.files, job.embedders)) as batches:
         for start in range(0, len(requests), WINDOW):
             numbers = np.arange(start, min(start + WINDOW, len(requests)))
             rows = _read_cached(requests, job, numbers[plan.cached[numbers]])
@@ -150,7 +159,7 @@ def _find_files(
         if requests.root is not None and not any_cached:
             images = (requests.images[number] for number in missing)
             refuse_empty_root(requests.root, images, len(missing), "to answer for")
-        encoder = job.embedder.encoder
+        sources = [embedder.encoder.source for embedder in job.embedders]
     except (EncoderError, MissingRowsError) as error:
         if not any_cached:
             raise
@@ -160,7 +169,7 @@ def _find_files(
         )
         return []
     if job.cached is not None and job.draw is None:
-        _notify(job, f"{said}; they are embedded by {encoder.source} now, and not kept.")
+        _notify(job, f"{said}; they are embedded by {' and '.join(sources)} now, and not kept.")
     return list(_resolve(requests, missing, errors))
 
 
@@ -237,20 +246,18 @@ class _Answers:
 
     def _place(self, answered: Sequence[Encoded]) -> list[dict[str, Any]]:
         """Return each image's distance from the training images."""
-        reference, found = self._job.model.reference, None
-        if reference is not None and answered:
-            X = np.stack([self._row(outcome) for outcome in answered])
-            # computed on embeddings without covariates, unless the reference was fitted on both
-            n_columns = len(reference.get("space_centre", X[0]))
-            n_own = len(_embedding(answered[0]))
-            found = measure_remoteness(reference, X[:, :n_own] if n_columns == n_own else X)
-        if found is None:
-            return [_NOWHERE] * len(answered)
-        columns = zip(found.distance, found.p, found.far, strict=True)
-        return [
-            {"distance": float(distance), "distance_p": float(p), "far": bool(far)}
-            for distance, p, far in columns
-        ]
+        model, head = self._job.model, self._job.model.head
+        if not answered:
+            return []
+        X = np.stack([self._row(outcome) for outcome in answered])
+        if not model.members:
+            return _measure(model.reference, X, len(_embedding(answered[0])))
+        places = []
+        own: Sequence[np.ndarray] = head.columns  # type: ignore[attr-defined]
+        for member, columns in zip(model.members, own, strict=True):
+            n_own = int((columns < len(_embedding(answered[0]))).sum())
+            places.append(_measure(member.reference, X[:, columns], n_own))
+        return [_furthest(every) for every in zip(*places, strict=True)]
 
     def _predict(self, X: np.ndarray, *studies: np.ndarray) -> np.ndarray:
         return np.asarray(self._job.model.head.predict_proba(X, *studies)[:, 1], np.float64)
@@ -350,6 +357,24 @@ class _Answers:
         return image_code(digest) in self._trained if digest else None
 
 
+def _measure(
+    reference: Mapping[str, np.ndarray] | None, X: np.ndarray, n_own: int
+) -> list[dict[str, Any]]:
+    """Return the distance of each row from training; the first `n_own` columns are embeddings."""
+    found = None
+    if reference is not None:
+        # computed on embeddings without covariates, unless the reference was fitted on both
+        n_columns = len(reference.get("space_centre", X[0]))
+        found = measure_remoteness(reference, X[:, :n_own] if n_columns == n_own else X)
+    if found is None:
+        return [_NOWHERE] * len(X)
+    columns = zip(found.distance, found.p, found.far, strict=True)
+    return [
+        {"distance": float(distance), "distance_p": float(p), "far": bool(far)}
+        for distance, p, far in columns
+    ]
+
+
 _NOWHERE: dict[str, Any] = {"distance": None, "distance_p": None, "far": None}
 
 
@@ -359,8 +384,11 @@ def _embedding(outcome: Encoded) -> np.ndarray:
 
 
 def _furthest(views: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return a study's distance: its furthest view, with p Bonferroni-corrected over the views."""
-    if not views or views[0]["far"] is None:
+    """Return the distance of the furthest of several views, or of an image in several spaces.
+
+    p is Bonferroni-corrected over them.
+    """
+    if not views or any(view["far"] is None for view in views):
         return _NOWHERE
     most = max(views, key=lambda view: float(view["distance"]))
     p = min(1.0, len(views) * float(most["distance_p"]))

@@ -21,7 +21,7 @@ from medembed.results.decisions import SENSITIVITY, Decisions, fit_decisions, re
 from medembed.results.predictions import PRIORS
 from medembed.results.runs import Run
 
-__all__ = ["LEVELS", "SENSITIVITY", "ScoredHead", "TestSet", "align_runs"]
+__all__ = ["LEVELS", "SENSITIVITY", "ScoredHead", "TestSet", "align_runs", "short_names"]
 
 LEVELS = ("study", "image")
 
@@ -143,7 +143,7 @@ def align_runs(
     """
     if level not in LEVELS:
         raise RunError(f"level {level!r} is unknown. Choose one of: {', '.join(LEVELS)}.")
-    names = _short_names(runs)
+    names = short_names(runs)
     entries = [
         entry
         for run, name in zip(runs, names, strict=True)
@@ -325,7 +325,14 @@ def _require_same_test(
             )
 
 
-def _short_names(runs: Sequence[Run]) -> list[str]:
+def short_names(runs: Sequence[Run]) -> list[str]:
+    """Return the shortest ends of the runs' paths that tell them apart.
+
+    Raises
+    ------
+    RunError
+        A run is given twice.
+    """
     paths = [run.path.resolve() for run in runs]
     for path in paths:
         if paths.count(path) > 1:

@@ -1,7 +1,7 @@
 """The card of a packaged model: written when the model is saved, read before it is applied."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from reprlib import repr as short
 from typing import Annotated, Any, Literal, Self
@@ -58,6 +58,7 @@ __all__ = [
     "EncoderSource",
     "NumericEntry",
     "ScoreInterval",
+    "SourceEntry",
     "TestScores",
     "Trained",
     "TrainedCounts",
@@ -72,6 +73,8 @@ __all__ = [
 #: The only place beside a model where an encoder of the same run lies.
 _ENCODER_PATH = r"^\.\./\.\./encoders/[A-Za-z0-9][A-Za-z0-9_.+-]*$"
 _WAY_OUT = "Train or copy the model again."
+Pooled = Annotated[Word, Field(pattern=r"^[^+]+(\+[^+]+)*$")]
+"""Names of poolings, joined by `+`."""
 
 
 class EncoderSource(Record):
@@ -81,6 +84,14 @@ class EncoderSource(Record):
     revision: Word | None = None
     path: Annotated[str, Field(pattern=_ENCODER_PATH)] | None = None
     """Relative to the model's directory."""
+
+
+class SourceEntry(Record):
+    """One of the encoders of an ensemble, and what its members read of it."""
+
+    encoder: EncoderSource
+    spec: AnyTable
+    pooling: Pooled
 
 
 class ScoreInterval(Record):
@@ -219,7 +230,8 @@ class CardDocument(Record):
     """`card` of `model.json`; older cards lack conformal scores and the encoder's source."""
 
     spec: AnyTable
-    pooling: Annotated[Word, Field(pattern=r"^[^+]+(\+[^+]+)*$")]
+    """Empty for an ensemble, whose encoders are in `sources`."""
+    pooling: Pooled
     label_level: Literal["study", "image"]
     views: Literal["mean", "attention"]
     calibration: CalibrationEntry
@@ -229,6 +241,7 @@ class CardDocument(Record):
     conformal: ConformalEntry | None = None
     conformal_note: Word | None = None
     encoder: EncoderSource | None = None
+    sources: list[SourceEntry] | None = Field(default=None, min_length=1)
     covariates: CovariatesEntry | None = None
     scores: Given[CardScores] = None
     synthetic: bool = False
@@ -282,6 +295,9 @@ class Card:
         The whole card.
     target : str or None
         The manifest's target that the model predicts; None for the label.
+    sources : tuple of SourceEntry
+        The encoders of an ensemble, in the order of the columns that it reads; empty for any other
+        model.
     """
 
     spec: dict[str, Any]
@@ -300,6 +316,20 @@ class Card:
     training_images: frozenset[str]
     document: dict[str, Any]
     target: str | None = None
+    sources: tuple[SourceEntry, ...] = ()
+
+    def by_encoder(self) -> "list[Card]":
+        """Return a card for each encoder that the model reads: itself, unless it is an ensemble."""
+        return [
+            replace(
+                self,
+                spec=source.spec,
+                pooling=source.pooling,
+                encoder=_as_dict(source.encoder),
+                sources=(),
+            )
+            for source in self.sources
+        ] or [self]
 
     def point(self, asked: str | None = None) -> OperatingPoint:
         """Return an operating point: by default Youden's, or a packaged one, or a threshold.
@@ -358,16 +388,19 @@ def read_card(model: Model, path: str | Path) -> Card:
         points=read_points(found.operating_points, found.threshold),
         conformal=None if found.conformal is None else found.conformal.build(),
         conformal_note=found.conformal_note,
-        encoder=(found.encoder or EncoderSource()).model_dump(
-            include={"source", "revision", "path"}
-        ),
+        encoder=_as_dict(found.encoder or EncoderSource()),
         covariates=None if found.covariates is None else found.covariates.build(),
         scores=model.card.get("scores", {}),
         synthetic=found.synthetic,
         training_images=frozenset(found.training_images),
         document=dict(model.card),
         target=found.target,
+        sources=tuple(found.sources or ()),
     )
+
+
+def _as_dict(source: EncoderSource) -> dict[str, Any]:
+    return source.model_dump(include={"source", "revision", "path"})
 
 
 def read_covariates(document: object) -> CovariateEncoder:

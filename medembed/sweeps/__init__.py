@@ -3,13 +3,18 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from medembed.sweeps.ensembles import ensemble
     from medembed.sweeps.job import sweep
 
-__all__ = ["sweep"]
+__all__ = ["ensemble", "sweep"]
 
 
 def __getattr__(name: str) -> Any:
     # on demand: training processes import this package, and need little of what a whole job does
+    if name == "ensemble":
+        from medembed.sweeps.ensembles import ensemble
+
+        return ensemble
     if name == "sweep":
         from medembed.sweeps.job import sweep
 

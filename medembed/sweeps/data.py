@@ -13,6 +13,7 @@ from medembed.cache.store import Cache
 from medembed.core.errors import TrainingDataError
 from medembed.core.files import json_digest
 from medembed.core.poolings import DEFAULT_POOLINGS, expand_blocks
+from medembed.core.prompts import Prompts
 from medembed.core.system import library_versions
 from medembed.dataset.covariates import fit_covariates
 from medembed.dataset.manifest import Manifest
@@ -101,11 +102,13 @@ def plan_batches(
     n_configs: int | None,
     n_folds: int,
     shared: Mapping[str, Any],
+    words: Prompts | None = None,
 ) -> list[Batch]:
     """Return all batches that a sweep trains.
 
-    A trial's key hashes everything that determines its result: `shared`, its head, pooling,
-    parameters and fold, and the batch in which it trains.
+    Heads that read words try each configuration with every set of prompts. A trial's key hashes
+    everything that determines its result: `shared`, its head, pooling, parameters and fold, and the
+    batch in which it trains.
 
     Raises
     ------
@@ -116,6 +119,8 @@ def plan_batches(
     for head in heads:
         space, own = spaces[head], _readable(head, poolings)
         drawn = [_resolved(params) for params in space.draw(n_configs, shared["seed"])]
+        if words is not None and head_class(head).reads_words:
+            drawn = _with_sets(drawn, words)
         for params in drawn:
             make_head(head, params).check_parameters()
         for k, pooling in enumerate(own):
@@ -127,7 +132,24 @@ def plan_batches(
     return batches
 
 
+def _with_sets(drawn: Sequence[dict[str, Any]], words: Prompts) -> list[dict[str, Any]]:
+    """Return configurations with each set of prompts, but those that name a set as they are."""
+    found = [
+        own
+        for params in drawn
+        for own in (
+            [params] if "prompts" in params else [{**params, "prompts": s} for s in words.sets]
+        )
+    ]
+    for params in found:
+        words.directions(params["prompts"])  # refuses an unknown set before any training
+    return found
+
+
 def _readable(head: str, poolings: Sequence[PooledColumns]) -> list[PooledColumns]:
+    only = head_class(head).reads_pooling
+    if only is not None:
+        return [PooledColumns(only)]
     reads_cells = "n_cells" in head_class(head)().get_params()
     own = [pooling for pooling in poolings if reads_cells or pooling.n_cells == 1]
     if not own:
@@ -195,6 +217,7 @@ class SweepConfig:
     points: tuple[ThresholdRule, ...] = ()
     target: str = ""
     """The target to train on; "" for the label, in a sweep without targets."""
+    words: Prompts | None = None
 
     @property
     def labelled_rows(self) -> pd.DataFrame:
@@ -286,6 +309,10 @@ class SweepRows:
 
     Attributes
     ----------
+    tried : sequence of PooledColumns
+        Those given.
+    poolings : list of PooledColumns
+        Those given, and those that only one head reads.
     row_folds : int64 array of shape (n,)
         The fold of every embedded row; -1 for rows that are not trained on.
     failed : DataFrame
@@ -304,7 +331,10 @@ class SweepRows:
         poolings: Sequence[PooledColumns],
         rows: SharedRows | None = None,
     ) -> None:
-        self.asked, self.poolings = asked, poolings
+        self.asked, self.tried = asked, poolings
+        own = {head_class(head).reads_pooling for head in asked.heads} - {None}
+        more = [PooledColumns(str(name)) for name in sorted(map(str, own))]
+        self.poolings = list(dict.fromkeys([*poolings, *more]))
         self._common = rows or SharedRows(asked, poolings)
         embeddings = self._label(self._common.load(poolings[0])[0])
         self.row_folds = np.where(embeddings.y >= 0, self._common.folds, -1)
@@ -334,6 +364,8 @@ class SweepRows:
             metric=self.asked.metric,
             seed=self.asked.seed,
             scaled_folds=self._common.folds,
+            words=self.asked.words,
+            region_columns=self._region_columns(),
         )
         return embeddings, training
 
@@ -354,6 +386,8 @@ class SweepRows:
             "spec": asked.cache.spec.as_dict(),
             "versions": library_versions("sweep"),
             **({"target": asked.target} if asked.target else {}),
+            # only sweeps with prompts record them
+            **({} if asked.words is None else {"prompts": asked.words.digest}),
         }
 
     def question(self, batches: Sequence[Batch]) -> dict[str, Any]:
@@ -381,6 +415,12 @@ class SweepRows:
         if not self.asked.target:
             return embeddings
         return replace(embeddings, rows=select_target(embeddings.rows, self.asked.target))
+
+    def _region_columns(self) -> dict[str, int]:
+        """Return for each region the encoded covariate that is 1 there."""
+        names = [] if self.encoder is None else self.encoder.names
+        start = "region="
+        return {n.removeprefix(start): i for i, n in enumerate(names) if n.startswith(start)}
 
 
 def list_poolings(cache: Cache, pool: str | Sequence[str] | None) -> list[PooledColumns]:

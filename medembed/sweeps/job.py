@@ -16,6 +16,7 @@ from typing import Any
 
 from medembed.cache.store import Cache, open_cache
 from medembed.core.errors import TrainingDataError
+from medembed.core.prompts import Prompts, read_prompts
 from medembed.core.ray_cluster import connected_to_ray
 from medembed.core.system import library_versions
 from medembed.dataset.build_file import KeptBuild, read_build
@@ -41,6 +42,8 @@ from medembed.sweeps.worker_pool import BACKENDS, choose_jobs
 
 __all__ = ["Execution", "configure", "run_sweep", "sweep", "write_command"]
 
+WORD_HEADS = ("zero-shot", "text-logistic")  # what prompts add
+
 
 def sweep(
     cache: Cache | str | Path,
@@ -57,6 +60,7 @@ def sweep(
     train_fraction: float = 1.0,
     seed: int = 0,
     operating_points: Sequence[str | ThresholdRule] = (),
+    prompts: Prompts | str | Path | None = None,
     jobs: int | None = None,
     backend: str = "loky",
     progress: Callable[[int, int], None] | None = None,
@@ -98,6 +102,10 @@ def sweep(
     operating_points : sequence of str or ThresholdRule
         Rules packaged with every model in addition to `thresholds.PACKAGED`; see
         `thresholds.parse_rule`.
+    prompts : Prompts or path, optional
+        A file of `medembed prompts`, of the checkpoint whose image tower the cache is of. Adds the
+        heads that read words, ``zero-shot`` and ``text-logistic``, unless `heads` names one; they
+        read the pooling ``pooler``.
     jobs : int, optional
         Single-threaded processes; one per core by default, 1 trains in this process. More than
         cores and memory allow are refused.
@@ -123,8 +131,10 @@ def sweep(
     Raises
     ------
     TrainingDataError
-        Labels, patients, columns, heads, space or metric do not allow this sweep; raised before
-        any training.
+        Labels, patients, columns, heads, space, prompts or metric do not allow this sweep; raised
+        before any training.
+    ModelError
+        The file of prompts is damaged, or has no set of the name that the space asks for.
     CacheError
         A pooling is not in the cache.
     MissingRowsError
@@ -144,10 +154,13 @@ def sweep(
         train_fraction=train_fraction,
         seed=seed,
         operating_points=operating_points,
+        prompts=prompts,
     )
     execution = Execution(jobs, backend)
     data = SweepRows(asked, list_poolings(asked.cache, pool))
-    command = write_command(asked, cache=cache, manifest=manifest, out=out, pool=pool, space=space)
+    command = write_command(
+        asked, cache=cache, manifest=manifest, out=out, pool=pool, space=space, prompts=prompts
+    )
     build = read_build(manifest, asked.manifest)
     return run_sweep(data, out, command, build, execution, progress=progress, board=board)
 
@@ -165,12 +178,16 @@ def configure(
     train_fraction: float = 1.0,
     seed: int = 0,
     operating_points: Sequence[str | ThresholdRule] = (),
+    prompts: Prompts | str | Path | None = None,
 ) -> SweepConfig:
     """Return the options of `sweep`, checked, with cache and manifest open."""
     heads = heads.split(",") if isinstance(heads, str) else heads
     _check_options(heads, n_configs, n_folds, metric)
+    opened = open_cache(cache)
+    words = None if prompts is None else read_prompts(prompts)
+    heads = _add_word_heads(heads, words, opened, covariates)
     return SweepConfig(
-        cache=open_cache(cache),
+        cache=opened,
         manifest=read_manifest(manifest),
         # always a linear baseline
         heads=list(dict.fromkeys([*heads, PROBE])),
@@ -182,6 +199,7 @@ def configure(
         train_fraction=train_fraction,
         seed=seed,
         points=parse_rules(operating_points),
+        words=words,
     )
 
 
@@ -227,7 +245,13 @@ def run_sweep(
     """
     asked = data.asked
     batches = plan_batches(
-        asked.heads, data.poolings, asked.spaces, asked.n_configs, asked.n_folds, data.shared()
+        asked.heads,
+        data.tried,
+        asked.spaces,
+        asked.n_configs,
+        asked.n_folds,
+        data.shared(),
+        asked.words,
     )
     rows = asked.labelled_rows
     details = {
@@ -298,6 +322,47 @@ def _check_known(name: str, value: str, known: Sequence[str]) -> None:
         raise TrainingDataError(f"{name} {value!r} is unknown. Choose one of: {', '.join(known)}.")
 
 
+def _add_word_heads(
+    heads: Sequence[str], words: Prompts | None, cache: Cache, covariates: Sequence[str]
+) -> list[str]:
+    """Return the heads, with those that read words where there are prompts for the cache.
+
+    Raises
+    ------
+    TrainingDataError
+        The prompts are missing, or do not belong to the cache's vectors.
+    """
+    reading = [head for head in heads if head_class(head).reads_words]
+    if words is None:
+        if reading:
+            raise TrainingDataError(
+                f"head {reading[0]} needs prompts. Make them with `medembed prompts`, and give "
+                "--prompts FILE."
+            )
+        return list(heads)
+    document, source = words.document, cache.recorded.get("source") or "an unknown encoder"
+    if document.encoder != cache.spec.encoder:
+        raise TrainingDataError(
+            f"the prompts are of {document.source} (image tower {document.encoder[:12]}…), and the "
+            f"cache is of {source} ({cache.spec.encoder[:12]}…): words and images of two "
+            "checkpoints have nothing in common. MedGemma's tower has no partner in words; "
+            "MedSigLIP's has. Make prompts with the cache's own checkpoint."
+        )
+    shape = cache.spec.poolings.get(document.pooling)
+    if shape != (words.n_columns,):
+        held = "no" if shape is None else f"{shape} values of the"
+        raise TrainingDataError(
+            f"the prompts belong to the pooling {document.pooling}, and the cache holds {held} "
+            f"{document.pooling}. Extract with --pool mean,max,{document.pooling}."
+        )
+    if words.regions and "region" not in covariates:
+        raise TrainingDataError(
+            "the prompts name regions, which heads read off a covariate. Add --covariates region, "
+            "or make prompts without {region}."
+        )
+    return list(heads) if reading else [*heads, *WORD_HEADS]
+
+
 def _connected(backend: str) -> AbstractContextManager[Any]:
     """Return a context that stays connected to Ray during the sweep, if Ray is the backend."""
     return connected_to_ray("--backend ray") if backend == "ray" else nullcontext()
@@ -312,6 +377,7 @@ def write_command(
     pool: str | Sequence[str] | None,
     space: str | Path | None,
     targets: Sequence[str] = (),
+    prompts: Prompts | str | Path | None = None,
 ) -> str:
     """Return the command that repeats a sweep."""
     words = ["medembed", "sweep", public_name(cache.path if isinstance(cache, Cache) else cache)]
@@ -320,6 +386,8 @@ def write_command(
     words += ["--target", ",".join(targets)] if targets else []
     words += ["--pool", pool if isinstance(pool, str) else ",".join(pool)] if pool else []
     words += ["--space", public_name(space)] if space else []
+    if prompts is not None:
+        words += ["--prompts", "FILE" if isinstance(prompts, Prompts) else public_name(prompts)]
     words += ["--configs", str(asked.n_configs)] if asked.n_configs else []
     words += ["--covariates", ",".join(asked.covariates)] if asked.covariates else []
     words += ["--train-fraction", str(asked.train_fraction)] if asked.train_fraction < 1 else []

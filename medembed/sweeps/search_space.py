@@ -422,8 +422,9 @@ class RangeEntry(ClosedRecord, Generic[N]):
 
 def _parameters(head: str) -> dict[str, Any]:
     """Return the defaults of the parameters that a space may name."""
-    params = head_class(head)().get_params()
-    return {name: value for name, value in params.items() if name not in _SET_BY_SWEEP}
+    kind = head_class(head)
+    own = (*_SET_BY_SWEEP, *kind.data_params)
+    return {name: value for name, value in kind().get_params().items() if name not in own}
 
 
 def _identity(defaults: Mapping[str, Any], params: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from medembed.cache.store import Cache
 from medembed.core.errors import TrainingDataError
+from medembed.core.prompts import Prompts
 from medembed.dataset.build_file import KeptBuild, read_build
 from medembed.dataset.manifest import Manifest
 from medembed.dataset.splits import draw_target_folds
@@ -108,13 +109,14 @@ def prepare_targets(
     *,
     pool: str | Sequence[str] | None = None,
     space: str | Path | None = None,
+    prompts: Prompts | str | Path | None = None,
     jobs: int | None = None,
     backend: str = "loky",
     **options: Any,
 ) -> TargetSweep:
     """Check the options, load the rows, and write `targets.json`; see `sweep_targets`."""
     execution = Execution(jobs, backend)
-    asked = configure(cache, manifest, space=space, **options)
+    asked = configure(cache, manifest, space=space, prompts=prompts, **options)
     wanted = targets.split(",") if isinstance(targets, str) else targets
     names = check_targets(wanted, asked.manifest.rows.columns)
     if not names:
@@ -126,7 +128,14 @@ def prepare_targets(
         reasons = " ".join(f"{entry.name}: {entry.reason}" for entry in entries)
         raise TrainingDataError(f"no target can be estimated. {reasons}")
     command = write_command(
-        asked, cache=cache, manifest=manifest, out=out, pool=pool, space=space, targets=names
+        asked,
+        cache=cache,
+        manifest=manifest,
+        out=out,
+        pool=pool,
+        space=space,
+        targets=names,
+        prompts=prompts,
     )
     shared = {
         "manifest": asked.manifest.digest(),

@@ -20,6 +20,7 @@ from scipy.special import expit
 from threadpoolctl import threadpool_limits
 
 from medembed.core.errors import TrainingDataError
+from medembed.core.prompts import Prompts
 from medembed.evaluation.scores import by_study, score
 from medembed.heads.base import Head
 from medembed.heads.batched_mlp import Rows
@@ -68,6 +69,8 @@ class Training:
     scaled_folds : int64 array of shape (n,), optional
         The fold of each row that scalings and components are learnt from, -1 for others. Targets
         share them, so that rows count whose answer one target lacks. By default `folds`.
+    words, region_columns : Prompts or None, dict of str to int
+        For heads that read words: the prompts, and the place of each region among the covariates.
     """
 
     X: NDArray[Any]
@@ -80,6 +83,8 @@ class Training:
     metric: str
     seed: int
     scaled_folds: NDArray[Any] | None = None
+    words: Prompts | None = None
+    region_columns: Mapping[str, int] = field(default_factory=dict)
 
     def held(self, fold: int) -> NDArray[np.int64]:
         """Return the indices of the rows of one fold."""
@@ -160,7 +165,12 @@ def configure(
     patients, and then be scored on the same patients by nearly the same function.
     """
     known = make_head(name, {}).get_params()
-    columns = {"n_cells": training.n_cells, "n_covariates": training.n_covariates}
+    columns = {
+        "n_cells": training.n_cells,
+        "n_covariates": training.n_covariates,
+        "words": training.words,
+        "region_columns": training.region_columns,
+    }
     own = {key: value for key, value in columns.items() if key in known}
     seed = training.seed if fold is None else seed_of_fold(training.seed, fold)
     head = make_head(name, {**params, **own}, seed=seed)

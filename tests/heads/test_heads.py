@@ -16,7 +16,7 @@ from medembed.heads.knn import KNNHead
 from medembed.heads.lightgbm import LightGBMHead
 from medembed.heads.linear import LogisticHead
 from medembed.heads.mlp import MLPHead
-from medembed.heads.registry import HEADS, make_head
+from medembed.heads.registry import HEADS, head_class, make_head
 from medembed.heads.scaling import column_scaling
 
 FAST = {
@@ -64,7 +64,8 @@ def test_heads_learn_what_is_there(head):
 def test_300_rows_at_the_defaults_make_no_constant_predictor():
     X, y = sample(300, d=256)
     X_val, y_val = sample(300, d=256, seed=1)
-    for name in set(HEADS) - {"knn"}:  # its distances drown in 252 columns of noise
+    # k-nearest neighbours drown in 252 columns of noise
+    for name in (own for own in HEADS if own != "knn" and not head_class(own).reads_words):
         fitted = make_head(name, {}).fit(X, y, X_val=X_val, y_val=y_val)
         assert roc_auc_score(y_val, fitted.predict_proba(X_val)[:, 1]) > 0.7, name
 

@@ -28,7 +28,7 @@ if os.environ.get("TEST_PREPARE"):
     exec(os.environ["TEST_PREPARE"])
 from medembed.encoders.hub import describe_remote, resolve_checkpoint
 from medembed.core.errors import EncoderError
-projector = "TEST_PROJECTOR" in os.environ
+projector, words = "TEST_PROJECTOR" in os.environ, "TEST_WORDS" in os.environ
 answers = []
 for ref in sys.argv[1:]:
     told = []
@@ -36,7 +36,8 @@ for ref in sys.argv[1:]:
         if "TEST_DESCRIBE" in os.environ:
             answers.append(vars(describe_remote(ref)))
             continue
-        found = resolve_checkpoint(ref, projector=projector, progress=lambda *t: told.append(t))
+        known = {"projector": projector, "words": words}
+        found = resolve_checkpoint(ref, **known, progress=lambda *t: told.append(t))
     except EncoderError as error:
         answers.append({"error": str(error)})
     else:

@@ -351,7 +351,8 @@ def test_a_dicom_is_seen_through_the_window_of_the_model(home: Path, tmp_path: P
     predictor = Predictor(model, device="cpu", precision="fp32")
     found = predictor.predict(tmp_path / "two.dcm")["probability"]
     seen = decode_image(data, Intensity("bone")).pixels
-    X = predictor.embedder.encode(prepare(seen, predictor.embedder.encoder.preprocessing)[None])
+    [embedder] = predictor.embedders
+    X = embedder.encode(prepare(seen, embedder.encoder.preprocessing)[None])
     raw = predictor.model.head.predict_proba(X)[:, 1]
     assert found == pytest.approx(float(predictor.card.calibration.apply(raw)[0]), abs=1e-12)
     assert found != ask(home).predict(tmp_path / "two.dcm")["probability"]
