@@ -1,7 +1,8 @@
 """The data and the plan of a sweep: rows, folds, covariates, trials and batches."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from medembed.core.errors import TrainingDataError
 from medembed.core.files import json_digest
 from medembed.core.poolings import DEFAULT_POOLINGS
 from medembed.core.system import library_versions
-from medembed.dataset.covariates import CovariateEncoder, fit_covariates
+from medembed.dataset.covariates import MAX_CATEGORIES, CovariateEncoder, fit_covariates
 from medembed.dataset.manifest import Manifest
 from medembed.dataset.splits import draw_inner, fold_train_rows, require_both_classes
 from medembed.evaluation.thresholds import ThresholdRule
@@ -22,6 +23,7 @@ from medembed.heads.batched_mlp import resolve_precision
 from medembed.heads.registry import head_class, make_head
 from medembed.results.run_schema import CV_METHOD
 from medembed.results.runs import RUN_VERSION
+from medembed.sweeps.memory import MemoryNeed
 from medembed.sweeps.search_space import HeadSpace
 from medembed.sweeps.training import Training
 
@@ -31,6 +33,7 @@ __all__ = [
     "SweepConfig",
     "SweepRows",
     "Trial",
+    "estimate_need",
     "list_poolings",
     "plan_batches",
 ]
@@ -293,6 +296,7 @@ class SweepRows:
         if self.encoder is not None:
             encoded = self.encoder.transform(embeddings.rows)
             X, n_covariates = np.hstack([X, encoded]), encoded.shape[1]
+            embeddings = replace(embeddings, X=X[:, :-n_covariates])  # not a second table
         training = Training(
             X=X,
             y=embeddings.y,
@@ -305,6 +309,21 @@ class SweepRows:
             seed=self.asked.seed,
         )
         self._loaded = (pooling.name, embeddings, training)
+
+
+def estimate_need(asked: SweepConfig, poolings: Sequence[PooledColumns]) -> MemoryNeed:
+    """Return what the sweep's rows take in memory, as if no image had failed."""
+    rows = asked.manifest.rows
+    is_trained = (rows["split"] == "train") & rows["label"].notna()
+    shapes = asked.cache.spec.poolings
+    widest = max(
+        sum(math.prod(shapes[name]) for name in pooling.name.split("+")) for pooling in poolings
+    )
+    n_covariates = sum(
+        min(rows[name].nunique(), MAX_CATEGORIES) + 1 for name in asked.covariates if name in rows
+    )
+    n_trained = math.ceil(is_trained.sum() * asked.train_fraction)
+    return MemoryNeed(len(rows), n_trained, widest + n_covariates, n_covariates)
 
 
 def list_poolings(cache: Cache, pool: str | Sequence[str] | None) -> list[PooledColumns]:

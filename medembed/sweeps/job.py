@@ -30,8 +30,16 @@ from medembed.results.provenance import (
 )
 from medembed.results.run_schema import CV_METHOD
 from medembed.results.runs import Run, create_run
-from medembed.sweeps.data import SweepConfig, SweepRows, list_poolings, plan_batches
+from medembed.sweeps.data import (
+    PooledColumns,
+    SweepConfig,
+    SweepRows,
+    estimate_need,
+    list_poolings,
+    plan_batches,
+)
 from medembed.sweeps.finalize import finish
+from medembed.sweeps.memory import fit_jobs
 from medembed.sweeps.runner import Ledger, run_batches
 from medembed.sweeps.search_space import default_spaces, read_spaces
 from medembed.sweeps.selection import choose, standings
@@ -98,8 +106,8 @@ def sweep(
         Rules packaged with every model in addition to `thresholds.PACKAGED`; see
         `thresholds.parse_rule`.
     jobs : int, optional
-        Single-threaded processes; one per core by default, 1 trains in this process. More than
-        cores and memory allow are refused.
+        Single-threaded processes; by default one per core, or as many as fit into memory. 1 trains
+        in this process. More than cores and memory allow are refused.
     backend : {"loky", "ray"}
         Processes on this machine, or on the Ray cluster at `RAY_ADDRESS`.
     progress : callable, optional
@@ -122,8 +130,8 @@ def sweep(
     Raises
     ------
     TrainingDataError
-        Labels, patients, columns, heads, space or metric do not allow this sweep; raised before
-        any training.
+        Labels, patients, columns, heads, space, metric or memory do not allow this sweep; raised
+        before any training.
     CacheError
         A pooling is not in the cache.
     MissingRowsError
@@ -146,7 +154,10 @@ def sweep(
         seed=seed,
         points=parse_rules(operating_points),
     )
-    data = SweepRows(asked, list_poolings(asked.cache, pool))
+    poolings = list_poolings(asked.cache, pool)
+    if backend == "loky":  # (the memory of a Ray cluster is elsewhere)
+        jobs = fit_jobs(estimate_need(asked, poolings), jobs, _spare(asked, poolings))
+    data = SweepRows(asked, poolings)
     batches = plan_batches(
         asked.heads, data.poolings, asked.spaces, n_configs, n_folds, data.shared()
     )
@@ -222,6 +233,16 @@ def _check_options(
             raise TrainingDataError(
                 f"{name} {value!r} is unknown. Choose one of: {', '.join(known)}."
             )
+
+
+def _spare(asked: SweepConfig, poolings: Sequence[PooledColumns]) -> str:
+    """Return what takes less memory than this sweep, as the end of a sentence."""
+    ways = []
+    if any("+" in pooling.name for pooling in poolings):
+        ways.append(f"fewer columns (--pool {poolings[0].name.split('+')[0]})")
+    if asked.train_fraction == 1:
+        ways.append("a part of the patients (--train-fraction 0.5)")
+    return " or ".join([*ways, "a machine with more"])
 
 
 def _connected(backend: str) -> AbstractContextManager[Any]:

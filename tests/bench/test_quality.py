@@ -11,11 +11,11 @@ from sklearn.metrics import roc_auc_score
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 
-import peer_mlps  # noqa: E402
-import quality  # noqa: E402
-import quality_report  # noqa: E402
-from paired_heads import compare_heads  # noqa: E402
-from quality_tables import prepare  # noqa: E402
+import peer_mlps
+import quality
+import quality_report
+from paired_heads import compare_heads
+from quality_tables import prepare
 
 PARAMS = {
     "hidden": [8],
@@ -135,10 +135,12 @@ def test_seeds_draw_other_tables_and_a_table_is_drawn_once(tmp_path: Path) -> No
     assert prepare("low_rank", 1, tmp_path)[1].read_bytes() != before
 
 
-def test_a_study_names_an_unknown_table_or_tool(tmp_path: Path) -> None:
+def test_a_study_names_an_unknown_table_or_tool(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for options in (["--tools", "ridg"], ["--tables", "made,mad"], ["--tools", "before"]):
         given = ["quality.py", "race", "--place", str(tmp_path), *options]
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as caught:
-            patch.setattr(sys, "argv", given)
+        monkeypatch.setattr(sys, "argv", given)
+        with pytest.raises(SystemExit) as caught:
             quality.main()
         assert any(word in str(caught.value) for word in ("ridg", "mad is", "--against"))
