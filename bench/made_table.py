@@ -41,8 +41,9 @@ def make_table(
     *,
     n_test: int | None = None,
     seed: int = 0,
+    share: float = 0.4,
 ) -> Table:
-    """Return a random table.
+    """Return a random table; `share` is that of abnormal studies.
 
     `n_patients` are those of the `n_train` images for training. There are `n_test` images for
     testing, by default another twelfth as in MURA, of other patients.
@@ -51,7 +52,7 @@ def make_table(
     people = draw_people(generator, n_train, n_patients, n_test)
     scale = (1 + np.arange(N_LATENT)) ** -0.5
     latent = generator.standard_normal((people.n_studies, N_LATENT)).astype(np.float32)
-    label = _labels(latent, generator)
+    label = _labels(latent, generator, share)
     n_rows, studies = len(people.studies), people.studies
     rows = (latent[studies] + 0.3 * generator.standard_normal((n_rows, N_LATENT))) * scale
     mixing = generator.standard_normal((N_LATENT, width)).astype(np.float32) / np.sqrt(N_LATENT)
@@ -104,17 +105,17 @@ def draw_people(
     return People(study_patient, studies, n_patients)
 
 
-def label_by(signal: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Return labels, int8: 1 for two fifths, by logistic regression on `signal`."""
+def label_by(signal: np.ndarray, generator: np.random.Generator, share: float = 0.4) -> np.ndarray:
+    """Return labels, int8, that a logistic model draws from `signal`; `share` of them are 1."""
     noisy = signal + generator.logistic(size=len(signal))
-    return (noisy > np.quantile(noisy, 0.6)).astype(np.int8)
+    return (noisy > np.quantile(noisy, 1 - share)).astype(np.int8)
 
 
-def _labels(latent: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+def _labels(latent: np.ndarray, generator: np.random.Generator, share: float) -> np.ndarray:
     linear = latent[:, :32] @ generator.standard_normal(32) / np.sqrt(32)
     products = (latent[:, :6] * latent[:, 6:12]).sum(axis=1) / np.sqrt(6)
     far = np.linalg.norm(latent[:, 12:16], axis=1) > 2.2
-    return label_by(1.6 * linear + 1.6 * products + 1.5 * far, generator)
+    return label_by(1.6 * linear + 1.6 * products + 1.5 * far, generator, share)
 
 
 def write_table(table: Table, place: Path) -> tuple[Path, Path]:
