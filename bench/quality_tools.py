@@ -112,6 +112,7 @@ def score_medembed(asked: argparse.Namespace, data: Data, found: Sequence[Found]
     """Refit each head's bests for their out-of-fold score; end the sweep for its heads' scores."""
     import pandas as pd
 
+    from medembed.results.predictions import PRIORS
     from medembed.sweeps import sweep
 
     curve: list[tuple[float, float]] = []
@@ -126,7 +127,7 @@ def score_medembed(asked: argparse.Namespace, data: Data, found: Sequence[Found]
     heads = {
         str(head): _auroc(own["label"].to_numpy(int), own["probability"].to_numpy())
         for head, own in rows.groupby("head")
-        if own["probability"].nunique() > 1
+        if head not in PRIORS
     }
     return {"curve": curve, "heads": heads}
 
