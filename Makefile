@@ -145,7 +145,7 @@ reproduce: $(READY) ## heads, depths, baselines and page on IMAGE_ROOT, below RE
 	$(MEDEMBED) sweep $(call under,caches/autoencoder) $(call under,manifest.csv) --out $(call under,runs/autoencoder) --seed $(SEED) $(SWEEP_ARGS)
 	@test -e $(PAGE) && test -z "$$(find $(call under,runs) -name scores.json -newer $(PAGE))" || { set -ex; \
 	  $(MEDEMBED) compare $(RUNS) --by region --tables $(call under,tables); \
-	  $(MEDEMBED) report $(RUNS) -o $(call under,report) $(REPORT_ARGS); }
+	  $(MEDEMBED) report $(RUNS) -o $(call under,report) --figures png,pdf $(REPORT_ARGS); }
 	@echo "Page: "$(PAGE)". Tables: "$(call under,tables)
 
 bench: $(READY) ## measure all against what one would use instead: 90 idle minutes

@@ -49,11 +49,11 @@ from medembed.encoders.hub import resolve_checkpoint
 from medembed.encoders.loading import load_encoder
 from medembed.encoders.preprocessing import PROCESSOR_FILES
 from medembed.finetuning import Hyperparameters
+from medembed.finetuning.batches import Images, read_images
 from medembed.finetuning.data_split import TrainRows, choose_rows
 from medembed.finetuning.frozen_features import TokenImages, TrunkEncoder, fill_trunk_cache
 from medembed.finetuning.head_init import init_random
 from medembed.finetuning.hyperparameters import Depth
-from medembed.finetuning.image_store import Images, read_images
 from medembed.finetuning.network import Network
 from medembed.finetuning.training import Trainer
 from standin import write_images

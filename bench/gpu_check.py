@@ -416,7 +416,7 @@ def rates(check: Check) -> dict[str, Any]:
     pixels, words = check.pixels(size), []
     n_images = 10**6 if check.device == "cuda" else 1
     start = time.monotonic()
-    encoder.warm_up(["mean", "max"], n_images=n_images, batch_size=size, tell=words.append)
+    encoder.warm_up(["mean", "max"], n_images=n_images, batch_size=size, on_status=words.append)
     warm_up = time.monotonic() - start
     seconds = check.seconds_of(lambda: encoder.encode(pixels, ["mean", "max"]), 3)
     how = encoder.describe()
@@ -549,11 +549,11 @@ def tune(
     check: Check, manifest: Any, images: Path, *, cut: bool = False, lora: int | None = None
 ) -> dict[str, Any]:
     """Fine-tune the last block, on the images or on the tokens of a trunk cache."""
+    from medembed.finetuning.batches import read_images
     from medembed.finetuning.blocks import count_blocks
     from medembed.finetuning.data_split import choose_rows
     from medembed.finetuning.frozen_features import TokenImages, fill_trunk_cache, make_trunk
     from medembed.finetuning.hyperparameters import Depth, Hyperparameters
-    from medembed.finetuning.image_store import read_images
     from medembed.finetuning.network import Network, blank_start
     from medembed.finetuning.training import Trainer
 

@@ -84,7 +84,7 @@ class SleepingEncoder:
         *,
         n_images: int,
         batch_size: int | None = None,
-        tell: Callable[[str], None] | None = None,
+        on_status: Callable[[str], None] | None = None,
     ) -> int:
         """Return the batch size; there is nothing to warm up."""
         return batch_size or 8

@@ -1,5 +1,8 @@
 """Time how soon commands answer, as whole processes on a demo of 60 synthetic patients.
 
+`compare` and `report` are timed on a default sweep of real chest radiographs too (`nih`), if
+`../shared/data` has them; that sweep is made first and not timed.
+
     .venv/bin/python bench/startup.py --out bench/results/startup.json
 
 `medembed --help` and a bare `import click` alternate (`ratios.help_vs_import_click`).
@@ -20,6 +23,7 @@ from pathlib import Path
 from measuring import alternate, time_command, write_results
 
 MEDEMBED = Path(sys.executable).with_name("medembed")
+NIH = Path(__file__).resolve().parents[2] / "shared" / "data" / "nih"
 
 
 def commands_of(home: Path) -> dict[str, list[str]]:
@@ -42,10 +46,25 @@ def commands_of(home: Path) -> dict[str, list[str]]:
         "compare": ["compare", run],
         "report": ["report", run, "-o", str(home / "again")],
         "predict": ["predict", f"{run}/models/logistic", image, "--cache", cache],
+        "predict, not cached": ["predict", f"{run}/models/logistic", image],
         "evaluate": [
             *("evaluate", f"{run}/models/logistic", cache, manifest, "--split", "test"),
             *("-o", str(home / "evaluated")),
         ],
+    }
+
+
+def commands_of_nih(home: Path) -> dict[str, list[str]]:
+    """Sweep the real radiographs' cache into `home`; return the commands that show the run."""
+    if not NIH.is_dir():
+        print(f"{NIH} is not there: not measured", file=sys.stderr)
+        return {}
+    run = str(home / "nih")
+    sweep = ["sweep", str(NIH / "cache"), str(NIH / "manifest.csv"), "-o", run, "--quiet"]
+    subprocess.run([str(MEDEMBED), *sweep], check=True, stdout=subprocess.DEVNULL)
+    return {
+        "compare, nih": ["compare", run],
+        "report, nih": ["report", run, "-o", str(home / "page")],
     }
 
 
@@ -69,18 +88,17 @@ def time_on_terminal(arguments: list[str]) -> tuple[float, float]:
     return first or end, end
 
 
-def time_commands(runs: int) -> dict[str, dict[str, float]]:
+def time_commands(runs: int, place: Path) -> dict[str, dict[str, float]]:
     """Return `first` and `end` of every command, medians in seconds."""
     found = {}
-    with tempfile.TemporaryDirectory() as place:
-        home = Path(place) / "demo"
-        demo = [str(MEDEMBED), "demo", str(home), "--patients", "60", "--quiet"]
-        subprocess.run(demo, check=True, stdout=subprocess.DEVNULL)
-        for name, arguments in commands_of(home).items():
-            times = [time_on_terminal(arguments) for _ in range(runs)]
-            first, end = (statistics.median(column) for column in zip(*times, strict=True))
-            found[name] = {"first": round(first, 3), "end": round(end, 3)}
-            print(f"{name:<20}{first:>8.2f} s{end:>8.2f} s", file=sys.stderr)
+    home = place / "demo"
+    demo = [str(MEDEMBED), "demo", str(home), "--patients", "60", "--quiet"]
+    subprocess.run(demo, check=True, stdout=subprocess.DEVNULL)
+    for name, arguments in {**commands_of(home), **commands_of_nih(place)}.items():
+        times = [time_on_terminal(arguments) for _ in range(runs)]
+        first, end = (statistics.median(column) for column in zip(*times, strict=True))
+        found[name] = {"first": round(first, 3), "end": round(end, 3)}
+        print(f"{name:<20}{first:>8.2f} s{end:>8.2f} s", file=sys.stderr)
     return found
 
 
@@ -88,6 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=21)
     parser.add_argument("--runs-each", type=int, default=3, help="of the commands; 0 for none")
+    parser.add_argument("--home", type=Path, help="where the demo and the sweep are made, or are")
     parser.add_argument("--out", type=Path, default=Path("bench/results/startup.json"))
     arguments = parser.parse_args()
     seconds = alternate(
@@ -99,8 +118,9 @@ def main() -> None:
     )
     ratios = [a / b for a, b in zip(*seconds.values(), strict=True)]
     document = {"seconds": seconds, "ratios": {"help_vs_import_click": statistics.median(ratios)}}
-    if arguments.runs_each:
-        document["commands"] = time_commands(arguments.runs_each)
+    with tempfile.TemporaryDirectory() as place:
+        if arguments.runs_each:
+            document["commands"] = time_commands(arguments.runs_each, arguments.home or Path(place))
     write_results(arguments.out, document)
 
 

@@ -42,6 +42,8 @@ html_title = "medembed"
 html_static_path = ["static"]
 html_css_files = ["medembed.css"]
 html_copy_source = False
+html_show_copyright = False
+smartquotes_action = "qe"  # not dashes: --image-root in a sentence is an option
 html_theme_options = {"footer_icons": []}
 
 

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 from made_sweeps import command, make_data
+from made_towers import save
 
 from medembed import doctor
 from medembed.core.errors import MedembedError, MissingLibraryError
 from medembed.core.system import require_libraries
-from medembed.demo.pipeline import run_demo
+from medembed.encoders.loading import load_encoder
 
 # The rest of the command line, as JSON, is a list of commands: what each ends with is printed.
 SCRIPT = """
@@ -49,30 +50,32 @@ def test_a_laptop_needs_no_transformers_and_extract_names_the_extra(tmp_path: Pa
     run, report = tmp_path / "run", tmp_path / "report"
     extract = ["extract", str(data[1]), "--image-root", str(tmp_path)]
     extract += ["--cache", str(tmp_path / "cache"), "--encoder"]
-    *swept, demo, hub = end_without(
+    *swept, hub = end_without(
         ENCODERS,
         command(data, run, "--configs", "1", "--heads", "logistic"),
         ["compare", str(run)],
         ["report", str(run), "-o", str(report)],
-        [*extract, "demo"],
         [*extract, "google/medgemma-4b-pt"],
     )
     assert [code for code, _ in swept] == [0, 0, 0], swept
     assert (report / "index.html").is_file()
-    for (code, said), name in ((demo, "demo"), (hub, "google/medgemma-4b-pt")):
-        assert code == 1
-        assert f"encoder {name} needs" in said
-        assert "pip install 'medembed[encoders]'" in said
+    code, said = hub
+    assert code == 1
+    assert "encoder google/medgemma-4b-pt needs" in said
+    assert "pip install 'medembed[encoders]'" in said
     assert not (tmp_path / "cache").exists()
 
 
-def test_the_demo_is_refused_before_it_draws(
+def test_a_siglip_tower_needs_no_transformers_and_a_backbone_names_the_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "transformers", None)
+    save(tmp_path / "siglip")
+    save(tmp_path / "vit", "vit")
+    monkeypatch.setattr("medembed.core.system.find_spec", lambda name: None)
+    assert load_encoder("demo", device="cpu").dimensions["mean"]
+    assert load_encoder(tmp_path / "siglip", device="cpu").dimensions["mean"] == (16,)
     with pytest.raises(MissingLibraryError, match=r"medembed\[encoders\]"):
-        run_demo(tmp_path / "demo")
-    assert not (tmp_path / "demo").exists()
+        load_encoder(tmp_path / "vit", device="cpu")
 
 
 def test_doctor_names_a_library_of_the_extra_that_is_missing_or_too_old(

@@ -51,8 +51,8 @@ SIGNATURES = {
     "extract": "manifest, image_root, encoder, cache, *, poolings=('mean', 'max'), "
     "dtype='float16', intensity=Intensity(window='first', low=1.0, high=99.0), batch_size=None, "
     "decoders=None, limits=Limits(max_bytes=1073741824, max_seconds=120.0), retry_failed=False, "
-    "worker=None, known_shards=(), dry_run=False, commit_seconds=60.0, progress=None, tell=None, "
-    "announce=None, timeline=None",
+    "worker=None, known_shards=(), dry_run=False, commit_seconds=60.0, progress=None, "
+    "on_status=None, announce=None, timeline=None",
     "open_cache": "path, *, known=()",
     "load_embeddings": "cache, manifest, *, pool=None, split=None, cells=False, verify=True",
     "patient_folds": "embeddings, n_folds=5, seed=0",
@@ -62,18 +62,18 @@ SIGNATURES = {
     "finetune": "manifest, image_root, encoder, out, *, unfreeze=(0, 1, 2, 4), from_run=None, "
     "trunk_cache=None, trunk_dtype='float32', n_seeds=1, n_folds=5, pool=None, config=None, "
     "device='auto', precision='auto', fit='stretch', seed=0, operating_points=(), "
-    "limits=Limits(max_bytes=1073741824, max_seconds=120.0), progress=None, tell=None",
+    "limits=Limits(max_bytes=1073741824, max_seconds=120.0), progress=None, on_status=None",
     "open_run": "path",
     "compare": "*runs, level='study', n_resamples=2000, seed=0, by=None, manifest=None, "
     "margin=None, operating_points=(), prevalence=None",
     "write_report": "runs, out, *, level='study', n_resamples=2000, seed=0, date=None, "
     "find_thumbnails=None, manifest=None, margin=None, command=None, checklists=(), "
-    "operating_points=(), prevalence=None, progress=None",
+    "operating_points=(), prevalence=None, progress=None, figures=()",
     "evaluate": "model, cache, manifest, out, *, split=None, recalibrate=None, seed=0, "
     "n_resamples=2000, operating_points=(), prevalence=None",
     "Predictor": "model, *, encoder=None, cache=None, device='auto', precision='auto', alpha=0.1, "
     "operating_point=None, limits=Limits(max_bytes=1073741824, max_seconds=120.0), "
-    "fetching=None, tell=None",
+    "fetching=None, on_status=None",
     "LogisticHead": "C=0.01, *, class_weight='balanced', standardize=True, pca=0, n_covariates=0, "
     "max_iter=200, tol=0.0001",
 }

@@ -100,7 +100,7 @@ def test_the_page_has_the_figures_of_the_paper(paper: tuple[Path, str]) -> None:
     home, printed = paper
     page = (home / "report/index.html").read_text()
     for name in ("regions", "depths"):
-        assert f"figures/{name}.png" in page
+        assert f"figures/{name}.svg" in page
         assert (home / f"report/figures/{name}.png").stat().st_size > 5_000
     assert "Page: the paper/report/index.html" in printed
     assert "unfreeze-2" in page

@@ -10,6 +10,7 @@ from typing import Any
 from medembed.cli.documents import DOCUMENTS
 from medembed.core.schema import write_schema
 from medembed.dataset.build_file import BuildFile
+from medembed.dataset.relabelling import Relabelling
 from medembed.finetuning.config import HyperparametersEntry
 from medembed.heads.packaging import ModelDocument
 from medembed.results.model_card import CardDocument
@@ -31,6 +32,7 @@ FORMATS: dict[str, tuple[str, Any]] = {
     "scores": ("scores.json of a run", ScoresInfo),
     "trial": ("A line of trials.jsonl of a run", TrialRecord),
     "build": ("MANIFEST.build.json, what the build of a manifest found", BuildFile),
+    "relabelling": ("MANIFEST.relabelling.json, every change of a label", Relabelling),
     "model": ("model.json of a packaged model", ModelDocument),
     "card": ("card of model.json", CardDocument),
     "hyperparameters": ("Hyperparameters of fine-tuning, by name", HyperparametersEntry),

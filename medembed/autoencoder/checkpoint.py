@@ -6,9 +6,11 @@ training can be resumed. Nothing in it loads as an encoder.
 
 import contextlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from safetensors.torch import save
 from medembed.core.errors import PathNotFoundError, RunError
 from medembed.core.files import hold_lock, require_plain, sync_directory, write_atomically
 
-__all__ = ["CheckpointDir"]
+__all__ = ["CheckpointDir", "SavedTraining"]
 
 _STATE = "state.safetensors"
 _NOTES = "notes"  # the key of the state's metadata
@@ -27,6 +29,42 @@ _WHOLE = "encoder"
 _LOCK = ".lock"
 
 Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class SavedTraining:
+    """The state of an unfinished training.
+
+    Attributes
+    ----------
+    tensors : dict of str to Tensor
+        The weights, the best ones so far, and the optimiser's moments.
+    epochs : list of dict
+        `loss` and `held_out_loss` of each epoch.
+    n_steps : int
+        Steps of the optimiser.
+    images : str
+        `TrainingImages.digest` of the images that it learns from.
+    asked : dict
+        Everything that determines the result, by option name.
+    """
+
+    tensors: Tensors
+    epochs: list[dict[str, float]]
+    n_steps: int
+    images: str
+    asked: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        losses = [epoch[name] for epoch in self.epochs for name in ("loss", "held_out_loss")]
+        is_right = (
+            all(type(loss) is float and math.isfinite(loss) for loss in losses)
+            and (type(self.n_steps) is int and self.n_steps >= 0)
+            and isinstance(self.images, str)
+            and isinstance(self.asked, dict)
+        )
+        if not is_right:
+            raise ValueError("no training saves such a state")
 
 
 class CheckpointDir:
@@ -83,19 +121,23 @@ class CheckpointDir:
             finally:
                 self._leave()
 
-    def load(self) -> tuple[Tensors, dict[str, Any]] | None:
-        """Return the tensors and notes last saved, or None if there are none or unreadable."""
+    def load(self) -> SavedTraining | None:
+        """Return the state last saved, or None if there is none or it is damaged."""
         try:
             require_plain(self.path / _STATE)
             with safe_open(self.path / _STATE, framework="pt", device="cpu") as file:
                 notes = json.loads(file.metadata()[_NOTES])
-                return {name: file.get_tensor(name) for name in file.keys()}, notes  # noqa: SIM118
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return SavedTraining(tensors, **notes)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError):
             return None
 
-    def save(self, tensors: Tensors, notes: Mapping[str, Any]) -> None:
+    def save(
+        self, tensors: Tensors, *, epochs: list[dict[str, float]], n_steps: int, images: str
+    ) -> None:
         """Replace the saved state of the training, completely or not at all."""
-        text = json.dumps({**notes, "asked": self._asked}, allow_nan=False)
+        notes = {"epochs": epochs, "n_steps": n_steps, "images": images, "asked": self._asked}
+        text = json.dumps(notes, allow_nan=False)
         whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
         write_atomically(self.path / _STATE, save(whole, {_NOTES: text}))
 
@@ -136,9 +178,9 @@ class CheckpointDir:
 
     def _refuse_other(self) -> None:
         loaded = self.load()
-        held = loaded[1].get("asked") if loaded else None
-        if not isinstance(held, dict) or held == self._asked:
+        if loaded is None or loaded.asked == self._asked:
             return
+        held = loaded.asked
         name = next(n for n in (*self._asked, *held) if held.get(n) != self._asked.get(n))
         raise RunError(
             f"{self.path} holds an unfinished training with {_option(name, held)}; this one asks "

@@ -1,7 +1,7 @@
 """Read, hash and prepare the images of `train`, never of `test`, and split them by patient."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +13,8 @@ from medembed.dataset.identities import name_persons
 from medembed.dataset.manifest import Manifest
 from medembed.dataset.splits import split_patients
 from medembed.encoders.preprocessing import Preprocessing
-from medembed.extraction.image_store import PreparedImages, read_all, refuse_empty_root
-from medembed.images.load import DEFAULT_LIMITS, Content, Limits
+from medembed.extraction.image_store import PreparedImages, read_rows, refuse_empty_root
+from medembed.images.load import DEFAULT_LIMITS, Limits
 
 __all__ = ["HELD_OUT", "TrainingImages", "draw_held_out", "read_images"]
 
@@ -33,7 +33,7 @@ class TrainingImages:
     learned, held_out : ndarray
         int, disjoint and neither empty: the images to learn from, and those of other patients.
     failures : list of dict
-        `image`, `sha256`, `stage`, `reason` of each content that could not be read or decoded.
+        `image`, `sha256`, `stage`, `reason` of each row whose image could not be read or decoded.
     digest : str
         SHA-256 (hex) over the hashes of both parts, equal for equal images.
     """
@@ -85,7 +85,7 @@ def read_images(
     seed: int,
     limits: Limits = DEFAULT_LIMITS,
     progress: Callable[[int, int], None] | None = None,
-    tell: Callable[[str], None] | None = None,
+    on_status: Callable[[str], None] | None = None,
 ) -> TrainingImages:
     """Return the images of `train`, read and prepared as by `extract`, in a temporary file.
 
@@ -95,7 +95,7 @@ def read_images(
     ----------
     progress : callable, optional
         Called as progress(done, total) with distinct contents.
-    tell : callable, optional
+    on_status : callable, optional
         Called with a message for each step and with the size of the temporary file.
 
     Raises
@@ -110,55 +110,39 @@ def read_images(
         There is no room for the temporary file.
     """
     rows = manifest.rows[manifest.rows["split"] == "train"]
-    contents, is_held_out = _list_contents(rows, draw_held_out(rows, seed))
-    images = (image for content in contents for image in content.images)
-    refuse_empty_root(image_root, images, len(contents), "of split train")
-    read = read_all(
-        contents,
+    held_out = draw_held_out(rows, seed)
+    refuse_empty_root(image_root, rows["image"], rows["sha256"].nunique(), "of split train")
+    read = read_rows(
+        rows,
         image_root,
         preprocessing,
         limits=limits,
         remedy="Set TMPDIR to a larger disk, or give a smaller --size.",
         progress=progress,
-        tell=tell,
+        on_status=on_status,
     )
-    return _part(read, contents, is_held_out)
+    return _part(read, held_out)
 
 
-def _list_contents(rows: pd.DataFrame, is_held_out: np.ndarray) -> tuple[list[Content], np.ndarray]:
-    by_content = rows.assign(held_out=is_held_out).groupby("sha256", sort=False)
-    found = by_content.agg(images=("image", tuple), held_out=("held_out", "all"))
-    named = zip(found.index, found["images"], strict=True)
-    contents = [Content(str(sha256), images) for sha256, images in named]
-    return contents, found["held_out"].to_numpy(dtype=bool)
-
-
-def _part(
-    read: PreparedImages, contents: Sequence[Content], is_held_out: np.ndarray
-) -> TrainingImages:
-    is_read = np.ones(len(contents), bool)
-    is_read[list(read.failures)] = False
-    failures = [
-        {**failure, "image": image}
-        for place, failure in sorted(read.failures.items())
-        for image in contents[place].images
-    ]
+def _part(read: PreparedImages, held_out: np.ndarray) -> TrainingImages:
+    is_held_out = ~np.isin(np.arange(len(read.sha256)), read.places[~held_out])
+    is_read = read.is_read
     parts = {"learn from": is_read & ~is_held_out, "stop by": is_read & is_held_out}
     for purpose, chosen in parts.items():
         if not chosen.any():
             raise TrainingDataError(
                 f"no image could be read of the patients of split train to {purpose}: "
-                f"{len(read.failures)} of {len(contents)} images failed, the first "
-                f"{_describe(failures)}. Repair these files, or add patients."
+                f"{np.sum(~is_read)} of {len(is_read)} images failed, the first "
+                f"{_describe(read.failures)}. Repair these files, or add patients."
             )
     digest = hashlib.sha256()
     for place in np.flatnonzero(is_read).tolist():
-        digest.update(f"{contents[place].sha256} {is_held_out[place]}\n".encode())
+        digest.update(f"{read.sha256[place]} {is_held_out[place]}\n".encode())
     return TrainingImages(
         read.pixels,
         np.flatnonzero(parts["learn from"]),
         np.flatnonzero(parts["stop by"]),
-        failures,
+        read.failures,
         digest.hexdigest(),
     )
 

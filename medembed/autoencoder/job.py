@@ -35,7 +35,7 @@ from medembed.images.load import DEFAULT_LIMITS, Limits
 __all__ = ["TrainingReport", "train_autoencoder"]
 
 Progress = Callable[[int, int], None]
-Tell = Callable[[str], None]
+OnStatus = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def train_autoencoder(
     seed: int = 0,
     limits: Limits = DEFAULT_LIMITS,
     progress: Progress | None = None,
-    tell: Tell | None = None,
+    on_status: OnStatus | None = None,
 ) -> TrainingReport:
     """Train an autoencoder on the images of `train`; write the directory that `extract` takes.
 
@@ -148,7 +148,7 @@ def train_autoencoder(
         Limits on size and time beyond which an image counts as failed.
     progress : callable, optional
         Called as progress(done, total) with images: first those read, then those trained on.
-    tell : callable, optional
+    on_status : callable, optional
         Called with a few words when a new step begins.
 
     Returns
@@ -191,10 +191,18 @@ def train_autoencoder(
     workplace = CheckpointDir(target, question)
     with workplace.locked():
         images = read_images(
-            manifest, root, preprocessing, seed=seed, limits=limits, progress=progress, tell=tell
+            manifest,
+            root,
+            preprocessing,
+            seed=seed,
+            limits=limits,
+            progress=progress,
+            on_status=on_status,
         )
-        training = _resume(Training(asked, images, preprocessing), images, workplace, tell)
-        _run(training, asked, images, workplace, progress, tell)
+        training = _resume(
+            partial(Training, asked, images, preprocessing), images, workplace, on_status
+        )
+        _run(training, asked, images, workplace, progress, on_status)
         facts = _facts(training, images, start)
         files = {
             "config.json": json_bytes(checkpoint_config(asked.architecture, fit)),
@@ -235,15 +243,21 @@ def _question(asked: TrainingConfig, fit: str, manifest: Manifest) -> dict[str, 
 
 
 def _resume(
-    training: Training, images: TrainingImages, workplace: CheckpointDir, tell: Tell | None
+    begin: Callable[[], Training],
+    images: TrainingImages,
+    workplace: CheckpointDir,
+    on_status: OnStatus | None,
 ) -> Training:
-    """Resume an unfinished training if its images are equal."""
-    kept = workplace.load()
-    if kept and kept[1].get("images") == images.digest:
-        training.restore(*kept)
-    if tell:
+    """Resume an unfinished training if its images are equal, or begin one."""
+    training, kept = begin(), workplace.load()
+    if kept and kept.images == images.digest:
+        try:
+            training.restore(kept)
+        except (KeyError, RuntimeError):  # damaged
+            training = begin()
+    if on_status:
         n_done = len(training.epochs)
-        tell(f"Training on from epoch {n_done}" if n_done else "Training")
+        on_status(f"Training on from epoch {n_done}" if n_done else "Training")
     return training
 
 
@@ -253,7 +267,7 @@ def _run(
     images: TrainingImages,
     workplace: CheckpointDir,
     progress: Progress | None,
-    tell: Tell | None,
+    on_status: OnStatus | None,
 ) -> None:
     n_images = len(images.learned)
 
@@ -264,11 +278,15 @@ def _run(
     try:
         while not training.is_over:
             training.run_epoch(tick)
-            tensors, notes = training.state()
-            workplace.save(tensors, {**notes, "images": images.digest})
-            if tell:
+            workplace.save(
+                training.tensors(),
+                epochs=training.epochs,
+                n_steps=training.n_steps,
+                images=images.digest,
+            )
+            if on_status:
                 loss = training.epochs[-1]["held_out_loss"]
-                tell(f"Training, held-out loss {loss:.5f}")
+                on_status(f"Training, held-out loss {loss:.5f}")
     except DeviceMemoryError:  # the memory may be free the next time
         raise
     except EncoderError:

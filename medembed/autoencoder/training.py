@@ -4,13 +4,13 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
+from medembed.autoencoder.checkpoint import SavedTraining
 from medembed.autoencoder.images import TrainingImages
 from medembed.core.errors import DeviceMemoryError, EncoderError
 from medembed.core.schedule import rate_at
@@ -144,19 +144,31 @@ class Training:
         if self.best_epoch == len(self.epochs):
             self.best = {name: _kept(tensor) for name, tensor in self._model.state_dict().items()}
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return everything that `restore` needs to resume: tensors, and notes as JSON."""
+    @property
+    def n_steps(self) -> int:
+        """Steps of the optimiser so far."""
+        return self._n_steps
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that `restore` needs to resume."""
         tensors = {f"best.{name}": tensor for name, tensor in self.best.items()}
         for name, tensor in self._model.state_dict().items():
             tensors[f"model.{name}"] = _kept(tensor)
         for place, moments in self._optimizer.state_dict()["state"].items():
             for name in ("exp_avg", "exp_avg_sq"):
                 tensors[f"{name}.{place}"] = _kept(moments[name])
-        return tensors, {"epochs": self.epochs, "n_steps": self._n_steps}
+        return tensors
 
-    def restore(self, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
-        """Resume from a `state` of an identical training, with equal results."""
-        self.epochs, self._n_steps = list(notes["epochs"]), int(notes["n_steps"])
+    def restore(self, saved: SavedTraining) -> None:
+        """Resume an identical training, with equal results.
+
+        Raises
+        ------
+        KeyError, RuntimeError
+            The tensors are not those of this training.
+        """
+        tensors = saved.tensors
+        self.epochs, self._n_steps = list(saved.epochs), saved.n_steps
         self.best = _part_of(tensors, "best.")
         self._model.load_state_dict(_part_of(tensors, "model."))
         first, second = _part_of(tensors, "exp_avg."), _part_of(tensors, "exp_avg_sq.")

@@ -132,7 +132,7 @@ def autoencoder_command(
             seed=seed,
             limits=Limits(max_bytes, max_seconds),
             progress=progress,
-            tell=progress.tell,
+            on_status=progress.show_status,
         )
     _say_training(report)
     if as_json:

@@ -17,6 +17,7 @@ from medembed.cli.options import (
     seed_option,
     table_columns,
 )
+from medembed.results.comparison_schema import ComparisonResult
 
 __all__ = ["compare_command", "read_given", "show_comparison"]
 
@@ -115,7 +116,7 @@ def show_comparison(
     _show(compare(runs, level=level, seed=seed, **shown), by, table_format)
 
 
-def _show(result: dict[str, Any], by: str | None, table_format: str) -> None:
+def _show(result: ComparisonResult, by: str | None, table_format: str) -> None:
     from medembed.report.group_tables import render_comparison
     from medembed.report.operating_tables import asks_for_points
 

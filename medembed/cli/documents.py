@@ -7,12 +7,11 @@ schemas. Keys may be added, but never removed or given another meaning.
 from typing import Any, Literal
 
 from medembed.core.schema import AnyTable, ClosedRecord, Count, Digest, Field, Given, Record
-from medembed.evaluation.calibration import CalibrationEntry
+from medembed.results.comparison_schema import ComparedHead, ComparisonResult, Counts, Pair, Score
 from medembed.results.run_schema import LeaderboardEntry
 
 __all__ = [
     "DOCUMENTS",
-    "AtSensitivity",
     "Autoencoder",
     "CacheCard",
     "CacheCompact",
@@ -23,15 +22,8 @@ __all__ = [
     "Checklist",
     "ChecklistItem",
     "Compacted",
-    "Compare",
-    "ComparedHead",
-    "ComparedRun",
     "Completion",
-    "Confusion",
-    "ConfusionAt",
-    "Counts",
     "Coverage",
-    "Curve",
     "Demo",
     "Doctor",
     "Evaluate",
@@ -44,14 +36,13 @@ __all__ = [
     "ManifestBuild",
     "ManifestCheck",
     "ManifestInit",
+    "ManifestRelabel",
     "PlanDocument",
     "Point",
-    "PointDocument",
     "Prediction",
     "RecipeText",
     "Report",
     "RunDocument",
-    "Score",
     "SpecDocument",
     "SplitCount",
 ]
@@ -64,29 +55,6 @@ class FailureDocument(ClosedRecord):
     sha256: str
     stage: Literal["read", "decode", "encode"]
     reason: str
-
-
-class Counts(ClosedRecord):
-    """How many rows were scored."""
-
-    n: Count
-    n_abnormal: Count
-    n_patients: Count
-
-
-class Score(ClosedRecord):
-    """A score with its interval; null is not estimable."""
-
-    value: float | None
-    low: float | None
-    high: float | None
-    method: str | None
-    """Of the interval."""
-    k: Given[Count] = None
-    n: Given[Count] = None
-    """Of a share: k of n."""
-    reason: Given[str] = None
-    """Why there is no interval."""
 
 
 class SplitCount(ClosedRecord):
@@ -157,6 +125,17 @@ class RecipeText(ClosedRecord):
 
     name: str
     recipe: str
+
+
+class ManifestRelabel(ClosedRecord):
+    """`medembed manifest relabel --json`: counts of images."""
+
+    changed: Count
+    to_abnormal: Count
+    to_normal: Count
+    labelled: Count
+    confirmed: Count
+    output: str
 
 
 class ManifestCheck(ClosedRecord):
@@ -331,129 +310,11 @@ class Demo(ClosedRecord):
     synthetic: Literal[True]
 
 
-class ComparedRun(ClosedRecord):
-    """A run, and what of it was not compared."""
-
-    name: str
-    left_out: Count
-    left_out_test: Count
-    unlabelled: Count
-    dropped: Count
-    priors_of: Any
-    left_out_of: Any
-    copy_of: Any
-
-
 class Completion(ClosedRecord):
     """`medembed completion --json`."""
 
     shell: Literal["bash", "zsh", "fish"]
     script: str
-
-
-class Confusion(ClosedRecord):
-    """Decisions against labels."""
-
-    tn: Count
-    fp: Count
-    fn: Count
-    tp: Count
-
-
-class ConfusionAt(Confusion):
-    """Decisions at a threshold against labels."""
-
-    threshold: float
-
-
-class PointDocument(ClosedRecord):
-    """A head's decisions at an operating point."""
-
-    name: str
-    threshold: float | None
-    scores: dict[str, Score] | None
-    confusion: Confusion | None
-    at_prevalence: AnyTable | None = None
-
-
-class AtSensitivity(ClosedRecord):
-    """Decisions at the threshold of a sensitivity on out-of-fold predictions."""
-
-    target: float
-    threshold: float | None
-    scores: dict[str, Score]
-
-
-class Curve(ClosedRecord):
-    """Net benefit by threshold."""
-
-    thresholds: list[float]
-    value: list[float | None]
-    low: list[float | None]
-    high: list[float | None]
-    treat_all: list[float | None]
-    method: str | None
-
-
-class ComparedHead(ClosedRecord):
-    """A head's scores on the test rows that all runs share."""
-
-    run: str
-    head: str
-    baseline: bool
-    pooling: str | None
-    trial: int | None
-    params: AnyTable | None
-    cv: float | None
-    cv_method: str | None
-    n_tried: Count | None
-    seconds: float | None = None
-    depth: int | None
-    seed: int | None
-    train_fraction: float | None
-    n_train_patients: Count | None
-    threshold: float
-    calibration: CalibrationEntry
-    scores: dict[str, Score]
-    auroc_delong: Score
-    fit: dict[str, Score]
-    at_half: dict[str, Score]
-    at_sensitivity: AtSensitivity
-    calibrations: dict[str, AnyTable]
-    confusion: ConfusionAt
-    operating_points: list[PointDocument]
-    net_benefit: Curve
-    regions: dict[str, AnyTable]
-    mean_over_regions: AnyTable
-    views: dict[str, AnyTable]
-    deferral: AnyTable | list[AnyTable] | None
-    deferral_note: str | None
-    versus_best: AnyTable | None
-
-
-class Compare(ClosedRecord):
-    """`medembed compare --json`; see `comparison.compare_runs`."""
-
-    level: Literal["study", "image"]
-    n_resamples: Count
-    seed: int
-    test: Counts
-    runs: list[ComparedRun]
-    flow: list[AnyTable]
-    operating_points: list[str]
-    prevalence: float | None
-    synthetic: bool
-    rows: list[ComparedHead]
-    paired: list[AnyTable]
-    seeds: list[AnyTable]
-    efficiency: list[AnyTable]
-    depths: list[AnyTable]
-    notes: list[str]
-    groups: AnyTable | None = None
-    gaps: list[AnyTable] | None = None
-    """With --by."""
-    non_inferiority: list[AnyTable] | None = None
-    """With --margin."""
 
 
 class Evaluate(Record):
@@ -467,7 +328,7 @@ class Evaluate(Record):
     test: Counts
     synthetic: bool
     rows: list[ComparedHead]
-    paired: list[AnyTable]
+    paired: list[Pair]
     notes: list[str]
     called_abnormal: Score | None
     drop: AnyTable | None
@@ -555,7 +416,7 @@ DOCUMENTS: dict[str, Any] = {
     "cache-export": CacheExport,
     "cache-info": CacheInfo,
     "cache-verify": CacheVerify,
-    "compare": Compare,
+    "compare": ComparisonResult,
     "completion": Completion,
     "demo": Demo,
     "doctor": Doctor,
@@ -564,6 +425,7 @@ DOCUMENTS: dict[str, Any] = {
     "finetune": RunDocument,
     "manifest-build": ManifestBuild,
     "manifest-check": ManifestCheck,
+    "manifest-relabel": ManifestRelabel,
     "manifest-init": ManifestInit,
     "manifest-recipes": list[KnownRecipe] | RecipeText,
     "plan": PlanDocument,

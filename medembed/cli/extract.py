@@ -153,7 +153,7 @@ def extract_command(
     if engine == "ray" and Path(reference).is_dir():  # Ray's processes are in other directories
         reference = str(Path(reference).absolute())
     if engine == "local":
-        from medembed.extraction.job import report_if_settled
+        from medembed.extraction.settled import report_if_settled
 
         settled = report_if_settled(
             rows,
@@ -170,6 +170,8 @@ def extract_command(
         )
         if settled is not None:
             _conclude(settled, manifest_path, cache_path, strict, dry_run, as_json)
+            if dry_run and not cache_path.exists():
+                say(f"{reference} was not loaded: medembed doctor --encoder {reference} checks it.")
             return
     from medembed import extraction  # torch
     from medembed.encoders.loading import load_encoder
@@ -200,7 +202,12 @@ def extract_command(
         )
         with showing_progress("Embedding", "images") as progress:
             report = extract_on_ray(
-                rows, job, device=device, dry_run=dry_run, progress=progress, tell=progress.tell
+                rows,
+                job,
+                device=device,
+                dry_run=dry_run,
+                progress=progress,
+                on_status=progress.show_status,
             )
     else:
         with showing_progress("Fetching", "bytes") as progress:
@@ -221,7 +228,7 @@ def extract_command(
                 worker=worker,
                 dry_run=dry_run,
                 progress=progress,
-                tell=progress.tell,
+                on_status=progress.show_status,
                 announce=say,
             )
     _conclude(report, manifest_path, cache_path, strict, dry_run, as_json)

@@ -200,7 +200,7 @@ def finetune_command(
             operating_points=operating_points,
             limits=Limits(max_bytes, max_seconds),
             progress=progress,
-            tell=progress.tell,
+            on_status=progress.show_status,
         )
     if as_json:
         print_json(run.as_dict())

@@ -18,7 +18,14 @@ if TYPE_CHECKING:
     from medembed.dataset.recipes.build import BuildReport
     from medembed.dataset.recipes.proposals import Proposal
 
-__all__ = ["build_command", "check_command", "init_command", "manifest_command", "recipes_command"]
+__all__ = [
+    "build_command",
+    "check_command",
+    "init_command",
+    "manifest_command",
+    "recipes_command",
+    "relabel_command",
+]
 
 _CHOICES = {
     "Without a recipe": (
@@ -36,7 +43,7 @@ LOOK = (
 
 @click.group("manifest", cls=Commands)
 def manifest_command() -> None:
-    """Propose, build and check manifests: one row per image."""
+    """Propose, build, check and relabel manifests: one row per image."""
 
 
 @manifest_command.command(
@@ -367,3 +374,37 @@ def _compare(cache: "Cache", manifest_path: Path, seed: int) -> "NearDuplicates 
         return None
     say(found.describe())
     return found
+
+
+@manifest_command.command(
+    "relabel",
+    starting="Reading the review",
+    short_help="Apply a reviewer's labels to a manifest.",
+    examples=["medembed manifest relabel mura.csv review.csv -o mura-2.csv"],
+)
+@click.argument("manifest_path", metavar="MANIFEST", type=PATH)
+@click.argument("review_path", metavar="REVIEW", type=PATH)
+@output_option("MANIFEST.csv or .parquet to write.", "output")
+@json_option
+def relabel_command(manifest_path: Path, review_path: Path, output: Path, as_json: bool) -> None:
+    """Apply the labels of REVIEW to MANIFEST, and write another manifest.
+
+    REVIEW is a table with the columns sha256 and new_label: 0 is normal, 1 abnormal, and empty not
+    reviewed. `medembed worklist` writes such a table for you to fill in. If labels
+    are per study, a new label holds for all views. Nothing is embedded again. Every change since
+    the build is kept beside the manifest, in MANIFEST.relabelling.json.
+    """
+    from medembed.dataset.relabelling import relabel, relabelling_path, write_relabelled
+
+    relabelled = relabel(manifest_path, review_path)
+    write_relabelled(relabelled, manifest_path, output)
+    document = relabelled.as_dict()
+    changed, abnormal, normal, new, confirmed = (f"{n:,}" for n in document.values())
+    say(
+        f"{output}: {changed} labels changed ({abnormal} to abnormal, {normal} to normal, {new} "
+        f"new), {confirmed} confirmed; every change: {relabelling_path(output)}"
+    )
+    if as_json:
+        print_json({**document, "output": str(output)})
+    else:
+        suggest("sweep", "CACHE", output, "-o", "runs/relabelled")

@@ -148,7 +148,7 @@ def predict_command(
             operating_point=operating_point,
             limits=Limits(max_bytes, max_seconds),
             fetching=fetching,
-            tell=say,
+            on_status=say,
         )
         point = predictor.point
         if predictor.path != model_path:

@@ -32,7 +32,7 @@ class Progress(Protocol):
         """Report how much is done; the amount of the first call does not count for the rate."""
         ...
 
-    def tell(self, label: str) -> None:
+    def show_status(self, label: str) -> None:
         """Report what is being done now, in a word or two."""
         ...
 
@@ -115,7 +115,7 @@ class _Pace:
     def __exit__(self, *raised: object) -> None:
         """End the drawing, if there is one."""
 
-    def tell(self, label: str) -> None:
+    def show_status(self, label: str) -> None:
         self.label, self._first, self._latest = label, None, None
 
     def measure(self, done: int, total: int) -> None:
@@ -172,8 +172,8 @@ class _Bar(_Pace):
         self.measure(done, total)
         self._show()
 
-    def tell(self, label: str) -> None:
-        super().tell(label)
+    def show_status(self, label: str) -> None:
+        super().show_status(label)
         self._show()
 
     def __exit__(self, *raised: object) -> None:
@@ -259,7 +259,8 @@ class _Board(_Bar):
         return self._drawn
 
 
-_HEADINGS = ("head", "tried", "best", "pooling", "parameters")
+_HEADINGS = ("head", "tried", "inner", "pooling", "parameters")
+# The inner score chooses among configurations; `cv`, which is reported, comes from other patients.
 _ALIGNMENTS: tuple[Any, ...] = ("left", "right", "right", "left", "left")
 _LONGEST_HEAD, _SHORTEST_PARAMETERS = 16, 12
 
@@ -335,4 +336,6 @@ class _PlainBoard(_PlainLines):
 
     def more(self) -> list[str]:
         scored = (line for line in self._lines() if line["best"] is not None)
-        return [f"best {mask_controls(line['head'])} {line['best']:.3f}" for line in scored][:1]
+        return [
+            f"best inner score: {mask_controls(line['head'])} {line['best']:.3f}" for line in scored
+        ][:1]

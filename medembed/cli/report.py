@@ -19,11 +19,14 @@ from medembed.cli.options import (
     output_option,
     prevalence_option,
     seed_option,
+    split_names,
 )
 from medembed.cli.progress import showing_progress
 
 __all__ = ["hush_matplotlib", "is_public", "report_command", "write_command"]
 
+_FORMATS = ("png", "pdf")
+"""`figures.OPTIONAL_FORMATS`, whose module imports matplotlib."""
 _SILENT = {"as_json"}
 """Parameters that change only what is printed, not what is written."""
 _NO_HOME = (
@@ -43,6 +46,13 @@ def hush_matplotlib() -> None:
     )
 
 
+def _check_formats(context: click.Context, option: click.Parameter, value: str | None) -> Any:
+    for name in split_names(context, option, value) or ():
+        if name not in _FORMATS:
+            raise click.BadParameter(f"{name!r} is not one of: {', '.join(_FORMATS)}.")
+    return value
+
+
 @click.command(
     "report",
     cls=Command,
@@ -50,6 +60,7 @@ def hush_matplotlib() -> None:
     examples=[
         "medembed report runs/sweep -o report",
         "medembed report runs/sweep -o report --manifest mura.csv --image-root MURA-v1.1",
+        "medembed report runs/sweep -o paper --figures png,pdf",
     ],
 )
 @click.argument("runs", metavar="RUN…", type=PATH, nargs=-1, required=True)
@@ -75,6 +86,13 @@ def hush_matplotlib() -> None:
     multiple=True,
     help="Reporting checklist to fill in beside the page; repeatable.",
 )
+@click.option(
+    "--figures",
+    "formats",
+    callback=_check_formats,
+    metavar="png,pdf",
+    help="Also write each figure as PNG, PDF or both; SVG and CSV are always written.",
+)
 @operating_point_option("Operating point to show:")
 @prevalence_option
 @seed_option
@@ -88,6 +106,7 @@ def report_command(
     margin: float | None,
     names: bool,
     checklists: tuple[str, ...],
+    formats: str | None,
     operating_points: tuple[Any, ...],
     prevalence: float | None,
     seed: int,
@@ -118,8 +137,11 @@ def report_command(
             operating_points=operating_points,
             prevalence=prevalence,
             progress=progress,
+            figures=formats or (),
         )
     say(f"Page: {written['page']}")
+    if not formats:
+        say("Its figures are SVG and CSV; --figures png,pdf adds these formats.")
     for filled in written.get("checklist", []):
         counts = ", ".join(f"{n} {status}" for status, n in filled["counts"].items())
         say(f"Checklist: {filled['path']} ({counts})")

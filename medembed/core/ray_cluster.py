@@ -1,5 +1,6 @@
 """Connect to Ray, which is an extra: `pip install 'medembed[ray]'`."""
 
+import logging
 import os
 import signal
 import threading
@@ -14,7 +15,7 @@ __all__ = ["connected_to_ray"]
 
 
 @contextmanager
-def connected_to_ray(option: str, tell: Callable[[str], None] | None = None) -> Iterator[Any]:
+def connected_to_ray(option: str, on_status: Callable[[str], None] | None = None) -> Iterator[Any]:
     """Yield the module `ray`, connected.
 
     Uses the Ray that this process is connected to, else the cluster at `RAY_ADDRESS`, else starts
@@ -24,7 +25,7 @@ def connected_to_ray(option: str, tell: Callable[[str], None] | None = None) -> 
     ----------
     option : str
         The option that requires Ray, such as "--engine ray", for the message if it is missing.
-    tell : callable, optional
+    on_status : callable, optional
         Called with "Ray" before connecting, which takes seconds.
 
     Raises
@@ -42,11 +43,11 @@ def connected_to_ray(option: str, tell: Callable[[str], None] | None = None) -> 
     if ray.is_initialized():
         yield ray
         return
-    if tell:
-        tell("Ray")
+    if on_status:
+        on_status("Ray")
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
         address = os.environ.get("RAY_ADDRESS")
         where = f"at RAY_ADDRESS={address}" if address else "on this machine"

@@ -41,6 +41,7 @@ try:
         create_model,
         field_validator,
         model_validator,
+        with_config,
     )
 except ImportError as error:
     raise MissingLibraryError(
@@ -64,6 +65,7 @@ __all__ = [
     "Whole",
     "Word",
     "WrapValidator",
+    "closed",
     "create_model",
     "describe_problems",
     "field_validator",
@@ -124,6 +126,10 @@ class ClosedRecord(BaseModel):
     """A table of a document, typed and immutable; a key that it does not name is refused."""
 
     model_config = ConfigDict(extra="forbid", **_STRICT)
+
+
+closed = with_config(ConfigDict(extra="forbid", **_STRICT))
+"""Decorates a `TypedDict` whose unknown keys are refused: a `ClosedRecord` that stays a dict."""
 
 
 class _NotNull:

@@ -12,7 +12,9 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import pandas as pd
 
 from medembed import __version__
 from medembed.core.errors import ManifestError
@@ -28,7 +30,9 @@ from medembed.core.schema import (
 )
 from medembed.dataset.checks import SPLITS
 from medembed.dataset.manifest import Manifest, check_destination, count_rows, write_manifest
-from medembed.dataset.recipes.build import BuildReport, Recipe
+
+if TYPE_CHECKING:
+    from medembed.dataset.recipes.build import BuildReport, Recipe
 
 __all__ = [
     "BuildCounts",
@@ -37,6 +41,7 @@ __all__ = [
     "KeptBuild",
     "build_path",
     "check_destinations",
+    "move_build",
     "read_build",
     "recipe_path",
     "write_build",
@@ -120,7 +125,7 @@ def check_destinations(manifest_path: str | Path) -> None:
 
 
 def write_build(
-    report: BuildReport, recipe: Recipe, manifest_path: str | Path, recipe_text: str = ""
+    report: "BuildReport", recipe: "Recipe", manifest_path: str | Path, recipe_text: str = ""
 ) -> None:
     """Write a manifest, and beside it what its build found; each file is complete or absent.
 
@@ -146,7 +151,7 @@ def write_build(
 
 
 def _describe_build(
-    report: BuildReport, recipe: Recipe, recipe_digest: str | None
+    report: "BuildReport", recipe: "Recipe", recipe_digest: str | None
 ) -> dict[str, Any]:
     """Return the content of a build file.
 
@@ -171,8 +176,7 @@ def _describe_build(
         "found": len(rows) + len(report.excluded) + report.n_unlisted,
         "not_listed": report.n_unlisted,
         "excluded": [{"reason": reason, "images": n} for reason, n in excluded],
-        **count_rows(rows),
-        "splits": {name: count_rows(rows[rows["split"] == name]) for name in SPLITS},
+        **_count_rows(rows),
     }
     return {
         "format": FORMAT,
@@ -187,6 +191,18 @@ def _describe_build(
     }
 
 
+def move_build(manifest_path: str | Path, manifest: Manifest, relabelled: Manifest) -> bytes | None:
+    """Return the bytes of a manifest's build file for one with other labels of the same images.
+
+    Returns None if the manifest has no build file of its own.
+    """
+    document = _read_document(manifest_path, manifest)
+    if document is None or find_problems(BuildFile, document):
+        return None
+    counts = {**document["counts"], **_count_rows(relabelled.rows)}
+    return json_bytes({**document, "manifest": relabelled.digest(), "counts": counts})
+
+
 def read_build(manifest_path: object, manifest: Manifest) -> KeptBuild | None:
     """Return the build of a manifest for a run to keep, or None if there is no build file.
 
@@ -197,6 +213,15 @@ def read_build(manifest_path: object, manifest: Manifest) -> KeptBuild | None:
     manifest : Manifest
         The manifest that was read; a build file with another digest is ignored.
     """
+    document = _read_document(manifest_path, manifest)
+    if document is None:
+        return None
+    kept = {name: document.get(name) for name in ("counts", "recipe", "medembed")}
+    return None if find_problems(KeptBuild, kept) else KeptBuild.model_validate(kept)
+
+
+def _read_document(manifest_path: object, manifest: Manifest) -> dict[str, Any] | None:
+    """Return the content of a manifest's build file, or None if it has none that is its own."""
     if not isinstance(manifest_path, str | Path):
         return None
     try:
@@ -207,8 +232,12 @@ def read_build(manifest_path: object, manifest: Manifest) -> KeptBuild | None:
         return None
     if document.get("version") != VERSION or document.get("manifest") != manifest.digest():
         return None
-    kept = {name: document.get(name) for name in ("counts", "recipe", "medembed")}
-    return None if find_problems(KeptBuild, kept) else KeptBuild.model_validate(kept)
+    return document
+
+
+def _count_rows(rows: pd.DataFrame) -> dict[str, Any]:
+    splits = {name: count_rows(rows[rows["split"] == name]) for name in SPLITS}
+    return {**count_rows(rows), "splits": splits}
 
 
 def _digest(path: Path) -> str | None:

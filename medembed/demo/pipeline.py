@@ -18,7 +18,7 @@ from medembed.dataset.build_file import write_build
 from medembed.dataset.manifest import Manifest
 from medembed.dataset.recipes.build import build_manifest, load_recipe
 from medembed.demo.cohort import DemoView, draw_cohort, view_name, write_views
-from medembed.encoders.loading import load_encoder, require_transformers
+from medembed.encoders.loading import load_encoder
 from medembed.report.gallery import make_thumbnails
 from medembed.report.page import write_report
 
@@ -83,10 +83,7 @@ def run_demo(
     ------
     RunError
         `directory` holds something else, or a demo with other arguments.
-    MissingLibraryError
-        transformers is not installed.
     """
-    require_transformers("demo")  # before spending a minute on the images
     show = show_progress or _show_nothing
     home = Path(directory)
     _claim(home, {"demo": 1, "patients": n_patients, "seed": seed})
@@ -105,6 +102,7 @@ def run_demo(
         [run],
         home / "report",
         find_thumbnails=lambda wanted: make_thumbnails(manifest, home / "images", wanted),
+        manifest=manifest,
         command=REPORT,
     )
     return {"leaderboard": run.info["leaderboard"], "page": report["page"], "synthetic": True}

@@ -3,6 +3,11 @@
 huggingface_hub appends an ETag and a commit to its cache's path unchecked, and sleeps for as long
 as a server demands. Every answer is therefore checked before huggingface_hub acts on it. If a
 connection breaks, a range is requested again from where it stopped.
+
+Addresses, headers, session, errors and locks are huggingface_hub's. Its `http_get` does not fetch
+the ranges, because it takes any answer for the bytes it asked for: a whole file from a server
+that ignores `Range`, another part, compressed bytes, or bytes of a file that changed meanwhile
+(release 2.4). Nor can its retries be bounded in time, or ended by another connection's failure.
 """
 
 import errno

@@ -33,7 +33,6 @@ __all__ = [
     "choose_device",
     "choose_precision",
     "load_encoder",
-    "require_transformers",
     "take_own_gpu",
 ]
 
@@ -167,7 +166,6 @@ def _load(
 ) -> "TorchEncoder":
     # Not earlier: a wrong reference is reported before torch and transformers have loaded.
     if kind in SIGLIP_TYPES:
-        require_transformers(weights.source)
         from medembed.encoders.siglip import load_siglip
 
         return load_siglip(weights.path, preprocessing, projector=projector, **known)
@@ -180,7 +178,7 @@ def _load(
         from medembed.encoders.autoencoder import load_autoencoder
 
         return load_autoencoder(weights.path, preprocessing, **known)
-    require_transformers(weights.source)
+    require_libraries(f"encoder {weights.source}", ("transformers",), "encoders")
     from medembed.encoders.backbones import BACKBONE_TYPES, load_backbone
 
     if kind not in BACKBONE_TYPES:
@@ -189,17 +187,6 @@ def _load(
             f"type: {', '.join((*SIGLIP_TYPES, AUTOENCODER_TYPE, *BACKBONE_TYPES))}."
         )
     return load_backbone(weights.path, preprocessing, **known)
-
-
-def require_transformers(source: str) -> None:
-    """Refuse an encoder that transformers runs, where transformers is not installed.
-
-    Raises
-    ------
-    MissingLibraryError
-        Names the extra that brings it.
-    """
-    require_libraries(f"encoder {source}", ("transformers",), "encoders")
 
 
 def choose_device(device: str, worker: int | None = None) -> str:

@@ -121,7 +121,7 @@ class PipelinedEncoder(Encoder, Protocol):
         *,
         n_images: int,
         batch_size: int | None = None,
-        tell: Callable[[str], None] | None = None,
+        on_status: Callable[[str], None] | None = None,
     ) -> int:
         """Prepare the device for `n_images`, and return the batch size to use.
 
@@ -130,7 +130,7 @@ class PipelinedEncoder(Encoder, Protocol):
 
         Parameters
         ----------
-        tell : callable, optional
+        on_status : callable, optional
             Called with a word or two for the progress bar when a step takes a while.
         """
         ...

@@ -8,23 +8,20 @@ import math
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import SiglipVisionConfig, SiglipVisionModel
-from transformers.models.gemma3.modeling_gemma3 import Gemma3MultiModalProjector
 
 from medembed.core.errors import EncoderError
-from medembed.core.text import one_line
 from medembed.encoders.checkpoint_files import Part, canonical_name, checkpoint_name, read_json
 from medembed.encoders.delta import DeltaWeights, put_in
 from medembed.encoders.devices import stored_dtypes
 from medembed.encoders.features import Features, token_poolings
 from medembed.encoders.fingerprint import Digest, read_part
 from medembed.encoders.preprocessing import Preprocessing
+from medembed.encoders.siglip_tower import Projector, SiglipConfig, SiglipTower
 from medembed.encoders.torch_encoder import TorchEncoder
 
 __all__ = ["FusedMLP", "GreyPatches", "SiglipEncoder", "fuse", "gelu_agrees", "load_siglip"]
@@ -84,7 +81,7 @@ def fuse(model: Any, device: str, *, channels_alike: bool) -> list[str]:
 
     Parameters
     ----------
-    model : SiglipVisionModel
+    model : SiglipTower
         The tower in bfloat16 on `device`; its tensors and their names do not change.
     channels_alike : bool
         Whether normalised images have three equal channels.
@@ -152,8 +149,8 @@ class SiglipEncoder(TorchEncoder):
 
     Parameters
     ----------
-    model : SiglipVisionModel
-    projector : Gemma3MultiModalProjector, optional
+    model : SiglipTower
+    projector : Projector, optional
     """
 
     part: ClassVar[Part] = "tower"
@@ -199,6 +196,14 @@ class SiglipEncoder(TorchEncoder):
             vectors[_PROJECTOR] = self.projector(seen.last_hidden_state)
         return Features(seen.last_hidden_state, self._grid, vectors)
 
+    def draw_model(self) -> nn.Module:
+        """Return a tower with random weights, as transformers draws them."""
+        from transformers import SiglipVisionConfig, SiglipVisionModel
+
+        known = {key: getattr(self.model.config, key) for key in _ARCHITECTURE}
+        drawn: nn.Module = SiglipVisionModel(SiglipVisionConfig(**known))
+        return drawn
+
     def repool(self, name: str, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """Return what the projector or the attention head makes of tokens; see `TorchEncoder`."""
         pooler = self.projector if name == _PROJECTOR else self.model.head
@@ -238,7 +243,7 @@ def load_siglip(
         each.add({key: getattr(config, key) for key in _ARCHITECTURE})
     to = {"device": device, "precision": precision}
     with torch.device("meta"):
-        model = SiglipVisionModel(config)
+        model = SiglipTower(config)
     names = {str(canonical_name(name)): name for name in model.state_dict()}
     tensors = read_part(directory, _shapes(model, names), source)
     _fill(model, names, digest, put_in(tensors, changes, base), to)
@@ -270,7 +275,7 @@ def load_siglip(
 
 
 def _load_projector(
-    directory: Path, vision: Any, digest: Digest, source: str, to: Mapping[str, str]
+    directory: Path, vision: SiglipConfig, digest: Digest, source: str, to: Mapping[str, str]
 ) -> Any:
     config = read_json(directory / "config.json")
     text = config.get("text_config")
@@ -288,13 +293,7 @@ def _load_projector(
             f"{side} x {side} tokens."
         )
     with torch.device("meta"):
-        projector = Gemma3MultiModalProjector(
-            SimpleNamespace(
-                vision_config=vision,
-                text_config=SimpleNamespace(hidden_size=width),
-                mm_tokens_per_image=n_tokens,
-            )
-        )
+        projector = Projector(vision, width, n_tokens)
     digest.add({"mm_tokens_per_image": n_tokens})
     names = {name: name for name in projector.state_dict()}
     shapes = _shapes(projector, names)
@@ -322,7 +321,7 @@ def _fill(
     module.load_state_dict(state, strict=True, assign=True)
 
 
-def _read_architecture(directory: Path) -> Any:
+def _read_architecture(directory: Path) -> SiglipConfig:
     config = read_json(directory / "config.json")
     vision = config
     if isinstance(config, dict) and config.get("model_type") != "siglip_vision_model":
@@ -339,13 +338,10 @@ def _read_architecture(directory: Path) -> Any:
         )
     known = {key: vision[key] for key in _ARCHITECTURE if key in vision}
     try:
-        built = SiglipVisionConfig(**known, attn_implementation="sdpa")
-    except Exception as error:  # its validation raises its own errors, by transformers' version
-        reason = one_line(error)
-        message = f"config.json of {checkpoint_name(directory)} is not a SigLIP tower's: {reason}"
-        raise EncoderError(message) from error
-    _check_architecture(built, checkpoint_name(directory))
-    return built
+        return SiglipConfig(**known)
+    except ValueError as error:
+        name = checkpoint_name(directory)
+        raise EncoderError(f"config.json of {name} is not a SigLIP tower's: {error}") from error
 
 
 def _refuse_second_tower(config: Any, vision: Any, source: str) -> None:
@@ -361,20 +357,7 @@ def _refuse_second_tower(config: Any, vision: Any, source: str) -> None:
             )
 
 
-def _check_architecture(config: Any, source: str) -> None:
-    sizes = ("hidden_size", "image_size", "patch_size", "num_hidden_layers", "num_attention_heads")
-    for key in (*sizes, "intermediate_size"):
-        value = getattr(config, key)
-        if type(value) is not int or value < 1:
-            raise EncoderError(f"config.json of {source}: {key} {value!r} is not a positive number")
-    if config.hidden_size % config.num_attention_heads or config.num_channels != 3:
-        raise EncoderError(
-            f"config.json of {source}: hidden_size {config.hidden_size} for "
-            f"{config.num_attention_heads} heads and {config.num_channels} channels cannot be built"
-        )
-
-
-def _check_size(config: Any, preprocessing: Preprocessing, source: str) -> None:
+def _check_size(config: SiglipConfig, preprocessing: Preprocessing, source: str) -> None:
     size = (preprocessing.height, preprocessing.width)
     if size != (config.image_size, config.image_size):
         raise EncoderError(

@@ -1,4 +1,10 @@
-"""The layout of a safetensors file: each tensor's place, read without a library or torch."""
+"""The layout of a safetensors file: each tensor's place, read without a library or torch.
+
+The `safetensors` library does not say where in a file a tensor lies. huggingface_hub's
+`parse_safetensors_file_metadata` does, for files at a hub, but it believes the header: names that
+occur twice, offsets with gaps or beyond the file, and an answer of any length, which it holds in
+memory (release 2.4).
+"""
 
 import json
 import math

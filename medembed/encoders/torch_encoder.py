@@ -107,7 +107,7 @@ class Tuning:
         n_images: int,
         batch_size: int,
         seconds: float,
-        tell: Callable[[str], None],
+        on_status: Callable[[str], None],
     ) -> None:
         """Compile for batches of `batch_size` if that pays off for `n_images` and proves faster.
 
@@ -119,7 +119,7 @@ class Tuning:
         cost = _COMPILING_SECONDS if self.blocks else _WHOLE_SECONDS
         if _COMPILING_SAVES * seconds * n_images / batch_size <= cost:
             return
-        tell("Compiling")
+        on_status("Compiling")
         self._begin(batch_size)
         try:
             self.why_not = "" if time() < seconds else "it was not faster"
@@ -127,7 +127,7 @@ class Tuning:
             self.why_not = one_line(error, 200) or type(error).__name__
         if self.why_not:
             self._end()
-            tell(f"Not compiled: {self.why_not}")
+            on_status(f"Not compiled: {self.why_not}")
 
     def _begin(self, batch_size: int) -> None:
         self.compiled_for = batch_size
@@ -287,6 +287,11 @@ class TorchEncoder(ABC):
                 return name, found
         return None
 
+    def draw_model(self) -> nn.Module:
+        """Return a tower like this one with random weights, as its library draws them."""
+        drawn: nn.Module = type(self.model)(self.model.config)
+        return drawn
+
     def copy(self) -> "TorchEncoder":
         """Return an uncompiled copy of the encoder and its weights."""
         copied = copy.copy(self)
@@ -348,7 +353,7 @@ class TorchEncoder(ABC):
         *,
         n_images: int,
         batch_size: int | None = None,
-        tell: Callable[[str], None] | None = None,
+        on_status: Callable[[str], None] | None = None,
     ) -> int:
         """Prepare the device, and return the batch size; see `protocol.PipelinedEncoder.warm_up`.
 
@@ -361,10 +366,10 @@ class TorchEncoder(ABC):
             Not even one image fits.
         """
         self.check_poolings(poolings)
-        say = tell or (lambda word: None)
+        on_status = on_status or (lambda word: None)
         run = partial(self._run_black, poolings)
         if self.device == "cuda":
-            say("Warming up")
+            on_status("Warming up")
         size = self.preprocessing
         chosen = batch_size or self.runner.choose_batch(run, size.height * size.width, n_images)
         if self.device != "cuda":
@@ -374,7 +379,9 @@ class TorchEncoder(ABC):
         self.tuning = Tuning(self.model, list(found[1]) if found else ())
         timer = partial(_seconds_of, run, chosen)
         seconds = self.tuning.choose_attention(timer)
-        self.tuning.compile(timer, n_images=n_images, batch_size=chosen, seconds=seconds, tell=say)
+        self.tuning.compile(
+            timer, n_images=n_images, batch_size=chosen, seconds=seconds, on_status=on_status
+        )
         return chosen
 
     def reference(self) -> Encoder:

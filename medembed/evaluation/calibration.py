@@ -15,7 +15,6 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import pandas as pd
-from scipy.optimize import isotonic_regression, minimize
 from scipy.special import expit, fdtrc, logit
 
 from medembed.core.errors import ModelError, TrainingDataError
@@ -229,6 +228,8 @@ def fit_isotonic(probability: np.ndarray, y: np.ndarray) -> IsotonicCalibration:
 
     Parameters and errors are those of `fit_platt`.
     """
+    from scipy.optimize import isotonic_regression  # not earlier: comparisons fit nothing
+
     labels, values = check_both_classes(y, probability, "calibration")
     distinct, groups, counts = np.unique(values, return_inverse=True, return_counts=True)
     shares = np.bincount(groups, weights=labels) / counts
@@ -243,6 +244,8 @@ def _fit_line(
     probability: np.ndarray, y: np.ndarray, intercept_bounds: tuple[float | None, float | None]
 ) -> tuple[float, float]:
     """Return the slope and intercept with the least cross-entropy to Platt's targets."""
+    from scipy.optimize import minimize  # not earlier: comparisons fit nothing
+
     labels, values = check_both_classes(y, probability, "calibration")
     x = log_odds(values)
     n_abnormal = int(labels.sum())

@@ -25,7 +25,6 @@ from math import inf, isnan, nan, sqrt
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import rankdata
 
 from medembed.core.errors import TrainingDataError
 from medembed.evaluation.bootstrap import CONFIDENCE, CONSTANT, MIN_PATIENTS, Interval
@@ -93,13 +92,23 @@ def placements(is_abnormal: np.ndarray, values: np.ndarray) -> np.ndarray:
 
     From midranks, in O(n log n) (Sun and Xu, IEEE Signal Processing Letters 21, 2014).
     """
-    ranks, is_normal = rankdata(values), ~is_abnormal
+    ranks, is_normal = _midranks(values), ~is_abnormal
     found = np.empty(len(values))
-    below = ranks[is_abnormal] - rankdata(values[is_abnormal])
+    below = ranks[is_abnormal] - _midranks(values[is_abnormal])
     found[is_abnormal] = below / is_normal.sum()
-    below = ranks[is_normal] - rankdata(values[is_normal])
+    below = ranks[is_normal] - _midranks(values[is_normal])
     found[is_normal] = 1 - below / is_abnormal.sum()
     return found
+
+
+def _midranks(values: np.ndarray) -> np.ndarray:
+    """Return ranks from 1, ties at their mean, as scipy.stats does, which is slow to import.
+
+    >>> _midranks(np.array([0.3, 0.1, 0.3]))
+    array([2.5, 1. , 2.5])
+    """
+    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return np.asarray((np.cumsum(counts) - (counts - 1) / 2)[places])
 
 
 def _of_auroc(labels: np.ndarray, probability: np.ndarray) -> np.ndarray:

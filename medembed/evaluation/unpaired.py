@@ -11,7 +11,6 @@ from math import exp, isnan, log, nan, sqrt
 
 import numpy as np
 import pandas as pd
-from scipy.optimize import brentq
 
 from medembed.evaluation.bootstrap import CONFIDENCE, Interval, patient_codes
 from medembed.evaluation.bounds import Bounds, combine
@@ -150,6 +149,7 @@ def _p_value(value: float, limits: Callable[[float], Bounds]) -> float:
     """Return 1 minus the confidence at which a limit is 0, by inverting the interval."""
     if value == 0:
         return 1.0
+    from scipy.optimize import brentq  # not earlier: most comparisons have no groups
 
     def end(log_p: float) -> float:
         low, high = limits(1 - exp(log_p))

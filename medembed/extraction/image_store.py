@@ -1,13 +1,15 @@
-"""Images that are used repeatedly: read, hashed and prepared once, into a mapped file."""
+"""The images of a manifest's rows, read, hashed and prepared once, into a mapped file."""
 
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
+from medembed.cache.pending import make_plan
 from medembed.core.errors import ManifestError, MedembedError, PathNotFoundError
 from medembed.core.system import choose_processes, default_decoders, reserve
 from medembed.dataset.manifest import existing_root, image_path
@@ -19,7 +21,7 @@ from medembed.images.load import DEFAULT_LIMITS, Content, Limits
 __all__ = [
     "PreparedImages",
     "describe_other_bytes",
-    "read_all",
+    "read_rows",
     "refuse_empty_root",
 ]
 
@@ -28,23 +30,35 @@ _AHEAD = 32  # images per decoder process that may be in progress or waiting
 
 @dataclass(frozen=True, eq=False)
 class PreparedImages:
-    """Prepared images, each content once.
+    """Prepared images of rows, each content once.
 
     Attributes
     ----------
     pixels : ndarray
-        uint8 (n, height, width), mapped from an unnamed file that is freed together with the
-        array; black for images that failed.
-    failures : dict of int to dict
-        Index of the content -> `image`, `sha256`, `stage`, `reason`.
+        uint8 (m, height, width), one per content in the order of its first row, mapped from an
+        unnamed file that is freed together with the array; black for images that failed.
+    sha256 : list of str
+        The contents.
+    places : ndarray
+        int64 (n,): the index of each row's content.
+    failures : list of dict
+        `image`, `sha256`, `stage`, `reason` of each row whose image could not be read or decoded,
+        in the order of rows.
     """
 
     pixels: np.ndarray
-    failures: dict[int, dict[str, str]]
+    sha256: list[str]
+    places: np.ndarray
+    failures: list[dict[str, str]]
+
+    @property
+    def is_read(self) -> np.ndarray:
+        """Whether each content could be read and decoded, bool (m,)."""
+        return ~np.isin(self.sha256, [failure["sha256"] for failure in self.failures])
 
 
-def read_all(
-    contents: Sequence[Content],
+def read_rows(
+    rows: pd.DataFrame,
     image_root: Path,
     preprocessing: Preprocessing,
     *,
@@ -52,12 +66,14 @@ def read_all(
     directory: Path | None = None,
     remedy: str,
     progress: Callable[[int, int], None] | None = None,
-    tell: Callable[[str], None] | None = None,
+    on_status: Callable[[str], None] | None = None,
 ) -> PreparedImages:
-    """Return contents read and prepared as by `extract`, in a temporary file.
+    """Return the images of rows, read and prepared as by `extract`, in a temporary file.
 
     Parameters
     ----------
+    rows : DataFrame
+        Rows of a manifest, with `image` and a complete `sha256`.
     limits : Limits
         Limits on size and time beyond which an image counts as failed.
     directory : Path, optional
@@ -65,8 +81,8 @@ def read_all(
     remedy : str
         What to do if the file does not fit, a full sentence.
     progress : callable, optional
-        Called as progress(done, total).
-    tell : callable, optional
+        Called as progress(done, total) with distinct contents.
+    on_status : callable, optional
         Called with a message that gives the size of the file.
 
     Raises
@@ -77,11 +93,12 @@ def read_all(
     MedembedError
         There is no room for the file, or the decoders die on every image.
     """
+    contents = make_plan(rows, None).pending
     shape = (len(contents), preprocessing.height, preprocessing.width)
     pixels = _make_room(shape, directory, remedy)
-    if tell:
-        tell(f"Reading into {pixels.nbytes / 1e6:,.1f} MB")
-    failures: dict[int, dict[str, str]] = {}
+    if on_status:
+        on_status(f"Reading into {pixels.nbytes / 1e6:,.1f} MB")
+    failures: dict[str, dict[str, str]] = {}
     others, done = [], 0
     n_decoders = choose_processes(
         None, "--decoders", DECODER_BYTES, MedembedError, default=default_decoders()
@@ -92,13 +109,12 @@ def read_all(
             if pair is None:
                 continue
             content, reading = pair
-            known = {"image": content.images[0], "sha256": content.sha256}
             if reading.pixels is not None:
                 pixels[done] = reading.pixels
             elif reading.stage is None:
                 others.append(describe_other_bytes(content, str(reading.other_sha256)))
             else:
-                failures[done] = {**known, "stage": reading.stage, "reason": reading.reason}
+                failures[content.sha256] = {"stage": reading.stage, "reason": reading.reason}
             done += 1
             if progress:
                 progress(done, len(contents))
@@ -108,7 +124,17 @@ def read_all(
             "trained. Restore these files, or build the manifest again:",
             others,
         )
-    return PreparedImages(pixels, failures)
+    place = {content.sha256: i for i, content in enumerate(contents)}
+    return PreparedImages(
+        pixels,
+        list(place),
+        np.array([place[sha256] for sha256 in rows["sha256"]], np.int64),
+        [
+            {"image": image, "sha256": sha256, **failures[sha256]}
+            for image, sha256 in zip(rows["image"], rows["sha256"], strict=True)
+            if sha256 in failures
+        ],
+    )
 
 
 def describe_other_bytes(content: Content, found: str) -> str:

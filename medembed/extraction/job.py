@@ -7,7 +7,6 @@ alone, since the decoding of 8-bit grey PNGs and JPEGs has not changed; the rest
 """
 
 import os
-import re
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
@@ -61,9 +60,9 @@ __all__ = [
     "ExtractionReport",
     "check_plan",
     "extract",
+    "make_report",
     "prepare_cache",
     "refuse_outdated",
-    "report_if_settled",
     "spec_of",
 ]
 
@@ -94,7 +93,7 @@ def refuse_outdated(
     image_root: Path,
     intensity: Intensity,
     n_decoders: int | None,
-    tell: Callable[[str], None],
+    on_status: Callable[[str], None],
 ) -> None:
     """Refuse a cache with rows whose files the current `images_version` decodes differently.
 
@@ -108,7 +107,7 @@ def refuse_outdated(
     if cache is None or cache.spec.images_version == IMAGES_VERSION:
         return
     found = []
-    for content, reading in _decoded_again(plan, image_root, intensity, n_decoders, tell):
+    for content, reading in _decoded_again(plan, image_root, intensity, n_decoders, on_status):
         reason = why_changed(reading.since, cache.spec.images_version, "its row")
         if reason and reading.stage:
             reason = f"is refused since images_version {reading.since} ({reading.reason})"
@@ -129,12 +128,12 @@ def _decoded_again(
     image_root: Path,
     intensity: Intensity,
     n_decoders: int | None,
-    tell: Callable[[str], None],
+    on_status: Callable[[str], None],
 ) -> Iterator[tuple[Content, Reading]]:
     suspects = [content for content in plan.done if _is_suspect(content, image_root)]
     if not suspects:
         return
-    tell(f"Decoding {len(suspects):,} images of an older version again")
+    on_status(f"Decoding {len(suspects):,} images of an older version again")
     n_processes = min(n_decoders or default_decoders(), len(suspects))
     with Decoders(n_processes, _SMALL, intensity) as readers:
         for pair in readers.read(suspects, image_root, 8 * n_processes):
@@ -155,7 +154,6 @@ def _is_suspect(content: Content, image_root: Path) -> bool:
 
 
 COMMIT_SECONDS = 60.0  # of work that a crash may lose
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@\S+)?")
 PLAIN_BATCH = 32  # for an encoder that does not report what its device holds
 ROOM = 1.1  # times the rows' bytes, for chunks, headers and other uses of the disk
 
@@ -178,7 +176,7 @@ def extract(
     dry_run: bool = False,
     commit_seconds: float = COMMIT_SECONDS,
     progress: Callable[[int, int], None] | None = None,
-    tell: Callable[[str], None] | None = None,
+    on_status: Callable[[str], None] | None = None,
     announce: Callable[[str], None] | None = None,
     timeline: Timeline | None = None,
 ) -> ExtractionReport:
@@ -224,7 +222,7 @@ def extract(
         Longest time that a row waits for its commit, apart from the running batch.
     progress : callable, optional
         Called as progress(done, total) with distinct contents of this run.
-    tell : callable, optional
+    on_status : callable, optional
         Called with a word or two when a step other than embedding takes a while.
     announce : callable, optional
         Called once, before the first image, with a sentence that names the encoder, device, card,
@@ -257,7 +255,7 @@ def extract(
     """
     root, timeline = as_path(image_root, "the image root"), timeline or Timeline()
     existing_root(root)
-    say = tell or (lambda words: None)
+    on_status = on_status or (lambda words: None)
     poolings = poolings.split(",") if isinstance(poolings, str) else poolings
     manifest, encoder = read_manifest(manifest), find_tower(encoder, poolings=poolings)
     start = time.monotonic()
@@ -268,99 +266,31 @@ def extract(
     there = _open_if_there(cache_path, spec, recorded, known_shards)
     plan = make_plan(manifest.rows, there, retry_failed=retry_failed, worker=worker)
     if dry_run:
-        return _report(plan, None, 0, None, start, timeline)
+        return make_report(plan, None, 0, None, start, timeline)
     if not plan.pending:
-        refuse_outdated(plan, there, root, intensity, decoders, say)
-        return _report(plan, None, 0, None, start, timeline)
+        refuse_outdated(plan, there, root, intensity, decoders, on_status)
+        return make_report(plan, None, 0, None, start, timeline)
     check_plan(plan, spec, root, cache_path)
     n_decoders = min(n_decoders, len(plan.pending))
     # The decoders are the outermost context: Ctrl-C commits first and ends them afterwards.
     with Decoders(n_decoders, encoder.preprocessing, intensity, limits) as readers:
-        size = _warm_up(encoder, poolings, len(plan.pending), batch_size, tell)
-        say("Canary")
+        size = _warm_up(encoder, poolings, len(plan.pending), batch_size, on_status)
+        on_status("Canary")
         opened = _open_or_make(encoder, spec, recorded, cache_path, known_shards)
         size, distance = _prove(opened, encoder, recorded, size)
         execution = execution_of(encoder)
         if announce is not None:
             announce(describe_execution(encoder.source, execution, size))
-        say("Embedding")
+        on_status("Embedding")
         timeline.add("prepare", start, time.monotonic())
         pipeline = Pipeline(encoder, poolings, size, len(plan.pending), timeline, progress)
         with WriterThread(opened, commit_seconds, timeline) as writer:
             pairs = readers.read(plan.pending, root, 2 * size + n_decoders)
             pipeline.run(_joining(pairs, opened), writer)
     pipeline.refuse_other_bytes()
-    refuse_outdated(plan, opened, root, intensity, decoders, say)
-    report = _report(plan, pipeline, n_decoders, distance, start, timeline)
+    refuse_outdated(plan, opened, root, intensity, decoders, on_status)
+    report = make_report(plan, pipeline, n_decoders, distance, start, timeline)
     return replace(report, execution=execution)
-
-
-def report_if_settled(
-    manifest: Manifest,
-    image_root: str | os.PathLike[str],
-    reference: str,
-    cache_path: str | os.PathLike[str],
-    *,
-    poolings: Sequence[str],
-    dtype: str,
-    fit: str,
-    intensity: Intensity = DEFAULT_INTENSITY,
-    retry_failed: bool = False,
-    worker: Worker | None = None,
-    dry_run: bool = False,
-) -> ExtractionReport | None:
-    """Report a dry run, or that nothing is left to embed, without loading the encoder.
-
-    That is possible where the cache's own record names the encoder by `reference` and everything
-    else that was asked for. None is returned where it takes the encoder to know.
-
-    Parameters
-    ----------
-    reference, fit
-        The encoder and how images become square, as `load_encoder` takes them.
-    manifest, image_root, cache_path, poolings, dtype, intensity, retry_failed, worker, dry_run
-        See `extract`.
-
-    Raises
-    ------
-    PathNotFoundError
-        The image root is missing.
-    ManifestError
-        The manifest holds no SHA-256s.
-    CacheError
-        The cache cannot be read.
-    SpecMismatchError
-        The demo's encoder was asked for and the cache is of a published one, or the reverse.
-    """
-    existing_root(Path(image_root))
-    require_hashes(manifest)
-    if is_free(Path(cache_path)):
-        return None
-    start, cache = time.monotonic(), open_cache(cache_path)
-    source = cache.recorded.get("source")
-    if source != reference:
-        _refuse_known_other(cache, str(source), reference)
-        return None
-    known, window = cache.spec.preprocessing, intensity.as_spec()
-    asked = (set(poolings), dtype, fit, window, IMAGES_VERSION)
-    held = (set(cache.spec.poolings), cache.spec.dtype, known.get("fit"), known.get("window"))
-    if (*held, cache.spec.images_version) != asked:
-        return None
-    plan = make_plan(manifest.rows, cache, retry_failed=retry_failed, worker=worker)
-    if plan.pending and not dry_run:
-        return None
-    return _report(plan, None, 0, None, start, Timeline())
-
-
-def _refuse_known_other(cache: Cache, source: str, reference: str) -> None:
-    """Refuse the demo's encoder for a published one's cache, and the reverse, by their names."""
-    names = {source, reference}
-    other = next(iter(names - {"demo"}))
-    if "demo" in names and HUB_ID.fullmatch(other) and not Path(other).exists():
-        raise SpecMismatchError(
-            f"cache at {cache.path} was made by {source}, and you asked for {reference}. Use "
-            f"--encoder {source}, or another --cache for {reference}."
-        )
 
 
 def prepare_cache(
@@ -422,10 +352,12 @@ def _warm_up(
     poolings: Sequence[str],
     n_images: int,
     batch_size: int | None,
-    tell: Callable[[str], None] | None,
+    on_status: Callable[[str], None] | None,
 ) -> int:
     if isinstance(encoder, PipelinedEncoder):
-        return encoder.warm_up(poolings, n_images=n_images, batch_size=batch_size, tell=tell)
+        return encoder.warm_up(
+            poolings, n_images=n_images, batch_size=batch_size, on_status=on_status
+        )
     return batch_size or PLAIN_BATCH
 
 
@@ -529,7 +461,7 @@ def _refuse_full_disk(plan: Plan, spec: CacheSpec, path: Path) -> None:
         )
 
 
-def _report(
+def make_report(
     plan: Plan,
     pipeline: Pipeline | None,
     n_decoders: int,
@@ -537,6 +469,7 @@ def _report(
     start: float,
     timeline: Timeline,
 ) -> ExtractionReport:
+    """Return the report of a plan, and of the pipeline that carried it out, if any did."""
     failed = plan.known + (pipeline.failed if pipeline else [])
     seconds = time.monotonic() - start
     n_done = pipeline.n_embedded if pipeline else 0

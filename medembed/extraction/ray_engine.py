@@ -326,7 +326,7 @@ def extract_on_ray(
     partition_rows: int | None = None,
     dry_run: bool = False,
     progress: Callable[[int, int], None] | None = None,
-    tell: Callable[[str], None] | None = None,
+    on_status: Callable[[str], None] | None = None,
 ) -> ExtractionReport:
     """Embed the images of a manifest that the cache does not hold yet, by workers on Ray.
 
@@ -346,7 +346,7 @@ def extract_on_ray(
         Contents in a partition; by default a quarter of a worker's share, at most a full shard.
     dry_run : bool
         Only report what would be done.
-    progress, tell : callable, optional
+    progress, on_status : callable, optional
         See `extract`; contents are counted when their partition is done.
 
     Returns
@@ -362,13 +362,13 @@ def extract_on_ray(
     """
     start = time.monotonic()
     require_hashes(manifest)
-    say = tell or (lambda words: None)
-    with connected_to_ray("--engine ray", tell) as ray:
+    on_status = on_status or (lambda words: None)
+    with connected_to_ray("--engine ray", on_status) as ray:
         needs = _needs(ray, device, job.decoders)
         job = replace(job, decoders=job.decoders or needs["num_cpus"])
         actors = Actors(ray, job, needs, partial(_count_workers, ray, needs))
         with actors:
-            say("Encoder")
+            on_status("Encoder")
             list(actors.run(iter([Work("prepare", (dry_run,))]), 1))
             cache = None if dry_run and not job.cache_path.exists() else open_cache(job.cache_path)
             plan = make_plan(manifest.rows, cache, retry_failed=job.retry_failed)
@@ -378,10 +378,10 @@ def extract_on_ray(
                 size = partition_rows or _part_rows(
                     len(plan.pending), _count_workers(ray, needs), max_rows(cache.spec)
                 )
-                say("Embedding")
+                on_status("Embedding")
                 reports = _embed(actors, ray, cache, manifest, plan, size, progress)
         if not dry_run:
-            refuse_outdated(plan, cache, job.image_root, job.intensity, job.decoders, say)
+            refuse_outdated(plan, cache, job.image_root, job.intensity, job.decoders, on_status)
         return _report(plan, reports, needs["num_cpus"] if reports else 0, start)
 
 

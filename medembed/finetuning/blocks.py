@@ -149,7 +149,7 @@ def draw_weights(encoder: TorchEncoder, seed: int) -> None:
     """Replace the tower's weights by random ones, drawn as transformers does for a new model."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        fresh = type(encoder.model)(encoder.model.config)
+        fresh = encoder.draw_model()
     state = fresh.state_dict()
     wanted = encoder.model.state_dict()
     encoder.model.load_state_dict({name: state[name] for name in wanted})

@@ -121,7 +121,7 @@ class PipelinedTrunk(TrunkEncoder):
         *,
         n_images: int,
         batch_size: int | None = None,
-        tell: Callable[[str], None] | None = None,
+        on_status: Callable[[str], None] | None = None,
     ) -> int:
         """Return the batch size that fits the device, and whose tokens fit 512 MB of the host.
 
@@ -129,8 +129,8 @@ class PipelinedTrunk(TrunkEncoder):
         """
         if batch_size is not None:
             return batch_size
-        if tell is not None:
-            tell("Warming up")
+        if on_status is not None:
+            on_status("Warming up")
         size = self.preprocessing
         most = max(1, _HOST_BYTES // (4 * math.prod(self.dimensions[TOKENS])))
 
@@ -212,7 +212,7 @@ def fill_trunk_cache(
     dtype: str = TRUNK_DTYPE,
     limits: Limits = DEFAULT_LIMITS,
     progress: Callable[[int, int], None] | None = None,
-    tell: Callable[[str], None] | None = None,
+    on_status: Callable[[str], None] | None = None,
 ) -> Cache:
     """Compute the tokens of all images missing from the cache, and check the existing ones.
 
@@ -226,7 +226,7 @@ def fill_trunk_cache(
         The requested rows.
     dtype : {"float32", "float16"}
         Dtype of the stored tokens.
-    tell : callable, optional
+    on_status : callable, optional
         Called with the size before computation starts.
 
     Raises
@@ -243,10 +243,10 @@ def fill_trunk_cache(
     recorded |= {"precision": encoder.precision, "device": encoder.device}
     create_cache(path, spec, recorded)
     n_images = manifest.rows["sha256"].nunique()
-    if tell is not None:
+    if on_status is not None:
         shape = " × ".join(map(str, encoder.dimensions[TOKENS]))
         size = spec.row_bytes() * n_images / 1e6
-        tell(f"Trunk cache, {n_images:,} × {shape} {dtype}, {size:,.1f} MB")
+        on_status(f"Trunk cache, {n_images:,} × {shape} {dtype}, {size:,.1f} MB")
     extract(
         manifest,
         image_root,

@@ -21,6 +21,7 @@ from medembed.dataset.manifest import Manifest, read_manifest
 from medembed.evaluation.thresholds import ThresholdRule, parse_rules
 from medembed.extraction.image_encoder import EncoderLike, name_encoder
 from medembed.extraction.image_store import refuse_empty_root
+from medembed.finetuning.batches import Images, VectorImages, compute_rows, read_images
 from medembed.finetuning.config import (
     FineTuneConfig,
     Trial,
@@ -46,7 +47,6 @@ from medembed.finetuning.frozen_features import (
 )
 from medembed.finetuning.head_init import init_from_sweep, init_random
 from medembed.finetuning.hyperparameters import Depth, Hyperparameters
-from medembed.finetuning.image_store import Images, VectorImages, compute_rows, read_images
 from medembed.finetuning.network import Network, blank_start
 from medembed.finetuning.training import Trainer, explaining_memory
 from medembed.images.load import DEFAULT_LIMITS, Limits
@@ -56,7 +56,7 @@ from medembed.results.runs import Run, RunLike, create_run, open_run
 __all__ = ["finetune"]
 
 Progress = Callable[[int, int], None]
-Tell = Callable[[str], None]
+OnStatus = Callable[[str], None]
 
 
 def finetune(
@@ -80,7 +80,7 @@ def finetune(
     operating_points: Sequence[str | ThresholdRule] = (),
     limits: Limits = DEFAULT_LIMITS,
     progress: Progress | None = None,
-    tell: Tell | None = None,
+    on_status: OnStatus | None = None,
 ) -> Run:
     """Train a head alone, and with the last blocks of its encoder, and score each once on test.
 
@@ -131,7 +131,7 @@ def finetune(
         Limits on size and time beyond which an image counts as failed.
     progress : callable, optional
         Called as progress(done, total).
-    tell : callable, optional
+    on_status : callable, optional
         Called with a few words when a new step begins.
 
     Returns
@@ -182,17 +182,19 @@ def finetune(
     run = create_run(out, asked.question(), details=describe(asked, command))
     with run.locked():
         if not run.is_complete:
-            _train_all(run, asked, rows, progress or (lambda *_: None), tell or (lambda _: None))
+            _train_all(
+                run, asked, rows, progress or (lambda *_: None), on_status or (lambda _: None)
+            )
         run.drop_folds()
         shutil.rmtree(run.path / "training", ignore_errors=True)
     return run
 
 
 def _train_all(
-    run: Run, asked: FineTuneConfig, rows: TrainRows, progress: Progress, tell: Tell
+    run: Run, asked: FineTuneConfig, rows: TrainRows, progress: Progress, on_status: OnStatus
 ) -> None:
     """Train the trials missing from the ledger, and finish the run."""
-    images, rows = _open_images(run, asked, rows, progress, tell)
+    images, rows = _open_images(run, asked, rows, progress, on_status)
     shared = json_digest([asked.question(), rows.rows["sha256"].tolist()])
     keys = {trial.head: json_digest([shared, trial.head])[:32] for trial in asked.trials}
     endings = {head: load_ending(run, key, rows) for head, key in keys.items()}
@@ -203,16 +205,16 @@ def _train_all(
             if endings[trial.head] is None:
                 own = asked.for_seed(trial.seed)
                 if X is None or asked.recipe.from_scratch:
-                    X = _embed(own, images, rows, progress, tell)
+                    X = _embed(own, images, rows, progress, on_status)
                 key = keys[trial.head]
-                trained = _train(run, own, rows, images, X, trial, key, progress, tell)
+                trained = _train(run, own, rows, images, X, trial, key, progress, on_status)
                 endings[trial.head] = trained
     done = [ending for ending in endings.values() if ending is not None]
     finish(run, asked.manifest, rows, done, asked.build, asked.points)
 
 
 def _open_images(
-    run: Run, asked: FineTuneConfig, rows: TrainRows, progress: Progress, tell: Tell
+    run: Run, asked: FineTuneConfig, rows: TrainRows, progress: Progress, on_status: OnStatus
 ) -> tuple[Images, TrainRows]:
     """Decode the images, or fill the trunk cache; leave out failed images."""
     if asked.n_cut is not None and asked.trunk_cache is not None:
@@ -226,7 +228,7 @@ def _open_images(
             dtype=asked.trunk_dtype,
             limits=asked.limits,
             progress=progress,
-            tell=tell,
+            on_status=on_status,
         )
         _, _, failed = find_rows(cache, rows.rows, "MANIFEST")
         left, _ = rows.without(failed)
@@ -238,17 +240,17 @@ def _open_images(
         run.path,
         limits=asked.limits,
         progress=progress,
-        tell=tell,
+        on_status=on_status,
     )
     left, kept = rows.without(failed)
     return images.of(kept), left
 
 
 def _embed(
-    asked: FineTuneConfig, images: Images, rows: TrainRows, progress: Progress, tell: Tell
+    asked: FineTuneConfig, images: Images, rows: TrainRows, progress: Progress, on_status: OnStatus
 ) -> np.ndarray:
     """Return the pooled vectors of all rows before any training, float32 (n, d)."""
-    tell("Embedding")
+    on_status("Embedding")
     width = sum(asked.encoder.dimensions[name][0] for name in asked.poolings)
     recipe = replace(asked.recipe, checkpointing=False)
     start = blank_start(width)
@@ -278,7 +280,7 @@ def _train(
     trial: Trial,
     key: str,
     progress: Progress,
-    tell: Tell,
+    on_status: OnStatus,
 ) -> TrialResult:
     """Return the result of training one depth with one seed; errors become a failed result."""
     name, depth, seed = trial.head, trial.depth, trial.seed
@@ -287,7 +289,7 @@ def _train(
     known |= {"pooling": "+".join(asked.poolings), "params": asked.params(lora)}
     known |= {"lora": lora, "trainable": None}
     try:
-        tell(name)
+        on_status(name)
         if asked.swept is not None:
             start = init_from_sweep(asked.swept, X, rows.y, rows.fitted, seed)
         else:
@@ -301,7 +303,7 @@ def _train(
         path = run.path / "training" / f"{name}.safetensors"
         trainer = Trainer(network, rows, own, seed=seed, name=name, state_path=path, key=key)
         smoothing = float(start.params["label_smoothing"])
-        trained = trainer.train(label_smoothing=smoothing, progress=progress, tell=tell)
+        trained = trainer.train(label_smoothing=smoothing, progress=progress, on_status=on_status)
         adapted = adapt(asked.encoder, network)
         fingerprint = None
         if depth.blocks:

@@ -27,10 +27,10 @@ from medembed.core.errors import DeviceMemoryError, TrainingDataError
 from medembed.core.files import require_plain, write_atomically
 from medembed.core.schedule import rate_at
 from medembed.encoders.devices import free_memory, is_memory_error
+from medembed.finetuning.batches import Images, PixelImages, compute_rows, take_ahead
 from medembed.finetuning.blocks import parameter_groups
 from medembed.finetuning.data_split import TrainRows
 from medembed.finetuning.hyperparameters import Hyperparameters
-from medembed.finetuning.image_store import Images, PixelImages, compute_rows, take_ahead
 from medembed.finetuning.network import Network
 from medembed.heads.base import row_weights
 
@@ -124,7 +124,7 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what torch's AdamW keeps of each 
 _ORDER, _DROPOUT = 1 << 20, 1 << 21  # streams of random numbers
 
 Progress = Callable[[int, int], None]
-Tell = Callable[[str], None]
+OnStatus = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ class Trainer:
         *,
         label_smoothing: float = 0.0,
         progress: Progress | None = None,
-        tell: Tell | None = None,
+        on_status: OnStatus | None = None,
     ) -> Trained:
         """Train until `patience` epochs bring no improvement on the patients who judge.
 
@@ -224,8 +224,8 @@ class Trainer:
         with explaining_memory(self._name, recipe):
             while counters.epoch < recipe.epochs and not self._has_stopped():
                 began = time.perf_counter()
-                if tell is not None:
-                    tell(self._describe())
+                if on_status is not None:
+                    on_status(self._describe())
                 loss = self._train_epoch(counters.epoch + 1, progress)
                 self._judge(loss)
                 counters.seconds += time.perf_counter() - began

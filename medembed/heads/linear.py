@@ -2,15 +2,16 @@
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 from scipy.special import expit
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 
 from medembed.heads.base import ClassWeight, Head, arrays_of, is_count
 from medembed.heads.scaling import Projection, Projector
+
+if TYPE_CHECKING:
+    from sklearn.linear_model import LogisticRegression
 
 __all__ = ["LogisticHead", "fit_path"]
 
@@ -106,7 +107,7 @@ class LogisticHead(Head):
             }
         )
 
-    def take(self, model: LogisticRegression, projection: Projection) -> None:
+    def take(self, model: "LogisticRegression", projection: Projection) -> None:
         """Become fitted with scikit-learn's coefficients and the projection before them."""
         self.projection_ = projection
         self.coef_ = model.coef_.astype(np.float64)
@@ -154,6 +155,10 @@ def fit_path(
     codes : int array of shape (n,)
         Labels, 0 or 1.
     """
+    # not earlier: a packaged head predicts without them
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
     paths: dict[str, list[LogisticHead]] = {}
     for head in sorted(heads, key=lambda head: head.C):
         paths.setdefault(str({**head.get_params(), "C": None}), []).append(head)

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -22,7 +22,6 @@ from medembed.core.errors import MedembedError, ModelError, PathNotFoundError
 from medembed.core.files import as_path, json_bytes, sync_directory, write_atomically
 from medembed.core.schema import AnyTable, ClosedRecord, Field, parse
 from medembed.core.text import Summarised, Summary, counted
-from medembed.heads.base import Head
 from medembed.heads.model_files import (
     MODEL_FILE,
     README_FILE,
@@ -39,6 +38,9 @@ from medembed.heads.model_files import (
     read_part,
 )
 from medembed.heads.registry import known_heads, make_head
+
+if TYPE_CHECKING:
+    from medembed.heads.base import Head
 
 __all__ = [
     "FORMAT",
@@ -83,7 +85,7 @@ class Model(Summarised):
     model was read from.
     """
 
-    head: Head
+    head: "Head"
     card: dict[str, Any]
     reference: dict[str, np.ndarray] | None = None
     path: Path | None = None
@@ -105,7 +107,7 @@ class Model(Summarised):
 
 def save_model(
     directory: str | Path,
-    head: Head,
+    head: "Head",
     card: Mapping[str, Any],
     *,
     reference: Mapping[str, np.ndarray] | None = None,
@@ -236,7 +238,7 @@ def _check_target(target: Path, replace: bool) -> None:
         raise ModelError(f"{target} is not a model and is not replaced; choose another place")
 
 
-def _name_of(head: Head) -> str:
+def _name_of(head: "Head") -> str:
     kind, known = type(head), known_heads()
     for name, place in known.items():
         if place == f"{kind.__module__}:{kind.__qualname__}":
@@ -244,7 +246,7 @@ def _name_of(head: Head) -> str:
     raise ModelError(f"{kind.__qualname__} is not in the table of heads ({', '.join(known)})")
 
 
-def _payload_of(head: Head) -> tuple[str, bytes]:
+def _payload_of(head: "Head") -> tuple[str, bytes]:
     classes = getattr(head, "classes_", None)
     if classes is None or classes.tolist() != [0, 1]:
         held = "not fitted" if classes is None else f"fitted on the classes {classes.tolist()}"
@@ -269,7 +271,7 @@ def _document_bytes(document: Mapping[str, Any]) -> bytes:
         raise ModelError(f"the model's card or parameters are not JSON: {error}") from error
 
 
-def _plain_params(head: Head) -> dict[str, Any]:
+def _plain_params(head: "Head") -> dict[str, Any]:
     params = dict(head.get_params())
     if isinstance(params.get("class_weight"), Mapping):
         # JSON has no whole numbers for keys; `_given_params` turns them back
@@ -324,7 +326,7 @@ def _read_card(path: Path) -> ModelDocument:
     return parse(ModelDocument, document, ModelError, path, "Train or copy the model again.")
 
 
-def _rebuild(document: ModelDocument, directory: Path) -> Head:
+def _rebuild(document: ModelDocument, directory: Path) -> "Head":
     payload = read_described(document.payload, directory)
     try:
         head = make_head(document.head, _given_params(document.params))

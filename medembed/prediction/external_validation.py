@@ -9,7 +9,7 @@ import json
 import os
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -240,7 +240,7 @@ def _answer(run: Run, asked: _Asked, internal: Internal | None) -> None:
     drift = find_drift(asked.embeddings, X, asked.model.reference, asked.seed)
     if (asked.embeddings.y >= 0).any():
         shown = {"operating_points": asked.points, "prevalence": asked.prevalence}
-        scores = score_run(run, **resampling, **shown)
+        scores: Mapping[str, Any] = score_run(run, **resampling, **shown)
     else:
         scores = _without_labels(run)
     *notes, last = scores["notes"]
@@ -249,7 +249,7 @@ def _answer(run: Run, asked: _Asked, internal: Internal | None) -> None:
     run.write_scores({**scores, **changes, "drift": drift, "notes": [*notes, last], **of})
 
 
-def _without_labels(run: Run) -> dict[str, Any]:
+def _without_labels(run: Run) -> Mapping[str, Any]:
     """Return a comparison's keys for rows that cannot be scored."""
     data = run.info["data"]
     return {

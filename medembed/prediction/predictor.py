@@ -71,7 +71,7 @@ class Predictor(Summarised):
         to 8 small files, which are decoded in this process.
     fetching : callable, optional
         Called as fetching(done, total) with bytes, while the encoder's weights are downloaded.
-    tell : callable, optional
+    on_status : callable, optional
         Called with sentences that accompany the answers.
     """
 
@@ -87,12 +87,12 @@ class Predictor(Summarised):
         operating_point: str | None = None,
         limits: Limits = DEFAULT_LIMITS,
         fetching: _Progress | None = None,
-        tell: Callable[[str], None] | None = None,
+        on_status: Callable[[str], None] | None = None,
     ) -> None:
         self.path, self.encoder, self.cache = find_model(model), encoder, cache
         self.device, self.precision, self.alpha = device, precision, alpha
         self.operating_point = operating_point
-        self.limits, self.fetching, self.tell = limits, fetching, tell
+        self.limits, self.fetching, self.on_status = limits, fetching, on_status
 
     @cached_property
     def model(self) -> Model:
@@ -294,7 +294,7 @@ class Predictor(Summarised):
             alpha=self.alpha,
             point=self.point,
             draw=None if explain is None else self._open_directory(Path(explain)),
-            tell=self.tell,
+            on_status=self.on_status,
         )
         yield from predict_rows(requests, job)
 

@@ -54,7 +54,7 @@ class PredictionJob:
         The operating point for decisions; by default the card's Youden point.
     draw : Draw, optional
         Explains every image that has an answer.
-    tell : callable, optional
+    on_status : callable, optional
         Called with sentences on what cannot be answered, and how many images are encoded.
     """
 
@@ -65,7 +65,7 @@ class PredictionJob:
     alpha: float = 0.1
     point: OperatingPoint | None = None
     draw: Draw | None = None
-    tell: Callable[[str], None] | None = None
+    on_status: Callable[[str], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -182,8 +182,8 @@ def _read_cached(
 
 
 def _notify(job: PredictionJob, words: str) -> None:
-    if job.tell:
-        job.tell(words)
+    if job.on_status:
+        job.on_status(words)
 
 
 @dataclass(eq=False)

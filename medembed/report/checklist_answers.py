@@ -10,6 +10,7 @@ from medembed.core.text import counted
 from medembed.heads.packaging import read_document
 from medembed.report.headline import write_headline
 from medembed.report.tables import format_count, format_interval
+from medembed.results.comparison_schema import ComparisonResult
 from medembed.results.methods import describe_methods
 from medembed.results.run_schema import CV_METHOD
 from medembed.results.runs import Run
@@ -47,7 +48,7 @@ class Study:
     """
 
     runs: Mapping[str, Run]
-    result: Mapping[str, Any]
+    result: ComparisonResult
     elsewhere: Mapping[str, Mapping[str, Any]]
 
     @property

@@ -4,7 +4,7 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,7 @@ from medembed.report.operating_tables import points_csv, tabulate_points
 from medembed.report.tables import Table, make_tables, render, render_table
 from medembed.results.alignment import TestSet
 from medembed.results.comparison import ComparisonOptions, compare_opened, open_runs
+from medembed.results.comparison_schema import ComparedHead, ComparisonResult, Pair
 from medembed.results.runs import RunLike
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ TABLES: dict[str, str | None] = {"heads": None, "regions": "region"}
 _ENDINGS = {"csv": "csv", "latex": "tex"}
 
 
-def write_tables(result: dict[str, Any], directory: str | Path) -> list[Path]:
+def write_tables(result: ComparisonResult, directory: str | Path) -> list[Path]:
     """Write ``heads``, ``regions`` and ``operating_points``, each as ``.csv`` and ``.tex``.
 
     A comparison by a column also has ``groups`` and ``gaps``.
@@ -157,7 +158,7 @@ class Comparison:
         The test rows that were compared.
     """
 
-    result: dict[str, Any]
+    result: ComparisonResult
     test_set: TestSet
 
     @property
@@ -166,12 +167,12 @@ class Comparison:
         return str(self.result["level"])
 
     @property
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[ComparedHead]:
         """A dict per head, best AUROC first; see `results.comparison.compare_runs`."""
         return list(self.as_dict()["rows"])
 
     @property
-    def paired(self) -> list[dict[str, Any]]:
+    def paired(self) -> list[Pair]:
         """A dict per pair of heads: the difference in AUROC, its interval and tests."""
         return list(self.as_dict()["paired"])
 
@@ -180,7 +181,7 @@ class Comparison:
         """The sentences that belong under every table."""
         return list(self.result["notes"])
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> ComparisonResult:
         """Return a copy of the document that `medembed compare --json` prints."""
         return copy.deepcopy(self.result)
 
@@ -292,7 +293,7 @@ class Plots:
         return f"Figures: {', '.join(f'.{name}()' for name in names)}"
 
 
-def _flatten(row: dict[str, Any]) -> dict[str, Any]:
+def _flatten(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return one head's row of `Comparison.to_frame`."""
     fit = {name: own for name, own in (row.get("fit") or {}).items() if name not in SCORES}
     numbers = {

@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from medembed.core.errors import RunError
 from medembed.core.files import read_plain
@@ -21,6 +21,7 @@ from medembed.report.tables import (
     make_table,
     render_terminal,
 )
+from medembed.results.comparison_schema import ComparisonResult
 from medembed.results.runs import Run
 
 __all__ = [
@@ -82,14 +83,20 @@ def render_external(scores: Mapping[str, Any], width: int = 80) -> str:
         The file is damaged.
     """
     with _reading(scores.get("run")):
-        tables = [make_table(dict(scores))] if scores["rows"] else []
+        result = _as_comparison(scores)
+        tables = [make_table(result)] if scores["rows"] else []
         own = {scores["rows"][0]["run"]: scores} if scores["rows"] else {}
-        tables += tabulate_points(scores, width)
-        parts = [textwrap.fill(mask_controls(write_headline(scores, own).text), width)]
+        tables += tabulate_points(result, width)
+        parts = [textwrap.fill(mask_controls(write_headline(result, own).text), width)]
         parts += [render_terminal(table, width) for table in (*tables, *_tabulate_external(scores))]
         if not scores["rows"]:
             parts.append("\n".join(scores["notes"]))
         return "\n\n".join(parts)
+
+
+def _as_comparison(scores: Mapping[str, Any]) -> ComparisonResult:
+    """Return scores with a row, which hold all that a table of a comparison reads."""
+    return cast("ComparisonResult", scores)
 
 
 def _tabulate_external(scores: Mapping[str, Any], *, full: bool = False) -> list[Table]:

@@ -15,6 +15,7 @@ from medembed.dataset.manifest import Manifest, existing_root, image_path
 from medembed.evaluation.calibration import log_odds
 from medembed.images.load import read_content
 from medembed.results.alignment import TestSet
+from medembed.results.comparison_schema import ComparisonResult
 
 __all__ = [
     "CODE_DIGITS",
@@ -67,7 +68,7 @@ class Mistake:
     images: list[str]
 
 
-def find_mistakes(result: Mapping[str, Any], test_set: TestSet) -> list[Mistake]:
+def find_mistakes(result: ComparisonResult, test_set: TestSet) -> list[Mistake]:
     """Return the best trained head's mistakes furthest from its threshold, most confident first.
 
     At most six of each kind, those called abnormal first; the distance is in log-odds.

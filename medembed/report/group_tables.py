@@ -1,9 +1,9 @@
 """Tables of a column's groups and the gaps between them, for terminal, paper and page."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from medembed.core.files import write_atomically
 from medembed.core.text import to_csv
@@ -21,6 +21,7 @@ from medembed.report.tables import (
     render_table,
 )
 from medembed.results.alignment import TestSet
+from medembed.results.comparison_schema import ComparisonResult, GapDocument, Group, Score
 from medembed.results.significance import row_name
 from medembed.results.subgroups import (
     compare_groups,
@@ -53,7 +54,7 @@ METHOD = (
 
 
 def render_comparison(
-    result: dict[str, Any], table_format: str = "table", by: str | None = None, width: int = 80
+    result: ComparisonResult, table_format: str = "table", by: str | None = None, width: int = 80
 ) -> str:
     """Return everything that a comparison was asked for as text.
 
@@ -72,7 +73,7 @@ def render_comparison(
     return render(result, table_format=table_format, by=by, width=width, more=more)
 
 
-def render_groups(result: dict[str, Any], table_format: str = "table", width: int = 80) -> str:
+def render_groups(result: ComparisonResult, table_format: str = "table", width: int = 80) -> str:
     """Return the `groups` and `gaps` of a comparison as text, a table of each.
 
     Parameters
@@ -90,7 +91,7 @@ def render_groups(result: dict[str, Any], table_format: str = "table", width: in
     return "\n\n".join(render_table(table, table_format, width) for table in tables)
 
 
-def write_group_tables(result: dict[str, Any], directory: Path) -> list[Path]:
+def write_group_tables(result: ComparisonResult, directory: Path) -> list[Path]:
     """Write ``groups`` and ``gaps`` of a comparison, each as ``.csv`` and ``.tex``."""
     texts = {
         "groups.csv": _write_groups(result),
@@ -143,7 +144,7 @@ class ColumnSections:
 
 
 def tabulate_columns(
-    result: dict[str, Any], test_set: TestSet, manifest: Manifest
+    result: ComparisonResult, test_set: TestSet, manifest: Manifest
 ) -> ColumnSections:
     """Return the page's sections by every column of the manifest that can be grouped.
 
@@ -157,7 +158,7 @@ def tabulate_columns(
     sections = []
     for grouping in groupings:
         own = join_column(test_set, rows, grouping)
-        found = {**result, **compare_groups(result["rows"], test_set, own)}
+        found: ComparisonResult = {**result, **compare_groups(result["rows"], test_set, own)}
         sections.append(
             ColumnSection(
                 grouping.column,
@@ -172,7 +173,7 @@ def tabulate_columns(
     return ColumnSections(sections, notes)
 
 
-def _tabulate_gaps(result: dict[str, Any]) -> Table:
+def _tabulate_gaps(result: ComparisonResult) -> Table:
     """Return a table of the gaps of every trained head between groups."""
     several = len(result["runs"]) > 1
     sections: dict[str, list[list[str]]] = {}
@@ -188,7 +189,7 @@ def _tabulate_gaps(result: dict[str, Any]) -> Table:
     return Table(title, columns, 3, list(sections.values()), notes, n_spanning=1)
 
 
-def _tabulate_groups(result: dict[str, Any]) -> Table:
+def _tabulate_groups(result: ComparisonResult) -> Table:
     groups, plural = result["groups"], "studies" if result["level"] == "study" else "images"
     sections = []
     for group, blocks in _blocks(result):
@@ -206,8 +207,8 @@ def _tabulate_groups(result: dict[str, Any]) -> Table:
 
 
 def _blocks(
-    result: dict[str, Any],
-) -> Iterator[tuple[dict[str, Any], list[tuple[str, dict[str, Any]]]]]:
+    result: ComparisonResult,
+) -> Iterator[tuple[Group, list[tuple[str, dict[str, Score]]]]]:
     """Yield each group with the trained heads' names and their scores in it."""
     several = len(result["runs"]) > 1
     priors = {(row["run"], row["head"]) for row in result["rows"] if row["baseline"]}
@@ -219,7 +220,7 @@ def _blocks(
         )
 
 
-def _explain_absent(result: dict[str, Any]) -> list[str]:
+def _explain_absent(result: ComparisonResult) -> list[str]:
     """Return, for each group, the first reason why a score with gaps has no interval."""
     found: dict[str, str] = {}
     for group, blocks in _blocks(result):
@@ -230,11 +231,11 @@ def _explain_absent(result: dict[str, Any]) -> list[str]:
     return [f"No interval, {name}: {reason}." for name, reason in found.items()]
 
 
-def _cells(block: dict[str, Any]) -> list[str]:
+def _cells(block: Mapping[str, Score]) -> list[str]:
     return [format_interval(block["auroc"]), *(format_value(block[name]) for name in SHOWN)]
 
 
-def _difference(gap: dict[str, Any]) -> str:
+def _difference(gap: GapDocument) -> str:
     if gap["difference"] is None:
         return NOT_ESTIMABLE
     if gap["low"] is None:
@@ -242,24 +243,25 @@ def _difference(gap: dict[str, Any]) -> str:
     return f"{gap['difference']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]"
 
 
-def _write_groups(result: dict[str, Any]) -> str:
+def _write_groups(result: ComparisonResult) -> str:
     ends = ("", "_low", "_high")
     names = [f"{score}{end}" for score in GROUP_SCORES for end in ends]
     about = [result["groups"]["column"], "n", "n_abnormal", "n_patients", "head"]
     lines: list[Sequence[Any]] = [[*about, *names]]
     for group, blocks in _blocks(result):
-        counts = [group[name] for name in ("n", "n_abnormal", "n_patients")]
+        counts = [group["n"], group["n_abnormal"], group["n_patients"]]
         for head, block in blocks:
-            scores = [block[s][e] for s in GROUP_SCORES for e in ("value", "low", "high")]
+            scores = [dict(block[s])[e] for s in GROUP_SCORES for e in ("value", "low", "high")]
             lines.append([group["name"], *counts, head, *scores])
     return to_csv(lines)
 
 
-def _write_gaps(result: dict[str, Any]) -> str:
+def _write_gaps(result: ComparisonResult) -> str:
     several = len(result["runs"]) > 1
     names = ["score", "a", "b", "difference", "low", "high", "p", "p_holm", "method"]
     lines: list[Sequence[Any]] = [["head", *names]]
     lines += [
-        [row_name(gap, several=several), *(gap[name] for name in names)] for gap in result["gaps"]
+        [row_name(gap, several=several), *(cast("Mapping[str, Any]", gap)[name] for name in names)]
+        for gap in result["gaps"]
     ]
     return to_csv(lines)

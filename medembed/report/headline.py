@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from medembed.report.tables import format_p
+from medembed.results.comparison_schema import ComparedHead, ComparisonResult
 from medembed.results.significance import SIGNIFICANCE, row_name
 
 __all__ = ["Headline", "PriorVerdict", "Ranking", "judge_priors", "rank_heads", "write_headline"]
@@ -75,7 +76,7 @@ class PriorVerdict(NamedTuple):
     p: float | None
 
 
-def rank_heads(result: Mapping[str, Any]) -> Ranking | None:
+def rank_heads(result: ComparisonResult) -> Ranking | None:
     """Return the trained heads of a comparison, sorted relative to the best.
 
     Returns None if no head was trained, or no AUROC is estimable.
@@ -99,7 +100,7 @@ def rank_heads(result: Mapping[str, Any]) -> Ranking | None:
     return Ranking(_name(result, best), **placed, is_tested=is_tested)
 
 
-def judge_priors(result: Mapping[str, Any]) -> list[PriorVerdict]:
+def judge_priors(result: ComparisonResult) -> list[PriorVerdict]:
     """Return the best trained head's comparison with each prior that it was paired with."""
     trained, found = _trained(result), []
     if not trained or trained[0]["scores"]["auroc"]["value"] is None:
@@ -120,7 +121,7 @@ def judge_priors(result: Mapping[str, Any]) -> list[PriorVerdict]:
 
 
 def write_headline(
-    result: Mapping[str, Any], elsewhere: Mapping[str, Mapping[str, Any]] | None = None
+    result: ComparisonResult, elsewhere: Mapping[str, Mapping[str, Any]] | None = None
 ) -> Headline:
     """Return the title and sentences that summarise a comparison.
 
@@ -138,7 +139,7 @@ def write_headline(
     return Headline(_title(result, elsewhere), tuple(sentences))
 
 
-def _title(result: Mapping[str, Any], elsewhere: Mapping[str, Any]) -> str:
+def _title(result: ComparisonResult, elsewhere: Mapping[str, Any]) -> str:
     trained = _trained(result)
     n_elsewhere = sum(row["run"] in elsewhere for row in trained)
     if elsewhere and n_elsewhere == len(trained):
@@ -154,7 +155,7 @@ def _title(result: Mapping[str, Any], elsewhere: Mapping[str, Any]) -> str:
 
 
 def _sentences(
-    result: Mapping[str, Any], elsewhere: Mapping[str, Mapping[str, Any]]
+    result: ComparisonResult, elsewhere: Mapping[str, Mapping[str, Any]]
 ) -> Iterator[str]:
     if not result["rows"]:
         yield "No study has a label, so nothing could be scored."
@@ -190,7 +191,7 @@ def _sentences(
         yield f"{len(drops) - MAX_DROPS} more models were tried elsewhere, see below."
 
 
-def _without_auroc(result: Mapping[str, Any]) -> str:
+def _without_auroc(result: ComparisonResult) -> str:
     test, plural = result["test"], "studies" if result["level"] == "study" else "images"
     if not _trained(result):
         return "No head was trained: there are only priors."
@@ -201,7 +202,7 @@ def _without_auroc(result: Mapping[str, Any]) -> str:
     return f"{told} {which}, so AUROC is not estimable and no head is best."
 
 
-def _describe_ranking(result: Mapping[str, Any], ranking: Ranking) -> Iterator[str]:
+def _describe_ranking(result: ComparisonResult, ranking: Ranking) -> Iterator[str]:
     """Yield sentences on which head leads, which are worse, and which may be as good."""
     leaders, than = (ranking.best, *ranking.equal), "it"
     if ranking.equal:
@@ -280,7 +281,7 @@ class _Drop(NamedTuple):
         return f"A drop is not shown: the interval of the difference, {interval}, holds 0."
 
 
-def _read_drop(name: str, scores: Mapping[str, Any], result: Mapping[str, Any]) -> _Drop:
+def _read_drop(name: str, scores: Mapping[str, Any], result: ComparisonResult) -> _Drop:
     rows = [row for row in _trained(result) if row["run"] == name]
     title = _name(result, rows[0]) if rows else name
     drop = scores.get("drop") or {}
@@ -314,27 +315,27 @@ def _describe_one(best: str, drop: _Drop, verdicts: Sequence[PriorVerdict]) -> I
     yield drop.verdict()
 
 
-def _trained(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def _trained(result: ComparisonResult) -> list[ComparedHead]:
     return [row for row in result["rows"] if not row["baseline"]]
 
 
-def _auroc(row: Mapping[str, Any]) -> float:
+def _auroc(row: ComparedHead) -> float:
     value = row["scores"]["auroc"]["value"]
     return float("-inf") if value is None else float(value)
 
 
-def _name(result: Mapping[str, Any], row: Mapping[str, Any]) -> str:
-    return row_name(dict(row), several=len(result.get("runs", ())) > 1)
+def _name(result: ComparisonResult, row: ComparedHead) -> str:
+    return row_name(row, several=len(result.get("runs", ())) > 1)
 
 
-def _best_score(result: Mapping[str, Any]) -> str:
+def _best_score(result: ComparisonResult) -> str:
     score = _trained(result)[0]["scores"]["auroc"]
     if score["low"] is None:
         return f"{score['value']:.3f} (no interval)"
     return f"{score['value']:.3f} (95 % interval {score['low']:.3f} to {score['high']:.3f})"
 
 
-def _p_holm(result: Mapping[str, Any], a: Mapping[str, Any], b: Mapping[str, Any]) -> float | None:
+def _p_holm(result: ComparisonResult, a: ComparedHead, b: ComparedHead) -> float | None:
     """Return Holm's p of two rows, or None if they were not tested against each other."""
     wanted = {_name(result, a), _name(result, b)}
     found: Iterable[Any] = (

@@ -1,8 +1,8 @@
 """Decisions at operating points, as tables for the terminal, papers and the page."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from medembed.core.text import to_csv
 from medembed.evaluation.thresholds import SHOWN
@@ -13,6 +13,7 @@ from medembed.report.tables import (
     format_interval,
     table_width,
 )
+from medembed.results.comparison_schema import ComparedHead, ComparisonResult, PointDocument
 from medembed.results.operating_points import POINT_SCORES
 from medembed.results.significance import row_name
 
@@ -20,6 +21,7 @@ __all__ = [
     "PREDICTIVE",
     "SHARES",
     "asks_for_points",
+    "confusion_of",
     "name_point",
     "points_csv",
     "points_of",
@@ -40,7 +42,7 @@ _COUNTS = (
 )
 
 
-def tabulate_points(result: Mapping[str, Any], width: int | None = None) -> list[Table]:
+def tabulate_points(result: ComparisonResult, width: int | None = None) -> list[Table]:
     """Return tables of trained heads' decisions at each operating point, if recorded.
 
     Parameters
@@ -66,12 +68,12 @@ def tabulate_points(result: Mapping[str, Any], width: int | None = None) -> list
     return [table, *_at_prevalence(result)]
 
 
-def asks_for_points(result: Mapping[str, Any]) -> bool:
+def asks_for_points(result: ComparisonResult) -> bool:
     """Return whether additional operating points or a prevalence were requested."""
     return len(result["operating_points"]) > len(SHOWN) or result["prevalence"] is not None
 
 
-def points_csv(result: Mapping[str, Any]) -> str:
+def points_csv(result: ComparisonResult) -> str:
     """Return every head's operating points as CSV at full precision."""
     shares = [f"{name}_{part}" for name in ("accuracy", *SHARES) for part in ("k", "n")]
     scores = [f"{name}{end}" for name in POINT_SCORES for end in ("", "_low", "_high")]
@@ -80,11 +82,12 @@ def points_csv(result: Mapping[str, Any]) -> str:
     lines: list[list[Any]] = [[*heading, "prevalence", *given]]
     for row in result["rows"]:
         for point in points_of(row):
-            told, matrix = point["scores"], point["confusion"] or {}
+            told: Mapping[str, Mapping[str, Any]] = point["scores"]
+            matrix = confusion_of(point)
             at = point.get("at_prevalence") or {}
             lines.append(
                 [
-                    *(row[name] for name in ("run", "head")),
+                    *(row["run"], row["head"]),
                     *(point["name"], point["threshold"]),
                     *(told[name][end] for name in POINT_SCORES for end in _ENDS),
                     *(told[n].get(part) for n in ("accuracy", *SHARES) for part in ("k", "n")),
@@ -96,9 +99,14 @@ def points_csv(result: Mapping[str, Any]) -> str:
     return to_csv(lines).rstrip("\n")
 
 
-def points_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+def points_of(row: ComparedHead) -> list[PointDocument]:
     """Return the operating points of a comparison's row that have a threshold."""
     return [own for own in row.get("operating_points", []) if own["threshold"] is not None]
+
+
+def confusion_of(point: PointDocument) -> Mapping[str, int]:
+    """Return the confusion matrix at an operating point that has a threshold, by `CONFUSION`."""
+    return cast("Mapping[str, int]", point["confusion"] or {})
 
 
 def name_point(name: str) -> str:
@@ -109,7 +117,7 @@ def name_point(name: str) -> str:
 _ENDS = ("value", "low", "high")
 
 
-def _heads(result: Mapping[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+def _heads(result: ComparisonResult) -> Iterator[tuple[str, list[PointDocument]]]:
     several = len(result.get("runs", [])) > 1
     for row in result["rows"]:
         if not row["baseline"]:
@@ -126,14 +134,14 @@ class _Layout(NamedTuple):
 _FULL, _SHORT, _NARROW = _Layout(True, True), _Layout(False, True), _Layout(False, False)
 
 
-def _table(result: Mapping[str, Any], layout: _Layout) -> Table:
+def _table(result: ComparisonResult, layout: _Layout) -> Table:
     write = format_count if layout.has_intervals else format_counted
     names = [f"{title} [95 %]" if layout.has_intervals else title for title in SHARES.values()]
-    matrix = CONFUSION if layout.has_matrix else ()
+    matrix: Sequence[str] = CONFUSION if layout.has_matrix else ()
     columns = ["Head", "Operating point", "From", *names, *(name.upper() for name in matrix)]
 
-    def cells(point: Mapping[str, Any]) -> list[str]:
-        counts = [f"{point['confusion'][name]:,}" for name in matrix]
+    def cells(point: PointDocument) -> list[str]:
+        counts = [f"{confusion_of(point)[name]:,}" for name in matrix]
         return [*(write(point["scores"][name]) for name in SHARES), *counts]
 
     title, notes = f"Decisions on test {_plural(result)}", [_NOTE, _COUNTS]
@@ -153,13 +161,13 @@ def _stack(table: Table) -> Table:
     return replace(table, sections=sections)
 
 
-def _at_prevalence(result: Mapping[str, Any]) -> list[Table]:
+def _at_prevalence(result: ComparisonResult) -> list[Table]:
     prevalence = result.get("prevalence")
     if prevalence is None:
         return []
     columns = ["Head", "Operating point", "PPV [95 %]", "NPV [95 %]"]
 
-    def cells(point: Mapping[str, Any]) -> list[str]:
+    def cells(point: PointDocument) -> list[str]:
         return [format_interval(point["at_prevalence"][name]) for name in PREDICTIVE]
 
     title = f"Predictive values where a share of {prevalence:g} is abnormal"
@@ -172,7 +180,7 @@ def _at_prevalence(result: Mapping[str, Any]) -> list[Table]:
 
 
 def _lines(
-    result: Mapping[str, Any], cells: Callable[[Mapping[str, Any]], list[str]]
+    result: ComparisonResult, cells: Callable[[PointDocument], list[str]]
 ) -> list[list[list[str]]]:
     return [
         [
@@ -188,5 +196,5 @@ def _lines(
     ]
 
 
-def _plural(result: Mapping[str, Any]) -> str:
+def _plural(result: ComparisonResult) -> str:
     return "studies" if result["level"] == "study" else "images"

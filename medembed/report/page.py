@@ -27,7 +27,7 @@ from medembed.report import page_tables as tables
 from medembed.report.checklist import write_checklists
 from medembed.report.checklist_answers import Study
 from medembed.report.external import ExternalSection, find_external, read_evaluations
-from medembed.report.figures import FIGURES, Plot, plot_all
+from medembed.report.figures import FIGURES, OPTIONAL_FORMATS, Plot, plot_all
 from medembed.report.gallery import FindThumbnails, find_mistakes, show_mistakes
 from medembed.report.group_tables import ColumnSections, tabulate_columns
 from medembed.report.headline import Headline, write_headline
@@ -36,6 +36,7 @@ from medembed.report.tables import make_table
 from medembed.results.ablations import count_left_out
 from medembed.results.alignment import TestSet, align_runs
 from medembed.results.comparison import ComparisonOptions, compare_aligned, open_runs
+from medembed.results.comparison_schema import ComparisonResult
 from medembed.results.methods import DISCLAIMER
 from medembed.results.runs import RunLike
 from medembed.results.significance import describe_margins, find_non_inferior
@@ -43,7 +44,6 @@ from medembed.results.subgroups import explain_other_manifest
 
 __all__ = ["WrittenReport", "write_report"]
 
-_SUFFIXES = (".png", ".pdf", ".svg", ".csv")
 METHOD_NOTES = (
     "A study's probability is the mean of its views' probabilities.",
     "Test was scored once per head. Configurations were chosen within the folds of train that are "
@@ -85,6 +85,7 @@ def write_report(
     operating_points: Sequence[str | ThresholdRule] = (),
     prevalence: float | None = None,
     progress: Callable[[int, int], None] | None = None,
+    figures: str | Sequence[str] = (),
 ) -> WrittenReport:
     """Write ``index.html`` and ``figures/`` about complete runs.
 
@@ -117,11 +118,13 @@ def write_report(
         See `comparison.compare`.
     progress : callable, optional
         Called as progress(done, total) with figures while they are drawn.
+    figures : sequence of {"png", "pdf"}, or str
+        Formats to write each figure in besides SVG and CSV, also as "png,pdf".
 
     Returns
     -------
     WrittenReport
-        A dict: ``page`` (path), ``figures`` (paths of PNG, PDF, SVG and CSV files), and
+        A dict: ``page`` (path), ``figures`` (paths of their files), and
         ``checklist`` if any are requested, see `checklist.write_checklists`.
 
     Raises
@@ -130,11 +133,12 @@ def write_report(
         A run does not exist.
     RunError
         A run is unfinished or was made from another manifest, the runs share no test rows, the
-        margin is out of range, or `out` is a file.
+        margin is out of range, a format of figures is unknown, or `out` is a file.
     """
     out = as_path(out, "the directory of the page")
     if out.exists() and not out.is_dir():
         raise RunError(f"{out} is a file. Choose a directory for the page.")
+    formats = _read_formats(figures)
     asked = ComparisonOptions(
         level=level,
         n_resamples=n_resamples,
@@ -158,7 +162,7 @@ def write_report(
     columns = None if known is None or other else tabulate_columns(result, test_set, known)
     if find_thumbnails is not None and columns and not (columns.sections or columns.notes):
         columns = None  # nobody asked for them
-    plots = plot_all(result, test_set, progress)
+    plots = plot_all(result, test_set, progress, formats)
     page = _Page(
         result=result,
         headline=write_headline(result, elsewhere),
@@ -167,18 +171,19 @@ def write_report(
         columns=columns,
         other_manifest=other,
         plots=plots,
+        formats=formats,
         gallery=show_mistakes(find_mistakes(result, test_set), find_thumbnails),
         external=external,
         runs=[
             describe_run(run, about["name"], about["left_out_of"])
             for run, about in zip(opened, result["runs"], strict=True)
         ],
-        command=command or _command(result, asked, has_manifest=known is not None),
+        command=command or _command(result, asked, formats, has_manifest=known is not None),
         date=date or dt.datetime.now(dt.UTC).date(),
     ).render()
     figures_path = out / "figures"
     figures_path.mkdir(parents=True, exist_ok=True)
-    written = [path for plot in plots for path in _write_plot(plot, figures_path)]
+    written = [path for plot in plots for path in _write_plot(plot, figures_path, formats)]
     write_atomically(out / "index.html", page.encode())
     _remove_old(figures_path, written)
     study = Study(dict(zip(names, opened, strict=True)), result, elsewhere)
@@ -190,7 +195,7 @@ def write_report(
 
 
 def _test_margin(
-    result: dict[str, Any], test_set: TestSet, asked: ComparisonOptions
+    result: ComparisonResult, test_set: TestSet, asked: ComparisonOptions
 ) -> Sequence[str]:
     if asked.margin is None:
         return ()
@@ -201,13 +206,14 @@ def _test_margin(
 class _Page:
     """All that the page shows; its template is `page.html.j2`."""
 
-    result: dict[str, Any]
+    result: ComparisonResult
     headline: Headline
     left_out: tuple[int, bool]
     margins: Sequence[str]
     columns: ColumnSections | None
     other_manifest: str | None
     plots: list[Plot]
+    formats: Sequence[str]
     gallery: dict[str, Any]
     external: list[ExternalSection]
     runs: list[RunSection]
@@ -233,6 +239,7 @@ class _Page:
             facts=_facts(self.result, self.left_out, is_elsewhere=bool(self.external)),
             **_tabulate(self.result),
             plots={plot.name: _embed(plot) for plot in self.plots},
+            suffixes=_join([f".{name}" for name in ("svg", "csv", *self.formats)]),
             gallery=self.gallery,
             external=self.external,
             runs=self.runs,
@@ -246,7 +253,7 @@ class _Page:
         )
 
 
-def _tabulate(result: dict[str, Any]) -> dict[str, Any]:
+def _tabulate(result: ComparisonResult) -> dict[str, Any]:
     """Return the tables, by the names that the template has for them."""
     return {
         "leaderboard": tables.tabulate_heads(result),
@@ -265,10 +272,16 @@ def _show(value: Any) -> Any:
     """Return text from data escaped for HTML, with bidirectional controls made visible."""
     if type(value) is not str:
         return value
-    return Markup(to_html(value))  # nosec B704 # escaped there
+    return Markup(to_html(value))
 
 
-def _command(result: dict[str, Any], asked: ComparisonOptions, *, has_manifest: bool) -> str:
+def _command(
+    result: ComparisonResult,
+    asked: ComparisonOptions,
+    formats: Sequence[str],
+    *,
+    has_manifest: bool,
+) -> str:
     """Return a command that makes a page of these runs."""
     names = [run["name"] for run in result["runs"]]
     words = ["medembed", "report", *names, "-o", "report", "--level", result["level"]]
@@ -278,11 +291,12 @@ def _command(result: dict[str, Any], asked: ComparisonOptions, *, has_manifest: 
     words += [] if result["prevalence"] is None else ["--prevalence", str(result["prevalence"])]
     words += ["--seed", str(result["seed"])]
     words += [] if asked.margin is None else ["--margin", f"{asked.margin:g}"]
+    words += ["--figures", ",".join(formats)] if formats else []
     return shlex.join([*words, *(["--manifest", "MANIFEST"] if has_manifest else [])])
 
 
 def _facts(
-    result: dict[str, Any], left_out: tuple[int, bool], *, is_elsewhere: bool
+    result: ComparisonResult, left_out: tuple[int, bool], *, is_elsewhere: bool
 ) -> dict[str, str]:
     test = result["test"]
     plural = "studies" if result["level"] == "study" else "images"
@@ -320,16 +334,32 @@ def _svg_size(svg: bytes) -> tuple[int, int]:
     return (round(float(found[1])), round(float(found[2]))) if found else (0, 0)
 
 
-def _write_plot(plot: Plot, directory: Path) -> list[Path]:
-    contents = (plot.png, plot.pdf, plot.light_svg, plot.csv.encode())
-    paths = [directory / f"{plot.name}{suffix}" for suffix in _SUFFIXES]
-    for path, content in zip(paths, contents, strict=True):
-        write_atomically(path, content)
-    return paths
+def _read_formats(given: str | Sequence[str]) -> tuple[str, ...]:
+    formats = [name.strip() for name in given.split(",")] if isinstance(given, str) else given
+    for name in formats:
+        if name not in OPTIONAL_FORMATS:
+            raise RunError(
+                f"figures are not written as {name!r}. Choose from {', '.join(OPTIONAL_FORMATS)}; "
+                "SVG and CSV are always written."
+            )
+    return tuple(dict.fromkeys(formats))
+
+
+def _join(words: Sequence[str]) -> str:
+    return f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def _write_plot(plot: Plot, directory: Path, formats: Sequence[str]) -> list[Path]:
+    contents = {**plot.save(("svg", *formats)), "csv": plot.csv.encode()}
+    paths = {name: directory / f"{plot.name}.{name}" for name in contents}
+    for name, path in paths.items():
+        write_atomically(path, contents[name])
+    return list(paths.values())
 
 
 def _remove_old(directory: Path, written: list[Path]) -> None:
     """Remove only those figures of an earlier page that this one does not have."""
-    ours = {directory / f"{name}{suffix}" for name in FIGURES for suffix in _SUFFIXES}
+    suffixes = ("svg", "csv", *OPTIONAL_FORMATS)
+    ours = {directory / f"{name}.{suffix}" for name in FIGURES for suffix in suffixes}
     for path in ours.difference(written):
         path.unlink(missing_ok=True)

@@ -1,12 +1,13 @@
 """The tables of the page, as cells of text, with numbers for columns that can be sorted."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from medembed.report.operating_tables import name_point, points_of
+from medembed.report.operating_tables import confusion_of, name_point, points_of
 from medembed.report.tables import (
     MISSING,
+    NOT_ESTIMABLE,
     Table,
     format_count,
     format_interval,
@@ -15,6 +16,7 @@ from medembed.report.tables import (
     make_table,
     share_of_train,
 )
+from medembed.results.comparison_schema import ComparedHead, ComparisonResult, Pair, PointDocument
 from medembed.results.significance import row_name
 
 __all__ = [
@@ -118,7 +120,7 @@ class Coverage:
     min_group: int
 
 
-def tabulate_heads(result: dict[str, Any]) -> Leaderboard:
+def tabulate_heads(result: ComparisonResult) -> Leaderboard:
     """Return the leaderboard."""
     main, efficiency = make_table(result), bool(result["efficiency"])
     rows, sorted_by = [], []
@@ -143,21 +145,21 @@ def tabulate_heads(result: dict[str, Any]) -> Leaderboard:
     )
 
 
-def tabulate_decisions(result: dict[str, Any]) -> list[Table]:
+def tabulate_decisions(result: ComparisonResult) -> list[Table]:
     """Return tables of each trained head's decisions at each operating point.
 
     Shares with counts; the confusion matrix and its summary scores; predictive values at another
     prevalence, if the comparison has one.
     """
 
-    def shares(point: dict[str, Any]) -> list[str]:
+    def shares(point: PointDocument) -> list[str]:
         return [_unbroken(point["scores"][score]) for score in DECISIONS]
 
-    def matrix(point: dict[str, Any]) -> list[str]:
-        counts = [f"{point['confusion'][name]:,}" for name in CONFUSION]
+    def matrix(point: PointDocument) -> list[str]:
+        counts = [f"{confusion_of(point)[name]:,}" for name in CONFUSION]
         return [*counts, *(format_count(point["scores"][score]) for score in AGREEMENT)]
 
-    def elsewhere(point: dict[str, Any]) -> list[str]:
+    def elsewhere(point: PointDocument) -> list[str]:
         return [format_interval(point["at_prevalence"][score]) for score in ("ppv", "npv")]
 
     found = [
@@ -184,7 +186,7 @@ def tabulate_decisions(result: dict[str, Any]) -> list[Table]:
     return found
 
 
-def tabulate_deferrals(result: dict[str, Any]) -> Deferrals | None:
+def tabulate_deferrals(result: ComparisonResult) -> Deferrals | None:
     """Return a table of each trained head's prediction sets on test, or None if none has any."""
     able = [row for row in _trained(result) if row["deferral"]]
     if not able:
@@ -194,7 +196,7 @@ def tabulate_deferrals(result: dict[str, Any]) -> Deferrals | None:
         lines = [["none deferred", MISSING, MISSING, MISSING, format_interval(_complement(row))]]
         lines += [
             [f"{100 * own['nominal']:g} %", *(format_count(own[share]) for share in DEFERRALS)]
-            for own in row["deferral"]["levels"]
+            for own in _levels(row)
         ]
         sections.append([[_name(result, row), *cells] for cells in lines])
     others = [row for row in _trained(result) if not row["deferral"]]
@@ -209,18 +211,18 @@ def tabulate_deferrals(result: dict[str, Any]) -> Deferrals | None:
         [
             f"{_name(result, row)}: {row['deferral']['warning']}"
             for row in able
-            if row["deferral"]["warning"]
+            if row["deferral"] and row["deferral"]["warning"]
         ],
     )
 
 
-def tabulate_coverage(result: dict[str, Any]) -> Coverage | None:
+def tabulate_coverage(result: ComparisonResult) -> Coverage | None:
     """Return a table of sets that promise 90 % by region, or None with at most one region."""
     sections, least = [], 0
     for row in _trained(result):
         if not row["deferral"]:
             continue
-        level = next(own for own in row["deferral"]["levels"] if own["nominal"] == COVERAGE)
+        level = next(own for own in _levels(row) if own["nominal"] == COVERAGE)
         regions, least = level["regions"], row["deferral"]["min_group"]
         if len(regions) < 2:
             continue
@@ -239,12 +241,14 @@ def tabulate_coverage(result: dict[str, Any]) -> Coverage | None:
     return Coverage(Table(title, columns, 3, sections, n_spanning=1), least)
 
 
-def tabulate_calibrations(result: dict[str, Any]) -> Table:
+def tabulate_calibrations(result: ComparisonResult) -> Table:
     """Return a table of each trained head's calibration, before and after scaling."""
     sections = []
     for row in _trained(result):
         own = row["calibrations"]
-        known = {method: own[method] for method in CALIBRATIONS if method in own}
+        known: dict[str, Mapping[str, Any]] = {
+            method: own[method] for method in CALIBRATIONS if method in own
+        }
         sections.append(
             [
                 [
@@ -258,7 +262,7 @@ def tabulate_calibrations(result: dict[str, Any]) -> Table:
     return Table(title, ["Head", "Scaling", *FITS.values()], 2, sections, n_spanning=1)
 
 
-def tabulate_pairs(result: dict[str, Any]) -> Table:
+def tabulate_pairs(result: ComparisonResult) -> Table:
     """Return a table of paired differences in AUROC, the smallest p first."""
     pairs = sorted(result["paired"], key=lambda pair: (pair["p_holm"] is None, pair["p_holm"]))
     rows = [
@@ -275,13 +279,13 @@ def tabulate_pairs(result: dict[str, Any]) -> Table:
     return Table(title, columns, 2, [rows])
 
 
-def tabulate_seeds(result: dict[str, Any]) -> Table:
+def tabulate_seeds(result: ComparisonResult) -> Table:
     """Return a table of the spread over seeds and over samples of patients."""
     sections = []
     for own in result["seeds"]:
         section = []
-        for score, title in {"auroc": "AUROC", "macro_f1": "Macro-F1"}.items():
-            numbers = (own[score][name] for name in ("mean", "seed_sd", "sampling_sd"))
+        for title, spread in {"AUROC": own["auroc"], "Macro-F1": own["macro_f1"]}.items():
+            numbers = (spread["mean"], spread["seed_sd"], spread["sampling_sd"])
             texts = [MISSING if number is None else f"{number:.4f}" for number in numbers]
             section.append([own["head"], f"{own['n_seeds']}", title, *texts])
         sections.append(section)
@@ -290,17 +294,17 @@ def tabulate_seeds(result: dict[str, Any]) -> Table:
     return Table(title, columns, 3, sections, n_spanning=2)
 
 
-def _unbroken(score: dict[str, Any]) -> str:
+def _unbroken(score: Mapping[str, Any]) -> str:
     """Return a share as text that breaks before its counts, and not within its interval."""
     interval = format_interval(score)
     return format_count(score).replace(interval, interval.replace(" ", "\u00a0"), 1)
 
 
 def _of_points(
-    result: dict[str, Any],
+    result: ComparisonResult,
     title: str,
     columns: list[str],
-    write: Callable[[dict[str, Any]], list[str]],
+    write: Callable[[PointDocument], list[str]],
 ) -> Table:
     sections = [
         [
@@ -316,32 +320,37 @@ def _of_points(
     return Table(title, columns, 2, sections, n_spanning=1)
 
 
-def _complement(row: dict[str, Any]) -> dict[str, float | None]:
+def _levels(row: ComparedHead) -> Sequence[Mapping[str, Any]]:
+    """Return a head's prediction sets at each nominal coverage, whose shares go by their names."""
+    return row["deferral"]["levels"] if row["deferral"] else []
+
+
+def _complement(row: ComparedHead) -> dict[str, float | None]:
     """Return the share of wrong decisions if every study is decided."""
     ends = {"value": "value", "low": "high", "high": "low"}
-    accuracy = row["scores"]["accuracy"]
+    accuracy: Mapping[str, Any] = row["scores"]["accuracy"]
     return {a: None if accuracy[b] is None else 1 - accuracy[b] for a, b in ends.items()}
 
 
-def _trained(result: dict[str, Any]) -> Sequence[dict[str, Any]]:
+def _trained(result: ComparisonResult) -> Sequence[ComparedHead]:
     return [row for row in result["rows"] if not row["baseline"]]
 
 
-def _name(result: dict[str, Any], row: dict[str, Any]) -> str:
+def _name(result: ComparisonResult, row: ComparedHead) -> str:
     return row_name(row, several=len(result["runs"]) > 1)
 
 
-def _score(score: dict[str, float | None], heading: str) -> str:
+def _score(score: Mapping[str, Any], heading: str) -> str:
     return format_interval(score) if "[" in heading else format_value(score)
 
 
-def _p_of(row: dict[str, Any]) -> float | None:
+def _p_of(row: ComparedHead) -> float | None:
     """Return the sort key of column p: the best head has no p and comes first."""
     return 2.0 if row["versus_best"] is None else row["versus_best"]["p_holm"]
 
 
-def _difference(pair: dict[str, Any]) -> str:
+def _difference(pair: Pair) -> str:
     if pair["difference"] is None:
-        return format_interval({"value": None})
+        return NOT_ESTIMABLE
     interval = "" if pair["low"] is None else f" [{pair['low']:+.3f}, {pair['high']:+.3f}]"
     return f"{pair['difference']:+.3f}{interval}"

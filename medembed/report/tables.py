@@ -3,11 +3,12 @@
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 from medembed.core.errors import RunError
 from medembed.core.text import mask_controls, to_csv, to_latex, to_markdown
 from medembed.evaluation.scores import SCORES
+from medembed.results.comparison_schema import ComparedHead, ComparisonResult
 from medembed.results.significance import SIGNIFICANCE, row_name
 
 __all__ = [
@@ -84,7 +85,7 @@ class Table:
 
 
 def render(
-    result: dict[str, Any],
+    result: ComparisonResult,
     *,
     table_format: str = "table",
     by: str | None = None,
@@ -130,7 +131,7 @@ def render(
     return "\n\n".join(_markdown(own) for own in tables)
 
 
-def make_tables(result: dict[str, Any], by: str | None = None) -> list[Table]:
+def make_tables(result: ComparisonResult, by: str | None = None) -> list[Table]:
     """Return `make_table` and, without grouping, the calibration table; the last has the notes."""
     fit = _fit_table(result) if by is None else None
     return _with_notes_last([own for own in (make_table(result, by), fit) if own is not None])
@@ -146,7 +147,7 @@ def _with_notes_last(tables: list[Table]) -> list[Table]:
 
 
 def make_table(
-    result: dict[str, Any], by: str | None = None, *, with_counts: bool = False
+    result: ComparisonResult, by: str | None = None, *, with_counts: bool = False
 ) -> Table:
     """Return the table of a comparison, overall or `by` a grouping."""
     plural = "studies" if result["level"] == "study" else "images"
@@ -191,9 +192,10 @@ def format_p(p: float | None) -> str:
     return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def share_of_train(row: dict[str, Any]) -> str:
+def share_of_train(row: ComparedHead) -> str:
     """Return the share of the training patients that a head was given, as text."""
-    return f"{100 * row['train_fraction']:.3g} %"
+    share = row["train_fraction"]
+    return MISSING if share is None else f"{100 * share:.3g} %"
 
 
 def format_count(score: Mapping[str, Any]) -> str:
@@ -215,7 +217,7 @@ def _count(score: Mapping[str, Any]) -> str:
     return f" {score['k']:,}/{score['n']:,}" if score.get("n") else ""
 
 
-def _fit_table(result: dict[str, Any]) -> Table | None:
+def _fit_table(result: ComparisonResult) -> Table | None:
     """Return a table of the trained heads' calibration, or None if it is unknown."""
     several = len(result["runs"]) > 1
     rows = [
@@ -231,7 +233,7 @@ def _fit_table(result: dict[str, Any]) -> Table | None:
     return Table(title, ["Head", *FIT.values()], 1, [rows], []) if rows else None
 
 
-def _grouped_table(result: dict[str, Any], by: str, plural: str, with_counts: bool) -> Table:
+def _grouped_table(result: ComparisonResult, by: str, plural: str, with_counts: bool) -> Table:
     shown = list(COLUMNS)[:-1]
     columns = ["Region" if by == "region" else "Views", "n (abn.)", "Head", "AUROC [95 %]"]
     sections = [
@@ -255,10 +257,10 @@ def _group_cells(name: str, block: dict[str, Any]) -> list[str]:
     return [name, f"{block['n']} ({block['n_abnormal']})" if "n" in block else ""]
 
 
-def _groups(result: dict[str, Any], by: str) -> Iterator[tuple[str, list[tuple[str, Any]]]]:
+def _groups(result: ComparisonResult, by: str) -> Iterator[tuple[str, list[tuple[str, Any]]]]:
     """Yield each group's name with the trained heads' names and their scores in it."""
     several = len(result["runs"]) > 1
-    trained = [
+    trained: list[tuple[str, Mapping[str, Any]]] = [
         (row_name(row, several=several), row) for row in result["rows"] if not row["baseline"]
     ]
     for name in trained[0][1][GROUPINGS[by]] if trained else ():
@@ -274,7 +276,7 @@ def _cells(scores: dict[str, Any], names: Sequence[str], with_counts: bool) -> l
     return [format_interval(scores.get("auroc", nothing)), *numbers]
 
 
-def _p_value(row: dict[str, Any]) -> str:
+def _p_value(row: ComparedHead) -> str:
     if row["versus_best"] is None:
         return "best"
     text = format_p(row["versus_best"]["p_holm"])
@@ -295,12 +297,26 @@ def render_terminal(table: Table, width: int) -> str:
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    grid = RichTable(title=table.title, box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
-    for i, column in enumerate(table.columns):
+    headings = [
+        column.replace("-", "-\n") if width < WIDE and i >= table.n_names else column
+        for i, column in enumerate(table.columns)
+    ]
+    longest = [
+        max(len(line) for cell in cells for line in cell.split("\n"))
+        for cells in zip(headings, *table.rows, strict=True)
+    ]
+    is_tight = sum(longest) + 3 * len(longest) - 1 > width  # then gaps of two keep names whole
+    grid = RichTable(
+        title=table.title,
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        title_justify="left",
+        padding=(0, 0, 0, 1) if is_tight else (0, 1),
+    )
+    for i, heading in enumerate(headings):
         if i < table.n_names:
-            grid.add_column(column, overflow="fold")
+            grid.add_column(heading, overflow="fold")
         else:
-            heading = column.replace("-", "-\n") if width < WIDE else column
             grid.add_column(heading, justify="right", no_wrap=True)
     for section in table.sections:
         for row in section:
@@ -352,7 +368,7 @@ def _latex(table: Table) -> str:
     )
 
 
-def _csv(result: dict[str, Any], by: str | None) -> str:
+def _csv(result: ComparisonResult, by: str | None) -> str:
     names = [name for score in SCORES for name in (score, f"{score}_low", f"{score}_high")]
     counts = [f"{name}_{part}" for name in SHARES for part in ("k", "n")]
     lines: list[list[Any]] = []
@@ -361,8 +377,8 @@ def _csv(result: dict[str, Any], by: str | None) -> str:
         fits = [f"{name}{end}" for name in FIT if name != "brier" for end in ("", "_low", "_high")]
         lines.append([*about, *names, "p_holm", *fits, *counts])
         for row in result["rows"]:
-            p = (row["versus_best"] or {}).get("p_holm")
-            cells = [row[name] for name in about]
+            p = row["versus_best"]["p_holm"] if row["versus_best"] else None
+            cells = [cast("Mapping[str, Any]", row)[name] for name in about]
             scores = _numbers(row["scores"], SCORES)
             fit = _numbers(row.get("fit") or {}, [name for name in FIT if name != "brier"])
             lines.append([*cells, *scores, p, *fit, *_counts(row["scores"])])

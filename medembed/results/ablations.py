@@ -7,7 +7,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,13 @@ from numpy.typing import NDArray
 from medembed.evaluation.intervals import plain
 from medembed.evaluation.seed_variance import seed_spread
 from medembed.results.alignment import ScoredHead, TestSet
+from medembed.results.comparison_schema import (
+    ComparedHead,
+    ComparedRun,
+    SeedSpread,
+    Series,
+    TrendPoint,
+)
 from medembed.results.runs import Run
 
 __all__ = [
@@ -62,25 +69,32 @@ def drop_repeats(runs: Sequence[Run], test_set: TestSet) -> tuple[list[ScoredHea
 
 
 def mark_repeats(
-    abouts: Sequence[dict[str, Any]],
+    abouts: Sequence[ComparedRun],
     runs: Sequence[Run],
     test_set: TestSet,
     priors_of: Mapping[str, str],
-) -> list[dict[str, Any]]:
+) -> list[ComparedRun]:
     """Add ``priors_of``, ``left_out_of`` and ``copy_of`` to each run's description.
 
     Each names an earlier run: one that has the same priors, one that left out the same images, and
     one whose heads have the same names and equal predictions of the common test rows; else None.
     """
-    marked, copy_of = [], _find_copies(test_set)
+    marked: list[ComparedRun] = []
+    copy_of = _find_copies(test_set)
     for i, about in enumerate(abouts):
         same = (
             other["name"]
             for other, run in zip(abouts[:i], runs, strict=False)
             if about["left_out"] and _left_out(run) == _left_out(runs[i])
         )
-        own = {"left_out_of": next(same, None), "copy_of": copy_of.get(about["name"])}
-        marked.append({**about, "priors_of": priors_of.get(about["name"]), **own})
+        marked.append(
+            {
+                **about,
+                "priors_of": priors_of.get(about["name"]),
+                "left_out_of": next(same, None),
+                "copy_of": copy_of.get(about["name"]),
+            }
+        )
     return marked
 
 
@@ -169,7 +183,7 @@ SPREAD_SCORES = ("auroc", "macro_f1")
 
 def find_seeds(
     runs: Sequence[Run], test_set: TestSet, n_resamples: int, seed: int
-) -> list[dict[str, Any]]:
+) -> list[SeedSpread]:
     """Return the spread over seeds and that of sampling, for heads trained with several seeds.
 
     Such heads have one name in runs that differ only in their seed, or belong to one run and have
@@ -194,10 +208,8 @@ def find_seeds(
             "head": head,
             "runs": list(dict.fromkeys(contender.run for contender in own)),
             "n_seeds": len(own),
-            **{
-                name: plain(_spread(test_set, own, name, n_resamples, seed))
-                for name in SPREAD_SCORES
-            },
+            "auroc": plain(_spread(test_set, own, "auroc", n_resamples, seed)),
+            "macro_f1": plain(_spread(test_set, own, "macro_f1", n_resamples, seed)),
         }
         for (head, _), own in groups.items()
         if len({contender.seed for contender in own}) == len(own) > 1
@@ -205,8 +217,8 @@ def find_seeds(
 
 
 def find_efficiency(
-    rows: Sequence[dict[str, Any]], runs: Sequence[Run], test_set: TestSet
-) -> list[dict[str, Any]]:
+    rows: Sequence[ComparedHead], runs: Sequence[Run], test_set: TestSet
+) -> list[Series]:
     """Return each head's scores by the share of training patients, if there are several shares.
 
     The runs of each encoder form a series of their own.
@@ -222,8 +234,8 @@ def find_efficiency(
 
 
 def find_depths(
-    rows: Sequence[dict[str, Any]], runs: Sequence[Run], test_set: TestSet
-) -> list[dict[str, Any]]:
+    rows: Sequence[ComparedHead], runs: Sequence[Run], test_set: TestSet
+) -> list[Series]:
     """Return each head's scores by the number of encoder blocks trained with it.
 
     The runs of each encoder form a series of their own: a CNN that was trained as a whole is not
@@ -248,9 +260,9 @@ def _name_encoders(runs: Sequence[Run], test_set: TestSet) -> dict[str, str]:
 
 
 def _series(
-    rows: Sequence[dict[str, Any]], by: str, names: tuple[str, ...], encoders: dict[str, str]
-) -> list[dict[str, Any]]:
-    heads: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    rows: Sequence[Mapping[str, Any]], by: str, names: tuple[str, ...], encoders: dict[str, str]
+) -> list[Series]:
+    heads: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in rows:
         if not row["baseline"] and row[by] is not None:
             head = row["head"]
@@ -263,8 +275,11 @@ def _series(
         {
             "head": head if times[head] == 1 else f"{head} of {encoder}",
             "points": [
-                {name: row[name] for name in ("run", *names)}
-                | {score: row["scores"][score] for score in SPREAD_SCORES}
+                cast(
+                    "TrendPoint",
+                    {name: row[name] for name in ("run", *names)}
+                    | {score: row["scores"][score] for score in SPREAD_SCORES},
+                )
                 for row in sorted(own, key=lambda row: (row[by], row["run"]))
             ],
         }

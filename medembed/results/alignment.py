@@ -299,7 +299,8 @@ def _common_keys(tables: Sequence[pd.DataFrame], names: Sequence[str], level: st
     if not len(common):
         raise RunError(
             f"the runs {', '.join(names)} have no test {plural} in common: they were tested on "
-            "different images. Compare runs whose manifests hold the same test rows."
+            "different images. Compare runs whose manifests hold the same test rows; a run of "
+            "`medembed evaluate` on other images has a page of its own: name it alone."
         )
     return common
 

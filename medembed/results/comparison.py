@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import nan
-from typing import Any
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -30,6 +30,15 @@ from medembed.results.ablations import (
     mark_repeats,
 )
 from medembed.results.alignment import SENSITIVITY, ScoredHead, TestSet, align_runs
+from medembed.results.comparison_schema import (
+    CalibratedScores,
+    CalibrationParameters,
+    ComparedHead,
+    ComparedRun,
+    ComparisonResult,
+    Counts,
+    HeadDeferral,
+)
 from medembed.results.deferral import find_deferrals
 from medembed.results.flow import describe_flow
 from medembed.results.methods import describe
@@ -54,6 +63,7 @@ __all__ = [
     "score_run",
 ]
 
+Level = Literal["study", "image"]
 _NOT_KNOWN = dict.fromkeys(DECISION_SCORES, Interval(nan, nan, nan))
 
 
@@ -101,7 +111,7 @@ class ComparisonOptions:
             check_margin(self.margin)
 
 
-def compare(run_paths: RunLike | Sequence[RunLike], **options: Any) -> dict[str, Any]:
+def compare(run_paths: RunLike | Sequence[RunLike], **options: Any) -> ComparisonResult:
     """Score every head of the runs on their common test rows, with intervals and paired tests.
 
     Parameters
@@ -137,7 +147,7 @@ def compare(run_paths: RunLike | Sequence[RunLike], **options: Any) -> dict[str,
 
 def compare_opened(
     runs: Sequence[Run], options: ComparisonOptions
-) -> tuple[dict[str, Any], TestSet]:
+) -> tuple[ComparisonResult, TestSet]:
     """Return what `compare` returns, for open runs, and the test rows."""
     test_set = align_runs(runs, options.level, parse_rules(options.operating_points))
     own = None
@@ -151,12 +161,12 @@ def compare_opened(
         prevalence=options.prevalence,
     )
     if own is not None:
-        result |= compare_groups(result["rows"], test_set, own)
+        result = {**result, **compare_groups(result["rows"], test_set, own)}
     if options.margin is not None:
         tests = find_non_inferior(result["rows"], test_set, options.margin)
         *notes, last = result["notes"]
         notes = [*notes, *describe_margins(tests, options.margin), last]
-        result |= {"non_inferiority": tests, "notes": notes}
+        result = {**result, "non_inferiority": tests, "notes": notes}
     return result, test_set
 
 
@@ -186,7 +196,7 @@ def compare_runs(
     seed: int = 0,
     operating_points: Sequence[str | ThresholdRule] = (),
     prevalence: float | None = None,
-) -> dict[str, Any]:
+) -> ComparisonResult:
     """Return what `compare` returns, for open runs that may be unfinished.
 
     Returns
@@ -219,13 +229,15 @@ def compare_aligned(
     n_resamples: int = 2000,
     seed: int = 0,
     prevalence: float | None = None,
-) -> dict[str, Any]:
+) -> ComparisonResult:
     """Return what `compare_runs` returns, for the test set that `align_runs` made of these runs."""
     known = None if prevalence is None else check_prevalence(prevalence)
     contenders, priors_of = drop_repeats(runs, test_set)
-    rows = [_row(test_set, contender, n_resamples, seed, known) for contender in contenders]
     deferrals = find_deferrals(runs, test_set)
-    rows = [{**row, **deferrals[row["run"], row["head"]]} for row in rows]
+    rows = [
+        _row(test_set, own, deferrals[own.run, own.head], n_resamples, seed, known)
+        for own in contenders
+    ]
     rows.sort(key=_by_auroc)
     paired = pair_rows(test_set, rows, n_resamples, seed)
     for i, row in enumerate(rows):
@@ -233,8 +245,8 @@ def compare_aligned(
     abouts = [
         _about(run, name, n) for run, (name, n) in zip(runs, test_set.dropped.items(), strict=True)
     ]
-    result: dict[str, Any] = {
-        "level": test_set.level,
+    result: ComparisonResult = {
+        "level": cast("Level", test_set.level),
         "n_resamples": n_resamples,
         "seed": seed,
         "test": _count(test_set),
@@ -248,27 +260,30 @@ def compare_aligned(
         "seeds": find_seeds(runs, test_set, n_resamples, seed),
         "efficiency": find_efficiency(rows, runs, test_set),
         "depths": find_depths(rows, runs, test_set),
+        "notes": [],
     }
     return {**result, "notes": describe(result)}
 
 
-def score_run(run: Run, **asked: Any) -> dict[str, Any]:
+def score_run(run: Run, **asked: Any) -> ComparisonResult:
     """Return the scores that a run keeps: a comparison with itself, without durations.
 
     Equal arguments give equal scores; times are in `run.json`. `asked` is passed to `compare_runs`.
     """
     result = compare_runs([run], **asked)
-    rows = [{k: v for k, v in row.items() if k != "seconds"} for row in result["rows"]]
-    return {**result, "rows": rows}
+    for row in result["rows"]:
+        del row["seconds"]
+    return result
 
 
 def _row(
     test_set: TestSet,
     contender: ScoredHead,
+    deferral: HeadDeferral,
     n_resamples: int,
     seed: int,
     prevalence: float | None,
-) -> dict[str, Any]:
+) -> ComparedHead:
     rows = (test_set.y, contender.probability, test_set.patients)
     units = test_set.units.assign(probability=contender.probability)
     report = plain(bootstrap_report(units, contender.threshold, n_resamples=n_resamples, seed=seed))
@@ -289,12 +304,12 @@ def _row(
         "train_fraction": contender.train_fraction,
         "n_train_patients": contender.n_train_patients,
         "threshold": contender.threshold,
-        "calibration": contender.calibration.as_dict(),
+        "calibration": cast("CalibrationParameters", contender.calibration.as_dict()),
         "scores": report["overall"]["scores"],
         "auroc_delong": plain(delong),
         "fit": _fit(report["overall"]["scores"], test_set, contender),
         "at_half": report["overall"]["at_half"],
-        **plain(_at_sensitivity_and_calibrations(test_set, contender, n_resamples, seed)),
+        **_at_sensitivity_and_calibrations(test_set, contender, n_resamples, seed),
         "confusion": {
             "threshold": contender.threshold,
             **count_confusion(test_set.y, contender.probability, contender.threshold),
@@ -304,12 +319,14 @@ def _row(
         "regions": {name: _flat(block) for name, block in report["region"].items()},
         "mean_over_regions": _flat(report["mean_over_regions"]),
         "views": {name: _flat(block) for name, block in report["n_views"].items()},
+        **deferral,
+        "versus_best": None,
     }
 
 
 def _at_sensitivity_and_calibrations(
     test_set: TestSet, contender: ScoredHead, n_resamples: int, seed: int
-) -> dict[str, Any]:
+) -> CalibratedScores:
     """Return scores at the threshold of `SENSITIVITY`, and those of each calibration."""
     y, patients, cut = test_set.y, test_set.patients, contender.sensitive_threshold
     calibrated = {
@@ -321,7 +338,7 @@ def _at_sensitivity_and_calibrations(
         variants["sensitive"] = Variant(contender.probability, cut, DECISION_SCORES)
     scores = bootstrap_variants(y, variants, patients, n_resamples=n_resamples, seed=seed)
     bins = {name: reliability(y, values, patients) for name, values in calibrated.items()}
-    return {
+    found = {
         "at_sensitivity": {
             "target": SENSITIVITY,
             "threshold": cut,
@@ -337,6 +354,7 @@ def _at_sensitivity_and_calibrations(
             for name in calibrated
         },
     }
+    return cast("CalibratedScores", plain(found))
 
 
 def _fit(scores: dict[str, Any], test_set: TestSet, contender: ScoredHead) -> dict[str, Any]:
@@ -354,12 +372,12 @@ def _flat(block: dict[str, Any]) -> dict[str, Any]:
     return {**{name: value for name, value in block.items() if name != "scores"}, **block["scores"]}
 
 
-def _by_auroc(row: dict[str, Any]) -> float:
+def _by_auroc(row: ComparedHead) -> float:
     value = row["scores"]["auroc"]["value"]
     return float("inf") if value is None else -float(value)
 
 
-def _count(test_set: TestSet) -> dict[str, int]:
+def _count(test_set: TestSet) -> Counts:
     return {
         "n": len(test_set.units),
         "n_abnormal": int(test_set.y.sum()),
@@ -367,7 +385,7 @@ def _count(test_set: TestSet) -> dict[str, int]:
     }
 
 
-def _about(run: Run, name: str, dropped: int) -> dict[str, Any]:
+def _about(run: Run, name: str, dropped: int) -> ComparedRun:
     data = run.info.get("data", {})
     return {
         "name": name,
@@ -375,4 +393,7 @@ def _about(run: Run, name: str, dropped: int) -> dict[str, Any]:
         "left_out_test": data.get("left_out_test", 0),
         "unlabelled": data.get("unlabelled", 0),
         "dropped": dropped,
+        "priors_of": None,
+        "left_out_of": None,
+        "copy_of": None,
     }

@@ -1,7 +1,7 @@
 """The studies that heads would defer to a reader, by the prediction sets of their models."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -10,6 +10,7 @@ from medembed.evaluation.conformal import Conformal
 from medembed.evaluation.intervals import plain
 from medembed.evaluation.selective import deferral_curve, estimate_deferral
 from medembed.results.alignment import ScoredHead, TestSet
+from medembed.results.comparison_schema import Deferral, HeadDeferral
 from medembed.results.runs import Run
 
 __all__ = ["NOMINAL", "find_deferrals"]
@@ -26,7 +27,7 @@ DAMAGED = "The model cannot be read: it was damaged or edited. Make the run agai
 OLDER = "The model was saved before models had prediction sets. Make the run again."
 
 
-def find_deferrals(runs: Sequence[Run], test_set: TestSet) -> dict[tuple[str, str], dict[str, Any]]:
+def find_deferrals(runs: Sequence[Run], test_set: TestSet) -> dict[tuple[str, str], HeadDeferral]:
     """Return, by run and head, how prediction sets perform on test.
 
     The sets are those of `medembed predict`: of the packaged model, on the head's study
@@ -51,7 +52,7 @@ def find_deferrals(runs: Sequence[Run], test_set: TestSet) -> dict[tuple[str, st
         are no sets, else None.
     """
     by_name = dict(zip(test_set.dropped, runs, strict=True))
-    found = {}
+    found: dict[tuple[str, str], HeadDeferral] = {}
     for contender in test_set.contenders:
         conformal, note = None, NOT_STUDIES
         if test_set.level == "study":
@@ -59,12 +60,14 @@ def find_deferrals(runs: Sequence[Run], test_set: TestSet) -> dict[tuple[str, st
         deferral = None
         if conformal is not None:
             deferral = _measure(conformal, contender, test_set)
-        entry = {"deferral": deferral, "deferral_note": note if deferral is None else None}
-        found[contender.run, contender.head] = entry
+        found[contender.run, contender.head] = {
+            "deferral": deferral,
+            "deferral_note": note if deferral is None else None,
+        }
     return found
 
 
-def _measure(conformal: Conformal, contender: ScoredHead, test_set: TestSet) -> dict[str, Any]:
+def _measure(conformal: Conformal, contender: ScoredHead, test_set: TestSet) -> Deferral:
     p_values = conformal.p_values(contender.raw, test_set.units["region"].to_numpy())
     alphas = [round(1 - nominal, 6) for nominal in NOMINAL]
     levels = estimate_deferral(test_set.y, p_values, test_set.patients, alphas)
@@ -76,7 +79,7 @@ def _measure(conformal: Conformal, contender: ScoredHead, test_set: TestSet) -> 
     ]
     columns = {str(name): column.tolist() for name, column in curve.items()}
     known = {"min_group": conformal.min_group, "warning": conformal.warning()}
-    return dict(plain({"levels": told, "curve": columns, **known}))
+    return cast("Deferral", plain({"levels": told, "curve": columns, **known}))
 
 
 def _measure_regions(

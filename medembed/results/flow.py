@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 
+from medembed.results.comparison_schema import Flow, FlowPart, ReasonCount, UsedCounts
 from medembed.results.runs import Run
 
 __all__ = ["CLASSES", "NOT_RECORDED", "describe_flow"]
@@ -17,7 +18,7 @@ MAX_REASONS = 20
 OTHERS = "other reasons"
 
 
-def describe_flow(runs: Sequence[Run], names: Sequence[str]) -> list[dict[str, Any]]:
+def describe_flow(runs: Sequence[Run], names: Sequence[str]) -> list[Flow]:
     """Count what each run found, left out and used.
 
     Parameters
@@ -47,7 +48,7 @@ def describe_flow(runs: Sequence[Run], names: Sequence[str]) -> list[dict[str, A
     return [_of_run(run, name) for run, name in zip(runs, names, strict=True)]
 
 
-def _of_run(run: Run, name: str) -> dict[str, Any]:
+def _of_run(run: Run, name: str) -> Flow:
     data = run.info.get("data", {})
     build = (data.get("build") or {}).get("counts", {})
     rows = _image_rows(run)
@@ -62,7 +63,11 @@ def _of_run(run: Run, name: str) -> dict[str, Any]:
         "found": build.get("found"),
         "not_listed": build.get("not_listed"),
         "excluded": build.get("excluded"),
-        "manifest": {unit: whole.get(unit) for unit in ("images", "studies", "patients")},
+        "manifest": {
+            "images": whole.get("images"),
+            "studies": whole.get("studies"),
+            "patients": whole.get("patients"),
+        },
         "not_asked": None if n_asked is None else whole["images"] - n_asked,
         "failed": failed,
         "failures": _failures(run, failed or 0),
@@ -73,13 +78,13 @@ def _of_run(run: Run, name: str) -> dict[str, Any]:
     }
 
 
-def _of_split(split: str, rows: pd.DataFrame, data: Mapping[str, Any]) -> dict[str, Any]:
+def _of_split(split: str, rows: pd.DataFrame, data: Mapping[str, Any]) -> FlowPart:
     own, part = data.get("splits", {}).get(split, {}), rows[rows["split"] == split]
     used = part[part["is_used"]]
     abnormal = used["label"].eq(1)
     by_study = abnormal.groupby(used["study"]).transform("any").astype(bool)
     counted = {
-        name: {"images": int((abnormal == is_it).sum())} | _count_studies(used[by_study == is_it])
+        name: _count_studies(int((abnormal == is_it).sum()), used[by_study == is_it])
         for name, is_it in zip(CLASSES, (False, True), strict=True)
     }
     n, failed = own.get("images"), own.get("left_out")
@@ -106,12 +111,16 @@ def _image_rows(run: Run) -> pd.DataFrame:
     return named.assign(is_used=is_known & is_given, is_left=is_known & ~is_given)
 
 
-def _count(rows: pd.DataFrame) -> dict[str, int]:
-    return {"images": len(rows), **_count_studies(rows)}
+def _count(rows: pd.DataFrame) -> UsedCounts:
+    return _count_studies(len(rows), rows)
 
 
-def _count_studies(rows: pd.DataFrame) -> dict[str, int]:
-    return {"studies": int(rows["study"].nunique()), "patients": int(rows["patient"].nunique())}
+def _count_studies(n_images: int, rows: pd.DataFrame) -> UsedCounts:
+    return {
+        "images": n_images,
+        "studies": int(rows["study"].nunique()),
+        "patients": int(rows["patient"].nunique()),
+    }
 
 
 def _rest(n: int | None, failed: int | None, *others: int) -> int | None:
@@ -122,7 +131,7 @@ def _rest(n: int | None, failed: int | None, *others: int) -> int | None:
     return rest if rest >= 0 else None
 
 
-def _failures(run: Run, n_failed: int) -> list[dict[str, Any]]:
+def _failures(run: Run, n_failed: int) -> list[ReasonCount]:
     """Return counts of the listed reasons of left-out images, and the rest as one entry."""
     listed = Counter(str(image.get("reason")) for image in run.info.get("left_out", []))
     found = listed.most_common(MAX_REASONS)

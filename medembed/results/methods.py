@@ -1,10 +1,10 @@
 """What was counted and how, in words: below tables, on the page and under figures."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from medembed.core.text import counted
 from medembed.results.ablations import describe_repeats
+from medembed.results.comparison_schema import ComparedHead, ComparedRun, ComparisonResult
 from medembed.results.run_schema import CV_METHOD
 
 __all__ = [
@@ -32,7 +32,7 @@ _OF_SCORE = {
 }
 
 
-def describe(result: dict[str, Any]) -> list[str]:
+def describe(result: ComparisonResult) -> list[str]:
     """Return the sentences that belong under every table: what was counted, and how."""
     test, level = result["test"], result["level"]
     notes = [
@@ -51,7 +51,7 @@ def describe(result: dict[str, Any]) -> list[str]:
     return [*notes, DISCLAIMER]
 
 
-def _describe_cv(rows: Sequence[dict[str, Any]], several: bool) -> list[str]:
+def _describe_cv(rows: Sequence[ComparedHead], several: bool) -> list[str]:
     """Return sentences on what cross-validated scores rest on, and which are too good."""
     scored = [row for row in rows if row["cv"] is not None]
     older = list(dict.fromkeys(row["run"] for row in scored if row["cv_method"] != CV_METHOD))
@@ -75,7 +75,7 @@ def _describe_cv(rows: Sequence[dict[str, Any]], several: bool) -> list[str]:
     return notes
 
 
-def _describe_losses(run: dict[str, Any], level: str, several: bool) -> list[str]:
+def _describe_losses(run: ComparedRun, level: str, several: bool) -> list[str]:
     prefix = f"{run['name']}: " if several else ""
     notes = []
     if run["left_out"] and not run["left_out_of"]:
@@ -92,7 +92,7 @@ def _describe_losses(run: dict[str, Any], level: str, several: bool) -> list[str
     return notes
 
 
-def describe_methods(rows: Iterable[Mapping[str, Any]]) -> str:
+def describe_methods(rows: Iterable[ComparedHead]) -> str:
     """Return the sentence that names the method of every interval of a comparison's rows."""
     used = {
         score.get("method")
@@ -107,7 +107,7 @@ def describe_methods(rows: Iterable[Mapping[str, Any]]) -> str:
     return f"Intervals: 95 %, patients as clusters; {'; '.join(told)}."
 
 
-def _describe_absent(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+def _describe_absent(rows: Iterable[ComparedHead]) -> list[str]:
     """Return why trained heads' AUROC has no interval, each reason once."""
     reasons = [
         row["scores"]["auroc"].get("reason") for row in rows if not row.get("baseline", False)

@@ -11,6 +11,7 @@ from medembed.evaluation.estimates import PREDICTIVE, Estimate, estimate_scores
 from medembed.evaluation.intervals import plain
 from medembed.evaluation.scores import DECISION_SCORES
 from medembed.evaluation.thresholds import OperatingPoint, ThresholdRule
+from medembed.results.comparison_schema import Confusion, Curve, PointDocument
 
 __all__ = [
     "POINT_SCORES",
@@ -30,7 +31,7 @@ def describe_points(
     rules: Sequence[ThresholdRule],
     known: Iterable[OperatingPoint],
     prevalence: float | None = None,
-) -> list[dict[str, Any]]:
+) -> list[PointDocument]:
     """Return how a head decides at each operating point, as JSON values.
 
     Parameters
@@ -52,7 +53,7 @@ def describe_points(
         it and the confusion are None, and scores are not estimable.
     """
     thresholds = {point.name: point.threshold for point in known}
-    found = []
+    found: list[PointDocument] = []
     for rule in rules:
         threshold = thresholds.get(rule.name)
         if threshold is None:
@@ -62,7 +63,7 @@ def describe_points(
             codes = patient_codes(patients)
             estimates = estimate_scores(y, probability, threshold, codes, POINT_SCORES)
             confusion = count_confusion(y, probability, threshold)
-        entry = {
+        entry: PointDocument = {
             "name": rule.name,
             "threshold": threshold,
             "scores": _intervals(estimates),
@@ -76,9 +77,7 @@ def describe_points(
     return found
 
 
-def describe_benefit(
-    y: np.ndarray, probability: np.ndarray, patients: np.ndarray
-) -> dict[str, Any]:
+def describe_benefit(y: np.ndarray, probability: np.ndarray, patients: np.ndarray) -> Curve:
     """Return a head's decision curve as JSON values, see `evaluation.clinical_utility`.
 
     Returns
@@ -88,21 +87,25 @@ def describe_benefit(
         ``method`` of the band, None without a band.
     """
     curve = net_benefit(y, probability, patients)
-    columns = {name: plain(curve[name].tolist()) for name in ("value", "low", "high", "treat_all")}
-    method = "influence-t" if curve["low"].notna().any() else None
-    return {"thresholds": curve["threshold"].tolist(), **columns, "method": method}
+    return {
+        "thresholds": curve["threshold"].tolist(),
+        "value": plain(curve["value"].tolist()),
+        "low": plain(curve["low"].tolist()),
+        "high": plain(curve["high"].tolist()),
+        "treat_all": plain(curve["treat_all"].tolist()),
+        "method": "influence-t" if curve["low"].notna().any() else None,
+    }
 
 
-def count_confusion(y: np.ndarray, probability: np.ndarray, threshold: float) -> dict[str, int]:
+def count_confusion(y: np.ndarray, probability: np.ndarray, threshold: float) -> Confusion:
     """Return ``tn``, ``fp``, ``fn``, ``tp`` of decisions at or above a threshold."""
     called, is_abnormal = probability >= threshold, y == 1
-    counts = {
-        "tn": ~called & ~is_abnormal,
-        "fp": called & ~is_abnormal,
-        "fn": ~called & is_abnormal,
-        "tp": called & is_abnormal,
+    return {
+        "tn": int((~called & ~is_abnormal).sum()),
+        "fp": int((called & ~is_abnormal).sum()),
+        "fn": int((~called & is_abnormal).sum()),
+        "tp": int((called & is_abnormal).sum()),
     }
-    return {name: int(own.sum()) for name, own in counts.items()}
 
 
 def _intervals(estimates: Mapping[str, Estimate]) -> dict[str, Any]:

@@ -3,10 +3,10 @@
 A head is non-inferior if it is worse than the best by less than a margin set beforehand.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from math import isnan
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from medembed.core.errors import RunError
 from medembed.evaluation.bootstrap import MIN_PATIENTS, finite_or_none
@@ -21,6 +21,14 @@ from medembed.evaluation.paired import (
     paired_difference,
 )
 from medembed.results.alignment import ScoredHead, TestSet
+from medembed.results.comparison_schema import (
+    ComparedHead,
+    HeadName,
+    McNemar,
+    NonInferiority,
+    Pair,
+    VersusBest,
+)
 
 __all__ = [
     "LARGEST_MARGIN",
@@ -40,8 +48,8 @@ RESAMPLES_PER_PAIR = 100
 
 
 def pair_rows(
-    test_set: TestSet, rows: list[dict[str, Any]], n_resamples: int, seed: int
-) -> dict[tuple[int, int], dict[str, Any]]:
+    test_set: TestSet, rows: list[ComparedHead], n_resamples: int, seed: int
+) -> dict[tuple[int, int], Pair]:
     """Return paired tests of the trained heads with each other, and of the best row with priors.
 
     Returns
@@ -74,17 +82,17 @@ def pair_rows(
             "a": names[i],
             "b": names[j],
             "score": "auroc",
-            **found[str(i), str(j)].as_dict(),
+            **_test_of(found[str(i), str(j)]),
             "p_holm": plain(float(p)),
             "p_bootstrap": plain(resampled[str(i), str(j)]),
             "p_delong": plain(delong[str(i), str(j)].p),
-            "mcnemar": plain(_mcnemar(test_set, contenders[i], contenders[j])),
+            "mcnemar": _mcnemar(test_set, contenders[i], contenders[j]),
         }
         for (i, j), p in zip(chosen, adjusted, strict=True)
     }
 
 
-def versus_best(pair: dict[str, Any] | None) -> dict[str, Any] | None:
+def versus_best(pair: Pair | None) -> VersusBest | None:
     """Return the test against the best, None for the best itself; `tied` if it may be chance."""
     if pair is None:
         return None
@@ -95,14 +103,14 @@ def versus_best(pair: dict[str, Any] | None) -> dict[str, Any] | None:
     }
 
 
-def row_name(row: dict[str, Any], *, several: bool) -> str:
+def row_name(row: HeadName, *, several: bool) -> str:
     """Return the head's name, together with its run's if there are several runs."""
     return f"{row['run']}/{row['head']}" if several else str(row["head"])
 
 
-def _mcnemar(test_set: TestSet, a: ScoredHead, b: ScoredHead) -> dict[str, Any]:
+def _mcnemar(test_set: TestSet, a: ScoredHead, b: ScoredHead) -> McNemar:
     found = mcnemar(test_set.y, a.probability >= a.threshold, b.probability >= b.threshold)
-    return {"only_a": found.only_a, "only_b": found.only_b, "p": found.p}
+    return {"only_a": found.only_a, "only_b": found.only_b, "p": finite_or_none(found.p)}
 
 
 LARGEST_MARGIN = 0.5
@@ -122,8 +130,8 @@ def check_margin(margin: float) -> None:
 
 
 def find_non_inferior(
-    rows: Sequence[dict[str, Any]], test_set: TestSet, margin: float
-) -> list[dict[str, Any]]:
+    rows: Sequence[ComparedHead], test_set: TestSet, margin: float
+) -> list[NonInferiority]:
     """Return a test of non-inferiority of every other trained head to the best one.
 
     The best head is the one with the highest AUROC on these same rows, which favours it: a head
@@ -174,7 +182,7 @@ def find_non_inferior(
             "p": finite_or_none(p),
             "p_holm": finite_or_none(float(adjusted)),
             "non_inferior": None if isnan(adjusted) else bool(adjusted < ONE_SIDED),
-            **({"reason": _explain(test_set)} if isnan(p) else {}),
+            **_explain_absent(test_set, p),
         }
         for row, difference, p, adjusted in zip(
             others, found, p_values, holm(p_values), strict=True
@@ -182,7 +190,7 @@ def find_non_inferior(
     ]
 
 
-def describe_margins(tests: Sequence[dict[str, Any]], margin: float) -> list[str]:
+def describe_margins(tests: Sequence[NonInferiority], margin: float) -> list[str]:
     """Return a sentence for each head on whether it is non-inferior to the best one."""
     if not tests:
         return [f"Non-inferiority (margin {margin:g}): there is no second trained head to test."]
@@ -190,7 +198,7 @@ def describe_margins(tests: Sequence[dict[str, Any]], margin: float) -> list[str
     return [_describe(test, after) for test in tests]
 
 
-def _describe(test: dict[str, Any], after: str) -> str:
+def _describe(test: Mapping[str, Any], after: str) -> str:
     if test["non_inferior"] is None:
         return (
             f"Whether {test['a']} is non-inferior to {test['b']} cannot be tested: "
@@ -205,10 +213,35 @@ def _describe(test: dict[str, Any], after: str) -> str:
     )
 
 
-def _ends(difference: Difference) -> dict[str, float | None]:
+class _Ends(TypedDict):
+    difference: float | None
+    low: float | None
+    high: float | None
+
+
+class _Test(_Ends):
+    p: float | None
+    method: str | None
+
+
+class _Reason(TypedDict):
+    reason: NotRequired[str]
+
+
+def _ends(difference: Difference) -> _Ends:
     return {
-        name: finite_or_none(getattr(difference, name)) for name in ("difference", "low", "high")
+        "difference": finite_or_none(difference.difference),
+        "low": finite_or_none(difference.low),
+        "high": finite_or_none(difference.high),
     }
+
+
+def _test_of(found: Difference) -> _Test:
+    return {**_ends(found), "p": finite_or_none(found.p), "method": found.method}
+
+
+def _explain_absent(test_set: TestSet, p: float) -> _Reason:
+    return {"reason": _explain(test_set)} if isnan(p) else {}
 
 
 def _explain(test_set: TestSet) -> str:

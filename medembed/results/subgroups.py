@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -22,6 +22,15 @@ from medembed.dataset.manifest import Manifest, require_hashes
 from medembed.evaluation.intervals import plain
 from medembed.evaluation.unpaired import MOST_PAIRED, Gap, find_gaps, score_groups
 from medembed.results.alignment import ScoredHead, TestSet
+from medembed.results.comparison_schema import (
+    ColumnGroups,
+    ComparedHead,
+    GapDocument,
+    Group,
+    GroupedHead,
+    Groupings,
+    HeadName,
+)
 from medembed.results.runs import Run
 from medembed.results.significance import SIGNIFICANCE, row_name
 
@@ -159,9 +168,7 @@ def join_column(test_set: TestSet, rows: pd.DataFrame, grouping: Grouping) -> Gr
     )
 
 
-def compare_groups(
-    rows: Sequence[dict[str, Any]], test_set: TestSet, own: Groups
-) -> dict[str, Any]:
+def compare_groups(rows: Sequence[ComparedHead], test_set: TestSet, own: Groups) -> Groupings:
     """Return every head's scores within each group, and tests of the trained heads' gaps.
 
     Parameters
@@ -183,21 +190,22 @@ def compare_groups(
     """
     members = {name: own.names == name for name in (*own.order, *own.rest)}
     contenders = {(one.run, one.head): one for one in test_set.contenders}
-    scored, gaps = [], []
+    scored: list[GroupedHead] = []
+    gaps: list[GapDocument] = []
     for row in rows:
         contender = contenders[row["run"], row["head"]]
         found = _score(test_set, contender, members)
         blocks = {name: {k: v.interval() for k, v in one.items()} for name, one in found.items()}
-        who = {"run": row["run"], "head": row["head"]}
+        who: HeadName = {"run": row["run"], "head": row["head"]}
         scored.append({**who, "groups": plain(blocks)})
         if not row["baseline"]:
             one = {name: found[name] for name in own.order}
             gaps += [
-                {**who, **_as_dict(gap)}
+                cast("GapDocument", {**who, **_as_dict(gap)})
                 for gap in find_gaps(one, _score_others(test_set, contender, own), OTHERS)
             ]
     edges = own.grouping.edges
-    groups = {
+    groups: ColumnGroups = {
         "column": own.grouping.column,
         "bands": None if edges is None else [e if isfinite(e) else None for e in edges],
         "groups": [_count(test_set, name, chosen) for name, chosen in members.items()],
@@ -207,21 +215,21 @@ def compare_groups(
     return {"groups": groups, "gaps": gaps}
 
 
-def describe_gaps(gaps: Sequence[dict[str, Any]], *, several: bool) -> str:
+def describe_gaps(gaps: Sequence[GapDocument], *, several: bool) -> str:
     """Return a sentence on which gaps are more than chance."""
-    tested = [gap for gap in gaps if gap["p_holm"] is not None]
+    tested = [(gap["p_holm"], gap) for gap in gaps if gap["p_holm"] is not None]
     if not gaps:
         return "Gaps: there are no two groups to compare."
     if not tested:
         return "Gaps: none could be tested; the groups are too small."
-    found = [gap for gap in tested if gap["p_holm"] < SIGNIFICANCE]
+    found = [(p, gap) for p, gap in tested if p < SIGNIFICANCE]
     what = f"of {len(tested):,} gap{'s'[: len(tested) > 1]} that could be tested"
     if not found:
         return f"Gaps: none {what} is significant at {SIGNIFICANCE} after Holm's correction."
     told = [
         f"{row_name(gap, several=several)}, {gap['score']}, {gap['a']} − {gap['b']} "
         f"{gap['difference']:+.3f}"
-        for gap in sorted(found, key=lambda gap: gap["p_holm"])[:NAMED_GAPS]
+        for _, gap in sorted(found, key=lambda own: own[0])[:NAMED_GAPS]
     ]
     more = f"; and {len(found) - NAMED_GAPS:,} more" if len(found) > NAMED_GAPS else ""
     verb = "is" if len(found) == 1 else "are"
@@ -260,7 +268,7 @@ def _as_dict(gap: Gap) -> dict[str, Any]:
     return {**told, "method": method} | ({} if gap.reason is None else {"reason": gap.reason})
 
 
-def _count(test_set: TestSet, name: str, chosen: np.ndarray) -> dict[str, Any]:
+def _count(test_set: TestSet, name: str, chosen: np.ndarray) -> Group:
     return {
         "name": name,
         "n": int(chosen.sum()),

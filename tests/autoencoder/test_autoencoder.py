@@ -21,7 +21,8 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save, save_file
 
 from medembed.autoencoder import checkpoint, images, train_autoencoder, training
 from medembed.cache.embeddings import load_embeddings
@@ -301,7 +302,7 @@ def test_the_best_epoch_is_kept_and_not_the_last(
     after = []
     while not one.is_over:
         one.run_epoch(lambda _: None)
-        after.append(one.state()[0]["model.encoder.code.weight"])
+        after.append(one.tensors()["model.encoder.code.weight"])
     assert (len(after), one.best_epoch) == (3, 2)
     kept = one.best["encoder.code.weight"]
     assert [torch.equal(kept, weight) for weight in after] == [False, True, False]
@@ -652,7 +653,7 @@ class Stop:
     def __init__(self, epoch: int) -> None:
         self._epoch, self._told = epoch, ""
 
-    def tell(self, words: str) -> None:
+    def show_status(self, words: str) -> None:
         self._told = words
 
     def __call__(self, done: int, total: int) -> None:
@@ -663,7 +664,9 @@ class Stop:
 def interrupt(manifest: Manifest, home: Path, out: Path, epoch: int) -> KeyboardInterrupt:
     stop = Stop(epoch)
     with pytest.raises(KeyboardInterrupt) as raised:
-        train_autoencoder(manifest, home / "images", out, **QUICK, progress=stop, tell=stop.tell)
+        train_autoencoder(
+            manifest, home / "images", out, **QUICK, progress=stop, on_status=stop.show_status
+        )
     return raised.value
 
 
@@ -675,7 +678,7 @@ def test_an_interrupted_training_goes_on_to_the_same_bytes(
     assert error.__notes__ == ["2 epochs of this training are kept."]
     assert not out.exists()
     words: list[str] = []
-    train_autoencoder(manifest, home / "images", out, **QUICK, tell=words.append)
+    train_autoencoder(manifest, home / "images", out, **QUICK, on_status=words.append)
     assert "Training on from epoch 2" in words
     assert weights(out) == weights(quick)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -702,7 +705,7 @@ def test_a_memory_that_fills_later_costs_no_epoch(
         patched.setattr(training.Training, "run_epoch", full)
         with pytest.raises(DeviceMemoryError):
             train_autoencoder(manifest, home / "images", out, **QUICK)
-    train_autoencoder(manifest, home / "images", out, **QUICK, tell=words.append)
+    train_autoencoder(manifest, home / "images", out, **QUICK, on_status=words.append)
     assert "Training on from epoch 2" in words
     assert weights(out) == weights(quick)
 
@@ -731,7 +734,7 @@ def test_an_end_while_the_encoder_is_written_leaves_none_and_is_made_good(
     with pytest.raises(EncoderError):
         load_encoder(tmp_path / "out.partial")
     words: list[str] = []
-    train_autoencoder(manifest, home / "images", out, **QUICK, tell=words.append)
+    train_autoencoder(manifest, home / "images", out, **QUICK, on_status=words.append)
     assert "Training on from epoch 3" in words
     assert weights(out) == weights(quick)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -771,7 +774,7 @@ def test_a_state_that_is_damaged_or_of_other_images_is_begun_anew(
     interrupt(manifest, home, out, 2)
     state.write_bytes(state.read_bytes()[:-3])
     words: list[str] = []
-    train_autoencoder(manifest, home / "images", out, **QUICK, tell=words.append)
+    train_autoencoder(manifest, home / "images", out, **QUICK, on_status=words.append)
     assert "Training" in words
     assert weights(out) == weights(quick)
     shutil.rmtree(out)
@@ -781,6 +784,35 @@ def test_a_state_that_is_damaged_or_of_other_images_is_begun_anew(
     interrupt(manifest, tmp_path, out, 2)  # one image less
     (tmp_path / "lost").rename(lost)
     train_autoencoder(manifest, root, out, **QUICK)
+    assert weights(out) == weights(quick)
+
+
+@pytest.mark.parametrize(
+    "notes",
+    ["[]", "{}", '{"epochs": 3, "n_steps": 1, "images": "", "asked": {}}',
+     '{"epochs": [{"loss": "low", "held_out_loss": 0.5}], "n_steps": 1, "images": "", "asked": {}}',
+     '{"epochs": [], "n_steps": -1, "images": "", "asked": {}}',
+     '{"epochs": [], "n_steps": 1, "images": "", "asked": [], "more": 1}'],
+)  # fmt: skip
+def test_a_state_that_no_training_saves_counts_as_none(notes: str, tmp_path: Path) -> None:
+    work = checkpoint.CheckpointDir(tmp_path / "out", {"seed": 1})
+    with work.locked():
+        work.save({"model.weight": torch.zeros(2)}, epochs=[], n_steps=0, images="0")
+        assert work.load() is not None
+        state = work.path / "state.safetensors"
+        state.write_bytes(save({"model.weight": torch.zeros(2)}, {"notes": notes}))
+        assert work.load() is None
+
+
+def test_tensors_of_another_training_are_not_resumed(
+    home: Path, manifest: Manifest, quick: Path, tmp_path: Path
+) -> None:
+    out, state = tmp_path / "out", tmp_path / "out.partial" / "state.safetensors"
+    interrupt(manifest, home, out, 2)
+    with safe_open(state, "pt") as file:
+        notes = file.metadata()["notes"]
+    state.write_bytes(save({"model.weight": torch.zeros(2)}, {"notes": notes}))
+    train_autoencoder(manifest, home / "images", out, **QUICK)
     assert weights(out) == weights(quick)
 
 
@@ -842,7 +874,7 @@ def test_a_killed_training_leaves_nothing_that_loads_and_goes_on(
     with pytest.raises(EncoderError):
         load_encoder(tmp_path / "out.partial")
     words: list[str] = []
-    train_autoencoder(manifest, home / "images", out, **QUICK, tell=words.append)
+    train_autoencoder(manifest, home / "images", out, **QUICK, on_status=words.append)
     assert any(word.startswith("Training on from epoch") for word in words)
     assert weights(out) == weights(quick)
 

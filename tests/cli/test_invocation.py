@@ -41,7 +41,7 @@ def place(tmp_path, monkeypatch):
     write_manifest(make_manifest(table.astype(str), "study"), home / "m.csv")
     # one figure drawn twice shows what ten do, and few resamples what many do
     monkeypatch.setattr(page, "compare_aligned", compare_fast)
-    monkeypatch.setattr(page, "plot_all", lambda result, test_set, _: [plot_roc(result, test_set)])
+    monkeypatch.setattr(page, "plot_all", lambda result, test_set, *_: [plot_roc(result, test_set)])
     return home
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from medembed.cli import main
+from medembed.encoders.hub import resolve_checkpoint
 
 FAST = {
     "MEDEMBED_SWEEP_HEADS": "logistic",
@@ -151,6 +153,71 @@ def test_nothing_to_embed_is_told_without_loading_torch(
     assert done.stdout.splitlines()[-1] == "False"
     assert "0 embedded, 60 already there" in done.stderr.replace("would be ", "")
     assert "images/s" not in done.stderr
+
+
+def test_a_dry_run_without_a_cache_answers_without_loading_torch(
+    films: Path, first: Result, tmp_path: Path
+) -> None:
+    words = next(words for words in steps(first) if words[0] == "extract")
+    place = words.index("--cache") + 1
+    words = [*words[:place], str(tmp_path / "new"), *words[place + 1 :], "--dry-run"]
+    end, said = end_of(words)
+    assert end == "0 False", said
+    assert "60 would be embedded, 0 already there" in said
+    assert "medembed doctor --encoder demo" in said
+    assert not (tmp_path / "new").exists()
+    hub = ["google/medgemma-4b-pt" if word == "demo" else word for word in words]
+    assert end_of(hub)[0] == "0 False"  # the hub is not asked
+    empty = tmp_path / "no-checkpoint"
+    empty.mkdir()
+    wrong = (("--encoder", "no-such-directory"), ("--encoder", str(empty)), ("--pool", "median"))
+    for name, value in wrong:  # the last of equal options counts
+        end, said = end_of([*words, name, value])
+        assert end == "1 False"
+        assert Path(value).name in said
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("hidden_size", 64, "rows of {} columns, and {} has 64"),
+        ("image_size", 64, "images of 128 x 128 pixels, and {1} has 64 x 64"),
+    ],
+)
+def test_an_encoder_of_another_size_is_refused_before_torch(
+    first: Result, tmp_path: Path, key: str, value: int, words: str
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(resolve_checkpoint("demo").path, other)
+    config = json.loads((other / "config.json").read_text())
+    width = config["vision_config"]["hidden_size"]
+    config["vision_config"][key] = value
+    (other / "config.json").write_text(json.dumps(config))
+    if key == "image_size":
+        processor = other / "preprocessor_config.json"
+        size = {"size": {"height": value, "width": value}}
+        processor.write_text(json.dumps(json.loads(processor.read_text()) | size))
+    command = [
+        str(other) if word == "demo" else word
+        for word in next(words for words in steps(first) if words[0] == "extract")
+    ]
+    end, said = end_of(command)
+    assert end == "1 False"
+    assert words.format(width, other) in " ".join(said.split())
+    shutil.rmtree(other)
+    shutil.copytree(resolve_checkpoint("demo").path, other)
+    assert end_of(command)[0] == "0 True"  # the same tower under another name: it has to be loaded
+
+
+def end_of(words: list[str]) -> tuple[str, str]:
+    """Run a command in a process; return its exit code with whether torch loaded, and stderr."""
+    code = (
+        "import sys\nfrom medembed.cli import main\n"
+        "try: main(sys.argv[1:])\nexcept SystemExit as end: print(end.code, 'torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()[-1], done.stderr
 
 
 def test_an_encoder_that_did_not_make_the_cache_is_refused_by_name(

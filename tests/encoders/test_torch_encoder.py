@@ -241,7 +241,7 @@ def test_a_cpus_batch_is_small_and_the_same_for_any_number_of_images(side: int, 
 
 def test_warming_up_a_cpu_computes_nothing() -> None:
     encoder = make(model=torch.nn.Identity())  # would fail
-    assert encoder.warm_up(["mean"], n_images=100, tell=never) == 8
+    assert encoder.warm_up(["mean"], n_images=100, on_status=never) == 8
     assert encoder.warm_up(["mean"], n_images=100, batch_size=7) == 7
     with pytest.raises(EncoderError, match="median"):
         encoder.warm_up(["median"], n_images=1)
@@ -557,7 +557,7 @@ def test_the_tower_is_compiled_where_that_saves_more_than_it_takes(
 
     monkeypatch.setattr(torch, "compile", compile_)
     words: list[str] = []
-    assert encoder.warm_up(["mean"], n_images=n_images, tell=words.append) == 64
+    assert encoder.warm_up(["mean"], n_images=n_images, on_status=words.append) == 64
     assert words == told
     tried, compiled = "Compiling" in told, told[-1] == "Compiling"
     assert sizes == [64, 64] * tried  # once to compile, then timed
@@ -579,7 +579,7 @@ def test_a_tower_that_cannot_be_compiled_runs_as_it_is(
 
     monkeypatch.setattr(torch, "compile", lambda model, dynamic: fail)
     words: list[str] = []
-    assert encoder.warm_up(["mean"], n_images=10**6, tell=words.append) == 64
+    assert encoder.warm_up(["mean"], n_images=10**6, on_status=words.append) == 64
     assert words == ["Warming up", "Compiling", "Not compiled: no compiler for this device"]
     rows = encoder.encode(batch(64), ["mean"])["mean"]
     assert np.array_equal(rows, make().encode(batch(64), ["mean"])["mean"])
@@ -624,7 +624,7 @@ def test_one_compiled_block_serves_them_all_and_only_its_size_of_batch(
         return 1.0
 
     encoder.tuning = tuning
-    tuning.compile(timer, n_images=10**6, batch_size=3, seconds=2.0, tell=lambda words: None)
+    tuning.compile(timer, n_images=10**6, batch_size=3, seconds=2.0, on_status=lambda words: None)
     assert len(blocks) == 4
     assert counter.frame_count == 1
     assert np.array_equal(encoder.encode(pixels, ["mean"])["mean"], wanted)

@@ -469,7 +469,7 @@ class SmallDevice(HalvesEncoder):
         *,
         n_images: int,
         batch_size: int | None = None,
-        tell: Callable[[str], None] | None = None,
+        on_status: Callable[[str], None] | None = None,
     ) -> int:
         return batch_size or 32
 

@@ -17,15 +17,15 @@ from medembed.dataset.manifest import Manifest, read_manifest
 from medembed.encoders.devices import Lanes
 from medembed.encoders.loading import load_encoder
 from medembed.encoders.protocol import PipelinedEncoder
+from medembed.finetuning import batches as images_module
 from medembed.finetuning import frozen_features
-from medembed.finetuning import image_store as images_module
+from medembed.finetuning.batches import compute_rows, take_ahead
 from medembed.finetuning.frozen_features import (
     PipelinedTrunk,
     TrunkEncoder,
     fill_trunk_cache,
     make_trunk,
 )
-from medembed.finetuning.image_store import compute_rows, take_ahead
 from medembed.finetuning.network import Network
 from medembed.results.runs import open_run
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from medembed.finetuning.image_store import (
+from medembed.finetuning.batches import (
     BRIGHTNESS,
     CONTRAST,
     ROTATION,

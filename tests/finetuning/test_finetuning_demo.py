@@ -104,7 +104,7 @@ def test_unfreezing_changes_the_last_blocks(home: Path, depths: dict[str, Any]) 
 def test_unfreezing_raises_the_auroc_over_the_head_alone(
     home: Path, depths: dict[str, Any]
 ) -> None:
-    result = compare([home / "depths"])
+    result = compare([home / "depths"], n_resamples=200)
     values = {row["head"]: row["scores"]["auroc"]["value"] for row in result["rows"]}
     assert values["unfreeze-2"] > values["unfreeze-0"]
     [pair] = [
@@ -127,7 +127,7 @@ def test_an_adapted_encoder_feeds_the_two_stages(home: Path, depths: dict[str, A
         extract = ("extract", table, "--image-root", images, "--encoder", encoder, "--cache", cache)
         assert run(*extract)["embedded"] == N_PATIENTS
         sweep = ("sweep", cache, table, "--out", home / name, "--heads", "logistic", "--jobs", 1)
-        run(*sweep, "--configs", 3)
-    result = compare([home / "depths", home / "demo", home / "adapted"])
+        run(*sweep, "--configs", 3, "--folds", 2)
+    result = compare([home / "depths", home / "demo", home / "adapted"], n_resamples=200)
     values = {(row["run"], row["head"]): row["scores"]["auroc"]["value"] for row in result["rows"]}
     assert values["adapted", "logistic"] > values["demo", "logistic"]

@@ -92,7 +92,7 @@ def test_its_size_is_said_before_it_begins_and_a_full_disk_refused(
     monkeypatch.setattr("medembed.extraction.job.free_bytes", lambda _: 1000)
     with pytest.raises(CacheError, match=r"would grow by 0\.1 MB .* has 0\.0 MB free"):
         tune(home, home / "tower", tmp_path / "run", unfreeze="1",
-             trunk_cache=tmp_path / "cache", tell=said.append)  # fmt: skip
+             trunk_cache=tmp_path / "cache", on_status=said.append)  # fmt: skip
     assert said == ["Trunk cache, 60 × 16 × 32 float32, 0.1 MB"]
     assert not open_run(tmp_path / "run").trial_records()
 

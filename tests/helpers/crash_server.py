@@ -228,7 +228,7 @@ def work(request: dict[str, Any], started: int) -> str:
             batch_size=BATCH_SIZE,
             decoders=1,
             commit_seconds=0.0,
-            tell=lambda words: words == "Canary" and os.write(started, b"."),
+            on_status=lambda words: words == "Canary" and os.write(started, b"."),
         )
     except MedembedError as error:
         return f"MedembedError: {error}"

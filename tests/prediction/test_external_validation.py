@@ -421,8 +421,8 @@ def test_the_table_fits_a_terminal_and_tells_it_all(found):
 
 
 @pytest.mark.parametrize("damage", ['{"rows": [{}]}', '{"rows": [], "notes": 3}', '{"drop": 1}'])
-def test_damaged_scores_are_named_on_the_page_and_the_terminal(damage, home, tmp_path):
-    shutil.copytree(home / "evaluated", tmp_path / "run")
+def test_damaged_scores_are_named_on_the_page_and_the_terminal(damage, found, tmp_path):
+    shutil.copytree(found["run"], tmp_path / "run")
     scores = json.loads((tmp_path / "run" / "scores.json").read_text()) | json.loads(damage)
     (tmp_path / "run" / "scores.json").write_text(json.dumps(scores))
     with pytest.raises(RunError, match="is damaged"):
@@ -432,8 +432,8 @@ def test_damaged_scores_are_named_on_the_page_and_the_terminal(damage, home, tmp
             page.write_report([tmp_path / "run"], tmp_path / "page", n_resamples=20)
 
 
-def test_scores_that_are_no_json_are_said_to_be_once(home, tmp_path):
-    shutil.copytree(home / "evaluated", tmp_path / "run")
+def test_scores_that_are_no_json_are_said_to_be_once(found, tmp_path):
+    shutil.copytree(found["run"], tmp_path / "run")
     (tmp_path / "run" / "scores.json").write_text("{")
     with pytest.raises(RunError, match=r"scores\.json cannot be read") as refused:
         find_external([open_run(tmp_path / "run")])

@@ -275,14 +275,14 @@ def test_what_is_missing_in_the_cache_is_embedded_and_told(home: Path, tmp_path:
     draw(tmp_path / "new.png", np.random.default_rng(9), 1)
     told: list[str] = []
     files = [home / "images" / "p00" / "view0.png", tmp_path / "new.png"]
-    images, _ = parts(ask(home, cache=home / "cache", tell=told.append).predict_images(files))
+    images, _ = parts(ask(home, cache=home / "cache", on_status=told.append).predict_images(files))
     assert [row["trained_on"] for row in images] == [True, False]
     assert all(row["error"] is None for row in images)
     assert told == [
         "1 of 2 images are not in the cache; they are embedded by demo now, and not kept."
     ]
     # Where there is no encoder, those that the cache has are answered for.
-    absent = ask(home, cache=home / "cache", encoder=tmp_path / "nowhere", tell=told.append)
+    absent = ask(home, cache=home / "cache", encoder=tmp_path / "nowhere", on_status=told.append)
     images, studies = parts(absent.predict_images(files))
     assert images[0]["decision"] == "normal"
     assert images[1]["decision"] is images[1]["set"] is None
@@ -613,6 +613,25 @@ def test_a_cache_answers_in_a_fresh_process_without_torch(home: Path, tmp_path: 
     assert process.returncode != 0
     rows = list(ask(home, cache=home / "cache").predict_manifest(home / "manifest.csv"))
     assert lines == rows[:30]
+
+
+IMPORTED = """\
+import atexit, sys
+from medembed.__main__ import run
+unused = "transformers huggingface_hub lightgbm matplotlib sklearn.linear_model sympy torch._dynamo"
+names = ["torch", *unused.split()]
+atexit.register(lambda: print([name for name in names if name in sys.modules], file=sys.stderr))
+run()
+"""
+
+
+def test_an_image_is_predicted_without_libraries_that_it_does_not_need(home: Path) -> None:
+    """Torch is all that a tower of our own takes: neither transformers nor torch's compiler."""
+    image = home / "images" / "p00" / "view0.png"
+    command = [sys.executable, "-c", IMPORTED, "predict", str(home / "models" / "logistic")]
+    done = subprocess.run([*command, str(image)], capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[-1] == "['torch']"
+    assert "view0.png" in done.stdout
 
 
 STREAMED = """\

@@ -14,7 +14,7 @@ from made_runs import make_images, make_run
 
 from medembed.core.errors import RunError
 from medembed.report import page
-from medembed.report.figures import plot_all
+from medembed.report.figures import plot_all, plot_roc
 from medembed.report.page import write_report
 from medembed.results.provenance import public_name
 
@@ -77,7 +77,7 @@ def test_the_page_and_its_figures_are_written(written):
     names = sorted(path.name for path in (out / "figures").iterdir())
     plots = ("calibration", "confusion", "cost", "decision_curve", "flow", "precision_recall")
     plots += ("regions", "roc", "views")
-    suffixes = ("csv", "pdf", "png", "svg")
+    suffixes = ("csv", "svg")
     assert names == [f"{plot}.{suffix}" for plot in plots for suffix in suffixes]
     assert sorted(result["figures"]) == [str(out / "figures" / name) for name in names]
     assert not list(out.rglob("*.partial"))
@@ -194,12 +194,26 @@ def test_a_page_in_the_place_of_another_keeps_none_of_its_figures(tmp_path):
     images.loc[images["split"] == "test", "label"] = 0
     make_run(tmp_path / "one", images, {"mlp": 1.0})
     out = tmp_path / "out"
-    drawn = write_report([tmp_path / "both"], out, **FAST)["figures"]
+    drawn = write_report([tmp_path / "both"], out, **FAST, figures=["png"])["figures"]
     assert str(out / "figures" / "roc.png") in drawn
     (out / "figures" / "mine.png").write_text("not ours")
     again = write_report([tmp_path / "one"], out, **FAST)["figures"]
     there = sorted(str(path) for path in (out / "figures").iterdir())
     assert there == sorted([*again, str(out / "figures" / "mine.png")])
+
+
+def test_figures_are_written_in_the_formats_that_are_asked_for(run_path, tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "plot_all", lambda *of: [plot_roc(*of[:2])])
+    suffixes = {(): ".svg and .csv", ("pdf",): ".svg, .csv and .pdf"}
+    for formats in (("pdf",), ()):  # the second page keeps nothing of the first
+        out = tmp_path / "out"
+        write_report([run_path], out, **FAST, figures=",".join(formats) or ())
+        there = {path.name for path in (out / "figures").iterdir()}
+        assert there == {f"roc.{name}" for name in ("svg", "csv", *formats)}
+        assert f"Also as figures/roc{suffixes[formats]}." in (out / "index.html").read_text()
+    with pytest.raises(RunError, match=r"not written as 'gif'. Choose from png, pdf; SVG and CSV"):
+        write_report([run_path], tmp_path / "other", figures=["gif"])
+    assert not (tmp_path / "other").exists()
 
 
 def test_many_heads_and_runs_still_give_figures(tmp_path):
@@ -222,7 +236,7 @@ def test_drawing_leaves_the_users_settings_alone(run_path, written, tmp_path):
     with matplotlib.rc_context({"font.size": 3, "text.usetex": False}):
         write_report([run_path], tmp_path / "out", **FAST)
         assert matplotlib.rcParams["font.size"] == 3
-    for name in ("roc.png", "roc.svg", "roc.pdf"):
+    for name in ("roc.svg", "views.svg"):
         usual = (written[0] / "figures" / name).read_bytes()
         assert (tmp_path / "out" / "figures" / name).read_bytes() == usual
 

@@ -16,7 +16,7 @@ from medembed.evaluation.intervals import bootstrap_scores
 from medembed.evaluation.scores import by_study
 from medembed.evaluation.thresholds import youden_threshold
 from medembed.report.figures.roc_pr import roc_band, roc_curve
-from medembed.report.tables import FORMATS, render
+from medembed.report.tables import FORMATS, Table, render, render_table
 from medembed.results.comparison import compare
 
 FAST = {"n_resamples": 200}
@@ -272,3 +272,14 @@ def test_every_interval_names_its_method_and_shares_their_counts(result):
     assert "Slope" in text
     rows = list(csv.DictReader(io.StringIO(render(result, table_format="csv"))))
     assert float(rows[0]["slope"]) == result["rows"][0]["fit"]["slope"]["value"]
+
+
+@pytest.mark.parametrize(("width", "gap"), [(90, 3), (80, 2)])
+def test_gaps_between_columns_shrink_before_a_head_is_folded(width, gap):
+    columns = ["Head", "AUROC [95 %]", "Macro-F1", "Sens.", "Spec.", "κ", "p"]
+    row = ["region-prior", "0.731 [0.479, 0.883]", "0.342", "1.000", "0.083", "-0.073", "0.755 ≈"]
+    lines = render_table(Table("Heads", columns, 1, [[row]]), "table", width).splitlines()
+    [line] = [line for line in lines if "0.731" in line]
+    assert line.split() == " ".join(row).split()
+    assert f"1.000{' ' * gap}0.083" in line
+    assert max(map(len, lines)) <= width

@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from sklearn.covariance import ledoit_wolf_shrinkage
 
 from medembed.core.errors import ModelError, TrainingDataError
 
@@ -223,6 +222,8 @@ def fit_remoteness(space: Space, X: np.ndarray, others: np.ndarray) -> dict[str,
         ``remote_directions`` (k, d) float32, ``remote_variances`` (k + 1,), the last for all other
         directions, and ``remote_quantiles`` (101,) of the distances.
     """
+    from sklearn.covariance import ledoit_wolf_shrinkage  # not earlier: predicting fits nothing
+
     Z = _standardised(space, X[:_MAX_ROWS])
     shrinkage = float(ledoit_wolf_shrinkage(Z, assume_centered=True))
     _, values, turned = np.linalg.svd(Z, full_matrices=False)

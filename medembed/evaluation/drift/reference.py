@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from scipy.stats import beta, betabinom, norm, t
+from scipy.special import betaincinv, ndtri, stdtrit
 
 from medembed.core.errors import ModelError, TrainingDataError
 from medembed.evaluation.bootstrap import CONFIDENCE, patient_codes
@@ -359,7 +359,7 @@ def _measure_distances(
     }
     parts = _interpolate(_entry(reference, "part_sizes"), _entry(reference, "parts"), n)
     # the parts estimate the spread of the training patients only as well as their number allows
-    unsure = float(t.ppf(1 - ALPHA / 2, n_known - 1) / norm.ppf(1 - ALPHA / 2)) ** 2
+    unsure = float(stdtrit(n_known - 1, 1 - ALPHA / 2) / ndtri(1 - ALPHA / 2)) ** 2
     chances = parts * (1 / n + 1 / n_known) * unsure
     return {
         name: {
@@ -383,6 +383,8 @@ def _interpolate(sizes: np.ndarray, parts: np.ndarray, n: int) -> np.ndarray:
 def _measure_range(
     reference: Mapping[str, np.ndarray], points: np.ndarray, all_points: np.ndarray
 ) -> dict[str, Any]:
+    from scipy.stats import betabinom  # not earlier: takes half a second, and only drift needs it
+
     limit, rank, n_known = _entry(reference, "range")
     is_outside = np.linalg.norm(points, axis=1) > limit
     n, of = int(is_outside.sum()), len(points)
@@ -392,8 +394,8 @@ def _measure_range(
         "n": n,
         "of": of,
         "share": n / of,
-        "low": float(beta.ppf(tail, n, of - n + 1)) if n else 0.0,
-        "high": float(beta.ppf(1 - tail, n + 1, of - n)) if n < of else 1.0,
+        "low": float(betaincinv(n, of - n + 1, tail)) if n else 0.0,
+        "high": float(betaincinv(n + 1, of - n, 1 - tail)) if n < of else 1.0,
         "expected": float(chance.mean() / of),
         "chance_high": float(chance.ppf(1 - ALPHA) / of),
         "p": float(chance.sf(n - 1)),

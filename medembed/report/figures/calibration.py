@@ -1,5 +1,6 @@
 """Reliability of probabilities before and after each calibration."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -28,6 +29,7 @@ from medembed.report.figures.plotting import (
     start_figure,
 )
 from medembed.report.tables import format_interval
+from medembed.results.comparison_schema import CalibrationCurve, CalibrationPanel, ComparisonResult
 from medembed.results.methods import OF_SHARES
 
 __all__ = ["plot_calibration"]
@@ -43,7 +45,7 @@ PANEL_WIDTH = 145
 """Points above a panel."""
 
 
-def plot_calibration(result: dict[str, Any]) -> Plot | None:
+def plot_calibration(result: ComparisonResult) -> Plot | None:
     """Draw the reliability of the best trained head before and after each calibration.
 
     Returns None if the test rows have one class, no head was trained, or the comparison holds no
@@ -72,7 +74,9 @@ def plot_calibration(result: dict[str, Any]) -> Plot | None:
     )
 
 
-def _draw_panels(theme: Theme, result: dict[str, Any], name: str, panels: dict[str, Any]) -> Figure:
+def _draw_panels(
+    theme: Theme, result: ComparisonResult, name: str, panels: Mapping[str, CalibrationPanel]
+) -> Figure:
     about = f"Head: {name}. {describe_test(result)} {_describe_intervals(panels)}"
     about += describe_shown(result, 1)
     n_lines = (len(panels) + 1) // 2
@@ -93,12 +97,12 @@ def _draw_panels(theme: Theme, result: dict[str, Any], name: str, panels: dict[s
     return figure
 
 
-def _band(panel: dict[str, Any]) -> list[float | None]:
+def _band(panel: CalibrationPanel) -> list[float | None]:
     """Return the lower limits of the curve's band."""
     return list((panel.get("curve") or {}).get("low", []))
 
 
-def _describe_curve(panels: dict[str, Any]) -> str:
+def _describe_curve(panels: Mapping[str, CalibrationPanel]) -> str:
     """Return a description of the line and its band, or nothing without a line."""
     bands = [_band(panel) for panel in panels.values()]
     if not any(bands):
@@ -108,7 +112,7 @@ def _describe_curve(panels: dict[str, Any]) -> str:
     return f"; line, the logistic recalibration{with_band}"
 
 
-def _describe_intervals(panels: dict[str, Any]) -> str:
+def _describe_intervals(panels: Mapping[str, CalibrationPanel]) -> str:
     """Return a description of the bars and brackets that are drawn."""
     bins = [
         {"low": own["share_low"], "high": own["share_high"]}
@@ -125,7 +129,7 @@ def _describe_intervals(panels: dict[str, Any]) -> str:
     return " ".join(told) if told else describe_intervals("", bins, "")
 
 
-def _draw_reliability(axes: Any, theme: Theme, method: str, panel: dict[str, Any]) -> None:
+def _draw_reliability(axes: Any, theme: Theme, method: str, panel: CalibrationPanel) -> None:
     colour = theme.series[0]
     filled = [own for own in panel["bins"] if own["n"] and own["mean_probability"] is not None]
     axes.plot([0, 1], [0, 1], color=theme.ink, **REFERENCE)
@@ -151,7 +155,7 @@ def _draw_reliability(axes: Any, theme: Theme, method: str, panel: dict[str, Any
     )
 
 
-def _draw_curve(axes: Any, theme: Theme, curve: dict[str, Any]) -> None:
+def _draw_curve(axes: Any, theme: Theme, curve: CalibrationCurve) -> None:
     """Draw the logistic line and its band, if available."""
     if not curve.get("probability"):
         return
@@ -161,7 +165,7 @@ def _draw_curve(axes: Any, theme: Theme, curve: dict[str, Any]) -> None:
         axes.fill_between(places, curve["low"], curve["high"], color=colour, alpha=0.18, lw=0)
 
 
-def _draw_counts(strip: Any, theme: Theme, panel: dict[str, Any], top: int) -> None:
+def _draw_counts(strip: Any, theme: Theme, panel: CalibrationPanel, top: int) -> None:
     """Draw how many rows each bin holds, on one scale for all panels."""
     bins = panel["bins"]
     strip.bar(
@@ -184,13 +188,13 @@ def _title(method: str) -> str:
     return METHODS.get(method) or elide(method, PANEL_WIDTH, LEGEND)
 
 
-def _scores(panel: dict[str, Any], separator: str) -> str:
+def _scores(panel: Mapping[str, Any], separator: str) -> str:
     return separator.join(
         f"{title} {format_interval(panel[score])}" for score, title in SCORES.items()
     )
 
 
-def _write_bins(head: str, panels: dict[str, Any]) -> str:
+def _write_bins(head: str, panels: Mapping[str, CalibrationPanel]) -> str:
     """Return a CSV of the bins, then the curves, whose points have no count."""
     empty = {**flatten("brier", None), **flatten("ece", None), "bin_low": None, "bin_high": None}
     curves = [

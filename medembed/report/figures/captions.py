@@ -6,7 +6,7 @@ as one of i.
 """
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -14,6 +14,7 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import text_to_path
 
 from medembed.core.text import counted, to_csv_cell, to_figure
+from medembed.results.comparison_schema import ComparedHead, ComparisonResult
 from medembed.results.significance import row_name
 
 __all__ = [
@@ -112,23 +113,23 @@ MAX_NAME = 200
 """Points that a name may take in a legend, so that a score and its interval fit beside it."""
 
 
-def shown_rows(result: dict[str, Any], n: int = MAX_SERIES) -> list[dict[str, Any]]:
+def shown_rows(result: ComparisonResult, n: int = MAX_SERIES) -> list[ComparedHead]:
     """Return the best trained heads, or none if no score determines the best."""
     trained = [row for row in result["rows"] if not row["baseline"]]
     return trained[:n] if trained and is_known(trained[0]["scores"]["auroc"]) else []
 
 
-def is_known(score: dict[str, Any] | None) -> bool:
+def is_known(score: Mapping[str, Any] | None) -> bool:
     """Return whether a score has a value."""
     return score is not None and score.get("value") is not None
 
 
-def has_interval(score: dict[str, Any] | None) -> bool:
+def has_interval(score: Mapping[str, Any] | None) -> bool:
     """Return whether a score has an interval, or a one-sided bound."""
     return score is not None and any(score.get(end) is not None for end in ("low", "high"))
 
 
-def describe_intervals(what: str, scores: Iterable[dict[str, Any] | None], how: str) -> str:
+def describe_intervals(what: str, scores: Iterable[Mapping[str, Any] | None], how: str) -> str:
     """Return the sentence on how a figure shows its scores' intervals, or that there are none.
 
     `how` names the method.
@@ -138,24 +139,24 @@ def describe_intervals(what: str, scores: Iterable[dict[str, Any] | None], how: 
     return "No score here has an interval."
 
 
-def name_rows(result: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[str]:
+def name_rows(result: ComparisonResult, rows: Sequence[ComparedHead]) -> list[str]:
     """Return whole names, for tables."""
     return [row_name(row, several=len(result["runs"]) > 1) for row in rows]
 
 
 def label_rows(
-    result: dict[str, Any], rows: Sequence[dict[str, Any]], width: float = MAX_NAME
+    result: ComparisonResult, rows: Sequence[ComparedHead], width: float = MAX_NAME
 ) -> list[str]:
     """Return names that a legend has room for, at most `width` points wide."""
     return [elide(name, width, LEGEND) for name in name_rows(result, rows)]
 
 
-def name_units(result: dict[str, Any]) -> str:
+def name_units(result: ComparisonResult) -> str:
     """Return the unit of the test rows: studies or images."""
     return "studies" if result["level"] == "study" else "images"
 
 
-def describe_test(result: dict[str, Any]) -> str:
+def describe_test(result: ComparisonResult) -> str:
     """Return the sentence that explains n."""
     test = result["test"]
     return (
@@ -165,7 +166,7 @@ def describe_test(result: dict[str, Any]) -> str:
 
 
 def describe_shown(
-    result: dict[str, Any], n_shown: int = MAX_SERIES, n_all: int | None = None
+    result: ComparisonResult, n_shown: int = MAX_SERIES, n_all: int | None = None
 ) -> str:
     """Return sentences, each after a blank, on heads that are not drawn and on synthetic images.
 
@@ -179,14 +180,14 @@ def describe_shown(
     return f"{shown}{synthetic}"
 
 
-def flatten(name: str, score: dict[str, Any] | None) -> dict[str, float | None]:
+def flatten(name: str, score: Mapping[str, Any] | None) -> dict[str, float | None]:
     """Return a score as cells of a table: the value under `name`, and its interval's limits."""
     score = score or {}
     ends = {f"{name}_{end}": score.get(end) for end in ("low", "high")}
     return {name: score.get("value"), **ends}
 
 
-def write_csv(rows: Sequence[dict[str, Any]]) -> str:
+def write_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return rows as CSV at full precision, counts without a decimal point."""
     table = pd.DataFrame(list(rows), dtype=object).map(to_csv_cell)
     return str(table.to_csv(index=False, lineterminator="\n"))

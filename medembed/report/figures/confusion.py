@@ -1,5 +1,6 @@
 """Confusion matrices of heads at every operating point."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -19,8 +20,9 @@ from medembed.report.figures.captions import (
     write_csv,
 )
 from medembed.report.figures.plotting import Plot, Theme, make_plot, start_figure
-from medembed.report.operating_tables import name_point, points_of
+from medembed.report.operating_tables import confusion_of, name_point, points_of
 from medembed.report.tables import format_interval
+from medembed.results.comparison_schema import ComparedHead, ComparisonResult, PointDocument
 from medembed.results.methods import OF_SHARES
 
 __all__ = ["plot_confusion"]
@@ -38,7 +40,7 @@ DARKEST = 0.5
 """Opacity of a cell that holds its whole row, at which text stays readable in both themes."""
 
 
-def plot_confusion(result: dict[str, Any]) -> Plot | None:
+def plot_confusion(result: ComparisonResult) -> Plot | None:
     """Draw the confusion matrices of the best trained heads at each operating point.
 
     Returns None if the test rows have one class, no head was trained, or the comparison holds no
@@ -53,11 +55,12 @@ def plot_confusion(result: dict[str, Any]) -> Plot | None:
         return _draw_matrices(theme, result, rows, names)
 
     sentences = [
-        f"{name} at {_title(point)}: {point['confusion']['tn']:,} true negative, "
-        f"{point['confusion']['fp']:,} false positive, {point['confusion']['fn']:,} false "
-        f"negative, {point['confusion']['tp']:,} true positive"
+        f"{name} at {_title(point)}: {found['tn']:,} true negative, "
+        f"{found['fp']:,} false positive, {found['fn']:,} false negative, "
+        f"{found['tp']:,} true positive"
         for name, row in zip(label_rows(result, rows), rows, strict=True)
         for point in points_of(row)
+        for found in [confusion_of(point)]
     ]
     n_all = len(result["operating_points"])
     most = f" The first {MAX_POINTS} of {n_all} operating points." if n_all > MAX_POINTS else ""
@@ -75,7 +78,7 @@ def plot_confusion(result: dict[str, Any]) -> Plot | None:
                     "head": name,
                     "operating_point": point["name"],
                     "threshold": point["threshold"],
-                    **{count: point["confusion"][count] for count in COUNTS},
+                    **{count: confusion_of(point)[count] for count in COUNTS},
                     **flatten("sensitivity", point["scores"]["sensitivity"]),
                     **flatten("specificity", point["scores"]["specificity"]),
                 }
@@ -87,7 +90,7 @@ def plot_confusion(result: dict[str, Any]) -> Plot | None:
 
 
 def _draw_matrices(
-    theme: Theme, result: dict[str, Any], rows: list[dict[str, Any]], names: list[str]
+    theme: Theme, result: ComparisonResult, rows: list[ComparedHead], names: list[str]
 ) -> Figure:
     about = (
         f"{describe_test(result)} Cells: counts and shares of the row. {_describe_intervals(rows)}"
@@ -106,24 +109,24 @@ def _draw_matrices(
             if point is None:  # an external model that does not record it
                 axes.set_axis_off()
                 continue
-            _draw_matrix(axes, theme, point["confusion"])
+            _draw_matrix(axes, theme, confusion_of(point))
             axes.set_xlabel(_describe_matrix(point), fontsize=SMALL)
             axes.set_yticks((0, 1), ("", ""))
     for line, name in enumerate(names):
-        counts = _row_sums(points_of(rows[0])[line]["confusion"])
+        counts = _row_sums(confusion_of(points_of(rows[0])[line]))
         labels = [f"{own}\nn = {n:,}" for own, n in zip(CLASSES, counts, strict=True)]
         grid[line, 0].set_yticks((0, 1), labels, fontsize=SMALL)
         grid[line, 0].set_ylabel(name_point(name), fontsize=LEGEND)
     return figure
 
 
-def _describe_intervals(rows: list[dict[str, Any]]) -> str:
+def _describe_intervals(rows: list[ComparedHead]) -> str:
     points = [point for row in rows for point in points_of(row)]
     scores = [own["scores"][name] for own in points for name in ("sensitivity", "specificity")]
     return describe_intervals("In brackets", scores, OF_SHARES)
 
 
-def _draw_matrix(axes: Any, theme: Theme, confusion: dict[str, Any]) -> None:
+def _draw_matrix(axes: Any, theme: Theme, confusion: Mapping[str, int]) -> None:
     sums = _row_sums(confusion)
     for k, name in enumerate(COUNTS):
         line, column = divmod(k, 2)
@@ -147,15 +150,15 @@ def _draw_matrix(axes: Any, theme: Theme, confusion: dict[str, Any]) -> None:
     axes.spines[:].set_visible(True)
 
 
-def _row_sums(confusion: dict[str, Any]) -> tuple[int, int]:
+def _row_sums(confusion: Mapping[str, int]) -> tuple[int, int]:
     return confusion["tn"] + confusion["fp"], confusion["fn"] + confusion["tp"]
 
 
-def _title(point: dict[str, Any]) -> str:
+def _title(point: PointDocument) -> str:
     return f"{name_point(point['name'])} ({point['threshold']:.3f})"
 
 
-def _describe_matrix(point: dict[str, Any]) -> str:
+def _describe_matrix(point: PointDocument) -> str:
     return (
         f"from {point['threshold']:.3f} on\n"
         f"sens. {format_interval(point['scores']['sensitivity'], 2)}\n"

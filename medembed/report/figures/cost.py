@@ -1,7 +1,6 @@
 """The cost of heads: seconds of training against AUROC."""
 
 import math
-from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -29,6 +28,7 @@ from medembed.report.figures.plotting import (
     start_figure,
 )
 from medembed.report.tables import format_interval
+from medembed.results.comparison_schema import ComparedHead, ComparisonResult
 from medembed.results.methods import of_score
 
 __all__ = ["plot_cost"]
@@ -40,7 +40,7 @@ MAX_LABEL = 150
 """Points that a name may take in the legend, beside a score and a time."""
 
 
-def plot_cost(result: dict[str, Any]) -> Plot | None:
+def plot_cost(result: ComparisonResult) -> Plot | None:
     """Draw AUROC with its 95 % interval over the seconds that each head's trials took.
 
     Returns None if fewer than two heads have a time, or the test rows have one class.
@@ -54,7 +54,8 @@ def plot_cost(result: dict[str, Any]) -> Plot | None:
     draws += describe_shown(result, n_all=len(timed))
     names = label_rows(result, rows, MAX_LABEL)
     labels = [
-        f"{name}  {format_interval(row['scores']['auroc'])}, {_format_seconds(row['seconds'])}"
+        f"{name}  {format_interval(row['scores']['auroc'])}, "
+        f"{_format_seconds(row['seconds'] or 0.0)}"
         for name, row in zip(names, rows, strict=True)
     ]
 
@@ -82,15 +83,15 @@ def plot_cost(result: dict[str, Any]) -> Plot | None:
     )
 
 
-def _draw_cost(theme: Theme, about: str, rows: list[dict[str, Any]], labels: list[str]) -> Figure:
+def _draw_cost(theme: Theme, about: str, rows: list[ComparedHead], labels: list[str]) -> Figure:
     figure = start_figure("Cost and AUROC", about, body=3.1, n_labels=len(rows))
     axes = figure.add_subplot()
     scores = [row["scores"]["auroc"] for row in rows]
     points = [
-        add_points(axes, theme, i, [row["seconds"]], [row["scores"]["auroc"]])
+        add_points(axes, theme, i, [row["seconds"] or 0.0], [row["scores"]["auroc"]])
         for i, row in enumerate(rows)
     ]
-    low, high = _ends([row["seconds"] for row in rows])
+    low, high = _ends([row["seconds"] or 0.0 for row in rows])
     ticks = _ticks(low, high)
     axes.set_xscale("log")
     axes.minorticks_off()

@@ -23,6 +23,7 @@ from medembed.report.figures.plotting import (
     make_plot,
     start_figure,
 )
+from medembed.results.comparison_schema import ComparedHead, ComparisonResult, Curve
 
 __all__ = ["plot_decision_curve"]
 
@@ -34,7 +35,7 @@ HEADROOM = 0.15
 """Share of the height above the highest line, and also below zero."""
 
 
-def plot_decision_curve(result: dict[str, Any]) -> Plot | None:
+def plot_decision_curve(result: ComparisonResult) -> Plot | None:
     """Draw the net benefit of the best trained heads, with a 95 % band around the best.
 
     Returns None if the test rows have one class, no head was trained, or the comparison holds no
@@ -68,20 +69,21 @@ def plot_decision_curve(result: dict[str, Any]) -> Plot | None:
     )
 
 
-def _describe_band(row: dict[str, Any], what: str) -> str:
+def _describe_band(row: ComparedHead, what: str) -> str:
     """Return a sentence that explains the band, or its absence."""
     ends = zip(row["net_benefit"]["low"], row["net_benefit"]["high"], strict=True)
     return describe_intervals(what, [{"low": low, "high": high} for low, high in ends], METHOD)
 
 
 def _draw_curves(
-    theme: Theme, result: dict[str, Any], rows: list[dict[str, Any]], names: list[str]
+    theme: Theme, result: ComparisonResult, rows: list[ComparedHead], names: list[str]
 ) -> Figure:
     about = f"{describe_test(result)} {_describe_band(rows[0], 'Band')}{describe_shown(result)}"
     figure = start_figure(TITLE, about, body=3.6, n_labels=len(names) + 2)
     axes = figure.add_subplot()
     curves = [row["net_benefit"] for row in rows]
-    best, colour = curves[0], theme.series[0]
+    best: Any = curves[0]  # its lists are looked up by name
+    colour = theme.series[0]
     known = [k for k, low in enumerate(best["low"]) if low is not None]
     places, low, high = ([best[name][k] for k in known] for name in ("thresholds", "low", "high"))
     axes.fill_between(
@@ -126,7 +128,7 @@ def _until(places: list[float], values: list[float], end: float) -> tuple[list[f
     return [*places[:n], last], [*values[:n], end]
 
 
-def _describe_benefit(curve: dict[str, Any], threshold: float) -> str:
+def _describe_benefit(curve: Curve, threshold: float) -> str:
     k = min(range(len(curve["thresholds"])), key=lambda i: abs(curve["thresholds"][i] - threshold))
     value, low, high = (curve[name][k] for name in ("value", "low", "high"))
     if value is None:
@@ -134,7 +136,7 @@ def _describe_benefit(curve: dict[str, Any], threshold: float) -> str:
     return f"{value:.3f}" + (f" [{low:.3f}, {high:.3f}]" if low is not None else "")
 
 
-def _write_curves(names: list[str], rows: list[dict[str, Any]]) -> str:
+def _write_curves(names: list[str], rows: list[ComparedHead]) -> str:
     return write_csv(
         [
             {

@@ -1,5 +1,6 @@
 """Coverage and error of a head against the share of studies deferred to a reader."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -28,6 +29,7 @@ from medembed.report.figures.plotting import (
     start_figure,
 )
 from medembed.report.tables import format_interval
+from medembed.results.comparison_schema import ComparisonResult
 from medembed.results.methods import OF_SHARES
 
 __all__ = ["plot_deferral"]
@@ -36,8 +38,11 @@ TITLE = "Coverage and error against the share deferred"
 PANELS = (("coverage", "Coverage"), ("error", "Error among decided"))
 SHARES = ("coverage", "coverage_normal", "coverage_abnormal", "deferred", "empty", "error")
 
+_Deferral = Mapping[str, Any]
+"""A `Deferral`, whose shares are looked up by name."""
 
-def plot_deferral(result: dict[str, Any]) -> Plot | None:
+
+def plot_deferral(result: ComparisonResult) -> Plot | None:
     """Draw the coverage of sets and the error of decisions over the share deferred.
 
     Each line covers the promised coverages, as far as a lower promise defers less. Returns None if
@@ -48,18 +53,19 @@ def plot_deferral(result: dict[str, Any]) -> Plot | None:
     if not rows:
         return None
     names = label_rows(result, rows)
-    told = [own[share] for row in rows for own in row["deferral"]["levels"] for share in _scores()]
+    deferrals: list[_Deferral] = [row["deferral"] or {} for row in rows]
+    told = [own[share] for head in deferrals for own in head["levels"] for share in _scores()]
     draws = describe_intervals("Bars", told, OF_SHARES) + describe_shown(result, n_all=len(able))
 
     def draw(theme: Theme) -> Figure:
-        return _draw_panels(theme, result, rows, names, draws)
+        return _draw_panels(theme, result, deferrals, names, draws)
 
-    promised = ", ".join(f"{100 * own['nominal']:g}" for own in rows[0]["deferral"]["levels"])
+    promised = ", ".join(f"{100 * own['nominal']:g}" for own in deferrals[0]["levels"])
     numbers = [
         f"{name}, promised {100 * own['nominal']:g} %: "
         + ", ".join(f"{share} {format_interval(own[share])}" for share in ("deferred", *_scores()))
-        for name, row in zip(names, rows, strict=True)
-        for own in row["deferral"]["levels"]
+        for name, head in zip(names, deferrals, strict=True)
+        for own in head["levels"]
     ]
     return make_plot(
         "deferral",
@@ -69,14 +75,14 @@ def plot_deferral(result: dict[str, Any]) -> Plot | None:
         f"line turns back, those of neither grow. Points: {promised} % promised (dotted). "
         f"{draws}",
         alt=f"{TITLE} on test. {'; '.join(numbers)}.",
-        csv=_write_levels(name_rows(result, rows), rows),
+        csv=_write_levels(name_rows(result, rows), deferrals),
     )
 
 
 def _draw_panels(
     theme: Theme,
-    result: dict[str, Any],
-    rows: list[dict[str, Any]],
+    result: ComparisonResult,
+    deferrals: list[_Deferral],
     names: list[str],
     draws: str,
 ) -> Figure:
@@ -84,12 +90,12 @@ def _draw_panels(
     figure = start_figure(TITLE, about, body=4.6, n_labels=len(names))
     panels = figure.subplots(2, 1, sharex=True)
     for axes, (share, title) in zip(panels, PANELS, strict=True):
-        lines = [_draw_head(axes, theme, i, row["deferral"], share) for i, row in enumerate(rows)]
-        told = [own[share] for row in rows for own in row["deferral"]["levels"]]
-        drawn = [{"value": y} for row in rows for y in _curve(row["deferral"], share)[1]]
+        lines = [_draw_head(axes, theme, i, head, share) for i, head in enumerate(deferrals)]
+        told = [own[share] for head in deferrals for own in head["levels"]]
+        drawn = [{"value": y} for head in deferrals for y in _curve(head, share)[1]]
         scale_scores(axes, [*told, *drawn])
         axes.set_ylabel(title)
-    for own in rows[0]["deferral"]["levels"]:
+    for own in deferrals[0]["levels"]:
         panels[0].axhline(own["nominal"], color=theme.ink, **REFERENCE)
     panels[1].set_xlim(-0.03, 1.03)
     panels[1].set_xlabel("Share deferred")
@@ -97,7 +103,7 @@ def _draw_panels(
     return figure
 
 
-def _draw_head(axes: Any, theme: Theme, i: int, deferral: dict[str, Any], share: str) -> Any:
+def _draw_head(axes: Any, theme: Theme, i: int, deferral: _Deferral, share: str) -> Any:
     """Draw a head's line, and points with bars at the promised coverages."""
     colour = theme.series[i]
     line = axes.plot(*_curve(deferral, share), color=colour, ls=LINES[i], lw=1.4)[0]
@@ -112,7 +118,7 @@ def _draw_head(axes: Any, theme: Theme, i: int, deferral: dict[str, Any], share:
     return line
 
 
-def _curve(deferral: dict[str, Any], share: str) -> tuple[list[float], list[float]]:
+def _curve(deferral: _Deferral, share: str) -> tuple[list[float], list[float]]:
     """Return the line, down to the least share deferred or the lowest promise with an interval."""
     curve = deferral["curve"]
     least = min(curve["deferred"])
@@ -129,7 +135,7 @@ def _scores() -> tuple[str, ...]:
     return tuple(share for share, _ in PANELS)
 
 
-def _write_levels(names: list[str], rows: list[dict[str, Any]]) -> str:
+def _write_levels(names: list[str], deferrals: list[_Deferral]) -> str:
     """Return a CSV of the promised levels with intervals, then the curves without."""
     told = [
         {
@@ -138,8 +144,8 @@ def _write_levels(names: list[str], rows: list[dict[str, Any]]) -> str:
             "promised": own["nominal"],
             **{key: cell for share in SHARES for key, cell in flatten(share, own[share]).items()},
         }
-        for name, row in zip(names, rows, strict=True)
-        for own in row["deferral"]["levels"]
+        for name, head in zip(names, deferrals, strict=True)
+        for own in head["levels"]
     ]
     drawn = [
         {
@@ -148,7 +154,7 @@ def _write_levels(names: list[str], rows: list[dict[str, Any]]) -> str:
             "promised": round(1 - curve["alpha"][k], 6),
             **{share: curve[share][k] for share in SHARES},
         }
-        for name, curve in zip(names, (row["deferral"]["curve"] for row in rows), strict=True)
+        for name, curve in zip(names, (head["curve"] for head in deferrals), strict=True)
         for k in range(len(curve["alpha"]))
     ]
     return write_csv([*told, *drawn])

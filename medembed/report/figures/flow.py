@@ -10,6 +10,7 @@ from matplotlib.patches import Rectangle
 from medembed.core.text import counted
 from medembed.report.figures.captions import LEGEND, SMALL, elide, wrap, write_csv
 from medembed.report.figures.plotting import WIDTH, Plot, Theme, make_plot, start_figure
+from medembed.results.comparison_schema import ComparisonResult, Flow
 from medembed.results.flow import CLASSES, NOT_RECORDED
 
 __all__ = ["plot_flow"]
@@ -47,13 +48,13 @@ class _Box:
         return self.left + self.width / 2
 
 
-def plot_flow(result: dict[str, Any]) -> Plot | None:
+def plot_flow(result: ComparisonResult) -> Plot | None:
     """Draw what each run found, left out and used; runs with equal flows are drawn once.
 
     Returns None if no run records which images it used.
     """
     flows = [own for own in result.get("flow") or [] if own["used"]["images"]]
-    groups: list[tuple[list[str], dict[str, Any]]] = []
+    groups: list[tuple[list[str], Flow]] = []
     for own in flows:
         same = next((names for names, first in groups if _is_same(own, first)), None)
         if same is None:
@@ -97,7 +98,7 @@ def _is_same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
 
 
 def _draw_flows(
-    theme: Theme, about: str, groups: Sequence[tuple[list[str], dict[str, Any]]], *, titled: bool
+    theme: Theme, about: str, groups: Sequence[tuple[list[str], Flow]], *, titled: bool
 ) -> Figure:
     boxes, arrows, top = [], [], 0.0
     for names, own in groups:
@@ -127,7 +128,7 @@ _Arrow = tuple[tuple[float, float], tuple[float, float], bool]
 """Start and end points, and whether the end has an arrowhead."""
 
 
-def _place(own: Mapping[str, Any], top: float) -> tuple[list[_Box], list[_Arrow]]:
+def _place(own: Flow, top: float) -> tuple[list[_Box], list[_Arrow]]:
     """Return the boxes of one flow from top to bottom, with losses beside their source."""
     width, aside = MAIN * WHOLE, (1 - SIDE) * WHOLE
     boxes: list[_Box] = []
@@ -190,7 +191,7 @@ def _fit(lines: Sequence[str], width: float) -> tuple[str, ...]:
     return tuple(broken)
 
 
-def _steps(own: Mapping[str, Any]) -> Iterator[tuple[list[str], list[str]]]:
+def _steps(own: Flow) -> Iterator[tuple[list[str], list[str]]]:
     """Yield each main box, and the losses after it."""
     found = own["found"]
     title = "Found: " + (NOT_RECORDED if found is None else f"{counted(found, 'image')}")
@@ -199,15 +200,15 @@ def _steps(own: Mapping[str, Any]) -> Iterator[tuple[list[str], list[str]]]:
     yield ["Used", *_units(own["used"])], []
 
 
-def _excluded(own: Mapping[str, Any]) -> list[str]:
-    reasons = [(entry["reason"], entry["images"]) for entry in own["excluded"]]
+def _excluded(own: Flow) -> list[str]:
+    reasons = [(entry["reason"], entry["images"]) for entry in own["excluded"] or ()]
     if own["not_listed"]:
         reasons.append(("not listed", own["not_listed"]))
     total = sum(n for _, n in reasons)
     return [f"Excluded: {counted(total, 'image') if total else 'none'}", *_reasons(reasons)]
 
 
-def _lost(own: Mapping[str, Any]) -> list[str]:
+def _lost(own: Flow) -> list[str]:
     failed, reasons = own["failed"], [(own["reason"], own["images"]) for own in own["failures"]]
     told = "not known" if failed is None else counted(failed, "image") if failed else "none"
     lines = [f"Not embedded: {told}", *_reasons(reasons)]
@@ -240,7 +241,7 @@ def _split_lines(part: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _describe_flow(names: Sequence[str], own: Mapping[str, Any]) -> str:
+def _describe_flow(names: Sequence[str], own: Flow) -> str:
     parts = [*(line for main, side in _steps(own) for line in (*main, *side))]
     parts += [line for part in own["splits"] for line in _split_lines(part)]
     return f"{', '.join(names)}: {'; '.join(parts)}."
@@ -250,7 +251,7 @@ def _cell(n: int | None) -> int | str:
     return "" if n is None else n
 
 
-def _rows(own: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def _rows(own: Flow) -> Iterator[dict[str, Any]]:
     """Yield the lines of the CSV."""
 
     def line(step: str, counts: Any, **more: str) -> dict[str, Any]:

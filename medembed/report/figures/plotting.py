@@ -1,18 +1,20 @@
 """Common parts of all figures: colours, the sheet with its title and legend, the files.
 
-Equal input gives equal bytes: matplotlib's own fonts, a fixed salt for SVG ids, no dates.
+Equal input gives equal bytes: matplotlib's own fonts, a fixed salt for SVG ids, no dates. A figure
+is drawn once for all its files: the dark SVG is the light one in the other theme's colours.
 """
 
 import io
+import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 import matplotlib.style
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
@@ -25,13 +27,13 @@ __all__ = [
     "LIGHT",
     "LINES",
     "MARKERS",
+    "OPTIONAL_FORMATS",
     "REFERENCE",
     "WIDTH",
     "Plot",
     "Theme",
     "add_legend",
     "add_points",
-    "drawing_only",
     "make_plot",
     "scale_scores",
     "start_figure",
@@ -75,14 +77,13 @@ METADATA: dict[str, dict[str, str | None]] = {
     "png": {"Software": None},
     "pdf": {"CreationDate": None, "Creator": "medembed", "Producer": "matplotlib"},
 }
-
-
-_ONLY_DRAW: ContextVar[bool] = ContextVar("only_draw", default=False)
+OPTIONAL_FORMATS = ("png", "pdf")
+"""Formats that are written only on request: they take twice the time of the SVG."""
 
 
 @dataclass(frozen=True)
 class Plot:
-    """One figure in all its forms.
+    """One figure, which is drawn when one of its files is first asked for.
 
     Attributes
     ----------
@@ -90,9 +91,6 @@ class Plot:
         Stem of its files.
     title, caption, alt : str
         What the figure shows; an explanation of n and the intervals; alternative text.
-    light_svg, dark_svg, png, pdf : bytes
-        SVG on a transparent background for the two colour schemes; on white, PNG of 200 dpi and
-        PDF with embedded fonts, for papers.
     csv : str
         The numbers behind it.
     draw : callable
@@ -103,26 +101,39 @@ class Plot:
     title: str
     caption: str
     alt: str
-    light_svg: bytes
-    dark_svg: bytes
-    png: bytes
-    pdf: bytes
     csv: str
     draw: Callable[[Theme], Figure] = field(compare=False, repr=False)
+    _files: dict[str, bytes] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def figure(self) -> Figure:
         """Return a new figure, to be shown, changed or saved."""
         return _draw(self.draw, LIGHT)
 
+    def save(self, formats: Sequence[str] = ("svg",)) -> dict[str, bytes]:
+        """Return the figure in these formats, of "svg", "png" and "pdf", drawn at most once.
 
-@contextmanager
-def drawing_only() -> Iterator[None]:
-    """Keep `make_plot` from saving, which takes most of its time; used for `Plot.figure`."""
-    token = _ONLY_DRAW.set(True)
-    try:
-        yield
-    finally:
-        _ONLY_DRAW.reset(token)
+        SVG has a transparent background; PNG of 200 dpi and PDF with embedded fonts are on white,
+        for papers.
+        """
+        missing = [name for name in formats if name not in self._files]
+        if missing:
+            self._files.update(_save(self.draw, LIGHT, missing))
+        return {name: self._files[name] for name in formats}
+
+    @property
+    def light_svg(self) -> bytes:
+        """SVG for pages on a light background."""
+        return self.save()["svg"]
+
+    @property
+    def dark_svg(self) -> bytes:
+        """SVG for pages on a dark background."""
+        if "dark" not in self._files:
+            dark = _recolour(self.light_svg)
+            if dark is None:
+                dark = _save(self.draw, DARK, ("svg",))["svg"]
+            self._files["dark"] = dark
+        return self._files["dark"]
 
 
 class _Sheet(Figure):
@@ -137,22 +148,8 @@ class _Sheet(Figure):
 def make_plot(
     name: str, title: str, draw: Callable[[Theme], Figure], *, caption: str, alt: str, csv: str
 ) -> Plot:
-    """Return the figure drawn in both colour schemes and saved in all formats."""
-    light, dark = dict.fromkeys(("svg", "png", "pdf"), b""), {"svg": b""}
-    if not _ONLY_DRAW.get():
-        light, dark = _save(draw, LIGHT, ("svg", "png", "pdf")), _save(draw, DARK, ("svg",))
-    return Plot(
-        name,
-        title,
-        caption,
-        alt,
-        light_svg=light["svg"],
-        dark_svg=dark["svg"],
-        png=light["png"],
-        pdf=light["pdf"],
-        csv=csv,
-        draw=draw,
-    )
+    """Return the figure with the text and the numbers that go with it."""
+    return Plot(name, title, caption, alt, csv, draw)
 
 
 def start_figure(title: str, about: str, *, body: float, n_labels: int = 0) -> Figure:
@@ -195,7 +192,7 @@ def add_points(
     theme: Theme,
     i: int,
     places: Sequence[float],
-    scores: Sequence[dict[str, Any]],
+    scores: Sequence[Mapping[str, Any]],
     *,
     horizontal: bool = False,
 ) -> Any:
@@ -219,7 +216,7 @@ def add_points(
     return axes.plot(*xy, color=colour, marker=MARKERS[i], ms=5, ls="none")[0]
 
 
-def scale_scores(axes: Any, scores: Sequence[dict[str, Any]]) -> None:
+def scale_scores(axes: Any, scores: Sequence[Mapping[str, Any]]) -> None:
     """Scale the vertical axis to all scores and intervals, with a margin and round numbers."""
     ends = [score.get(name) for score in scores for name in ("value", "low", "high")]
     found = [end for end in ends if end is not None]
@@ -238,11 +235,40 @@ def _save(
     with _styled(theme):
         figure = _draw(draw, theme)
         for file_format in formats:
-            output, clear = io.BytesIO(), file_format == "svg"
-            about = METADATA[file_format]
-            figure.savefig(output, format=file_format, dpi=DPI, metadata=about, transparent=clear)
+            output, about = io.BytesIO(), METADATA[file_format]
+            if file_format == "svg":
+                _print_svg(figure, output, about)
+            else:
+                figure.savefig(output, format=file_format, dpi=DPI, metadata=about)
             saved[file_format] = output.getvalue()
     return saved
+
+
+def _print_svg(figure: Figure, output: io.BytesIO, about: dict[str, str | None]) -> None:
+    """Write as `savefig` does with `transparent`, without its extra pass over the layout."""
+    patches = [figure.patch, *(axes.patch for axes in figure.axes)]
+    colours = [patch.get_facecolor() for patch in patches]
+    for patch in patches:
+        patch.set_facecolor("none")
+    FigureCanvasSVG(figure).print_svg(output, metadata=about)  # type: ignore[no-untyped-call]
+    for patch, colour in zip(patches, colours, strict=True):
+        patch.set_facecolor(colour)
+
+
+def _recolour(svg: bytes) -> bytes | None:
+    """Return a light SVG in the dark theme's colours, or None if it has a colour of no theme."""
+    pairs = zip(_colours_of(LIGHT), _colours_of(DARK), strict=True)
+    known = {light.encode(): dark.encode() for light, dark in pairs}
+    if not known.keys() >= {found.lower() for found in _COLOUR.findall(svg)}:
+        return None
+    return _COLOUR.sub(lambda found: known[found[0].lower()], svg)
+
+
+_COLOUR = re.compile(rb"#[0-9A-Fa-f]{6}\b")
+
+
+def _colours_of(theme: Theme) -> list[str]:
+    return [c.lower() for c in (theme.ink, theme.faint, theme.background, *theme.series)]
 
 
 def _draw(draw: Callable[[Theme], Figure], theme: Theme) -> Figure:

@@ -32,6 +32,7 @@ from medembed.report.figures.plotting import (
 )
 from medembed.report.tables import format_interval
 from medembed.results.alignment import TestSet
+from medembed.results.comparison_schema import ComparisonResult
 from medembed.results.methods import of_score
 
 __all__ = [
@@ -65,15 +66,13 @@ def roc_curve(y: NDArray[Any], probability: NDArray[Any]) -> pd.DataFrame:
         Columns fpr, tpr (in [0, 1]) and threshold (infinite in the first row). One row per
         distinct probability; empty if the labels have one class.
     """
-    positives, negatives, ends = _cumulated(y, probability, np.ones((1, len(y))))
-    if not positives[0, -1] or not negatives[0, -1]:
-        return pd.DataFrame({"fpr": [], "tpr": [], "threshold": []}, dtype=np.float64)
-    return pd.DataFrame(
-        {
-            "fpr": negatives[0] / negatives[0, -1],
-            "tpr": positives[0] / positives[0, -1],
-            "threshold": _thresholds(probability, ends),
-        }
+    return _curve(
+        y,
+        probability,
+        lambda positives, negatives: {
+            "fpr": negatives / negatives[-1],
+            "tpr": positives / positives[-1],
+        },
     )
 
 
@@ -96,17 +95,28 @@ def precision_recall_curve(y: NDArray[Any], probability: NDArray[Any]) -> pd.Dat
         a first row of recall 0, precision 1, threshold infinite, as in scikit-learn; empty if the
         labels have one class.
     """
+    return _curve(
+        y,
+        probability,
+        lambda positives, negatives: {
+            "recall": positives / positives[-1],
+            "precision": np.r_[1.0, positives[1:] / (positives + negatives)[1:]],
+        },
+    )
+
+
+def _curve(
+    y: NDArray[Any],
+    probability: NDArray[Any],
+    rates: Callable[[Floats, Floats], dict[str, Floats]],
+) -> pd.DataFrame:
+    """Return two rates of the rows called abnormal, by class, and the threshold of each point."""
     positives, negatives, ends = _cumulated(y, probability, np.ones((1, len(y))))
     if not positives[0, -1] or not negatives[0, -1]:
-        return pd.DataFrame({"recall": [], "precision": [], "threshold": []}, dtype=np.float64)
-    called = positives[0, 1:] + negatives[0, 1:]
-    return pd.DataFrame(
-        {
-            "recall": positives[0] / positives[0, -1],
-            "precision": np.r_[1.0, positives[0, 1:] / called],
-            "threshold": _thresholds(probability, ends),
-        }
-    )
+        names = [*rates(np.ones(1), np.ones(1)), "threshold"]
+        return pd.DataFrame(columns=names, dtype=np.float64)
+    thresholds = _thresholds(probability, ends)
+    return pd.DataFrame({**rates(positives[0], negatives[0]), "threshold": thresholds})
 
 
 def roc_band(
@@ -282,7 +292,7 @@ PRECISION_RECALL = _Kind(
 )
 
 
-def plot_roc(result: dict[str, Any], test_set: TestSet) -> Plot | None:
+def plot_roc(result: ComparisonResult, test_set: TestSet) -> Plot | None:
     """Draw the ROC curves of the trained heads, with a 95 % band around the best.
 
     Returns None where the test rows are of one class or no head was trained.
@@ -290,7 +300,7 @@ def plot_roc(result: dict[str, Any], test_set: TestSet) -> Plot | None:
     return _plot_curves(result, test_set, ROC, ([0, 1], "chance"))
 
 
-def plot_precision_recall(result: dict[str, Any], test_set: TestSet) -> Plot | None:
+def plot_precision_recall(result: ComparisonResult, test_set: TestSet) -> Plot | None:
     """Draw precision over recall of the trained heads, with a 95 % band around the best.
 
     Returns None where the test rows are of one class or no head was trained.
@@ -301,7 +311,7 @@ def plot_precision_recall(result: dict[str, Any], test_set: TestSet) -> Plot | N
 
 
 def _plot_curves(
-    result: dict[str, Any], test_set: TestSet, kind: _Kind, chance: tuple[list[float], str]
+    result: ComparisonResult, test_set: TestSet, kind: _Kind, chance: tuple[list[float], str]
 ) -> Plot | None:
     rows = shown_rows(result)
     if not rows:

@@ -1,8 +1,8 @@
 """Scores by body region, and by a study's number of views."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from matplotlib.figure import Figure
 
@@ -27,13 +27,14 @@ from medembed.report.figures.plotting import (
     start_figure,
 )
 from medembed.report.tables import GROUPINGS, NOT_ESTIMABLE, format_interval, render
+from medembed.results.comparison_schema import ComparedHead, ComparisonResult
 from medembed.results.methods import of_score
 
 __all__ = ["plot_regions", "plot_views"]
 
 MAX_LABEL = 130
 """Points available for a region's name beside the axis."""
-UNKNOWN: dict[str, Any] = {"value": None, "low": None, "high": None}
+UNKNOWN: Mapping[str, Any] = {"value": None, "low": None, "high": None}
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,11 @@ class _Lines:
     """
 
     labels: list[str]
-    scores: list[list[dict[str, Any]]]
+    scores: list[list[Mapping[str, Any]]]
     n_means: int = 0
 
 
-def plot_regions(result: dict[str, Any]) -> Plot | None:
+def plot_regions(result: ComparisonResult) -> Plot | None:
     """Draw each trained head's AUROC with its 95 % interval in every region.
 
     Returns None if no region has an AUROC.
@@ -75,7 +76,7 @@ def plot_regions(result: dict[str, Any]) -> Plot | None:
     return _plot_groups(result, rows, lines, "region", "AUROC by region", "Region", meaning)
 
 
-def plot_views(result: dict[str, Any]) -> Plot | None:
+def plot_views(result: ComparisonResult) -> Plot | None:
     """Draw each trained head's AUROC with its 95 % interval by the study's number of views.
 
     Returns None if no number of views has an AUROC.
@@ -89,19 +90,19 @@ def plot_views(result: dict[str, Any]) -> Plot | None:
     return _plot_groups(result, rows, lines, "views", title, "Views of the study", meaning)
 
 
-def _collect(rows: Sequence[dict[str, Any]], by: str, names: Sequence[str]) -> _Lines:
-    field = GROUPINGS[by]
-    counts = [f"n = {own['n']:,} ({own['n_abnormal']:,})" for own in rows[0][field].values()]
+def _collect(rows: Sequence[ComparedHead], by: str, names: Sequence[str]) -> _Lines:
+    field, heads = GROUPINGS[by], cast("Sequence[Mapping[str, Any]]", rows)
+    counts = [f"n = {own['n']:,} ({own['n_abnormal']:,})" for own in heads[0][field].values()]
     labels = [
         f"{elide(name, MAX_LABEL, LEGEND)}\n{count}"
         for name, count in zip(names, counts, strict=True)
     ]
-    return _Lines(labels, [[block["auroc"] for block in row[field].values()] for row in rows])
+    return _Lines(labels, [[block["auroc"] for block in row[field].values()] for row in heads])
 
 
 def _plot_groups(
-    result: dict[str, Any],
-    rows: list[dict[str, Any]],
+    result: ComparisonResult,
+    rows: list[ComparedHead],
     lines: _Lines,
     by: str,
     title: str,
@@ -146,7 +147,7 @@ def _describe_intervals(lines: _Lines) -> str:
 
 def _draw_groups(
     theme: Theme,
-    result: dict[str, Any],
+    result: ComparisonResult,
     lines: _Lines,
     names: list[str],
     title: str,

@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -36,6 +36,7 @@ from medembed.report.figures.plotting import (
     start_figure,
 )
 from medembed.report.tables import format_interval
+from medembed.results.comparison_schema import ComparisonResult
 
 __all__ = ["Slots", "plot_depths", "plot_efficiency"]
 
@@ -104,7 +105,7 @@ AUROC, MACRO_F1 = ("auroc", "AUROC"), ("macro_f1", "Macro-F1")
 MAX_LABEL = 300
 """Points available for a name in the legend, which here holds only names."""
 
-Series = list[dict[str, Any]]
+Series = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ EFFICIENCY = _Trend(
 )
 
 
-def plot_depths(result: dict[str, Any]) -> Plot | None:
+def plot_depths(result: ComparisonResult) -> Plot | None:
     """Draw AUROC and macro-F1 over the number of encoder blocks that were trained with the head.
 
     Adapters ("lora8") form a separate series, which the caption explains.
@@ -161,7 +162,7 @@ def plot_depths(result: dict[str, Any]) -> Plot | None:
     return _plot_trend(result, result.get("depths") or [], DEPTHS, lambda depth, _: f"{depth}")
 
 
-def plot_efficiency(result: dict[str, Any]) -> Plot | None:
+def plot_efficiency(result: ComparisonResult) -> Plot | None:
     """Draw each head's AUROC over the share of the training patients that it was given.
 
     Returns None if no head was given several shares, or no score is estimable.
@@ -177,7 +178,7 @@ def _label_share(share: float, points: Series) -> str:
 
 
 def _plot_trend(
-    result: dict[str, Any],
+    result: ComparisonResult,
     series: Series,
     trend: _Trend,
     label: Callable[[Any, Series], str],
@@ -258,7 +259,7 @@ def _draw_series(
     add_points(axes, theme, i, places, [point[score] for point in points])
 
 
-def _number(points: Series, by: str) -> Iterator[tuple[dict[str, Any], int, int]]:
+def _number(points: Series, by: str) -> Iterator[tuple[Mapping[str, Any], int, int]]:
     """Yield each point with its index among the points at its value, and their number."""
     n, seen = Counter(point[by] for point in points), Counter[float]()
     for point in points:

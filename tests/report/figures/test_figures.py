@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import dataclasses
 import io
 import itertools
 import json
@@ -14,12 +15,12 @@ import matplotlib
 import numpy as np
 import pytest
 from made_runs import make_images, make_run
-from matplotlib.figure import Figure
 from matplotlib.text import Text
 from sklearn import metrics
 
 from medembed.core.text import to_figure
 from medembed.report import figures
+from medembed.report.figures import plotting
 from medembed.report.figures.captions import elide, measure, thin, wrap
 from medembed.report.figures.roc_pr import (
     precision_recall_band,
@@ -383,7 +384,7 @@ def test_groups_of_one_class_are_said_to_be(case, monkeypatch):
     for row in result["rows"]:
         row["regions"]["elbow"]["auroc"] = {"value": None, "low": None, "high": None}
     drawn = watch(monkeypatch)
-    figures.plot_regions(result)
+    figures.plot_regions(result).save()
     assert "not estimable" in [text.get_text() for text in shown_texts(drawn[0])]
 
 
@@ -392,7 +393,9 @@ def test_lines_of_deferral_end_where_promising_less_defers_more(case, monkeypatc
     result = copy.deepcopy(case[0])
     for row in result["rows"]:
         row["deferral"] = make_deferral(0) if row["head"] == "mlp" else None
-    assert "best 6" not in figures.plot_deferral(result).caption
+    plot = figures.plot_deferral(result)
+    plot.save()
+    assert "best 6" not in plot.caption
     top, bottom = drawn[0].axes
     line = top.get_lines()[0]
     # the least share is deferred at alpha 0.2, which is the least promise told as well
@@ -413,6 +416,7 @@ def test_the_same_input_gives_the_same_bytes_whatever_the_users_settings(case, p
         again = figures.plot_all(*case)
         assert dict(matplotlib.rcParams) == before
     assert {plot.name: plot for plot in again} == plots
+    assert [plot.save() for plot in again] == [plots[plot.name].save() for plot in again]
 
 
 def test_the_same_input_gives_the_same_bytes_in_every_process(case, plots):
@@ -423,7 +427,7 @@ def test_the_same_input_gives_the_same_bytes_in_every_process(case, plots):
         "import json, sys\n"
         "from medembed.report.figures import plot_depths\n"
         "plot = plot_depths(json.load(sys.stdin))\n"
-        "sys.stdout.buffer.write(plot.pdf + plot.png + plot.light_svg + plot.dark_svg)"
+        "sys.stdout.buffer.write(b''.join(plot.save(('svg', 'png', 'pdf')).values()))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -433,20 +437,54 @@ def test_the_same_input_gives_the_same_bytes_in_every_process(case, plots):
         check=True,
     )
     own = plots["depths"]
-    assert done.stdout == own.pdf + own.png + own.light_svg + own.dark_svg
+    assert done.stdout == b"".join(own.save(("svg", "png", "pdf")).values())
 
 
 def test_formats_are_what_they_are_called_and_carry_no_date(plots):
     for plot in plots.values():
-        assert plot.png.startswith(b"\x89PNG")
-        assert plot.pdf.startswith(b"%PDF")
-        assert b"CreationDate" not in plot.pdf
-        assert b"/Type3" not in plot.pdf
+        png, pdf = plot.save(("png", "pdf")).values()
+        assert png.startswith(b"\x89PNG")
+        assert pdf.startswith(b"%PDF")
+        assert b"CreationDate" not in pdf
+        assert b"/Type3" not in pdf
         for svg in (plot.light_svg, plot.dark_svg):
             assert b"<svg" in svg
             assert b"<dc:date>" not in svg
             assert b"<image" not in svg
         assert plot.light_svg != plot.dark_svg
+
+
+def without_ids(svg):
+    """Return an SVG without the names that matplotlib makes of a marker's colour."""
+    return re.sub(rb'(id="|#)[a-z][0-9a-f]{10}"', b"", svg)
+
+
+def test_the_dark_figure_is_the_light_one_in_the_other_themes_colours(plots):
+    for plot in plots.values():
+        assert plotting._recolour(plot.light_svg) is not None, plot.name
+        drawn = plotting._save(plot.draw, plotting.DARK, ("svg",))["svg"]
+        assert without_ids(plot.dark_svg) == without_ids(drawn), plot.name
+
+
+def test_a_figure_with_a_colour_of_its_own_is_drawn_again_for_dark_pages(plots):
+    def draw(theme):
+        figure = plots["roc"].draw(theme)
+        figure.axes[0].plot([0, 1], [0, 1], color="#123456")
+        return figure
+
+    plot = dataclasses.replace(plots["roc"], draw=draw)
+    assert b"#123456" in plot.dark_svg
+    assert plotting.DARK.ink.encode() in plot.dark_svg
+    assert plotting.LIGHT.ink.encode() not in plot.dark_svg
+
+
+def test_a_figure_is_drawn_once_for_all_its_files(plots):
+    drawn = []
+    plot = plots["roc"]
+    counted = dataclasses.replace(plot, draw=lambda theme: drawn.append(theme) or plot.draw(theme))
+    counted.save(("svg", "png", "pdf"))
+    assert counted.dark_svg != counted.light_svg
+    assert len(drawn) == 1
 
 
 # text that fits
@@ -456,12 +494,12 @@ def watch(monkeypatch):
     """Collect the figures that are saved; they are not rendered, which takes most of the time."""
     drawn = []
 
-    def savefig(figure, *args, **kwargs):
+    def savefig(figure, *_):
         if not drawn or drawn[-1] is not figure:
             check_text(figure)
             drawn.append(figure)
 
-    monkeypatch.setattr(Figure, "savefig", savefig)
+    monkeypatch.setattr(plotting, "_print_svg", savefig)
     return drawn
 
 
@@ -536,7 +574,7 @@ def test_no_text_leaves_the_figure_or_lies_on_another(tmp_path, monkeypatch, hea
     plots = figures.plot_all(result, test_set)
     expected = [name for name in NAMES if name != "cost" or len(heads) * len(names) > 1]
     assert [plot.name for plot in plots] == expected
-    assert len(drawn) == 2 * len(plots)
+    assert len(drawn) == len(plots)
 
 
 def test_the_axes_of_trends_and_cost_hold_whatever_comes(case, monkeypatch):
@@ -545,17 +583,17 @@ def test_the_axes_of_trends_and_cost_hold_whatever_comes(case, monkeypatch):
     places = ((0, 1, 2, 4, 27), (0, 27), (1, 2), tuple(range(28)))
     for depths in places:
         result["depths"] = make_series(["a", "b"], "depth", depths)
-        assert figures.plot_depths(result)
+        assert figures.plot_depths(result).save()
     for shares in ((0.001, 0.9, 0.95, 1.0), (0.99, 1.0), tuple(i / 20 for i in range(1, 21))):
         counts = [round(100_000 * share) for share in shares]
         result["efficiency"] = make_series(
             [f"head-{i}" for i in range(8)], "train_fraction", shares, n_train_patients=counts
         )
-        assert figures.plot_efficiency(result)
+        assert figures.plot_efficiency(result).save()
     for seconds in ((1.0, 1.0, 1.0), (0.002, 5.0, 1e6), (30.0, 31.0, 32.0), (0.01, 0.1, 12.0)):
         for row, own in zip(result["rows"], seconds, strict=False):
             row["seconds"] = own
-        assert figures.plot_cost(result)
+        assert figures.plot_cost(result).save()
 
 
 def test_runs_at_one_place_stand_side_by_side_and_a_line_joins_their_means(case, monkeypatch):
@@ -563,6 +601,7 @@ def test_runs_at_one_place_stand_side_by_side_and_a_line_joins_their_means(case,
     result = copy.deepcopy(case[0])
     result["depths"] = make_series(["unfreeze"], "depth", (0, 0, 0, 2, 2, 2))
     plot = figures.plot_depths(result)
+    plot.save()
     assert "Lines join the means of runs that stand at one place." in plot.caption
     line, *_, points = drawn[0].axes[0].get_lines()
     assert np.allclose(line.get_xdata(), [0, 2])
@@ -603,6 +642,7 @@ def test_the_boxes_of_a_flow_hold_whatever_comes(case, monkeypatch):
     result["flow"] += [*others, own | {"run": "d", "failed": None}, own | {"run": "e", "found": 7}]
     result["runs"] *= 5
     plot = figures.plot_flow(result)
+    plot.save()
     assert "1 more flow is in the CSV alone." in plot.caption
 
 

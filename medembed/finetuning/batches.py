@@ -1,4 +1,4 @@
-"""Training images, decoded once: in a mapped file, or as a trunk's tokens.
+"""Images of training rows, batch by batch: taken ahead, varied by augmentation, or as vectors.
 
 Augmentation stays within the natural variation of positioning and exposure between radiographs; a
 mirrored image shows the other side of the body, so mirroring is done only on request. The
@@ -18,10 +18,9 @@ import pandas as pd
 import torch
 from torch.nn import functional
 
-from medembed.cache.pending import make_plan
 from medembed.encoders.devices import current_gpu, free_memory, is_memory_error, on_gpu, pinned
 from medembed.encoders.preprocessing import Preprocessing
-from medembed.extraction.image_store import read_all
+from medembed.extraction.image_store import read_rows
 from medembed.finetuning.data_split import FAILED_COLUMNS
 from medembed.images.load import DEFAULT_LIMITS, Limits
 
@@ -167,7 +166,7 @@ def read_images(
     *,
     limits: Limits = DEFAULT_LIMITS,
     progress: Progress | None = None,
-    tell: Callable[[str], None] | None = None,
+    on_status: Callable[[str], None] | None = None,
 ) -> tuple[PixelImages, pd.DataFrame]:
     """Return the decoded images of a manifest's rows, in a file on the disk of `directory`.
 
@@ -181,30 +180,21 @@ def read_images(
     Raises
     ------
     ManifestError, MedembedError
-        The images cannot be read; see `extraction.image_store.read_all`.
+        The images cannot be read; see `extraction.image_store.read_rows`.
     """
-    contents = make_plan(rows, None).pending
-    read = read_all(
-        contents,
+    read = read_rows(
+        rows,
         image_root,
         preprocessing,
         limits=limits,
         directory=directory,
         remedy="Free some, or choose another --out.",
         progress=progress,
-        tell=tell,
+        on_status=on_status,
     )
-    place = {content.sha256: i for i, content in enumerate(contents)}
-    digests = rows["sha256"].tolist()
-    places = np.array([place[digest] for digest in digests], np.int64)
-    codes = np.array([int(digest[:15], 16) for digest in digests], np.int64)
-    records = [
-        {**read.failures[i], "image": image}
-        for i, image in zip(places.tolist(), rows["image"], strict=True)
-        if i in read.failures
-    ]
-    failed = pd.DataFrame(records, columns=[*FAILED_COLUMNS], dtype=object)
-    return PixelImages(read.pixels, places, codes), failed
+    codes = np.array([int(sha256[:15], 16) for sha256 in rows["sha256"]], np.int64)
+    failed = pd.DataFrame(read.failures, columns=[*FAILED_COLUMNS], dtype=object)
+    return PixelImages(read.pixels, read.places, codes), failed
 
 
 @dataclass(frozen=True, eq=False)
