@@ -22,6 +22,7 @@ FROM_SECONDS = 5.0
 AT_MOST = 0.005
 CHANCE = 0.5
 STEP = 0.25
+MARKS = (1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 60.0)
 TITLES = {
     OURS: "medembed",
     "autograd": "the same MLPs, autograd",
@@ -86,7 +87,7 @@ def write_report(pieces: Sequence["Piece"], seconds: float, out: Path | None) ->
 
 
 def at_marks(values: np.ndarray, grid: np.ndarray) -> dict[str, float]:
-    marks = [at for at in (1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 60.0) if at <= grid[-1]]
+    marks = [at for at in MARKS if at <= grid[-1]]
     return {f"{at:g}": round(float(np.interp(at, grid, values)), 4) for at in marks}
 
 
@@ -188,11 +189,14 @@ def draw(
                 np.where(means[tool][table] > CHANCE, means[tool][table], np.nan),
                 color=colour,
                 ls=LINES[k % len(LINES)],
+                drawstyle="steps-post",
                 lw=2.2 if tool == OURS else 1.2,
                 label=TITLES[tool],
             )
         axes.set_xscale("log")
+        axes.set_xticks([at for at in MARKS if at <= grid[-1]])
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.minorticks_off()
         ends = [means[tool][table][-1] for tool in tools]
         if ends:
             axes.set_ylim(min(ends) - 0.06, max(ends) + 0.01)

@@ -79,4 +79,4 @@ def fit_jobs(need: MemoryNeed, asked: int | None, others: str = "") -> int:
     if fitting:
         raise TrainingDataError(f"{message}--jobs {fitting} fits; the results are the same.")
     alone = "" if jobs == 1 else f"With --jobs 1 it is {need.bytes_with(1) / 1e9:,.1f} GB. "
-    raise TrainingDataError(f"{message}{alone}Take {others or 'a machine with more'}.")
+    raise TrainingDataError(f"{message}{alone}Use {others or 'a machine with more'}.")

@@ -89,7 +89,7 @@ def test_too_little_memory_is_said_before_rows_are_loaded(
         job.sweep(cache, manifest, tmp_path / "run", jobs=1)
     text = str(caught.value)
     assert text.startswith("this sweep needs up to 0.5 GB of memory (")
-    assert "1 process), and there are 0.1 GB. Take fewer columns (--pool m" in text
+    assert "1 process), and there are 0.1 GB. Use fewer columns (--pool m" in text
     assert "--train-fraction 0.5" in text
     assert not (tmp_path / "run").exists()
     monkeypatch.setattr(memory, "available_memory", lambda: GB)
