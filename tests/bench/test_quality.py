@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 import peer_mlps
 import quality
 import quality_report
+import quality_tools
 from paired_heads import compare_heads
 from quality_tables import prepare
 
@@ -63,6 +64,16 @@ def test_the_report_takes_the_pairs_that_every_tool_has(tmp_path: Path) -> None:
     page = "\n".join(quality_report.describe_quality(found))
     assert "+0.0300 (wanted: at most 0.005, missed)" in page
     assert "| mlp | 2 | 0.8300 | 0.8500 | +0.0200" in page
+
+
+def test_what_a_better_one_of_the_same_head_follows_at_once_is_not_refitted() -> None:
+    found = [
+        quality_tools.Found(at, score, {"head": head})
+        for at, score, head in ((1.0, 0.6, "mlp"), (1.05, 0.7, "mlp"), (1.06, 0.5, "logistic"))
+    ]
+    assert quality_tools._drop_superseded(found) == found[1:]
+    later = [*found, quality_tools.Found(1.5, 0.55, {"head": "logistic"})]
+    assert quality_tools._drop_superseded(later) == later[1:]
 
 
 def test_heads_are_compared_on_common_pairs_as_scipy_does() -> None:
