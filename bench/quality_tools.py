@@ -191,9 +191,10 @@ def race_vmap(asked: argparse.Namespace) -> Iterator[Found]:
 def _race_mlps(
     asked: argparse.Namespace, groups: Sequence[Sequence[Mapping[str, Any]]]
 ) -> Iterator[Found]:
-    from peer_mlps import OutOfTimeError, Rows, train_one, train_together
+    from peer_mlps import OutOfTimeError, Rows, train_one, train_together, warm_up
 
     data = load(asked.cache, asked.manifest, asked.seed)
+    warm_up(groups[0][0])
     start, best = time.perf_counter(), -np.inf
     limits: dict[str, Any] = {"seed": asked.seed, "until": start + asked.seconds}
     folds = [Rows.of(data.X, data.y, *fold) for fold in data.folds]

@@ -27,7 +27,7 @@ from medembed.dataset.splits import draw_folds
 from medembed.heads.lightgbm import LightGBMHead
 from medembed.heads.mlp import MLPHead
 from medembed.sweeps.search_space import default_spaces, read_spaces
-from peer_mlps import Perceptron, Rows, predict, train_one, train_together
+from peer_mlps import Perceptron, Rows, predict, train_one, train_together, warm_up
 
 __all__ = [
     "LINEAR_PEERS",
@@ -146,6 +146,7 @@ def run_torch(name: str, table: Table, drawn: Sequence[dict[str, Any]]) -> dict[
     groups: dict[Any, list[dict[str, Any]]] = {}
     for number, params in enumerate(chosen):
         groups.setdefault(tuple(params["hidden"]) if name == "vmap" else number, []).append(params)
+    warm_up(chosen[0])
     start, scores = time.perf_counter(), []
     for members in groups.values():
         if name == "vmap":
