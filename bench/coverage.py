@@ -28,11 +28,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from coverage_table import name_cell, parse_cells, summarise
 from scipy.special import expit
 from scipy.stats import norm
 from scipy.stats import t as student
 
+from coverage_table import name_cell, parse_cells, summarise
 from measuring import machine
 from medembed.evaluation.bootstrap import MIN_PATIENTS, Interval, draw, upper_bound
 from medembed.evaluation.bounds import bound_on_logit, clopper_pearson, wilson

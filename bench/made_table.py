@@ -1,4 +1,4 @@
-"""A synthetic table of MURA's size: embeddings with a known, partly non-linear signal.
+"""A synthetic table, by default of MURA's size: embeddings with a known, partly non-linear signal.
 
 Studies have a latent vector whose variances decay like those of real embeddings; views of a study
 differ from it by noise; a fixed random map transforms both into columns. The label depends on a
@@ -34,43 +34,88 @@ class Table:
     is_test: np.ndarray
 
 
-def make_table(n_train: int = 36_808, n_patients: int = 11_184, width: int = 1152) -> Table:
-    """Return a random table with an additional twelfth of images for testing, as in MURA."""
-    generator = np.random.default_rng(0)
-    n_rows = n_train + n_train // 12
-    all_patients = n_patients + n_patients // 12
-    # every patient has at least one study, every study at least one view
-    n_studies = min(n_rows, round(all_patients * 1.2))
-    study_patient = np.r_[
-        np.arange(all_patients), generator.integers(0, all_patients, n_studies - all_patients)
-    ]
-    studies = np.r_[np.arange(n_studies), generator.integers(0, n_studies, n_rows - n_studies)]
-    patients = study_patient[studies]
+def make_table(
+    n_train: int = 36_808,
+    n_patients: int = 11_184,
+    width: int = 1152,
+    *,
+    n_test: int | None = None,
+    seed: int = 0,
+    share: float = 0.4,
+) -> Table:
+    """Return a random table; `share` is that of abnormal studies.
+
+    `n_patients` are those of the `n_train` images for training. There are `n_test` images for
+    testing, by default another twelfth as in MURA, of other patients.
+    """
+    generator = np.random.default_rng(seed)
+    people = draw_people(generator, n_train, n_patients, n_test)
     scale = (1 + np.arange(N_LATENT)) ** -0.5
-    latent = generator.standard_normal((n_studies, N_LATENT)).astype(np.float32)
-    label = _labels(latent, generator)
+    latent = generator.standard_normal((people.n_studies, N_LATENT)).astype(np.float32)
+    label = _labels(latent, generator, share)
+    n_rows, studies = len(people.studies), people.studies
     rows = (latent[studies] + 0.3 * generator.standard_normal((n_rows, N_LATENT))) * scale
     mixing = generator.standard_normal((N_LATENT, width)).astype(np.float32) / np.sqrt(N_LATENT)
     X = rows.astype(np.float32) @ mixing
     X += 0.05 * generator.standard_normal((n_rows, width)).astype(np.float32)
     X += generator.standard_normal(width).astype(np.float32)
-    return Table(
-        X=X.astype(np.float16).astype(np.float32),
-        y=label[studies],
-        patients=patients,
-        studies=studies,
-        regions=np.asarray(REGIONS)[study_patient % len(REGIONS)][studies],
-        is_test=patients >= n_patients,
-    )
+    return people.as_table(X, label)
 
 
-def _labels(latent: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+@dataclass(frozen=True)
+class People:
+    """Which study and patient each image is of; the first `n_patients` are for training."""
+
+    study_patient: np.ndarray
+    studies: np.ndarray
+    n_patients: int
+
+    @property
+    def n_studies(self) -> int:
+        """The number of studies."""
+        return len(self.study_patient)
+
+    def as_table(self, X: np.ndarray, label: np.ndarray) -> Table:
+        """Return these images with columns X and the labels of their studies."""
+        patients = self.study_patient[self.studies]
+        return Table(
+            X=X.astype(np.float16).astype(np.float32),
+            y=label[self.studies],
+            patients=patients,
+            studies=self.studies,
+            regions=np.asarray(REGIONS)[self.study_patient % len(REGIONS)][self.studies],
+            is_test=patients >= self.n_patients,
+        )
+
+
+def draw_people(
+    generator: np.random.Generator, n_train: int, n_patients: int, n_test: int | None = None
+) -> People:
+    """Draw patients and studies for images; every patient has a study, every study an image."""
+    if n_test is None:
+        n_test, n_test_patients = n_train // 12, n_patients // 12
+    else:
+        n_test_patients = n_patients * n_test // n_train
+    n_rows, all_patients = n_train + n_test, n_patients + n_test_patients
+    n_studies = min(n_rows, round(all_patients * 1.2))
+    study_patient = np.r_[
+        np.arange(all_patients), generator.integers(0, all_patients, n_studies - all_patients)
+    ]
+    studies = np.r_[np.arange(n_studies), generator.integers(0, n_studies, n_rows - n_studies)]
+    return People(study_patient, studies, n_patients)
+
+
+def label_by(signal: np.ndarray, generator: np.random.Generator, share: float = 0.4) -> np.ndarray:
+    """Return labels, int8, that a logistic model draws from `signal`; `share` of them are 1."""
+    noisy = signal + generator.logistic(size=len(signal))
+    return (noisy > np.quantile(noisy, 1 - share)).astype(np.int8)
+
+
+def _labels(latent: np.ndarray, generator: np.random.Generator, share: float) -> np.ndarray:
     linear = latent[:, :32] @ generator.standard_normal(32) / np.sqrt(32)
     products = (latent[:, :6] * latent[:, 6:12]).sum(axis=1) / np.sqrt(6)
     far = np.linalg.norm(latent[:, 12:16], axis=1) > 2.2
-    signal = 1.6 * linear + 1.6 * products + 1.5 * far
-    chance = generator.logistic(size=len(latent))
-    return (signal + chance > np.quantile(signal + chance, 0.6)).astype(np.int8)
+    return label_by(1.6 * linear + 1.6 * products + 1.5 * far, generator, share)
 
 
 def write_table(table: Table, place: Path) -> tuple[Path, Path]:

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -22,6 +23,11 @@ def alternate(jobs: dict[str, Callable[[], float]], n_runs: int) -> dict[str, li
     return seconds
 
 
+def progress(text: str) -> None:
+    """Print a line with the time of day to stderr."""
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
 def time_command(command: list[str]) -> float:
     """Return the wall time of a whole process in seconds; its output is discarded."""
     start = time.perf_counter()
@@ -35,9 +41,47 @@ def machine() -> dict[str, Any]:
     return {
         "cores": os.cpu_count(),
         "architecture": platform.machine(),
+        "processor": processor(),
+        "instructions": instructions(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in packages},
     }
+
+
+def processor() -> str | None:
+    """Return the processor's name, such as "AMD EPYC", or None where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return None
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else None
+
+
+INSTRUCTIONS = {"AMX": "amx_bf16", "AVX-512": "avx512f", "AVX2": "avx2"}
+"""What a processor may multiply in, widest first, and its flag in /proc/cpuinfo."""
+
+
+def instructions() -> str | None:
+    """Return the widest of `INSTRUCTIONS` that may be used, or None where the system does not tell.
+
+    `ATEN_CPU_CAPABILITY=avx2` with `ONEDNN_MAX_CPU_ISA=AVX2` limits PyTorch to AVX2.
+    """
+    limit = os.environ.get("ATEN_CPU_CAPABILITY"), os.environ.get("ONEDNN_MAX_CPU_ISA")
+    flags = processor_flags()
+    known = [name for name, flag in INSTRUCTIONS.items() if flag in flags]
+    if limit == ("avx2", "AVX2"):
+        known = [name for name in known if name == "AVX2"]
+    return known[0] if known else None
+
+
+def processor_flags() -> set[str]:
+    """Return the processor's flags as Linux names them; empty elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return next((set(line.split()) for line in lines if line.startswith("flags")), set())
 
 
 def write_results(path: Path, results: dict[str, Any]) -> None:

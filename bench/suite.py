@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from coverage_table import describe_coverage
+from quality_report import describe_quality
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -217,7 +218,9 @@ def render(folder: Path) -> str:
         "",
         "Made by `make bench` from the JSON files in `results/`; each script says in its first",
         "lines what is timed, against what, and how often. Ratios are medians of alternated runs;",
-        "sweeps ran once. All data are synthetic.",
+        "sweeps ran once. All data are synthetic unless called real. Figures of sweeps stand for",
+        "AVX2 first, which is what most laptops have: the last table names each part's processor",
+        "and what it multiplied in.",
         "",
         "| part | what | against | measured | wanted | runs |",
         "|---|---|---|---|---|---|",
@@ -230,6 +233,7 @@ def render(folder: Path) -> str:
         "\n".join(
             [
                 *(*lines, "", *_gpu(folder), *_growth(folder)),
+                *describe_quality(read(folder / "quality.json")),
                 *(*coverage, *_noise(folder), *_machines(folder)),
             ]
         )
@@ -285,6 +289,22 @@ def _growth(folder: Path) -> list[str]:
         lines.append(
             f"| {what.replace('_', ' ')} | {times} | {b['fitted']:.2f} | {b['last']:.2f} |"
         )
+    return [*lines, "", *_memory(results)]
+
+
+def _memory(results: dict[str, Any]) -> list[str]:
+    """Return the peaks of the sweeps of `growth.py` as lines; older results have none."""
+    if not results.get("memory"):
+        return []
+    lines = [
+        "Peak of memory of all processes, the table in it, and what the sweep said beforehand."
+    ]
+    lines += ["", "| what | size | peak | table | said |", "|---|---|---|---|---|"]
+    for what, points in results["memory"].items():
+        for n, own in points.items():
+            sizes = (own["peak_gb"], own["table_gb"], own["estimate_gb"])
+            cells = " | ".join(f"{size:.3g} GB" for size in sizes)
+            lines.append(f"| {what.replace('_', ' ')} | {int(n):,} | {cells} |")
     return [*lines, ""]
 
 
@@ -313,14 +333,16 @@ def _machines(folder: Path) -> list[str]:
     lines = [
         "## Machine and versions",
         "",
-        "| part | cores | Python | versions |",
-        "|---|---|---|---|",
+        "| part | cores | processor | multiplies in | Python | versions |",
+        "|---|---|---|---|---|---|",
     ]
     for part in PARTS:
         machine = read(folder / part.file).get("machine")
         if machine:
             versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
             row = f"| {part.name} | {machine['cores']}, {machine['architecture']} "
+            row += f"| {machine.get('processor') or 'not recorded'} "
+            row += f"| {machine.get('instructions') or 'not recorded'} "
             lines.append(f"{row}| {machine['python']} | {versions} |")
     return lines
 

@@ -1,11 +1,12 @@
 """Compare time and AUROC of `medembed sweep` with scikit-learn's grid search.
 
     .venv/bin/python bench/sweep.py --out bench/results/sweep.json
-    .venv/bin/python bench/sweep.py --only gflops,default
+    .venv/bin/python bench/sweep.py --only gflops,default --out bench/results/sweep.json
     .venv/bin/python bench/sweep.py --rows 3000 --configs 16       # does it all work?
 
 All use a synthetic table of MURA's size (see made_table.py) and medembed's own patient-disjoint
-folds. A part's jobs alternate: medembed, then each peer, then again for every further run.
+folds. A part's jobs alternate: medembed, then each peer, then again for every further run. Parts
+that `--only` leaves out keep their results in the file, and so do peers that `--without` names.
 
 medembed is timed as a whole process: start, loading, the logistic floor (one configuration), all
 trials, refits, packaging, test scores. A peer's time covers only `GridSearchCV.fit` with
@@ -22,6 +23,13 @@ configurations by their number (the ratios), and by the number of weights of the
   the rows, which MLPClassifier draws at random, so that patients are on both sides.
 - `skorch`: a torch module in skorch's NeuralNetClassifier, AdamW, with dropout, the activations,
   label smoothing and class weights (of the whole table); 20 epochs. Only where skorch is installed.
+- `autograd`: a plain loop of torch, float32, fused AdamW, batches of a sixteenth of the rows, with
+  all cores; one configuration of eight. Two epochs without one fold, counted for 20 epochs of five.
+- `vmap`: all configurations, those of equal widths as one module by `torch.func.vmap`; counted
+  likewise. For both, `auroc` is that after two epochs on one fold.
+- `ridge_cv`, `logistic_cv`: scikit-learn's linear models that choose their penalty themselves, of
+  13 and of the sweep's, on the same folds; nothing is extrapolated. They stand beside `medembed
+  sweep --heads logistic`.
 - `lightgbm`: LGBMClassifier at its defaults except for num_leaves, learning_rate and lambda_l2 of
   the configuration, and LightGBMHead's maximum number of trees. One configuration of eight.
 - `hist_gradient_boosting`: HistGradientBoostingClassifier at its defaults (at most 100 trees, early
@@ -34,7 +42,10 @@ it. `auroc_test`, of images of unseen patients, has neither bias; for it a peer'
 on all training rows, outside its time.
 
 `default_sweep` is `medembed sweep` without options: its seconds, and the peak of memory of all its
-processes in a second run, since watching takes time.
+processes in a second run, since watching takes time. `avx2` is with AVX2 alone, as most laptops
+have (PyTorch is limited to it where the processor has more), `amx` with everything of a processor
+that has AMX. `optuna_auroc_test` is what Optuna reaches over the same space in these seconds, see
+`peer_optuna.py` (`pip install optuna`). `nih` is the default sweep of real features.
 
 `gflops_share`: the time that torch.mm takes for a cohort's products alone over the time of the
 cohort's epochs, on one thread, and with one process per core in parallel; in the precision of the
@@ -43,7 +54,6 @@ sweep on this machine and, if that is bfloat16, also in float32.
 
 import argparse
 import json
-import math
 import os
 import re
 import signal
@@ -52,45 +62,33 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import joblib
 import numpy as np
 import pandas as pd
-import torch
-from sklearn.base import clone
-from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.metrics import roc_auc_score
-from sklearn.model_selection import GridSearchCV, PredefinedSplit
-from sklearn.neural_network import MLPClassifier
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from made_table import make_table, write_table
-from measuring import time_command, write_results
-from medembed.cache.embeddings import load_embeddings
-from medembed.dataset.splits import draw_folds
-from medembed.heads.batched_mlp import PRECISIONS, BatchedMLP, Rows, resolve_precision
-from medembed.heads.lightgbm import LightGBMHead
-from medembed.heads.mlp import MLPHead, gather
-from medembed.heads.scaling import Projector
-from medembed.sweeps.search_space import default_spaces, read_spaces
-from peak_memory import watch
+from measuring import machine, progress, write_results
+from medembed.heads.batched_mlp import PRECISIONS, resolve_precision
+from medembed.sweeps.search_space import read_spaces
+from sweep_default import measure_default, measure_nih, sweep_command
+from sweep_gflops import measure_cohort, measure_gflops
+from sweep_peers import (
+    LINEAR_PEERS,
+    MLP_PEERS,
+    N_COLUMNS,
+    N_FOLDS,
+    SLOW_LIMIT,
+    SLOW_ONE_IN,
+    TREE_PEERS,
+    find_version,
+    run_peer,
+)
 
-N_COLUMNS = 1152
-N_FOLDS = 5
-ONE_IN = 8
-SLOW_ONE_IN = {"gridsearch_early_stopping": 32, "skorch": 32}
-SLOW_LIMIT = 200  # seconds for one; strong weight decay produces numbers that are slow to compute
-EPOCHS, EARLY_EPOCHS, PATIENCE, BATCH_SIZE = 20, 60, 8, 256
-N_MEMBERS, COHORT_EPOCHS = 16, 5
-MLP_PEERS = ("gridsearch", "gridsearch_early_stopping", "skorch")
-TREE_PEERS = ("lightgbm", "hist_gradient_boosting")
 NO_SKORCH = "not measured: skorch is not installed"
 
 
@@ -99,7 +97,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=36_808)
     parser.add_argument("--configs", type=int, default=64)
     parser.add_argument("--runs", type=int, default=1)
-    parser.add_argument("--only", default="mlp,lightgbm,default,gflops")
+    parser.add_argument("--only", default="mlp,lightgbm,linear,default,nih,gflops")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--without", default="", help="peers to leave out: they take minutes")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)  # what (or precision), where
@@ -112,20 +110,24 @@ def main() -> None:
     parts = {
         "mlp": measure_mlp,
         "lightgbm": measure_lightgbm,
+        "linear": measure_linear,
         "default": measure_default,
+        "nih": measure_nih,
         "gflops": measure_gflops,
     }
     chosen = given.only.split(",")
     if unknown := [name for name in chosen if name not in parts]:
         parser.error(f"--only {unknown[0]}: choose among {', '.join(parts)}")
-    results: dict[str, Any] = {
-        "ratios": {},
+    results = read_kept(given.out, given.rows) if given.out else {"ratios": {}}
+    results |= {
         "rows": given.rows,
         "folds": N_FOLDS,
         "processes": joblib.cpu_count(),
         "precision": resolve_precision("auto"),
         "synthetic": True,
-        "peer_versions": {n: _version(n) for n in ("scikit-learn", "lightgbm", "skorch")},
+        "peer_versions": {
+            n: find_version(n) for n in ("scikit-learn", "lightgbm", "skorch", "optuna")
+        },
     }
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
@@ -142,7 +144,7 @@ def main() -> None:
 
 def write_space(place: Path, n_configs: int) -> None:
     """Write the default space, with `n_configs` MLPs and one configuration of the floor."""
-    text = files("medembed.heads").joinpath("default_space.toml").read_text(encoding="utf-8")
+    text = files("medembed.sweeps").joinpath("default_space.toml").read_text(encoding="utf-8")
     tables = re.split(r"^(?=\[\w+\])", text, flags=re.MULTILINE)
     mlp, lightgbm = ([t for t in tables if t.startswith(f"[{h}]")] for h in ("mlp", "lightgbm"))
     mlp_text, n = re.subn(r"^configs = \d+", f"configs = {n_configs}", mlp[0], flags=re.MULTILINE)
@@ -151,27 +153,30 @@ def write_space(place: Path, n_configs: int) -> None:
     (place / "space.toml").write_text("[logistic]\nconfigs = 1\n\n" + mlp_text + lightgbm[0])
 
 
+def read_kept(path: Path, n_rows: int) -> dict[str, Any]:
+    """Return the results of earlier parts on this processor, and of AMX on any."""
+    if not path.exists():
+        return {"ratios": {}}
+    kept = dict(json.loads(path.read_text()))
+    if kept.get("rows") != n_rows:
+        raise SystemExit(f"{path} is of {kept.get('rows')} rows, not {n_rows}: name another --out")
+    here, there = machine(), kept.get("machine", {})
+    if all(here[name] == there.get(name) for name in ("processor", "instructions")):
+        return kept
+    amx = kept.get("default_sweep", {}).get("amx")
+    return {"ratios": {}, **({"default_sweep": {"amx": amx}} if isinstance(amx, dict) else {})}
+
+
 def merge(results: dict[str, Any], part: dict[str, Any]) -> None:
     for key, value in part.items():
-        if isinstance(value, dict):
-            merge(results.setdefault(key, {}), value)
+        if isinstance(value, dict) and isinstance(results.setdefault(key, {}), dict):
+            merge(results[key], value)
         else:
             results[key] = value
 
 
-def progress(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
 def measure_mlp(place: Path, n_runs: int, without: list[str]) -> dict[str, Any]:
-    peers = [peer for peer in MLP_PEERS if peer != "skorch" or _version("skorch")]
+    peers = [peer for peer in MLP_PEERS if peer != "skorch" or find_version("skorch")]
     peers = [peer for peer in peers if peer not in without]
     n = len(read_spaces(place / "space.toml")["mlp"].draw())
     found = compare(place, "mlp", n, peers, n_runs)
@@ -186,6 +191,25 @@ def measure_lightgbm(place: Path, n_runs: int, without: list[str]) -> dict[str, 
     found = compare(place, "lightgbm", n, peers, n_runs)
     found["ratios"]["lightgbm_vs_defaults"] = found["ratios"].pop("lightgbm_vs_lightgbm")
     return found
+
+
+def measure_linear(place: Path, n_runs: int, without: list[str]) -> dict[str, Any]:
+    """Compare a sweep of the logistic head alone with linear models that tune themselves."""
+    peers = [peer for peer in LINEAR_PEERS if peer not in without]
+    seconds: dict[str, list[float]] = {}
+    auroc: dict[str, float] = {}
+    for run in range(n_runs):
+        jobs = {"medembed logistic": lambda run=run: run_sweep(place, "logistic", run, ())}
+        jobs |= {peer: lambda peer=peer: run_child(peer, place) for peer in peers}
+        for name, job in jobs.items():
+            done = job()
+            seconds.setdefault(name, []).append(round(done["seconds"], 3))
+            auroc[name] = done["auroc_test"]
+            progress(f"{name}: {done['seconds']:.1f} s, AUROC {auroc[name]:.4f} on test")
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    ours = medians["medembed logistic"]
+    ratios = {f"logistic_vs_{peer}": round(medians[peer] / ours, 3) for peer in peers}
+    return {"seconds": seconds, "auroc_test": auroc, "ratios": ratios}
 
 
 def compare(
@@ -264,16 +288,14 @@ def call(*arguments: str, limit: float | None = None) -> dict[str, Any]:
     return dict(json.loads(printed.splitlines()[-1]))
 
 
-def sweep_command(place: Path, run: str, *options: str) -> list[str]:
-    medembed = [sys.executable, "-m", "medembed", "sweep"]
-    paths = [str(place / "cache"), str(place / "manifest.parquet"), "--out", str(place / run)]
-    return [*medembed, *paths, "--folds", str(N_FOLDS), *options, "--json"]
-
-
-def run_sweep(place: Path, head: str, number: int) -> dict[str, Any]:
+def run_sweep(
+    place: Path, head: str, number: int, options: tuple[str, ...] | None = None
+) -> dict[str, Any]:
     """Run `medembed sweep` of one head; return its time and its winner's scores."""
     run = f"{head}-{number}"
-    command = sweep_command(place, run, "--heads", head, "--space", str(place / "space.toml"))
+    if options is None:  # one configuration of the floor beside it
+        options = ("--space", str(place / "space.toml"))
+    command = sweep_command(place, run, "--heads", head, *options)
     start = time.perf_counter()
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
     seconds = time.perf_counter() - start
@@ -293,343 +315,6 @@ def run_sweep(place: Path, head: str, number: int) -> dict[str, Any]:
 
 def _auroc(rows: pd.DataFrame) -> float:
     return float(roc_auc_score(rows["label"].astype(int), rows["probability"]))
-
-
-class Table(NamedTuple):
-    """Training rows, their folds, and test rows."""
-
-    X: np.ndarray
-    y: np.ndarray
-    folds: np.ndarray
-    X_test: np.ndarray
-    y_test: np.ndarray
-
-
-def load_table(place: Path) -> Table:
-    """Return the rows with the folds that `medembed sweep --seed 0` draws."""
-    embeddings = load_embeddings(place / "cache", place / "manifest.parquet")
-    is_train = (embeddings.rows["split"] == "train").to_numpy()
-    rows = embeddings.rows[is_train].reset_index(drop=True)
-    folds = np.asarray(draw_folds(rows, n_folds=N_FOLDS, seed=0), np.int64)
-    X, y = embeddings.X, embeddings.y.astype(np.int64)  # the dtype that torch's losses need
-    return Table(X[is_train], y[is_train], folds, X[~is_train], y[~is_train])
-
-
-def run_peer(name: str, place: Path) -> dict[str, Any]:
-    """Time a grid search, in a separate process, whose memory is released afterwards."""
-    table, spaces = load_table(place), read_spaces(place / "space.toml")
-    share = None
-    if name in MLP_PEERS:
-        drawn = [{**MLPHead().get_params(), **params} for params in spaces["mlp"].draw()]
-        chosen = one_in(drawn, SLOW_ONE_IN.get(name, ONE_IN))
-        share = sum(map(n_weights, chosen)) / sum(map(n_weights, drawn))
-        estimator, grid = MLPS[name](chosen, table)
-    elif name == "lightgbm":
-        estimator, grid = lightgbm_defaults(spaces["lightgbm"].draw()[::ONE_IN])
-    else:
-        estimator, grid = HistGradientBoostingClassifier(random_state=0), [{}]
-    with joblib.parallel_config(backend="loky", inner_max_num_threads=1):
-        search = GridSearchCV(
-            estimator,
-            grid,
-            scoring="roc_auc",
-            cv=PredefinedSplit(table.folds),
-            n_jobs=joblib.cpu_count(),
-            refit=False,
-            error_score="raise",
-        )
-        # start the processes, and their imports, with a search whose time does not count
-        few = np.concatenate([np.flatnonzero(table.folds == f)[:64] for f in range(N_FOLDS)])
-        warm = clone(search).set_params(param_grid=grid[0], cv=PredefinedSplit(table.folds[few]))
-        warm.fit(table.X[few], table.y[few])
-        start = time.perf_counter()
-        search.fit(table.X, table.y)
-        seconds = time.perf_counter() - start
-    scores = search.cv_results_["mean_test_score"]
-    best = search.cv_results_["params"][int(scores.argmax())]
-    fitted = clone(estimator).set_params(**best).fit(table.X, table.y)
-    on_test = roc_auc_score(table.y_test, fitted.predict_proba(table.X_test)[:, 1])
-    return {
-        "seconds": seconds,
-        "configurations": len(scores),
-        "share_of_weights": share,
-        "auroc": round(float(scores.max()), 5),
-        "auroc_test": round(float(on_test), 5),
-        "auroc_of_each": [round(float(score), 5) for score in scores],
-        "params": {key: repr(value) for key, value in best.items()},
-    }
-
-
-def one_in(drawn: list[dict[str, Any]], step: int) -> list[dict[str, Any]]:
-    """Return every `step`-th configuration, or the next one that has a hidden layer."""
-    return [
-        next(params for params in [*drawn[start:], *drawn] if params["hidden"])
-        for start in range(0, len(drawn), step)
-    ]
-
-
-def n_weights(params: dict[str, Any]) -> int:
-    """Return the number of weights of an MLP on the table, to which its time is proportional."""
-    return sum(a * b for a, b in pairwise([N_COLUMNS, *params["hidden"], 1]))
-
-
-def one_of_each(chosen: list[dict[str, Any]]) -> list[dict[str, list[Any]]]:
-    return [{key: [value] for key, value in params.items()} for params in chosen]
-
-
-def sklearn_mlp(chosen: list[dict[str, Any]], early: bool) -> tuple[Any, list[dict[str, Any]]]:
-    epochs = EARLY_EPOCHS if early else EPOCHS
-    mlp = MLPClassifier(
-        batch_size=BATCH_SIZE,
-        max_iter=epochs,
-        early_stopping=early,
-        # without early stopping it would still end where the training loss no longer falls
-        n_iter_no_change=PATIENCE if early else epochs,
-        random_state=0,
-    )
-    grid = [
-        {
-            "mlpclassifier__hidden_layer_sizes": tuple(params["hidden"]),
-            "mlpclassifier__activation": "tanh" if params["activation"] == "tanh" else "relu",
-            "mlpclassifier__learning_rate_init": params["lr"],
-            "mlpclassifier__alpha": params["weight_decay"],
-        }
-        for params in chosen
-    ]
-    return make_pipeline(StandardScaler(), mlp), one_of_each(grid)
-
-
-ACTIVATIONS = {
-    "relu": torch.nn.ReLU,
-    "gelu": torch.nn.GELU,
-    "silu": torch.nn.SiLU,
-    "tanh": torch.nn.Tanh,
-}
-
-
-class Perceptron(torch.nn.Sequential):
-    """The module that a skorch user would write."""
-
-    def __init__(self, hidden: tuple[int, ...], activation: str, dropout: float, n: int) -> None:
-        layers: list[torch.nn.Module] = []
-        for before, after in pairwise([n, *hidden]):
-            act = ACTIVATIONS[activation]
-            layers += [torch.nn.Linear(before, after), act(), torch.nn.Dropout(dropout)]
-        super().__init__(*layers, torch.nn.Linear([n, *hidden][-1], 2))
-
-
-def skorch_mlp(chosen: list[dict[str, Any]], table: Table) -> tuple[Any, list[dict[str, Any]]]:
-    from skorch import NeuralNetClassifier
-
-    net = NeuralNetClassifier(
-        Perceptron,
-        module__n=table.X.shape[1],
-        criterion=torch.nn.CrossEntropyLoss,
-        optimizer=torch.optim.AdamW,
-        max_epochs=EPOCHS,
-        batch_size=BATCH_SIZE,
-        iterator_train__shuffle=True,
-        train_split=None,
-        verbose=0,
-    )
-    balanced = len(table.y) / (2 * np.bincount(table.y))
-    net_grid = [
-        {
-            "module__hidden": tuple(params["hidden"]),
-            "module__activation": params["activation"],
-            "module__dropout": params["dropout"],
-            "lr": params["lr"],
-            "optimizer__weight_decay": params["weight_decay"],
-            "criterion__label_smoothing": params["label_smoothing"],
-            "criterion__weight": torch.tensor(
-                balanced if params["class_weight"] else [1.0, 1.0], dtype=torch.float32
-            ),
-        }
-        for params in chosen
-    ]
-    grid = [{f"neuralnetclassifier__{k}": v for k, v in own.items()} for own in net_grid]
-    return make_pipeline(StandardScaler(), net), one_of_each(grid)
-
-
-MLPS: dict[str, Callable[..., tuple[Any, list[dict[str, Any]]]]] = {
-    "gridsearch": lambda chosen, table: sklearn_mlp(chosen, early=False),
-    "gridsearch_early_stopping": lambda chosen, table: sklearn_mlp(chosen, early=True),
-    "skorch": skorch_mlp,
-}
-
-
-def lightgbm_defaults(chosen: list[dict[str, Any]]) -> tuple[Any, list[dict[str, Any]]]:
-    from lightgbm import LGBMClassifier
-
-    own = [{**LightGBMHead().get_params(), **params} for params in chosen]
-    names = {
-        "num_leaves": "num_leaves",
-        "learning_rate": "learning_rate",
-        "lambda_l2": "reg_lambda",
-    }
-    grid = [{names[key]: params[key] for key in names} for params in own]
-    n_trees = own[0]["n_trees"]
-    return LGBMClassifier(n_estimators=n_trees, n_jobs=1, verbosity=-1), one_of_each(grid)
-
-
-def measure_default(place: Path, n_runs: int, _without: list[str]) -> dict[str, Any]:
-    """Run the default sweep twice: once timed, once watched for its memory."""
-    seconds, watched = [], []
-    for number in range(n_runs):
-        seconds.append(round(time_command(sweep_command(place, f"default-{number}")), 2))
-        done = watch(sweep_command(place, f"watched-{number}"))
-        watched.append(done._asdict())
-        progress(f"default sweep: {seconds[-1]} s; {done.peak_gb} GB in {done.seconds} s")
-    board = json.loads(done.output)["leaderboard"]
-    return {
-        "default_sweep": {
-            "seconds": statistics.median(seconds),
-            "peak_gb": max(run["peak_gb"] for run in watched),
-            "runs": seconds,
-            "watched": [{k: v for k, v in run.items() if k != "output"} for run in watched],
-            "configurations": {e["head"]: len(default_spaces()[e["head"]].draw()) for e in board},
-            "auroc_of_studies": {e["head"]: round(e["cv"], 5) for e in board},
-        }
-    }
-
-
-def measure_gflops(place: Path, n_runs: int, _without: list[str]) -> dict[str, Any]:
-    """Compare a cohort's training with its products, in one process and in one per core."""
-    found: dict[str, Any] = {}
-    for precision in dict.fromkeys([resolve_precision("auto"), "fp32"]):
-        for side_by_side in dict.fromkeys([1, joblib.cpu_count()]):
-            measured = [
-                m for _ in range(n_runs) for m in run_cohorts(place, precision, side_by_side)
-            ]
-            products = sum(sum(m["products_seconds"]) for m in measured)
-            training = sum(sum(m["training_seconds"]) for m in measured)
-            gflop = sum(m["gflop"] for m in measured)
-            found[name := f"{precision}_{side_by_side}_at_once"] = {
-                "gflops_share": round(products / training, 4),
-                "gflops_training": round(gflop / training, 1),
-                "gflops_products": round(gflop / products, 1),
-                "processes": measured,
-            }
-            progress(f"{name}: {found[name]['gflops_share']}")
-    shares = {name: own["gflops_share"] for name, own in found.items()}
-    first = next(iter(shares.values()))
-    return {"gflops_share": first, "gflops_shares": shares, "gflops": found}
-
-
-def run_cohorts(place: Path, precision: str, n: int) -> list[dict[str, Any]]:
-    """Return the results of processes that run each phase at the same time."""
-    command = [sys.executable, __file__, "--child", precision, str(place)]
-    pipe = subprocess.PIPE
-    running = [subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) for _ in range(n)]
-    outputs: list[dict[str, Any]] = []
-    while not outputs:
-        lines = [process.stdout.readline() for process in running if process.stdout]
-        if all(line == "ready\n" for line in lines):
-            for process in running:
-                assert process.stdin
-                process.stdin.write("go\n")
-                process.stdin.flush()
-        else:
-            outputs = [json.loads(line) for line in lines]
-    for process in running:
-        process.communicate()
-        assert process.returncode == 0
-    return outputs
-
-
-def measure_cohort(precision: str, place: Path) -> dict[str, Any]:
-    """Train a cohort epoch by epoch, and after each epoch run only its products; one thread."""
-    torch.set_num_threads(1)
-    table = load_table(place)
-    rows, held = np.flatnonzero(table.folds != 0), np.flatnonzero(table.folds == 0)
-    space = default_spaces()["mlp"]
-    heads = [
-        MLPHead().set_params(**{**params, "precision": precision})
-        for params in space.draw(N_MEMBERS, seed=0)
-    ]
-    cohort = gather(
-        heads,
-        Rows(table.X, rows, table.y[rows]),
-        Rows(table.X, held, table.y[held]),
-        Projector(table.X, rows),
-    )
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    products = Products(cohort, dtype, len(rows), len(held), cohort._batch_size)
-    cohort.train(1)
-    products.run()
-    training, alone, flop = [], [], cohort.flop
-    for epoch in range(2, COHORT_EPOCHS + 2):
-        training.append(_timed(lambda epoch=epoch: cohort.train(epoch)))
-        alone.append(_timed(products.run))
-    trained = cohort.flop - flop
-    assert all(net.failure is None for net in cohort.nets)
-    assert math.isclose(trained, COHORT_EPOCHS * products.flop, rel_tol=1e-9), "not the same work"
-    return {"training_seconds": training, "products_seconds": alone, "gflop": trained / 1e9}
-
-
-def _timed(job: Callable[[], object]) -> float:
-    print("ready", flush=True)  # and wait for those side by side
-    sys.stdin.readline()
-    start = time.perf_counter()
-    job()
-    return time.perf_counter() - start
-
-
-class Products:
-    """Only the matrix products of one epoch of a cohort, with equal shapes, dtypes and layouts.
-
-    The factors are random, since their values do not matter.
-    """
-
-    def __init__(
-        self, cohort: BatchedMLP, dtype: torch.dtype, n_rows: int, n_held: int, batch_size: int
-    ) -> None:
-        self._size, self._dtype = batch_size, dtype
-        firsts = [net.params[0] for net in cohort.nets]
-        self._first = self._random(sum(map(len, firsts)), firsts[0].shape[1])
-        # (weight, as it is for the backward pass) of every further layer of every member
-        self._further = [
-            (weight, weight.t().contiguous())
-            for net in cohort.nets
-            for weight in (self._random(*own.shape) for own in net.params[1::2])
-        ]
-        self._rows, self._held = (self._random(n, len(self._first[0])) for n in (n_rows, n_held))
-        self._gradient = torch.empty_like(self._first)
-        self._outputs = torch.empty(len(self._first) * batch_size, dtype=dtype)
-        self._activations = {
-            (width, m): self._random(width, m)
-            for width in {width for weight, _ in self._further for width in weight.shape}
-            for m in (batch_size, n_rows % batch_size, n_held % batch_size)
-        }
-        self.flop = 0.0
-
-    def _random(self, *shape: int) -> torch.Tensor:
-        return torch.randn(*shape).to(self._dtype)
-
-    def run(self) -> None:
-        """Multiply, and count."""
-        self.flop = 0.0
-        with torch.inference_mode():
-            for X in self._rows.split(self._size):
-                Z = self._first_layers(X)
-                for weight, turned in self._further:
-                    a, dz = (self._activations[width, len(X)] for width in weight.shape[::-1])
-                    torch.mm(weight, a)
-                    torch.mm(dz, a.t())
-                    torch.mm(turned, dz)
-                    self.flop += 6 * weight.numel() * len(X)
-                torch.mm(Z, X, out=self._gradient)
-                self.flop += 2 * self._first.numel() * len(X)
-            for X in self._held.split(self._size):
-                self._first_layers(X)
-                for weight, _ in self._further:
-                    torch.mm(weight, self._activations[weight.shape[1], len(X)])
-                    self.flop += 2 * weight.numel() * len(X)
-
-    def _first_layers(self, X: torch.Tensor) -> torch.Tensor:
-        Z = self._outputs[: len(self._first) * len(X)].view(len(self._first), len(X))
-        self.flop += 2 * self._first.numel() * len(X)
-        return torch.mm(self._first, X.t(), out=Z)
 
 
 if __name__ == "__main__":

@@ -113,7 +113,11 @@ class _Backend(click.Choice[str]):
     help="Share of the training patients to train on, for label-efficiency curves.",
 )  # fmt: skip
 @operating_point_option("Operating point to store with every model:")
-@click.option("--jobs", type=click.IntRange(min=1), help="Processes; one per core by default.")
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    help="Processes; by default one per core, or as many as fit into memory.",
+)
 @click.option(
     "--backend", type=_Backend(["local", "ray"]), default="local", show_default=True,
     help="Where processes run: this machine, or the Ray cluster at RAY_ADDRESS.",

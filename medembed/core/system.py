@@ -15,6 +15,7 @@ from medembed.core.errors import MissingLibraryError
 
 __all__ = [
     "DECIDING",
+    "available_memory",
     "choose_processes",
     "count_cores",
     "default_decoders",
@@ -99,6 +100,32 @@ def total_memory() -> int:
         with suppress(OSError, ValueError):  # "max" is not a number
             found.append(int(path.read_text()))
     return min(found)
+
+
+def available_memory() -> int:
+    """Return the bytes of memory that are free for this process, here and in its container.
+
+    What the system only keeps to read files faster counts as free.
+    """
+    found = [total_memory()]
+    with suppress(OSError, KeyError):
+        known = _read_counts(Path("/proc/meminfo"))  # in kB
+        found.append(1024 * (known["MemAvailable"] + known.get("SwapFree", 0)))
+    for limit in _memory_limits():
+        is_first = limit.name == "memory.limit_in_bytes"
+        usage = limit.with_name("memory.usage_in_bytes" if is_first else "memory.current")
+        with suppress(OSError, ValueError):
+            free = int(limit.read_text()) - int(usage.read_text())
+            kept = _read_counts(limit.with_name("memory.stat"))
+            name = "total_inactive_file" if is_first else "inactive_file"
+            found.append(max(0, free + kept.get(name, 0)))
+    return min(found)
+
+
+def _read_counts(path: Path) -> dict[str, int]:
+    """Return the numbers of a file of lines such as "MemAvailable:  1234 kB" or "anon 1234"."""
+    words = [line.split() for line in path.read_text().splitlines()]
+    return {own[0].rstrip(":"): int(own[1]) for own in words if len(own) > 1}
 
 
 def _memory_limits() -> Iterator[Path]:

@@ -1,5 +1,6 @@
 """The data and the plan of a sweep: rows, folds, covariates, trials and batches."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,15 +16,16 @@ from medembed.core.files import json_digest
 from medembed.core.poolings import DEFAULT_POOLINGS, expand_blocks
 from medembed.core.prompts import Prompts
 from medembed.core.system import library_versions
-from medembed.dataset.covariates import fit_covariates
+from medembed.dataset.covariates import MAX_CATEGORIES, fit_covariates
 from medembed.dataset.manifest import Manifest
 from medembed.dataset.splits import TrainFolds, draw_train_folds, require_both_classes
-from medembed.dataset.targets import select_target
+from medembed.dataset.targets import list_targets, select_target
 from medembed.evaluation.thresholds import ThresholdRule
 from medembed.heads.batched_mlp import resolve_precision
 from medembed.heads.registry import head_class, make_head
 from medembed.results.run_schema import CV_METHOD
 from medembed.results.runs import RUN_VERSION
+from medembed.sweeps.memory import MemoryNeed
 from medembed.sweeps.search_space import HeadSpace
 from medembed.sweeps.training import Bases, Training
 
@@ -34,6 +36,7 @@ __all__ = [
     "SweepConfig",
     "SweepRows",
     "Trial",
+    "estimate_need",
     "list_poolings",
     "plan_batches",
 ]
@@ -294,6 +297,7 @@ class SharedRows:
         X = embeddings.X
         if self.encoder is not None:
             X = np.hstack([X, self.encoder.transform(embeddings.rows)])
+            embeddings = replace(embeddings, X=X[:, : embeddings.X.shape[1]])  # not a second table
         self._loaded = (pooling.name, embeddings, X)
 
 
@@ -421,6 +425,22 @@ class SweepRows:
         names = [] if self.encoder is None else self.encoder.names
         start = "region="
         return {n.removeprefix(start): i for i, n in enumerate(names) if n.startswith(start)}
+
+
+def estimate_need(asked: SweepConfig, poolings: Sequence[PooledColumns]) -> MemoryNeed:
+    """Return what the sweep's rows take in memory, as if no image had failed."""
+    rows = asked.manifest.rows
+    answers = [select_target(rows, name)["label"].notna() for name in list_targets(rows.columns)]
+    is_trained = (rows["split"] == "train") & np.any(answers, axis=0)
+    shapes = asked.cache.spec.poolings
+    widest = max(
+        sum(math.prod(shapes[name]) for name in pooling.name.split("+")) for pooling in poolings
+    )
+    n_covariates = sum(
+        min(rows[name].nunique(), MAX_CATEGORIES) + 1 for name in asked.covariates if name in rows
+    )
+    n_trained = math.ceil(is_trained.sum() * asked.train_fraction)
+    return MemoryNeed(len(rows), n_trained, widest + n_covariates, n_covariates)
 
 
 def list_poolings(cache: Cache, pool: str | Sequence[str] | None) -> list[PooledColumns]:

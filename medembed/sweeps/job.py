@@ -10,7 +10,7 @@ that determines its result; repeating the sweep runs only the missing ones.
 import shlex
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +32,23 @@ from medembed.results.provenance import (
 )
 from medembed.results.run_schema import CV_METHOD
 from medembed.results.runs import Run, create_run
-from medembed.sweeps.data import SweepConfig, SweepRows, list_poolings, plan_batches
+from medembed.sweeps.data import (
+    PooledColumns,
+    SweepConfig,
+    SweepRows,
+    estimate_need,
+    list_poolings,
+    plan_batches,
+)
 from medembed.sweeps.finalize import finish
 from medembed.sweeps.layers import PROBE, LayerProbes
+from medembed.sweeps.memory import fit_jobs
 from medembed.sweeps.runner import Ledger, run_batches
 from medembed.sweeps.search_space import default_spaces, read_spaces
 from medembed.sweeps.selection import choose, standings
 from medembed.sweeps.worker_pool import BACKENDS, choose_jobs
 
-__all__ = ["Execution", "configure", "run_sweep", "sweep", "write_command"]
+__all__ = ["Execution", "configure", "fit_memory", "run_sweep", "sweep", "write_command"]
 
 WORD_HEADS = ("zero-shot", "text-logistic")  # what prompts add
 
@@ -107,8 +115,8 @@ def sweep(
         heads that read words, ``zero-shot`` and ``text-logistic``, unless `heads` names one; they
         read the pooling ``pooler``.
     jobs : int, optional
-        Single-threaded processes; one per core by default, 1 trains in this process. More than
-        cores and memory allow are refused.
+        Single-threaded processes; by default one per core, or as many as fit into memory. 1 trains
+        in this process. More than cores and memory allow are refused.
     backend : {"loky", "ray"}
         Processes on this machine, or on the Ray cluster at `RAY_ADDRESS`.
     progress : callable, optional
@@ -131,8 +139,8 @@ def sweep(
     Raises
     ------
     TrainingDataError
-        Labels, patients, columns, heads, space, prompts or metric do not allow this sweep; raised
-        before any training.
+        Labels, patients, columns, heads, space, prompts, metric or memory do not allow this sweep;
+        raised before any training.
     ModelError
         The file of prompts is damaged, or has no set of the name that the space asks for.
     CacheError
@@ -156,8 +164,9 @@ def sweep(
         operating_points=operating_points,
         prompts=prompts,
     )
-    execution = Execution(jobs, backend)
-    data = SweepRows(asked, list_poolings(asked.cache, pool))
+    poolings = list_poolings(asked.cache, pool)
+    execution = fit_memory(asked, poolings, Execution(jobs, backend))
+    data = SweepRows(asked, poolings)
     command = write_command(
         asked, cache=cache, manifest=manifest, out=out, pool=pool, space=space, prompts=prompts
     )
@@ -216,6 +225,16 @@ class Execution:
         _check_known("backend", self.backend, BACKENDS)
         if self.backend == "loky":
             choose_jobs(self.jobs)
+
+
+def fit_memory(
+    asked: SweepConfig, poolings: Sequence[PooledColumns], execution: Execution
+) -> Execution:
+    """Return `execution` with as many processes as fit into memory; see `fit_jobs`."""
+    if execution.backend != "loky":  # the memory of a Ray cluster is elsewhere
+        return execution
+    need = estimate_need(asked, poolings)
+    return replace(execution, jobs=fit_jobs(need, execution.jobs, _spare(asked, poolings)))
 
 
 def run_sweep(
@@ -361,6 +380,16 @@ def _add_word_heads(
             "or make prompts without {region}."
         )
     return list(heads) if reading else [*heads, *WORD_HEADS]
+
+
+def _spare(asked: SweepConfig, poolings: Sequence[PooledColumns]) -> str:
+    """Return what takes less memory than this sweep, as the end of a sentence."""
+    ways = []
+    if any("+" in pooling.name for pooling in poolings):
+        ways.append(f"fewer columns (--pool {poolings[0].name.split('+')[0]})")
+    if asked.train_fraction == 1:
+        ways.append("a part of the patients (--train-fraction 0.5)")
+    return " or ".join([*ways, "a machine with more"])
 
 
 def _connected(backend: str) -> AbstractContextManager[Any]:

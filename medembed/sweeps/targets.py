@@ -15,7 +15,7 @@ from medembed.dataset.targets import check_targets, count_target
 from medembed.results.runs import Run
 from medembed.results.targets import TargetEntry, TargetRuns, create_targets
 from medembed.sweeps.data import PooledColumns, SharedRows, SweepConfig, SweepRows, list_poolings
-from medembed.sweeps.job import Execution, configure, run_sweep, write_command
+from medembed.sweeps.job import Execution, configure, fit_memory, run_sweep, write_command
 
 __all__ = ["TargetSweep", "prepare_targets", "sweep_targets"]
 
@@ -115,13 +115,13 @@ def prepare_targets(
     **options: Any,
 ) -> TargetSweep:
     """Check the options, load the rows, and write `targets.json`; see `sweep_targets`."""
-    execution = Execution(jobs, backend)
     asked = configure(cache, manifest, space=space, prompts=prompts, **options)
     wanted = targets.split(",") if isinstance(targets, str) else targets
     names = check_targets(wanted, asked.manifest.rows.columns)
     if not names:
         raise TrainingDataError("no target was given. Name at least one with --target.")
     poolings = list_poolings(asked.cache, pool)
+    execution = fit_memory(asked, poolings, Execution(jobs, backend))
     rows = SharedRows(asked, poolings, draw_target_folds)
     entries = list(_describe(asked, names, poolings, rows))
     if all(entry.reason is not None for entry in entries):

@@ -1,0 +1,82 @@
+"""The memory that a sweep needs, estimated before it loads rows."""
+
+from dataclasses import dataclass
+
+from medembed.core.errors import TrainingDataError
+from medembed.core.system import available_memory
+from medembed.sweeps.worker_pool import choose_jobs
+
+__all__ = ["MemoryNeed", "fit_jobs"]
+
+PARENT_BYTES = 500_000_000
+"""The program with its libraries, without any rows."""
+PROCESS_BYTES = 400_000_000
+"""The same of a training process."""
+COPIES = 2.5
+"""Copies of the training rows in a training process: those it takes out of the table, those that it
+scales, and half a one for bins, weights and gradients."""
+FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class MemoryNeed:
+    """What a sweep's rows take; `bytes_with` is an upper bound of all its processes' memory.
+
+    It was at most twice the measured peak, see `docs/explanations/sizing.md`.
+
+    Attributes
+    ----------
+    n_rows, n_trained, n_columns : int
+        The rows of the table, those of them that are trained on, and the columns of the widest
+        pooling, with covariates.
+    n_joined : int
+        How many of the columns are covariates: joining them makes another table.
+    """
+
+    n_rows: int
+    n_trained: int
+    n_columns: int
+    n_joined: int = 0
+
+    def bytes_with(self, jobs: int) -> int:
+        """Return the bytes for a number of processes; with 1 this process trains."""
+        table = self.n_rows * self.n_columns * FLOAT32
+        copies = COPIES * self.n_trained * self.n_columns * FLOAT32
+        loading = table * (2 if self.n_joined else 1)
+        if jobs == 1:
+            return int(PARENT_BYTES + max(loading, table + copies))
+        # (processes share a second copy of the table)
+        training = 2 * table + jobs * (PROCESS_BYTES + copies)
+        return int(PARENT_BYTES + max(loading, training))
+
+
+def fit_jobs(need: MemoryNeed, asked: int | None, others: str = "") -> int:
+    """Return the number of training processes on this machine whose memory is free.
+
+    Parameters
+    ----------
+    asked : int, optional
+        The requested number; by default as many as there are cores and as fit.
+    others : str
+        What else takes less memory, as the end of a sentence.
+
+    Raises
+    ------
+    TrainingDataError
+        The requested number needs more than is free, or even one process does.
+    """
+    jobs, free = choose_jobs(asked), available_memory()
+    fitting = next((n for n in range(jobs, 0, -1) if need.bytes_with(n) <= free), 0)
+    if fitting == jobs or (fitting and asked is None):
+        return fitting
+    rows = f"{need.n_rows:,} rows × {need.n_columns:,} columns"
+    wanted = f"{need.bytes_with(jobs) / 1e9:,.1f} GB"
+    processes = "1 process" if jobs == 1 else f"{jobs} processes"
+    message = (
+        f"this sweep needs up to {wanted} of memory ({rows}, {processes}), and there are "
+        f"{free / 1e9:,.1f} GB. "
+    )
+    if fitting:
+        raise TrainingDataError(f"{message}--jobs {fitting} fits; the results are the same.")
+    alone = "" if jobs == 1 else f"With --jobs 1 it is {need.bytes_with(1) / 1e9:,.1f} GB. "
+    raise TrainingDataError(f"{message}{alone}Use {others or 'a machine with more'}.")
