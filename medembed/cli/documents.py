@@ -45,6 +45,7 @@ __all__ = [
     "RunDocument",
     "SpecDocument",
     "SplitCount",
+    "WorklistImage",
 ]
 
 
@@ -410,6 +411,20 @@ class Prediction(ClosedRecord):
     """With --explain."""
 
 
+class WorklistImage(ClosedRecord):
+    """An image to label next; views of a study share their rank."""
+
+    rank: Count
+    sha256: Digest
+    region: str
+    chosen_by: Literal["random", "cover", "uncertainty"]
+    probability: float | None = Field(ge=0, le=1)
+    image: Given[str] = None
+    """With --names, as are study and patient."""
+    study: Given[str] = None
+    patient: Given[str] = None
+
+
 DOCUMENTS: dict[str, Any] = {
     "autoencoder": Autoencoder,
     "cache-compact": CacheCompact,
@@ -433,5 +448,6 @@ DOCUMENTS: dict[str, Any] = {
     "report": Report,
     "run": dict[str, str],
     "sweep": RunDocument,
+    "worklist": list[WorklistImage],
 }
 """By command, with a hyphen for a blank: its document's model."""
