@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from medembed.dataset.manifest import Manifest, read_manifest
     from medembed.dataset.recipes.build import BuildReport, build_manifest
     from medembed.dataset.recipes.proposals import propose_recipe
+    from medembed.dataset.relabelling import Relabelled, relabel
     from medembed.encoders.preprocessing import Preprocessing
     from medembed.encoders.protocol import Encoder
     from medembed.extraction.image_encoder import load_encoder
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from medembed.heads.mlp import MLPHead
     from medembed.prediction.external_validation import evaluate
     from medembed.prediction.predictor import Predictor
+    from medembed.prediction.worklist import Worklist, make_worklist
     from medembed.report.comparison import Comparison, compare
     from medembed.report.page import write_report
     from medembed.results.runs import Run, open_run
@@ -92,11 +94,13 @@ __all__ = [
     "Predictor",
     "Preprocessing",
     "RecipeError",
+    "Relabelled",
     "Run",
     "RunError",
     "ShardError",
     "SpecMismatchError",
     "TrainingDataError",
+    "Worklist",
     "__version__",
     "build_manifest",
     "compare",
@@ -107,11 +111,13 @@ __all__ = [
     "finetune",
     "load_embeddings",
     "load_encoder",
+    "make_worklist",
     "open_cache",
     "open_run",
     "patient_folds",
     "propose_recipe",
     "read_manifest",
+    "relabel",
     "sweep",
     "write_report",
 ]
@@ -129,6 +135,7 @@ _NAMES = {
     "dataset.manifest": ("Manifest", "read_manifest"),
     "dataset.recipes.build": ("BuildReport", "build_manifest"),
     "dataset.recipes.proposals": ("propose_recipe",),
+    "dataset.relabelling": ("Relabelled", "relabel"),
     "encoders.preprocessing": ("Preprocessing",),
     "encoders.protocol": ("Encoder",),
     "extraction.image_encoder": ("load_encoder",),
@@ -143,6 +150,7 @@ _NAMES = {
     "heads.mlp": ("MLPHead",),
     "prediction.external_validation": ("evaluate",),
     "prediction.predictor": ("Predictor",),
+    "prediction.worklist": ("Worklist", "make_worklist"),
     "report.comparison": ("Comparison", "compare"),
     "report.page": ("write_report",),
     "results.runs": ("Run", "open_run"),

@@ -35,7 +35,7 @@ ERRORS = {
 }
 TYPES = {
     *("BuildReport", "Cache", "Comparison", "Embeddings", "Encoder", "ExtractionReport"),
-    *("Manifest", "Preprocessing", "Run"),
+    *("Manifest", "Preprocessing", "Relabelled", "Run", "Worklist"),
 }
 HEADS = {"Head", "LogisticHead", "MLPHead", "LightGBMHead", "AttentionHead", "KNNHead"}
 SIGNATURES = {
@@ -54,6 +54,8 @@ SIGNATURES = {
     "worker=None, known_shards=(), dry_run=False, commit_seconds=60.0, progress=None, "
     "on_status=None, announce=None, timeline=None",
     "open_cache": "path, *, known=()",
+    "relabel": "manifest, review",
+    "make_worklist": "cache, manifest, n, *, model=None, random_share=0.2, pool=None, seed=0",
     "load_embeddings": "cache, manifest, *, pool=None, split=None, cells=False, verify=True",
     "patient_folds": "embeddings, n_folds=5, seed=0",
     "find_similar": "cache, manifest, query, *, k=10, pool=None, sha256=None, progress=None",

@@ -17,9 +17,10 @@ SECTIONS = {
         "demo": ("demo", "Run the whole path on synthetic radiographs drawn on the spot."),
     },
     "Prepare": {
-        "manifest": ("manifest", "Propose, build and check manifests: one row per image."),
+        "manifest": ("manifest", "Propose, build, check and relabel manifests."),
         "doctor": ("doctor", "Check device, memory, disk, token and access beforehand."),
         "plan": ("plan", "Compute how many test patients a study needs."),
+        "worklist": ("worklist", "Choose which unlabelled studies to label next."),
     },
     "Embed": {
         "encoders": ("encoders", "List the encoders that are tested, with their poolings."),

@@ -58,6 +58,7 @@ __all__ = [
     "SplitCount",
     "SweptTargets",
     "TargetCount",
+    "WorklistImage",
 ]
 
 
@@ -466,6 +467,20 @@ class Prediction(ClosedRecord):
     """With --explain."""
 
 
+class WorklistImage(ClosedRecord):
+    """An image to label next; views of a study share their rank."""
+
+    rank: Count
+    sha256: Digest
+    region: str
+    chosen_by: Literal["random", "cover", "uncertainty"]
+    probability: float | None = Field(ge=0, le=1)
+    image: Given[str] = None
+    """With --names, as are study and patient."""
+    study: Given[str] = None
+    patient: Given[str] = None
+
+
 DOCUMENTS: dict[str, Any] = {
     "autoencoder": Autoencoder,
     "cache-compact": CacheCompact,
@@ -494,5 +509,6 @@ DOCUMENTS: dict[str, Any] = {
     "run": dict[str, str],
     "similar": Similar,
     "sweep": RunDocument | SweptTargets,
+    "worklist": list[WorklistImage],
 }
 """By command, with a hyphen for a blank: its document's model."""

@@ -29,11 +29,13 @@ from medembed.dataset.manifest import (
 )
 
 __all__ = [
+    "AT_RANDOM",
     "CHOSEN_BY",
     "AppliedReview",
     "Change",
     "Relabelled",
     "Relabelling",
+    "count_sought",
     "relabel",
     "relabelling_path",
     "write_relabelled",
@@ -42,7 +44,8 @@ __all__ = [
 Label = Annotated[int, Field(ge=0, le=1)]
 MAX_BYTES = 1 << 28
 CHOSEN_BY = "chosen_by"
-"""The covariate that tells why an image was labelled, such as `random`."""
+"""The covariate that tells why an image was labelled: `AT_RANDOM`, or what a worklist sought."""
+AT_RANDOM = "random"
 _LABELS = {"0": "0", "1": "1", "normal": "0", "abnormal": "1"}
 _N_NAMED = 3
 
@@ -166,6 +169,14 @@ def relabel(manifest: Manifest | str | Path, review: str | Path) -> Relabelled:
         ),
         n_confirmed=int(rows[unit].isin(labels.index).sum()) - len(changes),
     )
+
+
+def count_sought(rows: pd.DataFrame) -> int:
+    """Return the labelled studies of test that a worklist sought out, by `CHOSEN_BY`."""
+    if CHOSEN_BY not in rows:
+        return 0
+    is_sought = (rows["split"] == "test") & rows["label"].notna()
+    return int(rows["study"][is_sought & ~rows[CHOSEN_BY].isin(["", AT_RANDOM])].nunique())
 
 
 def relabelling_path(manifest_path: str | Path) -> Path:

@@ -399,4 +399,5 @@ def _about(run: Run, name: str, dropped: int) -> ComparedRun:
         "priors_of": None,
         "left_out_of": None,
         "copy_of": None,
+        **({"sought_test": data["sought_test"]} if data.get("sought_test") else {}),
     }

@@ -98,6 +98,8 @@ class ComparedRun(TypedDict):
     left_out_test: Count
     unlabelled: Count
     dropped: Count
+    sought_test: NotRequired[Count]
+    """Test studies that a worklist sought out, if there are any."""
     priors_of: str | None
     """The run that has the same priors; these three name earlier runs."""
     left_out_of: str | None

@@ -85,6 +85,12 @@ def _describe_losses(run: ComparedRun, level: str, several: bool) -> list[str]:
         )
     if run["unlabelled"]:
         notes.append(f"{prefix}Not scored: {counted(run['unlabelled'], 'image')} without a label.")
+    if run.get("sought_test"):
+        notes.append(
+            f"{prefix}Warning: {counted(run['sought_test'], 'study')} of test were sought out by a "
+            "worklist, so these scores are not those of the data set. Score those that were drawn "
+            "at random: compare --by chosen_by --manifest MANIFEST."
+        )
     if run["dropped"]:
         notes.append(
             f"{prefix}Not compared: {counted(run['dropped'], level)} of test that other runs lack."

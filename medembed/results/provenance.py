@@ -11,6 +11,7 @@ import pandas as pd
 
 from medembed.dataset.build_file import KeptBuild
 from medembed.dataset.manifest import count_rows
+from medembed.dataset.relabelling import count_sought
 
 __all__ = [
     "describe_source",
@@ -47,13 +48,15 @@ def summarise_data(
     -------
     dict
         JSON values: the counts of `count_rows`, ``left_out``, ``left_out_test``, ``splits``,
-        ``label_level``, ``synthetic``, ``licence``, and ``build`` if given.
+        ``label_level``, ``synthetic``, ``licence``; ``build`` if given; and ``sought_test``, see
+        `relabelling.count_sought`, if there are any.
     """
     is_left_out = rows["image"].isin(failed["image"])
     splits = {
         str(name): {**count_rows(part), "left_out": int(is_left_out[part.index].sum())}
         for name, part in sorted(rows.groupby("split"), reverse=True)
     }
+    n_sought = count_sought(rows)
     licences: list[Any] = list(rows["licence"].unique()) if "licence" in rows else []
     return {
         **count_rows(rows),
@@ -64,6 +67,7 @@ def summarise_data(
         "synthetic": _is_synthetic(rows),
         "licence": str(licences[0]) if len(licences) == 1 else None,
         **({} if build is None else {"build": build.model_dump()}),
+        **({"sought_test": n_sought} if n_sought else {}),
     }
 
 

@@ -116,6 +116,8 @@ class Data(Record):
     left_out: Given[Count] = None
     left_out_test: Given[Count] = None
     splits: Given[dict[str, AnyTable]] = None
+    sought_test: Given[Count] = None
+    """Labelled test studies that a worklist sought out, if there are any."""
     build: KeptBuild | None = None
     """What the manifest's build found, if it was available."""
 

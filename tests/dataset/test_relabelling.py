@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_recipes import FOLDERS, folder_tree, recipe_of
 
 from medembed.cli import main
 from medembed.core.errors import ManifestError
@@ -15,7 +16,6 @@ from medembed.dataset.build_file import read_build, write_build
 from medembed.dataset.manifest import Manifest, make_manifest, read_manifest, write_manifest
 from medembed.dataset.recipes.build import build_manifest
 from medembed.dataset.relabelling import relabel, relabelling_path, write_relabelled
-from tests.helpers.made_recipes import FOLDERS, folder_tree, recipe_of
 
 KEYS = [f"{i:064x}" for i in range(6)]
 
