@@ -253,7 +253,7 @@ class _Answers:
         if not model.members:
             return _measure(model.reference, X, len(_embedding(answered[0])))
         places = []
-        own: Sequence[np.ndarray] = head.columns  # type: ignore[attr-defined]
+        own: Sequence[np.ndarray] = head.columns
         for member, columns in zip(model.members, own, strict=True):
             n_own = int((columns < len(_embedding(answered[0]))).sum())
             places.append(_measure(member.reference, X[:, columns], n_own))

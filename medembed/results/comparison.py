@@ -390,7 +390,7 @@ def _count(test_set: TestSet) -> Counts:
 
 def _about(run: Run, name: str, dropped: int) -> ComparedRun:
     data = run.info.get("data", {})
-    return {
+    about: ComparedRun = {
         "name": name,
         "left_out": data.get("left_out", 0),
         "left_out_test": data.get("left_out_test", 0),
@@ -399,5 +399,7 @@ def _about(run: Run, name: str, dropped: int) -> ComparedRun:
         "priors_of": None,
         "left_out_of": None,
         "copy_of": None,
-        **({"sought_test": data["sought_test"]} if data.get("sought_test") else {}),
     }
+    if data.get("sought_test"):
+        about["sought_test"] = data["sought_test"]
+    return about
