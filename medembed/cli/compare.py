@@ -1,7 +1,7 @@
 """`medembed compare`."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,7 +17,10 @@ from medembed.cli.options import (
     seed_option,
     table_columns,
 )
-from medembed.results.comparison_schema import ComparisonResult, TargetsComparison
+
+if TYPE_CHECKING:
+    from medembed.results.comparison_schema import ComparisonResult
+    from medembed.results.target_comparison import TargetsComparison
 
 __all__ = ["compare_command", "read_given", "show_comparison", "show_targets"]
 
@@ -168,7 +171,7 @@ def show_targets(runs: Any, **shown: Any) -> None:
     _show_targets(compare_targets(runs, ComparisonOptions(**shown)), "table")
 
 
-def _show_targets(result: TargetsComparison, table_format: str) -> None:
+def _show_targets(result: "TargetsComparison", table_format: str) -> None:
     from medembed.report.target_tables import render_targets
 
     click.echo(render_targets(result, table_format, table_columns(PIPED_COLUMNS)))
@@ -183,7 +186,7 @@ def show_comparison(
     _show(compare(runs, level=level, seed=seed, **shown), by, table_format)
 
 
-def _show(result: ComparisonResult, by: str | None, table_format: str) -> None:
+def _show(result: "ComparisonResult", by: str | None, table_format: str) -> None:
     from medembed.report.group_tables import render_comparison
     from medembed.report.operating_tables import asks_for_points
 

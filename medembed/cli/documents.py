@@ -15,9 +15,9 @@ from medembed.results.comparison_schema import (
     Counts,
     Pair,
     Score,
-    TargetsComparison,
 )
 from medembed.results.run_schema import LeaderboardEntry
+from medembed.results.target_comparison import TargetsComparison
 
 __all__ = [
     "DOCUMENTS",

@@ -19,9 +19,8 @@ from medembed.report.page import (
 from medembed.report.tables import Table, format_interval
 from medembed.report.target_tables import tabulate_means, tabulate_targets
 from medembed.results.comparison import ComparisonOptions
-from medembed.results.comparison_schema import TargetsComparison
 from medembed.results.methods import DISCLAIMER
-from medembed.results.target_comparison import compare_each, summarise_targets
+from medembed.results.target_comparison import TargetsComparison, compare_each, summarise_targets
 from medembed.results.targets import TargetRuns
 
 __all__ = ["WrittenTargets", "write_target_report"]

@@ -14,8 +14,8 @@ from medembed.report.tables import (
     render_table,
     table_width,
 )
-from medembed.results.comparison_schema import ComparisonResult, Score, TargetsComparison
-from medembed.results.target_comparison import MEANS
+from medembed.results.comparison_schema import ComparisonResult, Score
+from medembed.results.target_comparison import MEANS, TargetsComparison
 
 __all__ = [
     "MEAN",

@@ -1,8 +1,7 @@
-"""The document of a comparison, typed; tables, figures and pages are made from it.
+"""The document of a comparison, typed: what `compare` returns and `medembed compare --json` prints.
 
-It is what `compare` returns and `medembed compare --json` prints. It stays a tree of plain dicts,
-equal to its JSON; `TypedDict` names the keys and their types for mypy, and pydantic makes the JSON
-Schema from the same classes.
+It stays a tree of plain dicts, equal to its JSON; `TypedDict` names the keys and their types for
+mypy, and pydantic makes the JSON Schema from the same classes.
 """
 
 from typing import Annotated, Literal, NotRequired
@@ -53,8 +52,6 @@ __all__ = [
     "SeedSpread",
     "Series",
     "Spread",
-    "TargetMeans",
-    "TargetsComparison",
     "TrendPoint",
     "UsedCounts",
     "VersusBest",
@@ -433,7 +430,6 @@ class LayerTest(TypedDict):
     p: float | None
     method: str | None
     p_holm: float | None
-    """After Holm's correction over the layers."""
 
 
 @closed
@@ -602,28 +598,3 @@ class ComparisonResult(TypedDict):
     """With --margin."""
     retrieval: NotRequired[list[RetrievalDocument]]
     """With --retrieval."""
-
-
-@closed
-class TargetMeans(TypedDict):
-    """A head's mean scores over the targets that it has an AUROC of."""
-
-    head: str
-    baseline: bool
-    targets: list[str]
-    left_out: list[str]
-    scores: dict[str, Score]
-
-
-@closed
-class TargetsComparison(TypedDict):
-    """A comparison within each target of a sweep; see `target_comparison.compare_targets`."""
-
-    level: Literal["study", "image"]
-    targets: dict[str, ComparisonResult]
-    not_estimable: dict[str, str]
-    """The other targets, each with the reason."""
-    macro: list[TargetMeans]
-    n_tests: Count
-    """Tests that Holm's correction runs over, of all targets."""
-    notes: list[str]

@@ -2,29 +2,61 @@
 
 from collections.abc import Mapping
 from math import nan
+from typing import Literal
 
 import numpy as np
+from typing_extensions import TypedDict  # of typing, pydantic reads it from 3.12 on only
 
 from medembed.core.errors import RunError
+from medembed.core.schema import Count, closed
 from medembed.evaluation.estimates import Estimate, estimate_scores, mean_estimate
 from medembed.evaluation.intervals import Interval, holm, plain
 from medembed.evaluation.scores import SCORES
 from medembed.results.alignment import TestSet
 from medembed.results.comparison import ComparisonOptions, compare_opened
-from medembed.results.comparison_schema import (
-    ComparisonResult,
-    TargetMeans,
-    TargetsComparison,
-)
+from medembed.results.comparison_schema import ComparisonResult, Score
 from medembed.results.significance import versus_best
 from medembed.results.targets import TargetRuns
 
-__all__ = ["MEANS", "Compared", "compare_each", "compare_targets", "summarise_targets"]
+__all__ = [
+    "MEANS",
+    "Compared",
+    "TargetMeans",
+    "TargetsComparison",
+    "compare_each",
+    "compare_targets",
+    "summarise_targets",
+]
 
 MEANS = tuple(name for name in SCORES if name != "ece")
 """The scores with a mean over targets."""
 Compared = dict[str, tuple[ComparisonResult, TestSet]]
 """Of each target what `compare_opened` returns."""
+
+
+@closed
+class TargetMeans(TypedDict):
+    """A head's mean scores over the targets that it has an AUROC of."""
+
+    head: str
+    baseline: bool
+    targets: list[str]
+    left_out: list[str]
+    scores: dict[str, Score]
+
+
+@closed
+class TargetsComparison(TypedDict):
+    """A comparison within each target of a sweep; see `compare_targets`."""
+
+    level: Literal["study", "image"]
+    targets: dict[str, ComparisonResult]
+    not_estimable: dict[str, str]
+    """The other targets, each with the reason."""
+    macro: list[TargetMeans]
+    n_tests: Count
+    """Tests that Holm's correction runs over, of all targets."""
+    notes: list[str]
 
 
 def compare_targets(runs: TargetRuns, options: ComparisonOptions) -> TargetsComparison:
