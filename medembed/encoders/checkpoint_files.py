@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from medembed.core.errors import EncoderError
 from medembed.core.files import open_plain, read_plain
+from medembed.core.text import one_line
 
 __all__ = [
     "ADAPTER_FILE",
@@ -38,6 +39,7 @@ __all__ = [
     "is_snapshot",
     "is_timm_config",
     "match_tensors",
+    "name_kind",
     "names_model",
     "part_shards",
     "pickled_file",
@@ -175,6 +177,14 @@ def find_config(directory: Path) -> Path:
 def names_model(config: Any) -> bool:
     """Return whether a `config.json` names a model of transformers or timm."""
     return is_timm_config(config) or (isinstance(config, Mapping) and "model_type" in config)
+
+
+def name_kind(config: Mapping[str, Any]) -> str:
+    """Return what kind of model a config describes, for people."""
+    if is_open_clip_config(config):
+        return "open_clip"
+    named = config.get("model_type") or config.get("architecture")
+    return one_line(named, 60) if named else "of an unnamed type"
 
 
 def refuse_adapter(directory: Path) -> None:

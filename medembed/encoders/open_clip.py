@@ -136,8 +136,13 @@ def _read_architecture(
     width, head_width = vision.get("width", 768), vision.get("head_width", 64)
     ratio = vision.get("mlp_ratio", 4.0)
     numbers = all(type(value) is int and value > 0 for value in (width, head_width))
-    if not numbers or not isinstance(ratio, int | float) or not 0 < ratio < 1024:
-        raise _refuse(source, "a tower without a width, a width of heads or a ratio of its layers")
+    if (
+        not numbers
+        or head_width > width
+        or not isinstance(ratio, int | float)
+        or not 0 < ratio < 1024
+    ):
+        raise _refuse(source, "a tower whose width, head_width or mlp_ratio cannot be built")
     return {
         "hidden_act": "quick_gelu" if model.get("quick_gelu") else "gelu",
         "hidden_size": width,

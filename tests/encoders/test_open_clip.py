@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from hub_server import Hub, ask, serving
 from made_extraction import with_both_classes, write_images
 from made_gemma import quiet
@@ -16,10 +17,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from vision_libraries import import_open_clip
 
+from medembed.cli import main
 from medembed.core.errors import EncoderError
 from medembed.encoders.catalogue import describe_families
 from medembed.encoders.clip import ClipEncoder
-from medembed.encoders.hub import describe_remote
 from medembed.encoders.loading import load_encoder
 from medembed.encoders.preprocessing import prepare
 from medembed.encoders.stored_tensors import read_header
@@ -236,7 +237,8 @@ def test_the_fingerprint_is_of_the_tower_alone(
     torch.save({"state_dict": wrapped, "epoch": 3}, pickled / "open_clip_pytorch_model.bin")
     weights.unlink()
     assert load(pickled).fingerprint == usual
-    assert describe_remote(pickled).fetched
+    told = CliRunner().invoke(main, ["doctor", "--encoder", str(pickled)]).stdout
+    assert "pickled (open_clip), on this machine" in " ".join(told.split())
 
 
 @pytest.mark.parametrize(
@@ -248,7 +250,8 @@ def test_the_fingerprint_is_of_the_tower_alone(
         ({"pool_type": "avg"}, "is a ViT with pool_type avg"),
         ({"qk_norm": True}, "is a ViT with qk_norm True"),
         ({"newly_made": 1}, "a tower with newly_made in its config"),
-        ({"width": 0}, "without a width"),
+        ({"width": 0}, "whose width, head_width or mlp_ratio"),
+        ({"head_width": 100}, "whose width, head_width or mlp_ratio"),
         ({"layers": 2}, "one of 16 tensors that its config does not ask for"),
         ({"layers": 4}, "one of 16 missing tensors"),
         ({"layers": "many"}, "num_hidden_layers|many"),
