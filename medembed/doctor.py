@@ -23,6 +23,7 @@ from medembed.core.poolings import (
 from medembed.core.system import count_cores, free_bytes
 from medembed.core.text import one_line
 from medembed.encoders.base_ref import base_of
+from medembed.encoders.checkpoint_files import name_kind
 from medembed.encoders.hub import RemoteCheckpoint, describe_remote, has_token
 
 __all__ = ["Check", "examine", "lines"]
@@ -144,7 +145,7 @@ def _ask(ref: str | os.PathLike[str] | None) -> tuple[RemoteCheckpoint | None, C
     at = f"@{found.revision[:12]}" if found.revision else ""
     state = "on this machine" if found.fetched else "to be downloaded"
     size = "" if found.tower_bytes is None else f", {_shown(found.tower_bytes)}"
-    kind = found.config.get("model_type", "of an unnamed type")
+    kind = name_kind(found.config)
     if not found.fetched and found.tower_bytes is None:
         return found, Check(
             "encoder",

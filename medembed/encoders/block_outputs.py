@@ -22,6 +22,7 @@ __all__ = [
     "block_poolings",
     "find_block_list",
     "observe_blocks",
+    "observe_list",
     "pool_blocks",
     "watch_blocks",
 ]
@@ -48,6 +49,12 @@ class ObservedBlocks(nn.ModuleList):
         if torch.compiler.is_compiling() or (listener := _LISTENER.get()) is None:
             return blocks
         return (_Observed(block, number, listener) for number, block in enumerate(blocks, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Run the blocks one after another, where they stand in for a `Sequential`."""
+        for block in self:
+            x = block(x)
+        return x
 
 
 class _Observed:
@@ -81,8 +88,17 @@ def observe_blocks(model: nn.Module) -> None:
     """Make the outputs of a tower's blocks observable; its tensors and their names stay."""
     found = find_block_list(model)
     if found is not None and not isinstance(found[1], ObservedBlocks):
-        parent, _, name = found[0].rpartition(".")
-        setattr(model.get_submodule(parent), name, ObservedBlocks(found[1]))
+        observe_list(model, *found)
+
+
+def observe_list(
+    model: nn.Module, name: str, blocks: nn.ModuleList | nn.Sequential
+) -> ObservedBlocks:
+    """Make the outputs of the blocks that `model` has by this name observable."""
+    parent, _, own = name.rpartition(".")
+    observed = ObservedBlocks(blocks)
+    setattr(model.get_submodule(parent), own, observed)
+    return observed
 
 
 @contextmanager
@@ -166,6 +182,6 @@ def pool_blocks(
     missing = [name for own in wanted.values() for name, _ in own if name not in pooled]
     if missing:
         raise EncoderError(
-            f"{source} gave no output for {missing[0]}: transformers has changed how it runs the "
+            f"{source} gave no output for {missing[0]}: its library has changed how it runs the "
             "blocks. Use another release of it, or leave the pooling out."
         )

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from medembed.core.errors import EncoderError
 from medembed.core.files import open_plain, read_plain
+from medembed.core.text import one_line
 
 __all__ = [
     "ADAPTER_FILE",
@@ -18,8 +19,10 @@ __all__ = [
     "CONFIG_FILE",
     "FETCHED_FILES",
     "INDEX_FILE",
+    "OPEN_CLIP_CONFIG",
     "PART_NAMES",
     "PART_WORDS",
+    "PICKLED_FILES",
     "SIGLIP_TYPES",
     "WEIGHTS_FILE",
     "Part",
@@ -27,15 +30,23 @@ __all__ = [
     "check_config",
     "checkpoint_name",
     "explain_adapter",
+    "explain_not_held",
+    "find_config",
     "holds_both",
     "holds_file",
+    "is_of_timm",
+    "is_open_clip_config",
     "is_snapshot",
     "is_timm_config",
     "match_tensors",
+    "name_kind",
+    "names_model",
     "part_shards",
+    "pickled_file",
     "read_json",
     "refuse_adapted",
     "refuse_adapter",
+    "single_file",
     "unwrap",
     "weight_files",
     "weight_map_of",
@@ -43,6 +54,7 @@ __all__ = [
 ]
 
 CONFIG_FILE = "config.json"
+OPEN_CLIP_CONFIG = "open_clip_config.json"
 ADAPTER_FILE = "adapter_config.json"
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 # An index of a model of 700 GB has 10 MB.
@@ -135,6 +147,46 @@ def is_timm_config(config: Any) -> bool:
     )
 
 
+def is_open_clip_config(config: Any) -> bool:
+    """Return whether a config is of open_clip: a model with an image tower."""
+    model = config.get("model_cfg") if isinstance(config, Mapping) else None
+    return isinstance(model, Mapping) and isinstance(model.get("vision_cfg"), Mapping)
+
+
+def is_of_timm(config: Mapping[str, Any]) -> bool:
+    """Return whether the image tower of a config of open_clip is a model of timm."""
+    return bool(config["model_cfg"]["vision_cfg"].get("timm_model_name"))
+
+
+def find_config(directory: Path) -> Path:
+    """Return the file that describes a checkpoint's model.
+
+    It is `open_clip_config.json` where `config.json` is missing or names no model.
+
+    Raises
+    ------
+    EncoderError
+        A file cannot be read.
+    """
+    own, other = directory / CONFIG_FILE, directory / OPEN_CLIP_CONFIG
+    if holds_file(other) and not (holds_file(own) and names_model(read_json(own))):
+        return other
+    return own
+
+
+def names_model(config: Any) -> bool:
+    """Return whether a `config.json` names a model of transformers or timm."""
+    return is_timm_config(config) or (isinstance(config, Mapping) and "model_type" in config)
+
+
+def name_kind(config: Mapping[str, Any]) -> str:
+    """Return what kind of model a config describes, for people."""
+    if is_open_clip_config(config):
+        return "open_clip"
+    named = config.get("model_type") or config.get("architecture")
+    return one_line(named, 60) if named else "of an unnamed type"
+
+
 def refuse_adapter(directory: Path) -> None:
     """Refuse a directory with an adapter of PEFT, alone or beside a model.
 
@@ -172,15 +224,22 @@ def _unreadable(path: Path, reason: str) -> EncoderError:
     return EncoderError(f"{path.name} of {name} cannot be read: {reason.rstrip('.')}.")
 
 
-Part = Literal["tower", "text", "projector", "encoder", "whole"]
+Part = Literal["tower", "image", "text", "projector", "encoder", "whole"]
 SIGLIP_TYPES = ("gemma3", "siglip", "siglip_vision_model")
 CLIP_TYPES = ("clip", "clip_vision_model")
 AUTOENCODER_TYPE = "medembed-autoencoder"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"
+# State dicts, read where there are no safetensors.
+PICKLED_FILES: dict[Part, tuple[str, ...]] = {
+    "image": ("open_clip_pytorch_model.bin",),
+    "whole": ("pytorch_model.bin", "model.bin", "model.pth"),
+}
 # The files that `partial_download` builds from ranges of a repository's files.
 FETCHED_FILES: dict[Part, str] = {
     "tower": "medembed-vision-tower.safetensors",
+    "image": "medembed-image-tower.safetensors",
     "text": "medembed-text-tower.safetensors",
     "projector": "medembed-projector.safetensors",
 }
@@ -204,11 +263,13 @@ _TEXT = re.compile(
     rf"{_OUTER}((?:text_model\.(?:embeddings|encoder|final_layer_norm|head)\.|"
     r"(?:text|visual)_projection\.).+|logit_scale|logit_bias)$"
 )
+_IMAGE = re.compile(r"^visual\.(.+)$")  # of open_clip
 _ENCODER = re.compile(rf"{_OUTER}encoder\.(.+)$")  # of an autoencoder
 # Words that occur only in names of a model with unmerged PEFT adapters.
 _ADAPTED = re.compile(r"\.(?:base_layer|original_module|modules_to_save|lora_\w+|ia3_\w+)(?:\.|$)")
 PART_WORDS: dict[Part, str] = {
     "tower": "the vision tower",
+    "image": "the image tower",
     "text": "the text tower",
     "projector": "the projector",
     "encoder": "the encoder",
@@ -217,6 +278,7 @@ PART_WORDS: dict[Part, str] = {
 _NOT_HELD: dict[Part, str] = {
     "tower": "vision tower: no tensor named vision_tower.… or vision_model.…. Give a checkpoint of "
     "MedGemma, MedSigLIP, SigLIP or CLIP.",
+    "image": "image tower: no tensor named visual.…. Give a checkpoint of open_clip.",
     "text": "text tower: no tensor named text_model.…. Give a checkpoint of MedSigLIP, SigLIP or "
     "CLIP.",
     "projector": "projector: no tensor named multi_modal_projector.…. Only MedGemma has one; leave "
@@ -270,6 +332,11 @@ def _text_name(stored: str) -> str | None:
     return found[1] if found and not found[1].endswith(".position_ids") else None
 
 
+def _image_name(stored: str) -> str | None:
+    found = _IMAGE.match(unwrap(stored))
+    return found[1] if found and not found[1].endswith("num_batches_tracked") else None
+
+
 def _encoder_name(stored: str) -> str | None:
     found = _ENCODER.match(unwrap(stored))
     return found[1] if found else None
@@ -281,11 +348,26 @@ def _any_name(stored: str) -> str | None:
 
 PART_NAMES: dict[Part, Callable[[str], str | None]] = {
     "tower": canonical_name,
+    "image": _image_name,
     "text": _text_name,
     "projector": _canonical_projector_name,
     "encoder": _encoder_name,
     "whole": _any_name,
 }
+
+
+def single_file(part: Part) -> str:
+    """Return the name of a file that holds all of a checkpoint's weights."""
+    return _OPEN_CLIP_WEIGHTS if part == "image" else WEIGHTS_FILE
+
+
+def pickled_file(directory: Path, part: Part) -> Path | None:
+    """Return the state dict to read, or None if there are safetensors or nothing at all."""
+    others = (single_file(part), *((INDEX_FILE,) if part == "whole" else ()))
+    if any(holds_file(directory / name) for name in (*others, FETCHED_FILES.get(part, others[0]))):
+        return None
+    held = (directory / name for name in PICKLED_FILES.get(part, ()))
+    return next((path for path in held if holds_file(path)), None)
 
 
 def part_shards(weight_map: Mapping[str, str], part: Part = "tower") -> list[str]:
@@ -317,9 +399,9 @@ def weight_files(directory: Path, part: Part = "tower") -> list[Path]:
 
     Parameters
     ----------
-    part : {"tower", "text", "projector", "encoder", "whole"}
-        The vision tower, the text tower, Gemma's projector, an autoencoder's encoder, or all
-        tensors.
+    part : {"tower", "image", "text", "projector", "encoder", "whole"}
+        The vision tower, the one of open_clip, the text tower, Gemma's projector, an autoencoder's
+        encoder, or all tensors.
 
     Raises
     ------
@@ -336,7 +418,7 @@ def weight_files(directory: Path, part: Part = "tower") -> list[Path]:
         return [fetched]
     if whole is None:
         raise EncoderError(
-            f"{checkpoint_name(directory)} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}. "
+            f"{checkpoint_name(directory)} holds neither {single_file(part)} nor {_other(part)}. "
             "Weights in other formats are not read; convert them to safetensors."
         )
     shards = part_shards(
@@ -368,7 +450,7 @@ def whole_files(directory: Path, part: Part) -> list[Path] | None:
         The index is invalid, a file is not a plain file, or the single file is older than the
         index or its shards, so that transformers would choose outdated weights.
     """
-    single = directory / WEIGHTS_FILE
+    single = directory / single_file(part)
     if holds_file(single):
         if holds_both(directory, part) and not is_snapshot(directory):
             _refuse_older(single, part)
@@ -392,10 +474,14 @@ def holds_both(directory: Path, part: Part) -> bool:
 
 
 def _indexed(directory: Path, part: Part) -> list[Path] | None:
-    if not holds_file(directory / INDEX_FILE):
+    if part == "image" or not holds_file(directory / INDEX_FILE):
         return None
     weight_map = weight_map_of(read_json(directory / INDEX_FILE), checkpoint_name(directory))
     return [directory / shard for shard in part_shards(weight_map, part)]
+
+
+def _other(part: Part) -> str:
+    return PICKLED_FILES["image"][0] if part == "image" else INDEX_FILE
 
 
 def _refuse_older(single: Path, part: Part) -> None:
@@ -448,8 +534,13 @@ def match_tensors(
         refuse_adapted(canonical, source, part)
         found[canonical] = (path, name)
     if not found:
-        raise EncoderError(f"{source} holds no {_NOT_HELD[part]}")
+        raise explain_not_held(source, part)
     return found
+
+
+def explain_not_held(source: str, part: Part) -> EncoderError:
+    """Return the error for a checkpoint that has no tensor of a part."""
+    return EncoderError(f"{source} holds no {_NOT_HELD[part]}")
 
 
 def refuse_adapted(name: str, source: str, part: Part) -> None:

@@ -1,6 +1,6 @@
 """CLIP's image tower, of which alone the tensors are fetched and read."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,7 +18,7 @@ from medembed.encoders.fingerprint import Digest, read_part
 from medembed.encoders.preprocessing import Preprocessing
 from medembed.encoders.torch_encoder import TorchEncoder
 
-__all__ = ["ClipEncoder", "load_clip"]
+__all__ = ["ClipEncoder", "ReadTensors", "build_clip", "check_architecture", "load_clip"]
 
 # Config entries that change the result besides the weights; in the fingerprint, with defaults.
 _ARCHITECTURE = (
@@ -33,6 +33,8 @@ _ARCHITECTURE = (
     "patch_size",
 )
 _POSITIONS = "embeddings.position_ids"  # 0, 1, 2, …, which checkpoints need not store
+ReadTensors = Callable[[Mapping[str, tuple[int, ...]]], Iterable[tuple[str, str, torch.Tensor]]]
+"""Takes the shapes of a tower's tensors to canonical name, stored dtype and values, by name."""
 
 
 class ClipEncoder(TorchEncoder):
@@ -95,6 +97,35 @@ def load_clip(
         that its config requires; or its processor makes images of another size.
     """
     config = _read_architecture(directory, preprocessing, source)
+    known: dict[str, Any] = {"source": source, "revision": revision, "device": device}
+    return build_clip(
+        config,
+        lambda shapes: read_part(directory, shapes, source),
+        preprocessing,
+        precision=precision,
+        reload=partial(load_clip, directory, preprocessing, **known),
+        **known,
+    )
+
+
+def build_clip(
+    config: CLIPVisionConfig,
+    read: ReadTensors,
+    preprocessing: Preprocessing,
+    *,
+    device: str,
+    precision: str,
+    **known: Any,
+) -> ClipEncoder:
+    """Return an image tower of CLIP, filled with tensors from anywhere.
+
+    Parameters
+    ----------
+    config : CLIPVisionConfig
+        See `check_architecture`.
+    read : callable
+        See `ReadTensors`.
+    """
     digest = Digest()
     digest.add({"clip": {key: getattr(config, key) for key in _ARCHITECTURE}})
     with torch.device("meta"):
@@ -102,41 +133,55 @@ def load_clip(
     names = {str(canonical_name(name)): name for name in model.state_dict()}
     shapes = {name: tuple(model.state_dict()[full].shape) for name, full in names.items()}
     dtypes, state = stored_dtypes(model, precision), {}
-    for name, dtype, tensor in read_part(directory, shapes, source):
+    for name, dtype, tensor in read(shapes):
         digest.add_tensor(name, dtype, tensor)
         state[names[name]] = tensor.to(device, dtypes[names[name]])
     model.load_state_dict(state, strict=True, assign=True)
     n_positions = model.get_buffer(_POSITIONS).shape[-1]
     positions = torch.arange(n_positions, device=device).expand((1, -1))
     model.embeddings.register_buffer("position_ids", positions, persistent=False)
-    known: dict[str, Any] = {"source": source, "revision": revision, "device": device}
     return ClipEncoder(
         model,
         preprocessing,
         fingerprint=digest.hexdigest(),
         precision=precision,
-        reload=partial(load_clip, directory, preprocessing, **known),
+        device=device,
         **known,
     )
 
 
-def _read_architecture(directory: Path, preprocessing: Preprocessing, source: str) -> Any:
+def _read_architecture(
+    directory: Path, preprocessing: Preprocessing, source: str
+) -> CLIPVisionConfig:
     config = read_json(directory / CONFIG_FILE)
     vision = config if config.get("model_type") == "clip_vision_model" else None
     vision = vision or config.get("vision_config")
     if not isinstance(vision, dict):
         raise EncoderError(f"{CONFIG_FILE} of {source} describes no image tower.")
+    return check_architecture(vision, preprocessing, CONFIG_FILE, source)
+
+
+def check_architecture(
+    vision: Mapping[str, Any], preprocessing: Preprocessing, file: str, source: str
+) -> CLIPVisionConfig:
+    """Return a tower's config of entries in transformers' words, from `file` of a checkpoint.
+
+    Raises
+    ------
+    EncoderError
+        They describe no tower, or one that reads images of another size than `preprocessing`.
+    """
     known: dict[str, Any] = {key: vision[key] for key in _ARCHITECTURE if key in vision}
     try:
         built: Any = CLIPVisionConfig(**{**known, "attn_implementation": "sdpa"})
     except Exception as error:  # its validation raises its own errors, by transformers' version
         raise EncoderError(
-            f"{CONFIG_FILE} of {source} is not a CLIP tower's: {one_line(error)}"
+            f"{file} of {source} is not a CLIP tower's: {one_line(error)}"
         ) from error
     for key in _ARCHITECTURE:
         value = getattr(built, key)
         if key not in ("hidden_act", "layer_norm_eps") and (type(value) is not int or value < 1):
-            raise EncoderError(f"{CONFIG_FILE} of {source}: {key} {value!r} is no positive number.")
+            raise EncoderError(f"{file} of {source}: {key} {value!r} is no positive number.")
     size = (preprocessing.height, preprocessing.width)
     if size != (built.image_size, built.image_size):
         raise EncoderError(
@@ -145,7 +190,8 @@ def _read_architecture(directory: Path, preprocessing: Preprocessing, source: st
         )
     if built.num_channels != 3 or built.hidden_size % built.num_attention_heads:
         raise EncoderError(
-            f"{CONFIG_FILE} of {source}: {built.num_channels} channels, or {built.hidden_size} "
+            f"{file} of {source}: {built.num_channels} channels, or {built.hidden_size} "
             f"columns for {built.num_attention_heads} heads, cannot be built."
         )
-    return built
+    checked: CLIPVisionConfig = built
+    return checked

@@ -20,7 +20,7 @@ from medembed.encoders.checkpoint_files import (
 )
 from medembed.encoders.stored_tensors import FLOAT_BYTES, read_header
 
-__all__ = ["Digest", "open_tensors", "read_part", "read_tensor"]
+__all__ = ["Digest", "compare_names", "open_tensors", "read_part", "read_tensor"]
 
 
 class Digest:
@@ -58,7 +58,7 @@ def read_part(
         files = {path: open_tensors(stack, path) for path in weight_files(directory, part)}
         stored = [(path, name) for path, file in files.items() for name in file.keys()]  # noqa: SIM118
         found = match_tensors(stored, source, part)
-        _compare_names(set(found), set(shapes), source, part)
+        compare_names(set(found), set(shapes), source, part)
         for name in sorted(found):
             path, full = found[name]
             shape = tuple(files[path].get_slice(full).get_shape())
@@ -111,7 +111,8 @@ def open_tensors(stack: ExitStack, path: Path) -> Any:
         ) from error
 
 
-def _compare_names(found: set[str], expected: set[str], source: str, part: Part) -> None:
+def compare_names(found: set[str], expected: set[str], source: str, part: Part) -> None:
+    """Raise EncoderError where the tensors found are not exactly those that are expected."""
     missing, extra = sorted(expected - found), sorted(found - expected)
     if missing:
         raise EncoderError(

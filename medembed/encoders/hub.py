@@ -18,18 +18,25 @@ from medembed.encoders.checkpoint_files import (
     CONFIG_FILE,
     FETCHED_FILES,
     INDEX_FILE,
+    OPEN_CLIP_CONFIG,
     PART_NAMES,
     PART_WORDS,
+    PICKLED_FILES,
     SIGLIP_TYPES,
     WEIGHTS_FILE,
     Part,
     check_config,
     explain_adapter,
+    find_config,
     holds_file,
+    is_open_clip_config,
     is_timm_config,
+    names_model,
     part_shards,
+    pickled_file,
     read_json,
     refuse_adapter,
+    single_file,
     weight_files,
     weight_map_of,
     whole_files,
@@ -134,9 +141,9 @@ def resolve_checkpoint(
     `demo` is the packaged encoder (a directory of that name is `./demo`); a directory, or a file of
     torchvision's weights (`.pth`), is used as it is; `owner/name[@revision]` is downloaded through
     huggingface_hub, which respects HF_TOKEN, HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE as usual. All
-    files belong to the commit of the first answer. From a model of SigLIP or CLIP only the
-    tower's tensors are downloaded, unless complete files are already present. An interrupted
-    download is resumed.
+    files belong to the commit of the first answer. From a model of SigLIP or CLIP, and one of
+    open_clip in safetensors, only the image tower's tensors are downloaded, unless complete files
+    are already present. An interrupted download is resumed.
 
     Parameters
     ----------
@@ -159,15 +166,19 @@ def resolve_checkpoint(
     if isinstance(found, Checkpoint):
         return found
     snapshot, config = _open(*found)
-    if not is_timm_config(config):
+    part = _part_of(config)
+    if part != "image" and not is_timm_config(config):
         _fetch_processor(snapshot)
-    if words:
+    if words and part == "tower":
         for name in TOKENIZER_FILES:
             _download(snapshot, name)
-    if _part_of(config) == "tower":
+    if part == "image":
+        if not words:  # of open_clip's, none are read
+            _fetch_image_tower(snapshot, progress)
+    elif part == "tower":
         wanted: dict[Part, bool] = {"tower": True, "projector": projector, "text": words}
-        for part in (part for part, is_wanted in wanted.items() if is_wanted):
-            _fetch_part(snapshot, part, progress)
+        for each in (each for each, is_wanted in wanted.items() if is_wanted):
+            _fetch_part(snapshot, each, progress)
     else:
         _fetch_whole(snapshot)
     return Checkpoint(snapshot.path, snapshot.repo, snapshot.commit)
@@ -190,15 +201,15 @@ def describe_remote(ref: str | PathLike[str]) -> RemoteCheckpoint:
     if isinstance(found, Checkpoint):
         config = _read_config(found.path, found.source)
         part = _part_of(config)
-        n_bytes = _held_bytes(weight_files(found.path, part), part)
-        return RemoteCheckpoint(found.source, None, True, n_bytes, config)
+        pickled = pickled_file(found.path, part)
+        held = [pickled] if pickled else weight_files(found.path, part)
+        return RemoteCheckpoint(found.source, None, True, _held_bytes(held, part), config)
     snapshot, config = _open(*found)
     part = _part_of(config)
     held = _held_files(snapshot.path, part)
     remote_size: int | None = None
     if not held and snapshot.unreached is None:
-        tensors = remote_tensors(snapshot.repo, snapshot.commit, _weight_map(snapshot), part)
-        remote_size = sum(tensor.stop - tensor.start for _, tensor in tensors)
+        remote_size = _remote_bytes(snapshot, part)
     size = _held_bytes(held, part) if held else remote_size
     return RemoteCheckpoint(snapshot.repo, snapshot.commit, bool(held), size, config)
 
@@ -244,6 +255,9 @@ def _open(repo: str, revision: str | None) -> tuple[_Snapshot, dict[str, Any]]:
     require_libraries(f"encoder {repo}", ("huggingface_hub", "transformers"), "encoders")
     unreached = _find_unreached(repo, revision)
     path = _download_file(repo, revision, unreached, CONFIG_FILE)
+    if path is None or not names_model(read_json(path)):
+        other = _download_file(repo, revision, unreached, OPEN_CLIP_CONFIG)
+        path = other or path
     if path is None:
         if unreached is None and _is_at_hub(repo, revision, ADAPTER_FILE):
             raise explain_adapter(repo, alone=True)
@@ -259,14 +273,17 @@ def _open(repo: str, revision: str | None) -> tuple[_Snapshot, dict[str, Any]]:
 
 
 def _read_config(directory: Path, source: str) -> dict[str, Any]:
-    config = read_json(directory / CONFIG_FILE)
+    path = find_config(directory)
+    config = read_json(path)
     if not isinstance(config, dict):
-        raise EncoderError(f"{CONFIG_FILE} of {source} is no JSON object.")
+        raise EncoderError(f"{path.name} of {source} is no JSON object.")
     check_config(config, source)
     return config
 
 
 def _part_of(config: dict[str, Any]) -> Part:
+    if is_open_clip_config(config):
+        return "image"
     is_tower = config.get("model_type") in (*SIGLIP_TYPES, *CLIP_TYPES)
     return "tower" if is_tower else "whole"
 
@@ -274,10 +291,14 @@ def _part_of(config: dict[str, Any]) -> Part:
 def _held_files(snapshot: Path, part: Part) -> list[Path]:
     """Return the files of a snapshot that hold a part, or none if it must be downloaded."""
     fetched = snapshot / FETCHED_FILES.get(part, "-")
-    return whole_files(snapshot, part) or ([fetched] if holds_file(fetched) else [])
+    pickled = pickled_file(snapshot, part) if part == "image" else None  # else never fetched
+    others = [fetched] if holds_file(fetched) else [pickled] if pickled else []
+    return whole_files(snapshot, part) or others
 
 
 def _held_bytes(paths: list[Path], part: Part) -> int:
+    if any(path.name in PICKLED_FILES.get(part, ()) for path in paths):
+        return sum(path.stat().st_size for path in paths)
     held = (tensor for path in paths for tensor in read_header(path))
     return sum(tensor.stop - tensor.start for tensor in held if PART_NAMES[part](tensor.name))
 
@@ -289,12 +310,39 @@ def _fetch_part(
         return
     if snapshot.unreached is not None:
         raise explain_unreached(snapshot.unreached, snapshot.repo, PART_WORDS[part])
-    fetch_part(snapshot.path, snapshot.repo, _weight_map(snapshot), part, progress)
+    fetch_part(snapshot.path, snapshot.repo, _weight_map(snapshot, part), part, progress)
 
 
-def _weight_map(snapshot: _Snapshot) -> dict[str, str] | None:
+def _fetch_image_tower(snapshot: _Snapshot, progress: Callable[[int, int], None] | None) -> None:
+    """Download open_clip's image tower from safetensors, or a state dict, which is read whole."""
+    part: Part = "image"
+    if snapshot.unreached is None and not _held_files(snapshot.path, part):
+        name = single_file(part)
+        if not _is_at_hub(snapshot.repo, snapshot.commit, name):
+            (pickled,) = PICKLED_FILES[part]
+            if not _download(snapshot, pickled):
+                raise explain_missing(snapshot.repo, f"{name} or {pickled}")
+            return
+    _fetch_part(snapshot, part, progress)
+
+
+def _remote_bytes(snapshot: _Snapshot, part: Part) -> int | None:
+    """Return the size of what would be fetched."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    repo, commit = snapshot.repo, snapshot.commit
+    if part == "image" and not _is_at_hub(repo, commit, single_file(part)):
+        (pickled,) = PICKLED_FILES[part]
+        if not _is_at_hub(repo, commit, pickled):
+            raise explain_missing(repo, f"{single_file(part)} or {pickled}")
+        return get_hf_file_metadata(hf_hub_url(repo, pickled, revision=commit)).size
+    tensors = remote_tensors(repo, commit, _weight_map(snapshot, part), part)
+    return sum(tensor.stop - tensor.start for _, tensor in tensors)
+
+
+def _weight_map(snapshot: _Snapshot, part: Part) -> dict[str, str] | None:
     """Return the index, or None if a single file has all weights, which transformers prefers."""
-    if _is_at_hub(snapshot.repo, snapshot.commit, WEIGHTS_FILE):
+    if part == "image" or _is_at_hub(snapshot.repo, snapshot.commit, WEIGHTS_FILE):
         return None
     index = _download(snapshot, INDEX_FILE)
     return None if index is None else weight_map_of(read_json(index), snapshot.repo)

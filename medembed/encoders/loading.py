@@ -18,9 +18,12 @@ from medembed.encoders.base_ref import BaseRef, Origin, base_of, read_base
 from medembed.encoders.checkpoint_files import (
     AUTOENCODER_TYPE,
     CLIP_TYPES,
-    CONFIG_FILE,
+    OPEN_CLIP_CONFIG,
     SIGLIP_TYPES,
     check_config,
+    find_config,
+    is_of_timm,
+    is_open_clip_config,
     is_timm_config,
     read_json,
 )
@@ -46,7 +49,8 @@ __all__ = [
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16")
-_TIMM, _TORCHVISION = "timm", "torchvision"  # kinds that no config.json names by itself
+# Kinds that no config.json names by itself.
+_TIMM, _TORCHVISION, _OPEN_CLIP = "timm", "torchvision", "open_clip"
 LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID")  # process numbers of torchrun and SLURM
 
 
@@ -121,7 +125,7 @@ def load_encoder(
         "what else uses it, give --precision bf16, or choose another --device.",
     )
     fingerprint = encoder.fingerprint if base is None else base.fingerprint
-    if kind not in (_TIMM, _TORCHVISION, *CLIP_TYPES):  # without it fine-tuning refuses
+    if kind not in (_TIMM, _TORCHVISION, _OPEN_CLIP, *CLIP_TYPES):  # without it fine-tuning refuses
         encoder.origin = Origin(weights, checkpoint.path, fingerprint)
     if poolings:
         encoder.check_poolings(expand_blocks(poolings, encoder.dimensions))
@@ -162,9 +166,11 @@ def adapt_encoder(
 def _read_kind(checkpoint: Checkpoint) -> Any:
     if checkpoint.path.is_file():
         return _TORCHVISION
-    config = read_json(checkpoint.path / CONFIG_FILE)
+    config = read_json(find_config(checkpoint.path))
     if not isinstance(config, dict):
         return None
+    if is_open_clip_config(config):
+        return _OPEN_CLIP
     if is_timm_config(config):
         return _TIMM
     check_config(config, checkpoint.source)
@@ -181,6 +187,8 @@ def _load(
 ) -> "TorchEncoder":
     if kind in (_TIMM, _TORCHVISION):
         return _load_timm(kind, weights, preprocessing, known)
+    if kind == _OPEN_CLIP:
+        return _load_open_clip(weights, preprocessing, known)
     # Not earlier: a wrong reference is reported before torch and transformers have loaded.
     if kind in SIGLIP_TYPES:
         from medembed.encoders.siglip import load_siglip
@@ -220,17 +228,35 @@ def _load_timm(
     kind: str, weights: Checkpoint, preprocessing: Preprocessing, known: Mapping[str, Any]
 ) -> "TorchEncoder":
     _refuse_changes(weights, known, "a model of timm")
-    require_libraries(f"encoder {weights.source}", ("timm",), "timm")
-    try:
-        from medembed.encoders.timm_models import load_timm, load_torchvision
-    except (ImportError, RuntimeError) as error:  # torchvision's, where it does not suit torch
-        raise EncoderError(
-            f"encoder {weights.source} needs timm, which cannot be imported "
-            f"({one_line(error, 200)}). Install the torchvision that belongs to your torch."
-        ) from error
+    _require_timm(weights.source)
+    from medembed.encoders.timm_models import load_timm, load_torchvision
 
     load = load_timm if kind == _TIMM else load_torchvision
     return load(weights.path, preprocessing, **known)
+
+
+def _load_open_clip(
+    weights: Checkpoint, preprocessing: Preprocessing, known: Mapping[str, Any]
+) -> "TorchEncoder":
+    _refuse_changes(weights, known, "an image tower of open_clip")
+    if is_of_timm(read_json(weights.path / OPEN_CLIP_CONFIG)):
+        _require_timm(weights.source)
+    else:
+        require_libraries(f"encoder {weights.source}", ("transformers",), "encoders")
+    from medembed.encoders.open_clip import load_open_clip
+
+    return load_open_clip(weights.path, preprocessing, **known)
+
+
+def _require_timm(source: str) -> None:
+    require_libraries(f"encoder {source}", ("timm",), "timm")
+    try:
+        import timm  # noqa: F401
+    except (ImportError, RuntimeError) as error:  # torchvision's, where it does not suit torch
+        raise EncoderError(
+            f"encoder {source} needs timm, which cannot be imported "
+            f"({one_line(error, 200)}). Install the torchvision that belongs to your torch."
+        ) from error
 
 
 def choose_device(device: str, worker: int | None = None) -> str:

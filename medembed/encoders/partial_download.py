@@ -25,11 +25,11 @@ from medembed.encoders.checkpoint_files import (
     INDEX_FILE,
     PART_NAMES,
     PART_WORDS,
-    WEIGHTS_FILE,
     Part,
     holds_file,
     match_tensors,
     part_shards,
+    single_file,
 )
 from medembed.encoders.hub_http import (
     RemoteFile,
@@ -220,7 +220,7 @@ def remote_tensors(
     Parameters
     ----------
     weight_map : mapping of tensor name to file name, or None
-        The repository's index; None if all tensors are in one `model.safetensors`.
+        The repository's index; None if all tensors are in one file.
 
     Raises
     ------
@@ -230,7 +230,7 @@ def remote_tensors(
     """
     belongs = PART_NAMES[part]
     found: list[tuple[RemoteFile, StoredTensor]] = []
-    shards = [WEIGHTS_FILE] if weight_map is None else part_shards(weight_map, part)
+    shards = [single_file(part)] if weight_map is None else part_shards(weight_map, part)
     for shard in shards:
         file, first = open_file(repo, commit, shard, LENGTH_BYTES)
         what = f"{shard} of {repo}"

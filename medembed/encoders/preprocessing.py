@@ -11,9 +11,11 @@ from PIL import Image
 
 from medembed.core.errors import EncoderError
 from medembed.encoders.checkpoint_files import (
-    CONFIG_FILE,
+    OPEN_CLIP_CONFIG,
     checkpoint_name,
+    find_config,
     holds_file,
+    is_open_clip_config,
     is_timm_config,
     read_json,
 )
@@ -55,6 +57,9 @@ _CROPPING = ("BitImageProcessor", "CLIPImageProcessor", "DeiTImageProcessor")
 _FOREIGN_STEPS = ("do_pan_and_scan", "do_pad", "do_image_splitting")
 
 
+# What open_clip takes where its config says nothing: OpenAI's.
+_CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
+_CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 _TORCHVISION = {
     "size": {"height": 224, "width": 224},
     "image_mean": [0.485, 0.456, 0.406],
@@ -108,8 +113,8 @@ def read_preprocessing(directory: Path, fit: str = "stretch") -> Preprocessing:
     ----------
     directory : Path
         Holds `preprocessor_config.json`, or `processor_config.json` with an `image_processor`; or
-        timm's `config.json`. A file is of torchvision's weights, which come without their own: they
-        expect ImageNet's mean and deviation, 224 pixels, bilinear.
+        timm's `config.json`; or `open_clip_config.json`. A file is of torchvision's weights, which
+        come without their own: they expect ImageNet's mean and deviation, 224 pixels, bilinear.
     fit : {"stretch", "pad"}
         `stretch` matches the processor itself, except for a centre crop.
 
@@ -129,7 +134,14 @@ def read_preprocessing(directory: Path, fit: str = "stretch") -> Preprocessing:
         raise EncoderError(f"fit {fit!r} is unknown. Choose one of: {', '.join(FITS)}.")
     if directory.is_file():
         return _parse(directory, _TORCHVISION, fit)
-    own = directory / CONFIG_FILE
+    own = find_config(directory)
+    if own.name == OPEN_CLIP_CONFIG:
+        config = read_json(own)
+        if not is_open_clip_config(config):
+            raise EncoderError(
+                f"{own.name} of {checkpoint_name(directory)} describes no image tower."
+            )
+        return _parse(own, _read_open_clip(config), fit)
     if not any(holds_file(directory / name) for name in PROCESSOR_FILES) and holds_file(own):
         config = read_json(own)
         if is_timm_config(config):
@@ -264,6 +276,29 @@ def _as_processor(config: Mapping[str, Any]) -> dict[str, Any]:
         "image_std": config.get("std"),
         "resample": config.get("interpolation") if resample is None else int(resample),
     }
+
+
+def _read_open_clip(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what open_clip's config says of images in the words of a processor's file.
+
+    open_clip crops the centre after it resized the shortest side, or squashes, or pads; this and
+    the other processors' crops are left out alike.
+    """
+    images = config.get("preprocess_cfg")
+    images = images if isinstance(images, Mapping) else {}
+    side = config["model_cfg"]["vision_cfg"].get("image_size", 224)
+    sides = {"height": side[0], "width": side[1]} if _is_pair(side) else side
+    resample = RESAMPLES.get(str(images.get("interpolation") or "bicubic"))
+    return {
+        "size": sides,
+        "image_mean": images.get("mean") or _CLIP_MEAN,
+        "image_std": images.get("std") or _CLIP_STD,
+        "resample": images.get("interpolation") if resample is None else int(resample),
+    }
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2
 
 
 def _describes_images(config: Any, *, nested: bool) -> Mapping[str, Any] | None:

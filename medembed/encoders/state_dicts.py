@@ -1,6 +1,7 @@
 """Whole sets of weights: safetensors, or a state dict that torch reads without running code."""
 
 import pickle  # nosec B403 # its errors alone
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -11,24 +12,25 @@ from medembed.core.errors import EncoderError
 from medembed.core.files import open_plain
 from medembed.core.text import one_line
 from medembed.encoders.checkpoint_files import (
-    INDEX_FILE,
-    WEIGHTS_FILE,
+    PART_NAMES,
+    Part,
     checkpoint_name,
-    holds_file,
+    explain_not_held,
+    pickled_file,
+    refuse_adapted,
     unwrap,
     weight_files,
 )
 from medembed.encoders.delta import INTEGERS
 from medembed.encoders.fingerprint import open_tensors, read_tensor
 
-__all__ = ["PICKLED_FILES", "read_weights"]
+__all__ = ["read_weights"]
 
-PICKLED_FILES = ("pytorch_model.bin", "model.bin", "model.pth")
 _NESTED = ("state_dict", "model")  # where training scripts put the weights
 
 
-def read_weights(place: Path, source: str) -> dict[str, torch.Tensor]:
-    """Return all tensors of a checkpoint's directory, or of one file of a state dict.
+def read_weights(place: Path, source: str, part: Part = "whole") -> dict[str, torch.Tensor]:
+    """Return a part's tensors of a checkpoint's directory, or of one file of a state dict.
 
     A directory's safetensors go before a state dict. That is read by `torch.load` with
     ``weights_only=True``, which builds tensors and nothing else.
@@ -36,20 +38,39 @@ def read_weights(place: Path, source: str) -> dict[str, torch.Tensor]:
     Raises
     ------
     EncoderError
-        There are no weights, they cannot be read so, or a value is not finite.
+        There are no weights of the part, they cannot be read so, or a value is not finite; or two
+        tensors share a name.
     """
     if place.is_file():
-        return _read_pickled(place, source)
-    pickled = [place / name for name in PICKLED_FILES if holds_file(place / name)]
-    others = (holds_file(place / name) for name in (WEIGHTS_FILE, INDEX_FILE))
-    if pickled and not any(others):
-        return _read_pickled(pickled[0], source)
-    tensors: dict[str, torch.Tensor] = {}
+        return _of_part(_read_pickled(place, source).items(), part, source)
+    pickled = pickled_file(place, part)
+    if pickled is not None:
+        return _of_part(_read_pickled(pickled, source).items(), part, source)
     with ExitStack() as stack:
-        for path in weight_files(place, "whole"):
-            file = open_tensors(stack, path)
-            for name in file.keys():  # noqa: SIM118
-                tensors[unwrap(name)] = read_tensor(file, name, source, INTEGERS)[1]
+        files = [open_tensors(stack, path) for path in weight_files(place, part)]
+        named = (
+            (name, read_tensor(file, name, source, INTEGERS)[1])
+            for file in files
+            for name in file.keys()  # noqa: SIM118
+            if PART_NAMES[part](name) is not None
+        )
+        return _of_part(named, part, source)
+
+
+def _of_part(
+    named: Iterable[tuple[str, torch.Tensor]], part: Part, source: str
+) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for stored, tensor in named:
+        name = PART_NAMES[part](unwrap(stored))
+        if name is None:
+            continue
+        if name in tensors:
+            raise EncoderError(f"{source} holds {name} twice. Keep one naming.")
+        refuse_adapted(name, source, part)
+        tensors[name] = tensor
+    if not tensors:
+        raise explain_not_held(source, part)
     return tensors
 
 
@@ -77,5 +98,5 @@ def _read_pickled(path: Path, source: str) -> dict[str, torch.Tensor]:
             raise EncoderError(f"{path.name} of {source}: {one_line(name, 60)!r} is no tensor.")
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise EncoderError(f"{source}: {name} holds values that are not finite.")
-        tensors[unwrap(name)] = tensor
+        tensors[name] = tensor
     return tensors

@@ -16,8 +16,9 @@ from medembed.core.errors import EncoderError
 from medembed.core.system import require_libraries
 from medembed.core.text import one_line
 from medembed.encoders.checkpoint_files import (
-    CONFIG_FILE,
     check_config,
+    find_config,
+    is_open_clip_config,
     match_tensors,
     read_json,
     weight_files,
@@ -131,8 +132,13 @@ def load_text_tower(
     """
     checkpoint = resolve_checkpoint(ref, words=True, progress=progress)
     require_libraries(f"prompts of {checkpoint.source}", ("transformers",), "encoders")
-    config = read_json(checkpoint.path / CONFIG_FILE)
+    config = read_json(find_config(checkpoint.path))
     kind = config.get("model_type") if isinstance(config, dict) else None
+    if is_open_clip_config(config):
+        raise EncoderError(
+            f"{checkpoint.source} is a checkpoint of open_clip, whose text towers are not read. "
+            "Give one of MedSigLIP, SigLIP or CLIP in the form of transformers."
+        )
     if kind not in _TYPES:
         raise _explain_wordless(checkpoint.source, kind)
     check_config(config, checkpoint.source)

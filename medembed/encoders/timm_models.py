@@ -3,7 +3,7 @@
 A checkpoint is a directory as timm's hub has them: `config.json` with the architecture and
 `pretrained_cfg`, and a file of weights. A file of torchvision's weights whose name begins with the
 model's, such as `densenet169-b2777c0a.pth`, is read as timm's model of that name, where both name
-their tensors alike. timm is an extra.
+their tensors alike. Trunks of open_clip come from `open_clip`. timm is an extra.
 """
 
 import re
@@ -16,10 +16,13 @@ from typing import Any, ClassVar
 
 import timm
 import torch
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from medembed.core.errors import EncoderError
 from medembed.core.text import one_line
+from medembed.encoders.block_outputs import ObservedBlocks, block_poolings, observe_list
 from medembed.encoders.checkpoint_files import CONFIG_FILE, read_json
 from medembed.encoders.devices import set_precision
 from medembed.encoders.features import Features, token_poolings
@@ -28,22 +31,36 @@ from medembed.encoders.preprocessing import Preprocessing
 from medembed.encoders.state_dicts import read_weights
 from medembed.encoders.torch_encoder import TorchEncoder
 
-__all__ = ["TimmEncoder", "load_timm", "load_torchvision"]
+__all__ = ["Architecture", "TimmEncoder", "build_timm", "load_timm", "load_torchvision"]
 
 _NAME = re.compile(r"[a-z0-9_]+")
 _TORCHVISION = re.compile(r"([a-z][a-z0-9_]*?)(?:-[0-9a-f]{8})?\.(?:pth|pt)")
 # Early releases of torchvision wrote `norm.1` for what is `norm1` now.
 _EARLY_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])\.")
 _COUNTERS = "num_batches_tracked"  # of training steps; without effect
+_TRANSFORMERS = (VisionTransformer, Eva)  # class, register and patch tokens through all blocks
 
 
 @dataclass(frozen=True)
-class _Architecture:
-    """What of a config determines the model."""
+class Architecture:
+    """What of a config determines the model.
+
+    Attributes
+    ----------
+    name : str
+        timm's name of it.
+    n_classes : int
+        Of the classifier that the checkpoint may hold; it is not used.
+    options : mapping
+        Further arguments of `timm.create_model`.
+    without_classifier : mapping or None
+        Arguments of the model's `reset_classifier` beside 0, if it is to be called.
+    """
 
     name: str
     n_classes: int
     options: Mapping[str, Any] = field(default_factory=dict)
+    without_classifier: Mapping[str, Any] | None = None
 
 
 class _Tower(nn.Module):
@@ -62,7 +79,8 @@ class TimmEncoder(TorchEncoder):
     """A model of timm without its classifier; created by `load_timm`.
 
     `pooler` is what the checkpoint's own head gives to its classifier. `mean`, `max` and `grid4`
-    are of the feature map, or of the patch tokens; `cls` is the class token after the last norm.
+    are of the feature map, or of the patch tokens; `cls` is the class token after the last norm. Of
+    ViT and EVA each block's output is pooled, too.
 
     Parameters
     ----------
@@ -88,6 +106,9 @@ class TimmEncoder(TorchEncoder):
     ) -> None:
         super().__init__(model, preprocessing, **known)
         self._grid, self._n_before, self._dimensions = grid, n_before, dict(dimensions)
+        if isinstance(model.net, _TRANSFORMERS):
+            net: Any = model.net
+            observe_list(net, "blocks", net.blocks)
 
     @property
     def dimensions(self) -> Mapping[str, tuple[int, ...]]:
@@ -101,6 +122,16 @@ class TimmEncoder(TorchEncoder):
         if "cls" in self._dimensions:
             vectors["cls"] = seen[:, 0]
         return Features(_tokens_of(self.model.net, seen)[:, self._n_before :], self._grid, vectors)
+
+    def block_tokens(self, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the patch tokens and the class token of a block's output."""
+        return output[:, self._n_before :], output[:, 0] if "cls" in self._dimensions else None
+
+    def find_blocks(self) -> tuple[str, nn.ModuleList] | None:
+        """Return the blocks of ViT and EVA; see `TorchEncoder.find_blocks`."""
+        net: Any = self.model.net
+        blocks = getattr(net, "blocks", None)
+        return ("net.blocks", blocks) if isinstance(blocks, ObservedBlocks) else None
 
     def can_repool(self, name: str) -> bool:
         """Return whether a pooling is over tokens; heads of timm's models are not run apart."""
@@ -130,7 +161,9 @@ def load_timm(
     stored = read_weights(directory, source)
     known: dict[str, Any] = {"source": source, "revision": revision, "device": device}
     reload = partial(load_timm, directory, preprocessing, **known)
-    return _build(architecture, stored, preprocessing, precision=precision, reload=reload, **known)
+    return build_timm(
+        architecture, stored, preprocessing, precision=precision, reload=reload, **known
+    )
 
 
 def load_torchvision(
@@ -161,14 +194,16 @@ def load_torchvision(
         for name, tensor in read_weights(path, source).items()
     }
     biases = [tensor for name, tensor in stored.items() if name in ("fc.bias", "classifier.bias")]
-    architecture = _Architecture(named[1], len(biases[0]) if biases else 1000)
+    architecture = Architecture(named[1], len(biases[0]) if biases else 1000)
     known: dict[str, Any] = {"source": source, "revision": revision, "device": device}
     reload = partial(load_torchvision, path, preprocessing, **known)
-    return _build(architecture, stored, preprocessing, precision=precision, reload=reload, **known)
+    return build_timm(
+        architecture, stored, preprocessing, precision=precision, reload=reload, **known
+    )
 
 
-def _build(
-    architecture: _Architecture,
+def build_timm(
+    architecture: Architecture,
     stored: Mapping[str, torch.Tensor],
     preprocessing: Preprocessing,
     *,
@@ -176,6 +211,13 @@ def _build(
     device: str,
     **known: Any,
 ) -> TimmEncoder:
+    """Return a model of timm, filled with tensors from anywhere.
+
+    Raises
+    ------
+    EncoderError
+        See `load_timm`.
+    """
     source = str(known["source"])
     model = _create(architecture, source)
     _fill(model, stored, source)
@@ -195,17 +237,17 @@ def _build(
     )
 
 
-def _read_architecture(config: Any, source: str) -> _Architecture:
+def _read_architecture(config: Any, source: str) -> Architecture:
     name, options = config.get("architecture"), config.get("model_args") or {}
     n_classes = config.get("num_classes", 1000)
     if not isinstance(name, str) or not isinstance(options, dict) or type(n_classes) is not int:
         raise EncoderError(f"{CONFIG_FILE} of {source} does not describe a model of timm.")
     if "global_pool" in config:
         options = {"global_pool": config["global_pool"], **options}
-    return _Architecture(name, n_classes, options)
+    return Architecture(name, n_classes, options)
 
 
-def _create(architecture: _Architecture, source: str) -> Any:
+def _create(architecture: Architecture, source: str) -> Any:
     name = architecture.name
     if not _NAME.fullmatch(name) or not timm.is_model(name):
         raise EncoderError(
@@ -216,6 +258,8 @@ def _create(architecture: _Architecture, source: str) -> Any:
         model: Any = timm.create_model(
             name, pretrained=False, num_classes=architecture.n_classes, **architecture.options
         )
+        if architecture.without_classifier is not None:
+            model.reset_classifier(0, **architecture.without_classifier)
     except Exception as error:  # of many kinds, by the model
         raise EncoderError(f"{source} cannot be built: {one_line(error, 300)}") from error
     if not (hasattr(model, "forward_features") and hasattr(model, "forward_head")):
@@ -273,6 +317,9 @@ def _arrange(
     dimensions = {**token_poolings(tokens.shape[2], grid), "pooler": (pooled.shape[1],)}
     if n_before and getattr(model, "cls_token", None) is not None:
         dimensions["cls"] = (tokens.shape[2],)
+    if isinstance(model, _TRANSFORMERS):
+        widths = [tokens.shape[2]] * len(model.blocks)
+        dimensions |= block_poolings(widths, has_class_token="cls" in dimensions)
     return grid, n_before, dimensions
 
 
@@ -297,11 +344,11 @@ def _grid_of(model: Any, seen: torch.Tensor, n_tokens: int) -> tuple[int, int]:
     return (side, side) if side * side == n_tokens else (1, n_tokens)
 
 
-def _fingerprint(
-    architecture: _Architecture, model: Any, stored: Mapping[str, torch.Tensor]
-) -> str:
+def _fingerprint(architecture: Architecture, model: Any, stored: Mapping[str, torch.Tensor]) -> str:
     digest = Digest()
     options = {name: repr(value) for name, value in sorted(architecture.options.items())}
+    if architecture.without_classifier is not None:
+        options["reset_classifier"] = repr(dict(architecture.without_classifier))
     digest.add({"timm": architecture.name, "options": options})
     for name in sorted(stored):
         if not name.endswith(_COUNTERS) and not _is_classifier(model, name):

@@ -14,7 +14,7 @@ from medembed.core.errors import SpecMismatchError
 from medembed.core.poolings import refuse_unknown
 from medembed.dataset.manifest import Manifest, existing_root, require_hashes
 from medembed.encoders.base_ref import read_base
-from medembed.encoders.checkpoint_files import CONFIG_FILE, SIGLIP_TYPES, read_json
+from medembed.encoders.checkpoint_files import SIGLIP_TYPES, find_config, read_json
 from medembed.encoders.hub import resolve_checkpoint
 from medembed.encoders.preprocessing import read_preprocessing
 from medembed.extraction.job import make_report
@@ -129,7 +129,7 @@ def _refuse_other_shape(cache: Cache, source: str, reference: str, fit: str) -> 
     if _is_pair(stored_size) and size != tuple(stored_size):
         there = f"images of {stored_size[0]} x {stored_size[1]} pixels"
         _refuse(cache, source, reference, there, f"{size[0]} x {size[1]}")
-    config = read_json(directory / CONFIG_FILE)
+    config = read_json(find_config(directory))
     kind = config.get("model_type") if isinstance(config, dict) else None
     vision = config.get("vision_config", config) if kind in SIGLIP_TYPES else None
     columns = vision.get("hidden_size") if isinstance(vision, dict) else None

@@ -236,7 +236,7 @@ def resolve_config(
     if not isinstance(encoder, TorchEncoder) or encoder.origin is None:
         raise EncoderError(
             f"{encoder.source} cannot be trained: it was not loaded from a checkpoint, or is a "
-            "model of timm or CLIP, which medembed only embeds with."
+            "model of timm, CLIP or open_clip, which medembed only embeds with."
         )
     if encoder.precision != "fp32":  # weights stay fp32 in training
         origin, encoder = encoder.origin, encoder.reference()

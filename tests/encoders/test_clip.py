@@ -166,5 +166,5 @@ def test_a_changed_bit_is_another_encoder_and_a_nan_none(
 def test_it_is_not_trained(clip: tuple[Path, Any], tmp_path: Path) -> None:
     encoder = load(clip[0])
     manifest = with_both_classes(write_images(tmp_path / "images", 24))
-    with pytest.raises(EncoderError, match="model of timm or CLIP"):
+    with pytest.raises(EncoderError, match="model of timm, CLIP or open_clip"):
         finetune(manifest, tmp_path / "images", encoder, tmp_path / "out")

@@ -35,6 +35,7 @@ MODELS: dict[str, tuple[dict[str, Any], int, set[str]]] = {
     "deit_tiny_distilled_patch16_224": ({"img_size": 64}, 64, {"grid4", "cls"}),
     "densenet121": ({}, 64, set()),
     "edgenext_xx_small": ({}, 64, set()),
+    "eva02_tiny_patch14_224": ({"img_size": 56}, 56, {"grid4", "cls"}),
     "mixer_s32_224": ({"img_size": 128}, 128, {"grid4"}),
     "mobilenetv3_small_050": ({}, 96, set()),
     "poolformerv2_s12": ({}, 64, set()),
@@ -46,6 +47,13 @@ MODELS: dict[str, tuple[dict[str, Any], int, set[str]]] = {
     "vit_small_patch14_reg4_dinov2": ({"img_size": 70}, 70, {"grid4", "cls"}),
     "vit_tiny_patch16_224": ({"img_size": 64}, 64, {"grid4", "cls"}),
     "xcit_nano_12_p16_224": ({"img_size": 64}, 64, {"grid4", "cls"}),
+}
+# Those whose blocks are pooled, with the class and register tokens before the patches.
+BLOCKS = {
+    "deit_tiny_distilled_patch16_224": 2,
+    "eva02_tiny_patch14_224": 1,
+    "vit_small_patch14_reg4_dinov2": 5,
+    "vit_tiny_patch16_224": 1,
 }
 
 
@@ -105,14 +113,15 @@ def test_every_pooling_equals_timms_forward_and_transform(tmp_path: Path, name: 
     config = json.loads((tmp_path / "config.json").read_text())["pretrained_cfg"]
     _, side, more = MODELS[name]
     encoder = load(tmp_path)
-    assert set(encoder.dimensions) == {"mean", "max", "pooler"} | more
+    usual = {key: shape for key, shape in encoder.dimensions.items() if "@" not in key}
+    assert set(usual) == {"mean", "max", "pooler"} | more
     values = transform(side, config)
     pixels = np.stack([prepare(image, encoder.preprocessing) for image in images()])
     assert (encoder.normalise(torch.from_numpy(pixels)) - values).abs().max() <= 1e-6
     with torch.inference_mode():
         seen = model.forward_features(values)
         head = model.forward_head(seen, pre_logits=True)
-    rows = embed(encoder, list(encoder.dimensions))
+    rows = embed(encoder, list(usual))
     near(rows["pooler"], head)
     if seen.ndim == 4:
         is_last = getattr(model, "output_fmt", "") == "NHWC"
@@ -128,7 +137,44 @@ def test_every_pooling_equals_timms_forward_and_transform(tmp_path: Path, name: 
         near(rows["grid4"], cells)
     if "cls" in rows:
         near(rows["cls"], seen[:, 0])
-    assert {key: row.shape[1:] for key, row in rows.items()} == encoder.dimensions
+    assert {key: row.shape[1:] for key, row in rows.items()} == usual
+
+
+@pytest.mark.parametrize("name", sorted(BLOCKS))
+def test_poolings_of_blocks_equal_hooks_on_timms_bit_for_bit(tmp_path: Path, name: str) -> None:
+    model = save(tmp_path, name)
+    encoder = load(tmp_path)
+    n_before = BLOCKS[name]
+    n_blocks = len(model.blocks)
+    of_blocks = [key for key in encoder.dimensions if "@" in key]
+    assert of_blocks == [f"{b}@{k}" for b in ("mean", "max", "cls") for k in range(1, n_blocks + 1)]
+    taken: list[torch.Tensor] = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda _module, _inputs, output: taken.append(output))
+    pixels = prepare(images()[0], encoder.preprocessing)[None]
+    rows = encoder.encode(pixels, list(encoder.dimensions))
+    with torch.inference_mode():
+        model.forward_features(encoder.normalise(torch.from_numpy(pixels)))
+    assert len(taken) == n_blocks
+    for k, tokens in enumerate(taken, 1):
+        assert np.array_equal(rows[f"mean@{k}"], tokens[:, n_before:].mean(dim=1).numpy())
+        assert np.array_equal(rows[f"max@{k}"], tokens[:, n_before:].amax(dim=1).numpy())
+        assert np.array_equal(rows[f"cls@{k}"], tokens[:, 0].numpy())
+        assert rows[f"mean@{k}"].shape[1:] == encoder.dimensions[f"mean@{k}"]
+    found = encoder.find_blocks()
+    assert found is not None  # which are compiled one by one
+    assert len(found[1]) == n_blocks
+    alone = encoder.encode(pixels, ["mean", "pooler"])
+    assert all(np.array_equal(alone[key], rows[key]) for key in alone)
+
+
+def test_models_without_tokens_of_one_width_have_no_layers(tmp_path: Path) -> None:
+    save(tmp_path, "resnet10t")
+    with pytest.raises(EncoderError, match="mean@1 is not offered"):
+        load(tmp_path, poolings=["mean@1"])
+    save(tmp_path, "xcit_nano_12_p16_224")  # its class token joins after these blocks
+    with pytest.raises(EncoderError, match="mean@1 is not offered"):
+        load(tmp_path, poolings=["mean@1"])
 
 
 @pytest.fixture(scope="module")
@@ -274,7 +320,7 @@ def test_a_model_of_timm_makes_a_spec_and_says_it_is_not_trained(
     encoder = load(lite)
     assert list(spec_of(encoder, ["mean", "pooler"]).poolings) == ["mean", "pooler"]
     manifest = with_both_classes(write_images(tmp_path / "images", 24))
-    with pytest.raises(EncoderError, match="model of timm or CLIP, which"):
+    with pytest.raises(EncoderError, match="model of timm, CLIP or open_clip, which"):
         finetune(manifest, tmp_path / "images", encoder, tmp_path / "out")
     assert encoder.can_repool("mean")
     assert not encoder.can_repool("pooler")

@@ -1,6 +1,6 @@
-"""timm and torchvision for tests, from a folder of their own.
+"""timm, open_clip and torchvision for tests, from a folder of their own.
 
-Both import torchvision, whose build on PyPI does not load beside a torch for CPUs (`operator
+All import torchvision, whose build on PyPI does not load beside a torch for CPUs (`operator
 torchvision::nms does not exist`). With an empty module in the place of its operators' shapes its
 Python half loads. It is not on the path of other tests: transformers would import it, too.
 """
@@ -32,3 +32,13 @@ def import_timm() -> Any:
     import timm
 
     return timm
+
+
+def import_open_clip() -> Any:
+    """Return open_clip; skip the module where it was not installed."""
+    import_timm()
+    if not (FOLDER / "open_clip").is_dir():
+        pytest.skip(f"open_clip is not in {FOLDER}: make setup", allow_module_level=True)
+    import open_clip
+
+    return open_clip
