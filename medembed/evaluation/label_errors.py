@@ -92,7 +92,8 @@ class NoiseModel:
         q, labels = self.apply(probability), np.asarray(y)
         wrong = np.where(labels == 1, self.invented * (1 - q), self.missed * q)
         right = np.where(labels == 1, (1 - self.missed) * q, (1 - self.invented) * (1 - q))
-        return np.asarray(wrong / (wrong + right))
+        total = wrong + right  # 0 where q is 0 or 1 and no label of the class is wrong
+        return np.divide(wrong, total, out=np.zeros_like(total), where=total > 0)
 
     def chance(self, probability: np.ndarray, thresholds: Thresholds) -> np.ndarray:
         """Return the probability that the right label of each study is contradicted.
@@ -145,20 +146,10 @@ def fit_noise(
     x, is_abnormal = log_odds(values), labels == 1
     w = np.full(len(x), 1 / len(x)) if weights is None else weights / weights.sum()
 
-    def loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:
-        intercept, slope, missed, invented = parameters
-        q = expit(intercept + slope * x)
-        kept = 1 - missed - invented
-        abnormal = np.clip(invented + kept * q, _EDGE, 1 - _EDGE)
-        own = np.where(is_abnormal, abnormal, 1 - abnormal)
-        by_abnormal = np.where(is_abnormal, -w, w) / own  # the derivative by `abnormal`
-        by_z = by_abnormal * kept * q * (1 - q)
-        gradient = [by_z.sum(), by_z @ x, -by_abnormal @ q, by_abnormal @ (1 - q)]
-        return float(-w @ np.log(own)), np.array(gradient)
-
     starts = _STARTS if start is None else [astuple(start)]
     fits = [
-        minimize(loss, np.array(own), jac=True, method="L-BFGS-B", bounds=_BOUNDS) for own in starts
+        minimize(_loss, np.array(own), (is_abnormal, x, w), "L-BFGS-B", jac=True, bounds=_BOUNDS)
+        for own in starts
     ]
     best = min(fits, key=lambda fit: float(fit.fun))
     return NoiseModel(*map(float, best.x))
@@ -195,3 +186,18 @@ def bound_errors(
             fitted = fit_noise(y, probability, weights, noise)
             draws.append(float(fitted.error_probability(*counted).sum()))
     return percentiles(float(noise.error_probability(*counted).sum()), np.array(draws))
+
+
+def _loss(
+    parameters: np.ndarray, is_abnormal: np.ndarray, x: np.ndarray, weights: np.ndarray
+) -> tuple[float, np.ndarray]:
+    """Return the negative log-likelihood of a noise model, and its gradient, of shape (4,)."""
+    intercept, slope, missed, invented = parameters
+    q = expit(intercept + slope * x)
+    kept = 1 - missed - invented
+    abnormal = np.clip(invented + kept * q, _EDGE, 1 - _EDGE)
+    own = np.where(is_abnormal, abnormal, 1 - abnormal)
+    by_abnormal = np.where(is_abnormal, -weights, weights) / own  # the derivative by `abnormal`
+    by_z = by_abnormal * kept * q * (1 - q)
+    gradient = [by_z.sum(), by_z @ x, -by_abnormal @ q, by_abnormal @ (1 - q)]
+    return float(-weights @ np.log(own)), np.array(gradient)

@@ -32,8 +32,8 @@ _NOTES = (
     "abnormal.",
     "Wrong labels: the estimated number, suspected or not. A study is taken to be labelled "
     "abnormal with probability (1 − missed) q + invented (1 − q), where logit q is linear in the "
-    "logit of the mean; both shares and the line are fitted on train (Copas 1988). The interval resamples "
-    "patients of train, 200 times.",
+    "logit of the mean; both shares and the line are fitted on train (Copas 1988). The interval "
+    "resamples patients of train, 200 times.",
     "An abnormality that the encoder cannot see counts as a wrong label, because both look the "
     "same to it. The estimate is never below 0, so it is above 0 on average even if no label is "
     "wrong.",
