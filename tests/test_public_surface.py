@@ -35,7 +35,7 @@ ERRORS = {
 }
 TYPES = {
     *("BuildReport", "Cache", "Comparison", "Embeddings", "Encoder", "ExtractionReport"),
-    *("Manifest", "Preprocessing", "Relabelled", "Run", "Worklist"),
+    *("LabelAudit", "Manifest", "Preprocessing", "Relabelled", "Run", "Worklist"),
 }
 HEADS = {"Head", "LogisticHead", "MLPHead", "LightGBMHead", "AttentionHead", "KNNHead"}
 SIGNATURES = {

@@ -20,6 +20,7 @@ from medembed.evaluation.scores import check_both_classes
 
 __all__ = [
     "MAX_NOISE",
+    "MAX_SLOPE",
     "NoiseModel",
     "Thresholds",
     "bound_errors",
@@ -29,8 +30,10 @@ __all__ = [
 
 MAX_NOISE = 0.3
 """The largest share of wrong labels in a class that is considered."""
+MAX_SLOPE = 10.0
+"""The steepest line, for scores that separate the classes and so give none."""
 N_RESAMPLES = 200
-_BOUNDS = [(None, None), (1e-3, 100.0), (0.0, MAX_NOISE), (0.0, MAX_NOISE)]
+_BOUNDS = [(None, None), (1e-3, MAX_SLOPE), (0.0, MAX_NOISE), (0.0, MAX_NOISE)]
 _STARTS = [(0.0, 1.0, 0.01, 0.01), (0.0, 2.0, 0.1, 0.1)]
 _EDGE = 1e-12
 
@@ -93,7 +96,7 @@ class NoiseModel:
         wrong = np.where(labels == 1, self.invented * (1 - q), self.missed * q)
         right = np.where(labels == 1, (1 - self.missed) * q, (1 - self.invented) * (1 - q))
         total = wrong + right  # 0 where q is 0 or 1 and no label of the class is wrong
-        return np.divide(wrong, total, out=np.zeros_like(total), where=total > 0)
+        return np.asarray(np.divide(wrong, total, out=np.zeros_like(total), where=total > 0))
 
     def chance(self, probability: np.ndarray, thresholds: Thresholds) -> np.ndarray:
         """Return the probability that the right label of each study is contradicted.

@@ -18,7 +18,14 @@ from medembed.results.audit_schema import LabelAuditDocument, Suspect
 from medembed.results.label_audit import LabelAudit
 from medembed.results.methods import DISCLAIMER
 
-__all__ = ["DOCUMENT", "PAGE", "REVIEW", "check_audit_target", "write_label_audit"]
+__all__ = [
+    "DOCUMENT",
+    "PAGE",
+    "REVIEW",
+    "check_audit_target",
+    "summarise_audit",
+    "write_label_audit",
+]
 
 PAGE, DOCUMENT, REVIEW = "index.html", "audit.json", "review.csv"
 N_SHOWN = 100

@@ -120,8 +120,8 @@ class LabelAudit(Summarised):
             errors_high=high,
             parts=self.parts(),
             suspects=[
-                _describe(rank, row, self.scores.loc[index], known)
-                for rank, (index, row) in enumerate(self.suspects.iterrows(), start=1)
+                _describe(rank, row, self.scores.iloc[rank - 1], known)
+                for rank, (_, row) in enumerate(self.suspects.iterrows(), start=1)
             ],
         )
 
@@ -298,6 +298,9 @@ def _describe(
     rank: int, row: Any, scores: "pd.Series[Any]", names: dict[str, tuple[str, str]]
 ) -> Suspect:
     known = [names[sha256] for sha256 in row["images"]] if names else []
+    named: dict[str, Any] = {}
+    if known:
+        named = {"names": [image for image, _ in known], "study": known[0][1]}
     return Suspect(
         rank=rank,
         split=row["split"],
@@ -306,5 +309,5 @@ def _describe(
         probability=float(row["probability"]),
         scores={str(head): float(p) for head, p in scores.items()},
         images=row["images"],
-        **({"names": [image for image, _ in known], "study": known[0][1]} if known else {}),
+        **named,
     )

@@ -167,9 +167,10 @@ def test_the_page_shows_the_films_of_the_first(tmp_path):
         film = encode(np.full((40, 30), k, np.uint8), "PNG")
         images.loc[k, "sha256"] = hashlib.sha256(film).hexdigest()
         (root / f"film-{k}.png").write_bytes(film)
-    run = make_run(tmp_path / "run", images, HEADS)
+    run = make_run(tmp_path / "run", images, {"logistic": 2.5, "mlp": 2.5})
     write_manifest(as_manifest(images), tmp_path / "manifest.csv")
     found = audit_labels(run, tmp_path / "manifest.csv")
+    assert len(found.suspects) > 2
     given = (run.path, "--manifest", tmp_path / "manifest.csv", "--image-root", root, "-n", "2")
     n_views = found.suspects["images"][:2].map(len).sum()
     for name, n_shown in (("whole", n_views), ("lacking", n_views - 1)):
