@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from medembed.prediction.worklist import Worklist, make_worklist
     from medembed.report.comparison import Comparison, compare
     from medembed.report.page import write_report
+    from medembed.results.label_audit import LabelAudit, audit_labels
     from medembed.results.runs import Run, open_run
     from medembed.sweeps.ensembles import ensemble
     from medembed.sweeps.job import sweep
@@ -80,6 +81,7 @@ __all__ = [
     "Head",
     "ImageError",
     "KNNHead",
+    "LabelAudit",
     "LightGBMHead",
     "LogisticHead",
     "MLPHead",
@@ -102,6 +104,7 @@ __all__ = [
     "TrainingDataError",
     "Worklist",
     "__version__",
+    "audit_labels",
     "build_manifest",
     "compare",
     "ensemble",
@@ -153,6 +156,7 @@ _NAMES = {
     "prediction.worklist": ("Worklist", "make_worklist"),
     "report.comparison": ("Comparison", "compare"),
     "report.page": ("write_report",),
+    "results.label_audit": ("LabelAudit", "audit_labels"),
     "results.runs": ("Run", "open_run"),
     "sweeps.ensembles": ("ensemble",),
     "sweeps.job": ("sweep",),

@@ -35,7 +35,7 @@ ERRORS = {
 }
 TYPES = {
     *("BuildReport", "Cache", "Comparison", "Embeddings", "Encoder", "ExtractionReport"),
-    *("Manifest", "Preprocessing", "Relabelled", "Run", "Worklist"),
+    *("LabelAudit", "Manifest", "Preprocessing", "Relabelled", "Run", "Worklist"),
 }
 HEADS = {"Head", "LogisticHead", "MLPHead", "LightGBMHead", "AttentionHead", "KNNHead"}
 SIGNATURES = {
@@ -55,6 +55,7 @@ SIGNATURES = {
     "on_status=None, announce=None, timeline=None",
     "open_cache": "path, *, known=()",
     "relabel": "manifest, review",
+    "audit_labels": "run, manifest",
     "make_worklist": "cache, manifest, n, *, model=None, random_share=0.2, pool=None, seed=0",
     "load_embeddings": "cache, manifest, *, pool=None, split=None, cells=False, verify=True",
     "patient_folds": "embeddings, n_folds=5, seed=0",

@@ -14,6 +14,7 @@ from medembed.dataset.build_file import BuildFile
 from medembed.dataset.relabelling import Relabelling
 from medembed.finetuning.config import HyperparametersEntry
 from medembed.heads.packaging import ModelDocument
+from medembed.results.audit_schema import LabelAuditDocument
 from medembed.results.embedding_map import MapInfo
 from medembed.results.model_card import CardDocument
 from medembed.results.run_schema import RunInfo, ScoresInfo, TrialRecord
@@ -37,6 +38,7 @@ FORMATS: dict[str, tuple[str, Any]] = {
     "targets": ("targets.json of a sweep of targets", TargetsFile),
     "build": ("MANIFEST.build.json, what the build of a manifest found", BuildFile),
     "relabelling": ("MANIFEST.relabelling.json, every change of a label", Relabelling),
+    "audit": ("audit.json of `medembed audit labels`", LabelAuditDocument),
     "map": ("Value of `medembed` in the metadata of map.parquet of a run", MapInfo),
     "model": ("model.json of a packaged model", ModelDocument),
     "card": ("card of model.json", CardDocument),

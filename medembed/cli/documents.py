@@ -9,6 +9,7 @@ from typing import Any, Literal
 from medembed.cli.similarity_documents import MapDocument, Similar
 from medembed.core.prompts import PromptEntry
 from medembed.core.schema import AnyTable, ClosedRecord, Count, Digest, Field, Given, Record
+from medembed.results.audit_schema import LabelAuditDocument
 from medembed.results.comparison_schema import (
     ComparedHead,
     ComparisonResult,
@@ -482,6 +483,7 @@ class WorklistImage(ClosedRecord):
 
 
 DOCUMENTS: dict[str, Any] = {
+    "audit-labels": LabelAuditDocument,
     "autoencoder": Autoencoder,
     "cache-compact": CacheCompact,
     "cache-export": CacheExport,

@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from medembed.core.errors import RunError
 from medembed.core.system import library_versions
 from medembed.dataset.manifest import Manifest, read_manifest
 from medembed.evaluation.projection import project
 from medembed.results.embedding_map import COLUMNS, EmbeddingMap, MapInfo, write_map
-from medembed.results.runs import Run, RunLike, open_run
+from medembed.results.runs import RunLike, open_run
 
 if TYPE_CHECKING:
     from medembed.cache.store import Cache
@@ -60,7 +59,7 @@ def map_run(
     from medembed.cache.store import open_cache
 
     run, cache, manifest = open_run(run), open_cache(cache), read_manifest(manifest)
-    _require_own(run, manifest)
+    run.require_manifest(manifest.digest())
     names = list(poolings) if poolings else choose_poolings(cache, None)
     sorted_rows = manifest.rows.drop_duplicates("sha256").sort_values("sha256", ignore_index=True)
     parts, explained = [], {}
@@ -85,12 +84,3 @@ def map_run(
     with run.locked():
         write_map(run, made)
     return made
-
-
-def _require_own(run: Run, manifest: Manifest) -> None:
-    own = run.info["asked"].get("manifest")  # not recorded by every run
-    if own is not None and own != manifest.digest():
-        raise RunError(
-            f"the run at {run.path} was made from another manifest. Give the one that it was made "
-            "from, or sweep again with this one."
-        )

@@ -294,6 +294,21 @@ class Run(Summarised):
                 f"with --out {self.path}: {self.info.get('command', 'medembed sweep')}"
             )
 
+    def require_manifest(self, digest: str) -> None:
+        """Refuse a manifest, by its digest, that the run was not made from.
+
+        Raises
+        ------
+        RunError
+            The run names another; not every run names one.
+        """
+        own = self.info["asked"].get("manifest")
+        if own is not None and own != digest:
+            raise RunError(
+                f"the run at {self.path} was made from another manifest. Give the one that it was "
+                "made from, or sweep again with this one."
+            )
+
     @property
     def _ledger_path(self) -> Path:
         return self.path / "trials.jsonl"
