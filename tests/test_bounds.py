@@ -89,7 +89,7 @@ def test_few_large_files_are_decoded_where_decoding_can_be_ended(
     for name in ("_read_here", "_read_ahead"):
         monkeypatch.setattr(encode, name, reader(name))
     embedder: Any = SimpleNamespace(encoder=HalvesEncoder())
-    assert list(encode.encode_files([encode.File(0, tmp_path / "x", "")], embedder)) == []
+    assert list(encode.encode_files([encode.File(0, tmp_path / "x", "")], [embedder])) == []
     assert seen == ["_read_here" if size == 10 else "_read_ahead"]
 
 

@@ -304,8 +304,12 @@ def test_every_tutorial_and_guide_is_run() -> None:
 
 def test_few_blocks_do_not_run() -> None:
     blocks = [block for page in RUN for block in read_blocks(page) if block.mark == "not run"]
-    known = {"setup", "reproduce", "--logdir", "extract"}
-    assert {block.text.split()[1] for block in blocks} == known
+    assert {block.text.split()[1] for block in blocks} == {
+        "setup",
+        "reproduce",
+        "--logdir",
+        "extract",
+    }
 
 
 def test_the_readme_can_be_read_at_one_sitting() -> None:

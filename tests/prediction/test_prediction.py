@@ -718,7 +718,7 @@ def test_a_gpu_is_handed_batches_and_an_image_that_it_fails_on_is_found(
     paths = sorted(tmp_path.iterdir())
     files = [encode.File(n, path, sha256(path)) for n, path in enumerate(paths)]
     embedder: Any = Picky()
-    found = [encoded for batch in encode.encode_files(files, embedder) for encoded in batch]
+    found = [encoded for batch in encode.encode_files(files, [embedder]) for encoded in batch]
     assert [encoded.number for encoded in found] == list(range(20))
     assert found[18].error == "cannot be encoded: it is not finite"
     assert [f.x is not None and f.x[0] == 10 * f.number + 1 for f in found].count(True) == 19
