@@ -38,6 +38,7 @@ SECTIONS = {
         "report": ("report", "Write a page with figures and their data."),
         "map": ("map", "Lay out a run's images in two dimensions."),
         "similar": ("similar", "Find the films that most resemble a film."),
+        "audit": ("audit", "Look for wrong labels."),
     },
     "Use": {
         "predict": ("predict", "Apply a trained model to images."),
