@@ -108,7 +108,9 @@ def parse_grouping(text: str, columns: Sequence[str]) -> Grouping:
 
 
 def choose_grouping(rows: pd.DataFrame, text: str) -> Grouping:
-    """Return the grouping by ``COLUMN`` or ``COLUMN:BANDS``; many numbers are split at their median.
+    """Return a grouping by ``COLUMN`` or ``COLUMN:BANDS``.
+
+    More than `FEW` different numbers without bands are split at their median.
 
     Parameters
     ----------

@@ -1,15 +1,16 @@
 """What a column beside the images has to do with the embedding, and with the score of the label.
 
-All scores are AUROCs that count only pairs of rows within one stratum: a fold, because the scores of
+All scores are AUROCs that count only pairs of rows within one stratum: a fold, since scores of
 different folds come from different models; or a group within a fold, where the group cannot help.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import nan
+from math import nan, sqrt
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.special import ndtr, ndtri
 
 from medembed.evaluation.bootstrap import finite_or_none
 from medembed.evaluation.bounds import Bounds
@@ -31,12 +32,14 @@ __all__ = [
     "Encoded",
     "Loss",
     "PairScore",
+    "average_pairs",
     "join_strata",
     "largest_gap",
     "score_encoded",
     "score_gap",
     "score_loss",
     "score_pairs",
+    "shuffle_groups",
     "subtract_group_means",
 ]
 
@@ -50,7 +53,11 @@ class PairScore(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoded:
-    """How well a column can be read: a macro AUROC, and the one-sided p that it is 0.5 or less."""
+    """How well a column can be read: a macro AUROC, and the one-sided p that it is 0.5 or less.
+
+    The interval is that of the folds' models; p also takes into account that they were trained on
+    each other's rows.
+    """
 
     estimate: Estimate
     p: float
@@ -106,6 +113,14 @@ def score_pairs(y: np.ndarray, values: np.ndarray, strata: np.ndarray) -> PairSc
     return PairScore(value, facing * (placed - value) / n_pairs)
 
 
+def average_pairs(scores: Sequence[PairScore]) -> PairScore:
+    """Return the mean of scores of the same rows, with its contributions."""
+    return PairScore(
+        float(np.mean([own.value for own in scores])),
+        np.mean([own.added for own in scores], axis=0),
+    )
+
+
 def score_encoded(
     groups: np.ndarray, values: np.ndarray, folds: np.ndarray, codes: np.ndarray
 ) -> Encoded:
@@ -138,7 +153,10 @@ def _above_chance(found: Estimate) -> float:
         low, high = of_found(confidence)
         return low - 0.5, high - 0.5
 
-    return _one_sided(found.value - 0.5, invert_interval(found.value - 0.5, limits))
+    p = _one_sided(found.value - 0.5, invert_interval(found.value - 0.5, limits))
+    # The contributions are those of scored rows. But a pair of rows of two folds counts twice, each
+    # as a training row of the other: where nothing can be read, this doubles the variance.
+    return float(ndtr(ndtri(p) / sqrt(2)))
 
 
 def _one_sided(value: float, p: float) -> float:
@@ -147,14 +165,14 @@ def _one_sided(value: float, p: float) -> float:
 
 
 def score_loss(y: np.ndarray, full: PairScore, other: PairScore, codes: np.ndarray) -> Loss:
-    """Return what is left of the label's score, and its difference to the full score.
+    """Return what is left of the label's score without a column, and what was lost.
 
     Parameters
     ----------
     y, codes : arrays of shape (n,)
         Labels 0 or 1, and patients from `patient_codes`.
     full, other : PairScore
-        With and without the column, of the same rows.
+        With the column, or with a control in its place, and without it; of the same rows.
     """
     fewest = min(len(np.unique(codes[y == label])) for label in (0, 1))
     lost = compare_influences(
@@ -213,10 +231,28 @@ def subtract_group_means(X: np.ndarray, groups: np.ndarray, train: np.ndarray) -
     ----------
     X : array of shape (n, d)
     groups : integer array of shape (n,)
-        Groups from 0, each with a training row.
+        Groups from 0; one without a training row has the mean of all.
     train : integer array
         Indices of the training rows.
     """
     n_groups = int(groups.max(initial=-1)) + 1
-    means = np.stack([X[train[groups[train] == k]].mean(axis=0) for k in range(n_groups)])
+    members = [train[groups[train] == k] for k in range(n_groups)]
+    means = np.stack([X[own if len(own) else train].mean(axis=0) for own in members])
     return np.asarray(X - means[groups])
+
+
+def shuffle_groups(
+    groups: np.ndarray, codes: np.ndarray, generator: np.random.Generator
+) -> np.ndarray:
+    """Return the groups dealt to other patients, (n,): a column that knows nothing.
+
+    Patients with equally many rows exchange theirs, so that groups stay as large, and as clustered
+    in patients, as they are.
+    """
+    order = np.argsort(codes, kind="stable")
+    _, start, size = np.unique(codes[order], return_index=True, return_counts=True)
+    shuffled = groups.copy()
+    for n in np.unique(size):
+        own = order[start[size == n][:, None] + np.arange(n)]
+        shuffled[own] = groups[generator.permutation(own)]
+    return shuffled

@@ -5,7 +5,8 @@ For each column of a manifest, on the labelled images of train and out of fold t
 - encoded: the macro AUROC of logistic regressions that read each group of the column from the
   embedding;
 - used: the AUROC of the label that is lost when the groups' means are subtracted from the embedding
-  before training, and when only images of one group are compared with each other;
+  before training, in excess of what is lost with groups dealt at random to the patients; and when
+  only images of one group are compared with each other;
 - gap: the difference of the label's AUROC between groups.
 
 Test images are not looked at. p is one-sided for `encoded` and `used`, two-sided for `gap`; Holm's
@@ -24,7 +25,7 @@ import pandas as pd
 from medembed.cache.embeddings import load_embeddings, patient_folds
 from medembed.cache.store import Cache
 from medembed.core.errors import ArgumentError, ManifestError
-from medembed.core.text import Summarised, Summary
+from medembed.core.text import Summarised, Summary, counted
 from medembed.dataset.covariate_bands import (
     OTHERS,
     choose_grouping,
@@ -39,12 +40,14 @@ from medembed.evaluation.shortcuts import (
     Encoded,
     Loss,
     PairScore,
+    average_pairs,
     join_strata,
     largest_gap,
     score_encoded,
     score_gap,
     score_loss,
     score_pairs,
+    shuffle_groups,
     subtract_group_means,
 )
 from medembed.evaluation.unpaired import Gap
@@ -61,6 +64,8 @@ __all__ = [
 
 MIN_GROUP_PATIENTS = 10
 """Images of groups with fewer patients are left out: a fold would have too few to learn from."""
+N_CONTROLS = 5
+"""Shuffled columns that are taken out as a control: any column takes some signal along."""
 Progress = Callable[[int, int], None]
 
 
@@ -97,6 +102,8 @@ class AuditedColumn:
     encoded : Encoded, optional
     residualised, matched : Loss, optional
         The label's AUROC without the groups' means, and within the groups.
+    control : Estimate, optional
+        The label's AUROC without the means of shuffled groups, from which `residualised` is lost.
     gap : Gap, optional
         The gap with the smallest p, which is corrected for the number of gaps.
     p_holm : dict of str to float
@@ -108,6 +115,7 @@ class AuditedColumn:
     reason: str | None = None
     score: Estimate | None = None
     encoded: Encoded | None = None
+    control: Estimate | None = None
     residualised: Loss | None = None
     matched: Loss | None = None
     gap: Gap | None = None
@@ -135,6 +143,7 @@ class AuditedColumn:
             return found
         assert self.residualised is not None
         assert self.matched is not None
+        assert self.control is not None
         p = {name: {"p_holm": finite_or_none(value)} for name, value in self.p_holm.items()}
         lost = {**_difference(self.residualised), "p": finite_or_none(self.residualised.p)}
         own = self.gap.found.as_dict()
@@ -143,7 +152,11 @@ class AuditedColumn:
             "encoded": {**self.encoded.as_dict(), **p["encoded"]},
             "used": {
                 "score": self.score.interval().as_dict(),
-                "residualised": {**_left(self.residualised), "lost": {**lost, **p["used"]}},
+                "residualised": {
+                    **_left(self.residualised),
+                    "control": self.control.interval().as_dict(),
+                    "lost": {**lost, **p["used"]},
+                },
                 "matched": {**_left(self.matched), "lost": _difference(self.matched)},
             },
             "gap": {**gap, **p["gap"], "reason": self.gap.reason},
@@ -186,7 +199,7 @@ class ShortcutAudit(Summarised):
     def summarise(self) -> Summary:
         """Return the three numbers of each column in a line."""
         return Summary(
-            f"Shortcuts: {self.pooling}, {self.n:,} images of {self.n_patients:,} patients of train",
+            f"Shortcuts: {self.pooling}, {counted(self.n, 'image')} of train",
             {name: _describe(own) for name, own in self.columns.items()},
         )
 
@@ -250,6 +263,7 @@ def audit_shortcuts(
         embeddings.y[used],
         fold[used],
         patient_codes(embeddings.patients[used]),
+        seed,
     )
     found = {}
     for done, (name, (names, order)) in enumerate(grouped.items()):
@@ -292,12 +306,15 @@ class AuditRows:
     X : float array of shape (n, d)
     y, fold, codes : integer arrays of shape (n,)
         Labels 0 and 1, folds from 0, and patients from `patient_codes`.
+    seed : int
+        Of the shuffled groups.
     """
 
     X: np.ndarray
     y: np.ndarray
     fold: np.ndarray
     codes: np.ndarray
+    seed: int = 0
     _scores: np.ndarray | None = field(default=None, init=False, repr=False)
 
     def audit(self, names: np.ndarray, order: Sequence[str]) -> AuditedColumn:
@@ -310,7 +327,7 @@ class AuditRows:
         if len(large) < 2:
             told = f"it needs two groups of at least {MIN_GROUP_PATIENTS} patients"
             return AuditedColumn(groups, n_left_out, f"{told}, and has {len(large)}")
-        own = self if kept.all() else AuditRows(*(a[kept] for a in self._arrays()))
+        own = self if kept.all() else AuditRows(*(a[kept] for a in self._arrays()), self.seed)
         code = pd.Index(large).get_indexer(names[kept])
         lacking = own._find_lacking(code, large)
         if lacking is not None:
@@ -343,21 +360,28 @@ class AuditRows:
         full = score_pairs(self.y, self._scores, self.fold)
         which = [1] if len(found) == 2 else range(len(found))
         read = np.stack([self._predict((groups == k).astype(np.int8)) for k in which], axis=1)
-        without = score_pairs(self.y, self._predict(self.y, groups), self.fold)
+        without, control = self._remove(groups), self._remove_shuffled(groups)
         within = score_pairs(self.y, self._scores, join_strata(self.fold, groups))
         names = [group.name for group in found]
-        inside, gaps = score_gap(
-            self.y, self._scores, groups, names, self.fold, self.codes, OTHERS
-        )
+        inside, gaps = score_gap(self.y, self._scores, groups, names, self.fold, self.codes, OTHERS)
         return AuditedColumn(
             [AuditedGroup(g.name, g.n, g.n_abnormal, g.n_patients, inside[g.name]) for g in found],
             n_left_out,
             score=estimate_auroc(self.y, *full, self.codes),
             encoded=score_encoded(groups, read, self.fold, self.codes),
-            residualised=self._lose(full, without),
+            control=estimate_auroc(self.y, *control, self.codes),
+            residualised=self._lose(control, without),
             matched=self._lose(full, within),
             gap=largest_gap(gaps),
         )
+
+    def _remove(self, groups: np.ndarray) -> PairScore:
+        return score_pairs(self.y, self._predict(self.y, groups), self.fold)
+
+    def _remove_shuffled(self, groups: np.ndarray) -> PairScore:
+        generator = np.random.default_rng(self.seed)
+        shuffled = [shuffle_groups(groups, self.codes, generator) for _ in range(N_CONTROLS)]
+        return average_pairs([self._remove(own) for own in shuffled])
 
     def _lose(self, full: PairScore, other: PairScore) -> Loss:
         return score_loss(self.y, full, other, self.codes)
