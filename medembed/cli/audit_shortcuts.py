@@ -73,9 +73,11 @@ def shortcuts_command(
     of logistic regressions on the labelled images of train, out of fold; test images are not used.
     """
     from medembed.prediction.shortcuts import audit_shortcuts
-    from medembed.report.shortcuts import tabulate_shortcuts, write_shortcuts
+    from medembed.report.shortcuts import check_output, tabulate_shortcuts, write_shortcuts
     from medembed.report.tables import render_terminal
 
+    if output is not None:
+        check_output(output)
     with showing_progress("Auditing", "columns") as progress:
         found = audit_shortcuts(
             cache_path,

@@ -108,6 +108,8 @@ class AuditedColumnDocument(ClosedRecord):
     """Images without a value, outside of the bands, or in a group that is too small."""
     reason: str | None
     """Why there are no answers."""
+    alone: ColumnScore | None
+    """The label's AUROC by the column alone."""
     encoded: EncodedColumn | None
     used: LabelScore | None
     gap: GroupGap | None

@@ -9,6 +9,8 @@ For each column of a manifest, on the labelled images of train and out of fold t
   only images of one group are compared with each other;
 - gap: the difference of the label's AUROC between groups.
 
+Beside them stands the label's AUROC by the column alone: the share of abnormal images in a group.
+
 Test images are not looked at. p is one-sided for `encoded` and `used`, two-sided for `gap`; Holm's
 correction runs over the columns of each question.
 """
@@ -51,6 +53,7 @@ from medembed.evaluation.shortcuts import (
     subtract_group_means,
 )
 from medembed.evaluation.unpaired import Gap
+from medembed.heads.baselines import RegionPrior
 from medembed.heads.linear import LogisticHead
 
 __all__ = [
@@ -99,6 +102,8 @@ class AuditedColumn:
         Why nothing could be estimated; the others are then None.
     score : Estimate, optional
         The label's AUROC on the images of these groups.
+    alone : Estimate, optional
+        The label's AUROC by the share of abnormal images in the groups, without any image.
     encoded : Encoded, optional
     residualised, matched : Loss, optional
         The label's AUROC without the groups' means, and within the groups.
@@ -114,6 +119,7 @@ class AuditedColumn:
     n_left_out: int
     reason: str | None = None
     score: Estimate | None = None
+    alone: Estimate | None = None
     encoded: Encoded | None = None
     control: Estimate | None = None
     residualised: Loss | None = None
@@ -135,6 +141,7 @@ class AuditedColumn:
             "groups": [group.as_dict() for group in self.groups],
             "left_out": self.n_left_out,
             "reason": self.reason,
+            "alone": None,
             "encoded": None,
             "used": None,
             "gap": None,
@@ -144,11 +151,13 @@ class AuditedColumn:
         assert self.residualised is not None
         assert self.matched is not None
         assert self.control is not None
+        assert self.alone is not None
         p = {name: {"p_holm": finite_or_none(value)} for name, value in self.p_holm.items()}
         lost = {**_difference(self.residualised), "p": finite_or_none(self.residualised.p)}
         own = self.gap.found.as_dict()
         gap = {"a": self.gap.a, "b": self.gap.b, **own, "p": finite_or_none(self.gap.p_holm)}
         return found | {
+            "alone": self.alone.interval().as_dict(),
             "encoded": {**self.encoded.as_dict(), **p["encoded"]},
             "used": {
                 "score": self.score.interval().as_dict(),
@@ -327,15 +336,15 @@ class AuditRows:
         if len(large) < 2:
             told = f"it needs two groups of at least {MIN_GROUP_PATIENTS} patients"
             return AuditedColumn(groups, n_left_out, f"{told}, and has {len(large)}")
-        own = self if kept.all() else AuditRows(*(a[kept] for a in self._arrays()), self.seed)
-        code = pd.Index(large).get_indexer(names[kept])
+        own = self if kept.all() else self._take(kept)
+        code = pd.Index(large).get_indexer(pd.Index(names[kept]))
         lacking = own._find_lacking(code, large)
         if lacking is not None:
             return AuditedColumn(groups, n_left_out, lacking)
         return own._measure(code, [g for g in groups if g.name in large], n_left_out)
 
-    def _arrays(self) -> tuple[np.ndarray, ...]:
-        return self.X, self.y, self.fold, self.codes
+    def _take(self, kept: np.ndarray) -> "AuditRows":
+        return AuditRows(self.X[kept], self.y[kept], self.fold[kept], self.codes[kept], self.seed)
 
     def _count(self, name: str, own: np.ndarray) -> AuditedGroup:
         n_patients = len(np.unique(self.codes[own]))
@@ -368,12 +377,21 @@ class AuditRows:
             [AuditedGroup(g.name, g.n, g.n_abnormal, g.n_patients, inside[g.name]) for g in found],
             n_left_out,
             score=estimate_auroc(self.y, *full, self.codes),
+            alone=estimate_auroc(self.y, *self._score_alone(groups), self.codes),
             encoded=score_encoded(groups, read, self.fold, self.codes),
             control=estimate_auroc(self.y, *control, self.codes),
             residualised=self._lose(control, without),
             matched=self._lose(full, within),
             gap=largest_gap(gaps),
         )
+
+    def _score_alone(self, groups: np.ndarray) -> PairScore:
+        scores = np.empty(len(self.y))
+        for k in np.unique(self.fold):
+            rest, own = self.fold != k, self.fold == k
+            prior = RegionPrior().fit(groups[rest], self.y[rest])
+            scores[own] = prior.predict_proba(groups[own])[:, 1]
+        return score_pairs(self.y, scores, self.fold)
 
     def _remove(self, groups: np.ndarray) -> PairScore:
         return score_pairs(self.y, self._predict(self.y, groups), self.fold)

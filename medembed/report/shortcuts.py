@@ -4,15 +4,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from medembed.core.errors import ArgumentError
 from medembed.core.files import write_atomically
 from medembed.core.text import counted, to_csv
 from medembed.report.tables import MISSING, NOT_ESTIMABLE, Table, format_interval, format_p
 
-__all__ = ["tabulate_shortcuts", "write_shortcuts"]
+__all__ = ["check_output", "tabulate_shortcuts", "write_shortcuts"]
 
 _BOUNDS = ("low", "high")
 _NOTES = (
     "encoded: AUROC with which the column can be read from the embedding; 0.5 is not at all. "
+    "label, column alone: AUROC of the label by the column, without any image. "
     "lost: AUROC of the label that is lost when the groups' means are taken out of the embedding, "
     "and when only images of one group are compared. gap: AUROC of the label in one group less "
     "that in another.",
@@ -49,6 +51,7 @@ def _rows(name: str, own: Mapping[str, Any]) -> list[list[str]]:
     p = [format_p(part["p_holm"]) for part in (encoded, residualised, gap)]
     return [
         [name, "encoded", format_interval(encoded), p[0]],
+        ["", "label, column alone", format_interval(own["alone"]), MISSING],
         ["", "lost, residualised", _format_difference(residualised), p[1]],
         ["", "lost, matched", _format_difference(matched), MISSING],
         ["", f"gap, {gap['a']} − {gap['b']}", _format_difference(gap), p[2]],
@@ -62,6 +65,15 @@ def _format_difference(found: Mapping[str, Any]) -> str:
     if found["low"] is None:
         return value
     return f"{value} [{found['low']:+.3f}, {found['high']:+.3f}]"
+
+
+def check_output(out: Path) -> None:
+    """Raise ArgumentError unless `out` is a directory, or can become one."""
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ArgumentError(
+            f"{there} is not a directory, and the tables go into one. Name another."
+        )
 
 
 def write_shortcuts(document: Mapping[str, Any], out: Path) -> list[Path]:
@@ -93,6 +105,7 @@ def _numbers(own: Mapping[str, Any]) -> list[tuple[Any, ...]]:
     lines: list[tuple[str, Mapping[str, Any], str]] = [
         ("encoded", encoded, "value"),
         ("label", used["score"], "value"),
+        ("label, column alone", own["alone"], "value"),
         ("lost, residualised", used["residualised"]["lost"], "difference"),
         ("lost, matched", used["matched"]["lost"], "difference"),
         ("gap", gap, "difference"),

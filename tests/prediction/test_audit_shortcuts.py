@@ -61,6 +61,8 @@ def test_a_planted_marker_is_found_and_chance_is_not(data: Data) -> None:
     cast, coin = (found.columns[name].as_dict() for name in ("cast", "coin"))
     assert cast["encoded"]["low"] > 0.9
     assert cast["encoded"]["p_holm"] < 0.001
+    assert cast["alone"]["low"] < 0.85 < cast["alone"]["high"]  # of patients the cast is right
+    assert coin["alone"]["low"] < 0.5
     for kind in ("residualised", "matched"):
         assert cast["used"][kind]["lost"]["low"] > 0.2
         assert cast["used"][kind]["score"]["low"] < 0.5 < cast["used"][kind]["score"]["high"]
@@ -94,7 +96,7 @@ def test_scores_are_those_of_scikit_learn_on_the_same_folds(
 
 
 def test_numbers_are_split_at_their_median_or_in_bands_and_words_as_they_are(data: Data) -> None:
-    found = audit_shortcuts(*data, ["age", "region", "device"]).columns
+    found = audit_shortcuts(*data, ["age", "region", "device"], n_folds=2).columns
     low, high = found["age"].groups
     assert low.name.startswith("<")
     assert abs(low.n_patients - high.n_patients) < 10
@@ -103,13 +105,13 @@ def test_numbers_are_split_at_their_median_or_in_bands_and_words_as_they_are(dat
     assert [group.name for group in device.groups] == ["A", "B", "C"]
     assert device.n_left_out > 0  # the rare device, and the unknown one
     assert device.encoded is not None
-    [banded] = audit_shortcuts(*data, ["age:0-30-60-100"]).columns.values()
+    [banded] = audit_shortcuts(*data, ["age:0-30-60-100"], n_folds=2).columns.values()
     assert [group.name for group in banded.groups] == ["[0, 30)", "[30, 60)", "[60, 100]"]
 
 
 def test_the_order_of_columns_and_what_stands_beside_them_change_nothing(data: Data) -> None:
-    alone = audit_shortcuts(*data, ["coin"]).columns["coin"].as_dict()
-    beside = audit_shortcuts(*data, ["device", "coin", "cast"]).columns["coin"].as_dict()
+    alone = audit_shortcuts(*data, ["coin"], n_folds=2).columns["coin"].as_dict()
+    beside = audit_shortcuts(*data, ["device", "coin", "cast"], n_folds=2).columns["coin"].as_dict()
     for part in (alone["encoded"], alone["used"]["residualised"]["lost"], alone["gap"]):
         del part["p_holm"]
     for part in (beside["encoded"], beside["used"]["residualised"]["lost"], beside["gap"]):
@@ -153,7 +155,7 @@ def test_the_command_prints_a_table_of_80_columns_writes_csv_and_a_document(
     assert "room: not estimable" in ran.stdout
     lines = list(csv.DictReader((out / "shortcuts.csv").read_text().splitlines()))
     assert [line["number"] for line in lines if line["column"] == "cast"] == [
-        *("encoded", "label", "lost, residualised", "lost, matched", "gap")
+        *("encoded", "label", "label, column alone", "lost, residualised", "lost, matched", "gap")
     ]
     again = CliRunner().invoke(main, [*arguments, "--json"])
     assert again.exit_code == 0, again.output
@@ -163,6 +165,20 @@ def test_the_command_prints_a_table_of_80_columns_writes_csv_and_a_document(
     shown = ran.stdout + again.stdout + (out / "groups.csv").read_text()
     assert "patient0" not in shown
     assert "Next: medembed compare" in ran.stderr
+
+
+def test_a_file_in_place_of_the_directory_is_refused_before_any_work(
+    data: Data, tmp_path: Path
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("kept")
+    for out in (file, file / "below"):
+        arguments = ["audit", "shortcuts", *map(str, data), "--columns", "cast", "-o", str(out)]
+        ran = CliRunner().invoke(main, arguments)
+        assert ran.exit_code == 1
+        assert f"{file} is not a directory" in ran.output
+        assert "columns," not in ran.output  # no progress
+    assert file.read_text() == "kept"
 
 
 def test_a_missing_option_and_an_empty_name_are_wrong_usage(data: Data) -> None:
