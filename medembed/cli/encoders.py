@@ -12,6 +12,7 @@ __all__ = ["encoders_command"]
 @click.command(
     "encoders",
     cls=Command,
+    starting="Reading the list",
     examples=["medembed encoders", "medembed encoders --json"],
 )
 @json_option

@@ -73,7 +73,8 @@ class _Backend(click.Choice[str]):
     callback=split_names,
     default="logistic,mlp,lightgbm",
     show_default=True,
-    help="Classifiers: logistic (always included), mlp, lightgbm, attention, knn.",
+    help="Classifiers: logistic (always included), mlp, lightgbm, attention, knn; with --prompts "
+    "also zero-shot and text-logistic.",
 )
 @click.option(
     "--pool",
@@ -170,7 +171,7 @@ def sweep_command(
         _sweep_targets(cache_path, manifest_path, out, targets, as_json, options)
         return
     with ExitStack() as stack:
-        if backend == "local":
+        if backend == "local" and cache_path.is_dir() and manifest_path.is_file():
             stack.enter_context(start_early(jobs, n_folds))
         from medembed import sweeps
 

@@ -32,6 +32,7 @@ __all__ = ["worklist_command"]
 )
 @click.option(
     "-n",
+    "--studies",
     "n",
     type=click.IntRange(1, MANY),
     default=200,

@@ -5,6 +5,7 @@ import multiprocessing.resource_tracker
 import os
 import signal
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -76,7 +77,7 @@ def start_early(jobs: int | None, n_items: int) -> Iterator[None]:
     try:
         yield
     finally:
-        with _quiet():
+        with _quiet(), _ignoring_thread_errors():
             while _early:
                 _early.pop().close()
 
@@ -269,6 +270,17 @@ def _quiet() -> Iterator[None]:
         for message in (".*have been cancelled", "A worker stopped while some jobs were given"):
             warnings.filterwarnings("ignore", message=message, category=UserWarning)
         yield
+
+
+@contextmanager
+def _ignoring_thread_errors() -> Iterator[None]:
+    """Silence loky's thread, which looks for jobs that were cancelled before it sent them."""
+    before = threading.excepthook
+    threading.excepthook = lambda _: None
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 @dataclass(frozen=True)

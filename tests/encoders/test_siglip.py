@@ -487,7 +487,8 @@ def test_an_index_cannot_point_out_of_its_directory(
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"model_type": "clip"}, "type 'clip'"),
+        ({"model_type": "bert"}, "type 'bert'"),
+        ({"model_type": "clip"}, "describes no image tower"),
         ({"model_type": "gemma3"}, "describes no vision tower"),
         ({"model_type": "gemma3", "vision_config": {"model_type": "clip"}}, "type clip"),
         ({"model_type": "gemma3", "vision_config": {**VISION, "hidden_size": "8"}}, "not a SigLIP"),

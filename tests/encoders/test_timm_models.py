@@ -95,7 +95,8 @@ def transform(side: int, config: dict[str, Any]) -> torch.Tensor:
 
 def near(mine: np.ndarray, oracle: torch.Tensor) -> None:
     assert mine.shape == tuple(oracle.shape)
-    assert np.abs(mine - oracle.numpy()).max() <= 1e-5 * max(1.0, float(oracle.abs().max()))
+    # up to a hundred convolutions in float32, whose sums depend on the number of threads
+    assert np.abs(mine - oracle.numpy()).max() <= 3e-5 * max(1.0, float(oracle.abs().max()))
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))

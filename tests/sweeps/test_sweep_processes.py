@@ -223,13 +223,13 @@ def test_after_ctrl_c_the_run_is_unfinished_and_the_same_command_ends_it(interru
     run = interrupted["run"]
     assert not run.is_complete
     n_before = len(run.trial_records())
-    assert 0 < n_before < (8 + 12 + 12) * 3
+    assert 0 < n_before < (6 + 12 + 12) * 3
     ran = CliRunner().invoke(main, interrupted["arguments"])
     assert ran.exit_code == 0, ran.output
     assert run.is_complete
     table = run.trials()
     assert table["key"].is_unique
-    assert len(table) == (8 + 12 + 12) * 3
+    assert len(table) == (6 + 12 + 12) * 3
 
 
 def test_ctrl_c_while_processes_start_is_no_traceback_either(data, tmp_path):
