@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from medembed.heads.mlp import MLPHead
     from medembed.prediction.external_validation import evaluate
     from medembed.prediction.predictor import Predictor
+    from medembed.prediction.shortcuts import ShortcutAudit, audit_shortcuts
     from medembed.prediction.worklist import Worklist, make_worklist
     from medembed.report.comparison import Comparison, compare
     from medembed.report.page import write_report
@@ -100,11 +101,13 @@ __all__ = [
     "Run",
     "RunError",
     "ShardError",
+    "ShortcutAudit",
     "SpecMismatchError",
     "TrainingDataError",
     "Worklist",
     "__version__",
     "audit_labels",
+    "audit_shortcuts",
     "build_manifest",
     "compare",
     "ensemble",
@@ -153,6 +156,7 @@ _NAMES = {
     "heads.mlp": ("MLPHead",),
     "prediction.external_validation": ("evaluate",),
     "prediction.predictor": ("Predictor",),
+    "prediction.shortcuts": ("ShortcutAudit", "audit_shortcuts"),
     "prediction.worklist": ("Worklist", "make_worklist"),
     "report.comparison": ("Comparison", "compare"),
     "report.page": ("write_report",),

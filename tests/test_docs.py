@@ -44,7 +44,7 @@ RUN = [
     *(DOCS / "how-to" / f"{name}.md" for name in ("medgemma", "recipe", "clusters", "cache")),
     *(
         DOCS / "how-to" / f"{name}.md"
-        for name in ("sweep", "fine-tune", "compare", "similar", "label")
+        for name in ("sweep", "fine-tune", "compare", "similar", "label", "shortcuts")
     ),
     DOCS / "tutorials" / "another-hospital.md",
     *(DOCS / "how-to" / f"{name}.md" for name in ("apply-a-model", "python", "extend")),

@@ -35,7 +35,8 @@ ERRORS = {
 }
 TYPES = {
     *("BuildReport", "Cache", "Comparison", "Embeddings", "Encoder", "ExtractionReport"),
-    *("LabelAudit", "Manifest", "Preprocessing", "Relabelled", "Run", "Worklist"),
+    *("LabelAudit", "Manifest", "Preprocessing", "Relabelled", "Run", "ShortcutAudit"),
+    "Worklist",
 }
 HEADS = {"Head", "LogisticHead", "MLPHead", "LightGBMHead", "AttentionHead", "KNNHead"}
 SIGNATURES = {
@@ -57,6 +58,7 @@ SIGNATURES = {
     "relabel": "manifest, review",
     "audit_labels": "run, manifest",
     "make_worklist": "cache, manifest, n, *, model=None, random_share=0.2, pool=None, seed=0",
+    "audit_shortcuts": "cache, manifest, columns, *, pool=None, n_folds=5, seed=0, progress=None",
     "load_embeddings": "cache, manifest, *, pool=None, split=None, cells=False, verify=True",
     "patient_folds": "embeddings, n_folds=5, seed=0",
     "find_similar": "cache, manifest, query, *, k=10, pool=None, sha256=None, progress=None",

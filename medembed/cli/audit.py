@@ -12,6 +12,7 @@ __all__ = ["audit_command"]
 _SECTIONS = {
     "Commands": {
         "labels": ("medembed.cli.audit_labels", "List studies whose label a run contradicts."),
+        "shortcuts": ("medembed.cli.audit_shortcuts", "Ask what else the embedding tells."),
     },
 }
 

@@ -6,6 +6,7 @@ schemas. Keys may be added, but never removed or given another meaning.
 
 from typing import Any, Literal
 
+from medembed.cli.shortcut_documents import ShortcutsDocument
 from medembed.cli.similarity_documents import MapDocument, Similar
 from medembed.core.prompts import PromptEntry
 from medembed.core.schema import AnyTable, ClosedRecord, Count, Digest, Field, Given, Record
@@ -484,6 +485,7 @@ class WorklistImage(ClosedRecord):
 
 DOCUMENTS: dict[str, Any] = {
     "audit-labels": LabelAuditDocument,
+    "audit-shortcuts": ShortcutsDocument,
     "autoencoder": Autoencoder,
     "cache-compact": CacheCompact,
     "cache-export": CacheExport,

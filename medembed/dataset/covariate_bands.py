@@ -29,6 +29,7 @@ __all__ = [
     "RESERVED",
     "SEVERAL",
     "Grouping",
+    "choose_grouping",
     "find_groupings",
     "group_rows",
     "parse_grouping",
@@ -104,6 +105,35 @@ def parse_grouping(text: str, columns: Sequence[str]) -> Grouping:
             f"first, such as {column}:0-5-10-18."
         )
     return Grouping(column, edges)
+
+
+def choose_grouping(rows: pd.DataFrame, text: str) -> Grouping:
+    """Return a grouping by ``COLUMN`` or ``COLUMN:BANDS``.
+
+    More than `FEW` different numbers without bands are split at their median.
+
+    Parameters
+    ----------
+    rows : pandas.DataFrame
+        The manifest rows that are grouped.
+    text : str
+        See `parse_grouping`.
+
+    Raises
+    ------
+    ManifestError
+        On the conditions of `parse_grouping`.
+    """
+    grouping = parse_grouping(text, [str(name) for name in rows.columns])
+    texts = rows[grouping.column].astype(str).map(normalise)
+    numbers = {text: to_number(text) for text in texts.unique() if text}
+    if grouping.edges is None and _are_finite(numbers) and len(set(numbers.values())) > FEW:
+        known = _known(texts, numbers)
+        middle = float(np.quantile(known, 0.5, method="inverted_cdf"))
+        if middle == known.min():
+            middle = float(known[known > middle].min())
+        return Grouping(grouping.column, (-inf, middle, inf))
+    return grouping
 
 
 def group_rows(rows: pd.DataFrame, grouping: Grouping) -> tuple["pd.Series[str]", list[str]]:

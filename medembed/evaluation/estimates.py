@@ -44,6 +44,7 @@ __all__ = [
     "PREDICTIVE",
     "Estimate",
     "Spread",
+    "estimate_auroc",
     "estimate_mean",
     "estimate_scores",
     "estimate_share",
@@ -304,6 +305,18 @@ def estimate_scores(
             own = Estimate(own.value, None, None, CONSTANT, own.k, own.n, own.parts)
         estimates[name] = own
     return estimates
+
+
+def estimate_auroc(
+    y: np.ndarray, value: float, added: np.ndarray, codes: np.ndarray, n_patients: int | None = None
+) -> Estimate:
+    """Return an estimate from an AUROC and the rows' contributions to it (n,), see `influences`.
+
+    For an AUROC that counts only some of the pairs; `codes` and `n_patients` are those of
+    `estimate_scores`.
+    """
+    size = (int(codes.max()) + 1 if len(codes) else 0) if n_patients is None else n_patients
+    return _estimate_smooth(_Rows(y, y == 1, codes, size), "auroc", value, added)
 
 
 def estimate_share(

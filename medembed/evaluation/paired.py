@@ -26,6 +26,7 @@ __all__ = [
     "Difference",
     "McNemar",
     "bootstrap_p",
+    "compare_influences",
     "holm",
     "mcnemar",
     "non_inferiority_p",
@@ -132,7 +133,7 @@ def paired_differences(
             added[name] = influences(labels, checked, cuts.get(name, 0.5), [score])[score]
     fewest = _fewest_patients(labels, codes, score)
     return {
-        (a, b): _compare(
+        (a, b): compare_influences(
             values[a] - values[b],
             added[a] - added[b] if added else np.full(len(codes), nan),
             (labels, codes),
@@ -183,9 +184,22 @@ def bootstrap_p(
     }
 
 
-def _compare(
+def compare_influences(
     value: float, added: np.ndarray, rows: tuple[np.ndarray, np.ndarray], fewest: int
 ) -> Difference:
+    """Return a difference with its interval from Student's t, see `paired_differences`.
+
+    Parameters
+    ----------
+    value : float
+        The difference of the two scores.
+    added : array of shape (n,)
+        The difference of the rows' contributions to them.
+    rows : two arrays of shape (n,)
+        Labels, and patients from `patient_codes`.
+    fewest : int
+        Patients of the rarer class.
+    """
     if isnan(value) or np.isnan(added).any() or fewest < MIN_PATIENTS:
         return Difference(value, nan, nan, nan)
     spread = measure_spread(rows[0], added, rows[1])

@@ -25,6 +25,7 @@ __all__ = [
     "Gap",
     "estimate_difference",
     "find_gaps",
+    "invert_interval",
     "mover_drop",
     "sample_drop",
     "score_groups",
@@ -88,7 +89,7 @@ def estimate_difference(a: Estimate, b: Estimate, correlation: float = 0.0) -> D
         return _ends(b.value, a.value, *ends, correlation)
 
     low, high = limits(CONFIDENCE)
-    return _shown(value, low, high, _p_value(value, limits) if low < high else nan)
+    return _shown(value, low, high, invert_interval(value, limits) if low < high else nan)
 
 
 def mover_drop(
@@ -145,8 +146,8 @@ def _shown(value: float, low: float, high: float, p: float) -> Difference:
     return Difference(value, low, high, p, "mover")
 
 
-def _p_value(value: float, limits: Callable[[float], Bounds]) -> float:
-    """Return 1 minus the confidence at which a limit is 0, by inverting the interval."""
+def invert_interval(value: float, limits: Callable[[float], Bounds]) -> float:
+    """Return the two-sided p that a value is 0: 1 minus the confidence at which a limit is 0."""
     if value == 0:
         return 1.0
     from scipy.optimize import brentq  # not earlier: most comparisons have no groups
@@ -220,8 +221,9 @@ def find_gaps(
     groups: Mapping[str, Mapping[str, Estimate]],
     others: Mapping[str, Mapping[str, Estimate]],
     name_of_others: str,
+    scores: Sequence[str] = GAP_SCORES,
 ) -> list[Gap]:
-    """Return the gaps of one head in each of `GAP_SCORES` between all its groups.
+    """Return the gaps of one head in each of the scores between all its groups.
 
     Parameters
     ----------
@@ -232,6 +234,8 @@ def find_gaps(
         are more than `MOST_PAIRED` groups, and ignored otherwise.
     name_of_others : str
         The value of `Gap.b` in that case.
+    scores : sequence of str
+        The scores to compare, all in `groups`.
 
     Returns
     -------
@@ -246,7 +250,7 @@ def find_gaps(
         pairs = [(name, name_of_others, own, others[name]) for name, own in groups.items()]
     else:
         pairs = [(a, b, groups[a], groups[b]) for a, b in combinations(groups, 2)]
-    asked = [(score, *pair) for score in GAP_SCORES for pair in pairs]
+    asked = [(score, *pair) for score in scores for pair in pairs]
     found = [_compare(one[score], other[score]) for score, _, _, one, other in asked]
     adjusted = holm([own.p for own in found])
     return [
