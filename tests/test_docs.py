@@ -304,7 +304,12 @@ def test_every_tutorial_and_guide_is_run() -> None:
 
 def test_few_blocks_do_not_run() -> None:
     blocks = [block for page in RUN for block in read_blocks(page) if block.mark == "not run"]
-    assert {block.text.split()[1] for block in blocks} == {"setup", "reproduce", "--logdir"}
+    assert {block.text.split()[1] for block in blocks} == {
+        "setup",
+        "reproduce",
+        "--logdir",
+        "extract",
+    }
 
 
 def test_the_readme_can_be_read_at_one_sitting() -> None:

@@ -118,7 +118,7 @@ def test_the_disk_is_measured_for_the_distinct_images_of_a_manifest(
     )
     write_manifest(Manifest(rows, "study"), tmp_path / "m.csv")
     checks = by_name(doctor.examine("demo", manifest=tmp_path / "m.csv", cache=tmp_path / "cache"))
-    assert f"mean,max of {n} images" in checks["disk (cache)"].detail
+    assert f"mean, max of {n} images" in checks["disk (cache)"].detail
 
 
 def test_too_little_memory_and_disk_are_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,7 +158,7 @@ def test_the_page_has_a_tab_for_each_target_and_no_path_or_network(runs, written
     for page in (overview, own):
         assert str(runs.path.parent) not in page
         assert "http" not in page.replace("http-equiv", "")
-    assert (out / "cast" / "figures" / "roc.png").exists()
+    assert (out / "cast" / "figures" / "roc.svg").exists()
 
 
 def test_commands_take_a_targets_run_and_refuse_the_directory(runs, tmp_path):

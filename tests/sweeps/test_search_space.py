@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from medembed.core.errors import PathNotFoundError, TrainingDataError
-from medembed.heads.registry import HEADS, make_head
+from medembed.heads.registry import HEADS, head_class, make_head
 from medembed.sweeps.search_space import HeadSpace, Range, default_spaces, read_spaces
 
 #: Every head at its defaults, so that a file need not fall back on the shipped one.
@@ -46,12 +46,12 @@ def test_the_shipped_file_is_valid_and_names_every_head():
     assert set(default_spaces()) == set(HEADS)
 
 
-@pytest.mark.parametrize("name", sorted(HEADS))
+@pytest.mark.parametrize("name", sorted(own for own in HEADS if not head_class(own).reads_words))
 def test_a_default_space_begins_with_the_default_and_grows_without_changing(name):
     space = default_spaces()[name]
-    long, short = space.draw(8, seed=3), space.draw(3, seed=3)
+    long, short = space.draw(6, seed=3), space.draw(3, seed=3)
     assert long[:3] == short
-    assert len(long) == 8
+    assert len(long) == 6
     assert differ(name, long)
     default, first = make_head(name, {}).get_params(), make_head(name, long[0]).get_params()
     assert first == default | space.constants
