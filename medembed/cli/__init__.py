@@ -38,7 +38,7 @@ SECTIONS = {
         "report": ("report", "Write a page with figures and their data."),
         "map": ("map", "Lay out a run's images in two dimensions."),
         "similar": ("similar", "Find the films that most resemble a film."),
-        "audit": ("audit", "Look for wrong labels."),
+        "audit": ("audit", "Look for wrong labels and for shortcuts."),
     },
     "Use": {
         "predict": ("predict", "Apply a trained model to images."),
