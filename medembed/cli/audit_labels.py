@@ -35,6 +35,7 @@ __all__ = ["labels_command"]
 )
 @click.option(
     "-n",
+    "--suspects",
     "n_shown",
     type=click.IntRange(0, MANY),
     default=100,
