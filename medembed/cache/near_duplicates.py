@@ -20,6 +20,7 @@ from medembed.cache.image_similarity import LookAlikes, find_lookalikes, find_ne
 from medembed.cache.index import keys_from_column
 from medembed.cache.store import Cache, open_cache
 from medembed.core.errors import MedembedError
+from medembed.core.nearest import counting
 from medembed.dataset.checks import cap
 from medembed.dataset.identities import name_persons
 from medembed.dataset.manifest import Manifest, read_manifest, require_hashes
@@ -261,7 +262,7 @@ def find_near_duplicates(
     groups = _groups(rows[n_test:])
     drawn = _draw(groups, seed) if n_test else np.empty(0, np.int64)
     alike = _looked_at(groups, drawn)
-    tick = _counting(progress, len(alike) + n_test)
+    tick = counting(progress, len(alike) + n_test)
     within_train = find_lookalikes(train, groups, alike, tick)
     usual = _usual(within_train, np.isin(alike, drawn))
     threshold, rate = _calibrate(usual, false_alarm_rate)
@@ -372,22 +373,6 @@ def _pair(
     flagged = flagged[np.argsort(-similarity[flagged], kind="stable")]
     a, b = rows.iloc[flagged], rows.iloc[nearest[flagged]]
     return pd.DataFrame({**_names(a, b), "similarity": similarity[flagged]})
-
-
-def _counting(
-    progress: Callable[[int, int], None] | None, total: int
-) -> Callable[[int], None] | None:
-    """Return a function that adds up increments and calls `progress(done, total)`."""
-    if progress is None:
-        return None
-    done = 0
-
-    def tick(n: int) -> None:
-        nonlocal done
-        done += n
-        progress(done, total)
-
-    return tick
 
 
 def _share(rate: float) -> str:

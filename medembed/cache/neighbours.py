@@ -13,7 +13,7 @@ from medembed.cache.embeddings import MappedRows, choose_poolings, find_rows, ma
 from medembed.cache.shards import put_rows
 from medembed.cache.spec import keys_from_hex
 from medembed.cache.store import Cache, open_cache
-from medembed.core.nearest import find_neighbours
+from medembed.core.nearest import counting, find_neighbours
 from medembed.core.text import Summarised, Summary, counted
 from medembed.dataset.identities import name_persons
 from medembed.dataset.manifest import Manifest, read_manifest, require_hashes
@@ -181,7 +181,7 @@ def find_similar(
         own=own if len(own) else np.array([-1]),
         groups=persons[stored.original],
         rank=np.argsort(np.argsort(rows["sha256"].to_numpy(str)))[stored.original],
-        tick=_counting(progress, len(rows)),
+        tick=counting(progress, len(rows)),
     )
     there = found.rows[0] >= 0
     nearest = rows.iloc[stored.original[found.rows[0][there]]]
@@ -206,18 +206,3 @@ def read_vector(cache: Cache, sha256: str, poolings: Sequence[str]) -> NDArray[n
     """
     found = cache.read(keys_from_hex([sha256]), poolings)
     return np.concatenate([found[name][0].astype(np.float32) for name in poolings])
-
-
-def _counting(
-    progress: Callable[[int, int], None] | None, total: int
-) -> Callable[[int], None] | None:
-    if progress is None:
-        return None
-    done = 0
-
-    def tick(n: int) -> None:
-        nonlocal done
-        done += n
-        progress(done, total)
-
-    return tick

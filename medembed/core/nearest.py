@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from medembed.core.errors import ArgumentError
 
-__all__ = ["METRICS", "Neighbours", "Rows", "find_neighbours", "measure", "unit_rows"]
+__all__ = ["METRICS", "Neighbours", "Rows", "counting", "find_neighbours", "measure", "unit_rows"]
 
 METRICS = ("cosine", "euclidean")
 
@@ -274,3 +274,19 @@ def _keep_best(
 
 def _parts(n: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, n)) for start in range(0, n, size))
+
+
+def counting(
+    progress: Callable[[int, int], None] | None, total: int
+) -> Callable[[int], None] | None:
+    """Return a function that adds up increments and calls `progress(done, total)`."""
+    if progress is None:
+        return None
+    done = 0
+
+    def tick(n: int) -> None:
+        nonlocal done
+        done += n
+        progress(done, total)
+
+    return tick
