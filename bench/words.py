@@ -80,7 +80,7 @@ def make_data(
 
 
 def measure(seed: int, n_labels: int, *, width: int = 32, n_test: int = 500) -> dict[str, float]:
-    """Return each head's AUROC on test after a sweep of so many labelled patients."""
+    """Return each head's AUROC on test after a sweep with a number of labelled patients."""
     space = make_space(seed, width)
     with tempfile.TemporaryDirectory() as home:
         manifest = make_data(Path(home), seed, n_labels, n_test, space)
