@@ -105,7 +105,7 @@ def run_demo(
         manifest=manifest,
         command=REPORT,
     )
-    return {"leaderboard": run.info["leaderboard"], "page": report["page"], "synthetic": True}
+    return {"leaderboard": run.as_dict()["leaderboard"], "page": report["page"], "synthetic": True}
 
 
 @contextmanager

@@ -76,18 +76,18 @@ def read_swept_head(run: Run, spec: Mapping[str, Any], manifest: str) -> HeadIni
         The packaged head is damaged.
     """
     run.require_complete()
-    if (target := run.info["asked"].get("target", LABEL)) != LABEL:
+    if (target := run.info.asked.target or LABEL) != LABEL:
         raise RunError(
             f"run at {run.path} was swept on the target {target}, and fine-tuning trains on the "
             "manifest's label. Name a run of the label, or leave out --from-run for a fresh head."
         )
-    board = run.info.get("leaderboard", [])
+    board = run.info.leaderboard
     suitable = [name for name in known_heads() if head_class(name).trains_with_encoder]
-    names = [e["head"] for e in board if e["head"] in suitable and e.get("cv") is not None]
+    names = [e.head for e in board if e.head in suitable and e.cv is not None]
     if not names:
         raise RunError(
             f"run at {run.path} has no head that can be trained on with an encoder: it has "
-            f"{', '.join(entry['head'] for entry in board) or 'none'}, and one of "
+            f"{', '.join(entry.head for entry in board) or 'none'}, and one of "
             f"{', '.join(suitable)} is needed. Leave out --from-run for a fresh head."
         )
     model = load_model(run.model_path(names[0]))

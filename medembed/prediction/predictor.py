@@ -132,7 +132,7 @@ class Predictor(Summarised):
         if len(references) != len(cards):
             raise ArgumentError(
                 f"the model reads embeddings of {counted(len(cards), 'encoder')} "
-                f"({', '.join(str(card.encoder.get('source')) for card in cards)}), and "
+                f"({', '.join(str(card.encoder.source) for card in cards)}), and "
                 f"{len(references)} were given. Give one for each, in this order."
             )
         return [

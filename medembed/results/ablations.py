@@ -52,8 +52,7 @@ def drop_repeats(runs: Sequence[Run], test_set: TestSet) -> tuple[list[ScoredHea
         For each run that loses all of its priors, the run that keeps the first of them.
     """
     manifests = {
-        name: run.info["asked"].get("manifest")
-        for run, name in zip(runs, test_set.dropped, strict=True)
+        name: run.info.asked.manifest for run, name in zip(runs, test_set.dropped, strict=True)
     }
     kept: list[ScoredHead] = []
     first_of: dict[tuple[str, str], str] = {}
@@ -124,7 +123,7 @@ def count_left_out(runs: Sequence[Run]) -> tuple[int, bool]:
         False if a run lists too few of its images to tell whether another run left out the same
         ones; `n` is then a lower bound.
     """
-    found = [(int(run.info.get("data", {}).get("left_out", 0)), _listed(run)) for run in runs]
+    found = [(run.info.data.left_out or 0, _listed(run)) for run in runs]
     union: Counter[str] = Counter()
     for _, listed in found:
         union |= listed
@@ -166,16 +165,16 @@ def _ranks(values: NDArray[np.float64]) -> NDArray[np.intp]:
 
 
 def _listed(run: Run) -> Counter[str]:
-    return Counter(str(image.get("sha256")) for image in run.info.get("left_out", []))
+    return Counter(str(image.sha256) for image in run.info.left_out)
 
 
 def _left_out(run: Run) -> tuple[Any, ...]:
     """Return what identifies a run's left-out images: those listed, the count, and the manifest."""
-    data, listed = run.info.get("data", {}), _listed(run)
-    counts = (data.get("left_out", 0), data.get("left_out_test", 0))
+    data, listed = run.info.data, _listed(run)
+    counts = (data.left_out or 0, data.left_out_test or 0)
     if counts[0] == listed.total():
         return (*counts, listed)
-    return (*counts, listed, run.info["asked"].get("manifest"))
+    return (*counts, listed, run.info.asked.manifest)
 
 
 SPREAD_SCORES = ("auroc", "macro_f1")
@@ -254,8 +253,8 @@ def find_depths(
 
 def _name_encoders(runs: Sequence[Run], test_set: TestSet) -> dict[str, str]:
     """Return the encoder of each run, by the run's name: its source, and its revision if known."""
-    known = [run.info.get("encoder") or {} for run in runs]
-    words = [[str(own[name]) for name in ("source", "revision") if own.get(name)] for own in known]
+    known = (run.info.encoder for run in runs)
+    words = [filter(None, (own.source, own.revision)) for own in known]
     return dict(zip(test_set.dropped, ("@".join(own) for own in words), strict=True))
 
 
@@ -288,7 +287,7 @@ def _series(
 
 
 def _without_seed(run: Run, contender: ScoredHead) -> str:
-    asked = {name: value for name, value in run.info["asked"].items() if name != "seed"}
+    asked = run.info.asked.model_dump(exclude_unset=True, exclude={"seed"})
     return json.dumps([asked, contender.depth], sort_keys=True)
 
 

@@ -95,7 +95,7 @@ def find_layers(runs: Sequence[Run], names: Sequence[str]) -> list[LayerSeries]:
     return [
         cast("LayerSeries", {"run": name, **series})
         for run, name in zip(runs, names, strict=True)
-        for series in run.info.get("layers") or []
+        for series in run.info.layers or []
     ]
 
 

@@ -280,9 +280,8 @@ class Card:
         Conformal scores of the head's study probabilities before calibration.
     conformal_note : str or None
         Why there are no conformal scores.
-    encoder : dict
-        ``source``, ``revision`` and ``path``, each a str or None; ``path`` leads from the model's
-        directory to an encoder that was adapted in the same run.
+    encoder : EncoderSource
+        Its `path` leads from the model's directory to an encoder that was adapted in the same run.
     covariates : CovariateEncoder or None
         Turns the manifest's columns into the head's.
     scores : dict
@@ -309,7 +308,7 @@ class Card:
     points: tuple[OperatingPoint, ...]
     conformal: Conformal | None
     conformal_note: str | None
-    encoder: dict[str, Any]
+    encoder: EncoderSource
     covariates: CovariateEncoder | None
     scores: dict[str, Any]
     synthetic: bool
@@ -325,7 +324,7 @@ class Card:
                 self,
                 spec=source.spec,
                 pooling=source.pooling,
-                encoder=_as_dict(source.encoder),
+                encoder=source.encoder,
                 sources=(),
             )
             for source in self.sources
@@ -388,7 +387,7 @@ def read_card(model: Model, path: str | Path) -> Card:
         points=read_points(found.operating_points, found.threshold),
         conformal=None if found.conformal is None else found.conformal.build(),
         conformal_note=found.conformal_note,
-        encoder=_as_dict(found.encoder or EncoderSource()),
+        encoder=found.encoder or EncoderSource(),
         covariates=None if found.covariates is None else found.covariates.build(),
         scores=model.card.get("scores", {}),
         synthetic=found.synthetic,
@@ -397,10 +396,6 @@ def read_card(model: Model, path: str | Path) -> Card:
         target=found.target,
         sources=tuple(found.sources or ()),
     )
-
-
-def _as_dict(source: EncoderSource) -> dict[str, Any]:
-    return source.model_dump(include={"source", "revision", "path"})
 
 
 def read_covariates(document: object) -> CovariateEncoder:
@@ -492,10 +487,9 @@ def require_winner(run: Run, head: str, card: Mapping[str, Any]) -> None:
     ModelError
         The card and `run.json` differ; the message names the first such entry.
     """
-    entries = (entry for entry in run.info.get("leaderboard", []) if entry.get("head") == head)
-    entry: Mapping[str, Any] = next(entries, {})
+    entry = run.info.winner(head)
     for name in ("trial", "pooling", "cv", "seed"):
-        named, own = entry.get(name), card.get(name)
+        named, own = getattr(entry, name), card.get(name)
         if named is not None and own is not None and named != own:
             raise ModelError(
                 f"the model at {run.model_path(head)} has {name} {own}, and run.json names "

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 from functools import cache
-from typing import Any
+from typing import Any, TypedDict
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
@@ -63,26 +63,32 @@ def count_trained(rows: pd.DataFrame) -> dict[str, Any]:
     return {**count_rows(rows), "regions": regions}
 
 
-def describe_encoder(known: Mapping[str, Any], path: str | None = None) -> dict[str, Any]:
+class CardEncoder(TypedDict):
+    """A card's entry about the encoder."""
+
+    source: str | None
+    revision: str | None
+    path: str | None
+    terms: str
+    """A sentence: whose licence applies."""
+
+
+def describe_encoder(
+    source: str | None, revision: str | None, path: str | None = None
+) -> CardEncoder:
     """Return a card's entry about the encoder.
 
     Parameters
     ----------
-    known : mapping
-        ``source`` and ``revision`` of the encoder or its base, from `run.json`.
+    source, revision : str, optional
+        Of the encoder or its base, from `run.json`.
     path : str, optional
         Path from the model to an encoder that was adapted in the same run.
-
-    Returns
-    -------
-    dict
-        ``source``, ``revision``, ``path``, ``terms`` (a sentence: whose licence applies).
     """
-    source = known.get("source")
     terms = _terms(source)
     if path is not None:
         terms = f"Its last blocks were changed by fine-tuning; it derives from {source}. {terms}"
-    return {"source": source, "revision": known.get("revision"), "path": path, "terms": terms}
+    return {"source": source, "revision": revision, "path": path, "terms": terms}
 
 
 def describe_use(*, synthetic: bool, keeps_rows: bool = False) -> dict[str, Any]:

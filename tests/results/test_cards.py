@@ -21,7 +21,7 @@ from medembed.finetuning import Hyperparameters
 from medembed.heads.packaging import Model, load_model, read_document
 from medembed.heads.registry import make_head
 from medembed.results import model_readme
-from medembed.results.model_card import describe_decisions, read_card, read_conformal
+from medembed.results.model_card import EncoderSource, describe_decisions, read_card, read_conformal
 from medembed.results.model_readme import describe_encoder, write_readme
 from medembed.results.predictions import image_code
 from medembed.results.runs import Run, open_run
@@ -80,7 +80,7 @@ def kept_scores(conformal):
 @pytest.mark.parametrize("head", HEADS)
 def test_a_card_is_read_as_it_was_meant(head, run):
     card = card_of(run, head)
-    assert card.encoder == {"source": "demo", "revision": None, "path": None}
+    assert (card.encoder.source, card.encoder.revision, card.encoder.path) == ("demo", None, None)
     assert (card.pooling, card.label_level) == ("mean", "study")
     assert card.views == ("attention" if head == "attention" else "mean")
     assert (card.synthetic, card.covariates, card.conformal_note) == (False, None, None)
@@ -297,7 +297,7 @@ def test_conformal_scores_are_read_without_the_model(run, tmp_path):
     found = read_conformal(open_run(copied), "mlp")
     assert found.as_dict() == card_of(run, "mlp").conformal.as_dict()
     assert read_conformal(open_run(copied), "class-prior") is None
-    assert read_conformal(Run(ASSETS, {}), "mlp") is None
+    assert read_conformal(open_run(ASSETS), "mlp") is None
     (copied / "models" / "mlp" / "model.json").write_text("{}")
     with pytest.raises(ModelError, match="not a medembed-model"):
         read_conformal(open_run(copied), "mlp")
@@ -311,7 +311,7 @@ def test_a_card_of_before_is_read(head):
     path = ASSETS / "models" / head
     card = read_card(load_model(path), path)
     assert (card.conformal, card.conformal_note) == (None, None)
-    assert card.encoder == {"source": None, "revision": None, "path": None}
+    assert card.encoder == EncoderSource()
     assert card.training_images
 
 
@@ -429,14 +429,13 @@ def test_names_from_data_stay_text_in_the_readme(run):
     ],
 )
 def test_the_encoders_terms_are_told(source, said):
-    entry = describe_encoder({"source": source, "revision": "ab12"})
+    entry = describe_encoder(source, "ab12")
     assert said in entry["terms"]
     assert (entry["revision"], entry["path"]) == ("ab12", None)
 
 
 def test_an_adapted_encoder_has_its_bases_terms():
-    known = {"source": "google/medgemma-4b-pt", "revision": "ab12"}
-    entry = describe_encoder(known, "../../encoders/unfreeze-2")
+    entry = describe_encoder("google/medgemma-4b-pt", "ab12", "../../encoders/unfreeze-2")
     assert entry["terms"].startswith("Its last blocks were changed by fine-tuning; it derives from")
     assert model_readme.HEALTH_AI in entry["terms"]
 
@@ -451,9 +450,10 @@ def test_fine_tuned_models_say_where_their_encoder_is(tmp_path):
     tune(tmp_path, tmp_path / "tower", tmp_path / "run", unfreeze="0,1", config=quick)
     run = open_run(tmp_path / "run")
     frozen, adapted = (card_of(run, f"unfreeze-{depth}") for depth in (0, 1))
-    assert frozen.encoder == {"source": "tower", "revision": None, "path": None}
-    assert adapted.encoder == {**frozen.encoder, "path": "../../encoders/unfreeze-1"}
-    assert (run.model_path("unfreeze-1") / adapted.encoder["path"]).resolve().is_dir()
+    assert (frozen.encoder.source, frozen.encoder.path) == ("tower", None)
+    assert adapted.encoder.source == "tower"
+    assert adapted.encoder.path == "../../encoders/unfreeze-1"
+    assert (run.model_path("unfreeze-1") / adapted.encoder.path).resolve().is_dir()
     for card in (frozen, adapted):
         assert card.conformal is not None
         assert card.scores["test"]["scores"]["auroc"]["value"] is not None

@@ -46,7 +46,7 @@ def timeless(leaderboard):
 def require_equal(out, whole):
     """Compare a finished run with the uninterrupted one: tables, predictions, models, files."""
     result, reference = whole
-    assert timeless(open_run(out).info["leaderboard"]) == timeless(result["leaderboard"])
+    assert timeless(open_run(out).as_dict()["leaderboard"]) == timeless(result["leaderboard"])
     for name in ("predictions.parquet", "scores.json"):
         theirs, ours = ((path / name).read_bytes() for path in (reference, out))
         if name == "scores.json":  # it names the directory's run
