@@ -547,7 +547,7 @@ table: pd.DataFrame = comparison.to_frame()
 comparison.plot.roc()
 predictor = me.Predictor(run.model("mlp"))
 answers: pd.DataFrame = predictor.predict(["a.png"])
-row: dict[str, object] = predictor.predict("a.png")
+probability: float | None = predictor.predict("a.png")["probability"]
 train: me.Embeddings = me.load_embeddings(me.open_cache("cache"), "m.csv", split="train")
 folds: list[tuple[np.ndarray, np.ndarray]] = me.patient_folds(train, 3, seed=1)
 page: str = me.write_report([run], "report")["page"]

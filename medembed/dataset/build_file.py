@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BuildCounts",
     "BuildFile",
+    "BuiltRecipe",
     "Excluded",
     "KeptBuild",
     "build_path",

@@ -37,8 +37,9 @@ from medembed.heads.mlp import MLPHead
 from medembed.heads.packaging import save_model
 from medembed.heads.scaling import Projection
 from medembed.results.comparison import score_run
-from medembed.results.model_card import describe_decisions
+from medembed.results.model_card import CardDecisions, describe_decisions
 from medembed.results.model_readme import (
+    NewCard,
     complete_cards,
     count_trained,
     describe_encoder,
@@ -90,13 +91,14 @@ def package(
     data = summarise_data(manifest.rows, rows.failed, manifest.label_level)
     base = run.info.encoder
     place = None if fingerprint is None else f"../../encoders/{known['head']}"
-    card = {
+    decisions: CardDecisions = describe_decisions(_held_studies(rows, trained), points)
+    card: NewCard = {
         "name": known["head"],
         "spec": spec,
         "pooling": known["pooling"],
         "label_level": manifest.label_level,
         "views": "mean",
-        **describe_decisions(_held_studies(rows, trained), points),
+        **decisions,
         "metric": "auroc",
         "cv": trained.score,
         "cv_method": CV_METHOD,

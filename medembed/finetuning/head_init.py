@@ -14,7 +14,7 @@ from medembed.heads.mlp import MLPHead
 from medembed.heads.packaging import load_model
 from medembed.heads.registry import head_class, known_heads, make_head
 from medembed.heads.scaling import Projection, Projector
-from medembed.results.model_card import require_winner
+from medembed.results.model_card import CardDocument, read_card, require_winner
 from medembed.results.runs import Run
 
 if TYPE_CHECKING:
@@ -92,11 +92,11 @@ def read_swept_head(run: Run, spec: Mapping[str, Any], manifest: str) -> HeadIni
         )
     model = load_model(run.model_path(names[0]))
     require_winner(run, names[0], model.card)
-    _refuse_other_rows(run, model.card, spec, manifest)
+    card = read_card(model, run.model_path(names[0]))
+    _refuse_other_rows(run, card.document, spec, manifest)
     params = model.head.get_params()
-    _refuse_unsuitable(run, names[0], params, model.card)
-    pooling = str(model.card["pooling"])
-    return HeadInit(names[0], params, model.head.best_epoch_, tuple(pooling.split("+")))
+    _refuse_unsuitable(run, names[0], params)
+    return HeadInit(names[0], params, model.head.best_epoch_, tuple(card.pooling.split("+")))
 
 
 def init_from_sweep(
@@ -155,30 +155,25 @@ def _plain_params(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_other_rows(
-    run: Run, card: Mapping[str, Any], spec: Mapping[str, Any], manifest: str
+    run: Run, card: CardDocument, spec: Mapping[str, object], manifest: str
 ) -> None:
-    try:
-        theirs = {name: card["spec"][name] for name in ("encoder", "preprocessing")}
-        their_manifest = card["manifest"]
-    except (KeyError, TypeError) as error:
-        raise ModelError(f"a head of the run at {run.path} has no spec on its card") from error
+    if not {"encoder", "preprocessing"} <= card.spec.keys():
+        raise ModelError(f"a head of the run at {run.path} has no spec on its card")
     for name, value in spec.items():
-        if theirs[name] != value:
+        if card.spec[name] != value:
             raise RunError(
                 f"run at {run.path} was swept on embeddings of another {name} than this one's, so "
                 "its heads do not fit. Extract and sweep with this --encoder and --fit, or leave "
                 "out --from-run."
             )
-    if their_manifest != manifest:
+    if card.manifest != manifest:
         raise RunError(
             f"run at {run.path} was swept on another manifest: its choice may have seen what is "
             "tested here. Sweep this manifest, or leave out --from-run."
         )
 
 
-def _refuse_unsuitable(
-    run: Run, name: str, params: Mapping[str, Any], card: Mapping[str, Any]
-) -> None:
+def _refuse_unsuitable(run: Run, name: str, params: Mapping[str, Any]) -> None:
     found = []
     if params.get("pca"):
         found.append(f"reads {params['pca']} principal components")

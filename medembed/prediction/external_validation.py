@@ -70,7 +70,6 @@ _NO_DRIFT: dict[str, Any] = {
     "sentence": "Drift was not measured: an ensemble has no embeddings of its own. Evaluate its "
     "members, each in the directory members of the model.",
 }
-_COPIED = ("trial", "cv", "cv_method", "n_tried", "seed", "depth")
 _OF_A_PRIOR = {
     "calibrations": {"platt": Calibration().as_dict()},
     "threshold": 0.5,
@@ -337,7 +336,7 @@ def _predictions(
     images, one row per image, with its study's probability.
     """
     rows = image_rows(asked.embeddings.rows.assign(split="test"), np.full(len(images), -1))
-    rows = rows.assign(head=asked.head, trial=asked.card.document.get("trial"))
+    rows = rows.assign(head=asked.head, trial=asked.card.document.trial)
     if asked.card.views != "attention":
         return rows.assign(probability=images)
     rows = rows.assign(probability=judged[rows["study"].to_numpy()])
@@ -386,11 +385,15 @@ def _decisions(
 def _entry(asked: _Asked, seconds: float) -> dict[str, Any]:
     """Return the model's row of the leaderboard."""
     document = asked.card.document
-    copied = {name: document.get(name) for name in _COPIED}
     return {
         "head": asked.head,
         "pooling": asked.card.pooling,
-        **copied,
+        "trial": document.trial,
+        "cv": document.cv,
+        "cv_method": document.cv_method,
+        "n_tried": document.n_tried,
+        "seed": document.seed,
+        "depth": document.depth,
         "params": json.loads(read_part(asked.path / "model.json"))["params"],
         "seconds": seconds,
         "status": "ok",

@@ -245,7 +245,7 @@ class Run(Summarised):
             ) from None
         return frame.astype({"label": "Int8", "fold": "Int16", "trial": "Int32"})
 
-    def write_scores(self, scores: Mapping[str, Any]) -> None:
+    def write_scores(self, scores: Mapping[str, object]) -> None:
         """Write `scores.json`, which completes the run."""
         write_atomically(self.path / "scores.json", json_bytes(scores))
 

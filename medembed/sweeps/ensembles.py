@@ -31,11 +31,13 @@ from medembed.heads.model_files import MODEL_FILE, read_part
 from medembed.heads.packaging import save_model
 from medembed.results.comparison import score_run
 from medembed.results.model_card import (
+    CardDecisions,
     describe_decisions,
     read_covariates,
 )
 from medembed.results.model_readme import (
     CardEncoder,
+    NewCard,
     complete_cards,
     describe_encoder,
     describe_use,
@@ -239,7 +241,8 @@ def _package(
     entry, studies = judged
     kept, members = _keep_weighted(rows, pool)
     layout = _lay_out(members)
-    card = {
+    decisions: CardDecisions = describe_decisions(studies, points)
+    card: NewCard = {
         "name": head,
         "spec": {},
         "pooling": entry["pooling"],
@@ -251,7 +254,7 @@ def _package(
         "covariates": layout.covariates,
         "label_level": members[0].card.label_level,
         "views": "attention" if any(member.per_study for member in members) else "mean",
-        **describe_decisions(studies, points),
+        **decisions,
         "metric": _metric(run),
         "cv": entry["cv"],
         "cv_method": CV_METHOD,
@@ -259,7 +262,7 @@ def _package(
         "trial": None,
         "seed": run.info.seed,
         "encoder": _describe_terms(members),
-        "data": {**members[0].card.document["data"], "manifest": as_json(run.info.data)},
+        "data": {"trained": _trained(members[0]), "manifest": as_json(run.info.data)},
         "use": describe_use(synthetic=any(member.card.synthetic for member in members)),
         "manifest": run.info.asked.manifest,
         "synthetic": any(member.card.synthetic for member in members),
@@ -324,11 +327,12 @@ def _lay_out(members: Sequence[Member]) -> _Layout:
             width = int(np.prod(shape))
             places[key, name] = np.arange(n, n + width)
             n += width
-    entries: dict[str, dict[str, Any]] = {}
+    entries: dict[str, dict[str, object]] = {}
     of_name: dict[str, NDArray[np.int64]] = {}
     for member in members:
-        for entry in (member.card.document.get("covariates") or {}).get("columns", []):
-            if entries.setdefault(entry["name"], entry) != entry:
+        known = member.card.covariates
+        for entry in [] if known is None else [own.as_dict() for own in known.columns]:
+            if entries.setdefault(str(entry["name"]), entry) != entry:
                 raise TrainingDataError(
                     f"covariate {entry['name']} is encoded differently by {member.name} than by "
                     "the members before it. Sweep again with the same --covariates."
@@ -348,6 +352,13 @@ def _lay_out(members: Sequence[Member]) -> _Layout:
     ]
     covariates = {"columns": list(entries.values())} if entries else None
     return _Layout(list(sources.values()), columns, covariates, n)
+
+
+def _trained(member: Member) -> dict[str, object]:
+    """Return the card's counts of the rows that all members were trained on."""
+    data = member.card.document.data
+    counts: dict[str, object] = {} if data is None else as_json(data.trained)
+    return counts
 
 
 def _source_key(spec: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ and calibration, thresholds and prediction sets are based on them.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NotRequired, TypedDict, final
 
 import numpy as np
 import pandas as pd
@@ -26,6 +26,7 @@ from medembed.heads.registry import head_class
 from medembed.results.comparison import score_run
 from medembed.results.model_card import describe_decisions
 from medembed.results.model_readme import (
+    NewCard,
     complete_cards,
     count_trained,
     describe_encoder,
@@ -48,6 +49,7 @@ from medembed.sweeps.training import (
 from medembed.sweeps.worker_pool import Died, Pool
 
 __all__ = [
+    "CardExtras",
     "Refit",
     "Refitted",
     "finish",
@@ -256,6 +258,14 @@ def _known(kept: NDArray[np.float64] | None) -> NDArray[np.float64]:
     return kept
 
 
+@final
+class CardExtras(TypedDict):
+    """What all cards of a sweep have in common."""
+
+    covariates: dict[str, object] | None
+    target: NotRequired[str]
+
+
 Load = Callable[[str], tuple[Embeddings, Training]]
 
 
@@ -264,7 +274,7 @@ def finish(
     load: Load,
     row_folds: NDArray[Any],
     winners: Sequence[Winner],
-    extras: Mapping[str, Any],
+    extras: CardExtras,
     points: Sequence[ThresholdRule],
     jobs: int | None,
     backend: str,
@@ -288,7 +298,10 @@ def finish(
                 ended[winner.head] = replace(winner, trial=None, error=found)
                 continue
             winner = ended[winner.head] = replace(winner, cv=found.cv)
-            card = _describe(run, winner, found, embeddings, training, points) | dict(extras)
+            card: NewCard = {
+                **_describe(run, winner, found, embeddings, training, points),
+                **extras,
+            }
             path = run.model_path(winner.head)
             path.parent.mkdir(exist_ok=True)
             texts = write_readme(card)
@@ -359,7 +372,7 @@ def _describe(
     embeddings: Embeddings,
     training: Training,
     points: Sequence[ThresholdRule],
-) -> dict[str, Any]:
+) -> NewCard:
     """Return a card: the model's inputs, how scores become decisions, and its training data."""
     trained = np.flatnonzero(training.folds >= 0)
     per_study = found.head.study_level

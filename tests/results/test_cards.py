@@ -77,6 +77,11 @@ def kept_scores(conformal):
 # What a sweep writes
 
 
+def document_of(run, head):
+    """Return the card as JSON."""
+    return read_document(run.model_path(head)).card
+
+
 @pytest.mark.parametrize("head", HEADS)
 def test_a_card_is_read_as_it_was_meant(head, run):
     card = card_of(run, head)
@@ -86,7 +91,7 @@ def test_a_card_is_read_as_it_was_meant(head, run):
     assert (card.synthetic, card.covariates, card.conformal_note) == (False, None, None)
     images = read_manifest_rows(run)
     assert card.training_images == {image_code(sha256) for sha256 in images["sha256"]}
-    assert card.document["name"] == head
+    assert card.document.name == head
 
 
 def read_manifest_rows(run):
@@ -96,7 +101,7 @@ def read_manifest_rows(run):
 
 def test_the_card_counts_the_training_data(run, data):
     rows = read_manifest(data[1]).rows.query("split == 'train'")
-    counted = card_of(run, "mlp").document["data"]["trained"]
+    counted = document_of(run, "mlp")["data"]["trained"]
     assert counted["images"] == len(rows)
     assert counted["patients"] == rows["patient"].nunique()
     hand = rows[rows["region"] == "hand"]
@@ -110,7 +115,7 @@ def test_the_card_counts_the_training_data(run, data):
 @pytest.mark.parametrize("head", HEADS)
 def test_the_scores_of_test_are_those_of_the_run(head, run):
     row = next(row for row in run.scores()["rows"] if row["head"] == head)
-    test = card_of(run, head).scores["test"]
+    test = card_of(run, head).scores.test
     assert test["scores"] == row["scores"]
     assert set(test["regions"]) == {"hand", "wrist"}
     assert test["regions"]["hand"]["auroc"] == row["regions"]["hand"]["auroc"]
@@ -381,7 +386,7 @@ def readme_of(run, head):
 
 
 def test_the_readme_tells_what_the_card_tells(run):
-    text, card = readme_of(run, "mlp"), card_of(run, "mlp").document
+    text, card = readme_of(run, "mlp"), document_of(run, "mlp")
     auroc = card["scores"]["test"]["scores"]["auroc"]
     assert auroc["low"] is None  # of too few patients
     assert f"| AUROC | {auroc['value']:.3f} |" in text
@@ -403,7 +408,7 @@ def test_the_readme_tells_what_the_card_tells(run):
 
 
 def test_the_readme_before_test_is_scored_says_so(run):
-    card = card_of(run, "mlp").document
+    card = document_of(run, "mlp")
     early = {**card, "scores": {"out_of_fold": card["scores"]["out_of_fold"]}, "synthetic": True}
     text = write_readme(early)["README.md"]
     assert "Not scored on `test` yet. Out of fold on `train`: AUROC 0." in text
@@ -411,7 +416,7 @@ def test_the_readme_before_test_is_scored_says_so(run):
 
 
 def test_names_from_data_stay_text_in_the_readme(run):
-    card = card_of(run, "mlp").document
+    card = document_of(run, "mlp")
     hostile = "<script>|`[x](http://y)\n# hand"
     counted = {**card["data"]["trained"], "regions": {hostile: card["data"]["trained"]}}
     text = write_readme({**card, "data": {**card["data"], "trained": counted}})["README.md"]
@@ -456,7 +461,7 @@ def test_fine_tuned_models_say_where_their_encoder_is(tmp_path):
     assert (run.model_path("unfreeze-1") / adapted.encoder.path).resolve().is_dir()
     for card in (frozen, adapted):
         assert card.conformal is not None
-        assert card.scores["test"]["scores"]["auroc"]["value"] is not None
+        assert card.scores.test["scores"]["auroc"]["value"] is not None
     assert load_model(run.model_path("unfreeze-0")).reference["n_patients"][0] > 0
     assert str(tmp_path) not in json.dumps(read_document(run.model_path("unfreeze-1")).model_dump())
 
