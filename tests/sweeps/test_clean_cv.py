@@ -87,6 +87,19 @@ def test_the_order_of_the_rows_decides_nothing_and_the_seed_does():
     assert len({flags.tobytes() for flags in inner}) == 4
 
 
+def test_spellings_of_one_patient_are_on_one_side_of_every_part():
+    """Whoever is spelled twice must not decide in one spelling and be learnt from in the other."""
+    rows = draw_rows(40, 0)
+    odd = np.arange(len(rows)) % 2 == 1
+    spelled = rows.assign(patient=rows["patient"].mask(odd, rows["patient"].str.upper()))
+    folds = draw_folds(spelled, n_folds=4, seed=0)
+    for fold, judging in enumerate(draw_inner(spelled, folds, seed=0)):
+        assert not judging[folds == fold].any()
+        learnt = (folds != fold) & ~judging
+        parts = [set(rows["patient"][flags]) for flags in (folds == fold, judging, learnt)]
+        assert sum(map(len, parts)) == rows["patient"].nunique()
+
+
 def test_parts_that_deciders_need_are_asked_for():
     rows = draw_rows(12, 0).assign(label=0)
     rows.loc[rows["patient"].isin(["p1", "p2"]), "label"] = 1
