@@ -26,6 +26,7 @@ from medembed.results.ablations import (
     drop_repeats,
     find_depths,
     find_efficiency,
+    find_layers,
     find_seeds,
     mark_repeats,
 )
@@ -41,7 +42,6 @@ from medembed.results.comparison_schema import (
 )
 from medembed.results.deferral import find_deferrals
 from medembed.results.flow import describe_flow
-from medembed.results.layers import find_layers
 from medembed.results.methods import describe
 from medembed.results.operating_points import count_confusion, describe_benefit, describe_points
 from medembed.results.runs import Run, RunLike, open_run
@@ -214,7 +214,7 @@ def compare_runs(
         `results.deferral`; ``versus_best``), ``paired`` (AUROC of every pair of
         trained heads, and of the best with each prior, with Holm's correction over all of them),
         ``seeds``, ``efficiency``, ``depths`` (see `results.ablations`), ``layers`` (see
-        `results.layers`), ``notes``. A score is
+        `results.ablations`), ``notes``. A score is
         ``{value, low, high, method}`` with null for what is not estimable, ``reason`` if there is
         no interval, and ``k, n`` of a share; ECE has only an upper bound.
     """
