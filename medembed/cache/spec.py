@@ -43,7 +43,7 @@ class CacheSpec:
     """
 
     encoder: str
-    preprocessing: Mapping[str, Any]
+    preprocessing: Mapping[str, object]
     poolings: Mapping[str, tuple[int, ...]]
     dtype: str
 
