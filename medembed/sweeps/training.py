@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -23,14 +23,15 @@ from medembed.core.errors import TrainingDataError
 from medembed.core.prompts import Prompts
 from medembed.evaluation.scores import by_study, score
 from medembed.heads.base import Head
-from medembed.heads.batched_mlp import Rows
 from medembed.heads.lightgbm import BinnedRows, LightGBMHead
 from medembed.heads.linear import LogisticHead, fit_path
 from medembed.heads.mlp import MLPHead, gather
-from medembed.heads.mlp_network import Net
 from medembed.heads.registry import make_head
 from medembed.heads.scaling import Basis, Projector
 from medembed.results.run_schema import describe_failure
+
+if TYPE_CHECKING:  # torch, which this imports, takes a second: the parent process has no use for it
+    from medembed.heads.mlp_network import Net
 
 __all__ = [
     "Bases",
@@ -128,7 +129,7 @@ class Unit:
     params: tuple[Mapping[str, Any], ...]
     fold: int
     until: int | None = None
-    nets: Sequence[Net] | None = None
+    nets: "Sequence[Net] | None" = None
     basis: Mapping[str, Basis] = field(default_factory=dict)
 
 
@@ -152,7 +153,7 @@ class FoldResult:
     best_epoch: int | None
     seconds: float
     error: str | None = None
-    net: Net | None = None
+    net: "Net | None" = None
 
 
 def configure(
@@ -176,6 +177,7 @@ def configure(
     head = make_head(name, {**params, **own}, seed=seed)
     # the counterpart of what `fit` learns from its rows, for heads that are fitted together
     head.classes_, head.n_features_in_ = np.array([0, 1]), training.X.shape[1]
+    head.import_libraries()
     return head
 
 
@@ -250,6 +252,8 @@ def _train_trees(training: Training, unit: Unit, heads: Sequence[LightGBMHead]) 
 
 
 def _train_cohort(training: Training, unit: Unit, heads: Sequence[MLPHead]) -> list[FoldResult]:
+    from medembed.heads.batched_mlp import Rows
+
     rows, judging = training.learnt(unit.fold), training.judging(unit.fold)
     cohort = gather(
         heads,
@@ -316,7 +320,7 @@ def _judge(training: Training, fold: int, head: Head) -> FoldResult:
     return FoldResult(value, head.best_epoch_, 0.0)
 
 
-def _judge_so_far(training: Training, fold: int, net: Net) -> FoldResult:
+def _judge_so_far(training: Training, fold: int, net: "Net") -> FoldResult:
     assert net.best_logits is not None
     probability = expit(net.best_logits.astype(np.float64))
     value = study_score(training, training.judging(fold), probability)
