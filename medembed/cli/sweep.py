@@ -185,7 +185,7 @@ def sweep_command(
         from medembed.report.layers import describe_layers
 
         show_comparison([out], "study", None, "table", operating_points=operating_points)
-        for series in run.info.get("layers") or ():
+        for series in run.info.layers or ():
             say(describe_layers(series))
         suggest("report", out, "-o", "report")
 
