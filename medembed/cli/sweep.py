@@ -172,7 +172,7 @@ def sweep_command(
         return
     with ExitStack() as stack:
         if backend == "local" and cache_path.is_dir() and manifest_path.is_file():
-            stack.enter_context(start_early(jobs, n_folds))
+            stack.enter_context(start_early(jobs))
         from medembed import sweeps
 
         progress = stack.enter_context(showing_leaderboard("Training", "fits", metric))

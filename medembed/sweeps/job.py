@@ -195,12 +195,12 @@ def configure(
     opened = open_cache(cache)
     words = None if prompts is None else read_prompts(prompts)
     heads = _add_word_heads(heads, words, opened, covariates)
+    heads = list(dict.fromkeys([*heads, PROBE]))  # always a linear baseline
     return SweepConfig(
         cache=opened,
         manifest=read_manifest(manifest),
-        # always a linear baseline
-        heads=list(dict.fromkeys([*heads, PROBE])),
-        spaces=default_spaces() if space is None else read_spaces(space),
+        heads=heads,
+        spaces=default_spaces(heads) if space is None else read_spaces(space, heads),
         n_configs=n_configs,
         n_folds=n_folds,
         metric=metric,

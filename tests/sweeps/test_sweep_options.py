@@ -56,7 +56,7 @@ def write_space(path, text):
         ("[mlp]\nlearning = 0.1\n", "learning"),
         ("[mlp]\ndropuot = 0.1\n", "did you mean 'dropout'?"),
         ("[mpl]\nlr = 0.1\n", "did you mean mlp?"),
-        ("[lightgbm]\nrungs = [1]\n", "is for mlp alone"),
+        ("[lightgbm]\nrungs = [1]\n", "is for heads that train by epochs"),
         ("[mlp]\nlr = \n", "is not TOML"),
         ("[logistic]\nC = -1.0\n", "C"),
         ("[logistic]\nrandom_state = 3\n", "set by the sweep"),

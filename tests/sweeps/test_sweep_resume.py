@@ -353,6 +353,8 @@ def count_lines(out):
 
 
 def test_twenty_kills_at_random_moments_lose_nothing(data, whole, tmp_path):
+    import medembed.heads.batched_mlp  # noqa: F401 (or each fork would be killed importing torch)
+
     generator, n_killed, n_whole = random.Random(20), 0, 0
     out, phases = tmp_path / "run0", set()
     while n_killed < 20:
