@@ -65,11 +65,11 @@ class PagePoint(ClosedRecord):
 
 
 class Band(ClosedRecord):
-    """A pointwise 95 % band over a grid; null is not estimable."""
+    """A pointwise 95 % band, where it is estimable."""
 
     x: list[float]
-    low: list[float | None]
-    high: list[float | None]
+    low: list[float]
+    high: list[float]
 
 
 class PageHead(ClosedRecord):

@@ -62,7 +62,8 @@ export const addControls = (page, store, host) => {
 
   const pointOf = () => {
     const value = page.thresholds[state.threshold];
-    return page.heads[state.head].points.find((point) => point.threshold === value);
+    const here = page.heads[state.head].points.filter((point) => point.threshold === value);
+    return here.find((point) => point.name === state.point) ?? here[0];
   };
 
   const show = () => {
@@ -77,7 +78,7 @@ export const addControls = (page, store, host) => {
       h("button", {
         type: "button",
         "aria-pressed": String(own === point),
-        onclick: () => store.set({ threshold: page.thresholds.indexOf(own.threshold) }),
+        onclick: () => store.set({ threshold: page.thresholds.indexOf(own.threshold), point: own.name }),
       }, POINT_NAMES[own.name] ?? own.name)));
     const found = decide(page, head, state.threshold, state.prevalence);
     const interval = (name) => {
@@ -111,6 +112,6 @@ export const addControls = (page, store, host) => {
       h("div", { class: "copying" },
         h("p", { class: "control" }, option, copy, copied),
         h("p", { class: "legend" }, "Intervals stand at named operating points. A threshold that is chosen by looking at test looks better than it is: add it to the next report, and confirm it on other patients."))));
-  store.on(["head", "threshold", "prevalence"], show);
+  store.on(["head", "threshold", "prevalence", "point"], show);
   show();
 };

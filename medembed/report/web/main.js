@@ -17,7 +17,8 @@ const store = createStore({
   shown: page.heads.map((_, i) => i < 4),
   threshold: page.heads.length ? nearestThreshold(page, page.heads[0].threshold) : 0,
   prevalence: prevalence ?? Math.min(Math.max(nAbnormal / n, 0.001), 0.999),
-  picked: null,
+  point: null, // the operating point that was chosen by name
+  picked: null, // cases that the map or two heads chose, or null for all
 });
 
 const at = (id) => document.getElementById(id);

@@ -60,7 +60,7 @@ export const addMap = (page, store, host, cases) => {
   const stage = h("div", { class: "stage" }, points, over, film);
   const width = Math.max(...map.x) || 1;
   const height = Math.max(...map.y) || 1;
-  let size = [1, 1, 1];
+  let size = [1, 1, 1, MARGIN]; // width and height, pixels a unit, left edge of the points
   let lasso = null;
   let cross = null;
   let corner = null;
@@ -73,8 +73,8 @@ export const addMap = (page, store, host, cases) => {
     else grid.set(cell, [k]);
   }
 
-  const toScreen = (k) => [MARGIN + map.x[k] * size[2], size[1] - MARGIN - map.y[k] * size[2]];
-  const toData = (x, y) => [(x - MARGIN) / size[2], (size[1] - MARGIN - y) / size[2]];
+  const toScreen = (k) => [size[3] + map.x[k] * size[2], size[1] - MARGIN - map.y[k] * size[2]];
+  const toData = (x, y) => [(x - size[3]) / size[2], (size[1] - MARGIN - y) / size[2]];
 
   const colours = () => {
     const style = getComputedStyle(host);
@@ -87,7 +87,7 @@ export const addMap = (page, store, host, cases) => {
     if (!across) return;
     const scale = Math.min((across - 2 * MARGIN) / width, (560 - 2 * MARGIN) / height);
     const tall = Math.round(Math.max(220, Math.min(560, height * scale + 2 * MARGIN)));
-    size = [across, tall, scale];
+    size = [across, tall, scale, (across - width * scale) / 2];
     stage.style.height = `${tall}px`;
     for (const canvas of [points, over]) {
       canvas.width = across * ratio;
@@ -115,7 +115,7 @@ export const addMap = (page, store, host, cases) => {
       for (const k of groups[g]) {
         const dim = store.state.picked && !(map.case[k] >= 0 && store.state.picked.has(map.case[k]));
         if (dim) context.globalAlpha = 0.12;
-        const x = MARGIN + map.x[k] * size[2] - side / 2;
+        const x = size[3] + map.x[k] * size[2] - side / 2;
         const y = size[1] - MARGIN - map.y[k] * size[2] - side / 2;
         context.fillRect(x, y, side, side);
         if (dim) context.globalAlpha = grey ? 0.3 : 0.7;
@@ -298,7 +298,7 @@ export const addMap = (page, store, host, cases) => {
   host.append(
     h("div", { class: "bar" }, h("p", { class: "control" }, h("label", { for: "map-colour" }, "Colour by"), chosen), legend),
     stage, said,
-    h("p", { class: "legend" }, `${some} of ${map.run}, ${map.pooling}, by ${METHODS[map.method] ?? map.method}${axes}.`));
+    h("p", { class: "legend" }, `${some} of ${map.run}, ${map.pooling}, by ${METHODS[map.method] ?? map.method}${axes}. Nearness is only a hint: most of what tells images apart is lost in two dimensions.`));
   said.textContent = rest();
   new ResizeObserver(draw).observe(stage);
   draw();

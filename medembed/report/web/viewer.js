@@ -125,10 +125,10 @@ export const createViewer = (page, store, { step, closed }) => {
     ];
     facts.replaceChildren(
       h("dl", {}, rows.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))),
-      h("table", {}, h("caption", {}, "Calibrated probability of abnormal"),
+      h("div", { class: "scroll", role: "region", tabindex: "0", "aria-label": "Probabilities by head" }, h("table", {}, h("caption", {}, "Calibrated probability of abnormal"),
         h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "Head"), h("th", { scope: "col", class: "number" }, "Probability"), h("th", { scope: "col", class: "number" }, "Youden’s threshold"))),
         h("tbody", {}, page.heads.map((head, k) => h("tr", {}, h("th", { scope: "row" }, head.name),
-          h("td", { class: "number" }, share(cases.probability[k][i])), h("td", { class: "number" }, share(head.threshold)))))));
+          h("td", { class: "number" }, share(cases.probability[k][i])), h("td", { class: "number" }, share(head.threshold))))))));
     showNear(i);
     if (!dialog.open) dialog.showModal();
   };
