@@ -175,7 +175,8 @@ def test_the_page_fits_and_everybody_can_read_it(open_page, size, scheme, tmp_pa
 def test_forced_colours_keep_lines_and_controls(open_page, tmp_path):
     page = open_page(forced_colors="active")
     colours = page.evaluate(
-        "[...document.querySelectorAll('[data-plot=roc] .line')].map(l => getComputedStyle(l).stroke)"
+        "[...document.querySelectorAll('[data-plot=roc] .line')]"
+        ".map(line => getComputedStyle(line).stroke)"
     )
     assert len(set(colours)) == len(colours) == 4
     assert page.locator("#slider").is_visible()
