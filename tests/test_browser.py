@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_runs import fit_sets, give_model, make_images, make_run
+from made_runs import REGIONS, fit_sets, give_model, make_images, make_run
 from PIL import Image
 
 from medembed.report import cases
@@ -464,6 +464,29 @@ def test_a_foreign_script_does_not_run(browser, page_path, tmp_path):
     page.goto((tmp_path / "index.html").as_uri())
     assert page.title() != "owned"
     page.close()
+
+
+@pytest.mark.parametrize("kind", ["one head", "one region", "five patients", "twelve runs"])
+def test_odd_runs_give_a_page_that_answers(open_page, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr("medembed.report.page.plot_all", lambda *_: [])
+    n_patients = 10 if kind == "five patients" else 60
+    images = make_images(
+        n_patients=n_patients, regions=("hand",) if kind == "one region" else REGIONS
+    )
+    heads = {"mlp": 1.0} if kind in ("one head", "twelve runs") else {"mlp": 1.0, "logistic": 1.2}
+    n_runs = 12 if kind == "twelve runs" else 1
+    runs = [make_run(tmp_path / f"run{k}", images, heads, seed=k) for k in range(n_runs)]
+    write_report(runs, tmp_path / "out", n_resamples=20)
+    page = open_page(path=tmp_path / "out" / "index.html")
+    assert page.locator("#head option").count() == min(6, len(heads) * n_runs)
+    assert page.locator("#crossing-app").count() == (0 if kind == "one head" else 1)
+    assert page.locator("#case-region").count() == (0 if kind == "one region" else 1)
+    page.locator("#slider").focus()
+    page.keyboard.press("ArrowRight")
+    page.locator(".cases").focus()
+    page.keyboard.press("Enter")
+    assert f"of {n_patients // 2}" in page.locator("dialog").inner_text()
+    assert page.evaluate("document.documentElement.scrollWidth") <= SIZES["desktop"][0]
 
 
 def test_print_hides_what_paper_cannot_do(open_page, tmp_path):

@@ -9,6 +9,7 @@ const CELLS = 128;
 const LABELS = ["normal", "abnormal", "unlabelled"];
 const METHODS = { pca: "principal components", tsne: "t-SNE" };
 const MARGIN = 12;
+const MANY = 10000;
 
 const colourings = (page) => {
   const { map } = page;
@@ -98,33 +99,59 @@ export const addMap = (page, store, host, cases) => {
     sketch();
   };
 
+  /** Many points: squares of four pixels, written at once, the last one on top. */
+  const fill = (context, groups, order, colourOf) => {
+    const { width: across, height: tall } = points;
+    const ratio = across / size[0];
+    const image = context.createImageData(across, tall);
+    const pixels = new Uint32Array(image.data.buffer);
+    const { picked } = store.state;
+    for (const g of order) {
+      const [colour, alpha] = colourOf(g);
+      const rgb = Number.parseInt(colour.slice(1), 16);
+      const swapped = ((rgb & 255) << 16) | (rgb & 0xff00) | (rgb >> 16);
+      for (const k of groups[g]) {
+        const dim = picked && !(map.case[k] >= 0 && picked.has(map.case[k]));
+        const [x, y] = toScreen(k);
+        const from = Math.round(y * ratio) * across + Math.round(x * ratio);
+        const pixel = (((dim ? 0.12 : alpha) * 255) << 24) | swapped;
+        pixels[from] = pixel;
+        pixels[from + 1] = pixel;
+        pixels[from + across] = pixel;
+        pixels[from + across + 1] = pixel;
+      }
+    }
+    context.putImageData(image, 0, 0);
+  };
+
   const paint = () => {
     const way = ways[chosen.value];
     const context = points.getContext("2d");
     const palette = colours();
     context.clearRect(0, 0, size[0], size[1]);
-    const side = n > 20000 ? 2 : n > 3000 ? 3 : 5;
+    const side = n > 3000 ? 3 : 5;
     const groups = way.names.map(() => []);
     for (let k = 0; k < n; k += 1) groups[way.of(store.state, k)].push(k);
     const ink = getComputedStyle(host).getPropertyValue("--soft").trim();
     const order = groups.map((_, g) => g).sort((a, b) => groups[b].length - groups[a].length);
-    for (const g of order) {
-      const grey = way.names[g].startsWith("train,") || way.names[g] === "unlabelled";
-      context.fillStyle = grey ? ink : palette[g % palette.length];
-      context.globalAlpha = grey ? 0.3 : 0.7;
+    const isGrey = (g) => way.names[g].startsWith("train,") || way.names[g] === "unlabelled";
+    const colourOf = (g) => (isGrey(g) ? [ink, 0.3] : [palette[g % palette.length], 0.7]);
+    if (n > MANY) fill(context, groups, order, colourOf);
+    for (const g of n > MANY ? [] : order) {
+      const [colour, alpha] = colourOf(g);
+      context.fillStyle = colour;
+      context.globalAlpha = alpha;
       for (const k of groups[g]) {
         const dim = store.state.picked && !(map.case[k] >= 0 && store.state.picked.has(map.case[k]));
         if (dim) context.globalAlpha = 0.12;
-        const x = size[3] + map.x[k] * size[2] - side / 2;
-        const y = size[1] - MARGIN - map.y[k] * size[2] - side / 2;
-        context.fillRect(x, y, side, side);
-        if (dim) context.globalAlpha = grey ? 0.3 : 0.7;
+        const [x, y] = toScreen(k);
+        context.fillRect(x - side / 2, y - side / 2, side, side);
+        if (dim) context.globalAlpha = alpha;
       }
     }
     context.globalAlpha = 1;
     legend.replaceChildren(...way.names.map((name, g) => [name, g]).filter(([, g]) => groups[g].length).map(([name, g]) => {
-      const grey = name.startsWith("train,") || name === "unlabelled";
-      return h("span", {}, h("i", { style: { background: grey ? ink : palette[g % palette.length] } }), ` ${name} ${count(groups[g].length)}`);
+      return h("span", {}, h("i", { style: { background: colourOf(g)[0] } }), ` ${name} ${count(groups[g].length)}`);
     }));
   };
 
