@@ -152,9 +152,9 @@ def write_pages(home: Path) -> dict[str, tuple[Path, list[str], float]]:
     """Write the pages; return each with what to move on it, and the seconds that it took."""
     made = {}
     for name, n_patients, share, n_heads, films, with_map in (
-        ("1200 studies with films", 2400, 0.5, 4, find_films, False),
-        ("map of 50000 images", 50_000, 0.04, 3, None, True),
-        ("100000 studies", 130_000, 0.77, 3, None, False),
+        ("studies_1200", 2400, 0.5, 4, find_films, False),
+        ("map_50000", 50_000, 0.04, 3, None, True),
+        ("studies_100000", 130_000, 0.77, 3, None, False),
     ):
         rows = make_rows(n_patients, share)
         heads = {f"head-{k}": 1.0 + k / 4 for k in range(n_heads)}
@@ -188,7 +188,7 @@ def main() -> None:
                 found[name]["cases_js_bytes"] = beside.stat().st_size
             found[name]["chromium"] = browser.version
             browser.close()
-    ratios = {"repainting the map, frames of 60 Hz": found["map of 50000 images"]
+    ratios = {"map_repainted_in_frames_of_60_hz": found["map_50000"]
               ["frame_ms_median"]["map_repainted"] * 60 / 1000}  # fmt: skip
     print(json.dumps(found, indent=2))
     if asked.out:

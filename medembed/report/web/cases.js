@@ -8,6 +8,7 @@ const GAP = 10;
 const CARD = 190;
 const DIGITS = 12;
 const PRINTED = 24;
+const KEPT = 60;
 const KINDS = {
   all: "all",
   mistakes: "mistakes",
@@ -80,6 +81,7 @@ export const addCases = (page, store, host) => {
   let current = 0;
   let columns = 1;
   const cards = new Map();
+  const shown = new Map();
 
   const searchable = () => {
     if (texts) return texts;
@@ -139,16 +141,28 @@ export const addCases = (page, store, host) => {
     return url ? h("img", { src: url, alt, loading: "lazy", decoding: "async" }) : null;
   };
 
+  /** The films of a card, which stay loaded while the threshold moves around them. */
+  const viewsOf = ({ i, films }) => {
+    let views = shown.get(i);
+    if (!views) {
+      const pictures = films.slice(0, 3).map((code) => picture(code, "")).filter(Boolean);
+      views = h("div", { class: "views" },
+        pictures.length ? pictures : h("span", { class: "missing" }, "no picture"),
+        films.length > 3 ? h("small", {}, `+${films.length - 3}`) : null);
+      shown.set(i, views);
+      if (shown.size > KEPT) shown.delete(shown.keys().next().value);
+    }
+    return views;
+  };
+
   const build = (place) => {
     const own = describeCase(page, state, found[place]);
-    const views = own.films.slice(0, 3).map((code) => picture(code, "")).filter(Boolean);
     const wrong = own.kind[0] === "f";
-    const more = own.films.length > 3 ? h("small", {}, `+${own.films.length - 3}`) : null;
     return h("div", {
       role: "option", id: `case-${place}`, class: "case", "aria-selected": String(place === current),
       "aria-setsize": found.length, "aria-posinset": place + 1,
     },
-    hasFilms ? h("div", { class: "views" }, views.length ? views : h("span", { class: "missing" }, "no picture"), more) : null,
+    hasFilms ? viewsOf(own) : null,
     h("p", {}, h("strong", { class: wrong ? "wrong" : "right" }, own.title), ` ${share(own.p, 2)}`),
     h("p", {}, `${own.region}, ${own.abnormal ? "abnormal" : "normal"}`),
     h("p", {}, own.names ? own.names[0] : own.films[0].slice(0, DIGITS)));
