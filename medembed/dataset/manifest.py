@@ -12,11 +12,14 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import overload
 
 import pandas as pd
 
 from medembed.core.errors import ManifestError, PathNotFoundError
 from medembed.core.files import as_path, write_atomically
+from medembed.core.locations import BucketPath, Location, as_location
+from medembed.core.object_store import list_objects
 from medembed.core.text import Summarised, Summary, count_values, counted
 from medembed.dataset.checks import (
     CONTENTS,
@@ -44,6 +47,7 @@ __all__ = [
     "check_images",
     "count",
     "count_rows",
+    "existing_images",
     "existing_root",
     "find_problems",
     "hash_files",
@@ -306,14 +310,51 @@ def existing_root(image_root: str | os.PathLike[str]) -> Path:
     return root.resolve()
 
 
-def image_path(image_root: Path, image: str) -> Path:
-    """Return the file of a manifest's `image` below `image_root`.
+def existing_images(image_root: str | os.PathLike[str]) -> Location:
+    """Return the image root, a directory as `existing_root` does or a bucket's prefix.
+
+    Raises
+    ------
+    PathNotFoundError
+        There is no such directory, or nothing below the prefix.
+    StorageError
+        The bucket cannot be reached.
+    """
+    root = as_location(image_root, "the image root")
+    if not isinstance(root, BucketPath):
+        return existing_root(root)
+    if not list_objects(root, limit=1):
+        raise PathNotFoundError(
+            f"no object below {root} to find images in. "
+            "Give --image-root the prefix that holds the dataset, unpacked."
+        )
+    return root
+
+
+@overload
+def image_path(image_root: Path, image: str) -> Path: ...
+
+
+@overload
+def image_path(image_root: BucketPath, image: str) -> BucketPath: ...
+
+
+def image_path(image_root: Location, image: str) -> Location:
+    """Return the file, or in a bucket the object, of a manifest's `image` below `image_root`.
 
     Raises
     ------
     ManifestError
         The path, or the file that it links to, lies outside the root.
     """
+    if isinstance(image_root, BucketPath):
+        parts = image.split("/")
+        if not image or any(part in ("", ".", "..") for part in parts):
+            raise ManifestError(
+                f"image {image!r} names nothing below the image root {image_root}. Build the "
+                "manifest again."
+            )
+        return image_root / image
     root = Path(image_root).resolve()
     resolved = _resolve(root / image)
     if not image or not resolved.is_relative_to(root) or resolved == root:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from medembed.core.locations import BucketPath, Location
 from medembed.dataset.build_file import KeptBuild
 from medembed.dataset.manifest import count_rows
 from medembed.dataset.relabelling import count_sought
@@ -83,9 +84,14 @@ def list_left_out(rows: pd.DataFrame, failed: pd.DataFrame) -> list[dict[str, st
     return [{str(name): str(value) for name, value in record.items()} for record in found]
 
 
-def public_name(reference: str | Path) -> str:
-    """Return a path or hub id that may be published: only the last part of an absolute path."""
+def public_name(reference: str | Location) -> str:
+    """Return a path or hub id that may be published: only the last part of an absolute path.
+
+    Of a bucket's prefix too: a bucket's name may be that of a hospital.
+    """
     text = str(reference)
+    if isinstance(reference, BucketPath) or "://" in text:
+        return Path(text).name
     if Path(text).is_absolute() or text.startswith("~") or ".." in Path(text).parts:
         return Path(text).name
     return text
