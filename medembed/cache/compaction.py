@@ -77,7 +77,7 @@ def compact(
     spec: CacheSpec,
     progress: Callable[[int, int], None] | None = None,
     *,
-    grace_seconds: float = GRACE_SECONDS,
+    grace_seconds: float | None = None,
 ) -> Compaction:
     """Merge the shards less than half full, and remove duplicate rows.
 
@@ -93,8 +93,9 @@ def compact(
         The cache's spec.
     progress : callable, optional
         Called as progress(done, total) with the number of new shards.
-    grace_seconds : float
-        How long merged shards stay in a bucket after the new ones are there.
+    grace_seconds : float, optional
+        How long merged shards stay in a bucket after the new ones are there; by default
+        `GRACE_SECONDS`.
 
     Raises
     ------
@@ -108,7 +109,8 @@ def compact(
     try:
         # Two concurrent compactions might each drop a different copy of a duplicate row.
         with _holding_lock(directory, refusal) as require_lock:
-            removal = _Removal(directory / "shards", grace_seconds, require_lock)
+            grace = GRACE_SECONDS if grace_seconds is None else grace_seconds
+            removal = _Removal(directory / "shards", grace, require_lock)
             return _compact(directory / "shards", spec, progress, removal)
     except OSError as error:
         if isinstance(error, CacheError):

@@ -309,6 +309,16 @@ class CacheCompact(CacheCard):
     compacted: Compacted
 
 
+class CacheCopy(ClosedRecord):
+    """`medembed cache pull --json` and `medembed cache push --json`."""
+
+    shards: Count
+    """Shards that were copied."""
+    bytes: Count
+    already: Count
+    """Shards that were there."""
+
+
 class CacheExport(ClosedRecord):
     """`medembed cache export --json`."""
 
@@ -490,6 +500,8 @@ DOCUMENTS: dict[str, Any] = {
     "cache-compact": CacheCompact,
     "cache-export": CacheExport,
     "cache-info": CacheInfo,
+    "cache-pull": CacheCopy,
+    "cache-push": CacheCopy,
     "cache-verify": CacheVerify,
     "compare": ComparisonResult | TargetsComparison,
     "completion": Completion,

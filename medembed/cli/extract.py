@@ -10,6 +10,7 @@ import click
 from medembed.cli.commands import Command
 from medembed.cli.console import print_json, say, suggest
 from medembed.cli.options import (
+    LOCATION,
     MAX_BATCH,
     PATH,
     device_option,
@@ -22,6 +23,7 @@ from medembed.cli.options import (
     precision_option,
 )
 from medembed.cli.progress import showing_progress
+from medembed.core.locations import Location
 
 if TYPE_CHECKING:
     from medembed.cache.pending import Worker
@@ -94,7 +96,13 @@ def _choose_layers(
 @click.argument("manifest_path", metavar="MANIFEST", type=PATH)
 @image_root_option
 @encoder_option
-@click.option("--cache", "cache_path", type=PATH, required=True, help="The cache directory.")
+@click.option(
+    "--cache",
+    "cache_path",
+    type=LOCATION,
+    required=True,
+    help="The cache: a directory, or s3://bucket/prefix.",
+)
 @pool_option
 @click.option(
     "--layers",
@@ -149,9 +157,9 @@ def _choose_layers(
 @json_option
 def extract_command(
     manifest_path: Path,
-    image_root: Path,
+    image_root: Location,
     reference: str,
-    cache_path: Path,
+    cache_path: Location,
     poolings: tuple[str, ...],
     layers: tuple[str, ...],
     device: str,
@@ -187,6 +195,7 @@ def extract_command(
     if engine == "ray" and Path(reference).is_dir():  # Ray's processes are in other directories
         reference = str(Path(reference).absolute())
     if engine == "local":
+        from medembed.cache.metadata import is_free
         from medembed.extraction.settled import report_if_settled
 
         settled = report_if_settled(
@@ -204,7 +213,7 @@ def extract_command(
         )
         if settled is not None:
             _conclude(settled, manifest_path, cache_path, strict, dry_run, as_json)
-            if dry_run and not cache_path.exists():
+            if dry_run and is_free(cache_path):
                 say(f"{reference} was not loaded: medembed doctor --encoder {reference} checks it.")
             return
     from medembed import extraction  # torch
@@ -224,8 +233,8 @@ def extract_command(
 
         job = Job(
             load,
-            image_root.absolute(),
-            cache_path.absolute(),
+            _absolute(image_root),
+            _absolute(cache_path),
             poolings=poolings,
             dtype=dtype,
             intensity=Intensity(window),
@@ -268,10 +277,14 @@ def extract_command(
     _conclude(report, manifest_path, cache_path, strict, dry_run, as_json)
 
 
+def _absolute(location: Location) -> Location:
+    return location.absolute() if isinstance(location, Path) else location
+
+
 def _conclude(
     report: "ExtractionReport",
     manifest_path: Path,
-    cache_path: Path,
+    cache_path: Location,
     strict: bool,
     dry_run: bool,
     as_json: bool,
@@ -289,7 +302,7 @@ def _conclude(
         )
 
 
-def _say_extraction(report: "ExtractionReport", cache_path: Path, dry_run: bool) -> None:
+def _say_extraction(report: "ExtractionReport", cache_path: Location, dry_run: bool) -> None:
     for failure in report.failures:
         say(f"Failed ({failure['stage']}): {failure['image']}: {failure['reason']}")
     for note, n_images in report.notes.items():

@@ -9,8 +9,9 @@ import click
 from medembed.cli.choices import CHOICES, choice_options, is_interactive, read_choices, settle
 from medembed.cli.commands import Commands
 from medembed.cli.console import is_step, print_json, say, suggest
-from medembed.cli.options import PATH, conclude, json_option, output_option, seed_option
+from medembed.cli.options import LOCATION, PATH, conclude, json_option, output_option, seed_option
 from medembed.cli.progress import showing_progress
+from medembed.core.locations import Location
 
 if TYPE_CHECKING:
     from medembed.cache.near_duplicates import NearDuplicates
@@ -311,7 +312,7 @@ def recipes_command(name: str | None, as_json: bool) -> None:
 @click.option(
     "--cache",
     "cache_path",
-    type=PATH,
+    type=LOCATION,
     help="Also find test images that look like a train image, and look-alikes within a split.",
 )
 @click.option("--strict", is_flag=True, help="Warnings are errors.")
@@ -320,7 +321,7 @@ def recipes_command(name: str | None, as_json: bool) -> None:
 def check_command(
     manifest_path: Path,
     image_root: Path | None,
-    cache_path: Path | None,
+    cache_path: Location | None,
     strict: bool,
     seed: int,
     as_json: bool,
