@@ -8,7 +8,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
@@ -150,23 +150,28 @@ def _holding_lock(directory: Location, refusal: Exception) -> Iterator[Callable[
             yield lambda: None
         return
     path, token = directory / LOCK, secrets.token_bytes(16)
-    if not object_store.create_object(path, token):
+
+    def is_ours() -> bool:
+        with suppress(FileNotFoundError):
+            return object_store.read_object(path) == token
+        return False
+
+    def require_lock() -> None:
+        if not is_ours():
+            raise refusal
+        object_store.put_object(path, token)
+
+    if not object_store.create_object(path, token) and not is_ours():
         held = object_store.find_object(path)
         if held and datetime.now(UTC) - held.modified < STALE:
             raise refusal
         object_store.delete_objects([path])  # of one that was killed
-        if not object_store.create_object(path, token):
+        if not object_store.create_object(path, token) and not is_ours():
             raise refusal
-
-    def require_lock() -> None:
-        if object_store.read_object(path) != token:
-            raise refusal
-        object_store.put_object(path, token)
-
     try:
         yield require_lock
     finally:
-        if object_store.object_exists(path) and object_store.read_object(path) == token:
+        if is_ours():
             object_store.delete_objects([path])
 
 

@@ -17,7 +17,7 @@ from medembed.cache import shards
 from medembed.cache.spec import KEY_BYTES, CacheSpec, keys_from_hex, sortable
 from medembed.cache.storage import read_file
 from medembed.core import object_store
-from medembed.core.errors import CacheError, ShardError
+from medembed.core.errors import CacheError, ShardError, StorageError
 from medembed.core.files import describe_error
 from medembed.core.locations import BucketPath, Location
 from medembed.core.system import count_cores
@@ -207,6 +207,8 @@ def list_files(directory: Location) -> dict[str, Location]:
     ------
     CacheError
         The directory cannot be read.
+    StorageError
+        The store of a bucket refuses, or keeps failing.
     """
     try:
         if isinstance(directory, BucketPath):
@@ -214,6 +216,8 @@ def list_files(directory: Location) -> dict[str, Location]:
         return {name: directory / name for name in os.listdir(directory)}
     except FileNotFoundError:
         return {}
+    except StorageError:
+        raise
     except OSError as error:
         raise _unreadable(directory, error) from error
 
@@ -241,6 +245,8 @@ def read_replaced(path: Location) -> list[str]:
         names = json.loads(read_file(path))
     except (FileNotFoundError, ValueError, RecursionError):
         return []
+    except StorageError:
+        raise
     except OSError as error:
         raise _unreadable(path, error) from error
     if not isinstance(names, list):

@@ -53,6 +53,7 @@ FIRST_PAUSE, MAX_PAUSE = 0.2, 30.0  # seconds: upper ends of the random pauses
 PROBE = ".probe-"
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 _RETRIED = {"408", "409", "425", "429", "500", "502", "503", "504"}
+_PASSING = re.compile(r"<Code>(RequestTimeout|SlowDown|InternalError|OperationAborted|Throttl)")
 _EXPIRED = re.compile(
     r"ExpiredToken|TokenRefreshRequired|RequestExpired|InvalidAuthenticationInfo|invalid_token"
 )
@@ -130,7 +131,9 @@ class _Bucket:
             except (known.BaseError, OSError, ValueError) as error:
                 status, words = _explain(str(error))
                 has_expired = _EXPIRED.search(str(error)) is not None
-                may_pass = has_expired or status in _RETRIED or not status
+                has_expired = has_expired or (status == "400" and "(" not in words)  # of a HEAD
+                may_pass = has_expired or not status or status in _RETRIED
+                may_pass = may_pass or _PASSING.search(str(error)) is not None
                 if not may_pass or attempt == MAX_TRIES or _is_setting(error):
                     raise _refused(path, status, words, attempt) from None
                 if has_expired:
