@@ -163,7 +163,7 @@ class Cache(Summarised):
         self.check_poolings(list(outputs))
         waiting = np.arange(len(keys))
         for n_tries in range(1, MAX_TRIES + 1):
-            found, owners, rows = self._index.refresh().locate(keys[waiting])
+            found, owners, rows = self._locate(keys[waiting], again=n_tries > 1)
             if not found.all():
                 raise MissingRowsError(
                     f"{int((~found).sum())} of {len(keys)} rows are not in the cache at {self.path}"
@@ -180,6 +180,16 @@ class Cache(Summarised):
             f"shards of {self.path} vanish faster than they are read: {len(waiting)} of "
             f"{len(keys)} rows are missing. Read again when whatever removes them has ended."
         )
+
+    def _locate(
+        self, keys: np.ndarray, *, again: bool
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return what `Index.locate` returns; a bucket is listed again only if that is needed."""
+        if isinstance(self.path, BucketPath) and not again:
+            places = self._index.locate(keys)
+            if places[0].all():
+                return places
+        return self._index.refresh().locate(keys)
 
     def _copy_all(
         self,

@@ -332,7 +332,8 @@ def require_conditions(prefix: BucketPath) -> None:
             f"the store of {prefix} does not honour conditional writes (If-None-Match: *): of two "
             "objects of one name the second replaced the first, and so could two workers replace "
             "each other's rows. Use a store that does, as S3, Google Cloud Storage and Azure do, "
-            "or extract into a local --cache and copy it with `medembed cache push`."
+            "or extract into a local --cache and copy that with the store's own client: reading "
+            "needs no conditions."
         )
 
 

@@ -172,7 +172,7 @@ def forget_conditions(asked: Asked) -> None:
 
 def test_a_store_without_conditions_is_refused_at_the_start(s3: S3, place: BucketPath) -> None:
     s3.fault = forget_conditions
-    with pytest.raises(StorageError, match=r"does not honour conditional writes.*cache push"):
+    with pytest.raises(StorageError, match=r"does not honour conditional writes.*local --cache"):
         create_cache(place, SPEC, RECORDED)
     assert object_store.list_objects(place) == []
     s3.fault = lambda asked: (501, "NotImplemented") if "if-none-match" in asked.headers else None

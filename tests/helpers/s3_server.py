@@ -66,6 +66,7 @@ class S3:
     fault: Fault = lambda asked: None
     tamper: Callable[[Asked, Answer], Answer] = lambda asked, answer: answer
     seconds: float = 0.0  # latency of each request
+    bytes_per_second: float = 0.0  # of the line that all answers share; 0 for no limit
     asked: list[Asked] = field(default_factory=list)
     counts: dict[tuple[str, str], int] = field(default_factory=dict)
 
@@ -109,7 +110,17 @@ def serving() -> Iterator[S3]:
     moto.start()
     _, port = moto.get_host_and_port()
     s3 = S3()
-    one_at_a_time, counting = threading.Lock(), threading.Lock()
+    one_at_a_time, counting, line = threading.Lock(), threading.Lock(), threading.Lock()
+    free_at = [0.0]
+
+    def wait_for_line(n_bytes: int) -> None:
+        """Wait until the line has carried so many bytes more."""
+        if s3.bytes_per_second:
+            with line:
+                free_at[0] = max(free_at[0], time.monotonic()) + n_bytes / s3.bytes_per_second
+                until = free_at[0]
+            time.sleep(max(0.0, until - time.monotonic()))
+
     connections = threading.local()
 
     def forward(asked: Asked, path: str, body: bytes) -> Answer:
@@ -179,8 +190,11 @@ def serving() -> Iterator[S3]:
                 self.send_header("Content-Length", length)
             self.end_headers()
             if self.command != "HEAD":
+                body = memoryview(answer.body)[: len(answer.body) // (2 if half else 1)]
                 with contextlib.suppress(OSError):
-                    self.wfile.write(answer.body[: len(answer.body) // 2] if half else answer.body)
+                    for start in range(0, len(body), 1 << 18):
+                        wait_for_line(len(body[start : start + (1 << 18)]))
+                        self.wfile.write(body[start : start + (1 << 18)])
             if half:
                 self.hang_up()
 
