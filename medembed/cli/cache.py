@@ -9,7 +9,7 @@ import click
 
 from medembed.cli.commands import Commands
 from medembed.cli.console import print_json, printable, say, suggest
-from medembed.cli.options import LOCATION, PATH, json_option, output_option, split_names
+from medembed.cli.options import LOCATION, PATH, Finite, json_option, output_option, split_names
 from medembed.cli.progress import showing_progress
 from medembed.core.locations import Location
 
@@ -177,8 +177,15 @@ def _remedy(problems: "list[Problem]", repair: bool) -> str:
     ],
 )
 @click.argument("cache_path", metavar="CACHE", type=LOCATION)
+@click.option(
+    "--grace",
+    type=Finite(0, 86_400),
+    default=60.0,
+    show_default=True,
+    help="Seconds that merged shards stay in a bucket, for those who are reading them.",
+)
 @json_option
-def compact_command(cache_path: Location, as_json: bool) -> None:
+def compact_command(cache_path: Location, grace: float, as_json: bool) -> None:
     """Merge small shards of CACHE into full ones, and keep one copy of repeated rows.
 
     Other processes may read and extract meanwhile. A shard is removed only after its replacement
@@ -189,7 +196,7 @@ def compact_command(cache_path: Location, as_json: bool) -> None:
 
     opened = open_cache(cache_path)
     with showing_progress("Merging", "shards") as progress:
-        done = compact(opened.path, opened.spec, progress)
+        done = compact(opened.path, opened.spec, progress, grace_seconds=grace)
     if as_json:
         print_json({**opened.card(), "compacted": asdict(done)})
     click.echo(
