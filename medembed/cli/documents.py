@@ -26,6 +26,7 @@ __all__ = [
     "Autoencoder",
     "CacheCard",
     "CacheCompact",
+    "CacheCopy",
     "CacheExport",
     "CacheInfo",
     "CacheVerify",
