@@ -50,6 +50,8 @@ AHEAD = 32
 MAX_TRIES = 8
 """Tries of one request: at most about a minute and a half of pauses."""
 FIRST_PAUSE, MAX_PAUSE = 0.2, 30.0  # seconds: upper ends of the random pauses
+# A whole shard has 64 MB: over a slow line it takes minutes, but never half of one in silence.
+MAX_SECONDS, MAX_SILENCE = 900.0, 30.0
 PROBE = ".probe-"
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 _RETRIED = {"408", "409", "425", "429", "500", "502", "503", "504"}
@@ -371,11 +373,10 @@ def _obstore(path: BucketPath) -> Any:
 def _connect(scheme: str, bucket: str) -> Any:
     from obstore import store as stores
 
-    # A whole shard has 64 MB: over a slow line it takes minutes, but never half of one in silence.
     client: Any = {
-        "timeout": timedelta(minutes=15),
-        "read_timeout": timedelta(seconds=30),
-        "connect_timeout": timedelta(seconds=10),
+        "timeout": timedelta(seconds=MAX_SECONDS),
+        "read_timeout": timedelta(seconds=MAX_SILENCE),
+        "connect_timeout": timedelta(seconds=MAX_SILENCE),
     }
     common: Any = {"client_options": client, "retry_config": {"max_retries": 0}}
     if scheme == "memory":

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -386,6 +387,20 @@ def test_a_store_that_refuses_is_one_error_without_secrets(
     assert "Signature" not in shown
     assert s3.address not in shown
     assert "\n" not in shown
+
+
+def test_a_silent_store_is_asked_again(
+    s3: S3, place: BucketPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(object_store, "MAX_SILENCE", 0.2)
+    object_store._buckets.clear()
+    object_store.put_object(place, b"here")
+    s3.fault = lambda asked: time.sleep(1.0) if asked.n == 2 else None
+    s3.counts.clear()
+    assert object_store.read_object(place) == b"here"
+    assert object_store.read_object(place) == b"here"
+    assert s3.counts["GET", place.key] == 3
+    object_store._buckets.clear()
 
 
 def test_a_bucket_that_does_not_exist_is_named(s3: S3) -> None:

@@ -212,6 +212,13 @@ def test_every_step_takes_buckets(
     )
     assert len(a) == 48
     np.testing.assert_allclose(a, b, atol=1e-3)
+    elsewhere = with_both_classes(write_images(tmp_path / "others", 24, seed=9))
+    rows = elsewhere.rows.assign(patient="other " + elsewhere.rows["patient"])
+    write_manifest(Manifest(rows, "study"), tmp_path / "others.csv")
+    upload(tmp_path / "others", place / "others")
+    call("extract", "others.csv", "--image-root", place / "others", *common[3:], "--device", "cpu")
+    call("evaluate", "run/models/logistic", cache, "others.csv", "-o", "there")
+    call("cache", "compact", cache, "--grace", 0)
     pulled = json.loads(call("cache", "pull", cache, "here", "--json").stdout)
     assert pulled["shards"] == 1
     s3.fault = lambda asked: "cut"
