@@ -4,8 +4,8 @@ The data are synthetic: MURA's layout, a folder per class, another clinic's tabl
 hub is on loopback, with random towers under the names that the pages use, and so is S3. Launchers
 that this machine lacks are stand-ins that start what they are given. Pages run in the order in
 which a reader would take them and share caches and runs; a command that stands on several pages
-runs once, and the environment asks for fewer configurations than the defaults. All of this takes minutes, so
-`make docs` runs it and `make test` does not.
+runs once, and the environment asks for fewer configurations than the defaults. All of this takes
+minutes, so `make docs` runs it and `make test` does not.
 
 A comment above a block says what the block itself cannot: `<!-- file: space.toml -->` is a file,
 `<!-- not run -->` cannot run here.
