@@ -133,7 +133,8 @@ class _Bucket:
             except (known.BaseError, OSError, ValueError) as error:
                 status, words = _explain(str(error))
                 has_expired = _EXPIRED.search(str(error)) is not None
-                has_expired = has_expired or (status == "400" and "(" not in words)  # of a HEAD
+                if attempt == 1 and status in ("400", "401", "403") and "(" not in words:
+                    has_expired = True  # perhaps: the answer to a HEAD has no body that says so
                 may_pass = has_expired or not status or status in _RETRIED
                 may_pass = may_pass or _PASSING.search(str(error)) is not None
                 if not may_pass or attempt == MAX_TRIES or _is_setting(error):
