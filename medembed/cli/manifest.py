@@ -338,7 +338,7 @@ def check_command(
     that occurs twice, or films that show nothing.
     """
     from medembed.cache.store import open_cache
-    from medembed.dataset.review import review_manifest
+    from medembed.dataset.manifest import review_manifest
 
     cache = open_cache(cache_path) if cache_path else None
     with showing_progress("Checking", "images") as progress:

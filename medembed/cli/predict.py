@@ -7,7 +7,7 @@ import textwrap
 import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -29,12 +29,12 @@ from medembed.core.text import printable
 
 if TYPE_CHECKING:
     from medembed.prediction import Predictor
+    from medembed.prediction.rows import PredictedRow
 
 __all__ = ["predict_command", "write_table"]
 
 COLUMNS = 80
 NAME_COLUMNS = 38
-Row = dict[str, Any]
 OUTER = 0.05
 """Share of the training patients that lie furthest out; an equal share of similar studies does."""
 _NO_REFERENCE = (
@@ -211,7 +211,7 @@ class _Seen:
         self.images = self.failed = self.studies = self.abnormal = self.trained_on = 0
         self.far = self.marginal = self.placed = self.outer = 0
 
-    def add(self, row: Row) -> None:
+    def add(self, row: "PredictedRow") -> None:
         if row["image"] is None:
             self.studies += 1
             self.abnormal += row["decision"] == "abnormal"
@@ -269,7 +269,9 @@ class _Seen:
             )
 
 
-def _show(rows: Iterator[Row], predictor: "Predictor", *, jsonl: bool, as_json: bool) -> _Seen:
+def _show(
+    rows: "Iterator[PredictedRow]", predictor: "Predictor", *, jsonl: bool, as_json: bool
+) -> _Seen:
     seen = _Seen()
     if as_json:
         kept = list(_counting(rows, seen))
@@ -292,7 +294,7 @@ def _show(rows: Iterator[Row], predictor: "Predictor", *, jsonl: bool, as_json: 
     return seen
 
 
-def _counting(rows: Iterator[Row], seen: _Seen) -> Iterator[Row]:
+def _counting(rows: "Iterator[PredictedRow]", seen: _Seen) -> "Iterator[PredictedRow]":
     for row in rows:
         seen.add(row)
         yield row
@@ -311,7 +313,7 @@ def _writer() -> Callable[[str], None]:
     return write
 
 
-def write_table(rows: list[Row], path: Path) -> None:
+def write_table(rows: "list[PredictedRow]", path: Path) -> None:
     """Write rows as a table, complete or not at all: a line per image and per study of several.
 
     Text that a spreadsheet would evaluate is prefixed with an apostrophe.
@@ -348,7 +350,7 @@ def _heading(predictor: "Predictor") -> list[str]:
     return [names, "-" * COLUMNS]
 
 
-def _lines(row: Row) -> list[str]:
+def _lines(row: "PredictedRow") -> list[str]:
     """Return the lines for a row; none for a study with one view, which its image's row shows."""
     if row["image"] is None:
         if row["n_views"] == 1:

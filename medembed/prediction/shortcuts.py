@@ -83,7 +83,7 @@ class AuditedGroup:
     n_patients: int
     auroc: Estimate | None = None
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Return JSON values."""
         own = None if self.auroc is None else self.auroc.interval().as_dict()
         counts = {"n": self.n, "n_abnormal": self.n_abnormal, "n_patients": self.n_patients}
@@ -136,7 +136,7 @@ class AuditedColumn:
         used, gap = self.residualised.p, self.gap.p_holm
         return {"encoded": self.encoded.p, "used": used, "gap": gap}
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Return `encoded`, `used` and `gap`, each None if not estimable, and the groups."""
         found: dict[str, Any] = {
             "groups": [group.as_dict() for group in self.groups],
@@ -195,7 +195,7 @@ class ShortcutAudit(Summarised):
     n: int
     n_patients: int
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Return JSON values."""
         return {
             "pooling": self.pooling,

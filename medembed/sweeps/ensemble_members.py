@@ -170,18 +170,18 @@ def _check_run(run: Run, name: str, first: Run, first_name: str) -> None:
     """Refuse a run without out-of-fold predictions, or of another question than the first."""
     run.require_complete()
     info = run.info
-    if info["kind"] != "sweep":
+    if info.kind != "sweep":
         raise RunError(
-            f"run {name} is of kind {info['kind']}, and only sweeps have out-of-fold predictions "
+            f"run {name} is of kind {info.kind}, and only sweeps have out-of-fold predictions "
             "of every training study. Name runs of `medembed sweep`."
         )
-    if info.get("cv_method") != CV_METHOD:
+    if info.cv_method != CV_METHOD:
         raise RunError(
             f"run {name} is from an older medembed, whose out-of-fold predictions were used to "
             "choose its heads. Sweep again into another --out."
         )
     for key in SHARED:
-        ours, theirs = first.info["asked"].get(key), info["asked"].get(key)
+        ours, theirs = getattr(first.info.asked, key), getattr(info.asked, key)
         if ours != theirs:
             raise RunError(
                 f"run {name} has another {key} than {first_name}: {_short(theirs)} and "
@@ -236,9 +236,9 @@ def _read_members(
 ) -> list[Member]:
     """Return a run's members, in the order of its leaderboard."""
     members = []
-    for entry in run.info.get("leaderboard", []):
-        head = entry["head"]
-        if entry["trial"] is None or (heads is not None and head not in heads):
+    for entry in run.info.leaderboard:
+        head = entry.head
+        if entry.trial is None or (heads is not None and head not in heads):
             continue
         path = run.model_path(head)
         model = load_model(path)
