@@ -18,6 +18,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 import tomllib
 from collections import Counter
@@ -152,6 +153,22 @@ def write_pacs(root: Path) -> None:
         path.write_bytes(dicom(pixels, **own))
 
 
+def write_shards(root: Path, views: list[DemoView]) -> None:
+    """Write tar files with a table of values beside each image."""
+    root.mkdir()
+    with tarfile.open(root / "shard-0.tar", "w") as tar:
+        for number, view in enumerate(views):
+            write_view(view, root / "view.png", size=96)
+            own = {"patient": view.patient, "study": view.study, "region": view.region}
+            split = "test" if int(view.patient[-1]) % 4 == 0 else "train"
+            own |= {"label": view.label, "split": split}
+            (root / "view.json").write_text(json.dumps(own))
+            for suffix in (".png", ".json"):
+                tar.add(root / f"view{suffix}", f"{number:04d}{suffix}")
+    for path in root.glob("view.*"):
+        path.unlink()
+
+
 def files_of(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
@@ -244,6 +261,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
     write_films(path / "films", draw_cohort(N_PATIENTS, seed=1))
     write_clinic(path / "clinic", draw_cohort(60, seed=2))
     write_pacs(path / "pacs")
+    write_shards(path / "shards", draw_cohort(20, seed=3))
     shutil.copytree(ROOT / "examples", path / "examples")
     write_stand_ins(path / "bin")
     installed = Path(sys.executable).parent

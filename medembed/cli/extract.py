@@ -28,6 +28,7 @@ from medembed.core.locations import Location
 if TYPE_CHECKING:
     from medembed.cache.pending import Worker
     from medembed.extraction import ExtractionReport
+    from medembed.images.tar_stream import TarRoot
 
 __all__ = ["extract_command"]
 
@@ -157,7 +158,7 @@ def _choose_layers(
 @json_option
 def extract_command(
     manifest_path: Path,
-    image_root: Location,
+    image_root: "Location | TarRoot",
     reference: str,
     cache_path: Location,
     poolings: tuple[str, ...],
@@ -233,7 +234,7 @@ def extract_command(
 
         job = Job(
             load,
-            _absolute(image_root),
+            _absolute(_refuse_stream(image_root)),
             _absolute(cache_path),
             poolings=poolings,
             dtype=dtype,
@@ -275,6 +276,17 @@ def extract_command(
                 announce=say,
             )
     _conclude(report, manifest_path, cache_path, strict, dry_run, as_json)
+
+
+def _refuse_stream(image_root: "Location | TarRoot") -> Location:
+    from medembed.images.tar_stream import TarRoot
+
+    if isinstance(image_root, TarRoot):
+        raise click.UsageError(
+            f"{image_root} is read from front to back, and Ray's tasks would each read all of it. "
+            "Use --backend local, with --worker I/N where there are several."
+        )
+    return image_root
 
 
 def _absolute(location: Location) -> Location:

@@ -14,6 +14,7 @@ from medembed.cli.console import print_json, say
 from medembed.core.poolings import DEFAULT_POOLINGS, POOLINGS
 
 __all__ = [
+    "IMAGES",
     "LOCATION",
     "MANY",
     "MAX_BATCH",
@@ -64,7 +65,9 @@ class _LocalPath(click.Path):
 
 
 class _LocationType(click.Path):
-    """A local path, or a bucket's prefix such as s3://bucket/mura."""
+    """A local path, or a bucket's prefix such as s3://bucket/mura; of images also tar://shards."""
+
+    takes_streams = False
 
     def convert(
         self,
@@ -79,16 +82,20 @@ class _LocationType(click.Path):
         from medembed.core.errors import ArgumentError
         from medembed.core.locations import parse_location
         from medembed.core.object_store import set_announcer
+        from medembed.images.tar_stream import parse_tar_root
 
         set_announcer(announce_download)
         try:
-            return parse_location(text)
+            tars = parse_tar_root(text) if self.takes_streams else None
+            return tars or parse_location(text)
         except ArgumentError as error:
             self.fail(str(error), param, ctx)
 
 
 PATH = _LocalPath(path_type=Path)
 LOCATION = _LocationType(path_type=Path)
+IMAGES = _LocationType(path_type=Path)
+IMAGES.takes_streams = True
 Command = TypeVar("Command", bound=Callable[..., Any])
 MAX_SEED = 2**63 - 1
 """The largest whole number that every file and library here holds."""
@@ -109,9 +116,10 @@ class Finite(click.FloatRange):
 
 image_root_option = click.option(
     "--image-root",
-    type=LOCATION,
+    type=IMAGES,
     required=True,
-    help="Directory, or prefix in a bucket, that the manifest's paths are relative to.",
+    help="Directory or bucket that the manifest's paths are relative to; extract also takes "
+    "tar://DIR.",
 )
 encoder_option = click.option(
     "--encoder",

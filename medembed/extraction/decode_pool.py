@@ -25,9 +25,10 @@ from medembed.core.system import reserve
 from medembed.dataset.manifest import image_path
 from medembed.encoders.preprocessing import Preprocessing
 from medembed.extraction.decode_worker import PATIENCE, READY, TIMES_UP, describe, open_slots
-from medembed.extraction.image_fetcher import Fetched, ImageFetcher
+from medembed.extraction.image_fetcher import Fetched, ImageFetcher, TarReader
 from medembed.images.intensity import DEFAULT_INTENSITY, Intensity
 from medembed.images.load import DEFAULT_LIMITS, Content, Limits, Reading
+from medembed.images.tar_stream import TarRoot
 
 __all__ = ["DECODER_BYTES", "Decoders"]
 
@@ -108,7 +109,7 @@ class Decoders:
         self._shared.close()
 
     def read(
-        self, contents: Sequence[Content], image_root: Location, n_slots: int
+        self, contents: Sequence[Content], image_root: Location | TarRoot, n_slots: int
     ) -> Iterator[tuple[Content, Reading] | None]:
         """Yield every content with its reading, in order; pixels are valid until the next one.
 
@@ -117,8 +118,9 @@ class Decoders:
 
         Parameters
         ----------
-        image_root : Path or BucketPath
-            What the images' paths are relative to. Those of a bucket are fetched ahead.
+        image_root : Path, BucketPath or TarRoot
+            What the images' paths are relative to. Those of a bucket are fetched ahead. Those of
+            tar files come in the order in which they are stored there.
         n_slots : int
             How many images may be in progress or waiting; this bounds memory.
 
@@ -146,22 +148,29 @@ class Decoders:
                 requests = fetcher.stream(contents)
             yield from self._read_all(requests, shape[0], fetcher)
 
-    def _fetching(self, image_root: Location) -> Any:
-        if not isinstance(image_root, BucketPath):
-            return nullcontext()
-        return ImageFetcher(image_root, _memory_directory(), self._limits)
+    def _fetching(self, image_root: Location | TarRoot) -> Any:
+        if isinstance(image_root, TarRoot):
+            return TarReader(image_root, _memory_directory(), self._limits)
+        if isinstance(image_root, BucketPath):
+            return ImageFetcher(image_root, _memory_directory(), self._limits)
+        return nullcontext()
 
     def _read_all(
-        self, requests: Iterator["_Request"], n_slots: int, fetcher: ImageFetcher | None
+        self, requests: Iterator["_Request"], n_slots: int, fetcher: ImageFetcher | TarReader | None
     ) -> Iterator[tuple[Content, Reading] | None]:
         waiting: deque[tuple[Content, Future[Reading]]] = deque()
         remaining = iter(enumerate(requests))
+        ended: MedembedError | None = None
         while True:
-            for number, (content, files) in islice(remaining, n_slots - len(waiting)):
-                slot = number % n_slots
-                future = self._pool.submit(self._read_files, slot, content.sha256, files, fetcher)
-                waiting.append((content, future))
+            try:
+                for number, (content, files) in islice(remaining, n_slots - len(waiting)):
+                    args = (number % n_slots, content.sha256, files, fetcher)
+                    waiting.append((content, self._pool.submit(self._read_files, *args)))
+            except MedembedError as error:  # such as a tar file that ends early
+                ended = error  # once what came before it is decoded
             if not waiting:
+                if ended:
+                    raise ended
                 return
             content, future = waiting[0]
             while not wait([future], timeout=PATIENCE_SECONDS).done:
@@ -170,7 +179,7 @@ class Decoders:
             waiting.popleft()  # only now may its slot be filled anew
 
     def _read_files(
-        self, slot: int, sha256: str, files: "_Files", fetcher: ImageFetcher | None
+        self, slot: int, sha256: str, files: "_Files", fetcher: ImageFetcher | TarReader | None
     ) -> Reading:
         if not isinstance(files, Future):
             return self._read(slot, sha256, files)

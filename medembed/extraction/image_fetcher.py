@@ -1,4 +1,7 @@
-"""Images of a bucket, fetched ahead of the decoders into files that live as long as a decoding."""
+"""Images of a bucket or of tar files, ahead of the decoders, in files that a decoding outlives.
+
+The files lie in memory where there is room; a bounded number of them is waiting at any time.
+"""
 
 import hashlib
 import os
@@ -12,13 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+import numpy as np
+
+from medembed.cache.index import SortedKeys
+from medembed.cache.pending import Contents
 from medembed.core import object_store
 from medembed.core.errors import StorageError
 from medembed.core.locations import BucketPath
 from medembed.dataset.manifest import image_path
 from medembed.images.load import Content, Limits
+from medembed.images.tar_stream import TarRoot, read_members
 
-__all__ = ["Fetched", "ImageFetcher"]
+__all__ = ["Fetched", "ImageFetcher", "TarReader"]
 
 AHEAD = 64  # contents whose images are fetched or wait, beyond those with a slot
 MAX_WAITING_BYTES = 2**30  # of fetched images; the next fetch waits until some are decoded
@@ -129,6 +137,66 @@ class ImageFetcher:
 
         with self._room:
             self._room.wait_for(may_begin)
+
+
+class TarReader:
+    """Reads tar files once, and hands on the members whose bytes are wanted, in their order.
+
+    Parameters
+    ----------
+    root : TarRoot
+        The tar files.
+    directory, limits
+        As `ImageFetcher` takes them.
+    """
+
+    def __init__(self, root: TarRoot, directory: Path | None, limits: Limits) -> None:
+        self._root, self._parent, self._limits = root, directory, limits
+
+    def __enter__(self) -> "TarReader":
+        self._directory = tempfile.TemporaryDirectory(prefix="medembed-", dir=self._parent)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._directory.cleanup()
+
+    def stream(self, contents: Contents) -> Iterator[tuple[Content, Future[Fetched]]]:
+        """Yield each content once, with its file or the reason why there is none."""
+        wanted = SortedKeys(contents.keys)
+        is_found = np.zeros(len(contents), bool)
+        for number, (_, data) in enumerate(read_members(self._root, self._limits.max_bytes)):
+            if is_found.all():
+                break
+            if data is None:
+                continue
+            key = np.frombuffer(hashlib.sha256(data).digest(), np.uint8)
+            place = int(wanted.find(key)[0])
+            if place < 0 or is_found[place]:
+                continue
+            is_found[place] = True
+            path = Path(self._directory.name) / str(number)
+            path.write_bytes(data)
+            yield contents[place], _settled(Fetched((str(path),)))
+        reason = f"no file in the tar files has its bytes, of at most {self._limits.max_bytes:,}"
+        for place in np.flatnonzero(~is_found).tolist():
+            yield contents[place], _settled(Fetched((), reason))
+
+    def release(self, fetched: Fetched) -> None:
+        """Remove the file of a content that has been decoded."""
+        for path in fetched.paths:
+            with suppress(OSError):
+                os.unlink(path)
+
+
+def _settled(fetched: Fetched) -> Future[Fetched]:
+    future: Future[Fetched] = Future()
+    future.set_result(fetched)
+    return future
 
 
 def _is_content(data: bytes, sha256: str) -> bool:

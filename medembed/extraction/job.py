@@ -40,7 +40,7 @@ from medembed.core.system import (
 )
 from medembed.dataset.manifest import (
     Manifest,
-    existing_images,
+    existing_source,
     image_path,
     read_manifest,
     require_hashes,
@@ -56,6 +56,7 @@ from medembed.extraction.report import ExtractionReport, describe_execution, exe
 from medembed.extraction.writer import STAGES, Timeline, WriterThread
 from medembed.images.intensity import DEFAULT_INTENSITY, Intensity
 from medembed.images.load import DEFAULT_LIMITS, Content, Limits, Reading
+from medembed.images.tar_stream import TarRoot
 from medembed.images.versions import IMAGES_VERSION, may_have_changed, why_changed
 
 __all__ = [
@@ -94,7 +95,7 @@ _WAY_OUT = "Extract into a new --cache"
 def refuse_outdated(
     plan: Plan,
     cache: Cache | None,
-    image_root: Location,
+    image_root: Location | TarRoot,
     intensity: Intensity,
     n_decoders: int | None,
     on_status: Callable[[str], None],
@@ -129,7 +130,7 @@ def refuse_outdated(
 
 def _decoded_again(
     plan: Plan,
-    image_root: Location,
+    image_root: Location | TarRoot,
     intensity: Intensity,
     n_decoders: int | None,
     on_status: Callable[[str], None],
@@ -145,7 +146,9 @@ def _decoded_again(
                 yield pair
 
 
-def _find_suspects(done: Sequence[Content], image_root: Location) -> list[Content]:
+def _find_suspects(done: Sequence[Content], image_root: Location | TarRoot) -> list[Content]:
+    if isinstance(image_root, TarRoot):
+        return []  # as files that are missing
     if not isinstance(image_root, BucketPath):
         return [content for content in done if _is_suspect(content, image_root)]
     with ThreadPoolExecutor(AHEAD) as pool:
@@ -210,8 +213,9 @@ def extract(
     manifest : Manifest or path
         Names the images and their SHA-256.
     image_root : path
-        Directory that the manifest's image paths are relative to, or a bucket's prefix such as
-        `s3://bucket/images`.
+        Directory that the manifest's image paths are relative to, a bucket's prefix such as
+        `s3://bucket/images`, or tar files such as `tar://shards`, which are read once in their
+        order; images are then found by their hash.
     encoder : Encoder, str or path
         The encoder, or a reference that `load_encoder` accepts.
     cache : Cache or path
@@ -274,7 +278,7 @@ def extract(
     -----
     On any exception, including Ctrl-C, rows embedded so far are committed before it propagates.
     """
-    root, timeline = existing_images(image_root), timeline or Timeline()
+    root, timeline = existing_source(image_root), timeline or Timeline()
     on_status = on_status or (lambda words: None)
     poolings = poolings.split(",") if isinstance(poolings, str) else poolings
     manifest, encoder = read_manifest(manifest), find_tower(encoder, poolings=poolings)
@@ -317,7 +321,7 @@ def extract(
 
 
 def prepare_cache(
-    image_root: Location,
+    image_root: Location | TarRoot,
     encoder: Encoder,
     cache_path: Location,
     *,
@@ -331,14 +335,16 @@ def prepare_cache(
     Arguments and exceptions are those of `extract`. A dry run creates nothing.
     """
     poolings = expand_blocks(poolings, encoder.dimensions)
-    existing_images(image_root)
+    existing_source(image_root)
     _check_request(encoder, poolings, None, None)
     spec, recorded = spec_of(encoder, poolings, dtype, intensity), _record(encoder, poolings)
     if _open_if_there(cache_path, spec, recorded) is None and not dry_run:
         _open_or_make(encoder, spec, recorded, cache_path)
 
 
-def check_plan(plan: Plan, spec: CacheSpec, image_root: Location, cache_path: Location) -> None:
+def check_plan(
+    plan: Plan, spec: CacheSpec, image_root: Location | TarRoot, cache_path: Location
+) -> None:
     """Check, before any work, that at least one image exists and that the disk can hold the rows.
 
     Raises
@@ -349,7 +355,8 @@ def check_plan(plan: Plan, spec: CacheSpec, image_root: Location, cache_path: Lo
         The disk is too full.
     """
     images = (image for content in plan.pending for image in content.images)
-    refuse_empty_root(image_root, images, len(plan.pending), "to embed")
+    if not isinstance(image_root, TarRoot):
+        refuse_empty_root(image_root, images, len(plan.pending), "to embed")
     if not isinstance(cache_path, BucketPath):
         _refuse_full_disk(plan, spec, cache_path)
 

@@ -12,7 +12,7 @@ from medembed.cache.store import Cache, open_cache
 from medembed.core.errors import SpecMismatchError
 from medembed.core.locations import Location
 from medembed.core.poolings import refuse_unknown
-from medembed.dataset.manifest import Manifest, existing_images, require_hashes
+from medembed.dataset.manifest import Manifest, existing_source, require_hashes
 from medembed.encoders.base_ref import read_base
 from medembed.encoders.checkpoint_files import SIGLIP_TYPES, find_config, read_json
 from medembed.encoders.hub import resolve_checkpoint
@@ -21,6 +21,7 @@ from medembed.extraction.job import make_report
 from medembed.extraction.report import ExtractionReport
 from medembed.extraction.writer import Timeline
 from medembed.images.intensity import DEFAULT_INTENSITY, Intensity
+from medembed.images.tar_stream import TarRoot
 from medembed.images.versions import IMAGES_VERSION
 
 __all__ = ["report_if_settled"]
@@ -30,7 +31,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@\S+)?")
 
 def report_if_settled(
     manifest: Manifest,
-    image_root: Location,
+    image_root: Location | TarRoot,
     reference: str,
     cache_path: Location,
     *,
@@ -70,7 +71,7 @@ def report_if_settled(
         published one, or images or rows differ in size.
     """
     start = time.monotonic()
-    existing_images(image_root)
+    existing_source(image_root)
     require_hashes(manifest)
     refuse_unknown(poolings)
     if is_free(cache_path):
