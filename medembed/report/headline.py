@@ -18,6 +18,7 @@ __all__ = [
     "Headline",
     "PriorVerdict",
     "Ranking",
+    "Tile",
     "describe_small_sample",
     "describe_tiles",
     "judge_priors",
