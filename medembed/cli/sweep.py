@@ -48,11 +48,13 @@ class _Backend(click.Choice[str]):
         "medembed sweep layers mura.csv -o runs/layers --pool mean@all --heads logistic",
         "medembed sweep cache grazpedwri.csv -o runs/wrist --target fracture,metal,cast",
         "medembed sweep cache mura.csv -o runs/words --prompts prompts.safetensors",
+        "medembed sweep cache mura.csv -o runs/baselines --heads logistic,metadata "
+        "--covariates age,sex --image-root MURA-v1.1",
     ],
     sections={
         "What is tried": [
             *("target", "heads", "pool", "space", "configs", "covariates", "prompts"),
-            "train-fraction",
+            *("image-root", "train-fraction"),
         ],
         "How it is judged": ["folds", "metric", "operating-point"],
         "Speed": ["jobs", "backend"],
@@ -74,7 +76,8 @@ class _Backend(click.Choice[str]):
     default="logistic,mlp,lightgbm",
     show_default=True,
     help="Classifiers: logistic (always included), mlp, lightgbm, attention, knn; with --prompts "
-    "also zero-shot and text-logistic.",
+    "also zero-shot and text-logistic. Baselines: metadata, the covariates alone; imagestats, the "
+    "film's brightness, size, sharpness and border alone.",
 )
 @click.option(
     "--pool",
@@ -110,6 +113,12 @@ class _Backend(click.Choice[str]):
     "pooling pooler.",
 )
 @click.option(
+    "--image-root",
+    type=PATH,
+    help="Directory that the manifest's paths are relative to: adds the baseline imagestats, "
+    "measured on the files unless CACHE holds its pooling.",
+)
+@click.option(
     "--train-fraction", type=Finite(0, 1, min_open=True), default=1.0, show_default=True,
     help="Share of the training patients to train on, for label-efficiency curves.",
 )  # fmt: skip
@@ -138,6 +147,7 @@ def sweep_command(
     metric: str,
     covariates: tuple[str, ...] | None,
     prompts: Path | None,
+    image_root: Path | None,
     train_fraction: float,
     operating_points: tuple[Any, ...],
     jobs: int | None,
@@ -161,6 +171,7 @@ def sweep_command(
         "metric": metric,
         "covariates": covariates or (),
         "prompts": prompts,
+        "image_root": image_root,
         "train_fraction": train_fraction,
         "operating_points": operating_points,
         "seed": seed,

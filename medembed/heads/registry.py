@@ -17,18 +17,23 @@ from medembed.core.errors import TrainingDataError
 if TYPE_CHECKING:
     from medembed.heads.base import Head
 
-__all__ = ["HEADS", "head_class", "known_heads", "make_head", "nearest"]
+__all__ = ["BASELINES", "HEADS", "head_class", "known_heads", "make_head", "nearest"]
 
 #: Name to "module:class"; a class is imported when it is asked for.
 HEADS = {
     "attention": "medembed.heads.attention:AttentionHead",
+    "imagestats": "medembed.heads.linear:ImageStatisticsHead",
     "knn": "medembed.heads.knn:KNNHead",
     "lightgbm": "medembed.heads.lightgbm:LightGBMHead",
     "logistic": "medembed.heads.linear:LogisticHead",
+    "metadata": "medembed.heads.linear:MetadataHead",
     "mlp": "medembed.heads.mlp:MLPHead",
     "text-logistic": "medembed.heads.words:TextLogisticHead",
     "zero-shot": "medembed.heads.words:ZeroShotHead",
 }
+
+#: Heads of `Head.is_baseline`, known without importing them.
+BASELINES = frozenset({"imagestats", "metadata"})
 
 
 @cache

@@ -9,13 +9,15 @@ For each column of a manifest, on the labelled images of train and out of fold t
   only images of one group are compared with each other;
 - gap: the difference of the label's AUROC between groups.
 
-Beside them stands the label's AUROC by the column alone: the share of abnormal images in a group.
+Beside them stands the label's AUROC by the column alone: the share of abnormal images in a group;
+and that of three classifiers: on the embedding, on all of the columns, and on the statistics of the
+films (`images.statistics`).
 
 Test images are not looked at. p is one-sided for `encoded` and `used`, two-sided for `gap`; Holm's
 correction runs over the columns of each question.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import nan
 from pathlib import Path
@@ -23,17 +25,20 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from sklearn.base import clone
 
-from medembed.cache.embeddings import load_embeddings, patient_folds
-from medembed.cache.store import Cache
-from medembed.core.errors import ArgumentError, ManifestError
+from medembed.cache.embeddings import load_embeddings, load_statistics, patient_folds
+from medembed.cache.store import Cache, open_cache
+from medembed.core.errors import ArgumentError, ManifestError, TrainingDataError
+from medembed.core.poolings import IMAGE_STATISTICS
 from medembed.core.text import Summarised, Summary, counted
 from medembed.dataset.covariate_bands import (
     OTHERS,
     choose_grouping,
     group_rows,
 )
-from medembed.dataset.manifest import Manifest, read_manifest
+from medembed.dataset.covariates import fit_covariates
+from medembed.dataset.manifest import Manifest, existing_root, read_manifest
 from medembed.dataset.targets import is_target
 from medembed.evaluation.bootstrap import finite_or_none, patient_codes
 from medembed.evaluation.estimates import Estimate, estimate_auroc
@@ -185,6 +190,11 @@ class ShortcutAudit(Summarised):
         The folds, which are those of a sweep with this seed.
     n, n_patients : int
         Labelled images of train, and their patients.
+    baselines : dict of str to Estimate
+        The label's AUROC by `embedding`, by the columns alone (`metadata`), and by brightness,
+        size, sharpness and border of the films (`imagestats`).
+    lacking : dict of str to str
+        Those of them that cannot be had, and why.
     """
 
     columns: dict[str, AuditedColumn]
@@ -193,6 +203,8 @@ class ShortcutAudit(Summarised):
     seed: int
     n: int
     n_patients: int
+    baselines: dict[str, Estimate]
+    lacking: dict[str, str]
 
     def as_dict(self) -> dict[str, Any]:
         """Return JSON values."""
@@ -202,6 +214,8 @@ class ShortcutAudit(Summarised):
             "seed": self.seed,
             "images": self.n,
             "patients": self.n_patients,
+            "baselines": {name: own.interval().as_dict() for name, own in self.baselines.items()},
+            "lacking": dict(self.lacking),
             "columns": {name: own.as_dict() for name, own in self.columns.items()},
         }
 
@@ -221,6 +235,7 @@ def audit_shortcuts(
     pool: str | None = None,
     n_folds: int = 5,
     seed: int = 0,
+    image_root: str | Path | None = None,
     progress: Progress | None = None,
 ) -> ShortcutAudit:
     """Return what columns of a manifest have to do with its embeddings and its label.
@@ -235,6 +250,9 @@ def audit_shortcuts(
         Poolings to read, joined by `+`; see `load_embeddings`.
     n_folds, seed : int
         The folds are those of a sweep: patient-disjoint, from the manifest and the seed.
+    image_root : path, optional
+        Directory that the manifest's paths are relative to: films are measured there if the cache
+        does not hold the pooling `imagestats`.
     progress : callable, optional
         Called as progress(done, total) with columns.
 
@@ -248,6 +266,8 @@ def audit_shortcuts(
         Train has one class, or fewer patients than the folds need.
     MissingRowsError
         Rows are neither embedded nor listed as failed.
+    ImageError
+        A film below `image_root` is missing, holds other bytes or is no complete image.
     """
     if not columns:
         raise ArgumentError("name at least one column of the manifest to audit.")
@@ -261,7 +281,9 @@ def audit_shortcuts(
         if name in grouped:
             raise ArgumentError(f"column {name} is named twice. Name each column once.")
         grouped[name] = groups
-    embeddings = load_embeddings(cache, known, pool=pool, split="train")
+    opened = open_cache(cache)
+    films, lacking = _measure_films(opened, known, image_root)
+    embeddings = load_embeddings(opened, known, pool=pool, split="train")
     fold = np.full(len(embeddings), -1)
     for k, (_, own) in enumerate(patient_folds(embeddings, n_folds, seed)):
         fold[own] = k
@@ -282,6 +304,12 @@ def audit_shortcuts(
         found[name] = data.audit(of_rows, order)
     if progress is not None:
         progress(len(grouped), len(grouped))
+    others = {} if films is None else {"imagestats": films.loc[rows["sha256"]].to_numpy()}
+    try:
+        names = list(grouped)
+        others["metadata"] = fit_covariates(rows, names).transform(rows)
+    except TrainingDataError as error:
+        lacking["metadata"] = str(error)
     return ShortcutAudit(
         _correct(found),
         embeddings.pooling,
@@ -289,7 +317,23 @@ def audit_shortcuts(
         seed,
         len(used),
         len(np.unique(data.codes)),
+        data.score_baselines(dict(sorted(others.items(), reverse=True))),
+        lacking,
     )
+
+
+def _measure_films(
+    cache: Cache, manifest: Manifest, image_root: str | Path | None
+) -> tuple[pd.DataFrame | None, dict[str, str]]:
+    """Return the statistics of the films of train by SHA-256, or why there are none."""
+    if image_root is None and IMAGE_STATISTICS not in cache.spec.poolings:
+        way_out = f"Add --image-root DIR, or extract with --pool mean,max,{IMAGE_STATISTICS}"
+        return None, {"imagestats": f"the cache does not hold {IMAGE_STATISTICS}. {way_out}"}
+    of_train = manifest.rows[manifest.rows["split"] == "train"].reset_index(drop=True)
+    root = None if image_root is None else existing_root(image_root)
+    found = load_statistics(cache, Manifest(of_train, manifest.label_level), root)
+    table = pd.DataFrame(found.X, index=found.rows["sha256"])
+    return table[~table.index.duplicated()], {}
 
 
 def _group(rows: pd.DataFrame, asked: str) -> tuple[str, tuple["pd.Series[str]", list[str]]]:
@@ -364,15 +408,13 @@ class AuditRows:
     def _measure(
         self, groups: np.ndarray, found: list[AuditedGroup], n_left_out: int
     ) -> AuditedColumn:
-        if self._scores is None:  # shared by all columns that leave out no row
-            self._scores = self._predict(self.y)
-        full = score_pairs(self.y, self._scores, self.fold)
+        full = score_pairs(self.y, self._scored, self.fold)
         which = [1] if len(found) == 2 else range(len(found))
         read = np.stack([self._predict((groups == k).astype(np.int8)) for k in which], axis=1)
         without, control = self._remove(groups), self._remove_shuffled(groups)
-        within = score_pairs(self.y, self._scores, join_strata(self.fold, groups))
+        within = score_pairs(self.y, self._scored, join_strata(self.fold, groups))
         names = [group.name for group in found]
-        inside, gaps = score_gap(self.y, self._scores, groups, names, self.fold, self.codes, OTHERS)
+        inside, gaps = score_gap(self.y, self._scored, groups, names, self.fold, self.codes, OTHERS)
         return AuditedColumn(
             [AuditedGroup(g.name, g.n, g.n_abnormal, g.n_patients, inside[g.name]) for g in found],
             n_left_out,
@@ -384,6 +426,24 @@ class AuditRows:
             matched=self._lose(full, within),
             gap=largest_gap(gaps),
         )
+
+    def score_baselines(self, others: Mapping[str, np.ndarray]) -> dict[str, Estimate]:
+        """Return the label's AUROC by the embedding, and by a few other columns, (n, k) each."""
+        found = {"embedding": self._scored}
+        for name, X in others.items():
+            own = replace(self, X=X)
+            found[name] = own._predict(self.y, head=LogisticHead(C=1.0))
+        return {
+            name: estimate_auroc(self.y, *score_pairs(self.y, own, self.fold), self.codes)
+            for name, own in found.items()
+        }
+
+    @property
+    def _scored(self) -> np.ndarray:
+        """Out-of-fold probabilities of the label, shared by all columns that leave out no row."""
+        if self._scores is None:
+            self._scores = self._predict(self.y)
+        return self._scores
 
     def _score_alone(self, groups: np.ndarray) -> PairScore:
         scores = np.empty(len(self.y))
@@ -404,13 +464,15 @@ class AuditRows:
     def _lose(self, full: PairScore, other: PairScore) -> Loss:
         return score_loss(self.y, full, other, self.codes)
 
-    def _predict(self, y: np.ndarray, groups: np.ndarray | None = None) -> np.ndarray:
+    def _predict(
+        self, y: np.ndarray, groups: np.ndarray | None = None, head: LogisticHead | None = None
+    ) -> np.ndarray:
         """Return out-of-fold probabilities of y, float64 (n,); without `groups`' means if given."""
-        scores = np.empty(len(y))
+        head, scores = head or LogisticHead(), np.empty(len(y))
         for k in np.unique(self.fold):
             train, own = np.flatnonzero(self.fold != k), np.flatnonzero(self.fold == k)
             X = self.X if groups is None else subtract_group_means(self.X, groups, train)
-            scores[own] = LogisticHead().fit(X[train], y[train]).predict_proba(X[own])[:, 1]
+            scores[own] = clone(head).fit(X[train], y[train]).predict_proba(X[own])[:, 1]
         return scores
 
 

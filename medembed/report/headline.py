@@ -20,7 +20,12 @@ MAX_NAMES = 6
 MAX_DROPS = 3
 """Evaluations that get a separate sentence."""
 ROUNDING = 1e-12
-_PRIORS = {"region-prior": "the region's prior", "class-prior": "the class prior"}
+_PRIORS = {
+    "region-prior": "the region's prior",
+    "class-prior": "the class prior",
+    "metadata": "the covariates alone",
+    "imagestats": "brightness, size and sharpness alone",
+}
 
 Standing = Literal["better", "undecided", "worse", "untested"]
 

@@ -402,4 +402,6 @@ def _about(run: Run, name: str, dropped: int) -> ComparedRun:
     }
     if data.get("sought_test"):
         about["sought_test"] = data["sought_test"]
+    if run.info.get("lacking"):
+        about["lacking"] = run.info["lacking"]
     return about

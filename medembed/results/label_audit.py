@@ -27,6 +27,7 @@ from medembed.evaluation.label_errors import (
     fit_noise,
 )
 from medembed.evaluation.scores import by_study
+from medembed.heads.registry import BASELINES
 from medembed.results.audit_schema import AuditedPart, LabelAuditDocument, Noise, Suspect
 from medembed.results.predictions import PRIORS
 from medembed.results.runs import Run, RunLike, open_run
@@ -238,8 +239,12 @@ def _collect(run: Run, predictions: pd.DataFrame, level: str) -> tuple[pd.DataFr
     is_blind = (predictions["split"] == "test") | predictions["fold"].notna()
     tables = {}
     for head, rows in predictions[is_blind].groupby("head", sort=False):
-        if head in PRIORS or (level == "image" and rows["sha256"].eq("").any()):
-            continue  # a prior sees no image, and a head of whole studies scores none
+        if (
+            head in PRIORS
+            or head in BASELINES
+            or (level == "image" and rows["sha256"].eq("").any())
+        ):
+            continue  # a baseline sees no embedding, and a head of whole studies scores none
         units = by_study(rows.assign(study=_name_units(rows, level)))
         tables[str(head)] = units.set_index("study")
     if not tables:

@@ -91,6 +91,10 @@ def _describe_losses(run: ComparedRun, level: str, several: bool) -> list[str]:
             "worklist, so these scores are not those of the data set. Score those that were drawn "
             "at random: compare --by chosen_by --manifest MANIFEST."
         )
+    notes += [
+        f"{prefix}{head} cannot be had: {reason}."
+        for head, reason in run.get("lacking", {}).items()
+    ]
     if run["dropped"]:
         notes.append(
             f"{prefix}Not compared: {counted(run['dropped'], level)} of test that other runs lack."

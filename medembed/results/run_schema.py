@@ -201,6 +201,8 @@ class RunInfo(Record):
     """Where a sweep tried several blocks of the encoder."""
     left_out: Given[list[AnyTable]] = None
     decisions: Given[dict[str, AnyTable]] = None
+    lacking: Given[dict[str, str]] = None
+    """Baselines that were asked for and had nothing to read, and why."""
 
 
 class ScoresInfo(Record):

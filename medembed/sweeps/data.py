@@ -2,18 +2,24 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from medembed.cache.embeddings import Embeddings, choose_poolings, load_embeddings
+from medembed.cache.embeddings import (
+    Embeddings,
+    choose_poolings,
+    load_embeddings,
+    load_statistics,
+)
 from medembed.cache.store import Cache
 from medembed.core.errors import TrainingDataError
 from medembed.core.files import json_digest
-from medembed.core.poolings import DEFAULT_POOLINGS, expand_blocks
+from medembed.core.poolings import DEFAULT_POOLINGS, IMAGE_STATISTICS, expand_blocks
 from medembed.core.prompts import Prompts
 from medembed.core.system import library_versions
 from medembed.dataset.covariates import MAX_CATEGORIES, fit_covariates
@@ -153,6 +159,8 @@ def _readable(head: str, poolings: Sequence[PooledColumns]) -> list[PooledColumn
     only = head_class(head).reads_pooling
     if only is not None:
         return [PooledColumns(only)]
+    if head_class(head).is_baseline:
+        return list(poolings[:1])
     reads_cells = "n_cells" in head_class(head)().get_params()
     own = [pooling for pooling in poolings if reads_cells or pooling.n_cells == 1]
     if not own:
@@ -221,6 +229,10 @@ class SweepConfig:
     target: str = ""
     """The target to train on; "" for the label, in a sweep without targets."""
     words: Prompts | None = None
+    image_root: Path | None = None
+    """Where films are measured whose statistics the cache does not hold."""
+    lacking: Mapping[str, str] = field(default_factory=dict)
+    """Heads that were asked for and cannot be had, and why."""
 
     @property
     def labelled_rows(self) -> pd.DataFrame:
@@ -261,6 +273,9 @@ class SharedRows:
         rows = asked.manifest.rows
         drawn = draw(rows, n_folds=asked.n_folds, fraction=asked.train_fraction, seed=asked.seed)
         self.asked, self.encoder, self._is_verified = asked, None, False
+        self._measured = None
+        if asked.image_root is not None:  # a film that is missing is reported before any training
+            self._measured = load_statistics(asked.cache, asked.manifest, asked.image_root)
         embeddings = self._embed(poolings[0])
         if asked.covariates:
             trained = rows[rows["image"].isin(drawn.fold.index)]
@@ -283,6 +298,8 @@ class SharedRows:
 
     def _embed(self, pooling: PooledColumns) -> Embeddings:
         """Read a pooling; the shards, which hold all of them, are hashed the first time only."""
+        if pooling.name == IMAGE_STATISTICS and self._measured is not None:
+            return self._measured
         found = load_embeddings(
             self.asked.cache,
             self.asked.manifest,

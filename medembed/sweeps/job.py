@@ -16,11 +16,12 @@ from typing import Any
 
 from medembed.cache.store import Cache, open_cache
 from medembed.core.errors import TrainingDataError
+from medembed.core.poolings import IMAGE_STATISTICS
 from medembed.core.prompts import Prompts, read_prompts
 from medembed.core.ray_cluster import connected_to_ray
 from medembed.core.system import library_versions
 from medembed.dataset.build_file import KeptBuild, read_build
-from medembed.dataset.manifest import Manifest, read_manifest
+from medembed.dataset.manifest import Manifest, existing_root, read_manifest
 from medembed.evaluation.scores import SCORES
 from medembed.evaluation.thresholds import ThresholdRule, parse_rules
 from medembed.heads.registry import head_class
@@ -50,6 +51,7 @@ from medembed.sweeps.worker_pool import BACKENDS, choose_jobs
 
 __all__ = ["Execution", "configure", "fit_memory", "run_sweep", "sweep", "write_command"]
 
+METADATA_HEAD, STATISTICS_HEAD = "metadata", "imagestats"
 WORD_HEADS = ("zero-shot", "text-logistic")  # what prompts add
 
 
@@ -69,6 +71,7 @@ def sweep(
     seed: int = 0,
     operating_points: Sequence[str | ThresholdRule] = (),
     prompts: Prompts | str | Path | None = None,
+    image_root: str | Path | None = None,
     jobs: int | None = None,
     backend: str = "loky",
     progress: Callable[[int, int], None] | None = None,
@@ -114,6 +117,9 @@ def sweep(
         A file of `medembed prompts`, of the checkpoint whose image tower the cache is of. Adds the
         heads that read words, ``zero-shot`` and ``text-logistic``, unless `heads` names one; they
         read the pooling ``pooler``.
+    image_root : path, optional
+        Directory that the manifest's paths are relative to. Adds the head ``imagestats``, whose
+        columns are measured on the files if the cache does not hold the pooling of that name.
     jobs : int, optional
         Single-threaded processes; by default one per core, or as many as fit into memory. 1 trains
         in this process. More than cores and memory allow are refused.
@@ -163,6 +169,7 @@ def sweep(
         seed=seed,
         operating_points=operating_points,
         prompts=prompts,
+        image_root=image_root,
     )
     poolings = list_poolings(asked.cache, pool)
     execution = fit_memory(asked, poolings, Execution(jobs, backend))
@@ -188,6 +195,7 @@ def configure(
     seed: int = 0,
     operating_points: Sequence[str | ThresholdRule] = (),
     prompts: Prompts | str | Path | None = None,
+    image_root: str | Path | None = None,
 ) -> SweepConfig:
     """Return the options of `sweep`, checked, with cache and manifest open."""
     heads = heads.split(",") if isinstance(heads, str) else heads
@@ -195,6 +203,11 @@ def configure(
     opened = open_cache(cache)
     words = None if prompts is None else read_prompts(prompts)
     heads = _add_word_heads(heads, words, opened, covariates)
+    if image_root is not None:
+        image_root = existing_root(image_root)
+        heads = [*heads, STATISTICS_HEAD]
+    lacking = _find_lacking(heads, opened, covariates, image_root)
+    heads = [head for head in heads if head not in lacking]
     return SweepConfig(
         cache=opened,
         manifest=read_manifest(manifest),
@@ -209,6 +222,8 @@ def configure(
         seed=seed,
         points=parse_rules(operating_points),
         words=words,
+        image_root=None if image_root is None else Path(image_root),
+        lacking=lacking,
     )
 
 
@@ -283,6 +298,7 @@ def run_sweep(
         ),
         "data": summarise_data(rows, data.failed, asked.manifest.label_level, build),
         "left_out": list_left_out(rows, data.failed),
+        **({"lacking": dict(asked.lacking)} if asked.lacking else {}),
     }
 
     def watch(ledger: Ledger) -> None:
@@ -382,6 +398,28 @@ def _add_word_heads(
     return list(heads) if reading else [*heads, *WORD_HEADS]
 
 
+def _find_lacking(
+    heads: Sequence[str],
+    cache: Cache,
+    covariates: Sequence[str],
+    image_root: str | Path | None,
+) -> dict[str, str]:
+    """Return the baselines among the heads that have nothing to read, and why."""
+    found = {}
+    if METADATA_HEAD in heads and not covariates:
+        found[METADATA_HEAD] = "no covariates were named. Add --covariates COLUMN,…"
+    if (
+        STATISTICS_HEAD in heads
+        and image_root is None
+        and IMAGE_STATISTICS not in cache.spec.poolings
+    ):
+        found[STATISTICS_HEAD] = (
+            f"the cache does not hold {IMAGE_STATISTICS}. Add --image-root DIR, or extract with "
+            f"--pool mean,max,{IMAGE_STATISTICS}"
+        )
+    return found
+
+
 def _spare(asked: SweepConfig, poolings: Sequence[PooledColumns]) -> str:
     """Return what takes less memory than this sweep, as the end of a sentence."""
     ways = []
@@ -419,6 +457,7 @@ def write_command(
         words += ["--prompts", "FILE" if isinstance(prompts, Prompts) else public_name(prompts)]
     words += ["--configs", str(asked.n_configs)] if asked.n_configs else []
     words += ["--covariates", ",".join(asked.covariates)] if asked.covariates else []
+    words += ["--image-root", public_name(asked.image_root)] if asked.image_root else []
     words += ["--train-fraction", str(asked.train_fraction)] if asked.train_fraction < 1 else []
     words += [word for rule in asked.points for word in ("--operating-point", rule.name)]
     words += ["--folds", str(asked.n_folds), "--metric", asked.metric, "--seed", str(asked.seed)]

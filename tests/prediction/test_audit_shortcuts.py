@@ -150,7 +150,7 @@ def test_the_command_prints_a_table_of_80_columns_writes_csv_and_a_document(
     out = tmp_path / "audit"
     ran = CliRunner().invoke(main, [*arguments, "-o", str(out)])
     assert ran.exit_code == 0, ran.output
-    table = ran.stdout.partition("\n\nroom:")[0]
+    table = ran.stdout.partition("\n\nimagestats cannot be had:")[0]
     assert max(map(len, table.splitlines())) <= 80
     assert "room: not estimable" in ran.stdout
     lines = list(csv.DictReader((out / "shortcuts.csv").read_text().splitlines()))
@@ -160,7 +160,11 @@ def test_the_command_prints_a_table_of_80_columns_writes_csv_and_a_document(
     again = CliRunner().invoke(main, [*arguments, "--json"])
     assert again.exit_code == 0, again.output
     document = json.loads(again.stdout)
-    assert float(lines[0]["value"]) == document["columns"]["cast"]["encoded"]["value"]
+    of_cast = next(line for line in lines if line["column"] == "cast")
+    assert float(of_cast["value"]) == document["columns"]["cast"]["encoded"]["value"]
+    assert document["baselines"]["metadata"]["low"] > 0.8  # the cast gives the label away
+    assert document["baselines"]["embedding"] == document["columns"]["cast"]["used"]["score"]
+    assert "--image-root" in document["lacking"]["imagestats"]
     assert document["columns"]["room"]["encoded"] is None
     shown = ran.stdout + again.stdout + (out / "groups.csv").read_text()
     assert "patient0" not in shown
