@@ -15,7 +15,7 @@ from medembed.heads.scaling import Projection, Projector
 if TYPE_CHECKING:
     from sklearn.linear_model import LogisticRegression
 
-__all__ = ["ImageStatisticsHead", "LogisticHead", "MetadataHead", "fit_path"]
+__all__ = ["ImageStatisticsHead", "LogisticHead", "MetadataHead", "PartHead", "fit_path"]
 
 
 class LogisticHead(Head):

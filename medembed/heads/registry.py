@@ -13,6 +13,7 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
 from medembed.core.errors import TrainingDataError
+from medembed.core.poolings import IMAGE_STATISTICS
 
 if TYPE_CHECKING:
     from medembed.heads.base import Head
@@ -22,7 +23,7 @@ __all__ = ["BASELINES", "HEADS", "head_class", "known_heads", "make_head", "near
 #: Name to "module:class"; a class is imported when it is asked for.
 HEADS = {
     "attention": "medembed.heads.attention:AttentionHead",
-    "imagestats": "medembed.heads.linear:ImageStatisticsHead",
+    IMAGE_STATISTICS: "medembed.heads.linear:ImageStatisticsHead",
     "knn": "medembed.heads.knn:KNNHead",
     "lightgbm": "medembed.heads.lightgbm:LightGBMHead",
     "logistic": "medembed.heads.linear:LogisticHead",
@@ -33,7 +34,7 @@ HEADS = {
 }
 
 #: Heads of `Head.is_baseline`, known without importing them.
-BASELINES = frozenset({"imagestats", "metadata"})
+BASELINES = frozenset({IMAGE_STATISTICS, "metadata"})
 
 
 @cache

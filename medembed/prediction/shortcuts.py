@@ -50,6 +50,7 @@ from medembed.evaluation.shortcuts import (
     average_pairs,
     join_strata,
     largest_gap,
+    permutation_p,
     score_encoded,
     score_gap,
     score_loss,
@@ -304,7 +305,7 @@ def audit_shortcuts(
         found[name] = data.audit(of_rows, order)
     if progress is not None:
         progress(len(grouped), len(grouped))
-    others = {} if films is None else {"imagestats": films.loc[rows["sha256"]].to_numpy()}
+    others = {} if films is None else {IMAGE_STATISTICS: films.loc[rows["sha256"]].to_numpy()}
     try:
         names = list(grouped)
         others["metadata"] = fit_covariates(rows, names).transform(rows)
@@ -328,7 +329,7 @@ def _measure_films(
     """Return the statistics of the films of train by SHA-256, or why there are none."""
     if image_root is None and IMAGE_STATISTICS not in cache.spec.poolings:
         way_out = f"Add --image-root DIR, or extract with --pool mean,max,{IMAGE_STATISTICS}"
-        return None, {"imagestats": f"the cache does not hold {IMAGE_STATISTICS}. {way_out}"}
+        return None, {IMAGE_STATISTICS: f"the cache does not hold {IMAGE_STATISTICS}. {way_out}"}
     of_train = manifest.rows[manifest.rows["split"] == "train"].reset_index(drop=True)
     root = None if image_root is None else existing_root(image_root)
     found = load_statistics(cache, Manifest(of_train, manifest.label_level), root)
@@ -420,7 +421,9 @@ class AuditRows:
             n_left_out,
             score=estimate_auroc(self.y, *full, self.codes),
             alone=estimate_auroc(self.y, *self._score_alone(groups), self.codes),
-            encoded=score_encoded(groups, read, self.fold, self.codes),
+            encoded=Encoded(
+                score_encoded(groups, read, self.fold, self.codes), self._test_encoded(groups)
+            ),
             control=estimate_auroc(self.y, *control, self.codes),
             residualised=self._lose(control, without),
             matched=self._lose(full, within),
@@ -452,6 +455,10 @@ class AuditRows:
             prior = RegionPrior().fit(groups[rest], self.y[rest])
             scores[own] = prior.predict_proba(groups[own])[:, 1]
         return score_pairs(self.y, scores, self.fold)
+
+    def _test_encoded(self, groups: np.ndarray) -> float:
+        generator = np.random.default_rng(self.seed)
+        return permutation_p(self.X, groups, self.fold, self.codes, generator)
 
     def _remove(self, groups: np.ndarray) -> PairScore:
         return score_pairs(self.y, self._predict(self.y, groups), self.fold)

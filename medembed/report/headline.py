@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from medembed.core.poolings import IMAGE_STATISTICS
 from medembed.report.tables import format_p
 from medembed.results.comparison_schema import ComparedHead, ComparisonResult
 from medembed.results.significance import SIGNIFICANCE, row_name
@@ -24,7 +25,7 @@ _PRIORS = {
     "region-prior": "the region's prior",
     "class-prior": "the class prior",
     "metadata": "the covariates alone",
-    "imagestats": "brightness, size and sharpness alone",
+    IMAGE_STATISTICS: "brightness, size and sharpness alone",
 }
 
 Standing = Literal["better", "undecided", "worse", "untested"]

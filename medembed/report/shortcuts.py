@@ -6,6 +6,7 @@ from typing import Any
 
 from medembed.core.errors import ArgumentError
 from medembed.core.files import write_atomically
+from medembed.core.poolings import IMAGE_STATISTICS
 from medembed.core.text import counted, to_csv
 from medembed.report.tables import MISSING, NOT_ESTIMABLE, Table, format_interval, format_p
 
@@ -16,7 +17,7 @@ ALL = "(all images)"
 _WORDS = {
     "embedding": "label by embedding",
     "metadata": "label by the columns",
-    "imagestats": "label by the film's look",
+    IMAGE_STATISTICS: "label by the film's look",
 }
 _NOTES = (
     "by the film's look: by brightness, size, sharpness and border alone. "

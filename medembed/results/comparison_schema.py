@@ -96,9 +96,8 @@ class ComparedRun(TypedDict):
     unlabelled: Count
     dropped: Count
     sought_test: NotRequired[Count]
-    """Test studies that a worklist sought out, if there are any."""
+    """Test studies that a worklist sought out, if any; and baselines with nothing to read."""
     lacking: NotRequired[dict[str, str]]
-    """Baselines that were asked for and had nothing to read, and why."""
     priors_of: str | None
     """The run that has the same priors; these three name earlier runs."""
     left_out_of: str | None

@@ -51,7 +51,7 @@ from medembed.sweeps.worker_pool import BACKENDS, choose_jobs
 
 __all__ = ["Execution", "configure", "fit_memory", "run_sweep", "sweep", "write_command"]
 
-METADATA_HEAD, STATISTICS_HEAD = "metadata", "imagestats"
+METADATA_HEAD, STATISTICS_HEAD = "metadata", IMAGE_STATISTICS
 WORD_HEADS = ("zero-shot", "text-logistic")  # what prompts add
 
 

@@ -60,7 +60,7 @@ def test_a_planted_marker_is_found_and_chance_is_not(data: Data) -> None:
     found = audit_shortcuts(*data, ["cast", "coin"])
     cast, coin = (found.columns[name].as_dict() for name in ("cast", "coin"))
     assert cast["encoded"]["low"] > 0.9
-    assert cast["encoded"]["p_holm"] < 0.001
+    assert cast["encoded"]["p_holm"] == 2 / 1000  # the least of 999 draws, for two columns
     assert cast["alone"]["low"] < 0.85 < cast["alone"]["high"]  # of patients the cast is right
     assert coin["alone"]["low"] < 0.5
     for kind in ("residualised", "matched"):
