@@ -96,7 +96,6 @@ class ComparedRun(TypedDict):
     unlabelled: Count
     dropped: Count
     sought_test: NotRequired[Count]
-    """Test studies that a worklist sought out, if any; and baselines with nothing to read."""
     lacking: NotRequired[dict[str, str]]
     priors_of: str | None
     """The run that has the same priors; these three name earlier runs."""
