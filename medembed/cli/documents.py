@@ -454,9 +454,10 @@ class Prediction(ClosedRecord):
     image: str | None
     study: str
     probability: float | None = Field(ge=0, le=1)
-    decision: Literal["normal", "abnormal"] | None
+    decision: str | None
+    """"normal" or "abnormal"; of a target's model the target's name, or "no" and its name."""
     operating_point: Point | None
-    set: list[Literal["normal", "abnormal"]] | None
+    set: list[str] | None
     coverage: str | None
     distance: float | None
     distance_p: float | None

@@ -27,9 +27,8 @@ from medembed.prediction.inputs import Requests
 from medembed.results.model_card import Card
 from medembed.results.predictions import image_code
 
-__all__ = ["CLASSES", "Draw", "PredictionJob", "predict_rows"]
+__all__ = ["Draw", "PredictionJob", "predict_rows"]
 
-CLASSES = ("normal", "abnormal")
 WINDOW = 4096
 """Rows of a cache in memory at a time; each such window verifies every shard once."""
 
@@ -317,7 +316,7 @@ class _Answers:
         row = {
             "image": requests.images[number],
             "study": requests.names[requests.studies[number]],
-            **_describe(scored, place, self._point),
+            **_describe(scored, place, self._point, self._job.card.classes),
             **far,
             "n_views": None,
             "n_failed": None,
@@ -343,7 +342,7 @@ class _Answers:
         row = {
             "image": None,
             "study": self._requests.names[code],
-            **_describe(scored, place, self._point),
+            **_describe(scored, place, self._point, self._job.card.classes),
             **_furthest(study.places),
             "n_views": study.n_views,
             "n_failed": study.n_failed,
@@ -398,16 +397,18 @@ def _furthest(views: Sequence[dict[str, Any]]) -> dict[str, Any]:
 _ANSWER = ("probability", "decision", "operating_point", "set", "coverage")
 
 
-def _describe(scored: Scored | None, place: int | None, point: OperatingPoint) -> dict[str, Any]:
+def _describe(
+    scored: Scored | None, place: int | None, point: OperatingPoint, classes: tuple[str, str]
+) -> dict[str, Any]:
     if scored is None or place is None:
         return dict.fromkeys(_ANSWER)
     inside = coverage = None
     if scored.set is not None and scored.is_marginal is not None:
-        inside = [name for name, is_in in zip(CLASSES, scored.set[place], strict=True) if is_in]
+        inside = [name for name, is_in in zip(classes, scored.set[place], strict=True) if is_in]
         coverage = "marginal" if scored.is_marginal[place] else "region"
     return {
         "probability": float(scored.probability[place]),
-        "decision": CLASSES[int(scored.decision[place])],
+        "decision": classes[int(scored.decision[place])],
         "operating_point": {"name": point.name, "threshold": point.threshold},
         "set": inside,
         "coverage": coverage,
