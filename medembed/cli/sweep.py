@@ -54,7 +54,7 @@ class _Backend(click.Choice[str]):
     sections={
         "What is tried": [
             *("target", "heads", "pool", "space", "configs", "covariates", "prompts"),
-            *("image-root", "train-fraction"),
+            *("image-root", "without-suspects", "train-fraction"),
         ],
         "How it is judged": ["folds", "metric", "operating-point"],
         "Speed": ["jobs", "backend"],
@@ -119,6 +119,13 @@ class _Backend(click.Choice[str]):
     "measured on the files unless CACHE holds its pooling.",
 )
 @click.option(
+    "--without-suspects",
+    type=PATH,
+    metavar="REVIEW",
+    help="A directory of `medembed audit labels`, or its audit.json: do not train on its suspects. "
+    "Test stays as it is.",
+)
+@click.option(
     "--train-fraction", type=Finite(0, 1, min_open=True), default=1.0, show_default=True,
     help="Share of the training patients to train on, for label-efficiency curves.",
 )  # fmt: skip
@@ -148,6 +155,7 @@ def sweep_command(
     covariates: tuple[str, ...] | None,
     prompts: Path | None,
     image_root: Path | None,
+    without_suspects: Path | None,
     train_fraction: float,
     operating_points: tuple[Any, ...],
     jobs: int | None,
@@ -172,6 +180,7 @@ def sweep_command(
         "covariates": covariates or (),
         "prompts": prompts,
         "image_root": image_root,
+        "without_suspects": without_suspects,
         "train_fraction": train_fraction,
         "operating_points": operating_points,
         "seed": seed,

@@ -55,7 +55,7 @@ column = "finding"
 abnormal = "abnormal"
 normal = "normal"
 
-# Further questions about each study: `medembed sweep --target fracture,implant,lesion` trains on them.
+# Further questions about each study, for `medembed sweep --target fracture,implant,lesion`.
 [targets.fracture]
 column = "kind"
 positive = ["line", "displaced"]

@@ -404,4 +404,6 @@ def _about(run: Run, name: str, dropped: int) -> ComparedRun:
         about["sought_test"] = data["sought_test"]
     if run.info.get("lacking"):
         about["lacking"] = run.info["lacking"]
+    if run.info.get("without_suspects"):
+        about["without_suspects"] = run.info["without_suspects"]
     return about

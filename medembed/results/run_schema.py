@@ -43,6 +43,7 @@ __all__ = [
     "RunInfo",
     "ScoresInfo",
     "TrialRecord",
+    "WithoutSuspects",
     "check_info",
     "check_predictions",
     "check_scores",
@@ -182,6 +183,13 @@ class LayerSeries(Record):
     unfreeze: Count | None
 
 
+class WithoutSuspects(Record):
+    """Studies and images of train that were not trained on, because an audit suspects labels."""
+
+    studies: Count
+    images: Count
+
+
 class RunInfo(Record):
     """`run.json`, as far as it is read; keys that only older or newer runs have may be absent."""
 
@@ -203,6 +211,7 @@ class RunInfo(Record):
     decisions: Given[dict[str, AnyTable]] = None
     lacking: Given[dict[str, str]] = None
     """Baselines that were asked for and had nothing to read, and why."""
+    without_suspects: Given[WithoutSuspects] = None
 
 
 class ScoresInfo(Record):

@@ -37,6 +37,7 @@ from medembed.sweeps.training import Bases, Training
 
 __all__ = [
     "Batch",
+    "Exclusion",
     "PooledColumns",
     "SharedRows",
     "SweepConfig",
@@ -212,6 +213,29 @@ def _batch(
 
 
 @dataclass(frozen=True)
+class Exclusion:
+    """Images of train that are not trained on, because an audit suspects their labels.
+
+    Attributes
+    ----------
+    manifest : str
+        Digest of the manifest that still has these labels.
+    n_studies : int
+        Studies, or images if labels are per image.
+    sha256 : tuple of str
+        The images, in ascending order.
+    """
+
+    manifest: str
+    n_studies: int
+    sha256: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return {"studies": self.n_studies, "images": len(self.sha256)}
+
+
+@dataclass(frozen=True)
 class SweepConfig:
     """The sweep's options, after parsing."""
 
@@ -231,8 +255,15 @@ class SweepConfig:
     words: Prompts | None = None
     image_root: Path | None = None
     """Where films are measured whose statistics the cache does not hold."""
+    without: Exclusion | None = None
+    """Suspected studies whose labels `manifest` no longer has."""
     lacking: Mapping[str, str] = field(default_factory=dict)
     """Heads that were asked for and cannot be had, and why."""
+
+    @property
+    def digest(self) -> str:
+        """The digest of the manifest that was given."""
+        return self.manifest.digest() if self.without is None else self.without.manifest
 
     @property
     def labelled_rows(self) -> pd.DataFrame:
@@ -401,7 +432,7 @@ class SweepRows:
             "seed": asked.seed,
             "covariates": list(asked.covariates),
             "train_fraction": asked.train_fraction,
-            "manifest": asked.manifest.digest(),
+            "manifest": asked.digest,
             "embedded": json_digest(sorted(self._sha256)),
             "trained": json_digest(sorted(self._sha256[trained])),
             "spec": asked.cache.spec.as_dict(),
@@ -409,6 +440,7 @@ class SweepRows:
             **({"target": asked.target} if asked.target else {}),
             # only sweeps with prompts record them
             **({} if asked.words is None else {"prompts": asked.words.digest}),
+            **({} if asked.without is None else {"without": json_digest(asked.without.sha256)}),
         }
 
     def question(self, batches: Sequence[Batch]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from medembed.dataset.manifest import Manifest, existing_root, read_manifest
 from medembed.evaluation.scores import SCORES
 from medembed.evaluation.thresholds import ThresholdRule, parse_rules
 from medembed.heads.registry import head_class
+from medembed.results.label_audit import read_suspects
 from medembed.results.provenance import (
     describe_source,
     list_left_out,
@@ -34,6 +35,7 @@ from medembed.results.provenance import (
 from medembed.results.run_schema import CV_METHOD
 from medembed.results.runs import Run, create_run
 from medembed.sweeps.data import (
+    Exclusion,
     PooledColumns,
     SweepConfig,
     SweepRows,
@@ -72,6 +74,7 @@ def sweep(
     operating_points: Sequence[str | ThresholdRule] = (),
     prompts: Prompts | str | Path | None = None,
     image_root: str | Path | None = None,
+    without_suspects: str | Path | None = None,
     jobs: int | None = None,
     backend: str = "loky",
     progress: Callable[[int, int], None] | None = None,
@@ -120,6 +123,9 @@ def sweep(
     image_root : path, optional
         Directory that the manifest's paths are relative to. Adds the head ``imagestats``, whose
         columns are measured on the files if the cache does not hold the pooling of that name.
+    without_suspects : path, optional
+        `audit.json` of `medembed audit labels`, or its directory: its suspects of train are not
+        trained on. Those of test are scored as all others.
     jobs : int, optional
         Single-threaded processes; by default one per core, or as many as fit into memory. 1 trains
         in this process. More than cores and memory allow are refused.
@@ -170,6 +176,7 @@ def sweep(
         operating_points=operating_points,
         prompts=prompts,
         image_root=image_root,
+        without_suspects=without_suspects,
     )
     poolings = list_poolings(asked.cache, pool)
     execution = fit_memory(asked, poolings, Execution(jobs, backend))
@@ -196,6 +203,7 @@ def configure(
     operating_points: Sequence[str | ThresholdRule] = (),
     prompts: Prompts | str | Path | None = None,
     image_root: str | Path | None = None,
+    without_suspects: str | Path | None = None,
 ) -> SweepConfig:
     """Return the options of `sweep`, checked, with cache and manifest open."""
     heads = heads.split(",") if isinstance(heads, str) else heads
@@ -208,9 +216,12 @@ def configure(
         heads = [*heads, STATISTICS_HEAD]
     lacking = _find_lacking(heads, opened, covariates, image_root)
     heads = [head for head in heads if head not in lacking]
+    read, without = read_manifest(manifest), None
+    if without_suspects is not None:
+        read, without = _leave_out(read, without_suspects)
     return SweepConfig(
         cache=opened,
-        manifest=read_manifest(manifest),
+        manifest=read,
         # always a linear baseline
         heads=list(dict.fromkeys([*heads, PROBE])),
         spaces=default_spaces() if space is None else read_spaces(space),
@@ -224,6 +235,7 @@ def configure(
         words=words,
         image_root=None if image_root is None else Path(image_root),
         lacking=lacking,
+        without=without,
     )
 
 
@@ -299,6 +311,7 @@ def run_sweep(
         "data": summarise_data(rows, data.failed, asked.manifest.label_level, build),
         "left_out": list_left_out(rows, data.failed),
         **({"lacking": dict(asked.lacking)} if asked.lacking else {}),
+        **({"without_suspects": asked.without.as_dict()} if asked.without else {}),
     }
 
     def watch(ledger: Ledger) -> None:
@@ -398,6 +411,17 @@ def _add_word_heads(
     return list(heads) if reading else [*heads, *WORD_HEADS]
 
 
+def _leave_out(manifest: Manifest, audit: str | Path) -> tuple[Manifest, Exclusion]:
+    """Return the manifest without the labels that an audit suspects in train."""
+    suspects = [own for own in read_suspects(audit, manifest) if own.split == "train"]
+    known = {sha256 for own in suspects for sha256 in own.images}
+    rows = manifest.rows
+    is_out = rows["sha256"].isin(known) & (rows["split"] == "train")
+    masked = replace(manifest, rows=rows.assign(label=rows["label"].mask(is_out)))
+    hashes = tuple(sorted(rows.loc[is_out, "sha256"]))
+    return masked, Exclusion(manifest.digest(), len(suspects), hashes)
+
+
 def _find_lacking(
     heads: Sequence[str],
     cache: Cache,
@@ -457,6 +481,7 @@ def write_command(
         words += ["--prompts", "FILE" if isinstance(prompts, Prompts) else public_name(prompts)]
     words += ["--configs", str(asked.n_configs)] if asked.n_configs else []
     words += ["--covariates", ",".join(asked.covariates)] if asked.covariates else []
+    words += ["--without-suspects", "REVIEW"] if asked.without else []
     words += ["--image-root", public_name(asked.image_root)] if asked.image_root else []
     words += ["--train-fraction", str(asked.train_fraction)] if asked.train_fraction < 1 else []
     words += [word for rule in asked.points for word in ("--operating-point", rule.name)]
