@@ -66,7 +66,7 @@ SIGNATURES = {
     "sweep": "cache, manifest, out, *, heads=('logistic', 'mlp', 'lightgbm'), pool=None, "
     "space=None, n_configs=None, n_folds=5, metric='auroc', covariates=(), train_fraction=1.0, "
     "seed=0, operating_points=(), prompts=None, image_root=None, without_suspects=None, "
-    "jobs=None, backend='loky', progress=None, board=None",
+    "jobs=None, backend='loky', progress=None, board=None, announce=None",
     "ensemble": "runs, out, *, heads=None, operating_points=()",
     "finetune": "manifest, image_root, encoder, out, *, unfreeze=(0, 1, 2, 4), from_run=None, "
     "trunk_cache=None, trunk_dtype='float32', n_seeds=1, n_folds=5, pool=None, config=None, "

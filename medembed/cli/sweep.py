@@ -197,7 +197,13 @@ def sweep_command(
 
         progress = stack.enter_context(showing_leaderboard("Training", "fits", metric))
         run = sweeps.sweep(
-            cache_path, manifest_path, out, **options, progress=progress, board=progress.board
+            cache_path,
+            manifest_path,
+            out,
+            **options,
+            progress=progress,
+            board=progress.board,
+            announce=say,
         )
     if as_json:
         print_json(run.as_dict())

@@ -53,6 +53,7 @@ from medembed.sweeps.worker_pool import BACKENDS, choose_jobs
 
 __all__ = ["Execution", "configure", "fit_memory", "run_sweep", "sweep", "write_command"]
 
+_WORTH_SAYING = 1_000_000_000  # bytes
 METADATA_HEAD, STATISTICS_HEAD = "metadata", IMAGE_STATISTICS
 WORD_HEADS = ("zero-shot", "text-logistic")  # what prompts add
 
@@ -79,6 +80,7 @@ def sweep(
     backend: str = "loky",
     progress: Callable[[int, int], None] | None = None,
     board: Callable[[Callable[[], list[dict[str, Any]]]], None] | None = None,
+    announce: Callable[[str], None] | None = None,
 ) -> Run:
     """Choose and cross-validate each head's configuration, refit it on train, score it on test.
 
@@ -136,6 +138,9 @@ def sweep(
     board : callable, optional
         Called whenever a trial has ended, with a function that returns the current leaderboard (see
         `standings`) whenever it is called.
+    announce : callable, optional
+        Called once, before rows are loaded, with a sentence on the memory that the sweep takes at
+        most, if that is 1 GB or more.
 
     Returns
     -------
@@ -179,7 +184,7 @@ def sweep(
         without_suspects=without_suspects,
     )
     poolings = list_poolings(asked.cache, pool)
-    execution = fit_memory(asked, poolings, Execution(jobs, backend))
+    execution = fit_memory(asked, poolings, Execution(jobs, backend), announce)
     data = SweepRows(asked, poolings)
     command = write_command(
         asked, cache=cache, manifest=manifest, out=out, pool=pool, space=space, prompts=prompts
@@ -255,13 +260,19 @@ class Execution:
 
 
 def fit_memory(
-    asked: SweepConfig, poolings: Sequence[PooledColumns], execution: Execution
+    asked: SweepConfig,
+    poolings: Sequence[PooledColumns],
+    execution: Execution,
+    announce: Callable[[str], None] | None = None,
 ) -> Execution:
     """Return `execution` with as many processes as fit into memory; see `fit_jobs`."""
     if execution.backend != "loky":  # the memory of a Ray cluster is elsewhere
         return execution
     need = estimate_need(asked, poolings)
-    return replace(execution, jobs=fit_jobs(need, execution.jobs, _spare(asked, poolings)))
+    jobs = fit_jobs(need, execution.jobs, _spare(asked, poolings))
+    if announce is not None and need.bytes_with(jobs) >= _WORTH_SAYING:
+        announce(f"This sweep takes {need.describe(jobs)}, whatever the number of poolings.")
+    return replace(execution, jobs=jobs)
 
 
 def run_sweep(
