@@ -153,6 +153,15 @@ class RecipeText(ClosedRecord):
     recipe: str
 
 
+class ManifestTexts(ClosedRecord):
+    """`medembed manifest texts --json`."""
+
+    output: str
+    columns: list[str]
+    texts: Count
+    """Rows with a text."""
+
+
 class ManifestRelabel(ClosedRecord):
     """`medembed manifest relabel --json`: counts of images."""
 
@@ -504,6 +513,7 @@ DOCUMENTS: dict[str, Any] = {
     "manifest-build": ManifestBuild,
     "manifest-check": ManifestCheck,
     "manifest-relabel": ManifestRelabel,
+    "manifest-texts": ManifestTexts,
     "manifest-init": ManifestInit,
     "manifest-recipes": list[KnownRecipe] | RecipeText,
     "map": MapDocument,
