@@ -309,6 +309,7 @@ def test_few_blocks_do_not_run() -> None:
         "reproduce",
         "--logdir",
         "extract",
+        "manifest",  # texts, of a checkpoint with words
     }
 
 
