@@ -173,7 +173,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--values", type=int, default=1152)
-    parser.add_argument("--jobs", default="similar,knn,retrieval,map")
+    parser.add_argument("--jobs", default=",".join(["similar", *JOBS]))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--keep", type=Path)
     asked = parser.parse_args()
