@@ -73,6 +73,8 @@ __all__ = [
 
 MIN_GROUP_PATIENTS = 10
 """Images of groups with fewer patients are left out: a fold would have too few to learn from."""
+MOST_IMAGES = 100_000
+"""Of more labelled images of train, patients are drawn at random."""
 N_CONTROLS = 5
 """Shuffled columns that are taken out as a control: any column takes some signal along."""
 Progress = Callable[[int, int], None]
@@ -190,7 +192,7 @@ class ShortcutAudit(Summarised):
     n_folds, seed : int
         The folds, which are those of a sweep with this seed.
     n, n_patients : int
-        Labelled images of train, and their patients.
+        Labelled images of train that were used, and their patients; see `MOST_IMAGES`.
     baselines : dict of str to Estimate
         The label's AUROC by `embedding`, by the columns alone (`metadata`), and by brightness,
         size, sharpness and border of the films (`imagestats`).
@@ -289,6 +291,7 @@ def audit_shortcuts(
     for k, (_, own) in enumerate(patient_folds(embeddings, n_folds, seed)):
         fold[own] = k
     used = np.flatnonzero(fold >= 0)
+    used = used[_draw_patients(embeddings.patients[used], seed)]
     rows = embeddings.rows.iloc[used]
     data = AuditRows(
         embeddings.X[used],
@@ -321,6 +324,19 @@ def audit_shortcuts(
         data.score_baselines(dict(sorted(others.items(), reverse=True))),
         lacking,
     )
+
+
+def _draw_patients(patients: np.ndarray, seed: int) -> np.ndarray:
+    """Return the indices of all images, or of `MOST_IMAGES` at most, of patients drawn at random.
+
+    Beyond them intervals are narrower than the third decimal, and classifiers take minutes.
+    """
+    if len(patients) <= MOST_IMAGES:
+        return np.arange(len(patients))
+    codes = patient_codes(patients)
+    order = np.random.default_rng(seed).permutation(codes.max() + 1)
+    n_before = np.cumsum(np.bincount(codes)[order])
+    return np.flatnonzero(np.isin(codes, order[n_before <= MOST_IMAGES]))
 
 
 def _measure_films(

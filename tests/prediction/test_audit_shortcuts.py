@@ -20,6 +20,7 @@ from medembed.cache.spec import CacheSpec, keys_from_hex
 from medembed.cache.store import create_cache
 from medembed.cli import main
 from medembed.dataset.manifest import make_manifest, write_manifest
+from medembed.prediction import shortcuts
 from medembed.prediction.shortcuts import audit_shortcuts
 
 Data = tuple[Path, Path]
@@ -190,3 +191,14 @@ def test_a_missing_option_and_an_empty_name_are_wrong_usage(data: Data) -> None:
         assert (
             CliRunner().invoke(main, ["audit", "shortcuts", *map(str, data), *more]).exit_code == 2
         )
+
+
+def test_of_very_many_images_patients_are_drawn(
+    data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = audit_shortcuts(*data, ["cast"], n_folds=2)
+    monkeypatch.setattr(shortcuts, "MOST_IMAGES", 150)
+    some = audit_shortcuts(*data, ["cast"], n_folds=2)
+    assert 140 < some.n <= 150 < whole.n
+    assert some.columns["cast"].groups[0].n_patients < whole.columns["cast"].groups[0].n_patients
+    assert audit_shortcuts(*data, ["cast"], n_folds=2).as_dict() == some.as_dict()
