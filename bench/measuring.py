@@ -11,6 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from medembed.core.system import processor_flags
+
 
 def alternate(jobs: dict[str, Callable[[], float]], n_runs: int) -> dict[str, list[float]]:
     """Run the jobs A B A B …, after one warm-up each; return every job's seconds in order."""
@@ -73,15 +75,6 @@ def instructions() -> str | None:
     if limit == ("avx2", "AVX2"):
         known = [name for name in known if name == "AVX2"]
     return known[0] if known else None
-
-
-def processor_flags() -> set[str]:
-    """Return the processor's flags as Linux names them; empty elsewhere."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return set()
-    return next((set(line.split()) for line in lines if line.startswith("flags")), set())
 
 
 def write_results(path: Path, results: dict[str, Any]) -> None:

@@ -73,7 +73,7 @@ from sklearn.metrics import roc_auc_score
 
 from made_table import make_table, write_table
 from measuring import machine, progress, write_results
-from medembed.heads.batched_mlp import PRECISIONS, resolve_precision
+from medembed.heads.mlp import PRECISIONS, resolve_precision
 from medembed.sweeps.search_space import read_spaces
 from sweep_default import measure_default, measure_nih, sweep_command
 from sweep_gflops import measure_cohort, measure_gflops

@@ -12,7 +12,8 @@ from unittest import mock
 import pandas as pd
 from sklearn.metrics import roc_auc_score
 
-from measuring import INSTRUCTIONS, instructions, machine, processor_flags, progress, time_command
+from measuring import INSTRUCTIONS, instructions, machine, progress, time_command
+from medembed.core.system import processor_flags
 from medembed.sweeps.search_space import default_spaces
 from peak_memory import watch
 from quality_tables import SHARED

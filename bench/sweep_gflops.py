@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from measuring import progress
-from medembed.heads.batched_mlp import BatchedMLP, Rows, resolve_precision
-from medembed.heads.mlp import MLPHead, gather
+from medembed.heads.batched_mlp import BatchedMLP, Rows
+from medembed.heads.mlp import MLPHead, gather, resolve_precision
 from medembed.heads.scaling import Projector
 from medembed.sweeps.search_space import default_spaces
 from sweep_peers import load_table

@@ -18,6 +18,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import tomllib
 from collections import Counter
 from collections.abc import Iterator
@@ -269,9 +270,11 @@ def run_block(block: Block, home: Home, where: str) -> str | None:
         if text in home.ran:
             continue
         home.ran.add(text)
+        began = time.perf_counter()
         done = home.run(command)
         printed = (printed or "") + done.stdout + done.stderr
-        print(f"$ {command[-1]}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        print(f"{time.perf_counter() - began:.1f} s $ {command[-1]}")
+        print(f"{done.stdout[-2000:]}{done.stderr[-2000:]}")
         allowed = {0, 1} if "manifest check" in command[-1] else {0}
         assert done.returncode in allowed, f"{where}: {command[-1]}\n{done.stdout}{done.stderr}"
     return printed

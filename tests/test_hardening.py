@@ -505,7 +505,7 @@ def test_names_that_are_no_unicode_can_be_written_down(tmp_path: Path) -> None:
     assert json.loads(json_bytes({"out": name})) == {"out": name}
     assert json_bytes({"out": "é"}) == '{\n  "out": "é"\n}\n'.encode()
     create_run(tmp_path / name, {"seed": 1}, details={"command": f"sweep --out {name}"})
-    assert open_run(tmp_path / name).info["command"].endswith(name)
+    assert open_run(tmp_path / name).info.command.endswith(name)
 
 
 def test_a_manifest_below_a_name_that_is_no_unicode_is_read(tmp_path: Path) -> None:

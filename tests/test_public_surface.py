@@ -363,7 +363,7 @@ def test_fine_tuning_takes_an_encoder_that_is_loaded(tmp_path: Path) -> None:
         ]
     first, second = (run.predictions() for run in runs)
     assert first.equals(second)
-    assert runs[0].info["encoder"] == runs[1].info["encoder"]
+    assert runs[0].info.encoder == runs[1].info.encoder
     assert runs[0].leaderboard["depth"].tolist() == [1]
     before = given[1].encode(tmp_path / "images" / "patient000" / "view0.png")["mean"]
     again = me.load_encoder(tower, device="cpu", precision="fp32")
@@ -548,7 +548,7 @@ table: pd.DataFrame = comparison.to_frame()
 comparison.plot.roc()
 predictor = me.Predictor(run.model("mlp"))
 answers: pd.DataFrame = predictor.predict(["a.png"])
-row: dict[str, object] = predictor.predict("a.png")
+probability: float | None = predictor.predict("a.png")["probability"]
 train: me.Embeddings = me.load_embeddings(me.open_cache("cache"), "m.csv", split="train")
 folds: list[tuple[np.ndarray, np.ndarray]] = me.patient_folds(train, 3, seed=1)
 page: str = me.write_report([run], "report")["page"]

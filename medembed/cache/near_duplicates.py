@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -89,7 +88,7 @@ class NearDuplicates:
     n_failed: int
     n_missing: int
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Return JSON values; an infinite threshold is None."""
         tables = ("pairs", "lookalikes")
         numbers = {name: value for name, value in vars(self).items() if name not in tables}

@@ -43,7 +43,7 @@ class CacheSpec:
     """
 
     encoder: str
-    preprocessing: Mapping[str, Any]
+    preprocessing: Mapping[str, object]
     poolings: Mapping[str, tuple[int, ...]]
     dtype: str
 
@@ -61,7 +61,7 @@ class CacheSpec:
         shapes = {name: tuple(int(n) for n in shape) for name, shape in self.poolings.items()}
         object.__setattr__(self, "poolings", shapes)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Return the spec as JSON-able values."""
         return {
             "encoder": self.encoder,

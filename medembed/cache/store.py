@@ -53,8 +53,8 @@ class Cache(Summarised):
         self,
         path: Path,
         spec: CacheSpec,
-        recorded: dict[str, Any],
-        canary: dict[str, Any] | None = None,
+        recorded: Mapping[str, object],
+        canary: Mapping[str, object] | None = None,
         known: Collection[str] = (),
     ) -> None:
         self.path, self.spec, self.recorded, self.canary = path, spec, recorded, canary
@@ -81,7 +81,7 @@ class Cache(Summarised):
         """The user's reference of the encoder: `source` or `source@revision`."""
         return source_of(self.recorded)
 
-    def require_spec(self, spec: CacheSpec, recorded: Mapping[str, Any]) -> None:
+    def require_spec(self, spec: CacheSpec, recorded: Mapping[str, object]) -> None:
         """Raise SpecMismatchError, naming the first difference, unless rows of `spec` fit here.
 
         `recorded` is the origin of `spec`, see `create_cache`.
@@ -265,8 +265,8 @@ class Cache(Summarised):
 def create_cache(
     path: str | os.PathLike[str],
     spec: CacheSpec,
-    recorded: Mapping[str, Any],
-    canary: Mapping[str, Any] | None = None,
+    recorded: Mapping[str, object],
+    canary: Mapping[str, object] | None = None,
     *,
     known: Collection[str] = (),
 ) -> Cache:

@@ -6,11 +6,9 @@ schemas. Keys may be added, but never removed or given another meaning.
 
 from typing import Any, Literal
 
-from medembed.cli.shortcut_documents import ShortcutsDocument
-from medembed.cli.similarity_documents import MapDocument, Similar
 from medembed.core.prompts import PromptEntry
 from medembed.core.schema import AnyTable, ClosedRecord, Count, Digest, Field, Given, Record
-from medembed.results.audit_schema import LabelAuditDocument
+from medembed.results.audit_schema import LabelAuditDocument, ShortcutsDocument
 from medembed.results.comparison_schema import (
     ComparedHead,
     ComparisonResult,
@@ -44,11 +42,13 @@ __all__ = [
     "Extract",
     "FailureCounts",
     "FailureDocument",
+    "FilmAskedAbout",
     "KnownRecipe",
     "ManifestBuild",
     "ManifestCheck",
     "ManifestInit",
     "ManifestRelabel",
+    "MapDocument",
     "PlanDocument",
     "Point",
     "Prediction",
@@ -56,6 +56,8 @@ __all__ = [
     "RecipeText",
     "Report",
     "RunDocument",
+    "Similar",
+    "SimilarFilm",
     "SpecDocument",
     "SplitCount",
     "SweptTargets",
@@ -491,6 +493,54 @@ class WorklistImage(ClosedRecord):
     """With --names, as are study and patient."""
     study: Given[str] = None
     patient: Given[str] = None
+
+
+class SimilarFilm(ClosedRecord):
+    """A film of another patient; `image` and `study` are null without --names."""
+
+    sha256: Digest
+    image: str | None
+    study: str | None
+    region: str
+    label: Literal[0, 1] | None
+    split: str
+    similarity: float = Field(ge=-1, le=1)
+
+
+class FilmAskedAbout(ClosedRecord):
+    """The film asked about; all but `sha256` and `in_cache` are null if no manifest row has it."""
+
+    sha256: Digest
+    row: Count | None
+    image: str | None
+    study: str | None
+    region: str | None
+    label: Literal[0, 1] | None
+    in_cache: bool
+
+
+class Similar(ClosedRecord):
+    """`medembed similar --json`."""
+
+    query: FilmAskedAbout
+    poolings: list[str]
+    compared: Count
+    """Films of other patients."""
+    own: Count
+    """Films of the query's patient, left out."""
+    failed: Count
+    neighbours: list[SimilarFilm]
+
+
+class MapDocument(ClosedRecord):
+    """`medembed map --json`."""
+
+    map: str
+    images: Count
+    method: Literal["pca", "tsne"]
+    seed: Count
+    explained: dict[str, list[float]]
+    """Share of the variance on either axis, by pooling; empty for t-SNE."""
 
 
 DOCUMENTS: dict[str, Any] = {

@@ -57,9 +57,7 @@ def ensemble_command(
     if as_json:
         print_json(run.as_dict())
         return
-    for entry in run.info["leaderboard"]:
-        if entry["head"] == "ensemble":
-            for name, weight in entry["params"]["weights"].items():
-                say(f"{weight:6.3f}  {name}")
+    for name, weight in (run.info.winner("ensemble").params or {})["weights"].items():
+        say(f"{weight:6.3f}  {name}")
     show_comparison([*runs, out], "study", None, "table", operating_points=operating_points)
     suggest("report", *runs, out, "-o", "report")

@@ -339,7 +339,7 @@ def check_command(
     that occurs twice, or films that show nothing.
     """
     from medembed.cache.store import open_cache
-    from medembed.dataset.review import review_manifest
+    from medembed.dataset.manifest import review_manifest
 
     cache = open_cache(cache_path) if cache_path else None
     with showing_progress("Checking", "images") as progress:
@@ -478,7 +478,7 @@ def texts_command(
             like=like,
             progress=fetching,
         )
-    names = [name for name in found.rows if name.startswith(f"{column}_")]
+    names = [name for name in map(str, found.rows) if name.startswith(f"{column}_")]
     n_texts = int(found.rows[column].fillna("").str.strip().ne("").sum())
     if may_hold_the_answer(column):
         say(

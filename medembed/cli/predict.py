@@ -7,7 +7,7 @@ import textwrap
 import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -27,12 +27,12 @@ from medembed.core.text import printable
 
 if TYPE_CHECKING:
     from medembed.prediction import Predictor
+    from medembed.prediction.rows import PredictedRow
 
 __all__ = ["predict_command", "write_table"]
 
 COLUMNS = 80
 NAME_COLUMNS = 38
-Row = dict[str, Any]
 OUTER = 0.05
 """Share of the training patients that lie furthest out; an equal share of similar studies does."""
 _NO_REFERENCE = (
@@ -210,7 +210,7 @@ class _Seen:
         self.images = self.failed = self.studies = self.abnormal = self.trained_on = 0
         self.far = self.marginal = self.placed = self.outer = 0
 
-    def add(self, row: Row) -> None:
+    def add(self, row: "PredictedRow") -> None:
         if row["image"] is None:
             self.studies += 1
             self.abnormal += row["decision"] == self.positive
@@ -268,7 +268,9 @@ class _Seen:
             )
 
 
-def _show(rows: Iterator[Row], predictor: "Predictor", *, jsonl: bool, as_json: bool) -> _Seen:
+def _show(
+    rows: "Iterator[PredictedRow]", predictor: "Predictor", *, jsonl: bool, as_json: bool
+) -> _Seen:
     classes = predictor.card.classes
     seen = _Seen(classes[1])
     if as_json:
@@ -295,7 +297,7 @@ def _show(rows: Iterator[Row], predictor: "Predictor", *, jsonl: bool, as_json: 
     return seen
 
 
-def _counting(rows: Iterator[Row], seen: _Seen) -> Iterator[Row]:
+def _counting(rows: "Iterator[PredictedRow]", seen: _Seen) -> "Iterator[PredictedRow]":
     for row in rows:
         seen.add(row)
         yield row
@@ -314,7 +316,7 @@ def _writer() -> Callable[[str], None]:
     return write
 
 
-def write_table(rows: list[Row], path: Path) -> None:
+def write_table(rows: "list[PredictedRow]", path: Path) -> None:
     """Write rows as a table, complete or not at all: a line per image and per study of several.
 
     Text that a spreadsheet would evaluate is prefixed with an apostrophe.
@@ -358,7 +360,7 @@ def _widths(classes: tuple[str, str]) -> tuple[int, int]:
     return max(9, len(classes[1])), max(9, *map(len, classes))
 
 
-def _lines(row: Row, classes: tuple[str, str]) -> list[str]:
+def _lines(row: "PredictedRow", classes: tuple[str, str]) -> list[str]:
     """Return the lines for a row; none for a study with one view, which its image's row shows."""
     if row["image"] is None:
         if row["n_views"] == 1:

@@ -192,7 +192,7 @@ def sweep_command(
         return
     with ExitStack() as stack:
         if backend == "local" and cache_path.is_dir() and manifest_path.is_file():
-            stack.enter_context(start_early(jobs, n_folds))
+            stack.enter_context(start_early(jobs))
         from medembed import sweeps
 
         progress = stack.enter_context(showing_leaderboard("Training", "fits", metric))
@@ -211,7 +211,7 @@ def sweep_command(
         from medembed.report.layers import describe_layers
 
         show_comparison([out], "study", None, "table", operating_points=operating_points)
-        for series in run.info.get("layers") or ():
+        for series in run.info.layers or ():
             say(describe_layers(series))
         suggest("report", out, "-o", "report")
 

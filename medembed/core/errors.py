@@ -22,7 +22,11 @@ A message names the thing, the value and the way out.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 __all__ = [
     "ArgumentError",
@@ -112,7 +116,9 @@ class NonFiniteError(EncoderError):
         Which images are finite under every pooling.
     """
 
-    def __init__(self, message: str, rows: dict[str, Any], is_finite: Any) -> None:
+    def __init__(
+        self, message: str, rows: "dict[str, NDArray[np.floating]]", is_finite: "NDArray[np.bool_]"
+    ) -> None:
         self.rows, self.is_finite = rows, is_finite
         super().__init__(message)
 

@@ -65,6 +65,7 @@ __all__ = [
     "Whole",
     "Word",
     "WrapValidator",
+    "as_json",
     "closed",
     "create_model",
     "describe_problems",
@@ -240,6 +241,15 @@ def suggest(name: str, known: Sequence[str]) -> str:
     if near:
         return f"did you mean {near[0]!r}?"
     return f"known: {', '.join(known)}" if known else "nothing may stand there"
+
+
+def as_json(value: object) -> Any:
+    """Return a value with each record in it as a table of the keys that were set."""
+    if isinstance(value, BaseModel):
+        value = value.model_dump(exclude_unset=True)
+    if isinstance(value, Mapping):
+        return {key: as_json(own) for key, own in value.items()}
+    return [as_json(own) for own in value] if isinstance(value, list | tuple) else value
 
 
 def write_schema(kind: type[Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ __all__ = [
     "free_bytes",
     "library_versions",
     "missing_library",
+    "processor_flags",
     "require_libraries",
     "reserve",
     "total_memory",
@@ -91,6 +92,15 @@ def free_bytes(path: Path) -> int:
     """Return the free bytes of the disk on which `path` is or would be created."""
     there = next(place for place in (path, *path.absolute().parents) if place.exists())
     return shutil.disk_usage(there).free
+
+
+def processor_flags() -> set[str]:
+    """Return the processor's flags, such as "avx2", as Linux names them; empty elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return next((set(line.split()) for line in lines if line.startswith("flags")), set())
 
 
 def total_memory() -> int:

@@ -20,7 +20,6 @@ from medembed import __version__
 from medembed.core.errors import ManifestError
 from medembed.core.files import json_bytes, read_plain, writing_atomically
 from medembed.core.schema import (
-    AnyTable,
     Count,
     Given,
     Record,
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BuildCounts",
     "BuildFile",
+    "BuiltRecipe",
     "Excluded",
     "KeptBuild",
     "build_path",
@@ -70,6 +70,8 @@ class BuildCounts(Record):
     not_listed: Count
     excluded: list[Excluded]
     images: Count
+    studies: Given[Count] = None
+    patients: Given[Count] = None
 
     @model_validator(mode="after")
     def _check_sum(self) -> Self:
@@ -78,11 +80,19 @@ class BuildCounts(Record):
         return self
 
 
+class BuiltRecipe(Record):
+    """The recipe of a build."""
+
+    name: str | None = None
+    sha256: str | None = None
+    """Of its file; null for one that was made in memory."""
+
+
 class KeptBuild(Record):
     """The part of its manifest's build that a run keeps."""
 
     counts: BuildCounts
-    recipe: AnyTable
+    recipe: BuiltRecipe
     medembed: str | None = None
 
 

@@ -65,7 +65,7 @@ class NumericColumn:
         block[:, 1] = [text == MISSING for text in texts]
         return block
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Return JSON values."""
         return {"name": self.name, "kind": "numeric", "fill": self.fill}
 
@@ -102,7 +102,7 @@ class CategoricalColumn:
             block[tuple(np.array(seen).T)] = 1
         return block
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Return JSON values."""
         return {"name": self.name, "kind": "categorical", "categories": list(self.categories)}
 
@@ -143,7 +143,7 @@ class CovariateEncoder:
             blocks.append(column.encode(_texts(rows[column.name])))
         return np.hstack(blocks).astype(np.float32)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Return JSON values."""
         return {"columns": [column.as_dict() for column in self.columns]}
 

@@ -10,7 +10,7 @@ import hashlib
 import io
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
@@ -24,6 +24,7 @@ from medembed.dataset.checks import (
     REQUIRED,
     find_content_problems,
     find_table_problems,
+    find_warnings,
     is_ascending,
 )
 from medembed.dataset.identities import IDS, are_exact, name_persons
@@ -40,6 +41,7 @@ __all__ = [
     "LABEL_LEVELS",
     "REQUIRED",
     "Manifest",
+    "Review",
     "check_destination",
     "check_images",
     "count",
@@ -52,6 +54,7 @@ __all__ = [
     "read_contents",
     "read_manifest",
     "require_hashes",
+    "review_manifest",
     "write_manifest",
 ]
 
@@ -402,3 +405,44 @@ def _arrange(table: pd.DataFrame, label_level: str) -> Manifest:
     rows = rows.reset_index(drop=True).astype(str)
     rows["label"] = rows["label"].map({"0": 0, "1": 1}).astype("Int8")
     return Manifest(rows, label_level)
+
+
+@dataclass(frozen=True)
+class Review:
+    """The problems and warnings that were found.
+
+    Attributes
+    ----------
+    problems : list of str
+        Everything wrong with the rows; or, if the rows are sound, with their images.
+    warnings : list of str
+        Warnings of `checks.find_warnings`; none if the rows break the rules.
+    """
+
+    problems: list[str]
+    warnings: list[str] = field(default_factory=list)
+
+
+def review_manifest(
+    path: str | Path,
+    image_root: str | Path | None = None,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> Review:
+    """Return the review of a manifest's file and, given a root, of its images.
+
+    Raises
+    ------
+    PathNotFoundError
+        There is no such file or root.
+    ManifestError
+        The file cannot be read as a table at all.
+    """
+    try:
+        manifest = read_manifest(path)
+    except ManifestError as error:
+        if not error.problems:
+            raise
+        return Review(list(error.problems))
+    problems = [] if image_root is None else check_images(manifest, image_root, progress)
+    return Review(problems, find_warnings(manifest.rows))

@@ -94,7 +94,7 @@ class Relabelled(Summarised):
     review: AppliedReview
     n_confirmed: int
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, int]:
         """Return the counts that `manifest relabel --json` prints."""
         before = pd.Series([own.before for own in self.review.changes], dtype=object)
         after = pd.Series([own.after for own in self.review.changes], dtype=object)

@@ -236,7 +236,7 @@ def draw_inner(rows: pd.DataFrame, folds: np.ndarray, *, seed: int = 0) -> np.nd
         Either part would hold one class.
     """
     n_folds = int(folds.max()) + 1
-    names, known = rows["patient"].astype(str), _patients(rows)
+    names, known = name_persons(rows), _patients(rows)
     fold_of = dict(zip(names, folds.tolist(), strict=True))
     inner = np.zeros((n_folds, len(rows)), bool)
     shares = np.array([1 - 1 / n_folds, 1 / n_folds])

@@ -87,7 +87,7 @@ def run_demo(
     n_patients: int = 400,
     seed: int = 0,
     show_progress: ShowProgress | None = None,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Draw a cohort and process it from recipe to page.
 
     Writes `directory/{recipe.toml, images/, manifest.csv, cache/, runs/sweep/, report/}`. A second
@@ -124,7 +124,7 @@ def run_demo(
         manifest=manifest,
         command=REPORT,
     )
-    return {"leaderboard": run.info["leaderboard"], "page": report["page"], "synthetic": True}
+    return {"leaderboard": run.as_dict()["leaderboard"], "page": report["page"], "synthetic": True}
 
 
 @contextmanager

@@ -94,7 +94,7 @@ class Architecture:
         """Cells of the code in a row, and in a column."""
         return self.image_size >> len(self.widths)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Return the JSON-able form used in `config.json` and the fingerprint."""
         known = asdict(self)
         return {"model_type": AUTOENCODER_TYPE, **known, "widths": list(self.widths)}
@@ -250,7 +250,7 @@ def load_autoencoder(
     )
 
 
-def checkpoint_config(architecture: Architecture, fit: str) -> dict[str, Any]:
+def checkpoint_config(architecture: Architecture, fit: str) -> dict[str, object]:
     """Return `config.json`: the architecture, and how images are made square."""
     return {**architecture.as_dict(), "fit": fit}
 
@@ -268,7 +268,7 @@ def preprocessing_for(size: int, fit: str) -> Preprocessing:
     return Preprocessing(size, size, fit, "bilinear", _HALF, _HALF, 1 / 255)
 
 
-def processor_config(preprocessing: Preprocessing) -> dict[str, Any]:
+def processor_config(preprocessing: Preprocessing) -> dict[str, object]:
     """Return the `preprocessor_config.json` that `read_preprocessing` reads, except `fit`."""
     return {
         "do_normalize": True,

@@ -8,7 +8,6 @@ the base. It contains no absolute path: a base that is a directory is named by a
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from medembed.core.errors import EncoderError
 from medembed.encoders.checkpoint_files import INDEX_FILE, WEIGHTS_FILE, holds_file, read_json
@@ -142,7 +141,7 @@ def base_of(ref: str | os.PathLike[str]) -> str | Path:
     return place
 
 
-def describe_base(origin: Origin, directory: Path, fingerprint: str) -> dict[str, Any]:
+def describe_base(origin: Origin, directory: Path, fingerprint: str) -> dict[str, object]:
     """Return the content of `base.json` for an encoder that will lie in `directory`.
 
     Parameters

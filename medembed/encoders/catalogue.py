@@ -5,12 +5,12 @@ asked of the hub.
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import TypedDict
 
 from medembed.core.poolings import POOLINGS
 
-__all__ = ["FAMILIES", "Family", "describe_families"]
+__all__ = ["FAMILIES", "Family", "FamilyDocument", "describe_families"]
 
 _TOKENS = ("mean", "max", "grid4")
 _CLASSED = (*_TOKENS, "pooler", "cls")
@@ -232,16 +232,38 @@ FAMILIES = (
 )
 
 
-def describe_families() -> Iterator[dict[str, Any]]:
+class FamilyDocument(TypedDict):
+    """A family as JSON values; poolings of blocks are `mean@K`."""
+
+    name: str
+    examples: list[str]
+    kinds: list[str]
+    pixels: str
+    poolings: list[str]
+    layers: bool
+    licence: str
+    gated: bool
+    extra: str | None
+    oracle: str
+
+
+def describe_families() -> Iterator[FamilyDocument]:
     """Yield each family as JSON values; poolings of blocks as `mean@K`."""
     for family in FAMILIES:
-        document = asdict(family)
         per_block = [
             f"{name}@K"
             for name in family.poolings
             if family.has_layers and POOLINGS[name].is_per_block
         ]
-        names = {"is_gated": "gated", "has_layers": "layers"}
-        document = {names.get(key, key): value for key, value in document.items()}
-        lists = {key: list(document[key]) for key in ("examples", "kinds")}
-        yield {**document, **lists, "poolings": [*family.poolings, *per_block]}
+        yield {
+            "name": family.name,
+            "examples": list(family.examples),
+            "kinds": list(family.kinds),
+            "pixels": family.pixels,
+            "poolings": [*family.poolings, *per_block],
+            "layers": family.has_layers,
+            "licence": family.licence,
+            "gated": family.is_gated,
+            "extra": family.extra,
+            "oracle": family.oracle,
+        }

@@ -179,7 +179,7 @@ def names_model(config: Any) -> bool:
     return is_timm_config(config) or (isinstance(config, Mapping) and "model_type" in config)
 
 
-def name_kind(config: Mapping[str, Any]) -> str:
+def name_kind(config: Mapping[str, object]) -> str:
     """Return what kind of model a config describes, for people."""
     if is_open_clip_config(config):
         return "open_clip"

@@ -3,7 +3,7 @@
 import os
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from os import PathLike, fspath
@@ -113,7 +113,7 @@ class RemoteCheckpoint:
     revision: str | None
     fetched: bool
     tower_bytes: int | None
-    config: dict[str, Any]
+    config: Mapping[str, object]
 
 
 @dataclass(frozen=True)

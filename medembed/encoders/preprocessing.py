@@ -94,7 +94,7 @@ class Preprocessing:
     std: tuple[float, float, float]
     rescale: float
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Return the JSON-able form used in a cache's spec."""
         return {
             "size": [self.height, self.width],

@@ -1,7 +1,7 @@
 """The interface of encoders."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, TypedDict, runtime_checkable
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from medembed.encoders.preprocessing import Preprocessing
 __all__ = [
     "DescribedEncoder",
     "Encoder",
+    "Execution",
     "PipelinedEncoder",
     "check_rows",
     "refuse_non_finite",
@@ -169,12 +170,24 @@ def check_rows(
     return rows
 
 
+class Execution(TypedDict):
+    """How an encoder runs."""
+
+    device: str
+    card: str | None
+    """The GPU's name."""
+    precision: str
+    attention: str | None
+    """The kernel found to be the fastest."""
+    compiled: bool
+
+
 @runtime_checkable
 class DescribedEncoder(Encoder, Protocol):
     """An encoder that reports how it runs."""
 
-    def describe(self) -> dict[str, Any]:
-        """Return `device`, `card`, `precision`, `attention` and `compiled`."""
+    def describe(self) -> Execution:
+        """Return how it runs."""
         ...
 
 

@@ -27,7 +27,7 @@ from medembed.encoders.checkpoint_files import Part
 from medembed.encoders.devices import Rows, arithmetic, device_of, guard_memory
 from medembed.encoders.features import Features, pool
 from medembed.encoders.preprocessing import Preprocessing, channel_levels
-from medembed.encoders.protocol import Encoder, refuse_non_finite
+from medembed.encoders.protocol import Encoder, Execution, refuse_non_finite
 
 if TYPE_CHECKING:
     from medembed.encoders.base_ref import Origin
@@ -297,11 +297,8 @@ class TorchEncoder(ABC):
         copied.tuning = Tuning(copied.model)
         return copied
 
-    def describe(self) -> dict[str, Any]:
-        """Return how the tower is run: `device`, `card`, `precision`, `attention`, `compiled`.
-
-        `card` is the GPU's name, `attention` the kernel found to be fastest; either may be None.
-        """
+    def describe(self) -> Execution:
+        """Return how the tower is run."""
         return {
             "device": self.device,
             "card": torch.cuda.get_device_name() if self.device == "cuda" else None,

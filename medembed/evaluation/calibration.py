@@ -8,10 +8,9 @@ estimator (Liang and Zeger, Biometrika 73, 1986), here identical to the infinite
 `reliability` tabulates the observed share of abnormal rows by predicted probability.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from math import exp, isnan, log, nan
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import numpy as np
 import pandas as pd
@@ -123,12 +122,12 @@ class Calibration:
         result = expit(self.slope * log_odds(probability) + self.intercept)
         return np.asarray(result, dtype=np.float64)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, str | float]:
         """Return a JSON-able dict that `from_dict` reads."""
         return {"method": self.method, "slope": self.slope, "intercept": self.intercept}
 
     @classmethod
-    def from_dict(cls, document: Mapping[str, Any]) -> "Calibration":
+    def from_dict(cls, document: object) -> "Calibration":
         """Return the calibration that `as_dict` described.
 
         Raises

@@ -34,7 +34,7 @@ pickle.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 import numpy as np
 
@@ -215,7 +215,7 @@ class Conformal:
             "covered far less than was promised."
         )
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Return a JSON-able dict that `from_dict` reads."""
         scores = {
             region: dict(zip(_CLASSES, (part.tolist() for part in parts), strict=True))
@@ -230,7 +230,7 @@ class Conformal:
         return found
 
     @classmethod
-    def from_dict(cls, document: Mapping[str, Any]) -> "Conformal":
+    def from_dict(cls, document: object) -> "Conformal":
         """Return the scores that `as_dict` described.
 
         Raises

@@ -112,7 +112,7 @@ def bootstrap_report(
     n_resamples: int = 2000,
     seed: int = 0,
     by: Sequence[str] = ("region", "n_views"),
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Return scores with intervals overall, per group, and as the mean over regions.
 
     Parameters

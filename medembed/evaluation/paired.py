@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from math import inf, isnan, nan
-from typing import Any
 
 import numpy as np
 from scipy.special import bdtr, ndtr, stdtr
@@ -53,9 +52,9 @@ class Difference:
     error: float = nan
     freedom: float = nan
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, float | str | None]:
         """Return `difference`, `low`, `high`, `p`, None if not estimable, and `method`."""
-        found: dict[str, Any] = {
+        found: dict[str, float | None] = {
             name: finite_or_none(getattr(self, name)) for name in ("difference", "low", "high", "p")
         }
         return {**found, "method": self.method}

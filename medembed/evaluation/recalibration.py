@@ -68,7 +68,7 @@ def recalibrate(
     *,
     n_resamples: int = 2000,
     seed: int = 0,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Return a recalibration fitted on some patients and scored on all others.
 
     Nothing changes if the drawn patients' slope and intercept do not differ significantly from 1

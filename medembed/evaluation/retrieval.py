@@ -53,7 +53,7 @@ class Films:
         return Films(**{key: own[rows] for key, own in vars(self).items()})
 
 
-def score_retrieval(queries: Films, database: Films, *, seed: int = 0) -> dict[str, Any]:
+def score_retrieval(queries: Films, database: Films, *, seed: int = 0) -> dict[str, object]:
     """Return how well the films of a database are ranked by their cosine with each query.
 
     Films of the query's own patient are left out. Queries for which nothing relevant could be found
@@ -87,7 +87,7 @@ def score_retrieval(queries: Films, database: Films, *, seed: int = 0) -> dict[s
     if n_queries > MAX_QUERIES:
         drawn = np.random.default_rng(seed).permutation(n_queries)[:MAX_QUERIES]
         queries = queries.take(np.sort(drawn))
-    found: dict[str, Any] = {
+    found: dict[str, object] = {
         "n_queries": n_queries,
         "n_drawn": len(queries.X),
         "n_database": len(database.X),

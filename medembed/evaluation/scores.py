@@ -6,10 +6,11 @@ cannot be computed (AUROC of one class) is NaN, never an error, and is shown as 
 
 import math
 from collections.abc import Sequence
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, overload
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from medembed.core.errors import TrainingDataError
 
@@ -223,13 +224,25 @@ def find_bins(probability: np.ndarray) -> np.ndarray:
     return np.asarray(np.minimum((probability * N_ECE_BINS).astype(int), N_ECE_BINS - 1))
 
 
+@overload
+def score(
+    y: np.ndarray, probability: np.ndarray, threshold: float, *, weights: None = None
+) -> dict[str, float]: ...
+
+
+@overload
+def score(
+    y: np.ndarray, probability: np.ndarray, threshold: float, *, weights: np.ndarray
+) -> dict[str, NDArray[np.float64]]: ...
+
+
 def score(
     y: np.ndarray,
     probability: np.ndarray,
     threshold: float,
     *,
     weights: np.ndarray | None = None,
-) -> dict[str, Any]:
+) -> dict[str, float] | dict[str, NDArray[np.float64]]:
     """Return every score of `SCORES`.
 
     Parameters

@@ -7,7 +7,7 @@ different folds come from different models; or a group within a fold, where the 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import nan
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve
@@ -69,7 +69,7 @@ class Encoded:
     estimate: Estimate
     p: float
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Return the interval's keys, and `p`."""
         return {**self.estimate.interval().as_dict(), "p": finite_or_none(self.p)}
 

@@ -152,7 +152,7 @@ def add_text_covariates(
         raise ManifestError(f"the manifest has a column {clash[0]!r} already. Rename it.")
     rows = pd.concat([read.rows, added], axis=1)
     found = replace(read, rows=rows[_ordered(list(read.rows.columns), list(added.columns))])
-    write_manifest(found, out)
+    write_manifest(found, Path(out))
     _write_basis(basis, basis_path(out))
     return found
 

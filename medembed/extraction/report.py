@@ -2,11 +2,10 @@
 
 from collections import Counter
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from medembed.core.system import count_cores
 from medembed.core.text import Summarised, Summary, count_values, counted
-from medembed.encoders.protocol import DescribedEncoder, Encoder
+from medembed.encoders.protocol import DescribedEncoder, Encoder, Execution
 
 __all__ = ["ExtractionReport", "describe_execution", "describe_times", "execution_of"]
 
@@ -47,9 +46,8 @@ class ExtractionReport(Summarised):
         Seconds: `read` and `decode`, summed over the decoder processes; `starve`, waiting for
         images; `encode`, waiting for the encoder; `write`, in which the writer was busy in
         parallel; `prepare`, before the first image (warm-up and canary).
-    execution : dict or None
-        How the encoder ran: `device`, `card` (the GPU's name), `precision`, `attention` (the kernel
-        found to be the fastest), `compiled`; None if nothing was embedded, or by several workers.
+    execution : Execution or None
+        How the encoder ran; None if nothing was embedded, or by several workers.
     canary : float or None
         Largest distance of a canary image from its embedding in the cache, as a fraction of the
         median distance between canaries; None if nothing was embedded or the cache has no canary.
@@ -69,7 +67,7 @@ class ExtractionReport(Summarised):
     decoders: int
     stages: dict[str, float]
     canary: float | None
-    execution: dict[str, Any] | None = None
+    execution: Execution | None = None
 
     def summarise(self) -> Summary:
         """Return what became of the images, why some failed, and how fast it was."""
@@ -85,20 +83,25 @@ class ExtractionReport(Summarised):
             },
         )
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Return the counts as JSON-able values."""
         return asdict(self)
 
 
-def execution_of(encoder: Encoder) -> dict[str, Any]:
+def execution_of(encoder: Encoder) -> Execution:
     """Return how an encoder runs, in the form of `ExtractionReport.execution`."""
     if isinstance(encoder, DescribedEncoder):
         return encoder.describe()
-    known = {"device": encoder.device, "card": None, "precision": encoder.precision}
-    return {**known, "attention": None, "compiled": False}
+    return {
+        "device": encoder.device,
+        "card": None,
+        "precision": encoder.precision,
+        "attention": None,
+        "compiled": False,
+    }
 
 
-def describe_execution(source: str, execution: dict[str, Any], batch_size: int) -> str:
+def describe_execution(source: str, execution: Execution, batch_size: int) -> str:
     """Return a sentence on the encoder, device and settings; on a CPU also why no GPU is used."""
     card = f" ({execution['card']})" if execution["card"] else ""
     parts = [f"{source} on {execution['device']}{card} in {execution['precision']}"]

@@ -142,7 +142,7 @@ class FineTuneConfig:
         }
 
 
-def read_config(config: Hyperparameters | Mapping[str, Any] | None) -> Hyperparameters:
+def read_config(config: Hyperparameters | Mapping[str, object] | None) -> Hyperparameters:
     """Return hyperparameters that are given by name, the defaults in place of the others.
 
     Raises

@@ -16,6 +16,7 @@ from safetensors.torch import save
 
 from medembed.core.errors import EncoderError, MedembedError, RunError
 from medembed.core.files import json_bytes, read_plain, sync_directory, write_atomically
+from medembed.core.schema import as_json
 from medembed.dataset.build_file import KeptBuild
 from medembed.dataset.identities import name_persons
 from medembed.dataset.manifest import Manifest
@@ -36,8 +37,9 @@ from medembed.heads.mlp import MLPHead
 from medembed.heads.packaging import save_model
 from medembed.heads.scaling import Projection
 from medembed.results.comparison import score_run
-from medembed.results.model_card import describe_decisions
+from medembed.results.model_card import CardDecisions, describe_decisions
 from medembed.results.model_readme import (
+    NewCard,
     complete_cards,
     count_trained,
     describe_encoder,
@@ -47,7 +49,7 @@ from medembed.results.model_readme import (
 from medembed.results.predictions import image_code, image_rows, prior_rows
 from medembed.results.provenance import list_left_out, summarise_data
 from medembed.results.run_schema import CV_METHOD, TrialRecord, describe_failure, is_final
-from medembed.results.runs import Run, utc_now
+from medembed.results.runs import Run
 
 __all__ = ["TrialResult", "adapt", "finish", "load_ending", "package", "save_adapted"]
 
@@ -87,26 +89,28 @@ def package(
     # Held-out patients determined thresholds and count as seen; embeddings are those of all rows.
     seen = np.flatnonzero(rows.folds >= 0)
     data = summarise_data(manifest.rows, rows.failed, manifest.label_level)
+    base = run.info.encoder
     place = None if fingerprint is None else f"../../encoders/{known['head']}"
-    card = {
+    decisions: CardDecisions = describe_decisions(_held_studies(rows, trained), points)
+    card: NewCard = {
         "name": known["head"],
         "spec": spec,
         "pooling": known["pooling"],
         "label_level": manifest.label_level,
         "views": "mean",
-        **describe_decisions(_held_studies(rows, trained), points),
+        **decisions,
         "metric": "auroc",
         "cv": trained.score,
         "cv_method": CV_METHOD,
         "trial": known["number"],
         "seed": known["seed"],
         "depth": known["depth"],
-        "encoder": describe_encoder(run.info.get("encoder", {}), place),
+        "encoder": describe_encoder(base.source, base.revision, place),
         "covariates": None,
-        "data": {"trained": count_trained(rows.rows.iloc[seen]), "manifest": data},
-        "use": describe_use(synthetic=data["synthetic"]),
-        "manifest": run.info["asked"]["manifest"],
-        "synthetic": data["synthetic"],
+        "data": {"trained": count_trained(rows.rows.iloc[seen]), "manifest": as_json(data)},
+        "use": describe_use(synthetic=data.synthetic),
+        "manifest": run.info.asked.manifest,
+        "synthetic": data.synthetic,
         "training_images": sorted({image_code(own) for own in rows.rows["sha256"].iloc[seen]}),
     }
     reference = None
@@ -386,11 +390,10 @@ def finish(
     ]
     parts += prior_rows(rows.rows, rows.folds)
     run.write_predictions(pd.concat(parts, ignore_index=True))
-    run.update_info(
+    run.end(
         leaderboard=[ending.as_entry() for ending in ordered],
         data=summarise_data(manifest.rows, rows.failed, manifest.label_level, build),
         left_out=list_left_out(manifest.rows, rows.failed),
-        times={**run.info["times"], "ended": utc_now()},
     )
     scores = score_run(run, operating_points=points)
     complete_cards(run, scores)

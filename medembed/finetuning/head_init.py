@@ -14,7 +14,7 @@ from medembed.heads.mlp import MLPHead
 from medembed.heads.packaging import load_model
 from medembed.heads.registry import head_class, known_heads, make_head
 from medembed.heads.scaling import Projection, Projector
-from medembed.results.model_card import require_winner
+from medembed.results.model_card import CardDocument, read_card, require_winner
 from medembed.results.runs import Run
 
 if TYPE_CHECKING:
@@ -76,27 +76,27 @@ def read_swept_head(run: Run, spec: Mapping[str, Any], manifest: str) -> HeadIni
         The packaged head is damaged.
     """
     run.require_complete()
-    if (target := run.info["asked"].get("target", LABEL)) != LABEL:
+    if (target := run.info.asked.target or LABEL) != LABEL:
         raise RunError(
             f"run at {run.path} was swept on the target {target}, and fine-tuning trains on the "
             "manifest's label. Name a run of the label, or leave out --from-run for a fresh head."
         )
-    board = run.info.get("leaderboard", [])
+    board = run.info.leaderboard
     suitable = [name for name in known_heads() if head_class(name).trains_with_encoder]
-    names = [e["head"] for e in board if e["head"] in suitable and e.get("cv") is not None]
+    names = [e.head for e in board if e.head in suitable and e.cv is not None]
     if not names:
         raise RunError(
             f"run at {run.path} has no head that can be trained on with an encoder: it has "
-            f"{', '.join(entry['head'] for entry in board) or 'none'}, and one of "
+            f"{', '.join(entry.head for entry in board) or 'none'}, and one of "
             f"{', '.join(suitable)} is needed. Leave out --from-run for a fresh head."
         )
     model = load_model(run.model_path(names[0]))
     require_winner(run, names[0], model.card)
-    _refuse_other_rows(run, model.card, spec, manifest)
+    card = read_card(model, run.model_path(names[0]))
+    _refuse_other_rows(run, card.document, spec, manifest)
     params = model.head.get_params()
-    _refuse_unsuitable(run, names[0], params, model.card)
-    pooling = str(model.card["pooling"])
-    return HeadInit(names[0], params, model.head.best_epoch_, tuple(pooling.split("+")))
+    _refuse_unsuitable(run, names[0], params)
+    return HeadInit(names[0], params, model.head.best_epoch_, tuple(card.pooling.split("+")))
 
 
 def init_from_sweep(
@@ -155,30 +155,25 @@ def _plain_params(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_other_rows(
-    run: Run, card: Mapping[str, Any], spec: Mapping[str, Any], manifest: str
+    run: Run, card: CardDocument, spec: Mapping[str, object], manifest: str
 ) -> None:
-    try:
-        theirs = {name: card["spec"][name] for name in ("encoder", "preprocessing")}
-        their_manifest = card["manifest"]
-    except (KeyError, TypeError) as error:
-        raise ModelError(f"a head of the run at {run.path} has no spec on its card") from error
+    if not {"encoder", "preprocessing"} <= card.spec.keys():
+        raise ModelError(f"a head of the run at {run.path} has no spec on its card")
     for name, value in spec.items():
-        if theirs[name] != value:
+        if card.spec[name] != value:
             raise RunError(
                 f"run at {run.path} was swept on embeddings of another {name} than this one's, so "
                 "its heads do not fit. Extract and sweep with this --encoder and --fit, or leave "
                 "out --from-run."
             )
-    if their_manifest != manifest:
+    if card.manifest != manifest:
         raise RunError(
             f"run at {run.path} was swept on another manifest: its choice may have seen what is "
             "tested here. Sweep this manifest, or leave out --from-run."
         )
 
 
-def _refuse_unsuitable(
-    run: Run, name: str, params: Mapping[str, Any], card: Mapping[str, Any]
-) -> None:
+def _refuse_unsuitable(run: Run, name: str, params: Mapping[str, Any]) -> None:
     found = []
     if params.get("pca"):
         found.append(f"reads {params['pca']} principal components")

@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -72,7 +71,7 @@ def finetune(
     n_seeds: int = 1,
     n_folds: int = 5,
     pool: str | Sequence[str] | None = None,
-    config: Hyperparameters | Mapping[str, Any] | None = None,
+    config: Hyperparameters | Mapping[str, object] | None = None,
     device: str = "auto",
     precision: str = "auto",
     fit: str = "stretch",

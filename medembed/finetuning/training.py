@@ -26,6 +26,7 @@ from torch.nn import functional
 from medembed.core.errors import DeviceMemoryError, TrainingDataError
 from medembed.core.files import require_plain, write_atomically
 from medembed.core.schedule import rate_at
+from medembed.core.schema import ClosedRecord, Count, Field, find_problems
 from medembed.encoders.devices import free_memory, is_memory_error
 from medembed.finetuning.batches import Images, PixelImages, compute_rows, take_ahead
 from medembed.finetuning.blocks import parameter_groups
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Counters",
+    "SavedCounters",
     "State",
     "Trained",
     "Trainer",
@@ -76,6 +78,16 @@ class Counters:
     history: list[dict[str, float]] = field(default_factory=list)
 
 
+class SavedCounters(ClosedRecord):
+    """`Counters` in a state's metadata."""
+
+    epoch: Count
+    best_epoch: Count
+    best_key: list[float]
+    seconds: float = Field(ge=0)
+    history: list[dict[str, float]]
+
+
 @dataclass
 class State:
     """Counters, and tensors by name: current, of the best epoch, and of AdamW."""
@@ -109,15 +121,17 @@ def read_state(path: Path, key: str) -> State | None:
             if metadata.get("key") != key:
                 return None
             flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        counters = Counters(**json.loads(metadata["counters"]))
+        counters = json.loads(metadata["counters"])
     except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        return None
+    if find_problems(SavedCounters, counters):
         return None
     parts: dict[str, Any] = {}
     for full, tensor in flat.items():
         part, _, name = full.partition("/")
         parts.setdefault(part, {})[name] = tensor
     moments = {p.removeprefix("adam."): t for p, t in parts.items() if p.startswith("adam.")}
-    return State(counters, parts.get("now", {}), parts.get("best", {}), moments)
+    return State(Counters(**counters), parts.get("now", {}), parts.get("best", {}), moments)
 
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what torch's AdamW keeps of each parameter

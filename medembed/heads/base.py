@@ -86,6 +86,12 @@ class Head(ClassifierMixin, BaseEstimator, ABC):
         """
         return clone(self)  # type: ignore[no-any-return]
 
+    def import_libraries(self) -> None:
+        """Import what training needs and applying does not, such as torch.
+
+        Threads can only be limited in libraries that are imported.
+        """
+
     def find_bases(self) -> list[tuple[str, int]]:
         """Return the scalings and components that a fold learns once for all heads that need them.
 

@@ -8,7 +8,6 @@ import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +17,7 @@ from torch.nn import functional
 from medembed.heads.mlp_network import JointStep, Masks, Member, Net, row_weights_of
 from medembed.heads.scaling import Projection
 
-__all__ = ["PRECISIONS", "BatchedMLP", "Rows", "resolve_precision"]
-
-PRECISIONS = ("fp32", "bf16", "auto")
+__all__ = ["BatchedMLP", "Rows"]
 
 #: AMX and AVX-512 take the first layer's columns 32 at a time.
 _COLUMNS = 32
@@ -31,15 +28,6 @@ EPOCH_ROWS = 16_384
 
 #: Training rows of one kind that are kept mapped; larger tables are mapped again for each batch.
 _KEPT_BYTES = 1 << 30
-
-
-def resolve_precision(precision: str) -> str:
-    """Return "bf16" or "fp32"; "auto" is bf16 if the processor multiplies in bf16."""
-    if precision != "auto":
-        return precision
-    ask = getattr(torch.cpu, "get_capabilities", dict)  # not in older releases
-    found: Mapping[str, Any] = ask()
-    return "bf16" if found.get("avx512_bf16") or found.get("amx_bf16") else "fp32"
 
 
 @dataclass(frozen=True)

@@ -157,7 +157,7 @@ class LightGBMHead(Head):
         """Return the weights of rows with labels `codes`, 0 and 1, float64 of the same shape."""
         return row_weights(codes, getattr(self, "classes_", np.array([0, 1])), self.class_weight)
 
-    def parameters(self, n: int, d: int) -> dict[str, Any]:
+    def parameters(self, n: int, d: int) -> dict[str, object]:
         """Return LightGBM's parameters for n rows of d columns."""
         fraction, least = self.feature_fraction, self.min_data_in_leaf
         return {

@@ -2,19 +2,24 @@
 
 from collections.abc import Callable, Hashable, Sequence
 from itertools import pairwise
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 from scipy.special import erf, expit
 from sklearn.utils import check_random_state
 
 from medembed.core.errors import TrainingDataError
+from medembed.core.system import processor_flags
 from medembed.heads.base import ClassWeight, Head, arrays_of, is_count, row_weights
-from medembed.heads.batched_mlp import PRECISIONS, BatchedMLP, Rows, resolve_precision
-from medembed.heads.mlp_network import ACTIVATIONS, Member, Net
 from medembed.heads.scaling import SCALINGS, Projection, Projector
 
-__all__ = ["MLPHead", "gather"]
+if TYPE_CHECKING:  # torch, which these import, takes a second: only training needs it
+    from medembed.heads.batched_mlp import BatchedMLP, Rows
+    from medembed.heads.mlp_network import Member, Net
+
+__all__ = ["PRECISIONS", "MLPHead", "gather", "resolve_precision"]
+
+PRECISIONS = ("fp32", "bf16", "auto")
 
 _APPLIED: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "relu": lambda z: np.maximum(z, 0.0),
@@ -22,6 +27,13 @@ _APPLIED: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "silu": lambda z: z * expit(z),
     "tanh": np.tanh,
 }
+
+
+def resolve_precision(precision: str) -> str:
+    """Return "bf16" or "fp32"; "auto" is bf16 if the processor multiplies in bf16."""
+    if precision != "auto":
+        return precision
+    return "bf16" if processor_flags() & {"avx512_bf16", "amx_bf16"} else "fp32"
 
 
 class MLPHead(Head):
@@ -128,6 +140,10 @@ class MLPHead(Head):
         self.precision = precision
         self.random_state = random_state
 
+    def import_libraries(self) -> None:
+        """Import torch."""
+        import medembed.heads.batched_mlp  # noqa: F401
+
     def find_bases(self) -> list[tuple[str, int]]:
         """Return the scaling with the number of components that enter the first layer."""
         return [(self.scaling, self.pca)]
@@ -159,6 +175,8 @@ class MLPHead(Head):
         X, codes = self._check_training(X, y)
         validation = self._check_validation(X_val, y_val)
         self.check_parameters()
+        from medembed.heads.batched_mlp import Rows
+
         held = None if validation is None else Rows(validation[0], None, validation[1])
         rows = Rows(X, None, codes)
         cohort = gather([self], rows, held, Projector(X, n_covariates=self.n_covariates))
@@ -171,7 +189,7 @@ class MLPHead(Head):
         self._refuse_out_of_range(
             {
                 "hidden": all(is_count(width, 1) for width in self.hidden),
-                "activation": self.activation in ACTIVATIONS,
+                "activation": self.activation in _APPLIED,
                 "dropout": 0 <= self.dropout < 1,
                 "lr": self.lr > 0,
                 "weight_decay": self.weight_decay >= 0,
@@ -186,8 +204,10 @@ class MLPHead(Head):
             }
         )
 
-    def as_member(self, codes: np.ndarray) -> Member:
+    def as_member(self, codes: np.ndarray) -> "Member":
         """Return this head as a member of a cohort, for rows with labels `codes`, 0 or 1."""
+        from medembed.heads.mlp_network import Member
+
         classes = getattr(self, "classes_", np.array([0, 1]))
         normal, abnormal = row_weights(
             np.array([0, 1]), classes, self.class_weight, labels=classes[codes]
@@ -206,7 +226,7 @@ class MLPHead(Head):
             kind=(self.scaling, self.pca, self.whiten),
         )
 
-    def take(self, net: Net, projection: Projection) -> None:
+    def take(self, net: "Net", projection: Projection) -> None:
         """Become fitted with the layers of a trained net and the projection before them.
 
         Raises
@@ -259,16 +279,18 @@ class MLPHead(Head):
 
 def gather(
     heads: Sequence[MLPHead],
-    rows: Rows,
-    held: Rows | None,
+    rows: "Rows",
+    held: "Rows | None",
     projector: Projector,
-    nets: Sequence[Net] | None = None,
-) -> BatchedMLP:
+    nets: "Sequence[Net] | None" = None,
+) -> "BatchedMLP":
     """Return a cohort that trains these heads on `rows`, with `held` for early stopping.
 
     All heads must share `random_state`, `batch_size` and `precision`; TrainingDataError if they
     differ. `projector` is of the same rows; `nets` is the state that an earlier cohort reached.
     """
+    from medembed.heads.batched_mlp import BatchedMLP
+
     for name in ("random_state", "batch_size", "precision"):
         values = list(dict.fromkeys(str(getattr(head, name)) for head in heads))
         if len(values) > 1:

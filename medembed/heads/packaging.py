@@ -99,7 +99,7 @@ class Model(Summarised):
     """
 
     head: "Head"
-    card: dict[str, Any]
+    card: Mapping[str, object]
     reference: dict[str, np.ndarray] | None = None
     path: Path | None = None
     members: tuple["Model", ...] = ()
@@ -122,7 +122,7 @@ class Model(Summarised):
 def save_model(
     directory: str | Path,
     head: "Head",
-    card: Mapping[str, Any],
+    card: Mapping[str, object],
     *,
     reference: Mapping[str, np.ndarray] | None = None,
     texts: Mapping[str, str] | None = None,

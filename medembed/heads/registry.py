@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from medembed.core.errors import TrainingDataError
 from medembed.core.poolings import IMAGE_STATISTICS
@@ -72,7 +72,7 @@ def head_class(name: str) -> "type[Head]":
     return getattr(importlib.import_module(module), attribute)  # type: ignore[no-any-return]
 
 
-def make_head(name: str, params: Mapping[str, Any], *, seed: int = 0, n_jobs: int = 1) -> "Head":
+def make_head(name: str, params: Mapping[str, object], *, seed: int = 0, n_jobs: int = 1) -> "Head":
     """Return an unfitted head.
 
     Parameters

@@ -204,7 +204,7 @@ def check_spec(card: Card, spec: CacheSpec, what: str = "these embeddings") -> N
     if difference is None:
         return
     name, ours, theirs = difference
-    source = card.encoder.get("source") or "an unknown encoder"
+    source = card.encoder.source or "an unknown encoder"
     raise ModelError(
         f"the model reads embeddings of {source} with {name}={_shown(ours)}, and {what} have "
         f"{name}={_shown(theirs)}. {_remedy(name)}"

@@ -283,7 +283,7 @@ def _find_cache(caches: Sequence[Cache], card: Card) -> Cache:
             refusals.append(error)
         else:
             return cache
-    source = card.encoder.get("source")
+    source = card.encoder.source
     raise ModelError(
         f"none of the {counted(len(caches), 'cache')} given holds {card.pooling} of {source}: "
         f"{refusals[0]} An ensemble needs a cache for each of its encoders."
@@ -299,8 +299,8 @@ def find_encoder(card: Card, model_path: Path) -> str | Path:
         The card names no encoder, a missing directory, or a directory without its location.
     """
     way_out = "Name the encoder with --encoder."
-    source, revision = card.encoder.get("source"), card.encoder.get("revision")
-    place = card.encoder.get("path")
+    source, revision = card.encoder.source, card.encoder.revision
+    place = card.encoder.path
     if place:
         directory = Path(os.path.normpath(model_path.resolve() / place))
         if directory.is_dir():

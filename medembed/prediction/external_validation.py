@@ -55,7 +55,8 @@ from medembed.results.provenance import (
     public_name,
     summarise_data,
 )
-from medembed.results.runs import Run, create_run, utc_now
+from medembed.results.run_schema import RunEncoder
+from medembed.results.runs import Run, create_run
 
 __all__ = ["evaluate"]
 
@@ -69,7 +70,6 @@ _NO_DRIFT: dict[str, Any] = {
     "sentence": "Drift was not measured: an ensemble has no embeddings of its own. Evaluate its "
     "members, each in the directory members of the model.",
 }
-_COPIED = ("trial", "cv", "cv_method", "n_tried", "seed", "depth")
 _OF_A_PRIOR = {
     "calibrations": {"platt": Calibration().as_dict()},
     "threshold": 0.5,
@@ -236,11 +236,11 @@ def _load(
     )
 
 
-def _describe_encoders(caches: Sequence[Cache]) -> dict[str, Any]:
+def _describe_encoders(caches: Sequence[Cache]) -> RunEncoder:
     known = [describe_source(c.recorded, c.spec.encoder, c.spec.preprocessing) for c in caches]
     if len(known) == 1:
         return known[0]
-    return {"source": " and ".join(dict.fromkeys(own["source"] for own in known))}
+    return RunEncoder(source=" and ".join(dict.fromkeys(str(own.source) for own in known)))
 
 
 def _question(asked: _Asked, manifest: Manifest, split: str | None) -> dict[str, Any]:
@@ -273,10 +273,9 @@ def _answer(run: Run, asked: _Asked, internal: Internal | None) -> None:
     parts = [_predictions(asked, images, judged, per_study=bool(priors)), *priors.values()]
     run.write_predictions(pd.concat(parts, ignore_index=True))
     seconds = round(time.perf_counter() - started, 3)
-    run.update_info(
+    run.end(
         leaderboard=[_entry(asked, seconds)],
         decisions=_decisions(asked, internal, list(priors)),
-        times={**run.info["times"], "ended": utc_now()},
     )
     resampling = {"n_resamples": asked.n_resamples, "seed": asked.seed}
     overlap = len(set(asked.embeddings.rows["sha256"]) & (internal.images if internal else set()))
@@ -304,16 +303,16 @@ def _answer(run: Run, asked: _Asked, internal: Internal | None) -> None:
 
 def _without_labels(run: Run) -> Mapping[str, Any]:
     """Return a comparison's keys for rows that cannot be scored."""
-    data = run.info["data"]
+    data = run.info.data
+    images, patients = counted(data.images or 0, "image"), counted(data.patients or 0, "patient")
     return {
         "level": "study",
         "test": {"n": 0, "n_abnormal": 0, "n_patients": 0},
-        "synthetic": data["synthetic"],
+        "synthetic": data.synthetic,
         "rows": [],
         "paired": [],
         "notes": [
-            f"No label: {counted(data['images'], 'image')} of "
-            f"{counted(data['patients'], 'patient')} were predicted, and nothing could be scored.",
+            f"No label: {images} of {patients} were predicted, and nothing could be scored.",
             DISCLAIMER,
         ],
     }
@@ -337,7 +336,7 @@ def _predictions(
     images, one row per image, with its study's probability.
     """
     rows = image_rows(asked.embeddings.rows.assign(split="test"), np.full(len(images), -1))
-    rows = rows.assign(head=asked.head, trial=asked.card.document.get("trial"))
+    rows = rows.assign(head=asked.head, trial=asked.card.document.trial)
     if asked.card.views != "attention":
         return rows.assign(probability=images)
     rows = rows.assign(probability=judged[rows["study"].to_numpy()])
@@ -386,11 +385,15 @@ def _decisions(
 def _entry(asked: _Asked, seconds: float) -> dict[str, Any]:
     """Return the model's row of the leaderboard."""
     document = asked.card.document
-    copied = {name: document.get(name) for name in _COPIED}
     return {
         "head": asked.head,
         "pooling": asked.card.pooling,
-        **copied,
+        "trial": document.trial,
+        "cv": document.cv,
+        "cv_method": document.cv_method,
+        "n_tried": document.n_tried,
+        "seed": document.seed,
+        "depth": document.depth,
         "params": json.loads(read_part(asked.path / "model.json"))["params"],
         "seconds": seconds,
         "status": "ok",

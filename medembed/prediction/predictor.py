@@ -21,7 +21,7 @@ from medembed.images.load import DEFAULT_LIMITS, Limits
 from medembed.prediction.decisions import ALPHA
 from medembed.prediction.encode import CachedRows, Embedder, JoinedRows, open_caches
 from medembed.prediction.inputs import Requests, request_images, request_manifest
-from medembed.prediction.rows import Draw, PredictionJob, predict_rows
+from medembed.prediction.rows import Draw, PredictedRow, PredictionJob, predict_rows
 from medembed.results.model_card import Card, read_card
 from medembed.results.runs import Run, open_run
 from medembed.results.targets import holds_targets
@@ -132,7 +132,7 @@ class Predictor(Summarised):
         if len(references) != len(cards):
             raise ArgumentError(
                 f"the model reads embeddings of {counted(len(cards), 'encoder')} "
-                f"({', '.join(str(card.encoder.get('source')) for card in cards)}), and "
+                f"({', '.join(str(card.encoder.source) for card in cards)}), and "
                 f"{len(references)} were given. Give one for each, in this order."
             )
         return [
@@ -159,14 +159,14 @@ class Predictor(Summarised):
         return self
 
     @overload
-    def predict(self, images: str | os.PathLike[str]) -> dict[str, Any]: ...
+    def predict(self, images: str | os.PathLike[str]) -> PredictedRow: ...
 
     @overload
     def predict(
         self, images: "list[Any] | tuple[Any, ...] | np.ndarray | pd.Series[Any]"
     ) -> pd.DataFrame: ...
 
-    def predict(self, images: Any) -> dict[str, Any] | pd.DataFrame:
+    def predict(self, images: Any) -> PredictedRow | pd.DataFrame:
         """Return predictions for one file or several.
 
         Once loaded, a call takes only the time of decoding and encoding the files.
@@ -218,7 +218,7 @@ class Predictor(Summarised):
         *,
         explain: str | os.PathLike[str] | None = None,
         progress: _Progress | None = None,
-    ) -> Generator[dict[str, Any]]:
+    ) -> Generator[PredictedRow]:
         """Yield predictions for files, each a separate study of unknown region.
 
         Parameters
@@ -289,7 +289,7 @@ class Predictor(Summarised):
         *,
         explain: str | os.PathLike[str] | None = None,
         progress: _Progress | None = None,
-    ) -> Generator[dict[str, Any]]:
+    ) -> Generator[PredictedRow]:
         """Yield predictions for all images and studies of a manifest, labelled or not.
 
         Parameters
@@ -312,7 +312,7 @@ class Predictor(Summarised):
 
     def _answer(
         self, requests: Requests, explain: str | os.PathLike[str] | None
-    ) -> Generator[dict[str, Any]]:
+    ) -> Generator[PredictedRow]:
         job = PredictionJob(
             self.model,
             self.card,

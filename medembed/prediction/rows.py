@@ -5,7 +5,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NotRequired, Protocol, TypedDict
 
 import numpy as np
 
@@ -24,13 +24,51 @@ from medembed.prediction.encode import (
     encode_files,
 )
 from medembed.prediction.inputs import Requests
+from medembed.results.decisions import NamedThreshold
 from medembed.results.model_card import Card
 from medembed.results.predictions import image_code
 
-__all__ = ["Draw", "PredictionJob", "predict_rows"]
+__all__ = [
+    "Draw",
+    "PredictedRow",
+    "PredictionJob",
+    "Remoteness",
+    "Verdict",
+    "predict_rows",
+]
 
 WINDOW = 4096
 """Rows of a cache in memory at a time; each such window verifies every shard once."""
+
+
+class Remoteness(TypedDict):
+    """How far an embedding is from the training images; all None without a reference."""
+
+    distance: float | None
+    distance_p: float | None
+    far: bool | None
+
+
+class Verdict(TypedDict):
+    """A probability and what it decides; all None where there is none."""
+
+    probability: float | None
+    decision: str | None
+    operating_point: NamedThreshold | None
+    set: list[str] | None
+    coverage: str | None
+
+
+class PredictedRow(Verdict, Remoteness):
+    """A row of an image, or of a study, whose `image` is None."""
+
+    image: str | None
+    study: str
+    n_views: int | None
+    n_failed: int | None
+    trained_on: bool | None
+    error: str | None
+    explanation: NotRequired[str | None]
 
 
 class Draw(Protocol):
@@ -85,7 +123,7 @@ class _Plan:
     files: list[File]
 
 
-def predict_rows(requests: Requests, job: PredictionJob) -> Iterator[dict[str, Any]]:
+def predict_rows(requests: Requests, job: PredictionJob) -> Iterator[PredictedRow]:
     """Yield a row per image, in the order of the requests, and per study after its last view.
 
     Rows are described in `Predictor.predict_images`.
@@ -203,7 +241,7 @@ class _Study:
     n_failed: int = 0
     trained_on: bool = False
     views: list[Any] = field(default_factory=list)
-    places: list[dict[str, Any]] = field(default_factory=list)
+    places: list[Remoteness] = field(default_factory=list)
 
 
 class _Answers:
@@ -218,7 +256,7 @@ class _Answers:
         self._counts: Mapping[int, int] = counts
         self._open: dict[int, _Study] = {}
 
-    def add(self, ready: Sequence[Encoded]) -> Iterator[dict[str, Any]]:
+    def add(self, ready: Sequence[Encoded]) -> Iterator[PredictedRow]:
         """Yield the rows of these images, and of studies that they complete."""
         answered = [outcome for outcome in ready if outcome.x is not None]
         raw, scored = self._score(answered)
@@ -243,7 +281,7 @@ class _Answers:
     def _decide(self, raw: np.ndarray, regions: np.ndarray) -> Scored:
         return decide(self._job.card, raw, regions, self._job.alpha, self._point.threshold)
 
-    def _place(self, answered: Sequence[Encoded]) -> list[dict[str, Any]]:
+    def _place(self, answered: Sequence[Encoded]) -> list[Remoteness]:
         """Return each image's distance from the training images."""
         model, head = self._job.model, self._job.model.head
         if not answered:
@@ -269,7 +307,7 @@ class _Answers:
         ready: Sequence[Encoded],
         places: Mapping[int, int],
         raw: np.ndarray,
-        where: Sequence[dict[str, Any]],
+        where: Sequence[Remoteness],
     ) -> dict[int, tuple[int, _Study]]:
         """Add views to their studies; return completed studies, keyed by their last view."""
         ended = {}
@@ -290,7 +328,7 @@ class _Answers:
                 ended[outcome.number] = (code, self._open.pop(code))
         return ended
 
-    def _judge(self, ended: Mapping[int, tuple[int, _Study]]) -> dict[int, dict[str, Any]]:
+    def _judge(self, ended: Mapping[int, tuple[int, _Study]]) -> dict[int, PredictedRow]:
         """Return the rows of completed studies, keyed by their last view."""
         seen = {number: pair for number, pair in ended.items() if pair[1].views}
         scored = None
@@ -310,10 +348,10 @@ class _Answers:
         }
 
     def _image_row(
-        self, outcome: Encoded, scored: Scored | None, place: int | None, far: dict[str, Any]
-    ) -> dict[str, Any]:
+        self, outcome: Encoded, scored: Scored | None, place: int | None, far: Remoteness
+    ) -> PredictedRow:
         requests, number = self._requests, outcome.number
-        row = {
+        row: PredictedRow = {
             "image": requests.images[number],
             "study": requests.names[requests.studies[number]],
             **_describe(scored, place, self._point, self._job.card.classes),
@@ -324,22 +362,22 @@ class _Answers:
             "error": outcome.error,
         }
         if self._job.draw is not None:
-            row["explanation"] = None
-            if outcome.pixels is not None:
+            probability, row["explanation"] = row["probability"], None
+            if outcome.pixels is not None and probability is not None:
                 row["explanation"] = self._job.draw(
                     requests.path(number),
                     requests.digests[number],
                     outcome.pixels,
                     requests.covariates[number],
-                    row["probability"],
+                    probability,
                 )
         return row
 
     def _study_row(
         self, code: int, study: _Study, scored: Scored | None, place: int | None
-    ) -> dict[str, Any]:
+    ) -> PredictedRow:
         error = None if study.views else f"none of its {study.n_views} views could be answered"
-        row = {
+        row: PredictedRow = {
             "image": None,
             "study": self._requests.names[code],
             **_describe(scored, place, self._point, self._job.card.classes),
@@ -358,7 +396,7 @@ class _Answers:
 
 def _measure(
     reference: Mapping[str, np.ndarray] | None, X: np.ndarray, n_own: int
-) -> list[dict[str, Any]]:
+) -> list[Remoteness]:
     """Return the distance of each row from training; the first `n_own` columns are embeddings."""
     found = None
     if reference is not None:
@@ -374,7 +412,7 @@ def _measure(
     ]
 
 
-_NOWHERE: dict[str, Any] = {"distance": None, "distance_p": None, "far": None}
+_NOWHERE: Remoteness = {"distance": None, "distance_p": None, "far": None}
 
 
 def _embedding(outcome: Encoded) -> np.ndarray:
@@ -382,7 +420,7 @@ def _embedding(outcome: Encoded) -> np.ndarray:
     return outcome.x
 
 
-def _furthest(views: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _furthest(views: Sequence[Remoteness]) -> Remoteness:
     """Return the distance of the furthest of several views, or of an image in several spaces.
 
     p is Bonferroni-corrected over them.
@@ -394,14 +432,20 @@ def _furthest(views: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"distance": most["distance"], "distance_p": p, "far": most["far"]}
 
 
-_ANSWER = ("probability", "decision", "operating_point", "set", "coverage")
+_NO_VERDICT: Verdict = {
+    "probability": None,
+    "decision": None,
+    "operating_point": None,
+    "set": None,
+    "coverage": None,
+}
 
 
 def _describe(
     scored: Scored | None, place: int | None, point: OperatingPoint, classes: tuple[str, str]
-) -> dict[str, Any]:
+) -> Verdict:
     if scored is None or place is None:
-        return dict.fromkeys(_ANSWER)
+        return _NO_VERDICT
     inside = coverage = None
     if scored.set is not None and scored.is_marginal is not None:
         inside = [name for name, is_in in zip(classes, scored.set[place], strict=True) if is_in]

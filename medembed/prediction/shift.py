@@ -103,11 +103,13 @@ def count_labels(card: Card) -> pd.DataFrame:
 
     Empty for an older card without counts.
     """
-    trained = (card.document.get("data") or {}).get("trained") or {}
+    data = card.document.data
+    trained = None if data is None else data.trained
+    regions = {} if trained is None else trained.regions or {}
     counts = [
-        (str(name), label, n)
-        for name, own in trained.get("regions", {}).items()
-        for label, n in ((0, own["images"] - own["abnormal"]), (1, own["abnormal"]))
+        (name, label, n)
+        for name, own in regions.items()
+        for label, n in ((0, own.images - own.abnormal), (1, own.abnormal))
     ]
     return pd.DataFrame([own for own in counts if own[-1]], columns=["region", "label", "n"])
 
@@ -372,7 +374,7 @@ def _recorded_scores(
     card: Card,
 ) -> tuple[dict[str, Interval], dict[str, dict[str, Interval]]]:
     """Return the card's scores of the model's own test, overall and by region, or {}."""
-    test = card.scores.get("test") or {}
+    test = card.scores.test or {}
     regions = test.get("regions", {})
     return _intervals(test.get("scores", test)), {
         str(name): _intervals(own) for name, own in regions.items()

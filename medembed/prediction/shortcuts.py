@@ -90,7 +90,7 @@ class AuditedGroup:
     n_patients: int
     auroc: Estimate | None = None
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Return JSON values."""
         own = None if self.auroc is None else self.auroc.interval().as_dict()
         counts = {"n": self.n, "n_abnormal": self.n_abnormal, "n_patients": self.n_patients}
@@ -143,7 +143,7 @@ class AuditedColumn:
         used, gap = self.residualised.p, self.gap.p_holm
         return {"encoded": self.encoded.p, "used": used, "gap": gap}
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Return `encoded`, `used` and `gap`, each None if not estimable, and the groups."""
         found: dict[str, Any] = {
             "groups": [group.as_dict() for group in self.groups],
@@ -209,7 +209,7 @@ class ShortcutAudit(Summarised):
     baselines: dict[str, Estimate]
     lacking: dict[str, str]
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Return JSON values."""
         return {
             "pooling": self.pooling,
@@ -310,8 +310,7 @@ def audit_shortcuts(
         progress(len(grouped), len(grouped))
     others = {} if films is None else {IMAGE_STATISTICS: films.loc[rows["sha256"]].to_numpy()}
     try:
-        names = list(grouped)
-        others["metadata"] = fit_covariates(rows, names).transform(rows)
+        others["metadata"] = fit_covariates(rows, list(grouped)).transform(rows)
     except TrainingDataError as error:
         lacking["metadata"] = str(error)
     return ShortcutAudit(

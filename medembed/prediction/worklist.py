@@ -75,7 +75,7 @@ class Worklist(Summarised):
         firsts = self.rows.drop_duplicates("rank")
         return {str(name): int(n) for name, n in firsts[CHOSEN_BY].value_counts().items()}
 
-    def as_dict(self, *, names: bool = False) -> list[dict[str, Any]]:
+    def as_dict(self, *, names: bool = False) -> list[dict[str, object]]:
         """Return a record per image; names of images, studies and patients only if asked for."""
         kept = ["rank", "sha256", "region", CHOSEN_BY, "probability"]
         rows = self.rows[[*kept, *(("image", "study", "patient") if names else ())]]

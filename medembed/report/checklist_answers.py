@@ -90,12 +90,6 @@ def _join_runs(found: Sequence[tuple[str, str]]) -> str:
     return "; ".join(f"{name}: {text}" for name, text in found)
 
 
-def _entry_of(run: Run, name: str) -> dict[str, Any]:
-    """Return a table of `run.json`, or an empty one if it is missing."""
-    found = run.info.get(name)
-    return found if isinstance(found, dict) else {}
-
-
 def _use(study: Study) -> Fact | None:
     def describe(run: Run) -> str | None:
         use = _card(run).get("use")
@@ -106,7 +100,7 @@ def _use(study: Study) -> Fact | None:
 
 def _design(study: Study) -> Fact | None:
     def describe(run: Run) -> str | None:
-        if run.info["kind"] == "evaluation":
+        if run.info.kind == "evaluation":
             return "evaluation of an existing model on other images"
         return "development, with a test that neither training nor any choice has seen"
 
@@ -115,28 +109,26 @@ def _design(study: Study) -> Fact | None:
 
 def _data(study: Study) -> Fact | None:
     def describe(run: Run) -> str | None:
-        data, digest = _entry_of(run, "data"), _entry_of(run, "asked").get("manifest")
-        recipe = (data.get("build") or {}).get("recipe") or {}
-        parts = [f"recipe {recipe['name']}"] if recipe.get("name") else []
-        parts += [f"manifest {digest[:16]}"] if isinstance(digest, str) else []
-        parts += ["synthetic images"] if data.get("synthetic") else []
+        build, digest = run.info.data.build, run.info.asked.manifest
+        parts = [f"recipe {build.recipe.name}"] if build and build.recipe.name else []
+        parts += [f"manifest {digest[:16]}"] if digest is not None else []
+        parts += ["synthetic images"] if run.info.data.synthetic else []
         return ", ".join(parts)
 
     return _describe_each(study.runs, describe, "run.json: asked.manifest; build file: recipe")
 
 
 def _licence(study: Study) -> Fact | None:
-    return _describe_each(
-        study.runs, lambda run: _entry_of(run, "data").get("licence"), "manifest: column licence"
-    )
+    return _describe_each(study.runs, lambda run: run.info.data.licence, "manifest: column licence")
 
 
 def _preprocessing(study: Study) -> Fact | None:
     def describe(run: Run) -> str | None:
-        known = _entry_of(run, "encoder").get("preprocessing") or {}
-        size = " × ".join(map(str, known.get("size", [])))
+        known = run.info.encoder.preprocessing
+        size = " × ".join(map(str, known.size or []))
         parts = [f"resized to {size}"] if size else []
-        parts += [f"{name} {known[name]}" for name in ("fit", "resample") if known.get(name)]
+        parts += [f"fit {known.fit}"] if known.fit else []
+        parts += [f"resample {known.resample}"] if known.resample else []
         return ", ".join(parts)
 
     return _describe_each(study.runs, describe, "run.json: encoder.preprocessing")
@@ -144,7 +136,7 @@ def _preprocessing(study: Study) -> Fact | None:
 
 def _label(study: Study) -> Fact | None:
     def describe(run: Run) -> str | None:
-        level = _entry_of(run, "data").get("label_level")
+        level = run.info.data.label_level
         return f"two classes, normal and abnormal, labelled per {level}" if level else None
 
     return _describe_each(study.runs, describe, "manifest: column label_level")
@@ -152,12 +144,10 @@ def _label(study: Study) -> Fact | None:
 
 def _predictors(study: Study) -> Fact | None:
     def describe(run: Run) -> str | None:
-        asked = _entry_of(run, "asked")
-        poolings = dict.fromkeys(
-            entry["pooling"] for entry in run.info.get("leaderboard", []) if entry.get("pooling")
-        )
+        named = (entry.pooling for entry in run.info.leaderboard)
+        poolings = dict.fromkeys(pooling for pooling in named if pooling)
         parts = [f"embeddings of the image ({', '.join(poolings)})"] if poolings else []
-        columns = asked.get("covariates")
+        columns = run.info.asked.covariates
         parts += [f"columns of the manifest: {', '.join(columns)}"] if columns else []
         return " and ".join(parts)
 
@@ -165,12 +155,11 @@ def _predictors(study: Study) -> Fact | None:
 
 
 def _encoder(run: Run) -> str | None:
-    encoder = _entry_of(run, "encoder")
-    if not encoder.get("source"):
+    encoder, digest = run.info.encoder, run.info.encoder.fingerprint
+    if not encoder.source:
         return None
-    revision = f"@{encoder['revision']}" if encoder.get("revision") else ""
-    digest = encoder.get("fingerprint")
-    return f"encoder {encoder['source']}{revision}" + (f", weights {digest[:16]}" if digest else "")
+    revision = f"@{encoder.revision}" if encoder.revision else ""
+    return f"encoder {encoder.source}{revision}" + (f", weights {digest[:16]}" if digest else "")
 
 
 def _input(study: Study) -> Fact | None:
@@ -179,7 +168,7 @@ def _input(study: Study) -> Fact | None:
 
 def _start(study: Study) -> Fact | None:
     def describe(run: Run) -> str | None:
-        encoder, seed = _encoder(run), run.info.get("seed")
+        encoder, seed = _encoder(run), run.info.seed
         if encoder is None or seed is None:
             return encoder
         return f"{encoder}; all that is drawn is drawn from seed {seed}"
@@ -193,26 +182,25 @@ def _start(study: Study) -> Fact | None:
 
 def _subsets(study: Study) -> Fact | None:
     def describe(run: Run) -> str | None:
-        asked = _entry_of(run, "asked")
-        if run.info["kind"] == "evaluation":
-            if "split" not in asked:
+        asked, known = run.info.asked, run.info.asked.model_fields_set
+        if run.info.kind == "evaluation":
+            if "split" not in known:
                 return None
-            return f"only rows of {asked['split']}" if asked["split"] else "all rows"
-        if "train_fraction" not in asked:
+            return f"only rows of {asked.split}" if asked.split else "all rows"
+        if "train_fraction" not in known:
             return None
-        share = asked["train_fraction"]
-        return "all training patients" if share == 1 else f"{share:.3g} of the training patients"
+        whole = asked.share == 1
+        return "all training patients" if whole else f"{asked.share:.3g} of the training patients"
 
     return _describe_each(study.runs, describe, "run.json: asked")
 
 
 def _partition(study: Study) -> Fact | None:
     def describe(run: Run) -> str | None:
-        n, splits = _entry_of(run, "asked").get("n_folds"), _entry_of(run, "data").get("splits", {})
-        parts = [
-            f"{name} {own['images']:,} images" for name, own in splits.items() if "images" in own
-        ]
-        parts += [f"{n} folds of train" if isinstance(n, int) else ""]
+        n, counts = run.info.asked.n_folds, run.info.data.splits
+        images = {name: own.images for name, own in counts.items()}
+        parts = [f"{name} {own:,} images" for name, own in images.items() if own is not None]
+        parts += [f"{n} folds of train" if n is not None else ""]
         return ", ".join(filter(None, parts))
 
     return _describe_each(study.runs, describe, "manifest: column split; run.json: asked.n_folds")
@@ -233,10 +221,9 @@ def _models(study: Study) -> Fact | None:
 
 def _training(study: Study) -> Fact | None:
     def describe(run: Run) -> str | None:
-        entries = run.info.get("leaderboard", [])
-        heads = ", ".join(str(entry["head"]) for entry in entries)
+        heads = ", ".join(entry.head for entry in run.info.leaderboard)
         encoder = _encoder(run)
-        kind = "fine-tuned with its" if run.info["kind"] == "finetune" else "frozen"
+        kind = "fine-tuned with its" if run.info.kind == "finetune" else "frozen"
         where = f" on embeddings of {encoder}" if encoder else ""
         return f"{kind} encoder, classifiers {heads}{where}" if heads else None
 
@@ -249,9 +236,9 @@ def _training(study: Study) -> Fact | None:
 
 def _selection(study: Study) -> Fact | None:
     def describe(run: Run) -> str | None:
-        metric, entries = _entry_of(run, "asked").get("metric"), run.info.get("leaderboard", [])
-        tried = [entry["n_tried"] for entry in entries if entry.get("n_tried")]
-        if not metric or run.info.get("cv_method") != CV_METHOD:
+        metric, entries = run.info.asked.metric, run.info.leaderboard
+        tried = [entry.n_tried for entry in entries if entry.n_tried]
+        if not metric or run.info.cv_method != CV_METHOD:
             return None
         most = f" of up to {max(tried):,} configurations a head" if tried else ""
         return f"the best{most} by {metric}, on patients within the training folds"
@@ -262,13 +249,13 @@ def _selection(study: Study) -> Fact | None:
 
 def _software(study: Study) -> Fact | None:
     def describe(run: Run) -> str | None:
-        return ", ".join(f"{name} {n}" for name, n in _entry_of(run, "versions").items())
+        return ", ".join(f"{name} {n}" for name, n in run.info.versions.items())
 
     return _describe_each(study.runs, describe, "run.json: versions")
 
 
 def _command(study: Study) -> Fact | None:
-    return _describe_each(study.runs, lambda run: run.info.get("command"), "run.json: command")
+    return _describe_each(study.runs, lambda run: run.info.command, "run.json: command")
 
 
 def _card(run: Run) -> dict[str, Any]:
@@ -284,9 +271,9 @@ def _card(run: Run) -> dict[str, Any]:
 def _models_of(run: Run) -> list[Path]:
     """Return the directories of the run's packaged models, in the leaderboard's order."""
     found = []
-    for entry in run.info.get("leaderboard", []):
+    for entry in run.info.leaderboard:
         try:
-            path = run.model_path(str(entry["head"]))
+            path = run.model_path(entry.head)
         except RunError:  # a name that no run writes
             continue
         if (path / "model.json").is_file():
@@ -380,7 +367,7 @@ def _updating(study: Study) -> Fact | None:
 
 def _evaluated(study: Study) -> Fact | None:
     evaluated = {name: study.runs[name] for name in study.elsewhere}
-    return _describe_each(evaluated, lambda run: run.info.get("command"), "run.json: command")
+    return _describe_each(evaluated, lambda run: run.info.command, "run.json: command")
 
 
 def _shift(study: Study) -> Fact | None:

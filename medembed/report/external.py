@@ -143,9 +143,7 @@ def find_external(runs: Sequence[Run]) -> list[ExternalSection]:
         The `scores.json` of one is damaged.
     """
     return [
-        ExternalSection(run.name, _tables_of(run))
-        for run in runs
-        if run.info["kind"] == "evaluation"
+        ExternalSection(run.name, _tables_of(run)) for run in runs if run.info.kind == "evaluation"
     ]
 
 
@@ -177,7 +175,7 @@ def read_evaluations(runs: Sequence[Run], names: Sequence[str]) -> dict[str, dic
     return {
         name: _scores_of(run)
         for run, name in zip(runs, names, strict=True)
-        if run.info["kind"] == "evaluation"
+        if run.info.kind == "evaluation"
     }
 
 

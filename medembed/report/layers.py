@@ -15,7 +15,7 @@ def name_series(result: ComparisonResult, series: LayerSeries) -> str:
 def describe_layers(series: LayerSeries) -> str:
     """Return a few sentences: the best layer, how it differs from the last, what may follow.
 
-    `series` is an entry that `results.layers.compare_layers` made.
+    `series` is an entry that `results.ablations.compare_layers` made.
     """
     points = {point["pooling"]: point for point in series["points"]}
     best, last = points[series["best"]], points[series["last"]]

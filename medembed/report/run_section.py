@@ -1,12 +1,10 @@
 """What the page shows about one run: where it comes from, what it chose, what it left out."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from medembed.core.text import counted
 from medembed.report.tables import Table
-from medembed.results.run_schema import CV_METHOD
+from medembed.results.run_schema import CV_METHOD, Data, InputImage, RowCounts, RunInfo
 from medembed.results.runs import Run
 
 __all__ = ["RunSection", "describe_run"]
@@ -65,42 +63,40 @@ def describe_run(run: Run, name: str, left_out_of: str | None = None) -> RunSect
     return RunSection(
         name,
         {key: value for key, value in _facts(info).items() if value},
-        _tabulate_data(info.get("data", {}), name),
-        _tabulate_winners(info.get("leaderboard", []), info.get("cv_method"), name),
+        _tabulate_data(info.data, name),
+        _tabulate_winners(info, name),
         left_out,
         sentence,
-        info.get("command", ""),
+        info.command,
     )
 
 
-def _facts(info: Mapping[str, Any]) -> dict[str, str]:
-    asked, data = info.get("asked", {}), info.get("data", {})
-    encoder, times = info.get("encoder", {}), info.get("times", {})
-    versions = info.get("versions", {})
+def _facts(info: RunInfo) -> dict[str, str]:
+    asked, encoder = info.asked, info.encoder
     return {
-        "Target": _text(asked.get("target")),
-        "Encoder": _text(encoder.get("source")),
-        "Revision": _text(encoder.get("revision")),
-        "Encoder fingerprint": _text(encoder.get("fingerprint"))[:CODE_DIGITS],
-        "Input": _input(encoder.get("preprocessing", {})),
-        "Precision": _text(encoder.get("precision")),
-        "Pooling": _text(asked.get("pooling")),
-        "Manifest digest": _text(asked.get("manifest"))[:CODE_DIGITS],
-        "Labels are per": _text(data.get("label_level")),
-        "Licence": _text(data.get("licence")),
-        "Folds": _text(asked.get("n_folds")),
-        "Configurations per head": _counts(asked.get("n_configs")),
-        "Covariates": ", ".join(asked.get("covariates", [])),
-        "Share of training patients": _share(asked.get("train_fraction", 1.0)),
-        "Chosen by": _text(asked.get("metric")),
-        "Seed": _text(info.get("seed")),
-        "Started": _text(times.get("started")),
-        "Ended": _text(times.get("ended")),
-        "Versions": ", ".join(f"{name} {number}" for name, number in versions.items()),
+        "Target": _text(asked.target),
+        "Encoder": _text(encoder.source),
+        "Revision": _text(encoder.revision),
+        "Encoder fingerprint": _text(encoder.fingerprint)[:CODE_DIGITS],
+        "Input": _input(encoder.preprocessing),
+        "Precision": _text(encoder.precision),
+        "Pooling": _text(asked.pooling),
+        "Manifest digest": _text(asked.manifest)[:CODE_DIGITS],
+        "Labels are per": _text(info.data.label_level),
+        "Licence": _text(info.data.licence),
+        "Folds": _text(asked.n_folds),
+        "Configurations per head": _counts(asked.n_configs),
+        "Covariates": ", ".join(asked.covariates),
+        "Share of training patients": _share(asked.share),
+        "Chosen by": _text(asked.metric),
+        "Seed": _text(info.seed),
+        "Started": _text(info.times.started),
+        "Ended": _text(info.times.ended),
+        "Versions": ", ".join(f"{name} {number}" for name, number in info.versions.items()),
     }
 
 
-def _counts(value: Any) -> str:
+def _counts(value: int | dict[str, int] | None) -> str:
     """Write configurations per head: a number of all of them, or one of each."""
     if isinstance(value, dict):
         return ", ".join(f"{name} {_text(number)}" for name, number in value.items())
@@ -111,52 +107,47 @@ def _share(fraction: float) -> str:
     return "" if fraction == 1 else f"{fraction:.3g}"
 
 
-def _input(preprocessing: Mapping[str, Any]) -> str:
-    size = preprocessing.get("size")
-    if not size:
+def _input(preprocessing: InputImage) -> str:
+    if not preprocessing.size:
         return ""
-    details = [_text(preprocessing.get(name)) for name in ("fit", "resample")]
-    return ", ".join([" × ".join(map(str, size)), *filter(None, details)])
+    details = filter(None, (preprocessing.fit, preprocessing.resample))
+    return ", ".join([" × ".join(map(str, preprocessing.size)), *details])
 
 
-def _tabulate_data(data: Mapping[str, Any], name: str) -> Table:
-    parts = {**data.get("splits", {}), "all": data}
+def _tabulate_data(data: Data, name: str) -> Table:
+    parts: dict[str, RowCounts] = {**data.splits, "all": data}
     rows = [
-        [split, *(_text(part.get(column, 0)) for column in DATA_COLUMNS)]
+        [split, *(_text(getattr(part, column) or 0) for column in DATA_COLUMNS)]
         for split, part in parts.items()
     ]
     headings = [column.capitalize().replace("_", " ") for column in DATA_COLUMNS]
     return Table(f"Images of {name}", ["Split", *headings], 1, [rows])
 
 
-def _tabulate_winners(leaderboard: list[dict[str, Any]], cv_method: Any, name: str) -> Table:
+def _tabulate_winners(info: RunInfo, name: str) -> Table:
     rows = []
-    for entry in leaderboard:
-        chosen = entry.get("params") or {}
+    for entry in info.leaderboard:
+        chosen = entry.params or {}
         params = ", ".join(f"{key} = {value}" for key, value in chosen.items())
         params = params or "the head's defaults"
-        older = entry.get("cv_method", cv_method) != CV_METHOD
-        cv = "failed" if entry.get("cv") is None else f"{entry['cv']:.3f}{'†' if older else ''}"
-        tried = entry.get("n_tried")
-        cv += "" if entry.get("cv") is None or tried is None else f" (best of {tried:,})"
-        details = params if entry.get("cv") is not None else _text(entry.get("error"))
-        seconds = entry.get("seconds")
-        rows.append([entry["head"], details, cv, "" if seconds is None else f"{seconds:.1f}"])
+        method = entry.cv_method if "cv_method" in entry.model_fields_set else info.cv_method
+        mark, tried = "" if method == CV_METHOD else "†", entry.n_tried
+        cv = "failed" if entry.cv is None else f"{entry.cv:.3f}{mark}"
+        cv += "" if entry.cv is None or tried is None else f" (best of {tried:,})"
+        details = params if entry.cv is not None else _text(entry.error)
+        seconds = "" if entry.seconds is None else f"{entry.seconds:.1f}"
+        rows.append([entry.head, details, cv, seconds])
     columns = ["Head", "Parameters", "Cross-validated", "Seconds"]
     return Table(f"Winning configurations of {name}", columns, 2, [rows])
 
 
-def _tabulate_left_out(info: Mapping[str, Any], name: str) -> tuple[Table, str]:
-    images = info.get("left_out", [])
-    data = info.get("data", {})
+def _tabulate_left_out(info: RunInfo, name: str) -> tuple[Table, str]:
+    images = info.left_out
     rows = [
-        [
-            _text(image.get("sha256"))[:CODE_DIGITS],
-            *(_text(image.get(key)) for key in ("split", "stage", "reason")),
-        ]
-        for image in images
+        [_text(own.sha256)[:CODE_DIGITS], _text(own.split), _text(own.stage), _text(own.reason)]
+        for own in images
     ]
-    n, n_test = max(data.get("left_out", 0), len(images)), data.get("left_out_test", 0)
+    n, n_test = max(info.data.left_out or 0, len(images)), info.data.left_out_test or 0
     sentence = (
         f"{counted(n, 'image')} could not be embedded, {n_test:,} of them in test. They were "
         "neither trained on nor scored. Images go by the first digits of their SHA-256."
@@ -172,7 +163,7 @@ def _tabulate_left_out(info: Mapping[str, Any], name: str) -> tuple[Table, str]:
     return Table(f"Images left out of {name}", columns, 4, [rows]), sentence
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     if value is None:
         return ""
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

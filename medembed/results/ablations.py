@@ -1,4 +1,4 @@
-"""Heads that differ in one thing: the seed, the share of training patients, the depth.
+"""Heads that differ in one thing: the seed, the share of patients, the depth, the layer.
 
 What several runs of a comparison share (priors, left-out images) is counted once.
 """
@@ -10,14 +10,26 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
-from medembed.evaluation.intervals import plain
+from medembed.core.poolings import block_of
+from medembed.evaluation.bootstrap import finite_or_none
+from medembed.evaluation.intervals import (
+    Variant,
+    bootstrap_variants,
+    holm,
+    paired_difference,
+    plain,
+)
+from medembed.evaluation.paired import Difference
 from medembed.evaluation.seed_variance import seed_spread
 from medembed.results.alignment import ScoredHead, TestSet
 from medembed.results.comparison_schema import (
     ComparedHead,
     ComparedRun,
+    LayerSeries,
+    LayerTest,
     SeedSpread,
     Series,
     TrendPoint,
@@ -26,11 +38,13 @@ from medembed.results.predictions import PRIORS
 from medembed.results.runs import Run
 
 __all__ = [
+    "compare_layers",
     "count_left_out",
     "describe_repeats",
     "drop_repeats",
     "find_depths",
     "find_efficiency",
+    "find_layers",
     "find_seeds",
     "mark_repeats",
 ]
@@ -53,8 +67,7 @@ def drop_repeats(runs: Sequence[Run], test_set: TestSet) -> tuple[list[ScoredHea
         For each run that loses all of its priors, the run that keeps the first of them.
     """
     manifests = {
-        name: run.info["asked"].get("manifest")
-        for run, name in zip(runs, test_set.dropped, strict=True)
+        name: run.info.asked.manifest for run, name in zip(runs, test_set.dropped, strict=True)
     }
     kept: list[ScoredHead] = []
     first_of: dict[tuple[str, str], str] = {}
@@ -125,7 +138,7 @@ def count_left_out(runs: Sequence[Run]) -> tuple[int, bool]:
         False if a run lists too few of its images to tell whether another run left out the same
         ones; `n` is then a lower bound.
     """
-    found = [(int(run.info.get("data", {}).get("left_out", 0)), _listed(run)) for run in runs]
+    found = [(run.info.data.left_out or 0, _listed(run)) for run in runs]
     union: Counter[str] = Counter()
     for _, listed in found:
         union |= listed
@@ -167,16 +180,16 @@ def _ranks(values: NDArray[np.float64]) -> NDArray[np.intp]:
 
 
 def _listed(run: Run) -> Counter[str]:
-    return Counter(str(image.get("sha256")) for image in run.info.get("left_out", []))
+    return Counter(str(image.sha256) for image in run.info.left_out)
 
 
 def _left_out(run: Run) -> tuple[Any, ...]:
     """Return what identifies a run's left-out images: those listed, the count, and the manifest."""
-    data, listed = run.info.get("data", {}), _listed(run)
-    counts = (data.get("left_out", 0), data.get("left_out_test", 0))
+    data, listed = run.info.data, _listed(run)
+    counts = (data.left_out or 0, data.left_out_test or 0)
     if counts[0] == listed.total():
         return (*counts, listed)
-    return (*counts, listed, run.info["asked"].get("manifest"))
+    return (*counts, listed, run.info.asked.manifest)
 
 
 SPREAD_SCORES = ("auroc", "macro_f1")
@@ -255,8 +268,8 @@ def find_depths(
 
 def _name_encoders(runs: Sequence[Run], test_set: TestSet) -> dict[str, str]:
     """Return the encoder of each run, by the run's name: its source, and its revision if known."""
-    known = [run.info.get("encoder") or {} for run in runs]
-    words = [[str(own[name]) for name in ("source", "revision") if own.get(name)] for own in known]
+    known = (run.info.encoder for run in runs)
+    words = [filter(None, (own.source, own.revision)) for own in known]
     return dict(zip(test_set.dropped, ("@".join(own) for own in words), strict=True))
 
 
@@ -289,7 +302,7 @@ def _series(
 
 
 def _without_seed(run: Run, contender: ScoredHead) -> str:
-    asked = {name: value for name, value in run.info["asked"].items() if name != "seed"}
+    asked = run.info.asked.model_dump(exclude_unset=True, exclude={"seed"})
     return json.dumps([asked, contender.depth], sort_keys=True)
 
 
@@ -306,3 +319,95 @@ def _spread(
         seed=seed,
     )
     return {"mean": found.mean, "seed_sd": found.seed_sd, "sampling_sd": found.sampling_sd}
+
+
+def compare_layers(
+    studies: pd.DataFrame,
+    probabilities: Mapping[str, NDArray[np.float64]],
+    *,
+    head: str,
+    pooling: str,
+    n_blocks: int | None = None,
+) -> LayerSeries:
+    """Return the AUROC of each layer, and its difference from that of the last.
+
+    Parameters
+    ----------
+    studies : DataFrame
+        One row per study: label, patient.
+    probabilities : dict of str to array of shape (n,)
+        Out-of-fold probabilities of the studies by pooling, from the first layer to the last; what
+        comes last is compared with.
+    head, pooling : str
+        Who predicted, and what the poolings have in common, such as `mean`.
+    n_blocks : int, optional
+        Blocks of the encoder.
+
+    Returns
+    -------
+    dict
+        JSON values: ``head``, ``pooling``, ``n`` studies, ``n_patients``, ``n_blocks``; ``points``
+        with ``pooling``, ``block`` (None: the tower's own output), ``auroc`` with its interval and
+        ``versus_last`` (None for the last itself): ``difference``, ``low``, ``high``, ``p``,
+        ``method``, and ``p_holm`` after Holm's correction over the layers; ``best`` and ``last``,
+        poolings; and ``unfreeze``, the number of blocks above the best one, None where the best is
+        the last, or their number is unknown. Intervals and tests take patients as clusters; see
+        `evaluation.intervals.paired_differences`.
+    """
+    y, patients = studies["label"].to_numpy(np.int8), studies["patient"].to_numpy()
+    variants = {name: Variant(own, 0.5, ("auroc",)) for name, own in probabilities.items()}
+    scores = bootstrap_variants(y, variants, patients)
+    *earlier, last = probabilities
+    tests = {
+        name: paired_difference(y, probabilities[name], probabilities[last], patients)
+        for name in earlier
+    }
+    adjusted = dict(zip(earlier, holm([test.p for test in tests.values()]), strict=True))
+    values = {name: scores[name]["auroc"].value for name in probabilities}
+    best = max(values, key=lambda name: -np.inf if np.isnan(values[name]) else values[name])
+    return {
+        "head": head,
+        "pooling": pooling,
+        "n": len(studies),
+        "n_patients": int(studies["patient"].nunique()),
+        "n_blocks": n_blocks,
+        "points": [
+            {
+                "pooling": name,
+                "block": _block(name),
+                "auroc": plain(scores[name]["auroc"]),
+                "versus_last": None
+                if name == last
+                else _describe_test(tests[name], float(adjusted[name])),
+            }
+            for name in probabilities
+        ],
+        "best": best,
+        "last": last,
+        "unfreeze": _count_above(best, last, n_blocks),
+    }
+
+
+def find_layers(runs: Sequence[Run], names: Sequence[str]) -> list[LayerSeries]:
+    """Return the scores by layer that the runs hold, each with its ``run``."""
+    return [
+        cast("LayerSeries", {"run": name, **series})
+        for run, name in zip(runs, names, strict=True)
+        for series in run.info.layers or []
+    ]
+
+
+def _describe_test(test: Difference, p_holm: float) -> LayerTest:
+    return cast("LayerTest", {**test.as_dict(), "p_holm": finite_or_none(p_holm)})
+
+
+def _block(name: str) -> int | None:
+    at = block_of(name)
+    return None if at is None else at[1]
+
+
+def _count_above(best: str, last: str, n_blocks: int | None) -> int | None:
+    block, end = _block(best), _block(last)
+    if block is None or n_blocks is None or best == last or end not in (None, n_blocks):
+        return None
+    return n_blocks - block if n_blocks > block else None

@@ -20,6 +20,7 @@ from medembed.evaluation.thresholds import SHOWN, OperatingPoint, ThresholdRule
 from medembed.heads.registry import BASELINES
 from medembed.results.decisions import SENSITIVITY, Decisions, fit_decisions, read_decisions
 from medembed.results.predictions import PRIORS
+from medembed.results.run_schema import RunInfo
 from medembed.results.runs import Run
 
 __all__ = ["LEVELS", "SENSITIVITY", "ScoredHead", "TestSet", "align_runs", "short_names"]
@@ -169,34 +170,28 @@ def _read_heads(
     labelled = predictions[predictions["label"].notna()]
     labelled = labelled.astype({"label": "int8"})
     studies = _describe_studies(predictions)
-    winners = {entry["head"]: entry for entry in run.info.get("leaderboard", [])}
     folded = labelled[(labelled["split"] == "train") & labelled["fold"].notna()]
     n_patients = int(folded["patient"].nunique())
     entries = []
     for head, rows in labelled.groupby("head", sort=False):
-        _require_winners_rows(run, str(head), rows, winners)
+        _require_winners_rows(run, str(head), rows)
         if level == "image" and rows["sha256"].eq("").any():
             continue  # this head predicts whole studies and has no score for one image
         train = _units(rows[rows["split"] == "train"].dropna(subset="fold"), name, level, studies)
         test = _units(rows[rows["split"] == "test"], name, level, studies)
-        known = {name: run.info.get(name) for name in ("seed", "cv_method")}
-        winner = {**known, **winners.get(str(head), {})}
-        fraction = float(run.info["asked"].get("train_fraction", 1.0))
-        given = (fraction, n_patients)
-        own = run.info.get("decisions", {}).get(head)
+        given = (run.info.asked.share, n_patients)
+        own = run.info.decisions.get(str(head))
         if own is None:
             decisions = fit_decisions(train, rules)
         else:
             decisions = read_decisions(own, run.path, () if head in PRIORS else rules)
-        entries.append((_contender(name, str(head), winner, given, decisions, test), test))
+        entries.append((_contender(run.info, name, str(head), given, decisions, test), test))
     return entries
 
 
-def _require_winners_rows(
-    run: Run, head: str, rows: pd.DataFrame, winners: dict[Any, dict[str, Any]]
-) -> None:
+def _require_winners_rows(run: Run, head: str, rows: pd.DataFrame) -> None:
     """Refuse predictions of a trial that `run.json` does not name as the winner."""
-    named = winners.get(head, {}).get("trial")
+    named = run.info.winner(head).trial
     others = sorted(set(rows["trial"].dropna().unique()) - {named})
     if named is not None and others:
         raise RunError(
@@ -207,30 +202,28 @@ def _require_winners_rows(
 
 
 def _contender(
+    info: RunInfo,
     run: str,
     head: str,
-    winner: dict[str, Any],
     given: tuple[float, int],
     decisions: Decisions,
     test: pd.DataFrame,
 ) -> ScoredHead:
-    raw = test["probability"].to_numpy(np.float64)
-    copied = (
-        "pooling",
-        "trial",
-        "params",
-        "cv",
-        "n_tried",
-        "cv_method",
-        "seconds",
-        "depth",
-        "seed",
-    )
+    raw, winner = test["probability"].to_numpy(np.float64), info.winner(head)
+    known = winner.model_fields_set  # what the leaderboard lacks, the run may say of all heads
     return ScoredHead(
         run=run,
         head=head,
         is_baseline=head in PRIORS or head in BASELINES,
-        **{name: winner.get(name) for name in copied},
+        pooling=winner.pooling,
+        trial=winner.trial,
+        params=winner.params,
+        cv=winner.cv,
+        n_tried=winner.n_tried,
+        cv_method=winner.cv_method if "cv_method" in known else info.cv_method,
+        seconds=winner.seconds,
+        depth=winner.depth,
+        seed=winner.seed if "seed" in known else info.seed,
         train_fraction=given[0],
         n_train_patients=given[1],
         calibration=decisions.calibration,

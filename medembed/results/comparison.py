@@ -26,6 +26,7 @@ from medembed.results.ablations import (
     drop_repeats,
     find_depths,
     find_efficiency,
+    find_layers,
     find_seeds,
     mark_repeats,
 )
@@ -41,7 +42,6 @@ from medembed.results.comparison_schema import (
 )
 from medembed.results.deferral import find_deferrals
 from medembed.results.flow import describe_flow
-from medembed.results.layers import find_layers
 from medembed.results.methods import describe
 from medembed.results.operating_points import count_confusion, describe_benefit, describe_points
 from medembed.results.runs import Run, RunLike, open_run
@@ -214,7 +214,7 @@ def compare_runs(
         `results.deferral`; ``versus_best``), ``paired`` (AUROC of every pair of
         trained heads, and of the best with each prior, with Holm's correction over all of them),
         ``seeds``, ``efficiency``, ``depths`` (see `results.ablations`), ``layers`` (see
-        `results.layers`), ``notes``. A score is
+        `results.ablations`), ``notes``. A score is
         ``{value, low, high, method}`` with null for what is not estimable, ``reason`` if there is
         no interval, and ``k, n`` of a share; ECE has only an upper bound.
     """
@@ -256,7 +256,7 @@ def compare_aligned(
         "flow": describe_flow(runs, list(test_set.dropped)),
         "operating_points": [rule.name for rule in test_set.rules],
         "prevalence": known,
-        "synthetic": any(run.info.get("data", {}).get("synthetic", False) for run in runs),
+        "synthetic": any(run.info.data.synthetic for run in runs),
         "rows": rows,
         "paired": list(paired.values()),
         "seeds": find_seeds(runs, test_set, n_resamples, seed),
@@ -389,21 +389,21 @@ def _count(test_set: TestSet) -> Counts:
 
 
 def _about(run: Run, name: str, dropped: int) -> ComparedRun:
-    data = run.info.get("data", {})
+    data = run.info.data
     about: ComparedRun = {
         "name": name,
-        "left_out": data.get("left_out", 0),
-        "left_out_test": data.get("left_out_test", 0),
-        "unlabelled": data.get("unlabelled", 0),
+        "left_out": data.left_out or 0,
+        "left_out_test": data.left_out_test or 0,
+        "unlabelled": data.unlabelled or 0,
         "dropped": dropped,
         "priors_of": None,
         "left_out_of": None,
         "copy_of": None,
     }
-    if data.get("sought_test"):
-        about["sought_test"] = data["sought_test"]
-    if run.info.get("lacking"):
-        about["lacking"] = run.info["lacking"]
-    if run.info.get("without_suspects"):
-        about["without_suspects"] = run.info["without_suspects"]
+    if data.sought_test:
+        about["sought_test"] = data.sought_test
+    if run.info.lacking:
+        about["lacking"] = run.info.lacking
+    if run.info.without_suspects:
+        about["without_suspects"] = run.info.without_suspects.model_dump()
     return about

@@ -446,7 +446,7 @@ class LayerPoint(TypedDict):
 
 @closed
 class LayerSeries(TypedDict):
-    """A linear probe by layer of the encoder; see `results.layers`."""
+    """A linear probe by layer of the encoder; see `results.ablations`."""
 
     run: NotRequired[str]
     """Within a comparison."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypedDict
 
 import numpy as np
 import pandas as pd
@@ -32,6 +32,7 @@ __all__ = [
     "SENSITIVITY",
     "Decisions",
     "DecisionsEntry",
+    "NamedThreshold",
     "PointEntry",
     "fit_decisions",
     "read_decisions",
@@ -151,7 +152,14 @@ def read_decisions(document: Any, path: Path, rules: Sequence[ThresholdRule]) ->
     )
 
 
-def write_points(points: Iterable[OperatingPoint]) -> list[dict[str, Any]]:
+class NamedThreshold(TypedDict):
+    """An operating point as JSON, which `PointEntry` reads."""
+
+    name: str
+    threshold: float
+
+
+def write_points(points: Iterable[OperatingPoint]) -> list[NamedThreshold]:
     """Return operating points in the form that a card and a run keep."""
     return [{"name": point.name, "threshold": point.threshold} for point in points]
 

@@ -109,7 +109,7 @@ def _find_conformal(run: Run, contender: ScoredHead) -> tuple[Conformal | None, 
     """Return a head's conformal scores, or why there are none."""
     if contender.is_baseline:
         return None, PRIOR
-    own = run.info.get("decisions", {}).get(contender.head, {}).get("conformal")
+    own = run.info.decisions.get(contender.head, {}).get("conformal")
     try:
         if own is not None:
             return Conformal.from_dict(own), ""

@@ -1,12 +1,13 @@
 """The flow of images, studies and patients: found, left out and why, used, by split and class."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import pandas as pd
 
+from medembed.dataset.build_file import Excluded
 from medembed.results.comparison_schema import Flow, FlowPart, ReasonCount, UsedCounts
+from medembed.results.run_schema import Data, RowCounts
 from medembed.results.runs import Run
 
 __all__ = ["CLASSES", "NOT_RECORDED", "describe_flow"]
@@ -49,26 +50,26 @@ def describe_flow(runs: Sequence[Run], names: Sequence[str]) -> list[Flow]:
 
 
 def _of_run(run: Run, name: str) -> Flow:
-    data = run.info.get("data", {})
-    build = (data.get("build") or {}).get("counts", {})
+    data = run.info.data
+    build = None if data.build is None else data.build.counts
     rows = _image_rows(run)
     splits = [_of_split(split, rows, data) for split in ("train", "test")]
     splits = [own for own in splits if own["images"] or own["used"]["images"]]
     whole = build or data
-    n_asked, n_used = data.get("images"), _count(rows[rows["is_used"]])
-    failed = None if n_asked is None else data.get("left_out", 0)
+    n_asked, n_used = data.images, _count(rows[rows["is_used"]])
+    failed = None if n_asked is None else data.left_out or 0
     not_given = int(rows["is_left"].sum())
     return {
         "run": name,
-        "found": build.get("found"),
-        "not_listed": build.get("not_listed"),
-        "excluded": build.get("excluded"),
+        "found": None if build is None else build.found,
+        "not_listed": None if build is None else build.not_listed,
+        "excluded": None if build is None else list(map(_count_reason, build.excluded)),
         "manifest": {
-            "images": whole.get("images"),
-            "studies": whole.get("studies"),
-            "patients": whole.get("patients"),
+            "images": whole.images,
+            "studies": whole.studies,
+            "patients": whole.patients,
         },
-        "not_asked": None if n_asked is None else whole["images"] - n_asked,
+        "not_asked": None if n_asked is None else (whole.images or 0) - n_asked,
         "failed": failed,
         "failures": _failures(run, failed or 0),
         "unlabelled": _rest(n_asked, failed, not_given, n_used["images"]),
@@ -78,8 +79,12 @@ def _of_run(run: Run, name: str) -> Flow:
     }
 
 
-def _of_split(split: str, rows: pd.DataFrame, data: Mapping[str, Any]) -> FlowPart:
-    own, part = data.get("splits", {}).get(split, {}), rows[rows["split"] == split]
+def _count_reason(own: Excluded) -> ReasonCount:
+    return {"reason": own.reason, "images": own.images}
+
+
+def _of_split(split: str, rows: pd.DataFrame, data: Data) -> FlowPart:
+    own, part = data.splits.get(split, RowCounts()), rows[rows["split"] == split]
     used = part[part["is_used"]]
     abnormal = used["label"].eq(1)
     by_study = abnormal.groupby(used["study"]).transform("any").astype(bool)
@@ -87,7 +92,7 @@ def _of_split(split: str, rows: pd.DataFrame, data: Mapping[str, Any]) -> FlowPa
         name: _count_studies(int((abnormal == is_it).sum()), used[by_study == is_it])
         for name, is_it in zip(CLASSES, (False, True), strict=True)
     }
-    n, failed = own.get("images"), own.get("left_out")
+    n, failed = own.images, own.left_out
     not_given = int(part["is_left"].sum())
     return {
         "split": split,
@@ -133,7 +138,7 @@ def _rest(n: int | None, failed: int | None, *others: int) -> int | None:
 
 def _failures(run: Run, n_failed: int) -> list[ReasonCount]:
     """Return counts of the listed reasons of left-out images, and the rest as one entry."""
-    listed = Counter(str(image.get("reason")) for image in run.info.get("left_out", []))
+    listed = Counter(str(image.reason) for image in run.info.left_out)
     found = listed.most_common(MAX_REASONS)
     rest = n_failed - sum(n for _, n in found)
     found += [(OTHERS, rest)] if rest > 0 else []

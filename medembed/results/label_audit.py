@@ -115,7 +115,7 @@ class LabelAudit(Summarised):
             run=self.run.name,
             manifest=self.manifest.digest(),
             level="study" if self.manifest.label_level == "study" else "image",
-            synthetic=bool(self.run.info.get("data", {}).get("synthetic", False)),
+            synthetic=self.run.info.data.synthetic,
             heads=self.heads,
             thresholds={"normal": self.thresholds.normal, "abnormal": self.thresholds.abnormal},
             noise=Noise(**vars(self.noise)),
@@ -251,7 +251,7 @@ def _judge(
 
 
 def _refuse_target(run: Run) -> None:
-    target = run.info["asked"].get("target")
+    target = run.info.asked.target
     if target not in (None, "label"):
         raise RunError(
             f"the run at {run.path} answers the target {target!r}, but an audit is of the column "

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from reprlib import repr as short
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NotRequired, Self, TypedDict, final
 
 import numpy as np
 import pandas as pd
@@ -47,16 +47,19 @@ from medembed.evaluation.thresholds import (
     parse_rule,
 )
 from medembed.heads.packaging import Model, read_document
-from medembed.results.decisions import PointEntries, read_points, write_points
+from medembed.results.decisions import NamedThreshold, PointEntries, read_points, write_points
 from medembed.results.runs import Run
 
 __all__ = [
     "Card",
+    "CardDecisions",
     "CardDocument",
     "CardScores",
     "CategoricalEntry",
     "CovariatesEntry",
+    "DecisionEntries",
     "EncoderSource",
+    "NewScores",
     "NumericEntry",
     "ScoreInterval",
     "SourceEntry",
@@ -206,7 +209,11 @@ class TrainedCounts(Record):
     """How many images of a region a model was trained on."""
 
     images: Count
+    studies: Given[Count] = None
+    patients: Given[Count] = None
     abnormal: Count
+    abnormal_studies: Given[Count] = None
+    unlabelled: Given[Count] = None
 
     @model_validator(mode="after")
     def _check_abnormal(self) -> Self:
@@ -218,6 +225,12 @@ class TrainedCounts(Record):
 class Trained(Record):
     """Counts of the training images."""
 
+    images: Given[Count] = None
+    studies: Given[Count] = None
+    patients: Given[Count] = None
+    abnormal: Given[Count] = None
+    abnormal_studies: Given[Count] = None
+    unlabelled: Given[Count] = None
     regions: Given[dict[str, TrainedCounts]] = None
 
 
@@ -253,6 +266,8 @@ class CardDocument(Record):
     cv: float | None = None
     cv_method: Word | None = None
     data: TrainingData | None = None
+    manifest: str | None = None
+    """Its digest."""
     target: Given[Annotated[str, Field(pattern="^[a-z0-9_]+$")]] = None
     """What abnormal means, of a sweep of targets."""
 
@@ -281,18 +296,17 @@ class Card:
         Conformal scores of the head's study probabilities before calibration.
     conformal_note : str or None
         Why there are no conformal scores.
-    encoder : dict
-        ``source``, ``revision`` and ``path``, each a str or None; ``path`` leads from the model's
-        directory to an encoder that was adapted in the same run.
+    encoder : EncoderSource
+        Its `path` leads from the model's directory to an encoder that was adapted in the same run.
     covariates : CovariateEncoder or None
         Turns the manifest's columns into the head's.
-    scores : dict
-        ``out_of_fold``, and ``test`` once it is known: see `results.model_readme.complete_cards`.
+    scores : CardScores
+        `test` is None until it is known: see `results.model_readme.complete_cards`.
     synthetic : bool
         Whether the model was trained on synthetic images.
     training_images : frozenset of str
         Codes of the training images, see `results.predictions.image_code`.
-    document : dict
+    document : CardDocument
         The whole card.
     target : str or None
         The manifest's target that the model predicts; None for the label.
@@ -310,12 +324,12 @@ class Card:
     points: tuple[OperatingPoint, ...]
     conformal: Conformal | None
     conformal_note: str | None
-    encoder: dict[str, Any]
+    encoder: EncoderSource
     covariates: CovariateEncoder | None
-    scores: dict[str, Any]
+    scores: CardScores
     synthetic: bool
     training_images: frozenset[str]
-    document: dict[str, Any]
+    document: CardDocument
     target: str | None = None
     sources: tuple[SourceEntry, ...] = ()
 
@@ -333,7 +347,7 @@ class Card:
                 self,
                 spec=source.spec,
                 pooling=source.pooling,
-                encoder=_as_dict(source.encoder),
+                encoder=source.encoder,
                 sources=(),
             )
             for source in self.sources
@@ -396,19 +410,15 @@ def read_card(model: Model, path: str | Path) -> Card:
         points=read_points(found.operating_points, found.threshold),
         conformal=None if found.conformal is None else found.conformal.build(),
         conformal_note=found.conformal_note,
-        encoder=_as_dict(found.encoder or EncoderSource()),
+        encoder=found.encoder or EncoderSource(),
         covariates=None if found.covariates is None else found.covariates.build(),
-        scores=model.card.get("scores", {}),
+        scores=found.scores or CardScores(),
         synthetic=found.synthetic,
         training_images=frozenset(found.training_images),
-        document=dict(model.card),
+        document=found,
         target=found.target,
         sources=tuple(found.sources or ()),
     )
-
-
-def _as_dict(source: EncoderSource) -> dict[str, Any]:
-    return source.model_dump(include={"source", "revision", "path"})
 
 
 def read_covariates(document: object) -> CovariateEncoder:
@@ -423,9 +433,33 @@ def read_covariates(document: object) -> CovariateEncoder:
     return parse(CovariatesEntry, document, ModelError, where, _WAY_OUT).build()
 
 
-def describe_decisions(
-    studies: pd.DataFrame, rules: Sequence[ThresholdRule] = ()
-) -> dict[str, Any]:
+class NewScores(TypedDict):
+    """Scores of a model on its card: out of fold, and on test rows once they are known."""
+
+    out_of_fold: dict[str, float | None]
+    test: NotRequired[AnyTable]
+
+
+class DecisionEntries(TypedDict):
+    """The part of a card that turns scores into decisions."""
+
+    calibration: dict[str, str | float]
+    """Platt's."""
+    threshold: float
+    """Youden's, of calibrated scores."""
+    operating_points: list[NamedThreshold]
+    conformal: dict[str, object]
+    conformal_note: str | None
+    scores: NewScores
+    """Out of fold, at Youden's threshold."""
+
+
+@final
+class CardDecisions(DecisionEntries):
+    """Those entries alone."""
+
+
+def describe_decisions(studies: pd.DataFrame, rules: Sequence[ThresholdRule] = ()) -> CardDecisions:
     """Return a card's calibration, thresholds and scores, from out-of-fold predictions of train.
 
     The predictions must come from trainings that used the rows neither to learn nor to decide
@@ -438,14 +472,6 @@ def describe_decisions(
         `region`, `patient`.
     rules : sequence of ThresholdRule
         Operating points in addition to `thresholds.PACKAGED`.
-
-    Returns
-    -------
-    dict
-        Entries of a card: ``calibration`` (Platt's), ``threshold`` (Youden's, of calibrated
-        scores), ``operating_points`` (``name``, ``threshold``), ``scores`` (``out_of_fold``, at
-        Youden's), ``conformal``, and
-        ``conformal_note``, None.
 
     Raises
     ------
@@ -492,7 +518,7 @@ def read_conformal(run: Run, head: str) -> Conformal | None:
     return parse(ConformalEntry, card["conformal"], ModelError, where, _WAY_OUT).build()
 
 
-def require_winner(run: Run, head: str, card: Mapping[str, Any]) -> None:
+def require_winner(run: Run, head: str, card: Mapping[str, object]) -> None:
     """Refuse a model in a run that is not the winner named in `run.json`.
 
     Raises
@@ -500,10 +526,9 @@ def require_winner(run: Run, head: str, card: Mapping[str, Any]) -> None:
     ModelError
         The card and `run.json` differ; the message names the first such entry.
     """
-    entries = (entry for entry in run.info.get("leaderboard", []) if entry.get("head") == head)
-    entry: Mapping[str, Any] = next(entries, {})
+    entry = run.info.winner(head)
     for name in ("trial", "pooling", "cv", "seed"):
-        named, own = entry.get(name), card.get(name)
+        named, own = getattr(entry, name), card.get(name)
         if named is not None and own is not None and named != own:
             raise ModelError(
                 f"the model at {run.model_path(head)} has {name} {own}, and run.json names "

@@ -3,20 +3,33 @@
 import re
 from collections.abc import Mapping
 from functools import cache
-from typing import Any
+from typing import Any, Literal, NotRequired, TypedDict, cast, final
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
+from medembed.core.schema import AnyTable
 from medembed.core.text import one_line, to_markdown
 from medembed.dataset.manifest import count_rows
 from medembed.evaluation.scores import SCORES
 from medembed.heads.model_files import README_FILE
 from medembed.heads.packaging import read_document, update_card
+from medembed.results.comparison_schema import ComparisonResult
+from medembed.results.model_card import DecisionEntries
 from medembed.results.runs import Run
 
-__all__ = ["complete_cards", "count_trained", "describe_encoder", "describe_use", "write_readme"]
+__all__ = [
+    "CardData",
+    "CardEncoder",
+    "CardUse",
+    "NewCard",
+    "complete_cards",
+    "count_trained",
+    "describe_encoder",
+    "describe_use",
+    "write_readme",
+]
 
 HEALTH_AI = "https://developers.google.com/health-ai-developer-foundations/terms"
 _GATED = re.compile(r"google/(medgemma|medsiglip)", re.IGNORECASE)
@@ -52,10 +65,66 @@ _BY_REGION = ("auroc", "macro_f1", "sensitivity", "specificity")
 _OF_POINT = {"sensitivity": "Sensitivity", "specificity": "Specificity", "ppv": "PPV", "npv": "NPV"}
 _WORTH_AT = (0.05, 0.1, 0.2, 0.3, 0.5)
 """Thresholds whose net benefit is listed."""
-_TOLD = ("n", "n_abnormal", "n_patients")
 
 
-def count_trained(rows: pd.DataFrame) -> dict[str, Any]:
+class CardUse(TypedDict):
+    """A card's entry about use, in sentences."""
+
+    intended: str
+    not_intended: list[str]
+    handling: NotRequired[str]
+    """Only of a model that holds the vectors of its training images."""
+
+
+class CardEncoder(TypedDict):
+    """A card's entry about the encoder."""
+
+    source: str | None
+    revision: str | None
+    path: str | None
+    terms: str
+    """A sentence: whose licence applies."""
+
+
+class CardData(TypedDict):
+    """A card's entry about the data: the rows of training, and the manifest as a run counts it."""
+
+    trained: dict[str, object]
+    manifest: AnyTable
+
+
+@final
+class NewCard(DecisionEntries):
+    """The card of a model that is about to be saved, which `model_card.CardDocument` reads."""
+
+    name: str
+    spec: Mapping[str, object]
+    """Empty for an ensemble."""
+    pooling: str
+    label_level: str
+    views: Literal["mean", "attention"]
+    metric: str
+    cv: float | None
+    cv_method: str
+    n_tried: NotRequired[int | None]
+    trial: int | None
+    seed: int | None
+    depth: NotRequired[int]
+    encoder: CardEncoder
+    sources: NotRequired[list[dict[str, Any]]]
+    """The encoders of an ensemble."""
+    members: NotRequired[list[dict[str, object]]]
+    covariates: NotRequired[Mapping[str, object] | None]
+    data: CardData
+    use: CardUse
+    manifest: str | None
+    """Its digest."""
+    synthetic: bool
+    training_images: list[str]
+    target: NotRequired[str]
+
+
+def count_trained(rows: pd.DataFrame) -> dict[str, object]:
     """Return counts of the manifest rows that a model was trained on, overall and by region."""
     regions = {
         str(name): count_rows(own) for name, own in rows.groupby("region", sort=True, observed=True)
@@ -63,39 +132,32 @@ def count_trained(rows: pd.DataFrame) -> dict[str, Any]:
     return {**count_rows(rows), "regions": regions}
 
 
-def describe_encoder(known: Mapping[str, Any], path: str | None = None) -> dict[str, Any]:
+def describe_encoder(
+    source: str | None, revision: str | None, path: str | None = None
+) -> CardEncoder:
     """Return a card's entry about the encoder.
 
     Parameters
     ----------
-    known : mapping
-        ``source`` and ``revision`` of the encoder or its base, from `run.json`.
+    source, revision : str, optional
+        Of the encoder or its base, from `run.json`.
     path : str, optional
         Path from the model to an encoder that was adapted in the same run.
-
-    Returns
-    -------
-    dict
-        ``source``, ``revision``, ``path``, ``terms`` (a sentence: whose licence applies).
     """
-    source = known.get("source")
     terms = _terms(source)
     if path is not None:
         terms = f"Its last blocks were changed by fine-tuning; it derives from {source}. {terms}"
-    return {"source": source, "revision": known.get("revision"), "path": path, "terms": terms}
+    return {"source": source, "revision": revision, "path": path, "terms": terms}
 
 
-def describe_use(*, synthetic: bool, keeps_rows: bool = False) -> dict[str, Any]:
-    """Return a card's entry about use: ``intended``, ``not_intended``, ``handling`` (sentences).
-
-    ``handling`` is there only for a model that holds the vectors of its training images.
-    """
+def describe_use(*, synthetic: bool, keeps_rows: bool = False) -> CardUse:
+    """Return a card's entry about use; `keeps_rows` is a model's that holds training vectors."""
     more = [_SYNTHETIC] if synthetic else []
-    handling = {"handling": _HOLDS_VECTORS} if keeps_rows else {}
-    return {"intended": _INTENDED, "not_intended": [*_NOT_INTENDED, *more], **handling}
+    use = CardUse(intended=_INTENDED, not_intended=[*_NOT_INTENDED, *more])
+    return {**use, "handling": _HOLDS_VECTORS} if keeps_rows else use
 
 
-def write_readme(card: Mapping[str, Any]) -> dict[str, str]:
+def write_readme(card: NewCard) -> dict[str, str]:
     """Return the content of README.md for a card, by file name, for `save_model`."""
     scores = card["scores"]
     text = _template().render(
@@ -114,34 +176,39 @@ def write_readme(card: Mapping[str, Any]) -> dict[str, str]:
     return {README_FILE: text}
 
 
-def complete_cards(run: Run, scores: Mapping[str, Any]) -> None:
+def complete_cards(run: Run, scores: ComparisonResult) -> None:
     """Write the scores of test, with intervals, to the cards and READMEs of a run's models.
 
     Parameters
     ----------
     run : Run
         A run whose models are saved.
-    scores : mapping
+    scores : ComparisonResult
         What `comparison.score_run` returned.
     """
     for row in scores["rows"]:
         path = run.model_path(row["head"])
         if not path.is_dir():
             continue  # a prior
-        card = read_document(path).card
+        card = cast("NewCard", read_document(path).card)
         test = {
             "level": scores["level"],
-            **{name: scores["test"][name] for name in _TOLD},
+            **scores["test"],
             "n_resamples": scores["n_resamples"],
             "threshold": row["threshold"],
-            **{name: row[name] for name in ("scores", "regions", "mean_over_regions", "views")},
-            **{name: row[name] for name in ("fit", "operating_points", "net_benefit")},
+            "scores": row["scores"],
+            "regions": row["regions"],
+            "mean_over_regions": row["mean_over_regions"],
+            "views": row["views"],
+            "fit": row["fit"],
+            "operating_points": row["operating_points"],
+            "net_benefit": row["net_benefit"],
         }
         card["scores"] = {**card["scores"], "test": test}
         update_card(path, write_readme(card), scores=card["scores"])
 
 
-def _list_points(card: Mapping[str, Any], test: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+def _list_points(card: NewCard, test: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     """Return the packaged operating points, with their scores on test if known."""
     told = {own["name"]: own for own in (test or {}).get("operating_points", [])}
     nothing = {"scores": None, "confusion": None}

@@ -5,13 +5,15 @@ No absolute path and no name of a patient or file is recorded: images are named 
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
+from medembed.core.errors import RunError
+from medembed.core.schema import parse
 from medembed.dataset.build_file import KeptBuild
 from medembed.dataset.manifest import count_rows
 from medembed.dataset.relabelling import count_sought
+from medembed.results.run_schema import Data, LeftOutImage, RowCounts, RunEncoder
 
 __all__ = [
     "describe_source",
@@ -29,7 +31,7 @@ def summarise_data(
     failed: pd.DataFrame,
     label_level: str,
     build: KeptBuild | None = None,
-) -> dict[str, Any]:
+) -> Data:
     """Return counts of a manifest's rows and of those left out, overall and by split.
 
     Parameters
@@ -46,29 +48,28 @@ def summarise_data(
 
     Returns
     -------
-    dict
-        JSON values: the counts of `count_rows`, ``left_out``, ``left_out_test``, ``splits``,
-        ``label_level``, ``synthetic``, ``licence``; ``build`` if given; and ``sought_test``, see
-        `relabelling.count_sought`, if there are any.
+    Data
+        `build` is set if given, and `sought_test` if there are any: see `relabelling.count_sought`.
     """
     is_left_out = rows["image"].isin(failed["image"])
     splits = {
-        str(name): {**count_rows(part), "left_out": int(is_left_out[part.index].sum())}
+        str(name): RowCounts(**count_rows(part), left_out=int(is_left_out[part.index].sum()))
         for name, part in sorted(rows.groupby("split"), reverse=True)
     }
     n_sought = count_sought(rows)
-    licences: list[Any] = list(rows["licence"].unique()) if "licence" in rows else []
-    return {
+    licences: list[object] = list(rows["licence"].unique()) if "licence" in rows else []
+    found = {
         **count_rows(rows),
         "left_out": int(is_left_out.sum()),
-        "left_out_test": splits.get("test", {}).get("left_out", 0),
+        "left_out_test": splits["test"].left_out if "test" in splits else 0,
         "splits": splits,
         "label_level": label_level,
         "synthetic": _is_synthetic(rows),
         "licence": str(licences[0]) if len(licences) == 1 else None,
-        **({} if build is None else {"build": build.model_dump()}),
+        **({} if build is None else {"build": build}),
         **({"sought_test": n_sought} if n_sought else {}),
     }
+    return Data.model_validate(found)
 
 
 def _is_synthetic(rows: pd.DataFrame) -> bool:
@@ -76,11 +77,11 @@ def _is_synthetic(rows: pd.DataFrame) -> bool:
     return "synthetic" in rows and bool(rows["synthetic"].eq("1").all())
 
 
-def list_left_out(rows: pd.DataFrame, failed: pd.DataFrame) -> list[dict[str, str]]:
+def list_left_out(rows: pd.DataFrame, failed: pd.DataFrame) -> list[LeftOutImage]:
     """Return the first left-out images by SHA-256, with split, stage and reason."""
     listed = failed.head(N_LISTED).merge(rows[["image", "split"]], on="image", how="left")
-    found = listed[["sha256", "split", "stage", "reason"]].astype(str).to_dict("records")
-    return [{str(name): str(value) for name, value in record.items()} for record in found]
+    found = listed[["sha256", "split", "stage", "reason"]].astype(str)
+    return [LeftOutImage.model_validate(record) for record in found.to_dict("records")]
 
 
 def public_name(reference: str | Path) -> str:
@@ -92,13 +93,20 @@ def public_name(reference: str | Path) -> str:
 
 
 def describe_source(
-    recorded: Mapping[str, Any], fingerprint: str, preprocessing: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return what `run.json` records of a cache's encoder, from these entries of the cache."""
-    return {
-        "source": public_name(recorded.get("source") or "unknown"),
+    recorded: Mapping[str, object], fingerprint: str, preprocessing: Mapping[str, object]
+) -> RunEncoder:
+    """Return what `run.json` records of a cache's encoder, from these entries of the cache.
+
+    Raises
+    ------
+    RunError
+        The cache holds what no extraction writes.
+    """
+    found = {
+        "source": public_name(str(recorded.get("source") or "unknown")),
         "revision": recorded.get("revision"),
         "precision": recorded.get("precision"),
         "fingerprint": fingerprint,
         "preprocessing": dict(preprocessing),
     }
+    return parse(RunEncoder, found, RunError, "the cache's encoder", "Extract into another cache.")

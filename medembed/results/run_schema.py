@@ -25,6 +25,7 @@ from medembed.core.schema import (
 )
 from medembed.core.text import Summary, counted
 from medembed.dataset.build_file import KeptBuild
+from medembed.results.comparison_schema import LayerSeries
 
 __all__ = [
     "CV_METHOD",
@@ -32,16 +33,16 @@ __all__ = [
     "RUN_FORMAT",
     "RUN_VERSION",
     "TRIAL_COLUMNS",
-    "Asked",
     "Data",
-    "Encoder",
-    "LayerPoint",
-    "LayerSeries",
-    "LayerTest",
+    "InputImage",
     "LeaderboardEntry",
-    "Preprocessing",
+    "LeftOutImage",
+    "Question",
+    "RowCounts",
+    "RunEncoder",
     "RunInfo",
     "ScoresInfo",
+    "Times",
     "TrialRecord",
     "WithoutSuspects",
     "check_info",
@@ -97,90 +98,106 @@ PREDICTION_COLUMNS = {
 that predict studies, and probability lies in [0, 1]."""
 
 
-class Asked(Record):
+class Question(Record):
     """The question that a run answers, as far as others read it."""
 
+    target: str | None = None
+    """The manifest's target that was predicted; the label where there is none."""
+    pooling: str | None = None
+    manifest: str | None = None
+    """The manifest's digest; not every run names one."""
+    metric: Given[str] = None
+    n_folds: Whole | None = None
+    n_configs: Whole | dict[str, Whole] | None = None
+    """Of every head, or of each."""
+    covariates: Texts = ()
     train_fraction: Given[float] = Field(None, gt=0, le=1)
     """Share of the training patients; all where there is none."""
-    covariates: Texts = ()
-    metric: Given[str] = None
+    split: str | None = None
+    """The only split that an evaluation read; all where it is null."""
+
+    @property
+    def share(self) -> float:
+        """The share of training patients, 1 where none was asked for."""
+        return 1.0 if self.train_fraction is None else self.train_fraction
 
 
-class Data(Record):
-    """What a run counts of its manifest and of the images that were left out."""
+class Times(Record):
+    """When a run began and ended, in UTC."""
+
+    started: str | None = None
+    ended: str | None = None
+
+
+class RowCounts(Record):
+    """What a run counts of a manifest's rows."""
 
     images: Given[Count] = None
     studies: Given[Count] = None
     patients: Given[Count] = None
     abnormal: Given[Count] = None
+    abnormal_studies: Given[Count] = None
     unlabelled: Given[Count] = None
     left_out: Given[Count] = None
+
+
+class Data(RowCounts):
+    """What a run knows of its manifest and of the images that were left out."""
+
     left_out_test: Given[Count] = None
-    splits: Given[dict[str, AnyTable]] = None
-    sought_test: Given[Count] = None
-    """Labelled test studies that a worklist sought out, if there are any."""
+    splits: dict[str, RowCounts] = Field(default_factory=dict)
+    label_level: str | None = None
+    synthetic: bool = False
+    licence: str | None = None
     build: KeptBuild | None = None
     """What the manifest's build found, if it was available."""
+    sought_test: Given[Count] = None
+    """Labelled test studies that a worklist sought out, if there are any."""
 
 
-class Preprocessing(Record):
+class LeftOutImage(Record):
+    """An image without an embedding, and why."""
+
+    sha256: str | None = None
+    split: str | None = None
+    stage: str | None = None
+    reason: str | None = None
+
+
+class InputImage(Record):
     """How files became an encoder's input."""
 
     size: Given[list[Whole]] = None
+    fit: str | None = None
+    resample: str | None = None
 
 
-class Encoder(Record):
+class RunEncoder(Record):
     """The encoder behind a run's embeddings."""
 
     source: str | None = None
     revision: str | None = None
-    preprocessing: Given[Preprocessing] = None
+    precision: str | None = None
+    fingerprint: str | None = None
+    preprocessing: InputImage = Field(default_factory=InputImage)
 
 
 class LeaderboardEntry(Record):
     """The winner of a head, or why the head has none."""
 
     head: str
+    pooling: str | None = None
+    trial: Whole | None = None
     params: AnyTable | None = None
     cv: float | None = None
     seconds: float | None = None
-    trial: Whole | None = None
+    error: str | None = None
     depth: Whole | None = None
     seed: Whole | None = None
     n_tried: Count | None = None
     cv_method: str | None = None
-
-
-class LayerTest(Record):
-    """How a layer's AUROC differs from that of the last."""
-
-    difference: float | None
-    low: float | None
-    high: float | None
-    p_holm: float | None
-
-
-class LayerPoint(Record):
-    """A layer's AUROC, out-of-fold."""
-
-    pooling: str
-    block: Whole | None
-    auroc: AnyTable
-    versus_last: LayerTest | None
-
-
-class LayerSeries(Record):
-    """A linear probe by layer of the encoder; see `results.layers`."""
-
-    head: str
-    pooling: str
-    n: Count
-    n_patients: Count
-    n_blocks: Count | None
-    points: list[LayerPoint]
-    best: str
-    last: str
-    unfreeze: Count | None
+    encoder: str | None = None
+    """The fingerprint of an encoder that was adapted with the head."""
 
 
 class WithoutSuspects(Record):
@@ -196,22 +213,28 @@ class RunInfo(Record):
     format: Literal["medembed-run"] = RUN_FORMAT
     version: Literal[1] = RUN_VERSION
     kind: str
-    asked: Asked
-    times: AnyTable
-    command: Given[str] = None
+    asked: Question
+    times: Times
+    command: str = ""
     seed: Whole | None = None
     cv_method: str | None = None
-    versions: Given[AnyTable] = None
-    data: Given[Data] = None
-    encoder: Given[Encoder] = None
-    leaderboard: Given[list[LeaderboardEntry]] = None
+    versions: dict[str, str] = Field(default_factory=dict)
+    data: Data = Field(default_factory=Data)
+    encoder: RunEncoder = Field(default_factory=RunEncoder)
+    leaderboard: list[LeaderboardEntry] = Field(default_factory=list)
     layers: Given[list[LayerSeries]] = None
     """Where a sweep tried several blocks of the encoder."""
-    left_out: Given[list[AnyTable]] = None
-    decisions: Given[dict[str, AnyTable]] = None
-    lacking: Given[dict[str, str]] = None
+    left_out: list[LeftOutImage] = Field(default_factory=list)
+    decisions: dict[str, AnyTable] = Field(default_factory=dict)
+    """By head, of a run that trained nothing; see `results.decisions`."""
+    lacking: dict[str, str] = Field(default_factory=dict)
     """Baselines that were asked for and had nothing to read, and why."""
     without_suspects: Given[WithoutSuspects] = None
+
+    def winner(self, head: str) -> LeaderboardEntry:
+        """Return the head's row of the leaderboard; one without values where it has none."""
+        named = (entry for entry in self.leaderboard if entry.head == head)
+        return next(named, LeaderboardEntry(head=head))
 
 
 class ScoresInfo(Record):
@@ -339,23 +362,19 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:12]}…{text[-5:]}"
 
 
-def summarise_info(name: str, info: Mapping[str, Any], is_complete: bool) -> Summary:
+def summarise_info(name: str, info: RunInfo, is_complete: bool) -> Summary:
     """Return the kind of a run, its heads with their scores, and its data, from its `run.json`."""
-    data, metric = info.get("data", {}), info["asked"].get("metric", "score")
-    heads = [
-        own["head"] if own.get("cv") is None else f"{own['head']} {own['cv']:.3f}"
-        for own in info.get("leaderboard", [])
-    ]
-    counts = [
-        counted(data[f"{noun}s"], noun) for noun in ("image", "patient") if f"{noun}s" in data
-    ]
-    if data.get("synthetic"):
+    data = info.data
+    heads = [own.head if own.cv is None else f"{own.head} {own.cv:.3f}" for own in info.leaderboard]
+    known = {"image": data.images, "patient": data.patients}
+    counts = [counted(n, noun) for noun, n in known.items() if n is not None]
+    if data.synthetic:
         counts.append("synthetic")
     return Summary(
-        f"Run {name}: {info['kind']}, {'complete' if is_complete else 'unfinished'}",
+        f"Run {name}: {info.kind}, {'complete' if is_complete else 'unfinished'}",
         {
-            f"heads, cv {metric}": ", ".join(heads) or "none yet",
+            f"heads, cv {info.asked.metric or 'score'}": ", ".join(heads) or "none yet",
             "data": ", ".join(counts) or "not known",
-            "encoder": info.get("encoder", {}).get("source") or "not known",
+            "encoder": info.encoder.source or "not known",
         },
     )

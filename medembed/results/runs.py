@@ -38,6 +38,7 @@ from medembed.core.files import (
     read_plain,
     write_atomically,
 )
+from medembed.core.schema import as_json
 from medembed.core.text import Summarised, Summary
 from medembed.results.run_schema import (
     PREDICTION_COLUMNS,
@@ -75,13 +76,24 @@ class Run(Summarised):
     ----------
     path : Path
         The directory.
-    info : dict
-        The content of `run.json`.
+    document : dict
+        The content of `run.json`, as JSON values.
+
+    Attributes
+    ----------
+    info : RunInfo
+        The document, typed.
+
+    Raises
+    ------
+    RunError
+        An entry has a value that no run writes.
     """
 
-    def __init__(self, path: Path, info: dict[str, Any]) -> None:
+    def __init__(self, path: Path, document: Mapping[str, object]) -> None:
         self.path = path
-        self.info = info
+        self.info = check_info(document, path)
+        self._document = document
 
     @property
     def name(self) -> str:
@@ -96,12 +108,12 @@ class Run(Summarised):
     @property
     def leaderboard(self) -> pd.DataFrame:
         """The winners, best first: a row per head, with the columns of `--json`."""
-        board = self.info.get("leaderboard", [])
+        board: Any = self._document.get("leaderboard", [])
         return pd.DataFrame(board, columns=None if board else TRIAL_COLUMNS[:4])
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Return what `medembed sweep --json` and `medembed finetune --json` print."""
-        return {"run": str(self.path), "leaderboard": self.info["leaderboard"]}
+        return {"run": str(self.path), "leaderboard": self._document["leaderboard"]}
 
     def model(self, head: str) -> "Model":
         """Return a head's packaged model, which `Predictor` and `evaluate` take.
@@ -131,9 +143,9 @@ class Run(Summarised):
         RunError
             The run has packaged no head of a leaderboard; an evaluation never has.
         """
-        for entry in self.info.get("leaderboard", []):
-            if (self.model_path(entry["head"]) / "model.json").is_file():
-                return str(entry["head"])
+        for entry in self.info.leaderboard:
+            if (self.model_path(entry.head) / "model.json").is_file():
+                return entry.head
         raise RunError(
             f"run at {self.path} has packaged no model. Name a run of `medembed sweep` or "
             "`medembed finetune` that has ended, or a model's own directory."
@@ -143,10 +155,23 @@ class Run(Summarised):
         """Return the kind of run, its heads with their scores, and counts of its data."""
         return summarise_info(self.name, self.info, self.is_complete)
 
-    def update_info(self, **changes: Any) -> None:
-        """Replace entries of `run.json`, atomically."""
-        self.info = {**self.info, **changes}
-        write_atomically(self.path / "run.json", json_bytes(self.info))
+    def update_info(self, **changes: object) -> None:
+        """Replace entries of `run.json`, atomically.
+
+        Raises
+        ------
+        RunError
+            A value is none that a run may have; `run.json` is as it was.
+        """
+        document = {**self._document, **as_json(changes)}
+        self.info = check_info(document, self.path)
+        self._document = document
+        write_atomically(self.path / "run.json", json_bytes(document))
+
+    def end(self, **changes: object) -> None:
+        """Replace entries of `run.json`, and record that the training has ended."""
+        times = self.info.times.model_dump(exclude_unset=True)
+        self.update_info(**changes, times={**times, "ended": utc_now()})
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -220,7 +245,7 @@ class Run(Summarised):
             ) from None
         return frame.astype({"label": "Int8", "fold": "Int16", "trial": "Int32"})
 
-    def write_scores(self, scores: Mapping[str, Any]) -> None:
+    def write_scores(self, scores: Mapping[str, object]) -> None:
         """Write `scores.json`, which completes the run."""
         write_atomically(self.path / "scores.json", json_bytes(scores))
 
@@ -291,7 +316,7 @@ class Run(Summarised):
         if not self.is_complete:
             raise RunError(
                 f"run at {self.path} is unfinished. Finish it with the command that began it, "
-                f"with --out {self.path}: {self.info.get('command', 'medembed sweep')}"
+                f"with --out {self.path}: {self.info.command or 'medembed sweep'}"
             )
 
     def require_manifest(self, digest: str) -> None:
@@ -302,7 +327,7 @@ class Run(Summarised):
         RunError
             The run names another; not every run names one.
         """
-        own = self.info["asked"].get("manifest")
+        own = self.info.asked.manifest
         if own is not None and own != digest:
             raise RunError(
                 f"the run at {self.path} was made from another manifest. Give the one that it was "
@@ -372,12 +397,11 @@ def open_run(path: RunLike) -> Run:
             f"run at {path} has version {info.get('version')!r}; this medembed reads version "
             f"{RUN_VERSION}. Use the medembed that made it, or sweep again."
         )
-    check_info(info, path)
     return Run(path, info)
 
 
 def create_run(
-    path: str | Path, asked: Mapping[str, Any], *, details: Mapping[str, Any] | None = None
+    path: str | Path, asked: Mapping[str, object], *, details: Mapping[str, object] | None = None
 ) -> Run:
     """Create a run directory, or return the run in it if that answers an equal question.
 
@@ -388,7 +412,8 @@ def create_run(
     asked : mapping
         The question: everything that decides the result, as JSON values.
     details : mapping, optional
-        Further entries of `run.json` (versions, data, command), recorded but not compared.
+        Further entries of `run.json` (versions, data, command), recorded but not compared: JSON
+        values, or records of `run_schema`.
 
     Raises
     ------
@@ -399,7 +424,7 @@ def create_run(
     asked = json.loads(json.dumps(dict(asked), allow_nan=False))
     if path.is_dir() and (path / "run.json").exists():
         run = open_run(path)
-        difference = find_difference(run.info.get("asked", {}), asked)
+        difference = find_difference(as_json(run.info.asked), asked)
         if difference is not None:
             raise RunError(
                 f"run at {path} answers another question: {difference}. Choose another --out, or "
@@ -408,9 +433,10 @@ def create_run(
         return run
     refuse_foreign(path)
     path.mkdir(parents=True, exist_ok=True)
-    info = {"format": RUN_FORMAT, "version": RUN_VERSION, "kind": "sweep", **(details or {})}
-    run = Run(path, info)
-    run.update_info(asked=asked, times={"started": utc_now(), "ended": None})
+    head = {"format": RUN_FORMAT, "version": RUN_VERSION, "kind": "sweep", **(details or {})}
+    times = {"started": utc_now(), "ended": None}
+    run = Run(path, as_json({**head, "asked": asked, "times": times}))
+    run.update_info()
     return run
 
 

@@ -102,11 +102,11 @@ def explain_other_manifest(
     """Return a message on a run that was made from another manifest, or None."""
     digest = manifest.digest()
     for run, name in zip(runs, test_set.dropped, strict=True):
-        own = run.info["asked"].get("manifest")  # not recorded by every run
+        own = run.info.asked.manifest  # not recorded by every run
         if own is not None and own != digest:
             return (
                 f"run {name} was made from another manifest: the digest of its own begins "
-                f"{str(own)[:DIGITS]}, and that of the one given {digest[:DIGITS]}. Give "
+                f"{own[:DIGITS]}, and that of the one given {digest[:DIGITS]}. Give "
                 "--manifest the one that the run was made from, or make the run again from this."
             )
     return None

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from medembed.core.errors import RunError
 from medembed.core.files import as_path, describe_error, json_bytes, read_plain, write_atomically
@@ -109,7 +109,7 @@ class TargetRuns(Summarised):
         """Return the runs of all targets that can be estimated."""
         return {name: self.run(name) for name in self.names}
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Return what `medembed sweep --target … --json` prints."""
         return {
             "runs": {name: run.as_dict() for name, run in self.runs().items()},
@@ -157,7 +157,7 @@ _WAY_OUT = "It was damaged or edited. Restore it, or sweep again into another --
 
 
 def create_targets(
-    path: str | Path, asked: Mapping[str, Any], targets: Sequence[TargetEntry], command: str
+    path: str | Path, asked: Mapping[str, object], targets: Sequence[TargetEntry], command: str
 ) -> TargetRuns:
     """Write `targets.json`, or return the targets in a directory if they answer an equal question.
 

@@ -27,7 +27,7 @@ from medembed.dataset.manifest import Manifest
 from medembed.dataset.splits import TrainFolds, draw_train_folds, require_both_classes
 from medembed.dataset.targets import list_targets, select_target
 from medembed.evaluation.thresholds import ThresholdRule
-from medembed.heads.batched_mlp import resolve_precision
+from medembed.heads.mlp import resolve_precision
 from medembed.heads.registry import head_class, make_head
 from medembed.results.run_schema import CV_METHOD
 from medembed.results.runs import RUN_VERSION

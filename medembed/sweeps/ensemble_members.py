@@ -171,18 +171,18 @@ def _check_run(run: Run, name: str, first: Run, first_name: str) -> None:
     """Refuse a run without out-of-fold predictions, or of another question than the first."""
     run.require_complete()
     info = run.info
-    if info["kind"] != "sweep":
+    if info.kind != "sweep":
         raise RunError(
-            f"run {name} is of kind {info['kind']}, and only sweeps have out-of-fold predictions "
+            f"run {name} is of kind {info.kind}, and only sweeps have out-of-fold predictions "
             "of every training study. Name runs of `medembed sweep`."
         )
-    if info.get("cv_method") != CV_METHOD:
+    if info.cv_method != CV_METHOD:
         raise RunError(
             f"run {name} is from an older medembed, whose out-of-fold predictions were used to "
             "choose its heads. Sweep again into another --out."
         )
     for key in SHARED:
-        ours, theirs = first.info["asked"].get(key), info["asked"].get(key)
+        ours, theirs = getattr(first.info.asked, key), getattr(info.asked, key)
         if ours != theirs:
             raise RunError(
                 f"run {name} has another {key} than {first_name}: {_short(theirs)} and "
@@ -237,10 +237,10 @@ def _read_members(
 ) -> list[Member]:
     """Return a run's members, in the order of its leaderboard."""
     members = []
-    for entry in run.info.get("leaderboard", []):
-        head = entry["head"]
+    for entry in run.info.leaderboard:
+        head = entry.head
         is_wanted = head not in BASELINES if heads is None else head in heads
-        if entry["trial"] is None or not is_wanted:
+        if entry.trial is None or not is_wanted:
             continue
         path = run.model_path(head)
         model = load_model(path)

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from medembed.core.errors import TrainingDataError
 from medembed.core.files import json_digest
+from medembed.core.schema import as_json
 from medembed.core.system import library_versions
 from medembed.evaluation.scores import score
 from medembed.evaluation.thresholds import ThresholdRule, parse_rules
@@ -30,10 +31,13 @@ from medembed.heads.model_files import MODEL_FILE, read_part
 from medembed.heads.packaging import save_model
 from medembed.results.comparison import score_run
 from medembed.results.model_card import (
+    CardDecisions,
     describe_decisions,
     read_covariates,
 )
 from medembed.results.model_readme import (
+    CardEncoder,
+    NewCard,
     complete_cards,
     describe_encoder,
     describe_use,
@@ -41,8 +45,8 @@ from medembed.results.model_readme import (
 )
 from medembed.results.predictions import PRIORS
 from medembed.results.provenance import public_name
-from medembed.results.run_schema import CV_METHOD
-from medembed.results.runs import Run, RunLike, create_run, open_run, utc_now
+from medembed.results.run_schema import CV_METHOD, RunEncoder
+from medembed.results.runs import Run, RunLike, create_run, open_run
 from medembed.sweeps.ensemble_members import (
     COLUMNS,
     SHARED,
@@ -111,18 +115,18 @@ def ensemble(
         "members": dict(zip(names, map(_digest, rows.members), strict=True)),
         "pooling": _name_poolings(rows.members),
         "covariates": _name_covariates(rows.members),
-        **{key: first["asked"][key] for key in SHARED if key in first["asked"]},
+        **first.asked.model_dump(exclude_unset=True, include=set(SHARED)),
         **({"operating_points": [rule.name for rule in points]} if points else {}),
     }
     details = {
         "kind": "ensemble",
-        "seed": first.get("seed"),
+        "seed": first.seed,
         "cv_method": CV_METHOD,
         "command": _command(opened, out, heads, points),
         "versions": library_versions("sweep"),
         "encoder": _describe_encoders(opened),
-        "data": max((run.info["data"] for run in opened), key=lambda own: own.get("left_out", 0)),
-        "left_out": max((run.info.get("left_out", []) for run in opened), key=len),
+        "data": max((run.info.data for run in opened), key=lambda own: own.left_out or 0),
+        "left_out": max((run.info.left_out for run in opened), key=len),
     }
     run = create_run(out, asked, details=details)
     with run.locked():
@@ -149,9 +153,9 @@ def _finish(run: Run, rows: EnsembleRows, points: Sequence[ThresholdRule]) -> No
         parts[head] = base.assign(head=head, trial=None, probability=found)
     parts |= {name: _prior(rows, name) for name in PRIORS}
     run.write_predictions(pd.concat(parts.values(), ignore_index=True))
-    sign = sign_of(run.info["asked"]["metric"])
+    sign = sign_of(_metric(run))
     entries.sort(key=lambda entry: -sign * entry["cv"])
-    run.update_info(leaderboard=entries, times={**run.info["times"], "ended": utc_now()})
+    run.end(leaderboard=entries)
     scores = score_run(run, operating_points=points)
     complete_cards(run, scores)
     run.write_scores(scores)
@@ -183,7 +187,7 @@ def _cross_validate(
     run: Run, rows: EnsembleRows, found: NDArray[np.float64], *, per_study: bool
 ) -> float:
     """Return the mean over folds of the runs' metric, at study level."""
-    studies, metric = _studies(rows, found, per_study=per_study), run.info["asked"]["metric"]
+    studies, metric = _studies(rows, found, per_study=per_study), _metric(run)
     values = []
     for fold, own in studies.groupby("fold"):
         y, probability = own["label"].to_numpy(np.int8), own["probability"].to_numpy()
@@ -237,7 +241,8 @@ def _package(
     entry, studies = judged
     kept, members = _keep_weighted(rows, pool)
     layout = _lay_out(members)
-    card = {
+    decisions: CardDecisions = describe_decisions(studies, points)
+    card: NewCard = {
         "name": head,
         "spec": {},
         "pooling": entry["pooling"],
@@ -249,17 +254,17 @@ def _package(
         "covariates": layout.covariates,
         "label_level": members[0].card.label_level,
         "views": "attention" if any(member.per_study for member in members) else "mean",
-        **describe_decisions(studies, points),
-        "metric": run.info["asked"]["metric"],
+        **decisions,
+        "metric": _metric(run),
         "cv": entry["cv"],
         "cv_method": CV_METHOD,
         "n_tried": None,
         "trial": None,
-        "seed": run.info["seed"],
+        "seed": run.info.seed,
         "encoder": _describe_terms(members),
-        "data": {**members[0].card.document["data"], "manifest": run.info["data"]},
+        "data": {"trained": _trained(members[0]), "manifest": as_json(run.info.data)},
         "use": describe_use(synthetic=any(member.card.synthetic for member in members)),
-        "manifest": run.info["asked"]["manifest"],
+        "manifest": run.info.asked.manifest,
         "synthetic": any(member.card.synthetic for member in members),
         "training_images": sorted(frozenset().union(*(m.card.training_images for m in members))),
     }
@@ -309,7 +314,8 @@ def _lay_out(members: Sequence[Member]) -> _Layout:
     for member in members:
         spec, card = member.card.spec, member.card
         key = _source_key(spec)
-        new = {"encoder": card.encoder, "spec": {**spec, "poolings": {}}, "pooling": ""}
+        encoder = card.encoder.model_dump(include={"source", "revision", "path"})
+        new = {"encoder": encoder, "spec": {**spec, "poolings": {}}, "pooling": ""}
         own = sources.setdefault(key, new)
         for name in card.pooling.split("+"):
             own["spec"]["poolings"].setdefault(name, spec["poolings"][name])
@@ -321,11 +327,12 @@ def _lay_out(members: Sequence[Member]) -> _Layout:
             width = int(np.prod(shape))
             places[key, name] = np.arange(n, n + width)
             n += width
-    entries: dict[str, dict[str, Any]] = {}
+    entries: dict[str, dict[str, object]] = {}
     of_name: dict[str, NDArray[np.int64]] = {}
     for member in members:
-        for entry in (member.card.document.get("covariates") or {}).get("columns", []):
-            if entries.setdefault(entry["name"], entry) != entry:
+        known = member.card.covariates
+        for entry in [] if known is None else [own.as_dict() for own in known.columns]:
+            if entries.setdefault(str(entry["name"]), entry) != entry:
                 raise TrainingDataError(
                     f"covariate {entry['name']} is encoded differently by {member.name} than by "
                     "the members before it. Sweep again with the same --covariates."
@@ -347,6 +354,13 @@ def _lay_out(members: Sequence[Member]) -> _Layout:
     return _Layout(list(sources.values()), columns, covariates, n)
 
 
+def _trained(member: Member) -> dict[str, object]:
+    """Return the card's counts of the rows that all members were trained on."""
+    data = member.card.document.data
+    counts: dict[str, object] = {} if data is None else as_json(data.trained)
+    return counts
+
+
 def _source_key(spec: Mapping[str, Any]) -> str:
     """Return a text that embeddings of one encoder have in common, whatever their pooling."""
     return json.dumps({key: own for key, own in spec.items() if key != "poolings"}, sort_keys=True)
@@ -363,21 +377,26 @@ def _name_covariates(members: Sequence[Member]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _describe_terms(members: Sequence[Member]) -> dict[str, Any]:
+def _describe_terms(members: Sequence[Member]) -> CardEncoder:
     """Return the card's entry about all encoders, as `describe_encoder` does for one."""
-    entries = {str(own["source"]): own for own in (m.card.encoder for m in members)}
-    if len(entries) == 1:
-        return describe_encoder(members[0].card.encoder)
-    terms = " ".join(describe_encoder(own)["terms"] for own in entries.values())
+    entries = {str(own.source): own for own in (m.card.encoder for m in members)}
+    every = [describe_encoder(own.source, own.revision) for own in entries.values()]
+    if len(every) == 1:
+        return every[0]
+    terms = " ".join(own["terms"] for own in every)
     return {"source": " and ".join(entries), "revision": None, "path": None, "terms": terms}
 
 
-def _describe_encoders(runs: Sequence[Run]) -> dict[str, Any]:
+def _describe_encoders(runs: Sequence[Run]) -> RunEncoder:
     """Return what `run.json` says of the encoder: that of all runs, or the names of several."""
-    known = [run.info.get("encoder", {}) for run in runs]
-    if all(own.get("fingerprint") == known[0].get("fingerprint") for own in known):
-        return dict(known[0])
-    return {"source": " and ".join(dict.fromkeys(str(own.get("source")) for own in known))}
+    known = [run.info.encoder for run in runs]
+    if all(own.fingerprint == known[0].fingerprint for own in known):
+        return known[0]
+    return RunEncoder(source=" and ".join(dict.fromkeys(str(own.source) for own in known)))
+
+
+def _metric(run: Run) -> str:
+    return str(run.info.asked.metric)  # all members were chosen by it
 
 
 def _digest(member: Member) -> str:

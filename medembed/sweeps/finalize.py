@@ -8,7 +8,7 @@ and calibration, thresholds and prediction sets are based on them.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NotRequired, TypedDict, final
 
 import numpy as np
 import pandas as pd
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from medembed.cache.embeddings import Embeddings
 from medembed.core.errors import RunError, TrainingDataError
 from medembed.core.files import json_digest
+from medembed.core.schema import as_json
 from medembed.evaluation.drift.reference import fit_reference
 from medembed.evaluation.thresholds import ThresholdRule
 from medembed.heads.base import Head
@@ -25,6 +26,7 @@ from medembed.heads.registry import head_class
 from medembed.results.comparison import score_run
 from medembed.results.model_card import describe_decisions
 from medembed.results.model_readme import (
+    NewCard,
     complete_cards,
     count_trained,
     describe_encoder,
@@ -33,7 +35,7 @@ from medembed.results.model_readme import (
 )
 from medembed.results.predictions import PRIORS, image_code, image_rows, prior_rows
 from medembed.results.run_schema import CV_METHOD, describe_failure, is_final
-from medembed.results.runs import Run, utc_now
+from medembed.results.runs import Run
 from medembed.sweeps.runner import sign_of
 from medembed.sweeps.selection import Winner
 from medembed.sweeps.training import (
@@ -47,6 +49,7 @@ from medembed.sweeps.training import (
 from medembed.sweeps.worker_pool import Died, Pool
 
 __all__ = [
+    "CardExtras",
     "Refit",
     "Refitted",
     "finish",
@@ -255,6 +258,14 @@ def _known(kept: NDArray[np.float64] | None) -> NDArray[np.float64]:
     return kept
 
 
+@final
+class CardExtras(TypedDict):
+    """What all cards of a sweep have in common."""
+
+    covariates: dict[str, object] | None
+    target: NotRequired[str]
+
+
 Load = Callable[[str], tuple[Embeddings, Training]]
 
 
@@ -263,7 +274,7 @@ def finish(
     load: Load,
     row_folds: NDArray[Any],
     winners: Sequence[Winner],
-    extras: Mapping[str, Any],
+    extras: CardExtras,
     points: Sequence[ThresholdRule],
     jobs: int | None,
     backend: str,
@@ -287,7 +298,10 @@ def finish(
                 ended[winner.head] = replace(winner, trial=None, error=found)
                 continue
             winner = ended[winner.head] = replace(winner, cv=found.cv)
-            card = _describe(run, winner, found, embeddings, training, points) | dict(extras)
+            card: NewCard = {
+                **_describe(run, winner, found, embeddings, training, points),
+                **extras,
+            }
             path = run.model_path(winner.head)
             path.parent.mkdir(exist_ok=True)
             texts = write_readme(card)
@@ -295,14 +309,13 @@ def finish(
                 save_model(path, found.head, card, reference=reference, texts=texts, replace=True)
             parts[winner.head] = _predict(run, winner, found, embeddings, training)
     _refuse_failures(run, list(ended.values()))
-    sign = sign_of(run.info["asked"]["metric"])
+    sign = sign_of(str(run.info.asked.metric))
     ordered = sorted(ended.values(), key=lambda w: np.inf if w.cv is None else -sign * w.cv)
     embeddings, _ = load(ordered[0].pooling)
     parts |= dict(zip(PRIORS, prior_rows(embeddings.rows, row_folds), strict=True))
     names = [*(winner.head for winner in ordered if winner.trial is not None), *PRIORS]
     run.write_predictions(pd.concat([parts[name] for name in names], ignore_index=True))
-    leaderboard = [winner.as_entry() for winner in ordered]
-    run.update_info(leaderboard=leaderboard, times={**run.info["times"], "ended": utc_now()})
+    run.end(leaderboard=[winner.as_entry() for winner in ordered])
     scores = score_run(run, operating_points=points)
     complete_cards(run, scores)
     run.write_scores(scores)
@@ -359,12 +372,12 @@ def _describe(
     embeddings: Embeddings,
     training: Training,
     points: Sequence[ThresholdRule],
-) -> dict[str, Any]:
+) -> NewCard:
     """Return a card: the model's inputs, how scores become decisions, and its training data."""
     trained = np.flatnonzero(training.folds >= 0)
     per_study = found.head.study_level
     studies = score_studies(found.out_of_fold, embeddings, training, per_study)
-    synthetic = bool(run.info["data"]["synthetic"])
+    synthetic, encoder = run.info.data.synthetic, run.info.encoder
     return {
         "name": winner.head,
         "spec": embeddings.spec.as_dict(),
@@ -378,13 +391,13 @@ def _describe(
         "n_tried": winner.n_tried,
         "trial": winner.trial,
         "seed": training.seed,
-        "encoder": describe_encoder(run.info.get("encoder", {})),
+        "encoder": describe_encoder(encoder.source, encoder.revision),
         "data": {
             "trained": count_trained(embeddings.rows.iloc[trained]),
-            "manifest": run.info["data"],
+            "manifest": as_json(run.info.data),
         },
         "use": describe_use(synthetic=synthetic, keeps_rows=found.head.keeps_rows),
-        "manifest": run.info["asked"]["manifest"],
+        "manifest": run.info.asked.manifest,
         "synthetic": synthetic,
         "training_images": sorted(
             {image_code(sha256) for sha256 in embeddings.rows["sha256"].iloc[trained]}

@@ -43,12 +43,12 @@ from medembed.sweeps.data import (
     list_poolings,
     plan_batches,
 )
-from medembed.sweeps.finalize import finish
+from medembed.sweeps.finalize import CardExtras, finish
 from medembed.sweeps.layers import PROBE, LayerProbes
 from medembed.sweeps.memory import fit_jobs
 from medembed.sweeps.runner import Ledger, run_batches
 from medembed.sweeps.search_space import default_spaces, read_spaces
-from medembed.sweeps.selection import choose, standings
+from medembed.sweeps.selection import Standing, choose, standings
 from medembed.sweeps.worker_pool import BACKENDS, choose_jobs
 
 __all__ = ["Execution", "configure", "fit_memory", "run_sweep", "sweep", "write_command"]
@@ -79,7 +79,7 @@ def sweep(
     jobs: int | None = None,
     backend: str = "loky",
     progress: Callable[[int, int], None] | None = None,
-    board: Callable[[Callable[[], list[dict[str, Any]]]], None] | None = None,
+    board: Callable[[Callable[[], list[Standing]]], None] | None = None,
     announce: Callable[[str], None] | None = None,
 ) -> Run:
     """Choose and cross-validate each head's configuration, refit it on train, score it on test.
@@ -221,15 +221,15 @@ def configure(
         heads = [*heads, STATISTICS_HEAD]
     lacking = _find_lacking(heads, opened, covariates, image_root)
     heads = [head for head in heads if head not in lacking]
+    heads = list(dict.fromkeys([*heads, PROBE]))  # always a linear baseline
     read, without = read_manifest(manifest), None
     if without_suspects is not None:
         read, without = _leave_out(read, without_suspects)
     return SweepConfig(
         cache=opened,
         manifest=read,
-        # always a linear baseline
-        heads=list(dict.fromkeys([*heads, PROBE])),
-        spaces=default_spaces() if space is None else read_spaces(space),
+        heads=heads,
+        spaces=default_spaces(heads) if space is None else read_spaces(space, heads),
         n_configs=n_configs,
         n_folds=n_folds,
         metric=metric,
@@ -283,7 +283,7 @@ def run_sweep(
     execution: Execution,
     *,
     progress: Callable[[int, int], None] | None = None,
-    board: Callable[[Callable[[], list[dict[str, Any]]]], None] | None = None,
+    board: Callable[[Callable[[], list[Standing]]], None] | None = None,
 ) -> Run:
     """Train, finish and return the run of a sweep's rows; see `sweep`.
 
@@ -357,10 +357,9 @@ def _train(run: Run, ledger: Ledger, data: SweepRows, jobs: int | None, backend:
     if probes.wanted:
         run.update_info(layers=probes.describe(asked.cache.recorded.get("blocks")))
     winners = [choose(ledger, head, asked.metric) for head in asked.heads]
-    extras = {
-        "covariates": None if data.encoder is None else data.encoder.as_dict(),
-        **({"target": asked.target} if asked.target else {}),
-    }
+    extras: CardExtras = {"covariates": None if data.encoder is None else data.encoder.as_dict()}
+    if asked.target:
+        extras["target"] = asked.target
     finish(run, data.load, data.row_folds, winners, extras, asked.points, jobs, backend)
 
 

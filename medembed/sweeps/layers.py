@@ -12,8 +12,8 @@ import numpy as np
 
 from medembed.cache.embeddings import Embeddings
 from medembed.core.poolings import block_of
+from medembed.results.ablations import compare_layers
 from medembed.results.comparison_schema import LayerSeries
-from medembed.results.layers import compare_layers
 from medembed.results.runs import Run
 from medembed.sweeps.finalize import predict_folds, score_studies
 from medembed.sweeps.runner import Ledger
@@ -80,7 +80,7 @@ class LayerProbes:
         self._studies = studies
 
     def describe(self, n_blocks: Any) -> list[LayerSeries]:
-        """Return an entry for each series, see `results.layers.compare_layers`.
+        """Return an entry for each series, see `results.ablations.compare_layers`.
 
         `n_blocks` is what the cache notes as the number of the encoder's blocks, if anything.
         """

@@ -1,7 +1,10 @@
 """Train the trials missing from a run's ledger, batch by batch, and record each as it ends."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -124,11 +127,7 @@ def run_batches(
         return
     with Pool(training, jobs, backend) as pool:
         bases = _learn_bases(waiting, training, n_folds, pool, {} if kept is None else kept)
-        _run_flat([batch for batch in waiting if not batch.rungs], ledger, bases, pool)
-        halving = [batch for batch in waiting if batch.rungs]
-        size = max(1, -(-2 * pool.jobs // n_folds))  # enough for every process, twice
-        for start in range(0, len(halving), size):
-            _run_halving(halving[start : start + size], ledger, bases, training.metric, pool)
+        _Schedule(waiting, ledger, bases, training.metric, pool).run()
 
 
 def _learn_bases(
@@ -157,30 +156,154 @@ def _learn_bases(
     return bases
 
 
-def _run_flat(
-    batches: Sequence[Batch], ledger: Ledger, bases: Sequence[Mapping[str, Basis]], pool: Pool
-) -> None:
-    """Train each batch on each fold to its end."""
-    jobs: list[tuple[Batch, int, list[int]]] = []
-    for fold in range(len(bases)):
-        for batch in batches:
-            lacking = ledger.lacks(batch, fold)
-            if lacking:
-                alone = head_class(batch.head).is_independent
-                jobs.append((batch, fold, lacking if alone else list(range(len(batch.trials)))))
-    units = [_unit(batch, fold, chosen, bases) for batch, fold, chosen in jobs]
-    dead = []
-    for n, outcomes in pool.run(train_unit, units):
-        batch, fold, chosen = jobs[n]
+@dataclass
+class _Cohort:
+    """A batch in successive halving.
+
+    Attributes
+    ----------
+    alive : list of int
+        Its trials that are not retired.
+    rungs : list of int
+        The epochs after which the weaker half is retired that have not been reached.
+    nets : dict of int to list
+        By fold, the states of those alive, as `train_unit` returned them.
+    seconds : dict of str to float
+        By key, the seconds of the rungs so far.
+    """
+
+    batch: Batch
+    alive: list[int]
+    rungs: list[int]
+    nets: dict[int, list[Any]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def add_seconds(self, fold: int, outcomes: Sequence[FoldResult]) -> list[FoldResult]:
+        """Return outcomes of the trials alive with the seconds of all rungs so far."""
+        counted = []
+        for i, outcome in zip(self.alive, outcomes, strict=True):
+            key = self.batch.trials[i].keys[fold]
+            self.seconds[key] = self.seconds.get(key, 0.0) + outcome.seconds
+            counted.append(replace(outcome, seconds=self.seconds[key]))
+        return counted
+
+    def keep(self, found: Mapping[int, Sequence[FoldResult]], chosen: Sequence[int]) -> None:
+        """Go on with those of the trials alive whose places are in `chosen`."""
+        _discard(net for nets in self.nets.values() for net in nets)
+        _discard(
+            outcome.net
+            for outcomes in found.values()
+            for k, outcome in enumerate(outcomes)
+            if k not in chosen
+        )
+        self.nets = {fold: [own[k].net for k in chosen] for fold, own in found.items()}
+        self.alive = [self.alive[k] for k in chosen]
+        self.rungs = self.rungs[1:]
+
+
+def _discard(nets: Iterable[Any]) -> None:
+    """Remove states that are kept in files."""
+    for net in nets:
+        if isinstance(net, Path):
+            net.unlink(missing_ok=True)
+
+
+_RANKS: dict[str | None, int] = {"path": 0, "cohort": 1}
+"""What goes first, by what heads share: a path takes no time, and the rungs of a cohort wait for
+one another, so that the rest has to fill the gaps."""
+
+
+class _Schedule:
+    """Trains batches on all folds.
+
+    Cohorts train rung by rung, and after each the weaker half is retired on all folds: successive
+    halving (Jamieson and Talwalkar, AISTATS 2016) over epochs. Trials are ranked at a rung by the
+    mean over folds of the best epoch so far. Few cohorts train at a time, to bound the states that
+    are kept between rungs.
+    """
+
+    def __init__(
+        self,
+        batches: Sequence[Batch],
+        ledger: Ledger,
+        bases: Sequence[Mapping[str, Basis]],
+        metric: str,
+        pool: Pool,
+    ) -> None:
+        self._ledger, self._bases, self._metric, self._pool = ledger, bases, metric, pool
+        self._flat = [batch for batch in batches if not batch.rungs]
+        self._cohorts = iter(
+            _Cohort(batch, list(range(len(batch.trials))), list(batch.rungs))
+            for batch in batches
+            if batch.rungs
+        )
+        self._takers: dict[int, Callable[[Any], None]] = {}
+        """What takes the result of an item of the pool, by its number."""
+
+    def run(self) -> None:
+        """Train to the end."""
+        for cohort in islice(self._cohorts, max(2, -(-2 * self._pool.jobs // len(self._bases)))):
+            self._send_rung(cohort)
+        for fold in range(len(self._bases)):
+            for batch in self._flat:
+                self._send_flat(batch, fold)
+        while self._takers:
+            number, outcomes = self._pool.wait()
+            self._takers.pop(number)(outcomes)
+
+    def _send(self, unit: Unit, take: Callable[[Any], None], *, alone: bool = False) -> None:
+        rank = _RANKS.get(head_class(unit.head).shares, len(_RANKS))
+        self._takers[self._pool.submit(train_unit, unit, rank=rank, alone=alone)] = take
+
+    def _send_flat(self, batch: Batch, fold: int) -> None:
+        """Train a batch on a fold, in one piece."""
+        lacking = self._ledger.lacks(batch, fold)
+        if not lacking:
+            return
         is_independent = head_class(batch.head).is_independent
-        if isinstance(outcomes, Died) and is_independent and len(chosen) > 1:
-            dead += [(batch, fold, [i]) for i in chosen]
-            continue
-        _write_all(ledger, batch, fold, chosen, outcomes)
-    units = [_unit(batch, fold, chosen, bases) for batch, fold, chosen in dead]
-    for n, outcomes in pool.run(train_unit, units, suspected=True):
-        batch, fold, chosen = dead[n]
-        _write_all(ledger, batch, fold, chosen, outcomes)
+        chosen = lacking if is_independent else list(range(len(batch.trials)))
+
+        def take(outcomes: Any) -> None:
+            if not (isinstance(outcomes, Died) and is_independent and len(chosen) > 1):
+                _write_all(self._ledger, batch, fold, chosen, outcomes)
+                return
+            for i in chosen:  # one of them killed the process
+                write = partial(_write_all, self._ledger, batch, fold, [i])
+                self._send(_unit(batch, fold, [i], self._bases), write, alone=True)
+
+        self._send(_unit(batch, fold, chosen, self._bases), take)
+
+    def _send_rung(self, cohort: _Cohort) -> None:
+        """Train a cohort on all folds up to its next rung; once all are in, send what follows."""
+        until = cohort.rungs[0] if cohort.rungs else None
+        found: dict[int, list[FoldResult]] = {}
+
+        def take(fold: int, outcomes: Any) -> None:
+            found[fold] = cohort.add_seconds(fold, _alive_or_dead(outcomes, len(cohort.alive)))
+            if until is None:
+                _write_all(self._ledger, cohort.batch, fold, cohort.alive, found[fold])
+            if len(found) == len(self._bases):
+                self._end_rung(cohort, until, found)
+
+        for fold in range(len(self._bases)):
+            unit = replace(
+                _unit(cohort.batch, fold, cohort.alive, self._bases),
+                until=until,
+                nets=cohort.nets.get(fold),
+                folder=self._pool.folder,
+            )
+            self._send(unit, partial(take, fold))
+
+    def _end_rung(
+        self, cohort: _Cohort, until: int | None, found: Mapping[int, Sequence[FoldResult]]
+    ) -> None:
+        chosen = []
+        if until is not None:
+            chosen = _retire(self._ledger, cohort.batch, cohort.alive, found, self._metric)
+        cohort.keep(found, chosen)
+        following = cohort if cohort.alive else next(self._cohorts, None)
+        if following is not None:
+            self._send_rung(following)
 
 
 def _unit(
@@ -207,57 +330,6 @@ def _alive_or_dead(outcomes: Any, n: int) -> list[FoldResult]:
     return list(outcomes)
 
 
-def _run_halving(
-    batches: Sequence[Batch],
-    ledger: Ledger,
-    bases: Sequence[Mapping[str, Basis]],
-    metric: str,
-    pool: Pool,
-) -> None:
-    """Train batches rung by rung; after each the weaker half of a batch is retired on all folds.
-
-    Successive halving (Jamieson and Talwalkar, AISTATS 2016) over epochs; trials are ranked at a
-    rung by the mean over folds of the best epoch so far.
-    """
-    folds = range(len(bases))
-    alive = {n: list(range(len(batch.trials))) for n, batch in enumerate(batches)}
-    nets: dict[tuple[int, int], list[Any] | None] = {}
-    seconds: dict[str, float] = {}
-    rungs = batches[0].rungs  # set by the space, so equal for all batches
-    for until in [*rungs, None]:
-        jobs = [(n, fold) for n in alive if alive[n] for fold in folds]
-        units = [
-            Unit(
-                batches[n].head,
-                tuple(batches[n].trials[i].params for i in alive[n]),
-                fold,
-                until,
-                nets.get((n, fold)),
-                bases[fold],
-            )
-            for n, fold in jobs
-        ]
-        nets.clear()
-        found: dict[tuple[int, int], list[FoldResult]] = {}
-        for k, outcomes in pool.run(train_unit, units):
-            n, fold = jobs[k]
-            found[n, fold] = [
-                _add_seconds(outcome, seconds, batches[n].trials[i].keys[fold])
-                for i, outcome in zip(
-                    alive[n], _alive_or_dead(outcomes, len(alive[n])), strict=True
-                )
-            ]
-            if until is None:
-                _write_all(ledger, batches[n], fold, alive[n], found[n, fold])
-        if until is not None:
-            for n in alive:
-                own = {fold: found[n, fold] for fold in folds if (n, fold) in found}
-                kept = _retire(ledger, batches[n], alive[n], own, metric)
-                for fold, outcomes in own.items():
-                    nets[n, fold] = [outcomes[k].net for k in kept]
-                alive[n] = [alive[n][k] for k in kept]
-
-
 def _retire(
     ledger: Ledger,
     batch: Batch,
@@ -281,8 +353,3 @@ def _retire(
             status = "error" if outcomes[k].error else RETIRED
             ledger.write(batch.trials[i], fold, outcomes[k], status)
     return sorted(best)
-
-
-def _add_seconds(outcome: FoldResult, seconds: dict[str, float], key: str) -> FoldResult:
-    seconds[key] = seconds.get(key, 0.0) + outcome.seconds
-    return replace(outcome, seconds=seconds[key])

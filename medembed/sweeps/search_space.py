@@ -174,18 +174,20 @@ class HeadSpace:
         return None
 
 
-def default_spaces() -> dict[str, HeadSpace]:
-    """Return the space of every head that is tried where no file is given.
+def default_spaces(heads: Collection[str] | None = None) -> dict[str, HeadSpace]:
+    """Return the space of heads that is tried where no file is given; by default of every head.
 
     Of heads that an installed package adds that is one configuration: their defaults.
     """
     text = (resources.files("medembed.sweeps") / _DEFAULT_FILE).read_text(encoding="utf-8")
-    added = {head: HeadSpace(head, 1) for head in known_heads()}
-    return {**added, **_parse(text, _DEFAULT_FILE)}
+    added = {head: HeadSpace(head, 1) for head in known_heads() if heads is None or head in heads}
+    return {**added, **_parse(text, _DEFAULT_FILE, heads)}
 
 
-def read_spaces(path: str | Path) -> dict[str, HeadSpace]:
-    """Return every head's space: as the file says where it has the head's table, else the default.
+def read_spaces(path: str | Path, heads: Collection[str] | None = None) -> dict[str, HeadSpace]:
+    """Return heads' spaces: as the file says where it has the head's table, else the default.
+
+    Where `heads` are given, the default of others is left out.
 
     Raises
     ------
@@ -207,10 +209,11 @@ def read_spaces(path: str | Path) -> dict[str, HeadSpace]:
             "readable TOML file in UTF-8"
         ) from error
     named = _parse(text, str(path))
-    return named if set(named) == set(known_heads()) else {**default_spaces(), **named}
+    lacking = set(known_heads() if heads is None else heads) - set(named)
+    return {**default_spaces(lacking), **named}
 
 
-def _parse(text: str, file: str) -> dict[str, HeadSpace]:
+def _parse(text: str, file: str, heads: Collection[str] | None = None) -> dict[str, HeadSpace]:
     try:
         document = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
@@ -224,6 +227,8 @@ def _parse(text: str, file: str) -> dict[str, HeadSpace]:
             raise TrainingDataError(
                 f"{file}: {head} = {table!r} is not a table; begin one with the line [{head}]"
             )
+        if heads is not None and head not in heads:
+            continue
         where = f"{file}, [{head}]"
         entry = parse(_head_entry(head), table, TrainingDataError, where, "Correct that line.")
         spaces[head] = _build(head, entry, table)
@@ -272,8 +277,7 @@ def _head_entry(head: str) -> type[ClosedRecord]:
     if kind.has_rungs:
         own["rungs"] = (Rungs, Field(default_factory=list))
     else:
-        able = ", ".join(name for name in known_heads() if head_class(name).has_rungs)
-        reasons["rungs"] = f"is for {able} alone: delete the line"
+        reasons["rungs"] = "is for heads that train by epochs, as mlp does: delete the line"
     several = {
         name: _several(one, defaults[name], is_shared=name in shared)
         for name, one in single.items()

@@ -2,14 +2,14 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
 from medembed.sweeps.data import Trial
 from medembed.sweeps.runner import Ledger, sign_of
 
-__all__ = ["Winner", "choose", "standings"]
+__all__ = ["Standing", "Winner", "choose", "standings"]
 
 
 @dataclass(frozen=True)
@@ -99,13 +99,26 @@ def choose(ledger: Ledger, head: str, metric: str, pooling: str | None = None) -
     )
 
 
-def standings(ledger: Ledger, metric: str) -> list[dict[str, Any]]:
+class Standing(TypedDict):
+    """A head's row of the leaderboard so far."""
+
+    head: str
+    tried: int
+    total: int
+    """Of configurations."""
+    best: float | None
+    """Mean over the folds."""
+    pooling: str | None
+    """Of the best, as `params`."""
+    params: Mapping[str, object] | None
+
+
+def standings(ledger: Ledger, metric: str) -> list[Standing]:
     """Return the leaderboard so far, best first, then heads without a finished configuration.
 
-    One entry per head: ``head``, ``tried`` and ``total`` (configurations), ``best`` (mean over
-    folds, or None), ``pooling`` and ``params`` of the best.
+    One entry per head.
     """
-    lines: list[dict[str, Any]] = []
+    lines: list[Standing] = []
     sign = sign_of(metric)
     for head in dict.fromkeys(batch.head for batch in ledger.batches):
         own = _trials(ledger, head)

@@ -11,8 +11,11 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
+import joblib
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
@@ -23,14 +26,15 @@ from medembed.core.errors import TrainingDataError
 from medembed.core.prompts import Prompts
 from medembed.evaluation.scores import by_study, score
 from medembed.heads.base import Head
-from medembed.heads.batched_mlp import Rows
 from medembed.heads.lightgbm import BinnedRows, LightGBMHead
 from medembed.heads.linear import LogisticHead, fit_path
 from medembed.heads.mlp import MLPHead, gather
-from medembed.heads.mlp_network import Net
 from medembed.heads.registry import make_head
 from medembed.heads.scaling import Basis, Projector
 from medembed.results.run_schema import describe_failure
+
+if TYPE_CHECKING:  # torch, which this imports, takes a second: the parent process has no use for it
+    from medembed.heads.mlp_network import Net
 
 __all__ = [
     "Bases",
@@ -118,8 +122,10 @@ class Unit:
         One per head.
     until : int, optional
         For MLPs, the epoch to stop at.
-    nets : list of Net, optional
-        For MLPs, their state so far.
+    nets : list of (Net or Path), optional
+        For MLPs, their state so far, or a file of it.
+    folder : Path, optional
+        Where files of the states that MLPs reach are kept; otherwise these are returned.
     basis : dict, optional
         The result of `learn_basis` for this fold.
     """
@@ -128,7 +134,8 @@ class Unit:
     params: tuple[Mapping[str, Any], ...]
     fold: int
     until: int | None = None
-    nets: Sequence[Net] | None = None
+    nets: "Sequence[Net | Path] | None" = None
+    folder: Path | None = None
     basis: Mapping[str, Basis] = field(default_factory=dict)
 
 
@@ -144,15 +151,15 @@ class FoldResult:
     ----------
     score, best_epoch
         On the rows that judge the trial; None if training failed.
-    net : Net, optional
-        The state of an MLP that may continue.
+    net : Net or Path, optional
+        The state of an MLP that may continue, or a file of it.
     """
 
     score: float | None
     best_epoch: int | None
     seconds: float
     error: str | None = None
-    net: Net | None = None
+    net: "Net | Path | None" = None
 
 
 def configure(
@@ -176,6 +183,7 @@ def configure(
     head = make_head(name, {**params, **own}, seed=seed)
     # the counterpart of what `fit` learns from its rows, for heads that are fitted together
     head.classes_, head.n_features_in_ = np.array([0, 1]), training.X.shape[1]
+    head.import_libraries()
     return head
 
 
@@ -250,13 +258,15 @@ def _train_trees(training: Training, unit: Unit, heads: Sequence[LightGBMHead]) 
 
 
 def _train_cohort(training: Training, unit: Unit, heads: Sequence[MLPHead]) -> list[FoldResult]:
+    from medembed.heads.batched_mlp import Rows
+
     rows, judging = training.learnt(unit.fold), training.judging(unit.fold)
     cohort = gather(
         heads,
         Rows(training.X, rows, training.y[rows]),
         Rows(training.X, judging, training.y[judging]),
         _projector(training, unit),
-        unit.nets,
+        None if unit.nets is None else [_read_net(net) for net in unit.nets],
     )
     cohort.train(unit.until or max(head.epochs for head in heads))
     outcomes = []
@@ -266,7 +276,8 @@ def _train_cohort(training: Training, unit: Unit, heads: Sequence[MLPHead]) -> l
                 head.take(net, projection)
                 outcomes.append(_judge(training, unit.fold, head))
             else:
-                outcomes.append(_judge_so_far(training, unit.fold, net))
+                outcome = _judge_so_far(training, unit.fold, net)
+                outcomes.append(replace(outcome, net=_keep_net(net, unit.folder)))
         except Exception as error:
             outcomes.append(_failure(error))
     return outcomes
@@ -316,11 +327,28 @@ def _judge(training: Training, fold: int, head: Head) -> FoldResult:
     return FoldResult(value, head.best_epoch_, 0.0)
 
 
-def _judge_so_far(training: Training, fold: int, net: Net) -> FoldResult:
+def _judge_so_far(training: Training, fold: int, net: "Net") -> FoldResult:
     assert net.best_logits is not None
     probability = expit(net.best_logits.astype(np.float64))
     value = study_score(training, training.judging(fold), probability)
-    return FoldResult(value, net.best_epoch or net.epoch, 0.0, net=net)
+    return FoldResult(value, net.best_epoch or net.epoch, 0.0)
+
+
+def _keep_net(net: "Net", folder: Path | None) -> "Net | Path":
+    """Write a state to a file, whose way to the next process is shorter than by the parent."""
+    if folder is None:
+        return net
+    path = folder / uuid4().hex
+    try:
+        joblib.dump(net, path)
+    except OSError:  # the disk is full
+        path.unlink(missing_ok=True)
+        return net
+    return path
+
+
+def _read_net(net: "Net | Path") -> Any:
+    return joblib.load(net) if isinstance(net, Path) else net
 
 
 def seed_of_fold(seed: int, fold: int) -> int:

@@ -1,21 +1,31 @@
-"""Training processes, on this machine or on Ray. A process that dies loses only its own item."""
+"""Training processes, on this machine or on Ray. A process that dies loses only its own item.
+
+On Linux all processes are forked from one that has imported the libraries and computed nothing, so
+that these are imported once, and are in memory once. Elsewhere each process imports them.
+"""
 
 import errno
+import heapq
+import io
+import multiprocessing
 import multiprocessing.resource_tracker
 import os
+import shutil
 import signal
+import sys
 import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
-from functools import cache
-from importlib import import_module
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 import joblib
+from joblib.externals.loky import ProcessPoolExecutor
 from joblib.externals.loky.backend import resource_tracker as loky_tracker
 
 from medembed.core.errors import TrainingDataError
@@ -28,9 +38,12 @@ BACKENDS = ("loky", "ray")
 JOB_BYTES = 500_000_000
 """Memory that a training process takes, with PyTorch loaded and some embeddings."""
 
-
-_TRAINING = "medembed.sweeps.training"
+_TRAINING = ("medembed.sweeps.training", "medembed.heads.batched_mlp", "medembed.heads.lightgbm")
 """What training processes import, which takes seconds."""
+_IDLE_SECONDS = 60
+_SHARED_MEMORY = Path("/dev/shm")  # nosec B108
+_LEAST_SHARED_MEMORY = 2_000_000_000
+"""Below this, the space in `_SHARED_MEMORY` is that of a container, and a disk holds more."""
 
 
 @dataclass(frozen=True)
@@ -52,65 +65,42 @@ def choose_jobs(asked: int | None) -> int:
     return asked or min(most, joblib.cpu_count())
 
 
-_early: list[Any] = []
-"""What `start_early` has begun: generators, which closed unread end their processes."""
-
-
 @contextmanager
-def start_early(jobs: int | None, n_items: int) -> Iterator[None]:
-    """Start processes of this machine, which import what they need while this one goes on.
+def start_early(jobs: int | None) -> Iterator[None]:
+    """Import what training processes need while this process goes on; end them with the context.
 
-    A `Pool` within the context finds them ready. None is started for a number that `choose_jobs`
-    refuses.
+    None is started for a number that `choose_jobs` refuses.
 
     Parameters
     ----------
     jobs : int, optional
         As `Pool` will be asked for.
-    n_items : int
-        How many items its first run will have.
     """
-    with suppress(TrainingDataError):
-        n = min(choose_jobs(jobs), n_items)
-        if n > 1:
-            _early.append(_start([joblib.delayed(import_module)(_TRAINING)] * n, n))
     try:
+        with suppress(TrainingDataError):
+            if choose_jobs(jobs) > 1:
+                _start_server()
         yield
     finally:
-        with _quiet(), _ignoring_thread_errors():
-            while _early:
-                _early.pop().close()
-
-
-def _await_early() -> None:
-    while _early:
-        with suppress(Exception):  # a process that cannot import says so when it has work
-            for _ in _early.pop():
-                pass
-
-
-def _start(calls: Sequence[Any], jobs: int) -> Any:
-    """Return the unordered results of calls in processes on this machine, as they come."""
-    with joblib.parallel_config(backend="loky", inner_max_num_threads=1):
-        parallel = joblib.Parallel(
-            n_jobs=jobs, batch_size=1, return_as="generator_unordered", mmap_mode="r"
-        )
-        with _deaf():
-            return parallel(calls)
+        _end_processes()
 
 
 class Pool:
-    """Runs a function over items, with one large object shared by all.
+    """Runs functions of items, with one large object shared by all.
+
+    Items are submitted, and `wait` returns one result after the other, in the order of completion;
+    more may be submitted between. An item whose process dies is repeated alone, as is what ran
+    beside it: only the guilty one fails.
 
     Parameters
     ----------
     shared : object
-        The function's first argument, for all items. Its arrays are in memory once, read-only, for
+        The functions' first argument, for all items. Its arrays are in memory once, read-only, for
         any number of processes on a machine.
     jobs : int, optional
         Processes; one per core by default. With 1 (and `loky`) everything runs in this process.
     backend : {"loky", "ray"}
-        Processes on this machine, or on the Ray cluster at `RAY_ADDRESS`, through joblib.
+        Processes on this machine, or on the Ray cluster at `RAY_ADDRESS`.
     """
 
     def __init__(self, shared: Any, jobs: int | None = None, backend: str = "loky") -> None:
@@ -118,117 +108,208 @@ class Pool:
             raise TrainingDataError(
                 f"backend {backend!r} is unknown. Choose one of: {', '.join(BACKENDS)}."
             )
-        self._shared, self._jobs, self._backend = shared, jobs, backend
-        self._stack = ExitStack()
-        self._parallel: Any = None
-        self._results: Any = None
+        self._shared, self._jobs, self._name = shared, jobs, backend
+        self._waiting: list[_Item] = []
+        self._suspected: list[_Item] = []
+        self._flying: dict[Any, _Item] = {}
+        self._n_submitted = 0
+        self._backend: Any = None
 
     def __enter__(self) -> "Pool":
-        if self._backend == "ray":
-            ray = self._stack.enter_context(connected_to_ray("--backend ray"))
-            from ray.util.joblib import register_ray
-
-            register_ray()
-            self._jobs = _choose_on_ray(self._jobs, int(ray.cluster_resources().get("CPU", 1)))
-            self._shared = _OnRay(ray.put(self._shared))
+        if self._name == "ray":
+            self._backend = _Ray(self._shared)
+            self._jobs = _choose_on_ray(self._jobs, self._backend.n_cores)
         else:
             self._jobs = choose_jobs(self._jobs)
+            self._backend = (
+                _Here(self._shared) if self._jobs == 1 else _Local(self._shared, self._jobs)
+            )
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._results is not None:
-            with _quiet():
-                self._results.close()  # if results are missing: ends the processes
-        self._stack.close()
+        self._backend.close(working=bool(self._flying))
 
     @property
     def jobs(self) -> int:
         """Maximum number of processes."""
         return self._jobs or 1
 
+    @property
+    def folder(self) -> Path | None:
+        """Where processes of this machine may keep what later items read; gone with the pool."""
+        return self._backend.folder  # type: ignore[no-any-return]
+
+    def submit(
+        self, function: Callable[[Any, Any], Any], item: Any, *, rank: int = 0, alone: bool = False
+    ) -> int:
+        """Add an item, and return its number.
+
+        Items of a lower rank go first. One that is known to kill its process goes `alone`.
+        """
+        number, self._n_submitted = self._n_submitted, self._n_submitted + 1
+        queue = self._suspected if alone else self._waiting
+        heapq.heappush(queue, _Item(rank, number, function, item))
+        return number
+
+    def wait(self) -> tuple[int, Any]:
+        """Return (number, result or `Died`) of the next item to end.
+
+        Raises
+        ------
+        LookupError
+            All items have ended.
+        OSError
+            There is no room for the shared object.
+        """
+        while True:
+            self._send()
+            if not self._flying:
+                raise LookupError("no item is left")
+            done, is_alone = self._backend.wait(list(self._flying)), self._is_alone
+            for future in done[:1]:
+                item = self._flying.pop(future)
+                try:
+                    return item.number, self._backend.result(future)
+                except self._backend.broken as error:
+                    if is_alone:
+                        return item.number, Died(f"the process died: {_first_line(error)}")
+                    self._suspected += [item, *self._flying.values()]
+                    heapq.heapify(self._suspected)
+                    self._flying.clear()
+                except Exception as error:  # errors of functions are results: this is the pool's
+                    return item.number, Died(_first_line(error))
+
     def run(
-        self,
-        function: Callable[[Any, Any], Any],
-        items: Sequence[Any],
-        *,
-        suspected: bool = False,
+        self, function: Callable[[Any, Any], Any], items: Sequence[Any]
     ) -> Iterator[tuple[int, Any]]:
-        """Yield (index of the item, result or `Died`) in the order of completion.
+        """Yield (index of the item, result or `Died`) in the order of completion."""
+        numbers = {self.submit(function, item): i for i, item in enumerate(items)}
+        for _ in items:
+            number, result = self.wait()
+            yield numbers[number], result
 
-        Parameters
-        ----------
-        suspected : bool
-            Whether one of the items is known to kill its process: the items then run one after the
-            other, since running them together would only restart all of them.
-        """
-        if self.jobs == 1 and self._backend == "loky":
-            for i, item in enumerate(items):
-                yield i, function(self._shared, item)
+    def _send(self) -> None:
+        """Keep one more item on its way than there are processes; suspected ones go alone."""
+        self._is_alone = False
+        if self._suspected:
+            if not self._flying:
+                self._is_alone = True
+                self._send_one(heapq.heappop(self._suspected))
             return
-        waiting = dict(enumerate(items))
-        if not waiting:
-            return
-        if not suspected:
-            n_processes = max(2, min(self.jobs, len(items)))  # for one, joblib would start none
-            with suppress(Exception):  # errors of the function are results: this is the pool's
-                for i, result in self._in_processes(function, waiting, n_processes):
-                    del waiting[i]
-                    yield i, result
-                return
-        # A fit took down its process and the concurrent ones. Run alone, only the guilty one fails.
-        for i, item in waiting.items():
-            try:
-                yield from self._in_processes(function, {i: item}, 2)
-            except Exception as error:
-                _refuse_full_disk(error)
-                reason = str(error) or type(error).__name__
-                yield i, Died(f"the process died: {reason.splitlines()[0]}")
+        while self._waiting and len(self._flying) < self.jobs + self._backend.n_ahead:
+            self._send_one(heapq.heappop(self._waiting))
 
-    def _in_processes(
-        self, function: Callable[[Any, Any], Any], items: dict[int, Any], jobs: int
-    ) -> Iterator[tuple[int, Any]]:
-        call = joblib.delayed(_call)
-        calls = [call(function, self._shared, i, item) for i, item in items.items()]
-        if self._backend == "ray":
-            yield from self._on_ray(calls)
-            return
-        with _quiet():
-            _await_early()
-            self._results = _start(calls, jobs)
-            yield from self._results
+    def _send_one(self, item: "_Item") -> None:
+        self._flying[self._backend.submit(item)] = item
 
-    def _on_ray(self, calls: Sequence[Any]) -> Iterator[tuple[int, Any]]:
-        """Yield the results of calls in slices, as Ray returns results only for a whole slice.
 
-        The actors are kept for later calls, unless one of them died.
-        """
-        if self._parallel is None:
-            with joblib.parallel_config(backend="ray"):
-                self._parallel = joblib.Parallel(n_jobs=self.jobs)
-                self._parallel.__enter__()
-            self._stack.callback(self._end_actors)
+@dataclass(frozen=True, order=True)
+class _Item:
+    rank: int
+    number: int
+    function: Callable[[Any, Any], Any] = field(compare=False)
+    argument: Any = field(compare=False)
+
+
+class _Here:
+    """Runs items in this process, one after the other."""
+
+    folder, broken, n_ahead = None, (), 0
+
+    def __init__(self, shared: Any) -> None:
+        self._shared = shared
+
+    def submit(self, item: _Item) -> Any:
+        return lambda: item.function(self._shared, item.argument)
+
+    def wait(self, futures: Sequence[Any]) -> Sequence[Any]:
+        return futures
+
+    def result(self, future: Any) -> Any:
+        return future()
+
+    def close(self, *, working: bool) -> None:
+        pass
+
+
+class _Local:
+    """Processes of this machine, kept for the next pool; they read `shared` from a file."""
+
+    broken, n_ahead = (BrokenExecutor,), 1
+
+    def __init__(self, shared: Any, jobs: int) -> None:
+        self._jobs = jobs
+        self.folder = Path(tempfile.mkdtemp(prefix="medembed-", dir=_shared_folder()))
+        loky_tracker.register(str(self.folder), "folder")  # is removed if this process is killed
+        self._file = str(self.folder / "shared")
         try:
-            for start in range(0, len(calls), 2 * self.jobs):
-                yield from self._parallel(calls[start : start + 2 * self.jobs])
-        except Exception:
-            self._end_actors()
+            joblib.dump(shared, self._file)
+        except OSError as error:
+            self.close(working=False)
+            _refuse_full_disk(error, self.folder.parent)
             raise
 
-    def _end_actors(self) -> None:
-        parallel, self._parallel = self._parallel, None
-        if parallel is not None:
-            parallel.__exit__(None, None, None)
+    def submit(self, item: _Item) -> Future[Any]:
+        with _quiet(), _deaf():
+            executor = _start_processes(self._jobs)
+            return executor.submit(_call, item.function, self._file, item.argument)  # type: ignore[no-any-return]
+
+    def wait(self, futures: Sequence[Future[Any]]) -> Sequence[Future[Any]]:
+        with _quiet():
+            return list(wait(futures, return_when=FIRST_COMPLETED).done)
+
+    def result(self, future: Future[Any]) -> Any:
+        return future.result()
+
+    def close(self, *, working: bool) -> None:
+        if working:
+            _end_processes()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        loky_tracker.unregister(str(self.folder), "folder")
 
 
-def _refuse_full_disk(error: Exception) -> None:
-    """Raise if there was no room for the arrays that processes share, which is no trial's fault.
+class _Ray:
+    """Runs items as tasks of a Ray cluster."""
 
-    joblib maps the arrays from a file, and reports the failure only in the text of its error.
-    """
-    if os.strerror(errno.ENOSPC) not in f"{error} {error.__cause__}":
+    folder, n_ahead = None, 1
+
+    def __init__(self, shared: Any) -> None:
+        self._connection = connected_to_ray("--backend ray")
+        self._ray = self._connection.__enter__()
+        self.broken = (self._ray.exceptions.RaySystemError, self._ray.exceptions.WorkerCrashedError)
+        self.n_cores = int(self._ray.cluster_resources().get("CPU", 1))
+        self._shared = self._ray.put(shared)
+        self._task = self._ray.remote(num_cpus=1, max_retries=0)(_call_on_ray)
+
+    def submit(self, item: _Item) -> Any:
+        return self._task.remote(item.function, self._shared, item.argument)
+
+    def wait(self, futures: Sequence[Any]) -> Sequence[Any]:
+        return self._ray.wait(futures, num_returns=1)[0]  # type: ignore[no-any-return]
+
+    def result(self, future: Any) -> Any:
+        return self._ray.get(future)
+
+    def close(self, *, working: bool) -> None:
+        self._connection.__exit__(None, None, None)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _shared_folder() -> Path:
+    """Return where the arrays that processes share are kept, in memory if there is room."""
+    if named := os.environ.get("JOBLIB_TEMP_FOLDER"):
+        return Path(named)
+    if _SHARED_MEMORY.is_dir() and free_bytes(_SHARED_MEMORY) >= _LEAST_SHARED_MEMORY:
+        return _SHARED_MEMORY
+    return Path(tempfile.gettempdir())
+
+
+def _refuse_full_disk(error: OSError, place: Path) -> None:
+    if error.errno != errno.ENOSPC:
         return
-    named = os.environ.get("JOBLIB_TEMP_FOLDER")
-    place = Path(named or ("/dev/shm" if Path("/dev/shm").exists() else tempfile.gettempdir()))  # nosec B108
     raise OSError(
         errno.ENOSPC,
         f"{os.strerror(errno.ENOSPC)} for the embeddings that processes share; "
@@ -247,28 +328,161 @@ def _choose_on_ray(asked: int | None, cores: int) -> int:
     return asked or max(1, cores)
 
 
+# Starting and ending processes of this machine
+
+if sys.platform == "linux":  # (elsewhere libraries do not bear a fork)
+    from multiprocessing import context, forkserver, popen_forkserver, reduction, spawn, util
+
+    class _ForkedPopen(popen_forkserver.Popen):
+        """Starts a process from a fork server of ours, without running the user's program in it.
+
+        Python's own would run the main module again, so that a script that calls `sweep` would
+        have to be written with this in mind.
+        """
+
+        _fds: list[int]
+
+        def _launch(self, process_obj: Any) -> None:
+            prepared = spawn.get_preparation_data(process_obj._name)
+            for key in ("init_main_from_name", "init_main_from_path"):
+                prepared.pop(key, None)
+            sent = io.BytesIO()
+            context.set_spawning_popen(self)
+            try:
+                reduction.dump(prepared, sent)
+                reduction.dump(process_obj, sent)
+            finally:
+                context.set_spawning_popen(None)
+            server = _fork_server()
+            self.sentinel, written = server.connect_to_new_process(self._fds)
+            held = os.dup(written)  # the process sees by its end that this one has ended
+            self.finalizer = util.Finalize(self, _close_all, ((held, self.sentinel),))
+            with open(written, "wb") as file:
+                file.write(sent.getbuffer())
+            self.pid = forkserver.read_signed(self.sentinel)
+
+    class _ForkedProcess(context.ForkServerProcess):
+        @staticmethod
+        def _Popen(process_obj: Any) -> Any:  # noqa: N802 (its name in the base class)
+            return _ForkedPopen(process_obj)
+
+    class _ForkContext(context.ForkServerContext):
+        Process = _ForkedProcess
+
+
+def _close_all(descriptors: Sequence[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
+@cache
+def _context() -> Any:
+    """Return the context in which processes start; None: loky's own."""
+    return _ForkContext() if sys.platform == "linux" else None
+
+
+@cache
+def _fork_server() -> Any:
+    if sys.platform != "linux":
+        return None
+    server = forkserver.ForkServer()
+    server.set_forkserver_preload(list(_TRAINING))
+    return server
+
+
+def _start_server() -> None:
+    if (server := _fork_server()) is not None:
+        with _deaf(), _one_thread_each():
+            server.ensure_running()
+
+
+_executors: dict[int, Any] = {}
+"""The processes of this machine, if there are any, by their number."""
+
+
+def _start_processes(jobs: int) -> Any:
+    """Return the executor of these processes: that of an earlier pool, unless a process died."""
+    executor = _executors.get(jobs)
+    if executor is None or executor._flags.broken or executor._flags.shutdown:
+        _end_processes()
+        _start_server()
+        executor = ProcessPoolExecutor(
+            jobs, context=_context(), timeout=_IDLE_SECONDS, env=_ONE_THREAD
+        )
+        _executors[jobs] = executor
+    return executor
+
+
+def _end_processes() -> None:
+    """Kill the processes: nothing is lost with them, and to end by themselves takes a second."""
+    while _executors:
+        _, executor = _executors.popitem()
+        with _quiet(), _ignoring_thread_errors(), suppress(Exception):
+            executor.shutdown(wait=True, kill_workers=True)
+
+
+_ONE_THREAD = dict.fromkeys(
+    (
+        "BLIS_NUM_THREADS",
+        "MKL_NUM_THREADS",
+        "NUMEXPR_NUM_THREADS",
+        "OMP_NUM_THREADS",
+        "OPENBLAS_NUM_THREADS",
+        "VECLIB_MAXIMUM_THREADS",
+    ),
+    "1",
+)
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Let libraries of processes that start now compute with one thread."""
+    before = {name: os.environ.get(name) for name in _ONE_THREAD}
+    os.environ.update(_ONE_THREAD)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
 @contextmanager
 def _deaf() -> Iterator[None]:
-    """Shield processes started now from a terminal's signals: this process ends them itself."""
+    """Shield processes started now from a terminal's signals: this process ends them itself.
+
+    This process hears of an interruption afterwards: a process that had just started would be
+    forgotten, and go on.
+    """
     for tracker in (multiprocessing.resource_tracker, loky_tracker):
         tracker.ensure_running()  # starting one later would admit the signal again
     signals = {signal.SIGINT, signal.SIGHUP}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    heard: list[int] = []
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():  # other threads may get the signal
+        handlers = {
+            number: signal.signal(number, lambda number, _: heard.append(number))
+            for number in signals
+        }
     try:
         yield
     finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler or signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if heard:
+            signal.raise_signal(heard[0])
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence joblib's warnings of jobs cancelled by an interruption, or of a restarted worker.
-
-    The ledger knows which trials are missing, and a worker that grew had more work, not a leak.
-    """
+    """Silence loky's warning of a restarted worker: one that grew had more work, not a leak."""
     with warnings.catch_warnings():
-        for message in (".*have been cancelled", "A worker stopped while some jobs were given"):
-            warnings.filterwarnings("ignore", message=message, category=UserWarning)
+        message = "A worker stopped while some jobs were given"
+        warnings.filterwarnings("ignore", message=message, category=UserWarning)
         yield
 
 
@@ -283,24 +497,33 @@ def _ignoring_thread_errors() -> Iterator[None]:
         threading.excepthook = before
 
 
-@dataclass(frozen=True)
-class _OnRay:
-    reference: Any
-
-    def get(self) -> Any:
-        import ray
-
-        return ray.get(self.reference)
+# In a process
 
 
-def _call(function: Callable[[Any, Any], Any], shared: Any, i: int, item: Any) -> tuple[int, Any]:
-    if isinstance(shared, _OnRay):
-        return i, function(shared.get(), item)
+def _call(function: Callable[[Any, Any], Any], file: str, item: Any) -> Any:
     _end_with_parent()
-    return i, function(shared, item)
+    return function(_read_shared(file), item)
+
+
+def _call_on_ray(function: Callable[[Any, Any], Any], shared: Any, item: Any) -> Any:
+    return function(shared, item)
+
+
+@lru_cache(maxsize=1)
+def _read_shared(file: str) -> Any:
+    return joblib.load(file, mmap_mode="r")
 
 
 @cache
 def _end_with_parent() -> None:
     """Make this process end with its parent; those of a killed sweep would linger for minutes."""
-    end_with_parent()
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        end_with_parent()
+        return
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()

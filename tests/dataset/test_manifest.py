@@ -21,9 +21,9 @@ from medembed.dataset.manifest import (
     make_manifest,
     read_contents,
     read_manifest,
+    review_manifest,
     write_manifest,
 )
-from medembed.dataset.review import review_manifest
 
 
 def table(**changes: list[str]) -> pd.DataFrame:

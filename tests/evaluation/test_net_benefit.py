@@ -343,7 +343,7 @@ def test_its_model_packages_what_was_fitted(chest):
     assert [point["name"] for point in card["operating_points"]] == names
     for point in card["operating_points"]:
         assert point["threshold"] == pytest.approx(told[point["name"]], abs=1e-12)
-    assert "--operating-point specificity=0.8" in open_run(out).info["command"]
+    assert "--operating-point specificity=0.8" in open_run(out).info.command
     assert "| specificity=0.8 |" in (out / "models" / "logistic" / "README.md").read_text()
 
 

@@ -84,8 +84,8 @@ def by_image(frame: pd.DataFrame) -> pd.Series:
 
 def test_the_leaderboard_has_depth_and_seed_best_first(home: Path) -> None:
     run = open_run(home / "run")
-    board = run.info["leaderboard"]
-    assert (run.info["kind"], run.is_complete) == ("finetune", True)
+    board = run.as_dict()["leaderboard"]
+    assert (run.info.kind, run.is_complete) == ("finetune", True)
     assert {entry["head"] for entry in board} == {"unfreeze-0", "unfreeze-1", "unfreeze-2"}
     assert sorted(entry["depth"] for entry in board) == [0, 1, 2]
     assert [e["cv"] for e in board] == sorted((e["cv"] for e in board), reverse=True)
@@ -283,12 +283,12 @@ def test_operating_points_are_packaged_and_are_part_of_the_question(
     asked = {"unfreeze": "0", "operating_points": ["sensitivity=0.8"]}
     tune(home, home / "tower", tmp_path / "run", **asked)
     run = open_run(tmp_path / "run")
-    assert "--operating-point sensitivity=0.8" in run.info["command"]
+    assert "--operating-point sensitivity=0.8" in run.info.command
     card = json.loads((run.model_path("unfreeze-0") / "model.json").read_text())["card"]
     names = ["youden", "sensitivity=0.95", "specificity=0.9", "sensitivity=0.8"]
     assert [point["name"] for point in card["operating_points"]] == names
     assert card["operating_points"][0]["threshold"] == card["threshold"]
-    assert "operating_points" not in open_run(home / "run").info["asked"]
+    assert not hasattr(open_run(home / "run").info.asked, "operating_points")
     with pytest.raises(RunError, match="answers another question: operating_points"):
         tune(home, home / "tower", tmp_path / "run", unfreeze="0")
 
@@ -345,7 +345,7 @@ def test_its_fingerprint_is_that_of_the_whole_tower_stored(home: Path, tmp_path:
     both = (adapted, tmp_path / "whole")
     fingerprints = {load_encoder(path, device="cpu").fingerprint for path in both}
     assert len(fingerprints) == 1
-    board = {e["head"]: e["encoder"] for e in open_run(home / "run").info["leaderboard"]}
+    board = {e["head"]: e["encoder"] for e in open_run(home / "run").as_dict()["leaderboard"]}
     assert fingerprints == {board["unfreeze-1"]}
 
 
@@ -451,9 +451,9 @@ def test_a_batch_in_parts_makes_the_same_step(home: Path, tmp_path: Path) -> Non
 def test_bf16_is_taken_on_a_cpu_where_it_is_asked_for(home: Path, tmp_path: Path) -> None:
     recipe = replace(QUICK, epochs=1)
     tune(home, home / "tower", tmp_path / "auto", unfreeze="1", precision="auto", config=recipe)
-    assert open_run(tmp_path / "auto").info["encoder"]["precision"] == "fp32"
+    assert open_run(tmp_path / "auto").info.encoder.precision == "fp32"
     tune(home, home / "tower", tmp_path / "bf16", unfreeze="1", precision="bf16", config=recipe)
-    assert open_run(tmp_path / "bf16").info["encoder"]["precision"] == "bf16"
+    assert open_run(tmp_path / "bf16").info.encoder.precision == "bf16"
     exact, near = (by_image(predictions(tmp_path / n, "unfreeze-1")) for n in ("auto", "bf16"))
     assert 0 < np.abs(exact - near).max() < 0.1
     stored = load_file(tmp_path / "bf16" / "encoders" / "unfreeze-1" / CHANGED_FILE)
@@ -575,10 +575,10 @@ def test_images_that_cannot_be_decoded_are_left_out_and_counted(home: Path, tmp_
     write_manifest(make_manifest(table, "study"), tmp_path / "manifest.csv")
     tune(tmp_path, home / "tower", tmp_path / "run", unfreeze="0")
     info = open_run(tmp_path / "run").info
-    assert (info["data"]["left_out"], info["data"]["left_out_test"]) == (1, 1)
-    assert info["left_out"][0]["stage"] == "decode"
+    assert (info.data.left_out, info.data.left_out_test) == (1, 1)
+    assert info.left_out[0].stage == "decode"
     predicted = set(predictions(tmp_path / "run", "unfreeze-0")["sha256"])
-    assert info["left_out"][0]["sha256"] not in predicted
+    assert info.left_out[0].sha256 not in predicted
 
 
 def test_other_bytes_than_the_manifests_are_refused(home: Path, tmp_path: Path) -> None:
@@ -700,7 +700,7 @@ def test_a_sweep_that_does_not_fit_is_refused(
     home: Path, tmp_path: Path, edit: Any, said: str
 ) -> None:
     shutil.copytree(home / "sweep", tmp_path / "sweep")
-    best = open_run(tmp_path / "sweep").info["leaderboard"][0]["head"]
+    best = open_run(tmp_path / "sweep").as_dict()["leaderboard"][0]["head"]
     path = tmp_path / "sweep" / "models" / best / "model.json"
     document = json.loads(path.read_text())
     edit(tmp_path / "sweep", document["card"])
@@ -726,6 +726,6 @@ def test_the_command_prints_one_document(home: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     document = json.loads(result.stdout)
     assert [entry["depth"] for entry in document["leaderboard"]] == [0]
-    command = open_run(tmp_path / "run").info["command"].split()
+    command = open_run(tmp_path / "run").info.command.split()
     again = CliRunner().invoke(main, [*command[1:3], *command[3:], "--help"])
     assert again.exit_code == 0, again.output

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 from forked import fork
 from made_finetuning import QUICK, Stop, make_cohort, make_tower, require_equal, stop_after, tune
+from safetensors.numpy import save
 
 from medembed.core.errors import RunError
 from medembed.finetuning import training
-from medembed.finetuning.training import read_state
+from medembed.finetuning.training import Counters, State, read_state, write_state
 from medembed.results.runs import Run, open_run
 
 LONG = replace(QUICK, epochs=3, patience=9)
@@ -106,6 +107,22 @@ def epoch_of(path: Path) -> int:
         return int(json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["counters"])["epoch"])
     except (OSError, ValueError, KeyError):
         return 0
+
+
+@pytest.mark.parametrize(
+    "counters",
+    [{"epoch": "1"}, {"epoch": -1}, {"seconds": None}, {"best_key": [0.5, "x"]}, {"epochs": 1}],
+)
+def test_a_state_with_counters_that_no_training_writes_is_not_gone_on_from(
+    tmp_path: Path, counters: dict[str, Any]
+) -> None:
+    path = tmp_path / "state.safetensors"
+    sound = Counters(epoch=1, best_epoch=1, best_key=[0.5, -1.0], history=[{"loss": 0.5}])
+    write_state(path, "key", State(sound, {}, {}, {}))
+    assert read_state(path, "key").counters == sound
+    edited = json.dumps({**vars(sound), **counters})
+    path.write_bytes(save({}, {"key": "key", "counters": edited}))
+    assert read_state(path, "key") is None
 
 
 def test_a_state_of_another_question_or_a_damaged_one_is_not_gone_on_from(

@@ -102,8 +102,8 @@ def test_halves_are_stored_where_asked_for(home: Path, tmp_path: Path) -> None:
     tune(home, home / "tower", tmp_path / "run", unfreeze="0,1,2", **options)
     [path] = (tmp_path / "cache").iterdir()
     assert open_cache(path).spec.dtype == "float16"
-    assert "--trunk-dtype float16" in open_run(tmp_path / "run").info["command"]
-    assert "--trunk-dtype" not in open_run(home / "cached").info["command"]
+    assert "--trunk-dtype float16" in open_run(tmp_path / "run").info.command
+    assert "--trunk-dtype" not in open_run(home / "cached").info.command
     assert 0 < np.abs(logits(tmp_path / "run") - logits(home / "plain")).max() < 0.1
 
 

@@ -228,9 +228,9 @@ def test_checkpointing_gives_the_same_gradients(home: Path) -> None:
 
 
 def test_it_stands_beside_unfreezing(home: Path) -> None:
-    board = {entry["head"]: entry for entry in open_run(home / "run").info["leaderboard"]}
+    board = {entry["head"]: entry for entry in open_run(home / "run").as_dict()["leaderboard"]}
     assert {(e["depth"], e["lora"]) for e in board.values()} == {(0, None), (1, 2), (3, 2)}
-    usual = {e["head"]: e for e in open_run(home / "usual").info["leaderboard"]}
+    usual = {e["head"]: e for e in open_run(home / "usual").as_dict()["leaderboard"]}
     n_head = usual["unfreeze-0"]["trainable"]
     assert board["lora2-0"]["trainable"] == n_head == 64 * 256 + 256 + 256 + 1
     widths = [(32, 32)] * 4 + [(32, 48), (48, 32)]
@@ -242,8 +242,8 @@ def test_it_stands_beside_unfreezing(home: Path) -> None:
     last = [t.numel() for n, t in before.items() if n.startswith(("encoder.layers.2.", "post_lay"))]
     assert usual["unfreeze-1"]["trainable"] == n_head + sum(last)
     assert usual["unfreeze-1"]["lora"] is None
-    assert "peft" in open_run(home / "run").info["versions"]
-    assert "peft" not in open_run(home / "usual").info["versions"]
+    assert "peft" in open_run(home / "run").info.versions
+    assert "peft" not in open_run(home / "usual").info.versions
     records = {r.head: r for r in open_run(home / "run").trial_records()}
     assert records["lora2-3"].lora == 2
     assert records["lora2-3"].trainable == board["lora2-3"]["trainable"]
@@ -261,10 +261,10 @@ def test_both_are_series_of_the_figure_of_depths(home: Path) -> None:
 
 
 def test_what_was_asked_without_lora_is_the_same_question_as_before(home: Path) -> None:
-    assert "lora" not in open_run(home / "usual").info["asked"]["recipe"]
+    assert "lora" not in open_run(home / "usual").info.asked.recipe
     # `all` is all blocks, since there are adapters in blocks alone
-    assert open_run(home / "run").info["asked"]["depths"] == [0, 1, 3]
-    assert open_run(home / "run").info["asked"]["recipe"]["lora"] == 2
+    assert open_run(home / "run").info.asked.depths == [0, 1, 3]
+    assert open_run(home / "run").info.asked.recipe["lora"] == 2
 
 
 def test_several_seeds_draw_adapters_of_their_own(
@@ -315,7 +315,7 @@ def test_its_encoder_feeds_extract_and_its_head_predicts_without_peft(
     manifest = read_manifest(home / "manifest.csv")
     extract(manifest, home / "images", encoder, tmp_path / "cache", dtype="float32")
     found = load_embeddings(tmp_path / "cache", home / "manifest.csv", pool="mean+max")
-    board = {e["head"]: e["encoder"] for e in open_run(home / "run").info["leaderboard"]}
+    board = {e["head"]: e["encoder"] for e in open_run(home / "run").as_dict()["leaderboard"]}
     assert found.spec.encoder == board["lora2-1"]
     assert len({*board.values(), load(home / "tower").fingerprint}) == 4
     model = load_model(home / "run" / "models" / "lora2-1")
@@ -414,4 +414,4 @@ def test_the_command_says_nothing_of_peft_and_asks_no_network(
     assert (entry["head"], entry["depth"], entry["lora"]) == ("lora2-1", 1, 2)
     assert "peft" not in result.output
     assert "warn" not in result.output.lower()
-    assert " --lora 2 " in open_run(tmp_path / "run").info["command"]
+    assert " --lora 2 " in open_run(tmp_path / "run").info.command

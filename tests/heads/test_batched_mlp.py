@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from medembed.core.errors import TrainingDataError
 from medembed.heads import batched_mlp as cohort_module
+from medembed.heads import mlp as mlp_module
 from medembed.heads import mlp_network
 from medembed.heads.batched_mlp import BatchedMLP, Rows
 from medembed.heads.mlp import MLPHead, gather
@@ -722,17 +723,15 @@ def test_members_in_bfloat16_are_near_those_trained_alone():
 
 
 def test_auto_is_bfloat16_only_where_the_processor_says_so(monkeypatch):
-    for found, expected in (
-        ({}, "fp32"),
-        ({"avx512_bf16": False, "amx_bf16": False}, "fp32"),
-        ({"avx512_bf16": True}, "bf16"),
-        ({"amx_bf16": True}, "bf16"),
+    for flags, expected in (
+        (set(), "fp32"),
+        ({"avx2", "avx512f"}, "fp32"),
+        ({"avx512f", "avx512_bf16"}, "bf16"),
+        ({"amx_bf16"}, "bf16"),
     ):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found, raising=False)
-        assert cohort_module.resolve_precision("auto") == expected
-    monkeypatch.delattr(torch.cpu, "get_capabilities")
-    assert cohort_module.resolve_precision("auto") == "fp32"
-    assert cohort_module.resolve_precision("bf16") == "bf16"
+        monkeypatch.setattr(mlp_module, "processor_flags", lambda flags=flags: flags)
+        assert mlp_module.resolve_precision("auto") == expected
+    assert mlp_module.resolve_precision("bf16") == "bf16"
 
 
 # Shapes that leave little

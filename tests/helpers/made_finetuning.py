@@ -126,7 +126,7 @@ def require_equal(out: Path, whole: Path) -> None:
         ours, theirs = (run / name for run in (out, whole))
         if name.endswith((".parquet", ".safetensors")):
             assert ours.read_bytes() == theirs.read_bytes(), name
-    boards = [open_run(run).info["leaderboard"] for run in (out, whole)]
+    boards = [open_run(run).as_dict()["leaderboard"] for run in (out, whole)]
     for entry in (*boards[0], *boards[1]):
         entry["seconds"] = None
     assert boards[0] == boards[1]

@@ -109,10 +109,12 @@ def workers_in_session(pid):
     found = []
     for process in session_of(pid):
         try:
-            if b"popen_loky" in Path(f"/proc/{process}/cmdline").read_bytes():
-                found.append(process)
+            command = Path(f"/proc/{process}/cmdline").read_bytes()
+            parent = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1]
         except OSError:
             continue
+        if b"multiprocessing.forkserver" in command and int(parent) != pid:  # not the server
+            found.append(process)
     return found
 
 

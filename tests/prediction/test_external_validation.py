@@ -122,7 +122,7 @@ def second(home, model, external):
 def test_a_run_like_every_other(home, found, second):
     run = open_run(home / "evaluated")
     assert run.is_complete
-    assert run.info["kind"] == "evaluation"
+    assert run.info.kind == "evaluation"
     predictions = run.predictions()
     assert set(predictions["head"]) == {"logistic", "class-prior", "region-prior"}
     assert set(predictions["split"]) == {"test"}
@@ -366,7 +366,7 @@ def test_operating_points_elsewhere_are_those_of_the_model(home, swept, model, e
     told = {own["name"]: own["threshold"] for own in row_of(found)["operating_points"]}
     assert told == {**packaged, "threshold=0.5": 0.5, "threshold=0.3": 0.3}
     assert "0.05 is abnormal" in render_external(found)
-    assert "--operating-point threshold=0.3" in open_run(tmp_path / "run").info["command"]
+    assert "--operating-point threshold=0.3" in open_run(tmp_path / "run").info.command
     with pytest.raises(
         ModelError, match=r"no operating point sensitivity=0\.6: it packages youden"
     ):

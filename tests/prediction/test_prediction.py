@@ -52,7 +52,7 @@ from medembed.prediction.decisions import raw_scores, score_rows, spec_of_card
 from medembed.prediction.encode import find_encoder, read_intensity
 from medembed.prediction.inputs import list_images
 from medembed.prediction.predictor import find_model
-from medembed.results.model_card import describe_decisions, read_card
+from medembed.results.model_card import EncoderSource, describe_decisions, read_card
 from medembed.results.predictions import image_code
 from medembed.results.runs import create_run
 
@@ -548,8 +548,7 @@ def test_where_the_encoder_is_said_to_be(home: Path, tmp_path: Path) -> None:
     card = read_card(load_model(home / "models" / "logistic"), place)
 
     def find(**entries: Any) -> Any:
-        encoder = {"source": None, "revision": None, "path": None, **entries}
-        return find_encoder(dataclasses.replace(card, encoder=encoder), place)
+        return find_encoder(dataclasses.replace(card, encoder=EncoderSource(**entries)), place)
 
     assert find(source="demo") == "demo"
     assert find(source="google/medgemma-4b-pt", revision="ab12") == "google/medgemma-4b-pt@ab12"

@@ -75,14 +75,15 @@ def test_equal_seeds_give_equal_lists_and_a_prefix_is_fair(data: Data) -> None:
 
 def test_the_random_share_is_a_fair_draw(data: Data) -> None:
     drawn = pd.concat(
-        make_worklist(*data, 4, random_share=1, seed=seed).rows.drop_duplicates("study")["study"]
-        for seed in range(200)
+        make_worklist(*data, 20, random_share=1, seed=seed).rows.drop_duplicates("study")["study"]
+        for seed in range(40)
     ).value_counts()
     n_free = make_worklist(*data, 1).n_unlabelled
     assert len(drawn) == n_free
     expected = 800 / n_free
-    assert drawn.max() < expected + 5 * expected**0.5
-    assert drawn.min() > expected - 5 * expected**0.5
+    spread = (expected * (1 - 20 / n_free)) ** 0.5  # of 40 draws, each without replacement
+    assert drawn.max() < expected + 5 * spread
+    assert drawn.min() > expected - 5 * spread
 
 
 def test_a_model_points_at_what_it_is_least_sure_of(

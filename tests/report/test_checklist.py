@@ -11,6 +11,7 @@ from made_runs import make_images, make_run
 
 from medembed.cli import main
 from medembed.core.errors import RunError
+from medembed.core.schema import as_json
 from medembed.report import page
 from medembed.report.checklist import CHECKLISTS, fill_checklist, render_checklist
 from medembed.report.checklist_answers import METHODS, RESULTS, Study
@@ -43,7 +44,13 @@ def study(tmp_path_factory):
     info = {"data": data | {"build": build}, "encoder": ENCODER}
     path = tmp_path_factory.mktemp("runs") / "sweep"
     run = make_run(path, images, {"mlp": 0.9, "logistic": 1.5}, info=info, complete=False)
-    run.update_info(asked={**run.info["asked"], "metric": "auroc", "train_fraction": 1.0})
+    run.update_info(
+        asked={
+            **as_json(run.info.asked),
+            "metric": "auroc",
+            "train_fraction": 1.0,
+        }
+    )
     return make_study([run])
 
 

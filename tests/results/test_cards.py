@@ -21,7 +21,7 @@ from medembed.finetuning import Hyperparameters
 from medembed.heads.packaging import Model, load_model, read_document
 from medembed.heads.registry import make_head
 from medembed.results import model_readme
-from medembed.results.model_card import describe_decisions, read_card, read_conformal
+from medembed.results.model_card import EncoderSource, describe_decisions, read_card, read_conformal
 from medembed.results.model_readme import describe_encoder, write_readme
 from medembed.results.predictions import image_code
 from medembed.results.runs import Run, open_run
@@ -77,16 +77,21 @@ def kept_scores(conformal):
 # What a sweep writes
 
 
+def document_of(run, head):
+    """Return the card as JSON."""
+    return read_document(run.model_path(head)).card
+
+
 @pytest.mark.parametrize("head", HEADS)
 def test_a_card_is_read_as_it_was_meant(head, run):
     card = card_of(run, head)
-    assert card.encoder == {"source": "demo", "revision": None, "path": None}
+    assert (card.encoder.source, card.encoder.revision, card.encoder.path) == ("demo", None, None)
     assert (card.pooling, card.label_level) == ("mean", "study")
     assert card.views == ("attention" if head == "attention" else "mean")
     assert (card.synthetic, card.covariates, card.conformal_note) == (False, None, None)
     images = read_manifest_rows(run)
     assert card.training_images == {image_code(sha256) for sha256 in images["sha256"]}
-    assert card.document["name"] == head
+    assert card.document.name == head
 
 
 def read_manifest_rows(run):
@@ -96,7 +101,7 @@ def read_manifest_rows(run):
 
 def test_the_card_counts_the_training_data(run, data):
     rows = read_manifest(data[1]).rows.query("split == 'train'")
-    counted = card_of(run, "mlp").document["data"]["trained"]
+    counted = document_of(run, "mlp")["data"]["trained"]
     assert counted["images"] == len(rows)
     assert counted["patients"] == rows["patient"].nunique()
     hand = rows[rows["region"] == "hand"]
@@ -110,7 +115,7 @@ def test_the_card_counts_the_training_data(run, data):
 @pytest.mark.parametrize("head", HEADS)
 def test_the_scores_of_test_are_those_of_the_run(head, run):
     row = next(row for row in run.scores()["rows"] if row["head"] == head)
-    test = card_of(run, head).scores["test"]
+    test = card_of(run, head).scores.test
     assert test["scores"] == row["scores"]
     assert set(test["regions"]) == {"hand", "wrist"}
     assert test["regions"]["hand"]["auroc"] == row["regions"]["hand"]["auroc"]
@@ -297,7 +302,7 @@ def test_conformal_scores_are_read_without_the_model(run, tmp_path):
     found = read_conformal(open_run(copied), "mlp")
     assert found.as_dict() == card_of(run, "mlp").conformal.as_dict()
     assert read_conformal(open_run(copied), "class-prior") is None
-    assert read_conformal(Run(ASSETS, {}), "mlp") is None
+    assert read_conformal(open_run(ASSETS), "mlp") is None
     (copied / "models" / "mlp" / "model.json").write_text("{}")
     with pytest.raises(ModelError, match="not a medembed-model"):
         read_conformal(open_run(copied), "mlp")
@@ -311,7 +316,7 @@ def test_a_card_of_before_is_read(head):
     path = ASSETS / "models" / head
     card = read_card(load_model(path), path)
     assert (card.conformal, card.conformal_note) == (None, None)
-    assert card.encoder == {"source": None, "revision": None, "path": None}
+    assert card.encoder == EncoderSource()
     assert card.training_images
 
 
@@ -381,7 +386,7 @@ def readme_of(run, head):
 
 
 def test_the_readme_tells_what_the_card_tells(run):
-    text, card = readme_of(run, "mlp"), card_of(run, "mlp").document
+    text, card = readme_of(run, "mlp"), document_of(run, "mlp")
     auroc = card["scores"]["test"]["scores"]["auroc"]
     assert auroc["low"] is None  # of too few patients
     assert f"| AUROC | {auroc['value']:.3f} |" in text
@@ -403,7 +408,7 @@ def test_the_readme_tells_what_the_card_tells(run):
 
 
 def test_the_readme_before_test_is_scored_says_so(run):
-    card = card_of(run, "mlp").document
+    card = document_of(run, "mlp")
     early = {**card, "scores": {"out_of_fold": card["scores"]["out_of_fold"]}, "synthetic": True}
     text = write_readme(early)["README.md"]
     assert "Not scored on `test` yet. Out of fold on `train`: AUROC 0." in text
@@ -411,7 +416,7 @@ def test_the_readme_before_test_is_scored_says_so(run):
 
 
 def test_names_from_data_stay_text_in_the_readme(run):
-    card = card_of(run, "mlp").document
+    card = document_of(run, "mlp")
     hostile = "<script>|`[x](http://y)\n# hand"
     counted = {**card["data"]["trained"], "regions": {hostile: card["data"]["trained"]}}
     text = write_readme({**card, "data": {**card["data"], "trained": counted}})["README.md"]
@@ -429,14 +434,13 @@ def test_names_from_data_stay_text_in_the_readme(run):
     ],
 )
 def test_the_encoders_terms_are_told(source, said):
-    entry = describe_encoder({"source": source, "revision": "ab12"})
+    entry = describe_encoder(source, "ab12")
     assert said in entry["terms"]
     assert (entry["revision"], entry["path"]) == ("ab12", None)
 
 
 def test_an_adapted_encoder_has_its_bases_terms():
-    known = {"source": "google/medgemma-4b-pt", "revision": "ab12"}
-    entry = describe_encoder(known, "../../encoders/unfreeze-2")
+    entry = describe_encoder("google/medgemma-4b-pt", "ab12", "../../encoders/unfreeze-2")
     assert entry["terms"].startswith("Its last blocks were changed by fine-tuning; it derives from")
     assert model_readme.HEALTH_AI in entry["terms"]
 
@@ -451,12 +455,13 @@ def test_fine_tuned_models_say_where_their_encoder_is(tmp_path):
     tune(tmp_path, tmp_path / "tower", tmp_path / "run", unfreeze="0,1", config=quick)
     run = open_run(tmp_path / "run")
     frozen, adapted = (card_of(run, f"unfreeze-{depth}") for depth in (0, 1))
-    assert frozen.encoder == {"source": "tower", "revision": None, "path": None}
-    assert adapted.encoder == {**frozen.encoder, "path": "../../encoders/unfreeze-1"}
-    assert (run.model_path("unfreeze-1") / adapted.encoder["path"]).resolve().is_dir()
+    assert (frozen.encoder.source, frozen.encoder.path) == ("tower", None)
+    assert adapted.encoder.source == "tower"
+    assert adapted.encoder.path == "../../encoders/unfreeze-1"
+    assert (run.model_path("unfreeze-1") / adapted.encoder.path).resolve().is_dir()
     for card in (frozen, adapted):
         assert card.conformal is not None
-        assert card.scores["test"]["scores"]["auroc"]["value"] is not None
+        assert card.scores.test["scores"]["auroc"]["value"] is not None
     assert load_model(run.model_path("unfreeze-0")).reference["n_patients"][0] > 0
     assert str(tmp_path) not in json.dumps(read_document(run.model_path("unfreeze-1")).model_dump())
 

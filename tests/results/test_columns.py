@@ -15,6 +15,7 @@ from sklearn.metrics import brier_score_loss, recall_score, roc_auc_score
 
 from medembed.cli import main
 from medembed.core.errors import ManifestError, RunError
+from medembed.core.schema import as_json
 from medembed.dataset.manifest import make_manifest, read_manifest, write_manifest
 from medembed.evaluation.bounds import wilson
 from medembed.evaluation.calibration import Calibration
@@ -30,7 +31,7 @@ from medembed.report.group_tables import render_groups
 from medembed.report.page import write_report
 from medembed.results.alignment import align_runs
 from medembed.results.comparison import compare
-from medembed.results.runs import open_run
+from medembed.results.runs import Run, open_run
 from medembed.results.subgroups import describe_gaps
 
 FAST = {"n_resamples": 100}
@@ -68,7 +69,7 @@ def make_columns(images, seed=1):
 
 
 def give(run, manifest):
-    run.update_info(asked={**run.info["asked"], "manifest": manifest.digest()})
+    run.update_info(asked={**as_json(run.info.asked), "manifest": manifest.digest()})
     return run
 
 
@@ -278,7 +279,7 @@ def test_with_thumbnails_another_manifest_leaves_the_columns_out_and_says_so(
 
 def test_a_run_that_does_not_say_its_manifest_is_joined_by_the_images(images, manifest, tmp_path):
     run = make_run(tmp_path / "old", images, {"mlp": 1.0})
-    assert "manifest" not in run.info["asked"]
+    assert run.info.asked.manifest is None
     result = compare([run.path], by="sex", manifest=manifest, **FAST)
     assert sum(own["n"] for own in result["groups"]["groups"]) == result["test"]["n"]
     fewer = manifest.rows[manifest.rows["patient"] != "p1"].astype({"label": str})
@@ -300,8 +301,9 @@ def test_a_run_of_format_1_is_grouped_by_its_own_manifest():
 
 def test_a_manifest_without_hashes_is_refused(run, manifest, tmp_path):
     bare = make_manifest(manifest.rows.assign(sha256="").astype({"label": str}), "study")
-    run = open_run(run.path)
-    run.info["asked"]["manifest"] = bare.digest()
+    document = json.loads((run.path / "run.json").read_text())
+    document["asked"]["manifest"] = bare.digest()
+    run = Run(run.path, document)
     from medembed.results.subgroups import join_groups
 
     with pytest.raises(ManifestError, match="no sha256"):

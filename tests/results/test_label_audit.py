@@ -13,6 +13,7 @@ from made_runs import make_images, make_run
 import medembed as me
 from medembed.cli import main
 from medembed.core.errors import ArgumentError, RunError
+from medembed.core.schema import as_json
 from medembed.dataset.manifest import make_manifest, write_manifest
 from medembed.report.label_audit import write_label_audit
 from medembed.results.label_audit import audit_labels
@@ -42,7 +43,12 @@ def case(tmp_path_factory):
     predictions["label"] = predictions["label"].where(~is_wrong, 1 - predictions["label"])
     run.write_predictions(predictions)
     write_manifest(as_manifest(images), home / "manifest.csv")
-    run.update_info(asked={**run.info["asked"], "manifest": as_manifest(images).digest()})
+    run.update_info(
+        asked={
+            **as_json(run.info.asked),
+            "manifest": as_manifest(images).digest(),
+        }
+    )
     return home / "run", home / "manifest.csv", images
 
 
@@ -195,7 +201,7 @@ def test_what_cannot_be_audited_is_refused(case, tmp_path):
     unfinished = make_run(tmp_path / "unfinished", images, HEADS, complete=False)
     with pytest.raises(RunError, match="unfinished"):
         audit_labels(unfinished, manifest)
-    other.update_info(asked={**other.info["asked"], "target": "fracture"})
+    other.update_info(asked={**as_json(other.info.asked), "target": "fracture"})
     with pytest.raises(RunError, match="answers the target 'fracture'"):
         audit_labels(other, manifest)
     no_folds = make_run(tmp_path / "no-folds", images, HEADS)

@@ -23,7 +23,7 @@ def run(tmp_path: Path) -> Run:
 
 def edit_board(run: Run, **changes: object) -> Run:
     """Write another winner of the first head into run.json."""
-    first, *others = run.info["leaderboard"]
+    first, *others = run.as_dict()["leaderboard"]
     run.update_info(leaderboard=[{**first, **changes}, *others])
     return open_run(run.path)
 

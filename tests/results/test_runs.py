@@ -10,7 +10,7 @@ from made_runs import make_images, make_run
 from medembed.core.errors import PathNotFoundError, RunError
 from medembed.results.alignment import align_runs
 from medembed.results.run_schema import TrialRecord
-from medembed.results.runs import PREDICTION_COLUMNS, create_run, open_run
+from medembed.results.runs import PREDICTION_COLUMNS, Run, create_run, open_run
 
 LINE = {
     "trial": 0,
@@ -76,7 +76,7 @@ def test_a_ledger_refuses_nan(tmp_path):
 def test_the_same_question_takes_a_run_up_again(tmp_path):
     create_run(tmp_path / "run", {"seed": 0, "spec": {"fit": "pad", "size": (8, 8)}})
     again = create_run(tmp_path / "run", {"spec": {"size": [8, 8], "fit": "pad"}, "seed": 0})
-    assert again.info["asked"]["seed"] == 0
+    assert again.info.asked.seed == 0
 
 
 def test_the_first_difference_is_named_inside_nested_values(tmp_path):
@@ -227,6 +227,7 @@ def test_a_threshold_that_is_no_number_is_an_error(tmp_path, threshold):
     run = make_run(tmp_path / "run", make_images(n_patients=12), {"mlp": 0.5}, complete=False)
     platt = {"method": "platt", "slope": 1.0, "intercept": 0.0}
     own = {"calibrations": {"platt": platt}, "sensitive_threshold": None}
-    run.info["decisions"] = {"mlp": {**own, "threshold": threshold}}
+    document = json.loads((run.path / "run.json").read_text())
+    run = Run(run.path, {**document, "decisions": {"mlp": {**own, "threshold": threshold}}})
     with pytest.raises(RunError, match=r"decisions of run\.json .*threshold must be"):
         align_runs([run])

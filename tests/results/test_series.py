@@ -6,6 +6,7 @@ import pytest
 from made_runs import make_images, make_run
 
 from medembed.core.errors import RunError
+from medembed.core.schema import as_json
 from medembed.evaluation.delong import auroc_differences, auroc_interval
 from medembed.evaluation.paired import mcnemar
 from medembed.report.tables import render
@@ -23,7 +24,7 @@ def images():
 
 def rename(run, **asked):
     """Give a made run another question, as sweeps with other options have."""
-    run.update_info(asked={**run.info["asked"], **asked})
+    run.update_info(asked={**as_json(run.info.asked), **asked})
     return run
 
 
@@ -52,7 +53,7 @@ def test_runs_that_differ_in_more_than_the_seed_are_no_seeds(images, tmp_path):
 
 def test_seeds_of_one_run_go_by_the_end_of_their_names(images, tmp_path):
     run = make_run(tmp_path / "a", images, {"unfreeze-2-s0": 1.0, "unfreeze-2-s1": 1.1})
-    board = [{**e, "seed": i, "depth": 2} for i, e in enumerate(run.info["leaderboard"])]
+    board = [{**e, "seed": i, "depth": 2} for i, e in enumerate(run.as_dict()["leaderboard"])]
     run.update_info(leaderboard=board)
     result = compare([tmp_path / "a"], **FAST)
     assert [(own["head"], own["n_seeds"]) for own in result["seeds"]] == [("unfreeze-2", 2)]
@@ -81,7 +82,7 @@ def test_depths_of_one_run_are_one_series(images, tmp_path):
     heads = {"unfreeze-0": 2.0, "unfreeze-1": 1.5, "unfreeze-12": 1.0}
     run = make_run(tmp_path / "a", images, heads)
     depths = [0, 1, 12]
-    board = [{**e, "depth": d} for e, d in zip(run.info["leaderboard"], depths, strict=True)]
+    board = [{**e, "depth": d} for e, d in zip(run.as_dict()["leaderboard"], depths, strict=True)]
     run.update_info(leaderboard=board)
     (series,) = compare([tmp_path / "a"], **FAST)["depths"]
     assert series["head"] == "unfreeze"
@@ -95,7 +96,9 @@ def test_depths_of_another_encoder_are_no_points_of_this_one(images, tmp_path):
     for name, depths in found:
         heads = {f"unfreeze-{depth}": 1.0 for depth in depths}
         run = make_run(tmp_path / name, images, heads)
-        board = [{**e, "depth": d} for e, d in zip(run.info["leaderboard"], depths, strict=True)]
+        board = [
+            {**e, "depth": d} for e, d in zip(run.as_dict()["leaderboard"], depths, strict=True)
+        ]
         run.update_info(leaderboard=board, encoder={"source": "vit" if name == "more" else name})
     (series,) = compare([tmp_path / name for name in ("vit", "more", "cnn")], **FAST)["depths"]
     assert series["head"] == "unfreeze"
@@ -146,8 +149,10 @@ def test_two_identical_heads_do_not_differ_and_two_clearly_different_ones_do(ima
     twin = run.predictions()
     twin = twin[twin["head"] == "mlp"].assign(head="twin")
     all_rows = [run.predictions(), twin]
-    board = [*run.info["leaderboard"], {**run.info["leaderboard"][0], "head": "twin"}]
-    copy = create_run(tmp_path / "b", run.info["asked"], details={**run.info, "leaderboard": board})
+    board = [*run.as_dict()["leaderboard"], {**run.as_dict()["leaderboard"][0], "head": "twin"}]
+    copy = create_run(
+        tmp_path / "b", as_json(run.info.asked), details={**as_json(run.info), "leaderboard": board}
+    )
     copy.write_predictions(pd.concat(all_rows, ignore_index=True))
     copy.write_scores({})
     pairs = {frozenset((p["a"], p["b"])): p for p in compare([tmp_path / "b"])["paired"]}

@@ -1,5 +1,6 @@
 """Cross-validated scores: no decision sees the fold that is scored, and noise scores like noise."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +16,7 @@ from medembed.dataset.splits import draw_folds, draw_inner
 from medembed.results.comparison import compare_runs
 from medembed.results.predictions import prior_rows
 from medembed.results.run_schema import CV_METHOD
-from medembed.results.runs import open_run
+from medembed.results.runs import Run, open_run
 from medembed.sweeps import sweep
 from medembed.sweeps.finalize import Refit, refit
 from medembed.sweeps.training import Training, Unit, configure, study_score, train_unit
@@ -84,6 +85,19 @@ def test_the_order_of_the_rows_decides_nothing_and_the_seed_does():
     assert np.array_equal(shuffled, inner[:, order])
     assert not np.array_equal(draw_inner(rows, folds, seed=1), inner)
     assert len({flags.tobytes() for flags in inner}) == 4
+
+
+def test_spellings_of_one_patient_are_on_one_side_of_every_part():
+    """Whoever is spelled twice must not decide in one spelling and be learnt from in the other."""
+    rows = draw_rows(40, 0)
+    odd = np.arange(len(rows)) % 2 == 1
+    spelled = rows.assign(patient=rows["patient"].mask(odd, rows["patient"].str.upper()))
+    folds = draw_folds(spelled, n_folds=4, seed=0)
+    for fold, judging in enumerate(draw_inner(spelled, folds, seed=0)):
+        assert not judging[folds == fold].any()
+        learnt = (folds != fold) & ~judging
+        parts = [set(rows["patient"][flags]) for flags in (folds == fold, judging, learnt)]
+        assert sum(map(len, parts)) == rows["patient"].nunique()
 
 
 def test_parts_that_deciders_need_are_asked_for():
@@ -201,8 +215,10 @@ def test_runs_of_before_are_marked_and_mixing_them_warns(tmp_path):
     sweep(cache, manifest, tmp_path / "new", **options)
     sweep(cache, manifest, tmp_path / "old", **options | {"seed": 1})
     old, new = (open_run(tmp_path / name) for name in ("old", "new"))
-    assert new.info["cv_method"] == new.info["asked"]["cv_method"] == CV_METHOD
-    del old.info["cv_method"]
+    assert new.info.cv_method == new.info.asked.cv_method == CV_METHOD
+    document = json.loads((old.path / "run.json").read_text())
+    del document["cv_method"]
+    old = Run(old.path, document)
     found = {
         names: compare_runs(runs, n_resamples=20)
         for names, runs in {"new": [new], "old": [old], "both": [old, new]}.items()

@@ -92,13 +92,13 @@ def test_a_folds_predictions_come_from_weights_fitted_without_it(home):
 
 def test_cv_is_the_mean_over_folds_of_these_predictions(home):
     for out in ("both", "plain"):
-        for entry in open_run(home / out).info["leaderboard"]:
+        for entry in open_run(home / out).as_dict()["leaderboard"]:
             assert entry["cv"] == pytest.approx(cv_of(predictions_of(home / out, entry["head"])))
 
 
 def test_the_mean_stands_beside_the_weights(home):
     run = open_run(home / "both")
-    entries = {entry["head"]: entry["params"]["weights"] for entry in run.info["leaderboard"]}
+    entries = {entry["head"]: entry["params"]["weights"] for entry in run.as_dict()["leaderboard"]}
     assert set(entries) == {"ensemble", "mean"}
     assert set(entries["mean"]) == {"a:logistic", "a:attention", "b:logistic"}
     assert list(entries["mean"].values()) == pytest.approx([1 / 3] * 3, abs=1e-6)
@@ -165,7 +165,7 @@ def test_images_that_one_cache_lacks_are_left_out_of_both(home, tmp_path):
     found = predictions_of(tmp_path / "out", "ensemble")
     assert len(found) == len(table) - 9
     assert set(found["sha256"]) == set(order["sha256"][:-9])
-    entries = {entry["head"]: entry["cv"] for entry in run.info["leaderboard"]}
+    entries = {entry["head"]: entry["cv"] for entry in run.as_dict()["leaderboard"]}
     assert entries["ensemble"] == pytest.approx(cv_of(found))
 
 

@@ -38,8 +38,11 @@ def test_findings_of_real_films_are_the_label_and_its_mirror(shared_data, tmp_pa
 def test_all_targets_of_the_wrists_come_from_one_synthetic_cache(shared_data, tmp_path):
     """Each target is planted in a column of its own, and found there."""
     table = build_manifest("grazpedwri", shared_data / "grazpedwri", structure_only=True).manifest
-    names = [hashlib.sha256(image.encode()).hexdigest() for image in table.rows["image"]]
-    rows = table.rows.assign(sha256=names)
+    assert len(table.rows) == 20_327
+    patients = table.rows["patient"]  # a fifth of them has some of every target
+    rows = table.rows[patients.isin(patients.unique()[::5])].reset_index(drop=True)
+    names = [hashlib.sha256(image.encode()).hexdigest() for image in rows["image"]]
+    rows = rows.assign(sha256=names)
     X = np.random.default_rng(0).normal(size=(len(rows), 8)).astype(np.float32)
     for k, name in enumerate(WRISTS):
         X[:, k] += SHIFT * (rows[f"target_{name}"] == "1")

@@ -396,7 +396,10 @@ def test_what_comes_first_is_held_to_single_known_values(read, lines):
 def test_rungs_are_for_mlp_alone(read, head, rungs):
     with pytest.raises(TrainingDataError) as caught:
         read(head, f"rungs = {rungs}")
-    assert f"[{head}]: rungs = {rungs} is for mlp alone: delete the line" in str(caught.value)
+    assert (
+        f"[{head}]: rungs = {rungs} is for heads that train by epochs, as mlp does: delete"
+        in str(caught.value)
+    )
 
 
 @pytest.mark.parametrize(

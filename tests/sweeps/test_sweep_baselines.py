@@ -144,7 +144,7 @@ def test_what_cannot_be_had_is_left_out_with_a_reason(home: Path, tmp_path: Path
     notes = " ".join(compare(tmp_path / "run")["notes"])
     assert "metadata cannot be had: no covariates were named. Add --covariates" in notes
     assert "imagestats cannot be had: the cache does not hold imagestats. Add --image-root" in notes
-    assert set(open_run(tmp_path / "run").info["lacking"]) == {"metadata", "imagestats"}
+    assert set(open_run(tmp_path / "run").info.lacking) == {"metadata", "imagestats"}
 
 
 def test_an_audit_shows_the_label_by_the_films_and_the_columns_alone(home: Path) -> None:

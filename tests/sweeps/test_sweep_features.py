@@ -489,9 +489,9 @@ def test_rows_outside_the_fraction_teach_nothing(fractions, fraction_data, tmp_p
 
 def test_the_run_and_its_command_record_the_fraction(fractions):
     info = open_run(fractions[0.25]).info
-    assert info["asked"]["train_fraction"] == 0.25
-    assert "--train-fraction 0.25" in info["command"]
-    assert "--train-fraction" not in open_run(fractions[1.0]).info["command"]
+    assert info.asked.train_fraction == 0.25
+    assert "--train-fraction 0.25" in info.command
+    assert "--train-fraction" not in open_run(fractions[1.0]).info.command
 
 
 @pytest.mark.parametrize("share", ["0", "1.5", "-0.1", "nan"])

@@ -54,7 +54,7 @@ def test_layers_are_read_only_where_they_are_named(layered, tmp_path):
     assert load_embeddings(*layered).pooling == "mean"
     plain = sweep(*layered, tmp_path / "run", heads="logistic", **QUICK)
     assert set(plain.trials()["pooling"]) == {"mean"}
-    assert "layers" not in plain.info
+    assert plain.info.layers is None
     joined = load_embeddings(*layered, pool="mean@1+mean@3")
     assert joined.X.shape[1] == 2 * made_sweeps.WIDTH
 
@@ -68,7 +68,7 @@ def test_all_stands_for_every_block_in_the_cache(layered):
 
 def test_a_layers_score_is_that_of_out_of_fold_predictions(run, layered, tmp_path):
     """The oracle is a sweep of that layer alone, whose predictions of train are out-of-fold."""
-    [series] = run.info["layers"]
+    [series] = run.info.layers
     assert [point["pooling"] for point in series["points"]] == [
         "mean@1",
         "mean@2",
@@ -89,7 +89,7 @@ def test_a_layers_score_is_that_of_out_of_fold_predictions(run, layered, tmp_pat
 
 
 def test_the_planted_layer_is_found_and_tested_against_the_last(run):
-    [series] = run.info["layers"]
+    [series] = run.info.layers
     points = {point["pooling"]: point for point in series["points"]}
     assert (series["best"], series["last"], series["unfreeze"]) == ("mean@2", "mean", 1)
     assert points["mean"]["versus_last"] is None
@@ -116,7 +116,7 @@ def test_labels_of_test_do_not_move_any_layer(run, layered, tmp_path):
     text = "\n".join([lines[0], *(",".join(row.values()) for row in rows)])
     other.write_text(text + "\n")
     turned = sweep(cache, other, tmp_path / "run", heads="logistic", pool=POOL, **QUICK)
-    assert turned.info["layers"] == run.info["layers"]
+    assert turned.info.layers == run.info.layers
     assert turned.scores()["rows"] != run.scores()["rows"]
 
 
@@ -167,7 +167,7 @@ def test_an_interrupted_probe_goes_on_and_ends_alike(run, layered, tmp_path, mon
         sweep(*layered, tmp_path / "run", **options)
     monkeypatch.undo()
     again = sweep(*layered, tmp_path / "run", **options)
-    assert again.info["layers"] == run.info["layers"]
+    assert again.info.layers == run.info.layers
     assert not (again.path / "folds").exists()
 
 
@@ -209,7 +209,7 @@ def test_the_page_draws_the_layers_and_lists_their_tests(run, tmp_path):
         ("mean@3", "3"),
         ("mean", "output"),
     ]
-    [series] = run.info["layers"]
+    [series] = run.info.layers
     values = [point["auroc"]["value"] for point in series["points"]]
     assert np.allclose([float(own[4]) for own in cells], values)
     assert compare(run).plot.layers() is not None
@@ -218,7 +218,7 @@ def test_the_page_draws_the_layers_and_lists_their_tests(run, tmp_path):
 @pytest.mark.usefixtures("only_layers")
 def test_a_run_without_layers_has_no_such_section(layered, tmp_path):
     plain = sweep(*layered, tmp_path / "run", heads="logistic", pool="mean@2", **QUICK)
-    assert "layers" not in plain.info  # one layer has nothing to be compared with
+    assert plain.info.layers is None  # one layer has nothing to be compared with
     write_report(plain, tmp_path / "page", n_resamples=100)
     assert 'id="layers"' not in (tmp_path / "page" / "index.html").read_text()
     assert not list((tmp_path / "page" / "figures").glob("layers.*"))
@@ -233,7 +233,7 @@ def test_two_series_keep_apart_and_an_unknown_number_of_blocks_gives_no_advice(l
     (home / "cache.json").write_text(json.dumps(document))
     pool = "mean@2,mean@3,max@3,mean@1+mean@2"
     found = sweep(home, layered[1], tmp_path / "run", heads="logistic", pool=pool, **QUICK)
-    [series] = found.info["layers"]
+    [series] = found.info.layers
     assert [point["pooling"] for point in series["points"]] == ["mean@2", "mean@3"]
     assert (series["best"], series["n_blocks"], series["unfreeze"]) == ("mean@2", None, None)
-    assert open_run(found.path).info["layers"] == found.info["layers"]
+    assert open_run(found.path).info.layers == found.info.layers

@@ -56,7 +56,7 @@ def write_space(path, text):
         ("[mlp]\nlearning = 0.1\n", "learning"),
         ("[mlp]\ndropuot = 0.1\n", "did you mean 'dropout'?"),
         ("[mpl]\nlr = 0.1\n", "did you mean mlp?"),
-        ("[lightgbm]\nrungs = [1]\n", "is for mlp alone"),
+        ("[lightgbm]\nrungs = [1]\n", "is for heads that train by epochs"),
         ("[mlp]\nlr = \n", "is not TOML"),
         ("[logistic]\nC = -1.0\n", "C"),
         ("[logistic]\nrandom_state = 3\n", "set by the sweep"),
@@ -102,7 +102,7 @@ def test_configs_on_the_command_line_override_the_spaces(data, tmp_path):
     assert ran.exit_code == 0, ran.output
     run = open_run(tmp_path / "run")
     assert run.trials().groupby("head")["trial"].nunique().to_dict() == {"logistic": 2, "mlp": 2}
-    assert "--configs 2" in run.info["command"]
+    assert "--configs 2" in run.info.command
 
 
 def test_a_head_that_the_file_does_not_name_has_the_default_space(data, tmp_path):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 
 import pytest
 from click.testing import CliRunner
@@ -13,10 +14,11 @@ from made_sweeps import make_data, session_of, workers_in_session
 from threadpoolctl import threadpool_limits
 
 from medembed.cli import main
+from medembed.core.errors import TrainingDataError
 from medembed.heads.packaging import load_model
 from medembed.results.runs import open_run
-from medembed.sweeps import runner, sweep, training, worker_pool
-from medembed.sweeps.worker_pool import Pool, start_early
+from medembed.sweeps import runner, sweep, training
+from medembed.sweeps.worker_pool import Died, Pool, start_early
 
 HEADS = ("logistic", "mlp", "lightgbm", "attention")
 OPTIONS = ["--configs", "12", "--folds", "3"]
@@ -30,27 +32,91 @@ def data(tmp_path_factory):
 
 # Their start
 
-IMPORTED = "'medembed.sweeps.training' in __import__('sys').modules"
+IMPORTED = "'medembed.heads.batched_mlp' in __import__('sys').modules"
 
 
-def test_processes_started_early_have_imported_when_they_get_work():
-    with start_early(2, 5), Pool(IMPORTED, 2) as pool:
+@pytest.mark.parametrize("early", [True, False])
+def test_processes_have_imported_when_they_get_work(early):
+    with start_early(2) if early else nullcontext(), Pool(IMPORTED, 2) as pool:
         assert list(pool.run(eval, [{}])) == [(0, True)]
 
 
+def test_processes_end_with_the_context_in_which_they_start_early():
+    with start_early(2), Pool(None, 2) as pool:
+        pids = {pid for _, pid in pool.run(lambda *_: os.getpid(), range(8))}
+    assert pids
+    assert os.getpid() not in pids
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
 def test_processes_started_early_for_nothing_end_without_a_warning(recwarn):
-    with start_early(2, 5):
-        begun = list(worker_pool._early)
-        assert len(begun) == 1
-    assert not worker_pool._early
-    assert list(begun[0]) == []
+    with start_early(2):
+        pass
     assert not recwarn.list
 
 
-@pytest.mark.parametrize(("jobs", "n_items"), [(1, 5), (2, 1), (10**6, 5)])
-def test_one_process_or_a_refused_number_starts_none_early(jobs, n_items):
-    with start_early(jobs, n_items):
-        assert not worker_pool._early
+def test_a_refused_number_is_refused_by_the_pool_alone():
+    with start_early(10**6), pytest.raises(TrainingDataError, match="--jobs 1000000"):
+        Pool(None, 10**6).__enter__()
+
+
+def test_processes_do_not_run_a_script_that_has_no_guard(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from medembed.sweeps.worker_pool import Pool\n"
+        "print('once')\n"
+        "with Pool(2, 2) as pool:\n"
+        "    print(sorted(pool.run(pow, [3, 4])))\n"
+    )
+    ran = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    assert ran.stdout == "once\n[(0, 8), (1, 16)]\n"
+
+
+# What it gives back
+
+
+def test_items_of_a_lower_rank_go_first_and_an_error_is_a_result():
+    def divide(shared, item):
+        return shared / item
+
+    for jobs in (1, 2):
+        with Pool(6.0, jobs) as pool:
+            for item, rank in ((1, 2), (2, 1), (0, 0), (3, 1)):
+                pool.submit(divide, item, rank=rank)
+            found = [pool.wait() for _ in range(4)]
+            with pytest.raises(LookupError):
+                pool.wait()
+        assert sorted(found, key=lambda pair: pair[0]) == [
+            (0, 6.0),
+            (1, 3.0),
+            (2, Died("float division by zero")),
+            (3, 2.0),
+        ]
+        if jobs == 1:
+            assert [number for number, _ in found] == [2, 1, 3, 0]
+
+
+def test_one_that_kills_its_process_is_found_among_those_that_do_not():
+    def maybe(shared, item):
+        if item == shared:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return item
+
+    with Pool(3, 2) as pool:
+        found = dict(pool.run(maybe, range(6)))
+        assert isinstance(found.pop(3), Died)
+        assert found == {i: i for i in (0, 1, 2, 4, 5)}
+        assert dict(pool.run(maybe, [7, 8])) == {0: 7, 1: 8}
+
+
+def test_files_of_a_pool_go_with_it():
+    with Pool("shared", 2) as pool:
+        folder = pool.folder
+        assert folder.is_dir()
+        assert [value for _, value in pool.run(lambda shared, _: shared, [0])] == ["shared"]
+    assert not folder.exists()
 
 
 # Their number

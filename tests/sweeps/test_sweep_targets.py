@@ -73,7 +73,7 @@ def test_each_target_has_a_plain_run_and_the_directory_is_none(runs, data):
     for run in runs.runs().values():
         assert run.is_complete
         assert {path.name for path in run.path.iterdir()} >= {"run.json", "scores.json", "models"}
-        assert run.info["asked"]["manifest"] == read_manifest(data[1]).digest()
+        assert run.info.asked.manifest == read_manifest(data[1]).digest()
     with pytest.raises(RunError, match=r"holds one for each target, label, metal. Name one"):
         open_run(runs.path)
     with pytest.raises(RunError, match="rare is not estimable"):

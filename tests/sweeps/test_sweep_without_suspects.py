@@ -53,7 +53,7 @@ def test_suspects_of_train_are_not_trained_on_and_test_is_untouched(
     for split in (before, after):
         tested = split[split["split"] == "test"].set_index("sha256")["label"]
         assert tested.equals(rows.loc[tested.index, "label"].astype("Int8"))
-    assert open_run(tmp_path / "run").info["asked"]["manifest"] == read_manifest(manifest).digest()
+    assert open_run(tmp_path / "run").info.asked.manifest == read_manifest(manifest).digest()
     result = compare([review.parent / "run", tmp_path / "run"])
     assert result["test"]["n"] == rows[rows["split"] == "test"]["study"].nunique()
     [note] = [own for own in result["notes"] if "Trained without" in own]

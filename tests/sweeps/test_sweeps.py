@@ -150,12 +150,12 @@ def test_no_machine_path_or_patient_is_in_the_run_description(swept):
     text = (swept[1].path / "run.json").read_text()
     assert "/root" not in text
     assert "patient0" not in text
-    assert swept[1].info["encoder"]["source"] == "demo"
+    assert swept[1].info.encoder.source == "demo"
 
 
 def test_left_out_images_are_counted(swept):
-    assert swept[1].info["data"]["left_out"] == 2
-    assert [image["reason"] for image in swept[1].info["left_out"]] == ["truncated"] * 2
+    assert swept[1].info.data.left_out == 2
+    assert [image.reason for image in swept[1].info.left_out] == ["truncated"] * 2
     assert any("Left out: 2 images" in note for note in swept[1].scores()["notes"])
 
 
@@ -391,7 +391,7 @@ def test_unlabelled_rows_are_predicted_and_not_scored_and_synthetic_is_told(tmp_
     assert own["label"].isna().sum() == table["label"].eq("").sum() > 0
     assert own[own["label"].isna()]["fold"].isna().all()
     assert run.scores()["test"]["n"] == 11
-    assert run.info["data"]["synthetic"] is True
+    assert run.info.data.synthetic is True
     assert run.scores()["synthetic"] is True
 
 

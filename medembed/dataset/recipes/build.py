@@ -146,7 +146,7 @@ class BuildReport(Summarised):
         }
         return Summary(about.title.replace("Manifest", "Build", 1), {**about.facts, **counts})
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Return the counts of `manifest.count` and everything but the rows, as JSON values."""
         rows = self.manifest.rows
         _, *targets = list_targets(rows.columns)

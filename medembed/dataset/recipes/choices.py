@@ -122,7 +122,7 @@ class Proposal(Summarised):
         title = f"Recipe {self.recipe.name!r} for {self.image_root}"
         return Summary(title, {**self.settled, **warned})
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Return the proposal as JSON values."""
         return {
             "name": self.recipe.name,
