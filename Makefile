@@ -61,7 +61,7 @@ RUNS = $(foreach run,sweep depths cnn cnn-frozen autoencoder,$(call under,runs/$
 PAGE = $(call under,report/index.html)
 
 .PHONY: help setup test soak lint format demo run manifest extract sweep finetune autoencoder compare
-.PHONY: report evaluate predict reproduce bench bench-check docs schemas audit coverage test-lowest
+.PHONY: report evaluate predict reproduce bench bench-check docs schemas page audit coverage test-lowest
 .PHONY: wheel sdist sdist-check release-check clean
 
 help: ## list the targets
@@ -180,6 +180,9 @@ $(LOWEST)/.ready: pyproject.toml tools/lowest_versions.py | $(READY)
 
 schemas: $(READY) ## JSON Schemas of file formats and --json documents, into docs/schemas
 	$(BIN)/python -m tools.write_schemas
+
+page: ## build the report's script and style from medembed/report/web (needs node and npm)
+	cd medembed/report/web && npm ci --no-audit --no-fund --silent && npm run --silent build
 
 audit: $(READY) ## known holes in the pinned releases
 	$(BIN)/pip-audit --strict --progress-spinner off -r constraints.txt

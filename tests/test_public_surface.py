@@ -31,7 +31,7 @@ ERRORS = {
     *("ArgumentError", "CacheError", "DeviceMemoryError", "EncoderError", "ImageError"),
     *("ManifestError", "MedembedError", "MissingLibraryError", "MissingRowsError", "ModelError"),
     *("NonFiniteError", "PathNotFoundError", "RecipeError", "RunError", "ShardError"),
-    *("SpecMismatchError", "TrainingDataError"),
+    *("SpecMismatchError", "StorageError", "TrainingDataError"),
 }
 TYPES = {
     *("BuildReport", "Cache", "Comparison", "Embeddings", "Encoder", "ExtractionReport"),

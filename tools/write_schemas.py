@@ -14,6 +14,7 @@ from medembed.dataset.build_file import BuildFile
 from medembed.dataset.relabelling import Relabelling
 from medembed.finetuning.config import HyperparametersEntry
 from medembed.heads.packaging import ModelDocument
+from medembed.report.page_schema import Films, PageDocument
 from medembed.results.audit_schema import LabelAuditDocument
 from medembed.results.embedding_map import MapInfo
 from medembed.results.model_card import CardDocument
@@ -40,6 +41,8 @@ FORMATS: dict[str, tuple[str, Any]] = {
     "relabelling": ("MANIFEST.relabelling.json, every change of a label", Relabelling),
     "audit": ("audit.json of `medembed audit labels`", LabelAuditDocument),
     "map": ("Value of `medembed` in the metadata of map.parquet of a run", MapInfo),
+    "page": ("The data within a page of `medembed report`", PageDocument),
+    "page-films": ("The pictures within a page of `medembed report`", Films),
     "model": ("model.json of a packaged model", ModelDocument),
     "card": ("card of model.json", CardDocument),
     "hyperparameters": ("Hyperparameters of fine-tuning, by name", HyperparametersEntry),

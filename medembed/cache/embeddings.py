@@ -17,6 +17,7 @@ import pandas as pd
 
 from medembed.cache.failures import Failure
 from medembed.cache.index import SortedKeys, committed_shards, keys_from_column
+from medembed.cache.local_copies import fetch_all, open_copy
 from medembed.cache.metadata import options_of
 from medembed.cache.shards import check_bytes, chunk_offset, read_keys
 from medembed.cache.spec import KEY_BYTES, CacheSpec
@@ -29,6 +30,7 @@ from medembed.core.errors import (
     TrainingDataError,
 )
 from medembed.core.files import describe_error, open_plain
+from medembed.core.locations import BucketPath, Location
 from medembed.core.poolings import IMAGE_STATISTICS, find_pooling
 from medembed.core.system import count_cores
 from medembed.core.text import Summarised, Summary, count_values, counted
@@ -93,6 +95,7 @@ def map_rows(cache: Cache, keys: np.ndarray, pooling: str, *, verify: bool = Fal
     """
     cache.check_poolings([pooling])
     paths = committed_shards(cache.path / "shards")
+    fetch_all([path for path in paths if isinstance(path, BucketPath)])
     parts = [read_keys(path, spec=cache.spec) for path in paths]
     held = SortedKeys(np.concatenate([np.empty((0, KEY_BYTES), np.uint8), *parts]))
     found = held.find(keys)
@@ -113,10 +116,10 @@ def map_rows(cache: Cache, keys: np.ndarray, pooling: str, *, verify: bool = Fal
     return MappedRows(blocks, owners, found - edges[owners])
 
 
-def _map(path: Path, pooling: str, n_rows: int) -> list[np.ndarray]:
+def _map(path: Location, pooling: str, n_rows: int) -> list[np.ndarray]:
     """Return the mapped chunks of a shard, in row order."""
     try:
-        with open_plain(path) as opened:
+        with open_copy(path) if isinstance(path, BucketPath) else open_plain(path) as opened:
             with h5py.File(opened, "r") as file:
                 dataset: Any = file["embeddings"][pooling]
                 size, dtype, shape = dataset.chunks[0], dataset.dtype, dataset.shape[1:]

@@ -7,6 +7,7 @@ import click
 from medembed.cli.commands import Command
 from medembed.cli.console import print_json, say, suggest
 from medembed.cli.options import (
+    LOCATION,
     MANY,
     PATH,
     json_option,
@@ -15,6 +16,7 @@ from medembed.cli.options import (
     table_columns,
 )
 from medembed.cli.progress import showing_progress
+from medembed.core.locations import Location
 
 __all__ = ["shortcuts_command"]
 
@@ -29,7 +31,7 @@ __all__ = ["shortcuts_command"]
         "medembed audit shortcuts cache mura.csv --columns region --image-root MURA-v1.1",
     ],
 )
-@click.argument("cache_path", metavar="CACHE", type=PATH)
+@click.argument("cache_path", metavar="CACHE", type=LOCATION)
 @click.argument("manifest_path", metavar="MANIFEST", type=PATH)
 @click.option(
     "--columns",
@@ -64,7 +66,7 @@ __all__ = ["shortcuts_command"]
 @seed_option
 @json_option
 def shortcuts_command(
-    cache_path: Path,
+    cache_path: Location,
     manifest_path: Path,
     columns: tuple[str, ...],
     pool: str | None,

@@ -24,6 +24,7 @@ __all__ = [
     "Autoencoder",
     "CacheCard",
     "CacheCompact",
+    "CacheCopy",
     "CacheExport",
     "CacheInfo",
     "CacheVerify",
@@ -320,6 +321,16 @@ class CacheCompact(CacheCard):
     compacted: Compacted
 
 
+class CacheCopy(ClosedRecord):
+    """`medembed cache pull --json` and `medembed cache push --json`."""
+
+    shards: Count
+    """Shards that were copied."""
+    bytes: Count
+    already: Count
+    """Shards that were there."""
+
+
 class CacheExport(ClosedRecord):
     """`medembed cache export --json`."""
 
@@ -550,6 +561,8 @@ DOCUMENTS: dict[str, Any] = {
     "cache-compact": CacheCompact,
     "cache-export": CacheExport,
     "cache-info": CacheInfo,
+    "cache-pull": CacheCopy,
+    "cache-push": CacheCopy,
     "cache-verify": CacheVerify,
     "compare": ComparisonResult | TargetsComparison,
     "completion": Completion,

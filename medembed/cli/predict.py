@@ -14,6 +14,7 @@ import click
 from medembed.cli.commands import Command
 from medembed.cli.console import exit_status, print_json, say, suggest
 from medembed.cli.options import (
+    LOCATION,
     PATH,
     Finite,
     check_point,
@@ -23,6 +24,7 @@ from medembed.cli.options import (
     precision_option,
 )
 from medembed.cli.progress import showing_progress
+from medembed.core.locations import Location
 from medembed.core.text import printable
 
 if TYPE_CHECKING:
@@ -61,11 +63,12 @@ _NO_REFERENCE = (
 @click.option("--manifest", "manifest_path", type=PATH, help="Manifest whose images are predicted.")
 @click.option(
     "--image-root",
-    type=PATH,
-    help="Directory that the manifest's paths are relative to; needed for images not in the cache.",
+    type=LOCATION,
+    help="Directory or bucket that the manifest's paths are relative to; needed for images that "
+    "are not in the cache.",
 )
 @click.option(
-    "--cache", "caches", type=PATH, multiple=True,
+    "--cache", "caches", type=LOCATION, multiple=True,
     help="Cache to look embeddings up in first; of an ensemble one for each encoder, repeated.",
 )  # fmt: skip
 @click.option(
@@ -111,8 +114,8 @@ def predict_command(
     model_path: Path,
     images: tuple[Path, ...],
     manifest_path: Path | None,
-    image_root: Path | None,
-    caches: tuple[Path, ...],
+    image_root: Location | None,
+    caches: tuple[Location, ...],
     references: tuple[str, ...],
     explain: Path | None,
     alpha: float,
@@ -186,7 +189,7 @@ def predict_command(
 def _check_usage(
     images: tuple[Path, ...],
     manifest_path: Path | None,
-    image_root: Path | None,
+    image_root: Location | None,
     output: Path | None,
     *,
     jsonl: bool,

@@ -60,6 +60,7 @@ def _check_formats(context: click.Context, option: click.Parameter, value: str |
     examples=[
         "medembed report runs/sweep -o report",
         "medembed report runs/sweep -o report --manifest mura.csv --image-root MURA-v1.1",
+        "medembed report runs/sweep -o report --cache cache --explanations heat",
         "medembed report runs/sweep -o paper --figures png,pdf",
         "medembed report runs/wrist -o report",
     ],
@@ -71,15 +72,31 @@ def _check_formats(context: click.Context, option: click.Parameter, value: str |
     "--manifest",
     "manifest_path",
     type=PATH,
-    help="The runs' manifest; adds scores by its columns and, with --image-root, thumbnails.",
+    help="The runs' manifest; adds scores by its columns and, with --image-root, films.",
 )
 @click.option(
     "--image-root", type=PATH, help="Directory that the manifest's paths are relative to."
 )
-@margin_option
 @click.option(
-    "--names", is_flag=True, help="Show the thumbnails' paths, which may identify a patient."
+    "--cache",
+    "cache_path",
+    type=PATH,
+    help="The runs' cache; adds to each case the nearest films of training.",
 )
+@click.option(
+    "--explanations",
+    type=PATH,
+    metavar="DIR",
+    help="What `predict --explain DIR` wrote; adds heat maps to the cases.",
+)
+@click.option(
+    "--covariates",
+    callback=split_names,
+    metavar="A,B",
+    help="Columns of the manifest to show with each case; they may identify a patient.",
+)
+@margin_option
+@click.option("--names", is_flag=True, help="Show the films' paths, which may identify a patient.")
 @click.option(
     "--checklist",
     "checklists",
@@ -104,6 +121,9 @@ def report_command(
     level: str,
     manifest_path: Path | None,
     image_root: Path | None,
+    cache_path: Path | None,
+    explanations: Path | None,
+    covariates: Sequence[str] | None,
     margin: float | None,
     names: bool,
     checklists: tuple[str, ...],
@@ -118,14 +138,17 @@ def report_command(
         raise click.UsageError("--image-root requires --manifest, whose paths are relative to it.")
     if names and image_root is None:
         raise click.UsageError("--names requires --manifest and --image-root.")
+    if covariates and manifest_path is None:
+        raise click.UsageError("--covariates requires --manifest, whose columns they are.")
     hush_matplotlib()
+    from medembed.report.cases import CaseSources
     from medembed.report.page import write_report
     from medembed.results.comparison import ComparisonOptions
     from medembed.results.targets import holds_targets
 
     manifest, find_thumbnails = read_given(manifest_path), None
     if image_root is not None:
-        find_thumbnails = _thumbnail_finder(manifest, image_root, names)
+        find_thumbnails = _film_finder(manifest, image_root, names, output)
     if any(map(holds_targets, runs)):
         if len(runs) > 1 or margin is not None or checklists:
             raise click.UsageError(
@@ -135,9 +158,17 @@ def report_command(
         asked = ComparisonOptions(
             level=level, seed=seed, operating_points=operating_points, prevalence=prevalence
         )
-        _report_targets(runs[0], output, asked, manifest, find_thumbnails, formats or (), as_json)
+        sources = CaseSources(
+            cache=cache_path, explanations=explanations, covariates=covariates or (), names=names
+        )
+        _report_targets(
+            runs[0], output, asked, manifest, find_thumbnails, formats or (), sources, as_json
+        )
         return
-    with showing_progress("Drawing", "figures") as progress:
+    with (
+        showing_progress("Drawing", "figures") as progress,
+        showing_progress("Reading", "films") as films_progress,
+    ):
         written = write_report(
             list(runs),
             output,
@@ -152,6 +183,13 @@ def report_command(
             prevalence=prevalence,
             progress=progress,
             figures=formats or (),
+            cases=CaseSources(
+                cache=cache_path,
+                explanations=explanations,
+                covariates=covariates or (),
+                names=names,
+                progress=films_progress,
+            ),
         )
     say(f"Page: {written['page']}")
     if not formats:
@@ -172,6 +210,7 @@ def _report_targets(
     manifest: Any,
     find_thumbnails: Any,
     formats: str | tuple[()],
+    sources: Any,
     as_json: bool,
 ) -> None:
     """Write a page for each target of a sweep, and the overview that links them."""
@@ -187,6 +226,7 @@ def _report_targets(
             command,
             progress=progress,
             formats=read_formats(formats),
+            cases=sources,
         )
         written = write_target_report(open_targets(path), output, asked, extras)
     say(f"Page: {written['page']}")
@@ -196,12 +236,16 @@ def _report_targets(
         suggest("predict", path / next(iter(written["targets"])), "IMAGE")
 
 
-def _thumbnail_finder(manifest: Any, image_root: Path, names: bool) -> Any:
+def _film_finder(manifest: Any, image_root: Path, names: bool, output: Path) -> Any:
+    """Return what finds films; those that lie beside the page are not decoded again."""
     from medembed.dataset.manifest import existing_root
-    from medembed.report.gallery import make_thumbnails
+    from medembed.report.cases import FOLDER
+    from medembed.report.gallery import FILM_SIDE, make_thumbnails
 
     root = existing_root(image_root)
-    return lambda wanted: make_thumbnails(manifest, root, wanted, with_names=names)
+    return lambda wanted: make_thumbnails(
+        manifest, root, wanted, with_names=names, side=FILM_SIDE, made=output / FOLDER
+    )
 
 
 def write_command(context: click.Context) -> str:

@@ -10,6 +10,7 @@ from medembed.cli.commands import Command
 from medembed.cli.compare import show_comparison, show_targets
 from medembed.cli.console import print_json, say, suggest
 from medembed.cli.options import (
+    LOCATION,
     MANY,
     PATH,
     Finite,
@@ -20,6 +21,7 @@ from medembed.cli.options import (
     split_names,
 )
 from medembed.cli.progress import showing_leaderboard
+from medembed.core.locations import Location
 
 __all__ = ["sweep_command"]
 
@@ -60,7 +62,7 @@ class _Backend(click.Choice[str]):
         "Speed": ["jobs", "backend"],
     },
 )
-@click.argument("cache_path", metavar="CACHE", type=PATH)
+@click.argument("cache_path", metavar="CACHE", type=LOCATION)
 @click.argument("manifest_path", metavar="MANIFEST", type=PATH)
 @output_option("The run directory to write; with --target it holds a run for each target.")
 @click.option(
@@ -142,7 +144,7 @@ class _Backend(click.Choice[str]):
 @seed_option
 @json_option
 def sweep_command(
-    cache_path: Path,
+    cache_path: Location,
     manifest_path: Path,
     out: Path,
     targets: tuple[str, ...] | None,
@@ -191,7 +193,7 @@ def sweep_command(
         _sweep_targets(cache_path, manifest_path, out, targets, as_json, options)
         return
     with ExitStack() as stack:
-        if backend == "local" and cache_path.is_dir() and manifest_path.is_file():
+        if backend == "local" and _may_be_cache(cache_path) and manifest_path.is_file():
             stack.enter_context(start_early(jobs))
         from medembed import sweeps
 
@@ -216,8 +218,12 @@ def sweep_command(
         suggest("report", out, "-o", "report")
 
 
+def _may_be_cache(location: Location) -> bool:
+    return location.is_dir() if isinstance(location, Path) else True
+
+
 def _sweep_targets(
-    cache_path: Path,
+    cache_path: Location,
     manifest_path: Path,
     out: Path,
     targets: tuple[str, ...],

@@ -27,7 +27,7 @@ from medembed.encoders.checkpoint_files import Part
 from medembed.encoders.devices import Rows, arithmetic, device_of, guard_memory
 from medembed.encoders.features import Features, pool
 from medembed.encoders.preprocessing import Preprocessing, channel_levels
-from medembed.encoders.protocol import Encoder, Execution, refuse_non_finite
+from medembed.encoders.protocol import Encoder, EncoderExecution, refuse_non_finite
 
 if TYPE_CHECKING:
     from medembed.encoders.base_ref import Origin
@@ -297,7 +297,7 @@ class TorchEncoder(ABC):
         copied.tuning = Tuning(copied.model)
         return copied
 
-    def describe(self) -> Execution:
+    def describe(self) -> EncoderExecution:
         """Return how the tower is run."""
         return {
             "device": self.device,

@@ -22,6 +22,7 @@ from medembed.cache.shards import as_stored
 from medembed.cache.spec import CacheSpec
 from medembed.core.errors import CacheError, SpecMismatchError
 from medembed.core.files import json_digest
+from medembed.core.locations import Location, as_location
 from medembed.encoders.preprocessing import Preprocessing, prepare
 from medembed.encoders.protocol import Encoder, check_rows
 from medembed.images.decode import decode_image
@@ -139,7 +140,7 @@ def check_canary(
     EncoderError
         See `Encoder.encode`.
     """
-    path = Path(cache_path)
+    path = as_location(cache_path, "a cache")
     stored = _unpack_all(document, poolings, path)
     found = _embed(encoder, poolings, batch_size=batch_size)
     strays = [_farthest(name, stored[name], found[name]) for name in poolings]
@@ -195,7 +196,7 @@ def _refusal(
     document: Mapping[str, Any],
     there: Mapping[str, Any],
     here: Mapping[str, Any],
-    path: Path,
+    path: Location,
 ) -> SpecMismatchError:
     precise, precision = document["precision"], here.get("precision")
     causes = _differences(there, here)
@@ -235,7 +236,7 @@ def _pack(values: np.ndarray) -> dict[str, Any]:
 
 
 def _unpack_all(
-    document: Mapping[str, Any], poolings: Sequence[str], path: Path
+    document: Mapping[str, Any], poolings: Sequence[str], path: Location
 ) -> dict[str, np.ndarray]:
     """Return every pooling's stored embeddings; refuse a damaged document or other images."""
     try:
@@ -256,7 +257,7 @@ def _unpack(packed: Mapping[str, Any]) -> np.ndarray:
     return values
 
 
-def _refuse_other_images(document: Mapping[str, Any], path: Path) -> None:
+def _refuse_other_images(document: Mapping[str, Any], path: Location) -> None:
     if document["version"] != CANARY_VERSION:
         raise CacheError(
             f"cache at {path} has canary images of version {document['version']}; this medembed "

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from medembed.core.errors import ArgumentError, EncoderError, TrainingDataError
+from medembed.core.locations import Location
 from medembed.core.poolings import DEFAULT_POOLINGS, find_pooling
 from medembed.core.schema import ClosedRecord, Field, create_model, parse
 from medembed.core.system import library_versions
@@ -72,7 +73,7 @@ class FineTuneConfig:
     """The parsed options of fine-tuning."""
 
     manifest: Manifest
-    image_root: Path
+    image_root: Location
     encoder: TorchEncoder
     depths: list[Depth]
     seeds: tuple[int, ...]
@@ -191,7 +192,7 @@ def _check_bounds(values: Mapping[str, Any]) -> None:
 
 def resolve_config(
     manifest: Manifest,
-    image_root: Path,
+    image_root: Location,
     unfreeze: Sequence[str | int],
     reference: EncoderLike,
     recipe: Hyperparameters,

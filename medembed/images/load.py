@@ -5,13 +5,14 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from medembed.core.errors import ImageError
 from medembed.core.files import read_plain
+from medembed.core.locations import BucketPath, Location
+from medembed.core.object_store import read_object
 from medembed.images.decode import decode_image
 from medembed.images.intensity import DEFAULT_INTENSITY, Intensity
 from medembed.images.versions import FIRST_VERSION, why_changed
@@ -125,7 +126,7 @@ class Reading:
 
 
 def read_content(
-    paths: Sequence[Path],
+    paths: Sequence[Location],
     sha256: str,
     transform: Callable[[np.ndarray], np.ndarray],
     intensity: Intensity = DEFAULT_INTENSITY,
@@ -149,7 +150,7 @@ def read_content(
     reason, other = "", None
     for path in paths:
         try:
-            data = read_plain(path, max_bytes=limits.max_bytes)
+            data = _read(path, limits.max_bytes)
         except OSError as error:
             reason = error.strerror or type(error).__name__  # `str(error)` would name the path
             if error.errno == errno.EFBIG:
@@ -163,6 +164,12 @@ def read_content(
     if other:
         return Reading(other_sha256=other, times=(start, now, now))
     return Reading(stage="read", reason=reason, times=(start, now, now))
+
+
+def _read(path: Location, max_bytes: int) -> bytes:
+    if isinstance(path, BucketPath):
+        return read_object(path, max_bytes=max_bytes)
+    return read_plain(path, max_bytes=max_bytes)
 
 
 def _decode(

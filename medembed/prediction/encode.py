@@ -20,6 +20,7 @@ from medembed.cache.shards import describe_loss
 from medembed.cache.spec import CacheSpec, keys_from_hex
 from medembed.cache.store import Cache, open_cache
 from medembed.core.errors import EncoderError, ImageError, MedembedError, ModelError
+from medembed.core.locations import BucketPath, Location
 from medembed.core.poolings import IMAGE_STATISTICS, find_pooling, list_of_tower
 from medembed.core.system import choose_processes, default_decoders
 from medembed.core.text import counted
@@ -352,7 +353,7 @@ class File:
     """An image to be embedded: its number among the requests, its path, its SHA-256."""
 
     number: int
-    path: Path
+    path: Location
     sha256: str
 
 
@@ -440,6 +441,7 @@ _Pairs = Generator[tuple[File, Reading] | None]
 def _read_here(files: Sequence[File], embedder: Embedder, size: int) -> _Pairs:
     transform = _transform(embedder)
     for file in files:
+        assert isinstance(file.path, Path)
         reading = read_content(
             [file.path],
             file.sha256,
@@ -457,7 +459,8 @@ def _read_ahead(files: Sequence[File], embedder: Embedder, size: int) -> _Pairs:
     )
     n_decoders = min(n_decoders, len(files))
     # Relative to the file system's root: loose files may be anywhere, a manifest's are resolved.
-    contents = [Content(file.sha256, (str(file.path),)) for file in files]
+    # In a bucket relative to that, whose prefixes the manifest's are below.
+    contents = [Content(file.sha256, (_place(file.path),)) for file in files]
     waiting = deque(files)
     with Decoders(
         n_decoders,
@@ -466,7 +469,7 @@ def _read_ahead(files: Sequence[File], embedder: Embedder, size: int) -> _Pairs:
         embedder.limits,
         measures=embedder.measures,
     ) as decoders:
-        for pair in decoders.read(contents, Path(files[0].path.anchor), 2 * size + n_decoders):
+        for pair in decoders.read(contents, _anchor(files[0].path), 2 * size + n_decoders):
             if pair is None:
                 yield None
                 continue
@@ -484,6 +487,16 @@ def _read_ahead(files: Sequence[File], embedder: Embedder, size: int) -> _Pairs:
             )
 
 
+def _place(path: Location) -> str:
+    return path.key if isinstance(path, BucketPath) else str(path)
+
+
+def _anchor(path: Location) -> Location:
+    if isinstance(path, BucketPath):
+        return BucketPath(path.scheme, path.bucket)
+    return Path(path.anchor)
+
+
 def _joining(reading: Reading, embedder: Embedder) -> Reading:
     return reading.joining(embedder.images_version, "the model", "Train it again on a new cache")
 
@@ -492,6 +505,8 @@ def _are_little(files: Sequence[File]) -> bool:
     """Return whether decoding is quick; slow files are left to a process that can be ended."""
     n_bytes = 0
     for file in files:
+        if isinstance(file.path, BucketPath):
+            return False
         with contextlib.suppress(OSError):
             n_bytes += file.path.stat().st_size
     return n_bytes <= LITTLE_BYTES

@@ -4,12 +4,12 @@ import contextlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NotRequired, Protocol, TypedDict
 
 import numpy as np
 
 from medembed.core.errors import EncoderError, ManifestError, MissingRowsError
+from medembed.core.locations import Location
 from medembed.evaluation.drift.embedding_space import measure_remoteness
 from medembed.evaluation.thresholds import OperatingPoint
 from medembed.extraction.image_store import refuse_empty_root
@@ -76,7 +76,7 @@ class Draw(Protocol):
 
     def __call__(  # noqa: D102 - described there
         self,
-        path: Path,
+        path: Location,
         sha256: str,
         pixels: np.ndarray,
         covariates: np.ndarray,

@@ -17,6 +17,7 @@ Test images are not looked at. p is one-sided for `encoded` and `used`, two-side
 correction runs over the columns of each question.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import nan
@@ -231,7 +232,7 @@ class ShortcutAudit(Summarised):
 
 
 def audit_shortcuts(
-    cache: Cache | str | Path,
+    cache: Cache | str | os.PathLike[str],
     manifest: Manifest | str | Path,
     columns: Sequence[str],
     *,

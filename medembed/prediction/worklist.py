@@ -12,6 +12,7 @@ the study nearest to each centre is taken. The weight is
   so that the list covers the data set.
 """
 
+import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,7 +134,7 @@ def check_target(path: Path) -> None:
 
 
 def make_worklist(
-    cache: Cache | str | Path,
+    cache: Cache | str | os.PathLike[str],
     manifest: Manifest | str | Path,
     n: int,
     *,

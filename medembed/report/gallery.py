@@ -3,6 +3,7 @@
 import base64
 import io
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import numpy as np
 from PIL import Image
 
 from medembed.core.errors import ManifestError
+from medembed.core.files import read_plain
+from medembed.core.system import count_cores
 from medembed.dataset.manifest import Manifest, existing_root, image_path
 from medembed.evaluation.calibration import log_odds
 from medembed.images.load import read_content
@@ -19,10 +22,13 @@ from medembed.results.comparison_schema import ComparisonResult
 
 __all__ = [
     "CODE_DIGITS",
+    "FILM_DIGITS",
+    "FILM_SIDE",
     "SIDE",
     "FindThumbnails",
     "Mistake",
     "Thumbnail",
+    "film_name",
     "find_mistakes",
     "make_thumbnail",
     "make_thumbnails",
@@ -32,6 +38,8 @@ __all__ = [
 N_PER_KIND = 6
 CODE_DIGITS = 12
 """Digits of an image's SHA-256 shown in place of its name."""
+FILM_DIGITS = 16
+"""Digits that name a film beside the page."""
 
 
 @dataclass(frozen=True)
@@ -134,15 +142,23 @@ def _card(mistake: Mistake, thumbnails: Mapping[str, Thumbnail]) -> dict[str, An
     }
 
 
-SIDE = 320
-"""Pixels of the longer side."""
+SIDE, FILM_SIDE = 320, 512
+"""Pixels of the longer side: of a thumbnail, and of a film that a page enlarges."""
 QUALITY = 85
 
 
 def make_thumbnails(
-    manifest: Manifest, image_root: str | Path, wanted: Sequence[str], *, with_names: bool = False
+    manifest: Manifest,
+    image_root: str | Path,
+    wanted: Sequence[str],
+    *,
+    with_names: bool = False,
+    side: int = SIDE,
+    made: Path | None = None,
 ) -> dict[str, Thumbnail]:
     """Return grey JPEG thumbnails by SHA-256 of the images that exist and are unchanged.
+
+    Several are decoded at once.
 
     Parameters
     ----------
@@ -154,6 +170,11 @@ def make_thumbnails(
         SHA-256 of the files' bytes, hex.
     with_names : bool
         Whether a thumbnail carries the path of its image, which may name a patient.
+    side : int
+        Pixels of the longer side; a smaller image is left as it is.
+    made : Path, optional
+        A directory with thumbnails of an earlier call, named by `film_name`, which are not decoded
+        again.
 
     Raises
     ------
@@ -167,15 +188,41 @@ def make_thumbnails(
     """
     root, rows = existing_root(image_root), manifest.rows
     rows = rows[rows["sha256"].isin(list(wanted))].drop_duplicates("sha256")
-    found = {}
-    for sha256, name in zip(rows["sha256"], rows["image"], strict=True):
+
+    def make(sha256: str, name: str) -> Thumbnail | None:
+        shown = name if with_names else None
+        known = None if made is None else _read_made(made / film_name(sha256), shown)
+        if known is not None:
+            return known
         try:
-            reading = read_content([image_path(root, name)], sha256, _shrink)
+            reading = read_content([image_path(root, name)], sha256, shrink)
         except ManifestError:  # leads out of the root
-            continue
-        if reading.pixels is not None:
-            found[sha256] = _encode(reading.pixels, name if with_names else None)
-    return found
+            return None
+        return None if reading.pixels is None else _encode(reading.pixels, shown)
+
+    def shrink(pixels: np.ndarray) -> np.ndarray:
+        return _shrink(pixels, side)
+
+    with ThreadPoolExecutor(count_cores()) as pool:  # decoders release the lock
+        found = pool.map(make, rows["sha256"], rows["image"])
+        return {sha: own for sha, own in zip(rows["sha256"], found, strict=True) if own}
+
+
+def film_name(sha256: str) -> str:
+    """Return the name of a film beside a page, from the first 16 digits of its SHA-256."""
+    return f"{sha256[:FILM_DIGITS]}.jpg"
+
+
+def _read_made(path: Path, name: str | None) -> Thumbnail | None:
+    """Return a thumbnail that was made before, or None if there is none that can be read."""
+    try:
+        data = read_plain(path)
+        with Image.open(io.BytesIO(data)) as picture:
+            picture.verify()
+            width, height = picture.size
+    except (OSError, ValueError, SyntaxError):
+        return None
+    return Thumbnail(data, width, height, name)
 
 
 def make_thumbnail(path: Path, sha256: str) -> Thumbnail | None:
@@ -184,9 +231,9 @@ def make_thumbnail(path: Path, sha256: str) -> Thumbnail | None:
     return None if reading.pixels is None else _encode(reading.pixels, None)
 
 
-def _shrink(pixels: np.ndarray) -> np.ndarray:
+def _shrink(pixels: np.ndarray, side: int = SIDE) -> np.ndarray:
     picture = Image.fromarray(pixels)
-    picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
     return np.asarray(picture)
 
 

@@ -10,14 +10,26 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from medembed.core.poolings import IMAGE_STATISTICS
+from medembed.core.text import counted
 from medembed.report.tables import format_p
 from medembed.results.comparison_schema import ComparedHead, ComparisonResult
 from medembed.results.significance import SIGNIFICANCE, row_name
 
-__all__ = ["Headline", "PriorVerdict", "Ranking", "judge_priors", "rank_heads", "write_headline"]
+__all__ = [
+    "Headline",
+    "PriorVerdict",
+    "Ranking",
+    "describe_small_sample",
+    "describe_tiles",
+    "judge_priors",
+    "rank_heads",
+    "write_headline",
+]
 
 MAX_NAMES = 6
 """Most heads named in one sentence; with more, one less is named and the others are counted."""
+WIDE = 0.1
+"""Width of AUROC's interval beyond which a page says that the sample is small."""
 MAX_DROPS = 3
 """Evaluations that get a separate sentence."""
 ROUNDING = 1e-12
@@ -104,6 +116,61 @@ def rank_heads(result: ComparisonResult) -> Ranking | None:
     is_tested = any(_p_holm(result, best, row) is not None for row in others)
     placed = {kind: tuple(names) for kind, names in found.items()}
     return Ranking(_name(result, best), **placed, is_tested=is_tested)
+
+
+class Tile(NamedTuple):
+    """A score at a glance."""
+
+    name: str
+    value: str
+    interval: str
+    about: str
+
+
+def describe_tiles(result: ComparisonResult) -> list[Tile]:
+    """Return AUROC, sensitivity and specificity of the best trained head, and what was measured."""
+    found = []
+    test = result["test"]
+    trained = _trained(result)
+    for name, title, what in (
+        ("auroc", "AUROC", ""),
+        ("sensitivity", "Sensitivity", "abnormal"),
+        ("specificity", "Specificity", "normal"),
+    ):
+        score = trained[0]["scores"][name] if trained else None
+        if score is None or score["value"] is None:
+            found.append(Tile(title, "–", "", "not estimable"))
+            continue
+        has_interval = score["low"] is not None and score["high"] is not None
+        interval = f"{score['low']:.2f} to {score['high']:.2f}" if has_interval else "no interval"
+        about = f"{_name(result, trained[0])}, the best head; 95 % interval"
+        if what and "k" in score:
+            about = f"{score['k']:,} of {score['n']:,} {what}, at Youden’s threshold"
+        found.append(Tile(title, f"{score['value']:.2f}", interval, about))
+    plural = "studies" if result["level"] == "study" else "images"
+    if test["n"] == 1:
+        plural = plural.removesuffix("s").replace("studie", "study")
+    about = f"{test['n_abnormal']:,} abnormal; {counted(test['n_patients'], 'patient')}"
+    found.append(Tile("Measured on", f"{test['n']:,}", f"test {plural}", about))
+    return found
+
+
+def describe_small_sample(result: ComparisonResult) -> str | None:
+    """Return how unsure AUROC is where its interval is wider than `WIDE`, else None."""
+    trained = _trained(result)
+    if not trained or trained[0]["scores"]["auroc"]["value"] is None:
+        return None
+    score = trained[0]["scores"]["auroc"]
+    patients = counted(result["test"]["n_patients"], "patient")
+    if score["low"] is None or score["high"] is None:
+        return f"{patients} are too few for an interval of AUROC."
+    width = score["high"] - score["low"]
+    if width <= WIDE:
+        return None
+    return (
+        f"With {patients}, the 95 % interval of AUROC is {width:.2f} wide: differences smaller "
+        "than that may be chance."
+    )
 
 
 def judge_priors(result: ComparisonResult) -> list[PriorVerdict]:

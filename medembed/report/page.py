@@ -1,6 +1,7 @@
 """One self-contained page about any number of runs, without network access, paths or names.
 
-Its only script sorts and filters the leaderboard; the page is complete without it.
+Its script, whose source is in `web/`, makes figures, cases and the map answer; the page states the
+results without it.
 """
 
 import base64
@@ -9,8 +10,9 @@ import hashlib
 import os
 import re
 import shlex
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import resources
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -20,18 +22,33 @@ from markupsafe import Markup
 from medembed import __version__
 from medembed.core.errors import RunError
 from medembed.core.files import as_path, write_atomically
-from medembed.core.text import to_html
+from medembed.core.text import counted, to_html
 from medembed.dataset.manifest import Manifest, read_manifest
 from medembed.evaluation.thresholds import SHOWN, ThresholdRule, parse_rules
 from medembed.report import page_tables as tables
+from medembed.report.cases import (
+    CASES_FILE,
+    CaseSources,
+    check_covariates,
+    collect_films,
+    list_cases,
+)
 from medembed.report.checklist import write_checklists
 from medembed.report.checklist_answers import Study
 from medembed.report.external import ExternalSection, find_external, read_evaluations
 from medembed.report.figures import FIGURES, MAP, OPTIONAL_FORMATS, Plot, plot_all, plot_map
+from medembed.report.figures.plotting import themed_svg
 from medembed.report.gallery import FindThumbnails, find_mistakes, show_mistakes
 from medembed.report.group_tables import ColumnSections, tabulate_columns
-from medembed.report.headline import Headline, write_headline
+from medembed.report.headline import (
+    Headline,
+    describe_small_sample,
+    describe_tiles,
+    write_headline,
+)
 from medembed.report.layers import tabulate_layers
+from medembed.report.page_data import make_document
+from medembed.report.page_schema import Cases, Films, PageDocument
 from medembed.report.run_section import RunSection, describe_run
 from medembed.report.tables import make_table
 from medembed.results.ablations import count_left_out
@@ -70,6 +87,19 @@ METHOD_NOTES = (
     "Which method an interval or a test takes was chosen by simulation: bench/RESULTS.md.",
     "A score that its rows cannot give, such as AUROC of one class, is marked not estimable or –.",
 )
+
+
+CAPTIONS = {
+    "roc": "Band: pointwise 95 % of the best head, by resamples of patients.",
+    "precision_recall": "Band: pointwise 95 % of the best head, by resamples of patients.",
+    "distribution": "Calibrated probabilities on test, of the head chosen above.",
+    "calibration": "Of Platt's calibration, which decisions use; other calibrations stand in the "
+    "details. Band and bars: 95 %.",
+    "decision_curve": "Net benefit of acting on a probability above the threshold, against acting "
+    "on everybody or nobody. Band: 95 % of the head chosen above.",
+    "confusion": "Of the head and at the threshold chosen above.",
+}
+"""Of figures that answer; the static ones have captions of their own."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +146,7 @@ def write_report(
     prevalence: float | None = None,
     progress: Callable[[int, int], None] | None = None,
     figures: str | Sequence[str] = (),
+    cases: CaseSources | None = None,
 ) -> WrittenReport:
     """Write ``index.html`` and ``figures/`` about complete runs.
 
@@ -150,6 +181,8 @@ def write_report(
         Called as progress(done, total) with figures while they are drawn.
     figures : sequence of {"png", "pdf"}, or str
         Formats to write each figure in besides SVG and CSV, also as "png,pdf".
+    cases : CaseSources, optional
+        What each test study is shown with, such as the nearest films of train.
 
     Returns
     -------
@@ -182,7 +215,14 @@ def write_report(
     external = find_external(opened)  # damage is reported before seconds are spent on figures
     test_set = align_runs(opened, level, parse_rules(operating_points))
     extras = PageExtras(
-        known, find_thumbnails, command, checklists, date, progress, formats=formats
+        known,
+        find_thumbnails,
+        command,
+        checklists,
+        date,
+        progress,
+        formats=formats,
+        cases=cases or CaseSources(),
     )
     other = find_other_manifest(opened, test_set, extras)
     result = compare_aligned(
@@ -204,6 +244,7 @@ class PageExtras:
     tabs: Sequence[Tab] = ()
     formats: tuple[str, ...] = ()
     """Formats of figures besides SVG and CSV, see `read_formats`."""
+    cases: CaseSources = field(default_factory=CaseSources)
 
 
 def find_other_manifest(runs: Sequence[Run], test_set: TestSet, extras: PageExtras) -> str | None:
@@ -212,8 +253,10 @@ def find_other_manifest(runs: Sequence[Run], test_set: TestSet, extras: PageExtr
     Raises
     ------
     RunError
-        A run was made from another manifest, and there are no thumbnails.
+        A run was made from another manifest, and there are no thumbnails; or a covariate is not a
+        column of the manifest.
     """
+    check_covariates(extras.cases.covariates, extras.manifest)
     if extras.manifest is None:
         return None
     other = explain_other_manifest(runs, test_set, extras.manifest)
@@ -254,11 +297,20 @@ def write_page(
     columns = None if known is None or other else tabulate_columns(result, test_set, known)
     if find_thumbnails is not None and columns and not (columns.sections or columns.notes):
         columns = None  # nobody asked for them
+    found_map = first_map(runs, names)
     plots = [
         *plot_all(result, test_set, extras.progress, formats),
-        *_plot_map(runs, names),
+        *([] if found_map is None else [plot_map(*found_map)]),
     ]
+    by_name = {plot.name: plot for plot in plots}
+    sources = replace(extras.cases, find_thumbnails=find_thumbnails)
+    cases = list_cases(runs, result, test_set, None if other else known, sources)
+    document = make_document(result, test_set, by_name, cases, found_map)
+    out.mkdir(parents=True, exist_ok=True)
+    films = collect_films(cases, out, sources)
     page = _Page(
+        document=document,
+        films=films,
         result=result,
         headline=write_headline(result, elsewhere),
         left_out=count_left_out(runs),
@@ -280,6 +332,11 @@ def write_page(
     figures_path = out / "figures"
     figures_path.mkdir(parents=True, exist_ok=True)
     written = [path for plot in plots for path in _write_plot(plot, figures_path, formats)]
+    if cases.whole is None:
+        (out / CASES_FILE).unlink(missing_ok=True)
+    else:
+        script = f"medembedCases({_as_json(cases.whole)})"
+        write_atomically(out / CASES_FILE, script.encode())
     write_atomically(out / "index.html", page.encode())
     _remove_old(figures_path, written)
     study = Study(dict(zip(names, runs, strict=True)), result, elsewhere)
@@ -288,12 +345,6 @@ def write_page(
     if filled:
         paths["checklist"] = filled
     return paths
-
-
-def _plot_map(runs: Sequence[Run], names: Sequence[str]) -> list[Plot]:
-    """Return the figure of the first map that a run keeps, if one does."""
-    found = first_map(runs, names)
-    return [] if found is None else [plot_map(*found)]
 
 
 def _test_margin(
@@ -308,6 +359,8 @@ def _test_margin(
 class _Page:
     """All that the page shows; its template is `page.html.j2`."""
 
+    document: PageDocument
+    films: Films
     result: ComparisonResult
     headline: Headline
     left_out: tuple[int, bool]
@@ -324,30 +377,73 @@ class _Page:
     tabs: Sequence[Tab] = ()
 
     def render(self) -> str:
-        environment = make_environment()
-        script = environment.get_template("page.js").render()
+        script, style = _read_asset("page.js"), _read_asset("page.css")
         digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-        trusted = Markup(script)  # nosec B704 # ours, and none of it comes from a run
-        return environment.get_template("page.html.j2").render(
-            asked=self,
-            title=self.headline.title,
-            result=self.result,
-            summary=self.headline.text,
-            facts=_facts(self.result, self.left_out, is_elsewhere=bool(self.external)),
-            **_tabulate(self.result),
-            plots={plot.name: _embed(plot) for plot in self.plots},
-            suffixes=_join([f".{name}" for name in ("svg", "csv", *self.formats)]),
-            gallery=self.gallery,
-            external=self.external,
-            runs=self.runs,
-            command=self.command,
-            notes=[*self.result["notes"][:-1], *METHOD_NOTES, DISCLAIMER],
-            disclaimer=DISCLAIMER,
-            date=self.date.isoformat(),
-            version=__version__,
-            script=trusted,
-            script_digest=digest,
+        tabulated = _tabulate(self.result)
+        plots = {plot.name: _embed(plot) for plot in self.plots}
+        return (
+            make_environment()
+            .get_template("page.html.j2")
+            .render(
+                asked=self,
+                title=self.headline.title,
+                result=self.result,
+                summary=self.headline.text,
+                measured=_measured(self.result, self.runs),
+                captions=CAPTIONS,
+                tiles=describe_tiles(self.result),
+                small_sample=describe_small_sample(self.result),
+                facts=_facts(self.result, self.left_out, is_elsewhere=bool(self.external)),
+                plural="studies" if self.result["level"] == "study" else "images",
+                lower_is_better=tables.LOWER_IS_BETTER,
+                n_heads=len(self.document.heads),
+                sections=self._sections(plots),
+                **tabulated,
+                plots=plots,
+                suffixes=_join([f".{name}" for name in ("svg", "csv", *self.formats)]),
+                gallery=self.gallery,
+                external=self.external,
+                runs=self.runs,
+                command=self.command,
+                notes=[*self.result["notes"][:-1], *METHOD_NOTES, DISCLAIMER],
+                disclaimer=DISCLAIMER,
+                date=self.date.isoformat(),
+                version=__version__,
+                has_folder=bool(self.films.beside),
+                has_file=self.document.cases_file is not None,
+                data=Markup(_as_json(self.document)),  # nosec B704 # no < in it
+                films=Markup(_as_json(self.films)),  # nosec B704 # no < in it
+                style=Markup(style),  # nosec B704 # ours
+                script=Markup(script),  # nosec B704 # ours, and none of it comes from a run
+                script_digest=digest,
+            )
         )
+
+    def _sections(self, plots: Mapping[str, Any]) -> list[tuple[str, str]]:
+        """Return the page's sections, by id and name, in their order."""
+        known = [
+            ("threshold", "At a threshold", True),
+            ("leaderboard", "Leaderboard", True),
+            ("mistakes", "Cases", True),
+            ("map", "Map", "map" in plots),
+            ("groups", "Groups", True),
+            ("two-heads", "Two heads", len(self.document.heads) > 1),
+            ("external", "Elsewhere", bool(self.external)),
+            ("details", "Details", True),
+            ("runs", "What was run", True),
+        ]
+        return [(name, title) for name, title, is_there in known if is_there]
+
+
+def _read_asset(name: str) -> str:
+    """Return a file of the page that was built from `web/`."""
+    return (resources.files("medembed") / "report" / "templates" / name).read_text("utf-8")
+
+
+def _as_json(document: PageDocument | Films | Cases) -> str:
+    """Return a document as JSON that can stand within a script: nothing in it ends the element."""
+    text = document.model_dump_json()
+    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
 def make_environment() -> Environment:
@@ -404,30 +500,40 @@ def _command(
     return shlex.join([*words, *(["--manifest", "MANIFEST"] if has_manifest else [])])
 
 
+def _measured(result: ComparisonResult, runs: Sequence[RunSection]) -> str:
+    """Return the sentence on what was measured, and on whom."""
+    test = result["test"]
+    targets = sorted({run.facts["Target"] for run in runs if "Target" in run.facts})
+    question = f"answer {_join(targets)}" if targets else "tell abnormal from normal"
+    return (
+        f"How well heads {question}, measured on {counted(test['n'], 'test ' + result['level'])} "
+        f"of {counted(test['n_patients'], 'patient')} held out of training."
+    )
+
+
 def _facts(
     result: ComparisonResult, left_out: tuple[int, bool], *, is_elsewhere: bool
 ) -> dict[str, str]:
-    test = result["test"]
-    plural = "studies" if result["level"] == "study" else "images"
     title = "Heads" if is_elsewhere else "Trained heads"
     n_heads = sum(not row["baseline"] for row in result["rows"])
     return {
-        f"Test {plural}": f"{test['n']:,}",
-        "of these abnormal": f"{test['n_abnormal']:,}",
-        "Test patients": f"{test['n_patients']:,}",
         title: f"{n_heads:,}",
         "Images left out": f"{'' if left_out[1] else '≥ '}{left_out[0]:,}",
     }
 
 
 def _embed(plot: Plot) -> dict[str, Any]:
-    width, height = _svg_size(plot.light_svg)
+    """Return a figure as the page shows it: without its own title and caption, in both themes."""
+    themed = themed_svg(plot.light_svg)
+    light = plot.light_svg if themed is None else themed
+    width, height = _svg_size(light)
     return {
         "name": plot.name,
+        "title": plot.title,
         "alt": plot.alt,
         "caption": plot.caption,
-        "light": _data_uri(plot.light_svg),
-        "dark": _data_uri(plot.dark_svg),
+        "light": _data_uri(light),
+        "dark": _data_uri(plot.dark_svg) if themed is None else None,
         "width": width,
         "height": height,
     }
@@ -439,7 +545,7 @@ def _data_uri(svg: bytes) -> str:
 
 def _svg_size(svg: bytes) -> tuple[int, int]:
     """Return the size in points, which reserves the figure's space while the page loads."""
-    found = re.search(rb'viewBox="0 0 ([0-9.]+) ([0-9.]+)"', svg)
+    found = re.search(rb'viewBox="0 [0-9.]+ ([0-9.]+) ([0-9.]+)"', svg)
     return (round(float(found[1])), round(float(found[2]))) if found else (0, 0)
 
 
@@ -456,7 +562,7 @@ def read_formats(given: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def _join(words: Sequence[str]) -> str:
-    return f"{', '.join(words[:-1])} and {words[-1]}"
+    return f"{', '.join(words[:-1])} and {words[-1]}" if len(words) > 1 else words[0]
 
 
 def _write_plot(plot: Plot, directory: Path, formats: Sequence[str]) -> list[Path]:

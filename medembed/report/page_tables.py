@@ -20,6 +20,7 @@ from medembed.results.comparison_schema import ComparedHead, ComparisonResult, P
 from medembed.results.significance import row_name
 
 __all__ = [
+    "LOWER_IS_BETTER",
     "Coverage",
     "Deferrals",
     "Leaderboard",
@@ -40,6 +41,8 @@ LEADERBOARD = {
     "brier": "Brier",
     "ece": "ECE",
 }
+LOWER_IS_BETTER = ("Brier", "ECE", "p")
+"""Columns of the leaderboard that are sorted with the lowest first."""
 DECISIONS = {
     "sensitivity": "Sensitivity [95 %]",
     "specificity": "Specificity [95 %]",

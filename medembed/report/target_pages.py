@@ -9,6 +9,7 @@ from typing import TypedDict
 from medembed import __version__
 from medembed.core.errors import RunError
 from medembed.core.files import as_path, write_atomically
+from medembed.report.cases import FOLDER
 from medembed.report.page import (
     PageExtras,
     Tab,
@@ -76,7 +77,8 @@ def write_target_report(
     }
     written = WrittenTargets(page=str(out / PAGE), figures=[], targets={})
     for name, compared in found.items():
-        own = replace(extras, tabs=_tabs(list(found), name))
+        sources = replace(extras.cases, films=extras.cases.films or out / FOLDER)
+        own = replace(extras, tabs=_tabs(list(found), name), cases=sources)
         page = write_page([opened[name]], compared, out / name, options, own, others[name])
         written["targets"][name] = page["page"]
         written["figures"] += page["figures"]

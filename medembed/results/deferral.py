@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from medembed.core.errors import ModelError, RunError
 from medembed.evaluation.conformal import Conformal
@@ -13,7 +14,7 @@ from medembed.results.alignment import ScoredHead, TestSet
 from medembed.results.comparison_schema import Deferral, HeadDeferral
 from medembed.results.runs import Run
 
-__all__ = ["NOMINAL", "find_deferrals"]
+__all__ = ["NOMINAL", "find_deferrals", "find_sets"]
 
 NOMINAL = (0.8, 0.9, 0.95)
 """Nominal coverages that are reported with intervals."""
@@ -65,6 +66,26 @@ def find_deferrals(runs: Sequence[Run], test_set: TestSet) -> dict[tuple[str, st
             "deferral_note": note if deferral is None else None,
         }
     return found
+
+
+def find_sets(
+    runs: Sequence[Run], test_set: TestSet, contender: ScoredHead, alpha: float = 0.1
+) -> NDArray[np.uint8] | None:
+    """Return a head's prediction set of each test row, or None if it has none.
+
+    Returns
+    -------
+    ndarray of uint8, shape (n,), or None
+        0 neither class, 1 normal, 2 abnormal, 3 both.
+    """
+    if test_set.level != "study":
+        return None
+    by_name = dict(zip(test_set.dropped, runs, strict=True))
+    conformal, _ = _find_conformal(by_name[contender.run], contender)
+    if conformal is None:
+        return None
+    found = conformal.sets(contender.raw, test_set.units["region"].to_numpy(), alpha)
+    return np.asarray(found @ np.array([1, 2]), np.uint8)
 
 
 def _measure(conformal: Conformal, contender: ScoredHead, test_set: TestSet) -> Deferral:

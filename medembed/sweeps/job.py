@@ -7,6 +7,7 @@ Every trial and fold is written to the run's ledger when it ends, under a key th
 that determines its result; repeating the sweep runs only the missing ones.
 """
 
+import os
 import shlex
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -16,6 +17,7 @@ from typing import Any
 
 from medembed.cache.store import Cache, open_cache
 from medembed.core.errors import TrainingDataError
+from medembed.core.locations import as_location
 from medembed.core.poolings import IMAGE_STATISTICS
 from medembed.core.prompts import Prompts, read_prompts
 from medembed.core.ray_cluster import connected_to_ray
@@ -59,7 +61,7 @@ WORD_HEADS = ("zero-shot", "text-logistic")  # what prompts add
 
 
 def sweep(
-    cache: Cache | str | Path,
+    cache: Cache | str | os.PathLike[str],
     manifest: Manifest | str | Path,
     out: str | Path,
     *,
@@ -194,7 +196,7 @@ def sweep(
 
 
 def configure(
-    cache: Cache | str | Path,
+    cache: Cache | str | os.PathLike[str],
     manifest: Manifest | str | Path,
     *,
     heads: str | Sequence[str] = ("logistic", "mlp", "lightgbm"),
@@ -472,7 +474,7 @@ def _connected(backend: str) -> AbstractContextManager[Any]:
 def write_command(
     asked: SweepConfig,
     *,
-    cache: Cache | str | Path,
+    cache: Cache | str | os.PathLike[str],
     manifest: Manifest | str | Path,
     out: str | Path,
     pool: str | Sequence[str] | None,
@@ -481,7 +483,11 @@ def write_command(
     prompts: Prompts | str | Path | None = None,
 ) -> str:
     """Return the command that repeats a sweep."""
-    words = ["medembed", "sweep", public_name(cache.path if isinstance(cache, Cache) else cache)]
+    words = [
+        "medembed",
+        "sweep",
+        public_name(cache.path if isinstance(cache, Cache) else as_location(cache, "a cache")),
+    ]
     words += ["MANIFEST" if isinstance(manifest, Manifest) else public_name(manifest)]
     words += ["--out", public_name(out), "--heads", ",".join(asked.heads)]
     words += ["--target", ",".join(targets)] if targets else []

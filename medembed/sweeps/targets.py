@@ -1,5 +1,6 @@
 """Sweep several targets of one manifest: rows are loaded once, and folds are the same for all."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -54,7 +55,7 @@ class TargetSweep:
 
 
 def sweep_targets(
-    cache: Cache | str | Path,
+    cache: Cache | str | os.PathLike[str],
     manifest: Manifest | str | Path,
     out: str | Path,
     targets: str | Sequence[str],
@@ -102,7 +103,7 @@ def sweep_targets(
 
 
 def prepare_targets(
-    cache: Cache | str | Path,
+    cache: Cache | str | os.PathLike[str],
     manifest: Manifest | str | Path,
     out: str | Path,
     targets: str | Sequence[str],

@@ -5,6 +5,7 @@ import hashlib
 import numpy as np
 import pandas as pd
 
+from medembed.dataset.manifest import Manifest
 from medembed.evaluation.conformal import fit_conformal
 from medembed.evaluation.scores import by_study
 from medembed.heads.baselines import ClassPrior, RegionPrior
@@ -74,3 +75,13 @@ def give_model(run, head, **card):
     path.parent.mkdir(exist_ok=True)
     save_model(path, LogisticHead().fit(X, np.arange(20) % 2), card)
     return path
+
+
+def manifest_of(files):
+    """A manifest of files by name, each a patient's own."""
+    rows = [
+        (name, hashlib.sha256(data).hexdigest(), f"p{i}", f"s{i}", "hand", 1, "test")
+        for i, (name, data) in enumerate(sorted(files.items()))
+    ]
+    columns = ["image", "sha256", "patient", "study", "region", "label", "split"]
+    return Manifest(pd.DataFrame(rows, columns=columns), "study")

@@ -5,14 +5,12 @@ import io
 import re
 
 import numpy as np
-import pandas as pd
 import pytest
-from made_runs import make_images, make_run
+from made_runs import make_images, make_run, manifest_of
 from PIL import Image
 
 from medembed.cli import main
 from medembed.core.errors import PathNotFoundError
-from medembed.dataset.manifest import Manifest
 from medembed.report.gallery import SIDE, Thumbnail, find_mistakes, make_thumbnails, show_mistakes
 from medembed.report.page import write_report
 from medembed.results.alignment import align_runs
@@ -36,16 +34,6 @@ def png(shape=(400, 300), seed=0):
     output = io.BytesIO()
     Image.fromarray(values).save(output, "PNG")
     return output.getvalue()
-
-
-def manifest_of(files):
-    """A manifest of files by name, each a patient's own."""
-    rows = [
-        (name, hashlib.sha256(data).hexdigest(), f"p{i}", f"s{i}", "hand", 1, "test")
-        for i, (name, data) in enumerate(sorted(files.items()))
-    ]
-    columns = ["image", "sha256", "patient", "study", "region", "label", "split"]
-    return Manifest(pd.DataFrame(rows, columns=columns), "study")
 
 
 def test_mistakes_are_wrong_and_ordered_by_their_distance_from_the_threshold(aligned, result):

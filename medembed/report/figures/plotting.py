@@ -37,6 +37,7 @@ __all__ = [
     "make_plot",
     "scale_scores",
     "start_figure",
+    "themed_svg",
 ]
 
 WIDTH = 5.2
@@ -170,7 +171,9 @@ def start_figure(title: str, about: str, *, body: float, n_labels: int = 0) -> F
     layout = ConstrainedLayoutEngine(rect=(0, 0, 1, 1 - header / height))
     figure = _Sheet(figsize=(WIDTH, height), dpi=DPI, layout=layout)
     left, top = MARGIN / WIDTH, 1 - MARGIN / height
-    figure.text(left, top, title, fontsize=12, fontweight="bold", va="top")
+    # the id tells pages, which have the text in HTML, how much to cut off at the top
+    place = f"header-{header * 72:.0f}"
+    figure.text(left, top, title, fontsize=12, fontweight="bold", va="top", gid=place)
     figure.text(left, top - 0.24 / height, "\n".join(lines), fontsize=SMALL, va="top")
     return figure
 
@@ -253,6 +256,38 @@ def _print_svg(figure: Figure, output: io.BytesIO, about: dict[str, str | None])
     FigureCanvasSVG(figure).print_svg(output, metadata=about)  # type: ignore[no-untyped-call]
     for patch, colour in zip(patches, colours, strict=True):
         patch.set_facecolor(colour)
+
+
+def themed_svg(svg: bytes) -> bytes | None:
+    """Return a figure for a page: without the text above it, in the colours of the page's theme.
+
+    Returns
+    -------
+    bytes or None
+        None if the figure has a colour of no theme.
+    """
+    light, dark = _colours_of(LIGHT), _colours_of(DARK)
+    names = {colour.encode(): b"var(--c%d)" % k for k, colour in enumerate(light)}
+    if not names.keys() >= {found.lower() for found in _COLOUR.findall(svg)}:
+        return None
+    themed = _COLOUR.sub(lambda found: names[found[0].lower()], svg)
+    rules = [
+        f":root{{{''.join(f'--c{k}:{colour};' for k, colour in enumerate(colours))}}}"
+        for colours in (light, dark)
+    ]
+    style = f"<style>{rules[0]}@media (prefers-color-scheme:dark){{{rules[1]}}}</style>"
+    themed = re.sub(rb"(<svg [^>]*>)", rb"\1" + style.encode(), themed, count=1)
+    cut = re.search(rb'id="header-([0-9]+)"', themed)
+    return _cut_top(themed, int(cut[1])) if cut else themed
+
+
+def _cut_top(svg: bytes, points: int) -> bytes:
+    def cut(found: re.Match[bytes]) -> bytes:
+        width, height = float(found[2]), float(found[3]) - points
+        return b'viewBox="0 %d %g %g"' % (points, width, height)
+
+    svg = re.sub(rb'viewBox="0 (0) ([0-9.]+) ([0-9.]+)"', cut, svg, count=1)
+    return re.sub(rb' (?:width|height)="[0-9.]+pt"', b"", svg, count=2)
 
 
 def _recolour(svg: bytes) -> bytes | None:
