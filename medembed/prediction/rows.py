@@ -29,7 +29,6 @@ from medembed.results.model_card import Card
 from medembed.results.predictions import image_code
 
 __all__ = [
-    "CLASSES",
     "Draw",
     "PredictedRow",
     "PredictionJob",
@@ -38,7 +37,6 @@ __all__ = [
     "predict_rows",
 ]
 
-CLASSES = ("normal", "abnormal")
 WINDOW = 4096
 """Rows of a cache in memory at a time; each such window verifies every shard once."""
 
@@ -356,7 +354,7 @@ class _Answers:
         row: PredictedRow = {
             "image": requests.images[number],
             "study": requests.names[requests.studies[number]],
-            **_describe(scored, place, self._point),
+            **_describe(scored, place, self._point, self._job.card.classes),
             **far,
             "n_views": None,
             "n_failed": None,
@@ -382,7 +380,7 @@ class _Answers:
         row: PredictedRow = {
             "image": None,
             "study": self._requests.names[code],
-            **_describe(scored, place, self._point),
+            **_describe(scored, place, self._point, self._job.card.classes),
             **_furthest(study.places),
             "n_views": study.n_views,
             "n_failed": study.n_failed,
@@ -443,16 +441,18 @@ _NO_VERDICT: Verdict = {
 }
 
 
-def _describe(scored: Scored | None, place: int | None, point: OperatingPoint) -> Verdict:
+def _describe(
+    scored: Scored | None, place: int | None, point: OperatingPoint, classes: tuple[str, str]
+) -> Verdict:
     if scored is None or place is None:
         return _NO_VERDICT
     inside = coverage = None
     if scored.set is not None and scored.is_marginal is not None:
-        inside = [name for name, is_in in zip(CLASSES, scored.set[place], strict=True) if is_in]
+        inside = [name for name, is_in in zip(classes, scored.set[place], strict=True) if is_in]
         coverage = "marginal" if scored.is_marginal[place] else "region"
     return {
         "probability": float(scored.probability[place]),
-        "decision": CLASSES[int(scored.decision[place])],
+        "decision": classes[int(scored.decision[place])],
         "operating_point": {"name": point.name, "threshold": point.threshold},
         "set": inside,
         "coverage": coverage,
