@@ -49,6 +49,7 @@ __all__ = [
     "ManifestCheck",
     "ManifestInit",
     "ManifestRelabel",
+    "ManifestTexts",
     "MapDocument",
     "PlanDocument",
     "Point",
