@@ -77,7 +77,7 @@ SIGNATURES = {
     "margin=None, operating_points=(), prevalence=None",
     "write_report": "runs, out, *, level='study', n_resamples=2000, seed=0, date=None, "
     "find_thumbnails=None, manifest=None, margin=None, command=None, checklists=(), "
-    "operating_points=(), prevalence=None, progress=None, figures=()",
+    "operating_points=(), prevalence=None, progress=None, figures=(), cases=None",
     "evaluate": "model, cache, manifest, out, *, split=None, recalibrate=None, seed=0, "
     "n_resamples=2000, operating_points=(), prevalence=None",
     "Predictor": "model, *, encoder=None, cache=None, device='auto', precision='auto', alpha=0.1, "

@@ -338,9 +338,9 @@ def write_table(rows: "list[PredictedRow]", path: Path) -> None:
         point = row["operating_point"] or {"name": None, "threshold": None}
         members = None if row["set"] is None else " or ".join(row["set"]) or "neither"
         names = {"operating_point": point["name"], "threshold": point["threshold"]}
-        before = {k: row[k] for k in ("image", "study", "probability", "decision")}
-        flat.append({**before, **names, "set": members} | {k: row[k] for k in row if k not in (
-            "operating_point", "set")})  # fmt: skip
+        known = {k: value for k, value in row.items() if k not in ("operating_point", "set")}
+        before = {k: known[k] for k in ("image", "study", "probability", "decision")}
+        flat.append({**before, **names, "set": members} | known)
     table = pd.DataFrame(flat).map(to_csv_cell)
     file = io.BytesIO()
     if path.suffix == ".csv":

@@ -7,7 +7,7 @@ different folds come from different models; or a group within a fold, where the 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import nan
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve
@@ -203,7 +203,9 @@ class _RidgeReader:
     """Ridge regressions of groups on the standardised columns of X, without each of the folds."""
 
     def __init__(self, X: np.ndarray, folds: np.ndarray) -> None:
-        self._X, self._mean, self._scale = X, np.float32(0), np.float32(1)
+        self._X = X
+        self._mean: Any = np.float32(0)
+        self._scale: Any = np.float32(1)
         if X.shape[1] > len(X):
             self._X = _rotate(X)
         else:
@@ -243,7 +245,8 @@ class _RidgeReader:
         """Return the product of a fold's columns with answers about their mean over all folds."""
         centred = Y[rows] - Y.mean(axis=0)
         places = zip(_split(rows), _split(np.arange(len(rows))), strict=True)
-        return np.sum([self._take(own).T @ centred[at] for own, at in places], axis=0)
+        products = [self._take(own).T @ centred[at] for own, at in places]
+        return np.asarray(np.sum(products, axis=0))
 
     def _gram(self, rows: np.ndarray) -> np.ndarray:
         found = np.zeros((self._X.shape[1],) * 2)

@@ -355,7 +355,7 @@ class _Answers:
             "image": requests.images[number],
             "study": requests.names[requests.studies[number]],
             **_describe(scored, place, self._point, self._job.card.classes),
-            **far,
+            **far,  # type: ignore[typeddict-item]
             "n_views": None,
             "n_failed": None,
             "trained_on": self._was_trained_on(number),
@@ -381,7 +381,7 @@ class _Answers:
             "image": None,
             "study": self._requests.names[code],
             **_describe(scored, place, self._point, self._job.card.classes),
-            **_furthest(study.places),
+            **_furthest(study.places),  # type: ignore[typeddict-item]
             "n_views": study.n_views,
             "n_failed": study.n_failed,
             "trained_on": study.trained_on,
@@ -427,8 +427,8 @@ def _furthest(views: Sequence[Remoteness]) -> Remoteness:
     """
     if not views or any(view["far"] is None for view in views):
         return _NOWHERE
-    most = max(views, key=lambda view: float(view["distance"]))
-    p = min(1.0, len(views) * float(most["distance_p"]))
+    most = max(views, key=lambda view: float(view["distance"] or 0.0))
+    p = min(1.0, len(views) * float(most["distance_p"] or 0.0))
     return {"distance": most["distance"], "distance_p": p, "far": most["far"]}
 
 

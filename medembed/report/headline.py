@@ -19,6 +19,7 @@ __all__ = [
     "Headline",
     "PriorVerdict",
     "Ranking",
+    "Tile",
     "describe_small_sample",
     "describe_tiles",
     "judge_priors",
