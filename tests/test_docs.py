@@ -344,6 +344,7 @@ def test_few_blocks_do_not_run() -> None:
         "reproduce",
         "--logdir",
         "extract",
+        "manifest",  # texts, of a checkpoint with words
     }
 
 

@@ -58,14 +58,15 @@ SIGNATURES = {
     "relabel": "manifest, review",
     "audit_labels": "run, manifest",
     "make_worklist": "cache, manifest, n, *, model=None, random_share=0.2, pool=None, seed=0",
-    "audit_shortcuts": "cache, manifest, columns, *, pool=None, n_folds=5, seed=0, progress=None",
+    "audit_shortcuts": "cache, manifest, columns, *, pool=None, n_folds=5, seed=0, "
+    "image_root=None, progress=None",
     "load_embeddings": "cache, manifest, *, pool=None, split=None, cells=False, verify=True",
     "patient_folds": "embeddings, n_folds=5, seed=0",
     "find_similar": "cache, manifest, query, *, k=10, pool=None, sha256=None, progress=None",
     "sweep": "cache, manifest, out, *, heads=('logistic', 'mlp', 'lightgbm'), pool=None, "
     "space=None, n_configs=None, n_folds=5, metric='auroc', covariates=(), train_fraction=1.0, "
-    "seed=0, operating_points=(), prompts=None, jobs=None, backend='loky', progress=None, "
-    "board=None",
+    "seed=0, operating_points=(), prompts=None, image_root=None, without_suspects=None, "
+    "jobs=None, backend='loky', progress=None, board=None, announce=None",
     "ensemble": "runs, out, *, heads=None, operating_points=()",
     "finetune": "manifest, image_root, encoder, out, *, unfreeze=(0, 1, 2, 4), from_run=None, "
     "trunk_cache=None, trunk_dtype='float32', n_seeds=1, n_folds=5, pool=None, config=None, "
@@ -76,7 +77,7 @@ SIGNATURES = {
     "margin=None, operating_points=(), prevalence=None",
     "write_report": "runs, out, *, level='study', n_resamples=2000, seed=0, date=None, "
     "find_thumbnails=None, manifest=None, margin=None, command=None, checklists=(), "
-    "operating_points=(), prevalence=None, progress=None, figures=()",
+    "operating_points=(), prevalence=None, progress=None, figures=(), cases=None",
     "evaluate": "model, cache, manifest, out, *, split=None, recalibrate=None, seed=0, "
     "n_resamples=2000, operating_points=(), prevalence=None",
     "Predictor": "model, *, encoder=None, cache=None, device='auto', precision='auto', alpha=0.1, "

@@ -7,7 +7,8 @@ import math
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import h5py
@@ -30,12 +31,14 @@ from medembed.core.errors import (
 )
 from medembed.core.files import describe_error, open_plain
 from medembed.core.locations import BucketPath, Location
-from medembed.core.poolings import find_pooling
+from medembed.core.poolings import IMAGE_STATISTICS, find_pooling
 from medembed.core.system import count_cores
 from medembed.core.text import Summarised, Summary, count_values, counted
 from medembed.dataset.identities import name_persons
-from medembed.dataset.manifest import Manifest, read_manifest, require_hashes
+from medembed.dataset.manifest import Manifest, image_path, read_manifest, require_hashes
 from medembed.dataset.splits import draw_folds
+from medembed.images.intensity import Intensity
+from medembed.images.statistics import measure_files
 
 __all__ = [
     "Embeddings",
@@ -43,6 +46,7 @@ __all__ = [
     "choose_poolings",
     "find_rows",
     "load_embeddings",
+    "load_statistics",
     "map_rows",
     "patient_folds",
 ]
@@ -272,6 +276,54 @@ def load_embeddings(
         failed=failed,
         label_level=manifest.label_level,
         spec=cache.spec,
+        manifest=manifest,
+    )
+
+
+def load_statistics(
+    cache: Cache,
+    manifest: Manifest,
+    image_root: str | os.PathLike[str] | None = None,
+    *,
+    verify: bool = True,
+) -> Embeddings:
+    """Return the statistics of the films of a manifest, see `images.statistics`.
+
+    The cache's own are read where it holds them; others are measured on the files, decoded as the
+    cache's were, and rounded to the cache's dtype.
+
+    Parameters
+    ----------
+    image_root : path
+        The directory that the manifest's paths are relative to; not needed if the cache holds
+        the statistics.
+
+    Raises
+    ------
+    CacheError
+        The cache does not hold them, and there is no image root; see also `load_embeddings`.
+    ImageError
+        A file is missing, holds other bytes or is no complete image.
+    MissingRowsError, ManifestError
+        See `load_embeddings`.
+    """
+    if IMAGE_STATISTICS in cache.spec.poolings or image_root is None:
+        return load_embeddings(cache, manifest, pool=IMAGE_STATISTICS, verify=verify)
+    require_hashes(manifest)
+    rows, _, failed = find_rows(cache, manifest.rows, "MANIFEST")
+    X = measure_files(
+        [image_path(Path(image_root), image) for image in rows["image"]],
+        rows["sha256"].tolist(),
+        Intensity.from_spec(cache.spec.preprocessing.get("window")),
+    )
+    held = {IMAGE_STATISTICS: X.shape[1:]}
+    return Embeddings(
+        X=X.astype(cache.spec.dtype).astype(np.float32),
+        rows=rows.reset_index(drop=True),
+        pooling=IMAGE_STATISTICS,
+        failed=failed,
+        label_level=manifest.label_level,
+        spec=replace(cache.spec, poolings={**cache.spec.poolings, **held}),
         manifest=manifest,
     )
 

@@ -28,6 +28,7 @@ __all__ = ["shortcuts_command"]
     examples=[
         "medembed audit shortcuts cache mura.csv --columns region,cast",
         "medembed audit shortcuts cache films.csv --columns device,sex,age:0-18-65-120 -o audit",
+        "medembed audit shortcuts cache mura.csv --columns region --image-root MURA-v1.1",
     ],
 )
 @click.argument("cache_path", metavar="CACHE", type=LOCATION)
@@ -50,6 +51,12 @@ __all__ = ["shortcuts_command"]
     help="Folds of cross-validation, disjoint in patients.",
 )
 @click.option(
+    "--image-root",
+    type=PATH,
+    help="Directory that the manifest's paths are relative to: the films' brightness, size, "
+    "sharpness and border are measured there, unless CACHE holds the pooling imagestats.",
+)
+@click.option(
     "-o",
     "--output",
     type=PATH,
@@ -64,6 +71,7 @@ def shortcuts_command(
     columns: tuple[str, ...],
     pool: str | None,
     n_folds: int,
+    image_root: Path | None,
     output: Path | None,
     seed: int,
     as_json: bool,
@@ -88,6 +96,7 @@ def shortcuts_command(
             pool=pool,
             n_folds=n_folds,
             seed=seed,
+            image_root=image_root,
             progress=progress,
         )
     document = found.as_dict()

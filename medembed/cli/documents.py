@@ -156,6 +156,15 @@ class RecipeText(ClosedRecord):
     recipe: str
 
 
+class ManifestTexts(ClosedRecord):
+    """`medembed manifest texts --json`."""
+
+    output: str
+    columns: list[str]
+    texts: Count
+    """Rows with a text."""
+
+
 class ManifestRelabel(ClosedRecord):
     """`medembed manifest relabel --json`: counts of images."""
 
@@ -467,9 +476,10 @@ class Prediction(ClosedRecord):
     image: str | None
     study: str
     probability: float | None = Field(ge=0, le=1)
-    decision: Literal["normal", "abnormal"] | None
+    decision: str | None
+    """"normal" or "abnormal"; of a target's model the target's name, or "no" and its name."""
     operating_point: Point | None
-    set: list[Literal["normal", "abnormal"]] | None
+    set: list[str] | None
     coverage: str | None
     distance: float | None
     distance_p: float | None
@@ -566,6 +576,7 @@ DOCUMENTS: dict[str, Any] = {
     "manifest-build": ManifestBuild,
     "manifest-check": ManifestCheck,
     "manifest-relabel": ManifestRelabel,
+    "manifest-texts": ManifestTexts,
     "manifest-init": ManifestInit,
     "manifest-recipes": list[KnownRecipe] | RecipeText,
     "map": MapDocument,

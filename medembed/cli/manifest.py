@@ -20,6 +20,7 @@ from medembed.cli.options import (
 )
 from medembed.cli.progress import showing_progress
 from medembed.core.locations import Location
+from medembed.core.text import counted
 
 if TYPE_CHECKING:
     from medembed.cache.near_duplicates import NearDuplicates
@@ -35,6 +36,7 @@ __all__ = [
     "manifest_command",
     "recipes_command",
     "relabel_command",
+    "texts_command",
 ]
 
 _CHOICES = {
@@ -457,3 +459,85 @@ def relabel_command(manifest_path: Path, review_path: Path, output: Path, as_jso
         print_json({**document, "output": str(output)})
     else:
         suggest("sweep", "CACHE", output, "-o", "runs/relabelled")
+
+
+@manifest_command.command(
+    "texts",
+    starting="Loading the text tower",
+    short_help="Turn a column of free text into covariates.",
+    examples=[
+        "medembed manifest texts films.csv --column indication --encoder google/medsiglip-448 "
+        "-o films-2.csv",
+        "medembed manifest texts elsewhere.csv --column indication --encoder google/medsiglip-448 "
+        "--like films-2.csv -o elsewhere-2.csv",
+    ],
+)
+@click.argument("manifest_path", metavar="MANIFEST", type=PATH)
+@click.option("--column", required=True, help="The covariate that holds the texts.")
+@click.option(
+    "--encoder",
+    "reference",
+    required=True,
+    help="Checkpoint with a text tower: hub id such as google/medsiglip-448, or a directory.",
+)
+@click.option(
+    "--components",
+    "n_components",
+    type=click.IntRange(1, 1024),
+    default=16,
+    show_default=True,
+    help="Columns to write at most.",
+)
+@click.option(
+    "--like",
+    type=PATH,
+    help="A manifest of this command, or its .texts.safetensors: use its components, so that its "
+    "models can read these columns.",
+)
+@output_option("MANIFEST.csv or .parquet to write; components go beside it.", "output")
+@json_option
+def texts_command(
+    manifest_path: Path,
+    column: str,
+    reference: str,
+    n_components: int,
+    like: Path | None,
+    output: Path,
+    as_json: bool,
+) -> None:
+    """Embed a column of free text, such as the indication, as covariates of numbers.
+
+    The text tower of MedSigLIP, SigLIP or CLIP embeds each text; the columns COLUMN_1, COLUMN_2, …
+    are principal components of the texts of train. A report may hold the answer: a text that was
+    written after the film was read says what was seen, and so does a classifier that reads it.
+    """
+    from medembed.extraction.free_text import (
+        add_text_covariates,
+        basis_path,
+        may_hold_the_answer,
+    )
+
+    with showing_progress("Fetching", "bytes") as fetching:
+        found = add_text_covariates(
+            manifest_path,
+            column,
+            reference,
+            output,
+            n_components=n_components,
+            like=like,
+            progress=fetching,
+        )
+    names = [name for name in map(str, found.rows) if name.startswith(f"{column}_")]
+    n_texts = int(found.rows[column].fillna("").str.strip().ne("").sum())
+    if may_hold_the_answer(column):
+        say(
+            f"Warning: {column} may have been written after the film was read, and hold the answer."
+        )
+    else:
+        say(f"If {column} was written after the film was read, it may hold the answer.")
+    say(f"{output}: {counted(n_texts, 'text')} as {', '.join(names)}; {basis_path(output)}")
+    if as_json:
+        print_json({"output": str(output), "columns": names, "texts": n_texts})
+    else:
+        suggest("sweep", "CACHE", output, "--covariates", ",".join(names), "--heads",
+                "logistic,metadata", "-o", "runs/texts")  # fmt: skip

@@ -9,7 +9,7 @@ of libraries, precision and device.
 import base64
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from os import PathLike
 from pathlib import Path
@@ -74,7 +74,7 @@ def compute_canary(
     encoder : Encoder
         In fp32, so that every precision is compared with one reference.
     poolings : sequence of str
-        All poolings that the cache will hold.
+        All poolings of the tower that the cache will hold.
     spec : CacheSpec, optional
         The cache's spec; the embeddings must fit its dtype.
 
@@ -87,7 +87,8 @@ def compute_canary(
     """
     embeddings = _embed(encoder, poolings, batch_size=1)
     if spec is not None:
-        as_stored(embeddings, spec, len(CANARY_FILES))
+        own = replace(spec, poolings={name: spec.poolings[name] for name in poolings})
+        as_stored(embeddings, own, len(CANARY_FILES))
     files = _read_files()
     document = {
         "version": CANARY_VERSION,

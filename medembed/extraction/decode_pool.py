@@ -67,6 +67,8 @@ class Decoders:
         Which window of a DICOM to use.
     limits : Limits
         Limits on size and time. An image that takes longer fails, and its process is restarted.
+    measures : bool
+        Whether readings have `Reading.statistics`.
     """
 
     def __init__(
@@ -75,10 +77,12 @@ class Decoders:
         preprocessing: Preprocessing,
         intensity: Intensity = DEFAULT_INTENSITY,
         limits: Limits = DEFAULT_LIMITS,
+        *,
+        measures: bool = False,
     ) -> None:
         self.n_processes = n_processes
         self._preprocessing = preprocessing
-        self._intensity, self._limits = intensity, limits
+        self._intensity, self._limits, self._measures = intensity, limits, measures
         self._idle: queue.SimpleQueue[_Decoder] = queue.SimpleQueue()
         self._deaths = 0
 
@@ -86,7 +90,9 @@ class Decoders:
         self._shared = _make_shared_file()
         handle = self._shared.fileno()
         self._messages = tempfile.TemporaryFile()
-        arguments = describe(handle, self._preprocessing, self._intensity, self._limits)
+        arguments = describe(
+            handle, self._preprocessing, self._intensity, self._limits, measures=self._measures
+        )
         self._all = [_Decoder(arguments, handle, self._messages) for _ in range(self.n_processes)]
         for decoder in self._all:
             self._idle.put(decoder)
@@ -210,7 +216,7 @@ class Decoders:
             self._idle.put(decoder)
         self._deaths = 0
         pixels = self._slots[slot] if answer.pop("pixels") else None
-        several = {name: tuple(answer[name]) for name in ("times", "notes")}
+        several = {name: tuple(answer[name]) for name in ("times", "notes", "statistics")}
         return Reading(**{**answer, **several, "pixels": pixels})
 
     def _too_slow(self, decoder: "_Decoder") -> Reading | None:

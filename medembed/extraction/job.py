@@ -30,7 +30,15 @@ from medembed.core.errors import (
 from medembed.core.files import open_plain
 from medembed.core.locations import BucketPath, Location, as_location
 from medembed.core.object_store import AHEAD, read_range
-from medembed.core.poolings import DEFAULT_POOLINGS, block_of, expand_blocks, list_names
+from medembed.core.poolings import (
+    DEFAULT_POOLINGS,
+    IMAGE_STATISTICS,
+    block_of,
+    expand_blocks,
+    find_pooling,
+    list_names,
+    list_of_tower,
+)
 from medembed.core.system import (
     choose_processes,
     default_decoders,
@@ -221,7 +229,8 @@ def extract(
     cache : Cache or path
         A directory or a bucket's prefix; created if it does not exist.
     poolings : str or sequence of str
-        Which of the encoder's poolings to store; `mean@all` stands for `mean@K` of every block.
+        Which of the encoder's poolings to store; `mean@all` stands for `mean@K` of every block,
+        and `imagestats` for the numbers of `images.statistics`, which no encoder computes.
     dtype : {"float16", "float32"}
         Dtype of the stored embeddings.
     intensity : Intensity
@@ -300,7 +309,10 @@ def extract(
     check_plan(plan, spec, root, cache_path)
     n_decoders = min(n_decoders, len(plan.pending))
     # The decoders are the outermost context: Ctrl-C commits first and ends them afterwards.
-    with Decoders(n_decoders, encoder.preprocessing, intensity, limits) as readers:
+    measures = IMAGE_STATISTICS in poolings
+    with Decoders(
+        n_decoders, encoder.preprocessing, intensity, limits, measures=measures
+    ) as readers:
         size = _warm_up(encoder, poolings, len(plan.pending), batch_size, on_status)
         on_status("Canary")
         opened = _open_or_make(encoder, spec, recorded, cache_path, known_shards)
@@ -375,9 +387,14 @@ def spec_of(
             "images_version": IMAGES_VERSION,
             "window": intensity.as_spec(),
         },
-        poolings={name: tuple(encoder.dimensions[name]) for name in poolings},
+        poolings={name: _shape_of(name, encoder) for name in poolings},
         dtype=dtype,
     )
+
+
+def _shape_of(pooling: str, encoder: Encoder) -> tuple[int, ...]:
+    entry = find_pooling(pooling)
+    return entry.shape(0) if entry.is_of_file else tuple(encoder.dimensions[pooling])
 
 
 def _warm_up(
@@ -389,7 +406,7 @@ def _warm_up(
 ) -> int:
     if isinstance(encoder, PipelinedEncoder):
         return encoder.warm_up(
-            poolings, n_images=n_images, batch_size=batch_size, on_status=on_status
+            list_of_tower(poolings), n_images=n_images, batch_size=batch_size, on_status=on_status
         )
     return batch_size or PLAIN_BATCH
 
@@ -405,7 +422,7 @@ def _open_or_make(
     laid = None
     if is_free(cache_path):
         reference = encoder.reference() if isinstance(encoder, PipelinedEncoder) else encoder
-        laid = compute_canary(reference, list(spec.poolings), spec)
+        laid = compute_canary(reference, list_of_tower(spec.poolings), spec)
     return create_cache(cache_path, spec, recorded, laid, known=known_shards)
 
 
@@ -420,7 +437,7 @@ def _prove(
             return batch_size, check_canary(
                 cache.canary,
                 encoder,
-                list(cache.spec.poolings),
+                list_of_tower(cache.spec.poolings),
                 batch_size=batch_size,
                 there=cache.recorded,
                 here=recorded,
@@ -446,7 +463,13 @@ def _check_request(
         decoders, "--decoders", DECODER_BYTES, MedembedError, default=default_decoders()
     )
     _check_batch_size(encoder, batch_size)
-    for name in poolings:
+    of_tower = list_of_tower(poolings)
+    if not of_tower:
+        raise EncoderError(
+            f"{IMAGE_STATISTICS} is measured on the film, without the encoder. Name one of its "
+            f"poolings too: --pool mean,{IMAGE_STATISTICS}."
+        )
+    for name in of_tower:
         if name not in encoder.dimensions:
             offered = list_names(encoder.dimensions)
             raise EncoderError(

@@ -160,7 +160,7 @@ def read_config(config: Hyperparameters | Mapping[str, object] | None) -> Hyperp
             "config is a mapping of hyperparameters to their values, such as "
             f'{{"epochs": 10}}; this is of type {type(config).__name__}.'
         )
-    given = dict(config or {})
+    given: dict[str, Any] = dict(config or {})
     _check_bounds(given)
     return Hyperparameters(**given)
 

@@ -91,6 +91,8 @@ class Reading:
         Why the stage failed; names no path.
     other_sha256 : str or None
         Hash of the bytes found, if they differ from the manifest's.
+    statistics : tuple of float
+        The result of `measure`, if that was asked for.
     times : tuple of float
         `time.monotonic()` at the start, once the bytes were read and hashed, and at the end.
     """
@@ -102,6 +104,7 @@ class Reading:
     stage: str | None = None
     reason: str = ""
     other_sha256: str | None = None
+    statistics: tuple[float, ...] = ()
     times: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
     def joining(self, version: Any, what: str, way_out: str) -> "Reading":
@@ -128,6 +131,7 @@ def read_content(
     transform: Callable[[np.ndarray], np.ndarray],
     intensity: Intensity = DEFAULT_INTENSITY,
     limits: Limits = DEFAULT_LIMITS,
+    measure: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> Reading:
     """Read the first of `paths` whose bytes have this SHA-256, and decode exactly those bytes.
 
@@ -139,6 +143,8 @@ def read_content(
         Which window of a DICOM to use.
     limits : Limits
         Only `max_bytes` is enforced here; `extraction.decode_worker` enforces the time limit.
+    measure : callable, optional
+        Also applied to the decoded image; returns a few numbers.
     """
     start = time.monotonic()
     reason, other = "", None
@@ -152,7 +158,7 @@ def read_content(
             continue
         found = hashlib.sha256(data).hexdigest()
         if found == sha256:
-            return _decode(data, transform, intensity, start)
+            return _decode(data, transform, intensity, start, measure)
         other = found
     now = time.monotonic()
     if other:
@@ -171,6 +177,7 @@ def _decode(
     transform: Callable[[np.ndarray], np.ndarray],
     intensity: Intensity,
     start: float,
+    measure: Callable[[np.ndarray], np.ndarray] | None,
 ) -> Reading:
     middle = time.monotonic()
     try:
@@ -179,11 +186,13 @@ def _decode(
         reason, times = str(error), (start, middle, time.monotonic())
         return Reading(stage="decode", reason=reason, since=error.since, times=times)
     pixels = transform(radiograph.pixels)
+    statistics = () if measure is None else tuple(measure(radiograph.pixels).tolist())
     times = (start, middle, time.monotonic())
     return Reading(
         pixels=pixels,
         colour=radiograph.colour,
         notes=radiograph.notes,
         since=radiograph.since,
+        statistics=statistics,
         times=times,
     )

