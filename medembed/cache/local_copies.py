@@ -11,6 +11,7 @@ import hashlib
 import io
 import os
 import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -51,7 +52,27 @@ def copies_directory() -> Path:
     if named:
         return Path(named)
     home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "medembed" / "shards"
+    try:
+        return (Path(home) if home else Path.home() / ".cache") / "medembed" / "shards"
+    except RuntimeError:  # a user without a home
+        return Path(tempfile.gettempdir()) / f"medembed-shards-{os.getuid()}"
+
+
+def _most_bytes() -> int:
+    """Return the bound of the directory of copies.
+
+    Raises
+    ------
+    CacheError
+        `MEDEMBED_SHARDS_MAX_BYTES` is no number of bytes.
+    """
+    text = os.environ.get("MEDEMBED_SHARDS_MAX_BYTES") or str(MAX_BYTES)
+    try:
+        return int(float(text))
+    except (ValueError, OverflowError):
+        raise CacheError(
+            f"MEDEMBED_SHARDS_MAX_BYTES={text:.40} is no number of bytes, such as 50e9."
+        ) from None
 
 
 def damaged_shard(path: Location, what: str) -> ShardError:
@@ -195,8 +216,7 @@ def _make_room(directory: Path, n_bytes: int) -> bool:
                     total += status.st_size
                 elif entry.name.endswith(".partial") and time.time() - status.st_mtime > 86_400:
                     os.unlink(entry.path)  # of a process that was killed
-    most = int(float(os.environ.get("MEDEMBED_SHARDS_MAX_BYTES") or MAX_BYTES))
-    most = min(most, total + shutil.disk_usage(directory).free - KEPT_FREE)
+    most = min(_most_bytes(), total + shutil.disk_usage(directory).free - KEPT_FREE)
     for _, size, path in sorted(copies):
         if total + n_bytes <= most:
             break

@@ -12,6 +12,7 @@ from medembed.cli.console import print_json, printable, say, suggest
 from medembed.cli.options import LOCATION, PATH, Finite, json_option, output_option, split_names
 from medembed.cli.progress import showing_progress
 from medembed.core.locations import Location
+from medembed.core.text import counted
 
 if TYPE_CHECKING:
     from medembed.cache.verification import Problem
@@ -234,7 +235,7 @@ def pull_command(source: Location, target: Path | None, as_json: bool) -> None:
     done = keep_copies(source)
     if as_json:
         print_json(asdict(done))
-    say(f"{source}: {done.shards} shards fetched, {done.already} already there")
+    say(f"{source}: {counted(done.shards, 'shard')} fetched, {done.already} already there")
 
 
 @cache_command.command(
@@ -266,13 +267,14 @@ def _copy_cache(source: Location, target: Location, as_json: bool) -> None:
     from medembed.cache.transfer import copy_cache
 
     def announce(n_shards: int, n_bytes: int) -> None:
-        say(f"Copying {n_shards:,} shards, {n_bytes / 1e6:,.1f} MB, from {source} to {target} …")
+        size = f"{counted(n_shards, 'shard')}, {n_bytes / 1e6:,.1f} MB"
+        say(f"Copying {size}, from {source} to {target} …")
 
     with showing_progress("Copying", "bytes") as progress:
         done = copy_cache(source, target, progress, announce)
     if as_json:
         print_json(asdict(done))
-    say(f"{target}: {done.shards} shards copied, {done.already} already there")
+    say(f"{target}: {counted(done.shards, 'shard')} copied, {done.already} already there")
     suggest("cache", "info", target)
 
 

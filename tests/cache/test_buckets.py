@@ -503,6 +503,20 @@ def test_without_room_for_copies_rows_are_read_all_the_same(
         map_rows(cache, keys, "mean")
 
 
+def test_a_bound_that_is_no_number_is_named(
+    s3: S3, place: BucketPath, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = some_keys(10)
+    commit(cache, keys)
+    monkeypatch.setenv("MEDEMBED_SHARDS_MAX_BYTES", "plenty")
+    with pytest.raises(CacheError, match="MEDEMBED_SHARDS_MAX_BYTES=plenty is no number"):
+        cache.read(keys, ["mean"])
+    monkeypatch.delenv("MEDEMBED_SHARDS")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    assert local_copies.copies_directory().name == f"medembed-shards-{os.getuid()}"
+
+
 def test_rows_of_a_bucket_can_be_mapped(s3: S3, place: BucketPath, cache: Cache) -> None:
     keys = some_keys(30)
     for part in np.array_split(keys, 3):

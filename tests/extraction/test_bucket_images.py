@@ -224,7 +224,7 @@ def test_every_step_takes_buckets(
     s3.fault = lambda asked: "cut"
     call("cache", "verify", "here")
     s3.fault = lambda asked: None
-    assert "1 shards copied" in call("cache", "push", "here", f"{place}-copy").stderr
+    assert "1 shard copied" in call("cache", "push", "here", f"{place}-copy").stderr
     assert "1 already there" in call("cache", "push", f"{place}-copy", "here").stderr
 
 

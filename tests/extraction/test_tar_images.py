@@ -175,6 +175,7 @@ def test_the_commands_take_a_stream(
     assert built.exit_code == 0, built.output
     assert "12 images, 12 studies, 12 patients, 6 abnormal" in built.output
     assert "--image-root tar://tars" in built.output
+    assert built.output.count("Hashing: ") == 1
     assert len(read_manifest(tmp_path / "m.csv").rows) == N_IMAGES
     words = ["extract", "m.csv", "--image-root", "tar://tars", "--encoder", "demo", "--cache", "c"]
     done = CliRunner().invoke(main, [*words, "--device", "cpu"])

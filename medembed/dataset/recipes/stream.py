@@ -43,7 +43,7 @@ def build_from_stream(
     label_level : {"study", "image"}
         Whether all images of a study share its label.
     progress : callable, optional
-        Called as progress(done, done) with images: how many there are is known at the end.
+        Called as progress(done, total) with images; until the end, one more is to come.
 
     Raises
     ------
@@ -67,7 +67,9 @@ def build_from_stream(
                 continue
             rows.append({"image": name, "sha256": hashlib.sha256(data).hexdigest(), **about})
         if progress:
-            progress(len(rows), len(rows))
+            progress(len(rows), len(rows) + 1)
+    if progress:
+        progress(len(rows), len(rows))
     if problems:
         more = [f"and {len(problems) - N_NAMED} more"] if len(problems) > N_NAMED else []
         raise ManifestError(
