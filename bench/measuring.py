@@ -11,8 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from medembed.core.system import processor_flags
-
 
 def alternate(jobs: dict[str, Callable[[], float]], n_runs: int) -> dict[str, list[float]]:
     """Run the jobs A B A B …, after one warm-up each; return every job's seconds in order."""
@@ -70,6 +68,8 @@ def instructions() -> str | None:
     `ATEN_CPU_CAPABILITY=avx2` with `ONEDNN_MAX_CPU_ISA=AVX2` limits PyTorch to AVX2.
     """
     limit = os.environ.get("ATEN_CPU_CAPABILITY"), os.environ.get("ONEDNN_MAX_CPU_ISA")
+    from medembed.core.system import processor_flags  # `walks.py` runs trees without this module
+
     flags = processor_flags()
     known = [name for name, flag in INSTRUCTIONS.items() if flag in flags]
     if limit == ("avx2", "AVX2"):

@@ -1,15 +1,18 @@
-"""Measure time and memory of nearest neighbours, retrieval and a map of very many rows.
+"""Measure time and memory of questions to a cache of very many rows: neighbours, maps, audits.
 
     .venv/bin/python bench/neighbours.py --rows 1000000 --out bench/results/neighbours.json
 
 Each job is a process of its own: `medembed similar` as a whole, with the verification of every
 shard; the head `knn`, fitted on all rows and asked for 1,000; the ranking of all rows for 64
-queries; and the principal components of a pooling. Embeddings are synthetic: random numbers, in
-float16, in shards that are in the page cache. Memory is that of the process without mapped files
-(RssAnon), sampled every 0.05 s.
+queries; the principal components of a pooling; `audit labels` of a made run of two heads; a
+worklist of 200 studies, where nine in ten have no label; and `audit shortcuts` of one column.
+`--keep DIR` makes the data there, or takes what is there, and results are added to those of --out.
+Embeddings are synthetic: random numbers, in float16, in shards that are in the page cache. Memory
+is that of the process without mapped files (RssAnon), sampled every 0.05 s.
 """
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
@@ -20,13 +23,18 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 from large import manifest_rows
+from scipy.special import expit
 
 from measuring import write_results
 from medembed.cache.shards import MAX_SHARD_ROWS
 from medembed.cache.spec import CacheSpec
 from medembed.cache.store import create_cache
+from medembed.dataset.manifest import read_manifest
+from medembed.results.run_schema import CV_METHOD
+from medembed.results.runs import create_run
 
 INTERVAL = 0.05
 LOAD = """
@@ -62,6 +70,33 @@ from medembed.evaluation.projection import project
 project(e.X)
 print(json.dumps({{"pca": time.perf_counter() - start}}))
 """,
+    "labels": """
+import json, time
+import medembed as me
+start = time.perf_counter()
+found = me.audit_labels("{cache}/../run", "{manifest}")
+print(json.dumps({{"audit": time.perf_counter() - start, "suspects": len(found.suspects)}}))
+""",
+    "worklist": """
+import json, time
+import numpy as np
+import medembed as me
+from medembed.dataset.manifest import Manifest
+known = me.read_manifest("{manifest}")
+rows = known.rows
+few = rows["label"].where(np.random.default_rng(0).random(len(rows) // 4).repeat(4) < 0.1)
+manifest = Manifest(rows.assign(label=few), known.label_level)
+start = time.perf_counter()
+me.make_worklist("{cache}", manifest, 200)
+print(json.dumps({{"worklist": time.perf_counter() - start}}))
+""",
+    "shortcuts": """
+import json, time
+import medembed as me
+start = time.perf_counter()
+me.audit_shortcuts("{cache}", "{manifest}", ["cast"])
+print(json.dumps({{"audit": time.perf_counter() - start}}))
+""",
 }
 
 
@@ -76,11 +111,39 @@ def make(directory: Path, n_rows: int, n_values: int) -> None:
             n = min(MAX_SHARD_ROWS, n_rows - start)
             keys = generator.integers(0, 256, (n, 32), dtype=np.uint8)
             cache.commit(keys, {"mean": generator.standard_normal((n, n_values), np.float32)})
-            rows = manifest_rows(keys, np.arange(start, start + n))
+            numbers = np.arange(start, start + n)
+            rows = manifest_rows(keys, numbers)
+            cast = np.where(numbers // 4 * 7919 % 13 > 6, "yes", "no").tolist()
+            rows = rows.add_column(7, "cast", [cast])
             writer = writer or pq.ParquetWriter(directory / "manifest.parquet", rows.schema)
             writer.write_table(rows)
     assert writer
     writer.close()
+    make_run(directory)
+
+
+def make_run(directory: Path) -> None:
+    """Write a run of two heads whose scores know the label in part."""
+    manifest = read_manifest(directory / "manifest.parquet")
+    rows = manifest.rows
+    generator = np.random.default_rng(1)
+    patients = pd.factorize(rows["patient"])[0]
+    images = rows[["sha256", "region", "label", "split"]].assign(patient=patients, study=patients)
+    folds = pd.Series(patients % 5).where(rows["split"] == "train")
+    signal = 2.0 * (2.0 * rows["label"].astype(float) - 1)
+    parts = [
+        images.assign(
+            fold=folds,
+            head=head,
+            trial=0,
+            probability=expit(signal + generator.normal(0, 2, patients.max() + 1)[patients]),
+        )
+        for head in ("logistic", "mlp")
+    ]
+    details = {"seed": 0, "cv_method": CV_METHOD, "data": {"images": len(rows)}}
+    run = create_run(directory / "run", {"manifest": manifest.digest()}, details=details)
+    run.write_predictions(pd.concat(parts, ignore_index=True))
+    run.write_scores({})
 
 
 def watch(command: list[str]) -> dict[str, Any]:
@@ -107,20 +170,23 @@ def watch(command: list[str]) -> dict[str, Any]:
 
 def main() -> None:
     """Make the data, run every job once, and write what was measured."""
-    import json
-
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--values", type=int, default=1152)
-    parser.add_argument("--jobs", default="similar,knn,retrieval,map")
+    parser.add_argument("--jobs", default=",".join(["similar", *JOBS]))
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--keep", type=Path)
     asked = parser.parse_args()
     found: dict[str, Any] = {}
+    if asked.keep and asked.out.exists():
+        found = json.loads(asked.out.read_text())["jobs"]
     with tempfile.TemporaryDirectory() as made:
-        home = Path(made)
-        make(home, asked.rows, asked.values)
+        home = asked.keep or Path(made)
+        if not (home / "run" / "scores.json").exists():
+            home.mkdir(exist_ok=True)
+            make(home, asked.rows, asked.values)
         cache, manifest = home / "cache", home / "manifest.parquet"
-        for name in asked.jobs.split(","):
+        for name in filter(None, asked.jobs.split(",")):
             if name == "similar":
                 words = ["-m", "medembed", "similar", str(cache), str(manifest), "--image", "1"]
                 own = watch([sys.executable, *words, "--quiet"])

@@ -12,6 +12,8 @@ STEP more in each round, and train a logistic head on all labels so far:
 - `worklist`: `medembed worklist` without a run at first, then with the run so far, and its default
   random share.
 
+Where the labels so far are too few to train on, the AUROC counts as 0.5.
+
 Reported per round: the mean test AUROC of both, the difference with a 95 % t interval over seeds;
 and the number of labels with which the worklist's mean curve reaches what random choice has at
 its end, with a 95 % percentile interval over resampled seeds.
@@ -31,6 +33,7 @@ from made_table import make_table
 from measuring import write_results
 from medembed.cache.spec import CacheSpec, keys_from_hex
 from medembed.cache.store import create_cache
+from medembed.core.errors import TrainingDataError
 from medembed.dataset.manifest import Manifest
 
 NIH = Path(__file__).parents[2] / "shared" / "data" / "nih"
@@ -92,9 +95,13 @@ def follow(cache: Path, rows: pd.DataFrame, seed: int, home: Path, strategy: str
         labelled |= rows["study"].isin(chosen).to_numpy()
         known = truth.where(labelled | is_test)
         manifest = Manifest(rows.assign(label=known.astype("Int8")), "study")
-        run = me.sweep(
-            cache, manifest, home / f"{strategy}-{k}", heads="logistic", n_folds=3, jobs=1
-        )
+        try:
+            run = me.sweep(
+                cache, manifest, home / f"{strategy}-{k}", heads="logistic", n_folds=3, jobs=1
+            )
+        except TrainingDataError:  # too few patients of a class so far
+            scores.append(0.5)
+            continue
         [own] = [row for row in run.scores()["rows"] if row["head"] == "logistic"]
         scores.append(own["scores"]["auroc"]["value"])
     return scores

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         RunError,
         ShardError,
         SpecMismatchError,
+        StorageError,
         TrainingDataError,
     )
     from medembed.dataset.manifest import Manifest, read_manifest
@@ -103,6 +104,7 @@ __all__ = [
     "ShardError",
     "ShortcutAudit",
     "SpecMismatchError",
+    "StorageError",
     "TrainingDataError",
     "Worklist",
     "__version__",
@@ -136,7 +138,7 @@ _NAMES = {
         *("ArgumentError", "CacheError", "DeviceMemoryError", "EncoderError", "ImageError"),
         *("ManifestError", "MedembedError", "MissingLibraryError", "MissingRowsError"),
         *("ModelError", "NonFiniteError", "PathNotFoundError", "RecipeError", "RunError"),
-        *("ShardError", "SpecMismatchError", "TrainingDataError"),
+        *("ShardError", "SpecMismatchError", "StorageError", "TrainingDataError"),
     ),
     "dataset.manifest": ("Manifest", "read_manifest"),
     "dataset.recipes.build": ("BuildReport", "build_manifest"),

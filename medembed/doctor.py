@@ -12,6 +12,8 @@ from shutil import which
 from typing import Any
 
 from medembed.core.errors import MedembedError
+from medembed.core.locations import BucketPath, as_location
+from medembed.core.object_store import require_conditions
 from medembed.core.poolings import (
     DEFAULT_POOLINGS,
     expand_blocks,
@@ -113,7 +115,10 @@ def examine(
         checks.append(_check_memory(found, device, precision))
         checks += _check_fetch(found)
     columns = found.config if found else {}
-    return [*checks, _check_cache_disk(columns, n_images, Path(cache or "cache"), poolings, dtype)]
+    place = as_location(cache or "cache", "a cache")
+    if isinstance(place, BucketPath):
+        return [*checks, _check_bucket(place)]
+    return [*checks, _check_cache_disk(columns, n_images, place, poolings, dtype)]
 
 
 def lines(checks: Sequence[Check]) -> Iterator[str]:
@@ -330,6 +335,16 @@ def _check_fetch(found: RemoteCheckpoint) -> Iterator[Check]:
     yield Check(
         "disk (hub)", ok, detail, "" if ok else "Free some space, or set HF_HOME to another disk."
     )
+
+
+def _check_bucket(place: BucketPath) -> Check:
+    """Return whether rows can be written to a bucket, and by many workers at once."""
+    try:
+        require_conditions(place)
+    except MedembedError as error:
+        return Check("bucket (cache)", False, str(error), "Mend that, or choose another --cache.")
+    detail = f"{place} takes objects, and only where their names are free"
+    return Check("bucket (cache)", True, detail, "")
 
 
 def _check_cache_disk(

@@ -8,9 +8,14 @@ import signal
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from s3_server import S3
 
 MEMORY = Path("/dev/shm")
 ENOUGH_BYTES = 2 * 2**30  # a container has 64 MB by default; then the usual place has to do
@@ -122,3 +127,39 @@ def shared_data() -> Path:
         if candidate.is_dir():
             return candidate
     pytest.skip("shared/data is not beside this checkout: real radiographs are not tested")
+
+
+@pytest.fixture(scope="session")
+def served_s3() -> Iterator["S3"]:
+    """Serve S3 on loopback as long as tests run; they take `s3`."""
+    from s3_server import serving
+
+    with serving() as server:
+        yield server
+
+
+@pytest.fixture
+def s3(served_s3: "S3", monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> "S3":
+    """Reach a server of S3 that does what it should, with an empty directory of copies."""
+    from medembed.cache import compaction
+    from medembed.core import object_store
+
+    served_s3.reset()
+    for name, value in served_s3.environ.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MEDEMBED_SHARDS", str(tmp_path / "copies"))
+    monkeypatch.setattr(object_store, "FIRST_PAUSE", 0.005)
+    monkeypatch.setattr(compaction, "GRACE_SECONDS", 0.0)
+    return served_s3
+
+
+NUMBERS = count()
+
+
+@pytest.fixture(params=["local", "s3"])
+def any_place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Name a place for a cache that does not exist, on the disk and in a bucket."""
+    if request.param == "local":
+        return str(tmp_path / "cache")
+    request.getfixturevalue("s3")
+    return f"s3://bucket/{os.getpid()}-{next(NUMBERS)}/cache"

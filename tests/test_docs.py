@@ -1,11 +1,11 @@
 """Every block of README, tutorials and how-to guides runs as printed, in one reader's home.
 
 The data are synthetic: MURA's layout, a folder per class, another clinic's table, DICOM files. The
-hub is on loopback, with random towers under the names that the pages use. Launchers that this
-machine lacks are stand-ins that start what they are given. Pages run in the order in which a reader
-would take them and share caches and runs; a command that stands on several pages runs once, and the
-environment asks for fewer configurations than the defaults. All of this takes minutes, so
-`make docs` runs it and `make test` does not.
+hub is on loopback, with random towers under the names that the pages use, and so is S3. Launchers
+that this machine lacks are stand-ins that start what they are given. Pages run in the order in
+which a reader would take them and share caches and runs; a command that stands on several pages
+runs once, and the environment asks for fewer configurations than the defaults. All of this takes
+minutes, so `make docs` runs it and `make test` does not.
 
 A comment above a block says what the block itself cannot: `<!-- file: space.toml -->` is a file,
 `<!-- not run -->` cannot run here.
@@ -18,6 +18,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 import tomllib
 from collections import Counter
@@ -29,6 +30,7 @@ from textwrap import dedent
 import click
 import numpy as np
 import pytest
+import s3_server
 from cli_commands import COMMANDS
 from doc_pages import DOCS, PAGES, README, ROOT
 from hub_server import Hub, serving
@@ -42,10 +44,10 @@ from tools.schema_page import render_page
 RUN = [
     README,
     *(DOCS / "tutorials" / f"{name}.md" for name in ("own-folder", "mura", "dicom")),
-    *(DOCS / "how-to" / f"{name}.md" for name in ("medgemma", "recipe", "clusters", "cache")),
+    *(DOCS / "how-to" / f"{name}.md" for name in ("medgemma", "recipe", "clusters", "buckets")),
     *(
         DOCS / "how-to" / f"{name}.md"
-        for name in ("sweep", "fine-tune", "compare", "similar", "label", "shortcuts")
+        for name in ("cache", "sweep", "fine-tune", "compare", "similar", "label", "shortcuts")
     ),
     DOCS / "tutorials" / "another-hospital.md",
     *(DOCS / "how-to" / f"{name}.md" for name in ("apply-a-model", "python", "extend")),
@@ -151,6 +153,22 @@ def write_pacs(root: Path) -> None:
         path.write_bytes(dicom(pixels, **own))
 
 
+def write_shards(root: Path, views: list[DemoView]) -> None:
+    """Write tar files with a table of values beside each image."""
+    root.mkdir()
+    with tarfile.open(root / "shard-0.tar", "w") as tar:
+        for number, view in enumerate(views):
+            write_view(view, root / "view.png", size=96)
+            own = {"patient": view.patient, "study": view.study, "region": view.region}
+            split = "test" if int(view.patient[-1]) % 4 == 0 else "train"
+            own |= {"label": view.label, "split": split}
+            (root / "view.json").write_text(json.dumps(own))
+            for suffix in (".png", ".json"):
+                tar.add(root / f"view{suffix}", f"{number:04d}{suffix}")
+    for path in root.glob("view.*"):
+        path.unlink()
+
+
 def files_of(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
@@ -183,6 +201,17 @@ def write_stand_ins(place: Path) -> None:
         """,
         "rsync": """
             test "$#" -eq 4
+        """,
+        "aws": f"""
+            exec {sys.executable} -c '
+            import sys
+            from pathlib import Path
+            from medembed.core.locations import parse_location
+            from medembed.core.object_store import put_object
+            root, place = Path(sys.argv[3]), parse_location(sys.argv[4])
+            for path in root.rglob("*.png"):
+                put_object(place / path.relative_to(root).as_posix(), path.read_bytes())
+            ' "$@"
         """,
     }
     for name, text in scripts.items():
@@ -232,14 +261,17 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
     write_films(path / "films", draw_cohort(N_PATIENTS, seed=1))
     write_clinic(path / "clinic", draw_cohort(60, seed=2))
     write_pacs(path / "pacs")
+    write_shards(path / "shards", draw_cohort(20, seed=3))
     shutil.copytree(ROOT / "examples", path / "examples")
     write_stand_ins(path / "bin")
     installed = Path(sys.executable).parent
-    with serving(make_hub(tmp_path_factory.mktemp("hub"))) as hub:
+    made = make_hub(tmp_path_factory.mktemp("hub"))
+    with serving(made) as hub, s3_server.serving() as s3:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
         environment = {
             **kept,
             **FEWER,
+            **s3.environ,
             "HOME": str(path),
             "COLUMNS": "80",
             "PATH": f"{path / 'bin'}:{installed}:{os.environ['PATH']}",
@@ -312,6 +344,7 @@ def test_few_blocks_do_not_run() -> None:
         "reproduce",
         "--logdir",
         "extract",
+        "manifest",  # texts, of a checkpoint with words
     }
 
 

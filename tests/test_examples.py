@@ -3,11 +3,14 @@
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
+import sys
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import click
 import jsonschema
@@ -18,6 +21,7 @@ import yaml
 from made_sweeps import make_data
 
 from medembed.cli import main
+from medembed.core.locations import BucketPath
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -68,14 +72,73 @@ def test_the_slurm_script_asks_for_its_own_share(tmp_path: Path) -> None:
     assert str(given["manifest_path"]) == "a manifest.csv"
 
 
+def check_extraction(words: list[str], worker: tuple[int, int]) -> None:
+    """Check that medembed takes a command line, in buckets and for this worker."""
+    command = main.get_command(click.Context(main), words[0])
+    assert command is not None
+    given = command.make_context(words[0], list(words[1:])).params
+    assert (given["worker"].index, given["worker"].count) == worker
+    assert isinstance(given["image_root"], BucketPath)
+    assert isinstance(given["cache_path"], BucketPath)
+
+
+def test_the_slurm_script_takes_buckets(tmp_path: Path) -> None:
+    own = {"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "4"}
+    done = slurm(tmp_path, "m.csv", "s3://bucket/images", "demo", "s3://bucket/cache", **own)
+    check_extraction(done.stdout.splitlines(), (1, 4))
+
+
+def test_the_job_of_skypilot_asks_for_its_nodes_share(tmp_path: Path) -> None:
+    job: dict[str, Any] = yaml.safe_load((EXAMPLES / "skypilot.yaml").read_text())
+    stub = tmp_path / "stub"
+    stub.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    stub.chmod(0o755)
+    nodes = {"SKYPILOT_NODE_RANK": "2", "SKYPILOT_NUM_NODES": str(job["num_nodes"])}
+    env = {"PATH": os.environ["PATH"], "MEDEMBED": str(stub), **job["envs"], **nodes}
+    command = ["bash", "-euc", job["run"]]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
+    check_extraction(done.stdout.splitlines(), (2, 4))
+    assert job["resources"]["use_spot"]
+    extras = re.search(r"'\.\[(.+?)\]'", job["setup"]).group(1).split(",")
+    declared = (ROOT / "pyproject.toml").read_text()
+    assert all(re.search(rf"^{extra} = \[", declared, re.MULTILINE) for extra in extras)
+
+
+def test_the_job_of_modal_starts_every_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Modal itself is not installed: a stand-in calls what it is given."""
+
+    class Function:
+        def __init__(self, function: Any) -> None:
+            self.function = function
+
+        def starmap(self, shares: list[tuple[Any, ...]]) -> list[None]:
+            return [self.function(*share) for share in shares]
+
+    modal = MagicMock()
+    modal.App.return_value.function.return_value = Function
+    modal.App.return_value.local_entrypoint.return_value = lambda function: function
+    monkeypatch.setitem(sys.modules, "modal", modal)
+    script = runpy.run_path(str(EXAMPLES / "modal_extract.py"))
+    ran: list[list[str]] = []
+    monkeypatch.setattr(subprocess, "run", lambda words, check: ran.append(words))
+    (tmp_path / "m.csv").write_text("image")
+    script["main"](str(tmp_path / "m.csv"), "s3://bucket/images", "s3://bucket/cache", workers=3)
+    for number, words in enumerate(ran):
+        check_extraction(words[1:], (number, 3))
+    assert len(ran) == 3
+
+
 def test_the_slurm_script_says_its_usage(tmp_path: Path) -> None:
     done = slurm(tmp_path, "mura.csv")
     assert done.returncode == 2
     assert "MANIFEST IMAGE_ROOT ENCODER CACHE" in done.stderr
 
 
-def test_the_cluster_file_is_one_that_ray_takes() -> None:
-    config: dict[str, Any] = yaml.safe_load((EXAMPLES / "ray-cluster.yaml").read_text())
+@pytest.mark.parametrize("name", ["ray-cluster.yaml", "ray-spot.yaml"])
+def test_the_cluster_file_is_one_that_ray_takes(name: str) -> None:
+    config: dict[str, Any] = yaml.safe_load((EXAMPLES / name).read_text())
     schema = json.loads(files("ray.autoscaler").joinpath("ray-schema.json").read_text())
     jsonschema.validate(config, schema)
     assert "--address=$RAY_HEAD_IP" in " ".join(config["worker_start_ray_commands"])

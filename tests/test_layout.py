@@ -113,3 +113,75 @@ def test_tests_follow_the_tree_of_the_package() -> None:
     folders = {path.parent.relative_to(TESTS) for path in TESTS.rglob("test_*.py")}
     strangers = {folder for folder in folders if not (PACKAGE / folder / "__init__.py").is_file()}
     assert strangers == {Path("bench")}, f"no folder of medembed: {strangers - {Path('bench')}}"
+
+
+UNTYPED = re.compile(r"(?:dict|Mapping)\[str, Any\]|AnyTable")
+OPEN_TABLES = {
+    # the parameters of any head, and what a trial says of its epochs
+    "medembed.results.alignment.ScoredHead",
+    "medembed.results.comparison_schema.ComparedHead",
+    "medembed.results.run_schema.LeaderboardEntry",
+    "medembed.results.run_schema.TrialRecord",
+    # a cache's spec on a card, whose encoder may record what it likes
+    "medembed.cache.spec.CacheSpec.from_dict",
+    "medembed.results.model_card.Card",
+    "medembed.results.model_card.CardDocument",
+    "medembed.results.model_readme.NewCard",
+    # documents that are printed, or parsed where they are read
+    "medembed.cache.store.Cache.card",
+    "medembed.evaluation.drift.reference.measure_drift",
+    "medembed.report.external.render_external",
+    "medembed.report.shortcuts.tabulate_shortcuts",
+    "medembed.report.shortcuts.write_shortcuts",
+    "medembed.results.comparison_schema.PointDocument",
+    "medembed.results.run_schema.RunInfo",
+    "medembed.results.runs.Run.scores",
+}
+"""The only public names that take, hold or return a table of anything and serve other folders."""
+
+
+def folder_of(name: str) -> str:
+    return name.split(".")[1]
+
+
+def names_across_folders() -> set[tuple[str, str]]:
+    """Return each module and name that is imported by a module of another folder."""
+    found = set()
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module in MODULES:
+                there, here = str(node.module), module_name(path)
+                if folder_of(there) != folder_of(here):
+                    found |= {(there, alias.name) for alias in node.names}
+    return found
+
+
+def untyped(name: str, node: ast.stmt) -> list[str]:
+    """Return `name` and the methods below it that have an annotation of a table of anything."""
+    if isinstance(node, ast.FunctionDef):
+        own = node.args
+        given = [*own.posonlyargs, *own.args, *own.kwonlyargs, own.vararg, own.kwarg]
+        notes = [argument.annotation for argument in given if argument] + [node.returns]
+        return [name] if any(UNTYPED.search(ast.unparse(note)) for note in notes if note) else []
+    if not isinstance(node, ast.ClassDef):
+        return []
+    fields = [part for part in node.body if isinstance(part, ast.AnnAssign)]
+    methods = [
+        part
+        for part in node.body
+        if isinstance(part, ast.FunctionDef)
+        and (not part.name.startswith("_") or part.name == "__init__")
+    ]
+    found = [name] if any(UNTYPED.search(ast.unparse(f.annotation)) for f in fields) else []
+    return found + [own for m in methods for own in untyped(f"{name}.{m.name}", m)]
+
+
+def test_no_table_of_anything_crosses_a_folders_border() -> None:
+    """Give it a type: a TypedDict, a record, or objects where nobody but JSON reads the values."""
+    across, found = names_across_folders(), set()
+    for module, path in by_path().items():
+        for node in ast.parse(path.read_text()).body:
+            name = getattr(node, "name", "")
+            if (module, name) in across:
+                found |= set(untyped(f"{module}.{name}", node))
+    assert found == OPEN_TABLES

@@ -31,7 +31,7 @@ ERRORS = {
     *("ArgumentError", "CacheError", "DeviceMemoryError", "EncoderError", "ImageError"),
     *("ManifestError", "MedembedError", "MissingLibraryError", "MissingRowsError", "ModelError"),
     *("NonFiniteError", "PathNotFoundError", "RecipeError", "RunError", "ShardError"),
-    *("SpecMismatchError", "TrainingDataError"),
+    *("SpecMismatchError", "StorageError", "TrainingDataError"),
 }
 TYPES = {
     *("BuildReport", "Cache", "Comparison", "Embeddings", "Encoder", "ExtractionReport"),
@@ -58,14 +58,15 @@ SIGNATURES = {
     "relabel": "manifest, review",
     "audit_labels": "run, manifest",
     "make_worklist": "cache, manifest, n, *, model=None, random_share=0.2, pool=None, seed=0",
-    "audit_shortcuts": "cache, manifest, columns, *, pool=None, n_folds=5, seed=0, progress=None",
+    "audit_shortcuts": "cache, manifest, columns, *, pool=None, n_folds=5, seed=0, "
+    "image_root=None, progress=None",
     "load_embeddings": "cache, manifest, *, pool=None, split=None, cells=False, verify=True",
     "patient_folds": "embeddings, n_folds=5, seed=0",
     "find_similar": "cache, manifest, query, *, k=10, pool=None, sha256=None, progress=None",
     "sweep": "cache, manifest, out, *, heads=('logistic', 'mlp', 'lightgbm'), pool=None, "
     "space=None, n_configs=None, n_folds=5, metric='auroc', covariates=(), train_fraction=1.0, "
-    "seed=0, operating_points=(), prompts=None, jobs=None, backend='loky', progress=None, "
-    "board=None",
+    "seed=0, operating_points=(), prompts=None, image_root=None, without_suspects=None, "
+    "jobs=None, backend='loky', progress=None, board=None, announce=None",
     "ensemble": "runs, out, *, heads=None, operating_points=()",
     "finetune": "manifest, image_root, encoder, out, *, unfreeze=(0, 1, 2, 4), from_run=None, "
     "trunk_cache=None, trunk_dtype='float32', n_seeds=1, n_folds=5, pool=None, config=None, "

@@ -3,12 +3,12 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from medembed.core.errors import TrainingDataError
+from medembed.core.locations import Location
 from medembed.dataset.identities import name_persons
 from medembed.dataset.manifest import Manifest
 from medembed.dataset.splits import split_patients
@@ -79,7 +79,7 @@ def draw_held_out(rows: pd.DataFrame, seed: int) -> np.ndarray:
 
 def read_images(
     manifest: Manifest,
-    image_root: Path,
+    image_root: Location,
     preprocessing: Preprocessing,
     *,
     seed: int,

@@ -20,7 +20,7 @@ from medembed.autoencoder.training import Training, TrainingConfig, mean_image_l
 from medembed.core.errors import DeviceMemoryError, EncoderError
 from medembed.core.files import json_bytes
 from medembed.core.system import library_versions
-from medembed.dataset.manifest import Manifest, require_hashes
+from medembed.dataset.manifest import Manifest, existing_images, require_hashes
 from medembed.encoders.autoencoder import (
     Architecture,
     checkpoint_config,
@@ -173,7 +173,7 @@ def train_autoencoder(
     MedembedError
         There is no room for the prepared images.
     """
-    start, root, target = time.monotonic(), Path(image_root), Path(out)
+    start, root, target = time.monotonic(), existing_images(image_root), Path(out)
     _check_numbers(epochs, batch_size, learning_rate)
     preprocessing = preprocessing_for(size, fit)
     chosen = choose_device(device)

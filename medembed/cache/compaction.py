@@ -1,22 +1,36 @@
-"""Merge many small shards into few full ones, while other processes read and write."""
+"""Merge many small shards into few full ones, while other processes read and write.
 
+In a bucket the merged shards are deleted a while after all new ones are written: who has listed
+them can still read them. Who lists a new shard and its record ignores those that it replaced.
+"""
+
+import secrets
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
+from datetime import UTC, datetime, timedelta
 
 import numpy as np
 
 from medembed.cache import shards
-from medembed.cache.index import SortedKeys, committed_shards, read_replaced
+from medembed.cache.index import SortedKeys, committed_shards, list_files, read_replaced
 from medembed.cache.spec import CacheSpec
+from medembed.cache.storage import delete_files, file_size
+from medembed.core import object_store
 from medembed.core.errors import CacheError
-from medembed.core.files import hold_lock, sync_directory
+from medembed.core.files import describe_error, hold_lock
+from medembed.core.locations import BucketPath, Location
 from medembed.core.system import count_cores
 
-__all__ = ["Compaction", "compact"]
+__all__ = ["GRACE_SECONDS", "Compaction", "compact"]
+
+GRACE_SECONDS = 60.0
+"""How long shards that were merged stay in a bucket, for those who have listed them."""
 
 LOCK = ".compact.lock"
+STALE = timedelta(minutes=15)  # of a lock in a bucket whose owner has not renewed it
 SMALL = 2  # a shard is small if it holds less than this fraction, 1/2, of a full one
 
 
@@ -45,21 +59,25 @@ class _Source:
 
     Parameters
     ----------
-    path : Path
+    path : Path or BucketPath
         The shard's file.
     kept : (k,) int
         Rows that are copied to the new shard.
-    holders : list of Path
+    holders : list of Path or BucketPath
         The shards that hold the other rows.
     """
 
-    path: Path
+    path: Location
     kept: np.ndarray
-    holders: list[Path]
+    holders: list[Location]
 
 
 def compact(
-    directory: Path, spec: CacheSpec, progress: Callable[[int, int], None] | None = None
+    directory: Location,
+    spec: CacheSpec,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    grace_seconds: float | None = None,
 ) -> Compaction:
     """Merge the shards less than half full, and remove duplicate rows.
 
@@ -69,12 +87,15 @@ def compact(
 
     Parameters
     ----------
-    directory : Path
+    directory : Path or BucketPath
         The cache.
     spec : CacheSpec
         The cache's spec.
     progress : callable, optional
         Called as progress(done, total) with the number of new shards.
+    grace_seconds : float, optional
+        How long merged shards stay in a bucket after the new ones are there; by default
+        `GRACE_SECONDS`.
 
     Raises
     ------
@@ -87,54 +108,135 @@ def compact(
     refusal = CacheError(f"another compaction of {directory} is running; wait for it to end.")
     try:
         # Two concurrent compactions might each drop a different copy of a duplicate row.
-        with hold_lock(directory / LOCK, refusal):
-            return _compact(directory / "shards", spec, progress)
+        with _holding_lock(directory, refusal) as require_lock:
+            grace = GRACE_SECONDS if grace_seconds is None else grace_seconds
+            removal = _Removal(directory / "shards", grace, require_lock)
+            return _compact(directory / "shards", spec, progress, removal)
     except OSError as error:
         if isinstance(error, CacheError):
             raise
         raise CacheError(
-            f"cannot compact {directory}: {error.strerror or error}. No row was lost; make the "
+            f"cannot compact {directory}: {describe_error(error)}. No row was lost; make the "
             "cache writable, and run the command again."
         ) from error
 
 
 def _compact(
-    folder: Path, spec: CacheSpec, progress: Callable[[int, int], None] | None
+    folder: Location,
+    spec: CacheSpec,
+    progress: Callable[[int, int], None] | None,
+    removal: "_Removal",
 ) -> Compaction:
-    _tidy_up(folder, spec)
+    _tidy_up(folder, spec, removal)
     before = _sizes(folder)
     sources, n_repeats = _choose(folder, spec)
     groups = list(_group(sources, shards.max_rows(spec)))
-    merged: set[Path] = set()
+    merged: set[Location] = set()
     for number, group in enumerate(groups, start=1):
         merged.update(source.path for source in group)
-        _merge(folder, group, merged, spec)
+        _merge(folder, group, merged, spec, removal)
         if progress:
             progress(number, len(groups))
+    removal.finish()
     after = _sizes(folder)
     return Compaction(len(before), len(after), sum(before), sum(after), n_repeats)
 
 
-def _tidy_up(folder: Path, spec: CacheSpec) -> None:
+@contextmanager
+def _holding_lock(directory: Location, refusal: Exception) -> Iterator[Callable[[], None]]:
+    """Hold the lock of a cache; yield a function that raises `refusal` if it was lost."""
+    if not isinstance(directory, BucketPath):
+        with hold_lock(directory / LOCK, refusal):
+            yield lambda: None
+        return
+    path, token = directory / LOCK, secrets.token_bytes(16)
+
+    def is_ours() -> bool:
+        with suppress(FileNotFoundError):
+            return object_store.read_object(path) == token
+        return False
+
+    def require_lock() -> None:
+        if not is_ours():
+            raise refusal
+        object_store.put_object(path, token)
+
+    if not object_store.create_object(path, token) and not is_ours():
+        held = object_store.find_object(path)
+        if held and datetime.now(UTC) - held.modified < STALE:
+            raise refusal
+        object_store.delete_objects([path])  # of one that was killed
+        if not object_store.create_object(path, token) and not is_ours():
+            raise refusal
+    try:
+        yield require_lock
+    finally:
+        if is_ours():
+            object_store.delete_objects([path])
+
+
+class _Removal:
+    """Removes merged shards: from a directory at once, from a bucket all of them, a while later."""
+
+    def __init__(
+        self, folder: Location, grace_seconds: float, require_lock: Callable[[], None]
+    ) -> None:
+        self._folder, self._grace, self._require_lock = folder, grace_seconds, require_lock
+        self._waiting: list[tuple[Sequence[Location], Location | None]] = []
+
+    def add(self, old: Sequence[Location], record: Location | None) -> None:
+        """Remove shards, and after them the record of what replaced them."""
+        if not isinstance(self._folder, BucketPath):
+            delete_files(self._folder, old)
+            if record:
+                delete_files(self._folder, [record])
+            return
+        self._require_lock()
+        self._waiting.append((old, record))
+
+    def finish(self) -> None:
+        """Remove what waits."""
+        if not self._waiting:
+            return
+        time.sleep(self._grace)
+        self._require_lock()
+        for old, record in self._waiting:
+            delete_files(self._folder, old)
+            delete_files(self._folder, [record] if record else [])
+        self._waiting = []
+
+
+def _tidy_up(folder: Location, spec: CacheSpec, removal: _Removal) -> None:
     """Complete a compaction that was killed."""
-    for path in sorted(folder.glob("*" + shards.REPLACES)):
+    files = list_files(folder)
+    for path in (files[name] for name in sorted(files) if name.endswith(shards.REPLACES)):
         merged = path.with_suffix(".h5")
-        if merged.exists():
-            shards.read_shard(merged, poolings=(), spec=spec)
-            _remove(folder, [folder / name for name in read_replaced(path)])
-        _remove(folder, [path])
+        if merged.name in files:
+            shards.read_shard(merged, poolings=(), spec=spec, again=True)
+            removal.add([folder / name for name in read_replaced(path)], path)
+        else:
+            delete_files(folder, [path])
+    removal.finish()
 
 
-def _sizes(folder: Path) -> list[int]:
-    return [path.stat().st_size for path in committed_shards(folder)]
+def _sizes(folder: Location) -> list[int]:
+    return [file_size(path) for path in committed_shards(folder)]
 
 
-def _choose(folder: Path, spec: CacheSpec) -> tuple[list[_Source], int]:
+def _ages(folder: Location, paths: Sequence[Location]) -> dict[Location, float]:
+    """Return numbers that order shards by when they were written."""
+    if isinstance(folder, BucketPath):
+        return {o.path: o.modified.timestamp() for o in object_store.list_objects(folder)}
+    return {path: path.stat().st_mtime_ns for path in paths if not isinstance(path, BucketPath)}
+
+
+def _choose(folder: Location, spec: CacheSpec) -> tuple[list[_Source], int]:
     """Return the shards to be merged, and the number of duplicate rows."""
     paths = committed_shards(folder)
     if not paths:
         return [], 0
-    with ThreadPoolExecutor(count_cores()) as pool:
+    n_threads = object_store.AHEAD if isinstance(folder, BucketPath) else count_cores()
+    with ThreadPoolExecutor(n_threads) as pool:
         parts = list(pool.map(lambda path: shards.read_keys(path, spec=spec), paths))
     edges = np.cumsum([0, *map(len, parts)])
     every = SortedKeys(np.concatenate(parts))
@@ -152,7 +254,8 @@ def _choose(folder: Path, spec: CacheSpec) -> tuple[list[_Source], int]:
             kept = np.flatnonzero(is_kept[start:stop])
             chosen.append(_Source(path, kept, [paths[other] for other in others]))
     # In order of creation: rows that were embedded together stay together.
-    return sorted(chosen, key=lambda source: source.path.stat().st_mtime_ns), len(every.repeats)
+    ages = _ages(folder, [source.path for source in chosen])
+    return sorted(chosen, key=lambda source: ages.get(source.path, 0)), len(every.repeats)
 
 
 def _group(sources: Sequence[_Source], max_rows: int) -> Iterator[list[_Source]]:
@@ -174,7 +277,13 @@ def _is_worth_it(group: Sequence[_Source]) -> bool:
     return len(group) > 1 or bool(group[0].holders)
 
 
-def _merge(folder: Path, group: Sequence[_Source], merged: set[Path], spec: CacheSpec) -> None:
+def _merge(
+    folder: Location,
+    group: Sequence[_Source],
+    merged: set[Location],
+    spec: CacheSpec,
+    removal: _Removal,
+) -> None:
     """Write the rows of a group as one shard, then remove the shards that they come from.
 
     `merged` are the shards of this group and earlier ones, whose content is verified on the way.
@@ -183,23 +292,18 @@ def _merge(folder: Path, group: Sequence[_Source], merged: set[Path], spec: Cach
     keys = np.concatenate([keys for keys, _ in parts])
     rows = {name: np.concatenate([part[name] for _, part in parts]) for name in spec.poolings}
     for holder in {path for source in group for path in source.holders} - merged:
-        shards.read_shard(holder, poolings=(), spec=spec)  # before the only other copy is removed
+        # before the only other copy is removed
+        shards.read_shard(holder, poolings=(), spec=spec, again=True)
     old = [source.path for source in group]
     if not len(keys):
-        _remove(folder, old)
+        removal.add(old, None)
         return
     new = shards.write_shard(folder, keys, rows, spec, replaces=[path.name for path in old])
-    _remove(folder, [path for path in old if path != new])
-    _remove(folder, [new.with_suffix(shards.REPLACES)])
+    if isinstance(new, BucketPath):  # a directory's is compared when it is written
+        shards.read_shard(new, poolings=(), spec=spec, again=True)
+    removal.add([path for path in old if path != new], new.with_suffix(shards.REPLACES))
 
 
 def _read_kept(source: _Source, spec: CacheSpec) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     keys, rows = shards.read_shard(source.path, spec=spec)
     return keys[source.kept], {name: values[source.kept] for name, values in rows.items()}
-
-
-def _remove(folder: Path, paths: Sequence[Path]) -> None:
-    """Remove files durably: a shard's record of replacement must not vanish before the shard."""
-    for path in paths:
-        path.unlink(missing_ok=True)
-    sync_directory(folder)

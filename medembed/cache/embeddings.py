@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import pandas as pd
 
 from medembed.cache.failures import Failure
 from medembed.cache.index import SortedKeys, committed_shards, keys_from_column
+from medembed.cache.local_copies import fetch_all, open_copy
 from medembed.cache.metadata import options_of
 from medembed.cache.shards import check_bytes, chunk_offset, read_keys
 from medembed.cache.spec import KEY_BYTES, CacheSpec
@@ -29,12 +30,15 @@ from medembed.core.errors import (
     TrainingDataError,
 )
 from medembed.core.files import describe_error, open_plain
-from medembed.core.poolings import find_pooling
+from medembed.core.locations import BucketPath, Location
+from medembed.core.poolings import IMAGE_STATISTICS, find_pooling
 from medembed.core.system import count_cores
 from medembed.core.text import Summarised, Summary, count_values, counted
 from medembed.dataset.identities import name_persons
-from medembed.dataset.manifest import Manifest, read_manifest, require_hashes
+from medembed.dataset.manifest import Manifest, image_path, read_manifest, require_hashes
 from medembed.dataset.splits import draw_folds
+from medembed.images.intensity import Intensity
+from medembed.images.statistics import measure_files
 
 __all__ = [
     "Embeddings",
@@ -42,6 +46,7 @@ __all__ = [
     "choose_poolings",
     "find_rows",
     "load_embeddings",
+    "load_statistics",
     "map_rows",
     "patient_folds",
 ]
@@ -90,6 +95,7 @@ def map_rows(cache: Cache, keys: np.ndarray, pooling: str, *, verify: bool = Fal
     """
     cache.check_poolings([pooling])
     paths = committed_shards(cache.path / "shards")
+    fetch_all([path for path in paths if isinstance(path, BucketPath)])
     parts = [read_keys(path, spec=cache.spec) for path in paths]
     held = SortedKeys(np.concatenate([np.empty((0, KEY_BYTES), np.uint8), *parts]))
     found = held.find(keys)
@@ -110,10 +116,10 @@ def map_rows(cache: Cache, keys: np.ndarray, pooling: str, *, verify: bool = Fal
     return MappedRows(blocks, owners, found - edges[owners])
 
 
-def _map(path: Path, pooling: str, n_rows: int) -> list[np.ndarray]:
+def _map(path: Location, pooling: str, n_rows: int) -> list[np.ndarray]:
     """Return the mapped chunks of a shard, in row order."""
     try:
-        with open_plain(path) as opened:
+        with open_copy(path) if isinstance(path, BucketPath) else open_plain(path) as opened:
             with h5py.File(opened, "r") as file:
                 dataset: Any = file["embeddings"][pooling]
                 size, dtype, shape = dataset.chunks[0], dataset.dtype, dataset.shape[1:]
@@ -270,6 +276,54 @@ def load_embeddings(
         failed=failed,
         label_level=manifest.label_level,
         spec=cache.spec,
+        manifest=manifest,
+    )
+
+
+def load_statistics(
+    cache: Cache,
+    manifest: Manifest,
+    image_root: str | os.PathLike[str] | None = None,
+    *,
+    verify: bool = True,
+) -> Embeddings:
+    """Return the statistics of the films of a manifest, see `images.statistics`.
+
+    The cache's own are read where it holds them; others are measured on the files, decoded as the
+    cache's were, and rounded to the cache's dtype.
+
+    Parameters
+    ----------
+    image_root : path
+        The directory that the manifest's paths are relative to; not needed if the cache holds
+        the statistics.
+
+    Raises
+    ------
+    CacheError
+        The cache does not hold them, and there is no image root; see also `load_embeddings`.
+    ImageError
+        A file is missing, holds other bytes or is no complete image.
+    MissingRowsError, ManifestError
+        See `load_embeddings`.
+    """
+    if IMAGE_STATISTICS in cache.spec.poolings or image_root is None:
+        return load_embeddings(cache, manifest, pool=IMAGE_STATISTICS, verify=verify)
+    require_hashes(manifest)
+    rows, _, failed = find_rows(cache, manifest.rows, "MANIFEST")
+    X = measure_files(
+        [image_path(Path(image_root), image) for image in rows["image"]],
+        rows["sha256"].tolist(),
+        Intensity.from_spec(cache.spec.preprocessing.get("window")),
+    )
+    held = {IMAGE_STATISTICS: X.shape[1:]}
+    return Embeddings(
+        X=X.astype(cache.spec.dtype).astype(np.float32),
+        rows=rows.reset_index(drop=True),
+        pooling=IMAGE_STATISTICS,
+        failed=failed,
+        label_level=manifest.label_level,
+        spec=replace(cache.spec, poolings={**cache.spec.poolings, **held}),
         manifest=manifest,
     )
 

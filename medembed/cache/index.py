@@ -9,15 +9,17 @@ import json
 import os
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from medembed.cache import shards
 from medembed.cache.spec import KEY_BYTES, CacheSpec, keys_from_hex, sortable
-from medembed.core.errors import CacheError, ShardError
-from medembed.core.files import read_plain
+from medembed.cache.storage import read_file
+from medembed.core import object_store
+from medembed.core.errors import CacheError, ShardError, StorageError
+from medembed.core.files import describe_error
+from medembed.core.locations import BucketPath, Location
 from medembed.core.system import count_cores
 
 if TYPE_CHECKING:
@@ -29,8 +31,8 @@ __all__ = [
     "SortedKeys",
     "committed_shards",
     "equal_keys",
-    "file_names",
     "keys_from_column",
+    "list_files",
     "prefixes_of",
     "read_replaced",
     "replaced_shards",
@@ -187,42 +189,49 @@ def _integer_for(n: int) -> type[np.signedinteger[Any]]:
     return np.int32 if n < 2**31 else np.int64
 
 
-def committed_shards(directory: Path) -> list[Path]:
+def committed_shards(directory: Location) -> list[Location]:
     """Return the committed shards of `shards/`, sorted by name."""
-    names = file_names(directory)
-    replaced = replaced_shards(directory, names)
-    there = (name for name in names if shards.is_shard_name(name) and name not in replaced)
-    return [directory / name for name in sorted(there)]
+    return _committed(list_files(directory))
 
 
-def file_names(directory: Path) -> list[str]:
-    """Return the names of files in `shards/`, in any order; empty if it does not exist.
+def _committed(files: Mapping[str, Location]) -> list[Location]:
+    replaced = replaced_shards(files)
+    there = (name for name in files if shards.is_shard_name(name) and name not in replaced)
+    return [files[name] for name in sorted(there)]
+
+
+def list_files(directory: Location) -> dict[str, Location]:
+    """Return the files of `shards/` by name, in any order; empty if it does not exist.
 
     Raises
     ------
     CacheError
         The directory cannot be read.
+    StorageError
+        The store of a bucket refuses, or keeps failing.
     """
     try:
-        return os.listdir(directory)
+        if isinstance(directory, BucketPath):
+            return {found.path.name: found.path for found in object_store.list_objects(directory)}
+        return {name: directory / name for name in os.listdir(directory)}
     except FileNotFoundError:
-        return []
+        return {}
+    except StorageError:
+        raise
     except OSError as error:
         raise _unreadable(directory, error) from error
 
 
-def replaced_shards(directory: Path, names: Collection[str]) -> set[str]:
-    """Return those shards among `names` that others among them have replaced."""
+def replaced_shards(files: Mapping[str, Location]) -> set[str]:
+    """Return those shards among `files` that others among them have replaced."""
     replaced: set[str] = set()
-    there = frozenset(names)
-    for name in names:
-        path = directory / name
-        if path.suffix == shards.REPLACES and path.with_suffix(".h5").name in there:
+    for path in files.values():
+        if path.suffix == shards.REPLACES and path.with_suffix(".h5").name in files:
             replaced.update(read_replaced(path))
-    return replaced & there
+    return replaced & files.keys()
 
 
-def read_replaced(path: Path) -> list[str]:
+def read_replaced(path: Location) -> list[str]:
     """Return the names in the file beside a shard, except its own; empty if missing or foreign.
 
     In that case at worst a row is duplicated.
@@ -233,9 +242,11 @@ def read_replaced(path: Path) -> list[str]:
         The file cannot be read.
     """
     try:
-        names = json.loads(read_plain(path))
+        names = json.loads(read_file(path))
     except (FileNotFoundError, ValueError, RecursionError):
         return []
+    except StorageError:
+        raise
     except OSError as error:
         raise _unreadable(path, error) from error
     if not isinstance(names, list):
@@ -244,10 +255,9 @@ def read_replaced(path: Path) -> list[str]:
     return [name for name in others if name != path.with_suffix(".h5").name]
 
 
-def _unreadable(path: Path, error: OSError) -> CacheError:
+def _unreadable(path: Location, error: OSError) -> CacheError:
     return CacheError(
-        f"cannot read {path}: {error.strerror or error}. Make it readable, and run the command "
-        "again."
+        f"cannot read {path}: {describe_error(error)}. Make it readable, and run the command again."
     )
 
 
@@ -262,7 +272,7 @@ class Index:
 
     Parameters
     ----------
-    directory : Path
+    directory : Path or BucketPath
         The cache's `shards/`.
     spec : CacheSpec
         The required spec of every shard.
@@ -271,14 +281,20 @@ class Index:
 
     Attributes
     ----------
-    paths : list of Path
+    paths : list of Path or BucketPath
         The committed shards at the last refresh, sorted by name.
     """
 
-    def __init__(self, directory: Path, spec: CacheSpec, known: Collection[str] = ()) -> None:
-        self.paths: list[Path] = []
+    def __init__(self, directory: Location, spec: CacheSpec, known: Collection[str] = ()) -> None:
+        self.paths: list[Location] = []
         self._directory, self._spec, self._known = directory, spec, frozenset(known)
         self._segments: list[_Segment] = []
+        self._unlisted: dict[str, Location] = {}
+
+    def add(self, path: Location) -> None:
+        """Note a shard that this process has put into a bucket, whose listing may lag behind."""
+        if isinstance(path, BucketPath):
+            self._unlisted[path.name] = path
 
     def refresh(self) -> "Index":
         """Return this index after listing the shards again and reading the keys of new ones.
@@ -289,7 +305,7 @@ class Index:
             The keys of a shard are damaged.
         """
         for n_tries in range(1, MAX_TRIES + 1):
-            paths = [p for p in committed_shards(self._directory) if p.name not in self._known]
+            paths = [p for p in self._list() if p.name not in self._known]
             if paths == self.paths:
                 break
             try:
@@ -299,7 +315,20 @@ class Index:
                 gone = isinstance(error.__cause__, FileNotFoundError)
                 if not gone or n_tries == MAX_TRIES:
                     raise
+                self.wait(n_tries)
         return self
+
+    def wait(self, n_tries: int) -> None:
+        """Wait before shards that have vanished are looked for again, if a listing may lag."""
+        if isinstance(self._directory, BucketPath):
+            self._unlisted.clear()
+            object_store.pause(n_tries)
+
+    def _list(self) -> list[Location]:
+        files = list_files(self._directory)
+        for name in self._unlisted.keys() & files.keys():
+            del self._unlisted[name]
+        return _committed({**files, **self._unlisted})
 
     @property
     def n_rows(self) -> int:
@@ -343,7 +372,7 @@ class Index:
         owners[~found] = 0
         return found, owners, rows
 
-    def _take(self, paths: list[Path]) -> None:
+    def _take(self, paths: list[Location]) -> None:
         """Hold the keys of exactly these shards."""
         held = {path: keys for segment in self._segments for path, keys in segment.parts()}
         first = self._segments[0].paths if self._segments else []
@@ -361,13 +390,15 @@ class Index:
             segment.number(paths)
         self.paths = paths
 
-    def _segment(self, paths: list[Path], held: Mapping[Path, np.ndarray]) -> "_Segment":
-        def count(path: Path) -> int:
+    def _segment(self, paths: list[Location], held: dict[Location, np.ndarray]) -> "_Segment":
+        held = {**held, **self._read_ahead([path for path in paths if path not in held])}
+
+        def count(path: Location) -> int:
             if path in held:
                 return len(held[path])
             return int(shards.read_header(path, spec=self._spec)["rows"])
 
-        def fill(path: Path, start: int, stop: int) -> None:
+        def fill(path: Location, start: int, stop: int) -> None:
             part = held[path] if path in held else shards.read_keys(path, spec=self._spec)
             keys[start:stop] = part
 
@@ -377,22 +408,31 @@ class Index:
             list(pool.map(fill, paths, edges[:-1].tolist(), edges[1:].tolist()))
         return _Segment(paths, edges, SortedKeys(keys))
 
+    def _read_ahead(self, paths: list[Location]) -> dict[Location, np.ndarray]:
+        """Return the keys of shards in a bucket: one request each, and many at once."""
+        far = [path for path in paths if isinstance(path, BucketPath)]
+        if not far:
+            return {}
+        with ThreadPoolExecutor(object_store.AHEAD) as pool:
+            keys = pool.map(lambda path: shards.read_keys(path, spec=self._spec), far)
+            return dict(zip(far, keys, strict=True))
+
 
 class _Segment:
     """The keys of some shards, concatenated in one array, and their order."""
 
-    def __init__(self, paths: list[Path], edges: np.ndarray, sorted_keys: SortedKeys) -> None:
+    def __init__(self, paths: list[Location], edges: np.ndarray, sorted_keys: SortedKeys) -> None:
         self.paths, self.sorted = paths, sorted_keys
         self._edges = edges
         self._numbers = np.empty(0, np.int32)
 
-    def parts(self) -> list[tuple[Path, np.ndarray]]:
+    def parts(self) -> list[tuple[Location, np.ndarray]]:
         """Return each shard's keys."""
         edges = zip(self._edges[:-1].tolist(), self._edges[1:].tolist(), strict=True)
         keys = self.sorted.keys
         return [(p, keys[a:b]) for p, (a, b) in zip(self.paths, edges, strict=True)]
 
-    def number(self, paths: list[Path]) -> None:
+    def number(self, paths: list[Location]) -> None:
         """Set the shards' positions among all paths."""
         place = {path: number for number, path in enumerate(paths)}
         self._numbers = np.array([place[path] for path in self.paths], np.int32)

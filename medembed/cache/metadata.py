@@ -1,16 +1,17 @@
 """`cache.json`: what a cache directory says of itself, and when two runs disagree about it."""
 
 import json
-import os
-import secrets
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from medembed.cache.spec import CacheSpec
-from medembed.core.errors import CacheError, PathNotFoundError, SpecMismatchError
-from medembed.core.files import json_bytes, read_plain, sync_directory
+from medembed.cache.storage import read_file, store_at
+from medembed.core import object_store
+from medembed.core.errors import CacheError, PathNotFoundError, SpecMismatchError, StorageError
+from medembed.core.files import json_bytes, sync_directory
+from medembed.core.locations import BucketPath, Location
 from medembed.core.poolings import DEFAULT_POOLINGS
 
 __all__ = [
@@ -38,7 +39,7 @@ OPTIONS = {
 
 
 def create_description(
-    path: Path,
+    path: Location,
     spec: CacheSpec,
     recorded: Mapping[str, Any],
     canary: Mapping[str, Any] | None = None,
@@ -52,7 +53,14 @@ def create_description(
     ------
     CacheError
         The directory holds something else, or cannot be written.
+    StorageError
+        The store of a bucket would let one process replace what another has written.
     """
+    if isinstance(path, BucketPath):
+        object_store.require_conditions(path)
+        if not object_store.object_exists(path / "cache.json"):
+            _create(path, spec, recorded, canary)
+        return
     try:
         missing = [place for place in (path, *path.parents) if not place.exists()]
         if not (path / "cache.json").exists():
@@ -68,8 +76,10 @@ def create_description(
         ) from error
 
 
-def is_free(path: Path) -> bool:
+def is_free(path: Location) -> bool:
     """Tell whether a cache can be made at `path`: nothing there, or what a crash left of that."""
+    if isinstance(path, BucketPath):
+        return _is_free_prefix(path)
     try:
         entries = list(path.iterdir())  # one question: another process may be making it
     except FileNotFoundError:
@@ -79,7 +89,15 @@ def is_free(path: Path) -> bool:
     return all(entry.name == "shards" or entry.suffix == ".partial" for entry in entries)
 
 
-def read_description(path: Path) -> tuple[CacheSpec, dict[str, Any], dict[str, Any] | None]:
+def _is_free_prefix(path: BucketPath) -> bool:
+    if object_store.object_exists(path / "cache.json"):
+        return False
+    found = object_store.list_objects(path, limit=1000)
+    shards = f"{path / 'shards'}/"
+    return all(object_store.is_probe(o.path) or str(o.path).startswith(shards) for o in found)
+
+
+def read_description(path: Location) -> tuple[CacheSpec, dict[str, Any], dict[str, Any] | None]:
     """Read the spec, what was recorded beside it, and the canary, None in caches without one.
 
     Raises
@@ -89,7 +107,7 @@ def read_description(path: Path) -> tuple[CacheSpec, dict[str, Any], dict[str, A
     CacheError
         It is not a cache, damaged, or of an unknown version.
     """
-    if not path.is_dir():
+    if isinstance(path, Path) and not path.is_dir():
         if path.exists():
             raise CacheError(f"{path} is a file, and a cache is a directory. Name another cache.")
         raise PathNotFoundError(f"no cache at {path}: make one with `medembed extract`")
@@ -112,7 +130,7 @@ def read_description(path: Path) -> tuple[CacheSpec, dict[str, Any], dict[str, A
     return spec, recorded, canary
 
 
-def damaged(path: Path, what: str) -> CacheError:
+def damaged(path: Location, what: str) -> CacheError:
     """Return the error that says how a damaged `cache.json` is mended."""
     return CacheError(
         f"{path / 'cache.json'} is damaged: {what}. Restore that file from a copy; or move it "
@@ -122,7 +140,7 @@ def damaged(path: Path, what: str) -> CacheError:
 
 
 def mismatch(
-    path: Path,
+    path: Location,
     there: tuple[CacheSpec, Mapping[str, Any]],
     asked: tuple[CacheSpec, Mapping[str, Any]],
 ) -> SpecMismatchError | None:
@@ -159,46 +177,37 @@ def source_of(recorded: Mapping[str, Any]) -> str:
 
 
 def _create(
-    path: Path, spec: CacheSpec, recorded: Mapping[str, Any], canary: Mapping[str, Any] | None
+    path: Location,
+    spec: CacheSpec,
+    recorded: Mapping[str, Any],
+    canary: Mapping[str, Any] | None,
 ) -> None:
     if not is_free(path):
-        if (path / "cache.json").exists():  # another process was faster
+        if "cache.json" in store_at(path).list():  # another process was faster
             return
         raise CacheError(f"{path} is not a cache and not empty. Choose another --cache.")
-    path.mkdir(parents=True, exist_ok=True)
+    if isinstance(path, Path):
+        path.mkdir(parents=True, exist_ok=True)
     document = {"format": FORMAT, "version": VERSION, "spec": spec.as_dict()}
     laid = {} if canary is None else {"canary": dict(canary)}
     data = json_bytes({**document, "recorded": dict(recorded), **laid})
-    partial = path / f".cache.json.{secrets.token_hex(8)}.partial"
+    store_at(path).put_if_absent("cache.json", data)
+
+
+def _read_document(path: Location) -> dict[str, Any]:
     try:
-        with partial.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        _publish(partial, path / "cache.json")
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _publish(partial: Path, path: Path) -> None:
-    """Give a whole file its name unless another process has done so first."""
-    try:
-        os.link(partial, path)  # unlike a rename, fails where the name is taken
-    except FileExistsError:
-        pass
-    except OSError:  # a file system without hard links
-        if not path.exists():
-            os.replace(partial, path)
-
-
-def _read_document(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(read_plain(path / "cache.json"))
+        document = json.loads(read_file(path / "cache.json"))
     except FileNotFoundError:
+        if isinstance(path, BucketPath) and not object_store.list_objects(path, limit=1):
+            raise PathNotFoundError(
+                f"no cache at {path}: make one with `medembed extract`"
+            ) from None
         raise CacheError(
             f"{path} is not a cache: it has no cache.json. Name a directory that "
             "`medembed extract` made."
         ) from None
+    except StorageError:  # it says how to mend it
+        raise
     except OSError as error:
         raise CacheError(
             f"cannot read {path / 'cache.json'}: {error.strerror or error}. Make it readable, and "

@@ -29,7 +29,10 @@ from typing import Any, BinaryIO
 import h5py
 import numpy as np
 
+from medembed.cache import local_copies
+from medembed.cache.local_copies import FirstBytes, Proven, damaged_shard
 from medembed.cache.spec import KEY_BYTES, CacheSpec, sortable
+from medembed.core import object_store
 from medembed.core.errors import CacheError, ShardError
 from medembed.core.files import (
     json_bytes,
@@ -38,6 +41,7 @@ from medembed.core.files import (
     sync_directory,
     write_atomically,
 )
+from medembed.core.locations import BucketPath, Location
 
 __all__ = [
     "CHUNK_ROWS",
@@ -187,21 +191,23 @@ def as_stored(
 
 
 def write_shard(
-    directory: Path,
+    directory: Location,
     keys: np.ndarray,
     embeddings: Mapping[str, np.ndarray],
     spec: CacheSpec,
     *,
     replaces: Collection[str] = (),
-) -> Path:
+) -> Location:
     """Write rows as one shard, complete or not at all; equal rows give an identical file.
 
     The file is written to a temporary name, closed, read again and compared with the arrays,
-    hashed, synced and renamed to its hash.
+    hashed, synced and renamed to its hash. In a bucket it is compared before it is sent, the store
+    checks it on arrival where it can (S3), and it gets its name unless that is taken, which then is
+    by the same bytes.
 
     Parameters
     ----------
-    directory : Path
+    directory : Path or BucketPath
         The cache's `shards/`.
     keys : (n, 32) uint8
         SHA-256 of each image's bytes; unique.
@@ -223,6 +229,8 @@ def write_shard(
         raise CacheError("a shard needs at least one row, and each key once")
     stored = as_stored(embeddings, spec, len(keys))
     data = _encode(keys, stored, spec)
+    if isinstance(directory, BucketPath):
+        return _upload(directory, data, keys, stored, replaces)
     partial = directory / f"{secrets.token_hex(16)}.partial"
     try:
         return _place(partial, data, keys, stored, replaces)
@@ -238,7 +246,7 @@ def write_shard(
             partial.unlink(missing_ok=True)
 
 
-def read_header(path: Path, *, spec: CacheSpec | None = None) -> dict[str, Any]:
+def read_header(path: Location, *, spec: CacheSpec | None = None) -> dict[str, Any]:
     """Return the shard's header: spec digest, number of rows, location of the keys.
 
     Raises
@@ -250,7 +258,7 @@ def read_header(path: Path, *, spec: CacheSpec | None = None) -> dict[str, Any]:
         return _read_header(path, file, spec)
 
 
-def check_bytes(path: Path) -> None:
+def check_bytes(path: Location) -> None:
     """Compare a shard's bytes with its name, without holding them.
 
     Raises
@@ -258,52 +266,54 @@ def check_bytes(path: Path) -> None:
     ShardError
         The bytes are not those that the name promises.
     """
-    with _opened(path) as file:
+    with _opened(path, whole=True) as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()[:NAME_DIGITS]
     if found != path.stem:
-        raise _damaged(path, f"its bytes hash to {found}")
+        raise damaged_shard(path, f"its bytes hash to {found}")
 
 
-def read_keys(path: Path, *, spec: CacheSpec | None = None) -> np.ndarray:
-    """Return only the keys, (n, 32) uint8, verified by their own SHA-256.
+def read_keys(path: Location, *, spec: CacheSpec | None = None, again: bool = False) -> np.ndarray:
+    """Return only the keys, (n, 32) uint8, verified by their own SHA-256; `again` as `read_shard`.
 
     Raises
     ------
     ShardError
         The keys are damaged, or the shard was written under another spec.
     """
-    with _opened(path) as file:
+    with _opened(path, again=again) as file:
         header = _read_header(path, file, spec)
         file.seek(header["keys_offset"])
         raw = file.read(header["rows"] * KEY_BYTES)
     if hashlib.sha256(raw).hexdigest() != header["keys_sha256"]:
-        raise _damaged(path, "its keys do not hash to what its header says")
+        raise damaged_shard(path, "its keys do not hash to what its header says")
     return np.frombuffer(raw, np.uint8).reshape(-1, KEY_BYTES)
 
 
 def read_shard(
-    path: Path,
+    path: Location,
     *,
     poolings: Sequence[str] | None = None,
     verify: bool = True,
     spec: CacheSpec | None = None,
+    again: bool = False,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Return keys, (n, 32) uint8, and embeddings, one (n, ...) array per pooling.
 
-    With `verify` the bytes passed to HDF5 are first hashed and compared with the file name.
+    With `verify` the bytes passed to HDF5 are first hashed and compared with the file name; with
+    `again` those of a bucket are read from there, even where this machine has a copy.
 
     Raises
     ------
     ShardError
         The bytes are not those the name promises, or the layout is not a shard's.
     """
-    with _hdf5(path, verify=verify, spec=spec) as (file, _):
+    with _hdf5(path, verify=verify, spec=spec, again=again) as (file, _):
         names = list(file["embeddings"]) if poolings is None else poolings
         return file["sha256"][...], {name: file["embeddings"][name][...] for name in names}
 
 
 def copy_rows(
-    path: Path,
+    path: Location,
     rows: np.ndarray,
     places: np.ndarray,
     outputs: Mapping[str, np.ndarray],
@@ -315,7 +325,7 @@ def copy_rows(
 
     Parameters
     ----------
-    path : Path
+    path : Path or BucketPath
         The shard.
     rows, places : (k,) int
         Row `rows[i]` of the shard goes to `outputs[pooling][places[i]]`.
@@ -434,11 +444,7 @@ def _place(
         file.flush()
         os.fsync(file.fileno())
     written = partial.read_bytes()
-    with h5py.File(io.BytesIO(written), "r") as file:
-        equal = np.array_equal(file["sha256"][...], keys) and all(
-            np.array_equal(file["embeddings"][name][...], values) for name, values in stored.items()
-        )
-    if written != data or not equal:
+    if written != data or not _holds(written, keys, stored):
         raise ShardError(f"what was written to {partial} does not read back as written: bad disk?")
     path = partial.with_name(_name_of(written))
     if replaces:
@@ -448,25 +454,83 @@ def _place(
     return path
 
 
+def _holds(data: bytes, keys: np.ndarray, stored: Mapping[str, np.ndarray]) -> bool:
+    """Return whether HDF5 reads exactly these rows from a shard's bytes."""
+    with h5py.File(io.BytesIO(data), "r") as file:
+        return np.array_equal(file["sha256"][...], keys) and all(
+            np.array_equal(file["embeddings"][name][...], values) for name, values in stored.items()
+        )
+
+
+def _upload(
+    directory: BucketPath,
+    data: bytes,
+    keys: np.ndarray,
+    stored: Mapping[str, np.ndarray],
+    replaces: Collection[str],
+) -> BucketPath:
+    """Create the object of a shard; one that is there already holds the same bytes."""
+    if not _holds(data, keys, stored):
+        raise ShardError(f"a shard for {directory} does not read back as written: bad memory?")
+    path = directory / _name_of(data)
+    try:
+        if replaces:
+            record = json_bytes(sorted(replaces))
+            object_store.put_object(path.with_suffix(REPLACES), record)
+        for attempt in range(1, object_store.MAX_TRIES + 1):
+            if object_store.create_object(path, data):
+                break
+            # Another process's, or our own put whose answer was lost: whole, or about to vanish.
+            try:
+                if object_store.read_range(path, 0, HEADER_BYTES)[1] == len(data):
+                    break
+                raise damaged_shard(path, "an object of this name has another length")
+            except FileNotFoundError:
+                object_store.pause(attempt)
+        else:
+            raise CacheError(f"shard {path} can neither be created nor read. Try again later.")
+    except OSError as error:
+        if isinstance(error, ShardError):
+            raise
+        raise CacheError(
+            f"cannot write a shard: {error} Nothing was left half-written, and the rows are "
+            "embedded again by the next run."
+        ) from None
+    return BucketPath(path.scheme, path.bucket, path.key, len(data))
+
+
 @contextmanager
-def _hdf5(path: Path, *, verify: bool, spec: CacheSpec | None) -> Iterator[tuple[Any, bytes]]:
+def _hdf5(
+    path: Location, *, verify: bool, spec: CacheSpec | None, again: bool = False
+) -> Iterator[tuple[Any, bytes]]:
     """Yield an open shard and its bytes, after checking it."""
-    with _opened(path) as file:
+    with _opened(path, whole=True, again=again) as file:
         data = file.read()
-    if verify and _name_of(data) != path.name:
-        raise _damaged(path, f"its bytes hash to {_name_of(data)[:32]}")
+        is_proven = isinstance(file, Proven)
+    if verify and not is_proven and _name_of(data) != path.name:
+        if isinstance(path, BucketPath) and not again:  # the copy is damaged, not the shard
+            local_copies.forget(path)
+            with _opened(path, whole=True) as file:
+                data = file.read()
+        else:
+            raise damaged_shard(path, f"its bytes hash to {_name_of(data)[:32]}")
     _parse_header(path, data[:HEADER_BYTES], spec)
     try:
         with h5py.File(io.BytesIO(data), "r") as hdf5:
             yield hdf5, data
     except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
-        raise _damaged(path, f"HDF5 says: {error}") from error
+        raise damaged_shard(path, f"HDF5 says: {error}") from error
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _opened(path: Location, *, whole: bool = False, again: bool = False) -> Iterator[Any]:
+    """Yield an open file of a shard; of one in a bucket see `local_copies.open_object`."""
     try:
-        with open_plain(path) as file:
+        with (
+            local_copies.open_object(path, whole=whole, again=again)
+            if isinstance(path, BucketPath)
+            else open_plain(path)
+        ) as file:
             yield file
     except OSError as error:
         if isinstance(error, ShardError):
@@ -474,20 +538,24 @@ def _opened(path: Path) -> Iterator[Any]:
         raise ShardError(f"cannot read shard {path}: {error.strerror or error}") from error
 
 
-def _read_header(path: Path, file: BinaryIO, spec: CacheSpec | None) -> dict[str, Any]:
+def _size_of(file: Any) -> int:
+    return file.size if isinstance(file, FirstBytes) else os.fstat(file.fileno()).st_size
+
+
+def _read_header(path: Location, file: BinaryIO, spec: CacheSpec | None) -> dict[str, Any]:
     header = _parse_header(path, file.read(HEADER_BYTES), spec)
     end = header["keys_offset"] + header["rows"] * KEY_BYTES
-    if end > os.fstat(file.fileno()).st_size:
-        raise _damaged(path, "it ends before its keys do")
+    if end > _size_of(file):
+        raise damaged_shard(path, "it ends before its keys do")
     return header
 
 
-def _parse_header(path: Path, raw: bytes, spec: CacheSpec | None = None) -> dict[str, Any]:
+def _parse_header(path: Location, raw: bytes, spec: CacheSpec | None = None) -> dict[str, Any]:
     try:
         header: dict[str, Any] = json.loads(raw)
         format_, version = header["format"], header["version"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _damaged(path, "its header cannot be read") from error
+        raise damaged_shard(path, "its header cannot be read") from error
     if format_ == FORMAT and version != VERSION:
         raise ShardError(
             f"shard {path} has format version {version!s:.40}; this medembed reads version "
@@ -499,20 +567,13 @@ def _parse_header(path: Path, raw: bytes, spec: CacheSpec | None = None) -> dict
         or not all(type(header.get(name)) is int and header[name] > 0 for name in sizes)
         or not all(isinstance(header.get(name), str) for name in digests)
     ):
-        raise _damaged(path, "its header cannot be read")
+        raise damaged_shard(path, "its header cannot be read")
     if spec is not None and header["spec"] != spec.digest():
         raise ShardError(
             f"shard {path} was written under another spec than this cache's. Move it back to the "
             "cache that it came from."
         )
     return header
-
-
-def _damaged(path: Path, what: str) -> ShardError:
-    return ShardError(
-        f"shard {path} is damaged: {what}. Move it out of the cache, as `medembed cache verify "
-        "--repair` does, and run `medembed extract` again: only its rows are embedded anew."
-    )
 
 
 def _name_of(data: bytes) -> str:

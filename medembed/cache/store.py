@@ -1,17 +1,17 @@
-"""The cache directory: one spec, many immutable shards, a list of failures."""
+"""The cache, in a directory or a bucket: one spec, many immutable shards, a list of failures."""
 
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from pathlib import Path
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 
 from medembed.cache import failures, shards, verification
-from medembed.cache.failures import Failure
+from medembed.cache.failures import Failure, FailureObject
 from medembed.cache.index import MAX_TRIES, Index
+from medembed.cache.local_copies import Download
 from medembed.cache.metadata import (
     FORMAT,
     VERSION,
@@ -21,8 +21,9 @@ from medembed.cache.metadata import (
     source_of,
 )
 from medembed.cache.spec import CacheSpec, keys_from_hex
+from medembed.cache.storage import READERS, file_size
 from medembed.core.errors import CacheError, MissingRowsError, ShardError
-from medembed.core.files import as_path
+from medembed.core.locations import BucketPath, Location, as_location
 from medembed.core.poolings import list_names
 from medembed.core.system import count_cores
 from medembed.core.text import Summarised, Summary, counted
@@ -31,15 +32,15 @@ __all__ = ["Cache", "create_cache", "open_cache"]
 
 
 class Cache(Summarised):
-    """A directory of embeddings keyed by the SHA-256 of each image's bytes.
+    """Embeddings in a directory or a bucket, keyed by the SHA-256 of each image's bytes.
 
     Open a cache with `open_cache` or `create_cache`. Any number of processes may read and append
     concurrently: shards are immutable and appear complete.
 
     Attributes
     ----------
-    path : Path
-        The directory.
+    path : Path or BucketPath
+        The directory, or the prefix of a bucket.
     spec : CacheSpec
         The spec of all rows.
     recorded : dict
@@ -51,7 +52,7 @@ class Cache(Summarised):
 
     def __init__(
         self,
-        path: Path,
+        path: Location,
         spec: CacheSpec,
         recorded: Mapping[str, object],
         canary: Mapping[str, object] | None = None,
@@ -59,6 +60,7 @@ class Cache(Summarised):
     ) -> None:
         self.path, self.spec, self.recorded, self.canary = path, spec, recorded, canary
         self._index = Index(path / "shards", spec, known)
+        self._failure_object: FailureObject | None = None
 
     def summarise(self) -> Summary:
         """Return poolings, dtype, encoder, and the number of rows, if it can be read."""
@@ -67,8 +69,9 @@ class Cache(Summarised):
             n_rows = counted(self._index.refresh().n_rows, "row")
         except (CacheError, OSError):
             n_rows = "rows that cannot be read"
+        path = self.path if isinstance(self.path, BucketPath) else self.path.resolve()
         return Summary(
-            f"Cache {self.path.resolve().name}: {n_rows}",
+            f"Cache {path.name}: {n_rows}",
             {
                 "poolings": ", ".join(f"{name} ({shape})" for name, shape in shapes.items()),
                 "stored as": self.spec.dtype,
@@ -109,7 +112,7 @@ class Cache(Summarised):
         found, _, _ = self._index.refresh().locate(keys)
         return found
 
-    def commit(self, keys: np.ndarray, embeddings: Mapping[str, np.ndarray]) -> Path:
+    def commit(self, keys: np.ndarray, embeddings: Mapping[str, np.ndarray]) -> Location:
         """Add rows as one shard and return its path; on any error nothing is added.
 
         Parameters
@@ -124,7 +127,9 @@ class Cache(Summarised):
         CacheError
             The rows do not fit the spec, or the directory cannot be written.
         """
-        return shards.write_shard(self.path / "shards", keys, embeddings, self.spec)
+        path = shards.write_shard(self.path / "shards", keys, embeddings, self.spec)
+        self._index.add(path)
+        return path
 
     def read(
         self, keys: np.ndarray, poolings: Sequence[str], *, verify: bool = True
@@ -151,29 +156,64 @@ class Cache(Summarised):
     ) -> None:
         """Read rows into arrays of any float dtype, one (n, ...) array per pooling.
 
-        Shards are read in parallel threads. A row that is in two shards is read from the first of
+        Shards are read in parallel threads; those of a bucket are copied to this machine on the
+        way, see `local_copies`. A row that is in two shards is read from the first of
         them by name. Raises like `read`.
         """
         self.check_poolings(list(outputs))
         waiting = np.arange(len(keys))
-        for _ in range(MAX_TRIES):
-            found, owners, rows = self._index.refresh().locate(keys[waiting])
+        for n_tries in range(1, MAX_TRIES + 1):
+            found, owners, rows = self._locate(keys[waiting], again=n_tries > 1)
             if not found.all():
                 raise MissingRowsError(
                     f"{int((~found).sum())} of {len(keys)} rows are not in the cache at {self.path}"
                 )
             order = np.argsort(owners, kind="stable")
             ends = np.flatnonzero(np.diff(owners[order])) + 1
-            copy = partial(self._copy, waiting, owners, rows, outputs, verify)
-            with ThreadPoolExecutor(count_cores()) as pool:
-                left = list(pool.map(copy, np.split(order, ends) if len(order) else []))
+            parts = np.split(order, ends) if len(order) else []
+            left = self._copy_all(parts, waiting, owners, rows, outputs, verify)
             waiting = np.concatenate([waiting[:0], *left])
             if not len(waiting):
                 return
+            self._index.wait(n_tries)
         raise CacheError(
             f"shards of {self.path} vanish faster than they are read: {len(waiting)} of "
             f"{len(keys)} rows are missing. Read again when whatever removes them has ended."
         )
+
+    def _locate(
+        self, keys: np.ndarray, *, again: bool
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return what `Index.locate` returns; a bucket is listed again only if that is needed."""
+        if isinstance(self.path, BucketPath) and not again:
+            places = self._index.locate(keys)
+            if places[0].all():
+                return places
+        return self._index.refresh().locate(keys)
+
+    def _copy_all(
+        self,
+        parts: Sequence[np.ndarray],
+        places: np.ndarray,
+        owners: np.ndarray,
+        rows: np.ndarray,
+        outputs: Mapping[str, np.ndarray],
+        verify: bool,
+    ) -> list[np.ndarray]:
+        """Copy the rows of several shards, in parallel; return what `_copy` returns of each."""
+        paths = [self._index.paths[owners[part[0]]] for part in parts]
+        far = [path for path in paths if isinstance(path, BucketPath)]
+        n_threads = max(count_cores(), READERS) if far else count_cores()
+        with Download(far) if far else nullcontext() as download:
+
+            def copy(part: np.ndarray) -> np.ndarray:
+                left = self._copy(places, owners, rows, outputs, verify, part)
+                if download:
+                    download.done(self._index.paths[owners[part[0]]])
+                return left
+
+            with ThreadPoolExecutor(n_threads) as pool:
+                return list(pool.map(copy, parts))
 
     def _copy(
         self,
@@ -225,10 +265,14 @@ class Cache(Summarised):
         CacheError
             The file cannot be written.
         """
-        new = list(new)
-        known = failures.read_failures(self._failures_path) if new else {}
+        new, path = list(new), self._failures_path
+        known = failures.read_failures(path) if new else {}
         unknown = [failure for failure in new if known.get(failure.sha256) != failure]
-        failures.append_failures(self._failures_path, unknown)
+        if isinstance(path, BucketPath):
+            self._failure_object = self._failure_object or FailureObject(path)
+            self._failure_object.append(unknown)
+        else:
+            failures.append_failures(path, unknown)
 
     def card(self) -> dict[str, Any]:
         """Return a JSON-able description: spec, provenance, rows, bytes, failures."""
@@ -240,7 +284,7 @@ class Cache(Summarised):
             "version": VERSION,
             "rows": n_rows,
             "shards": len(self._index.paths),
-            "bytes": sum(path.stat().st_size for path in self._index.paths),
+            "bytes": sum(map(file_size, self._index.paths)),
             "spec": self.spec.as_dict(),
             "recorded": self.recorded,
             "canary": self.canary is not None,
@@ -258,7 +302,7 @@ class Cache(Summarised):
         return [problem.what for problem in verification.verify(self.path, self.spec, progress)]
 
     @property
-    def _failures_path(self) -> Path:
+    def _failures_path(self) -> Location:
         return self.path / "failures.jsonl"
 
 
@@ -282,7 +326,8 @@ def create_cache(
     CacheError
         The directory is not a cache, has an unknown version, or cannot be written.
     """
-    create_description(Path(path), spec, recorded, canary)
+    path = as_location(path, "a cache")
+    create_description(path, spec, recorded, canary)
     cache = open_cache(path, known=known)
     cache.require_spec(spec, recorded)
     return cache
@@ -291,6 +336,8 @@ def create_cache(
 def open_cache(path: Cache | str | os.PathLike[str], *, known: Collection[str] = ()) -> Cache:
     """Return an existing cache; an open one is returned unchanged.
 
+    `path` is a directory, or a bucket such as `s3://bucket/mura`.
+
     Shards whose names are in `known` are ignored, for a task that knows that they hold none of the
     rows it needs.
 
@@ -298,10 +345,12 @@ def open_cache(path: Cache | str | os.PathLike[str], *, known: Collection[str] =
     ------
     PathNotFoundError
         The directory does not exist.
+    StorageError
+        The bucket cannot be reached.
     CacheError
         The directory is not a cache, is damaged, or has an unknown version.
     """
     if isinstance(path, Cache):
         return path
-    path = as_path(path, "a cache", "a Cache")
+    path = as_location(path, "a cache", "a Cache")
     return Cache(path, *read_description(path), known)

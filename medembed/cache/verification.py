@@ -10,11 +10,14 @@ from pathlib import Path
 import numpy as np
 
 from medembed.cache import shards
-from medembed.cache.index import SortedKeys, file_names, replaced_shards
+from medembed.cache.index import SortedKeys, list_files, replaced_shards
 from medembed.cache.shards import REPLACES
 from medembed.cache.spec import CacheSpec
-from medembed.core.errors import CacheError, ShardError
+from medembed.cache.storage import READERS, file_size
+from medembed.core import object_store
+from medembed.core.errors import CacheError, ShardError, StorageError
 from medembed.core.files import sync_directory
+from medembed.core.locations import BucketPath, Location
 from medembed.core.system import count_cores
 
 __all__ = ["SET_ASIDE", "Problem", "repair", "verify"]
@@ -28,7 +31,7 @@ class Problem:
 
     Parameters
     ----------
-    path : Path
+    path : Path or BucketPath
         The file.
     what : str
         One line: the file, what is wrong, the way out.
@@ -37,22 +40,23 @@ class Problem:
         problem, but do not make a shard bad.
     """
 
-    path: Path
+    path: Location
     what: str
     is_bad: bool = True
 
 
 def verify(
-    directory: Path, spec: CacheSpec, progress: Callable[[int, int], None] | None = None
+    directory: Location, spec: CacheSpec, progress: Callable[[int, int], None] | None = None
 ) -> list[Problem]:
     """Return all problems, after checking every byte of every shard, its spec and its rows.
 
     Shards are read in parallel, one in memory per thread; their bytes are compared with their name
-    before they are passed to HDF5, which a single flipped bit can hang.
+    before they are passed to HDF5, which a single flipped bit can hang. Those of a bucket are read
+    from there, whatever copies this machine has.
 
     Parameters
     ----------
-    directory : Path
+    directory : Path or BucketPath
         The cache.
     spec : CacheSpec
         The cache's spec.
@@ -64,45 +68,77 @@ def verify(
     list of Problem
         Sorted by name. Leftovers of a killed writer (`*.partial`) or compaction are harmless and
         ignored.
+
+    Raises
+    ------
+    StorageError
+        The store of a bucket fails, which says nothing about the shards.
     """
     paths = _files(directory / "shards")
-    count = _Count(sum(map(_size, paths)), progress)
+    count = _Count(sum(map(file_size, paths)), progress)
 
-    def check(path: Path) -> tuple[np.ndarray | None, Problem | None]:
+    def check(path: Location) -> tuple[np.ndarray | None, Problem | None]:
         try:
             return _check_shard(path, spec), None
         except CacheError as error:
-            if not os.path.lexists(path):  # removed meanwhile
+            if isinstance(error.__cause__, StorageError):
+                raise error.__cause__ from None
+            if _is_gone(path, error):  # removed meanwhile
                 return None, None
             return None, Problem(path, str(error))
         finally:
-            count.add(_size(path))
+            count.add(file_size(path))
 
-    with ThreadPoolExecutor(count_cores()) as pool:
+    n_threads = READERS if isinstance(directory, BucketPath) else count_cores()
+    with ThreadPoolExecutor(n_threads) as pool:
         found = list(pool.map(check, paths))
     problems = [problem for _, problem in found if problem]
     whole = [(path, keys) for path, (keys, _) in zip(paths, found, strict=True) if keys is not None]
     return sorted([*problems, *_find_repeats(whole)], key=lambda problem: problem.path)
 
 
-def repair(directory: Path, problems: Sequence[Problem]) -> list[Path]:
+def repair(directory: Location, problems: Sequence[Problem]) -> list[Location]:
     """Move bad shards to `set-aside/`, and return their new paths.
 
-    Nothing is deleted or overwritten. The next `medembed extract` embeds only their rows again.
+    Nothing is overwritten; in a bucket the object is copied, and deleted where it was. The next
+    `medembed extract` embeds only their rows again.
 
     Raises
     ------
     CacheError
         A file cannot be moved.
     """
-    aside = directory / SET_ASIDE
-    moved = []
+    bad = [problem.path for problem in problems if problem.is_bad]
+    if isinstance(directory, BucketPath):
+        return _repair_bucket(directory, [path for path in bad if isinstance(path, BucketPath)])
+    return _repair_directory(directory, [path for path in bad if not isinstance(path, BucketPath)])
+
+
+def _repair_bucket(directory: BucketPath, bad: Sequence[BucketPath]) -> list[Location]:
+    moved: list[Location] = []
     try:
-        for problem in problems:
-            if problem.is_bad:
-                aside.mkdir(exist_ok=True)
-                moved.append(_free_name(aside / problem.path.name))
-                os.rename(problem.path, moved[-1])
+        for path in bad:
+            number, aside = 1, directory / SET_ASIDE / path.name
+            while object_store.object_exists(aside):
+                number += 1
+                aside = aside.with_name(f"{path.name}.{number}")
+            object_store.copy_object(path, aside)
+            object_store.delete_objects([path])
+            moved.append(aside)
+    except OSError as error:
+        raise CacheError(f"cannot set aside shards of {directory}: {error}") from None
+    return moved
+
+
+def _repair_directory(directory: Path, bad: Sequence[Path]) -> list[Location]:
+    aside = directory / SET_ASIDE
+    moved: list[Location] = []
+    try:
+        for path in bad:
+            aside.mkdir(exist_ok=True)
+            free = _free_name(aside / path.name)
+            moved.append(free)
+            os.rename(path, free)
         if moved:
             sync_directory(aside)
             sync_directory(directory / "shards")
@@ -114,26 +150,25 @@ def repair(directory: Path, problems: Sequence[Problem]) -> list[Path]:
     return moved
 
 
-def _files(folder: Path) -> list[Path]:
-    names = file_names(folder)
-    replaced = replaced_shards(folder, names)
-    files = [folder / name for name in sorted(names) if name not in replaced]
-    return [path for path in files if path.suffix not in (".partial", REPLACES)]
+def _files(folder: Location) -> list[Location]:
+    files = list_files(folder)
+    replaced = replaced_shards(files)
+    paths = [files[name] for name in sorted(files) if name not in replaced]
+    return [path for path in paths if path.suffix not in (".partial", REPLACES)]
 
 
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0
+def _is_gone(path: Location, error: CacheError) -> bool:
+    if isinstance(path, BucketPath):
+        return isinstance(error.__cause__, FileNotFoundError)
+    return not os.path.lexists(path)
 
 
-def _check_shard(path: Path, spec: CacheSpec) -> np.ndarray:
+def _check_shard(path: Location, spec: CacheSpec) -> np.ndarray:
     """Return the keys of a shard after verifying it."""
     if not shards.is_shard_name(path.name):
         raise CacheError(f"{path} is not a shard: its name is not 32 hex digits and .h5")
-    keys, embeddings = shards.read_shard(path, spec=spec)
-    if not np.array_equal(keys, shards.read_keys(path)):
+    keys, embeddings = shards.read_shard(path, spec=spec, again=True)
+    if not np.array_equal(keys, shards.read_keys(path, again=True)):
         raise ShardError(f"shard {path} names other keys in its header than in its rows")
     try:
         shards.as_stored(embeddings, spec, len(keys))
@@ -142,7 +177,7 @@ def _check_shard(path: Path, spec: CacheSpec) -> np.ndarray:
     return keys
 
 
-def _find_repeats(whole: list[tuple[Path, np.ndarray]]) -> Iterator[Problem]:
+def _find_repeats(whole: list[tuple[Location, np.ndarray]]) -> Iterator[Problem]:
     if not whole:
         return
     edges = np.cumsum([0, *(len(keys) for _, keys in whole)])

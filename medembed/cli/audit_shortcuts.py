@@ -7,6 +7,7 @@ import click
 from medembed.cli.commands import Command
 from medembed.cli.console import print_json, say, suggest
 from medembed.cli.options import (
+    LOCATION,
     MANY,
     PATH,
     json_option,
@@ -15,6 +16,7 @@ from medembed.cli.options import (
     table_columns,
 )
 from medembed.cli.progress import showing_progress
+from medembed.core.locations import Location
 
 __all__ = ["shortcuts_command"]
 
@@ -26,9 +28,10 @@ __all__ = ["shortcuts_command"]
     examples=[
         "medembed audit shortcuts cache mura.csv --columns region,cast",
         "medembed audit shortcuts cache films.csv --columns device,sex,age:0-18-65-120 -o audit",
+        "medembed audit shortcuts cache mura.csv --columns region --image-root MURA-v1.1",
     ],
 )
-@click.argument("cache_path", metavar="CACHE", type=PATH)
+@click.argument("cache_path", metavar="CACHE", type=LOCATION)
 @click.argument("manifest_path", metavar="MANIFEST", type=PATH)
 @click.option(
     "--columns",
@@ -48,6 +51,12 @@ __all__ = ["shortcuts_command"]
     help="Folds of cross-validation, disjoint in patients.",
 )
 @click.option(
+    "--image-root",
+    type=PATH,
+    help="Directory that the manifest's paths are relative to: the films' brightness, size, "
+    "sharpness and border are measured there, unless CACHE holds the pooling imagestats.",
+)
+@click.option(
     "-o",
     "--output",
     type=PATH,
@@ -57,11 +66,12 @@ __all__ = ["shortcuts_command"]
 @seed_option
 @json_option
 def shortcuts_command(
-    cache_path: Path,
+    cache_path: Location,
     manifest_path: Path,
     columns: tuple[str, ...],
     pool: str | None,
     n_folds: int,
+    image_root: Path | None,
     output: Path | None,
     seed: int,
     as_json: bool,
@@ -86,6 +96,7 @@ def shortcuts_command(
             pool=pool,
             n_folds=n_folds,
             seed=seed,
+            image_root=image_root,
             progress=progress,
         )
     document = found.as_dict()

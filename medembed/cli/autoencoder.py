@@ -23,6 +23,7 @@ from medembed.cli.options import (
     split_names,
 )
 from medembed.cli.progress import showing_progress
+from medembed.core.locations import Location
 
 if TYPE_CHECKING:
     from medembed.autoencoder import TrainingReport
@@ -91,7 +92,7 @@ def _split_numbers(context: click.Context, option: click.Parameter, value: str) 
 @json_option
 def autoencoder_command(
     manifest_path: Path,
-    image_root: Path,
+    image_root: Location,
     out: Path,
     size: int,
     widths: tuple[int, ...],

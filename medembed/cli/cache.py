@@ -1,4 +1,4 @@
-"""`medembed cache`: inspect, verify, compact and export a cache."""
+"""`medembed cache`: inspect, verify, compact, move and export a cache."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -9,13 +9,22 @@ import click
 
 from medembed.cli.commands import Commands
 from medembed.cli.console import print_json, printable, say, suggest
-from medembed.cli.options import PATH, json_option, output_option, split_names
+from medembed.cli.options import LOCATION, PATH, Finite, json_option, output_option, split_names
 from medembed.cli.progress import showing_progress
+from medembed.core.locations import Location
 
 if TYPE_CHECKING:
     from medembed.cache.verification import Problem
 
-__all__ = ["cache_command", "compact_command", "export_command", "info_command", "verify_command"]
+__all__ = [
+    "cache_command",
+    "compact_command",
+    "export_command",
+    "info_command",
+    "pull_command",
+    "push_command",
+    "verify_command",
+]
 
 
 _MISSING = ("--image-root", "DIR", "--encoder", "REF")
@@ -23,7 +32,7 @@ _MISSING = ("--image-root", "DIR", "--encoder", "REF")
 
 @click.group("cache", cls=Commands)
 def cache_command() -> None:
-    """Inspect, verify, compact and export a cache of embeddings."""
+    """Inspect, verify, compact, move and export a cache of embeddings."""
 
 
 @cache_command.command(
@@ -34,7 +43,7 @@ def cache_command() -> None:
         "medembed cache info cache --manifest mura.csv",
     ],
 )
-@click.argument("cache_path", metavar="CACHE", type=PATH)
+@click.argument("cache_path", metavar="CACHE", type=LOCATION)
 @click.option(
     "--manifest",
     "manifest_path",
@@ -46,7 +55,7 @@ def cache_command() -> None:
 )
 @json_option
 def info_command(
-    cache_path: Path, manifest_path: Path | None, with_failures: bool, as_json: bool
+    cache_path: Location, manifest_path: Path | None, with_failures: bool, as_json: bool
 ) -> None:
     """Show what CACHE holds: its spec, rows and size, and how much of a manifest is embedded."""
     from medembed.cache.pending import make_plan
@@ -122,10 +131,10 @@ def _lines(card: dict[str, Any], indent: str = "") -> Iterator[str]:
         "medembed cache verify cache",
     ],
 )
-@click.argument("cache_path", metavar="CACHE", type=PATH)
+@click.argument("cache_path", metavar="CACHE", type=LOCATION)
 @click.option("--repair", is_flag=True, help="Move damaged shards to CACHE/set-aside/.")
 @json_option
-def verify_command(cache_path: Path, repair: bool, as_json: bool) -> None:
+def verify_command(cache_path: Location, repair: bool, as_json: bool) -> None:
     """Check every shard of CACHE against its hash and the spec; exit with 1 if any is damaged.
 
     With --repair, damaged shards are set aside, never deleted, and the next `medembed extract`
@@ -167,9 +176,16 @@ def _remedy(problems: "list[Problem]", repair: bool) -> str:
         "medembed cache compact cache",
     ],
 )
-@click.argument("cache_path", metavar="CACHE", type=PATH)
+@click.argument("cache_path", metavar="CACHE", type=LOCATION)
+@click.option(
+    "--grace",
+    type=Finite(0, 86_400),
+    default=60.0,
+    show_default=True,
+    help="Seconds that merged shards stay in a bucket, for those who are reading them.",
+)
 @json_option
-def compact_command(cache_path: Path, as_json: bool) -> None:
+def compact_command(cache_path: Location, grace: float, as_json: bool) -> None:
     """Merge small shards of CACHE into full ones, and keep one copy of repeated rows.
 
     Other processes may read and extract meanwhile. A shard is removed only after its replacement
@@ -180,7 +196,7 @@ def compact_command(cache_path: Path, as_json: bool) -> None:
 
     opened = open_cache(cache_path)
     with showing_progress("Merging", "shards") as progress:
-        done = compact(opened.path, opened.spec, progress)
+        done = compact(opened.path, opened.spec, progress, grace_seconds=grace)
     if as_json:
         print_json({**opened.card(), "compacted": asdict(done)})
     click.echo(
@@ -188,6 +204,76 @@ def compact_command(cache_path: Path, as_json: bool) -> None:
         f"{done.repeats} repeated rows left out",
         err=as_json,
     )
+
+
+@cache_command.command(
+    "pull",
+    starting="Opening the cache",
+    short_help="Copy a cache from a bucket to this machine.",
+    examples=[
+        "medembed cache pull s3://bucket/mura cache",
+        "medembed cache pull s3://bucket/mura",
+    ],
+)
+@click.argument("source", metavar="URL", type=LOCATION)
+@click.argument("target", metavar="[DIR]", type=PATH, required=False)
+@json_option
+def pull_command(source: Location, target: Path | None, as_json: bool) -> None:
+    """Copy what DIR lacks of the cache at URL; DIR is then a cache that needs no network.
+
+    Without DIR, fill this machine's copies of shards, which every command that reads URL uses.
+    """
+    from medembed.cache.transfer import keep_copies
+    from medembed.core.locations import BucketPath
+
+    if not isinstance(source, BucketPath):
+        raise click.UsageError(f"{source} is no bucket. Write: cache pull s3://BUCKET/PREFIX DIR")
+    if target is not None:
+        _copy_cache(source, target, as_json)
+        return
+    done = keep_copies(source)
+    if as_json:
+        print_json(asdict(done))
+    say(f"{source}: {done.shards} shards fetched, {done.already} already there")
+
+
+@cache_command.command(
+    "push",
+    starting="Opening the cache",
+    short_help="Copy a cache from this machine to a bucket.",
+    examples=[
+        "medembed cache push cache s3://bucket/mura",
+    ],
+)
+@click.argument("source", metavar="DIR", type=LOCATION)
+@click.argument("target", metavar="URL", type=LOCATION)
+@json_option
+def push_command(source: Location, target: Location, as_json: bool) -> None:
+    """Copy what the bucket at URL lacks of the cache in DIR, which stays as it is.
+
+    The two may be named in either order.
+    """
+    from medembed.core.locations import BucketPath
+
+    if isinstance(source, BucketPath):
+        source, target = target, source
+    if not isinstance(target, BucketPath):
+        raise click.UsageError(f"{target} is no bucket. Write: cache push DIR s3://BUCKET/PREFIX")
+    _copy_cache(source, target, as_json)
+
+
+def _copy_cache(source: Location, target: Location, as_json: bool) -> None:
+    from medembed.cache.transfer import copy_cache
+
+    def announce(n_shards: int, n_bytes: int) -> None:
+        say(f"Copying {n_shards:,} shards, {n_bytes / 1e6:,.1f} MB, from {source} to {target} …")
+
+    with showing_progress("Copying", "bytes") as progress:
+        done = copy_cache(source, target, progress, announce)
+    if as_json:
+        print_json(asdict(done))
+    say(f"{target}: {done.shards} shards copied, {done.already} already there")
+    suggest("cache", "info", target)
 
 
 @cache_command.command(
@@ -199,7 +285,7 @@ def compact_command(cache_path: Path, as_json: bool) -> None:
         "medembed cache export cache mura.csv -o projector --format tensorboard",
     ],
 )
-@click.argument("cache_path", metavar="CACHE", type=PATH)
+@click.argument("cache_path", metavar="CACHE", type=LOCATION)
 @click.argument("manifest_path", metavar="MANIFEST", type=PATH)
 @output_option("FILE.parquet, FILE.csv or FILE.npz; with --format a new directory.", "out_path")
 @click.option(
@@ -229,7 +315,7 @@ def compact_command(cache_path: Path, as_json: bool) -> None:
 @click.option("--wide", is_flag=True, help="Parquet with one column per number, mean_0 and so on.")
 @json_option
 def export_command(
-    cache_path: Path,
+    cache_path: Location,
     manifest_path: Path,
     out_path: Path,
     poolings: tuple[str, ...] | None,

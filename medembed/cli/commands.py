@@ -58,6 +58,17 @@ class Command(click.Command):
         self.params += [_flag(QUIET, "-q", "Print results and errors only."),
                         _flag(VERBOSE, "-v", "Show where an error was raised.")]  # fmt: skip
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Read the arguments; an option's variable is named as the option is written.
+
+        click names it after the parameter: of `--patients` that would be `…_N_PATIENTS`.
+        """
+        for parameter in self.params:
+            if ctx.auto_envvar_prefix and isinstance(parameter, click.Option):
+                long = max(parameter.opts, key=len).removeprefix("--").replace("-", "_")
+                parameter.envvar = f"{ctx.auto_envvar_prefix}_{long}".upper()
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command, after showing on a terminal what it starts with."""
         if self.starting and is_terminal(sys.stderr) and not is_step():

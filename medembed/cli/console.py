@@ -7,7 +7,6 @@ import signal
 import sys
 import threading
 import time
-from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
 
@@ -118,7 +117,7 @@ def say(text: str = "") -> None:
         click.echo(printable(text), err=True)
 
 
-def suggest(*words: str | Path) -> None:
+def suggest(*words: str | os.PathLike[str]) -> None:
     """Print the command that usually follows, on stderr: `Next: medembed …`.
 
     A step of another command prints nothing.

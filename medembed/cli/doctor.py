@@ -6,7 +6,8 @@ import click
 
 from medembed.cli.commands import Command
 from medembed.cli.console import print_json, suggest
-from medembed.cli.options import PATH, json_option, pool_option
+from medembed.cli.options import LOCATION, PATH, json_option, pool_option
+from medembed.core.locations import Location
 
 __all__ = ["doctor_command"]
 
@@ -28,13 +29,13 @@ __all__ = ["doctor_command"]
     type=PATH,
     help="Manifest whose images are counted to estimate disk space.",
 )
-@click.option("--cache", "cache_path", type=PATH, help="Where the cache will be written.")
+@click.option("--cache", "cache_path", type=LOCATION, help="Where the cache will be written.")
 @pool_option
 @json_option
 def doctor_command(
     reference: str | None,
     manifest_path: Path | None,
-    cache_path: Path | None,
+    cache_path: Location | None,
     poolings: tuple[str, ...],
     as_json: bool,
 ) -> None:

@@ -24,6 +24,7 @@ __all__ = [
     "Autoencoder",
     "CacheCard",
     "CacheCompact",
+    "CacheCopy",
     "CacheExport",
     "CacheInfo",
     "CacheVerify",
@@ -153,6 +154,15 @@ class RecipeText(ClosedRecord):
 
     name: str
     recipe: str
+
+
+class ManifestTexts(ClosedRecord):
+    """`medembed manifest texts --json`."""
+
+    output: str
+    columns: list[str]
+    texts: Count
+    """Rows with a text."""
 
 
 class ManifestRelabel(ClosedRecord):
@@ -311,6 +321,16 @@ class CacheCompact(CacheCard):
     compacted: Compacted
 
 
+class CacheCopy(ClosedRecord):
+    """`medembed cache pull --json` and `medembed cache push --json`."""
+
+    shards: Count
+    """Shards that were copied."""
+    bytes: Count
+    already: Count
+    """Shards that were there."""
+
+
 class CacheExport(ClosedRecord):
     """`medembed cache export --json`."""
 
@@ -456,9 +476,10 @@ class Prediction(ClosedRecord):
     image: str | None
     study: str
     probability: float | None = Field(ge=0, le=1)
-    decision: Literal["normal", "abnormal"] | None
+    decision: str | None
+    """"normal" or "abnormal"; of a target's model the target's name, or "no" and its name."""
     operating_point: Point | None
-    set: list[Literal["normal", "abnormal"]] | None
+    set: list[str] | None
     coverage: str | None
     distance: float | None
     distance_p: float | None
@@ -540,6 +561,8 @@ DOCUMENTS: dict[str, Any] = {
     "cache-compact": CacheCompact,
     "cache-export": CacheExport,
     "cache-info": CacheInfo,
+    "cache-pull": CacheCopy,
+    "cache-push": CacheCopy,
     "cache-verify": CacheVerify,
     "compare": ComparisonResult | TargetsComparison,
     "completion": Completion,
@@ -553,6 +576,7 @@ DOCUMENTS: dict[str, Any] = {
     "manifest-build": ManifestBuild,
     "manifest-check": ManifestCheck,
     "manifest-relabel": ManifestRelabel,
+    "manifest-texts": ManifestTexts,
     "manifest-init": ManifestInit,
     "manifest-recipes": list[KnownRecipe] | RecipeText,
     "map": MapDocument,

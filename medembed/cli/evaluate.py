@@ -8,6 +8,7 @@ import click
 from medembed.cli.commands import Command
 from medembed.cli.console import print_json, say, suggest
 from medembed.cli.options import (
+    LOCATION,
     MANY,
     PATH,
     json_option,
@@ -17,6 +18,7 @@ from medembed.cli.options import (
     seed_option,
     table_columns,
 )
+from medembed.core.locations import Location
 
 __all__ = ["evaluate_command"]
 
@@ -32,11 +34,11 @@ PIPED_COLUMNS = 80
     ],
 )
 @click.argument("model_path", metavar="MODEL", type=PATH)
-@click.argument("cache_path", metavar="CACHE", type=PATH)
+@click.argument("cache_path", metavar="CACHE", type=LOCATION)
 @click.argument("manifest_path", metavar="MANIFEST", type=PATH)
 @output_option("The run directory to write.")
 @click.option(
-    "--cache", "others", type=PATH, multiple=True,
+    "--cache", "others", type=LOCATION, multiple=True,
     help="A further cache, of an ensemble's next encoder; repeatable.",
 )  # fmt: skip
 @click.option(
@@ -56,10 +58,10 @@ PIPED_COLUMNS = 80
 @json_option
 def evaluate_command(
     model_path: Path,
-    cache_path: Path,
+    cache_path: Location,
     manifest_path: Path,
     out: Path,
-    others: tuple[Path, ...],
+    others: tuple[Location, ...],
     split: str | None,
     recalibrate: int | None,
     operating_points: tuple[Any, ...],

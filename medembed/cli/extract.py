@@ -10,6 +10,7 @@ import click
 from medembed.cli.commands import Command
 from medembed.cli.console import print_json, say, suggest
 from medembed.cli.options import (
+    LOCATION,
     MAX_BATCH,
     PATH,
     device_option,
@@ -22,10 +23,12 @@ from medembed.cli.options import (
     precision_option,
 )
 from medembed.cli.progress import showing_progress
+from medembed.core.locations import Location
 
 if TYPE_CHECKING:
     from medembed.cache.pending import Worker
     from medembed.extraction import ExtractionReport
+    from medembed.images.tar_stream import TarRoot
 
 __all__ = ["extract_command"]
 
@@ -94,7 +97,13 @@ def _choose_layers(
 @click.argument("manifest_path", metavar="MANIFEST", type=PATH)
 @image_root_option
 @encoder_option
-@click.option("--cache", "cache_path", type=PATH, required=True, help="The cache directory.")
+@click.option(
+    "--cache",
+    "cache_path",
+    type=LOCATION,
+    required=True,
+    help="The cache: a directory, or s3://bucket/prefix.",
+)
 @pool_option
 @click.option(
     "--layers",
@@ -149,9 +158,9 @@ def _choose_layers(
 @json_option
 def extract_command(
     manifest_path: Path,
-    image_root: Path,
+    image_root: "Location | TarRoot",
     reference: str,
-    cache_path: Path,
+    cache_path: Location,
     poolings: tuple[str, ...],
     layers: tuple[str, ...],
     device: str,
@@ -187,6 +196,7 @@ def extract_command(
     if engine == "ray" and Path(reference).is_dir():  # Ray's processes are in other directories
         reference = str(Path(reference).absolute())
     if engine == "local":
+        from medembed.cache.metadata import is_free
         from medembed.extraction.settled import report_if_settled
 
         settled = report_if_settled(
@@ -204,7 +214,7 @@ def extract_command(
         )
         if settled is not None:
             _conclude(settled, manifest_path, cache_path, strict, dry_run, as_json)
-            if dry_run and not cache_path.exists():
+            if dry_run and is_free(cache_path):
                 say(f"{reference} was not loaded: medembed doctor --encoder {reference} checks it.")
             return
     from medembed import extraction  # torch
@@ -224,8 +234,8 @@ def extract_command(
 
         job = Job(
             load,
-            image_root.absolute(),
-            cache_path.absolute(),
+            _absolute(_refuse_stream(image_root)),
+            _absolute(cache_path),
             poolings=poolings,
             dtype=dtype,
             intensity=Intensity(window),
@@ -268,10 +278,25 @@ def extract_command(
     _conclude(report, manifest_path, cache_path, strict, dry_run, as_json)
 
 
+def _refuse_stream(image_root: "Location | TarRoot") -> Location:
+    from medembed.images.tar_stream import TarRoot
+
+    if isinstance(image_root, TarRoot):
+        raise click.UsageError(
+            f"{image_root} is read from front to back, and Ray's tasks would each read all of it. "
+            "Use --backend local, with --worker I/N where there are several."
+        )
+    return image_root
+
+
+def _absolute(location: Location) -> Location:
+    return location.absolute() if isinstance(location, Path) else location
+
+
 def _conclude(
     report: "ExtractionReport",
     manifest_path: Path,
-    cache_path: Path,
+    cache_path: Location,
     strict: bool,
     dry_run: bool,
     as_json: bool,
@@ -289,7 +314,7 @@ def _conclude(
         )
 
 
-def _say_extraction(report: "ExtractionReport", cache_path: Path, dry_run: bool) -> None:
+def _say_extraction(report: "ExtractionReport", cache_path: Location, dry_run: bool) -> None:
     for failure in report.failures:
         say(f"Failed ({failure['stage']}): {failure['image']}: {failure['reason']}")
     for note, n_images in report.notes.items():

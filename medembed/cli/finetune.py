@@ -27,6 +27,7 @@ from medembed.cli.options import (
     split_names,
 )
 from medembed.cli.progress import showing_progress
+from medembed.core.locations import Location
 
 __all__ = ["finetune_command"]
 
@@ -148,7 +149,7 @@ _ABOVE_ZERO = Finite(min=0, min_open=True)
 @json_option
 def finetune_command(
     manifest_path: Path,
-    image_root: Path,
+    image_root: Location,
     reference: str,
     unfreeze: tuple[str, ...],
     out: Path,

@@ -9,14 +9,25 @@ import click
 from medembed.cli.choices import CHOICES, choice_options, is_interactive, read_choices, settle
 from medembed.cli.commands import Commands
 from medembed.cli.console import is_step, print_json, say, suggest
-from medembed.cli.options import PATH, conclude, json_option, output_option, seed_option
+from medembed.cli.options import (
+    IMAGES,
+    LOCATION,
+    PATH,
+    conclude,
+    json_option,
+    output_option,
+    seed_option,
+)
 from medembed.cli.progress import showing_progress
+from medembed.core.locations import Location
+from medembed.core.text import counted
 
 if TYPE_CHECKING:
     from medembed.cache.near_duplicates import NearDuplicates
     from medembed.cache.store import Cache
     from medembed.dataset.recipes.build import BuildReport
     from medembed.dataset.recipes.proposals import Proposal
+    from medembed.images.tar_stream import TarRoot
 
 __all__ = [
     "build_command",
@@ -25,6 +36,7 @@ __all__ = [
     "manifest_command",
     "recipes_command",
     "relabel_command",
+    "texts_command",
 ]
 
 _CHOICES = {
@@ -61,6 +73,12 @@ def manifest_command() -> None:
 @click.option("--from-folders", type=PATH, metavar="DIR", help="Use a folder per class, no recipe.")
 @click.option("--from-table", type=PATH, metavar="FILE", help="Use a table of images, no recipe.")
 @click.option(
+    "--from-stream",
+    type=IMAGES,
+    metavar="URL",
+    help="Use tar files with a .json beside each image, such as tar://shards, no recipe.",
+)
+@click.option(
     "--image-root",
     type=PATH,
     help="Directory that the manifest's paths are relative to.  [default without a recipe: DIR, or "
@@ -83,6 +101,7 @@ def build_command(
     recipe: str | None,
     from_folders: Path | None,
     from_table: Path | None,
+    from_stream: "TarRoot | Path | None",
     image_root: Path | None,
     output: Path,
     strict: bool,
@@ -95,14 +114,21 @@ def build_command(
 
     RECIPE is a file such as data_manifests/mura.toml, or the name of a recipe that comes with
     medembed (see `medembed manifest recipes`). Without a recipe, --from-folders takes a folder per
-    class, and --from-table a CSV, Excel or Parquet table; `medembed manifest init` proposes a
-    recipe for you to correct. MANIFEST.build.json beside the manifest (mura.build.json for
-    mura.csv) counts what was found and left out, and runs copy it. A build without a recipe writes
-    the one that it used to MANIFEST.recipe.toml, from which the manifest can be built again.
+    class, --from-table a CSV, Excel or Parquet table, and --from-stream tar files; `medembed
+    manifest init` proposes a recipe for you to correct. MANIFEST.build.json beside the manifest
+    (mura.build.json for mura.csv) counts what was found and left out, and runs copy it; of a stream
+    there is none. A build from folders or a table writes the recipe that it used to
+    MANIFEST.recipe.toml, from which the manifest can be built again.
     """
     from medembed.dataset import build_file
     from medembed.dataset.recipes import build
 
+    if from_stream is not None:
+        others = (recipe, from_folders, from_table, image_root, key_file)
+        if any(other is not None for other in others) or structure_only:
+            raise click.UsageError("--from-stream takes the place of all that names a data set.")
+        _build_from_stream(from_stream, output, strict, as_json)
+        return
     _refuse_mixture(context, recipe, from_folders, from_table, image_root)
     build_file.check_destinations(output)
     options: dict[str, Any] = {"strict": strict, "structure_only": structure_only}
@@ -136,6 +162,29 @@ def build_command(
             say("      (--encoder demo tries this without a download)")
 
 
+def _build_from_stream(root: Any, output: Path, strict: bool, as_json: bool) -> None:
+    from medembed.core.errors import RecipeError
+    from medembed.dataset.manifest import check_destination, write_manifest
+    from medembed.dataset.recipes.stream import build_from_stream
+    from medembed.images.tar_stream import TarRoot
+
+    if not isinstance(root, TarRoot):
+        raise click.UsageError(f"--from-stream takes tar://DIR, and {root} is none.")
+    check_destination(output)
+    with showing_progress("Hashing", "images") as progress:
+        report = build_from_stream(root, progress=progress)
+    if strict and report.warnings:
+        listed = "".join(f"\n  - {warning}" for warning in report.warnings)
+        raise RecipeError(f"{root} causes warnings, which --strict refuses:{listed}")
+    write_manifest(report.manifest, output)
+    _conclude_build(report, output)
+    if as_json:
+        print_json(report.as_dict())
+    else:
+        suggest("extract", str(output), "--image-root", root, "--encoder",
+                  "google/medgemma-4b-pt", "--cache", "cache")  # fmt: skip
+
+
 def _refuse_mixture(
     context: click.Context,
     recipe: str | None,
@@ -146,7 +195,9 @@ def _refuse_mixture(
     """Refuse options that do not name the data set in exactly one of the three ways."""
     ways = [way for way in (recipe, from_folders, from_table) if way is not None]
     if len(ways) != 1:
-        raise click.UsageError("Name one of RECIPE, --from-folders and --from-table.", context)
+        raise click.UsageError(
+            "Name one of RECIPE, --from-folders, --from-table and --from-stream.", context
+        )
     if recipe is None:
         return
     if image_root is None:
@@ -311,7 +362,7 @@ def recipes_command(name: str | None, as_json: bool) -> None:
 @click.option(
     "--cache",
     "cache_path",
-    type=PATH,
+    type=LOCATION,
     help="Also find test images that look like a train image, and look-alikes within a split.",
 )
 @click.option("--strict", is_flag=True, help="Warnings are errors.")
@@ -320,7 +371,7 @@ def recipes_command(name: str | None, as_json: bool) -> None:
 def check_command(
     manifest_path: Path,
     image_root: Path | None,
-    cache_path: Path | None,
+    cache_path: Location | None,
     strict: bool,
     seed: int,
     as_json: bool,
@@ -408,3 +459,85 @@ def relabel_command(manifest_path: Path, review_path: Path, output: Path, as_jso
         print_json({**document, "output": str(output)})
     else:
         suggest("sweep", "CACHE", output, "-o", "runs/relabelled")
+
+
+@manifest_command.command(
+    "texts",
+    starting="Loading the text tower",
+    short_help="Turn a column of free text into covariates.",
+    examples=[
+        "medembed manifest texts films.csv --column indication --encoder google/medsiglip-448 "
+        "-o films-2.csv",
+        "medembed manifest texts elsewhere.csv --column indication --encoder google/medsiglip-448 "
+        "--like films-2.csv -o elsewhere-2.csv",
+    ],
+)
+@click.argument("manifest_path", metavar="MANIFEST", type=PATH)
+@click.option("--column", required=True, help="The covariate that holds the texts.")
+@click.option(
+    "--encoder",
+    "reference",
+    required=True,
+    help="Checkpoint with a text tower: hub id such as google/medsiglip-448, or a directory.",
+)
+@click.option(
+    "--components",
+    "n_components",
+    type=click.IntRange(1, 1024),
+    default=16,
+    show_default=True,
+    help="Columns to write at most.",
+)
+@click.option(
+    "--like",
+    type=PATH,
+    help="A manifest of this command, or its .texts.safetensors: use its components, so that its "
+    "models can read these columns.",
+)
+@output_option("MANIFEST.csv or .parquet to write; components go beside it.", "output")
+@json_option
+def texts_command(
+    manifest_path: Path,
+    column: str,
+    reference: str,
+    n_components: int,
+    like: Path | None,
+    output: Path,
+    as_json: bool,
+) -> None:
+    """Embed a column of free text, such as the indication, as covariates of numbers.
+
+    The text tower of MedSigLIP, SigLIP or CLIP embeds each text; the columns COLUMN_1, COLUMN_2, …
+    are principal components of the texts of train. A report may hold the answer: a text that was
+    written after the film was read says what was seen, and so does a classifier that reads it.
+    """
+    from medembed.extraction.free_text import (
+        add_text_covariates,
+        basis_path,
+        may_hold_the_answer,
+    )
+
+    with showing_progress("Fetching", "bytes") as fetching:
+        found = add_text_covariates(
+            manifest_path,
+            column,
+            reference,
+            output,
+            n_components=n_components,
+            like=like,
+            progress=fetching,
+        )
+    names = [name for name in map(str, found.rows) if name.startswith(f"{column}_")]
+    n_texts = int(found.rows[column].fillna("").str.strip().ne("").sum())
+    if may_hold_the_answer(column):
+        say(
+            f"Warning: {column} may have been written after the film was read, and hold the answer."
+        )
+    else:
+        say(f"If {column} was written after the film was read, it may hold the answer.")
+    say(f"{output}: {counted(n_texts, 'text')} as {', '.join(names)}; {basis_path(output)}")
+    if as_json:
+        print_json({"output": str(output), "columns": names, "texts": n_texts})
+    else:
+        suggest("sweep", "CACHE", output, "--covariates", ",".join(names), "--heads",
+                "logistic,metadata", "-o", "runs/texts")  # fmt: skip

@@ -6,8 +6,9 @@ import click
 
 from medembed.cli.commands import Command
 from medembed.cli.console import print_json, say, suggest
-from medembed.cli.options import PATH, json_option, seed_option, split_names
+from medembed.cli.options import LOCATION, PATH, json_option, seed_option, split_names
 from medembed.cli.progress import showing_progress
+from medembed.core.locations import Location
 
 __all__ = ["map_command"]
 
@@ -22,7 +23,7 @@ __all__ = ["map_command"]
     ],
 )
 @click.argument("run_path", metavar="RUN", type=PATH)
-@click.argument("cache_path", metavar="CACHE", type=PATH)
+@click.argument("cache_path", metavar="CACHE", type=LOCATION)
 @click.argument("manifest_path", metavar="MANIFEST", type=PATH)
 @click.option(
     "--method",
@@ -42,7 +43,7 @@ __all__ = ["map_command"]
 @json_option
 def map_command(
     run_path: Path,
-    cache_path: Path,
+    cache_path: Location,
     manifest_path: Path,
     method: str,
     poolings: tuple[str, ...] | None,

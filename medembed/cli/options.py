@@ -1,6 +1,8 @@
 """What several commands share: options, the width of tables, and the end of checks."""
 
 import math
+import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,8 @@ from medembed.cli.console import print_json, say
 from medembed.core.poolings import DEFAULT_POOLINGS, POOLINGS
 
 __all__ = [
+    "IMAGES",
+    "LOCATION",
     "MANY",
     "MAX_BATCH",
     "MAX_SEED",
@@ -37,7 +41,61 @@ __all__ = [
     "table_columns",
 ]
 
-PATH = click.Path(path_type=Path)
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+
+
+class _LocalPath(click.Path):
+    """A path of this machine; a bucket's URL is refused rather than taken for a strange path."""
+
+    def convert(
+        self,
+        value: str | os.PathLike[str],
+        param: click.Parameter | None,
+        ctx: click.Context | None,
+    ) -> Any:
+        if _URL.match(os.fspath(value)):
+            what = "this option" if isinstance(param, click.Option) else "this argument"
+            self.fail(
+                f"{os.fspath(value)} is not on this machine, and {what} takes a local path. Copy "
+                "it here first, a cache with `medembed cache pull URL DIR`.",
+                param,
+                ctx,
+            )
+        return super().convert(value, param, ctx)
+
+
+class _LocationType(click.Path):
+    """A local path, or a bucket's prefix such as s3://bucket/mura; of images also tar://shards."""
+
+    takes_streams = False
+
+    def convert(
+        self,
+        value: str | os.PathLike[str],
+        param: click.Parameter | None,
+        ctx: click.Context | None,
+    ) -> Any:
+        text = os.fspath(value)
+        if not _URL.match(text):
+            return super().convert(value, param, ctx)
+        from medembed.cli.progress import announce_download
+        from medembed.core.errors import ArgumentError
+        from medembed.core.locations import parse_location
+        from medembed.core.object_store import set_announcer
+        from medembed.images.tar_stream import parse_tar_root
+
+        set_announcer(announce_download)
+        try:
+            tars = parse_tar_root(text) if self.takes_streams else None
+            return tars or parse_location(text)
+        except ArgumentError as error:
+            self.fail(str(error), param, ctx)
+
+
+PATH = _LocalPath(path_type=Path)
+LOCATION = _LocationType(path_type=Path)
+IMAGES = _LocationType(path_type=Path)
+IMAGES.takes_streams = True
 Command = TypeVar("Command", bound=Callable[..., Any])
 MAX_SEED = 2**63 - 1
 """The largest whole number that every file and library here holds."""
@@ -58,9 +116,10 @@ class Finite(click.FloatRange):
 
 image_root_option = click.option(
     "--image-root",
-    type=PATH,
+    type=IMAGES,
     required=True,
-    help="Directory that the manifest's paths are relative to.",
+    help="Directory or bucket that the manifest's paths are relative to; extract also takes "
+    "tar://DIR.",
 )
 encoder_option = click.option(
     "--encoder",

@@ -14,6 +14,7 @@ import click
 from medembed.cli.commands import Command
 from medembed.cli.console import exit_status, print_json, say, suggest
 from medembed.cli.options import (
+    LOCATION,
     PATH,
     Finite,
     check_point,
@@ -23,6 +24,7 @@ from medembed.cli.options import (
     precision_option,
 )
 from medembed.cli.progress import showing_progress
+from medembed.core.locations import Location
 from medembed.core.text import printable
 
 if TYPE_CHECKING:
@@ -61,11 +63,12 @@ _NO_REFERENCE = (
 @click.option("--manifest", "manifest_path", type=PATH, help="Manifest whose images are predicted.")
 @click.option(
     "--image-root",
-    type=PATH,
-    help="Directory that the manifest's paths are relative to; needed for images not in the cache.",
+    type=LOCATION,
+    help="Directory or bucket that the manifest's paths are relative to; needed for images that "
+    "are not in the cache.",
 )
 @click.option(
-    "--cache", "caches", type=PATH, multiple=True,
+    "--cache", "caches", type=LOCATION, multiple=True,
     help="Cache to look embeddings up in first; of an ensemble one for each encoder, repeated.",
 )  # fmt: skip
 @click.option(
@@ -111,8 +114,8 @@ def predict_command(
     model_path: Path,
     images: tuple[Path, ...],
     manifest_path: Path | None,
-    image_root: Path | None,
-    caches: tuple[Path, ...],
+    image_root: Location | None,
+    caches: tuple[Location, ...],
     references: tuple[str, ...],
     explain: Path | None,
     alpha: float,
@@ -158,7 +161,8 @@ def predict_command(
         if predictor.path != model_path:
             say(f"Model: {predictor.path}, the best of its run by cross-validation.")
         if operating_point is not None:
-            say(f"Decisions at {point.name}: abnormal at {point.threshold:.3f} or above.")
+            yes = predictor.card.classes[1]
+            say(f"Decisions at {point.name}: {yes} at {point.threshold:.3f} or above.")
         if predictor.card.conformal is None:
             say(f"No prediction sets: {predictor.card.conformal_note or 'the model has none.'}")
         elif warning := predictor.card.conformal.warning():
@@ -174,7 +178,7 @@ def predict_command(
             if output is None:
                 seen = _show(rows, predictor, jsonl=jsonl, as_json=as_json)
             else:
-                seen = _Seen()
+                seen = _Seen(predictor.card.classes[1])
                 write_table(list(_counting(rows, seen)), output)
                 say(f"Predictions: {output}")
     seen.conclude()
@@ -185,7 +189,7 @@ def predict_command(
 def _check_usage(
     images: tuple[Path, ...],
     manifest_path: Path | None,
-    image_root: Path | None,
+    image_root: Location | None,
     output: Path | None,
     *,
     jsonl: bool,
@@ -204,14 +208,15 @@ def _check_usage(
 class _Seen:
     """Counts rows as they go by."""
 
-    def __init__(self) -> None:
+    def __init__(self, positive: str) -> None:
+        self.positive = positive
         self.images = self.failed = self.studies = self.abnormal = self.trained_on = 0
         self.far = self.marginal = self.placed = self.outer = 0
 
     def add(self, row: "PredictedRow") -> None:
         if row["image"] is None:
             self.studies += 1
-            self.abnormal += row["decision"] == "abnormal"
+            self.abnormal += row["decision"] == self.positive
             self.marginal += row["coverage"] == "marginal"
             if row["distance_p"] is not None:
                 self.placed += 1
@@ -234,7 +239,7 @@ class _Seen:
         """Print a summary; exit with 1 if anything failed."""
         say(
             f"{self.images} images in {self.studies} studies, {self.abnormal} of them called "
-            f"abnormal; {self.failed} images failed."
+            f"{self.positive}; {self.failed} images failed."
         )
         if self.trained_on:
             say(
@@ -269,7 +274,8 @@ class _Seen:
 def _show(
     rows: "Iterator[PredictedRow]", predictor: "Predictor", *, jsonl: bool, as_json: bool
 ) -> _Seen:
-    seen = _Seen()
+    classes = predictor.card.classes
+    seen = _Seen(classes[1])
     if as_json:
         kept = list(_counting(rows, seen))
         print_json(kept)
@@ -279,7 +285,10 @@ def _show(
         if not jsonl:
             write("".join(f"{line}\n" for line in _heading(predictor)))
         for row in _counting(rows, seen):
-            lines = [json.dumps(row, ensure_ascii=False, allow_nan=False)] if jsonl else _lines(row)
+            if jsonl:
+                lines = [json.dumps(row, ensure_ascii=False, allow_nan=False)]
+            else:
+                lines = _lines(row, classes)
             write("".join(f"{line}\n" for line in lines))
     except KeyboardInterrupt as error:
         with contextlib.suppress(OSError):  # after SIGHUP there may be no terminal
@@ -329,9 +338,9 @@ def write_table(rows: "list[PredictedRow]", path: Path) -> None:
         point = row["operating_point"] or {"name": None, "threshold": None}
         members = None if row["set"] is None else " or ".join(row["set"]) or "neither"
         names = {"operating_point": point["name"], "threshold": point["threshold"]}
-        before = {k: row[k] for k in ("image", "study", "probability", "decision")}
-        flat.append({**before, **names, "set": members} | {k: row[k] for k in row if k not in (
-            "operating_point", "set")})  # fmt: skip
+        known = {k: value for k, value in row.items() if k not in ("operating_point", "set")}
+        before = {k: known[k] for k in ("image", "study", "probability", "decision")}
+        flat.append({**before, **names, "set": members} | known)
     table = pd.DataFrame(flat).map(to_csv_cell)
     file = io.BytesIO()
     if path.suffix == ".csv":
@@ -343,11 +352,18 @@ def write_table(rows: "list[PredictedRow]", path: Path) -> None:
 
 def _heading(predictor: "Predictor") -> list[str]:
     share = f"{100 * (1 - predictor.alpha):.4g} % set"
-    names = f"{'image or = study':<{NAME_COLUMNS}} {'abnormal':>9}  {'decision':<9} {share}"
+    wide, decided = _widths(predictor.card.classes)
+    yes = predictor.card.classes[1]
+    names = f"{'image or = study':<{NAME_COLUMNS}} {yes:>{wide}}  {'decision':<{decided}} {share}"
     return [names, "-" * COLUMNS]
 
 
-def _lines(row: "PredictedRow") -> list[str]:
+def _widths(classes: tuple[str, str]) -> tuple[int, int]:
+    """Return the widths of the columns of probabilities and decisions."""
+    return max(9, len(classes[1])), max(9, *map(len, classes))
+
+
+def _lines(row: "PredictedRow", classes: tuple[str, str]) -> list[str]:
     """Return the lines for a row; none for a study with one view, which its image's row shows."""
     if row["image"] is None:
         if row["n_views"] == 1:
@@ -359,12 +375,14 @@ def _lines(row: "PredictedRow") -> list[str]:
         start = _fit(row["image"], NAME_COLUMNS)
     start = _pad(start, NAME_COLUMNS)
     if row["error"] is not None:
-        return [f"{start} {'—':>9}", *_indented(row["error"])]
+        return [f"{start} {'—':>{_widths(classes)[0]}}", *_indented(row["error"])]
     marks = ("*" if row["trained_on"] else "") + ("!" if row["far"] else "")
     inside = row["set"]
     words = "—" if inside is None else " or ".join(inside) or "neither"
     words += " ~" if row["coverage"] == "marginal" else ""
-    line = f"{start} {row['probability']:>9.3f}{marks:<2}{row['decision']:<9} {words}".rstrip()
+    wide, decided = _widths(classes)
+    answer = f"{row['probability']:>{wide}.3f}{marks:<2}{row['decision']:<{decided}}"
+    line = f"{start} {answer} {words}".rstrip()
     more = row.get("explanation")
     return [line] if not more else [line, *_indented(more)]
 

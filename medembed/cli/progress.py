@@ -12,7 +12,14 @@ from typing import Any, Protocol, Self
 from medembed.cli.console import is_quiet, is_terminal, say
 from medembed.core.text import mask_controls
 
-__all__ = ["Leaderboard", "Lines", "Progress", "showing_leaderboard", "showing_progress"]
+__all__ = [
+    "Leaderboard",
+    "Lines",
+    "Progress",
+    "announce_download",
+    "showing_leaderboard",
+    "showing_progress",
+]
 
 LINE_EVERY_SECONDS = 10.0  # between plain progress lines if stderr is not a terminal
 FEWEST_TIMED = 2  # items before the time left is shown: the first includes start-up
@@ -68,6 +75,15 @@ def showing_progress(label: str, unit: str) -> AbstractContextManager[Progress]:
     if is_quiet():
         return _Silent(label, unit)
     return _Bar(label, unit) if _draws() else _PlainLines(label, unit)
+
+
+def announce_download(words: str) -> AbstractContextManager[Progress]:
+    """Print `words`, which say what is downloaded and its bytes; show its progress in lines.
+
+    Lines, also on a terminal: a command's own bar may be drawn at the time.
+    """
+    say(f"{words} …")
+    return _Silent("", "bytes") if is_quiet() else _PlainLines("Fetching", "bytes")
 
 
 def showing_leaderboard(label: str, unit: str, metric: str) -> AbstractContextManager[Leaderboard]:

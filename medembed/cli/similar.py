@@ -7,8 +7,9 @@ import click
 
 from medembed.cli.commands import Command
 from medembed.cli.console import print_json, printable, say
-from medembed.cli.options import PATH, device_option, json_option, precision_option
+from medembed.cli.options import LOCATION, PATH, device_option, json_option, precision_option
 from medembed.cli.progress import showing_progress
+from medembed.core.locations import Location
 
 if TYPE_CHECKING:
     from medembed.cache.neighbours import SimilarFilms
@@ -34,7 +35,7 @@ CODE_DIGITS = 12
         "Encoder": ["encoder", "device", "precision"],
     },
 )
-@click.argument("cache_path", metavar="CACHE", type=PATH)
+@click.argument("cache_path", metavar="CACHE", type=LOCATION)
 @click.argument("manifest_path", metavar="MANIFEST", type=PATH)
 @click.option(
     "--image",
@@ -81,7 +82,7 @@ CODE_DIGITS = 12
 @precision_option
 @json_option
 def similar_command(
-    cache_path: Path,
+    cache_path: Location,
     manifest_path: Path,
     asked: str,
     k: int,

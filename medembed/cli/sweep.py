@@ -10,6 +10,7 @@ from medembed.cli.commands import Command
 from medembed.cli.compare import show_comparison, show_targets
 from medembed.cli.console import print_json, say, suggest
 from medembed.cli.options import (
+    LOCATION,
     MANY,
     PATH,
     Finite,
@@ -20,6 +21,7 @@ from medembed.cli.options import (
     split_names,
 )
 from medembed.cli.progress import showing_leaderboard
+from medembed.core.locations import Location
 
 __all__ = ["sweep_command"]
 
@@ -48,17 +50,19 @@ class _Backend(click.Choice[str]):
         "medembed sweep layers mura.csv -o runs/layers --pool mean@all --heads logistic",
         "medembed sweep cache grazpedwri.csv -o runs/wrist --target fracture,metal,cast",
         "medembed sweep cache mura.csv -o runs/words --prompts prompts.safetensors",
+        "medembed sweep cache mura.csv -o runs/baselines --heads logistic,metadata "
+        "--covariates age,sex --image-root MURA-v1.1",
     ],
     sections={
         "What is tried": [
             *("target", "heads", "pool", "space", "configs", "covariates", "prompts"),
-            "train-fraction",
+            *("image-root", "without-suspects", "train-fraction"),
         ],
         "How it is judged": ["folds", "metric", "operating-point"],
         "Speed": ["jobs", "backend"],
     },
 )
-@click.argument("cache_path", metavar="CACHE", type=PATH)
+@click.argument("cache_path", metavar="CACHE", type=LOCATION)
 @click.argument("manifest_path", metavar="MANIFEST", type=PATH)
 @output_option("The run directory to write; with --target it holds a run for each target.")
 @click.option(
@@ -74,7 +78,8 @@ class _Backend(click.Choice[str]):
     default="logistic,mlp,lightgbm",
     show_default=True,
     help="Classifiers: logistic (always included), mlp, lightgbm, attention, knn; with --prompts "
-    "also zero-shot and text-logistic.",
+    "also zero-shot and text-logistic. Baselines: metadata, the covariates alone; imagestats, the "
+    "film's brightness, size, sharpness and border alone.",
 )
 @click.option(
     "--pool",
@@ -110,6 +115,19 @@ class _Backend(click.Choice[str]):
     "pooling pooler.",
 )
 @click.option(
+    "--image-root",
+    type=PATH,
+    help="Directory that the manifest's paths are relative to: adds the baseline imagestats, "
+    "measured on the files unless CACHE holds its pooling.",
+)
+@click.option(
+    "--without-suspects",
+    type=PATH,
+    metavar="REVIEW",
+    help="A directory of `medembed audit labels`, or its audit.json: do not train on its suspects. "
+    "Test stays as it is.",
+)
+@click.option(
     "--train-fraction", type=Finite(0, 1, min_open=True), default=1.0, show_default=True,
     help="Share of the training patients to train on, for label-efficiency curves.",
 )  # fmt: skip
@@ -126,7 +144,7 @@ class _Backend(click.Choice[str]):
 @seed_option
 @json_option
 def sweep_command(
-    cache_path: Path,
+    cache_path: Location,
     manifest_path: Path,
     out: Path,
     targets: tuple[str, ...] | None,
@@ -138,6 +156,8 @@ def sweep_command(
     metric: str,
     covariates: tuple[str, ...] | None,
     prompts: Path | None,
+    image_root: Path | None,
+    without_suspects: Path | None,
     train_fraction: float,
     operating_points: tuple[Any, ...],
     jobs: int | None,
@@ -161,6 +181,8 @@ def sweep_command(
         "metric": metric,
         "covariates": covariates or (),
         "prompts": prompts,
+        "image_root": image_root,
+        "without_suspects": without_suspects,
         "train_fraction": train_fraction,
         "operating_points": operating_points,
         "seed": seed,
@@ -171,13 +193,19 @@ def sweep_command(
         _sweep_targets(cache_path, manifest_path, out, targets, as_json, options)
         return
     with ExitStack() as stack:
-        if backend == "local" and cache_path.is_dir() and manifest_path.is_file():
+        if backend == "local" and _may_be_cache(cache_path) and manifest_path.is_file():
             stack.enter_context(start_early(jobs))
         from medembed import sweeps
 
         progress = stack.enter_context(showing_leaderboard("Training", "fits", metric))
         run = sweeps.sweep(
-            cache_path, manifest_path, out, **options, progress=progress, board=progress.board
+            cache_path,
+            manifest_path,
+            out,
+            **options,
+            progress=progress,
+            board=progress.board,
+            announce=say,
         )
     if as_json:
         print_json(run.as_dict())
@@ -190,8 +218,12 @@ def sweep_command(
         suggest("report", out, "-o", "report")
 
 
+def _may_be_cache(location: Location) -> bool:
+    return location.is_dir() if isinstance(location, Path) else True
+
+
 def _sweep_targets(
-    cache_path: Path,
+    cache_path: Location,
     manifest_path: Path,
     out: Path,
     targets: tuple[str, ...],

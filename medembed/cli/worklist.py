@@ -6,7 +6,16 @@ import click
 
 from medembed.cli.commands import Command
 from medembed.cli.console import print_json, say, suggest
-from medembed.cli.options import MANY, PATH, Finite, json_option, output_option, seed_option
+from medembed.cli.options import (
+    LOCATION,
+    MANY,
+    PATH,
+    Finite,
+    json_option,
+    output_option,
+    seed_option,
+)
+from medembed.core.locations import Location
 
 __all__ = ["worklist_command"]
 
@@ -20,7 +29,7 @@ __all__ = ["worklist_command"]
         "medembed worklist cache mura.csv --run runs/sweep -n 200 -o worklist-2.csv",
     ],
 )
-@click.argument("cache_path", metavar="CACHE", type=PATH)
+@click.argument("cache_path", metavar="CACHE", type=LOCATION)
 @click.argument("manifest_path", metavar="MANIFEST", type=PATH)
 @click.option(
     "--run",
@@ -54,7 +63,7 @@ __all__ = ["worklist_command"]
 @seed_option
 @json_option
 def worklist_command(
-    cache_path: Path,
+    cache_path: Location,
     manifest_path: Path,
     model_path: Path | None,
     n: int,

@@ -4,6 +4,7 @@ MedembedError
 ├── ArgumentError          an argument of the Python interface has a wrong type (TypeError)
 ├── MissingLibraryError    a library that an extra brings is not installed (ImportError)
 ├── PathNotFoundError      a file or directory named by the user does not exist (FileNotFoundError)
+├── StorageError           object storage refuses, fails or cannot be reached (OSError)
 ├── RecipeError            a recipe cannot be read or does not fit the image root (ValueError)
 ├── ManifestError          a manifest breaks its rules; lists all problems (ValueError)
 ├── ImageError             a file is not one complete, still image (ValueError)
@@ -45,6 +46,7 @@ __all__ = [
     "RunError",
     "ShardError",
     "SpecMismatchError",
+    "StorageError",
     "TrainingDataError",
 ]
 
@@ -63,6 +65,10 @@ class MissingLibraryError(MedembedError, ImportError):
 
 class PathNotFoundError(MedembedError, FileNotFoundError):
     """A path that the user named does not exist or is of the wrong kind."""
+
+
+class StorageError(MedembedError, OSError):
+    """Object storage refuses a request, keeps failing, or cannot be reached."""
 
 
 class RecipeError(MedembedError, ValueError):

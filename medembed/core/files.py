@@ -64,8 +64,13 @@ def as_path(value: Any, what: str, otherwise: str = "") -> Path:
     Raises
     ------
     ArgumentError
-        The argument has another type.
+        The argument has another type, or is the URL of a bucket.
     """
+    if "://" in str(value):
+        raise ArgumentError(
+            f"{what} is a local path here, and {value!s:.200} is not one. Copy it to this "
+            "machine, a cache with `medembed cache pull URL DIR`, and name the copy."
+        )
     if isinstance(value, str | os.PathLike):
         name = os.fspath(value)
         if isinstance(name, str):

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DEFAULT_POOLINGS",
+    "IMAGE_STATISTICS",
     "POOLINGS",
     "CellSummary",
     "Pooling",
@@ -30,10 +31,14 @@ __all__ = [
     "find_pooling",
     "list_blocks",
     "list_names",
+    "list_of_tower",
     "refuse_unknown",
 ]
 
 _GRID = 4
+IMAGE_STATISTICS = "imagestats"
+"""The pooling of `images.statistics`, which no tower computes."""
+_N_STATISTICS = 7
 _AT_BLOCK = re.compile(r"([a-z0-9]+)@([1-9][0-9]{0,3})")
 _ALL_BLOCKS = re.compile(r"([a-z0-9]+)@all")
 _LISTED = 8  # blocks that a message lists one by one
@@ -59,6 +64,10 @@ def _vector(width: int) -> tuple[int, ...]:
 
 def _cells(width: int) -> tuple[int, ...]:
     return (_GRID * _GRID, width)
+
+
+def _statistics(width: int) -> tuple[int, ...]:
+    return (_N_STATISTICS,)
 
 
 @dataclass(frozen=True)
@@ -93,6 +102,8 @@ class Pooling:
         What it is, where it is no more than this: occlusion then pools no window anew.
     is_per_block : bool
         Whether `NAME@K` exists too: the same of block K's output.
+    is_of_file : bool
+        Whether it is measured on the decoded film instead of what a tower makes of it.
     """
 
     name: str
@@ -106,6 +117,7 @@ class Pooling:
     needs_language_model: bool = False
     summary: CellSummary | None = None
     is_per_block: bool = False
+    is_of_file: bool = False
 
     @property
     def label(self) -> str:
@@ -148,6 +160,15 @@ _TABLE = (
     Pooling("pooler"),
     Pooling("cls", is_explained=False, is_per_block=True),
     Pooling("projector", is_trained_through=False, needs_language_model=True),
+    Pooling(
+        IMAGE_STATISTICS,
+        None,
+        _statistics,
+        is_read=False,
+        is_explained=False,
+        is_trained_through=False,
+        is_of_file=True,
+    ),
 )
 
 #: By name, in the order in which they are listed to users.
@@ -194,6 +215,11 @@ def find_pooling(name: str) -> Pooling:
             name, None, base.shape, is_read=False, is_explained=False, is_trained_through=False
         )
     return POOLINGS.get(name) or Pooling(name)
+
+
+def list_of_tower(names: Iterable[str]) -> list[str]:
+    """Return the poolings that a tower computes, which is all but those of the film itself."""
+    return [name for name in names if not find_pooling(name).is_of_file]
 
 
 def expand_blocks(names: Iterable[str], offered: Iterable[str]) -> tuple[str, ...]:

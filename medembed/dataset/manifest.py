@@ -12,11 +12,14 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, overload
 
 import pandas as pd
 
-from medembed.core.errors import ManifestError, PathNotFoundError
+from medembed.core.errors import ArgumentError, ManifestError, PathNotFoundError
 from medembed.core.files import as_path, write_atomically
+from medembed.core.locations import BucketPath, Location, as_location
+from medembed.core.object_store import list_objects
 from medembed.core.text import Summarised, Summary, count_values, counted
 from medembed.dataset.checks import (
     CONTENTS,
@@ -36,6 +39,7 @@ from medembed.dataset.tables import (
 )
 from medembed.dataset.targets import is_target, list_targets
 from medembed.images.hashing import hash_files, hash_or_explain
+from medembed.images.tar_stream import TarRoot, list_tars, parse_tar_root
 
 __all__ = [
     "LABEL_LEVELS",
@@ -46,7 +50,9 @@ __all__ = [
     "check_images",
     "count",
     "count_rows",
+    "existing_images",
     "existing_root",
+    "existing_source",
     "find_problems",
     "hash_files",
     "image_path",
@@ -309,14 +315,72 @@ def existing_root(image_root: str | os.PathLike[str]) -> Path:
     return root.resolve()
 
 
-def image_path(image_root: Path, image: str) -> Path:
-    """Return the file of a manifest's `image` below `image_root`.
+def existing_images(image_root: str | os.PathLike[str]) -> Location:
+    """Return the image root, a directory as `existing_root` does or a bucket's prefix.
+
+    Raises
+    ------
+    PathNotFoundError
+        There is no such directory, or nothing below the prefix.
+    ArgumentError
+        It is a stream of tar files, in which no image can be looked up.
+    StorageError
+        The bucket cannot be reached.
+    """
+    root = existing_source(image_root)
+    if isinstance(root, TarRoot):
+        raise ArgumentError(
+            f"{root} is read from front to back, and images are looked up by name here. Extract "
+            "from it and name the --cache, or unpack it and name the directory."
+        )
+    return root
+
+
+def existing_source(image_root: str | os.PathLike[str]) -> Location | TarRoot:
+    """Return what `existing_images` does, or tar files to be read in their own order."""
+    tars = parse_tar_root(os.fspath(image_root)) if _is_text(image_root) else None
+    if tars is not None:
+        list_tars(tars)
+        return tars
+    root = as_location(image_root, "the image root")
+    if not isinstance(root, BucketPath):
+        return existing_root(root)
+    if not list_objects(root, limit=1):
+        raise PathNotFoundError(
+            f"no object below {root} to find images in. "
+            "Give --image-root the prefix that holds the dataset, unpacked."
+        )
+    return root
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str | os.PathLike) and isinstance(os.fspath(value), str)
+
+
+@overload
+def image_path(image_root: Path, image: str) -> Path: ...
+
+
+@overload
+def image_path(image_root: BucketPath, image: str) -> BucketPath: ...
+
+
+def image_path(image_root: Location, image: str) -> Location:
+    """Return the file, or in a bucket the object, of a manifest's `image` below `image_root`.
 
     Raises
     ------
     ManifestError
         The path, or the file that it links to, lies outside the root.
     """
+    if isinstance(image_root, BucketPath):
+        parts = image.split("/")
+        if not image or any(part in ("", ".", "..") for part in parts):
+            raise ManifestError(
+                f"image {image!r} names nothing below the image root {image_root}. Build the "
+                "manifest again."
+            )
+        return image_root / image
     root = Path(image_root).resolve()
     resolved = _resolve(root / image)
     if not image or not resolved.is_relative_to(root) or resolved == root:

@@ -56,6 +56,25 @@ column = "finding"
 abnormal = "abnormal"
 normal = "normal"
 
+# Further questions about each study, for `medembed sweep --target fracture,implant,lesion`.
+[targets.fracture]
+column = "kind"
+positive = ["line", "displaced"]
+empty = "negative"
+others = "negative"
+
+[targets.implant]
+column = "kind"
+positive = ["implant"]
+empty = "negative"
+others = "negative"
+
+[targets.lesion]
+column = "kind"
+positive = ["lesion"]
+empty = "negative"
+others = "negative"
+
 [split]
 fraction = 0.3
 seed = 0
@@ -161,10 +180,11 @@ def _build(home: Path, n_patients: int, seed: int, show: ShowProgress) -> Manife
 def _table(views: Sequence[DemoView]) -> bytes:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["image", "patient", "study", "region", "finding", "synthetic"])
+    writer.writerow(["image", "patient", "study", "region", "finding", "kind", "synthetic"])
     for view in views:
         finding = "abnormal" if view.label else "normal"
-        writer.writerow([view_name(view), view.patient, view.study, view.region, finding, 1])
+        names = [view_name(view), view.patient, view.study, view.region]
+        writer.writerow([*names, finding, view.kind, 1])
     return text.getvalue().encode()
 
 

@@ -30,7 +30,7 @@ from medembed.encoders.devices import set_precision
 from medembed.encoders.features import Features, token_poolings
 from medembed.encoders.fingerprint import Digest, open_tensors, read_tensor
 from medembed.encoders.preprocessing import Preprocessing
-from medembed.encoders.torch_encoder import TorchEncoder
+from medembed.encoders.torch_encoder import ArrangedEncoder
 
 __all__ = ["BACKBONE_TYPES", "BackboneEncoder", "load_backbone"]
 
@@ -77,35 +77,16 @@ _OUTER = re.compile(r"(?:(?:base_model\.)?model\.)+")
 _FIRST = ("embeddings.", "embedder.")
 
 
-class BackboneEncoder(TorchEncoder):
+class BackboneEncoder(ArrangedEncoder):
     """A complete vision model of transformers; created by `load_backbone`.
 
     `pooler` is transformers' own `pooler_output`, available if the checkpoint holds its weights;
     `cls` is the class token after the last norm. Class and register tokens are excluded from
     `mean`, `max` and `grid4`.
-
-    Parameters
-    ----------
-    grid : tuple of int
-        Rows and columns of the patch tokens, or of the feature map.
-    n_before : int
-        Class and register tokens before the patch tokens.
-    dimensions : mapping of str to tuple of int
-        Shape of one image's vector under each pooling.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        preprocessing: Preprocessing,
-        *,
-        grid: tuple[int, int],
-        n_before: int,
-        dimensions: Mapping[str, tuple[int, ...]],
-        **known: Any,
-    ) -> None:
+    def __init__(self, model: Any, preprocessing: Preprocessing, **known: Any) -> None:
         super().__init__(model, preprocessing, **known)
-        self._grid, self._n_before, self._dimensions = grid, n_before, dict(dimensions)
         observe_blocks(self.model)
 
     def canonical_name(self, stored: str) -> str | None:
@@ -126,11 +107,6 @@ class BackboneEncoder(TorchEncoder):
             for path in sorted(Path(saved).glob("*.safetensors")):
                 tensors |= load_file(path)
         return {str(self.canonical_name(name)): tensor for name, tensor in tensors.items()}
-
-    @property
-    def dimensions(self) -> Mapping[str, tuple[int, ...]]:
-        """Shape of one image's vector under each pooling."""
-        return dict(self._dimensions)
 
     def features(self, pixel_values: torch.Tensor) -> Features:
         """Run the model; see `TorchEncoder.features`."""

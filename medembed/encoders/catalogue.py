@@ -103,7 +103,7 @@ FAMILIES = (
         "518",
         _CLASSED,
         has_layers=True,
-        licence="its own, for research",
+        licence="MIT (before 2025 MSRLA), for research",
     ),
     Family(
         "DINOv2",

@@ -10,6 +10,7 @@ from medembed.core.poolings import (
     DEFAULT_POOLINGS,
     expand_blocks,
     find_pooling,
+    list_of_tower,
     refuse_unknown,
 )
 from medembed.core.system import require_libraries
@@ -97,6 +98,7 @@ def load_encoder(
         A library of the extra `encoders` is not installed.
     """
     refuse_unknown(poolings)
+    poolings = list_of_tower(poolings)
     projector = any(find_pooling(name).needs_language_model for name in poolings)
     checkpoint = resolve_checkpoint(ref, projector=projector, progress=progress)
     base = read_base(checkpoint.path)

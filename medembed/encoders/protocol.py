@@ -11,7 +11,7 @@ from medembed.encoders.preprocessing import Preprocessing
 __all__ = [
     "DescribedEncoder",
     "Encoder",
-    "Execution",
+    "EncoderExecution",
     "PipelinedEncoder",
     "check_rows",
     "refuse_non_finite",
@@ -170,7 +170,7 @@ def check_rows(
     return rows
 
 
-class Execution(TypedDict):
+class EncoderExecution(TypedDict):
     """How an encoder runs."""
 
     device: str
@@ -186,7 +186,7 @@ class Execution(TypedDict):
 class DescribedEncoder(Encoder, Protocol):
     """An encoder that reports how it runs."""
 
-    def describe(self) -> Execution:
+    def describe(self) -> EncoderExecution:
         """Return how it runs."""
         ...
 

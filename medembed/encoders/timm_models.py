@@ -29,7 +29,7 @@ from medembed.encoders.features import Features, token_poolings
 from medembed.encoders.fingerprint import Digest
 from medembed.encoders.preprocessing import Preprocessing
 from medembed.encoders.state_dicts import read_weights
-from medembed.encoders.torch_encoder import TorchEncoder
+from medembed.encoders.torch_encoder import ArrangedEncoder
 
 __all__ = ["Architecture", "TimmEncoder", "build_timm", "load_timm", "load_torchvision"]
 
@@ -75,45 +75,21 @@ class _Tower(nn.Module):
         return features, self.net.forward_head(features, pre_logits=True)
 
 
-class TimmEncoder(TorchEncoder):
+class TimmEncoder(ArrangedEncoder):
     """A model of timm without its classifier; created by `load_timm`.
 
     `pooler` is what the checkpoint's own head gives to its classifier. `mean`, `max` and `grid4`
     are of the feature map, or of the patch tokens; `cls` is the class token after the last norm. Of
     ViT and EVA each block's output is pooled, too.
-
-    Parameters
-    ----------
-    grid : tuple of int
-        Rows and columns of the map or of the patch tokens.
-    n_before : int
-        Class and register tokens before the patch tokens.
-    dimensions : mapping of str to tuple of int
-        Shape of one image's vector under each pooling.
     """
 
     libraries: ClassVar[tuple[str, ...]] = ("timm",)
 
-    def __init__(
-        self,
-        model: Any,
-        preprocessing: Preprocessing,
-        *,
-        grid: tuple[int, int],
-        n_before: int,
-        dimensions: Mapping[str, tuple[int, ...]],
-        **known: Any,
-    ) -> None:
+    def __init__(self, model: Any, preprocessing: Preprocessing, **known: Any) -> None:
         super().__init__(model, preprocessing, **known)
-        self._grid, self._n_before, self._dimensions = grid, n_before, dict(dimensions)
         if isinstance(model.net, _TRANSFORMERS):
             net: Any = model.net
             observe_list(net, "blocks", net.blocks)
-
-    @property
-    def dimensions(self) -> Mapping[str, tuple[int, ...]]:
-        """Shape of one image's vector under each pooling."""
-        return dict(self._dimensions)
 
     def features(self, pixel_values: torch.Tensor) -> Features:
         """Run the model; see `TorchEncoder.features`."""

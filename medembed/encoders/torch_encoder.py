@@ -27,12 +27,12 @@ from medembed.encoders.checkpoint_files import Part
 from medembed.encoders.devices import Rows, arithmetic, device_of, guard_memory
 from medembed.encoders.features import Features, pool
 from medembed.encoders.preprocessing import Preprocessing, channel_levels
-from medembed.encoders.protocol import Encoder, Execution, refuse_non_finite
+from medembed.encoders.protocol import Encoder, EncoderExecution, refuse_non_finite
 
 if TYPE_CHECKING:
     from medembed.encoders.base_ref import Origin
 
-__all__ = ["ATTENTION_KERNELS", "TorchEncoder", "Tuning"]
+__all__ = ["ATTENTION_KERNELS", "ArrangedEncoder", "TorchEncoder", "Tuning"]
 
 ATTENTION_KERNELS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -297,7 +297,7 @@ class TorchEncoder(ABC):
         copied.tuning = Tuning(copied.model)
         return copied
 
-    def describe(self) -> Execution:
+    def describe(self) -> EncoderExecution:
         """Return how the tower is run."""
         return {
             "device": self.device,
@@ -474,6 +474,38 @@ class TorchEncoder(ABC):
                 f"the encoder reads uint8 (n, {size[0]}, {size[1]}); this is {pixels.dtype} "
                 f"{pixels.shape}. Bring images to its size with `prepare`."
             )
+
+
+class ArrangedEncoder(TorchEncoder):
+    """A tower whose tokens and poolings were determined when it was loaded.
+
+    Parameters
+    ----------
+    grid : tuple of int
+        Rows and columns of the patch tokens, or of the feature map.
+    n_before : int
+        Class and register tokens before the patch tokens.
+    dimensions : mapping of str to tuple of int
+        Shape of one image's vector under each pooling.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        preprocessing: Preprocessing,
+        *,
+        grid: tuple[int, int],
+        n_before: int,
+        dimensions: Mapping[str, tuple[int, ...]],
+        **known: Any,
+    ) -> None:
+        super().__init__(model, preprocessing, **known)
+        self._grid, self._n_before, self._dimensions = grid, n_before, dict(dimensions)
+
+    @property
+    def dimensions(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape of one image's vector under each pooling."""
+        return dict(self._dimensions)
 
 
 def _halve_until_it_fits(run: Callable[[int], None], batch_size: int) -> int:

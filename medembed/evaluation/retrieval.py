@@ -25,6 +25,7 @@ DEPTHS = (1, 5, 10)
 MAX_QUERIES = 4000
 """More queries are drawn at random: the whole ranking of each is sorted."""
 _RANKED = 1 << 24  # films in the rankings that are in memory at a time, 40 bytes each
+_BLOCK = 8192  # rows that are scaled at a time
 _DECIMALS = 6  # of a cosine in float32: beyond them equal films would be ranked by rounding errors
 
 
@@ -83,7 +84,6 @@ def score_retrieval(queries: Films, database: Films, *, seed: int = 0) -> dict[s
         raise TrainingDataError("retrieval needs labelled films of test and of train")
     n_queries = len(queries.X)
     queries = queries.take(np.argsort(queries.name))
-    database = database.take(np.argsort(database.name))
     if n_queries > MAX_QUERIES:
         drawn = np.random.default_rng(seed).permutation(n_queries)[:MAX_QUERIES]
         queries = queries.take(np.sort(drawn))
@@ -105,16 +105,21 @@ def _rank(queries: Films, database: Films) -> dict[str, dict[str, NDArray[np.flo
         kind: {name: np.full(len(queries.X), np.nan) for name in names}
         for kind in ("label", "region")
     }
-    vectors = unit_rows(database.X)
+    vectors = np.empty(database.X.shape, np.float32)  # the one copy of all films
+    for block in _parts(len(vectors), _BLOCK):
+        vectors[block] = unit_rows(database.X[block])
+    by_name = np.argsort(database.name)  # equally near films are ranked in this order
+    patients = database.patient[by_name]
+    shares = {kind: getattr(database, kind)[by_name] for kind in scores}
     for part in _parts(len(queries.X), max(1, _RANKED // len(database.X))):
         own = queries.take(np.arange(part.start, part.stop))
-        cosine = np.round(unit_rows(own.X) @ vectors.T, _DECIMALS)
-        is_own = own.patient[:, None] == database.patient
+        cosine = np.round(unit_rows(own.X) @ vectors.T, _DECIMALS)[:, by_name]
+        is_own = own.patient[:, None] == patients
         cosine[is_own] = -np.inf
         order = np.argsort(-cosine, axis=1, kind="stable")
         n_others = (~is_own).sum(axis=1)
         for kind, values in scores.items():
-            shared = getattr(own, kind)[:, None] == getattr(database, kind)
+            shared = getattr(own, kind)[:, None] == shares[kind]
             relevant = np.take_along_axis(shared & ~is_own, order, axis=1)
             for name, value in _score_ranking(relevant, n_others).items():
                 values[name][part] = value

@@ -9,7 +9,7 @@ of libraries, precision and device.
 import base64
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from os import PathLike
 from pathlib import Path
@@ -22,6 +22,7 @@ from medembed.cache.shards import as_stored
 from medembed.cache.spec import CacheSpec
 from medembed.core.errors import CacheError, SpecMismatchError
 from medembed.core.files import json_digest
+from medembed.core.locations import Location, as_location
 from medembed.encoders.preprocessing import Preprocessing, prepare
 from medembed.encoders.protocol import Encoder, check_rows
 from medembed.images.decode import decode_image
@@ -73,7 +74,7 @@ def compute_canary(
     encoder : Encoder
         In fp32, so that every precision is compared with one reference.
     poolings : sequence of str
-        All poolings that the cache will hold.
+        All poolings of the tower that the cache will hold.
     spec : CacheSpec, optional
         The cache's spec; the embeddings must fit its dtype.
 
@@ -86,7 +87,8 @@ def compute_canary(
     """
     embeddings = _embed(encoder, poolings, batch_size=1)
     if spec is not None:
-        as_stored(embeddings, spec, len(CANARY_FILES))
+        own = replace(spec, poolings={name: spec.poolings[name] for name in poolings})
+        as_stored(embeddings, own, len(CANARY_FILES))
     files = _read_files()
     document = {
         "version": CANARY_VERSION,
@@ -138,7 +140,7 @@ def check_canary(
     EncoderError
         See `Encoder.encode`.
     """
-    path = Path(cache_path)
+    path = as_location(cache_path, "a cache")
     stored = _unpack_all(document, poolings, path)
     found = _embed(encoder, poolings, batch_size=batch_size)
     strays = [_farthest(name, stored[name], found[name]) for name in poolings]
@@ -194,7 +196,7 @@ def _refusal(
     document: Mapping[str, Any],
     there: Mapping[str, Any],
     here: Mapping[str, Any],
-    path: Path,
+    path: Location,
 ) -> SpecMismatchError:
     precise, precision = document["precision"], here.get("precision")
     causes = _differences(there, here)
@@ -234,7 +236,7 @@ def _pack(values: np.ndarray) -> dict[str, Any]:
 
 
 def _unpack_all(
-    document: Mapping[str, Any], poolings: Sequence[str], path: Path
+    document: Mapping[str, Any], poolings: Sequence[str], path: Location
 ) -> dict[str, np.ndarray]:
     """Return every pooling's stored embeddings; refuse a damaged document or other images."""
     try:
@@ -255,7 +257,7 @@ def _unpack(packed: Mapping[str, Any]) -> np.ndarray:
     return values
 
 
-def _refuse_other_images(document: Mapping[str, Any], path: Path) -> None:
+def _refuse_other_images(document: Mapping[str, Any], path: Location) -> None:
     if document["version"] != CANARY_VERSION:
         raise CacheError(
             f"cache at {path} has canary images of version {document['version']}; this medembed "

@@ -12,7 +12,7 @@ import tempfile
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -20,12 +20,15 @@ from typing import IO, Any
 
 import medembed
 from medembed.core.errors import MedembedError
+from medembed.core.locations import BucketPath, Location
 from medembed.core.system import reserve
 from medembed.dataset.manifest import image_path
 from medembed.encoders.preprocessing import Preprocessing
 from medembed.extraction.decode_worker import PATIENCE, READY, TIMES_UP, describe, open_slots
+from medembed.extraction.image_fetcher import Fetched, ImageFetcher, TarReader
 from medembed.images.intensity import DEFAULT_INTENSITY, Intensity
 from medembed.images.load import DEFAULT_LIMITS, Content, Limits, Reading
+from medembed.images.tar_stream import TarRoot
 
 __all__ = ["DECODER_BYTES", "Decoders"]
 
@@ -64,6 +67,8 @@ class Decoders:
         Which window of a DICOM to use.
     limits : Limits
         Limits on size and time. An image that takes longer fails, and its process is restarted.
+    measures : bool
+        Whether readings have `Reading.statistics`.
     """
 
     def __init__(
@@ -72,10 +77,12 @@ class Decoders:
         preprocessing: Preprocessing,
         intensity: Intensity = DEFAULT_INTENSITY,
         limits: Limits = DEFAULT_LIMITS,
+        *,
+        measures: bool = False,
     ) -> None:
         self.n_processes = n_processes
         self._preprocessing = preprocessing
-        self._intensity, self._limits = intensity, limits
+        self._intensity, self._limits, self._measures = intensity, limits, measures
         self._idle: queue.SimpleQueue[_Decoder] = queue.SimpleQueue()
         self._deaths = 0
 
@@ -83,7 +90,9 @@ class Decoders:
         self._shared = _make_shared_file()
         handle = self._shared.fileno()
         self._messages = tempfile.TemporaryFile()
-        arguments = describe(handle, self._preprocessing, self._intensity, self._limits)
+        arguments = describe(
+            handle, self._preprocessing, self._intensity, self._limits, measures=self._measures
+        )
         self._all = [_Decoder(arguments, handle, self._messages) for _ in range(self.n_processes)]
         for decoder in self._all:
             self._idle.put(decoder)
@@ -106,7 +115,7 @@ class Decoders:
         self._shared.close()
 
     def read(
-        self, contents: Sequence[Content], image_root: Path, n_slots: int
+        self, contents: Sequence[Content], image_root: Location | TarRoot, n_slots: int
     ) -> Iterator[tuple[Content, Reading] | None]:
         """Yield every content with its reading, in order; pixels are valid until the next one.
 
@@ -115,6 +124,9 @@ class Decoders:
 
         Parameters
         ----------
+        image_root : Path, BucketPath or TarRoot
+            What the images' paths are relative to. Those of a bucket are fetched ahead. Those of
+            tar files come in the order in which they are stored there.
         n_slots : int
             How many images may be in progress or waiting; this bounds memory.
 
@@ -124,6 +136,8 @@ class Decoders:
             An image's path leads out of the root.
         MedembedError
             The decoder processes die on every image, or there is no room for the slots.
+        StorageError
+            The bucket refuses, or keeps failing.
         """
         shape = (
             max(n_slots, self.n_processes),
@@ -131,21 +145,58 @@ class Decoders:
             self._preprocessing.width,
         )
         self._share(shape)
+        with self._fetching(image_root) as fetcher:
+            if fetcher is None:
+                assert isinstance(image_root, Path)
+                files = (_find(image_root, content) for content in contents)
+                requests: Iterator[_Request] = zip(contents, files, strict=True)
+            else:
+                requests = fetcher.stream(contents)
+            yield from self._read_all(requests, shape[0], fetcher)
+
+    def _fetching(self, image_root: Location | TarRoot) -> Any:
+        if isinstance(image_root, TarRoot):
+            return TarReader(image_root, _memory_directory(), self._limits)
+        if isinstance(image_root, BucketPath):
+            return ImageFetcher(image_root, _memory_directory(), self._limits)
+        return nullcontext()
+
+    def _read_all(
+        self, requests: Iterator["_Request"], n_slots: int, fetcher: ImageFetcher | TarReader | None
+    ) -> Iterator[tuple[Content, Reading] | None]:
         waiting: deque[tuple[Content, Future[Reading]]] = deque()
-        remaining = iter(enumerate(contents))
+        remaining = iter(enumerate(requests))
+        ended: MedembedError | None = None
         while True:
-            for number, content in islice(remaining, shape[0] - len(waiting)):
-                paths = [str(image_path(image_root, image)) for image in content.images]
-                slot = number % shape[0]
-                future = self._pool.submit(self._read, slot, content.sha256, paths)
-                waiting.append((content, future))
+            try:
+                for number, (content, files) in islice(remaining, n_slots - len(waiting)):
+                    args = (number % n_slots, content.sha256, files, fetcher)
+                    waiting.append((content, self._pool.submit(self._read_files, *args)))
+            except MedembedError as error:  # such as a tar file that ends early
+                ended = error  # once what came before it is decoded
             if not waiting:
+                if ended:
+                    raise ended
                 return
             content, future = waiting[0]
             while not wait([future], timeout=PATIENCE_SECONDS).done:
                 yield None
             yield content, future.result()
             waiting.popleft()  # only now may its slot be filled anew
+
+    def _read_files(
+        self, slot: int, sha256: str, files: "_Files", fetcher: ImageFetcher | TarReader | None
+    ) -> Reading:
+        if not isinstance(files, Future):
+            return self._read(slot, sha256, files)
+        assert fetcher
+        fetched = files.result()
+        try:
+            if not fetched.paths:
+                return Reading(stage="read", reason=fetched.reason)
+            return self._read(slot, sha256, list(fetched.paths))
+        finally:
+            fetcher.release(fetched)
 
     def _share(self, shape: tuple[int, int, int]) -> None:
         _make_room(self._shared, math.prod(shape))
@@ -165,7 +216,7 @@ class Decoders:
             self._idle.put(decoder)
         self._deaths = 0
         pixels = self._slots[slot] if answer.pop("pixels") else None
-        several = {name: tuple(answer[name]) for name in ("times", "notes")}
+        several = {name: tuple(answer[name]) for name in ("times", "notes", "statistics")}
         return Reading(**{**answer, **several, "pixels": pixels})
 
     def _too_slow(self, decoder: "_Decoder") -> Reading | None:
@@ -193,6 +244,14 @@ class Decoders:
         lines = self._messages.read().decode(errors="replace").split("\n")
         last = next((line for line in reversed(lines) if line.strip()), "")
         return f"The last one said: {last[:300]}. " if last else ""
+
+
+_Files = list[str] | Future[Fetched]
+_Request = tuple[Content, _Files]
+
+
+def _find(image_root: Path, content: Content) -> list[str]:
+    return [str(image_path(image_root, image)) for image in content.images]
 
 
 class _Decoder:
@@ -293,11 +352,15 @@ def _describe_end(process: "subprocess.Popen[str]") -> str:
 
 def _make_shared_file() -> IO[bytes]:
     """Return an unnamed file, which vanishes with its processes; in memory if possible."""
-    directory = None
+    return tempfile.TemporaryFile(dir=_memory_directory())
+
+
+def _memory_directory() -> Path | None:
+    """Return a directory in memory with some room, or None for that of temporary files."""
     with suppress(OSError):
         if shutil.disk_usage(SHARED_MEMORY).free > ENOUGH_SHARED_BYTES:
-            directory = SHARED_MEMORY
-    return tempfile.TemporaryFile(dir=directory)
+            return SHARED_MEMORY
+    return None
 
 
 def _make_room(file: IO[bytes], n_bytes: int) -> None:

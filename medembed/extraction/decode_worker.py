@@ -26,6 +26,7 @@ from medembed.core.system import end_with_parent
 from medembed.encoders.preprocessing import Preprocessing, prepare
 from medembed.images.intensity import DEFAULT_INTENSITY, Intensity
 from medembed.images.load import DEFAULT_LIMITS, Limits, Reading, read_content
+from medembed.images.statistics import measure_image
 
 __all__ = ["PATIENCE", "READY", "TIMES_UP", "describe", "main", "open_slots"]
 
@@ -47,7 +48,8 @@ def main(arguments: str) -> None:
     Parameters
     ----------
     arguments : str
-        JSON: `handle` of the shared file, `preprocessing`, `intensity` and `limits` as mappings.
+        JSON: `handle` of the shared file, `preprocessing`, `intensity` and `limits` as mappings,
+        `measures`: whether films are measured.
     """
     # Schedulers signal every process of a job. The committing process ends this one through its
     # stdin; dying earlier would put the blame on the current image.
@@ -59,6 +61,7 @@ def main(arguments: str) -> None:
     given = json.loads(arguments)
     preprocessing = Preprocessing(**given["preprocessing"])
     intensity, limits = Intensity(**given["intensity"]), Limits(**given["limits"])
+    measure = measure_image if given["measures"] else None
     with _answers() as answers:
         _send(answers, READY)
         shape = sys.stdin.readline()
@@ -70,7 +73,7 @@ def main(arguments: str) -> None:
             transform = partial(prepare, preprocessing=preprocessing)
             with _timed(limits.max_seconds):
                 reading = read_content(
-                    [Path(path) for path in paths], sha256, transform, intensity, limits
+                    [Path(path) for path in paths], sha256, transform, intensity, limits, measure
                 )
             if reading.pixels is not None:
                 slots[slot] = reading.pixels
@@ -117,10 +120,13 @@ def describe(
     preprocessing: Preprocessing,
     intensity: Intensity = DEFAULT_INTENSITY,
     limits: Limits = DEFAULT_LIMITS,
+    *,
+    measures: bool = False,
 ) -> str:
     """Return the arguments of `main` as JSON."""
     settings = {"preprocessing": asdict(preprocessing), "intensity": asdict(intensity)}
-    return json.dumps({"handle": handle, **settings, "limits": asdict(limits)})
+    settings |= {"limits": asdict(limits)}
+    return json.dumps({"handle": handle, "measures": measures, **settings})
 
 
 if __name__ == "__main__":

@@ -2,17 +2,21 @@
 
 import math
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from medembed.cache.pending import make_plan
+from medembed.core import object_store
 from medembed.core.errors import ManifestError, MedembedError, PathNotFoundError
+from medembed.core.locations import BucketPath, Location
 from medembed.core.system import choose_processes, default_decoders, reserve
-from medembed.dataset.manifest import existing_root, image_path
+from medembed.dataset.manifest import existing_images, image_path
 from medembed.encoders.preprocessing import Preprocessing
 from medembed.extraction.decode_pool import DECODER_BYTES, Decoders
 from medembed.extraction.decode_worker import open_slots
@@ -59,7 +63,7 @@ class PreparedImages:
 
 def read_rows(
     rows: pd.DataFrame,
-    image_root: Path,
+    image_root: Location,
     preprocessing: Preprocessing,
     *,
     limits: Limits = DEFAULT_LIMITS,
@@ -142,11 +146,13 @@ def describe_other_bytes(content: Content, found: str) -> str:
     return f"{', '.join(content.images)}: sha256 {found}, the manifest says {content.sha256}"
 
 
-def refuse_empty_root(root: Path, images: Iterable[str], n_images: int, purpose: str) -> None:
+def refuse_empty_root(root: Location, images: Iterable[str], n_images: int, purpose: str) -> None:
     """Refuse a root that does not exist or contains none of the images.
 
     Parameters
     ----------
+    root : Path or BucketPath
+        The image root.
     images : iterable of str
         The images' paths in the manifest; iterated only until one is found.
     n_images : int
@@ -159,16 +165,26 @@ def refuse_empty_root(root: Path, images: Iterable[str], n_images: int, purpose:
     PathNotFoundError
         The root or every image below it is missing.
     """
-    existing_root(root)
-    first = None
-    for image in images:
-        first = first or image
-        if image_path(root, image).is_file():
+    existing_images(root)
+    first, images = None, iter(images)
+    while some := list(islice(images, object_store.AHEAD if isinstance(root, BucketPath) else 1)):
+        first = first or some[0]
+        if _has_one(root, some):
             return
     raise PathNotFoundError(
         f"none of the {n_images} images {purpose} is below {root}, such as {first}: "
         "is it the --image-root that the manifest was built from?"
     )
+
+
+def _has_one(root: Location, images: Sequence[str]) -> bool:
+    if not isinstance(root, BucketPath):
+        return any(image_path(root, image).is_file() for image in images)
+    paths = [image_path(root, image) for image in images]
+    if object_store.object_exists(paths[0]):
+        return True
+    with ThreadPoolExecutor(object_store.AHEAD) as pool:
+        return any(pool.map(object_store.object_exists, paths[1:]))
 
 
 def _make_room(shape: tuple[int, int, int], directory: Path | None, remedy: str) -> np.ndarray:

@@ -9,6 +9,7 @@ alone, since the decoding of 8-bit grey PNGs and JPEGs has not changed; the rest
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,20 @@ from medembed.core.errors import (
     EncoderError,
     MedembedError,
     SpecMismatchError,
+    StorageError,
 )
-from medembed.core.files import as_path, open_plain
-from medembed.core.poolings import DEFAULT_POOLINGS, block_of, expand_blocks, list_names
+from medembed.core.files import open_plain
+from medembed.core.locations import BucketPath, Location, as_location
+from medembed.core.object_store import AHEAD, read_range
+from medembed.core.poolings import (
+    DEFAULT_POOLINGS,
+    IMAGE_STATISTICS,
+    block_of,
+    expand_blocks,
+    find_pooling,
+    list_names,
+    list_of_tower,
+)
 from medembed.core.system import (
     choose_processes,
     default_decoders,
@@ -36,7 +48,7 @@ from medembed.core.system import (
 )
 from medembed.dataset.manifest import (
     Manifest,
-    existing_root,
+    existing_source,
     image_path,
     read_manifest,
     require_hashes,
@@ -52,6 +64,7 @@ from medembed.extraction.report import ExtractionReport, describe_execution, exe
 from medembed.extraction.writer import STAGES, Timeline, WriterThread
 from medembed.images.intensity import DEFAULT_INTENSITY, Intensity
 from medembed.images.load import DEFAULT_LIMITS, Content, Limits, Reading
+from medembed.images.tar_stream import TarRoot
 from medembed.images.versions import IMAGES_VERSION, may_have_changed, why_changed
 
 __all__ = [
@@ -90,7 +103,7 @@ _WAY_OUT = "Extract into a new --cache"
 def refuse_outdated(
     plan: Plan,
     cache: Cache | None,
-    image_root: Path,
+    image_root: Location | TarRoot,
     intensity: Intensity,
     n_decoders: int | None,
     on_status: Callable[[str], None],
@@ -125,12 +138,12 @@ def refuse_outdated(
 
 def _decoded_again(
     plan: Plan,
-    image_root: Path,
+    image_root: Location | TarRoot,
     intensity: Intensity,
     n_decoders: int | None,
     on_status: Callable[[str], None],
 ) -> Iterator[tuple[Content, Reading]]:
-    suspects = [content for content in plan.done if _is_suspect(content, image_root)]
+    suspects = _find_suspects(plan.done, image_root)
     if not suspects:
         return
     on_status(f"Decoding {len(suspects):,} images of an older version again")
@@ -141,16 +154,34 @@ def _decoded_again(
                 yield pair
 
 
-def _is_suspect(content: Content, image_root: Path) -> bool:
+def _find_suspects(done: Sequence[Content], image_root: Location | TarRoot) -> list[Content]:
+    if isinstance(image_root, TarRoot):
+        return []  # as files that are missing
+    if not isinstance(image_root, BucketPath):
+        return [content for content in done if _is_suspect(content, image_root)]
+    with ThreadPoolExecutor(AHEAD) as pool:
+        found = pool.map(lambda content: _is_suspect(content, image_root), done)
+        return [content for content, is_suspect in zip(done, found, strict=True) if is_suspect]
+
+
+def _is_suspect(content: Content, image_root: Location) -> bool:
     for image in content.images:
         try:
-            with open_plain(image_path(image_root, image)) as file:
-                head = file.read(HEAD)
-                size = file.seek(0, 2)
+            head, size = _read_head(image_root, image)
+        except StorageError:
+            raise
         except OSError:
             continue
         return may_have_changed(head, size)
     return False
+
+
+def _read_head(image_root: Location, image: str) -> tuple[bytes, int]:
+    """Return an image's first bytes and its size."""
+    if isinstance(image_root, BucketPath):
+        return read_range(image_path(image_root, image), 0, HEAD)
+    with open_plain(image_path(image_root, image)) as file:
+        return file.read(HEAD), file.seek(0, 2)
 
 
 COMMIT_SECONDS = 60.0  # of work that a crash may lose
@@ -190,13 +221,16 @@ def extract(
     manifest : Manifest or path
         Names the images and their SHA-256.
     image_root : path
-        Directory that the manifest's image paths are relative to.
+        Directory that the manifest's image paths are relative to, a bucket's prefix such as
+        `s3://bucket/images`, or tar files such as `tar://shards`, which are read once in their
+        order; images are then found by their hash.
     encoder : Encoder, str or path
         The encoder, or a reference that `load_encoder` accepts.
     cache : Cache or path
-        Created if it does not exist.
+        A directory or a bucket's prefix; created if it does not exist.
     poolings : str or sequence of str
-        Which of the encoder's poolings to store; `mean@all` stands for `mean@K` of every block.
+        Which of the encoder's poolings to store; `mean@all` stands for `mean@K` of every block,
+        and `imagestats` for the numbers of `images.statistics`, which no encoder computes.
     dtype : {"float16", "float32"}
         Dtype of the stored embeddings.
     intensity : Intensity
@@ -253,15 +287,16 @@ def extract(
     -----
     On any exception, including Ctrl-C, rows embedded so far are committed before it propagates.
     """
-    root, timeline = as_path(image_root, "the image root"), timeline or Timeline()
-    existing_root(root)
+    root, timeline = existing_source(image_root), timeline or Timeline()
     on_status = on_status or (lambda words: None)
     poolings = poolings.split(",") if isinstance(poolings, str) else poolings
     manifest, encoder = read_manifest(manifest), find_tower(encoder, poolings=poolings)
     poolings = expand_blocks(poolings, encoder.dimensions)
     start = time.monotonic()
-    cache_path = cache.path if isinstance(cache, Cache) else as_path(cache, "a cache", "a Cache")
-    n_decoders = _check_request(root, encoder, poolings, batch_size, decoders)
+    cache_path = (
+        cache.path if isinstance(cache, Cache) else as_location(cache, "a cache", "a Cache")
+    )
+    n_decoders = _check_request(encoder, poolings, batch_size, decoders)
     require_hashes(manifest)
     spec, recorded = spec_of(encoder, poolings, dtype, intensity), _record(encoder, poolings)
     there = _open_if_there(cache_path, spec, recorded, known_shards)
@@ -274,7 +309,10 @@ def extract(
     check_plan(plan, spec, root, cache_path)
     n_decoders = min(n_decoders, len(plan.pending))
     # The decoders are the outermost context: Ctrl-C commits first and ends them afterwards.
-    with Decoders(n_decoders, encoder.preprocessing, intensity, limits) as readers:
+    measures = IMAGE_STATISTICS in poolings
+    with Decoders(
+        n_decoders, encoder.preprocessing, intensity, limits, measures=measures
+    ) as readers:
         size = _warm_up(encoder, poolings, len(plan.pending), batch_size, on_status)
         on_status("Canary")
         opened = _open_or_make(encoder, spec, recorded, cache_path, known_shards)
@@ -295,9 +333,9 @@ def extract(
 
 
 def prepare_cache(
-    image_root: str | os.PathLike[str],
+    image_root: Location | TarRoot,
     encoder: Encoder,
-    cache_path: str | os.PathLike[str],
+    cache_path: Location,
     *,
     poolings: Sequence[str] = DEFAULT_POOLINGS,
     dtype: str = "float16",
@@ -309,13 +347,16 @@ def prepare_cache(
     Arguments and exceptions are those of `extract`. A dry run creates nothing.
     """
     poolings = expand_blocks(poolings, encoder.dimensions)
-    _check_request(Path(image_root), encoder, poolings, None, None)
+    existing_source(image_root)
+    _check_request(encoder, poolings, None, None)
     spec, recorded = spec_of(encoder, poolings, dtype, intensity), _record(encoder, poolings)
     if _open_if_there(cache_path, spec, recorded) is None and not dry_run:
         _open_or_make(encoder, spec, recorded, cache_path)
 
 
-def check_plan(plan: Plan, spec: CacheSpec, image_root: Path, cache_path: Path) -> None:
+def check_plan(
+    plan: Plan, spec: CacheSpec, image_root: Location | TarRoot, cache_path: Location
+) -> None:
     """Check, before any work, that at least one image exists and that the disk can hold the rows.
 
     Raises
@@ -326,8 +367,10 @@ def check_plan(plan: Plan, spec: CacheSpec, image_root: Path, cache_path: Path) 
         The disk is too full.
     """
     images = (image for content in plan.pending for image in content.images)
-    refuse_empty_root(image_root, images, len(plan.pending), "to embed")
-    _refuse_full_disk(plan, spec, cache_path)
+    if not isinstance(image_root, TarRoot):
+        refuse_empty_root(image_root, images, len(plan.pending), "to embed")
+    if not isinstance(cache_path, BucketPath):
+        _refuse_full_disk(plan, spec, cache_path)
 
 
 def spec_of(
@@ -344,9 +387,14 @@ def spec_of(
             "images_version": IMAGES_VERSION,
             "window": intensity.as_spec(),
         },
-        poolings={name: tuple(encoder.dimensions[name]) for name in poolings},
+        poolings={name: _shape_of(name, encoder) for name in poolings},
         dtype=dtype,
     )
+
+
+def _shape_of(pooling: str, encoder: Encoder) -> tuple[int, ...]:
+    entry = find_pooling(pooling)
+    return entry.shape(0) if entry.is_of_file else tuple(encoder.dimensions[pooling])
 
 
 def _warm_up(
@@ -358,7 +406,7 @@ def _warm_up(
 ) -> int:
     if isinstance(encoder, PipelinedEncoder):
         return encoder.warm_up(
-            poolings, n_images=n_images, batch_size=batch_size, on_status=on_status
+            list_of_tower(poolings), n_images=n_images, batch_size=batch_size, on_status=on_status
         )
     return batch_size or PLAIN_BATCH
 
@@ -367,14 +415,14 @@ def _open_or_make(
     encoder: Encoder,
     spec: CacheSpec,
     recorded: dict[str, Any],
-    cache_path: str | os.PathLike[str],
+    cache_path: Location,
     known_shards: Collection[str] = (),
 ) -> Cache:
     """Open the cache, or create it with the canary that every later run is checked against."""
     laid = None
-    if is_free(Path(cache_path)):
+    if is_free(cache_path):
         reference = encoder.reference() if isinstance(encoder, PipelinedEncoder) else encoder
-        laid = compute_canary(reference, list(spec.poolings), spec)
+        laid = compute_canary(reference, list_of_tower(spec.poolings), spec)
     return create_cache(cache_path, spec, recorded, laid, known=known_shards)
 
 
@@ -389,7 +437,7 @@ def _prove(
             return batch_size, check_canary(
                 cache.canary,
                 encoder,
-                list(cache.spec.poolings),
+                list_of_tower(cache.spec.poolings),
                 batch_size=batch_size,
                 there=cache.recorded,
                 here=recorded,
@@ -402,14 +450,12 @@ def _prove(
 
 
 def _check_request(
-    root: Path,
     encoder: Encoder,
     poolings: Sequence[str],
     batch_size: int | None,
     decoders: int | None,
 ) -> int:
     """Refuse an impossible request; return the number of decoders."""
-    existing_root(root)
     for name, number in (("batch_size", batch_size), ("decoders", decoders)):
         if number is not None and number < 1:
             raise ValueError(f"{name} is {number}; it must be at least 1")
@@ -417,7 +463,13 @@ def _check_request(
         decoders, "--decoders", DECODER_BYTES, MedembedError, default=default_decoders()
     )
     _check_batch_size(encoder, batch_size)
-    for name in poolings:
+    of_tower = list_of_tower(poolings)
+    if not of_tower:
+        raise EncoderError(
+            f"{IMAGE_STATISTICS} is measured on the film, without the encoder. Name one of its "
+            f"poolings too: --pool mean,{IMAGE_STATISTICS}."
+        )
+    for name in of_tower:
         if name not in encoder.dimensions:
             offered = list_names(encoder.dimensions)
             raise EncoderError(
@@ -440,12 +492,12 @@ def _check_batch_size(encoder: Encoder, batch_size: int | None) -> None:
 
 
 def _open_if_there(
-    path: str | os.PathLike[str],
+    path: Location,
     spec: CacheSpec,
     recorded: dict[str, Any],
     known_shards: Collection[str] = (),
 ) -> Cache | None:
-    if is_free(Path(path)):
+    if is_free(path):
         return None
     cache = open_cache(path, known=known_shards)
     cache.require_spec(spec, recorded)

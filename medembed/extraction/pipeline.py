@@ -14,6 +14,7 @@ import numpy as np
 
 from medembed.cache.failures import Failure
 from medembed.core.errors import DeviceMemoryError, EncoderError, ManifestError, NonFiniteError
+from medembed.core.poolings import IMAGE_STATISTICS, list_of_tower
 from medembed.encoders.protocol import Encoder, PipelinedEncoder, check_rows
 from medembed.extraction.image_store import describe_other_bytes
 from medembed.extraction.writer import Timeline, WriterThread
@@ -34,6 +35,7 @@ class _Batch:
     colours: list[bool] = field(default_factory=list)
     notes: list[tuple[str, ...]] = field(default_factory=list)
     pixels: list[np.ndarray] = field(default_factory=list)
+    statistics: list[tuple[float, ...]] = field(default_factory=list)
     n_filled: int = 0  # number of images passed to the encoder, including black padding
     collect: Callable[[], Rows] | None = None
 
@@ -41,7 +43,11 @@ class _Batch:
         for start in range(0, len(self.contents), size):
             part = slice(start, start + size)
             yield _Batch(
-                self.contents[part], self.colours[part], self.notes[part], self.pixels[part]
+                self.contents[part],
+                self.colours[part],
+                self.notes[part],
+                self.pixels[part],
+                self.statistics[part],
             )
 
 
@@ -85,7 +91,8 @@ class Pipeline:
         timeline: Timeline,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        self._encoder, self._poolings = encoder, tuple(poolings)
+        self._encoder, self._poolings = encoder, tuple(list_of_tower(poolings))
+        self._measures = len(self._poolings) < len(poolings)
         self._n_total, self._timeline, self._progress = n_total, timeline, progress
         self._suspects: list[tuple[Content, EncoderError]] = []
         self._in_flight: deque[_Batch] = deque()
@@ -115,6 +122,7 @@ class Pipeline:
                 batch.colours.append(reading.colour)
                 batch.notes.append(reading.notes)
                 batch.pixels.append(reading.pixels.copy())
+                batch.statistics.append(reading.statistics)
                 if len(batch.contents) >= self.batch_size:
                     self._send(batch, writer)
                     batch = _Batch()
@@ -222,7 +230,8 @@ class Pipeline:
             rows = {name: error.rows[name][kept] for name in self._poolings}
             contents = [batch.contents[place] for place in kept]
             colours = [batch.colours[place] for place in kept]
-            self._keep(_Batch(contents, colours), rows, writer)
+            statistics = [batch.statistics[place] for place in kept]
+            self._keep(_Batch(contents, colours, statistics=statistics), rows, writer)
 
     def _take_less(self, batch: _Batch, error: DeviceMemoryError) -> None:
         if batch.n_filled == 1:
@@ -244,6 +253,8 @@ class Pipeline:
         return check_rows(self._encoder, found, self._poolings, batch.n_filled, n_used)
 
     def _keep(self, batch: _Batch, rows: Rows, writer: WriterThread) -> None:
+        if self._measures:
+            rows = {**rows, IMAGE_STATISTICS: np.array(batch.statistics, np.float32)}
         writer.add([content.sha256 for content in batch.contents], rows)
         self.n_embedded += len(batch.contents)
         self.n_colour += sum(batch.colours)

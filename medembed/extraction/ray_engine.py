@@ -16,16 +16,17 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil
-from pathlib import Path
 from threading import Event
 from typing import Any
 
 from medembed.cache.failures import name_failures
 from medembed.cache.index import committed_shards
+from medembed.cache.metadata import is_free
 from medembed.cache.pending import Plan, make_plan
 from medembed.cache.shards import max_rows
 from medembed.cache.store import Cache, open_cache
 from medembed.core.errors import ManifestError, MedembedError
+from medembed.core.locations import Location
 from medembed.core.poolings import DEFAULT_POOLINGS
 from medembed.core.ray_cluster import connected_to_ray
 from medembed.dataset.manifest import Manifest, require_hashes
@@ -58,13 +59,13 @@ class Job:
     ----------
     load : callable
         Returns the encoder; called once by each actor.
-    image_root, cache_path : Path
-        Must be reachable by the same path from every node.
+    image_root, cache_path : Path or BucketPath
+        Must be reachable by the same path from every node, as a bucket is.
     """
 
     load: Callable[[], Encoder]
-    image_root: Path
-    cache_path: Path
+    image_root: Location
+    cache_path: Location
     poolings: tuple[str, ...] = DEFAULT_POOLINGS
     dtype: str = "float16"
     intensity: Intensity = DEFAULT_INTENSITY
@@ -370,7 +371,7 @@ def extract_on_ray(
         with actors:
             on_status("Encoder")
             list(actors.run(iter([Work("prepare", (dry_run,))]), 1))
-            cache = None if dry_run and not job.cache_path.exists() else open_cache(job.cache_path)
+            cache = None if dry_run and is_free(job.cache_path) else open_cache(job.cache_path)
             plan = make_plan(manifest.rows, cache, retry_failed=job.retry_failed)
             reports: list[ExtractionReport] = []
             if plan.pending and not dry_run and cache is not None:

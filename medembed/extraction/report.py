@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 
 from medembed.core.system import count_cores
 from medembed.core.text import Summarised, Summary, count_values, counted
-from medembed.encoders.protocol import DescribedEncoder, Encoder, Execution
+from medembed.encoders.protocol import DescribedEncoder, Encoder, EncoderExecution
 
 __all__ = ["ExtractionReport", "describe_execution", "describe_times", "execution_of"]
 
@@ -46,7 +46,7 @@ class ExtractionReport(Summarised):
         Seconds: `read` and `decode`, summed over the decoder processes; `starve`, waiting for
         images; `encode`, waiting for the encoder; `write`, in which the writer was busy in
         parallel; `prepare`, before the first image (warm-up and canary).
-    execution : Execution or None
+    execution : EncoderExecution or None
         How the encoder ran; None if nothing was embedded, or by several workers.
     canary : float or None
         Largest distance of a canary image from its embedding in the cache, as a fraction of the
@@ -67,7 +67,7 @@ class ExtractionReport(Summarised):
     decoders: int
     stages: dict[str, float]
     canary: float | None
-    execution: Execution | None = None
+    execution: EncoderExecution | None = None
 
     def summarise(self) -> Summary:
         """Return what became of the images, why some failed, and how fast it was."""
@@ -88,7 +88,7 @@ class ExtractionReport(Summarised):
         return asdict(self)
 
 
-def execution_of(encoder: Encoder) -> Execution:
+def execution_of(encoder: Encoder) -> EncoderExecution:
     """Return how an encoder runs, in the form of `ExtractionReport.execution`."""
     if isinstance(encoder, DescribedEncoder):
         return encoder.describe()
@@ -101,7 +101,7 @@ def execution_of(encoder: Encoder) -> Execution:
     }
 
 
-def describe_execution(source: str, execution: Execution, batch_size: int) -> str:
+def describe_execution(source: str, execution: EncoderExecution, batch_size: int) -> str:
     """Return a sentence on the encoder, device and settings; on a CPU also why no GPU is used."""
     card = f" ({execution['card']})" if execution["card"] else ""
     parts = [f"{source} on {execution['device']}{card} in {execution['precision']}"]

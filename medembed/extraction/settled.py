@@ -1,6 +1,5 @@
 """What `extract` can answer from files alone, before torch is imported and weights are loaded."""
 
-import os
 import re
 import time
 from collections.abc import Sequence
@@ -11,8 +10,9 @@ from medembed.cache.metadata import is_free
 from medembed.cache.pending import Worker, make_plan
 from medembed.cache.store import Cache, open_cache
 from medembed.core.errors import SpecMismatchError
+from medembed.core.locations import Location
 from medembed.core.poolings import refuse_unknown
-from medembed.dataset.manifest import Manifest, existing_root, require_hashes
+from medembed.dataset.manifest import Manifest, existing_source, require_hashes
 from medembed.encoders.base_ref import read_base
 from medembed.encoders.checkpoint_files import SIGLIP_TYPES, find_config, read_json
 from medembed.encoders.hub import resolve_checkpoint
@@ -21,6 +21,7 @@ from medembed.extraction.job import make_report
 from medembed.extraction.report import ExtractionReport
 from medembed.extraction.writer import Timeline
 from medembed.images.intensity import DEFAULT_INTENSITY, Intensity
+from medembed.images.tar_stream import TarRoot
 from medembed.images.versions import IMAGES_VERSION
 
 __all__ = ["report_if_settled"]
@@ -30,9 +31,9 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@\S+)?")
 
 def report_if_settled(
     manifest: Manifest,
-    image_root: str | os.PathLike[str],
+    image_root: Location | TarRoot,
     reference: str,
-    cache_path: str | os.PathLike[str],
+    cache_path: Location,
     *,
     poolings: Sequence[str],
     dtype: str,
@@ -70,10 +71,10 @@ def report_if_settled(
         published one, or images or rows differ in size.
     """
     start = time.monotonic()
-    existing_root(Path(image_root))
+    existing_source(image_root)
     require_hashes(manifest)
     refuse_unknown(poolings)
-    if is_free(Path(cache_path)):
+    if is_free(cache_path):
         if not dry_run:
             return None
         directory = _find_directory(reference)

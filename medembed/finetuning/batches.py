@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 from torch.nn import functional
 
+from medembed.core.locations import Location
 from medembed.encoders.devices import current_gpu, free_memory, is_memory_error, on_gpu, pinned
 from medembed.encoders.preprocessing import Preprocessing
 from medembed.extraction.image_store import read_rows
@@ -160,7 +161,7 @@ class PixelImages:
 
 def read_images(
     rows: pd.DataFrame,
-    image_root: Path,
+    image_root: Location,
     preprocessing: Preprocessing,
     directory: Path,
     *,

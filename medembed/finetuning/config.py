@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from medembed.core.errors import ArgumentError, EncoderError, TrainingDataError
+from medembed.core.locations import Location
 from medembed.core.poolings import DEFAULT_POOLINGS, find_pooling
 from medembed.core.schema import ClosedRecord, Field, create_model, parse
 from medembed.core.system import library_versions
@@ -72,7 +73,7 @@ class FineTuneConfig:
     """The parsed options of fine-tuning."""
 
     manifest: Manifest
-    image_root: Path
+    image_root: Location
     encoder: TorchEncoder
     depths: list[Depth]
     seeds: tuple[int, ...]
@@ -159,7 +160,7 @@ def read_config(config: Hyperparameters | Mapping[str, object] | None) -> Hyperp
             "config is a mapping of hyperparameters to their values, such as "
             f'{{"epochs": 10}}; this is of type {type(config).__name__}.'
         )
-    given = dict(config or {})
+    given: dict[str, Any] = dict(config or {})
     _check_bounds(given)
     return Hyperparameters(**given)
 
@@ -191,7 +192,7 @@ def _check_bounds(values: Mapping[str, Any]) -> None:
 
 def resolve_config(
     manifest: Manifest,
-    image_root: Path,
+    image_root: Location,
     unfreeze: Sequence[str | int],
     reference: EncoderLike,
     recipe: Hyperparameters,

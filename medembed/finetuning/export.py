@@ -98,7 +98,7 @@ def package(
         "pooling": known["pooling"],
         "label_level": manifest.label_level,
         "views": "mean",
-        **decisions,
+        **decisions,  # type: ignore[typeddict-item]
         "metric": "auroc",
         "cv": trained.score,
         "cv_method": CV_METHOD,

@@ -19,6 +19,7 @@ from medembed.cache.index import keys_from_column
 from medembed.cache.store import Cache, create_cache, open_cache
 from medembed.core.errors import CacheError, TrainingDataError
 from medembed.core.files import json_digest
+from medembed.core.locations import Location
 from medembed.dataset.manifest import Manifest
 from medembed.encoders.devices import arithmetic, guard_memory
 from medembed.encoders.protocol import Encoder
@@ -207,7 +208,7 @@ def fill_trunk_cache(
     directory: Path,
     encoder: TrunkEncoder,
     manifest: Manifest,
-    image_root: Path,
+    image_root: Location,
     *,
     dtype: str = TRUNK_DTYPE,
     limits: Limits = DEFAULT_LIMITS,

@@ -4,6 +4,7 @@ Every depth and seed is one trial of the run: written to its ledger when it ends
 hashes everything that determines its result. An interrupted trial resumes after its last epoch.
 """
 
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -14,9 +15,9 @@ import torch
 
 from medembed.cache.embeddings import find_rows
 from medembed.core.errors import DeviceMemoryError, EncoderError, TrainingDataError
-from medembed.core.files import as_path, json_digest
+from medembed.core.files import json_digest
 from medembed.dataset.build_file import read_build
-from medembed.dataset.manifest import Manifest, read_manifest
+from medembed.dataset.manifest import Manifest, existing_images, read_manifest
 from medembed.evaluation.thresholds import ThresholdRule, parse_rules
 from medembed.extraction.image_encoder import EncoderLike, name_encoder
 from medembed.extraction.image_store import refuse_empty_root
@@ -60,7 +61,7 @@ OnStatus = Callable[[str], None]
 
 def finetune(
     manifest: Manifest | str | Path,
-    image_root: str | Path,
+    image_root: str | os.PathLike[str],
     encoder: EncoderLike,
     out: str | Path,
     *,
@@ -158,12 +159,12 @@ def finetune(
     """
     points = parse_rules(operating_points)
     table = read_manifest(manifest)
-    rows, image_root = choose_rows(table, n_folds, seed), as_path(image_root, "the image root")
+    rows, root = choose_rows(table, n_folds, seed), existing_images(image_root)
     from_run = None if from_run is None else open_run(from_run).path
-    refuse_empty_root(image_root, rows.rows["image"], len(rows), "to train on")
+    refuse_empty_root(root, rows.rows["image"], len(rows), "to train on")
     asked = resolve_config(
         table,
-        image_root,
+        root,
         unfreeze.split(",") if isinstance(unfreeze, str) else unfreeze,
         encoder,
         read_config(config),

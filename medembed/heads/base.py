@@ -64,6 +64,9 @@ class Head(ClassifierMixin, BaseEstimator, ABC):
     """Whether the head needs prompts, which a sweep is given by `--prompts`."""
     reads_pooling: ClassVar[str | None] = None
     """The one pooling that the head reads, whatever `--pool` says; None: those of `--pool`."""
+    is_baseline: ClassVar[bool] = False
+    """Whether the head reads nothing that an encoder made: a sweep tries it once, whatever `--pool`
+    says, and tables show it beside the priors."""
     data_params: ClassVar[tuple[str, ...]] = ()
     """Parameters that a sweep sets and that are no JSON values: what a model keeps of them is in
     its payload."""

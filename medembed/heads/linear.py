@@ -1,19 +1,21 @@
-"""Logistic regression: the baseline that every table shows."""
+"""Logistic regression: the baseline that every table shows, and on columns without an encoder."""
 
 import warnings
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 from scipy.special import expit
 
+from medembed.core.poolings import IMAGE_STATISTICS
 from medembed.heads.base import ClassWeight, Head, arrays_of, is_count
 from medembed.heads.scaling import Projection, Projector
 
 if TYPE_CHECKING:
     from sklearn.linear_model import LogisticRegression
 
-__all__ = ["LogisticHead", "fit_path"]
+__all__ = ["ImageStatisticsHead", "LogisticHead", "MetadataHead", "PartHead", "fit_path"]
 
 
 class LogisticHead(Head):
@@ -188,3 +190,86 @@ def _by_code(class_weight: ClassWeight, classes: np.ndarray) -> Any:
     if class_weight is None or isinstance(class_weight, str):
         return class_weight
     return {code: class_weight.get(name, 1.0) for code, name in enumerate(classes.tolist())}
+
+
+class PartHead(Head):
+    """A logistic regression on those columns of X that no encoder made: a baseline.
+
+    Parameters
+    ----------
+    C, class_weight
+        See `LogisticHead`; few columns need little penalty.
+    n_covariates : int
+        The last columns of X, which are covariates.
+
+    Attributes
+    ----------
+    model_ : LogisticHead
+        Fitted on the part of the columns that is read.
+    best_epoch_ : None
+    """
+
+    is_baseline: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        C: float = 1.0,
+        *,
+        class_weight: ClassWeight = "balanced",
+        n_covariates: int = 0,
+    ) -> None:
+        self.C = C
+        self.class_weight = class_weight
+        self.n_covariates = n_covariates
+
+    @abstractmethod
+    def _columns(self, n_columns: int) -> slice:
+        """Return the columns that are read, of X with `n_columns`."""
+
+    def check_parameters(self) -> None:
+        """Raise TrainingDataError if a parameter is out of range."""
+        self._make().check_parameters()
+
+    def fit(self, X: Any, y: Any, *, X_val: Any = None, y_val: Any = None) -> Self:
+        """Fit on a part of X of shape (n, d), finite, and y of two classes; see `LogisticHead.fit`.
+
+        Raises
+        ------
+        TrainingDataError
+            y, or y_val if given, does not hold both of two classes.
+        """
+        X, codes = self._check_training(X, y)
+        self._check_validation(X_val, y_val)
+        self.model_ = self._make().fit(X[:, self._columns(X.shape[1])], self.classes_[codes])
+        self.best_epoch_ = None
+        return self
+
+    def _make(self) -> LogisticHead:
+        return LogisticHead(self.C, class_weight=self.class_weight)
+
+    def _probability(self, X: np.ndarray) -> np.ndarray:
+        return self.model_._probability(X[:, self._columns(X.shape[1])])
+
+    def _payload(self) -> dict[str, np.ndarray] | str:
+        return self.model_._payload()
+
+    def _restore(self, payload: dict[str, np.ndarray] | str, n_features: int) -> None:
+        start, stop, _ = self._columns(n_features).indices(n_features)
+        self.model_ = self._make()
+        self.model_._restore(payload, stop - start)
+
+
+class MetadataHead(PartHead):
+    """Read the covariates alone, which know no image; without any, all columns."""
+
+    def _columns(self, n_columns: int) -> slice:
+        return slice(n_columns - self.n_covariates if self.n_covariates else 0, n_columns)
+
+
+class ImageStatisticsHead(PartHead):
+    """Read brightness, size, sharpness and border of the film; see `images.statistics`."""
+
+    reads_pooling: ClassVar[str | None] = IMAGE_STATISTICS
+
+    def _columns(self, n_columns: int) -> slice:
+        return slice(0, n_columns - self.n_covariates)

@@ -13,22 +13,28 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
 from medembed.core.errors import TrainingDataError
+from medembed.core.poolings import IMAGE_STATISTICS
 
 if TYPE_CHECKING:
     from medembed.heads.base import Head
 
-__all__ = ["HEADS", "head_class", "known_heads", "make_head", "nearest"]
+__all__ = ["BASELINES", "HEADS", "head_class", "known_heads", "make_head", "nearest"]
 
 #: Name to "module:class"; a class is imported when it is asked for.
 HEADS = {
     "attention": "medembed.heads.attention:AttentionHead",
+    IMAGE_STATISTICS: "medembed.heads.linear:ImageStatisticsHead",
     "knn": "medembed.heads.knn:KNNHead",
     "lightgbm": "medembed.heads.lightgbm:LightGBMHead",
     "logistic": "medembed.heads.linear:LogisticHead",
+    "metadata": "medembed.heads.linear:MetadataHead",
     "mlp": "medembed.heads.mlp:MLPHead",
     "text-logistic": "medembed.heads.words:TextLogisticHead",
     "zero-shot": "medembed.heads.words:ZeroShotHead",
 }
+
+#: Heads of `Head.is_baseline`, known without importing them.
+BASELINES = frozenset({IMAGE_STATISTICS, "metadata"})
 
 
 @cache

@@ -10,6 +10,7 @@ Rescale Slope is negative, `apply_voi` wraps indices beyond 255 into a table of 
 """
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,7 @@ __all__ = [
     "shares_of_white",
 ]
 
+_PERCENTILES = re.compile(r"^(.+), ([0-9.]+) to ([0-9.]+) %$", re.DOTALL)
 PLATEAU = 0.005  # share of pixels above which a value at an end is a border or marker, not anatomy
 
 
@@ -74,6 +76,19 @@ class Intensity:
         name = self.window.strip().casefold()
         default = (self.low, self.high) == (DEFAULT_INTENSITY.low, DEFAULT_INTENSITY.high)
         return name if default else f"{name}, {self.low:g} to {self.high:g} %"
+
+    @classmethod
+    def from_spec(cls, entry: object) -> "Intensity":
+        """Return what `as_spec` wrote as `entry`; ImageError if it wrote no such thing."""
+        if entry is None:
+            return DEFAULT_INTENSITY
+        found = _PERCENTILES.match(str(entry))
+        if found is None:
+            return cls(str(entry))
+        try:
+            return cls(found[1], float(found[2]), float(found[3]))
+        except ValueError as error:
+            raise ImageError(f"the window {entry!r} is none: {error}") from error
 
 
 DEFAULT_INTENSITY = Intensity()

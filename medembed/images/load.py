@@ -5,13 +5,14 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from medembed.core.errors import ImageError
 from medembed.core.files import read_plain
+from medembed.core.locations import BucketPath, Location
+from medembed.core.object_store import read_object
 from medembed.images.decode import decode_image
 from medembed.images.intensity import DEFAULT_INTENSITY, Intensity
 from medembed.images.versions import FIRST_VERSION, why_changed
@@ -90,6 +91,8 @@ class Reading:
         Why the stage failed; names no path.
     other_sha256 : str or None
         Hash of the bytes found, if they differ from the manifest's.
+    statistics : tuple of float
+        The result of `measure`, if that was asked for.
     times : tuple of float
         `time.monotonic()` at the start, once the bytes were read and hashed, and at the end.
     """
@@ -101,6 +104,7 @@ class Reading:
     stage: str | None = None
     reason: str = ""
     other_sha256: str | None = None
+    statistics: tuple[float, ...] = ()
     times: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
     def joining(self, version: Any, what: str, way_out: str) -> "Reading":
@@ -122,11 +126,12 @@ class Reading:
 
 
 def read_content(
-    paths: Sequence[Path],
+    paths: Sequence[Location],
     sha256: str,
     transform: Callable[[np.ndarray], np.ndarray],
     intensity: Intensity = DEFAULT_INTENSITY,
     limits: Limits = DEFAULT_LIMITS,
+    measure: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> Reading:
     """Read the first of `paths` whose bytes have this SHA-256, and decode exactly those bytes.
 
@@ -138,12 +143,14 @@ def read_content(
         Which window of a DICOM to use.
     limits : Limits
         Only `max_bytes` is enforced here; `extraction.decode_worker` enforces the time limit.
+    measure : callable, optional
+        Also applied to the decoded image; returns a few numbers.
     """
     start = time.monotonic()
     reason, other = "", None
     for path in paths:
         try:
-            data = read_plain(path, max_bytes=limits.max_bytes)
+            data = _read(path, limits.max_bytes)
         except OSError as error:
             reason = error.strerror or type(error).__name__  # `str(error)` would name the path
             if error.errno == errno.EFBIG:
@@ -151,7 +158,7 @@ def read_content(
             continue
         found = hashlib.sha256(data).hexdigest()
         if found == sha256:
-            return _decode(data, transform, intensity, start)
+            return _decode(data, transform, intensity, start, measure)
         other = found
     now = time.monotonic()
     if other:
@@ -159,11 +166,18 @@ def read_content(
     return Reading(stage="read", reason=reason, times=(start, now, now))
 
 
+def _read(path: Location, max_bytes: int) -> bytes:
+    if isinstance(path, BucketPath):
+        return read_object(path, max_bytes=max_bytes)
+    return read_plain(path, max_bytes=max_bytes)
+
+
 def _decode(
     data: bytes,
     transform: Callable[[np.ndarray], np.ndarray],
     intensity: Intensity,
     start: float,
+    measure: Callable[[np.ndarray], np.ndarray] | None,
 ) -> Reading:
     middle = time.monotonic()
     try:
@@ -172,11 +186,13 @@ def _decode(
         reason, times = str(error), (start, middle, time.monotonic())
         return Reading(stage="decode", reason=reason, since=error.since, times=times)
     pixels = transform(radiograph.pixels)
+    statistics = () if measure is None else tuple(measure(radiograph.pixels).tolist())
     times = (start, middle, time.monotonic())
     return Reading(
         pixels=pixels,
         colour=radiograph.colour,
         notes=radiograph.notes,
         since=radiograph.since,
+        statistics=statistics,
         times=times,
     )

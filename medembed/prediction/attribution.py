@@ -372,6 +372,11 @@ class Explainer:
         return tokens, seen.grid
 
     def _check(self) -> None:
+        if self.head.is_baseline:
+            raise ModelError(
+                f"{type(self.head).__name__} reads nothing that an encoder saw: there is no place "
+                "to show. Explain another head."
+            )
         _refuse_unpoolable(self.encoder, self.poolings)
         if self.method not in METHODS:
             raise ModelError(f"unknown method {self.method!r}; choose among {', '.join(METHODS)}")

@@ -5,7 +5,6 @@ Encoder and cache must match the spec that the model was trained on.
 
 import contextlib
 import os
-import re
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
@@ -21,15 +20,17 @@ from medembed.cache.shards import describe_loss
 from medembed.cache.spec import CacheSpec, keys_from_hex
 from medembed.cache.store import Cache, open_cache
 from medembed.core.errors import EncoderError, ImageError, MedembedError, ModelError
-from medembed.core.poolings import find_pooling
+from medembed.core.locations import BucketPath, Location
+from medembed.core.poolings import IMAGE_STATISTICS, find_pooling, list_of_tower
 from medembed.core.system import choose_processes, default_decoders
 from medembed.core.text import counted
 from medembed.encoders.hub import DEMO
 from medembed.encoders.preprocessing import prepare
 from medembed.encoders.protocol import Encoder, check_rows
 from medembed.extraction.decode_pool import DECODER_BYTES, Decoders
-from medembed.images.intensity import DEFAULT_INTENSITY, Intensity
+from medembed.images.intensity import Intensity
 from medembed.images.load import DEFAULT_LIMITS, Content, Limits, Reading, read_content
+from medembed.images.statistics import measure_image
 from medembed.prediction.decisions import check_spec, spec_of_card
 from medembed.results.model_card import Card
 
@@ -45,8 +46,6 @@ __all__ = [
     "open_caches",
     "read_intensity",
 ]
-
-_PERCENTILES = re.compile(r"^(.+), ([0-9.]+) to ([0-9.]+) %$", re.DOTALL)
 
 
 class Embedder:
@@ -128,12 +127,19 @@ class Embedder:
         self._check(encoder)
         return encoder
 
-    def encode(self, pixels: np.ndarray) -> np.ndarray:
+    @property
+    def measures(self) -> bool:
+        """Whether the model reads the statistics of films besides what the encoder gives."""
+        return IMAGE_STATISTICS in self.poolings
+
+    def encode(self, pixels: np.ndarray, statistics: np.ndarray | None = None) -> np.ndarray:
         """Embed prepared images, as a cache would hold them.
 
         Parameters
         ----------
         pixels : uint8 (n, height, width)
+        statistics : float32 (n, 7), optional
+            Of the films, see `images.statistics`; needed where `measures`.
 
         Returns
         -------
@@ -147,11 +153,17 @@ class Embedder:
             The encoder does not return its poolings, or values are not finite, or too large or too
             small for that dtype.
         """
-        found = self.encoder.encode(pixels, self.poolings)
-        rows = check_rows(self.encoder, found, self.poolings, len(pixels), len(pixels))
+        of_tower = list_of_tower(self.poolings)
+        rows = {}
+        if of_tower:
+            found = self.encoder.encode(pixels, of_tower)
+            rows = check_rows(self.encoder, found, of_tower, len(pixels), len(pixels))
+        if statistics is not None:
+            rows[IMAGE_STATISTICS] = statistics
         dtype = spec_of_card(self.card).dtype
         stored = []
-        for name, values in rows.items():
+        for name in self.poolings:
+            values = rows[name]
             with np.errstate(over="ignore"):
                 narrow = values.astype(dtype)
             loss = describe_loss(values, narrow)
@@ -163,7 +175,8 @@ class Embedder:
     def _check(self, encoder: Encoder) -> None:
         from medembed.extraction import spec_of
 
-        offered = [name for name in self.poolings if name in encoder.dimensions]
+        has = {IMAGE_STATISTICS, *encoder.dimensions}
+        offered = [name for name in self.poolings if name in has]
         spec = spec_of(encoder, offered or list(encoder.dimensions)[:1], "float32", self.intensity)
         check_spec(self.card, spec, f"the encoder {encoder.source}")
 
@@ -320,17 +333,10 @@ def read_intensity(spec: CacheSpec) -> Intensity:
         The spec's entry is invalid.
     """
     text = spec.preprocessing.get("window")
-    if text is None:
-        return DEFAULT_INTENSITY
-    found = _PERCENTILES.match(str(text))
     try:
-        if found:
-            intensity = Intensity(found[1], float(found[2]), float(found[3]))
-        else:
-            intensity = Intensity(str(text))
-    except (ImageError, ValueError) as error:
+        return Intensity.from_spec(text)
+    except ImageError as error:
         raise ModelError(f"the model's window {text!r} is none: {error}") from error
-    return intensity
 
 
 FEW = 8
@@ -347,7 +353,7 @@ class File:
     """An image to be embedded: its number among the requests, its path, its SHA-256."""
 
     number: int
-    path: Path
+    path: Location
     sha256: str
 
 
@@ -435,8 +441,14 @@ _Pairs = Generator[tuple[File, Reading] | None]
 def _read_here(files: Sequence[File], embedder: Embedder, size: int) -> _Pairs:
     transform = _transform(embedder)
     for file in files:
+        assert isinstance(file.path, Path)
         reading = read_content(
-            [file.path], file.sha256, transform, embedder.intensity, embedder.limits
+            [file.path],
+            file.sha256,
+            transform,
+            embedder.intensity,
+            embedder.limits,
+            measure_image if embedder.measures else None,
         )
         yield file, _joining(reading, embedder)
 
@@ -447,12 +459,17 @@ def _read_ahead(files: Sequence[File], embedder: Embedder, size: int) -> _Pairs:
     )
     n_decoders = min(n_decoders, len(files))
     # Relative to the file system's root: loose files may be anywhere, a manifest's are resolved.
-    contents = [Content(file.sha256, (str(file.path),)) for file in files]
+    # In a bucket relative to that, whose prefixes the manifest's are below.
+    contents = [Content(file.sha256, (_place(file.path),)) for file in files]
     waiting = deque(files)
     with Decoders(
-        n_decoders, embedder.encoder.preprocessing, embedder.intensity, embedder.limits
+        n_decoders,
+        embedder.encoder.preprocessing,
+        embedder.intensity,
+        embedder.limits,
+        measures=embedder.measures,
     ) as decoders:
-        for pair in decoders.read(contents, Path(files[0].path.anchor), 2 * size + n_decoders):
+        for pair in decoders.read(contents, _anchor(files[0].path), 2 * size + n_decoders):
             if pair is None:
                 yield None
                 continue
@@ -465,8 +482,19 @@ def _read_ahead(files: Sequence[File], embedder: Embedder, size: int) -> _Pairs:
                     stage=reading.stage,
                     reason=reading.reason,
                     other_sha256=reading.other_sha256,
+                    statistics=reading.statistics,
                 ),
             )
+
+
+def _place(path: Location) -> str:
+    return path.key if isinstance(path, BucketPath) else str(path)
+
+
+def _anchor(path: Location) -> Location:
+    if isinstance(path, BucketPath):
+        return BucketPath(path.scheme, path.bucket)
+    return Path(path.anchor)
 
 
 def _joining(reading: Reading, embedder: Embedder) -> Reading:
@@ -477,6 +505,8 @@ def _are_little(files: Sequence[File]) -> bool:
     """Return whether decoding is quick; slow files are left to a process that can be ended."""
     n_bytes = 0
     for file in files:
+        if isinstance(file.path, BucketPath):
+            return False
         with contextlib.suppress(OSError):
             n_bytes += file.path.stat().st_size
     return n_bytes <= LITTLE_BYTES
@@ -491,7 +521,8 @@ def _encode(batch: Sequence[tuple[File, Reading]], embedder: Embedder) -> list[E
     found: dict[int, np.ndarray | str] = {}
     if whole:
         pixels = np.stack([_pixels(batch[place][1]) for place in whole])
-        found = dict(zip(whole, _embed(pixels, embedder), strict=True))
+        measured = np.array([batch[place][1].statistics for place in whole], np.float32)
+        found = dict(zip(whole, _embed(pixels, measured, embedder), strict=True))
     encoded = []
     for place, (file, reading) in enumerate(batch):
         outcome = found.get(place, _reason(reading))
@@ -502,14 +533,20 @@ def _encode(batch: Sequence[tuple[File, Reading]], embedder: Embedder) -> list[E
     return encoded
 
 
-def _embed(pixels: np.ndarray, embedder: Embedder) -> Sequence[np.ndarray | str]:
+def _embed(
+    pixels: np.ndarray, measured: np.ndarray, embedder: Embedder
+) -> Sequence[np.ndarray | str]:
     """Return embeddings computed together, or one by one if that fails, to isolate a bad image."""
     try:
-        return list(embedder.encode(pixels))
+        return list(embedder.encode(pixels, measured if embedder.measures else None))
     except EncoderError as error:
         if len(pixels) == 1:
             return [f"cannot be encoded: {error}"]
-    return [row for image in pixels for row in _embed(image[None], embedder)]
+    return [
+        row
+        for i in range(len(pixels))
+        for row in _embed(pixels[i : i + 1], measured[i : i + 1], embedder)
+    ]
 
 
 def _pixels(reading: Reading) -> np.ndarray:

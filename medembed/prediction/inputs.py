@@ -9,7 +9,8 @@ import numpy as np
 
 from medembed.core.errors import ArgumentError, ManifestError, ModelError
 from medembed.core.files import open_plain
-from medembed.dataset.manifest import Manifest, existing_root, image_path
+from medembed.core.locations import Location
+from medembed.dataset.manifest import Manifest, existing_images, image_path
 from medembed.dataset.recipes.image_index import ImageIndex
 from medembed.images.hashing import hash_or_explain
 from medembed.results.model_card import Card
@@ -39,7 +40,7 @@ class Requests:
         Encoded covariates that the model reads.
     errors : dict of int to str
         Images known in advance to fail, and why.
-    root : Path or None
+    root : Path or BucketPath or None
         The image root of a manifest.
     has_files : bool
         Whether the paths of the images are known.
@@ -53,14 +54,14 @@ class Requests:
     regions: list[str]
     covariates: np.ndarray
     errors: dict[int, str] = field(default_factory=dict)
-    root: Path | None = None
+    root: Location | None = None
     has_files: bool = True
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def path(self, number: int) -> Path:
-        """Return the file of an image.
+    def path(self, number: int) -> Location:
+        """Return the file or object of an image.
 
         Raises
         ------
@@ -169,11 +170,11 @@ def request_manifest(
     PathNotFoundError
         The image root does not exist.
     ManifestError
-        The manifest has no SHA-256s, and there is no image root to compute them from.
+        The manifest has no SHA-256s, and there is no local image root to compute them from.
     TrainingDataError
         A covariate that the model reads is not a column, or has values that it cannot encode.
     """
-    root = None if image_root is None else existing_root(Path(image_root))
+    root = None if image_root is None else existing_images(image_root)
     rows = manifest.rows
     covariates = np.zeros((len(rows), 0), np.float32)
     if card.covariates is not None:
@@ -192,10 +193,11 @@ def request_manifest(
         has_files=root is not None,
     )
     if "" in digests:
-        if root is None:
+        if not isinstance(root, Path):
             raise ManifestError(
                 "the manifest holds no sha256, by which a cache finds its images. Use "
-                "--image-root DIR, or build the manifest again without --structure-only."
+                "--image-root DIR, a local one, or build the manifest again without "
+                "--structure-only."
             )
         _find_hashes(requests, progress)
     return requests
@@ -207,7 +209,9 @@ def _find_hashes(requests: Requests, progress: Callable[[int, int], None] | None
         if digest:
             continue
         try:
-            paths.append(requests.path(number))
+            path = requests.path(number)
+            assert isinstance(path, Path)
+            paths.append(path)
             numbers.append(number)
         except ManifestError as error:
             requests.errors[number] = str(error)

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from medembed.core.errors import ImageError
 from medembed.core.files import write_atomically
+from medembed.core.locations import Location
 from medembed.encoders.preprocessing import Preprocessing, place_image
 from medembed.heads.base import Head
 from medembed.images.load import read_content
@@ -216,7 +217,7 @@ class Pictures:
 
     def draw(
         self,
-        path: Path,
+        path: Location,
         sha256: str,
         pixels: np.ndarray,
         covariates: np.ndarray,

@@ -242,8 +242,9 @@ class Predictor(Summarised):
             probability : float or None
                 Calibrated probability of abnormal; for an image as if it were the study's only
                 view. None if the image failed.
-            decision : {"normal", "abnormal"} or None
-                Whether the probability reaches the threshold of the operating point.
+            decision : str or None
+                Whether the probability reaches the threshold of the operating point: "abnormal" or
+                "normal"; of a target's model the target's name, such as "metal", or "no metal".
             operating_point : dict or None
                 ``name`` and ``threshold`` of the operating point.
             set : list of str or None

@@ -4,12 +4,12 @@ import contextlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NotRequired, Protocol, TypedDict
 
 import numpy as np
 
 from medembed.core.errors import EncoderError, ManifestError, MissingRowsError
+from medembed.core.locations import Location
 from medembed.evaluation.drift.embedding_space import measure_remoteness
 from medembed.evaluation.thresholds import OperatingPoint
 from medembed.extraction.image_store import refuse_empty_root
@@ -29,7 +29,6 @@ from medembed.results.model_card import Card
 from medembed.results.predictions import image_code
 
 __all__ = [
-    "CLASSES",
     "Draw",
     "PredictedRow",
     "PredictionJob",
@@ -38,7 +37,6 @@ __all__ = [
     "predict_rows",
 ]
 
-CLASSES = ("normal", "abnormal")
 WINDOW = 4096
 """Rows of a cache in memory at a time; each such window verifies every shard once."""
 
@@ -78,7 +76,7 @@ class Draw(Protocol):
 
     def __call__(  # noqa: D102 - described there
         self,
-        path: Path,
+        path: Location,
         sha256: str,
         pixels: np.ndarray,
         covariates: np.ndarray,
@@ -356,8 +354,8 @@ class _Answers:
         row: PredictedRow = {
             "image": requests.images[number],
             "study": requests.names[requests.studies[number]],
-            **_describe(scored, place, self._point),
-            **far,
+            **_describe(scored, place, self._point, self._job.card.classes),
+            **far,  # type: ignore[typeddict-item]
             "n_views": None,
             "n_failed": None,
             "trained_on": self._was_trained_on(number),
@@ -382,8 +380,8 @@ class _Answers:
         row: PredictedRow = {
             "image": None,
             "study": self._requests.names[code],
-            **_describe(scored, place, self._point),
-            **_furthest(study.places),
+            **_describe(scored, place, self._point, self._job.card.classes),
+            **_furthest(study.places),  # type: ignore[typeddict-item]
             "n_views": study.n_views,
             "n_failed": study.n_failed,
             "trained_on": study.trained_on,
@@ -429,8 +427,8 @@ def _furthest(views: Sequence[Remoteness]) -> Remoteness:
     """
     if not views or any(view["far"] is None for view in views):
         return _NOWHERE
-    most = max(views, key=lambda view: float(view["distance"]))
-    p = min(1.0, len(views) * float(most["distance_p"]))
+    most = max(views, key=lambda view: float(view["distance"] or 0.0))
+    p = min(1.0, len(views) * float(most["distance_p"] or 0.0))
     return {"distance": most["distance"], "distance_p": p, "far": most["far"]}
 
 
@@ -443,16 +441,18 @@ _NO_VERDICT: Verdict = {
 }
 
 
-def _describe(scored: Scored | None, place: int | None, point: OperatingPoint) -> Verdict:
+def _describe(
+    scored: Scored | None, place: int | None, point: OperatingPoint, classes: tuple[str, str]
+) -> Verdict:
     if scored is None or place is None:
         return _NO_VERDICT
     inside = coverage = None
     if scored.set is not None and scored.is_marginal is not None:
-        inside = [name for name, is_in in zip(CLASSES, scored.set[place], strict=True) if is_in]
+        inside = [name for name, is_in in zip(classes, scored.set[place], strict=True) if is_in]
         coverage = "marginal" if scored.is_marginal[place] else "region"
     return {
         "probability": float(scored.probability[place]),
-        "decision": CLASSES[int(scored.decision[place])],
+        "decision": classes[int(scored.decision[place])],
         "operating_point": {"name": point.name, "threshold": point.threshold},
         "set": inside,
         "coverage": coverage,

@@ -9,13 +9,16 @@ For each column of a manifest, on the labelled images of train and out of fold t
   only images of one group are compared with each other;
 - gap: the difference of the label's AUROC between groups.
 
-Beside them stands the label's AUROC by the column alone: the share of abnormal images in a group.
+Beside them stands the label's AUROC by the column alone: the share of abnormal images in a group;
+and that of three classifiers: on the embedding, on all of the columns, and on the statistics of the
+films (`images.statistics`).
 
 Test images are not looked at. p is one-sided for `encoded` and `used`, two-sided for `gap`; Holm's
 correction runs over the columns of each question.
 """
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import nan
 from pathlib import Path
@@ -23,17 +26,20 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from sklearn.base import clone
 
-from medembed.cache.embeddings import load_embeddings, patient_folds
-from medembed.cache.store import Cache
-from medembed.core.errors import ArgumentError, ManifestError
+from medembed.cache.embeddings import load_embeddings, load_statistics, patient_folds
+from medembed.cache.store import Cache, open_cache
+from medembed.core.errors import ArgumentError, ManifestError, TrainingDataError
+from medembed.core.poolings import IMAGE_STATISTICS
 from medembed.core.text import Summarised, Summary, counted
 from medembed.dataset.covariate_bands import (
     OTHERS,
     choose_grouping,
     group_rows,
 )
-from medembed.dataset.manifest import Manifest, read_manifest
+from medembed.dataset.covariates import fit_covariates
+from medembed.dataset.manifest import Manifest, existing_root, read_manifest
 from medembed.dataset.targets import is_target
 from medembed.evaluation.bootstrap import finite_or_none, patient_codes
 from medembed.evaluation.estimates import Estimate, estimate_auroc
@@ -45,6 +51,7 @@ from medembed.evaluation.shortcuts import (
     average_pairs,
     join_strata,
     largest_gap,
+    permutation_p,
     score_encoded,
     score_gap,
     score_loss,
@@ -67,6 +74,8 @@ __all__ = [
 
 MIN_GROUP_PATIENTS = 10
 """Images of groups with fewer patients are left out: a fold would have too few to learn from."""
+MOST_IMAGES = 100_000
+"""Of more labelled images of train, patients are drawn at random."""
 N_CONTROLS = 5
 """Shuffled columns that are taken out as a control: any column takes some signal along."""
 Progress = Callable[[int, int], None]
@@ -184,7 +193,12 @@ class ShortcutAudit(Summarised):
     n_folds, seed : int
         The folds, which are those of a sweep with this seed.
     n, n_patients : int
-        Labelled images of train, and their patients.
+        Labelled images of train that were used, and their patients; see `MOST_IMAGES`.
+    baselines : dict of str to Estimate
+        The label's AUROC by `embedding`, by the columns alone (`metadata`), and by brightness,
+        size, sharpness and border of the films (`imagestats`).
+    lacking : dict of str to str
+        Those of them that cannot be had, and why.
     """
 
     columns: dict[str, AuditedColumn]
@@ -193,6 +207,8 @@ class ShortcutAudit(Summarised):
     seed: int
     n: int
     n_patients: int
+    baselines: dict[str, Estimate]
+    lacking: dict[str, str]
 
     def as_dict(self) -> dict[str, object]:
         """Return JSON values."""
@@ -202,6 +218,8 @@ class ShortcutAudit(Summarised):
             "seed": self.seed,
             "images": self.n,
             "patients": self.n_patients,
+            "baselines": {name: own.interval().as_dict() for name, own in self.baselines.items()},
+            "lacking": dict(self.lacking),
             "columns": {name: own.as_dict() for name, own in self.columns.items()},
         }
 
@@ -214,13 +232,14 @@ class ShortcutAudit(Summarised):
 
 
 def audit_shortcuts(
-    cache: Cache | str | Path,
+    cache: Cache | str | os.PathLike[str],
     manifest: Manifest | str | Path,
     columns: Sequence[str],
     *,
     pool: str | None = None,
     n_folds: int = 5,
     seed: int = 0,
+    image_root: str | Path | None = None,
     progress: Progress | None = None,
 ) -> ShortcutAudit:
     """Return what columns of a manifest have to do with its embeddings and its label.
@@ -235,6 +254,9 @@ def audit_shortcuts(
         Poolings to read, joined by `+`; see `load_embeddings`.
     n_folds, seed : int
         The folds are those of a sweep: patient-disjoint, from the manifest and the seed.
+    image_root : path, optional
+        Directory that the manifest's paths are relative to: films are measured there if the cache
+        does not hold the pooling `imagestats`.
     progress : callable, optional
         Called as progress(done, total) with columns.
 
@@ -248,6 +270,8 @@ def audit_shortcuts(
         Train has one class, or fewer patients than the folds need.
     MissingRowsError
         Rows are neither embedded nor listed as failed.
+    ImageError
+        A film below `image_root` is missing, holds other bytes or is no complete image.
     """
     if not columns:
         raise ArgumentError("name at least one column of the manifest to audit.")
@@ -261,11 +285,14 @@ def audit_shortcuts(
         if name in grouped:
             raise ArgumentError(f"column {name} is named twice. Name each column once.")
         grouped[name] = groups
-    embeddings = load_embeddings(cache, known, pool=pool, split="train")
+    opened = open_cache(cache)
+    films, lacking = _measure_films(opened, known, image_root)
+    embeddings = load_embeddings(opened, known, pool=pool, split="train")
     fold = np.full(len(embeddings), -1)
     for k, (_, own) in enumerate(patient_folds(embeddings, n_folds, seed)):
         fold[own] = k
     used = np.flatnonzero(fold >= 0)
+    used = used[_draw_patients(embeddings.patients[used], seed)]
     rows = embeddings.rows.iloc[used]
     data = AuditRows(
         embeddings.X[used],
@@ -282,6 +309,11 @@ def audit_shortcuts(
         found[name] = data.audit(of_rows, order)
     if progress is not None:
         progress(len(grouped), len(grouped))
+    others = {} if films is None else {IMAGE_STATISTICS: films.loc[rows["sha256"]].to_numpy()}
+    try:
+        others["metadata"] = fit_covariates(rows, list(grouped)).transform(rows)
+    except TrainingDataError as error:
+        lacking["metadata"] = str(error)
     return ShortcutAudit(
         _correct(found),
         embeddings.pooling,
@@ -289,7 +321,36 @@ def audit_shortcuts(
         seed,
         len(used),
         len(np.unique(data.codes)),
+        data.score_baselines(dict(sorted(others.items(), reverse=True))),
+        lacking,
     )
+
+
+def _draw_patients(patients: np.ndarray, seed: int) -> np.ndarray:
+    """Return the indices of all images, or of `MOST_IMAGES` at most, of patients drawn at random.
+
+    Beyond them intervals are narrower than the third decimal, and classifiers take minutes.
+    """
+    if len(patients) <= MOST_IMAGES:
+        return np.arange(len(patients))
+    codes = patient_codes(patients)
+    order = np.random.default_rng(seed).permutation(codes.max() + 1)
+    n_before = np.cumsum(np.bincount(codes)[order])
+    return np.flatnonzero(np.isin(codes, order[n_before <= MOST_IMAGES]))
+
+
+def _measure_films(
+    cache: Cache, manifest: Manifest, image_root: str | Path | None
+) -> tuple[pd.DataFrame | None, dict[str, str]]:
+    """Return the statistics of the films of train by SHA-256, or why there are none."""
+    if image_root is None and IMAGE_STATISTICS not in cache.spec.poolings:
+        way_out = f"Add --image-root DIR, or extract with --pool mean,max,{IMAGE_STATISTICS}"
+        return None, {IMAGE_STATISTICS: f"the cache does not hold {IMAGE_STATISTICS}. {way_out}"}
+    of_train = manifest.rows[manifest.rows["split"] == "train"].reset_index(drop=True)
+    root = None if image_root is None else existing_root(image_root)
+    found = load_statistics(cache, Manifest(of_train, manifest.label_level), root)
+    table = pd.DataFrame(found.X, index=found.rows["sha256"])
+    return table[~table.index.duplicated()], {}
 
 
 def _group(rows: pd.DataFrame, asked: str) -> tuple[str, tuple["pd.Series[str]", list[str]]]:
@@ -364,26 +425,44 @@ class AuditRows:
     def _measure(
         self, groups: np.ndarray, found: list[AuditedGroup], n_left_out: int
     ) -> AuditedColumn:
-        if self._scores is None:  # shared by all columns that leave out no row
-            self._scores = self._predict(self.y)
-        full = score_pairs(self.y, self._scores, self.fold)
+        full = score_pairs(self.y, self._scored, self.fold)
         which = [1] if len(found) == 2 else range(len(found))
         read = np.stack([self._predict((groups == k).astype(np.int8)) for k in which], axis=1)
         without, control = self._remove(groups), self._remove_shuffled(groups)
-        within = score_pairs(self.y, self._scores, join_strata(self.fold, groups))
+        within = score_pairs(self.y, self._scored, join_strata(self.fold, groups))
         names = [group.name for group in found]
-        inside, gaps = score_gap(self.y, self._scores, groups, names, self.fold, self.codes, OTHERS)
+        inside, gaps = score_gap(self.y, self._scored, groups, names, self.fold, self.codes, OTHERS)
         return AuditedColumn(
             [AuditedGroup(g.name, g.n, g.n_abnormal, g.n_patients, inside[g.name]) for g in found],
             n_left_out,
             score=estimate_auroc(self.y, *full, self.codes),
             alone=estimate_auroc(self.y, *self._score_alone(groups), self.codes),
-            encoded=score_encoded(groups, read, self.fold, self.codes),
+            encoded=Encoded(
+                score_encoded(groups, read, self.fold, self.codes), self._test_encoded(groups)
+            ),
             control=estimate_auroc(self.y, *control, self.codes),
             residualised=self._lose(control, without),
             matched=self._lose(full, within),
             gap=largest_gap(gaps),
         )
+
+    def score_baselines(self, others: Mapping[str, np.ndarray]) -> dict[str, Estimate]:
+        """Return the label's AUROC by the embedding, and by a few other columns, (n, k) each."""
+        found = {"embedding": self._scored}
+        for name, X in others.items():
+            own = replace(self, X=X)
+            found[name] = own._predict(self.y, head=LogisticHead(C=1.0))
+        return {
+            name: estimate_auroc(self.y, *score_pairs(self.y, own, self.fold), self.codes)
+            for name, own in found.items()
+        }
+
+    @property
+    def _scored(self) -> np.ndarray:
+        """Out-of-fold probabilities of the label, shared by all columns that leave out no row."""
+        if self._scores is None:
+            self._scores = self._predict(self.y)
+        return self._scores
 
     def _score_alone(self, groups: np.ndarray) -> PairScore:
         scores = np.empty(len(self.y))
@@ -392,6 +471,10 @@ class AuditRows:
             prior = RegionPrior().fit(groups[rest], self.y[rest])
             scores[own] = prior.predict_proba(groups[own])[:, 1]
         return score_pairs(self.y, scores, self.fold)
+
+    def _test_encoded(self, groups: np.ndarray) -> float:
+        generator = np.random.default_rng(self.seed)
+        return permutation_p(self.X, groups, self.fold, self.codes, generator)
 
     def _remove(self, groups: np.ndarray) -> PairScore:
         return score_pairs(self.y, self._predict(self.y, groups), self.fold)
@@ -404,13 +487,15 @@ class AuditRows:
     def _lose(self, full: PairScore, other: PairScore) -> Loss:
         return score_loss(self.y, full, other, self.codes)
 
-    def _predict(self, y: np.ndarray, groups: np.ndarray | None = None) -> np.ndarray:
+    def _predict(
+        self, y: np.ndarray, groups: np.ndarray | None = None, head: LogisticHead | None = None
+    ) -> np.ndarray:
         """Return out-of-fold probabilities of y, float64 (n,); without `groups`' means if given."""
-        scores = np.empty(len(y))
+        head, scores = head or LogisticHead(), np.empty(len(y))
         for k in np.unique(self.fold):
             train, own = np.flatnonzero(self.fold != k), np.flatnonzero(self.fold == k)
             X = self.X if groups is None else subtract_group_means(self.X, groups, train)
-            scores[own] = LogisticHead().fit(X[train], y[train]).predict_proba(X[own])[:, 1]
+            scores[own] = clone(head).fit(X[train], y[train]).predict_proba(X[own])[:, 1]
         return scores
 
 

@@ -12,6 +12,7 @@ the study nearest to each centre is taken. The weight is
   so that the list covers the data set.
 """
 
+import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,7 +134,7 @@ def check_target(path: Path) -> None:
 
 
 def make_worklist(
-    cache: Cache | str | Path,
+    cache: Cache | str | os.PathLike[str],
     manifest: Manifest | str | Path,
     n: int,
     *,
@@ -340,10 +341,13 @@ def _choose(
             chosen.append(row)
             used.add(persons[row])
             taken.add(int(labels[row]))
+    if len(chosen) >= k:
+        return np.array(chosen[:k])
     rest = np.setdiff1d(np.argsort(-weights, kind="stable"), chosen, assume_unique=True)
     others = [row for row in rest.tolist() if persons[row] not in used]
     first = pd.Series(others, dtype=int).groupby(persons[others], sort=False).first().tolist()
-    again = [row for row in rest.tolist() if row not in set(first)]
+    known = set(first)
+    again = [row for row in rest.tolist() if row not in known]
     return np.array([*chosen, *first, *again][:k])
 
 

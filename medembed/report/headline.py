@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from medembed.core.poolings import IMAGE_STATISTICS
 from medembed.core.text import counted
 from medembed.report.tables import format_p
 from medembed.results.comparison_schema import ComparedHead, ComparisonResult
@@ -33,7 +34,12 @@ WIDE = 0.1
 MAX_DROPS = 3
 """Evaluations that get a separate sentence."""
 ROUNDING = 1e-12
-_PRIORS = {"region-prior": "the region's prior", "class-prior": "the class prior"}
+_PRIORS = {
+    "region-prior": "the region's prior",
+    "class-prior": "the class prior",
+    "metadata": "the covariates alone",
+    IMAGE_STATISTICS: "brightness, size and sharpness alone",
+}
 
 Standing = Literal["better", "undecided", "worse", "untested"]
 

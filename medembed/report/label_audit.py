@@ -15,7 +15,7 @@ from medembed.report.gallery import CODE_DIGITS, Thumbnail, make_thumbnails
 from medembed.report.page import make_environment
 from medembed.report.tables import Table
 from medembed.results.audit_schema import LabelAuditDocument, Suspect
-from medembed.results.label_audit import LabelAudit
+from medembed.results.label_audit import DOCUMENT, LabelAudit
 from medembed.results.methods import DISCLAIMER
 
 __all__ = [
@@ -27,7 +27,7 @@ __all__ = [
     "write_label_audit",
 ]
 
-PAGE, DOCUMENT, REVIEW = "index.html", "audit.json", "review.csv"
+PAGE, REVIEW = "index.html", "review.csv"
 N_SHOWN = 100
 
 _NOTES = (

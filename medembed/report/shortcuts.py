@@ -6,13 +6,21 @@ from typing import Any
 
 from medembed.core.errors import ArgumentError
 from medembed.core.files import write_atomically
+from medembed.core.poolings import IMAGE_STATISTICS
 from medembed.core.text import counted, to_csv
 from medembed.report.tables import MISSING, NOT_ESTIMABLE, Table, format_interval, format_p
 
 __all__ = ["check_output", "tabulate_shortcuts", "write_shortcuts"]
 
 _BOUNDS = ("low", "high")
+ALL = "(all images)"
+_WORDS = {
+    "embedding": "label by embedding",
+    "metadata": "label by the columns",
+    IMAGE_STATISTICS: "label by the film's look",
+}
 _NOTES = (
+    "by the film's look: by brightness, size, sharpness and border alone. "
     "encoded: AUROC with which the column can be read from the embedding; 0.5 is not at all. "
     "label, column alone: AUROC of the label by the column, without any image. "
     "lost: AUROC of the label that is lost when the groups' means are taken out of the embedding, "
@@ -25,7 +33,13 @@ _NOTES = (
 
 def tabulate_shortcuts(document: Mapping[str, Any]) -> Table:
     """Return the table of an audit's JSON document."""
-    sections, notes = [], []
+    sections: list[list[list[str]]] = [
+        [
+            [ALL, _WORDS.get(name, name), format_interval(own), MISSING]
+            for name, own in document["baselines"].items()
+        ]
+    ]
+    notes = [f"{name} cannot be had: {why}." for name, why in document["lacking"].items()]
     for name, own in document["columns"].items():
         sections.append(_rows(name, own))
         if own["reason"] is not None:
@@ -82,6 +96,10 @@ def write_shortcuts(document: Mapping[str, Any], out: Path) -> list[Path]:
     Full precision; the label's AUROC on the images of a column is the number `label`.
     """
     numbers: list[Sequence[Any]] = [("column", "number", "a", "b", "value", *_BOUNDS, "p_holm")]
+    numbers += [
+        ("", _WORDS.get(name, name), None, None, *(own[end] for end in ("value", *_BOUNDS)), None)
+        for name, own in document["baselines"].items()
+    ]
     groups: list[Sequence[Any]] = [
         ("column", "group", "n", "n_abnormal", "n_patients", "auroc", *_BOUNDS)
     ]

@@ -34,6 +34,7 @@ from medembed.results.comparison_schema import (
     Series,
     TrendPoint,
 )
+from medembed.results.predictions import PRIORS
 from medembed.results.runs import Run
 
 __all__ = [
@@ -76,7 +77,7 @@ def drop_repeats(runs: Sequence[Run], test_set: TestSet) -> tuple[list[ScoredHea
             kept.append(own)
         else:
             first_of[own.run, own.head] = first.run
-    with_priors = {own.run for own in kept if own.is_baseline}
+    with_priors = {own.run for own in kept if own.head in PRIORS}
     lost = {run: first for (run, _), first in reversed(first_of.items()) if run not in with_priors}
     return kept, lost
 

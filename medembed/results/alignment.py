@@ -17,6 +17,7 @@ from medembed.core.errors import RunError
 from medembed.evaluation.calibration import Calibration, IsotonicCalibration
 from medembed.evaluation.scores import by_study
 from medembed.evaluation.thresholds import SHOWN, OperatingPoint, ThresholdRule
+from medembed.heads.registry import BASELINES
 from medembed.results.decisions import SENSITIVITY, Decisions, fit_decisions, read_decisions
 from medembed.results.predictions import PRIORS
 from medembed.results.run_schema import RunInfo
@@ -213,7 +214,7 @@ def _contender(
     return ScoredHead(
         run=run,
         head=head,
-        is_baseline=head in PRIORS,
+        is_baseline=head in PRIORS or head in BASELINES,
         pooling=winner.pooling,
         trial=winner.trial,
         params=winner.params,

@@ -202,4 +202,9 @@ class ShortcutsDocument(ClosedRecord):
     images: Count
     """Labelled, of train."""
     patients: Count
+    baselines: dict[str, ColumnScore]
+    """The label's AUROC by `embedding`, by the columns alone (`metadata`), and by brightness, size,
+    sharpness and border of the films (`imagestats`)."""
+    lacking: dict[str, str]
+    """Those of them that cannot be had, and why."""
     columns: dict[str, AuditedColumnDocument]

@@ -402,4 +402,8 @@ def _about(run: Run, name: str, dropped: int) -> ComparedRun:
     }
     if data.sought_test:
         about["sought_test"] = data.sought_test
+    if run.info.lacking:
+        about["lacking"] = run.info.lacking
+    if run.info.without_suspects:
+        about["without_suspects"] = run.info.without_suspects.model_dump()
     return about

@@ -96,7 +96,8 @@ class ComparedRun(TypedDict):
     unlabelled: Count
     dropped: Count
     sought_test: NotRequired[Count]
-    """Test studies that a worklist sought out, if there are any."""
+    lacking: NotRequired[dict[str, str]]
+    without_suspects: NotRequired[dict[str, Count]]
     priors_of: str | None
     """The run that has the same priors; these three name earlier runs."""
     left_out_of: str | None
@@ -584,7 +585,6 @@ class ComparisonResult(TypedDict):
     prevalence: float | None
     synthetic: bool
     rows: list[ComparedHead]
-    """Per head, the best AUROC first."""
     paired: list[Pair]
     seeds: list[SeedSpread]
     efficiency: list[Series]

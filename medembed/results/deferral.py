@@ -22,7 +22,7 @@ ALPHAS = tuple(step / 200 for step in range(1, 101))
 """The curve's shares of sets that may miss the truth."""
 
 NOT_STUDIES = "Prediction sets are of studies: compare with --level study."
-PRIOR = "A prior looks at no image and has no prediction sets."
+PRIOR = "A baseline reads no embedding and has no prediction sets."
 NO_MODEL = "This run holds no model of the head."
 DAMAGED = "The model cannot be read: it was damaged or edited. Make the run again."
 OLDER = "The model was saved before models had prediction sets. Make the run again."

@@ -7,6 +7,7 @@ is calibrated on its out-of-fold scores, the heads are averaged, and the mean, w
 Thresholds and the noise model are fitted on train alone.
 """
 
+import json
 import os
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,7 +15,9 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from medembed.core.errors import RunError, TrainingDataError
+from medembed.core.errors import ManifestError, PathNotFoundError, RunError, TrainingDataError
+from medembed.core.files import as_path, read_plain
+from medembed.core.schema import parse
 from medembed.core.text import Summarised, Summary, counted
 from medembed.dataset.manifest import Manifest, read_manifest, require_hashes
 from medembed.evaluation.bootstrap import finite_or_none
@@ -27,11 +30,15 @@ from medembed.evaluation.label_errors import (
     fit_noise,
 )
 from medembed.evaluation.scores import by_study
+from medembed.heads.registry import BASELINES
 from medembed.results.audit_schema import AuditedPart, LabelAuditDocument, Noise, Suspect
 from medembed.results.predictions import PRIORS
 from medembed.results.runs import Run, RunLike, open_run
 
-__all__ = ["LabelAudit", "audit_labels"]
+__all__ = ["DOCUMENT", "LabelAudit", "audit_labels", "read_suspects"]
+
+DOCUMENT = "audit.json"
+"""The file of a review that holds its `LabelAuditDocument`."""
 
 _KEYS = ["study", "patient", "split", "region", "label"]
 
@@ -178,6 +185,38 @@ def audit_labels(run: RunLike, manifest: Manifest | str | os.PathLike[str]) -> L
     return _judge(opened, known, rows, raw, n_not_scored=len(images) - len(rows))
 
 
+def read_suspects(audit: str | os.PathLike[str], manifest: Manifest) -> list[Suspect]:
+    """Return the suspects of an audit of a manifest's labels.
+
+    Parameters
+    ----------
+    audit : path
+        `audit.json`, or the directory of the review.
+    manifest : Manifest
+        The one that was audited.
+
+    Raises
+    ------
+    PathNotFoundError
+        There is no such file.
+    ManifestError
+        It is no audit, or one of another manifest.
+    """
+    path = as_path(audit, "an audit")
+    path = path / DOCUMENT if path.is_dir() else path
+    if not path.is_file():
+        raise PathNotFoundError(f"{path} does not exist. `medembed audit labels` writes it.")
+    way_out = "Audit the labels again: medembed audit labels RUN --manifest MANIFEST -o review."
+    try:
+        document = json.loads(read_plain(path))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ManifestError(f"{path} is no audit of labels. {way_out}") from error
+    found = parse(LabelAuditDocument, document, ManifestError, path, way_out)
+    if found.manifest != manifest.digest():
+        raise ManifestError(f"{path} is of another manifest. Give the one that was audited.")
+    return found.suspects
+
+
 def _judge(
     run: Run, manifest: Manifest, rows: pd.DataFrame, raw: pd.DataFrame, n_not_scored: int
 ) -> LabelAudit:
@@ -238,8 +277,12 @@ def _collect(run: Run, predictions: pd.DataFrame, level: str) -> tuple[pd.DataFr
     is_blind = (predictions["split"] == "test") | predictions["fold"].notna()
     tables = {}
     for head, rows in predictions[is_blind].groupby("head", sort=False):
-        if head in PRIORS or (level == "image" and rows["sha256"].eq("").any()):
-            continue  # a prior sees no image, and a head of whole studies scores none
+        if (
+            head in PRIORS
+            or head in BASELINES
+            or (level == "image" and rows["sha256"].eq("").any())
+        ):
+            continue  # a baseline sees no embedding, and a head of whole studies scores none
         units = by_study(rows.assign(study=_name_units(rows, level)))
         tables[str(head)] = units.set_index("study")
     if not tables:

@@ -91,6 +91,16 @@ def _describe_losses(run: ComparedRun, level: str, several: bool) -> list[str]:
             "worklist, so these scores are not those of the data set. Score those that were drawn "
             "at random: compare --by chosen_by --manifest MANIFEST."
         )
+    if without := run.get("without_suspects"):
+        notes.append(
+            f"{prefix}Trained without {without['studies']:,} suspects of train "
+            f"({counted(without['images'], 'image')}), whose labels an audit contradicts; test is "
+            "as it was."
+        )
+    notes += [
+        f"{prefix}{head} cannot be had: {reason}."
+        for head, reason in run.get("lacking", {}).items()
+    ]
     if run["dropped"]:
         notes.append(
             f"{prefix}Not compared: {counted(run['dropped'], level)} of test that other runs lack."

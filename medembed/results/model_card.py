@@ -33,6 +33,7 @@ from medembed.dataset.covariates import (
     is_covariate,
     to_number,
 )
+from medembed.dataset.targets import LABEL
 from medembed.evaluation.calibration import Calibration, CalibrationEntry
 from medembed.evaluation.conformal import Conformal, ConformalEntry, fit_conformal
 from medembed.evaluation.intervals import plain
@@ -331,6 +332,13 @@ class Card:
     document: CardDocument
     target: str | None = None
     sources: tuple[SourceEntry, ...] = ()
+
+    @property
+    def classes(self) -> tuple[str, str]:
+        """What decisions are called: normal and abnormal, or "no metal" and "metal" of a target."""
+        if self.target in (None, LABEL):
+            return "normal", "abnormal"
+        return f"no {self.target}", str(self.target)
 
     def by_encoder(self) -> "list[Card]":
         """Return a card for each encoder that the model reads: itself, unless it is an ensemble."""

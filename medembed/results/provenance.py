@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from medembed.core.errors import RunError
+from medembed.core.locations import BucketPath, Location
 from medembed.core.schema import parse
 from medembed.dataset.build_file import KeptBuild
 from medembed.dataset.manifest import count_rows
@@ -84,9 +85,14 @@ def list_left_out(rows: pd.DataFrame, failed: pd.DataFrame) -> list[LeftOutImage
     return [LeftOutImage.model_validate(record) for record in found.to_dict("records")]
 
 
-def public_name(reference: str | Path) -> str:
-    """Return a path or hub id that may be published: only the last part of an absolute path."""
+def public_name(reference: str | Location) -> str:
+    """Return a path or hub id that may be published: only the last part of an absolute path.
+
+    Of a bucket's prefix too: a bucket's name may be that of a hospital.
+    """
     text = str(reference)
+    if isinstance(reference, BucketPath) or "://" in text:
+        return Path(text).name
     if Path(text).is_absolute() or text.startswith("~") or ".." in Path(text).parts:
         return Path(text).name
     return text

@@ -44,6 +44,7 @@ __all__ = [
     "ScoresInfo",
     "Times",
     "TrialRecord",
+    "WithoutSuspects",
     "check_info",
     "check_predictions",
     "check_scores",
@@ -199,6 +200,13 @@ class LeaderboardEntry(Record):
     """The fingerprint of an encoder that was adapted with the head."""
 
 
+class WithoutSuspects(Record):
+    """Studies and images of train that were not trained on, because an audit suspects labels."""
+
+    studies: Count
+    images: Count
+
+
 class RunInfo(Record):
     """`run.json`, as far as it is read; keys that only older or newer runs have may be absent."""
 
@@ -219,6 +227,9 @@ class RunInfo(Record):
     left_out: list[LeftOutImage] = Field(default_factory=list)
     decisions: dict[str, AnyTable] = Field(default_factory=dict)
     """By head, of a run that trained nothing; see `results.decisions`."""
+    lacking: dict[str, str] = Field(default_factory=dict)
+    """Baselines that were asked for and had nothing to read, and why."""
+    without_suspects: Given[WithoutSuspects] = None
 
     def winner(self, head: str) -> LeaderboardEntry:
         """Return the head's row of the leaderboard; one without values where it has none."""

@@ -2,18 +2,24 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from medembed.cache.embeddings import Embeddings, choose_poolings, load_embeddings
+from medembed.cache.embeddings import (
+    Embeddings,
+    choose_poolings,
+    load_embeddings,
+    load_statistics,
+)
 from medembed.cache.store import Cache
 from medembed.core.errors import TrainingDataError
 from medembed.core.files import json_digest
-from medembed.core.poolings import DEFAULT_POOLINGS, expand_blocks
+from medembed.core.poolings import DEFAULT_POOLINGS, IMAGE_STATISTICS, expand_blocks
 from medembed.core.prompts import Prompts
 from medembed.core.system import library_versions
 from medembed.dataset.covariates import MAX_CATEGORIES, fit_covariates
@@ -31,6 +37,7 @@ from medembed.sweeps.training import Bases, Training
 
 __all__ = [
     "Batch",
+    "Exclusion",
     "PooledColumns",
     "SharedRows",
     "SweepConfig",
@@ -153,6 +160,8 @@ def _readable(head: str, poolings: Sequence[PooledColumns]) -> list[PooledColumn
     only = head_class(head).reads_pooling
     if only is not None:
         return [PooledColumns(only)]
+    if head_class(head).is_baseline:
+        return list(poolings[:1])
     reads_cells = "n_cells" in head_class(head)().get_params()
     own = [pooling for pooling in poolings if reads_cells or pooling.n_cells == 1]
     if not own:
@@ -204,6 +213,29 @@ def _batch(
 
 
 @dataclass(frozen=True)
+class Exclusion:
+    """Images of train that are not trained on, because an audit suspects their labels.
+
+    Attributes
+    ----------
+    manifest : str
+        Digest of the manifest that still has these labels.
+    n_studies : int
+        Studies, or images if labels are per image.
+    sha256 : tuple of str
+        The images, in ascending order.
+    """
+
+    manifest: str
+    n_studies: int
+    sha256: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return {"studies": self.n_studies, "images": len(self.sha256)}
+
+
+@dataclass(frozen=True)
 class SweepConfig:
     """The sweep's options, after parsing."""
 
@@ -221,6 +253,17 @@ class SweepConfig:
     target: str = ""
     """The target to train on; "" for the label, in a sweep without targets."""
     words: Prompts | None = None
+    image_root: Path | None = None
+    """Where films are measured whose statistics the cache does not hold."""
+    without: Exclusion | None = None
+    """Suspected studies whose labels `manifest` no longer has."""
+    lacking: Mapping[str, str] = field(default_factory=dict)
+    """Heads that were asked for and cannot be had, and why."""
+
+    @property
+    def digest(self) -> str:
+        """The digest of the manifest that was given."""
+        return self.manifest.digest() if self.without is None else self.without.manifest
 
     @property
     def labelled_rows(self) -> pd.DataFrame:
@@ -261,6 +304,9 @@ class SharedRows:
         rows = asked.manifest.rows
         drawn = draw(rows, n_folds=asked.n_folds, fraction=asked.train_fraction, seed=asked.seed)
         self.asked, self.encoder, self._is_verified = asked, None, False
+        self._measured = None
+        if asked.image_root is not None:  # a film that is missing is reported before any training
+            self._measured = load_statistics(asked.cache, asked.manifest, asked.image_root)
         embeddings = self._embed(poolings[0])
         if asked.covariates:
             trained = rows[rows["image"].isin(drawn.fold.index)]
@@ -283,6 +329,8 @@ class SharedRows:
 
     def _embed(self, pooling: PooledColumns) -> Embeddings:
         """Read a pooling; the shards, which hold all of them, are hashed the first time only."""
+        if pooling.name == IMAGE_STATISTICS and self._measured is not None:
+            return self._measured
         found = load_embeddings(
             self.asked.cache,
             self.asked.manifest,
@@ -384,7 +432,7 @@ class SweepRows:
             "seed": asked.seed,
             "covariates": list(asked.covariates),
             "train_fraction": asked.train_fraction,
-            "manifest": asked.manifest.digest(),
+            "manifest": asked.digest,
             "embedded": json_digest(sorted(self._sha256)),
             "trained": json_digest(sorted(self._sha256[trained])),
             "spec": asked.cache.spec.as_dict(),
@@ -392,6 +440,7 @@ class SweepRows:
             **({"target": asked.target} if asked.target else {}),
             # only sweeps with prompts record them
             **({} if asked.words is None else {"prompts": asked.words.digest}),
+            **({} if asked.without is None else {"without": json_digest(asked.without.sha256)}),
         }
 
     def question(self, batches: Sequence[Batch]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from medembed.evaluation.scores import by_study
 from medembed.evaluation.stacking import pool_weights
 from medembed.heads.model_files import MAX_MEMBERS
 from medembed.heads.packaging import Model, load_model
+from medembed.heads.registry import BASELINES
 from medembed.results.alignment import short_names
 from medembed.results.model_card import Card, read_card, require_winner
 from medembed.results.predictions import PRIORS
@@ -238,7 +239,8 @@ def _read_members(
     members = []
     for entry in run.info.leaderboard:
         head = entry.head
-        if entry.trial is None or (heads is not None and head not in heads):
+        is_wanted = head not in BASELINES if heads is None else head in heads
+        if entry.trial is None or not is_wanted:
             continue
         path = run.model_path(head)
         model = load_model(path)

@@ -254,7 +254,7 @@ def _package(
         "covariates": layout.covariates,
         "label_level": members[0].card.label_level,
         "views": "attention" if any(member.per_study for member in members) else "mean",
-        **decisions,
+        **decisions,  # type: ignore[typeddict-item]
         "metric": _metric(run),
         "cv": entry["cv"],
         "cv_method": CV_METHOD,

@@ -384,7 +384,7 @@ def _describe(
         "pooling": embeddings.pooling,
         "label_level": embeddings.label_level,
         "views": "attention" if per_study else "mean",
-        **describe_decisions(studies, points),
+        **describe_decisions(studies, points),  # type: ignore[typeddict-item]
         "metric": training.metric,
         "cv": winner.cv,
         "cv_method": CV_METHOD,

@@ -7,6 +7,7 @@ Every trial and fold is written to the run's ledger when it ends, under a key th
 that determines its result; repeating the sweep runs only the missing ones.
 """
 
+import os
 import shlex
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -16,14 +17,17 @@ from typing import Any
 
 from medembed.cache.store import Cache, open_cache
 from medembed.core.errors import TrainingDataError
+from medembed.core.locations import as_location
+from medembed.core.poolings import IMAGE_STATISTICS
 from medembed.core.prompts import Prompts, read_prompts
 from medembed.core.ray_cluster import connected_to_ray
 from medembed.core.system import library_versions
 from medembed.dataset.build_file import KeptBuild, read_build
-from medembed.dataset.manifest import Manifest, read_manifest
+from medembed.dataset.manifest import Manifest, existing_root, read_manifest
 from medembed.evaluation.scores import SCORES
 from medembed.evaluation.thresholds import ThresholdRule, parse_rules
 from medembed.heads.registry import head_class
+from medembed.results.label_audit import read_suspects
 from medembed.results.provenance import (
     describe_source,
     list_left_out,
@@ -33,6 +37,7 @@ from medembed.results.provenance import (
 from medembed.results.run_schema import CV_METHOD
 from medembed.results.runs import Run, create_run
 from medembed.sweeps.data import (
+    Exclusion,
     PooledColumns,
     SweepConfig,
     SweepRows,
@@ -50,11 +55,13 @@ from medembed.sweeps.worker_pool import BACKENDS, choose_jobs
 
 __all__ = ["Execution", "configure", "fit_memory", "run_sweep", "sweep", "write_command"]
 
+_WORTH_SAYING = 1_000_000_000  # bytes
+METADATA_HEAD, STATISTICS_HEAD = "metadata", IMAGE_STATISTICS
 WORD_HEADS = ("zero-shot", "text-logistic")  # what prompts add
 
 
 def sweep(
-    cache: Cache | str | Path,
+    cache: Cache | str | os.PathLike[str],
     manifest: Manifest | str | Path,
     out: str | Path,
     *,
@@ -69,10 +76,13 @@ def sweep(
     seed: int = 0,
     operating_points: Sequence[str | ThresholdRule] = (),
     prompts: Prompts | str | Path | None = None,
+    image_root: str | Path | None = None,
+    without_suspects: str | Path | None = None,
     jobs: int | None = None,
     backend: str = "loky",
     progress: Callable[[int, int], None] | None = None,
     board: Callable[[Callable[[], list[Standing]]], None] | None = None,
+    announce: Callable[[str], None] | None = None,
 ) -> Run:
     """Choose and cross-validate each head's configuration, refit it on train, score it on test.
 
@@ -114,6 +124,12 @@ def sweep(
         A file of `medembed prompts`, of the checkpoint whose image tower the cache is of. Adds the
         heads that read words, ``zero-shot`` and ``text-logistic``, unless `heads` names one; they
         read the pooling ``pooler``.
+    image_root : path, optional
+        Directory that the manifest's paths are relative to. Adds the head ``imagestats``, whose
+        columns are measured on the files if the cache does not hold the pooling of that name.
+    without_suspects : path, optional
+        `audit.json` of `medembed audit labels`, or its directory: its suspects of train are not
+        trained on. Those of test are scored as all others.
     jobs : int, optional
         Single-threaded processes; by default one per core, or as many as fit into memory. 1 trains
         in this process. More than cores and memory allow are refused.
@@ -124,6 +140,9 @@ def sweep(
     board : callable, optional
         Called whenever a trial has ended, with a function that returns the current leaderboard (see
         `standings`) whenever it is called.
+    announce : callable, optional
+        Called once, before rows are loaded, with a sentence on the memory that the sweep takes at
+        most, if that is 1 GB or more.
 
     Returns
     -------
@@ -163,9 +182,11 @@ def sweep(
         seed=seed,
         operating_points=operating_points,
         prompts=prompts,
+        image_root=image_root,
+        without_suspects=without_suspects,
     )
     poolings = list_poolings(asked.cache, pool)
-    execution = fit_memory(asked, poolings, Execution(jobs, backend))
+    execution = fit_memory(asked, poolings, Execution(jobs, backend), announce)
     data = SweepRows(asked, poolings)
     command = write_command(
         asked, cache=cache, manifest=manifest, out=out, pool=pool, space=space, prompts=prompts
@@ -175,7 +196,7 @@ def sweep(
 
 
 def configure(
-    cache: Cache | str | Path,
+    cache: Cache | str | os.PathLike[str],
     manifest: Manifest | str | Path,
     *,
     heads: str | Sequence[str] = ("logistic", "mlp", "lightgbm"),
@@ -188,6 +209,8 @@ def configure(
     seed: int = 0,
     operating_points: Sequence[str | ThresholdRule] = (),
     prompts: Prompts | str | Path | None = None,
+    image_root: str | Path | None = None,
+    without_suspects: str | Path | None = None,
 ) -> SweepConfig:
     """Return the options of `sweep`, checked, with cache and manifest open."""
     heads = heads.split(",") if isinstance(heads, str) else heads
@@ -195,10 +218,18 @@ def configure(
     opened = open_cache(cache)
     words = None if prompts is None else read_prompts(prompts)
     heads = _add_word_heads(heads, words, opened, covariates)
+    if image_root is not None:
+        image_root = existing_root(image_root)
+        heads = [*heads, STATISTICS_HEAD]
+    lacking = _find_lacking(heads, opened, covariates, image_root)
+    heads = [head for head in heads if head not in lacking]
     heads = list(dict.fromkeys([*heads, PROBE]))  # always a linear baseline
+    read, without = read_manifest(manifest), None
+    if without_suspects is not None:
+        read, without = _leave_out(read, without_suspects)
     return SweepConfig(
         cache=opened,
-        manifest=read_manifest(manifest),
+        manifest=read,
         heads=heads,
         spaces=default_spaces(heads) if space is None else read_spaces(space, heads),
         n_configs=n_configs,
@@ -209,6 +240,9 @@ def configure(
         seed=seed,
         points=parse_rules(operating_points),
         words=words,
+        image_root=None if image_root is None else Path(image_root),
+        lacking=lacking,
+        without=without,
     )
 
 
@@ -228,13 +262,19 @@ class Execution:
 
 
 def fit_memory(
-    asked: SweepConfig, poolings: Sequence[PooledColumns], execution: Execution
+    asked: SweepConfig,
+    poolings: Sequence[PooledColumns],
+    execution: Execution,
+    announce: Callable[[str], None] | None = None,
 ) -> Execution:
     """Return `execution` with as many processes as fit into memory; see `fit_jobs`."""
     if execution.backend != "loky":  # the memory of a Ray cluster is elsewhere
         return execution
     need = estimate_need(asked, poolings)
-    return replace(execution, jobs=fit_jobs(need, execution.jobs, _spare(asked, poolings)))
+    jobs = fit_jobs(need, execution.jobs, _spare(asked, poolings))
+    if announce is not None and need.bytes_with(jobs) >= _WORTH_SAYING:
+        announce(f"This sweep takes {need.describe(jobs)}, whatever the number of poolings.")
+    return replace(execution, jobs=jobs)
 
 
 def run_sweep(
@@ -283,6 +323,8 @@ def run_sweep(
         ),
         "data": summarise_data(rows, data.failed, asked.manifest.label_level, build),
         "left_out": list_left_out(rows, data.failed),
+        **({"lacking": dict(asked.lacking)} if asked.lacking else {}),
+        **({"without_suspects": asked.without.as_dict()} if asked.without else {}),
     }
 
     def watch(ledger: Ledger) -> None:
@@ -381,6 +423,39 @@ def _add_word_heads(
     return list(heads) if reading else [*heads, *WORD_HEADS]
 
 
+def _leave_out(manifest: Manifest, audit: str | Path) -> tuple[Manifest, Exclusion]:
+    """Return the manifest without the labels that an audit suspects in train."""
+    suspects = [own for own in read_suspects(audit, manifest) if own.split == "train"]
+    known = {sha256 for own in suspects for sha256 in own.images}
+    rows = manifest.rows
+    is_out = rows["sha256"].isin(known) & (rows["split"] == "train")
+    masked = replace(manifest, rows=rows.assign(label=rows["label"].mask(is_out)))
+    hashes = tuple(sorted(rows.loc[is_out, "sha256"]))
+    return masked, Exclusion(manifest.digest(), len(suspects), hashes)
+
+
+def _find_lacking(
+    heads: Sequence[str],
+    cache: Cache,
+    covariates: Sequence[str],
+    image_root: str | Path | None,
+) -> dict[str, str]:
+    """Return the baselines among the heads that have nothing to read, and why."""
+    found = {}
+    if METADATA_HEAD in heads and not covariates:
+        found[METADATA_HEAD] = "no covariates were named. Add --covariates COLUMN,…"
+    if (
+        STATISTICS_HEAD in heads
+        and image_root is None
+        and IMAGE_STATISTICS not in cache.spec.poolings
+    ):
+        found[STATISTICS_HEAD] = (
+            f"the cache does not hold {IMAGE_STATISTICS}. Add --image-root DIR, or extract with "
+            f"--pool mean,max,{IMAGE_STATISTICS}"
+        )
+    return found
+
+
 def _spare(asked: SweepConfig, poolings: Sequence[PooledColumns]) -> str:
     """Return what takes less memory than this sweep, as the end of a sentence."""
     ways = []
@@ -399,7 +474,7 @@ def _connected(backend: str) -> AbstractContextManager[Any]:
 def write_command(
     asked: SweepConfig,
     *,
-    cache: Cache | str | Path,
+    cache: Cache | str | os.PathLike[str],
     manifest: Manifest | str | Path,
     out: str | Path,
     pool: str | Sequence[str] | None,
@@ -408,7 +483,11 @@ def write_command(
     prompts: Prompts | str | Path | None = None,
 ) -> str:
     """Return the command that repeats a sweep."""
-    words = ["medembed", "sweep", public_name(cache.path if isinstance(cache, Cache) else cache)]
+    words = [
+        "medembed",
+        "sweep",
+        public_name(cache.path if isinstance(cache, Cache) else as_location(cache, "a cache")),
+    ]
     words += ["MANIFEST" if isinstance(manifest, Manifest) else public_name(manifest)]
     words += ["--out", public_name(out), "--heads", ",".join(asked.heads)]
     words += ["--target", ",".join(targets)] if targets else []
@@ -418,6 +497,8 @@ def write_command(
         words += ["--prompts", "FILE" if isinstance(prompts, Prompts) else public_name(prompts)]
     words += ["--configs", str(asked.n_configs)] if asked.n_configs else []
     words += ["--covariates", ",".join(asked.covariates)] if asked.covariates else []
+    words += ["--without-suspects", "REVIEW"] if asked.without else []
+    words += ["--image-root", public_name(asked.image_root)] if asked.image_root else []
     words += ["--train-fraction", str(asked.train_fraction)] if asked.train_fraction < 1 else []
     words += [word for rule in asked.points for word in ("--operating-point", rule.name)]
     words += ["--folds", str(asked.n_folds), "--metric", asked.metric, "--seed", str(asked.seed)]

@@ -49,6 +49,12 @@ class MemoryNeed:
         training = 2 * table + jobs * (PROCESS_BYTES + copies)
         return int(PARENT_BYTES + max(loading, training))
 
+    def describe(self, jobs: int) -> str:
+        """Return how much that is, and for what."""
+        processes = "1 process" if jobs == 1 else f"{jobs} processes"
+        rows = f"{self.n_rows:,} rows × {self.n_columns:,} columns"
+        return f"up to {self.bytes_with(jobs) / 1e9:,.1f} GB of memory ({rows}, {processes})"
+
 
 def fit_jobs(need: MemoryNeed, asked: int | None, others: str = "") -> int:
     """Return the number of training processes on this machine whose memory is free.
@@ -69,13 +75,7 @@ def fit_jobs(need: MemoryNeed, asked: int | None, others: str = "") -> int:
     fitting = next((n for n in range(jobs, 0, -1) if need.bytes_with(n) <= free), 0)
     if fitting == jobs or (fitting and asked is None):
         return fitting
-    rows = f"{need.n_rows:,} rows × {need.n_columns:,} columns"
-    wanted = f"{need.bytes_with(jobs) / 1e9:,.1f} GB"
-    processes = "1 process" if jobs == 1 else f"{jobs} processes"
-    message = (
-        f"this sweep needs up to {wanted} of memory ({rows}, {processes}), and there are "
-        f"{free / 1e9:,.1f} GB. "
-    )
+    message = f"this sweep needs {need.describe(jobs)}, and there are {free / 1e9:,.1f} GB. "
     if fitting:
         raise TrainingDataError(f"{message}--jobs {fitting} fits; the results are the same.")
     alone = "" if jobs == 1 else f"With --jobs 1 it is {need.bytes_with(1) / 1e9:,.1f} GB. "

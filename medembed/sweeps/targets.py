@@ -1,5 +1,6 @@
 """Sweep several targets of one manifest: rows are loaded once, and folds are the same for all."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -54,7 +55,7 @@ class TargetSweep:
 
 
 def sweep_targets(
-    cache: Cache | str | Path,
+    cache: Cache | str | os.PathLike[str],
     manifest: Manifest | str | Path,
     out: str | Path,
     targets: str | Sequence[str],
@@ -102,7 +103,7 @@ def sweep_targets(
 
 
 def prepare_targets(
-    cache: Cache | str | Path,
+    cache: Cache | str | os.PathLike[str],
     manifest: Manifest | str | Path,
     out: str | Path,
     targets: str | Sequence[str],
@@ -116,6 +117,11 @@ def prepare_targets(
 ) -> TargetSweep:
     """Check the options, load the rows, and write `targets.json`; see `sweep_targets`."""
     asked = configure(cache, manifest, space=space, prompts=prompts, **options)
+    if asked.without is not None:
+        raise TrainingDataError(
+            "an audit suspects labels, and targets have answers of their own. Leave out --target "
+            "or --without-suspects."
+        )
     wanted = targets.split(",") if isinstance(targets, str) else targets
     names = check_targets(wanted, asked.manifest.rows.columns)
     if not names:
@@ -138,7 +144,7 @@ def prepare_targets(
         prompts=prompts,
     )
     shared = {
-        "manifest": asked.manifest.digest(),
+        "manifest": asked.digest,
         "n_folds": asked.n_folds,
         "train_fraction": asked.train_fraction,
         "seed": asked.seed,

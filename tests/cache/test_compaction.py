@@ -19,9 +19,11 @@ from crashing import SOAK, Harness, State, crash_harness
 from medembed.cache import shards
 from medembed.cache.compaction import LOCK, compact
 from medembed.cache.spec import CacheSpec
+from medembed.cache.storage import store_at
 from medembed.cache.store import Cache, create_cache, open_cache
 from medembed.cli import main
 from medembed.core.errors import CacheError, ShardError
+from medembed.core.locations import Location
 
 SPEC = CacheSpec("ab" * 32, {"width": 8}, {"mean": (3,), "max": (2,)}, "float16")
 FULL = 40
@@ -43,12 +45,12 @@ def rows_of(keys: np.ndarray) -> dict[str, np.ndarray]:
     return {"mean": values[:, :3], "max": values[:, 3:5]}
 
 
-def commit(cache: Cache, keys: np.ndarray) -> Path:
+def commit(cache: Cache, keys: np.ndarray) -> Location:
     return cache.commit(keys, rows_of(keys))
 
 
 def files_of(cache: Cache) -> set[str]:
-    return {path.name for path in (cache.path / "shards").iterdir()}
+    return set(store_at(cache.path / "shards").list())
 
 
 def check(cache: Cache, keys: np.ndarray) -> None:
@@ -66,35 +68,40 @@ def cache(tmp_path: Path) -> Cache:
     return create_cache(tmp_path / "cache", SPEC, {"source": "made up"})
 
 
-def test_small_shards_become_few_and_full_ones_stay(cache: Cache) -> None:
-    full = commit(cache, some_keys(FULL, 99))
+@pytest.fixture
+def any_cache(any_place: str) -> Cache:
+    return create_cache(any_place, SPEC, {"source": "made up"})
+
+
+def test_small_shards_become_few_and_full_ones_stay(any_cache: Cache) -> None:
+    full = commit(any_cache, some_keys(FULL, 99))
     keys = [some_keys(n, n) for n in range(1, 20)]
     for part in keys:
-        commit(cache, part)
-    done = compact(cache.path, SPEC)
+        commit(any_cache, part)
+    done = compact(any_cache.path, SPEC)
     n_rows = FULL + sum(range(1, 20))
     assert done.shards_before == 20
     assert done.repeats == 0
     assert done.bytes_after < done.bytes_before
     assert n_rows / FULL <= done.shards_after <= 2 * n_rows / FULL
-    assert len(files_of(cache)) == done.shards_after
-    assert full.name in files_of(cache)
-    check(cache, np.concatenate([some_keys(FULL, 99), *keys]))
-    again = compact(cache.path, SPEC)
+    assert len(files_of(any_cache)) == done.shards_after
+    assert full.name in files_of(any_cache)
+    check(any_cache, np.concatenate([some_keys(FULL, 99), *keys]))
+    again = compact(any_cache.path, SPEC)
     assert again.shards_before == again.shards_after == done.shards_after
 
 
-def test_rows_that_stand_twice_stand_once_after(cache: Cache) -> None:
+def test_rows_that_stand_twice_stand_once_after(any_cache: Cache) -> None:
     keys = some_keys(FULL + 30)
-    commit(cache, keys[:FULL])
-    commit(cache, keys[:FULL][::-1])  # another file, all of whose rows stand elsewhere
-    commit(cache, keys[FULL - 10 : FULL + 20])
-    commit(cache, keys[FULL + 20 :])
-    assert len(cache.verify()) == 2
-    done = compact(cache.path, SPEC)
+    commit(any_cache, keys[:FULL])
+    commit(any_cache, keys[:FULL][::-1])  # another file, all of whose rows stand elsewhere
+    commit(any_cache, keys[FULL - 10 : FULL + 20])
+    commit(any_cache, keys[FULL + 20 :])
+    assert len(any_cache.verify()) == 2
+    done = compact(any_cache.path, SPEC)
     assert done.repeats == FULL + 10
     assert done.shards_after == 2
-    check(cache, keys)
+    check(any_cache, keys)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -116,11 +123,11 @@ def rows_in(path: Path) -> int:
     return int(shards.read_header(path)["rows"])
 
 
-def test_an_empty_cache_and_one_shard_are_left_as_they_are(cache: Cache) -> None:
-    assert compact(cache.path, SPEC).shards_after == 0
-    path = commit(cache, some_keys(3))
-    assert compact(cache.path, SPEC).shards_after == 1
-    assert files_of(cache) == {path.name}
+def test_an_empty_cache_and_one_shard_are_left_as_they_are(any_cache: Cache) -> None:
+    assert compact(any_cache.path, SPEC).shards_after == 0
+    path = commit(any_cache, some_keys(3))
+    assert compact(any_cache.path, SPEC).shards_after == 1
+    assert files_of(any_cache) == {path.name}
 
 
 @pytest.mark.parametrize("place", [700, -3])

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from medembed.cache import metadata
 from medembed.cache.failures import Failure
 from medembed.cache.metadata import is_free
 from medembed.cache.shards import write_shard
 from medembed.cache.spec import CacheSpec, hex_from_keys
+from medembed.cache.storage import file_size
 from medembed.cache.store import Cache, create_cache, open_cache
 from medembed.core.errors import (
     CacheError,
@@ -51,6 +51,11 @@ def cache(tmp_path: Path) -> Cache:
     return create_cache(tmp_path / "cache", make_spec(), RECORDED)
 
 
+@pytest.fixture
+def any_cache(any_place: str) -> Cache:
+    return create_cache(any_place, make_spec(), RECORDED)
+
+
 def some_keys(n: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (n, 32), dtype=np.uint8)
 
@@ -61,23 +66,23 @@ def rows_of(keys: np.ndarray) -> dict[str, np.ndarray]:
     return {"mean": mean, "max": mean + 0.5}
 
 
-def test_rows_of_several_shards_come_back_in_the_asked_order(cache: Cache) -> None:
+def test_rows_of_several_shards_come_back_in_the_asked_order(any_cache: Cache) -> None:
     keys = some_keys(300)
     for part in np.array_split(keys, 7):
-        cache.commit(part, rows_of(part))
+        any_cache.commit(part, rows_of(part))
     asked = keys[np.random.default_rng(1).integers(0, 300, 500)]
     for verify in (True, False):
-        read = open_cache(cache.path).read(asked, ["max", "mean"], verify=verify)
+        read = open_cache(any_cache.path).read(asked, ["max", "mean"], verify=verify)
         for name, values in rows_of(asked).items():
             np.testing.assert_array_equal(read[name], values)
             assert read[name].dtype == np.float32
 
 
-def test_a_row_is_done_when_it_is_in_a_committed_shard(cache: Cache) -> None:
+def test_a_row_is_done_when_it_is_in_a_committed_shard(any_cache: Cache) -> None:
     keys = some_keys(20)
-    other = open_cache(cache.path)
+    other = open_cache(any_cache.path)
     assert not other.is_done(keys).any()
-    cache.commit(keys[:12], rows_of(keys[:12]))
+    any_cache.commit(keys[:12], rows_of(keys[:12]))
     assert other.is_done(keys).tolist() == [True] * 12 + [False] * 8
     np.testing.assert_array_equal(other.keys(), np.unique(keys[:12], axis=0))
     assert other.is_done(keys[:0]).tolist() == []
@@ -94,38 +99,38 @@ def test_leftover_partial_files_mean_nothing(cache: Cache) -> None:
     assert cache.card()["rows"] == 0
 
 
-def test_keys_that_end_in_zeros_are_not_confused(cache: Cache) -> None:
+def test_keys_that_end_in_zeros_are_not_confused(any_cache: Cache) -> None:
     keys = np.zeros((3, 32), np.uint8)
     keys[1, 0] = keys[2, 31] = 1
-    cache.commit(keys[:2], rows_of(keys[:2]))
-    assert cache.is_done(keys).tolist() == [True, True, False]
+    any_cache.commit(keys[:2], rows_of(keys[:2]))
+    assert any_cache.is_done(keys).tolist() == [True, True, False]
 
 
-def test_a_row_in_two_shards_is_read_once_and_reported(cache: Cache) -> None:
+def test_a_row_in_two_shards_is_read_once_and_reported(any_cache: Cache) -> None:
     keys = some_keys(6)
-    cache.commit(keys[:4], rows_of(keys[:4]))
-    cache.commit(keys[3:], rows_of(keys[3:]))
-    assert len(cache.keys()) == cache.card()["rows"] == 6
-    np.testing.assert_array_equal(cache.read(keys, ["mean"])["mean"], rows_of(keys)["mean"])
-    (problem,) = cache.verify()
+    any_cache.commit(keys[:4], rows_of(keys[:4]))
+    any_cache.commit(keys[3:], rows_of(keys[3:]))
+    assert len(any_cache.keys()) == any_cache.card()["rows"] == 6
+    np.testing.assert_array_equal(any_cache.read(keys, ["mean"])["mean"], rows_of(keys)["mean"])
+    (problem,) = any_cache.verify()
     assert "1 row(s) of shard" in problem
 
 
-def test_the_first_shard_by_name_wins(cache: Cache) -> None:
+def test_the_first_shard_by_name_wins(any_cache: Cache) -> None:
     keys = some_keys(3)
     a, b = ({name: values + add for name, values in rows_of(keys).items()} for add in (0, 1))
-    paths = {cache.commit(keys, a): a, cache.commit(keys, b): b}
+    paths = {any_cache.commit(keys, a): a, any_cache.commit(keys, b): b}
     first = paths[min(paths)]
-    np.testing.assert_array_equal(cache.read(keys, ["mean"])["mean"], first["mean"])
+    np.testing.assert_array_equal(any_cache.read(keys, ["mean"])["mean"], first["mean"])
 
 
-def test_missing_rows_and_unknown_poolings_are_refused(cache: Cache) -> None:
+def test_missing_rows_and_unknown_poolings_are_refused(any_cache: Cache) -> None:
     keys = some_keys(3)
-    cache.commit(keys[:1], rows_of(keys[:1]))
+    any_cache.commit(keys[:1], rows_of(keys[:1]))
     with pytest.raises(MissingRowsError, match="2 of 3 rows"):
-        cache.read(keys, ["mean"])
+        any_cache.read(keys, ["mean"])
     with pytest.raises(CacheError, match="no pooling 'grid4'; it has mean, max"):
-        cache.read(keys, ["grid4"])
+        any_cache.read(keys, ["grid4"])
 
 
 def test_a_damaged_shard_stops_the_reader_and_is_named_by_verify(cache: Cache) -> None:
@@ -206,9 +211,9 @@ def test_the_first_difference_of_specs_is_named(
     assert str(caught.value) == start + text
 
 
-def test_the_order_of_poolings_is_no_difference(cache: Cache) -> None:
+def test_the_order_of_poolings_is_no_difference(any_cache: Cache) -> None:
     other = make_spec(poolings={"max": (4,), "mean": (4,)})
-    assert create_cache(cache.path, other, RECORDED).spec.digest() == other.digest()
+    assert create_cache(any_cache.path, other, RECORDED).spec.digest() == other.digest()
 
 
 def test_what_is_no_cache_is_refused(tmp_path: Path) -> None:
@@ -293,7 +298,7 @@ def test_a_file_system_without_hard_links_will_do(
     def refuse(*_: object) -> None:
         raise PermissionError
 
-    monkeypatch.setattr(metadata.os, "link", refuse)
+    monkeypatch.setattr(os, "link", refuse)
     assert create_cache(tmp_path / "cache", make_spec(), RECORDED).spec == make_spec()
 
 
@@ -303,15 +308,15 @@ def test_a_place_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> No
         create_cache(tmp_path / "file" / "cache", make_spec(), RECORDED)
 
 
-def test_the_newest_failure_of_an_image_counts_until_it_is_done(cache: Cache) -> None:
+def test_the_newest_failure_of_an_image_counts_until_it_is_done(any_cache: Cache) -> None:
     keys = some_keys(3)
     a, b, c = hex_from_keys(keys)
-    cache.record_failures([Failure(a, "read", "gone"), Failure(b, "decode", "truncated")])
-    cache.record_failures([Failure(a, "decode", "empty"), Failure(c, "encode", "NaN")])
-    cache.commit(keys[2:], rows_of(keys[2:]))
-    failures = open_cache(cache.path).failures()
+    any_cache.record_failures([Failure(a, "read", "gone"), Failure(b, "decode", "truncated")])
+    any_cache.record_failures([Failure(a, "decode", "empty"), Failure(c, "encode", "NaN")])
+    any_cache.commit(keys[2:], rows_of(keys[2:]))
+    failures = open_cache(any_cache.path).failures()
     assert failures == {a: Failure(a, "decode", "empty"), b: Failure(b, "decode", "truncated")}
-    assert cache.card()["failures"] == {"read": 0, "decode": 2, "encode": 0}
+    assert any_cache.card()["failures"] == {"read": 0, "decode": 2, "encode": 0}
 
 
 def test_a_torn_last_line_of_failures_is_passed_over(cache: Cache) -> None:
@@ -333,12 +338,12 @@ def test_a_line_of_failures_that_names_no_sha256_is_passed_over(cache: Cache) ->
     assert list(cache.failures()) == [a]
 
 
-def test_the_card_says_what_is_there(cache: Cache) -> None:
+def test_the_card_says_what_is_there(any_cache: Cache) -> None:
     keys = some_keys(9)
-    paths = [cache.commit(part, rows_of(part)) for part in (keys[:5], keys[5:])]
-    card = json.loads(json.dumps(cache.card(), allow_nan=False))
+    paths = [any_cache.commit(part, rows_of(part)) for part in (keys[:5], keys[5:])]
+    card = json.loads(json.dumps(any_cache.card(), allow_nan=False))
     assert (card["rows"], card["shards"]) == (9, 2)
-    assert card["bytes"] == sum(path.stat().st_size for path in paths)
+    assert card["bytes"] == sum(map(file_size, paths))
     assert card["spec"] == make_spec().as_dict()
     assert card["recorded"]["source"] == "google/medgemma-4b-pt"
     assert card["canary"] is False

@@ -1,6 +1,7 @@
 """Help, examples, suggestions, and the options that every command has."""
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -111,6 +112,22 @@ def test_environment_variables_set_options(tmp_path: Path) -> None:
     assert "2" in result.output
     given = run("plan", "--auroc", "0.9", "--width", "0.05", env={"MEDEMBED_PLAN_PREVALENCE": ".4"})
     assert given.exit_code == 0, given.output
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_variable_is_named_as_its_option_is_written(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--patients` of `demo` is MEDEMBED_DEMO_PATIENTS, whatever the code calls it."""
+    command, prefix = COMMANDS[name], re.sub(r"\W", "_", name.upper())
+    context = command.make_context(
+        name.split()[-1], [], resilient_parsing=True, auto_envvar_prefix=prefix
+    )
+    for option in command.params:
+        if isinstance(option, click.Option):
+            long = max(option.opts, key=len).removeprefix("--")
+            monkeypatch.setenv(re.sub(r"\W", "_", f"{prefix}_{long}".upper()), "planted")
+            assert option.resolve_envvar_value(context) == "planted", long
 
 
 def test_quiet_prints_results_and_errors_only(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def test_a_table_needs_no_recipe_and_no_column_is_guessed_but_image_and_label(fi
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("-o", "m.csv"), "Name one of RECIPE, --from-folders and --from-table"),
+        (("-o", "m.csv"), "Name one of RECIPE, --from-folders, --from-table and"),
         (("mura", "--from-folders", ".", "-o", "m.csv"), "Name one of RECIPE"),
         (("mura", "-o", "m.csv"), "Missing option '--image-root'"),
         (("mura", "--image-root", ".", "-o", "m.csv", "--covariate", "x"), "--covariate is for"),

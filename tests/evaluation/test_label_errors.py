@@ -11,6 +11,7 @@ from scipy.optimize import approx_fprime
 from scipy.special import expit
 
 from medembed.core.errors import TrainingDataError
+from medembed.evaluation import label_errors
 from medembed.evaluation.calibration import fit_platt, log_odds
 from medembed.evaluation.label_errors import (
     NoiseModel,
@@ -112,6 +113,16 @@ def test_the_interval_covers_the_planted_number():
         low, high = bound_errors(y, p, np.arange(500) // 2, fit_noise(y, p), (y, p))
         n_inside += low <= flipped.sum() <= high
     assert n_inside >= 3
+
+
+def test_groups_of_equal_scores_give_the_interval_of_single_rows(monkeypatch):
+    y, _, heads = plant(1, 0.05, n=3000)
+    p, patients = combine(y, heads), np.arange(3000) // 2
+    single = bound_errors(y, p, patients, fit_noise(y, p), (y, p))
+    monkeypatch.setattr(label_errors, "_MOST", 1000)
+    monkeypatch.setattr(label_errors, "_N_GROUPS", 400)
+    grouped = bound_errors(y, p, patients, fit_noise(y, p), (y, p))
+    assert grouped == pytest.approx(single, rel=0.05)
 
 
 def test_no_other_noise_model_is_likelier():

@@ -14,11 +14,13 @@ from made_extraction import HalvesEncoder, write_images
 
 from medembed.cache import shards
 from medembed.cache.embeddings import load_embeddings
+from medembed.cache.index import committed_shards
 from medembed.cache.pending import Worker, find_worker, parse_worker
 from medembed.cache.spec import hex_from_keys
 from medembed.cache.store import create_cache, open_cache
 from medembed.cli import main
 from medembed.core.errors import MedembedError
+from medembed.core.locations import as_location
 from medembed.dataset.manifest import Manifest, read_manifest, write_manifest
 from medembed.encoders.loading import load_encoder
 from medembed.extraction import extract
@@ -27,14 +29,15 @@ from medembed.extraction.writer import RowWriter
 N_IMAGES = 96
 
 
-def be_worker(root: Path, worker: str, seconds: float) -> None:
+def be_worker(root: Path, place: str, environ: dict[str, str], worker: str, seconds: float) -> None:
     """Be one worker; `seconds` per batch make it slow enough to be killed."""
+    os.environ.update(environ)
     os.chdir(root)
     extract(
         read_manifest("manifest.csv"),
         Path("images"),
         HalvesEncoder(seconds=seconds),
-        Path("cache"),
+        place,
         batch_size=4,
         decoders=1,
         worker=parse_worker(worker),
@@ -52,8 +55,11 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest, n
     return root, manifest, load_embeddings(root / "alone", manifest).X
 
 
-def start(root: Path, worker: str, seconds: float = 0.0) -> ForkServerProcess:
-    return fork(be_worker, root, worker, seconds)
+def start(root: Path, cache: str, worker: str, seconds: float = 0.0) -> ForkServerProcess:
+    environ = {
+        name: os.environ[name] for name in os.environ if name.startswith(("AWS_", "MEDEMBED_"))
+    }
+    return fork(be_worker, root, cache, environ, worker, seconds)
 
 
 def end(process: ForkServerProcess) -> int | None:
@@ -62,12 +68,12 @@ def end(process: ForkServerProcess) -> int | None:
     return process.exitcode
 
 
-def check_union(root: Path, manifest: Manifest, alone: np.ndarray) -> None:
+def check_union(cache: str, manifest: Manifest, alone: np.ndarray) -> None:
     """Check that the cache is whole, holds each row once, and gives stage 2 the same bytes."""
-    assert open_cache(root / "cache").verify() == []
-    lengths = [len(shards.read_keys(path)) for path in (root / "cache" / "shards").glob("*.h5")]
-    assert sum(lengths) == N_IMAGES
-    assert load_embeddings(root / "cache", manifest).X.tobytes() == alone.tobytes()
+    assert open_cache(cache).verify() == []
+    paths = committed_shards(open_cache(cache).path / "shards")
+    assert sum(len(shards.read_keys(path)) for path in paths) == N_IMAGES
+    assert load_embeddings(cache, manifest).X.tobytes() == alone.tobytes()
 
 
 @pytest.fixture
@@ -79,26 +85,26 @@ def place(dataset: tuple[Path, Manifest, np.ndarray], tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("count", [2, 4, 8])
 def test_workers_at_once_make_the_cache_that_one_makes(
-    count: int, dataset: tuple[Path, Manifest, np.ndarray], place: Path
+    count: int, dataset: tuple[Path, Manifest, np.ndarray], place: Path, any_place: str
 ) -> None:
-    workers = [start(place, f"{index}/{count}") for index in range(count)]
+    workers = [start(place, any_place, f"{index}/{count}") for index in range(count)]
     assert [end(worker) for worker in workers] == [0] * count
-    check_union(place, *dataset[1:])
+    check_union(any_place, *dataset[1:])
 
 
 def test_killed_workers_are_replaced_by_any_other_number(
-    dataset: tuple[Path, Manifest, np.ndarray], place: Path
+    dataset: tuple[Path, Manifest, np.ndarray], place: Path, any_place: str
 ) -> None:
-    workers = [start(place, f"{index}/2", seconds=0.2) for index in range(2)]
-    while not list((place / "cache").glob("shards/*.h5")):
+    workers = [start(place, any_place, f"{index}/2", seconds=0.2) for index in range(2)]
+    while not committed_shards(as_location(any_place, "a cache") / "shards"):
         assert any(worker.is_alive() for worker in workers)
         time.sleep(0.02)
     for worker in workers:
         worker.kill()
         assert end(worker) == -signal.SIGKILL
-    assert 0 < len(open_cache(place / "cache").keys()) < N_IMAGES
-    assert [end(start(place, f"{index}/3")) for index in (2, 0, 1)] == [0, 0, 0]
-    check_union(place, *dataset[1:])
+    assert 0 < len(open_cache(any_place).keys()) < N_IMAGES
+    assert [end(start(place, any_place, f"{index}/3")) for index in (2, 0, 1)] == [0, 0, 0]
+    check_union(any_place, *dataset[1:])
 
 
 def test_rows_that_another_process_has_committed_meanwhile_are_not_doubled(

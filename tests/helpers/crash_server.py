@@ -27,8 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import numpy as np
 from made_extraction import HalvesEncoder
 
-from medembed.cache import metadata as description
-from medembed.cache import shards
+from medembed.cache import shards, storage
 from medembed.cache.compaction import compact
 from medembed.cache.failures import Failure
 from medembed.cache.store import Cache, open_cache
@@ -166,7 +165,7 @@ def sync_no_directories() -> None:
 
 def write_in_place() -> None:
     """Break the making of a cache: cache.json is there before it is whole."""
-    description._publish = lambda partial, path: path.write_bytes(partial.read_bytes())
+    storage._name = lambda partial, path: path.write_bytes(partial.read_bytes())
 
 
 def hide_errors() -> None:

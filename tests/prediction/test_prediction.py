@@ -646,7 +646,7 @@ third, begun = (0.5, 0.5, 0.5), []
 size = Preprocessing(8, 8, "stretch", "box", third, third, 1 / 255)
 # Another encoder would only take time to start.
 Embedder.encoder = types.SimpleNamespace(device="cpu", source="stub", preprocessing=size)
-def encode(self, pixels):
+def encode(self, pixels, statistics=None):
     begun.append(1)
     while not Path(f"go{len(begun)}").exists():
         time.sleep(0.01)
@@ -696,9 +696,9 @@ class Picky:
     def __init__(self) -> None:
         self.encoder, self.intensity, self.sizes = self, Intensity(), list[int]()
         self.images_version = IMAGES_VERSION
-        self.limits = DEFAULT_LIMITS
+        self.limits, self.measures = DEFAULT_LIMITS, False
 
-    def encode(self, pixels: np.ndarray) -> np.ndarray:
+    def encode(self, pixels: np.ndarray, statistics: np.ndarray | None = None) -> np.ndarray:
         self.sizes.append(len(pixels))
         if (pixels.max(axis=(1, 2)) == 1).any():
             raise EncoderError("it is not finite")

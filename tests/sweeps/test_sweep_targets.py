@@ -16,6 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.multiclass import OneVsRestClassifier
 
+import medembed as me
 import medembed.sweeps.data as sweep_data
 import medembed.sweeps.runner as runner
 from medembed.cache.embeddings import load_embeddings, patient_folds
@@ -301,3 +302,24 @@ def test_a_targets_model_is_evaluated_on_that_target(runs, data, tmp_path):
     write_manifest(make_manifest(table.drop(columns="target_metal"), "study"), tmp_path / "old.csv")
     with pytest.raises(ManifestError, match="no target 'metal'"):
         evaluate(model, cache, tmp_path / "old.csv", tmp_path / "other")
+
+
+def test_a_targets_model_answers_in_the_targets_words(runs, data):
+    cache, manifest = data
+    model = runs.path / "metal" / "models" / "logistic"
+    found = list(me.Predictor(model, cache=cache).predict_manifest(manifest))
+    assert {row["decision"] for row in found} == {"metal", "no metal"}
+    assert {word for row in found for word in row["set"] or ()} <= {"metal", "no metal"}
+    ran = CliRunner().invoke(
+        main, ["predict", str(model), "--manifest", str(manifest), "--cache", str(cache)]
+    )
+    assert ran.exit_code == 0, ran.output
+    heading, _, first, *_ = ran.stdout.splitlines()
+    assert heading.split() == [
+        *["image", "or", "=", "study", "metal", "decision", "90", "%", "set"]
+    ]
+    assert "metal" in first
+    assert "abnormal" not in ran.stdout
+    of_label = runs.path / "label" / "models" / "logistic"
+    rows = me.Predictor(of_label, cache=cache).predict_manifest(manifest)
+    assert {row["decision"] for row in rows} == {"normal", "abnormal"}

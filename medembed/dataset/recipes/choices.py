@@ -199,6 +199,8 @@ def _write(document: Mapping[str, Any], comments: Mapping[str, str]) -> str:
 
 
 def _section(values: Mapping[str, Any], comments: Mapping[str, str], name: str) -> Any:
+    if any(isinstance(value, Mapping) for value in values.values()):
+        return _sections(values, comments, name)
     section = tomlkit.table()
     _comment(section, comments.get(name, ""))
     for key, value in values.items():
@@ -206,6 +208,17 @@ def _section(values: Mapping[str, Any], comments: Mapping[str, str], name: str) 
         several = isinstance(value, list | tuple)
         section.add(key, _listed(value) if several else value)
     return section
+
+
+def _sections(values: Mapping[str, Any], comments: Mapping[str, str], name: str) -> Any:
+    """Return sections of sections, such as `[targets.NAME]`, under one comment."""
+    above = tomlkit.table(is_super_table=True)
+    for i, (key, value) in enumerate(values.items()):
+        if i:
+            above.add(tomlkit.nl())
+        told = {f"{name}.{key}": comments.get(name, "")} if not i else {}
+        above.add(key, _section(value, {**comments, **told}, f"{name}.{key}"))
+    return above
 
 
 def _listed(values: Any) -> Any:

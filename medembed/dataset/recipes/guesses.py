@@ -8,13 +8,14 @@ import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 
 from medembed.dataset.checks import REQUIRED, is_missing_word
 from medembed.dataset.covariates import MAX_CATEGORIES, to_number
 from medembed.dataset.identities import IDS
-from medembed.dataset.targets import is_target
+from medembed.dataset.targets import is_target, name_problem
 from medembed.images.dicom.terms import name_region
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "are_splits",
     "find_column",
     "find_covariates",
+    "find_questions",
     "find_split_word",
     "guess_meanings",
     "has_role",
@@ -61,6 +63,8 @@ _PAIRS = (
     *(("benign", "malignant"), ("benigne", "maligne"), ("gutartig", "bosartig")),
     *(("n", "y"), ("n", "j"), ("f", "t")),  # alone, such a letter may be a sex or a stage
 )
+_YES = {"1", "1 0", "yes", "true", "y", "x", "pos", "positive", "present", "ja", "j", "oui", "si"}
+_DOUBTS = {"-1", "-1.0"}  # CheXpert's, for what a report leaves open
 _TRAIN, _TEST = {"train", "training", "trn", "tr", "development", "dev"}, {"test", "testing", "tst"}
 _VALID = {"val", "valid", "validation", "validierung"}
 
@@ -202,6 +206,29 @@ def _is_covariate(column: "pd.Series[str]", name: str) -> bool:
     numbers = [to_number(value.replace(",", ".")) for value in values]
     is_code = all(value.isdecimal() and len(value) > 5 for value in values)
     return not is_code and all(number is not None for number in numbers)
+
+
+def find_questions(table: pd.DataFrame, columns: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Return the `[targets.NAME]` sections of those columns that answer a question by yes or no.
+
+    A column of one word for yes and empty fields is such a column too; empty then means no.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for column in columns:
+        values = sorted(set(table[column]) - {""})
+        doubts = [value for value in values if value in _DOUBTS]
+        rest = [value for value in values if value not in doubts]
+        answers: dict[str, Any] | None = None
+        if len(rest) == 1 and " ".join(tokens_of(rest[0])) in _YES:
+            answers = {"positive": rest, "empty": "negative"}
+        elif (means := guess_meanings(rest)) is not None and len(rest) - len(means.unknown) == 2:
+            answers = {"positive": [*means.abnormal], "negative": [*means.normal]}
+            doubts = [*doubts, *means.unknown]
+        name = "_".join(re.findall("[a-z0-9]+", " ".join(tokens_of(column))))
+        if answers and name not in found and name_problem(name) is None:
+            uncertain = {"uncertain_values": doubts} if doubts else {}
+            found[name] = {"column": column, **answers, **uncertain}
+    return found
 
 
 def find_split_word(name: str) -> str:

@@ -17,6 +17,7 @@ from medembed.dataset.recipes.guesses import (
     are_splits,
     find_column,
     find_covariates,
+    find_questions,
     has_role,
     map_splits,
 )
@@ -475,6 +476,7 @@ def _choose_covariates(
         every = find_covariates(rows, taken)
         telling = [name for name in every if _tells_label(rows[name], means)]
         chosen = tuple(name for name in every if name not in telling)
+        _propose_targets(draft, rows, chosen)
         if telling:
             draft.notices.append(
                 f"{', '.join(map(repr, telling))} gives the label away, and was left out of the "
@@ -486,6 +488,24 @@ def _choose_covariates(
     if chosen:
         table["covariates"] = list(chosen)
         draft.settled["covariates"] = ", ".join(chosen)
+
+
+def _propose_targets(draft: _Draft, rows: pd.DataFrame, columns: Sequence[str]) -> None:
+    """Propose a target for each of the columns that answers a question by yes or no."""
+    found = find_questions(rows, columns)
+    if not found:
+        return
+    draft.sections["targets"] = found
+    draft.settled["targets"] = ", ".join(found)
+    draft.comments["targets"] = (
+        "Further questions about each image: `medembed sweep --target NAME` trains on one. Delete "
+        "those that\nnobody asks."
+    )
+    if assumed := [name for name, own in found.items() if "empty" in own]:
+        draft.notices.append(
+            f"an empty field is taken to mean no in {', '.join(assumed)}: change `empty` in "
+            "[targets.NAME] if it is not known there"
+        )
 
 
 def _tells_label(column: "pd.Series[str]", means: "pd.Series[str]") -> bool:

@@ -292,6 +292,24 @@ def test_what_tells_the_label_by_itself_is_no_covariate(tmp_path: Path) -> None:
     assert "'n_lines' gives the label away" in proposal.notices[0]
 
 
+def test_columns_that_answer_by_yes_or_no_become_targets(tmp_path: Path) -> None:
+    fill(tmp_path, {"": 24})
+    lines = [
+        f"{i}.png,p{i},{('fracture', 'normal')[i % 2]},{i % 3 // 2},{'ja' if i % 4 > 1 else ''},"
+        f"{('1.0', '0.0', '-1.0', '')[i // 2 % 4]},{'MF'[i // 3 % 2]},{i}"
+        for i in range(24)
+    ]
+    path = csv(tmp_path / "films.csv", "film,patient,finding,Cast,Größe-OP,edema,sex,age", *lines)
+    proposal = propose_recipe(path)
+    assert proposal.settled["targets"] == "cast, grosse_op, edema"
+    assert any("taken to mean no in grosse_op" in notice for notice in proposal.notices)
+    rows = build(proposal)
+    assert rows["target_cast"].tolist() == rows["Cast"].tolist()
+    assert set(rows["target_grosse_op"]) == {"0", "1"}
+    assert rows["target_edema"].value_counts().to_dict() == {"": 12, "1": 6, "0": 6}
+    assert not build(propose_recipe(path, covariates=())).columns.str.startswith("target_").any()
+
+
 def test_hostile_names_come_back_from_the_recipe(tmp_path: Path) -> None:
     column = 'fi"le\\ #[x]\u202e = 1'
     root = fill(tmp_path / 'fi"lms\n[split]\x1b[31m', {"no": 4, "yes": 4})
