@@ -19,6 +19,7 @@ from medembed.dataset.manifest import Manifest
 from medembed.dataset.recipes.build import build_manifest, load_recipe
 from medembed.demo.cohort import DemoView, draw_cohort, view_name, write_views
 from medembed.encoders.loading import load_encoder
+from medembed.report.cases import CaseSources
 from medembed.report.gallery import make_thumbnails
 from medembed.report.page import write_report
 
@@ -28,7 +29,7 @@ ShowProgress = Callable[[str, str], AbstractContextManager[Callable[[int, int], 
 
 REPORT = (
     "medembed report runs/sweep -o report --level study --manifest manifest.csv "
-    "--image-root images --seed 0"
+    "--image-root images --cache cache --seed 0"
 )
 """The command that makes the demo's page again, in its directory."""
 RECIPE = """\
@@ -123,6 +124,7 @@ def run_demo(
         find_thumbnails=lambda wanted: make_thumbnails(manifest, home / "images", wanted),
         manifest=manifest,
         command=REPORT,
+        cases=CaseSources(cache=home / "cache"),
     )
     return {"leaderboard": run.as_dict()["leaderboard"], "page": report["page"], "synthetic": True}
 

@@ -24,7 +24,7 @@ from medembed.results.alignment import ScoredHead, TestSet
 from medembed.results.comparison_schema import ComparedHead, ComparisonResult
 from medembed.results.embedding_map import EmbeddingMap
 
-__all__ = ["BINS", "MAX_POINTS", "find_thresholds", "make_document"]
+__all__ = ["BINS", "MAX_POINTS", "count_called", "find_thresholds", "make_document"]
 
 BINS = 40
 """Of a distribution of probabilities."""
@@ -118,8 +118,8 @@ def _describe(
         threshold=head.threshold,
         auroc=row["scores"]["auroc"],
         average_precision=row["scores"]["average_precision"],
-        true_positives=pack(_at_or_above(head.probability[abnormal], thresholds), "i4"),
-        false_positives=pack(_at_or_above(head.probability[~abnormal], thresholds), "i4"),
+        true_positives=pack(count_called(head.probability[abnormal], thresholds), "i4"),
+        false_positives=pack(count_called(head.probability[~abnormal], thresholds), "i4"),
         distribution=pack(_count_bins(head.probability, abnormal, cases), "i4"),
         points=[
             PagePoint(name=point["name"], threshold=point["threshold"], scores=point["scores"])
@@ -132,9 +132,10 @@ def _describe(
     )
 
 
-def _at_or_above(
+def count_called(
     probability: NDArray[np.float64], thresholds: NDArray[np.float64]
 ) -> NDArray[np.int64]:
+    """Return how many rows are called abnormal, at or above each threshold."""
     rising = np.sort(probability)
     return len(rising) - np.searchsorted(rising, thresholds, side="left")
 

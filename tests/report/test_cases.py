@@ -107,6 +107,11 @@ def test_counts_at_each_threshold_are_those_of_the_predictions(aligned):
         assert unpack(own.distribution).sum() == len(y)
 
 
+def test_a_row_at_the_threshold_is_called_abnormal():
+    called = page_data.count_called(np.array([0.5, 0.2, 0.5]), np.array([0.2, 0.5, 0.6]))
+    assert called.tolist() == [3, 2, 0]
+
+
 def test_near_films_are_the_nearest_of_train_and_of_other_patients(swept, tmp_path):
     result = CliRunner().invoke(
         main,

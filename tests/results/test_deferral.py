@@ -210,7 +210,7 @@ def test_the_page_shows_deferral_and_names_the_heads_without(run, tmp_path, monk
     monkeypatch.setattr(page, "plot_all", lambda result, *_: [plot_deferral(result)])
     written = page.write_report([run.path], tmp_path, **FAST)
     text = (tmp_path / "index.html").read_text()
-    assert '<h2 id="deferral">' in text
+    assert '<details id="deferral">' in text
     assert "none deferred" in text
     assert "No prediction sets, finetuned: its epoch was chosen on them." in text
     assert str(run.path.parent) not in text
