@@ -272,8 +272,9 @@ def fit_memory(
         return execution
     need = estimate_need(asked, poolings)
     jobs = fit_jobs(need, execution.jobs, _spare(asked, poolings))
-    if announce is not None and need.bytes_with(jobs) >= _WORTH_SAYING:
-        announce(f"This sweep takes {need.describe(jobs)}, whatever the number of poolings.")
+    if announce is not None and need.bytes_of_rows(jobs) >= _WORTH_SAYING:
+        each = ", whatever the number of poolings" if len(poolings) > 1 else ""
+        announce(f"This sweep takes {need.describe(jobs)}{each}.")
     return replace(execution, jobs=jobs)
 
 

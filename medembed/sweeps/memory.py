@@ -49,6 +49,10 @@ class MemoryNeed:
         training = 2 * table + jobs * (PROCESS_BYTES + copies)
         return int(PARENT_BYTES + max(loading, training))
 
+    def bytes_of_rows(self, jobs: int) -> int:
+        """Return the part of `bytes_with` that grows with the rows."""
+        return self.bytes_with(jobs) - MemoryNeed(0, 0, 0).bytes_with(jobs)
+
     def describe(self, jobs: int) -> str:
         """Return how much that is, and for what."""
         processes = "1 process" if jobs == 1 else f"{jobs} processes"
