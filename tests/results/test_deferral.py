@@ -178,7 +178,7 @@ def only(test_set, keep):
         ("finetuned", "its epoch was chosen on them."),
         ("damaged", "cannot be read"),
         ("bare", "holds no model"),
-        ("class-prior", "looks at no image"),
+        ("class-prior", "reads no embedding"),
     ],
 )
 def test_a_head_without_sets_says_why(rows, head, words):
