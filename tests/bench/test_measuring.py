@@ -12,6 +12,7 @@ import growth
 import measuring
 import sweep
 from made_table import make_table
+from medembed.core import system
 
 
 def test_the_widest_instructions_are_named_unless_pytorch_is_limited(
@@ -25,7 +26,7 @@ def test_the_widest_instructions_are_named_unless_pytorch_is_limited(
         ({"avx2", "avx512f"}, "AVX-512"),
         ({"avx2", "avx512f", "amx_bf16"}, "AMX"),
     ):
-        monkeypatch.setattr(measuring, "processor_flags", lambda flags=flags: flags)
+        monkeypatch.setattr(system, "processor_flags", lambda flags=flags: flags)
         assert measuring.instructions() == expected
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
     assert measuring.instructions() == "AMX"  # oneDNN still multiplies in it
