@@ -18,7 +18,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from pathlib import Path
@@ -117,13 +117,11 @@ class Pool:
 
     def __enter__(self) -> "Pool":
         if self._name == "ray":
-            self._backend = _Ray(self._shared)
-            self._jobs = _choose_on_ray(self._jobs, self._backend.n_cores)
-        else:
-            self._jobs = choose_jobs(self._jobs)
-            self._backend = (
-                _Here(self._shared) if self._jobs == 1 else _Local(self._shared, self._jobs)
-            )
+            self._backend = _Ray(self._shared, self._jobs)
+            self._jobs = self._backend.jobs
+            return self
+        self._jobs = choose_jobs(self._jobs)
+        self._backend = _Here(self._shared) if self._jobs == 1 else _Local(self._shared, self._jobs)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -273,13 +271,14 @@ class _Ray:
 
     folder, n_ahead = None, 1
 
-    def __init__(self, shared: Any) -> None:
-        self._connection = connected_to_ray("--backend ray")
-        self._ray = self._connection.__enter__()
-        self.broken = (self._ray.exceptions.RaySystemError, self._ray.exceptions.WorkerCrashedError)
-        self.n_cores = int(self._ray.cluster_resources().get("CPU", 1))
-        self._shared = self._ray.put(shared)
-        self._task = self._ray.remote(num_cpus=1, max_retries=0)(_call_on_ray)
+    def __init__(self, shared: Any, asked: int | None) -> None:
+        with ExitStack() as stack:
+            ray = self._ray = stack.enter_context(connected_to_ray("--backend ray"))
+            self.jobs = _choose_on_ray(asked, int(ray.cluster_resources().get("CPU", 1)))
+            self.broken = (ray.exceptions.RaySystemError, ray.exceptions.WorkerCrashedError)
+            self._shared = ray.put(shared)
+            self._task = ray.remote(num_cpus=1, max_retries=0)(_call_on_ray)
+            self._connection = stack.pop_all()
 
     def submit(self, item: _Item) -> Any:
         return self._task.remote(item.function, self._shared, item.argument)
@@ -291,7 +290,7 @@ class _Ray:
         return self._ray.get(future)
 
     def close(self, *, working: bool) -> None:
-        self._connection.__exit__(None, None, None)
+        self._connection.close()
 
 
 def _first_line(error: BaseException) -> str:
