@@ -33,7 +33,7 @@ SMALL = {
 
 def draw_images(directory: Path) -> None:
     """Draw part of a demo's cohort, small, with the table that the demo's recipe reads."""
-    lines = ["image,patient,study,region,finding,synthetic"]
+    lines = ["image,patient,study,region,finding,kind,synthetic"]
     for view in draw_cohort(120):
         if view.region not in REGIONS:
             continue
@@ -41,7 +41,7 @@ def draw_images(directory: Path) -> None:
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         write_view(view, directory / name, size=128)
         finding = "abnormal" if view.label else "normal"
-        lines.append(f"{name},{view.patient},{view.study},{view.region},{finding},1")
+        lines.append(f"{name},{view.patient},{view.study},{view.region},{finding},{view.kind},1")
     (directory / "labels.csv").write_text("\n".join([*lines, ""]))
 
 

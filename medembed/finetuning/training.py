@@ -26,7 +26,6 @@ from torch.nn import functional
 from medembed.core.errors import DeviceMemoryError, TrainingDataError
 from medembed.core.files import require_plain, write_atomically
 from medembed.core.schedule import rate_at
-from medembed.core.schema import ClosedRecord, Count, Field, find_problems
 from medembed.encoders.devices import free_memory, is_memory_error
 from medembed.finetuning.batches import Images, PixelImages, compute_rows, take_ahead
 from medembed.finetuning.blocks import parameter_groups
@@ -40,7 +39,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Counters",
-    "SavedCounters",
     "State",
     "Trained",
     "Trainer",
@@ -78,14 +76,21 @@ class Counters:
     history: list[dict[str, float]] = field(default_factory=list)
 
 
-class SavedCounters(ClosedRecord):
-    """`Counters` in a state's metadata."""
+def _read_counters(text: str) -> Counters:
+    """Read the JSON of counters; ValueError or KeyError if it is not theirs.
 
-    epoch: Count
-    best_epoch: Count
-    best_key: list[float]
-    seconds: float = Field(ge=0)
-    history: list[dict[str, float]]
+    By hand, since a machine that only trains and embeds may lack pydantic.
+    """
+    known = json.loads(text)
+    found = Counters(**{name: known[name] for name in Counters.__dataclass_fields__})
+    counts, numbers = (found.epoch, found.best_epoch), [found.seconds, *found.best_key]
+    for epoch in found.history:
+        numbers += epoch.values()
+    if any(type(count) is not int or count < 0 for count in counts) or any(
+        type(number) not in (int, float) for number in numbers
+    ):
+        raise ValueError("an epoch or a score is not a number")
+    return found
 
 
 @dataclass
@@ -121,17 +126,15 @@ def read_state(path: Path, key: str) -> State | None:
             if metadata.get("key") != key:
                 return None
             flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        counters = json.loads(metadata["counters"])
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
-        return None
-    if find_problems(SavedCounters, counters):
+        counters = _read_counters(metadata["counters"])
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError):
         return None
     parts: dict[str, Any] = {}
     for full, tensor in flat.items():
         part, _, name = full.partition("/")
         parts.setdefault(part, {})[name] = tensor
     moments = {p.removeprefix("adam."): t for p, t in parts.items() if p.startswith("adam.")}
-    return State(Counters(**counters), parts.get("now", {}), parts.get("best", {}), moments)
+    return State(counters, parts.get("now", {}), parts.get("best", {}), moments)
 
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what torch's AdamW keeps of each parameter
