@@ -77,12 +77,12 @@ class Counters:
 
 
 def _read_counters(text: str) -> Counters:
-    """Read the JSON of counters; ValueError or KeyError if it is not theirs.
+    """Read the JSON of counters; ValueError or TypeError if it is not theirs.
 
     By hand, since a machine that only trains and embeds may lack pydantic.
     """
     known = json.loads(text)
-    found = Counters(**{name: known[name] for name in Counters.__dataclass_fields__})
+    found = Counters(**known)
     counts, numbers = (found.epoch, found.best_epoch), [found.seconds, *found.best_key]
     for epoch in found.history:
         numbers += epoch.values()
