@@ -197,7 +197,7 @@ def only_layers(monkeypatch):
 def test_the_page_draws_the_layers_and_lists_their_tests(run, tmp_path):
     written = write_report(run, tmp_path / "page", n_resamples=100)
     text = (tmp_path / "page" / "index.html").read_text()
-    assert 'href="#layers"' in text
+    assert 'id="layers"' in text
     assert "Scores by layer of the encoder" in text
     names = {path.rpartition("/")[2] for path in written["figures"]}
     assert {"layers.svg", "layers.csv"} <= names
