@@ -13,7 +13,6 @@ import os
 import shutil
 import tempfile
 import threading
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -44,6 +43,7 @@ KEPT_FREE = 2**30  # bytes of the disk that copies leave free
 FIRST_BYTES = 2**18 + 2**11  # of a shard: its header, and the keys of 8192 rows
 DIGITS = 32  # of the SHA-256 in a shard's name
 TRIES = 3  # of a shard whose bytes are not what its name says: a line may be bad
+_ABANDONED_NS = 86_400 * 10**9  # after a day, a partial copy is of a process that was killed
 
 
 def copies_directory() -> Path:
@@ -194,28 +194,33 @@ def _keep(name: str, data: bytes) -> None:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not _make_room(directory, len(data)):
                 return
-        partial = directory / f".{name}.{os.getpid()}.{threading.get_ident()}.partial"
-        try:
-            partial.write_bytes(data)
-            os.replace(partial, directory / name)
-        finally:
-            partial.unlink(missing_ok=True)
+            # (still locked: what others write meanwhile would not count)
+            partial = directory / f".{name}.{os.getpid()}.{threading.get_ident()}.partial"
+            try:
+                partial.write_bytes(data)
+                os.replace(partial, directory / name)
+            finally:
+                partial.unlink(missing_ok=True)
     except OSError:
         return
 
 
 def _make_room(directory: Path, n_bytes: int) -> bool:
     """Remove copies, the least recently used first; return whether there is room now."""
-    copies, total = [], 0
+    copies, partials, total, newest = [], [], 0, 0
     with os.scandir(directory) as entries:
         for entry in entries:
             with suppress(FileNotFoundError):
                 status = entry.stat()
+                newest = max(newest, status.st_mtime_ns)
                 if entry.name.endswith(".h5"):
                     copies.append((status.st_mtime_ns, status.st_size, entry.path))
                     total += status.st_size
-                elif entry.name.endswith(".partial") and time.time() - status.st_mtime > 86_400:
-                    os.unlink(entry.path)  # of a process that was killed
+                elif entry.name.endswith(".partial"):
+                    partials.append((status.st_mtime_ns, entry.path))
+    for changed, path in partials:
+        if newest - changed > _ABANDONED_NS:  # by the disk's clock, which is that of all machines
+            Path(path).unlink(missing_ok=True)
     most = min(_most_bytes(), total + shutil.disk_usage(directory).free - KEPT_FREE)
     for _, size, path in sorted(copies):
         if total + n_bytes <= most:
