@@ -169,7 +169,7 @@ def list_objects(prefix: BucketPath, limit: int | None = None) -> list[StoredObj
     Parameters
     ----------
     limit : int, optional
-        Stop after at least so many.
+        Stop once at least this many have been read.
 
     Raises
     ------

@@ -22,6 +22,7 @@ from torch.optim.adamw import adamw
 
 __all__ = [
     "ACTIVATIONS",
+    "TENSORS",
     "Activation",
     "JointStep",
     "LossRates",
@@ -188,14 +189,14 @@ class Net:
         state = dict(self.__dict__)
         if self.best is not None and self.best_epoch == self.epoch:
             state["best"] = None  # those are `params`
-        for name in _TENSORS:
+        for name in TENSORS:
             if state[name] is not None:
                 state[name] = [np.array(tensor.numpy()) for tensor in state[name]]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore tensors from copies of the arrays, which other processes may share."""
-        for name in _TENSORS:
+        for name in TENSORS:
             if state[name] is not None:
                 state[name] = [torch.from_numpy(array.copy()) for array in state[name]]
         self.__dict__.update(state)
@@ -212,7 +213,8 @@ class Net:
         ]
 
 
-_TENSORS = ("params", "means", "squares", "steps", "best")
+TENSORS = ("params", "means", "squares", "steps", "best")
+"""Attributes of a `Net` that are lists of tensors."""
 
 
 class Masks:

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from medembed.sweeps.data import Batch, Trial
 from medembed.sweeps.training import (
     Bases,
     FoldResult,
+    StoredNet,
     Training,
     Unit,
     learn_basis,
@@ -204,8 +204,8 @@ class _Cohort:
 def _discard(nets: Iterable[Any]) -> None:
     """Remove states that are kept in files."""
     for net in nets:
-        if isinstance(net, Path):
-            net.unlink(missing_ok=True)
+        if isinstance(net, StoredNet):
+            net.path.unlink(missing_ok=True)
 
 
 _RANKS: dict[str | None, int] = {"path": 0, "cohort": 1}

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-import joblib
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from safetensors.numpy import load_file, save
 from scipy.special import expit
 from threadpoolctl import threadpool_limits
 
@@ -39,6 +39,7 @@ if TYPE_CHECKING:  # torch, which this imports, takes a second: the parent proce
 __all__ = [
     "Bases",
     "FoldResult",
+    "StoredNet",
     "Training",
     "Unit",
     "configure",
@@ -122,8 +123,8 @@ class Unit:
         One per head.
     until : int, optional
         For MLPs, the epoch to stop at.
-    nets : list of (Net or Path), optional
-        For MLPs, their state so far, or a file of it.
+    nets : list of (Net or StoredNet), optional
+        For MLPs, their state so far.
     folder : Path, optional
         Where files of the states that MLPs reach are kept; otherwise these are returned.
     basis : dict, optional
@@ -134,7 +135,7 @@ class Unit:
     params: tuple[Mapping[str, Any], ...]
     fold: int
     until: int | None = None
-    nets: "Sequence[Net | Path] | None" = None
+    nets: "Sequence[Net | StoredNet] | None" = None
     folder: Path | None = None
     basis: Mapping[str, Basis] = field(default_factory=dict)
 
@@ -151,15 +152,15 @@ class FoldResult:
     ----------
     score, best_epoch
         On the rows that judge the trial; None if training failed.
-    net : Net or Path, optional
-        The state of an MLP that may continue, or a file of it.
+    net : Net or StoredNet, optional
+        The state of an MLP that may continue.
     """
 
     score: float | None
     best_epoch: int | None
     seconds: float
     error: str | None = None
-    net: "Net | Path | None" = None
+    net: "Net | StoredNet | None" = None
 
 
 def configure(
@@ -334,21 +335,45 @@ def _judge_so_far(training: Training, fold: int, net: "Net") -> FoldResult:
     return FoldResult(value, net.best_epoch or net.epoch, 0.0)
 
 
-def _keep_net(net: "Net", folder: Path | None) -> "Net | Path":
+@dataclass(frozen=True)
+class StoredNet:
+    """The state of an MLP, its tensors in a safetensors file and the rest here."""
+
+    path: Path
+    rest: Mapping[str, Any]
+
+
+def _keep_net(net: "Net", folder: Path | None) -> "Net | StoredNet":
     """Write a state to a file, whose way to the next process is shorter than by the parent."""
     if folder is None:
         return net
-    path = folder / uuid4().hex
+    from medembed.heads.mlp_network import TENSORS
+
+    path, state = folder / uuid4().hex, net.__getstate__()
+    lists = {name: state.pop(name) for name in TENSORS if state[name] is not None}
+    arrays = {f"{name}.{k}": array for name, own in lists.items() for k, array in enumerate(own)}
     try:
-        joblib.dump(net, path)
+        path.write_bytes(save(arrays))
     except OSError:  # the disk is full
         path.unlink(missing_ok=True)
         return net
-    return path
+    return StoredNet(path, state)
 
 
-def _read_net(net: "Net | Path") -> Any:
-    return joblib.load(net) if isinstance(net, Path) else net
+def _read_net(net: "Net | StoredNet") -> "Net":
+    if not isinstance(net, StoredNet):
+        return net
+    from medembed.heads.mlp_network import TENSORS, Net
+
+    arrays = load_file(net.path)
+    state = dict(net.rest)
+    for name in TENSORS:
+        own = [key for key in arrays if key.startswith(f"{name}.")]
+        if own:
+            state[name] = [arrays[f"{name}.{k}"] for k in range(len(own))]
+    found = Net.__new__(Net)
+    found.__setstate__(state)
+    return found
 
 
 def seed_of_fold(seed: int, fold: int) -> int:

@@ -19,12 +19,13 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import joblib
+import numpy as np
 from joblib.externals.loky import ProcessPoolExecutor
 from joblib.externals.loky.backend import resource_tracker as loky_tracker
 
@@ -239,9 +240,8 @@ class _Local:
         self._jobs = jobs
         self.folder = Path(tempfile.mkdtemp(prefix="medembed-", dir=_shared_folder()))
         loky_tracker.register(str(self.folder), "folder")  # is removed if this process is killed
-        self._file = str(self.folder / "shared")
         try:
-            joblib.dump(shared, self._file)
+            self._shared = _store_arrays(shared, self.folder)
         except OSError as error:
             self.close(working=False)
             _refuse_full_disk(error, self.folder.parent)
@@ -250,7 +250,9 @@ class _Local:
     def submit(self, item: _Item) -> Future[Any]:
         with _quiet(), _deaf():
             executor = _start_processes(self._jobs)
-            return executor.submit(_call, item.function, self._file, item.argument)  # type: ignore[no-any-return]
+            return executor.submit(  # type: ignore[no-any-return]
+                _call, item.function, str(self.folder), self._shared, item.argument
+            )
 
     def wait(self, futures: Sequence[Future[Any]]) -> Sequence[Future[Any]]:
         with _quiet():
@@ -264,6 +266,30 @@ class _Local:
             _end_processes()
         shutil.rmtree(self.folder, ignore_errors=True)
         loky_tracker.unregister(str(self.folder), "folder")
+
+
+@dataclass(frozen=True)
+class _StoredArray:
+    path: str
+
+
+def _store_arrays(shared: Any, folder: Path) -> Any:
+    """Return `shared`, an array or a dataclass, with arrays written to files in their place."""
+    if isinstance(shared, np.ndarray):
+        if not shared.size or shared.dtype.hasobject:
+            return shared
+        path = folder / f"{len(list(folder.iterdir()))}.npy"
+        array = np.ascontiguousarray(shared)
+        with open(path, "wb") as file:  # (np.save does not say that a disk is full)
+            header = np.lib.format.header_data_from_array_1_0(array)
+            np.lib.format.write_array_header_1_0(file, header)
+            file.write(array.view(np.uint8).data if array.ndim else array.tobytes())
+        return _StoredArray(str(path))
+    if not is_dataclass(shared) or isinstance(shared, type):
+        return shared
+    values = {f.name: getattr(shared, f.name) for f in fields(shared)}
+    arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
+    return replace(shared, **{name: _store_arrays(value, folder) for name, value in arrays.items()})
 
 
 class _Ray:
@@ -499,18 +525,30 @@ def _ignoring_thread_errors() -> Iterator[None]:
 # In a process
 
 
-def _call(function: Callable[[Any, Any], Any], file: str, item: Any) -> Any:
+def _call(function: Callable[[Any, Any], Any], pool: str, shared: Any, item: Any) -> Any:
     _end_with_parent()
-    return function(_read_shared(file), item)
+    if pool not in _restored:
+        _restored.clear()
+        _restored[pool] = _restore_arrays(shared)
+    return function(_restored[pool], item)
 
 
 def _call_on_ray(function: Callable[[Any, Any], Any], shared: Any, item: Any) -> Any:
     return function(shared, item)
 
 
-@lru_cache(maxsize=1)
-def _read_shared(file: str) -> Any:
-    return joblib.load(file, mmap_mode="r")
+_restored: dict[str, Any] = {}
+"""The shared object of the last pool, by the pool's folder."""
+
+
+def _restore_arrays(shared: Any) -> Any:
+    if isinstance(shared, _StoredArray):
+        return np.load(shared.path, mmap_mode="r", allow_pickle=False)
+    if not is_dataclass(shared) or isinstance(shared, type):
+        return shared
+    values = {f.name: getattr(shared, f.name) for f in fields(shared)}
+    stored = {name: value for name, value in values.items() if isinstance(value, _StoredArray)}
+    return replace(shared, **{name: _restore_arrays(value) for name, value in stored.items()})
 
 
 @cache

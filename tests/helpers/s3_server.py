@@ -114,7 +114,7 @@ def serving() -> Iterator[S3]:
     free_at = [0.0]
 
     def wait_for_line(n_bytes: int) -> None:
-        """Wait until the line has carried so many bytes more."""
+        """Wait until the line could have carried this many more bytes."""
         if s3.bytes_per_second:
             with line:
                 free_at[0] = max(free_at[0], time.monotonic()) + n_bytes / s3.bytes_per_second
