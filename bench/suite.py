@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -337,14 +337,21 @@ def _machines(folder: Path) -> list[str]:
         "|---|---|---|---|---|---|",
     ]
     for part in PARTS:
-        machine = read(folder / part.file).get("machine")
-        if machine:
-            versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
-            row = f"| {part.name} | {machine['cores']}, {machine['architecture']} "
+        results = read(folder / part.file)
+        for name, machine in _machines_of(part.name, results).items():
+            versions = ", ".join(f"{lib} {number}" for lib, number in machine["versions"].items())
+            row = f"| {name} | {machine['cores']}, {machine['architecture']} "
             row += f"| {machine.get('processor') or 'not recorded'} "
             row += f"| {machine.get('instructions') or 'not recorded'} "
             lines.append(f"{row}| {machine['python']} | {versions} |")
     return lines
+
+
+def _machines_of(name: str, results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the machine by part of the suite, or by the part's own parts where they differ."""
+    if "machines" in results:
+        return {f"{name}: {own}": machine for own, machine in results["machines"].items()}
+    return {name: results["machine"]} if results.get("machine") else {}
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@
 
 All use a synthetic table of MURA's size (see made_table.py) and medembed's own patient-disjoint
 folds. A part's jobs alternate: medembed, then each peer, then again for every further run. Parts
-that `--only` leaves out keep their results in the file, and so do peers that `--without` names.
+that `--only` leaves out keep their results in the file, and so do peers that `--without` names;
+`machines` has the processor of each part.
 
 medembed is timed as a whole process: start, loading, the logistic floor (one configuration), all
 trials, refits, packaging, test scores. A peer's time covers only `GridSearchCV.fit` with
@@ -62,6 +63,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -118,7 +120,7 @@ def main() -> None:
     chosen = given.only.split(",")
     if unknown := [name for name in chosen if name not in parts]:
         parser.error(f"--only {unknown[0]}: choose among {', '.join(parts)}")
-    results = read_kept(given.out, given.rows) if given.out else {"ratios": {}}
+    results = read_kept(given.out, given.rows, parts) if given.out else {"ratios": {}}
     results |= {
         "rows": given.rows,
         "folds": N_FOLDS,
@@ -136,6 +138,7 @@ def main() -> None:
         write_space(place, given.configs)
         for part in chosen:
             merge(results, parts[part](place, given.runs, given.without.split(",")))
+            results.setdefault("machines", {})[part] = machine()
             if given.out:  # a part takes minutes, so its results are kept
                 write_results(given.out, results)
     if not given.out:
@@ -153,18 +156,15 @@ def write_space(place: Path, n_configs: int) -> None:
     (place / "space.toml").write_text("[logistic]\nconfigs = 1\n\n" + mlp_text + lightgbm[0])
 
 
-def read_kept(path: Path, n_rows: int) -> dict[str, Any]:
-    """Return the results of earlier parts on this processor, and of AMX on any."""
+def read_kept(path: Path, n_rows: int, parts: Iterable[str]) -> dict[str, Any]:
+    """Return the results of earlier runs; `machines` has that of each part."""
     if not path.exists():
         return {"ratios": {}}
     kept = dict(json.loads(path.read_text()))
     if kept.get("rows") != n_rows:
         raise SystemExit(f"{path} is of {kept.get('rows')} rows, not {n_rows}: name another --out")
-    here, there = machine(), kept.get("machine", {})
-    if all(here[name] == there.get(name) for name in ("processor", "instructions")):
-        return kept
-    amx = kept.get("default_sweep", {}).get("amx")
-    return {"ratios": {}, **({"default_sweep": {"amx": amx}} if isinstance(amx, dict) else {})}
+    machines = dict.fromkeys(parts, kept["machine"]) | kept.get("machines", {})
+    return {**kept, "machines": machines}
 
 
 def merge(results: dict[str, Any], part: dict[str, Any]) -> None:

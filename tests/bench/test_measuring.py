@@ -34,22 +34,21 @@ def test_the_widest_instructions_are_named_unless_pytorch_is_limited(
     assert measuring.instructions() == "AVX2"
 
 
-def test_results_of_another_processor_are_dropped_but_for_amx(tmp_path: Path) -> None:
-    path, here = tmp_path / "sweep.json", measuring.machine()
-    results = {
-        "rows": 10,
-        "ratios": {"mlp_vs_vmap": 3.0},
-        "default_sweep": {"avx2": {"seconds": 1}, "amx": {"seconds": 2}},
-        "machine": here,
-    }
+def test_parts_keep_their_results_and_the_machine_that_they_were_measured_on(
+    tmp_path: Path,
+) -> None:
+    path, there = tmp_path / "sweep.json", {**measuring.machine(), "processor": "another"}
+    results = {"rows": 10, "ratios": {"mlp_vs_vmap": 3.0}, "machine": there}
     path.write_text(json.dumps(results))
-    assert sweep.read_kept(path, 10) == results
-    path.write_text(json.dumps({**results, "machine": {**here, "processor": "another"}}))
-    kept = sweep.read_kept(path, 10)
-    assert kept == {"ratios": {}, "default_sweep": {"amx": {"seconds": 2}}}
+    kept = sweep.read_kept(path, 10, ["mlp", "nih"])
+    assert kept == {**results, "machines": {"mlp": there, "nih": there}}
+    kept["machines"]["nih"] = measuring.machine()
+    path.write_text(json.dumps(kept))
+    again = sweep.read_kept(path, 10, ["mlp", "nih"])
+    assert again["machines"] == {"mlp": there, "nih": measuring.machine()}
     with pytest.raises(SystemExit, match="is of 10 rows, not 11"):
-        sweep.read_kept(path, 11)
-    assert sweep.read_kept(tmp_path / "none.json", 11) == {"ratios": {}}
+        sweep.read_kept(path, 11, ["mlp"])
+    assert sweep.read_kept(tmp_path / "none.json", 11, ["mlp"]) == {"ratios": {}}
 
 
 def test_a_new_part_takes_the_place_of_not_measured() -> None:
