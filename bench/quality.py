@@ -8,8 +8,9 @@
 A piece is one tool on one table and seed, kept as a file of PIECES; a stage only does what is
 missing, so a study can be made in parts and goes on after it was killed. `quality_tables.py` says
 what the tables are, `quality_tools.py` what the tools do. `--against COMMIT` (or the path of a
-checkout, of which only `medembed/` is used) adds that version of the program as the tool `before`;
-`report` then compares the test AUROC of each head, old against new, pair by pair.
+checkout, of which only `medembed/` is used) adds that version of the program as the tool `before`,
+which does not race: `score` sweeps with it, and `report` compares the test AUROC of each head, old
+against new, pair by pair.
 
 `report` writes, beside the JSON, the figure as SVG and every point as CSV. The mean over tables and
 seeds is of step functions: before its first result a tool counts .5, after its last one what it
@@ -121,9 +122,10 @@ def run(given: argparse.Namespace, pieces: list[Piece]) -> None:
     """Race or score what is missing, and say what is left; exit 3 if something is."""
     start = time.monotonic()
     if given.stage == "race":
-        todo = [piece for piece in pieces if not piece.race.exists()]
+        todo = [piece for piece in pieces if not piece.race.exists() and piece.tool != BEFORE]
     else:
-        todo = [piece for piece in pieces if piece.race.exists() and not piece.score.exists()]
+        raced = [piece for piece in pieces if piece.race.exists() or piece.tool == BEFORE]
+        todo = [piece for piece in raced if not piece.score.exists()]
     done = 0
     for piece in todo:
         if given.limit is not None and time.monotonic() - start > given.limit:
@@ -151,7 +153,7 @@ def race(given: argparse.Namespace, piece: Piece) -> None:
 
 
 def score(given: argparse.Namespace, piece: Piece) -> None:
-    found = json.loads(piece.race.read_text())["found"]
+    found = [] if piece.tool == BEFORE else json.loads(piece.race.read_text())["found"]
     write(piece.score, call(given, piece, "score", json.dumps(found)))
 
 

@@ -30,7 +30,6 @@ TITLES = {
     "optuna": "Optuna, median pruner",
     "ridge": "RidgeClassifierCV",
     "logistic_cv": "LogisticRegressionCV",
-    BEFORE: "medembed before",
 }
 TABLES = {
     "made": "made: 128 directions, products",
@@ -53,7 +52,8 @@ def write_report(pieces: Sequence["Piece"], seconds: float, out: Path | None) ->
         if not piece.score.exists():
             continue
         own = json.loads(piece.score.read_text())
-        curves[piece.tool][piece.table][piece.seed] = [tuple(point) for point in own["curve"]]
+        if piece.tool != BEFORE:
+            curves[piece.tool][piece.table][piece.seed] = [tuple(point) for point in own["curve"]]
         if piece.tool in heads:
             heads[piece.tool][piece.table, piece.seed] = own["heads"]
     grid = np.arange(STEP, seconds + STEP / 2, STEP)
@@ -140,7 +140,7 @@ def lead_of_others(
         return {}
     leads = {}
     for tool, own in means.items():
-        if tool in (OURS, BEFORE):
+        if tool == OURS:
             continue
         above = (own["all"] - means[OURS]["all"])[late]
         place = int(above.argmax())
@@ -183,11 +183,10 @@ def draw(
     for table, axes in panels.items():
         for tool in tools:
             k = list(TITLES).index(tool)
-            colour = LIGHT.series[k % len(LIGHT.series)] if tool != BEFORE else "#888888"
             axes.plot(
                 grid,
                 np.where(means[tool][table] > CHANCE, means[tool][table], np.nan),
-                color=colour,
+                color=LIGHT.series[k % len(LIGHT.series)],
                 ls=LINES[k % len(LINES)],
                 drawstyle="steps-post",
                 lw=2.2 if tool == OURS else 1.2,
