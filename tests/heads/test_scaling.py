@@ -740,6 +740,7 @@ TREES = [
     {"patience": None},
     {"class_weight": None},
 ]
+BEST = [{"k_best": 3}, {"k_best": 3, "num_leaves": 4}, {}]
 
 
 def assert_one_binning_is_as_many(heads, X, y, X_val, y_val, rows=None):
@@ -764,7 +765,8 @@ def test_heads_on_rows_binned_once_are_as_fitted_alone(pca, is_chosen):
     X, X_val = table(), table(seed=1)
     rows = np.random.default_rng(0).permutation(300)[:200] if is_chosen else None
     y, y_val = labels(X), labels(X_val)
-    assert_one_binning_is_as_many(tree_heads(TREES[:-1], pca=pca), X, y, X_val, y_val, rows)
+    heads = tree_heads([*TREES[:-1], *BEST], pca=pca)
+    assert_one_binning_is_as_many(heads, X, y, X_val, y_val, rows)
 
 
 @pytest.mark.parametrize("class_weight", [None, {0: 1.0, 1: 6.0}])
@@ -827,6 +829,14 @@ def test_heads_that_bin_alike_share_one_data_set(constructed):
     for head in tree_heads(TREES[:3], pca=3):
         binned.fit(head)
     assert constructed == ["training", "held"] * 3
+
+
+def test_heads_with_all_and_with_the_best_columns_take_turns_without_binning_again(constructed):
+    X, X_val = table(), table(seed=1)
+    binned = binned_rows(X, labels(X), X_val, labels(X_val))
+    for head in tree_heads([*TREES[:2], *BEST, *BEST]):
+        binned.fit(head)
+    assert constructed == ["training", "held"] * 2
 
 
 def test_refused_trees_leave_the_rows_fit_for_the_next():
