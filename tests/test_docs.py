@@ -12,6 +12,7 @@ A comment above a block says what the block itself cannot: `<!-- file: space.tom
 """
 
 import csv
+import io
 import json
 import os
 import re
@@ -29,6 +30,8 @@ from textwrap import dedent
 
 import click
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import s3_server
 from cli_commands import COMMANDS
@@ -169,6 +172,18 @@ def write_shards(root: Path, views: list[DemoView]) -> None:
         path.unlink()
 
 
+def make_dataset(place: Path, views: list[DemoView]) -> dict[str, bytes]:
+    """Return a dataset of the hub: a Parquet file of images with their patients and classes."""
+    rows = []
+    for view in views:
+        image = {"bytes": write_view(view, place / "view.png", size=96), "path": None}
+        about = {"patient_id": view.patient, "region": view.region}
+        rows.append({"image": image, "label": ("normal", "abnormal")[view.label], **about})
+    file = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), file)
+    return {"data/train-00000-of-00001.parquet": file.getvalue()}
+
+
 def files_of(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
@@ -184,6 +199,7 @@ def make_hub(place: Path) -> Hub:
     model.save_pretrained(place / "resnet")
     ViTImageProcessor(size={"height": 64, "width": 64}).save_pretrained(place / "resnet")
     hub.put("microsoft/resnet-50", files_of(place / "resnet"))
+    hub.put("datasets/clinic/films", make_dataset(place, draw_cohort(40, seed=4)))
     return hub
 
 

@@ -16,11 +16,11 @@ from medembed.cli.options import (
     device_option,
     encoder_option,
     fit_option,
-    image_root_option,
     json_option,
     limit_options,
     pool_option,
     precision_option,
+    stream_root_option,
 )
 from medembed.cli.progress import showing_progress
 from medembed.core.locations import Location
@@ -28,7 +28,7 @@ from medembed.core.locations import Location
 if TYPE_CHECKING:
     from medembed.cache.pending import Worker
     from medembed.extraction import ExtractionReport
-    from medembed.images.tar_stream import TarRoot
+    from medembed.images.streams import StreamRoot
 
 __all__ = ["extract_command"]
 
@@ -95,7 +95,7 @@ def _choose_layers(
     },
 )
 @click.argument("manifest_path", metavar="MANIFEST", type=PATH)
-@image_root_option
+@stream_root_option
 @encoder_option
 @click.option(
     "--cache",
@@ -158,7 +158,7 @@ def _choose_layers(
 @json_option
 def extract_command(
     manifest_path: Path,
-    image_root: "Location | TarRoot",
+    image_root: "Location | StreamRoot",
     reference: str,
     cache_path: Location,
     poolings: tuple[str, ...],
@@ -183,6 +183,7 @@ def extract_command(
 
     Images that the cache already holds are skipped, so an interrupted run continues.
     """
+    from medembed.dataset.build_record import follow_build
     from medembed.dataset.manifest import read_manifest
     from medembed.images.intensity import Intensity
     from medembed.images.load import Limits
@@ -193,6 +194,7 @@ def extract_command(
         )
     poolings = tuple(dict.fromkeys([*poolings, *layers]))
     rows, limits = read_manifest(manifest_path), Limits(max_bytes, max_seconds)
+    image_root = follow_build(image_root, manifest_path, rows, lambda words: say(f"Note: {words}"))
     if engine == "ray" and Path(reference).is_dir():  # Ray's processes are in other directories
         reference = str(Path(reference).absolute())
     if engine == "local":
@@ -278,10 +280,10 @@ def extract_command(
     _conclude(report, manifest_path, cache_path, strict, dry_run, as_json)
 
 
-def _refuse_stream(image_root: "Location | TarRoot") -> Location:
-    from medembed.images.tar_stream import TarRoot
+def _refuse_stream(image_root: "Location | StreamRoot") -> Location:
+    from medembed.images.streams import is_stream
 
-    if isinstance(image_root, TarRoot):
+    if is_stream(image_root):
         raise click.UsageError(
             f"{image_root} is read from front to back, and Ray's tasks would each read all of it. "
             "Use --backend local, with --worker I/N where there are several."

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from medembed.cache.store import Cache
     from medembed.dataset.recipes.build import BuildReport
     from medembed.dataset.recipes.proposals import Proposal
-    from medembed.images.tar_stream import TarRoot
+    from medembed.images.streams import StreamRoot
 
 __all__ = [
     "build_command",
@@ -46,6 +46,7 @@ _CHOICES = {
         *("pattern", "test-fraction", "seed"),
     )
 }
+_NOT_OF_STREAMS = ("pattern", "encoding", "delimiter", "sheet")
 REBUILD = "Correct the recipe or the tables and build the manifest again."
 LOOK = (
     "Look at each pair: put the patients of a copied image in one split, or give them one name if "
@@ -66,6 +67,8 @@ def manifest_command() -> None:
         "medembed manifest build mura --image-root MURA-v1.1 -o mura.csv",
         "medembed manifest build --from-folders films --abnormal broken -o films.csv",
         "medembed manifest build --from-table labels.xlsx --label finding -o films.csv",
+        "medembed manifest build --from-stream hf://datasets/OWNER/NAME --patient patient_id "
+        "-o films.csv",
     ],
     sections=_CHOICES,
 )
@@ -76,7 +79,8 @@ def manifest_command() -> None:
     "--from-stream",
     type=IMAGES,
     metavar="URL",
-    help="Use tar files with a .json beside each image, such as tar://shards, no recipe.",
+    help="Use tar files with a .json beside each image, tar://DIR, or a dataset of the hub, "
+    "hf://datasets/OWNER/NAME, no recipe.",
 )
 @click.option(
     "--image-root",
@@ -101,7 +105,7 @@ def build_command(
     recipe: str | None,
     from_folders: Path | None,
     from_table: Path | None,
-    from_stream: "TarRoot | Path | None",
+    from_stream: "StreamRoot | Path | None",
     image_root: Path | None,
     output: Path,
     strict: bool,
@@ -114,10 +118,11 @@ def build_command(
 
     RECIPE is a file such as data_manifests/mura.toml, or the name of a recipe that comes with
     medembed (see `medembed manifest recipes`). Without a recipe, --from-folders takes a folder per
-    class, --from-table a CSV, Excel or Parquet table, and --from-stream tar files; `medembed
-    manifest init` proposes a recipe for you to correct. MANIFEST.build.json beside the manifest
-    (mura.build.json for mura.csv) counts what was found and left out, and runs copy it; of a stream
-    there is none. A build from folders or a table writes the recipe that it used to
+    class, --from-table a CSV, Excel or Parquet table, and --from-stream tar files or a dataset of
+    the Hugging Face hub (Parquet, tar or image files), read from front to back; `medembed manifest
+    init` proposes a recipe for you to correct. MANIFEST.build.json beside the manifest
+    (mura.build.json for mura.csv) counts what was found and left out, names the dataset's commit,
+    and runs copy it. A build from folders or a table writes the recipe that it used to
     MANIFEST.recipe.toml, from which the manifest can be built again.
     """
     from medembed.dataset import build_file
@@ -127,7 +132,7 @@ def build_command(
         others = (recipe, from_folders, from_table, image_root, key_file)
         if any(other is not None for other in others) or structure_only:
             raise click.UsageError("--from-stream takes the place of all that names a data set.")
-        _build_from_stream(from_stream, output, strict, as_json)
+        _build_from_stream(context, from_stream, output, strict, as_json, given)
         return
     _refuse_mixture(context, recipe, from_folders, from_table, image_root)
     build_file.check_destinations(output)
@@ -162,27 +167,47 @@ def build_command(
             say("      (--encoder demo tries this without a download)")
 
 
-def _build_from_stream(root: Any, output: Path, strict: bool, as_json: bool) -> None:
+def _build_from_stream(
+    context: click.Context,
+    asked: "StreamRoot | Path",
+    output: Path,
+    strict: bool,
+    as_json: bool,
+    given: Any,
+) -> None:
     from medembed.core.errors import RecipeError
-    from medembed.dataset.manifest import check_destination, write_manifest
+    from medembed.dataset import build_file
     from medembed.dataset.recipes.stream import build_from_stream
-    from medembed.images.tar_stream import TarRoot
+    from medembed.images.streams import is_stream, settle_stream
 
-    if not isinstance(root, TarRoot):
-        raise click.UsageError(f"--from-stream takes tar://DIR, and {root} is none.")
-    check_destination(output)
+    if not is_stream(asked):
+        raise click.UsageError(
+            f"--from-stream takes tar://DIR or hf://datasets/OWNER/NAME, and {asked} is neither."
+        )
+    named = _named_choices(context)
+    if extra := [name for name in named if name in _NOT_OF_STREAMS]:
+        raise click.UsageError(f"--{extra[0].replace('_', '-')} is not for --from-stream.")
+    build_file.check_destinations(output)
+    root = settle_stream(asked)
+    choices = read_choices(given) if named else None
     with showing_progress("Hashing", "images") as progress:
-        report = build_from_stream(root, progress=progress)
+        report = build_from_stream(root, choices=choices, progress=progress)
     if strict and report.warnings:
         listed = "".join(f"\n  - {warning}" for warning in report.warnings)
         raise RecipeError(f"{root} causes warnings, which --strict refuses:{listed}")
-    write_manifest(report.manifest, output)
+    build_file.write_stream_build(report, asked, root, output)
     _conclude_build(report, output)
     if as_json:
         print_json(report.as_dict())
     else:
         suggest("extract", str(output), "--image-root", root, "--encoder",
                   "google/medgemma-4b-pt", "--cache", "cache")  # fmt: skip
+
+
+def _named_choices(context: click.Context) -> list[str]:
+    """Return the choices that were given as options."""
+    source = click.core.ParameterSource.COMMANDLINE
+    return [name for name in (*CHOICES, "seed") if context.get_parameter_source(name) is source]
 
 
 def _refuse_mixture(
@@ -202,9 +227,7 @@ def _refuse_mixture(
         return
     if image_root is None:
         raise click.UsageError("Missing option '--image-root'.", context)
-    source = click.core.ParameterSource.COMMANDLINE
-    extra = [name for name in (*CHOICES, "seed") if context.get_parameter_source(name) is source]
-    if extra:
+    if extra := _named_choices(context):
         option = f"--{extra[0].removesuffix('s').replace('_', '-')}"
         raise click.UsageError(
             f"{option} is for builds without a recipe: a RECIPE settles this itself.", context

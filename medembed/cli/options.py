@@ -20,6 +20,7 @@ __all__ = [
     "MAX_BATCH",
     "MAX_SEED",
     "PATH",
+    "STREAMS",
     "Finite",
     "check_point",
     "conclude",
@@ -36,12 +37,16 @@ __all__ = [
     "pool_option",
     "precision_option",
     "prevalence_option",
+    "refuse_stream",
     "seed_option",
     "split_names",
+    "stream_root_option",
     "table_columns",
 ]
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+STREAMS = ("tar://", "hf://")
+"""How addresses of streams begin."""
 
 
 class _LocalPath(click.Path):
@@ -55,6 +60,7 @@ class _LocalPath(click.Path):
     ) -> Any:
         if _URL.match(os.fspath(value)):
             what = "this option" if isinstance(param, click.Option) else "this argument"
+            refuse_stream(os.fspath(value), param, ctx)
             self.fail(
                 f"{os.fspath(value)} is not on this machine, and {what} takes a local path. Copy "
                 "it here first, a cache with `medembed cache pull URL DIR`.",
@@ -64,8 +70,30 @@ class _LocalPath(click.Path):
         return super().convert(value, param, ctx)
 
 
+def refuse_stream(
+    text: str, param: click.Parameter | None = None, ctx: click.Context | None = None
+) -> None:
+    """Refuse the address of a stream with the commands that read one; ignore any other text."""
+    if not text.startswith(STREAMS):
+        return
+    from medembed.core.errors import ArgumentError
+    from medembed.images.streams import parse_stream_root
+
+    try:
+        root = parse_stream_root(text)
+    except ArgumentError as error:
+        raise click.BadParameter(str(error), ctx, param) from error
+    raise click.BadParameter(
+        f"{root} is read from front to back, as `manifest build --from-stream` and `extract "
+        "--image-root` do; what is named here is looked into by name. Extract from it and name the "
+        "--cache, or save its images as files and name the directory.",
+        ctx,
+        param,
+    )
+
+
 class _LocationType(click.Path):
-    """A local path, or a bucket's prefix such as s3://bucket/mura; of images also tar://shards."""
+    """A local path, or a bucket's prefix such as s3://bucket/mura; or, if asked for, a stream."""
 
     takes_streams = False
 
@@ -82,12 +110,14 @@ class _LocationType(click.Path):
         from medembed.core.errors import ArgumentError
         from medembed.core.locations import parse_location
         from medembed.core.object_store import set_announcer
-        from medembed.images.tar_stream import parse_tar_root
+        from medembed.images.streams import parse_stream_root
 
         set_announcer(announce_download)
+        if not self.takes_streams:
+            refuse_stream(text, param, ctx)
         try:
-            tars = parse_tar_root(text) if self.takes_streams else None
-            return tars or parse_location(text)
+            stream = parse_stream_root(text) if self.takes_streams else None
+            return stream or parse_location(text)
         except ArgumentError as error:
             self.fail(str(error), param, ctx)
 
@@ -116,10 +146,16 @@ class Finite(click.FloatRange):
 
 image_root_option = click.option(
     "--image-root",
+    type=LOCATION,
+    required=True,
+    help="Directory or bucket that the manifest's paths are relative to.",
+)
+stream_root_option = click.option(
+    "--image-root",
     type=IMAGES,
     required=True,
-    help="Directory or bucket that the manifest's paths are relative to; extract also takes "
-    "tar://DIR.",
+    help="Directory or bucket that the manifest's paths are relative to; or tar://DIR, or "
+    "hf://datasets/OWNER/NAME[@REVISION][/SUBSET].",
 )
 encoder_option = click.option(
     "--encoder",

@@ -19,6 +19,7 @@ from medembed.cli.options import (
     encoder_option,
     json_option,
     output_option,
+    refuse_stream,
 )
 from medembed.core.files import json_bytes, read_plain, write_atomically
 
@@ -75,6 +76,7 @@ def run_command(
     the command again continues from there. To correct a proposed recipe, edit recipe.toml in that
     directory and run the command again.
     """
+    refuse_stream(source)
     root = image_root or _folder_of(source)
     if root is None:
         raise click.UsageError("Missing option '--image-root': a recipe or manifest needs it.")

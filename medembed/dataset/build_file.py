@@ -6,7 +6,6 @@ patients or studies, so that it can be shared with results. Equal builds give eq
 """
 
 import hashlib
-import json
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -27,8 +26,11 @@ from medembed.core.schema import (
     find_problems,
     model_validator,
 )
+from medembed.dataset.build_record import FORMAT, VERSION, build_path, read_document
 from medembed.dataset.checks import SPLITS
 from medembed.dataset.manifest import Manifest, check_destination, count_rows, write_manifest
+from medembed.images.hub_dataset import HubRoot
+from medembed.images.streams import StreamRoot
 
 if TYPE_CHECKING:
     from medembed.dataset.recipes.build import BuildReport, Recipe
@@ -37,6 +39,7 @@ __all__ = [
     "BuildCounts",
     "BuildFile",
     "BuiltRecipe",
+    "BuiltStream",
     "Excluded",
     "KeptBuild",
     "build_path",
@@ -45,10 +48,9 @@ __all__ = [
     "read_build",
     "recipe_path",
     "write_build",
+    "write_stream_build",
 ]
 
-FORMAT, VERSION = "medembed-build", 1
-MAX_BYTES = 1 << 20  # of a build file; a usual one has 2 KB
 MAX_REASONS = 100
 OTHERS = "other reasons"
 _QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"")
@@ -88,11 +90,26 @@ class BuiltRecipe(Record):
     """Of its file; null for one that was made in memory."""
 
 
+class BuiltStream(Record):
+    """The stream of a build."""
+
+    kind: Literal["tar", "hub"]
+    dataset: str | None = None
+    """OWNER/NAME at the hub."""
+    revision: str | None = None
+    """The branch or tag that was named; null for the default branch."""
+    commit: str | None = None
+    """What that was when the manifest was built; `extract` reads the same."""
+
+
 class KeptBuild(Record):
     """The part of its manifest's build that a run keeps."""
 
     counts: BuildCounts
     recipe: BuiltRecipe
+    """Without name and digest for a stream."""
+    stream: Given[BuiltStream] = None
+    """Only of a build from a stream."""
     medembed: str | None = None
 
 
@@ -105,11 +122,6 @@ class BuildFile(KeptBuild):
     structure_only: Given[bool] = None
     warnings: Texts = ()
     notices: Texts = ()
-
-
-def build_path(manifest_path: str | Path) -> Path:
-    """Return the path of a manifest's build file."""
-    return Path(manifest_path).with_suffix(".build.json")
 
 
 def recipe_path(manifest_path: str | Path) -> Path:
@@ -150,7 +162,7 @@ def write_build(
     """
     text = recipe_text.encode()
     digest = hashlib.sha256(text).hexdigest() if text else _digest(recipe.path)
-    data = json_bytes(_describe_build(report, recipe, digest))
+    data = json_bytes(_describe_build(report, {"name": recipe.name, "sha256": digest}))
     check_destinations(manifest_path)
     with ExitStack() as files:
         if text:
@@ -160,9 +172,31 @@ def write_build(
         write_manifest(report.manifest, manifest_path)
 
 
-def _describe_build(
-    report: "BuildReport", recipe: "Recipe", recipe_digest: str | None
-) -> dict[str, Any]:
+def write_stream_build(
+    report: "BuildReport", asked: StreamRoot, read: StreamRoot, manifest_path: str | Path
+) -> None:
+    """Write the manifest of a stream, and its build file, as `write_build` does.
+
+    Parameters
+    ----------
+    report : BuildReport
+    asked, read : TarRoot or HubRoot
+        The stream as it was named, and at the commit that was read.
+    manifest_path : path
+    """
+    stream: dict[str, Any] = {"kind": "tar"}
+    if isinstance(asked, HubRoot) and isinstance(read, HubRoot):
+        stream = {"kind": "hub", "dataset": read.dataset, "commit": read.revision}
+        stream["revision"] = asked.revision or None
+    document = _describe_build(report, {"name": None, "sha256": None})
+    data = json_bytes({**document, "stream": stream})
+    check_destinations(manifest_path)
+    with writing_atomically(build_path(manifest_path), len(data)) as file:
+        file.write(data)
+        write_manifest(report.manifest, manifest_path)
+
+
+def _describe_build(report: "BuildReport", recipe: dict[str, str | None]) -> dict[str, Any]:
     """Return the content of a build file.
 
     Returns
@@ -192,7 +226,7 @@ def _describe_build(
         "format": FORMAT,
         "version": VERSION,
         "medembed": __version__,
-        "recipe": {"name": recipe.name, "sha256": recipe_digest},
+        "recipe": recipe,
         "manifest": report.manifest.digest(),
         "structure_only": not report.manifest.has_hashes,
         "counts": counts,
@@ -206,7 +240,7 @@ def move_build(manifest_path: str | Path, manifest: Manifest, relabelled: Manife
 
     Returns None if the manifest has no build file of its own.
     """
-    document = _read_document(manifest_path, manifest)
+    document = read_document(manifest_path, manifest)
     if document is None or find_problems(BuildFile, document):
         return None
     counts = {**document["counts"], **_count_rows(relabelled.rows)}
@@ -223,26 +257,12 @@ def read_build(manifest_path: object, manifest: Manifest) -> KeptBuild | None:
     manifest : Manifest
         The manifest that was read; a build file with another digest is ignored.
     """
-    document = _read_document(manifest_path, manifest)
+    document = read_document(manifest_path, manifest)
     if document is None:
         return None
     kept = {name: document.get(name) for name in ("counts", "recipe", "medembed")}
+    kept |= {"stream": document["stream"]} if "stream" in document else {}
     return None if find_problems(KeptBuild, kept) else KeptBuild.model_validate(kept)
-
-
-def _read_document(manifest_path: object, manifest: Manifest) -> dict[str, Any] | None:
-    """Return the content of a manifest's build file, or None if it has none that is its own."""
-    if not isinstance(manifest_path, str | Path):
-        return None
-    try:
-        document = json.loads(read_plain(build_path(manifest_path), max_bytes=MAX_BYTES))
-    except (OSError, ValueError, RecursionError):
-        return None
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        return None
-    if document.get("version") != VERSION or document.get("manifest") != manifest.digest():
-        return None
-    return document
 
 
 def _count_rows(rows: pd.DataFrame) -> dict[str, Any]:

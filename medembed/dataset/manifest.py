@@ -39,7 +39,14 @@ from medembed.dataset.tables import (
 )
 from medembed.dataset.targets import is_target, list_targets
 from medembed.images.hashing import hash_files, hash_or_explain
-from medembed.images.tar_stream import TarRoot, list_tars, parse_tar_root
+from medembed.images.streams import (
+    StreamRoot,
+    explain_stream,
+    is_stream,
+    parse_stream_root,
+    settle_stream,
+)
+from medembed.images.tar_stream import TarRoot
 
 __all__ = [
     "LABEL_LEVELS",
@@ -305,7 +312,16 @@ def count_rows(rows: pd.DataFrame) -> dict[str, int]:
 
 
 def existing_root(image_root: str | os.PathLike[str]) -> Path:
-    """Return the image root with symbolic links resolved, or raise PathNotFoundError."""
+    """Return the image root with symbolic links resolved.
+
+    Raises
+    ------
+    PathNotFoundError
+        There is no such directory.
+    ArgumentError
+        It is a stream, such as tar files, in which no image can be looked up.
+    """
+    _refuse_stream(image_root)
     root = as_path(image_root, "the image root")
     if not root.is_dir():
         raise PathNotFoundError(
@@ -323,25 +339,35 @@ def existing_images(image_root: str | os.PathLike[str]) -> Location:
     PathNotFoundError
         There is no such directory, or nothing below the prefix.
     ArgumentError
-        It is a stream of tar files, in which no image can be looked up.
+        It is a stream, such as tar files, in which no image can be looked up.
     StorageError
         The bucket cannot be reached.
     """
+    _refuse_stream(image_root)
     root = existing_source(image_root)
-    if isinstance(root, TarRoot):
-        raise ArgumentError(
-            f"{root} is read from front to back, and images are looked up by name here. Extract "
-            "from it and name the --cache, or unpack it and name the directory."
-        )
+    assert not is_stream(root)
     return root
 
 
-def existing_source(image_root: str | os.PathLike[str]) -> Location | TarRoot:
-    """Return what `existing_images` does, or tar files to be read in their own order."""
-    tars = parse_tar_root(os.fspath(image_root)) if _is_text(image_root) else None
-    if tars is not None:
-        list_tars(tars)
-        return tars
+def _refuse_stream(image_root: str | os.PathLike[str]) -> None:
+    stream = parse_stream_root(os.fspath(image_root)) if _is_text(image_root) else None
+    if stream is not None:
+        raise ArgumentError(explain_stream(stream))
+
+
+def existing_source(
+    image_root: str | os.PathLike[str], *, pinned: bool = True
+) -> Location | StreamRoot:
+    """Return what `existing_images` does, or a stream.
+
+    Parameters
+    ----------
+    pinned : bool
+        Ask the hub for a dataset, and return it at its commit of now.
+    """
+    stream = parse_stream_root(os.fspath(image_root)) if _is_text(image_root) else None
+    if stream is not None:
+        return settle_stream(stream) if pinned or isinstance(stream, TarRoot) else stream
     root = as_location(image_root, "the image root")
     if not isinstance(root, BucketPath):
         return existing_root(root)

@@ -16,6 +16,7 @@ from medembed.core.files import open_plain
 from medembed.core.text import normalise
 
 __all__ = [
+    "EXACT_FLOAT",
     "check_names",
     "csv_bytes",
     "normalise_column",

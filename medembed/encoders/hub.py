@@ -10,7 +10,8 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
-from medembed.core.errors import EncoderError
+from medembed.core.errors import EncoderError, MedembedError
+from medembed.core.hub_http import explain, explain_missing, explain_unreached, guard_answers
 from medembed.core.system import require_libraries
 from medembed.encoders.checkpoint_files import (
     ADAPTER_FILE,
@@ -41,7 +42,6 @@ from medembed.encoders.checkpoint_files import (
     weight_map_of,
     whole_files,
 )
-from medembed.encoders.hub_http import explain, explain_missing, explain_unreached, guard_answers
 from medembed.encoders.partial_download import fetch_part, remote_tensors
 from medembed.encoders.preprocessing import PROCESSOR_FILES
 from medembed.encoders.stored_tensors import read_header
@@ -426,7 +426,7 @@ def _means_absent(error: BaseException | None) -> bool:
     return getattr(getattr(error, "response", None), "status_code", None) == 404
 
 
-def _explain_missing(repo: str, unreached: Exception | None, *names: str) -> EncoderError:
+def _explain_missing(repo: str, unreached: Exception | None, *names: str) -> MedembedError:
     what = " or ".join(names)
     if unreached is None:
         return explain_missing(repo, what)

@@ -19,6 +19,15 @@ from typing import Any
 
 from medembed.core.errors import EncoderError
 from medembed.core.files import open_plain, read_plain, sync_directory
+from medembed.core.hub_http import (
+    RemoteFile,
+    copy_range,
+    explain_changed,
+    explain_no_space,
+    is_no_space,
+    open_file,
+    read_range,
+)
 from medembed.core.system import free_bytes
 from medembed.encoders.checkpoint_files import (
     FETCHED_FILES,
@@ -30,15 +39,6 @@ from medembed.encoders.checkpoint_files import (
     match_tensors,
     part_shards,
     single_file,
-)
-from medembed.encoders.hub_http import (
-    RemoteFile,
-    copy_range,
-    explain_changed,
-    explain_no_space,
-    is_no_space,
-    open_file,
-    read_range,
 )
 from medembed.encoders.stored_tensors import (
     FLOAT_BYTES,

@@ -25,10 +25,10 @@ from medembed.core.system import reserve
 from medembed.dataset.manifest import image_path
 from medembed.encoders.preprocessing import Preprocessing
 from medembed.extraction.decode_worker import PATIENCE, READY, TIMES_UP, describe, open_slots
-from medembed.extraction.image_fetcher import Fetched, ImageFetcher, TarReader
+from medembed.extraction.image_fetcher import Fetched, ImageFetcher, StreamReader
 from medembed.images.intensity import DEFAULT_INTENSITY, Intensity
 from medembed.images.load import DEFAULT_LIMITS, Content, Limits, Reading
-from medembed.images.tar_stream import TarRoot
+from medembed.images.streams import StreamRoot, is_stream
 
 __all__ = ["DECODER_BYTES", "Decoders"]
 
@@ -115,7 +115,7 @@ class Decoders:
         self._shared.close()
 
     def read(
-        self, contents: Sequence[Content], image_root: Location | TarRoot, n_slots: int
+        self, contents: Sequence[Content], image_root: Location | StreamRoot, n_slots: int
     ) -> Iterator[tuple[Content, Reading] | None]:
         """Yield every content with its reading, in order; pixels are valid until the next one.
 
@@ -124,9 +124,9 @@ class Decoders:
 
         Parameters
         ----------
-        image_root : Path, BucketPath or TarRoot
+        image_root : Path, BucketPath, TarRoot or HubRoot
             What the images' paths are relative to. Those of a bucket are fetched ahead. Those of
-            tar files come in the order in which they are stored there.
+            a stream come in the order in which they are stored there.
         n_slots : int
             How many images may be in progress or waiting; this bounds memory.
 
@@ -154,15 +154,18 @@ class Decoders:
                 requests = fetcher.stream(contents)
             yield from self._read_all(requests, shape[0], fetcher)
 
-    def _fetching(self, image_root: Location | TarRoot) -> Any:
-        if isinstance(image_root, TarRoot):
-            return TarReader(image_root, _memory_directory(), self._limits)
+    def _fetching(self, image_root: Location | StreamRoot) -> Any:
+        if is_stream(image_root):
+            return StreamReader(image_root, _memory_directory(), self._limits)
         if isinstance(image_root, BucketPath):
             return ImageFetcher(image_root, _memory_directory(), self._limits)
         return nullcontext()
 
     def _read_all(
-        self, requests: Iterator["_Request"], n_slots: int, fetcher: ImageFetcher | TarReader | None
+        self,
+        requests: Iterator["_Request"],
+        n_slots: int,
+        fetcher: ImageFetcher | StreamReader | None,
     ) -> Iterator[tuple[Content, Reading] | None]:
         waiting: deque[tuple[Content, Future[Reading]]] = deque()
         remaining = iter(enumerate(requests))
@@ -185,7 +188,7 @@ class Decoders:
             waiting.popleft()  # only now may its slot be filled anew
 
     def _read_files(
-        self, slot: int, sha256: str, files: "_Files", fetcher: ImageFetcher | TarReader | None
+        self, slot: int, sha256: str, files: "_Files", fetcher: ImageFetcher | StreamReader | None
     ) -> Reading:
         if not isinstance(files, Future):
             return self._read(slot, sha256, files)

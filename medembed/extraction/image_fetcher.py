@@ -1,4 +1,4 @@
-"""Images of a bucket or of tar files, ahead of the decoders, in files that a decoding outlives.
+"""Images of a bucket or of a stream, ahead of the decoders, in files that a decoding outlives.
 
 The files lie in memory where there is room; a bounded number of them is waiting at any time.
 """
@@ -24,9 +24,10 @@ from medembed.core.errors import StorageError
 from medembed.core.locations import BucketPath
 from medembed.dataset.manifest import image_path
 from medembed.images.load import Content, Limits
-from medembed.images.tar_stream import TarRoot, read_members
+from medembed.images.streams import StreamRoot, read_images
+from medembed.images.tar_stream import TarRoot
 
-__all__ = ["Fetched", "ImageFetcher", "TarReader"]
+__all__ = ["Fetched", "ImageFetcher", "StreamReader"]
 
 AHEAD = 64  # contents whose images are fetched or wait, beyond those with a slot
 MAX_WAITING_BYTES = 2**30  # of fetched images; the next fetch waits until some are decoded
@@ -139,21 +140,21 @@ class ImageFetcher:
             self._room.wait_for(may_begin)
 
 
-class TarReader:
-    """Reads tar files once, and hands on the members whose bytes are wanted, in their order.
+class StreamReader:
+    """Reads a stream once, and hands on the images whose bytes are wanted, in their order.
 
     Parameters
     ----------
-    root : TarRoot
-        The tar files.
+    root : TarRoot or HubRoot
+        Tar files, or a dataset of the hub at a commit.
     directory, limits
         As `ImageFetcher` takes them.
     """
 
-    def __init__(self, root: TarRoot, directory: Path | None, limits: Limits) -> None:
+    def __init__(self, root: StreamRoot, directory: Path | None, limits: Limits) -> None:
         self._root, self._parent, self._limits = root, directory, limits
 
-    def __enter__(self) -> "TarReader":
+    def __enter__(self) -> "StreamReader":
         self._directory = tempfile.TemporaryDirectory(prefix="medembed-", dir=self._parent)
         return self
 
@@ -169,7 +170,7 @@ class TarReader:
         """Yield each content once, with its file or the reason why there is none."""
         wanted = SortedKeys(contents.keys)
         is_found = np.zeros(len(contents), bool)
-        for number, (_, data) in enumerate(read_members(self._root, self._limits.max_bytes)):
+        for number, (_, data) in enumerate(read_images(self._root, self._limits.max_bytes)):
             if is_found.all():
                 break
             if data is None:
@@ -182,7 +183,8 @@ class TarReader:
             path = Path(self._directory.name) / str(number)
             path.write_bytes(data)
             yield contents[place], _settled(Fetched((str(path),)))
-        reason = f"no file in the tar files has its bytes, of at most {self._limits.max_bytes:,}"
+        kind = "the tar files" if isinstance(self._root, TarRoot) else "the dataset"
+        reason = f"no file in {kind} has its bytes, of at most {self._limits.max_bytes:,}"
         for place in np.flatnonzero(~is_found).tolist():
             yield contents[place], _settled(Fetched((), reason))
 

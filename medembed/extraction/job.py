@@ -46,6 +46,7 @@ from medembed.core.system import (
     library_versions,
     total_memory,
 )
+from medembed.dataset.build_record import follow_build
 from medembed.dataset.manifest import (
     Manifest,
     existing_source,
@@ -64,7 +65,7 @@ from medembed.extraction.report import ExtractionReport, describe_execution, exe
 from medembed.extraction.writer import STAGES, Timeline, WriterThread
 from medembed.images.intensity import DEFAULT_INTENSITY, Intensity
 from medembed.images.load import DEFAULT_LIMITS, Content, Limits, Reading
-from medembed.images.tar_stream import TarRoot
+from medembed.images.streams import StreamRoot, is_stream, settle_stream
 from medembed.images.versions import IMAGES_VERSION, may_have_changed, why_changed
 
 __all__ = [
@@ -103,7 +104,7 @@ _WAY_OUT = "Extract into a new --cache"
 def refuse_outdated(
     plan: Plan,
     cache: Cache | None,
-    image_root: Location | TarRoot,
+    image_root: Location | StreamRoot,
     intensity: Intensity,
     n_decoders: int | None,
     on_status: Callable[[str], None],
@@ -138,7 +139,7 @@ def refuse_outdated(
 
 def _decoded_again(
     plan: Plan,
-    image_root: Location | TarRoot,
+    image_root: Location | StreamRoot,
     intensity: Intensity,
     n_decoders: int | None,
     on_status: Callable[[str], None],
@@ -154,8 +155,8 @@ def _decoded_again(
                 yield pair
 
 
-def _find_suspects(done: Sequence[Content], image_root: Location | TarRoot) -> list[Content]:
-    if isinstance(image_root, TarRoot):
+def _find_suspects(done: Sequence[Content], image_root: Location | StreamRoot) -> list[Content]:
+    if is_stream(image_root):
         return []  # as files that are missing
     if not isinstance(image_root, BucketPath):
         return [content for content in done if _is_suspect(content, image_root)]
@@ -222,8 +223,9 @@ def extract(
         Names the images and their SHA-256.
     image_root : path
         Directory that the manifest's image paths are relative to, a bucket's prefix such as
-        `s3://bucket/images`, or tar files such as `tar://shards`, which are read once in their
-        order; images are then found by their hash.
+        `s3://bucket/images`, or a stream: tar files such as `tar://shards`, or a dataset of the
+        hub, `hf://datasets/owner/name`, at the commit that the manifest was built from. Streams
+        are read once in their order; images are then found by their hash.
     encoder : Encoder, str or path
         The encoder, or a reference that `load_encoder` accepts.
     cache : Cache or path
@@ -287,10 +289,14 @@ def extract(
     -----
     On any exception, including Ctrl-C, rows embedded so far are committed before it propagates.
     """
-    root, timeline = existing_source(image_root), timeline or Timeline()
+    timeline = timeline or Timeline()
     on_status = on_status or (lambda words: None)
     poolings = poolings.split(",") if isinstance(poolings, str) else poolings
-    manifest, encoder = read_manifest(manifest), find_tower(encoder, poolings=poolings)
+    root, path = existing_source(image_root, pinned=False), manifest
+    manifest = read_manifest(manifest)
+    root = follow_build(root, path, manifest, on_status)
+    root = settle_stream(root) if is_stream(root) else root
+    encoder = find_tower(encoder, poolings=poolings)
     poolings = expand_blocks(poolings, encoder.dimensions)
     start = time.monotonic()
     cache_path = (
@@ -333,7 +339,7 @@ def extract(
 
 
 def prepare_cache(
-    image_root: Location | TarRoot,
+    image_root: Location | StreamRoot,
     encoder: Encoder,
     cache_path: Location,
     *,
@@ -355,7 +361,7 @@ def prepare_cache(
 
 
 def check_plan(
-    plan: Plan, spec: CacheSpec, image_root: Location | TarRoot, cache_path: Location
+    plan: Plan, spec: CacheSpec, image_root: Location | StreamRoot, cache_path: Location
 ) -> None:
     """Check, before any work, that at least one image exists and that the disk can hold the rows.
 
@@ -367,7 +373,7 @@ def check_plan(
         The disk is too full.
     """
     images = (image for content in plan.pending for image in content.images)
-    if not isinstance(image_root, TarRoot):
+    if not is_stream(image_root):
         refuse_empty_root(image_root, images, len(plan.pending), "to embed")
     if not isinstance(cache_path, BucketPath):
         _refuse_full_disk(plan, spec, cache_path)

@@ -21,7 +21,7 @@ from medembed.extraction.job import make_report
 from medembed.extraction.report import ExtractionReport
 from medembed.extraction.writer import Timeline
 from medembed.images.intensity import DEFAULT_INTENSITY, Intensity
-from medembed.images.tar_stream import TarRoot
+from medembed.images.streams import StreamRoot
 from medembed.images.versions import IMAGES_VERSION
 
 __all__ = ["report_if_settled"]
@@ -31,7 +31,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@\S+)?")
 
 def report_if_settled(
     manifest: Manifest,
-    image_root: Location | TarRoot,
+    image_root: Location | StreamRoot,
     reference: str,
     cache_path: Location,
     *,

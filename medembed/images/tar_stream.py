@@ -7,14 +7,16 @@ An image of a manifest is named by its tar file and member, `shard-000.tar/0007.
 
 import io
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from medembed.core import object_store
 from medembed.core.errors import ArgumentError, ImageError, PathNotFoundError, StorageError
 from medembed.core.files import describe_error, open_plain
 from medembed.core.locations import BucketPath, Location, parse_location
+from medembed.images.stream_files import StreamFile
 
 __all__ = ["TarRoot", "list_tars", "parse_tar_root", "read_members"]
 
@@ -59,7 +61,7 @@ def parse_tar_root(text: str) -> TarRoot | None:
     return TarRoot(parse_location(place))
 
 
-def list_tars(root: TarRoot) -> list[Location]:
+def list_tars(root: TarRoot) -> list[StreamFile]:
     """Return the tar files of a root, sorted by name.
 
     Raises
@@ -80,11 +82,12 @@ def list_tars(root: TarRoot) -> list[Location]:
             f"no tar file at {place} to find images in. Name a file that ends in .tar, or the "
             "directory or prefix that holds such files."
         )
-    return sorted(found, key=str)
+    paths = sorted(found, key=str)
+    return [StreamFile(path.name, str(path), partial(_open, path)) for path in paths]
 
 
-def read_members(root: TarRoot, max_bytes: int) -> Iterator[tuple[str, bytes | None]]:
-    """Yield the files in all tar files of a root, in order, each once and read to its end.
+def read_members(tars: Iterable[StreamFile], max_bytes: int) -> Iterator[tuple[str, bytes | None]]:
+    """Yield the files in tar files, in order, each once and read to its end.
 
     Yields
     ------
@@ -98,25 +101,25 @@ def read_members(root: TarRoot, max_bytes: int) -> Iterator[tuple[str, bytes | N
     ImageError
         A tar file is damaged or ends early.
     StorageError
-        A bucket refuses, or keeps failing.
+        A bucket or hub refuses, or keeps failing.
     """
-    for path in list_tars(root):
+    for own in tars:
         try:
             with (
-                _open(path) as file,
+                own.open() as file,
                 tarfile.open(fileobj=file, mode="r|*", tarinfo=_Member) as tar,
             ):
                 for member in tar:
                     if not member.isfile():
                         continue
                     content = tar.extractfile(member) if member.size <= max_bytes else None
-                    yield f"{path.name}/{member.name}", content.read() if content else None
+                    yield f"{own.name}/{member.name}", content.read() if content else None
         except StorageError:
             raise
         except (tarfile.TarError, EOFError, OSError) as error:
             raise ImageError(
-                f"tar file {path} cannot be read to its end: {describe_error(error)}. Restore it "
-                "from a copy."
+                f"tar file {own.place} cannot be read to its end: {describe_error(error)}. Restore "
+                "it from a copy."
             ) from error
 
 

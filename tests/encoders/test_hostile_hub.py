@@ -19,15 +19,15 @@ from hypothesis import strategies as st
 from made_checkpoints import PROCESSOR, SHARDS, classifier, sharded, single
 
 from medembed.core.errors import EncoderError
+from medembed.core.hub_http import LONGEST_PAUSE, plain_tag, seconds_to_wait
 from medembed.encoders.hub import resolve_checkpoint
-from medembed.encoders.hub_http import LONGEST_PAUSE, plain_tag, seconds_to_wait
 
 # Waits of hundredths of a second in our own fetching, and of none in the hub's, whose wish for more
 # than a minute ends the child.
 QUICK = """
 import os, types
 import huggingface_hub.file_download as d, huggingface_hub.utils._http as h
-import medembed.encoders.hub_http as r
+import medembed.core.hub_http as r
 r._PAUSES = (0.01, 0.02)
 r.LONGEST_PAUSE = 0.01
 d.time = h.time = types.SimpleNamespace(**vars(h.time))

@@ -24,7 +24,7 @@ from medembed.encoders.stored_tensors import read_header
 
 REF = "google/medgemma"
 FETCHED = "medembed-vision-tower.safetensors"
-QUICK = "import medembed.encoders.hub_http as r; r._PAUSES = (0.01, 0.02)\n"
+QUICK = "import medembed.core.hub_http as r; r._PAUSES = (0.01, 0.02)\n"
 
 
 @pytest.fixture

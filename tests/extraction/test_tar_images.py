@@ -19,6 +19,7 @@ from medembed.cli import main
 from medembed.core import object_store
 from medembed.core.errors import ArgumentError, ImageError, ManifestError, PathNotFoundError
 from medembed.core.locations import BucketPath
+from medembed.dataset.build_file import build_path, read_build
 from medembed.dataset.manifest import Manifest, existing_images, read_manifest
 from medembed.dataset.recipes.stream import build_from_stream
 from medembed.extraction import extract
@@ -158,6 +159,32 @@ def test_the_label_may_stand_in_a_file_of_its_own(tmp_path: Path) -> None:
     assert build_from_stream(TarRoot(tmp_path / "x.tar")).manifest.rows["label"].tolist() == [0, 1]
 
 
+def test_options_say_what_the_names_of_other_programs_mean(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / "images", 8)
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for number in range(8):
+            own = {"person": f"p{number}", "finding": ["fine", "bent"][number % 2], "age": number}
+            add(tar, f"{number}.json", json.dumps(own).encode())
+            add(tar, f"{number}.png", (tmp_path / "images" / f"{number:03d}.png").read_bytes())
+    words = ["manifest", "build", "--from-stream", "tar://x.tar", "-o", "m.csv", "--patient",
+             "person", "--label", "finding"]  # fmt: skip
+    refused = CliRunner().invoke(main, words)
+    assert refused.exit_code == 1
+    assert "Name what is abnormal with --abnormal" in refused.output
+    assert not (tmp_path / "m.csv").exists()
+    more = ["--abnormal", "bent", "--covariate", "age", "--test-fraction", "0.5"]
+    built = CliRunner().invoke(main, [*words, *more])
+    assert built.exit_code == 0, built.output
+    rows = read_manifest(tmp_path / "m.csv").rows
+    assert rows["label"].tolist() == [0, 1] * 4
+    assert rows["patient"].tolist() == [f"p{number}" for number in range(8)]
+    assert rows["age"].tolist() == [str(number) for number in range(8)]
+    assert (rows["split"] == "test").sum() == 4
+
+
 def test_who_looks_images_up_by_name_refuses_a_stream(tars: TarRoot, tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="read from front to back"):
         existing_images(str(tars))
@@ -176,7 +203,14 @@ def test_the_commands_take_a_stream(
     assert "12 images, 12 studies, 12 patients, 6 abnormal" in built.output
     assert "--image-root tar://tars" in built.output
     assert built.output.count("Hashing: ") == 1
-    assert len(read_manifest(tmp_path / "m.csv").rows) == N_IMAGES
+    manifest = read_manifest(tmp_path / "m.csv")
+    assert len(manifest.rows) == N_IMAGES
+    kept = read_build("m.csv", manifest)
+    assert kept is not None
+    assert kept.counts.found == N_IMAGES
+    assert kept.stream is not None
+    assert (kept.stream.kind, kept.stream.dataset, kept.recipe.name) == ("tar", None, None)
+    assert str(tmp_path) not in build_path("m.csv").read_text()
     words = ["extract", "m.csv", "--image-root", "tar://tars", "--encoder", "demo", "--cache", "c"]
     done = CliRunner().invoke(main, [*words, "--device", "cpu"])
     assert done.exit_code == 0, done.output

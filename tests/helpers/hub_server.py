@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 Answer = tuple[int, dict[str, str], bytes]
 OLD, NEW = "a" * 40, "b" * 40
@@ -58,6 +59,7 @@ class Request:
     span: str
     token: str
     sent: int = 0
+    query: str = ""
 
 
 @dataclass
@@ -80,7 +82,10 @@ class Hub:
     seconds_per_mb: float = 0.0
 
     def put(self, repo: str, files: dict[str, bytes], commit: str = NEW) -> None:
-        """Make `files` the repository's only commit, on its main branch."""
+        """Make `files` the repository's only commit, on its main branch.
+
+        A dataset's name begins `datasets/`.
+        """
         self.repos[repo] = {commit: files}
         self.branches[repo] = {"main": commit}
 
@@ -94,10 +99,15 @@ class Hub:
         return [r for r in self.requests if r.method == method and r.path.endswith(ending)]
 
     def answer(self, request: Request) -> Answer:
-        if "/resolve/" not in request.path:
+        kind, path = "", request.path.lstrip("/")
+        if path.removeprefix("api/").startswith("datasets/"):
+            kind, path = "datasets/", path.removeprefix("api/").removeprefix("datasets/")
+        parts = [unquote(part) for part in path.split("/", 4)]
+        if "/resolve/" not in request.path and not kind:
             return 404, {}, b""
-        owner, name, _, revision, file = request.path.lstrip("/").split("/", 4)
-        repo = f"{owner}/{name}"
+        asked = parts[2:] or ["revision", "main"]
+        (owner, name), (what, revision, file) = parts[:2], (*asked, "")[:3]
+        repo = f"{kind}{owner}/{name}"
         if repo in self.refusals:
             status, code = self.refusals[repo]
             return status, {"X-Error-Code": code} if code else {}, b""
@@ -108,10 +118,13 @@ class Hub:
         commit = self.branches[repo].get(revision, revision)
         if commit not in self.repos[repo]:
             return 404, {"X-Error-Code": "RevisionNotFound"}, b""
-        if file not in self.repos[repo][commit]:
+        is_file = what not in ("revision", "tree")
+        if is_file and file not in self.repos[repo][commit]:
             return 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit}, b""
         if passing := self.status_for(request):
             return passing, {}, b""
+        if not is_file:
+            return self.describe(request, self.repos[repo][commit], commit, what)
         body = self.repos[repo][commit][file]
         etag = f'"{self.etag_of(body)}"'
         headers = {"ETag": etag, "X-Repo-Commit": commit}
@@ -128,6 +141,21 @@ class Hub:
         headers["Content-Range"] = f"bytes {first}-{first + len(part) - 1}/{len(body)}"
         return 206, headers, part
 
+    def describe(self, request: Request, files: dict[str, bytes], commit: str, what: str) -> Answer:
+        """Answer what the API says of a repository: its commit, or its files, three to a page."""
+        if what == "revision":
+            return 200, {}, json.dumps({"id": "owner/name", "sha": commit}).encode()
+        names = sorted(files)
+        start = int(request.query.partition("cursor=")[2] or 0)
+        listed = [
+            {"type": "file", "path": name, "size": len(files[name]), "oid": "0" * 40}
+            for name in names[start : start + 3]
+        ]
+        more = start + 3 < len(names)
+        place = f"{self.address}{request.path}?recursive=true&cursor={start + 3}"
+        link = {"Link": f'<{place}>; rel="next"'} if more else {}
+        return 200, link, json.dumps(listed).encode()
+
 
 @contextmanager
 def serving(hub: Hub) -> Iterator[Hub]:
@@ -138,9 +166,10 @@ def serving(hub: Hub) -> Iterator[Hub]:
         disable_nagle_algorithm = True
 
         def respond(self, with_body: bool) -> None:
-            path = self.path.partition("?")[0]
+            path, _, query = self.path.partition("?")
             span = self.headers.get("Range", "")
-            request = Request(self.command, path, span, self.headers.get("Authorization", ""))
+            token = self.headers.get("Authorization", "")
+            request = Request(self.command, path, span, token, query=query)
             hub.requests.append(request)
             status, headers, body = hub.tamper(request, hub.answer(request))
             if with_body and "/resolve/" in path:  # it asks for other things too, once a day

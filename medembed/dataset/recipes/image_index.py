@@ -10,10 +10,9 @@ from pathlib import Path
 from medembed.core.errors import RecipeError
 from medembed.core.text import normalise
 from medembed.dataset.recipes.listing import count_of, first_names, is_unicode, refuse
+from medembed.images.stream_files import IMAGE_SUFFIXES
 
-__all__ = ["AS_TEXT", "SUFFIXES", "ImageIndex", "compare_names", "find_shortened", "plain_path"]
-
-SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".dcm", ".dicom"}
+__all__ = ["AS_TEXT", "ImageIndex", "compare_names", "find_shortened", "plain_path"]
 
 PLAIN = re.compile(
     r"[\w-][\w.-]*(?:/[\w-][\w.-]*)*", re.ASCII
@@ -277,7 +276,7 @@ def _is_visible(name: str) -> bool:
 
 
 def _is_image(name: str) -> bool:
-    return _is_visible(name) and os.path.splitext(normalise(name))[1].lower() in SUFFIXES
+    return _is_visible(name) and os.path.splitext(normalise(name))[1].lower() in IMAGE_SUFFIXES
 
 
 SPREADSHEET_DIGITS = 15  # digits of a number that a spreadsheet keeps; others become zeros
@@ -375,7 +374,7 @@ def _names(path: str) -> tuple[str, str, str]:
 
 def _without_suffix(path: str) -> str:
     stem, suffix = posixpath.splitext(path)
-    return (stem if suffix.lower() in SUFFIXES else path).casefold()
+    return (stem if suffix.lower() in IMAGE_SUFFIXES else path).casefold()
 
 
 def _compare_folders(wanted: dict[str, str], paths: dict[str, str], root: Path) -> str:

@@ -32,6 +32,7 @@ from medembed.dataset.recipes.labels import find_table, need_columns
 from medembed.dataset.split_counts import ENOUGH_OF_CLASS, ENOUGH_PATIENTS
 
 __all__ = [
+    "NO_PATIENTS",
     "ONE_REGION",
     "NamedFiles",
     "choose_fraction",
@@ -39,6 +40,7 @@ __all__ = [
     "name_file",
     "propose_table",
     "score_image_columns",
+    "tells_label",
 ]
 
 ONE_REGION = "all"
@@ -474,7 +476,7 @@ def _choose_covariates(
         taken = [*draft.taken, *patient, *_listed(table.get("study", ()))]
         means = label.read(rows)
         every = find_covariates(rows, taken)
-        telling = [name for name in every if _tells_label(rows[name], means)]
+        telling = [name for name in every if tells_label(rows[name], means)]
         chosen = tuple(name for name in every if name not in telling)
         _propose_targets(draft, rows, chosen)
         if telling:
@@ -508,7 +510,7 @@ def _propose_targets(draft: _Draft, rows: pd.DataFrame, columns: Sequence[str]) 
         )
 
 
-def _tells_label(column: "pd.Series[str]", means: "pd.Series[str]") -> bool:
+def tells_label(column: "pd.Series[str]", means: "pd.Series[str]") -> bool:
     """Return whether each value of a column has only one label, like a count of findings."""
     is_known = means.isin(["normal", "abnormal"]) & (column != "")
     labels = means[is_known].groupby(column[is_known])

@@ -14,19 +14,24 @@ import errno
 import math
 import re
 import threading
+import time
 from collections.abc import Callable, Generator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import Any, TypeVar
 
-from medembed.core.errors import EncoderError
+from medembed.core.errors import EncoderError, MedembedError, StorageError
 from medembed.core.text import mask_controls
 
 __all__ = [
+    "DATASET",
     "LONGEST_PAUSE",
+    "MODEL",
     "RemoteFile",
+    "RepoKind",
+    "ask_hub",
     "copy_range",
     "explain",
     "explain_changed",
@@ -44,6 +49,43 @@ __all__ = [
 LONGEST_PAUSE = 60
 """Longest pause, in seconds, that a server can demand."""
 
+
+@dataclass(frozen=True)
+class RepoKind:
+    """A kind of repository, and what is said when one cannot be read.
+
+    Attributes
+    ----------
+    name : {"model", "dataset"}
+        What huggingface_hub calls it.
+    error : type of MedembedError
+        The class of its errors.
+    instead : str
+        What to do without the hub.
+    again : str
+        What to do after a connection broke.
+    """
+
+    name: str
+    error: type[MedembedError]
+    instead: str
+    again: str
+
+
+MODEL = RepoKind(
+    "model",
+    EncoderError,
+    "give a checkpoint directory",
+    "The part received is kept: run again to resume.",
+)
+DATASET = RepoKind(
+    "dataset",
+    StorageError,
+    "download its images or tar files and name the directory",
+    "Run the same command again; rows that were embedded stay.",
+)
+
+Answer = TypeVar("Answer")
 _TAG = re.compile(r'(?:W/)?"?([0-9A-Za-z][0-9A-Za-z._-]{0,127})"?')
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _XET_HASH = re.compile(r"[0-9a-fA-F]{64}")
@@ -82,7 +124,7 @@ class _Guarded:
         return client
 
 
-def plain_tag(header: str) -> str:
+def plain_tag(header: str, kind: RepoKind = MODEL) -> str:
     """Return an ETag without quotes, if it has up to 128 letters, digits and . _ - characters.
 
     Raises
@@ -92,7 +134,7 @@ def plain_tag(header: str) -> str:
     """
     found = _TAG.fullmatch(header)
     if found is None:
-        raise _refuse("ETag", header, "a plain word")
+        raise _refuse("ETag", header, "a plain word", kind)
     return found[1]
 
 
@@ -122,27 +164,28 @@ def _shown(text: str) -> str:
 
 
 def _check_answer(response: Any) -> None:
-    """Refuse invalid names, and limit pauses; raises EncoderError."""
+    """Refuse invalid names, and limit pauses; raises the error of the repository's kind."""
     headers, request = response.headers, response.request
+    kind = DATASET if "/datasets/" in request.url.path else MODEL
     commit = headers.get("X-Repo-Commit")
     if commit is not None:
-        _check_commit(commit, request.url.path)
+        _check_commit(commit, request.url.path, kind)
     if request.method == "HEAD":  # only these tags name blobs; a storage's own tags on GET do not
         for name in ("X-Linked-Etag", "ETag"):
             if name in headers:
-                plain_tag(headers[name])
+                plain_tag(headers[name], kind)
     xet = headers.get("X-Xet-Hash")
     if xet is not None and not _XET_HASH.fullmatch(xet):
-        raise _refuse("X-Xet-Hash", xet, "64 hex digits")
+        raise _refuse("X-Xet-Hash", xet, "64 hex digits", kind)
     _bound_waits(headers)
 
 
-def _check_commit(commit: str, path: str) -> None:
+def _check_commit(commit: str, path: str, kind: RepoKind) -> None:
     if not _COMMIT.fullmatch(commit):
-        raise _refuse("X-Repo-Commit", commit, "40 hex digits")
+        raise _refuse("X-Repo-Commit", commit, "40 hex digits", kind)
     asked = _ASKED_COMMIT.search(path)
     if asked and asked[1] != commit:
-        raise _refuse("X-Repo-Commit", commit, f"the commit {asked[1]} that was asked for")
+        raise _refuse("X-Repo-Commit", commit, f"the commit {asked[1]} that was asked for", kind)
 
 
 def _bound_waits(headers: Any) -> None:
@@ -156,20 +199,22 @@ def _bound_waits(headers: Any) -> None:
         del headers["RateLimit"]
 
 
-def _refuse(header: str, value: str, expected: str) -> EncoderError:
+def _refuse(header: str, value: str, expected: str, kind: RepoKind) -> MedembedError:
     from huggingface_hub import constants
 
-    return EncoderError(
+    return kind.error(
         f"{constants.ENDPOINT} gives {_shown(value)!r} as {header}, which is not {expected}. "
-        "Nothing of it was written. Set HF_ENDPOINT to a trusted hub, or give a "
-        "checkpoint directory."
+        f"Nothing of it was written. Set HF_ENDPOINT to a trusted hub, or {kind.instead}."
     )
 
 
+_QUERY = re.compile(r"\?\S*")
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def explain(error: Exception, repo: str, revision: str | None, name: str) -> EncoderError:
+def explain(
+    error: Exception, repo: str, revision: str | None, name: str, kind: RepoKind = MODEL
+) -> MedembedError:
     """Return the error that explains why `name` of a repository cannot be downloaded.
 
     Parameters
@@ -181,54 +226,68 @@ def explain(error: Exception, repo: str, revision: str | None, name: str) -> Enc
     """
     from huggingface_hub import constants, errors
 
-    address = f"{constants.ENDPOINT}/{repo}"
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return explain_unreached(error, repo, name, kind)
+    address = f"{constants.ENDPOINT}/{'' if kind is MODEL else 'datasets/'}{repo}"
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.GatedRepoError):  # a RepositoryNotFoundError too, so first
-        return EncoderError(
+        return kind.error(
             f"{repo} is gated: accept its terms at {address} and set HF_TOKEN to a token of the "
             "account that did."
         )
     if isinstance(error, errors.RevisionNotFoundError):
-        return EncoderError(f"{repo} has no revision {revision}; see {address}/commits/main.")
+        return kind.error(f"{repo} has no revision {revision}; see {address}/commits/main.")
     if isinstance(error, errors.RepositoryNotFoundError):
-        return EncoderError(
-            f"encoder {repo} is neither a directory here nor a repository at {address} that you "
-            "may read. Check the name; if it is private, set HF_TOKEN."
+        absent = "neither a directory here nor a repository" if kind is MODEL else "no repository"
+        noun = "encoder" if kind is MODEL else kind.name
+        return kind.error(
+            f"{noun} {repo} is {absent} at {address} that you may read. Check the name; if it is "
+            "private, set HF_TOKEN."
         )
     if isinstance(error, errors.EntryNotFoundError):
-        return explain_missing(repo, name)
+        return explain_missing(repo, name, kind)
     if status in (401, 403):
-        return _refused(status, repo, name)
+        return _refused(status, repo, name, kind)
     if is_no_space(error):
         return explain_no_space(name, repo)
     reason = mask_controls((str(error).strip() or type(error).__name__).splitlines()[0])
-    return EncoderError(f"{name} of {repo} could not be fetched: {reason} Try again.")
+    reason = _QUERY.sub("?…", reason)  # a storage's address holds a signature
+    return kind.error(f"{name} of {repo} could not be fetched: {reason} Try again.")
 
 
-def explain_missing(repo: str, name: str) -> EncoderError:
+def explain_missing(repo: str, name: str, kind: RepoKind = MODEL) -> MedembedError:
     """Return the error for a repository without a file `name`."""
-    return EncoderError(f"{repo} holds no {name}: it is not a checkpoint that can be read.")
+    what = "a checkpoint that can be read" if kind is MODEL else "what it was listed to be"
+    return kind.error(f"{repo} holds no {name}: it is not {what}.")
 
 
-def explain_unreached(error: BaseException | None, repo: str, name: str) -> EncoderError:
+def explain_unreached(
+    error: BaseException | None, repo: str, name: str, kind: RepoKind = MODEL
+) -> MedembedError:
     """Return the error for `name` that was not downloaded before and cannot be now."""
     from huggingface_hub import constants, errors
 
-    if constants.HF_HUB_OFFLINE:
-        return EncoderError(
+    kept = " and {} was not fetched before" if kind is MODEL else ": {} cannot be read"
+    without = kept.format(f"{name} of {repo}")
+    if constants.HF_HUB_OFFLINE and kind is MODEL:
+        return kind.error(
             f"{name} of {repo} was not fetched before, and HF_HUB_OFFLINE is set. Unset it once "
-            "while there is a connection, or give a checkpoint directory."
+            f"while there is a connection, or {kind.instead}."
+        )
+    if constants.HF_HUB_OFFLINE:
+        return kind.error(
+            f"HF_HUB_OFFLINE is set, and {name} of {repo} is read from the hub. Unset it, or "
+            f"{kind.instead}."
         )
     if isinstance(error, errors.RepositoryNotFoundError):
-        return explain(error, repo, None, name)
+        return explain(error, repo, None, name, kind)
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403):
-        return _refused(status, repo, name)
+        return _refused(status, repo, name, kind)
     answer = f"answered HTTP {status}" if status else "cannot be reached"
     slow = f" ({error}: HF_HUB_ETAG_TIMEOUT allows more)" if isinstance(error, TimeoutError) else ""
-    return EncoderError(
-        f"{constants.ENDPOINT} {answer} and {name} of {repo} was not fetched before{slow}. Check "
-        "the connection, or give a checkpoint directory."
+    return kind.error(
+        f"{constants.ENDPOINT} {answer}{without}{slow}. Check the connection, or {kind.instead}."
     )
 
 
@@ -245,9 +304,9 @@ def explain_no_space(
     )
 
 
-def explain_changed(repo: str, commit: str, name: str) -> EncoderError:
+def explain_changed(repo: str, commit: str, name: str, kind: RepoKind = MODEL) -> MedembedError:
     """Return the error for a file that changed under its commit."""
-    return EncoderError(
+    return kind.error(
         f"{name} of {repo} changed at the hub under commit {commit[:12]} while it was fetched: "
         "nothing of it is kept. Run again; if this repeats, the repository or the mirror in "
         "HF_ENDPOINT cannot be trusted."
@@ -259,10 +318,10 @@ def is_no_space(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in _NO_SPACE
 
 
-def _refused(status: int, repo: str, name: str) -> EncoderError:
+def _refused(status: int, repo: str, name: str, kind: RepoKind) -> MedembedError:
     from huggingface_hub import constants
 
-    return EncoderError(
+    return kind.error(
         f"{constants.ENDPOINT} refused {name} of {repo} (HTTP {status}): the token in HF_TOKEN "
         "is wrong or lacks access. Make a token with read access to it."
     )
@@ -289,6 +348,8 @@ class RemoteFile:
         Size in bytes.
     etag : str
         The hub's own tag of the content, without quotes.
+    kind : RepoKind
+        What the repository is.
     """
 
     repo: str
@@ -296,6 +357,7 @@ class RemoteFile:
     name: str
     size: int
     etag: str
+    kind: RepoKind = MODEL
 
 
 class _Broken(Exception):  # noqa: N818 - no error yet: the try may be repeated
@@ -312,7 +374,7 @@ def open_file(repo: str, commit: str, name: str, count: int) -> tuple[RemoteFile
 
     Raises
     ------
-    EncoderError
+    MedembedError
         The file does not exist, access is denied, there is no connection, or the server does not
         support ranges.
     """
@@ -349,7 +411,7 @@ def copy_range(
 
     Raises
     ------
-    EncoderError
+    MedembedError
         The content differs from `file`, the server refuses, or the connection stays broken.
     """
     halted = halted or threading.Event()
@@ -390,7 +452,7 @@ def _stream(
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
     guard_answers()
-    url = hf_hub_url(file.repo, file.name, revision=file.commit)
+    url = hf_hub_url(file.repo, file.name, repo_type=file.kind.name, revision=file.commit)
     # Compressed bytes would have other positions.
     asked = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
     headers = {**build_hf_headers(), **asked}
@@ -409,11 +471,11 @@ def _stream(
                     raise _range_error(file, f"sent more than the {stop - start} bytes asked for")
                 left -= len(chunk)
                 yield chunk
-    except EncoderError:
+    except MedembedError:
         raise
     except HfHubHTTPError as error:
         if error.response.status_code not in _PASSING:
-            raise explain(error, file.repo, file.commit, file.name) from error
+            raise explain(error, file.repo, file.commit, file.name, file.kind) from error
         wait = seconds_to_wait(error.response.headers.get("Retry-After", ""))
         raise _Broken(f"HTTP {error.response.status_code}", wait or 0.0) from error
     except Exception as error:  # its client's errors are neither the hub's nor OSErrors
@@ -436,14 +498,13 @@ def _read_answer(response: Any, file: RemoteFile, start: int, stop: int) -> Remo
     found = _CONTENT_RANGE.fullmatch(span)
     size = int(found[3]) if found else 0
     if found and (int(found[1]), size) == (start, int(found[2]) + 1) and size < stop:
-        raise EncoderError(
-            f"{file.name} of {file.repo} is not a whole safetensors file: it ends at byte {size}."
-        )
+        whole = "a whole safetensors file" if file.kind is MODEL else "as long as it was listed"
+        raise file.kind.error(f"{file.name} of {file.repo} is not {whole}: it ends at byte {size}.")
     if not found or (int(found[1]), int(found[2]) + 1) != (start, stop):
         raise _range_error(
             file, f"sent {_shown(span) or 'no Content-Range'} for bytes {start}-{stop - 1}"
         )
-    answered = RemoteFile(file.repo, file.commit, file.name, size, _etag_of(response))
+    answered = replace(file, size=size, etag=_etag_of(response, file.kind))
     if not answered.etag:
         raise _range_error(file, "names no ETag, so parts cannot be known to be of one file")
     return answered
@@ -451,10 +512,10 @@ def _read_answer(response: Any, file: RemoteFile, start: int, stop: int) -> Remo
 
 def _check_same(file: RemoteFile, answered: RemoteFile) -> None:
     if file.etag and answered != file:
-        raise explain_changed(file.repo, file.commit, file.name)
+        raise explain_changed(file.repo, file.commit, file.name, file.kind)
 
 
-def _etag_of(response: Any) -> str:
+def _etag_of(response: Any, kind: RepoKind) -> str:
     """Return the hub's tag of the content.
 
     A file in large storage is redirected to another host, whose own tag is useless; the hub sends
@@ -463,23 +524,60 @@ def _etag_of(response: Any) -> str:
     linked = [hop.headers.get("X-Linked-Etag") for hop in (*response.history, response)]
     named = [tag for tag in linked if tag]
     etag = named[-1] if named else response.headers.get("ETag", "")
-    return plain_tag(etag) if etag else ""
+    return plain_tag(etag, kind) if etag else ""
 
 
-def _range_error(file: RemoteFile, what: str) -> EncoderError:
+def _range_error(file: RemoteFile, what: str) -> MedembedError:
     from huggingface_hub import constants
 
-    return EncoderError(
+    return file.kind.error(
         f"{constants.ENDPOINT} {what}: {file.name} of {file.repo} cannot be fetched in part from "
-        "it. Check HF_ENDPOINT and proxies, or give a checkpoint directory."
+        f"it. Check HF_ENDPOINT and proxies, or {file.kind.instead}."
     )
 
 
-def _explain_broken(file: RemoteFile, broken: _Broken) -> EncoderError:
+def _explain_broken(file: RemoteFile, broken: _Broken) -> MedembedError:
     from huggingface_hub import constants
 
-    reason = mask_controls(broken.reason.splitlines()[0]).rstrip(".")
-    return EncoderError(
+    reason = _QUERY.sub("?…", mask_controls(broken.reason.splitlines()[0]).rstrip("."))
+    return file.kind.error(
         f"the connection to {constants.ENDPOINT} broke while {file.name} of {file.repo} was "
-        f"fetched: {reason}. The part received is kept: run again to resume."
+        f"fetched: {reason}. {file.kind.again}"
     )
+
+
+def ask_hub(
+    call: Callable[[], Answer], repo: str, revision: str, what: str, kind: RepoKind
+) -> Answer:
+    """Return what a call of huggingface_hub's API answers, tried again while it fails in passing.
+
+    Raises
+    ------
+    MedembedError
+        The hub refuses, its answer is not usable, or it cannot be reached.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    guard_answers()
+    for pause in (*_PAUSES[:3], None):
+        try:
+            return call()
+        except MedembedError:  # of what it answered
+            raise
+        except OfflineModeIsEnabled as error:
+            raise explain_unreached(error, repo, what, kind) from error
+        except HfHubHTTPError as error:
+            if error.response.status_code not in _PASSING:
+                raise explain(error, repo, revision, what, kind) from error
+            if pause is None:
+                raise explain_unreached(error, repo, what, kind) from error
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise kind.error(
+                f"{what} of {repo}: the hub's answer cannot be read ({type(error).__name__}). "
+                f"Check HF_ENDPOINT and proxies, or {kind.instead}."
+            ) from error
+        except Exception as error:  # its client's errors are neither the hub's nor OSErrors
+            if pause is None:
+                raise explain_unreached(error, repo, what, kind) from error
+        time.sleep(pause)
+    raise AssertionError("unreachable")
