@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
 from medembed.core.errors import StorageError
@@ -43,6 +43,7 @@ __all__ = [
     "read_range",
     "require_conditions",
     "set_announcer",
+    "store_time",
 ]
 
 AHEAD = 32
@@ -56,6 +57,8 @@ PROBE = ".probe-"
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 _RETRIED = {"408", "409", "425", "429", "500", "502", "503", "504"}
 _PASSING = re.compile(r"<Code>(RequestTimeout|SlowDown|InternalError|OperationAborted|Throttl)")
+# Another's write to the name was under way (409), and may yet fail; obstore calls that existing.
+_RACED = re.compile(r"<Code>(ConditionalRequestConflict|OperationAborted)")
 _EXPIRED = re.compile(
     r"ExpiredToken|TokenRefreshRequired|RequestExpired|InvalidAuthenticationInfo|invalid_token"
 )
@@ -128,9 +131,12 @@ class _Bucket:
                     raise _refused(path, "404", "there is no such bucket") from None
                 missing = FileNotFoundError(errno.ENOENT, "no such object", str(path))
                 raise missing from None
-            except known.AlreadyExistsError:
-                raise FileExistsError(errno.EEXIST, "the object exists", str(path)) from None
             except (known.BaseError, OSError, ValueError) as error:
+                if isinstance(error, known.AlreadyExistsError) and not _RACED.search(str(error)):
+                    raise FileExistsError(errno.EEXIST, "the object exists", str(path)) from None
+                if "Could not parse path" in str(error):
+                    unnamed = OSError(errno.EINVAL, "no object can have this name", str(path))
+                    raise unnamed from None
                 status, words = _explain(str(error))
                 has_expired = _EXPIRED.search(str(error)) is not None
                 if attempt == 1 and status in ("400", "401", "403") and "(" not in words:
@@ -338,6 +344,24 @@ def require_conditions(prefix: BucketPath) -> None:
             "or extract into a local --cache and copy that with the store's own client: reading "
             "needs no conditions."
         )
+
+
+def store_time(prefix: BucketPath) -> datetime:
+    """Return the time by the clock of a store, which is what an object's age is counted in.
+
+    Raises
+    ------
+    StorageError
+        The store refuses, or keeps failing.
+    """
+    probe = prefix / f"{PROBE}{secrets.token_hex(8)}"
+    try:
+        put_object(probe, b"")
+        found = find_object(probe)
+    finally:
+        with suppress(OSError):
+            delete_objects([probe])
+    return found.modified if found else datetime.now(UTC)
 
 
 def is_probe(path: BucketPath) -> bool:

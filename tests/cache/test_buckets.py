@@ -16,8 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import boto3
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from s3_server import S3, SECRET, Answer, Asked
 
 from medembed.cache import compaction, local_copies, shards, verification
@@ -30,6 +32,7 @@ from medembed.cache.spec import CacheSpec, hex_from_keys
 from medembed.cache.storage import store_at
 from medembed.cache.store import Cache, create_cache, open_cache
 from medembed.cache.transfer import copy_cache
+from medembed.cli import main
 from medembed.core import object_store
 from medembed.core.errors import (
     ArgumentError,
@@ -39,6 +42,7 @@ from medembed.core.errors import (
     SpecMismatchError,
     StorageError,
 )
+from medembed.core.files import as_path
 from medembed.core.locations import BucketPath, as_location, parse_location
 
 SPEC = CacheSpec("ab" * 32, {"width": 8}, {"mean": (4,), "max": (4,)}, "float32")
@@ -90,6 +94,7 @@ def cache(place: BucketPath) -> Cache:
         ("gs://b/x//y/", "gs://b/x/y"),
         (Path("s3://b/x"), "s3://b/x"),  # its slash is gone: s3:/b/x
         ("az://container/x", "az://container/x"),
+        ("S3://b/a b/50%25 #1?/ü", "s3://b/a b/50%25 #1?/ü"),
     ],
 )
 def test_a_url_is_a_prefix_of_a_bucket(text: str | Path, shown: str) -> None:
@@ -109,13 +114,46 @@ def test_what_has_no_scheme_is_a_local_path(text: str) -> None:
         ("ftp://host/x", "ftp:// is no place that medembed reads"),
         ("s3://", "names no place in a bucket"),
         ("s3://b/../c", "names no place in a bucket"),
+        ("s3:///mura", "names no place in a bucket"),  # s3://$BUCKET/mura
+        ("s3://a bucket/x", "names no place in a bucket"),
+        ("s3://b/x\n/y", "names no place in a bucket"),
         ("s3://key:geheim@b/x", "holds no credentials"),
+        ("s3://key:geh/geheim@b/x", "holds no credentials"),  # a secret key may have slashes
     ],
 )
 def test_a_url_that_names_no_place_is_refused(text: str, words: str) -> None:
     with pytest.raises(ArgumentError, match=words) as caught:
         parse_location(text)
     assert "geheim" not in str(caught.value)
+
+
+def test_a_refused_url_shows_no_credentials() -> None:
+    with pytest.raises(ArgumentError, match=r"a run is a local path .*s3://…@b/run") as caught:
+        as_path("s3://key:geh/geheim@b/run", "a run")
+    done = CliRunner().invoke(main, ["report", "s3://key:geh/geheim@b/run", "-o", "x"])
+    assert "s3://…@b/run is not on this machine" in done.output
+    assert "geheim" not in f"{caught.value} {done.output}"
+
+
+@pytest.mark.parametrize("name", ["a b", "50%25", "a+b", "#1", "a?b=c&d", "ü", "a~*'()[]\\"])
+def test_names_reach_the_store_as_they_are(s3: S3, place: BucketPath, name: str) -> None:
+    boto3.client("s3").put_object(Bucket="bucket", Key=f"{place.key}/{name}", Body=b"here")
+    assert object_store.read_object(place / name) == b"here"
+    assert [found.path for found in object_store.list_objects(place)] == [place / name]
+    assert not object_store.create_object(place / name, b"other")
+
+
+def test_a_name_that_no_object_can_have_blames_no_store(s3: S3, place: BucketPath) -> None:
+    with pytest.raises(OSError, match="no object can have this name") as caught:
+        object_store.read_object(place / "a\nb")
+    assert not isinstance(caught.value, StorageError)  # which would end a run
+
+
+def test_a_write_that_races_another_is_tried_again(s3: S3, place: BucketPath) -> None:
+    s3.fault = lambda asked: (409, "ConditionalRequestConflict") if asked.n == 1 else None
+    assert object_store.create_object(place, b"mine")
+    assert not object_store.create_object(place, b"other")
+    assert object_store.read_object(place) == b"mine"
 
 
 def test_of_16_that_create_an_object_one_wins(place: BucketPath) -> None:
