@@ -36,6 +36,7 @@ __all__ = [
     "find_object",
     "is_probe",
     "list_objects",
+    "list_objects_in",
     "object_exists",
     "pause",
     "put_object",
@@ -195,6 +196,14 @@ def list_objects(prefix: BucketPath, limit: int | None = None) -> list[StoredObj
         return found
 
     return _bucket_of(prefix).call(prefix, read)
+
+
+def list_objects_in(prefix: BucketPath) -> list[BucketPath]:
+    """Return the objects directly below a prefix, as `list_objects` does.
+
+    What stands for the prefix itself, as consoles make it for a "folder", is left out.
+    """
+    return [found.path for found in list_objects(prefix) if found.path.parent == prefix]
 
 
 def object_exists(path: BucketPath) -> bool:

@@ -3,7 +3,6 @@
 What a directory and a bucket have in common is tested beside each module, over both of them.
 """
 
-import itertools
 import json
 import os
 import re
@@ -13,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from email.utils import format_datetime, parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import boto3
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from made_buckets import OTHER, RECORDED, SPEC, check, commit, new_place, rows_of, some_keys
 from s3_server import S3, SECRET, Answer, Asked
 
 from medembed.cache import compaction, local_copies, shards, verification
@@ -28,7 +29,7 @@ from medembed.cache.embeddings import map_rows
 from medembed.cache.failures import Failure
 from medembed.cache.index import committed_shards
 from medembed.cache.metadata import is_free
-from medembed.cache.spec import CacheSpec, hex_from_keys
+from medembed.cache.spec import hex_from_keys
 from medembed.cache.storage import store_at
 from medembed.cache.store import Cache, create_cache, open_cache
 from medembed.cache.transfer import copy_cache
@@ -45,40 +46,10 @@ from medembed.core.errors import (
 from medembed.core.files import as_path
 from medembed.core.locations import BucketPath, as_location, parse_location
 
-SPEC = CacheSpec("ab" * 32, {"width": 8}, {"mean": (4,), "max": (4,)}, "float32")
-OTHER = CacheSpec("cd" * 32, {"width": 8}, {"mean": (4,), "max": (4,)}, "float32")
-RECORDED = {"source": "made up"}
-NUMBERS = itertools.count()
-
-
-def some_keys(n: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (n, 32), dtype=np.uint8)
-
-
-def rows_of(keys: np.ndarray) -> dict[str, np.ndarray]:
-    mean = keys[:, :4].astype(np.float32)
-    return {"mean": mean, "max": mean + 0.5}
-
-
-def commit(cache: Cache, keys: np.ndarray) -> BucketPath:
-    path = cache.commit(keys, rows_of(keys))
-    assert isinstance(path, BucketPath)
-    return path
-
-
-def check(cache: Cache, keys: np.ndarray) -> None:
-    """Check that a cache is whole and holds exactly these rows, each once."""
-    fresh = open_cache(cache.path)
-    assert fresh.verify() == []
-    assert np.array_equal(fresh.keys(), np.unique(keys, axis=0))
-    read = fresh.read(keys, ["mean", "max"])
-    for name, values in rows_of(keys).items():
-        assert np.array_equal(read[name], values)
-
 
 @pytest.fixture
 def place(s3: S3) -> BucketPath:
-    return BucketPath("s3", "bucket", f"buckets/{os.getpid()}-{next(NUMBERS)}")
+    return new_place()
 
 
 @pytest.fixture
@@ -141,6 +112,9 @@ def test_names_reach_the_store_as_they_are(s3: S3, place: BucketPath, name: str)
     assert object_store.read_object(place / name) == b"here"
     assert [found.path for found in object_store.list_objects(place)] == [place / name]
     assert not object_store.create_object(place / name, b"other")
+    object_store.copy_object(place / name, place / "aside" / name)
+    object_store.delete_objects([place / name])
+    assert [found.path for found in object_store.list_objects(place)] == [place / "aside" / name]
 
 
 def test_a_name_that_no_object_can_have_blames_no_store(s3: S3, place: BucketPath) -> None:
@@ -351,6 +325,51 @@ def test_shards_merged_in_a_bucket_stay_for_a_while(
         compact(place, SPEC)
     assert done == [5]
     assert set(store_at(place).list()) == {"cache.json"}
+
+
+def test_a_lock_is_as_old_as_the_store_says(s3: S3, place: BucketPath, cache: Cache) -> None:
+    """A machine whose clock is wrong breaks no lock of another."""
+
+    def an_hour_behind(asked: Asked, answer: Answer) -> Answer:
+        for name, value in answer.headers.items():
+            if name.lower() == "last-modified":
+                written = parsedate_to_datetime(value) - object_store.timedelta(hours=1)
+                answer.headers[name] = format_datetime(written, usegmt=True)
+        return answer
+
+    commit(cache, some_keys(5))
+    s3.tamper = an_hour_behind
+    object_store.put_object(place / LOCK, b"of one that is alive")
+    with pytest.raises(CacheError, match="another compaction"):
+        compact(place, SPEC)
+    assert object_store.read_object(place / LOCK) == b"of one that is alive"
+    assert not any(object_store.is_probe(o.path) for o in object_store.list_objects(place))
+
+
+def test_a_lock_is_renewed_while_merged_shards_stay(
+    s3: S3, place: BucketPath, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for part in np.array_split(some_keys(20), 2):
+        commit(cache, part)
+    monkeypatch.setattr(compaction, "RENEWAL_SECONDS", 0.05)
+    s3.asked.clear()
+    compact(place, SPEC, grace_seconds=0.25)
+    assert sum(a.method == "PUT" and a.key.endswith(LOCK) for a in s3.asked) > 4
+
+
+def test_what_consoles_and_people_leave_in_a_prefix_is_no_shard(s3: S3, place: BucketPath) -> None:
+    client = boto3.client("s3")
+    for name in ("", "shards/"):  # as a console makes a "folder"
+        client.put_object(Bucket="bucket", Key=f"{place.key}/{name}", Body=b"")
+    cache = create_cache(place, SPEC, RECORDED)
+    keys = some_keys(10)
+    path = commit(cache, keys)
+    other = create_cache(f"{place}-other", OTHER, RECORDED)
+    foreign = object_store.read_object(commit(other, keys))
+    object_store.put_object(place / "shards" / "old" / path.name, foreign)
+    object_store.put_object(place / "shards" / "old" / f"{'0' * 32}.h5", foreign)
+    check(cache, keys)
+    assert compact(place, SPEC).shards_after == 1
 
 
 def test_a_compaction_that_died_is_completed_and_its_lock_expires(
@@ -629,7 +648,7 @@ def test_a_cache_goes_to_a_bucket_and_back_byte_by_byte(
 
 
 def test_memory_is_a_bucket_too() -> None:
-    place = f"memory://{os.getpid()}-{next(NUMBERS)}/cache"
+    place = f"memory://{os.getpid()}/cache"
     cache = create_cache(place, SPEC, RECORDED)
     keys = some_keys(20)
     commit(cache, keys[:12])
