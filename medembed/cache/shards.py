@@ -458,9 +458,10 @@ def _upload(
                 break
             # Another process's, or our own put whose answer was lost: whole, or about to vanish.
             try:
-                if object_store.read_range(path, 0, HEADER_BYTES)[1] == len(data):
+                begin, n_bytes = object_store.read_range(path, 0, HEADER_BYTES)
+                if (begin, n_bytes) == (data[:HEADER_BYTES], len(data)):
                     break
-                raise damaged_shard(path, "an object of this name has another length")
+                raise damaged_shard(path, "an object of this name holds something else")
             except FileNotFoundError:
                 object_store.pause(attempt)
         else:

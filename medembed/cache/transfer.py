@@ -84,6 +84,7 @@ def copy_cache(
         )
     if isinstance(target, Path):
         sync_directory(target / "shards")
+        _remove_leftovers(target / "shards")
     there.record_failures(given.failures().values())
     return Transfer(len(copied), sum(copied.values()), len(held & {path.name for path in shards}))
 
@@ -138,6 +139,13 @@ def _copy(path: Location, store: Store, target: Location) -> int | None:
     except OSError as error:
         raise _uncopied(path, target, error) from None
     return len(data)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what copies that were killed have left of shards that are there now."""
+    for partial in folder.glob(".*.h5.*.partial"):
+        if (folder / f"{partial.name[1:].partition('.')[0]}.h5").exists():
+            partial.unlink(missing_ok=True)
 
 
 def _read_proven(path: Path) -> bytes:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from email.utils import format_datetime, parsedate_to_datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import boto3
 import numpy as np
@@ -444,6 +444,64 @@ def test_a_store_that_refuses_is_one_error_without_secrets(
     assert "Signature" not in shown
     assert s3.address not in shown
     assert "\n" not in shown
+
+
+class ExpiredLogin:
+    """A provider of credentials, as boto3's, whose login has ended."""
+
+    config: ClassVar[dict[str, str]] = {}
+
+    def __call__(self) -> Any:
+        raise RuntimeError(f"Token has expired: https://host/login?token={SECRET}")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("AWS_ENDPOINT_URL", "nowhere in particular", "AWS_ENDPOINT_URL is no address such as"),
+        ("AWS_PROFILE", "nobody", r"no credentials for S3.*profile \(nobody\)"),
+        ("AWS_SECRET_ACCESS_KEY", None, "Missing SecretAccessKey"),
+        ("provider", None, r"credentials cannot be had \(RuntimeError\), 8 times"),
+    ],
+)
+def test_settings_that_cannot_work_are_one_error(
+    name: str,
+    value: str | None,
+    words: str,
+    s3: S3,
+    place: BucketPath,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    object_store._buckets.clear()
+    if value:
+        monkeypatch.setenv(name, value)
+    elif name == "provider":
+        monkeypatch.setattr(object_store, "_aws_credentials", ExpiredLogin)
+    else:
+        monkeypatch.delenv(name)
+    if name == "AWS_PROFILE":
+        monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    with pytest.raises(StorageError, match=words) as caught:
+        open_cache(place)
+    object_store._buckets.clear()
+    assert SECRET not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_object_that_another_has_put_in_a_shards_place_is_named(
+    s3: S3, place: BucketPath, cache: Cache
+) -> None:
+    keys = some_keys(20)
+    path = commit(cache, keys)
+    object_store.put_object(path, bytes(len(object_store.read_object(path))))
+    with pytest.raises(ShardError, match="an object of this name holds something else"):
+        commit(cache, keys)
+    object_store.put_object(path, b"")
+    with pytest.raises(ShardError, match="is damaged: its header cannot be read"):
+        open_cache(place).keys()
+    assert len(verification.repair(place, verification.verify(place, SPEC))) == 1
+    commit(cache, keys)
+    check(cache, keys)
 
 
 def test_a_silent_store_is_asked_again(

@@ -265,7 +265,35 @@ def test_a_pull_survives_a_compaction_and_uses_copies(
     check(open_cache(tmp_path / "again"), KEYS)
 
 
-def test_rows_in_two_shards_are_read_while_a_copy_is_removed(
+def test_a_pull_that_was_killed_goes_on(
+    s3: S3, place: BucketPath, cache: Cache, tmp_path: Path
+) -> None:
+    """Killed while it writes a shard, with one that is complete."""
+    target = tmp_path / "pulled"
+    code = (
+        "import os, signal\n"
+        "from pathlib import Path\n"
+        "from medembed.cache import storage, transfer\n"
+        "from medembed.core.locations import parse_location\n"
+        "name = storage._name\n"
+        "def die(partial, path):\n"
+        "    if len(list(path.parent.glob('*.h5'))) == 1:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return name(partial, path)\n"
+        "storage._name, transfer.READERS = die, 1\n"
+        f"transfer.copy_cache(parse_location({str(place)!r}), Path({str(target)!r}))\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    assert len(list((target / "shards").glob("*.h5"))) == 1
+    assert len(list((target / "shards").glob(".*.partial"))) == 1
+    s3.asked.clear()
+    assert copy_cache(place, target).shards == 2
+    assert fetched(s3) == 2
+    check(open_cache(target), KEYS)
+    assert not list((target / "shards").glob(".*.partial"))
+
+
+def test_rows_are_read_though_copies_are_removed_at_once(
     s3: S3, place: BucketPath, cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another process makes room at once."""
