@@ -297,13 +297,13 @@ def _keep(name: str, data: bytes, file: BinaryIO | None) -> str:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not _make_room(directory, len(data)):
                 return NO_ROOM
+            partial = directory / f".{name}.partial"
+            if not _is_at(file, partial):
+                return "files are removed while they are written"
             # (still locked: what others write meanwhile would not count)
             file.truncate(0)
             file.write(data)
             file.flush()
-            partial = directory / f".{name}.partial"
-            if not _is_at(file, partial):
-                return "files are removed while they are written"
             os.replace(partial, directory / name)
     except OSError as error:
         return f"nothing can be written ({describe_error(error)})"
