@@ -242,7 +242,7 @@ def forget(path: BucketPath) -> bool:
 
 
 @contextmanager
-def _turn(name: str) -> Iterator[BinaryIO | None]:
+def _turn(name: str) -> Iterator[io.FileIO | None]:
     """Hold the lock of a shard's copy, on the file that is to become it.
 
     It is the system's, and ends with its process. Yields None where the directory cannot be
@@ -260,12 +260,12 @@ def _turn(name: str) -> Iterator[BinaryIO | None]:
             file.close()
 
 
-def _lock(partial: Path) -> BinaryIO | None:
+def _lock(partial: Path) -> io.FileIO | None:
     until = time.monotonic() + MAX_WAIT
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
         while time.monotonic() < until:
-            file = open_plain(partial, "ab")
+            file = open_plain(partial, "ab", buffering=0)  # nothing is left to its closing
             with suppress(BlockingIOError):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if _is_at(file, partial):  # and is not what became a copy, or was removed
@@ -277,14 +277,14 @@ def _lock(partial: Path) -> BinaryIO | None:
     return None
 
 
-def _is_at(file: BinaryIO, path: Path) -> bool:
+def _is_at(file: io.FileIO, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except OSError:
         return False
 
 
-def _keep(name: str, data: bytes, file: BinaryIO | None) -> str:
+def _keep(name: str, data: bytes, file: io.FileIO | None) -> str:
     """Write a copy to its locked file; return why there is none, "" if there is one.
 
     Without a copy the shard is fetched again when it is needed.
@@ -302,8 +302,9 @@ def _keep(name: str, data: bytes, file: BinaryIO | None) -> str:
                 return "files are removed while they are written"
             # (still locked: what others write meanwhile would not count)
             file.truncate(0)
-            file.write(data)
-            file.flush()
+            left = memoryview(data)
+            while left:  # a disk that fills up accepts a part, and refuses the next
+                left = left[file.write(left) :]
             os.replace(partial, directory / name)
     except OSError as error:
         return f"nothing can be written ({describe_error(error)})"

@@ -15,7 +15,7 @@ import pytest
 from made_buckets import RECORDED, SPEC, check, commit, new_place, rows_of, some_keys
 from s3_server import S3, Answer, Asked
 
-from medembed.cache import local_copies
+from medembed.cache import embeddings, local_copies
 from medembed.cache.compaction import compact
 from medembed.cache.embeddings import map_rows
 from medembed.cache.store import Cache, begin_to_open, create_cache, open_cache
@@ -179,6 +179,43 @@ def test_nobody_waits_for_ever(s3: S3, cache: Cache, monkeypatch: pytest.MonkeyP
         assert copies() == []
     local_copies.fetch(path)
     assert [copy.name for copy in copies()] == [path.name]
+
+
+def test_a_disk_that_fills_up_costs_a_copy_and_no_row(
+    s3: S3, place: BucketPath, cache: Cache
+) -> None:
+    code = (
+        "import resource, sys, numpy as np\n"
+        "from medembed.cache.store import open_cache\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        f"cache = open_cache({str(place)!r})\n"
+        "keys = cache.keys()\n"
+        "mean = cache.read(keys, ['mean'])['mean']\n"
+        "assert np.array_equal(mean, keys[:, :4].astype(np.float32))\n"
+        "assert len(keys) == 60\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert set(os.listdir(local_copies.copies_directory())) == {".lock"}
+
+
+def test_rows_are_mapped_though_a_compaction_removes_their_shards(
+    s3: S3, place: BucketPath, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, begun = embeddings.fetch_all, []
+
+    def merge(paths: Any) -> None:
+        """Between the listing and the first shard."""
+        if not begun:
+            begun.append(paths)
+            compact(place, SPEC, grace_seconds=0)
+            for copy in copies():
+                copy.unlink()
+        real(paths)
+
+    monkeypatch.setattr(embeddings, "fetch_all", merge)
+    rows = map_rows(cache, KEYS, "max")
+    assert np.array_equal(rows.take(np.arange(60)), rows_of(KEYS)["max"])
 
 
 def test_copies_without_room_beside_each_other_are_refused_first(
