@@ -117,8 +117,8 @@ def compact(
         if isinstance(error, CacheError):
             raise
         raise CacheError(
-            f"cannot compact {directory}: {describe_error(error)}. No row was lost; make the "
-            "cache writable, and run the command again."
+            f"cannot compact {directory}: {describe_error(error).rstrip('.')}. No row was lost; "
+            "make the cache writable, and run the command again."
         ) from error
 
 

@@ -159,6 +159,6 @@ def _uncopied(path: Location, target: Location, error: OSError) -> CacheError:
     if isinstance(error, ShardError):
         return error
     return CacheError(
-        f"cannot copy {path} to {target}: {describe_error(error)}. Run the command again: it "
-        "goes on where it stopped."
+        f"cannot copy {path} to {target}: {describe_error(error).rstrip('.')}. Run the command "
+        "again: it goes on where it stopped."
     )

@@ -469,6 +469,11 @@ def _explain(text: str) -> tuple[str, str]:
     failed = re.search(r"External \w+ credential provider: (\w{1,60})", text)
     if failed:  # whose message may hold anything
         return "", f"its credentials cannot be had ({failed[1]})"
+    one = re.search(r"\(code: (\w{1,60})\)", text)  # of several objects to be deleted
+    if one:
+        return "403" if one[1] == "AccessDenied" else "", f"it answered {one[1]}"
+    if "redirect without LOCATION" in text:
+        return "301", "it answered with status 301"
     status = re.search(r"status code: (\d{3})", text)
     code = re.search(r"<Code>(\w{1,60})</Code>", text)
     if status:

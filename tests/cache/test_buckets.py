@@ -425,6 +425,7 @@ def test_expired_credentials_are_asked_for_again(
     [
         (lambda asked: (403, "AccessDenied"), "403 \\(AccessDenied\\).*credentials"),
         (lambda asked: (400, "ExpiredToken"), "ExpiredToken"),
+        (lambda asked: (301, "PermanentRedirect"), r"status 301\. The bucket is .*AWS_REGION"),
         (lambda asked: "cut", "8 times"),
         (lambda asked: 503, "503 \\(SlowDown\\), 8 times"),
     ],
