@@ -6,8 +6,9 @@ The store is moto's S3 server on loopback, in a process of its own, behind the t
 adds 20 ms to each request for the extraction and limits the line that all answers share for the
 loading. Extraction goes into a device that sleeps: what is reported is its share of the time. The
 loading of a cache of MURA's size is compared with boto3's `download_file` of the same objects in
-the same run, and the second loading with that of the same cache in a directory. Both download to a
-disk; medembed also proves every byte and makes a table of float32 of it.
+the same run. Both download to a disk; medembed also proves every byte and makes a table of float32
+of it. Later loadings alternate with those of the same cache in a directory, in both orders and with
+nothing left to be written to the disk.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from cache import make
 from measuring import progress, write_results
 from standin import SleepingEncoder, write_images
 
+PAIRS = 4  # of later loadings, in each run
 HELPERS = Path(__file__).parents[1] / "tests" / "helpers"
 SERVER = """
 import json, sys
@@ -108,17 +110,27 @@ def measure_loading(n_rows: int, bytes_per_second: float, n_runs: int) -> dict[s
         jobs: dict[str, Any] = {
             "boto3 download_file": download,
             "load_embeddings, first": lambda: load_embeddings(str(place), manifest),
+        }
+        later: dict[str, Any] = {
             "load_embeddings, second": lambda: load_embeddings(str(place), manifest),
             "load_embeddings, directory": lambda: load_embeddings(home / "cache", manifest),
         }
         expected = load_embeddings(home / "cache", manifest).X
+
+        def measure(job: str, work: Any) -> None:
+            start = time.perf_counter()
+            found = work()
+            seconds.setdefault(job, []).append(round(time.perf_counter() - start, 4))
+            assert found is None or np.array_equal(found.X, expected)
+
         for run in range(n_runs):
             shutil.rmtree(home / "copies", ignore_errors=True)
             for job, work in jobs.items():
-                start = time.perf_counter()
-                found = work()
-                seconds.setdefault(job, []).append(round(time.perf_counter() - start, 4))
-                assert found is None or np.array_equal(found.X, expected)
+                measure(job, work)
+            os.sync()
+            for turn in range(PAIRS):
+                for job in list(later)[:: 1 if turn % 2 else -1]:
+                    measure(job, later[job])
             progress(f"run {run + 1}: {[values[-1] for values in seconds.values()]}")
     return seconds
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 
 import numpy as np
 
@@ -31,6 +31,7 @@ GRACE_SECONDS = 60.0
 
 LOCK = ".compact.lock"
 STALE = timedelta(minutes=15)  # of a lock in a bucket whose owner has not renewed it
+RENEWAL_SECONDS = 120.0  # how often a lock is renewed while nothing happens
 SMALL = 2  # a shard is small if it holds less than this fraction, 1/2, of a full one
 
 
@@ -116,8 +117,8 @@ def compact(
         if isinstance(error, CacheError):
             raise
         raise CacheError(
-            f"cannot compact {directory}: {describe_error(error)}. No row was lost; make the "
-            "cache writable, and run the command again."
+            f"cannot compact {directory}: {describe_error(error).rstrip('.')}. No row was lost; "
+            "make the cache writable, and run the command again."
         ) from error
 
 
@@ -163,7 +164,8 @@ def _holding_lock(directory: Location, refusal: Exception) -> Iterator[Callable[
 
     if not object_store.create_object(path, token) and not is_ours():
         held = object_store.find_object(path)
-        if held and datetime.now(UTC) - held.modified < STALE:
+        # (this machine's clock may be wrong)
+        if held and object_store.store_time(directory) - held.modified < STALE:
             raise refusal
         object_store.delete_objects([path])  # of one that was killed
         if not object_store.create_object(path, token) and not is_ours():
@@ -198,7 +200,10 @@ class _Removal:
         """Remove what waits."""
         if not self._waiting:
             return
-        time.sleep(self._grace)
+        until = time.monotonic() + self._grace
+        while (left := until - time.monotonic()) > 0:
+            time.sleep(min(left, RENEWAL_SECONDS))
+            self._require_lock()
         self._require_lock()
         for old, record in self._waiting:
             delete_files(self._folder, old)

@@ -16,12 +16,13 @@ import numpy as np
 import pandas as pd
 
 from medembed.cache.failures import Failure
-from medembed.cache.index import SortedKeys, committed_shards, keys_from_column
-from medembed.cache.local_copies import fetch_all, open_copy
+from medembed.cache.index import MAX_TRIES, SortedKeys, committed_shards, keys_from_column
+from medembed.cache.local_copies import fetch_all, forget, open_copy
 from medembed.cache.metadata import options_of
 from medembed.cache.shards import check_bytes, chunk_offset, read_keys
 from medembed.cache.spec import KEY_BYTES, CacheSpec
-from medembed.cache.store import Cache, open_cache
+from medembed.cache.store import Cache, begin_to_open
+from medembed.core import object_store
 from medembed.core.errors import (
     ArgumentError,
     CacheError,
@@ -94,6 +95,19 @@ def map_rows(cache: Cache, keys: np.ndarray, pooling: str, *, verify: bool = Fal
         The pooling is not in the cache, or a shard is damaged (`ShardError`).
     """
     cache.check_poolings([pooling])
+    for n_tries in range(1, MAX_TRIES + 1):
+        try:
+            return _map_rows(cache, keys, pooling, verify)
+        except (FileNotFoundError, ShardError) as error:  # a compaction may have removed a shard
+            gone = error if isinstance(error, FileNotFoundError) else error.__cause__
+            if not isinstance(gone, FileNotFoundError) or n_tries == MAX_TRIES:
+                raise
+            if isinstance(cache.path, BucketPath):
+                object_store.pause(n_tries)
+    raise AssertionError("unreachable")
+
+
+def _map_rows(cache: Cache, keys: np.ndarray, pooling: str, verify: bool) -> MappedRows:
     paths = committed_shards(cache.path / "shards")
     fetch_all([path for path in paths if isinstance(path, BucketPath)])
     parts = [read_keys(path, spec=cache.spec) for path in paths]
@@ -118,6 +132,15 @@ def map_rows(cache: Cache, keys: np.ndarray, pooling: str, *, verify: bool = Fal
 
 def _map(path: Location, pooling: str, n_rows: int) -> list[np.ndarray]:
     """Return the mapped chunks of a shard, in row order."""
+    try:
+        return _map_chunks(path, pooling, n_rows)
+    except ShardError:
+        if not (isinstance(path, BucketPath) and forget(path)):  # the copy may be damaged
+            raise
+        return _map_chunks(path, pooling, n_rows)
+
+
+def _map_chunks(path: Location, pooling: str, n_rows: int) -> list[np.ndarray]:
     try:
         with open_copy(path) if isinstance(path, BucketPath) else open_plain(path) as opened:
             with h5py.File(opened, "r") as file:
@@ -263,9 +286,10 @@ def load_embeddings(
     TrainingDataError
         A pooling is not one vector per image (without `cells`), or the split has no rows.
     """
-    cache = open_cache(cache)
+    get_cache = begin_to_open(cache)
     name = "MANIFEST" if isinstance(manifest, Manifest) else str(manifest)
     manifest = read_manifest(manifest)
+    cache = get_cache()
     poolings = choose_poolings(cache, pool, cells=cells)
     rows = _choose_rows(manifest, split)
     rows, keys, failed = find_rows(cache, rows, name)

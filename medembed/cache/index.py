@@ -8,7 +8,7 @@ as one big-endian number, order almost all keys; if several share them, whole ke
 import json
 import os
 from collections.abc import Collection, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -212,7 +212,7 @@ def list_files(directory: Location) -> dict[str, Location]:
     """
     try:
         if isinstance(directory, BucketPath):
-            return {found.path.name: found.path for found in object_store.list_objects(directory)}
+            return {path.name: path for path in object_store.list_objects_in(directory)}
         return {name: directory / name for name in os.listdir(directory)}
     except FileNotFoundError:
         return {}
@@ -278,6 +278,8 @@ class Index:
         The required spec of every shard.
     known : collection of str
         Names of shards to ignore.
+    listing : Future, optional
+        What `list_files` returns, begun ahead; it stands for the first listing.
 
     Attributes
     ----------
@@ -285,11 +287,18 @@ class Index:
         The committed shards at the last refresh, sorted by name.
     """
 
-    def __init__(self, directory: Location, spec: CacheSpec, known: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        directory: Location,
+        spec: CacheSpec,
+        known: Collection[str] = (),
+        listing: Future[dict[str, Location]] | None = None,
+    ) -> None:
         self.paths: list[Location] = []
         self._directory, self._spec, self._known = directory, spec, frozenset(known)
         self._segments: list[_Segment] = []
         self._unlisted: dict[str, Location] = {}
+        self._listing = listing
 
     def add(self, path: Location) -> None:
         """Note a shard that this process has put into a bucket, whose listing may lag behind."""
@@ -325,7 +334,8 @@ class Index:
             object_store.pause(n_tries)
 
     def _list(self) -> list[Location]:
-        files = list_files(self._directory)
+        listing, self._listing = self._listing, None
+        files = listing.result() if listing else list_files(self._directory)
         for name in self._unlisted.keys() & files.keys():
             del self._unlisted[name]
         return _committed({**files, **self._unlisted})

@@ -13,16 +13,18 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from medembed.cache.storage import READERS
 from medembed.core import object_store
 from medembed.core.errors import CacheError, ShardError
-from medembed.core.files import open_plain
+from medembed.core.files import describe_error, open_plain
 from medembed.core.locations import BucketPath, Location
 
 __all__ = [
@@ -34,8 +36,11 @@ __all__ = [
     "fetch",
     "fetch_all",
     "forget",
+    "has_copy",
     "open_copy",
     "open_object",
+    "read_whole",
+    "require_room",
 ]
 
 MAX_BYTES = 50 * 10**9
@@ -43,6 +48,9 @@ KEPT_FREE = 2**30  # bytes of the disk that copies leave free
 FIRST_BYTES = 2**18 + 2**11  # of a shard: its header, and the keys of 8192 rows
 DIGITS = 32  # of the SHA-256 in a shard's name
 TRIES = 3  # of a shard whose bytes are not what its name says: a line may be bad
+MAX_WAIT = 300.0  # seconds for another process that fetches the same shard
+NO_ROOM = "no room"
+_POLL = 0.02  # seconds
 _ABANDONED_NS = 86_400 * 10**9  # after a day, a partial copy is of a process that was killed
 
 
@@ -128,16 +136,24 @@ def open_object(path: BucketPath, *, whole: bool = False, again: bool = False) -
     """
     if again:
         return io.BytesIO(object_store.read_object(path)) if whole else FirstBytes(path)
-    copy = copies_directory() / path.name
-    with suppress(OSError):
-        file = open_plain(copy)
-        os.utime(copy)
-        return file
-    return Proven(fetch(path)) if whole else FirstBytes(path)
+    return _open_held(path) or (Proven(fetch(path)) if whole else FirstBytes(path))
+
+
+def _open_held(path: BucketPath) -> BinaryIO | None:
+    """Return the copy of a shard, open, after noting that it is used; None if none can be read."""
+    try:
+        file = open_plain(copies_directory() / path.name)
+    except OSError:
+        return None
+    with suppress(OSError):  # another user's, or on a disk that is only read
+        os.utime(file.fileno())
+    return file
 
 
 def fetch(path: BucketPath) -> bytes:
     """Return the bytes of a shard from its bucket, proven by its name, and keep a copy.
+
+    Of several processes that want one shard, one fetches it, and the others wait for its copy.
 
     Raises
     ------
@@ -148,14 +164,45 @@ def fetch(path: BucketPath) -> bytes:
     ShardError
         The bytes are not those that the name promises, however often they are read.
     """
+    return _fetch(path)[0]
+
+
+def _fetch(path: BucketPath) -> tuple[bytes, str]:
+    """Return what `fetch` does, and why there is no copy, "" if there is one."""
+    with _turn(path.name) as file:
+        held = _read_held(path)
+        if held:
+            return held, ""
+        data = _read_proven(path)
+        return data, _keep(path.name, data, file)
+
+
+def read_whole(path: BucketPath) -> bytes:
+    """Return the bytes of a shard, proven, and keep no new copy. Raises like `fetch`."""
+    return _read_held(path) or _read_proven(path)
+
+
+def _read_held(path: BucketPath) -> bytes | None:
+    """Return the bytes of a copy; None if there is none, or it is damaged."""
+    file = _open_held(path)
+    if file is None:
+        return None
+    with file:
+        data = file.read()
+    return data if _is_named(data, path) else None
+
+
+def _read_proven(path: BucketPath) -> bytes:
     for attempt in range(1, TRIES + 1):
         data = object_store.read_object(path)
-        found = hashlib.sha256(data).hexdigest()[:DIGITS]
-        if found == path.stem:
-            _keep(path.name, data)
+        if _is_named(data, path):
             return data
         object_store.pause(attempt)
-    raise damaged_shard(path, f"its bytes hash to {found}")
+    raise damaged_shard(path, "its bytes are not those of its name")
+
+
+def _is_named(data: bytes, path: BucketPath) -> bool:
+    return hashlib.sha256(data).hexdigest()[:DIGITS] == path.stem
 
 
 def open_copy(path: BucketPath) -> BinaryIO:
@@ -164,70 +211,179 @@ def open_copy(path: BucketPath) -> BinaryIO:
     Raises
     ------
     CacheError
-        There is no room for the copy.
+        There is no room for the copy, or its directory cannot be written.
     """
-    copy = copies_directory() / path.name
-    for _ in range(TRIES):
-        with suppress(FileNotFoundError):
-            file = open_plain(copy)
-            os.utime(copy)
+    for _ in range(TRIES):  # others may remove it at once
+        file = _open_held(path)
+        if file:
             return file
-        fetch(path)
+        _, reason = _fetch(path)
+        if reason:
+            break
     raise CacheError(
-        f"no room in {copies_directory()} for a copy of {path}. Make room, or set MEDEMBED_SHARDS "
-        "to a directory on a larger disk, or MEDEMBED_SHARDS_MAX_BYTES to more bytes."
+        f"{reason or NO_ROOM} in {copies_directory()} for a copy of {path}. Make room, or set "
+        "MEDEMBED_SHARDS to a directory on a larger disk, or MEDEMBED_SHARDS_MAX_BYTES to more "
+        "bytes."
     )
 
 
-def forget(path: BucketPath) -> None:
-    """Remove a copy, such as one that is damaged."""
-    with suppress(OSError):
-        (copies_directory() / path.name).unlink(missing_ok=True)
+def has_copy(path: BucketPath) -> bool:
+    """Tell whether this machine has a copy of a shard."""
+    return (copies_directory() / path.name).exists()
 
 
-def _keep(name: str, data: bytes) -> None:
-    """Write a copy; without room or permission there is none, and the shard is fetched again."""
-    directory = copies_directory()
+def forget(path: BucketPath) -> bool:
+    """Remove a copy, such as one that is damaged; return whether there was one, and is no more."""
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        (copies_directory() / path.name).unlink()
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def _turn(name: str) -> Iterator[io.FileIO | None]:
+    """Hold the lock of a shard's copy, on the file that is to become it.
+
+    It is the system's, and ends with its process. Yields None where the directory cannot be
+    written, or whoever holds the lock does not end: then the shard is fetched and not kept.
+    """
+    partial = copies_directory() / f".{name}.partial"
+    file = _lock(partial)
+    try:
+        yield file
+    finally:
+        if file:
+            if _is_at(file, partial):
+                with suppress(OSError):
+                    partial.unlink()
+            file.close()
+
+
+def _lock(partial: Path) -> io.FileIO | None:
+    until = time.monotonic() + MAX_WAIT
+    try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        while time.monotonic() < until:
+            file = open_plain(partial, "ab", buffering=0)  # nothing is left to its closing
+            with suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if _is_at(file, partial):  # and is not what became a copy, or was removed
+                    return file
+            file.close()
+            time.sleep(_POLL)
+    except OSError:
+        pass
+    return None
+
+
+def _is_at(file: io.FileIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except OSError:
+        return False
+
+
+def _keep(name: str, data: bytes, file: io.FileIO | None) -> str:
+    """Write a copy to its locked file; return why there is none, "" if there is one.
+
+    Without a copy the shard is fetched again when it is needed.
+    """
+    directory = copies_directory()
+    if file is None:
+        return "nothing can be written"
+    try:
         with open(directory / ".lock", "ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not _make_room(directory, len(data)):
-                return
+                return NO_ROOM
+            partial = directory / f".{name}.partial"
+            if not _is_at(file, partial):
+                return "files are removed while they are written"
             # (still locked: what others write meanwhile would not count)
-            partial = directory / f".{name}.{os.getpid()}.{threading.get_ident()}.partial"
-            try:
-                partial.write_bytes(data)
-                os.replace(partial, directory / name)
-            finally:
-                partial.unlink(missing_ok=True)
-    except OSError:
-        return
+            file.truncate(0)
+            left = memoryview(data)
+            while left:  # a disk that fills up accepts a part, and refuses the next
+                left = left[file.write(left) :]
+            os.replace(partial, directory / name)
+    except OSError as error:
+        return f"nothing can be written ({describe_error(error)})"
+    return ""
 
 
-def _make_room(directory: Path, n_bytes: int) -> bool:
-    """Remove copies, the least recently used first; return whether there is room now."""
-    copies, partials, total, newest = [], [], 0, 0
+@dataclass
+class _Held:
+    """The files of the directory of copies."""
+
+    copies: list[tuple[int, int, str]]  # when used, bytes, path
+    partials: list[tuple[int, str]]  # when begun, path
+    newest: int = 0
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(size for _, size, _ in self.copies)
+
+    def most(self, directory: Path) -> int:
+        """Return the bytes that copies may take, here and now."""
+        return min(_most_bytes(), self.n_bytes + shutil.disk_usage(directory).free - KEPT_FREE)
+
+
+def _scan(directory: Path) -> _Held:
+    held = _Held([], [])
     with os.scandir(directory) as entries:
         for entry in entries:
             with suppress(FileNotFoundError):
                 status = entry.stat()
-                newest = max(newest, status.st_mtime_ns)
+                held.newest = max(held.newest, status.st_mtime_ns)
                 if entry.name.endswith(".h5"):
-                    copies.append((status.st_mtime_ns, status.st_size, entry.path))
-                    total += status.st_size
+                    held.copies.append((status.st_mtime_ns, status.st_size, entry.path))
                 elif entry.name.endswith(".partial"):
-                    partials.append((status.st_mtime_ns, entry.path))
-    for changed, path in partials:
-        if newest - changed > _ABANDONED_NS:  # by the disk's clock, which is that of all machines
+                    held.partials.append((status.st_mtime_ns, entry.path))
+    return held
+
+
+def _make_room(directory: Path, n_bytes: int) -> bool:
+    """Remove copies, the least recently used first; return whether there is room now."""
+    held = _scan(directory)
+    for changed, path in held.partials:
+        # by the disk's clock, which is that of all machines
+        if held.newest - changed > _ABANDONED_NS:
             Path(path).unlink(missing_ok=True)
-    most = min(_most_bytes(), total + shutil.disk_usage(directory).free - KEPT_FREE)
-    for _, size, path in sorted(copies):
+    most, total = held.most(directory), held.n_bytes
+    if n_bytes > most:
+        return False  # and nothing is removed in vain
+    for _, size, path in sorted(held.copies):
         if total + n_bytes <= most:
             break
-        os.unlink(path)
+        Path(path).unlink(missing_ok=True)
         total -= size
-    return total + n_bytes <= most
+    return True
+
+
+def require_room(paths: Sequence[BucketPath]) -> None:
+    """Refuse to copy shards that have no room beside each other.
+
+    Raises
+    ------
+    CacheError
+        The later copies would displace the earlier ones.
+    """
+    directory = copies_directory()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        most = _scan(directory).most(directory)
+    except OSError as error:
+        raise CacheError(
+            f"nothing can be written in {directory}: {describe_error(error)}. Set MEDEMBED_SHARDS "
+            "to a directory that can be."
+        ) from None
+    total = sum(path.size or 0 for path in paths)
+    if total > most:
+        raise CacheError(
+            f"{NO_ROOM} in {directory} for copies of {total / 1e6:,.1f} MB: they may take "
+            f"{max(0, most) / 1e6:,.1f} MB. Make room, or set MEDEMBED_SHARDS to a directory on a "
+            "larger disk, or MEDEMBED_SHARDS_MAX_BYTES to more bytes; or name a DIR to copy to."
+        )
 
 
 class Download:
@@ -240,9 +396,7 @@ class Download:
     """
 
     def __init__(self, paths: Sequence[BucketPath]) -> None:
-        directory = copies_directory()
-        there = {path: (directory / path.name).exists() for path in paths}
-        self._missing = {path for path, is_there in there.items() if not is_there}
+        self._missing = {path for path in paths if not has_copy(path)}
         self._total = sum(path.size or 0 for path in self._missing)
         self._done, self._lock = 0, threading.Lock()
 
@@ -261,6 +415,11 @@ class Download:
         if self._missing:
             self._shown.__exit__(None, None, None)
 
+    @property
+    def is_needed(self) -> bool:
+        """Whether a shard has no copy."""
+        return bool(self._missing)
+
     def done(self, path: BucketPath) -> None:
         """Count a shard that has been read."""
         if path in self._missing:
@@ -270,12 +429,11 @@ class Download:
 
 
 def fetch_all(paths: Sequence[BucketPath]) -> None:
-    """Fetch the shards that have no copy, several at a time. Raises like `fetch`."""
+    """Fetch the shards that have no copy, several at a time. Raises like `open_copy`."""
     with Download(paths) as download, ThreadPoolExecutor(READERS) as pool:
 
         def get(path: BucketPath) -> None:
-            if not (copies_directory() / path.name).exists():
-                fetch(path)
+            open_copy(path).close()
             download.done(path)
 
         list(pool.map(get, paths))

@@ -92,9 +92,13 @@ def is_free(path: Location) -> bool:
 def _is_free_prefix(path: BucketPath) -> bool:
     if object_store.object_exists(path / "cache.json"):
         return False
-    found = object_store.list_objects(path, limit=1000)
-    shards = f"{path / 'shards'}/"
-    return all(object_store.is_probe(o.path) or str(o.path).startswith(shards) for o in found)
+    shards, folders = f"{path / 'shards'}/", (path, path / "shards")
+
+    def is_ours(found: BucketPath) -> bool:
+        is_folder = found in folders and found.size == 0  # as consoles make it
+        return is_folder or object_store.is_probe(found) or str(found).startswith(shards)
+
+    return all(is_ours(found.path) for found in object_store.list_objects(path, limit=1000))
 
 
 def read_description(path: Location) -> tuple[CacheSpec, dict[str, Any], dict[str, Any] | None]:

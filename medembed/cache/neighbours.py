@@ -10,9 +10,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from medembed.cache.embeddings import MappedRows, choose_poolings, find_rows, map_rows
-from medembed.cache.shards import put_rows
 from medembed.cache.spec import keys_from_hex
 from medembed.cache.store import Cache, open_cache
+from medembed.cache.widening import put_rows
 from medembed.core.nearest import counting, find_neighbours
 from medembed.core.text import Summarised, Summary, counted
 from medembed.dataset.identities import name_persons

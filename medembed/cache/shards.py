@@ -5,11 +5,6 @@ chunks of up to 1024 rows. The first 512 bytes, which HDF5 leaves to the user (i
 hold one JSON object: format, version, digest of the spec, number of rows, offset and SHA-256 of
 the keys. The keys of a large cache can thus be read and verified without hashing every embedding,
 and without passing unchecked bytes to HDF5, which a single flipped bit can hang.
-
-float16 is converted to float32 exactly, six times faster than by numpy: numpy 2.4 converts one
-number at a time (1.9 ms for 1024 × 1152 numbers on one core); torch takes 0.1 ms, but 0.9 s to
-import. `put_rows` converts whole blocks by three integer operations and one multiplication, each
-of which numpy vectorises: 0.3 ms.
 """
 
 import hashlib
@@ -19,12 +14,12 @@ import math
 import os
 import re
 import secrets
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import h5py
 import numpy as np
@@ -32,8 +27,9 @@ import numpy as np
 from medembed.cache import local_copies
 from medembed.cache.local_copies import FirstBytes, Proven, damaged_shard
 from medembed.cache.spec import KEY_BYTES, CacheSpec, sortable
+from medembed.cache.widening import put_rows
 from medembed.core import object_store
-from medembed.core.errors import CacheError, ShardError
+from medembed.core.errors import CacheError, ShardError, StorageError
 from medembed.core.files import (
     json_bytes,
     naming_full_disk,
@@ -55,19 +51,13 @@ __all__ = [
     "describe_loss",
     "is_shard_name",
     "max_rows",
-    "put_rows",
     "read_header",
     "read_keys",
     "read_shard",
     "write_shard",
 ]
 
-BLOCK = 2**17  # numbers converted at once, which stay in the second-level cache
-SHIFT = 13  # IEEE 754: binary32 has 13 more bits of fraction than binary16
-KEPT = np.uint32(0x8FFFE000).astype(np.int32)  # sign, 5 bits of exponent, 10 of fraction
-SCALE = np.float32(2.0**112)  # the difference of the exponents' biases, 127 - 15
-INFINITE = 0x7C00  # binary16: from here on infinity and NaN
-SUBNORMAL = np.float32(2.0**-136)  # 2**-24, the smallest of binary16, before it is scaled
+Read = TypeVar("Read")
 
 
 def describe_loss(values: np.ndarray, stored: np.ndarray) -> str | None:
@@ -102,50 +92,6 @@ def describe_loss(values: np.ndarray, stored: np.ndarray) -> str | None:
         f"{limits.dtype}: nothing in them is above {largest[vanishing].max():g}, and the smallest "
         f"number that {limits.dtype} holds in full is {limits.tiny:g}"
     )
-
-
-def put_rows(output: np.ndarray, places: slice | np.ndarray, rows: np.ndarray) -> None:
-    """Assign `output[places] = rows`, with a fast path for widening float16 to float32.
-
-    Parameters
-    ----------
-    output : (m, ...) array of any float dtype
-        The array to write to.
-    places : slice without step, or (k,) int
-        Rows of `output`.
-    rows : (k, ...) array
-        Any values; the result is numpy's, to the bit.
-    """
-    if rows.dtype != np.float16 or output.dtype != np.float32 or _flushes_subnormals():
-        output[places] = rows
-        return
-    step = max(1, BLOCK // max(1, rows[:1].size))
-    for start in range(0, len(rows), step):
-        part = rows[start : start + step]
-        if isinstance(places, slice):
-            first = places.start + start
-            _widen(part, output[first : first + len(part)])
-        else:
-            wide = np.empty(part.shape, np.float32)
-            _widen(part, wide)
-            output[places[start : start + step]] = wide
-
-
-def _widen(narrow: np.ndarray, wide: np.ndarray) -> None:
-    bits = narrow.view(np.int16)
-    if bits.max() >= INFINITE or narrow.view(np.uint16).max() >= 0x8000 + INFINITE:
-        wide[...] = narrow
-        return
-    numbers = wide.view(np.int32)
-    np.copyto(numbers, bits)  # the sign is extended to the left, and masked below
-    np.left_shift(numbers, SHIFT, out=numbers)
-    np.bitwise_and(numbers, KEPT, out=numbers)
-    np.multiply(wide, SCALE, out=wide)
-
-
-def _flushes_subnormals() -> bool:
-    """Return whether this thread treats subnormal numbers as zero, which some libraries set."""
-    return bool(np.multiply(SUBNORMAL, SCALE) == 0)
 
 
 FORMAT = "medembed-shard"
@@ -254,8 +200,12 @@ def read_header(path: Location, *, spec: CacheSpec | None = None) -> dict[str, A
     ShardError
         The bytes are not a shard's, of an unknown version, or of another spec.
     """
-    with _opened(path) as file:
-        return _read_header(path, file, spec)
+
+    def read(again: bool) -> dict[str, Any]:
+        with _opened(path, again=again) as file:
+            return _read_header(path, file, spec)
+
+    return _unless_damaged(path, read)
 
 
 def check_bytes(path: Location) -> None:
@@ -266,10 +216,14 @@ def check_bytes(path: Location) -> None:
     ShardError
         The bytes are not those that the name promises.
     """
-    with _opened(path, whole=True) as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()[:NAME_DIGITS]
-    if found != path.stem:
-        raise damaged_shard(path, f"its bytes hash to {found}")
+
+    def check(again: bool) -> None:
+        with _opened(path, whole=True, again=again) as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()[:NAME_DIGITS]
+        if found != path.stem:
+            raise damaged_shard(path, f"its bytes hash to {found}")
+
+    _unless_damaged(path, check)
 
 
 def read_keys(path: Location, *, spec: CacheSpec | None = None, again: bool = False) -> np.ndarray:
@@ -280,13 +234,17 @@ def read_keys(path: Location, *, spec: CacheSpec | None = None, again: bool = Fa
     ShardError
         The keys are damaged, or the shard was written under another spec.
     """
-    with _opened(path, again=again) as file:
-        header = _read_header(path, file, spec)
-        file.seek(header["keys_offset"])
-        raw = file.read(header["rows"] * KEY_BYTES)
-    if hashlib.sha256(raw).hexdigest() != header["keys_sha256"]:
-        raise damaged_shard(path, "its keys do not hash to what its header says")
-    return np.frombuffer(raw, np.uint8).reshape(-1, KEY_BYTES)
+
+    def read(again: bool) -> np.ndarray:
+        with _opened(path, again=again) as file:
+            header = _read_header(path, file, spec)
+            file.seek(header["keys_offset"])
+            raw = file.read(header["rows"] * KEY_BYTES)
+        if hashlib.sha256(raw).hexdigest() != header["keys_sha256"]:
+            raise damaged_shard(path, "its keys do not hash to what its header says")
+        return np.frombuffer(raw, np.uint8).reshape(-1, KEY_BYTES)
+
+    return read(True) if again else _unless_damaged(path, read)
 
 
 def read_shard(
@@ -307,9 +265,13 @@ def read_shard(
     ShardError
         The bytes are not those the name promises, or the layout is not a shard's.
     """
-    with _hdf5(path, verify=verify, spec=spec, again=again) as (file, _):
-        names = list(file["embeddings"]) if poolings is None else poolings
-        return file["sha256"][...], {name: file["embeddings"][name][...] for name in names}
+
+    def read(again: bool) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        with _hdf5(path, verify=verify, spec=spec, again=again) as (file, _):
+            names = list(file["embeddings"]) if poolings is None else poolings
+            return file["sha256"][...], {name: file["embeddings"][name][...] for name in names}
+
+    return read(True) if again else _unless_damaged(path, read)
 
 
 def copy_rows(
@@ -339,17 +301,31 @@ def copy_rows(
     """
     order = np.argsort(rows, kind="stable")
     rows, places = rows[order], places[order]
-    with _hdf5(path, verify=verify, spec=spec) as (file, data):
-        for name, output in outputs.items():
-            dataset = file["embeddings"][name]
-            size = dataset.chunks[0] if dataset.chunks else len(dataset)
-            edges = np.searchsorted(rows, np.arange(0, rows[-1] + 1 + size, size))
-            for number, (start, stop) in enumerate(pairwise(edges)):
-                if start == stop:
-                    continue
-                block = _chunk(data, dataset, number * size)
-                taken = block[_as_slice(rows[start:stop] - number * size)]
-                put_rows(output, _as_slice(places[start:stop]), taken)
+
+    def copy(again: bool) -> None:
+        with _hdf5(path, verify=verify, spec=spec, again=again) as (file, data):
+            _copy_rows(file, data, rows, places, outputs)
+
+    _unless_damaged(path, copy)
+
+
+def _copy_rows(
+    file: Any,
+    data: bytes,
+    rows: np.ndarray,
+    places: np.ndarray,
+    outputs: Mapping[str, np.ndarray],
+) -> None:
+    for name, output in outputs.items():
+        dataset = file["embeddings"][name]
+        size = dataset.chunks[0] if dataset.chunks else len(dataset)
+        edges = np.searchsorted(rows, np.arange(0, rows[-1] + 1 + size, size))
+        for number, (start, stop) in enumerate(pairwise(edges)):
+            if start == stop:
+                continue
+            block = _chunk(data, dataset, number * size)
+            taken = block[_as_slice(rows[start:stop] - number * size)]
+            put_rows(output, _as_slice(places[start:stop]), taken)
 
 
 def _chunk(data: bytes, dataset: Any, first: int) -> np.ndarray:
@@ -482,9 +458,10 @@ def _upload(
                 break
             # Another process's, or our own put whose answer was lost: whole, or about to vanish.
             try:
-                if object_store.read_range(path, 0, HEADER_BYTES)[1] == len(data):
+                begin, n_bytes = object_store.read_range(path, 0, HEADER_BYTES)
+                if (begin, n_bytes) == (data[:HEADER_BYTES], len(data)):
                     break
-                raise damaged_shard(path, "an object of this name has another length")
+                raise damaged_shard(path, "an object of this name holds something else")
             except FileNotFoundError:
                 object_store.pause(attempt)
         else:
@@ -499,6 +476,19 @@ def _upload(
     return BucketPath(path.scheme, path.bucket, path.key, len(data))
 
 
+def _unless_damaged(path: Location, read: Callable[[bool], Read]) -> Read:
+    """Return `read(False)`; if a copy or what came was damaged, what is read from the bucket."""
+    if not isinstance(path, BucketPath):
+        return read(False)
+    try:
+        return read(False)
+    except ShardError as error:
+        if isinstance(error.__cause__, StorageError | FileNotFoundError):
+            raise
+        local_copies.forget(path)
+        return read(local_copies.has_copy(path))  # True for a copy that cannot be removed
+
+
 @contextmanager
 def _hdf5(
     path: Location, *, verify: bool, spec: CacheSpec | None, again: bool = False
@@ -508,12 +498,7 @@ def _hdf5(
         data = file.read()
         is_proven = isinstance(file, Proven)
     if verify and not is_proven and _name_of(data) != path.name:
-        if isinstance(path, BucketPath) and not again:  # the copy is damaged, not the shard
-            local_copies.forget(path)
-            with _opened(path, whole=True) as file:
-                data = file.read()
-        else:
-            raise damaged_shard(path, f"its bytes hash to {_name_of(data)[:32]}")
+        raise damaged_shard(path, f"its bytes hash to {_name_of(data)[:32]}")
     _parse_header(path, data[:HEADER_BYTES], spec)
     try:
         with h5py.File(io.BytesIO(data), "r") as hdf5:

@@ -113,9 +113,7 @@ class Bucket:
     path: BucketPath
 
     def list(self) -> dict[str, int]:  # noqa: D102
-        skip = len(f"{self.path.key}/") if self.path.key else 0
-        found = object_store.list_objects(self.path)
-        return {o.path.key[skip:]: o.path.size or 0 for o in found if "/" not in o.path.key[skip:]}
+        return {path.name: path.size or 0 for path in object_store.list_objects_in(self.path)}
 
     def get(self, name: str) -> bytes:  # noqa: D102
         return object_store.read_object(self.path / name)

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from medembed.cache import failures, shards, verification
 from medembed.cache.failures import Failure, FailureObject
-from medembed.cache.index import MAX_TRIES, Index
+from medembed.cache.index import MAX_TRIES, Index, list_files
 from medembed.cache.local_copies import Download
 from medembed.cache.metadata import (
     FORMAT,
@@ -28,7 +28,7 @@ from medembed.core.poolings import list_names
 from medembed.core.system import count_cores
 from medembed.core.text import Summarised, Summary, counted
 
-__all__ = ["Cache", "create_cache", "open_cache"]
+__all__ = ["Cache", "begin_to_open", "create_cache", "open_cache"]
 
 
 class Cache(Summarised):
@@ -57,9 +57,10 @@ class Cache(Summarised):
         recorded: Mapping[str, object],
         canary: Mapping[str, object] | None = None,
         known: Collection[str] = (),
+        listing: Future[dict[str, Location]] | None = None,
     ) -> None:
         self.path, self.spec, self.recorded, self.canary = path, spec, recorded, canary
-        self._index = Index(path / "shards", spec, known)
+        self._index = Index(path / "shards", spec, known, listing)
         self._failure_object: FailureObject | None = None
 
     def summarise(self) -> Summary:
@@ -203,8 +204,9 @@ class Cache(Summarised):
         """Copy the rows of several shards, in parallel; return what `_copy` returns of each."""
         paths = [self._index.paths[owners[part[0]]] for part in parts]
         far = [path for path in paths if isinstance(path, BucketPath)]
-        n_threads = max(count_cores(), READERS) if far else count_cores()
         with Download(far) if far else nullcontext() as download:
+            # Copies that are there keep cores busy, not the line.
+            n_threads = max(count_cores(), READERS if download and download.is_needed else 1)
 
             def copy(part: np.ndarray) -> np.ndarray:
                 left = self._copy(places, owners, rows, outputs, verify, part)
@@ -254,6 +256,8 @@ class Cache(Summarised):
             `failures.jsonl` cannot be read.
         """
         known = failures.read_failures(self._failures_path)
+        if not known:
+            return {}
         done = self.is_done(keys_from_hex(list(known)))
         return {f.sha256: f for f, is_done in zip(known.values(), done, strict=True) if not is_done}
 
@@ -354,3 +358,20 @@ def open_cache(path: Cache | str | os.PathLike[str], *, known: Collection[str] =
         return path
     path = as_location(path, "a cache", "a Cache")
     return Cache(path, *read_description(path), known)
+
+
+def begin_to_open(path: Cache | str | os.PathLike[str]) -> Callable[[], Cache]:
+    """Return a function that returns what `open_cache` does, for a caller that reads at once.
+
+    A bucket is asked for `cache.json` and for its shards from now on, so that these requests take
+    no longer than one, and none of the time of what is done before the function is called.
+    """
+    location = None if isinstance(path, Cache) else as_location(path, "a cache", "a Cache")
+    if not isinstance(location, BucketPath):
+        opened = open_cache(path)
+        return lambda: opened
+    pool = ThreadPoolExecutor(2)
+    description = pool.submit(read_description, location)
+    listing = pool.submit(list_files, location / "shards")
+    pool.shutdown(wait=False)
+    return lambda: Cache(location, *description.result(), listing=listing)

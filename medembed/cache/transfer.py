@@ -1,17 +1,17 @@
 """Copy a cache between a bucket and a disk, or to this machine's copies of shards."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 
 from medembed.cache import local_copies
-from medembed.cache.index import committed_shards, list_files
-from medembed.cache.local_copies import damaged_shard
+from medembed.cache.index import MAX_TRIES, committed_shards, list_files
+from medembed.cache.local_copies import damaged_shard, read_whole
 from medembed.cache.storage import READERS, Store, file_size, read_file, store_at
 from medembed.cache.store import create_cache, open_cache
+from medembed.core import object_store
 from medembed.core.errors import CacheError, ShardError
 from medembed.core.files import describe_error, sync_directory
 from medembed.core.locations import BucketPath, Location
@@ -65,30 +65,36 @@ def copy_cache(
     """
     given = open_cache(source)
     there = create_cache(target, given.spec, given.recorded, given.canary)
-    shards = committed_shards(source / "shards")
-    held = list_files(target / "shards")
-    missing = [path for path in shards if path.name not in held]
-    n_bytes = list(accumulate(map(file_size, missing), initial=0))
-    if announce:
-        announce(len(missing), n_bytes[-1])
-    store = store_at(target / "shards")
-    with ThreadPoolExecutor(READERS) as pool:
-        copied = pool.map(lambda path: _copy(path, store, target), missing)
-        for number, _ in enumerate(copied, start=1):
-            if progress:
-                progress(n_bytes[number], n_bytes[-1])
+    held = set(list_files(target / "shards"))
+    copied: dict[str, int] = {}
+    for n_tries in range(1, MAX_TRIES + 1):
+        shards = committed_shards(source / "shards")
+        missing = [path for path in shards if path.name not in held and path.name not in copied]
+        n_bytes = sum(map(file_size, missing))
+        if announce and n_tries == 1:
+            announce(len(missing), n_bytes)
+        copied |= _copy_all(missing, target, n_bytes, progress)
+        if copied.keys() | held >= {path.name for path in missing}:
+            break
+        object_store.pause(n_tries)  # a compaction removes shards: what replaced them is copied
+    else:
+        raise CacheError(
+            f"shards of {source} vanish faster than they are copied. Run the command again when "
+            "whatever removes them has ended."
+        )
     if isinstance(target, Path):
         sync_directory(target / "shards")
+        _remove_leftovers(target / "shards")
     there.record_failures(given.failures().values())
-    return Transfer(len(missing), n_bytes[-1], len(shards) - len(missing))
+    return Transfer(len(copied), sum(copied.values()), len(held & {path.name for path in shards}))
 
 
 def keep_copies(source: BucketPath, announce: Callable[[int, int], None] | None = None) -> Transfer:
     """Fetch the shards of a bucket that this machine has no copy of, see `local_copies`."""
     open_cache(source)
     shards = [path for path in committed_shards(source / "shards") if isinstance(path, BucketPath)]
-    directory = local_copies.copies_directory()
-    missing = [path for path in shards if not (directory / path.name).exists()]
+    local_copies.require_room(shards)
+    missing = [path for path in shards if not local_copies.has_copy(path)]
     n_bytes = sum(map(file_size, missing))
     if announce:
         announce(len(missing), n_bytes)
@@ -101,16 +107,58 @@ def keep_copies(source: BucketPath, announce: Callable[[int, int], None] | None 
     return Transfer(len(missing), n_bytes, len(shards) - len(missing))
 
 
-def _copy(path: Location, store: Store, target: Location) -> None:
+def _copy_all(
+    paths: Sequence[Location],
+    target: Location,
+    n_bytes: int,
+    progress: Callable[[int, int], None] | None,
+) -> dict[str, int]:
+    """Copy shards, several at a time; return the bytes of each that was still there."""
+    store, copied, done = store_at(target / "shards"), {}, 0
+    with ThreadPoolExecutor(READERS) as pool:
+        results = pool.map(lambda path: _copy(path, store, target), paths)
+        for path, size in zip(paths, results, strict=True):
+            if size is not None:
+                copied[path.name] = size
+            done += file_size(path)
+            if progress:
+                progress(done, n_bytes)
+    return copied
+
+
+def _copy(path: Location, store: Store, target: Location) -> int | None:
+    """Copy a shard, and return its bytes; None if a compaction has removed it."""
     try:
-        data = read_file(path)
-        if hashlib.sha256(data).hexdigest()[: len(path.stem)] != path.stem:
-            raise damaged_shard(path, "its bytes are not those of its name")
+        data = read_whole(path) if isinstance(path, BucketPath) else _read_proven(path)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise _uncopied(path, target, error) from None
+    try:
         store.put_if_absent(path.name, data)
     except OSError as error:
-        if isinstance(error, ShardError):
-            raise
-        raise CacheError(
-            f"cannot copy {path} to {target}: {describe_error(error)}. Run the command again: it "
-            "goes on where it stopped."
-        ) from None
+        raise _uncopied(path, target, error) from None
+    return len(data)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what copies that were killed have left of shards that are there now."""
+    for partial in folder.glob(".*.h5.*.partial"):
+        if (folder / f"{partial.name[1:].partition('.')[0]}.h5").exists():
+            partial.unlink(missing_ok=True)
+
+
+def _read_proven(path: Path) -> bytes:
+    data = read_file(path)
+    if hashlib.sha256(data).hexdigest()[: len(path.stem)] != path.stem:
+        raise damaged_shard(path, "its bytes are not those of its name")
+    return data
+
+
+def _uncopied(path: Location, target: Location, error: OSError) -> CacheError:
+    if isinstance(error, ShardError):
+        return error
+    return CacheError(
+        f"cannot copy {path} to {target}: {describe_error(error).rstrip('.')}. Run the command "
+        "again: it goes on where it stopped."
+    )

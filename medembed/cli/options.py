@@ -12,6 +12,7 @@ import click
 
 from medembed.cli.console import print_json, say
 from medembed.core.poolings import DEFAULT_POOLINGS, POOLINGS
+from medembed.core.text import without_credentials
 
 __all__ = [
     "IMAGES",
@@ -61,8 +62,9 @@ class _LocalPath(click.Path):
         if _URL.match(os.fspath(value)):
             what = "this option" if isinstance(param, click.Option) else "this argument"
             refuse_stream(os.fspath(value), param, ctx)
+            shown = without_credentials(os.fspath(value))
             self.fail(
-                f"{os.fspath(value)} is not on this machine, and {what} takes a local path. Copy "
+                f"{shown} is not on this machine, and {what} takes a local path. Copy "
                 "it here first, a cache with `medembed cache pull URL DIR`.",
                 param,
                 ctx,

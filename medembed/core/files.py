@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast, overload
 
 from medembed.core.errors import ArgumentError
+from medembed.core.text import without_credentials
 
 __all__ = [
     "append_synced",
@@ -67,8 +68,9 @@ def as_path(value: Any, what: str, otherwise: str = "") -> Path:
         The argument has another type, or is the URL of a bucket.
     """
     if "://" in str(value):
+        shown = without_credentials(str(value))
         raise ArgumentError(
-            f"{what} is a local path here, and {value!s:.200} is not one. Copy it to this "
+            f"{what} is a local path here, and {shown:.200} is not one. Copy it to this "
             "machine, a cache with `medembed cache pull URL DIR`, and name the copy."
         )
     if isinstance(value, str | os.PathLike):

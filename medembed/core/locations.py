@@ -22,6 +22,7 @@ SCHEMES = {
     "memory": "this process's memory, for tests",
 }
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://?(.*)", re.DOTALL)
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True, order=True)
@@ -109,24 +110,29 @@ def parse_location(text: str) -> Location:
     'runs/cache'
     """
     found = _URL.fullmatch(text)
-    if found is None or not (found[1] in SCHEMES or "://" in text):
+    scheme = found[1].lower() if found else ""
+    if found is None or not (scheme in SCHEMES or "://" in text):
         return Path(text)
-    scheme, rest = found[1], found[2]
     if scheme not in SCHEMES:
         known = ", ".join(f"{name}://" for name in SCHEMES if name != "memory")
         raise ArgumentError(
             f"{scheme}:// is no place that medembed reads. Give a local path, or one of {known}."
         )
-    bucket, _, key = rest.lstrip("/").partition("/")
-    if "@" in bucket:  # never shown: what stands before the @ may be a secret
+    bucket, _, key = found[2].partition("/")
+    if "@" in bucket or ":" in bucket:  # never shown; a secret key may hold slashes itself
         raise ArgumentError(
             f"a {scheme}:// address holds no credentials. Leave out what stands before the @, and "
             "let the provider's usual chain find them: environment variables, files, the machine."
         )
     parts = [part for part in key.split("/") if part]
-    if not bucket or any(part in (".", "..") for part in parts):
-        raise ArgumentError(f"{text} names no place in a bucket. Write {scheme}://BUCKET/PREFIX.")
+    # (an empty bucket is mostly an empty variable: s3://$BUCKET/mura)
+    if not _BUCKET.fullmatch(bucket) or not all(map(_is_part, parts)):
+        raise ArgumentError(f"{text!r} names no place in a bucket. Write {scheme}://BUCKET/PREFIX.")
     return BucketPath(scheme, bucket, "/".join(parts))
+
+
+def _is_part(part: str) -> bool:
+    return part not in (".", "..") and not any(ord(c) < 32 or ord(c) == 127 for c in part)
 
 
 def as_location(value: Any, what: str, otherwise: str = "") -> Location:

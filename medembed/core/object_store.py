@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
 from medembed.core.errors import StorageError
@@ -36,6 +36,7 @@ __all__ = [
     "find_object",
     "is_probe",
     "list_objects",
+    "list_objects_in",
     "object_exists",
     "pause",
     "put_object",
@@ -43,6 +44,7 @@ __all__ = [
     "read_range",
     "require_conditions",
     "set_announcer",
+    "store_time",
 ]
 
 AHEAD = 32
@@ -56,6 +58,8 @@ PROBE = ".probe-"
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 _RETRIED = {"408", "409", "425", "429", "500", "502", "503", "504"}
 _PASSING = re.compile(r"<Code>(RequestTimeout|SlowDown|InternalError|OperationAborted|Throttl)")
+# Another's write to the name was under way (409), and may yet fail; obstore calls that existing.
+_RACED = re.compile(r"<Code>(ConditionalRequestConflict|OperationAborted)")
 _EXPIRED = re.compile(
     r"ExpiredToken|TokenRefreshRequired|RequestExpired|InvalidAuthenticationInfo|invalid_token"
 )
@@ -82,6 +86,10 @@ class StoredObject:
 
     path: BucketPath
     modified: datetime
+
+
+class _BeyondEndError(OSError):
+    """A range begins where the object has ended."""
 
 
 class _Bucket:
@@ -120,24 +128,35 @@ class _Bucket:
         from obstore import exceptions as known
 
         for attempt in range(1, MAX_TRIES + 1):
-            store = self.store()
+            store = None
             try:
+                store = self.store()
                 return work(store)
+            except StorageError:  # of how it is set up
+                raise
             except FileNotFoundError as error:
                 if "NoSuchBucket" in str(error) or "ContainerNotFound" in str(error):
                     raise _refused(path, "404", "there is no such bucket") from None
                 missing = FileNotFoundError(errno.ENOENT, "no such object", str(path))
                 raise missing from None
-            except known.AlreadyExistsError:
-                raise FileExistsError(errno.EEXIST, "the object exists", str(path)) from None
             except (known.BaseError, OSError, ValueError) as error:
+                if isinstance(error, known.AlreadyExistsError) and not _RACED.search(str(error)):
+                    raise FileExistsError(errno.EEXIST, "the object exists", str(path)) from None
+                if "Could not parse path" in str(error):
+                    unnamed = OSError(errno.EINVAL, "no object can have this name", str(path))
+                    raise unnamed from None
                 status, words = _explain(str(error))
+                if status == "416":
+                    raise _BeyondEndError(
+                        errno.EINVAL, "the object is shorter", str(path)
+                    ) from None
                 has_expired = _EXPIRED.search(str(error)) is not None
                 if attempt == 1 and status in ("400", "401", "403") and "(" not in words:
                     has_expired = True  # perhaps: the answer to a HEAD has no body that says so
                 may_pass = has_expired or not status or status in _RETRIED
                 may_pass = may_pass or _PASSING.search(str(error)) is not None
-                if not may_pass or attempt == MAX_TRIES or _is_setting(error):
+                is_setting = store is None or isinstance(error, ValueError)
+                if not may_pass or attempt == MAX_TRIES or is_setting:
                     raise _refused(path, status, words, attempt) from None
                 if has_expired:
                     self.renew(store)
@@ -191,6 +210,14 @@ def list_objects(prefix: BucketPath, limit: int | None = None) -> list[StoredObj
     return _bucket_of(prefix).call(prefix, read)
 
 
+def list_objects_in(prefix: BucketPath) -> list[BucketPath]:
+    """Return the objects directly below a prefix, as `list_objects` does.
+
+    What stands for the prefix itself, as consoles make it for a "folder", is left out.
+    """
+    return [found.path for found in list_objects(prefix) if found.path.parent == prefix]
+
+
 def object_exists(path: BucketPath) -> bool:
     """Tell whether there is an object of exactly this name."""
     return find_object(path) is not None
@@ -240,7 +267,7 @@ def read_object(path: BucketPath, *, max_bytes: int | None = None) -> bytes:
 
 
 def read_range(path: BucketPath, start: int, stop: int) -> tuple[bytes, int]:
-    """Return bytes `start` to `stop` of an object, or to its end, and the object's size.
+    """Return bytes `start` to `stop` of an object, as many as it has, and the object's size.
 
     Raises like `read_object`.
     """
@@ -254,7 +281,11 @@ def read_range(path: BucketPath, start: int, stop: int) -> tuple[bytes, int]:
             raise OSError("the answer ended early")
         return data, size
 
-    return _bucket_of(path).call(path, read)
+    try:
+        return _bucket_of(path).call(path, read)
+    except _BeyondEndError:
+        found = find_object(path)
+        return b"", (found.path.size or 0) if found else 0
 
 
 def put_object(path: BucketPath, data: bytes) -> None:
@@ -340,6 +371,24 @@ def require_conditions(prefix: BucketPath) -> None:
         )
 
 
+def store_time(prefix: BucketPath) -> datetime:
+    """Return the time by the clock of a store, which is what an object's age is counted in.
+
+    Raises
+    ------
+    StorageError
+        The store refuses, or keeps failing.
+    """
+    probe = prefix / f"{PROBE}{secrets.token_hex(8)}"
+    try:
+        put_object(probe, b"")
+        found = find_object(probe)
+    finally:
+        with suppress(OSError):
+            delete_objects([probe])
+    return found.modified if found else datetime.now(UTC)
+
+
 def is_probe(path: BucketPath) -> bool:
     """Tell whether an object is what a run left that died while it tried conditions."""
     return path.name.startswith(PROBE)
@@ -386,9 +435,12 @@ def _connect(scheme: str, bucket: str) -> Any:
         return stores.GCSStore(bucket, **common)
     if scheme == "az":
         return stores.AzureStore(bucket, **common)
-    endpoint = next((os.environ[name] for name in _ENDPOINTS if os.environ.get(name)), None)
+    named = next((name for name in _ENDPOINTS if os.environ.get(name)), None)
     settings: Any = {"checksum_algorithm": "sha256"}
-    if endpoint:
+    if named:
+        endpoint = os.environ[named]
+        if not re.fullmatch(r"https?://[^\s/]+\S*", endpoint):  # obstore would panic
+            raise StorageError(f"{named} is no address such as https://host:9000. Correct it.")
         settings["endpoint"] = endpoint
         client["allow_http"] = endpoint.startswith("http://")
     return stores.S3Store(bucket, config=settings, credential_provider=_aws_credentials(), **common)
@@ -399,16 +451,29 @@ def _aws_credentials() -> Any:
     if os.environ.get("AWS_ACCESS_KEY_ID") or os.environ.get("AWS_SKIP_SIGNATURE"):
         return None
     try:
+        from botocore.exceptions import BotoCoreError
         from obstore.auth.boto3 import Boto3CredentialProvider
-
-        return Boto3CredentialProvider(ttl=timedelta(minutes=5))
-    except (ImportError, ValueError):  # without boto3, or where it finds none: the machine's own
+    except ImportError:  # without boto3: the machine's own
         return None
+    try:
+        return Boto3CredentialProvider(ttl=timedelta(minutes=5))
+    except ValueError:  # it finds none
+        return None
+    except BotoCoreError as error:  # such as a profile that does not exist
+        raise StorageError(f"no credentials for S3: {error!s:.200}. Correct ~/.aws.") from None
 
 
 def _explain(text: str) -> tuple[str, str]:
     """Return the HTTP status in a library's message, or "", and what it says, without addresses."""
     text = text.partition("\n\nDebug source")[0]
+    failed = re.search(r"External \w+ credential provider: (\w{1,60})", text)
+    if failed:  # whose message may hold anything
+        return "", f"its credentials cannot be had ({failed[1]})"
+    one = re.search(r"\(code: (\w{1,60})\)", text)  # of several objects to be deleted
+    if one:
+        return "403" if one[1] == "AccessDenied" else "", f"it answered {one[1]}"
+    if "redirect without LOCATION" in text:
+        return "301", "it answered with status 301"
     status = re.search(r"status code: (\d{3})", text)
     code = re.search(r"<Code>(\w{1,60})</Code>", text)
     if status:
@@ -417,11 +482,6 @@ def _explain(text: str) -> tuple[str, str]:
     words = text.rpartition(" - ")[2] if " - " in text else text.partition("\n")[0]
     words = re.sub(r"\S*(://|\?)\S*", "…", words)
     return "", words[:200].strip()
-
-
-def _is_setting(error: Exception) -> bool:
-    """Tell whether a library refuses what it was configured with, which no retry mends."""
-    return isinstance(error, ValueError)
 
 
 def _refused(path: BucketPath, status: str, words: str, tries: int = 1) -> StorageError:

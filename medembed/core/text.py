@@ -30,6 +30,7 @@ __all__ = [
     "to_html_cell",
     "to_latex",
     "to_markdown",
+    "without_credentials",
 ]
 
 _FORMULA = frozenset("=+-@＝＋－＠")
@@ -226,3 +227,8 @@ def _is_obeyed(character: str) -> bool:
 
 def _is_blank(character: str) -> bool:
     return character.isspace() or character in _INVISIBLE
+
+
+def without_credentials(address: str) -> str:
+    """Return a URL without what stands before an @, where some write a password or a secret key."""
+    return re.sub("://.*@", "://…@", address, flags=re.DOTALL)

@@ -3,7 +3,6 @@
 What a directory and a bucket have in common is tested beside each module, over both of them.
 """
 
-import itertools
 import json
 import os
 import re
@@ -13,11 +12,15 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from email.utils import format_datetime, parsedate_to_datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import boto3
 import numpy as np
 import pytest
+from click.testing import CliRunner
+from made_buckets import OTHER, RECORDED, SPEC, check, commit, new_place, rows_of, some_keys
 from s3_server import S3, SECRET, Answer, Asked
 
 from medembed.cache import compaction, local_copies, shards, verification
@@ -26,10 +29,11 @@ from medembed.cache.embeddings import map_rows
 from medembed.cache.failures import Failure
 from medembed.cache.index import committed_shards
 from medembed.cache.metadata import is_free
-from medembed.cache.spec import CacheSpec, hex_from_keys
+from medembed.cache.spec import hex_from_keys
 from medembed.cache.storage import store_at
 from medembed.cache.store import Cache, create_cache, open_cache
 from medembed.cache.transfer import copy_cache
+from medembed.cli import main
 from medembed.core import object_store
 from medembed.core.errors import (
     ArgumentError,
@@ -39,42 +43,13 @@ from medembed.core.errors import (
     SpecMismatchError,
     StorageError,
 )
+from medembed.core.files import as_path
 from medembed.core.locations import BucketPath, as_location, parse_location
-
-SPEC = CacheSpec("ab" * 32, {"width": 8}, {"mean": (4,), "max": (4,)}, "float32")
-OTHER = CacheSpec("cd" * 32, {"width": 8}, {"mean": (4,), "max": (4,)}, "float32")
-RECORDED = {"source": "made up"}
-NUMBERS = itertools.count()
-
-
-def some_keys(n: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (n, 32), dtype=np.uint8)
-
-
-def rows_of(keys: np.ndarray) -> dict[str, np.ndarray]:
-    mean = keys[:, :4].astype(np.float32)
-    return {"mean": mean, "max": mean + 0.5}
-
-
-def commit(cache: Cache, keys: np.ndarray) -> BucketPath:
-    path = cache.commit(keys, rows_of(keys))
-    assert isinstance(path, BucketPath)
-    return path
-
-
-def check(cache: Cache, keys: np.ndarray) -> None:
-    """Check that a cache is whole and holds exactly these rows, each once."""
-    fresh = open_cache(cache.path)
-    assert fresh.verify() == []
-    assert np.array_equal(fresh.keys(), np.unique(keys, axis=0))
-    read = fresh.read(keys, ["mean", "max"])
-    for name, values in rows_of(keys).items():
-        assert np.array_equal(read[name], values)
 
 
 @pytest.fixture
 def place(s3: S3) -> BucketPath:
-    return BucketPath("s3", "bucket", f"buckets/{os.getpid()}-{next(NUMBERS)}")
+    return new_place()
 
 
 @pytest.fixture
@@ -90,6 +65,7 @@ def cache(place: BucketPath) -> Cache:
         ("gs://b/x//y/", "gs://b/x/y"),
         (Path("s3://b/x"), "s3://b/x"),  # its slash is gone: s3:/b/x
         ("az://container/x", "az://container/x"),
+        ("S3://b/a b/50%25 #1?/ü", "s3://b/a b/50%25 #1?/ü"),
     ],
 )
 def test_a_url_is_a_prefix_of_a_bucket(text: str | Path, shown: str) -> None:
@@ -109,13 +85,49 @@ def test_what_has_no_scheme_is_a_local_path(text: str) -> None:
         ("ftp://host/x", "ftp:// is no place that medembed reads"),
         ("s3://", "names no place in a bucket"),
         ("s3://b/../c", "names no place in a bucket"),
+        ("s3:///mura", "names no place in a bucket"),  # s3://$BUCKET/mura
+        ("s3://a bucket/x", "names no place in a bucket"),
+        ("s3://b/x\n/y", "names no place in a bucket"),
         ("s3://key:geheim@b/x", "holds no credentials"),
+        ("s3://key:geh/geheim@b/x", "holds no credentials"),  # a secret key may have slashes
     ],
 )
 def test_a_url_that_names_no_place_is_refused(text: str, words: str) -> None:
     with pytest.raises(ArgumentError, match=words) as caught:
         parse_location(text)
     assert "geheim" not in str(caught.value)
+
+
+def test_a_refused_url_shows_no_credentials() -> None:
+    with pytest.raises(ArgumentError, match=r"a run is a local path .*s3://…@b/run") as caught:
+        as_path("s3://key:geh/geheim@b/run", "a run")
+    done = CliRunner().invoke(main, ["report", "s3://key:geh/geheim@b/run", "-o", "x"])
+    assert "s3://…@b/run is not on this machine" in done.output
+    assert "geheim" not in f"{caught.value} {done.output}"
+
+
+@pytest.mark.parametrize("name", ["a b", "50%25", "a+b", "#1", "a?b=c&d", "ü", "a~*'()[]\\"])
+def test_names_reach_the_store_as_they_are(s3: S3, place: BucketPath, name: str) -> None:
+    boto3.client("s3").put_object(Bucket="bucket", Key=f"{place.key}/{name}", Body=b"here")
+    assert object_store.read_object(place / name) == b"here"
+    assert [found.path for found in object_store.list_objects(place)] == [place / name]
+    assert not object_store.create_object(place / name, b"other")
+    object_store.copy_object(place / name, place / "aside" / name)
+    object_store.delete_objects([place / name])
+    assert [found.path for found in object_store.list_objects(place)] == [place / "aside" / name]
+
+
+def test_a_name_that_no_object_can_have_blames_no_store(s3: S3, place: BucketPath) -> None:
+    with pytest.raises(OSError, match="no object can have this name") as caught:
+        object_store.read_object(place / "a\nb")
+    assert not isinstance(caught.value, StorageError)  # which would end a run
+
+
+def test_a_write_that_races_another_is_tried_again(s3: S3, place: BucketPath) -> None:
+    s3.fault = lambda asked: (409, "ConditionalRequestConflict") if asked.n == 1 else None
+    assert object_store.create_object(place, b"mine")
+    assert not object_store.create_object(place, b"other")
+    assert object_store.read_object(place) == b"mine"
 
 
 def test_of_16_that_create_an_object_one_wins(place: BucketPath) -> None:
@@ -315,6 +327,51 @@ def test_shards_merged_in_a_bucket_stay_for_a_while(
     assert set(store_at(place).list()) == {"cache.json"}
 
 
+def test_a_lock_is_as_old_as_the_store_says(s3: S3, place: BucketPath, cache: Cache) -> None:
+    """A machine whose clock is wrong breaks no lock of another."""
+
+    def an_hour_behind(asked: Asked, answer: Answer) -> Answer:
+        for name, value in answer.headers.items():
+            if name.lower() == "last-modified":
+                written = parsedate_to_datetime(value) - object_store.timedelta(hours=1)
+                answer.headers[name] = format_datetime(written, usegmt=True)
+        return answer
+
+    commit(cache, some_keys(5))
+    s3.tamper = an_hour_behind
+    object_store.put_object(place / LOCK, b"of one that is alive")
+    with pytest.raises(CacheError, match="another compaction"):
+        compact(place, SPEC)
+    assert object_store.read_object(place / LOCK) == b"of one that is alive"
+    assert not any(object_store.is_probe(o.path) for o in object_store.list_objects(place))
+
+
+def test_a_lock_is_renewed_while_merged_shards_stay(
+    s3: S3, place: BucketPath, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for part in np.array_split(some_keys(20), 2):
+        commit(cache, part)
+    monkeypatch.setattr(compaction, "RENEWAL_SECONDS", 0.05)
+    s3.asked.clear()
+    compact(place, SPEC, grace_seconds=0.25)
+    assert sum(a.method == "PUT" and a.key.endswith(LOCK) for a in s3.asked) > 4
+
+
+def test_what_consoles_and_people_leave_in_a_prefix_is_no_shard(s3: S3, place: BucketPath) -> None:
+    client = boto3.client("s3")
+    for name in ("", "shards/"):  # as a console makes a "folder"
+        client.put_object(Bucket="bucket", Key=f"{place.key}/{name}", Body=b"")
+    cache = create_cache(place, SPEC, RECORDED)
+    keys = some_keys(10)
+    path = commit(cache, keys)
+    other = create_cache(f"{place}-other", OTHER, RECORDED)
+    foreign = object_store.read_object(commit(other, keys))
+    object_store.put_object(place / "shards" / "old" / path.name, foreign)
+    object_store.put_object(place / "shards" / "old" / f"{'0' * 32}.h5", foreign)
+    check(cache, keys)
+    assert compact(place, SPEC).shards_after == 1
+
+
 def test_a_compaction_that_died_is_completed_and_its_lock_expires(
     s3: S3, place: BucketPath, cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -368,6 +425,7 @@ def test_expired_credentials_are_asked_for_again(
     [
         (lambda asked: (403, "AccessDenied"), "403 \\(AccessDenied\\).*credentials"),
         (lambda asked: (400, "ExpiredToken"), "ExpiredToken"),
+        (lambda asked: (301, "PermanentRedirect"), r"status 301\. The bucket is .*AWS_REGION"),
         (lambda asked: "cut", "8 times"),
         (lambda asked: 503, "503 \\(SlowDown\\), 8 times"),
     ],
@@ -387,6 +445,64 @@ def test_a_store_that_refuses_is_one_error_without_secrets(
     assert "Signature" not in shown
     assert s3.address not in shown
     assert "\n" not in shown
+
+
+class ExpiredLogin:
+    """A provider of credentials, as boto3's, whose login has ended."""
+
+    config: ClassVar[dict[str, str]] = {}
+
+    def __call__(self) -> Any:
+        raise RuntimeError(f"Token has expired: https://host/login?token={SECRET}")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("AWS_ENDPOINT_URL", "nowhere in particular", "AWS_ENDPOINT_URL is no address such as"),
+        ("AWS_PROFILE", "nobody", r"no credentials for S3.*profile \(nobody\)"),
+        ("AWS_SECRET_ACCESS_KEY", None, "Missing SecretAccessKey"),
+        ("provider", None, r"credentials cannot be had \(RuntimeError\), 8 times"),
+    ],
+)
+def test_settings_that_cannot_work_are_one_error(
+    name: str,
+    value: str | None,
+    words: str,
+    s3: S3,
+    place: BucketPath,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    object_store._buckets.clear()
+    if value:
+        monkeypatch.setenv(name, value)
+    elif name == "provider":
+        monkeypatch.setattr(object_store, "_aws_credentials", ExpiredLogin)
+    else:
+        monkeypatch.delenv(name)
+    if name == "AWS_PROFILE":
+        monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    with pytest.raises(StorageError, match=words) as caught:
+        open_cache(place)
+    object_store._buckets.clear()
+    assert SECRET not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_object_that_another_has_put_in_a_shards_place_is_named(
+    s3: S3, place: BucketPath, cache: Cache
+) -> None:
+    keys = some_keys(20)
+    path = commit(cache, keys)
+    object_store.put_object(path, bytes(len(object_store.read_object(path))))
+    with pytest.raises(ShardError, match="an object of this name holds something else"):
+        commit(cache, keys)
+    object_store.put_object(path, b"")
+    with pytest.raises(ShardError, match="is damaged: its header cannot be read"):
+        open_cache(place).keys()
+    assert len(verification.repair(place, verification.verify(place, SPEC))) == 1
+    commit(cache, keys)
+    check(cache, keys)
 
 
 def test_a_silent_store_is_asked_again(
@@ -591,7 +707,7 @@ def test_a_cache_goes_to_a_bucket_and_back_byte_by_byte(
 
 
 def test_memory_is_a_bucket_too() -> None:
-    place = f"memory://{os.getpid()}-{next(NUMBERS)}/cache"
+    place = f"memory://{os.getpid()}/cache"
     cache = create_cache(place, SPEC, RECORDED)
     keys = some_keys(20)
     commit(cache, keys[:12])

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medembed.cache import shards
-from medembed.cache.shards import put_rows
+from medembed.cache import widening
+from medembed.cache.widening import put_rows
 
 EVERY = np.arange(2**16, dtype=np.uint16).view(np.float16)
 FINITE = EVERY[np.isfinite(EVERY)]
@@ -28,7 +28,7 @@ def test_the_fast_way_is_taken_and_wrong_numbers_in_it_are_seen(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rows, output = FINITE[:1024].reshape(1, -1), np.zeros((1, 1024), np.float32)
-    monkeypatch.setattr(shards, "SCALE", np.float32(2.0))
+    monkeypatch.setattr(widening, "SCALE", np.float32(2.0))
     put_rows(output, slice(0, 1), rows)
     assert not same_bits(output, rows.astype(np.float32))
 
@@ -58,8 +58,8 @@ def test_rows_come_to_their_places(
 def test_where_subnormals_are_flushed_the_slow_way_keeps_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(shards, "SUBNORMAL", np.float32(0))  # as a flushing processor sees it
-    monkeypatch.setattr(shards, "SCALE", np.float32(0))
+    monkeypatch.setattr(widening, "SUBNORMAL", np.float32(0))  # as a flushing processor sees it
+    monkeypatch.setattr(widening, "SCALE", np.float32(0))
     rows, output = FINITE.reshape(-1, 1024), np.zeros((62, 1024), np.float32)
     put_rows(output, slice(0, 62), rows)
     assert same_bits(output, rows.astype(np.float32))
