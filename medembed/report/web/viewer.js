@@ -1,7 +1,7 @@
 // One case, large: window and contrast, heat map, the original beside, nearest films of training.
 
 import { describeCase } from "./cases.js";
-import { filmUrl, readFilms, regionName, unpack } from "./document.js";
+import { ANSWERS, filmUrl, labelName, readFilms, regionName, unpack } from "./document.js";
 import { count, h, share, svg } from "./text.js";
 
 const LABELS = ["normal", "abnormal", "unlabelled"];
@@ -54,6 +54,7 @@ export const createViewer = (page, store, { step, closed }) => {
   const facts = h("div", { class: "facts-of-case" });
   const near = h("div", { class: "near" });
   const { filter, set } = createWindow();
+  const named = labelName(page).replace(/^./, (first) => first.toUpperCase());
   const window_ = { level: 50, width: 100, heat: false, opacity: 70 };
   const adjust = () => {
     set(window_.level, window_.width);
@@ -116,11 +117,12 @@ export const createViewer = (page, store, { step, closed }) => {
     const hasFilm = own.films.some(filmUrl);
     dialog.classList.toggle("without-films", !hasFilm);
     const rows = [
-      ["Label", own.abnormal ? "abnormal" : "normal"],
+      [named, own.abnormal ? "abnormal" : "normal"],
       ["Decision", own.called ? "abnormal" : "normal"],
       ["Region", own.region],
       ...(own.set ? [[`Set at 90 % of ${page.heads[0].name}`, own.set]] : []),
       ...(Number.isFinite(own.distance) ? [["Distance from training", share(own.distance)]] : []),
+      ...Object.entries(cases.targets).map(([name, answers]) => [`Target ${name}`, ANSWERS[answers[i]]]),
       ...Object.entries(cases.covariates).map(([name, values]) => [name, values[i] || "–"]),
     ];
     facts.replaceChildren(
