@@ -318,7 +318,8 @@ def test_keys_walk_through_the_cases_and_the_film_is_adjusted(open_page):
     heat = viewer.locator("canvas.heat").first
     assert heat.is_hidden()
     page.locator("#heat").check()
-    film = viewer.locator(".stack img").first.bounding_box()
+    viewer.locator(".film[height='200']").first.wait_for()
+    film = viewer.locator(".stack .film").first.bounding_box()
     assert heat.bounding_box() == pytest.approx(film, abs=1)  # over the film, of the same aspect
     assert viewer.locator(".original").first.is_visible()
     page.locator("#opacity").fill("20")
@@ -394,7 +395,8 @@ def test_cases_and_films_beside_the_page_are_loaded(open_page, made, tmp_path, m
     page = open_page(path=tmp_path / "index.html")
     said = page.locator("#cases-app .said").first
     assert "20 of the 20 that this page holds (75 in all) studies." in said.inner_text()
-    page.wait_for_function("document.querySelector('.case img').naturalWidth > 0")
+    page.locator(".cases").scroll_into_view_if_needed()
+    page.locator(".case .film[height='142']").first.wait_for()  # as tall as it is shown
     page.get_by_role("button", name="Load all 75 studies").click()
     wait_for_count(page, 75)
     page.locator(".cases").focus()

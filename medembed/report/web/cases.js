@@ -1,6 +1,7 @@
 // Every test study as a card, of which only those in sight are elements.
 
 import { ANSWERS, filmUrl, readCases, readFilms, regionName } from "./document.js";
+import { createFilm } from "./films.js";
 import { count, h, share, visible } from "./text.js";
 import { createViewer } from "./viewer.js";
 
@@ -9,6 +10,7 @@ const CARD = 190;
 const DIGITS = 12;
 const PRINTED = 24;
 const KEPT = 60;
+const FILM = 142; // pixels, as in page.css
 const KINDS = {
   all: "all",
   mistakes: "mistakes",
@@ -157,16 +159,11 @@ export const addCases = (page, store, host) => {
     render(true);
   };
 
-  const picture = (code, alt) => {
-    const url = filmUrl(code);
-    return url ? h("img", { src: url, alt, loading: "lazy", decoding: "async" }) : null;
-  };
-
   /** The films of a card, which stay loaded while the threshold moves around them. */
   const viewsOf = ({ i, films }) => {
     let views = shown.get(i);
     if (!views) {
-      const pictures = films.slice(0, 3).map((code) => picture(code, "")).filter(Boolean);
+      const pictures = films.slice(0, 3).map((code) => createFilm(code, "", FILM)).filter(Boolean);
       views = h("div", { class: "views" },
         pictures.length ? pictures : h("span", { class: "missing" }, "no picture"),
         films.length > 3 ? h("small", {}, `+${films.length - 3}`) : null);
@@ -319,11 +316,15 @@ export const addCases = (page, store, host) => {
     ...targets.below, said, list, none, printed,
     h("p", { class: "legend" }, "Arrows move, Enter opens a case, Esc closes it. Decisions follow the head and threshold above. ", hints.join(" ")));
 
+  const picture = (code) => {
+    const url = filmUrl(code);
+    return url ? h("img", { src: url, alt: "" }) : h("code", {}, code.slice(0, DIGITS));
+  };
   const print = () => {
     printed.replaceChildren(...found.slice(0, PRINTED).map((_, place) => {
       const own = describeCase(page, state, found[place]);
       return h("li", {}, h("p", {}, h("strong", {}, own.title), ` ${share(own.p, 2)}, ${own.region}`),
-        h("div", { class: "view-row" }, own.films.map((code) => picture(code, "") ?? h("code", {}, code.slice(0, DIGITS)))));
+        h("div", { class: "view-row" }, own.films.map(picture)));
     }));
   };
   window.addEventListener("beforeprint", print);

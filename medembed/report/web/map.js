@@ -1,7 +1,8 @@
 // The embeddings in two dimensions on a canvas: hover shows a film, a lasso picks cases.
 
 import { describeCase } from "./cases.js";
-import { ANSWERS, filmUrl, labelName, regionName } from "./document.js";
+import { ANSWERS, labelName, regionName } from "./document.js";
+import { createFilm } from "./films.js";
 import { count, h } from "./text.js";
 
 const SCALE = 65535;
@@ -10,6 +11,7 @@ const LABELS = ["normal", "abnormal", "unlabelled"];
 const METHODS = { pca: "principal components", tsne: "t-SNE" };
 const MARGIN = 12;
 const MANY = 10000;
+const FILM = 190;
 
 const colourings = (page) => {
   const { map } = page;
@@ -228,8 +230,7 @@ export const addMap = (page, store, host, cases) => {
     if (way.names === ANSWERS) words.push(`${way.title} ${ANSWERS[way.of(store.state, k)]}`);
     said.textContent = words.join(", ");
     const code = codeOf(k);
-    const url = code && filmUrl(code);
-    film.replaceChildren(url ? h("img", { src: url, alt: words.join(", ") }) : words.join(", "));
+    film.replaceChildren((code && createFilm(code, words.join(", "), FILM)) || words.join(", "));
     const [x, y] = toScreen(k);
     film.style.left = `${Math.min(Math.max(x + 14, 0), Math.max(size[0] - 160, 0))}px`;
     film.style.top = `${Math.max(0, Math.min(y + 14, size[1] - 170))}px`;

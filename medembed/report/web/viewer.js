@@ -2,11 +2,13 @@
 
 import { describeCase } from "./cases.js";
 import { ANSWERS, filmUrl, labelName, readFilms, regionName, unpack } from "./document.js";
+import { createFilm } from "./films.js";
 import { count, h, share, svg } from "./text.js";
 
 const LABELS = ["normal", "abnormal", "unlabelled"];
 const ABNORMAL = [230, 159, 0];
 const NORMAL = [86, 180, 233];
+const NEAR = 240; // pixels of a near film
 
 /** A filter that maps a window of grey levels to black and white. */
 const createWindow = () => {
@@ -95,9 +97,8 @@ export const createViewer = (page, store, { step, closed }) => {
   });
 
   const film = (code, alt, own) => {
-    const url = filmUrl(code);
-    if (!url) return h("p", { class: "missing" }, `No picture of ${alt}.`);
-    const picture = () => h("img", { src: url, alt });
+    if (!filmUrl(code)) return h("p", { class: "missing" }, `No picture of ${alt}.`);
+    const picture = () => createFilm(code, alt, own ? 0 : NEAR);
     const known = own && Object.hasOwn(readFilms().heat, code) ? readFilms().heat[code] : null;
     const stack = h("div", { class: "stack" }, picture(), known ? drawHeat(known) : null);
     return known ? h("div", { class: "pair" }, stack, h("div", { class: "stack original" }, picture())) : stack;
