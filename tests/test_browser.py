@@ -1,24 +1,19 @@
 """The page in a real browser: it loads alone, answers, fits, and everybody can read it."""
 
 import datetime
-import io
 import os
 import shutil
 from importlib.resources import files
 from pathlib import Path
 
-import numpy as np
 import pytest
+from made_pages import give_map, make_answers, make_heat, thumbnails
 from made_runs import REGIONS, fit_sets, give_model, make_images, make_run
-from PIL import Image
 
 from medembed.report import cases
 from medembed.report.cases import CaseSources
-from medembed.report.gallery import Thumbnail
 from medembed.report.page import write_report
 from medembed.results.alignment import align_runs
-from medembed.results.embedding_map import EmbeddingMap, MapInfo, write_map
-from medembed.results.predictions import image_code
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
@@ -30,36 +25,6 @@ TURNED = "wrist\u202eabc"
 HEADS = {"mlp": 0.9, "logistic": 1.5, "attention-with-quite-a-long-name": 1.2, "lightgbm": 1.3}
 #: A directory given here keeps the screenshots, to be looked at.
 KEPT = os.environ.get("MEDEMBED_SCREENSHOTS")
-
-
-def thumbnails(wanted):
-    """Grey ramps in place of radiographs; every seventh image is not at hand."""
-    found = {}
-    for k, sha256 in enumerate(wanted):
-        if k % 7 != 6:
-            ramp = np.tile(np.linspace(0, 255, 160, dtype=np.uint8), (200, 1))
-            output = io.BytesIO()
-            Image.fromarray(ramp).save(output, "JPEG")
-            found[sha256] = Thumbnail(output.getvalue(), 160, 200)
-    return found
-
-
-def make_heat(directory, sha256):
-    """Numbers of a heat map as `predict --explain` writes them: one hot cell, none in padding."""
-    lines = ["row,column,left,top,right,bottom,logit"]
-    for row, column in np.ndindex(4, 4):
-        edges = (column * 40, row * 50, column * 40 + 40, row * 50 + 50)
-        lines.append(f"{row},{column},{','.join(map(str, edges))},{int(row == column == 1)}")
-    directory.mkdir(exist_ok=True)
-    (directory / f"{image_code(sha256)}.csv").write_text("\n".join(lines))
-
-
-def give_map(run, images):
-    """Keep a map in a run: abnormal images lie on the right."""
-    rows = images.assign(pooling="mean", x=images["label"] * 4.0, y=np.linspace(0, 3, len(images)))
-    rows = rows.astype({"label": "Int8"})
-    info = MapInfo(method="pca", seed=0, manifest="0", explained={"mean": [0.5, 0.2]}, versions={})
-    write_map(run, EmbeddingMap(rows, info))
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +43,7 @@ def made(tmp_path_factory):
     give_map(run, images)
     for sha256 in images["sha256"]:
         make_heat(runs / "heat", sha256)
-    return [run, other], CaseSources(explanations=runs / "heat")
+    return [run, other], CaseSources(explanations=runs / "heat", answers=make_answers(images))
 
 
 @pytest.fixture(scope="module")
@@ -293,6 +258,45 @@ def test_cases_are_filtered_sorted_and_searched(open_page, best):
     page.get_by_text("No studies are left").wait_for(timeout=5000)
 
 
+def test_cases_are_filtered_by_further_targets_which_colour_the_map(open_page, made):
+    page = open_page()
+    units = align_runs(made[0]).units
+    first = units["images"].str.split(" ").str[0]
+    metal, cast = (own.reindex(first).fillna(2).to_numpy(int) for own in made[1].answers.values())
+    page.get_by_label("Target metal").select_option("positive")
+    wait_for_count(page, (metal == 1).sum())
+    page.get_by_label("Target cast").select_option("negative")
+    wait_for_count(page, ((metal == 1) & (cast == 0)).sum())
+    page.get_by_label("Target cast").select_option("unknown")
+    wait_for_count(page, ((metal == 1) & (cast == 2)).sum())
+    page.locator(".case").first.click()
+    facts = page.locator(".facts-of-case dl > div").all_inner_texts()
+    assert [fact.split("\n") for fact in facts if "Target" in fact] == [
+        ["Target metal", "positive"],
+        ["Target cast", "unknown"],
+    ]
+    page.keyboard.press("Escape")
+    page.locator("#map-colour").select_option(label="target metal")
+    n = {code: int((made[1].answers["metal"] == code).sum()) for code in (0, 1)}
+    legend = page.locator(".map-legend").inner_text()
+    assert f"negative {n[0]}" in legend
+    assert f"positive {n[1]}" in legend
+
+
+def test_many_targets_are_folded_up(open_page, made, tmp_path, monkeypatch):
+    monkeypatch.setattr("medembed.report.page.plot_all", lambda *_: [])
+    metal = made[1].answers["metal"]
+    sources = CaseSources(answers={f"finding_{k}": metal for k in range(6)})
+    write_report(made[0], tmp_path, n_resamples=20, cases=sources)
+    page = open_page(path=tmp_path / "index.html")
+    assert page.get_by_label("Target finding_4").is_hidden()
+    page.get_by_text("Further targets").click()
+    page.get_by_label("Target finding_4").select_option("negative")
+    wait_for_count(page, 50)
+    page.get_by_text("Further targets: finding_4 negative").click()
+    assert page.get_by_label("Target finding_4").is_hidden()
+
+
 def test_keys_walk_through_the_cases_and_the_film_is_adjusted(open_page):
     page = open_page()
     cases = page.locator(".cases")
@@ -314,7 +318,8 @@ def test_keys_walk_through_the_cases_and_the_film_is_adjusted(open_page):
     heat = viewer.locator("canvas.heat").first
     assert heat.is_hidden()
     page.locator("#heat").check()
-    film = viewer.locator(".stack img").first.bounding_box()
+    viewer.locator(".film[height='200']").first.wait_for()
+    film = viewer.locator(".stack .film").first.bounding_box()
     assert heat.bounding_box() == pytest.approx(film, abs=1)  # over the film, of the same aspect
     assert viewer.locator(".original").first.is_visible()
     page.locator("#opacity").fill("20")
@@ -390,7 +395,8 @@ def test_cases_and_films_beside_the_page_are_loaded(open_page, made, tmp_path, m
     page = open_page(path=tmp_path / "index.html")
     said = page.locator("#cases-app .said").first
     assert "20 of the 20 that this page holds (75 in all) studies." in said.inner_text()
-    page.wait_for_function("document.querySelector('.case img').naturalWidth > 0")
+    page.locator(".cases").scroll_into_view_if_needed()
+    page.locator(".case .film[height='142']").first.wait_for()  # as tall as it is shown
     page.get_by_role("button", name="Load all 75 studies").click()
     wait_for_count(page, 75)
     page.locator(".cases").focus()

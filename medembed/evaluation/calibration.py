@@ -26,7 +26,7 @@ from medembed.evaluation.bootstrap import (
     quotients,
 )
 from medembed.evaluation.bounds import bound_on_logit, quantile
-from medembed.evaluation.estimates import Spread, estimate_share, measure_spread
+from medembed.evaluation.estimates import Clusters, Spread, estimate_share, measure_spread
 from medembed.evaluation.scores import (
     N_ECE_BINS,
     check_both_classes,
@@ -382,8 +382,9 @@ def calibration_curve(y: np.ndarray, probability: np.ndarray, patients: np.ndarr
     points = np.linspace(values.min(), values.max(), _N_POINTS)
     x = log_odds(points)
     centre, reach = fit.line[0] + fit.line[1] * x, np.full(len(x), nan)
+    clusters = Clusters(labels, codes)
     for i, place in enumerate(x):
-        spread = measure_spread(labels, fit.added @ [1.0, place], codes)
+        spread = clusters.measure_spread(fit.added @ [1.0, place])
         if spread.fewest >= MIN_PATIENTS and spread.error > 0:
             freedom = min(spread.freedom, spread.fewest - 1)
             reach[i] = quantile(CONFIDENCE, freedom) * spread.error

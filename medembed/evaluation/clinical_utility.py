@@ -14,7 +14,7 @@ import pandas as pd
 from medembed.core.errors import TrainingDataError
 from medembed.evaluation.bootstrap import CONFIDENCE, MIN_PATIENTS, patient_codes
 from medembed.evaluation.bounds import Bounds, bound_ratio, quantile
-from medembed.evaluation.estimates import Estimate, measure_spread
+from medembed.evaluation.estimates import Clusters, Estimate
 from medembed.evaluation.scores import check_rows
 
 __all__ = ["THRESHOLDS", "check_prevalence", "net_benefit", "predictive_values"]
@@ -149,9 +149,9 @@ def net_benefit(
         raise TrainingDataError(f"{len(labels)} labels, but {len(codes)} patients")
     if not ((cuts > 0) & (cuts < 1)).all():
         raise TrainingDataError("a threshold of net benefit is above 0 and below 1")
-    prices = cuts / (1 - cuts)
+    prices, clusters = cuts / (1 - cuts), Clusters(labels, codes)
     found = [
-        _estimate(labels, values >= cut, codes, price)
+        _estimate(labels, values >= cut, clusters, price)
         for cut, price in zip(cuts, prices, strict=True)
     ]
     share = labels.mean() if len(labels) else np.nan
@@ -161,14 +161,14 @@ def net_benefit(
 
 
 def _estimate(
-    labels: np.ndarray, called: np.ndarray, codes: np.ndarray, price: float
+    labels: np.ndarray, called: np.ndarray, clusters: Clusters, price: float
 ) -> tuple[float, float, float]:
     n = len(labels)
     if n == 0:
         return np.nan, np.nan, np.nan
     gained = called * np.where(labels == 1, 1.0, -price)
     value = float(gained.mean())
-    spread = measure_spread(labels, (gained - value) / n, codes)
+    spread = clusters.measure_spread((gained - value) / n)
     if spread.fewest < MIN_PATIENTS or not spread.error > 0:
         return value, np.nan, np.nan
     freedom = min(spread.freedom, spread.fewest - 1)

@@ -42,6 +42,7 @@ from medembed.evaluation.scores import SCORES, Scorer
 
 __all__ = [
     "PREDICTIVE",
+    "Clusters",
     "Estimate",
     "Spread",
     "estimate_auroc",
@@ -420,26 +421,50 @@ def mean_estimate(estimates: Sequence[Estimate], names: Sequence[str]) -> Estima
 def measure_spread(
     y: np.ndarray, added: np.ndarray, codes: np.ndarray, n_patients: int | None = None
 ) -> Spread:
-    """Return a score's standard error from the rows' contributions (n,), patients as clusters.
+    """Return one score's standard error, see `Clusters`."""
+    return Clusters(y, codes, n_patients).measure_spread(added)
 
-    With a and b the contributions of a patient's abnormal and normal rows and c(m) = m / (m - 1),
-    the variance is ``c(I) sum (a + b)² + (c(I1) - c(I)) sum a² + (c(I0) - c(I)) sum b²`` over I
-    patients, I1 with an abnormal and I0 with a normal row: for AUROC, Obuchowski's variance. NaN
-    if one of these numbers is below two.
+
+class Clusters:
+    """Rows of patients, of which the spread of many scores is measured.
+
+    Parameters
+    ----------
+    y, codes : arrays of shape (n,)
+        Labels 0 or 1, and each row's patient, from `patient_codes`.
+    n_patients : int, optional
+        The length of `Spread.parts`.
     """
-    is_abnormal = y == 1
-    size = (int(codes.max()) + 1 if len(codes) else 0) if n_patients is None else n_patients
-    own = [codes[is_abnormal], codes[~is_abnormal], codes]
-    n_abnormal, n_normal, n_all = (_count(group, size) for group in own)
-    abnormal = np.bincount(own[0], weights=added[is_abnormal], minlength=size)
-    normal = np.bincount(own[1], weights=added[~is_abnormal], minlength=size)
-    parts = abnormal + normal
-    of_all = _correction(n_all)
-    variance = of_all * float(parts @ parts)
-    variance += (_correction(n_abnormal) - of_all) * float(abnormal @ abnormal)
-    variance += (_correction(n_normal) - of_all) * float(normal @ normal)
-    error = sqrt(variance) if variance > 0 else (nan if isnan(variance) else 0.0)
-    return Spread(parts, error, _freedom(parts), min(n_abnormal, n_normal))
+
+    def __init__(self, y: np.ndarray, codes: np.ndarray, n_patients: int | None = None) -> None:
+        self._size = (
+            (int(codes.max()) + 1 if len(codes) else 0) if n_patients is None else n_patients
+        )
+        self._rows = [np.flatnonzero(y == 1), np.flatnonzero(y != 1)]
+        self._codes = [codes[rows] for rows in self._rows]
+        self._counts = [_count(own, self._size) for own in (*self._codes, codes)]
+
+    def measure_spread(self, added: np.ndarray) -> Spread:
+        """Return a score's standard error from the rows' contributions (n,).
+
+        With a and b the contributions of a patient's abnormal and normal rows and
+        c(m) = m / (m - 1), the variance is
+        ``c(I) sum (a + b)² + (c(I1) - c(I)) sum a² + (c(I0) - c(I)) sum b²`` over I patients, I1
+        with an abnormal and I0 with a normal row: for AUROC, Obuchowski's variance. NaN if one of
+        these numbers is below two.
+        """
+        n_abnormal, n_normal, n_all = self._counts
+        abnormal, normal = (
+            np.bincount(codes, weights=added[rows], minlength=self._size)
+            for codes, rows in zip(self._codes, self._rows, strict=True)
+        )
+        parts = abnormal + normal
+        of_all = _correction(n_all)
+        variance = of_all * float(parts @ parts)
+        variance += (_correction(n_abnormal) - of_all) * float(abnormal @ abnormal)
+        variance += (_correction(n_normal) - of_all) * float(normal @ normal)
+        error = sqrt(variance) if variance > 0 else (nan if isnan(variance) else 0.0)
+        return Spread(parts, error, _freedom(parts), min(n_abnormal, n_normal))
 
 
 def _estimate_decided(rows: _Rows, name: str) -> Estimate:

@@ -9,7 +9,7 @@ import csv
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,7 @@ from medembed.evaluation.calibration import log_odds
 from medembed.report.figures.captions import shown_rows
 from medembed.report.gallery import CODE_DIGITS, FILM_DIGITS, FindThumbnails, film_name
 from medembed.report.page_schema import Cases, Films, HeatMap, TrainingFilms, pack
+from medembed.report.target_answers import Answers, code_answers, find_answers, name_target
 from medembed.results.alignment import ScoredHead, TestSet
 from medembed.results.comparison_schema import ComparisonResult
 from medembed.results.deferral import find_sets
@@ -76,6 +77,8 @@ class CaseSources:
         Columns of the manifest to show with each case.
     names : bool
         Whether to show the paths of films, which the manifest has.
+    answers : mapping of str to Series
+        Answers to further targets, see `target_answers`; a manifest has them all.
     films : Path, optional
         The directory of the films; by default `FOLDER` beside the page.
     progress : callable, optional
@@ -87,6 +90,7 @@ class CaseSources:
     explanations: Path | None = None
     covariates: Sequence[str] = ()
     names: bool = False
+    answers: Answers = field(default_factory=dict)
     films: Path | None = None
     progress: Callable[[int, int], None] | None = None
 
@@ -107,6 +111,10 @@ class CaseList:
     images : list of str
         SHA-256 of the films of the cases that the page holds, in their order, then of the films of
         train that are near them.
+    target : str
+        What the heads predict.
+    answers : mapping of str to Series
+        Answers to other targets, by image.
     """
 
     content: Cases
@@ -114,6 +122,8 @@ class CaseList:
     regions: list[str]
     region_codes: NDArray[np.int64]
     images: list[str]
+    target: str
+    answers: Answers
 
     @property
     def file(self) -> str | None:
@@ -144,7 +154,7 @@ def list_cases(
     runs, result, test_set
         The comparison, and its runs.
     manifest : Manifest, optional
-        Source of the covariates and names.
+        Source of covariates, names and further targets.
     sources : CaseSources
 
     Raises
@@ -162,6 +172,7 @@ def list_cases(
     codes, regions = pd.factorize(test_set.units["region"], sort=True)
     sets = find_sets(runs, test_set, heads[0]) if heads else None
     views = [images.split(" ") for images in test_set.units["images"].iloc[order]]
+    answers = find_answers(runs, manifest, sources.answers)
 
     def describe(n: int) -> Cases:
         chosen = order[:n]
@@ -180,6 +191,9 @@ def list_cases(
                 for own in views[:n]
             ],
             covariates=_find_covariates(test_set, manifest, sources.covariates, views[:n]),
+            targets={
+                name: pack(code_answers(own, views[:n]), "u1") for name, own in answers.items()
+            },
             training=None,
         )
 
@@ -191,7 +205,8 @@ def list_cases(
         near = _find_near(runs, sources.cache, shown, list(regions))
         content = content.model_copy(update={"distance": near.distance, "training": near.films})
         images += near.images
-    return CaseList(content, whole, [str(name) for name in regions], codes, images)
+    named = [str(name) for name in regions]
+    return CaseList(content, whole, named, codes, images, name_target(runs), answers)
 
 
 def check_covariates(columns: Sequence[str], manifest: Manifest | None) -> None:

@@ -20,6 +20,7 @@ from medembed.report.page_schema import (
     PageTest,
     pack,
 )
+from medembed.report.target_answers import code_answers
 from medembed.results.alignment import ScoredHead, TestSet
 from medembed.results.comparison_schema import ComparedHead, ComparisonResult
 from medembed.results.embedding_map import EmbeddingMap
@@ -70,6 +71,7 @@ def make_document(
             n_patients=result["test"]["n_patients"],
             prevalence=result["prevalence"],
         ),
+        target=cases.target,
         regions=cases.regions,
         thresholds=thresholds.tolist(),
         heads=[
@@ -188,5 +190,9 @@ def _pack_map(run: str, found: EmbeddingMap, cases: CaseList) -> PageMap:
         label=pack(rows["label"].fillna(2).astype(int), "u1"),
         region=pack(region, "u2"),
         split=pack(rows["is_test"].astype(int), "u1"),
+        targets={
+            name: pack(code_answers(own, [[image] for image in rows["sha256"]]), "u1")
+            for name, own in cases.answers.items()
+        },
         case=pack(rows["sha256"].str[:FILM_DIGITS].map(cases.places()).fillna(-1), "i4"),
     )

@@ -130,6 +130,8 @@ class Cases(ClosedRecord):
     names: list[list[str]] | None
     """Paths of the views; only if they were asked for."""
     covariates: dict[str, list[str]]
+    targets: dict[str, Packed]
+    """u1: answers to targets that the heads do not predict: 0 negative, 1 positive, 2 unknown."""
     training: TrainingFilms | None
 
 
@@ -150,6 +152,8 @@ class PageMap(ClosedRecord):
     region: Packed
     split: Packed
     """u1: 0 train, 1 test."""
+    targets: dict[str, Packed]
+    """u1: as of `cases`."""
     case: Packed
     """i4: index of the case in the order of `cases`; below -1 a training film, -2 being the first;
     -1 none."""
@@ -186,6 +190,8 @@ class PageDocument(ClosedRecord):
     format: Literal["medembed-page"] = "medembed-page"
     version: Literal[1] = 1
     test: PageTest
+    target: str
+    """The target that the heads predict; the manifest's own is `label`."""
     regions: list[str]
     thresholds: list[float]
     """Rising; of the calibrated probability. The page's slider steps through them."""

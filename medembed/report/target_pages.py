@@ -18,6 +18,7 @@ from medembed.report.page import (
     write_page,
 )
 from medembed.report.tables import Table, format_interval
+from medembed.report.target_answers import read_answers
 from medembed.report.target_tables import tabulate_means, tabulate_targets
 from medembed.results.comparison import ComparisonOptions
 from medembed.results.methods import DISCLAIMER
@@ -76,8 +77,10 @@ def write_target_report(
         for name, (_, test_set) in found.items()
     }
     written = WrittenTargets(page=str(out / PAGE), figures=[], targets={})
+    answers = read_answers(opened)
     for name, compared in found.items():
-        sources = replace(extras.cases, films=extras.cases.films or out / FOLDER)
+        films = extras.cases.films or out / FOLDER
+        sources = replace(extras.cases, films=films, answers=answers)
         own = replace(extras, tabs=_tabs(list(found), name), cases=sources)
         page = write_page([opened[name]], compared, out / name, options, own, others[name])
         written["targets"][name] = page["page"]

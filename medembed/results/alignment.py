@@ -7,6 +7,7 @@ that cannot differ: the SHA-256 of the image, or of all the images of a study.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -272,12 +273,21 @@ def _describe_studies(predictions: pd.DataFrame) -> pd.DataFrame:
     """
     named = predictions[predictions["sha256"].ne("") & predictions["label"].notna()]
     sizes = named.groupby(["study", "head"], sort=False).size()
-    fullest = sizes.groupby("study").idxmax().tolist()
-    one_head = named[named.set_index(["study", "head"]).index.isin(fullest)]
-    images = one_head.sort_values("sha256").groupby("study")["sha256"]
-    joined = images.agg(" ".join)
-    keys = joined.map(lambda text: hashlib.sha256(text.encode()).hexdigest())
-    return pd.DataFrame({"key": keys, "n_views": images.size(), "images": joined})
+    ranked = sizes.sort_values(ascending=False, kind="stable").reset_index()
+    fullest = ranked.drop_duplicates("study").set_index("study")["head"]
+    one_head = named[named["head"] == named["study"].map(fullest)]
+    one_head = one_head.sort_values(["study", "sha256"])
+    studies, names = one_head["study"].to_numpy(), one_head["sha256"].tolist()
+    starts = np.flatnonzero(np.diff(studies, prepend=studies[:1] - 1)).tolist()
+    joined = [" ".join(names[a:b]) for a, b in pairwise([*starts, len(names)])]
+    return pd.DataFrame(
+        {
+            "key": [hashlib.sha256(text.encode()).hexdigest() for text in joined],
+            "n_views": np.diff([*starts, len(names)]),
+            "images": joined,
+        },
+        index=pd.Index(studies[starts], name="study"),
+    )
 
 
 def _common_keys(tables: Sequence[pd.DataFrame], names: Sequence[str], level: str) -> pd.Index:
@@ -289,7 +299,8 @@ def _common_keys(tables: Sequence[pd.DataFrame], names: Sequence[str], level: st
         )
     common = tables[0].index
     for table in tables[1:]:
-        common = common[common.isin(table.index)]
+        if not common.equals(table.index):
+            common = common[common.isin(table.index)]
     if not len(common):
         raise RunError(
             f"the runs {', '.join(names)} have no test {plural} in common: they were tested on "

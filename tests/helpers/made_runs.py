@@ -33,7 +33,7 @@ def make_images(*, n_patients=60, regions=REGIONS, seed=0):
     return images
 
 
-def make_run(path, images, heads, *, seed=1, complete=True, info=None):
+def make_run(path, images, heads, *, seed=1, complete=True, info=None, asked=None):
     """Write a run whose heads see the label through noise: `heads` maps names to its size."""
     winners, parts = [], []
     for trial, (head, noise) in enumerate(heads.items()):
@@ -54,7 +54,7 @@ def make_run(path, images, heads, *, seed=1, complete=True, info=None):
         "command": "medembed sweep cache manifest.csv --out run",
     }
     details |= {"versions": {"medembed": "0.1.0"}, "leaderboard": winners, "data": data}
-    run = create_run(path, {"seed": seed}, details=details | (info or {}))
+    run = create_run(path, {"seed": seed} | (asked or {}), details=details | (info or {}))
     run.write_predictions(pd.concat(parts, ignore_index=True))
     if complete:
         run.write_scores(compare_runs([run], n_resamples=50))

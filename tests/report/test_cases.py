@@ -19,7 +19,7 @@ import medembed
 from medembed.cache.embeddings import load_embeddings
 from medembed.cli import main
 from medembed.core.errors import RunError
-from medembed.dataset.manifest import read_manifest
+from medembed.dataset.manifest import Manifest, read_manifest
 from medembed.report import cases, page, page_data
 from medembed.report.cases import CaseSources, collect_films, list_cases, read_heat_map
 from medembed.report.gallery import Thumbnail, film_name, make_thumbnails
@@ -28,6 +28,7 @@ from medembed.report.page_schema import PageDocument
 from medembed.results.alignment import align_runs
 from medembed.results.comparison import compare_aligned
 from medembed.results.deferral import find_sets
+from medembed.results.embedding_map import EmbeddingMap, MapInfo
 from medembed.results.predictions import image_code
 from medembed.sweeps import sweep
 
@@ -110,6 +111,46 @@ def test_counts_at_each_threshold_are_those_of_the_predictions(aligned):
 def test_a_row_at_the_threshold_is_called_abnormal():
     called = page_data.count_called(np.array([0.5, 0.2, 0.5]), np.array([0.2, 0.5, 0.6]))
     assert called.tolist() == [3, 2, 0]
+
+
+def make_answers(images):
+    """A manifest of the images whose views differ in one target, and are unknown in another."""
+    first = images.groupby("study").cumcount() == 0
+    image = [f"{k}.png" for k in range(len(images))]
+    metal = np.where(first & (images["patient"] % 3 == 1), "1", "0")
+    cast = np.where(images["patient"] % 3 == 0, "", np.where(first, "", "0"))
+    rows = images.assign(image=image, target_metal=metal, target_cast=cast)
+    return Manifest(rows.astype({"label": "Int8"}), "image")
+
+
+def test_cases_and_map_have_the_manifests_answers_to_other_targets(aligned):
+    images = make_images(n_patients=150)
+    manifest = make_answers(images)
+    found = list_cases(*aligned, manifest, CaseSources())
+    assert found.target == "label"
+    assert list(found.content.targets) == ["metal", "cast"]
+    own = images.set_index(images["sha256"].str[:16])
+    rows = manifest.rows.set_index(own.index)
+    metal, cast = (unpack(found.content.targets[name]) for name in ("metal", "cast"))
+    for k, films in enumerate(found.content.films):
+        codes = films.split()
+        assert metal[k] == rows.loc[codes, "target_metal"].astype(int).max()
+        known = [answer for answer in rows.loc[codes, "target_cast"] if answer]
+        assert cast[k] == (int(max(known)) if known else 2)
+    assert set(metal) == {0, 1}
+    assert set(cast) == {0, 2}
+    table = images.assign(pooling="mean", x=0.0, y=np.arange(len(images))).astype({"label": "Int8"})
+    info = MapInfo(method="pca", seed=0, manifest="0", explained={}, versions={})
+    document = page_data.make_document(
+        *aligned[1:], {}, found, ("sweep", EmbeddingMap(table, info))
+    )
+    order = table.assign(train=table["split"] != "test").sort_values(["train", "sha256"])
+    expected = rows.loc[order["sha256"].str[:16], "target_metal"].astype(int)
+    assert unpack(document.map.targets["metal"]).tolist() == expected.tolist()
+
+
+def test_without_a_manifest_a_page_has_no_other_target(aligned):
+    assert list_cases(*aligned, None, CaseSources()).content.targets == {}
 
 
 def test_near_films_are_the_nearest_of_train_and_of_other_patients(swept, tmp_path):

@@ -1,7 +1,9 @@
 """Targets side by side: tests within a target, Holm over all, means over those with an AUROC."""
 
+import base64
 import io
 import json
+import re
 import shutil
 
 import numpy as np
@@ -33,7 +35,8 @@ def make_targets(home, n_patients=80):
         if name == "metal":
             images["label"] = images["label"].astype("Int8").mask(images["patient"] % 9 == 0)
         images["fold"] = images["fold"].where(images["label"].notna())
-        make_run(home / name, images, HEADS, seed=seed, info={"kind": "sweep"})
+        asked, info = {"target": name}, {"kind": "sweep"}
+        make_run(home / name, images, HEADS, seed=seed, info=info, asked=asked)
     return runs
 
 
@@ -159,6 +162,20 @@ def test_the_page_has_a_tab_for_each_target_and_no_path_or_network(runs, written
         assert str(runs.path.parent) not in page
         assert "http" not in page.replace("http-equiv", "")
     assert (out / "cast" / "figures" / "roc.svg").exists()
+
+
+def test_cases_of_a_target_have_the_answers_to_the_others(runs, written):
+    for own, other in (("cast", "metal"), ("metal", "cast")):
+        text = (written[0] / own / "index.html").read_text()
+        document = json.loads(re.search(r'id="page-data">(.*?)</script>', text, re.S)[1])
+        assert document["target"] == own
+        assert list(document["cases"]["targets"]) == [other]
+        found = base64.b64decode(document["cases"]["targets"][other]["data"])
+        rows = runs.run(other).predictions()
+        labels = rows["label"].fillna(2).astype(int).groupby(rows["sha256"].str[:16]).first()
+        expected = [int(labels[films.split()].iloc[0]) for films in document["cases"]["films"]]
+        assert list(found) == expected
+        assert len(set(expected)) == (3 if other == "metal" else 2)
 
 
 def test_commands_take_a_targets_run_and_refuse_the_directory(runs, tmp_path):

@@ -1,7 +1,8 @@
 // Every test study as a card, of which only those in sight are elements.
 
-import { filmUrl, readCases, readFilms, regionName } from "./document.js";
-import { count, h, share } from "./text.js";
+import { ANSWERS, filmUrl, readCases, readFilms, regionName } from "./document.js";
+import { createFilm } from "./films.js";
+import { count, h, share, visible } from "./text.js";
 import { createViewer } from "./viewer.js";
 
 const GAP = 10;
@@ -9,6 +10,7 @@ const CARD = 190;
 const DIGITS = 12;
 const PRINTED = 24;
 const KEPT = 60;
+const FILM = 142; // pixels, as in page.css
 const KINDS = {
   all: "all",
   mistakes: "mistakes",
@@ -26,6 +28,7 @@ const SORTS = {
   region: "region",
   far: "furthest from training",
 };
+const FEW = 3;
 const SETS = ["neither", "normal", "abnormal", "normal or abnormal"];
 
 const logit = (p) => {
@@ -57,6 +60,23 @@ const select = (id, options, title) =>
   h("p", { class: "control" }, h("label", { for: id }, title),
     h("select", { id }, options.map(([value, text]) => h("option", { value }, text))));
 
+/** A control for each further target: beside the others if few, else folded up below them. */
+const addTargets = (page) => {
+  const names = Object.keys(page.cases.targets);
+  const options = [["", "any"], ...[1, 0, 2].map((code) => [code, ANSWERS[code]])];
+  const controls = names.map((name, k) => select(`case-target-${k}`, options, `Target ${name}`));
+  const wanted = () => controls.map((control, k) => [names[k], control.querySelector("select").value])
+    .filter(([, value]) => value !== "").map(([name, value]) => [name, Number(value)]);
+  if (names.length <= FEW) return { controls, wanted, within: controls, below: [] };
+  const summary = h("summary", {}, "Further targets");
+  const below = h("details", { class: "targets" }, summary, h("div", { class: "bar" }, controls));
+  below.addEventListener("change", () => {
+    const said = wanted().map(([name, code]) => `${name} ${ANSWERS[code]}`).join(", ");
+    summary.replaceChildren(visible(`Further targets${said && `: ${said}`}`));
+  });
+  return { controls, wanted, within: [], below: [below] };
+};
+
 export const addCases = (page, store, host) => {
   const { state } = store;
   const plural = host.dataset.plural;
@@ -67,6 +87,7 @@ export const addCases = (page, store, host) => {
   const kind = select("case-kind", kinds, "Show");
   const region = select("case-region", regions, "Region");
   const sort = select("case-sort", sorts, "Sort");
+  const targets = addTargets(page);
   const search = h("input", { id: "case-search", type: "search", autocomplete: "off", spellcheck: "false" });
   const said = h("p", { class: "said", role: "status" });
   const clear = h("button", { type: "button", hidden: true, onclick: () => store.set({ picked: null }) }, "Show all again");
@@ -101,6 +122,7 @@ export const addCases = (page, store, host) => {
     const p = cases.probability[state.head];
     const cut = Math.fround(page.thresholds[state.threshold] ?? 2);
     const known = words.length ? searchable() : null;
+    const asked = targets.wanted();
     found = [];
     for (let i = 0; i < cases.films.length; i += 1) {
       if (state.picked && !state.picked.has(i)) continue;
@@ -111,6 +133,7 @@ export const addCases = (page, store, host) => {
       if (wanted === "uncertain" && !isUncertain(page, i)) continue;
       if (wanted.length === 2 && (wanted[0] === "t") !== (called === abnormal)) continue;
       if (wanted.length === 2 && (wanted[1] === "p") !== called) continue;
+      if (!asked.every(([name, answer]) => cases.targets[name][i] === answer)) continue;
       if (known && !words.every((word) => known[i].includes(word))) continue;
       found.push(i);
     }
@@ -136,16 +159,11 @@ export const addCases = (page, store, host) => {
     render(true);
   };
 
-  const picture = (code, alt) => {
-    const url = filmUrl(code);
-    return url ? h("img", { src: url, alt, loading: "lazy", decoding: "async" }) : null;
-  };
-
   /** The films of a card, which stay loaded while the threshold moves around them. */
   const viewsOf = ({ i, films }) => {
     let views = shown.get(i);
     if (!views) {
-      const pictures = films.slice(0, 3).map((code) => picture(code, "")).filter(Boolean);
+      const pictures = films.slice(0, 3).map((code) => createFilm(code, "", FILM)).filter(Boolean);
       views = h("div", { class: "views" },
         pictures.length ? pictures : h("span", { class: "missing" }, "no picture"),
         films.length > 3 ? h("small", {}, `+${films.length - 3}`) : null);
@@ -255,7 +273,7 @@ export const addCases = (page, store, host) => {
     list.scrollTop = 0;
     soon();
   };
-  for (const control of [kind, region, sort]) control.querySelector("select").addEventListener("change", restart);
+  for (const control of [kind, region, sort, ...targets.controls]) control.querySelector("select").addEventListener("change", restart);
   search.addEventListener("input", restart);
   store.on(["picked"], restart);
   store.on(["head", "threshold"], soon);
@@ -273,6 +291,7 @@ export const addCases = (page, store, host) => {
       }
       texts = null;
       load.remove();
+      store.set({ held: page.cases.films.length });
       filter();
     };
     load.addEventListener("click", () => {
@@ -288,19 +307,24 @@ export const addCases = (page, store, host) => {
 
   const hints = [];
   if (host.dataset.askedImages !== "1") hints.push("Pictures: medembed report … --manifest MANIFEST --image-root DIR.");
+  else if (page.cases_file) hints.push(`Films are there for the first ${count(page.cases.films.length)} ${plural}, mistakes first.`);
   if (!page.cases.training) hints.push("Nearest films of training: --cache CACHE.");
   if (!Object.keys(readFilms().heat).length) hints.push("Heat maps: --explanations DIR, from medembed predict --explain DIR.");
   host.append(
-    h("div", { class: "bar" }, kind, page.regions.length > 1 ? region : null, sort,
+    h("div", { class: "bar" }, kind, page.regions.length > 1 ? region : null, targets.within, sort,
       h("p", { class: "control" }, h("label", { for: "case-search" }, "Search"), search), clear, load),
-    said, list, none, printed,
+    ...targets.below, said, list, none, printed,
     h("p", { class: "legend" }, "Arrows move, Enter opens a case, Esc closes it. Decisions follow the head and threshold above. ", hints.join(" ")));
 
+  const picture = (code) => {
+    const url = filmUrl(code);
+    return url ? h("img", { src: url, alt: "" }) : h("code", {}, code.slice(0, DIGITS));
+  };
   const print = () => {
     printed.replaceChildren(...found.slice(0, PRINTED).map((_, place) => {
       const own = describeCase(page, state, found[place]);
       return h("li", {}, h("p", {}, h("strong", {}, own.title), ` ${share(own.p, 2)}, ${own.region}`),
-        h("div", { class: "view-row" }, own.films.map((code) => picture(code, "") ?? h("code", {}, code.slice(0, DIGITS)))));
+        h("div", { class: "view-row" }, own.films.map(picture)));
     }));
   };
   window.addEventListener("beforeprint", print);

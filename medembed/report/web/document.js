@@ -8,6 +8,9 @@ export const unpack = (packed) => {
   return new TYPES[packed.type](bytes.buffer);
 };
 
+const unpackAll = (columns) =>
+  Object.fromEntries(Object.entries(columns).map(([name, packed]) => [name, unpack(packed)]));
+
 const read = (id) => JSON.parse(document.getElementById(id).textContent);
 
 export const readCases = (found) => ({
@@ -17,6 +20,7 @@ export const readCases = (found) => ({
   probability: found.probability.map(unpack),
   sets: unpack(found.sets),
   distance: unpack(found.distance),
+  targets: unpackAll(found.targets),
   training: found.training && {
     ...found.training,
     label: unpack(found.training.label),
@@ -39,6 +43,7 @@ export const readDocument = () => {
     ...Object.fromEntries(
       ["x", "y", "label", "region", "split", "case"].map((name) => [name, unpack(found.map[name])]),
     ),
+    targets: unpackAll(found.map.targets),
   };
   return { ...found, heads, map, cases: readCases(found.cases) };
 };
@@ -60,5 +65,11 @@ export const filmUrl = (code) => {
   if (Object.hasOwn(known.inlined, code)) return known.inlined[code];
   return known.beside.has(code) ? `${known.folder}/${code}.jpg` : null;
 };
+
+/** What an answer to a target is called, by its code. */
+export const ANSWERS = ["negative", "positive", "unknown"];
+
+/** What the labels of a page are called: answers to the target that its heads predict. */
+export const labelName = ({ target }) => (target === "label" ? "label" : `target ${target}`);
 
 export const regionName = (regions, code) => regions[code] ?? "another region";

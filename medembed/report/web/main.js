@@ -18,6 +18,7 @@ const store = createStore({
   threshold: page.heads.length ? nearestThreshold(page, page.heads[0].threshold) : 0,
   prevalence: prevalence ?? Math.min(Math.max(nAbnormal / n, 0.001), 0.999),
   point: null, // the operating point that was chosen by name
+  held: page.cases.films.length, // cases that are loaded
   picked: null, // cases that the map or two heads chose, or null for all
 });
 

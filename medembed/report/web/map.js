@@ -1,7 +1,8 @@
 // The embeddings in two dimensions on a canvas: hover shows a film, a lasso picks cases.
 
 import { describeCase } from "./cases.js";
-import { filmUrl, regionName } from "./document.js";
+import { ANSWERS, labelName, regionName } from "./document.js";
+import { createFilm } from "./films.js";
 import { count, h } from "./text.js";
 
 const SCALE = 65535;
@@ -10,6 +11,7 @@ const LABELS = ["normal", "abnormal", "unlabelled"];
 const METHODS = { pca: "principal components", tsne: "t-SNE" };
 const MARGIN = 12;
 const MANY = 10000;
+const FILM = 190;
 
 const colourings = (page) => {
   const { map } = page;
@@ -20,18 +22,21 @@ const colourings = (page) => {
     const called = page.cases.probability[state.head][i] >= Math.fround(page.thresholds[state.threshold]);
     return [called, called === (page.cases.label[i] === 1)];
   };
+  const rest = page.cases_file ? "train, or a case that is not loaded" : "train";
   return {
-    label: { title: "label", names: LABELS, of: (state, k) => map.label[k] },
+    label: { title: labelName(page), names: LABELS, grey: 2, of: (state, k) => map.label[k] },
     region: { title: "region", names: [...page.regions, "another region"], of: (state, k) => Math.min(map.region[k], page.regions.length) },
     split: { title: "split", names: ["train", "test"], of: (state, k) => map.split[k] },
     prediction: {
-      title: "prediction", names: ["called normal", "called abnormal", "train, or not here"],
+      title: "prediction", names: ["called normal", "called abnormal", rest], grey: 2,
       of: (state, k) => (isHere(k) ? Number(decision(state, k)[0]) : 2),
     },
     error: {
-      title: "error", names: ["right", "wrong", "train, or not here"],
+      title: "error", names: ["right", "wrong", rest], grey: 2,
       of: (state, k) => (isHere(k) ? Number(!decision(state, k)[1]) : 2),
     },
+    ...Object.fromEntries(Object.entries(map.targets).map(([name, answers]) =>
+      [`target-${name}`, { title: `target ${name}`, names: ANSWERS, grey: 2, of: (state, k) => answers[k] }])),
   };
 };
 
@@ -134,8 +139,7 @@ export const addMap = (page, store, host, cases) => {
     for (let k = 0; k < n; k += 1) groups[way.of(store.state, k)].push(k);
     const ink = getComputedStyle(host).getPropertyValue("--soft").trim();
     const order = groups.map((_, g) => g).sort((a, b) => groups[b].length - groups[a].length);
-    const isGrey = (g) => way.names[g].startsWith("train,") || way.names[g] === "unlabelled";
-    const colourOf = (g) => (isGrey(g) ? [ink, 0.3] : [palette[g % palette.length], 0.7]);
+    const colourOf = (g) => (g === way.grey ? [ink, 0.3] : [palette[g % palette.length], 0.7]);
     if (n > MANY) fill(context, groups, order, colourOf);
     for (const g of n > MANY ? [] : order) {
       const [colour, alpha] = colourOf(g);
@@ -222,10 +226,11 @@ export const addMap = (page, store, host, cases) => {
     const i = map.case[k];
     const words = [LABELS[map.label[k]], regionName(page.regions, map.region[k]), map.split[k] ? "test" : "train"];
     if (i >= 0 && i < page.cases.films.length) words.push(describeCase(page, store.state, i).title);
+    const way = ways[chosen.value];
+    if (way.names === ANSWERS) words.push(`${way.title} ${ANSWERS[way.of(store.state, k)]}`);
     said.textContent = words.join(", ");
     const code = codeOf(k);
-    const url = code && filmUrl(code);
-    film.replaceChildren(url ? h("img", { src: url, alt: words.join(", ") }) : words.join(", "));
+    film.replaceChildren((code && createFilm(code, words.join(", "), FILM)) || words.join(", "));
     const [x, y] = toScreen(k);
     film.style.left = `${Math.min(Math.max(x + 14, 0), Math.max(size[0] - 160, 0))}px`;
     film.style.top = `${Math.max(0, Math.min(y + 14, size[1] - 170))}px`;
@@ -318,13 +323,14 @@ export const addMap = (page, store, host, cases) => {
     paint();
     said.textContent = rest();
   });
-  store.on(["head", "threshold"], () => ["prediction", "error"].includes(chosen.value) && paint());
+  store.on(["head", "threshold", "held"], () => ["prediction", "error"].includes(chosen.value) && paint());
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", paint);
   const some = map.n > n ? `${count(n)} of ${count(map.n)} images, all of test first` : `${count(n)} images`;
   const axes = map.explained.length === 2 ? `; the axes hold ${map.explained.map((v) => Math.round(100 * v)).join(" and ")} % of the variance` : "";
   host.append(
     h("div", { class: "bar" }, h("p", { class: "control" }, h("label", { for: "map-colour" }, "Colour by"), chosen), legend),
     stage, said,
+    h("p", { class: "legend" }, `Prediction and error are coloured for images of test${page.cases_file ? " whose cases this page has loaded" : ""}; the others are grey.`),
     h("p", { class: "legend" }, `${some} of ${map.run}, ${map.pooling}, by ${METHODS[map.method] ?? map.method}${axes}. Nearness is only a hint: most of what tells images apart is lost in two dimensions.`));
   said.textContent = rest();
   new ResizeObserver(draw).observe(stage);

@@ -1,12 +1,14 @@
 // One case, large: window and contrast, heat map, the original beside, nearest films of training.
 
 import { describeCase } from "./cases.js";
-import { filmUrl, readFilms, regionName, unpack } from "./document.js";
+import { ANSWERS, filmUrl, labelName, readFilms, regionName, unpack } from "./document.js";
+import { createFilm } from "./films.js";
 import { count, h, share, svg } from "./text.js";
 
 const LABELS = ["normal", "abnormal", "unlabelled"];
 const ABNORMAL = [230, 159, 0];
 const NORMAL = [86, 180, 233];
+const NEAR = 240; // pixels of a near film
 
 /** A filter that maps a window of grey levels to black and white. */
 const createWindow = () => {
@@ -54,6 +56,7 @@ export const createViewer = (page, store, { step, closed }) => {
   const facts = h("div", { class: "facts-of-case" });
   const near = h("div", { class: "near" });
   const { filter, set } = createWindow();
+  const named = labelName(page).replace(/^./, (first) => first.toUpperCase());
   const window_ = { level: 50, width: 100, heat: false, opacity: 70 };
   const adjust = () => {
     set(window_.level, window_.width);
@@ -94,9 +97,8 @@ export const createViewer = (page, store, { step, closed }) => {
   });
 
   const film = (code, alt, own) => {
-    const url = filmUrl(code);
-    if (!url) return h("p", { class: "missing" }, `No picture of ${alt}.`);
-    const picture = () => h("img", { src: url, alt });
+    if (!filmUrl(code)) return h("p", { class: "missing" }, `No picture of ${alt}.`);
+    const picture = () => createFilm(code, alt, own ? 0 : NEAR);
     const known = own && Object.hasOwn(readFilms().heat, code) ? readFilms().heat[code] : null;
     const stack = h("div", { class: "stack" }, picture(), known ? drawHeat(known) : null);
     return known ? h("div", { class: "pair" }, stack, h("div", { class: "stack original" }, picture())) : stack;
@@ -116,11 +118,12 @@ export const createViewer = (page, store, { step, closed }) => {
     const hasFilm = own.films.some(filmUrl);
     dialog.classList.toggle("without-films", !hasFilm);
     const rows = [
-      ["Label", own.abnormal ? "abnormal" : "normal"],
+      [named, own.abnormal ? "abnormal" : "normal"],
       ["Decision", own.called ? "abnormal" : "normal"],
       ["Region", own.region],
       ...(own.set ? [[`Set at 90 % of ${page.heads[0].name}`, own.set]] : []),
       ...(Number.isFinite(own.distance) ? [["Distance from training", share(own.distance)]] : []),
+      ...Object.entries(cases.targets).map(([name, answers]) => [`Target ${name}`, ANSWERS[answers[i]]]),
       ...Object.entries(cases.covariates).map(([name, values]) => [name, values[i] || "–"]),
     ];
     facts.replaceChildren(
