@@ -208,9 +208,9 @@ def _discard(nets: Iterable[Any]) -> None:
             net.path.unlink(missing_ok=True)
 
 
-_RANKS: dict[str | None, int] = {"path": 0, "cohort": 1}
-"""What goes first, by what heads share: a path takes no time, and the rungs of a cohort wait for
-one another, so that the rest has to fill the gaps."""
+_RANKS: dict[str | None, int] = {"path": 0, "bins": 1, "cohort": 2}
+"""What goes first, by what heads share: paths and trees end within seconds, so that a result is
+there early; the rungs of a cohort wait for one another, but two cohorts fill each other's gaps."""
 
 
 class _Schedule:
