@@ -1,11 +1,13 @@
 """The schema layer: what pydantic finds wrong becomes one line of ours."""
 
 import json
+import re
 import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from importlib import resources
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +42,7 @@ from tools import write_schemas
 from tools.embedding_formats import BaseDocument, CacheDocument, FailureLine, ShardHeader
 
 ASSETS = Path(__file__).parents[1] / "assets" / "format-1"
+CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
 PLACES = {
     "run": "run/run.json",
     "trial": "run/trials.jsonl",
@@ -156,7 +159,11 @@ def test_a_question_ends_the_sentence() -> None:
 
 
 def test_the_written_schemas_are_those_of_the_models() -> None:
-    """`make schemas` writes them."""
+    """`make schemas` writes them, in the words of the pydantic that constraints.txt pins."""
+    pinned = re.search(r"^pydantic==(.+)$", CONSTRAINTS.read_text(), re.MULTILINE)
+    assert pinned
+    if version("pydantic") != pinned[1]:
+        pytest.skip(f"schemas are compared as pydantic {pinned[1]} writes them")
     written = {path.name: path.read_text() for path in write_schemas.SCHEMAS.iterdir()}
     assert written == write_schemas.render()
 
