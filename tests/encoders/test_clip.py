@@ -91,7 +91,8 @@ def test_every_pooling_equals_transformers(clip: tuple[Path, Any]) -> None:
         oracles[f"max@{k}"] = state[:, 1:].amax(dim=1)
     assert set(rows) == set(oracles)
     for name, oracle in oracles.items():
-        assert np.array_equal(rows[name], oracle.numpy()), name  # both attend by sdpa
+        # both attend by sdpa: equal bytes on some processors, rounded otherwise on others
+        assert np.allclose(rows[name], oracle.numpy(), rtol=0, atol=2e-6), name
         assert rows[name].shape[1:] == encoder.dimensions[name]
     with torch.inference_mode():
         projected = model.visual_projection(torch.from_numpy(rows["pooler"]))
