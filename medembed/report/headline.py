@@ -144,9 +144,10 @@ def describe_tiles(result: ComparisonResult) -> list[Tile]:
             continue
         has_interval = score["low"] is not None and score["high"] is not None
         interval = f"{score['low']:.2f} to {score['high']:.2f}" if has_interval else "no interval"
-        about = f"{_name(result, trained[0])}, the best head; 95 % interval"
+        among = f", highest of {len(trained)} heads" if len(trained) > 1 else ""
+        about = f"{_name(result, trained[0])}{among}; 95 % interval"
         if what and "k" in score:
-            about = f"{score['k']:,} of {score['n']:,} {what}, at Youden’s threshold"
+            about = f"{score['k']:,} of {score['n']:,} {what}, at Youden’s threshold of training"
         found.append(Tile(title, f"{score['value']:.2f}", interval, about))
     plural = "studies" if result["level"] == "study" else "images"
     if test["n"] == 1:
@@ -169,8 +170,8 @@ def describe_small_sample(result: ComparisonResult) -> str | None:
     if width <= WIDE:
         return None
     return (
-        f"With {patients}, the 95 % interval of AUROC is {width:.2f} wide: differences smaller "
-        "than that may be chance."
+        f"With {patients}, the 95 % interval of AUROC is {width:.2f} wide: the true value may lie "
+        "anywhere in it."
     )
 
 
