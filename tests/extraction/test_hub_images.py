@@ -130,7 +130,7 @@ def test_parquet_files_give_the_manifest_and_the_rows_of_their_images(
     assert set(rows["region"]) == {"all"}
     assert told[0] == (1, N_IMAGES)
     assert told[-1] == (N_IMAGES, N_IMAGES)
-    assert any("normal is healthy, abnormal broken" in notice for notice in report.notices)
+    assert any("healthy means normal, broken means abnormal" in notice for notice in report.notices)
     assert not hub.asked("GET", "films.py")
     assert counts(run_extract(report.manifest, ROOT, tmp_path / "cache")) == (12, 0, 12, 0, 0)
     write_images(tmp_path / "images", N_IMAGES)
@@ -494,3 +494,21 @@ def test_options_that_mean_nothing_for_a_stream_are_refused(
     done = invoke("manifest", "build", "--from-stream", ROOT, "-o", "m.csv", *extra)
     assert done.exit_code == 2
     assert "--from-stream" in done.output
+
+
+LABELS_AND_NULL = {"0": 0, "1": 1, "normal": "normal", "fracture": "fracture"}
+
+
+@pytest.mark.parametrize("value", LABELS_AND_NULL)
+def test_a_null_label_is_never_taken_for_the_other_class(
+    value: str, hub: Hub, films: list[bytes]
+) -> None:
+    labels = [LABELS_AND_NULL[value], None] * 6
+    hub.put(FILMS, {"train.parquet": parquet([*films], label=labels, names=False)})
+    way_out = "--normal" if value in ("0", "normal") else "--empty normal or --empty unknown"
+    with pytest.raises(RecipeError, match=way_out):
+        build(choices=Choices(patient=("pid",), label="label"))
+    chosen = {"normal": (value,)} if way_out == "--normal" else {"abnormal": (value,)}
+    given = Choices(patient=("pid",), label="label", empty="unknown", **chosen)
+    rows = build(choices=given).manifest.rows
+    assert rows["label"].fillna(-1).tolist() == [0 if way_out == "--normal" else 1, -1] * 6

@@ -149,10 +149,19 @@ def _read_label(
     label = choose_label(table, choices, source, barred)
     taken.add(label.column)
     words = label.meanings
+    if not words.normal and not choices.empty and (table[label.column] == "").any():
+        raise RecipeError(
+            f"no value of column {label.column!r} of {source} means normal: it holds "
+            f"{show_counts(table[label.column].value_counts().to_dict())}. Say what an empty one "
+            "means with --empty normal or --empty unknown, or name what is normal with --normal."
+        )
     unknown = f", unknown: {show_values(words.unknown)}" if words.unknown else ""
+    meanings = ", ".join(
+        f"{show_values(values)} means {name}" if values else f"no value means {name}"
+        for name, values in (("normal", words.normal), ("abnormal", words.abnormal))
+    )
     found.notices.append(
-        f"label {label.column!r}: normal is {show_values(words.normal)}, abnormal "
-        f"{show_values(words.abnormal)}{unknown}; an empty one is {label.empty}"
+        f"label {label.column!r}: {meanings}{unknown}; empty is read as {label.empty}"
     )
     return label.read(table)
 

@@ -401,3 +401,12 @@ def test_real_films_become_manifests_without_a_question(shared_data: Path, tmp_p
     assert wrists.recipe.table.study == ("patient_id", "study_number")
     shutil.copytree(shared_data / "dicom", tmp_path / "dicom")
     assert propose_recipe(tmp_path / "dicom").recipe.layout == "dicom"
+
+
+@pytest.mark.parametrize("value", ["0", "normal", "benign", "no fracture"])
+def test_a_column_of_normal_and_blanks_is_no_finding(value: str, tmp_path: Path) -> None:
+    fill(tmp_path, {"films": 12})
+    lines = (f"{i}.png,{value if i % 2 else ''},{i // 2}" for i in range(12))
+    table = csv(tmp_path / "t.csv", "file,fracture,patient", *lines)
+    with pytest.raises(UndecidedError, match=f"no value means abnormal.*--normal '{value}'"):
+        propose_recipe(table, label="fracture")
