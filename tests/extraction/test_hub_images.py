@@ -512,3 +512,17 @@ def test_a_null_label_is_never_taken_for_the_other_class(
     given = Choices(patient=("pid",), label="label", empty="unknown", **chosen)
     rows = build(choices=given).manifest.rows
     assert rows["label"].fillna(-1).tolist() == [0 if way_out == "--normal" else 1, -1] * 6
+
+
+def test_without_patients_the_views_of_a_study_stay_together(
+    hub: Hub, films: list[bytes]
+) -> None:
+    studies = [f"s{n // 2}" for n in range(N_IMAGES)]
+    labels = [n // 2 % 2 for n in range(N_IMAGES)]
+    hub.put(FILMS, {"a.parquet": parquet([*films], pid=[], study=studies, label=labels)})
+    report = build(choices=Choices(patient=()))
+    rows = report.manifest.rows
+    assert rows["study"].tolist() == rows["patient"].tolist() == studies
+    assert rows.groupby("study")["split"].nunique().eq(1).all()
+    assert report.manifest.label_level == "study"
+    assert any("each study counts as a patient" in warning for warning in report.warnings)

@@ -81,8 +81,9 @@ def settle_rows(
     rows, taken = found.rows, set(every)
     rows["region"] = _find(table, choices.region, "region", ONE_REGION)
     patient = _find_patient(table, choices, source)
-    rows["patient"] = _join(table, patient) if patient else rows["image"]
     study = ("study",) if choices.study is None and "study" in table else choices.study or ()
+    person = patient or study  # without patients each study, or else each image, counts as one
+    rows["patient"] = _join(table, person) if person else rows["image"]
     rows["study"] = _within(_join(table, study), rows) if study else rows["image"]
     taken |= {"patient", "study", "region", "label", "split", *patient, *study}
     means = _read_label(found, table, choices, source, taken)
@@ -90,9 +91,11 @@ def settle_rows(
     if study and (means.groupby(rows["study"]).nunique() <= 1).all():
         found.label_level = "study"
     if not patient:
-        found.warnings.append(NO_PATIENTS.format("image", "two films"))
+        each = ("study", "two studies") if study else ("image", "two films")
+        found.warnings.append(NO_PATIENTS.format(*each))
         rows["patient"] = join_same_bytes(rows["patient"], rows["sha256"])
-        rows[IDS] = EXACT  # names of files are never spellings of one person
+        if not study:
+            rows[IDS] = EXACT  # names of files are never spellings of one person
     _split(found, images, table, choices, source)
     _refuse_empty(rows, images["place"], source)
     for name in _choose_covariates(found, table, means, choices, taken):
@@ -115,8 +118,8 @@ def _find_patient(table: pd.DataFrame, choices: Choices, source: str) -> tuple[s
     listed = ", ".join(map(repr, table.columns)) or "none"
     raise RecipeError(
         f"no column of {source} is called patient; its columns are {listed}. Name the column that "
-        "identifies the patient with --patient, or give --patient '' where none does: each image "
-        f"then counts as a patient.{hint}"
+        "identifies the patient with --patient, or give --patient '' where none does: each study, "
+        f"or each image without studies, then counts as a patient.{hint}"
     )
 
 
