@@ -526,3 +526,27 @@ def test_without_patients_the_views_of_a_study_stay_together(
     assert rows.groupby("study")["split"].nunique().eq(1).all()
     assert report.manifest.label_level == "study"
     assert any("each study counts as a patient" in warning for warning in report.warnings)
+
+
+@pytest.mark.parametrize("own", [["healthy", "broken"], None])
+def test_files_that_number_their_classes_differently_are_refused(
+    own: list[str] | None, hub: Hub, films: list[bytes]
+) -> None:
+    second = pq.read_table(io.BytesIO(parquet(films[8:], 8)))
+    about = {"info": {"features": {"label": {"names": own}}}}
+    second = second.replace_schema_metadata({b"huggingface": json.dumps(about).encode()})
+    sink = io.BytesIO()
+    pq.write_table(second, sink)
+    hub.put(FILMS, {"train.parquet": parquet(films[:8]), "test.parquet": sink.getvalue()})
+    with pytest.raises(RecipeError, match="classes of column 'label' are .* in Parquet file test"):
+        build()
+
+
+@pytest.mark.parametrize("number", [2, -2])
+def test_a_number_that_no_class_has_is_refused(
+    number: int, hub: Hub, films: list[bytes]
+) -> None:
+    labels = [0, 1, -1, number]
+    hub.put(FILMS, {"train.parquet": parquet(films[:4], label=labels)})
+    with pytest.raises(RecipeError, match=f"'label' of train.parquet, row 3 holds {number}, .*0 to 1"):
+        build()

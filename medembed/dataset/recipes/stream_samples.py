@@ -27,6 +27,7 @@ __all__ = ["Sample", "preview_samples", "read_samples"]
 
 TOO_LARGE = "it is larger than --max-bytes"
 MAX_TABLE_BYTES = 256 * 2**20
+N_NAMED = 20
 
 
 @dataclass(frozen=True)
@@ -150,18 +151,36 @@ def _read_parquet(
     refuse_without_images(found.files[0], columns)
     asked = [_choose_image(found.files[0], columns, image)]
     names = {**found.class_names, **columns.class_names}
+    if is_preview:  # once for each file: what follows reads the same commit
+        _check_class_names(found, names)
     for file in found.files:
         split = _split_of(file)
         for row in read_rows(file, [] if is_preview else asked, columns.values, max_bytes):
-            values = {
-                name: _plain_value(value, names.get(name, ())) for name, value in row.values.items()
-            }
             place = f"{file.name}, row {row.number}"
+            values = {
+                name: _plain_value(value, names.get(name, ()), f"column {name!r} of {place}")
+                for name, value in row.values.items()
+            }
             images: dict[str, bytes | str] = {place: b""}
             if not is_preview:
                 (cell,) = row.cells
                 images = {cell.name: cell.reason if cell.data is None else cell.data}
             yield Sample(place, images, _as_texts(values), split)
+
+
+def _check_class_names(found: DatasetFiles, names: dict[str, tuple[str, ...]]) -> None:
+    """Refuse files that number their classes in another order than the first one."""
+    for file in found.files[1:]:
+        own = {**found.class_names, **read_columns(file).class_names}
+        for column in sorted({*names, *own}):
+            first, other = names.get(column, ()), own.get(column, ())
+            if first != other:
+                raise RecipeError(
+                    f"the classes of column {column!r} are {', '.join(first) or 'not named'} in "
+                    f"Parquet file {found.files[0].place}, and {', '.join(other) or 'not named'} "
+                    f"in {file.place}. Name files that agree, as a folder or configuration after "
+                    "the dataset's name."
+                )
 
 
 def _choose_image(file: StreamFile, columns: ImageColumns, asked: str | None) -> str:
@@ -179,16 +198,23 @@ def _choose_image(file: StreamFile, columns: ImageColumns, asked: str | None) ->
     return asked or ("image" if "image" in columns.images else columns.images[0])
 
 
-def _plain_value(value: Any, names: tuple[str, ...]) -> Any:
+def _plain_value(value: Any, names: tuple[str, ...], where: str) -> Any:
     """Return the name of a class for its number, which is -1 where it is not known.
 
-    Whole numbers that are stored as floats become such, as in `read_parquet_table`.
+    Whole numbers that are stored as floats become such, as in `read_parquet_table`. Raises
+    RecipeError for a number that no class has.
     """
     if isinstance(value, float) and value.is_integer() and abs(value) < EXACT_FLOAT:
         value = int(value)
     if not names or type(value) is not int:
         return value
-    return names[value] if 0 <= value < len(names) else None
+    if not -1 <= value < len(names):
+        raise RecipeError(
+            f"{where} holds {value}, and its classes are numbered from 0 to {len(names) - 1}: "
+            f"{', '.join(names[:N_NAMED])}. Have the dataset corrected, or name other files after "
+            "its name."
+        )
+    return names[value] if value >= 0 else None
 
 
 def _describe_folders(
