@@ -550,3 +550,13 @@ def test_a_number_that_no_class_has_is_refused(
     hub.put(FILMS, {"train.parquet": parquet(films[:4], label=labels)})
     with pytest.raises(RecipeError, match=f"'label' of train.parquet, row 3 holds {number}, .*0 to 1"):
         build()
+
+
+def test_an_images_folder_and_not_its_own_name_gives_the_split(
+    hub: Hub, films: list[bytes]
+) -> None:
+    names = [f"{('train', 'test')[n // 8]}/{('normal', 'fracture')[n % 2]}/train_{n}.png"
+             for n in range(N_IMAGES)]  # fmt: skip
+    hub.put(FILMS, dict(zip(names, films, strict=True)))
+    rows = build(choices=Choices(patient=())).manifest.rows.set_index("image")
+    assert rows.loc[names, "split"].tolist() == ["train"] * 8 + ["test"] * 4

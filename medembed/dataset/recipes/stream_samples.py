@@ -99,9 +99,13 @@ def preview_samples(root: HubRoot, image: str | None = None) -> Iterator[Sample]
     return _read_parquet(found, 0, image, is_preview=True)
 
 
-def _split_of(file: StreamFile) -> str:
-    """Return the split that a card gives a file, or the last word for one in its path."""
-    words = (find_split_word(part) for part in reversed(file.name.split("/")))
+def _split_of(file: StreamFile, *, is_image: bool = False) -> str:
+    """Return the split that a card gives a file, or the last word for one in its path.
+
+    An image's own name says nothing: `test/normal/train_0001.png` is in test.
+    """
+    path = posixpath.dirname(file.name) if is_image else file.name
+    words = (find_split_word(part) for part in reversed(path.split("/")))
     return file.split or next(filter(None, words), "")
 
 
@@ -226,7 +230,7 @@ def _describe_folders(
         about.update(_read_metadata(table))
     folders = {posixpath.dirname(file.name) for file in found.files}
     by_folder = not any("label" in own for own in about.values()) and len(folders) > 1
-    splits = {file.name: _split_of(file) for file in found.files}
+    splits = {file.name: _split_of(file, is_image=True) for file in found.files}
     for name, data in contents:
         values = dict(about.get(name, {}))
         if by_folder:
