@@ -246,7 +246,7 @@ def test_tar_files_and_image_files_of_a_dataset(
     hub.put("datasets/owner/table", {**named, "train/metadata.csv": table})
     rows = build("hf://datasets/owner/table", None).manifest.rows.set_index("image")
     assert rows.loc["train/3.png", ["patient", "label"]].tolist() == ["p1", 1]
-    hub.put("datasets/owner/table", {**named, "train/metadata.csv": table[:60]}, commit=OLD)
+    hub.put("datasets/owner/table", {**named, "train/metadata.csv": table[:57]}, commit=OLD)
     with pytest.raises(ManifestError, match=r"train/11\.png is in no row of train/metadata\.csv"):
         build("hf://datasets/owner/table", None)
 
@@ -514,9 +514,7 @@ def test_a_null_label_is_never_taken_for_the_other_class(
     assert rows["label"].fillna(-1).tolist() == [0 if way_out == "--normal" else 1, -1] * 6
 
 
-def test_without_patients_the_views_of_a_study_stay_together(
-    hub: Hub, films: list[bytes]
-) -> None:
+def test_without_patients_the_views_of_a_study_stay_together(hub: Hub, films: list[bytes]) -> None:
     studies = [f"s{n // 2}" for n in range(N_IMAGES)]
     labels = [n // 2 % 2 for n in range(N_IMAGES)]
     hub.put(FILMS, {"a.parquet": parquet([*films], pid=[], study=studies, label=labels)})
@@ -543,12 +541,12 @@ def test_files_that_number_their_classes_differently_are_refused(
 
 
 @pytest.mark.parametrize("number", [2, -2])
-def test_a_number_that_no_class_has_is_refused(
-    number: int, hub: Hub, films: list[bytes]
-) -> None:
+def test_a_number_that_no_class_has_is_refused(number: int, hub: Hub, films: list[bytes]) -> None:
     labels = [0, 1, -1, number]
     hub.put(FILMS, {"train.parquet": parquet(films[:4], label=labels)})
-    with pytest.raises(RecipeError, match=f"'label' of train.parquet, row 3 holds {number}, .*0 to 1"):
+    with pytest.raises(
+        RecipeError, match=f"'label' of train.parquet, row 3 holds {number}, .*0 to 1"
+    ):
         build()
 
 
@@ -560,3 +558,25 @@ def test_an_images_folder_and_not_its_own_name_gives_the_split(
     hub.put(FILMS, dict(zip(names, films, strict=True)))
     rows = build(choices=Choices(patient=())).manifest.rows.set_index("image")
     assert rows.loc[names, "split"].tolist() == ["train"] * 8 + ["test"] * 4
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ("0.png,p0,1", r"describes train/0\.png a second time with other values"),
+        ("9.png,p9", "line 14 has fewer fields than the header"),
+        ("9.png,p9,0,x", "line 14 has more fields than the header"),
+    ],
+)
+def test_rows_of_metadata_that_contradict_are_refused(
+    more: str, words: str, hub: Hub, films: list[bytes]
+) -> None:
+    lines = ["file_name,patient,label", *(f"{n}.png,p{n},{n % 2}" for n in range(N_IMAGES))]
+    named = {f"train/{n}.png": film for n, film in enumerate(films)}
+    same = "\n".join([*lines, lines[1]]).encode()  # the same row twice says nothing new
+    hub.put(FILMS, {**named, "train/metadata.csv": same})
+    assert len(build(choices=None).manifest.rows) == N_IMAGES
+    list_data_files.cache_clear()
+    hub.put(FILMS, {**named, "train/metadata.csv": "\n".join([*lines, more]).encode()}, commit=OLD)
+    with pytest.raises(RecipeError, match=words):
+        build(choices=None)

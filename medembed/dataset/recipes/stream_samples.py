@@ -227,7 +227,12 @@ def _describe_folders(
     """Yield a sample for each image file, named by its folder unless a table names a label."""
     about: dict[str, dict[str, str]] = {}
     for table in found.metadata:
-        about.update(_read_metadata(table))
+        for name, values in _read_metadata(table):
+            if about.setdefault(name, values) != values:
+                raise RecipeError(
+                    f"{table.place} describes {name} a second time with other values. Have the "
+                    "dataset corrected: each image may have one row."
+                )
     folders = {posixpath.dirname(file.name) for file in found.files}
     by_folder = not any("label" in own for own in about.values()) and len(folders) > 1
     splits = {file.name: _split_of(file, is_image=True) for file in found.files}
@@ -254,7 +259,7 @@ def _read_metadata(table: StreamFile) -> Iterator[tuple[str, dict[str, str]]]:
         text = file.read().decode("utf-8-sig", errors="replace")
     try:
         if table.name.endswith(".csv"):
-            rows: list[Any] = [*csv.DictReader(io.StringIO(text, newline=""), strict=True)]
+            rows: list[Any] = _read_csv(text)
         else:
             rows = [json.loads(line) for line in text.splitlines() if line.strip()]
         for row in rows:
@@ -262,9 +267,25 @@ def _read_metadata(table: StreamFile) -> Iterator[tuple[str, dict[str, str]]]:
             yield posixpath.normpath(posixpath.join(folder, name)), _as_texts(row)
     except (csv.Error, ValueError, LookupError, AttributeError, RecursionError) as error:
         raise RecipeError(
-            f"{table.place} is not a table with a column file_name: {one_line(error, 100)}. Build "
-            "the manifest from the images' own folder instead."
+            f"{table.place} cannot be read as a table with a column file_name: {one_line(error, 100)}. Have "
+            "the dataset corrected, or download the images and build the manifest with "
+            "--from-folders."
         ) from error
+
+
+def _read_csv(text: str) -> list[dict[str, str]]:
+    """Return the rows of a CSV file; raises ValueError for one that does not fit the header."""
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    columns = reader.fieldnames or ()
+    if twice := sorted({name for name in columns if columns.count(name) > 1}):
+        raise ValueError(f"it has two columns {twice[0]!r}")
+    rows = []
+    for row in reader:
+        if None in row or None in row.values():
+            kind = "more" if None in row else "fewer"
+            raise ValueError(f"line {reader.line_num} has {kind} fields than the header")
+        rows.append(row)
+    return rows
 
 
 def _as_texts(values: dict[str, Any]) -> dict[str, str]:
