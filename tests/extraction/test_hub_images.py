@@ -315,7 +315,7 @@ def test_cells_without_bytes_are_left_out_and_named(hub: Hub, films: list[bytes]
         ("train.parquet/000006/006.png", "its cell holds a path and no bytes"),
     ]
     hub.put(FILMS, {"train.parquet": parquet([None, None])}, commit=OLD)
-    with pytest.raises(ManifestError, match=r"no image of .* can be read: .* a path and no bytes"):
+    with pytest.raises(ManifestError, match=r"no image in .* can be read; .* a path and no bytes"):
         build()
     hub.put("datasets/owner/urls", {"a.parquet": parquet([], pid=["a"], url=["http://x"])})
     with pytest.raises(ImageError, match="no column with the bytes of images; its columns are"):
@@ -536,7 +536,7 @@ def test_files_that_number_their_classes_differently_are_refused(
     sink = io.BytesIO()
     pq.write_table(second, sink)
     hub.put(FILMS, {"train.parquet": parquet(films[:8]), "test.parquet": sink.getvalue()})
-    with pytest.raises(RecipeError, match="classes of column 'label' are .* in Parquet file test"):
+    with pytest.raises(RecipeError, match=r"classes of column 'label' are .* in Parquet file test"):
         build()
 
 
@@ -580,3 +580,13 @@ def test_rows_of_metadata_that_contradict_are_refused(
     hub.put(FILMS, {**named, "train/metadata.csv": "\n".join([*lines, more]).encode()}, commit=OLD)
     with pytest.raises(RecipeError, match=words):
         build(choices=None)
+
+
+def test_equal_bytes_with_two_labels_are_refused_with_a_way_out_for_streams(
+    hub: Hub, films: list[bytes]
+) -> None:
+    hub.put(FILMS, {"train.parquet": parquet([*films, films[0]], label=[0, 1] * 6 + [1])})
+    with pytest.raises(ManifestError, match="remove them from the dataset") as caught:
+        build()
+    assert any("more than one label" in problem for problem in caught.value.problems)
+    assert "recipe" not in str(caught.value)
