@@ -197,7 +197,9 @@ def _split(
     rows["split"] = split_patients(known, fraction=fraction, seed=choices.seed)
     only = f"the data set has one split, {own[0]!r}" if own else "the data set has no splits"
     why = "" if choices.test_fraction else f": {only}"
-    found.notices.append(f"test is drawn by patient, {fraction:g} of the studies{why}")
+    found.notices.append(
+        f"the test set is drawn by patient ({fraction * 100:.3g} % of studies){why}"
+    )
 
 
 def _refuse_empty(rows: pd.DataFrame, places: "pd.Series[str]", source: str) -> None:
@@ -229,8 +231,6 @@ def _choose_covariates(
     every = find_covariates(table, taken)
     telling = [name for name in every if tells_label(table[name], means)]
     if telling:
-        found.notices.append(
-            f"{', '.join(map(repr, telling))} gives the label away, and was left out of the "
-            "covariates"
-        )
+        verbs = "reveals the label and was" if len(telling) == 1 else "reveal the label and were"
+        found.notices.append(f"{', '.join(map(repr, telling))} {verbs} left out of the covariates")
     return [name for name in every if name not in telling]

@@ -252,8 +252,8 @@ def _read_metadata(table: StreamFile) -> Iterator[tuple[str, dict[str, str]]]:
     folder = posixpath.dirname(table.name)
     if table.size > MAX_TABLE_BYTES:
         raise RecipeError(
-            f"{table.place} has {table.size:,} bytes, and may have {MAX_TABLE_BYTES:,}. Name "
-            "a folder of the dataset that has a smaller one."
+            f"{table.place} has {table.size:,} bytes, more than the {MAX_TABLE_BYTES:,} that "
+            "are allowed. Name a folder of the dataset that has a smaller one."
         )
     with table.open() as file:
         text = file.read().decode("utf-8-sig", errors="replace")
@@ -267,9 +267,9 @@ def _read_metadata(table: StreamFile) -> Iterator[tuple[str, dict[str, str]]]:
             yield posixpath.normpath(posixpath.join(folder, name)), _as_texts(row)
     except (csv.Error, ValueError, LookupError, AttributeError, RecursionError) as error:
         raise RecipeError(
-            f"{table.place} cannot be read as a table with a column file_name: {one_line(error, 100)}. Have "
-            "the dataset corrected, or download the images and build the manifest with "
-            "--from-folders."
+            f"{table.place} cannot be read as a table with a column file_name: "
+            f"{one_line(error, 100)}. Have the dataset corrected, or download the images and build "
+            "the manifest with --from-folders."
         ) from error
 
 

@@ -289,7 +289,7 @@ def test_what_tells_the_label_by_itself_is_no_covariate(tmp_path: Path) -> None:
     proposal = propose_recipe(csv(tmp_path / "t.csv", "file,fracture,n_lines,device", *lines))
     assert proposal.recipe.table is not None
     assert proposal.recipe.table.covariates == ("device",)
-    assert "'n_lines' gives the label away" in proposal.notices[0]
+    assert "'n_lines' reveals the label and was left out" in proposal.notices[0]
 
 
 def test_columns_that_answer_by_yes_or_no_become_targets(tmp_path: Path) -> None:
