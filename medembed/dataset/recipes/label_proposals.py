@@ -172,7 +172,7 @@ def settle_meanings(
         return Meanings(normal or tuple(rest), abnormal, unknown)
     if normal:
         return Meanings(normal, tuple(rest), unknown)
-    if guess is None and len(values) == 1 and counts.get(""):
+    if guess is None and len(values) == len(rest) == 1 and counts.get(""):
         if _is_normal(values[0]):
             raise UndecidedError(
                 f"no value means abnormal: {there}. Confirm that with --normal {values[0]!r}, and "

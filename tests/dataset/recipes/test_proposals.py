@@ -410,3 +410,11 @@ def test_a_column_of_normal_and_blanks_is_no_finding(value: str, tmp_path: Path)
     table = csv(tmp_path / "t.csv", "file,fracture,patient", *lines)
     with pytest.raises(UndecidedError, match=f"no value means abnormal.*--normal '{value}'"):
         propose_recipe(table, label="fracture")
+
+
+def test_a_column_of_unknown_and_blanks_is_no_finding(tmp_path: Path) -> None:
+    fill(tmp_path, {"films": 12})
+    lines = (f"{i}.png,{'unclear' if i % 2 else ''},{i // 2}" for i in range(12))
+    table = csv(tmp_path / "t.csv", "file,fracture,patient", *lines)
+    with pytest.raises(UndecidedError, match="what is abnormal cannot be told"):
+        propose_recipe(table, label="fracture")
