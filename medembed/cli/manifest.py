@@ -131,7 +131,10 @@ def build_command(
     if from_stream is not None:
         others = (recipe, from_folders, from_table, image_root, key_file)
         if any(other is not None for other in others) or structure_only:
-            raise click.UsageError("--from-stream takes the place of all that names a data set.")
+            raise click.UsageError(
+                "--from-stream cannot be combined with RECIPE, --from-folders, --from-table, "
+                "--image-root, --key-file or --structure-only."
+            )
         _build_from_stream(context, from_stream, output, strict, as_json, given)
         return
     _refuse_mixture(context, recipe, from_folders, from_table, image_root)

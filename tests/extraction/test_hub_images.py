@@ -130,7 +130,7 @@ def test_parquet_files_give_the_manifest_and_the_rows_of_their_images(
     assert set(rows["region"]) == {"all"}
     assert told[0] == (1, N_IMAGES)
     assert told[-1] == (N_IMAGES, N_IMAGES)
-    assert any("normal is healthy, abnormal broken" in notice for notice in report.notices)
+    assert any("healthy means normal, broken means abnormal" in notice for notice in report.notices)
     assert not hub.asked("GET", "films.py")
     assert counts(run_extract(report.manifest, ROOT, tmp_path / "cache")) == (12, 0, 12, 0, 0)
     write_images(tmp_path / "images", N_IMAGES)
@@ -246,7 +246,7 @@ def test_tar_files_and_image_files_of_a_dataset(
     hub.put("datasets/owner/table", {**named, "train/metadata.csv": table})
     rows = build("hf://datasets/owner/table", None).manifest.rows.set_index("image")
     assert rows.loc["train/3.png", ["patient", "label"]].tolist() == ["p1", 1]
-    hub.put("datasets/owner/table", {**named, "train/metadata.csv": table[:60]}, commit=OLD)
+    hub.put("datasets/owner/table", {**named, "train/metadata.csv": table[:57]}, commit=OLD)
     with pytest.raises(ManifestError, match=r"train/11\.png is in no row of train/metadata\.csv"):
         build("hf://datasets/owner/table", None)
 
@@ -315,7 +315,7 @@ def test_cells_without_bytes_are_left_out_and_named(hub: Hub, films: list[bytes]
         ("train.parquet/000006/006.png", "its cell holds a path and no bytes"),
     ]
     hub.put(FILMS, {"train.parquet": parquet([None, None])}, commit=OLD)
-    with pytest.raises(ManifestError, match=r"no image of .* can be read: .* a path and no bytes"):
+    with pytest.raises(ManifestError, match=r"no image in .* can be read; .* a path and no bytes"):
         build()
     hub.put("datasets/owner/urls", {"a.parquet": parquet([], pid=["a"], url=["http://x"])})
     with pytest.raises(ImageError, match="no column with the bytes of images; its columns are"):
@@ -494,3 +494,99 @@ def test_options_that_mean_nothing_for_a_stream_are_refused(
     done = invoke("manifest", "build", "--from-stream", ROOT, "-o", "m.csv", *extra)
     assert done.exit_code == 2
     assert "--from-stream" in done.output
+
+
+LABELS_AND_NULL = {"0": 0, "1": 1, "normal": "normal", "fracture": "fracture"}
+
+
+@pytest.mark.parametrize("value", LABELS_AND_NULL)
+def test_a_null_label_is_never_taken_for_the_other_class(
+    value: str, hub: Hub, films: list[bytes]
+) -> None:
+    labels = [LABELS_AND_NULL[value], None] * 6
+    hub.put(FILMS, {"train.parquet": parquet([*films], label=labels, names=False)})
+    way_out = "--normal" if value in ("0", "normal") else "--empty normal or --empty unknown"
+    with pytest.raises(RecipeError, match=way_out):
+        build(choices=Choices(patient=("pid",), label="label"))
+    chosen = {"normal": (value,)} if way_out == "--normal" else {"abnormal": (value,)}
+    given = Choices(patient=("pid",), label="label", empty="unknown", **chosen)
+    rows = build(choices=given).manifest.rows
+    assert rows["label"].fillna(-1).tolist() == [0 if way_out == "--normal" else 1, -1] * 6
+
+
+def test_without_patients_the_views_of_a_study_stay_together(hub: Hub, films: list[bytes]) -> None:
+    studies = [f"s{n // 2}" for n in range(N_IMAGES)]
+    labels = [n // 2 % 2 for n in range(N_IMAGES)]
+    hub.put(FILMS, {"a.parquet": parquet([*films], pid=[], study=studies, label=labels)})
+    report = build(choices=Choices(patient=()))
+    rows = report.manifest.rows
+    assert rows["study"].tolist() == rows["patient"].tolist() == studies
+    assert rows.groupby("study")["split"].nunique().eq(1).all()
+    assert report.manifest.label_level == "study"
+    assert any("each study counts as a patient" in warning for warning in report.warnings)
+
+
+@pytest.mark.parametrize("own", [["healthy", "broken"], None])
+def test_files_that_number_their_classes_differently_are_refused(
+    own: list[str] | None, hub: Hub, films: list[bytes]
+) -> None:
+    second = pq.read_table(io.BytesIO(parquet(films[8:], 8)))
+    about = {"info": {"features": {"label": {"names": own}}}}
+    second = second.replace_schema_metadata({b"huggingface": json.dumps(about).encode()})
+    sink = io.BytesIO()
+    pq.write_table(second, sink)
+    hub.put(FILMS, {"train.parquet": parquet(films[:8]), "test.parquet": sink.getvalue()})
+    with pytest.raises(RecipeError, match=r"classes of column 'label' are .* in Parquet file test"):
+        build()
+
+
+@pytest.mark.parametrize("number", [2, -2])
+def test_a_number_that_no_class_has_is_refused(number: int, hub: Hub, films: list[bytes]) -> None:
+    labels = [0, 1, -1, number]
+    hub.put(FILMS, {"train.parquet": parquet(films[:4], label=labels)})
+    with pytest.raises(
+        RecipeError, match=f"'label' of train.parquet, row 3 holds {number}, .*0 to 1"
+    ):
+        build()
+
+
+def test_an_images_folder_and_not_its_own_name_gives_the_split(
+    hub: Hub, films: list[bytes]
+) -> None:
+    names = [f"{('train', 'test')[n // 8]}/{('normal', 'fracture')[n % 2]}/train_{n}.png"
+             for n in range(N_IMAGES)]  # fmt: skip
+    hub.put(FILMS, dict(zip(names, films, strict=True)))
+    rows = build(choices=Choices(patient=())).manifest.rows.set_index("image")
+    assert rows.loc[names, "split"].tolist() == ["train"] * 8 + ["test"] * 4
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ("0.png,p0,1", r"describes train/0\.png a second time with other values"),
+        ("9.png,p9", "line 14 has fewer fields than the header"),
+        ("9.png,p9,0,x", "line 14 has more fields than the header"),
+    ],
+)
+def test_rows_of_metadata_that_contradict_are_refused(
+    more: str, words: str, hub: Hub, films: list[bytes]
+) -> None:
+    lines = ["file_name,patient,label", *(f"{n}.png,p{n},{n % 2}" for n in range(N_IMAGES))]
+    named = {f"train/{n}.png": film for n, film in enumerate(films)}
+    same = "\n".join([*lines, lines[1]]).encode()  # the same row twice says nothing new
+    hub.put(FILMS, {**named, "train/metadata.csv": same})
+    assert len(build(choices=None).manifest.rows) == N_IMAGES
+    list_data_files.cache_clear()
+    hub.put(FILMS, {**named, "train/metadata.csv": "\n".join([*lines, more]).encode()}, commit=OLD)
+    with pytest.raises(RecipeError, match=words):
+        build(choices=None)
+
+
+def test_equal_bytes_with_two_labels_are_refused_with_a_way_out_for_streams(
+    hub: Hub, films: list[bytes]
+) -> None:
+    hub.put(FILMS, {"train.parquet": parquet([*films, films[0]], label=[0, 1] * 6 + [1])})
+    with pytest.raises(ManifestError, match="remove them from the dataset") as caught:
+        build()
+    assert any("more than one label" in problem for problem in caught.value.problems)
+    assert "recipe" not in str(caught.value)

@@ -172,7 +172,16 @@ def settle_meanings(
         return Meanings(normal or tuple(rest), abnormal, unknown)
     if normal:
         return Meanings(normal, tuple(rest), unknown)
-    if guess is None and len(values) == 1 and counts.get(""):
+    if guess is None and len(values) == len(rest) == 1 and counts.get(""):
+        if _is_normal(values[0]):
+            raise UndecidedError(
+                f"no value means abnormal: {there}. Confirm that with --normal {values[0]!r}, and "
+                "say with --empty what an empty field means, or choose another column with "
+                "--label.",
+                "normal",
+                "Which mean normal?",
+                tuple(values),
+            )
         return Meanings((), tuple(values))
     if guess is None:
         raise UndecidedError(
@@ -183,6 +192,12 @@ def settle_meanings(
             tuple(values),
         )
     return guess
+
+
+def _is_normal(value: str) -> bool:
+    """Return whether a label's only value is a word for normal, such as 0, no or benign."""
+    found = [guess_meanings([value, other]) for other in ("abnormal", "malignant", "y")]
+    return any(guess is not None and value in guess.normal for guess in found)
 
 
 def _words_for_unknown(values: Sequence[str]) -> Collection[str]:

@@ -15,7 +15,7 @@ import pandas as pd
 
 from medembed.core.errors import ManifestError
 from medembed.dataset.checks import find_warnings
-from medembed.dataset.manifest import make_manifest
+from medembed.dataset.manifest import Manifest, make_manifest
 from medembed.dataset.recipes.build import BuildReport
 from medembed.dataset.recipes.choices import Choices
 from medembed.dataset.recipes.stream_columns import SettledRows, settle_rows
@@ -116,7 +116,7 @@ def build_from_stream(
     if not found.images:
         _refuse_empty(found.excluded, source)
     settled = _name_plainly(found, label_level) if is_open else found.settle(choices, source)
-    manifest = make_manifest(settled.rows.fillna(""), settled.label_level, source=source)
+    manifest = _make_manifest(settled, source)
     is_labelled = bool(manifest.rows["label"].notna().any())
     warnings = [*_doubt_card(root), *settled.warnings]
     warnings += [*find_gaps(manifest.rows, is_labelled=is_labelled), *find_warnings(manifest.rows)]
@@ -158,6 +158,20 @@ def _name_plainly(found: _Collected, label_level: str) -> SettledRows:
     return SettledRows(pd.DataFrame(rows), label_level)
 
 
+def _make_manifest(settled: SettledRows, source: str) -> Manifest:
+    """Return the manifest; a stream has no recipe in which images could be excluded."""
+    try:
+        return make_manifest(settled.rows.fillna(""), settled.label_level, source=source)
+    except ManifestError as error:
+        raise ManifestError(
+            f"the images of {source} break the rules of a manifest (row 2 is the first image). "
+            "If the dataset's own split is at fault, draw another with --test-fraction 0.2, and "
+            "add --patient '' if copies of an image have different patients; otherwise correct "
+            "the images or remove them from the dataset:",
+            error.problems,
+        ) from error
+
+
 def _refuse_samples(problems: list[str], root: StreamRoot) -> NoReturn:
     way_out = (
         "Write a .json beside each image with patient, study, region, label and split, or name "
@@ -177,7 +191,7 @@ def _refuse_empty(excluded: list[tuple[str, str]], source: str) -> NoReturn:
         raise ManifestError(f"no image in {source}: no member has an image's suffix.")
     name, reason = excluded[0]
     raise ManifestError(
-        f"no image of {source} can be read: of {name}, for one, {reason}. Choose another column "
+        f"no image in {source} can be read; for example, {name}: {reason}. Choose another column "
         "with --image, or download the images and build the manifest with --from-table."
     )
 
@@ -185,4 +199,4 @@ def _refuse_empty(excluded: list[tuple[str, str]], source: str) -> NoReturn:
 def _doubt_card(root: StreamRoot) -> list[str]:
     """Return a warning if a dataset's card, which may name its classes, cannot be read."""
     problem = list_data_files(root).problem if isinstance(root, HubRoot) else ""
-    return [f"names of classes and splits may be lacking: {problem}"] if problem else []
+    return [f"class and split names may be missing: {problem}"] if problem else []

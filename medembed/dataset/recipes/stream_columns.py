@@ -81,8 +81,9 @@ def settle_rows(
     rows, taken = found.rows, set(every)
     rows["region"] = _find(table, choices.region, "region", ONE_REGION)
     patient = _find_patient(table, choices, source)
-    rows["patient"] = _join(table, patient) if patient else rows["image"]
     study = ("study",) if choices.study is None and "study" in table else choices.study or ()
+    person = patient or study  # without patients each study, or else each image, counts as one
+    rows["patient"] = _join(table, person) if person else rows["image"]
     rows["study"] = _within(_join(table, study), rows) if study else rows["image"]
     taken |= {"patient", "study", "region", "label", "split", *patient, *study}
     means = _read_label(found, table, choices, source, taken)
@@ -90,9 +91,11 @@ def settle_rows(
     if study and (means.groupby(rows["study"]).nunique() <= 1).all():
         found.label_level = "study"
     if not patient:
-        found.warnings.append(NO_PATIENTS.format("image", "two films"))
+        each = ("study", "two studies") if study else ("image", "two films")
+        found.warnings.append(NO_PATIENTS.format(*each))
         rows["patient"] = join_same_bytes(rows["patient"], rows["sha256"])
-        rows[IDS] = EXACT  # names of files are never spellings of one person
+        if not study:
+            rows[IDS] = EXACT  # names of files are never spellings of one person
     _split(found, images, table, choices, source)
     _refuse_empty(rows, images["place"], source)
     for name in _choose_covariates(found, table, means, choices, taken):
@@ -115,8 +118,8 @@ def _find_patient(table: pd.DataFrame, choices: Choices, source: str) -> tuple[s
     listed = ", ".join(map(repr, table.columns)) or "none"
     raise RecipeError(
         f"no column of {source} is called patient; its columns are {listed}. Name the column that "
-        "identifies the patient with --patient, or give --patient '' where none does: each image "
-        f"then counts as a patient.{hint}"
+        "identifies the patient with --patient, or give --patient '' where none does: each study, "
+        f"or each image without studies, then counts as a patient.{hint}"
     )
 
 
@@ -149,10 +152,19 @@ def _read_label(
     label = choose_label(table, choices, source, barred)
     taken.add(label.column)
     words = label.meanings
+    if not words.normal and not choices.empty and (table[label.column] == "").any():
+        raise RecipeError(
+            f"no value of column {label.column!r} of {source} means normal: it holds "
+            f"{show_counts(table[label.column].value_counts().to_dict())}. Say what an empty one "
+            "means with --empty normal or --empty unknown, or name what is normal with --normal."
+        )
     unknown = f", unknown: {show_values(words.unknown)}" if words.unknown else ""
+    meanings = ", ".join(
+        f"{show_values(values)} means {name}" if values else f"no value means {name}"
+        for name, values in (("normal", words.normal), ("abnormal", words.abnormal))
+    )
     found.notices.append(
-        f"label {label.column!r}: normal is {show_values(words.normal)}, abnormal "
-        f"{show_values(words.abnormal)}{unknown}; an empty one is {label.empty}"
+        f"label {label.column!r}: {meanings}{unknown}; empty is read as {label.empty}"
     )
     return label.read(table)
 
@@ -185,7 +197,9 @@ def _split(
     rows["split"] = split_patients(known, fraction=fraction, seed=choices.seed)
     only = f"the data set has one split, {own[0]!r}" if own else "the data set has no splits"
     why = "" if choices.test_fraction else f": {only}"
-    found.notices.append(f"test is drawn by patient, {fraction:g} of the studies{why}")
+    found.notices.append(
+        f"the test set is drawn by patient ({fraction * 100:.3g} % of studies){why}"
+    )
 
 
 def _refuse_empty(rows: pd.DataFrame, places: "pd.Series[str]", source: str) -> None:
@@ -217,8 +231,6 @@ def _choose_covariates(
     every = find_covariates(table, taken)
     telling = [name for name in every if tells_label(table[name], means)]
     if telling:
-        found.notices.append(
-            f"{', '.join(map(repr, telling))} gives the label away, and was left out of the "
-            "covariates"
-        )
+        verbs = "reveals the label and was" if len(telling) == 1 else "reveal the label and were"
+        found.notices.append(f"{', '.join(map(repr, telling))} {verbs} left out of the covariates")
     return [name for name in every if name not in telling]

@@ -27,6 +27,7 @@ __all__ = ["Sample", "preview_samples", "read_samples"]
 
 TOO_LARGE = "it is larger than --max-bytes"
 MAX_TABLE_BYTES = 256 * 2**20
+N_NAMED = 20
 
 
 @dataclass(frozen=True)
@@ -98,9 +99,13 @@ def preview_samples(root: HubRoot, image: str | None = None) -> Iterator[Sample]
     return _read_parquet(found, 0, image, is_preview=True)
 
 
-def _split_of(file: StreamFile) -> str:
-    """Return the split that a card gives a file, or the last word for one in its path."""
-    words = (find_split_word(part) for part in reversed(file.name.split("/")))
+def _split_of(file: StreamFile, *, is_image: bool = False) -> str:
+    """Return the split that a card gives a file, or the last word for one in its path.
+
+    An image's own name says nothing: `test/normal/train_0001.png` is in test.
+    """
+    path = posixpath.dirname(file.name) if is_image else file.name
+    words = (find_split_word(part) for part in reversed(path.split("/")))
     return file.split or next(filter(None, words), "")
 
 
@@ -150,18 +155,36 @@ def _read_parquet(
     refuse_without_images(found.files[0], columns)
     asked = [_choose_image(found.files[0], columns, image)]
     names = {**found.class_names, **columns.class_names}
+    if is_preview:  # once for each file: what follows reads the same commit
+        _check_class_names(found, names)
     for file in found.files:
         split = _split_of(file)
         for row in read_rows(file, [] if is_preview else asked, columns.values, max_bytes):
-            values = {
-                name: _plain_value(value, names.get(name, ())) for name, value in row.values.items()
-            }
             place = f"{file.name}, row {row.number}"
+            values = {
+                name: _plain_value(value, names.get(name, ()), f"column {name!r} of {place}")
+                for name, value in row.values.items()
+            }
             images: dict[str, bytes | str] = {place: b""}
             if not is_preview:
                 (cell,) = row.cells
                 images = {cell.name: cell.reason if cell.data is None else cell.data}
             yield Sample(place, images, _as_texts(values), split)
+
+
+def _check_class_names(found: DatasetFiles, names: dict[str, tuple[str, ...]]) -> None:
+    """Refuse files that number their classes in another order than the first one."""
+    for file in found.files[1:]:
+        own = {**found.class_names, **read_columns(file).class_names}
+        for column in sorted({*names, *own}):
+            first, other = names.get(column, ()), own.get(column, ())
+            if first != other:
+                raise RecipeError(
+                    f"the classes of column {column!r} are {', '.join(first) or 'not named'} in "
+                    f"Parquet file {found.files[0].place}, and {', '.join(other) or 'not named'} "
+                    f"in {file.place}. Name files that agree, as a folder or configuration after "
+                    "the dataset's name."
+                )
 
 
 def _choose_image(file: StreamFile, columns: ImageColumns, asked: str | None) -> str:
@@ -179,16 +202,23 @@ def _choose_image(file: StreamFile, columns: ImageColumns, asked: str | None) ->
     return asked or ("image" if "image" in columns.images else columns.images[0])
 
 
-def _plain_value(value: Any, names: tuple[str, ...]) -> Any:
+def _plain_value(value: Any, names: tuple[str, ...], where: str) -> Any:
     """Return the name of a class for its number, which is -1 where it is not known.
 
-    Whole numbers that are stored as floats become such, as in `read_parquet_table`.
+    Whole numbers that are stored as floats become such, as in `read_parquet_table`. Raises
+    RecipeError for a number that no class has.
     """
     if isinstance(value, float) and value.is_integer() and abs(value) < EXACT_FLOAT:
         value = int(value)
     if not names or type(value) is not int:
         return value
-    return names[value] if 0 <= value < len(names) else None
+    if not -1 <= value < len(names):
+        raise RecipeError(
+            f"{where} holds {value}, and its classes are numbered from 0 to {len(names) - 1}: "
+            f"{', '.join(names[:N_NAMED])}. Have the dataset corrected, or name other files after "
+            "its name."
+        )
+    return names[value] if value >= 0 else None
 
 
 def _describe_folders(
@@ -197,10 +227,15 @@ def _describe_folders(
     """Yield a sample for each image file, named by its folder unless a table names a label."""
     about: dict[str, dict[str, str]] = {}
     for table in found.metadata:
-        about.update(_read_metadata(table))
+        for name, values in _read_metadata(table):
+            if about.setdefault(name, values) != values:
+                raise RecipeError(
+                    f"{table.place} describes {name} a second time with other values. Have the "
+                    "dataset corrected: each image may have one row."
+                )
     folders = {posixpath.dirname(file.name) for file in found.files}
     by_folder = not any("label" in own for own in about.values()) and len(folders) > 1
-    splits = {file.name: _split_of(file) for file in found.files}
+    splits = {file.name: _split_of(file, is_image=True) for file in found.files}
     for name, data in contents:
         values = dict(about.get(name, {}))
         if by_folder:
@@ -217,14 +252,14 @@ def _read_metadata(table: StreamFile) -> Iterator[tuple[str, dict[str, str]]]:
     folder = posixpath.dirname(table.name)
     if table.size > MAX_TABLE_BYTES:
         raise RecipeError(
-            f"{table.place} has {table.size:,} bytes, and may have {MAX_TABLE_BYTES:,}. Name "
-            "a folder of the dataset that has a smaller one."
+            f"{table.place} has {table.size:,} bytes, more than the {MAX_TABLE_BYTES:,} that "
+            "are allowed. Name a folder of the dataset that has a smaller one."
         )
     with table.open() as file:
         text = file.read().decode("utf-8-sig", errors="replace")
     try:
         if table.name.endswith(".csv"):
-            rows: list[Any] = [*csv.DictReader(io.StringIO(text, newline=""), strict=True)]
+            rows: list[Any] = _read_csv(text)
         else:
             rows = [json.loads(line) for line in text.splitlines() if line.strip()]
         for row in rows:
@@ -232,9 +267,25 @@ def _read_metadata(table: StreamFile) -> Iterator[tuple[str, dict[str, str]]]:
             yield posixpath.normpath(posixpath.join(folder, name)), _as_texts(row)
     except (csv.Error, ValueError, LookupError, AttributeError, RecursionError) as error:
         raise RecipeError(
-            f"{table.place} is not a table with a column file_name: {one_line(error, 100)}. Build "
-            "the manifest from the images' own folder instead."
+            f"{table.place} cannot be read as a table with a column file_name: "
+            f"{one_line(error, 100)}. Have the dataset corrected, or download the images and build "
+            "the manifest with --from-folders."
         ) from error
+
+
+def _read_csv(text: str) -> list[dict[str, str]]:
+    """Return the rows of a CSV file; raises ValueError for one that does not fit the header."""
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    columns = reader.fieldnames or ()
+    if twice := sorted({name for name in columns if columns.count(name) > 1}):
+        raise ValueError(f"it has two columns {twice[0]!r}")
+    rows = []
+    for row in reader:
+        if None in row or None in row.values():
+            kind = "more" if None in row else "fewer"
+            raise ValueError(f"line {reader.line_num} has {kind} fields than the header")
+        rows.append(row)
+    return rows
 
 
 def _as_texts(values: dict[str, Any]) -> dict[str, str]:

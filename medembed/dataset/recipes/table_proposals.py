@@ -480,9 +480,11 @@ def _choose_covariates(
         chosen = tuple(name for name in every if name not in telling)
         _propose_targets(draft, rows, chosen)
         if telling:
+            verbs = (
+                "reveals the label and was" if len(telling) == 1 else "reveal the label and were"
+            )
             draft.notices.append(
-                f"{', '.join(map(repr, telling))} gives the label away, and was left out of the "
-                "covariates"
+                f"{', '.join(map(repr, telling))} {verbs} left out of the covariates"
             )
         draft.comments["table.covariates"] = (
             "Kept, so that scores can be broken down by them, and heads can use them."

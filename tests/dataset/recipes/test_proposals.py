@@ -289,7 +289,7 @@ def test_what_tells_the_label_by_itself_is_no_covariate(tmp_path: Path) -> None:
     proposal = propose_recipe(csv(tmp_path / "t.csv", "file,fracture,n_lines,device", *lines))
     assert proposal.recipe.table is not None
     assert proposal.recipe.table.covariates == ("device",)
-    assert "'n_lines' gives the label away" in proposal.notices[0]
+    assert "'n_lines' reveals the label and was left out" in proposal.notices[0]
 
 
 def test_columns_that_answer_by_yes_or_no_become_targets(tmp_path: Path) -> None:
@@ -401,3 +401,20 @@ def test_real_films_become_manifests_without_a_question(shared_data: Path, tmp_p
     assert wrists.recipe.table.study == ("patient_id", "study_number")
     shutil.copytree(shared_data / "dicom", tmp_path / "dicom")
     assert propose_recipe(tmp_path / "dicom").recipe.layout == "dicom"
+
+
+@pytest.mark.parametrize("value", ["0", "normal", "benign", "no fracture"])
+def test_a_column_of_normal_and_blanks_is_no_finding(value: str, tmp_path: Path) -> None:
+    fill(tmp_path, {"films": 12})
+    lines = (f"{i}.png,{value if i % 2 else ''},{i // 2}" for i in range(12))
+    table = csv(tmp_path / "t.csv", "file,fracture,patient", *lines)
+    with pytest.raises(UndecidedError, match=f"no value means abnormal.*--normal '{value}'"):
+        propose_recipe(table, label="fracture")
+
+
+def test_a_column_of_unknown_and_blanks_is_no_finding(tmp_path: Path) -> None:
+    fill(tmp_path, {"films": 12})
+    lines = (f"{i}.png,{'unclear' if i % 2 else ''},{i // 2}" for i in range(12))
+    table = csv(tmp_path / "t.csv", "file,fracture,patient", *lines)
+    with pytest.raises(UndecidedError, match="what is abnormal cannot be told"):
+        propose_recipe(table, label="fracture")
