@@ -242,13 +242,19 @@ def _choose(root: HubRoot, sizes: dict[str, int], card: _Card) -> dict[str, str]
             f"dataset {root.dataset} has the configurations {', '.join(names[:20])}. Name one: "
             f"hf://datasets/{root.dataset}/{names[0]}."
         )
-    patterns = card.patterns.get(chosen or next(iter(names), ""), [])
+    chosen = chosen or next(iter(names), "")
     found: dict[str, str] = {}
-    for split, pattern in patterns:
-        for path in sizes:
-            if fnmatchcase(path, pattern) and path not in found:
-                found[path] = split
-    return found or dict.fromkeys(sizes, "")
+    for split, pattern in card.patterns.get(chosen, [("", "**")]):
+        matched = [path for path in sizes if fnmatchcase(path, pattern)]
+        if not matched and names:
+            raise PathNotFoundError(
+                f"the card of {root.dataset} says that configuration {chosen!r} has files like "
+                f"{pattern[:100]!r}, and none is at commit {root.revision[:12]}. Name a folder or a "
+                f"file instead: hf://datasets/{root.dataset}/FOLDER."
+            )
+        for path in matched:
+            found.setdefault(path, split)
+    return found
 
 
 def _find_layout(root: HubRoot, paths: Sequence[str] | dict[str, str]) -> tuple[Layout, set[str]]:
