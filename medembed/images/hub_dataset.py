@@ -227,8 +227,10 @@ def _list_tree(root: HubRoot) -> dict[str, int]:
 def _choose(root: HubRoot, sizes: dict[str, int], card: _Card) -> dict[str, str]:
     """Return the files of the subset, each with the split that the card says."""
     subset = root.subset
-    if subset and (below := [p for p in sizes if p == subset or p.startswith(f"{subset}/")]):
-        return dict.fromkeys(below, "")
+    inside = len(subset) + 1
+    below = [p for p in sizes if p.startswith(f"{subset}/") and _matches(p[inside:], "**")]
+    if subset and (below or subset in sizes):
+        return dict.fromkeys(below or [subset], "")
     names = [*card.patterns]
     if subset and subset not in names:
         also = f", and no configuration but {', '.join(names)}" if names else ""
@@ -245,7 +247,7 @@ def _choose(root: HubRoot, sizes: dict[str, int], card: _Card) -> dict[str, str]
     chosen = chosen or next(iter(names), "")
     found: dict[str, str] = {}
     for split, pattern in card.patterns.get(chosen, [("", "**")]):
-        matched = [path for path in sizes if fnmatchcase(path, pattern)]
+        matched = [path for path in sizes if _matches(path, pattern)]
         if not matched and names:
             raise PathNotFoundError(
                 f"the card of {root.dataset} says that configuration {chosen!r} has files like "
@@ -255,6 +257,29 @@ def _choose(root: HubRoot, sizes: dict[str, int], card: _Card) -> dict[str, str]
         for path in matched:
             found.setdefault(path, split)
     return found
+
+
+def _matches(path: str, pattern: str) -> bool:
+    """Tell whether a path is of a pattern, as `datasets` reads it.
+
+    Only `**` stands for several folders, or none; hidden files and folders have to be named.
+    """
+    parts = path.split("/")
+    places = {0}  # how many parts the pattern may have used so far
+    for step in pattern.split("/"):
+        spans = ((p, q) for p in places for q in range(p, len(parts) + 1))
+        places = {q for p, q in spans if _fits(parts[p:q], step)}
+    return len(parts) in places
+
+
+def _fits(parts: list[str], step: str) -> bool:
+    is_hidden = any(part.startswith(".") and part.strip(".") for part in parts)
+    if is_hidden and not step.startswith("."):
+        return False
+    if step == "**":
+        return True
+    is_long_enough = len(parts) == 1 or (len(parts) > 1 and "**" in step)
+    return is_long_enough and fnmatchcase("/".join(parts), step)
 
 
 def _find_layout(root: HubRoot, paths: Sequence[str] | dict[str, str]) -> tuple[Layout, set[str]]:
@@ -377,9 +402,10 @@ def _understand(configs: Any, infos: Any) -> _Card:
 
 def _patterns(files: Any, folder: str) -> list[tuple[str, str]]:
     """Return (split, glob) of what a card says of a configuration's files."""
-    start = f"{folder.strip('/')}/" if folder.strip("/") else ""
+    folder = folder.removeprefix("./").strip("/")
+    start = f"{folder}/" if folder else ""
     if not files:
-        return [("", f"{start}*")]
+        return [("", f"{start}**")]
     if isinstance(files, str):
         files = [files]
     if isinstance(files, dict):
@@ -389,7 +415,7 @@ def _patterns(files: Any, folder: str) -> list[tuple[str, str]]:
         split, paths = (str(own["split"]), own["path"]) if isinstance(own, dict) else ("", own)
         several = [paths] if isinstance(paths, str) else paths
         found += [(split, start + str(path).removeprefix("./")) for path in several]
-    return [(split, pattern.replace("**/", "*").replace("**", "*")) for split, pattern in found]
+    return found
 
 
 def _class_names(card: _Card, subset: str) -> dict[str, tuple[str, ...]]:

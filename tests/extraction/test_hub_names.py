@@ -53,3 +53,26 @@ def test_a_pattern_without_files_is_not_the_whole_repository(hub: Hub) -> None:
     card = "configs: [{config_name: hands, data_files: [{split: train, path: []}]}]"
     with pytest.raises(PathNotFoundError, match="holds no Parquet"):
         found(hub, files, card)
+
+
+def test_patterns_stay_in_a_folder_and_hidden_files_are_no_images(hub: Hub) -> None:
+    shown = ["images/a.png", "images/b/c.png", "images/masks/a.png"]
+    hidden = ["images/._a.png", "images/.ipynb_checkpoints/a.png", ".cache/images/a.png"]
+    files = dict.fromkeys([*shown, *hidden, "train/images/a.png"], b"x")
+    for pattern, expected in {
+        "images/*.png": shown[:1],
+        "images/**": shown,
+        "./images/**/a.png": [shown[0], shown[2]],
+        "images/**a.png": [shown[0], shown[2]],
+        "**/images/?.png": [shown[0], "train/images/a.png"],
+        "images/[!b]*/*": shown[2:],
+        "images/.*.png": hidden[:1],
+    }.items():
+        card = f"configs: [{{config_name: hands, data_files: '{pattern}'}}]"
+        assert names(found(hub, files, card)) == expected, pattern
+    card = "configs: [{config_name: hands, data_dir: ./images}]"
+    assert names(found(hub, files, card)) == shown
+    assert names(found(hub, files)) == [*shown, "train/images/a.png"]
+    assert names(found(hub, files, subset="images")) == shown
+    assert names(found(hub, files, subset="images/.ipynb_checkpoints")) == [hidden[1]]
+    assert names(found(hub, files, subset=hidden[0])) == [hidden[0]]
