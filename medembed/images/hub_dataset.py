@@ -17,10 +17,11 @@ from pathlib import PurePosixPath
 from typing import Any, Literal
 from urllib.parse import unquote
 
-from medembed.core.errors import ArgumentError, PathNotFoundError, StorageError
+from medembed.core.errors import ArgumentError, ImageError, PathNotFoundError, StorageError
 from medembed.core.hub_http import DATASET, RemoteFile, ask_hub, copy_range
 from medembed.core.system import require_libraries
 from medembed.core.text import mask_controls, one_line
+from medembed.images.parquet_stream import read_columns
 from medembed.images.stream_files import IMAGE_SUFFIXES, StreamFile
 
 __all__ = [
@@ -124,7 +125,7 @@ class DatasetFiles:
     metadata : tuple of StreamFile
         Tables beside images: `METADATA_FILES`.
     class_names : dict of str to tuple of str
-        The names of a column's classes, by number, as the card says.
+        The names of a column's classes, by number, as the card says; empty if that is not clear.
     problem : str
         Why the card could not be read; "" if it could.
     """
@@ -142,7 +143,7 @@ class _Card:
 
     patterns: dict[str, list[tuple[str, str]]]  # of each configuration: (split, glob)
     default: str
-    infos: dict[str, Any]
+    classes: dict[str, dict[str, tuple[str, ...]]]  # of a configuration's columns; () is unclear
     problem: str = ""
 
 
@@ -197,6 +198,8 @@ def list_data_files(root: HubRoot) -> DatasetFiles:
     ------
     PathNotFoundError
         It holds no Parquet, tar or image files, or nothing of that name.
+    ImageError
+        It cannot be told which names of classes are those of a column's numbers.
     StorageError
         As for `pin_commit`.
     """
@@ -208,7 +211,10 @@ def list_data_files(root: HubRoot) -> DatasetFiles:
     files = tuple(_stream_file(root, path, sizes[path], chosen[path]) for path in paths)
     beside = sorted(path for path in chosen if PurePosixPath(path).name in METADATA_FILES)
     tables = tuple(_stream_file(root, path, sizes[path]) for path in beside)
-    return DatasetFiles(layout, files, tables, _class_names(card, root.subset), card.problem)
+    names = _class_names(card, root.subset)
+    if layout == "parquet":
+        _refuse_unclear(root, files[0], names)
+    return DatasetFiles(layout, files, tables, names, card.problem)
 
 
 def _list_tree(root: HubRoot) -> dict[str, int]:
@@ -396,8 +402,8 @@ def _understand(configs: Any, infos: Any) -> _Card:
         if config.get("default") or name == "default":
             default = name
     listed = [infos] if isinstance(infos, dict) else infos or []
-    features = {str(own.get("config_name", "default")): own.get("features") for own in listed}
-    return _Card(patterns, default, features)
+    classes = {str(own.get("config_name", "default")): _read_classes(own) for own in listed}
+    return _Card(patterns, default, classes)
 
 
 def _patterns(files: Any, folder: str) -> list[tuple[str, str]]:
@@ -410,7 +416,7 @@ def _patterns(files: Any, folder: str) -> list[tuple[str, str]]:
         files = [files]
     if isinstance(files, dict):
         files = [{"split": split, "path": path} for split, path in files.items()]
-    found = []
+    found: list[tuple[str, str]] = []
     for own in files:
         split, paths = (str(own["split"]), own["path"]) if isinstance(own, dict) else ("", own)
         several = [paths] if isinstance(paths, str) else paths
@@ -418,16 +424,46 @@ def _patterns(files: Any, folder: str) -> list[tuple[str, str]]:
     return found
 
 
-def _class_names(card: _Card, subset: str) -> dict[str, tuple[str, ...]]:
-    """Return the names of classes that the card gives for the columns of a configuration."""
-    only = next(iter(card.infos.values())) if len(card.infos) == 1 else None
-    features = card.infos.get(subset or card.default or "default", only)
+def _read_classes(info: dict[str, Any]) -> dict[str, tuple[str, ...]]:
+    """Return the names of a configuration's classes; () if they are not for 0, 1, 2 and so on."""
+    features = info.get("features")
     found: dict[str, tuple[str, ...]] = {}
     for feature in features if isinstance(features, list) else []:
         kind = feature.get("dtype") if isinstance(feature, dict) else None
-        names = kind.get("class_label", {}).get("names") if isinstance(kind, dict) else None
+        label = kind.get("class_label") if isinstance(kind, dict) else None
+        names = label.get("names") if isinstance(label, dict) else None
         if isinstance(names, dict):
-            names = [names[key] for key in sorted(names, key=int)]
-        if isinstance(names, list) and names:
+            by_number = {str(key): name for key, name in names.items()}
+            numbers = [*map(str, range(len(names)))]
+            names = [by_number[n] for n in numbers] if {*numbers} == {*by_number} else ()
+        if isinstance(names, list | tuple):
             found[str(feature.get("name"))] = tuple(map(str, names))
     return found
+
+
+def _class_names(card: _Card, subset: str) -> dict[str, tuple[str, ...]]:
+    """Return the names of classes that the card gives columns; () where it cannot be told which."""
+    asked = subset or card.default or next(iter(card.patterns), "default")
+    if asked in card.classes:
+        return card.classes[asked]
+    known = {*card.classes, *card.patterns} if len(card.patterns) > 1 else {*card.classes}
+    listed = [card.classes.get(name, {}) for name in known]
+    columns = {column for own in listed for column in own}
+    several = {column: {own.get(column, ()) for own in listed} for column in columns}
+    return {name: own.pop() if len(own) == 1 else () for name, own in several.items()}
+
+
+def _refuse_unclear(root: HubRoot, file: StreamFile, names: dict[str, tuple[str, ...]]) -> None:
+    """Raise ImageError if neither the card nor a Parquet file says which class a number is."""
+    unclear = [column for column, own in names.items() if not own]
+    if not unclear:
+        return
+    columns = read_columns(file)
+    lost = [name for name in unclear if name in columns.values and name not in columns.class_names]
+    if lost:
+        raise ImageError(
+            f"the card of {root.dataset} names the classes of column {lost[0]!r}, and not clearly "
+            f"which number each has in {file.name}: its configurations differ, or the numbers are "
+            "not 0, 1, 2 and so on. Name a configuration after the dataset's name, or build the "
+            "manifest with --from-table."
+        )

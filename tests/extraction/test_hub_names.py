@@ -12,7 +12,7 @@ from hub_server import NEW, Hub, serving
 from huggingface_hub import constants
 
 from medembed.core import hub_http
-from medembed.core.errors import PathNotFoundError
+from medembed.core.errors import ImageError, PathNotFoundError
 from medembed.images.hub_dataset import DatasetFiles, HubRoot, list_data_files
 
 FILMS = "datasets/owner/films"
@@ -76,3 +76,61 @@ def test_patterns_stay_in_a_folder_and_hidden_files_are_no_images(hub: Hub) -> N
     assert names(found(hub, files, subset="images")) == shown
     assert names(found(hub, files, subset="images/.ipynb_checkpoints")) == [hidden[1]]
     assert names(found(hub, files, subset=hidden[0])) == [hidden[0]]
+
+
+def labelled(*class_names: str) -> bytes:
+    """Return a Parquet file with a column of labels, whose classes its schema may name."""
+    table = pa.table({"image": [b"x", b"y"], "label": [0, 1]})
+    features = {"label": {"names": list(class_names), "_type": "ClassLabel"}}
+    about = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
+    sink = io.BytesIO()
+    pq.write_table(table.replace_schema_metadata(about if class_names else {}), sink)
+    return sink.getvalue()
+
+
+def info(config: str, class_label: Any) -> dict[str, Any]:
+    features = [{"name": "label", "dtype": {"class_label": class_label}}]
+    return {"config_name": config, "features": features}
+
+
+def card(*infos: dict[str, Any]) -> str:
+    return f"dataset_info: {json.dumps(infos)}"
+
+
+USUAL, TURNED = {"names": {"0": "ok", "1": "bent"}}, {"names": {"0": "bent", "1": "ok"}}
+TWO = {"hands/a.parquet": labelled(), "feet/a.parquet": labelled()}
+
+
+@pytest.mark.parametrize(
+    ("infos", "subset"),
+    [
+        ([info("default", {"names": {"1": "ok", "2": "bent"}})], ""),
+        ([info("default", {"names": {"no": "ok", "yes": "bent"}})], ""),
+        ([info("one", USUAL), info("two", TURNED)], "hands"),
+        ([info("one", USUAL), info("two", None)], "hands"),
+        ([info("hands", USUAL), info("legs", None)], "feet"),
+    ],
+)
+def test_names_of_classes_without_their_numbers_are_refused(
+    hub: Hub, infos: list[dict[str, Any]], subset: str
+) -> None:
+    with pytest.raises(ImageError, match="classes of column 'label', and not clearly which number"):
+        found(hub, TWO, card(*infos), subset)
+    own = dict.fromkeys(TWO, labelled("bent", "ok"))
+    assert not found(hub, own, card(*infos), subset).class_names["label"]
+
+
+@pytest.mark.parametrize(
+    ("infos", "subset", "expected"),
+    [
+        ([info("hands", USUAL), info("feet", TURNED)], "feet", {"label": ("bent", "ok")}),
+        ([info("one", USUAL), info("two", USUAL)], "feet", {"label": ("ok", "bent")}),
+        ([info("one", USUAL)], "feet", {"label": ("ok", "bent")}),
+        ([info("one", None)], "", {}),
+    ],
+)
+def test_names_of_classes_are_of_the_subset(
+    hub: Hub, infos: list[dict[str, Any]], subset: str, expected: dict[str, tuple[str, ...]]
+) -> None:
+    listed = found(hub, TWO, card(*infos), subset)
+    assert (listed.class_names, listed.problem) == (expected, "")
