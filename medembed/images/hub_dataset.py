@@ -18,7 +18,7 @@ from typing import Any, Literal
 from urllib.parse import unquote
 
 from medembed.core.errors import ArgumentError, ImageError, PathNotFoundError, StorageError
-from medembed.core.hub_http import DATASET, RemoteFile, ask_hub, copy_range
+from medembed.core.hub_http import DATASET, RemoteFile, ask_hub, copy_range, explain_changed
 from medembed.core.system import require_libraries
 from medembed.core.text import mask_controls, one_line
 from medembed.images.parquet_stream import read_columns
@@ -257,8 +257,8 @@ def _choose(root: HubRoot, sizes: dict[str, int], card: _Card) -> dict[str, str]
         if not matched and names:
             raise PathNotFoundError(
                 f"the card of {root.dataset} says that configuration {chosen!r} has files like "
-                f"{pattern[:100]!r}, and none is at commit {root.revision[:12]}. Name a folder or a "
-                f"file instead: hf://datasets/{root.dataset}/FOLDER."
+                f"{pattern[:100]!r}, and none is at commit {root.revision[:12]}. Name a folder or "
+                f"a file instead: hf://datasets/{root.dataset}/FOLDER."
             )
         for path in matched:
             found.setdefault(path, split)
@@ -363,6 +363,8 @@ class _HubFile(io.RawIOBase):
         """Keep the tag of the first answer, with which all others have to agree."""
         if not self._remote.etag and answered.size == self._remote.size:
             self._remote = answered
+        elif answered.size == self._remote.size and answered.etag != self._remote.etag:
+            raise explain_changed(answered.repo, answered.commit, answered.name, DATASET)
         elif answered.size != self._remote.size:
             raise StorageError(
                 f"{answered.name} of {answered.repo} has {answered.size:,} bytes and was listed "

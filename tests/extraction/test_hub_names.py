@@ -12,7 +12,7 @@ from hub_server import NEW, Hub, serving
 from huggingface_hub import constants
 
 from medembed.core import hub_http
-from medembed.core.errors import ImageError, PathNotFoundError
+from medembed.core.errors import ImageError, PathNotFoundError, StorageError
 from medembed.images.hub_dataset import DatasetFiles, HubRoot, list_data_files
 
 FILMS = "datasets/owner/films"
@@ -134,3 +134,11 @@ def test_names_of_classes_are_of_the_subset(
 ) -> None:
     listed = found(hub, TWO, card(*infos), subset)
     assert (listed.class_names, listed.problem) == (expected, "")
+
+
+def test_a_retry_that_answers_with_other_content_is_refused(hub: Hub) -> None:
+    (file,) = found(hub, {"a.png": bytes(300_000)}).files
+    hub.cut_after = lambda request: 100_000 if len(hub.asked("GET", "a.png")) == 1 else None
+    hub.etag_of = lambda body: f"tag{len(hub.asked('GET', 'a.png'))}"
+    with file.open() as handle, pytest.raises(StorageError, match=r"a\.png .* changed at the hub"):
+        handle.read1(300_000)
