@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from functools import lru_cache, partial
 from pathlib import PurePosixPath
 from typing import Any, Literal
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 from medembed.core.errors import ArgumentError, ImageError, PathNotFoundError, StorageError
 from medembed.core.hub_http import DATASET, RemoteFile, ask_hub, copy_range, explain_changed
@@ -42,6 +42,7 @@ METADATA_FILES = ("metadata.csv", "metadata.jsonl")
 MAX_CARD_BYTES = 4 * 2**20
 CARD = "README.md"
 Layout = Literal["parquet", "tar", "images"]
+_OWN_REFERENCE = re.compile(r"refs/(?:convert|pr)/[\w.-]+", re.ASCII)
 _ROOT = re.compile(
     r"hf://datasets/([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
     r"(?:@(refs/(?:convert|pr)/[\w.-]+|[\w.%-]+))?(?:/(.*))?",
@@ -69,7 +70,9 @@ class HubRoot:
     subset: str = ""
 
     def __str__(self) -> str:
-        revision = f"@{self.revision}" if self.revision else ""
+        is_plain = _OWN_REFERENCE.fullmatch(self.revision)
+        name = self.revision if is_plain else quote(self.revision, safe="")
+        revision = f"@{name}" if name else ""
         subset = f"/{self.subset}" if self.subset else ""
         return f"{SCHEME}datasets/{self.dataset}{revision}{subset}"
 

@@ -13,7 +13,7 @@ from huggingface_hub import constants
 
 from medembed.core import hub_http
 from medembed.core.errors import ImageError, PathNotFoundError, StorageError
-from medembed.images.hub_dataset import DatasetFiles, HubRoot, list_data_files
+from medembed.images.hub_dataset import DatasetFiles, HubRoot, list_data_files, parse_hub_root
 
 FILMS = "datasets/owner/films"
 
@@ -142,3 +142,10 @@ def test_a_retry_that_answers_with_other_content_is_refused(hub: Hub) -> None:
     hub.etag_of = lambda body: f"tag{len(hub.asked('GET', 'a.png'))}"
     with file.open() as handle, pytest.raises(StorageError, match=r"a\.png .* changed at the hub"):
         handle.read1(300_000)
+
+
+@pytest.mark.parametrize("revision", ["", "v1", "feature/x", "refs/heads/é", "refs/pr/1", "a%2Fb"])
+@pytest.mark.parametrize("subset", ["", "hands/left"])
+def test_an_address_is_read_as_it_is_written(revision: str, subset: str) -> None:
+    root = HubRoot("owner/films", revision, subset)
+    assert parse_hub_root(str(root)) == root
