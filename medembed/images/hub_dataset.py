@@ -362,6 +362,11 @@ class _HubFile(io.RawIOBase):
         self._place = stop
         return stop - start
 
+    def readall(self) -> bytes:
+        """Return the rest, asked for at once: the base class asks for some KB at a time."""
+        rest = bytearray(max(self._remote.size - self._place, 0))
+        return bytes(memoryview(rest)[: self.readinto(rest)])
+
     def _note(self, answered: RemoteFile) -> None:
         """Keep the tag of the first answer, with which all others have to agree."""
         if not self._remote.etag and answered.size == self._remote.size:

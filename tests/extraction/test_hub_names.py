@@ -2,6 +2,7 @@
 
 import io
 import json
+import random
 from collections.abc import Iterator
 from typing import Any
 
@@ -149,3 +150,12 @@ def test_a_retry_that_answers_with_other_content_is_refused(hub: Hub) -> None:
 def test_an_address_is_read_as_it_is_written(revision: str, subset: str) -> None:
     root = HubRoot("owner/films", revision, subset)
     assert parse_hub_root(str(root)) == root
+
+
+def test_an_image_is_read_with_one_request(hub: Hub) -> None:
+    image = random.Random(0).randbytes(100_000)
+    (file,) = found(hub, {"a.png": image}).files
+    with file.open() as handle:
+        assert handle.read() == image
+        assert handle.read() == b""
+    assert len(hub.asked("GET", "a.png")) == 1
