@@ -4,16 +4,20 @@ import io
 import json
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hub_server import NEW, Hub, serving
+from hub_server import NEW, OLD, Hub, serving
 from huggingface_hub import constants
 
 from medembed.core import hub_http
 from medembed.core.errors import ImageError, PathNotFoundError, StorageError
+from medembed.dataset.build_record import FORMAT, VERSION, build_path, follow_build
+from medembed.dataset.manifest import Manifest
 from medembed.images.hub_dataset import DatasetFiles, HubRoot, list_data_files, parse_hub_root
 
 FILMS = "datasets/owner/films"
@@ -159,3 +163,29 @@ def test_an_image_is_read_with_one_request(hub: Hub) -> None:
         assert handle.read() == image
         assert handle.read() == b""
     assert len(hub.asked("GET", "a.png")) == 1
+
+
+def test_a_revision_that_is_asked_for_is_read(hub: Hub, tmp_path: Path) -> None:
+    hub.put(FILMS, {"a.png": b"x"})
+    hub.repos[FILMS][OLD] = {"a.png": b"y"}
+    hub.branches[FILMS] = {"main": NEW, "v1": OLD, "same": NEW}
+    rows = pd.DataFrame({"image": ["a.png"], "study": ["s"], "patient": ["p"], "label": [1]})
+    manifest = Manifest(rows.assign(region="all", split="train"), "study")
+    document = {"format": FORMAT, "version": VERSION, "manifest": manifest.digest()}
+    stream = {"kind": "hub", "dataset": "owner/films", "commit": NEW, "revision": None}
+    build_path(tmp_path / "m.csv").write_text(json.dumps({**document, "stream": stream}))
+    told: list[str] = []
+
+    def follow(revision: str) -> Any:
+        root = HubRoot("owner/films", revision)
+        return follow_build(root, tmp_path / "m.csv", manifest, told.append)
+
+    for revision in ("", "main", "same", NEW):
+        assert follow(revision).revision == NEW
+    assert told == []
+    assert follow("v1").revision == OLD
+    assert follow("gone").revision == "gone"  # and who reads it says so
+    assert told == [
+        f"hf://datasets/owner/films@v1 is read, commit {OLD[:12]}; the manifest was built from "
+        f"commit {NEW[:12]}."
+    ]
