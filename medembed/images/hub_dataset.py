@@ -18,7 +18,14 @@ from typing import Any, Literal
 from urllib.parse import quote, unquote
 
 from medembed.core.errors import ArgumentError, ImageError, PathNotFoundError, StorageError
-from medembed.core.hub_http import DATASET, RemoteFile, ask_hub, copy_range, explain_changed
+from medembed.core.hub_http import (
+    DATASET,
+    RemoteFile,
+    ask_hub,
+    copy_range,
+    explain_changed,
+    hub_address,
+)
 from medembed.core.system import require_libraries
 from medembed.core.text import mask_controls, one_line
 from medembed.images.parquet_stream import read_columns
@@ -187,7 +194,7 @@ def pin_commit(root: HubRoot) -> HubRoot:
     if not _COMMIT.fullmatch(commit) or (root.is_pinned and commit != root.revision):
         asked = f"the commit {root.revision}" if root.is_pinned else "40 hex digits"
         raise StorageError(
-            f"{constants.ENDPOINT} gives {mask_controls(commit[:60])!r} as a commit of "
+            f"{hub_address()} gives {mask_controls(commit[:60])!r} as a commit of "
             f"{root.dataset}, which is not {asked}. Set HF_ENDPOINT to a trusted hub."
         )
     return replace(root, revision=commit)

@@ -3,7 +3,7 @@
 import io
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from medembed.core import hub_http
 from medembed.core.errors import ImageError, PathNotFoundError, StorageError
 from medembed.dataset.build_record import FORMAT, VERSION, build_path, follow_build
 from medembed.dataset.manifest import Manifest
-from medembed.images.hub_dataset import DatasetFiles, HubRoot, list_data_files, parse_hub_root
+from medembed.images.hub_dataset import DatasetFiles, HubRoot, list_data_files, parse_hub_root, pin_commit
 
 FILMS = "datasets/owner/films"
 
@@ -189,3 +189,26 @@ def test_a_revision_that_is_asked_for_is_read(hub: Hub, tmp_path: Path) -> None:
         f"hf://datasets/owner/films@v1 is read, commit {OLD[:12]}; the manifest was built from "
         f"commit {NEW[:12]}."
     ]
+
+
+@pytest.mark.parametrize("status", [0, 403, 404, 418, 429, 500])
+def test_a_password_in_hf_endpoint_is_not_shown(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    address = hub.address.replace("://", "://user:pass@word@")
+    template = address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    (file,) = found(hub, {"a.png": b"x"}).files
+    hub.status_for = lambda request: status or None
+    hub.cut_after = lambda request: 0
+    calls: list[Callable[[], Any]] = [
+        lambda: file.open().read(),
+        lambda: list_data_files(HubRoot("owner/films", NEW, "other")),
+        lambda: pin_commit(HubRoot("owner/absent")),
+    ]
+    for call in calls:
+        with pytest.raises(StorageError) as caught:
+            call()
+        assert "pass" not in str(caught.value)
+        assert "word" not in str(caught.value)
