@@ -270,8 +270,8 @@ def explain(
 
 def explain_missing(repo: str, name: str, kind: RepoKind = MODEL) -> MedembedError:
     """Return the error for a repository without a file `name`."""
-    what = "a checkpoint that can be read" if kind is MODEL else "what it was listed to be"
-    return kind.error(f"{repo} holds no {name}: it is not {what}.")
+    what = "is not a checkpoint that can be read" if kind is MODEL else "does not match the listing"
+    return kind.error(f"{repo} holds no {name}: it {what}.")
 
 
 def explain_unreached(
@@ -320,8 +320,8 @@ def explain_no_space(
 def explain_changed(repo: str, commit: str, name: str, kind: RepoKind = MODEL) -> MedembedError:
     """Return the error for a file that changed under its commit."""
     return kind.error(
-        f"{name} of {repo} changed at the hub under commit {commit[:12]} while it was fetched: "
-        "nothing of it is kept. Run again; if this repeats, the repository or the mirror in "
+        f"{name} of {repo} changed at the hub under commit {commit[:12]} while it was fetched. "
+        "Nothing was saved. Run again; if this repeats, the repository or the mirror in "
         "HF_ENDPOINT cannot be trusted."
     )
 
@@ -509,8 +509,8 @@ def _read_answer(response: Any, file: RemoteFile, start: int, stop: int) -> Remo
     found = _CONTENT_RANGE.fullmatch(span)
     size = int(found[3]) if found else 0
     if found and (int(found[1]), size) == (start, int(found[2]) + 1) and size < stop:
-        whole = "a whole safetensors file" if file.kind is MODEL else "as long as it was listed"
-        raise file.kind.error(f"{file.name} of {file.repo} is not {whole}: it ends at byte {size}.")
+        what = "not a whole safetensors file" if file.kind is MODEL else "shorter than listed"
+        raise file.kind.error(f"{file.name} of {file.repo} is {what}: it ends at byte {size}.")
     if not found or (int(found[1]), int(found[2]) + 1) != (start, stop):
         raise _range_error(
             file, f"sent {_shown(span) or 'no Content-Range'} for bytes {start}-{stop - 1}"

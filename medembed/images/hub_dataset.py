@@ -163,7 +163,7 @@ def pin_commit(root: HubRoot) -> HubRoot:
     Raises
     ------
     ArgumentError
-        The hub gives no dataset such a name.
+        It is not a valid dataset name.
     StorageError
         The dataset or the revision does not exist, is gated or private, or the hub cannot be
         reached.
@@ -179,7 +179,7 @@ def pin_commit(root: HubRoot) -> HubRoot:
         validate_repo_id(root.dataset)
     except HFValidationError as error:
         raise ArgumentError(
-            f"{root.dataset!r} is no name that the hub gives a dataset. Correct {root}."
+            f"{root.dataset!r} is not a valid dataset name. Correct {root}."
         ) from error
     seconds = constants.HF_HUB_ETAG_TIMEOUT
     given = {"revision": root.revision or None, "expand": ["sha"], "timeout": seconds}
@@ -323,9 +323,9 @@ def _suffix(path: str) -> str:
 def _stream_file(root: HubRoot, path: str, size: int, split: str = "") -> StreamFile:
     if size < 0 or not _is_plain(path) or {"", ".", ".."} & {*path.split("/")}:
         raise StorageError(
-            f"{root.dataset} lists a file {mask_controls(path[:100])!r} of {size} bytes, which no "
-            "manifest may name: nothing of it is read. Name the folders to read after the "
-            "dataset's name, or correct HF_ENDPOINT."
+            f"{root.dataset} lists a file {mask_controls(path[:100])!r} of {size} bytes, which is "
+            f"not a valid file {'size' if size < 0 else 'name'}; nothing was read. Name the folders "
+            "to read after the dataset's name, or correct HF_ENDPOINT."
         )
     place = f"{path} of {root.dataset} at {root.revision[:12]}"
     remote = RemoteFile(root.dataset, root.revision, path, size, "", DATASET)

@@ -18,7 +18,13 @@ from medembed.core import hub_http
 from medembed.core.errors import ImageError, PathNotFoundError, StorageError
 from medembed.dataset.build_record import FORMAT, VERSION, build_path, follow_build
 from medembed.dataset.manifest import Manifest
-from medembed.images.hub_dataset import DatasetFiles, HubRoot, list_data_files, parse_hub_root, pin_commit
+from medembed.images.hub_dataset import (
+    DatasetFiles,
+    HubRoot,
+    list_data_files,
+    parse_hub_root,
+    pin_commit,
+)
 
 FILMS = "datasets/owner/films"
 
