@@ -50,6 +50,8 @@ DIGITS = 32  # of the SHA-256 in a shard's name
 TRIES = 3  # of a shard whose bytes are not what its name says: a line may be bad
 MAX_WAIT = 300.0  # seconds for another process that fetches the same shard
 NO_ROOM = "no room"
+UNWRITABLE = "nothing can be written"
+BUSY = "another process"
 _POLL = 0.02  # seconds
 _ABANDONED_NS = 86_400 * 10**9  # after a day, a partial copy is of a process that was killed
 
@@ -72,14 +74,14 @@ def _most_bytes() -> int:
     Raises
     ------
     CacheError
-        `MEDEMBED_SHARDS_MAX_BYTES` is no number of bytes.
+        `MEDEMBED_SHARDS_MAX_BYTES` is not a number of bytes.
     """
     text = os.environ.get("MEDEMBED_SHARDS_MAX_BYTES") or str(MAX_BYTES)
     try:
         return int(float(text))
     except (ValueError, OverflowError):
         raise CacheError(
-            f"MEDEMBED_SHARDS_MAX_BYTES={text:.40} is no number of bytes, such as 50e9."
+            f"MEDEMBED_SHARDS_MAX_BYTES={text:.40} is not a number of bytes, such as 50e9."
         ) from None
 
 
@@ -211,7 +213,8 @@ def open_copy(path: BucketPath) -> BinaryIO:
     Raises
     ------
     CacheError
-        There is no room for the copy, or its directory cannot be written.
+        There is no room for the copy, its directory cannot be written, or another process fetches
+        it and does not end.
     """
     for _ in range(TRIES):  # others may remove it at once
         file = _open_held(path)
@@ -220,6 +223,14 @@ def open_copy(path: BucketPath) -> BinaryIO:
         _, reason = _fetch(path)
         if reason:
             break
+    file = _open_held(path)  # who was waited for in vain may have ended meanwhile
+    if file:
+        return file
+    if reason == BUSY:
+        raise CacheError(
+            f"another process has been fetching {path} to {copies_directory()} for more than "
+            f"{MAX_WAIT:g} seconds. Wait for it, or end it, and run the command again."
+        )
     raise CacheError(
         f"{reason or NO_ROOM} in {copies_directory()} for a copy of {path}. Make room, or set "
         "MEDEMBED_SHARDS to a directory on a larger disk, or MEDEMBED_SHARDS_MAX_BYTES to more "
@@ -242,25 +253,25 @@ def forget(path: BucketPath) -> bool:
 
 
 @contextmanager
-def _turn(name: str) -> Iterator[io.FileIO | None]:
+def _turn(name: str) -> Iterator[io.FileIO | str]:
     """Hold the lock of a shard's copy, on the file that is to become it.
 
-    It is the system's, and ends with its process. Yields None where the directory cannot be
-    written, or whoever holds the lock does not end: then the shard is fetched and not kept.
+    It is the system's, and ends with its process. Yields the reason where the directory
+    cannot be written, or whoever holds the lock does not end: then the shard is not kept.
     """
     partial = copies_directory() / f".{name}.partial"
     file = _lock(partial)
     try:
         yield file
     finally:
-        if file:
+        if not isinstance(file, str):
             if _is_at(file, partial):
                 with suppress(OSError):
                     partial.unlink()
             file.close()
 
 
-def _lock(partial: Path) -> io.FileIO | None:
+def _lock(partial: Path) -> io.FileIO | str:
     until = time.monotonic() + MAX_WAIT
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
@@ -273,8 +284,8 @@ def _lock(partial: Path) -> io.FileIO | None:
             file.close()
             time.sleep(_POLL)
     except OSError:
-        pass
-    return None
+        return UNWRITABLE
+    return BUSY
 
 
 def _is_at(file: io.FileIO, path: Path) -> bool:
@@ -284,14 +295,14 @@ def _is_at(file: io.FileIO, path: Path) -> bool:
         return False
 
 
-def _keep(name: str, data: bytes, file: io.FileIO | None) -> str:
+def _keep(name: str, data: bytes, file: io.FileIO | str) -> str:
     """Write a copy to its locked file; return why there is none, "" if there is one.
 
     Without a copy the shard is fetched again when it is needed.
     """
     directory = copies_directory()
-    if file is None:
-        return "nothing can be written"
+    if isinstance(file, str):
+        return file
     try:
         with open(directory / ".lock", "ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -299,7 +310,7 @@ def _keep(name: str, data: bytes, file: io.FileIO | None) -> str:
                 return NO_ROOM
             partial = directory / f".{name}.partial"
             if not _is_at(file, partial):
-                return "files are removed while they are written"
+                return "the partial file was removed while being written"
             # (still locked: what others write meanwhile would not count)
             file.truncate(0)
             left = memoryview(data)
@@ -307,7 +318,7 @@ def _keep(name: str, data: bytes, file: io.FileIO | None) -> str:
                 left = left[file.write(left) :]
             os.replace(partial, directory / name)
     except OSError as error:
-        return f"nothing can be written ({describe_error(error)})"
+        return f"{UNWRITABLE} ({describe_error(error)})"
     return ""
 
 
@@ -380,8 +391,8 @@ def require_room(paths: Sequence[BucketPath]) -> None:
     total = sum(path.size or 0 for path in paths)
     if total > most:
         raise CacheError(
-            f"{NO_ROOM} in {directory} for copies of {total / 1e6:,.1f} MB: they may take "
-            f"{max(0, most) / 1e6:,.1f} MB. Make room, or set MEDEMBED_SHARDS to a directory on a "
+            f"{NO_ROOM} in {directory} for copies of {total / 1e6:,.1f} MB: at most "
+            f"{max(0, most) / 1e6:,.1f} MB are available. Make room, or set MEDEMBED_SHARDS to a directory on a "
             "larger disk, or MEDEMBED_SHARDS_MAX_BYTES to more bytes; or name a DIR to copy to."
         )
 

@@ -87,8 +87,8 @@ def refuse_stream(
         raise click.BadParameter(str(error), ctx, param) from error
     raise click.BadParameter(
         f"{root} is read from front to back, as `manifest build --from-stream` and `extract "
-        "--image-root` do; what is named here is looked into by name. Extract from it and name the "
-        "--cache, or save its images as files and name the directory.",
+        "--image-root` do; this option needs files that can be opened by name. Extract from it and "
+        "name the --cache, or save its images as files and name the directory.",
         ctx,
         param,
     )

@@ -23,7 +23,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 
 from medembed.core.errors import EncoderError, MedembedError, StorageError
-from medembed.core.text import mask_controls
+from medembed.core.text import mask_controls, without_credentials
 
 __all__ = [
     "DATASET",
@@ -39,6 +39,7 @@ __all__ = [
     "explain_no_space",
     "explain_unreached",
     "guard_answers",
+    "hub_address",
     "is_no_space",
     "open_file",
     "plain_tag",
@@ -200,16 +201,29 @@ def _bound_waits(headers: Any) -> None:
 
 
 def _refuse(header: str, value: str, expected: str, kind: RepoKind) -> MedembedError:
-    from huggingface_hub import constants
-
     return kind.error(
-        f"{constants.ENDPOINT} gives {_shown(value)!r} as {header}, which is not {expected}. "
-        f"Nothing of it was written. Set HF_ENDPOINT to a trusted hub, or {kind.instead}."
+        f"{hub_address()} gives {_shown(value)!r} as {header}, which is not {expected}. "
+        f"Nothing was saved. Set HF_ENDPOINT to a trusted hub, or {kind.instead}."
     )
 
 
-_QUERY = re.compile(r"\?\S*")
+_SECRETS = re.compile(r"\?\S*|(?<=://)[^/\s]*@")  # a storage's signature, a mirror's password
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def hub_address() -> str:
+    """Return HF_ENDPOINT for a message, without the password that it may hold."""
+    from huggingface_hub import constants
+
+    return without_credentials(constants.ENDPOINT)
+
+
+def _reason(text: str) -> str:
+    """Return the first line of what a library says, without what is secret in addresses."""
+    from huggingface_hub import constants
+
+    text = mask_controls(text.splitlines()[0]).replace(constants.ENDPOINT, hub_address())
+    return _SECRETS.sub("…", text)
 
 
 def explain(
@@ -224,11 +238,11 @@ def explain(
     revision : str or None
         The revision given by the user.
     """
-    from huggingface_hub import constants, errors
+    from huggingface_hub import errors
 
     if isinstance(error, errors.OfflineModeIsEnabled):
         return explain_unreached(error, repo, name, kind)
-    address = f"{constants.ENDPOINT}/{'' if kind is MODEL else 'datasets/'}{repo}"
+    address = f"{hub_address()}/{'' if kind is MODEL else 'datasets/'}{repo}"
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.GatedRepoError):  # a RepositoryNotFoundError too, so first
         return kind.error(
@@ -250,15 +264,14 @@ def explain(
         return _refused(status, repo, name, kind)
     if is_no_space(error):
         return explain_no_space(name, repo)
-    reason = mask_controls((str(error).strip() or type(error).__name__).splitlines()[0])
-    reason = _QUERY.sub("?…", reason)  # a storage's address holds a signature
+    reason = _reason(str(error).strip() or type(error).__name__)
     return kind.error(f"{name} of {repo} could not be fetched: {reason} Try again.")
 
 
 def explain_missing(repo: str, name: str, kind: RepoKind = MODEL) -> MedembedError:
     """Return the error for a repository without a file `name`."""
-    what = "a checkpoint that can be read" if kind is MODEL else "what it was listed to be"
-    return kind.error(f"{repo} holds no {name}: it is not {what}.")
+    what = "is not a checkpoint that can be read" if kind is MODEL else "does not match the listing"
+    return kind.error(f"{repo} holds no {name}: it {what}.")
 
 
 def explain_unreached(
@@ -287,7 +300,7 @@ def explain_unreached(
     answer = f"answered HTTP {status}" if status else "cannot be reached"
     slow = f" ({error}: HF_HUB_ETAG_TIMEOUT allows more)" if isinstance(error, TimeoutError) else ""
     return kind.error(
-        f"{constants.ENDPOINT} {answer}{without}{slow}. Check the connection, or {kind.instead}."
+        f"{hub_address()} {answer}{without}{slow}. Check the connection, or {kind.instead}."
     )
 
 
@@ -307,8 +320,8 @@ def explain_no_space(
 def explain_changed(repo: str, commit: str, name: str, kind: RepoKind = MODEL) -> MedembedError:
     """Return the error for a file that changed under its commit."""
     return kind.error(
-        f"{name} of {repo} changed at the hub under commit {commit[:12]} while it was fetched: "
-        "nothing of it is kept. Run again; if this repeats, the repository or the mirror in "
+        f"{name} of {repo} changed at the hub under commit {commit[:12]} while it was fetched. "
+        "Nothing was saved. Run again; if this repeats, the repository or the mirror in "
         "HF_ENDPOINT cannot be trusted."
     )
 
@@ -319,10 +332,8 @@ def is_no_space(error: BaseException) -> bool:
 
 
 def _refused(status: int, repo: str, name: str, kind: RepoKind) -> MedembedError:
-    from huggingface_hub import constants
-
     return kind.error(
-        f"{constants.ENDPOINT} refused {name} of {repo} (HTTP {status}): the token in HF_TOKEN "
+        f"{hub_address()} refused {name} of {repo} (HTTP {status}): the token in HF_TOKEN "
         "is wrong or lacks access. Make a token with read access to it."
     )
 
@@ -498,8 +509,8 @@ def _read_answer(response: Any, file: RemoteFile, start: int, stop: int) -> Remo
     found = _CONTENT_RANGE.fullmatch(span)
     size = int(found[3]) if found else 0
     if found and (int(found[1]), size) == (start, int(found[2]) + 1) and size < stop:
-        whole = "a whole safetensors file" if file.kind is MODEL else "as long as it was listed"
-        raise file.kind.error(f"{file.name} of {file.repo} is not {whole}: it ends at byte {size}.")
+        what = "not a whole safetensors file" if file.kind is MODEL else "shorter than listed"
+        raise file.kind.error(f"{file.name} of {file.repo} is {what}: it ends at byte {size}.")
     if not found or (int(found[1]), int(found[2]) + 1) != (start, stop):
         raise _range_error(
             file, f"sent {_shown(span) or 'no Content-Range'} for bytes {start}-{stop - 1}"
@@ -528,21 +539,16 @@ def _etag_of(response: Any, kind: RepoKind) -> str:
 
 
 def _range_error(file: RemoteFile, what: str) -> MedembedError:
-    from huggingface_hub import constants
-
     return file.kind.error(
-        f"{constants.ENDPOINT} {what}: {file.name} of {file.repo} cannot be fetched in part from "
+        f"{hub_address()} {what}: {file.name} of {file.repo} cannot be fetched in part from "
         f"it. Check HF_ENDPOINT and proxies, or {file.kind.instead}."
     )
 
 
 def _explain_broken(file: RemoteFile, broken: _Broken) -> MedembedError:
-    from huggingface_hub import constants
-
-    reason = _QUERY.sub("?…", mask_controls(broken.reason.splitlines()[0]).rstrip("."))
     return file.kind.error(
-        f"the connection to {constants.ENDPOINT} broke while {file.name} of {file.repo} was "
-        f"fetched: {reason}. {file.kind.again}"
+        f"the connection to {hub_address()} broke while {file.name} of {file.repo} was fetched: "
+        f"{_reason(broken.reason).rstrip('.')}. {file.kind.again}"
     )
 
 

@@ -440,7 +440,7 @@ def _connect(scheme: str, bucket: str) -> Any:
     if named:
         endpoint = os.environ[named]
         if not re.fullmatch(r"https?://[^\s/]+\S*", endpoint):  # obstore would panic
-            raise StorageError(f"{named} is no address such as https://host:9000. Correct it.")
+            raise StorageError(f"{named} is not an address such as https://host:9000. Correct it.")
         settings["endpoint"] = endpoint
         client["allow_http"] = endpoint.startswith("http://")
     return stores.S3Store(bucket, config=settings, credential_provider=_aws_credentials(), **common)
@@ -468,7 +468,7 @@ def _explain(text: str) -> tuple[str, str]:
     text = text.partition("\n\nDebug source")[0]
     failed = re.search(r"External \w+ credential provider: (\w{1,60})", text)
     if failed:  # whose message may hold anything
-        return "", f"its credentials cannot be had ({failed[1]})"
+        return "", f"could not get credentials ({failed[1]})"
     one = re.search(r"\(code: (\w{1,60})\)", text)  # of several objects to be deleted
     if one:
         return "403" if one[1] == "AccessDenied" else "", f"it answered {one[1]}"

@@ -49,12 +49,13 @@ def follow_build(
     Parameters
     ----------
     root : Path, BucketPath, TarRoot or HubRoot
-        Only a dataset of the hub is changed, and only if it names no commit itself.
+        Only a dataset of the hub is changed, and only if it names no commit, and no other revision
+        than the manifest was built from.
     manifest_path : path or other
         The manifest's file; anything else has no record.
     manifest : Manifest
     on_notice : callable, optional
-        Called with a sentence if the dataset has changed since.
+        Called with a sentence if the dataset has changed since, or another commit is read.
     """
     if not isinstance(root, HubRoot):
         return root
@@ -70,13 +71,21 @@ def follow_build(
                 f"{root} is read; the manifest was built from commit {recorded.revision[:12]}."
             )
         return root
+    is_same = root.revision in ("", str(stream.get("revision") or "main"))
     try:
         current = pin_commit(root)
     except MedembedError:  # the branch is gone, or the hub: who reads the commit says so
+        return recorded if is_same else root
+    if current == recorded:
         return recorded
-    if current != recorded:
+    if not is_same:
         on_notice(
-            f"{root} has moved to commit {current.revision[:12]} since the manifest was built from "
-            f"{recorded.revision[:12]}, which is read."
+            f"{root} is read, commit {current.revision[:12]}; the manifest was built from commit "
+            f"{recorded.revision[:12]}."
         )
+        return current
+    on_notice(
+        f"{root} has moved to commit {current.revision[:12]} since the manifest was built from "
+        f"{recorded.revision[:12]}, which is read."
+    )
     return recorded

@@ -15,12 +15,20 @@ from fnmatch import fnmatchcase
 from functools import lru_cache, partial
 from pathlib import PurePosixPath
 from typing import Any, Literal
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
-from medembed.core.errors import ArgumentError, PathNotFoundError, StorageError
-from medembed.core.hub_http import DATASET, RemoteFile, ask_hub, copy_range
+from medembed.core.errors import ArgumentError, ImageError, PathNotFoundError, StorageError
+from medembed.core.hub_http import (
+    DATASET,
+    RemoteFile,
+    ask_hub,
+    copy_range,
+    explain_changed,
+    hub_address,
+)
 from medembed.core.system import require_libraries
 from medembed.core.text import mask_controls, one_line
+from medembed.images.parquet_stream import read_columns
 from medembed.images.stream_files import IMAGE_SUFFIXES, StreamFile
 
 __all__ = [
@@ -41,6 +49,7 @@ METADATA_FILES = ("metadata.csv", "metadata.jsonl")
 MAX_CARD_BYTES = 4 * 2**20
 CARD = "README.md"
 Layout = Literal["parquet", "tar", "images"]
+_OWN_REFERENCE = re.compile(r"refs/(?:convert|pr)/[\w.-]+", re.ASCII)
 _ROOT = re.compile(
     r"hf://datasets/([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
     r"(?:@(refs/(?:convert|pr)/[\w.-]+|[\w.%-]+))?(?:/(.*))?",
@@ -68,7 +77,9 @@ class HubRoot:
     subset: str = ""
 
     def __str__(self) -> str:
-        revision = f"@{self.revision}" if self.revision else ""
+        is_plain = _OWN_REFERENCE.fullmatch(self.revision)
+        name = self.revision if is_plain else quote(self.revision, safe="")
+        revision = f"@{name}" if name else ""
         subset = f"/{self.subset}" if self.subset else ""
         return f"{SCHEME}datasets/{self.dataset}{revision}{subset}"
 
@@ -124,7 +135,7 @@ class DatasetFiles:
     metadata : tuple of StreamFile
         Tables beside images: `METADATA_FILES`.
     class_names : dict of str to tuple of str
-        The names of a column's classes, by number, as the card says.
+        The names of a column's classes, by number, as the card says; empty if that is not clear.
     problem : str
         Why the card could not be read; "" if it could.
     """
@@ -142,7 +153,7 @@ class _Card:
 
     patterns: dict[str, list[tuple[str, str]]]  # of each configuration: (split, glob)
     default: str
-    infos: dict[str, Any]
+    classes: dict[str, dict[str, tuple[str, ...]]]  # of a configuration's columns; () is unclear
     problem: str = ""
 
 
@@ -152,7 +163,7 @@ def pin_commit(root: HubRoot) -> HubRoot:
     Raises
     ------
     ArgumentError
-        The hub gives no dataset such a name.
+        It is not a valid dataset name.
     StorageError
         The dataset or the revision does not exist, is gated or private, or the hub cannot be
         reached.
@@ -168,7 +179,7 @@ def pin_commit(root: HubRoot) -> HubRoot:
         validate_repo_id(root.dataset)
     except HFValidationError as error:
         raise ArgumentError(
-            f"{root.dataset!r} is no name that the hub gives a dataset. Correct {root}."
+            f"{root.dataset!r} is not a valid dataset name. Correct {root}."
         ) from error
     seconds = constants.HF_HUB_ETAG_TIMEOUT
     given = {"revision": root.revision or None, "expand": ["sha"], "timeout": seconds}
@@ -183,7 +194,7 @@ def pin_commit(root: HubRoot) -> HubRoot:
     if not _COMMIT.fullmatch(commit) or (root.is_pinned and commit != root.revision):
         asked = f"the commit {root.revision}" if root.is_pinned else "40 hex digits"
         raise StorageError(
-            f"{constants.ENDPOINT} gives {mask_controls(commit[:60])!r} as a commit of "
+            f"{hub_address()} gives {mask_controls(commit[:60])!r} as a commit of "
             f"{root.dataset}, which is not {asked}. Set HF_ENDPOINT to a trusted hub."
         )
     return replace(root, revision=commit)
@@ -197,6 +208,8 @@ def list_data_files(root: HubRoot) -> DatasetFiles:
     ------
     PathNotFoundError
         It holds no Parquet, tar or image files, or nothing of that name.
+    ImageError
+        It cannot be told which names of classes are those of a column's numbers.
     StorageError
         As for `pin_commit`.
     """
@@ -208,7 +221,10 @@ def list_data_files(root: HubRoot) -> DatasetFiles:
     files = tuple(_stream_file(root, path, sizes[path], chosen[path]) for path in paths)
     beside = sorted(path for path in chosen if PurePosixPath(path).name in METADATA_FILES)
     tables = tuple(_stream_file(root, path, sizes[path]) for path in beside)
-    return DatasetFiles(layout, files, tables, _class_names(card, root.subset), card.problem)
+    names = _class_names(card, root.subset)
+    if layout == "parquet":
+        _refuse_unclear(root, files[0], names)
+    return DatasetFiles(layout, files, tables, names, card.problem)
 
 
 def _list_tree(root: HubRoot) -> dict[str, int]:
@@ -227,8 +243,10 @@ def _list_tree(root: HubRoot) -> dict[str, int]:
 def _choose(root: HubRoot, sizes: dict[str, int], card: _Card) -> dict[str, str]:
     """Return the files of the subset, each with the split that the card says."""
     subset = root.subset
-    if subset and (below := [p for p in sizes if p == subset or p.startswith(f"{subset}/")]):
-        return dict.fromkeys(below, "")
+    inside = len(subset) + 1
+    below = [p for p in sizes if p.startswith(f"{subset}/") and _matches(p[inside:], "**")]
+    if subset and (below or subset in sizes):
+        return dict.fromkeys(below or [subset], "")
     names = [*card.patterns]
     if subset and subset not in names:
         also = f", and no configuration but {', '.join(names)}" if names else ""
@@ -242,13 +260,42 @@ def _choose(root: HubRoot, sizes: dict[str, int], card: _Card) -> dict[str, str]
             f"dataset {root.dataset} has the configurations {', '.join(names[:20])}. Name one: "
             f"hf://datasets/{root.dataset}/{names[0]}."
         )
-    patterns = card.patterns.get(chosen or next(iter(names), ""), [])
+    chosen = chosen or next(iter(names), "")
     found: dict[str, str] = {}
-    for split, pattern in patterns:
-        for path in sizes:
-            if fnmatchcase(path, pattern) and path not in found:
-                found[path] = split
-    return found or dict.fromkeys(sizes, "")
+    for split, pattern in card.patterns.get(chosen, [("", "**")]):
+        matched = [path for path in sizes if _matches(path, pattern)]
+        if not matched and names:
+            raise PathNotFoundError(
+                f"the card of {root.dataset} says that configuration {chosen!r} has files like "
+                f"{pattern[:100]!r}, and none is at commit {root.revision[:12]}. Name a folder or "
+                f"a file instead: hf://datasets/{root.dataset}/FOLDER."
+            )
+        for path in matched:
+            found.setdefault(path, split)
+    return found
+
+
+def _matches(path: str, pattern: str) -> bool:
+    """Tell whether a path is of a pattern, as `datasets` reads it.
+
+    Only `**` stands for several folders, or none; hidden files and folders have to be named.
+    """
+    parts = path.split("/")
+    places = {0}  # how many parts the pattern may have used so far
+    for step in pattern.split("/"):
+        spans = ((p, q) for p in places for q in range(p, len(parts) + 1))
+        places = {q for p, q in spans if _fits(parts[p:q], step)}
+    return len(parts) in places
+
+
+def _fits(parts: list[str], step: str) -> bool:
+    is_hidden = any(part.startswith(".") and part.strip(".") for part in parts)
+    if is_hidden and not step.startswith("."):
+        return False
+    if step == "**":
+        return True
+    is_long_enough = len(parts) == 1 or (len(parts) > 1 and "**" in step)
+    return is_long_enough and fnmatchcase("/".join(parts), step)
 
 
 def _find_layout(root: HubRoot, paths: Sequence[str] | dict[str, str]) -> tuple[Layout, set[str]]:
@@ -276,9 +323,9 @@ def _suffix(path: str) -> str:
 def _stream_file(root: HubRoot, path: str, size: int, split: str = "") -> StreamFile:
     if size < 0 or not _is_plain(path) or {"", ".", ".."} & {*path.split("/")}:
         raise StorageError(
-            f"{root.dataset} lists a file {mask_controls(path[:100])!r} of {size} bytes, which no "
-            "manifest may name: nothing of it is read. Name the folders to read after the "
-            "dataset's name, or correct HF_ENDPOINT."
+            f"{root.dataset} lists a file {mask_controls(path[:100])!r} of {size} bytes, which is "
+            f"not a valid file {'size' if size < 0 else 'name'}; nothing was read. Name the folders "
+            "to read after the dataset's name, or correct HF_ENDPOINT."
         )
     place = f"{path} of {root.dataset} at {root.revision[:12]}"
     remote = RemoteFile(root.dataset, root.revision, path, size, "", DATASET)
@@ -322,10 +369,17 @@ class _HubFile(io.RawIOBase):
         self._place = stop
         return stop - start
 
+    def readall(self) -> bytes:
+        """Return the rest, asked for at once: the base class asks for some KB at a time."""
+        rest = bytearray(max(self._remote.size - self._place, 0))
+        return bytes(memoryview(rest)[: self.readinto(rest)])
+
     def _note(self, answered: RemoteFile) -> None:
         """Keep the tag of the first answer, with which all others have to agree."""
         if not self._remote.etag and answered.size == self._remote.size:
             self._remote = answered
+        elif answered.size == self._remote.size and answered.etag != self._remote.etag:
+            raise explain_changed(answered.repo, answered.commit, answered.name, DATASET)
         elif answered.size != self._remote.size:
             raise StorageError(
                 f"{answered.name} of {answered.repo} has {answered.size:,} bytes and was listed "
@@ -365,37 +419,68 @@ def _understand(configs: Any, infos: Any) -> _Card:
         if config.get("default") or name == "default":
             default = name
     listed = [infos] if isinstance(infos, dict) else infos or []
-    features = {str(own.get("config_name", "default")): own.get("features") for own in listed}
-    return _Card(patterns, default, features)
+    classes = {str(own.get("config_name", "default")): _read_classes(own) for own in listed}
+    return _Card(patterns, default, classes)
 
 
 def _patterns(files: Any, folder: str) -> list[tuple[str, str]]:
     """Return (split, glob) of what a card says of a configuration's files."""
-    start = f"{folder.strip('/')}/" if folder.strip("/") else ""
+    folder = folder.removeprefix("./").strip("/")
+    start = f"{folder}/" if folder else ""
     if not files:
-        return [("", f"{start}*")]
+        return [("", f"{start}**")]
     if isinstance(files, str):
         files = [files]
     if isinstance(files, dict):
         files = [{"split": split, "path": path} for split, path in files.items()]
-    found = []
+    found: list[tuple[str, str]] = []
     for own in files:
         split, paths = (str(own["split"]), own["path"]) if isinstance(own, dict) else ("", own)
         several = [paths] if isinstance(paths, str) else paths
         found += [(split, start + str(path).removeprefix("./")) for path in several]
-    return [(split, pattern.replace("**/", "*").replace("**", "*")) for split, pattern in found]
+    return found
 
 
-def _class_names(card: _Card, subset: str) -> dict[str, tuple[str, ...]]:
-    """Return the names of classes that the card gives for the columns of a configuration."""
-    only = next(iter(card.infos.values())) if len(card.infos) == 1 else None
-    features = card.infos.get(subset or card.default or "default", only)
+def _read_classes(info: dict[str, Any]) -> dict[str, tuple[str, ...]]:
+    """Return the names of a configuration's classes; () if they are not for 0, 1, 2 and so on."""
+    features = info.get("features")
     found: dict[str, tuple[str, ...]] = {}
     for feature in features if isinstance(features, list) else []:
         kind = feature.get("dtype") if isinstance(feature, dict) else None
-        names = kind.get("class_label", {}).get("names") if isinstance(kind, dict) else None
+        label = kind.get("class_label") if isinstance(kind, dict) else None
+        names = label.get("names") if isinstance(label, dict) else None
         if isinstance(names, dict):
-            names = [names[key] for key in sorted(names, key=int)]
-        if isinstance(names, list) and names:
+            by_number = {str(key): name for key, name in names.items()}
+            numbers = [*map(str, range(len(names)))]
+            names = [by_number[n] for n in numbers] if {*numbers} == {*by_number} else ()
+        if isinstance(names, list | tuple):
             found[str(feature.get("name"))] = tuple(map(str, names))
     return found
+
+
+def _class_names(card: _Card, subset: str) -> dict[str, tuple[str, ...]]:
+    """Return the names of classes that the card gives columns; () where it cannot be told which."""
+    asked = subset or card.default or next(iter(card.patterns), "default")
+    if asked in card.classes:
+        return card.classes[asked]
+    known = {*card.classes, *card.patterns} if len(card.patterns) > 1 else {*card.classes}
+    listed = [card.classes.get(name, {}) for name in known]
+    columns = {column for own in listed for column in own}
+    several = {column: {own.get(column, ()) for own in listed} for column in columns}
+    return {name: own.pop() if len(own) == 1 else () for name, own in several.items()}
+
+
+def _refuse_unclear(root: HubRoot, file: StreamFile, names: dict[str, tuple[str, ...]]) -> None:
+    """Raise ImageError if neither the card nor a Parquet file says which class a number is."""
+    unclear = [column for column, own in names.items() if not own]
+    if not unclear:
+        return
+    columns = read_columns(file)
+    lost = [name for name in unclear if name in columns.values and name not in columns.class_names]
+    if lost:
+        raise ImageError(
+            f"the card of {root.dataset} names the classes of column {lost[0]!r}, and not clearly "
+            f"which number each has in {file.name}: its configurations differ, or the numbers are "
+            "not 0, 1, 2 and so on. Name a configuration after the dataset's name, or build the "
+            "manifest with --from-table."
+        )

@@ -459,10 +459,10 @@ class ExpiredLogin:
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("AWS_ENDPOINT_URL", "nowhere in particular", "AWS_ENDPOINT_URL is no address such as"),
+        ("AWS_ENDPOINT_URL", "nowhere in particular", "AWS_ENDPOINT_URL is not an address such as"),
         ("AWS_PROFILE", "nobody", r"no credentials for S3.*profile \(nobody\)"),
         ("AWS_SECRET_ACCESS_KEY", None, "Missing SecretAccessKey"),
-        ("provider", None, r"credentials cannot be had \(RuntimeError\), 8 times"),
+        ("provider", None, r"could not get credentials \(RuntimeError\), 8 times"),
     ],
 )
 def test_settings_that_cannot_work_are_one_error(

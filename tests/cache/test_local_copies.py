@@ -350,3 +350,27 @@ def test_rows_are_read_though_copies_are_removed_at_once(
     for copy in copies():
         copy.unlink()
     assert np.array_equal(rows.take(np.arange(60)), rows_of(KEYS)["mean"])
+
+
+def test_a_copy_that_another_process_made_late_is_used(
+    s3: S3, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = cache._index.refresh().paths[0]
+    assert isinstance(path, BucketPath)
+    monkeypatch.setattr(local_copies, "MAX_WAIT", 0.05)
+    directory = local_copies.copies_directory()
+    directory.mkdir()
+    read_proven, partial = local_copies._read_proven, directory / f".{path.name}.partial"
+
+    def end(path: BucketPath) -> bytes:
+        data = read_proven(path)
+        (directory / path.name).write_bytes(data)
+        return data
+
+    with open(partial, "ab") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(CacheError, match=r"another process has been fetching .* 0\.05 seconds"):
+            local_copies.open_copy(path)
+        monkeypatch.setattr(local_copies, "_read_proven", end)
+        with local_copies.open_copy(path) as file:
+            assert file.read() == object_store.read_object(path)
