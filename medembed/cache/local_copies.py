@@ -392,8 +392,9 @@ def require_room(paths: Sequence[BucketPath]) -> None:
     if total > most:
         raise CacheError(
             f"{NO_ROOM} in {directory} for copies of {total / 1e6:,.1f} MB: at most "
-            f"{max(0, most) / 1e6:,.1f} MB are available. Make room, or set "
-            "MEDEMBED_SHARDS to a directory on a larger disk, or MEDEMBED_SHARDS_MAX_BYTES to more bytes; or name a DIR to copy to."
+            f"{max(0, most) / 1e6:,.1f} MB are available. Make room, or set MEDEMBED_SHARDS to a "
+            "directory on a larger disk, or MEDEMBED_SHARDS_MAX_BYTES to more bytes; or name a DIR "
+            "to copy to."
         )
 
 

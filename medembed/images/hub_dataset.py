@@ -324,8 +324,8 @@ def _stream_file(root: HubRoot, path: str, size: int, split: str = "") -> Stream
     if size < 0 or not _is_plain(path) or {"", ".", ".."} & {*path.split("/")}:
         raise StorageError(
             f"{root.dataset} lists a file {mask_controls(path[:100])!r} of {size} bytes, which is "
-            f"not a valid file {'size' if size < 0 else 'name'}; nothing was read. Name the "
-            "folders to read after the dataset's name, or correct HF_ENDPOINT."
+            "not a valid file name or size; nothing was read. Name the folders to read after "
+            "the dataset's name, or correct HF_ENDPOINT."
         )
     place = f"{path} of {root.dataset} at {root.revision[:12]}"
     remote = RemoteFile(root.dataset, root.revision, path, size, "", DATASET)

@@ -625,7 +625,7 @@ def test_a_bound_that_is_no_number_is_named(
     keys = some_keys(10)
     commit(cache, keys)
     monkeypatch.setenv("MEDEMBED_SHARDS_MAX_BYTES", "plenty")
-    with pytest.raises(CacheError, match="MEDEMBED_SHARDS_MAX_BYTES=plenty is no number"):
+    with pytest.raises(CacheError, match="MEDEMBED_SHARDS_MAX_BYTES=plenty is not a number"):
         cache.read(keys, ["mean"])
     monkeypatch.delenv("MEDEMBED_SHARDS")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)

@@ -210,8 +210,7 @@ def test_a_password_in_hf_endpoint_is_not_shown(
     hub.cut_after = lambda request: 0
     calls: list[Callable[[], Any]] = [
         lambda: file.open().read(),
-        lambda: list_data_files(HubRoot("owner/films", NEW, "other")),
-        lambda: pin_commit(HubRoot("owner/absent")),
+        lambda: pin_commit(HubRoot("owner/films", "v1")),
     ]
     for call in calls:
         with pytest.raises(StorageError) as caught:
