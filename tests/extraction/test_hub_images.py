@@ -5,7 +5,7 @@ import io
 import json
 import random
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
-from hub_server import NEW, OLD, Hub, Request, serving
+from hub_server import NEW, OLD, Hub, Request
 from huggingface_hub import constants
 from made_extraction import HalvesEncoder, counts, write_images
 
@@ -21,7 +21,6 @@ from medembed.cache.embeddings import load_embeddings
 from medembed.cache.pending import Worker
 from medembed.cache.store import open_cache
 from medembed.cli import main
-from medembed.core import hub_http
 from medembed.core.errors import (
     ArgumentError,
     ImageError,
@@ -44,21 +43,6 @@ FILMS = "datasets/owner/films"
 ROOT = "hf://datasets/owner/films"
 NOISE = random.Random(0).randbytes(600_000)
 PATIENT = Choices(patient=("pid",))
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """Serve a hub that this process's huggingface_hub asks."""
-    list_data_files.cache_clear()
-    with serving(Hub()) as hub:
-        template = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "ENDPOINT", hub.address)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(hub_http, "_PAUSES", (0.01, 0.01))
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        monkeypatch.setenv("HF_TOKEN", "hf_secret")
-        yield hub
 
 
 @pytest.fixture(scope="module")

@@ -3,18 +3,16 @@
 import io
 import json
 import random
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hub_server import NEW, OLD, Hub, serving
+from hub_server import NEW, OLD, Hub
 from huggingface_hub import constants
 
-from medembed.core import hub_http
 from medembed.core.errors import ImageError, PathNotFoundError, StorageError
 from medembed.dataset.build_record import FORMAT, VERSION, build_path, follow_build
 from medembed.dataset.manifest import Manifest
@@ -26,21 +24,10 @@ from medembed.images.hub_dataset import (
     pin_commit,
 )
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 FILMS = "datasets/owner/films"
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """Serve a hub that this process's huggingface_hub asks."""
-    list_data_files.cache_clear()
-    with serving(Hub()) as hub:
-        template = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "ENDPOINT", hub.address)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(hub_http, "_PAUSES", (0.01, 0.01))
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        yield hub
 
 
 def found(hub: Hub, files: dict[str, bytes], card: str = "", subset: str = "") -> DatasetFiles:
