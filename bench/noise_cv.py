@@ -6,8 +6,8 @@
 
 Everything is synthetic: 100 training patients with 1 or 2 studies of 1 or 2 views each, 32 columns
 in which the views of a study and the studies of a patient resemble each other, and labels that are
-independent of them. Each set is swept with the default space (32 MLPs, 8 LightGBM, 8 attention, 8
-logistic), 5 folds. A head's `cv` should be 0.5; any excess is optimism.
+independent of them. Each set is swept with the default space in 5 folds. A head's `cv` should be
+0.5; any excess is optimism.
 
 - `mean`, `standard_error`: the winner's `cv` over the sets.
 - `pooled`: the AUROC of its out-of-fold scores, all folds together.

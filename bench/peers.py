@@ -9,8 +9,8 @@ by an option or by MEDEMBED_EVA and MEDEMBED_AUTOGLUON; a missing peer is "not m
 is synthetic (see made_table.py), with identical, patient-disjoint training, validation and test
 rows for all. AUROC is that of the test images.
 
-- `medembed logistic`: a whole `medembed sweep --heads logistic`: 8 penalties × 5 folds, test.
-- `medembed default`: a whole `medembed sweep`: 8 penalties, 32 MLPs, 8 LightGBM × 5 folds; AUROC is
+- `medembed logistic`: a whole `medembed sweep --heads logistic`: all penalties × 5 folds, test.
+- `medembed default`: a whole `medembed sweep` of the default space, × 5 folds; AUROC is
   that of the head that was best in cross-validation.
 - `eva`: its offline classification in the usual form: one file per embedding, a linear head, AdamW
   at 3e-4, batches of 256, at most 12,500 steps, stopped after 5 epochs without a better AUROC on

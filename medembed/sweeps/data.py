@@ -53,6 +53,10 @@ __all__ = [
 #: which was interrupted under the older rules does not mix both.
 _TRAINING_VERSION = 2
 
+#: From this many configurations on, a head with rungs has two batches at least: while one waits for
+#: its slowest fold to reach a rung, processes train the other.
+_SPLIT_FROM = 12
+
 
 @dataclass(frozen=True)
 class PooledColumns:
@@ -134,7 +138,7 @@ def plan_batches(
         for params in drawn:
             make_head(head, params).check_parameters()
         for k, pooling in enumerate(own):
-            for start, part in _parts(head, drawn):
+            for start, part in _parts(head, drawn, halved=bool(space.rungs)):
                 number = k * len(drawn) + start
                 batches.append(
                     _batch(head, pooling.name, number, part, space.rungs, n_folds, shared)
@@ -180,10 +184,13 @@ def _resolved(params: Mapping[str, Any]) -> dict[str, Any]:
     return dict(params)
 
 
-def _parts(head: str, drawn: Sequence[Any]) -> Iterator[tuple[int, Sequence[Any]]]:
-    size = head_class(head).n_together or len(drawn)
-    for start in range(0, len(drawn), size):
-        yield start, drawn[start : start + size]
+def _parts(head: str, drawn: Sequence[Any], *, halved: bool) -> Iterator[tuple[int, Sequence[Any]]]:
+    """Yield each batch's first number and its configurations; batches are of nearly equal size."""
+    n_batches = -(-len(drawn) // (head_class(head).n_together or len(drawn)))
+    if halved and len(drawn) >= _SPLIT_FROM:
+        n_batches = max(n_batches, 2)
+    for part in np.array_split(np.arange(len(drawn)), n_batches):
+        yield int(part[0]), drawn[part[0] : part[-1] + 1]
 
 
 def _batch(

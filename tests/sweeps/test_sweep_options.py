@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
@@ -26,6 +27,7 @@ from medembed.dataset.manifest import make_manifest
 from medembed.heads.packaging import load_model
 from medembed.results.runs import open_run
 from medembed.sweeps import runner, sweep
+from medembed.sweeps.data import PooledColumns, plan_batches
 from medembed.sweeps.search_space import default_spaces
 
 HALVING = "[mlp]\nconfigs = 8\nhidden = [4]\nlr = { low = 1e-5, high = 0.3, log = true }\n"
@@ -143,6 +145,28 @@ def test_halving_retires_three_quarters_of_eight_on_all_folds_alike(halved):
     assert table["score"].notna().all()
     assert table["best_epoch"].max() <= 2
     assert table["error"].isna().all()
+
+
+@pytest.mark.parametrize(
+    ("n_configs", "sizes"),
+    [(11, [11]), (12, [6, 6]), (16, [8, 8]), (20, [10, 10]), (33, [11, 11, 11]), (64, [16] * 4)],
+)
+def test_cohorts_are_of_equal_size_and_at_least_two_of_many(n_configs, sizes):
+    spaces = {"mlp": default_spaces()["mlp"]}
+    batches = plan_batches(["mlp"], [PooledColumns("mean")], spaces, n_configs, 2, {"seed": 0})
+    trials = [trial for batch in batches for trial in batch.trials]
+    assert [len(batch.trials) for batch in batches] == sizes
+    assert [trial.number for trial in trials] == list(range(n_configs))
+    drawn = spaces["mlp"].draw(n_configs, 0)
+    assert [{**t.params, "precision": "auto"} for t in trials] == [
+        {**params, "precision": "auto"} for params in drawn
+    ]
+
+
+def test_without_rungs_a_batch_is_as_large_as_it_can_be():
+    spaces = {"mlp": replace(default_spaces()["mlp"], rungs=())}
+    batches = plan_batches(["mlp"], [PooledColumns("mean")], spaces, 16, 2, {"seed": 0})
+    assert [len(batch.trials) for batch in batches] == [16]
 
 
 def test_the_winner_of_a_halving_went_to_the_end_on_all_folds(halved):
