@@ -248,11 +248,17 @@ class Projector:
 
 
 def _orthonormal(rows: np.ndarray) -> np.ndarray:
-    """Return columns that span the rows (n, d), n < d, with n random directions: float32 (d, n)."""
+    """Return columns that span the rows (n, d), n < d, with n random directions: float32 (d, n).
+
+    Overwrites the rows.
+    """
     n, d = rows.shape
-    basis = linalg.qr(rows.T, mode="economic", check_finite=False)[0]
+    # (in the memory of the rows, which may be gigabytes)
+    basis = linalg.qr(rows.T, mode="economic", overwrite_a=True, check_finite=False)[0]
     turn = linalg.qr(np.random.default_rng(0).standard_normal((n, n), np.float32))[0]
-    return np.ascontiguousarray(basis @ turn * np.float32(np.sqrt(n / d)), np.float32)
+    turned = basis @ turn
+    turned *= np.float32(np.sqrt(n / d))
+    return np.ascontiguousarray(turned, np.float32)
 
 
 def _scaling(X: np.ndarray, rows: np.ndarray | None, scaling: str) -> tuple[np.ndarray, np.ndarray]:

@@ -15,6 +15,9 @@ PROCESS_BYTES = 400_000_000
 COPIES = 2.5
 """Copies of the training rows in a training process: those it takes out of the table, those that it
 scales, and half a one for bins, weights and gradients."""
+SPAN_COPIES = 3
+"""As many more where rows are fewer than columns, and perceptrons train on a basis of the rows: those
+of the folds, and what one is made of."""
 FLOAT32 = 4
 
 
@@ -41,7 +44,8 @@ class MemoryNeed:
     def bytes_with(self, jobs: int) -> int:
         """Return the bytes for a number of processes; with 1 this process trains."""
         table = self.n_rows * self.n_columns * FLOAT32
-        copies = COPIES * self.n_trained * self.n_columns * FLOAT32
+        n_copies = COPIES + (SPAN_COPIES if self.n_trained < self.n_columns else 0)
+        copies = n_copies * self.n_trained * self.n_columns * FLOAT32
         loading = table * (2 if self.n_joined else 1)
         if jobs == 1:
             return int(PARENT_BYTES + max(loading, table + copies))
