@@ -87,13 +87,12 @@ class Growth:
         command += [str(place / "manifest.parquet"), "--out", str(run), "--heads", head]
         command += ["--space", str(run.with_suffix(".toml")), "--folds", str(folds), "--json"]
         done = watch(command)
+        need = MemoryNeed(*_shape(place), n_folds=folds)
         self.seconds.setdefault(what, {})[size] = done.seconds
         self.memory.setdefault(what, {})[size] = {
             "peak_gb": done.peak_gb,
             "table_gb": round(_shape(place)[0] * _shape(place)[2] * 4 / 1e9, 4),
-            "estimate_gb": round(
-                MemoryNeed(*_shape(place)).bytes_with(joblib.cpu_count()) / 1e9, 3
-            ),
+            "estimate_gb": round(need.bytes_with(joblib.cpu_count()) / 1e9, 3),
         }
         progress(f"{what} {size:,}: {done.seconds} s, {done.peak_gb} GB")
 

@@ -496,7 +496,8 @@ def estimate_need(asked: SweepConfig, poolings: Sequence[PooledColumns]) -> Memo
         min(rows[name].nunique(), MAX_CATEGORIES) + 1 for name in asked.covariates if name in rows
     )
     n_trained = math.ceil(is_trained.sum() * asked.train_fraction)
-    return MemoryNeed(len(rows), n_trained, widest + n_covariates, n_covariates)
+    n_columns = widest + n_covariates
+    return MemoryNeed(len(rows), n_trained, n_columns, n_covariates, asked.n_folds)
 
 
 def list_poolings(cache: Cache, pool: str | Sequence[str] | None) -> list[PooledColumns]:

@@ -15,9 +15,9 @@ PROCESS_BYTES = 400_000_000
 COPIES = 2.5
 """Copies of the training rows in a training process: those it takes out of the table, those that it
 scales, and half a one for bins, weights and gradients."""
-SPAN_COPIES = 3
-"""As many more where rows are fewer than columns, and perceptrons train on a basis of the rows: those
-of the folds, and what one is made of."""
+SPAN_COPIES = 2
+"""As many more where rows are fewer than columns and perceptrons train on a basis of the rows, of
+which the parent keeps one per fold."""
 FLOAT32 = 4
 
 
@@ -34,23 +34,28 @@ class MemoryNeed:
         pooling, with covariates.
     n_joined : int
         How many of the columns are covariates: joining them makes another table.
+    n_folds : int
+        The sweep's folds.
     """
 
     n_rows: int
     n_trained: int
     n_columns: int
     n_joined: int = 0
+    n_folds: int = 5
 
     def bytes_with(self, jobs: int) -> int:
         """Return the bytes for a number of processes; with 1 this process trains."""
         table = self.n_rows * self.n_columns * FLOAT32
-        n_copies = COPIES + (SPAN_COPIES if self.n_trained < self.n_columns else 0)
-        copies = n_copies * self.n_trained * self.n_columns * FLOAT32
+        trained = self.n_trained * self.n_columns * FLOAT32
+        is_wide = self.n_trained < self.n_columns
+        copies = (COPIES + SPAN_COPIES * is_wide) * trained
+        kept = self.n_folds * is_wide * trained
         loading = table * (2 if self.n_joined else 1)
         if jobs == 1:
-            return int(PARENT_BYTES + max(loading, table + copies))
+            return int(PARENT_BYTES + max(loading, table + kept + copies))
         # (processes share a second copy of the table)
-        training = 2 * table + jobs * (PROCESS_BYTES + copies)
+        training = 2 * table + kept + jobs * (PROCESS_BYTES + copies)
         return int(PARENT_BYTES + max(loading, training))
 
     def bytes_of_rows(self, jobs: int) -> int:
