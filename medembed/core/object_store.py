@@ -394,21 +394,24 @@ def is_probe(path: BucketPath) -> bool:
     return path.name.startswith(PROBE)
 
 
-Announcer = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
+Announcer = Callable[[str, str], AbstractContextManager[Callable[[int, int], None]]]
 _announcer: list[Announcer] = []
 
 
 def set_announcer(announcer: Announcer) -> None:
-    """Have `announcer(words)` show the progress of downloads; by default nothing is shown.
+    """Have `announcer(words, unit)` show the progress of downloads; by default nothing is shown.
 
-    It returns a context manager whose value is called as progress(done, total) with bytes.
+    It returns a context manager whose value is called as progress(done, total) with what `unit`
+    names in the plural, such as "bytes".
     """
     _announcer[:] = [announcer]
 
 
-def announcing(words: str) -> AbstractContextManager[Callable[[int, int], None]]:
-    """Return the context manager that shows a download, which `words` describe with its bytes."""
-    return _announcer[0](words) if _announcer else nullcontext(lambda done, total: None)
+def announcing(
+    words: str, unit: str = "bytes"
+) -> AbstractContextManager[Callable[[int, int], None]]:
+    """Return the context manager that shows a download, which `words` describe with its size."""
+    return _announcer[0](words, unit) if _announcer else nullcontext(lambda done, total: None)
 
 
 def _obstore(path: BucketPath) -> Any:

@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from medembed.core.errors import ManifestError, PathNotFoundError
+from medembed.core import object_store
+from medembed.core.errors import ManifestError, PathNotFoundError, StorageError
 from medembed.core.files import open_plain
+from medembed.core.locations import BucketPath, Location
 from medembed.core.system import count_cores
 
 __all__ = ["hash_files", "hash_or_explain"]
@@ -53,14 +55,24 @@ def hash_files(
 
 
 def hash_or_explain(
-    paths: Sequence[str | Path],
+    paths: Sequence[str | Location],
     progress: Callable[[int, int], None] | None = None,
     jobs: int | None = None,
 ) -> list[str | OSError]:
-    """Return what `hash_files` does, but with the error in place of an unreadable file's hash."""
-    batches = [paths[i : i + N_FILES_PER_TASK] for i in range(0, len(paths), N_FILES_PER_TASK)]
+    """Return what `hash_files` does, but with the error in place of an unreadable file's hash.
+
+    Paths may be objects of a bucket, of which a bounded number is fetched at once.
+
+    Raises
+    ------
+    StorageError
+        The bucket refuses, or keeps failing, which says nothing about an object.
+    """
+    is_far = any(isinstance(path, BucketPath) for path in paths)
+    size, n_threads = (1, object_store.AHEAD) if is_far else (N_FILES_PER_TASK, count_cores())
+    batches = [paths[i : i + size] for i in range(0, len(paths), size)]
     outcomes: list[str | OSError] = []
-    with ThreadPoolExecutor(jobs or count_cores()) as executor:
+    with ThreadPoolExecutor(jobs or n_threads) as executor:
         try:
             for batch in executor.map(_hash_batch, batches):
                 outcomes.extend(batch)
@@ -72,15 +84,29 @@ def hash_or_explain(
     return outcomes
 
 
-def _hash_batch(paths: Sequence[str | Path]) -> list[str | OSError]:
+def _hash_batch(paths: Sequence[str | Location]) -> list[str | OSError]:
     return [_hash_one(path) for path in paths]
 
 
-def _hash_one(path: str | Path) -> str | OSError:
+def _hash_one(path: str | Location) -> str | OSError:
     try:
+        if isinstance(path, BucketPath):
+            return _hash_object(path)
         with open_plain(path, buffering=0) as file:
             if os.fstat(file.fileno()).st_size > WHOLE_FILE_LIMIT:
                 return hashlib.file_digest(file, "sha256").hexdigest()
             return hashlib.sha256(file.read()).hexdigest()
+    except StorageError:
+        raise
     except OSError as error:
         return error
+
+
+def _hash_object(path: BucketPath) -> str:
+    """Return the SHA-256 of an object, of which a piece at a time is held."""
+    digest, place, size = hashlib.sha256(), 0, 1
+    while place < size:
+        data, size = object_store.read_range(path, place, place + WHOLE_FILE_LIMIT)
+        digest.update(data)
+        place += len(data)
+    return digest.hexdigest()

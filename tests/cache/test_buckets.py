@@ -649,7 +649,8 @@ def test_what_a_download_moves_is_said_first(s3: S3, place: BucketPath, cache: C
     said: list[Any] = []
 
     @contextmanager
-    def announce(words: str) -> Any:
+    def announce(words: str, unit: str) -> Any:
+        assert unit == "bytes"
         said.append(words)
         yield lambda done, total: said.append((done, total))
 

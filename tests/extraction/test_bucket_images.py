@@ -199,9 +199,10 @@ def test_every_step_takes_buckets(
     call("cache", "compact", cache, "--grace", 0)
     swept = call(
         *("sweep", cache, "m.csv", "-o", "run", "--heads", "logistic", "--configs", "1"),
-        *("--folds", "2", "--jobs", "1"),
+        *("--folds", "2", "--jobs", "1", "--image-root", place),
     )
     assert "Fetching 1 shard, " in swept.stderr
+    assert f"Fetching 48 images from {place} to measure them" in swept.stderr
     assert SECRET not in (tmp_path / "run" / "run.json").read_text()
     near = call(
         *("predict", "run/models/logistic", "--manifest", "m.csv", "--json", "--cache", cache)
