@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medembed.cache import local_copies
+from medembed.cache.compaction import drop_repeats
 from medembed.cache.index import MAX_TRIES, committed_shards, list_files
 from medembed.cache.local_copies import damaged_shard, read_whole
 from medembed.cache.storage import READERS, Store, file_size, read_file, store_at
@@ -29,11 +30,14 @@ class Transfer:
         Shards that were copied, and their bytes.
     already : int
         Shards that were there.
+    superseded : int
+        Shards of a directory that were removed, because shards of the bucket hold their rows.
     """
 
     shards: int
     bytes: int
     already: int
+    superseded: int = 0
 
 
 def copy_cache(
@@ -45,7 +49,9 @@ def copy_cache(
     """Copy what `target` lacks of the cache at `source`, several shards at a time.
 
     Bytes are compared with their names on the way, and a shard appears complete or not at all: a
-    copy that was interrupted goes on where it stopped. Failures are merged.
+    copy that was interrupted goes on where it stopped. Failures are merged. What is copied from a
+    bucket to a directory stands there once: what the directory holds of the same rows in other
+    shards, as from before a compaction of the bucket, is removed, and no other row of it.
 
     Parameters
     ----------
@@ -86,7 +92,11 @@ def copy_cache(
         sync_directory(target / "shards")
         _remove_leftovers(target / "shards")
     there.record_failures(given.failures().values())
-    return Transfer(len(copied), sum(copied.values()), len(held & {path.name for path in shards}))
+    names = {path.name for path in shards}
+    n_superseded = 0
+    if isinstance(source, BucketPath) and isinstance(target, Path):
+        n_superseded = drop_repeats(target, given.spec, names)
+    return Transfer(len(copied), sum(copied.values()), len(held & names), n_superseded)
 
 
 def keep_copies(source: BucketPath, announce: Callable[[int, int], None] | None = None) -> Transfer:
