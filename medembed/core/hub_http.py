@@ -298,7 +298,9 @@ def explain_unreached(
     if status in (401, 403):
         return _refused(status, repo, name, kind)
     answer = f"answered HTTP {status}" if status else "cannot be reached"
-    slow = f" ({error}: HF_HUB_ETAG_TIMEOUT allows more)" if isinstance(error, TimeoutError) else ""
+    # (the client of huggingface_hub 1.5, httpx, has an error of its own)
+    is_late = {kind.__name__ for kind in type(error).__mro__} & {"TimeoutError", "TimeoutException"}
+    slow = f" ({error}: HF_HUB_ETAG_TIMEOUT allows more)" if is_late else ""
     return kind.error(
         f"{hub_address()} {answer}{without}{slow}. Check the connection, or {kind.instead}."
     )
