@@ -255,19 +255,22 @@ def test_extraction_reads_the_commit_of_the_manifest_and_says_what_moved(
     assert kept.stream is not None
     assert kept.stream.commit == OLD
     hub.repos[FILMS][NEW] = {"data/train.parquet": parquet(films[:2])}
-    hub.branches[FILMS] = {"main": NEW}
+    hub.branches[FILMS] = {"main": NEW, "v1": OLD}
     words = ("extract", "m.csv", "--encoder", "demo", "--cache", "c", "--device", "cpu")
     done = invoke(*words, "--image-root", ROOT)
     assert done.exit_code == 0, done.output
-    assert f"{ROOT} has moved to commit {NEW[:12]} since the manifest was built" in done.output
+    assert "has moved" not in done.output  # only the branch that was not read has
     assert "12 embedded" in done.output
     done = invoke(*words[:-3], "c2", "--device", "cpu", "--image-root", f"{ROOT}@{NEW}")
+    hub.branches[FILMS] = {"main": OLD, "v1": NEW}
+    done = invoke(*words, "--image-root", ROOT, "--dry-run")
+    assert f"{ROOT}@v1 has moved to commit {NEW[:12]} since the manifest was built" in done.output
     assert "the manifest was built from commit aaaaaaaaaaaa" in done.output
     assert "no file in the dataset has its bytes" in done.output
     assert "10 failed" in done.output
     told: list[str] = []
     run_extract("m.csv", ROOT, tmp_path / "c3", on_status=told.append)
-    assert any("has moved" in words for words in told)
+    assert any(f"{ROOT}@v1 has moved" in words for words in told)
     hub.branches[FILMS] = {}
     assert run_extract("m.csv", f"{ROOT}@v1", tmp_path / "c4").embedded == N_IMAGES
 
