@@ -393,8 +393,13 @@ def open_file(repo: str, commit: str, name: str, count: int) -> tuple[RemoteFile
     """
     found: list[RemoteFile] = []
     asked = RemoteFile(repo, commit, name, -1, "")
-    data = _collect(asked, 0, count, found.append)
-    return found[-1], data
+
+    def note(answered: RemoteFile) -> None:
+        found.append(answered)
+        _check_same(found[0], answered)  # what a broken connection goes on with may be another's
+
+    data = _collect(asked, 0, count, note)
+    return found[0], data
 
 
 def read_range(file: RemoteFile, start: int, stop: int) -> bytes:

@@ -373,6 +373,26 @@ def test_the_token_does_not_follow_a_redirect_to_another_host(hub: Hub, home: Pa
         assert file.metadata()[f"etag {SHARDS[0]}"] == etag  # the hub's, not the bucket's
 
 
+def test_the_head_of_a_file_is_of_one_file(hub: Hub, home: Path) -> None:
+    """Even where the first connection breaks in it."""
+    hub.put(REF, sharded())
+    heads = itertools.count()
+
+    def swap(request: Request, answer: Answer) -> Answer:
+        status, headers, body = answer
+        if request.method == "GET" and request.path.endswith(SHARDS[0]) and next(heads):
+            return status, {**headers, "ETag": '"another"'}, body
+        return answer
+
+    hub.tamper = swap
+    cuts = itertools.count()
+    hub.cut_after = lambda r: (
+        4 if r.path.endswith(SHARDS[0]) and r.span and not next(cuts) else None
+    )
+    assert "changed at the hub under commit" in error_of(hub, home)
+    assert next(heads) == 2  # what came second was not taken for the rest of the first
+
+
 def test_a_stall_is_waited_out_by_a_new_connection(hub: Hub, home: Path) -> None:
     made = tower(6, 256)
     hub.put(REF, sharded(made))
