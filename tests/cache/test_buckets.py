@@ -707,6 +707,19 @@ def test_a_cache_goes_to_a_bucket_and_back_byte_by_byte(
         copy_cache(tmp_path / "other", place)
 
 
+def test_what_was_never_tried_is_said_wherever_it_is_promised() -> None:
+    root = Path(__file__).parents[2]
+    pages = [root / "README.md", root / "CHANGELOG.md", *(root / "docs").rglob("*.md")]
+    told = [page.name for page in pages if "gs://" in page.read_text()]
+    assert {"CHANGELOG.md", "buckets.md", "robustness.md"} <= {*told}
+    for page in pages:
+        for paragraph in page.read_text().split("\n\n"):
+            if "gs://" in paragraph:
+                assert "tried" in paragraph, page
+    with pytest.raises(ArgumentError, match=r"s3://, gs:// \(never tried\), az://"):
+        parse_location("ftp://host/x")
+
+
 def test_memory_is_a_bucket_too() -> None:
     place = f"memory://{os.getpid()}/cache"
     cache = create_cache(place, SPEC, RECORDED)
