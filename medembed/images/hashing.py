@@ -1,5 +1,6 @@
 """SHA-256 of many files, in parallel."""
 
+import errno
 import hashlib
 import os
 from collections.abc import Callable, Sequence
@@ -104,9 +105,13 @@ def _hash_one(path: str | Location) -> str | OSError:
 
 def _hash_object(path: BucketPath) -> str:
     """Return the SHA-256 of an object, of which a piece at a time is held."""
-    digest, place, size = hashlib.sha256(), 0, 1
-    while place < size:
-        data, size = object_store.read_range(path, place, place + WHOLE_FILE_LIMIT)
-        digest.update(data)
-        place += len(data)
+    part = object_store.read_part(path, 0, WHOLE_FILE_LIMIT)
+    digest, place = hashlib.sha256(part.data), len(part.data)
+    while place < part.size:
+        stop = place + WHOLE_FILE_LIMIT
+        part = object_store.read_part(path, place, stop, etag=part.etag)
+        if not part.data:
+            raise OSError(errno.EIO, "it became shorter while it was read", str(path))
+        digest.update(part.data)
+        place += len(part.data)
     return digest.hexdigest()

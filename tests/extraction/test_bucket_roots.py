@@ -107,7 +107,7 @@ def test_a_bounded_number_of_requests_is_in_flight(
 
         return read
 
-    for name in ("read_object", "read_range"):
+    for name in ("read_object", "read_part"):
         monkeypatch.setattr(object_store, name, counting(getattr(object_store, name)))
     monkeypatch.setattr(object_store, "AHEAD", 3)
     s3.seconds = 0.01
