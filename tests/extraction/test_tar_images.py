@@ -132,6 +132,17 @@ def test_tar_files_of_one_name_below_a_prefix_are_told_apart(s3: S3, tmp_path: P
         list_tars(TarRoot(place / "y.tar"))
 
 
+def test_hidden_files_are_no_images(tmp_path: Path) -> None:
+    write_images(tmp_path / "images", 2)
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for number in range(2):
+            add(tar, f"a/._{number}.png", b"\x00\x05\x16\x07")
+            add(tar, f"a/{number}.json", json.dumps(about(number)).encode())
+            add(tar, f"a/{number}.png", (tmp_path / "images" / f"{number:03d}.png").read_bytes())
+    images = build_from_stream(TarRoot(tmp_path / "x.tar")).manifest.rows["image"]
+    assert images.tolist() == ["x.tar/a/0.png", "x.tar/a/1.png"]
+
+
 def test_numbers_of_a_header_that_are_none_are_one_error(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.PAX_FORMAT) as tar:
         member = tarfile.TarInfo("0.png")

@@ -117,7 +117,7 @@ def _read_tars(tars: Iterable[StreamFile], max_bytes: int) -> Iterator[Sample]:
             images = {
                 name: TOO_LARGE if data is None else data
                 for name, data in own.items()
-                if _suffix(name) in IMAGE_SUFFIXES
+                if _suffix(name) in IMAGE_SUFFIXES and not _is_hidden(name)
             }
             if images:
                 values, problem = _read_about(key, own)
@@ -126,6 +126,11 @@ def _read_tars(tars: Iterable[StreamFile], max_bytes: int) -> Iterator[Sample]:
 
 def _key(name: str) -> str:
     folder, slash, last = name.rpartition("/")
+def _is_hidden(name: str) -> bool:
+    """Tell what is no image though it is called one, as what macOS leaves beside 0007.png."""
+    return name.rpartition("/")[2].startswith(".")
+
+
     return folder + slash + last.partition(".")[0]
 
 
