@@ -15,7 +15,7 @@ import pytest
 from made_buckets import RECORDED, SPEC, check, commit, new_place, rows_of, some_keys
 from s3_server import S3, Answer, Asked
 
-from medembed.cache import embeddings, local_copies
+from medembed.cache import embeddings, local_copies, transfer
 from medembed.cache.compaction import LOCK, compact
 from medembed.cache.embeddings import map_rows
 from medembed.cache.store import Cache, begin_to_open, create_cache, open_cache
@@ -300,6 +300,25 @@ def test_a_pull_survives_a_compaction_and_uses_copies(
     assert copy_cache(place, tmp_path / "again").shards == 1
     assert fetched(s3) == 0
     check(open_cache(tmp_path / "again"), KEYS)
+
+
+def test_copies_are_kept_though_a_compaction_removes_shards(
+    s3: S3, place: BucketPath, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Removed after they were listed."""
+    listings = iter([transfer.committed_shards(place / "shards")])
+    compact(place, SPEC, grace_seconds=0)
+    for copy in copies():  # of the compaction
+        copy.unlink()
+    real = transfer.committed_shards
+    monkeypatch.setattr(transfer, "committed_shards", lambda own: next(listings, None) or real(own))
+    said: list[tuple[int, int]] = []
+    done = keep_copies(place, lambda *what: said.append(what))
+    assert [n for n, _ in said] == [3]
+    assert (done.shards, done.already) == (1, 0)
+    s3.asked.clear()
+    read(place)
+    assert fetched(s3) == 0
 
 
 def test_what_is_pulled_after_a_compaction_is_there_once(
