@@ -210,7 +210,9 @@ def test_commands_take_image_roots_in_a_bucket(
         return {"page": out / "index.html"}
 
     monkeypatch.setattr(page, "write_report", write)
-    call("report", "run", "-o", "page", "--manifest", "m.csv", "--image-root", place)
+    call("report", "run", "-o", "page", "--manifest", "m.csv", "--image-root", place, "--cache",
+         place)  # fmt: skip
+    assert given["cases"].cache == place
     found = given["find_thumbnails"](manifest.rows["sha256"].tolist())
     assert len(found) == N_IMAGES - 1
     # A page may be published, and a bucket's name be that of a hospital.
