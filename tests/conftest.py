@@ -149,6 +149,7 @@ def s3(served_s3: "S3", monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> "S3"
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MEDEMBED_SHARDS", str(tmp_path / "copies"))
     monkeypatch.setattr(object_store, "FIRST_PAUSE", 0.005)
+    monkeypatch.setattr(object_store, "MAX_PAUSE", 0.1)
     monkeypatch.setattr(compaction, "GRACE_SECONDS", 0.0)
     return served_s3
 

@@ -6,17 +6,18 @@ them can still read them. Who lists a new shard and its record ignores those tha
 
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 
 from medembed.cache import shards
 from medembed.cache.index import SortedKeys, committed_shards, list_files, read_replaced
-from medembed.cache.spec import CacheSpec
+from medembed.cache.spec import KEY_BYTES, CacheSpec
 from medembed.cache.storage import delete_files, file_size
 from medembed.core import object_store
 from medembed.core.errors import CacheError
@@ -24,7 +25,7 @@ from medembed.core.files import describe_error, hold_lock
 from medembed.core.locations import BucketPath, Location
 from medembed.core.system import count_cores
 
-__all__ = ["GRACE_SECONDS", "Compaction", "compact"]
+__all__ = ["GRACE_SECONDS", "Compaction", "compact", "drop_repeats"]
 
 GRACE_SECONDS = 60.0
 """How long shards that were merged stay in a bucket, for those who have listed them."""
@@ -106,13 +107,65 @@ def compact(
     CacheError
         Another compaction is running, or the directory cannot be written.
     """
+    grace = GRACE_SECONDS if grace_seconds is None else grace_seconds
+    with _removing(directory, grace) as removal:
+        return _compact(directory / "shards", spec, progress, removal)
+
+
+def drop_repeats(directory: Path, spec: CacheSpec, names: Collection[str]) -> int:
+    """Remove the rows that shards of these names hold too from all others; return how many shards.
+
+    A shard without another row is removed, and of one that has some these are written anew. The
+    named shards are verified before that, and only those count that are there. As safe as
+    `compact`: after a crash at any moment every row is readable.
+
+    Raises
+    ------
+    ShardError
+        A shard is damaged, and no row of it or instead of it was removed.
+    CacheError
+        A compaction is running, or the directory cannot be written.
+    """
+    folder = directory / "shards"
+    paths = committed_shards(folder)
+    if {path.name for path in paths} <= set(names):
+        return 0
+    with _removing(directory, 0.0) as removal:
+        _tidy_up(folder, spec, removal)
+        sources = _find_repeats(committed_shards(folder), spec, names)
+        for group in _group(sources, shards.max_rows(spec)):
+            _merge(folder, group, {source.path for source in group}, spec, removal)
+        return len(sources)
+
+
+def _find_repeats(
+    paths: Sequence[Location], spec: CacheSpec, names: Collection[str]
+) -> list[_Source]:
+    """Return the shards with rows that shards of these names hold, with their other rows."""
+    holders = [path for path in paths if path.name in names]
+    if not holders:
+        return []
+    parts = [shards.read_keys(path, spec=spec) for path in holders]
+    held, edges = SortedKeys(np.concatenate(parts)), np.cumsum([0, *map(len, parts)])
+    found = []
+    for path in paths:
+        if path.name in names:
+            continue
+        places = held.find(shards.read_keys(path, spec=spec))
+        homes = np.unique(np.searchsorted(edges, places[places >= 0], side="right") - 1)
+        if len(homes):
+            found.append(_Source(path, np.flatnonzero(places < 0), [holders[n] for n in homes]))
+    return found
+
+
+@contextmanager
+def _removing(directory: Location, grace_seconds: float) -> Iterator["_Removal"]:
+    """Hold the lock of a cache whose shards are removed."""
     refusal = CacheError(f"another compaction of {directory} is running; wait for it to end.")
     try:
         # Two concurrent compactions might each drop a different copy of a duplicate row.
         with _holding_lock(directory, refusal) as require_lock:
-            grace = GRACE_SECONDS if grace_seconds is None else grace_seconds
-            removal = _Removal(directory / "shards", grace, require_lock)
-            return _compact(directory / "shards", spec, progress, removal)
+            yield _Removal(directory / "shards", grace_seconds, require_lock)
     except OSError as error:
         if isinstance(error, CacheError):
             raise
@@ -310,5 +363,8 @@ def _merge(
 
 
 def _read_kept(source: _Source, spec: CacheSpec) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    if not len(source.kept):  # nor does it matter whether it is whole
+        rows = {name: np.empty((0, *shape), spec.dtype) for name, shape in spec.poolings.items()}
+        return np.empty((0, KEY_BYTES), np.uint8), rows
     keys, rows = shards.read_shard(source.path, spec=spec)
     return keys[source.kept], {name: values[source.kept] for name, values in rows.items()}

@@ -5,10 +5,10 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import h5py
@@ -36,7 +36,13 @@ from medembed.core.poolings import IMAGE_STATISTICS, find_pooling
 from medembed.core.system import count_cores
 from medembed.core.text import Summarised, Summary, count_values, counted
 from medembed.dataset.identities import name_persons
-from medembed.dataset.manifest import Manifest, image_path, read_manifest, require_hashes
+from medembed.dataset.manifest import (
+    Manifest,
+    existing_images,
+    image_path,
+    read_manifest,
+    require_hashes,
+)
 from medembed.dataset.splits import draw_folds
 from medembed.images.intensity import Intensity
 from medembed.images.statistics import measure_files
@@ -319,8 +325,8 @@ def load_statistics(
     Parameters
     ----------
     image_root : path
-        The directory that the manifest's paths are relative to; not needed if the cache holds
-        the statistics.
+        The directory, or the bucket's prefix, that the manifest's paths are relative to; not
+        needed if the cache holds the statistics.
 
     Raises
     ------
@@ -328,6 +334,12 @@ def load_statistics(
         The cache does not hold them, and there is no image root; see also `load_embeddings`.
     ImageError
         A file is missing, holds other bytes or is no complete image.
+    PathNotFoundError
+        There is no such directory, or nothing below the prefix.
+    ArgumentError
+        It is a stream, such as tar files, in which no image can be looked up.
+    StorageError
+        The bucket refuses, or keeps failing.
     MissingRowsError, ManifestError
         See `load_embeddings`.
     """
@@ -335,11 +347,14 @@ def load_statistics(
         return load_embeddings(cache, manifest, pool=IMAGE_STATISTICS, verify=verify)
     require_hashes(manifest)
     rows, _, failed = find_rows(cache, manifest.rows, "MANIFEST")
-    X = measure_files(
-        [image_path(Path(image_root), image) for image in rows["image"]],
-        rows["sha256"].tolist(),
-        Intensity.from_spec(cache.spec.preprocessing.get("window")),
-    )
+    root = existing_images(image_root)
+    with _announcing(root, len(rows)) as progress:
+        X = measure_files(
+            [image_path(root, image) for image in rows["image"]],
+            rows["sha256"].tolist(),
+            Intensity.from_spec(cache.spec.preprocessing.get("window")),
+            progress,
+        )
     held = {IMAGE_STATISTICS: X.shape[1:]}
     return Embeddings(
         X=X.astype(cache.spec.dtype).astype(np.float32),
@@ -350,6 +365,16 @@ def load_statistics(
         spec=replace(cache.spec, poolings={**cache.spec.poolings, **held}),
         manifest=manifest,
     )
+
+
+def _announcing(
+    root: Location, n_images: int
+) -> AbstractContextManager[Callable[[int, int], None] | None]:
+    """Return what says that images of a bucket are fetched, and shows how far it is."""
+    if not isinstance(root, BucketPath):
+        return nullcontext()
+    words = f"Fetching {counted(n_images, 'image')} from {root} to measure them"
+    return object_store.announcing(words, "images")
 
 
 def patient_folds(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medembed.cache import local_copies
+from medembed.cache.compaction import drop_repeats
 from medembed.cache.index import MAX_TRIES, committed_shards, list_files
 from medembed.cache.local_copies import damaged_shard, read_whole
 from medembed.cache.storage import READERS, Store, file_size, read_file, store_at
@@ -29,11 +30,14 @@ class Transfer:
         Shards that were copied, and their bytes.
     already : int
         Shards that were there.
+    superseded : int
+        Shards of a directory that were removed, because shards of the bucket hold their rows.
     """
 
     shards: int
     bytes: int
     already: int
+    superseded: int = 0
 
 
 def copy_cache(
@@ -45,7 +49,9 @@ def copy_cache(
     """Copy what `target` lacks of the cache at `source`, several shards at a time.
 
     Bytes are compared with their names on the way, and a shard appears complete or not at all: a
-    copy that was interrupted goes on where it stopped. Failures are merged.
+    copy that was interrupted goes on where it stopped. Failures are merged. What is copied from a
+    bucket to a directory stands there once: what the directory holds of the same rows in other
+    shards, as from before a compaction of the bucket, is removed, and no other row of it.
 
     Parameters
     ----------
@@ -78,33 +84,43 @@ def copy_cache(
             break
         object_store.pause(n_tries)  # a compaction removes shards: what replaced them is copied
     else:
-        raise CacheError(
-            f"shards of {source} vanish faster than they are copied. Run the command again when "
-            "whatever removes them has ended."
-        )
+        raise _vanishing(source)
     if isinstance(target, Path):
         sync_directory(target / "shards")
         _remove_leftovers(target / "shards")
     there.record_failures(given.failures().values())
-    return Transfer(len(copied), sum(copied.values()), len(held & {path.name for path in shards}))
+    names = {path.name for path in shards}
+    n_superseded = 0
+    if isinstance(source, BucketPath) and isinstance(target, Path):
+        n_superseded = drop_repeats(target, given.spec, names)
+    return Transfer(len(copied), sum(copied.values()), len(held & names), n_superseded)
 
 
 def keep_copies(source: BucketPath, announce: Callable[[int, int], None] | None = None) -> Transfer:
     """Fetch the shards of a bucket that this machine has no copy of, see `local_copies`."""
     open_cache(source)
-    shards = [path for path in committed_shards(source / "shards") if isinstance(path, BucketPath)]
-    local_copies.require_room(shards)
-    missing = [path for path in shards if not local_copies.has_copy(path)]
-    n_bytes = sum(map(file_size, missing))
-    if announce:
-        announce(len(missing), n_bytes)
-    try:
-        local_copies.fetch_all(missing)
-    except OSError as error:
-        if isinstance(error, CacheError):
-            raise
-        raise CacheError(f"cannot fetch shards of {source}: {describe_error(error)}") from None
-    return Transfer(len(missing), n_bytes, len(shards) - len(missing))
+    fetched: dict[BucketPath, int] = {}
+    for n_tries in range(1, MAX_TRIES + 1):
+        listed = committed_shards(source / "shards")
+        shards = [path for path in listed if isinstance(path, BucketPath)]
+        local_copies.require_room(shards)
+        missing = [path for path in shards if not local_copies.has_copy(path)]
+        if announce and n_tries == 1:
+            announce(len(missing), sum(map(file_size, missing)))
+        try:
+            local_copies.fetch_all(missing)
+            fetched |= {path: file_size(path) for path in missing}
+            break
+        except FileNotFoundError:  # a compaction removes shards: what replaced them is fetched
+            fetched |= {path: file_size(path) for path in missing if local_copies.has_copy(path)}
+            object_store.pause(n_tries)
+        except OSError as error:
+            if isinstance(error, CacheError):
+                raise
+            raise CacheError(f"cannot fetch shards of {source}: {describe_error(error)}") from None
+    else:
+        raise _vanishing(source)
+    return Transfer(len(fetched), sum(fetched.values()), len({*shards} - fetched.keys()))
 
 
 def _copy_all(
@@ -153,6 +169,13 @@ def _read_proven(path: Path) -> bytes:
     if hashlib.sha256(data).hexdigest()[: len(path.stem)] != path.stem:
         raise damaged_shard(path, "its bytes are not those of its name")
     return data
+
+
+def _vanishing(source: Location) -> CacheError:
+    return CacheError(
+        f"shards of {source} vanish faster than they are copied. Run the command again when "
+        "whatever removes them has ended."
+    )
 
 
 def _uncopied(path: Location, target: Location, error: OSError) -> CacheError:

@@ -6,7 +6,8 @@ import click
 
 from medembed.cli.commands import Command
 from medembed.cli.console import print_json, say, suggest
-from medembed.cli.options import MANY, PATH, json_option, output_option
+from medembed.cli.options import LOCATION, MANY, PATH, json_option, output_option
+from medembed.core.locations import Location
 
 __all__ = ["labels_command"]
 
@@ -30,8 +31,9 @@ __all__ = ["labels_command"]
 )
 @click.option(
     "--image-root",
-    type=PATH,
-    help="Directory that the manifest's paths are relative to; the page then shows the films.",
+    type=LOCATION,
+    help="Directory or bucket that the manifest's paths are relative to; the page then shows the "
+    "films.",
 )
 @click.option(
     "-n",
@@ -55,7 +57,7 @@ __all__ = ["labels_command"]
 def labels_command(
     run_path: Path,
     manifest_path: Path,
-    image_root: Path | None,
+    image_root: Location | None,
     n_shown: int,
     names: bool,
     output: Path,
@@ -70,13 +72,13 @@ def labels_command(
     Fill in the column new_label of review.csv (0 normal, 1 abnormal, empty: not read), and apply it
     with `medembed manifest relabel`. Nothing is embedded again.
     """
-    from medembed.dataset.manifest import existing_root
+    from medembed.dataset.manifest import existing_images
     from medembed.report.label_audit import check_audit_target, write_label_audit
     from medembed.results.label_audit import audit_labels
 
     check_audit_target(output)
     if image_root is not None:
-        existing_root(image_root)
+        existing_images(image_root)
     found = audit_labels(run_path, manifest_path)
     document = write_label_audit(found, output, image_root=image_root, names=names, n_shown=n_shown)
     say(str(found))

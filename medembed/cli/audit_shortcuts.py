@@ -52,9 +52,9 @@ __all__ = ["shortcuts_command"]
 )
 @click.option(
     "--image-root",
-    type=PATH,
-    help="Directory that the manifest's paths are relative to: the films' brightness, size, "
-    "sharpness and border are measured there, unless CACHE holds the pooling imagestats.",
+    type=LOCATION,
+    help="Directory or bucket that the manifest's paths are relative to: the films' brightness, "
+    "size, sharpness and border are measured there, unless CACHE holds the pooling imagestats.",
 )
 @click.option(
     "-o",
@@ -71,7 +71,7 @@ def shortcuts_command(
     columns: tuple[str, ...],
     pool: str | None,
     n_folds: int,
-    image_root: Path | None,
+    image_root: Location | None,
     output: Path | None,
     seed: int,
     as_json: bool,

@@ -222,6 +222,9 @@ def compact_command(cache_path: Location, grace: float, as_json: bool) -> None:
 def pull_command(source: Location, target: Path | None, as_json: bool) -> None:
     """Copy what DIR lacks of the cache at URL; DIR is then a cache that needs no network.
 
+    Shards of DIR from before a compaction of URL are removed once those with their rows are there;
+    rows that only DIR holds stay.
+
     Without DIR, fill this machine's copies of shards, which every command that reads URL uses.
     """
     from medembed.cache.transfer import keep_copies
@@ -274,7 +277,8 @@ def _copy_cache(source: Location, target: Location, as_json: bool) -> None:
         done = copy_cache(source, target, progress, announce)
     if as_json:
         print_json(asdict(done))
-    say(f"{target}: {counted(done.shards, 'shard')} copied, {done.already} already there")
+    removed = f", {done.superseded} older ones with their rows removed" if done.superseded else ""
+    say(f"{target}: {counted(done.shards, 'shard')} copied, {done.already} already there{removed}")
     suggest("cache", "info", target)
 
 

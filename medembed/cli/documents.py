@@ -330,6 +330,8 @@ class CacheCopy(ClosedRecord):
     bytes: Count
     already: Count
     """Shards that were there."""
+    superseded: Count
+    """Shards of a directory that were removed, because shards of the bucket hold their rows."""
 
 
 class CacheExport(ClosedRecord):

@@ -384,7 +384,11 @@ def recipes_command(name: str | None, as_json: bool) -> None:
     ],
 )
 @click.argument("manifest_path", metavar="MANIFEST", type=PATH)
-@click.option("--image-root", type=PATH, help="Also compare every file's bytes with its row.")
+@click.option(
+    "--image-root",
+    type=LOCATION,
+    help="Directory or bucket of the images: also compare every file's bytes with its row.",
+)
 @click.option(
     "--cache",
     "cache_path",
@@ -396,7 +400,7 @@ def recipes_command(name: str | None, as_json: bool) -> None:
 @json_option
 def check_command(
     manifest_path: Path,
-    image_root: Path | None,
+    image_root: Location | None,
     cache_path: Location | None,
     strict: bool,
     seed: int,

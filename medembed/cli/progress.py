@@ -77,13 +77,13 @@ def showing_progress(label: str, unit: str) -> AbstractContextManager[Progress]:
     return _Bar(label, unit) if _draws() else _PlainLines(label, unit)
 
 
-def announce_download(words: str) -> AbstractContextManager[Progress]:
-    """Print `words`, which say what is downloaded and its bytes; show its progress in lines.
+def announce_download(words: str, unit: str) -> AbstractContextManager[Progress]:
+    """Print `words`, which say what is downloaded and its size; show its progress in lines.
 
     Lines, also on a terminal: a command's own bar may be drawn at the time.
     """
     say(f"{words} …")
-    return _Silent("", "bytes") if is_quiet() else _PlainLines("Fetching", "bytes")
+    return _Silent("", unit) if is_quiet() else _PlainLines("Fetching", unit)
 
 
 def showing_leaderboard(label: str, unit: str, metric: str) -> AbstractContextManager[Leaderboard]:

@@ -11,6 +11,7 @@ from medembed.cli.commands import Command
 from medembed.cli.compare import read_given
 from medembed.cli.console import print_json, say, suggest
 from medembed.cli.options import (
+    LOCATION,
     PATH,
     json_option,
     level_option,
@@ -22,6 +23,7 @@ from medembed.cli.options import (
     split_names,
 )
 from medembed.cli.progress import showing_progress
+from medembed.core.locations import BucketPath, Location
 
 __all__ = ["hush_matplotlib", "is_public", "report_command", "write_command"]
 
@@ -75,12 +77,14 @@ def _check_formats(context: click.Context, option: click.Parameter, value: str |
     help="The runs' manifest; adds scores by its columns and, with --image-root, films.",
 )
 @click.option(
-    "--image-root", type=PATH, help="Directory that the manifest's paths are relative to."
+    "--image-root",
+    type=LOCATION,
+    help="Directory or bucket that the manifest's paths are relative to.",
 )
 @click.option(
     "--cache",
     "cache_path",
-    type=PATH,
+    type=LOCATION,
     help="The runs' cache; adds to each case the nearest films of training.",
 )
 @click.option(
@@ -120,8 +124,8 @@ def report_command(
     output: Path,
     level: str,
     manifest_path: Path | None,
-    image_root: Path | None,
-    cache_path: Path | None,
+    image_root: Location | None,
+    cache_path: Location | None,
     explanations: Path | None,
     covariates: Sequence[str] | None,
     margin: float | None,
@@ -236,13 +240,13 @@ def _report_targets(
         suggest("predict", path / next(iter(written["targets"])), "IMAGE")
 
 
-def _film_finder(manifest: Any, image_root: Path, names: bool, output: Path) -> Any:
+def _film_finder(manifest: Any, image_root: Location, names: bool, output: Path) -> Any:
     """Return what finds films; those that lie beside the page are not decoded again."""
-    from medembed.dataset.manifest import existing_root
+    from medembed.dataset.manifest import existing_images
     from medembed.report.cases import FOLDER
     from medembed.report.gallery import FILM_SIDE, make_thumbnails
 
-    root = existing_root(image_root)
+    root = existing_images(image_root)
     return lambda wanted: make_thumbnails(
         manifest, root, wanted, with_names=names, side=FILM_SIDE, made=output / FOLDER
     )
@@ -252,8 +256,8 @@ def write_command(context: click.Context) -> str:
     """Return the command line of a context, with every option that has a value.
 
     Relative paths are kept. A path that reveals its place on the machine (absolute, from home, or
-    upwards) is cut to its last part, and several arguments to ends long enough to tell them apart.
-    The command then works from the directory that holds these files.
+    upwards) is cut to its last part, as a bucket's URL is, and several arguments to ends long
+    enough to tell them apart. The command then works from the directory that holds these files.
     """
     words, given = context.command_path.split()[1:], context.params
     arguments, options = [], []
@@ -284,6 +288,7 @@ def _option(parameter: click.Parameter, value: Any) -> Iterator[str]:
 
 def _name_all(values: Sequence[Any]) -> list[str]:
     """Return values as words; paths are kept if all are public, else cut to their ends."""
+    values = [value.name if isinstance(value, BucketPath) else value for value in values]
     paths = [value for value in values if isinstance(value, Path)]
     if len(paths) < len(values) or all(map(is_public, paths)):
         words = [str(value) for value in values]

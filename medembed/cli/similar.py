@@ -67,7 +67,9 @@ CODE_DIGITS = 12
     help="Also write a contact sheet, FILE.png or FILE.html; needs --image-root.",
 )
 @click.option(
-    "--image-root", type=PATH, help="Directory that the manifest's paths are relative to."
+    "--image-root",
+    type=LOCATION,
+    help="Directory or bucket that the manifest's paths are relative to.",
 )
 @click.option(
     "--names",
@@ -88,7 +90,7 @@ def similar_command(
     k: int,
     pool: str | None,
     output: Path | None,
-    image_root: Path | None,
+    image_root: Location | None,
     with_names: bool,
     reference: str | None,
     device: str,
@@ -139,7 +141,7 @@ def similar_command(
         say(f"Contact sheet: {output}")
 
 
-def _check_usage(output: Path | None, image_root: Path | None) -> None:
+def _check_usage(output: Path | None, image_root: Location | None) -> None:
     if output is not None and output.suffix not in (".html", ".png"):
         raise click.BadParameter(f"{output} ends in neither .png nor .html")
     if (output is None) != (image_root is None):
@@ -217,7 +219,7 @@ def _write_sheet(
     document: dict[str, Any],
     film: "Film",
     manifest: "Manifest",
-    image_root: Path | None,
+    image_root: Location | None,
     with_names: bool,
 ) -> None:
     from medembed.report.contact_sheet import Frame, write_contact_sheet

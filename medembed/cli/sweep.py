@@ -116,9 +116,9 @@ class _Backend(click.Choice[str]):
 )
 @click.option(
     "--image-root",
-    type=PATH,
-    help="Directory that the manifest's paths are relative to: adds the baseline imagestats, "
-    "measured on the files unless CACHE holds its pooling.",
+    type=LOCATION,
+    help="Directory or bucket that the manifest's paths are relative to: adds the baseline "
+    "imagestats, measured on the files unless CACHE holds its pooling.",
 )
 @click.option(
     "--without-suspects",
@@ -156,7 +156,7 @@ def sweep_command(
     metric: str,
     covariates: tuple[str, ...] | None,
     prompts: Path | None,
-    image_root: Path | None,
+    image_root: Location | None,
     without_suspects: Path | None,
     train_fraction: float,
     operating_points: tuple[Any, ...],

@@ -298,7 +298,9 @@ def explain_unreached(
     if status in (401, 403):
         return _refused(status, repo, name, kind)
     answer = f"answered HTTP {status}" if status else "cannot be reached"
-    slow = f" ({error}: HF_HUB_ETAG_TIMEOUT allows more)" if isinstance(error, TimeoutError) else ""
+    # (the client of huggingface_hub 1.5, httpx, has an error of its own)
+    is_late = {kind.__name__ for kind in type(error).__mro__} & {"TimeoutError", "TimeoutException"}
+    slow = f" ({error}: HF_HUB_ETAG_TIMEOUT allows more)" if is_late else ""
     return kind.error(
         f"{hub_address()} {answer}{without}{slow}. Check the connection, or {kind.instead}."
     )
@@ -391,8 +393,13 @@ def open_file(repo: str, commit: str, name: str, count: int) -> tuple[RemoteFile
     """
     found: list[RemoteFile] = []
     asked = RemoteFile(repo, commit, name, -1, "")
-    data = _collect(asked, 0, count, found.append)
-    return found[-1], data
+
+    def note(answered: RemoteFile) -> None:
+        found.append(answered)
+        _check_same(found[0], answered)  # what a broken connection goes on with may be another's
+
+    data = _collect(asked, 0, count, note)
+    return found[0], data
 
 
 def read_range(file: RemoteFile, start: int, stop: int) -> bytes:

@@ -21,6 +21,7 @@ SCHEMES = {
     "az": "Azure Blob Storage",
     "memory": "this process's memory, for tests",
 }
+UNTRIED = {"gs": " (never tried)"}
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://?(.*)", re.DOTALL)
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -114,7 +115,9 @@ def parse_location(text: str) -> Location:
     if found is None or not (scheme in SCHEMES or "://" in text):
         return Path(text)
     if scheme not in SCHEMES:
-        known = ", ".join(f"{name}://" for name in SCHEMES if name != "memory")
+        known = ", ".join(
+            f"{name}://{UNTRIED.get(name, '')}" for name in SCHEMES if name != "memory"
+        )
         raise ArgumentError(
             f"{scheme}:// is no place that medembed reads. Give a local path, or one of {known}."
         )

@@ -28,6 +28,7 @@ from medembed.core.system import missing_library
 __all__ = [
     "AHEAD",
     "MAX_TRIES",
+    "Part",
     "StoredObject",
     "announcing",
     "copy_object",
@@ -41,6 +42,7 @@ __all__ = [
     "pause",
     "put_object",
     "read_object",
+    "read_part",
     "read_range",
     "require_conditions",
     "set_announcer",
@@ -82,10 +84,31 @@ class StoredObject:
         With its size.
     modified : datetime
         When it was written, by the store's clock.
+    etag : str or None
+        The store's tag of the content, if it has one and told it.
     """
 
     path: BucketPath
     modified: datetime
+    etag: str | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some bytes of an object.
+
+    Parameters
+    ----------
+    data : bytes
+    size : int
+        Of the whole object.
+    etag : str or None
+        As `StoredObject` has it.
+    """
+
+    data: bytes
+    size: int
+    etag: str | None
 
 
 class _BeyondEndError(OSError):
@@ -231,7 +254,7 @@ def find_object(path: BucketPath) -> StoredObject | None:
     except FileNotFoundError:
         return None
     sized = BucketPath(path.scheme, path.bucket, path.key, found["size"])
-    return StoredObject(sized, found["last_modified"])
+    return StoredObject(sized, found["last_modified"], found.get("e_tag"))
 
 
 def read_object(path: BucketPath, *, max_bytes: int | None = None) -> bytes:
@@ -271,21 +294,43 @@ def read_range(path: BucketPath, start: int, stop: int) -> tuple[bytes, int]:
 
     Raises like `read_object`.
     """
+    part = read_part(path, start, stop)
+    return part.data, part.size
+
+
+def read_part(path: BucketPath, start: int, stop: int, *, etag: str | None = None) -> Part:
+    """Return bytes `start` to `stop` of an object, as many as it has.
+
+    Parameters
+    ----------
+    etag : str, optional
+        What an earlier part of the object said, so that parts of two contents are never joined.
+
+    Raises
+    ------
+    OSError
+        The object has another tag by now; else like `read_object`.
+    """
     obstore = _obstore(path)
 
-    def read(store: Any) -> tuple[bytes, int]:
+    def read(store: Any) -> Part:
         result = obstore.get(store, path.key, options={"range": (start, stop)})
         size = int(result.meta["size"])
         data: bytes = result.bytes().to_bytes()
         if len(data) != max(0, min(stop, size) - start):
             raise OSError("the answer ended early")
-        return data, size
+        return Part(data, size, result.meta.get("e_tag"))
 
     try:
-        return _bucket_of(path).call(path, read)
+        part = _bucket_of(path).call(path, read)
     except _BeyondEndError:
         found = find_object(path)
-        return b"", (found.path.size or 0) if found else 0
+        if found is None:
+            raise FileNotFoundError(errno.ENOENT, "no such object", str(path)) from None
+        part = Part(b"", found.path.size or 0, found.etag)
+    if etag and part.etag != etag:
+        raise OSError(errno.EIO, "the object was replaced while it was read", str(path))
+    return part
 
 
 def put_object(path: BucketPath, data: bytes) -> None:
@@ -394,21 +439,24 @@ def is_probe(path: BucketPath) -> bool:
     return path.name.startswith(PROBE)
 
 
-Announcer = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
+Announcer = Callable[[str, str], AbstractContextManager[Callable[[int, int], None]]]
 _announcer: list[Announcer] = []
 
 
 def set_announcer(announcer: Announcer) -> None:
-    """Have `announcer(words)` show the progress of downloads; by default nothing is shown.
+    """Have `announcer(words, unit)` show the progress of downloads; by default nothing is shown.
 
-    It returns a context manager whose value is called as progress(done, total) with bytes.
+    It returns a context manager whose value is called as progress(done, total) with what `unit`
+    names in the plural, such as "bytes".
     """
     _announcer[:] = [announcer]
 
 
-def announcing(words: str) -> AbstractContextManager[Callable[[int, int], None]]:
-    """Return the context manager that shows a download, which `words` describe with its bytes."""
-    return _announcer[0](words) if _announcer else nullcontext(lambda done, total: None)
+def announcing(
+    words: str, unit: str = "bytes"
+) -> AbstractContextManager[Callable[[int, int], None]]:
+    """Return the context manager that shows a download, which `words` describe with its size."""
+    return _announcer[0](words, unit) if _announcer else nullcontext(lambda done, total: None)
 
 
 def _obstore(path: BucketPath) -> Any:

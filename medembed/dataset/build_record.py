@@ -55,7 +55,8 @@ def follow_build(
         The manifest's file; anything else has no record.
     manifest : Manifest
     on_notice : callable, optional
-        Called with a sentence if the dataset has changed since, or another commit is read.
+        Called with a sentence if the branch or tag that was read then has moved since, or another
+        commit is read.
     """
     if not isinstance(root, HubRoot):
         return root
@@ -71,9 +72,11 @@ def follow_build(
                 f"{root} is read; the manifest was built from commit {recorded.revision[:12]}."
             )
         return root
-    is_same = root.revision in ("", str(stream.get("revision") or "main"))
+    named = str(stream.get("revision") or "")
+    is_same = root.revision in ("", named or "main")
+    asked = root if root.revision else replace(root, revision=named)
     try:
-        current = pin_commit(root)
+        current = pin_commit(asked)
     except MedembedError:  # the branch is gone, or the hub: who reads the commit says so
         return recorded if is_same else root
     if current == recorded:
@@ -85,7 +88,7 @@ def follow_build(
         )
         return current
     on_notice(
-        f"{root} has moved to commit {current.revision[:12]} since the manifest was built from "
+        f"{asked} has moved to commit {current.revision[:12]} since the manifest was built from "
         f"{recorded.revision[:12]}, which is read."
     )
     return recorded

@@ -9,7 +9,7 @@ there is a column `ids`, the last before `label_level`; see `identities`.
 import hashlib
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
@@ -248,10 +248,18 @@ def find_problems(manifest: Manifest) -> list[str]:
 
 def check_images(
     manifest: Manifest,
-    image_root: str | Path,
+    image_root: str | os.PathLike[str],
     progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
     """Return the differences between the files below `image_root` and the manifest.
+
+    Parameters
+    ----------
+    manifest : Manifest
+    image_root : path
+        The directory, or the bucket's prefix, that the manifest's paths are relative to.
+    progress : callable, optional
+        Called as progress(done, total) with files.
 
     Returns
     -------
@@ -262,15 +270,17 @@ def check_images(
     Raises
     ------
     PathNotFoundError
-        `image_root` is not a directory.
+        `image_root` is not a directory, or there is nothing below the prefix.
+    ArgumentError
+        It is a stream, such as tar files, in which no image can be looked up.
+    StorageError
+        The bucket refuses, or keeps failing.
     """
-    root = existing_root(image_root)
+    root = existing_images(image_root)
     names = manifest.rows["image"].tolist()
     paths, problems = _resolve_all(root, names)
     if not manifest.has_hashes:
-        return problems + [
-            f"{name} is missing" for name, path in paths.items() if not path.is_file()
-        ]
+        return problems + [f"{name} is missing" for name in _find_missing(root, paths)]
     expected = dict(zip(names, manifest.rows["sha256"], strict=True))
     found = hash_or_explain(list(paths.values()), progress)
     for name, outcome in zip(paths, found, strict=True):
@@ -424,8 +434,16 @@ def _resolve(path: Path) -> Path:
         raise ManifestError(f"image {str(path)!r} is not a usable path: {error}.") from error
 
 
-def _resolve_all(root: Path, names: list[str]) -> tuple[dict[str, Path], list[str]]:
-    paths: dict[str, Path] = {}
+def _find_missing(root: Location, paths: Mapping[str, Location]) -> list[str]:
+    """Return the names of files that do not exist; those of a bucket are listed, not asked for."""
+    if isinstance(root, BucketPath):
+        there = {found.path for found in list_objects(root)}
+        return [name for name, path in paths.items() if path not in there]
+    return [name for name, path in paths.items() if not Path(path).is_file()]
+
+
+def _resolve_all(root: Location, names: list[str]) -> tuple[dict[str, Location], list[str]]:
+    paths: dict[str, Location] = {}
     problems: list[str] = []
     for name in names:
         try:
@@ -515,7 +533,7 @@ class Review:
 
 def review_manifest(
     path: str | Path,
-    image_root: str | Path | None = None,
+    image_root: str | os.PathLike[str] | None = None,
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> Review:
@@ -525,6 +543,8 @@ def review_manifest(
     ------
     PathNotFoundError
         There is no such file or root.
+    ArgumentError, StorageError
+        As `check_images` raises them.
     ManifestError
         The file cannot be read as a table at all.
     """

@@ -20,7 +20,8 @@ import numpy as np
 from medembed.cache.index import SortedKeys
 from medembed.cache.pending import Contents
 from medembed.core import object_store
-from medembed.core.errors import StorageError
+from medembed.core.errors import MedembedError, StorageError
+from medembed.core.files import describe_error
 from medembed.core.locations import BucketPath
 from medembed.dataset.manifest import image_path
 from medembed.images.load import Content, Limits
@@ -49,6 +50,42 @@ class Fetched:
     reason: str = ""
 
 
+class _Files:
+    """Temporary files: in a directory, best in memory, and on the disk where that one is full."""
+
+    def __init__(self, directory: Path | None) -> None:
+        parents = (None,) if directory is None else (directory, None)
+        self._made = [tempfile.TemporaryDirectory(prefix="medembed-", dir=own) for own in parents]
+        self.directories = [Path(own.name) for own in self._made]
+
+    def close(self) -> None:
+        """Remove them."""
+        for made in self._made:
+            made.cleanup()
+
+    def write(self, name: str, data: bytes) -> str:
+        """Write a file and return its path.
+
+        Raises
+        ------
+        MedembedError
+            There is no room anywhere.
+        """
+        for directory in self.directories:
+            path = directory / name
+            try:
+                path.write_bytes(data)
+                return str(path)
+            except OSError as error:
+                reason = describe_error(error)
+                with suppress(OSError):
+                    path.unlink()
+        raise MedembedError(
+            f"no room for {len(data) / 1e6:,.1f} MB of a fetched image in {directory.parent}: "
+            f"{reason}. Make room, or set TMPDIR to a larger disk, and run the command again."
+        )
+
+
 class ImageFetcher:
     """Fetches images with several requests in flight, in order, a bounded number ahead.
 
@@ -69,7 +106,7 @@ class ImageFetcher:
         self._n_bytes, self._n_released, self._is_stopped = 0, 0, False
 
     def __enter__(self) -> "ImageFetcher":
-        self._directory = tempfile.TemporaryDirectory(prefix="medembed-", dir=self._parent)
+        self._files = _Files(self._parent)
         self._pool = ThreadPoolExecutor(object_store.AHEAD, "fetcher")
         return self
 
@@ -83,7 +120,7 @@ class ImageFetcher:
             self._is_stopped = True
             self._room.notify_all()
         self._pool.shutdown(cancel_futures=True)
-        self._directory.cleanup()
+        self._files.close()
 
     def stream(self, contents: Sequence[Content]) -> Iterator[tuple[Content, Future[Fetched]]]:
         """Yield each content with its files as they will be, in order."""
@@ -123,9 +160,7 @@ class ImageFetcher:
                 continue
             with self._room:
                 self._n_bytes += len(data)
-            file = Path(self._directory.name) / f"{number}-{len(paths)}"
-            file.write_bytes(data)
-            paths.append(str(file))
+            paths.append(self._files.write(f"{number}-{len(paths)}", data))
             # Another name of the same content is needed only where this one holds other bytes.
             if len(content.images) == 1 or _is_content(data, content.sha256):
                 break
@@ -155,7 +190,7 @@ class StreamReader:
         self._root, self._parent, self._limits = root, directory, limits
 
     def __enter__(self) -> "StreamReader":
-        self._directory = tempfile.TemporaryDirectory(prefix="medembed-", dir=self._parent)
+        self._files = _Files(self._parent)
         return self
 
     def __exit__(
@@ -164,7 +199,7 @@ class StreamReader:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._directory.cleanup()
+        self._files.close()
 
     def stream(self, contents: Contents) -> Iterator[tuple[Content, Future[Fetched]]]:
         """Yield each content once, with its file or the reason why there is none."""
@@ -180,9 +215,8 @@ class StreamReader:
             if place < 0 or is_found[place]:
                 continue
             is_found[place] = True
-            path = Path(self._directory.name) / str(number)
-            path.write_bytes(data)
-            yield contents[place], _settled(Fetched((str(path),)))
+            path = self._files.write(str(number), data)
+            yield contents[place], _settled(Fetched((path,)))
         kind = "the tar files" if isinstance(self._root, TarRoot) else "the dataset"
         reason = f"no file in {kind} has its bytes, of at most {self._limits.max_bytes:,}"
         for place in np.flatnonzero(~is_found).tolist():

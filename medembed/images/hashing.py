@@ -1,13 +1,16 @@
 """SHA-256 of many files, in parallel."""
 
+import errno
 import hashlib
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from medembed.core.errors import ManifestError, PathNotFoundError
+from medembed.core import object_store
+from medembed.core.errors import ManifestError, PathNotFoundError, StorageError
 from medembed.core.files import open_plain
+from medembed.core.locations import BucketPath, Location
 from medembed.core.system import count_cores
 
 __all__ = ["hash_files", "hash_or_explain"]
@@ -53,14 +56,24 @@ def hash_files(
 
 
 def hash_or_explain(
-    paths: Sequence[str | Path],
+    paths: Sequence[str | Location],
     progress: Callable[[int, int], None] | None = None,
     jobs: int | None = None,
 ) -> list[str | OSError]:
-    """Return what `hash_files` does, but with the error in place of an unreadable file's hash."""
-    batches = [paths[i : i + N_FILES_PER_TASK] for i in range(0, len(paths), N_FILES_PER_TASK)]
+    """Return what `hash_files` does, but with the error in place of an unreadable file's hash.
+
+    Paths may be objects of a bucket, of which a bounded number is fetched at once.
+
+    Raises
+    ------
+    StorageError
+        The bucket refuses, or keeps failing, which says nothing about an object.
+    """
+    is_far = any(isinstance(path, BucketPath) for path in paths)
+    size, n_threads = (1, object_store.AHEAD) if is_far else (N_FILES_PER_TASK, count_cores())
+    batches = [paths[i : i + size] for i in range(0, len(paths), size)]
     outcomes: list[str | OSError] = []
-    with ThreadPoolExecutor(jobs or count_cores()) as executor:
+    with ThreadPoolExecutor(jobs or n_threads) as executor:
         try:
             for batch in executor.map(_hash_batch, batches):
                 outcomes.extend(batch)
@@ -72,15 +85,33 @@ def hash_or_explain(
     return outcomes
 
 
-def _hash_batch(paths: Sequence[str | Path]) -> list[str | OSError]:
+def _hash_batch(paths: Sequence[str | Location]) -> list[str | OSError]:
     return [_hash_one(path) for path in paths]
 
 
-def _hash_one(path: str | Path) -> str | OSError:
+def _hash_one(path: str | Location) -> str | OSError:
     try:
+        if isinstance(path, BucketPath):
+            return _hash_object(path)
         with open_plain(path, buffering=0) as file:
             if os.fstat(file.fileno()).st_size > WHOLE_FILE_LIMIT:
                 return hashlib.file_digest(file, "sha256").hexdigest()
             return hashlib.sha256(file.read()).hexdigest()
+    except StorageError:
+        raise
     except OSError as error:
         return error
+
+
+def _hash_object(path: BucketPath) -> str:
+    """Return the SHA-256 of an object, of which a piece at a time is held."""
+    part = object_store.read_part(path, 0, WHOLE_FILE_LIMIT)
+    digest, place = hashlib.sha256(part.data), len(part.data)
+    while place < part.size:
+        stop = place + WHOLE_FILE_LIMIT
+        part = object_store.read_part(path, place, stop, etag=part.etag)
+        if not part.data:
+            raise OSError(errno.EIO, "it became shorter while it was read", str(path))
+        digest.update(part.data)
+        place += len(part.data)
+    return digest.hexdigest()

@@ -124,7 +124,7 @@ def _is_plain(name: str) -> bool:
 
 @dataclass(frozen=True)
 class DatasetFiles:
-    """The data files of a dataset at one commit.
+    """The files of a stream, such as the data files of a dataset at one commit.
 
     Attributes
     ----------

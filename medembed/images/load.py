@@ -2,22 +2,34 @@
 
 import errno
 import hashlib
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from medembed.core.errors import ImageError
+from medembed.core import object_store
+from medembed.core.errors import ImageError, StorageError
 from medembed.core.files import read_plain
 from medembed.core.locations import BucketPath, Location
-from medembed.core.object_store import read_object
+from medembed.core.system import count_cores
 from medembed.images.decode import decode_image
 from medembed.images.intensity import DEFAULT_INTENSITY, Intensity
 from medembed.images.versions import FIRST_VERSION, why_changed
 
-__all__ = ["DEFAULT_LIMITS", "MAX_SECONDS", "Content", "Limits", "Reading", "read_content"]
+__all__ = [
+    "DEFAULT_LIMITS",
+    "MAX_SECONDS",
+    "Content",
+    "Limits",
+    "Reading",
+    "read_content",
+    "read_contents",
+]
 
 MAX_SECONDS = 1_000_000.0
 """The longest time limit that the system's timers can represent."""
@@ -132,6 +144,7 @@ def read_content(
     intensity: Intensity = DEFAULT_INTENSITY,
     limits: Limits = DEFAULT_LIMITS,
     measure: Callable[[np.ndarray], np.ndarray] | None = None,
+    turn: AbstractContextManager[object] | None = None,
 ) -> Reading:
     """Read the first of `paths` whose bytes have this SHA-256, and decode exactly those bytes.
 
@@ -145,12 +158,21 @@ def read_content(
         Only `max_bytes` is enforced here; `extraction.decode_worker` enforces the time limit.
     measure : callable, optional
         Also applied to the decoded image; returns a few numbers.
+    turn : context manager, optional
+        Entered for the decoding, such as a semaphore that bounds how many decode at once.
+
+    Raises
+    ------
+    StorageError
+        A bucket refuses, or keeps failing, which is no fault of the image.
     """
     start = time.monotonic()
     reason, other = "", None
     for path in paths:
         try:
             data = _read(path, limits.max_bytes)
+        except StorageError:
+            raise
         except OSError as error:
             reason = error.strerror or type(error).__name__  # `str(error)` would name the path
             if error.errno == errno.EFBIG:
@@ -158,7 +180,8 @@ def read_content(
             continue
         found = hashlib.sha256(data).hexdigest()
         if found == sha256:
-            return _decode(data, transform, intensity, start, measure)
+            with turn or nullcontext():
+                return _decode(data, transform, intensity, start, measure)
         other = found
     now = time.monotonic()
     if other:
@@ -166,9 +189,36 @@ def read_content(
     return Reading(stage="read", reason=reason, times=(start, now, now))
 
 
+def read_contents(
+    paths: Sequence[Location],
+    sha256: Sequence[str],
+    transform: Callable[[np.ndarray], np.ndarray],
+    intensity: Intensity = DEFAULT_INTENSITY,
+) -> Iterator[Reading]:
+    """Yield the reading of each path, in order, as `read_content` returns it.
+
+    Several are decoded at once, one per core; those of a bucket are fetched ahead of that, with at
+    most `object_store.AHEAD` requests in flight or fetched and not decoded yet.
+
+    Raises
+    ------
+    StorageError
+        A bucket refuses, or keeps failing.
+    """
+    is_far = any(isinstance(path, BucketPath) for path in paths)
+    turn = threading.Semaphore(count_cores())  # decoded pixels are larger than what was fetched
+
+    def read(path: Location, digest: str) -> Reading:
+        return read_content([path], digest, transform, intensity, turn=turn)
+
+    # Decoders release the interpreter's lock.
+    with ThreadPoolExecutor(object_store.AHEAD if is_far else count_cores(), "reader") as pool:
+        yield from pool.map(read, paths, sha256)
+
+
 def _read(path: Location, max_bytes: int) -> bytes:
     if isinstance(path, BucketPath):
-        return read_object(path, max_bytes=max_bytes)
+        return object_store.read_object(path, max_bytes=max_bytes)
     return read_plain(path, max_bytes=max_bytes)
 
 

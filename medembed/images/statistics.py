@@ -4,16 +4,14 @@ A score that these few numbers reach already is no merit of an encoder: scanners
 cropping go with hospitals and with diagnoses.
 """
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from medembed.core.errors import ImageError
-from medembed.core.system import count_cores
+from medembed.core.locations import Location
 from medembed.images.intensity import DEFAULT_INTENSITY, Intensity
-from medembed.images.load import read_content
+from medembed.images.load import read_contents
 
 __all__ = ["STATISTICS", "measure_files", "measure_image"]
 
@@ -92,7 +90,10 @@ def _laplacian_variance(pixels: np.ndarray) -> float:
 
 
 def measure_files(
-    paths: Sequence[Path], sha256: Sequence[str], intensity: Intensity = DEFAULT_INTENSITY
+    paths: Sequence[Location],
+    sha256: Sequence[str],
+    intensity: Intensity = DEFAULT_INTENSITY,
+    progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
     """Return the statistics of files, float32 (n, 7), decoded as extraction decodes them.
 
@@ -102,20 +103,23 @@ def measure_files(
         The files, and the hashes that their bytes must have.
     intensity : Intensity
         Which window of a DICOM to use.
+    progress : callable, optional
+        Called as progress(done, total) with files.
 
     Raises
     ------
     ImageError
         A file is missing, holds other bytes or is no complete image; the first is named.
+    StorageError
+        A bucket refuses, or keeps failing.
     """
-
-    def measure(path: Path, digest: str) -> np.ndarray:
-        reading = read_content([path], digest, measure_image, intensity)
+    found = []
+    readings = read_contents(paths, sha256, measure_image, intensity)
+    for path, reading in zip(paths, readings, strict=True):
         if reading.pixels is None:
             reason = reading.reason or "its bytes are not those of the manifest"
             raise ImageError(f"{path} cannot be measured: {reason}. Restore the file.")
-        return reading.pixels
-
-    with ThreadPoolExecutor(count_cores()) as pool:  # Pillow and numpy release the lock
-        found = list(pool.map(measure, paths, sha256))
+        found.append(reading.pixels)
+        if progress:
+            progress(len(found), len(paths))
     return np.stack(found) if found else np.empty((0, len(STATISTICS)), np.float32)

@@ -3,25 +3,29 @@
 Images of a stream are known by the SHA-256 of their bytes; nothing is looked up by name.
 """
 
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from typing import TypeAlias
 
 from typing_extensions import TypeIs
 
 from medembed.core.errors import ImageError
-from medembed.images.hub_dataset import HubRoot, list_data_files, parse_hub_root, pin_commit
+from medembed.images.hub_dataset import (
+    DatasetFiles,
+    HubRoot,
+    list_data_files,
+    parse_hub_root,
+    pin_commit,
+)
 from medembed.images.parquet_stream import ImageColumns, read_columns, read_rows
-from medembed.images.stream_files import StreamFile
+from medembed.images.stream_files import StreamFile, read_files
 from medembed.images.tar_stream import TarRoot, list_tars, parse_tar_root, read_members
 
 __all__ = [
     "StreamRoot",
     "explain_stream",
     "is_stream",
+    "list_stream",
     "parse_stream_root",
-    "read_files",
     "read_images",
     "refuse_without_images",
     "settle_stream",
@@ -29,7 +33,6 @@ __all__ = [
 
 StreamRoot: TypeAlias = TarRoot | HubRoot
 """A place whose images come in their own order."""
-AHEAD = 16  # image files of a dataset that are fetched or wait
 
 
 def is_stream(root: object) -> TypeIs[StreamRoot]:
@@ -67,12 +70,29 @@ def settle_stream(root: StreamRoot) -> StreamRoot:
     StorageError
         The hub or the bucket refuses, or cannot be reached.
     """
-    if isinstance(root, TarRoot):
-        list_tars(root)
-        return root
-    pinned = pin_commit(root)
-    list_data_files(pinned)
+    pinned = pin_commit(root) if isinstance(root, HubRoot) else root
+    list_stream(pinned)
     return pinned
+
+
+def list_stream(root: StreamRoot) -> DatasetFiles:
+    """Return the files of a stream, and what they are.
+
+    Parameters
+    ----------
+    root : TarRoot or HubRoot
+        A dataset of the hub at a commit, as `settle_stream` returns it.
+
+    Raises
+    ------
+    PathNotFoundError, StorageError
+        As `settle_stream` raises them.
+    ImageError
+        As `list_data_files` raises it.
+    """
+    if isinstance(root, HubRoot):
+        return list_data_files(root)
+    return DatasetFiles("tar", tuple(list_tars(root)), (), {})
 
 
 def read_images(root: StreamRoot, max_bytes: int) -> Iterator[tuple[str, bytes | None]]:
@@ -92,10 +112,7 @@ def read_images(root: StreamRoot, max_bytes: int) -> Iterator[tuple[str, bytes |
     StorageError
         The hub or the bucket refuses, or keeps failing.
     """
-    if isinstance(root, TarRoot):
-        yield from read_members(list_tars(root), max_bytes)
-        return
-    found = list_data_files(root)
+    found = list_stream(root)
     if found.layout == "tar":
         yield from read_members(found.files, max_bytes)
     elif found.layout == "images":
@@ -117,26 +134,3 @@ def refuse_without_images(file: StreamFile, columns: ImageColumns) -> None:
             f"{listed}. Where one holds only addresses or paths, download the images first and "
             "build the manifest with --from-table."
         )
-
-
-def read_files(files: Sequence[StreamFile], max_bytes: int) -> Iterator[tuple[str, bytes | None]]:
-    """Yield files whole, in order, a bounded number of them ahead; see `read_images`."""
-
-    def read(file: StreamFile) -> bytes | None:
-        if file.size > max_bytes:
-            return None
-        with file.open() as handle:
-            return handle.read()
-
-    waiting: deque[tuple[str, Future[bytes | None]]] = deque()
-    pool = ThreadPoolExecutor(AHEAD // 2, "reader")
-    try:
-        for file in files:
-            waiting.append((file.name, pool.submit(read, file)))
-            if len(waiting) > AHEAD:
-                name, future = waiting.popleft()
-                yield name, future.result()
-        for name, future in waiting:
-            yield name, future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)

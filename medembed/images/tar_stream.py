@@ -70,20 +70,28 @@ def list_tars(root: TarRoot) -> list[StreamFile]:
         There is none.
     """
     place = root.place
-    found: list[Location]
-    if place.suffix == ".tar":
-        found = [place] if isinstance(place, BucketPath) or place.is_file() else []
-    elif isinstance(place, BucketPath):
-        found = [o.path for o in object_store.list_objects(place) if o.path.suffix == ".tar"]
+    found: dict[str, Location]  # by the name that is unique below the root
+    if isinstance(place, BucketPath):
+        found = _find_objects(place)
+    elif place.suffix == ".tar":
+        found = {place.name: place} if place.is_file() else {}
     else:
-        found = [*place.glob("*.tar")]
+        found = {path.name: path for path in place.glob("*.tar")}
     if not found:
         raise PathNotFoundError(
             f"no tar file at {place} to find images in. Name a file that ends in .tar, or the "
             "directory or prefix that holds such files."
         )
-    paths = sorted(found, key=str)
-    return [StreamFile(path.name, str(path), partial(_open, path)) for path in paths]
+    named = sorted(found.items())
+    return [StreamFile(name, str(path), partial(_open, path)) for name, path in named]
+
+
+def _find_objects(place: BucketPath) -> dict[str, Location]:
+    if place.suffix == ".tar" and object_store.object_exists(place):
+        return {place.name: place}
+    below = [own.path for own in object_store.list_objects(place) if own.path.suffix == ".tar"]
+    skipped = len(place.key) + 1 if place.key else 0
+    return {path.key[skipped:]: path for path in below}
 
 
 def read_members(tars: Iterable[StreamFile], max_bytes: int) -> Iterator[tuple[str, bytes | None]]:
@@ -116,7 +124,8 @@ def read_members(tars: Iterable[StreamFile], max_bytes: int) -> Iterator[tuple[s
                     yield f"{own.name}/{member.name}", content.read() if content else None
         except StorageError:
             raise
-        except (tarfile.TarError, EOFError, OSError) as error:
+        except (tarfile.TarError, EOFError, OSError, ValueError, ArithmeticError) as error:
+            # (the last two: numbers of a header that are none)
             raise ImageError(
                 f"tar file {own.place} cannot be read to its end: {describe_error(error)}. Restore "
                 "it from a copy."
@@ -148,16 +157,19 @@ class _ObjectFile(io.RawIOBase):
     """An object of a bucket, read in order; a request that fails is tried again from its start."""
 
     def __init__(self, path: BucketPath) -> None:
-        self._path, self._place, self._size = path, 0, 1
+        self._path, self._place = path, 0
+        self._read: object_store.Part | None = None  # the part before
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: "memoryview | bytearray") -> int:  # type: ignore[override]
-        if self._place >= self._size:
+        before = self._read
+        if before and self._place >= before.size:
             return 0
-        stop = self._place + len(buffer)
-        data, self._size = object_store.read_range(self._path, self._place, stop)
+        stop, etag = self._place + len(buffer), before.etag if before else None
+        self._read = object_store.read_part(self._path, self._place, stop, etag=etag)
+        data = self._read.data
         buffer[: len(data)] = data
         self._place += len(data)
         return len(data)

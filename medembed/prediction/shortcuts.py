@@ -39,7 +39,7 @@ from medembed.dataset.covariate_bands import (
     group_rows,
 )
 from medembed.dataset.covariates import fit_covariates
-from medembed.dataset.manifest import Manifest, existing_root, read_manifest
+from medembed.dataset.manifest import Manifest, read_manifest
 from medembed.dataset.targets import is_target
 from medembed.evaluation.bootstrap import finite_or_none, patient_codes
 from medembed.evaluation.estimates import Estimate, estimate_auroc
@@ -239,7 +239,7 @@ def audit_shortcuts(
     pool: str | None = None,
     n_folds: int = 5,
     seed: int = 0,
-    image_root: str | Path | None = None,
+    image_root: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> ShortcutAudit:
     """Return what columns of a manifest have to do with its embeddings and its label.
@@ -255,8 +255,8 @@ def audit_shortcuts(
     n_folds, seed : int
         The folds are those of a sweep: patient-disjoint, from the manifest and the seed.
     image_root : path, optional
-        Directory that the manifest's paths are relative to: films are measured there if the cache
-        does not hold the pooling `imagestats`.
+        Directory, or bucket's prefix, that the manifest's paths are relative to: films are
+        measured there if the cache does not hold the pooling `imagestats`.
     progress : callable, optional
         Called as progress(done, total) with columns.
 
@@ -340,15 +340,14 @@ def _draw_patients(patients: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _measure_films(
-    cache: Cache, manifest: Manifest, image_root: str | Path | None
+    cache: Cache, manifest: Manifest, image_root: str | os.PathLike[str] | None
 ) -> tuple[pd.DataFrame | None, dict[str, str]]:
     """Return the statistics of the films of train by SHA-256, or why there are none."""
     if image_root is None and IMAGE_STATISTICS not in cache.spec.poolings:
         way_out = f"Add --image-root DIR, or extract with --pool mean,max,{IMAGE_STATISTICS}"
         return None, {IMAGE_STATISTICS: f"the cache does not hold {IMAGE_STATISTICS}. {way_out}"}
     of_train = manifest.rows[manifest.rows["split"] == "train"].reset_index(drop=True)
-    root = None if image_root is None else existing_root(image_root)
-    found = load_statistics(cache, Manifest(of_train, manifest.label_level), root)
+    found = load_statistics(cache, Manifest(of_train, manifest.label_level), image_root)
     table = pd.DataFrame(found.X, index=found.rows["sha256"])
     return table[~table.index.duplicated()], {}
 

@@ -2,23 +2,27 @@
 
 import base64
 import io
+import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
 from medembed.core.errors import ManifestError
 from medembed.core.files import read_plain
-from medembed.core.system import count_cores
-from medembed.dataset.manifest import Manifest, existing_root, image_path
+from medembed.dataset.manifest import Manifest, existing_images, image_path
 from medembed.evaluation.calibration import log_odds
-from medembed.images.load import read_content
+from medembed.images.load import read_content, read_contents
 from medembed.results.alignment import TestSet
 from medembed.results.comparison_schema import ComparisonResult
+
+if TYPE_CHECKING:
+    from medembed.core.locations import Location
 
 __all__ = [
     "CODE_DIGITS",
@@ -149,7 +153,7 @@ QUALITY = 85
 
 def make_thumbnails(
     manifest: Manifest,
-    image_root: str | Path,
+    image_root: str | os.PathLike[str],
     wanted: Sequence[str],
     *,
     with_names: bool = False,
@@ -158,14 +162,14 @@ def make_thumbnails(
 ) -> dict[str, Thumbnail]:
     """Return grey JPEG thumbnails by SHA-256 of the images that exist and are unchanged.
 
-    Several are decoded at once.
+    Several are decoded at once; those of a bucket are fetched ahead.
 
     Parameters
     ----------
     manifest : Manifest
         Maps hashes to image paths.
-    image_root : str or Path
-        Directory that the manifest's paths are relative to.
+    image_root : path
+        Directory, or bucket's prefix, that the manifest's paths are relative to.
     wanted : sequence of str
         SHA-256 of the files' bytes, hex.
     with_names : bool
@@ -179,33 +183,34 @@ def make_thumbnails(
     Raises
     ------
     PathNotFoundError
-        `image_root` is not a directory.
+        `image_root` is not a directory, or there is nothing below the prefix.
+    ArgumentError
+        It is a stream, such as tar files, in which no image can be looked up.
+    StorageError
+        The bucket refuses, or keeps failing.
 
     Notes
     -----
     An image is left out if it is not in the manifest, lies outside the root, cannot be read or
     decoded, or differs from the manifest's bytes: the page counts the images that it shows.
     """
-    root, rows = existing_root(image_root), manifest.rows
+    root, rows = existing_images(image_root), manifest.rows
     rows = rows[rows["sha256"].isin(list(wanted))].drop_duplicates("sha256")
-
-    def make(sha256: str, name: str) -> Thumbnail | None:
-        shown = name if with_names else None
-        known = None if made is None else _read_made(made / film_name(sha256), shown)
-        if known is not None:
-            return known
-        try:
-            reading = read_content([image_path(root, name)], sha256, shrink)
-        except ManifestError:  # leads out of the root
-            return None
-        return None if reading.pixels is None else _encode(reading.pixels, shown)
-
-    def shrink(pixels: np.ndarray) -> np.ndarray:
-        return _shrink(pixels, side)
-
-    with ThreadPoolExecutor(count_cores()) as pool:  # decoders release the lock
-        found = pool.map(make, rows["sha256"], rows["image"])
-        return {sha: own for sha, own in zip(rows["sha256"], found, strict=True) if own}
+    shown: dict[str, str | None] = {}
+    found: dict[str, Thumbnail | None] = {}
+    paths: dict[str, Location] = {}
+    for sha256, name in zip(rows["sha256"], rows["image"], strict=True):
+        shown[sha256] = name if with_names else None
+        known = None if made is None else _read_made(made / film_name(sha256), shown[sha256])
+        found[sha256] = known
+        if known is None:
+            with suppress(ManifestError):  # leads out of the root
+                paths[sha256] = image_path(root, name)
+    readings = read_contents([*paths.values()], [*paths], partial(_shrink, side=side))
+    for sha256, reading in zip(paths, readings, strict=True):
+        if reading.pixels is not None:
+            found[sha256] = _encode(reading.pixels, shown[sha256])
+    return {sha256: own for sha256, own in found.items() if own}
 
 
 def film_name(sha256: str) -> str:

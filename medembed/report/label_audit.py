@@ -2,6 +2,7 @@
 
 import base64
 import datetime as dt
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def write_label_audit(
     audit: LabelAudit,
     out: str | Path,
     *,
-    image_root: str | Path | None = None,
+    image_root: str | os.PathLike[str] | None = None,
     names: bool = False,
     n_shown: int = N_SHOWN,
     date: dt.date | None = None,
@@ -78,8 +79,9 @@ def write_label_audit(
     audit : LabelAudit
     out : str or Path
         Directory, created if missing.
-    image_root : str or Path, optional
-        Directory that the manifest's paths are relative to; the page then shows the films.
+    image_root : path, optional
+        Directory, or bucket's prefix, that the manifest's paths are relative to; the page then
+        shows the films.
     names : bool
         Whether to name images and studies, which may identify patients, besides hashes.
     n_shown : int
@@ -97,7 +99,9 @@ def write_label_audit(
     ArgumentError
         `out` is a file, or has a review, which may hold labels.
     PathNotFoundError
-        `image_root` is not a directory.
+        `image_root` is not a directory, or there is nothing below the prefix.
+    StorageError
+        The bucket refuses, or keeps failing.
     """
     path = check_audit_target(out)
     document = audit.document(names=names)

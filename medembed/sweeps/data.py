@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from medembed.cache.embeddings import (
 from medembed.cache.store import Cache
 from medembed.core.errors import TrainingDataError
 from medembed.core.files import json_digest
+from medembed.core.locations import Location
 from medembed.core.poolings import DEFAULT_POOLINGS, IMAGE_STATISTICS, expand_blocks
 from medembed.core.prompts import Prompts
 from medembed.core.system import library_versions
@@ -260,7 +260,7 @@ class SweepConfig:
     target: str = ""
     """The target to train on; "" for the label, in a sweep without targets."""
     words: Prompts | None = None
-    image_root: Path | None = None
+    image_root: Location | None = None
     """Where films are measured whose statistics the cache does not hold."""
     without: Exclusion | None = None
     """Suspected studies whose labels `manifest` no longer has."""

@@ -17,13 +17,13 @@ from typing import Any
 
 from medembed.cache.store import Cache, open_cache
 from medembed.core.errors import TrainingDataError
-from medembed.core.locations import as_location
+from medembed.core.locations import Location, as_location
 from medembed.core.poolings import IMAGE_STATISTICS
 from medembed.core.prompts import Prompts, read_prompts
 from medembed.core.ray_cluster import connected_to_ray
 from medembed.core.system import library_versions
 from medembed.dataset.build_file import KeptBuild, read_build
-from medembed.dataset.manifest import Manifest, existing_root, read_manifest
+from medembed.dataset.manifest import Manifest, existing_images, read_manifest
 from medembed.evaluation.scores import SCORES
 from medembed.evaluation.thresholds import ThresholdRule, parse_rules
 from medembed.heads.registry import head_class
@@ -76,7 +76,7 @@ def sweep(
     seed: int = 0,
     operating_points: Sequence[str | ThresholdRule] = (),
     prompts: Prompts | str | Path | None = None,
-    image_root: str | Path | None = None,
+    image_root: str | os.PathLike[str] | None = None,
     without_suspects: str | Path | None = None,
     jobs: int | None = None,
     backend: str = "loky",
@@ -125,8 +125,9 @@ def sweep(
         heads that read words, ``zero-shot`` and ``text-logistic``, unless `heads` names one; they
         read the pooling ``pooler``.
     image_root : path, optional
-        Directory that the manifest's paths are relative to. Adds the head ``imagestats``, whose
-        columns are measured on the files if the cache does not hold the pooling of that name.
+        Directory, or bucket's prefix, that the manifest's paths are relative to. Adds the head
+        ``imagestats``, whose columns are measured on the files if the cache does not hold the
+        pooling of that name.
     without_suspects : path, optional
         `audit.json` of `medembed audit labels`, or its directory: its suspects of train are not
         trained on. Those of test are scored as all others.
@@ -209,7 +210,7 @@ def configure(
     seed: int = 0,
     operating_points: Sequence[str | ThresholdRule] = (),
     prompts: Prompts | str | Path | None = None,
-    image_root: str | Path | None = None,
+    image_root: str | os.PathLike[str] | None = None,
     without_suspects: str | Path | None = None,
 ) -> SweepConfig:
     """Return the options of `sweep`, checked, with cache and manifest open."""
@@ -218,10 +219,10 @@ def configure(
     opened = open_cache(cache)
     words = None if prompts is None else read_prompts(prompts)
     heads = _add_word_heads(heads, words, opened, covariates)
-    if image_root is not None:
-        image_root = existing_root(image_root)
+    root = None if image_root is None else existing_images(image_root)
+    if root is not None:
         heads = [*heads, STATISTICS_HEAD]
-    lacking = _find_lacking(heads, opened, covariates, image_root)
+    lacking = _find_lacking(heads, opened, covariates, root)
     heads = [head for head in heads if head not in lacking]
     heads = list(dict.fromkeys([*heads, PROBE]))  # always a linear baseline
     read, without = read_manifest(manifest), None
@@ -240,7 +241,7 @@ def configure(
         seed=seed,
         points=parse_rules(operating_points),
         words=words,
-        image_root=None if image_root is None else Path(image_root),
+        image_root=root,
         lacking=lacking,
         without=without,
     )
@@ -439,7 +440,7 @@ def _find_lacking(
     heads: Sequence[str],
     cache: Cache,
     covariates: Sequence[str],
-    image_root: str | Path | None,
+    image_root: Location | None,
 ) -> dict[str, str]:
     """Return the baselines among the heads that have nothing to read, and why."""
     found = {}

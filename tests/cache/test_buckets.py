@@ -649,7 +649,8 @@ def test_what_a_download_moves_is_said_first(s3: S3, place: BucketPath, cache: C
     said: list[Any] = []
 
     @contextmanager
-    def announce(words: str) -> Any:
+    def announce(words: str, unit: str) -> Any:
+        assert unit == "bytes"
         said.append(words)
         yield lambda done, total: said.append((done, total))
 
@@ -704,6 +705,39 @@ def test_a_cache_goes_to_a_bucket_and_back_byte_by_byte(
     create_cache(tmp_path / "other", OTHER, RECORDED)
     with pytest.raises(SpecMismatchError):
         copy_cache(tmp_path / "other", place)
+
+
+def test_an_object_that_vanishes_behind_its_end_is_missing_and_not_empty(
+    s3: S3, place: BucketPath
+) -> None:
+    object_store.put_object(place / "x", b"abc")
+    assert object_store.read_range(place / "x", 10, 20) == (b"", 3)
+    s3.fault = lambda asked: (404, "NoSuchKey") if asked.method == "HEAD" else None
+    with pytest.raises(FileNotFoundError):
+        object_store.read_range(place / "x", 10, 20)
+
+
+def test_parts_of_two_contents_are_not_joined(s3: S3, place: BucketPath) -> None:
+    object_store.put_object(place / "x", b"abcdef")
+    first = object_store.read_part(place / "x", 0, 3)
+    assert object_store.read_part(place / "x", 3, 6, etag=first.etag).data == b"def"
+    object_store.put_object(place / "x", b"ABC")
+    for start in (2, 3):  # within what is there now, and behind it
+        with pytest.raises(OSError, match="was replaced while it was read"):
+            object_store.read_part(place / "x", start, 6, etag=first.etag)
+
+
+def test_what_was_never_tried_is_said_wherever_it_is_promised() -> None:
+    root = Path(__file__).parents[2]
+    pages = [root / "README.md", root / "CHANGELOG.md", *(root / "docs").rglob("*.md")]
+    told = [page.name for page in pages if "gs://" in page.read_text()]
+    assert {"CHANGELOG.md", "buckets.md", "robustness.md"} <= {*told}
+    for page in pages:
+        for paragraph in page.read_text().split("\n\n"):
+            if "gs://" in paragraph:
+                assert "tried" in paragraph, page
+    with pytest.raises(ArgumentError, match=r"s3://, gs:// \(never tried\), az://"):
+        parse_location("ftp://host/x")
 
 
 def test_memory_is_a_bucket_too() -> None:

@@ -15,13 +15,14 @@ import pytest
 from made_buckets import RECORDED, SPEC, check, commit, new_place, rows_of, some_keys
 from s3_server import S3, Answer, Asked
 
-from medembed.cache import embeddings, local_copies
-from medembed.cache.compaction import compact
+from medembed.cache import embeddings, local_copies, transfer
+from medembed.cache.compaction import LOCK, compact
 from medembed.cache.embeddings import map_rows
 from medembed.cache.store import Cache, begin_to_open, create_cache, open_cache
 from medembed.cache.transfer import copy_cache, keep_copies
 from medembed.core import object_store
-from medembed.core.errors import CacheError
+from medembed.core.errors import CacheError, ShardError
+from medembed.core.files import hold_lock
 from medembed.core.locations import BucketPath
 
 KEYS = some_keys(60)
@@ -293,13 +294,129 @@ def test_a_pull_survives_a_compaction_and_uses_copies(
     copy_cache(place, tmp_path / "pulled")
     s3.fault = lambda asked: None
     assert begun
-    pulled = open_cache(tmp_path / "pulled")
-    assert np.array_equal(pulled.keys(), np.unique(KEYS, axis=0))
+    check(open_cache(tmp_path / "pulled"), KEYS)
     read(place)
     s3.asked.clear()
     assert copy_cache(place, tmp_path / "again").shards == 1
     assert fetched(s3) == 0
     check(open_cache(tmp_path / "again"), KEYS)
+
+
+def test_copies_are_kept_though_a_compaction_removes_shards(
+    s3: S3, place: BucketPath, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Removed after they were listed."""
+    listings = iter([transfer.committed_shards(place / "shards")])
+    compact(place, SPEC, grace_seconds=0)
+    for copy in copies():  # of the compaction
+        copy.unlink()
+    real = transfer.committed_shards
+    monkeypatch.setattr(transfer, "committed_shards", lambda own: next(listings, None) or real(own))
+    said: list[tuple[int, int]] = []
+    done = keep_copies(place, lambda *what: said.append(what))
+    assert [n for n, _ in said] == [3]
+    assert (done.shards, done.already) == (1, 0)
+    s3.asked.clear()
+    read(place)
+    assert fetched(s3) == 0
+
+
+def test_what_is_pulled_after_a_compaction_is_there_once(
+    s3: S3, place: BucketPath, cache: Cache, tmp_path: Path
+) -> None:
+    copy_cache(place, tmp_path / "pulled")
+    compact(place, SPEC, grace_seconds=0)
+    done = copy_cache(place, tmp_path / "pulled")
+    assert (done.shards, done.already, done.superseded) == (1, 0, 3)
+    check(open_cache(tmp_path / "pulled"), KEYS)  # with no row twice
+    far, near = open_cache(place).card(), open_cache(tmp_path / "pulled").card()
+    assert all(near[name] == far[name] for name in ("rows", "shards", "bytes"))
+    s3.asked.clear()
+    assert copy_cache(place, tmp_path / "pulled").superseded == 0
+    assert fetched(s3) == 0
+
+
+@pytest.mark.parametrize("is_merged", [False, True])
+def test_a_pull_loses_no_row_that_the_bucket_does_not_have(
+    is_merged: bool, s3: S3, place: BucketPath, cache: Cache, tmp_path: Path
+) -> None:
+    own = some_keys(7, seed=5)
+    target = tmp_path / "pulled"
+    copy_cache(place, target)
+    mine = open_cache(target)
+    mine.commit(own, rows_of(own))
+    if is_merged:  # then its rows and the bucket's are in one shard
+        compact(target, SPEC)
+    compact(place, SPEC, grace_seconds=0)
+    assert copy_cache(place, target).superseded == (1 if is_merged else 3)
+    check(open_cache(target), np.concatenate([KEYS, own]))
+    assert len(list((target / "shards").iterdir())) == 2
+    check(mine, np.concatenate([KEYS, own]))  # opened before
+
+
+def test_a_pull_removes_nothing_for_a_shard_that_is_damaged(
+    s3: S3, place: BucketPath, cache: Cache, tmp_path: Path
+) -> None:
+    target = tmp_path / "pulled"
+    copy_cache(place, target)
+    old = sorted((target / "shards").glob("*.h5"))
+    compact(place, SPEC, grace_seconds=0)
+    (merged,) = open_cache(place)._index.refresh().paths
+    (target / "shards" / merged.name).write_bytes(object_store.read_object(merged))
+    flip(target / "shards" / merged.name, -9)
+    with pytest.raises(ShardError, match=f"{merged.name} is damaged"):
+        copy_cache(place, target)
+    assert all(path.exists() for path in old)
+    (target / "shards" / merged.name).unlink()
+    flip(old[0], -9)  # which does not matter any more
+    assert copy_cache(place, target).superseded == 3
+    check(open_cache(target), KEYS)
+
+
+def test_a_pull_and_a_compaction_do_not_remove_at_once(
+    s3: S3, place: BucketPath, cache: Cache, tmp_path: Path
+) -> None:
+    """Else each might remove the other's copy of a row."""
+    copy_cache(place, tmp_path / "pulled")
+    compact(place, SPEC, grace_seconds=0)
+    refusal = CacheError("held")
+    with (
+        hold_lock(tmp_path / "pulled" / LOCK, refusal),
+        pytest.raises(CacheError, match=r"another compaction of .*pulled is running"),
+    ):
+        copy_cache(place, tmp_path / "pulled")
+    assert len(list((tmp_path / "pulled" / "shards").glob("*.h5"))) == 4
+    assert copy_cache(place, tmp_path / "pulled").superseded == 3
+
+
+@pytest.mark.parametrize("step", ["write", "delete"])
+def test_a_pull_killed_while_it_removes_loses_nothing(
+    step: str, s3: S3, place: BucketPath, cache: Cache, tmp_path: Path
+) -> None:
+    target, own = tmp_path / "pulled", some_keys(7, seed=5)
+    copy_cache(place, target)
+    open_cache(target).commit(own, rows_of(own))
+    compact(target, SPEC)
+    compact(place, SPEC, grace_seconds=0)
+    name = {"write": "shards.write_shard", "delete": "delete_files"}[step]
+    code = (
+        "import os, signal\n"
+        "from pathlib import Path\n"
+        "from medembed.cache import compaction, transfer\n"
+        "from medembed.core.locations import parse_location\n"
+        f"real = compaction.{name}\n"
+        "def die(*given, **options):\n"
+        f"    if {step == 'write'}:\n"
+        "        real(*given, **options)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"compaction.{name} = die\n"
+        f"transfer.copy_cache(parse_location({str(place)!r}), Path({str(target)!r}))\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    check(open_cache(target), np.concatenate([KEYS, own]))
+    copy_cache(place, target)
+    check(open_cache(target), np.concatenate([KEYS, own]))
+    assert len(list((target / "shards").iterdir())) == 2
 
 
 def test_a_pull_that_was_killed_goes_on(

@@ -1,8 +1,11 @@
 """Images in a bucket: fetched ahead, a bounded number in flight; and every command on buckets."""
 
+import errno
 import itertools
 import json
 import os
+import tarfile
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -17,10 +20,10 @@ from medembed.cache.embeddings import load_embeddings
 from medembed.cache.store import open_cache
 from medembed.cli import main
 from medembed.core import object_store
-from medembed.core.errors import ManifestError, PathNotFoundError, StorageError
+from medembed.core.errors import ManifestError, MedembedError, PathNotFoundError, StorageError
 from medembed.core.locations import BucketPath
 from medembed.dataset.manifest import Manifest, write_manifest
-from medembed.extraction import extract, image_fetcher
+from medembed.extraction import decode_pool, extract, image_fetcher
 from medembed.extraction.image_store import read_rows
 
 NUMBERS = itertools.count()
@@ -46,14 +49,14 @@ def data(place: BucketPath, tmp_path: Path) -> Manifest:
 
 
 def run_extract(manifest: Manifest, root: Any, cache: Any, **options: Any) -> Any:
-    options = {"dtype": "float32", "batch_size": 4, "decoders": 2} | options
+    options = {"dtype": "float32", "batch_size": 4, "decoders": 1} | options
     return extract(manifest, root, HalvesEncoder(), cache, **options)
 
 
 def test_images_of_a_bucket_give_the_rows_of_a_directory(
     s3: S3, data: Manifest, place: BucketPath, tmp_path: Path
 ) -> None:
-    report = run_extract(data, str(place), tmp_path / "far")
+    report = run_extract(data, str(place), tmp_path / "far", decoders=2)
     assert counts(report) == (N_IMAGES, 0, N_IMAGES, 0, 0)
     run_extract(data, tmp_path / "images", tmp_path / "near")
     far, near = (load_embeddings(tmp_path / name, data).X for name in ("far", "near"))
@@ -95,8 +98,9 @@ def test_a_bounded_number_is_in_flight_and_files_go(
     release = image_fetcher.ImageFetcher.release
 
     def count(self: Any, fetched: Any) -> None:
-        held.append(len(os.listdir(self._directory.name)))
-        places.add(self._directory.name)
+        directory = self._files.directories[0]
+        held.append(len(os.listdir(directory)))
+        places.add(str(directory))
         release(self, fetched)
 
     monkeypatch.setattr(object_store, "read_object", read)
@@ -116,6 +120,33 @@ def test_little_room_holds_up_nothing(
 ) -> None:
     monkeypatch.setattr(image_fetcher, "MAX_WAITING_BYTES", 1)
     assert run_extract(data, place, tmp_path / "cache", decoders=1).embedded == N_IMAGES
+
+
+@pytest.mark.parametrize("kind", ["bucket", "tar"])
+def test_memory_that_fills_up_is_the_disk_s_turn(
+    kind: str, data: Manifest, place: BucketPath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root: Any = place
+    if kind == "tar":
+        with tarfile.open(tmp_path / "x.tar", "w") as tar:
+            tar.add(tmp_path / "images", "images")
+        root = f"tar://{tmp_path / 'x.tar'}"
+    memory, real = tmp_path / "memory", Path.write_bytes
+    memory.mkdir()
+    full = [str(memory)]
+
+    def write(path: Path, content: bytes) -> int:
+        if "medembed-" in str(path) and str(path).startswith(tuple(full)):
+            real(path, content[:3])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(path, content)
+
+    monkeypatch.setattr(decode_pool, "_memory_directory", lambda: memory)
+    monkeypatch.setattr(Path, "write_bytes", write)
+    assert run_extract(data, root, tmp_path / "cache").embedded == N_IMAGES
+    full.append(tempfile.gettempdir())
+    with pytest.raises(MedembedError, match=r"no room for .* of a fetched image .*set TMPDIR"):
+        run_extract(data, root, tmp_path / "other")
 
 
 def test_missing_odd_and_large_objects_fail_alone(
@@ -199,9 +230,10 @@ def test_every_step_takes_buckets(
     call("cache", "compact", cache, "--grace", 0)
     swept = call(
         *("sweep", cache, "m.csv", "-o", "run", "--heads", "logistic", "--configs", "1"),
-        *("--folds", "2", "--jobs", "1"),
+        *("--folds", "2", "--jobs", "1", "--image-root", place),
     )
     assert "Fetching 1 shard, " in swept.stderr
+    assert f"Fetching 48 images from {place} to measure them" in swept.stderr
     assert SECRET not in (tmp_path / "run" / "run.json").read_text()
     near = call(
         *("predict", "run/models/logistic", "--manifest", "m.csv", "--json", "--cache", cache)

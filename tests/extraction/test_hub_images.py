@@ -91,7 +91,7 @@ def build(text: str = ROOT, choices: Choices | None = PATIENT, **options: Any) -
 
 
 def run_extract(manifest: Any, root: Any, cache: Path, **options: Any) -> Any:
-    options = {"dtype": "float32", "batch_size": 4, "decoders": 2} | options
+    options = {"dtype": "float32", "batch_size": 4, "decoders": 1} | options
     return extract(manifest, root, HalvesEncoder(), cache, **options)
 
 
@@ -116,7 +116,8 @@ def test_parquet_files_give_the_manifest_and_the_rows_of_their_images(
     assert told[-1] == (N_IMAGES, N_IMAGES)
     assert any("healthy means normal, broken means abnormal" in notice for notice in report.notices)
     assert not hub.asked("GET", "films.py")
-    assert counts(run_extract(report.manifest, ROOT, tmp_path / "cache")) == (12, 0, 12, 0, 0)
+    two = run_extract(report.manifest, ROOT, tmp_path / "cache", decoders=2)
+    assert counts(two) == (12, 0, 12, 0, 0)
     write_images(tmp_path / "images", N_IMAGES)
     near = rows.assign(image=[f"{n:03d}.png" for n in range(N_IMAGES)])
     run_extract(Manifest(near, "study"), tmp_path / "images", tmp_path / "near")
@@ -255,19 +256,22 @@ def test_extraction_reads_the_commit_of_the_manifest_and_says_what_moved(
     assert kept.stream is not None
     assert kept.stream.commit == OLD
     hub.repos[FILMS][NEW] = {"data/train.parquet": parquet(films[:2])}
-    hub.branches[FILMS] = {"main": NEW}
+    hub.branches[FILMS] = {"main": NEW, "v1": OLD}
     words = ("extract", "m.csv", "--encoder", "demo", "--cache", "c", "--device", "cpu")
     done = invoke(*words, "--image-root", ROOT)
     assert done.exit_code == 0, done.output
-    assert f"{ROOT} has moved to commit {NEW[:12]} since the manifest was built" in done.output
+    assert "has moved" not in done.output  # only the branch that was not read has
     assert "12 embedded" in done.output
+    hub.branches[FILMS] = {"main": OLD, "v1": NEW}
+    done = invoke(*words, "--image-root", ROOT, "--dry-run")
+    assert f"{ROOT}@v1 has moved to commit {NEW[:12]} since the manifest was built" in done.output
     done = invoke(*words[:-3], "c2", "--device", "cpu", "--image-root", f"{ROOT}@{NEW}")
     assert "the manifest was built from commit aaaaaaaaaaaa" in done.output
     assert "no file in the dataset has its bytes" in done.output
     assert "10 failed" in done.output
     told: list[str] = []
     run_extract("m.csv", ROOT, tmp_path / "c3", on_status=told.append)
-    assert any("has moved" in words for words in told)
+    assert any(f"{ROOT}@v1 has moved" in words for words in told)
     hub.branches[FILMS] = {}
     assert run_extract("m.csv", f"{ROOT}@v1", tmp_path / "c4").embedded == N_IMAGES
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from made_extraction import HalvesEncoder, counts, write_images
-from s3_server import S3
+from s3_server import S3, Asked
 
 from medembed.cache.embeddings import load_embeddings
 from medembed.cache.pending import Worker
@@ -23,7 +23,8 @@ from medembed.dataset.build_file import build_path, read_build
 from medembed.dataset.manifest import Manifest, existing_images, read_manifest
 from medembed.dataset.recipes.stream import build_from_stream
 from medembed.extraction import extract
-from medembed.images.tar_stream import TarRoot, parse_tar_root
+from medembed.images import tar_stream
+from medembed.images.tar_stream import TarRoot, list_tars, parse_tar_root
 
 N_IMAGES = 12
 
@@ -59,7 +60,7 @@ def tars(tmp_path: Path) -> TarRoot:
 
 
 def run_extract(manifest: Manifest, root: Any, cache: Path, **options: Any) -> Any:
-    options = {"dtype": "float32", "batch_size": 4, "decoders": 2} | options
+    options = {"dtype": "float32", "batch_size": 4, "decoders": 1} | options
     return extract(manifest, root, HalvesEncoder(), cache, **options)
 
 
@@ -71,7 +72,7 @@ def test_a_stream_gives_the_manifest_and_the_rows_of_its_files(
     assert manifest.rows["label"].tolist() == [0, 1] * 6
     assert manifest.rows["age"].tolist() == [str(20 + n) for n in range(N_IMAGES)]
     assert "notes" not in manifest.rows
-    report = run_extract(manifest, str(tars), tmp_path / "cache")
+    report = run_extract(manifest, str(tars), tmp_path / "cache", decoders=2)
     assert counts(report) == (N_IMAGES, 0, N_IMAGES, 0, 0)
     near = manifest.rows.assign(image=[f"{n:03d}.png" for n in range(N_IMAGES)])
     run_extract(Manifest(near, "study"), tmp_path / "images", tmp_path / "near")
@@ -101,6 +102,54 @@ def test_a_stream_may_lie_in_a_bucket(s3: S3, tars: TarRoot, tmp_path: Path) -> 
     manifest = build_from_stream(far).manifest
     assert manifest.rows.equals(build_from_stream(tars).manifest.rows)
     assert run_extract(manifest, str(far), tmp_path / "cache").embedded == N_IMAGES
+
+
+def test_a_tar_file_that_is_replaced_while_it_is_read_is_no_mixture(
+    s3: S3, tars: TarRoot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = BucketPath("s3", "bucket", f"tars/{os.getpid()}-{tmp_path.name}/x.tar")
+    assert isinstance(tars.place, Path)
+    data = (tars.place / "shard-0.tar").read_bytes()
+    object_store.put_object(place, data)
+    monkeypatch.setattr(tar_stream, "BLOCK", 4096)
+
+    def replace(asked: Asked) -> None:
+        if asked.method == "GET" and asked.n == 2 and asked.key == place.key:
+            object_store.put_object(place, data.replace(b"IHDR", b"ihdr"))
+
+    s3.fault = replace
+    with pytest.raises(ImageError, match=r"x\.tar .* was replaced while it was read"):
+        build_from_stream(TarRoot(place))
+
+
+def test_tar_files_of_one_name_below_a_prefix_are_told_apart(s3: S3, tmp_path: Path) -> None:
+    place = BucketPath("s3", "bucket", f"tars/{os.getpid()}-{tmp_path.name}")
+    for folder in ("train", "test"):
+        object_store.put_object(place / folder / "s.tar", b"")
+    assert [file.name for file in list_tars(TarRoot(place))] == ["test/s.tar", "train/s.tar"]
+    assert [file.name for file in list_tars(TarRoot(place / "train" / "s.tar"))] == ["s.tar"]
+    with pytest.raises(PathNotFoundError, match=r"no tar file at s3://.*/y\.tar"):
+        list_tars(TarRoot(place / "y.tar"))
+
+
+def test_hidden_files_are_no_images(tmp_path: Path) -> None:
+    write_images(tmp_path / "images", 2)
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for number in range(2):
+            add(tar, f"a/._{number}.png", b"\x00\x05\x16\x07")
+            add(tar, f"a/{number}.json", json.dumps(about(number)).encode())
+            add(tar, f"a/{number}.png", (tmp_path / "images" / f"{number:03d}.png").read_bytes())
+    images = build_from_stream(TarRoot(tmp_path / "x.tar")).manifest.rows["image"]
+    assert images.tolist() == ["x.tar/a/0.png", "x.tar/a/1.png"]
+
+
+def test_numbers_of_a_header_that_are_none_are_one_error(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        member = tarfile.TarInfo("0.png")
+        member.pax_headers = {"GNU.sparse.map": "one,two"}
+        tar.addfile(member, io.BytesIO(b""))
+    with pytest.raises(ImageError, match=r"x\.tar cannot be read to its end"):
+        build_from_stream(TarRoot(tmp_path / "x.tar"))
 
 
 def test_what_the_stream_does_not_hold_fails_alone(tars: TarRoot, tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def build_from_stream(
     source, n_images = _name(root), 0
     is_open = choices is None and isinstance(root, TarRoot)
     choices = choices or Choices()
-    if isinstance(root, HubRoot) and (preview := preview_samples(root, choices.image)) is not None:
+    if (preview := preview_samples(root, choices.image)) is not None:
         n_images = _check_preview(preview, choices, root)
     found = _Collected()
     for sample in read_samples(root, DEFAULT_LIMITS.max_bytes, choices.image):
@@ -131,7 +131,7 @@ def _name(root: StreamRoot) -> str:
     return str(root)
 
 
-def _check_preview(preview: Iterable[Sample], choices: Choices, root: HubRoot) -> int:
+def _check_preview(preview: Iterable[Sample], choices: Choices, root: StreamRoot) -> int:
     """Refuse before the images are fetched what their values show; return the images' number."""
     found = _Collected()
     for sample in preview:

@@ -17,11 +17,11 @@ from medembed.core.errors import RecipeError
 from medembed.core.text import one_line
 from medembed.dataset.recipes.guesses import find_split_word
 from medembed.dataset.tables import EXACT_FLOAT
-from medembed.images.hub_dataset import DatasetFiles, HubRoot, list_data_files
+from medembed.images.hub_dataset import DatasetFiles
 from medembed.images.parquet_stream import ImageColumns, read_columns, read_rows
-from medembed.images.stream_files import IMAGE_SUFFIXES, StreamFile
-from medembed.images.streams import StreamRoot, read_files, refuse_without_images
-from medembed.images.tar_stream import TarRoot, list_tars, read_members
+from medembed.images.stream_files import IMAGE_SUFFIXES, StreamFile, read_files
+from medembed.images.streams import StreamRoot, list_stream, refuse_without_images
+from medembed.images.tar_stream import read_members
 
 __all__ = ["Sample", "preview_samples", "read_samples"]
 
@@ -74,10 +74,7 @@ def read_samples(root: StreamRoot, max_bytes: int, image: str | None = None) -> 
     ImageError, PathNotFoundError, StorageError
         As `read_images` raises them.
     """
-    if isinstance(root, TarRoot):
-        yield from _read_tars(list_tars(root), max_bytes)
-        return
-    found = list_data_files(root)
+    found = list_stream(root)
     if found.layout == "tar":
         yield from _read_tars(found.files, max_bytes)
     elif found.layout == "images":
@@ -86,12 +83,12 @@ def read_samples(root: StreamRoot, max_bytes: int, image: str | None = None) -> 
         yield from _read_parquet(found, max_bytes, image)
 
 
-def preview_samples(root: HubRoot, image: str | None = None) -> Iterator[Sample] | None:
-    """Return the samples of a dataset with empty images, or None if only reading them tells.
+def preview_samples(root: StreamRoot, image: str | None = None) -> Iterator[Sample] | None:
+    """Return the samples of a stream with empty images, or None if only reading them tells.
 
     What is wrong with a column shows before the images are fetched. Raises as `read_samples`.
     """
-    found = list_data_files(root)
+    found = list_stream(root)
     if found.layout == "tar":
         return None
     if found.layout == "images":
@@ -117,7 +114,7 @@ def _read_tars(tars: Iterable[StreamFile], max_bytes: int) -> Iterator[Sample]:
             images = {
                 name: TOO_LARGE if data is None else data
                 for name, data in own.items()
-                if _suffix(name) in IMAGE_SUFFIXES
+                if _suffix(name) in IMAGE_SUFFIXES and not _is_hidden(name)
             }
             if images:
                 values, problem = _read_about(key, own)
@@ -127,6 +124,11 @@ def _read_tars(tars: Iterable[StreamFile], max_bytes: int) -> Iterator[Sample]:
 def _key(name: str) -> str:
     folder, slash, last = name.rpartition("/")
     return folder + slash + last.partition(".")[0]
+
+
+def _is_hidden(name: str) -> bool:
+    """Tell what is no image though it is called one, as what macOS leaves beside 0007.png."""
+    return name.rpartition("/")[2].startswith(".")
 
 
 def _suffix(name: str) -> str:
