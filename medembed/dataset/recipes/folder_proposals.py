@@ -209,8 +209,8 @@ def _describe_flat(levels: _Levels, paths: Sequence[str], root: Path, chosen: It
     listed = "; ".join(show_counts(dict(counts), 8) for counts in levels.values)
     return (
         f"the folders of {root} are not classes of images: {listed}. Describe its paths with "
-        "--pattern, as in '{label}/*' or '{split}/{label}/{patient}_*', or give a table of labels in "
-        "place of the folder (`manifest build --from-table FILE`)."
+        "--pattern, as in '{label}/*' or '{split}/{label}/{patient}_*', or give a table of labels "
+        "in place of the folder (`manifest build --from-table FILE`)."
     )
 
 
