@@ -225,7 +225,8 @@ def _read_review(path: Path) -> pd.DataFrame:
         columns = "columns" if len(missing) > 1 else "column"
         raise ManifestError(
             f"{path} lacks the {columns} {' and '.join(missing)}. A review has sha256 and "
-            "new_label (0 normal, 1 abnormal, empty: not reviewed), as `medembed worklist` writes it."
+            "new_label (0 normal, 1 abnormal, empty: not reviewed), as `medembed worklist` "
+            "writes it."
         )
     table["sha256"] = table["sha256"].str.strip().str.lower()
     table["row"] = table.index + 2
