@@ -232,13 +232,28 @@ def render(folder: Path) -> str:
     return (
         "\n".join(
             [
-                *(*lines, "", *_gpu(folder), *_growth(folder)),
+                *(*lines, "", *_startup(folder), *_gpu(folder), *_growth(folder)),
                 *describe_quality(read(folder / "quality.json")),
                 *(*coverage, *_noise(folder), *_machines(folder)),
             ]
         )
         + "\n"
     )
+
+
+def _startup(folder: Path) -> list[str]:
+    """Return how soon each command answers, from `startup.py`, as lines."""
+    commands = read(folder / "startup.json").get("commands")
+    if not commands:
+        return []
+    lines = ["## How soon commands answer", ""]
+    lines += [
+        "Seconds until something stands on the terminal, and until the end, with nothing left"
+    ]
+    lines += ["to do, by `bench/startup.py`; at most 1 s is wanted for the first.", ""]
+    lines += ["| `medembed …` | first output | end |", "|---|---|---|"]
+    lines += [f"| {k} | {own['first']:.2f} s | {own['end']:.2f} s |" for k, own in commands.items()]
+    return [*lines, ""]
 
 
 def _gpu(folder: Path) -> list[str]:

@@ -61,6 +61,11 @@ SECTIONS = {
         "help_option_names": ["-h", "--help"],
         "auto_envvar_prefix": "MEDEMBED",
     },
+    examples=[
+        "medembed demo",
+        "medembed run films --encoder google/medgemma-4b-pt -o films-run",
+        "medembed extract --help",
+    ],
     epilog="Options can be set by environment variables too: MEDEMBED_SWEEP_JOBS=4 is --jobs 4 of "
     "sweep. Research software, not a medical device.",
 )

@@ -17,6 +17,14 @@ _SECTIONS = {
 }
 
 
-@click.group("audit", cls=Sections, sections=_SECTIONS)
+@click.group(
+    "audit",
+    cls=Sections,
+    sections=_SECTIONS,
+    examples=[
+        "medembed audit labels runs/sweep --manifest mura.csv -o review",
+        "medembed audit shortcuts cache mura.csv --columns region,cast",
+    ],
+)
 def audit_command() -> None:
     """Audit the labels of a data set, and what a model may read in place of the disease."""

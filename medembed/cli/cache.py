@@ -31,7 +31,14 @@ __all__ = [
 _MISSING = ("--image-root", "DIR", "--encoder", "REF")
 
 
-@click.group("cache", cls=Commands)
+@click.group(
+    "cache",
+    cls=Commands,
+    examples=[
+        "medembed cache info cache --manifest mura.csv",
+        "medembed cache verify cache",
+    ],
+)
 def cache_command() -> None:
     """Inspect, verify, compact, move and export a cache of embeddings."""
 
@@ -139,7 +146,7 @@ def verify_command(cache_path: Location, repair: bool, as_json: bool) -> None:
     """Check every shard of CACHE against its hash and the spec; exit with 1 if any is damaged.
 
     With --repair, damaged shards are set aside, never deleted, and the next `medembed extract`
-    embeds only their rows again. Then too the exit status is 1, because rows are missing.
+    embeds only their rows again. The exit status is 1 all the same, because rows are missing.
     """
     from medembed.cache import verification
     from medembed.cache.store import open_cache

@@ -4,7 +4,7 @@ import errno
 import re
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from importlib import import_module
@@ -25,6 +25,28 @@ Entry = tuple[str, str]
 _LAST = ("jsonl", "json", QUIET, VERBOSE, "help")
 _NO_LIMIT = re.compile(r"(\d+)<=x<=\d{6,}")
 """A range whose upper end only guards against nonsense."""
+_HYPHEN = re.compile(r"(?<=\S)-(?=\w)")
+_WHOLE = "\u2011"  # a hyphen that no line ends with
+
+
+class _Formatter(click.HelpFormatter):
+    """Help text whose lines never end within --no-augment or out-of-fold."""
+
+    def write_text(self, text: str) -> None:
+        super().write_text(_HYPHEN.sub(_WHOLE, text))
+
+    def write_dl(
+        self, rows: Iterable[tuple[str, str]], col_max: int = 30, col_spacing: int = 2
+    ) -> None:
+        rows = [(name, _HYPHEN.sub(_WHOLE, words)) for name, words in rows]
+        super().write_dl(rows, col_max, col_spacing)
+
+    def write(self, string: str) -> None:
+        super().write(string.replace(_WHOLE, "-"))
+
+
+class _Context(click.Context):
+    formatter_class = _Formatter
 
 
 class Command(click.Command):
@@ -40,6 +62,8 @@ class Command(click.Command):
     starting : str
         What a terminal shows at once, because libraries take seconds to load.
     """
+
+    context_class = _Context
 
     def __init__(
         self,
@@ -100,11 +124,15 @@ class Command(click.Command):
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the examples, one line each unless the terminal is too narrow."""
         super().format_epilog(ctx, formatter)
-        if self.examples:
-            with formatter.section("Examples"):
-                for example in self.examples:
-                    for line in fold(example, formatter.width - 2 * formatter.indent_increment):
-                        formatter.write(f"{'':{formatter.current_indent}}{line}\n")
+        _write_examples(formatter, self.examples)
+
+
+def _write_examples(formatter: click.HelpFormatter, examples: Sequence[str]) -> None:
+    if examples:
+        with formatter.section("Examples"):
+            for example in examples:
+                for line in fold(example, formatter.width - 2 * formatter.indent_increment):
+                    formatter.write(f"{'':{formatter.current_indent}}{line}\n")
 
 
 def _flag(name: str, short: str, words: str) -> click.Option:
@@ -138,9 +166,25 @@ def fold(command: str, width: int) -> list[str]:
 
 
 class Commands(click.Group):
-    """A group that turns errors raised on purpose into `Error: …` and exit status 1."""
+    """A group that turns errors raised on purpose into `Error: …` and exit status 1.
+
+    Parameters
+    ----------
+    examples : sequence of str
+        Whole command lines, shown at the end of the help.
+    """
 
     command_class = Command
+    context_class = _Context
+
+    def __init__(self, *arguments: Any, examples: Sequence[str] = (), **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.examples = tuple(examples)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the examples, then the epilogue."""
+        _write_examples(formatter, self.examples)
+        super().format_epilog(ctx, formatter)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; convert `MedembedError`, a full disk and the like in one place."""

@@ -54,7 +54,15 @@ LOOK = (
 )
 
 
-@click.group("manifest", cls=Commands)
+@click.group(
+    "manifest",
+    cls=Commands,
+    examples=[
+        "medembed manifest init films -o films.toml",
+        "medembed manifest build films.toml --image-root films -o films.csv",
+        "medembed manifest check films.csv --image-root films",
+    ],
+)
 def manifest_command() -> None:
     """Propose, build, check and relabel manifests: one row per image."""
 
@@ -471,18 +479,19 @@ def relabel_command(manifest_path: Path, review_path: Path, output: Path, as_jso
     """Apply the labels of REVIEW to MANIFEST, and write another manifest.
 
     REVIEW is a table with the columns sha256 and new_label: 0 is normal, 1 abnormal, and empty not
-    reviewed. `medembed worklist` writes such a table for you to fill in. If labels
-    are per study, a new label holds for all views. Nothing is embedded again. Every change since
-    the build is kept beside the manifest, in MANIFEST.relabelling.json.
+    reviewed. `medembed audit labels` and `medembed worklist` write such a table for you to fill in.
+    If labels are per study, a new label holds for all views. Nothing is embedded again. Every
+    change since the build is kept beside the manifest, in MANIFEST.relabelling.json.
     """
     from medembed.dataset.relabelling import relabel, relabelling_path, write_relabelled
 
     relabelled = relabel(manifest_path, review_path)
     write_relabelled(relabelled, manifest_path, output)
     document = relabelled.as_dict()
-    changed, abnormal, normal, new, confirmed = (f"{n:,}" for n in document.values())
+    changed = counted(next(iter(document.values())), "label")
+    _, abnormal, normal, new, confirmed = (f"{n:,}" for n in document.values())
     say(
-        f"{output}: {changed} labels changed ({abnormal} to abnormal, {normal} to normal, {new} "
+        f"{output}: {changed} changed ({abnormal} to abnormal, {normal} to normal, {new} "
         f"new), {confirmed} confirmed; every change: {relabelling_path(output)}"
     )
     if as_json:

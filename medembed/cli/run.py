@@ -77,6 +77,7 @@ def run_command(
     directory and run the command again.
     """
     refuse_stream(source)
+    _refuse_unknown(source)
     root = image_root or _folder_of(source)
     if root is None:
         raise click.UsageError("Missing option '--image-root': a recipe or manifest needs it.")
@@ -142,6 +143,21 @@ def _make(
         key = ("--key-file", str(output / "pseudonyms.key"))
     _step(context, "manifest", "build", recipe, *images, "-o", str(paths["manifest"]), *key)
     return paths
+
+
+def _refuse_unknown(source: str) -> None:
+    """Raise PathNotFoundError where `source` is neither on the disk nor a recipe's name."""
+    if Path(source).exists():
+        return
+    from medembed.core.errors import PathNotFoundError
+    from medembed.dataset.recipes.build import find_recipes
+
+    names = sorted(find_recipes())
+    if source not in names:
+        raise PathNotFoundError(
+            f"{source} does not exist. Give a folder of images, a table, a manifest, a recipe's "
+            f"file, or one of the names {', '.join(names)}."
+        )
 
 
 def _read_options(path: Path) -> list[str]:

@@ -222,9 +222,11 @@ def _read_review(path: Path) -> pd.DataFrame:
     table = read_foreign_table(path, ManifestError, as_written=["sha256"]).rows
     missing = [name for name in ("sha256", "new_label") if name not in table]
     if missing:
+        columns = "columns" if len(missing) > 1 else "column"
         raise ManifestError(
-            f"{path} lacks the column {' and '.join(missing)}. A review has sha256 and new_label "
-            "(0 normal, 1 abnormal, empty: not reviewed), as `medembed worklist` writes it."
+            f"{path} lacks the {columns} {' and '.join(missing)}. A review has sha256 and "
+            "new_label (0 normal, 1 abnormal, empty: not reviewed), as `medembed worklist` "
+            "writes it."
         )
     table["sha256"] = table["sha256"].str.strip().str.lower()
     table["row"] = table.index + 2

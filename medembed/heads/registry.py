@@ -110,5 +110,5 @@ def _as_state(seed: int) -> int:
 def nearest(name: str, known: Sequence[str]) -> str:
     """Return the end of a message about an unknown name: the nearest known one, and all names."""
     close = get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
-    return f"{hint}Known are {', '.join(known)}"
+    listed = ", ".join(known)
+    return f"did you mean {close[0]}? Known are {listed}" if close else f"known are {listed}"

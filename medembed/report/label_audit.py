@@ -45,8 +45,9 @@ _NOTES = (
     "An abnormality that the encoder cannot see counts as a wrong label, because both look the "
     "same to it. The estimate is never below 0, so it is above 0 on average even if no label is "
     "wrong.",
-    "Labels of test are judged by the final models. Who corrects only those labels of test that a "
-    "model disputes raises that model's score: read all of test again, or leave its labels alone.",
+    "Labels of test are judged by the final models. Correcting only those labels of test "
+    "that a model disputes raises that model's score: read all of test again, or leave its labels "
+    "alone.",
 )
 
 

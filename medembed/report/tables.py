@@ -174,9 +174,14 @@ def make_table(
 
 
 def format_interval(score: Mapping[str, Any], digits: int = 3) -> str:
-    """Return a score with its interval, ``0.931 [0.902, 0.956]``, or bound, ``[≤ 0.080]``."""
+    """Return a score with its interval, ``0.931 [0.902, 0.956]``, or bound, ``[≤ 0.080]``.
+
+    Without decimals where a limit reaches 100, as a slope's does on a few studies.
+    """
     if score["value"] is None:
         return NOT_ESTIMABLE
+    if any(abs(score[end] or 0) >= 100 for end in ("value", "low", "high")):
+        digits = 0
     value, low, high = (
         "" if score[end] is None else f"{score[end]:.{digits}f}" for end in ("value", "low", "high")
     )

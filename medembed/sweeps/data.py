@@ -542,8 +542,8 @@ def _check_target(
     parts |= {f"fold {fold}": row_folds == fold for fold in range(len(row_inner))}
     for fold, judged in enumerate(row_inner):
         others = is_train & (row_folds != fold)
-        parts[f"what is learnt from without fold {fold}"] = others & ~judged
-        parts[f"what stops training without fold {fold}"] = others & judged
+        parts[f"the learning part of train without fold {fold}"] = others & ~judged
+        parts[f"the early-stopping part of train without fold {fold}"] = others & judged
     for part, chosen in parts.items():
         found = y[chosen]
         lacking = [word for word, value in (("positive", 1), ("negative", 0)) if value not in found]

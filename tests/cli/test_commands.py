@@ -65,6 +65,31 @@ def test_every_command_shows_examples_that_it_takes(name: str) -> None:
         command.make_context(name, arguments)  # raises what the command line would
 
 
+@pytest.mark.parametrize("group", ["", "audit", "cache", "manifest"])
+def test_groups_show_examples_of_their_commands(group: str) -> None:
+    shown = run(*group.split(), "--help").output.partition("Examples:\n")[2]
+    examples = re.findall(r"^  (medembed .*)$", shown, re.M)
+    assert examples
+    for example in examples:
+        words = shlex.split(example)[1:]
+        assert words[: len(group.split())] == group.split()
+        _, command, rest = main.resolve_command(main.make_context("medembed", ["-"]), words)
+        if group:
+            assert isinstance(command, click.Group)
+            _, command, rest = command.resolve_command(click.Context(command), rest)
+        assert command is not None
+        if rest != ["--help"]:
+            command.make_context(example, rest)  # raises what the command line would
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("width", [60, 80])
+def test_no_line_of_the_help_ends_within_a_word(name: str, width: int) -> None:
+    shown = run(*name.split()[1:], "--help", terminal_width=width).output
+    assert not [line for line in shown.splitlines() if re.search(r"\w-$", line)]
+    assert "\u2011" not in shown
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_headings_of_options_name_options_and_leave_none_out(name: str) -> None:
     command = COMMANDS[name]

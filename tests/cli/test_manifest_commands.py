@@ -56,6 +56,15 @@ def test_a_folder_per_class_is_a_manifest_that_its_recipe_builds_again(films: Pa
     assert not (films.parent / "again.recipe.toml").exists()
 
 
+def test_images_of_equal_bytes_are_counted(films: Path) -> None:
+    out, said = films.parent / "m.csv", "have the same bytes as another"
+    assert said not in run("build", "--from-folders", films, "-o", out).stderr
+    (films / "broken/1.png").write_bytes((films / "broken/3.png").read_bytes())
+    done = run("build", "--from-folders", films, "-o", out)
+    assert f"2 images {said}; such copies are embedded once and count as one patient" in done.stderr
+    assert "40 images, 40 studies, 39 patients" in done.stderr
+
+
 def test_a_table_needs_no_recipe_and_no_column_is_guessed_but_image_and_label(films: Path) -> None:
     out = films.parent / "m.csv"
     table = ("--from-table", films / "labels.csv", "-o", out, "--json")

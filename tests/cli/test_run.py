@@ -136,6 +136,10 @@ def test_a_step_that_fails_ends_the_run_with_its_error(films: Path, tmp_path: Pa
                   "-o", tmp_path / "out2")  # fmt: skip
     assert missing.exit_code == 1
     assert "nothing.csv" in missing.stderr
+    bare = run("run", tmp_path / "nothing", "--encoder", "demo", "-o", tmp_path / "out3")
+    assert bare.exit_code == 1
+    assert "nothing does not exist. Give a folder of images" in bare.stderr
+    assert not (tmp_path / "out3").exists()
 
 
 @pytest.mark.parametrize("more", [[], ["--dry-run"]])

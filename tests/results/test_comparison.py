@@ -16,7 +16,7 @@ from medembed.evaluation.intervals import bootstrap_scores
 from medembed.evaluation.scores import by_study
 from medembed.evaluation.thresholds import youden_threshold
 from medembed.report.figures.roc_pr import roc_band, roc_curve
-from medembed.report.tables import FORMATS, Table, render, render_table
+from medembed.report.tables import FORMATS, Table, format_interval, render, render_table
 from medembed.results.comparison import compare
 
 FAST = {"n_resamples": 200}
@@ -283,3 +283,10 @@ def test_gaps_between_columns_shrink_before_a_head_is_folded(width, gap):
     assert line.split() == " ".join(row).split()
     assert f"1.000{' ' * gap}0.083" in line
     assert max(map(len, lines)) <= width
+
+
+def test_limits_that_reach_hundreds_lose_their_decimals() -> None:
+    slope = {"value": 423.21, "low": -20781.95, "high": 21628.37}
+    assert format_interval(slope, 2) == "423 [-20782, 21628]"
+    assert format_interval({"value": 1.2, "low": -99.99, "high": None}, 2) == "1.20"
+    assert format_interval({"value": None, "low": None, "high": None}) == "not estimable"

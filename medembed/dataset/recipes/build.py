@@ -264,7 +264,8 @@ def build_manifest(
     _refuse_warnings(recipe, strict, warnings)
     small = find_small_parts(manifest.rows, is_labelled=is_labelled)
     n_unlisted = 0 if structure_only else len(listing.files)
-    notices = [*listing.notices, *small, *describe_targets(manifest.rows)]
+    copies = _describe_copies(recipe, manifest.rows)
+    notices = [*listing.notices, *copies, *small, *describe_targets(manifest.rows)]
     return BuildReport(manifest, sorted(excluded), warnings, notices, n_unlisted)
 
 
@@ -393,6 +394,16 @@ def _hash(
         raise RecipeError(f"{said[0]}. Make the files below {root} readable.")
     rows = rows.assign(sha256=hashes)
     return rows[rows["sha256"] != ""].reset_index(drop=True)
+
+
+def _describe_copies(recipe: Recipe, rows: pd.DataFrame) -> list[str]:
+    """Return a sentence on images whose bytes stand under several names, if there are any."""
+    n_copies = int(((rows["sha256"] != "") & rows["sha256"].duplicated(keep=False)).sum())
+    if not n_copies:
+        return []
+    joined = " and count as one patient" if recipe.groups and recipe.groups.same_bytes else ""
+    copies = f"{n_copies:,} images have the same bytes as another; such copies are embedded once"
+    return [f"{copies}{joined}"]
 
 
 def _refuse_warnings(recipe: Recipe, strict: bool, warnings: list[str]) -> None:

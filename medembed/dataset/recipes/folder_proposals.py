@@ -203,13 +203,14 @@ def _describe_flat(levels: _Levels, paths: Sequence[str], root: Path, chosen: It
     if not names:
         return (
             f"{root} holds {there}, such as {paths[0]!r}, and no folder for each class. Put them "
-            "into a folder per class, or name a table of their labels with --from-table."
+            "into a folder per class, or give a table of their labels in place of the folder "
+            "(`manifest build --from-table FILE`)."
         )
     listed = "; ".join(show_counts(dict(counts), 8) for counts in levels.values)
     return (
         f"the folders of {root} are not classes of images: {listed}. Describe its paths with "
-        "--pattern, as in '{label}/*' or '{split}/{label}/{patient}_*', or name a table of labels "
-        "with --from-table."
+        "--pattern, as in '{label}/*' or '{split}/{label}/{patient}_*', or give a table of labels "
+        "in place of the folder (`manifest build --from-table FILE`)."
     )
 
 

@@ -80,6 +80,24 @@ _ROLES = {
     "tumor tumour lesion gt groundtruth",
 }
 _WORDS = {role: frozenset(words.split()) for role, words in _ROLES.items()}
+# The last parts of compounds, German or run together: Patientennummer, Bilddatei, patientnumber.
+_NAMING = ("nummer", "number", "kennung", "schlussel", "schluessel", "pseudonym", "name")
+_FILES = ("datei", "pfad", "file", "path")
+_ENDINGS = {
+    "image": ("id", "nr", *_NAMING, *_FILES),
+    "patient": ("id", "nr", *_NAMING),
+    "study": ("id", "nr", *_NAMING),
+}
+_LINKS = ("", "s", "n", "en")  # between the parts of a German compound
+_COMPOUNDS = {
+    role: frozenset(
+        word + link + ending
+        for word in words
+        for link in _LINKS
+        for ending in _ENDINGS.get(role, ("id", "nr"))
+    )
+    for role, words in _WORDS.items()
+}
 _QUALIFIERS = {
     *("id", "ids", "nr", "no", "num", "number", "nummer", "code", "key", "name", "hash", "uid"),
     *("pseudonym", "instance", "ref", "anon", "index", "stem", "examined", "body", "visible"),
@@ -111,10 +129,8 @@ def has_role(name: str, role: str) -> bool:
     if "".join(tokens) in words:
         return True
     rest = [token for token in tokens if token not in words]
-    stems = [
-        token for token in tokens if any(token == f"{w}{q}" for w in words for q in ("id", "nr"))
-    ]
-    return (len(rest) < len(tokens) and set(rest) <= _QUALIFIERS) or bool(stems)
+    is_qualified = len(rest) < len(tokens) and set(rest) <= _QUALIFIERS
+    return is_qualified or not _COMPOUNDS[role].isdisjoint([*tokens, "".join(tokens)])
 
 
 def find_column(table: pd.DataFrame, role: str, taken: Iterable[str]) -> str:
@@ -197,6 +213,8 @@ def find_covariates(table: pd.DataFrame, taken: Iterable[str]) -> list[str]:
 def _is_covariate(column: "pd.Series[str]", name: str) -> bool:
     tokens = set(tokens_of(name))
     if tokens & (_IDENTIFYING | _NO_COVARIATES) or has_role(name, "patient"):
+        return False
+    if any(token.endswith((*_NAMING, "datum")) for token in tokens):
         return False
     values = column[column != ""].unique()
     if len(values) < 2:

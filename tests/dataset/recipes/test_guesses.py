@@ -57,6 +57,10 @@ def test_what_words_do_not_say_is_not_guessed(values: list[str]) -> None:
         *(("Körperteil", "region"), ("BodyPartExamined", "region"), ("set", "split")),
         *(("Image Index", "image"), ("Dateiname", "image"), ("Finding Labels", "label")),
         *(("fracture_visible", "label"), ("BEFUND", "label")),
+        *(("Patientennummer", "patient"), ("Patientenkennung", "patient")),
+        *(("PATIENTNUMBER", "patient"), ("Patientenname", "patient"), ("Patientenalter", "")),
+        *(("Untersuchungsnummer", "study"), ("UntersuchungsID", "study"), ("Bildpfad", "image")),
+        *(("Bilddatei", "image"), ("Bildqualität", ""), ("Untersuchungsart", "")),
     ],
 )
 def test_names_of_columns_have_at_most_one_role(name: str, role: str) -> None:
@@ -86,6 +90,9 @@ def test_covariates_are_numbers_and_few_categories_of_nobody() -> None:
             "age": [f"{i / 2:.1f}".replace(".", ",") for i in range(n)],
             "sex": ["M", "F"] * (n // 2),
             "Nachname": ["Meier", "Huber"] * (n // 2),
+            "Patientenname": ["Meier", "Huber"] * (n // 2),
+            "Fallnummer": ["A1", "A2"] * (n // 2),
+            "Prüfdatum": ["3.11.2021", "4.11.2021"] * (n // 2),
             "patient_id": ["1", "2"] * (n // 2),
             "accession": [str(10**7 + i) for i in range(n)],
             "note": [f"text {i}" for i in range(n)],
