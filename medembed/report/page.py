@@ -411,10 +411,10 @@ class _Page:
                 version=__version__,
                 has_folder=bool(self.films.beside),
                 has_file=self.document.cases_file is not None,
-                data=Markup(_as_json(self.document)),  # nosec B704 # no < in it
-                films=Markup(_as_json(self.films)),  # nosec B704 # no < in it
-                style=Markup(style),  # nosec B704 # ours
-                script=Markup(script),  # nosec B704 # ours, and none of it comes from a run
+                data=_unescaped(_as_json(self.document)),
+                films=_unescaped(_as_json(self.films)),
+                style=_unescaped(style),
+                script=_unescaped(script),
                 script_digest=digest,
             )
         )
@@ -444,6 +444,11 @@ def _as_json(document: PageDocument | Films | Cases) -> str:
     """Return a document as JSON that can stand within a script: nothing in it ends the element."""
     text = document.model_dump_json()
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+def _unescaped(text: str) -> Markup:
+    """Return text that the page takes as it is: its own script and style, and `_as_json`'s."""
+    return Markup(text)  # nosec B704 # nothing in it comes from a run, or it has no <
 
 
 def make_environment() -> Environment:
