@@ -7,6 +7,7 @@ from math import nan
 from typing import Any, Literal, cast
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from medembed.core.errors import RunError
 from medembed.dataset.manifest import Manifest
@@ -232,7 +233,18 @@ def compare_aligned(
     seed: int = 0,
     prevalence: float | None = None,
 ) -> ComparisonResult:
-    """Return what `compare_runs` returns, for the test set that `align_runs` made of these runs."""
+    """Return what `compare_runs` returns, for the test set that `align_runs` made of these runs.
+
+    Linear algebra takes one thread: with more, sums over 10,000 patients have other last digits on
+    another number of cores, and take twice as long, for threads wait for each other at every sum.
+    """
+    with threadpool_limits(1, user_api="blas"):
+        return _compare(runs, test_set, n_resamples, seed, prevalence)
+
+
+def _compare(
+    runs: Sequence[Run], test_set: TestSet, n_resamples: int, seed: int, prevalence: float | None
+) -> ComparisonResult:
     known = None if prevalence is None else check_prevalence(prevalence)
     contenders, priors_of = drop_repeats(runs, test_set)
     deferrals = find_deferrals(runs, test_set)
