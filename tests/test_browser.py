@@ -211,6 +211,7 @@ def test_a_curve_answers_the_pointer_and_the_keys(open_page):
     said = readout.inner_text()
     assert results(page) != before
     assert f"sensitivity {results(page)['Sensitivity']}" in said
+    assert f"specificity {results(page)['Specificity']}" in said
     page.locator("[data-plot=decision_curve] .chart").focus()
     page.keyboard.press("ArrowRight")
     assert "net benefit" in page.locator("[data-plot=decision_curve] .readout").inner_text()

@@ -60,8 +60,7 @@ const addRoc = (page, store, host) => {
       ([x, y]) => `sensitivity ${share(y)}, specificity ${share(1 - x)}`,
       (i) => ({ band: i === 0 ? page.roc_band && { ...page.roc_band } : null }));
     for (const own of series) { // from no row to all rows
-      own.points.unshift([0, 0]);
-      own.points.push([1, 1]);
+      own.points = [[0, 0], ...own.points, [1, 1]];
       const { tell, choose } = own;
       const last = own.points.length - 1;
       own.tell = (j) => (j === 0 || j === last ? `all called ${j ? "abnormal" : "normal"}` : tell(j - 1));
