@@ -56,7 +56,7 @@ from medembed.results.alignment import TestSet, align_runs
 from medembed.results.comparison import ComparisonOptions, compare_aligned, open_runs
 from medembed.results.comparison_schema import ComparisonResult
 from medembed.results.embedding_map import first_map
-from medembed.results.methods import DISCLAIMER
+from medembed.results.methods import DISCLAIMER, name_compared_classes
 from medembed.results.runs import Run, RunLike
 from medembed.results.significance import describe_margins, find_non_inferior
 from medembed.results.subgroups import explain_other_manifest
@@ -297,10 +297,10 @@ def write_page(
     columns = None if known is None or other else tabulate_columns(result, test_set, known)
     if find_thumbnails is not None and columns and not (columns.sections or columns.notes):
         columns = None  # nobody asked for them
-    found_map = first_map(runs, names)
+    found_map, classes = first_map(runs, names), name_compared_classes(result)
     plots = [
         *plot_all(result, test_set, extras.progress, formats),
-        *([] if found_map is None else [plot_map(*found_map)]),
+        *([] if found_map is None else [plot_map(*found_map, classes)]),
     ]
     by_name = {plot.name: plot for plot in plots}
     sources = replace(extras.cases, find_thumbnails=find_thumbnails)
@@ -319,7 +319,7 @@ def write_page(
         other_manifest=other,
         plots=plots,
         formats=formats,
-        gallery=show_mistakes(find_mistakes(result, test_set), find_thumbnails),
+        gallery=show_mistakes(find_mistakes(result, test_set), find_thumbnails, classes),
         external=list(external),
         runs=[
             describe_run(run, about["name"], about["left_out_of"])
@@ -352,7 +352,8 @@ def _test_margin(
 ) -> Sequence[str]:
     if asked.margin is None:
         return ()
-    return describe_margins(find_non_inferior(result["rows"], test_set, asked.margin), asked.margin)
+    tests = find_non_inferior(result["rows"], test_set, asked.margin)
+    return describe_margins(tests, asked.margin, name_compared_classes(result))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -389,7 +390,8 @@ class _Page:
                 title=self.headline.title,
                 result=self.result,
                 summary=self.headline.text,
-                measured=_measured(self.result, self.runs),
+                measured=_measured(self.result),
+                classes=name_compared_classes(self.result),
                 captions=CAPTIONS,
                 tiles=describe_tiles(self.result),
                 small_sample=describe_small_sample(self.result),
@@ -505,13 +507,12 @@ def _command(
     return shlex.join([*words, *(["--manifest", "MANIFEST"] if has_manifest else [])])
 
 
-def _measured(result: ComparisonResult, runs: Sequence[RunSection]) -> str:
+def _measured(result: ComparisonResult) -> str:
     """Return the sentence on what was measured, and on whom."""
-    test = result["test"]
-    targets = sorted({run.facts["Target"] for run in runs if "Target" in run.facts})
-    question = f"answer {_join(targets)}" if targets else "tell abnormal from normal"
+    test, (negative, positive) = result["test"], name_compared_classes(result)
+    rows = counted(test["n"], f"test {result['level']}")
     return (
-        f"How well heads {question}, measured on {counted(test['n'], 'test ' + result['level'])} "
+        f"How well heads tell {positive} from {negative}, measured on {rows} "
         f"of {counted(test['n_patients'], 'patient')} held out of training."
     )
 
