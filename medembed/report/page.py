@@ -22,7 +22,7 @@ from markupsafe import Markup
 from medembed import __version__
 from medembed.core.errors import RunError
 from medembed.core.files import as_path, write_atomically
-from medembed.core.text import counted, to_html
+from medembed.core.text import to_html
 from medembed.dataset.manifest import Manifest, read_manifest
 from medembed.evaluation.thresholds import SHOWN, ThresholdRule, parse_rules
 from medembed.report import page_tables as tables
@@ -47,6 +47,7 @@ from medembed.report.headline import (
     write_headline,
 )
 from medembed.report.layers import tabulate_layers
+from medembed.report.measured import describe_measured, list_measured
 from medembed.report.page_data import make_document
 from medembed.report.page_schema import Cases, Films, PageDocument
 from medembed.report.run_section import RunSection, describe_run
@@ -313,6 +314,8 @@ def write_page(
         films=films,
         result=result,
         headline=write_headline(result, elsewhere),
+        measured=describe_measured(result, test_set),
+        subject=list_measured(runs, test_set.units["region"]),
         left_out=count_left_out(runs),
         margins=_test_margin(result, test_set, asked),
         columns=columns,
@@ -364,6 +367,8 @@ class _Page:
     films: Films
     result: ComparisonResult
     headline: Headline
+    measured: str
+    subject: Mapping[str, str]
     left_out: tuple[int, bool]
     margins: Sequence[str]
     columns: ColumnSections | None
@@ -390,11 +395,12 @@ class _Page:
                 title=self.headline.title,
                 result=self.result,
                 summary=self.headline.text,
-                measured=_measured(self.result),
+                measured=self.measured,
                 classes=name_compared_classes(self.result),
                 captions=CAPTIONS,
                 tiles=describe_tiles(self.result),
                 small_sample=describe_small_sample(self.result),
+                subject=self.subject,
                 facts=_facts(self.result, self.left_out, is_elsewhere=bool(self.external)),
                 plural="studies" if self.result["level"] == "study" else "images",
                 lower_is_better=tables.LOWER_IS_BETTER,
@@ -505,16 +511,6 @@ def _command(
     words += [] if asked.margin is None else ["--margin", f"{asked.margin:g}"]
     words += ["--figures", ",".join(formats)] if formats else []
     return shlex.join([*words, *(["--manifest", "MANIFEST"] if has_manifest else [])])
-
-
-def _measured(result: ComparisonResult) -> str:
-    """Return the sentence on what was measured, and on whom."""
-    test, (negative, positive) = result["test"], name_compared_classes(result)
-    rows = counted(test["n"], f"test {result['level']}")
-    return (
-        f"How well heads tell {positive} from {negative}, measured on {rows} "
-        f"of {counted(test['n_patients'], 'patient')} held out of training."
-    )
 
 
 def _facts(
