@@ -211,6 +211,7 @@ def test_a_curve_answers_the_pointer_and_the_keys(open_page):
     said = readout.inner_text()
     assert results(page) != before
     assert f"sensitivity {results(page)['Sensitivity']}" in said
+    assert f"specificity {results(page)['Specificity']}" in said
     page.locator("[data-plot=decision_curve] .chart").focus()
     page.keyboard.press("ArrowRight")
     assert "net benefit" in page.locator("[data-plot=decision_curve] .readout").inner_text()
@@ -295,6 +296,52 @@ def test_many_targets_are_folded_up(open_page, made, tmp_path, monkeypatch):
     wait_for_count(page, 50)
     page.get_by_text("Further targets: finding_4 negative").click()
     assert page.get_by_label("Target finding_4").is_hidden()
+
+
+OF_THE_LABEL = r"""() => {
+  const said = [...document.querySelectorAll("body *:not(script, style)")].flatMap((e) => [
+    e.getAttribute("aria-label") ?? "", e.getAttribute("alt") ?? "",
+    ...[...e.childNodes].filter((n) => n.nodeType === 3).map((n) => n.data),
+  ]);
+  return said.filter((text) => /\b(ab)?normal\b/i.test(text));
+}"""
+"""Texts of a page, shown or not, that speak of the label's classes."""
+
+
+def test_a_targets_page_answers_in_the_targets_words(open_page, tmp_path):
+    images = make_images(n_patients=60)
+    run = make_run(tmp_path / "run", images, {"mlp": 0.9, "knn": 1.5}, asked={"target": "metal"})
+    give_model(run, "mlp", conformal=fit_sets(run, "mlp").as_dict())
+    give_map(run, images)
+    write_report(run, tmp_path / "out", n_resamples=20)
+    page = open_page(path=tmp_path / "out" / "index.html")
+
+    def told():
+        assert page.evaluate(OF_THE_LABEL) == []
+        return page.locator("body").inner_text()
+
+    for words in ("called no metal", "at 50 % metal", "Dashed: no metal. Solid: metal.",
+                  "Calibrated probability of metal", "Share metal"):  # fmt: skip
+        assert words.replace("50", page.locator("#prevalence").input_value()) in told()
+    for name in ("roc", "calibration", "distribution"):
+        page.locator(f"[data-plot={name}] .chart").focus()
+        for key in ("Home", "ArrowRight", "End"):
+            page.keyboard.press(key)
+            told()
+    page.locator("#map-colour").select_option("prediction")
+    assert "called metal" in page.locator(".map-legend").inner_text()
+    page.locator("#map-colour").select_option("label")
+    assert "no metal" in page.locator(".map-legend").inner_text()
+    for way in ("fp", "fn", "tp", "tn"):
+        page.locator("#case-kind").select_option(way)
+        told()
+    page.locator("#case-kind").select_option("all")
+    page.locator(".cases").focus()
+    page.keyboard.press("Enter")
+    facts = page.locator(".facts-of-case").inner_text().lower()
+    assert "target metal" in facts
+    assert "no metal" in facts
+    told()
 
 
 def test_keys_walk_through_the_cases_and_the_film_is_adjusted(open_page):

@@ -92,6 +92,7 @@ def evaluate_command(
     if as_json:
         print_json(found)
     else:
-        click.echo(render_external(found, table_columns(PIPED_COLUMNS)))
+        target = run.info.asked.target
+        click.echo(render_external(found, table_columns(PIPED_COLUMNS), target))
         say(f"Run: {out}")
         suggest("report", out, "-o", "report-elsewhere")

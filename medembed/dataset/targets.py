@@ -8,6 +8,7 @@ away.
 import re
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -16,11 +17,13 @@ from medembed.core.errors import ManifestError
 __all__ = [
     "LABEL",
     "VALUES",
+    "ClassNames",
     "check_targets",
     "count_target",
     "describe_targets",
     "is_target",
     "list_targets",
+    "name_classes",
     "name_problem",
     "select_target",
     "target_column",
@@ -30,6 +33,22 @@ LABEL = "label"
 """The name of a manifest's first target, whose column has no prefix."""
 VALUES = ("0", "1", "")
 _PREFIX = "target_"
+
+
+class ClassNames(NamedTuple):
+    """What a target's two classes are called."""
+
+    negative: str
+    positive: str
+
+    def reword(self, sentence: str) -> str:
+        """Return a sentence of `evaluation`, which knows normal and abnormal, in these words.
+
+        >>> name_classes("metal").reword("2 patients with abnormal rows")
+        '2 patients with metal rows'
+        """
+        own = {"normal": self.negative, "abnormal": self.positive}
+        return re.sub(r"\b(?:ab)?normal\b", lambda found: own[found[0]], sentence)
 
 
 def is_target(column: str) -> bool:
@@ -53,6 +72,19 @@ def name_problem(name: str) -> str | None:
     if name == LABEL:
         return f"{LABEL} is the name of the manifest's own label"
     return None
+
+
+def name_classes(target: str | None) -> ClassNames:
+    """Return what a target's classes are called, in decisions and wherever they are counted.
+
+    >>> name_classes("metal")
+    ClassNames(negative='no metal', positive='metal')
+    >>> name_classes(None)
+    ClassNames(negative='normal', positive='abnormal')
+    """
+    if target in (None, LABEL):
+        return ClassNames("normal", "abnormal")
+    return ClassNames(f"no {target}", str(target))
 
 
 def list_targets(columns: Iterable[str]) -> list[str]:

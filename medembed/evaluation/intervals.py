@@ -94,15 +94,20 @@ def bootstrap_variants(
 
     Parameters and errors are those of `bootstrap_scores`.
     """
-    codes, labels, found = patient_codes(patients), np.asarray(y), {}
-    for name, variant in variants.items():
-        estimates = _estimate(variant, labels, codes, _size(codes))
-        error = Interval(nan, nan, nan)
-        if "ece" in variant.names:
-            values, members = np.asarray(variant.probability, np.float64), [np.arange(len(codes))]
-            (error,) = _bound_errors(labels, values, codes, members, (), n_resamples, seed)
-        found[name] = _intervals(estimates, error)
-    return found
+    codes, labels = patient_codes(patients), np.asarray(y)
+    values = {
+        name: np.asarray(variant.probability, np.float64)
+        for name, variant in variants.items()
+        if "ece" in variant.names
+    }
+    estimates = {
+        name: _estimate(variant, labels, codes, _size(codes)) for name, variant in variants.items()
+    }
+    rows = [(own, np.arange(len(codes))) for own in values.values()]
+    bounds = _bound_errors(labels, rows, codes, (), n_resamples, seed) if rows else []
+    errors = dict(zip(values, bounds, strict=True))
+    nothing = Interval(nan, nan, nan)
+    return {name: _intervals(own, errors.get(name, nothing)) for name, own in estimates.items()}
 
 
 def bootstrap_report(
@@ -182,7 +187,8 @@ def _parts(
     y, probability = rows["label"].to_numpy(), rows["probability"].to_numpy(np.float64)
     codes, members = patient_codes(rows["patient"]), list(groups.values())
     estimable = _two_class_regions(y, groups)
-    errors = _bound_errors(y, probability, codes, members, (estimable,), n_resamples, seed)
+    scored = [(probability, chosen) for chosen in members]
+    errors = _bound_errors(y, scored, codes, (estimable,), n_resamples, seed)
     found = [
         _estimate(Variant(probability[chosen], cut, names), y[chosen], codes[chosen], _size(codes))
         for chosen in members
@@ -241,15 +247,19 @@ def _intervals(found: Mapping[str, Estimate | None], error: Interval) -> dict[st
 
 def _bound_errors(
     y: np.ndarray,
-    probability: np.ndarray,
+    scored: Sequence[tuple[np.ndarray, np.ndarray]],
     codes: np.ndarray,
-    members: Sequence[np.ndarray],
     means: Sequence[Sequence[int]],
     n_resamples: int,
     seed: int,
 ) -> list[Interval]:
-    """Return ECE with its upper bound for each group of rows, then for means over some groups."""
-    scorers = [Scorer(y[rows], probability[rows], 0.5, ["ece"]) for rows in members]
+    """Return ECE with its upper bound for each group of rows, then for means over some groups.
+
+    A group is probabilities of all rows, and which of the rows it holds. Resamples are drawn once
+    for all of them.
+    """
+    scorers = [Scorer(y[rows], probability[rows], 0.5, ["ece"]) for probability, rows in scored]
+    members = [rows for _, rows in scored]
     truth, draws = draw(scorers, members, codes, n_resamples, seed)
     values = [own["ece"] for own in truth]
     drawn = [own["ece"] for own in draws]
@@ -258,7 +268,7 @@ def _bound_errors(
         values.append(float(np.mean([values[k] for k in group])) if group else nan)
         drawn.append(np.mean([drawn[k] for k in group], axis=0) if group else np.empty(0))
         n_patients.append(min((n_patients[k] for k in group), default=0))
-    is_constant = [len(rows) > 0 and np.ptp(probability[rows]) == 0 for rows in members]
+    is_constant = [len(rows) > 0 and np.ptp(own[rows]) == 0 for own, rows in scored]
     is_constant += [all(is_constant[k] for k in group) for group in means]
     return [upper_bound(*own) for own in zip(values, drawn, n_patients, is_constant, strict=True)]
 

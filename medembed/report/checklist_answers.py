@@ -7,11 +7,12 @@ from typing import Any
 
 from medembed.core.errors import MedembedError, RunError
 from medembed.core.text import counted
+from medembed.dataset.targets import ClassNames, name_classes
 from medembed.heads.packaging import read_document
 from medembed.report.headline import write_headline
 from medembed.report.tables import format_count, format_interval
 from medembed.results.comparison_schema import ComparisonResult
-from medembed.results.methods import describe_methods
+from medembed.results.methods import describe_methods, name_compared_classes
 from medembed.results.run_schema import CV_METHOD
 from medembed.results.runs import Run
 
@@ -55,6 +56,11 @@ class Study:
     def best(self) -> Mapping[str, Any] | None:
         """The row of the best trained head."""
         return next((row for row in self.result["rows"] if not row["baseline"]), None)
+
+    @property
+    def classes(self) -> ClassNames:
+        """What the classes of the comparison are called."""
+        return name_compared_classes(self.result)
 
     @property
     def trained(self) -> dict[str, Run]:
@@ -137,7 +143,8 @@ def _preprocessing(study: Study) -> Fact | None:
 def _label(study: Study) -> Fact | None:
     def describe(run: Run) -> str | None:
         level = run.info.data.label_level
-        return f"two classes, normal and abnormal, labelled per {level}" if level else None
+        negative, positive = name_classes(run.info.asked.target)
+        return f"two classes, {negative} and {positive}, labelled per {level}" if level else None
 
     return _describe_each(study.runs, describe, "manifest: column label_level")
 
@@ -382,8 +389,9 @@ def _output(study: Study) -> Fact | None:
     best = study.best
     if best is None:
         return None
+    positive = study.classes.positive
     text = (
-        "a calibrated probability of abnormal (Platt); abnormal from Youden's threshold on, "
+        f"a calibrated probability of {positive} (Platt); {positive} from Youden's threshold on, "
         f"{best['threshold']:.3f} for {_name(study)}, both from out-of-fold predictions of train"
     )
     return Fact(text, "scores.json: threshold, calibration")
@@ -418,7 +426,7 @@ def _sizes(study: Study) -> Fact | None:
         parts = [
             f"{part['split']}: {counted(part['used']['patients'], 'patient')}, "
             f"{counted(part['used']['studies'], 'study')}, "
-            f"{part['classes']['abnormal']['studies']:,} abnormal"
+            f"{part['classes']['abnormal']['studies']:,} {study.classes.positive}"
             for part in own["splits"]
         ]
         found += [(own["run"], "; ".join(parts))] if parts else []
@@ -430,7 +438,8 @@ def _internal(study: Study) -> Fact | None:
         return None
     test = study.result["test"]
     text = (
-        f"{counted(test['n'], study.result['level'])} of test ({test['n_abnormal']:,} abnormal) of "
+        f"{counted(test['n'], study.result['level'])} of test "
+        f"({test['n_abnormal']:,} {study.classes.positive}) of "
         f"{counted(test['n_patients'], 'patient')}"
     )
     return Fact(text, "scores.json: test")
@@ -469,8 +478,12 @@ def _mistakes(study: Study) -> Fact | None:
     if best is None:
         return None
     own = best["confusion"]
-    text = f"{_name(study)}: {own['fp']:,} normal called abnormal, {own['fn']:,} abnormal called "
-    return Fact(f"{text}normal; the page shows the most confident", "scores.json: confusion")
+    negative, positive = study.classes
+    text = (
+        f"{_name(study)}: {own['fp']:,} {negative} called {positive}, {own['fn']:,} {positive} "
+        f"called {negative}; the page shows the most confident"
+    )
+    return Fact(text, "scores.json: confusion")
 
 
 def _name(study: Study) -> str:

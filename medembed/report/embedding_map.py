@@ -8,6 +8,7 @@ import pandas as pd
 
 from medembed.core.system import library_versions
 from medembed.dataset.manifest import Manifest, read_manifest
+from medembed.dataset.targets import LABEL, select_target
 from medembed.evaluation.projection import project
 from medembed.results.embedding_map import COLUMNS, EmbeddingMap, MapInfo, write_map
 from medembed.results.runs import RunLike, open_run
@@ -30,8 +31,8 @@ def map_run(
 ) -> EmbeddingMap:
     """Compute the coordinates of a manifest's images for each pooling, and keep them in the run.
 
-    Labels are not used. The order of the manifest and of the cache changes nothing: images are
-    taken in the order of their SHA-256, each content once.
+    Labels are not used; the map keeps those of the run's target. The order of the manifest and of
+    the cache changes nothing: images are taken in the order of their SHA-256, each content once.
 
     Parameters
     ----------
@@ -60,8 +61,10 @@ def map_run(
 
     run, cache, manifest = open_run(run), open_cache(cache), read_manifest(manifest)
     run.require_manifest(manifest.digest())
+    target = run.info.asked.target or LABEL
     names = list(poolings) if poolings else choose_poolings(cache, None)
-    sorted_rows = manifest.rows.drop_duplicates("sha256").sort_values("sha256", ignore_index=True)
+    rows_of_target = select_target(manifest.rows, target).drop_duplicates("sha256")
+    sorted_rows = rows_of_target.sort_values("sha256", ignore_index=True)
     parts, explained = [], {}
     for done, name in enumerate(names):
         if progress:

@@ -10,6 +10,7 @@ from typing import Any, cast
 from medembed.core.errors import RunError
 from medembed.core.files import read_plain
 from medembed.core.text import mask_controls
+from medembed.dataset.targets import name_classes
 from medembed.report.headline import write_headline
 from medembed.report.operating_tables import tabulate_points
 from medembed.report.tables import (
@@ -47,7 +48,7 @@ LINE = {
     "slope": "Slope (1 is right)",
     "intercept": "Intercept (0 is right)",
     "mean_probability": "Mean probability",
-    "share_abnormal": "Share abnormal",
+    "share_abnormal": "Share {positive}",
     "observed_expected": "Observed / expected",
 }
 BASES = {
@@ -67,7 +68,7 @@ ACTIONS = {
 }
 
 
-def render_external(scores: Mapping[str, Any], width: int = 80) -> str:
+def render_external(scores: Mapping[str, Any], width: int = 80, target: str | None = None) -> str:
     """Return the scores of `prediction.external_validation.evaluate` as text.
 
     Parameters
@@ -76,6 +77,8 @@ def render_external(scores: Mapping[str, Any], width: int = 80) -> str:
         The content of an evaluation's `scores.json`.
     width : int
         Columns of the terminal.
+    target : str, optional
+        What the model predicts, by default the label.
 
     Raises
     ------
@@ -88,7 +91,8 @@ def render_external(scores: Mapping[str, Any], width: int = 80) -> str:
         own = {scores["rows"][0]["run"]: scores} if scores["rows"] else {}
         tables += tabulate_points(result, width)
         parts = [textwrap.fill(mask_controls(write_headline(result, own).text), width)]
-        parts += [render_terminal(table, width) for table in (*tables, *_tabulate_external(scores))]
+        tables += _tabulate_external(scores, name_classes(target).positive)
+        parts += [render_terminal(table, width) for table in tables]
         if not scores["rows"]:
             parts.append("\n".join(scores["notes"]))
         return "\n\n".join(parts)
@@ -99,22 +103,26 @@ def _as_comparison(scores: Mapping[str, Any]) -> ComparisonResult:
     return cast("ComparisonResult", scores)
 
 
-def _tabulate_external(scores: Mapping[str, Any], *, full: bool = False) -> list[Table]:
+def _tabulate_external(
+    scores: Mapping[str, Any], positive: str, *, full: bool = False
+) -> list[Table]:
     """Return the available tables of drop, calibration, recalibration and drift.
 
     Parameters
     ----------
     scores : mapping
         See `render_external`.
+    positive : str
+        What the positive class is called.
     full : bool
         Include all available intervals, which makes the tables too wide for a terminal.
     """
     found = [
         _drop(scores.get("drop"), full=full),
         _drop_by_region(scores.get("drop"), full=full),
-        _calibration(scores.get("calibration"), full=full),
-        _recalibrated(scores.get("recalibrated"), full=full),
-        _drift(scores),
+        _calibration(scores.get("calibration"), positive, full=full),
+        _recalibrated(scores.get("recalibrated"), positive, full=full),
+        _drift(scores, positive),
     ]
     return [table for table in found if table is not None]
 
@@ -182,7 +190,8 @@ def read_evaluations(runs: Sequence[Run], names: Sequence[str]) -> dict[str, dic
 def _tables_of(run: Run) -> list[Table]:
     scores = _scores_of(run)
     with _reading(run.path):
-        return _tabulate_external(scores, full=True)
+        positive = name_classes(run.info.asked.target).positive
+        return _tabulate_external(scores, positive, full=True)
 
 
 def _scores_of(run: Run) -> dict[str, Any]:
@@ -238,7 +247,7 @@ def _sides(entry: Mapping[str, Any], *, full: bool) -> list[str]:
     return [write(entry["internal"]), write(entry["external"]), _signed(entry["difference"])]
 
 
-def _calibration(found: Mapping[str, Any] | None, *, full: bool) -> Table | None:
+def _calibration(found: Mapping[str, Any] | None, positive: str, *, full: bool) -> Table | None:
     if found is None:
         return None
     sides = {"Own test": found["internal"], "Here, raw": found["raw"]}
@@ -247,7 +256,8 @@ def _calibration(found: Mapping[str, Any] | None, *, full: bool) -> Table | None
     for part, names in (("line", LINE), ("scores", {"brier": "Brier", "ece": "ECE"})):
         for name, title in names.items():
             cells = [write(own[part][name]) for own in sides.values()]
-            rows.append([title, *cells, format_interval(found["calibrated"][part][name])])
+            told = format_interval(found["calibrated"][part][name])
+            rows.append([title.format(positive=positive), *cells, told])
     note = (
         "Of the log-odds of the model's calibrated probabilities: a slope below 1 says that they "
         "are too extreme, an intercept below 0 that they are too high."
@@ -256,7 +266,7 @@ def _calibration(found: Mapping[str, Any] | None, *, full: bool) -> Table | None
     return Table("Calibration", columns, 1, [rows], [note])
 
 
-def _recalibrated(found: Mapping[str, Any] | None, *, full: bool) -> Table | None:
+def _recalibrated(found: Mapping[str, Any] | None, positive: str, *, full: bool) -> Table | None:
     if found is None:
         return None
     title = f"Recalibrated on {found['n_patients']:,} patients, scored on all others"
@@ -272,11 +282,12 @@ def _recalibrated(found: Mapping[str, Any] | None, *, full: bool) -> Table | Non
                 continue
             change = found["change"].get(name) if part == "scores" else None
             cell = "" if change is None else _signed(change)
-            rows.append([heading, write(before), write(after), cell])
+            title_of_row = heading.format(positive=positive)
+            rows.append([title_of_row, write(before), write(after), cell])
     scored = found["scored"]
     note = (
-        f"Drawn: {found['n']:,} studies ({found['n_abnormal']:,} abnormal). Scored: "
-        f"{scored['n']:,} studies ({scored['n_abnormal']:,} abnormal) of "
+        f"Drawn: {found['n']:,} studies ({found['n_abnormal']:,} {positive}). Scored: "
+        f"{scored['n']:,} studies ({scored['n_abnormal']:,} {positive}) of "
         f"{scored['n_patients']:,} patients. Decisions before: the model's threshold; after: "
         f"{found['threshold']:.3f}. The order of studies, and so AUROC, stays."
     )
@@ -284,7 +295,7 @@ def _recalibrated(found: Mapping[str, Any] | None, *, full: bool) -> Table | Non
     return Table(title, columns, 1, [rows], [note] if action is None else [action, note])
 
 
-def _drift(scores: Mapping[str, Any]) -> Table | None:
+def _drift(scores: Mapping[str, Any], positive: str) -> Table | None:
     drift, called = scores.get("drift"), scores.get("called_abnormal")
     if drift is None:
         return None
@@ -312,7 +323,7 @@ def _drift(scores: Mapping[str, Any]) -> Table | None:
     if "basis" in drift:
         notes.append(drift["basis"])
     if called is not None:
-        notes.append(f"Called abnormal: {format_interval(called)} of all studies.")
+        notes.append(f"Called {positive}: {format_interval(called)} of all studies.")
     columns = ["Region", "Patients", "Training", "Here", "Shift", "Outside"]
     return Table("Drift of the embeddings, no label looked at", columns, 1, [rows], notes)
 

@@ -16,10 +16,12 @@ from PIL import Image
 from medembed.core.errors import ManifestError
 from medembed.core.files import read_plain
 from medembed.dataset.manifest import Manifest, existing_images, image_path
+from medembed.dataset.targets import ClassNames, name_classes
 from medembed.evaluation.calibration import log_odds
 from medembed.images.load import read_content, read_contents
 from medembed.results.alignment import TestSet
 from medembed.results.comparison_schema import ComparisonResult
+from medembed.results.methods import name_compared_classes
 
 if TYPE_CHECKING:
     from medembed.core.locations import Location
@@ -67,7 +69,7 @@ class Mistake:
     Attributes
     ----------
     called : str
-        "abnormal" or "normal", the opposite of its label.
+        What its class is called, the opposite of its label; see `targets.ClassNames`.
     probability : float
         Calibrated probability of abnormal, in [0, 1].
     region : str
@@ -84,7 +86,7 @@ class Mistake:
 def find_mistakes(result: ComparisonResult, test_set: TestSet) -> list[Mistake]:
     """Return the best trained head's mistakes furthest from its threshold, most confident first.
 
-    At most six of each kind, those called abnormal first; the distance is in log-odds.
+    At most six of each kind, false positives first; the distance is in log-odds.
     """
     best = next((row for row in result["rows"] if not row["baseline"]), None)
     if best is None:
@@ -93,21 +95,29 @@ def find_mistakes(result: ComparisonResult, test_set: TestSet) -> list[Mistake]:
     contender = own[best["run"], best["head"]]
     distance = log_odds(contender.probability) - log_odds(np.array(contender.threshold))
     found = []
-    for called, sign, label in (("abnormal", 1, 0), ("normal", -1, 1)):
-        is_called = (contender.probability >= contender.threshold) == (called == "abnormal")
+    classes = name_compared_classes(result)
+    for sign, label in ((1, 0), (-1, 1)):
+        is_called = (contender.probability >= contender.threshold) == (label == 0)
         wrong = np.flatnonzero(is_called & (test_set.y == label))
         worst = wrong[np.argsort(-sign * distance[wrong], kind="stable")][:N_PER_KIND]
         for k in worst:
             unit = test_set.units.iloc[k]
             images = unit["images"].split(" ")
-            found.append(Mistake(called, float(contender.probability[k]), unit["region"], images))
+            probability, called = float(contender.probability[k]), classes[1 - label]
+            found.append(Mistake(called, probability, unit["region"], images))
     return found
 
 
 def show_mistakes(
-    mistakes: Sequence[Mistake], find_thumbnails: FindThumbnails | None
+    mistakes: Sequence[Mistake],
+    find_thumbnails: FindThumbnails | None,
+    classes: ClassNames | None = None,
 ) -> dict[str, Any]:
-    """Return the page's gallery: cards of text and data URIs, and how many lack images."""
+    """Return the page's gallery: cards of text and data URIs, and how many lack images.
+
+    `classes` are those of the comparison, by default normal and abnormal.
+    """
+    negative, positive = classes or name_classes(None)
     wanted = [image for mistake in mistakes for image in mistake.images]
     thumbnails = find_thumbnails(wanted) if find_thumbnails and wanted else {}
     return {
@@ -116,7 +126,7 @@ def show_mistakes(
                 "title": f"Called {called}, labelled {other}",
                 "cards": [_card(own, thumbnails) for own in mistakes if own.called == called],
             }
-            for called, other in (("abnormal", "normal"), ("normal", "abnormal"))
+            for called, other in ((positive, negative), (negative, positive))
         ],
         "n": len(mistakes),
         "n_images": len(wanted),

@@ -18,11 +18,13 @@ from medembed.report.tables import (
     format_interval,
     format_p,
     format_value,
+    head_of_counts,
     render,
     render_table,
 )
 from medembed.results.alignment import TestSet
 from medembed.results.comparison_schema import ComparisonResult, GapDocument, Group, Score
+from medembed.results.methods import name_compared_classes
 from medembed.results.significance import row_name
 from medembed.results.subgroups import (
     compare_groups,
@@ -206,7 +208,7 @@ def _tabulate_groups(result: ComparisonResult) -> Table:
                 for i, (head, block) in enumerate(blocks)
             ]
         )
-    columns = [groups["column"], "n (abn.)", "Head", "AUROC [95 %]", *SHOWN.values()]
+    columns = [groups["column"], head_of_counts(result), "Head", "AUROC [95 %]", *SHOWN.values()]
     title = f"Heads by {groups['column']}, test {plural}"
     notes = [*groups["notes"], *_explain_absent(result)]
     return Table(title, columns, 3, sections, [*notes, *result["notes"]], n_spanning=2)
@@ -229,11 +231,12 @@ def _blocks(
 def _explain_absent(result: ComparisonResult) -> list[str]:
     """Return, for each group, the first reason why a score with gaps has no interval."""
     found: dict[str, str] = {}
+    classes = name_compared_classes(result)
     for group, blocks in _blocks(result):
         for score in GAP_SCORES:
             for _, block in blocks:
                 if "reason" in block[score]:
-                    found.setdefault(group["name"], block[score]["reason"])
+                    found.setdefault(group["name"], classes.reword(block[score]["reason"]))
     return [f"No interval, {name}: {reason}." for name, reason in found.items()]
 
 

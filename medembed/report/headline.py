@@ -13,6 +13,7 @@ from medembed.core.poolings import IMAGE_STATISTICS
 from medembed.core.text import counted
 from medembed.report.tables import format_p
 from medembed.results.comparison_schema import ComparedHead, ComparisonResult
+from medembed.results.methods import name_compared_classes
 from medembed.results.significance import SIGNIFICANCE, row_name
 
 __all__ = [
@@ -131,12 +132,12 @@ class Tile(NamedTuple):
 def describe_tiles(result: ComparisonResult) -> list[Tile]:
     """Return AUROC, sensitivity and specificity of the best trained head, and what was measured."""
     found = []
-    test = result["test"]
+    test, classes = result["test"], name_compared_classes(result)
     trained = _trained(result)
     for name, title, what in (
         ("auroc", "AUROC", ""),
-        ("sensitivity", "Sensitivity", "abnormal"),
-        ("specificity", "Specificity", "normal"),
+        ("sensitivity", "Sensitivity", classes.positive),
+        ("specificity", "Specificity", classes.negative),
     ):
         score = trained[0]["scores"][name] if trained else None
         if score is None or score["value"] is None:
@@ -152,7 +153,7 @@ def describe_tiles(result: ComparisonResult) -> list[Tile]:
     plural = "studies" if result["level"] == "study" else "images"
     if test["n"] == 1:
         plural = plural.removesuffix("s").replace("studie", "study")
-    about = f"{test['n_abnormal']:,} abnormal; {counted(test['n_patients'], 'patient')}"
+    about = f"{test['n_abnormal']:,} {classes.positive}; {counted(test['n_patients'], 'patient')}"
     found.append(Tile("Measured on", f"{test['n']:,}", f"test {plural}", about))
     return found
 
@@ -250,6 +251,7 @@ def _sentences(
             yield "It is the only trained head."
     elif not ranking.is_tested:
         reason = _trained(result)[0]["scores"]["auroc"].get("reason")
+        reason = reason and name_compared_classes(result).reword(reason)
         patients = (
             "1 test patient" if test["n_patients"] == 1 else f"{test['n_patients']:,} test patients"
         )
@@ -270,11 +272,13 @@ def _without_auroc(result: ComparisonResult) -> str:
     test, plural = result["test"], "studies" if result["level"] == "study" else "images"
     if not _trained(result):
         return "No head was trained: there are only priors."
-    which = {0: "normal", test["n"]: "abnormal"}.get(test["n_abnormal"], "of one class")
+    classes = name_compared_classes(result)
+    which = {0: classes.negative, test["n"]: classes.positive}
+    held = which.get(test["n_abnormal"], "of one class")
     told = f"All {test['n']:,} test {plural} are" if test["n"] != 1 else f"The one test {plural} is"
     if test["n"] == 1:
         told = f"The one test {result['level']} is"
-    return f"{told} {which}, so AUROC is not estimable and no head is best."
+    return f"{told} {held}, so AUROC is not estimable and no head is best."
 
 
 def _describe_ranking(result: ComparisonResult, ranking: Ranking) -> Iterator[str]:

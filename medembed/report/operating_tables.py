@@ -14,6 +14,7 @@ from medembed.report.tables import (
     table_width,
 )
 from medembed.results.comparison_schema import ComparedHead, ComparisonResult, PointDocument
+from medembed.results.methods import name_compared_classes
 from medembed.results.operating_points import POINT_SCORES
 from medembed.results.significance import row_name
 
@@ -35,10 +36,6 @@ _NAMES = {"youden": "Youden"}
 _NOTE = (
     "From: the threshold of the calibrated probability, chosen on out-of-fold predictions of "
     "train, or given."
-)
-_COUNTS = (
-    "x/n: found of all abnormal, passed of all normal, abnormal of those called so, normal of "
-    "those called so."
 )
 
 
@@ -144,8 +141,16 @@ def _table(result: ComparisonResult, layout: _Layout) -> Table:
         counts = [f"{confusion_of(point)[name]:,}" for name in matrix]
         return [*(write(point["scores"][name]) for name in SHARES), *counts]
 
-    title, notes = f"Decisions on test {_plural(result)}", [_NOTE, _COUNTS]
+    title, notes = f"Decisions on test {_plural(result)}", [_NOTE, _explain_counts(result)]
     return Table(title, columns, 2, _lines(result, cells), notes[: 1 if layout.has_matrix else 2])
+
+
+def _explain_counts(result: ComparisonResult) -> str:
+    negative, positive = name_compared_classes(result)
+    return (
+        f"x/n: found of all {positive}, passed of all {negative}, {positive} of those called so, "
+        f"{negative} of those called so."
+    )
 
 
 def _stack(table: Table) -> Table:
@@ -170,7 +175,8 @@ def _at_prevalence(result: ComparisonResult) -> list[Table]:
     def cells(point: PointDocument) -> list[str]:
         return [format_interval(point["at_prevalence"][name]) for name in PREDICTIVE]
 
-    title = f"Predictive values where a share of {prevalence:g} is abnormal"
+    positive = name_compared_classes(result).positive
+    title = f"Predictive values where a share of {prevalence:g} is {positive}"
     note = (
         "From sensitivity and specificity by Bayes' rule, with limits from theirs (MOVER); they "
         "hold where both are what they are on these rows."

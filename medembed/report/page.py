@@ -22,7 +22,7 @@ from markupsafe import Markup
 from medembed import __version__
 from medembed.core.errors import RunError
 from medembed.core.files import as_path, write_atomically
-from medembed.core.text import counted, to_html
+from medembed.core.text import to_html
 from medembed.dataset.manifest import Manifest, read_manifest
 from medembed.evaluation.thresholds import SHOWN, ThresholdRule, parse_rules
 from medembed.report import page_tables as tables
@@ -47,6 +47,7 @@ from medembed.report.headline import (
     write_headline,
 )
 from medembed.report.layers import tabulate_layers
+from medembed.report.measured import describe_measured, list_measured
 from medembed.report.page_data import make_document
 from medembed.report.page_schema import Cases, Films, PageDocument
 from medembed.report.run_section import RunSection, describe_run
@@ -56,7 +57,7 @@ from medembed.results.alignment import TestSet, align_runs
 from medembed.results.comparison import ComparisonOptions, compare_aligned, open_runs
 from medembed.results.comparison_schema import ComparisonResult
 from medembed.results.embedding_map import first_map
-from medembed.results.methods import DISCLAIMER
+from medembed.results.methods import DISCLAIMER, name_compared_classes
 from medembed.results.runs import Run, RunLike
 from medembed.results.significance import describe_margins, find_non_inferior
 from medembed.results.subgroups import explain_other_manifest
@@ -297,10 +298,10 @@ def write_page(
     columns = None if known is None or other else tabulate_columns(result, test_set, known)
     if find_thumbnails is not None and columns and not (columns.sections or columns.notes):
         columns = None  # nobody asked for them
-    found_map = first_map(runs, names)
+    found_map, classes = first_map(runs, names), name_compared_classes(result)
     plots = [
         *plot_all(result, test_set, extras.progress, formats),
-        *([] if found_map is None else [plot_map(*found_map)]),
+        *([] if found_map is None else [plot_map(*found_map, classes)]),
     ]
     by_name = {plot.name: plot for plot in plots}
     sources = replace(extras.cases, find_thumbnails=find_thumbnails)
@@ -313,13 +314,15 @@ def write_page(
         films=films,
         result=result,
         headline=write_headline(result, elsewhere),
+        measured=describe_measured(result, test_set),
+        subject=list_measured(runs, test_set.units["region"]),
         left_out=count_left_out(runs),
         margins=_test_margin(result, test_set, asked),
         columns=columns,
         other_manifest=other,
         plots=plots,
         formats=formats,
-        gallery=show_mistakes(find_mistakes(result, test_set), find_thumbnails),
+        gallery=show_mistakes(find_mistakes(result, test_set), find_thumbnails, classes),
         external=list(external),
         runs=[
             describe_run(run, about["name"], about["left_out_of"])
@@ -352,7 +355,8 @@ def _test_margin(
 ) -> Sequence[str]:
     if asked.margin is None:
         return ()
-    return describe_margins(find_non_inferior(result["rows"], test_set, asked.margin), asked.margin)
+    tests = find_non_inferior(result["rows"], test_set, asked.margin)
+    return describe_margins(tests, asked.margin, name_compared_classes(result))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -363,6 +367,8 @@ class _Page:
     films: Films
     result: ComparisonResult
     headline: Headline
+    measured: str
+    subject: Mapping[str, str]
     left_out: tuple[int, bool]
     margins: Sequence[str]
     columns: ColumnSections | None
@@ -389,10 +395,12 @@ class _Page:
                 title=self.headline.title,
                 result=self.result,
                 summary=self.headline.text,
-                measured=_measured(self.result, self.runs),
+                measured=self.measured,
+                classes=name_compared_classes(self.result),
                 captions=CAPTIONS,
                 tiles=describe_tiles(self.result),
                 small_sample=describe_small_sample(self.result),
+                subject=self.subject,
                 facts=_facts(self.result, self.left_out, is_elsewhere=bool(self.external)),
                 plural="studies" if self.result["level"] == "study" else "images",
                 lower_is_better=tables.LOWER_IS_BETTER,
@@ -411,10 +419,10 @@ class _Page:
                 version=__version__,
                 has_folder=bool(self.films.beside),
                 has_file=self.document.cases_file is not None,
-                data=Markup(_as_json(self.document)),  # nosec B704 # no < in it
-                films=Markup(_as_json(self.films)),  # nosec B704 # no < in it
-                style=Markup(style),  # nosec B704 # ours
-                script=Markup(script),  # nosec B704 # ours, and none of it comes from a run
+                data=_unescaped(_as_json(self.document)),
+                films=_unescaped(_as_json(self.films)),
+                style=_unescaped(style),
+                script=_unescaped(script),
                 script_digest=digest,
             )
         )
@@ -444,6 +452,11 @@ def _as_json(document: PageDocument | Films | Cases) -> str:
     """Return a document as JSON that can stand within a script: nothing in it ends the element."""
     text = document.model_dump_json()
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+def _unescaped(text: str) -> Markup:
+    """Return text that the page takes as it is: its own script and style, and `_as_json`'s."""
+    return Markup(text)  # nosec B704 # nothing in it comes from a run, or it has no <
 
 
 def make_environment() -> Environment:
@@ -498,17 +511,6 @@ def _command(
     words += [] if asked.margin is None else ["--margin", f"{asked.margin:g}"]
     words += ["--figures", ",".join(formats)] if formats else []
     return shlex.join([*words, *(["--manifest", "MANIFEST"] if has_manifest else [])])
-
-
-def _measured(result: ComparisonResult, runs: Sequence[RunSection]) -> str:
-    """Return the sentence on what was measured, and on whom."""
-    test = result["test"]
-    targets = sorted({run.facts["Target"] for run in runs if "Target" in run.facts})
-    question = f"answer {_join(targets)}" if targets else "tell abnormal from normal"
-    return (
-        f"How well heads {question}, measured on {counted(test['n'], 'test ' + result['level'])} "
-        f"of {counted(test['n_patients'], 'patient')} held out of training."
-    )
 
 
 def _facts(

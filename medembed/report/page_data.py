@@ -24,6 +24,7 @@ from medembed.report.target_answers import code_answers
 from medembed.results.alignment import ScoredHead, TestSet
 from medembed.results.comparison_schema import ComparedHead, ComparisonResult
 from medembed.results.embedding_map import EmbeddingMap
+from medembed.results.methods import name_compared_classes
 
 __all__ = ["BINS", "MAX_POINTS", "count_called", "find_thresholds", "make_document"]
 
@@ -72,6 +73,7 @@ def make_document(
             prevalence=result["prevalence"],
         ),
         target=cases.target,
+        classes=list(name_compared_classes(result)),
         regions=cases.regions,
         thresholds=thresholds.tolist(),
         heads=[

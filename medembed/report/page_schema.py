@@ -192,6 +192,8 @@ class PageDocument(ClosedRecord):
     test: PageTest
     target: str
     """The target that the heads predict; the manifest's own is `label`."""
+    classes: list[str]
+    """What its negative and its positive class are called."""
     regions: list[str]
     thresholds: list[float]
     """Rising; of the calibrated probability. The page's slider steps through them."""

@@ -17,6 +17,7 @@ from medembed.report.tables import (
     share_of_train,
 )
 from medembed.results.comparison_schema import ComparedHead, ComparisonResult, Pair, PointDocument
+from medembed.results.methods import name_compared_classes
 from medembed.results.significance import row_name
 
 __all__ = [
@@ -51,12 +52,6 @@ DECISIONS = {
 }
 CONFUSION = {"tp": "TP", "fn": "FN", "fp": "FP", "tn": "TN"}
 AGREEMENT = {"accuracy": "Accuracy [95 %]", "macro_f1": "Macro-F1 [95 %]", "kappa": "κ [95 %]"}
-DEFERRALS = {
-    "coverage_normal": "Normal covered [95 %]",
-    "coverage_abnormal": "Abnormal covered [95 %]",
-    "deferred": "Deferred [95 %]",
-    "error": "Decided wrongly [95 %]",
-}
 COVERAGE = 0.9
 """The promised coverage that is shown by region."""
 CALIBRATIONS = {
@@ -182,8 +177,9 @@ def tabulate_decisions(result: ComparisonResult) -> list[Table]:
     ]
     if result["prevalence"] is not None:
         title = (
-            f"Predictive values where a share of {result['prevalence']:g} is abnormal, from "
-            "sensitivity and specificity (Bayes' rule, limits by MOVER)"
+            f"Predictive values where a share of {result['prevalence']:g} is "
+            f"{name_compared_classes(result).positive}, from sensitivity and specificity "
+            "(Bayes' rule, limits by MOVER)"
         )
         found.append(_of_points(result, title, ["PPV [95 %]", "NPV [95 %]"], elsewhere))
     return found
@@ -194,25 +190,26 @@ def tabulate_deferrals(result: ComparisonResult) -> Deferrals | None:
     able = [row for row in _trained(result) if row["deferral"]]
     if not able:
         return None
-    sections = []
+    sections, classes, titles = [], name_compared_classes(result), _deferral_titles(result)
     for row in able:
         lines = [["none deferred", MISSING, MISSING, MISSING, format_interval(_complement(row))]]
         lines += [
-            [f"{100 * own['nominal']:g} %", *(format_count(own[share]) for share in DEFERRALS)]
+            [f"{100 * own['nominal']:g} %", *(format_count(own[share]) for share in titles)]
             for own in _levels(row)
         ]
         sections.append([[_name(result, row), *cells] for cells in lines])
     others = [row for row in _trained(result) if not row["deferral"]]
     title = (
-        "What each promised coverage gives on test: shares of normal, abnormal, all and "
-        "decided studies; where none is deferred, Youden's threshold decides"
+        f"What each promised coverage gives on test: shares of {classes.negative}, "
+        f"{classes.positive}, all and decided studies; where none is deferred, Youden's threshold "
+        "decides"
     )
-    columns = ["Head", "Promised coverage", *DEFERRALS.values()]
+    columns = ["Head", "Promised coverage", *titles.values()]
     return Deferrals(
         Table(title, columns, 2, sections, n_spanning=1),
-        [f"{_name(result, row)}: {row['deferral_note']}" for row in others],
+        [f"{_name(result, row)}: {classes.reword(row['deferral_note'] or '')}" for row in others],
         [
-            f"{_name(result, row)}: {row['deferral']['warning']}"
+            f"{_name(result, row)}: {classes.reword(row['deferral']['warning'])}"
             for row in able
             if row["deferral"] and row["deferral"]["warning"]
         ],
@@ -221,7 +218,8 @@ def tabulate_deferrals(result: ComparisonResult) -> Deferrals | None:
 
 def tabulate_coverage(result: ComparisonResult) -> Coverage | None:
     """Return a table of sets that promise 90 % by region, or None with at most one region."""
-    sections, least = [], 0
+    sections, least, classes = [], 0, name_compared_classes(result)
+    titles = {name: own for name, own in _deferral_titles(result).items() if name != "error"}
     for row in _trained(result):
         if not row["deferral"]:
             continue
@@ -232,16 +230,31 @@ def tabulate_coverage(result: ComparisonResult) -> Coverage | None:
         section = []
         for region, own in regions.items():
             promised = "all regions" if own["coverage_of"] == "marginal" else "this region"
-            shares = (format_interval(own[share]) for share in DEFERRALS if share != "error")
+            shares = (format_interval(own[share]) for share in titles)
             studies = f"{own['n'] - own['n_abnormal']:,} + {own['n_abnormal']:,}"
             section.append([_name(result, row), region, studies, promised, *shares])
         sections.append(section)
     if not sections:
         return None
-    shown = (title for share, title in DEFERRALS.items() if share != "error")
     title = "What a promised coverage of 90 % gives on test, by region"
-    columns = ["Head", "Region", "Normal + abnormal", "Promised for", *shown]
+    counts = f"{_capitalised(classes.negative)} + {classes.positive}"
+    columns = ["Head", "Region", counts, "Promised for", *titles.values()]
     return Coverage(Table(title, columns, 3, sections, n_spanning=1), least)
+
+
+def _deferral_titles(result: ComparisonResult) -> dict[str, str]:
+    """Return the headings of shares of prediction sets, by their names in the comparison."""
+    classes = name_compared_classes(result)
+    return {
+        "coverage_normal": f"{_capitalised(classes.negative)} covered [95 %]",
+        "coverage_abnormal": f"{_capitalised(classes.positive)} covered [95 %]",
+        "deferred": "Deferred [95 %]",
+        "error": "Decided wrongly [95 %]",
+    }
+
+
+def _capitalised(name: str) -> str:
+    return f"{name[:1].upper()}{name[1:]}"
 
 
 def tabulate_calibrations(result: ComparisonResult) -> Table:

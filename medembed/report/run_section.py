@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 from medembed.core.text import counted
+from medembed.dataset.targets import name_classes
 from medembed.report.tables import Table
 from medembed.results.run_schema import CV_METHOD, Data, InputImage, RowCounts, RunInfo
 from medembed.results.runs import Run
@@ -63,7 +64,7 @@ def describe_run(run: Run, name: str, left_out_of: str | None = None) -> RunSect
     return RunSection(
         name,
         {key: value for key, value in _facts(info).items() if value},
-        _tabulate_data(info.data, name),
+        _tabulate_data(info.data, name, name_classes(info.asked.target).positive),
         _tabulate_winners(info, name),
         left_out,
         sentence,
@@ -114,13 +115,14 @@ def _input(preprocessing: InputImage) -> str:
     return ", ".join([" × ".join(map(str, preprocessing.size)), *details])
 
 
-def _tabulate_data(data: Data, name: str) -> Table:
+def _tabulate_data(data: Data, name: str, positive: str) -> Table:
     parts: dict[str, RowCounts] = {**data.splits, "all": data}
     rows = [
         [split, *(_text(getattr(part, column) or 0) for column in DATA_COLUMNS)]
         for split, part in parts.items()
     ]
-    headings = [column.capitalize().replace("_", " ") for column in DATA_COLUMNS]
+    named = {"abnormal": positive}
+    headings = [named.get(own, own).capitalize().replace("_", " ") for own in DATA_COLUMNS]
     return Table(f"Images of {name}", ["Split", *headings], 1, [rows])
 
 

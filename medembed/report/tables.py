@@ -9,6 +9,7 @@ from medembed.core.errors import RunError
 from medembed.core.text import mask_controls, to_csv, to_latex, to_markdown
 from medembed.evaluation.scores import SCORES
 from medembed.results.comparison_schema import ComparedHead, ComparisonResult
+from medembed.results.methods import name_compared_classes
 from medembed.results.significance import SIGNIFICANCE, row_name
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "format_interval",
     "format_p",
     "format_value",
+    "head_of_counts",
     "make_table",
     "make_tables",
     "render",
@@ -240,7 +242,8 @@ def _fit_table(result: ComparisonResult) -> Table | None:
 
 def _grouped_table(result: ComparisonResult, by: str, plural: str, with_counts: bool) -> Table:
     shown = list(COLUMNS)[:-1]
-    columns = ["Region" if by == "region" else "Views", "n (abn.)", "Head", "AUROC [95 %]"]
+    group = "Region" if by == "region" else "Views"
+    columns = [group, head_of_counts(result), "Head", "AUROC [95 %]"]
     sections = [
         [
             [
@@ -256,6 +259,12 @@ def _grouped_table(result: ComparisonResult, by: str, plural: str, with_counts: 
     unit = "region" if by == "region" else "number of views of the study"
     title = f"Heads by {unit}, test {plural}"
     return Table(title, columns, 3, sections, result["notes"], n_spanning=2)
+
+
+def head_of_counts(result: ComparisonResult) -> str:
+    """Return the heading of a column with rows, and those of the positive class in brackets."""
+    is_label = name_compared_classes(result).positive == "abnormal"
+    return "n (abn.)" if is_label else "n (pos.)"
 
 
 def _group_cells(name: str, block: dict[str, Any]) -> list[str]:

@@ -10,6 +10,7 @@ from medembed import __version__
 from medembed.core.errors import RunError
 from medembed.core.files import as_path, write_atomically
 from medembed.report.cases import FOLDER
+from medembed.report.measured import list_measured
 from medembed.report.page import (
     PageExtras,
     Tab,
@@ -22,7 +23,12 @@ from medembed.report.target_answers import read_answers
 from medembed.report.target_tables import tabulate_means, tabulate_targets
 from medembed.results.comparison import ComparisonOptions
 from medembed.results.methods import DISCLAIMER
-from medembed.results.target_comparison import TargetsComparison, compare_each, summarise_targets
+from medembed.results.target_comparison import (
+    Compared,
+    TargetsComparison,
+    compare_each,
+    summarise_targets,
+)
 from medembed.results.targets import TargetRuns
 
 __all__ = ["WrittenTargets", "write_target_report"]
@@ -92,6 +98,7 @@ def write_target_report(
         .render(
             tabs=_tabs(list(found)),
             title=f"{len(found)} targets of one cache",
+            subject=list_measured(opened.values(), _regions(found)),
             summary=_summarise(result),
             synthetic=any(own["synthetic"] for own in result["targets"].values()),
             by_target=tabulate_targets(result),
@@ -107,6 +114,11 @@ def write_target_report(
     )
     write_atomically(out / PAGE, text.encode())
     return written
+
+
+def _regions(found: Compared) -> set[str]:
+    """Return the body regions of the test rows of all targets."""
+    return {name for _, test_set in found.values() for name in test_set.units["region"]}
 
 
 def _tabs(names: Sequence[str], current: str | None = None) -> list[Tab]:

@@ -7,9 +7,11 @@ from math import nan
 from typing import Any, Literal, cast
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from medembed.core.errors import RunError
 from medembed.dataset.manifest import Manifest
+from medembed.dataset.targets import LABEL
 from medembed.evaluation.calibration import calibration_curve, calibration_line, reliability
 from medembed.evaluation.clinical_utility import check_prevalence
 from medembed.evaluation.delong import auroc_interval
@@ -42,7 +44,7 @@ from medembed.results.comparison_schema import (
 )
 from medembed.results.deferral import find_deferrals
 from medembed.results.flow import describe_flow
-from medembed.results.methods import describe
+from medembed.results.methods import describe, name_compared_classes
 from medembed.results.operating_points import count_confusion, describe_benefit, describe_points
 from medembed.results.runs import Run, RunLike, open_run
 from medembed.results.significance import (
@@ -166,7 +168,8 @@ def compare_opened(
     if options.margin is not None:
         tests = find_non_inferior(result["rows"], test_set, options.margin)
         *notes, last = result["notes"]
-        notes = [*notes, *describe_margins(tests, options.margin), last]
+        classes = name_compared_classes(result)
+        notes = [*notes, *describe_margins(tests, options.margin, classes), last]
         result = {**result, "non_inferiority": tests, "notes": notes}
     return result, test_set
 
@@ -232,7 +235,18 @@ def compare_aligned(
     seed: int = 0,
     prevalence: float | None = None,
 ) -> ComparisonResult:
-    """Return what `compare_runs` returns, for the test set that `align_runs` made of these runs."""
+    """Return what `compare_runs` returns, for the test set that `align_runs` made of these runs.
+
+    Linear algebra takes one thread: with more, sums over 10,000 patients have other last digits on
+    another number of cores, and take twice as long, for threads wait for each other at every sum.
+    """
+    with threadpool_limits(1, user_api="blas"):
+        return _compare(runs, test_set, n_resamples, seed, prevalence)
+
+
+def _compare(
+    runs: Sequence[Run], test_set: TestSet, n_resamples: int, seed: int, prevalence: float | None
+) -> ComparisonResult:
     known = None if prevalence is None else check_prevalence(prevalence)
     contenders, priors_of = drop_repeats(runs, test_set)
     deferrals = find_deferrals(runs, test_set)
@@ -400,6 +414,8 @@ def _about(run: Run, name: str, dropped: int) -> ComparedRun:
         "left_out_of": None,
         "copy_of": None,
     }
+    if run.info.asked.target not in (None, LABEL):
+        about["target"] = str(run.info.asked.target)
     if data.sought_test:
         about["sought_test"] = data.sought_test
     if run.info.lacking:

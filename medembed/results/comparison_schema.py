@@ -1,7 +1,6 @@
 """The document of a comparison, typed: what `compare` returns and `medembed compare --json` prints.
 
-It stays a tree of plain dicts, equal to its JSON; `TypedDict` names the keys and their types for
-mypy, and pydantic makes the JSON Schema from the same classes.
+It stays a tree of plain dicts, equal to its JSON; mypy and the JSON Schema read the `TypedDict`s.
 """
 
 from typing import Annotated, Literal, NotRequired
@@ -88,9 +87,10 @@ class Score(TypedDict):
 
 @closed
 class ComparedRun(TypedDict):
-    """A run, and what of it was not compared."""
+    """A run, what it predicts if not the label, and what of it was not compared."""
 
     name: str
+    target: NotRequired[str]
     left_out: Count
     left_out_test: Count
     unlabelled: Count

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 
 from medembed.core.text import counted
+from medembed.dataset.targets import ClassNames, name_classes
 from medembed.results.ablations import describe_repeats
 from medembed.results.comparison_schema import ComparedHead, ComparedRun, ComparisonResult
 from medembed.results.run_schema import CV_METHOD
@@ -12,6 +13,7 @@ __all__ = [
     "OF_SHARES",
     "describe",
     "describe_methods",
+    "name_compared_classes",
     "of_score",
 ]
 
@@ -32,14 +34,26 @@ _OF_SCORE = {
 }
 
 
+def name_compared_classes(result: ComparisonResult) -> ClassNames:
+    """Return what the classes of a comparison are called, or "negative" and "positive".
+
+    The latter where its runs predict several targets.
+    """
+    targets = {run.get("target") for run in result.get("runs", ())}
+    if len(targets) > 1:
+        return ClassNames("negative", "positive")
+    return name_classes(next(iter(targets), None))
+
+
 def describe(result: ComparisonResult) -> list[str]:
     """Return the sentences that belong under every table: what was counted, and how."""
     test, level = result["test"], result["level"]
+    classes = name_compared_classes(result)
     notes = [
-        f"Test: {counted(test['n'], level)} ({test['n_abnormal']:,} abnormal) of "
+        f"Test: {counted(test['n'], level)} ({test['n_abnormal']:,} {classes.positive}) of "
         f"{counted(test['n_patients'], 'patient')}.",
         describe_methods(result["rows"]),
-        *_describe_absent(result["rows"]),
+        *(classes.reword(own) for own in _describe_absent(result["rows"])),
         "Decisions: Youden's threshold on calibrated out-of-fold predictions of train.",
     ]
     notes += _describe_cv(result["rows"], len(result["runs"]) > 1)

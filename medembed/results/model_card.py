@@ -33,7 +33,7 @@ from medembed.dataset.covariates import (
     is_covariate,
     to_number,
 )
-from medembed.dataset.targets import LABEL
+from medembed.dataset.targets import ClassNames, name_classes
 from medembed.evaluation.calibration import Calibration, CalibrationEntry
 from medembed.evaluation.conformal import Conformal, ConformalEntry, fit_conformal
 from medembed.evaluation.intervals import plain
@@ -334,11 +334,9 @@ class Card:
     sources: tuple[SourceEntry, ...] = ()
 
     @property
-    def classes(self) -> tuple[str, str]:
+    def classes(self) -> ClassNames:
         """What decisions are called: normal and abnormal, or "no metal" and "metal" of a target."""
-        if self.target in (None, LABEL):
-            return "normal", "abnormal"
-        return f"no {self.target}", str(self.target)
+        return name_classes(self.target)
 
     def by_encoder(self) -> "list[Card]":
         """Return a card for each encoder that the model reads: itself, unless it is an ensemble."""

@@ -9,6 +9,7 @@ from math import isnan
 from typing import Any, NotRequired, TypedDict
 
 from medembed.core.errors import RunError
+from medembed.dataset.targets import ClassNames, name_classes
 from medembed.evaluation.bootstrap import MIN_PATIENTS, finite_or_none
 from medembed.evaluation.delong import auroc_differences
 from medembed.evaluation.intervals import paired_differences, plain
@@ -190,19 +191,24 @@ def find_non_inferior(
     ]
 
 
-def describe_margins(tests: Sequence[NonInferiority], margin: float) -> list[str]:
-    """Return a sentence for each head on whether it is non-inferior to the best one."""
+def describe_margins(
+    tests: Sequence[NonInferiority], margin: float, classes: ClassNames | None = None
+) -> list[str]:
+    """Return a sentence for each head on whether it is non-inferior to the best one.
+
+    `classes` are those of the comparison, by default normal and abnormal.
+    """
     if not tests:
         return [f"Non-inferiority (margin {margin:g}): there is no second trained head to test."]
     after = " after Holm's correction" if len(tests) > 1 else ""
-    return [_describe(test, after) for test in tests]
+    return [_describe(test, after, classes or name_classes(None)) for test in tests]
 
 
-def _describe(test: Mapping[str, Any], after: str) -> str:
+def _describe(test: Mapping[str, Any], after: str, classes: ClassNames) -> str:
     if test["non_inferior"] is None:
         return (
             f"Whether {test['a']} is non-inferior to {test['b']} cannot be tested: "
-            f"{test['reason']}."
+            f"{classes.reword(test['reason'])}."
         )
     verdict = "is non-inferior" if test["non_inferior"] else "is not shown to be non-inferior"
     p = "< 0.001" if test["p_holm"] < 0.001 else f"= {test['p_holm']:.3f}"

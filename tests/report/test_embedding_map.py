@@ -76,6 +76,20 @@ def test_order_of_manifest_and_cache_changes_no_coordinate(home, method):
     pd.testing.assert_frame_equal(first, map_run(run, other, turned, method=method).rows)
 
 
+def test_the_map_of_a_targets_run_has_the_answers_to_the_target(home):
+    run, cache, manifest = inputs(home)
+    rows = read_manifest(manifest).rows.copy()
+    rows["target_metal"] = np.resize(["0", "1", "1", ""], len(rows))
+    with_target = Manifest(rows, read_manifest(manifest).label_level)
+    info = json.loads((run / "run.json").read_text())
+    info["asked"] |= {"manifest": with_target.digest(), "target": "metal"}
+    (run / "run.json").write_text(json.dumps(info))
+    found = map_run(run, cache, with_target).rows.query("pooling == 'mean'")
+    expected = dict(zip(rows["sha256"], rows["target_metal"], strict=True))
+    answers = found["label"].astype("string").fillna("").tolist()
+    assert answers == [expected[sha256] for sha256 in found["sha256"]]
+
+
 def test_report_draws_the_map_of_a_run_that_has_one(home, tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "_OF_ROWS", {})  # the other figures take a minute
     monkeypatch.setattr(figures, "_OF_RESULT", {})

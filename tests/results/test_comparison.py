@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from made_runs import make_images, make_run
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from medembed.core.errors import RunError
 from medembed.evaluation.calibration import fit_platt
@@ -17,6 +18,7 @@ from medembed.evaluation.scores import by_study
 from medembed.evaluation.thresholds import youden_threshold
 from medembed.report.figures.roc_pr import roc_band, roc_curve
 from medembed.report.tables import FORMATS, Table, format_interval, render, render_table
+from medembed.results import comparison
 from medembed.results.comparison import compare
 
 FAST = {"n_resamples": 200}
@@ -290,3 +292,23 @@ def test_limits_that_reach_hundreds_lose_their_decimals() -> None:
     assert format_interval(slope, 2) == "423 [-20782, 21628]"
     assert format_interval({"value": 1.2, "low": -99.99, "high": None}, 2) == "1.20"
     assert format_interval({"value": None, "low": None, "high": None}) == "not estimable"
+
+
+def count_threads():
+    return {own["num_threads"] for own in threadpool_info() if own["user_api"] == "blas"}
+
+
+def test_sums_do_not_depend_on_the_number_of_cores(run_path, monkeypatch):
+    found = {}
+    own = comparison.pair_rows
+
+    def noted(*args):
+        found["pairs"] = count_threads()
+        return own(*args)
+
+    monkeypatch.setattr(comparison, "pair_rows", noted)
+    with threadpool_limits(2, user_api="blas"):
+        before = count_threads()
+        compare([run_path], n_resamples=20)
+        assert count_threads() == before
+    assert found == {"pairs": {1}}

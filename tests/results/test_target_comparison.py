@@ -10,13 +10,19 @@ import numpy as np
 import pandas as pd
 import pytest
 from click.testing import CliRunner
-from made_runs import make_images, make_run
+from made_pages import give_map
+from made_runs import fit_sets, give_model, make_images, make_run
+from matplotlib.text import Text
 from statsmodels.stats.multitest import multipletests
 
 from medembed.cli import main
 from medembed.core.errors import RunError
+from medembed.dataset.targets import ClassNames
+from medembed.report import figures
 from medembed.report.target_tables import render_targets
-from medembed.results.comparison import ComparisonOptions, compare
+from medembed.results.comparison import ComparisonOptions, compare, compare_opened
+from medembed.results.embedding_map import first_map
+from medembed.results.methods import name_compared_classes
 from medembed.results.target_comparison import compare_targets
 from medembed.results.targets import TargetEntry, create_targets, open_targets
 
@@ -201,3 +207,97 @@ def test_commands_take_a_targets_run_and_refuse_the_directory(runs, tmp_path):
     assert list(json.loads(ran.stdout)["targets"]) == ["cast", "metal"]
     assert (tables / "targets.csv").exists()
     assert (tables / "metal" / "heads.tex").exists()
+
+
+# The words of a target's pages and tables
+
+OF_THE_LABEL = re.compile(r"\b(?:ab)?normal\b|\babn\.", re.IGNORECASE)
+
+
+@pytest.fixture(scope="module", params=[120, 16])
+def metal(request, tmp_path_factory):
+    """A run of a target with prediction sets and a map; of few patients, scores lack limits."""
+    home = tmp_path_factory.mktemp("metal")
+    images = make_images(n_patients=request.param)
+    run = make_run(home / "run", images, HEADS, asked={"target": "metal"})
+    sets = fit_sets(run, "logistic").as_dict()
+    give_model(run, "logistic", target="metal", conformal=sets)
+    give_map(run, images)
+    return run, home
+
+
+def read_words(html):
+    """Return what a page says without its script, and its pictures' alternatives."""
+    shown = re.sub(r"<(style|script)\b.*?</\1>", " ", html, flags=re.DOTALL)
+    return re.sub(r'src(?:set)?="data:[^"]*"', " ", shown)
+
+
+def test_a_targets_page_speaks_of_the_target_and_not_of_the_label(metal):
+    run, home = metal
+    words = ["report", str(run.path), "-o", str(home / "page"), "--checklist", "claim"]
+    ran = CliRunner().invoke(main, [*words, "--prevalence", "0.2", "--margin", "0.1"])
+    assert ran.exit_code == 0, ran.output
+    text = read_words((home / "page" / "index.html").read_text())
+    assert not OF_THE_LABEL.findall(text)
+    for told in (
+        "How well heads tell metal from no metal",
+        "Called metal, labelled no metal",
+        "a share of 0.2 is metal",
+        "No metal covered",
+        "No metal + metal",
+        "nine of ten no metal and nine of ten metal studies",
+        "n (pos.)",
+    ):
+        assert told in text
+    [checklist] = (home / "page").glob("*.md")
+    assert not OF_THE_LABEL.findall(checklist.read_text())
+
+
+def test_figures_of_a_target_are_lettered_in_its_words(metal):
+    run, _ = metal
+    result, test_set = compare_opened([run], QUICK)
+    drawn = {name: figures.draw_figure(name, result, test_set) for name in figures.FIGURES}
+    drawn["map"] = figures.plot_map(*first_map([run], ["run"]), ClassNames("no metal", "metal"))
+    drawn["map"] = drawn["map"].figure()
+    letters = {
+        name: "\n".join(text.get_text() for text in own.findobj(Text))
+        for name, own in drawn.items()
+        if own is not None
+    }
+    assert not OF_THE_LABEL.findall("\n".join(letters.values()))
+    for name in ("confusion", "flow", "map", "precision_recall", "calibration", "regions"):
+        assert "metal" in letters[name]
+    assert "no metal" in letters["confusion"]
+
+
+@pytest.mark.parametrize("table_format", ["table", "markdown", "latex"])
+@pytest.mark.parametrize("by", [None, "region", "views"])
+def test_tables_of_a_target_say_its_words(metal, table_format, by):
+    run, _ = metal
+    words = ["compare", str(run.path), "--format", table_format, "--margin", "0.1"]
+    words += ["--prevalence", "0.2"] if by is None else ["--by", by]
+    ran = CliRunner().invoke(main, words)
+    assert ran.exit_code == 0, ran.output
+    assert not OF_THE_LABEL.findall(ran.stdout)
+    assert " metal)" in ran.stdout
+
+
+def test_the_document_names_the_target_and_keeps_its_keys(metal):
+    run, _ = metal
+    ran = CliRunner().invoke(main, ["compare", str(run.path), "--json"])
+    document = json.loads(ran.stdout)
+    assert document["runs"][0]["target"] == "metal"
+    assert (
+        document["test"]["n_abnormal"]
+        == document["rows"][0]["confusion"]["tp"] + (document["rows"][0]["confusion"]["fn"])
+    )
+
+
+def test_runs_of_several_targets_have_a_negative_and_a_positive_class(tmp_path):
+    images = make_images(n_patients=60)
+    asked = ({"target": "metal"}, {"target": "cast"}, {"target": "label"})
+    runs = [make_run(tmp_path / f"{k}", images, HEADS, asked=own) for k, own in enumerate(asked)]
+    result = compare(runs, n_resamples=20)
+    assert name_compared_classes(result) == ("negative", "positive")
+    assert "target" not in compare(runs[2], n_resamples=20)["runs"][0]
+    assert name_compared_classes(compare(runs[2], n_resamples=20)) == ("normal", "abnormal")

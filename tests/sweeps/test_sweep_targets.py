@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from medembed.dataset.manifest import make_manifest, read_manifest, write_manife
 from medembed.dataset.splits import draw_target_folds, draw_train_folds
 from medembed.dataset.targets import select_target
 from medembed.prediction.external_validation import evaluate
+from medembed.report.external import render_external
 from medembed.results.runs import open_run
 from medembed.results.targets import open_targets
 from medembed.sweeps import sweep
@@ -299,6 +301,11 @@ def test_a_targets_model_is_evaluated_on_that_target(runs, data, tmp_path):
     found = run.predictions().query("head == 'logistic'")
     answers = dict(zip(table["sha256"], table["target_metal"].astype(int), strict=True))
     assert found["label"].tolist() == [answers[key] for key in found["sha256"]]
+    text = render_external({"run": "evaluation", **run.scores()}, target="metal")
+    assert "Called metal:" in text
+    assert "Share metal" in text
+    assert " metal)" in text
+    assert not re.search(r"\b(ab)?normal\b(?! clouds)", text)
     write_manifest(make_manifest(table.drop(columns="target_metal"), "study"), tmp_path / "old.csv")
     with pytest.raises(ManifestError, match="no target 'metal'"):
         evaluate(model, cache, tmp_path / "old.csv", tmp_path / "other")

@@ -30,7 +30,7 @@ from medembed.report.figures.plotting import (
 )
 from medembed.report.tables import format_interval
 from medembed.results.comparison_schema import CalibrationCurve, CalibrationPanel, ComparisonResult
-from medembed.results.methods import OF_SHARES
+from medembed.results.methods import OF_SHARES, name_compared_classes
 
 __all__ = ["plot_calibration"]
 
@@ -55,7 +55,7 @@ def plot_calibration(result: ComparisonResult) -> Plot | None:
     panels = rows[0].get("calibrations") if rows else None
     if not panels:
         return None
-    name = label_rows(result, rows)[0]
+    name, positive = label_rows(result, rows)[0], name_compared_classes(result).positive
 
     def draw(theme: Theme) -> Figure:
         return _draw_panels(theme, result, name, panels)
@@ -65,7 +65,7 @@ def plot_calibration(result: ComparisonResult) -> Plot | None:
         "calibration",
         "Calibration",
         draw,
-        caption=f"{describe_test(result)} {name}: points, the share abnormal within each bin of "
+        caption=f"{describe_test(result)} {name}: points, the share {positive} within each bin of "
         f"probabilities{_describe_curve(panels)}; dotted, perfect calibration; strips, test "
         f"{name_units(result)} in each bin. {_describe_intervals(panels)}"
         f"{describe_shown(result, 1)}",
@@ -79,7 +79,7 @@ def _draw_panels(
 ) -> Figure:
     about = f"Head: {name}. {describe_test(result)} {_describe_intervals(panels)}"
     about += describe_shown(result, 1)
-    n_lines = (len(panels) + 1) // 2
+    n_lines, positive = (len(panels) + 1) // 2, name_compared_classes(result).positive
     figure = start_figure("Calibration", about, body=2.9 * n_lines)
     grid = figure.add_gridspec(2 * n_lines, 2, height_ratios=(4, 1) * n_lines)
     top = max((own["n"] for panel in panels.values() for own in panel["bins"]), default=1)
@@ -90,10 +90,11 @@ def _draw_panels(
         _draw_reliability(axes, theme, method, panel)
         _draw_counts(strip, theme, panel, top)
         if column == 0:
-            axes.set_ylabel("Share abnormal", fontsize=LEGEND)
+            axes.set_ylabel(elide(f"Share {positive}", PANEL_WIDTH, LEGEND), fontsize=LEGEND)
             strip.set_ylabel(name_units(result).capitalize(), fontsize=SMALL)
         if i + 2 >= len(panels):
-            strip.set_xlabel("Probability of abnormal", fontsize=LEGEND)
+            told = elide(f"Probability of {positive}", PANEL_WIDTH, LEGEND)
+            strip.set_xlabel(told, fontsize=LEGEND)
     return figure
 
 

@@ -15,6 +15,7 @@ from matplotlib.textpath import text_to_path
 
 from medembed.core.text import counted, to_csv_cell, to_figure
 from medembed.results.comparison_schema import ComparedHead, ComparisonResult
+from medembed.results.methods import name_compared_classes
 from medembed.results.significance import row_name
 
 __all__ = [
@@ -158,9 +159,9 @@ def name_units(result: ComparisonResult) -> str:
 
 def describe_test(result: ComparisonResult) -> str:
     """Return the sentence that explains n."""
-    test = result["test"]
+    test, positive = result["test"], name_compared_classes(result).positive
     return (
-        f"n = {counted(test['n'], 'test ' + result['level'])} ({test['n_abnormal']:,} abnormal), "
+        f"n = {counted(test['n'], 'test ' + result['level'])} ({test['n_abnormal']:,} {positive}), "
         f"{counted(test['n_patients'], 'patient')}."
     )
 

@@ -1,6 +1,6 @@
 """Confusion matrices of heads at every operating point."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -23,7 +23,7 @@ from medembed.report.figures.plotting import Plot, Theme, make_plot, start_figur
 from medembed.report.operating_tables import confusion_of, name_point, points_of
 from medembed.report.tables import format_interval
 from medembed.results.comparison_schema import ComparedHead, ComparisonResult, PointDocument
-from medembed.results.methods import OF_SHARES
+from medembed.results.methods import OF_SHARES, name_compared_classes
 
 __all__ = ["plot_confusion"]
 
@@ -34,8 +34,9 @@ LINE_HEIGHT = 1.7
 """Height in inches of the matrices of one operating point."""
 PANEL_WIDTH = 92
 """Points above a matrix."""
+CLASS_WIDTH = 60
+"""Points for a class beside or below a matrix."""
 COUNTS = ("tn", "fp", "fn", "tp")
-CLASSES = ("normal", "abnormal")
 DARKEST = 0.5
 """Opacity of a cell that holds its whole row, at which text stays readable in both themes."""
 
@@ -96,7 +97,7 @@ def _draw_matrices(
         f"{describe_test(result)} Cells: counts and shares of the row. {_describe_intervals(rows)}"
     )
     about += describe_shown(result, MAX_MATRICES)
-    several = len(result["runs"]) > 1
+    several, classes = len(result["runs"]) > 1, _label_classes(result)
     figure = start_figure(TITLE, about, body=LINE_HEIGHT * len(names) + (0.5 if several else 0.3))
     grid = figure.subplots(len(names), len(rows), squeeze=False)
     for i, row in enumerate(rows):
@@ -109,12 +110,12 @@ def _draw_matrices(
             if point is None:  # an external model that does not record it
                 axes.set_axis_off()
                 continue
-            _draw_matrix(axes, theme, confusion_of(point))
+            _draw_matrix(axes, theme, confusion_of(point), classes)
             axes.set_xlabel(_describe_matrix(point), fontsize=SMALL)
             axes.set_yticks((0, 1), ("", ""))
     for line, name in enumerate(names):
         counts = _row_sums(confusion_of(points_of(rows[0])[line]))
-        labels = [f"{own}\nn = {n:,}" for own, n in zip(CLASSES, counts, strict=True)]
+        labels = [f"{own}\nn = {n:,}" for own, n in zip(classes, counts, strict=True)]
         grid[line, 0].set_yticks((0, 1), labels, fontsize=SMALL)
         grid[line, 0].set_ylabel(name_point(name), fontsize=LEGEND)
     return figure
@@ -126,7 +127,14 @@ def _describe_intervals(rows: list[ComparedHead]) -> str:
     return describe_intervals("In brackets", scores, OF_SHARES)
 
 
-def _draw_matrix(axes: Any, theme: Theme, confusion: Mapping[str, int]) -> None:
+def _label_classes(result: ComparisonResult) -> tuple[str, ...]:
+    """Return what the classes are called, as far as there is room."""
+    return tuple(elide(name, CLASS_WIDTH, SMALL) for name in name_compared_classes(result))
+
+
+def _draw_matrix(
+    axes: Any, theme: Theme, confusion: Mapping[str, int], classes: Sequence[str]
+) -> None:
     sums = _row_sums(confusion)
     for k, name in enumerate(COUNTS):
         line, column = divmod(k, 2)
@@ -144,7 +152,7 @@ def _draw_matrix(axes: Any, theme: Theme, confusion: Mapping[str, int]) -> None:
         axes.text(column, line, text, ha="center", va="center", fontsize=LEGEND)
     axes.set(xlim=(-0.5, 1.5), ylim=(1.5, -0.5), anchor="N")
     axes.set_box_aspect(0.65)
-    axes.set_xticks((0, 1), CLASSES, fontsize=SMALL)
+    axes.set_xticks((0, 1), classes, fontsize=SMALL)
     axes.tick_params(length=0)
     axes.grid(visible=False)
     axes.spines[:].set_visible(True)

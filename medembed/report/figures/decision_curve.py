@@ -24,6 +24,7 @@ from medembed.report.figures.plotting import (
     start_figure,
 )
 from medembed.results.comparison_schema import ComparedHead, ComparisonResult, Curve
+from medembed.results.methods import name_compared_classes
 
 __all__ = ["plot_decision_curve"]
 
@@ -45,7 +46,7 @@ def plot_decision_curve(result: ComparisonResult) -> Plot | None:
     rows = able[:MAX_SERIES]
     if not rows:
         return None
-    names = label_rows(result, rows)
+    names, positive = label_rows(result, rows), name_compared_classes(result).positive
 
     def draw(theme: Theme) -> Figure:
         return _draw_curves(theme, result, rows, names)
@@ -61,8 +62,9 @@ def plot_decision_curve(result: ComparisonResult) -> Plot | None:
         draw,
         caption=f"{describe_test(result)} Net benefit of calibrated probabilities: the share of "
         "studies found, less the false alarms at the price that the threshold gives them. A head "
-        "is of use where its line is above both references: all called abnormal (treat all), none "
-        f"called abnormal (treat none). {_describe_band(rows[0], f'Band of {names[0]}, pointwise')}"
+        f"is of use where its line is above both references: all called {positive} (treat all), "
+        f"none called {positive} (treat none). "
+        f"{_describe_band(rows[0], f'Band of {names[0]}, pointwise')}"
         f"{describe_shown(result, n_all=len(able))}",
         alt=f"{TITLE} on test: net benefit. {'; '.join(numbers)}.",
         csv=_write_curves(name_rows(result, rows), rows),

@@ -1,11 +1,13 @@
 """The map of a run: its images in two dimensions, by label and by region."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
 
 from medembed.core.text import to_figure
+from medembed.dataset.targets import ClassNames, name_classes
 from medembed.report.figures.captions import LEGEND, elide, write_csv
 from medembed.report.figures.plotting import (
     MARKERS,
@@ -25,13 +27,16 @@ MAP = "map"
 MAX_POINTS = 2000
 """Images drawn, those whose SHA-256 comes first: more would hide each other and swell the page."""
 MAX_POOLINGS, MAX_REGIONS = 3, 6
-LABELS = ("normal", "abnormal", "unlabelled")
 _METHODS = {"pca": "principal components", "tsne": "t-SNE"}
 OTHERS = "other regions"
 
 
-def plot_map(run: str, found: EmbeddingMap) -> Plot:
-    """Draw the map of the run of this name, a column of axes per pooling."""
+def plot_map(run: str, found: EmbeddingMap, classes: ClassNames | None = None) -> Plot:
+    """Draw the map of the run of this name, a column of axes per pooling.
+
+    `classes` are those of the run's target, by default normal and abnormal.
+    """
+    labels = (*(classes or name_classes(None)), "unlabelled")
     rows = _choose(found.rows)
     method = _METHODS[found.info.method]
     n_all = found.rows["sha256"].nunique()
@@ -43,7 +48,7 @@ def plot_map(run: str, found: EmbeddingMap) -> Plot:
     )
 
     def draw(theme: Theme) -> Figure:
-        return _draw(theme, about, rows, found)
+        return _draw(theme, about, rows, found, labels)
 
     poolings = list(dict.fromkeys(rows["pooling"]))
     return make_plot(
@@ -68,13 +73,15 @@ def _records(rows: pd.DataFrame) -> list[Any]:
     return rows.astype({"label": object}).where(rows.notna(), None).to_dict("records")
 
 
-def _draw(theme: Theme, about: str, rows: pd.DataFrame, found: EmbeddingMap) -> Figure:
-    label = rows["label"].map({0: LABELS[0], 1: LABELS[1]}).fillna(LABELS[2])
+def _draw(
+    theme: Theme, about: str, rows: pd.DataFrame, found: EmbeddingMap, labels: Sequence[str]
+) -> Figure:
+    label = rows["label"].map({0: labels[0], 1: labels[1]}).fillna(labels[2])
     frequent = rows["region"].value_counts(sort=True).index[:MAX_REGIONS].tolist()
     if rows["region"].nunique() > MAX_REGIONS:
         frequent = [*frequent[: MAX_REGIONS - 1], OTHERS]
     region = rows["region"].where(rows["region"].isin(frequent), OTHERS)
-    kinds = [("label", label, [name for name in LABELS if (label == name).any()])]
+    kinds = [("label", label, [name for name in labels if (label == name).any()])]
     if len(frequent) > 1:
         kinds.append(("region", region, frequent))
     poolings = list(dict.fromkeys(rows["pooling"]))

@@ -8,10 +8,12 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from medembed.core.text import counted
+from medembed.dataset.targets import ClassNames
 from medembed.report.figures.captions import LEGEND, SMALL, elide, wrap, write_csv
 from medembed.report.figures.plotting import WIDTH, Plot, Theme, make_plot, start_figure
 from medembed.results.comparison_schema import ComparisonResult, Flow
 from medembed.results.flow import CLASSES, NOT_RECORDED
+from medembed.results.methods import name_compared_classes
 
 __all__ = ["plot_flow"]
 
@@ -66,22 +68,22 @@ def plot_flow(result: ComparisonResult) -> Plot | None:
     shown = groups[:MAX_FLOWS]
 
     def draw(theme: Theme) -> Figure:
-        return _draw_flows(theme, about, shown, titled=len(result["runs"]) > 1)
+        return _draw_flows(theme, about, shown, classes, titled=len(result["runs"]) > 1)
 
-    more = len(groups) - len(shown)
+    more, classes = len(groups) - len(shown), name_compared_classes(result)
     verb = "is" if more == 1 else "are"
     cut = f" {counted(more, 'more flow')} {verb} in the CSV alone." if more > 0 else ""
     why = "" if all(own["found"] is not None for own in flows) else _why_not_recorded()
     about = (
-        "A study is abnormal where one of its images is; a patient with studies of both classes "
-        f"counts in each.{why}{cut}{' Synthetic images.' if result['synthetic'] else ''}"
+        f"A study is {classes.positive} where one of its images is; a patient with studies of both "
+        f"classes counts in each.{why}{cut}{' Synthetic images.' if result['synthetic'] else ''}"
     )
     return make_plot(
         "flow",
         TITLE,
         draw,
         caption=about,
-        alt=f"{TITLE}. " + " ".join(_describe_flow(names, own) for names, own in shown),
+        alt=f"{TITLE}. " + " ".join(_describe_flow(names, own, classes) for names, own in shown),
         csv=write_csv([row for own in flows for row in _rows(own)]),
     )
 
@@ -98,7 +100,12 @@ def _is_same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
 
 
 def _draw_flows(
-    theme: Theme, about: str, groups: Sequence[tuple[list[str], Flow]], *, titled: bool
+    theme: Theme,
+    about: str,
+    groups: Sequence[tuple[list[str], Flow]],
+    classes: ClassNames,
+    *,
+    titled: bool,
 ) -> Figure:
     boxes, arrows, top = [], [], 0.0
     for names, own in groups:
@@ -106,7 +113,7 @@ def _draw_flows(
             title = elide(", ".join(names), WHOLE - 2 * PAD, BOLD)
             boxes.append(_Box((title,), 0, top, WHOLE))
             top = boxes[-1].bottom + GAP
-        found, lines = _place(own, top)
+        found, lines = _place(own, top, classes)
         boxes += found
         arrows += lines
         top = max(box.bottom for box in found) + 2 * GAP
@@ -128,7 +135,7 @@ _Arrow = tuple[tuple[float, float], tuple[float, float], bool]
 """Start and end points, and whether the end has an arrowhead."""
 
 
-def _place(own: Flow, top: float) -> tuple[list[_Box], list[_Arrow]]:
+def _place(own: Flow, top: float, classes: ClassNames) -> tuple[list[_Box], list[_Arrow]]:
     """Return the boxes of one flow from top to bottom, with losses beside their source."""
     width, aside = MAIN * WHOLE, (1 - SIDE) * WHOLE
     boxes: list[_Box] = []
@@ -148,7 +155,7 @@ def _place(own: Flow, top: float) -> tuple[list[_Box], list[_Arrow]]:
             top = lost.bottom + GAP
     places = (0.0, aside) if len(own["splits"]) > 1 else (0.0,)
     for left, part in zip(places, own["splits"], strict=False):
-        box = _Box(_fit(_split_lines(part), width), left, top, width)
+        box = _Box(_fit(_split_lines(part, classes), width), left, top, width)
         if above is not None:
             arrows += _branch(above, box)
         boxes.append(box)
@@ -231,19 +238,19 @@ def _units(counts: Mapping[str, Any]) -> list[str]:
     return [f"{counts[unit]:,} {unit}" for unit in UNITS if counts.get(unit) is not None]
 
 
-def _split_lines(part: Mapping[str, Any]) -> list[str]:
+def _split_lines(part: Mapping[str, Any], classes: ClassNames) -> list[str]:
     lines = [part["split"].capitalize(), *_units(part["used"])]
-    for name in CLASSES:
-        own = part["classes"][name]
+    for key, name in zip(CLASSES, classes, strict=True):
+        own = part["classes"][key]
         lines.append(
             f"{name}: {counted(own['studies'], 'study')}, {counted(own['patients'], 'patient')}"
         )
     return lines
 
 
-def _describe_flow(names: Sequence[str], own: Flow) -> str:
+def _describe_flow(names: Sequence[str], own: Flow, classes: ClassNames) -> str:
     parts = [*(line for main, side in _steps(own) for line in (*main, *side))]
-    parts += [line for part in own["splits"] for line in _split_lines(part)]
+    parts += [line for part in own["splits"] for line in _split_lines(part, classes)]
     return f"{', '.join(names)}: {'; '.join(parts)}."
 
 

@@ -13,9 +13,11 @@ from medembed.core.text import to_csv_cell
 from medembed.evaluation.bootstrap import draw, patient_codes, percentiles
 from medembed.evaluation.scores import Scorer
 from medembed.report.figures.captions import (
+    LEGEND,
     describe_intervals,
     describe_shown,
     describe_test,
+    elide,
     has_interval,
     label_rows,
     name_rows,
@@ -33,7 +35,7 @@ from medembed.report.figures.plotting import (
 from medembed.report.tables import format_interval
 from medembed.results.alignment import TestSet
 from medembed.results.comparison_schema import ComparisonResult
-from medembed.results.methods import of_score
+from medembed.results.methods import name_compared_classes, of_score
 
 __all__ = [
     "plot_precision_recall",
@@ -46,6 +48,8 @@ __all__ = [
 
 GRID = np.linspace(0, 1, 101)
 """False-positive rates, or recalls, at which a band is computed."""
+LABEL_WIDTH = 120
+"""Points for a class in a legend."""
 ROUNDING = 1e-9
 """Tolerance by which a recall of 57 in 100 reaches 0.57 despite rounding."""
 
@@ -306,7 +310,8 @@ def plot_precision_recall(result: ComparisonResult, test_set: TestSet) -> Plot |
     Returns None where the test rows are of one class or no head was trained.
     """
     share = result["test"]["n_abnormal"] / max(result["test"]["n"], 1)
-    reference = ([share, share], f"chance: {share:.3f}, the share abnormal")
+    positive = elide(name_compared_classes(result).positive, LABEL_WIDTH, LEGEND)
+    reference = ([share, share], f"chance: {share:.3f}, the share {positive}")
     return _plot_curves(result, test_set, PRECISION_RECALL, reference)
 
 

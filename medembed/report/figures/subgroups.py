@@ -28,7 +28,7 @@ from medembed.report.figures.plotting import (
 )
 from medembed.report.tables import GROUPINGS, NOT_ESTIMABLE, format_interval, render
 from medembed.results.comparison_schema import ComparedHead, ComparisonResult
-from medembed.results.methods import of_score
+from medembed.results.methods import name_compared_classes, of_score
 
 __all__ = ["plot_regions", "plot_views"]
 
@@ -111,7 +111,7 @@ def _plot_groups(
 ) -> Plot | None:
     if not any(is_known(score) for own in lines.scores for score in own):
         return None
-    names = label_rows(result, rows)
+    names, positive = label_rows(result, rows), name_compared_classes(result).positive
 
     def draw(theme: Theme) -> Figure:
         return _draw_groups(theme, result, lines, names, title, axis)
@@ -128,8 +128,8 @@ def _plot_groups(
         GROUPINGS[by],
         title,
         draw,
-        caption=f"{describe_test(result)} {_describe_intervals(lines)} n: test rows, abnormal in "
-        f"brackets; {meaning}.{describe_shown(result)}",
+        caption=f"{describe_test(result)} {_describe_intervals(lines)} n: test rows, "
+        f"{positive} in brackets; {meaning}.{describe_shown(result)}",
         alt=f"{title}. {'; '.join(cells)}.",
         csv=render(result, table_format="csv", by=by) + "\n",
     )
@@ -154,7 +154,8 @@ def _draw_groups(
     axis: str,
 ) -> Figure:
     n_lines, n_heads = len(lines.labels), len(names)
-    about = f"{describe_test(result)} In brackets: abnormal. {_describe_intervals(lines)}"
+    positive = name_compared_classes(result).positive
+    about = f"{describe_test(result)} In brackets: {positive}. {_describe_intervals(lines)}"
     about += describe_shown(result)
     body = n_lines * max(0.38, 0.2 + 0.16 * n_heads) + 0.6
     figure = start_figure(title, about, body=body, n_labels=n_heads)

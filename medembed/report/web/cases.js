@@ -29,7 +29,7 @@ const SORTS = {
   far: "furthest from training",
 };
 const FEW = 3;
-const SETS = ["neither", "normal", "abnormal", "normal or abnormal"];
+const setsOf = ({ classes }) => ["neither", ...classes, classes.join(" or ")];
 
 const logit = (p) => {
   const clipped = Math.min(Math.max(p, 1e-7), 1 - 1e-7);
@@ -49,7 +49,7 @@ export const describeCase = (page, state, i) => {
     region: regionName(page.regions, cases.region[i]),
     films: cases.films[i].split(" "),
     names: cases.names?.[i] ?? null,
-    set: cases.sets ? SETS[cases.sets[i]] : null,
+    set: cases.sets ? setsOf(page)[cases.sets[i]] : null,
     distance: cases.distance ? cases.distance[i] : NaN,
   }; // prettier-ignore
 };
@@ -182,7 +182,7 @@ export const addCases = (page, store, host) => {
     },
     hasFilms ? viewsOf(own) : null,
     h("p", {}, h("strong", { class: wrong ? "wrong" : "right" }, own.title), ` ${share(own.p, 2)}`),
-    h("p", {}, `${own.region}, ${own.abnormal ? "abnormal" : "normal"}`),
+    h("p", {}, `${own.region}, ${page.classes[Number(own.abnormal)]}`),
     h("p", {}, own.names ? own.names[0] : own.films[0].slice(0, DIGITS)));
   };
 

@@ -87,7 +87,7 @@ export const addControls = (page, store, host) => {
     };
     const tell = (name, number, about, between = "") =>
       h("div", {}, h("dt", {}, name), h("dd", {}, h("b", {}, share(number)), h("span", {}, ` ${between}`), h("small", {}, about)));
-    const assumed = `at ${Number((100 * state.prevalence).toFixed(2))} % abnormal`;
+    const assumed = `at ${Number((100 * state.prevalence).toFixed(2))} % ${page.classes[1]}`;
     results.replaceChildren(
       tell("Sensitivity", found.sensitivity, `${count(found.tp)} of ${count(found.tp + found.fn)}`, interval("sensitivity")),
       tell("Specificity", found.specificity, `${count(found.tn)} of ${count(found.tn + found.fp)}`, interval("specificity")),

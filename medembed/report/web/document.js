@@ -72,4 +72,7 @@ export const ANSWERS = ["negative", "positive", "unknown"];
 /** What the labels of a page are called: answers to the target that its heads predict. */
 export const labelName = ({ target }) => (target === "label" ? "label" : `target ${target}`);
 
+/** What a label is called, by its code. */
+export const labelsOf = ({ classes }) => [...classes, "unlabelled"];
+
 export const regionName = (regions, code) => regions[code] ?? "another region";

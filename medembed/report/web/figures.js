@@ -60,11 +60,10 @@ const addRoc = (page, store, host) => {
       ([x, y]) => `sensitivity ${share(y)}, specificity ${share(1 - x)}`,
       (i) => ({ band: i === 0 ? page.roc_band && { ...page.roc_band } : null }));
     for (const own of series) { // from no row to all rows
-      own.points.unshift([0, 0]);
-      own.points.push([1, 1]);
+      own.points = [[0, 0], ...own.points, [1, 1]];
       const { tell, choose } = own;
       const last = own.points.length - 1;
-      own.tell = (j) => (j === 0 || j === last ? `all called ${j ? "abnormal" : "normal"}` : tell(j - 1));
+      own.tell = (j) => (j === 0 || j === last ? `all called ${page.classes[Number(j > 0)]}` : tell(j - 1));
       own.choose = (j) => j !== 0 && j !== last && choose(j - 1);
     }
     plot.draw({
@@ -122,7 +121,7 @@ const addCalibration = (page, store, host) => {
   const redraw = (state) => {
     plot.draw({
       x: { label: "Calibrated probability", domain: [0, 1] },
-      y: { label: "Share abnormal", domain: [0, 1] },
+      y: { label: `Share ${page.classes[1]}`, domain: [0, 1] },
       series: inOrder(page, state).map(({ head, i }) => {
         const { probability, share: shares, low, high } = head.calibration;
         const known = probability.map((_, j) => j).filter((j) => low[j] !== null && high[j] !== null);
@@ -138,7 +137,7 @@ const addCalibration = (page, store, host) => {
               low: bin.share_low ?? bin.share_abnormal, high: bin.share_high ?? bin.share_abnormal,
             }))
             : null,
-          tell: (j) => `${head.name}: of studies at ${share(probability[j])}, ${share(shares[j])} are abnormal`,
+          tell: (j) => `${head.name}: of studies at ${share(probability[j])}, ${share(shares[j])} are ${page.classes[1]}`,
           choose: (j) => store.set({ threshold: nearestThreshold(page, probability[j]) }),
         };
       }),
@@ -202,6 +201,7 @@ const addDecisionCurve = (page, store, host) => {
 
 const addDistribution = (page, store, host) => {
   const plot = createPlot(host);
+  const [negative, positive] = page.classes;
   const region = h("select", { id: "distribution-region" },
     h("option", { value: "-1" }, "all regions"),
     page.regions.map((name, code) => h("option", { value: code }, name)));
@@ -223,7 +223,7 @@ const addDistribution = (page, store, host) => {
     const shares = counts.map((own, label) => own.map((v) => (totals[label] ? v / totals[label] : 0)));
     const top = Math.max(0.02, ...shares.flat());
     plot.draw({
-      x: { label: "Calibrated probability of abnormal", domain: [0, 1] },
+      x: { label: `Calibrated probability of ${page.classes[1]}`, domain: [0, 1] },
       y: { label: "Share of the class", domain: [0, top * 1.08] },
       series: shares.map((own, label) => ({
         points: own.flatMap((v, b) => [[b / BINS, v], [(b + 1) / BINS, v]]),
@@ -232,7 +232,7 @@ const addDistribution = (page, store, host) => {
         className: label ? "abnormal" : "normal",
         tell: (j) => {
           const b = Math.floor(j / 2);
-          const name = label ? "abnormal" : "normal";
+          const name = page.classes[label];
           return `${count(counts[label][b])} of ${count(totals[label])} ${name} between ${share(b / BINS)} and ${share((b + 1) / BINS)}`;
         },
       })),
@@ -240,11 +240,12 @@ const addDistribution = (page, store, host) => {
     remark(state);
   };
   const remark = (state) =>
-    plot.mark({ lines: [page.thresholds[state.threshold]], said: "Dashed: normal. Solid: abnormal." });
+    plot.mark({ lines: [page.thresholds[state.threshold]], said: `Dashed: ${negative}. Solid: ${positive}.` });
   return { redraw, remark };
 };
 
 const addConfusion = (page, store, host) => {
+  const [negative, positive] = page.classes;
   const remark = (state) => {
     const head = page.heads[state.head];
     const found = decide(page, head, state.threshold, state.prevalence);
@@ -256,10 +257,10 @@ const addConfusion = (page, store, host) => {
     host.replaceChildren(
       h("table", { class: "matrix" },
         h("caption", {}, `${head.name} at threshold ${threshold(page.thresholds[state.threshold])}, ${count(page.test.n)} ${plural}`),
-        h("thead", {}, h("tr", {}, h("td", {}), h("th", { scope: "col" }, "called normal"), h("th", { scope: "col" }, "called abnormal"))),
+        h("thead", {}, h("tr", {}, h("td", {}), page.classes.map((name) => h("th", { scope: "col" }, `called ${name}`)))),
         h("tbody", {},
-          h("tr", {}, h("th", { scope: "row" }, "normal"), cell("true negative", tn, tn + fp, "right"), cell("false positive", fp, tn + fp, "wrong")),
-          h("tr", {}, h("th", { scope: "row" }, "abnormal"), cell("false negative", fn, tp + fn, "wrong"), cell("true positive", tp, tp + fn, "right")))),
+          h("tr", {}, h("th", { scope: "row" }, negative), cell("true negative", tn, tn + fp, "right"), cell("false positive", fp, tn + fp, "wrong")),
+          h("tr", {}, h("th", { scope: "row" }, positive), cell("false negative", fn, tp + fn, "wrong"), cell("true positive", tp, tp + fn, "right")))),
     );
   };
   return { redraw: remark, remark };

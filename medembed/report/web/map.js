@@ -1,13 +1,12 @@
 // The embeddings in two dimensions on a canvas: hover shows a film, a lasso picks cases.
 
 import { describeCase } from "./cases.js";
-import { ANSWERS, labelName, regionName } from "./document.js";
+import { ANSWERS, labelName, labelsOf, regionName } from "./document.js";
 import { createFilm } from "./films.js";
 import { count, h } from "./text.js";
 
 const SCALE = 65535;
 const CELLS = 128;
-const LABELS = ["normal", "abnormal", "unlabelled"];
 const METHODS = { pca: "principal components", tsne: "t-SNE" };
 const MARGIN = 12;
 const MANY = 10000;
@@ -24,11 +23,11 @@ const colourings = (page) => {
   };
   const rest = page.cases_file ? "train, or a case that is not loaded" : "train";
   return {
-    label: { title: labelName(page), names: LABELS, grey: 2, of: (state, k) => map.label[k] },
+    label: { title: labelName(page), names: labelsOf(page), grey: 2, of: (state, k) => map.label[k] },
     region: { title: "region", names: [...page.regions, "another region"], of: (state, k) => Math.min(map.region[k], page.regions.length) },
     split: { title: "split", names: ["train", "test"], of: (state, k) => map.split[k] },
     prediction: {
-      title: "prediction", names: ["called normal", "called abnormal", rest], grey: 2,
+      title: "prediction", names: [...page.classes.map((name) => `called ${name}`), rest], grey: 2,
       of: (state, k) => (isHere(k) ? Number(decision(state, k)[0]) : 2),
     },
     error: {
@@ -224,7 +223,7 @@ export const addMap = (page, store, host, cases) => {
       return;
     }
     const i = map.case[k];
-    const words = [LABELS[map.label[k]], regionName(page.regions, map.region[k]), map.split[k] ? "test" : "train"];
+    const words = [labelsOf(page)[map.label[k]], regionName(page.regions, map.region[k]), map.split[k] ? "test" : "train"];
     if (i >= 0 && i < page.cases.films.length) words.push(describeCase(page, store.state, i).title);
     const way = ways[chosen.value];
     if (way.names === ANSWERS) words.push(`${way.title} ${ANSWERS[way.of(store.state, k)]}`);

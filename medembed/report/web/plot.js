@@ -144,7 +144,7 @@ export const createPlot = (host, { height = 400 } = {}) => {
   frame.addEventListener("blur", () => show(null));
   frame.addEventListener("keydown", (event) => {
     const move = { ArrowRight: 1, ArrowUp: 1, ArrowLeft: -1, ArrowDown: -1, PageUp: 10, PageDown: -10 }[event.key];
-    const own = at?.own ?? series[0];
+    const own = at?.own ?? series.find(({ points }) => points.length); // a line that none could fit has none
     if (move && own) {
       const from = at?.i ?? (move > 0 ? -1 : own.points.length);
       show({ own, i: Math.min(Math.max(from + move, 0), own.points.length - 1) });

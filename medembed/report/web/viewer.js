@@ -1,13 +1,12 @@
 // One case, large: window and contrast, heat map, the original beside, nearest films of training.
 
 import { describeCase } from "./cases.js";
-import { ANSWERS, filmUrl, labelName, readFilms, regionName, unpack } from "./document.js";
+import { ANSWERS, filmUrl, labelName, labelsOf, readFilms, regionName, unpack } from "./document.js";
 import { createFilm } from "./films.js";
 import { count, h, share, svg } from "./text.js";
 
-const LABELS = ["normal", "abnormal", "unlabelled"];
-const ABNORMAL = [230, 159, 0];
-const NORMAL = [86, 180, 233];
+const POSITIVE = [230, 159, 0];
+const NEGATIVE = [86, 180, 233];
 const NEAR = 240; // pixels of a near film
 
 /** A filter that maps a window of grey levels to black and white. */
@@ -33,7 +32,7 @@ const drawHeat = (heat) => {
   const image = context.createImageData(heat.columns, heat.rows);
   values.forEach((value, k) => {
     const part = (value - 128) / 127;
-    image.data.set([...(part > 0 ? ABNORMAL : NORMAL), Math.abs(part) * 255], 4 * k);
+    image.data.set([...(part > 0 ? POSITIVE : NEGATIVE), Math.abs(part) * 255], 4 * k);
   });
   context.putImageData(image, 0, 0);
   const [left, top, right, bottom] = heat.box;
@@ -118,8 +117,8 @@ export const createViewer = (page, store, { step, closed }) => {
     const hasFilm = own.films.some(filmUrl);
     dialog.classList.toggle("without-films", !hasFilm);
     const rows = [
-      [named, own.abnormal ? "abnormal" : "normal"],
-      ["Decision", own.called ? "abnormal" : "normal"],
+      [named, page.classes[Number(own.abnormal)]],
+      ["Decision", page.classes[Number(own.called)]],
       ["Region", own.region],
       ...(own.set ? [[`Set at 90 % of ${page.heads[0].name}`, own.set]] : []),
       ...(Number.isFinite(own.distance) ? [["Distance from training", share(own.distance)]] : []),
@@ -128,7 +127,7 @@ export const createViewer = (page, store, { step, closed }) => {
     ];
     facts.replaceChildren(
       h("dl", {}, rows.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))),
-      h("div", { class: "scroll", role: "region", tabindex: "0", "aria-label": "Probabilities by head" }, h("table", {}, h("caption", {}, "Calibrated probability of abnormal"),
+      h("div", { class: "scroll", role: "region", tabindex: "0", "aria-label": "Probabilities by head" }, h("table", {}, h("caption", {}, `Calibrated probability of ${page.classes[1]}`),
         h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "Head"), h("th", { scope: "col", class: "number" }, "Probability"), h("th", { scope: "col", class: "number" }, "Youden’s threshold"))),
         h("tbody", {}, page.heads.map((head, k) => h("tr", {}, h("th", { scope: "row" }, head.name),
           h("td", { class: "number" }, share(cases.probability[k][i])), h("td", { class: "number" }, share(head.threshold))))))));
@@ -144,7 +143,7 @@ export const createViewer = (page, store, { step, closed }) => {
     for (let k = 0; k < training.k; k += 1) {
       const row = training.neighbours[i * training.k + k];
       if (row < 0) continue;
-      const label = LABELS[training.label[row]];
+      const label = labelsOf(page)[training.label[row]];
       const region = regionName(page.regions, training.region[row]);
       cards.push(h("figure", {}, film(training.films[row], `a training film, ${label}, ${region}`, false),
         h("figcaption", {}, h("strong", {}, label), `, ${region}, cosine ${share(training.similarity[i * training.k + k])}`)));
