@@ -7,7 +7,7 @@ and the folds of `medembed sweep` of the same seed, never the test rows, and may
 - `medembed`: the default sweep. When the ledger has a configuration on all folds it counts; what is
   best so far is chosen as at a sweep's end: each head's best configuration on inner patients, then
   the head with the best out-of-fold score.
-- `autograd`: the sweep's 16 perceptrons, one after the other in torch (`peer_mlps.train_one`), each
+- `autograd`: the sweep's perceptrons, one after the other in torch (`peer_mlps.train_one`), each
   on five folds, stopped by the fold, ranked by its AUROC.
 - `vmap`: the same, those of equal widths as one module (`peer_mlps.train_together`).
 - `optuna`: TPE with the median pruner over the default space of all three heads, pruned fold by
@@ -39,7 +39,6 @@ from medembed.sweeps.search_space import default_spaces
 __all__ = ["TOOLS", "Data", "Found", "load"]
 
 N_FOLDS = 5
-N_MLPS = 16
 AT_ONCE = 0.1
 
 
@@ -173,7 +172,7 @@ def _auroc(y: np.ndarray, scores: np.ndarray) -> float:
 
 
 def _mlps(seed: int) -> list[dict[str, Any]]:
-    drawn = default_spaces()["mlp"].draw(N_MLPS, seed)
+    drawn = default_spaces()["mlp"].draw(None, seed)
     return [{**MLPHead().get_params(), **params} for params in drawn]
 
 
