@@ -22,9 +22,12 @@ __all__ = ["BatchedMLP", "Rows"]
 #: AMX and AVX-512 take the first layer's columns 32 at a time.
 _COLUMNS = 32
 
-#: Rows of an epoch at most. Training is judged, and stops, by epochs: if each were a pass over a
-#: large table, most of the time would go into steps past the best one.
-EPOCH_ROWS = 16_384
+#: Rows of an epoch at most, but one batch. Training is judged, and stops, by epochs: if each were a
+#: pass over a large table, most of the time would go into steps past the best one.
+EPOCH_ROWS = 8192
+
+#: Validation rows that are judged at once.
+_JUDGED_ROWS = 1024
 
 #: Training rows of one kind that are kept mapped; larger tables are mapped again for each batch.
 _KEPT_BYTES = 1 << 30
@@ -59,7 +62,7 @@ class BatchedMLP:
         Determines the initial weights, the order of rows and the dropout. Members of equal shape
         start with equal weights and drop equal units, so that only their parameters differ.
     batch_size : int
-        Maximum rows per step.
+        Rows per step, or all if there are fewer.
     bf16 : bool
     nets : sequence of Net, optional
         The state that an earlier cohort of these members reached.
@@ -78,7 +81,11 @@ class BatchedMLP:
         nets: Sequence[Net] | None = None,
     ) -> None:
         self._dtype = torch.bfloat16 if bf16 else torch.float32
-        self._seed, self._batch_size = seed, batch_size
+        self._seed = seed
+        # all batches are of one size: a smaller one would take a step as long and noisier, and an
+        # odd number of rows is multiplied at two thirds of the speed
+        self._batch_size = min(batch_size, len(rows))
+        self._n_steps = max(1, min(-(-len(rows) // batch_size), EPOCH_ROWS // batch_size))
         self._y = torch.from_numpy(rows.y.astype(np.float32))
         self._held_y = None if held is None else torch.from_numpy(held.y.astype(np.float32))
         self._members = list(members)
@@ -132,7 +139,8 @@ class BatchedMLP:
             else:
                 params += [drawn[:, :before].contiguous(), drawn[:, before].contiguous()]
         means, squares = ([torch.zeros_like(tensor) for tensor in params] for _ in "ms")
-        return Net(params, means, squares, [torch.zeros(()) for _ in params])
+        averages = [tensor.clone() for tensor in params]
+        return Net(params, means, squares, averages, [torch.zeros(()) for _ in params])
 
     def _group(self, going: Sequence[int]) -> list["JointStep"]:
         by_kind: dict[Hashable, dict[int, tuple[Member, Net]]] = {}
@@ -142,22 +150,25 @@ class BatchedMLP:
 
     def _train_epoch(self, groups: Sequence["JointStep"], epoch: int) -> dict[int, float]:
         order = self._order(epoch)
-        # batches of equal size: a small last batch would take a step as long and far noisier
-        n_steps = -(-len(order) // self._batch_size)
-        for step, rows in enumerate(np.array_split(order, n_steps)):
+        for step, rows in enumerate(order):
             batch = torch.from_numpy(rows)
             masks = Masks((self._seed, _DROPOUT, epoch, step), len(batch), self._dtype)
             y = self._y[batch]
             for group in groups:
                 self.flop += group.step(self._columns[group.kind].take(batch), y, masks)
-        return {i: loss / len(order) for group in groups for i, loss in group.take_losses()}
+        return {i: loss / order.size for group in groups for i, loss in group.take_losses()}
 
     def _order(self, epoch: int) -> np.ndarray:
-        """Return the rows of an epoch: all, shuffled, or of a large table the pass's next part."""
-        n_parts = -(-len(self._y) // max(EPOCH_ROWS, 16 * self._batch_size))
-        number, part = divmod(epoch - 1, n_parts)
-        order = np.random.default_rng([self._seed, _EPOCHS, number + 1]).permutation(len(self._y))
-        return np.array_split(order, n_parts)[part]
+        """Return the rows of an epoch's batches (steps, rows): the next of pass after pass."""
+        n = len(self._y)
+        start = (epoch - 1) * self._n_steps * self._batch_size
+        end = start + self._n_steps * self._batch_size
+        passes = [
+            np.random.default_rng([self._seed, _EPOCHS, number + 1]).permutation(n)
+            for number in range(start // n, -(-end // n))
+        ]
+        first = start // n * n
+        return np.concatenate(passes)[start - first : end - first].reshape(self._n_steps, -1)
 
     def _close_epoch(self, i: int, epoch: int, loss: float) -> None:
         net = self.nets[i]
@@ -174,10 +185,9 @@ class BatchedMLP:
         if self._held_y is None:
             return
         held = self._held[group.kind]
-        starts = range(0, len(self._held_y), self._batch_size)
-        parts = [group.logits(held.slice(start, start + self._batch_size)) for start in starts]
+        starts = range(0, len(self._held_y), _JUDGED_ROWS)
+        logits = group.logits(held.slice(start, start + _JUDGED_ROWS) for start in starts)
         self.flop += group.flop_forward * len(self._held_y)
-        logits = torch.cat(parts, dim=1)
         aurocs = _aurocs(self._held_y.numpy(), logits.numpy())
         for (i, (member, _)), own, auroc in zip(group.members.items(), logits, aurocs, strict=True):
             weights = row_weights_of(self._held_y, member.class_weights)
@@ -199,7 +209,7 @@ class BatchedMLP:
         key = (auroc, -loss) if member.stopping == "auroc" else (-loss,)
         if net.best_key is None or key > net.best_key:
             net.best_key, net.best_epoch = key, net.epoch
-            net.best = [tensor.clone() for tensor in net.params]
+            net.best = [tensor.clone() for tensor in net.averages]
             net.best_logits = logits.copy()
 
 

@@ -63,10 +63,11 @@ class MLPHead(Head):
         The last columns of X, which `pca` leaves out.
     epochs : int
         Maximum number of epochs; exact if `fit` gets no validation rows. An epoch is a pass over
-        the rows, or a part of one: at most 16,384 rows, or 16 batches where these are more.
+        the rows, to whole batches, or the next 8,192 rows of one.
     batch_size : int or None
-        Maximum rows per step; every pass shuffles them. None: a sixteenth of the rows, between 32
-        and 1024, so that a few hundred rows still make enough steps.
+        Rows per step, or all if there are fewer; every pass shuffles them. None: a sixteenth of
+        the rows, to a multiple of 16 between 32 and 256, so that a few hundred rows still make
+        enough steps.
     patience : int or None
         Stop after this many epochs without improvement. None ignores validation rows and trains
         all epochs.
@@ -277,6 +278,10 @@ class MLPHead(Head):
         self.biases_ = [arrays[f"layers.{k}.bias"] for k in layers]
 
 
+def _batch_size(n_rows: int) -> int:
+    return min(256, max(32, 16 * round(n_rows / 256)))
+
+
 def gather(
     heads: Sequence[MLPHead],
     rows: "Rows",
@@ -313,7 +318,7 @@ def gather(
         projections,
         held=held,
         seed=int(check_random_state(first.random_state).randint(2**31 - 1)),
-        batch_size=first.batch_size or min(1024, max(32, -(-len(rows) // 16))),
+        batch_size=first.batch_size or _batch_size(len(rows)),
         bf16=resolve_precision(first.precision) == "bf16",
         nets=nets,
     )

@@ -6,11 +6,15 @@ out: autograd would keep and touch what is not needed. Activations are laid out 
 (width, batch). Weights and AdamW's moments are float32; products in bfloat16 round activations and
 gradients to bfloat16, as usual in mixed precision.
 
+What is judged and kept are averages of the weights over the steps, in which later steps weigh more:
+"polynomial-decay averaging" (Shamir and Zhang, ICML 2013), which has the effect of a learning rate
+that decays, at every epoch. AdamW goes on from the weights themselves.
+
 `Losses` is the members' cross-entropy, each with its class weights and label smoothing.
 """
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -76,6 +80,9 @@ class Losses:
         )
         return losses.sum(1, dtype=torch.float64).numpy()
 
+
+#: How much later steps weigh in the averages: step t counts as (t / n) ** _DECAY of the last, n.
+_DECAY = 8
 
 #: Dropout is decided by random bytes, so that its share is a multiple of 1 / 256.
 _BYTE = 256
@@ -157,14 +164,14 @@ class Net:
 
     Attributes
     ----------
-    params, means, squares : lists of float32 tensors
+    params, means, squares, averages : lists of float32 tensors
         The first layer (width, columns), whose column after the data's is its bias and whose last
         columns are padding; then weight (width, width before) and bias (width,) of each further
-        layer. AdamW's two moments have the same shapes.
+        layer. AdamW's two moments and the averages of the parameters have the same shapes.
     steps : list of float32 scalars
         AdamW's step counts, one per tensor.
     epoch, best_epoch, best_key, best, best_logits
-        Epochs done; the best epoch, the score that makes it best, its parameters, and its logits on
+        Epochs done; the best epoch, the score that makes it best, its averages, and its logits on
         the validation rows.
     history : list of dict
         Per epoch `train_loss` and, with validation rows, `loss` and `auroc`.
@@ -175,6 +182,7 @@ class Net:
     params: list[torch.Tensor]
     means: list[torch.Tensor]
     squares: list[torch.Tensor]
+    averages: list[torch.Tensor]
     steps: list[torch.Tensor]
     epoch: int = 0
     best_epoch: int = 0
@@ -188,7 +196,7 @@ class Net:
         """Return a state with arrays copied from tensors: a view would be stored with its base."""
         state = dict(self.__dict__)
         if self.best is not None and self.best_epoch == self.epoch:
-            state["best"] = None  # those are `params`
+            state["best"] = None  # those are `averages`
         for name in TENSORS:
             if state[name] is not None:
                 state[name] = [np.array(tensor.numpy()) for tensor in state[name]]
@@ -201,11 +209,11 @@ class Net:
                 state[name] = [torch.from_numpy(array.copy()) for array in state[name]]
         self.__dict__.update(state)
         if self.best is None and self.best_key is not None:
-            self.best = [tensor.clone() for tensor in self.params]
+            self.best = [tensor.clone() for tensor in self.averages]
 
     def layers(self, n_columns: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return weights (before, after) and biases (after,) of the best epoch, else the last."""
-        first, *rest = self.best or self.params
+        first, *rest = self.best or self.averages
         pairs = [(first[:, :n_columns], first[:, n_columns])]
         pairs += list(zip(rest[::2], rest[1::2], strict=True))
         return [
@@ -213,7 +221,7 @@ class Net:
         ]
 
 
-TENSORS = ("params", "means", "squares", "steps", "best")
+TENSORS = ("params", "means", "squares", "averages", "steps", "best")
 """Attributes of a `Net` that are lists of tensors."""
 
 
@@ -274,7 +282,8 @@ class JointStep:
         self._first = _join([net.params for net in nets], self._parts)
         _join([net.means for net in nets], self._parts)
         _join([net.squares for net in nets], self._parts)
-        self._low = self._first.to(dtype, copy=True)
+        self._average = _join([net.averages for net in nets], self._parts)
+        self._low = self._first.to(dtype)  # itself, in float32
         self._low_gradient = torch.empty_like(self._low)
         self._buffers: dict[tuple[str, torch.dtype], torch.Tensor] = {}
         self._own = list(members.values())
@@ -298,7 +307,7 @@ class JointStep:
     def step(self, X: torch.Tensor, y: torch.Tensor, masks: Masks) -> float:
         """Train one batch, X (m, columns) and y (m,); return its floating-point operations."""
         masks.reserve(self._widths)
-        Z, losses = self._first_layers(X), Losses(self._rates, y)
+        Z, losses = self._first_layers(self._low, X), Losses(self._rates, y)
         gradients = [
             self._backward(k, Z[part], losses, masks) for k, part in enumerate(self._parts)
         ]
@@ -313,7 +322,9 @@ class JointStep:
             self.members.values(), self._parts, further, strict=True
         ):
             low = self._low_gradient[part]
-            first = self._buffer("gradient", low.shape, torch.float32).copy_(low)
+            first = low
+            if self._low is not self._first:
+                first = self._buffer("gradient", low.shape, torch.float32).copy_(low)
             adamw(
                 net.params,
                 [first, *own],
@@ -330,15 +341,23 @@ class JointStep:
                 eps=1e-8,
                 maximize=False,
             )
-            self._low[part].copy_(net.params[0])
+            if self._low is not self._first:
+                self._low[part].copy_(net.params[0])
+            # (at the first step all of it)
+            share = (_DECAY + 1) / (net.steps[0].item() + _DECAY)
+            torch._foreach_lerp_(net.averages, net.params, share)
 
-    def logits(self, X: torch.Tensor) -> torch.Tensor:
-        """Return each member's logits without dropout, float32 of shape (members, m)."""
-        Z = self._first_layers(X)
+    def logits(self, batches: Iterable[torch.Tensor]) -> torch.Tensor:
+        """Return the logits of each member's average without dropout, float32 (members, rows)."""
+        first = self._average.to(self._dtype)
+        return torch.cat([self._logits(first, X) for X in batches], dim=1)
+
+    def _logits(self, first: torch.Tensor, X: torch.Tensor) -> torch.Tensor:
+        Z = self._first_layers(first, X)
         rows = []
         for (member, net), part in zip(self.members.values(), self._parts, strict=True):
             z = Z[part]
-            for layer, (weight, bias) in enumerate(_further(net)):
+            for layer, (weight, bias) in enumerate(_further(net.averages)):
                 a = self._activate(member, layer, z)
                 if len(weight) == 1:  # the logit alone: its digits decide ranks
                     exact = self._buffer("exact", a.shape, torch.float32).copy_(a)
@@ -348,8 +367,8 @@ class JointStep:
             rows.append(z[0].float())
         return torch.stack(rows)
 
-    def _first_layers(self, X: torch.Tensor) -> torch.Tensor:
-        return torch.mm(self._low, X.t(), out=self._buffer("Z", (len(self._low), len(X))))
+    def _first_layers(self, weights: torch.Tensor, X: torch.Tensor) -> torch.Tensor:
+        return torch.mm(weights, X.t(), out=self._buffer("Z", (len(weights), len(X))))
 
     def _buffer(
         self, name: str, shape: Sequence[int], dtype: torch.dtype | None = None
@@ -376,7 +395,7 @@ class JointStep:
     ) -> list[torch.Tensor]:
         """Overwrite z (width, m) with member k's gradient by z; return the further layers'."""
         member, net = self._own[k]
-        dropped, further = self._dropped[k], _further(net)
+        dropped, further = self._dropped[k], _further(net.params)
         keep = 1 - dropped / _BYTE
         first, passed = z, []
         for layer, (weight, bias) in enumerate(further):
@@ -421,6 +440,6 @@ def _dropped(member: Member) -> int:
     return min(round(member.dropout * _BYTE), _BYTE - 1)
 
 
-def _further(net: Net) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _further(params: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Return weight (width, width before) and bias (width,) of the layers after the first."""
-    return list(zip(net.params[1::2], net.params[2::2], strict=True))
+    return list(zip(params[1::2], params[2::2], strict=True))

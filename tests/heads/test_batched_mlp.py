@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.base import clone
 from sklearn.metrics import roc_auc_score
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from medembed.core.errors import TrainingDataError
@@ -17,7 +18,7 @@ from medembed.heads import mlp as mlp_module
 from medembed.heads import mlp_network
 from medembed.heads.batched_mlp import BatchedMLP, Rows
 from medembed.heads.mlp import MLPHead, gather
-from medembed.heads.mlp_network import ACTIVATIONS, Masks, Net
+from medembed.heads.mlp_network import ACTIVATIONS, TENSORS, Masks, Net
 from medembed.heads.scaling import Projection, Projector
 
 TORCH_ACTIVATIONS = {
@@ -101,7 +102,7 @@ def assert_same_bytes(one, other):
 
 
 def tensors_of(net):
-    return [*net.params, *net.means, *net.squares, *net.steps, *(net.best or [])]
+    return [tensor for name in TENSORS for tensor in getattr(net, name) or []]
 
 
 # Company
@@ -351,7 +352,7 @@ def test_the_backward_pass_in_bfloat16_points_where_autograd_does(activation, mo
 
 
 @pytest.mark.parametrize("hidden", [(), (9,), (9, 4)])
-def test_full_batches_train_as_torchs_own_adamw(hidden):
+def test_full_batches_train_as_torchs_own_adamw_and_average(hidden):
     head = mlp(hidden, dropout=0.0, activation="silu", weight_decay=0.3, batch_size=len(X))
     member = head.as_member(Y)
     made, _ = together([head], held=False)
@@ -366,16 +367,21 @@ def test_full_batches_train_as_torchs_own_adamw(hidden):
     y = torch.from_numpy(Y.astype(np.float32))
     optimizer = torch.optim.AdamW(parameters, lr=member.lr, weight_decay=member.weight_decay)
     layers = list(zip(parameters[::2], parameters[1::2], strict=True))
+    averages = AveragedModel(
+        torch.nn.ParameterList(parameters),
+        avg_fn=lambda average, latest, n: average + (latest - average) * 9 / (n + 9),
+    )
     losses = []
     for _ in range(5):
         optimizer.zero_grad()
         loss = plain_loss(plain_logits(layers, values, "silu"), y, member)
         loss.backward()
         optimizer.step()
+        averages.update_parameters(torch.nn.ParameterList(parameters))
         losses.append(float(loss.detach()))
-    for found, expected in zip(made.nets[0].layers(n_columns), layers, strict=True):
-        for a, b in zip(found, expected, strict=True):
-            np.testing.assert_allclose(a, b.detach().numpy(), atol=1e-5)
+    found = [array for pair in made.nets[0].layers(n_columns) for array in pair]
+    for a, b in zip(found, averages.module, strict=True):
+        np.testing.assert_allclose(a, b.detach().numpy(), atol=1e-5)
     assert [epoch["train_loss"] for epoch in made.nets[0].history] == pytest.approx(losses)
 
 
@@ -400,7 +406,8 @@ def test_flop_of_a_one_layer_member_is_what_arithmetic_says(held):
     forward = 2 * width * columns + 2 * width
     # the gradients of both weights, and of what the second is multiplied with
     step = forward + 2 * width * columns + 2 * width + 2 * width
-    assert made.flop == 2 * (step * len(X) + held * forward * len(X_VAL))
+    n_rows = 5 * 32  # whole batches, of at least the 150 rows
+    assert made.flop == 2 * (step * n_rows + held * forward * len(X_VAL))
 
 
 def test_flop_is_what_torchs_own_counter_counts():
@@ -416,7 +423,7 @@ def test_flop_is_what_torchs_own_counter_counts():
 def numpy_copy(net):
     """Return a net of fresh tensors that went through numpy."""
     fields = {field.name: getattr(net, field.name) for field in dataclasses.fields(Net)}
-    for name in ("params", "means", "squares", "steps", "best"):
+    for name in TENSORS:
         if fields[name] is not None:
             fields[name] = [torch.from_numpy(tensor.numpy().copy()) for tensor in fields[name]]
     return Net(**fields | {"history": [dict(epoch) for epoch in net.history]})
@@ -561,16 +568,29 @@ def test_every_step_of_every_epoch_has_a_stream_of_its_own(monkeypatch):
     assert streams == again
 
 
-def test_epochs_of_a_large_table_take_their_turns_at_its_rows(monkeypatch):
+@pytest.mark.parametrize(
+    ("batch_size", "shape"), [(3, (20, 3)), (40, (1, 40)), (150, (1, 150)), (1000, (1, 150))]
+)
+def test_epochs_take_whole_batches_of_pass_after_pass(batch_size, shape, monkeypatch):
     monkeypatch.setattr(cohort_module, "EPOCH_ROWS", 60)
-    made = together([mlp((3,), batch_size=3)], held=False)[0]
-    parts = [made._order(epoch) for epoch in range(1, 7)]
-    assert {len(part) for part in parts} == {50}
-    for start in (0, 3):
-        assert sorted(np.concatenate(parts[start : start + 3])) == list(range(150))
-    assert any(not np.array_equal(a, b) for a, b in zip(parts[:3], parts[3:], strict=True))
-    whole = together([mlp((3,), batch_size=10)], held=False)[0]
-    assert sorted(whole._order(1)) == list(range(150)), "16 batches are more than these rows"
+    made = together([mlp((3,), batch_size=batch_size)], held=False)[0]
+    epochs = [made._order(epoch) for epoch in range(1, 16)]
+    assert {epoch.shape for epoch in epochs} == {shape}
+    passes = np.concatenate(epochs).ravel()[: 3 * 150].reshape(-1, 150)
+    assert [sorted(rows) for rows in passes] == len(passes) * [list(range(150))]
+    assert len(set(map(tuple, passes))) == len(passes) > 1
+
+
+def test_a_small_tables_epoch_is_a_pass_to_whole_batches():
+    made = together([mlp((3,), batch_size=40)], held=False)[0]
+    assert made._order(1).shape == (4, 40)
+
+
+@pytest.mark.parametrize(("n", "batch"), [(20, 20), (300, 32), (945, 64), (3000, 192), (9999, 256)])
+def test_batches_are_a_sixteenth_of_the_rows_within_limits(n, batch):
+    X, y = sample(n)
+    made = together([MLPHead((2,))], held=False, X=X, y=y)[0]
+    assert made._order(1).shape[1] == batch
 
 
 def test_fewer_rows_than_columns_train_on_as_many_columns_as_there_are_rows():
