@@ -2,8 +2,9 @@
 
 `train_one` trains one configuration by autograd and `torch.optim.AdamW`. `train_together` trains
 configurations of equal widths as one module: `torch.func.stack_module_state` and `vmap`, every
-member with its own activation, dropout, loss and AdamW. Both take parameters of `MLPHead`, the same
-batches, and stop like it: after `patience` epochs without a better AUROC on the validation rows.
+member with its own activation, dropout, loss and AdamW. Both take parameters of `MLPHead`, batches
+of a sixteenth of the rows, and stop like it: after `patience` epochs without a better AUROC on the
+validation rows.
 Without validation rows they train `epochs` epochs. Products are float32.
 """
 
@@ -65,7 +66,7 @@ class Rows:
         return torch.from_numpy((rows - mean) / scale)
 
     def batches(self, generator: torch.Generator) -> Sequence[torch.Tensor]:
-        """Return shuffled rows in batches of a sixteenth, as `MLPHead` takes them by default."""
+        """Return shuffled rows in equal batches of at most a sixteenth, from 32 to 2,048."""
         size = min(2048, max(32, -(-len(self.y) // 16)))
         return torch.randperm(len(self.y), generator=generator).chunk(-(-len(self.y) // size))
 

@@ -12,9 +12,10 @@ checkout, of which only `medembed/` is used) adds that version of the program as
 which does not race: `score` sweeps with it, and `report` compares the test AUROC of each head, old
 against new, pair by pair.
 
-`report` writes, beside the JSON, the figure as SVG and every point as CSV. The mean over tables and
-seeds is of step functions: before its first result a tool counts .5, after its last one what it
-had.
+`report` writes, beside the JSON, the figure as SVG and every point as CSV. It starts from the
+points which that CSV has: a study can be divided among machines and days; delete the CSV to begin
+anew. The mean over tables and seeds is of step functions: before its first result a tool counts .5,
+after its last one what it had.
 `lead` is the most that another tool is above medembed from 5 s on, and wanted to be at most .005.
 """
 

@@ -1,9 +1,10 @@
-"""The quality study's curves, its comparison of heads with an older version, and its figure."""
+"""The quality study's points, curves, comparison of heads with an older version, and figure."""
 
 import csv
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,22 +41,45 @@ TABLES = {
     "noisy": "made: much noise",
 }
 
+COLUMNS = ("tool", "table", "seed", "head", "seconds", "test_auroc")
+
 Curves = dict[str, dict[str, dict[int, list[tuple[float, float]]]]]
-"""tool -> table -> seed -> (seconds, test AUROC) of each best so far."""
+Heads = dict[str, dict[tuple[str, int], dict[str, float]]]
+
+
+@dataclass
+class Points:
+    """What a study has found so far.
+
+    Attributes
+    ----------
+    curves : dict
+        tool -> table -> seed -> (seconds, test AUROC) of each best so far.
+    heads : dict
+        "medembed" or "before" -> (table, seed) -> head -> test AUROC.
+    """
+
+    curves: Curves = field(default_factory=lambda: defaultdict(lambda: defaultdict(dict)))
+    heads: Heads = field(default_factory=lambda: {OURS: {}, BEFORE: {}})
+
+    def add(self, tool: str, table: str, seed: int, found: Mapping[str, Any]) -> None:
+        """Add a scored piece, in place of what was known of this tool, table and seed."""
+        if tool != BEFORE:
+            self.curves[tool][table][seed] = [(at, auroc) for at, auroc in found["curve"]]
+        if tool in self.heads:
+            self.heads[tool][table, seed] = found["heads"]
 
 
 def write_report(pieces: Sequence["Piece"], seconds: float, out: Path | None) -> None:
-    """Summarise all scored pieces; write JSON, CSV and SVG, or print the JSON without `out`."""
-    curves: Curves = defaultdict(lambda: defaultdict(dict))
-    heads: dict[str, dict[tuple[str, int], dict[str, float]]] = {OURS: {}, BEFORE: {}}
+    """Summarise all scored pieces, and the points that `out` has besides, if it is there.
+
+    Writes JSON, CSV and SVG, or prints the JSON without `out`.
+    """
+    points = Points() if out is None else read_points(out.with_suffix(".csv"))
     for piece in pieces:
-        if not piece.score.exists():
-            continue
-        own = json.loads(piece.score.read_text())
-        if piece.tool != BEFORE:
-            curves[piece.tool][piece.table][piece.seed] = [tuple(point) for point in own["curve"]]
-        if piece.tool in heads:
-            heads[piece.tool][piece.table, piece.seed] = own["heads"]
+        if piece.score.exists():
+            points.add(piece.tool, piece.table, piece.seed, json.loads(piece.score.read_text()))
+    curves, heads = points.curves, points.heads
     grid = np.arange(STEP, seconds + STEP / 2, STEP)
     shared = complete(curves)
     means = mean_curves(curves, grid, shared)
@@ -82,7 +106,7 @@ def write_report(pieces: Sequence["Piece"], seconds: float, out: Path | None) ->
         print(json.dumps(results, indent=2))
         return
     write_results(out, results)
-    write_csv(out.with_suffix(".csv"), means, grid)
+    write_points(out.with_suffix(".csv"), points)
     draw(out.with_suffix(".svg"), means, grid, by_table(shared))
 
 
@@ -149,14 +173,37 @@ def lead_of_others(
     return {"from_seconds": FROM_SECONDS, "tools": leads, "largest": largest}
 
 
-def write_csv(path: Path, means: Mapping[str, Mapping[str, np.ndarray]], grid: np.ndarray) -> None:
+def write_points(path: Path, points: Points) -> None:
+    """Write all points; a row of a head has no seconds, and a tool that found nothing has neither."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["tool", "table", "seconds", "test_auroc"])
-        for tool, by in means.items():
-            for table, values in by.items():
-                for at, value in zip(grid, values, strict=True):
-                    writer.writerow([tool, table, f"{at:g}", f"{value:.5f}"])
+        writer.writerow(COLUMNS)
+        for tool, by in points.curves.items():
+            for table, seeds in by.items():
+                for seed, curve in seeds.items():
+                    for at, auroc in curve or [("", "")]:
+                        writer.writerow([tool, table, seed, "", at, auroc])
+        for tool, pairs in points.heads.items():
+            for (table, seed), scores in pairs.items():
+                for head, auroc in scores.items():
+                    writer.writerow([tool, table, seed, head, "", auroc])
+
+
+def read_points(path: Path) -> Points:
+    """Read what `write_points` wrote; nothing if the file is not there."""
+    points = Points()
+    if not path.exists():
+        return points
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            pair, tool = (row["table"], int(row["seed"])), row["tool"]
+            if row["head"]:
+                points.heads[tool].setdefault(pair, {})[row["head"]] = float(row["test_auroc"])
+                continue
+            curve = points.curves[tool][pair[0]].setdefault(pair[1], [])
+            if row["seconds"]:
+                curve.append((float(row["seconds"]), float(row["test_auroc"])))
+    return points
 
 
 def draw(
@@ -233,7 +280,7 @@ def describe_quality(results: Mapping[str, Any]) -> list[str]:
         f"By `bench/quality.py`: best test AUROC so far, mean of {pairs} pairs of table and seed",
         f"({', '.join(f'{name} × {n}' for name, n in results['tables'].items())}), each tool with",
         f"{results['seconds']:g} s since its first fit; .5 before its first result.{verdict}",
-        "The curves' points: [CSV](results/quality.csv).",
+        "What every tool found when, and each head's score: [CSV](results/quality.csv).",
         "",
         "![Best test AUROC so far against seconds, by tool](results/quality.svg)",
         "",

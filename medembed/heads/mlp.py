@@ -37,9 +37,10 @@ def resolve_precision(precision: str) -> str:
 
 
 class MLPHead(Head):
-    """Hidden layers and one logit, trained with AdamW.
+    """Hidden layers and one logit, trained with AdamW; what is kept are averages over its steps.
 
-    Early stopping uses only the validation rows that `fit` is given.
+    The averages are those of `mlp_network`. Early stopping uses only the validation rows that `fit`
+    is given.
 
     Parameters
     ----------
@@ -88,7 +89,7 @@ class MLPHead(Head):
     biases_ : list of float32 arrays (columns out,)
     projection_ : Projection
     best_epoch_ : int
-        The epoch whose weights are kept, counted from 1.
+        The epoch whose averages are kept, counted from 1.
     history_ : list of dict
         Per epoch `train_loss` and, with validation rows, `loss` and `auroc`.
     """
