@@ -613,7 +613,7 @@ def test_heads_see_covariates_that_components_leave_out():
     X = np.random.default_rng(0).normal(size=(400, 12)).astype(np.float32)
     y = (X[:, 11] > 0).astype(int)
     for head in (
-        MLPHead((8,), epochs=30, pca=2),
+        MLPHead((8,), epochs=60, pca=2),
         LogisticHead(C=1.0, pca=2),
         LightGBMHead(30, pca=2),
     ):
