@@ -174,7 +174,7 @@ def lead_of_others(
 
 
 def write_points(path: Path, points: Points) -> None:
-    """Write all points; a row of a head has no seconds, and a tool that found nothing has neither."""
+    """Write all points; rows of heads have no seconds, those of tools without a result no AUROC."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
