@@ -81,7 +81,7 @@ class Losses:
         return losses.sum(1, dtype=torch.float64).numpy()
 
 
-#: How much later steps weigh in the averages: step t counts as (t / n) ** _DECAY of the last, n.
+#: How fast earlier steps fade from the averages: of n steps, step t weighs about (t / n) ** _DECAY.
 _DECAY = 8
 
 #: Dropout is decided by random bytes, so that its share is a multiple of 1 / 256.
@@ -321,10 +321,10 @@ class JointStep:
         for (member, net), part, own in zip(
             self.members.values(), self._parts, further, strict=True
         ):
-            low = self._low_gradient[part]
-            first = low
-            if self._low is not self._first:
-                first = self._buffer("gradient", low.shape, torch.float32).copy_(low)
+            first = self._low_gradient[part]
+            if self._dtype != torch.float32:
+                wide = self._buffer("gradient", first.shape, torch.float32)
+                first = wide.copy_(first)
             adamw(
                 net.params,
                 [first, *own],
@@ -341,11 +341,11 @@ class JointStep:
                 eps=1e-8,
                 maximize=False,
             )
-            if self._low is not self._first:
+            if self._dtype != torch.float32:  # where it is the same memory
                 self._low[part].copy_(net.params[0])
-            # (at the first step all of it)
-            share = (_DECAY + 1) / (net.steps[0].item() + _DECAY)
-            torch._foreach_lerp_(net.averages, net.params, share)
+            share = (_DECAY + 1) / (net.steps[0].item() + _DECAY)  # 1 at the first step
+            for average, latest in zip(net.averages, net.params, strict=True):
+                average.lerp_(latest, share)
 
     def logits(self, batches: Iterable[torch.Tensor]) -> torch.Tensor:
         """Return the logits of each member's average without dropout, float32 (members, rows)."""
