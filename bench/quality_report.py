@@ -195,7 +195,13 @@ def read_points(path: Path) -> Points:
     if not path.exists():
         return points
     with path.open(newline="") as file:
-        for row in csv.DictReader(file):
+        rows = csv.DictReader(file)
+        if tuple(rows.fieldnames or ()) != COLUMNS:
+            raise SystemExit(
+                f"{path} has the columns {', '.join(rows.fieldnames or ())}, and points have "
+                f"{', '.join(COLUMNS)}: delete it to begin anew, or give another --out"
+            )
+        for row in rows:
             pair, tool = (row["table"], int(row["seed"])), row["tool"]
             if row["head"]:
                 points.heads[tool].setdefault(pair, {})[row["head"]] = float(row["test_auroc"])

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from measuring import progress
-from medembed.heads.batched_mlp import BatchedMLP, Rows
+from medembed.heads.batched_mlp import JUDGED_ROWS, BatchedMLP, Rows
 from medembed.heads.mlp import MLPHead, gather, resolve_precision
 from medembed.heads.scaling import Projector
 from medembed.sweeps.search_space import default_spaces
@@ -87,7 +87,7 @@ def measure_cohort(precision: str, place: Path) -> dict[str, Any]:
         Projector(table.X, rows),
     )
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    products = Products(cohort, dtype, len(rows), len(held), cohort._batch_size)
+    products = Products(cohort, dtype, cohort._order(1).shape, len(held))
     cohort.train(1)
     products.run()
     training, alone, flop = [], [], cohort.flop
@@ -115,9 +115,9 @@ class Products:
     """
 
     def __init__(
-        self, cohort: BatchedMLP, dtype: torch.dtype, n_rows: int, n_held: int, batch_size: int
+        self, cohort: BatchedMLP, dtype: torch.dtype, order: tuple[int, ...], n_held: int
     ) -> None:
-        self._size, self._dtype = batch_size, dtype
+        (n_steps, self._size), self._dtype = order, dtype
         firsts = [net.params[0] for net in cohort.nets]
         self._first = self._random(sum(map(len, firsts)), firsts[0].shape[1])
         # (weight, as it is for the backward pass) of every further layer of every member
@@ -126,13 +126,16 @@ class Products:
             for net in cohort.nets
             for weight in (self._random(*own.shape) for own in net.params[1::2])
         ]
-        self._rows, self._held = (self._random(n, len(self._first[0])) for n in (n_rows, n_held))
+        self._rows, self._held = (
+            self._random(n, len(self._first[0])) for n in (n_steps * self._size, n_held)
+        )
         self._gradient = torch.empty_like(self._first)
-        self._outputs = torch.empty(len(self._first) * batch_size, dtype=dtype)
+        sizes = {self._size, *map(len, self._held.split(JUDGED_ROWS))}
+        self._outputs = torch.empty(len(self._first) * max(sizes), dtype=dtype)
         self._activations = {
             (width, m): self._random(width, m)
             for width in {width for weight, _ in self._further for width in weight.shape}
-            for m in (batch_size, n_rows % batch_size, n_held % batch_size)
+            for m in sizes
         }
         self.flop = 0.0
 
@@ -153,7 +156,7 @@ class Products:
                     self.flop += 6 * weight.numel() * len(X)
                 torch.mm(Z, X, out=self._gradient)
                 self.flop += 2 * self._first.numel() * len(X)
-            for X in self._held.split(self._size):
+            for X in self._held.split(JUDGED_ROWS):
                 self._first_layers(X)
                 for weight, _ in self._further:
                     torch.mm(weight, self._activations[weight.shape[1], len(X)])

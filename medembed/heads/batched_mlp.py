@@ -27,7 +27,7 @@ _COLUMNS = 32
 EPOCH_ROWS = 8192
 
 #: Validation rows that are judged at once.
-_JUDGED_ROWS = 1024
+JUDGED_ROWS = 1024
 
 #: Training rows of one kind that are kept mapped; larger tables are mapped again for each batch.
 _KEPT_BYTES = 1 << 30
@@ -185,8 +185,8 @@ class BatchedMLP:
         if self._held_y is None:
             return
         held = self._held[group.kind]
-        starts = range(0, len(self._held_y), _JUDGED_ROWS)
-        logits = group.logits(held.slice(start, start + _JUDGED_ROWS) for start in starts)
+        starts = range(0, len(self._held_y), JUDGED_ROWS)
+        logits = group.logits(held.slice(start, start + JUDGED_ROWS) for start in starts)
         self.flop += group.flop_forward * len(self._held_y)
         aurocs = _aurocs(self._held_y.numpy(), logits.numpy())
         for (i, (member, _)), own, auroc in zip(group.members.items(), logits, aurocs, strict=True):

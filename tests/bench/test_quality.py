@@ -87,6 +87,13 @@ def test_a_report_goes_on_from_the_points_of_an_earlier_one(tmp_path: Path) -> N
     assert json.loads(out.read_text())["tables"] == {"made": 1}, "where every tool has raced"
 
 
+def test_a_table_without_points_is_not_added_to(tmp_path: Path) -> None:
+    (tmp_path / "quality.csv").write_text("tool,seconds\n")
+    with pytest.raises(SystemExit, match=r"has the columns tool, seconds, .*: delete it to begin"):
+        quality_report.write_report([], 10, tmp_path / "quality.json")
+    assert not (tmp_path / "quality.json").exists()
+
+
 def test_what_a_better_one_of_the_same_head_follows_at_once_is_not_refitted() -> None:
     found = [
         quality_tools.Found(at, score, {"head": head})
