@@ -34,7 +34,8 @@ from medembed.images.dicom import file as dicom_file
 from medembed.images.load import DEFAULT_LIMITS, Limits, read_content
 from medembed.prediction import encode
 from medembed.sweeps import sweep
-from medembed.sweeps.worker_pool import Pool, choose_jobs
+from medembed.sweeps.processes import choose_jobs
+from medembed.sweeps.worker_pool import Pool
 
 # --- bytes of a file ---
 

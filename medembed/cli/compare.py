@@ -20,9 +20,10 @@ from medembed.cli.options import (
 
 if TYPE_CHECKING:
     from medembed.results.comparison_schema import ComparisonResult
+    from medembed.results.runs import Run
     from medembed.results.target_comparison import TargetsComparison
 
-__all__ = ["compare_command", "read_given", "show_comparison", "show_targets"]
+__all__ = ["compare_command", "read_given", "show_comparison", "show_run", "show_targets"]
 
 BY_TARGET = "target"
 PIPED_COLUMNS = 120  # width of a table that goes to a file or another program
@@ -175,6 +176,14 @@ def _show_targets(result: "TargetsComparison", table_format: str) -> None:
     from medembed.report.target_tables import render_targets
 
     click.echo(render_targets(result, table_format, table_columns(PIPED_COLUMNS)))
+
+
+def show_run(run: "Run", operating_points: Any) -> None:
+    """Print the table of a run that has just ended, or had ended before."""
+    if run.comparison is None:
+        show_comparison([run.path], "study", None, "table", operating_points=operating_points)
+    else:
+        _show(run.comparison, None, "table")
 
 
 def show_comparison(

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from medembed.cli.commands import Command
-from medembed.cli.compare import show_comparison
+from medembed.cli.compare import show_run
 from medembed.cli.console import print_json, suggest
 from medembed.cli.options import (
     MANY,
@@ -206,5 +206,5 @@ def finetune_command(
     if as_json:
         print_json(run.as_dict())
     else:
-        show_comparison([out], "study", None, "table", operating_points=operating_points)
+        show_run(run, operating_points)
         suggest("report", *([from_run] if from_run else []), out, "-o", "report")

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from medembed.cli.commands import Command
-from medembed.cli.compare import show_comparison, show_targets
+from medembed.cli.compare import show_run, show_targets
 from medembed.cli.console import print_json, say, suggest
 from medembed.cli.options import (
     LOCATION,
@@ -170,7 +170,7 @@ def sweep_command(
     Configurations are judged by cross-validation on training patients. The best of each head is
     refitted on all of them and packaged as RUN/models/HEAD.
     """
-    from medembed.sweeps.worker_pool import start_early
+    from medembed.sweeps.processes import start_early
 
     options: dict[str, Any] = {
         "heads": heads,
@@ -212,7 +212,7 @@ def sweep_command(
     else:
         from medembed.report.layers import describe_layers
 
-        show_comparison([out], "study", None, "table", operating_points=operating_points)
+        show_run(run, operating_points)
         for series in run.info.layers or ():
             say(describe_layers(series))
         suggest("report", out, "-o", "report")

@@ -286,11 +286,13 @@ def score_run(run: Run, **asked: Any) -> ComparisonResult:
     """Return the scores that a run keeps: a comparison with itself, without durations.
 
     Equal arguments give equal scores; times are in `run.json`. `asked` is passed to `compare_runs`.
+    The whole comparison stays with `run` as `Run.comparison`, to be shown without a second one.
     """
-    result = compare_runs([run], **asked)
-    for row in result["rows"]:
-        del row["seconds"]
-    return result
+    result = run.comparison = compare_runs([run], **asked)
+    rows: Any = [
+        {key: value for key, value in row.items() if key != "seconds"} for row in result["rows"]
+    ]
+    return {**result, "rows": rows}
 
 
 def _row(

@@ -56,6 +56,7 @@ from medembed.results.run_schema import (
 
 if TYPE_CHECKING:
     from medembed.heads.packaging import Model
+    from medembed.results.comparison_schema import ComparisonResult
 
 __all__ = [
     "PREDICTION_COLUMNS",
@@ -83,12 +84,16 @@ class Run(Summarised):
     ----------
     info : RunInfo
         The document, typed.
+    comparison : ComparisonResult, optional
+        What this process found when it scored the run, see `comparison.score_run`.
 
     Raises
     ------
     RunError
         An entry has a value that no run writes.
     """
+
+    comparison: "ComparisonResult | None" = None
 
     def __init__(self, path: Path, document: Mapping[str, object]) -> None:
         self.path = path

@@ -41,6 +41,7 @@ from medembed.sweeps.selection import Winner
 from medembed.sweeps.training import (
     Training,
     configure,
+    is_safe,
     one_thread,
     predict,
     study_score,
@@ -135,7 +136,7 @@ def _refit_winners(
     wholes = [Refit(own.head, own.params or {}, own.budget) for own in winners]
     items = [*wholes, *lacking]
     with Pool(training, jobs, backend) as pool:
-        for k, result in pool.run(refit, items):
+        for k, result in pool.run(refit, items, is_safe=lambda item: is_safe(training, item.head)):
             item = items[k]
             if isinstance(result, Died):
                 failed[item.head] = _explain(item, result)
@@ -169,7 +170,9 @@ def predict_folds(
     lacking = [part for part in parts if not _is_whole(training, part, kept[part.key])]
     if lacking:
         with Pool(training, jobs, backend) as pool:
-            for k, result in pool.run(refit, lacking):
+            for k, result in pool.run(
+                refit, lacking, is_safe=lambda item: is_safe(training, item.head)
+            ):
                 if isinstance(result, Died):
                     return None
                 kept[lacking[k].key] = result

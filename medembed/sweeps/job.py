@@ -48,10 +48,11 @@ from medembed.sweeps.data import (
 from medembed.sweeps.finalize import CardExtras, finish
 from medembed.sweeps.layers import PROBE, LayerProbes
 from medembed.sweeps.memory import fit_jobs
+from medembed.sweeps.processes import choose_jobs, start_importing
 from medembed.sweeps.runner import Ledger, run_batches
 from medembed.sweeps.search_space import default_spaces, read_spaces
 from medembed.sweeps.selection import Standing, choose, standings
-from medembed.sweeps.worker_pool import BACKENDS, choose_jobs
+from medembed.sweeps.worker_pool import BACKENDS
 
 __all__ = ["Execution", "configure", "fit_memory", "run_sweep", "sweep", "write_command"]
 
@@ -188,6 +189,7 @@ def sweep(
     )
     poolings = list_poolings(asked.cache, pool)
     execution = fit_memory(asked, poolings, Execution(jobs, backend), announce)
+    execution.start()
     data = SweepRows(asked, poolings)
     command = write_command(
         asked, cache=cache, manifest=manifest, out=out, pool=pool, space=space, prompts=prompts
@@ -260,6 +262,11 @@ class Execution:
         _check_known("backend", self.backend, BACKENDS)
         if self.backend == "loky":
             choose_jobs(self.jobs)
+
+    def start(self) -> None:
+        """Let processes of this machine import libraries, which takes seconds, while rows load."""
+        if self.backend == "loky":
+            start_importing(self.jobs)
 
 
 def fit_memory(

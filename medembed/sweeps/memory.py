@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from medembed.core.errors import TrainingDataError
 from medembed.core.system import available_memory
-from medembed.sweeps.worker_pool import choose_jobs
+from medembed.sweeps.processes import choose_jobs
 
 __all__ = ["MemoryNeed", "fit_jobs"]
 

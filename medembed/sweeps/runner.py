@@ -19,6 +19,7 @@ from medembed.sweeps.training import (
     StoredNet,
     Training,
     Unit,
+    is_safe,
     learn_basis,
     train_unit,
 )
@@ -127,7 +128,7 @@ def run_batches(
         return
     with Pool(training, jobs, backend) as pool:
         bases = _learn_bases(waiting, training, n_folds, pool, {} if kept is None else kept)
-        _Schedule(waiting, ledger, bases, training.metric, pool).run()
+        _Schedule(waiting, ledger, bases, training, pool).run()
 
 
 def _learn_bases(
@@ -148,7 +149,7 @@ def _learn_bases(
     bases: list[Mapping[str, Basis]] = [{} for _ in range(n_folds)]
     if wanted:
         items = [(fold, wanted, sorted(spans)) for fold in range(n_folds)]
-        for fold, basis in pool.run(learn_basis, items):
+        for fold, basis in pool.run(learn_basis, items, is_safe=lambda _: is_safe(training)):
             # a process that died may die again during the trial, which then records the failure
             bases[fold] = {} if isinstance(basis, Died) else basis
     if all(bases):
@@ -227,10 +228,10 @@ class _Schedule:
         batches: Sequence[Batch],
         ledger: Ledger,
         bases: Sequence[Mapping[str, Basis]],
-        metric: str,
+        training: Training,
         pool: Pool,
     ) -> None:
-        self._ledger, self._bases, self._metric, self._pool = ledger, bases, metric, pool
+        self._ledger, self._bases, self._training, self._pool = ledger, bases, training, pool
         self._flat = [batch for batch in batches if not batch.rungs]
         self._cohorts = iter(
             _Cohort(batch, list(range(len(batch.trials))), list(batch.rungs))
@@ -252,8 +253,15 @@ class _Schedule:
             self._takers.pop(number)(outcomes)
 
     def _send(self, unit: Unit, take: Callable[[Any], None], *, alone: bool = False) -> None:
-        rank = _RANKS.get(head_class(unit.head).shares, len(_RANKS))
-        self._takers[self._pool.submit(train_unit, unit, rank=rank, alone=alone)] = take
+        shares = head_class(unit.head).shares
+        number = self._pool.submit(
+            train_unit,
+            unit,
+            rank=_RANKS.get(shares, len(_RANKS)),
+            alone=alone,
+            safe=is_safe(self._training, unit.head),
+        )
+        self._takers[number] = take
 
     def _send_flat(self, batch: Batch, fold: int) -> None:
         """Train a batch on a fold, in one piece."""
@@ -299,7 +307,7 @@ class _Schedule:
     ) -> None:
         chosen = []
         if until is not None:
-            chosen = _retire(self._ledger, cohort.batch, cohort.alive, found, self._metric)
+            chosen = _retire(self._ledger, cohort.batch, cohort.alive, found, self._training.metric)
         cohort.keep(found, chosen)
         following = cohort if cohort.alive else next(self._cohorts, None)
         if following is not None:

@@ -128,6 +128,7 @@ def prepare_targets(
         raise TrainingDataError("no target was given. Name at least one with --target.")
     poolings = list_poolings(asked.cache, pool)
     execution = fit_memory(asked, poolings, Execution(jobs, backend))
+    execution.start()
     rows = SharedRows(asked, poolings, draw_target_folds)
     entries = list(_describe(asked, names, poolings, rows))
     if all(entry.reason is not None for entry in entries):

@@ -23,17 +23,16 @@ from scipy.special import expit
 from threadpoolctl import threadpool_limits
 
 from medembed.core.errors import TrainingDataError
-from medembed.core.prompts import Prompts
 from medembed.evaluation.scores import by_study, score
 from medembed.heads.base import Head
 from medembed.heads.lightgbm import BinnedRows, LightGBMHead
 from medembed.heads.linear import LogisticHead, fit_path
 from medembed.heads.mlp import MLPHead, gather
-from medembed.heads.registry import make_head
+from medembed.heads.registry import head_class, make_head
 from medembed.heads.scaling import Basis, Projector
-from medembed.results.run_schema import describe_failure
 
-if TYPE_CHECKING:  # torch, which this imports, takes a second: the parent process has no use for it
+if TYPE_CHECKING:  # what training processes, or the parent process, need not wait for
+    from medembed.core.prompts import Prompts
     from medembed.heads.mlp_network import Net
 
 __all__ = [
@@ -43,6 +42,7 @@ __all__ = [
     "Training",
     "Unit",
     "configure",
+    "is_safe",
     "learn_basis",
     "one_thread",
     "predict",
@@ -54,6 +54,8 @@ __all__ = [
 
 SELECTION_THRESHOLD = 0.5
 """Threshold for decision metrics: configurations are compared before a threshold is fitted."""
+
+_SAFE_BYTES = 64_000_000
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class Training:
     metric: str
     seed: int
     scaled_folds: NDArray[Any] | None = None
-    words: Prompts | None = None
+    words: "Prompts | None" = None
     region_columns: Mapping[str, int] = field(default_factory=dict)
 
     def held(self, fold: int) -> NDArray[np.int64]:
@@ -161,6 +163,15 @@ class FoldResult:
     seconds: float
     error: str | None = None
     net: "Net | StoredNet | None" = None
+
+
+def is_safe(training: Training, head: str | None = None) -> bool:
+    """Return whether a head's fits, or scalings and components, are safe, see `Pool.submit`.
+
+    Those of few rows are, which cannot exhaust memory, by scikit-learn and LightGBM.
+    """
+    is_light = head is None or head_class(head).shares in ("path", "bins")
+    return is_light and training.X.nbytes <= _SAFE_BYTES
 
 
 def configure(
@@ -382,6 +393,8 @@ def seed_of_fold(seed: int, fold: int) -> int:
 
 
 def _failure(error: Exception) -> FoldResult:
+    from medembed.results.run_schema import describe_failure
+
     return FoldResult(None, None, 0.0, error=describe_failure(error))
 
 

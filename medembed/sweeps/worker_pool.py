@@ -1,47 +1,43 @@
 """Training processes, on this machine or on Ray. A process that dies loses only its own item.
 
-On Linux all processes are forked from one that has imported the libraries and computed nothing, so
-that these are imported once, and are in memory once. Elsewhere each process imports them.
+`processes` says how those of this machine start. While they import libraries, which takes seconds,
+this process runs the items that are marked as safe.
 """
 
 import errno
 import heapq
-import io
 import multiprocessing
-import multiprocessing.resource_tracker
 import os
 import shutil
-import signal
-import sys
 import tempfile
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import joblib
 import numpy as np
-from joblib.externals.loky import ProcessPoolExecutor
 from joblib.externals.loky.backend import resource_tracker as loky_tracker
 
 from medembed.core.errors import TrainingDataError
 from medembed.core.ray_cluster import connected_to_ray
-from medembed.core.system import choose_processes, end_with_parent, free_bytes
+from medembed.core.system import end_with_parent, free_bytes
+from medembed.sweeps.processes import (
+    are_starting,
+    choose_jobs,
+    deaf,
+    end_processes,
+    quiet,
+    start_processes,
+    start_server,
+)
 
-__all__ = ["BACKENDS", "Died", "Pool", "choose_jobs", "start_early"]
+__all__ = ["BACKENDS", "Died", "Pool"]
 
 BACKENDS = ("loky", "ray")
-JOB_BYTES = 500_000_000
-"""Memory that a training process takes, with PyTorch loaded and some embeddings."""
-
-_TRAINING = ("medembed.sweeps.training", "medembed.heads.batched_mlp", "medembed.heads.lightgbm")
-"""What training processes import, which takes seconds."""
-_IDLE_SECONDS = 60
 _SHARED_MEMORY = Path("/dev/shm")  # nosec B108
 _LEAST_SHARED_MEMORY = 2_000_000_000
 """Below this, the space in `_SHARED_MEMORY` is that of a container, and a disk holds more."""
@@ -52,38 +48,6 @@ class Died:
     """Takes the place of a missing result and holds the reason, such as a process that died."""
 
     reason: str
-
-
-def choose_jobs(asked: int | None) -> int:
-    """Return the number of training processes on this machine, one per core by default.
-
-    Raises
-    ------
-    TrainingDataError
-        More processes are requested than its cores and memory allow.
-    """
-    most = choose_processes(asked, "--jobs", JOB_BYTES, TrainingDataError)
-    return asked or min(most, joblib.cpu_count())
-
-
-@contextmanager
-def start_early(jobs: int | None) -> Iterator[None]:
-    """Import what training processes need while this process goes on; end them with the context.
-
-    None is started for a number that `choose_jobs` refuses.
-
-    Parameters
-    ----------
-    jobs : int, optional
-        As `Pool` will be asked for.
-    """
-    try:
-        with suppress(TrainingDataError):
-            if choose_jobs(jobs) > 1:
-                _start_server()
-        yield
-    finally:
-        _end_processes()
 
 
 class Pool:
@@ -139,15 +103,23 @@ class Pool:
         return self._backend.folder  # type: ignore[no-any-return]
 
     def submit(
-        self, function: Callable[[Any, Any], Any], item: Any, *, rank: int = 0, alone: bool = False
+        self,
+        function: Callable[[Any, Any], Any],
+        item: Any,
+        *,
+        rank: int = 0,
+        alone: bool = False,
+        safe: bool = False,
     ) -> int:
         """Add an item, and return its number.
 
-        Items of a lower rank go first. One that is known to kill its process goes `alone`.
+        Items of a lower rank go first. One that is known to kill its process goes `alone`. One that
+        is `safe` never does, and needs no library that takes long to import: this process runs it
+        if the others are still starting.
         """
         number, self._n_submitted = self._n_submitted, self._n_submitted + 1
         queue = self._suspected if alone else self._waiting
-        heapq.heappush(queue, _Item(rank, number, function, item))
+        heapq.heappush(queue, _Item(rank, number, function, item, safe))
         return number
 
     def wait(self) -> tuple[int, Any]:
@@ -161,6 +133,8 @@ class Pool:
             There is no room for the shared object.
         """
         while True:
+            if self._backend.is_starting and (safe := self._take_safe()):
+                return safe.number, self._run_here(safe)
             self._send()
             if not self._flying:
                 raise LookupError("no item is left")
@@ -179,13 +153,35 @@ class Pool:
                     return item.number, Died(_first_line(error))
 
     def run(
-        self, function: Callable[[Any, Any], Any], items: Sequence[Any]
+        self,
+        function: Callable[[Any, Any], Any],
+        items: Sequence[Any],
+        *,
+        is_safe: Callable[[Any], bool] = lambda _: False,
     ) -> Iterator[tuple[int, Any]]:
-        """Yield (index of the item, result or `Died`) in the order of completion."""
-        numbers = {self.submit(function, item): i for i, item in enumerate(items)}
+        """Yield (index of the item, result or `Died`) in the order of completion.
+
+        See `submit` for items that are safe.
+        """
+        numbers = {
+            self.submit(function, item, safe=is_safe(item)): i for i, item in enumerate(items)
+        }
         for _ in items:
             number, result = self.wait()
             yield numbers[number], result
+
+    def _take_safe(self) -> "_Item | None":
+        item = min((item for item in self._waiting if item.safe), default=None)
+        if item is not None:
+            self._waiting.remove(item)
+            heapq.heapify(self._waiting)
+        return item
+
+    def _run_here(self, item: "_Item") -> Any:
+        try:
+            return item.function(self._shared, item.argument)
+        except Exception as error:
+            return Died(_first_line(error))
 
     def _send(self) -> None:
         """Keep one more item on its way than there are processes; suspected ones go alone."""
@@ -208,12 +204,13 @@ class _Item:
     number: int
     function: Callable[[Any, Any], Any] = field(compare=False)
     argument: Any = field(compare=False)
+    safe: bool = field(compare=False, default=False)
 
 
 class _Here:
     """Runs items in this process, one after the other."""
 
-    folder, broken, n_ahead = None, (), 0
+    folder, broken, n_ahead, is_starting = None, (), 0, False
 
     def __init__(self, shared: Any) -> None:
         self._shared = shared
@@ -246,16 +243,21 @@ class _Local:
             self.close(working=False)
             _refuse_full_disk(error, self.folder.parent)
             raise
+        start_server()
+
+    @property
+    def is_starting(self) -> bool:
+        return are_starting()
 
     def submit(self, item: _Item) -> Future[Any]:
-        with _quiet(), _deaf():
-            executor = _start_processes(self._jobs)
+        with quiet(), deaf():
+            executor = start_processes(self._jobs)
             return executor.submit(  # type: ignore[no-any-return]
                 _call, item.function, str(self.folder), self._shared, item.argument
             )
 
     def wait(self, futures: Sequence[Future[Any]]) -> Sequence[Future[Any]]:
-        with _quiet():
+        with quiet():
             return list(wait(futures, return_when=FIRST_COMPLETED).done)
 
     def result(self, future: Future[Any]) -> Any:
@@ -263,7 +265,7 @@ class _Local:
 
     def close(self, *, working: bool) -> None:
         if working:
-            _end_processes()
+            end_processes()
         shutil.rmtree(self.folder, ignore_errors=True)
         loky_tracker.unregister(str(self.folder), "folder")
 
@@ -295,7 +297,7 @@ def _store_arrays(shared: Any, folder: Path) -> Any:
 class _Ray:
     """Runs items as tasks of a Ray cluster."""
 
-    folder, n_ahead = None, 1
+    folder, n_ahead, is_starting = None, 1, False
 
     def __init__(self, shared: Any, asked: int | None) -> None:
         with ExitStack() as stack:
@@ -351,175 +353,6 @@ def _choose_on_ray(asked: int | None, cores: int) -> int:
             "never start. Use no more than that, or omit --jobs."
         )
     return asked or max(1, cores)
-
-
-# Starting and ending processes of this machine
-
-if sys.platform == "linux":  # (elsewhere libraries do not bear a fork)
-    from multiprocessing import context, forkserver, popen_forkserver, reduction, spawn, util
-
-    class _ForkedPopen(popen_forkserver.Popen):
-        """Starts a process from a fork server of ours, without running the user's program in it.
-
-        Python's own would run the main module again, so that a script that calls `sweep` would
-        have to be written with this in mind.
-        """
-
-        _fds: list[int]
-
-        def _launch(self, process_obj: Any) -> None:
-            prepared = spawn.get_preparation_data(process_obj._name)
-            for key in ("init_main_from_name", "init_main_from_path"):
-                prepared.pop(key, None)
-            sent = io.BytesIO()
-            context.set_spawning_popen(self)
-            try:
-                reduction.dump(prepared, sent)
-                reduction.dump(process_obj, sent)
-            finally:
-                context.set_spawning_popen(None)
-            server = _fork_server()
-            self.sentinel, written = server.connect_to_new_process(self._fds)
-            held = os.dup(written)  # the process sees by its end that this one has ended
-            self.finalizer = util.Finalize(self, _close_all, ((held, self.sentinel),))
-            with open(written, "wb") as file:
-                file.write(sent.getbuffer())
-            self.pid = forkserver.read_signed(self.sentinel)
-
-    class _ForkedProcess(context.ForkServerProcess):
-        @staticmethod
-        def _Popen(process_obj: Any) -> Any:  # noqa: N802 (its name in the base class)
-            return _ForkedPopen(process_obj)
-
-    class _ForkContext(context.ForkServerContext):
-        Process = _ForkedProcess
-
-
-def _close_all(descriptors: Sequence[int]) -> None:
-    for descriptor in descriptors:
-        os.close(descriptor)
-
-
-@cache
-def _context() -> Any:
-    """Return the context in which processes start; None: loky's own."""
-    return _ForkContext() if sys.platform == "linux" else None
-
-
-@cache
-def _fork_server() -> Any:
-    if sys.platform != "linux":
-        return None
-    server = forkserver.ForkServer()
-    server.set_forkserver_preload(list(_TRAINING))
-    return server
-
-
-def _start_server() -> None:
-    if (server := _fork_server()) is not None:
-        with _deaf(), _one_thread_each():
-            server.ensure_running()
-
-
-_executors: dict[int, Any] = {}
-"""The processes of this machine, if there are any, by their number."""
-
-
-def _start_processes(jobs: int) -> Any:
-    """Return the executor of these processes: that of an earlier pool, unless a process died."""
-    executor = _executors.get(jobs)
-    if executor is None or executor._flags.broken or executor._flags.shutdown:
-        _end_processes()
-        _start_server()
-        executor = ProcessPoolExecutor(
-            jobs, context=_context(), timeout=_IDLE_SECONDS, env=_ONE_THREAD
-        )
-        _executors[jobs] = executor
-    return executor
-
-
-def _end_processes() -> None:
-    """Kill the processes: nothing is lost with them, and to end by themselves takes a second."""
-    while _executors:
-        _, executor = _executors.popitem()
-        with _quiet(), _ignoring_thread_errors(), suppress(Exception):
-            executor.shutdown(wait=True, kill_workers=True)
-
-
-_ONE_THREAD = dict.fromkeys(
-    (
-        "BLIS_NUM_THREADS",
-        "MKL_NUM_THREADS",
-        "NUMEXPR_NUM_THREADS",
-        "OMP_NUM_THREADS",
-        "OPENBLAS_NUM_THREADS",
-        "VECLIB_MAXIMUM_THREADS",
-    ),
-    "1",
-)
-
-
-@contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Let libraries of processes that start now compute with one thread."""
-    before = {name: os.environ.get(name) for name in _ONE_THREAD}
-    os.environ.update(_ONE_THREAD)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-@contextmanager
-def _deaf() -> Iterator[None]:
-    """Shield processes started now from a terminal's signals: this process ends them itself.
-
-    This process hears of an interruption afterwards: a process that had just started would be
-    forgotten, and go on.
-    """
-    for tracker in (multiprocessing.resource_tracker, loky_tracker):
-        tracker.ensure_running()  # starting one later would admit the signal again
-    signals = {signal.SIGINT, signal.SIGHUP}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    heard: list[int] = []
-    handlers = {}
-    if threading.current_thread() is threading.main_thread():  # other threads may get the signal
-        handlers = {
-            number: signal.signal(number, lambda number, _: heard.append(number))
-            for number in signals
-        }
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler or signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        if heard:
-            signal.raise_signal(heard[0])
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence loky's warning of a restarted worker: one that grew had more work, not a leak."""
-    with warnings.catch_warnings():
-        message = "A worker stopped while some jobs were given"
-        warnings.filterwarnings("ignore", message=message, category=UserWarning)
-        yield
-
-
-@contextmanager
-def _ignoring_thread_errors() -> Iterator[None]:
-    """Silence loky's thread, which looks for jobs that were cancelled before it sent them."""
-    before = threading.excepthook
-    threading.excepthook = lambda _: None
-    try:
-        yield
-    finally:
-        threading.excepthook = before
 
 
 # In a process

@@ -281,3 +281,17 @@ def test_all_test_images_failed_is_refused_before_training(tmp_path, untrained):
     with pytest.raises(TrainingDataError, match="all labelled test images failed"):
         sweep(cache, make_manifest(table, "study"), tmp_path / "run", **QUICK)
     assert not (tmp_path / "run").exists()
+
+
+# What is shown
+
+
+def test_a_new_run_and_one_that_had_ended_show_the_table_of_compare(data, tmp_path):
+    run, points = tmp_path / "run", ["--operating-point", "sensitivity=0.8"]
+    sweeps = [command(data, run, "--configs", "1", *points)] * 2
+    first, *others = [
+        CliRunner().invoke(main, arguments).stdout
+        for arguments in (*sweeps, ["compare", str(run), *points])
+    ]
+    assert "logistic" in first
+    assert others == [first, first]

@@ -18,7 +18,8 @@ from medembed.core.errors import TrainingDataError
 from medembed.heads.packaging import load_model
 from medembed.results.runs import open_run
 from medembed.sweeps import runner, sweep, training
-from medembed.sweeps.worker_pool import Died, Pool, start_early
+from medembed.sweeps.processes import start_early
+from medembed.sweeps.worker_pool import Died, Pool
 
 HEADS = ("logistic", "mlp", "lightgbm", "attention")
 OPTIONS = ["--configs", "12", "--folds", "3"]
@@ -63,15 +64,76 @@ def test_a_refused_number_is_refused_by_the_pool_alone():
 
 
 def test_processes_do_not_run_a_script_that_has_no_guard(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(
+    script = (
         "from medembed.sweeps.worker_pool import Pool\n"
         "print('once')\n"
         "with Pool(2, 2) as pool:\n"
         "    print(sorted(pool.run(pow, [3, 4])))\n"
     )
-    ran = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
-    assert ran.stdout == "once\n[(0, 8), (1, 16)]\n"
+    assert run_script(script, tmp_path) == ("once\n[(0, 8), (1, 16)]\n", [])
+
+
+SAFE = """
+import os
+from medembed.sweeps.worker_pool import Died, Pool
+
+def own(shared, item):
+    return os.getpid() if item else 1 / item
+
+with Pool(None, 2) as pool:
+    for item, rank in ((1, 1), (0, 0)):
+        pool.submit(own, item, rank=rank, safe=True)
+    pool.submit(own, 1)
+    found = [pool.wait() for _ in range(3)]
+    assert found[:2] == [(1, Died("division by zero")), (0, os.getpid())], found
+    assert found[2][0] == 2 and found[2][1] != os.getpid()
+    pool.submit(own, 1, safe=True)
+    assert pool.wait()[1] != os.getpid()
+"""
+
+
+def run_script(text, tmp_path):
+    """Run a script in a session of its own; return what it said and who is left of it."""
+    script = tmp_path / "script.py"
+    script.write_text(text)
+    with subprocess.Popen(
+        [sys.executable, script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        said = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, said
+    return said, last_of(process.pid)
+
+
+def test_only_while_others_start_this_process_runs_what_is_safe(tmp_path):
+    assert run_script(SAFE, tmp_path) == ("", [])
+
+
+@pytest.mark.parametrize("context", ["start_early(2)", "nullcontext(start_importing(2))"])
+def test_a_start_that_is_not_awaited_ends_with_the_program(context, tmp_path):
+    script = (
+        "from contextlib import nullcontext\n"
+        "from medembed.sweeps.processes import are_starting, start_early, start_importing\n"
+        f"with {context}:\n"
+        "    assert are_starting()\n"
+    )
+    assert run_script(script, tmp_path) == ("", [])
+
+
+def test_processes_start_again_after_a_start_that_was_not_awaited(tmp_path):
+    script = (
+        "from medembed.sweeps.processes import are_starting, start_early\n"
+        "from medembed.sweeps.worker_pool import Pool\n"
+        "for _ in range(2):\n"
+        "    with start_early(2):\n"
+        "        assert are_starting()\n"
+        "with Pool(2, 2) as pool:\n"
+        "    assert list(pool.run(pow, [3])) == [(0, 8)]\n"
+    )
+    assert run_script(script, tmp_path) == ("", [])
 
 
 # What it gives back
@@ -211,6 +273,8 @@ def test_a_trial_of_trees_that_kills_its_process_costs_just_that_trial(data, tmp
     space = tmp_path / "space.toml"
     space.write_text(f"[lightgbm]\nnum_leaves = [4, {DEADLY}, 8]\n[logistic]\nC = 1.0\n")
     monkeypatch.setattr(runner, "train_unit", _deadly_train_unit)
+    with Pool(None, 2) as pool:  # so that none is still starting: these trees are not safe
+        assert list(pool.run(lambda *_: 0, [0])) == [(0, 0)]
     options = {"heads": ("lightgbm",), "n_folds": 2, "jobs": 2, "space": space}
     result = sweep(*data, tmp_path / "run", **options).as_dict()
     assert {entry["status"] for entry in result["leaderboard"]} == {"ok"}
