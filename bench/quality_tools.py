@@ -15,8 +15,8 @@ and the folds of `medembed sweep` of the same seed, never the test rows, and may
 - `ridge`, `logistic_cv`: `RidgeClassifierCV` with 13 penalties and `LogisticRegressionCV` with the
   sweep's eight, on standardised columns.
 
-The clock of the first four starts with libraries loaded and rows in memory; medembed's processes
-start within it. `autograd`, `vmap` and `optuna` stop when the time is over.
+The clock of the first four starts with libraries loaded and rows in memory; medembed's processes,
+which start while it loads rows, load their libraries within it. `autograd`, `vmap` and `optuna` stop when the time is over.
 """
 
 import argparse

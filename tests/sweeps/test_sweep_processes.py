@@ -112,15 +112,27 @@ def test_only_while_others_start_this_process_runs_what_is_safe(tmp_path):
     assert run_script(SAFE, tmp_path) == ("", [])
 
 
+END = """
+import atexit, os
+from contextlib import nullcontext
+from pathlib import Path
+
+def find_server():
+    own = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    return [pid for pid in own if b"forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+atexit.register(lambda: print(len(find_server()), "in the end"))
+from medembed.sweeps.processes import are_starting, start_early, start_importing
+
+with CONTEXT:
+    assert are_starting()
+    print(len(find_server()))
+"""
+
+
 @pytest.mark.parametrize("context", ["start_early(2)", "nullcontext(start_importing(2))"])
 def test_a_start_that_is_not_awaited_ends_with_the_program(context, tmp_path):
-    script = (
-        "from contextlib import nullcontext\n"
-        "from medembed.sweeps.processes import are_starting, start_early, start_importing\n"
-        f"with {context}:\n"
-        "    assert are_starting()\n"
-    )
-    assert run_script(script, tmp_path) == ("", [])
+    assert run_script(END.replace("CONTEXT", context), tmp_path) == ("1\n0 in the end\n", [])
 
 
 def test_processes_start_again_after_a_start_that_was_not_awaited(tmp_path):
