@@ -16,7 +16,8 @@ and the folds of `medembed sweep` of the same seed, never the test rows, and may
   sweep's eight, on standardised columns.
 
 The clock of the first four starts with libraries loaded and rows in memory; medembed's processes,
-which start while it loads rows, load their libraries within it. `autograd`, `vmap` and `optuna` stop when the time is over.
+which start while it loads rows, load their libraries within it. `autograd`, `vmap` and `optuna`
+stop when the time is over.
 """
 
 import argparse
