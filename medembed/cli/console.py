@@ -42,6 +42,7 @@ ENDINGS = {
 STATUSES = tuple(128 + number for number in ENDINGS)
 """Added to a signal's number in the exit status of a process that the signal ended."""
 PATIENCE_SECONDS = 10.0
+AGAIN_SECONDS = 0.05
 QUIET, VERBOSE = "quiet", "verbose"
 """The options that every command takes."""
 STEP = "step"
@@ -69,6 +70,19 @@ def terminate_cleanly() -> None:
     """
     began: list[float] = []
 
+    def begin_again(number: int) -> None:
+        began.clear()
+        os.kill(os.getpid(), number)
+
+    def tell_again(unraisable: "sys.UnraisableHookArgs") -> None:
+        """Python drops what is raised within a finalizer or a callback, so raise it once more."""
+        if isinstance(unraisable.exc_value, Terminated):
+            again = threading.Timer(AGAIN_SECONDS, begin_again, [unraisable.exc_value.number])
+            again.daemon = True
+            again.start()
+        else:
+            sys.__unraisablehook__(unraisable)
+
     def end(number: int, frame: FrameType | None) -> None:
         began.append(time.monotonic())
         if len(began) == 1:
@@ -78,6 +92,7 @@ def terminate_cleanly() -> None:
         if began[-1] - began[0] > PATIENCE_SECONDS:
             os._exit(128 + number)
 
+    sys.unraisablehook = tell_again
     for number in ENDINGS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # under `nohup` or a shell's `&`
             signal.signal(number, end)

@@ -143,6 +143,31 @@ def test_a_signal_long_after_the_first_ends_the_command_at_once() -> None:
     assert (done.returncode, done.stdout) == (130, "told\ngoes on\n")
 
 
+def test_a_signal_within_a_finalizer_is_not_lost() -> None:
+    script = """
+        import os, signal, time
+        from medembed.cli import console
+
+        class Slow:
+            def __del__(self):
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.01)
+                print("goes on", flush=True)
+
+        console.terminate_cleanly()
+        try:
+            Slow()
+            for _ in range(100):
+                time.sleep(0.1)
+        except console.Terminated as told:
+            print(told.number)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True
+    )
+    assert (done.stdout, done.stderr) == (f"{int(signal.SIGTERM)}\n", "")
+
+
 def test_a_terminal_that_is_closed_commits_what_is_embedded(tmp_path: Path) -> None:
     write_manifest(write_images(tmp_path / "images", 240), tmp_path / "manifest.csv")
     marker = tmp_path / "marker"
