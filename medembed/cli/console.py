@@ -43,6 +43,7 @@ STATUSES = tuple(128 + number for number in ENDINGS)
 """Added to a signal's number in the exit status of a process that the signal ended."""
 PATIENCE_SECONDS = 10.0
 AGAIN_SECONDS = 0.05
+"""By then a finalizer or callback that a signal interrupted has ended."""
 QUIET, VERBOSE = "quiet", "verbose"
 """The options that every command takes."""
 STEP = "step"
@@ -66,7 +67,8 @@ def terminate_cleanly() -> None:
     Only the first signal counts: launchers and people repeat them, and a repeated signal must
     interrupt neither a commit in progress nor the end of other processes. Only after
     `PATIENCE_SECONDS` does a further signal end this process at once; its child processes notice
-    and end too.
+    and end too. One that arrives within a finalizer or a callback of a C library, where Python
+    drops exceptions, counts shortly after.
     """
     began: list[float] = []
 
@@ -75,7 +77,7 @@ def terminate_cleanly() -> None:
         os.kill(os.getpid(), number)
 
     def tell_again(unraisable: "sys.UnraisableHookArgs") -> None:
-        """Python drops what is raised within a finalizer or a callback, so raise it once more."""
+        """Send a signal once more whose exception Python has dropped."""
         if isinstance(unraisable.exc_value, Terminated):
             again = threading.Timer(AGAIN_SECONDS, begin_again, [unraisable.exc_value.number])
             again.daemon = True
