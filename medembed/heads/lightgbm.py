@@ -29,7 +29,7 @@ class LightGBMHead(Head):
         Bins per column. Few bins, a small share of the columns per tree and large leaves make trees
         on a thousand columns cheap; `bench/sweep.py` compares with LightGBM's defaults.
     feature_fraction : float in (0, 1] or None
-        Share of columns that each tree may use; None: a fortieth, but at least 32 columns.
+        Share of columns that each tree may use; None: a twentieth, but at least 32 columns.
     min_data_in_leaf : int or None
         None: a fiftieth of the rows, between 5 and 100, so that 300 rows still make trees.
     patience : int or None
@@ -176,7 +176,7 @@ class LightGBMHead(Head):
             "num_leaves": self.num_leaves,
             "lambda_l2": self.lambda_l2,
             "max_bin": self.max_bin,
-            "feature_fraction": min(1.0, max(0.025, 32 / d)) if fraction is None else fraction,
+            "feature_fraction": min(1.0, max(0.05, 32 / d)) if fraction is None else fraction,
             "bin_construct_sample_cnt": _BINNED_ROWS,
             "min_data_in_leaf": min(100, max(5, n // 50)) if least is None else least,
             "seed": int(check_random_state(self.random_state).randint(2**31 - 1)),
