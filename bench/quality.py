@@ -87,7 +87,8 @@ def main() -> None:
     if given.stage == "report":
         from quality_report import write_report
 
-        write_report(pieces, given.seconds, given.out)
+        version = given.against and Path(given.against).name
+        write_report(pieces, given.seconds, given.out, version)
         return
     if given.stage == "tables":
         for name in dict.fromkeys(piece.table for piece in pieces):

@@ -70,11 +70,26 @@ class Points:
             self.heads[tool][table, seed] = found["heads"]
 
 
-def write_report(pieces: Sequence["Piece"], seconds: float, out: Path | None) -> None:
+def write_report(
+    pieces: Sequence["Piece"], seconds: float, out: Path | None, against: str | None = None
+) -> None:
     """Summarise all scored pieces, and the points that `out` has besides, if it is there.
 
-    Writes JSON, CSV and SVG, or prints the JSON without `out`.
+    Writes JSON, CSV and SVG, or prints the JSON without `out`. `against` names the version before;
+    without it, the one that `out` names.
+
+    Raises
+    ------
+    SystemExit
+        The points of `out` are compared with another version.
     """
+    known = json.loads(out.read_text()).get("against") if out and out.exists() else None
+    if against and known and against != known:
+        raise SystemExit(
+            f"{out} compares with {known}, not with {against}: delete it and its CSV to begin "
+            "anew, or give another --out"
+        )
+    against = against or known
     points = Points() if out is None else read_points(out.with_suffix(".csv"))
     for piece in pieces:
         if piece.score.exists():
@@ -99,6 +114,7 @@ def write_report(pieces: Sequence["Piece"], seconds: float, out: Path | None) ->
             for tool, by in curves.items()
             if (ends := [curve[-1][0] for curve in all_of(by) if curve])
         },
+        "against": against,
         "heads": compare_heads(heads[BEFORE], heads[OURS]),
         "synthetic": "all but nih",
     }
@@ -297,14 +313,15 @@ def describe_quality(results: Mapping[str, Any]) -> list[str]:
         values = " | ".join(f"{value:.3f}" for value in own.values())
         end = results["seconds_to_end"].get(tool)
         lines.append(f"| {TITLES[tool]} | {values} | {'none' if end is None else f'{end:.1f} s'} |")
-    return [*lines, "", *_describe_heads(results["heads"])]
+    return [*lines, "", *_describe_heads(results["heads"], results.get("against"))]
 
 
-def _describe_heads(heads: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _describe_heads(heads: Mapping[str, Mapping[str, Any]], against: str | None) -> list[str]:
     if not heads:
         return []
+    version = "an earlier version" if against is None else f"the version of {against}"
     lines = [
-        "Each head against the version before, on the same tables and seeds; *p* is the chance of",
+        f"Each head against {version}, on the same tables and seeds; *p* is the chance of",
         "a difference as low if the new one is not worse (one-sided paired t-test and Wilcoxon's).",
         "",
         "| head | pairs | before | now | difference (95 %) | p, worse | p, Wilcoxon |",
@@ -317,4 +334,22 @@ def _describe_heads(heads: Mapping[str, Mapping[str, Any]]) -> list[str]:
             f"| {own['difference']:+.4f} ({low:+.4f} to {high:+.4f}) "
             f"| {own['p_worse']:.2g} | {own['p_worse_wilcoxon']:.2g} |"
         )
+    return [*lines, "", *_describe_tables(heads)]
+
+
+def _describe_tables(heads: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    lines = [
+        "The same by table. Holm's method corrects *p* for the tables of a head.",
+        "",
+        "| head | table | pairs | difference (95 %) | p, worse | p, Holm |",
+        "|---|---|---|---|---|---|",
+    ]
+    for head, compared in heads.items():
+        for table, own in compared["tables"].items():
+            low, high = own["interval"]
+            lines.append(
+                f"| {head} | {TABLES[table]} | {own['pairs']} "
+                f"| {own['difference']:+.4f} ({low:+.4f} to {high:+.4f}) "
+                f"| {own['p_worse']:.2g} | {own['p_worse_holm']:.2g} |"
+            )
     return [*lines, ""]

@@ -56,7 +56,7 @@ def test_the_report_takes_the_pairs_that_every_tool_has(tmp_path: Path) -> None:
     tools = ("medembed", "ridge", "before")
     pieces = [quality.Piece("made", seed, tool, tmp_path) for seed in range(3) for tool in tools]
     out = tmp_path / "quality.json"
-    quality_report.write_report(pieces, 10, out)
+    quality_report.write_report(pieces, 10, out, "1a2b3c4")
     found = json.loads(out.read_text())
     assert found["tables"] == {"made": 2}
     assert found["auroc_at"]["medembed"]["5"] == pytest.approx(0.85)
@@ -67,7 +67,13 @@ def test_the_report_takes_the_pairs_that_every_tool_has(tmp_path: Path) -> None:
     assert {"ridge,made,1,,6.0,0.93", "before,made,1,mlp,,0.87"} <= set(rows)
     page = "\n".join(quality_report.describe_quality(found))
     assert "+0.0300 (wanted: at most 0.005, missed)" in page
+    assert "Each head against the version of 1a2b3c4" in page
     assert "| mlp | 2 | 0.8300 | 0.8500 | +0.0200" in page
+    assert "| mlp | made: 128 directions, products | 2 | +0.0200" in page
+    quality_report.write_report(pieces, 10, out)
+    assert json.loads(out.read_text())["against"] == "1a2b3c4", "of the points it goes on from"
+    with pytest.raises(SystemExit, match="compares with 1a2b3c4, not with 5d6e7f8: delete it"):
+        quality_report.write_report(pieces, 10, out, "5d6e7f8")
 
 
 def test_a_report_goes_on_from_the_points_of_an_earlier_one(tmp_path: Path) -> None:
@@ -115,7 +121,25 @@ def test_heads_are_compared_on_common_pairs_as_scipy_does() -> None:
     p = stats.ttest_rel(b, a, alternative="less").pvalue
     assert found["p_worse"] == pytest.approx(p, abs=1e-5)
     assert found["p_worse"] < 0.01
+    assert found["tables"]["made"]["p_worse"] == found["tables"]["made"]["p_worse_holm"]
     assert compare_heads(old, old)["mlp"]["p_worse"] == 1.0
+
+
+def test_a_head_that_is_worse_on_one_table_of_two_is_found_there() -> None:
+    generator = np.random.default_rng(0)
+    pairs = [(table, seed) for table in ("made", "nih") for seed in range(10)]
+    old = {pair: {"mlp": generator.uniform(0.7, 0.8)} for pair in [*pairs, ("demo", 0)]}
+    move = {"made": -0.02, "nih": 0.05, "demo": 0.0}
+    new = {
+        pair: {"mlp": own["mlp"] + move[pair[0]] + 0.01 * generator.standard_normal()}
+        for pair, own in old.items()
+    }
+    found = compare_heads(old, new)["mlp"]
+    assert found["p_worse"] > 0.9
+    made = found["tables"]["made"]
+    assert made["p_worse_holm"] == pytest.approx(2 * made["p_worse"], abs=1e-5)
+    assert made["p_worse_holm"] < 0.01 < found["tables"]["nih"]["p_worse_holm"]
+    assert list(found["tables"]) == ["made", "nih"], "one pair tells nothing"
 
 
 def test_members_of_a_batch_train_as_one_by_one() -> None:
