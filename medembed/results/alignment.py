@@ -168,9 +168,9 @@ def _read_heads(
     run: Run, name: str, level: str, rules: Sequence[ThresholdRule]
 ) -> list[tuple[ScoredHead, pd.DataFrame]]:
     predictions = run.predictions()
-    labelled = predictions[predictions["label"].notna()]
-    labelled = labelled.astype({"label": "int8"})
-    studies = _describe_studies(predictions)
+    studies = _describe_studies(predictions[predictions["split"] == "test"])
+    labelled = predictions[predictions["label"].notna()].astype({"label": "int8"})
+    del predictions  # of a million rows a gigabyte
     folded = labelled[(labelled["split"] == "train") & labelled["fold"].notna()]
     n_patients = int(folded["patient"].nunique())
     entries = []
@@ -178,12 +178,12 @@ def _read_heads(
         _require_winners_rows(run, str(head), rows)
         if level == "image" and rows["sha256"].eq("").any():
             continue  # this head predicts whole studies and has no score for one image
-        train = _units(rows[rows["split"] == "train"].dropna(subset="fold"), name, level, studies)
         test = _units(rows[rows["split"] == "test"], name, level, studies)
         given = (run.info.asked.share, n_patients)
         own = run.info.decisions.get(str(head))
         if own is None:
-            decisions = fit_decisions(train, rules)
+            train = rows[rows["split"] == "train"].dropna(subset="fold")
+            decisions = fit_decisions(by_study(train) if level == "study" else train, rules)
         else:
             decisions = read_decisions(own, run.path, () if head in PRIORS else rules)
         entries.append((_contender(run.info, name, str(head), given, decisions, test), test))
@@ -271,7 +271,8 @@ def _describe_studies(predictions: pd.DataFrame) -> pd.DataFrame:
 
     Heads that predict whole studies are not considered: they have one row per study.
     """
-    named = predictions[predictions["sha256"].ne("") & predictions["label"].notna()]
+    is_named = predictions["sha256"].ne("") & predictions["label"].notna()
+    named = predictions.loc[is_named, ["study", "head", "sha256"]]
     sizes = named.groupby(["study", "head"], sort=False).size()
     ranked = sizes.sort_values(ascending=False, kind="stable").reset_index()
     fullest = ranked.drop_duplicates("study").set_index("study")["head"]

@@ -317,7 +317,7 @@ def finish(
     embeddings, _ = load(ordered[0].pooling)
     parts |= dict(zip(PRIORS, prior_rows(embeddings.rows, row_folds), strict=True))
     names = [*(winner.head for winner in ordered if winner.trial is not None), *PRIORS]
-    run.write_predictions(pd.concat([parts[name] for name in names], ignore_index=True))
+    run.write_predictions(pd.concat([parts.pop(name) for name in names], ignore_index=True))
     run.end(leaderboard=[winner.as_entry() for winner in ordered])
     scores = score_run(run, operating_points=points)
     complete_cards(run, scores)
