@@ -18,6 +18,8 @@ scales, and half a one for bins, weights and gradients."""
 SPAN_COPIES = 2
 """As many more where rows are fewer than columns and perceptrons train on a basis of the rows, of
 which the parent keeps one per fold."""
+ROW_BYTES = 2_800
+"""What a row takes while heads are scored: its names, and the predictions of several heads."""
 FLOAT32 = 4
 
 
@@ -52,11 +54,12 @@ class MemoryNeed:
         copies = (COPIES + SPAN_COPIES * is_wide) * trained
         kept = self.n_folds * is_wide * trained
         loading = table * (2 if self.n_joined else 1)
+        scoring = self.n_rows * ROW_BYTES
         if jobs == 1:
-            return int(PARENT_BYTES + max(loading, table + kept + copies))
+            return int(PARENT_BYTES + max(loading, table + max(kept + copies, scoring)))
         # (processes share a second copy of the table)
-        training = 2 * table + kept + jobs * (PROCESS_BYTES + copies)
-        return int(PARENT_BYTES + max(loading, training))
+        training = kept + jobs * (PROCESS_BYTES + copies)
+        return int(PARENT_BYTES + max(loading, 2 * table + max(training, scoring)))
 
     def bytes_of_rows(self, jobs: int) -> int:
         """Return the part of `bytes_with` that grows with the rows."""

@@ -64,6 +64,13 @@ def test_fewer_rows_than_columns_need_room_for_a_basis() -> None:
         assert peak * GB <= need.bytes_with(jobs) <= 1.5 * peak * GB
 
 
+def test_many_rows_of_few_columns_need_room_to_be_scored() -> None:
+    """The peak was measured, of a logistic head and LightGBM on a made table."""
+    need = MemoryNeed(n_rows=1_083_333, n_trained=1_000_000, n_columns=64, n_folds=2)
+    assert 3.77 * GB <= need.bytes_with(2) <= 1.5 * 3.77 * GB
+    assert need.bytes_with(1) < need.bytes_with(2)
+
+
 def test_rows_columns_and_covariates_are_counted_without_loading(tmp_path: Path) -> None:
     cache, manifest = make_data(tmp_path / "data", {"mean": 1.0, "max": 0.5})[:2]
     rows = read_manifest(manifest).rows
