@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 INTERVAL = 0.2
+SHARE = 0.05
+"""Of the time, at most spent on watching: the sum of a process's pages stops it meanwhile."""
 
 
 class Watched(NamedTuple):
@@ -20,7 +22,7 @@ class Watched(NamedTuple):
 
 
 def watch(command: list[str]) -> Watched:
-    """Run a command in a new session, and sum its processes' PSS every 0.2 s (Linux).
+    """Run a command in a new session, and sum its processes' PSS every 0.2 s or more (Linux).
 
     PSS is a process's memory with every shared page divided by the number of processes that map it,
     so that the sum over the processes counts each page once.
@@ -33,9 +35,10 @@ def watch(command: list[str]) -> Watched:
             while process.poll() is None:
                 before = time.process_time()
                 peak = max(peak, session_pss(process.pid))
-                sampling += time.process_time() - before
+                spent = time.process_time() - before
+                sampling += spent
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(INTERVAL)
+                    process.wait(max(INTERVAL, spent / SHARE))
             seconds = time.perf_counter() - start
         finally:
             process.kill()
