@@ -198,6 +198,8 @@ def draw_fraction(
         raise TrainingDataError(
             f"{n_torn} patients are in two folds. Draw the folds of these rows again."
         )
+    if fraction == 1:
+        return np.ones(len(rows), bool)
     fold_of = fold["min"].to_dict()
     strata: dict[tuple[int, frozenset[int]], list[str]] = {}
     for patient in _patients(rows):

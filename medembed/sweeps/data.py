@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -428,8 +429,9 @@ class SweepRows:
         )
         return embeddings, training
 
-    def shared(self) -> dict[str, Any]:
-        """Return everything that affects the results of all trials."""
+    @cached_property
+    def shared(self) -> Mapping[str, Any]:
+        """Everything that affects the results of all trials."""
         asked = self.asked
         trained = self.row_folds >= 0
         return {
@@ -452,8 +454,8 @@ class SweepRows:
 
     def question(self, batches: Sequence[Batch]) -> dict[str, Any]:
         """Return the question that a run directory answers; another question needs another one."""
-        shared = self.shared()
-        del shared["versions"], shared["trained"]
+        left_out = ("versions", "trained")
+        shared = {key: value for key, value in self.shared.items() if key not in left_out}
         counts: dict[str, int] = {}
         for batch in batches:
             counts[batch.head] = counts.get(batch.head, 0) + len(batch.trials)

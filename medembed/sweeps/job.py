@@ -318,7 +318,7 @@ def run_sweep(
         asked.spaces,
         asked.n_configs,
         asked.n_folds,
-        data.shared(),
+        data.shared,
         asked.words,
     )
     rows = asked.labelled_rows
