@@ -49,6 +49,8 @@ class Head(ClassifierMixin, BaseEstimator, ABC):
     """Whether training has epochs, after some of which a sweep may drop the weaker half."""
     shared_params: ClassVar[tuple[str, ...]] = ()
     """Parameters that all configurations fitted together must have in common."""
+    bin_params: ClassVar[tuple[str, ...]] = ()
+    """Parameters that determine the bins: configurations that agree in them share binned data."""
     uses_span: ClassVar[bool] = False
     """Whether it is trained on a basis of its rows where they are fewer than the columns, which a
     fold learns once for each scaling of `find_bases`; see `Projector.span`."""

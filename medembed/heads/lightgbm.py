@@ -65,6 +65,7 @@ class LightGBMHead(Head):
     shares: ClassVar[str | None] = "bins"
     n_together: ClassVar[int | None] = None
     is_independent: ClassVar[bool] = True
+    bin_params: ClassVar[tuple[str, ...]] = ("pca", "k_best", "max_bin")
 
     def __init__(
         self,
@@ -73,7 +74,7 @@ class LightGBMHead(Head):
         learning_rate: float = 0.1,
         num_leaves: int = 31,
         lambda_l2: float = 1.0,
-        max_bin: int = 63,
+        max_bin: int = 31,
         feature_fraction: float | None = None,
         min_data_in_leaf: int | None = None,
         patience: int | None = 30,
@@ -323,7 +324,7 @@ class BinnedRows:
 
     def _bin(self, head: LightGBMHead) -> tuple[Projection | None, Any, Any]:
         """Return binned data sets: those of an earlier head if this one bins the rows alike."""
-        alike = (head.pca, head.k_best, head.max_bin, str(head.random_state))
+        alike = (*(getattr(head, name) for name in head.bin_params), str(head.random_state))
         if alike not in self._binned:
             if len(self._binned) == _KEPT_BINS:
                 del self._binned[next(iter(self._binned))]

@@ -52,7 +52,7 @@ __all__ = [
 
 #: Raised when equal parameters on equal rows train to another result than before, so that a run
 #: which was interrupted under the older rules does not mix both.
-_TRAINING_VERSION = 4
+_TRAINING_VERSION = 5
 
 #: From this many configurations on, a head with rungs has two batches at least: while one waits for
 #: its slowest fold to reach a rung, processes train the other.

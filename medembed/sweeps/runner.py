@@ -214,10 +214,6 @@ _RANKS: dict[str | None, int] = {"path": 0, "bins": 1, "cohort": 2}
 there early; the rungs of a cohort wait for one another, but two cohorts fill each other's gaps."""
 
 
-_FEW = 2
-"""Independent configurations in a part, on a small table: the first results are there sooner."""
-
-
 class _Schedule:
     """Trains batches on all folds.
 
@@ -275,12 +271,14 @@ class _Schedule:
     def _send_flat(self, batch: Batch, fold: int, part: int) -> bool:
         """Send a part of a batch for a fold; return False if there is no such part.
 
-        A batch is one part, unless its configurations are independent and the table is small.
+        A batch is one part, unless its configurations are independent and the table is small. Then
+        those that bin alike are a part, the smallest first: a result is there sooner.
         """
         chosen = self._ledger.lacks(batch, fold)
         is_independent = head_class(batch.head).is_independent
         if is_independent and is_safe(self._training, batch.head):
-            chosen = chosen[part * _FEW : (part + 1) * _FEW]
+            parts = sorted(_group_by_bins(batch, chosen), key=len)
+            chosen = parts[part] if part < len(parts) else []
         elif part:
             return False
         elif chosen and not is_independent:
@@ -330,6 +328,16 @@ class _Schedule:
         following = cohort if cohort.alive else next(self._cohorts, None)
         if following is not None:
             self._send_rung(following)
+
+
+def _group_by_bins(batch: Batch, chosen: Sequence[int]) -> list[list[int]]:
+    """Divide trials into those that share binned data."""
+    names = head_class(batch.head).bin_params
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for i in chosen:
+        alike = tuple(batch.trials[i].params.get(name) for name in names)
+        groups.setdefault(alike, []).append(i)
+    return list(groups.values())
 
 
 def _unit(

@@ -286,12 +286,13 @@ def test_all_test_images_failed_is_refused_before_training(tmp_path, untrained):
 # What comes first, and what is shown
 
 
-def test_two_trees_of_a_small_table_train_on_all_folds_before_the_third(data, tmp_path):
+def test_trees_of_a_small_table_that_bin_alike_train_together_the_fewest_first(data, tmp_path):
     options = {"heads": ("lightgbm",), "n_configs": 3, "n_folds": 2, "jobs": 1}
     table = sweep(*data, tmp_path / "run", **options).trials()
     trees = table[table["head"] == "lightgbm"]
-    assert trees["trial"].tolist() == [0, 1, 0, 1, 2, 2]
-    assert trees["fold"].tolist() == [0, 0, 1, 1, 0, 1]
+    assert ["k_best" in params for params in trees["params"]] == [True] * 2 + [False] * 4
+    assert trees["trial"].tolist() == [1, 1, 0, 2, 0, 2]
+    assert trees["fold"].tolist() == [0, 1, 0, 0, 1, 1]
 
 
 def test_a_new_run_and_one_that_had_ended_show_the_table_of_compare(data, tmp_path):
