@@ -263,16 +263,14 @@ def _units(rows: pd.DataFrame, name: str, level: str, studies: pd.DataFrame) -> 
     return units.set_index(pd.Index(keys + "#" + copies))
 
 
-def _describe_studies(predictions: pd.DataFrame) -> pd.DataFrame:
-    """Return a digest of each study's labelled images, and their number, by the run's codes.
+def _describe_studies(tested: pd.DataFrame) -> pd.DataFrame:
+    """Return a digest of each test study's labelled images, and their number, by the run's codes.
 
-    The images are those of the head with the most rows (the first of several), because a fine-tuned
-    head has no rows of its training images.
-
-    Heads that predict whole studies are not considered: they have one row per study.
+    The images are those of the head with the most rows, the first of several. Heads that predict
+    whole studies are not considered: they have one row per study.
     """
-    is_named = predictions["sha256"].ne("") & predictions["label"].notna()
-    named = predictions.loc[is_named, ["study", "head", "sha256"]]
+    is_named = tested["sha256"].ne("") & tested["label"].notna()
+    named = tested.loc[is_named, ["study", "head", "sha256"]]
     sizes = named.groupby(["study", "head"], sort=False).size()
     ranked = sizes.sort_values(ascending=False, kind="stable").reset_index()
     fullest = ranked.drop_duplicates("study").set_index("study")["head"]
