@@ -130,11 +130,13 @@ def _refit_winners(
     """
     parts = {own.head: _plan_folds(own) for own in winners}
     kept = {part.key: run.kept_fold(part.key) for own in parts.values() for part in own}
-    lacking = [p for own in parts.values() for p in own if not _is_whole(training, p, kept[p.key])]
     heads: dict[str, Head] = {}
     failed: dict[str, str] = {}
-    wholes = [Refit(own.head, own.params or {}, own.budget) for own in winners]
-    items = [*wholes, *lacking]
+    items: list[Refit] = []
+    for own in sorted(winners, key=lambda own: -own.seconds / own.n_tried):
+        # (what takes longest goes first, so that no process waits for another's at the end)
+        items.append(Refit(own.head, own.params or {}, own.budget))
+        items += (p for p in parts[own.head] if not _is_whole(training, p, kept[p.key]))
     with Pool(training, jobs, backend) as pool:
         for k, result in pool.run(refit, items, is_safe=lambda item: is_safe(training, item.head)):
             item = items[k]
