@@ -133,10 +133,10 @@ def _refit_winners(
     heads: dict[str, Head] = {}
     failed: dict[str, str] = {}
     items: list[Refit] = []
-    for own in sorted(winners, key=lambda own: -own.seconds / own.n_tried):
+    for winner in sorted(winners, key=lambda winner: -winner.seconds / winner.n_tried):
         # (what takes longest goes first, so that no process waits for another's at the end)
-        items.append(Refit(own.head, own.params or {}, own.budget))
-        items += (p for p in parts[own.head] if not _is_whole(training, p, kept[p.key]))
+        items.append(Refit(winner.head, winner.params or {}, winner.budget))
+        items += (p for p in parts[winner.head] if not _is_whole(training, p, kept[p.key]))
     with Pool(training, jobs, backend) as pool:
         for k, result in pool.run(refit, items, is_safe=lambda item: is_safe(training, item.head)):
             item = items[k]
