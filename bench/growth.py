@@ -24,6 +24,7 @@ are the cost of one image, configuration, row, … at the largest size over that
 neither the table itself, rows × columns × 4 bytes, nor there with the smallest one. `copies` is
 that in tables, at the largest size: 0 where memory is flat beyond the data. `estimate` is the upper
 bound that the sweep compares with the machine's memory, over the peak.
+`machines` has the processor of each part.
 """
 
 import argparse
@@ -39,7 +40,7 @@ import joblib
 import numpy as np
 
 from made_table import make_table, write_table
-from measuring import progress, write_results
+from measuring import machine, progress, write_results
 from medembed.cache.embeddings import load_embeddings
 from medembed.dataset.manifest import Manifest
 from medembed.extraction import extract
@@ -131,7 +132,8 @@ def main() -> None:
             PARTS[name](found, Path(folder), given.divide, given.largest)
         for key in ("seconds", "memory"):
             results.setdefault(key, {}).update(getattr(found, key))
-        results = summarise(results)
+        machines = {**results.get("machines", {}), name: machine()}
+        results = {**summarise(results), "machines": machines}
         if given.out:
             write_results(given.out, results)
     if not given.out:
